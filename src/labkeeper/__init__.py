@@ -1,0 +1,1 @@
+"""JupyterLab servers on demand, by HTTP API."""
