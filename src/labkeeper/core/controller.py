@@ -1,0 +1,231 @@
+"""One server: turns messages about it into steps of the table, and keeps what goes with them.
+
+What goes with them: the snapshot, one timer, the restart budget. Nothing is done here; `Controller.apply` returns what to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from labkeeper.core.lifecycle import MAY_EXIST, Action, Event, Goal, State, Step, advance
+from labkeeper.core.model import (
+    Ended,
+    Exit,
+    Fact,
+    Failure,
+    FailureClass,
+    Gone,
+    Job,
+    Ready,
+    Refused,
+    Seen,
+    ServerSpec,
+    Snapshot,
+    StopMethod,
+    StopReport,
+    Unreachable,
+)
+from labkeeper.core.ports import Clock
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The numbers that rule every server. Times in seconds."""
+
+    start_timeout: float = 60.0
+    stop_grace: float = 8.0
+    kill_wait: float = 2.0
+    look_again: float = 2.0
+    """Between two observations of a lost server."""
+    probe_period: float = 15.0
+    """Between two looks at a running server."""
+    hung_after: float = 120.0
+    """A running server that has not answered for this long is ended and launched again; 0: never."""
+    restart_delays: tuple[float, ...] = (0.5, 2.0, 8.0)
+    """The wait before each launch after a crash; as many as there are, so often is it tried."""
+    restart_window: float = 600.0
+    """Crashes that lie further back are forgiven."""
+    max_servers: int = 200
+    """How many servers may be anything but stopped or failed."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """Restarts after a crash. A server that never answered since its start command has none: it fails fast."""
+
+    policy: Policy
+    earned: bool = False
+    spent: list[float] = field(default_factory=list)
+
+    def left(self, now: float) -> bool:
+        """Whether one more launch is allowed."""
+        self.spent = [at for at in self.spent if now - at < self.policy.restart_window]
+        return self.earned and len(self.spent) < len(self.policy.restart_delays)
+
+    def spend(self, now: float) -> float:
+        """Take one launch; give the seconds to wait before it."""
+        delay = self.policy.restart_delays[len(self.spent)]
+        self.spent.append(now)
+        return delay
+
+
+_KNOWN_CAUSES: Final = frozenset({FailureClass.START_TIMEOUT, FailureClass.HUNG})
+_TIMERS: Final = {
+    State.STARTING: "start_timeout",
+    State.RUNNING: "probe_period",
+    State.STOPPING: "stop_grace",
+    State.KILLING: "kill_wait",
+    State.LOST: "look_again",
+}
+"""The state's timer, by the name of its length in `Policy`; BACKOFF takes its from the budget."""
+
+
+class Controller:
+    """One server; the fleet is its only caller."""
+
+    def __init__(self, snapshot: Snapshot, policy: Policy, clock: Clock) -> None:
+        self.snapshot = snapshot
+        self.deadline: float | None = None
+        self._policy = policy
+        self._clock = clock
+        self._budget = Budget(policy)
+        self._stop_began: float | None = None
+        self._silent_since: float | None = None
+
+    @classmethod
+    def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, launch: int = 0) -> Controller:
+        """Make the controller of a server that was never launched; its launches count on from `launch`."""
+        now = clock.time()
+        return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, launch=launch), policy, clock)
+
+    def recover(self) -> list[Job]:
+        """Take up a server where an earlier keeper left it. What may exist is lost until it has been observed."""
+        self._budget.earned = self.snapshot.started_at is not None
+        state = self.snapshot.state
+        if state in MAY_EXIST:
+            self.snapshot = replace(self.snapshot, state=State.LOST, since=self._clock.time(), endpoint=None)
+            self._set_timer()
+            return [self._job(Action.OBSERVE)]
+        if state is State.BACKOFF:
+            self.deadline = self._clock.monotonic()
+        return []
+
+    def apply(self, event: Event, fact: Fact | None = None) -> list[Job]:
+        """Take one event; give the jobs that it leads to."""
+        before = self.snapshot
+        step = advance(before.state, before.goal, event, may_retry=self._budget.left(self._clock.monotonic()))
+        if step is None:
+            return []
+        if step.action is Action.LAUNCH and event is not Event.DEADLINE:
+            self._budget = Budget(self._policy)
+        self._record(event, fact, step)
+        if step.state is not before.state or event is Event.DEADLINE:
+            self._set_timer()
+        return [] if step.action is Action.NONE else [self._job(step.action)]
+
+    def event_of(self, fact: Fact) -> Event | None:
+        """Name the event that a fact is to this server now; None where it is no news."""
+        match fact:
+            case Ready():
+                return Event.READY
+            case Ended(exit=end):
+                return Event.EXITED if end.clean else Event.CRASHED
+            case Refused():
+                return Event.REFUSED
+            case Unreachable():
+                return Event.UNREACHABLE
+            case Gone():
+                return Event.GONE
+            case Seen(answers=answers):
+                return self._look(answers)
+
+    def _look(self, answers: bool) -> Event | None:
+        if self.snapshot.state is not State.RUNNING:
+            return Event.SEEN
+        now = self._clock.monotonic()
+        if answers:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
+        elif self._policy.hung_after and now - self._silent_since >= self._policy.hung_after:
+            return Event.HUNG
+        return None
+
+    def _record(self, event: Event, fact: Fact | None, step: Step) -> None:
+        """Bring the snapshot to the step."""
+        before, now = self.snapshot, self._clock.time()
+        snap = replace(before, state=step.state, goal=step.goal)
+        if step.state is not before.state:
+            snap = replace(snap, since=now, endpoint=None)
+        match fact:
+            case Ready(endpoint=endpoint) if step.state is State.RUNNING:
+                snap = replace(snap, endpoint=endpoint, started_at=now, failure=None)
+                self._budget.earned, self._silent_since = True, None
+            case Ended():
+                snap = self._ended(snap, fact)
+            case Refused(failure=failure):
+                snap = replace(snap, failure=failure)
+            case Unreachable(reason=reason):
+                snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
+            case Gone():
+                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone, and nobody saw how it ended")
+                # Why it was lost sight of, or was to be ended, says more than that it is gone.
+                snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
+        if event is Event.HUNG:
+            silent = f"server '{snap.name}' had not answered for {self._policy.hung_after:g} s"
+            snap = replace(snap, failure=Failure(FailureClass.HUNG, silent))
+        elif event is Event.DEADLINE and before.state is State.STARTING:
+            snap = replace(snap, failure=self._timeout())
+        if step.action is Action.LAUNCH:
+            # The only launch that nobody asked for is the one at the end of a wait after a crash.
+            retry = event is Event.DEADLINE
+            snap = replace(
+                snap,
+                launch=snap.launch + 1,
+                restarts=snap.restarts + 1 if retry else 0,
+                started_at=snap.started_at if retry else None,
+                exit=None,
+                failure=None,
+                stop_report=None,
+            )
+        elif step.state is State.STOPPED:
+            snap = replace(snap, failure=None)
+        elif step.state is State.FAILED and snap.failure is None:
+            early = f"cannot start server '{snap.name}': it ended before it was ready ({snap.exit or Exit()})"
+            snap = replace(snap, failure=Failure(FailureClass.OTHER, early, snap.exit))
+        self.snapshot = snap
+
+    def _ended(self, snap: Snapshot, end: Ended) -> Snapshot:
+        failure = end.failure
+        if snap.failure is not None and snap.failure.kind in _KNOWN_CAUSES:
+            # Why we ended it is the cause; how it ended, and its last words, come with the end.
+            failure = replace(snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ())
+        report = None
+        if end.method is not StopMethod.NONE:
+            seconds = 0.0 if self._stop_began is None else self._clock.monotonic() - self._stop_began
+            report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, end.kernels_left)
+        return replace(snap, exit=end.exit, failure=failure, stop_report=report)
+
+    def _timeout(self) -> Failure:
+        return Failure(
+            FailureClass.START_TIMEOUT,
+            f"cannot start server '{self.snapshot.name}': it was not ready within {self._policy.start_timeout:g} s and "
+            "was ended; its last log lines say what it was doing (LABKEEPER_START_TIMEOUT gives it longer)",
+        )
+
+    def _set_timer(self) -> None:
+        """Set the timer of a state that was just entered, or is to be waited in once more."""
+        now, state = self._clock.monotonic(), self.snapshot.state
+        if state in {State.STOPPING, State.KILLING}:
+            self._stop_began = now if self._stop_began is None else self._stop_began
+        elif state is not State.LOST:
+            self._stop_began = None
+        if state is State.BACKOFF:
+            self.deadline = now + self._budget.spend(now)
+        else:
+            length = _TIMERS.get(state)
+            self.deadline = None if length is None else now + float(getattr(self._policy, length))
+
+    def _job(self, action: Action) -> Job:
+        return Job(self.snapshot.spec, self.snapshot.launch, action)

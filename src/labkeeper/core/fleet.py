@@ -1,0 +1,255 @@
+"""All servers: one inbox, one door. `Fleet.step` takes one message and is never run by two threads at once.
+
+Order within a step: decide, store, tell listeners, hand the job to the server's lane. A launch is stored before it is done, so
+that a keeper which dies in between finds the name again and observes it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from labkeeper.core.controller import Controller, Policy
+from labkeeper.core.errors import (
+    BackendError,
+    BackendRefused,
+    BackendUnavailable,
+    CapacityReached,
+    Conflict,
+    LabkeeperError,
+    ServerNotFound,
+    StoreError,
+)
+from labkeeper.core.lifecycle import COMMANDS, Action, Event, Goal, State
+from labkeeper.core.model import (
+    Change,
+    Create,
+    Fact,
+    Failure,
+    FailureClass,
+    Job,
+    Message,
+    Order,
+    Refused,
+    Reply,
+    Report,
+    ServerName,
+    ServerSpec,
+    Snapshot,
+    StopAll,
+    Tick,
+    Unreachable,
+)
+from labkeeper.core.ports import Backend, Clock, Lanes, Listener, Store
+
+RETRY_AFTER: Final = 5
+"""Seconds after which a caller may ask again when as many servers run as may."""
+SAVE_AGAIN: Final = 5.0
+"""Seconds between two tries to store what could not be stored."""
+
+
+class Fleet:
+    """The only writer of server states."""
+
+    def __init__(
+        self,
+        *,
+        backend: Backend,
+        store: Store,
+        lanes: Lanes,
+        clock: Clock,
+        policy: Policy,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self._backend = backend
+        self._store = store
+        self._lanes = lanes
+        self._clock = clock
+        self._policy = policy
+        self._listeners = tuple(listeners)
+        self._servers: dict[ServerName, Controller] = {}
+        self._unsaved: dict[ServerName, float] = {}
+        self._forgotten_launch = 0
+        self._closing = False
+
+    def recover(self) -> None:
+        """Take up all servers of an earlier keeper. To be called once, before the first step. Raises StoreError."""
+        for snapshot in self._store.load():
+            controller = Controller(snapshot, self._policy, self._clock)
+            self._servers[snapshot.name] = controller
+            jobs = controller.recover()
+            self._tell(Event.UNREACHABLE, None, controller.snapshot)
+            if controller.snapshot.forgotten:
+                self._forget(controller.snapshot.name)
+            self._submit(jobs)
+
+    def step(self, message: Message) -> Reply | None:
+        """Take one message; commands get a reply.
+
+        Raises RequestError where a command cannot be followed, StoreError where a launch could not be stored.
+        """
+        match message:
+            case Create(spec=spec):
+                return self._create(spec)
+            case Order(name=name, event=event):
+                return self._order(name, event)
+            case StopAll():
+                self._closing = True
+                for name in list(self._servers):
+                    self._order(name, Event.STOP)
+            case Report():
+                self._hear(message)
+            case Tick():
+                self._tick()
+        return None
+
+    def next_deadline(self) -> float | None:
+        """Say when the next timer is due, by the monotonic clock."""
+        due = [c.deadline for c in self._servers.values() if c.deadline is not None]
+        return min([*due, *self._unsaved.values()], default=None)
+
+    def _create(self, spec: ServerSpec) -> Reply:
+        known = self._servers.get(spec.name)
+        if known is None:
+            # A late fact of a deleted server must not be taken for one of its successor.
+            self._servers[spec.name] = Controller.new(spec, self._policy, self._clock, self._forgotten_launch)
+            try:
+                return self._order(spec.name, Event.START)
+            except LabkeeperError:
+                del self._servers[spec.name]
+                raise
+        differs = known.snapshot.spec.differs(spec)
+        if differs:
+            raise Conflict(
+                f"cannot start server '{spec.name}': the name is taken by a server that differs in {', '.join(differs)}; "
+                "DELETE that one first, or choose another name",
+                differs=list(differs),
+            )
+        return self._order(spec.name, Event.START)
+
+    def _order(self, name: ServerName, event: Event) -> Reply:
+        controller = self._servers.get(name)
+        if controller is None:
+            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
+        snapshot = controller.snapshot
+        if event in {Event.START, Event.RESTART}:
+            if snapshot.goal is Goal.ABSENT:
+                raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
+            self._admit(snapshot)
+        after = self._apply(controller, event)
+        created = after.launch != snapshot.launch or (after.goal is Goal.AGAIN is not snapshot.goal)
+        return Reply(after, created)
+
+    def _admit(self, snapshot: Snapshot) -> None:
+        """Refuse a start while the keeper ends, and one more server where there is no room for it."""
+        if self._closing:
+            raise BackendUnavailable(f"cannot start server '{snapshot.name}': the keeper is shutting down")
+        if snapshot.state not in {State.STOPPED, State.FAILED}:
+            return
+        active = sum(c.snapshot.state not in {State.STOPPED, State.FAILED} for c in self._servers.values())
+        if active >= self._policy.max_servers:
+            raise CapacityReached(
+                f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; stop one, or try later",
+                retry_after=RETRY_AFTER,
+            )
+
+    def _hear(self, report: Report) -> None:
+        controller = self._servers.get(report.name)
+        if controller is None or report.launch != controller.snapshot.launch:
+            return
+        event = controller.event_of(report.fact)
+        if event is not None:
+            self._apply(controller, event, report.fact)
+
+    def _tick(self) -> None:
+        now = self._clock.monotonic()
+        for controller in list(self._servers.values()):
+            if controller.deadline is not None and controller.deadline <= now:
+                self._apply(controller, Event.DEADLINE)
+        for name in [n for n, due in self._unsaved.items() if due <= now]:
+            self._keep(name)
+
+    def _apply(self, controller: Controller, event: Event, fact: Fact | None = None) -> Snapshot:
+        name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
+        jobs = controller.apply(event, fact)
+        if controller.snapshot == before:
+            self._submit(jobs)
+            return before
+        try:
+            self._store.save(controller.snapshot)
+            self._unsaved.pop(name, None)
+        except StoreError as error:
+            if any(job.action is Action.LAUNCH for job in jobs):
+                if event in COMMANDS:
+                    # Nothing was started yet, and somebody is there to be told.
+                    self._servers[name] = undo
+                    raise
+                # The next keeper would not know of it: not launched either.
+                why = f"cannot start server '{name}': {error.message}"
+                jobs = controller.apply(Event.REFUSED, Refused(Failure(FailureClass.OTHER, why)))
+            # A stop must go on even with a full disk.
+            self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
+        after = controller.snapshot
+        self._tell(event, before, after)
+        self._submit(jobs)
+        if after.forgotten:
+            self._forget(name)
+        return after
+
+    def _keep(self, name: ServerName) -> None:
+        """Bring the store to what is so of one server, now or later."""
+        controller = self._servers.get(name)
+        try:
+            if controller is None:
+                self._store.forget(name)
+            else:
+                self._store.save(controller.snapshot)
+            self._unsaved.pop(name, None)
+        except StoreError:
+            self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
+
+    def _forget(self, name: ServerName) -> None:
+        controller = self._servers.pop(name)
+        self._forgotten_launch = max(self._forgotten_launch, controller.snapshot.launch)
+        self._lanes.submit(name, lambda: self._backend.forget(name))
+        self._keep(name)
+
+    def _tell(self, event: Event, before: Snapshot | None, after: Snapshot) -> None:
+        change = Change(event, before, after, self._clock.time())
+        for listener in self._listeners:
+            listener.changed(change)
+
+    def _submit(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._lanes.submit(job.spec.name, self._bound(job))
+
+    def _bound(self, job: Job) -> Callable[[], Report | None]:
+        def run() -> Report | None:
+            fact = perform(self._backend, job, grace=self._policy.stop_grace)
+            return None if fact is None else Report(job.spec.name, job.launch, fact)
+
+        return run
+
+
+def perform(backend: Backend, job: Job, *, grace: float) -> Fact | None:
+    """Do one job on a backend, and make facts of its answer and of its errors."""
+    name = job.spec.name
+    try:
+        match job.action:
+            case Action.LAUNCH:
+                backend.launch(job.spec, job.launch)
+            case Action.TERMINATE:
+                backend.terminate(name, job.launch, grace)
+            case Action.KILL:
+                backend.kill(name, job.launch)
+            case Action.OBSERVE:
+                return backend.observe(name, job.launch)
+    except BackendRefused as error:
+        if job.action is not Action.LAUNCH:
+            return Unreachable(error.message)
+        kind = FailureClass(error.details.get("failure_class", FailureClass.OTHER))
+        return Refused(Failure(kind, error.message, log_tail=tuple(error.details.get("log_tail", ()))))
+    except BackendError as error:
+        return Unreachable(error.message)
+    return None

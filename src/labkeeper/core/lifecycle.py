@@ -1,0 +1,234 @@
+"""The life of one server, as a table.
+
+Two variables describe a server. Its *goal* is what its owner wants, and only a command sets it. Its *state* is what is so,
+and only this table moves it. Keeping them apart is what makes every command legal in every state: a command that has
+no row here still moves the goal, and the next fact then leads where the goal points.
+
+Laws, held by the model check in the tests:
+
+1. `stopped`, `failed` and `backoff` are entered only on proof that no process is left.
+2. Nothing is launched while a process may exist.
+3. When the world answers at last, every server comes to where its goal points, or to `failed` with a cause.
+
+Precedents: Erlang/OTP supervisors for the restart budget, s6 for "up is not ready".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+
+class State(StrEnum):
+    """What is so."""
+
+    STOPPED = "stopped"
+    """Gone, and should be."""
+    STARTING = "starting"
+    """Launched, not yet answering."""
+    RUNNING = "running"
+    """Has answered as itself."""
+    BACKOFF = "backoff"
+    """Ended on its own; will be launched again."""
+    STOPPING = "stopping"
+    """Asked to end."""
+    KILLING = "killing"
+    """Told to end."""
+    FAILED = "failed"
+    """Gave up; the snapshot carries the cause."""
+    LOST = "lost"
+    """The backend cannot say; it will be asked again."""
+
+
+class Goal(StrEnum):
+    """What the owner wants."""
+
+    UP = "up"
+    DOWN = "down"
+    AGAIN = "again"
+    """Down first, then up: a restart, or a start that arrived while a stop was under way."""
+    ABSENT = "absent"
+    """Down, then forgotten."""
+
+
+class Event(StrEnum):
+    """Whatever can happen to a server: commands, facts from the backend, one timer."""
+
+    START = "START"
+    RESTART = "RESTART"
+    STOP = "STOP"
+    KILL = "KILL"
+    DELETE = "DELETE"
+
+    READY = "READY"
+    EXITED = "EXITED"
+    """Ended by itself with code 0."""
+    CRASHED = "CRASHED"
+    """Ended any other way."""
+    REFUSED = "REFUSED"
+    """The backend will not launch it: nothing was started."""
+    HUNG = "HUNG"
+    """Alive, but has not answered for too long."""
+    UNREACHABLE = "UNREACHABLE"
+    """The backend cannot say what became of it."""
+    SEEN = "SEEN"
+    """An observation found a process of it."""
+    GONE = "GONE"
+    """An observation found no process of it, nor how it ended."""
+
+    DEADLINE = "DEADLINE"
+
+
+class Action(StrEnum):
+    """What the backend is asked to do."""
+
+    NONE = "nothing"
+    LAUNCH = "launch"
+    TERMINATE = "terminate"
+    KILL = "kill"
+    OBSERVE = "observe"
+
+
+class Junction(StrEnum):
+    """A step whose next state depends on the goal; `advance` decides it."""
+
+    SETTLE = "settle"
+    """Nothing is left of it: stopped, launched again, or given up."""
+    RESUME = "resume"
+    """It was found alive: taken over, or ended."""
+    GREET = "greet"
+    """It was found alive and answering: running, or ended."""
+    LEAVE = "leave"
+    """It ended by itself in good order: somebody shut it down from inside."""
+
+
+COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE})
+MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
+"""The states in which a process of the server may exist."""
+
+TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
+    (State.STOPPED, Event.START): (State.STARTING, Action.LAUNCH),
+    (State.STOPPED, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.FAILED, Event.START): (State.STARTING, Action.LAUNCH),
+    (State.FAILED, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.FAILED, Event.STOP): (State.STOPPED, Action.NONE),
+    (State.FAILED, Event.KILL): (State.STOPPED, Action.NONE),
+    (State.FAILED, Event.DELETE): (State.STOPPED, Action.NONE),
+    (State.BACKOFF, Event.DEADLINE): (State.STARTING, Action.LAUNCH),
+    (State.BACKOFF, Event.START): (State.STARTING, Action.LAUNCH),
+    (State.BACKOFF, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.BACKOFF, Event.STOP): (State.STOPPED, Action.NONE),
+    (State.BACKOFF, Event.KILL): (State.STOPPED, Action.NONE),
+    (State.BACKOFF, Event.DELETE): (State.STOPPED, Action.NONE),
+    (State.STARTING, Event.READY): (State.RUNNING, Action.NONE),
+    (State.STARTING, Event.EXITED): (Junction.SETTLE, Action.NONE),
+    (State.STARTING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
+    (State.STARTING, Event.REFUSED): (State.FAILED, Action.NONE),
+    (State.STARTING, Event.DEADLINE): (State.KILLING, Action.KILL),
+    (State.STARTING, Event.STOP): (State.STOPPING, Action.TERMINATE),
+    (State.STARTING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
+    (State.STARTING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
+    (State.STARTING, Event.KILL): (State.KILLING, Action.KILL),
+    (State.STARTING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
+    (State.RUNNING, Event.EXITED): (Junction.LEAVE, Action.NONE),
+    (State.RUNNING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
+    (State.RUNNING, Event.GONE): (Junction.SETTLE, Action.NONE),
+    (State.RUNNING, Event.HUNG): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.STOP): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.KILL): (State.KILLING, Action.KILL),
+    (State.RUNNING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
+    (State.RUNNING, Event.DEADLINE): (State.RUNNING, Action.OBSERVE),
+    (State.STOPPING, Event.EXITED): (Junction.SETTLE, Action.NONE),
+    (State.STOPPING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
+    (State.STOPPING, Event.REFUSED): (Junction.SETTLE, Action.NONE),
+    (State.STOPPING, Event.KILL): (State.KILLING, Action.KILL),
+    (State.STOPPING, Event.DEADLINE): (State.KILLING, Action.KILL),
+    (State.STOPPING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
+    (State.KILLING, Event.EXITED): (Junction.SETTLE, Action.NONE),
+    (State.KILLING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
+    (State.KILLING, Event.REFUSED): (Junction.SETTLE, Action.NONE),
+    (State.KILLING, Event.DEADLINE): (State.LOST, Action.OBSERVE),
+    (State.KILLING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
+    (State.LOST, Event.SEEN): (Junction.RESUME, Action.NONE),
+    # What an observation sets off may overtake its answer: dropped here, this READY would never come again.
+    (State.LOST, Event.READY): (Junction.GREET, Action.NONE),
+    (State.LOST, Event.EXITED): (Junction.LEAVE, Action.NONE),
+    (State.LOST, Event.CRASHED): (Junction.SETTLE, Action.NONE),
+    (State.LOST, Event.GONE): (Junction.SETTLE, Action.NONE),
+    (State.LOST, Event.KILL): (State.KILLING, Action.KILL),
+    (State.LOST, Event.DEADLINE): (State.LOST, Action.OBSERVE),
+}
+"""(state, event) -> (next state or junction, action). A pair that is absent changes no state; a command still moves the goal."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one event leads to."""
+
+    state: State
+    goal: Goal
+    action: Action = Action.NONE
+
+
+def advance(state: State, goal: Goal, event: Event, *, may_retry: bool) -> Step | None:
+    """Give the step that `event` leads to, or None where it changes nothing.
+
+    `may_retry` says whether the restart budget would allow one more launch.
+    """
+    aimed = aim(state, goal, event)
+    row = TABLE.get((state, event))
+    if row is None:
+        return None if aimed is goal else Step(state, aimed)
+    target, action = row
+    if isinstance(target, State):
+        return Step(target, aimed, action)
+    return _JUNCTIONS[target](aimed, may_retry)
+
+
+def aim(state: State, goal: Goal, event: Event) -> Goal:
+    """Give the goal after `event`; only commands move it."""
+    if event in {Event.STOP, Event.KILL}:
+        return Goal.ABSENT if goal is Goal.ABSENT else Goal.DOWN
+    if event is Event.DELETE:
+        return Goal.ABSENT
+    if event is Event.RESTART:
+        return Goal.AGAIN if state in MAY_EXIST else Goal.UP
+    if event is Event.START and goal is not Goal.UP:
+        # What still exists was told to end: a start can only mean "and then once more".
+        return Goal.AGAIN if state in MAY_EXIST else Goal.UP
+    return goal
+
+
+def _settle(goal: Goal, may_retry: bool) -> Step:
+    if goal is Goal.AGAIN:
+        return Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    if goal is Goal.UP:
+        return Step(State.BACKOFF if may_retry else State.FAILED, goal)
+    return Step(State.STOPPED, goal)
+
+
+def _resume(goal: Goal, _may_retry: bool) -> Step:
+    if goal is Goal.UP:
+        return Step(State.STARTING, goal)
+    return Step(State.STOPPING, goal, Action.TERMINATE)
+
+
+def _greet(goal: Goal, may_retry: bool) -> Step:
+    return Step(State.RUNNING, goal) if goal is Goal.UP else _resume(goal, may_retry)
+
+
+def _leave(goal: Goal, may_retry: bool) -> Step:
+    if goal is Goal.UP:
+        return Step(State.STOPPED, Goal.DOWN)
+    return _settle(goal, may_retry)
+
+
+_JUNCTIONS: Final = {
+    Junction.SETTLE: _settle,
+    Junction.RESUME: _resume,
+    Junction.GREET: _greet,
+    Junction.LEAVE: _leave,
+}

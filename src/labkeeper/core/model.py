@@ -1,0 +1,322 @@
+"""The nouns: names, specs, endpoints, exits, snapshots, facts and commands. All frozen, all plain data."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from types import MappingProxyType
+from typing import Final, NewType
+
+from labkeeper.core.lifecycle import Action, Event, Goal, State
+
+ServerName = NewType("ServerName", str)
+"""The name of a server: a DNS label (RFC 1123), so that it can be a host, container and pod name on every backend."""
+
+NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+NAME_RULE: Final = "must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+DEFAULT_NAME: Final = ServerName("default")
+
+
+def server_name(text: str) -> ServerName:
+    """Check a name.
+
+    Raises ValueError with the rule when `text` breaks it.
+    """
+    if re.fullmatch(NAME_PATTERN, text) is None:
+        raise ValueError(NAME_RULE)
+    return ServerName(text)
+
+
+_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
+
+
+@dataclass(frozen=True, slots=True)
+class Gateway:
+    """A Jupyter kernel gateway and how to speak to it. Times in seconds; None leaves Jupyter's default."""
+
+    url: str
+    ws_url: str
+    auth_token: str | None = None
+    auth_scheme: str | None = None
+    headers: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    ca_certs: str | None = None
+    client_cert: str | None = None
+    client_key: str | None = None
+    validate_cert: bool = True
+    connect_timeout: float | None = None
+    request_timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """All that a caller can ask of a server. Two equal specs ask for the same server."""
+
+    name: ServerName
+    root_dir: str
+    """The directory that the Lab shows; absolute."""
+    base_url: str = "/"
+    """The path prefix of the server; begins and ends with a slash."""
+    default_url: str = "/lab"
+    ip: str = "127.0.0.1"
+    """The address that the server listens on."""
+    port: int | None = None
+    """The port that it listens on, and no other; None lets the backend choose a free one."""
+    env: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    labels: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    gateway: Gateway | None = None
+
+    def differs(self, other: ServerSpec) -> tuple[str, ...]:
+        """Name the fields in which two specs differ; values may be secret and are not given."""
+        return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name))
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """How to reach a running server: Jupyter's server_info, `root_dir` under its older name `notebook_dir`."""
+
+    base_url: str
+    hostname: str
+    notebook_dir: str
+    password: bool
+    pid: int
+    port: int
+    secure: bool
+    token: str = field(repr=False)
+    url: str
+    version: str = ""
+    """The version of jupyter_server."""
+    launched_by: str = "exec"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How a process ended: an exit code, or the name of a signal, or neither when nobody could see it."""
+
+    code: int | None = None
+    signal: str | None = None
+
+    @property
+    def clean(self) -> bool:
+        """Whether it ended in good order."""
+        return self.code == 0
+
+    def __str__(self) -> str:
+        if self.signal is not None:
+            return f"killed by {self.signal}"
+        if self.code is not None:
+            return f"exit code {self.code}"
+        return "ended, nobody saw how"
+
+
+class FailureClass(StrEnum):
+    """Why a server failed, in classes that a program can act on."""
+
+    PORT_IN_USE = "port-in-use"
+    GATEWAY_UNREACHABLE = "gateway-unreachable"
+    GATEWAY_REFUSED = "gateway-refused"
+    IMPORT_ERROR = "import-error"
+    DISK_FULL = "disk-full"
+    CONFIG_ERROR = "config-error"
+    KILLED = "killed"
+    START_TIMEOUT = "start-timeout"
+    HUNG = "hung"
+    OTHER = "other"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """The cause of a failure, for a person and for a program."""
+
+    kind: FailureClass
+    message: str
+    exit: Exit | None = None
+    log_tail: tuple[str, ...] = ()
+
+
+class StopMethod(StrEnum):
+    """What it took to end a server; the last one that was used."""
+
+    NONE = "none"
+    """It ended without being asked."""
+    SHUTDOWN = "shutdown"
+    SIGTERM = "sigterm"
+    SIGKILL = "sigkill"
+
+
+@dataclass(frozen=True, slots=True)
+class StopReport:
+    """How a server was ended."""
+
+    method: StopMethod
+    seconds: float
+    """From the request to the proof that nothing is left."""
+    kernels_stopped: tuple[str, ...] = ()
+    """Ids of the kernels that ended with it."""
+    kernels_left: tuple[str, ...] = ()
+    """Ids of the kernels that may still run on its gateway."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A kernel of a server, as Jupyter tells it; `last_activity` is RFC 3339."""
+
+    id: str
+    name: str
+    execution_state: str
+    last_activity: str
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that is known of a server at one moment. Times are seconds since the epoch."""
+
+    spec: ServerSpec
+    state: State
+    goal: Goal
+    since: float
+    """When it came to this state."""
+    created_at: float
+    launch: int = 0
+    """Grows with each launch under this name, also after a deletion; facts of an earlier launch are dropped."""
+    endpoint: Endpoint | None = None
+    """Set exactly while it is running."""
+    started_at: float | None = None
+    """When it last became ready since the last start command."""
+    exit: Exit | None = None
+    """How it last ended."""
+    failure: Failure | None = None
+    stop_report: StopReport | None = None
+    restarts: int = 0
+    """Launches after a crash since the last start command."""
+
+    @property
+    def name(self) -> ServerName:
+        """The name of the server."""
+        return self.spec.name
+
+    @property
+    def forgotten(self) -> bool:
+        """Whether this is the last word on a deleted server."""
+        return self.state is State.STOPPED and self.goal is Goal.ABSENT
+
+
+# Facts: what a backend reports of one launch of one server.
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """It answers as itself."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """Its process and all that it started are proven gone."""
+
+    exit: Exit
+    method: StopMethod = StopMethod.NONE
+    kernels_stopped: tuple[str, ...] = ()
+    kernels_left: tuple[str, ...] = ()
+    failure: Failure | None = None
+    """The cause, with the last log lines, unless it ended in good order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """It was not launched; nothing of it exists."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Unreachable:
+    """The backend cannot say what became of it."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A process of it exists. `answers` is false where the server in it is silent."""
+
+    answers: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """No process of it exists, and nobody saw how it ended."""
+
+
+Fact = Ready | Ended | Refused | Unreachable | Seen | Gone
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """A fact with its address."""
+
+    name: ServerName
+    launch: int
+    fact: Fact
+
+
+# Commands: what a caller asks of the fleet.
+
+
+@dataclass(frozen=True, slots=True)
+class Create:
+    """Make a server of this spec and start it; idempotent for an equal spec."""
+
+    spec: ServerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One of the lifecycle's commands to an existing server."""
+
+    name: ServerName
+    event: Event
+
+
+@dataclass(frozen=True, slots=True)
+class StopAll:
+    """Stop every server; the keeper is about to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed; timers that are due fire."""
+
+
+Message = Create | Order | StopAll | Report | Tick
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What the fleet answers to a command."""
+
+    snapshot: Snapshot
+    created: bool = False
+    """Whether the command made a launch that was not under way before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What a server's lane is asked to do."""
+
+    spec: ServerSpec
+    launch: int
+    action: Action
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One change of a server, for listeners."""
+
+    event: Event
+    before: Snapshot | None
+    after: Snapshot
+    at: float
+    """Seconds since the epoch."""

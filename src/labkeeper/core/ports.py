@@ -1,0 +1,133 @@
+"""What the core needs of the world, as protocols with their laws in words.
+
+`labkeeper.testing.contract` is the executable form of the laws of `Backend`; every implementation passes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from labkeeper.core.model import (
+    Change,
+    Endpoint,
+    Fact,
+    Kernel,
+    Message,
+    Reply,
+    Report,
+    ServerName,
+    ServerSpec,
+    Snapshot,
+)
+
+
+class Clock(Protocol):
+    """Time, passed in."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back; for timers."""
+
+    def time(self) -> float:
+        """Seconds since the epoch; for people."""
+
+
+class Backend(Protocol):
+    """One way to run servers.
+
+    Laws:
+
+    * Each call takes the server's name and works on whatever exists under it; the calls for one name never overlap.
+    * `launch` is idempotent: when this launch of the server exists already, it is taken over, not doubled. When an earlier
+      launch left anything, that is ended first.
+    * `launch`, `terminate` and `kill` return without waiting for the outcome. `Ready` and `Ended` arrive through the
+      `report` that the backend was built with, carrying the launch number, from any thread.
+    * Exactly one `Ended` follows every launch that did not raise, and only when nothing of it is left.
+    * After `terminate` or `kill` an `Ended` follows even when nothing existed.
+    * After `observe` has answered `Seen`, `Ready` (once it answers) and `Ended` are reported as if launched here, with the
+      number given to `observe`; `Ready` also when it was reported before. It may overtake the answer.
+    * `observe` answers `Ended` of the launch that it was asked about; where only the end of another is known, `Gone`.
+    """
+
+    def launch(self, spec: ServerSpec, launch: int) -> None:
+        """Start a server. Raises BackendRefused (nothing was started), BackendUnavailable or BackendTimeout (unknown)."""
+
+    def terminate(self, name: ServerName, launch: int, grace: float) -> None:
+        """Ask the server to end in good order, within `grace` seconds. Raises BackendUnavailable."""
+
+    def kill(self, name: ServerName, launch: int) -> None:
+        """End the server and all that it started, at once. Raises BackendUnavailable."""
+
+    def observe(self, name: ServerName, launch: int) -> Fact:
+        """Say what there is: `Seen`, `Ended` or `Gone`. Raises BackendUnavailable when that cannot be known."""
+
+    def forget(self, name: ServerName) -> None:
+        """Remove what is kept of a server that has ended: logs, directories. Idempotent."""
+
+    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+        """Give the last `tail` lines of the server's log, or all; also after it ended. Secrets are scrubbed."""
+
+    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+        """Give lines as they are written, each with its newline, until `live` says no; an empty text means "nothing new yet"."""
+
+
+class Probe(Protocol):
+    """Questions to a running server that change nothing and do not count as activity."""
+
+    def kernels(self, endpoint: Endpoint) -> list[Kernel]:
+        """List its kernels. Raises BackendUnavailable, BackendTimeout."""
+
+
+class Store(Protocol):
+    """Where snapshots outlive the keeper."""
+
+    def load(self) -> list[Snapshot]:
+        """Give all servers. Raises StoreError."""
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep one server, durably before returning. Raises StoreError."""
+
+    def forget(self, name: ServerName) -> None:
+        """Drop one server. Raises StoreError."""
+
+
+class Lanes(Protocol):
+    """Runs jobs: those of one server in order, those of different servers beside each other."""
+
+    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
+        """Queue a job; a report that it returns goes to the fleet's inbox."""
+
+
+class Listener(Protocol):
+    """Is told of every change after it was stored. Must be quick and must not raise."""
+
+    def changed(self, change: Change) -> None:
+        """Hear of one change."""
+
+
+class Watch(Protocol):
+    """The snapshots of one server since the watch began."""
+
+    def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+        """Wait up to `timeout` seconds for a snapshot, `first` or later, of which `holds` is true; say whether one came."""
+
+
+class Keeper(Protocol):
+    """What whoever speaks to callers needs: commands go in, snapshots come out. Any thread may call it."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether commands are taken."""
+
+    def ask(self, message: Message) -> Reply | None:
+        """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
+
+    def all(self) -> list[Snapshot]:
+        """Give all servers, by name."""
+
+    def get(self, name: ServerName) -> Snapshot | None:
+        """Give one server."""
+
+    def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
+        """Watch one server; begin before the command whose outcome is awaited, and nothing is missed."""
