@@ -1,0 +1,104 @@
+"""A server's log file: written by the server itself, read, followed and rotated by us.
+
+The server holds the file open for appending and outlives us, so rotation copies the file aside and empties it; lines written
+between the two are lost (a millisecond for a file of 10 MiB).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Final
+
+_LOOK_EVERY: Final = 0.25
+"""Seconds between two looks of a follower."""
+_LINE_LIMIT: Final = 64 * 1024
+"""A line is given in pieces of at most so many bytes."""
+
+
+class LogFile:
+    """One server's log and, after a rotation, one older part of it."""
+
+    def __init__(self, path: Path, *, max_bytes: int) -> None:
+        self.path = path
+        self._older = path.with_name(path.name + ".1")
+        self._max_bytes = max_bytes
+
+    def open(self, headline: str) -> IO[bytes]:
+        """Open it for a launch, write a headline, and give it for the server to write to. Raises OSError."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        stream = os.fdopen(descriptor, "ab", buffering=0)
+        try:
+            stream.write(f"{headline}\n".encode())
+        except OSError:
+            stream.close()
+            raise
+        return stream
+
+    def rotate(self) -> None:
+        """Set the log aside when it has grown past its limit."""
+        try:
+            if self.path.stat().st_size <= self._max_bytes:
+                return
+            spare = self._older.with_suffix(".tmp")
+            shutil.copyfile(self.path, spare)
+            spare.chmod(0o600)
+            os.truncate(self.path, 0)
+            spare.replace(self._older)
+        except OSError:
+            # Without room for the copy the newest lines matter more than the older ones.
+            if self.path.exists():
+                os.truncate(self.path, 0)
+
+    def tail(self, count: int | None) -> list[str]:
+        """Give the last `count` lines, or all that is kept."""
+        lines: deque[str] = deque(maxlen=count)
+        for part in (self._older, self.path):
+            try:
+                with part.open("rb") as stream:
+                    lines.extend(_text(line).removesuffix("\n") for line in _lines(stream))
+            except FileNotFoundError:
+                continue
+        return list(lines)
+
+    def follow(self, count: int | None, live: Callable[[], bool]) -> Iterator[str]:
+        """Give the last `count` lines, then each new one, until `live` says no and all was given; "" means nothing new yet."""
+        try:
+            stream = self.path.open("rb")
+        except FileNotFoundError:
+            return
+        with stream:
+            end = stream.seek(0, os.SEEK_END)
+            yield from (f"{line}\n" for line in self.tail(count))
+            while True:
+                # Asked before reading: what was written before the end is still read after it.
+                more = live()
+                size = os.fstat(stream.fileno()).st_size
+                if size < end:
+                    stream.seek(0)
+                for line in _lines(stream):
+                    yield _text(line)
+                end = stream.tell()
+                if not more:
+                    return
+                yield ""
+                time.sleep(_LOOK_EVERY)
+
+    def remove(self) -> None:
+        """Remove all parts. Idempotent."""
+        for part in (self.path, self._older):
+            part.unlink(missing_ok=True)
+
+
+def _lines(stream: IO[bytes]) -> Iterator[bytes]:
+    while line := stream.readline(_LINE_LIMIT):
+        yield line
+
+
+def _text(line: bytes) -> str:
+    return line.decode("utf-8", errors="replace")

@@ -1,0 +1,160 @@
+"""Processes of this machine: who is who, who is left, who has ended.
+
+A pid alone names nobody, since the kernel hands it out again. Here a process is its pid and the moment it started, which together
+are unique until the machine boots again. What a server started is found by a mark that its environment carries and
+all its children inherit, whatever session or parent they have moved to.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+_LOOK_EVERY: Final = 0.1
+"""Seconds between two looks at a process where the system cannot tell us of its end (no pidfd)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process, past or present. `started` is opaque: equal for the same process on the same boot."""
+
+    pid: int
+    started: str
+
+    @classmethod
+    def find(cls, pid: int) -> Process | None:
+        """Identify the live process that has this pid now."""
+        try:
+            return cls(pid, _started(pid))
+        except (psutil.Error, OSError):
+            return None
+
+    def alive(self) -> bool:
+        """Whether it still runs. A zombie does not."""
+        try:
+            return _started(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+        except (psutil.Error, OSError):
+            return False
+
+    def send(self, number: signal.Signals) -> bool:
+        """Send a signal to it, and to no other that may have its pid by now; say whether it was there."""
+        try:
+            if sys.platform == "linux":
+                handle = os.pidfd_open(self.pid)
+                try:
+                    # The descriptor holds the pid: what is compared now is what is signalled.
+                    if _started(self.pid) != self.started:
+                        return False
+                    signal.pidfd_send_signal(handle, number)
+                finally:
+                    os.close(handle)
+            elif self.alive():
+                os.kill(self.pid, number)
+        except (psutil.Error, OSError):
+            return False
+        return True
+
+    def descendants(self) -> list[Process]:
+        """Give its children and theirs, as far as they are still linked to it."""
+        if not self.alive():
+            return []
+        try:
+            children = psutil.Process(self.pid).children(recursive=True)
+        except psutil.Error:
+            return []
+        return [found for child in children if (found := Process.find(child.pid)) is not None]
+
+    def listens_on(self, port: int) -> bool:
+        """Whether it holds a listening socket on this TCP port."""
+        try:
+            sockets = psutil.Process(self.pid).net_connections(kind="tcp")
+        except psutil.Error:
+            return False
+        return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+
+def _started(pid: int) -> str:
+    """Give the moment a process started, in a form that no change of the clock alters."""
+    if sys.platform == "linux":
+        # Field 22 of proc(5) stat, in ticks since boot; the name before it may hold spaces and parentheses.
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return text.rpartition(")")[2].split()[19]
+    return repr(psutil.Process(pid).create_time())
+
+
+def boot_id() -> str:
+    """Name the present boot of this machine."""
+    if sys.platform == "linux":
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return repr(psutil.boot_time())
+
+
+def marked(name: str, value: str) -> list[Process]:
+    """Find every live process of ours whose environment has `name` set to `value`."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.environ().get(name) == value and (known := Process.find(process.pid)) is not None:
+                found.append(known)
+    return found
+
+
+def wait_until_ended(process: Process, *, or_readable: int, timeout: float | None) -> bool:
+    """Wait for the end of a process; give up when `or_readable` (a descriptor) becomes readable, or after `timeout` seconds.
+
+    Says whether the process has ended. Sleeps in the kernel where it can.
+    """
+    if sys.platform != "linux":
+        return _look_until_ended(process, or_readable, timeout)
+    try:
+        handle = os.pidfd_open(process.pid)
+    except OSError:
+        return True
+    try:
+        if not process.alive():
+            return True
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        poll.register(or_readable, select.POLLIN)
+        ready = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
+        return any(descriptor == handle for descriptor, _ in ready)
+    finally:
+        os.close(handle)
+
+
+def _look_until_ended(process: Process, or_readable: int, timeout: float | None) -> bool:
+    until = None if timeout is None else time.monotonic() + timeout
+    while process.alive():
+        left = _LOOK_EVERY if until is None else min(_LOOK_EVERY, until - time.monotonic())
+        if left <= 0 or select.select([or_readable], [], [], left)[0]:
+            return not process.alive()
+    return True
+
+
+def end_all(processes: Iterable[Process], *, grace: float, within: float) -> list[Process]:
+    """End processes: SIGTERM, `grace` seconds, SIGKILL, until `within` seconds have passed; give those that still live.
+
+    A `grace` of 0 sends SIGKILL at once.
+    """
+    left = [p for p in processes if p.alive()]
+    begun = time.monotonic()
+    for number, until in ((signal.SIGTERM, begun + grace), (signal.SIGKILL, begun + within)):
+        if number is signal.SIGTERM and not grace:
+            continue
+        for process in left:
+            process.send(number)
+        pause = 0.002
+        while (left := [p for p in left if p.alive()]) and time.monotonic() < until:
+            time.sleep(pause)
+            pause = min(pause * 2, 0.05)
+    return left

@@ -1,0 +1,271 @@
+"""What we know of Jupyter: how it is configured, what it tells of itself, how it is asked to end.
+
+Knows nothing of keepers, states or processes. Sources of the rules: jupyter_server 2.x (`serverapp.py`, `services/`,
+`gateway/gateway_client.py`) and JupyterLab 4.x (`labapp.py`), read and run.
+"""
+
+from __future__ import annotations
+
+import json
+import pprint
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import httpx
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+
+from labkeeper.core.errors import BackendTimeout, BackendUnavailable
+from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, Kernel, ServerSpec
+
+CONFIG_NAME: Final = "jupyter_server_config.py"
+PRIVATE_VARIABLES: Final = re.compile(r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_)")
+"""Variables of the keeper's own environment that a server must not inherit: ours, and those that would configure Jupyter
+against the spec."""
+_LAUNCH_PAD: Final = 2.0
+"""Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
+
+_CONFIG_SOURCE: Final = """\
+# Written by labkeeper for one launch of one server. It holds secrets: keep it to its owner.
+import os
+import traceback
+
+from jupyter_core.paths import jupyter_config_path
+from jupyter_server.serverapp import ServerApp
+from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
+
+c = get_config()  # noqa
+
+# Jupyter skips the site's and the user's configuration when it is given a file: load it here, in Jupyter's own order.
+for directory in reversed(jupyter_config_path()):
+    for loader, name in ((PyFileConfigLoader, "jupyter_server_config.py"), (JSONFileConfigLoader, "jupyter_server_config.json")):
+        try:
+            c.merge(loader(name, path=directory).load_config())
+        except ConfigFileNotFound:
+            pass
+        except Exception:
+            traceback.print_exc()
+            raise SystemExit("bad configuration: cannot load " + os.path.join(directory, name))
+
+# Jupyter would write its token into a page that others can read; this trait is no option of its configuration.
+ServerApp.instance().no_browser_open_file = True
+
+# What this launch was asked for stands above all of that.
+for section, values in {settings}.items():
+    c[section].update(values)
+"""
+
+
+def config_source(spec: ServerSpec, *, token: str, directory: Path, ca_bundle: Path | None) -> str:
+    """Write the configuration file of one launch: secrets, and what is too long for an argument list."""
+    settings: dict[str, dict[str, Any]] = {
+        "IdentityProvider": {"token": token},
+        "LabApp": {"default_url": spec.default_url, "extension_manager": "readonly"},
+        "ServerApp": {
+            "allow_root": True,
+            "cookie_secret_file": str(directory / "cookie_secret"),
+            "default_url": spec.default_url,
+            "open_browser": False,
+        },
+    }
+    if spec.gateway is not None:
+        settings["GatewayClient"] = _gateway_settings(spec.gateway, ca_bundle)
+    return _CONFIG_SOURCE.replace("{settings}", pprint.pformat(settings, width=110))
+
+
+def _gateway_settings(gateway: Gateway, ca_bundle: Path | None) -> dict[str, Any]:
+    chosen = {
+        "ws_url": gateway.ws_url,
+        "auth_token": gateway.auth_token,
+        "auth_scheme": gateway.auth_scheme,
+        "headers": json.dumps(dict(gateway.headers)),
+        "ca_certs": str(ca_bundle) if ca_bundle else None,
+        "client_cert": gateway.client_cert,
+        "client_key": gateway.client_key,
+        "validate_cert": gateway.validate_cert,
+        "connect_timeout": gateway.connect_timeout,
+        "request_timeout": gateway.request_timeout,
+    }
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def arguments(spec: ServerSpec, *, port: int, config: Path) -> list[str]:
+    """Give the arguments of one launch; nothing secret is among them. They stand above every configuration file."""
+    given = [
+        f"--config={config}",
+        f"--ip={spec.ip}",
+        f"--port={port}",
+        # A port is taken or not: Jupyter's silent search for another one would break every promise about it.
+        "--ServerApp.port_retries=0",
+        f"--ServerApp.root_dir={spec.root_dir}",
+        f"--ServerApp.base_url={spec.base_url}",
+    ]
+    if spec.gateway is not None:
+        given.append(f"--gateway-url={spec.gateway.url}")
+    return given
+
+
+def environment(spec: ServerSpec, own: Mapping[str, str], *, runtime_dir: Path, ca_bundle: Path | None) -> dict[str, str]:
+    """Make the environment of one launch from our own, without what is private, and the spec's."""
+    env = {name: value for name, value in own.items() if not PRIVATE_VARIABLES.match(name)}
+    env.update(spec.env)
+    env["JUPYTER_RUNTIME_DIR"] = str(runtime_dir)
+    if ca_bundle is not None:
+        # Jupyter hands `ca_certs` on only beside a client certificate; OpenSSL's own variable works without one.
+        env["SSL_CERT_FILE"] = str(ca_bundle)
+    if spec.gateway is not None and spec.gateway.request_timeout is not None:
+        # Jupyter would raise a shorter request timeout to its launch timeout of 40 s.
+        env["KERNEL_LAUNCH_TIMEOUT"] = str(max(1, int(spec.gateway.request_timeout - _LAUNCH_PAD)))
+    return env
+
+
+class _Info(BaseModel):
+    """`jpserver-PID.json` (jupyter_server's `server_info`)."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    base_url: str
+    hostname: str
+    password: bool
+    pid: int
+    port: int
+    root_dir: str
+    secure: bool
+    token: str
+    url: str
+    version: str = ""
+
+
+def info_path(runtime_dir: Path, pid: int) -> Path:
+    """Say where the server of this pid writes its server_info; it removes the file when it ends in good order."""
+    return runtime_dir / f"jpserver-{pid}.json"
+
+
+def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
+    """Read the server_info of a process; None as long as it has written none, or only half of it."""
+    try:
+        info = _Info.model_validate_json(info_path(runtime_dir, pid).read_bytes())
+    except (OSError, ValidationError):
+        return None
+    if info.pid != pid:
+        return None
+    return Endpoint(
+        base_url=info.base_url,
+        hostname=info.hostname,
+        notebook_dir=info.root_dir,
+        password=info.password,
+        pid=info.pid,
+        port=info.port,
+        secure=info.secure,
+        token=info.token,
+        url=info.url,
+        version=info.version,
+    )
+
+
+class _KernelModel(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    name: str
+    execution_state: str = "unknown"
+    last_activity: str = ""
+
+
+_KERNELS: Final = TypeAdapter(list[_KernelModel])
+_WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - compared, not bound
+
+
+class JupyterClient:
+    """Speaks to running servers over loopback or the address that they listen on. Thread-safe."""
+
+    def __init__(self, *, timeout: float = 3.0) -> None:
+        self._http = httpx.Client(
+            timeout=timeout,
+            # The server is ours, found by pid and token: its certificate says nothing more, and no proxy lies between.
+            verify=False,  # noqa: S501
+            trust_env=False,
+            limits=httpx.Limits(max_keepalive_connections=0),
+        )
+
+    def close(self) -> None:
+        """Close all sockets."""
+        self._http.close()
+
+    def answers(self, endpoint: Endpoint) -> bool:
+        """Whether it is alive: `GET api` needs no token and touches no gateway."""
+        return self._ok(endpoint, "api", token=False)
+
+    def accepts_token(self, endpoint: Endpoint) -> bool:
+        """Whether it knows its token: `GET api/me` needs one and touches no gateway."""
+        return self._ok(endpoint, "api/me", token=True)
+
+    def kernels(self, endpoint: Endpoint) -> list[Kernel]:
+        """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
+        what = f"cannot list the kernels of the server on port {endpoint.port}"
+        try:
+            answer = self._request("GET", endpoint, "api/kernels?no_track_activity=1")
+            answer.raise_for_status()
+            found = _KERNELS.validate_json(answer.content)
+        except httpx.TimeoutException as error:
+            raise BackendTimeout(f"{what}: it did not answer in time") from error
+        except httpx.HTTPStatusError as error:
+            because = "its gateway is not reachable" if error.response.status_code == httpx.codes.SERVICE_UNAVAILABLE else ""
+            raise BackendUnavailable(f"{what}: it answered {error.response.status_code} {because}".rstrip()) from error
+        except (httpx.HTTPError, ValidationError) as error:
+            raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
+        return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
+
+    def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:
+        """Ask it to end with its kernels; it answers when that is done. Says whether it did."""
+        try:
+            return self._request("POST", endpoint, "api/shutdown", timeout=timeout).is_success
+        except httpx.HTTPError:
+            return False
+
+    def _ok(self, endpoint: Endpoint, path: str, *, token: bool) -> bool:
+        try:
+            return self._request("GET", endpoint, path, token=token).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
+
+    def _request(
+        self, method: str, endpoint: Endpoint, path: str, *, token: bool = True, timeout: float | None = None
+    ) -> httpx.Response:
+        headers = {"Authorization": f"token {endpoint.token}"} if token else {}
+        wait = self._http.timeout if timeout is None else httpx.Timeout(timeout)
+        return self._http.request(method, url_of(endpoint) + path, headers=headers, timeout=wait)
+
+
+def url_of(endpoint: Endpoint, host: str | None = None) -> str:
+    """Give the root URL of a server: as seen from this machine, or with the name by which others know it."""
+    host = host or _WILDCARDS.get(endpoint.hostname, endpoint.hostname)
+    if ":" in host and not host.startswith("["):
+        host = f"[{host}]"
+    scheme = "https" if endpoint.secure else "http"
+    return f"{scheme}://{host}:{endpoint.port}{endpoint.base_url}"
+
+
+_CAUSES: Final = (
+    (FailureClass.PORT_IN_USE, re.compile(r"port \d+ is already in use|Address already in use", re.IGNORECASE)),
+    (FailureClass.DISK_FULL, re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)),
+    (FailureClass.IMPORT_ERROR, re.compile(r"ModuleNotFoundError|ImportError|No module named")),
+    (
+        FailureClass.CONFIG_ERROR,
+        re.compile(r"Bad config|bad configuration|TraitError|ConfigError|Permission denied|Read-only file system"),
+    ),
+)
+_LEVEL: Final = re.compile(r"^\[[CEWID] [^\]]*\]\s*")
+
+
+def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
+    """Name the class of an end, and the line of the log that says it best (without Jupyter's prefix); "" where none does."""
+    if end.signal is not None:
+        return FailureClass.KILLED, ""
+    for kind, pattern in _CAUSES:
+        for line in reversed(tail):
+            if pattern.search(line):
+                return kind, _LEVEL.sub("", line).strip()
+    last = next((line for line in reversed(tail) if line.strip()), "")
+    return FailureClass.OTHER, _LEVEL.sub("", last).strip()
