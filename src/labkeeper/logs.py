@@ -1,0 +1,81 @@
+"""The keeper's own log: structured, on stderr; `console` for people, `json` for machines. A listener logs each server's changes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any, Final, Literal
+
+import structlog
+
+from labkeeper.core.lifecycle import Event, State
+from labkeeper.core.model import Change
+
+_QUIET: Final = ("httpx", "httpcore", "waitress.queue")
+"""Libraries that log each request, or each time that all threads are busy."""
+
+
+def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bool) -> None:
+    """Send all logs of this process, ours and the libraries', to stderr in one form."""
+    for_people = form == "console" or (form == "auto" and sys.stderr.isatty())
+    shared: list[Any] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+    ]
+    if debug:
+        shared.append(structlog.processors.CallsiteParameterAdder())
+    renderers: list[Any] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        if for_people
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else level.upper())
+    for name in _QUIET:
+        logging.getLogger(name).setLevel(logging.WARNING if name != "waitress.queue" else logging.ERROR)
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+class ChangeLog:
+    """A listener: one line for each change of a server's state."""
+
+    def __init__(self) -> None:
+        self._log = structlog.get_logger("labkeeper.servers")
+
+    def changed(self, change: Change) -> None:
+        """Log one change."""
+        before, after = change.before, change.after
+        if before is not None and before.state is after.state:
+            return
+        facts: dict[str, Any] = {
+            "server": after.name,
+            "launch": after.launch,
+            # "event" is structlog's own word for the message.
+            "on": str(change.event),
+        }
+        if after.failure is not None:
+            facts["failure_class"], facts["cause"] = str(after.failure.kind), after.failure.message
+        if after.stop_report is not None:
+            facts["method"], facts["seconds"] = str(after.stop_report.method), after.stop_report.seconds
+        self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
+
+    def _level(self, change: Change) -> Any:
+        state = change.after.state
+        if state is State.LOST and change.event is Event.DEADLINE:
+            return self._log.error
+        return self._log.warning if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING} else self._log.info

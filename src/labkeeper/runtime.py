@@ -1,0 +1,254 @@
+"""The real clock and the threads around the core: inbox, lanes, and the board that readers look at."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Final
+
+import structlog
+
+from labkeeper.core.errors import BackendUnavailable, LabkeeperError
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.lifecycle import MAY_EXIST
+from labkeeper.core.model import Change, Message, Reply, Report, ServerName, Snapshot, StopAll, Tick
+
+LANE_THREADS: Final = 16
+"""How many servers' backend calls run beside each other; the calls are short."""
+_ANSWER_WITHIN: Final = 30.0
+"""Seconds in which the fleet answers a command, however busy; beyond is a bug."""
+
+_log = structlog.get_logger("labkeeper.runtime")
+
+
+class SystemClock:
+    """Time as the system has it."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        return time.monotonic()
+
+    def time(self) -> float:
+        """Seconds since the epoch."""
+        return time.time()
+
+
+class Board:
+    """What is known of every server, for readers. A listener of the fleet: each change replaces one snapshot."""
+
+    def __init__(self) -> None:
+        self._snapshots: dict[ServerName, Snapshot] = {}
+        self._changed = threading.Condition()
+        self._watches: set[Watch] = set()
+
+    def changed(self, change: Change) -> None:
+        """Take in one change."""
+        after = change.after
+        with self._changed:
+            # Readers hold the old mapping as long as they like: it is replaced, never altered.
+            others = {name: snap for name, snap in self._snapshots.items() if name != after.name}
+            self._snapshots = others if after.forgotten else {**others, after.name: after}
+            for watch in self._watches:
+                watch.take(after)
+            self._changed.notify_all()
+
+    def all(self) -> list[Snapshot]:
+        """Give all servers, by name."""
+        snapshots = self._snapshots
+        return [snapshots[name] for name in sorted(snapshots)]
+
+    def get(self, name: ServerName) -> Snapshot | None:
+        """Give one server."""
+        return self._snapshots.get(name)
+
+    def until(self, holds: Callable[[list[Snapshot]], bool], *, timeout: float) -> bool:
+        """Wait until `holds` is true of all servers; say whether it became so."""
+        with self._changed:
+            return self._changed.wait_for(lambda: holds(self.all()), timeout)
+
+    @contextmanager
+    def watch(self, name: ServerName) -> Iterator[Watch]:
+        """Watch one server; begin before the command whose outcome is awaited, and nothing is missed."""
+        watch = Watch(name, self._changed)
+        with self._changed:
+            self._watches.add(watch)
+        try:
+            yield watch
+        finally:
+            with self._changed:
+                self._watches.discard(watch)
+
+
+class Watch:
+    """The snapshots of one server since the watch began."""
+
+    def __init__(self, name: ServerName, changed: threading.Condition) -> None:
+        self._name = name
+        self._changed = changed
+        self._seen: deque[Snapshot] = deque()
+
+    def take(self, snapshot: Snapshot) -> None:
+        """Note a change; called with the board's lock held."""
+        if snapshot.name == self._name:
+            self._seen.append(snapshot)
+
+    def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+        """Wait for a snapshot, `first` or later, of which `holds` is true; give the last one looked at, and whether it was.
+
+        `first` is the fleet's own answer: what the watch saw before it is passed over.
+        """
+        until = time.monotonic() + timeout
+        last = first
+        with self._changed:
+            if first in self._seen:
+                while self._seen.popleft() != first:
+                    pass
+            while not holds(last):
+                if self._seen:
+                    last = self._seen.popleft()
+                elif not self._changed.wait(max(0.0, until - time.monotonic())) and not self._seen:
+                    return last, False
+        return last, True
+
+
+class LanePool:
+    """Runs jobs on a few threads: those of one server in order, those of different servers beside each other."""
+
+    def __init__(self, inbox: Callable[[Report], None], *, threads: int = LANE_THREADS) -> None:
+        self._inbox = inbox
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
+        self._lanes: dict[ServerName, deque[Callable[[], Report | None]]] = {}
+        self._lock = threading.Lock()
+
+    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
+        """Queue a job."""
+        with self._lock:
+            lane = self._lanes.get(name)
+            if lane is not None:
+                lane.append(job)
+                return
+            self._lanes[name] = deque([job])
+        self._pool.submit(self._run, name)
+
+    def close(self) -> None:
+        """Finish what is queued, and end the threads."""
+        self._pool.shutdown(wait=True)
+
+    def _run(self, name: ServerName) -> None:
+        """Run the jobs of one lane until it is empty."""
+        while True:
+            with self._lock:
+                lane = self._lanes[name]
+                if not lane:
+                    del self._lanes[name]
+                    return
+                job = lane.popleft()
+            try:
+                report = job()
+                if report is not None:
+                    self._inbox(report)
+            except Exception:  # noqa: BLE001 - a bug: it must not take the other servers' jobs with it
+                _log.exception("a job failed", server=name)
+
+
+class Inbox:
+    """Where messages to the fleet wait, from any thread."""
+
+    def __init__(self) -> None:
+        self._items: queue.SimpleQueue[tuple[Message, Future[Reply | None]] | None] = queue.SimpleQueue()
+
+    def hear(self, report: Report) -> None:
+        """Take in a fact."""
+        self._items.put((report, Future()))
+
+    def post(self, message: Message) -> Future[Reply | None]:
+        """Take in a command; the fleet's answer comes in the future."""
+        answer: Future[Reply | None] = Future()
+        self._items.put((message, answer))
+        return answer
+
+    def close(self) -> None:
+        """Let the reader end after what is already here."""
+        self._items.put(None)
+
+    def get(self, timeout: float | None) -> tuple[Message, Future[Reply | None]] | None:
+        """Give the next message, or None at the end; raise queue.Empty after `timeout` seconds."""
+        return self._items.get(timeout=timeout)
+
+
+class Keeper:
+    """The fleet with its thread: commands come in from any thread, and are answered."""
+
+    def __init__(self, fleet: Fleet, inbox: Inbox, lanes: LanePool, board: Board) -> None:
+        self._fleet = fleet
+        self._inbox = inbox
+        self._lanes = lanes
+        self._board = board
+        self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
+
+    def start(self) -> None:
+        """Take up the servers of an earlier keeper, then listen. Raises StoreError."""
+        self._fleet.recover()
+        self._thread.start()
+
+    def ask(self, message: Message) -> Reply | None:
+        """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
+        try:
+            return self._inbox.post(message).result(_ANSWER_WITHIN)
+        except TimeoutError as error:
+            raise BackendUnavailable("cannot take the command: the keeper is busy; try again") from error
+
+    @property
+    def alive(self) -> bool:
+        """Whether the fleet's thread listens."""
+        return self._thread.is_alive()
+
+    def all(self) -> list[Snapshot]:
+        """Give all servers, by name."""
+        return self._board.all()
+
+    def get(self, name: ServerName) -> Snapshot | None:
+        """Give one server."""
+        return self._board.get(name)
+
+    def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
+        """Watch one server."""
+        return self._board.watch(name)
+
+    def stop_all(self, *, within: float) -> bool:
+        """Stop every server and wait; say whether all were gone `within` seconds."""
+        self.ask(StopAll())
+        return self._board.until(lambda all_: not any(s.state in MAY_EXIST for s in all_), timeout=within)
+
+    def close(self) -> None:
+        """End the threads; servers live on."""
+        self._inbox.close()
+        self._thread.join()
+        self._lanes.close()
+
+    def _loop(self) -> None:
+        while True:
+            due = self._fleet.next_deadline()
+            left = None if due is None else due - time.monotonic()
+            try:
+                # A timer that is due goes first: a busy inbox must not hold it up.
+                item = (Tick(), Future()) if left is not None and left <= 0 else self._inbox.get(left)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            self._step(*item)
+
+    def _step(self, message: Message, answer: Future[Reply | None]) -> None:
+        try:
+            answer.set_result(self._fleet.step(message))
+        except LabkeeperError as error:
+            answer.set_exception(error)
+        except Exception as error:  # noqa: BLE001 - a bug: whoever asked gets it, and the fleet goes on
+            _log.exception("a step of the fleet failed", message=type(message).__name__)
+            answer.set_exception(error)

@@ -1,0 +1,163 @@
+"""Every setting, defined once: its type, default, unit and reason. The only reader of our environment variables.
+
+A setting comes from, in this order: the command line, the environment (`LABKEEPER_` and the name in capitals), the TOML file that
+`LABKEEPER_CONFIG` names, the default. Flags of `labkeeper serve`, the table in the documentation and the checks come from here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from labkeeper.core.errors import SettingsError
+
+PREFIX: Final = "LABKEEPER_"
+CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
+URL_VARIABLE: Final = PREFIX + "URL"
+"""Where the command line finds the keeper, when not by its state directory."""
+_OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, PREFIX + "SERVER"})
+"""Variables of ours that are no settings."""
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
+
+
+def _default_state_dir() -> Path:
+    return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
+
+
+Directory = Annotated[Path, AfterValidator(_absolute)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86400)]
+
+
+class Settings(BaseSettings):
+    """What whoever runs a keeper may choose. Frozen. Durations are in seconds, sizes in bytes."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
+    )
+
+    host: str = Field("127.0.0.1", description="Address that the API listens on. Loopback: nobody else is let in by accident.")
+    port: Port = Field(8000, description="Port of the API.")
+    state_dir: Directory = Field(
+        default_factory=_default_state_dir,
+        description="What must outlive the keeper: the store, logs, the API token. Made with mode 0700.",
+    )
+    runtime_dir: Directory | None = Field(
+        None,
+        description="What lives as long as a server: configuration, runtime files. `run` in the state directory when not given.",
+    )
+    notebook_dir: Directory = Field(
+        default_factory=Path, description="Root directory of servers that name none, and the base of relative ones."
+    )
+    lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
+    lab_port: Port = Field(
+        8888, description="Port of the server named `default`; others take a free one unless they ask for one."
+    )
+    advertised_host: str | None = Field(
+        None, description="Host name in `lab_url`. When not given: the one by which the caller reached the API."
+    )
+    jupyter_python: Directory = Field(
+        default_factory=lambda: Path(sys.executable),
+        description="Interpreter to run JupyterLab with; its environment may be another than the keeper's.",
+    )
+    auth: Literal["token", "none"] = Field(
+        "token", description="`none` lets everybody who can reach the API run code here as the keeper's user."
+    )
+    token: SecretStr | None = Field(
+        None,
+        description="Bearer token of the API, at least 16 characters. When not given, one is generated into the state directory.",
+    )
+    start_timeout: Seconds = Field(60.0, description="Seconds that a server may take until it answers.")
+    stop_grace: Seconds = Field(
+        8.0, description="Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
+    )
+    kill_wait: Seconds = Field(2.0, description="Seconds after SIGKILL until a server that is still there counts as lost.")
+    hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
+        120.0, description="Seconds without an answer after which a running server is ended and started again; 0: never."
+    )
+    max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    threads: Annotated[int, Field(ge=4, le=2000)] = Field(
+        256, description="Threads that answer requests; each follower of a log holds one."
+    )
+    max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(1024 * 1024, description="Largest request body, in bytes.")
+    log_max_bytes: Annotated[int, Field(ge=1024)] = Field(
+        10 * 1024 * 1024, description="Bytes of a server's log after which it is set aside; one older part is kept."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that the keeper logs.")
+    log_format: Literal["auto", "console", "json"] = Field(
+        "auto", description="Form of the keeper's own log; `auto` is `console` on a terminal and `json` elsewhere."
+    )
+    debug: bool = Field(False, description="Log at level `debug`, with the source line of each entry. Answers stay the same.")
+
+    @property
+    def rooms(self) -> Path:
+        """The runtime directory."""
+        return self.runtime_dir or self.state_dir / "run"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Put the file behind the environment."""
+        return init_settings, env_settings, InitSettingsSource(settings_cls, _from_file())
+
+
+def load(**flags: Any) -> Settings:
+    """Read all settings; `flags` are those of the command line. Raises SettingsError with one line for each mistake."""
+    try:
+        settings = Settings(**flags)
+    except ValidationError as error:
+        raise SettingsError("; ".join(_sentence(dict(mistake)) for mistake in error.errors())) from error
+    secret = settings.token.get_secret_value() if settings.token else None
+    if secret is not None and (
+        len(secret) < _SHORTEST_TOKEN or not secret.isascii() or not secret.isprintable() or " " in secret
+    ):
+        raise SettingsError(f"bad setting LABKEEPER_TOKEN: must be at least {_SHORTEST_TOKEN} visible ASCII characters")
+    return settings
+
+
+def unknown_variables() -> list[str]:
+    """Name the variables in the environment that look like settings and are none: most likely misspelled."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields} | _OUTSIDE
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+_SHORTEST_TOKEN: Final = 16
+
+
+def _from_file() -> dict[str, Any]:
+    path = os.environ.get(CONFIG_VARIABLE)
+    if not path:
+        return {}
+    try:
+        with Path(path).expanduser().open("rb") as stream:
+            return tomllib.load(stream)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}") from error
+
+
+def _sentence(mistake: dict[str, Any]) -> str:
+    name = str(mistake["loc"][0]) if mistake["loc"] else "?"
+    if mistake["type"] == "extra_forbidden":
+        return f"unknown setting '{name}'"
+    given = "" if name == "token" else f" (given: {mistake['input']!r})"
+    return f"bad setting {PREFIX}{name.upper()}: {mistake['msg']}{given}"
