@@ -1,0 +1,194 @@
+"""What callers get, as pydantic models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.model import Exit, Failure, FailureClass, Kernel, Snapshot, StopMethod, StopReport
+
+
+class ExitModel(BaseModel):
+    """How a process ended; both are null when nobody could see it."""
+
+    code: int | None
+    signal: str | None
+
+
+class FailureModel(BaseModel):
+    """Why a server failed."""
+
+    failure_class: FailureClass
+    message: str
+    exit: ExitModel | None
+    log_tail: list[str]
+
+
+class StopReportModel(BaseModel):
+    """How a server was ended."""
+
+    method: StopMethod = Field(description="What it took: Jupyter's own shutdown, SIGTERM or SIGKILL.")
+    seconds: float = Field(description="From the request until nothing of it was left.")
+    kernels_stopped: list[str]
+    kernels_left: list[str] = Field(description="Kernels that may still run on the gateway.")
+
+
+class Server(BaseModel):
+    """A server. The first nine fields are Jupyter's server_info; they are null unless it is running."""
+
+    base_url: str | None
+    hostname: str | None
+    notebook_dir: str | None
+    password: bool | None
+    pid: int | None
+    port: int | None
+    secure: bool | None
+    token: str | None = Field(description="Jupyter's token of this launch.")
+    url: str | None
+    lab_url: str | None = Field(description="A link that works from where the caller asked.")
+    version: str | None = Field(description="Version of jupyter_server.")
+    launched_by: str | None
+    name: str
+    state: State
+    goal: Goal
+    since: str = Field(description="When it came to this state (RFC 3339, UTC).")
+    created_at: str
+    started_at: str | None = Field(description="When it last became ready.")
+    launch: int = Field(description="Counts its launches.")
+    restarts: int = Field(description="Launches after a crash since the last start command.")
+    root_dir: str
+    default_url: str
+    labels: dict[str, str]
+    gateway_url: str | None
+    exit: ExitModel | None
+    failure: FailureModel | None
+    stop_report: StopReportModel | None
+
+
+class ServerList(BaseModel):
+    """One page of servers, by name."""
+
+    servers: list[Server]
+    next: str | None = Field(description="Cursor of the next page; null on the last one.")
+
+
+class KernelModel(BaseModel):
+    """A kernel, as Jupyter tells it."""
+
+    id: str
+    name: str
+    execution_state: str
+    last_activity: str
+
+
+class KernelList(BaseModel):
+    """The kernels of a server."""
+
+    kernels: list[KernelModel]
+
+
+class Version(BaseModel):
+    """What answers."""
+
+    name: Literal["labkeeper"] = "labkeeper"
+    version: str
+
+
+class Health(BaseModel):
+    """Whether the keeper works."""
+
+    status: Literal["ok"] = "ok"
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457). More members may follow: `errors`, `differs`, `failure_class`, `exit`, `log_tail`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str = Field(description="Stable name of the error.")
+    request_id: str = Field(description="The keeper's log has more under it.")
+
+
+_INFO: Final = (
+    "base_url",
+    "hostname",
+    "notebook_dir",
+    "password",
+    "pid",
+    "port",
+    "secure",
+    "token",
+    "url",
+    "version",
+    "launched_by",
+)
+
+
+def instant(at: float) -> str:
+    """Write a time as RFC 3339, UTC, with milliseconds."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
+    """Write a snapshot as callers see it."""
+    endpoint, spec = snapshot.endpoint, snapshot.spec
+    info: Mapping[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
+    return Server(
+        **info,
+        lab_url=lab_url,
+        name=snapshot.name,
+        state=snapshot.state,
+        goal=snapshot.goal,
+        since=instant(snapshot.since),
+        created_at=instant(snapshot.created_at),
+        started_at=instant(snapshot.started_at) if snapshot.started_at is not None else None,
+        launch=snapshot.launch,
+        restarts=snapshot.restarts,
+        root_dir=spec.root_dir,
+        default_url=spec.default_url,
+        labels=dict(spec.labels),
+        gateway_url=spec.gateway.url if spec.gateway else None,
+        exit=exit_model(snapshot.exit),
+        failure=_failure_model(snapshot.failure),
+        stop_report=_stop_report_model(snapshot.stop_report),
+    )
+
+
+def exit_model(end: Exit | None) -> ExitModel | None:
+    """Write an exit as callers see it."""
+    return None if end is None else ExitModel(code=end.code, signal=end.signal)
+
+
+def kernel_model(kernel: Kernel) -> KernelModel:
+    """Write a kernel as callers see it."""
+    return KernelModel(id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity)
+
+
+def _failure_model(failure: Failure | None) -> FailureModel | None:
+    if failure is None:
+        return None
+    return FailureModel(
+        failure_class=failure.kind,
+        message=failure.message,
+        exit=exit_model(failure.exit),
+        log_tail=list(failure.log_tail),
+    )
+
+
+def _stop_report_model(report: StopReport | None) -> StopReportModel | None:
+    if report is None:
+        return None
+    return StopReportModel(
+        method=report.method,
+        seconds=report.seconds,
+        kernels_stopped=list(report.kernels_stopped),
+        kernels_left=list(report.kernels_left),
+    )

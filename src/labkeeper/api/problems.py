@@ -1,0 +1,122 @@
+"""Errors as HTTP answers: `application/problem+json` (RFC 9457). The only place that knows status codes and bodies of errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import structlog
+from flask import Flask, Response, g
+from pydantic import ValidationError
+from werkzeug.exceptions import HTTPException
+
+from labkeeper.core import errors
+from labkeeper.core.errors import InvalidSpec, LabkeeperError, StartFailed, StartTimeout
+from labkeeper.core.model import FailureClass, Snapshot
+
+STATUS: Final[dict[type[LabkeeperError], int]] = {
+    errors.InvalidSpec: 422,
+    errors.ServerNotFound: 404,
+    errors.Conflict: 409,
+    errors.CapacityReached: 429,
+    errors.NotAuthenticated: 401,
+    errors.NotAllowed: 403,
+    errors.RequestError: 400,
+    errors.StartFailed: 502,
+    errors.StartTimeout: 504,
+    errors.ServerFailed: 502,
+    errors.BackendRefused: 502,
+    errors.BackendUnavailable: 503,
+    errors.BackendTimeout: 504,
+    errors.BackendError: 502,
+    errors.StoreError: 503,
+}
+"""The status of each error that an answer can carry; those that are not here never reach one."""
+
+MEDIA_TYPE: Final = "application/problem+json"
+
+_log = structlog.get_logger("labkeeper.api")
+
+
+def register(app: Flask) -> None:
+    """Make every error of this application a problem."""
+    app.register_error_handler(LabkeeperError, _known)
+    app.register_error_handler(HTTPException, _http)
+    app.register_error_handler(Exception, _unexpected)
+
+
+def problem(status: int, code: str, detail: str, **members: Any) -> Response:
+    """Write one problem."""
+    body = {
+        "type": f"urn:labkeeper:problem:{code}",
+        "title": code.replace("_", " ").capitalize(),
+        "status": status,
+        "detail": detail,
+        "code": code,
+        "request_id": g.get("request_id", ""),
+        **members,
+    }
+    return Response(json.dumps(body), status, content_type=MEDIA_TYPE)
+
+
+def validation_failed(error: ValidationError) -> None:
+    """Turn pydantic's finding into ours: each field with the rule that it breaks, and never its value. Raises InvalidSpec."""
+    mistakes = [
+        {"field": ".".join(_snake(part) for part in mistake["loc"]) or "body", "rule": _rule(mistake["type"], mistake["msg"])}
+        for mistake in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    sentences = "; ".join(f"{mistake['field']}: {mistake['rule']}" for mistake in mistakes[:10])
+    raise InvalidSpec(f"cannot take the request: {sentences}", errors=mistakes)
+
+
+def _snake(part: int | str) -> str:
+    return str(part).replace("-", "_") if len(str(part)) < _LONGEST_FIELD else str(part)[:_LONGEST_FIELD] + "..."
+
+
+_LONGEST_FIELD: Final = 100
+
+
+def _rule(kind: str, message: str) -> str:
+    if kind == "extra_forbidden":
+        return "is not known here"
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+
+
+def start_failed(snapshot: Snapshot) -> LabkeeperError:
+    """Make the error of a server that failed to start."""
+    failure = snapshot.failure
+    if failure is None:  # A failed server always carries its cause; say so little rather than fall over it.
+        return StartFailed(f"cannot start server '{snapshot.name}'")
+    cls = StartTimeout if failure.kind is FailureClass.START_TIMEOUT else StartFailed
+    return cls(
+        failure.message,
+        name=snapshot.name,
+        failure_class=str(failure.kind),
+        exit=None if failure.exit is None else {"code": failure.exit.code, "signal": failure.exit.signal},
+        log_tail=list(failure.log_tail),
+    )
+
+
+def _known(error: LabkeeperError) -> Response:
+    status = next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
+    answer = problem(status, error.code, error.message, **error.details)
+    if "retry_after" in error.details:
+        answer.headers["Retry-After"] = str(error.details["retry_after"])
+    if isinstance(error, errors.NotAuthenticated):
+        answer.headers["WWW-Authenticate"] = 'Bearer realm="labkeeper"'
+    return answer
+
+
+def _http(error: HTTPException) -> Response:
+    status = error.code or 500
+    answer = problem(status, error.name.lower().replace(" ", "_"), error.description or error.name)
+    # Werkzeug's own headers, such as Allow, belong to the answer; its HTML does not.
+    for name, value in error.get_headers():
+        if name.lower() != "content-type":
+            answer.headers[name] = value
+    return answer
+
+
+def _unexpected(error: Exception) -> Response:
+    _log.exception("unexpected error", exc_info=error, request_id=g.get("request_id", ""))
+    return problem(500, "internal_error", "something went wrong inside the keeper; its log has the cause under the request id")

@@ -1,0 +1,303 @@
+"""What callers send, as pydantic models: the border where input is checked, once."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
+
+from labkeeper.core.errors import InvalidSpec
+from labkeeper.core.lifecycle import State
+from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, Gateway, ServerSpec, server_name
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a server gets that its request does not name."""
+
+    notebook_dir: Path
+    lab_ip: str
+    lab_port: int
+    """The port of the server named `default`."""
+
+
+def _check_name(text: str) -> str:
+    server_name(text)
+    return text
+
+
+def _check_path_prefix(text: str) -> str:
+    if not re.fullmatch(r"/([A-Za-z0-9._~@-]+/)*([A-Za-z0-9._~@-]+)?", text) or ".." in text.split("/"):
+        raise ValueError("must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -")
+    return text if text.endswith("/") else text + "/"
+
+
+def _check_landing_page(text: str) -> str:
+    if not re.fullmatch(r"/[!-~]*", text) or text.startswith("//"):
+        raise ValueError("must be a path that begins with one '/', of visible ASCII characters")
+    return text
+
+
+def _check_http_url(text: str) -> str:
+    return _check_url(text, ("http", "https"))
+
+
+def _check_ws_url(text: str) -> str:
+    return _check_url(text, ("ws", "wss"))
+
+
+def _check_url(text: str, schemes: tuple[str, str]) -> str:
+    rule = f"must be a URL such as {schemes[0]}://host:port, with no user, query or fragment"
+    try:
+        parts = urlsplit(text)
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        raise ValueError(rule) from None
+    printable = all("!" <= letter <= "~" for letter in text)
+    plain = not (parts.username or parts.password or parts.query or parts.fragment)
+    if parts.scheme not in schemes or not parts.hostname or not (port_fits and printable and plain):
+        raise ValueError(rule)
+    return text
+
+
+def _check_one_line(text: str) -> str:
+    if any(letter in text for letter in "\r\n\0"):
+        raise ValueError("must be one line")
+    return text
+
+
+def _check_no_nul(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("must not contain NUL")
+    return text
+
+
+_OURS: Final = re.compile(r"LABKEEPER_|JUPYTER_RUNTIME_DIR$|JUPYTER_TOKEN|JUPYTER_GATEWAY_")
+
+
+def _check_env(env: dict[str, str]) -> dict[str, str]:
+    for name in env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+            raise ValueError(f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit")
+        if _OURS.match(name):
+            raise ValueError(f"name {name!r} belongs to labkeeper; use the fields of the request instead")
+    return env
+
+
+def _check_labels(labels: dict[str, str]) -> dict[str, str]:
+    for key in labels:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", key):
+            raise ValueError(f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit")
+    return labels
+
+
+def _check_header_names(headers: dict[str, str]) -> dict[str, str]:
+    for name in headers:
+        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name):
+            raise ValueError(f"bad header name {name[:40]!r}")
+    return headers
+
+
+Name = Annotated[str, AfterValidator(_check_name), Field(max_length=63, description=f"Name of the server: {NAME_RULE}.")]
+PathText = Annotated[str, AfterValidator(_check_no_nul), Field(min_length=1, max_length=4096)]
+Line = Annotated[str, AfterValidator(_check_one_line), Field(min_length=1, max_length=8192)]
+Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+
+# A field that is absent has its default; a field that is `null` breaks its type's rule. So the types below are not optional
+# where the default is None (pydantic does not check defaults), and a `"gateway-url": null` is told apart from none at all.
+_ABSENT: Final[Any] = None
+
+
+class _Request(BaseModel):
+    """Every field is taken in snake_case and in kebab-case; unknown ones are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        alias_generator=AliasGenerator(
+            validation_alias=lambda name: AliasChoices(name, name.replace("_", "-")),
+        ),
+    )
+
+
+class ServerRequest(_Request):
+    """What a server should be. Everything has a default."""
+
+    name: Name = DEFAULT_NAME
+    root_dir: PathText = Field(
+        _ABSENT,
+        validation_alias=AliasChoices("root_dir", "root-dir", "notebook_dir", "notebook-dir"),
+        description="Directory that the Lab shows; it must exist. A relative one is taken from the keeper's notebook directory.",
+    )
+    base_url: Annotated[str, AfterValidator(_check_path_prefix), Field(min_length=1, max_length=512)] = Field(
+        "/", description="Path prefix of the server."
+    )
+    default_url: Annotated[str, AfterValidator(_check_landing_page), Field(max_length=1024)] = Field(
+        "/lab", description="Page that the server opens with, below its base_url."
+    )
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        _ABSENT,
+        description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
+    )
+    env: Annotated[
+        dict[str, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
+        AfterValidator(_check_env),
+        Field(max_length=256, description="Environment variables for the server and its local kernels."),
+    ] = {}
+    labels: Annotated[
+        dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
+        AfterValidator(_check_labels),
+        Field(max_length=64, description="For the caller's own use; the list can be filtered by them."),
+    ] = {}
+    gateway_url: Annotated[str, AfterValidator(_check_http_url), Field(max_length=2048)] = Field(
+        _ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
+    )
+    gateway_ws_url: Annotated[str, AfterValidator(_check_ws_url), Field(max_length=2048)] = Field(
+        _ABSENT, description="The gateway's websocket URL; made from gateway_url when not given."
+    )
+    gateway_auth_token: Line = Field(_ABSENT, description="Token that the gateway asks for.")
+    gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
+    gateway_headers: Annotated[
+        dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=8192)]],
+        AfterValidator(_check_header_names),
+        Field(max_length=64, description="HTTP headers of each request to the gateway."),
+    ] = {}
+    gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
+    gateway_client_cert: PathText = Field(_ABSENT, description="File with the certificate to show to the gateway.")
+    gateway_client_key: PathText = Field(_ABSENT, description="File with the key of that certificate.")
+    gateway_validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
+    gateway_connect_timeout: Seconds = Field(_ABSENT, description="Seconds to connect to the gateway.")
+    gateway_request_timeout: Seconds = Field(_ABSENT, description="Seconds for a request to the gateway.")
+
+    _FILES: ClassVar = ("gateway_ca_certs", "gateway_client_cert", "gateway_client_key")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_body_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _gateway_options_need_a_gateway(self) -> ServerRequest:
+        options = sorted(name for name in self.model_fields_set if name.startswith("gateway_") and name != "gateway_url")
+        if options and self.gateway_url is None:
+            raise ValueError(f"{', '.join(options)}: only together with gateway_url")
+        if self.gateway_client_key is not None and self.gateway_client_cert is None:
+            raise ValueError("gateway_client_key: only together with gateway_client_cert")
+        return self
+
+    def spec(self, defaults: Defaults) -> ServerSpec:
+        """Make the spec, its paths checked against the disk. Raises InvalidSpec."""
+        name = server_name(self.name)
+        root = os.path.abspath(defaults.notebook_dir / (self.root_dir or ""))  # noqa: PTH100 - links are kept as given
+        if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
+            raise invalid("root_dir", f"must be a directory that the keeper can read; {root} is none")
+        for field in self._FILES:
+            path = getattr(self, field)
+            if path is not None and not os.access(path, os.R_OK):
+                raise invalid(field, "must be a file that the keeper can read")
+        return ServerSpec(
+            name=name,
+            root_dir=root,
+            base_url=self.base_url,
+            default_url=self.default_url,
+            ip=defaults.lab_ip,
+            port=self.port if self.port is not None else defaults.lab_port if name == DEFAULT_NAME else None,
+            env=self.env,
+            labels=self.labels,
+            gateway=self._gateway(),
+        )
+
+    def _gateway(self) -> Gateway | None:
+        if self.gateway_url is None:
+            return None
+        headers, scheme, token = dict(self.gateway_headers), self.gateway_auth_scheme, self.gateway_auth_token
+        given = next((header for header in headers if header.lower() == "authorization"), None)
+        if given is not None and token is None:
+            # Jupyter puts its own Authorization header over a given one: it must get this one as scheme and token.
+            scheme, _, token = headers.pop(given).partition(" ")
+        return Gateway(
+            url=self.gateway_url,
+            ws_url=self.gateway_ws_url or ws_url_of(self.gateway_url),
+            auth_token=token,
+            auth_scheme=scheme,
+            headers=headers,
+            ca_certs=self.gateway_ca_certs,
+            client_cert=self.gateway_client_cert,
+            client_key=self.gateway_client_key,
+            validate_cert=self.gateway_validate_cert,
+            connect_timeout=self.gateway_connect_timeout,
+            request_timeout=self.gateway_request_timeout,
+        )
+
+
+def ws_url_of(url: str) -> str:
+    """Give the websocket URL of a gateway: the scheme changed, and nothing else (Jupyter would change every "http" in it)."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme={"http": "ws", "https": "wss"}[parts.scheme]))
+
+
+def invalid(field: str, rule: str) -> InvalidSpec:
+    """Make the error for one field that breaks one rule."""
+    return InvalidSpec(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
+
+
+class ServerPath(BaseModel):
+    """The server that a path names."""
+
+    name: str = Field(description="Name of the server.")
+
+
+Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
+
+
+class StartQuery(BaseModel):
+    """How long to wait for a server to be ready."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait: Wait = Field(
+        _ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
+    )
+
+
+class StopQuery(BaseModel):
+    """How to stop, and how long to wait for the end."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait: Wait = Field(_ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it has ended.")
+    force: bool = Field(default=False, description="Kill at once instead of asking.")
+
+
+class GetQuery(BaseModel):
+    """What to wait for before answering."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state.")
+    wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
+
+
+class ListQuery(BaseModel):
+    """Which servers to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    state: list[State] = Field([], description="Only servers in one of these states.")
+    label: list[str] = Field([], description="Only servers with all of these labels: `key=value`, or `key` alone.")
+    limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
+    cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
+
+
+class LogQuery(BaseModel):
+    """Which part of a log."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    tail: Annotated[int, Field(ge=0, le=1_000_000)] = Field(200, description="Lines from the end.")
+    follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")

@@ -1,0 +1,326 @@
+"""The API as one table: method, path, who may, handler, answers. Handlers ask the keeper and wait; they decide nothing."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from flask import Response, request
+from flask_openapi3 import OpenAPI, Tag
+from pydantic import BaseModel
+
+from labkeeper.api import problems
+from labkeeper.api.access import Access
+from labkeeper.api.answers import (
+    Health,
+    KernelList,
+    Problem,
+    Server,
+    ServerList,
+    Version,
+    kernel_model,
+    server_model,
+)
+from labkeeper.api.requests import GetQuery, ListQuery, LogQuery, ServerPath, ServerRequest, StartQuery, StopQuery, invalid
+from labkeeper.core.errors import BackendUnavailable, Conflict, ServerNotFound
+from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
+from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
+
+if TYPE_CHECKING:
+    from labkeeper.api.app import Services
+
+Answer = tuple[dict[str, Any], int, dict[str, str]]
+_SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
+_WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compared, not bound
+_RETRY_AFTER: Final = {"Retry-After": "1"}
+_CHUNK: Final = 64 * 1024
+"""Characters of a log that are sent together."""
+
+
+class Api:
+    """The handlers."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._keeper = services.keeper
+
+    # Servers
+
+    def create_server(self, body: ServerRequest, query: StartQuery) -> Answer:
+        """Make a server and start it.
+
+        Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
+        """
+        spec = body.spec(self._services.defaults)
+        return self._start(spec.name, lambda: self._keeper.ask(Create(spec)), query)
+
+    def list_servers(self, query: ListQuery) -> Answer:
+        """List servers, by name."""
+        after = _decode_cursor(query.cursor)
+        found = [s for s in self._keeper.all() if s.name > after and _matches(s, query)]
+        page, more = found[: query.limit], len(found) > query.limit
+        listed = ServerList(servers=[self._model(s) for s in page], next=_encode_cursor(page[-1].name) if more else None)
+        return _json(listed)
+
+    def get_server(self, path: ServerPath, query: GetQuery) -> Answer:
+        """Tell of one server; with `wait_for`, when it is in that state or `wait` is over."""
+        name = ServerName(path.name)
+        with self._keeper.watch(name) as watch:
+            snapshot = self._find(name)
+            if query.wait_for is not None:
+                snapshot, _ = watch.until(lambda s: s.state is query.wait_for or s.forgotten, first=snapshot, timeout=query.wait)
+        return _json(self._model(snapshot))
+
+    def delete_server(self, path: ServerPath, query: StopQuery) -> Answer:
+        """Stop a server, then forget it; the answer is the last word on it, with its stop report."""
+        return self._stop(path, query, Event.DELETE)
+
+    def stop_server(self, path: ServerPath, query: StopQuery) -> Answer:
+        """Stop a server and keep its spec, so that it can be started again."""
+        return self._stop(path, query, Event.STOP)
+
+    def start_server(self, path: ServerPath, query: StartQuery) -> Answer:
+        """Start a server that was stopped or has failed."""
+        name = ServerName(path.name)
+        return self._start(name, lambda: self._keeper.ask(Order(name, Event.START)), query)
+
+    def restart_server(self, path: ServerPath, query: StartQuery) -> Answer:
+        """Stop a server if it runs, and start it."""
+        name = ServerName(path.name)
+        return self._start(name, lambda: self._keeper.ask(Order(name, Event.RESTART)), query)
+
+    def get_logs(self, path: ServerPath, query: LogQuery) -> Response:
+        """Give the log of a server, oldest line first; it is kept after the end of the server."""
+        name = self._find(ServerName(path.name)).name
+        backend = self._services.backend
+        if query.follow:
+            lines = backend.follow(name, query.tail, lambda: self._is_live(name))
+            gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+            return Response(_stream(lines, gone), content_type="text/plain; charset=utf-8")
+        text = "".join(f"{line}\n" for line in backend.log(name, query.tail))
+        return Response(text, content_type="text/plain; charset=utf-8")
+
+    def list_kernels(self, path: ServerPath) -> Answer:
+        """List the kernels of a running server; asking does not count as activity."""
+        snapshot = self._find(ServerName(path.name))
+        if snapshot.endpoint is None:
+            raise Conflict(f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running")
+        kernels = self._services.probe.kernels(snapshot.endpoint)
+        return _json(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))
+
+    # The keeper
+
+    def health(self) -> Answer:
+        """Whether the keeper's process answers."""
+        return _json(Health())
+
+    def ready(self) -> Answer:
+        """Whether the keeper takes commands."""
+        if not self._keeper.alive:
+            raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
+        return _json(Health())
+
+    def version(self) -> Answer:
+        """Name this software and its version."""
+        return _json(Version(version=self._services.version))
+
+    # What they share
+
+    def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
+        wait = self._services.start_wait if query.wait is None else query.wait
+        with self._keeper.watch(name) as watch:
+            reply = _reply(command())
+            snapshot, settled = watch.until(_is_settled, first=reply.snapshot, timeout=wait)
+        if snapshot.state is State.FAILED:
+            raise problems.start_failed(snapshot)
+        if settled and snapshot.state is State.STOPPED:
+            raise Conflict(f"cannot start server '{name}': it was stopped meanwhile")
+        location = {"Location": f"/api/servers/{name}"}
+        if not settled:
+            return _json(self._model(snapshot), HTTPStatus.ACCEPTED, location | _RETRY_AFTER)
+        return _json(self._model(snapshot), HTTPStatus.CREATED if reply.created else HTTPStatus.OK, location)
+
+    def _stop(self, path: ServerPath, query: StopQuery, event: Event) -> Answer:
+        name = ServerName(path.name)
+        wait = self._services.stop_wait if query.wait is None else query.wait
+        with self._keeper.watch(name) as watch:
+            if query.force:
+                self._keeper.ask(Order(name, Event.KILL))
+            first = _reply(self._keeper.ask(Order(name, event))).snapshot
+            snapshot, ended = watch.until(
+                lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
+            )
+        if snapshot.goal in {Goal.UP, Goal.AGAIN}:
+            raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
+        return _json(self._model(snapshot), HTTPStatus.OK if ended else HTTPStatus.ACCEPTED, {} if ended else _RETRY_AFTER)
+
+    def _find(self, name: ServerName) -> Snapshot:
+        snapshot = self._keeper.get(name)
+        if snapshot is None:
+            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
+        return snapshot
+
+    def _is_live(self, name: ServerName) -> bool:
+        snapshot = self._keeper.get(name)
+        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state is State.BACKOFF)
+
+    def _model(self, snapshot: Snapshot) -> Server:
+        endpoint = snapshot.endpoint
+        return server_model(snapshot, None if endpoint is None else self._lab_url(snapshot, endpoint))
+
+    def _lab_url(self, snapshot: Snapshot, endpoint: Endpoint) -> str:
+        """Make a link that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
+        host = self._services.advertised_host
+        if host is None:
+            bound = endpoint.hostname
+            host = _host_of_request() if bound in _WILDCARDS else bound
+        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+        scheme = "https" if endpoint.secure else "http"
+        page = endpoint.base_url.rstrip("/") + snapshot.spec.default_url
+        return f"{scheme}://{host}:{endpoint.port}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One line of the API."""
+
+    method: str
+    path: str
+    access: Access
+    handler: Callable[..., Answer | Response]
+    tag: str
+    answers: dict[int, type[BaseModel] | str]
+    """The model or the media type of each good answer."""
+    problems: tuple[int, ...] = field(default=())
+
+
+_START: Final = (404, 409, 429, 502, 503, 504)
+ROUTES: Final = (
+    Route("POST", "/api/servers", Access.TOKEN, Api.create_server, "servers", {201: Server, 200: Server, 202: Server},
+          (400, 409, 413, 415, 429, 502, 503, 504)),
+    Route("GET", "/api/servers", Access.TOKEN, Api.list_servers, "servers", {200: ServerList}),
+    Route("GET", "/api/servers/<name>", Access.TOKEN, Api.get_server, "servers", {200: Server}, (404,)),
+    Route("DELETE", "/api/servers/<name>", Access.TOKEN, Api.delete_server, "servers", {200: Server, 202: Server},
+          (404, 409, 503)),
+    Route("POST", "/api/servers/<name>/stop", Access.TOKEN, Api.stop_server, "servers", {200: Server, 202: Server},
+          (400, 404, 409, 413, 415, 503)),
+    Route("POST", "/api/servers/<name>/start", Access.TOKEN, Api.start_server, "servers",
+          {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
+    Route("POST", "/api/servers/<name>/restart", Access.TOKEN, Api.restart_server, "servers",
+          {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
+    Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404,)),
+    Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
+          (404, 409, 503, 504)),
+    Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
+    Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
+    Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),
+)  # fmt: skip
+
+RULES: Final[dict[str | None, Access]] = {route.handler.__name__: route.access for route in ROUTES}
+"""The rule of each endpoint. The API document and its page are public and stand beside the table."""
+
+
+def install(app: OpenAPI, api: Api) -> None:
+    """Put the table into an application."""
+    tags = {
+        "servers": Tag(name="servers", description="JupyterLab servers"),
+        "keeper": Tag(name="keeper", description="This service"),
+    }
+    for route in ROUTES:
+        refusals = (422, 500, *((401,) if route.access is Access.TOKEN else ()), *route.problems)
+        answers: dict[Any, Any] = {status: _answer_doc(what) for status, what in route.answers.items()}
+        answers |= {status: {"content": {problems.MEDIA_TYPE: _PROBLEM_SCHEMA}} for status in refusals}
+        security: list[dict[str, list[Any]]] = [{"token": []}] if route.access is Access.TOKEN else []
+        decorate = getattr(app, route.method.lower())(
+            route.path,
+            tags=[tags[route.tag]],
+            operation_id=route.handler.__name__,
+            responses=answers,
+            security=security,
+            endpoint=route.handler.__name__,
+        )
+        decorate(_plain(getattr(api, route.handler.__name__)))
+
+
+def _plain(method: Callable[..., Answer | Response]) -> Callable[..., Answer | Response]:
+    """Make a function of a bound method: the OpenAPI layer sets attributes on what it is given."""
+
+    @functools.wraps(method)
+    def call(**given: Any) -> Answer | Response:
+        return method(**given)
+
+    return call
+
+
+_PROBLEM_SCHEMA: Final = {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}
+
+
+def _answer_doc(what: type[BaseModel] | str) -> type[BaseModel] | dict[str, Any]:
+    return {"content": {what: {"schema": {"type": "string"}}}} if isinstance(what, str) else what
+
+
+def _is_settled(snapshot: Snapshot) -> bool:
+    return snapshot.state in _SETTLED
+
+
+_T = TypeVar("_T")
+
+
+def _reply(reply: _T | None) -> _T:
+    if reply is None:
+        raise TypeError("a command was not answered")
+    return reply
+
+
+def _json(model: BaseModel, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
+    return model.model_dump(mode="json"), int(status), headers or {}
+
+
+def _matches(snapshot: Snapshot, query: ListQuery) -> bool:
+    if query.state and snapshot.state not in query.state:
+        return False
+    for wanted in query.label:
+        key, is_pair, value = wanted.partition("=")
+        if key not in snapshot.spec.labels or (is_pair and snapshot.spec.labels[key] != value):
+            return False
+    return True
+
+
+def _encode_cursor(name: ServerName) -> str:
+    return base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str) -> str:
+    try:
+        name = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, UnicodeError, ValueError):
+        raise invalid("cursor", "must be the `next` of a page before") from None
+    return name
+
+
+def _stream(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
+    """Send lines in pieces; an empty text means that nothing new is there, and is the time to see whether the caller still is."""
+    waiting: list[str] = []
+    size = 0
+    for line in lines:
+        if line:
+            waiting.append(line)
+            size += len(line)
+        if waiting and (not line or size > _CHUNK):
+            yield "".join(waiting)
+            waiting, size = [], 0
+        if not line and gone():
+            return
+    yield "".join(waiting)
+
+
+def _host_of_request() -> str:
+    """Give the host name by which the caller reached us, without its port; loopback when it is not fit for a link."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d+)?", request.host)
+    return found[1] if found else "127.0.0.1"

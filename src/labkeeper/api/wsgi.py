@@ -1,0 +1,104 @@
+"""The WSGI server around the application: waitress, in one thread of this process, with problems as its own answers too.
+
+Waitress reads requests without a thread for each, so slow callers cost nothing; a thread is held only while an answer is made.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from typing import Any, Final
+
+import waitress
+from flask import Flask
+from waitress import wasyncore
+from waitress.channel import HTTPChannel
+from waitress.parser import HTTPRequestParser
+from waitress.task import ErrorTask
+from waitress.utilities import RequestEntityTooLarge
+
+from labkeeper.api.problems import MEDIA_TYPE
+
+_CONNECTIONS: Final = 2000
+_HEADER_LIMIT: Final = 64 * 1024
+_DRAIN_LIMIT: Final = 256 * 1024 * 1024
+"""Bytes of an oversized body that are read and thrown away, so that its sender lives to read the answer."""
+
+
+class WsgiServer:
+    """Serves an application on a listening socket until it is closed."""
+
+    def __init__(self, app: Flask, listener: socket.socket, *, threads: int, max_body: int) -> None:
+        self._map: dict[int, Any] = {}
+        self._server = waitress.create_server(
+            app,
+            map=self._map,
+            sockets=[listener],
+            threads=threads,
+            max_request_body_size=max_body + 1,
+            max_request_header_size=_HEADER_LIMIT,
+            connection_limit=_CONNECTIONS,
+            backlog=512,
+            # Lets a stream notice that its reader has gone.
+            channel_request_lookahead=1,
+            asyncore_use_poll=True,
+            clear_untrusted_proxy_headers=True,
+            ident=None,
+        )
+        self._server.channel_class = _Channel
+        self._thread = threading.Thread(target=self._server.run, name="wsgi", daemon=True)
+
+    def start(self) -> None:
+        """Begin to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Close every connection, and end all threads."""
+        # What belongs to the loop may be closed in the loop's own thread only.
+        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._map))
+        self._thread.join()
+        self._server.task_dispatcher.shutdown()
+
+
+class _Parser(HTTPRequestParser):
+    """Reads an oversized body to its end and keeps nothing of it: a caller that is cut off while it sends sees no answer."""
+
+    _left = 0
+
+    def received(self, data: bytes) -> int:
+        """Take bytes; give how many."""
+        if self._left:
+            taken = min(len(data), self._left)
+            self._left -= taken
+            self.completed = self._left == 0
+            return taken
+        consumed: int = super().received(data)
+        if isinstance(self.error, RequestEntityTooLarge) and not self.expect_continue and self.content_length < _DRAIN_LIMIT:
+            self._left = self.content_length
+            self.completed = self._left == 0
+        return consumed
+
+
+class _Problem(ErrorTask):
+    """Answers what waitress itself refuses (a broken request line, an oversized body) as the application would."""
+
+    def execute(self) -> None:
+        """Write the answer."""
+        error = self.request.error
+        code = error.reason.lower().replace(" ", "_")
+        detail = f"cannot take the request: {error.body.removeprefix('exceeds ') if error.code == 400 else error.reason}"  # noqa: PLR2004
+        if isinstance(error, RequestEntityTooLarge):
+            detail = f"cannot take the request: body must be at most {self.channel.server.adj.max_request_body_size - 1} bytes"
+        members = {"type": f"urn:labkeeper:problem:{code}", "title": error.reason, "status": error.code, "detail": detail}
+        body = json.dumps({**members, "code": code, "request_id": ""}).encode()
+        self.status = f"{error.code} {error.reason}"
+        self.response_headers.append(("Content-Type", MEDIA_TYPE))
+        self.set_close_on_finish()
+        self.content_length = len(body)
+        self.write(body)
+
+
+class _Channel(HTTPChannel):
+    parser_class = _Parser
+    error_task_class = _Problem
