@@ -1,0 +1,280 @@
+"""The composition root: settings -> store, backend, fleet, application; then signals, and an orderly end."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+import structlog
+from pydantic import BaseModel, ValidationError
+
+from labkeeper import logs, settings
+from labkeeper.api.app import Services, create_app
+from labkeeper.api.requests import Defaults
+from labkeeper.api.wsgi import WsgiServer
+from labkeeper.backends.local import LocalBackend
+from labkeeper.client import Client
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import LabkeeperError, SettingsError
+from labkeeper.core.fleet import Fleet
+from labkeeper.files import write_private
+from labkeeper.jupyter import JupyterClient
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.settings import Settings
+from labkeeper.store import SqliteStore
+
+_MARGIN: Final = 5.0
+"""Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
+_WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+_log = structlog.get_logger("labkeeper.serve")
+
+
+def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print) -> int:
+    """Run a keeper until SIGTERM or SIGINT, and stop its servers; give the exit code.
+
+    With `first`, the server named `default` is started too. `announce` gets lines for the person at the terminal. Raises
+    SettingsError, StoreError.
+    """
+    logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
+    with ExitStack() as stack:
+        ended = stack.enter_context(_signals())
+        _make_private(chosen.state_dir)
+        stack.enter_context(_only_keeper(chosen.state_dir))
+        token = _token(chosen)
+        listener = stack.enter_context(_listen(chosen.host, chosen.port))
+        url = _url_of(listener)
+        keeper = _assemble(chosen, token, listener, stack)
+        stack.enter_context(_address(chosen.state_dir, url))
+        announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
+        _warn(chosen, announce)
+        if first:
+            threading.Thread(target=_start_first, args=(url, token, announce, ended), daemon=True).start()
+        _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
+        ended.wait()
+        return _stop(keeper, chosen, announce)
+
+
+def read_address(state_dir: Path) -> str | None:
+    """Give the URL of the keeper that runs over a state directory, or last did; None when there never was one."""
+    try:
+        return _Address.model_validate_json(_address_path(state_dir).read_bytes()).url
+    except (OSError, ValidationError):
+        return None
+
+
+def read_token(state_dir: Path) -> str | None:
+    """Give the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
+    try:
+        return _token_path(state_dir).read_text(encoding="ascii").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stack: ExitStack) -> Keeper:
+    """Build everything, in the order in which it is closed backwards; it serves when this returns."""
+    policy = Policy(
+        start_timeout=chosen.start_timeout,
+        stop_grace=chosen.stop_grace,
+        kill_wait=chosen.kill_wait,
+        hung_after=chosen.hung_after,
+        max_servers=chosen.max_servers,
+    )
+    store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
+    stack.callback(store.close)
+    jupyter = JupyterClient()
+    stack.callback(jupyter.close)
+    inbox, board = Inbox(), Board()
+    lanes = LanePool(inbox.hear)
+    backend = LocalBackend(
+        inbox.hear,
+        python=chosen.jupyter_python,
+        runtime_dir=chosen.rooms,
+        log_dir=chosen.state_dir / "logs",
+        client=jupyter,
+        log_max_bytes=chosen.log_max_bytes,
+    )
+    fleet = Fleet(
+        backend=backend,
+        store=store,
+        lanes=lanes,
+        clock=SystemClock(),
+        policy=policy,
+        listeners=(board, logs.ChangeLog()),
+    )
+    keeper = Keeper(fleet, inbox, lanes, board)
+    keeper.start()
+    stack.callback(keeper.close)
+    # Its threads report to the keeper, so they end before it does.
+    stack.callback(backend.close)
+    end = chosen.stop_grace + chosen.kill_wait + _MARGIN
+    services = Services(
+        keeper=keeper,
+        backend=backend,
+        probe=jupyter,
+        defaults=Defaults(chosen.notebook_dir, chosen.lab_ip, chosen.lab_port),
+        version=version("labkeeper"),
+        token=token,
+        advertised_host=chosen.advertised_host,
+        start_wait=chosen.start_timeout + end,
+        stop_wait=end,
+        max_body=chosen.max_body,
+    )
+    server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body)
+    server.start()
+    stack.callback(server.close)
+    return keeper
+
+
+def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
+    """Stop all servers; the API goes on answering meanwhile."""
+    count = len([s for s in keeper.all() if s.endpoint is not None])
+    if count:
+        announce(f"stopping {count} server{'s' if count > 1 else ''} ...")
+    if keeper.stop_all(within=chosen.stop_grace + chosen.kill_wait + _MARGIN):
+        _log.info("keeper ends; no server is left")
+        return 0
+    left = sorted(s.name for s in keeper.all() if s.state not in {"stopped", "failed"})
+    _log.error("keeper ends, but servers may be left", servers=left)
+    announce(f"could not prove the end of: {', '.join(left)}")
+    return 1
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Turn the signals that ask us to end into an event."""
+    ended = threading.Event()
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        ended.set()
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield ended
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _make_private(directory: Path) -> None:
+    """Make the state directory; one that was there and is not empty keeps its mode: every secret in it is private by itself."""
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(directory.iterdir()):
+            directory.chmod(0o700)
+    except OSError as error:
+        raise SettingsError(f"cannot use the state directory {directory}: {error.strerror}") from error
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise SettingsError(f"cannot use the state directory {directory}: it is not writable")
+
+
+@contextmanager
+def _only_keeper(directory: Path) -> Iterator[None]:
+    """Hold the lock of a state directory. The kernel drops it with the process, so none is ever stale."""
+    path = directory / "keeper.lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
+            raise SettingsError(
+                f"another keeper (pid {holder}) runs on the state directory {directory}; "
+                "stop it, or choose another LABKEEPER_STATE_DIR"
+            ) from None
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _token(chosen: Settings) -> str | None:
+    """Give the API token: the one that was set, or the one in the state directory, made now if need be."""
+    if chosen.auth == "none":
+        return None
+    if chosen.token is not None:
+        return chosen.token.get_secret_value()
+    known = read_token(chosen.state_dir)
+    if known is not None:
+        return known
+    made = secrets.token_urlsafe(32)
+    write_private(_token_path(chosen.state_dir), made + "\n")
+    return made
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another LABKEEPER_HOST or LABKEEPER_PORT"
+        ) from error
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = _WILDCARDS.get(host, host)
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class _Address(BaseModel):
+    """`keeper.json`: where the command line finds the keeper of this machine."""
+
+    url: str
+    pid: int
+
+
+@contextmanager
+def _address(state_dir: Path, url: str) -> Iterator[None]:
+    path = _address_path(state_dir)
+    write_private(path, json.dumps({"url": url, "pid": os.getpid()}))
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _address_path(state_dir: Path) -> Path:
+    return state_dir / "keeper.json"
+
+
+def _token_path(state_dir: Path) -> Path:
+    return state_dir / "token"
+
+
+def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
+    if chosen.auth == "none":
+        where = f"{chosen.host} port {chosen.port}"
+        text = f"access control is OFF (LABKEEPER_AUTH=none): whoever reaches {where} can run code as this user"
+        announce(f"WARNING: {text}")
+        _log.warning(text)
+    for name in settings.unknown_variables():
+        _log.warning("unknown setting in the environment; it has no effect", variable=name)
+
+
+def _start_first(url: str, token: str | None, announce: Callable[[str], None], ended: threading.Event) -> None:
+    """Start the default server through our own API, as any caller would."""
+    announce("starting JupyterLab ...")
+    try:
+        with Client(url, token=token) as client:
+            announce(f"JupyterLab is ready: {client.create().lab_url}")
+    except LabkeeperError as error:
+        if not ended.is_set():
+            announce(f"no first server: {error.message}")
+            for line in error.details.get("log_tail", ()):
+                announce(f"  {line}")
+    announce("Ctrl-C stops everything.")
