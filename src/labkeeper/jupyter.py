@@ -201,11 +201,11 @@ class JupyterClient:
         """Whether it knows its token: `GET api/me` needs one and touches no gateway."""
         return self._ok(endpoint, "api/me", token=True)
 
-    def kernels(self, endpoint: Endpoint) -> list[Kernel]:
+    def kernels(self, endpoint: Endpoint, *, timeout: float | None = None) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
         what = f"cannot list the kernels of the server on port {endpoint.port}"
         try:
-            answer = self._request("GET", endpoint, "api/kernels?no_track_activity=1")
+            answer = self._request("GET", endpoint, "api/kernels?no_track_activity=1", timeout=timeout)
             answer.raise_for_status()
             found = _KERNELS.validate_json(answer.content)
         except httpx.TimeoutException as error:
@@ -245,6 +245,14 @@ def url_of(endpoint: Endpoint, host: str | None = None) -> str:
         host = f"[{host}]"
     scheme = "https" if endpoint.secure else "http"
     return f"{scheme}://{host}:{endpoint.port}{endpoint.base_url}"
+
+
+_STARTED: Final = re.compile(r"started kernel: ([0-9a-f]{8}-[0-9a-f-]{27})")
+
+
+def started_kernels(log: Sequence[str]) -> tuple[str, ...]:
+    """Name the kernels that a server with a gateway says in its log to have started; some may have ended since."""
+    return tuple(dict.fromkeys(found[1] for line in log if (found := _STARTED.search(line))))
 
 
 _CAUSES: Final = (

@@ -102,6 +102,11 @@ class _Run:
     over: threading.Event = field(default_factory=threading.Event)
     """Set when its end was reported, or this backend was closed."""
 
+    def escalate(self, method: StopMethod) -> None:
+        """Note what is used to end it; a gentler way that was slow does not take back a harder one."""
+        order = list(StopMethod)
+        self.method = max(self.method, method, key=order.index)
+
 
 class LocalBackend:
     """Runs each server by executing `jupyter-lab`; see `core.ports.Backend` for the laws."""
@@ -161,7 +166,7 @@ class LocalBackend:
             self._end_unattended(name, launch)
             return
         run.known.update(run.process.descendants())
-        run.method = StopMethod.SIGKILL
+        run.escalate(StopMethod.SIGKILL)
         run.process.send(signal.SIGKILL)
 
     def observe(self, name: ServerName, launch: int) -> Fact:
@@ -269,29 +274,30 @@ class LocalBackend:
 
     def _attendant(self, run: _Run) -> None:
         try:
-            endpoint = self._until_ready(run)
-            if endpoint is not None:
-                run.endpoint = endpoint
-                with contextlib.suppress(OSError):  # Only a keeper that crashes on a full disk misses it.
-                    self._write_record(run)
-                self._say(run, Ready(endpoint))
-            while not wait_until_ended(run.process, or_readable=self._wake, timeout=_ROTATE_EVERY):
-                if self._closed.is_set():
-                    _let_go(run.child)
-                    return
-                self._logfile(run.name).rotate()
-            was_ready = run.endpoint is not None
-            end = _exit_of(run.child) if run.child is not None else _exit_unseen(run, was_ready=was_ready)
-            fact: Fact = self._bury(run, end, was_ready=was_ready)
+            self._watch(run)
         except BackendError as error:
-            fact = Unreachable(error.message)
+            self._say(run, Unreachable(error.message))
         finally:
             if run.hold is not None:
                 run.hold.close()
             if self._runs.get(run.name) is run:
                 del self._runs[run.name]
             run.over.set()
-        self._say(run, fact)
+
+    def _watch(self, run: _Run) -> None:
+        run.endpoint = self._until_ready(run)
+        if run.endpoint is not None:
+            with contextlib.suppress(OSError):  # Only a keeper that crashes on a full disk misses it.
+                self._write_record(run)
+            self._say(run, Ready(run.endpoint))
+        while not wait_until_ended(run.process, or_readable=self._wake, timeout=_ROTATE_EVERY):
+            if self._closed.is_set():
+                _let_go(run.child)
+                return
+            self._logfile(run.name).rotate()
+        was_ready = run.endpoint is not None
+        end = _exit_of(run.child) if run.child is not None else _exit_unseen(run, was_ready=was_ready)
+        self._say(run, self._bury(run, end, was_ready=was_ready))
 
     def _until_ready(self, run: _Run) -> Endpoint | None:
         """Wait until it answers as itself; None when it ended before, or we are closing."""
@@ -314,15 +320,16 @@ class LocalBackend:
             pause = min(pause * 1.2, slowest)
 
     def _ask_to_end(self, run: _Run, patience: float) -> None:
-        begun = time.monotonic()
+        until = time.monotonic() + patience
         if run.endpoint is not None:
             with contextlib.suppress(BackendError):
-                run.kernels = tuple(kernel.id for kernel in self._client.kernels(run.endpoint))
-            run.method = StopMethod.SHUTDOWN
-            if self._client.shutdown(run.endpoint, timeout=patience):
-                run.over.wait(max(0.0, patience - (time.monotonic() - begun)))
-        if not run.over.is_set() and run.process.alive() and run.method is not StopMethod.SIGKILL:
-            run.method = StopMethod.SIGTERM
+                listed = self._client.kernels(run.endpoint, timeout=patience / 2)
+                run.kernels = tuple(kernel.id for kernel in listed)
+            run.escalate(StopMethod.SHUTDOWN)
+            if self._client.shutdown(run.endpoint, timeout=until - time.monotonic()):
+                run.over.wait(max(0.0, until - time.monotonic()))
+        if not run.over.is_set() and run.process.alive():
+            run.escalate(StopMethod.SIGTERM)
             run.process.send(signal.SIGTERM)
 
     def _bury(self, run: _Run, end: Exit, *, was_ready: bool) -> Ended:
@@ -335,8 +342,11 @@ class LocalBackend:
             kind, line = jupyter.cause_of(end, tail)
             what = "server '{}' ended" if was_ready else "cannot start server '{}': JupyterLab ended before it was ready"
             failure = Failure(kind, f"{what.format(run.name)} ({end})" + (f": {line}" if line else ""), end, tail)
-        left = run.kernels if run.gateway and not end.clean else ()
-        stopped = tuple(kernel for kernel in run.kernels if kernel not in left)
+        left: tuple[str, ...] = ()
+        if run.gateway and not end.clean:
+            # A server whose gateway hangs cannot list its kernels, but it has logged them.
+            left = run.kernels or jupyter.started_kernels(self.log(run.name, None))
+        stopped = () if left else run.kernels
         shutil.rmtree(run.room, ignore_errors=True)
         return Ended(end, run.method, stopped, left, failure)
 
