@@ -1,0 +1,278 @@
+"""What every backend must do, as tests: the laws of `core.ports.Backend` in executable form. Needs pytest.
+
+To hold a backend to it, give its rig:
+
+    class TestMyBackend(BackendContract):
+        @pytest.fixture
+        def rig(self, tmp_path):
+            return MyRig(tmp_path)      # implements Rig
+
+Nothing here sleeps in order to wait: each test waits for a report, at most `Rig.patience` seconds. A server is started
+eleven times in all.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol, TypeVar
+
+import pytest
+
+from labkeeper.core.errors import BackendRefused
+from labkeeper.core.model import (
+    Ended,
+    Endpoint,
+    Fact,
+    Gone,
+    Ready,
+    Report,
+    Seen,
+    ServerName,
+    ServerSpec,
+    StopMethod,
+)
+from labkeeper.core.ports import Backend
+
+_FENCE: Final = 1_000_000
+"""A launch number that no test gives to a server."""
+_F = TypeVar("_F", bound=Fact)
+
+
+class Rig(Protocol):
+    """What the contract needs of an implementation: a world for its backends, and hands outside of them."""
+
+    @property
+    def patience(self) -> float:
+        """Seconds to wait for a report before a test fails; be generous."""
+
+    def backend(self, report: Callable[[Report], None]) -> Backend:
+        """Make a backend. A second call makes a second one over the same world, as a keeper does after a crash."""
+
+    def abandon(self, backend: Backend) -> None:
+        """Let a backend do and report nothing any more, as if its keeper had crashed; its servers live on."""
+
+    def spec(self) -> ServerSpec:
+        """Give a spec that can be launched; the same name each time."""
+
+    def refused(self) -> ServerSpec:
+        """Give a spec whose launch is refused."""
+
+    def strike(self, endpoint: Endpoint) -> None:
+        """End the main process of a server from outside, as by `kill -9`; return when it is dead."""
+
+    def exists(self, endpoint: Endpoint) -> bool:
+        """Say whether the main process of a server exists; one that waits to be reaped does not."""
+
+
+class Stage:
+    """One backend of a rig at a time, and the reports that it gave."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.spec = rig.spec()
+        self._reports: queue.SimpleQueue[Report] = queue.SimpleQueue()
+        self.backend = rig.backend(self._reports.put)
+        self._crashed = False
+
+    @property
+    def name(self) -> ServerName:
+        """The name of the server on this stage."""
+        return self.spec.name
+
+    def crash(self) -> None:
+        """Crash the keeper."""
+        if not self._crashed:
+            self._crashed = True
+            self.rig.abandon(self.backend)
+
+    def succeed(self) -> Backend:
+        """Put a second backend over the same world in the place of the first, whose keeper has crashed."""
+        self.crash()
+        self._reports, self._crashed = queue.SimpleQueue(), False
+        self.backend = self.rig.backend(self._reports.put)
+        return self.backend
+
+    def launch(self, launch: int = 1) -> Endpoint:
+        """Launch the server, and wait until it is ready."""
+        self.backend.launch(self.spec, launch)
+        return self.wait(Ready, launch).endpoint
+
+    def wait(self, kind: type[_F], launch: int) -> _F:
+        """Wait for the next report, which must be of this kind and launch."""
+        try:
+            report = self._reports.get(timeout=self.rig.patience)
+        except queue.Empty:
+            raise AssertionError(f"no {kind.__name__} was reported in {self.rig.patience:g} s") from None
+        assert isinstance(report.fact, kind), f"{kind.__name__} was due, but {report} came"
+        assert (report.name, report.launch) == (self.name, launch), f"not of launch {launch}: {report}"
+        return report.fact
+
+    def quiet(self) -> None:
+        """Prove that no report was under way: what is asked of nothing is answered, and nothing comes before it."""
+        self.backend.kill(self.name, _FENCE)
+        self.wait(Ended, _FENCE)
+
+    def clear(self) -> None:
+        """Leave nothing behind."""
+        until = time.monotonic() + self.rig.patience
+        try:
+            self.backend.kill(self.name, _FENCE)
+            # Of what lives, the end is reported under the number of its launch; of nothing, under this one.
+            while not isinstance(self._reports.get(timeout=max(0.0, until - time.monotonic())).fact, Ended):
+                pass
+            self.backend.forget(self.name)
+        finally:
+            self.crash()
+
+
+class BackendContract:
+    """The laws; a subclass gives the fixture `rig`."""
+
+    @pytest.fixture
+    def rig(self) -> Rig:
+        """Give the implementation under test."""
+        raise NotImplementedError
+
+    @pytest.fixture
+    def stage(self, rig: Rig) -> Iterator[Stage]:
+        """Give a backend without servers."""
+        stage = Stage(rig)
+        yield stage
+        stage.clear()
+
+    def test_launch_makes_a_server_ready(self, stage: Stage) -> None:
+        """A launch is followed by one Ready, whose endpoint is that of a process that exists and can be observed."""
+        endpoint = stage.launch()
+        assert stage.rig.exists(endpoint)
+        assert endpoint.base_url == stage.spec.base_url
+        assert endpoint.notebook_dir == stage.spec.root_dir
+        assert endpoint.url.endswith(endpoint.base_url)
+        assert endpoint.token
+        assert endpoint.port > 0
+        assert stage.backend.observe(stage.name, 1) == Seen(answers=True)
+
+    def test_launch_is_idempotent(self, stage: Stage) -> None:
+        """A launch that is asked for twice makes one process, and has one end."""
+        endpoint = stage.launch()
+        stage.backend.launch(stage.spec, 1)
+        assert stage.rig.exists(endpoint)
+        stage.backend.kill(stage.name, 1)
+        stage.wait(Ended, 1)
+        assert not stage.rig.exists(endpoint)
+        stage.quiet()
+
+    def test_a_new_launch_ends_the_earlier_one_first(self, stage: Stage) -> None:
+        """A launch with a higher number ends what an earlier one left, and reports that end before its own Ready."""
+        first = stage.launch(1)
+        stage.backend.launch(stage.spec, 2)
+        stage.wait(Ended, 1)
+        assert not stage.rig.exists(first)
+        second = stage.wait(Ready, 2).endpoint
+        assert second.pid != first.pid
+        assert stage.rig.exists(second)
+
+    def test_terminate_ends_it_in_good_order(self, stage: Stage) -> None:
+        """After terminate exactly one Ended follows: in good order, with the means used, and nothing is left."""
+        endpoint = stage.launch()
+        stage.backend.terminate(stage.name, 1, stage.rig.patience)
+        ended = stage.wait(Ended, 1)
+        assert ended.exit.clean
+        assert ended.failure is None
+        assert ended.method in {StopMethod.SHUTDOWN, StopMethod.SIGTERM}
+        assert not stage.rig.exists(endpoint)
+        stage.quiet()
+
+    def test_kill_ends_it_at_once(self, stage: Stage) -> None:
+        """After kill exactly one Ended follows, and nothing is left."""
+        endpoint = stage.launch()
+        stage.backend.kill(stage.name, 1)
+        ended = stage.wait(Ended, 1)
+        assert ended.method is StopMethod.SIGKILL
+        assert not ended.exit.clean
+        assert not stage.rig.exists(endpoint)
+        stage.quiet()
+
+    def test_ending_nothing_ends(self, stage: Stage) -> None:
+        """After terminate or kill an Ended follows also when nothing existed."""
+        stage.backend.terminate(stage.name, 3, 1.0)
+        assert stage.wait(Ended, 3).method is StopMethod.NONE
+        stage.backend.kill(stage.name, 4)
+        assert stage.wait(Ended, 4).method is StopMethod.NONE
+
+    def test_nothing_is_observed_as_gone(self, stage: Stage) -> None:
+        """An observation of what never was answers Gone, and sets off no report."""
+        assert stage.backend.observe(stage.name, 1) == Gone()
+        stage.quiet()
+
+    def test_death_from_outside_is_reported(self, stage: Stage) -> None:
+        """A server that is killed from outside has exactly one Ended: with a cause, and not of our doing."""
+        endpoint = stage.launch()
+        stage.rig.strike(endpoint)
+        ended = stage.wait(Ended, 1)
+        assert not ended.exit.clean
+        assert ended.method is StopMethod.NONE
+        assert ended.failure is not None
+        assert ended.failure.exit == ended.exit
+        stage.quiet()
+        assert not isinstance(stage.backend.observe(stage.name, 1), Seen)
+
+    def test_a_second_backend_takes_over(self, stage: Stage) -> None:
+        """After a second backend has answered Seen, it reports Ready once more, the same process, and later its end."""
+        endpoint = stage.launch()
+        successor = stage.succeed()
+        assert isinstance(successor.observe(stage.name, 1), Seen)
+        assert stage.wait(Ready, 1).endpoint.pid == endpoint.pid
+        assert stage.rig.exists(endpoint)
+        successor.terminate(stage.name, 1, stage.rig.patience)
+        stage.wait(Ended, 1)
+        assert not stage.rig.exists(endpoint)
+        stage.quiet()
+
+    def test_a_death_between_two_backends_is_found(self, stage: Stage) -> None:
+        """Of a server that died unwatched an observation tells the end, or Gone; of another launch of it, Gone."""
+        endpoint = stage.launch()
+        stage.crash()
+        stage.rig.strike(endpoint)
+        successor = stage.succeed()
+        found = successor.observe(stage.name, 1)
+        assert isinstance(found, Ended | Gone)
+        assert not (isinstance(found, Ended) and found.exit.clean)
+        assert successor.observe(stage.name, 2) == Gone()
+        stage.quiet()
+
+    def test_the_log_outlives_the_server(self, stage: Stage) -> None:
+        """The log is there after the end, to read and to follow; to forget it is idempotent and leaves none."""
+        endpoint = stage.launch()
+        stage.backend.kill(stage.name, 1)
+        stage.wait(Ended, 1)
+        lines = list(stage.backend.log(stage.name, None))
+        assert lines
+        assert not any(line.endswith("\n") for line in lines)
+        assert not any(endpoint.token in line for line in lines)
+        assert list(stage.backend.log(stage.name, 1)) == lines[-1:]
+        followed = list(stage.backend.follow(stage.name, None, lambda: False))
+        assert [line for line in followed if line] == [f"{line}\n" for line in lines]
+        stage.backend.forget(stage.name)
+        stage.backend.forget(stage.name)
+        assert not list(stage.backend.log(stage.name, None))
+
+    def test_following_ends_with_the_server(self, stage: Stage) -> None:
+        """Who follows a log gets "" while there is nothing new, and comes to an end when the server does."""
+        stage.launch()
+        lives = True
+        lines = stage.backend.follow(stage.name, 1, lambda: lives)
+        assert any(line == "" for line in lines)
+        stage.backend.kill(stage.name, 1)
+        stage.wait(Ended, 1)
+        lives = False
+        assert not any(line == "" for line in list(lines)[1:])
+
+    def test_a_refused_launch_leaves_nothing(self, stage: Stage) -> None:
+        """A launch that is refused starts nothing and reports nothing."""
+        spec = stage.rig.refused()
+        with pytest.raises(BackendRefused, match=r"^cannot "):
+            stage.backend.launch(spec, 1)
+        assert stage.backend.observe(spec.name, 1) == Gone()
+        stage.quiet()

@@ -1,0 +1,435 @@
+"""The core's ports in memory: a clock that jumps, a store, lanes run by hand, a backend without processes.
+
+A test steers the *world*: `World` is the machine, `FakeBackend` is what a keeper has on it. A second `FakeBackend` over
+the same world is a second keeper after the first one crashed.
+
+    world, store, clock = World(), MemoryStore(), FakeClock()
+    lanes = InlineLanes(lambda report: fleet.step(report))
+    backend = FakeBackend(lanes.hear, world)
+    fleet = Fleet(backend=backend, store=store, lanes=lanes, clock=clock, policy=Policy())
+    fleet.step(Create(a_spec("lab")))
+    lanes.run_all()
+    world.crash("lab", Exit(signal="SIGSEGV"))
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
+from labkeeper.core.lifecycle import State
+from labkeeper.core.model import (
+    Change,
+    Ended,
+    Endpoint,
+    Exit,
+    Fact,
+    Failure,
+    FailureClass,
+    Gone,
+    Ready,
+    Report,
+    Seen,
+    ServerName,
+    ServerSpec,
+    Snapshot,
+    StopMethod,
+)
+
+_FIRST_PID: Final = 1000
+_FIRST_PORT: Final = 49152
+
+
+def a_spec(name: str = "default", *, root_dir: str = "/notebooks", port: int | None = None) -> ServerSpec:
+    """Give a spec of which only the name matters."""
+    return ServerSpec(ServerName(name), root_dir, port=port)
+
+
+class FakeClock:
+    """A clock that jumps: it stands still until `advance`."""
+
+    def __init__(self, *, monotonic: float = 0.0, time: float = 1_000_000.0) -> None:
+        self._monotonic = monotonic
+        self._time = time
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+        return self._monotonic
+
+    def time(self) -> float:
+        """Seconds since the epoch."""
+        return self._time
+
+    def advance(self, seconds: float) -> None:
+        """Let `seconds` pass at once."""
+        self._monotonic += seconds
+        self._time += seconds
+
+
+class MemoryStore:
+    """A store that forgets with the test, and fails when told to."""
+
+    def __init__(self) -> None:
+        self.snapshots: dict[ServerName, Snapshot] = {}
+        self.failing = False
+        """While true every call raises StoreError."""
+
+    def load(self) -> list[Snapshot]:
+        """Give all servers."""
+        self._check("read")
+        return list(self.snapshots.values())
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Keep one server."""
+        self._check("write")
+        self.snapshots[snapshot.name] = snapshot
+
+    def forget(self, name: ServerName) -> None:
+        """Drop one server."""
+        self._check("write")
+        self.snapshots.pop(name, None)
+
+    def _check(self, what: str) -> None:
+        if self.failing:
+            raise StoreError(f"cannot {what} the store: it was told to fail")
+
+
+class InlineLanes:
+    """Queues jobs, and runs them when told to, in the caller's thread. Reports, also those to `hear`, go to `inbox`."""
+
+    def __init__(self, inbox: Callable[[Report], object]) -> None:
+        self._inbox = inbox
+        self._lanes: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(deque)
+        self._reports: deque[Report] = deque()
+
+    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
+        """Queue a job."""
+        self._lanes[name].append(job)
+
+    def hear(self, report: Report) -> None:
+        """Queue a report, as the inbox of a real keeper does; `deliver` hands it over."""
+        self._reports.append(report)
+
+    @property
+    def waiting(self) -> list[ServerName]:
+        """The names that have jobs in their lane."""
+        return [name for name, lane in self._lanes.items() if lane]
+
+    @property
+    def reports(self) -> tuple[Report, ...]:
+        """The reports that were not delivered yet."""
+        return tuple(self._reports)
+
+    def deliver(self) -> bool:
+        """Hand over the oldest report; say whether there was one."""
+        if not self._reports:
+            return False
+        self._inbox(self._reports.popleft())
+        return True
+
+    def run_next(self, name: ServerName | str) -> bool:
+        """Run the oldest job of one lane, and queue the report that it returns; say whether there was one."""
+        lane = self._lanes[ServerName(name)]
+        if not lane:
+            return False
+        report = lane.popleft()()
+        if report is not None:
+            self.hear(report)
+        return True
+
+    def run_all(self) -> None:
+        """Run jobs and deliver reports until neither is left."""
+        while self.deliver() or any(self.run_next(name) for name in self.waiting):
+            pass
+
+    def drop(self) -> None:
+        """Lose all jobs and reports, as a keeper does that crashes."""
+        self._lanes.clear()
+        self._reports.clear()
+
+
+class Recorder:
+    """A listener that remembers."""
+
+    def __init__(self) -> None:
+        self.changes: list[Change] = []
+
+    def changed(self, change: Change) -> None:
+        """Hear of one change."""
+        self.changes.append(change)
+
+    def states(self, name: ServerName | str) -> list[State]:
+        """Give the states that a server came to, in order, each stay once."""
+        states: list[State] = []
+        for change in self.changes:
+            if change.after.name == name and (not states or states[-1] is not change.after.state):
+                states.append(change.after.state)
+        return states
+
+
+@dataclass(slots=True)
+class Temper:
+    """How the processes under one name behave, and how well the machine answers about them."""
+
+    boots: bool = True
+    """Ready as soon as it is launched; else when the test calls `World.answer`."""
+    obeys: bool = True
+    """Ends when it is asked to; else only when it is told to."""
+    killable: bool = True
+    """Ends when it is told to; else only when the test lets it."""
+    refusal: BackendRefused | None = None
+    """Raised by each launch."""
+    reachable: bool = True
+    """While false every call raises BackendUnavailable, and does nothing."""
+    answers_lost: bool = False
+    """While true every call does its work, and then raises BackendUnavailable; nobody watches what it left."""
+
+
+@dataclass(slots=True, eq=False)
+class FakeProcess:
+    """One process in a world."""
+
+    spec: ServerSpec
+    launch: int
+    pid: int
+    port: int
+    answers: bool = False
+    method: StopMethod = StopMethod.NONE
+    """The last means that was used to end it."""
+    watcher: FakeBackend | None = None
+    watched_as: int = 0
+    """The launch number under which its watcher reports."""
+    greeted: bool = False
+    """Whether its watcher has been told that it is ready."""
+
+    @property
+    def name(self) -> ServerName:
+        """The name of its server."""
+        return self.spec.name
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it would answer."""
+        return Endpoint(
+            base_url=self.spec.base_url,
+            hostname=self.spec.ip,
+            notebook_dir=self.spec.root_dir,
+            password=False,
+            pid=self.pid,
+            port=self.port,
+            secure=False,
+            token=f"token-of-{self.pid}",
+            url=f"http://{self.spec.ip}:{self.port}{self.spec.base_url}",
+            version="0",
+            launched_by="fake",
+        )
+
+
+@dataclass(slots=True)
+class World:
+    """A machine: its processes, logs and memory of ends outlive any one backend. Any thread may use it."""
+
+    processes: list[FakeProcess] = field(default_factory=list)
+    """Those that live."""
+    launched: list[tuple[ServerName, int]] = field(default_factory=list)
+    """Each process that ever began: its name and launch number, in order."""
+    ends: dict[ServerName, tuple[int, Ended]] = field(default_factory=dict)
+    """How the last process under a name ended; empty it, and nobody knows."""
+    logs: dict[ServerName, list[str]] = field(default_factory=dict)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _tempers: dict[str, Temper] = field(default_factory=dict)
+    _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
+    _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
+
+    def temper(self, name: ServerName | str) -> Temper:
+        """Give the temper of a name, to be changed in place."""
+        return self._tempers.setdefault(name, Temper())
+
+    def living(self, name: ServerName | str) -> list[FakeProcess]:
+        """Give the processes under a name; more than one is a bug of whoever launched them."""
+        with self.lock:
+            return [process for process in self.processes if process.name == name]
+
+    def answer(self, name: ServerName | str) -> None:
+        """Let what lives under a name answer from now on."""
+        with self.lock:
+            for process in self.living(name):
+                process.answers = True
+                _greet(process)
+
+    def silence(self, name: ServerName | str) -> None:
+        """Let what lives under a name answer no more."""
+        with self.lock:
+            for process in self.living(name):
+                process.answers = False
+
+    def leave(self, name: ServerName | str) -> None:
+        """Let it end by itself in good order, as when its user shuts it down from inside."""
+        self.crash(name, Exit(code=0))
+
+    def crash(self, name: ServerName | str, end: Exit = Exit(signal="SIGKILL")) -> None:  # noqa: B008 - frozen
+        """Let what lives under a name end."""
+        for process in self.living(name):
+            self.end(process, end)
+
+    def begin(self, spec: ServerSpec, launch: int) -> FakeProcess:
+        """Start a process."""
+        with self.lock:
+            process = FakeProcess(spec, launch, next(self._pids), spec.port or next(self._ports))
+            self.processes.append(process)
+            self.launched.append((spec.name, launch))
+            self.ends.pop(spec.name, None)
+            self.write(spec.name, f"launch {launch} of server '{spec.name}', pid {process.pid}")
+            return process
+
+    def end(self, process: FakeProcess, end: Exit) -> None:
+        """End a process, and tell its watcher."""
+        with self.lock:
+            if process not in self.processes:
+                return
+            self.processes.remove(process)
+            self.write(process.name, f"pid {process.pid} ended: {end}")
+            ended = Ended(end, process.method, failure=self._cause(process, end))
+            self.ends[process.name] = (process.launch, ended)
+            if process.watcher is not None:
+                process.watcher.say(process.name, process.watched_as, ended)
+
+    def write(self, name: ServerName, line: str) -> None:
+        """Add a line to a server's log."""
+        self.logs.setdefault(name, []).append(line)
+
+    def _cause(self, process: FakeProcess, end: Exit) -> Failure | None:
+        if end.clean:
+            return None
+        kind = FailureClass.KILLED if end.signal else FailureClass.OTHER
+        return Failure(kind, f"server '{process.name}' ended ({end})", end, tuple(self.logs[process.name][-3:]))
+
+
+class FakeBackend:
+    """`core.ports.Backend` over a `World`; see there for the laws."""
+
+    def __init__(self, report: Callable[[Report], object], world: World | None = None) -> None:
+        self.world = World() if world is None else world
+        self._report: Callable[[Report], object] | None = report
+
+    def abandon(self) -> None:
+        """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
+        self._report = None
+
+    def say(self, name: ServerName, launch: int, fact: Fact) -> None:
+        """Report a fact; the world calls it for the processes that are watched from here."""
+        if self._report is not None:
+            self._report(Report(name, launch, fact))
+
+    def launch(self, spec: ServerSpec, launch: int) -> None:
+        """Start a process, unless this launch has one already; what an earlier launch left is ended first."""
+        with self.world.lock:
+            temper = self._reach(spec.name)
+            if temper.refusal is not None:
+                raise temper.refusal
+            process = self._clear(spec, launch) or self.world.begin(spec, launch)
+            if not temper.answers_lost:
+                self._watch(process, launch)
+            if temper.boots:
+                self.world.answer(spec.name)
+            self._lose(temper)
+
+    def terminate(self, name: ServerName, launch: int, grace: float) -> None:  # noqa: ARG002 - nothing here takes time
+        """Ask what lives under a name to end."""
+        with self.world.lock:
+            temper = self._reach(name)
+            self._end(name, launch, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
+            self._lose(temper)
+
+    def kill(self, name: ServerName, launch: int) -> None:
+        """End what lives under a name."""
+        with self.world.lock:
+            temper = self._reach(name)
+            self._end(name, launch, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
+            self._lose(temper)
+
+    def observe(self, name: ServerName, launch: int) -> Fact:
+        """Look for a process, and watch it from here on."""
+        with self.world.lock:
+            temper = self._reach(name)
+            self._lose(temper)
+            for process in self.world.living(name):
+                process.greeted = False
+                self._watch(process, launch)
+                return Seen(process.answers)
+            known, ended = self.world.ends.get(name, (None, None))
+            return ended if ended is not None and known == launch else Gone()
+
+    def forget(self, name: ServerName) -> None:
+        """Remove the log, and the memory of how it ended."""
+        with self.world.lock:
+            self.world.logs.pop(name, None)
+            self.world.ends.pop(name, None)
+
+    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+        """Give the last `tail` lines, or all."""
+        lines = self.world.logs.get(name, [])
+        return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
+
+    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+        """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
+        given = len(self.world.logs.get(name, [])) - len(self.log(name, tail))
+        more = True
+        while more:
+            # Asked before reading: what was written before the end is still read after it.
+            more = live()
+            lines = self.world.logs.get(name, [])[given:]
+            given += len(lines)
+            yield from (f"{line}\n" for line in lines)
+            if more:
+                yield ""
+
+    def _reach(self, name: ServerName) -> Temper:
+        temper = self.world.temper(name)
+        if not temper.reachable:
+            raise BackendUnavailable(f"cannot reach the machine of server '{name}': it was told not to answer")
+        return temper
+
+    def _lose(self, temper: Temper) -> None:
+        if temper.answers_lost:
+            raise BackendUnavailable("cannot say what came of it: the answer was lost, as told")
+
+    def _watch(self, process: FakeProcess, launch: int) -> None:
+        process.greeted = process.greeted and process.watcher is self
+        process.watcher, process.watched_as = self, launch
+        if process.answers:
+            _greet(process)
+
+    def _clear(self, spec: ServerSpec, launch: int) -> FakeProcess | None:
+        """End all of other launches; give the process of this one."""
+        for process in self.world.living(spec.name):
+            if process.launch == launch:
+                return process
+            if not self.world.temper(spec.name).killable:
+                why = f"launch {process.launch} of it cannot be ended"
+                raise BackendUnavailable(f"cannot start server '{spec.name}': {why}")
+            self._end(spec.name, process.watched_as, StopMethod.SIGKILL, Exit(signal="SIGKILL"))
+        return None
+
+    def _end(self, name: ServerName, launch: int, method: StopMethod, end: Exit | None) -> None:
+        """Use one means to end what lives under a name; it has worked where `end` says how."""
+        living = self.world.living(name)
+        if not living:
+            self.say(name, launch, Ended(Exit()))
+        for process in living:
+            process.method = method
+            process.watcher, process.watched_as = self, launch
+            if end is not None:
+                self.world.end(process, end)
+
+
+def _greet(process: FakeProcess) -> None:
+    """Report that a process is ready: once to each watcher, and once more after each observation."""
+    if process.watcher is not None and not process.greeted:
+        process.greeted = True
+        process.watcher.say(process.name, process.watched_as, Ready(process.endpoint))

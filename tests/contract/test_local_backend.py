@@ -1,0 +1,71 @@
+"""The local backend keeps the contract, with real JupyterLab servers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from harness import alive, free_port, until
+
+from labkeeper.backends.local import LocalBackend
+from labkeeper.core.model import ServerName, ServerSpec
+from labkeeper.jupyter import JupyterClient
+from labkeeper.testing.contract import BackendContract
+
+
+class LocalRig:
+    patience = 60.0
+
+    def __init__(self, base: Path):
+        self._base = base
+        self._clients = {}
+        (base / "notebooks").mkdir()
+
+    def backend(self, report):
+        client = JupyterClient()
+        backend = LocalBackend(
+            report,
+            python=Path(sys.executable),
+            runtime_dir=self._base / "run",
+            log_dir=self._base / "logs",
+            client=client,
+        )
+        self._clients[backend] = client
+        return backend
+
+    def abandon(self, backend):
+        backend.close()
+        self._clients.pop(backend).close()
+
+    def spec(self):
+        return ServerSpec(ServerName("contract"), str(self._base / "notebooks"), base_url="/some/where/", port=free_port())
+
+    def refused(self):
+        return ServerSpec(ServerName("refused"), "/no/such/directory")
+
+    def strike(self, endpoint):
+        os.kill(endpoint.pid, signal.SIGKILL)
+        until(lambda: not alive(endpoint.pid))
+
+    def exists(self, endpoint):
+        return alive(endpoint.pid)
+
+
+@pytest.fixture
+def _reaped():
+    """A keeper that crashed has no children any more; this process has, and reaps them."""
+    yield
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+
+
+@pytest.mark.usefixtures("_reaped")
+class TestLocalBackend(BackendContract):
+    @pytest.fixture
+    def rig(self, tmp_path):
+        return LocalRig(tmp_path)

@@ -1,0 +1,310 @@
+"""What the end-to-end tests share: a real keeper as a process of its own, a real gateway, and cells that are really run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import httpx
+import psutil
+import websocket
+
+PATIENCE = 60.0
+"""Seconds after which a condition counts as never met; generous, since machines are slow sometimes."""
+
+
+def until(condition, *, within=PATIENCE, what="condition"):
+    """Wait until `condition()` is true, and give what it gave."""
+    end = time.monotonic() + within
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < end, f"{what}: not met within {within} s"
+        time.sleep(0.02)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(port):
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+def processes_marked(room_prefix):
+    """Every live process that a server of this runtime directory started."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("LABKEEPER_SERVER", "").startswith(
+                str(room_prefix)
+            ):
+                found.append(process)
+    return found
+
+
+def servers_in(room_prefix):
+    """The pids of the JupyterLab servers among them: not their kernels, nor what extensions run for a moment."""
+    found = []
+    for process in processes_marked(room_prefix):
+        with contextlib.suppress(psutil.Error):
+            if any(piece.endswith("jupyter-lab") for piece in process.cmdline()[:2]):
+                found.append(process.pid)
+    return found
+
+
+def alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+class KeeperProcess:
+    """`labkeeper serve` as a user runs it, on directories and ports of its own."""
+
+    def __init__(self, base: Path, **settings):
+        self.base = base
+        self.state_dir = base / "state"
+        self.notebook_dir = base / "notebooks"
+        self.config_dir = base / "config"
+        self.log = base / "keeper.log"
+        for directory in (self.notebook_dir, self.config_dir):
+            directory.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.lab_port = free_port()
+        self.settings = settings
+        self.process = None
+        self.http = None
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def rooms(self):
+        return self.state_dir / "run"
+
+    @property
+    def environment(self):
+        ours = {
+            "LABKEEPER_PORT": self.port,
+            "LABKEEPER_LAB_PORT": self.lab_port,
+            "LABKEEPER_STATE_DIR": self.state_dir,
+            "LABKEEPER_NOTEBOOK_DIR": self.notebook_dir,
+            "LABKEEPER_LOG_FORMAT": "json",
+            "JUPYTER_CONFIG_DIR": self.config_dir,
+            "HOME": self.base,
+        }
+        ours.update({f"LABKEEPER_{name.upper()}": value for name, value in self.settings.items()})
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("LABKEEPER_")}
+        return clean | {name: str(value) for name, value in ours.items()}
+
+    def command(self, *arguments):
+        return [sys.executable, "-m", "labkeeper", *arguments]
+
+    def cli(self, *arguments, **options):
+        """Run the command line against this keeper, and give what it said."""
+        return subprocess.run(
+            self.command(*arguments),
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
+            **options,
+        )
+
+    def start(self):
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command("serve"), env=self.environment, stdout=log, stderr=log)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
+        until(self._ready, what="keeper ready")
+        self.http.headers["Authorization"] = f"Bearer {self.token}"
+        return self
+
+    def _ready(self):
+        assert self.process.poll() is None, self.log.read_text()
+        try:
+            return self.http.get("/readyz").status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    @property
+    def token(self):
+        return self.settings.get("token") or (self.state_dir / "token").read_text().strip()
+
+    def post(self, path="", **body):
+        return self.http.post(f"/api/servers{path}", json=body)
+
+    def get(self, name="default"):
+        return self.http.get(f"/api/servers/{name}").json()
+
+    def delete(self, name="default", **query):
+        return self.http.delete(f"/api/servers/{name}", params=query)
+
+    def wait_for(self, state, name="default"):
+        server = self.http.get(f"/api/servers/{name}", params={"wait_for": state, "wait": PATIENCE}).json()
+        assert server["state"] == state, server
+        return server
+
+    def configure_jupyter(self, source):
+        """Put a configuration where the user's own would be."""
+        (self.config_dir / "jupyter_server_config.py").write_text(source)
+
+    def kill(self):
+        """End the keeper as a crash would."""
+        self.process.kill()
+        self.process.wait()
+        self.http.close()
+
+    def stop(self):
+        """End the keeper as its owner would; give its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(PATIENCE)
+        self.http.close()
+        return code
+
+    def close(self):
+        """End whatever is left, and prove that nothing is."""
+        if self.process is not None and self.process.poll() is None:
+            assert self.stop() == 0, self.log.read_text()
+            left = processes_marked(self.rooms)
+            rooms = list(self.rooms.iterdir()) if self.rooms.exists() else []
+            self.sweep()
+            assert not left, left
+            assert not rooms, rooms
+        if self.http is not None:
+            self.http.close()
+        self.sweep()
+
+    def sweep(self):
+        for process in processes_marked(self.rooms):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+
+
+class KernelGateway:
+    """A Jupyter Kernel Gateway, as a process of its own."""
+
+    def __init__(self, base: Path):
+        self.base = base
+        self.port = free_port()
+        self.token = uuid.uuid4().hex
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.headers = {"Authorization": f"token {self.token}"}
+
+    def start(self):
+        base = self.base
+        base.mkdir(parents=True, exist_ok=True)
+        options = {
+            "KernelGatewayApp.ip": "127.0.0.1",
+            "KernelGatewayApp.port": self.port,
+            "KernelGatewayApp.port_retries": 0,
+            "JupyterWebsocketPersonality.list_kernels": True,
+        }
+        env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(base / "runtime"), "KG_AUTH_TOKEN": self.token, "HOME": str(base)}
+        with (base / "gateway.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "kernel_gateway", *(f"--{name}={value}" for name, value in options.items())],
+                env=env,
+                cwd=base,
+                stdout=log,
+                stderr=log,
+            )
+        until(self._answers, what="gateway ready")
+        return self
+
+    def _answers(self):
+        assert self.process.poll() is None, (self.base / "gateway.log").read_text()
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(f"{self.url}/api", headers=self.headers, trust_env=False).status_code == 200
+        return False
+
+    def kernels(self):
+        answer = httpx.get(f"{self.url}/api/kernels", headers=self.headers, trust_env=False)
+        answer.raise_for_status()
+        return {kernel["id"] for kernel in answer.json()}
+
+    def children(self):
+        return {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    def stop(self):
+        if self.process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                self.process.send_signal(signal.SIGCONT)
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            self.process.kill()
+        self.process.wait()
+
+
+def start_kernel(server, name="python3"):
+    """Start a kernel through a server; give its id."""
+    answer = httpx.post(
+        f"{server['url']}api/kernels",
+        headers={"Authorization": f"token {server['token']}"},
+        json={"name": name},
+        timeout=PATIENCE,
+        trust_env=False,
+    )
+    assert answer.status_code == 201, answer.text
+    return answer.json()["id"]
+
+
+def run_cell(server, kernel_id, code):
+    """Run code in a kernel over the server's websocket, as the Lab does; give the text of its result and what it printed."""
+    channel = f"{server['url']}api/kernels/{kernel_id}/channels".replace("http", "ws", 1)
+    socket_ = websocket.create_connection(channel, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+    try:
+        message_id = uuid.uuid4().hex
+        header = {
+            "msg_id": message_id,
+            "msg_type": "execute_request",
+            "username": "",
+            "session": uuid.uuid4().hex,
+            "version": "5.3",
+        }
+        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+        socket_.send(
+            json.dumps(
+                {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+            )
+        )
+        return _collect(socket_, message_id)
+    finally:
+        socket_.close()
+
+
+def _collect(socket_, message_id):
+    said = []
+    while True:
+        message = json.loads(socket_.recv())
+        if message["parent_header"].get("msg_id") != message_id:
+            continue
+        kind, content = message["header"]["msg_type"], message["content"]
+        assert kind != "error", content
+        if kind == "execute_result":
+            said.append(content["data"]["text/plain"])
+        elif kind == "stream":
+            said.append(content["text"])
+        elif kind == "status" and content["execution_state"] == "idle":
+            return "".join(said)
