@@ -27,7 +27,8 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     if debug:
         shared.append(structlog.processors.CallsiteParameterAdder())
     renderers: list[Any] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        # Without the values of variables in a trace: some are secret.
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
         if for_people
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     )

@@ -26,7 +26,7 @@ from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
 from labkeeper.client import Client
 from labkeeper.core.controller import Policy
-from labkeeper.core.errors import LabkeeperError, SettingsError
+from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.files import write_private
 from labkeeper.jupyter import JupyterClient
@@ -46,7 +46,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
     """Run a keeper until SIGTERM or SIGINT, and stop its servers; give the exit code.
 
     With `first`, the server named `default` is started too. `announce` gets lines for the person at the terminal. Raises
-    SettingsError, StoreError.
+    SettingsError.
     """
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     with ExitStack() as stack:
@@ -56,7 +56,11 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         token = _token(chosen)
         listener = stack.enter_context(_listen(chosen.host, chosen.port))
         url = _url_of(listener)
-        keeper = _assemble(chosen, token, listener, stack)
+        try:
+            keeper = _assemble(chosen, token, listener, stack)
+        except StoreError as error:
+            # At boot it is for whoever runs the keeper to act, as for every other setting.
+            raise SettingsError(error.message) from error
         stack.enter_context(_address(chosen.state_dir, url))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
@@ -89,6 +93,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         start_timeout=chosen.start_timeout,
         stop_grace=chosen.stop_grace,
         kill_wait=chosen.kill_wait,
+        probe_period=chosen.probe_period,
         hung_after=chosen.hung_after,
         max_servers=chosen.max_servers,
     )

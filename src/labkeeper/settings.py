@@ -86,6 +86,7 @@ class Settings(BaseSettings):
         8.0, description="Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
     )
     kill_wait: Seconds = Field(2.0, description="Seconds after SIGKILL until a server that is still there counts as lost.")
+    probe_period: Seconds = Field(15.0, description="Seconds between two looks at whether a running server answers.")
     hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0, description="Seconds without an answer after which a running server is ended and started again; 0: never."
     )
@@ -133,6 +134,11 @@ def load(**flags: Any) -> Settings:
     ):
         raise SettingsError(f"bad setting LABKEEPER_TOKEN: must be at least {_SHORTEST_TOKEN} visible ASCII characters")
     return settings
+
+
+def keeper_url() -> str | None:
+    """Give the URL of the keeper that the environment names for the command line."""
+    return os.environ.get(URL_VARIABLE) or None
 
 
 def unknown_variables() -> list[str]:

@@ -13,6 +13,7 @@ import structlog
 from flask import Blueprint, Response, g, request
 from flask_openapi3 import Info, OpenAPI
 from pydantic import ValidationError
+from werkzeug.exceptions import BadRequest
 
 from labkeeper.api import problems
 from labkeeper.api.access import check
@@ -83,7 +84,13 @@ def _check_body() -> None:
     """Take a body only as a JSON object; none at all is an empty one."""
     if request.method in {"GET", "HEAD", "OPTIONS"} or not request.get_data(cache=True):
         return
-    if not isinstance(request.get_json(), dict):
+    try:
+        body = request.get_json()
+    except RecursionError:
+        body = None
+    except BadRequest:
+        raise BadRequest("cannot take the request: the body is not JSON") from None
+    if not isinstance(body, dict):
         raise invalid("body", "must be a JSON object")
 
 

@@ -150,9 +150,7 @@ class Api:
         name = ServerName(path.name)
         wait = self._services.stop_wait if query.wait is None else query.wait
         with self._keeper.watch(name) as watch:
-            if query.force:
-                self._keeper.ask(Order(name, Event.KILL))
-            first = _reply(self._keeper.ask(Order(name, event))).snapshot
+            first = _reply(self._keeper.ask(Order(name, event, force=query.force))).snapshot
             snapshot, ended = watch.until(
                 lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
             )

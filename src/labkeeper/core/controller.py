@@ -129,8 +129,8 @@ class Controller:
         match fact:
             case Ready():
                 return Event.READY
-            case Ended(exit=end):
-                return Event.EXITED if end.clean else Event.CRASHED
+            case Ended():
+                return Event.EXITED if self._in_order(fact) else Event.CRASHED
             case Refused():
                 return Event.REFUSED
             case Unreachable():
@@ -139,6 +139,10 @@ class Controller:
                 return Event.GONE
             case Seen(answers=answers):
                 return self._look(answers)
+
+    def _in_order(self, end: Ended) -> bool:
+        """Say whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
+        return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
     def _look(self, answers: bool) -> Event | None:
         if self.snapshot.state is not State.RUNNING:

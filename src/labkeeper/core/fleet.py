@@ -92,8 +92,8 @@ class Fleet:
         match message:
             case Create(spec=spec):
                 return self._create(spec)
-            case Order(name=name, event=event):
-                return self._order(name, event)
+            case Order(name=name, event=event, force=force):
+                return self._order(name, event, force=force)
             case StopAll():
                 self._closing = True
                 for name in list(self._servers):
@@ -128,7 +128,7 @@ class Fleet:
             )
         return self._order(spec.name, Event.START)
 
-    def _order(self, name: ServerName, event: Event) -> Reply:
+    def _order(self, name: ServerName, event: Event, *, force: bool = False) -> Reply:
         controller = self._servers.get(name)
         if controller is None:
             raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
@@ -137,6 +137,8 @@ class Fleet:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
             self._admit(snapshot)
+        if force:
+            self._apply(controller, Event.KILL)
         after = self._apply(controller, event)
         created = after.launch != snapshot.launch or (after.goal is Goal.AGAIN is not snapshot.goal)
         return Reply(after, created)

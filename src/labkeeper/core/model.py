@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from types import MappingProxyType
 from typing import Final, NewType
 
 from labkeeper.core.lifecycle import Action, Event, Goal, State
@@ -29,18 +28,15 @@ def server_name(text: str) -> ServerName:
     return ServerName(text)
 
 
-_NOTHING: Final[Mapping[str, str]] = MappingProxyType({})
-
-
 @dataclass(frozen=True, slots=True)
 class Gateway:
     """A Jupyter kernel gateway and how to speak to it. Times in seconds; None leaves Jupyter's default."""
 
     url: str
     ws_url: str
-    auth_token: str | None = None
+    auth_token: str | None = field(default=None, repr=False)
     auth_scheme: str | None = None
-    headers: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     ca_certs: str | None = None
     client_cert: str | None = None
     client_key: str | None = None
@@ -63,8 +59,8 @@ class ServerSpec:
     """The address that the server listens on."""
     port: int | None = None
     """The port that it listens on, and no other; None lets the backend choose a free one."""
-    env: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
-    labels: Mapping[str, str] = field(default_factory=lambda: _NOTHING)
+    env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    labels: Mapping[str, str] = field(default_factory=dict)
     gateway: Gateway | None = None
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
@@ -278,6 +274,8 @@ class Order:
 
     name: ServerName
     event: Event
+    force: bool = False
+    """Kill it first: to be ended at once, and then what the event says."""
 
 
 @dataclass(frozen=True, slots=True)
