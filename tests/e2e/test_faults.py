@@ -1,0 +1,320 @@
+"""What goes wrong, goes wrong in the open: at once, with its cause, and with nothing left."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import httpx
+import psutil
+import pytest
+
+from harness import KernelGateway, alive, processes_marked, run_cell, servers_in, start_kernel, until
+
+BROKEN = {
+    "config-error": "raise RuntimeError('my own mistake')",
+    "import-error": "c.ServerApp.reraise_server_extension_failures = True\n"
+    "c.ServerApp.jpserver_extensions = {'no_such_thing': True}",
+    "other": "import sys; print('the last words'); sys.exit(3)",
+}
+
+
+class Deaths:
+    """Notes when the last process of a server was seen, so that an answer can be compared with it."""
+
+    def __init__(self, rooms):
+        self._rooms = rooms
+        self._end = threading.Event()
+        self.last_seen = None
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self):
+        while not self._end.is_set():
+            if processes_marked(self._rooms):
+                self.last_seen = time.monotonic()
+            self._end.wait(0.02)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.mark.parametrize("cause", BROKEN)
+def test_a_lab_that_dies_at_start_fails_the_post_with_its_cause(keeper, cause):
+    keeper.configure_jupyter(BROKEN[cause])
+    with Deaths(keeper.rooms) as deaths:
+        answer = keeper.post()
+        answered = time.monotonic()
+    assert answer.status_code == 502, answer.text
+    problem = answer.json()
+    assert problem["failure_class"] == cause
+    assert problem["exit"]["code"] == (3 if cause == "other" else 1)
+    assert problem["log_tail"]
+    assert any("no_such_thing" in line or "my own mistake" in line or "last words" in line for line in problem["log_tail"])
+    assert answered - deaths.last_seen < 1.0
+    server = keeper.get()
+    assert (server["state"], server["failure"]["failure_class"]) == ("failed", cause)
+    assert not processes_marked(keeper.rooms)
+    assert not (keeper.rooms / "default").exists()
+    # The log is still there, and a repaired configuration needs no more than the same request.
+    assert keeper.http.get("/api/servers/default/logs").text.strip()
+    keeper.configure_jupyter("")
+    assert keeper.post().status_code == 201
+
+
+def test_a_runtime_directory_that_cannot_be_written_is_named(make_keeper):
+    keeper = make_keeper(runtime_dir="/proc/labkeeper").start()
+    answer = keeper.post()
+    assert answer.status_code == 502
+    assert answer.json()["failure_class"] == "config-error"
+    assert "/proc/labkeeper" in answer.json()["detail"]
+    assert keeper.get()["state"] == "failed"
+
+
+def test_an_interpreter_without_jupyterlab_is_named(make_keeper, tmp_path):
+    python = tmp_path / "bin" / "python3"
+    python.parent.mkdir()
+    python.symlink_to("/usr/bin/python3")
+    keeper = make_keeper(jupyter_python=python).start()
+    answer = keeper.post()
+    assert answer.status_code == 502
+    assert answer.json()["failure_class"] == "import-error"
+    assert "LABKEEPER_JUPYTER_PYTHON" in answer.json()["detail"]
+
+
+def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_budget_lasts(keeper):
+    server = keeper.post().json()
+    kernel = start_kernel(server)
+    kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
+    os.kill(server["pid"], signal.SIGKILL)
+    killed = time.monotonic()
+    after = until(lambda: (s := keeper.get())["state"] != "running" and s, within=1.0, what="no longer called running")
+    assert time.monotonic() - killed < 1.0
+    assert after["state"] in {"backoff", "starting"}
+    assert not alive(kernel_pid)
+    again = keeper.wait_for("running")
+    assert again["restarts"] == 1
+    assert again["pid"] != server["pid"]
+    assert "launch 1" in keeper.http.get("/api/servers/default/logs", params={"tail": 1000}).text
+
+    for _ in range(3):
+        os.kill(keeper.wait_for("running")["pid"], signal.SIGKILL)
+        until(lambda: keeper.get()["state"] != "running", within=1.0)
+        # The third wait is 8 s; a start command gives a fresh budget, so the last crash is the fourth.
+        if until(lambda: keeper.get()["state"] not in {"backoff", "starting"}, within=60.0) and keeper.get()["state"] == "failed":
+            break
+    failed = keeper.wait_for("failed")
+    assert failed["failure"]["failure_class"] == "killed"
+    assert failed["exit"]["signal"] == "SIGKILL"
+    assert failed["restarts"] == 3
+    assert keeper.http.get("/api/servers/default/logs").text.strip()
+
+
+def test_a_server_shut_down_from_inside_stays_stopped(keeper):
+    server = keeper.post().json()
+    httpx.post(f"{server['url']}api/shutdown", headers={"Authorization": f"token {server['token']}"}, trust_env=False)
+    stopped = keeper.wait_for("stopped")
+    assert stopped["exit"] == {"code": 0, "signal": None}
+    assert stopped["goal"] == "down"
+    assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
+
+
+def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(keeper):
+    lives = keeper.post(name="lives").json()
+    dies = keeper.post(name="dies").json()
+    leaves = keeper.post(name="leaves").json()
+    keeper.post(name="rests")
+    keeper.post("/rests/stop")
+    kernel = start_kernel(lives)
+    run_cell(lives, kernel, "x = 42")
+
+    keeper.kill()
+    assert alive(lives["pid"])
+    os.kill(dies["pid"], signal.SIGKILL)
+    httpx.post(f"{leaves['url']}api/shutdown", headers={"Authorization": f"token {leaves['token']}"}, trust_env=False)
+    until(lambda: not alive(dies["pid"]) and not alive(leaves["pid"]))
+    keeper.start()
+
+    names = [server["name"] for server in keeper.http.get("/api/servers").json()["servers"]]
+    assert names == ["dies", "leaves", "lives", "rests"]
+    after = keeper.wait_for("running", "lives")
+    assert (after["pid"], after["token"], after["launch"]) == (lives["pid"], lives["token"], lives["launch"])
+    assert run_cell(after, kernel, "x") == "42"
+    assert keeper.wait_for("stopped", "leaves")["exit"] == {"code": 0, "signal": None}
+    assert keeper.get("rests")["state"] == "stopped"
+    # It was running when we looked away: its crash is paid from its budget.
+    again = keeper.wait_for("running", "dies")
+    assert again["pid"] != dies["pid"]
+    assert again["restarts"] == 1
+    # What was taken over is ended as well as what was launched, and its end is seen as soon.
+    os.kill(after["pid"], signal.SIGKILL)
+    until(lambda: keeper.get("lives")["state"] != "running", within=1.0)
+    assert keeper.delete("lives").status_code == 200
+
+
+def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(keeper):
+    assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
+    until(lambda: processes_marked(keeper.rooms), what="a process was started")
+    keeper.kill()
+    keeper.start()
+    server = keeper.wait_for("running")
+    assert server["launch"] == 1
+    assert servers_in(keeper.rooms) == [server["pid"]]
+
+
+def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(keeper):
+    server = keeper.post().json()
+    keeper.kill()
+    os.kill(server["pid"], signal.SIGKILL)
+    until(lambda: not alive(server["pid"]))
+    stranger = subprocess.Popen(["sleep", "1000"])
+    try:
+        record = keeper.rooms / "default" / "launch.json"
+        (record.parent / f"jpserver-{server['pid']}.json").rename(record.parent / f"jpserver-{stranger.pid}.json")
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": stranger.pid}))
+        keeper.start()
+        again = keeper.wait_for("running")
+        assert again["pid"] not in {stranger.pid, server["pid"]}
+        assert keeper.delete().status_code == 200
+        assert stranger.poll() is None
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothing_up(make_keeper):
+    keeper = make_keeper(start_timeout=7, stop_grace=2, kill_wait=1).start()
+    keeper.configure_jupyter("import time; print('I wait', flush=True); time.sleep(1000)")
+    slowest = 0.0
+    with contextlib.closing(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False)) as other:
+        answers = []
+        poster = threading.Thread(target=lambda: answers.append(keeper.post()))
+        began = time.monotonic()
+        poster.start()
+        while poster.is_alive():
+            asked = time.monotonic()
+            other.get("/api/servers").raise_for_status()
+            slowest = max(slowest, time.monotonic() - asked)
+        poster.join()
+    took = time.monotonic() - began
+    assert answers[0].status_code == 504, answers[0].text
+    assert answers[0].json()["code"] == "start_timeout"
+    assert "I wait" in answers[0].json()["log_tail"]
+    assert 7 <= took < 10
+    assert slowest < 0.5
+    assert keeper.get()["failure"]["failure_class"] == "start-timeout"
+    assert not processes_marked(keeper.rooms)
+
+
+def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
+    keeper = make_keeper(stop_grace=2, kill_wait=1).start()
+    keeper.configure_jupyter(
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(1000)"
+    )
+    keeper.http.post("/api/servers?wait=0", json={})
+    until(lambda: "deaf" in keeper.http.get("/api/servers/default/logs").text)
+    began = time.monotonic()
+    answer = keeper.delete()
+    assert answer.status_code == 200
+    assert answer.json()["stop_report"]["method"] == "sigkill"
+    assert 2 <= time.monotonic() - began < 4
+    assert not processes_marked(keeper.rooms)
+
+
+def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_that_may_be_left(make_keeper, tmp_path):
+    keeper = make_keeper(stop_grace=4, kill_wait=1).start()
+    gateway = KernelGateway(tmp_path / "gateway").start()
+    try:
+        server = keeper.post(gateway_url=gateway.url, gateway_auth_token=gateway.token).json()
+        kernel = start_kernel(server)
+        gateway.process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        answer = keeper.delete()
+        took = time.monotonic() - began
+    finally:
+        gateway.stop()
+    assert answer.status_code == 200, answer.text
+    report = answer.json()["stop_report"]
+    assert report["method"] == "sigkill"
+    assert report["kernels_left"] == [kernel]
+    assert report["kernels_stopped"] == []
+    assert took < 6
+    assert not processes_marked(keeper.rooms)
+
+
+def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_keeper):
+    keeper = make_keeper(log_max_bytes=1_000_000).start()
+    keeper.configure_jupyter(
+        "import sys, threading, time\n"
+        "def shout():\n"
+        "    while True:\n"
+        "        sys.stderr.write(('x' * 999 + '\\n') * 100); time.sleep(0.01)\n"
+        "threading.Thread(target=shout, daemon=True).start()\n"
+    )
+    assert keeper.post().status_code == 201
+    log = keeper.state_dir / "logs" / "default.log"
+    until(lambda: log.with_name("default.log.1").exists(), what="a rotation")
+    asked = time.monotonic()
+    tail = keeper.http.get("/api/servers/default/logs", params={"tail": 10}).text
+    assert len(tail.splitlines()) == 10
+    assert time.monotonic() - asked < 1.0
+    # 10 MB a second at most, looked at every 2 s, and one older part.
+    assert sum(path.stat().st_size for path in log.parent.iterdir()) < 60_000_000
+    assert log.with_name("default.log.1").stat().st_mode & 0o077 == 0
+    assert keeper.delete(force="true").status_code == 200
+    until(lambda: not list(log.parent.iterdir()), what="the log is forgotten with its server")
+
+
+def test_a_suspended_server_is_stopped_all_the_same(make_keeper):
+    keeper = make_keeper(stop_grace=2, kill_wait=1).start()
+    server = keeper.post().json()
+    os.kill(server["pid"], signal.SIGSTOP)
+    answer = keeper.delete()
+    assert answer.status_code == 200
+    assert answer.json()["stop_report"]["method"] == "sigkill"
+
+
+def test_a_server_that_hangs_is_replaced(make_keeper):
+    keeper = make_keeper(hung_after=0.5, probe_period=0.5, stop_grace=2).start()
+    server = keeper.post().json()
+    os.kill(server["pid"], signal.SIGSTOP)
+    until(lambda: keeper.get()["launch"] == 2, what="a second launch")
+    again = keeper.wait_for("running")
+    assert again["restarts"] == 1
+    assert not alive(server["pid"])
+
+
+def test_followers_get_each_line_until_the_end_and_leave_no_thread(keeper):
+    server = keeper.post().json()
+    lines = []
+    with (
+        httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False, timeout=30) as other,
+        other.stream("GET", "/api/servers/default/logs", params={"follow": "true", "tail": 0}) as stream,
+    ):
+        kernel = start_kernel(server)
+        reader = stream.iter_lines()
+        for line in reader:
+            lines.append(line)
+            if kernel in line:
+                break
+        threading.Thread(target=keeper.delete).start()
+        lines.extend(reader)
+    assert any("Shutting down" in line for line in lines)
+    threads = psutil.Process(keeper.process.pid).num_threads()
+    with contextlib.ExitStack() as stack:
+        keeper.http.post("/api/servers?wait=0", json={"name": "other"})
+        for _ in range(20):
+            client = stack.enter_context(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False))
+            stack.enter_context(client.stream("GET", "/api/servers/other/logs", params={"follow": "true"}))
+        assert keeper.http.get("/healthz").status_code == 200
+    keeper.delete("other")
+    until(lambda: psutil.Process(keeper.process.pid).num_threads() <= threads, what="followers' threads are free")

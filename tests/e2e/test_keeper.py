@@ -1,0 +1,255 @@
+"""The keeper itself: bad input, its own end, a second one beside it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import time
+
+import httpx
+import pytest
+
+from harness import PATIENCE, KeeperProcess, alive, free_port, processes_marked, servers_in, start_kernel, until
+
+GOOD_URL = "http://127.0.0.1:1"
+BAD_BODIES = {
+    "gateway-url null": ({"gateway-url": None}, "gateway_url"),
+    "gateway-url None": ({"gateway-url": "None"}, "gateway_url"),
+    "gateway-url empty": ({"gateway-url": ""}, "gateway_url"),
+    "gateway-url ftp": ({"gateway-url": "ftp://x"}, "gateway_url"),
+    "gateway-url no scheme": ({"gateway-url": "gateway:8888"}, "gateway_url"),
+    "gateway-url with user": ({"gateway-url": "http://me:secret@gateway"}, "gateway_url"),
+    "gateway-url bad port": ({"gateway-url": "http://gateway:99999"}, "gateway_url"),
+    "gateway option alone": ({"gateway-auth-token": "x"}, "body"),
+    "gateway CA missing": ({"gateway-url": GOOD_URL, "gateway-ca-certs": "/no/such/file"}, "gateway_ca_certs"),
+    "header injection": ({"gateway-url": GOOD_URL, "gateway-headers": {"X": "a\r\nB: c"}}, "gateway_headers.X"),
+    "unknown field": ({"colour": "blue"}, "colour"),
+    "name with slash": ({"name": "a/b"}, "name"),
+    "name of dots": ({"name": ".."}, "name"),
+    "name too long": ({"name": "a" * 300}, "name"),
+    "name in unicode": ({"name": "später"}, "name"),
+    "name of wrong type": ({"name": 7}, "name"),
+    "root missing": ({"root_dir": "no-such-directory"}, "root_dir"),
+    "root is a file": ({"root-dir": "a-file"}, "root_dir"),
+    "root with NUL": ({"root_dir": "a\0b"}, "root_dir"),
+    "port too big": ({"port": 70000}, "port"),
+    "port as text": ({"port": "8888"}, "port"),
+    "timeout negative": ({"gateway-url": GOOD_URL, "gateway-request-timeout": -1}, "gateway_request_timeout"),
+    "base_url upwards": ({"base_url": "/a/../b"}, "base_url"),
+    "default_url elsewhere": ({"default_url": "//evil.example"}, "default_url"),
+    "env of wrong type": ({"env": {"A": 1}}, "env.A"),
+    "env with a bad name": ({"env": {"A=B": "1"}}, "env"),
+    "env that is ours": ({"env": {"LABKEEPER_SERVER": "x"}}, "env"),
+    "label with a bad key": ({"labels": {"": "x"}}, "labels"),
+    "both spellings": ({"root_dir": ".", "root-dir": "."}, "root-dir"),
+}
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory):
+    """One keeper with one server, which no bad request may touch."""
+    keeper = KeeperProcess(tmp_path_factory.mktemp("settled")).start()
+    (keeper.notebook_dir / "a-file").touch()
+    keeper.post(name="settled").raise_for_status()
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def unharmed(settled):
+    """After the test the list of servers is what it was, and so is the server."""
+    before = settled.http.get("/api/servers").json()
+    yield settled
+    assert settled.http.get("/api/servers").json() == before
+    assert alive(before["servers"][0]["pid"])
+    assert len(servers_in(settled.rooms)) == 1
+
+
+@pytest.mark.parametrize(("body", "field"), BAD_BODIES.values(), ids=BAD_BODIES)
+def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
+    answer = unharmed.http.post("/api/servers", json=body)
+    assert answer.status_code == 422, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    problem = answer.json()
+    assert problem["code"] == "invalid_spec"
+    assert field.replace("-", "_") in [mistake["field"] for mistake in problem["errors"]], problem
+    assert all(mistake["rule"] for mistake in problem["errors"])
+    assert "secret" not in answer.text
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "status"),
+    [
+        (b"{", "application/json", 400),
+        (b"\xff\xfe", "application/json", 400),
+        (b"[]", "application/json", 422),
+        (b"null", "application/json", 422),
+        (b'"{}"', "application/json", 422),
+        (b"name=x", "application/x-www-form-urlencoded", 415),
+        (b"[" * 100_000, "application/json", 422),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(unharmed, content, kind, status):
+    answer = unharmed.http.post("/api/servers", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == status, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert answer.json()["detail"]
+
+
+def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
+    answer = unharmed.http.post("/api/servers", content=b"x" * 100_000_000, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 413
+    assert answer.headers["Content-Type"] == "application/problem+json"
+    assert "body" in answer.json()["detail"]
+    assert "1048576" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("query", ["wait=-1", "wait=nan", "wait=soon", "wait=1e9", "colour=blue"])
+def test_a_bad_query_is_named(unharmed, query):
+    answer = unharmed.http.post(f"/api/servers?{query}", json={})
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == query.partition("=")[0]
+
+
+@pytest.mark.parametrize(
+    "path", ["/api/servers/a%2Fb", "/api/servers/..%2f..", "/api/servers/" + "a" * 3000, "/api/servers/sp%C3%A4ter", "/nope"]
+)
+def test_a_path_that_names_nothing_is_404(unharmed, path):
+    answer = unharmed.http.get(path)
+    assert answer.status_code == 404
+    assert answer.json()["code"] in {"server_not_found", "not_found"}
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic wrong", "Bearer \xff", "token {token}"])
+def test_without_the_token_nothing_is_told(unharmed, header):
+    headers = {} if header is None else {"Authorization": header.format(token=unharmed.token).encode("latin-1")}
+    with httpx.Client(base_url=unharmed.url, trust_env=False, headers=headers) as nobody:
+        for path in ("/api/servers", "/api/servers/settled", "/api/servers/none", "/api/servers/settled/logs"):
+            answer = nobody.get(path)
+            assert answer.status_code == 401
+            assert answer.headers["WWW-Authenticate"].startswith("Bearer")
+            assert "settled" not in answer.text.replace(path, "")
+        assert nobody.post("/api/servers", json={}).status_code == 401
+        assert nobody.delete("/api/servers/settled").status_code == 401
+        for path in ("/healthz", "/readyz", "/api/version", "/api/openapi.json", "/api/docs"):
+            assert nobody.get(path).status_code == 200
+
+
+def test_a_broken_request_line_gets_a_problem(unharmed):
+    with socket.create_connection(("127.0.0.1", unharmed.port)) as wire:
+        wire.sendall(b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
+        said = wire.makefile("rb").read()
+    assert b"400 Bad Request" in said
+    assert b"application/problem+json" in said
+
+
+def test_pages_of_the_list_hold_every_server_once(settled):
+    first = settled.http.get("/api/servers", params={"limit": 1}).json()
+    assert [server["name"] for server in first["servers"]] == ["settled"]
+    assert first["next"] is None
+    assert settled.http.get("/api/servers", params={"cursor": "!!"}).status_code == 422
+
+
+def test_sigterm_stops_every_server_in_good_order(make_keeper):
+    keeper = make_keeper().start()
+    servers = [keeper.post(name=name).json() for name in ("one", "two")]
+    start_kernel(servers[0])
+    assert keeper.stop() == 0
+    assert not processes_marked(keeper.rooms)
+    assert not any(alive(server["pid"]) for server in servers)
+    entries = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    assert {entry["server"]: entry["method"] for entry in entries if entry.get("method")} == {
+        "one": "shutdown",
+        "two": "shutdown",
+    }
+    # They were stopped by their owner: the next keeper knows them, and starts none.
+    keeper.start()
+    assert {server["state"] for server in keeper.http.get("/api/servers").json()["servers"]} == {"stopped"}
+
+
+def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(keeper):
+    second = subprocess.run(
+        keeper.command("serve", "--port", str(free_port())),
+        env=keeper.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert second.returncode == 2
+    assert len(second.stderr.strip().splitlines()) == 1
+    assert "another keeper" in second.stderr
+    assert str(keeper.process.pid) in second.stderr
+    assert keeper.http.get("/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [
+        ({"port": "eighty"}, "LABKEEPER_PORT"),
+        ({"token": "short"}, "LABKEEPER_TOKEN"),
+        ({"start_timeout": "-1"}, "LABKEEPER_START_TIMEOUT"),
+        ({"auth": "maybe"}, "LABKEEPER_AUTH"),
+        ({"config": "/no/such/file.toml"}, "/no/such/file.toml"),
+        ({"state_dir": "/proc/nowhere"}, "/proc/nowhere"),
+    ],
+)
+def test_a_bad_setting_is_one_line_and_exit_code_2(make_keeper, settings, word):
+    keeper = make_keeper(**settings)
+    said = keeper.cli("serve")
+    assert said.returncode == 2
+    assert word in said.stderr
+    assert len(said.stderr.strip().splitlines()) == 1
+
+
+def test_a_port_of_the_api_that_is_taken_is_one_line(keeper, make_keeper):
+    other = make_keeper()
+    other.port = keeper.port
+    said = other.cli("serve")
+    assert said.returncode == 2
+    assert str(keeper.port) in said.stderr
+    assert len(said.stderr.strip().splitlines()) == 1
+
+
+def test_access_control_can_be_turned_off_and_says_so_loudly(make_keeper):
+    keeper = make_keeper(auth="none")
+    (keeper.state_dir).mkdir()
+    (keeper.state_dir / "token").write_text("unused")
+    keeper.start()
+    with httpx.Client(base_url=keeper.url, trust_env=False) as anybody:
+        assert anybody.get("/api/servers").status_code == 200
+    assert "access control is OFF" in keeper.log.read_text()
+
+
+def test_a_damaged_store_is_refused_and_kept(make_keeper):
+    keeper = make_keeper().start()
+    assert keeper.stop() == 0
+    store = keeper.state_dir / "labkeeper.sqlite"
+    for part in keeper.state_dir.glob("labkeeper.sqlite-*"):
+        part.unlink()
+    store.write_bytes(b"no database at all" * 100)
+    said = keeper.cli("serve")
+    assert said.returncode == 2
+    assert "damaged" in said.stderr
+    assert store.read_bytes().startswith(b"no database at all")
+
+
+def test_a_full_house_says_when_to_come_again(make_keeper):
+    keeper = make_keeper(max_servers=1).start()
+    keeper.http.post("/api/servers?wait=0", json={}).raise_for_status()
+    answer = keeper.post(name="other")
+    assert answer.status_code == 429
+    assert int(answer.headers["Retry-After"]) > 0
+    assert keeper.http.get("/api/servers/other").status_code == 404
+
+
+def test_a_second_signal_does_not_make_the_end_less_orderly(make_keeper):
+    keeper = make_keeper().start()
+    server = keeper.post().json()
+    keeper.process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    keeper.process.send_signal(signal.SIGTERM)
+    assert keeper.process.wait(PATIENCE) == 0
+    until(lambda: not alive(server["pid"]))

@@ -1,0 +1,220 @@
+"""The main job on real JupyterLab: a server by POST, kernels here or on a gateway, and nothing left after DELETE."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import http.server
+import threading
+
+import httpx
+import psutil
+import pytest
+
+from harness import alive, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
+
+SERVER_INFO = {"base_url", "hostname", "notebook_dir", "password", "pid", "port", "secure", "token", "url"}
+
+
+def assert_gone(keeper, server):
+    assert not alive(server["pid"])
+    assert not processes_marked(keeper.rooms / server["name"])
+    assert not (keeper.rooms / server["name"]).exists()
+    assert port_is_free(server["port"])
+
+
+def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(keeper, gateway):
+    answer = keeper.http.post(
+        "/api/servers", json={"gateway-url": gateway.url, "gateway-auth-token": gateway.token, "gateway-request-timeout": 20}
+    )
+    assert answer.status_code == 201, answer.text
+    server = answer.json()
+    assert all(server[field] is not None for field in SERVER_INFO)
+    assert (server["port"], server["notebook_dir"]) == (keeper.lab_port, str(keeper.notebook_dir))
+
+    before = gateway.children()
+    kernel = start_kernel(server)
+    assert run_cell(server, kernel, "1+1") == "2"
+    assert kernel in gateway.kernels()
+    kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
+    assert kernel_pid in gateway.children() - before
+    listed = keeper.http.get("/api/servers/default/kernels").json()["kernels"]
+    assert [entry["id"] for entry in listed] == [kernel]
+
+    answer = keeper.delete()
+    assert answer.status_code == 200, answer.text
+    report = answer.json()["stop_report"]
+    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == ("shutdown", [kernel], [])
+    assert kernel not in gateway.kernels()
+    assert not alive(kernel_pid)
+    assert_gone(keeper, server)
+    assert keeper.http.get("/api/servers/default").status_code == 404
+
+
+def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(keeper):
+    answer = keeper.post()
+    assert answer.status_code == 201, answer.text
+    assert answer.headers["Location"] == "/api/servers/default"
+    server = answer.json()
+    assert all(server[field] is not None for field in SERVER_INFO)
+
+    kernel = start_kernel(server)
+    assert run_cell(server, kernel, "1+1") == "2"
+    kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
+    assert psutil.Process(kernel_pid).ppid() == server["pid"]
+    # A child that leaves the kernel's session and outlives it is found all the same.
+    stray = int(
+        run_cell(
+            server,
+            kernel,
+            "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)",
+        )
+    )
+
+    report = keeper.delete().json()["stop_report"]
+    assert (report["method"], report["kernels_stopped"]) == ("shutdown", [kernel])
+    assert 0 < report["seconds"] < 10
+    assert not alive(kernel_pid)
+    assert not alive(stray)
+    assert_gone(keeper, server)
+
+
+def test_the_link_opens_the_lab_without_a_login(keeper):
+    server = keeper.post().json()
+    with httpx.Client(trust_env=False) as browser:
+        page = browser.get(server["lab_url"], follow_redirects=True)
+    assert page.status_code == 200
+    assert "<title>JupyterLab</title>" in page.text
+
+
+def test_a_server_is_what_its_request_asked_for(keeper):
+    (keeper.notebook_dir / "class").mkdir()
+    answer = keeper.post(
+        name="alice", root_dir="class", base_url="/hub/alice", default_url="/tree", env={"COLOUR": "blue"}, labels={"team": "a"}
+    )
+    assert answer.status_code == 201, answer.text
+    server = answer.json()
+    assert server["base_url"] == "/hub/alice/"
+    assert server["notebook_dir"] == str(keeper.notebook_dir / "class")
+    assert server["port"] != keeper.lab_port
+    assert server["lab_url"].startswith(f"http://127.0.0.1:{server['port']}/hub/alice/tree?token=")
+    kernel = start_kernel(server)
+    # Nothing of the keeper's own settings, its token least of all, reaches a kernel.
+    assert (
+        run_cell(server, kernel, "import os; print(os.environ['COLOUR'], os.getcwd())").strip()
+        == f"blue {server['notebook_dir']}"
+    )
+    seen = run_cell(server, kernel, "print([n for n in os.environ if n.startswith('LABKEEPER')])")
+    assert seen.strip() == "['LABKEEPER_SERVER']"
+    listed = keeper.http.get("/api/servers", params={"label": "team=a", "state": "running"}).json()
+    assert [entry["name"] for entry in listed["servers"]] == ["alice"]
+    assert keeper.http.get("/api/servers", params={"label": "team=b"}).json()["servers"] == []
+
+
+def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper):
+    first = keeper.post()
+    second = keeper.post()
+    assert (first.status_code, second.status_code) == (201, 200)
+    assert first.json()["pid"] == second.json()["pid"]
+    assert len(servers_in(keeper.rooms)) == 1
+
+    other = keeper.post(base_url="/elsewhere", env={"A": "1"})
+    assert other.status_code == 409
+    assert set(other.json()["differs"]) == {"base_url", "env"}
+    assert "base_url, env" in other.json()["detail"]
+    assert keeper.get()["pid"] == first.json()["pid"]
+
+
+def test_64_identical_requests_at_once_are_one_server(keeper):
+    with concurrent.futures.ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda _: keeper.post(), range(64)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 63 + [201]
+    assert len({answer.json()["pid"] for answer in answers}) == 1
+    assert len({answer.json()["token"] for answer in answers}) == 1
+    assert len(servers_in(keeper.rooms)) == 1
+
+
+class _Stranger(http.server.BaseHTTPRequestHandler):
+    """Answers yes to everything, as a Jupyter server without a token would."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def stranger():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), _Stranger)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server.server_port
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_port_that_a_stranger_holds_is_never_ours(keeper, stranger):
+    answer = keeper.post(port=stranger)
+    assert answer.status_code == 502
+    problem = answer.json()
+    assert (problem["code"], problem["failure_class"]) == ("start_failed", "port-in-use")
+    assert str(stranger) in problem["detail"]
+    server = keeper.get()
+    assert (server["state"], server["port"], server["url"]) == ("failed", None, None)
+    assert not processes_marked(keeper.rooms)
+
+
+def test_stop_keeps_the_spec_and_start_brings_it_back(keeper):
+    first = keeper.post(labels={"kept": "yes"}).json()
+    stopped = keeper.post("/default/stop")
+    assert stopped.status_code == 200
+    assert stopped.json()["state"] == "stopped"
+    assert stopped.json()["pid"] is None
+    assert_gone(keeper, first)
+
+    again = keeper.post("/default/start")
+    assert again.status_code == 201
+    assert again.json()["labels"] == {"kept": "yes"}
+    assert again.json()["token"] != first["token"]
+
+    restarted = keeper.post("/default/restart")
+    assert restarted.status_code == 201
+    assert restarted.json()["pid"] != again.json()["pid"]
+    assert not alive(again.json()["pid"])
+    assert restarted.json()["restarts"] == 0
+
+
+def test_wait_0_answers_at_once_and_the_state_can_be_waited_for(keeper):
+    answer = keeper.http.post("/api/servers?wait=0", json={})
+    assert answer.status_code == 202
+    assert answer.json()["state"] == "starting"
+    assert keeper.wait_for("running")["pid"]
+    answer = keeper.delete(wait=0)
+    assert (answer.status_code, answer.json()["state"]) == (202, "stopping")
+
+
+def test_force_kills_at_once(keeper):
+    server = keeper.post().json()
+    answer = keeper.delete(force="true")
+    assert answer.status_code == 200
+    assert answer.json()["stop_report"]["method"] == "sigkill"
+    assert_gone(keeper, server)
+
+
+def test_secrets_stand_in_no_argument_list_and_in_no_file_that_others_can_read(keeper, gateway):
+    answer = keeper.post(gateway_url=gateway.url, gateway_auth_token=gateway.token)
+    assert answer.status_code == 201, answer.text
+    secrets = [answer.json()["token"].encode(), gateway.token.encode(), keeper.token.encode()]
+    for process in [psutil.Process(answer.json()["pid"]), psutil.Process(keeper.process.pid)]:
+        assert not [secret for secret in secrets if secret in " ".join(process.cmdline()).encode()]
+    for path in keeper.base.rglob("*"):
+        if path.is_file() and any(secret in path.read_bytes() for secret in secrets):
+            assert path.stat().st_mode & 0o077 == 0, path
+    for log in (keeper.log, *(keeper.state_dir / "logs").iterdir()):
+        assert not [secret for secret in secrets if secret in log.read_bytes()], log
+    assert (keeper.rooms / "default").stat().st_mode & 0o077 == 0
+    assert keeper.state_dir.stat().st_mode & 0o777 == 0o700
