@@ -1,0 +1,313 @@
+"""The application by itself, over the fake backend: routes, access, problems."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import structlog
+from harness import until
+from pydantic import BaseModel
+
+from labkeeper.api.access import Access
+from labkeeper.api.app import Services, create_app
+from labkeeper.api.requests import Defaults, ServerRequest, ws_url_of
+from labkeeper.api.routes import ROUTES, RULES
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import BackendUnavailable, InvalidSpec
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.model import Kernel
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
+
+TOKEN = "a token of the tests"  # noqa: S105
+
+
+class FixedProbe:
+    """Knows one kernel, unless told that it cannot know."""
+
+    error: Exception | None = None
+
+    def kernels(self, endpoint):
+        if self.error:
+            raise self.error
+        return [Kernel("k-1", "python3", "idle", "2026-01-01T00:00:00Z")]
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def services(world, tmp_path) -> Iterator[Services]:
+    inbox, board = Inbox(), Board()
+    lanes = LanePool(inbox.hear, threads=2)
+    backend = FakeBackend(inbox.hear, world)
+    fleet = Fleet(
+        backend=backend, store=MemoryStore(), lanes=lanes, clock=SystemClock(), policy=Policy(max_servers=3), listeners=(board,)
+    )
+    keeper = Keeper(fleet, inbox, lanes, board)
+    keeper.start()
+    yield Services(
+        keeper=keeper,
+        backend=backend,
+        probe=FixedProbe(),
+        defaults=Defaults(tmp_path, "127.0.0.1", 8888),
+        version="1.2.3",
+        token=TOKEN,
+        start_wait=5.0,
+        stop_wait=5.0,
+    )
+    keeper.close()
+
+
+@pytest.fixture
+def client(services):
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    return client
+
+
+def test_every_route_has_a_rule_and_keeps_it(services):
+    """No route of the application stands outside of the table, and each that needs a token answers 401 without one."""
+    app = create_app(services)
+    nobody = app.test_client()
+    beside = {"pages.openapi", "pages.docs", "pages.static"}
+    assert {rule.endpoint for rule in app.url_map.iter_rules()} == set(RULES) | beside
+    for route in ROUTES:
+        answer = nobody.open(route.path.replace("<name>", "x"), method=route.method, json=None)
+        assert (answer.status_code == 401) == (route.access is Access.TOKEN), route
+    for path in ("/api/openapi.json", "/api/docs", "/api/docs/static/js/swagger-ui-bundle.js"):
+        with nobody.get(path) as answer:
+            assert answer.status_code == 200
+
+
+def test_a_wrong_token_is_refused_before_the_body_is_looked_at(services):
+    answer = create_app(services).test_client().post("/api/servers", data="{", content_type="application/json")
+    assert answer.status_code == 401
+
+
+def test_without_a_token_access_is_open(services):
+    assert create_app(replace(services, token=None)).test_client().get("/api/servers").status_code == 200
+
+
+def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the_trace(services):
+    """Nothing of the cause is in the answer; everything is in the log."""
+
+    class Broken:
+        def kernels(self, endpoint):
+            raise RuntimeError("a secret detail")
+
+    client = create_app(replace(services, probe=Broken())).test_client()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert client.post("/api/servers", headers=headers).status_code == 201
+    with structlog.testing.capture_logs() as log:
+        answer = client.get("/api/servers/default/kernels", headers=headers)
+    assert answer.status_code == 500
+    problem = answer.json
+    assert problem["code"] == "internal_error"
+    assert answer.headers["X-Request-Id"] == problem["request_id"]
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+    (entry,) = [entry for entry in log if entry.get("exc_info")]
+    assert entry["request_id"] == problem["request_id"]
+    assert "a secret detail" in str(entry["exc_info"])
+
+
+def test_errors_of_http_itself_are_problems_too(client):
+    for answer, status, code in [
+        (client.get("/nope"), 404, "not_found"),
+        (client.put("/api/servers"), 405, "method_not_allowed"),
+        (client.post("/api/servers", data="x"), 415, "unsupported_media_type"),
+        (client.post("/api/servers", data="{", content_type="application/json"), 400, "bad_request"),
+        (client.post("/api/servers", data=b"x" * 2_000_000, content_type="application/json"), 413, "request_entity_too_large"),
+    ]:
+        assert (answer.status_code, answer.json["code"]) == (status, code)
+        assert answer.content_type == "application/problem+json"
+    assert "POST" in client.put("/api/servers").headers["Allow"]
+
+
+def test_the_document_describes_every_route_and_each_answer_fits_it(client):
+    document = client.get("/api/openapi.json").json
+    assert document["openapi"].startswith("3.1")
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(route.method, route.path.replace("<name>", "{name}")) for route in ROUTES}
+    for route in ROUTES:
+        operation = document["paths"][route.path.replace("<name>", "{name}")][route.method.lower()]
+        assert bool(operation.get("security")) == (route.access is Access.TOKEN)
+        assert operation["summary"]
+    created = client.post("/api/servers", json={}).json
+    schema = document["components"]["schemas"]["Server"]
+    assert set(created) == set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("host", "link"),
+    [
+        ("keeper.example:8000", "http://127.0.0.1:"),
+        (None, "http://127.0.0.1:"),
+    ],
+)
+def test_a_lab_on_loopback_is_linked_by_loopback(client, host, link):
+    headers = {"Host": host} if host else {}
+    assert client.post("/api/servers", json={}, headers=headers).json["lab_url"].startswith(link)
+
+
+@pytest.mark.parametrize(
+    ("host", "link"),
+    [
+        ("keeper.example:8000", "http://keeper.example:"),
+        ("[::1]:8000", "http://[::1]:"),
+        ("bad host<", "http://127.0.0.1:"),
+    ],
+)
+def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, world, host, link):
+    services = replace(services, defaults=replace(services.defaults, lab_ip="0.0.0.0"))  # noqa: S104
+    client = create_app(services).test_client()
+    answer = client.post("/api/servers", json={}, headers={"Authorization": f"Bearer {TOKEN}", "Host": host})
+    assert answer.json["lab_url"].startswith(link), answer.json
+
+
+def test_an_advertised_host_goes_before_all(services):
+    client = create_app(replace(services, advertised_host="labs.example")).test_client()
+    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": "/lab?reset"})
+    assert answer.json["lab_url"].startswith("http://labs.example:")
+    assert "/lab?reset&token=" in answer.json["lab_url"]
+
+
+def test_the_list_comes_in_pages(client):
+    for name in ("a", "b", "c"):
+        assert client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code == 201
+    names, cursor = [], ""
+    while cursor is not None:
+        page = client.get(f"/api/servers?limit=2&cursor={cursor}").json
+        names += [server["name"] for server in page["servers"]]
+        cursor = page["next"]
+    assert names == ["a", "b", "c"]
+    assert [s["name"] for s in client.get("/api/servers?label=of=b").json["servers"]] == ["b"]
+    assert len(client.get("/api/servers?label=of").json["servers"]) == 3
+    assert client.get("/api/servers?state=failed").json["servers"] == []
+    assert client.get("/api/servers?state=asleep").status_code == 422
+
+
+def test_a_server_that_was_stopped_meanwhile_did_not_start(client, world):
+    world.temper("default").boots = False
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/api/servers", json={})
+        until(lambda: client.get("/api/servers/default?wait_for=starting").status_code == 200)
+        assert client.post("/api/servers/default/stop").status_code == 200
+        answer = waiting.result()
+    assert (answer.status_code, answer.json["code"]) == (409, "conflict")
+    assert "stopped meanwhile" in answer.json["detail"]
+
+
+def test_a_server_that_is_started_again_meanwhile_did_not_stop(client, world):
+    assert client.post("/api/servers", json={}).status_code == 201
+    world.temper("default").obeys = False
+    assert client.delete("/api/servers/default?wait=0").json["state"] == "stopping"
+    refused = client.post("/api/servers/default/start?wait=0")
+    assert (refused.status_code, "being deleted" in refused.json["detail"]) == (409, True)
+    assert client.delete("/api/servers/default?force=true").json["stop_report"]["method"] == "sigkill"
+    assert client.get("/api/servers/default").status_code == 404
+
+
+def test_a_stop_gives_way_to_a_later_start(client, world):
+    assert client.post("/api/servers", json={}).status_code == 201
+    world.temper("default").obeys = False
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(client.post, "/api/servers/default/stop")
+        until(lambda: client.get("/api/servers/default").json["state"] == "stopping")
+        assert client.post("/api/servers/default/start?wait=0").status_code == 202
+        assert stopping.result().status_code == 409
+    world.temper("default").obeys = True
+    assert client.delete("/api/servers/default?force=true").status_code == 200
+
+
+def test_a_follower_gets_the_log_until_the_server_ends(client):
+    client.post("/api/servers", json={})
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(client.get, "/api/servers/default/logs?follow=true")
+        client.post("/api/servers/default/stop")
+        assert following.result().text.strip()
+    assert client.get("/api/servers/default/logs?tail=1").text.count("\n") == 1
+
+
+def test_kernels_are_told_of_running_servers_only(client, services):
+    assert client.get("/api/servers/none/kernels").status_code == 404
+    client.post("/api/servers", json={})
+    assert client.get("/api/servers/default/kernels").json["kernels"][0]["id"] == "k-1"
+    services.probe.error = BackendUnavailable("cannot list the kernels")
+    assert client.get("/api/servers/default/kernels").status_code == 503
+    client.post("/api/servers/default/stop")
+    assert client.get("/api/servers/default/kernels").status_code == 409
+
+
+def test_a_keeper_that_does_not_run_is_not_ready(services):
+    client = create_app(services).test_client()
+    assert client.get("/readyz").status_code == 200
+    services.keeper.close()
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/healthz").status_code == 200
+    services.keeper._thread = type("Ended", (), {"is_alive": lambda self: False, "join": lambda self: None})()
+
+
+def test_the_version_is_told(client):
+    assert client.get("/api/version").json == {"name": "labkeeper", "version": "1.2.3"}
+
+
+def test_requests_take_both_spellings_of_every_field():
+    """The document names each field in snake_case; the same in kebab-case means the same."""
+    for name, field in ServerRequest.model_fields.items():
+        assert name in field.validation_alias.choices
+        assert name.replace("_", "-") in field.validation_alias.choices
+
+
+@pytest.mark.parametrize(
+    ("url", "ws_url"),
+    [
+        ("http://Host/Team/http-api", "ws://Host/Team/http-api"),
+        ("https://gateway:8443", "wss://gateway:8443"),
+    ],
+)
+def test_the_websocket_url_of_a_gateway_changes_its_scheme_alone(url, ws_url):
+    assert ws_url_of(url) == ws_url
+
+
+def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
+    """Jupyter would put its own Authorization header over it."""
+    request = ServerRequest.model_validate(
+        {"gateway-url": "http://g", "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"}}
+    )
+    gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888)).gateway
+    assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == ("Bearer", "abc", {"X-Team": "a"})
+
+
+def test_a_key_without_its_certificate_is_refused():
+    with pytest.raises(ValueError, match="gateway_client_cert"):
+        ServerRequest.model_validate({"gateway_url": "http://g", "gateway_client_key": "k"})
+
+
+def test_only_the_default_server_has_the_default_port(tmp_path):
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
+    assert ServerRequest().spec(defaults).port == 8888
+    assert ServerRequest(name="other").spec(defaults).port is None
+    assert ServerRequest(port=9999).spec(defaults).port == 9999
+
+
+def test_a_root_that_is_gone_is_refused(tmp_path):
+    with pytest.raises(InvalidSpec) as caught:
+        ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888))
+    assert caught.value.details["errors"][0]["field"] == "root_dir"
+
+
+def test_models_of_answers_are_serialised_as_they_are_documented(client):
+    """What the document calls required is there, and nothing else."""
+    document = client.get("/api/openapi.json").json
+    problem = client.get("/api/servers/none").json
+    assert set(document["components"]["schemas"]["Problem"]["required"]) <= set(problem)
+    assert json.dumps(problem)
+    assert issubclass(ServerRequest, BaseModel)

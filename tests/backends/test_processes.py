@@ -1,0 +1,149 @@
+"""Processes are known by pid and start, found by their mark, and ended for certain."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+from harness import free_port, until
+
+from labkeeper.backends import processes
+from labkeeper.backends.processes import Process, boot_id, end_all, marked, wait_until_ended
+
+STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+
+
+@pytest.fixture
+def spawn():
+    children = []
+
+    def start(*command, **options):
+        child = subprocess.Popen(command or ["sleep", "1000"], **options)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+
+
+@pytest.fixture
+def pipe():
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_process_is_known_by_its_pid_and_its_start(spawn):
+    child = spawn()
+    process = Process.find(child.pid)
+    assert process.alive()
+    assert process == Process.find(child.pid)
+    assert not Process(child.pid, "another start").alive()
+    assert not Process(child.pid, "another start").send(signal.SIGKILL)
+    assert child.poll() is None
+
+
+def test_a_process_that_has_ended_is_neither_alive_nor_found(spawn):
+    child = spawn("true")
+    until(lambda: not Process(child.pid, "").alive() and child.poll() is not None)
+    assert Process.find(child.pid) is None
+    gone = Process(child.pid, "1")
+    assert not gone.alive()
+    assert not gone.send(signal.SIGTERM)
+    assert gone.descendants() == []
+    assert not gone.listens_on(1)
+
+
+def test_a_zombie_is_not_alive(spawn):
+    child = spawn()
+    process = Process.find(child.pid)
+    process.send(signal.SIGKILL)
+    until(lambda: not process.alive())
+    assert child.returncode is None
+
+
+def test_descendants_are_children_and_theirs(spawn):
+    child = spawn("sh", "-c", "sh -c 'sleep 1000 & wait' & wait")
+    process = Process.find(child.pid)
+    until(lambda: len(process.descendants()) == 2)
+    assert end_all(process.descendants(), grace=1, within=2) == []
+
+
+def test_a_mark_is_found_wherever_it_was_inherited(spawn):
+    mark = f"test-{os.getpid()}"
+    child = spawn("sh", "-c", "setsid sleep 1000 & wait", env={**os.environ, "A_MARK": mark})
+    until(lambda: len(marked("A_MARK", mark)) == 2)
+    found = marked("A_MARK", mark)
+    assert child.pid in {process.pid for process in found}
+    assert end_all(found, grace=0, within=2) == []
+    assert marked("A_MARK", mark) == []
+
+
+def test_what_ignores_sigterm_gets_sigkill(spawn):
+    child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert end_all([Process.find(child.pid)], grace=0.1, within=5) == []
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_what_cannot_be_ended_in_time_is_given_back(spawn):
+    child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    process = Process.find(child.pid)
+    # Its time is over before SIGKILL can have worked, unless the kernel was quicker than the look that follows.
+    assert end_all([process], grace=0.05, within=0.0) in ([process], [])
+
+
+def test_waiting_ends_with_the_process(spawn, pipe):
+    child = spawn()
+    process = Process.find(child.pid)
+    threading.Timer(0.05, child.kill).start()
+    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
+    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
+    child.wait()
+    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
+
+
+def test_waiting_ends_with_its_time_or_when_called_off(spawn, pipe):
+    process = Process.find(spawn().pid)
+    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+    os.write(pipe[1], b"x")
+    assert not wait_until_ended(process, or_readable=pipe[0], timeout=None)
+
+
+def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, monkeypatch):
+    """As on macOS, which has no pidfd: the same answers, by looking."""
+    monkeypatch.setattr(processes.sys, "platform", "darwin")
+    child = spawn()
+    process = Process.find(child.pid)
+    assert process.alive()
+    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+    assert process.send(signal.SIGKILL)
+    assert wait_until_ended(process, or_readable=pipe[0], timeout=None)
+    other = Process.find(spawn().pid)
+    os.write(pipe[1], b"x")
+    assert not wait_until_ended(other, or_readable=pipe[0], timeout=None)
+    assert boot_id()
+
+
+def test_a_listening_socket_tells_its_owner(spawn):
+    port = free_port()
+    child = spawn(
+        sys.executable,
+        "-c",
+        f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); s.accept()",
+        stdout=subprocess.PIPE,
+    )
+    child.stdout.readline()
+    assert Process.find(child.pid).listens_on(port)
+    assert not Process.find(child.pid).listens_on(port + 1)
+    assert not Process.find(os.getpid()).listens_on(port)

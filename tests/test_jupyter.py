@@ -1,0 +1,213 @@
+"""What we tell Jupyter, and how its answers and last words are read."""
+
+from __future__ import annotations
+
+import http.server
+import json
+import socket
+import threading
+
+import pytest
+from harness import free_port
+
+from labkeeper import jupyter
+from labkeeper.core.errors import BackendTimeout, BackendUnavailable
+from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, ServerName, ServerSpec
+
+SPEC = ServerSpec(ServerName("x"), "/notebooks", base_url="/b/", env={"A": "1"})
+GATED = ServerSpec(
+    ServerName("x"),
+    "/notebooks",
+    gateway=Gateway(
+        "http://g:8888/http-api",
+        "ws://g:8888/http-api",
+        auth_token="gateway secret",  # noqa: S106
+        headers={"X": "header secret"},
+        request_timeout=10.0,
+        ca_certs="/ca.pem",
+    ),
+)
+
+
+def endpoint(port, hostname="127.0.0.1"):
+    return Endpoint("/", hostname, "/n", False, 1, port, False, "t", f"http://127.0.0.1:{port}/")
+
+
+def test_arguments_hold_the_contract_and_no_secret(tmp_path):
+    given = jupyter.arguments(GATED, port=8888, config=tmp_path / "c.py")
+    assert {"--ip=127.0.0.1", "--port=8888", "--ServerApp.port_retries=0", "--gateway-url=http://g:8888/http-api"} <= set(given)
+    assert not [piece for piece in given if "secret" in piece]
+
+
+def test_the_configuration_is_python_and_holds_what_was_asked(tmp_path):
+    source = jupyter.config_source(GATED, token="own secret", directory=tmp_path, ca_bundle=tmp_path / "ca.pem")  # noqa: S106
+    compile(source, "config", "exec")
+    for expected in ("own secret", "gateway secret", "header secret", "ws://g:8888/http-api", str(tmp_path / "cookie_secret")):
+        assert expected in source
+    assert "GatewayClient" not in jupyter.config_source(SPEC, token="t", directory=tmp_path, ca_bundle=None)  # noqa: S106
+
+
+def test_text_of_callers_cannot_break_out_of_the_configuration(tmp_path):
+    """A hostile value stays a string, whatever quotes and lines it has."""
+    hostile = "/lab'\"\"\"\n'''+__import__('os').abort()+'{settings}"
+    spec = ServerSpec(ServerName("x"), "/notebooks", default_url=hostile)
+    source = jupyter.config_source(spec, token="t", directory=tmp_path, ca_bundle=None)  # noqa: S106
+    literal = source.partition("for section, values in ")[2].partition(".items():")[0]
+    assert eval(literal, {"__builtins__": {}})["ServerApp"]["default_url"] == hostile  # noqa: S307
+
+
+def test_the_environment_is_ours_without_what_is_private(tmp_path):
+    own = {
+        "PATH": "/bin",
+        "LABKEEPER_TOKEN": "secret",
+        "JUPYTER_TOKEN": "secret",
+        "JUPYTER_GATEWAY_URL": "http://other",
+        "JUPYTERHUB_API_TOKEN": "secret",
+        "JUPYTER_PATH": "/kept",
+    }
+    env = jupyter.environment(SPEC, own, runtime_dir=tmp_path, ca_bundle=None)
+    assert env == {"PATH": "/bin", "JUPYTER_PATH": "/kept", "A": "1", "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+
+
+def test_a_gateway_s_options_that_jupyter_takes_from_the_environment_only_are_there(tmp_path):
+    env = jupyter.environment(GATED, {}, runtime_dir=tmp_path, ca_bundle=tmp_path / "ca.pem")
+    assert env["SSL_CERT_FILE"] == str(tmp_path / "ca.pem")
+    assert env["KERNEL_LAUNCH_TIMEOUT"] == "8"
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"pid": 8}', json.dumps({"pid": 7, "base_url": "/"})])
+def test_half_an_info_file_is_none(tmp_path, content):
+    if content is not None:
+        (tmp_path / "jpserver-7.json").write_text(content)
+    assert jupyter.read_info(tmp_path, 7) is None
+
+
+def test_an_info_file_of_another_pid_is_none(tmp_path):
+    info = {
+        "base_url": "/",
+        "hostname": "h",
+        "password": False,
+        "pid": 8,
+        "port": 1,
+        "root_dir": "/n",
+        "secure": False,
+        "token": "t",
+    }
+    path = tmp_path / "jpserver-7.json"
+    path.write_text(json.dumps(info | {"url": "http://h:1/", "sock": ""}))
+    assert jupyter.read_info(tmp_path, 7) is None
+    path.write_text(json.dumps(info | {"url": "http://h:1/", "sock": "", "pid": 7}))
+    assert jupyter.read_info(tmp_path, 7).notebook_dir == "/n"
+
+
+@pytest.mark.parametrize(
+    ("hostname", "host", "url"),
+    [
+        ("0.0.0.0", None, "http://127.0.0.1:1/"),  # noqa: S104
+        ("::", None, "http://[::1]:1/"),
+        ("10.0.0.1", None, "http://10.0.0.1:1/"),
+        ("0.0.0.0", "lab.example", "http://lab.example:1/"),  # noqa: S104
+    ],
+)
+def test_a_server_is_asked_where_it_listens(hostname, host, url):
+    assert jupyter.url_of(endpoint(1, hostname), host) == url
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        (
+            "[C 2026-01-01 00:00:00.000 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is already in use",
+            "port-in-use",
+        ),
+        ("OSError: [Errno 28] No space left on device", "disk-full"),
+        ("ModuleNotFoundError: No module named 'x'", "import-error"),
+        ("traitlets.traitlets.TraitError: The 'port' trait", "config-error"),
+        ("bad configuration: cannot load /x", "config-error"),
+        ("something else", "other"),
+    ],
+)
+def test_the_cause_of_an_early_end_is_read_from_its_last_words(line, kind):
+    found, said = jupyter.cause_of(Exit(code=1), ["a line before", line])
+    assert found == kind
+    assert said
+    assert not said.startswith("[C")
+
+
+def test_who_was_killed_did_not_say_why():
+    assert jupyter.cause_of(Exit(signal="SIGKILL"), ["Address already in use"]) == (FailureClass.KILLED, "")
+    assert jupyter.cause_of(Exit(code=1), []) == (FailureClass.OTHER, "")
+
+
+def test_kernels_on_a_gateway_are_read_from_the_log():
+    first, second = "0d6c5c0e-9a2e-4b0d-8f9e-0123456789ab", "1d6c5c0e-9a2e-4b0d-8f9e-0123456789ab"
+    log = [
+        f"[I] GatewayKernelManager started kernel: {first}, args: {{}}",
+        "other",
+        f"started kernel: {second}",
+        f"started kernel: {first}",
+    ]
+    assert jupyter.started_kernels(log) == (first, second)
+
+
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server whose every answer the test chooses."""
+
+    answers: dict
+
+    def do_GET(self):
+        status, body = self.answers.get(self.path.partition("?")[0], (404, ""))
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def answering():
+    handler = type("Handler", (Answers,), {"answers": {}})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    client = jupyter.JupyterClient(timeout=2.0)
+    yield client, endpoint(server.server_port), handler.answers
+    client.close()
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, "no json"), (200, "[{}]"), (403, ""), (503, "")])
+def test_kernels_that_cannot_be_told_are_not_made_up(answering, status, body):
+    client, where, answers = answering
+    answers["/api/kernels"] = (status, body)
+    with pytest.raises(BackendUnavailable, match="cannot list the kernels"):
+        client.kernels(where)
+
+
+def test_kernels_are_read(answering):
+    client, where, answers = answering
+    answers["/api/kernels"] = (200, json.dumps([{"id": "k", "name": "python3", "execution_state": "busy", "more": 1}]))
+    assert [(k.id, k.execution_state) for k in client.kernels(where)] == [("k", "busy")]
+
+
+def test_nobody_there_answers_nothing():
+    client = jupyter.JupyterClient(timeout=1.0)
+    nowhere = endpoint(free_port())
+    assert not client.answers(nowhere)
+    assert not client.accepts_token(nowhere)
+    assert not client.shutdown(nowhere, timeout=1.0)
+    with pytest.raises(BackendUnavailable):
+        client.kernels(nowhere)
+    client.close()
+
+
+def test_a_server_that_is_silent_times_out():
+
+    client = jupyter.JupyterClient(timeout=0.1)
+    with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(BackendTimeout):
+        client.kernels(endpoint(deaf.getsockname()[1]))
+    client.close()

@@ -1,0 +1,202 @@
+"""The threads around the core: order within a lane, answers to commands, and a board that misses nothing."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import structlog
+from harness import until
+
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import BackendUnavailable, ServerNotFound
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.model import Change, Create, Order, Ready, Report, ServerName, Snapshot, Tick
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.testing.fakes import FakeBackend, MemoryStore, World, a_spec
+
+ONE, TWO = ServerName("one"), ServerName("two")
+
+
+def snapshot(name=ONE, state=State.STARTING, goal=Goal.UP, launch=1):
+    return Snapshot(a_spec(name), state, goal, since=0.0, created_at=0.0, launch=launch)
+
+
+def change(after):
+    return Change(Event.START, None, after, 0.0)
+
+
+@pytest.fixture
+def board():
+    return Board()
+
+
+class TestBoard:
+    def test_it_shows_the_last_snapshot_of_each_server_by_name(self, board):
+        for after in (snapshot(TWO), snapshot(ONE), snapshot(ONE, State.RUNNING)):
+            board.changed(change(after))
+        assert board.all() == [snapshot(ONE, State.RUNNING), snapshot(TWO)]
+        assert board.get(TWO) == snapshot(TWO)
+        assert board.get(ServerName("none")) is None
+
+    def test_a_deleted_server_leaves_it(self, board):
+        board.changed(change(snapshot()))
+        board.changed(change(snapshot(state=State.STOPPED, goal=Goal.ABSENT)))
+        assert board.all() == []
+
+    def test_a_watch_sees_what_happened_between_command_and_wait(self, board):
+        """Also when it is over, and the server forgotten, before anybody waits."""
+        with board.watch(ONE) as watch:
+            first = snapshot(state=State.STOPPING)
+            for after in (first, snapshot(TWO), snapshot(state=State.STOPPED, goal=Goal.ABSENT)):
+                board.changed(change(after))
+            last, held = watch.until(lambda s: s.state is State.STOPPED, first=first, timeout=0)
+        assert held
+        assert last.forgotten
+
+    def test_a_watch_passes_over_what_was_before_the_answer(self, board):
+        with board.watch(ONE) as watch:
+            board.changed(change(snapshot(state=State.RUNNING)))
+            first = snapshot(state=State.STOPPING)
+            board.changed(change(first))
+            last, held = watch.until(lambda s: s.state is State.RUNNING, first=first, timeout=0.01)
+        assert (last, held) == (first, False)
+
+    def test_a_watch_wakes_when_it_happens(self, board):
+        with board.watch(ONE) as watch:
+            timer = threading.Timer(0.05, board.changed, [change(snapshot(state=State.RUNNING))])
+            timer.start()
+            _, held = watch.until(lambda s: s.state is State.RUNNING, first=snapshot(), timeout=10)
+            timer.join()
+        assert held
+
+    def test_all_servers_can_be_waited_for(self, board):
+        assert board.until(lambda all_: not all_, timeout=0)
+        assert not board.until(lambda all_: bool(all_), timeout=0.01)
+
+
+class TestLanes:
+    def test_jobs_of_one_server_run_in_order_and_those_of_two_beside_each_other(self):
+        lanes = LanePool(lambda report: None, threads=2)
+        done, gate, passed = [], threading.Event(), threading.Event()
+
+        def wait():
+            gate.wait(10)
+            done.append("first")
+
+        lanes.submit(ONE, wait)
+        lanes.submit(ONE, lambda: done.append("second"))
+        lanes.submit(TWO, passed.set)
+        assert passed.wait(10)
+        assert done == []
+        gate.set()
+        lanes.close()
+        assert done == ["first", "second"]
+
+    def test_a_job_that_fails_is_logged_and_its_lane_goes_on(self):
+        heard = []
+        lanes = LanePool(heard.append, threads=1)
+        report = Report(ONE, 1, Ready(None))
+        with structlog.testing.capture_logs() as log:
+            lanes.submit(ONE, lambda: 1 / 0)
+            lanes.submit(ONE, lambda: report)
+            lanes.close()
+        assert heard == [report]
+        assert [entry["server"] for entry in log] == [ONE]
+
+
+class Rig:
+    def __init__(self, **policy):
+        self.world, self.store, self.board = World(), MemoryStore(), Board()
+        inbox = Inbox()
+        self.inbox = inbox
+        lanes = LanePool(inbox.hear, threads=2)
+        self.fleet = Fleet(
+            backend=FakeBackend(inbox.hear, self.world),
+            store=self.store,
+            lanes=lanes,
+            clock=SystemClock(),
+            policy=Policy(**policy),
+            listeners=(self.board,),
+        )
+        self.keeper = Keeper(self.fleet, inbox, lanes, self.board)
+
+
+@pytest.fixture
+def make_rig():
+    rigs = []
+
+    def make(**policy):
+        rig = Rig(**policy)
+        rigs.append(rig)
+        rig.keeper.start()
+        return rig
+
+    yield make
+    for rig in rigs:
+        rig.keeper.close()
+
+
+class TestKeeper:
+    def test_commands_are_answered_and_their_outcome_follows(self, make_rig):
+        keeper = make_rig().keeper
+        with keeper.watch(ONE) as watch:
+            reply = keeper.ask(Create(a_spec(ONE)))
+            assert reply.created
+            last, held = watch.until(lambda s: s.state is State.RUNNING, first=reply.snapshot, timeout=10)
+        assert held
+        assert keeper.get(ONE) == last
+        assert keeper.all() == [last]
+        assert keeper.alive
+
+    def test_a_refused_command_raises_where_it_was_given(self, make_rig):
+        with pytest.raises(ServerNotFound):
+            make_rig().keeper.ask(Order(ONE, Event.STOP))
+
+    def test_timers_fire_also_while_messages_keep_coming(self, make_rig):
+        rig = make_rig(start_timeout=0.2)
+        rig.world.temper(ONE).boots = False
+        rig.keeper.ask(Create(a_spec(ONE)))
+        until(lambda: rig.keeper.ask(Tick()) or rig.keeper.get(ONE).state is State.FAILED, within=10)
+
+    def test_stopping_all_waits_for_the_last(self, make_rig):
+        rig = make_rig(stop_grace=0.1)
+        rig.keeper.ask(Create(a_spec(ONE)))
+        rig.world.temper(ONE).obeys = False
+        assert rig.keeper.stop_all(within=10)
+        assert rig.keeper.get(ONE).state is State.STOPPED
+        with pytest.raises(BackendUnavailable, match="shutting down"):
+            rig.keeper.ask(Create(a_spec(TWO)))
+
+    def test_stopping_all_says_when_something_is_left(self, make_rig):
+        rig = make_rig(stop_grace=0.05, kill_wait=0.05)
+        rig.keeper.ask(Create(a_spec(ONE)))
+        rig.world.temper(ONE).obeys = rig.world.temper(ONE).killable = False
+        assert not rig.keeper.stop_all(within=0.3)
+
+    def test_a_bug_in_a_step_reaches_whoever_asked_and_stops_nobody_else(self, make_rig, monkeypatch):
+        rig = make_rig()
+        monkeypatch.setattr(rig.store, "save", lambda _: 1 / 0)
+        with structlog.testing.capture_logs() as log, pytest.raises(ZeroDivisionError):
+            rig.keeper.ask(Create(a_spec(ONE)))
+        assert log[0]["log_level"] == "error"
+        monkeypatch.undo()
+        assert rig.keeper.ask(Create(a_spec(TWO))).created
+
+    def test_a_fleet_that_does_not_answer_is_called_busy(self, make_rig, monkeypatch):
+        monkeypatch.setattr("labkeeper.runtime._ANSWER_WITHIN", 0.05)
+        rig = make_rig()
+        held = threading.Event()
+        monkeypatch.setattr(rig.fleet, "step", lambda _: held.wait(10))
+        with pytest.raises(BackendUnavailable, match="busy"):
+            rig.keeper.ask(Tick())
+        held.set()
+
+
+def test_the_clock_goes_on():
+    clock = SystemClock()
+    assert clock.monotonic() <= clock.monotonic()
+    assert clock.time() > 1_700_000_000
+    assert replace(snapshot(), state=State.RUNNING).state is State.RUNNING

@@ -1,0 +1,107 @@
+"""Settings come from one place, in one order, and a wrong one is one clear line."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper import settings
+from labkeeper.core.errors import SettingsError
+
+
+@pytest.fixture(autouse=True)
+def _clean(monkeypatch, tmp_path):
+    for name in list(settings.os.environ):
+        if name.startswith(settings.PREFIX):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+
+
+def test_the_defaults_let_nobody_in_from_elsewhere(tmp_path):
+    chosen = settings.load()
+    assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == ("127.0.0.1", 8000, "127.0.0.1", 8888)
+    assert chosen.auth == "token"
+    assert chosen.state_dir == tmp_path / ".local/state/labkeeper"
+    assert chosen.rooms == chosen.state_dir / "run"
+    assert not chosen.debug
+
+
+def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path, monkeypatch):
+    file = tmp_path / "labkeeper.toml"
+    file.write_text("port = 1001\nlab_port = 1002\nmax_servers = 3\n")
+    monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
+    monkeypatch.setenv("LABKEEPER_PORT", "2001")
+    monkeypatch.setenv("LABKEEPER_LAB_PORT", "2002")
+    chosen = settings.load(port=3001)
+    assert (chosen.port, chosen.lab_port, chosen.max_servers) == (3001, 2002, 3)
+
+
+def test_an_empty_variable_is_none(monkeypatch):
+    monkeypatch.setenv("LABKEEPER_TOKEN", "")
+    assert settings.load().token is None
+
+
+def test_paths_become_absolute_and_homes_are_found(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LABKEEPER_STATE_DIR", "here")
+    monkeypatch.setenv("LABKEEPER_RUNTIME_DIR", "~/there")
+    chosen = settings.load()
+    assert (chosen.state_dir, chosen.rooms) == (tmp_path / "here", tmp_path / "there")
+    assert chosen.notebook_dir == tmp_path
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("LABKEEPER_PORT", "0"),
+        ("LABKEEPER_PORT", "http"),
+        ("LABKEEPER_START_TIMEOUT", "0"),
+        ("LABKEEPER_STOP_GRACE", "nan"),
+        ("LABKEEPER_AUTH", "off"),
+        ("LABKEEPER_LOG_LEVEL", "loud"),
+        ("LABKEEPER_MAX_SERVERS", "-1"),
+        ("LABKEEPER_TOKEN", "short"),
+        ("LABKEEPER_TOKEN", "with a blank in it ..."),
+    ],
+)
+def test_a_wrong_value_names_its_variable_and_never_a_token(monkeypatch, variable, value):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError) as caught:
+        settings.load()
+    assert variable in caught.value.message
+    assert "\n" not in caught.value.message
+    assert variable != "LABKEEPER_TOKEN" or value not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"), [("colour = 1", "colour"), ("port = ", "labkeeper.toml"), ("port = 'x'", "LABKEEPER_PORT")]
+)
+def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, word):
+    file = tmp_path / "labkeeper.toml"
+    file.write_text(text)
+    monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
+    with pytest.raises(SettingsError, match=word):
+        settings.load()
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABKEEPER_CONFIG", str(tmp_path / "none.toml"))
+    with pytest.raises(SettingsError, match=r"none\.toml"):
+        settings.load()
+
+
+def test_a_misspelled_variable_is_found(monkeypatch):
+    monkeypatch.setenv("LABKEEPER_PROT", "1")
+    monkeypatch.setenv("LABKEEPER_PORT", "1")
+    assert settings.unknown_variables() == ["LABKEEPER_PROT"]
+
+
+def test_the_token_does_not_show_itself(monkeypatch):
+    monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
+    assert "a-long-enough-token" not in repr(settings.load())
+
+
+def test_every_setting_says_what_it_is_for():
+    for name, field in settings.Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
