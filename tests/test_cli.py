@@ -1,0 +1,679 @@
+"""The command line against a running application: what it prints where, and with which exit code it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import termios
+import webbrowser
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import structlog
+from click.testing import CliRunner
+
+from labkeeper import cli as module
+from labkeeper import serve
+from labkeeper.api.app import Services, create_app
+from labkeeper.api.requests import Defaults
+from labkeeper.api.wsgi import WsgiServer
+from labkeeper.cli import cli
+from labkeeper.client import Server
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import BackendRefused, BackendUnavailable
+from labkeeper.core.fleet import Fleet
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.settings import Settings
+from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
+
+TOKEN = "a-token-of-the-tests"
+COMMANDS = sorted(cli.commands)
+ASKING = ["start", "ls", "show", "stop", "restart", "logs", "open", "version"]
+"""The commands that ask a keeper."""
+LINK = re.compile(r"http://[\w.]+:8888/lab\?token=token-of-\d+\s+")
+"""The link to the default server, as the fake backend has it, and the end of its line."""
+
+
+class NoProbe:
+    def kernels(self, _endpoint):
+        return []
+
+
+@dataclass
+class Served:
+    """A keeper over a world that the test steers, and where it answers."""
+
+    world: World
+    app: object
+    url: str
+
+
+@contextlib.contextmanager
+def serving(notebook_dir):
+    world, inbox, board = World(), Inbox(), Board()
+    lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
+    fleet = Fleet(backend=backend, store=MemoryStore(), lanes=lanes, clock=SystemClock(), policy=Policy(), listeners=(board,))
+    keeper = Keeper(fleet, inbox, lanes, board)
+    keeper.start()
+    services = Services(keeper, backend, NoProbe(), Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN)
+    app = create_app(services)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = WsgiServer(app, listener, threads=4, max_body=2**20)
+        server.start()
+        yield Served(world, app, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server.close()
+    keeper.close()
+
+
+@pytest.fixture(autouse=True)
+def state_dir(tmp_path, monkeypatch):
+    """A state directory of this test, and an environment that says nothing else."""
+    for name in [name for name in os.environ if name.startswith("LABKEEPER_")] + ["NO_COLOR", "FORCE_COLOR"]:
+        monkeypatch.delenv(name, raising=False)
+    directory = tmp_path / "state"
+    directory.mkdir()
+    monkeypatch.setenv("LABKEEPER_STATE_DIR", str(directory))
+    return directory
+
+
+@pytest.fixture
+def served(tmp_path, state_dir):
+    """A keeper that the command line finds by its state directory, as `serve` leaves it."""
+    # The keeper's own log would end up between what is tested.
+    with structlog.testing.capture_logs(), serving(tmp_path) as there:
+        (state_dir / "keeper.json").write_text(json.dumps({"url": there.url, "pid": os.getpid()}))
+        (state_dir / "token").write_text(TOKEN + "\n")
+        yield there
+
+
+def run(*arguments, code=0, **options):
+    """Run one command; give what it said, after a look at its exit code."""
+    result = CliRunner().invoke(cli, arguments, prog_name="labkeeper", **options)
+    assert result.exit_code == code, result.output
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result
+
+
+def at_terminal(*arguments, code=0):
+    """Run one command at a terminal of 100 columns; give what appeared there."""
+    primary, secondary = os.openpty()
+    termios.tcsetwinsize(secondary, (40, 100))
+    try:
+        with os.fdopen(secondary, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+            with pytest.raises(SystemExit) as ended:
+                cli.main(list(arguments), prog_name="labkeeper")
+            # What is written comes through in pieces, and is lost when the terminal is closed too early.
+            mark = "<the end>"
+            terminal.write(mark)
+            terminal.flush()
+            shown = ""
+            while not shown.endswith(mark):
+                shown += os.read(primary, 65536).decode()
+    finally:
+        os.close(primary)
+    assert ended.value.code == code, shown
+    return shown.removesuffix(mark)
+
+
+def process(*arguments, **options):
+    """Start the command line as a user does."""
+    command = [sys.executable, "-m", "labkeeper", *arguments]
+    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **({"stdout": subprocess.PIPE} | options))
+
+
+# Help
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_an_example(command):
+    """`--help` of each command fits its purpose in one line, and shows how it is used."""
+    text = run(command, "--help").stdout
+    assert text.startswith(f"Usage: labkeeper {command}")
+    assert f"  labkeeper {command}" in text or f"$(labkeeper {command})" in text
+    assert cli.commands[command].get_short_help_str(limit=64).endswith(".")
+    assert "..." not in cli.commands[command].get_short_help_str(limit=64)
+
+
+def test_alone_it_shows_what_there_is():
+    """Without a command, all commands are listed; that is a usage error all the same."""
+    text = run(code=2).stderr
+    assert all(re.search(rf"^  {command}  ", text, re.MULTILINE) for command in COMMANDS)
+
+
+def test_version_needs_no_keeper():
+    """`--version` prints the installed version."""
+    assert re.fullmatch(r"labkeeper \d+\.\d+.*\n", run("--version").stdout)
+
+
+# Serve
+
+
+def test_every_setting_but_the_token_is_a_flag():
+    """Flags come from the settings, with all that is said of them there; a token on a command line would be public."""
+    text = " ".join(run("serve", "--help").stdout.split())
+    for name, field in Settings.model_fields.items():
+        flag = f" --{name.replace('_', '-')} "
+        assert (flag in text) is (name != "token"), name
+        assert (f"LABKEEPER_{name.upper()}" in text) is (name != "token"), name
+        assert name == "token" or field.description in text, name
+
+
+@pytest.fixture
+def chosen(monkeypatch):
+    """What `serve` was called with, instead of serving."""
+    calls = []
+    monkeypatch.setattr(serve, "run", lambda settings, **others: calls.append((settings, others)) or 0)
+    return calls
+
+
+def test_flags_win_over_the_environment(chosen, monkeypatch, tmp_path):
+    """A flag is a setting; what is not given comes from the environment, and from the options before the command."""
+    monkeypatch.setenv("LABKEEPER_PORT", "8001")
+    monkeypatch.setenv("LABKEEPER_LAB_PORT", "8002")
+    run(
+        "--state-dir",
+        str(tmp_path / "x"),
+        "serve",
+        "--port",
+        "8003",
+        "--debug",
+        "--log-format",
+        "json",
+        "--stop-grace",
+        "2.5",
+        "--start",
+    )
+    settings, others = chosen[0]
+    assert (settings.port, settings.lab_port, settings.debug, settings.log_format) == (8003, 8002, True, "json")
+    assert (settings.stop_grace, settings.state_dir, others["first"]) == (2.5, tmp_path / "x", True)
+    run("--state-dir", "/before", "serve", "--state-dir", "/after", "--no-debug")
+    settings, others = chosen[1]
+    assert (settings.state_dir, settings.debug, others["first"]) == (Path("/after"), False, False)
+
+
+def test_the_exit_code_of_serve_is_that_of_the_keeper(monkeypatch):
+    """A keeper that could not stop its servers does not end with 0."""
+    monkeypatch.setattr(serve, "run", lambda *_, **__: 1)
+    run("serve", code=1)
+
+
+def test_serve_runs_until_it_is_told_to_end():
+    """As a process it says where it answers, is found by the other commands, and ends with 0."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with process("serve", "--port", str(port)) as keeper:
+        assert f"http://127.0.0.1:{port}" in keeper.stdout.readline()
+        assert run("ls").stdout.split() == ["NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY"]
+        keeper.send_signal(signal.SIGTERM)
+        keeper.communicate(timeout=30)
+    assert keeper.returncode == 0
+
+
+# Start
+
+
+def test_start_prints_the_link_and_nothing_else(served):
+    """The link, with its token, is the one line on stdout; the name is `default` when none is given."""
+    result = run("start")
+    assert LINK.fullmatch(result.stdout)
+    assert result.stderr == ""
+    assert run("start", "default").stdout == result.stdout
+
+
+def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
+    """Each option reaches the server; `~` and relative directories mean the caller's."""
+    (tmp_path / "here").mkdir()
+    options = ["--gateway-url", "http://gw:1", "--port", "9000", "--base-url", "/a", "--default-url", "/lab/tree/x"]
+    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "--json"]
+    with contextlib.chdir(tmp_path):
+        server = json.loads(run("start", "demo", "--root-dir", "here", *options).stdout)
+    assert (server["name"], server["root_dir"]) == ("demo", str(tmp_path / "here"))
+    assert (server["gateway_url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
+    assert (server["default_url"], server["labels"]) == ("/lab/tree/x", {"team": "blue", "empty": ""})
+    assert dict(served.world.processes[0].spec.env) == {"A": "1=2"}
+
+
+def test_the_whole_request_may_come_as_json(served, tmp_path):
+    """A file, or stdin, gives every field; options win over it."""
+    spec = tmp_path / "spec.json"
+    spec.write_text('{"name": "x", "gateway-url": "http://gw:1", "gateway_headers": {"X-Team": "blue"}}')
+    server = json.loads(run("start", "--json-spec", str(spec), "--gateway-url", "http://gw:2", "--json").stdout)
+    assert (server["name"], server["gateway_url"]) == ("x", "http://gw:2")
+    server = json.loads(run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout)
+    assert (server["name"], server["port"]) == ("y", 9001)
+
+
+def test_start_starts_a_stopped_server_as_it_was(served):
+    """With a name alone, the server is started again from its own spec; there is nothing to compare it with."""
+    run("start", "demo", "--label", "team=blue")
+    run("stop", "demo")
+    assert json.loads(run("start", "demo", "--json").stdout)["labels"] == {"team": "blue"}
+    assert "differs in labels" in run("start", "demo", "--label", "team=red", code=1).stderr
+
+
+def test_start_need_not_wait(served):
+    """With `--wait 0` a server that is not ready yet is no failure: stdout stays empty, and stderr says where it stands."""
+    served.world.temper("default").boots = False
+    result = run("start", "--wait", "0")
+    assert (result.stdout, "server 'default' is starting" in result.stderr) == ("", True)
+
+
+def test_a_failed_start_shows_the_last_log_lines(served):
+    """The cause and the end of the log are on stderr, and the exit code is 1."""
+    served.world.temper("default").refusal = BackendRefused("cannot start: boom", log_tail=["one", "two"])
+    result = run("start", code=1)
+    assert result.stdout == ""
+    assert result.stderr.splitlines() == ["labkeeper: cannot start: boom", "  | one", "  | two"]
+    shown = run("show").stdout
+    assert "cannot start: boom (other)" in shown
+
+
+# Ls and show
+
+
+def test_ls_in_a_pipe_is_plain_aligned_columns(served, tmp_path):
+    """Columns line up, nothing is coloured, nothing is secret."""
+    run("start")
+    run("start", "a-much-longer-name", "--gateway-url", "http://gw:1")
+    run("stop", "a-much-longer-name")
+    lines = run("ls").stdout.splitlines()
+    assert {line.index(word) for line, word in zip(lines, ["STATE", "stopped", "running"], strict=True)} == {20}
+    assert lines[1].split()[-3:] == ["-", str(tmp_path), "http://gw:1"]
+    assert ":8888/lab " in lines[2]
+    assert "token" not in "".join(lines)
+
+
+def test_ls_filters(served):
+    """States and labels choose servers."""
+    run("start", "a", "--label", "team=blue")
+    run("start", "b")
+    run("stop", "b")
+
+    def names(*filters):
+        return [server["name"] for server in json.loads(run("ls", "--json", *filters).stdout)["servers"]]
+
+    assert names() == ["a", "b"]
+    assert names("--label", "team=blue") == names("--state", "running") == ["a"]
+    assert names("--state", "running", "--state", "stopped") == ["a", "b"]
+    assert names("--label", "team=red") == []
+
+
+def test_ls_json_is_the_apis(served):
+    """`--json` prints what the API answers, secrets included."""
+    run("start")
+    api = served.app.test_client().get("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, base_url=served.url)
+    assert json.loads(run("ls", "--json").stdout) == api.get_json()
+
+
+def test_ls_at_a_terminal_has_colours_and_fits(served, monkeypatch):
+    """At a terminal states are coloured and lines are no wider than it; with NO_COLOR set nothing is coloured."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    run("start", "demo", "--gateway-url", f"http://gw:1/{'x' * 200}")
+    shown = at_terminal("ls")
+    assert "\x1b[32mrunning" in shown
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in shown.splitlines()) <= 100
+    assert "\x1b[32mrunning" in at_terminal("show", "demo")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[32m" not in at_terminal("ls")
+    assert "\x1b" not in at_terminal("show", "demo")
+    assert "\x1b" not in at_terminal("show", "nope", code=4)
+
+
+def test_an_empty_list_says_how_to_go_on(served):
+    """Somebody at a terminal is told the next step; a pipe gets the head alone."""
+    assert "`labkeeper start` starts one" in at_terminal("ls")
+    assert "no servers fit" in at_terminal("ls", "--state", "failed")
+    assert run("ls").stderr == ""
+
+
+def test_show_tells_all_but_secrets(served):
+    """Facts that are not so are left out; the token is only in `--json`."""
+    run("start", "--label", "team=blue")
+    text = run("show").stdout
+    assert re.search(r"^state +running$", text, re.MULTILINE)
+    assert re.search(r"^labels +team=blue$", text, re.MULTILINE)
+    assert "failure" not in text
+    assert "token" not in text
+    assert json.loads(run("show", "--json").stdout)["token"].startswith("token-of-")
+    run("stop")
+    assert re.search(r"^stopped +shut down in \d+\.\d s$", run("show").stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("instant", "told"),
+    [
+        ("2000-01-01T00:00:00.000Z", r"\d+ d ago"),
+        ("2999-01-01T00:00:00Z", "0 s ago"),
+        ("yesterday", "yesterday"),
+        ("2000-01-01", "2000-01-01"),
+    ],
+)
+def test_ages_are_told_in_one_unit(instant, told):
+    """A time is told as its age; clocks that differ and times that are none do no harm."""
+    assert re.fullmatch(told, module._ago(instant))
+
+
+# Stop and restart
+
+
+def test_stop_says_how_each_server_ended(served):
+    """One line for each server on stdout; those that cannot be stopped do not hold up the others, and decide the exit code."""
+    run("start", "a")
+    run("start", "b")
+    result = run("stop", "a", "nope", "b", code=4)
+    assert re.fullmatch(r"a: shut down in \d\.\d s\nb: shut down in \d\.\d s\n", result.stdout)
+    assert result.stderr.count("\n") == 1
+    assert "'nope'" in result.stderr
+
+
+def test_stop_can_force_and_delete(served):
+    """`--force` kills; `--delete` forgets; `--json` prints the API's answer for each."""
+    run("start")
+    assert json.loads(run("stop", "--force", "--json").stdout)["stop_report"]["method"] == "sigkill"
+    assert run("stop").stdout == "default: ended by SIGKILL in 0.0 s\n"
+    run("start")
+    assert json.loads(run("stop", "--delete", "--json").stdout)["goal"] == "absent"
+    run("show", code=4)
+
+
+def test_stop_need_not_wait(served):
+    """With `--wait 0` the line tells the state in between."""
+    served.world.temper("default").obeys = False
+    run("start")
+    assert run("stop", "--wait", "0").stdout == "default: stopping\n"
+
+
+def test_kernels_that_may_be_left_are_named(capsys):
+    """What may still run on a gateway is told on stderr."""
+    report = {"method": "shutdown", "seconds": 0.25, "kernels_stopped": ["k1", "k2"], "kernels_left": ["k3"]}
+    fields = {"name": "x", "state": "stopped", "goal": "down", "since": "", "created_at": "", "launch": 1, "restarts": 0}
+    module._show_stopped(Server(**fields, root_dir="/", default_url="/lab", stop_report=report), as_json=False)
+    said = capsys.readouterr()
+    assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
+    assert said.err == "x: kernels may be left on its gateway: k3\n"
+
+
+def test_stop_gives_up_when_the_keeper_is_gone():
+    """Without a keeper there is one message, not one for each name."""
+    assert run("stop", "a", "b", "--url", "http://127.0.0.1:1", code=3).stderr.count("\n") == 1
+
+
+def test_restart_prints_the_new_link(served):
+    """A restart gives a new token, so it prints the link."""
+    before = run("start").stdout
+    after = run("restart").stdout
+    assert LINK.fullmatch(after)
+    assert after != before
+    run("restart", "nope", code=4)
+
+
+# Logs, open, token, version
+
+
+def test_logs_are_printed_as_they_are(served):
+    """The last lines go to stdout; colours of the server do not reach a pipe."""
+    run("start")
+    served.world.write("default", "\x1b[31mred\x1b[0m")
+    assert run("logs", "-n", "1").stdout == "red\n"
+    assert len(run("logs").stdout.splitlines()) == 2
+    run("logs", "nope", code=4)
+
+
+def test_logs_follow_until_the_server_has_ended(served):
+    """`-f` goes on until there is no more to come, and then ends with 0."""
+    run("start")
+    with process("logs", "-f", "-n", "1") as following:
+        assert following.stdout.readline() == "launch 1 of server 'default', pid 1000\n"
+        run("stop")
+        out, err = following.communicate(timeout=30)
+    assert (out, err, following.returncode) == ("pid 1000 ended: exit code 0\n", "", 0)
+
+
+def test_ctrl_c_ends_with_130_and_no_traceback(served):
+    """Somebody who has seen enough is not told about exceptions."""
+    run("start")
+    with process("logs", "-f") as following:
+        following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        _, err = following.communicate(timeout=30)
+    assert (err.strip(), following.returncode) == ("", 130)
+    run("stop")
+
+
+def test_a_closed_pipe_is_silent(served):
+    """`labkeeper ls | head -0` says nothing on stderr."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with process("ls", stdout=writing) as listing:
+        os.close(writing)
+        _, err = listing.communicate(timeout=30)
+    assert err == ""
+
+
+def test_open_opens_the_link(served, monkeypatch):
+    """The browser gets the link; with `--print`, or where there is no browser, stdout does."""
+    opened = []
+    monkeypatch.setattr(webbrowser, "open", lambda link: opened.append(link) or True)
+    link = run("start").stdout
+    assert run("open").stdout == ""
+    assert opened == [link.strip()]
+    assert run("open", "--print").stdout == link
+    monkeypatch.setattr(webbrowser, "open", lambda _link: False)
+    result = run("open")
+    assert (result.stdout, "cannot find a browser" in result.stderr) == (link, True)
+
+
+def test_open_waits_for_what_is_on_its_way(served):
+    """A server that is starting when it is asked for is waited for, not refused."""
+    served.world.temper("default").boots = False
+    run("start", "--wait", "0")
+    get_server = served.app.view_functions["get_server"]
+
+    def get_then_answer(**given):
+        told = get_server(**given)
+        served.world.answer("default")
+        return told
+
+    served.app.view_functions["get_server"] = get_then_answer
+    assert LINK.fullmatch(run("open", "--print").stdout)
+
+
+def test_a_stopped_server_is_not_opened(served):
+    """The message says what it is, and how to start it."""
+    run("start")
+    run("stop")
+    assert "it is stopped; `labkeeper start default` starts it" in run("open", code=1).stderr
+
+
+def test_token_prints_the_token_alone(served, monkeypatch):
+    """The generated token needs no keeper to be read; one in the environment wins; where there is none, that is said."""
+    assert run("token").stdout == f"{TOKEN}\n"
+    monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
+    assert run("token").stdout == "another-token-of-the-tests\n"
+    monkeypatch.delenv("LABKEEPER_TOKEN")
+    assert "cannot find a token in /nowhere" in run("token", "--state-dir", "/nowhere", code=2).stderr
+
+
+def test_version_tells_of_both_sides(served):
+    """The command's version and the keeper's; without a keeper the first is printed still."""
+    ours, theirs = run("version").stdout.splitlines()
+    assert (ours, theirs) == (run("--version").stdout.strip(), f"keeper at {served.url}: 1.2.3")
+    data = json.loads(run("version", "--json").stdout)
+    assert (data["version"], data["url"]) == ("1.2.3", served.url)
+    assert run("version", "--url", "http://127.0.0.1:1", code=3).stdout.strip() == ours
+
+
+# Finding the keeper
+
+
+def test_the_keeper_is_found_by_url_before_all_else(served, state_dir, monkeypatch):
+    """The order is: `--url`, LABKEEPER_URL, the state directory, host and port of the settings."""
+    assert served.url in run("version").stdout
+    monkeypatch.setenv("LABKEEPER_URL", "http://127.0.0.1:1")
+    run("version", code=3)
+    assert served.url in run("version", "--url", served.url).stdout
+    assert served.url in run("--url", served.url, "version").stdout
+    monkeypatch.delenv("LABKEEPER_URL")
+    (state_dir / "keeper.json").unlink()
+    host, port = served.url.removeprefix("http://").split(":")
+    monkeypatch.setenv("LABKEEPER_PORT", port)
+    assert f"http://{host}:{port}" in run("version").stdout
+    monkeypatch.setenv("LABKEEPER_HOST", "0.0.0.0")
+    assert f"http://{host}:{port}" in run("version").stdout
+
+
+def test_an_ipv6_address_becomes_a_url(monkeypatch):
+    """The settings' host is put into brackets where it must be."""
+    monkeypatch.setenv("LABKEEPER_HOST", "::")
+    monkeypatch.setenv("LABKEEPER_PORT", "1")
+    assert "http://[::1]:1" in run("ls", code=3).stderr
+
+
+def test_the_generated_token_is_shown_to_the_keeper_of_this_machine_only(served, monkeypatch):
+    """A keeper elsewhere gets the token of the environment, or none; never the one that is this machine's."""
+    seen = []
+    monkeypatch.setattr(
+        "labkeeper.client.Client.__init__",
+        lambda _self, _url, *, token: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
+    )
+    run("ls", "--url", "http://elsewhere:8000", code=1)
+    run("ls", "--url", "http://localhost:8000", code=1)
+    run("ls", code=1)
+    monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
+    run("ls", "--url", "http://elsewhere:8000", code=1)
+    assert seen == [None, TOKEN, TOKEN, "another-token-of-the-tests"]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("command", ASKING)
+def test_without_a_keeper_each_command_ends_with_3(command):
+    """One line says which address was tried and how a keeper is started."""
+    result = run(command, "--url", "http://127.0.0.1:1", code=3)
+    assert re.fullmatch(r"labkeeper: cannot reach a keeper at http://127\.0\.0\.1:1: .*`labkeeper serve`\n", result.stderr)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["frobnicate"], "No such command 'frobnicate'; see labkeeper --help"),
+        (["ls", "--colour"], "No such option"),
+        (["start", "--port", "0"], "'--port'"),
+        (["start", "--env", "A"], "'A' is not KEY=VALUE"),
+        (["start", "--json-spec", "-"], "not JSON"),
+        (["start", "--json-spec", "/nowhere/spec"], "'/nowhere/spec'"),
+        (["ls", "--state", "asleep"], "'asleep' is not one of"),
+        (["ls", "--url", "keeper:80"], "cannot use 'keeper:80' as the URL"),
+        (["serve", "--log-level", "loud"], "'loud' is not one of"),
+        (["serve", "--max-servers", "0"], "bad setting LABKEEPER_MAX_SERVERS"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_ends_with_2(arguments, said):
+    """Whoever mistypes gets one line that names the mistake."""
+    result = run(*arguments, code=2)
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_a_spec_must_be_an_object():
+    """A JSON list is no request."""
+    assert "not a JSON object" in run("start", "--json-spec", "-", input="[]", code=2).stderr
+
+
+def test_a_wrong_setting_ends_with_2(monkeypatch):
+    """A mistake in the environment is one line too, for every command."""
+    monkeypatch.setenv("LABKEEPER_PORT", "x")
+    assert "LABKEEPER_PORT" in run("ls", code=2).stderr
+
+
+def test_what_the_keeper_refuses_ends_with_1(served, monkeypatch):
+    """A refused request and a wrong token are told in the keeper's words."""
+    assert "base_url" in run("start", "--base-url", "nope", code=1).stderr
+    monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
+    assert "without a valid token" in run("ls", code=1).stderr
+
+
+def test_a_bug_in_the_keeper_is_told_with_its_request_id(served):
+    """Whoever runs the keeper finds the traceback in its log under this id."""
+    served.app.view_functions["version"] = lambda **_: 1 / 0
+    assert re.search(r"^  request id: [0-9a-f]{32}$", run("version", code=1).stderr, re.MULTILINE)
+
+
+def test_a_name_that_cannot_be_is_not_found():
+    """Such a name ends like any other that is not there; no keeper has to be asked."""
+    assert "must be 1 to 63" in run("show", "../x", "--url", "http://127.0.0.1:1", code=4).stderr
+
+
+def test_errors_at_a_terminal_are_coloured():
+    """The word that begins the line is red there."""
+    assert at_terminal("--url", "ftp://x", "ls", code=2).startswith("\x1b[31m\x1b[1mlabkeeper:\x1b[0m cannot use")
+
+
+def test_a_full_disk_is_one_line_too():
+    """What the system refuses is no traceback."""
+    with Path("/dev/full").open("w") as full, process("--version", stdout=full) as asking:
+        _, err = asking.communicate(timeout=30)
+    assert (asking.returncode, err.count("\n")) == (1, 1)
+    assert "No space left" in err
+
+
+# Waiting
+
+
+def test_a_terminal_is_told_when_something_takes_long(monkeypatch):
+    """A spinner with the seconds appears, counts, and leaves nothing behind."""
+    monkeypatch.setenv("TERM", "xterm-256color")
+    primary, secondary = os.openpty()
+    shown = ""
+    try:
+        with os.fdopen(secondary, "w") as terminal, contextlib.redirect_stderr(terminal):
+            with module._waiting("starting 'x'", after=0.0):
+                while "starting 'x' 1 s" not in shown:
+                    shown += os.read(primary, 4096).decode()
+            while not shown.endswith("\x1b[2K"):
+                shown += os.read(primary, 4096).decode()
+    finally:
+        os.close(primary)
+    assert "starting 'x' 0 s" in shown
+
+
+def test_what_is_quick_shows_nothing(served):
+    """At a terminal, too, a quick command prints its data alone."""
+    run("start")
+    assert LINK.fullmatch(at_terminal("open", "--print"))
+
+
+def test_an_unreachable_backend_is_told_in_the_keepers_words(served):
+    """A 503 is a no of the keeper, not a missing keeper."""
+    served.app.view_functions["list_servers"] = lambda **_: (_ for _ in ()).throw(BackendUnavailable("cannot list: later"))
+    assert run("ls", code=1).stderr == "labkeeper: cannot list: later\n"
+
+
+# The start of the program
+
+
+def test_help_and_ls_import_no_more_than_they_need():
+    """Help is there before anything heavy is imported."""
+    code = (
+        "import sys, labkeeper.cli; print(sorted({'rich', 'httpx', 'flask', 'pydantic', 'labkeeper.serve'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_letters_that_the_terminal_lacks_do_no_harm(served):
+    """A log line that cannot be written in the terminal's encoding is written with escapes."""
+    run("start")
+    served.world.write("default", "ż")
+    with process("logs", "-n", "1", env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"}) as reading:
+        out, _ = reading.communicate(timeout=30)
+    assert (out, reading.returncode) == ("\\u017c\n", 0)
