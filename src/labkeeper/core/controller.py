@@ -71,7 +71,7 @@ class Budget:
 
 
 _KNOWN_CAUSES: Final = frozenset({FailureClass.START_TIMEOUT, FailureClass.HUNG})
-_TIMERS: Final = {
+TIMERS: Final = {
     State.STARTING: "start_timeout",
     State.RUNNING: "probe_period",
     State.STOPPING: "stop_grace",
@@ -137,7 +137,7 @@ class Controller:
                 return Event.UNREACHABLE
             case Gone():
                 return Event.GONE
-            case Seen(answers=answers):
+            case Seen(answers=answers):  # pragma: no branch - the last kind of fact
                 return self._look(answers)
 
     def _in_order(self, end: Ended) -> bool:
@@ -162,20 +162,7 @@ class Controller:
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
             snap = replace(snap, since=now, endpoint=None)
-        match fact:
-            case Ready(endpoint=endpoint) if step.state is State.RUNNING:
-                snap = replace(snap, endpoint=endpoint, started_at=now, failure=None)
-                self._budget.earned, self._silent_since = True, None
-            case Ended():
-                snap = self._ended(snap, fact)
-            case Refused(failure=failure):
-                snap = replace(snap, failure=failure)
-            case Unreachable(reason=reason):
-                snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
-            case Gone():
-                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone, and nobody saw how it ended")
-                # Why it was lost sight of, or was to be ended, says more than that it is gone.
-                snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
+        snap = self._heard(snap, fact)
         if event is Event.HUNG:
             silent = f"server '{snap.name}' had not answered for {self._policy.hung_after:g} s"
             snap = replace(snap, failure=Failure(FailureClass.HUNG, silent))
@@ -199,6 +186,24 @@ class Controller:
             early = f"cannot start server '{snap.name}': it ended before it was ready ({snap.exit or Exit()})"
             snap = replace(snap, failure=Failure(FailureClass.OTHER, early, snap.exit))
         self.snapshot = snap
+
+    def _heard(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
+        """Bring what a fact says into the snapshot of the step that it led to."""
+        match fact:
+            case Ready(endpoint=endpoint) if snap.state is State.RUNNING:
+                snap = replace(snap, endpoint=endpoint, started_at=self._clock.time(), failure=None)
+                self._budget.earned, self._silent_since = True, None
+            case Ended():
+                snap = self._ended(snap, fact)
+            case Refused(failure=failure):
+                snap = replace(snap, failure=failure)
+            case Unreachable(reason=reason):
+                snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
+            case Gone():
+                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone, and nobody saw how it ended")
+                # Why it was lost sight of, or was to be ended, says more than that it is gone.
+                snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
+        return snap
 
     def _ended(self, snap: Snapshot, end: Ended) -> Snapshot:
         failure = end.failure
@@ -228,7 +233,7 @@ class Controller:
         if state is State.BACKOFF:
             self.deadline = now + self._budget.spend(now)
         else:
-            length = _TIMERS.get(state)
+            length = TIMERS.get(state)
             self.deadline = None if length is None else now + float(getattr(self._policy, length))
 
     def _job(self, action: Action) -> Job:

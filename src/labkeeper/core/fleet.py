@@ -71,6 +71,7 @@ class Fleet:
         self._servers: dict[ServerName, Controller] = {}
         self._unsaved: dict[ServerName, float] = {}
         self._forgotten_launch = 0
+        self._observing: set[ServerName] = set()
         self._closing = False
 
     def recover(self) -> None:
@@ -96,11 +97,12 @@ class Fleet:
                 return self._order(name, event, force=force)
             case StopAll():
                 self._closing = True
-                for name in list(self._servers):
+                # One that failed has nothing to stop, and its cause is still to be read.
+                for name in [n for n, c in self._servers.items() if c.snapshot.state is not State.FAILED]:
                     self._order(name, Event.STOP)
             case Report():
                 self._hear(message)
-            case Tick():
+            case Tick():  # pragma: no branch - the last kind of message
                 self._tick()
         return None
 
@@ -152,7 +154,8 @@ class Fleet:
         active = sum(c.snapshot.state not in {State.STOPPED, State.FAILED} for c in self._servers.values())
         if active >= self._policy.max_servers:
             raise CapacityReached(
-                f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; stop one, or try later",
+                f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; "
+                "stop one, or try later",
                 retry_after=RETRY_AFTER,
             )
 
@@ -224,11 +227,20 @@ class Fleet:
 
     def _submit(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
+            if job.action is Action.OBSERVE:
+                # A server that is slow to be looked at is not looked at twice: what is to end it would wait behind both.
+                if job.spec.name in self._observing:
+                    continue
+                self._observing.add(job.spec.name)
             self._lanes.submit(job.spec.name, self._bound(job))
 
     def _bound(self, job: Job) -> Callable[[], Report | None]:
         def run() -> Report | None:
-            fact = perform(self._backend, job, grace=self._policy.stop_grace)
+            try:
+                fact = perform(self._backend, job, grace=self._policy.stop_grace)
+            finally:
+                if job.action is Action.OBSERVE:
+                    self._observing.discard(job.spec.name)
             return None if fact is None else Report(job.spec.name, job.launch, fact)
 
         return run

@@ -120,11 +120,6 @@ class InlineLanes:
         """The names that have jobs in their lane."""
         return [name for name, lane in self._lanes.items() if lane]
 
-    @property
-    def reports(self) -> tuple[Report, ...]:
-        """The reports that were not delivered yet."""
-        return tuple(self._reports)
-
     def deliver(self) -> bool:
         """Hand over the oldest report; say whether there was one."""
         if not self._reports:

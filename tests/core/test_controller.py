@@ -1,0 +1,447 @@
+"""One server: budget, timers, causes and reports."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from labkeeper.core.controller import Budget, Controller, Policy
+from labkeeper.core.lifecycle import Action, Event, Goal, State
+from labkeeper.core.model import (
+    Ended,
+    Exit,
+    Failure,
+    FailureClass,
+    Gone,
+    Ready,
+    Refused,
+    Seen,
+    Snapshot,
+    StopMethod,
+    StopReport,
+    Unreachable,
+)
+from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
+
+ENDPOINT = FakeProcess(a_spec("lab"), launch=1, pid=7, port=8888).endpoint
+OOPS = Failure(FailureClass.IMPORT_ERROR, "no module named jupyterlab", Exit(code=1), ("Traceback", "ImportError"))
+CRASH = Ended(Exit(code=1), failure=OOPS)
+POLICY = Policy()
+
+
+class Bench:
+    """A controller, and hands to move it as the fleet does."""
+
+    def __init__(self, policy=POLICY, snapshot=None):
+        self.clock = FakeClock()
+        make = Controller.new(a_spec("lab"), policy, self.clock) if snapshot is None else None
+        self.controller = make or Controller(snapshot, policy, self.clock)
+
+    @property
+    def snapshot(self):
+        return self.controller.snapshot
+
+    @property
+    def state(self):
+        return self.snapshot.state
+
+    def order(self, *events):
+        """Give commands; tell the actions that they led to."""
+        return [job.action for event in events for job in self.controller.apply(event)]
+
+    def hear(self, *facts):
+        """Report facts; tell the actions that they led to."""
+        actions = []
+        for fact in facts:
+            event = self.controller.event_of(fact)
+            if event is not None:
+                actions += [job.action for job in self.controller.apply(event, fact)]
+        return actions
+
+    def wait(self):
+        """Let the time pass until the timer fires; tell how long it was, and the actions."""
+        seconds = self.controller.deadline - self.clock.monotonic()
+        self.clock.advance(seconds)
+        return seconds, self.order(Event.DEADLINE)
+
+    def run(self):
+        """Start it, and let it become ready."""
+        self.order(Event.START)
+        self.hear(Ready(ENDPOINT))
+        return self
+
+
+def saved(state, goal=Goal.UP, **values):
+    """A snapshot that an earlier keeper left."""
+    return Snapshot(a_spec("lab"), state, goal, since=1.0, created_at=1.0, launch=3, **values)
+
+
+def test_a_new_server_counts_its_launches_on():
+    """The first launch has the number after the one given: a predecessor's late facts are not taken for its own."""
+    controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), launch=4)
+    jobs = controller.apply(Event.START)
+    assert [(job.action, job.launch) for job in jobs] == [(Action.LAUNCH, 5)]
+    assert controller.snapshot.launch == 5
+
+
+def test_the_endpoint_is_set_while_it_runs_and_no_longer():
+    """READY brings endpoint and start time; whatever ends running takes the endpoint away."""
+    bench = Bench().run()
+    assert bench.snapshot.endpoint == ENDPOINT
+    assert bench.snapshot.started_at == bench.clock.time()
+    bench.order(Event.STOP)
+    assert bench.snapshot.endpoint is None
+
+
+def test_since_is_when_the_state_began():
+    """A command that only moves the goal does not restart the clock of the state."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.clock.advance(5)
+    bench.order(Event.STOP)
+    began = bench.clock.time()
+    bench.clock.advance(1)
+    bench.order(Event.DELETE)
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.since) == (State.STOPPING, Goal.ABSENT, began)
+
+
+# Restart budget
+
+
+def test_a_server_that_never_answered_fails_at_once():
+    """The budget is for those that ran; the cause is kept as the backend told it."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(CRASH)
+    assert bench.state is State.FAILED
+    assert bench.snapshot.failure == OOPS
+    assert bench.snapshot.exit == Exit(code=1)
+    assert bench.controller.deadline is None
+
+
+def test_each_crash_waits_longer_until_the_budget_is_spent():
+    """Three delays: three restarts, then it is given up with its cause."""
+    bench = Bench().run()
+    for restarts, delay in enumerate(POLICY.restart_delays, start=1):
+        bench.hear(CRASH)
+        assert bench.state is State.BACKOFF
+        assert bench.wait() == (delay, [Action.LAUNCH])
+        assert bench.snapshot.restarts == restarts
+        assert bench.snapshot.failure is None
+        bench.hear(Ready(ENDPOINT))
+    bench.hear(CRASH)
+    assert (bench.state, bench.snapshot.failure) == (State.FAILED, OOPS)
+
+
+def test_a_crash_during_a_restart_counts_too():
+    """A server that ran once and then dies while starting gets the next, longer delay."""
+    bench = Bench().run()
+    bench.hear(CRASH)
+    bench.wait()
+    bench.hear(CRASH)
+    assert bench.wait()[0] == POLICY.restart_delays[1]
+
+
+def test_crashes_of_long_ago_are_forgiven():
+    """Only crashes within the window count."""
+    bench = Bench().run()
+    for _ in range(5):
+        bench.hear(CRASH)
+        assert bench.wait()[0] == POLICY.restart_delays[0]
+        bench.hear(Ready(ENDPOINT))
+        bench.clock.advance(POLICY.restart_window)
+
+
+def test_a_start_command_gives_a_fresh_budget():
+    """START in backoff forgets earlier crashes, and that it ever ran."""
+    bench = Bench().run()
+    bench.hear(CRASH)
+    assert bench.order(Event.START) == [Action.LAUNCH]
+    assert (bench.snapshot.restarts, bench.snapshot.started_at) == (0, None)
+    bench.hear(CRASH)
+    assert bench.state is State.FAILED
+
+
+def test_without_delays_nothing_is_launched_twice():
+    """An empty list of delays turns restarts off."""
+    bench = Bench(Policy(restart_delays=())).run()
+    bench.hear(CRASH)
+    assert bench.state is State.FAILED
+
+
+def test_the_budget_alone():
+    """It must be earned, is spent in order, and comes back with time."""
+    budget = Budget(Policy(restart_delays=(1.0, 2.0), restart_window=10.0))
+    assert not budget.left(0.0)
+    budget.earned = True
+    assert [budget.spend(0.0), budget.spend(5.0)] == [1.0, 2.0]
+    assert not budget.left(9.0)
+    assert budget.left(10.0)
+    assert budget.spend(10.0) == 2.0
+
+
+# Starting
+
+
+def test_the_start_timeout_is_the_cause_also_after_the_kill():
+    """What killed it is the keeper; why it did stays the cause, with the exit and the last words of the killed."""
+    bench = Bench()
+    bench.order(Event.START)
+    assert bench.wait() == (POLICY.start_timeout, [Action.KILL])
+    killed = Exit(signal="SIGKILL")
+    bench.hear(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
+    failure = bench.snapshot.failure
+    assert bench.state is State.FAILED
+    assert (failure.kind, failure.exit, failure.log_tail) == (FailureClass.START_TIMEOUT, killed, ("last",))
+    assert "60 s" in failure.message
+
+
+def test_the_start_timeout_is_the_cause_also_without_last_words():
+    """An end in good order brings no failure of its own; that of the timeout stays, also when nobody saw the end."""
+    for fact in (Ended(Exit(code=0), StopMethod.SIGTERM), Gone()):
+        bench = Bench()
+        bench.order(Event.START)
+        bench.wait()
+        bench.wait()
+        assert bench.state is State.LOST
+        bench.hear(fact)
+        assert (bench.state, bench.snapshot.failure.kind) == (State.FAILED, FailureClass.START_TIMEOUT)
+        assert bench.snapshot.failure.exit == bench.snapshot.exit
+
+
+def test_a_refused_launch_fails_with_the_reason_of_the_backend():
+    """REFUSED is no crash: nothing ran, nothing is tried again."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(Refused(OOPS))
+    assert (bench.state, bench.snapshot.failure, bench.snapshot.exit) == (State.FAILED, OOPS, None)
+
+
+def test_a_server_that_leaves_before_it_was_ready_has_failed():
+    """Exit code 0 without ever answering is a failure, and says so."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(Ended(Exit(code=0)))
+    assert bench.state is State.FAILED
+    assert bench.snapshot.failure.message.startswith("cannot start server 'lab'")
+    assert "exit code 0" in bench.snapshot.failure.message
+
+
+def test_a_new_start_forgets_the_failure():
+    """Cause, exit and stop report belong to one launch."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(CRASH)
+    bench.order(Event.START)
+    assert (bench.snapshot.failure, bench.snapshot.exit, bench.snapshot.stop_report) == (None, None, None)
+
+
+def test_a_stopped_server_has_no_failure():
+    """STOP of a failed server, and the end of one that is being stopped, leave nothing to complain of."""
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(CRASH)
+    bench.order(Event.STOP)
+    assert (bench.state, bench.snapshot.failure) == (State.STOPPED, None)
+    bench.run().order(Event.STOP)
+    bench.hear(CRASH)
+    assert (bench.state, bench.snapshot.failure) == (State.STOPPED, None)
+
+
+# Running
+
+
+def test_a_running_server_is_looked_at_again_and_again():
+    """Each probe period asks for an observation; an answer is no news."""
+    bench = Bench().run()
+    for _ in range(3):
+        assert bench.wait() == (POLICY.probe_period, [Action.OBSERVE])
+        assert bench.hear(Seen(answers=True)) == []
+        assert bench.state is State.RUNNING
+
+
+def test_a_server_that_is_silent_for_too_long_is_ended_and_comes_back():
+    """HUNG after `hung_after` seconds of silence; its cause stays until it is launched again."""
+    bench = Bench().run()
+    bench.hear(Seen(answers=False))
+    bench.clock.advance(POLICY.hung_after - 1)
+    assert bench.hear(Seen(answers=False)) == []
+    bench.clock.advance(1)
+    assert bench.hear(Seen(answers=False)) == [Action.TERMINATE]
+    assert (bench.state, bench.snapshot.goal) == (State.STOPPING, Goal.UP)
+    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    assert (bench.state, bench.snapshot.failure.kind) == (State.BACKOFF, FailureClass.HUNG)
+    assert bench.wait()[1] == [Action.LAUNCH]
+
+
+def test_one_answer_ends_the_silence():
+    """Silence counts from its beginning, and an answer, or a new READY, begins anew."""
+    for answer in (Seen(answers=True), Unreachable("?")):
+        bench = Bench().run()
+        bench.hear(Seen(answers=False))
+        bench.clock.advance(POLICY.hung_after)
+        bench.hear(answer, Ready(ENDPOINT))
+        assert bench.hear(Seen(answers=False)) == []
+        assert bench.state is State.RUNNING
+
+
+def test_hung_servers_may_be_left_alone():
+    """`hung_after` 0 turns it off."""
+    bench = Bench(Policy(hung_after=0)).run()
+    for _ in range(3):
+        bench.hear(Seen(answers=False))
+        bench.clock.advance(10_000)
+    assert bench.state is State.RUNNING
+
+
+def test_the_end_of_a_hung_server_is_not_its_users_wish():
+    """It may end in good order after all, seen only when it was lost: by our doing, so it comes back."""
+    bench = Bench().run()
+    bench.hear(Seen(answers=False))
+    bench.clock.advance(POLICY.hung_after)
+    bench.hear(Seen(answers=False), Unreachable("the answer was lost"))
+    assert bench.state is State.LOST
+    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    assert (bench.state, bench.snapshot.goal) == (State.BACKOFF, Goal.UP)
+    assert bench.snapshot.failure.kind is FailureClass.HUNG
+
+
+def test_an_end_that_nobody_saw_has_a_cause():
+    """GONE while running is a crash with a failure of its own."""
+    bench = Bench().run()
+    bench.hear(Gone())
+    assert bench.state is State.BACKOFF
+    assert (bench.snapshot.exit, bench.snapshot.failure.kind) == (Exit(), FailureClass.KILLED)
+
+
+def test_why_it_was_lost_is_kept_until_it_is_found():
+    """The first reason of the backend stays; READY clears it."""
+    bench = Bench().run()
+    assert bench.hear(Unreachable("the daemon is away")) == [Action.OBSERVE]
+    assert bench.snapshot.failure.message == "the daemon is away"
+    assert bench.snapshot.endpoint is None
+    assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
+    bench.hear(Seen(answers=True))
+    assert bench.state is State.STARTING
+    bench.hear(Ready(ENDPOINT))
+    assert (bench.state, bench.snapshot.failure, bench.snapshot.endpoint) == (State.RUNNING, None, ENDPOINT)
+
+
+def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
+    """READY in lost with the goal down leads to stopping, and is not shown to anybody."""
+    bench = Bench().run()
+    bench.hear(Unreachable("?"))
+    bench.order(Event.STOP)
+    assert bench.hear(Ready(ENDPOINT)) == [Action.TERMINATE]
+    assert (bench.state, bench.snapshot.endpoint) == (State.STOPPING, None)
+
+
+# Stopping
+
+
+def test_the_stop_report_counts_from_the_request_to_the_proof():
+    """Through stopping, killing and being lost, the seconds run on; the means and the kernels come from the backend."""
+    bench = Bench().run()
+    bench.order(Event.STOP)
+    assert bench.wait() == (POLICY.stop_grace, [Action.KILL])
+    assert bench.wait() == (POLICY.kill_wait, [Action.OBSERVE])
+    assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
+    assert bench.hear(Seen(answers=False)) == [Action.TERMINATE]
+    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), ("k2",)))
+    seconds = POLICY.stop_grace + POLICY.kill_wait + POLICY.look_again
+    assert bench.snapshot.stop_report == StopReport(StopMethod.SIGKILL, seconds, ("k1",), ("k2",))
+    assert bench.state is State.STOPPED
+
+
+def test_the_next_stop_counts_anew():
+    """The time of one stop is not added to that of the next."""
+    bench = Bench().run()
+    for seconds in (3.0, 1.0):
+        bench.order(Event.STOP)
+        bench.clock.advance(seconds)
+        bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+        assert bench.snapshot.stop_report == StopReport(StopMethod.SHUTDOWN, seconds)
+        bench.run()
+
+
+def test_an_end_without_being_asked_has_no_stop_report():
+    """Who leaves by itself was not stopped."""
+    bench = Bench().run()
+    bench.hear(Ended(Exit(code=0)))
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.stop_report) == (State.STOPPED, Goal.DOWN, None)
+
+
+def test_an_end_that_an_earlier_keeper_asked_for_took_unknown_time():
+    """The report of a stop whose beginning this keeper did not see says 0 seconds."""
+    bench = Bench(snapshot=saved(State.STOPPING, Goal.DOWN))
+    bench.controller.recover()
+    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    assert bench.snapshot.stop_report == StopReport(StopMethod.SIGTERM, 0.0)
+
+
+def test_a_restart_launches_when_the_end_is_proven():
+    """RESTART of a running server: terminate, and only after the end launch, with a fresh budget and no old report."""
+    bench = Bench().run()
+    assert bench.order(Event.RESTART) == [Action.TERMINATE]
+    assert bench.snapshot.goal is Goal.AGAIN
+    assert bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN)) == [Action.LAUNCH]
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.launch) == (State.STARTING, Goal.UP, 2)
+    assert (bench.snapshot.stop_report, bench.snapshot.restarts) == (None, 0)
+
+
+# Recovery
+
+
+@pytest.mark.parametrize("state", [State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST])
+def test_what_may_exist_is_lost_until_it_was_observed(state):
+    """Whatever an earlier keeper said of it, nothing is done before the backend was asked."""
+    bench = Bench(snapshot=saved(state, endpoint=ENDPOINT))
+    assert [job.action for job in bench.controller.recover()] == [Action.OBSERVE]
+    assert (bench.state, bench.snapshot.endpoint, bench.snapshot.launch) == (State.LOST, None, 3)
+    assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
+
+
+@pytest.mark.parametrize("state", [State.STOPPED, State.FAILED])
+def test_what_is_gone_stays_as_it_was(state):
+    """A server proven gone needs no observation and no timer."""
+    snapshot = saved(state, Goal.DOWN)
+    bench = Bench(snapshot=snapshot)
+    assert bench.controller.recover() == []
+    assert (bench.snapshot, bench.controller.deadline) == (snapshot, None)
+
+
+def test_what_waited_to_be_launched_again_waits_no_longer():
+    """BACKOFF is taken up at once, and keeps the right to restart that it had earned."""
+    bench = Bench(snapshot=saved(State.BACKOFF, started_at=1.0))
+    assert bench.controller.recover() == []
+    assert bench.wait() == (0.0, [Action.LAUNCH])
+    bench.hear(CRASH)
+    assert bench.state is State.BACKOFF
+
+
+@pytest.mark.parametrize(("started_at", "state"), [(None, State.FAILED), (5.0, State.BACKOFF)])
+def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
+    """Found gone: launched again if it ever ran since its start command, else failed."""
+    bench = Bench(snapshot=saved(State.RUNNING, started_at=started_at))
+    bench.controller.recover()
+    bench.hear(Gone())
+    assert bench.state is state
+
+
+def test_a_stop_goes_on_under_the_next_keeper():
+    """Found alive with the goal down: asked to end once more."""
+    bench = Bench(snapshot=saved(State.KILLING, Goal.ABSENT))
+    bench.controller.recover()
+    assert bench.hear(Seen(answers=True)) == [Action.TERMINATE]
+    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    assert bench.snapshot.forgotten
+
+
+def test_an_event_without_a_row_changes_nothing():
+    """What is no news leaves snapshot and timer alone."""
+    bench = Bench().run()
+    before, deadline = bench.snapshot, bench.controller.deadline
+    assert bench.hear(Ready(replace(ENDPOINT, port=1))) == []
+    assert bench.order(Event.START) == []
+    assert (bench.snapshot, bench.controller.deadline) == (before, deadline)

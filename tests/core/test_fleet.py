@@ -1,0 +1,524 @@
+"""All servers: commands, capacity, the store, recovery, and how backend errors become facts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import (
+    BackendRefused,
+    BackendTimeout,
+    BackendUnavailable,
+    CapacityReached,
+    Conflict,
+    ServerNotFound,
+    StoreError,
+)
+from labkeeper.core.fleet import RETRY_AFTER, SAVE_AGAIN, Fleet, perform
+from labkeeper.core.lifecycle import Action, Event, Goal, State
+from labkeeper.core.model import (
+    Create,
+    Exit,
+    FailureClass,
+    Job,
+    Order,
+    Ready,
+    Refused,
+    Report,
+    Seen,
+    StopAll,
+    StopMethod,
+    Tick,
+    Unreachable,
+)
+from labkeeper.testing.fakes import FakeBackend, FakeClock, InlineLanes, MemoryStore, Recorder, World, a_spec
+
+
+class Bench:
+    """A fleet in a world of fakes; `crash` puts the next keeper over the same world and store."""
+
+    def __init__(self, **policy):
+        self.policy = Policy(**policy)
+        self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
+        self.lanes = InlineLanes(self.hear)
+        self.begin()
+
+    def begin(self):
+        self.recorder = Recorder()
+        self.backend = FakeBackend(self.lanes.hear, self.world)
+        self.fleet = Fleet(
+            backend=self.backend,
+            store=self.store,
+            lanes=self.lanes,
+            clock=self.clock,
+            policy=self.policy,
+            listeners=[self.recorder],
+        )
+        self.fleet.recover()
+
+    def hear(self, report):
+        """Hand a report to the keeper of the day."""
+        self.fleet.step(report)
+
+    def crash(self):
+        """End the keeper without a word, and start the next one."""
+        self.lanes.drop()
+        self.backend.abandon()
+        self.begin()
+
+    def create(self, name="lab", **spec):
+        """Create a server; nothing runs yet."""
+        return self.fleet.step(Create(a_spec(name, **spec)))
+
+    def run(self, name="lab"):
+        """Create a server, and let it become ready."""
+        self.create(name)
+        self.lanes.run_all()
+        assert self.state(name) is State.RUNNING
+        return self
+
+    def order(self, event, name="lab", *, force=False):
+        """Give a command, and let everything happen that follows at once."""
+        reply = self.fleet.step(Order(name, event, force=force))
+        self.lanes.run_all()
+        return reply
+
+    def wait(self):
+        """Let the time pass until the next timer, and everything happen that follows at once."""
+        self.clock.advance(self.fleet.next_deadline() - self.clock.monotonic())
+        self.fleet.step(Tick())
+        self.lanes.run_all()
+
+    def last(self, name="lab"):
+        """The newest snapshot that listeners were told."""
+        return [change.after for change in self.recorder.changes if change.after.name == name][-1]
+
+    def state(self, name="lab"):
+        return self.last(name).state
+
+
+@pytest.fixture
+def bench():
+    return Bench()
+
+
+# Commands
+
+
+def test_create_launches_and_tells_each_change(bench):
+    """A new server goes from nothing to starting to running; listeners hear each change after it was stored."""
+    reply = bench.create()
+    assert (reply.created, reply.snapshot.state, reply.snapshot.launch) == (True, State.STARTING, 1)
+    assert bench.store.snapshots["lab"] == reply.snapshot
+    bench.lanes.run_all()
+    assert bench.recorder.states("lab") == [State.STARTING, State.RUNNING]
+    assert [change.event for change in bench.recorder.changes] == [Event.START, Event.READY]
+    assert bench.store.snapshots["lab"] == bench.last()
+    assert bench.last().endpoint.pid == bench.world.living("lab")[0].pid
+
+
+def test_create_is_idempotent_for_an_equal_spec(bench):
+    """The same spec again answers with what there is, and launches nothing."""
+    bench.run()
+    reply = bench.create()
+    assert (reply.created, reply.snapshot) == (False, bench.last())
+    assert bench.lanes.waiting == []
+
+
+def test_create_of_another_spec_is_a_conflict(bench):
+    """The fields that differ are named; what runs is not touched."""
+    bench.run()
+    with pytest.raises(Conflict, match="differs in root_dir, port") as caught:
+        bench.create(root_dir="/elsewhere", port=9)
+    assert caught.value.details == {"differs": ["root_dir", "port"]}
+    assert bench.state() is State.RUNNING
+
+
+def test_create_starts_a_stopped_server_again(bench):
+    """The spec of a stopped server is kept, and a POST of it is a start."""
+    bench.run().order(Event.STOP)
+    assert bench.state() is State.STOPPED
+    reply = bench.create()
+    assert (reply.created, reply.snapshot.launch) == (True, 2)
+
+
+@pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE])
+def test_a_command_to_nobody_is_not_found(bench, event):
+    """A name that was never created has no commands."""
+    with pytest.raises(ServerNotFound, match="cannot find server 'lab'"):
+        bench.order(event)
+
+
+def test_stop_ends_in_good_order_and_reports(bench):
+    """STOP leads through stopping to stopped, with a report of the means."""
+    bench.run().order(Event.STOP)
+    assert bench.recorder.states("lab")[-2:] == [State.STOPPING, State.STOPPED]
+    assert bench.last().stop_report.method is StopMethod.SHUTDOWN
+    assert bench.world.living("lab") == []
+
+
+def test_a_server_that_ignores_a_stop_is_killed(bench):
+    """After the grace comes the kill."""
+    bench.world.temper("lab").obeys = False
+    bench.run().order(Event.STOP)
+    assert bench.state() is State.STOPPING
+    bench.wait()
+    assert (bench.state(), bench.last().stop_report.method) == (State.STOPPED, StopMethod.SIGKILL)
+    assert bench.last().stop_report.seconds == bench.policy.stop_grace
+
+
+def test_a_start_during_a_stop_comes_up_again(bench):
+    """START while stopping is taken at once (goal AGAIN), counts as a launch to come, and happens after the end."""
+    bench.world.temper("lab").obeys = False
+    bench.run().order(Event.STOP)
+    reply = bench.order(Event.START)
+    assert (reply.created, reply.snapshot.goal, reply.snapshot.state) == (True, Goal.AGAIN, State.STOPPING)
+    assert bench.order(Event.START).created is False
+    bench.wait()
+    assert (bench.state(), bench.last().launch, bench.last().goal) == (State.RUNNING, 2, Goal.UP)
+
+
+def test_restart_is_a_new_launch(bench):
+    """RESTART ends one process, then begins another."""
+    bench.run()
+    first = bench.world.living("lab")[0].pid
+    assert bench.order(Event.RESTART).created is True
+    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    assert [process.pid for process in bench.world.living("lab")] != [first]
+
+
+def test_force_ends_it_at_once(bench):
+    """With force there is no grace: killed, then deleted or launched again."""
+    bench.world.temper("lab").obeys = False
+    bench.run().order(Event.RESTART, force=True)
+    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    bench.order(Event.DELETE, force=True)
+    assert bench.last().forgotten
+    assert bench.last().stop_report.method is StopMethod.SIGKILL
+    assert bench.last().stop_report.seconds == 0.0
+
+
+# Deletion
+
+
+def test_a_deleted_server_leaves_nothing(bench):
+    """After DELETE there is no process, no log, no row in the store, and no such name."""
+    bench.run().order(Event.DELETE)
+    assert bench.last().forgotten
+    assert (bench.world.processes, bench.world.logs, bench.store.snapshots) == ([], {}, {})
+    with pytest.raises(ServerNotFound):
+        bench.order(Event.START)
+
+
+def test_what_is_being_deleted_cannot_be_started(bench):
+    """DELETE while stopping, then any start, is a conflict until it is gone; a stop does not take the deletion back."""
+    bench.world.temper("lab").obeys = False
+    bench.run().order(Event.STOP)
+    bench.order(Event.DELETE)
+    for message in (Order("lab", Event.START), Order("lab", Event.RESTART), Create(a_spec("lab"))):
+        with pytest.raises(Conflict, match="being deleted"):
+            bench.fleet.step(message)
+    bench.order(Event.STOP)
+    bench.wait()
+    assert bench.last().forgotten
+
+
+def test_a_stopped_server_is_deleted_at_once(bench):
+    """There is nothing to wait for."""
+    bench.run().order(Event.STOP)
+    assert bench.order(Event.DELETE).snapshot.forgotten
+    assert bench.store.snapshots == {}
+
+
+def test_late_facts_are_dropped_by_launch_number(bench):
+    """A fact of an earlier launch, of a deleted predecessor, or of nobody, changes nothing."""
+    bench.run().order(Event.DELETE)
+    bench.run()
+    assert bench.last().launch == 2
+    changes = len(bench.recorder.changes)
+    for name, launch in (("lab", 1), ("lab", 3), ("other", 1)):
+        bench.fleet.step(Report(name, launch, Unreachable("late")))
+    assert len(bench.recorder.changes) == changes
+
+
+# Capacity
+
+
+def test_capacity_counts_what_is_active(bench):
+    """Stopped and failed servers take no room; one more than allowed is refused, and leaves no trace."""
+    bench = Bench(max_servers=1)
+    bench.run("one")
+    with pytest.raises(CapacityReached, match="1 of at most 1") as caught:
+        bench.create("two")
+    assert caught.value.details == {"retry_after": RETRY_AFTER}
+    with pytest.raises(ServerNotFound):
+        bench.order(Event.START, "two")
+    bench.order(Event.STOP, "one")
+    bench.run("two")
+    with pytest.raises(CapacityReached):
+        bench.order(Event.START, "one")
+
+
+def test_what_is_active_may_be_restarted_in_a_full_house(bench):
+    """A restart needs no second room."""
+    bench = Bench(max_servers=1).run()
+    assert bench.order(Event.RESTART).created is True
+
+
+# The keeper ends
+
+
+def test_stop_all_stops_everything_and_takes_no_new_start(bench):
+    """After StopAll no start is taken, a pending restart is off, and all end."""
+    bench.run("one").run("two")
+    bench.world.temper("one").obeys = False
+    bench.order(Event.RESTART, "one")
+    assert bench.fleet.step(StopAll()) is None
+    bench.lanes.run_all()
+    with pytest.raises(BackendUnavailable, match="shutting down"):
+        bench.create("three")
+    with pytest.raises(BackendUnavailable, match="shutting down"):
+        bench.order(Event.START, "two")
+    bench.wait()
+    assert [bench.state("one"), bench.state("two")] == [State.STOPPED, State.STOPPED]
+    assert bench.world.processes == []
+
+
+# The store
+
+
+def test_a_launch_that_cannot_be_stored_is_not_done(bench):
+    """Create with a broken store: an error, nothing launched, nothing remembered."""
+    bench.store.failing = True
+    with pytest.raises(StoreError):
+        bench.create()
+    assert (bench.lanes.waiting, bench.recorder.changes, bench.fleet.next_deadline()) == ([], [], None)
+    bench.store.failing = False
+    with pytest.raises(ServerNotFound):
+        bench.order(Event.START)
+    assert bench.create().snapshot.launch == 1
+
+
+def test_a_start_that_cannot_be_stored_leaves_the_server_as_it_was(bench):
+    """START of a stopped server with a broken store: an error, and it is stopped as before."""
+    bench.run().order(Event.STOP)
+    before = bench.last()
+    bench.store.failing = True
+    with pytest.raises(StoreError):
+        bench.order(Event.START)
+    bench.store.failing = False
+    assert bench.order(Event.STOP).snapshot == before
+    assert bench.order(Event.START).snapshot.launch == 2
+
+
+def test_a_stop_goes_on_with_a_broken_store_and_is_stored_later(bench):
+    """A full disk keeps nobody from stopping; the store is brought up to date when it works again."""
+    bench.run()
+    bench.store.failing = True
+    bench.order(Event.STOP)
+    assert bench.state() is State.STOPPED
+    assert bench.store.snapshots["lab"].state is State.RUNNING
+    bench.wait()
+    assert bench.fleet.next_deadline() == bench.clock.monotonic() + SAVE_AGAIN
+    bench.store.failing = False
+    bench.wait()
+    assert bench.store.snapshots["lab"] == bench.last()
+    assert bench.fleet.next_deadline() is None
+
+
+def test_a_deletion_goes_on_with_a_broken_store(bench):
+    """The row of a deleted server is removed when the store works again."""
+    bench.run()
+    bench.store.failing = True
+    bench.order(Event.DELETE)
+    assert bench.last().forgotten
+    bench.wait()
+    assert "lab" in bench.store.snapshots
+    bench.store.failing = False
+    bench.wait()
+    assert bench.store.snapshots == {}
+
+
+def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
+    """Nobody waits for a launch after a crash: it is not done, and the server says why."""
+    bench.run()
+    bench.world.crash("lab")
+    bench.lanes.run_all()
+    assert bench.state() is State.BACKOFF
+    bench.store.failing = True
+    bench.wait()
+    assert bench.state() is State.FAILED
+    assert bench.last().failure.message.startswith("cannot start server 'lab': cannot write the store")
+    assert bench.world.launched == [("lab", 1)]
+
+
+def test_a_keeper_with_an_unreadable_store_does_not_begin(bench):
+    """Without knowing what there is, nothing may be started."""
+    bench.store.failing = True
+    with pytest.raises(StoreError):
+        bench.crash()
+
+
+# Facts of life
+
+
+def test_a_crash_comes_back_after_its_delay(bench):
+    """The server is launched again when its time has come, and not before."""
+    bench.run()
+    bench.world.crash("lab", Exit(signal="SIGSEGV"))
+    bench.lanes.run_all()
+    assert (bench.state(), bench.last().exit) == (State.BACKOFF, Exit(signal="SIGSEGV"))
+    bench.fleet.step(Tick())
+    assert bench.state() is State.BACKOFF
+    bench.wait()
+    assert (bench.state(), bench.last().restarts) == (State.RUNNING, 1)
+
+
+def test_what_cannot_be_killed_is_never_called_stopped(bench):
+    """A process that survives SIGKILL is lost, observed, told again; when it ends at last, it is stopped."""
+    temper = bench.world.temper("lab")
+    temper.obeys = temper.killable = False
+    bench.run().order(Event.STOP)
+    for _ in range(10):
+        bench.wait()
+        assert bench.state() in {State.STOPPING, State.KILLING, State.LOST}
+    bench.world.crash("lab")
+    bench.lanes.run_all()
+    assert bench.state() is State.STOPPED
+
+
+def test_a_silent_server_is_ended_and_launched_again(bench):
+    """A server that hangs for longer than allowed is replaced by a new one."""
+    bench.run()
+    bench.world.silence("lab")
+    while bench.state() is State.RUNNING:
+        bench.wait()
+    assert bench.clock.monotonic() >= bench.policy.hung_after
+    assert bench.last().failure.kind is FailureClass.HUNG
+    bench.wait()
+    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+
+
+def test_a_launch_whose_answer_is_lost_is_found_again(bench):
+    """Unknown is not failed: the server is lost, observed, taken over, and there is one process."""
+    bench.world.temper("lab").answers_lost = True
+    bench.create()
+    bench.lanes.run_next("lab")
+    bench.lanes.deliver()
+    assert bench.state() is State.LOST
+    bench.world.temper("lab").answers_lost = False
+    bench.lanes.run_all()
+    assert bench.state() is State.RUNNING
+    assert len(bench.world.launched) == 1
+
+
+# Recovery
+
+
+@pytest.mark.parametrize("moment", ["stored", "launched", "ready"])
+def test_the_next_keeper_takes_over_what_runs(bench, moment):
+    """A keeper that crashes around a launch leaves one process at most, and the next keeper knows it."""
+    bench.create()
+    if moment != "stored":
+        bench.lanes.run_next("lab")
+    if moment == "ready":
+        bench.lanes.run_all()
+    bench.crash()
+    assert bench.state() is State.LOST
+    bench.lanes.run_all()
+    assert bench.state() is (State.FAILED if moment == "stored" else State.RUNNING)
+    assert len(bench.world.living("lab")) == len(bench.world.launched) == (moment != "stored")
+
+
+def test_the_next_keeper_finds_how_it_ended(bench):
+    """What ended between two keepers is settled by the observation: left, crashed, or gone unseen."""
+    for end, state in ((Exit(code=0), State.STOPPED), (Exit(code=1), State.BACKOFF), (None, State.BACKOFF)):
+        bench = Bench().run()
+        bench.backend.abandon()
+        bench.world.crash("lab", end or Exit(code=1))
+        if end is None:
+            bench.world.ends.clear()
+        bench.crash()
+        bench.lanes.run_all()
+        assert (bench.state(), bench.last().exit) == (state, end or Exit())
+
+
+def test_the_next_keeper_finishes_a_deletion(bench):
+    """A row that says deleted is removed, whether the end was already proven or not."""
+    bench.run()
+    gone = replace(bench.last(), state=State.STOPPED, goal=Goal.ABSENT, endpoint=None)
+    bench.order(Event.STOP)
+    bench.store.save(gone)
+    bench.crash()
+    bench.lanes.run_all()
+    assert (bench.store.snapshots, bench.world.logs) == ({}, {})
+
+
+def test_the_next_keeper_launches_what_waited(bench):
+    """BACKOFF is taken up with the first tick."""
+    bench.run()
+    bench.world.crash("lab")
+    bench.lanes.run_all()
+    bench.crash()
+    assert bench.state() is State.BACKOFF
+    bench.wait()
+    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+
+
+# Jobs
+
+
+def job(action):
+    return Job(a_spec("lab"), 1, action)
+
+
+def test_a_job_calls_the_backend():
+    """Each action is one call; only an observation has an answer of its own."""
+    heard = []
+    backend = FakeBackend(heard.append)
+    assert perform(backend, job(Action.LAUNCH), grace=1.0) is None
+    assert perform(backend, job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
+    assert perform(backend, job(Action.TERMINATE), grace=1.0) is None
+    assert perform(backend, job(Action.KILL), grace=1.0) is None
+    assert perform(backend, job(Action.NONE), grace=1.0) is None
+    assert [type(report.fact).__name__ for report in heard] == ["Ready", "Ready", "Ended", "Ended"]
+
+
+def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
+    """The class and the last log lines of a refusal go into the failure."""
+    backend = FakeBackend(list)
+    backend.world.temper("lab").refusal = BackendRefused("no", failure_class="port-in-use", log_tail=["a", "b"])
+    fact = perform(backend, job(Action.LAUNCH), grace=1.0)
+    assert isinstance(fact, Refused)
+    assert (fact.failure.kind, fact.failure.message) == (FailureClass.PORT_IN_USE, "no")
+    assert fact.failure.log_tail == ("a", "b")
+    backend.world.temper("lab").refusal = BackendRefused("no")
+    assert perform(backend, job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
+
+
+class Broken(FakeBackend):
+    """A backend whose every call raises."""
+
+    error = BackendTimeout("it took too long")
+
+    def _reach(self, _name):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [BackendTimeout("why"), BackendUnavailable("why"), BackendRefused("why")])
+@pytest.mark.parametrize("action", [Action.TERMINATE, Action.KILL, Action.OBSERVE])
+def test_any_other_error_of_the_backend_means_unknown(action, error):
+    """Only a launch can be refused; of anything else that fails the outcome is unknown."""
+    backend = Broken(list)
+    backend.error = error
+    assert perform(backend, job(action), grace=1.0) == Unreachable("why")
+
+
+def test_a_ready_of_a_running_server_is_no_news(bench):
+    """A backend may say it twice; listeners hear it once."""
+    bench.run()
+    changes = len(bench.recorder.changes)
+    bench.fleet.step(Report("lab", 1, Ready(bench.last().endpoint)))
+    assert len(bench.recorder.changes) == changes

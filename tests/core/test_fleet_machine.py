@@ -1,0 +1,198 @@
+"""The fleet in a hostile world, by chance: commands, jobs, reports, time, a failing store and crashing keepers in any order.
+
+test_model_check proves the table; this holds what is around it (launch numbers, timers, budget, store, recovery) to its laws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import BackendRefused, RequestError, StoreError
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
+from labkeeper.core.model import Create, Exit, Order, Tick
+from labkeeper.testing.fakes import FakeBackend, FakeClock, InlineLanes, MemoryStore, Recorder, Temper, World, a_spec
+
+NAMES = st.sampled_from(["one", "two"])
+POLICY = Policy(max_servers=2, restart_delays=(1.0, 2.0))
+PATIENCE = 60
+"""Rounds of jobs and timers in which a fair world must have brought everything to rest."""
+AT_REST = {
+    Goal.UP: {State.RUNNING, State.FAILED},
+    Goal.DOWN: {State.STOPPED},
+}
+
+
+class FleetMachine(RuleBasedStateMachine):
+    def __init__(self):
+        super().__init__()
+        self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
+        self.lanes = InlineLanes(self.hear)
+        self.begin()
+
+    def hear(self, report):
+        """Hand a report to the keeper of the day."""
+        self.fleet.step(report)
+
+    def begin(self):
+        self.recorder = Recorder()
+        self.backend = FakeBackend(self.lanes.hear, self.world)
+        self.fleet = Fleet(
+            backend=self.backend,
+            store=self.store,
+            lanes=self.lanes,
+            clock=self.clock,
+            policy=POLICY,
+            listeners=[self.recorder],
+        )
+        self.fleet.recover()
+
+    @property
+    def known(self):
+        """What listeners were told last of each server."""
+        last = {change.after.name: change.after for change in self.recorder.changes}
+        return [snapshot for snapshot in last.values() if not snapshot.forgotten]
+
+    # Callers
+
+    @rule(name=NAMES)
+    def create(self, name):
+        with contextlib.suppress(RequestError, StoreError):
+            self.fleet.step(Create(a_spec(name)))
+
+    @rule(name=NAMES, event=st.sampled_from([Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE]))
+    def order(self, name, event):
+        with contextlib.suppress(RequestError, StoreError):
+            self.fleet.step(Order(name, event))
+
+    # The keeper's threads
+
+    @rule(name=NAMES)
+    def work(self, name):
+        self.lanes.run_next(name)
+
+    @rule()
+    def deliver(self):
+        self.lanes.deliver()
+
+    @rule()
+    def catch_up(self):
+        self.lanes.run_all()
+
+    @precondition(lambda self: self.fleet.next_deadline() is not None)
+    @rule(late=st.sampled_from([0.0, 0.1, 200.0]))
+    def jump(self, late):
+        self.clock.advance(max(0.0, self.fleet.next_deadline() - self.clock.monotonic()) + late)
+        self.fleet.step(Tick())
+
+    @rule(failing=st.booleans())
+    def touch_store(self, failing):
+        self.store.failing = failing
+
+    @rule()
+    def crash_keeper(self):
+        self.store.failing = False
+        self.lanes.drop()
+        self.backend.abandon()
+        self.begin()
+
+    # The world
+
+    @rule(name=NAMES, what=st.sampled_from(["boots", "obeys", "killable", "reachable", "answers_lost"]), on=st.booleans())
+    def change_temper(self, name, what, on):
+        setattr(self.world.temper(name), what, on)
+
+    @rule(name=NAMES, refuses=st.booleans())
+    def change_mind(self, name, refuses):
+        self.world.temper(name).refusal = BackendRefused("cannot start: told to refuse") if refuses else None
+
+    @rule(name=NAMES)
+    def answer(self, name):
+        self.world.answer(name)
+
+    @rule(name=NAMES)
+    def hang(self, name):
+        self.world.silence(name)
+
+    @rule(name=NAMES, end=st.sampled_from([Exit(code=0), Exit(code=1), Exit(signal="SIGKILL")]))
+    def end(self, name, end):
+        self.world.crash(name, end)
+
+    @rule()
+    def forget_ends(self):
+        self.world.ends.clear()
+
+    # The laws
+
+    @invariant()
+    def never_two_processes(self):
+        for name in ("one", "two"):
+            assert len(self.world.living(name)) <= 1
+
+    @invariant()
+    def proven_gone_is_gone(self):
+        alive = {process.name for process in self.world.processes}
+        known = {snapshot.name: snapshot.state for snapshot in self.known}
+        for name in alive:
+            assert known.get(name) in MAY_EXIST
+
+    @invariant()
+    def listeners_know_what_is_so(self):
+        held = {name: controller.snapshot for name, controller in self.fleet._servers.items()}
+        assert {snapshot.name: snapshot for snapshot in self.known} == held
+
+    @invariant()
+    def endpoint_while_it_runs(self):
+        for snapshot in self.known:
+            assert (snapshot.endpoint is not None) == (snapshot.state is State.RUNNING)
+
+    @invariant()
+    def failed_has_a_cause(self):
+        for snapshot in self.known:
+            assert snapshot.state is not State.FAILED or snapshot.failure is not None
+
+    @invariant()
+    def what_exists_is_stored(self):
+        """The next keeper would look for every process that there is."""
+        for process in self.world.processes:
+            assert self.store.snapshots[process.name].state in MAY_EXIST
+            assert self.store.snapshots[process.name].launch >= process.launch
+
+    def teardown(self):
+        """Let the world be fair: everything comes to where its goal points."""
+        self.store.failing = False
+        for name in ("one", "two"):
+            temper, fair = self.world.temper(name), Temper()
+            for what in Temper.__slots__:
+                setattr(temper, what, getattr(fair, what))
+        for _ in range(PATIENCE):
+            self.lanes.run_all()
+            due = self.fleet.next_deadline()
+            if due is None:
+                break
+            self.clock.advance(max(0.0, due - self.clock.monotonic()))
+            self.fleet.step(Tick())
+        self.lanes.run_all()
+        self.at_rest()
+
+    def at_rest(self):
+        for snapshot in self.known:
+            assert snapshot.state in AT_REST[snapshot.goal]
+            living = self.world.living(snapshot.name)
+            assert bool(living) == (snapshot.state is State.RUNNING)
+            assert [process.endpoint for process in living] == ([snapshot.endpoint] if living else [])
+        assert {snapshot.name: snapshot for snapshot in self.known} == self.store.snapshots
+
+
+FleetMachine.TestCase.settings = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+TestFleetMachine = FleetMachine.TestCase
