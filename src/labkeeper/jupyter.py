@@ -23,6 +23,8 @@ CONFIG_NAME: Final = "jupyter_server_config.py"
 PRIVATE_VARIABLES: Final = re.compile(r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_)")
 """Variables of the keeper's own environment that a server must not inherit: ours, and those that would configure Jupyter
 against the spec."""
+_LOOK_TIMEOUT: Final = 1.0
+"""Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
 _LAUNCH_PAD: Final = 2.0
 """Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
 
@@ -195,11 +197,11 @@ class JupyterClient:
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether it is alive: `GET api` needs no token and touches no gateway."""
-        return self._ok(endpoint, "api", token=False)
+        return self._ok(endpoint, "api", token=False, timeout=_LOOK_TIMEOUT)
 
     def accepts_token(self, endpoint: Endpoint) -> bool:
         """Whether it knows its token: `GET api/me` needs one and touches no gateway."""
-        return self._ok(endpoint, "api/me", token=True)
+        return self._ok(endpoint, "api/me", token=True, timeout=_LOOK_TIMEOUT)
 
     def kernels(self, endpoint: Endpoint, *, timeout: float | None = None) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
@@ -224,9 +226,9 @@ class JupyterClient:
         except httpx.HTTPError:
             return False
 
-    def _ok(self, endpoint: Endpoint, path: str, *, token: bool) -> bool:
+    def _ok(self, endpoint: Endpoint, path: str, *, token: bool, timeout: float) -> bool:
         try:
-            return self._request("GET", endpoint, path, token=token).status_code == httpx.codes.OK
+            return self._request("GET", endpoint, path, token=token, timeout=timeout).status_code == httpx.codes.OK
         except httpx.HTTPError:
             return False
 
