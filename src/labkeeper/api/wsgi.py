@@ -55,8 +55,12 @@ class WsgiServer:
 
     def close(self) -> None:
         """Close every connection, and end all threads."""
-        # What belongs to the loop may be closed in the loop's own thread only.
-        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._map))
+        # What belongs to the loop may be closed in the loop's own thread only. `pull_trigger` lets its lock go before it
+        # writes: a loop that is awake by then would have closed what it writes to.
+        trigger = self._server.trigger
+        with trigger.lock:
+            trigger.thunks.append(lambda: wasyncore.close_all(self._map))
+            trigger._physical_pull()  # noqa: SLF001 - see above
         self._thread.join()
         self._server.task_dispatcher.shutdown()
 
