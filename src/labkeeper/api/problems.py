@@ -6,7 +6,7 @@ import json
 from typing import Any, Final
 
 import structlog
-from flask import Flask, Response, g
+from flask import Flask, Response, g, request
 from pydantic import ValidationError
 from werkzeug.exceptions import HTTPException
 
@@ -107,9 +107,18 @@ def _known(error: LabkeeperError) -> Response:
     return answer
 
 
+_WORDS: Final = {
+    404: "cannot find {1}; /api/docs lists what there is",
+    405: "cannot {0} {1}; the Allow header has the methods that it takes",
+    415: "cannot take the request: send its body as JSON, with the header 'Content-Type: application/json'",
+}
+"""What we say in place of werkzeug's words for browsers."""
+
+
 def _http(error: HTTPException) -> Response:
     status = error.code or 500
-    answer = problem(status, error.name.lower().replace(" ", "_"), error.description or error.name)
+    detail = _WORDS[status].format(request.method, request.path[:200]) if status in _WORDS else error.description or error.name
+    answer = problem(status, error.name.lower().replace(" ", "_"), detail)
     # Werkzeug's own headers, such as Allow, belong to the answer; its HTML does not.
     for name, value in error.get_headers():
         if name.lower() != "content-type":

@@ -279,7 +279,7 @@ class GetQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state.")
+    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state, or stopped or failed.")
     wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
 
 

@@ -69,12 +69,13 @@ class Api:
         return _json(listed)
 
     def get_server(self, path: ServerPath, query: GetQuery) -> Answer:
-        """Tell of one server; with `wait_for`, when it is in that state or `wait` is over."""
+        """Tell of one server; with `wait_for`, when it is in that state, or at rest in another, or `wait` is over."""
         name = ServerName(path.name)
         with self._keeper.watch(name) as watch:
             snapshot = self._find(name)
             if query.wait_for is not None:
-                snapshot, _ = watch.until(lambda s: s.state is query.wait_for or s.forgotten, first=snapshot, timeout=query.wait)
+                rest = {query.wait_for, State.STOPPED, State.FAILED}
+                snapshot, _ = watch.until(lambda s: s.state in rest, first=snapshot, timeout=query.wait)
         return _json(self._model(snapshot))
 
     def delete_server(self, path: ServerPath, query: StopQuery) -> Answer:
