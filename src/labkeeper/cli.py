@@ -561,7 +561,7 @@ def _settings(where: _Where, **flags: Any) -> Settings:
 
 
 def _found_url(settings: Settings) -> str:
-    from labkeeper.serve import read_address  # noqa: PLC0415 - late
+    from labkeeper.statedir import read_address  # noqa: PLC0415 - late
 
     host = _WILDCARDS.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
@@ -576,7 +576,7 @@ def _token(settings: Settings) -> str | None:
     own = _own_token(settings)
     if own is not None:
         return own
-    from labkeeper.serve import read_token  # noqa: PLC0415 - late
+    from labkeeper.statedir import read_token  # noqa: PLC0415 - late
 
     return read_token(settings.state_dir)
 

@@ -1,4 +1,4 @@
-"""The keeper's own log: structured, on stderr; `console` for people, `json` for machines. A listener logs each server's changes."""
+"""The keeper's own log: structured, on stderr; for people or for machines. A listener logs each change of a server."""
 
 from __future__ import annotations
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -17,9 +15,8 @@ from types import FrameType
 from typing import Final
 
 import structlog
-from pydantic import BaseModel, ValidationError
 
-from labkeeper import logs, settings
+from labkeeper import logs, settings, statedir
 from labkeeper.api.app import Services, create_app
 from labkeeper.api.requests import Defaults
 from labkeeper.api.wsgi import WsgiServer
@@ -28,7 +25,6 @@ from labkeeper.client import Client
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
-from labkeeper.files import write_private
 from labkeeper.jupyter import JupyterClient
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
@@ -69,22 +65,6 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
         ended.wait()
         return _stop(keeper, chosen, announce)
-
-
-def read_address(state_dir: Path) -> str | None:
-    """Give the URL of the keeper that runs over a state directory, or last did; None when there never was one."""
-    try:
-        return _Address.model_validate_json(_address_path(state_dir).read_bytes()).url
-    except (OSError, ValidationError):
-        return None
-
-
-def read_token(state_dir: Path) -> str | None:
-    """Give the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
-    try:
-        return _token_path(state_dir).read_text(encoding="ascii").strip() or None
-    except (OSError, UnicodeDecodeError):
-        return None
 
 
 def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stack: ExitStack) -> Keeper:
@@ -212,12 +192,7 @@ def _token(chosen: Settings) -> str | None:
         return None
     if chosen.token is not None:
         return chosen.token.get_secret_value()
-    known = read_token(chosen.state_dir)
-    if known is not None:
-        return known
-    made = secrets.token_urlsafe(32)
-    write_private(_token_path(chosen.state_dir), made + "\n")
-    return made
+    return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -236,29 +211,13 @@ def _url_of(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-class _Address(BaseModel):
-    """`keeper.json`: where the command line finds the keeper of this machine."""
-
-    url: str
-    pid: int
-
-
 @contextmanager
 def _address(state_dir: Path, url: str) -> Iterator[None]:
-    path = _address_path(state_dir)
-    write_private(path, json.dumps({"url": url, "pid": os.getpid()}))
+    statedir.write_address(state_dir, url)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-
-
-def _address_path(state_dir: Path) -> Path:
-    return state_dir / "keeper.json"
-
-
-def _token_path(state_dir: Path) -> Path:
-    return state_dir / "token"
+        statedir.remove_address(state_dir)
 
 
 def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:

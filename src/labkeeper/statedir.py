@@ -1,0 +1,53 @@
+"""What stands in a state directory for others to find: where its keeper answers, and the token that was generated for it."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from pathlib import Path
+
+from labkeeper.files import write_private
+
+
+def read_address(state_dir: Path) -> str | None:
+    """Give the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
+    try:
+        found = json.loads(_address(state_dir).read_bytes())
+    except (OSError, ValueError):
+        return None
+    url = found.get("url") if isinstance(found, dict) else None
+    return url if isinstance(url, str) else None
+
+
+def write_address(state_dir: Path, url: str) -> None:
+    """Say where this process answers. Raises OSError."""
+    write_private(_address(state_dir), json.dumps({"url": url, "pid": os.getpid()}))
+
+
+def remove_address(state_dir: Path) -> None:
+    """Say that nobody answers any more."""
+    _address(state_dir).unlink(missing_ok=True)
+
+
+def read_token(state_dir: Path) -> str | None:
+    """Give the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
+    try:
+        return _token(state_dir).read_text(encoding="ascii").strip() or None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def make_token(state_dir: Path) -> str:
+    """Generate an API token of 256 bits into a state directory. Raises OSError."""
+    token = secrets.token_urlsafe(32)
+    write_private(_token(state_dir), token + "\n")
+    return token
+
+
+def _address(state_dir: Path) -> Path:
+    return state_dir / "keeper.json"
+
+
+def _token(state_dir: Path) -> Path:
+    return state_dir / "token"
