@@ -1,0 +1,136 @@
+"""Everything that callers and owners can use is documented; every link leads somewhere; the pages build."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from labkeeper.api import answers, problems, requests, routes
+from labkeeper.cli import cli
+from labkeeper.client import Client
+from labkeeper.core import errors
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.model import FailureClass
+from labkeeper.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCS = ROOT / "docs"
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
+
+
+def page(name):
+    return (ROOT / name).read_text()
+
+
+def missing(names, text):
+    """Those that do not stand in the text as code."""
+    return [name for name in names if f"`{name}`" not in text]
+
+
+@pytest.mark.parametrize("where", ["README.md", "docs/reference/settings.md"])
+def test_every_setting_is_documented(where):
+    assert not missing([f"LABKEEPER_{name.upper()}" for name in Settings.model_fields], page(where))
+
+
+def test_every_variable_in_the_pages_exists():
+    known = {f"LABKEEPER_{name.upper()}" for name in Settings.model_fields} | {
+        "LABKEEPER_CONFIG",
+        "LABKEEPER_URL",
+        "LABKEEPER_SERVER",
+    }
+    found = {name for text in map(Path.read_text, PAGES) for name in re.findall(r"\bLABKEEPER_[A-Z_]*[A-Z]\b", text)}
+    assert found <= known
+
+
+def test_every_route_with_its_parameters_is_documented():
+    text = page("docs/reference/api.md")
+    paths = [(route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES]
+    assert [pair for pair in paths if f"| `{pair[0]}` | `{pair[1]}` |" not in text] == []
+    queries = (requests.StartQuery, requests.StopQuery, requests.GetQuery, requests.ListQuery, requests.LogQuery)
+    models = (requests.ServerRequest, answers.Server, answers.FailureModel, answers.StopReportModel, *queries)
+    assert not missing([name for model in models for name in model.model_fields], text)
+    assert not missing(["/api/openapi.json", "/api/docs"], text)
+
+
+def test_every_error_code_is_documented_with_its_status():
+    text = page("docs/reference/errors.md")
+    assert not missing(errors.tree(), text)
+    assert [cls for cls, status in problems.STATUS.items() if f"| `{cls.code}` | {status} |" not in text] == []
+
+
+def test_every_failure_class_has_its_advice():
+    headings = re.findall(r"^## (.+)$", page("docs/how-to/troubleshoot.md"), re.MULTILINE)
+    assert set(FailureClass) <= set(headings)
+
+
+def test_every_state_goal_and_event_is_documented():
+    assert not missing([*State, *Goal, *Event], page("docs/reference/lifecycle.md"))
+
+
+def test_every_command_and_option_is_documented():
+    text = page("docs/reference/cli.md")
+    assert not missing([f"labkeeper {name}" for name in cli.commands], text)
+    options = {
+        flag for command in cli.commands.values() for option in command.params for flag in option.opts if flag.startswith("-")
+    }
+    assert not missing(options, text)
+
+
+def test_every_method_of_the_client_is_documented():
+    text = page("docs/reference/client.md")
+    assert [name for name in vars(Client) if not name.startswith("_") and name != "close" and f"`{name}(" not in text] == []
+
+
+def test_every_file_of_the_code_stands_in_the_layout():
+    text = page("CONTRIBUTING.md")
+    files = {path.name for path in (ROOT / "src").rglob("*.py")} - {"__init__.py"}
+    assert [name for name in files if f"  {name} " not in text] == []
+
+
+def test_every_relative_link_resolves():
+    broken = []
+    for path in PAGES:
+        text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
+        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+        broken += [(path.name, link) for link in links if not leads_somewhere(path, link)]
+    assert broken == []
+
+
+def leads_somewhere(page, link):
+    target, _, anchor = link.partition("#")
+    there = (page.parent / target).resolve() if target else page
+    if not anchor:
+        return there.exists()
+    headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
+    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_can_be_reached():
+    listed = set()
+    for index in DOCS.rglob("index.md"):
+        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.DOTALL | re.MULTILINE):
+            listed |= {
+                (index.parent / f"{entry}.md").resolve() for entry in tree.split("\n") if entry and not entry.startswith(":")
+            }
+    assert {page for page in PAGES if DOCS in page.parents} - {DOCS / "index.md"} == listed
+
+
+def test_the_pages_build_without_a_warning(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sphinx",
+        "--fail-on-warning",
+        "--quiet",
+        "--doctree-dir",
+        tmp_path / "trees",
+        DOCS,
+        tmp_path / "html",
+    ]
+    built = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert built.returncode == 0, built.stderr
+    assert (tmp_path / "html" / "index.html").exists()

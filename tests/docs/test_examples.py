@@ -1,0 +1,136 @@
+"""The tour in README.md, word for word, against a real keeper; and every other example as far as it can be read by a machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from harness import PATIENCE, KeeperProcess, alive
+from labkeeper.cli import cli
+from labkeeper.client import Client
+from labkeeper.settings import Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts)]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def examples(kind):
+    """Every fenced block of a kind, by where it stands."""
+    found = {}
+    for page in PAGES:
+        blocks = [text for language, text in FENCE.findall(page.read_text()) if language == kind]
+        found |= {f"{page.relative_to(ROOT)} {kind} {number}": text for number, text in enumerate(blocks, 1)}
+    return found
+
+
+def tour(name):
+    """The lines of one tour in README.md."""
+    _, _, rest = (ROOT / "README.md").read_text().partition(f"<!-- tour: {name} -->\n")
+    return [line for line in FENCE.search(rest)[2].splitlines() if line]
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    keeper = KeeperProcess(tmp_path).start()
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def run(keeper):
+    """Run lines in one shell, as somebody at the keeper's machine would; give what each of them printed."""
+    bin_dir = Path(sys.executable).parent
+    env = keeper.environment | {
+        "LABKEEPER_URL": keeper.url,
+        "NO_PROXY": "*",
+        "PATH": f"{bin_dir}{os.pathsep}{os.environ['PATH']}",
+    }
+
+    def run(lines):
+        script = "".join(f"{line}\nprintf '\\0'\n" for line in lines)
+        done = subprocess.run(
+            ["sh", "-eu"], input=script, env=env, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+        )
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        return done.stdout.split("\0")[:-1]
+
+    return run
+
+
+def has_curl():
+    """Whether there is a curl that knows `--json` (7.82 and later)."""
+    if shutil.which("curl") is None:
+        return False
+    said = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, said.split()[1].split(".")[:2])) >= (7, 82)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(not has_curl(), reason="the tour needs curl 7.82 or later")
+def test_the_tour_does_what_the_readme_says(keeper, run):
+    nothing, default, spark, shown, log, deleted = run(tour("curl"))
+    default, spark, shown, deleted = map(json.loads, (default, spark, shown, deleted))
+    assert nothing == ""
+    assert (default["name"], default["state"], default["gateway_url"]) == ("default", "running", None)
+    assert default["port"] == keeper.lab_port
+    assert default["lab_url"].endswith(f"/lab?token={default['token']}")
+    assert (spark["name"], spark["state"], spark["gateway_url"]) == ("spark", "running", "http://gateway:8888")
+    assert shown == spark
+    assert len(log.splitlines()) == 5
+    assert spark["token"] not in log
+    assert (deleted["name"], deleted["state"], deleted["goal"]) == ("spark", "stopped", "absent")
+    assert deleted["stop_report"]["seconds"] > 0
+    assert not alive(spark["pid"])
+
+    link, listed, log, ended = run(tour("cli"))
+    assert link.strip() == default["lab_url"]
+    assert [line.split()[:2] for line in listed.splitlines()] == [["NAME", "STATE"], ["default", "running"]]
+    assert len(log.splitlines()) == 5
+    assert re.fullmatch(r"default: (shut down|ended by SIG\w+) in [\d.]+ s\n", ended)
+    assert not alive(default["pid"])
+    assert keeper.http.get("/api/servers").json()["servers"] == []
+
+
+def test_shell_examples_are_good_shell():
+    for where, text in examples("sh").items():
+        checked = subprocess.run(["sh", "-n"], input=text, capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, (where, checked.stderr)
+
+
+def test_commands_in_shell_examples_are_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "spark.json").write_text("{}")
+    understood = []
+    for text in examples("sh").values():
+        for line in re.findall(r"(?<![\w./-])labkeeper ([a-z][^|)#\n]*)", text):
+            name, *arguments = shlex.split(line)
+            with cli.commands[name].make_context(name, arguments):
+                understood.append(name)
+    assert set(understood) == set(cli.commands)
+
+
+def test_json_examples_are_json():
+    for text in examples("json").values():
+        json.loads(text)
+
+
+def test_settings_examples_have_only_known_settings():
+    for where, text in examples("toml").items():
+        assert tomllib.loads(text).keys() <= Settings.model_fields.keys(), where
+
+
+def test_python_examples_import_and_call_what_exists():
+    for where, text in examples("python").items():
+        compile(text, where, "exec")
+        exec("\n".join(re.findall(r"^from labkeeper.*|^import .*", text, re.MULTILINE)), {})
+        assert all(hasattr(Client, name) for name in re.findall(r"\bkeeper\.(\w+)", text)), where

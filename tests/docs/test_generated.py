@@ -1,0 +1,55 @@
+"""What the documentation takes from the code is what the code says now."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+STALE = "| `LABKEEPER_PORT` | `80` |"
+
+
+def generate(*arguments):
+    command = [sys.executable, ROOT / "scripts" / "generate-docs", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+@pytest.fixture
+def copy(tmp_path):
+    """The pages, to be altered."""
+    shutil.copy(ROOT / "README.md", tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("_build"))
+    return tmp_path
+
+
+def test_no_block_is_stale():
+    checked = generate("--check")
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_an_altered_block_is_found_and_what_to_run_is_said_and_repairs_it(copy):
+    page = copy / "docs" / "reference" / "settings.md"
+    good = page.read_text()
+    page.write_text(good.replace("| `LABKEEPER_PORT` | `8000` |", STALE))
+    assert STALE in page.read_text()
+
+    checked = generate("--check", "--root", copy)
+    assert checked.returncode == 1
+    assert "docs/reference/settings.md: is stale" in checked.stderr
+    assert "run: .venv/bin/python scripts/generate-docs" in checked.stderr
+    assert STALE in page.read_text()
+
+    assert generate("--root", copy).returncode == 0
+    assert page.read_text() == good
+
+
+def test_a_block_that_no_page_holds_is_named(copy):
+    page = copy / "docs" / "reference" / "cli.md"
+    page.write_text(page.read_text().replace("<!-- begin: commands -->", ""))
+    checked = generate("--check", "--root", copy)
+    assert checked.returncode == 1
+    assert "no page holds the blocks: commands" in checked.stderr
