@@ -8,8 +8,8 @@ import socket
 import threading
 
 import pytest
-from harness import free_port
 
+from harness import free_port
 from labkeeper import jupyter
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, ServerName, ServerSpec
@@ -21,7 +21,7 @@ GATED = ServerSpec(
     gateway=Gateway(
         "http://g:8888/http-api",
         "ws://g:8888/http-api",
-        auth_token="gateway secret",  # noqa: S106
+        auth_token="gateway secret",
         headers={"X": "header secret"},
         request_timeout=10.0,
         ca_certs="/ca.pem",
@@ -40,20 +40,20 @@ def test_arguments_hold_the_contract_and_no_secret(tmp_path):
 
 
 def test_the_configuration_is_python_and_holds_what_was_asked(tmp_path):
-    source = jupyter.config_source(GATED, token="own secret", directory=tmp_path, ca_bundle=tmp_path / "ca.pem")  # noqa: S106
+    source = jupyter.config_source(GATED, token="own secret", directory=tmp_path, ca_bundle=tmp_path / "ca.pem")
     compile(source, "config", "exec")
     for expected in ("own secret", "gateway secret", "header secret", "ws://g:8888/http-api", str(tmp_path / "cookie_secret")):
         assert expected in source
-    assert "GatewayClient" not in jupyter.config_source(SPEC, token="t", directory=tmp_path, ca_bundle=None)  # noqa: S106
+    assert "GatewayClient" not in jupyter.config_source(SPEC, token="t", directory=tmp_path, ca_bundle=None)
 
 
 def test_text_of_callers_cannot_break_out_of_the_configuration(tmp_path):
     """A hostile value stays a string, whatever quotes and lines it has."""
     hostile = "/lab'\"\"\"\n'''+__import__('os').abort()+'{settings}"
     spec = ServerSpec(ServerName("x"), "/notebooks", default_url=hostile)
-    source = jupyter.config_source(spec, token="t", directory=tmp_path, ca_bundle=None)  # noqa: S106
+    source = jupyter.config_source(spec, token="t", directory=tmp_path, ca_bundle=None)
     literal = source.partition("for section, values in ")[2].partition(".items():")[0]
-    assert eval(literal, {"__builtins__": {}})["ServerApp"]["default_url"] == hostile  # noqa: S307
+    assert eval(literal, {"__builtins__": {}})["ServerApp"]["default_url"] == hostile
 
 
 def test_the_environment_is_ours_without_what_is_private(tmp_path):
@@ -103,10 +103,10 @@ def test_an_info_file_of_another_pid_is_none(tmp_path):
 @pytest.mark.parametrize(
     ("hostname", "host", "url"),
     [
-        ("0.0.0.0", None, "http://127.0.0.1:1/"),  # noqa: S104
+        ("0.0.0.0", None, "http://127.0.0.1:1/"),
         ("::", None, "http://[::1]:1/"),
         ("10.0.0.1", None, "http://10.0.0.1:1/"),
-        ("0.0.0.0", "lab.example", "http://lab.example:1/"),  # noqa: S104
+        ("0.0.0.0", "lab.example", "http://lab.example:1/"),
     ],
 )
 def test_a_server_is_asked_where_it_listens(hostname, host, url):
@@ -117,7 +117,7 @@ def test_a_server_is_asked_where_it_listens(hostname, host, url):
     ("line", "kind"),
     [
         (
-            "[C 2026-01-01 00:00:00.000 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is already in use",
+            "[C 2026-01-01 00:00:00.000 ServerApp] ERROR: could not be started because port 8888 is already in use",
             "port-in-use",
         ),
         ("OSError: [Errno 28] No space left on device", "disk-full"),

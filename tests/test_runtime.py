@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 import structlog
-from harness import until
 
+from harness import until
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, ServerNotFound
 from labkeeper.core.fleet import Fleet
@@ -74,7 +74,7 @@ class TestBoard:
 
     def test_all_servers_can_be_waited_for(self, board):
         assert board.until(lambda all_: not all_, timeout=0)
-        assert not board.until(lambda all_: bool(all_), timeout=0.01)
+        assert not board.until(bool, timeout=0.01)
 
 
 class TestLanes:

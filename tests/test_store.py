@@ -31,7 +31,7 @@ FULL = Snapshot(
         port=8888,
         env={"A": "1"},
         labels={"team": "ä"},
-        gateway=Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5),  # noqa: S106
+        gateway=Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5),
     ),
     state=State.FAILED,
     goal=Goal.UP,

@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 import structlog
-from harness import until
 from pydantic import BaseModel
 
+from harness import until
 from labkeeper.api.access import Access
 from labkeeper.api.app import Services, create_app
 from labkeeper.api.requests import Defaults, ServerRequest, ws_url_of
@@ -23,7 +23,7 @@ from labkeeper.core.model import Kernel
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
 
-TOKEN = "a token of the tests"  # noqa: S105
+TOKEN = "a token of the tests"
 
 
 class FixedProbe:
@@ -166,7 +166,7 @@ def test_a_lab_on_loopback_is_linked_by_loopback(client, host, link):
     ],
 )
 def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, world, host, link):
-    services = replace(services, defaults=replace(services.defaults, lab_ip="0.0.0.0"))  # noqa: S104
+    services = replace(services, defaults=replace(services.defaults, lab_ip="0.0.0.0"))
     client = create_app(services).test_client()
     answer = client.post("/api/servers", json={}, headers={"Authorization": f"Bearer {TOKEN}", "Host": host})
     assert answer.json["lab_url"].startswith(link), answer.json

@@ -9,8 +9,8 @@ import sys
 import threading
 
 import pytest
-from harness import free_port, until
 
+from harness import free_port, until
 from labkeeper.backends import processes
 from labkeeper.backends.processes import Process, boot_id, end_all, marked, wait_until_ended
 

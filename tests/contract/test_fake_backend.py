@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.core.errors import BackendRefused
-from labkeeper.core.model import Exit
+from labkeeper.core.errors import BackendRefused, BackendUnavailable
+from labkeeper.core.model import Ended, Exit, Ready, Seen, StopMethod
 from labkeeper.testing.contract import BackendContract
 from labkeeper.testing.fakes import FakeBackend, World, a_spec
 
@@ -44,3 +44,80 @@ class TestFakeBackend(BackendContract):
     @pytest.fixture
     def rig(self):
         return FakeRig()
+
+
+@pytest.fixture
+def heard():
+    return []
+
+
+@pytest.fixture
+def backend(heard):
+    return FakeBackend(heard.append)
+
+
+def facts(heard):
+    return [type(report.fact) for report in heard]
+
+
+def test_a_process_answers_when_the_test_says_so(backend, heard):
+    """A server that does not boot by itself is seen silent, and ready once the test lets it answer."""
+    backend.world.temper("lab").boots = False
+    backend.launch(a_spec("lab"), 1)
+    assert backend.observe("lab", 1) == Seen(answers=False)
+    assert heard == []
+    backend.world.answer("lab")
+    backend.world.answer("lab")
+    assert facts(heard) == [Ready]
+
+
+def test_what_ignores_its_end_ends_when_the_test_says_so(backend, heard):
+    """Neither asked nor told, it lives on, also before the next launch; its end then names the last means used."""
+    temper = backend.world.temper("lab")
+    temper.obeys = temper.killable = False
+    backend.launch(a_spec("lab"), 1)
+    backend.terminate("lab", 1, 1.0)
+    backend.kill("lab", 1)
+    with pytest.raises(BackendUnavailable, match="launch 1 of it cannot be ended"):
+        backend.launch(a_spec("lab"), 2)
+    (process,) = backend.world.living("lab")
+    backend.world.crash("lab")
+    backend.world.end(process, Exit())
+    assert facts(heard) == [Ready, Ended]
+    assert heard[-1].fact.method is StopMethod.SIGKILL
+
+
+def test_a_machine_out_of_reach_does_nothing(backend, heard):
+    """Every call raises while the machine is out of reach, and changes nothing."""
+    backend.world.temper("lab").reachable = False
+    calls = [
+        lambda: backend.launch(a_spec("lab"), 1),
+        lambda: backend.terminate("lab", 1, 1.0),
+        lambda: backend.kill("lab", 1),
+        lambda: backend.observe("lab", 1),
+    ]
+    for call in calls:
+        with pytest.raises(BackendUnavailable):
+            call()
+    assert (heard, backend.world.processes) == ([], [])
+
+
+def test_a_lost_answer_leaves_an_unwatched_process(backend, heard):
+    """The launch was done, nobody knows, and nobody is told of its end."""
+    backend.world.temper("lab").answers_lost = True
+    with pytest.raises(BackendUnavailable):
+        backend.launch(a_spec("lab"), 1)
+    assert len(backend.world.living("lab")) == 1
+    backend.world.leave("lab")
+    assert heard == []
+
+
+def test_a_follower_gets_new_lines_while_it_lasts(backend):
+    """Lines written meanwhile come in order, between the empty texts."""
+    backend.launch(a_spec("lab"), 1)
+    lines = backend.follow("lab", 0, lambda: len(backend.world.logs["lab"]) < 3)
+    assert next(lines) == ""
+    backend.world.write("lab", "two")
+    assert [next(lines), next(lines)] == ["two\n", ""]
+    backend.world.write("lab", "three")
+    assert list(lines) == ["three\n"]

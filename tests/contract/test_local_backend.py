@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
-from harness import alive, free_port, until
 
+from harness import alive, free_port, plain_python, until
 from labkeeper.backends.local import LocalBackend
 from labkeeper.core.model import ServerName, ServerSpec
 from labkeeper.jupyter import JupyterClient
@@ -29,7 +28,7 @@ class LocalRig:
         client = JupyterClient()
         backend = LocalBackend(
             report,
-            python=Path(sys.executable),
+            python=plain_python(self._base / "bin"),
             runtime_dir=self._base / "run",
             log_dir=self._base / "logs",
             client=client,
