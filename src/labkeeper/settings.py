@@ -92,7 +92,8 @@ class Settings(BaseSettings):
     )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
-        256, description="Threads that answer requests; each follower of a log holds one."
+        256,
+        description="Threads that answer requests. Each caller that waits or follows a log holds one; an eighth is kept free.",
     )
     max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(1024 * 1024, description="Largest request body, in bytes.")
     log_max_bytes: Annotated[int, Field(ge=1024)] = Field(

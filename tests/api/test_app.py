@@ -227,6 +227,22 @@ def test_a_stop_gives_way_to_a_later_start(client, world):
     assert client.delete("/api/servers/default?force=true").status_code == 200
 
 
+def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
+    """A start is not lost then: it is answered 202; and quick requests are as quick as ever."""
+    world.temper("default").boots = False
+    client = create_app(replace(services, places=1)).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers?wait=0", json={})
+    with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
+        assert follower.status_code == 200
+        refused = client.get("/api/servers/default/logs?follow=true")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
+        assert client.post("/api/servers", json={}).status_code == 202
+        assert client.get("/api/servers/default?wait_for=running").json["state"] == "starting"
+    world.answer("default")
+    assert client.post("/api/servers", json={}).status_code == 200
+
+
 def test_a_follower_gets_the_log_until_the_server_ends(client):
     client.post("/api/servers", json={})
     with ThreadPoolExecutor(1) as pool:

@@ -40,6 +40,8 @@ class Services:
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""
     stop_wait: float = 15.0
+    places: int = 200
+    """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
 

@@ -6,7 +6,9 @@ import base64
 import binascii
 import functools
 import re
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -28,7 +30,7 @@ from labkeeper.api.answers import (
     server_model,
 )
 from labkeeper.api.requests import GetQuery, ListQuery, LogQuery, ServerPath, ServerRequest, StartQuery, StopQuery, invalid
-from labkeeper.core.errors import BackendUnavailable, Conflict, ServerNotFound
+from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
 from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
 
@@ -39,6 +41,8 @@ Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
 _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compared, not bound
 _RETRY_AFTER: Final = {"Retry-After": "1"}
+_FOLLOW_AGAIN: Final = 10
+"""Seconds after which a place to follow in may be free."""
 _CHUNK: Final = 64 * 1024
 """Characters of a log that are sent together."""
 
@@ -49,6 +53,7 @@ class Api:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._keeper = services.keeper
+        self._places = threading.Semaphore(services.places)
 
     # Servers
 
@@ -71,11 +76,13 @@ class Api:
     def get_server(self, path: ServerPath, query: GetQuery) -> Answer:
         """Tell of one server; with `wait_for`, when it is in that state, or at rest in another, or `wait` is over."""
         name = ServerName(path.name)
-        with self._keeper.watch(name) as watch:
+        with ExitStack() as stack:
+            watch = stack.enter_context(self._keeper.watch(name))
             snapshot = self._find(name)
             if query.wait_for is not None:
+                wait = stack.enter_context(self._patience(query.wait))
                 rest = {query.wait_for, State.STOPPED, State.FAILED}
-                snapshot, _ = watch.until(lambda s: s.state in rest, first=snapshot, timeout=query.wait)
+                snapshot, _ = watch.until(lambda s: s.state in rest, first=snapshot, timeout=wait)
         return _json(self._model(snapshot))
 
     def delete_server(self, path: ServerPath, query: StopQuery) -> Answer:
@@ -101,9 +108,7 @@ class Api:
         name = self._find(ServerName(path.name)).name
         backend = self._services.backend
         if query.follow:
-            lines = backend.follow(name, query.tail, lambda: self._is_live(name))
-            gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-            return Response(_stream(lines, gone), content_type="text/plain; charset=utf-8")
+            return self._follow(name, query.tail)
         text = "".join(f"{line}\n" for line in backend.log(name, query.tail))
         return Response(text, content_type="text/plain; charset=utf-8")
 
@@ -133,9 +138,32 @@ class Api:
 
     # What they share
 
+    @contextmanager
+    def _patience(self, seconds: float) -> Iterator[float]:
+        """Take a place to wait in for so long; where all are taken the caller gets its answer now (202), and may ask again."""
+        waits = seconds > 0 and self._places.acquire(blocking=False)
+        try:
+            yield seconds if waits else 0.0
+        finally:
+            if waits:
+                self._places.release()
+
+    def _follow(self, name: ServerName, tail: int) -> Response:
+        if not self._places.acquire(blocking=False):
+            raise CapacityReached(
+                f"cannot follow the log of server '{name}': as many callers wait or follow as may; "
+                "read it without follow, or try later",
+                retry_after=_FOLLOW_AGAIN,
+            )
+        lines = self._services.backend.follow(name, tail, lambda: self._is_live(name))
+        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+        answer = Response(_stream(lines, gone), content_type="text/plain; charset=utf-8")
+        answer.call_on_close(self._places.release)
+        return answer
+
     def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
-        wait = self._services.start_wait if query.wait is None else query.wait
-        with self._keeper.watch(name) as watch:
+        patience = self._services.start_wait if query.wait is None else query.wait
+        with self._keeper.watch(name) as watch, self._patience(patience) as wait:
             reply = _reply(command())
             snapshot, settled = watch.until(_is_settled, first=reply.snapshot, timeout=wait)
         if snapshot.state is State.FAILED:
@@ -149,8 +177,8 @@ class Api:
 
     def _stop(self, path: ServerPath, query: StopQuery, event: Event) -> Answer:
         name = ServerName(path.name)
-        wait = self._services.stop_wait if query.wait is None else query.wait
-        with self._keeper.watch(name) as watch:
+        patience = self._services.stop_wait if query.wait is None else query.wait
+        with self._keeper.watch(name) as watch, self._patience(patience) as wait:
             first = _reply(self._keeper.ask(Order(name, event, force=query.force))).snapshot
             snapshot, ended = watch.until(
                 lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
@@ -213,7 +241,7 @@ ROUTES: Final = (
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
     Route("POST", "/api/servers/<name>/restart", Access.TOKEN, Api.restart_server, "servers",
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
-    Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404,)),
+    Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
     Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
