@@ -295,6 +295,8 @@ def test_a_server_that_hangs_is_replaced(make_keeper):
 
 def test_followers_get_each_line_until_the_end_and_leave_no_thread(keeper):
     server = keeper.post().json()
+    # What Jupyter says of itself after its start comes late: the follower begins when all is quiet.
+    until(lambda: "Skipped non-installed" in keeper.http.get("/api/servers/default/logs").text)
     lines = []
     with (
         httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False, timeout=30) as other,

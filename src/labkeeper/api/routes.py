@@ -157,7 +157,7 @@ class Api:
             )
         lines = self._services.backend.follow(name, tail, lambda: self._is_live(name))
         gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-        answer = Response(_stream(lines, gone), content_type="text/plain; charset=utf-8")
+        answer = _LiveResponse(_stream(lines, gone), content_type="text/plain; charset=utf-8")
         answer.call_on_close(self._places.release)
         return answer
 
@@ -211,6 +211,18 @@ class Api:
         scheme = "https" if endpoint.secure else "http"
         page = endpoint.base_url.rstrip("/") + snapshot.spec.default_url
         return f"{scheme}://{host}:{endpoint.port}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+
+
+class _LiveResponse(Response):
+    """Sends its headers at once: a WSGI server holds them back until the first line, which may be long in coming."""
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        def start(*given: Any) -> Any:
+            write = start_response(*given)
+            write(b"")
+            return write
+
+        return super().__call__(environ, start)
 
 
 @dataclass(frozen=True, slots=True)
