@@ -19,12 +19,11 @@ import pytest
 import structlog
 from click.testing import CliRunner
 
-from labkeeper import cli as module
 from labkeeper import serve
 from labkeeper.api.app import Services, create_app
 from labkeeper.api.requests import Defaults
 from labkeeper.api.wsgi import WsgiServer
-from labkeeper.cli import cli
+from labkeeper.cli import cli, output, servers
 from labkeeper.client import Server
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
@@ -198,6 +197,13 @@ def test_flags_win_over_the_environment(chosen, monkeypatch, tmp_path):
     assert (settings.state_dir, settings.debug, others["first"]) == (Path("/after"), False, False)
 
 
+def test_the_keeper_knows_whether_somebody_reads_it_at_a_terminal(chosen):
+    """Elsewhere its lines may be kept, so no secret may be among them."""
+    run("serve", "--start")
+    at_terminal("serve", "--start")
+    assert [others["at_terminal"] for _, others in chosen] == [False, True]
+
+
 def test_the_exit_code_of_serve_is_that_of_the_keeper(monkeypatch):
     """A keeper that could not stop its servers does not end with 0."""
     monkeypatch.setattr(serve, "run", lambda *_, **__: 1)
@@ -358,7 +364,7 @@ def test_show_tells_all_but_secrets(served):
 )
 def test_ages_are_told_in_one_unit(instant, told):
     """A time is told as its age; clocks that differ and times that are none do no harm."""
-    assert re.fullmatch(told, module._ago(instant))
+    assert re.fullmatch(told, output.ago(instant))
 
 
 # Stop and restart
@@ -372,6 +378,26 @@ def test_stop_says_how_each_server_ended(served):
     assert re.fullmatch(r"a: shut down in \d\.\d s\nb: shut down in \d\.\d s\n", result.stdout)
     assert result.stderr.count("\n") == 1
     assert "'nope'" in result.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--delete"]])
+def test_servers_are_stopped_beside_each_other(served, options):
+    """All are asked before one is waited for, and told of in the order given: here the first ends only once the last is asked."""
+    for name in ("a", "b", "c"):
+        run("start", name)
+    served.world.temper("a").obeys = False
+    stop_server = served.app.view_functions["stop_server"]
+
+    def stop_then_end_the_first(**given):
+        told = stop_server(**given)
+        if given["name"] == "c":
+            served.world.leave("a")
+        return told
+
+    served.app.view_functions["stop_server"] = stop_then_end_the_first
+    told = run("stop", "a", "b", "c", *options).stdout
+    assert [line[:2] for line in told.splitlines()] == ["a:", "b:", "c:"]
+    assert "SIGKILL" not in told
 
 
 def test_stop_can_force_and_delete(served):
@@ -395,7 +421,7 @@ def test_kernels_that_may_be_left_are_named(capsys):
     """What may still run on a gateway is told on stderr."""
     report = {"method": "shutdown", "seconds": 0.25, "kernels_stopped": ["k1", "k2"], "kernels_left": ["k3"]}
     fields = {"name": "x", "state": "stopped", "goal": "down", "since": "", "created_at": "", "launch": 1, "restarts": 0}
-    module._show_stopped(Server(**fields, root_dir="/", default_url="/lab", stop_report=report), as_json=False)
+    servers._show_stopped(Server(**fields, root_dir="/", default_url="/lab", stop_report=report), as_json=False)
     said = capsys.readouterr()
     assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
     assert said.err == "x: kernels may be left on its gateway: k3\n"
@@ -637,7 +663,7 @@ def test_a_terminal_is_told_when_something_takes_long(monkeypatch):
     shown = ""
     try:
         with os.fdopen(secondary, "w") as terminal, contextlib.redirect_stderr(terminal):
-            with module._waiting("starting 'x'", after=0.0):
+            with output.waiting("starting 'x'", after=0.0):
                 while "starting 'x' 1 s" not in shown:
                     shown += os.read(primary, 4096).decode()
             while not shown.endswith("\x1b[2K"):

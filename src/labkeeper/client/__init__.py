@@ -4,39 +4,40 @@
         server = keeper.create(name="demo", gateway_url="http://gateway:8888")
         print(server.lab_url)
 
-No exception of httpx or pydantic leaves this module. Foreign errors are translated in two places: `_Translated` for what goes
-wrong on the way, `_read` for what comes back.
+No exception of httpx or pydantic leaves this package. Foreign errors are translated in two places: `connection.Translated` for
+what goes wrong on the way, `answers.checked` for what comes back.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import socket
-import ssl
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Annotated, Any, Final, Self, TypedDict, TypeVar, Unpack
-from urllib.parse import urlsplit
+from typing import Any, Final, Self, TypedDict, Unpack
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from labkeeper.core.errors import (
-    BackendUnavailable,
-    BadAnswer,
-    ClientError,
-    InvalidSpec,
-    LabkeeperError,
-    RequestError,
-    ServerNotFound,
-    SettingsError,
-    Unreachable,
-    tree,
+from labkeeper.client.answers import (
+    Exit,
+    Failure,
+    Health,
+    Kernel,
+    KernelList,
+    Page,
+    Server,
+    StopReport,
+    Version,
+    checked,
+    lines_of,
+    parse,
 )
-from labkeeper.core.lifecycle import Goal, State
+from labkeeper.client.connection import Translated, checked_token, checked_url, make_transport
+from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError
+from labkeeper.core.lifecycle import State
 from labkeeper.core.model import NAME_RULE, server_name
+
+__all__ = ["LONGEST_WAIT", "TIMEOUT", "Client", "Exit", "Failure", "Fields", "Kernel", "Server", "StopReport"]
 
 TIMEOUT: Final = 35.0
 """Seconds for an answer that need not wait for a server; the keeper itself answers a command within 30."""
@@ -44,7 +45,6 @@ LONGEST_WAIT: Final = 3600.0
 """Seconds; the API refuses to wait longer."""
 _CONNECT_WITHIN: Final = 5.0
 
-_M = TypeVar("_M", bound=BaseModel)
 _PathText = str | os.PathLike[str]
 
 
@@ -71,79 +71,6 @@ class Fields(TypedDict, total=False):
     gateway_request_timeout: float
 
 
-class _Answer(BaseModel):
-    """What a newer keeper tells beyond the fields below is kept, not refused."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-
-class Exit(_Answer):
-    """How a process ended; both are None when nobody could see it."""
-
-    code: int | None = None
-    signal: str | None = None
-
-
-class Failure(_Answer):
-    """Why a server failed."""
-
-    failure_class: str
-    message: str
-    exit: Exit | None = None
-    log_tail: tuple[str, ...] = ()
-
-
-class StopReport(_Answer):
-    """How a server was ended; `method` is `none`, `shutdown`, `sigterm` or `sigkill`, `seconds` how long it took."""
-
-    method: str
-    seconds: float
-    kernels_stopped: tuple[str, ...] = ()
-    kernels_left: tuple[str, ...] = ()
-
-
-class Server(_Answer):
-    """A server. The fields from `base_url` to `launched_by` are None unless it is running. Times are RFC 3339, UTC."""
-
-    base_url: str | None = None
-    hostname: str | None = None
-    notebook_dir: str | None = None
-    password: bool | None = None
-    pid: int | None = None
-    port: int | None = None
-    secure: bool | None = None
-    token: str | None = Field(None, repr=False)
-    url: str | None = None
-    lab_url: str | None = Field(None, repr=False)
-    version: str | None = None
-    launched_by: str | None = None
-    name: str
-    # A newer keeper may know more states: those come as plain text.
-    state: Annotated[State | str, Field(union_mode="left_to_right")]
-    goal: Annotated[Goal | str, Field(union_mode="left_to_right")]
-    since: str
-    created_at: str
-    started_at: str | None = None
-    launch: int
-    restarts: int
-    root_dir: str
-    default_url: str
-    labels: dict[str, str] = {}
-    gateway_url: str | None = None
-    exit: Exit | None = None
-    failure: Failure | None = None
-    stop_report: StopReport | None = None
-
-
-class Kernel(_Answer):
-    """A kernel of a server; `last_activity` is RFC 3339."""
-
-    id: str
-    name: str
-    execution_state: str
-    last_activity: str
-
-
 class Client:
     """Speaks to one keeper; to be closed, or used as a context manager. Threads may share it.
 
@@ -165,14 +92,14 @@ class Client:
         timeout: float = TIMEOUT,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
-        self.base_url = _checked_url(base_url)
+        self.base_url = checked_url(base_url)
         self._timeout = timeout
         headers = {"Accept": "application/json"}
         if token is not None:
-            headers["Authorization"] = f"Bearer {_checked_token(token)}"
+            headers["Authorization"] = f"Bearer {checked_token(token)}"
         try:
             self._http = httpx.Client(
-                base_url=self.base_url, headers=headers, transport=transport or _transport(self.base_url), trust_env=False
+                base_url=self.base_url, headers=headers, transport=transport or make_transport(self.base_url), trust_env=False
             )
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
@@ -204,7 +131,7 @@ class Client:
         """
         query: dict[str, Any] = {"state": [str(one) for one in state], "label": [*label]}
         while True:
-            page = _parse(_Page, self._get("/api/servers", query))
+            page = parse(Page, self._get("/api/servers", query))
             yield from page.servers
             if page.next is None:
                 return
@@ -243,34 +170,34 @@ class Client:
         """
         query = {"follow": "true"} if tail is None else {"follow": "true", "tail": tail}
         request = self._request("GET", _path(name, "/logs"), query=query, read=None)
-        with _Translated(self.base_url):
+        with Translated(self.base_url):
             answer = self._http.send(request, stream=True)
             try:
                 if not answer.is_success:
                     answer.read()
-                _read(answer)
-                yield from _lines(answer.iter_text())
+                checked(answer)
+                yield from lines_of(answer.iter_text())
             finally:
                 answer.close()
 
     def kernels(self, name: str) -> Sequence[Kernel]:
         """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
-        return _parse(_KernelList, self._get(_path(name, "/kernels"))).kernels
+        return parse(KernelList, self._get(_path(name, "/kernels"))).kernels
 
     # The keeper
 
     def version(self) -> str:
         """Give the version of the keeper."""
-        return _parse(_Version, self._get("/api/version")).version
+        return parse(Version, self._get("/api/version")).version
 
     def healthy(self) -> bool:
         """Whether the keeper's process answers; where nothing does, Unreachable is raised."""
-        return _parse(_Health, self._get("/healthz")).status == "ok"
+        return parse(Health, self._get("/healthz")).status == "ok"
 
     def ready(self) -> bool:
         """Whether the keeper takes commands."""
         try:
-            return _parse(_Health, self._get("/readyz")).status == "ok"
+            return parse(Health, self._get("/readyz")).status == "ok"
         except BackendUnavailable:
             return False
 
@@ -289,14 +216,14 @@ class Client:
         """Send a request whose answer is a server; `waits` says whether the keeper may wait before it answers."""
         read = self._timeout if not waits else None if wait is None else self._timeout + min(max(0.0, wait), LONGEST_WAIT)
         given = {**(query or {}), **({} if wait is None else {"wait": wait})}
-        return _parse(Server, self._send(self._request(method, path, query=given, body=body, read=read)))
+        return parse(Server, self._send(self._request(method, path, query=given, body=body, read=read)))
 
     def _get(self, path: str, query: Mapping[str, Any] | None = None) -> httpx.Response:
         return self._send(self._request("GET", path, query=query, read=self._timeout))
 
     def _send(self, request: httpx.Request) -> httpx.Response:
-        with _Translated(self.base_url):
-            return _read(self._http.send(request))
+        with Translated(self.base_url):
+            return checked(self._http.send(request))
 
     def _request(
         self,
@@ -317,99 +244,6 @@ class Client:
             raise InvalidSpec(f"cannot send the request: {error}") from error
 
 
-class _Page(_Answer):
-    servers: tuple[Server, ...]
-    next: str | None = None
-
-
-class _KernelList(_Answer):
-    kernels: tuple[Kernel, ...]
-
-
-class _Version(_Answer):
-    name: str = Field(pattern="^labkeeper$")
-    version: str
-
-
-class _Health(_Answer):
-    status: str
-
-
-class _Problem(_Answer):
-    """RFC 9457, with our `code`; the members that are not named here are the error's details."""
-
-    type: str = ""
-    title: str = ""
-    status: int = 0
-    detail: str
-    code: str
-    request_id: str = ""
-
-
-class _Translated(AbstractContextManager[None]):
-    """Makes our errors of httpx's: all of them, also those that stand beside `httpx.HTTPError`."""
-
-    def __init__(self, url: str) -> None:
-        self._url = url
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        match error:
-            case httpx.DecodingError() | httpx.TooManyRedirects() | httpx.InvalidURL() | httpx.CookieConflict():
-                raise BadAnswer(f"cannot understand what answers at {self._url}: {error}") from error
-            case httpx.TimeoutException():
-                why = "no answer in time"
-            case httpx.HTTPError() | httpx.StreamError():
-                why = str(error) or type(error).__name__
-            case _:
-                return
-        raise Unreachable(f"cannot reach a keeper at {self._url}: {why}; start one with `labkeeper serve`") from error
-
-
-def _read(answer: httpx.Response) -> httpx.Response:
-    """Give a good answer back, and raise what a bad one says."""
-    if answer.is_success:
-        return answer
-    try:
-        problem = _Problem.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise _bad(answer) from error
-    known = tree().get(problem.code)
-    details = dict(problem.model_extra or {})
-    if known is None or issubclass(known, ClientError):
-        # The framework's own refusals (405, 413, 415, ...) and bugs (500): what they say is all there is to know.
-        known = RequestError if answer.is_client_error else LabkeeperError
-        details |= {"code": problem.code, "status": answer.status_code, "request_id": problem.request_id}
-    raised = known(problem.detail)
-    raised.details = details
-    raise raised
-
-
-def _parse(model: type[_M], answer: httpx.Response) -> _M:
-    try:
-        return model.model_validate_json(answer.content)
-    except ValidationError as error:
-        raise _bad(answer) from error
-
-
-def _bad(answer: httpx.Response) -> BadAnswer:
-    url = answer.request.url.copy_with(query=None)
-    kind = answer.headers.get("Content-Type", "no content type")
-    return BadAnswer(
-        f"cannot understand what answers at {url}: status {answer.status_code}, {kind}; is it a keeper?",
-        status=answer.status_code,
-    )
-
-
-def _lines(pieces: Iterator[str]) -> Iterator[str]:
-    """Cut at line feeds alone: `str.splitlines` would also cut at form feeds and carriage returns, which logs contain."""
-    rest = ""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from lines
-    if rest:
-        yield rest
-
-
 def _path(name: str, below: str = "") -> str:
     try:
         return f"/api/servers/{server_name(name)}{below}"
@@ -420,40 +254,3 @@ def _path(name: str, below: str = "") -> str:
 
 def _force(force: bool) -> dict[str, str]:
     return {"force": "true"} if force else {}
-
-
-def _checked_url(text: str) -> str:
-    try:
-        parts = urlsplit(text)
-        fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
-    except ValueError:
-        fits = False
-    if not fits or "@" in parts.netloc or parts.query or parts.fragment:
-        raise SettingsError(f"cannot use {text!r} as the URL of a keeper: it must be such as http://host:port")
-    return text.rstrip("/")
-
-
-def _checked_token(token: str) -> str:
-    if not token or not all("!" <= letter <= "~" for letter in token):
-        raise SettingsError("cannot use the API token: it must be visible ASCII characters")
-    return token
-
-
-def _transport(url: str) -> httpx.HTTPTransport:
-    """Make the real transport."""
-    # Plain HTTP needs no certificates, and loading them takes 40 ms; this context trusts nobody.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else ssl.create_default_context()
-    return httpx.HTTPTransport(verify=context, trust_env=False, socket_options=_KEEPALIVE)
-
-
-_KEEPALIVE: Final = [
-    (level, option, value)
-    for level, option, value in (
-        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
-        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", None), 30),
-        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", None), 10),
-        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", None), 3),
-    )
-    if option is not None
-]
-"""A peer that vanished is noticed after a minute, however long an answer may take. Seconds, but for the count."""

@@ -1,0 +1,59 @@
+"""The command line: commands over the client, and `serve`.
+
+Data goes to stdout, messages go to stderr. Exit codes: 0 done; 1 the keeper or the server said no; 2 wrong usage or settings;
+3 no keeper reachable; 4 no such server; 130 interrupted. What takes long to import is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import click
+
+from labkeeper.cli import keeper, servers
+from labkeeper.cli.errors import Group
+from labkeeper.cli.options import Where, examples, where_options
+
+
+@click.group(
+    cls=Group,
+    commands=(
+        keeper.serve,
+        keeper.token,
+        keeper.version,
+        servers.start,
+        servers.ls,
+        servers.show,
+        servers.stop,
+        servers.restart,
+        servers.logs,
+        servers.open_,
+    ),
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=examples(
+        "labkeeper serve --start          run a keeper here, with one JupyterLab",
+        "labkeeper start demo             one more JupyterLab; prints its link",
+        "labkeeper ls                     what there is",
+        "labkeeper logs demo -f           what it says",
+        "labkeeper stop demo --delete     end it and forget it",
+    ),
+)
+@click.version_option(package_name="labkeeper", message="%(package)s %(version)s")
+@where_options
+@click.pass_context
+def cli(context: click.Context, /) -> None:
+    """JupyterLab servers on demand.
+
+    A keeper starts, watches and stops them; these commands speak to the keeper of this machine, or to the one at --url.
+    """
+    context.ensure_object(Where)
+
+
+def main() -> None:
+    """Run the command line."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log line that the terminal's encoding lacks letters for is no reason to stop.
+            stream.reconfigure(errors="backslashreplace")
+    cli(prog_name="labkeeper")

@@ -1,0 +1,60 @@
+"""Errors as lines on stderr, and as exit codes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, Final, NoReturn
+
+import click
+
+from labkeeper.cli.output import say, show_log_tail, styled
+from labkeeper.core.errors import LabkeeperError, ServerNotFound, SettingsError, Unreachable
+
+_EXIT_CODES: Final[tuple[tuple[type[LabkeeperError], int], ...]] = (
+    (SettingsError, 2),
+    (Unreachable, 3),
+    (ServerNotFound, 4),
+    (LabkeeperError, 1),
+)
+_INTERRUPTED: Final = 130
+
+
+class Group(click.Group):
+    """Makes exit codes and one line of text of every error."""
+
+    def main(self, *args: Any, **extra: Any) -> NoReturn:
+        """Run a command, and end with its exit code."""
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.Abort:
+            code = _INTERRUPTED
+        except click.exceptions.NoArgsIsHelpError as error:
+            error.show()
+            code = error.exit_code
+        except click.ClickException as error:
+            code = _complain(_usage(error), error.exit_code)
+        except LabkeeperError as error:
+            code = complain_of(error)
+        except OSError as error:
+            code = _complain(f"cannot go on: {error}", 1)
+        sys.exit(code or 0)
+
+
+def _usage(error: click.ClickException) -> str:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    hint = f"; see {context.command_path} --help" if context else ""
+    return " ".join(error.format_message().split()).rstrip(".") + hint
+
+
+def complain_of(error: LabkeeperError) -> int:
+    """Say on stderr what went wrong, with the last log lines of the server; give the exit code."""
+    code = _complain(error.message, next(code for cls, code in _EXIT_CODES if isinstance(error, cls)))
+    show_log_tail(error.details.get("log_tail") or ())
+    if request_id := error.details.get("request_id"):
+        say(f"  request id: {request_id}")
+    return code
+
+
+def _complain(text: str, code: int) -> int:
+    say(f"{styled('labkeeper:', sys.stderr, fg='red', bold=True)} {text}")
+    return code

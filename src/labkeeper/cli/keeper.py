@@ -1,0 +1,103 @@
+"""Commands about the keeper itself: `serve`, `token`, `version`."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any, Literal, get_args, get_origin
+
+import click
+
+from labkeeper.cli.connect import connected, read_settings, token_of
+from labkeeper.cli.options import Where, as_json_option, examples, where_options
+from labkeeper.cli.output import is_terminal, print_json, waiting
+from labkeeper.core.errors import SettingsError
+
+
+class _Serve(click.Command):
+    """Has one flag for each setting; they are made when the command is used, since the settings take long to import."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*_settings_flags(), *super().get_params(ctx)]
+
+
+@functools.cache
+def _settings_flags() -> tuple[click.Option, ...]:
+    from labkeeper.settings import PREFIX, Settings  # noqa: PLC0415 - late
+
+    # A token on a command line could be read by every user of the machine.
+    return tuple(
+        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name != "token"
+    )
+
+
+def _settings_flag(name: str, field: Any, variable: str) -> click.Option:
+    kind, flag = field.annotation, f"--{name.replace('_', '-')}"
+    default = field.get_default(call_default_factory=True)
+    shown = "" if default is None else f"; default: {str(default).lower() if kind is bool else default}"
+    about = f"{field.description}  [env: {variable}{shown}]"
+    if kind is bool:
+        return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=about)
+    if get_origin(kind) is Literal:
+        return click.Option([flag, name], type=click.Choice(get_args(kind)), help=about)
+    simple = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
+    return click.Option([flag, name], type=simple, metavar=_metavar(kind), help=about)
+
+
+def _metavar(kind: Any) -> str:
+    if kind in {int, float}:
+        return "NUMBER"
+    return "PATH" if "Path" in repr(kind) else "TEXT"
+
+
+@click.command(
+    cls=_Serve, epilog=examples("labkeeper serve --start", "labkeeper serve --host 0.0.0.0 --port 80 --notebook-dir /notebooks")
+)
+@click.option("--start", "first", is_flag=True, help="Start the server named `default` too; a terminal is shown its link.")
+@click.pass_obj
+def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
+    """Run the keeper until Ctrl-C or SIGTERM.
+
+    Its servers are stopped with it.
+
+    Each flag is a setting; flags win over the environment, and that over the file that LABKEEPER_CONFIG names.
+    """
+    from labkeeper import serve as keeper  # noqa: PLC0415 - late: it imports everything
+
+    given = {name: value for name, value in flags.items() if value is not None}
+    settings = read_settings(where, **given)
+    return keeper.run(settings, first=first, announce=click.echo, at_terminal=is_terminal(sys.stdout))
+
+
+@click.command(epilog=examples('curl -H "Authorization: Bearer $(labkeeper token)" http://127.0.0.1:8000/api/servers'))
+@where_options
+@click.pass_obj
+def token(where: Where, /) -> None:
+    """Print the API token of the keeper on this machine."""
+    settings = read_settings(where)
+    found = token_of(settings)
+    if found is None:
+        raise SettingsError(f"cannot find a token in {settings.state_dir}; `labkeeper serve` makes one when it first runs there")
+    click.echo(found)
+
+
+@click.command(epilog=examples("labkeeper version --json | jq -r .version"))
+@as_json_option
+@where_options
+@click.pass_obj
+def version(where: Where, /, as_json: bool) -> None:
+    """Print the versions of this command and of the keeper.
+
+    `labkeeper --version` asks no keeper.
+    """
+    from importlib.metadata import version as version_of  # noqa: PLC0415 - late
+
+    ours = version_of("labkeeper")
+    if not as_json:
+        click.echo(f"labkeeper {ours}")
+    with connected(where) as (client, _), waiting("asking"):
+        theirs = client.version()
+    if as_json:
+        print_json({"name": "labkeeper", "version": theirs, "client_version": ours, "url": client.base_url})
+    else:
+        click.echo(f"keeper at {client.base_url}: {theirs}")

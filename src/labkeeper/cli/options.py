@@ -1,0 +1,57 @@
+"""What commands share: their options, and how their examples are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from labkeeper.core.model import DEFAULT_NAME
+
+
+@dataclass(slots=True)
+class Where:
+    """Where the command line looks for its keeper, as far as it was told."""
+
+    url: str | None = None
+    state_dir: str | None = None
+
+
+def _note(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+    if value is not None:
+        setattr(context.ensure_object(Where), str(parameter.name), value)
+
+
+_Function = Callable[..., Any]
+
+
+def where_options(command: _Function) -> _Function:
+    """Add the options that say where the keeper is; they are taken before and after the name of a command."""
+    url = click.option(
+        "--url", metavar="URL", expose_value=False, callback=_note, help="The keeper's URL.  [env: LABKEEPER_URL; default: found]"
+    )
+    state_dir = click.option(
+        "--state-dir",
+        metavar="PATH",
+        expose_value=False,
+        callback=_note,
+        help="State directory of the keeper on this machine.  [env: LABKEEPER_STATE_DIR]",
+    )
+    return url(state_dir(command))
+
+
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the API's JSON.")
+wait_option = click.option(
+    "--wait",
+    type=click.FloatRange(min=0, max=3600),
+    metavar="SECONDS",
+    help="Wait at most so long; 0: do not wait.  [default: to the end]",
+)
+name_argument = click.argument("name", default=DEFAULT_NAME)
+
+
+def examples(*lines: str) -> str:
+    """Write the end of a help text; the first line tells click to leave the others as they are."""
+    return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))

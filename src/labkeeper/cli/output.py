@@ -1,0 +1,128 @@
+"""What people and pipes get to see: JSON, tables, ages, colours, and a spinner for what takes long.
+
+Data goes to stdout, messages go to stderr. What takes long to import is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import IO, Any, Final
+
+import click
+
+from labkeeper.core.lifecycle import State
+
+_COLOURS: Final = {
+    State.RUNNING: "green",
+    State.FAILED: "red",
+    State.LOST: "red",
+    State.STOPPED: "bright_black",
+}
+"""The colour of each state; all others are on their way to one of these, and yellow."""
+
+
+def say(text: str) -> None:
+    """Say something to the person at the terminal."""
+    click.echo(text, err=True)
+
+
+def styled(text: str, stream: IO[str] | None, **style: Any) -> str:
+    """Colour a text for a terminal, unless NO_COLOR (no-color.org) is set."""
+    return click.style(text, **style) if is_terminal(stream) and not os.environ.get("NO_COLOR") else text
+
+
+def is_terminal(stream: IO[str] | None) -> bool:
+    """Whether somebody reads this at a terminal."""
+    return stream is not None and stream.isatty()
+
+
+def show_log_tail(lines: Sequence[str]) -> None:
+    """Show the last log lines of a server, as a quotation."""
+    for line in lines:
+        say(f"  {styled('|', sys.stderr, fg='bright_black')} {line}")
+
+
+def print_json(data: Any) -> None:
+    """Print an answer of the API, or what is made of one."""
+    plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
+    click.echo(json.dumps(plain, indent=2))
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print aligned columns: cut to the width of a terminal and coloured there, whole and plain elsewhere."""
+    if not is_terminal(sys.stdout):
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for row in (head, *rows):
+            click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        return
+    from rich.console import Console  # noqa: PLC0415 - late
+    from rich.table import Table  # noqa: PLC0415 - late
+    from rich.text import Text  # noqa: PLC0415 - late
+
+    table = Table(*head, box=None, pad_edge=False, header_style="bold")
+    for column in table.columns[:3]:
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(
+            *(Text(cell, style=_colour(cell).replace("bright_black", "dim") if i == 1 else "") for i, cell in enumerate(row))
+        )
+    Console(file=sys.stdout).print(table)
+
+
+def _colour(state: str) -> str:
+    return _COLOURS.get(State(state), "yellow") if state in set(State) else ""
+
+
+def coloured(state: str, stream: IO[str] | None) -> str:
+    """Write a state in its colour."""
+    return styled(str(state), stream, fg=_colour(state) or None)
+
+
+def ago(instant: str) -> str:
+    """Say how long ago something was, in one unit."""
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(instant)).total_seconds()
+    except (TypeError, ValueError):
+        return instant
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit} ago"
+    return f"{max(0, int(seconds))} s ago"
+
+
+@contextmanager
+def waiting(what: str, *, after: float = 1.0) -> Iterator[None]:
+    """Show on a terminal that something takes time, and how long, once it took `after` seconds."""
+    if not is_terminal(sys.stderr):
+        yield
+        return
+    done = threading.Event()
+    thread = threading.Thread(target=_spin, args=(what, done, after), name="spinner", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _spin(what: str, done: threading.Event, after: float) -> None:
+    if done.wait(after):
+        return
+    from rich.console import Console  # noqa: PLC0415 - late
+    from rich.progress import Progress, SpinnerColumn, TextColumn  # noqa: PLC0415 - late
+
+    columns = SpinnerColumn(), TextColumn("{task.description} {task.fields[seconds]:.0f} s")
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None, seconds=after)
+        for passed in itertools.count(1):
+            if done.wait(1.0):
+                return
+            progress.update(task, seconds=after + passed)

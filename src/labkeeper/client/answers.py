@@ -1,0 +1,170 @@
+"""What comes back from a keeper: typed answers, and its problems as the errors that they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, TypeVar
+
+import httpx
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from labkeeper.core.errors import BadAnswer, ClientError, LabkeeperError, RequestError, tree
+from labkeeper.core.lifecycle import Goal, State
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Answer(BaseModel):
+    """What a newer keeper tells beyond the fields below is kept, not refused."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+
+class Exit(_Answer):
+    """How a process ended; both are None when nobody could see it."""
+
+    code: int | None = None
+    signal: str | None = None
+
+
+class Failure(_Answer):
+    """Why a server failed."""
+
+    failure_class: str
+    message: str
+    exit: Exit | None = None
+    log_tail: tuple[str, ...] = ()
+
+
+class StopReport(_Answer):
+    """How a server was ended; `method` is `none`, `shutdown`, `sigterm` or `sigkill`, `seconds` how long it took."""
+
+    method: str
+    seconds: float
+    kernels_stopped: tuple[str, ...] = ()
+    kernels_left: tuple[str, ...] = ()
+
+
+class Server(_Answer):
+    """A server. The fields from `base_url` to `launched_by` are None unless it is running. Times are RFC 3339, UTC."""
+
+    base_url: str | None = None
+    hostname: str | None = None
+    notebook_dir: str | None = None
+    password: bool | None = None
+    pid: int | None = None
+    port: int | None = None
+    secure: bool | None = None
+    token: str | None = Field(None, repr=False)
+    url: str | None = None
+    lab_url: str | None = Field(None, repr=False)
+    version: str | None = None
+    launched_by: str | None = None
+    name: str
+    # A newer keeper may know more states: those come as plain text.
+    state: Annotated[State | str, Field(union_mode="left_to_right")]
+    goal: Annotated[Goal | str, Field(union_mode="left_to_right")]
+    since: str
+    created_at: str
+    started_at: str | None = None
+    launch: int
+    restarts: int
+    root_dir: str
+    default_url: str
+    labels: dict[str, str] = {}
+    gateway_url: str | None = None
+    exit: Exit | None = None
+    failure: Failure | None = None
+    stop_report: StopReport | None = None
+
+
+class Kernel(_Answer):
+    """A kernel of a server; `last_activity` is RFC 3339."""
+
+    id: str
+    name: str
+    execution_state: str
+    last_activity: str
+
+
+class Page(_Answer):
+    """A page of the list of servers; `next` leads to the one after it."""
+
+    servers: tuple[Server, ...]
+    next: str | None = None
+
+
+class KernelList(_Answer):
+    """The kernels of a server."""
+
+    kernels: tuple[Kernel, ...]
+
+
+class Version(_Answer):
+    """What answers, and its version."""
+
+    name: str = Field(pattern="^labkeeper$")
+    version: str
+
+
+class Health(_Answer):
+    """How a keeper is."""
+
+    status: str
+
+
+class _Problem(_Answer):
+    """RFC 9457, with our `code`; the members that are not named here are the error's details."""
+
+    type: str = ""
+    title: str = ""
+    status: int = 0
+    detail: str
+    code: str
+    request_id: str = ""
+
+
+def checked(answer: httpx.Response) -> httpx.Response:
+    """Give a good answer back, and raise what a bad one says."""
+    if answer.is_success:
+        return answer
+    try:
+        problem = _Problem.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise _bad(answer) from error
+    known = tree().get(problem.code)
+    details = dict(problem.model_extra or {})
+    if known is None or issubclass(known, ClientError):
+        # The framework's own refusals (405, 413, 415, ...) and bugs (500): what they say is all there is to know.
+        known = RequestError if answer.is_client_error else LabkeeperError
+        details |= {"code": problem.code, "status": answer.status_code, "request_id": problem.request_id}
+    raised = known(problem.detail)
+    raised.details = details
+    raise raised
+
+
+def parse(model: type[_M], answer: httpx.Response) -> _M:
+    """Make of a good answer what it tells. Raises BadAnswer."""
+    try:
+        return model.model_validate_json(answer.content)
+    except ValidationError as error:
+        raise _bad(answer) from error
+
+
+def _bad(answer: httpx.Response) -> BadAnswer:
+    url = answer.request.url.copy_with(query=None)
+    kind = answer.headers.get("Content-Type", "no content type")
+    return BadAnswer(
+        f"cannot understand what answers at {url}: status {answer.status_code}, {kind}; is it a keeper?",
+        status=answer.status_code,
+    )
+
+
+def lines_of(pieces: Iterator[str]) -> Iterator[str]:
+    """Cut at line feeds alone: `str.splitlines` would also cut at form feeds and carriage returns, which logs contain."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines
+    if rest:
+        yield rest
