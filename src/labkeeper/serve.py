@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Final
 
 import structlog
@@ -38,15 +38,16 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _log = structlog.get_logger("labkeeper.serve")
 
 
-def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print) -> int:
+def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
     """Run a keeper until SIGTERM or SIGINT, and stop its servers; give the exit code.
 
-    With `first`, the server named `default` is started too. `announce` gets lines for the person at the terminal. Raises
-    SettingsError.
+    With `first`, the server named `default` is started too. `announce` gets lines for the person who started the keeper;
+    `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
+    Raises SettingsError.
     """
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     with ExitStack() as stack:
-        ended = stack.enter_context(_signals())
+        ended = stack.enter_context(closing(_Ended()))
         _make_private(chosen.state_dir)
         stack.enter_context(_only_keeper(chosen.state_dir))
         token = _token(chosen)
@@ -61,7 +62,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
         if first:
-            threading.Thread(target=_start_first, args=(url, token, announce, ended), daemon=True).start()
+            threading.Thread(target=_start_first, args=(url, token, announce, ended, at_terminal), daemon=True).start()
         _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
         ended.wait()
         return _stop(keeper, chosen, announce)
@@ -115,6 +116,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         advertised_host=chosen.advertised_host,
         start_wait=chosen.start_timeout + end,
         stop_wait=end,
+        # An eighth of the threads is kept for requests that nothing holds up.
+        places=chosen.threads - max(2, chosen.threads // 8),
         max_body=chosen.max_body,
     )
     server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body)
@@ -137,20 +140,34 @@ def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> 
     return 1
 
 
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """Turn the signals that ask us to end into an event."""
-    ended = threading.Event()
+class _Ended:
+    """Whether a signal asked us to end.
 
-    def note(_number: int, _frame: FrameType | None) -> None:
-        ended.set()
+    It is waited for on a socket that the interpreter itself writes to when a signal comes: a lock would sleep through one that
+    another thread took just before the main thread slept.
+    """
 
-    before = {number: signal.signal(number, note) for number in _SIGNALS}
-    try:
-        yield ended
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before = {number: signal.signal(number, lambda *_: None) for number in _SIGNALS}
+        self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def wait(self) -> None:
+        """Return when a signal has come; it may have come before."""
+        self._reader.recv(1, socket.MSG_PEEK)
+
+    def is_set(self) -> bool:
+        """Whether one has come."""
+        return bool(select.select([self._reader], [], [], 0)[0])
+
+    def close(self) -> None:
+        """Put the signals back as they were."""
+        signal.set_wakeup_fd(self._wakeup_before)
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        self._reader.close()
+        self._writer.close()
 
 
 def _make_private(directory: Path) -> None:
@@ -230,15 +247,17 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 
 
-def _start_first(url: str, token: str | None, announce: Callable[[str], None], ended: threading.Event) -> None:
+def _start_first(url: str, token: str | None, announce: Callable[[str], None], ended: _Ended, at_terminal: bool) -> None:
     """Start the default server through our own API, as any caller would."""
     announce("starting JupyterLab ...")
     try:
         with Client(url, token=token) as client:
-            announce(f"JupyterLab is ready: {client.create().lab_url}")
+            link = client.create().lab_url
+            announce(f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}")
     except LabkeeperError as error:
-        if not ended.is_set():
-            announce(f"no first server: {error.message}")
-            for line in error.details.get("log_tail", ()):
-                announce(f"  {line}")
+        if ended.is_set():
+            return
+        announce(f"no first server: {error.message}")
+        for line in error.details.get("log_tail", ()):
+            announce(f"  {line}")
     announce("Ctrl-C stops everything.")
