@@ -22,6 +22,8 @@ from labkeeper.api.problems import MEDIA_TYPE
 
 _CONNECTIONS: Final = 2000
 _HEADER_LIMIT: Final = 64 * 1024
+_FAREWELL: Final = 5
+"""Seconds that answers under way get to end, when the server closes."""
 _DRAIN_LIMIT: Final = 256 * 1024 * 1024
 """Bytes of an oversized body that are read and thrown away, so that its sender lives to read the answer."""
 
@@ -54,7 +56,9 @@ class WsgiServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Close every connection, and end all threads."""
+        """Let answers that are under way end, close every connection, and end all threads."""
+        # First the threads that answer: they wake the loop when they write, and must not find it closed.
+        self._server.task_dispatcher.shutdown(cancel_pending=True, timeout=_FAREWELL)
         # What belongs to the loop may be closed in the loop's own thread only. `pull_trigger` lets its lock go before it
         # writes: a loop that is awake by then would have closed what it writes to.
         trigger = self._server.trigger
@@ -62,7 +66,6 @@ class WsgiServer:
             trigger.thunks.append(lambda: wasyncore.close_all(self._map))
             trigger._physical_pull()  # noqa: SLF001 - see above
         self._thread.join()
-        self._server.task_dispatcher.shutdown()
 
 
 class _Parser(HTTPRequestParser):
