@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 from typing import Any, Final, NoReturn
 
@@ -36,8 +38,17 @@ class Group(click.Group):
         except LabkeeperError as error:
             code = complain_of(error)
         except OSError as error:
+            _drop_output()
             code = _complain(f"cannot go on: {error}", 1)
         sys.exit(code or 0)
+
+
+def _drop_output() -> None:
+    """Let what could not be written go: the interpreter would try once more when it ends, and complain in its own words."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _usage(error: click.ClickException) -> str:
