@@ -216,11 +216,13 @@ class KeeperProcess:
 class KernelGateway:
     """A Jupyter Kernel Gateway, as a process of its own."""
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, *, authority=None):
+        """With a certificate authority (of trustme) it speaks TLS."""
         self.base = base
+        self.authority = authority
         self.port = free_port()
         self.token = uuid.uuid4().hex
-        self.url = f"http://127.0.0.1:{self.port}"
+        self.url = f"{'https' if authority else 'http'}://127.0.0.1:{self.port}"
         self.headers = {"Authorization": f"token {self.token}"}
 
     def start(self):
@@ -232,6 +234,11 @@ class KernelGateway:
             "KernelGatewayApp.port_retries": 0,
             "JupyterWebsocketPersonality.list_kernels": True,
         }
+        if self.authority:
+            issued = self.authority.issue_cert("127.0.0.1")
+            issued.private_key_and_cert_chain_pem.write_to_path(base / "gateway.pem")
+            self.authority.cert_pem.write_to_path(base / "ca.pem")
+            options["KernelGatewayApp.certfile"] = options["KernelGatewayApp.keyfile"] = base / "gateway.pem"
         env = {**os.environ, "JUPYTER_RUNTIME_DIR": str(base / "runtime"), "KG_AUTH_TOKEN": self.token, "HOME": str(base)}
         python = plain_python(base / "bin")
         with (base / "gateway.log").open("ab") as log:
@@ -248,11 +255,14 @@ class KernelGateway:
     def _answers(self):
         assert self.process.poll() is None, (self.base / "gateway.log").read_text()
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/api", headers=self.headers, trust_env=False).status_code == 200
+            return self.get("/api").status_code == 200
         return False
 
+    def get(self, path):
+        return httpx.get(f"{self.url}{path}", headers=self.headers, trust_env=False, verify=False)
+
     def kernels(self):
-        answer = httpx.get(f"{self.url}/api/kernels", headers=self.headers, trust_env=False)
+        answer = self.get("/api/kernels")
         answer.raise_for_status()
         return {kernel["id"] for kernel in answer.json()}
 

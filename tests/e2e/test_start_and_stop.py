@@ -9,8 +9,9 @@ import threading
 import httpx
 import psutil
 import pytest
+import trustme
 
-from harness import alive, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
+from harness import KernelGateway, alive, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
 
 SERVER_INFO = {"base_url", "hostname", "notebook_dir", "password", "pid", "port", "secure", "token", "url"}
 
@@ -48,6 +49,22 @@ def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(ke
     assert not alive(kernel_pid)
     assert_gone(keeper, server)
     assert keeper.http.get("/api/servers/default").status_code == 404
+
+
+def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and_not_without(keeper, tmp_path):
+    """Also without a client certificate, where Jupyter's own option would be without effect; the websocket too."""
+    gateway = KernelGateway(tmp_path / "gateway", authority=trustme.CA()).start()
+    try:
+        options = {"gateway_url": gateway.url, "gateway_auth_token": gateway.token}
+        trusting = keeper.post(gateway_ca_certs=str(tmp_path / "gateway" / "ca.pem"), **options).json()
+        kernel = start_kernel(trusting)
+        assert run_cell(trusting, kernel, "1+1") == "2"
+        assert keeper.delete().json()["stop_report"]["kernels_stopped"] == [kernel]
+        assert gateway.kernels() == set()
+        keeper.post(name="wary", **options).raise_for_status()
+        assert keeper.http.get("/api/servers/wary/kernels").status_code == 503
+    finally:
+        gateway.stop()
 
 
 def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(keeper):

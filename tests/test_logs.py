@@ -1,0 +1,86 @@
+"""The keeper's own log: one form for all, told apart by level, and without values of variables."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+import pytest
+import structlog
+
+from labkeeper import logs
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.model import Change, Failure, FailureClass, Snapshot, StopMethod, StopReport
+from labkeeper.testing.fakes import a_spec
+
+
+@pytest.fixture(autouse=True)
+def _restored():
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    yield
+    root.handlers[:], root.level = handlers, level
+    structlog.reset_defaults()
+
+
+def snapshot(state, **more):
+    return Snapshot(a_spec("lab"), state, Goal.UP, since=0.0, created_at=0.0, launch=3, **more)
+
+
+def test_json_is_one_object_a_line_also_for_libraries(capsys):
+    logs.configure(level="info", form="auto", debug=False)
+    structlog.get_logger("labkeeper.x").info("said", port=1)
+    logging.getLogger("somebody").warning("else %s", "said")
+    structlog.get_logger("labkeeper.x").debug("not said")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (first["event"], first["port"], first["level"], first["logger"]) == ("said", 1, "info", "labkeeper.x")
+    assert second["event"] == "else said"
+
+
+def test_debug_names_the_line_that_spoke(capsys):
+    logs.configure(level="error", form="json", debug=True)
+    structlog.get_logger("labkeeper.x").debug("said")
+    assert json.loads(capsys.readouterr().err)["lineno"] > 0
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_a_trace_shows_no_values(capsys, form):
+    logs.configure(level="info", form=form, debug=False)
+    held = "se" + "cret"
+
+    def fail(what):
+        raise RuntimeError("why")
+
+    try:
+        fail(held)
+    except RuntimeError:
+        structlog.get_logger("labkeeper.x").exception("failed")
+    said = capsys.readouterr().err
+    assert "RuntimeError: why" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "event", "level"),
+    [
+        (State.STARTING, snapshot(State.RUNNING), Event.READY, "info"),
+        (State.STARTING, snapshot(State.FAILED, failure=Failure(FailureClass.OTHER, "why")), Event.CRASHED, "warning"),
+        (State.STOPPING, snapshot(State.STOPPED, stop_report=StopReport(StopMethod.SIGTERM, 1.5)), Event.EXITED, "info"),
+        (State.KILLING, snapshot(State.LOST), Event.DEADLINE, "error"),
+        (None, snapshot(State.LOST), Event.UNREACHABLE, "warning"),
+    ],
+)
+def test_each_change_of_state_is_one_entry(before, after, event, level):
+    with structlog.testing.capture_logs() as log:
+        logs.ChangeLog().changed(Change(event, before and snapshot(before), after, 0.0))
+    (entry,) = log
+    assert (entry["log_level"], entry["server"], entry["launch"]) == (level, "lab", 3)
+    assert entry["event"] == f"{before or 'recovered'} -> {after.state}"
+    assert entry.get("cause") == (after.failure.message if after.failure else None)
+    assert entry.get("method") == (after.stop_report.method if after.stop_report else None)
+
+
+def test_what_changes_no_state_is_not_logged():
+    with structlog.testing.capture_logs() as log:
+        logs.ChangeLog().changed(Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0))
+    assert log == []
