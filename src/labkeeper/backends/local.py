@@ -1,9 +1,7 @@
 """Servers as processes of this machine.
 
-Each server has a room of its own, `<runtime_dir>/<name>/`, that only its owner can enter: configuration with the token,
-cookie secret, Jupyter's runtime files, and `launch.json`, by which a later keeper knows the process again. Each live server
-has one attendant here, a thread that waits until it is ready, then until it ends, then removes what is left of it, and reports
-each of these.
+Each server has a room of its own, `<runtime_dir>/<name>/`. Each live one has an attendant here: a thread that waits until it is
+ready, then until it ends, then removes what is left of it, and reports each of these.
 """
 
 from __future__ import annotations
@@ -12,11 +10,8 @@ import contextlib
 import errno
 import os
 import re
-import secrets
-import shutil
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
@@ -28,11 +23,11 @@ from pathlib import Path
 from typing import Final
 
 import structlog
-from pydantic import BaseModel, ValidationError
 
 from labkeeper import jupyter
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, boot_id, end_all, marked, wait_until_ended
+from labkeeper.backends.room import TOKEN_BYTES, Record, Room
 from labkeeper.core.errors import BackendError, BackendRefused, BackendUnavailable
 from labkeeper.core.model import (
     Ended,
@@ -50,7 +45,6 @@ from labkeeper.core.model import (
     StopMethod,
     Unreachable,
 )
-from labkeeper.files import write_private
 
 MARK: Final = "LABKEEPER_SERVER"
 """The environment variable by which all that a server starts is known; its value is the server's room."""
@@ -65,21 +59,9 @@ _LEFTOVER_GRACE: Final = 0.3
 """Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
 _LEFTOVER_LIMIT: Final = 3.0
 """Seconds after which what cannot be ended is reported as such."""
-_TOKEN_BYTES: Final = 24
-_TOKEN: Final = re.compile(rf"\b[0-9a-f]{{{2 * _TOKEN_BYTES}}}\b")
+_TOKEN: Final = re.compile(rf"\b[0-9a-f]{{{2 * TOKEN_BYTES}}}\b")
 
 _log = structlog.get_logger("labkeeper.backends.local")
-
-
-class _Record(BaseModel):
-    """`launch.json`: how a later keeper knows a process again."""
-
-    launch: int
-    pid: int
-    started: str
-    boot: str
-    gateway: bool
-    ready: bool = False
 
 
 @dataclass(slots=True, eq=False)
@@ -88,7 +70,7 @@ class _Run:
 
     name: ServerName
     launch: int
-    room: Path
+    room: Room
     process: Process
     gateway: bool
     child: subprocess.Popen[bytes] | None = None
@@ -173,11 +155,12 @@ class LocalBackend:
         """Look for the process, first among those attended, then in the record that an earlier keeper left."""
         run = self._runs.get(name)
         if run is None:
-            record = self._record(name)
+            room = self._room(name)
+            record = room.noted()
             if record is None or record.launch != launch or record.boot != boot_id():
                 self._clear(name)
                 return Gone()
-            run = _Run(name, launch, self._room(name), Process(record.pid, record.started), record.gateway)
+            run = _Run(name, launch, room, Process(record.pid, record.started), record.gateway)
             if not run.process.alive():
                 return self._bury(run, _exit_unseen(run, was_ready=record.ready), was_ready=record.ready)
             self._attend(run)
@@ -222,15 +205,14 @@ class LocalBackend:
             hold.close()
         headline = f"[labkeeper] launch {launch} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         try:
-            self._furnish(room, spec)
-            bundle = _ca_bundle(room, spec)
+            bundle = room.furnish(spec)
             with self._logfile(spec.name).open(headline) as log:
                 child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
-                    [*program, *jupyter.arguments(spec, port=port, config=room / jupyter.CONFIG_NAME)],
+                    [*program, *jupyter.arguments(spec, port=port, config=room.config)],
                     cwd=spec.root_dir,
                     env={
-                        **jupyter.environment(spec, os.environ, runtime_dir=room, ca_bundle=bundle),
-                        MARK: str(room),
+                        **jupyter.environment(spec, os.environ, runtime_dir=room.path, ca_bundle=bundle),
+                        MARK: str(room.path),
                     },
                     stdin=subprocess.DEVNULL,
                     stdout=log,
@@ -248,23 +230,17 @@ class LocalBackend:
             raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
         return run
 
-    def _furnish(self, room: Path, spec: ServerSpec) -> None:
-        self._runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        room.mkdir(mode=0o700)
-        bundle = _ca_path(room) if spec.gateway is not None and spec.gateway.ca_certs else None
-        source = jupyter.config_source(spec, token=secrets.token_hex(_TOKEN_BYTES), directory=room, ca_bundle=bundle)
-        write_private(room / jupyter.CONFIG_NAME, source)
-
     def _write_record(self, run: _Run) -> None:
-        record = _Record(
-            launch=run.launch,
-            pid=run.process.pid,
-            started=run.process.started,
-            boot=boot_id(),
-            gateway=run.gateway,
-            ready=run.endpoint is not None,
+        run.room.note(
+            Record(
+                launch=run.launch,
+                pid=run.process.pid,
+                started=run.process.started,
+                boot=boot_id(),
+                gateway=run.gateway,
+                ready=run.endpoint is not None,
+            )
         )
-        write_private(self._record_path(run.name), record.model_dump_json())
 
     # The attendant
 
@@ -303,7 +279,7 @@ class LocalBackend:
         """Wait until it answers as itself; None when it ended before, or we are closing."""
         pause, slowest = _READY_POLL
         while True:
-            endpoint = jupyter.read_info(run.room, run.process.pid)
+            endpoint = jupyter.read_info(run.room.path, run.process.pid)
             # Jupyter writes the file before it has the port: only its own socket and its token prove who answers.
             if (
                 endpoint is not None
@@ -347,7 +323,7 @@ class LocalBackend:
             # A server whose gateway hangs cannot list its kernels, but it has logged them.
             left = run.kernels or jupyter.started_kernels(self.log(run.name, None))
         stopped = () if left else run.kernels
-        shutil.rmtree(run.room, ignore_errors=True)
+        run.room.remove()
         return Ended(end, run.method, stopped, left, failure)
 
     def _tail_of_launch(self, run: _Run) -> tuple[str, ...]:
@@ -368,14 +344,14 @@ class LocalBackend:
             run.process.send(signal.SIGKILL)
             run.over.wait(_LEFTOVER_LIMIT)
         found = self._end_leftovers(name, set(), grace=0.0)
-        shutil.rmtree(self._room(name), ignore_errors=True)
+        self._room(name).remove()
         return found
 
     def _end_leftovers(self, name: ServerName, known: set[Process], *, grace: float) -> bool:
         """End all that carries the mark of a server, and what is `known` of it; say whether there was any."""
         found = False
         until = time.monotonic() + _LEFTOVER_LIMIT
-        mark = str(self._room(name))
+        mark = str(self._room(name).path)
         # What is ended last may have started something meanwhile: look until nothing is found.
         while left := {*marked(MARK, mark), *(process for process in known if process.alive())}:
             if time.monotonic() > until:
@@ -387,17 +363,8 @@ class LocalBackend:
 
     # Places
 
-    def _room(self, name: ServerName) -> Path:
-        return self._runtime_dir / name
-
-    def _record_path(self, name: ServerName) -> Path:
-        return self._room(name) / "launch.json"
-
-    def _record(self, name: ServerName) -> _Record | None:
-        try:
-            return _Record.model_validate_json(self._record_path(name).read_bytes())
-        except (OSError, ValidationError):
-            return None
+    def _room(self, name: ServerName) -> Room:
+        return Room(self._runtime_dir / name)
 
     def _logfile(self, name: ServerName) -> LogFile:
         return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes)
@@ -452,7 +419,7 @@ def _exit_of(child: subprocess.Popen[bytes]) -> Exit:
 
 def _exit_unseen(run: _Run, *, was_ready: bool) -> Exit:
     """Tell how a process ended that was no child of ours: its info file goes when a server that ran ends in good order."""
-    left_it = jupyter.info_path(run.room, run.process.pid).exists()
+    left_it = jupyter.info_path(run.room.path, run.process.pid).exists()
     return Exit(code=0) if was_ready and not left_it else Exit()
 
 
@@ -465,16 +432,3 @@ def _let_go(child: subprocess.Popen[bytes] | None) -> None:
 def _scrub(line: str) -> str:
     """Hide what looks like a token of ours: 192 bits in hexadecimal."""
     return _TOKEN.sub("[token]", line)
-
-
-def _ca_path(room: Path) -> Path:
-    return room / "gateway-ca.pem"
-
-
-def _ca_bundle(room: Path, spec: ServerSpec) -> Path | None:
-    """Write the certificates to trust: the system's and the gateway's own. Raises OSError."""
-    if spec.gateway is None or spec.gateway.ca_certs is None:
-        return None
-    system = ssl.get_default_verify_paths().cafile
-    sources = [Path(path).read_text(encoding="utf-8") for path in (system, spec.gateway.ca_certs) if path]
-    return write_private(_ca_path(room), "\n".join(sources))

@@ -1,0 +1,82 @@
+"""A server's room: the directory of one server, which only its owner can enter, and which goes when the server has ended.
+
+In it: Jupyter's configuration with the token, its cookie secret and runtime files, and `launch.json`, by which a later keeper
+knows the process again. Its path is the mark by which all that the server started is found.
+"""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from pydantic import BaseModel, ValidationError
+
+from labkeeper import jupyter
+from labkeeper.core.model import ServerSpec
+from labkeeper.files import write_private
+
+TOKEN_BYTES: Final = 24
+"""192 bits, written as twice as many hexadecimal digits."""
+
+
+class Record(BaseModel):
+    """`launch.json`: which process runs here, and since which launch and boot."""
+
+    launch: int
+    pid: int
+    started: str
+    boot: str
+    gateway: bool
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """One server's directory, whether it exists or not."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Jupyter's configuration file."""
+        return self.path / jupyter.CONFIG_NAME
+
+    def furnish(self, spec: ServerSpec) -> Path | None:
+        """Make the room and what a launch needs; give the file of certificates to trust, if there is one. Raises OSError."""
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.path.mkdir(mode=0o700)
+        bundle = self._bundle(spec)
+        source = jupyter.config_source(spec, token=secrets.token_hex(TOKEN_BYTES), directory=self.path, ca_bundle=bundle)
+        write_private(self.config, source)
+        return bundle
+
+    def note(self, record: Record) -> None:
+        """Write down which process runs here. Raises OSError."""
+        write_private(self._record_path, record.model_dump_json())
+
+    def noted(self) -> Record | None:
+        """Read which process runs here; None when nothing that can be trusted is written."""
+        try:
+            return Record.model_validate_json(self._record_path.read_bytes())
+        except (OSError, ValidationError):
+            return None
+
+    def remove(self) -> None:
+        """Remove the room with all that is in it. Idempotent."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    @property
+    def _record_path(self) -> Path:
+        return self.path / "launch.json"
+
+    def _bundle(self, spec: ServerSpec) -> Path | None:
+        """Write the certificates to trust: the system's and the gateway's own."""
+        if spec.gateway is None or spec.gateway.ca_certs is None:
+            return None
+        system = ssl.get_default_verify_paths().cafile
+        sources = [Path(path).read_text(encoding="utf-8") for path in (system, spec.gateway.ca_certs) if path]
+        return write_private(self.path / "gateway-ca.pem", "\n".join(sources))
