@@ -20,8 +20,9 @@ import structlog
 from click.testing import CliRunner
 
 from labkeeper import serve
-from labkeeper.api.app import Services, create_app
+from labkeeper.api.app import create_app
 from labkeeper.api.requests import Defaults
+from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.cli import cli, output, servers
 from labkeeper.client import Server

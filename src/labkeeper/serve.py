@@ -17,8 +17,9 @@ from typing import Final
 import structlog
 
 from labkeeper import logs, settings, statedir
-from labkeeper.api.app import Services, create_app
+from labkeeper.api.app import create_app
 from labkeeper.api.requests import Defaults
+from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
 from labkeeper.client import Client

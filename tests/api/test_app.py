@@ -13,9 +13,10 @@ from pydantic import BaseModel
 
 from harness import until
 from labkeeper.api.access import Access
-from labkeeper.api.app import Services, create_app
+from labkeeper.api.app import create_app
 from labkeeper.api.requests import Defaults, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES, RULES
+from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, InvalidSpec
 from labkeeper.core.fleet import Fleet

@@ -11,9 +11,10 @@ import httpx
 import pytest
 
 from labkeeper.api import problems
-from labkeeper.api.app import Services, create_app
+from labkeeper.api.app import create_app
 from labkeeper.api.requests import Defaults
 from labkeeper.api.routes import ROUTES
+from labkeeper.api.services import Services
 from labkeeper.client import Client, Server
 from labkeeper.core import errors
 from labkeeper.core.controller import Policy

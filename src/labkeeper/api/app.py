@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -18,32 +17,11 @@ from werkzeug.exceptions import BadRequest
 from labkeeper.api import problems
 from labkeeper.api.access import check
 from labkeeper.api.answers import Problem
-from labkeeper.api.requests import Defaults, invalid
+from labkeeper.api.requests import invalid
 from labkeeper.api.routes import RULES, Api, install
-from labkeeper.core.ports import Backend, Keeper, Probe
+from labkeeper.api.services import Services
 
 _log = structlog.get_logger("labkeeper.api")
-
-
-@dataclass(frozen=True, slots=True)
-class Services:
-    """What the API speaks for, and by which numbers. Times in seconds."""
-
-    keeper: Keeper
-    backend: Backend
-    probe: Probe
-    defaults: Defaults
-    version: str
-    token: str | None = field(repr=False)
-    """The bearer token; None turns access control off."""
-    advertised_host: str | None = None
-    start_wait: float = 65.0
-    """How long a start is waited for, when the caller does not say."""
-    stop_wait: float = 15.0
-    places: int = 200
-    """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
-    max_body: int = 1024 * 1024
-    """Bytes of the largest request body."""
 
 
 def create_app(services: Services) -> OpenAPI:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any, Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from flask import Response, request
 from flask_openapi3 import OpenAPI, Tag
@@ -30,12 +30,10 @@ from labkeeper.api.answers import (
     server_model,
 )
 from labkeeper.api.requests import GetQuery, ListQuery, LogQuery, ServerPath, ServerRequest, StartQuery, StopQuery, invalid
+from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
 from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
-
-if TYPE_CHECKING:
-    from labkeeper.api.app import Services
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})

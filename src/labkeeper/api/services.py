@@ -1,0 +1,29 @@
+"""What the API speaks for, and by which numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from labkeeper.api.requests import Defaults
+from labkeeper.core.ports import Backend, Keeper, Probe
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """The parts behind the API, put together by whoever makes the application. Times in seconds."""
+
+    keeper: Keeper
+    backend: Backend
+    probe: Probe
+    defaults: Defaults
+    version: str
+    token: str | None = field(repr=False)
+    """The bearer token; None turns access control off."""
+    advertised_host: str | None = None
+    start_wait: float = 65.0
+    """How long a start is waited for, when the caller does not say."""
+    stop_wait: float = 15.0
+    places: int = 200
+    """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
+    max_body: int = 1024 * 1024
+    """Bytes of the largest request body."""
