@@ -88,6 +88,28 @@ def test_a_mark_is_found_wherever_it_was_inherited(spawn):
     assert marked("A_MARK", mark) == []
 
 
+def test_who_looks_is_not_found_nor_who_started_it(spawn):
+    """A keeper that is started from a server's own terminal carries the mark, and must not end itself."""
+    code = "from labkeeper.backends.processes import marked; print([p.pid for p in marked('A_MARK', 'x')])"
+    command = f'{sys.executable} -c "{code}"; true'
+    shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    assert shell.stdout.read() == b"[]\n"
+
+
+def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
+    """With no descriptor left nothing is known, and what is not proven dead is not called dead."""
+    child = spawn()
+    process = Process.find(child.pid)
+
+    def no_descriptor(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(processes, "_started", no_descriptor)
+    monkeypatch.setattr(processes.os, "pidfd_open", no_descriptor)
+    assert process.alive()
+    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+
+
 def test_what_ignores_sigterm_gets_sigkill(spawn):
     child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
     child.stdout.readline()

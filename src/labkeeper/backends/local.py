@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import queue
 import re
 import signal
 import socket
@@ -59,6 +60,10 @@ _LEFTOVER_GRACE: Final = 0.3
 """Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
 _LEFTOVER_LIMIT: Final = 3.0
 """Seconds after which what cannot be ended is reported as such."""
+_EMPTY_LOOKS: Final = 3
+"""Looks in a row that find nothing, before nothing is believed to be left."""
+_LOOK_LIMIT: Final = 1.5
+"""Seconds that a look at a running server may take in its lane, however slowly it answers."""
 _TOKEN: Final = re.compile(rf"\b[0-9a-f]{{{2 * TOKEN_BYTES}}}\b")
 
 _log = structlog.get_logger("labkeeper.backends.local")
@@ -79,6 +84,10 @@ class _Run:
     endpoint: Endpoint | None = None
     method: StopMethod = StopMethod.NONE
     kernels: tuple[str, ...] = ()
+    listed: bool = False
+    """Whether it could list them when it was asked to end."""
+    looking: bool = False
+    """Whether a look at it is under way; one that never ends is not joined by another."""
     known: set[Process] = field(default_factory=set)
     """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -105,7 +114,8 @@ class LocalBackend:
     ) -> None:
         self._report = report
         self._python = python
-        self._runtime_dir = runtime_dir
+        # One spelling, so that a server's mark is the same for every keeper that comes by another link.
+        self._runtime_dir = runtime_dir.resolve()
         self._log_dir = log_dir
         self._client = client
         self._log_max_bytes = log_max_bytes
@@ -164,7 +174,7 @@ class LocalBackend:
             if not run.process.alive():
                 return self._bury(run, _exit_unseen(run, was_ready=record.ready), was_ready=record.ready)
             self._attend(run)
-        return Seen(answers=run.endpoint is not None and self._client.answers(run.endpoint))
+        return Seen(answers=run.endpoint is not None and self._look(run, run.endpoint))
 
     def forget(self, name: ServerName) -> None:
         """Remove the room and the log."""
@@ -173,7 +183,10 @@ class LocalBackend:
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
         """Read the log file."""
-        return [_scrub(line) for line in self._logfile(name).tail(tail)]
+        try:
+            return [_scrub(line) for line in self._logfile(name).tail(tail)]
+        except OSError as error:
+            raise BackendUnavailable(f"cannot read the log of server '{name}': {error.strerror}") from error
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Read the log file as it grows."""
@@ -224,9 +237,10 @@ class LocalBackend:
                 raise BackendUnavailable(f"cannot start server '{spec.name}': its process vanished")
             run = _Run(spec.name, launch, room, process, spec.gateway is not None, child, hold)
             self._write_record(run)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._clear(spec.name)
-            kind = FailureClass.DISK_FULL if error.errno in {errno.ENOSPC, errno.EDQUOT} else FailureClass.CONFIG_ERROR
+            full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
+            kind = FailureClass.DISK_FULL if full else FailureClass.CONFIG_ERROR
             raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
         return run
 
@@ -253,6 +267,10 @@ class LocalBackend:
             self._watch(run)
         except BackendError as error:
             self._say(run, Unreachable(error.message))
+        except Exception as error:
+            # A bug: what became of the server has to be found out some other way.
+            self._say(run, Unreachable(f"cannot watch server '{run.name}': {error!r}"))
+            raise
         finally:
             if run.hold is not None:
                 run.hold.close()
@@ -295,12 +313,32 @@ class LocalBackend:
                 return None
             pause = min(pause * 1.2, slowest)
 
+    def _look(self, run: _Run, endpoint: Endpoint) -> bool:
+        """Look whether a server answers, within a time that it has no say in: what is to end it waits in the same lane."""
+        if run.looking:
+            return False
+        run.looking = True
+        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+        def look() -> None:
+            try:
+                answers.put(self._client.answers(endpoint))
+            finally:
+                run.looking = False
+
+        self._thread(f"look-{run.name}", look)
+        try:
+            return answers.get(timeout=_LOOK_LIMIT)
+        except queue.Empty:
+            return False
+
     def _ask_to_end(self, run: _Run, patience: float) -> None:
         until = time.monotonic() + patience
+        run.known.update(run.process.descendants())
         if run.endpoint is not None:
             with contextlib.suppress(BackendError):
                 listed = self._client.kernels(run.endpoint, timeout=patience / 2)
-                run.kernels = tuple(kernel.id for kernel in listed)
+                run.kernels, run.listed = tuple(kernel.id for kernel in listed), True
             run.escalate(StopMethod.SHUTDOWN)
             if self._client.shutdown(run.endpoint, timeout=until - time.monotonic()):
                 run.over.wait(max(0.0, until - time.monotonic()))
@@ -319,15 +357,21 @@ class LocalBackend:
             what = "server '{}' ended" if was_ready else "cannot start server '{}': JupyterLab ended before it was ready"
             failure = Failure(kind, f"{what.format(run.name)} ({end})" + (f": {line}" if line else ""), end, tail)
         left: tuple[str, ...] = ()
-        if run.gateway and not end.clean:
+        if run.gateway and not (end.clean and run.listed):
             # A server whose gateway hangs cannot list its kernels, but it has logged them.
-            left = run.kernels or jupyter.started_kernels(self.log(run.name, None))
+            left = run.kernels or jupyter.started_kernels(self._lines(run.name, None))
         stopped = () if left else run.kernels
         run.room.remove()
         return Ended(end, run.method, stopped, left, failure)
 
+    def _lines(self, name: ServerName, count: int | None) -> Sequence[str]:
+        """Read the log for a report, which is not held up by a log that cannot be read."""
+        with contextlib.suppress(BackendUnavailable):
+            return self.log(name, count)
+        return ()
+
     def _tail_of_launch(self, run: _Run) -> tuple[str, ...]:
-        lines = list(self.log(run.name, TAIL_LINES))
+        lines = list(self._lines(run.name, TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
         return tuple(lines[starts[-1] + 1 :] if starts else lines)
 
@@ -352,13 +396,16 @@ class LocalBackend:
         found = False
         until = time.monotonic() + _LEFTOVER_LIMIT
         mark = str(self._room(name).path)
-        # What is ended last may have started something meanwhile: look until nothing is found.
-        while left := {*marked(MARK, mark), *(process for process in known if process.alive())}:
-            if time.monotonic() > until:
+        empty = 0
+        # What is ended last may have started something meanwhile, and a look may pass between a parent and its child.
+        while empty < _EMPTY_LOOKS:
+            left = {*marked(MARK, mark), *(process for process in known if process.alive())}
+            empty = 0 if left else empty + 1
+            if left and time.monotonic() > until:
                 pids = ", ".join(str(process.pid) for process in left)
                 raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} live on after SIGKILL")
             end_all(left, grace=grace, within=_LEFTOVER_LIMIT)
-            found, grace = True, 0.0
+            found, grace = found or bool(left), 0.0
         return found
 
     # Places
@@ -414,7 +461,12 @@ def _hold_port(spec: ServerSpec) -> socket.socket:
 
 def _exit_of(child: subprocess.Popen[bytes]) -> Exit:
     code = child.wait()
-    return Exit(signal=signal.Signals(-code).name) if code < 0 else Exit(code=code)
+    if code >= 0:
+        return Exit(code=code)
+    try:
+        return Exit(signal=signal.Signals(-code).name)
+    except ValueError:  # A real-time signal has no name.
+        return Exit(signal=f"signal {-code}")
 
 
 def _exit_unseen(run: _Run, *, was_ready: bool) -> Exit:

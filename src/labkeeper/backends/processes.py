@@ -43,8 +43,11 @@ class Process:
         """Whether it still runs. A zombie does not."""
         try:
             return _started(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
-        except (psutil.Error, OSError):
+        except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             return False
+        except (psutil.Error, OSError):
+            # It cannot be told (no descriptor is free, say): what is not proven dead is taken for alive.
+            return True
 
     def send(self, number: signal.Signals) -> bool:
         """Send a signal to it, and to no other that may have its pid by now; say whether it was there."""
@@ -100,13 +103,24 @@ def boot_id() -> str:
 
 
 def marked(name: str, value: str) -> list[Process]:
-    """Find every live process of ours whose environment has `name` set to `value`."""
+    """Find every live process of ours whose environment has `name` set to `value`, but ourselves and those that started us."""
     found = []
-    for process in psutil.process_iter():
+    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+    for pid in psutil.pids():
+        if pid in spared:
+            continue
         with contextlib.suppress(psutil.Error, OSError):
-            if process.environ().get(name) == value and (known := Process.find(process.pid)) is not None:
+            if _has_variable(pid, name, value) and (known := Process.find(pid)) is not None:
                 found.append(known)
     return found
+
+
+def _has_variable(pid: int, name: str, value: str) -> bool:
+    if sys.platform == "linux":
+        # Read as it is: parsing it would take longer than a process may need to start another and end.
+        environment = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+        return b"\0" + os.fsencode(f"{name}={value}") + b"\0" in environment
+    return psutil.Process(pid).environ().get(name) == value
 
 
 def wait_until_ended(process: Process, *, or_readable: int, timeout: float | None) -> bool:
@@ -118,8 +132,10 @@ def wait_until_ended(process: Process, *, or_readable: int, timeout: float | Non
         return _look_until_ended(process, or_readable, timeout)
     try:
         handle = os.pidfd_open(process.pid)
-    except OSError:
+    except ProcessLookupError:
         return True
+    except OSError:
+        return _look_until_ended(process, or_readable, timeout)
     try:
         if not process.alive():
             return True

@@ -16,6 +16,7 @@ from typing import Final
 from pydantic import BaseModel, ValidationError
 
 from labkeeper import jupyter
+from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
 from labkeeper.files import write_private
 
@@ -59,11 +60,13 @@ class Room:
         write_private(self._record_path, record.model_dump_json())
 
     def noted(self) -> Record | None:
-        """Read which process runs here; None when nothing that can be trusted is written."""
+        """Read which process runs here; None when nothing that can be trusted is written. Raises BackendUnavailable."""
         try:
             return Record.model_validate_json(self._record_path.read_bytes())
-        except (OSError, ValidationError):
+        except (FileNotFoundError, NotADirectoryError, ValidationError):
             return None
+        except OSError as error:
+            raise BackendUnavailable(f"cannot read {self._record_path}: {error.strerror}") from error
 
     def remove(self) -> None:
         """Remove the room with all that is in it. Idempotent."""
