@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pprint
 import re
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -25,6 +26,8 @@ PRIVATE_VARIABLES: Final = re.compile(r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEW
 against the spec."""
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
+_LARGEST_ANSWER: Final = 4 * 1024 * 1024
+"""Bytes of an answer that are read; the kernels of a busy server take some thousands."""
 _LAUNCH_PAD: Final = 2.0
 """Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
 
@@ -237,7 +240,15 @@ class JupyterClient:
     ) -> httpx.Response:
         headers = {"Authorization": f"token {endpoint.token}"} if token else {}
         wait = self._http.timeout if timeout is None else httpx.Timeout(timeout)
-        return self._http.request(method, url_of(endpoint) + path, headers=headers, timeout=wait)
+        # Neither its time nor its size is left to the server: each read has a timeout, and so has the whole.
+        until = time.monotonic() + (wait.read or 0.0)
+        with self._http.stream(method, url_of(endpoint) + path, headers=headers, timeout=wait) as answer:
+            body = bytearray()
+            for piece in answer.iter_bytes():
+                body += piece
+                if time.monotonic() > until or len(body) > _LARGEST_ANSWER:
+                    raise httpx.ReadTimeout(f"{path} goes on for too long")
+        return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
 
 
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:

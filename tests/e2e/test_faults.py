@@ -119,6 +119,44 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
     assert keeper.http.get("/api/servers/default/logs").text.strip()
 
 
+def test_a_server_killed_by_a_signal_without_a_name_is_known_dead(keeper):
+    server = keeper.post().json()
+    os.kill(server["pid"], signal.SIGRTMIN + 6)
+    until(lambda: keeper.get()["state"] != "running", within=1.0, what="no longer called running")
+    assert keeper.wait_for("running")["launch"] == 2
+
+
+DRIPPING = """
+import asyncio, os
+from jupyter_server.base import handlers
+async def get(self, real=handlers.APIVersionHandler.get):
+    while os.path.exists({flag!r}):
+        self.write("x" * {size})
+        await self.flush()
+        await asyncio.sleep({pause})
+    await real(self)
+handlers.APIVersionHandler.get = get
+"""
+
+
+@pytest.mark.parametrize(("size", "pause"), [(1, 0.3), (2**20, 0.0)], ids=["slow", "endless"])
+def test_a_server_whose_answer_never_ends_is_ended_all_the_same(make_keeper, tmp_path, size, pause):
+    """However slowly or much it answers, it holds up neither its own stop nor the keeper's memory."""
+    keeper = make_keeper(probe_period=0.3, stop_grace=3, kill_wait=1).start()
+    flag = tmp_path / "flag"
+    keeper.configure_jupyter(DRIPPING.format(flag=str(flag), size=size, pause=pause))
+    server = keeper.post().json()
+    flag.touch()
+    memory = psutil.Process(keeper.process.pid).memory_info().rss
+    # Long enough for several looks: there is no other sign of them.
+    until(lambda: psutil.Process(server["pid"]).net_connections(kind="tcp")[1:], what="a look at the server")
+    began = time.monotonic()
+    answer = keeper.delete(force="true")
+    assert (answer.status_code, answer.json()["state"]) == (200, "stopped"), answer.text
+    assert time.monotonic() - began < 5
+    assert psutil.Process(keeper.process.pid).memory_info().rss - memory < 100_000_000
+
+
 def test_a_server_shut_down_from_inside_stays_stopped(keeper):
     server = keeper.post().json()
     httpx.post(f"{server['url']}api/shutdown", headers={"Authorization": f"token {server['token']}"}, trust_env=False)

@@ -67,6 +67,12 @@ def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and
         gateway.stop()
 
 
+def test_certificates_that_cannot_be_read_fail_the_start_at_once(keeper, tmp_path):
+    (tmp_path / "ca.der").write_bytes(b"\x30\x82\xff\xfe")
+    answer = keeper.post(gateway_url="https://127.0.0.1:1", gateway_ca_certs=str(tmp_path / "ca.der"))
+    assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
+
+
 def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(keeper):
     answer = keeper.post()
     assert answer.status_code == 201, answer.text
@@ -87,8 +93,12 @@ def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(kee
         )
     )
 
+    # So is one that hides its environment, as long as it has not left the tree.
+    hidden = int(run_cell(server, kernel, "print(subprocess.Popen(['/bin/sleep', '1000'], start_new_session=True, env={}).pid)"))
+
     report = keeper.delete().json()["stop_report"]
     assert (report["method"], report["kernels_stopped"]) == ("shutdown", [kernel])
+    assert not alive(hidden)
     assert 0 < report["seconds"] < 10
     assert not alive(kernel_pid)
     assert not alive(stray)
