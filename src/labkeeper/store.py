@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from labkeeper.core.errors import StoreError
 from labkeeper.core.model import ServerName, Snapshot
 
+_log = structlog.get_logger("labkeeper.store")
 _LAYOUT: Final = 1
 _SNAPSHOT: Final = TypeAdapter(Snapshot)
 
@@ -56,7 +58,10 @@ class SqliteStore:
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep one server; on the disk when this returns."""
-        text = _SNAPSHOT.dump_json(snapshot).decode()
+        try:
+            text = _SNAPSHOT.dump_json(snapshot).decode()
+        except ValueError as error:
+            raise StoreError(f"cannot write server '{snapshot.name}' to the store: {error}") from error
         with self._doing("write"):
             self._db.execute(
                 "INSERT INTO servers (name, snapshot) VALUES (?, ?)"
@@ -90,6 +95,7 @@ class SqliteStore:
             try:
                 yield
             except sqlite3.DatabaseError as error:
+                _log.error("the store failed", verb=verb, error=str(error))
                 if isinstance(error, sqlite3.OperationalError):
                     raise StoreError(f"cannot {verb} the store {self._path}: {error}") from error
                 raise self._damaged(str(error)) from error

@@ -522,3 +522,32 @@ def test_a_ready_of_a_running_server_is_no_news(bench):
     changes = len(bench.recorder.changes)
     bench.fleet.step(Report("lab", 1, Ready(bench.last().endpoint)))
     assert len(bench.recorder.changes) == changes
+
+
+def test_one_server_that_cannot_be_told_does_not_keep_the_others(bench, monkeypatch):
+    """StopAll tells every server, and raises afterwards what went wrong with one."""
+    bench.run("one").run("two")
+    save = bench.store.save
+
+    def save_but_one(snapshot):
+        if snapshot.name == "one":
+            raise ZeroDivisionError
+        save(snapshot)
+
+    monkeypatch.setattr(bench.store, "save", save_but_one)
+    with pytest.raises(ExceptionGroup) as caught:
+        bench.fleet.step(StopAll())
+    assert caught.group_contains(ZeroDivisionError)
+    bench.lanes.run_all()
+    assert bench.state("two") is State.STOPPED
+
+
+def test_a_bug_while_a_server_is_made_leaves_no_server(bench, monkeypatch):
+    """Not only a store that says no: whatever is raised, the name is free as before."""
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.store, "save", lambda _: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            bench.create()
+    with pytest.raises(ServerNotFound):
+        bench.order(Event.START)
+    assert bench.create().created

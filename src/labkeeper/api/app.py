@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from pathlib import Path
@@ -72,6 +73,11 @@ def _check_body() -> None:
         raise BadRequest("cannot take the request: the body is not JSON") from None
     if not isinstance(body, dict):
         raise invalid("body", "must be a JSON object")
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        # JSON can write half of a character; nothing that a string is for (a file, a header, a store) can take it.
+        raise invalid("body", "must be of whole characters (it has a lone surrogate)") from None
 
 
 def _finish(answer: Response) -> Response:

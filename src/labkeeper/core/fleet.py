@@ -17,7 +17,6 @@ from labkeeper.core.errors import (
     BackendUnavailable,
     CapacityReached,
     Conflict,
-    LabkeeperError,
     ServerNotFound,
     StoreError,
 )
@@ -98,13 +97,25 @@ class Fleet:
             case StopAll():
                 self._closing = True
                 # One that failed has nothing to stop, and its cause is still to be read.
-                for name in [n for n, c in self._servers.items() if c.snapshot.state is not State.FAILED]:
-                    self._order(name, Event.STOP)
+                self._stop_all()
             case Report():
                 self._hear(message)
             case Tick():  # pragma: no branch - the last kind of message
                 self._tick()
         return None
+
+    def _stop_all(self) -> None:
+        """Stop every server; what goes wrong with one is raised when all have been told."""
+        wrong: list[Exception] = []
+        for name, controller in list(self._servers.items()):
+            # One that failed has nothing to stop, and its cause is still to be read.
+            if controller.snapshot.state is not State.FAILED:
+                try:
+                    self._order(name, Event.STOP)
+                except Exception as error:  # noqa: BLE001 - whatever it is, the next one is to be stopped, too
+                    wrong.append(error)
+        if wrong:
+            raise ExceptionGroup("cannot stop every server", wrong)
 
     def next_deadline(self) -> float | None:
         """Say when the next timer is due, by the monotonic clock."""
@@ -118,8 +129,9 @@ class Fleet:
             self._servers[spec.name] = Controller.new(spec, self._policy, self._clock, self._forgotten_launch)
             try:
                 return self._order(spec.name, Event.START)
-            except LabkeeperError:
-                del self._servers[spec.name]
+            except BaseException:
+                # Whatever it was, nobody was told of a server: there is none.
+                self._servers.pop(spec.name, None)
                 raise
         differs = known.snapshot.spec.differs(spec)
         if differs:
