@@ -244,6 +244,35 @@ def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(service
     assert client.post("/api/servers", json={}).status_code == 200
 
 
+def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):
+    app = create_app(replace(services, places=1))
+    client = app.test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers", json={})
+    asking = EnvironBuilder("/api/servers/default/logs?follow=true", headers={"Authorization": f"Bearer {TOKEN}"})
+
+    def gone(*_):
+        def write(_):
+            raise ConnectionResetError
+
+        return write
+
+    with pytest.raises(ConnectionResetError):
+        app(asking.get_environ(), gone)
+    asking.close()
+    with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
+        assert follower.status_code == 200
+
+
+def test_who_has_gone_is_not_waited_for(services, world):
+    """A caller that left gives its place back within a second, however long it wanted to wait."""
+    world.temper("default").boots = False
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    left = {"waitress.client_disconnected": lambda: True}
+    assert client.post("/api/servers?wait=3600", json={}, environ_overrides=left).status_code == 202
+
+
 def test_a_follower_gets_the_log_until_the_server_ends(client):
     client.post("/api/servers", json={})
     with ThreadPoolExecutor(1) as pool:

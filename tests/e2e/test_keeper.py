@@ -43,6 +43,9 @@ BAD_BODIES = {
     "env with a bad name": ({"env": {"A=B": "1"}}, "env"),
     "env that is ours": ({"env": {"LABKEEPER_SERVER": "x"}}, "env"),
     "label with a bad key": ({"labels": {"": "x"}}, "labels"),
+    "half a character in a label": ({"labels": {"a": "\ud800"}}, "body"),
+    "half a character in env": ({"env": {"A": "\udfff"}}, "body"),
+    "gateway CA is a directory": ({"gateway-url": GOOD_URL, "gateway-ca-certs": "/etc"}, "gateway_ca_certs"),
     "both spellings": ({"root_dir": ".", "root-dir": "."}, "root-dir"),
 }
 
@@ -69,7 +72,7 @@ def unharmed(settled):
 
 @pytest.mark.parametrize(("body", "field"), BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
-    answer = unharmed.http.post("/api/servers", json=body)
+    answer = unharmed.http.post("/api/servers", content=json.dumps(body), headers={"Content-Type": "application/json"})
     assert answer.status_code == 422, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     problem = answer.json()
@@ -137,10 +140,30 @@ def test_without_the_token_nothing_is_told(unharmed, header):
             assert nobody.get(path).status_code == 200
 
 
+def speak(keeper, text):
+    """Say something to the keeper's port, and give all that it answers until it closes."""
+    with socket.create_connection(("127.0.0.1", keeper.port), timeout=PATIENCE) as wire:
+        wire.sendall(text)
+        return wire.makefile("rb").read()
+
+
+def test_a_caller_who_asks_first_is_told_that_its_body_is_too_large(unharmed):
+    """As curl does before it sends more than a megabyte: told to go on, it would have waited for ever."""
+    head = b"POST /api/servers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    said = speak(unharmed, head + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n")
+    assert b"100 Continue" not in said
+    assert b"413 Request Entity Too Large" in said
+
+
+@pytest.mark.parametrize(
+    "line", [b"GET http://[ HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"]
+)
+def test_what_cannot_be_read_is_answered(unharmed, line):
+    assert b"400 Bad Request" in speak(unharmed, line)
+
+
 def test_a_broken_request_line_gets_a_problem(unharmed):
-    with socket.create_connection(("127.0.0.1", unharmed.port)) as wire:
-        wire.sendall(b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
-        said = wire.makefile("rb").read()
+    said = speak(unharmed, b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
     assert b"400 Bad Request" in said
     assert b"application/problem+json" in said
 
@@ -183,6 +206,15 @@ def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(keep
     assert "another keeper" in second.stderr
     assert str(keeper.process.pid) in second.stderr
     assert keeper.http.get("/readyz").status_code == 200
+
+
+def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_path):
+    """Whatever their state directories: each would end the other's servers."""
+    make_keeper(runtime_dir=tmp_path / "rooms").start()
+    said = make_keeper(runtime_dir=tmp_path / "rooms").cli("serve")
+    assert said.returncode == 2
+    assert "runtime directory" in said.stderr
+    assert len(said.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ class ServerRequest(_Request):
             raise invalid("root_dir", f"must be a directory that the keeper can read; {root} is none")
         for field in self._FILES:
             path = getattr(self, field)
-            if path is not None and not os.access(path, os.R_OK):
+            if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
                 raise invalid(field, "must be a file that the keeper can read")
         return ServerSpec(
             name=name,
@@ -299,5 +299,5 @@ class LogQuery(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    tail: Annotated[int, Field(ge=0, le=1_000_000)] = Field(200, description="Lines from the end.")
+    tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
     follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")

@@ -7,6 +7,7 @@ import binascii
 import functools
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
 from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
+from labkeeper.core.ports import Watch
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
@@ -41,6 +43,8 @@ _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compar
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 _FOLLOW_AGAIN: Final = 10
 """Seconds after which a place to follow in may be free."""
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at whether a caller still waits."""
 _CHUNK: Final = 64 * 1024
 """Characters of a log that are sent together."""
 
@@ -80,7 +84,7 @@ class Api:
             if query.wait_for is not None:
                 wait = stack.enter_context(self._patience(query.wait))
                 rest = {query.wait_for, State.STOPPED, State.FAILED}
-                snapshot, _ = watch.until(lambda s: s.state in rest, first=snapshot, timeout=wait)
+                snapshot, _ = self._until(watch, lambda s: s.state in rest, first=snapshot, timeout=wait)
         return _json(self._model(snapshot))
 
     def delete_server(self, path: ServerPath, query: StopQuery) -> Answer:
@@ -146,6 +150,20 @@ class Api:
             if waits:
                 self._places.release()
 
+    def _until(
+        self, watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
+    ) -> tuple[Snapshot, bool]:
+        """Wait as `Watch.until` does, but no longer than the caller does."""
+        end = time.monotonic() + timeout
+        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+        last, held = first, False
+        while not held:
+            left = end - time.monotonic()
+            last, held = watch.until(holds, first=last, timeout=max(0.0, min(_LOOK_EVERY, left)))
+            if left <= 0 or gone():
+                break
+        return last, held
+
     def _follow(self, name: ServerName, tail: int) -> Response:
         if not self._places.acquire(blocking=False):
             raise CapacityReached(
@@ -163,7 +181,7 @@ class Api:
         patience = self._services.start_wait if query.wait is None else query.wait
         with self._keeper.watch(name) as watch, self._patience(patience) as wait:
             reply = _reply(command())
-            snapshot, settled = watch.until(_is_settled, first=reply.snapshot, timeout=wait)
+            snapshot, settled = self._until(watch, _is_settled, first=reply.snapshot, timeout=wait)
         if snapshot.state is State.FAILED:
             raise problems.start_failed(snapshot)
         if settled and snapshot.state is State.STOPPED:
@@ -178,8 +196,8 @@ class Api:
         patience = self._services.stop_wait if query.wait is None else query.wait
         with self._keeper.watch(name) as watch, self._patience(patience) as wait:
             first = _reply(self._keeper.ask(Order(name, event, force=query.force))).snapshot
-            snapshot, ended = watch.until(
-                lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
+            snapshot, ended = self._until(
+                watch, lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
             )
         if snapshot.goal in {Goal.UP, Goal.AGAIN}:
             raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
@@ -217,7 +235,12 @@ class _LiveResponse(Response):
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         def start(*given: Any) -> Any:
             write = start_response(*given)
-            write(b"")
+            try:
+                write(b"")
+            except BaseException:
+                # The caller has gone already: nobody will ask for the body, nor close it.
+                self.close()
+                raise
             return write
 
         return super().__call__(environ, start)

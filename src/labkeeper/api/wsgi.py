@@ -6,6 +6,7 @@ Waitress reads requests without a thread for each, so slow callers cost nothing;
 from __future__ import annotations
 
 import json
+import resource
 import socket
 import threading
 from typing import Any, Final
@@ -16,11 +17,15 @@ from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
 from waitress.task import ErrorTask
-from waitress.utilities import RequestEntityTooLarge
+from waitress.utilities import BadRequest, RequestEntityTooLarge
 
 from labkeeper.api.problems import MEDIA_TYPE
 
 _CONNECTIONS: Final = 2000
+_RESERVE: Final = 512
+"""Descriptors that are kept for servers, their logs, and the store."""
+_IDLE_TIMEOUT: Final = 30
+"""Seconds after which a connection without a request is closed."""
 _HEADER_LIMIT: Final = 64 * 1024
 _FAREWELL: Final = 5
 """Seconds that answers under way get to end, when the server closes."""
@@ -40,10 +45,11 @@ class WsgiServer:
             threads=threads,
             max_request_body_size=max_body + 1,
             max_request_header_size=_HEADER_LIMIT,
-            connection_limit=_CONNECTIONS,
+            connection_limit=_connection_limit(),
+            channel_timeout=_IDLE_TIMEOUT,
             backlog=512,
-            # Lets a stream notice that its reader has gone.
-            channel_request_lookahead=1,
+            # Lets a stream notice that its reader has gone, also when the reader has asked for more behind it.
+            channel_request_lookahead=8,
             asyncore_use_poll=True,
             clear_untrusted_proxy_headers=True,
             ident=None,
@@ -68,9 +74,16 @@ class WsgiServer:
         self._thread.join()
 
 
+def _connection_limit() -> int:
+    """Say how many connections the descriptors of this process allow, with enough left for what it does itself."""
+    allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return _CONNECTIONS if allowed == resource.RLIM_INFINITY else max(_CONNECTIONS // 20, min(_CONNECTIONS, allowed - _RESERVE))
+
+
 class _Parser(HTTPRequestParser):
     """Reads an oversized body to its end and keeps nothing of it: a caller that is cut off while it sends sees no answer."""
 
+    expect_continue: bool
     _left = 0
 
     def received(self, data: bytes) -> int:
@@ -80,11 +93,23 @@ class _Parser(HTTPRequestParser):
             self._left -= taken
             self.completed = self._left == 0
             return taken
-        consumed: int = super().received(data)
-        if isinstance(self.error, RequestEntityTooLarge) and not self.expect_continue and self.content_length < _DRAIN_LIMIT:
+        try:
+            consumed: int = super().received(data)
+        except ValueError:
+            # Of a URL or a length that Python cannot read.
+            self.error, self.completed = BadRequest("the request line or a header cannot be read"), True
+            return len(data)
+        if isinstance(self.error, RequestEntityTooLarge):
+            self._refuse_body()
+        return consumed
+
+    def _refuse_body(self) -> None:
+        if self.expect_continue:
+            # Its sender waits to be told to go on, and is told no.
+            self.expect_continue = False
+        elif self.content_length < _DRAIN_LIMIT:
             self._left = self.content_length
             self.completed = self._left == 0
-        return consumed
 
 
 class _Problem(ErrorTask):
