@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import resource
 import select
 import signal
 import socket
@@ -34,6 +36,7 @@ from labkeeper.store import SqliteStore
 _MARGIN: Final = 5.0
 """Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
+_DESCRIPTORS: Final = 16384
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = structlog.get_logger("labkeeper.serve")
@@ -50,7 +53,10 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
     with ExitStack() as stack:
         ended = stack.enter_context(closing(_Ended()))
         _make_private(chosen.state_dir)
-        stack.enter_context(_only_keeper(chosen.state_dir))
+        stack.enter_context(_only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
+        if chosen.runtime_dir is not None and _exists(chosen.runtime_dir):
+            stack.enter_context(_only_keeper(chosen.runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
+        _allow_descriptors()
         token = _token(chosen)
         listener = stack.enter_context(_listen(chosen.host, chosen.port))
         url = _url_of(listener)
@@ -183,9 +189,16 @@ def _make_private(directory: Path) -> None:
         raise SettingsError(f"cannot use the state directory {directory}: it is not writable")
 
 
+def _exists(directory: Path) -> bool:
+    """Make a runtime directory if need be; where it cannot be made, each start says so."""
+    with contextlib.suppress(OSError):
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return os.access(directory, os.W_OK | os.X_OK)
+
+
 @contextmanager
-def _only_keeper(directory: Path) -> Iterator[None]:
-    """Hold the lock of a state directory. The kernel drops it with the process, so none is ever stale."""
+def _only_keeper(directory: Path, what: str, variable: str) -> Iterator[None]:
+    """Hold the lock of a directory. The kernel drops it with the process, so none is ever stale."""
     path = directory / "keeper.lock"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -194,14 +207,22 @@ def _only_keeper(directory: Path) -> Iterator[None]:
         except BlockingIOError:
             holder = os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
             raise SettingsError(
-                f"another keeper (pid {holder}) runs on the state directory {directory}; "
-                "stop it, or choose another LABKEEPER_STATE_DIR"
+                f"another keeper (pid {holder}) runs on the {what} {directory}; stop it, or choose another {variable}"
             ) from None
-        os.ftruncate(descriptor, 0)
-        os.write(descriptor, str(os.getpid()).encode())
+        with contextlib.suppress(OSError):  # On a full disk the lock holds all the same; it only does not say whose it is.
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def _allow_descriptors() -> None:
+    """Take as many descriptors as we may: each connection, each log and each server needs one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _token(chosen: Settings) -> str | None:
@@ -231,7 +252,10 @@ def _url_of(listener: socket.socket) -> str:
 
 @contextmanager
 def _address(state_dir: Path, url: str) -> Iterator[None]:
-    statedir.write_address(state_dir, url)
+    try:
+        statedir.write_address(state_dir, url)
+    except OSError as error:
+        _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
     try:
         yield
     finally:
