@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 import structlog
 from pydantic import BaseModel
+from werkzeug.test import EnvironBuilder
 
 from harness import until
 from labkeeper.api.access import Access
