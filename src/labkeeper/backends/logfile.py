@@ -6,6 +6,7 @@ between the two are lost (a millisecond for a file of 10 MiB).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import time
@@ -52,7 +53,7 @@ class LogFile:
             spare.replace(self._older)
         except OSError:
             # Without room for the copy the newest lines matter more than the older ones.
-            if self.path.exists():
+            with contextlib.suppress(OSError):
                 os.truncate(self.path, 0)
 
     def tail(self, count: int | None) -> list[str]:
