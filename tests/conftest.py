@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -29,11 +30,14 @@ def _nothing_left_behind():
 
 def _children():
     """The processes that this one started, as the kernel lists them (psutil would look at every process of the machine)."""
-    lists = Path("/proc/self/task").glob("*/children")
-    try:
-        return {int(pid) for path in lists for pid in path.read_text().split()}
-    except OSError:
+    lists = list(Path("/proc/self/task").glob("*/children"))
+    if not lists:
         return {child.pid for child in psutil.Process().children()}
+    children = set()
+    for path in lists:
+        with contextlib.suppress(OSError):  # A thread that has ended meanwhile has no list.
+            children.update(int(pid) for pid in path.read_text().split())
+    return children
 
 
 def pytest_sessionfinish(session):
