@@ -4,7 +4,7 @@ BIN = $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint format docs lock clean
+.PHONY: help setup run test bench lint format docs lock clean
 
 help: ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,6 +17,9 @@ run: setup ## Start a keeper and a first server, and print its link; Ctrl-C stop
 
 test: setup ## Run the whole suite
 	@scripts/test $(BIN)
+
+bench: setup ## Compare with jupyter lab and JupyterHub, in about half an hour (BENCH=--quick for a look)
+	$(BIN)/python bench $(BENCH)
 
 lint: setup ## Check style, types, the direction of imports, and spelling
 	$(BIN)/ruff check

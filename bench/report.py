@@ -1,0 +1,132 @@
+"""The results as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+from bars import own_memory, verdicts
+from crowd import CROWD
+from figures import median, slow_end, slow_end_name
+from results import Results, ours
+
+_MIB: Final = 1024 * 1024
+_LABEL: Final = 38
+_CELL: Final = 17
+TITLES: Final = {
+    "start": "start: request to ready",
+    "first_cell": "request to the first result of a cell",
+    "burst": f"{CROWD} servers at once: all ready",
+    "stop": "stop: request to gone",
+    "stop_kernels": "stop with two kernels",
+}
+
+
+def text(results: Results) -> str:
+    """Put it all together."""
+    parts = (_machine, _timings, _memory, _idle, _api, _cycles, _verdicts)
+    return "\n".join(line for part in parts for line in part(results))
+
+
+def _machine(results: Results) -> Iterator[str]:
+    machine, packages = results["machine"], results["packages"]
+    yield f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}, Python {machine['python']}"
+    known = {name: version for each in packages.values() for name, version in each.items() if name != "python"}
+    yield ", ".join(f"{name} {version}" for name, version in known.items())
+    for key, why in results["skipped"].items():
+        yield f"NOT MEASURED: {key}: {why}"
+    if machine["busy_percent_before"] > 10:  # noqa: PLR2004
+        yield f"THE MACHINE WAS BUSY before the run ({machine['busy_percent_before']} %): the figures are noisy"
+    yield ""
+
+
+def _timings(results: Results) -> Iterator[str]:
+    timed = [name for name in TITLES if name in results["measurements"]]
+    if not timed:
+        return
+    contenders = results["contenders"]
+    yield _row("", list(contenders.values()))
+    first = ours(results)
+    for name in timed:
+        samples = results["measurements"][name]
+        some = next(iter(samples.values()))
+        middle = {key: median(samples[key]) for key in contenders}
+        yield _row(f"{TITLES[name]} ({len(some)})", [])
+        yield _row("  median", [f"{middle[key]:.3f} s" for key in contenders])
+        yield _row(f"  {slow_end_name(some)}", [f"{slow_end(samples[key]):.3f} s" for key in contenders])
+        if first in contenders:
+            yield _row(f"  times {contenders[first]}'s", [f"{middle[key] / middle[first]:.1f}" for key in contenders])
+    yield ""
+
+
+def _memory(results: Results) -> Iterator[str]:
+    found = results["measurements"].get("memory")
+    if not found:
+        return
+    contenders = {key: label for key, label in results["contenders"].items() if key in found}
+    yield _row("memory of an idle server", list(contenders.values()))
+    for count in (1, CROWD):
+        for kind, title in (("uss", "its own (USS)"), ("pss", "with its share (PSS)")):
+            values = [own_memory(results, key, count, kind) for key in contenders]
+            yield _row(f"  {title}, {count} running", [_mib(value) for value in values])
+    totals = [_total_pss(found[key][str(CROWD)]) / CROWD for key in contenders]
+    yield _row(f"  all processes / {CROWD} (PSS)", [_mib(value) for value in totals])
+    yield ""
+
+
+def _total_pss(seen: dict[str, Any]) -> float:
+    return float(sum(each["pss"] for each in (*seen["servers"], *seen["beside"].values())))
+
+
+def _idle(results: Results) -> Iterator[str]:
+    found = results["measurements"].get("idle")
+    if not found:
+        return
+    yield _row(f"beside {CROWD} idle servers", ["of a core", "RSS", "USS", "PSS"])
+    for key, processes in found.items():
+        for name, seen in processes.items():
+            sizes = [_mib(seen[kind]) for kind in ("rss", "uss", "pss")]
+            yield _row(f"  {results['contenders'][key]}: {name}", [f"{seen['cpu_percent']:.2f} %", *sizes])
+    yield ""
+
+
+def _api(results: Results) -> Iterator[str]:
+    for key, found in results["measurements"].get("api", {}).items():
+        what = f"{found['servers']} servers, {found['followers']} followers"
+        yield f"API of {results['contenders'][key]} with {what}; latency at {found['rate']:.0f} requests a second"
+        yield _row("", ["p50", "p95", "p99", "requests/s", "caller's core"])
+        for name, title in (("one", "GET one server"), ("list", "GET all servers")):
+            seen = found[name]
+            latency = [f"{1000 * seen['latency'][share]:.1f} ms" for share in ("p50", "p95", "p99")]
+            rate, share = seen["requests_per_second"], seen["caller_share_of_a_core"]
+            yield _row(f"  {title}", [*latency, f"{rate:.0f}", f"{share:.0%}"])
+        yield ""
+
+
+def _cycles(results: Results) -> Iterator[str]:
+    found = results["measurements"].get("cycles")
+    if not found:
+        return
+    counts = found["counts"]
+    yield _row(f"{found['cycles']} cycles, launched by {found['launched_by']}", list(counts))
+    for name in counts["before"]:
+        values = [each[name] for each in counts.values()]
+        yield _row(f"  {name}", [_mib(value) if name.endswith("RSS") else str(value) for value in values])
+    yield f"  leaks: {'; '.join(found['leaks']) or 'none'}"
+    yield ""
+
+
+def _verdicts(results: Results) -> Iterator[str]:
+    first = ours(results)
+    yield f"bars, for {results['contenders'].get(first, first)}"
+    for verdict in verdicts(results):
+        said = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
+        yield f"  {said:<14}{verdict.text:<54}{verdict.value or ''}".rstrip()
+
+
+def _row(label: str, cells: Sequence[str]) -> str:
+    return f"{label:<{_LABEL}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)
+
+
+def _mib(size: float) -> str:
+    return f"{size / _MIB:.1f} MiB"

@@ -1,0 +1,69 @@
+"""The results of one run: plain data, as it is kept in JSON. Holds no name and no path of the machine."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+Results = dict[str, Any]
+FORK: Final = "labkeeper_fork"
+EXEC: Final = "labkeeper_exec"
+LAB: Final = "jupyter_lab"
+HUB: Final = "jupyterhub"
+
+
+def begin(versions: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
+    """Note what is so before anything is measured."""
+    return {
+        "schema": 1,
+        "when": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": {
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "kernel": f"{platform.system()} {platform.release()}",
+            "architecture": platform.machine(),
+            "python": platform.python_version(),
+            "busy_percent_before": psutil.cpu_percent(1.0),
+        },
+        "packages": dict(versions),
+        "options": dict(options),
+        "contenders": {},
+        "skipped": {},
+        "measurements": {},
+    }
+
+
+def ours(results: Results) -> str:
+    """Name the contender that the others are held against: labkeeper as it is by default, or what there is of it."""
+    return next((key for key in (FORK, EXEC) if key in results["contenders"]), FORK)
+
+
+def save(results: Results, path: Path) -> None:
+    """Write them, the old ones there until the new ones are whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    new.write_text(json.dumps(_rounded(results), indent=1) + "\n")
+    new.replace(path)
+
+
+def load(path: Path) -> Results:
+    """Read them."""
+    return dict(json.loads(path.read_text()))
+
+
+def _rounded(value: Any) -> Any:
+    """Keep tens of microseconds; what lies below is noise, and hard to read."""
+    if isinstance(value, float):
+        return round(value, 5)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_rounded(each) for each in value]
+    return value
