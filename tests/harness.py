@@ -65,7 +65,7 @@ def servers_in(room_prefix):
     found = []
     for process in processes_marked(room_prefix):
         with contextlib.suppress(psutil.Error):
-            if any(piece.endswith("jupyter-lab") for piece in process.cmdline()[:2]):
+            if any(piece.startswith("jupyter-lab") for piece in process.cmdline()[:1]):
                 found.append(process.pid)
     return found
 

@@ -7,7 +7,6 @@ Knows nothing of keepers, states or processes. Sources of the rules: jupyter_ser
 from __future__ import annotations
 
 import json
-import pprint
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, Kernel, ServerSpec
 
-CONFIG_NAME: Final = "jupyter_server_config.py"
 PRIVATE_VARIABLES: Final = re.compile(r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_)")
 """Variables of the keeper's own environment that a server must not inherit: ours, and those that would configure Jupyter
 against the spec."""
@@ -31,56 +29,33 @@ _LARGEST_ANSWER: Final = 4 * 1024 * 1024
 _LAUNCH_PAD: Final = 2.0
 """Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
 
-_CONFIG_SOURCE: Final = """\
-# Written by labkeeper for one launch of one server. It holds secrets: keep it to its owner.
-import os
-import traceback
 
-from jupyter_core.paths import jupyter_config_path
-from jupyter_server.serverapp import ServerApp
-from traitlets.config.loader import ConfigFileNotFound, JSONFileConfigLoader, PyFileConfigLoader
-
-c = get_config()  # noqa
-
-# Jupyter skips the site's and the user's configuration when it is given a file: load it here, in Jupyter's own order.
-for directory in reversed(jupyter_config_path()):
-    for loader, name in ((PyFileConfigLoader, "jupyter_server_config.py"), (JSONFileConfigLoader, "jupyter_server_config.json")):
-        try:
-            c.merge(loader(name, path=directory).load_config())
-        except ConfigFileNotFound:
-            pass
-        except Exception:
-            traceback.print_exc()
-            raise SystemExit("bad configuration: cannot load " + os.path.join(directory, name))
-
-# Jupyter would write its token into a page that others can read; this trait is no option of its configuration.
-ServerApp.instance().no_browser_open_file = True
-
-# What this launch was asked for stands above all of that.
-for section, values in {settings}.items():
-    c[section].update(values)
-"""
-
-
-def config_source(spec: ServerSpec, *, token: str, directory: Path, ca_bundle: Path | None) -> str:
-    """Write the configuration file of one launch: secrets, and what is too long for an argument list."""
-    settings: dict[str, dict[str, Any]] = {
-        "IdentityProvider": {"token": token},
-        "LabApp": {"default_url": spec.default_url, "extension_manager": "readonly"},
-        "ServerApp": {
-            "allow_root": True,
-            "cookie_secret_file": str(directory / "cookie_secret"),
-            "default_url": spec.default_url,
-            "open_browser": False,
-        },
+def base_config() -> dict[str, dict[str, Any]]:
+    """Give the configuration that all servers have in common, by section."""
+    return {
+        # The other one builds an SSL context at each start, and lets users install packages from the Lab.
+        "LabApp": {"extension_manager": "readonly"},
+        # A port is taken or not: Jupyter's silent search for another one would break every promise about it.
+        "ServerApp": {"allow_root": True, "open_browser": False, "port_retries": 0},
     }
+
+
+def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -> dict[str, dict[str, Any]]:
+    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets."""
+    sections = base_config()
+    sections["IdentityProvider"] = {"token": token}
+    sections["LabApp"]["default_url"] = spec.default_url
+    sections["ServerApp"].update(
+        ip=spec.ip, port=port, root_dir=spec.root_dir, base_url=spec.base_url, default_url=spec.default_url
+    )
     if spec.gateway is not None:
-        settings["GatewayClient"] = _gateway_settings(spec.gateway, ca_bundle)
-    return _CONFIG_SOURCE.replace("{settings}", pprint.pformat(settings, width=110))
+        sections["GatewayClient"] = _gateway_settings(spec.gateway, ca_bundle)
+    return sections
 
 
 def _gateway_settings(gateway: Gateway, ca_bundle: Path | None) -> dict[str, Any]:
     chosen = {
+        "url": gateway.url,
         "ws_url": gateway.ws_url,
         "auth_token": gateway.auth_token,
         "auth_scheme": gateway.auth_scheme,
@@ -95,26 +70,14 @@ def _gateway_settings(gateway: Gateway, ca_bundle: Path | None) -> dict[str, Any
     return {name: value for name, value in chosen.items() if value is not None}
 
 
-def arguments(spec: ServerSpec, *, port: int, config: Path) -> list[str]:
-    """Give the arguments of one launch; nothing secret is among them. They stand above every configuration file."""
-    given = [
-        f"--config={config}",
-        f"--ip={spec.ip}",
-        f"--port={port}",
-        # A port is taken or not: Jupyter's silent search for another one would break every promise about it.
-        "--ServerApp.port_retries=0",
-        f"--ServerApp.root_dir={spec.root_dir}",
-        f"--ServerApp.base_url={spec.base_url}",
-    ]
-    if spec.gateway is not None:
-        given.append(f"--gateway-url={spec.gateway.url}")
-    return given
+def base_environment(own: Mapping[str, str]) -> dict[str, str]:
+    """Make the environment that all servers have in common: our own, without what is private."""
+    return {name: value for name, value in own.items() if not PRIVATE_VARIABLES.match(name)}
 
 
 def environment(spec: ServerSpec, own: Mapping[str, str], *, runtime_dir: Path, ca_bundle: Path | None) -> dict[str, str]:
-    """Make the environment of one launch from our own, without what is private, and the spec's."""
-    env = {name: value for name, value in own.items() if not PRIVATE_VARIABLES.match(name)}
-    env.update(spec.env)
+    """Make the environment of one launch from our own and the spec's."""
+    env = {**base_environment(own), **spec.env}
     env["JUPYTER_RUNTIME_DIR"] = str(runtime_dir)
     if ca_bundle is not None:
         # Jupyter hands `ca_certs` on only beside a client certificate; OpenSSL's own variable works without one.
@@ -150,11 +113,15 @@ def info_path(runtime_dir: Path, pid: int) -> Path:
 def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
     """Read the server_info of a process; None as long as it has written none, or only half of it."""
     try:
-        info = _Info.model_validate_json(info_path(runtime_dir, pid).read_bytes())
-    except (OSError, ValidationError):
+        endpoint = endpoint_of(json.loads(info_path(runtime_dir, pid).read_bytes()))
+    except (OSError, ValueError):
         return None
-    if info.pid != pid:
-        return None
+    return endpoint if endpoint.pid == pid else None
+
+
+def endpoint_of(server_info: Any) -> Endpoint:
+    """Read a server_info. Raises ValueError."""
+    info = _Info.model_validate(server_info)
     return Endpoint(
         base_url=info.base_url,
         hostname=info.hostname,
@@ -197,6 +164,10 @@ class JupyterClient:
     def close(self) -> None:
         """Close all sockets."""
         self._http.close()
+
+    def proves(self, endpoint: Endpoint) -> bool:
+        """Whether it answers, and knows its token."""
+        return self.answers(endpoint) and self.accepts_token(endpoint)
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether it is alive: `GET api` needs no token and touches no gateway."""

@@ -28,6 +28,7 @@ from labkeeper.client import Client
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
+from labkeeper.core.model import Limits
 from labkeeper.jupyter import JupyterClient
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
@@ -97,6 +98,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         runtime_dir=chosen.rooms,
         log_dir=chosen.state_dir / "logs",
         client=jupyter,
+        launch_by=chosen.launch_by,
         log_max_bytes=chosen.log_max_bytes,
     )
     fleet = Fleet(
@@ -117,7 +119,12 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         keeper=keeper,
         backend=backend,
         probe=jupyter,
-        defaults=Defaults(chosen.notebook_dir, chosen.lab_ip, chosen.lab_port),
+        defaults=Defaults(
+            chosen.notebook_dir,
+            chosen.lab_ip,
+            chosen.lab_port,
+            Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
+        ),
         version=version("labkeeper"),
         token=token,
         advertised_host=chosen.advertised_host,

@@ -74,6 +74,11 @@ class Settings(BaseSettings):
         default_factory=lambda: Path(sys.executable),
         description="Interpreter to run JupyterLab with; its environment may be another than the keeper's.",
     )
+    launch_by: Literal["fork", "exec"] = Field(
+        "fork",
+        description="`fork`: servers are forked from a process that has loaded JupyterLab already, where that is possible; "
+        "`exec`: each loads it by itself.",
+    )
     auth: Literal["token", "none"] = Field(
         "token", description="`none` lets everybody who can reach the API run code here as the keeper's user."
     )
@@ -91,6 +96,11 @@ class Settings(BaseSettings):
         120.0, description="Seconds without an answer after which a running server is ended and started again; 0: never."
     )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
+        None, description="Bytes of memory for each server with its kernels, when its request names none."
+    )
+    cpu_limit: Annotated[float, Field(ge=0.01)] | None = Field(None, description="Processors for each, likewise.")
+    process_limit: Annotated[int, Field(ge=16)] | None = Field(None, description="Processes and threads of each, likewise.")
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
         description="Threads that answer requests. Each caller that waits or follows a log holds one; an eighth is kept free.",

@@ -107,7 +107,7 @@ def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
     monkeypatch.setattr(processes, "_started", no_descriptor)
     monkeypatch.setattr(processes.os, "pidfd_open", no_descriptor)
     assert process.alive()
-    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
 
 
 def test_what_ignores_sigterm_gets_sigkill(spawn):
@@ -129,17 +129,17 @@ def test_waiting_ends_with_the_process(spawn, pipe):
     child = spawn()
     process = Process.find(child.pid)
     threading.Timer(0.05, child.kill).start()
-    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
-    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
     child.wait()
-    assert wait_until_ended(process, or_readable=pipe[0], timeout=10)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
 
 
 def test_waiting_ends_with_its_time_or_when_called_off(spawn, pipe):
     process = Process.find(spawn().pid)
-    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
     os.write(pipe[1], b"x")
-    assert not wait_until_ended(process, or_readable=pipe[0], timeout=None)
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=None)
 
 
 def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, monkeypatch):
@@ -148,12 +148,12 @@ def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, mo
     child = spawn()
     process = Process.find(child.pid)
     assert process.alive()
-    assert not wait_until_ended(process, or_readable=pipe[0], timeout=0.01)
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
     assert process.send(signal.SIGKILL)
-    assert wait_until_ended(process, or_readable=pipe[0], timeout=None)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=None)
     other = Process.find(spawn().pid)
     os.write(pipe[1], b"x")
-    assert not wait_until_ended(other, or_readable=pipe[0], timeout=None)
+    assert not wait_until_ended(other, or_readable=[pipe[0]], timeout=None)
     assert boot_id()
 
 

@@ -19,8 +19,9 @@ from labkeeper.testing.contract import BackendContract
 class LocalRig:
     patience = 60.0
 
-    def __init__(self, base: Path):
+    def __init__(self, base: Path, launch_by):
         self._base = base
+        self._launch_by = launch_by
         self._clients = {}
         (base / "notebooks").mkdir()
 
@@ -32,6 +33,7 @@ class LocalRig:
             runtime_dir=self._base / "run",
             log_dir=self._base / "logs",
             client=client,
+            launch_by=self._launch_by,
         )
         self._clients[backend] = client
         return backend
@@ -64,7 +66,14 @@ def _reaped():
 
 
 @pytest.mark.usefixtures("_reaped")
-class TestLocalBackend(BackendContract):
+class TestExecutedServers(BackendContract):
     @pytest.fixture
     def rig(self, tmp_path):
-        return LocalRig(tmp_path)
+        return LocalRig(tmp_path, "exec")
+
+
+@pytest.mark.usefixtures("_reaped")
+class TestForkedServers(BackendContract):
+    @pytest.fixture
+    def rig(self, tmp_path):
+        return LocalRig(tmp_path, "fork")

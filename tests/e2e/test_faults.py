@@ -217,7 +217,8 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(keeper):
     stranger = subprocess.Popen(["sleep", "1000"])
     try:
         record = keeper.rooms / "default" / "launch.json"
-        (record.parent / f"jpserver-{server['pid']}.json").rename(record.parent / f"jpserver-{stranger.pid}.json")
+        jupyter = record.parent / "jupyter"
+        (jupyter / f"jpserver-{server['pid']}.json").rename(jupyter / f"jpserver-{stranger.pid}.json")
         record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": stranger.pid}))
         keeper.start()
         again = keeper.wait_for("running")
@@ -309,7 +310,7 @@ def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_kee
     assert sum(path.stat().st_size for path in log.parent.iterdir()) < 60_000_000
     assert log.with_name("default.log.1").stat().st_mode & 0o077 == 0
     assert keeper.delete(force="true").status_code == 200
-    until(lambda: not list(log.parent.iterdir()), what="the log is forgotten with its server")
+    until(lambda: not list(log.parent.glob("default*")), what="the log is forgotten with its server")
 
 
 def test_a_suspended_server_is_stopped_all_the_same(make_keeper):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import Exit, Failure, FailureClass, Kernel, Snapshot, StopMethod, StopReport
+from labkeeper.core.model import Exit, Failure, FailureClass, Kernel, Limits, Snapshot, StopMethod, StopReport
 
 
 class ExitModel(BaseModel):
@@ -37,6 +38,16 @@ class StopReportModel(BaseModel):
     kernels_left: list[str] = Field(description="Kernels that may still run on the gateway.")
 
 
+class LimitModel(BaseModel):
+    """What a server, with its kernels and terminals, may use of one thing."""
+
+    limit: float
+    limited_by: str | None = Field(
+        description="What holds it: `cgroup2`, `cgroup1`, `rlimit` (for each process by itself) or `nothing`; "
+        "null unless it is running."
+    )
+
+
 class Server(BaseModel):
     """A server. The first nine fields are Jupyter's server_info; they are null unless it is running."""
 
@@ -51,7 +62,8 @@ class Server(BaseModel):
     url: str | None
     lab_url: str | None = Field(description="A link that works from where the caller asked.")
     version: str | None = Field(description="Version of jupyter_server.")
-    launched_by: str | None
+    launched_by: str | None = Field(description="`fork` from a process that has loaded JupyterLab already, or `exec`.")
+    exec_reason: str | None = Field(description="Why it was not forked; null when it was.")
     name: str
     state: State
     goal: Goal
@@ -63,6 +75,8 @@ class Server(BaseModel):
     root_dir: str
     default_url: str
     labels: dict[str, str]
+    limits: dict[str, LimitModel] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
+    user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
     gateway_url: str | None
     exit: ExitModel | None
     failure: FailureModel | None
@@ -129,6 +143,7 @@ _INFO: Final = (
     "url",
     "version",
     "launched_by",
+    "exec_reason",
 )
 
 
@@ -155,11 +170,18 @@ def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
         root_dir=spec.root_dir,
         default_url=spec.default_url,
         labels=dict(spec.labels),
+        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}),
+        user=spec.user,
         gateway_url=spec.gateway.url if spec.gateway else None,
         exit=exit_model(snapshot.exit),
         failure=_failure_model(snapshot.failure),
         stop_report=_stop_report_model(snapshot.stop_report),
     )
+
+
+def _limit_models(limits: Limits, limited_by: Mapping[str, str]) -> dict[str, LimitModel]:
+    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name)) for name, limit in given.items()}
 
 
 def exit_model(end: Exit | None) -> ExitModel | None:

@@ -13,7 +13,7 @@ from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, Co
 
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, Gateway, ServerSpec, server_name
+from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Defaults:
     lab_ip: str
     lab_port: int
     """The port of the server named `default`."""
+    limits: Limits = UNLIMITED
 
 
 def _check_name(text: str) -> str:
@@ -74,6 +75,12 @@ def _check_one_line(text: str) -> str:
 def _check_no_nul(text: str) -> str:
     if "\0" in text:
         raise ValueError("must not contain NUL")
+    return text
+
+
+def _check_user(text: str) -> str:
+    if not re.fullmatch(r"[a-z_][a-z0-9_.-]*", text):
+        raise ValueError("must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
     return text
 
 
@@ -154,6 +161,18 @@ class ServerRequest(_Request):
         AfterValidator(_check_labels),
         Field(max_length=64, description="For the caller's own use; the list can be filtered by them."),
     ] = {}
+    memory_limit: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
+        _ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
+    )
+    cpu_limit: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
+        _ABSENT, description="Processors for all of them together; 1.5 is one and a half."
+    )
+    process_limit: Annotated[int, Field(ge=16, le=2**22)] = Field(
+        _ABSENT, description="Processes and threads for all of them together."
+    )
+    user: Annotated[str, AfterValidator(_check_user), Field(max_length=32)] = Field(
+        _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: the keeper's own."
+    )
     gateway_url: Annotated[str, AfterValidator(_check_http_url), Field(max_length=2048)] = Field(
         _ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
     )
@@ -210,6 +229,12 @@ class ServerRequest(_Request):
             env=self.env,
             labels=self.labels,
             gateway=self._gateway(),
+            limits=Limits(
+                memory=self.memory_limit if self.memory_limit is not None else defaults.limits.memory,
+                cpus=self.cpu_limit if self.cpu_limit is not None else defaults.limits.cpus,
+                processes=self.process_limit if self.process_limit is not None else defaults.limits.processes,
+            ),
+            user=self.user,
         )
 
     def _gateway(self) -> Gateway | None:

@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -123,8 +123,8 @@ def _has_variable(pid: int, name: str, value: str) -> bool:
     return psutil.Process(pid).environ().get(name) == value
 
 
-def wait_until_ended(process: Process, *, or_readable: int, timeout: float | None) -> bool:
-    """Wait for the end of a process; give up when `or_readable` (a descriptor) becomes readable, or after `timeout` seconds.
+def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:
+    """Wait for the end of a process; give up when a descriptor becomes readable, or after `timeout` seconds.
 
     Says whether the process has ended. Sleeps in the kernel where it can.
     """
@@ -141,18 +141,19 @@ def wait_until_ended(process: Process, *, or_readable: int, timeout: float | Non
             return True
         poll = select.poll()
         poll.register(handle, select.POLLIN)
-        poll.register(or_readable, select.POLLIN)
+        for descriptor in or_readable:
+            poll.register(descriptor, select.POLLIN)
         ready = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
         return any(descriptor == handle for descriptor, _ in ready)
     finally:
         os.close(handle)
 
 
-def _look_until_ended(process: Process, or_readable: int, timeout: float | None) -> bool:
+def _look_until_ended(process: Process, or_readable: Sequence[int], timeout: float | None) -> bool:
     until = None if timeout is None else time.monotonic() + timeout
     while process.alive():
         left = _LOOK_EVERY if until is None else min(_LOOK_EVERY, until - time.monotonic())
-        if left <= 0 or select.select([or_readable], [], [], left)[0]:
+        if left <= 0 or select.select(or_readable, [], [], left)[0]:
             return not process.alive()
     return True
 

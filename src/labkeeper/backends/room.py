@@ -1,27 +1,25 @@
 """A server's room: the directory of one server, which only its owner can enter, and which goes when the server has ended.
 
-In it: Jupyter's configuration with the token, its cookie secret and runtime files, and `launch.json`, by which a later keeper
-knows the process again. Its path is the mark by which all that the server started is found.
+In it: `launch.json`, by which a later keeper knows the process again, and `jupyter/`, Jupyter's runtime directory. Its path is
+the mark by which all that the server started is found.
 """
 
 from __future__ import annotations
 
-import secrets
+import os
 import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Literal
 
 from pydantic import BaseModel, ValidationError
 
-from labkeeper import jupyter
+from labkeeper.backends.limits import LimitedBy
+from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
 from labkeeper.files import write_private
-
-TOKEN_BYTES: Final = 24
-"""192 bits, written as twice as many hexadecimal digits."""
 
 
 class Record(BaseModel):
@@ -32,6 +30,11 @@ class Record(BaseModel):
     started: str
     boot: str
     gateway: bool
+    launched_by: Literal["fork", "exec"] = "exec"
+    exec_reason: str | None = None
+    forkserver: str | None = None
+    """Which fork server is its parent."""
+    limited_by: dict[str, LimitedBy] = {}
     ready: bool = False
 
 
@@ -42,17 +45,22 @@ class Room:
     path: Path
 
     @property
-    def config(self) -> Path:
-        """Jupyter's configuration file."""
-        return self.path / jupyter.CONFIG_NAME
+    def jupyter(self) -> Path:
+        """Jupyter's runtime directory; the part of the room that belongs to the server's user."""
+        return self.path / "jupyter"
 
-    def furnish(self, spec: ServerSpec) -> Path | None:
+    def furnish(self, spec: ServerSpec, user: User | None) -> Path | None:
         """Make the room and what a launch needs; give the file of certificates to trust, if there is one. Raises OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700)
+        self.jupyter.mkdir(mode=0o700)
         bundle = self._bundle(spec)
-        source = jupyter.config_source(spec, token=secrets.token_hex(TOKEN_BYTES), directory=self.path, ca_bundle=bundle)
-        write_private(self.config, source)
+        if user is not None:
+            # It may pass through to its own part. Which process runs here it must not be able to write.
+            for passed in (self.path.parent, self.path):
+                passed.chmod(0o711)
+            for owned in filter(None, (self.jupyter, bundle)):
+                os.chown(owned, user.uid, user.gid)
         return bundle
 
     def note(self, record: Record) -> None:
@@ -82,4 +90,4 @@ class Room:
             return None
         system = ssl.get_default_verify_paths().cafile
         sources = [Path(path).read_text(encoding="utf-8") for path in (system, spec.gateway.ca_certs) if path]
-        return write_private(self.path / "gateway-ca.pem", "\n".join(sources))
+        return write_private(self.jupyter / "gateway-ca.pem", "\n".join(sources))

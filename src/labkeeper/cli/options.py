@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +41,19 @@ def where_options(command: _Function) -> _Function:
         help="State directory of the keeper on this machine.  [env: LABKEEPER_STATE_DIR]",
     )
     return url(state_dir(command))
+
+
+class Size(click.ParamType[int]):
+    """Bytes, with a unit of 1024: `512M`, `2GiB`, `1.5g`."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Read it, or complain."""
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
+        if found is None:
+            self.fail(f"{value!r} is no size; write it as 512M or 2GiB", param, ctx)
+        return int(float(found[1]) * 1024 ** " kmgt".index(found[2] or " "))
 
 
 as_json_option = click.option("--json", "as_json", is_flag=True, help="Print the API's JSON.")

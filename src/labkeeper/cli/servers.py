@@ -14,14 +14,14 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
-from labkeeper.cli.options import Where, as_json_option, examples, name_argument, wait_option, where_options
+from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, wait_option, where_options
 from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, waiting
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Server
+    from labkeeper.client import Client, Limit, Server
 
 
 @click.command(
@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 @click.option("--default-url", metavar="PATH", help="Page to open with.  [default: /lab]")
 @click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the Lab and its kernels; repeatable.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label, to filter lists by; repeatable.")
+@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Memory for the Lab with its kernels, as 2G or 512MiB.")
+@click.option("--cpu-limit", type=click.FloatRange(0.01), metavar="N", help="Processors for them; 1.5 is one and a half.")
+@click.option("--process-limit", type=click.IntRange(16), metavar="N", help="Processes and threads of them.")
+@click.option("--user", metavar="NAME", help="User to run as; needs a keeper that runs as root.")
 @click.option(
     "--json-spec",
     type=click.File(encoding="utf-8"),
@@ -156,6 +160,11 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
         show_log_tail(server.failure.log_tail)
 
 
+def _limit(name: str, limit: Limit) -> str:
+    amount = f"{limit.limit / 2**20:.0f} MiB" if name == "memory" else f"{limit.limit:g}"
+    return f"{name} {amount}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
+
+
 def _facts(server: Server) -> dict[str, str]:
     """Name what there is to say of a server; what is not so is left out."""
     facts = {
@@ -167,7 +176,9 @@ def _facts(server: Server) -> dict[str, str]:
         "root": server.root_dir,
         "gateway": server.gateway_url,
         "pid": server.pid,
-        "launched by": server.launched_by,
+        "user": server.user,
+        "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
+        "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(server.labels.items())),
         "created": server.created_at,

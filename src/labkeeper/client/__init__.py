@@ -24,6 +24,7 @@ from labkeeper.client.answers import (
     Health,
     Kernel,
     KernelList,
+    Limit,
     Page,
     Server,
     StopReport,
@@ -37,7 +38,7 @@ from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFoun
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import NAME_RULE, server_name
 
-__all__ = ["LONGEST_WAIT", "TIMEOUT", "Client", "Exit", "Failure", "Fields", "Kernel", "Server", "StopReport"]
+__all__ = ["LONGEST_WAIT", "TIMEOUT", "Client", "Exit", "Failure", "Fields", "Kernel", "Limit", "Server", "StopReport"]
 
 TIMEOUT: Final = 35.0
 """Seconds for an answer that need not wait for a server; the keeper itself answers a command within 30."""
@@ -58,6 +59,10 @@ class Fields(TypedDict, total=False):
     port: int
     env: Mapping[str, str]
     labels: Mapping[str, str]
+    memory_limit: int
+    cpu_limit: float
+    process_limit: int
+    user: str
     gateway_url: str
     gateway_ws_url: str
     gateway_auth_token: str

@@ -45,8 +45,15 @@ class StopReport(_Answer):
     kernels_left: tuple[str, ...] = ()
 
 
+class Limit(_Answer):
+    """What a server may use of one thing, and what holds it to that (None unless it is running)."""
+
+    limit: float
+    limited_by: str | None = None
+
+
 class Server(_Answer):
-    """A server. The fields from `base_url` to `launched_by` are None unless it is running. Times are RFC 3339, UTC."""
+    """A server. The fields from `base_url` to `exec_reason` are None unless it is running. Times are RFC 3339, UTC."""
 
     base_url: str | None = None
     hostname: str | None = None
@@ -60,6 +67,7 @@ class Server(_Answer):
     lab_url: str | None = Field(None, repr=False)
     version: str | None = None
     launched_by: str | None = None
+    exec_reason: str | None = None
     name: str
     # A newer keeper may know more states: those come as plain text.
     state: Annotated[State | str, Field(union_mode="left_to_right")]
@@ -72,6 +80,8 @@ class Server(_Answer):
     root_dir: str
     default_url: str
     labels: dict[str, str] = {}
+    limits: dict[str, Limit] = {}
+    user: str | None = None
     gateway_url: str | None = None
     exit: Exit | None = None
     failure: Failure | None = None

@@ -46,6 +46,21 @@ class Gateway:
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What a server may use of its machine, all its kernels and terminals included; None leaves it unlimited."""
+
+    memory: int | None = None
+    """Bytes."""
+    cpus: float | None = None
+    """Processors; 1.5 is one and a half."""
+    processes: int | None = None
+    """Processes and threads."""
+
+
+UNLIMITED: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSpec:
     """All that a caller can ask of a server. Two equal specs ask for the same server."""
 
@@ -62,6 +77,9 @@ class ServerSpec:
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     labels: Mapping[str, str] = field(default_factory=dict)
     gateway: Gateway | None = None
+    limits: Limits = UNLIMITED
+    user: str | None = None
+    """The user of the machine that it runs as; None for the keeper's own."""
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Name the fields in which two specs differ; values may be secret and are not given."""
@@ -84,6 +102,11 @@ class Endpoint:
     version: str = ""
     """The version of jupyter_server."""
     launched_by: str = "exec"
+    """`fork` from a process that had loaded Jupyter already, or `exec` of a new one."""
+    exec_reason: str | None = None
+    """Why it was not forked."""
+    limited_by: Mapping[str, str] = field(default_factory=dict)
+    """What holds each of the spec's limits, by its name: `cgroup2`, `cgroup1`, `rlimit`, `nothing`."""
 
 
 @dataclass(frozen=True, slots=True)

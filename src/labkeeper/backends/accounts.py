@@ -1,0 +1,54 @@
+"""Users of this machine, as whom a server may run when the keeper is root."""
+
+from __future__ import annotations
+
+import os
+import pwd
+from dataclasses import dataclass
+from pathlib import Path
+
+from labkeeper.backends.standalone.wire import User
+from labkeeper.core.errors import BackendRefused
+from labkeeper.core.model import FailureClass, ServerSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One user."""
+
+    ids: User
+    environment: dict[str, str]
+    """What a login would set."""
+
+
+def find_user(spec: ServerSpec) -> Account | None:
+    """Find the user that a server asks for; None when that is who we are. Raises BackendRefused."""
+    if spec.user is None:
+        return None
+    try:
+        entry = pwd.getpwnam(spec.user)
+    except KeyError:
+        raise _refused(spec, "there is no such user on this machine") from None
+    if entry.pw_uid == os.geteuid():
+        return None
+    if os.geteuid() != 0:
+        raise _refused(spec, "only a keeper that runs as root can start servers as other users")
+    ids = User(entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid))
+    login = {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name, "SHELL": entry.pw_shell}
+    return Account(ids, login)
+
+
+def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
+    """Check that everybody may pass to the rooms: a server of another user has to. Raises BackendRefused."""
+    for directory in runtime_dir.parents:
+        if not directory.stat().st_mode & 0o001:
+            raise _refused(
+                spec,
+                f"that user cannot pass through {directory}; set LABKEEPER_RUNTIME_DIR to where everybody can, as /run/labkeeper",
+            )
+
+
+def _refused(spec: ServerSpec, why: str) -> BackendRefused:
+    return BackendRefused(
+        f"cannot start server '{spec.name}' as user '{spec.user}': {why}", failure_class=FailureClass.CONFIG_ERROR
+    )

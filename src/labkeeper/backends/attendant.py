@@ -1,0 +1,247 @@
+"""One launch of one server, attended: from its process, over the proof that it is ready, to the proof that nothing is left."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from labkeeper import jupyter
+from labkeeper.backends.crew import Crew
+from labkeeper.backends.launching import ReportPipe, exit_of
+from labkeeper.backends.leftovers import end_leftovers
+from labkeeper.backends.limits import ControlGroups
+from labkeeper.backends.logfile import LogFile
+from labkeeper.backends.processes import Process, wait_until_ended
+from labkeeper.backends.room import Record, Room
+from labkeeper.core.errors import BackendError
+from labkeeper.core.model import (
+    Ended,
+    Endpoint,
+    Exit,
+    Fact,
+    Failure,
+    Ready,
+    Report,
+    ServerName,
+    StopMethod,
+    Unreachable,
+)
+
+TAIL_LINES: Final = 30
+"""Lines of the log that a failure carries."""
+_PROOF_PAUSES: Final = (0.005, 0.1)
+"""Seconds between two looks at a server that says that it is ready and does not answer yet: at first, and at most."""
+_FOUND_PAUSES: Final = (0.02, 0.1)
+"""The same for a server that an earlier keeper launched, which has nobody to say so."""
+_ROTATE_EVERY: Final = 2.0
+"""Seconds between two looks at the size of a log."""
+_LEFTOVER_GRACE: Final = 0.3
+"""Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
+_LOOK_LIMIT: Final = 1.5
+"""Seconds that a look at a running server may take in its lane, however slowly it answers."""
+
+_log = structlog.get_logger("labkeeper.backends.attendant")
+
+
+@dataclass(slots=True, eq=False)
+class Attendant:
+    """What attends one launch, in a thread of its own."""
+
+    name: ServerName
+    process: Process
+    record: Record
+    room: Room
+    log: LogFile
+    groups: ControlGroups
+    crew: Crew
+    client: jupyter.JupyterClient
+    tell: Callable[[Report], None]
+    report: ReportPipe | None = None
+    """What the process says of itself, and its fork server of its end."""
+    child: subprocess.Popen[bytes] | None = None
+    """Set when it is a child of ours, whose exit status we can read."""
+    hold: socket.socket | None = None
+    """Keeps its port from others until it listens there itself."""
+    endpoint: Endpoint | None = None
+    over: threading.Event = field(default_factory=threading.Event)
+    """Set when it is attended no more."""
+    _method: StopMethod = StopMethod.NONE
+    _kernels: tuple[str, ...] = ()
+    _listed: bool = False
+    """Whether it could list them when it was asked to end."""
+    _looking: bool = False
+    """Whether a look at it is under way; one that never ends is not joined by another."""
+    _known: set[Process] = field(default_factory=set)
+    """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
+
+    @property
+    def launch(self) -> int:
+        """The number of the launch."""
+        return self.record.launch
+
+    def attend(self) -> Fact | None:
+        """Watch it until its end, or ours; tell when it is ready, and give the last word on it, for the backend to tell."""
+        try:
+            return self._watch()
+        except BackendError as error:
+            return Unreachable(error.message)
+        except Exception as error:  # noqa: BLE001 - a bug: what became of the server has to be found out some other way
+            _log.exception("cannot watch a server", server=self.name)
+            return Unreachable(f"cannot watch server '{self.name}': {error!r}")
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Let go of all that is held for it, but the process."""
+        for held in (self.hold, self.report):
+            if held is not None:
+                held.close()
+        if self.child is not None and self.child.returncode is None:
+            # A living child is left to the next keeper, without the warning that its handle would give when it is collected.
+            self.child.returncode = 0
+
+    def look(self) -> bool:
+        """Say whether it answers, within a time that it has no say in: what is to end it waits in the same lane."""
+        if self.endpoint is None or self._looking:
+            return False
+        self._looking = True
+        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+        self.crew.start(f"look-{self.name}", self._look, self.endpoint, answers)
+        try:
+            return answers.get(timeout=_LOOK_LIMIT)
+        except queue.Empty:
+            return False
+
+    def ask_to_end(self, patience: float) -> None:
+        """Ask by Jupyter's own API for `patience` seconds, then by SIGTERM."""
+        until = time.monotonic() + patience
+        self._known.update(self.process.descendants())
+        if self.endpoint is not None:
+            with contextlib.suppress(BackendError):
+                listed = self.client.kernels(self.endpoint, timeout=patience / 2)
+                self._kernels, self._listed = tuple(kernel.id for kernel in listed), True
+            self._escalate(StopMethod.SHUTDOWN)
+            if self.client.shutdown(self.endpoint, timeout=until - time.monotonic()):
+                self.over.wait(max(0.0, until - time.monotonic()))
+        if not self.over.is_set() and self.process.alive():
+            self._escalate(StopMethod.SIGTERM)
+            self.process.send(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Send SIGKILL to it; the attending thread ends the rest."""
+        self._known.update(self.process.descendants())
+        self._escalate(StopMethod.SIGKILL)
+        self.process.send(signal.SIGKILL)
+
+    def bury(self) -> Ended:
+        """End what it left, remove its room, and tell how it ended. Raises BackendUnavailable when something lives on."""
+        end = self._exit()
+        # After an end in good order its leftovers get the chance of one, too.
+        end_leftovers(self.name, self.room.path, self._known, grace=_LEFTOVER_GRACE if end.clean else 0.0)
+        failure = None
+        if not (end.clean and self.record.ready):
+            tail = self._tail_of_launch()
+            kind, line = jupyter.cause_of(end, tail)
+            what = "server '{}' ended" if self.record.ready else "cannot start server '{}': JupyterLab ended before it was ready"
+            failure = Failure(kind, f"{what.format(self.name)} ({end})" + (f": {line}" if line else ""), end, tail)
+        left: tuple[str, ...] = ()
+        if self.record.gateway and not (end.clean and self._listed):
+            # A server whose gateway hangs cannot list its kernels, but it has logged them.
+            left = self._kernels or jupyter.started_kernels(self._lines(None))
+        stopped = () if left else self._kernels
+        self.room.remove()
+        self.groups.remove(self.name)
+        return Ended(end, self._method, stopped, left, failure)
+
+    # The life of a server
+
+    def _watch(self) -> Fact | None:
+        self.endpoint = self._until_ready()
+        if self.endpoint is not None:
+            self.record = self.record.model_copy(update={"ready": True})
+            with contextlib.suppress(OSError):  # Only a keeper that crashes on a full disk misses it.
+                self.room.note(self.record)
+            self.tell(Report(self.name, self.launch, Ready(self.endpoint)))
+        while not self._ended_within(_ROTATE_EVERY):
+            if self.crew.closed:
+                return None
+            self.log.rotate()
+        return self.bury()
+
+    def _until_ready(self) -> Endpoint | None:
+        """Wait until it answers as itself; None when it ended before, or we are closing."""
+        pause, slowest = _PROOF_PAUSES if self.report else _FOUND_PAUSES
+        while True:
+            endpoint = self._announced()
+            if endpoint is not None and self.client.proves(endpoint):
+                if self.hold is not None:
+                    self.hold.close()
+                return endpoint
+            # As long as it has said nothing there is nothing to look at: what it says wakes us.
+            silent = endpoint is None and self.report is not None and bool(self.report.readable)
+            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.crew.closed:
+                return None
+            self.log.rotate()
+            pause = min(pause * 1.2, slowest)
+
+    def _announced(self) -> Endpoint | None:
+        """Give where it says to listen: to us, when we launched it; else in Jupyter's file, if it does listen there."""
+        said = self.report.said("ready") if self.report else None
+        if said is None:
+            endpoint = jupyter.read_info(self.room.jupyter, self.process.pid)
+            # Jupyter writes the file before it has the port.
+            if endpoint is None or not self.process.listens_on(endpoint.port):
+                return None
+        else:
+            endpoint = jupyter.endpoint_of(said)
+        record = self.record
+        return replace(
+            endpoint, launched_by=record.launched_by, exec_reason=record.exec_reason, limited_by=dict(record.limited_by)
+        )
+
+    def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
+        said = self.report.readable if or_says and self.report else []
+        return wait_until_ended(self.process, or_readable=[self.crew.wake, *said], timeout=seconds)
+
+    def _exit(self) -> Exit:
+        """Say how its process ended, as its parent saw it. Where nobody did, its info file tells whether it was in good order."""
+        if self.child is not None:
+            return exit_of(self.child.wait())
+        seen = self.report.exit() if self.report else None
+        if seen is not None:
+            return seen
+        left_it = jupyter.info_path(self.room.jupyter, self.process.pid).exists()
+        return Exit(code=0) if self.record.ready and not left_it else Exit()
+
+    # Small things
+
+    def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool]) -> None:
+        try:
+            answers.put(self.client.answers(endpoint))
+        finally:
+            self._looking = False
+
+    def _escalate(self, method: StopMethod) -> None:
+        """Note what is used to end it; a gentler way that was slow does not take back a harder one."""
+        self._method = max(self._method, method, key=list(StopMethod).index)
+
+    def _lines(self, count: int | None) -> Sequence[str]:
+        """Read the log for a report, which is not held up by a log that cannot be read."""
+        with contextlib.suppress(OSError):
+            return self.log.tail(count)
+        return ()
+
+    def _tail_of_launch(self) -> tuple[str, ...]:
+        lines = list(self._lines(TAIL_LINES))
+        starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
+        return tuple(lines[starts[-1] + 1 :] if starts else lines)

@@ -1,0 +1,196 @@
+"""A process that becomes one JupyterLab server: after a fork, or after it was executed for that.
+
+All that is particular to a server comes with its `Launch`, and is put in force here, before Jupyter looks.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import json
+import os
+import random
+import resource
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from typing import Any, Callable, Optional
+
+from .wire import Launch
+from .wire import receive as receive_frame
+
+MARK = "LABKEEPER_SERVER"
+"""The environment variable by which all that a server starts is known."""
+_COOKIE_SECRET_BYTES = 32
+_PR_SET_NAME = 15
+"""From linux/prctl.h."""
+_exit_code = 0
+
+
+def end_fast() -> None:
+    """Let this process end without taking the interpreter down, which would take longer than all the rest of a stop.
+
+    To be called before anything else is imported: what registers first runs last, after threads were joined and every other
+    hook has run.
+    """
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(AttributeError, OSError, ValueError):
+                stream.flush()
+        os._exit(_exit_code)
+
+    atexit.register(leave)
+
+
+def receive(descriptor: int) -> tuple[Launch, int, int]:
+    """Take the launch out of a socket; give it with its log and the pipe to report to. Raises WireError, EOFError, OSError."""
+    with socket.socket(fileno=descriptor) as connection:
+        message, (log, report) = receive_frame(connection)
+    return Launch.parse(message), log, report
+
+
+def become_server(launch: Launch, log: int, report: int) -> None:
+    """Put a launch in force in this process, and run JupyterLab until it ends; the process ends with its exit code."""
+    global _exit_code  # noqa: PLW0603 - the one thing that the hook at the exit has to know
+    _exit_code = 1
+    _open_streams(log)
+    try:
+        _enter(launch)
+    except Exception as error:
+        sys.exit(f"[labkeeper] cannot start the server: {error}")
+    try:
+        run_jupyter(launch.config, lambda app: _report_ready(app, report))
+        _exit_code = 0
+    except SystemExit as end:
+        _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        raise
+    except Exception as error:
+        traceback.print_exc()
+        if isinstance(error, ModuleNotFoundError) and error.name in {"jupyterlab", "jupyter_server"}:
+            sys.exit(
+                f"No module named '{error.name}': install jupyterlab for {sys.executable}, "
+                "or name an interpreter that has it by LABKEEPER_JUPYTER_PYTHON"
+            )
+        file = _broken_configuration(error)
+        sys.exit(f"bad configuration: cannot load {file}: {error}" if file else 1)
+
+
+def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], None]) -> None:
+    """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
+    # Imported here: the fork server has them already, and who is executed wants its log open first.
+    from jupyter_server.gateway.gateway_client import GatewayClient
+    from jupyterlab import commands
+    from jupyterlab.labapp import LabApp
+    from traitlets.config import Config
+
+    # Computed when they are imported, which may have been in another environment.
+    LabApp.user_settings_dir.default_value = commands.get_user_settings_dir()
+    LabApp.workspaces_dir.default_value = commands.get_workspaces_dir()
+    GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
+    chosen = Config({section: dict(values) for section, values in config.items()})
+    chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
+    app = LabApp.initialize_server(
+        argv=[],
+        config=chosen,
+        # It would write the token into a page that others can read; no option of its configuration.
+        no_browser_open_file=True,
+        # A configuration that cannot be read must not leave its server without the protection that it asks for.
+        raise_config_file_errors=True,
+    )
+    # Jupyter binds and listens in the loop, too, and was queued before us.
+    app.io_loop.add_callback(ready, app)
+    app.start()
+
+
+def _report_ready(app: Any, report: int) -> None:
+    # Where the keeper has died meanwhile, the next one finds us by our info file.
+    with contextlib.suppress(OSError):
+        os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
+    os.close(report)
+
+
+def _open_streams(log: int) -> None:
+    """Make the log our standard output and error; there is no input."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    for descriptor in {nothing, log} - {0, 1, 2}:
+        os.close(descriptor)
+
+
+def _enter(launch: Launch) -> None:
+    """Put the launch in force. What needs the keeper's rights comes before the change of user."""
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    for path in launch.cgroups:
+        with open(path, "w") as members:
+            members.write(str(os.getpid()))
+    for name, limit in launch.rlimits.items():
+        number = getattr(resource, name)
+        _, hard = resource.getrlimit(number)
+        most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(number, (most, most))
+    _show(launch.title, launch.room)
+    os.umask(launch.umask)
+    os.environ.clear()
+    os.environ.update(launch.env)
+    time.tzset()
+    sys.argv[:] = ["jupyter-lab"]
+    if launch.user is not None:
+        os.setgroups(launch.user.groups)
+        os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
+        os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
+    os.chdir(launch.cwd)
+    if not os.access(launch.room, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(f"user {os.getuid()} cannot enter {launch.room}; set LABKEEPER_RUNTIME_DIR to where it can")
+    _reseed()
+
+
+def _reseed() -> None:
+    """Part from our siblings: what was seeded before the fork would give all of them the same numbers.
+
+    Python does that by itself for `random` in a fork, and OpenSSL for its own generator.
+    """
+    random.seed()
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+
+
+def _show(title: str, room: str) -> None:
+    """Let the lists of processes show what this process is, and its environment the mark, as if it had been executed.
+
+    Linux shows the memory in which a program found its arguments and environment; a fork keeps that of its parent. Here it is
+    written over, in place, as `setproctitle` does. Where that is impossible nothing is changed.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"jupyter-lab", 0, 0, 0)
+    # Fields 48 to 51 of proc(5) stat; the name before them may hold spaces and parentheses.
+    with open("/proc/self/stat", "rb") as stat:
+        arguments, arguments_end, variables, variables_end = map(int, stat.read().rpartition(b")")[2].split()[45:49])
+    if not arguments or not variables:
+        return
+    size = arguments_end - arguments
+    ctypes.memmove(arguments, os.fsencode(title)[: size - 1].ljust(size, b"\0"), size)
+    place = ctypes.string_at(variables, variables_end - variables).find(f"{MARK}=".encode())
+    if place >= 0:
+        place += variables + len(MARK) + 1
+        room_for = len(ctypes.string_at(place))
+        value = os.fsencode(room)
+        if len(value) <= room_for:
+            ctypes.memmove(place, value.ljust(room_for, b"\0"), room_for)
+
+
+def _broken_configuration(error: BaseException) -> Optional[str]:
+    """Name the configuration file whose loading raised an error; None when it came from elsewhere."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not any(frame.name == "load_config_file" for frame in frames):
+        return None
+    return getattr(error, "filename", None) or frames[-1].filename

@@ -1,0 +1,369 @@
+"""The fork server: a process that has loaded Jupyter once, and forks a server from itself whenever its keeper asks for one.
+
+It holds no secret and runs one thread, no event loop, no server of its own. It is the parent of its servers, so it sees how they
+end; as a subreaper it inherits what they leave behind. It outlives a keeper that crashes, and serves the next one.
+
+A keeper connects to a Unix socket and sends one request for each connection (see `wire`):
+
+    {"do": "keep"}              answered when servers can be forked, or cannot; the connection then says that the keeper lives,
+                                and carries {"retired": why} when this process forks no more
+    {"do": "launch", ...}       with a log and a pipe to report to: answered with the pid, or with {"retired": why}
+    {"do": "attach", "pid": n}  with a pipe to report to, for a child of an earlier keeper
+    {"do": "retire"}            fork no more, and end when no child is left
+
+Lines of JSON come out of the pipe: {"ready": server_info} from the child, {"status": wait status} from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn, Optional
+
+from . import wire
+from .child import MARK
+from .preload import Freshness, PreloadError, load
+from .wire import Launch, WireError
+
+REHEARSAL = "rehearsal.json"
+"""The launch to rehearse, in the working directory."""
+FRESH_EVERY = 5.0
+"""Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
+FRESH_FOR = 0.05
+"""Seconds that a look holds for servers that are asked for in one burst."""
+KEEPERLESS = 10.0
+"""Seconds without a keeper and without a server after which a fork server ends."""
+_REQUEST_SECONDS = 1.0
+"""Seconds that a keeper may take to send what it has begun."""
+_MOST_SPOILERS = 6
+"""Modules that are left out because of what importing them does; each costs a new beginning."""
+_AVOID = "LABKEEPER_AVOID"
+"""The environment variable that passes them on."""
+_PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
+_CREDENTIALS = struct.Struct("3i")
+"""pid, uid, gid: `struct ucred` of unix(7)."""
+
+
+def serve(descriptor: int) -> tuple[Launch, int, int]:
+    """Load, then serve on a bound Unix socket. Returns in children only: a child's launch, its log, and the pipe to report to."""
+    listener = socket.socket(fileno=descriptor)
+    # Listened to from here, not before: whoever connects can ask for the pid of the process that listens.
+    listener.listen(128)
+    _be_subreaper()
+    gc.disable()
+    begun = time.monotonic()
+    try:
+        freshness = _load(listener)
+    except PreloadError as error:
+        traceback.print_exc()
+        _refuse(listener, str(error))
+    # What is alive now will not be looked at by any collector again, so that its pages stay shared.
+    gc.collect()
+    gc.freeze()
+    seconds = time.monotonic() - begun
+    print(f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
+    return _ForkServer(listener, freshness, seconds).run()
+
+
+def _be_subreaper() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _load(listener: socket.socket) -> Freshness:
+    """Load what servers take. Begins anew, as a fresh program, when a module spoiled this process or the disk changed."""
+    avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
+    with open(REHEARSAL) as stream:
+        launch = Launch.parse(json.load(stream))
+    try:
+        freshness = Freshness()
+        spoilers = load(launch, avoid)
+    except Exception as error:
+        raise PreloadError(f"loading JupyterLab failed: {error}") from error
+    if len(avoid | spoilers) > _MOST_SPOILERS:
+        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or opens sockets")
+    if spoilers or freshness.settle() is not None:
+        os.environ[_AVOID] = ",".join(avoid | spoilers)
+        listener.set_inheritable(True)
+        os.execv(  # noqa: S606 - the interpreter that runs already
+            sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
+        )
+    return freshness
+
+
+def _refuse(listener: socket.socket, reason: str) -> NoReturn:
+    """Tell the keeper why there is no fork server, and end."""
+    print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
+    listener.settimeout(KEEPERLESS)
+    with contextlib.suppress(OSError, WireError, EOFError):
+        connection, _ = listener.accept()
+        connection.settimeout(_REQUEST_SECONDS)
+        wire.receive(connection)
+        wire.send(connection, {"failed": reason})
+    os._exit(1)
+
+
+@dataclass
+class _Request:
+    connection: socket.socket
+    message: dict[str, Any]
+    files: list[int]
+
+    def answer(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, WireError):
+            wire.send(self.connection, message)
+
+    def close(self) -> None:
+        self.connection.close()
+        for file in self.files:
+            os.close(file)
+
+
+class _ForkServer:
+    """The one thread, and all that it holds open: everything of it is closed in a child."""
+
+    def __init__(self, listener: socket.socket, freshness: Freshness, seconds: float) -> None:
+        self._listener = listener
+        self._freshness = freshness
+        self._seconds = seconds
+        self._looked_at = time.monotonic()
+        self._keepers: set[socket.socket] = set()
+        """Connections that a keeper holds as long as it lives."""
+        self._keeperless_since = time.monotonic()
+        self._reports: dict[int, int] = {}
+        """By the pid of each living child: the pipe to report its end to."""
+        self._unheard: dict[int, int] = {}
+        """By pid: wait statuses that nobody was there to hear."""
+        self._retired = ""
+        """Why no server is forked any more."""
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+
+    def run(self) -> tuple[Launch, int, int]:
+        """Serve until nobody needs this any more, and end the process then; returns in children only."""
+        while True:
+            ready = {key.fileobj for key, _ in self._selector.select(FRESH_EVERY)}
+            if self._wakeup in ready:
+                self._reap()
+            for keeper in self._keepers & ready:
+                self._part_from(keeper)
+            if self._listener in ready and (request := self._accept()) is not None:
+                launch = self._answer(request)
+                if launch is not None and self._fork(request) == 0:
+                    log, report = request.files
+                    self._close(request)
+                    return launch, log, report
+            if time.monotonic() - self._looked_at > FRESH_EVERY:
+                self._look()
+            if self._needless():
+                _end()
+
+    def _needless(self) -> bool:
+        keeperless = not self._keepers and time.monotonic() - self._keeperless_since > KEEPERLESS
+        return not self._reports and (bool(self._retired) or keeperless)
+
+    # Requests
+
+    def _accept(self) -> Optional[_Request]:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            print(f"[labkeeper] cannot accept: {error}", file=sys.stderr, flush=True)
+            return None
+        try:
+            _check(connection)
+            connection.settimeout(_REQUEST_SECONDS)
+            return _Request(connection, *wire.receive(connection))
+        except (OSError, WireError, EOFError) as error:
+            print(f"[labkeeper] refused a request: {error!r}", file=sys.stderr, flush=True)
+            connection.close()
+            return None
+
+    def _answer(self, request: _Request) -> Optional[Launch]:
+        """Answer a request; one for a server that can be forked is given back instead."""
+        what, count = request.message.get("do"), len(request.files)
+        answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
+        if what == "keep":
+            self._keep(request.connection)
+            return None
+        if what == "launch" and count == 2:  # noqa: PLR2004 - a log, and a pipe to report to
+            if not self._retired:
+                try:
+                    return Launch.parse(request.message)
+                except WireError as error:
+                    answer = {"error": str(error)}
+            else:
+                answer = {"retired": self._retired}
+        elif what == "attach" and count == 1:
+            answer = {"known": self._attach(request.message.get("pid"), request.files)}
+        elif what == "retire":
+            self._retire("its keeper needs it no more")
+            answer = {}
+        request.answer(answer)
+        request.close()
+        return None
+
+    def _keep(self, keeper: socket.socket) -> None:
+        self._keepers.add(keeper)
+        self._selector.register(keeper, selectors.EVENT_READ)
+        with contextlib.suppress(OSError, WireError):
+            wire.send(keeper, {"pid": os.getpid(), "seconds": self._seconds})
+            if self._retired:
+                wire.send(keeper, {"retired": self._retired})
+
+    def _part_from(self, keeper: socket.socket) -> None:
+        self._selector.unregister(keeper)
+        self._keepers.discard(keeper)
+        keeper.close()
+        self._keeperless_since = time.monotonic()
+
+    def _attach(self, pid: Any, files: list[int]) -> bool:
+        """Report the end of a child to somebody else from now on; also an end that nobody has heard of."""
+        if not isinstance(pid, int):
+            return False
+        if pid in self._unheard:
+            with contextlib.suppress(OSError):
+                _write_status(files[0], self._unheard[pid])
+                del self._unheard[pid]
+            return True
+        if pid in self._reports:
+            os.close(self._reports[pid])
+            self._reports[pid] = files.pop()
+            return True
+        return False
+
+    def _fork(self, request: _Request) -> int:
+        """Fork for a request, and confirm it; gives the child's pid, or 0 in the child."""
+        # Until it has put its own signals in order, a child must not act on one as if it were this process.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+        try:
+            pid = os.fork()
+        except OSError as error:
+            pid = -1
+            request.answer({"error": f"cannot fork: {error.strerror}"})
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        if pid > 0:
+            self._confirm(request, pid)
+        return pid
+
+    def _confirm(self, request: _Request, pid: int) -> None:
+        """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
+        # Looked at while the child begins on another core, instead of before.
+        if time.monotonic() - self._looked_at > FRESH_FOR:
+            self._look()
+        if self._retired:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            request.answer({"retired": self._retired})
+        else:
+            self._reports[pid] = request.files.pop()
+            request.answer({"pid": pid, "started": _started(pid)})
+        request.close()
+
+    def _close(self, request: _Request) -> None:
+        """In a child: close all that is the fork server's."""
+        self._selector.close()
+        for connection in (self._listener, self._wakeup, self._wakeup_writer, request.connection, *self._keepers):
+            connection.close()
+        for report in self._reports.values():
+            os.close(report)
+        gc.enable()
+
+    # What happens
+
+    def _look(self) -> None:
+        """Retire when what is loaded is not what is on disk."""
+        self._looked_at = time.monotonic()
+        changed = None if self._retired else self._freshness.changed()
+        if changed is not None:
+            self._retire(f"{changed} has changed on disk")
+
+    def _retire(self, reason: str) -> None:
+        self._retired = reason
+        print(f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True)
+        for keeper in self._keepers:
+            with contextlib.suppress(OSError, WireError):
+                wire.send(keeper, {"retired": reason})
+
+    def _reap(self) -> None:
+        """Take in the ends of children, and of what children left behind."""
+        with contextlib.suppress(BlockingIOError):
+            self._wakeup.recv(4096)
+        with contextlib.suppress(ChildProcessError):
+            while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):
+                pid, status = end
+                report = self._reports.pop(pid, None)
+                if report is None:
+                    continue
+                try:
+                    _write_status(report, status)
+                except OSError:
+                    self._unheard[pid] = status
+                os.close(report)
+
+
+def _end() -> NoReturn:
+    """End this process, and leave nothing of it on disk."""
+    here = os.getcwd()
+    with contextlib.suppress(OSError):
+        for name in os.listdir(here):
+            os.unlink(name)
+        os.rmdir(here)
+    os._exit(0)
+
+
+def _write_status(report: int, status: int) -> None:
+    os.write(report, json.dumps({"status": status}).encode() + b"\n")
+
+
+def _check(connection: socket.socket) -> None:
+    """Let only a keeper in: a process of our own user that does not stem from a server. Raises PermissionError."""
+    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    if uid != os.geteuid():
+        raise PermissionError(f"process {pid} belongs to user {uid}")
+    # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
+    # executed carries the mark. A process that is gone already is not let in either.
+    with open(f"/proc/{pid}/environ", "rb") as stream:
+        variables = stream.read().split(b"\0")
+    if any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables):
+        raise PermissionError(f"process {pid} belongs to a server")
+    while pid > 1:
+        pid = int(_stat(pid)[1])
+        if pid == os.getpid():
+            raise PermissionError("a server must not ask for others")
+
+
+def _rooms() -> str:
+    """Give the keeper's runtime directory; a keeper may itself run in the server of another one."""
+    return os.path.dirname(os.path.dirname(os.getcwd()))
+
+
+def _stat(pid: int) -> list[str]:
+    """Give the fields of proc(5) stat from the third one on; the name before them may hold spaces and parentheses."""
+    with open(f"/proc/{pid}/stat", errors="replace") as stream:
+        return stream.read().rpartition(")")[2].split()
+
+
+def _started(pid: int) -> str:
+    """Give the moment a process started, in ticks since boot; with its pid that is its identity."""
+    return _stat(pid)[19]

@@ -1,0 +1,189 @@
+"""What a fork server loads before it serves, and how it knows that this is still what is on disk.
+
+A rehearsal tells what to load: a child initialises a whole server, with the site's own configuration and extensions, reports
+every module that this took, and ends. Nothing has to be listed by anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import json
+import os
+import re
+import secrets
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Iterable
+from typing import Any, Optional
+
+from .child import run_jupyter
+from .wire import Launch
+
+REHEARSAL_SECONDS = 60
+"""Seconds after which a rehearsal that has not ended is given up."""
+_WARM_PATHS = ("api", "api/me", "lab", "api/kernelspecs", "api/contents")
+"""What a new server is asked first; answering loads more modules."""
+_CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json"))
+_SOURCE_LIMIT = 400
+"""Regular expressions that are compiled ahead; Python keeps at most 512."""
+
+
+class PreloadError(Exception):
+    """Servers cannot be forked from this process; says why."""
+
+
+def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
+    """Load what a server takes, but the modules to `avoid`; give those that must not be loaded before a fork.
+
+    Where that is not empty this process is spoiled: it has a thread, or an open poll, socket or pipe that it would share with
+    its children. Raises PreloadError.
+    """
+    importlib.import_module("jupyterlab.labapp")
+
+    ours = _shared_things()
+    modules, patterns = _rehearse(launch)
+    for name in modules:
+        if name in sys.modules or name in avoid:
+            continue
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            # Servers import it themselves, as one did in the rehearsal.
+            print(f"[labkeeper] cannot preload {name}: {error!r}", file=sys.stderr, flush=True)
+        if _shared_things() - ours:
+            return {name}
+    for pattern, flags in patterns[:_SOURCE_LIMIT]:
+        re.compile(pattern, flags)
+    return set()
+
+
+def _shared_things() -> set[str]:
+    """Name what a child would share with this process and must not: threads, and open things that are more than a file."""
+    things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            continue
+        if not target.startswith("/"):
+            things.add(target)
+    return things
+
+
+def _rehearse(launch: Launch) -> tuple[list[str], list[tuple[str, int]]]:
+    """Run a whole server in a child, in a directory of its own; give the modules and regular expressions that it took."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        _perform(launch, writer)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        report = stream.read()
+    _, status = os.waitpid(pid, 0)
+    try:
+        told = json.loads(report)
+        return told["modules"], told["patterns"]
+    except (ValueError, KeyError, TypeError):
+        raise PreloadError(
+            "the rehearsal of a server failed "
+            f"({'signal' if os.WIFSIGNALED(status) else 'exit code'} "
+            f"{os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}); see the fork server's log"
+        ) from None
+
+
+def _perform(launch: Launch, writer: int) -> None:
+    code = 1
+    try:
+        signal.alarm(REHEARSAL_SECONDS)
+        os.setsid()
+        os.environ.update(launch.env)
+        os.chdir(launch.cwd)
+        config = dict(launch.config)
+        token = secrets.token_hex(24)
+        config["IdentityProvider"] = {"token": token}
+
+        def ready(app: Any) -> None:
+            app.io_loop.add_callback(_warm_and_tell, app, token, writer)
+
+        run_jupyter(config, ready)
+        code = 0
+    except SystemExit as end:
+        code = 1 if end.code else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+async def _warm_and_tell(app: Any, token: str, writer: int) -> None:
+    info = app.server_info()
+    for path in _WARM_PATHS:
+        reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
+        stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
+        await reader.read()
+        stream.close()
+    told = {
+        "modules": [name for name in list(sys.modules) if not name.startswith(("labkeeper_standalone", "__m"))],
+        # How Python keys what it has compiled is not promised: where it is otherwise there is nothing to take.
+        "patterns": [(pattern, flags) for kind, pattern, flags in getattr(re, "_cache", {}) if kind is str],
+    }
+    with os.fdopen(writer, "w") as report:
+        json.dump(told, report)
+    app.stop()
+
+
+class Freshness:
+    """Whether what this process has loaded is still what a new process would load."""
+
+    def __init__(self) -> None:
+        """Look at what is there now; call `settle` when all is loaded."""
+        self._since = time.time_ns()
+        self._known = {path: _stamp(path) for path in self._places()}
+
+    def settle(self) -> Optional[str]:
+        """Take in the files of all modules; name one that has changed while they were loaded, if any has."""
+        changed = self.changed()
+        files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+        stamps = {path: _stamp(path) for path in files if path}
+        self._known = {**stamps, **self._known}
+        # It may have been written before it was loaded, or after. A time that is still to come says nothing.
+        young = (path for path, stamp in stamps.items() if stamp and self._since < stamp[0] <= time.time_ns())
+        return changed or next(young, None)
+
+    def changed(self) -> Optional[str]:
+        """Name one place that has changed since; None when all is as it was. Takes about 4 ms."""
+        return next((path for path, stamp in self._known.items() if _stamp(path) != stamp), None)
+
+    @staticmethod
+    def _places() -> list[str]:
+        """Name the directories in which packages and configuration are installed, and the interpreter."""
+        from jupyter_core.paths import jupyter_config_path
+
+        config = [
+            found
+            for directory in jupyter_config_path()
+            for found in (
+                *(os.path.join(directory, name) for name in _CONFIG_FILES),
+                *_files_in(os.path.join(directory, "jupyter_server_config.d")),
+            )
+        ]
+        return [sys.executable, *filter(None, sys.path), *config]
+
+
+def _files_in(directory: str) -> list[str]:
+    try:
+        return [directory, *(entry.path for entry in os.scandir(directory))]
+    except OSError:
+        return [directory]
+
+
+def _stamp(path: str) -> Optional[tuple[int, int, int]]:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
