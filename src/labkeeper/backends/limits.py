@@ -41,7 +41,7 @@ class LimitedBy(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class InForce:
+class Enforced:
     """What limits one server, and what its process has to do for it."""
 
     by: Mapping[str, LimitedBy] = field(default_factory=dict)
@@ -67,7 +67,7 @@ class ControlGroups:
         self._hierarchies: dict[str, _Hierarchy] | None = None
         """By controller; found when the first limit is asked for."""
 
-    def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> InForce:
+    def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> Enforced:
         """Put the limits of a server in force, as far as this host lets us; `own_user`: whether nobody else runs as its user."""
         by: dict[str, LimitedBy] = {}
         members: list[str] = []
@@ -86,7 +86,7 @@ class ControlGroups:
                 rlimits["RLIMIT_NPROC"] = limits.processes
             else:
                 by[what] = LimitedBy.NOTHING
-        return InForce(by, tuple(dict.fromkeys(members)), rlimits)
+        return Enforced(by, tuple(dict.fromkeys(members)), rlimits)
 
     def remove(self, name: ServerName) -> None:
         """Remove the groups of a server whose processes have ended. Idempotent."""

@@ -23,7 +23,7 @@ from labkeeper.backends.crew import Crew
 from labkeeper.backends.forking import ForkServer
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.leftovers import LIMIT, end_leftovers
-from labkeeper.backends.limits import ControlGroups, InForce
+from labkeeper.backends.limits import ControlGroups, Enforced
 from labkeeper.backends.logfile import TOKEN_BYTES, LogFile
 from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
@@ -183,7 +183,7 @@ class LocalBackend:
         return attendant
 
     def _request(
-        self, spec: ServerSpec, room: Room, *, port: int, bundle: Path | None, user: Account | None, limited: InForce
+        self, spec: ServerSpec, room: Room, *, port: int, bundle: Path | None, user: Account | None, limited: Enforced
     ) -> Launch:
         return Launch(
             room=str(room.path),
@@ -204,7 +204,7 @@ class LocalBackend:
     def _own(self, user: Account | None) -> Mapping[str, str]:
         return os.environ if user is None else {**os.environ, **user.environment}
 
-    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: InForce) -> Record:
+    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced) -> Record:
         return Record(
             launch=launch,
             pid=launched.process.pid,
