@@ -195,7 +195,7 @@ def test_nobody_there_answers_nothing():
     client = jupyter.JupyterClient(timeout=1.0)
     nowhere = endpoint(free_port())
     assert not client.answers(nowhere)
-    assert not client.accepts_token(nowhere)
+    assert not client.proves(nowhere)
     assert not client.shutdown(nowhere, timeout=1.0)
     with pytest.raises(BackendUnavailable):
         client.kernels(nowhere)

@@ -6,12 +6,16 @@ Knows nothing of keepers, states or processes. Sources of the rules: jupyter_ser
 
 from __future__ import annotations
 
+import http.client
 import json
 import re
+import ssl
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -166,16 +170,31 @@ class JupyterClient:
         self._http.close()
 
     def proves(self, endpoint: Endpoint) -> bool:
-        """Whether it answers, and knows its token."""
-        return self.answers(endpoint) and self.accepts_token(endpoint)
+        """Whether it is alive and knows its token: `GET api` needs none, `GET api/me` does; neither touches a gateway.
+
+        Both go over one connection of the standard library's client, in a fifth of the time that two of httpx take: every start
+        waits for this.
+        """
+        target = urlsplit(url_of(endpoint))
+        connect = _unverified if endpoint.secure else http.client.HTTPConnection
+        with closing(connect(target.hostname or "", target.port, timeout=_LOOK_TIMEOUT)) as connection:
+            try:
+                for path, headers in (("api", {}), ("api/me", {"Authorization": f"token {endpoint.token}"})):
+                    connection.request("GET", target.path + path, headers=headers)
+                    answer = connection.getresponse()
+                    answer.read(_LARGEST_ANSWER)
+                    if answer.status != httpx.codes.OK:
+                        return False
+            except (OSError, http.client.HTTPException):
+                return False
+        return True
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether it is alive: `GET api` needs no token and touches no gateway."""
-        return self._ok(endpoint, "api", token=False, timeout=_LOOK_TIMEOUT)
-
-    def accepts_token(self, endpoint: Endpoint) -> bool:
-        """Whether it knows its token: `GET api/me` needs one and touches no gateway."""
-        return self._ok(endpoint, "api/me", token=True, timeout=_LOOK_TIMEOUT)
+        try:
+            return self._request("GET", endpoint, "api", token=False, timeout=_LOOK_TIMEOUT).status_code == httpx.codes.OK
+        except httpx.HTTPError:
+            return False
 
     def kernels(self, endpoint: Endpoint, *, timeout: float | None = None) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
@@ -200,12 +219,6 @@ class JupyterClient:
         except httpx.HTTPError:
             return False
 
-    def _ok(self, endpoint: Endpoint, path: str, *, token: bool, timeout: float) -> bool:
-        try:
-            return self._request("GET", endpoint, path, token=token, timeout=timeout).status_code == httpx.codes.OK
-        except httpx.HTTPError:
-            return False
-
     def _request(
         self, method: str, endpoint: Endpoint, path: str, *, token: bool = True, timeout: float | None = None
     ) -> httpx.Response:
@@ -220,6 +233,13 @@ class JupyterClient:
                 if time.monotonic() > until or len(body) > _LARGEST_ANSWER:
                     raise httpx.ReadTimeout(f"{path} goes on for too long")
         return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
+
+
+def _unverified(host: str, port: int | None, *, timeout: float) -> http.client.HTTPSConnection:
+    """Make a connection to a server of ours: it is known by its pid and token, so its certificate says nothing more."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return http.client.HTTPSConnection(host, port, timeout=timeout, context=context)
 
 
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:

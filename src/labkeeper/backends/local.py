@@ -271,6 +271,9 @@ class LocalBackend:
             attendant.kill()
             attendant.over.wait(LIMIT)
         room = self._room(name)
+        if not room.path.exists():
+            # It is made before any process of a server, and removed when none is left.
+            return False
         found = end_leftovers(name, room.path, set(), grace=0.0)
         room.remove()
         self._groups.remove(name)

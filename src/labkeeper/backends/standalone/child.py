@@ -83,10 +83,20 @@ def become_server(launch: Launch, log: int, report: int) -> None:
 def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
+    from jupyter_server import serverapp
     from jupyter_server.gateway.gateway_client import GatewayClient
     from jupyterlab import commands
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
+
+    class ServerApp(serverapp.ServerApp):
+        """Jupyter's own, under its own name; where there is no command line, none is parsed."""
+
+        def parse_command_line(self, argv: Optional[list[str]] = None) -> None:
+            if argv:
+                super().parse_command_line(argv)
+            else:
+                self.argv, self.extra_args, self.cli_config = [], [], Config()
 
     # Computed when they are imported, which may have been in another environment.
     LabApp.user_settings_dir.default_value = commands.get_user_settings_dir()
@@ -94,6 +104,7 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
     GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
     chosen = Config({section: dict(values) for section, values in config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
+    LabApp.serverapp_class = ServerApp
     app = LabApp.initialize_server(
         argv=[],
         config=chosen,

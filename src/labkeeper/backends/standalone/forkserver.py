@@ -31,9 +31,9 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
-from . import wire
+from . import pages, wire
 from .child import MARK
-from .preload import Freshness, PreloadError, load
+from .preload import Freshness, PreloadError, load, written_pages
 from .wire import Launch, WireError
 
 REHEARSAL = "rehearsal.json"
@@ -42,6 +42,8 @@ FRESH_EVERY = 5.0
 """Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
 FRESH_FOR = 0.05
 """Seconds that a look holds for servers that are asked for in one burst."""
+QUIET = 0.25
+"""Seconds after a fork until the next child is forked ahead: a server that starts has the processors first."""
 KEEPERLESS = 10.0
 """Seconds without a keeper and without a server after which a fork server ends."""
 _REQUEST_SECONDS = 1.0
@@ -72,9 +74,13 @@ def serve(descriptor: int) -> tuple[Launch, int, int]:
     # What is alive now will not be looked at by any collector again, so that its pages stay shared.
     gc.collect()
     gc.freeze()
+    try:
+        written = written_pages(_rehearsal())
+    except PreloadError as error:
+        _refuse(listener, str(error))
     seconds = time.monotonic() - begun
     print(f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
-    return _ForkServer(listener, freshness, seconds).run()
+    return _ForkServer(listener, freshness, written, seconds).run()
 
 
 def _be_subreaper() -> None:
@@ -84,11 +90,9 @@ def _be_subreaper() -> None:
 def _load(listener: socket.socket) -> Freshness:
     """Load what servers take. Begins anew, as a fresh program, when a module spoiled this process or the disk changed."""
     avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
-    with open(REHEARSAL) as stream:
-        launch = Launch.parse(json.load(stream))
     try:
         freshness = Freshness()
-        spoilers = load(launch, avoid)
+        spoilers = load(_rehearsal(), avoid)
     except Exception as error:
         raise PreloadError(f"loading JupyterLab failed: {error}") from error
     if len(avoid | spoilers) > _MOST_SPOILERS:
@@ -102,6 +106,11 @@ def _load(listener: socket.socket) -> Freshness:
     return freshness
 
 
+def _rehearsal() -> Launch:
+    with open(REHEARSAL) as stream:
+        return Launch.parse(json.load(stream))
+
+
 def _refuse(listener: socket.socket, reason: str) -> NoReturn:
     """Tell the keeper why there is no fork server, and end."""
     print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
@@ -112,6 +121,14 @@ def _refuse(listener: socket.socket, reason: str) -> NoReturn:
         wire.receive(connection)
         wire.send(connection, {"failed": reason})
     os._exit(1)
+
+
+@dataclass
+class _Spare:
+    """A child that waits for its launch, which comes by the connection."""
+
+    pid: int
+    connection: socket.socket
 
 
 @dataclass
@@ -133,9 +150,11 @@ class _Request:
 class _ForkServer:
     """The one thread, and all that it holds open: everything of it is closed in a child."""
 
-    def __init__(self, listener: socket.socket, freshness: Freshness, seconds: float) -> None:
+    def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]], seconds: float) -> None:
         self._listener = listener
         self._freshness = freshness
+        self._written = written
+        """The pages that a server writes to."""
         self._seconds = seconds
         self._looked_at = time.monotonic()
         self._keepers: set[socket.socket] = set()
@@ -145,6 +164,10 @@ class _ForkServer:
         """By the pid of each living child: the pipe to report its end to."""
         self._unheard: dict[int, int] = {}
         """By pid: wait statuses that nobody was there to hear."""
+        self._spare: Optional[_Spare] = None
+        """The child that was forked ahead."""
+        self._busy_until = 0.0
+        """When the machine is likely to be idle again."""
         self._retired = ""
         """Why no server is forked any more."""
         self._wakeup, self._wakeup_writer = socket.socketpair()
@@ -159,21 +182,29 @@ class _ForkServer:
     def run(self) -> tuple[Launch, int, int]:
         """Serve until nobody needs this any more, and end the process then; returns in children only."""
         while True:
-            ready = {key.fileobj for key, _ in self._selector.select(FRESH_EVERY)}
+            ready = {key.fileobj for key, _ in self._selector.select(self._patience())}
             if self._wakeup in ready:
                 self._reap()
             for keeper in self._keepers & ready:
                 self._part_from(keeper)
             if self._listener in ready and (request := self._accept()) is not None:
                 launch = self._answer(request)
-                if launch is not None and self._fork(request) == 0:
+                if launch is not None and not self._give_to_spare(request) and self._fork(request) == 0:
                     log, report = request.files
-                    self._close(request)
+                    self._close(request.connection)
                     return launch, log, report
+            elif self._wants_spare() and (connection := self._fork_spare()) is not None:
+                return self._wait_for_launch(connection)
             if time.monotonic() - self._looked_at > FRESH_EVERY:
                 self._look()
             if self._needless():
                 _end()
+
+    def _patience(self) -> float:
+        """Give the seconds until there is something to do that nobody asks for."""
+        if self._spare is None and not self._retired:
+            return max(0.0, self._busy_until - time.monotonic())
+        return FRESH_EVERY
 
     def _needless(self) -> bool:
         keeperless = not self._keepers and time.monotonic() - self._keeperless_since > KEEPERLESS
@@ -249,25 +280,36 @@ class _ForkServer:
             return True
         return False
 
+    # Children
+
     def _fork(self, request: _Request) -> int:
         """Fork for a request, and confirm it; gives the child's pid, or 0 in the child."""
-        # Until it has put its own signals in order, a child must not act on one as if it were this process.
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         try:
-            pid = os.fork()
+            pid = _fork()
         except OSError as error:
-            pid = -1
             request.answer({"error": f"cannot fork: {error.strerror}"})
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+            request.close()
+            return -1
         if pid > 0:
             self._confirm(request, pid)
         return pid
 
+    def _give_to_spare(self, request: _Request) -> bool:
+        """Let the child that was forked ahead take a request; say whether it did."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return False
+        with spare.connection:
+            try:
+                wire.send(spare.connection, request.message, request.files)
+            except OSError:
+                return False  # It has died, and is reaped as any other.
+        self._confirm(request, spare.pid)
+        return True
+
     def _confirm(self, request: _Request, pid: int) -> None:
         """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
+        self._busy_until = time.monotonic() + QUIET
         # Looked at while the child begins on another core, instead of before.
         if time.monotonic() - self._looked_at > FRESH_FOR:
             self._look()
@@ -280,11 +322,46 @@ class _ForkServer:
             request.answer({"pid": pid, "started": _started(pid)})
         request.close()
 
-    def _close(self, request: _Request) -> None:
+    def _wants_spare(self) -> bool:
+        return self._spare is None and not self._retired and time.monotonic() >= self._busy_until
+
+    def _fork_spare(self) -> Optional[socket.socket]:
+        """Fork a child ahead; gives, in the child only, the connection that its launch comes by."""
+        ours, its = socket.socketpair()
+        try:
+            pid = _fork()
+        except OSError as error:
+            print(f"[labkeeper] cannot fork ahead: {error}", file=sys.stderr, flush=True)
+            self._busy_until = time.monotonic() + FRESH_EVERY
+            ours.close()
+            its.close()
+            return None
+        if pid == 0:
+            ours.close()
+            return its
+        its.close()
+        ours.settimeout(_REQUEST_SECONDS)
+        self._spare = _Spare(pid, ours)
+        return None
+
+    def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
+        """In a child: get ready, wait, and take the launch; end when the fork server is gone, or needs no child any more."""
+        self._close()
+        pages.copy(self._written)
+        try:
+            with connection:
+                message, (log, report) = wire.receive(connection)
+        except (OSError, EOFError, WireError):
+            os._exit(0)
+        return Launch.parse(message), log, report
+
+    def _close(self, *more: socket.socket) -> None:
         """In a child: close all that is the fork server's."""
         self._selector.close()
-        for connection in (self._listener, self._wakeup, self._wakeup_writer, request.connection, *self._keepers):
+        for connection in (self._listener, self._wakeup, self._wakeup_writer, *self._keepers, *more):
             connection.close()
+        if self._spare is not None:
+            self._spare.connection.close()
         for report in self._reports.values():
             os.close(report)
         gc.enable()
@@ -300,6 +377,8 @@ class _ForkServer:
 
     def _retire(self, reason: str) -> None:
         self._retired = reason
+        if self._spare is not None:
+            self._spare.connection.close()
         print(f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True)
         for keeper in self._keepers:
             with contextlib.suppress(OSError, WireError):
@@ -312,6 +391,9 @@ class _ForkServer:
         with contextlib.suppress(ChildProcessError):
             while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):
                 pid, status = end
+                if self._spare is not None and self._spare.pid == pid:
+                    self._spare.connection.close()
+                    self._spare = None
                 report = self._reports.pop(pid, None)
                 if report is None:
                     continue
@@ -320,6 +402,20 @@ class _ForkServer:
                 except OSError:
                     self._unheard[pid] = status
                 os.close(report)
+
+
+def _fork() -> int:
+    """Fork; in the child nothing of this process's handling of signals is left. Raises OSError."""
+    # Until that is so, a child must not act on a signal as if it were this process.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _end() -> NoReturn:

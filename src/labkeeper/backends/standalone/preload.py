@@ -19,15 +19,18 @@ import traceback
 from collections.abc import Iterable
 from typing import Any, Optional
 
+from . import pages
 from .child import run_jupyter
 from .wire import Launch
 
 REHEARSAL_SECONDS = 60
 """Seconds after which a rehearsal that has not ended is given up."""
-_WARM_PATHS = ("api", "api/me", "lab", "api/kernelspecs", "api/contents")
-"""What a new server is asked first; answering loads more modules."""
+_PROOF_PATHS = ("api", "api/me")
+"""What a keeper asks before it calls a server running."""
+_FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
+"""What a user's browser asks first; answering loads more modules."""
 _CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json"))
-_SOURCE_LIMIT = 400
+_MOST_PATTERNS = 400
 """Regular expressions that are compiled ahead; Python keeps at most 512."""
 
 
@@ -42,10 +45,9 @@ def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
     its children. Raises PreloadError.
     """
     importlib.import_module("jupyterlab.labapp")
-
     ours = _shared_things()
-    modules, patterns = _rehearse(launch)
-    for name in modules:
+    told = _rehearse(launch)
+    for name in told["modules"]:
         if name in sys.modules or name in avoid:
             continue
         try:
@@ -55,9 +57,14 @@ def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
             print(f"[labkeeper] cannot preload {name}: {error!r}", file=sys.stderr, flush=True)
         if _shared_things() - ours:
             return {name}
-    for pattern, flags in patterns[:_SOURCE_LIMIT]:
+    for pattern, flags in told["patterns"][:_MOST_PATTERNS]:
         re.compile(pattern, flags)
     return set()
+
+
+def written_pages(launch: Launch) -> list[tuple[int, int]]:
+    """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
+    return [(address, size) for address, size in _rehearse(launch)["pages"]]
 
 
 def _shared_things() -> set[str]:
@@ -73,8 +80,8 @@ def _shared_things() -> set[str]:
     return things
 
 
-def _rehearse(launch: Launch) -> tuple[list[str], list[tuple[str, int]]]:
-    """Run a whole server in a child, in a directory of its own; give the modules and regular expressions that it took."""
+def _rehearse(launch: Launch) -> dict[str, Any]:
+    """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages."""
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -85,9 +92,8 @@ def _rehearse(launch: Launch) -> tuple[list[str], list[tuple[str, int]]]:
         report = stream.read()
     _, status = os.waitpid(pid, 0)
     try:
-        told = json.loads(report)
-        return told["modules"], told["patterns"]
-    except (ValueError, KeyError, TypeError):
+        return dict(json.loads(report))
+    except ValueError:
         raise PreloadError(
             "the rehearsal of a server failed "
             f"({'signal' if os.WIFSIGNALED(status) else 'exit code'} "
@@ -98,6 +104,7 @@ def _rehearse(launch: Launch) -> tuple[list[str], list[tuple[str, int]]]:
 def _perform(launch: Launch, writer: int) -> None:
     code = 1
     try:
+        shared = pages.writable()
         signal.alarm(REHEARSAL_SECONDS)
         os.setsid()
         os.environ.update(launch.env)
@@ -107,7 +114,7 @@ def _perform(launch: Launch, writer: int) -> None:
         config["IdentityProvider"] = {"token": token}
 
         def ready(app: Any) -> None:
-            app.io_loop.add_callback(_warm_and_tell, app, token, writer)
+            app.io_loop.add_callback(_warm_and_tell, app, token, shared, writer)
 
         run_jupyter(config, ready)
         code = 0
@@ -119,21 +126,26 @@ def _perform(launch: Launch, writer: int) -> None:
         os._exit(code)
 
 
-async def _warm_and_tell(app: Any, token: str, writer: int) -> None:
+async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], writer: int) -> None:
     info = app.server_info()
-    for path in _WARM_PATHS:
-        reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
-        stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
-        await reader.read()
-        stream.close()
-    told = {
-        "modules": [name for name in list(sys.modules) if not name.startswith(("labkeeper_standalone", "__m"))],
-        # How Python keys what it has compiled is not promised: where it is otherwise there is nothing to take.
-        "patterns": [(pattern, flags) for kind, pattern, flags in getattr(re, "_cache", {}) if kind is str],
-    }
+    for path in _PROOF_PATHS:
+        await _get(info, path, token)
+    told: dict[str, Any] = {"pages": pages.copied(shared)}
+    for path in _FIRST_PATHS:
+        await _get(info, path, token)
+    told["modules"] = [name for name in list(sys.modules) if not name.startswith(("labkeeper_standalone", "__m"))]
+    # Where Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
+    told["patterns"] = [(pattern, flags) for kind, pattern, flags in getattr(re, "_cache", {}) if kind is str]
     with os.fdopen(writer, "w") as report:
         json.dump(told, report)
     app.stop()
+
+
+async def _get(info: dict[str, Any], path: str, token: str) -> None:
+    reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
+    stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
+    await reader.read()
+    stream.close()
 
 
 class Freshness:
