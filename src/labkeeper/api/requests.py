@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from dataclasses import dataclass
@@ -280,38 +281,46 @@ class ServerPath(BaseModel):
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 
-class StartQuery(BaseModel):
-    """How long to wait for a server to be ready."""
+class _Query(BaseModel):
+    """What stands behind the `?`; unknown names are refused."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @classmethod
+    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Give the schema; the plain one is made once, since the OpenAPI layer asks for it at each request."""
+        return super().model_json_schema(*args, **kwargs) if args or kwargs else cls._plain_schema()
+
+    @classmethod
+    @functools.cache
+    def _plain_schema(cls) -> dict[str, Any]:
+        return super().model_json_schema()
+
+
+class StartQuery(_Query):
+    """How long to wait for a server to be ready."""
 
     wait: Wait = Field(
         _ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
     )
 
 
-class StopQuery(BaseModel):
+class StopQuery(_Query):
     """How to stop, and how long to wait for the end."""
-
-    model_config = ConfigDict(extra="forbid")
 
     wait: Wait = Field(_ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it has ended.")
     force: bool = Field(default=False, description="Kill at once instead of asking.")
 
 
-class GetQuery(BaseModel):
+class GetQuery(_Query):
     """What to wait for before answering."""
-
-    model_config = ConfigDict(extra="forbid")
 
     wait_for: State = Field(_ABSENT, description="Answer when the server is in this state, or stopped or failed.")
     wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
 
 
-class ListQuery(BaseModel):
+class ListQuery(_Query):
     """Which servers to list."""
-
-    model_config = ConfigDict(extra="forbid")
 
     state: list[State] = Field([], description="Only servers in one of these states.")
     label: list[str] = Field([], description="Only servers with all of these labels: `key=value`, or `key` alone.")
@@ -319,10 +328,8 @@ class ListQuery(BaseModel):
     cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
 
 
-class LogQuery(BaseModel):
+class LogQuery(_Query):
     """Which part of a log."""
-
-    model_config = ConfigDict(extra="forbid")
 
     tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
     follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")

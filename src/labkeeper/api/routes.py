@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -78,12 +78,12 @@ class Api:
     def get_server(self, path: ServerPath, query: GetQuery) -> Answer:
         """Tell of one server; with `wait_for`, when it is in that state, or at rest in another, or `wait` is over."""
         name = ServerName(path.name)
-        with ExitStack() as stack:
-            watch = stack.enter_context(self._keeper.watch(name))
+        if query.wait_for is None:
+            return _json(self._model(self._find(name)))
+        rest = {query.wait_for, State.STOPPED, State.FAILED}
+        with self._keeper.watch(name) as watch:
             snapshot = self._find(name)
-            if query.wait_for is not None:
-                wait = stack.enter_context(self._patience(query.wait))
-                rest = {query.wait_for, State.STOPPED, State.FAILED}
+            with self._patience(query.wait) as wait:
                 snapshot, _ = self._until(watch, lambda s: s.state in rest, first=snapshot, timeout=wait)
         return _json(self._model(snapshot))
 
