@@ -49,6 +49,15 @@ class Process:
             # It cannot be told (no descriptor is free, say): what is not proven dead is taken for alive.
             return True
 
+    def is_current(self) -> bool:
+        """Whether it is the one that has its pid now, be it a zombie; also when that cannot be told."""
+        try:
+            return _started(self.pid) == self.started
+        except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
+            return False
+        except (psutil.Error, OSError):
+            return True
+
     def send(self, number: signal.Signals) -> bool:
         """Send a signal to it, and to no other that may have its pid by now; say whether it was there."""
         try:
@@ -137,7 +146,8 @@ def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeo
     except OSError:
         return _look_until_ended(process, or_readable, timeout)
     try:
-        if not process.alive():
+        # The descriptor is of whoever has the pid now. It tells of a zombie by itself.
+        if not process.is_current():
             return True
         poll = select.poll()
         poll.register(handle, select.POLLIN)
