@@ -147,7 +147,7 @@ def _enter(launch: Launch) -> None:
         _, hard = resource.getrlimit(number)
         most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(number, (most, most))
-    _show(launch.title, launch.room)
+    show(launch.title, launch.room)
     os.umask(launch.umask)
     os.environ.clear()
     os.environ.update(launch.env)
@@ -174,7 +174,7 @@ def _reseed() -> None:
         numpy_random.seed()
 
 
-def _show(title: str, room: str) -> None:
+def show(title: str, room: str) -> None:
     """Let the lists of processes show what this process is, and its environment the mark, as if it had been executed.
 
     Linux shows the memory in which a program found its arguments and environment; a fork keeps that of its parent. Here it is

@@ -24,15 +24,15 @@ import os
 import selectors
 import signal
 import socket
-import struct
 import sys
 import time
 import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
-from . import pages, wire
-from .child import MARK
+from . import pages, peers, wire
+from .child import show
+from .children import Children
 from .preload import Freshness, PreloadError, load, written_pages
 from .wire import Launch, WireError
 
@@ -54,8 +54,6 @@ _AVOID = "LABKEEPER_AVOID"
 """The environment variable that passes them on."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
-_CREDENTIALS = struct.Struct("3i")
-"""pid, uid, gid: `struct ucred` of unix(7)."""
 
 
 def serve(descriptor: int) -> tuple[Launch, int, int]:
@@ -160,10 +158,7 @@ class _ForkServer:
         self._keepers: set[socket.socket] = set()
         """Connections that a keeper holds as long as it lives."""
         self._keeperless_since = time.monotonic()
-        self._reports: dict[int, int] = {}
-        """By the pid of each living child: the pipe to report its end to."""
-        self._unheard: dict[int, int] = {}
-        """By pid: wait statuses that nobody was there to hear."""
+        self._children = Children()
         self._spare: Optional[_Spare] = None
         """The child that was forked ahead."""
         self._busy_until = 0.0
@@ -198,6 +193,7 @@ class _ForkServer:
             if time.monotonic() - self._looked_at > FRESH_EVERY:
                 self._look()
             if self._needless():
+                self._dismiss_spare()
                 _end()
 
     def _patience(self) -> float:
@@ -208,7 +204,7 @@ class _ForkServer:
 
     def _needless(self) -> bool:
         keeperless = not self._keepers and time.monotonic() - self._keeperless_since > KEEPERLESS
-        return not self._reports and (bool(self._retired) or keeperless)
+        return not self._children and (bool(self._retired) or keeperless)
 
     # Requests
 
@@ -219,7 +215,7 @@ class _ForkServer:
             print(f"[labkeeper] cannot accept: {error}", file=sys.stderr, flush=True)
             return None
         try:
-            _check(connection)
+            peers.check(connection)
             connection.settimeout(_REQUEST_SECONDS)
             return _Request(connection, *wire.receive(connection))
         except (OSError, WireError, EOFError) as error:
@@ -232,7 +228,7 @@ class _ForkServer:
         what, count = request.message.get("do"), len(request.files)
         answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
         if what == "keep":
-            self._keep(request.connection)
+            self._keep(request)
             return None
         if what == "launch" and count == 2:  # noqa: PLR2004 - a log, and a pipe to report to
             if not self._retired:
@@ -243,7 +239,7 @@ class _ForkServer:
             else:
                 answer = {"retired": self._retired}
         elif what == "attach" and count == 1:
-            answer = {"known": self._attach(request.message.get("pid"), request.files)}
+            answer = {"known": self._children.attach(request.message.get("pid"), request.files[0])}
         elif what == "retire":
             self._retire("its keeper needs it no more")
             answer = {}
@@ -251,34 +247,18 @@ class _ForkServer:
         request.close()
         return None
 
-    def _keep(self, keeper: socket.socket) -> None:
-        self._keepers.add(keeper)
-        self._selector.register(keeper, selectors.EVENT_READ)
-        with contextlib.suppress(OSError, WireError):
-            wire.send(keeper, {"pid": os.getpid(), "seconds": self._seconds})
-            if self._retired:
-                wire.send(keeper, {"retired": self._retired})
+    def _keep(self, request: _Request) -> None:
+        self._keepers.add(request.connection)
+        self._selector.register(request.connection, selectors.EVENT_READ)
+        request.answer({"pid": os.getpid(), "seconds": self._seconds})
+        if self._retired:
+            request.answer({"retired": self._retired})
 
     def _part_from(self, keeper: socket.socket) -> None:
         self._selector.unregister(keeper)
         self._keepers.discard(keeper)
         keeper.close()
         self._keeperless_since = time.monotonic()
-
-    def _attach(self, pid: Any, files: list[int]) -> bool:
-        """Report the end of a child to somebody else from now on; also an end that nobody has heard of."""
-        if not isinstance(pid, int):
-            return False
-        if pid in self._unheard:
-            with contextlib.suppress(OSError):
-                _write_status(files[0], self._unheard[pid])
-                del self._unheard[pid]
-            return True
-        if pid in self._reports:
-            os.close(self._reports[pid])
-            self._reports[pid] = files.pop()
-            return True
-        return False
 
     # Children
 
@@ -302,8 +282,10 @@ class _ForkServer:
         with spare.connection:
             try:
                 wire.send(spare.connection, request.message, request.files)
-            except OSError:
-                return False  # It has died, and is reaped as any other.
+            except (OSError, WireError):
+                # It has died, or takes nothing; it is reaped as any other.
+                os.kill(spare.pid, signal.SIGKILL)
+                return False
         self._confirm(request, spare.pid)
         return True
 
@@ -318,8 +300,8 @@ class _ForkServer:
             os.waitpid(pid, 0)
             request.answer({"retired": self._retired})
         else:
-            self._reports[pid] = request.files.pop()
-            request.answer({"pid": pid, "started": _started(pid)})
+            self._children.add(pid, request.files.pop())
+            request.answer({"pid": pid, "started": peers.started(pid)})
         request.close()
 
     def _wants_spare(self) -> bool:
@@ -344,9 +326,17 @@ class _ForkServer:
         self._spare = _Spare(pid, ours)
         return None
 
+    def _dismiss_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.connection.close()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(spare.pid, 0)
+
     def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
         """In a child: get ready, wait, and take the launch; end when the fork server is gone, or needs no child any more."""
         self._close()
+        show("jupyter-lab (waits for its launch)", "")
         pages.copy(self._written)
         try:
             with connection:
@@ -362,8 +352,7 @@ class _ForkServer:
             connection.close()
         if self._spare is not None:
             self._spare.connection.close()
-        for report in self._reports.values():
-            os.close(report)
+        self._children.forget()
         gc.enable()
 
     # What happens
@@ -377,31 +366,19 @@ class _ForkServer:
 
     def _retire(self, reason: str) -> None:
         self._retired = reason
-        if self._spare is not None:
-            self._spare.connection.close()
+        self._dismiss_spare()
         print(f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True)
         for keeper in self._keepers:
             with contextlib.suppress(OSError, WireError):
                 wire.send(keeper, {"retired": reason})
 
     def _reap(self) -> None:
-        """Take in the ends of children, and of what children left behind."""
         with contextlib.suppress(BlockingIOError):
             self._wakeup.recv(4096)
-        with contextlib.suppress(ChildProcessError):
-            while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):
-                pid, status = end
-                if self._spare is not None and self._spare.pid == pid:
-                    self._spare.connection.close()
-                    self._spare = None
-                report = self._reports.pop(pid, None)
-                if report is None:
-                    continue
-                try:
-                    _write_status(report, status)
-                except OSError:
-                    self._unheard[pid] = status
-                os.close(report)
+        ended = self._children.reap()
+        if self._spare is not None and self._spare.pid in ended:
+            self._spare.connection.close()
+            self._spare = None
 
 
 def _fork() -> int:
@@ -426,40 +403,3 @@ def _end() -> NoReturn:
             os.unlink(name)
         os.rmdir(here)
     os._exit(0)
-
-
-def _write_status(report: int, status: int) -> None:
-    os.write(report, json.dumps({"status": status}).encode() + b"\n")
-
-
-def _check(connection: socket.socket) -> None:
-    """Let only a keeper in: a process of our own user that does not stem from a server. Raises PermissionError."""
-    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    if uid != os.geteuid():
-        raise PermissionError(f"process {pid} belongs to user {uid}")
-    # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
-    # executed carries the mark. A process that is gone already is not let in either.
-    with open(f"/proc/{pid}/environ", "rb") as stream:
-        variables = stream.read().split(b"\0")
-    if any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables):
-        raise PermissionError(f"process {pid} belongs to a server")
-    while pid > 1:
-        pid = int(_stat(pid)[1])
-        if pid == os.getpid():
-            raise PermissionError("a server must not ask for others")
-
-
-def _rooms() -> str:
-    """Give the keeper's runtime directory; a keeper may itself run in the server of another one."""
-    return os.path.dirname(os.path.dirname(os.getcwd()))
-
-
-def _stat(pid: int) -> list[str]:
-    """Give the fields of proc(5) stat from the third one on; the name before them may hold spaces and parentheses."""
-    with open(f"/proc/{pid}/stat", errors="replace") as stream:
-        return stream.read().rpartition(")")[2].split()
-
-
-def _started(pid: int) -> str:
-    """Give the moment a process started, in ticks since boot; with its pid that is its identity."""
-    return _stat(pid)[19]
