@@ -9,6 +9,7 @@ import select
 import signal
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -113,6 +114,19 @@ class Launched:
     """Set when it is a child of ours, whose exit status we can read."""
 
 
+@contextlib.contextmanager
+def _report() -> Iterator[ReportPipe]:
+    """Make a report whose writing end is handed over inside; it is closed when that fails."""
+    report = ReportPipe()
+    try:
+        yield report
+    except BaseException:
+        report.close()
+        raise
+    finally:
+        report.close_writer()
+
+
 class Launcher:
     """Launches servers in one way or the other; they are the same afterwards."""
 
@@ -124,20 +138,16 @@ class Launcher:
 
     def launch(self, launch: wire.Launch, log: int) -> Launched:
         """Make the process. Raises OSError, WireError, BackendUnavailable."""
-        report = ReportPipe()
         try:
-            try:
+            with _report() as report:
                 if self._forkserver is None:
                     raise CannotFork(self._why_not)
                 process, parent = self._forkserver.launch(launch, log, report.writer)
                 return Launched(process, report, "fork", forkserver=parent)
-            except CannotFork as because:
+        except CannotFork as because:
+            # With a report of its own: a child that was forked all the same, unknown to us, sees that nobody hears it, and ends.
+            with _report() as report:
                 return self._execute(launch, log, report, str(because))
-            finally:
-                report.close_writer()
-        except BaseException:
-            report.close()
-            raise
 
     def _execute(self, launch: wire.Launch, log: int, report: ReportPipe, reason: str) -> Launched:
         ours, its = socket.socketpair()

@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from labkeeper.backends.limits import LimitedBy
+from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
@@ -82,7 +83,7 @@ class Room:
 
     @property
     def _record_path(self) -> Path:
-        return self.path / "launch.json"
+        return self.path / RECORD
 
     def _bundle(self, spec: ServerSpec) -> Path | None:
         """Write the certificates to trust: the system's and the gateway's own."""

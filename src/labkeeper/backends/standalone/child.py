@@ -25,6 +25,8 @@ from .wire import receive as receive_frame
 
 MARK = "LABKEEPER_SERVER"
 """The environment variable by which all that a server starts is known."""
+RECORD = "launch.json"
+"""The file in a server's room in which its keeper notes which process it is."""
 _COOKIE_SECRET_BYTES = 32
 _PR_SET_NAME = 15
 """From linux/prctl.h."""
@@ -64,7 +66,7 @@ def become_server(launch: Launch, log: int, report: int) -> None:
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch.config, lambda app: _report_ready(app, report))
+        run_jupyter(launch.config, lambda app: _report_ready(app, report, launch.room))
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -118,11 +120,23 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
     app.start()
 
 
-def _report_ready(app: Any, report: int) -> None:
-    # Where the keeper has died meanwhile, the next one finds us by our info file.
-    with contextlib.suppress(OSError):
+def _report_ready(app: Any, report: int, room: str) -> None:
+    try:
         os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
+    except OSError:
+        # Nobody listens. If a keeper has died, the next one finds us by its record. Where there is none of us, our launch was
+        # given up before its keeper knew of us, and may have been done in another way.
+        if not _is_recorded(room):
+            app.stop()
     os.close(report)
+
+
+def _is_recorded(room: str) -> bool:
+    try:
+        with open(os.path.join(room, RECORD)) as record:
+            return bool(json.load(record)["pid"] == os.getpid())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _open_streams(log: int) -> None:
