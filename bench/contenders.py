@@ -186,7 +186,7 @@ class LabkeeperFork(Labkeeper):
 
 
 class LabkeeperExec(Labkeeper):
-    """Servers started by executing `jupyter-lab`."""
+    """Servers that load JupyterLab each by itself."""
 
     key = "labkeeper_exec"
     label = "labkeeper, exec"

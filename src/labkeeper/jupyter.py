@@ -23,9 +23,12 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, Kernel, ServerSpec
 
-PRIVATE_VARIABLES: Final = re.compile(r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_)")
-"""Variables of the keeper's own environment that a server must not inherit: ours, and those that would configure Jupyter
-against the spec."""
+PRIVATE_VARIABLES: Final = re.compile(
+    r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_"
+    r"|INVOCATION_ID$|JOURNAL_STREAM$|NOTIFY_SOCKET$|WATCHDOG_|LISTEN_|SYSTEMD_|MEMORY_PRESSURE_)"
+)
+"""Variables of the keeper's own environment that a server must not inherit: ours, those that would configure Jupyter against the
+spec, and those by which systemd speaks to one service process."""
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
 _LARGEST_ANSWER: Final = 4 * 1024 * 1024
@@ -263,7 +266,10 @@ _CAUSES: Final = (
     (FailureClass.IMPORT_ERROR, re.compile(r"ModuleNotFoundError|ImportError|No module named")),
     (
         FailureClass.CONFIG_ERROR,
-        re.compile(r"Bad config|bad configuration|TraitError|ConfigError|Permission denied|Read-only file system"),
+        re.compile(
+            r"Bad config|bad configuration|TraitError|ConfigError|Permission denied|Read-only file system"
+            r"|\[labkeeper\] cannot start the server"
+        ),
     ),
 )
 _LEVEL: Final = re.compile(r"^\[[CEWID] [^\]]*\]\s*")

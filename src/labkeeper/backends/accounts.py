@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import pwd
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.model import FailureClass, ServerSpec
+
+_OF_A_LOGIN: Final = re.compile(r"^(XDG_|SUDO_|SSH_|DBUS_|MAIL$)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,13 @@ def find_user(spec: ServerSpec) -> Account | None:
     ids = User(entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid))
     login = {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name, "SHELL": entry.pw_shell}
     return Account(ids, login)
+
+
+def own_environment(account: Account | None) -> Mapping[str, str]:
+    """Give our environment as another user should have it: without what is about our own login."""
+    if account is None:
+        return os.environ
+    return {name: value for name, value in os.environ.items() if not _OF_A_LOGIN.match(name)} | account.environment
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:

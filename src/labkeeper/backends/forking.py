@@ -55,7 +55,7 @@ _EXEC_SHARE: Final = 0.8
 """What executing a server takes, as a share of loading: it imports the same, but initialises once."""
 _ANSWER_WITHIN: Final = 5.0
 """Seconds in which a fork server answers a request, on however busy a machine."""
-_PAUSES: Final = (0.2, 60.0)
+_PAUSES: Final = (0.2, 600.0)
 """Seconds until the next one is started after one that failed: at first, and at most."""
 _END_WITHIN: Final = 1.0
 """Seconds in which a fork server without servers ends when it is told to."""
@@ -135,7 +135,9 @@ class ForkServer:
             instance = self._await_ready()
             try:
                 answer = self._ask(instance.directory, {"do": "launch", **launch.message()}, [log, report])
-            except (OSError, EOFError, wire.WireError) as error:
+            except wire.WireError as error:
+                raise CannotFork(f"the fork server could not: {error}") from error
+            except (OSError, EOFError) as error:
                 # Killed, since it may be stopped rather than gone; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -153,19 +153,27 @@ class Launcher:
         ours, its = socket.socketpair()
         with ours, its:
             ours.settimeout(_TAKEN_WITHIN)
+            user = launch.user
+            # As its user from the first instruction on: the user's own files and variables may hold code that Python runs at its
+            # start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
             child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
-                [self._python, STANDALONE, "exec", str(its.fileno())],
+                [str(self._python), str(STANDALONE), "exec", str(its.fileno())],
                 env=launch.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                user=user.uid if user else None,
+                group=user.gid if user else None,
+                extra_groups=user.groups if user else None,
                 pass_fds=[its.fileno()],
             )
             its.close()
             # Where it has died already, its log and its exit code say why.
             with contextlib.suppress(OSError):
-                wire.send(ours, launch.message(), [log, report.writer])
+                for members in launch.cgroups:
+                    Path(members).write_text(str(child.pid))
+                wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
         process = Process.find(child.pid)
         if process is None:  # Only when it was reaped, and nobody but us does that.
             raise BackendUnavailable("cannot start a server: its process vanished")

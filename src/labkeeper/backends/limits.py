@@ -10,7 +10,7 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -64,16 +64,17 @@ class ControlGroups:
 
     def __init__(self, runtime_dir: Path) -> None:
         self._prefix = f"labkeeper-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:8]}-"
-        self._hierarchies: dict[str, _Hierarchy] | None = None
-        """By controller; found when the first limit is asked for."""
+        # At once: a group of version 2 can be divided only as long as we are alone in it.
+        self._hierarchies = {**_version_1(), **_version_2()}
+        """By controller."""
 
     def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> Enforced:
-        """Put the limits of a server in force, as far as this host lets us; `own_user`: whether nobody else runs as its user."""
+        """Put the limits of a server in force, as far as the host lets us; `own_user`: whether it runs as another user."""
         by: dict[str, LimitedBy] = {}
         members: list[str] = []
         rlimits: dict[str, int] = {}
         for what, controller, settings in _wanted(limits):
-            hierarchy = self._found().get(controller)
+            hierarchy = self._hierarchies.get(controller)
             if hierarchy is not None and (group := self._make(hierarchy, name, settings[hierarchy.version])) is not None:
                 by[what] = hierarchy.version
                 members.append(str(group / "cgroup.procs"))
@@ -90,7 +91,7 @@ class ControlGroups:
 
     def remove(self, name: ServerName) -> None:
         """Remove the groups of a server whose processes have ended. Idempotent."""
-        for base in {hierarchy.base for hierarchy in (self._hierarchies or {}).values()}:
+        for base in {hierarchy.base for hierarchy in self._hierarchies.values()}:
             group = base / f"{self._prefix}{name}"
             until = time.monotonic() + _GONE_WITHIN
             while group.exists():
@@ -101,11 +102,6 @@ class ControlGroups:
                     _log.warning("cannot remove a control group", group=str(group))
                     break
                 time.sleep(0.01)
-
-    def _found(self) -> dict[str, _Hierarchy]:
-        if self._hierarchies is None:
-            self._hierarchies = {**_version_1(), **_version_2()}
-        return self._hierarchies
 
     def _make(self, hierarchy: _Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
         group = hierarchy.base / f"{self._prefix}{name}"
@@ -159,15 +155,26 @@ def _version_2() -> dict[str, _Hierarchy]:
         controllers = [c for c in ("memory", "cpu", "pids") if c in (base / "cgroup.controllers").read_text().split()]
         enabled = (base / "cgroup.subtree_control").read_text().split()
         if missing := [controller for controller in controllers if controller not in enabled]:
-            leaf = base / _LEAF
-            leaf.mkdir(exist_ok=True)
-            (leaf / "cgroup.procs").write_text(str(os.getpid()))
-            (base / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in missing))
+            _divide(base, missing)
     except OSError as error:
         # Other processes share our group, or it was not given to us to divide.
         _log.info("control groups of version 2 cannot be used", group=str(base), error=str(error))
         return {}
     return {controller: _Hierarchy(LimitedBy.CGROUP2, base) for controller in controllers}
+
+
+def _divide(base: Path, controllers: Sequence[str]) -> None:
+    """Let groups below ours be limited: we move out of it, into a leaf. Raises OSError, and then we are where we were."""
+    leaf = base / _LEAF
+    leaf.mkdir(exist_ok=True)
+    try:
+        (leaf / "cgroup.procs").write_text(str(os.getpid()))
+        (base / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in controllers))
+    except OSError:
+        with contextlib.suppress(OSError):
+            (base / "cgroup.procs").write_text(str(os.getpid()))
+            leaf.rmdir()
+        raise
 
 
 def _memberships() -> list[tuple[list[str], str]]:

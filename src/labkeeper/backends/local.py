@@ -11,13 +11,13 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from labkeeper import jupyter
-from labkeeper.backends.accounts import Account, check_passage, find_user
+from labkeeper.backends.accounts import Account, check_passage, find_user, own_environment
 from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.crew import Crew
 from labkeeper.backends.forking import ForkServer
@@ -170,6 +170,8 @@ class LocalBackend:
             except OSError:
                 # It may not carry its mark yet.
                 attendant.kill()
+                if launched.child is not None:
+                    launched.child.wait()
                 attendant.close()
                 raise
         except BackendRefused:
@@ -191,7 +193,7 @@ class LocalBackend:
             cwd=spec.root_dir,
             # The mark comes last: readers of /proc that stop at an empty entry have read all others then.
             env={
-                **jupyter.environment(spec, self._own(user), runtime_dir=room.jupyter, ca_bundle=bundle),
+                **jupyter.environment(spec, own_environment(user), runtime_dir=room.jupyter, ca_bundle=bundle),
                 MARK: str(room.path),
             },
             umask=self._umask,
@@ -200,9 +202,6 @@ class LocalBackend:
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
         )
-
-    def _own(self, user: Account | None) -> Mapping[str, str]:
-        return os.environ if user is None else {**os.environ, **user.environment}
 
     def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced) -> Record:
         return Record(

@@ -14,6 +14,7 @@ import random
 import resource
 import secrets
 import socket
+import ssl
 import sys
 import time
 import traceback
@@ -103,6 +104,9 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
     # Computed when they are imported, which may have been in another environment.
     LabApp.user_settings_dir.default_value = commands.get_user_settings_dir()
     LabApp.workspaces_dir.default_value = commands.get_workspaces_dir()
+    tls = getattr(sys.modules.get("tornado.netutil"), "_client_ssl_defaults", None)
+    if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
+        tls.set_default_verify_paths()
     GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
     chosen = Config({section: dict(values) for section, values in config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
@@ -161,7 +165,8 @@ def _enter(launch: Launch) -> None:
         _, hard = resource.getrlimit(number)
         most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(number, (most, most))
-    show(launch.title, launch.room)
+    show(launch.title)
+    _mark(launch.room)
     os.umask(launch.umask)
     os.environ.clear()
     os.environ.update(launch.env)
@@ -172,8 +177,9 @@ def _enter(launch: Launch) -> None:
         os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
         os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
     os.chdir(launch.cwd)
-    if not os.access(launch.room, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(f"user {os.getuid()} cannot enter {launch.room}; set LABKEEPER_RUNTIME_DIR to where it can")
+    runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
+    if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
     _reseed()
 
 
@@ -188,29 +194,38 @@ def _reseed() -> None:
         numpy_random.seed()
 
 
-def show(title: str, room: str) -> None:
-    """Let the lists of processes show what this process is, and its environment the mark, as if it had been executed.
+def show(title: str) -> None:
+    """Let the lists of processes show what this process is, as if it had been executed, where that is possible.
 
-    Linux shows the memory in which a program found its arguments and environment; a fork keeps that of its parent. Here it is
-    written over, in place, as `setproctitle` does. Where that is impossible nothing is changed.
+    Linux shows the memory in which a program found its arguments; a fork keeps that of its parent. It is written over in place,
+    as `setproctitle` does.
     """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_NAME, b"jupyter-lab", 0, 0, 0)
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"jupyter-lab", 0, 0, 0)
+        first, end = _memory_of_program()[:2]
+        _overwrite(first, end - first, os.fsencode(title)[: max(0, end - first - 1)])
+
+
+def _mark(room: str) -> None:
+    """Let our environment, as others see it, carry the mark; its place was made when the program was started."""
+    if sys.platform.startswith("linux"):
+        first, end = _memory_of_program()[2:]
+        found = ctypes.string_at(first, end - first).find(f"{MARK}=".encode())
+        if found >= 0:
+            place = first + found + len(MARK) + 1
+            _overwrite(place, len(ctypes.string_at(place)), os.fsencode(room))
+
+
+def _memory_of_program() -> list[int]:
+    """Give where our arguments and our environment begin and end; zeros where that is kept from us."""
     # Fields 48 to 51 of proc(5) stat; the name before them may hold spaces and parentheses.
     with open("/proc/self/stat", "rb") as stat:
-        arguments, arguments_end, variables, variables_end = map(int, stat.read().rpartition(b")")[2].split()[45:49])
-    if not arguments or not variables:
-        return
-    size = arguments_end - arguments
-    ctypes.memmove(arguments, os.fsencode(title)[: size - 1].ljust(size, b"\0"), size)
-    place = ctypes.string_at(variables, variables_end - variables).find(f"{MARK}=".encode())
-    if place >= 0:
-        place += variables + len(MARK) + 1
-        room_for = len(ctypes.string_at(place))
-        value = os.fsencode(room)
-        if len(value) <= room_for:
-            ctypes.memmove(place, value.ljust(room_for, b"\0"), room_for)
+        return [int(address) for address in stat.read().rpartition(b")")[2].split()[45:49]]
+
+
+def _overwrite(place: int, size: int, text: bytes) -> None:
+    if place and len(text) <= size:
+        ctypes.memmove(place, text.ljust(size, b"\0"), size)
 
 
 def _broken_configuration(error: BaseException) -> Optional[str]:

@@ -336,7 +336,7 @@ class _ForkServer:
     def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
         """In a child: get ready, wait, and take the launch; end when the fork server is gone, or needs no child any more."""
         self._close()
-        show("jupyter-lab (waits for its launch)", "")
+        show("jupyter-lab (waits for its launch)")
         pages.copy(self._written)
         try:
             with connection:

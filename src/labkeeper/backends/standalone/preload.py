@@ -57,8 +57,8 @@ def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
             print(f"[labkeeper] cannot preload {name}: {error!r}", file=sys.stderr, flush=True)
         if _shared_things() - ours:
             return {name}
-    for pattern, flags in told["patterns"][:_MOST_PATTERNS]:
-        re.compile(pattern, flags)
+    for pattern in told["patterns"][:_MOST_PATTERNS]:
+        re.compile(*pattern)
     return set()
 
 
@@ -134,8 +134,8 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
     for path in _FIRST_PATHS:
         await _get(info, path, token)
     told["modules"] = [name for name in list(sys.modules) if not name.startswith(("labkeeper_standalone", "__m"))]
-    # Where Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
-    told["patterns"] = [(pattern, flags) for kind, pattern, flags in getattr(re, "_cache", {}) if kind is str]
+    # Where and how Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
+    told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
     with os.fdopen(writer, "w") as report:
         json.dump(told, report)
     app.stop()
