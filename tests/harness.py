@@ -102,6 +102,8 @@ class KeeperProcess:
         self.port = free_port()
         self.lab_port = free_port()
         self.settings = settings
+        self.variables = {}
+        """More of its environment, which its servers inherit."""
         self.process = None
         self.http = None
 
@@ -126,8 +128,8 @@ class KeeperProcess:
             "HOME": self.base,
         }
         ours.update({f"LABKEEPER_{name.upper()}": value for name, value in self.settings.items()})
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("LABKEEPER_")}
-        return clean | {name: str(value) for name, value in ours.items()}
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_"))}
+        return clean | {name: str(value) for name, value in (ours | self.variables).items()}
 
     def command(self, *arguments):
         return [sys.executable, "-m", "labkeeper", *arguments]
@@ -278,6 +280,25 @@ class KernelGateway:
                     child.kill()
             self.process.kill()
         self.process.wait()
+
+
+def forked(keeper, name="default", **body):
+    """Start a server that is forked; as long as no fork server is ready it is executed, and asked for again."""
+
+    def start():
+        answer = keeper.post(name=name, **body)
+        assert answer.status_code == 201, answer.text
+        if answer.json()["launched_by"] == "fork":
+            return answer.json()
+        assert keeper.delete(name, force="true").status_code == 200
+        return None
+
+    return until(start, what="a forked server")
+
+
+def parent_of(server):
+    """The fork server that a server stems from."""
+    return psutil.Process(server["pid"]).ppid()
 
 
 def start_kernel(server, name="python3"):

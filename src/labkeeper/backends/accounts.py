@@ -14,7 +14,12 @@ from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.model import FailureClass, ServerSpec
 
-_OF_A_LOGIN: Final = re.compile(r"^(XDG_|SUDO_|SSH_|DBUS_|MAIL$)")
+_FOR_EVERYBODY: Final = re.compile(
+    r"(PATH|TZ|TERM|LANG|LANGUAGE|LC_\w+|SSL_CERT_(FILE|DIR)|(https?|ftp|all|no)_proxy)$"
+    r"|PYTHON|LD_|MALLOC_|GLIBC_|JUPYTER(?!_(CONFIG|DATA|RUNTIME)_DIR$)",
+    re.IGNORECASE,
+)
+"""How the machine is set up, and what our fork server was started with anyway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +49,10 @@ def find_user(spec: ServerSpec) -> Account | None:
 
 
 def own_environment(account: Account | None) -> Mapping[str, str]:
-    """Give our environment as another user should have it: without what is about our own login."""
+    """Give of our environment what another user should have; what else is in it may be about us, and secret."""
     if account is None:
         return os.environ
-    return {name: value for name, value in os.environ.items() if not _OF_A_LOGIN.match(name)} | account.environment
+    return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name)} | account.environment
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:

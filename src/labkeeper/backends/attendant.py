@@ -67,7 +67,9 @@ class Attendant:
     client: jupyter.JupyterClient
     tell: Callable[[Report], None]
     report: ReportPipe | None = None
-    """What the process says of itself, and its fork server of its end."""
+    """What its fork server says of its end, and the process of itself if it was launched by us."""
+    announces: bool = False
+    """Whether the process says to us when it is ready."""
     child: subprocess.Popen[bytes] | None = None
     """Set when it is a child of ours, whose exit status we can read."""
     hold: socket.socket | None = None
@@ -180,7 +182,7 @@ class Attendant:
 
     def _until_ready(self) -> Endpoint | None:
         """Wait until it answers as itself; None when it ended before, or we are closing."""
-        pause, slowest = _PROOF_PAUSES if self.report else _FOUND_PAUSES
+        pause, slowest = _PROOF_PAUSES if self.announces else _FOUND_PAUSES
         while True:
             endpoint = self._announced()
             if endpoint is not None and self.client.proves(endpoint):
@@ -188,7 +190,7 @@ class Attendant:
                     self.hold.close()
                 return endpoint
             # As long as it has said nothing there is nothing to look at: what it says wakes us.
-            silent = endpoint is None and self.report is not None and bool(self.report.readable)
+            silent = endpoint is None and self.announces and self.report is not None and bool(self.report.readable)
             if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.crew.closed:
                 return None
             self.log.rotate()
@@ -196,7 +198,9 @@ class Attendant:
 
     def _announced(self) -> Endpoint | None:
         """Give where it says to listen: to us, when we launched it; else in Jupyter's file, if it does listen there."""
-        said = self.report.said("ready") if self.report else None
+        said = self.report.said("ready") if self.announces and self.report else None
+        if said is None and self.announces and self.report and self.report.readable:
+            return None
         if said is None:
             endpoint = jupyter.read_info(self.room.jupyter, self.process.pid)
             # Jupyter writes the file before it has the port.
@@ -204,6 +208,8 @@ class Attendant:
                 return None
         else:
             endpoint = jupyter.endpoint_of(said)
+            if endpoint.pid != self.process.pid:
+                return None
         record = self.record
         return replace(
             endpoint, launched_by=record.launched_by, exec_reason=record.exec_reason, limited_by=dict(record.limited_by)

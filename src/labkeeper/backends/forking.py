@@ -64,7 +64,7 @@ _LONGEST_NAME: Final = 63
 _REHEARSAL_ROOM: Final = "rehearsal"
 _CREDENTIALS: Final = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
-_AT_START: Final = re.compile(r"^(PYTHON|JUPYTER|LD_|LC_|LANG|MALLOC_|GLIBC_)")
+_AT_START: Final = re.compile(r"^(PYTHON|JUPYTER(?!_(RUNTIME|CONFIG|DATA)_DIR$)|LD_|LC_|LANG|MALLOC_|GLIBC_)")
 """Environment variables that are read when a program starts or a module is imported: too late for a forked server."""
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Libraries that would start threads when they are imported are told not to; in the fork server only."""
@@ -134,13 +134,15 @@ class ForkServer:
         while True:
             instance = self._await_ready()
             try:
-                answer = self._ask(instance.directory, {"do": "launch", **launch.message()}, [log, report])
-            except wire.WireError as error:
-                raise CannotFork(f"the fork server could not: {error}") from error
-            except (OSError, EOFError) as error:
+                with _only_for_the_child(launch) as file:
+                    answer = self._ask(instance.directory, {"do": "launch"}, [file, log, report])
+            except (OSError, EOFError, wire.WireError) as error:
                 # Killed, since it may be stopped rather than gone; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
+                # It may have forked all the same.
+                with contextlib.suppress(BackendUnavailable):
+                    end_leftovers(ServerName(Path(launch.room).name), Path(launch.room), set(), grace=0.0)
                 raise CannotFork(f"the fork server did not answer ({type(error).__name__})") from error
             if "pid" in answer:
                 return Process(answer["pid"], answer["started"]), instance.directory.name
@@ -165,7 +167,7 @@ class ForkServer:
     def _check(self, environment: Mapping[str, str]) -> None:
         for name in sorted(environment.keys() | self._environment.keys()):
             differs = environment.get(name) != self._environment.get(name)
-            if differs and _AT_START.match(name) and name != "JUPYTER_RUNTIME_DIR":
+            if differs and _AT_START.match(name):
                 raise CannotFork(f"the environment variable {name} takes effect only when a program starts")
 
     def _await_ready(self) -> _Instance:
@@ -285,8 +287,13 @@ class ForkServer:
             process = Process.find(child.pid)
             if process is None:  # Only when it was reaped, and nobody but us does that.
                 raise OSError("its process vanished")
-            connection = _connect(directory)
-            wire.send(connection, {"do": "keep"})
+            try:
+                connection = _connect(directory)
+                wire.send(connection, {"do": "keep"})
+            except OSError:
+                child.kill()
+                child.wait()
+                raise
         return _Instance(directory, process, connection, child)
 
     def _take_over(self) -> _Instance | None:
@@ -396,6 +403,19 @@ def _sweep_rehearsal(directory: Path) -> None:
     with contextlib.suppress(BackendUnavailable):
         end_leftovers(ServerName("rehearsal"), directory / _REHEARSAL_ROOM, set(), grace=0.0)
     shutil.rmtree(directory / _REHEARSAL_ROOM, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _only_for_the_child(launch: wire.Launch) -> Iterator[int]:
+    """Give an open file in memory that holds a launch; the fork server passes it on without reading it. Raises OSError."""
+    file = os.memfd_create("launch")
+    try:
+        with os.fdopen(os.dup(file), "w") as stream:
+            json.dump(launch.message(), stream)
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)
 
 
 @contextlib.contextmanager

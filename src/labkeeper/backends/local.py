@@ -164,7 +164,7 @@ class LocalBackend:
             with logfile.open(headline) as log:
                 launched = self._launcher.launch(request, log.fileno())
             attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited), launched.report)
-            attendant.child, attendant.hold = launched.child, hold
+            attendant.announces, attendant.child, attendant.hold = True, launched.child, hold
             try:
                 room.note(attendant.record)
             except OSError:

@@ -104,6 +104,7 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
     # Computed when they are imported, which may have been in another environment.
     LabApp.user_settings_dir.default_value = commands.get_user_settings_dir()
     LabApp.workspaces_dir.default_value = commands.get_workspaces_dir()
+    LabApp.setup_class(dict(LabApp.__dict__))
     tls = getattr(sys.modules.get("tornado.netutil"), "_client_ssl_defaults", None)
     if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
         tls.set_default_verify_paths()
@@ -166,7 +167,7 @@ def _enter(launch: Launch) -> None:
         most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(number, (most, most))
     show(launch.title)
-    _mark(launch.room)
+    mark(launch.room)
     os.umask(launch.umask)
     os.environ.clear()
     os.environ.update(launch.env)
@@ -206,7 +207,7 @@ def show(title: str) -> None:
         _overwrite(first, end - first, os.fsencode(title)[: max(0, end - first - 1)])
 
 
-def _mark(room: str) -> None:
+def mark(room: str) -> None:
     """Let our environment, as others see it, carry the mark; its place was made when the program was started."""
     if sys.platform.startswith("linux"):
         first, end = _memory_of_program()[2:]

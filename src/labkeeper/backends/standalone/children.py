@@ -24,6 +24,13 @@ class Children:
     def add(self, pid: int, report: int) -> None:
         """Take in a child; the pipe is ours to close."""
         self._reports[pid] = report
+        # Of an earlier process that had this pid.
+        self._unheard.pop(pid, None)
+
+    @property
+    def unheard(self) -> bool:
+        """Whether there is an end that nobody was there to hear of."""
+        return bool(self._unheard)
 
     def attach(self, pid: Any, report: int) -> bool:
         """Report the end of a child to somebody else, also one that nobody has heard of; say whether it is ours."""

@@ -7,7 +7,8 @@ A keeper connects to a Unix socket and sends one request for each connection (se
 
     {"do": "keep"}              answered when servers can be forked, or cannot; the connection then says that the keeper lives,
                                 and carries {"retired": why} when this process forks no more
-    {"do": "launch", ...}       with a log and a pipe to report to: answered with the pid, or with {"retired": why}
+    {"do": "launch"}            with a file that holds the launch, a log, and a pipe to report to: answered with the pid, or with
+                                {"retired": why}; the file is for the child alone, so that no secret is ever in here
     {"do": "attach", "pid": n}  with a pipe to report to, for a child of an earlier keeper
     {"do": "retire"}            fork no more, and end when no child is left
 
@@ -40,12 +41,10 @@ REHEARSAL = "rehearsal.json"
 """The launch to rehearse, in the working directory."""
 FRESH_EVERY = 5.0
 """Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
-FRESH_FOR = 0.05
-"""Seconds that a look holds for servers that are asked for in one burst."""
 QUIET = 0.25
 """Seconds after a fork until the next child is forked ahead: a server that starts has the processors first."""
 KEEPERLESS = 10.0
-"""Seconds without a keeper and without a server after which a fork server ends."""
+"""Seconds without a keeper and without a server after which a fork server ends: so long it can be asked how servers ended."""
 _REQUEST_SECONDS = 1.0
 """Seconds that a keeper may take to send what it has begun."""
 _MOST_SPOILERS = 6
@@ -157,7 +156,8 @@ class _ForkServer:
         self._looked_at = time.monotonic()
         self._keepers: set[socket.socket] = set()
         """Connections that a keeper holds as long as it lives."""
-        self._keeperless_since = time.monotonic()
+        self._last_needed = time.monotonic()
+        """When a keeper was last seen, or a child ended."""
         self._children = Children()
         self._spare: Optional[_Spare] = None
         """The child that was forked ahead."""
@@ -183,11 +183,9 @@ class _ForkServer:
             for keeper in self._keepers & ready:
                 self._part_from(keeper)
             if self._listener in ready and (request := self._accept()) is not None:
-                launch = self._answer(request)
-                if launch is not None and not self._give_to_spare(request) and self._fork(request) == 0:
-                    log, report = request.files
+                if self._answer(request) and not self._give_to_spare(request) and self._fork(request) == 0:
                     self._close(request.connection)
-                    return launch, log, report
+                    return _take(request.files)
             elif self._wants_spare() and (connection := self._fork_spare()) is not None:
                 return self._wait_for_launch(connection)
             if time.monotonic() - self._looked_at > FRESH_EVERY:
@@ -203,8 +201,10 @@ class _ForkServer:
         return FRESH_EVERY
 
     def _needless(self) -> bool:
-        keeperless = not self._keepers and time.monotonic() - self._keeperless_since > KEEPERLESS
-        return not self._children and (bool(self._retired) or keeperless)
+        if self._children or (self._keepers and not self._retired):
+            return False
+        heard = bool(self._retired) and not self._children.unheard
+        return heard or time.monotonic() - self._last_needed > KEEPERLESS
 
     # Requests
 
@@ -216,28 +216,23 @@ class _ForkServer:
             return None
         try:
             peers.check(connection)
-            connection.settimeout(_REQUEST_SECONDS)
-            return _Request(connection, *wire.receive(connection))
+            return _Request(connection, *wire.receive(connection, within=_REQUEST_SECONDS))
         except (OSError, WireError, EOFError) as error:
             print(f"[labkeeper] refused a request: {error!r}", file=sys.stderr, flush=True)
             connection.close()
             return None
 
-    def _answer(self, request: _Request) -> Optional[Launch]:
-        """Answer a request; one for a server that can be forked is given back instead."""
+    def _answer(self, request: _Request) -> bool:
+        """Answer a request; say whether it is one for a server that can be forked, which is not answered yet."""
         what, count = request.message.get("do"), len(request.files)
         answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
         if what == "keep":
             self._keep(request)
-            return None
-        if what == "launch" and count == 2:  # noqa: PLR2004 - a log, and a pipe to report to
+            return False
+        if what == "launch" and count == 3:  # noqa: PLR2004 - the launch, a log, and a pipe to report to
             if not self._retired:
-                try:
-                    return Launch.parse(request.message)
-                except WireError as error:
-                    answer = {"error": str(error)}
-            else:
-                answer = {"retired": self._retired}
+                return True
+            answer = {"retired": self._retired}
         elif what == "attach" and count == 1:
             answer = {"known": self._children.attach(request.message.get("pid"), request.files[0])}
         elif what == "retire":
@@ -245,9 +240,11 @@ class _ForkServer:
             answer = {}
         request.answer(answer)
         request.close()
-        return None
+        return False
 
     def _keep(self, request: _Request) -> None:
+        for file in request.files:
+            os.close(file)
         self._keepers.add(request.connection)
         self._selector.register(request.connection, selectors.EVENT_READ)
         request.answer({"pid": os.getpid(), "seconds": self._seconds})
@@ -258,7 +255,7 @@ class _ForkServer:
         self._selector.unregister(keeper)
         self._keepers.discard(keeper)
         keeper.close()
-        self._keeperless_since = time.monotonic()
+        self._last_needed = time.monotonic()
 
     # Children
 
@@ -281,7 +278,7 @@ class _ForkServer:
             return False
         with spare.connection:
             try:
-                wire.send(spare.connection, request.message, request.files)
+                wire.send(spare.connection, {}, request.files)
             except (OSError, WireError):
                 # It has died, or takes nothing; it is reaped as any other.
                 os.kill(spare.pid, signal.SIGKILL)
@@ -293,8 +290,7 @@ class _ForkServer:
         """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
         self._busy_until = time.monotonic() + QUIET
         # Looked at while the child begins on another core, instead of before.
-        if time.monotonic() - self._looked_at > FRESH_FOR:
-            self._look()
+        self._look()
         if self._retired:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
@@ -340,10 +336,10 @@ class _ForkServer:
         pages.copy(self._written)
         try:
             with connection:
-                message, (log, report) = wire.receive(connection)
+                _, files = wire.receive(connection)
         except (OSError, EOFError, WireError):
             os._exit(0)
-        return Launch.parse(message), log, report
+        return _take(files)
 
     def _close(self, *more: socket.socket) -> None:
         """In a child: close all that is the fork server's."""
@@ -376,9 +372,18 @@ class _ForkServer:
         with contextlib.suppress(BlockingIOError):
             self._wakeup.recv(4096)
         ended = self._children.reap()
+        self._last_needed = time.monotonic()
         if self._spare is not None and self._spare.pid in ended:
             self._spare.connection.close()
             self._spare = None
+            # It was to live. Whatever ended it must not end one after the other.
+            self._busy_until = time.monotonic() + FRESH_EVERY
+
+
+def _take(files: list[int]) -> tuple[Launch, int, int]:
+    """In a child: take the launch out of the files of its request. Raises WireError."""
+    launch, log, report = files
+    return Launch.read(launch), log, report
 
 
 def _fork() -> int:

@@ -18,15 +18,23 @@ def check(connection: socket.socket) -> None:
     if uid != os.geteuid():
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
-    # executed carries the mark. A process that is gone already is not let in either.
-    with open(f"/proc/{pid}/environ", "rb") as stream:
-        variables = stream.read().split(b"\0")
-    if any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables):
-        raise PermissionError(f"process {pid} belongs to a server")
+    # executed carries the mark, or its parents do. A process that is gone already is not let in either.
+    if not _environment(pid):
+        raise PermissionError(f"process {pid} hides its environment")
     while pid > 1:
-        pid = int(_stat(pid)[1])
-        if pid == os.getpid():
+        if pid == os.getpid() or _is_marked(pid):
             raise PermissionError("a server must not ask for others")
+        pid = int(_stat(pid)[1])
+
+
+def _environment(pid: int) -> bytes:
+    with open(f"/proc/{pid}/environ", "rb") as stream:
+        return stream.read()
+
+
+def _is_marked(pid: int) -> bool:
+    variables = _environment(pid).split(b"\0")
+    return any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables)
 
 
 def _rooms() -> str:

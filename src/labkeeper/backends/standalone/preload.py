@@ -7,6 +7,7 @@ every module that this took, and ends. Nothing has to be listed by anybody.
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import importlib
 import json
 import os
@@ -16,11 +17,11 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import Any, Optional
 
 from . import pages
-from .child import run_jupyter
+from .child import mark, run_jupyter
 from .wire import Launch
 
 REHEARSAL_SECONDS = 60
@@ -29,6 +30,8 @@ _PROOF_PATHS = ("api", "api/me")
 """What a keeper asks before it calls a server running."""
 _FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
 """What a user's browser asks first; answering loads more modules."""
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
 _CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json"))
 _MOST_PATTERNS = 400
 """Regular expressions that are compiled ahead; Python keeps at most 512."""
@@ -38,8 +41,8 @@ class PreloadError(Exception):
     """Servers cannot be forked from this process; says why."""
 
 
-def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
-    """Load what a server takes, but the modules to `avoid`; give those that must not be loaded before a fork.
+def load(launch: Launch, avoid: Collection[str]) -> set[str]:
+    """Load what a server takes, but the modules to `avoid` and those in them; give those that must not be loaded before a fork.
 
     Where that is not empty this process is spoiled: it has a thread, or an open poll, socket or pipe that it would share with
     its children. Raises PreloadError.
@@ -47,8 +50,9 @@ def load(launch: Launch, avoid: Iterable[str]) -> set[str]:
     importlib.import_module("jupyterlab.labapp")
     ours = _shared_things()
     told = _rehearse(launch)
-    for name in told["modules"]:
-        if name in sys.modules or name in avoid:
+    # Packages before what is in them: importing a module imports its package, so the one that spoils is found by its own name.
+    for name in sorted(told["modules"], key=lambda name: name.count(".")):
+        if name in sys.modules or any(f"{name}.".startswith(f"{avoided}.") for avoided in avoid):
             continue
         try:
             importlib.import_module(name)
@@ -105,8 +109,11 @@ def _perform(launch: Launch, writer: int) -> None:
     code = 1
     try:
         shared = pages.writable()
+        # It ends with its parent, and it is known by its mark.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         signal.alarm(REHEARSAL_SECONDS)
         os.setsid()
+        mark(launch.room)
         os.environ.update(launch.env)
         os.chdir(launch.cwd)
         config = dict(launch.config)
@@ -183,7 +190,8 @@ class Freshness:
                 *_files_in(os.path.join(directory, "jupyter_server_config.d")),
             )
         ]
-        return [sys.executable, *filter(None, sys.path), *config]
+        lists = [file for place in sys.path for file in _files_in(place) if file.endswith(".pth")]
+        return [sys.executable, *filter(None, sys.path), *lists, *config]
 
 
 def _files_in(directory: str) -> list[str]:

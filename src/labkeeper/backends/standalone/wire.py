@@ -11,6 +11,7 @@ import json
 import os
 import socket
 import struct
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Callable, Optional
@@ -58,6 +59,16 @@ class Launch:
     def message(self) -> dict[str, Any]:
         """Give it as a frame's object."""
         return asdict(self)
+
+    @classmethod
+    def read(cls, file: int) -> Launch:
+        """Read it from an open file, which is closed. Raises WireError, OSError."""
+        with os.fdopen(file, "rb") as stream:
+            try:
+                message = json.load(stream)
+            except ValueError as error:
+                raise WireError(f"bad launch: {error}") from error
+        return cls.parse(message if isinstance(message, dict) else {})
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Launch:
@@ -110,21 +121,24 @@ def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[
     connection.sendall(body)
 
 
-def receive(connection: socket.socket) -> tuple[dict[str, Any], list[int]]:
+def receive(connection: socket.socket, *, within: Optional[float] = None) -> tuple[dict[str, Any], list[int]]:
     """Receive one frame, and the open files that came with it; they are the caller's to close.
 
-    Raises EOFError when the other end has closed instead, WireError when what came is none, OSError (TimeoutError).
+    All of it has to come within so many seconds, however slowly it is sent. Raises EOFError when the other end has closed,
+    WireError when what came is none, OSError (TimeoutError).
     """
     files: list[int] = []
+    until = None if within is None else time.monotonic() + within
     try:
+        _limit(connection, until)
         header = _files_and(connection, _LENGTH.size, files)
         if not header:
             raise EOFError
-        (length,) = _LENGTH.unpack(header + _exactly(connection, _LENGTH.size - len(header)))
+        (length,) = _LENGTH.unpack(header + _exactly(connection, _LENGTH.size - len(header), until))
         if length > LARGEST:
             raise WireError(f"a frame of {length} bytes is too large (at most {LARGEST})")
         try:
-            message = json.loads(_exactly(connection, length))
+            message = json.loads(_exactly(connection, length, until))
         except (ValueError, RecursionError) as error:
             raise WireError(f"a frame holds no JSON: {error}") from error
         if not isinstance(message, dict):
@@ -150,9 +164,18 @@ def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
     return data
 
 
-def _exactly(connection: socket.socket, size: int) -> bytes:
+def _limit(connection: socket.socket, until: Optional[float]) -> None:
+    if until is not None:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("a frame did not come in time")
+        connection.settimeout(left)
+
+
+def _exactly(connection: socket.socket, size: int, until: Optional[float]) -> bytes:
     data = bytearray()
     while len(data) < size:
+        _limit(connection, until)
         piece = connection.recv(min(size - len(data), 1 << 16))
         if not piece:
             raise WireError("the other end closed within a frame")

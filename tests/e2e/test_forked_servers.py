@@ -1,0 +1,614 @@
+"""Servers that are forked are as good as those that are executed: as separate, as fresh, as safe, and as well looked after."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import stat
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from harness import KeeperProcess, alive, forked, parent_of, run_cell, start_kernel, until
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
+
+TELL_ALL = """
+import atexit, ctypes, gc, hashlib, json, logging, os, pathlib, random, resource, secrets, signal, ssl, sys, tempfile, threading
+import uuid
+import jupyter_server.serverapp
+
+room, here = pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"]), pathlib.Path(__file__).parent
+signal.signal(signal.SIGUSR2, lambda *_: os._exit(7))
+
+
+def end(path=here / "ends" / room.parent.name):
+    with path.open("a") as ends:
+        ends.write("ended\\n")
+
+
+atexit.register(end)
+random_things = {
+    "random": [random.random() for _ in range(4)],
+    "SystemRandom": random.SystemRandom().random(),
+    "uuid1": str(uuid.uuid1()),
+    "uuid4": str(uuid.uuid4()),
+    "secrets": secrets.token_hex(),
+    "urandom": os.urandom(8).hex(),
+    "openssl": ssl.RAND_bytes(8).hex(),
+    "tempfile": next(tempfile._get_candidate_names()),
+}
+if "numpy" in sys.modules:
+    import numpy
+    random_things["numpy"] = numpy.random.random(4).tolist()
+
+
+def kind(path):
+    target = os.readlink(path)
+    return target.replace(room.parent.name + ".log", "ITS.log") if target.startswith("/") else target.partition(":")[0]
+
+
+def named(handler):
+    return getattr(handler, "__qualname__", None) or str(handler)
+
+
+def state():
+    status = dict(line.split(":\\t", 1) for line in open("/proc/self/status").read().splitlines())
+    prctl = ctypes.CDLL(None).prctl
+    flag = ctypes.c_int()
+    prctl(37, ctypes.byref(flag))
+    wakeup = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(wakeup)
+    return {
+        "status": {name: status[name] for name in
+                   ("Name", "Umask", "Uid", "Gid", "Groups", "Threads", "SigQ", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt",
+                    "CapEff", "NoNewPrivs", "Seccomp")},
+        "handlers": {str(number): named(signal.getsignal(number)) for number in signal.valid_signals()},
+        "wakeup": wakeup >= 0,
+        "timer": signal.getitimer(signal.ITIMER_REAL),
+        "subreaper": flag.value,
+        "tasks": len(os.listdir("/proc/self/task")),
+        "threads": [thread.name for thread in threading.enumerate()],
+        "files": sorted(kind(fd) for fd in list(pathlib.Path("/proc/self/fd").iterdir()) if os.path.lexists(fd)),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT")},
+        "session": os.getsid(0) == os.getpid() == os.getpgrp(),
+        "cwd": os.getcwd(),
+        "argv": sys.argv,
+        "path": sys.path,
+        "flags": str(sys.flags),
+        "gc": [gc.isenabled(), gc.get_threshold()],
+        "streams": [(stream.encoding, stream.errors, stream.line_buffering) for stream in (sys.stdin, sys.stdout, sys.stderr)],
+        "handlers of logs": {name: [type(handler).__name__ for handler in logger.handlers]
+                             for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]
+                             if getattr(logger, "handlers", None)},
+        "level": logging.root.level,
+        "nice": os.nice(0),
+        "oom": open("/proc/self/oom_score_adj").read(),
+        "cgroups": open("/proc/self/cgroup").read(),
+        "temporary": tempfile.gettempdir(),
+    }
+
+
+early = state()
+
+
+def start_ioloop(app, start=jupyter_server.serverapp.ServerApp.start_ioloop):
+    def tell():
+        told = {"early": early, "late": state(), "random": random_things, "environ": dict(os.environ),
+                "cookie": hashlib.sha256(app.cookie_secret).hexdigest(), "token": app.identity_provider.token}
+        os.close(os.open(room / "told.new", os.O_CREAT, 0o600))
+        (room / "told.new").write_text(json.dumps(told))
+        (room / "told.new").rename(room / "told")
+    app.io_loop.add_callback(tell)
+    start(app)
+
+
+jupyter_server.serverapp.ServerApp.start_ioloop = start_ioloop
+"""
+MUST_DIFFER = {"JUPYTER_RUNTIME_DIR", "LABKEEPER_SERVER", "LC_LABKEEPER", "JUPYTER_SERVER_URL"}
+
+
+@contextlib.contextmanager
+def keepers(base):
+    """Makes keepers; what is left of them at the end is ended, and what a clean end leaves fails the test."""
+    made = []
+
+    def make(name, **settings):
+        made.append(KeeperProcess(base / name, **settings))
+        return made[-1]
+
+    try:
+        yield make
+    finally:
+        for keeper in made:
+            keeper.close()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A keeper whose servers tell all about themselves, and are not harmed by any test."""
+    with keepers(tmp_path_factory.mktemp("shared")) as make:
+        keeper = make("keeper")
+        (keeper.config_dir / "ends").mkdir()
+        keeper.configure_jupyter(TELL_ALL)
+        yield keeper.start()
+
+
+@pytest.fixture(scope="module")
+def servers(shared):
+    """Two that were forked from the same fork server, and one that was executed."""
+    found = {name: forked(shared, name) for name in ("one", "two")}
+    found["executed"] = shared.post(name="executed", env={"LC_LABKEEPER": "1"}).json()
+    return found
+
+
+@pytest.fixture(scope="module")
+def told(shared, servers):
+    return {name: json.loads(until(lambda name=name: said(shared.rooms / name / "jupyter" / "told"))) for name in servers}
+
+
+def said(path):
+    return path.exists() and path.read_text()
+
+
+# Siblings
+
+
+def test_siblings_stem_from_one_fork_server_and_say_so(servers):
+    assert parent_of(servers["one"]) == parent_of(servers["two"])
+    assert [(server["launched_by"], server["exec_reason"]) for server in servers.values()] == [
+        ("fork", None),
+        ("fork", None),
+        ("exec", "the environment variable LC_LABKEEPER takes effect only when a program starts"),
+    ]
+
+
+def test_siblings_share_no_random_number_and_no_secret(servers, told):
+    for what in told["one"]["random"]:
+        values = {json.dumps(each["random"][what]) for each in told.values()}
+        assert len(values) == 3, what
+    for secret in ("cookie", "token"):
+        assert len({each[secret] for each in told.values()}) == 3
+    assert {name: each["token"] for name, each in told.items()} == {name: server["token"] for name, server in servers.items()}
+
+
+def test_kernels_and_pages_of_siblings_have_keys_of_their_own(servers):
+    kernels = {name: start_kernel(server) for name, server in servers.items()}
+    assert len(set(kernels.values())) == 3
+    keys = {
+        run_cell(server, kernels[name], "import ipykernel; open(ipykernel.get_connection_file()).read()")
+        for name, server in servers.items()
+    }
+    assert len(keys) == 3
+    cookies = set()
+    for server in servers.values():
+        with httpx.Client(trust_env=False) as browser:
+            browser.get(server["lab_url"], follow_redirects=True).raise_for_status()
+            cookies.add(browser.cookies["_xsrf"])
+    assert len(cookies) == 3
+
+
+def test_the_login_to_one_server_is_none_to_its_sibling(servers):
+    with httpx.Client(trust_env=False) as browser:
+        browser.get(servers["one"]["lab_url"], follow_redirects=True).raise_for_status()
+        names = {"one": servers["one"]["port"], "two": servers["two"]["port"]}
+        stolen = {cookie.name.replace(str(names["one"]), str(names["two"])): cookie.value for cookie in browser.cookies.jar}
+    asked = httpx.get(f"{servers['two']['url']}api/status", cookies=stolen, trust_env=False)
+    assert asked.status_code == 403
+
+
+def test_no_server_has_the_environment_of_another(shared, servers, told):
+    same = [{name: value for name, value in each["environ"].items() if name not in MUST_DIFFER} for each in told.values()]
+    assert same[0] == same[1] == same[2]
+    for name, each in told.items():
+        text = json.dumps(each["environ"])
+        assert not [other for other in servers.values() if other["token"] in text]
+        assert shared.token not in text
+        assert each["environ"]["JUPYTER_RUNTIME_DIR"] == str(shared.rooms / name / "jupyter")
+
+
+@pytest.mark.parametrize("moment", ["early", "late"])
+def test_a_forked_server_is_the_process_that_an_executed_one_is(told, moment):
+    one, executed = told["one"][moment], told["executed"][moment]
+    assert {what: value for what, value in one.items() if value != executed[what]} == {}
+    assert one["session"]
+    assert one["argv"] == ["jupyter-lab"]
+
+
+def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
+    server = forked(shared, "ends")
+    ends = shared.config_dir / "ends"
+    assert shared.delete("ends").json()["stop_report"]["method"] == "shutdown"
+    assert (ends / "ends").read_text() == "ended\n"
+    assert not alive(server["pid"])
+    # Neither the rehearsal nor the fork server has run it.
+    place = next((shared.rooms / ".forkservers").iterdir())
+    assert not (ends / place.name).exists()
+
+
+def test_an_answer_has_the_same_fields_either_way(servers):
+    one, executed = servers["one"], servers["executed"]
+    assert one.keys() == executed.keys()
+    kinds = [{field: type(value) for field, value in each.items() if field != "exec_reason"} for each in (one, executed)]
+    assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize("name", ["PYTHONPATH", "LC_ALL"])
+def test_what_takes_effect_only_when_a_program_starts_is_executed_and_has_effect(shared, name):
+    value = {"PYTHONPATH": "/some/where", "LC_ALL": "C"}[name]
+    server = shared.post(name="other", env={name: value}).json()
+    assert server["launched_by"] == "exec"
+    assert name in server["exec_reason"]
+    facts = json.loads(until(lambda: said(shared.rooms / "other" / "jupyter" / "told")))
+    assert facts["environ"][name] == value
+    assert name != "PYTHONPATH" or value in facts["early"]["path"]
+    assert shared.delete("other").status_code == 200
+
+
+def test_a_directory_for_temporary_files_is_taken_from_the_request(shared, tmp_path):
+    forked(shared, "temporary", env={"TMPDIR": str(tmp_path), "TZ": "Asia/Kathmandu"})
+    facts = json.loads(until(lambda: said(shared.rooms / "temporary" / "jupyter" / "told")))
+    assert facts["early"]["temporary"] == str(tmp_path)
+    assert shared.delete("temporary").status_code == 200
+
+
+# Safety
+
+
+def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_seen(shared, servers):
+    place = next((shared.rooms / ".forkservers").iterdir())
+    for path in (place, *place.parents[:2]):
+        assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {
+        "socket": 0o600,
+        "rehearsal.json": 0o600,
+    }
+    secrets = [server["token"] for server in servers.values()] + [shared.token]
+    for pid in (parent_of(servers["one"]), *(server["pid"] for server in servers.values())):
+        for shown in ("cmdline", "environ"):
+            text = Path(f"/proc/{pid}/{shown}").read_text(errors="replace")
+            assert not [secret for secret in secrets if secret in text], (pid, shown)
+    for path in (*shared.rooms.rglob("*"), *(shared.state_dir / "logs").rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            text = path.read_text(errors="replace")
+            exposed = [secret for secret in secrets if secret in text]
+            assert not exposed or not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+            assert not exposed or path.suffix != ".log", path
+
+
+INTRUDE = """
+import json, os, socket, struct, sys
+place = [entry.path for entry in os.scandir({place!r})][0]
+connection = socket.socket(socket.AF_UNIX)
+os.chdir(place)
+connection.connect("socket")
+body = json.dumps({message!r}).encode()
+try:
+    connection.sendall(struct.pack("!I", len(body)) + body)
+    print(connection.recv(100))
+except ConnectionError:
+    print(b"")
+"""
+WAYS = {
+    "a cell": "exec({source!r})",
+    "a program": "import subprocess, sys\n"
+    "print(subprocess.run([sys.executable, '-c', {source!r}], capture_output=True).stdout.decode())",
+    "a program that hides": "import subprocess, sys\n"
+    "print(subprocess.run(['/usr/bin/setsid', sys.executable, '-c', {source!r}], env={{}}, capture_output=True).stdout.decode())",
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["one", "executed"])
+def test_what_runs_in_a_server_can_ask_a_fork_server_for_nothing(shared, servers, name, way):
+    parent = parent_of(servers["one"])
+    kernel = start_kernel(servers[name])
+    for message in ({"do": "keep"}, {"do": "retire"}):
+        source = INTRUDE.format(place=str(shared.rooms / ".forkservers"), message=message)
+        assert run_cell(servers[name], kernel, WAYS[way].format(source=source)).strip() == "b''"
+    assert parent_of(forked(shared, "after")) == parent
+    assert shared.delete("after").status_code == 200
+
+
+# The fork server ends
+
+
+def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
+    keeper = make_keeper().start()
+    keeper.configure_jupyter("import os, signal\nsignal.signal(signal.SIGUSR2, lambda *_: os._exit(7))")
+    old = forked(keeper, "old")
+    kernel = start_kernel(old)
+    run_cell(old, kernel, "x = 42")
+    killed = parent_of(old)
+    os.kill(killed, signal.SIGKILL)
+    at_once = keeper.post(name="at-once")
+    assert (at_once.status_code, at_once.json()["state"]) == (201, "running")
+    assert keeper.get("old")["pid"] == old["pid"]
+    assert run_cell(old, kernel, "x") == "42"
+    report = keeper.delete("old").json()["stop_report"]
+    assert (report["method"], report["kernels_stopped"]) == ("shutdown", [kernel])
+
+    new = forked(keeper, "new")
+    assert parent_of(new) != killed
+    # How a server ends is known exactly.
+    for number, end in ((signal.SIGSEGV, "killed by SIGSEGV"), (signal.SIGUSR2, "exit code 7")):
+        running = keeper.wait_for("running", "new")
+        os.kill(running["pid"], number)
+        assert ended(keeper, running) == end
+
+
+def ended(keeper, server):
+    """How a launch ended, as the keeper logs it; the answer forgets it when the server is launched again."""
+
+    launch = (server["name"], server["launch"])
+
+    def cause():
+        lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+        causes = [line["cause"] for line in lines if (line.get("server"), line.get("launch")) == launch and "cause" in line]
+        return causes and causes[0]
+
+    return re.search(r"\((.*?)\)", until(cause, what="its end is known"))[1]
+
+
+def test_a_fork_server_that_is_suspended_is_replaced_and_the_server_executed(make_keeper):
+    keeper = make_keeper().start()
+    server = forked(keeper)
+    suspended = parent_of(server)
+    os.kill(suspended, signal.SIGSTOP)
+    asked = time.monotonic()
+    answer = keeper.post(name="other")
+    assert (answer.status_code, answer.json()["launched_by"]) == (201, "exec")
+    assert "did not answer" in answer.json()["exec_reason"]
+    assert time.monotonic() - asked < 20
+    assert not alive(suspended)
+    assert keeper.get()["pid"] == server["pid"]
+    assert parent_of(forked(keeper, "third")) != suspended
+
+
+BROKEN = '#!/bin/sh\ncase "$*" in *forkserver*) echo it is broken >&2; exit 3;; esac\nexec "{python}" "$@"\n'
+
+
+def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp_path):
+    python = tmp_path / "python3"
+    python.write_text(BROKEN.format(python=sys.executable))
+    python.chmod(0o755)
+    broken, off = make_keeper(jupyter_python=python).start(), make_keeper(launch_by="exec").start()
+    answers = [keeper.post() for keeper in (broken, off)]
+    assert [answer.status_code for answer in answers] == [201, 201]
+    assert [answer.json()["launched_by"] for answer in answers] == ["exec", "exec"]
+    # What it is said to do depends on the moment: it is tried again and again.
+    assert re.match("the fork server (has died|has only begun to load|takes long to load)", answers[0].json()["exec_reason"])
+    assert "the fork server has died" in until(lambda: "there is no fork server" in (log := broken.log.read_text()) and log)
+    assert answers[1].json()["exec_reason"] == "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
+    assert "it is broken" in (broken.state_dir / "logs" / "_forkserver.log").read_text()
+    assert not (off.rooms / ".forkservers").exists()
+
+
+# The keeper ends
+
+
+def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_end(keeper):
+    servers = {name: forked(keeper, name) for name in ("lives", "dies", "gone")}
+    parent = parent_of(servers["lives"])
+    keeper.kill()
+    os.kill(servers["gone"]["pid"], signal.SIGABRT)
+    until(lambda: not alive(servers["gone"]["pid"]))
+    keeper.start()
+    assert keeper.wait_for("running", "lives")["pid"] == servers["lives"]["pid"]
+    assert keeper.get("lives")["launched_by"] == "fork"
+    assert ended(keeper, servers["gone"]) == "killed by SIGABRT"
+    os.kill(servers["dies"]["pid"], signal.SIGSEGV)
+    assert ended(keeper, servers["dies"]) == "killed by SIGSEGV"
+    assert parent_of(forked(keeper, "new")) == parent
+    assert len(list((keeper.rooms / ".forkservers").iterdir())) == 1
+
+    # Made from something else by now, it serves no more, and ends with the last of its servers.
+    keeper.kill()
+    keeper.variables["COLOUR"] = "blue"
+    keeper.start()
+    newest = forked(keeper, "newest")
+    assert parent_of(newest) != parent
+    assert alive(parent)
+    for name in ("lives", "dies", "gone", "new"):
+        assert keeper.delete(name).status_code == 200
+    until(lambda: not alive(parent), within=5, what="it ends with its last server")
+    until(lambda: len(list((keeper.rooms / ".forkservers").iterdir())) == 1, within=5, what="its directory is removed")
+
+
+def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
+    """Also not the one that had retired, whose last server ends when the keeper does."""
+    keeper = make_keeper().start()
+    server = forked(keeper)
+    (keeper.config_dir / "jupyter_server_config.json").write_text("{}")
+    second = forked(keeper, "second")
+    parents = {parent_of(server), parent_of(second)}
+    assert len(parents) == 2
+    assert keeper.stop() == 0
+    assert not [pid for pid in parents if alive(pid)]
+    assert not list(keeper.rooms.iterdir())
+
+
+def test_a_keeper_that_ends_while_its_fork_server_loads_leaves_nothing(make_keeper):
+    keeper = make_keeper().start()
+    rehearsing = until(lambda: rehearsals(keeper.rooms), what="a rehearsal")
+    assert keeper.stop() == 0
+    left = inside(keeper.rooms)
+    directories = list(keeper.rooms.iterdir())
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left, rehearsing
+    assert not directories
+
+
+def rehearsals(directory):
+    return [pid for pid in inside(directory) if Path(f"/proc/{pid}/cwd").readlink().name == "rehearsal"]
+
+
+def inside(directory):
+    """Processes whose working directory is in this one."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if process.cwd().startswith(str(directory)) and alive(process.pid):
+                found.append(process.pid)
+    return found
+
+
+@pytest.fixture(scope="module")
+def abandoned(tmp_path_factory):
+    """Two keepers that were killed: one without servers, one with two; they stay alone while other tests run."""
+    with keepers(tmp_path_factory.mktemp("abandoned")) as make:
+        idle, busy = make("idle").start(), make("busy").start()
+        servers = {name: forked(busy, name) for name in ("first", "last")}
+        pid = until(lambda: inside(idle.rooms))[0]
+        until(lambda: "the fork server is ready" in idle.log.read_text())
+        idle.kill()
+        busy.kill()
+        yield idle, pid, busy, servers, time.monotonic()
+        for process in [*inside(idle.rooms), *inside(busy.rooms)]:
+            os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _abandoned_early(abandoned):
+    """What has to be waited for passes meanwhile."""
+
+
+def test_a_fork_server_without_keeper_and_servers_ends_by_itself(abandoned):
+    idle, pid, *_, since = abandoned
+    until(lambda: not alive(pid), within=max(1.0, 16.0 - (time.monotonic() - since)), what="it ends")
+    assert not list((idle.rooms / ".forkservers").iterdir())
+
+
+def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(abandoned):
+    """Its fork server goes when the last one has ended, but not before somebody could ask it how."""
+    _, pid, busy, servers, _ = abandoned
+    until(lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper")
+    for server, number in zip(servers.values(), (signal.SIGSEGV, signal.SIGABRT), strict=True):
+        os.kill(server["pid"], number)
+        until(lambda server=server: not alive(server["pid"]))
+    busy.start()
+    try:
+        assert [ended(busy, server) for server in servers.values()] == ["killed by SIGSEGV", "killed by SIGABRT"]
+    finally:
+        busy.stop()
+
+
+# What is on disk
+
+EXTENSION = """
+import os, pathlib, threading
+version = {version}
+with open({imports!r}, "a") as imports:
+    imports.write(f"{{os.getpid()}} {{version}}\\n")
+{more}
+def _jupyter_server_extension_points():
+    return [{{"module": __name__}}]
+def _load_jupyter_server_extension(app):
+    pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"], __name__).write_text(f"{{version}} {{threading.active_count()}}")
+"""
+
+
+class Site:
+    """A keeper with a directory for packages of its own."""
+
+    def __init__(self, keeper):
+        self.keeper = keeper
+        self.packages = keeper.base / "site"
+        self.packages.mkdir()
+        keeper.variables["PYTHONPATH"] = self.packages
+        # As packages are installed: what is compiled has a time of its own, and is not looked at here.
+        keeper.variables["PYTHONDONTWRITEBYTECODE"] = "1"
+        self.enabled = keeper.config_dir / "jupyter_server_config.d"
+        self.enabled.mkdir()
+        (keeper.base / "imports").touch()
+
+    def install(self, name, version, more="", modules=()):
+        package = self.packages / name
+        package.mkdir(exist_ok=True)
+        for module in modules:
+            (package / f"{module}.py").write_text("")
+        source = EXTENSION.format(version=version, imports=str(self.keeper.base / "imports"), more=more)
+        (package / "new").write_text(source + "".join(f"from . import {module}\n" for module in modules))
+        (package / "new").replace(package / "__init__.py")
+
+    def enable(self, name):
+        (self.enabled / f"{name}.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {name: True}}}))
+
+    def loaded(self, server, extension):
+        return until(lambda: said(self.keeper.rooms / server["name"] / "jupyter" / extension), within=10)
+
+    def imported_by(self):
+        return [tuple(line.split()) for line in (self.keeper.base / "imports").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    with keepers(tmp_path_factory.mktemp("site")) as make:
+        found = Site(make("keeper"))
+        found.install("alpha", 1)
+        found.enable("alpha")
+        found.keeper.start()
+        yield found
+
+
+def test_the_next_server_has_what_is_on_disk_now_and_has_it_from_its_fork_server(site):
+    keeper = site.keeper
+    before = forked(keeper, "before")
+    assert site.loaded(before, "alpha").startswith("1 ")
+    site.install("alpha", 2)
+    at_once = keeper.post(name="at-once").json()
+    assert site.loaded(at_once, "alpha").startswith("2 ")
+    later = forked(keeper, "later")
+    assert site.loaded(later, "alpha").startswith("2 ")
+    assert parent_of(later) != parent_of(before)
+    importers = site.imported_by()
+    assert (str(parent_of(before)), "1") in importers
+    assert (str(parent_of(later)), "2") in importers
+    assert not {str(before["pid"]), str(later["pid"])} & {pid for pid, _ in importers}
+    # An extension that is enabled now is in the next server, loaded by its fork server, too.
+    site.install("beta", 1)
+    site.enable("beta")
+    assert site.loaded(keeper.post(name="enabled").json(), "beta").startswith("1 ")
+    last = forked(keeper, "last")
+    assert site.loaded(last, "beta").startswith("1 ")
+    assert str(last["pid"]) not in {pid for pid, _ in site.imported_by()}
+
+
+SPOILERS = {
+    "thread": ("threading.Thread(target=threading.Event().wait, daemon=True).start()", ()),
+    "loop": ("import asyncio; loop = asyncio.new_event_loop()", ("inner",)),
+    "many": ("import socket; own = socket.socket()", tuple(f"part{number}" for number in range(8))),
+}
+
+
+@pytest.mark.parametrize("name", SPOILERS)
+def test_an_extension_that_must_not_be_loaded_before_a_fork_is_loaded_by_each_server(site, name):
+    keeper = site.keeper
+    more, modules = SPOILERS[name]
+    site.install(name, 1, more, modules)
+    site.enable(name)
+    try:
+        # Changed on disk: until the next fork server is ready, servers are executed.
+        server = keeper.post(name=f"s-{name}").json()
+        while server["launched_by"] != "fork":
+            assert "starts threads or opens sockets" not in server["exec_reason"]
+            assert keeper.delete(f"s-{name}", force="true").status_code == 200
+            server = keeper.post(name=f"s-{name}").json()
+        assert site.loaded(server, name) == ("1 2" if name == "thread" else "1 1")
+        parent = parent_of(server)
+        assert len(list(Path(f"/proc/{parent}/task").iterdir())) == 1
+        kernel = start_kernel(server)
+        assert run_cell(server, kernel, "1+1") == "2"
+        # It has imported the module itself; its fork server has tried, and begun anew without it.
+        assert str(server["pid"]) in {pid for pid, _ in site.imported_by()}
+    finally:
+        (site.enabled / f"{name}.json").unlink()
+        keeper.delete(f"s-{name}", force="true")
