@@ -1,4 +1,4 @@
-"""No test leaves anything behind, and in CI none is skipped."""
+"""No test leaves anything behind, and in CI none is skipped for a reason that is not expected there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,13 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+EXPECTED_SKIPS = ("needs control groups",)
+"""Reasons that lie in the kernel of the machine, which no test and no CI script can change."""
+
+
+def expected(reason):
+    return any(text in str(reason) for text in EXPECTED_SKIPS)
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +49,7 @@ def _children():
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = reporter.stats.get("skipped", []) if reporter else []
+    skipped = [report for report in (reporter.stats.get("skipped", []) if reporter else []) if not expected(report.longrepr)]
     if skipped and os.environ.get("CI"):
-        reporter.write_line(f"{len(skipped)} tests were skipped; CI expects none", red=True)
+        reporter.write_line(f"{len(skipped)} tests were skipped that CI does not expect to be", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

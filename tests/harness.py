@@ -101,7 +101,8 @@ class KeeperProcess:
             directory.mkdir(parents=True, exist_ok=True)
         self.port = free_port()
         self.lab_port = free_port()
-        self.settings = settings
+        # A fork server takes seconds to load: those tests have one that are about it.
+        self.settings = {"launch_by": "exec"} | settings
         self.variables = {}
         """More of its environment, which its servers inherit."""
         self.process = None

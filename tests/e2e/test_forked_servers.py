@@ -121,7 +121,7 @@ def keepers(base):
     made = []
 
     def make(name, **settings):
-        made.append(KeeperProcess(base / name, **settings))
+        made.append(KeeperProcess(base / name, **{"launch_by": "fork"} | settings))
         return made[-1]
 
     try:
@@ -129,6 +129,11 @@ def keepers(base):
     finally:
         for keeper in made:
             keeper.close()
+
+
+@pytest.fixture
+def make_keeper(make_keeper):
+    return lambda **settings: make_keeper(**{"launch_by": "fork"} | settings)
 
 
 @pytest.fixture(scope="module")

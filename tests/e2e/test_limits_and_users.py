@@ -87,7 +87,7 @@ class PassableKeeper(KeeperProcess):
 @pytest.fixture(scope="module")
 def shared(passable):
     """A keeper that is not harmed by any test."""
-    keeper = PassableKeeper(passable / "keeper", runtime_dir=passable / "run")
+    keeper = PassableKeeper(passable / "keeper", runtime_dir=passable / "run", launch_by="fork")
     keeper.base.chmod(0o755)
     keeper.notebook_dir.chmod(0o777)
     keeper.variables.update(SECRET_OF_ROOT="hunter2", XDG_RUNTIME_DIR="/run/user/0")
