@@ -207,7 +207,7 @@ def test_the_groups_of_a_killed_server_are_removed_and_those_of_its_next_launch_
 
 @needs_groups
 def test_the_groups_of_a_server_that_the_next_keeper_stops_are_removed(make_keeper):
-    keeper = make_keeper().start()
+    keeper = make_keeper(launch_by="fork").start()
     keeper.post(process_limit=100).raise_for_status()
     assert len(groups(keeper)) == 1
     keeper.kill()
@@ -223,7 +223,7 @@ def test_the_groups_of_a_server_that_the_next_keeper_stops_are_removed(make_keep
 
 def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said_to_be(make_keeper, tmp_path):
     """Where the keeper sees none, in a mount namespace of its own."""
-    keeper = make_keeper()
+    keeper = make_keeper(launch_by="fork")
     command = keeper.command
     # A shell that waits would be in the way of signals.
     hidden = 'while umount -l /sys/fs/cgroup 2>/dev/null; do :; done; grep -q cgroup /proc/self/mounts && exit 9; exec "$@"'

@@ -57,6 +57,8 @@ _ANSWER_WITHIN: Final = 5.0
 """Seconds in which a fork server answers a request, on however busy a machine."""
 _PAUSES: Final = (0.2, 600.0)
 """Seconds until the next one is started after one that failed: at first, and at most."""
+_DYING: Final = 0.2
+"""Seconds in which one that was killed is gone."""
 _END_WITHIN: Final = 1.0
 """Seconds in which a fork server without servers ends when it is told to."""
 _LONGEST_NAME: Final = 63
@@ -332,7 +334,9 @@ class ForkServer:
 
     def _bury(self, instance: _Instance) -> None:
         """Wait for the end of one that serves no more, and remove what is left of it; not longer than we live."""
-        self._part_with(instance, ended=wait_until_ended(instance.process, or_readable=[self._crew.wake], timeout=None))
+        ended = wait_until_ended(instance.process, or_readable=[self._crew.wake], timeout=None)
+        # When we end too, one that was killed just now is still waited for; one with servers lives on.
+        self._part_with(instance, ended=ended or wait_until_ended(instance.process, timeout=_DYING))
 
     def _part_with(self, instance: _Instance, *, ended: bool) -> None:
         instance.connection.close()
