@@ -4,10 +4,10 @@ BIN = $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE =
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test bench lint format docs lock clean
+.PHONY: help setup run test test-docker bench lint format docs lock clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: ## Make the environment in .venv
 	@scripts/setup $(VENV)
@@ -17,6 +17,9 @@ run: setup ## Start a keeper and a first server, and print its link; Ctrl-C stop
 
 test: setup ## Run the whole suite
 	@scripts/test $(BIN)
+
+test-docker: setup ## Build the images, and prove them on a Docker Engine (ENGINE=own: start one, as root on Debian)
+	@scripts/test-docker $(BIN)
 
 bench: setup ## Compare with jupyter lab and JupyterHub, in about half an hour (BENCH=--quick for a look)
 	$(BIN)/python bench $(BENCH)
@@ -35,9 +38,8 @@ format: setup ## Put the code into its form
 docs: setup ## Build the documentation into docs/_build
 	$(BIN)/sphinx-build --fail-on-warning --quiet docs docs/_build
 
-lock: setup ## Renew requirements/dev.lock (needs uv)
-	uv pip compile --quiet pyproject.toml --extra lab --group dev --universal --python-version 3.11 --generate-hashes \
-	  --no-emit-index-url --no-emit-find-links --no-annotate --no-header --upgrade -o requirements/dev.lock
+lock: setup ## Renew the lists of hashed requirements (needs uv)
+	@scripts/lock --upgrade
 
 clean: ## Remove the environment and all that was built
-	rm -rf $(VENV) build dist docs/_build .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .venv-gateway .venv-gateway.lock build dist docs/_build .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

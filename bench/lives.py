@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from contenders import Contender
+from contenders import Contender, Server
 from processes import family_of
 from progress import BenchError, say
 from web import run_cell, start_kernel
@@ -55,14 +55,7 @@ def _plain_life(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("plain")
     ready = time.perf_counter()
-    contender.identify(server)
-    with family_of(server.pid) as family:
-        asked = time.perf_counter()
-        contender.stop(server)
-        family.wait_until_gone()
-        gone = time.perf_counter()
-    time.sleep(_PAUSE)
-    return {"start": ready - begin, "stop": gone - asked}
+    return {"start": ready - begin, "stop": _stop(contender, server)}
 
 
 def _busy_life(contender: Contender) -> dict[str, float]:
@@ -74,13 +67,18 @@ def _busy_life(contender: Contender) -> dict[str, float]:
         raise BenchError(f"a cell gave {result}, not 2")
     # The second kernel has run a cell, too, so that no stop meets one that is only half there.
     run_cell(server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1")
+    return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}
+
+
+def _stop(contender: Contender, server: Server, *, kernels: int = 0) -> float:
+    """Stop a server; give the seconds until all that it had started was gone."""
     contender.identify(server)
     with family_of(server.pid) as family:
-        if len(family) < 3:  # noqa: PLR2004 - a server and two kernels
+        if len(family) <= kernels:
             raise BenchError("cannot find the kernels of a server among its children")
         asked = time.perf_counter()
         contender.stop(server)
         family.wait_until_gone()
         gone = time.perf_counter()
     time.sleep(_PAUSE)
-    return {"first_cell": seen - begin, "stop_kernels": gone - asked}
+    return gone - asked

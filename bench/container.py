@@ -1,0 +1,170 @@
+#!/usr/bin/env python3
+"""Measure the image on the Docker Engine that `docker` reaches, beside a keeper of this checkout outside of it.
+
+Both take turns. Usage: .venv/bin/python bench/container.py [--image jupyter-server] [--repeats 15]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+from figures import median, slow_end
+from progress import BenchError, say
+from web import ask, ask_json, free_port
+
+_PATIENCE: Final = 120.0
+_WARM_UPS: Final = 2
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", default="jupyter-server", help="image to measure (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=15, help="rounds that count (default: %(default)s)")
+    chosen = parser.parse_args()
+    image = json.loads(_docker("inspect", chosen.image))[0]
+    print(f"size of the image: {image['Size'] / 1e6:.0f} MB, of which its base {_base_size(chosen.image) / 1e6:.0f} MB")
+
+    say("from docker run to the API, and to a POST that is served by a fork")
+    answering, served = [], []
+    for number in range(chosen.repeats // 3 + _WARM_UPS):
+        with container(chosen.image) as (api, key, begun):
+            answering.append(time.perf_counter() - begun)
+            _wait_for_fork(api, key)
+            served.append(time.perf_counter() - begun)
+            if number < _WARM_UPS:
+                answering.clear()
+                served.clear()
+    _print("docker run to the API answering", answering)
+    _print("docker run to a POST served by a fork", served)
+
+    say("from a POST to a server that is ready, inside and outside")
+    with container(chosen.image) as (api, key, _), keeper() as (other, other_key):
+        for where in ((api, key), (other, other_key)):
+            _wait_for_fork(*where)
+        print(f"memory of the container at rest: {_memory(api.rpartition(':')[2]):.0f} MiB (keeper and fork server)")
+        inside, outside = [], []
+        for number in range(chosen.repeats + _WARM_UPS):
+            inside.append(_start(api, key))
+            outside.append(_start(other, other_key))
+            if number < _WARM_UPS:
+                inside.clear()
+                outside.clear()
+    _print("POST to ready, in the container", inside)
+    _print("POST to ready, outside", outside)
+    print(f"inside / outside: {median(inside) / median(outside):.2f}")
+    return 0
+
+
+@contextmanager
+def container(image: str) -> Iterator[tuple[str, str, float]]:
+    """Run the image; give its API, the authorization, and when it was asked for, as soon as the API answers."""
+    port, token = free_port(), secrets.token_urlsafe(24)
+    name = f"labkeeper-bench-{port}"
+    begun = time.perf_counter()
+    try:
+        _docker("run", "-d", "--name", name, "-p", f"127.0.0.1:{port}:80", "-e", f"LABKEEPER_TOKEN={token}", image)
+        api = f"http://127.0.0.1:{port}"
+        _until_answering(api)
+        yield api, f"Bearer {token}", begun
+    finally:
+        subprocess.run(["docker", "rm", "-f", "-v", name], capture_output=True, check=False)
+
+
+@contextmanager
+def keeper() -> Iterator[tuple[str, str]]:
+    """Run a keeper of this checkout."""
+    port, token = free_port(), secrets.token_urlsafe(24)
+    with tempfile.TemporaryDirectory() as home:
+        ours = {
+            "PORT": str(port),
+            "LAB_PORT": str(free_port()),
+            "TOKEN": token,
+            "STATE_DIR": f"{home}/state",
+            "NOTEBOOK_DIR": home,
+        }
+        env = os.environ | {"HOME": home} | {f"LABKEEPER_{setting}": value for setting, value in ours.items()}
+        command = [sys.executable, "-m", "labkeeper", "serve", "--log-level", "error"]
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+        try:
+            _until_answering(f"http://127.0.0.1:{port}")
+            yield f"http://127.0.0.1:{port}", f"Bearer {token}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def _until_answering(api: str) -> None:
+    until = time.monotonic() + _PATIENCE
+    while time.monotonic() < until:
+        try:
+            if ask("GET", f"{api}/readyz", timeout=5)[0] == 200:  # noqa: PLR2004 - HTTP's own
+                return
+        except OSError:
+            time.sleep(0.005)
+    raise BenchError(f"{api} does not answer")
+
+
+def _wait_for_fork(api: str, key: str) -> None:
+    while True:
+        server = ask_json("POST", f"{api}/api/servers", key, {})
+        _end(api, key)
+        if server["launched_by"] == "fork":
+            return
+
+
+def _start(api: str, key: str) -> float:
+    begun = time.perf_counter()
+    server = ask_json("POST", f"{api}/api/servers", key, {})
+    seconds = time.perf_counter() - begun
+    _end(api, key)
+    if server["launched_by"] != "fork":
+        raise BenchError(f"a server was not forked: {server['exec_reason']}")
+    # The spare child of the next start is made meanwhile.
+    time.sleep(0.5)
+    return seconds
+
+
+def _end(api: str, key: str) -> None:
+    ask_json("DELETE", f"{api}/api/servers/default", key)
+
+
+def _memory(port: str) -> float:
+    """Give what Docker counts for the container, without what could be dropped."""
+    time.sleep(3)
+    said = _docker("stats", "--no-stream", "--format", "{{.MemUsage}}", f"labkeeper-bench-{port}")
+    number, unit = said.split("/")[0].strip()[:-3], said.split("/")[0].strip()[-3:]
+    return float(number) * {"MiB": 1, "GiB": 1024, "KiB": 1 / 1024}[unit]
+
+
+def _base_size(image: str) -> int:
+    """Give the size of what lies below our own layers."""
+    history = _docker("history", "--no-trunc", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image).splitlines()
+    sizes = [entry.split("\t") for entry in history]
+    ours = next(number for number, (_, by) in enumerate(sizes) if "LABEL org.opencontainers.image.title" in by)
+    return sum(int(size) for size, _ in sizes[ours + 1 :])
+
+
+def _docker(*arguments: str) -> str:
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BenchError(f"docker {arguments[0]}: {done.stderr.strip()}")
+    return done.stdout
+
+
+def _print(what: str, seconds: list[Any]) -> None:
+    print(f"{what}: median {median(seconds):.3f} s, slow end {slow_end(seconds):.3f} s, of {len(seconds)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""Run code in the one kernel of a server, which is started if there is none, and print what it prints.
+
+Usage: cell.py LINK RUNTIME_DIR CODE. Runs inside the machine under test, by the interpreter that has JupyterLab.
+"""
+
+import json
+import sys
+import urllib.request
+from urllib.parse import parse_qs, urlsplit
+
+from jupyter_client import BlockingKernelClient
+
+link, runtime_dir, code = sys.argv[1:]
+url = urlsplit(link)
+headers = {"Authorization": f"token {parse_qs(url.query)['token'][0]}"}
+
+
+def ask(body=None):
+    request = urllib.request.Request(f"http://{url.netloc}/api/kernels", data=body, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+kernel = (ask() or [ask(b"{}")])[0]["id"]
+client = BlockingKernelClient(connection_file=f"{runtime_dir}/kernel-{kernel}.json")
+client.load_connection_file()
+# Without the heartbeat: a kernel that is slow to come up would count as dead.
+client.start_channels(hb=False)
+client.wait_for_ready(timeout=60)
+reply = client.execute_interactive(code, timeout=60)
+sys.exit(reply["content"]["status"] != "ok")

@@ -1,0 +1,147 @@
+"""The image itself: what is in it, what is not, and how it is made one's own."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from datetime import datetime
+
+import httpx
+import pytest
+
+from engine import FORK, IMAGE, ROOT, docker
+from harness import run_cell, start_kernel, until
+from labkeeper.settings import PREFIX, Settings
+
+SLOW = 2.0
+"""Seconds that the import of an extension takes that is preloaded."""
+LARGEST = 500
+"""Megabytes that the image may have, base included; the documentation says what it has."""
+
+
+@pytest.fixture(scope="module")
+def config():
+    return json.loads(docker("inspect", IMAGE).stdout)[0]
+
+
+def test_it_says_what_it_is(config):
+    labels = config["Config"]["Labels"]
+    assert labels["org.opencontainers.image.title"] == "jupyter-server"
+    assert labels["org.opencontainers.image.licenses"] == "BSD-3-Clause"
+    assert set(config["Config"]["ExposedPorts"]) == {"80/tcp", "8888/tcp"}
+    assert config["Config"]["User"] == "labkeeper"
+    assert config["Size"] < LARGEST * 10**6
+
+
+def test_every_setting_of_the_image_is_one(config):
+    variables = dict(entry.split("=", 1) for entry in config["Config"]["Env"])
+    ours = {name: value for name, value in variables.items() if name.startswith(PREFIX)}
+    assert {name.removeprefix(PREFIX).lower() for name in ours} <= set(Settings.model_fields)
+    assert ours["LABKEEPER_NOTEBOOK_DIR"] == "/notebooks"
+    assert (ours["LABKEEPER_PORT"], ours["LABKEEPER_LAB_PORT"]) == ("80", "8888")
+    assert "LABKEEPER_DEBUG" not in ours
+    assert "LABKEEPER_TOKEN" not in ours
+
+
+def test_nothing_of_the_build_is_in_it(container):
+    left = container.exec(
+        "sh", "-c", "ls -d /build /root/.cache /var/lib/labkeeper/.cache /opt/*/share/jupyter/lab/static/*.map", check=False
+    )
+    assert left.stdout == ""
+    for stage in ("jupyter-server", "jupyter-gateway"):
+        assert "BEGIN CERTIFICATE" not in docker("history", "--no-trunc", f"{stage}:{IMAGE.partition(':')[2]}").stdout
+
+
+def test_every_module_that_a_server_loads_is_compiled(container):
+    missing = container.python(
+        "import importlib.util, pathlib, sys\n"
+        "import jupyterlab.labapp, jupyter_server.serverapp, ipykernel.kernelapp\n"
+        "files = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None) and m.__spec__.origin]\n"
+        "print([s.origin for s in files if s.origin.endswith('.py') and s.name != '__main__'"
+        " and not pathlib.Path(importlib.util.cache_from_source(s.origin)).exists()])"
+    )
+    assert missing.strip() == "[]"
+
+
+def test_docker_sees_that_it_is_well_and_that_it_is_not(make_container):
+    container = make_container("--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "2").start()
+    until(lambda: container.state()["Health"]["Status"] == "healthy", what="healthy")
+    # A keeper that does not answer, with a process that lives.
+    keeper = next(pid for pid, (_, command) in container.processes().items() if command.endswith("labkeeper serve") and pid != 1)
+    container.python(f"import os, signal; os.kill({keeper}, signal.SIGSTOP)")
+    until(lambda: container.state()["Health"]["Status"] == "unhealthy", what="unhealthy")
+
+
+def test_our_configuration_is_in_force(make_container, notebooks):
+    """Without it, what is deleted in the Lab stays as a hidden directory beside the notebooks."""
+    owner = notebooks.stat().st_uid
+    container = make_container("--user", f"{owner}:{owner}", notebooks=notebooks).start()
+    server = container.server()
+    kernel = start_kernel(server)
+    run_cell(server, kernel, "open('unwanted.txt', 'w').close()")
+    gone = httpx.delete(
+        f"{server['url']}api/contents/unwanted.txt", headers={"Authorization": f"token {server['token']}"}, trust_env=False
+    )
+    assert gone.status_code == 204, gone.text
+    # Jupyter's own checkpoints stay beside their notebooks.
+    assert [file.name for file in notebooks.iterdir() if file.name != ".ipynb_checkpoints"] == []
+    paths = json.loads(container.exec("jupyter", "--paths", "--json").stdout)["config"]
+    assert "/opt/jupyter/etc/jupyter" in paths
+
+
+def test_packages_and_extensions_of_ones_own_get_in_and_are_preloaded(make_container, tmp_path):
+    page = (ROOT / "docs/how-to/run-in-a-container.md").read_text()
+    base, install = re.search(r"^```dockerfile\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1].splitlines()
+    wheel = slow_extension(tmp_path)
+    recipe = [base.replace("jupyter-server", IMAGE), f"COPY {wheel.name} /tmp/", re.sub("numpy.*", f"/tmp/{wheel.name}", install)]
+    (tmp_path / "Dockerfile").write_text("\n".join(recipe))
+    image = "labkeeper-test-extended"
+    docker("build", "-q", "-t", image, tmp_path)
+    try:
+        container = make_container(image=image, environment=FORK).start()
+        container.forked()
+        assert "the slow extension is there" in container.http.get("/api/servers/default/logs").text
+        # The first one may have waited for the fork server.
+        container.delete()
+        server = container.server()
+        assert server["launched_by"] == "fork"
+        begun, ready = (datetime.fromisoformat(server[name]) for name in ("created_at", "started_at"))
+        # Loading it takes longer than the whole start: it was there already.
+        assert (ready - begun).total_seconds() < SLOW
+    finally:
+        docker("rmi", "-f", image)
+
+
+def slow_extension(directory):
+    """Make a wheel of a server extension whose import takes long."""
+    package = directory / "package"
+    (package / "slow_extension").mkdir(parents=True)
+    (package / "slow_extension/__init__.py").write_text(
+        "import time\n"
+        f"time.sleep({SLOW})\n"
+        "def _jupyter_server_extension_points(): return [{'module': 'slow_extension'}]\n"
+        "def _load_jupyter_server_extension(app): app.log.info('the slow extension is there')\n"
+    )
+    (package / "enabled.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {"slow_extension": True}}}))
+    (package / "pyproject.toml").write_text(
+        "[build-system]\nrequires = ['hatchling']\nbuild-backend = 'hatchling.build'\n"
+        "[project]\nname = 'slow-extension'\nversion = '1'\n"
+        "[tool.hatch.build.targets.wheel.shared-data]\n"
+        "'enabled.json' = 'etc/jupyter/jupyter_server_config.d/slow_extension.json'\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(directory),
+        str(package),
+    ]
+    subprocess.run(command, check=True)
+    return next(directory.glob("*.whl"))

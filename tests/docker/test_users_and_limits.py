@@ -1,0 +1,105 @@
+"""Whoever the container runs as, and whatever is kept from it: it works, or says what it needs."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from engine import FORK, docker
+from harness import run_cell, start_kernel, until
+
+STRICT = (
+    *("--read-only", "--tmpfs", "/tmp", "--tmpfs", "/var/lib/labkeeper"),
+    *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+)
+
+
+def test_nothing_runs_as_root_unless_told_to(make_container):
+    container = make_container().start()
+    assert container.exec("id", "-u").stdout.strip() == "1000"
+    kernel = start_kernel(server := container.server())
+    assert run_cell(server, kernel, "import os; os.getuid()") == "1000"
+    assert run_cell(server, kernel, "import pathlib; pathlib.Path.home()") == "PosixPath('/var/lib/labkeeper/home')"
+
+
+def test_as_root_it_becomes_the_owner_of_the_notebooks(make_container, notebooks):
+    owner = notebooks.stat().st_uid
+    container = make_container("--user", "root", notebooks=notebooks).start()
+    server = container.server()
+    kernel = start_kernel(server)
+    assert run_cell(server, kernel, "import os; open('mine', 'w').close(); (os.getuid(), os.getgroups())") == f"({owner}, [])"
+    assert (notebooks / "mine").stat().st_uid == owner
+    assert container.stop() == 0
+
+
+def test_notebooks_of_somebody_else_are_warned_of_with_the_way_out(make_container, notebooks):
+    uid, gid = notebooks.stat().st_uid, notebooks.stat().st_gid
+    container = make_container("--user", "5555:5555", notebooks=notebooks).start()
+    assert "WARNING: /notebooks belongs to user" in container.logs()
+    assert f"docker run --user {uid}:{gid}" in container.logs()
+
+
+def test_notebooks_that_are_not_there_are_named(make_container):
+    container = make_container(environment={"LABKEEPER_NOTEBOOK_DIR": "/nowhere"}).run()
+    assert container.ended() == 2
+    assert "cannot find /nowhere" in container.logs()
+
+
+def test_everything_at_once_that_hardens_a_container(make_container, notebooks):
+    owner = notebooks.stat().st_uid
+    limits = ("--memory", "1g", "--cpus", "1.5", "--pids-limit", "300")
+    container = make_container("--user", f"{owner}:{owner}", *STRICT, *limits, notebooks=notebooks, environment=FORK).start()
+    server = container.forked()
+    kernel = start_kernel(server)
+    assert run_cell(server, kernel, "open('mine', 'w').write('1')") == "1"
+    container.exec("labkeeper", "ls")
+    assert container.stop() == 0
+    assert [file.name for file in notebooks.iterdir()] == ["mine"]
+
+
+def test_a_read_only_image_says_what_it_needs(make_container):
+    container = make_container("--read-only").run()
+    assert container.ended() == 2
+    assert "--tmpfs /tmp --tmpfs /var/lib/labkeeper" in container.logs()
+
+
+def test_a_root_without_capabilities_says_what_it_needs(make_container, notebooks):
+    if os.getuid() != 0:
+        pytest.skip("needs root on the host, to give the notebooks to somebody else")
+    container = make_container("--user", "root", "--cap-drop", "ALL", notebooks=notebooks).run()
+    assert container.ended() == 2
+    assert "--user 4321:4321" in container.logs()
+
+
+def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_container):
+    container = make_container("--memory", "600m", "--memory-swap", "600m", environment=FORK).start()
+    server = container.forked()
+    other = container.server(name="other", port=9999)
+    kernel = start_kernel(server)
+    victim = int(run_cell(server, kernel, "import os, threading; x = 1; os.getpid()"))
+    # After the answer, so that nobody waits for one that never comes.
+    run_cell(server, kernel, "threading.Timer(0.5, lambda: b'x' * 2**31).start()")
+    until(lambda: victim not in container.processes(), what="the end of the kernel")
+
+    # Jupyter starts it anew; whoever else lives here has noticed nothing.
+    until(lambda: {"idle"} == {k["execution_state"] for k in container.get("default/kernels")["kernels"]}, what="a new kernel")
+    assert run_cell(server, kernel, "'x' in globals()") == "False"
+    assert container.state()["Running"]
+    assert [(s["name"], s["state"], s["pid"]) for s in container.http.get("/api/servers").json()["servers"]] == [
+        ("default", "running", server["pid"]),
+        ("other", "running", other["pid"]),
+    ]
+    assert container.stop() == 0
+
+
+def test_too_few_processes_are_named(make_container):
+    container = make_container("--pids-limit", "5").run()
+    assert container.ended() == 2
+    assert "--pids-limit" in container.logs()
+
+
+def test_processors_are_what_the_container_was_given(make_container):
+    container = make_container("--cpus", "0.5").start()
+    assert docker("inspect", "-f", "{{.HostConfig.NanoCpus}}", container.name).stdout.strip() == "500000000"
+    assert container.server()["state"] == "running"
