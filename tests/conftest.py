@@ -11,6 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["deploy", "docker"]
+"""Tests that need an engine and images: `make test-docker` says that there are."""
+
 EXPECTED_SKIPS = ("needs control groups",)
 """Reasons that lie in the kernel of the machine, which no test and no CI script can change."""
 

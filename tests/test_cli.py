@@ -19,19 +19,21 @@ import pytest
 import structlog
 from click.testing import CliRunner
 
+from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
 from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.cli import cli, output, servers
-from labkeeper.client import Server
+from labkeeper.client import Gateway, Server
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.fleet import Fleet
+from labkeeper.core.model import OwnKernel
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
-from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 COMMANDS = sorted(cli.commands)
@@ -59,10 +61,19 @@ class Served:
 def serving(notebook_dir):
     world, inbox, board = World(), Inbox(), Board()
     lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
-    fleet = Fleet(backend=backend, store=MemoryStore(), lanes=lanes, clock=SystemClock(), policy=Policy(), listeners=(board,))
+    fleet = Fleet(
+        backend=backend,
+        gate=OpenGate(),
+        ledger=MemoryLedger(),
+        store=MemoryStore(),
+        lanes=lanes,
+        clock=SystemClock(),
+        policy=Policy(),
+        listeners=(board,),
+    )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
-    services = Services(keeper, backend, NoProbe(), Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN)
+    services = Services(keeper, backend, NoProbe(), list, Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN)
     app = create_app(services)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = WsgiServer(app, listener, threads=4, max_body=2**20)
@@ -161,7 +172,7 @@ def test_every_setting_but_the_token_is_a_flag():
     for name, field in Settings.model_fields.items():
         flag = f" --{name.replace('_', '-')} "
         assert (flag in text) is (name != "token"), name
-        assert (f"LABKEEPER_{name.upper()}" in text) is (name != "token"), name
+        assert (f"LABKEEPER_{name.upper()};" in text or f"LABKEEPER_{name.upper()}]" in text) is (name != "token"), name
         assert name == "token" or field.description in text, name
 
 
@@ -401,6 +412,17 @@ def test_servers_are_stopped_beside_each_other(served, options):
     assert "SIGKILL" not in told
 
 
+def test_stop_can_be_for_all(served):
+    """`--all` needs no names and takes none; where there is nothing to stop it says nothing, and is content."""
+    assert run("stop", "--all").stdout == ""
+    for name in ("a", "b"):
+        run("start", name)
+    assert [line[:2] for line in run("stop", "--all").stdout.splitlines()] == ["a:", "b:"]
+    assert "takes no names" in run("stop", "--all", "a", code=2).stderr
+    run("stop", "--all", "--delete")
+    assert json.loads(run("ls", "--json").stdout)["servers"] == []
+
+
 def test_stop_can_force_and_delete(served):
     """`--force` kills; `--delete` forgets; `--json` prints the API's answer for each."""
     run("start")
@@ -425,7 +447,7 @@ def test_kernels_that_may_be_left_are_named(capsys):
     servers._show_stopped(Server(**fields, root_dir="/", default_url="/lab", stop_report=report), as_json=False)
     said = capsys.readouterr()
     assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
-    assert said.err == "x: kernels may be left on its gateway: k3\n"
+    assert said.err == "x: kernels may be left on its gateway, and are ended when it answers: k3\n"
 
 
 def test_stop_gives_up_when_the_keeper_is_gone():
@@ -440,6 +462,48 @@ def test_restart_prints_the_new_link(served):
     assert LINK.fullmatch(after)
     assert after != before
     run("restart", "nope", code=4)
+
+
+def test_kernels_are_kept_or_it_is_said_why_not(served):
+    run("start")
+    result = run("restart", "--keep-kernels", code=1)
+    assert "not on a gateway" in result.stderr
+
+
+def test_a_server_shows_its_gateway_and_what_waits_for_it(served):
+    made = run("start", "x", "--gateway-url", "http://g:1", "--kernel-env", "KERNEL_A=1", "--no-require-gateway", "--json")
+    gateway = json.loads(made.stdout)["gateway"]
+    assert (gateway["required"], gateway["kernel_env_passed"]) == (False, ["KERNEL_A"])
+    assert re.search(r"^gateway +http://g:1$", run("show", "x").stdout, re.MULTILINE)
+    served.world.living("x")[0].kernels = (OwnKernel("k1"),)
+    served.world.temper("x").boots = False
+    served.world.crash("x")
+    until(lambda: re.search(r"^kernels kept +k1$", run("show", "x").stdout, re.MULTILINE))
+
+
+HEALTH = {
+    "url": "http://g:1",
+    "required": True,
+    "since": "2026-01-01T00:00:00Z",
+    "kernel_env_passed": [],
+    "kernel_env_if_allowed": [],
+}
+REFUSED = {"failure_class": "gateway-refused", "message": "the gateway http://g:1 refuses", "exit": None, "log_tail": []}
+
+
+@pytest.mark.parametrize(
+    ("health", "said"),
+    [
+        ({"reachable": True, "error": None, "kernelspecs": 1}, "http://g:1 (answers, 1 kernelspec)"),
+        ({"reachable": True, "error": None, "kernelspecs": 2}, "http://g:1 (answers, 2 kernelspecs)"),
+        (
+            {"reachable": False, "error": REFUSED, "kernelspecs": None},
+            "http://g:1 (not usable since 2026-01-01T00:00:00Z: the gateway http://g:1 refuses)",
+        ),
+    ],
+)
+def test_the_health_of_a_gateway_is_said_in_words(health, said):
+    assert servers._gateway(Gateway(**HEALTH, **health)) == said
 
 
 # Logs, open, token, version

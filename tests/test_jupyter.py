@@ -12,7 +12,7 @@ import pytest
 from harness import free_port
 from labkeeper import jupyter
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, ServerName, ServerSpec
+from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, OwnKernel, ServerName, ServerSpec, Session
 
 SPEC = ServerSpec(ServerName("x"), "/notebooks", base_url="/b/", env={"A": "1"})
 GATED = ServerSpec(
@@ -136,15 +136,37 @@ def test_who_was_killed_did_not_say_why():
     assert jupyter.cause_of(Exit(code=1), []) == (FailureClass.OTHER, "")
 
 
-def test_kernels_on_a_gateway_are_read_from_the_log():
-    first, second = "0d6c5c0e-9a2e-4b0d-8f9e-0123456789ab", "1d6c5c0e-9a2e-4b0d-8f9e-0123456789ab"
-    log = [
-        f"[I] GatewayKernelManager started kernel: {first}, args: {{}}",
-        "other",
-        f"started kernel: {second}",
-        f"started kernel: {first}",
-    ]
-    assert jupyter.started_kernels(log) == (first, second)
+RECORDED = {
+    "kernels": ["a-1", "b-2"],
+    "starting": ["c-3"],
+    "sessions": [{"path": "x.ipynb", "name": "x.ipynb", "type": "notebook", "kernel_id": "b-2"}],
+}
+
+
+def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions(tmp_path):
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(RECORDED))
+    session = Session("x.ipynb", "x.ipynb", "notebook")
+    assert jupyter.read_kernels(path) == (OwnKernel("a-1"), OwnKernel("b-2", (session,)), OwnKernel("c-3", starting=True))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "{",
+        "[]",
+        '{"kernels": ["../../x"], "starting": [], "sessions": []}',
+        '{"kernels": [1], "starting": [], "sessions": []}',
+        '{"kernels": []}',
+    ],
+)
+def test_a_record_that_is_none_names_no_kernel(tmp_path, text):
+    path = tmp_path / "kernels.json"
+    if text is not None:
+        path.write_text(text)
+    assert jupyter.read_kernels(path) == ()
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
@@ -171,7 +193,6 @@ def answering():
     thread.start()
     client = jupyter.JupyterClient(timeout=2.0)
     yield client, endpoint(server.server_port), handler.answers
-    client.close()
     server.shutdown()
     server.server_close()
     thread.join()
@@ -199,7 +220,6 @@ def test_nobody_there_answers_nothing():
     assert not client.shutdown(nowhere, timeout=1.0)
     with pytest.raises(BackendUnavailable):
         client.kernels(nowhere)
-    client.close()
 
 
 def test_a_server_that_is_silent_times_out():
@@ -207,4 +227,3 @@ def test_a_server_that_is_silent_times_out():
     client = jupyter.JupyterClient(timeout=0.1)
     with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(BackendTimeout):
         client.kernels(endpoint(deaf.getsockname()[1]))
-    client.close()

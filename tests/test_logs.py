@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from dataclasses import replace
 
 import pytest
 import structlog
 
 from labkeeper import logs
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Failure, FailureClass, Snapshot, StopMethod, StopReport
+from labkeeper.core.model import Change, Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
 from labkeeper.testing.fakes import a_spec
 
 
@@ -67,7 +68,7 @@ def test_a_trace_shows_no_values(capsys, form):
         (State.STARTING, snapshot(State.FAILED, failure=Failure(FailureClass.OTHER, "why")), Event.CRASHED, "warning"),
         (State.STOPPING, snapshot(State.STOPPED, stop_report=StopReport(StopMethod.SIGTERM, 1.5)), Event.EXITED, "info"),
         (State.KILLING, snapshot(State.LOST), Event.DEADLINE, "error"),
-        (None, snapshot(State.LOST), Event.UNREACHABLE, "warning"),
+        (None, snapshot(State.LOST), Event.UNREACHABLE, "info"),
     ],
 )
 def test_each_change_of_state_is_one_entry(before, after, event, level):
@@ -84,3 +85,16 @@ def test_what_changes_no_state_is_not_logged():
     with structlog.testing.capture_logs() as log:
         logs.ChangeLog().changed(Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0))
     assert log == []
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "cause"),
+    [(None, "info", None), (Failure(FailureClass.GATEWAY_REFUSED, "it refuses"), "warning", "it refuses")],
+)
+def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
+    running = snapshot(State.RUNNING)
+    seen = replace(running, gateway=GatewayHealth(1.0, error))
+    with structlog.testing.capture_logs() as log:
+        logs.ChangeLog().changed(Change(Event.GATEWAY, running, seen, 0.0))
+    (entry,) = log
+    assert (entry["log_level"], entry["server"], entry.get("cause")) == (level, "lab", cause)

@@ -15,7 +15,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.model import Change, Create, Order, Ready, Report, ServerName, Snapshot, Tick
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryStore, World, a_spec
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World, a_spec
 
 ONE, TWO = ServerName("one"), ServerName("two")
 
@@ -115,6 +115,8 @@ class Rig:
         lanes = LanePool(inbox.hear, threads=2)
         self.fleet = Fleet(
             backend=FakeBackend(inbox.hear, self.world),
+            gate=OpenGate(),
+            ledger=MemoryLedger(),
             store=self.store,
             lanes=lanes,
             clock=SystemClock(),

@@ -105,3 +105,36 @@ def test_every_setting_says_what_it_is_for():
     for name, field in settings.Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+def test_a_token_may_stand_in_a_file(tmp_path, monkeypatch, end):
+    file = tmp_path / "token"
+    file.write_text("a-long-enough-token" + end, newline="")
+    monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
+    assert settings.load().token.get_secret_value() == "a-long-enough-token"
+
+
+@pytest.mark.parametrize("held", [b"", b"short", b"two lines in it\nare not good", b"\xff" * 20, b"x y" * 20])
+def test_a_file_without_a_token_is_named_and_not_shown(tmp_path, monkeypatch, held):
+    file = tmp_path / "the-file"
+    file.write_bytes(held)
+    monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
+    with pytest.raises(SettingsError, match=r"LABKEEPER_TOKEN_FILE.*the-file.*16 visible") as caught:
+        settings.load()
+    assert "two lines" not in caught.value.message
+    assert "x y" not in caught.value.message
+
+
+@pytest.mark.parametrize("name", ["none", "."])
+def test_a_token_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / name))
+    with pytest.raises(SettingsError, match="cannot read the token file"):
+        settings.load()
+
+
+def test_two_tokens_are_one_too_many(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
+    monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / "token"))
+    with pytest.raises(SettingsError, match="both set"):
+        settings.load()

@@ -15,8 +15,12 @@ from labkeeper.core.model import (
     Failure,
     FailureClass,
     Gateway,
+    GatewayHealth,
+    KernelDebt,
+    OwnKernel,
     ServerName,
     ServerSpec,
+    Session,
     Snapshot,
     StopMethod,
     StopReport,
@@ -44,6 +48,9 @@ FULL = Snapshot(
     failure=Failure(FailureClass.KILLED, "why", Exit(code=1), ("a", "b")),
     stop_report=StopReport(StopMethod.SIGTERM, 0.5, ("k1",), ("k2",)),
     restarts=2,
+    revised=ServerSpec(ServerName("full"), "/elsewhere", kernel_env={"KERNEL_A": "1"}),
+    gateway=GatewayHealth(2.5, Failure(FailureClass.GATEWAY_TIMEOUT, "slow")),
+    kernels_kept=(OwnKernel("k3", (Session("a.ipynb", "a.ipynb", "notebook"),)), OwnKernel("k4")),
 )
 BARE = Snapshot(ServerSpec(ServerName("bare"), "/notebooks"), State.STOPPED, Goal.DOWN, since=1.0, created_at=1.0)
 
@@ -117,3 +124,43 @@ def test_a_write_that_fails_says_so(store, path):
     for call in (lambda: store.save(BARE), lambda: store.forget(BARE.name), store.load):
         with pytest.raises(StoreError, match="cannot"):
             call()
+
+
+DEBTS = [
+    KernelDebt("k1", Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}), ServerName("lab"), 1.5),
+    KernelDebt("k2", Gateway("http://h", "ws://h"), ServerName("lab"), 2.5),
+]
+
+
+def test_debts_outlive_the_keeper_until_they_are_settled(path):
+    store = SqliteStore(path)
+    store.owe(DEBTS)
+    store.owe(DEBTS[:1])
+    store.close()
+    store = SqliteStore(path)
+    assert store.debts() == DEBTS
+    store.settle(["k1", "k9"])
+    assert store.debts() == DEBTS[1:]
+    store.close()
+
+
+def test_a_debt_that_cannot_be_read_is_damage(path, store):
+    store.owe(DEBTS)
+    with sqlite3.connect(path) as other:
+        other.execute("UPDATE debts SET debt = '{}'")
+    with pytest.raises(StoreError, match="damaged"):
+        store.debts()
+
+
+def test_a_file_of_the_layout_before_is_carried_over(path):
+    """It had servers, and no debts."""
+    store = SqliteStore(path)
+    store.save(BARE)
+    store.close()
+    with sqlite3.connect(path) as older:
+        older.execute("DROP TABLE debts")
+        older.execute("PRAGMA user_version = 1")
+    store = SqliteStore(path)
+    assert (store.load(), store.debts()) == ([BARE], [])
+    store.owe(DEBTS)
+    store.close()

@@ -10,29 +10,39 @@ import http.client
 import json
 import re
 import ssl
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-import httpx
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, Kernel, ServerSpec
+from labkeeper.core.model import (
+    KERNEL_PREFIX,
+    Endpoint,
+    Exit,
+    FailureClass,
+    Gateway,
+    Kernel,
+    OwnKernel,
+    ServerSpec,
+    Session,
+)
+from labkeeper.exchange import Answer, exchange
+from labkeeper.files import read_foreign
 
 PRIVATE_VARIABLES: Final = re.compile(
     r"^(LABKEEPER_|JUPYTER_TOKEN|JUPYTER_GATEWAY_|JUPYTER_RUNTIME_DIR$|JUPYTERHUB_|JPY_"
-    r"|INVOCATION_ID$|JOURNAL_STREAM$|NOTIFY_SOCKET$|WATCHDOG_|LISTEN_|SYSTEMD_|MEMORY_PRESSURE_)"
+    r"|INVOCATION_ID$|JOURNAL_STREAM$|NOTIFY_SOCKET$|WATCHDOG_|LISTEN_|SYSTEMD_|MEMORY_PRESSURE_"
+    r"|(CACHE|CONFIGURATION|CREDENTIALS|LOGS|RUNTIME|STATE)_DIRECTORY$)"
 )
 """Variables of the keeper's own environment that a server must not inherit: ours, those that would configure Jupyter against the
 spec, and those by which systemd speaks to one service process."""
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
-_LARGEST_ANSWER: Final = 4 * 1024 * 1024
-"""Bytes of an answer that are read; the kernels of a busy server take some thousands."""
 _LAUNCH_PAD: Final = 2.0
 """Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
 
@@ -56,11 +66,11 @@ def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -
         ip=spec.ip, port=port, root_dir=spec.root_dir, base_url=spec.base_url, default_url=spec.default_url
     )
     if spec.gateway is not None:
-        sections["GatewayClient"] = _gateway_settings(spec.gateway, ca_bundle)
+        sections["GatewayClient"] = _gateway_settings(spec.gateway, spec.kernel_env, ca_bundle)
     return sections
 
 
-def _gateway_settings(gateway: Gateway, ca_bundle: Path | None) -> dict[str, Any]:
+def _gateway_settings(gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle: Path | None) -> dict[str, Any]:
     chosen = {
         "url": gateway.url,
         "ws_url": gateway.ws_url,
@@ -71,6 +81,8 @@ def _gateway_settings(gateway: Gateway, ca_bundle: Path | None) -> dict[str, Any
         "client_cert": gateway.client_cert,
         "client_key": gateway.client_key,
         "validate_cert": gateway.validate_cert,
+        # Those whose names begin with KERNEL_ are sent anyway.
+        "allowed_envs": ",".join(name for name in kernel_env if not name.startswith(KERNEL_PREFIX)) or None,
         "connect_timeout": gateway.connect_timeout,
         "request_timeout": gateway.request_timeout,
     }
@@ -120,7 +132,7 @@ def info_path(runtime_dir: Path, pid: int) -> Path:
 def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
     """Read the server_info of a process; None as long as it has written none, or only half of it."""
     try:
-        endpoint = endpoint_of(json.loads(info_path(runtime_dir, pid).read_bytes()))
+        endpoint = endpoint_of(json.loads(read_foreign(info_path(runtime_dir, pid))))
     except (OSError, ValueError):
         return None
     return endpoint if endpoint.pid == pid else None
@@ -143,6 +155,41 @@ def endpoint_of(server_info: Any) -> Endpoint:
     )
 
 
+_KernelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+
+
+class _SessionRecord(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    path: str
+    name: str
+    type: str
+    kernel_id: str
+
+
+class _KernelsRecord(BaseModel):
+    """`kernels.json`, as `standalone/kernels.py` writes it; the user of the server can write it, too."""
+
+    model_config = ConfigDict(defer_build=True)
+
+    kernels: list[_KernelId] = Field(max_length=10_000)
+    starting: list[_KernelId] = Field(max_length=10_000)
+    sessions: list[_SessionRecord] = Field(max_length=10_000)
+
+
+def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
+    """Read which kernels a server has written down to have; none when it has written nothing that can be read."""
+    try:
+        found = _KernelsRecord.model_validate_json(read_foreign(path))
+    except (OSError, ValidationError):
+        return ()
+    there = (
+        OwnKernel(id_, tuple(Session(s.path, s.name, s.type) for s in found.sessions if s.kernel_id == id_))
+        for id_ in dict.fromkeys(found.kernels)
+    )
+    return (*there, *(OwnKernel(id_, starting=True) for id_ in found.starting))
+
+
 class _KernelModel(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
@@ -152,7 +199,7 @@ class _KernelModel(BaseModel):
     last_activity: str = ""
 
 
-_KERNELS: Final = TypeAdapter(list[_KernelModel])
+_KERNELS: Final = TypeAdapter(list[_KernelModel], config=ConfigDict(defer_build=True))
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 
@@ -160,17 +207,7 @@ class JupyterClient:
     """Speaks to running servers over loopback or the address that they listen on. Thread-safe."""
 
     def __init__(self, *, timeout: float = 3.0) -> None:
-        self._http = httpx.Client(
-            timeout=timeout,
-            # The server is ours, found by pid and token: its certificate says nothing more, and no proxy lies between.
-            verify=False,  # noqa: S501
-            trust_env=False,
-            limits=httpx.Limits(max_keepalive_connections=0),
-        )
-
-    def close(self) -> None:
-        """Close all sockets."""
-        self._http.close()
+        self._timeout = timeout
 
     def answers(self, endpoint: Endpoint) -> bool:
         """Whether it is alive: `GET api` needs no token and touches no gateway."""
@@ -183,61 +220,65 @@ class JupyterClient:
             known = {"Authorization": f"token {endpoint.token}"}
             return _ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known)
 
-    def kernels(self, endpoint: Endpoint, *, timeout: float | None = None) -> list[Kernel]:
+    def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
         what = f"cannot list the kernels of the server on port {endpoint.port}"
         try:
-            answer = self._request("GET", endpoint, "api/kernels?no_track_activity=1", timeout=timeout)
-            answer.raise_for_status()
-            found = _KERNELS.validate_json(answer.content)
-        except httpx.TimeoutException as error:
+            answer = self._ask("GET", endpoint, "api/kernels?no_track_activity=1")
+            if answer.status != http.client.OK:
+                because = "its gateway is not reachable" if answer.status == http.client.SERVICE_UNAVAILABLE else ""
+                raise BackendUnavailable(f"{what}: it answered {answer.status} {because}".rstrip())
+            found = _KERNELS.validate_json(answer.body)
+        except TimeoutError as error:
             raise BackendTimeout(f"{what}: it did not answer in time") from error
-        except httpx.HTTPStatusError as error:
-            because = "its gateway is not reachable" if error.response.status_code == httpx.codes.SERVICE_UNAVAILABLE else ""
-            raise BackendUnavailable(f"{what}: it answered {error.response.status_code} {because}".rstrip()) from error
-        except (httpx.HTTPError, ValidationError) as error:
+        except (OSError, http.client.HTTPException, ValidationError) as error:
             raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
         return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
 
     def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:
         """Ask it to end with its kernels; it answers when that is done. Says whether it did."""
         try:
-            return self._request("POST", endpoint, "api/shutdown", timeout=timeout).is_success
-        except httpx.HTTPError:
+            answer = self._ask("POST", endpoint, "api/shutdown", timeout=timeout)
+        except (OSError, http.client.HTTPException):
             return False
+        return answer.status == http.client.OK
 
-    def _request(
-        self, method: str, endpoint: Endpoint, path: str, *, token: bool = True, timeout: float | None = None
-    ) -> httpx.Response:
-        headers = {"Authorization": f"token {endpoint.token}"} if token else {}
-        wait = self._http.timeout if timeout is None else httpx.Timeout(timeout)
-        # Neither its time nor its size is left to the server: each read has a timeout, and so has the whole.
-        until = time.monotonic() + (wait.read or 0.0)
-        with self._http.stream(method, url_of(endpoint) + path, headers=headers, timeout=wait) as answer:
-            body = bytearray()
-            for piece in answer.iter_bytes():
-                body += piece
-                if time.monotonic() > until or len(body) > _LARGEST_ANSWER:
-                    raise httpx.ReadTimeout(f"{path} goes on for too long")
-        return httpx.Response(answer.status_code, content=bytes(body), request=answer.request)
+    def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
+        """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
+        asked: list[tuple[str, dict[str, Any]]] = [("api/kernels", {"kernel_id": kernel.id})]
+        asked += [("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}}) for session in kernel.sessions]
+        what = f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"
+        for path, body in asked:
+            try:
+                answer = self._ask("POST", endpoint, path, body=body)
+            except TimeoutError as error:
+                raise BackendTimeout(f"{what}: it did not answer in time") from error
+            except (OSError, http.client.HTTPException) as error:
+                raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
+            if answer.status != http.client.CREATED:
+                raise BackendUnavailable(f"{what}: it answered {answer.status}")
+
+    def _ask(self, method: str, endpoint: Endpoint, path: str, *, timeout: float | None = None, body: Any = None) -> Answer:
+        """Show the token and ask. Raises OSError, of which TimeoutError is one, and HTTPException."""
+        patience = self._timeout if timeout is None else timeout
+        known = {"Authorization": f"token {endpoint.token}"}
+        with _connection(endpoint, patience) as connection:
+            return exchange(connection, method, endpoint.base_url + path, headers=known, within=patience, body=body)
 
 
-def _connection(endpoint: Endpoint) -> closing[http.client.HTTPConnection]:
-    """Make a connection for what is asked most often, and at every start: httpx would take five times as long."""
+def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[http.client.HTTPConnection]:
     target = urlsplit(url_of(endpoint))
     if not endpoint.secure:
-        return closing(http.client.HTTPConnection(target.hostname or "", target.port, timeout=_LOOK_TIMEOUT))
+        return closing(http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # It is known by its pid and its token; its certificate says nothing more.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return closing(http.client.HTTPSConnection(target.hostname or "", target.port, timeout=_LOOK_TIMEOUT, context=context))
+    return closing(http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout, context=context))
 
 
 def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool:
     try:
-        connection.request("GET", endpoint.base_url + path, headers=dict(headers))
-        answer = connection.getresponse()
-        answer.read(_LARGEST_ANSWER)
+        answer = exchange(connection, "GET", endpoint.base_url + path, headers=headers, within=_LOOK_TIMEOUT)
     except (OSError, http.client.HTTPException):
         return False
     return answer.status == http.client.OK
@@ -250,14 +291,6 @@ def url_of(endpoint: Endpoint, host: str | None = None) -> str:
         host = f"[{host}]"
     scheme = "https" if endpoint.secure else "http"
     return f"{scheme}://{host}:{endpoint.port}{endpoint.base_url}"
-
-
-_STARTED: Final = re.compile(r"started kernel: ([0-9a-f]{8}-[0-9a-f-]{27})")
-
-
-def started_kernels(log: Sequence[str]) -> tuple[str, ...]:
-    """Name the kernels that a server with a gateway says in its log to have started; some may have ended since."""
-    return tuple(dict.fromkeys(found[1] for line in log if (found := _STARTED.search(line))))
 
 
 _CAUSES: Final = (

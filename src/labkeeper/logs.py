@@ -9,7 +9,7 @@ from typing import Any, Final, Literal
 import structlog
 
 from labkeeper.core.lifecycle import Event, State
-from labkeeper.core.model import Change
+from labkeeper.core.model import Change, GatewayHealth, ServerName
 
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
@@ -53,7 +53,7 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
 
 
 class ChangeLog:
-    """A listener: one line for each change of a server's state."""
+    """A listener: one line for each change of a server's state, and of whether its gateway can be used."""
 
     def __init__(self) -> None:
         self._log = structlog.get_logger("labkeeper.servers")
@@ -61,6 +61,8 @@ class ChangeLog:
     def changed(self, change: Change) -> None:
         """Log one change."""
         before, after = change.before, change.after
+        if change.event is Event.GATEWAY and after.gateway is not None:
+            self._tell_of(after.name, after.gateway)
         if before is not None and before.state is after.state:
             return
         facts: dict[str, Any] = {
@@ -75,8 +77,18 @@ class ChangeLog:
             facts["method"], facts["seconds"] = str(after.stop_report.method), after.stop_report.seconds
         self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
 
+    def _tell_of(self, name: ServerName, gateway: GatewayHealth) -> None:
+        if gateway.error is None:
+            self._log.info("gateway answers", server=name, kernelspecs=gateway.kernelspecs)
+        else:
+            self._log.warning(
+                "gateway cannot be used", server=name, failure_class=str(gateway.error.kind), cause=gateway.error.message
+            )
+
     def _level(self, change: Change) -> Any:
         state = change.after.state
+        if change.before is None:  # Nothing has happened but that a keeper has begun.
+            return self._log.info
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
         return self._log.warning if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING} else self._log.info

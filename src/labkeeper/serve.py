@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import gc
 import os
 import resource
 import select
@@ -20,15 +21,20 @@ import structlog
 
 from labkeeper import logs, settings, statedir
 from labkeeper.api.app import create_app
+from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
-from labkeeper.client import Client
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import Limits
+from labkeeper.crew import Crew
+from labkeeper.gateways.client import GatewayClient
+from labkeeper.gateways.debts import Ledger
+from labkeeper.gateways.gate import Gate
+from labkeeper.gateways.watch import GatewayWatch
 from labkeeper.jupyter import JupyterClient
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
@@ -38,19 +44,22 @@ _MARGIN: Final = 5.0
 """Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
 _WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
 _DESCRIPTORS: Final = 16384
+_NO_THREAD: Final = "can't start new thread"
+"""What Python says where a thread is one too many; the error has no type of its own."""
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _log = structlog.get_logger("labkeeper.serve")
 
 
 def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
-    """Run a keeper until SIGTERM or SIGINT, and stop its servers; give the exit code.
+    """Run a keeper until SIGTERM or SIGINT, and stop its servers or leave them; give the exit code.
 
     With `first`, the server named `default` is started too. `announce` gets lines for the person who started the keeper;
     `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
     Raises SettingsError.
     """
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
+    announce = _unheard_is_no_harm(announce)
     with ExitStack() as stack:
         ended = stack.enter_context(closing(_Ended()))
         _make_private(chosen.state_dir)
@@ -66,14 +75,34 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         except StoreError as error:
             # At boot it is for whoever runs the keeper to act, as for every other setting.
             raise SettingsError(error.message) from error
+        except RuntimeError as error:
+            if str(error) != _NO_THREAD:
+                raise
+            raise SettingsError(
+                "cannot start the threads of a keeper; raise the limit of processes (ulimit -u, or the container's --pids-limit)"
+            ) from error
         stack.enter_context(_address(chosen.state_dir, url))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
         if first:
             threading.Thread(target=_start_first, args=(url, token, announce, ended, at_terminal), daemon=True).start()
+        # What is there by now stays: later searches for garbage leave it out.
+        gc.freeze()
+        _tell_systemd("READY=1")
         _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
         ended.wait()
+        _tell_systemd("STOPPING=1")
         return _stop(keeper, chosen, announce)
+
+
+def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None]:
+    """Let it be no reason to end, nor to leave servers behind, that what is said goes to a full disk, or to nobody."""
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            announce(line)
+
+    return say
 
 
 def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stack: ExitStack) -> Keeper:
@@ -89,36 +118,47 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
     stack.callback(store.close)
     jupyter = JupyterClient()
-    stack.callback(jupyter.close)
     inbox, board = Inbox(), Board()
     lanes = LanePool(inbox.hear)
+    crew, clock = Crew(), SystemClock()
+    stack.callback(crew.close)
+    gateways = GatewayClient(clock, timeout=chosen.gateway_timeout)
+    ledger = Ledger(store, clock)
+    gate = Gate(inbox.hear, crew=crew, client=gateways, probe=jupyter)
+    watch = GatewayWatch(inbox.hear, crew=crew, client=gateways, ledger=ledger, clock=clock, period=chosen.gateway_period)
     backend = LocalBackend(
-        inbox.hear,
+        gate.hear,
         python=chosen.jupyter_python,
         runtime_dir=chosen.rooms,
         log_dir=chosen.state_dir / "logs",
         client=jupyter,
         launch_by=chosen.launch_by,
         log_max_bytes=chosen.log_max_bytes,
+        echo_logs=chosen.echo_logs,
     )
     fleet = Fleet(
         backend=backend,
+        gate=gate,
+        ledger=ledger,
         store=store,
         lanes=lanes,
-        clock=SystemClock(),
+        clock=clock,
         policy=policy,
-        listeners=(board, logs.ChangeLog()),
+        listeners=(board, logs.ChangeLog(), watch),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
+    # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
+    stack.callback(backend.close)
     keeper.start()
     stack.callback(keeper.close)
-    # Its threads report to the keeper, so they end before it does.
-    stack.callback(backend.close)
+    watch.start()
     end = chosen.stop_grace + chosen.kill_wait + _MARGIN
+    places = Places(chosen.threads)
     services = Services(
         keeper=keeper,
         backend=backend,
         probe=jupyter,
+        debts=ledger.all,
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,
@@ -130,19 +170,21 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         advertised_host=chosen.advertised_host,
         start_wait=chosen.start_timeout + end,
         stop_wait=end,
-        # An eighth of the threads is kept for requests that nothing holds up.
-        places=chosen.threads - max(2, chosen.threads // 8),
+        places=places,
         max_body=chosen.max_body,
     )
-    server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body)
+    server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body, fit=places.fit)
     server.start()
     stack.callback(server.close)
     return keeper
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
-    """Stop all servers; the API goes on answering meanwhile."""
+    """Stop all servers, unless they are left for the next keeper; the API goes on answering meanwhile."""
     count = len([s for s in keeper.all() if s.endpoint is not None])
+    if chosen.on_exit == "leave":
+        _log.info("keeper ends; its servers are left for the next one", servers=count)
+        return 0
     if count:
         announce(f"stopping {count} server{'s' if count > 1 else ''} ...")
     if keeper.stop_all(within=chosen.stop_grace + chosen.kill_wait + _MARGIN):
@@ -207,7 +249,10 @@ def _exists(directory: Path) -> bool:
 def _only_keeper(directory: Path, what: str, variable: str) -> Iterator[None]:
     """Hold the lock of a directory. The kernel drops it with the process, so none is ever stale."""
     path = directory / "keeper.lock"
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise SettingsError(f"cannot use the {what} {directory}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -238,7 +283,10 @@ def _token(chosen: Settings) -> str | None:
         return None
     if chosen.token is not None:
         return chosen.token.get_secret_value()
-    return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
+    try:
+        return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
+    except OSError as error:
+        raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -266,7 +314,8 @@ def _address(state_dir: Path, url: str) -> Iterator[None]:
     try:
         yield
     finally:
-        statedir.remove_address(state_dir)
+        with contextlib.suppress(OSError):  # On a disk that has become read-only it stays, as that of a killed keeper.
+            statedir.remove_address(state_dir)
 
 
 def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
@@ -279,8 +328,20 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 
 
+def _tell_systemd(state: str) -> None:
+    """Tell the service manager, if one listens, as sd_notify(3) does."""
+    address = os.environ.get("NOTIFY_SOCKET", "")
+    if address.startswith("@"):
+        address = f"\0{address[1:]}"
+    if address:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+            notify.sendto(state.encode(), address)
+
+
 def _start_first(url: str, token: str | None, announce: Callable[[str], None], ended: _Ended, at_terminal: bool) -> None:
     """Start the default server through our own API, as any caller would."""
+    from labkeeper.client import Client  # noqa: PLC0415 - late: most keepers start no first server
+
     announce("starting JupyterLab ...")
     try:
         with Client(url, token=token) as client:

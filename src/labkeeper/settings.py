@@ -12,13 +12,7 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
-from pydantic_settings import (
-    BaseSettings,
-    InitSettingsSource,
-    PydanticBaseSettingsSource,
-    SettingsConfigDict,
-)
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from labkeeper.core.errors import SettingsError
 
@@ -43,12 +37,10 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
-class Settings(BaseSettings):
+class Settings(BaseModel):
     """What whoever runs a keeper may choose. Frozen. Durations are in seconds, sizes in bytes."""
 
-    model_config = SettingsConfigDict(
-        env_prefix=PREFIX, env_ignore_empty=True, frozen=True, extra="forbid", validate_default=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     host: str = Field("127.0.0.1", description="Address that the API listens on. Loopback: nobody else is let in by accident.")
     port: Port = Field(8000, description="Port of the API.")
@@ -86,6 +78,11 @@ class Settings(BaseSettings):
         None,
         description="Bearer token of the API, at least 16 characters. When not given, one is generated into the state directory.",
     )
+    token_file: Directory | None = Field(None, description="File that holds the token, such as a secret of a container.")
+    on_exit: Literal["stop", "leave"] = Field(
+        "stop",
+        description="What becomes of the servers when the keeper is asked to end; `leave`: the next keeper takes them over.",
+    )
     start_timeout: Seconds = Field(60.0, description="Seconds that a server may take until it answers.")
     stop_grace: Seconds = Field(
         8.0, description="Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
@@ -95,6 +92,12 @@ class Settings(BaseSettings):
     hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0, description="Seconds without an answer after which a running server is ended and started again; 0: never."
     )
+    gateway_timeout: Seconds = Field(
+        5.0, description="Seconds that a kernel gateway may take to answer, when a server is to start and while it is watched."
+    )
+    gateway_period: Seconds = Field(
+        30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
+    )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
         None, description="Bytes of memory for each server with its kernels, when its request names none."
@@ -103,12 +106,13 @@ class Settings(BaseSettings):
     process_limit: Annotated[int, Field(ge=16)] | None = Field(None, description="Processes and threads of each, likewise.")
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
-        description="Threads that answer requests. Each caller that waits or follows a log holds one; an eighth is kept free.",
+        description="Most threads that answer requests. A caller that waits or follows a log holds one; an eighth is kept free.",
     )
     max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(1024 * 1024, description="Largest request body, in bytes.")
     log_max_bytes: Annotated[int, Field(ge=1024)] = Field(
         10 * 1024 * 1024, description="Bytes of a server's log after which it is set aside; one older part is kept."
     )
+    echo_logs: bool = Field(False, description="Repeat what servers log in the keeper's own log, as containers want it.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that the keeper logs.")
     log_format: Literal["auto", "console", "json"] = Field(
         "auto", description="Form of the keeper's own log; `auto` is `console` on a terminal and `json` elsewhere."
@@ -120,30 +124,23 @@ class Settings(BaseSettings):
         """The runtime directory."""
         return self.runtime_dir or self.state_dir / "run"
 
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],
-        init_settings: PydanticBaseSettingsSource,
-        env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
-        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - pydantic's signature
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Put the file behind the environment."""
-        return init_settings, env_settings, InitSettingsSource(settings_cls, _from_file())
-
 
 def load(**flags: Any) -> Settings:
     """Read all settings; `flags` are those of the command line. Raises SettingsError with one line for each mistake."""
     try:
-        settings = Settings(**flags)
+        settings = Settings(**(_from_file() | _from_environment() | flags))
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(dict(mistake)) for mistake in error.errors())) from error
-    secret = settings.token.get_secret_value() if settings.token else None
+    if settings.token_file is not None:
+        if settings.token is not None:
+            raise SettingsError("LABKEEPER_TOKEN and LABKEEPER_TOKEN_FILE are both set; unset one of them")
+        settings = settings.model_copy(update={"token": SecretStr(_secret_in(settings.token_file))})
+    secret = settings.token.get_secret_value() if settings.token is not None else None
     if secret is not None and (
         len(secret) < _SHORTEST_TOKEN or not secret.isascii() or not secret.isprintable() or " " in secret
     ):
-        raise SettingsError(f"bad setting LABKEEPER_TOKEN: must be at least {_SHORTEST_TOKEN} visible ASCII characters")
+        source = f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
+        raise SettingsError(f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters")
     return settings
 
 
@@ -159,6 +156,22 @@ def unknown_variables() -> list[str]:
 
 
 _SHORTEST_TOKEN: Final = 16
+_LONGEST_TOKEN: Final = 4096
+
+
+def _secret_in(path: Path) -> str:
+    """Read a token from a file, which most editors end with a newline."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_LONGEST_TOKEN).decode("utf-8", errors="replace").strip("\r\n")
+    except OSError as error:
+        raise SettingsError(f"cannot read the token file {path} (LABKEEPER_TOKEN_FILE): {error.strerror}") from error
+
+
+def _from_environment() -> dict[str, Any]:
+    """Give the settings that the environment has; an empty one counts as none."""
+    found = {name: os.environ.get(PREFIX + name.upper()) for name in Settings.model_fields}
+    return {name: value for name, value in found.items() if value}
 
 
 def _from_file() -> dict[str, Any]:

@@ -1,16 +1,17 @@
-"""Snapshots in SQLite, in the state directory.
+"""Snapshots and kernel debts in SQLite, in the state directory.
 
-One row a server, its snapshot as JSON. `PRAGMA user_version` tells the layout, so that a newer keeper can carry an older file
-over, and an older keeper refuses a newer one.
+One row a server, its snapshot as JSON; one row a kernel that is still to be ended. `PRAGMA user_version` tells the layout, so
+that a newer keeper can carry an older file over, and an older keeper refuses a newer one.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -18,11 +19,28 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import ServerName, Snapshot
+from labkeeper.core.model import KernelDebt, ServerName, Snapshot
 
 _log = structlog.get_logger("labkeeper.store")
-_LAYOUT: Final = 1
-_SNAPSHOT: Final = TypeAdapter(Snapshot)
+_TABLES: Final = (
+    "CREATE TABLE servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
+    "CREATE TABLE debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
+)
+"""What each layout has beyond the one before."""
+_LAYOUT: Final = len(_TABLES)
+_PROBE: Final = 64 * 1024
+"""Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""
+
+
+@functools.cache
+def _snapshots() -> TypeAdapter[Snapshot]:
+    """Read and write snapshots; made when there is the first one, since the making takes its time."""
+    return TypeAdapter(Snapshot)
+
+
+@functools.cache
+def _debts() -> TypeAdapter[KernelDebt]:
+    return TypeAdapter(KernelDebt)
 
 
 class SqliteStore:
@@ -32,11 +50,14 @@ class SqliteStore:
         """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
         self._path = path
         self._lock = threading.Lock()
+        self._examine()
         try:
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"cannot open the store {path}: {error}") from error
+        except OSError as error:
+            raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot open the store {path}: {self._why(error)}") from error
         try:
             self._prepare()
         except BaseException:
@@ -52,14 +73,14 @@ class SqliteStore:
         with self._doing("read"):
             rows = self._db.execute("SELECT snapshot FROM servers ORDER BY name").fetchall()
         try:
-            return [_SNAPSHOT.validate_json(text) for (text,) in rows]
+            return [_snapshots().validate_json(text) for (text,) in rows]
         except ValidationError as error:
             raise self._damaged(str(error)) from error
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep one server; on the disk when this returns."""
         try:
-            text = _SNAPSHOT.dump_json(snapshot).decode()
+            text = _snapshots().dump_json(snapshot).decode()
         except ValueError as error:
             raise StoreError(f"cannot write server '{snapshot.name}' to the store: {error}") from error
         with self._doing("write"):
@@ -74,6 +95,51 @@ class SqliteStore:
         with self._doing("write"):
             self._db.execute("DELETE FROM servers WHERE name = ?", (name,))
 
+    def debts(self) -> list[KernelDebt]:
+        """Give all kernels that are still to be ended."""
+        with self._doing("read"):
+            rows = self._db.execute("SELECT debt FROM debts ORDER BY kernel_id").fetchall()
+        try:
+            return [_debts().validate_json(text) for (text,) in rows]
+        except ValidationError as error:
+            raise self._damaged(str(error)) from error
+
+    def owe(self, debts: Sequence[KernelDebt]) -> None:
+        """Keep some more; on the disk when this returns."""
+        rows = [(debt.kernel_id, _debts().dump_json(debt).decode()) for debt in debts]
+        with self._doing("write"):
+            self._db.executemany(
+                "INSERT INTO debts (kernel_id, debt) VALUES (?, ?) ON CONFLICT (kernel_id) DO UPDATE SET debt = excluded.debt",
+                rows,
+            )
+
+    def settle(self, kernel_ids: Sequence[str]) -> None:
+        """Drop some."""
+        with self._doing("write"):
+            self._db.executemany("DELETE FROM debts WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
+
+    def _examine(self) -> None:
+        """Refuse a file that is damaged, or newer than we are.
+
+        Read by a connection that cannot write: as it closes, any other would carry its log over into the file.
+        """
+        if not self._path.exists():
+            return
+        if not self._path.stat().st_size:
+            log = self._path.with_name(f"{self._path.name}-wal")
+            if log.exists() and log.stat().st_size:
+                raise self._damaged("it is empty, and the log beside it is not")
+            return
+        with self._doing("open"), closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db:
+            (layout,) = db.execute("PRAGMA user_version").fetchone()
+            (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            raise self._damaged(" ".join(found.split()))
+        if layout > _LAYOUT:
+            raise StoreError(
+                f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
+            )
+
     def _prepare(self) -> None:
         with self._doing("open"):
             # WAL survives a kill at any moment, and NORMAL a crash of this process; only a crash of the machine may cost
@@ -81,13 +147,9 @@ class SqliteStore:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             (layout,) = self._db.execute("PRAGMA user_version").fetchone()
-            if layout == 0:
-                self._db.execute("CREATE TABLE servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT")
-                self._db.execute(f"PRAGMA user_version = {_LAYOUT}")
-        if layout > _LAYOUT:
-            raise StoreError(
-                f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
-            )
+            for number, table in enumerate(_TABLES[layout:], start=layout + 1):
+                # One step at a time, each whole or not at all.
+                self._db.executescript(f"BEGIN IMMEDIATE; {table}; PRAGMA user_version = {number}; COMMIT;")
 
     @contextmanager
     def _doing(self, verb: str) -> Iterator[None]:
@@ -95,10 +157,23 @@ class SqliteStore:
             try:
                 yield
             except sqlite3.DatabaseError as error:
-                _log.error("the store failed", verb=verb, error=str(error))
+                if verb != "open":  # That one ends the keeper, which says so.
+                    _log.error("the store failed", verb=verb, error=str(error))
                 if isinstance(error, sqlite3.OperationalError):
-                    raise StoreError(f"cannot {verb} the store {self._path}: {error}") from error
+                    raise StoreError(f"cannot {verb} the store {self._path}: {self._why(error)}") from error
                 raise self._damaged(str(error)) from error
+
+    def _why(self, error: sqlite3.Error) -> str:
+        """Say why something failed: in the disk's own words, where SQLite has only seen that it did."""
+        probe = self._path.with_name(f"{self._path.name}.probe")
+        try:
+            probe.write_bytes(bytes(_PROBE))
+        except OSError as disk:
+            return f"{error} ({disk.strerror})"
+        finally:
+            with suppress(OSError):
+                probe.unlink()
+        return str(error)
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(

@@ -14,16 +14,29 @@ from werkzeug.test import EnvironBuilder
 
 from harness import until
 from labkeeper.api.access import Access
+from labkeeper.api.answers import server_model
 from labkeeper.api.app import create_app
-from labkeeper.api.requests import Defaults, ServerRequest, ws_url_of
+from labkeeper.api.places import Places
+from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES, RULES
 from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, InvalidSpec
 from labkeeper.core.fleet import Fleet
-from labkeeper.core.model import Kernel
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.model import (
+    Failure,
+    FailureClass,
+    Gateway,
+    GatewayHealth,
+    Kernel,
+    KernelDebt,
+    OwnKernel,
+    ServerName,
+    Snapshot,
+)
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
 TOKEN = "a token of the tests"
 
@@ -50,7 +63,14 @@ def services(world, tmp_path) -> Iterator[Services]:
     lanes = LanePool(inbox.hear, threads=2)
     backend = FakeBackend(inbox.hear, world)
     fleet = Fleet(
-        backend=backend, store=MemoryStore(), lanes=lanes, clock=SystemClock(), policy=Policy(max_servers=3), listeners=(board,)
+        backend=backend,
+        gate=OpenGate(),
+        ledger=MemoryLedger(),
+        store=MemoryStore(),
+        lanes=lanes,
+        clock=SystemClock(),
+        policy=Policy(max_servers=3),
+        listeners=(board,),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
@@ -58,6 +78,7 @@ def services(world, tmp_path) -> Iterator[Services]:
         keeper=keeper,
         backend=backend,
         probe=FixedProbe(),
+        debts=list,
         defaults=Defaults(tmp_path, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,
@@ -232,7 +253,7 @@ def test_a_stop_gives_way_to_a_later_start(client, world):
 def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
     """A start is not lost then: it is answered 202; and quick requests are as quick as ever."""
     world.temper("default").boots = False
-    client = create_app(replace(services, places=1)).test_client()
+    client = create_app(replace(services, places=Places(3))).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers?wait=0", json={})
     with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
@@ -246,7 +267,7 @@ def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(service
 
 
 def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):
-    app = create_app(replace(services, places=1))
+    app = create_app(replace(services, places=Places(3)))
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers", json={})
@@ -358,3 +379,121 @@ def test_models_of_answers_are_serialised_as_they_are_documented(client):
     assert set(document["components"]["schemas"]["Problem"]["required"]) <= set(problem)
     assert json.dumps(problem)
     assert issubclass(ServerRequest, BaseModel)
+
+
+# What a restart changes
+
+FULL_GATEWAY = {
+    "gateway_url": "http://g:1/team",
+    "gateway_auth_token": "t",
+    "gateway_auth_scheme": "Bearer",
+    "gateway_headers": {"X": "y"},
+    "gateway_connect_timeout": 3.0,
+}
+
+
+def revised(tmp_path, before, after):
+    """What a server becomes that was made by one request, and restarted by another."""
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
+    spec = ServerRequest.model_validate(before).spec(defaults)
+    return spec, RestartRequest.model_validate(after).revise(spec, defaults)
+
+
+def test_a_restart_without_fields_changes_nothing(tmp_path):
+    assert revised(tmp_path, {"name": "x", "env": {"A": "b"}}, {"keep-kernels": True})[1] is None
+    assert revised(tmp_path, {}, None)[1] is None
+
+
+def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
+    before = {"name": "x", "env": {"A": "b"}, "port": 9000, "memory_limit": 2**27, "cpu_limit": 2.0, **FULL_GATEWAY}
+    old, new = revised(tmp_path, before, {"labels": {"a": "b"}, "kernel-env": {"KERNEL_A": "1"}, "memory-limit": 2**28})
+    limits = replace(old.limits, memory=2**28)
+    assert new == replace(old, labels={"a": "b"}, kernel_env={"KERNEL_A": "1"}, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"gateway_auth_token": "u"}, {"auth_token": "u"}),
+        ({"gateway_url": "http://g:1/team", "gateway_auth_token": "u"}, {"auth_token": "u"}),
+        ({"gateway_headers": {"Z": "z"}}, {"headers": {"Z": "z"}}),
+        ({"gateway_headers": {"Authorization": "Basic abc"}}, {"headers": {}, "auth_scheme": "Basic", "auth_token": "abc"}),
+        ({"require_gateway": False, "gateway_validate_cert": False}, {"required": False, "validate_cert": False}),
+    ],
+)
+def test_options_of_a_gateway_change_alone(tmp_path, options, changes):
+    old, new = revised(tmp_path, FULL_GATEWAY, options)
+    assert new == replace(old, gateway=replace(old.gateway, **changes))
+
+
+def test_nothing_of_one_gateway_is_given_to_another(tmp_path):
+    """Above all not its token."""
+    _, new = revised(tmp_path, FULL_GATEWAY, {"gateway_url": "http://h:1"})
+    assert new.gateway == Gateway("http://h:1", "ws://h:1")
+
+
+def test_options_of_a_gateway_need_one(tmp_path):
+    with pytest.raises(InvalidSpec, match="gateway_auth_token only together with gateway_url"):
+        revised(tmp_path, {}, {"gateway_auth_token": "u"})
+    _, new = revised(tmp_path, {}, {"gateway_url": "http://h:1", "gateway_auth_token": "u"})
+    assert new.gateway == Gateway("http://h:1", "ws://h:1", "u")
+
+
+def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
+    for name in ("cert", "key"):
+        (tmp_path / name).write_text("")
+    key = {"gateway_client_key": str(tmp_path / "key")}
+    with pytest.raises(InvalidSpec, match="gateway_client_key only together with gateway_client_cert"):
+        revised(tmp_path, FULL_GATEWAY, key)
+    _, new = revised(tmp_path, {**FULL_GATEWAY, "gateway_client_cert": str(tmp_path / "cert")}, key)
+    assert new.gateway.client_key == str(tmp_path / "key")
+
+
+def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
+    client.post("/api/servers", json={"name": "x"})
+    answer = client.post("/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}})
+    assert (answer.status_code, answer.json["labels"], answer.json["launch"]) == (201, {"team": "blue"}, 2)
+    assert client.post("/api/servers/x/restart").json["labels"] == {"team": "blue"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ({"name": "y"}, 422, "a server keeps its name"),
+        ({"keep_kernels": "yes"}, 422, "keep_kernels"),
+        ({"colour": "red"}, 422, "colour"),
+        ({"root_dir": "/no/such/directory"}, 422, "root_dir"),
+        ({"kernel_env": {"KERNEL_ID": "x"}}, 422, "KERNEL_ID"),
+        ({"kernel_env": {"a,b": "x"}}, 422, "bad name"),
+        ({"keep_kernels": True}, 409, "not on a gateway"),
+    ],
+)
+def test_a_restart_that_cannot_be_is_refused_and_changes_nothing(client, body, status, word):
+    before = client.post("/api/servers", json={"name": "x"}).json
+    answer = client.post("/api/servers/x/restart", json=body)
+    assert answer.status_code == status
+    assert word in answer.get_data(as_text=True)
+    assert client.get("/api/servers/x").json == before
+
+
+def test_debts_are_listed(services):
+    debt = KernelDebt("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
+    client = create_app(replace(services, debts=lambda: [debt])).test_client()
+    answer = client.get("/api/kernel-debts", headers={"Authorization": f"Bearer {TOKEN}"})
+    listed = {"kernel_id": "k1", "gateway_url": "http://g", "server": "x", "since": "1970-01-01T00:00:00.000Z"}
+    assert answer.json == {"kernel_debts": [listed]}
+
+
+def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
+    _, spec = revised(tmp_path, {}, {**FULL_GATEWAY, "kernel_env": {"KERNEL_B": "1", "KERNEL_A": "2", "FOO": "3"}})
+    snapshot = Snapshot(spec, State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
+    told = server_model(snapshot, None).gateway
+    assert (told.url, told.required, told.reachable, told.since, told.error) == ("http://g:1/team", True, None, None, None)
+    assert (told.kernel_env_passed, told.kernel_env_if_allowed) == (["KERNEL_A", "KERNEL_B"], ["FOO"])
+    ill = replace(
+        snapshot, gateway=GatewayHealth(1.0, Failure(FailureClass.GATEWAY_REFUSED, "no")), kernels_kept=(OwnKernel("k"),)
+    )
+    told = server_model(ill, None)
+    assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (False, "no", ["k"])
+    well = server_model(replace(snapshot, gateway=GatewayHealth(1.0, kernelspecs=3)), None).gateway
+    assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)

@@ -34,7 +34,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import Kernel
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryStore, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 URL = "http://keeper"
@@ -63,11 +63,20 @@ class Running:
 def running_keeper(notebook_dir: Path):
     world, probe, inbox, board = World(), Probe(), Inbox(), Board()
     lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
-    fleet = Fleet(backend=backend, store=MemoryStore(), lanes=lanes, clock=SystemClock(), policy=Policy(), listeners=(board,))
+    fleet = Fleet(
+        backend=backend,
+        gate=OpenGate(),
+        ledger=MemoryLedger(),
+        store=MemoryStore(),
+        lanes=lanes,
+        clock=SystemClock(),
+        policy=Policy(),
+        listeners=(board,),
+    )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
     defaults = Defaults(notebook_dir, "127.0.0.1", 8888)
-    app = create_app(Services(keeper, backend, probe, defaults, version="1.2.3", token=TOKEN))
+    app = create_app(Services(keeper, backend, probe, list, defaults, version="1.2.3", token=TOKEN))
     try:
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
             yield Running(world, probe, keeper, app, client)
@@ -213,7 +222,7 @@ def test_every_route_has_a_method(running):
         client.create()
         for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.delete):
             use("default")
-        for use in (client.version, client.ready, client.healthy, lambda: list(client.list())):
+        for use in (client.version, client.ready, client.healthy, client.kernel_debts, lambda: list(client.list())):
             use()
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}

@@ -20,14 +20,15 @@ import pytest
 
 from harness import alive, processes_marked, until
 from labkeeper import jupyter
-from labkeeper.backends.crew import Crew
-from labkeeper.backends.forking import CannotFork, ForkServer, _connect
+from labkeeper.backends.forking import CannotFork, ForkServer
+from labkeeper.backends.forkservers import connect
 from labkeeper.backends.launching import ReportPipe
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.standalone import wire
-from labkeeper.backends.standalone.child import MARK
+from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch
 from labkeeper.core.model import Exit, ServerName, ServerSpec
+from labkeeper.crew import Crew
 from labkeeper.jupyter import base_config, base_environment
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
@@ -94,6 +95,7 @@ class Nursery:
             title=f"jupyter-lab (server '{room.name}')",
             cwd=str(self.base / "nowhere"),
             env={**self.environment, MARK: str(room)},
+            kernel_env={},
             umask=0o022,
             config=base_config(),
             user=None,
@@ -138,7 +140,7 @@ class Nursery:
 
     def ask(self, message, files=()):
         """Ask as another process of the same user would."""
-        with _connect(self.directory) as connection:
+        with connect(self.directory) as connection:
             wire.send(connection, message, files)
             return wire.receive(connection)[0]
 
@@ -215,7 +217,7 @@ GARBAGE = {
 @pytest.mark.parametrize("what", GARBAGE)
 def test_garbage_neither_ends_it_nor_holds_it_up_for_long(nursery, what):
     pid = nursery.process.pid
-    with _connect(nursery.directory) as connection:
+    with connect(nursery.directory) as connection:
         connection.sendall(GARBAGE[what])
         asked = time.monotonic()
         with nursery.launched(nursery.request()) as (_, _, report):
@@ -234,7 +236,7 @@ def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
             while not end.wait(0.3):
                 connection.sendall(b" ")
 
-    with _connect(nursery.directory) as connection:
+    with connect(nursery.directory) as connection:
         connection.sendall(struct.pack("!I", 1000))
         dripping = threading.Thread(target=drip, args=(connection,))
         dripping.start()
@@ -271,7 +273,7 @@ def test_it_tells_the_end_of_its_own_children_only(nursery, beside, pid):
 
 
 def test_a_keeper_that_sends_files_for_no_reason_leaves_none_open(nursery, beside):
-    with _connect(nursery.directory) as connection, beside.open() as file:
+    with connect(nursery.directory) as connection, beside.open() as file:
         wire.send(connection, {"do": "keep"}, [file.fileno()])
         assert wire.receive(connection)[0]["pid"] == nursery.process.pid
     until(lambda: not nursery.holds(beside), within=2, what="it is closed again")
@@ -281,7 +283,7 @@ def test_a_child_holds_nothing_of_its_parents(nursery):
     requests = [nursery.lasting() for _ in range(3)]
     with contextlib.ExitStack() as stack:
         children = [stack.enter_context(nursery.launched(request))[0] for request in requests[:2]]
-        keeper = stack.enter_context(_connect(nursery.directory))
+        keeper = stack.enter_context(connect(nursery.directory))
         wire.send(keeper, {"do": "keep"})
         wire.receive(keeper)
         children.append(stack.enter_context(nursery.launched(requests[2]))[0])
@@ -442,18 +444,21 @@ def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(tmp_p
         jupyter, "read_info", lambda *arguments, real=jupyter.read_info: looks.append(arguments) or real(*arguments)
     )
     (tmp_path / "logs").mkdir()
-    with contextlib.closing(jupyter.JupyterClient()) as client:
-        backend = LocalBackend(
-            facts.put, python=Path(sys.executable), runtime_dir=tmp_path / "run", log_dir=tmp_path / "logs", client=client
-        )
-        try:
-            until(lambda: backend._forkserver._current, what="a fork server")
-            looks.clear()
-            name = ServerName("silent")
-            backend.launch(ServerSpec(name, str(tmp_path)), 1)
-            ready = facts.get(timeout=60).fact
-            assert (ready.endpoint.launched_by, len(looks)) == ("fork", 0)
-            backend.kill(name, 1)
-            assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
-        finally:
-            backend.close()
+    backend = LocalBackend(
+        facts.put,
+        python=Path(sys.executable),
+        runtime_dir=tmp_path / "run",
+        log_dir=tmp_path / "logs",
+        client=jupyter.JupyterClient(),
+    )
+    try:
+        until(lambda: backend._forkserver._current, what="a fork server")
+        looks.clear()
+        name = ServerName("silent")
+        backend.launch(ServerSpec(name, str(tmp_path)), 1)
+        ready = facts.get(timeout=60).fact
+        assert (ready.endpoint.launched_by, len(looks)) == ("fork", 0)
+        backend.kill(name, 1)
+        assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
+    finally:
+        backend.close()

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from harness import until
 from labkeeper.backends.launching import Launcher, ReportPipe, exit_of
-from labkeeper.backends.standalone.child import MARK
-from labkeeper.backends.standalone.wire import Launch
+from labkeeper.backends.standalone.identity import MARK
+from labkeeper.backends.standalone.wire import LARGEST, Launch, WireError
 from labkeeper.core.model import Exit
 
 
@@ -103,6 +105,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
         title="jupyter-lab",
         cwd=str(tmp_path / "nowhere"),
         env={MARK: str(room), "PATH": os.environ["PATH"]},
+        kernel_env={},
         umask=0o022,
         config={},
         user=None,
@@ -122,9 +125,27 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
     launched.report.close()
 
 
-def test_an_interpreter_that_does_not_exist_leaves_nothing_open(tmp_path):
-    launch = Launch("", "", "/", {}, 0o022, {}, None, [], {})
+ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {})
+FAILURES = {
+    "an interpreter that does not exist": ("/no-python", ANY, FileNotFoundError),
+    "a control group that does not exist": (sys.executable, replace(ANY, cgroups=["/no/group/cgroup.procs"]), FileNotFoundError),
+    "a launch that is too large": (sys.executable, replace(ANY, config={"A": {"b": "x" * LARGEST}}), WireError),
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_what_cannot_be_executed_leaves_no_process_and_nothing_open(tmp_path, what):
+    python, launch, error = FAILURES[what]
     before = len(list(Path("/proc/self/fd").iterdir()))
-    with (tmp_path / "log").open("wb") as log, pytest.raises(FileNotFoundError):
-        Launcher(tmp_path / "no-python", None, "it is turned off").launch(launch, log.fileno())
+    with (tmp_path / "log").open("wb") as log, pytest.raises(error):
+        Launcher(Path(python), None, "it is turned off").launch(launch, log.fileno())
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_a_process_that_dies_before_it_has_its_launch_is_known_by_its_end(tmp_path):
+    """The launch is larger than what the kernel keeps for somebody who does not read."""
+    launch = replace(ANY, config={"A": {"b": "x" * (LARGEST // 2)}})
+    with (tmp_path / "log").open("wb") as log:
+        launched = Launcher(Path(shutil.which("false")), None, "it is turned off").launch(launch, log.fileno())
+    assert launched.child.wait(60) == 1
+    launched.report.close()

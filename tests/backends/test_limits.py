@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import sys
 from pathlib import Path
+from subprocess import PIPE
 
+import psutil
 import pytest
 
+from harness import until
 from labkeeper.backends import limits
-from labkeeper.backends.limits import ControlGroups, Enforced, LimitedBy
+from labkeeper.backends.leftovers import end_leftovers
+from labkeeper.backends.limits import ControlGroups, Enforced, LimitedBy, MemoryKills
 from labkeeper.core.model import UNLIMITED, Limits, ServerName
 
 NAME = ServerName("a")
@@ -29,6 +35,32 @@ def can_limit(by):
 
 
 version_1 = pytest.mark.skipif(not can_limit(LimitedBy.CGROUP1), reason="needs control groups of version 1 that can be written")
+
+
+holds = pytest.mark.skipif(
+    sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None, reason="needs control groups that can be written"
+)
+
+
+def end(groups, runtime_dir):
+    return end_leftovers(NAME, runtime_dir / NAME, set(), grace=0.0, groups=groups)
+
+
+@pytest.fixture
+def spawn():
+    children = []
+
+    def start(*command, **options):
+        child = subprocess.Popen(command or ["sleep", "1000"], **options)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        for stream in filter(None, (child.stdin, child.stdout)):
+            stream.close()
 
 
 @pytest.fixture
@@ -63,8 +95,8 @@ def test_what_is_not_limited_makes_no_group(groups):
 def test_a_hierarchy_that_cannot_be_written_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "memory").touch()
     found = {"memory": limits._Hierarchy(LimitedBy.CGROUP1, tmp_path / "memory")}
-    monkeypatch.setattr(limits, "_version_1", lambda: found)
-    monkeypatch.setattr(limits, "_version_2", dict)
+    monkeypatch.setattr(limits, "_version_1", lambda *_: found)
+    monkeypatch.setattr(limits, "_version_2", lambda *_: {})
     enforced = ControlGroups(tmp_path).limit(NAME, ALL, own_user=False)
     assert enforced.by == {"memory": "rlimit", "cpus": "nothing", "processes": "nothing"}
 
@@ -93,6 +125,152 @@ def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
     groups.remove(NAME)
     assert not any(group.exists() for group in made)
     groups.remove(NAME)
+
+
+@holds
+def test_a_server_without_limits_has_a_group_which_ends_what_it_starts_and_goes(groups, spawn, tmp_path):
+    """Also what was started before it came to the group, what hides, and what made groups of its own."""
+    server = spawn("sh", "-c", "sleep 1000 & setsid env -i sleep 1000 & wait")
+    until(lambda: len(psutil.Process(server.pid).children()) == 2)
+    children = {child.pid for child in psutil.Process(server.pid).children()}
+    groups.hold(NAME, server.pid)
+    groups.hold(NAME, server.pid)
+    assert groups.members(NAME) == {server.pid, *children}
+    (group,) = groups._of(NAME)
+    (group / "nested").mkdir()
+    (group / "nested" / "cgroup.procs").write_text(str(children.pop()))
+    assert groups.names() == {NAME}
+    end(groups, tmp_path)
+    assert server.wait() == -signal.SIGKILL
+    assert groups.members(NAME) == set()
+    groups.remove(NAME)
+    assert groups.names() == set()
+    assert not group.exists()
+
+
+CHAIN = "import os, time\nos.read(0, 1)\nfor _ in range(3000):\n time.sleep(0.001)\n if os.fork(): os._exit(0)"
+
+
+@holds
+@pytest.mark.parametrize("means", ["kill", "freeze", "pids"])
+def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(monkeypatch, spawn, tmp_path, means):
+    if means != "kill":
+        monkeypatch.setattr(limits, "_KILL", "cgroup.no-such-file")
+    if means == "pids":
+        if not can_limit(LimitedBy.CGROUP1):
+            pytest.skip("needs control groups of version 1 that can be written")
+        monkeypatch.setattr(limits, "_base_2", lambda *_: None)
+    groups = ControlGroups(tmp_path)
+    if means == "freeze" and not groups._base.joinpath("cgroup.procs").exists():
+        pytest.skip("needs control groups of version 2")
+    first = spawn(sys.executable, "-c", CHAIN, env={}, stdin=PIPE)
+    groups.hold(NAME, first.pid)
+    first.stdin.close()
+    until(lambda: first.poll() is not None, what="the chain is under way")
+    end(groups, tmp_path)
+    (group,) = groups._of(NAME)
+    assert group.is_relative_to(groups._base)
+    assert not limits._pids([group])
+    groups.remove(NAME)
+    assert not group.exists()
+
+
+@holds
+def test_what_others_made_is_neither_named_nor_touched(groups, spawn, tmp_path):
+    """A group of another keeper, and one of a name like ours that no server could have."""
+    other, stranger = ControlGroups(tmp_path / "other"), spawn()
+    other.hold(NAME, stranger.pid)
+    odd = groups._base / f"{groups._prefix}No_Name"
+    odd.mkdir()
+    try:
+        assert groups.names() == set()
+        end(groups, tmp_path)
+        groups.remove(NAME)
+        assert stranger.poll() is None
+        assert other.members(NAME) == {stranger.pid}
+    finally:
+        odd.rmdir()
+        stranger.kill()
+        stranger.wait()
+        other.remove(NAME)
+
+
+@holds
+def test_groups_that_a_keeper_made_from_another_shell_are_found(groups, spawn, tmp_path):
+    """Where that has a group of its own, in which its keeper made others; of an empty one nobody knows whose it is."""
+    shell, name = groups._base / f"test-{os.getpid()}", f"{groups._prefix}{NAME}"
+    (shell / name).mkdir(parents=True)
+    (shell / f"{groups._prefix}empty").mkdir()
+    try:
+        server = spawn()
+        (shell / name / "cgroup.procs").write_text(str(server.pid))
+        later = ControlGroups(tmp_path)
+        assert later.names() == {NAME}
+        later.hold(NAME, server.pid)
+        assert not (groups._base / name).exists()
+        end(later, tmp_path)
+        later.remove(NAME)
+        assert server.wait() == -signal.SIGKILL
+        assert [path.name for path in shell.iterdir() if path.is_dir()] == [f"{groups._prefix}empty"]
+    finally:
+        for path in (*filter(Path.is_dir, shell.iterdir()), shell):
+            path.rmdir()
+
+
+@holds
+def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(groups, spawn, tmp_path):
+    code = (
+        "import os, sys; from pathlib import Path; from labkeeper.backends.leftovers import end_leftovers\n"
+        "from labkeeper.backends.limits import ControlGroups\n"
+        "sys.stdin.readline(); groups = ControlGroups(Path(sys.argv[1]))\n"
+        "end_leftovers('a', Path(sys.argv[1]) / 'a', set(), grace=0.0, groups=groups)\n"
+        "print(groups._base)"
+    )
+    command = f"{sys.executable} -c '{code.replace(chr(39), chr(34))}' {tmp_path}; exit 0"
+    shell = spawn("sh", "-c", command, stdin=PIPE, stdout=PIPE)
+    until(lambda: psutil.Process(shell.pid).children())
+    groups.hold(NAME, shell.pid)
+    other = spawn()
+    groups.hold(NAME, other.pid)
+    said, _ = shell.communicate(b"go\n")
+    assert other.wait() == -signal.SIGKILL
+    assert shell.returncode == 0
+    # It makes groups where the keeper before it did.
+    assert said.decode().strip() == str(groups._base)
+
+
+def test_where_no_group_can_be_made_nothing_changes(nothing_mounted, tmp_path, spawn):
+    groups, server = ControlGroups(tmp_path), spawn()
+    groups.hold(NAME, server.pid)
+    groups.kill(NAME)
+    groups.remove(NAME)
+    assert (groups.members(NAME), groups.names()) == (set(), set())
+    assert server.poll() is None
+
+
+def test_where_a_group_cannot_be_made_after_all_nothing_changes(monkeypatch, tmp_path, spawn):
+    """Its place is a file, say; or what is to be held has died already."""
+    place, server = tmp_path / "place", spawn()
+    place.touch()
+    monkeypatch.setattr(limits, "_base_of_all", lambda *_: place)
+    ControlGroups(tmp_path).hold(NAME, server.pid)
+    assert server.poll() is None
+
+
+@holds
+def test_what_has_died_is_not_held(groups, spawn):
+    dead = spawn("true")
+    dead.wait()
+    groups.hold(NAME, dead.pid)
+    assert groups.members(NAME) == set()
+
+
+def test_kills_for_want_of_memory_are_counted_for_a_server_where_it_has_a_group_for_that(groups):
+    whole = groups.memory_kills(NAME)
+    lines = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
+    assert whole == MemoryKills(int(lines["oom_kill"]), certain=False)
+    if "cgroup" in groups.limit(NAME, ALL, own_user=False).by["memory"]:
+        assert groups.memory_kills(NAME) == MemoryKills(0, certain=True)
 
 
 SETTINGS = {"memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max"}

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 
 from harness import free_port, until
 from labkeeper.backends import processes
-from labkeeper.backends.processes import Process, boot_id, end_all, marked, wait_until_ended
+from labkeeper.backends.processes import Process, boot_id, end_all, marked, rooms_marked, sees, wait_until_ended
 
 STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
 
@@ -94,6 +95,35 @@ def test_who_looks_is_not_found_nor_who_started_it(spawn):
     command = f'{sys.executable} -c "{code}"; true'
     shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
     assert shell.stdout.read() == b"[]\n"
+
+
+def test_rooms_are_found_by_the_marks_that_processes_carry(spawn, tmp_path):
+    for value in ("one", "two/deeper", "three"):
+        spawn(env={"A_MARK": str(tmp_path / value)})
+    spawn(env={"A_MARK": f"{tmp_path}-of-another/four"})
+    until(lambda: rooms_marked("A_MARK", tmp_path) == {tmp_path / "one", tmp_path / "three"})
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(spawn, tmp_path):
+    """As one in a container, whose keeper has its runtime directory in the same place."""
+    rooms = tmp_path / "rooms"
+    rooms.mkdir()
+
+    def behind(place):
+        """Start a process of that mark to which another directory is in this place."""
+        hidden = f"mount -t tmpfs tmpfs {place} && touch {place}/ready && exec sleep 1000"
+        child = spawn("unshare", "-m", "sh", "-c", hidden, env={**os.environ, "A_MARK": str(rooms / "one")})
+        until(Path(f"/proc/{child.pid}/root{place}/ready").exists)
+        return child
+
+    other = behind(rooms)
+    assert not sees(other.pid, rooms)
+    assert rooms_marked("A_MARK", rooms) == set()
+    # One that is shut in, where there is no such path, is still ours.
+    shut_in = behind(tmp_path)
+    assert sees(shut_in.pid, rooms)
+    assert rooms_marked("A_MARK", rooms) == {rooms / "one"}
 
 
 def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):

@@ -26,6 +26,7 @@ LAUNCH = {
     "title": "jupyter-lab",
     "cwd": "/",
     "env": {"A": "b"},
+    "kernel_env": {"KERNEL_A": "1"},
     "umask": 0o022,
     "config": {"ServerApp": {"port": 1}},
     "user": {"uid": 1, "gid": 2, "groups": [2, 3]},

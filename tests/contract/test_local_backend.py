@@ -22,25 +22,20 @@ class LocalRig:
     def __init__(self, base: Path, launch_by):
         self._base = base
         self._launch_by = launch_by
-        self._clients = {}
         (base / "notebooks").mkdir()
 
     def backend(self, report):
-        client = JupyterClient()
-        backend = LocalBackend(
+        return LocalBackend(
             report,
             python=plain_python(self._base / "bin"),
             runtime_dir=self._base / "run",
             log_dir=self._base / "logs",
-            client=client,
+            client=JupyterClient(),
             launch_by=self._launch_by,
         )
-        self._clients[backend] = client
-        return backend
 
     def abandon(self, backend):
         backend.close()
-        self._clients.pop(backend).close()
 
     def spec(self):
         return ServerSpec(ServerName("contract"), str(self._base / "notebooks"), base_url="/some/where/", port=free_port())
@@ -60,9 +55,15 @@ class LocalRig:
 def _reaped():
     """A keeper that crashed has no children any more; this process has, and reaps them."""
     yield
+    until(_no_child_is_left, within=5, what="every child is reaped")
+
+
+def _no_child_is_left():
+    """Reap; one that was killed can be reaped only when all its threads have ended, too."""
     with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
+        os.waitpid(-1, os.WNOHANG)
+        return False
+    return True
 
 
 @pytest.mark.usefixtures("_reaped")

@@ -13,7 +13,12 @@ from labkeeper.core.model import (
     Exit,
     Failure,
     FailureClass,
+    Gateway,
+    GatewayHealth,
+    GatewaySeen,
     Gone,
+    KernelDebt,
+    OwnKernel,
     Ready,
     Refused,
     Seen,
@@ -21,6 +26,7 @@ from labkeeper.core.model import (
     StopMethod,
     StopReport,
     Unreachable,
+    Vetoed,
 )
 from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
 
@@ -48,7 +54,7 @@ class Bench:
 
     def order(self, *events):
         """Give commands; tell the actions that they led to."""
-        return [job.action for event in events for job in self.controller.apply(event)]
+        return [job.action for event in events for job in self.controller.apply(event).jobs]
 
     def hear(self, *facts):
         """Report facts; tell the actions that they led to."""
@@ -56,7 +62,7 @@ class Bench:
         for fact in facts:
             event = self.controller.event_of(fact)
             if event is not None:
-                actions += [job.action for job in self.controller.apply(event, fact)]
+                actions += [job.action for job in self.controller.apply(event, fact).jobs]
         return actions
 
     def wait(self):
@@ -80,7 +86,7 @@ def saved(state, goal=Goal.UP, **values):
 def test_a_new_server_counts_its_launches_on():
     """The first launch has the number after the one given: a predecessor's late facts are not taken for its own."""
     controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), launch=4)
-    jobs = controller.apply(Event.START)
+    jobs = controller.apply(Event.START).jobs
     assert [(job.action, job.launch) for job in jobs] == [(Action.LAUNCH, 5)]
     assert controller.snapshot.launch == 5
 
@@ -348,7 +354,7 @@ def test_the_stop_report_counts_from_the_request_to_the_proof():
     assert bench.wait() == (POLICY.kill_wait, [Action.OBSERVE])
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
     assert bench.hear(Seen(answers=False)) == [Action.TERMINATE]
-    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), ("k2",)))
+    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (OwnKernel("k2"),)))
     seconds = POLICY.stop_grace + POLICY.kill_wait + POLICY.look_again
     assert bench.snapshot.stop_report == StopReport(StopMethod.SIGKILL, seconds, ("k1",), ("k2",))
     assert bench.state is State.STOPPED
@@ -445,3 +451,161 @@ def test_an_event_without_a_row_changes_nothing():
     assert bench.hear(Ready(replace(ENDPOINT, port=1))) == []
     assert bench.order(Event.START) == []
     assert (bench.snapshot, bench.controller.deadline) == (before, deadline)
+
+
+# Gateways and the kernels on them
+
+GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888", "token")
+UNFIT = Failure(FailureClass.GATEWAY_REFUSED, "the gateway refuses the token")
+K1, K2, K3 = OwnKernel("k1"), OwnKernel("k2"), OwnKernel("k3")
+
+
+class GatewayBench(Bench):
+    """A bench whose server has a gateway; what its kernels are owed is collected."""
+
+    def __init__(self, **values):
+        spec = replace(a_spec("lab"), gateway=GATEWAY)
+        state, goal = values.pop("state", State.STOPPED), values.pop("goal", Goal.DOWN)
+        super().__init__(snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, launch=3, **values))
+        self.owed = []
+
+    def order(self, *events, revised=None):
+        upshots = [self.controller.apply(event, revised=revised) for event in events]
+        self.owed += [debt.kernel_id for upshot in upshots for debt in upshot.owed]
+        return [job for upshot in upshots for job in upshot.jobs]
+
+    def hear(self, *facts):
+        jobs = []
+        for fact in facts:
+            event = self.controller.event_of(fact)
+            if event is not None:
+                upshot = self.controller.apply(event, fact)
+                self.owed += [debt.kernel_id for debt in upshot.owed]
+                jobs += upshot.jobs
+        return jobs
+
+    @property
+    def kept(self):
+        return self.snapshot.kernels_kept
+
+
+def test_a_veto_ends_the_start_with_its_cause():
+    """The server is killed; that it was is not why it failed. It had not answered yet, so it is not launched again."""
+    bench = GatewayBench()
+    bench.order(Event.START)
+    assert [job.action for job in bench.hear(Vetoed(UNFIT))] == [Action.KILL]
+    killed = Exit(signal="SIGKILL")
+    bench.hear(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
+    assert (bench.state, bench.snapshot.failure) == (State.FAILED, replace(UNFIT, exit=killed, log_tail=("last",)))
+
+
+def test_what_is_known_of_the_gateway_is_known_while_it_runs():
+    bench = GatewayBench()
+    well, ill = GatewayHealth(1.0, kernelspecs=2), GatewayHealth(2.0, UNFIT)
+    bench.order(Event.START)
+    bench.hear(GatewaySeen(ill))
+    assert bench.snapshot.gateway is None
+    bench.hear(Ready(ENDPOINT, gateway=well))
+    assert bench.snapshot.gateway == well
+    assert bench.hear(GatewaySeen(ill)) == []
+    assert (bench.state, bench.snapshot.gateway, bench.snapshot.failure) == (State.RUNNING, ill, None)
+    bench.order(Event.STOP)
+    assert bench.snapshot.gateway is None
+    assert [ill.reachable, well.reachable] == [False, True]
+
+
+def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
+    bench = GatewayBench().run()
+    (job,) = bench.order(Event.RENEW)
+    assert (job.action, job.keep_kernels, bench.snapshot.goal) == (Action.TERMINATE, True, Goal.RENEW)
+    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
+    assert (job.action, job.kernels, job.launch) == (Action.LAUNCH, (K1, K2), 5)
+    assert bench.kept == (K1, K2)
+    bench.hear(Ready(ENDPOINT, not_taken_over=("k2",)))
+    assert (bench.kept, bench.owed) == ((K2,), [])
+    # It is still ours when the server ends.
+    bench.order(Event.STOP)
+    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    assert (bench.kept, bench.owed) == ((), ["k2"])
+
+
+def test_a_restart_that_does_not_keep_kernels_owes_what_is_left_of_them():
+    bench = GatewayBench().run()
+    (job,) = bench.order(Event.RESTART)
+    assert not job.keep_kernels
+    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, ("k1",), kernels_left=(K2,)))
+    assert (job.kernels, bench.kept, bench.owed) == ((), (), ["k2"])
+
+
+def test_a_crash_keeps_the_kernels_through_every_wait_and_also_when_it_is_given_up():
+    bench = GatewayBench().run()
+    bench.hear(Ended(Exit(signal="SIGSEGV"), kernels_left=(K1,)))
+    assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
+    while bench.state is State.BACKOFF:
+        bench.clock.advance(10)
+        bench.order(Event.DEADLINE)
+        bench.hear(Ended(Exit(signal="SIGSEGV"), kernels_left=(K2,)))
+    assert (bench.state, bench.kept, bench.owed) == (State.FAILED, (K1, K2), [])
+    (job,) = bench.order(Event.START)
+    assert job.kernels == (K1, K2)
+
+
+@pytest.mark.parametrize("event", [Event.STOP, Event.DELETE, Event.KILL, Event.RESTART])
+@pytest.mark.parametrize("state", [State.FAILED, State.BACKOFF])
+def test_kernels_that_wait_are_owed_when_nobody_wants_them(state, event):
+    bench = GatewayBench(state=state, goal=Goal.UP, kernels_kept=(K1,))
+    bench.order(event)
+    assert (bench.kept, bench.owed) == ((), ["k1"])
+
+
+@pytest.mark.parametrize(("event", "keeps"), [(Event.STOP, False), (Event.KILL, False), (Event.DELETE, False)])
+def test_a_stop_owes_what_is_left_and_reports_it(event, keeps):
+    bench = GatewayBench().run()
+    (job,) = bench.order(event)
+    assert job.keep_kernels is keeps
+    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (K2, K3)))
+    assert (bench.kept, bench.owed) == ((), ["k2", "k3"])
+    assert bench.snapshot.stop_report.kernels_left == ("k2", "k3")
+
+
+def test_a_stop_takes_back_that_kernels_are_kept():
+    bench = GatewayBench().run()
+    bench.order(Event.RENEW, Event.STOP)
+    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
+    assert (bench.state, bench.owed) == (State.STOPPED, ["k1"])
+
+
+def test_a_server_that_hangs_is_ended_and_its_kernels_are_not():
+    bench = GatewayBench().run()
+    (job,) = bench.order(Event.HUNG)
+    assert (job.action, job.keep_kernels) == (Action.TERMINATE, True)
+    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, kernels_left=(K1,)))
+    assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
+    # Nothing is left of what somebody wanted to be ended.
+    assert bench.snapshot.stop_report.kernels_left == ()
+
+
+def test_who_shuts_it_down_from_inside_owes_what_is_left():
+    bench = GatewayBench().run()
+    bench.hear(Ended(Exit(code=0), kernels_left=(K1,)))
+    assert (bench.state, bench.owed) == (State.STOPPED, ["k1"])
+
+
+def test_a_debt_says_where_and_whose_the_kernel_is():
+    bench = GatewayBench().run()
+    bench.order(Event.STOP)
+    event = bench.controller.event_of(end := Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
+    upshot = bench.controller.apply(event, end)
+    assert upshot.owed == (KernelDebt("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),)
+
+
+def test_a_revised_spec_holds_from_the_next_launch_on():
+    bench = GatewayBench().run()
+    old, new = bench.snapshot.spec, replace(bench.snapshot.spec, env={"A": "b"})
+    bench.order(Event.RENEW, revised=new)
+    assert (bench.snapshot.spec, bench.snapshot.revised) == (old, new)
+    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    assert (job.spec, bench.snapshot.spec, bench.snapshot.revised) == (new, new, None)
+    # What is as it was is no revision.
+    bench.order(Event.RESTART, revised=new)
+    assert bench.snapshot.revised is None

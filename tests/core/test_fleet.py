@@ -22,8 +22,10 @@ from labkeeper.core.model import (
     Create,
     Exit,
     FailureClass,
+    Gateway,
     Job,
     Order,
+    OwnKernel,
     Ready,
     Refused,
     Report,
@@ -33,7 +35,17 @@ from labkeeper.core.model import (
     Tick,
     Unreachable,
 )
-from labkeeper.testing.fakes import FakeBackend, FakeClock, InlineLanes, MemoryStore, Recorder, World, a_spec
+from labkeeper.testing.fakes import (
+    FakeBackend,
+    FakeClock,
+    InlineLanes,
+    MemoryLedger,
+    MemoryStore,
+    OpenGate,
+    Recorder,
+    World,
+    a_spec,
+)
 
 
 class Bench:
@@ -43,6 +55,7 @@ class Bench:
         self.policy = Policy(**policy)
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
         self.lanes = InlineLanes(self.hear)
+        self.gate, self.ledger = OpenGate(), MemoryLedger()
         self.begin()
 
     def begin(self):
@@ -50,6 +63,8 @@ class Bench:
         self.backend = FakeBackend(self.lanes.hear, self.world)
         self.fleet = Fleet(
             backend=self.backend,
+            gate=self.gate,
+            ledger=self.ledger,
             store=self.store,
             lanes=self.lanes,
             clock=self.clock,
@@ -456,6 +471,24 @@ def test_the_next_keeper_finishes_a_deletion(bench):
     assert (bench.store.snapshots, bench.world.logs) == ({}, {})
 
 
+def test_a_keeper_that_dies_while_it_forgets_a_server_leaves_the_rest_to_the_next(bench):
+    """Its row goes last: without it nobody would know of the log that is still there."""
+    bench.run().order(Event.STOP)
+    assert bench.fleet.step(Order("lab", Event.DELETE)).snapshot.forgotten
+    assert bench.world.logs
+    bench.crash()
+    bench.lanes.run_all()
+    assert (bench.store.snapshots, bench.world.logs) == ({}, {})
+
+
+def test_a_name_that_is_used_again_keeps_its_row_when_its_predecessor_is_forgotten(bench):
+    """The order of the two is not the one in which they were asked for."""
+    bench.run().order(Event.STOP)
+    bench.fleet.step(Order("lab", Event.DELETE))
+    bench.run()
+    assert [snapshot.state for snapshot in bench.store.snapshots.values()] == [State.RUNNING]
+
+
 def test_the_next_keeper_launches_what_waited(bench):
     """BACKOFF is taken up with the first tick."""
     bench.run()
@@ -478,11 +511,11 @@ def test_a_job_calls_the_backend():
     """Each action is one call; only an observation has an answer of its own."""
     heard = []
     backend = FakeBackend(heard.append)
-    assert perform(backend, job(Action.LAUNCH), grace=1.0) is None
-    assert perform(backend, job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
-    assert perform(backend, job(Action.TERMINATE), grace=1.0) is None
-    assert perform(backend, job(Action.KILL), grace=1.0) is None
-    assert perform(backend, job(Action.NONE), grace=1.0) is None
+    assert perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0) is None
+    assert perform(backend, OpenGate(), job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
+    assert perform(backend, OpenGate(), job(Action.TERMINATE), grace=1.0) is None
+    assert perform(backend, OpenGate(), job(Action.KILL), grace=1.0) is None
+    assert perform(backend, OpenGate(), job(Action.NONE), grace=1.0) is None
     assert [type(report.fact).__name__ for report in heard] == ["Ready", "Ready", "Ended", "Ended"]
 
 
@@ -490,12 +523,12 @@ def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
     """The class and the last log lines of a refusal go into the failure."""
     backend = FakeBackend(list)
     backend.world.temper("lab").refusal = BackendRefused("no", failure_class="port-in-use", log_tail=["a", "b"])
-    fact = perform(backend, job(Action.LAUNCH), grace=1.0)
+    fact = perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0)
     assert isinstance(fact, Refused)
     assert (fact.failure.kind, fact.failure.message) == (FailureClass.PORT_IN_USE, "no")
     assert fact.failure.log_tail == ("a", "b")
     backend.world.temper("lab").refusal = BackendRefused("no")
-    assert perform(backend, job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
+    assert perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
 
 
 class Broken(FakeBackend):
@@ -513,7 +546,7 @@ def test_any_other_error_of_the_backend_means_unknown(action, error):
     """Only a launch can be refused; of anything else that fails the outcome is unknown."""
     backend = Broken(list)
     backend.error = error
-    assert perform(backend, job(action), grace=1.0) == Unreachable("why")
+    assert perform(backend, OpenGate(), job(action), grace=1.0) == Unreachable("why")
 
 
 def test_a_ready_of_a_running_server_is_no_news(bench):
@@ -551,3 +584,103 @@ def test_a_bug_while_a_server_is_made_leaves_no_server(bench, monkeypatch):
     with pytest.raises(ServerNotFound):
         bench.order(Event.START)
     assert bench.create().created
+
+
+# What an earlier keeper left
+
+
+def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
+    bench.run("known").run("stray")
+    bench.store.forget("stray")
+    (known,) = bench.world.living("known")
+    bench.crash()
+    bench.lanes.run_all()
+    assert bench.world.living("stray") == []
+    assert bench.world.living("known") == [known]
+    assert bench.state("known") is State.RUNNING
+
+
+def test_a_server_under_the_name_of_a_stray_is_launched_when_that_is_gone(bench):
+    """The sweep waits in the lane of the name, before any launch."""
+    bench.run("stray")
+    (stray,) = bench.world.living("stray")
+    bench.store.forget("stray")
+    bench.crash()
+    bench.create("stray")
+    assert bench.world.living("stray") == [stray]
+    bench.lanes.run_next("stray")
+    assert bench.world.living("stray") == []
+    bench.lanes.run_all()
+    (new,) = bench.world.living("stray")
+    assert new.pid != stray.pid
+    assert bench.state("stray") is State.RUNNING
+
+
+# Kernels on a gateway
+
+GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
+
+
+def with_gateway(name="lab", gateway=GATEWAY, **values):
+    return replace(a_spec(name), gateway=gateway, **values)
+
+
+@pytest.fixture
+def working():
+    """A rig whose server has a kernel on its gateway."""
+    rig = Bench()
+    rig.fleet.step(Create(with_gateway()))
+    rig.lanes.run_all()
+    rig.world.living("lab")[0].kernels = (OwnKernel("k1"),)
+    return rig
+
+
+def test_the_gate_expects_each_launch_with_the_kernels_that_it_is_to_have(working):
+    reply = working.fleet.step(Order("lab", Event.RENEW))
+    assert reply.created
+    working.lanes.run_all()
+    assert working.state() is State.RUNNING
+    assert working.gate.expected == [("lab", 1, ()), ("lab", 2, (OwnKernel("k1"),))]
+    assert working.ledger.owed == []
+
+
+def test_what_a_stop_leaves_is_owed(working):
+    working.order(Event.STOP, force=True)
+    assert [(debt.kernel_id, debt.gateway, debt.server) for debt in working.ledger.owed] == [("k1", GATEWAY, "lab")]
+
+
+def test_kernels_cannot_be_kept_where_they_end_with_their_server():
+    rig = Bench().run()
+    with pytest.raises(Conflict, match="not on a gateway"):
+        rig.fleet.step(Order("lab", Event.RENEW))
+    assert rig.state() is State.RUNNING
+
+
+@pytest.mark.parametrize("gateway", [None, replace(GATEWAY, url="http://elsewhere")])
+def test_kernels_cannot_move_to_another_gateway(working, gateway):
+    with pytest.raises(Conflict, match="another gateway"):
+        working.fleet.step(Order("lab", Event.RENEW, revised=with_gateway(gateway=gateway)))
+    # Without them it can.
+    working.fleet.step(Order("lab", Event.RESTART, revised=with_gateway(gateway=gateway)))
+    working.lanes.run_all()
+    assert working.last().spec.gateway == gateway
+
+
+def test_a_revised_server_is_found_by_what_it_will_be(working):
+    revised = with_gateway(env={"A": "b"})
+    working.fleet.step(Order("lab", Event.RENEW, revised=revised))
+    assert working.last().revised == revised
+    assert not working.fleet.step(Create(revised)).created
+    with pytest.raises(Conflict, match="differs in env"):
+        working.fleet.step(Create(with_gateway()))
+
+
+def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
+    working.fleet.step(Order("lab", Event.RESTART))
+    working.world.temper("lab").obeys = False
+    working.lanes.run_all()
+    working.store.failing = True
+    working.world.crash("lab")
+    working.lanes.run_all()
+    assert working.state() is State.FAILED
+    assert [debt.kernel_id for debt in working.ledger.owed] == ["k1"]

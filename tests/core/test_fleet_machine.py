@@ -6,6 +6,7 @@ test_model_check proves the table; this holds what is around it (launch numbers,
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,12 +15,24 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, RequestError, StoreError
 from labkeeper.core.fleet import Fleet
-from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
-from labkeeper.core.model import Create, Exit, Order, Tick
-from labkeeper.testing.fakes import FakeBackend, FakeClock, InlineLanes, MemoryStore, Recorder, Temper, World, a_spec
+from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, Goal, State
+from labkeeper.core.model import Create, Exit, Gateway, Order, OwnKernel, Tick
+from labkeeper.testing.fakes import (
+    FakeBackend,
+    FakeClock,
+    InlineLanes,
+    MemoryLedger,
+    MemoryStore,
+    OpenGate,
+    Recorder,
+    Temper,
+    World,
+    a_spec,
+)
 
 NAMES = st.sampled_from(["one", "two"])
 POLICY = Policy(max_servers=2, restart_delays=(1.0, 2.0))
+GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
 PATIENCE = 60
 """Rounds of jobs and timers in which a fair world must have brought everything to rest."""
 AT_REST = {
@@ -28,11 +41,35 @@ AT_REST = {
 }
 
 
+class HandingBackend(FakeBackend):
+    """Its servers take over the kernels that the gate expects them to have."""
+
+    def __init__(self, report, world, gate, unknown):
+        super().__init__(report, world)
+        self.gate = gate
+        self.unknown = unknown
+
+    def launch(self, spec, launch):
+        launched = len(self.world.launched)
+        # What is in the way of a launch ends unheard.
+        self.unknown |= {kernel.id for process in self.world.living(spec.name) for kernel in process.kernels}
+        try:
+            super().launch(spec, launch)
+        finally:
+            for process in self.world.living(spec.name) if len(self.world.launched) > launched else ():
+                process.kernels = self.gate.expected[-1][2]
+
+
 class FleetMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
+        self.kernels = []
+        """The ids of all that were ever started."""
+        self.unknown = set()
+        """Those of which somebody has forgotten something; for them nothing is promised."""
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
         self.lanes = InlineLanes(self.hear)
+        self.gate, self.ledger = OpenGate(), MemoryLedger()
         self.begin()
 
     def hear(self, report):
@@ -41,9 +78,11 @@ class FleetMachine(RuleBasedStateMachine):
 
     def begin(self):
         self.recorder = Recorder()
-        self.backend = FakeBackend(self.lanes.hear, self.world)
+        self.backend = HandingBackend(self.lanes.hear, self.world, self.gate, self.unknown)
         self.fleet = Fleet(
             backend=self.backend,
+            gate=self.gate,
+            ledger=self.ledger,
             store=self.store,
             lanes=self.lanes,
             clock=self.clock,
@@ -63,9 +102,9 @@ class FleetMachine(RuleBasedStateMachine):
     @rule(name=NAMES)
     def create(self, name):
         with contextlib.suppress(RequestError, StoreError):
-            self.fleet.step(Create(a_spec(name)))
+            self.fleet.step(Create(replace(a_spec(name), gateway=GATEWAY)))
 
-    @rule(name=NAMES, event=st.sampled_from([Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE]))
+    @rule(name=NAMES, event=st.sampled_from(sorted(COMMANDS)))
     def order(self, name, event):
         with contextlib.suppress(RequestError, StoreError):
             self.fleet.step(Order(name, event))
@@ -97,6 +136,8 @@ class FleetMachine(RuleBasedStateMachine):
     @rule()
     def crash_keeper(self):
         self.store.failing = False
+        if self.fleet._unsaved:
+            self.unknown |= set(self.kernels)
         self.lanes.drop()
         self.backend.abandon()
         self.begin()
@@ -123,8 +164,18 @@ class FleetMachine(RuleBasedStateMachine):
     def end(self, name, end):
         self.world.crash(name, end)
 
+    @rule(name=NAMES)
+    def start_kernel(self, name):
+        """Somebody who works: chance alone would seldom bring a server so far."""
+        self.create(name)
+        self.lanes.run_all()
+        for process in self.world.living(name):
+            self.kernels.append(f"k{len(self.kernels) + 1}")
+            process.kernels = (*process.kernels, OwnKernel(self.kernels[-1]))
+
     @rule()
     def forget_ends(self):
+        self.unknown |= {kernel.id for _, end in self.world.ends.values() for kernel in end.kernels_left}
         self.world.ends.clear()
 
     # The laws
@@ -145,6 +196,15 @@ class FleetMachine(RuleBasedStateMachine):
     def listeners_know_what_is_so(self):
         held = {name: controller.snapshot for name, controller in self.fleet._servers.items()}
         assert {snapshot.name: snapshot for snapshot in self.known} == held
+
+    @invariant()
+    def no_kernel_that_somebody_has_is_to_be_ended(self):
+        owed = {debt.kernel_id for debt in self.ledger.owed} - self.unknown
+        for snapshot in self.known:
+            assert not owed & {kernel.id for kernel in snapshot.kernels_kept}
+            if snapshot.goal in {Goal.UP, Goal.RENEW}:
+                for process in self.world.living(snapshot.name):
+                    assert not owed & {kernel.id for kernel in process.kernels}
 
     @invariant()
     def endpoint_while_it_runs(self):
@@ -186,11 +246,21 @@ class FleetMachine(RuleBasedStateMachine):
             living = self.world.living(snapshot.name)
             assert bool(living) == (snapshot.state is State.RUNNING)
             assert [process.endpoint for process in living] == ([snapshot.endpoint] if living else [])
+            if snapshot.state is State.STOPPED:
+                assert snapshot.kernels_kept == ()
         assert {snapshot.name: snapshot for snapshot in self.known} == self.store.snapshots
+        self.no_kernel_is_lost()
+
+    def no_kernel_is_lost(self):
+        """Each has a server, or waits for one, or is to be ended, or has been."""
+        accounted = {debt.kernel_id for debt in self.ledger.owed} | self.world.kernels_ended | self.unknown
+        accounted |= {kernel.id for process in self.world.processes for kernel in process.kernels}
+        accounted |= {kernel.id for snapshot in self.known for kernel in snapshot.kernels_kept}
+        assert set(self.kernels) <= accounted
 
 
 FleetMachine.TestCase.settings = settings(
-    max_examples=150,
+    max_examples=300,
     stateful_step_count=40,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],

@@ -14,7 +14,11 @@ def test_no_event_is_illegal_and_facts_never_move_the_goal():
     for state, event, goal in product(State, set(Event) - COMMANDS, Goal):
         step = advance(state, goal, event, may_retry=True) or Step(state, goal)
         assert aim(state, goal, event) is goal
-        assert step.goal is goal or (goal, step.goal) in {(Goal.UP, Goal.DOWN), (Goal.AGAIN, Goal.UP)}
+        assert step.goal is goal or (goal, step.goal) in {
+            (Goal.UP, Goal.DOWN),
+            (Goal.AGAIN, Goal.UP),
+            (Goal.RENEW, Goal.UP),
+        }
 
 
 def test_a_command_given_twice_aims_where_it_aimed_at_first():
@@ -22,7 +26,7 @@ def test_a_command_given_twice_aims_where_it_aimed_at_first():
     for state, event, goal in product(State, COMMANDS, set(Goal) - {Goal.ABSENT}):
         once = advance(state, goal, event, may_retry=True) or Step(state, goal)
         twice = advance(once.state, once.goal, event, may_retry=True) or once
-        assert twice.goal is once.goal or (event is Event.RESTART and twice.goal is Goal.AGAIN)
+        assert twice.goal is once.goal or (event, twice.goal) in {(Event.RESTART, Goal.AGAIN), (Event.RENEW, Goal.RENEW)}
 
 
 def test_what_is_in_the_table_may_hold():
@@ -38,6 +42,11 @@ def test_what_is_in_the_table_may_hold():
             assert target is State.STARTING
         if target is Junction.SETTLE:
             assert event in {Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE}
+
+
+def test_a_start_does_not_take_back_that_kernels_are_to_be_kept():
+    assert aim(State.STOPPING, Goal.RENEW, Event.START) is Goal.RENEW
+    assert aim(State.STOPPING, Goal.RENEW, Event.RESTART) is Goal.AGAIN
 
 
 @pytest.mark.parametrize("goal", [Goal.DOWN, Goal.AGAIN])

@@ -78,19 +78,19 @@ def has_curl():
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not has_curl(), reason="the tour needs curl 7.82 or later")
 def test_the_tour_does_what_the_readme_says(keeper, run):
-    nothing, default, spark, shown, log, deleted = run(tour("curl"))
-    default, spark, shown, deleted = map(json.loads, (default, spark, shown, deleted))
+    nothing, default, demo, shown, log, deleted = run(tour("curl"))
+    default, demo, shown, deleted = map(json.loads, (default, demo, shown, deleted))
     assert nothing == ""
     assert (default["name"], default["state"], default["gateway_url"]) == ("default", "running", None)
     assert default["port"] == keeper.lab_port
     assert default["lab_url"].endswith(f"/lab?token={default['token']}")
-    assert (spark["name"], spark["state"], spark["gateway_url"]) == ("spark", "running", "http://gateway:8888")
-    assert shown == spark
+    assert (demo["name"], demo["state"]) == ("demo", "running")
+    assert shown == demo
     assert len(log.splitlines()) == 5
-    assert spark["token"] not in log
-    assert (deleted["name"], deleted["state"], deleted["goal"]) == ("spark", "stopped", "absent")
+    assert demo["token"] not in log
+    assert (deleted["name"], deleted["state"], deleted["goal"]) == ("demo", "stopped", "absent")
     assert deleted["stop_report"]["seconds"] > 0
-    assert not alive(spark["pid"])
+    assert not alive(demo["pid"])
 
     link, listed, log, ended = run(tour("cli"))
     assert link.strip() == default["lab_url"]

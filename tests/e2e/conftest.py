@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from harness import KeeperProcess, KernelGateway
+from gateway_servers import KernelGateway
+from harness import KeeperProcess
 
 
 @pytest.fixture

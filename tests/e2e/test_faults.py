@@ -14,7 +14,8 @@ import httpx
 import psutil
 import pytest
 
-from harness import KernelGateway, alive, processes_marked, run_cell, servers_in, start_kernel, until
+from gateway_servers import KernelGateway
+from harness import alive, forked, processes_marked, run_cell, servers_in, start_kernel, until
 
 BROKEN = {
     "config-error": "raise RuntimeError('my own mistake')",
@@ -199,6 +200,27 @@ def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(keeper):
     assert keeper.delete("lives").status_code == 200
 
 
+@pytest.mark.parametrize("launch_by", ["exec", "fork"])
+def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_keeper, launch_by):
+    keeper = make_keeper(on_exit="leave", launch_by=launch_by).start()
+    server = forked(keeper) if launch_by == "fork" else keeper.post().json()
+    kernel = start_kernel(server)
+    run_cell(server, kernel, "x = 42")
+    begun = keeper.http.post("/api/servers?wait=0", json={"name": "begun"}).json()
+
+    assert keeper.stop() == 0
+    assert run_cell(server, kernel, "x") == "42"
+    keeper.settings["on_exit"] = "stop"
+    keeper.start()
+
+    after = keeper.wait_for("running")
+    assert (after["pid"], after["token"], after["launch"]) == (server["pid"], server["token"], server["launch"])
+    assert run_cell(after, kernel, "x") == "42"
+    assert keeper.wait_for("running", "begun")["launch"] == begun["launch"]
+    assert keeper.stop() == 0
+    assert not alive(server["pid"])
+
+
 def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(keeper):
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
     until(lambda: processes_marked(keeper.rooms), what="a process was started")
@@ -231,7 +253,8 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(keeper):
 
 
 def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothing_up(make_keeper):
-    keeper = make_keeper(start_timeout=7, stop_grace=2, kill_wait=1).start()
+    timeout = 20  # enough for Python to come as far as the line below on a machine that is busy with other tests
+    keeper = make_keeper(start_timeout=timeout, stop_grace=2, kill_wait=1).start()
     keeper.configure_jupyter("import time; print('I wait', flush=True); time.sleep(1000)")
     slowest = 0.0
     with contextlib.closing(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False)) as other:
@@ -243,12 +266,13 @@ def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothin
             asked = time.monotonic()
             other.get("/api/servers").raise_for_status()
             slowest = max(slowest, time.monotonic() - asked)
+            time.sleep(0.01)
         poster.join()
     took = time.monotonic() - began
     assert answers[0].status_code == 504, answers[0].text
     assert answers[0].json()["code"] == "start_timeout"
     assert "I wait" in answers[0].json()["log_tail"]
-    assert 7 <= took < 10
+    assert timeout <= took < timeout + 3
     assert slowest < 0.5
     assert keeper.get()["failure"]["failure_class"] == "start-timeout"
     assert not processes_marked(keeper.rooms)
@@ -283,10 +307,10 @@ def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_
         gateway.stop()
     assert answer.status_code == 200, answer.text
     report = answer.json()["stop_report"]
-    assert report["method"] == "sigkill"
+    assert report["method"] == "shutdown"
     assert report["kernels_left"] == [kernel]
     assert report["kernels_stopped"] == []
-    assert took < 6
+    assert took < 4
     assert not processes_marked(keeper.rooms)
 
 
@@ -350,12 +374,21 @@ def test_followers_get_each_line_until_the_end_and_leave_no_thread(keeper):
         threading.Thread(target=keeper.delete).start()
         lines.extend(reader)
     assert any("Shutting down" in line for line in lines)
-    threads = psutil.Process(keeper.process.pid).num_threads()
-    with contextlib.ExitStack() as stack:
-        keeper.http.post("/api/servers?wait=0", json={"name": "other"})
-        for _ in range(20):
-            client = stack.enter_context(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False))
-            stack.enter_context(client.stream("GET", "/api/servers/other/logs", params={"follow": "true"}))
-        assert keeper.http.get("/healthz").status_code == 200
+    keeper.http.post("/api/servers?wait=0", json={"name": "other"})
+    process = psutil.Process(keeper.process.pid)
+
+    def threads_for_a_crowd():
+        """How many threads have to be added for 20 followers who then go."""
+        before = process.num_threads()
+        with contextlib.ExitStack() as stack:
+            for _ in range(20):
+                client = stack.enter_context(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False))
+                stack.enter_context(client.stream("GET", "/api/servers/other/logs", params={"follow": "true"}))
+            assert keeper.http.get("/healthz").status_code == 200
+            return process.num_threads() - before
+
+    assert threads_for_a_crowd() > 0
+    # Threads stay; those of followers who have gone are there for the next ones.
+    until(lambda: threads_for_a_crowd() == 0, what="followers' threads are free")
+    assert process.num_threads() < 100
     keeper.delete("other")
-    until(lambda: psutil.Process(keeper.process.pid).num_threads() <= threads, what="followers' threads are free")

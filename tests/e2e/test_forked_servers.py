@@ -112,6 +112,7 @@ def start_ioloop(app, start=jupyter_server.serverapp.ServerApp.start_ioloop):
 
 jupyter_server.serverapp.ServerApp.start_ioloop = start_ioloop
 """
+SETTINGS = "settings/@jupyterlab/notebook-extension:tracker"
 MUST_DIFFER = {"JUPYTER_RUNTIME_DIR", "LABKEEPER_SERVER", "LC_LABKEEPER", "JUPYTER_SERVER_URL"}
 
 
@@ -221,10 +222,23 @@ def test_no_server_has_the_environment_of_another(shared, servers, told):
 
 @pytest.mark.parametrize("moment", ["early", "late"])
 def test_a_forked_server_is_the_process_that_an_executed_one_is(told, moment):
-    one, executed = told["one"][moment], told["executed"][moment]
+    one, executed = dict(told["one"][moment]), dict(told["executed"][moment])
+    # A forked one comes to its group beside its start.
+    groups = [each.pop("cgroups").replace(name, "NAME") for name, each in (("one", one), ("executed", executed))]
+    assert moment == "early" or groups[0] == groups[1]
     assert {what: value for what, value in one.items() if value != executed[what]} == {}
     assert one["session"]
     assert one["argv"] == ["jupyter-lab"]
+
+
+def test_without_memory_servers_and_kernels_go_before_the_keeper_and_the_fork_server(shared, servers):
+    def score(pid):
+        return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+    kernel = int(run_cell(servers["one"], start_kernel(servers["one"]), "import os; os.getpid()"))
+    ours = score(shared.process.pid)
+    assert score(parent_of(servers["one"])) == ours
+    assert {score(pid) for pid in (kernel, *(server["pid"] for server in servers.values()))} == {max(ours, 300)}
 
 
 def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
@@ -262,6 +276,23 @@ def test_a_directory_for_temporary_files_is_taken_from_the_request(shared, tmp_p
     facts = json.loads(until(lambda: said(shared.rooms / "temporary" / "jupyter" / "told")))
     assert facts["early"]["temporary"] == str(tmp_path)
     assert shared.delete("temporary").status_code == 200
+
+
+def test_the_lab_keeps_its_things_where_the_servers_own_environment_says(shared, servers, tmp_path):
+    """Its fork server has computed these places before, from another environment."""
+    other = forked(shared, "elsewhere", env={"JUPYTER_CONFIG_DIR": str(tmp_path)})
+    for server, directory in ((servers["one"], shared.config_dir), (other, tmp_path)):
+        for what, content in (("workspaces/mine", {"data": {}, "metadata": {"id": "mine"}}), (SETTINGS, {"raw": "{}"})):
+            answer = httpx.put(
+                f"{server['url']}lab/api/{what}",
+                headers={"Authorization": f"token {server['token']}"},
+                json=content,
+                trust_env=False,
+            )
+            assert answer.status_code == 204, answer.text
+        kept = {path.name.partition("-")[0] for path in (directory / "lab").rglob("*") if path.is_file()}
+        assert kept == {"mine", "tracker.jupyterlab"}
+    assert shared.delete("elsewhere").status_code == 200
 
 
 # Safety

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -190,6 +191,20 @@ def test_sigterm_stops_every_server_in_good_order(make_keeper):
     # They were stopped by their owner: the next keeper knows them, and starts none.
     keeper.start()
     assert {server["state"] for server in keeper.http.get("/api/servers").json()["servers"]} == {"stopped"}
+
+
+def test_systemd_is_told_when_the_keeper_answers_and_when_it_ends(make_keeper, tmp_path):
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(str(tmp_path / "notify"))
+        systemd.settimeout(PATIENCE)
+        keeper = make_keeper()
+        keeper.variables["NOTIFY_SOCKET"] = tmp_path / "notify"
+        keeper.start()
+        assert systemd.recv(100) == b"READY=1"
+        server = keeper.post().json()
+        assert b"NOTIFY_SOCKET" not in Path(f"/proc/{server['pid']}/environ").read_bytes()
+        assert keeper.stop() == 0
+        assert systemd.recv(100) == b"STOPPING=1"
 
 
 def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(keeper):

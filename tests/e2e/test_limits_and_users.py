@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pwd
 import shutil
@@ -9,13 +10,25 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from harness import KeeperProcess, alive, forked, parent_of, processes_marked, run_cell, start_kernel, until
+from harness import (
+    KeeperProcess,
+    alive,
+    forked,
+    give_hands,
+    parent_of,
+    processes_marked,
+    run_cell,
+    run_in_server,
+    start_kernel,
+    until,
+)
 from labkeeper.backends import limits
 
 USER = f"labkeeper-{os.getpid()}"
@@ -219,6 +232,74 @@ def test_the_groups_of_a_server_that_the_next_keeper_stops_are_removed(make_keep
     finally:
         for group in groups(keeper):
             group.rmdir()
+
+
+GRAB = "import threading; threading.Thread(target=lambda: [bytearray(b'x') * 2**20 for _ in range(4000)], daemon=True).start()"
+"""Takes 4 GiB, one MiB at a time."""
+
+
+def ends_of(keeper, name="default"):
+    """What the keeper's log says of each crash of a server: its class and its cause."""
+    entries = [json.loads(line) for line in keeper.log.read_text().splitlines() if '"CRASHED"' in line]
+    return [(entry["failure_class"], entry["cause"]) for entry in entries if entry["server"] == name and "cause" in entry]
+
+
+def launched_again(keeper, server):
+    return until(
+        lambda: (s := keeper.get(server["name"]))["launch"] > server["launch"] and s["state"] == "running" and s,
+        what="it was launched again",
+    )
+
+
+@needs_groups
+def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_somebody_kills_is_not(make_keeper):
+    keeper = make_keeper(launch_by="fork")
+    give_hands(keeper)
+    keeper.start()
+    server = forked(keeper, memory_limit=400 * 2**20)
+    kernel = start_kernel(server)
+    victim = int(run_cell(server, kernel, "import os; os.getpid()"))
+    run_cell(server, kernel, GRAB)
+    until(lambda: not alive(victim), what="the kernel is killed")
+    # That its kernel was killed so says nothing of an end later on: nothing shows when the keeper has looked twice, but time.
+    time.sleep(8)
+    assert keeper.get()["pid"] == server["pid"]
+    psutil.Process(server["pid"]).kill()
+    server = launched_again(keeper, server)
+    run_in_server(server, GRAB)
+    launched_again(keeper, server)
+    (killed, _), (out_of_memory, cause) = ends_of(keeper)[-2:]
+    assert (killed, out_of_memory) == ("killed", "out-of-memory")
+    assert "ask for a higher memory_limit" in cause
+
+
+@pytest.mark.skipif(
+    "memory" not in FOUND or FOUND["memory"].version is not limits.LimitedBy.CGROUP1,
+    reason="needs control groups of version 1 that can be written",
+)
+def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_left_most_likely_was(make_keeper):
+    """What the machine is here is a group around the keeper."""
+    machine = FOUND["memory"].base / f"test-{os.getpid()}"
+    machine.mkdir()
+    (machine / "memory.limit_in_bytes").write_text(str(700 * 2**20))
+    keeper = make_keeper(launch_by="exec")
+    give_hands(keeper)
+    command = keeper.command
+    enter = f'echo $$ > {machine}/cgroup.procs; exec "$@"'
+    keeper.command = lambda *arguments: ["sh", "-c", enter, "sh", *command(*arguments)]
+    keeper.start()
+    try:
+        server = keeper.post().json()
+        run_in_server(server, GRAB)
+        launched_again(keeper, server)
+        ((kind, cause),) = ends_of(keeper)
+        assert kind == "out-of-memory"
+        assert "most likely" in cause
+        assert keeper.process.poll() is None
+    finally:
+        keeper.close()
+        until(lambda: not (machine / "cgroup.procs").read_text())
+        machine.rmdir()
 
 
 def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said_to_be(make_keeper, tmp_path):

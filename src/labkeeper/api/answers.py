@@ -10,17 +10,34 @@ from typing import Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import Exit, Failure, FailureClass, Kernel, Limits, Snapshot, StopMethod, StopReport
+from labkeeper.core.model import (
+    KERNEL_PREFIX,
+    Exit,
+    Failure,
+    FailureClass,
+    Kernel,
+    KernelDebt,
+    Limits,
+    Snapshot,
+    StopMethod,
+    StopReport,
+)
 
 
-class ExitModel(BaseModel):
+class _Answer(BaseModel):
+    """Its schema is built when it is first needed, and not at boot."""
+
+    model_config = ConfigDict(defer_build=True)
+
+
+class ExitModel(_Answer):
     """How a process ended; both are null when nobody could see it."""
 
     code: int | None
     signal: str | None
 
 
-class FailureModel(BaseModel):
+class FailureModel(_Answer):
     """Why a server failed."""
 
     failure_class: FailureClass
@@ -29,16 +46,16 @@ class FailureModel(BaseModel):
     log_tail: list[str]
 
 
-class StopReportModel(BaseModel):
+class StopReportModel(_Answer):
     """How a server was ended."""
 
     method: StopMethod = Field(description="What it took: Jupyter's own shutdown, SIGTERM or SIGKILL.")
     seconds: float = Field(description="From the request until nothing of it was left.")
     kernels_stopped: list[str]
-    kernels_left: list[str] = Field(description="Kernels that may still run on the gateway.")
+    kernels_left: list[str] = Field(description="Kernels that may still run on the gateway; ended as soon as it answers.")
 
 
-class LimitModel(BaseModel):
+class LimitModel(_Answer):
     """What a server, with its kernels and terminals, may use of one thing."""
 
     limit: float
@@ -48,7 +65,22 @@ class LimitModel(BaseModel):
     )
 
 
-class Server(BaseModel):
+class GatewayModel(_Answer):
+    """A server's gateway, and whether it can be used."""
+
+    url: str
+    required: bool = Field(description="Whether the server does not start without it.")
+    reachable: bool | None = Field(description="Null while the server does not run, or the gateway has not been asked yet.")
+    since: str | None = Field(description="Since when it has been so.")
+    error: FailureModel | None = Field(description="Why it cannot be used.")
+    kernelspecs: int | None = Field(description="How many kinds of kernels it offers.")
+    kernel_env_passed: list[str] = Field(description="Names of `kernel_env` that every gateway passes on to kernels.")
+    kernel_env_if_allowed: list[str] = Field(
+        description="Names that it passes on only if its own configuration allows them; gateways do not tell whether it does."
+    )
+
+
+class Server(_Answer):
     """A server. The first nine fields are Jupyter's server_info; they are null unless it is running."""
 
     base_url: str | None
@@ -78,19 +110,21 @@ class Server(BaseModel):
     limits: dict[str, LimitModel] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
     gateway_url: str | None
+    gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
+    kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
     exit: ExitModel | None
     failure: FailureModel | None
     stop_report: StopReportModel | None
 
 
-class ServerList(BaseModel):
+class ServerList(_Answer):
     """One page of servers, by name."""
 
     servers: list[Server]
     next: str | None = Field(description="Cursor of the next page; null on the last one.")
 
 
-class KernelModel(BaseModel):
+class KernelModel(_Answer):
     """A kernel, as Jupyter tells it."""
 
     id: str
@@ -99,26 +133,41 @@ class KernelModel(BaseModel):
     last_activity: str
 
 
-class KernelList(BaseModel):
+class KernelList(_Answer):
     """The kernels of a server."""
 
     kernels: list[KernelModel]
 
 
-class Version(BaseModel):
+class KernelDebtModel(_Answer):
+    """A kernel of a server that ended, which its gateway still has to end."""
+
+    kernel_id: str
+    gateway_url: str
+    server: str = Field(description="The server that started it; it need not exist any more.")
+    since: str
+
+
+class KernelDebtList(_Answer):
+    """All of them, the oldest first."""
+
+    kernel_debts: list[KernelDebtModel]
+
+
+class Version(_Answer):
     """What answers."""
 
     name: Literal["labkeeper"] = "labkeeper"
     version: str
 
 
-class Health(BaseModel):
+class Health(_Answer):
     """Whether the keeper works."""
 
     status: Literal["ok"] = "ok"
 
 
-class Problem(BaseModel):
+class Problem(_Answer):
     """What went wrong (RFC 9457). More members may follow: `errors`, `differs`, `failure_class`, `exit`, `log_tail`."""
 
     model_config = ConfigDict(extra="allow")
@@ -173,6 +222,8 @@ def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
         limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}),
         user=spec.user,
         gateway_url=spec.gateway.url if spec.gateway else None,
+        gateway=_gateway_model(snapshot),
+        kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
         exit=exit_model(snapshot.exit),
         failure=_failure_model(snapshot.failure),
         stop_report=_stop_report_model(snapshot.stop_report),
@@ -182,6 +233,28 @@ def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
 def _limit_models(limits: Limits, limited_by: Mapping[str, str]) -> dict[str, LimitModel]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
     return {name: LimitModel(limit=limit, limited_by=limited_by.get(name)) for name, limit in given.items()}
+
+
+def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
+    spec, health = snapshot.spec, snapshot.gateway
+    if spec.gateway is None:
+        return None
+    passed = [name for name in spec.kernel_env if name.startswith(KERNEL_PREFIX)]
+    return GatewayModel(
+        url=spec.gateway.url,
+        required=spec.gateway.required,
+        reachable=health.reachable if health else None,
+        since=instant(health.since) if health else None,
+        error=_failure_model(health.error if health else None),
+        kernelspecs=health.kernelspecs if health else None,
+        kernel_env_passed=sorted(passed),
+        kernel_env_if_allowed=sorted(spec.kernel_env.keys() - set(passed)),
+    )
+
+
+def debt_model(debt: KernelDebt) -> KernelDebtModel:
+    """Write a kernel that is still to be ended as callers see it."""
+    return KernelDebtModel(kernel_id=debt.kernel_id, gateway_url=debt.gateway.url, server=debt.server, since=instant(debt.since))
 
 
 def exit_model(end: Exit | None) -> ExitModel | None:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 import uuid
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-import flask_openapi3_swagger
 import structlog
-from flask import Blueprint, Response, g, request
-from flask_openapi3 import Info, OpenAPI
-from pydantic import ValidationError
+from flask import Blueprint, Flask, Response, g, request, send_from_directory
 from werkzeug.exceptions import BadRequest
 
 from labkeeper.api import problems
 from labkeeper.api.access import check
-from labkeeper.api.answers import Problem
 from labkeeper.api.requests import invalid
 from labkeeper.api.routes import RULES, Api, install
 from labkeeper.api.services import Services
@@ -25,17 +22,9 @@ from labkeeper.api.services import Services
 _log = structlog.get_logger("labkeeper.api")
 
 
-def create_app(services: Services) -> OpenAPI:
+def create_app(services: Services) -> Flask:
     """Make the application; it holds no state but what `services` hold."""
-    app = OpenAPI(
-        "labkeeper",
-        info=Info(title="labkeeper", version=services.version, description="JupyterLab servers on demand."),
-        security_schemes={"token": {"type": "http", "scheme": "bearer"}},
-        validation_error_model=Problem,
-        validation_error_callback=_invalid,
-        doc_ui=False,
-        static_folder=None,
-    )
+    app = Flask("labkeeper", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = services.max_body
     # Exceptions are ours to answer, in tests too.
     app.config["PROPAGATE_EXCEPTIONS"] = False
@@ -46,13 +35,8 @@ def create_app(services: Services) -> OpenAPI:
     app.before_request(_check_body)
     app.after_request(_finish)
     install(app, Api(services))
-    app.register_blueprint(_pages(app))
+    app.register_blueprint(_pages(services.version))
     return app
-
-
-def _invalid(error: ValidationError) -> Response:
-    problems.validation_failed(error)
-    raise AssertionError  # pragma: no cover - the line above raises
 
 
 def _begin() -> None:
@@ -111,10 +95,22 @@ _DOCS_PAGE: Final = """<!doctype html>
 """
 
 
-def _pages(app: OpenAPI) -> Blueprint:
+def _pages(version: str) -> Blueprint:
     """The OpenAPI document and a page to read it; the page's scripts come with a package, so it works without internet."""
-    assets = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
-    pages = Blueprint("pages", "labkeeper.pages", static_folder=assets, static_url_path="/api/docs/static")
-    pages.add_url_rule("/api/openapi.json", "openapi", lambda: app.api_doc)
+    pages = Blueprint("pages", "labkeeper.pages")
+
+    @functools.cache
+    def written() -> dict[str, Any]:
+        from labkeeper.api.document import document  # noqa: PLC0415 - late: few ask for it, and it takes long to import
+
+        return document(version)
+
+    def asset(filename: str) -> Response:
+        import flask_openapi3_swagger  # noqa: PLC0415 - late, as above
+
+        return send_from_directory(Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger", filename)
+
+    pages.add_url_rule("/api/openapi.json", "openapi", written)
     pages.add_url_rule("/api/docs", "docs", lambda: Response(_DOCS_PAGE, content_type="text/html; charset=utf-8"))
+    pages.add_url_rule("/api/docs/static/<path:filename>", "static", asset)
     return pages

@@ -59,14 +59,14 @@ def problem(status: int, code: str, detail: str, **members: Any) -> Response:
     return Response(json.dumps(body), status, content_type=MEDIA_TYPE)
 
 
-def validation_failed(error: ValidationError) -> None:
-    """Turn pydantic's finding into ours: each field with the rule that it breaks, and never its value. Raises InvalidSpec."""
+def invalid_request(error: ValidationError) -> InvalidSpec:
+    """Make our error of pydantic's finding: each field with the rule that it breaks, and never its value."""
     mistakes = [
         {"field": ".".join(_snake(part) for part in mistake["loc"]) or "body", "rule": _rule(mistake["type"], mistake["msg"])}
         for mistake in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     sentences = "; ".join(f"{mistake['field']}: {mistake['rule']}" for mistake in mistakes[:10])
-    raise InvalidSpec(f"cannot take the request: {sentences}", errors=mistakes)
+    return InvalidSpec(f"cannot take the request: {sentences}", errors=mistakes)
 
 
 def _snake(part: int | str) -> str:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final
+from typing import Annotated, Any, ClassVar, Final, get_origin
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
+from werkzeug.datastructures import MultiDict
 
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
@@ -97,6 +97,12 @@ def _check_env(env: dict[str, str]) -> dict[str, str]:
     return env
 
 
+def _check_kernel_env(env: dict[str, str]) -> dict[str, str]:
+    if "KERNEL_ID" in env:
+        raise ValueError("'KERNEL_ID' would give every kernel the same id")
+    return _check_env(env)
+
+
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key in labels:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", key):
@@ -125,6 +131,7 @@ class _Request(BaseModel):
     """Every field is taken in snake_case and in kebab-case; unknown ones are refused."""
 
     model_config = ConfigDict(
+        defer_build=True,
         extra="forbid",
         strict=True,
         alias_generator=AliasGenerator(
@@ -193,6 +200,18 @@ class ServerRequest(_Request):
     gateway_validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
     gateway_connect_timeout: Seconds = Field(_ABSENT, description="Seconds to connect to the gateway.")
     gateway_request_timeout: Seconds = Field(_ABSENT, description="Seconds for a request to the gateway.")
+    require_gateway: bool = Field(
+        True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
+    )
+    kernel_env: Annotated[
+        dict[str, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
+        AfterValidator(_check_kernel_env),
+        Field(
+            max_length=256,
+            description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
+            "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
+        ),
+    ] = {}
 
     _FILES: ClassVar = ("gateway_ca_certs", "gateway_client_cert", "gateway_client_key")
 
@@ -203,7 +222,7 @@ class ServerRequest(_Request):
 
     @model_validator(mode="after")
     def _gateway_options_need_a_gateway(self) -> ServerRequest:
-        options = sorted(name for name in self.model_fields_set if name.startswith("gateway_") and name != "gateway_url")
+        options = sorted((self.model_fields_set & _GATEWAY_FIELDS.keys()) - {"gateway_url"})
         if options and self.gateway_url is None:
             raise ValueError(f"{', '.join(options)}: only together with gateway_url")
         if self.gateway_client_key is not None and self.gateway_client_cert is None:
@@ -228,8 +247,9 @@ class ServerRequest(_Request):
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else defaults.lab_port if name == DEFAULT_NAME else None,
             env=self.env,
+            kernel_env=self.kernel_env,
             labels=self.labels,
-            gateway=self._gateway(),
+            gateway=None if self.gateway_url is None else self._gateway_at(self.gateway_url),
             limits=Limits(
                 memory=self.memory_limit if self.memory_limit is not None else defaults.limits.memory,
                 cpus=self.cpu_limit if self.cpu_limit is not None else defaults.limits.cpus,
@@ -238,17 +258,15 @@ class ServerRequest(_Request):
             user=self.user,
         )
 
-    def _gateway(self) -> Gateway | None:
-        if self.gateway_url is None:
-            return None
+    def _gateway_at(self, url: str) -> Gateway:
         headers, scheme, token = dict(self.gateway_headers), self.gateway_auth_scheme, self.gateway_auth_token
         given = next((header for header in headers if header.lower() == "authorization"), None)
         if given is not None and token is None:
             # Jupyter puts its own Authorization header over a given one: it must get this one as scheme and token.
             scheme, _, token = headers.pop(given).partition(" ")
         return Gateway(
-            url=self.gateway_url,
-            ws_url=self.gateway_ws_url or ws_url_of(self.gateway_url),
+            url=url,
+            ws_url=self.gateway_ws_url or ws_url_of(url),
             auth_token=token,
             auth_scheme=scheme,
             headers=headers,
@@ -258,7 +276,73 @@ class ServerRequest(_Request):
             validate_cert=self.gateway_validate_cert,
             connect_timeout=self.gateway_connect_timeout,
             request_timeout=self.gateway_request_timeout,
+            required=self.require_gateway,
         )
+
+
+class RestartRequest(ServerRequest):
+    """What is to be otherwise from the next launch on. What is absent stays as it is."""
+
+    keep_kernels: bool = Field(
+        default=False,
+        description="Whether the kernels on the server's gateway live on, and are the next launch's with their sessions.",
+    )
+
+    @model_validator(mode="after")
+    def _gateway_options_need_a_gateway(self) -> RestartRequest:
+        if "name" in self.model_fields_set:
+            raise ValueError("name: a server keeps its name")
+        return self
+
+    def revise(self, spec: ServerSpec, defaults: Defaults) -> ServerSpec | None:
+        """Make the spec that is to follow another; None where nothing is given. Raises InvalidSpec."""
+        given = self.model_fields_set - {"keep_kernels"}
+        if not given:
+            return None
+        whole = self.model_copy(update={"name": spec.name}).spec(defaults)
+        limits = {name: getattr(whole.limits, name) for field, name in _LIMIT_FIELDS.items() if field in given}
+        plain = {name: getattr(whole, name) for name in _PLAIN_FIELDS & given}
+        return replace(
+            spec, **plain, limits=replace(spec.limits, **limits), gateway=self._revised_gateway(spec.gateway, whole.gateway)
+        )
+
+    def _revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
+        options = self.model_fields_set & _GATEWAY_FIELDS.keys()
+        if not options:
+            return old
+        if new is not None and (old is None or old.url != new.url):
+            # Nothing is carried over: the token of one gateway is none of another's business.
+            return new
+        if old is None:
+            raise invalid(", ".join(sorted(options)), "only together with gateway_url: the server has no gateway")
+        given = self._gateway_at(old.url)
+        touched = {_GATEWAY_FIELDS[option] for option in options}
+        if "auth_token" not in touched and given.auth_token is not None:
+            # It came as a header.
+            touched |= {"auth_token", "auth_scheme"}
+        merged = replace(old, **{name: getattr(given, name) for name in touched})
+        if merged.client_key is not None and merged.client_cert is None:
+            raise invalid("gateway_client_key", "only together with gateway_client_cert")
+        return merged
+
+
+_PLAIN_FIELDS: Final = frozenset({"root_dir", "base_url", "default_url", "port", "env", "kernel_env", "labels", "user"})
+_LIMIT_FIELDS: Final = {"memory_limit": "memory", "cpu_limit": "cpus", "process_limit": "processes"}
+_GATEWAY_FIELDS: Final = {
+    "gateway_url": "url",
+    "gateway_ws_url": "ws_url",
+    "gateway_auth_token": "auth_token",
+    "gateway_auth_scheme": "auth_scheme",
+    "gateway_headers": "headers",
+    "gateway_ca_certs": "ca_certs",
+    "gateway_client_cert": "client_cert",
+    "gateway_client_key": "client_key",
+    "gateway_validate_cert": "validate_cert",
+    "gateway_connect_timeout": "connect_timeout",
+    "gateway_request_timeout": "request_timeout",
+    "require_gateway": "required",
+}
+"""What each field of a request sets in a `Gateway`."""
 
 
 def ws_url_of(url: str) -> str:
@@ -284,17 +368,13 @@ Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 class _Query(BaseModel):
     """What stands behind the `?`; unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    @classmethod
-    def model_json_schema(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Give the schema; the plain one is made once, since the OpenAPI layer asks for it at each request."""
-        return super().model_json_schema(*args, **kwargs) if args or kwargs else cls._plain_schema()
 
-    @classmethod
-    @functools.cache
-    def _plain_schema(cls) -> dict[str, Any]:
-        return super().model_json_schema()
+def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
+    """Give what stands behind the `?`: all values of a field that is a list, the first one of any other."""
+    lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
+    return {name: args.getlist(name) if name in lists else args[name] for name in args}
 
 
 class StartQuery(_Query):

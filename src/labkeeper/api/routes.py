@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import base64
 import binascii
-import functools
+import inspect
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,26 +13,37 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
-from flask import Response, request
-from flask_openapi3 import OpenAPI, Tag
-from pydantic import BaseModel
+from flask import Flask, Response, request
+from pydantic import BaseModel, ValidationError
 
 from labkeeper.api import problems
 from labkeeper.api.access import Access
 from labkeeper.api.answers import (
     Health,
+    KernelDebtList,
     KernelList,
-    Problem,
     Server,
     ServerList,
     Version,
+    debt_model,
     kernel_model,
     server_model,
 )
-from labkeeper.api.requests import GetQuery, ListQuery, LogQuery, ServerPath, ServerRequest, StartQuery, StopQuery, invalid
+from labkeeper.api.requests import (
+    GetQuery,
+    ListQuery,
+    LogQuery,
+    RestartRequest,
+    ServerPath,
+    ServerRequest,
+    StartQuery,
+    StopQuery,
+    invalid,
+    of_query,
+)
 from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
-from labkeeper.core.lifecycle import MAY_EXIST, Event, Goal, State
+from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
 from labkeeper.core.ports import Watch
 
@@ -55,7 +65,7 @@ class Api:
     def __init__(self, services: Services) -> None:
         self._services = services
         self._keeper = services.keeper
-        self._places = threading.Semaphore(services.places)
+        self._places = services.places
 
     # Servers
 
@@ -100,10 +110,15 @@ class Api:
         name = ServerName(path.name)
         return self._start(name, lambda: self._keeper.ask(Order(name, Event.START)), query)
 
-    def restart_server(self, path: ServerPath, query: StartQuery) -> Answer:
-        """Stop a server if it runs, and start it."""
-        name = ServerName(path.name)
-        return self._start(name, lambda: self._keeper.ask(Order(name, Event.RESTART)), query)
+    def restart_server(self, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
+        """Stop a server if it runs, and start it, otherwise than before where the body says so.
+
+        With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+        """
+        snapshot = self._find(ServerName(path.name))
+        revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults)
+        order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised)
+        return self._start(snapshot.name, lambda: self._keeper.ask(order), query)
 
     def get_logs(self, path: ServerPath, query: LogQuery) -> Response:
         """Give the log of a server, oldest line first; it is kept after the end of the server."""
@@ -121,6 +136,10 @@ class Api:
             raise Conflict(f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running")
         kernels = self._services.probe.kernels(snapshot.endpoint)
         return _json(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))
+
+    def list_kernel_debts(self) -> Answer:
+        """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
+        return _json(KernelDebtList(kernel_debts=[debt_model(debt) for debt in self._services.debts()]))
 
     # The keeper
 
@@ -143,12 +162,12 @@ class Api:
     @contextmanager
     def _patience(self, seconds: float) -> Iterator[float]:
         """Take a place to wait in for so long; where all are taken the caller gets its answer now (202), and may ask again."""
-        waits = seconds > 0 and self._places.acquire(blocking=False)
+        waits = seconds > 0 and self._places.take()
         try:
             yield seconds if waits else 0.0
         finally:
             if waits:
-                self._places.release()
+                self._places.give_back()
 
     def _until(
         self, watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
@@ -165,7 +184,7 @@ class Api:
         return last, held
 
     def _follow(self, name: ServerName, tail: int) -> Response:
-        if not self._places.acquire(blocking=False):
+        if not self._places.take():
             raise CapacityReached(
                 f"cannot follow the log of server '{name}': as many callers wait or follow as may; "
                 "read it without follow, or try later",
@@ -174,7 +193,7 @@ class Api:
         lines = self._services.backend.follow(name, tail, lambda: self._is_live(name))
         gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
         answer = _LiveResponse(_stream(lines, gone), content_type="text/plain; charset=utf-8")
-        answer.call_on_close(self._places.release)
+        answer.call_on_close(self._places.give_back)
         return answer
 
     def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
@@ -197,9 +216,9 @@ class Api:
         with self._keeper.watch(name) as watch, self._patience(patience) as wait:
             first = _reply(self._keeper.ask(Order(name, event, force=query.force))).snapshot
             snapshot, ended = self._until(
-                watch, lambda s: s.state is State.STOPPED or s.goal in {Goal.UP, Goal.AGAIN}, first=first, timeout=wait
+                watch, lambda s: s.state is State.STOPPED or s.goal in RETURNS, first=first, timeout=wait
             )
-        if snapshot.goal in {Goal.UP, Goal.AGAIN}:
+        if snapshot.goal in RETURNS:
             raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
         return _json(self._model(snapshot), HTTPStatus.OK if ended else HTTPStatus.ACCEPTED, {} if ended else _RETRY_AFTER)
 
@@ -277,6 +296,7 @@ ROUTES: Final = (
     Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
     Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
+    Route("GET", "/api/kernel-debts", Access.TOKEN, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
     Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
     Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),
@@ -286,43 +306,30 @@ RULES: Final[dict[str | None, Access]] = {route.handler.__name__: route.access f
 """The rule of each endpoint. The API document and its page are public and stand beside the table."""
 
 
-def install(app: OpenAPI, api: Api) -> None:
+def install(app: Flask, api: Api) -> None:
     """Put the table into an application."""
-    tags = {
-        "servers": Tag(name="servers", description="JupyterLab servers"),
-        "keeper": Tag(name="keeper", description="This service"),
-    }
     for route in ROUTES:
-        refusals = (422, 500, *((401,) if route.access is Access.TOKEN else ()), *route.problems)
-        answers: dict[Any, Any] = {status: _answer_doc(what) for status, what in route.answers.items()}
-        answers |= {status: {"content": {problems.MEDIA_TYPE: _PROBLEM_SCHEMA}} for status in refusals}
-        security: list[dict[str, list[Any]]] = [{"token": []}] if route.access is Access.TOKEN else []
-        decorate = getattr(app, route.method.lower())(
-            route.path,
-            tags=[tags[route.tag]],
-            operation_id=route.handler.__name__,
-            responses=answers,
-            security=security,
-            endpoint=route.handler.__name__,
-        )
-        decorate(_plain(getattr(api, route.handler.__name__)))
+        app.add_url_rule(route.path, route.handler.__name__, _view(route.handler, api), methods=[route.method])
 
 
-def _plain(method: Callable[..., Answer | Response]) -> Callable[..., Answer | Response]:
-    """Make a function of a bound method: the OpenAPI layer sets attributes on what it is given."""
+def _view(handler: Callable[..., Answer | Response], api: Api) -> Callable[..., Answer | Response]:
+    """Make a view that hands a handler the models that its annotations ask for: `path`, `query`, `body`."""
+    asked: dict[str, type[BaseModel]] = inspect.get_annotations(handler, eval_str=True)
+    models = {name: model for name, model in asked.items() if name != "return"}
 
-    @functools.wraps(method)
-    def call(**given: Any) -> Answer | Response:
-        return method(**given)
+    def view(**in_path: str) -> Answer | Response:
+        sent: dict[str, Callable[[type[BaseModel]], Any]] = {
+            "path": lambda _: in_path,
+            "query": lambda model: of_query(model, request.args),
+            "body": lambda _: request.get_json(silent=True),
+        }
+        try:
+            given = {name: model.model_validate(sent[name](model)) for name, model in models.items()}
+        except ValidationError as error:
+            raise problems.invalid_request(error) from error
+        return handler(api, **given)
 
-    return call
-
-
-_PROBLEM_SCHEMA: Final = {"schema": {"$ref": f"#/components/schemas/{Problem.__name__}"}}
-
-
-def _answer_doc(what: type[BaseModel] | str) -> type[BaseModel] | dict[str, Any]:
-    return {"content": {what: {"schema": {"type": "string"}}}} if isinstance(what, str) else what
+    return view
 
 
 def _is_settled(snapshot: Snapshot) -> bool:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
+from labkeeper.core.model import KernelDebt
 from labkeeper.core.ports import Backend, Keeper, Probe
 
 
@@ -15,6 +18,8 @@ class Services:
     keeper: Keeper
     backend: Backend
     probe: Probe
+    debts: Callable[[], Sequence[KernelDebt]]
+    """Gives the kernels that gateways still have to end."""
     defaults: Defaults
     version: str
     token: str | None = field(repr=False)
@@ -23,7 +28,7 @@ class Services:
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""
     stop_wait: float = 15.0
-    places: int = 200
+    places: Places = field(default_factory=lambda: Places(256))
     """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""

@@ -9,16 +9,19 @@ import json
 import resource
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any, Final
 
+import structlog
 import waitress
 from flask import Flask
 from waitress import wasyncore
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask
+from waitress.task import ErrorTask, ThreadedTaskDispatcher
 from waitress.utilities import BadRequest, RequestEntityTooLarge
 
+from labkeeper.api.places import reserve
 from labkeeper.api.problems import MEDIA_TYPE
 
 _CONNECTIONS: Final = 2000
@@ -29,18 +32,27 @@ _IDLE_TIMEOUT: Final = 30
 _HEADER_LIMIT: Final = 64 * 1024
 _FAREWELL: Final = 5
 """Seconds that answers under way get to end, when the server closes."""
+_FIRST_THREADS: Final = 4
+"""Threads that are there before the first request is."""
 _DRAIN_LIMIT: Final = 256 * 1024 * 1024
 """Bytes of an oversized body that are read and thrown away, so that its sender lives to read the answer."""
+
+_log = structlog.get_logger("labkeeper.api")
 
 
 class WsgiServer:
     """Serves an application on a listening socket until it is closed."""
 
-    def __init__(self, app: Flask, listener: socket.socket, *, threads: int, max_body: int) -> None:
+    def __init__(
+        self, app: Flask, listener: socket.socket, *, threads: int, max_body: int, fit: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """`fit` is told how many threads there can be, whenever that is found out to be another number."""
         self._map: dict[int, Any] = {}
+        self._threads = _Threads(threads, fit)
         self._server = waitress.create_server(
             app,
             map=self._map,
+            _dispatcher=self._threads,
             sockets=[listener],
             threads=threads,
             max_request_body_size=max_body + 1,
@@ -58,13 +70,18 @@ class WsgiServer:
         self._thread = threading.Thread(target=self._server.run, name="wsgi", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer."""
-        self._thread.start()
+        """Begin to answer. Raises RuntimeError when threads cannot be started."""
+        try:
+            self._threads.begin()
+            self._thread.start()
+        except RuntimeError:
+            self._threads.shutdown()
+            raise
 
     def close(self) -> None:
         """Let answers that are under way end, close every connection, and end all threads."""
         # First the threads that answer: they wake the loop when they write, and must not find it closed.
-        self._server.task_dispatcher.shutdown(cancel_pending=True, timeout=_FAREWELL)
+        self._threads.shutdown(cancel_pending=True, timeout=_FAREWELL)
         # What belongs to the loop may be closed in the loop's own thread only. `pull_trigger` lets its lock go before it
         # writes: a loop that is awake by then would have closed what it writes to.
         trigger = self._server.trigger
@@ -72,6 +89,67 @@ class WsgiServer:
             trigger.thunks.append(lambda: wasyncore.close_all(self._map))
             trigger._physical_pull()  # noqa: SLF001 - see above
         self._thread.join()
+
+
+class _Threads(ThreadedTaskDispatcher):
+    """Starts threads as they are needed: some more than have work, up to a limit. None ends before the server does."""
+
+    def __init__(self, most: int, fit: Callable[[int], None]) -> None:
+        super().__init__()
+        self._most = most
+        self._fit = fit
+        self._short = False
+        """Whether the last thread that was wanted could not be started."""
+        self._growing = threading.Lock()
+
+    def begin(self) -> None:
+        """Start the first ones. Raises RuntimeError."""
+        self.set_thread_count(min(_FIRST_THREADS, self._most))
+
+    def add_task(self, task: Any) -> None:
+        """Take in a request."""
+        with self._growing:
+            self._grow()
+        super().add_task(task)
+
+    def shutdown(self, cancel_pending: bool = True, timeout: float = _FAREWELL) -> bool:  # noqa: FBT002 - waitress' signature
+        """End all threads; give up on those that take longer."""
+        with self._growing:
+            self._most = 0
+        stopped: bool = super().shutdown(cancel_pending, timeout)
+        return stopped
+
+    def start_new_thread(self, target: Any, thread_no: int) -> None:
+        """Start one. Raises RuntimeError."""
+        try:
+            super().start_new_thread(target, thread_no)
+        except RuntimeError:
+            self.threads.discard(thread_no)
+            raise
+
+    def _grow(self) -> None:
+        with self.lock:
+            there = len(self.threads)
+            # Kept ahead of need: when no more can be started, those who wait must not hold all there are.
+            wanted = self.active_count + len(self.queue) + 1 + reserve(there)
+        if wanted <= there or there >= self._most:
+            return
+        try:
+            self.set_thread_count(there + 1)
+        except RuntimeError:
+            if not self._short:
+                _log.warning(
+                    "no more threads can be started, so fewer callers can wait at a time; raise the limit of processes"
+                    " (ulimit -u, or the container's --pids-limit), or lower LABKEEPER_THREADS",
+                    threads=there,
+                    wanted=self._most,
+                )
+            self._short = True
+            self._fit(there)
+        else:
+            if self._short:
+                self._fit(self._most)
+            self._short = False
 
 
 def _connection_limit() -> int:

@@ -9,17 +9,17 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
 
 from labkeeper import jupyter
-from labkeeper.backends.crew import Crew
+from labkeeper.backends.echo import Echo
 from labkeeper.backends.launching import ReportPipe, exit_of
 from labkeeper.backends.leftovers import end_leftovers
-from labkeeper.backends.limits import ControlGroups
+from labkeeper.backends.limits import ControlGroups, MemoryKills
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, wait_until_ended
 from labkeeper.backends.room import Record, Room
@@ -30,14 +30,17 @@ from labkeeper.core.model import (
     Exit,
     Fact,
     Failure,
+    FailureClass,
+    OwnKernel,
     Ready,
     Report,
     ServerName,
     StopMethod,
     Unreachable,
 )
+from labkeeper.crew import Crew
 
-TAIL_LINES: Final = 30
+_TAIL_LINES: Final = 30
 """Lines of the log that a failure carries."""
 _PROOF_PAUSES: Final = (0.005, 0.1)
 """Seconds between two looks at a server that says that it is ready and does not answer yet: at first, and at most."""
@@ -47,6 +50,13 @@ _ROTATE_EVERY: Final = 2.0
 """Seconds between two looks at the size of a log."""
 _LEFTOVER_GRACE: Final = 0.3
 """Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
+_FOR_KERNELS: Final = 0.75
+"""The part of the time that a server gets to end which its kernels on a gateway get."""
+_OUT_OF_MEMORY: Final = (
+    "Linux killed it, because the memory that it may have had run out; ask for a higher memory_limit, or give the machine more",
+    "most likely Linux killed it, because the machine's memory had run out; give it more, or limit what each server takes",
+)
+"""What a message says of a server that was killed for want of memory, for certain, and most likely."""
 _LOOK_LIMIT: Final = 1.5
 """Seconds that a look at a running server may take in its lane, however slowly it answers."""
 
@@ -74,15 +84,18 @@ class Attendant:
     """Set when it is a child of ours, whose exit status we can read."""
     hold: socket.socket | None = None
     """Keeps its port from others until it listens there itself."""
+    echo: Echo | None = None
+    """Repeats its log in ours."""
     endpoint: Endpoint | None = None
     over: threading.Event = field(default_factory=threading.Event)
     """Set when it is attended no more."""
     _method: StopMethod = StopMethod.NONE
-    _kernels: tuple[str, ...] = ()
-    _listed: bool = False
-    """Whether it could list them when it was asked to end."""
+    _kernels: tuple[OwnKernel, ...] = ()
+    """Those that it had when it was asked to end."""
     _looking: bool = False
     """Whether a look at it is under way; one that never ends is not joined by another."""
+    _memory_kills: tuple[MemoryKills, ...] = ()
+    """What was counted in the last two looks: one that fell between a kill and the end that it led to must not hide it."""
     _known: set[Process] = field(default_factory=set)
     """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
 
@@ -94,6 +107,8 @@ class Attendant:
     def attend(self) -> Fact | None:
         """Watch it until its end, or ours; tell when it is ready, and give the last word on it, for the backend to tell."""
         try:
+            if self.process.alive():
+                self.groups.hold(self.name, self.process.pid)
             return self._watch()
         except BackendError as error:
             return Unreachable(error.message)
@@ -124,14 +139,16 @@ class Attendant:
         except queue.Empty:
             return False
 
-    def ask_to_end(self, patience: float) -> None:
+    def ask_to_end(self, patience: float, *, keep_kernels: bool) -> None:
         """Ask by Jupyter's own API for `patience` seconds, then by SIGTERM."""
         until = time.monotonic() + patience
         self._known.update(self.process.descendants())
+        self._kernels = self._recorded()
+        if self.record.gateway and not self._says_how(keep_kernels, patience):
+            # It would end them. Killed, it cannot.
+            self.kill()
+            return
         if self.endpoint is not None:
-            with contextlib.suppress(BackendError):
-                listed = self.client.kernels(self.endpoint, timeout=patience / 2)
-                self._kernels, self._listed = tuple(kernel.id for kernel in listed), True
             self._escalate(StopMethod.SHUTDOWN)
             if self.client.shutdown(self.endpoint, timeout=until - time.monotonic()):
                 self.over.wait(max(0.0, until - time.monotonic()))
@@ -148,22 +165,23 @@ class Attendant:
     def bury(self) -> Ended:
         """End what it left, remove its room, and tell how it ended. Raises BackendUnavailable when something lives on."""
         end = self._exit()
+        out_of_memory = self._out_of_memory(end)
+        self._tend_log()
         # After an end in good order its leftovers get the chance of one, too.
-        end_leftovers(self.name, self.room.path, self._known, grace=_LEFTOVER_GRACE if end.clean else 0.0)
+        grace = _LEFTOVER_GRACE if end.clean else 0.0
+        end_leftovers(self.name, self.room.path, self._known, grace=grace, groups=self.groups)
         failure = None
         if not (end.clean and self.record.ready):
             tail = self._tail_of_launch()
-            kind, line = jupyter.cause_of(end, tail)
+            kind, line = (FailureClass.OUT_OF_MEMORY, out_of_memory) if out_of_memory else jupyter.cause_of(end, tail)
             what = "server '{}' ended" if self.record.ready else "cannot start server '{}': JupyterLab ended before it was ready"
             failure = Failure(kind, f"{what.format(self.name)} ({end})" + (f": {line}" if line else ""), end, tail)
-        left: tuple[str, ...] = ()
-        if self.record.gateway and not (end.clean and self._listed):
-            # A server whose gateway hangs cannot list its kernels, but it has logged them.
-            left = self._kernels or jupyter.started_kernels(self._lines(None))
-        stopped = () if left else self._kernels
+        had = self._recorded()
+        left = had if self.record.gateway else ()
+        stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
         self.room.remove()
         self.groups.remove(self.name)
-        return Ended(end, self._method, stopped, left, failure)
+        return Ended(end, self._method, tuple(sorted(stopped)), left, failure)
 
     # The life of a server
 
@@ -177,12 +195,14 @@ class Attendant:
         while not self._ended_within(_ROTATE_EVERY):
             if self.crew.closed:
                 return None
-            self.log.rotate()
+            self._tend_log()
+            self._count_memory_kills()
         return self.bury()
 
     def _until_ready(self) -> Endpoint | None:
         """Wait until it answers as itself; None when it ended before, or we are closing."""
         pause, slowest = _PROOF_PAUSES if self.announces else _FOUND_PAUSES
+        self._count_memory_kills()
         while True:
             endpoint = self._announced()
             if endpoint is not None and self.client.proves(endpoint):
@@ -190,16 +210,21 @@ class Attendant:
                     self.hold.close()
                 return endpoint
             # As long as it has said nothing there is nothing to look at: what it says wakes us.
-            silent = endpoint is None and self.announces and self.report is not None and bool(self.report.readable)
+            silent = endpoint is None and self._will_say
             if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.crew.closed:
                 return None
-            self.log.rotate()
+            self._tend_log()
             pause = min(pause * 1.2, slowest)
+
+    @property
+    def _will_say(self) -> bool:
+        """Whether it can still say to us when it is ready."""
+        return self.announces and self.report is not None and bool(self.report.readable)
 
     def _announced(self) -> Endpoint | None:
         """Give where it says to listen: to us, when we launched it; else in Jupyter's file, if it does listen there."""
-        said = self.report.said("ready") if self.announces and self.report else None
-        if said is None and self.announces and self.report and self.report.readable:
+        said = self.report.said("ready") if self.report else None
+        if said is None and self._will_say:
             return None
         if said is None:
             endpoint = jupyter.read_info(self.room.jupyter, self.process.pid)
@@ -229,6 +254,17 @@ class Attendant:
         left_it = jupyter.info_path(self.room.jupyter, self.process.pid).exists()
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
+    def _count_memory_kills(self) -> None:
+        self._memory_kills = (*self._memory_kills[-1:], self.groups.memory_kills(self.name))
+
+    def _out_of_memory(self, end: Exit) -> str:
+        """Say that it was killed for want of memory; "" where it was not: by somebody else, by us, or it ended in another way."""
+        if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or not self._memory_kills:
+            return ""
+        before, now = self._memory_kills[0], self.groups.memory_kills(self.name)
+        grown = now.certain is before.certain and now.count > before.count
+        return _OUT_OF_MEMORY[0 if now.certain else 1] if grown else ""
+
     # Small things
 
     def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool]) -> None:
@@ -237,17 +273,29 @@ class Attendant:
         finally:
             self._looking = False
 
+    def _recorded(self) -> tuple[OwnKernel, ...]:
+        return jupyter.read_kernels(self.room.kernels)
+
+    def _says_how(self, keep_kernels: bool, patience: float) -> bool:
+        """Tell it how its kernels on a gateway are to end; say whether it will be so."""
+        try:
+            self.room.note_stop(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
+        except OSError:
+            return not keep_kernels
+        return True
+
     def _escalate(self, method: StopMethod) -> None:
         """Note what is used to end it; a gentler way that was slow does not take back a harder one."""
         self._method = max(self._method, method, key=list(StopMethod).index)
 
-    def _lines(self, count: int | None) -> Sequence[str]:
-        """Read the log for a report, which is not held up by a log that cannot be read."""
-        with contextlib.suppress(OSError):
-            return self.log.tail(count)
-        return ()
+    def _tend_log(self) -> None:
+        if self.echo is not None:
+            self.echo.repeat()
+        self.log.rotate()
 
     def _tail_of_launch(self) -> tuple[str, ...]:
-        lines = list(self._lines(TAIL_LINES))
+        lines: list[str] = []
+        with contextlib.suppress(OSError):  # A report is not held up by a log that cannot be read.
+            lines = list(self.log.tail(_TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
         return tuple(lines[starts[-1] + 1 :] if starts else lines)

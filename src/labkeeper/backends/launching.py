@@ -9,12 +9,13 @@ import select
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from labkeeper.backends.forking import STANDALONE, CannotFork, ForkServer
+from labkeeper.backends.forking import CannotFork, ForkServer
+from labkeeper.backends.forkservers import STANDALONE
 from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone import wire
 from labkeeper.core.errors import BackendUnavailable
@@ -136,8 +137,11 @@ class Launcher:
         self._forkserver = forkserver
         self._why_not = why_not
 
-    def launch(self, launch: wire.Launch, log: int) -> Launched:
-        """Make the process. Raises OSError, WireError, BackendUnavailable."""
+    def launch(self, launch: wire.Launch, log: int, hold: Callable[[int], None] = lambda _: None) -> Launched:
+        """Make the process. Raises OSError, WireError, BackendUnavailable.
+
+        `hold` is called with the pid of one that is executed, while that still loads: in time for all that it will start.
+        """
         try:
             with _report() as report:
                 if self._forkserver is None:
@@ -147,9 +151,9 @@ class Launcher:
         except CannotFork as because:
             # With a report of its own: a child that was forked all the same, unknown to us, sees that nobody hears it, and ends.
             with _report() as report:
-                return self._execute(launch, log, report, str(because))
+                return self._execute(launch, log, report, str(because), hold)
 
-    def _execute(self, launch: wire.Launch, log: int, report: ReportPipe, reason: str) -> Launched:
+    def _execute(self, launch: wire.Launch, log: int, report: ReportPipe, reason: str, hold: Callable[[int], None]) -> Launched:
         ours, its = socket.socketpair()
         with ours, its:
             ours.settimeout(_TAKEN_WITHIN)
@@ -169,11 +173,17 @@ class Launcher:
                 pass_fds=[its.fileno()],
             )
             its.close()
-            # Where it has died already, its log and its exit code say why.
-            with contextlib.suppress(OSError):
+            try:
                 for members in launch.cgroups:
                     Path(members).write_text(str(child.pid))
+                hold(child.pid)
                 wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
+            except (ProcessLookupError, ConnectionError):
+                pass  # It has died already; its log and its exit code say why.
+            except BaseException:
+                child.kill()
+                child.wait()
+                raise
         process = Process.find(child.pid)
         if process is None:  # Only when it was reaped, and nobody but us does that.
             raise BackendUnavailable("cannot start a server: its process vanished")

@@ -2,6 +2,9 @@
 
 Version 2 of control groups is used where it has the controller, version 1 where that has it. What neither has is limited with
 `setrlimit`, where there is such a limit; it then holds for each process, not for all of a server together.
+
+A server without limits has a group too, where the host lets us make one. What it starts is born into its group, and stays there
+whatever it does to its environment and its parents, so all of it is found, and ended, by the group.
 """
 
 from __future__ import annotations
@@ -10,7 +13,8 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -18,14 +22,21 @@ from typing import Final
 
 import structlog
 
-from labkeeper.core.model import Limits, ServerName
+from labkeeper.backends.processes import sees, spared
+from labkeeper.core.model import Limits, ServerName, server_name
 
 _PERIOD: Final = 100_000
 """Microseconds over which processor time is counted; the kernel's own default."""
 _LEAF: Final = "labkeeper-keeper"
-"""Where the keeper itself moves: under version 2 a group that limits its groups holds no process."""
+"""Where the keeper itself moves: under version 2 a group that limits its groups holds no process. In deploy/limits.conf, too."""
 _GONE_WITHIN: Final = 1.0
 """Seconds in which the kernel lets go of a group whose processes have ended."""
+_KILL: Final = "cgroup.kill"
+"""The file by which Linux ends all of a group (version 2, since 5.14)."""
+_STILL: Final = (("cgroup.freeze", "1"), ("pids.max", "0"))
+"""Files, and what to write there, by which a group without that one can at least start nothing any more."""
+_MEMORY_EVENTS: Final = ("memory.events", "memory.oom_control")
+"""Where a group counts its processes that were killed for want of memory: under version 2, and version 1."""
 
 _log = structlog.get_logger("labkeeper.backends.limits")
 
@@ -59,14 +70,29 @@ class _Hierarchy:
     base: Path
 
 
+@dataclass(frozen=True, slots=True)
+class MemoryKills:
+    """How many processes Linux has killed for want of memory."""
+
+    count: int
+    certain: bool
+    """Whether only those of one server were counted, and not those of the whole machine."""
+
+
 class ControlGroups:
     """The control groups of the servers of one runtime directory."""
 
     def __init__(self, runtime_dir: Path) -> None:
+        self._runtime_dir = runtime_dir
         self._prefix = f"labkeeper-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:8]}-"
         # At once: a group of version 2 can be divided only as long as we are alone in it.
-        self._hierarchies = {**_version_1(), **_version_2()}
+        older, newer = _version_1(self._prefix), _version_2(self._prefix)
+        self._hierarchies = {**older, **newer}
         """By controller."""
+        self._base = _base_of_all(older, self._prefix)
+        """Where servers without limits have their groups; None where we cannot make any."""
+        self._earlier = self._left_elsewhere()
+        """Groups that an earlier keeper made, which ran in another group than we do."""
 
     def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> Enforced:
         """Put the limits of a server in force, as far as the host lets us; `own_user`: whether it runs as another user."""
@@ -89,19 +115,102 @@ class ControlGroups:
                 by[what] = LimitedBy.NOTHING
         return Enforced(by, tuple(dict.fromkeys(members)), rlimits)
 
+    def hold(self, name: ServerName, pid: int) -> None:
+        """Put a process into the group of its server, unless it is in one; where that cannot be, nothing changes.
+
+        From outside, beside its start: Linux takes some ten milliseconds for it.
+        """
+        if self._base is None:
+            return
+        group = self._base / f"{self._prefix}{name}"
+        try:
+            hierarchy = self._base.stat().st_dev
+            if pid not in _pids(group for group in self._of(name) if group.stat().st_dev == hierarchy):
+                group.mkdir(exist_ok=True)
+                _move(pid, group / "cgroup.procs")
+        except ProcessLookupError:
+            pass  # It has died already.
+        except OSError as error:
+            _log.debug("a server has no control group", server=name, group=str(group), error=str(error))
+
+    def members(self, name: ServerName) -> set[int]:
+        """Give the pids of all processes in the groups of a server, and in groups below them, but ourselves and our parents."""
+        pids = _pids(self._of(name))
+        # Most often there is none.
+        return pids - spared() if pids else pids
+
+    def kill(self, name: ServerName) -> None:
+        """End all processes in the groups of a server at once, with what they are just starting.
+
+        Where Linux cannot do that, they start nothing more, as far as it can do that; each is then to be ended by itself.
+        """
+        for group in self._of(name):
+            if not _pids([group]).isdisjoint(spared()):
+                continue
+            if (group / _KILL).exists():
+                with contextlib.suppress(OSError):
+                    (group / _KILL).write_text("1")
+                continue
+            for part in _parts(group):
+                for setting, value in _STILL:
+                    if (part / setting).exists():
+                        with contextlib.suppress(OSError):
+                            (part / setting).write_text(value)
+
+    def memory_kills(self, name: ServerName) -> MemoryKills:
+        """Count the processes that Linux has killed for want of memory: those of a server, or where nothing tells, all."""
+        for file in (group / events for group in self._of(name) for events in _MEMORY_EVENTS):
+            with contextlib.suppress(OSError, KeyError, ValueError):
+                return MemoryKills(_counted(file), certain=True)
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            return MemoryKills(_counted(Path("/proc/vmstat")), certain=False)
+        return MemoryKills(0, certain=False)
+
+    def names(self) -> set[ServerName]:
+        """Give the names of all servers that have a group."""
+        groups = (*self._earlier, *(group for base in self._bases for group in _listed(base)))
+        found = set()
+        for group in groups:
+            with contextlib.suppress(ValueError):
+                if group.name.startswith(self._prefix) and self._holds_ours(group):
+                    found.add(server_name(group.name.removeprefix(self._prefix)))
+        return found
+
     def remove(self, name: ServerName) -> None:
         """Remove the groups of a server whose processes have ended. Idempotent."""
-        for base in {hierarchy.base for hierarchy in self._hierarchies.values()}:
-            group = base / f"{self._prefix}{name}"
+        for group in self._of(name):
             until = time.monotonic() + _GONE_WITHIN
             while group.exists():
                 with contextlib.suppress(OSError):
-                    group.rmdir()
+                    for part in _parts(group):
+                        part.rmdir()
                     break
                 if time.monotonic() > until:
                     _log.warning("cannot remove a control group", group=str(group))
                     break
                 time.sleep(0.01)
+
+    @property
+    def _bases(self) -> set[Path]:
+        return {hierarchy.base for hierarchy in self._hierarchies.values()} | ({self._base} if self._base else set())
+
+    def _of(self, name: ServerName) -> list[Path]:
+        """Give the groups of a server that exist."""
+        full = f"{self._prefix}{name}"
+        groups = {*(base / full for base in self._bases), *(group for group in self._earlier if group.name == full)}
+        return [group for group in groups if group.is_dir()]
+
+    def _left_elsewhere(self) -> AbstractSet[Path]:
+        """Find groups of ours anywhere on the machine: a keeper that was started from another shell ran in another group."""
+        mounts = {mount for mount, kind, _ in _mounts() if kind in {"cgroup", "cgroup2"}}
+        used = {mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)}
+        found = {Path(place) for mount in used for place, _, _ in os.walk(mount) if Path(place).name.startswith(self._prefix)}
+        # Of an empty one nobody can tell whose it is.
+        return {group for group in found if group.parent not in self._bases and _pids([group]) and self._holds_ours(group)}
+
+    def _holds_ours(self, group: Path) -> bool:
+        """Whether it is no group of a keeper in a container, whose runtime directory has the same path as ours."""
+        return all(sees(pid, self._runtime_dir) for pid in _pids([group]))
 
     def _make(self, hierarchy: _Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
         group = hierarchy.base / f"{self._prefix}{name}"
@@ -133,24 +242,20 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
         yield "processes", "pids", {LimitedBy.CGROUP2: files, LimitedBy.CGROUP1: files}
 
 
-def _version_1() -> dict[str, _Hierarchy]:
+def _version_1(*ours: str) -> dict[str, _Hierarchy]:
     found = {}
     mounts = {option: mount for mount, kind, options in _mounts() if kind == "cgroup" for option in options.split(",")}
     for controllers, path in _memberships():
         for controller in controllers:
-            if controller in mounts and os.access(base := _within(mounts[controller], path), os.W_OK):
+            if controller in mounts and os.access(base := _own(mounts[controller], path, *ours), os.W_OK):
                 found[controller] = _Hierarchy(LimitedBy.CGROUP1, base)
     return found
 
 
-def _version_2() -> dict[str, _Hierarchy]:
-    mount = next((mount for mount, kind, _ in _mounts() if kind == "cgroup2"), None)
-    path = next((path for controllers, path in _memberships() if controllers == [""]), None)
-    if mount is None or path is None:
+def _version_2(*ours: str) -> dict[str, _Hierarchy]:
+    base = _base_2(*ours)
+    if base is None:
         return {}
-    base = _within(mount, path)
-    if base.name == _LEAF:
-        base = base.parent
     try:
         controllers = [c for c in ("memory", "cpu", "pids") if c in (base / "cgroup.controllers").read_text().split()]
         enabled = (base / "cgroup.subtree_control").read_text().split()
@@ -161,6 +266,22 @@ def _version_2() -> dict[str, _Hierarchy]:
         _log.info("control groups of version 2 cannot be used", group=str(base), error=str(error))
         return {}
     return {controller: _Hierarchy(LimitedBy.CGROUP2, base) for controller in controllers}
+
+
+def _base_2(*ours: str) -> Path | None:
+    """Give the group of version 2 that we run in."""
+    mount = next((mount for mount, kind, _ in _mounts() if kind == "cgroup2"), None)
+    path = next((path for controllers, path in _memberships() if controllers == [""]), None)
+    return None if mount is None or path is None else _own(mount, path, *ours)
+
+
+def _base_of_all(older: Mapping[str, _Hierarchy], *ours: str) -> Path | None:
+    """Give the group below which every server can have one: of version 2, also without a controller, else of version 1."""
+    base = _base_2(*ours)
+    if base is not None and os.access(base, os.W_OK):
+        return base
+    # By the first of these a group can be kept from growing.
+    return next((older[controller].base for controller in ("pids", "freezer") if controller in older), None)
 
 
 def _divide(base: Path, controllers: Sequence[str]) -> None:
@@ -196,7 +317,50 @@ def _mounts() -> list[tuple[Path, str, str]]:
     return mounts
 
 
-def _within(mount: Path, path: str) -> Path:
-    """Give the directory of a group; a container sees its own group as the root of the mount."""
+def _own(mount: Path, path: str, *ours: str) -> Path:
+    """Give the directory of the group that we run in; a container sees its own group as the root of the mount.
+
+    From our leaf, and from a group whose name begins with one of `ours` (a keeper may be started in the terminal of one of its
+    servers), it is the one above.
+    """
     base = mount / path.lstrip("/")
-    return base if base.is_dir() else mount
+    if not base.is_dir():
+        return mount
+    return base.parent if base.name.startswith((_LEAF, *ours)) else base
+
+
+def _move(pid: int, members: Path) -> None:
+    """Move a process into a group, and what it has started meanwhile. Raises OSError (ProcessLookupError: it is gone)."""
+    members.write_text(str(pid))
+    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in children.read_text().split():
+                _move(int(child), members)
+
+
+def _listed(group: Path) -> list[Path]:
+    """Give the groups that were made in a group."""
+    with contextlib.suppress(OSError):
+        return [path for path in group.iterdir() if path.is_dir()]
+    return []
+
+
+def _parts(group: Path) -> Iterator[Path]:
+    """Give a group and all below it, those below first."""
+    for part in _listed(group):
+        yield from _parts(part)
+    yield group
+
+
+def _pids(groups: Iterable[Path]) -> set[int]:
+    """Give the pids of all processes in groups, and below them."""
+    found: set[int] = set()
+    for part in (part for group in groups for part in _parts(group)):
+        with contextlib.suppress(OSError):
+            found.update(map(int, (part / "cgroup.procs").read_text().split()))
+    return found
+
+
+def _counted(file: Path) -> int:
+    """Read the number of processes that were killed for want of memory. Raises OSError, KeyError, ValueError."""
+    return int(dict(line.split(maxsplit=1) for line in file.read_text().splitlines())["oom_kill"])

@@ -7,30 +7,37 @@ then until it ends, then removes what is left of it, and reports each of these.
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import structlog
+
 from labkeeper import jupyter
 from labkeeper.backends.accounts import Account, check_passage, find_user, own_environment
 from labkeeper.backends.attendant import Attendant
-from labkeeper.backends.crew import Crew
+from labkeeper.backends.echo import Echo
 from labkeeper.backends.forking import ForkServer
+from labkeeper.backends.forkservers import remove_dead
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
-from labkeeper.backends.leftovers import LIMIT, end_leftovers
+from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
 from labkeeper.backends.logfile import TOKEN_BYTES, LogFile
 from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
-from labkeeper.backends.standalone.child import MARK
+from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch, WireError
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod
+from labkeeper.crew import Crew
+
+_log = structlog.get_logger("labkeeper.backends.local")
 
 
 class LocalBackend:
@@ -46,6 +53,7 @@ class LocalBackend:
         client: jupyter.JupyterClient,
         launch_by: Literal["fork", "exec"] = "fork",
         log_max_bytes: int = 10 * 1024 * 1024,
+        echo_logs: bool = False,
     ) -> None:
         self._report = report
         self._python = python
@@ -54,6 +62,7 @@ class LocalBackend:
         self._log_dir = log_dir
         self._client = client
         self._log_max_bytes = log_max_bytes
+        self._echo_logs = echo_logs
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
         self._crew = Crew()
@@ -71,6 +80,9 @@ class LocalBackend:
                 config=jupyter.base_config(),
             )
             self._forkserver.start()
+        else:
+            # Else it looks after those before it.
+            self._crew.start("dead-forkservers", remove_dead, self._runtime_dir)
         self._launcher = Launcher(python, self._forkserver, why_not)
         # Read once: it cannot be read without being set, and that concerns all threads.
         self._umask = os.umask(0o077)
@@ -91,13 +103,13 @@ class LocalBackend:
             hold.close()
             raise
 
-    def terminate(self, name: ServerName, launch: int, grace: float) -> None:
+    def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
         """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""
         attendant = self._attendants.get(name)
         if attendant is None:
             self._end_unattended(name, launch)
         else:
-            self._crew.start(f"ask-{name}", attendant.ask_to_end, grace / 2)
+            self._crew.start(f"ask-{name}", functools.partial(attendant.ask_to_end, grace / 2, keep_kernels=keep_kernels))
 
     def kill(self, name: ServerName, launch: int) -> None:
         """Send SIGKILL to the server; its attendant ends the rest."""
@@ -128,6 +140,33 @@ class LocalBackend:
         """Remove the room and the log."""
         self._clear(name)
         self._logfile(name).remove()
+
+    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+        """Look for rooms, for processes with the mark of a room, and for control groups."""
+        return strays(self._runtime_dir, self._groups) - set(known)
+
+    def sweep(self, name: ServerName) -> None:
+        """End what runs under the name, and remove its room, where that is one, and its groups."""
+        room = self._room(name)
+        report = None
+        try:
+            record = room.noted()
+            report = self._attach(record) if record is not None else None
+            ended = self._end_all(room)
+        except BackendUnavailable as error:
+            _log.error("cannot end what an earlier keeper left", server=name, error=error.message)
+            return
+        finally:
+            if report is not None:
+                # Its fork server would keep the end for the next keeper, were it not heard.
+                report.exit()
+                report.close()
+        if room.recognised:
+            room.remove()
+        if ended:
+            _log.warning("ended what an earlier keeper left, and the store does not know", server=name, pids=sorted(ended))
+        else:
+            _log.info("removed what an earlier keeper left, and the store does not know", server=name)
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
         """Read the log file."""
@@ -162,9 +201,10 @@ class LocalBackend:
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
-                launched = self._launcher.launch(request, log.fileno())
+                echo = self._echo(spec.name)
+                launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
             attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited), launched.report)
-            attendant.announces, attendant.child, attendant.hold = True, launched.child, hold
+            attendant.announces, attendant.child, attendant.hold, attendant.echo = True, launched.child, hold, echo
             try:
                 room.note(attendant.record)
             except OSError:
@@ -196,6 +236,7 @@ class LocalBackend:
                 **jupyter.environment(spec, own_environment(user), runtime_dir=room.jupyter, ca_bundle=bundle),
                 MARK: str(room.path),
             },
+            kernel_env=dict(spec.kernel_env),
             umask=self._umask,
             config=jupyter.config(spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle),
             user=user.ids if user else None,
@@ -234,15 +275,21 @@ class LocalBackend:
 
     def _find(self, name: ServerName, record: Record) -> Attendant:
         """Make the attendant of a server that an earlier keeper launched; its fork server, if it has one, tells us of its end."""
-        report = None
-        if self._forkserver is not None and record.forkserver is not None:
-            report = ReportPipe()
-            known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
-            report.close_writer()
-            if not known:
-                report.close()
-                report = None
-        return self._attendant(name, record, report)
+        attendant = self._attendant(name, record, self._attach(record))
+        attendant.echo = self._echo(name)
+        return attendant
+
+    def _attach(self, record: Record) -> ReportPipe | None:
+        """Let the fork server of a server tell us of its end; None where it has none, or none that lives."""
+        if self._forkserver is None or record.forkserver is None:
+            return None
+        report = ReportPipe()
+        known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
+        report.close_writer()
+        if known:
+            return report
+        report.close()
+        return None
 
     def _attend(self, attendant: Attendant) -> None:
         self._attendants[attendant.name] = attendant
@@ -273,16 +320,36 @@ class LocalBackend:
         if not room.path.exists():
             # It is made before any process of a server, and removed when none is left.
             return False
-        found = end_leftovers(name, room.path, set(), grace=0.0)
+        found = self._end_all(room)
         room.remove()
+        return bool(found)
+
+    def _end_all(self, room: Room) -> set[int]:
+        """End all that runs under the name of a room, and remove its groups; give the pids. Raises BackendUnavailable."""
+        name = ServerName(room.path.name)
+        found = end_leftovers(name, room.path, _noted(room), grace=0.0, groups=self._groups)
         self._groups.remove(name)
         return found
+
+    def _echo(self, name: ServerName) -> Echo | None:
+        """Make what repeats the log of a server from here on."""
+        logfile = self._logfile(name)
+        return Echo(name, logfile, logfile.size) if self._echo_logs else None
 
     def _room(self, name: ServerName) -> Room:
         return Room(self._runtime_dir / name)
 
     def _logfile(self, name: ServerName) -> LogFile:
         return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes)
+
+
+def _noted(room: Room) -> set[Process]:
+    """Give the process that is noted in a room, and what is still linked to it. Raises BackendUnavailable."""
+    record = room.noted()
+    if record is None or record.boot != boot_id():
+        return set()
+    process = Process(record.pid, record.started)
+    return {process, *process.descendants()}
 
 
 def _hold_port(spec: ServerSpec) -> socket.socket:

@@ -34,6 +34,14 @@ class LogFile:
         self._older = path.with_name(path.name + ".1")
         self._max_bytes = max_bytes
 
+    @property
+    def size(self) -> int:
+        """Bytes that it has now."""
+        try:
+            return self.path.stat().st_size
+        except OSError:
+            return 0
+
     def open(self, headline: str) -> IO[bytes]:
         """Open it for a launch, write a headline, and give it for the server to write to. Raises OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -71,6 +79,24 @@ class LogFile:
             except FileNotFoundError:
                 continue
         return list(lines)
+
+    def news(self, since: int, most: int) -> tuple[list[str], int, int]:
+        """Give the whole lines after `since` bytes, how many bytes before them were left out, and where they end.
+
+        No more than `most` bytes are read, and the newest where there are more. Raises OSError.
+        """
+        with self.path.open("rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            # It has been rotated where it is shorter than it was.
+            since = since if since <= size else 0
+            begin = max(since, size - most)
+            stream.seek(begin)
+            new = stream.read(most)
+        cut = new.find(b"\n") + 1 if begin > since else 0
+        # A line without an end waits for it, as long as it may.
+        end = new.rfind(b"\n") + 1 or (len(new) if len(new) == most else 0)
+        lines = [_text(line) for line in new[cut:end].splitlines()]
+        return lines, begin - since + cut, begin + end
 
     def follow(self, count: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Give the last `count` lines, then each new one, until `live` says no and all was given; "" means nothing new yet."""

@@ -20,6 +20,8 @@ from typing import Final
 
 import psutil
 
+from labkeeper.backends.standalone import identity
+
 _LOOK_EVERY: Final = 0.1
 """Seconds between two looks at a process where the system cannot tell us of its end (no pidfd)."""
 
@@ -98,9 +100,8 @@ class Process:
 def _started(pid: int) -> str:
     """Give the moment a process started, in a form that no change of the clock alters."""
     if sys.platform == "linux":
-        # Field 22 of proc(5) stat, in ticks since boot; the name before it may hold spaces and parentheses.
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return text.rpartition(")")[2].split()[19]
+        # As fork servers tell it of their children.
+        return identity.started(pid)
     return repr(psutil.Process(pid).create_time())
 
 
@@ -111,25 +112,53 @@ def boot_id() -> str:
     return repr(psutil.boot_time())
 
 
+def spared() -> set[int]:
+    """Give the pids that are never ended as somebody's leftovers: ourselves, and those that started us."""
+    return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
+
+
 def marked(name: str, value: str) -> list[Process]:
     """Find every live process of ours whose environment has `name` set to `value`, but ourselves and those that started us."""
+    ours = spared()
     found = []
-    spared = {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
     for pid in psutil.pids():
-        if pid in spared:
+        if pid in ours:
             continue
         with contextlib.suppress(psutil.Error, OSError):
-            if _has_variable(pid, name, value) and (known := Process.find(pid)) is not None:
+            if value in _values(pid, name) and (known := Process.find(pid)) is not None:
                 found.append(known)
     return found
 
 
-def _has_variable(pid: int, name: str, value: str) -> bool:
+def rooms_marked(name: str, directory: Path) -> set[Path]:
+    """Give the paths in a directory that `name` is set to in the environment of any process of ours."""
+    found: set[Path] = set()
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error, OSError):
+            paths = {Path(value) for value in _values(pid, name)}
+            found.update(path for path in paths if path.parent == directory and sees(pid, directory))
+    return found
+
+
+def sees(pid: int, directory: Path) -> bool:
+    """Whether a directory is the same to a process as to us; another one has that path in a container with a keeper of its own.
+
+    Also where it has none of that path: what a server starts may be shut in somewhere.
+    """
+    try:
+        return os.path.samestat(Path(f"/proc/{pid}/root{directory}").stat(), directory.stat())
+    except OSError:
+        return True
+
+
+def _values(pid: int, name: str) -> set[str]:
+    """Give what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
     if sys.platform == "linux":
         # Read as it is: parsing it would take longer than a process may need to start another and end.
         environment = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
-        return b"\0" + os.fsencode(f"{name}={value}") + b"\0" in environment
-    return psutil.Process(pid).environ().get(name) == value
+        _, *found = environment.split(b"\0" + os.fsencode(name) + b"=")
+        return {os.fsdecode(rest.partition(b"\0")[0]) for rest in found}
+    return {psutil.Process(pid).environ().get(name, "")}
 
 
 def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:

@@ -1,11 +1,13 @@
 """A server's room: the directory of one server, which only its owner can enter, and which goes when the server has ended.
 
-In it: `launch.json`, by which a later keeper knows the process again, and `jupyter/`, Jupyter's runtime directory. Its path is
+In it: `launch.json`, by which a later keeper knows the process again; `stop.json`, how the server is to end; and `jupyter/`,
+Jupyter's runtime directory, with `kernels.json`, the kernels that it has. Its path is
 the mark by which all that the server started is found.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import ssl
@@ -16,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, ValidationError
 
 from labkeeper.backends.limits import LimitedBy
+from labkeeper.backends.standalone import kernels
 from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
@@ -76,6 +79,26 @@ class Room:
             return None
         except OSError as error:
             raise BackendUnavailable(f"cannot read {self._record_path}: {error.strerror}") from error
+
+    @property
+    def kernels(self) -> Path:
+        """Where the server writes down which kernels it has."""
+        return self.jupyter / kernels.RECORD
+
+    def note_stop(self, *, keep_kernels: bool, within: float) -> None:
+        """Tell the server how its kernels on a gateway are to end, and within how many seconds. Raises OSError."""
+        # Its user may read it: there is no secret in it.
+        (self.path / kernels.NOTE).write_text(json.dumps({"keep_kernels": keep_kernels, "within": within}))
+
+    @property
+    def recognised(self) -> bool:
+        """Whether what is there was made as a room, and is not somebody's own directory in this place."""
+        try:
+            inside = {path.name for path in self.path.iterdir()}
+        except OSError:
+            return False
+        half_made = self.jupyter.is_dir() and inside <= {self.jupyter.name, f"{RECORD}.new"}
+        return not self.path.is_symlink() and (RECORD in inside or half_made)
 
     def remove(self) -> None:
         """Remove the room with all that is in it. Idempotent."""

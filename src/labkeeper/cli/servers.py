@@ -21,14 +21,14 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Limit, Server
+    from labkeeper.client import Client, Gateway, Limit, Server
 
 
 @click.command(
     epilog=examples(
         "labkeeper start",
         "labkeeper start demo --root-dir ~/demo --label team=blue",
-        "labkeeper start spark --gateway-url http://gateway:8888",
+        "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
         'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
     )
 )
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     "--root-dir", metavar="PATH", help="Directory that the Lab shows. Relative: from here, if the keeper is on this machine."
 )
 @click.option("--gateway-url", metavar="URL", help="Jupyter kernel gateway that runs the kernels.")
+@click.option("--no-require-gateway", is_flag=True, help="Start also when the gateway cannot be used.")
+@click.option("--kernel-env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the kernels only; repeatable.")
 @click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Port of the Lab, and no other.")
 @click.option("--base-url", metavar="PATH", help="Path prefix of the Lab.")
 @click.option("--default-url", metavar="PATH", help="Page to open with.  [default: /lab]")
@@ -85,8 +87,9 @@ def _spec(file: IO[str] | None) -> dict[str, Any]:
 
 
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    pairs = {name: _pairs(name, options.pop(name)) for name in ("env", "labels")}
-    return {name: value for name, value in (options | pairs).items() if value}
+    pairs = {name: _pairs(name, options.pop(name)) for name in ("env", "kernel_env", "labels")}
+    required = {"require_gateway": False} if options.pop("no_require_gateway") else {}
+    return {name: value for name, value in (options | pairs).items() if value} | required
 
 
 def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
@@ -94,7 +97,7 @@ def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
     for text in texts:
         key, is_pair, value = text.partition("=")
         if not is_pair:
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=f"'--{name.removesuffix('s')}'")
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=f"'--{name.removesuffix('s').replace('_', '-')}'")
         pairs[key] = value
     return pairs
 
@@ -165,6 +168,14 @@ def _limit(name: str, limit: Limit) -> str:
     return f"{name} {amount}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
 
 
+def _gateway(gateway: Gateway) -> str:
+    if gateway.reachable is None:
+        return gateway.url
+    if gateway.error is not None:
+        return f"{gateway.url} (not usable since {gateway.since}: {gateway.error.message})"
+    return f"{gateway.url} (answers, {gateway.kernelspecs} kernelspec{'' if gateway.kernelspecs == 1 else 's'})"
+
+
 def _facts(server: Server) -> dict[str, str]:
     """Name what there is to say of a server; what is not so is left out."""
     facts = {
@@ -174,7 +185,8 @@ def _facts(server: Server) -> dict[str, str]:
         "since": f"{server.since} ({ago(server.since)})",
         "address": _address(server),
         "root": server.root_dir,
-        "gateway": server.gateway_url,
+        "gateway": server.gateway and _gateway(server.gateway),
+        "kernels kept": ", ".join(server.kernels_kept),
         "pid": server.pid,
         "user": server.user,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
@@ -190,24 +202,29 @@ def _facts(server: Server) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if value}
 
 
-@click.command(epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete"))
+@click.command(epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete", "labkeeper stop --all"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option("--all", "every", is_flag=True, help="All servers that there are, instead of named ones.")
 @click.option("--force", is_flag=True, help="Kill at once instead of asking.")
 @click.option("--delete", is_flag=True, help="Forget it too: its spec and its log.")
 @wait_option
 @as_json_option
 @where_options
 @click.pass_obj
-def stop(where: Where, /, *, names: tuple[str, ...], force: bool, delete: bool, wait: float | None, as_json: bool) -> int:
+def stop(
+    where: Where, /, *, names: tuple[str, ...], every: bool, force: bool, delete: bool, wait: float | None, as_json: bool
+) -> int:
     """Stop servers with their kernels.
 
     What they are made of is kept for the next start.
 
     Goes on to the next when one cannot be stopped; the exit code is that of the first that could not.
     """
+    if every and names:
+        raise click.UsageError("--all takes no names")
     codes = []
-    names = names or (DEFAULT_NAME,)
     with connected(where) as (client, _):
+        names = tuple(server.name for server in client.list()) if every else names or (DEFAULT_NAME,)
         if len(names) > 1:
             _ask_to_stop(client, names, force)
         for name in names:
@@ -243,7 +260,7 @@ def _show_stopped(server: Server, as_json: bool) -> None:
         click.echo(f"{server.name}: {_stopped(server)}")
     left = server.stop_report.kernels_left if server.stop_report else ()
     if left:
-        say(f"{server.name}: kernels may be left on its gateway: {', '.join(left)}")
+        say(f"{server.name}: kernels may be left on its gateway, and are ended when it answers: {', '.join(left)}")
 
 
 def _stopped(server: Server) -> str:
@@ -256,16 +273,17 @@ def _stopped(server: Server) -> str:
     return f"{means.get(report.method, report.method)} in {report.seconds:.1f} s{kernels}"
 
 
-@click.command(epilog=examples("labkeeper restart demo"))
+@click.command(epilog=examples("labkeeper restart demo", "labkeeper restart spark --keep-kernels"))
 @name_argument
+@click.option("--keep-kernels", is_flag=True, help="Let the kernels on its gateway live on, and have them again.")
 @wait_option
 @as_json_option
 @where_options
 @click.pass_obj
-def restart(where: Where, /, name: str, wait: float | None, as_json: bool) -> None:
+def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, as_json: bool) -> None:
     """Stop a server if it runs, start it, and print its new link."""
     with connected(where) as (client, _), waiting(f"restarting '{name}'"):
-        server = client.restart(name, wait=wait)
+        server = client.restart(name, keep_kernels=keep_kernels, wait=wait)
     _show_started(server, as_json)
 
 

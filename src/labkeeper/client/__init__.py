@@ -21,8 +21,11 @@ import httpx
 from labkeeper.client.answers import (
     Exit,
     Failure,
+    Gateway,
     Health,
     Kernel,
+    KernelDebt,
+    KernelDebtList,
     KernelList,
     Limit,
     Page,
@@ -38,7 +41,21 @@ from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFoun
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import NAME_RULE, server_name
 
-__all__ = ["LONGEST_WAIT", "TIMEOUT", "Client", "Exit", "Failure", "Fields", "Kernel", "Limit", "Server", "StopReport"]
+__all__ = [
+    "LONGEST_WAIT",
+    "TIMEOUT",
+    "Client",
+    "Exit",
+    "Failure",
+    "Fields",
+    "Gateway",
+    "Kernel",
+    "KernelDebt",
+    "Limit",
+    "Revision",
+    "Server",
+    "StopReport",
+]
 
 TIMEOUT: Final = 35.0
 """Seconds for an answer that need not wait for a server; the keeper itself answers a command within 30."""
@@ -49,10 +66,9 @@ _CONNECT_WITHIN: Final = 5.0
 _PathText = str | os.PathLike[str]
 
 
-class Fields(TypedDict, total=False):
-    """The fields of a request for a server; the API document tells what each one means. One that is absent has its default."""
+class Revision(TypedDict, total=False):
+    """What of a server can be otherwise after a restart; the API document tells what each field means."""
 
-    name: str
     root_dir: _PathText
     base_url: str
     default_url: str
@@ -74,6 +90,14 @@ class Fields(TypedDict, total=False):
     gateway_validate_cert: bool
     gateway_connect_timeout: float
     gateway_request_timeout: float
+    require_gateway: bool
+    kernel_env: Mapping[str, str]
+
+
+class Fields(Revision, total=False):
+    """The fields of a request for a server. One that is absent has its default."""
+
+    name: str
 
 
 class Client:
@@ -159,9 +183,14 @@ class Client:
         """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
         return self._server("POST", _path(name, "/start"), wait=wait, waits=True)
 
-    def restart(self, name: str, *, wait: float | None = None) -> Server:
-        """Stop a server if it runs, and start it. Raises as `start` does."""
-        return self._server("POST", _path(name, "/restart"), wait=wait, waits=True)
+    def restart(self, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Unpack[Revision]) -> Server:
+        """Stop a server if it runs, and start it, with `fields` otherwise than before; what is not given stays as it is.
+
+        With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+        Raises as `start` does, and InvalidSpec.
+        """
+        body = {**fields, **({"keep_kernels": True} if keep_kernels else {})}
+        return self._server("POST", _path(name, "/restart"), wait=wait, waits=True, body=body or None)
 
     def logs(self, name: str, *, tail: int | None = None) -> str:
         """Give the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
@@ -188,6 +217,10 @@ class Client:
     def kernels(self, name: str) -> Sequence[Kernel]:
         """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
         return parse(KernelList, self._get(_path(name, "/kernels"))).kernels
+
+    def kernel_debts(self) -> Sequence[KernelDebt]:
+        """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
+        return parse(KernelDebtList, self._get("/api/kernel-debts")).kernel_debts
 
     # The keeper
 

@@ -52,6 +52,19 @@ class Limit(_Answer):
     limited_by: str | None = None
 
 
+class Gateway(_Answer):
+    """A server's gateway. `reachable` is None while the server does not run, or the gateway has not been asked yet."""
+
+    url: str
+    required: bool
+    reachable: bool | None
+    since: str | None
+    error: Failure | None
+    kernelspecs: int | None
+    kernel_env_passed: list[str]
+    kernel_env_if_allowed: list[str]
+
+
 class Server(_Answer):
     """A server. The fields from `base_url` to `exec_reason` are None unless it is running. Times are RFC 3339, UTC."""
 
@@ -83,6 +96,8 @@ class Server(_Answer):
     limits: dict[str, Limit] = {}
     user: str | None = None
     gateway_url: str | None = None
+    gateway: Gateway | None = None
+    kernels_kept: list[str] = []
     exit: Exit | None = None
     failure: Failure | None = None
     stop_report: StopReport | None = None
@@ -102,6 +117,21 @@ class Page(_Answer):
 
     servers: tuple[Server, ...]
     next: str | None = None
+
+
+class KernelDebt(_Answer):
+    """A kernel of a server that ended, which its gateway still has to end."""
+
+    kernel_id: str
+    gateway_url: str
+    server: str
+    since: str
+
+
+class KernelDebtList(_Answer):
+    """All of them, the oldest first."""
+
+    kernel_debts: list[KernelDebt]
 
 
 class KernelList(_Answer):

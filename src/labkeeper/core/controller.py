@@ -8,15 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from labkeeper.core.lifecycle import MAY_EXIST, Action, Event, Goal, State, Step, advance
+from labkeeper.core.lifecycle import KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
 from labkeeper.core.model import (
     Ended,
     Exit,
     Fact,
     Failure,
     FailureClass,
+    GatewaySeen,
     Gone,
     Job,
+    KernelDebt,
+    OwnKernel,
     Ready,
     Refused,
     Seen,
@@ -25,6 +28,7 @@ from labkeeper.core.model import (
     StopMethod,
     StopReport,
     Unreachable,
+    Vetoed,
 )
 from labkeeper.core.ports import Clock
 
@@ -70,7 +74,29 @@ class Budget:
         return delay
 
 
-_KNOWN_CAUSES: Final = frozenset({FailureClass.START_TIMEOUT, FailureClass.HUNG})
+_KNOWN_CAUSES: Final = frozenset(
+    {
+        FailureClass.START_TIMEOUT,
+        FailureClass.HUNG,
+        FailureClass.GATEWAY_UNREACHABLE,
+        FailureClass.GATEWAY_TIMEOUT,
+        FailureClass.GATEWAY_REFUSED,
+        FailureClass.GATEWAY_TLS,
+        FailureClass.NOT_A_GATEWAY,
+    }
+)
+"""Classes for which we end a server; they are known before its end."""
+_ENDS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
+"""The events after which nothing is left of a launch."""
+_EVENTS: Final[dict[type[Fact], Event]] = {
+    Ready: Event.READY,
+    Refused: Event.REFUSED,
+    Vetoed: Event.VETOED,
+    GatewaySeen: Event.GATEWAY,
+    Unreachable: Event.UNREACHABLE,
+    Gone: Event.GONE,
+}
+"""The events that facts are, whatever state they find; `Controller.event_of` knows the others."""
 TIMERS: Final = {
     State.STARTING: "start_timeout",
     State.RUNNING: "probe_period",
@@ -79,6 +105,15 @@ TIMERS: Final = {
     State.LOST: "look_again",
 }
 """The state's timer, by the name of its length in `Policy`; BACKOFF takes its from the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class Upshot:
+    """What a message to a server leads to, beside its new snapshot."""
+
+    jobs: tuple[Job, ...] = ()
+    owed: tuple[KernelDebt, ...] = ()
+    """Kernels on its gateway that nobody is to have any more."""
 
 
 class Controller:
@@ -104,41 +139,37 @@ class Controller:
         self._budget.earned = self.snapshot.started_at is not None
         state = self.snapshot.state
         if state in MAY_EXIST:
-            self.snapshot = replace(self.snapshot, state=State.LOST, since=self._clock.time(), endpoint=None)
+            self.snapshot = replace(self.snapshot, state=State.LOST, since=self._clock.time(), endpoint=None, gateway=None)
             self._set_timer()
             return [self._job(Action.OBSERVE)]
         if state is State.BACKOFF:
             self.deadline = self._clock.monotonic()
         return []
 
-    def apply(self, event: Event, fact: Fact | None = None) -> list[Job]:
-        """Take one event; give the jobs that it leads to."""
+    def apply(self, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None) -> Upshot:
+        """Take one event, with the spec that is to hold from the next launch on; say what it leads to."""
+        if revised is not None:
+            self.snapshot = replace(self.snapshot, revised=None if revised == self.snapshot.spec else revised)
         before = self.snapshot
         step = advance(before.state, before.goal, event, may_retry=self._budget.left(self._clock.monotonic()))
         if step is None:
-            return []
+            return Upshot()
         if step.action is Action.LAUNCH and event is not Event.DEADLINE:
             self._budget = Budget(self._policy)
         self._record(event, fact, step)
         if step.state is not before.state or event is Event.DEADLINE:
             self._set_timer()
-        return [] if step.action is Action.NONE else [self._job(step.action)]
+        owed = self._sort_kernels(before, event, fact)
+        return Upshot(() if step.action is Action.NONE else (self._job(step.action),), owed)
 
     def event_of(self, fact: Fact) -> Event | None:
         """Name the event that a fact is to this server now; None where it is no news."""
         match fact:
-            case Ready():
-                return Event.READY
             case Ended():
                 return Event.EXITED if self._in_order(fact) else Event.CRASHED
-            case Refused():
-                return Event.REFUSED
-            case Unreachable():
-                return Event.UNREACHABLE
-            case Gone():
-                return Event.GONE
-            case Seen(answers=answers):  # pragma: no branch - the last kind of fact
+            case Seen(answers=answers):
                 return self._look(answers)
+        return _EVENTS[type(fact)]
 
     def _in_order(self, end: Ended) -> bool:
         """Say whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
@@ -161,7 +192,7 @@ class Controller:
         before, now = self.snapshot, self._clock.time()
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
-            snap = replace(snap, since=now, endpoint=None)
+            snap = replace(snap, since=now, endpoint=None, gateway=None)
         snap = self._heard(snap, fact)
         if event is Event.HUNG:
             silent = f"server '{snap.name}' had not answered for {self._policy.hung_after:g} s"
@@ -173,6 +204,8 @@ class Controller:
             retry = event is Event.DEADLINE
             snap = replace(
                 snap,
+                spec=snap.revised or snap.spec,
+                revised=None,
                 launch=snap.launch + 1,
                 restarts=snap.restarts + 1 if retry else 0,
                 started_at=snap.started_at if retry else None,
@@ -190,13 +223,15 @@ class Controller:
     def _heard(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
         """Bring what a fact says into the snapshot of the step that it led to."""
         match fact:
-            case Ready(endpoint=endpoint) if snap.state is State.RUNNING:
-                snap = replace(snap, endpoint=endpoint, started_at=self._clock.time(), failure=None)
+            case Ready(endpoint=endpoint, gateway=gateway) if snap.state is State.RUNNING:
+                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=self._clock.time(), failure=None)
                 self._budget.earned, self._silent_since = True, None
             case Ended():
                 snap = self._ended(snap, fact)
-            case Refused(failure=failure):
+            case Refused(failure=failure) | Vetoed(failure=failure):
                 snap = replace(snap, failure=failure)
+            case GatewaySeen(health=health):
+                snap = replace(snap, gateway=health)
             case Unreachable(reason=reason):
                 snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
             case Gone():
@@ -213,8 +248,30 @@ class Controller:
         report = None
         if end.method is not StopMethod.NONE:
             seconds = 0.0 if self._stop_began is None else self._clock.monotonic() - self._stop_began
-            report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, end.kernels_left)
+            left = () if snap.goal in KEEPS_KERNELS else tuple(kernel.id for kernel in end.kernels_left)
+            report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, left)
         return replace(snap, exit=end.exit, failure=failure, stop_report=report)
+
+    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[KernelDebt, ...]:
+        """Part the kernels on its gateway into those that its next launch is to have, and those that are owed an end."""
+        there = {kernel.id: kernel for kernel in before.kernels_kept}
+        match fact:
+            case Ready(not_taken_over=ids) if self.snapshot.state is State.RUNNING:
+                there = {id_: kernel for id_, kernel in there.items() if id_ in ids}
+            case Ended(kernels_left=left):
+                there |= {kernel.id: kernel for kernel in left}
+        if self.snapshot.state is State.STOPPED:
+            unwanted = True
+        elif before.state in MAY_EXIST:
+            unwanted = event in _ENDS and before.goal not in KEEPS_KERNELS
+        else:
+            unwanted = event is Event.RESTART
+        kept: tuple[OwnKernel, ...] = () if unwanted else tuple(there.values())
+        self.snapshot = replace(self.snapshot, kernels_kept=kept)
+        if not unwanted or before.spec.gateway is None:
+            return ()
+        now = self._clock.time()
+        return tuple(KernelDebt(k.id, before.spec.gateway, before.name, now, k.starting) for k in there.values())
 
     def _timeout(self) -> Failure:
         return Failure(
@@ -237,4 +294,5 @@ class Controller:
             self.deadline = None if length is None else now + float(getattr(self._policy, length))
 
     def _job(self, action: Action) -> Job:
-        return Job(self.snapshot.spec, self.snapshot.launch, action)
+        snap = self.snapshot
+        return Job(snap.spec, snap.launch, action, keep_kernels=snap.goal in KEEPS_KERNELS, kernels=snap.kernels_kept)

@@ -7,10 +7,11 @@ that a keeper which dies in between finds the name again and observes it.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from labkeeper.core.controller import Controller, Policy
+from labkeeper.core.controller import Controller, Policy, Upshot
 from labkeeper.core.errors import (
     BackendError,
     BackendRefused,
@@ -27,6 +28,7 @@ from labkeeper.core.model import (
     Fact,
     Failure,
     FailureClass,
+    Gone,
     Job,
     Message,
     Order,
@@ -40,7 +42,7 @@ from labkeeper.core.model import (
     Tick,
     Unreachable,
 )
-from labkeeper.core.ports import Backend, Clock, Lanes, Listener, Store
+from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Store
 
 RETRY_AFTER: Final = 5
 """Seconds after which a caller may ask again when as many servers run as may."""
@@ -55,6 +57,8 @@ class Fleet:
         self,
         *,
         backend: Backend,
+        gate: Gate,
+        ledger: Ledger,
         store: Store,
         lanes: Lanes,
         clock: Clock,
@@ -62,6 +66,8 @@ class Fleet:
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._backend = backend
+        self._gate = gate
+        self._ledger = ledger
         self._store = store
         self._lanes = lanes
         self._clock = clock
@@ -74,8 +80,12 @@ class Fleet:
         self._closing = False
 
     def recover(self) -> None:
-        """Take up all servers of an earlier keeper. To be called once, before the first step. Raises StoreError."""
-        for snapshot in self._store.load():
+        """Take up all servers of an earlier keeper, and sweep what else it left. To be called once, before the first step.
+
+        Raises StoreError.
+        """
+        snapshots = self._store.load()
+        for snapshot in snapshots:
             controller = Controller(snapshot, self._policy, self._clock)
             self._servers[snapshot.name] = controller
             jobs = controller.recover()
@@ -83,6 +93,9 @@ class Fleet:
             if controller.snapshot.forgotten:
                 self._forget(controller.snapshot.name)
             self._submit(jobs)
+        for name in self._backend.strays([snapshot.name for snapshot in snapshots]):
+            # In the lane of the name: a server that is made under it now is launched when nothing is left.
+            self._lanes.submit(name, functools.partial(self._backend.sweep, name))
 
     def step(self, message: Message) -> Reply | None:
         """Take one message; commands get a reply.
@@ -92,8 +105,8 @@ class Fleet:
         match message:
             case Create(spec=spec):
                 return self._create(spec)
-            case Order(name=name, event=event, force=force):
-                return self._order(name, event, force=force)
+            case Order(name=name, event=event, force=force, revised=revised):
+                return self._order(name, event, force=force, revised=revised)
             case StopAll():
                 self._closing = True
                 # One that failed has nothing to stop, and its cause is still to be read.
@@ -133,7 +146,7 @@ class Fleet:
                 # Whatever it was, nobody was told of a server: there is none.
                 self._servers.pop(spec.name, None)
                 raise
-        differs = known.snapshot.spec.differs(spec)
+        differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
             raise Conflict(
                 f"cannot start server '{spec.name}': the name is taken by a server that differs in {', '.join(differs)}; "
@@ -142,19 +155,22 @@ class Fleet:
             )
         return self._order(spec.name, Event.START)
 
-    def _order(self, name: ServerName, event: Event, *, force: bool = False) -> Reply:
+    def _order(self, name: ServerName, event: Event, *, force: bool = False, revised: ServerSpec | None = None) -> Reply:
         controller = self._servers.get(name)
         if controller is None:
             raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
         snapshot = controller.snapshot
-        if event in {Event.START, Event.RESTART}:
+        if event in {Event.START, Event.RESTART, Event.RENEW}:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
             self._admit(snapshot)
+        if event is Event.RENEW:
+            _check_kernels_can_be_kept(snapshot, revised)
         if force:
             self._apply(controller, Event.KILL)
-        after = self._apply(controller, event)
-        created = after.launch != snapshot.launch or (after.goal is Goal.AGAIN is not snapshot.goal)
+        after = self._apply(controller, event, revised=revised)
+        again = {Goal.AGAIN, Goal.RENEW}
+        created = after.launch != snapshot.launch or (after.goal in again and snapshot.goal not in again)
         return Reply(after, created)
 
     def _admit(self, snapshot: Snapshot) -> None:
@@ -173,7 +189,11 @@ class Fleet:
 
     def _hear(self, report: Report) -> None:
         controller = self._servers.get(report.name)
-        if controller is None or report.launch != controller.snapshot.launch:
+        if controller is None:
+            # The backend has forgotten it.
+            self._keep(report.name)
+            return
+        if report.launch != controller.snapshot.launch:
             return
         event = controller.event_of(report.fact)
         if event is not None:
@@ -187,29 +207,34 @@ class Fleet:
         for name in [n for n, due in self._unsaved.items() if due <= now]:
             self._keep(name)
 
-    def _apply(self, controller: Controller, event: Event, fact: Fact | None = None) -> Snapshot:
+    def _apply(
+        self, controller: Controller, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None
+    ) -> Snapshot:
         name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
-        jobs = controller.apply(event, fact)
+        upshot = controller.apply(event, fact, revised)
         if controller.snapshot == before:
-            self._submit(jobs)
+            self._submit(upshot.jobs)
             return before
         try:
             self._store.save(controller.snapshot)
             self._unsaved.pop(name, None)
         except StoreError as error:
-            if any(job.action is Action.LAUNCH for job in jobs):
+            if any(job.action is Action.LAUNCH for job in upshot.jobs):
                 if event in COMMANDS:
                     # Nothing was started yet, and somebody is there to be told.
                     self._servers[name] = undo
                     raise
                 # The next keeper would not know of it: not launched either.
                 why = f"cannot start server '{name}': {error.message}"
-                jobs = controller.apply(Event.REFUSED, Refused(Failure(FailureClass.OTHER, why)))
+                refused = controller.apply(Event.REFUSED, Refused(Failure(FailureClass.OTHER, why)))
+                upshot = Upshot(refused.jobs, upshot.owed + refused.owed)
             # A stop must go on even with a full disk.
             self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
         after = controller.snapshot
+        if upshot.owed:
+            self._ledger.owe(upshot.owed)
         self._tell(event, before, after)
-        self._submit(jobs)
+        self._submit(upshot.jobs)
         if after.forgotten:
             self._forget(name)
         return after
@@ -229,8 +254,13 @@ class Fleet:
     def _forget(self, name: ServerName) -> None:
         controller = self._servers.pop(name)
         self._forgotten_launch = max(self._forgotten_launch, controller.snapshot.launch)
-        self._lanes.submit(name, lambda: self._backend.forget(name))
-        self._keep(name)
+
+        def run() -> Report:
+            self._backend.forget(name)
+            return Report(name, controller.snapshot.launch, Gone())
+
+        # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
+        self._lanes.submit(name, run)
 
     def _tell(self, event: Event, before: Snapshot | None, after: Snapshot) -> None:
         change = Change(event, before, after, self._clock.time())
@@ -249,7 +279,7 @@ class Fleet:
     def _bound(self, job: Job) -> Callable[[], Report | None]:
         def run() -> Report | None:
             try:
-                fact = perform(self._backend, job, grace=self._policy.stop_grace)
+                fact = perform(self._backend, self._gate, job, grace=self._policy.stop_grace)
             finally:
                 if job.action is Action.OBSERVE:
                     self._observing.discard(job.spec.name)
@@ -258,15 +288,31 @@ class Fleet:
         return run
 
 
-def perform(backend: Backend, job: Job, *, grace: float) -> Fact | None:
+def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -> None:
+    """Raise Conflict where no kernel can outlive its server."""
+    gateway = snapshot.spec.gateway
+    if gateway is None:
+        raise Conflict(
+            f"cannot keep the kernels of server '{snapshot.name}': they run beside it, not on a gateway, and end with it; "
+            "restart without keep_kernels"
+        )
+    if revised is not None and (revised.gateway is None or revised.gateway.url != gateway.url):
+        raise Conflict(
+            f"cannot keep the kernels of server '{snapshot.name}': they cannot move from {gateway.url} to another gateway; "
+            "restart without keep_kernels"
+        )
+
+
+def perform(backend: Backend, gate: Gate, job: Job, *, grace: float) -> Fact | None:
     """Do one job on a backend, and make facts of its answer and of its errors."""
     name = job.spec.name
     try:
         match job.action:
             case Action.LAUNCH:
+                gate.expect(job.spec, job.launch, job.kernels)
                 backend.launch(job.spec, job.launch)
             case Action.TERMINATE:
-                backend.terminate(name, job.launch, grace)
+                backend.terminate(name, job.launch, grace, keep_kernels=job.keep_kernels)
             case Action.KILL:
                 backend.kill(name, job.launch)
             case Action.OBSERVE:

@@ -48,6 +48,8 @@ class Goal(StrEnum):
     DOWN = "down"
     AGAIN = "again"
     """Down first, then up: a restart, or a start that arrived while a stop was under way."""
+    RENEW = "renew"
+    """Down first, then up with the kernels that it has on its gateway."""
     ABSENT = "absent"
     """Down, then forgotten."""
 
@@ -57,6 +59,8 @@ class Event(StrEnum):
 
     START = "START"
     RESTART = "RESTART"
+    RENEW = "RENEW"
+    """A restart that keeps the kernels on the server's gateway."""
     STOP = "STOP"
     KILL = "KILL"
     DELETE = "DELETE"
@@ -68,6 +72,8 @@ class Event(StrEnum):
     """Ended any other way."""
     REFUSED = "REFUSED"
     """The backend will not launch it: nothing was started."""
+    VETOED = "VETOED"
+    """Its gateway was found to be of no use while it started."""
     HUNG = "HUNG"
     """Alive, but has not answered for too long."""
     UNREACHABLE = "UNREACHABLE"
@@ -76,6 +82,8 @@ class Event(StrEnum):
     """An observation found a process of it."""
     GONE = "GONE"
     """An observation found no process of it, nor how it ended."""
+    GATEWAY = "GATEWAY"
+    """Its gateway can be reached, or cannot any more."""
 
     DEADLINE = "DEADLINE"
 
@@ -103,21 +111,28 @@ class Junction(StrEnum):
     """It ended by itself in good order: somebody shut it down from inside."""
 
 
-COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE})
+COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RENEW, Event.STOP, Event.KILL, Event.DELETE})
 MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
 """The states in which a process of the server may exist."""
+RETURNS: Final = frozenset({Goal.UP, Goal.AGAIN, Goal.RENEW})
+"""The goals of a server that is to run, now or in the end."""
+KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
+"""The goals of a server that is to have its kernels again when it ends now."""
 
 TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STOPPED, Event.START): (State.STARTING, Action.LAUNCH),
     (State.STOPPED, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.STOPPED, Event.RENEW): (State.STARTING, Action.LAUNCH),
     (State.FAILED, Event.START): (State.STARTING, Action.LAUNCH),
     (State.FAILED, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.FAILED, Event.RENEW): (State.STARTING, Action.LAUNCH),
     (State.FAILED, Event.STOP): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.KILL): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.DELETE): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DEADLINE): (State.STARTING, Action.LAUNCH),
     (State.BACKOFF, Event.START): (State.STARTING, Action.LAUNCH),
     (State.BACKOFF, Event.RESTART): (State.STARTING, Action.LAUNCH),
+    (State.BACKOFF, Event.RENEW): (State.STARTING, Action.LAUNCH),
     (State.BACKOFF, Event.STOP): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.KILL): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DELETE): (State.STOPPED, Action.NONE),
@@ -125,10 +140,12 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STARTING, Event.EXITED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.REFUSED): (State.FAILED, Action.NONE),
+    (State.STARTING, Event.VETOED): (State.KILLING, Action.KILL),
     (State.STARTING, Event.DEADLINE): (State.KILLING, Action.KILL),
     (State.STARTING, Event.STOP): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
+    (State.STARTING, Event.RENEW): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.KILL): (State.KILLING, Action.KILL),
     (State.STARTING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
     (State.RUNNING, Event.EXITED): (Junction.LEAVE, Action.NONE),
@@ -138,8 +155,10 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.RUNNING, Event.STOP): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.RENEW): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.KILL): (State.KILLING, Action.KILL),
     (State.RUNNING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
+    (State.RUNNING, Event.GATEWAY): (State.RUNNING, Action.NONE),
     (State.RUNNING, Event.DEADLINE): (State.RUNNING, Action.OBSERVE),
     (State.STOPPING, Event.EXITED): (Junction.SETTLE, Action.NONE),
     (State.STOPPING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
@@ -196,14 +215,16 @@ def aim(state: State, goal: Goal, event: Event) -> Goal:
         return Goal.ABSENT
     if event is Event.RESTART:
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP
-    if event is Event.START and goal is not Goal.UP:
+    if event is Event.RENEW:
+        return Goal.RENEW if state in MAY_EXIST else Goal.UP
+    if event is Event.START and goal not in RETURNS:
         # What still exists was told to end: a start can only mean "and then once more".
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP
     return goal
 
 
 def _settle(goal: Goal, may_retry: bool) -> Step:
-    if goal is Goal.AGAIN:
+    if goal in {Goal.AGAIN, Goal.RENEW}:
         return Step(State.STARTING, Goal.UP, Action.LAUNCH)
     if goal is Goal.UP:
         return Step(State.BACKOFF if may_retry else State.FAILED, goal)

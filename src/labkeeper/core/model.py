@@ -16,6 +16,8 @@ ServerName = NewType("ServerName", str)
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 NAME_RULE: Final = "must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
 DEFAULT_NAME: Final = ServerName("default")
+KERNEL_PREFIX: Final = "KERNEL_"
+"""What the names of variables begin with that every gateway gives to its kernels; others only where it is configured to."""
 
 
 def server_name(text: str) -> ServerName:
@@ -43,6 +45,8 @@ class Gateway:
     validate_cert: bool = True
     connect_timeout: float | None = None
     request_timeout: float | None = None
+    required: bool = True
+    """Whether a server is not to start where this cannot be used."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +79,8 @@ class ServerSpec:
     port: int | None = None
     """The port that it listens on, and no other; None lets the backend choose a free one."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    kernel_env: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables for its kernels, wherever they run; the server itself does not have them."""
     labels: Mapping[str, str] = field(default_factory=dict)
     gateway: Gateway | None = None
     limits: Limits = UNLIMITED
@@ -134,11 +140,15 @@ class FailureClass(StrEnum):
 
     PORT_IN_USE = "port-in-use"
     GATEWAY_UNREACHABLE = "gateway-unreachable"
+    GATEWAY_TIMEOUT = "gateway-timeout"
     GATEWAY_REFUSED = "gateway-refused"
+    GATEWAY_TLS = "gateway-tls"
+    NOT_A_GATEWAY = "not-a-gateway"
     IMPORT_ERROR = "import-error"
     DISK_FULL = "disk-full"
     CONFIG_ERROR = "config-error"
     KILLED = "killed"
+    OUT_OF_MEMORY = "out-of-memory"
     START_TIMEOUT = "start-timeout"
     HUNG = "hung"
     OTHER = "other"
@@ -188,6 +198,54 @@ class Kernel:
 
 
 @dataclass(frozen=True, slots=True)
+class Session:
+    """What a kernel is open in: a notebook or a console, in Jupyter's words."""
+
+    path: str
+    name: str
+    type: str
+
+
+@dataclass(frozen=True, slots=True)
+class OwnKernel:
+    """A kernel that a server started, as it has written down."""
+
+    id: str
+    sessions: tuple[Session, ...] = ()
+    starting: bool = False
+    """Whether its gateway had not answered yet: it may be there, or come later, or never."""
+
+
+@dataclass(frozen=True, slots=True)
+class KernelDebt:
+    """A kernel of ours that is still to be ended on its gateway. `since` is seconds since the epoch."""
+
+    kernel_id: str
+    gateway: Gateway
+    server: ServerName
+    since: float
+    starting: bool = False
+    """As in `OwnKernel`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayHealth:
+    """Whether a gateway can be used."""
+
+    since: float
+    """When it came to be so; seconds since the epoch."""
+    error: Failure | None = None
+    """Why it cannot."""
+    kernelspecs: int | None = None
+    """How many kinds of kernels it offers."""
+
+    @property
+    def reachable(self) -> bool:
+        """Whether it can be used."""
+        return self.error is None
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """All that is known of a server at one moment. Times are seconds since the epoch."""
 
@@ -209,6 +267,12 @@ class Snapshot:
     stop_report: StopReport | None = None
     restarts: int = 0
     """Launches after a crash since the last start command."""
+    revised: ServerSpec | None = None
+    """The spec of its next launch, where that is to be another."""
+    gateway: GatewayHealth | None = None
+    """What is known of its gateway while it is running."""
+    kernels_kept: tuple[OwnKernel, ...] = ()
+    """Kernels on its gateway that its next launch is to have."""
 
     @property
     def name(self) -> ServerName:
@@ -229,6 +293,10 @@ class Ready:
     """It answers as itself."""
 
     endpoint: Endpoint
+    gateway: GatewayHealth | None = None
+    """What was found out about its gateway before, if it was asked."""
+    not_taken_over: tuple[str, ...] = ()
+    """Ids of kernels that it was to have, and that may live without it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +306,8 @@ class Ended:
     exit: Exit
     method: StopMethod = StopMethod.NONE
     kernels_stopped: tuple[str, ...] = ()
-    kernels_left: tuple[str, ...] = ()
+    kernels_left: tuple[OwnKernel, ...] = ()
+    """Those that may still run on its gateway, whether they were meant to or not."""
     failure: Failure | None = None
     """The cause, with the last log lines, unless it ended in good order."""
 
@@ -248,6 +317,20 @@ class Refused:
     """It was not launched; nothing of it exists."""
 
     failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Vetoed:
+    """It must not start: what it depends on cannot be used."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySeen:
+    """Its gateway can be reached, or cannot any more."""
+
+    health: GatewayHealth
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,7 +352,7 @@ class Gone:
     """No process of it exists, and nobody saw how it ended."""
 
 
-Fact = Ready | Ended | Refused | Unreachable | Seen | Gone
+Fact = Ready | Ended | Refused | Vetoed | GatewaySeen | Unreachable | Seen | Gone
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,6 +382,8 @@ class Order:
     event: Event
     force: bool = False
     """Kill it first: to be ended at once, and then what the event says."""
+    revised: ServerSpec | None = None
+    """The spec that it is to have from the next launch on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -330,6 +415,10 @@ class Job:
     spec: ServerSpec
     launch: int
     action: Action
+    keep_kernels: bool = False
+    """Whether the end that is asked for leaves its kernels on its gateway."""
+    kernels: tuple[OwnKernel, ...] = ()
+    """Kernels on its gateway that the launch is to have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -14,7 +14,9 @@ from labkeeper.core.model import (
     Endpoint,
     Fact,
     Kernel,
+    KernelDebt,
     Message,
+    OwnKernel,
     Reply,
     Report,
     ServerName,
@@ -48,13 +50,19 @@ class Backend(Protocol):
     * After `observe` has answered `Seen`, `Ready` (once it answers) and `Ended` are reported as if launched here, with the
       number given to `observe`; `Ready` also when it was reported before. It may overtake the answer.
     * `observe` answers `Ended` of the launch that it was asked about; where only the end of another is known, `Gone`.
+    * `strays` names what earlier keepers left under other names than those known, and changes nothing; it is asked before the
+      first launch. `sweep` ends and removes what is left under one name, but its log, and reports nothing. It never touches
+      what was not made by a keeper over the same place.
     """
 
     def launch(self, spec: ServerSpec, launch: int) -> None:
         """Start a server. Raises BackendRefused (nothing was started), BackendUnavailable or BackendTimeout (unknown)."""
 
-    def terminate(self, name: ServerName, launch: int, grace: float) -> None:
-        """Ask the server to end in good order, within `grace` seconds. Raises BackendUnavailable."""
+    def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
+        """Ask the server to end in good order, within `grace` seconds. Raises BackendUnavailable.
+
+        With `keep_kernels` its kernels on a gateway live on; those beside it end in any case.
+        """
 
     def kill(self, name: ServerName, launch: int) -> None:
         """End the server and all that it started, at once. Raises BackendUnavailable."""
@@ -65,6 +73,12 @@ class Backend(Protocol):
     def forget(self, name: ServerName) -> None:
         """Remove what is kept of a server that has ended: logs, directories. Idempotent."""
 
+    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+        """Name the servers of which earlier keepers left anything, but those that are `known`."""
+
+    def sweep(self, name: ServerName) -> None:
+        """End and remove what earlier keepers left under a name. What cannot be ended is left, and said in the log."""
+
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
         """Give the last `tail` lines of the server's log, or all; also after it ended. Secrets are scrubbed."""
 
@@ -73,10 +87,30 @@ class Backend(Protocol):
 
 
 class Probe(Protocol):
-    """Questions to a running server that change nothing and do not count as activity."""
+    """What is asked of a running server. Questions change nothing, and do not count as activity."""
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """List its kernels. Raises BackendUnavailable, BackendTimeout."""
+
+    def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
+        """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
+
+
+class Gate(Protocol):
+    """Looks at the gateway of a server while that starts, and lets its `Ready` through only when both are fit."""
+
+    def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+        """Begin to look, beside a launch that is about to be made; `kernels` are those that it is to take over.
+
+        Where the gateway is required and cannot be used, `Vetoed` is reported instead of `Ready`.
+        """
+
+
+class Ledger(Protocol):
+    """Kernels of ours on gateways that are still to be ended, kept until they are."""
+
+    def owe(self, debts: Sequence[KernelDebt]) -> None:
+        """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
 
 
 class Store(Protocol):
@@ -90,6 +124,15 @@ class Store(Protocol):
 
     def forget(self, name: ServerName) -> None:
         """Drop one server. Raises StoreError."""
+
+    def debts(self) -> list[KernelDebt]:
+        """Give all kernels that are still to be ended. Raises StoreError."""
+
+    def owe(self, debts: Sequence[KernelDebt]) -> None:
+        """Keep some more, durably before returning. Raises StoreError."""
+
+    def settle(self, kernel_ids: Sequence[str]) -> None:
+        """Drop some. Raises StoreError."""
 
 
 class Lanes(Protocol):

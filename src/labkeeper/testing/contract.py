@@ -8,7 +8,7 @@ To hold a backend to it, give its rig:
             return MyRig(tmp_path)      # implements Rig
 
 Nothing here sleeps in order to wait: each test waits for a report, at most `Rig.patience` seconds. A server is started
-eleven times in all.
+thirteen times in all.
 """
 
 from __future__ import annotations
@@ -268,6 +268,21 @@ class BackendContract:
         stage.wait(Ended, 1)
         lives = False
         assert not any(line == "" for line in list(lines)[1:])
+
+    def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
+        """After a crash a server that is not known any more is named; swept it is gone, and its name can be launched again."""
+        endpoint = stage.launch()
+        successor = stage.succeed()
+        assert stage.name not in successor.strays([stage.name])
+        assert stage.name in successor.strays([])
+        assert stage.rig.exists(endpoint)
+        successor.sweep(stage.name)
+        assert not stage.rig.exists(endpoint)
+        assert stage.name not in successor.strays([])
+        assert successor.observe(stage.name, 1) == Gone()
+        assert list(successor.log(stage.name, None))
+        stage.quiet()
+        stage.launch(2)
 
     def test_a_refused_launch_leaves_nothing(self, stage: Stage) -> None:
         """A launch that is refused starts nothing and reports nothing."""

@@ -6,7 +6,9 @@ the same world is a second keeper after the first one crashed.
     world, store, clock = World(), MemoryStore(), FakeClock()
     lanes = InlineLanes(lambda report: fleet.step(report))
     backend = FakeBackend(lanes.hear, world)
-    fleet = Fleet(backend=backend, store=store, lanes=lanes, clock=clock, policy=Policy())
+    fleet = Fleet(
+        backend=backend, gate=OpenGate(), ledger=MemoryLedger(), store=store, lanes=lanes, clock=clock, policy=Policy()
+    )
     fleet.step(Create(a_spec("lab")))
     lanes.run_all()
     world.crash("lab", Exit(signal="SIGSEGV"))
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -32,6 +34,8 @@ from labkeeper.core.model import (
     Failure,
     FailureClass,
     Gone,
+    KernelDebt,
+    OwnKernel,
     Ready,
     Report,
     Seen,
@@ -76,6 +80,8 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.snapshots: dict[ServerName, Snapshot] = {}
+        self.owed: dict[str, KernelDebt] = {}
+        """By the kernel's id."""
         self.failing = False
         """While true every call raises StoreError."""
 
@@ -94,9 +100,51 @@ class MemoryStore:
         self._check("write")
         self.snapshots.pop(name, None)
 
+    def debts(self) -> list[KernelDebt]:
+        """Give all kernels that are still to be ended."""
+        self._check("read")
+        return list(self.owed.values())
+
+    def owe(self, debts: Sequence[KernelDebt]) -> None:
+        """Keep some more."""
+        self._check("write")
+        self.owed |= {debt.kernel_id: debt for debt in debts}
+
+    def settle(self, kernel_ids: Sequence[str]) -> None:
+        """Drop some."""
+        self._check("write")
+        for kernel_id in kernel_ids:
+            self.owed.pop(kernel_id, None)
+
     def _check(self, what: str) -> None:
         if self.failing:
             raise StoreError(f"cannot {what} the store: it was told to fail")
+
+
+class OpenGate:
+    """A gate that finds every gateway fit, and remembers what it was asked to expect."""
+
+    def __init__(self) -> None:
+        self.expected: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
+
+    def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+        """Remember a launch, and the kernels that it is to take over."""
+        self.expected.append((spec.name, launch, tuple(kernels)))
+
+
+class MemoryLedger:
+    """Debts that nobody collects."""
+
+    def __init__(self) -> None:
+        self.owed: list[KernelDebt] = []
+
+    def owe(self, debts: Sequence[KernelDebt]) -> None:
+        """Take in more."""
+        self.owed.extend(debts)
+
+    def all(self) -> list[KernelDebt]:
+        """Give all."""
+        return list(self.owed)
 
 
 class InlineLanes:
@@ -194,6 +242,8 @@ class FakeProcess:
     pid: int
     port: int
     answers: bool = False
+    kernels: tuple[OwnKernel, ...] = ()
+    """Kernels on its gateway; they end with it only when it is asked to end, and not told to keep them."""
     method: StopMethod = StopMethod.NONE
     """The last means that was used to end it."""
     watcher: FakeBackend | None = None
@@ -236,6 +286,8 @@ class World:
     ends: dict[ServerName, tuple[int, Ended]] = field(default_factory=dict)
     """How the last process under a name ended; empty it, and nobody knows."""
     logs: dict[ServerName, list[str]] = field(default_factory=dict)
+    kernels_ended: set[str] = field(default_factory=set)
+    """Ids of the kernels that servers ended on their gateway when they were asked to end."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
@@ -289,7 +341,7 @@ class World:
                 return
             self.processes.remove(process)
             self.write(process.name, f"pid {process.pid} ended: {end}")
-            ended = Ended(end, process.method, failure=self._cause(process, end))
+            ended = Ended(end, process.method, kernels_left=process.kernels, failure=self._cause(process, end))
             self.ends[process.name] = (process.launch, ended)
             if process.watcher is not None:
                 process.watcher.say(process.name, process.watched_as, ended)
@@ -334,10 +386,21 @@ class FakeBackend:
                 self.world.answer(spec.name)
             self._lose(temper)
 
-    def terminate(self, name: ServerName, launch: int, grace: float) -> None:  # noqa: ARG002 - nothing here takes time
+    def terminate(
+        self,
+        name: ServerName,
+        launch: int,
+        grace: float,  # noqa: ARG002 - nothing here takes time
+        *,
+        keep_kernels: bool = False,
+    ) -> None:
         """Ask what lives under a name to end."""
         with self.world.lock:
             temper = self._reach(name)
+            if temper.obeys and not keep_kernels:
+                for process in self.world.living(name):
+                    self.world.kernels_ended |= {kernel.id for kernel in process.kernels}
+                    process.kernels = ()
             self._end(name, launch, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
             self._lose(temper)
 
@@ -364,6 +427,19 @@ class FakeBackend:
         """Remove the log, and the memory of how it ended."""
         with self.world.lock:
             self.world.logs.pop(name, None)
+            self.world.ends.pop(name, None)
+
+    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+        """Name what lives under names that are not known."""
+        with self.world.lock:
+            return {process.name for process in self.world.processes} - set(known)
+
+    def sweep(self, name: ServerName) -> None:
+        """End what lives under a name, and tell nobody."""
+        with self.world.lock:
+            for process in self.world.living(name):
+                process.watcher = None
+                self.world.end(process, Exit(signal="SIGKILL"))
             self.world.ends.pop(name, None)
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:

@@ -9,7 +9,7 @@ import types
 if not __package__:
     # Run as a directory, by an interpreter that has no labkeeper, or another one: our siblings get a name that nobody else has,
     # and our directory leaves the path again, so that no import of a server ever finds them under a shorter one.
-    __package__ = "labkeeper_standalone"
+    __package__, __spec__ = "labkeeper_standalone", None
     _module = types.ModuleType(__package__)
     _module.__path__ = [sys.path.pop(0)]
     sys.modules[__package__] = _module

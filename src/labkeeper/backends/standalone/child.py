@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import json
 import os
-import random
 import resource
 import secrets
 import socket
@@ -18,19 +16,18 @@ import ssl
 import sys
 import time
 import traceback
-from collections.abc import Mapping
 from typing import Any, Callable, Optional
 
+from .identity import mark, show
+from .kernels import Kernels
 from .wire import Launch
 from .wire import receive as receive_frame
 
-MARK = "LABKEEPER_SERVER"
-"""The environment variable by which all that a server starts is known."""
 RECORD = "launch.json"
 """The file in a server's room in which its keeper notes which process it is."""
 _COOKIE_SECRET_BYTES = 32
-_PR_SET_NAME = 15
-"""From linux/prctl.h."""
+_OOM_SCORE = 300
+"""Added to what Linux makes of the memory that a process uses, of 1000 for all there is, when it looks for one to kill."""
 _exit_code = 0
 
 
@@ -63,11 +60,11 @@ def become_server(launch: Launch, log: int, report: int) -> None:
     _exit_code = 1
     _open_streams(log)
     try:
-        _enter(launch)
+        enter(launch)
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch.config, lambda app: _report_ready(app, report, launch.room))
+        run_jupyter(launch, lambda app: _report_ready(app, report, launch.room))
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -83,7 +80,38 @@ def become_server(launch: Launch, log: int, report: int) -> None:
         sys.exit(f"bad configuration: cannot load {file}: {error}" if file else 1)
 
 
-def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], None]) -> None:
+def enter(launch: Launch) -> None:
+    """Put a launch in force in this process. What needs the keeper's rights comes before the change of user."""
+    if os.getsid(0) != os.getpid():
+        os.setsid()
+    for path in launch.cgroups:
+        with open(path, "w") as members:
+            members.write(str(os.getpid()))
+    for name, limit in launch.rlimits.items():
+        number = getattr(resource, name)
+        _, hard = resource.getrlimit(number)
+        most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(number, (most, most))
+    _go_first_without_memory()
+    show(launch.title)
+    mark(launch.room)
+    os.umask(launch.umask)
+    os.environ.clear()
+    os.environ.update(launch.env)
+    time.tzset()
+    sys.argv[:] = ["jupyter-lab"]
+    if launch.user is not None:
+        os.setgroups(launch.user.groups)
+        os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
+        os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
+    os.chdir(launch.cwd)
+    runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
+    if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
+        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
+    _reseed()
+
+
+def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
     from jupyter_server import serverapp
@@ -91,6 +119,8 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
     from jupyterlab import commands
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
+
+    kernels: Optional[Kernels] = None
 
     class ServerApp(serverapp.ServerApp):
         """Jupyter's own, under its own name; where there is no command line, none is parsed."""
@@ -101,15 +131,23 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
             else:
                 self.argv, self.extra_args, self.cli_config = [], [], Config()
 
-    # Computed when they are imported, which may have been in another environment.
-    LabApp.user_settings_dir.default_value = commands.get_user_settings_dir()
-    LabApp.workspaces_dir.default_value = commands.get_workspaces_dir()
-    LabApp.setup_class(dict(LabApp.__dict__))
+        async def cleanup_kernels(self) -> None:
+            # There are none when it ends before it is initialised.
+            if kernels is not None:
+                await kernels.end(super().cleanup_kernels)
+
+    # Computed when they were imported, which may have been in another environment.
+    settings, workspaces = commands.get_user_settings_dir(), commands.get_workspaces_dir()
+    if (LabApp.user_settings_dir.default_value, LabApp.workspaces_dir.default_value) != (settings, workspaces):
+        LabApp.user_settings_dir.default_value = settings
+        LabApp.workspaces_dir.default_value = workspaces
+        # The class keeps the defaults of its traits beside them, too.
+        LabApp.setup_class(dict(LabApp.__dict__))
     tls = getattr(sys.modules.get("tornado.netutil"), "_client_ssl_defaults", None)
     if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
         tls.set_default_verify_paths()
     GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
-    chosen = Config({section: dict(values) for section, values in config.items()})
+    chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
     LabApp.serverapp_class = ServerApp
     app = LabApp.initialize_server(
@@ -120,6 +158,7 @@ def run_jupyter(config: Mapping[str, Mapping[str, Any]], ready: Callable[[Any], 
         # A configuration that cannot be read must not leave its server without the protection that it asks for.
         raise_config_file_errors=True,
     )
+    kernels = Kernels(app, launch.room, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
     app.start()
@@ -154,79 +193,23 @@ def _open_streams(log: int) -> None:
         os.close(descriptor)
 
 
-def _enter(launch: Launch) -> None:
-    """Put the launch in force. What needs the keeper's rights comes before the change of user."""
-    if os.getsid(0) != os.getpid():
-        os.setsid()
-    for path in launch.cgroups:
-        with open(path, "w") as members:
-            members.write(str(os.getpid()))
-    for name, limit in launch.rlimits.items():
-        number = getattr(resource, name)
-        _, hard = resource.getrlimit(number)
-        most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(number, (most, most))
-    show(launch.title)
-    mark(launch.room)
-    os.umask(launch.umask)
-    os.environ.clear()
-    os.environ.update(launch.env)
-    time.tzset()
-    sys.argv[:] = ["jupyter-lab"]
-    if launch.user is not None:
-        os.setgroups(launch.user.groups)
-        os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
-        os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
-    os.chdir(launch.cwd)
-    runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
-    if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
-    _reseed()
+def _go_first_without_memory() -> None:
+    """Let Linux choose us and what we start, rather than the keeper and fork servers, when memory has run out."""
+    # There may be no /proc, or nothing there to write to.
+    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as score:
+        ours = int(score.read())
+        score.seek(0)
+        score.write(str(max(ours, _OOM_SCORE)))
 
 
 def _reseed() -> None:
     """Part from our siblings: what was seeded before the fork would give all of them the same numbers.
 
-    Python does that by itself for `random` in a fork, and OpenSSL for its own generator.
+    In a fork `random` and OpenSSL do that by themselves.
     """
-    random.seed()
     numpy_random = sys.modules.get("numpy.random")
     if numpy_random is not None:
         numpy_random.seed()
-
-
-def show(title: str) -> None:
-    """Let the lists of processes show what this process is, as if it had been executed, where that is possible.
-
-    Linux shows the memory in which a program found its arguments; a fork keeps that of its parent. It is written over in place,
-    as `setproctitle` does.
-    """
-    if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, b"jupyter-lab", 0, 0, 0)
-        first, end = _memory_of_program()[:2]
-        _overwrite(first, end - first, os.fsencode(title)[: max(0, end - first - 1)])
-
-
-def mark(room: str) -> None:
-    """Let our environment, as others see it, carry the mark; its place was made when the program was started."""
-    if sys.platform.startswith("linux"):
-        first, end = _memory_of_program()[2:]
-        found = ctypes.string_at(first, end - first).find(f"{MARK}=".encode())
-        if found >= 0:
-            place = first + found + len(MARK) + 1
-            _overwrite(place, len(ctypes.string_at(place)), os.fsencode(room))
-
-
-def _memory_of_program() -> list[int]:
-    """Give where our arguments and our environment begin and end; zeros where that is kept from us."""
-    # Fields 48 to 51 of proc(5) stat; the name before them may hold spaces and parentheses.
-    with open("/proc/self/stat", "rb") as stat:
-        return [int(address) for address in stat.read().rpartition(b")")[2].split()[45:49]]
-
-
-def _overwrite(place: int, size: int, text: bytes) -> None:
-    if place and len(text) <= size:
-        ctypes.memmove(place, text.ljust(size, b"\0"), size)
 
 
 def _broken_configuration(error: BaseException) -> Optional[str]:

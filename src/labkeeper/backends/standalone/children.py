@@ -55,6 +55,10 @@ class Children:
                     self._tell(self._reports.pop(pid), pid, status)
         return ended
 
+    def forget_unheard(self) -> None:
+        """Drop the ends that nobody has heard of."""
+        self._unheard.clear()
+
     def forget(self) -> None:
         """Let go of all of them; for a child, whose siblings they are."""
         for report in self._reports.values():

@@ -10,7 +10,8 @@ A keeper connects to a Unix socket and sends one request for each connection (se
     {"do": "launch"}            with a file that holds the launch, a log, and a pipe to report to: answered with the pid, or with
                                 {"retired": why}; the file is for the child alone, so that no secret is ever in here
     {"do": "attach", "pid": n}  with a pipe to report to, for a child of an earlier keeper
-    {"do": "retire"}            fork no more, and end when no child is left
+    {"do": "retire"}            fork no more, and end when no child is left; with "all_heard", as a keeper says that ends: nobody
+                                will ask any more how those ended that have ended by now
 
 Lines of JSON come out of the pipe: {"ready": server_info} from the child, {"status": wait status} from here.
 """
@@ -20,7 +21,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import json
 import os
 import selectors
 import signal
@@ -32,25 +32,20 @@ from dataclasses import dataclass
 from typing import Any, NoReturn, Optional
 
 from . import pages, peers, wire
-from .child import show
 from .children import Children
-from .preload import Freshness, PreloadError, load, written_pages
+from .freshness import Freshness
+from .identity import show, started
+from .preload import PreloadError, load, written_pages
 from .wire import Launch, WireError
 
-REHEARSAL = "rehearsal.json"
-"""The launch to rehearse, in the working directory."""
-FRESH_EVERY = 5.0
+_FRESH_EVERY = 5.0
 """Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
-QUIET = 0.25
+_QUIET = 0.25
 """Seconds after a fork until the next child is forked ahead: a server that starts has the processors first."""
-KEEPERLESS = 10.0
+_KEEPERLESS = 10.0
 """Seconds without a keeper and without a server after which a fork server ends: so long it can be asked how servers ended."""
 _REQUEST_SECONDS = 1.0
 """Seconds that a keeper may take to send what it has begun."""
-_MOST_SPOILERS = 6
-"""Modules that are left out because of what importing them does; each costs a new beginning."""
-_AVOID = "LABKEEPER_AVOID"
-"""The environment variable that passes them on."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 
@@ -58,60 +53,29 @@ _PR_SET_CHILD_SUBREAPER = 36
 def serve(descriptor: int) -> tuple[Launch, int, int]:
     """Load, then serve on a bound Unix socket. Returns in children only: a child's launch, its log, and the pipe to report to."""
     listener = socket.socket(fileno=descriptor)
-    # Listened to from here, not before: whoever connects can ask for the pid of the process that listens.
+    # Our keeper listens on it already. From here on whoever connects can ask for the pid of who listens, and is given ours.
     listener.listen(128)
-    _be_subreaper()
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.disable()
     begun = time.monotonic()
     try:
-        freshness = _load(listener)
+        freshness = load(listener)
+        # What is alive now will not be looked at by any collector again, so that its pages stay shared.
+        gc.collect()
+        gc.freeze()
+        written = written_pages()
     except PreloadError as error:
         traceback.print_exc()
         _refuse(listener, str(error))
-    # What is alive now will not be looked at by any collector again, so that its pages stay shared.
-    gc.collect()
-    gc.freeze()
-    try:
-        written = written_pages(_rehearsal())
-    except PreloadError as error:
-        _refuse(listener, str(error))
     seconds = time.monotonic() - begun
     print(f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
-    return _ForkServer(listener, freshness, written, seconds).run()
-
-
-def _be_subreaper() -> None:
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
-def _load(listener: socket.socket) -> Freshness:
-    """Load what servers take. Begins anew, as a fresh program, when a module spoiled this process or the disk changed."""
-    avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
-    try:
-        freshness = Freshness()
-        spoilers = load(_rehearsal(), avoid)
-    except Exception as error:
-        raise PreloadError(f"loading JupyterLab failed: {error}") from error
-    if len(avoid | spoilers) > _MOST_SPOILERS:
-        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or opens sockets")
-    if spoilers or freshness.settle() is not None:
-        os.environ[_AVOID] = ",".join(avoid | spoilers)
-        listener.set_inheritable(True)
-        os.execv(  # noqa: S606 - the interpreter that runs already
-            sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
-        )
-    return freshness
-
-
-def _rehearsal() -> Launch:
-    with open(REHEARSAL) as stream:
-        return Launch.parse(json.load(stream))
+    return _ForkServer(listener, freshness, written).run()
 
 
 def _refuse(listener: socket.socket, reason: str) -> NoReturn:
     """Tell the keeper why there is no fork server, and end."""
     print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
-    listener.settimeout(KEEPERLESS)
+    listener.settimeout(_KEEPERLESS)
     with contextlib.suppress(OSError, WireError, EOFError):
         connection, _ = listener.accept()
         connection.settimeout(_REQUEST_SECONDS)
@@ -147,12 +111,11 @@ class _Request:
 class _ForkServer:
     """The one thread, and all that it holds open: everything of it is closed in a child."""
 
-    def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]], seconds: float) -> None:
+    def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]]) -> None:
         self._listener = listener
         self._freshness = freshness
         self._written = written
         """The pages that a server writes to."""
-        self._seconds = seconds
         self._looked_at = time.monotonic()
         self._keepers: set[socket.socket] = set()
         """Connections that a keeper holds as long as it lives."""
@@ -188,7 +151,7 @@ class _ForkServer:
                     return _take(request.files)
             elif self._wants_spare() and (connection := self._fork_spare()) is not None:
                 return self._wait_for_launch(connection)
-            if time.monotonic() - self._looked_at > FRESH_EVERY:
+            if time.monotonic() - self._looked_at > _FRESH_EVERY:
                 self._look()
             if self._needless():
                 self._dismiss_spare()
@@ -198,13 +161,13 @@ class _ForkServer:
         """Give the seconds until there is something to do that nobody asks for."""
         if self._spare is None and not self._retired:
             return max(0.0, self._busy_until - time.monotonic())
-        return FRESH_EVERY
+        return _FRESH_EVERY
 
     def _needless(self) -> bool:
         if self._children or (self._keepers and not self._retired):
             return False
         heard = bool(self._retired) and not self._children.unheard
-        return heard or time.monotonic() - self._last_needed > KEEPERLESS
+        return heard or time.monotonic() - self._last_needed > _KEEPERLESS
 
     # Requests
 
@@ -237,6 +200,8 @@ class _ForkServer:
             answer = {"known": self._children.attach(request.message.get("pid"), request.files[0])}
         elif what == "retire":
             self._retire("its keeper needs it no more")
+            if request.message.get("all_heard"):
+                self._children.forget_unheard()
             answer = {}
         request.answer(answer)
         request.close()
@@ -247,7 +212,7 @@ class _ForkServer:
             os.close(file)
         self._keepers.add(request.connection)
         self._selector.register(request.connection, selectors.EVENT_READ)
-        request.answer({"pid": os.getpid(), "seconds": self._seconds})
+        request.answer({"pid": os.getpid()})
         if self._retired:
             request.answer({"retired": self._retired})
 
@@ -288,7 +253,7 @@ class _ForkServer:
 
     def _confirm(self, request: _Request, pid: int) -> None:
         """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
-        self._busy_until = time.monotonic() + QUIET
+        self._busy_until = time.monotonic() + _QUIET
         # Looked at while the child begins on another core, instead of before.
         self._look()
         if self._retired:
@@ -297,7 +262,7 @@ class _ForkServer:
             request.answer({"retired": self._retired})
         else:
             self._children.add(pid, request.files.pop())
-            request.answer({"pid": pid, "started": peers.started(pid)})
+            request.answer({"pid": pid, "started": started(pid)})
         request.close()
 
     def _wants_spare(self) -> bool:
@@ -310,7 +275,7 @@ class _ForkServer:
             pid = _fork()
         except OSError as error:
             print(f"[labkeeper] cannot fork ahead: {error}", file=sys.stderr, flush=True)
-            self._busy_until = time.monotonic() + FRESH_EVERY
+            self._busy_until = time.monotonic() + _FRESH_EVERY
             ours.close()
             its.close()
             return None
@@ -377,7 +342,7 @@ class _ForkServer:
             self._spare.connection.close()
             self._spare = None
             # It was to live. Whatever ended it must not end one after the other.
-            self._busy_until = time.monotonic() + FRESH_EVERY
+            self._busy_until = time.monotonic() + _FRESH_EVERY
 
 
 def _take(files: list[int]) -> tuple[Launch, int, int]:

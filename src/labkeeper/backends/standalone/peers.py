@@ -6,15 +6,22 @@ import os
 import socket
 import struct
 
-from .child import MARK
+from .identity import MARK, stat
 
 _CREDENTIALS = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
 
 
+def peer(connection: socket.socket) -> tuple[int, int]:
+    """Give the pid and the user of the process that has connected, or that listens."""
+    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, _ = _CREDENTIALS.unpack(credentials)
+    return pid, uid
+
+
 def check(connection: socket.socket) -> None:
-    """Let only a keeper in: a process of our own user that does not stem from a server. Raises PermissionError."""
-    pid, uid, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    """Let only a keeper in: a process of our own user that does not stem from a server. Raises OSError (PermissionError)."""
+    pid, uid = peer(connection)
     if uid != os.geteuid():
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
@@ -24,7 +31,7 @@ def check(connection: socket.socket) -> None:
     while pid > 1:
         if pid == os.getpid() or _is_marked(pid):
             raise PermissionError("a server must not ask for others")
-        pid = int(_stat(pid)[1])
+        pid = int(stat(pid)[1])
 
 
 def _environment(pid: int) -> bytes:
@@ -40,14 +47,3 @@ def _is_marked(pid: int) -> bool:
 def _rooms() -> str:
     """Give the keeper's runtime directory; a keeper may itself run in the server of another one."""
     return os.path.dirname(os.path.dirname(os.getcwd()))
-
-
-def _stat(pid: int) -> list[str]:
-    """Give the fields of proc(5) stat from the third one on; the name before them may hold spaces and parentheses."""
-    with open(f"/proc/{pid}/stat", errors="replace") as stream:
-        return stream.read().rpartition(")")[2].split()
-
-
-def started(pid: int) -> str:
-    """Give the moment a process started, in ticks since boot; with its pid that is its identity."""
-    return _stat(pid)[19]

@@ -1,7 +1,7 @@
-"""What a fork server loads before it serves, and how it knows that this is still what is on disk.
+"""What a fork server loads before it serves.
 
-A rehearsal tells what to load: a child initialises a whole server, with the site's own configuration and extensions, reports
-every module that this took, and ends. Nothing has to be listed by anybody.
+A rehearsal tells what to load: a child becomes a whole server, with the site's own configuration and extensions, reports every
+module that this took, and ends. Nothing has to be listed by anybody.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import os
 import re
 import secrets
 import signal
+import socket
 import sys
-import time
 import traceback
 from collections.abc import Collection
-from typing import Any, Optional
+from dataclasses import replace
+from typing import Any, NoReturn
 
 from . import pages
-from .child import mark, run_jupyter
+from .child import enter, run_jupyter
+from .freshness import Freshness
 from .wire import Launch
 
-REHEARSAL_SECONDS = 60
+REHEARSAL = "rehearsal.json"
+"""The launch to rehearse, in the working directory."""
+_REHEARSAL_SECONDS = 60
 """Seconds after which a rehearsal that has not ended is given up."""
 _PROOF_PATHS = ("api", "api/me")
 """What a keeper asks before it calls a server running."""
@@ -32,24 +36,53 @@ _FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
 """What a user's browser asks first; answering loads more modules."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
-_CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json"))
 _MOST_PATTERNS = 400
 """Regular expressions that are compiled ahead; Python keeps at most 512."""
+_MOST_SPOILERS = 6
+"""Modules that are left out because of what importing them does; each costs a new beginning."""
+_AVOID = "LABKEEPER_AVOID"
+"""The environment variable that passes them on."""
 
 
 class PreloadError(Exception):
     """Servers cannot be forked from this process; says why."""
 
 
-def load(launch: Launch, avoid: Collection[str]) -> set[str]:
-    """Load what a server takes, but the modules to `avoid` and those in them; give those that must not be loaded before a fork.
+def load(listener: socket.socket) -> Freshness:
+    """Load what servers take; give what knows whether that is still what is on disk. Raises PreloadError.
 
-    Where that is not empty this process is spoiled: it has a thread, or an open poll, socket or pipe that it would share with
-    its children. Raises PreloadError.
+    Begins anew, as a fresh program with the same listener, when a module spoiled this process or the disk changed.
+    """
+    avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
+    try:
+        freshness = Freshness()
+        spoilers = _import_all(avoid)
+    except Exception as error:
+        raise PreloadError(f"loading JupyterLab failed: {error}") from error
+    if len(avoid | spoilers) > _MOST_SPOILERS:
+        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or opens sockets")
+    if spoilers or freshness.settle() is not None:
+        os.environ[_AVOID] = ",".join(avoid | spoilers)
+        listener.set_inheritable(True)
+        os.execv(  # noqa: S606 - the interpreter that runs already
+            sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
+        )
+    return freshness
+
+
+def written_pages() -> list[tuple[int, int]]:
+    """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
+    return [(address, size) for address, size in _rehearse()["pages"]]
+
+
+def _import_all(avoid: Collection[str]) -> set[str]:
+    """Import what a server takes, but the modules to `avoid` and those in them; give the one that must not be, if there is one.
+
+    This process is spoiled then: it has a thread, or an open poll, socket or pipe that it would share with its children.
     """
     importlib.import_module("jupyterlab.labapp")
     ours = _shared_things()
-    told = _rehearse(launch)
+    told = _rehearse()
     # Packages before what is in them: importing a module imports its package, so the one that spoils is found by its own name.
     for name in sorted(told["modules"], key=lambda name: name.count(".")):
         if name in sys.modules or any(f"{name}.".startswith(f"{avoided}.") for avoided in avoid):
@@ -66,11 +99,6 @@ def load(launch: Launch, avoid: Collection[str]) -> set[str]:
     return set()
 
 
-def written_pages(launch: Launch) -> list[tuple[int, int]]:
-    """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
-    return [(address, size) for address, size in _rehearse(launch)["pages"]]
-
-
 def _shared_things() -> set[str]:
     """Name what a child would share with this process and must not: threads, and open things that are more than a file."""
     things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
@@ -84,8 +112,12 @@ def _shared_things() -> set[str]:
     return things
 
 
-def _rehearse(launch: Launch) -> dict[str, Any]:
-    """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages."""
+def _rehearse() -> dict[str, Any]:
+    """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages.
+
+    Raises PreloadError.
+    """
+    launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -105,25 +137,21 @@ def _rehearse(launch: Launch) -> dict[str, Any]:
         ) from None
 
 
-def _perform(launch: Launch, writer: int) -> None:
+def _perform(launch: Launch, writer: int) -> NoReturn:
     code = 1
     try:
         shared = pages.writable()
-        # It ends with its parent, and it is known by its mark.
+        # It ends with its parent, and in time.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        signal.alarm(REHEARSAL_SECONDS)
-        os.setsid()
-        mark(launch.room)
-        os.environ.update(launch.env)
-        os.chdir(launch.cwd)
-        config = dict(launch.config)
+        signal.alarm(_REHEARSAL_SECONDS)
+        enter(launch)
         token = secrets.token_hex(24)
-        config["IdentityProvider"] = {"token": token}
+        launch = replace(launch, config={**launch.config, "IdentityProvider": {"token": token}})
 
         def ready(app: Any) -> None:
             app.io_loop.add_callback(_warm_and_tell, app, token, shared, writer)
 
-        run_jupyter(config, ready)
+        run_jupyter(launch, ready)
         code = 0
     except SystemExit as end:
         code = 1 if end.code else 0
@@ -153,57 +181,3 @@ async def _get(info: dict[str, Any], path: str, token: str) -> None:
     stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
     await reader.read()
     stream.close()
-
-
-class Freshness:
-    """Whether what this process has loaded is still what a new process would load."""
-
-    def __init__(self) -> None:
-        """Look at what is there now; call `settle` when all is loaded."""
-        self._since = time.time_ns()
-        self._known = {path: _stamp(path) for path in self._places()}
-
-    def settle(self) -> Optional[str]:
-        """Take in the files of all modules; name one that has changed while they were loaded, if any has."""
-        changed = self.changed()
-        files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-        stamps = {path: _stamp(path) for path in files if path}
-        self._known = {**stamps, **self._known}
-        # It may have been written before it was loaded, or after. A time that is still to come says nothing.
-        young = (path for path, stamp in stamps.items() if stamp and self._since < stamp[0] <= time.time_ns())
-        return changed or next(young, None)
-
-    def changed(self) -> Optional[str]:
-        """Name one place that has changed since; None when all is as it was. Takes about 4 ms."""
-        return next((path for path, stamp in self._known.items() if _stamp(path) != stamp), None)
-
-    @staticmethod
-    def _places() -> list[str]:
-        """Name the directories in which packages and configuration are installed, and the interpreter."""
-        from jupyter_core.paths import jupyter_config_path
-
-        config = [
-            found
-            for directory in jupyter_config_path()
-            for found in (
-                *(os.path.join(directory, name) for name in _CONFIG_FILES),
-                *_files_in(os.path.join(directory, "jupyter_server_config.d")),
-            )
-        ]
-        lists = [file for place in sys.path for file in _files_in(place) if file.endswith(".pth")]
-        return [sys.executable, *filter(None, sys.path), *lists, *config]
-
-
-def _files_in(directory: str) -> list[str]:
-    try:
-        return [directory, *(entry.path for entry in os.scandir(directory))]
-    except OSError:
-        return [directory]
-
-
-def _stamp(path: str) -> Optional[tuple[int, int, int]]:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino

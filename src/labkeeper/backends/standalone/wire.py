@@ -47,6 +47,8 @@ class Launch:
     """What lists of processes show."""
     cwd: str
     env: dict[str, str]
+    kernel_env: dict[str, str]
+    """What its kernels have beyond that."""
     umask: int
     config: dict[str, dict[str, Any]]
     """Jupyter's configuration by section, as the command line would give it: above every file."""
@@ -95,6 +97,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "title": lambda value: isinstance(value, str),
     "cwd": lambda value: isinstance(value, str),
     "env": _texts,
+    "kernel_env": _texts,
     "umask": lambda value: type(value) is int and 0 <= value <= _ALL_BITS,
     "config": lambda value: isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()),
     "user": lambda value: (

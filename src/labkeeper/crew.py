@@ -1,4 +1,4 @@
-"""The threads of a backend: all end when it is closed, whatever they wait for."""
+"""Threads that all end when their owner is closed, whatever they wait for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import structlog
 
-_log = structlog.get_logger("labkeeper.backends.crew")
+_log = structlog.get_logger("labkeeper.crew")
 
 
 class Crew:
@@ -45,15 +45,20 @@ class Crew:
 
         thread = threading.Thread(target=body, name=name, daemon=True)
         with self._lock:
+            # Only one that runs can be waited for.
+            thread.start()
             self._threads.add(thread)
-        thread.start()
         return thread
 
     def close(self) -> None:
         """Tell all to end, and wait until they have."""
         self._closed.set()
         os.close(self._wake_writer)
-        while self._threads:
-            for thread in list(self._threads):
+        while running := self._running():
+            for thread in running:
                 thread.join()
         os.close(self.wake)
+
+    def _running(self) -> list[threading.Thread]:
+        with self._lock:
+            return list(self._threads)

@@ -1,0 +1,242 @@
+"""What is asked of a kernel gateway: whether it is one and lets us in, whether it has a kernel, and to end one.
+
+It is asked as Jupyter would ask it: the same URL, headers, certificates. Sources of the rules: jupyter_server 2.x
+(`gateway/gateway_client.py`), the REST API of Jupyter Kernel Gateway and Enterprise Gateway, all three read and run.
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import ssl
+import threading
+from concurrent.futures import Future
+from contextlib import closing, suppress
+from typing import Final
+from urllib.parse import urlsplit
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.model import Failure, FailureClass, Gateway, GatewayHealth
+from labkeeper.core.ports import Clock
+from labkeeper.exchange import Answer, exchange
+
+_KERNEL_PATH: Final = "/api/kernels/"
+_DELETE_WITHIN: Final = 20.0
+"""Seconds that a gateway gets to end a kernel, which may be a container in a cluster."""
+_SERVER_ERRORS: Final = 500
+_NO_TLS: Final = "does not speak TLS; use http:// in gateway_url"
+_AT_ONCE: Final = 1.0
+"""Seconds in which what is no TLS says so."""
+_MARGIN: Final = 0.5
+"""Seconds beyond its own timeout after which a question is given up: names are looked up without one."""
+
+
+class _Specs(BaseModel):
+    """`GET /api/kernelspecs`, as far as it tells a gateway from other servers."""
+
+    model_config = ConfigDict(extra="ignore", defer_build=True)
+
+    kernelspecs: dict[str, object]
+
+
+class _UnfitError(Exception):
+    """A gateway cannot be used."""
+
+    def __init__(self, kind: FailureClass, why: str) -> None:
+        super().__init__(why)
+        self.kind = kind
+
+
+class GatewayClient:
+    """Asks gateways. Thread-safe."""
+
+    def __init__(self, clock: Clock, *, timeout: float) -> None:
+        """`timeout` is in seconds, and holds for each question as a whole."""
+        self._clock = clock
+        self._timeout = timeout
+
+    def check(self, gateway: Gateway) -> GatewayHealth:
+        """Find out whether it can be used: it answers, it lets us in, and it speaks as a gateway."""
+        try:
+            count = self._count_specs(gateway)
+        except _UnfitError as error:
+            failure = Failure(error.kind, f"the gateway {gateway.url} {error}")
+            return GatewayHealth(self._clock.time(), failure)
+        return GatewayHealth(self._clock.time(), kernelspecs=count)
+
+    def has_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
+        """Whether a kernel of this id lives there. Raises BackendUnavailable when that cannot be known."""
+        status = self._ask_about(gateway, "GET", kernel_id)
+        if status not in {http.client.OK, http.client.NOT_FOUND}:
+            raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: it answered {status}")
+        return status == http.client.OK
+
+    def end_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
+        """End a kernel; it is gone when this returns. Says whether it was there. Raises BackendUnavailable."""
+        status = self._ask_about(gateway, "DELETE", kernel_id, within=_DELETE_WITHIN)
+        if status not in {http.client.OK, http.client.NO_CONTENT, http.client.NOT_FOUND}:
+            raise BackendUnavailable(f"cannot end kernel {kernel_id} on the gateway {gateway.url}: it answered {status}")
+        return status != http.client.NOT_FOUND
+
+    def _ask_about(self, gateway: Gateway, method: str, kernel_id: str, within: float | None = None) -> int:
+        try:
+            return self._ask(gateway, method, _KERNEL_PATH + kernel_id, within or self._timeout).status
+        except (OSError, http.client.HTTPException) as error:
+            why = str(error) or type(error).__name__
+            raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: {why}") from error
+
+    def _count_specs(self, gateway: Gateway) -> int:
+        """Ask for its kernelspecs; count them. Raises _UnfitError."""
+        try:
+            answer = self._ask(gateway, "GET", "/api/kernelspecs", self._timeout)
+        except (OSError, http.client.HTTPException) as error:
+            raise self._diagnosis(gateway, error) from error
+        if answer.status == http.client.BAD_REQUEST and self._speaks_tls(gateway):
+            raise _speaks_only_tls()
+        if answer.status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
+            given = "the token that it was shown" if gateway.auth_token else "a caller without a token"
+            raise _UnfitError(
+                FailureClass.GATEWAY_REFUSED,
+                f"refuses {given} ({answer.status}); check gateway_auth_token, gateway_auth_scheme and gateway_headers",
+            )
+        if answer.status >= _SERVER_ERRORS:
+            raise _UnfitError(
+                FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it does not work now; look at it, or try later"
+            )
+        if answer.location and answer.status != http.client.OK:
+            raise _UnfitError(
+                FailureClass.NOT_A_GATEWAY, f"points elsewhere ({answer.location[:200]!r}); give the place itself as gateway_url"
+            )
+        try:
+            if answer.status != http.client.OK:
+                raise ValueError(f"status {answer.status}")
+            return len(_Specs.model_validate_json(answer.body).kernelspecs)
+        except (ValueError, ValidationError) as error:
+            status = f" ({answer.status})" if answer.status != http.client.OK else ""
+            raise _UnfitError(
+                FailureClass.NOT_A_GATEWAY,
+                f"answers, but not as a Jupyter kernel gateway does{status}; check the host, port and path of gateway_url",
+            ) from error
+
+    def _diagnosis(self, gateway: Gateway, error: Exception) -> _UnfitError:
+        """Say why there was no answer, and what to do."""
+        kind = FailureClass.GATEWAY_UNREACHABLE
+        match error:
+            case ssl.SSLError():
+                kind, why = FailureClass.GATEWAY_TLS, _tls_trouble(error)
+            case socket.gaierror():
+                why = f"cannot be found: no host is called {urlsplit(gateway.url).hostname!r} here; check gateway_url"
+            case TimeoutError() if self._speaks_http(gateway):
+                # What it waited for was not TLS.
+                kind, why = FailureClass.GATEWAY_TLS, _NO_TLS
+            case TimeoutError():
+                kind = FailureClass.GATEWAY_TIMEOUT
+                why = f"did not answer within {self._timeout:g} s; look at it, or raise LABKEEPER_GATEWAY_TIMEOUT"
+            case ConnectionRefusedError():
+                why = "cannot be reached: the connection was refused; start it, or check the port of gateway_url"
+            case http.client.InvalidURL():
+                why = f"cannot be asked: {error}; check gateway_url, gateway_auth_token and gateway_headers"
+            case http.client.HTTPException() | ConnectionError() if self._speaks_tls(gateway):
+                return _speaks_only_tls()
+            case ConnectionError():
+                why = "breaks the connection off without an answer; look at it, or check the port of gateway_url"
+            case http.client.HTTPException():
+                kind = FailureClass.NOT_A_GATEWAY
+                why = f"does not speak HTTP ({type(error).__name__}); check the port of gateway_url"
+            case _:
+                why = f"cannot be reached: {getattr(error, 'strerror', None) or error}"
+        return _UnfitError(kind, why)
+
+    def _speaks_http(self, gateway: Gateway) -> bool:
+        """Whether HTTP without TLS is spoken where the URL says that TLS is."""
+        parts = urlsplit(gateway.url)
+        if parts.scheme == "http":
+            return False
+        with suppress(OSError), socket.create_connection((parts.hostname or "", parts.port or 443), timeout=_AT_ONCE) as plain:
+            plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
+            return plain.recv(5).startswith(b"HTTP")
+        return False
+
+    def _speaks_tls(self, gateway: Gateway) -> bool:
+        """Whether TLS is spoken where the URL says that it is not."""
+        parts = urlsplit(gateway.url)
+        if parts.scheme == "https":
+            return False
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with suppress(OSError):
+            plain = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=self._timeout)
+            with plain, context.wrap_socket(plain):
+                return True
+        return False
+
+    def _ask(self, gateway: Gateway, method: str, path: str, within: float) -> Answer:
+        """Ask, and give up after so many seconds, whatever it waits for. Raises OSError and HTTPException."""
+        outcome: Future[Answer] = Future()
+        asked: list[socket.socket] = []
+
+        def ask() -> None:
+            try:
+                with _connection(gateway, within) as connection:
+                    connection.connect()
+                    asked.append(connection.sock)
+                    prefix = urlsplit(gateway.url).path.rstrip("/")
+                    outcome.set_result(exchange(connection, method, prefix + path, headers=_headers(gateway), within=within))
+            except Exception as error:  # noqa: BLE001 - handed over to who asked
+                outcome.set_exception(error)
+
+        # In a thread that nobody waits for: the look-up of a name has no timeout, and cannot be ended.
+        threading.Thread(target=ask, name="ask-gateway", daemon=True).start()
+        try:
+            return outcome.result(within + _MARGIN)
+        except OSError:
+            # One that goes on answering, a byte at a time, would keep its thread for hours.
+            for connected in asked:
+                with suppress(OSError):
+                    socket.socket.shutdown(connected, socket.SHUT_RDWR)
+            raise
+        except ValueError as error:
+            # Of a name or header that cannot be sent; what Python says of it may hold a part of a secret.
+            raise http.client.InvalidURL("its name, or a header, cannot be sent") from error
+
+
+def _tls_trouble(error: ssl.SSLError) -> str:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"shows a certificate that is not trusted ({error.verify_message}); name its authority by gateway_ca_certs"
+    # An SSLError that is raised in Python, not in OpenSSL, has no reason.
+    reason = getattr(error, "reason", None)
+    if reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}:
+        return _NO_TLS
+    return f"cannot agree on TLS ({reason or error}); check gateway_client_cert and gateway_ca_certs"
+
+
+def _speaks_only_tls() -> _UnfitError:
+    return _UnfitError(FailureClass.GATEWAY_TLS, "speaks TLS; use https:// in gateway_url")
+
+
+def _headers(gateway: Gateway) -> dict[str, str]:
+    """Give the headers that Jupyter would send."""
+    if gateway.auth_token is None:
+        return dict(gateway.headers)
+    return {**gateway.headers, "Authorization": f"{gateway.auth_scheme or 'token'} {gateway.auth_token}"}
+
+
+def _connection(gateway: Gateway, timeout: float) -> closing[http.client.HTTPConnection]:
+    parts = urlsplit(gateway.url)
+    if parts.scheme == "http":
+        return closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout))
+    context = ssl.create_default_context()
+    try:
+        if gateway.ca_certs is not None:
+            context.load_verify_locations(gateway.ca_certs)
+        if gateway.client_cert is not None:
+            context.load_cert_chain(gateway.client_cert, gateway.client_key)
+    except ssl.SSLError:
+        raise
+    except OSError as error:
+        raise ssl.SSLError(0, f"its files cannot be read: {error.strerror}") from error
+    if not gateway.validate_cert:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return closing(http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=context))

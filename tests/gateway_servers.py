@@ -1,0 +1,428 @@
+"""Gateways for tests: two real ones as processes of their own, and one of ours that misbehaves as it is told."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import http.client
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import uuid
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+
+from harness import PATIENCE, free_port, plain_python, until
+from labkeeper.core.model import Gateway
+
+ROOT = Path(__file__).parents[1]
+VENV = ROOT / ".venv-gateway"
+"""Where the Enterprise Gateway lives: it wants an older jupyter_server than JupyterLab does."""
+
+
+class RealGateway:
+    """What runs kernels in a process of its own, and can be asked without a server in between."""
+
+    def __init__(self, base: Path, *, authority=None):
+        """With a certificate authority (of trustme) it speaks TLS."""
+        self.base = base
+        self.authority = authority
+        self.port = None
+        self.token = uuid.uuid4().hex
+        self.headers = {"Authorization": f"token {self.token}"}
+        self.process = None
+
+    @property
+    def url(self):
+        return f"{'https' if self.authority else 'http'}://127.0.0.1:{self.port}"
+
+    def command(self):
+        raise AssertionError(f"{type(self).__name__} does not say")
+
+    def variables(self):
+        raise AssertionError(f"{type(self).__name__} does not say")
+
+    def start(self):
+        base = self.base
+        base.mkdir(parents=True, exist_ok=True)
+        ours = {"JUPYTER_RUNTIME_DIR": base / "runtime", "HOME": base, **self.variables()}
+        # What stands for us is not to reach its kernels by inheritance.
+        foreign = ("LABKEEPER_", "KERNEL_", "EG_", "KG_")
+        clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
+        env = clean | {name: str(value) for name, value in ours.items()}
+        log = base / "gateway.log"
+        for _ in range(3):
+            self.port = free_port()
+            with log.open("wb") as stream:
+                self.process = subprocess.Popen(self.command(), env=env, cwd=base, stdout=stream, stderr=stream)
+            until(lambda: self.process.poll() is not None or self._answers(), what="gateway ready")
+            # A port that was free a moment ago may be somebody else's by now.
+            if self.process.poll() is None or "already in use" not in log.read_text():
+                break
+        assert self.process.poll() is None, log.read_text()
+        return self
+
+    def _answers(self):
+        with contextlib.suppress(httpx.HTTPError):
+            return self.get("/api").status_code == 200
+        return False
+
+    @property
+    def options(self):
+        """The fields of a request for a server on this gateway."""
+        return {"gateway_url": self.url, "gateway_auth_token": self.token}
+
+    def get(self, path):
+        return httpx.get(f"{self.url}{path}", headers=self.headers, trust_env=False, verify=False, timeout=PATIENCE)
+
+    def kernels(self):
+        answer = self.get("/api/kernels")
+        answer.raise_for_status()
+        return {kernel["id"] for kernel in answer.json()}
+
+    def start_kernel(self):
+        """Start one that no server of ours has anything to do with."""
+        answer = httpx.post(
+            f"{self.url}/api/kernels", headers=self.headers, json={"name": "python3"}, trust_env=False, timeout=PATIENCE
+        )
+        assert answer.status_code == 201, answer.text
+        return answer.json()["id"]
+
+    def end_kernel(self, kernel_id):
+        httpx.delete(f"{self.url}/api/kernels/{kernel_id}", headers=self.headers, trust_env=False, timeout=PATIENCE)
+
+    def children(self):
+        return {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
+
+    @contextlib.contextmanager
+    def suspended(self):
+        """Let it hang; its kernels live on."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def stop(self):
+        if self.process is None:
+            return
+        if self.process.poll() is None:
+            with contextlib.suppress(psutil.Error):
+                self.process.send_signal(signal.SIGCONT)
+            for child in psutil.Process(self.process.pid).children(recursive=True):
+                with contextlib.suppress(psutil.Error):
+                    child.kill()
+            self.process.kill()
+        self.process.wait()
+
+
+class KernelGateway(RealGateway):
+    """A Jupyter Kernel Gateway."""
+
+    def command(self):
+        options = {
+            "KernelGatewayApp.ip": "127.0.0.1",
+            "KernelGatewayApp.port": self.port,
+            "KernelGatewayApp.port_retries": 0,
+            "JupyterWebsocketPersonality.list_kernels": True,
+        }
+        if self.authority:
+            issued = self.authority.issue_cert("127.0.0.1")
+            issued.private_key_and_cert_chain_pem.write_to_path(self.base / "gateway.pem")
+            self.authority.cert_pem.write_to_path(self.base / "ca.pem")
+            options["KernelGatewayApp.certfile"] = options["KernelGatewayApp.keyfile"] = self.base / "gateway.pem"
+        python = plain_python(self.base / "bin")
+        return [python, "-m", "kernel_gateway", *(f"--{name}={value}" for name, value in options.items())]
+
+    def variables(self):
+        return {"KG_AUTH_TOKEN": self.token}
+
+
+class EnterpriseGateway(RealGateway):
+    """A Jupyter Enterprise Gateway whose kernels run beside it; it lets servers choose the variable FOO."""
+
+    def command(self):
+        # `scripts/test` has made it already; a test that is run alone makes it now, and no two workers at once.
+        with VENV.with_name(f"{VENV.name}.lock").open("w") as making:
+            fcntl.flock(making, fcntl.LOCK_EX)
+            subprocess.run(
+                [ROOT / "scripts" / "setup-gateway", VENV], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True
+            )
+        return [
+            VENV / "bin" / "jupyter",
+            "enterprisegateway",
+            "--ip=127.0.0.1",
+            f"--port={self.port}",
+            "--port_retries=0",
+            "--EnterpriseGatewayApp.list_kernels=True",
+        ]
+
+    def variables(self):
+        # It refuses kernels to root by default, which tests in a container run as.
+        return {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
+
+
+REAL = {"kernel-gateway": KernelGateway, "enterprise-gateway": EnterpriseGateway}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request that came in."""
+
+    method: str
+    path: str
+    headers: dict[str, str] = field(repr=False)
+    """By their names in small letters."""
+
+
+SPEC = {
+    "name": "python3",
+    "spec": {"argv": ["python"], "display_name": "Python 3", "language": "python", "env": {}, "metadata": {}},
+    "resources": {},
+}
+
+
+class HostileGateway:
+    """A gateway without real kernels that answers as its `mode` says, which may change at any time.
+
+    `mode` is a key of `ANSWERS`; `on_delete` is another one for the end of kernels, where that is to be different.
+    """
+
+    def __init__(self, mode="well", *, context=None):
+        """With an SSL context its port speaks TLS."""
+        self.mode = mode
+        self.on_delete = None
+        self.kernels = {}
+        self.asked = []
+        self.port = 0
+        """One that is free, from its first start on."""
+        self._context = context
+        self._ending = threading.Event()
+        self._threads = []
+        self._open = set()
+        self._lock = threading.Lock()
+        self._listener = None
+
+    def __enter__(self):
+        return self.start()
+
+    def __exit__(self, *_):
+        self.stop()
+
+    @property
+    def url(self):
+        return f"{'https' if self._context else 'http'}://127.0.0.1:{self.port}"
+
+    @property
+    def options(self):
+        """The fields of a request for a server on this gateway."""
+        return {"gateway_url": self.url}
+
+    def start(self):
+        """Listen, again if need be, on the port that it always has; what kernels it has stays."""
+        self._ending.clear()
+        self._listener = socket.create_server(("127.0.0.1", self.port))
+        self.port = self._listener.getsockname()[1]
+        self._run(self._accept, self._listener)
+        return self
+
+    def stop(self):
+        """End as a process does that is killed: with every connection, and so that the port is refused."""
+        self.vanish()
+        while self._threads:
+            self._threads.pop().join()
+
+    def vanish(self):
+        """Do so without waiting for it, so that an answer can."""
+        self._ending.set()
+        with self._lock:
+            listener, self._listener = self._listener, None
+            sockets = [*self._open, *([listener] if listener else [])]
+        for socket_ in sockets:
+            with contextlib.suppress(OSError):
+                socket_.shutdown(socket.SHUT_RDWR)
+
+    def count(self, method, path):
+        """Say how often it was asked for something; the path may be the beginning of one."""
+        return sum(asked.method == method and asked.path.startswith(path) for asked in list(self.asked))
+
+    def _run(self, target, *args):
+        thread = threading.Thread(target=target, args=args)
+        thread.start()
+        self._threads.append(thread)
+
+    def _accept(self, listener):
+        with listener, contextlib.suppress(OSError):
+            while True:
+                connection, _ = listener.accept()
+                with self._lock:
+                    self._open.add(connection)
+                    if self._ending.is_set():
+                        connection.close()
+                        return
+                self._run(self._serve, connection)
+
+    def _serve(self, connection):
+        try:
+            # It goes away in the middle, or whoever asked does: both are what the tests are about.
+            with contextlib.suppress(OSError), self._wrapped(connection) as stream:
+                self._answer(stream)
+        finally:
+            with self._lock:
+                self._open.discard(connection)
+            connection.close()
+
+    @contextlib.contextmanager
+    def _wrapped(self, connection):
+        if self._context is None:
+            yield connection
+            return
+        with self._context.wrap_socket(connection, server_side=True) as stream:
+            yield stream
+
+    def _answer(self, stream):
+        if self.mode == "garbage":
+            # Before anything was asked, as ssh and mail servers do.
+            stream.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
+        with stream.makefile("rb") as lines:
+            first = lines.readline().decode(errors="replace").split()
+            if len(first) != 3 or not first[2].startswith("HTTP"):
+                self.send(stream, 400)
+                return
+            headers = {k.lower(): v for k, v in http.client.parse_headers(lines).items()}
+            body = lines.read(int(headers.get("content-length", 0)))
+        asked = Asked(first[0], first[1], headers)
+        self.asked.append(asked)
+        mode = self.on_delete if self.on_delete and asked.method == "DELETE" else self.mode
+        ANSWERS[mode](self, stream, asked, body)
+
+    # Ways to answer
+
+    def well(self, stream, asked, body):
+        path = asked.path.partition("?")[0]
+        kernel_id = path.rpartition("/")[2]
+        if path.endswith("/api/kernelspecs"):
+            self.send(stream, 200, {"default": "python3", "kernelspecs": {"python3": SPEC}})
+        elif path.endswith("/api/kernels") and asked.method == "POST":
+            model = {"id": str(uuid.uuid4()), "name": "python3", "execution_state": "idle", "connections": 0}
+            self.kernels[model["id"]] = model | {
+                "last_activity": "2026-01-01T00:00:00.000000Z",
+                "asked": json.loads(body or b"{}"),
+            }
+            self.send(stream, 201, self.kernels[model["id"]])
+        elif path.endswith("/api/kernels"):
+            self.send(stream, 200, list(self.kernels.values()))
+        elif kernel_id not in self.kernels:
+            self.send(stream, 404, {"reason": "no such kernel"})
+        elif asked.method == "DELETE":
+            del self.kernels[kernel_id]
+            self.send(stream, 204)
+        else:
+            self.send(stream, 200, self.kernels[kernel_id])
+
+    def send(self, stream, status, content=None, *, kind="application/json", more=""):
+        body = b"" if content is None else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        length = "" if status == 204 else f"Content-Length: {len(body)}\r\n"
+        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\n{more}{length}"
+        stream.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
+
+    def hang(self, *_):
+        self._ending.wait()
+
+    def hang_after_headers(self, stream, *_):
+        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n")
+        self._ending.wait()
+
+    def drip(self, stream, *_):
+        """Answer byte by byte, each well within every timeout."""
+        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
+        while not self._ending.wait(0.05):
+            stream.sendall(b" ")
+
+    def drip_head(self, stream, *_):
+        stream.sendall(b"HTTP/1.1 200 OK\r\nX-Slow: ")
+        while not self._ending.wait(0.05):
+            stream.sendall(b"x")
+
+    def drip_chunk(self, stream, *_):
+        """Never come to the end of saying how long the next piece is."""
+        stream.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        while not self._ending.wait(0.05):
+            stream.sendall(b"0")
+
+    def endless(self, stream, *_):
+        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+        chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
+        while not self._ending.is_set():
+            stream.sendall(chunk)
+
+    def die(self, stream, *_):
+        """Be gone for good, with the connection that asked."""
+        stream.close()
+        self.vanish()
+
+
+def _plain(status, content=None, **options):
+    return lambda gateway, stream, *_: gateway.send(stream, status, content, **options)
+
+
+ANSWERS = {
+    "well": HostileGateway.well,
+    "401": _plain(401, {"reason": "Unauthorized"}),
+    "403": _plain(403, {"reason": "Forbidden"}),
+    "404": _plain(404, {"reason": "Not Found"}),
+    "400": _plain(400, {"reason": "Bad Request"}),
+    "500": _plain(500, {"reason": "Internal Server Error"}),
+    "503": _plain(503, "<h1>busy</h1>", kind="text/html"),
+    "redirect": _plain(302, more="Location: https://login.example/?next=here\r\n"),
+    "html": _plain(200, "<!doctype html><title>Welcome</title>", kind="text/html"),
+    "other json": _plain(200, {"status": "fine"}),
+    "json list": _plain(200, []),
+    "nothing": _plain(200, ""),
+    "close": lambda *_: None,
+    "garbage": lambda *_: None,
+    "hang": HostileGateway.hang,
+    "hang after headers": HostileGateway.hang_after_headers,
+    "drip": HostileGateway.drip,
+    "drip chunk": HostileGateway.drip_chunk,
+    "drip head": HostileGateway.drip_head,
+    "endless": HostileGateway.endless,
+    "die": HostileGateway.die,
+}
+
+
+def a_gateway(host="one", **options):
+    """Give what is known of a gateway that need not exist."""
+    return Gateway(f"http://{host}", f"ws://{host}", **options)
+
+
+def server_context(authority, *, wants_client=False):
+    """Make what a TLS port needs, with a certificate of this authority (of trustme) for 127.0.0.1."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    if wants_client:
+        authority.configure_trust(context)
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+@contextlib.contextmanager
+def black_hole(*, full):
+    """Give the URL of a port that nobody ever accepts on; a full one does not even complete a connection."""
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(socket.socket())
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        for _ in range(4 if full else 0):
+            crowd = stack.enter_context(socket.socket())
+            crowd.setblocking(False)
+            crowd.connect_ex(listener.getsockname())
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"

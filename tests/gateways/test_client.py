@@ -1,0 +1,305 @@
+"""What a gateway is found to be, whatever it does; and never later than it may take."""
+
+from __future__ import annotations
+
+import ssl
+import threading
+import time
+
+import pytest
+import trustme
+
+from gateway_servers import HostileGateway, black_hole, server_context
+from harness import until
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.model import FailureClass, Gateway
+from labkeeper.gateways.client import GatewayClient
+from labkeeper.testing.fakes import FakeClock
+
+TIMEOUT = 1.0
+LATEST = 4 * TIMEOUT + 2.0
+"""Seconds after which no check may still be under way: its own time, what is looked at to tell the cause, and a slow machine."""
+
+CHECKS = {
+    "401": ("gateway-refused", "a caller without a token (401); check gateway_auth_token"),
+    "403": ("gateway-refused", "(403)"),
+    "404": ("not-a-gateway", "(404); check the host, port and path of gateway_url"),
+    "400": ("not-a-gateway", "(400)"),
+    "500": ("gateway-unreachable", "answers 500: it does not work now"),
+    "503": ("gateway-unreachable", "answers 503"),
+    "redirect": ("not-a-gateway", "points elsewhere ('https://login.example/?next=here')"),
+    "html": ("not-a-gateway", "not as a Jupyter kernel gateway does; check"),
+    "other json": ("not-a-gateway", "not as a Jupyter kernel gateway does"),
+    "json list": ("not-a-gateway", "not as a Jupyter kernel gateway does"),
+    "nothing": ("not-a-gateway", "not as a Jupyter kernel gateway does"),
+    "close": ("gateway-unreachable", "without an answer"),
+    "die": ("gateway-unreachable", "without an answer"),
+    "garbage": ("not-a-gateway", "does not speak HTTP"),
+    "hang": ("gateway-timeout", "did not answer within 1 s; look at it, or raise LABKEEPER_GATEWAY_TIMEOUT"),
+    "hang after headers": ("gateway-timeout", "did not answer within 1 s"),
+    "drip": ("gateway-timeout", "did not answer within 1 s"),
+    "drip chunk": ("gateway-timeout", "did not answer within 1 s"),
+    "drip head": ("gateway-timeout", "did not answer within 1 s"),
+    "endless": ("gateway-timeout", "did not answer within 1 s"),
+}
+
+
+@pytest.fixture
+def client():
+    return GatewayClient(FakeClock(time=5000.0), timeout=TIMEOUT)
+
+
+@pytest.fixture
+def hostile():
+    with HostileGateway() as gateway:
+        yield gateway
+
+
+def at(url, **options):
+    return Gateway(url, url.replace("http", "ws", 1), **options)
+
+
+def assert_fails(client, gateway, kind, *texts):
+    began = time.monotonic()
+    health = client.check(gateway)
+    assert time.monotonic() - began < LATEST
+    assert not health.reachable
+    assert health.error.kind == kind, health.error
+    assert health.error.message.startswith(f"the gateway {gateway.url} ")
+    for text in texts:
+        assert text in health.error.message
+    assert health.kernelspecs is None
+
+
+def test_a_gateway_that_answers_as_one_is_fit(client, hostile):
+    health = client.check(at(hostile.url))
+    assert (health.reachable, health.kernelspecs, health.since) == (True, 1, 5000.0)
+
+
+@pytest.mark.parametrize("mode", CHECKS)
+def test_what_is_wrong_with_a_gateway_is_told_in_time_with_what_to_do(client, hostile, mode):
+    hostile.mode = mode
+    kind, text = CHECKS[mode]
+    assert_fails(client, at(hostile.url), kind, text)
+
+
+@pytest.mark.parametrize("mode", ["drip", "drip head", "drip chunk", "endless"])
+def test_a_question_that_was_given_up_holds_no_thread_and_no_connection(client, hostile, mode):
+    """A gateway that never ends its answer would get one more of each with every look at it."""
+    hostile.mode = mode
+    client.check(at(hostile.url))
+    until(lambda: not [t for t in threading.enumerate() if t.name == "ask-gateway"], within=5, what="its thread has ended")
+
+
+def test_a_token_that_is_refused_is_told_from_none(client, hostile):
+    hostile.mode = "403"
+    assert_fails(client, at(hostile.url, auth_token="wrong"), "gateway-refused", "refuses the token that it was shown (403)")
+
+
+def test_a_host_that_does_not_exist_is_named(client):
+    gateway = at("http://no-such-host.invalid:8888")
+    assert_fails(client, gateway, "gateway-unreachable", "no host is called 'no-such-host.invalid'")
+
+
+@pytest.mark.parametrize("host", ["a" * 70, "a..b"])
+def test_a_host_name_that_cannot_be_one_is_told_at_once(client, host):
+    assert_fails(client, at(f"http://{host}:8888"), "gateway-unreachable", "check gateway_url")
+
+
+def test_a_look_up_of_a_name_that_hangs_is_given_up(client, monkeypatch):
+    """The resolver of the machine has no timeout that we could set."""
+    over = threading.Event()
+    monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: over.wait())
+    try:
+        assert_fails(client, at("http://slow.example"), "gateway-timeout")
+    finally:
+        over.set()
+
+
+def test_a_port_that_nobody_listens_on_is_told(client, hostile):
+    hostile.stop()
+    assert_fails(client, at(hostile.url), "gateway-unreachable", "connection was refused; start it, or check the port")
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["accepts nothing", "is full"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_port_that_swallows_everything_is_given_up(client, scheme, full):
+    with black_hole(full=full) as url:
+        assert_fails(client, at(url.replace("http", scheme)), "gateway-timeout", "did not answer within 1 s")
+
+
+def test_a_network_that_cannot_be_reached_is_told(client, monkeypatch):
+    def unreachable(*_, **__):
+        raise OSError(101, "Network is unreachable")
+
+    monkeypatch.setattr("socket.create_connection", unreachable)
+    assert_fails(client, at("http://gateway.example"), "gateway-unreachable", "cannot be reached: Network is unreachable")
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def trusted(authority, tmp_path):
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(path)
+    return str(path)
+
+
+@pytest.fixture
+def secure(authority):
+    with HostileGateway(context=server_context(authority)) as gateway:
+        yield gateway
+
+
+@pytest.mark.parametrize("mode", ["well", "hang", "close"])
+def test_https_where_no_tls_is_spoken_is_told(client, hostile, mode):
+    """One that reads on, waiting for an end of the line in what is no HTTP, does not say so by itself."""
+    hostile.mode = mode
+    gateway = at(hostile.url.replace("http", "https"))
+    if mode == "well":
+        assert_fails(client, gateway, "gateway-tls", "does not speak TLS; use http:// in gateway_url")
+    else:
+        assert not client.check(gateway).reachable
+
+
+def test_https_where_something_else_is_spoken_is_told(client, hostile):
+    hostile.mode = "garbage"
+    assert_fails(client, at(hostile.url.replace("http", "https")), "gateway-tls", "does not speak TLS")
+
+
+def test_http_where_tls_is_spoken_is_told(client, secure):
+    assert_fails(client, at(secure.url.replace("https", "http")), "gateway-tls", "speaks TLS; use https:// in gateway_url")
+
+
+def test_a_certificate_is_trusted_by_its_authority_or_by_choice_and_not_else(client, secure, trusted):
+    assert client.check(at(secure.url, ca_certs=trusted)).reachable
+    assert client.check(at(secure.url, validate_cert=False)).reachable
+    assert_fails(client, at(secure.url), "gateway-tls", "certificate that is not trusted", "gateway_ca_certs")
+
+
+def test_a_certificate_for_another_host_is_not_trusted(client, secure, trusted):
+    gateway = at(secure.url.replace("127.0.0.1", "localhost"), ca_certs=trusted)
+    assert_fails(client, gateway, "gateway-tls", "certificate that is not trusted")
+
+
+def test_a_gateway_that_wants_a_certificate_is_shown_it(client, authority, trusted, tmp_path):
+    mine = authority.issue_cert("me.example")
+    cert, key = tmp_path / "me.pem", tmp_path / "me.key"
+    cert.write_bytes(b"".join(blob.bytes() for blob in mine.cert_chain_pems))
+    mine.private_key_pem.write_to_path(key)
+    with HostileGateway(context=server_context(authority, wants_client=True)) as gateway:
+        shown = at(gateway.url, ca_certs=trusted, client_cert=str(cert), client_key=str(key))
+        assert client.check(shown).reachable
+        assert_fails(client, at(gateway.url, ca_certs=trusted), "gateway-tls", "check gateway_client_cert")
+
+
+def test_certificates_that_have_gone_since_the_start_are_told(client, secure, tmp_path):
+    assert_fails(client, at(secure.url, ca_certs=str(tmp_path / "gone")), "gateway-tls", "gateway_ca_certs")
+
+
+def test_a_certificate_that_is_none_is_told(client, secure, tmp_path):
+    (tmp_path / "none.pem").write_text("nothing")
+    assert_fails(client, at(secure.url, ca_certs=str(tmp_path / "none.pem")), "gateway-tls", "gateway_ca_certs")
+
+
+def test_a_port_that_says_400_and_has_no_tls_is_no_gateway(client, hostile):
+    hostile.mode = "400"
+    assert_fails(client, at(hostile.url), "not-a-gateway", "(400)")
+
+
+def test_a_port_that_answers_400_to_whoever_does_not_speak_tls_is_told(client, authority):
+    """As nginx does."""
+
+    class Polite(ssl.SSLContext):
+        def wrap_socket(self, sock, *args, **options):
+            if sock.recv(1, 2) != b"\x16":  # MSG_PEEK; 22 begins a handshake
+                sock.recv(65536)
+                sock.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+                raise OSError("no TLS")
+            return super().wrap_socket(sock, *args, **options)
+
+    context = Polite(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    with HostileGateway(context=context) as gateway:
+        assert_fails(client, at(gateway.url.replace("https", "http")), "gateway-tls", "use https://")
+
+
+# What is sent
+
+
+def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyter_would_send(client, hostile):
+    gateway = at(f"{hostile.url}/deep/below/", auth_token="secret", auth_scheme="Bearer", headers={"X-Team": "blue"})
+    assert client.check(gateway).reachable
+    client.check(at(hostile.url, auth_token="other", headers={"authorization": "overruled"}))
+    client.check(at(hostile.url, headers={"X-Team": "red"}))
+    first, second, third = hostile.asked
+    assert (first.method, first.path) == ("GET", "/deep/below/api/kernelspecs")
+    assert (first.headers["authorization"], first.headers["x-team"]) == ("Bearer secret", "blue")
+    assert second.path == "/api/kernelspecs"
+    assert second.headers["authorization"] == "token other"
+    assert "authorization" not in third.headers
+    assert third.headers["x-team"] == "red"
+
+
+def test_a_header_that_cannot_be_sent_is_told_without_its_value(client, hostile):
+    gateway = at(hostile.url, headers={"X-Name": "Žofie"})
+    assert_fails(client, gateway, "gateway-unreachable", "check gateway_url, gateway_auth_token and gateway_headers")
+    assert "017d" not in client.check(gateway).error.message
+
+
+# One kernel
+
+
+STATUSES = {"500": "it answered 500", "401": "it answered 401", "redirect": "it answered 302"}
+
+
+def test_a_kernel_is_there_or_not(client, hostile):
+    hostile.kernels["k1"] = {}
+    assert client.has_kernel(at(hostile.url), "k1")
+    assert not client.has_kernel(at(hostile.url), "k2")
+
+
+@pytest.mark.parametrize("mode", STATUSES)
+def test_whether_a_kernel_is_there_may_not_be_known(client, hostile, mode):
+    hostile.mode = mode
+    with pytest.raises(BackendUnavailable, match=f"about kernel k1: {STATUSES[mode]}"):
+        client.has_kernel(at(hostile.url), "k1")
+
+
+def test_a_kernel_is_ended_also_when_it_had_ended(client, hostile):
+    hostile.kernels["k1"] = {}
+    client.end_kernel(at(f"{hostile.url}/prefix"), "k1")
+    assert not hostile.kernels
+    client.end_kernel(at(hostile.url), "k1")
+    assert [(asked.method, asked.path) for asked in hostile.asked] == [
+        ("DELETE", "/prefix/api/kernels/k1"),
+        ("DELETE", "/api/kernels/k1"),
+    ]
+
+
+@pytest.mark.parametrize("mode", STATUSES)
+def test_a_kernel_that_cannot_be_ended_is_told(client, hostile, mode):
+    hostile.on_delete = mode
+    with pytest.raises(BackendUnavailable, match=f"cannot end kernel k1 on the gateway {hostile.url}: {STATUSES[mode]}"):
+        client.end_kernel(at(hostile.url), "k1")
+
+
+@pytest.mark.parametrize("mode", ["die", "close", "garbage", "hang"])
+def test_an_end_that_is_not_answered_counts_as_none(client, hostile, mode, monkeypatch):
+    monkeypatch.setattr("labkeeper.gateways.client._DELETE_WITHIN", TIMEOUT)
+    hostile.on_delete = hostile.mode = mode
+    began = time.monotonic()
+    with pytest.raises(BackendUnavailable, match=r"cannot ask the gateway .* about kernel k1: ."):
+        client.end_kernel(at(hostile.url), "k1")
+    assert time.monotonic() - began < LATEST
+
+
+def test_every_class_of_trouble_is_met_here():
+    met = {kind for kind, _ in CHECKS.values()} | {"gateway-tls"}
+    assert met == {kind.value for kind in FailureClass if "gateway" in kind.value}
