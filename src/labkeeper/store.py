@@ -23,10 +23,10 @@ from labkeeper.core.model import KernelDebt, ServerName, Snapshot
 
 _log = structlog.get_logger("labkeeper.store")
 _TABLES: Final = (
-    "CREATE TABLE servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
-    "CREATE TABLE debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
 )
-"""What each layout has beyond the one before."""
+"""What each layout has beyond the one before. The first one may be there without its number: a keeper was killed in between."""
 _LAYOUT: Final = len(_TABLES)
 _PROBE: Final = 64 * 1024
 """Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""

@@ -428,11 +428,22 @@ def test_what_waited_to_be_launched_again_waits_no_longer():
 
 @pytest.mark.parametrize(("started_at", "state"), [(None, State.FAILED), (5.0, State.BACKOFF)])
 def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
-    """Found gone: launched again if it ever ran since its start command, else failed."""
+    """Found crashed: launched again if it ever ran since its start command, else failed."""
     bench = Bench(snapshot=saved(State.RUNNING, started_at=started_at))
     bench.controller.recover()
-    bench.hear(Gone())
+    bench.hear(CRASH)
     assert bench.state is state
+
+
+def test_a_start_that_was_cut_off_is_begun_again():
+    """Found gone, and nobody saw how: that says nothing against it, though not for ever."""
+    bench = Bench(snapshot=saved(State.STARTING))
+    bench.controller.recover()
+    bench.hear(Gone())
+    for delay in POLICY.restart_delays:
+        assert bench.wait() == (delay, [Action.LAUNCH])
+        bench.hear(Unreachable("the backend is away"), Gone())
+    assert bench.state is State.FAILED
 
 
 def test_a_stop_goes_on_under_the_next_keeper():

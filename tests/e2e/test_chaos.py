@@ -295,7 +295,7 @@ class World:
             yield f"recorded is {facts}, told is {told}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
             yield f"'{server['name']}' was launched by {server['launched_by']}, and its fork server is {record['forkserver']}"
-        allowed = re.compile(rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json")
+        allowed = re.compile(rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?")
         known = {"launch.json", "jupyter"}
         left = [path.name for path in room.iterdir() if path.name not in known]
         left += [path.name for path in (room / "jupyter").iterdir() if not allowed.fullmatch(path.name)]

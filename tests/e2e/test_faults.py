@@ -221,13 +221,18 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
     assert not alive(server["pid"])
 
 
-def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(keeper):
+@pytest.mark.parametrize("moment", ["its process is there", "its process is on record"])
+def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(keeper, moment):
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
-    until(lambda: processes_marked(keeper.rooms), what="a process was started")
+    record = keeper.rooms / "default" / "launch.json"
+    come = record.exists if "record" in moment else lambda: processes_marked(keeper.rooms)
+    until(come, what=moment)
     keeper.kill()
     keeper.start()
-    server = keeper.wait_for("running")
-    assert server["launch"] == 1
+    until(lambda: keeper.get()["state"] == "running", what="it runs")
+    server = keeper.get()
+    # What was not on record yet is begun anew.
+    assert server["launch"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
     assert servers_in(keeper.rooms) == [server["pid"]]
 
 

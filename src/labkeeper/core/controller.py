@@ -56,16 +56,16 @@ class Policy:
 
 @dataclass(slots=True)
 class Budget:
-    """Restarts after a crash. A server that never answered since its start command has none: it fails fast."""
+    """Restarts after a crash. A server that was seen to end before it ever answered since its start command fails fast."""
 
     policy: Policy
     earned: bool = False
     spent: list[float] = field(default_factory=list)
 
-    def left(self, now: float) -> bool:
-        """Whether one more launch is allowed."""
+    def left(self, now: float, *, unseen: bool = False) -> bool:
+        """Whether one more launch is allowed; `unseen` is an end that nobody saw, which says nothing against the server."""
         self.spent = [at for at in self.spent if now - at < self.policy.restart_window]
-        return self.earned and len(self.spent) < len(self.policy.restart_delays)
+        return (self.earned or unseen) and len(self.spent) < len(self.policy.restart_delays)
 
     def spend(self, now: float) -> float:
         """Take one launch; give the seconds to wait before it."""
@@ -151,7 +151,9 @@ class Controller:
         if revised is not None:
             self.snapshot = replace(self.snapshot, revised=None if revised == self.snapshot.spec else revised)
         before = self.snapshot
-        step = advance(before.state, before.goal, event, may_retry=self._budget.left(self._clock.monotonic()))
+        unseen = event is Event.GONE and (before.failure is None or before.failure.kind not in _KNOWN_CAUSES)
+        may_retry = self._budget.left(self._clock.monotonic(), unseen=unseen)
+        step = advance(before.state, before.goal, event, may_retry=may_retry)
         if step is None:
             return Upshot()
         if step.action is Action.LAUNCH and event is not Event.DEADLINE:
