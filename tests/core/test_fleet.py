@@ -434,7 +434,7 @@ def test_a_launch_whose_answer_is_lost_is_found_again(bench):
 
 @pytest.mark.parametrize("moment", ["stored", "launched", "ready"])
 def test_the_next_keeper_takes_over_what_runs(bench, moment):
-    """A keeper that crashes around a launch leaves one process at most; the next keeper knows it, or launches what is none yet."""
+    """A keeper that crashes around a launch leaves one process at most; the next one knows it, or launches it."""
     bench.create()
     if moment != "stored":
         bench.lanes.run_next("lab")
