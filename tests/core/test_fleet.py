@@ -19,12 +19,14 @@ from labkeeper.core.errors import (
 from labkeeper.core.fleet import RETRY_AFTER, SAVE_AGAIN, Fleet, perform
 from labkeeper.core.lifecycle import Action, Event, Goal, State
 from labkeeper.core.model import (
+    KEEPER,
     Create,
     Exit,
     FailureClass,
     Gateway,
     Job,
     Order,
+    Origin,
     OwnKernel,
     Ready,
     Refused,
@@ -686,3 +688,30 @@ def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
     working.lanes.run_all()
     assert working.state() is State.FAILED
     assert [debt.kernel_id for debt in working.ledger.owed] == ["k1"]
+
+
+# Who did it
+
+
+def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_itself_is_not(bench):
+    """Each change names who set it off: the caller until the command has come about, then the keeper."""
+    ada, bob = Origin("ada", "1"), Origin("bob", "2", "no more need")
+    bench.fleet.step(Create(a_spec("lab"), ada))
+    bench.lanes.run_all()
+    bench.fleet.step(Create(a_spec("lab"), bob))
+    bench.world.crash("lab", Exit(code=1))
+    bench.lanes.run_all()
+    bench.wait()
+    bench.lanes.run_all()
+    bench.fleet.step(Order("lab", Event.DELETE, origin=bob))
+    bench.lanes.run_all()
+    told = [(change.after.state, change.origin) for change in bench.recorder.changes]
+    assert told == [
+        (State.STARTING, ada),
+        (State.RUNNING, ada),
+        (State.BACKOFF, KEEPER),
+        (State.STARTING, KEEPER),
+        (State.RUNNING, KEEPER),
+        (State.STOPPING, bob),
+        (State.STOPPED, bob),
+    ]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
-from flask import Flask, Response, request
+from flask import Flask, Response, g, request
 from pydantic import BaseModel, ValidationError
 
 from labkeeper.api import problems
@@ -44,7 +44,7 @@ from labkeeper.api.requests import (
 from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Reply, ServerName, Snapshot
+from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot
 from labkeeper.core.ports import Watch
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
@@ -75,7 +75,7 @@ class Api:
         Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
         """
         spec = body.spec(self._services.defaults)
-        return self._start(spec.name, lambda: self._keeper.ask(Create(spec)), query)
+        return self._start(spec.name, lambda: self._keeper.ask(Create(spec, _origin())), query)
 
     def list_servers(self, query: ListQuery) -> Answer:
         """List servers, by name."""
@@ -108,7 +108,7 @@ class Api:
     def start_server(self, path: ServerPath, query: StartQuery) -> Answer:
         """Start a server that was stopped or has failed."""
         name = ServerName(path.name)
-        return self._start(name, lambda: self._keeper.ask(Order(name, Event.START)), query)
+        return self._start(name, lambda: self._keeper.ask(Order(name, Event.START, origin=_origin())), query)
 
     def restart_server(self, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
         """Stop a server if it runs, and start it, otherwise than before where the body says so.
@@ -117,7 +117,7 @@ class Api:
         """
         snapshot = self._find(ServerName(path.name))
         revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults)
-        order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised)
+        order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised, origin=_origin())
         return self._start(snapshot.name, lambda: self._keeper.ask(order), query)
 
     def get_logs(self, path: ServerPath, query: LogQuery) -> Response:
@@ -214,7 +214,7 @@ class Api:
         name = ServerName(path.name)
         patience = self._services.stop_wait if query.wait is None else query.wait
         with self._keeper.watch(name) as watch, self._patience(patience) as wait:
-            first = _reply(self._keeper.ask(Order(name, event, force=query.force))).snapshot
+            first = _reply(self._keeper.ask(Order(name, event, force=query.force, origin=_origin()))).snapshot
             snapshot, ended = self._until(
                 watch, lambda s: s.state is State.STOPPED or s.goal in RETURNS, first=first, timeout=wait
             )
@@ -385,6 +385,11 @@ def _stream(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
         if not line and gone():
             return
     yield "".join(waiting)
+
+
+def _origin() -> Origin:
+    """Say who asks, for the history."""
+    return Origin("api", g.request_id)
 
 
 def _host_of_request() -> str:

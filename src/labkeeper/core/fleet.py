@@ -23,6 +23,7 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.lifecycle import COMMANDS, Action, Event, Goal, State
 from labkeeper.core.model import (
+    KEEPER,
     Change,
     Create,
     Fact,
@@ -32,6 +33,7 @@ from labkeeper.core.model import (
     Job,
     Message,
     Order,
+    Origin,
     Refused,
     Reply,
     Report,
@@ -76,6 +78,8 @@ class Fleet:
         self._servers: dict[ServerName, Controller] = {}
         self._unsaved: dict[ServerName, float] = {}
         self._forgotten_launch = 0
+        self._origins: dict[ServerName, Origin] = {}
+        """Who gave the command that a server is following now."""
         self._observing: set[ServerName] = set()
         self._closing = False
 
@@ -103,28 +107,27 @@ class Fleet:
         Raises RequestError where a command cannot be followed, StoreError where a launch could not be stored.
         """
         match message:
-            case Create(spec=spec):
-                return self._create(spec)
-            case Order(name=name, event=event, force=force, revised=revised):
-                return self._order(name, event, force=force, revised=revised)
-            case StopAll():
+            case Create():
+                return self._create(message)
+            case Order():
+                return self._order(message)
+            case StopAll(origin=origin):
                 self._closing = True
-                # One that failed has nothing to stop, and its cause is still to be read.
-                self._stop_all()
+                self._stop_all(origin)
             case Report():
                 self._hear(message)
             case Tick():  # pragma: no branch - the last kind of message
                 self._tick()
         return None
 
-    def _stop_all(self) -> None:
+    def _stop_all(self, origin: Origin) -> None:
         """Stop every server; what goes wrong with one is raised when all have been told."""
         wrong: list[Exception] = []
         for name, controller in list(self._servers.items()):
             # One that failed has nothing to stop, and its cause is still to be read.
             if controller.snapshot.state is not State.FAILED:
                 try:
-                    self._order(name, Event.STOP)
+                    self._order(Order(name, Event.STOP, origin=origin))
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next one is to be stopped, too
                     wrong.append(error)
         if wrong:
@@ -135,16 +138,18 @@ class Fleet:
         due = [c.deadline for c in self._servers.values() if c.deadline is not None]
         return min([*due, *self._unsaved.values()], default=None)
 
-    def _create(self, spec: ServerSpec) -> Reply:
+    def _create(self, command: Create) -> Reply:
+        spec, start = command.spec, Order(command.spec.name, Event.START, origin=command.origin)
         known = self._servers.get(spec.name)
         if known is None:
             # A late fact of a deleted server must not be taken for one of its successor.
             self._servers[spec.name] = Controller.new(spec, self._policy, self._clock, self._forgotten_launch)
             try:
-                return self._order(spec.name, Event.START)
+                return self._order(start)
             except BaseException:
                 # Whatever it was, nobody was told of a server: there is none.
                 self._servers.pop(spec.name, None)
+                self._origins.pop(spec.name, None)
                 raise
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
@@ -153,9 +158,10 @@ class Fleet:
                 "DELETE that one first, or choose another name",
                 differs=list(differs),
             )
-        return self._order(spec.name, Event.START)
+        return self._order(start)
 
-    def _order(self, name: ServerName, event: Event, *, force: bool = False, revised: ServerSpec | None = None) -> Reply:
+    def _order(self, order: Order) -> Reply:
+        name, event = order.name, order.event
         controller = self._servers.get(name)
         if controller is None:
             raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
@@ -165,10 +171,11 @@ class Fleet:
                 raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
             self._admit(snapshot)
         if event is Event.RENEW:
-            _check_kernels_can_be_kept(snapshot, revised)
-        if force:
+            _check_kernels_can_be_kept(snapshot, order.revised)
+        self._origins[name] = order.origin
+        if order.force:
             self._apply(controller, Event.KILL)
-        after = self._apply(controller, event, revised=revised)
+        after = self._apply(controller, event, revised=order.revised)
         again = {Goal.AGAIN, Goal.RENEW}
         created = after.launch != snapshot.launch or (after.goal in again and snapshot.goal not in again)
         return Reply(after, created)
@@ -213,6 +220,7 @@ class Fleet:
         name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
         upshot = controller.apply(event, fact, revised)
         if controller.snapshot == before:
+            self._close_origin(before)
             self._submit(upshot.jobs)
             return before
         try:
@@ -234,6 +242,7 @@ class Fleet:
         if upshot.owed:
             self._ledger.owe(upshot.owed)
         self._tell(event, before, after)
+        self._close_origin(after)
         self._submit(upshot.jobs)
         if after.forgotten:
             self._forget(name)
@@ -253,6 +262,7 @@ class Fleet:
 
     def _forget(self, name: ServerName) -> None:
         controller = self._servers.pop(name)
+        self._origins.pop(name, None)
         self._forgotten_launch = max(self._forgotten_launch, controller.snapshot.launch)
 
         def run() -> Report:
@@ -262,8 +272,13 @@ class Fleet:
         # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
         self._lanes.submit(name, run)
 
+    def _close_origin(self, snapshot: Snapshot) -> None:
+        """Drop who gave a command that has come about, or failed: from now on things happen by themselves."""
+        if snapshot.goal is Goal.UP and snapshot.state is not State.STARTING:
+            self._origins.pop(snapshot.name, None)
+
     def _tell(self, event: Event, before: Snapshot | None, after: Snapshot) -> None:
-        change = Change(event, before, after, self._clock.time())
+        change = Change(event, before, after, self._clock.time(), self._origins.get(after.name, KEEPER))
         for listener in self._listeners:
             listener.changed(change)
 

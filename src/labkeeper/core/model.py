@@ -368,10 +368,26 @@ class Report:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Who set something off, and why."""
+
+    actor: str = "keeper"
+    """`api`, `keeper`, `culler`; later the name of a caller."""
+    request_id: str | None = None
+    """The request by which they did, where it was one."""
+    reason: str = ""
+    """Why, where that does not go without saying."""
+
+
+KEEPER: Final = Origin()
+
+
+@dataclass(frozen=True, slots=True)
 class Create:
     """Make a server of this spec and start it; idempotent for an equal spec."""
 
     spec: ServerSpec
+    origin: Origin = KEEPER
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,11 +400,14 @@ class Order:
     """Kill it first: to be ended at once, and then what the event says."""
     revised: ServerSpec | None = None
     """The spec that it is to have from the next launch on."""
+    origin: Origin = KEEPER
 
 
 @dataclass(frozen=True, slots=True)
 class StopAll:
     """Stop every server; the keeper is about to end."""
+
+    origin: Origin = Origin(reason="the keeper ends")
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,3 +449,43 @@ class Change:
     after: Snapshot
     at: float
     """Seconds since the epoch."""
+    origin: Origin = KEEPER
+    """Who gave the command that it is or follows from; the keeper where nobody did."""
+
+
+# What is remembered.
+
+
+class HistoryKind(StrEnum):
+    """What an entry of the history tells of."""
+
+    STATE = "state"
+    """A server came to another state."""
+    GATEWAY = "gateway"
+    """A server's gateway can be used again, or cannot any more."""
+    CULL_WARNING = "cull-warning"
+    """A server is about to be stopped because nobody uses it."""
+    KERNEL_CULLED = "kernel-culled"
+    """A kernel was ended because nobody uses it."""
+    SNOOZED = "snoozed"
+    """The culling of a server was put off."""
+    ORPHANS = "orphans"
+    """What an earlier keeper had left was found and ended."""
+
+
+@dataclass(frozen=True, slots=True)
+class HistoryEntry:
+    """One thing that happened, as it is remembered and told."""
+
+    id: int
+    """Grows, over all servers and all keepers of one store."""
+    at: float
+    """Seconds since the epoch."""
+    kind: HistoryKind
+    server: ServerName | None
+    message: str
+    """What happened, for people."""
+    origin: Origin = KEEPER
+    launch: int | None = None
+    details: Mapping[str, object] = field(default_factory=dict)
+    """What a program wants to know of it: plain data, without secrets."""

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from labkeeper.core.model import (
+    KEEPER,
     Change,
     Endpoint,
     Fact,
+    HistoryKind,
     Kernel,
     KernelDebt,
     Message,
+    Origin,
     OwnKernel,
     Reply,
     Report,
@@ -147,6 +150,22 @@ class Listener(Protocol):
 
     def changed(self, change: Change) -> None:
         """Hear of one change."""
+
+
+class Chronicle(Protocol):
+    """Where what happens is remembered beside the changes of servers, which it hears as a listener."""
+
+    def note(
+        self,
+        kind: HistoryKind,
+        server: ServerName | None,
+        message: str,
+        *,
+        origin: Origin = KEEPER,
+        launch: int | None = None,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """Remember one more thing. Quick, from any thread; does not raise."""
 
 
 class Watch(Protocol):
