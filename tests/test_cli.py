@@ -31,6 +31,7 @@ from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import OwnKernel
+from labkeeper.history.chronicle import Chronicle
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
@@ -61,19 +62,23 @@ class Served:
 def serving(notebook_dir):
     world, inbox, board = World(), Inbox(), Board()
     lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
+    store = MemoryStore()
+    chronicle = Chronicle(store, SystemClock(), size=1000)
     fleet = Fleet(
         backend=backend,
         gate=OpenGate(),
         ledger=MemoryLedger(),
-        store=MemoryStore(),
+        store=store,
         lanes=lanes,
         clock=SystemClock(),
         policy=Policy(),
-        listeners=(board,),
+        listeners=(board, chronicle),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
-    services = Services(keeper, backend, NoProbe(), list, Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN)
+    services = Services(
+        keeper, backend, NoProbe(), list, chronicle, Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN
+    )
     app = create_app(services)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = WsgiServer(app, listener, threads=4, max_body=2**20)

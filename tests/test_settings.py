@@ -129,7 +129,7 @@ def test_a_file_without_a_token_is_named_and_not_shown(tmp_path, monkeypatch, he
 @pytest.mark.parametrize("name", ["none", "."])
 def test_a_token_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / name))
-    with pytest.raises(SettingsError, match="cannot read the token file"):
+    with pytest.raises(SettingsError, match="cannot read the file"):
         settings.load()
 
 

@@ -16,10 +16,12 @@ from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Final
+from urllib.parse import urlsplit
 
 import structlog
 
 from labkeeper import logs, settings, statedir
+from labkeeper.api.answers import event_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
@@ -35,6 +37,8 @@ from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.debts import Ledger
 from labkeeper.gateways.gate import Gate
 from labkeeper.gateways.watch import GatewayWatch
+from labkeeper.history.chronicle import Chronicle
+from labkeeper.history.webhooks import Webhook, key_of
 from labkeeper.jupyter import JupyterClient
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
@@ -124,6 +128,11 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     stack.callback(crew.close)
     gateways = GatewayClient(clock, timeout=chosen.gateway_timeout)
     ledger = Ledger(store, clock)
+    chronicle = Chronicle(store, clock, size=chosen.history_size)
+    webhooks = [webhook] if (webhook := _webhook(chosen, chronicle, store, clock)) is not None else []
+    for webhook in webhooks:
+        stack.callback(webhook.close)
+        webhook.start()
     gate = Gate(inbox.hear, crew=crew, client=gateways, probe=jupyter)
     watch = GatewayWatch(inbox.hear, crew=crew, client=gateways, ledger=ledger, clock=clock, period=chosen.gateway_period)
     backend = LocalBackend(
@@ -144,7 +153,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
-        listeners=(board, logs.ChangeLog(), watch),
+        listeners=(board, logs.ChangeLog(), watch, chronicle),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -159,6 +168,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         backend=backend,
         probe=jupyter,
         debts=ledger.all,
+        history=chronicle,
+        webhooks=lambda: [webhook.status() for webhook in webhooks],
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,
@@ -176,7 +187,28 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body, fit=places.fit)
     server.start()
     stack.callback(server.close)
+    # Before that: it waits for answers that go on.
+    stack.callback(chronicle.close)
     return keeper
+
+
+def _webhook(chosen: Settings, chronicle: Chronicle, store: SqliteStore, clock: SystemClock) -> Webhook | None:
+    """Make the webhook that the settings ask for. Raises SettingsError."""
+    if chosen.webhook_url is None:
+        return None
+    url = chosen.webhook_url.get_secret_value()
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise SettingsError("bad setting LABKEEPER_WEBHOOK_URL: must be such as https://host/path")
+    if chosen.webhook_secret is None:
+        raise SettingsError(
+            "LABKEEPER_WEBHOOK_URL is set, and no LABKEEPER_WEBHOOK_SECRET to sign with; `openssl rand -base64 32` makes one"
+        )
+    try:
+        key = key_of(chosen.webhook_secret.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
+    return Webhook(url, key, chronicle, store, clock, lambda entry: event_model(entry).model_dump(mode="json"))
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:

@@ -104,6 +104,16 @@ class Settings(BaseModel):
     )
     cpu_limit: Annotated[float, Field(ge=0.01)] | None = Field(None, description="Processors for each, likewise.")
     process_limit: Annotated[int, Field(ge=16)] | None = Field(None, description="Processes and threads of each, likewise.")
+    history_size: Annotated[int, Field(ge=100, le=10_000_000)] = Field(
+        20_000, description="About how many events are kept; the oldest ones are forgotten."
+    )
+    webhook_url: SecretStr | None = Field(
+        None, description="Where each event is posted to, as the Standard Webhooks have it; needs a secret to sign with."
+    )
+    webhook_secret: SecretStr | None = Field(
+        None, description="What posts are signed with: 24 to 64 bytes in base64, such as `openssl rand -base64 32` prints."
+    )
+    webhook_secret_file: Directory | None = Field(None, description="File that holds the same.")
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
         description="Most threads that answer requests. A caller that waits or follows a log holds one; an eighth is kept free.",
@@ -131,10 +141,8 @@ def load(**flags: Any) -> Settings:
         settings = Settings(**(_from_file() | _from_environment() | flags))
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(dict(mistake)) for mistake in error.errors())) from error
-    if settings.token_file is not None:
-        if settings.token is not None:
-            raise SettingsError("LABKEEPER_TOKEN and LABKEEPER_TOKEN_FILE are both set; unset one of them")
-        settings = settings.model_copy(update={"token": SecretStr(_secret_in(settings.token_file))})
+    for name in ("token", "webhook_secret"):
+        settings = _with_secret(settings, name)
     secret = settings.token.get_secret_value() if settings.token is not None else None
     if secret is not None and (
         len(secret) < _SHORTEST_TOKEN or not secret.isascii() or not secret.isprintable() or " " in secret
@@ -142,6 +150,16 @@ def load(**flags: Any) -> Settings:
         source = f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
         raise SettingsError(f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters")
     return settings
+
+
+def _with_secret(settings: Settings, name: str) -> Settings:
+    """Read a secret where a file is named for it."""
+    path, variable = getattr(settings, f"{name}_file"), PREFIX + name.upper()
+    if path is None:
+        return settings
+    if getattr(settings, name) is not None:
+        raise SettingsError(f"{variable} and {variable}_FILE are both set; unset one of them")
+    return settings.model_copy(update={name: SecretStr(_secret_in(path, f"{variable}_FILE"))})
 
 
 def keeper_url() -> str | None:
@@ -155,17 +173,18 @@ def unknown_variables() -> list[str]:
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
+_SECRETS: Final = frozenset({"token", "webhook_url", "webhook_secret"})
 _SHORTEST_TOKEN: Final = 16
 _LONGEST_TOKEN: Final = 4096
 
 
-def _secret_in(path: Path) -> str:
-    """Read a token from a file, which most editors end with a newline."""
+def _secret_in(path: Path, variable: str) -> str:
+    """Read a secret from a file, which most editors end with a newline."""
     try:
         with path.open("rb") as stream:
             return stream.read(_LONGEST_TOKEN).decode("utf-8", errors="replace").strip("\r\n")
     except OSError as error:
-        raise SettingsError(f"cannot read the token file {path} (LABKEEPER_TOKEN_FILE): {error.strerror}") from error
+        raise SettingsError(f"cannot read the file {path} ({variable}): {error.strerror}") from error
 
 
 def _from_environment() -> dict[str, Any]:
@@ -189,5 +208,5 @@ def _sentence(mistake: dict[str, Any]) -> str:
     name = str(mistake["loc"][0]) if mistake["loc"] else "?"
     if mistake["type"] == "extra_forbidden":
         return f"unknown setting '{name}'"
-    given = "" if name == "token" else f" (given: {mistake['input']!r})"
+    given = "" if name in _SECRETS else f" (given: {mistake['input']!r})"
     return f"bad setting {PREFIX}{name.upper()}: {mistake['msg']}{given}"

@@ -1,6 +1,7 @@
-"""Snapshots and kernel debts in SQLite, in the state directory.
+"""Snapshots, kernel debts and the history in SQLite, in the state directory.
 
-One row a server, its snapshot as JSON; one row a kernel that is still to be ended. `PRAGMA user_version` tells the layout, so
+One row a server, its snapshot as JSON; one row a kernel that is still to be ended; one row an entry of the history; one row a
+webhook, with the last entry that it was told. `PRAGMA user_version` tells the layout, so
 that a newer keeper can carry an older file over, and an older keeper refuses a newer one.
 """
 
@@ -19,15 +20,19 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import KernelDebt, ServerName, Snapshot
+from labkeeper.core.model import HistoryEntry, KernelDebt, ServerName, Snapshot
 
 _log = structlog.get_logger("labkeeper.store")
 _TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS history (id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS webhooks (url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT",
 )
 """What each layout has beyond the one before. The first one may be there without its number: a keeper was killed in between."""
 _LAYOUT: Final = len(_TABLES)
+_FORGET_EVERY: Final = 100
+"""New entries of the history after which old ones are removed."""
 _PROBE: Final = 64 * 1024
 """Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""
 
@@ -43,8 +48,13 @@ def _debts() -> TypeAdapter[KernelDebt]:
     return TypeAdapter(KernelDebt)
 
 
+@functools.cache
+def _entries() -> TypeAdapter[HistoryEntry]:
+    return TypeAdapter(HistoryEntry)
+
+
 class SqliteStore:
-    """See `core.ports.Store`. Any thread may call it."""
+    """See `core.ports.Store` and `core.ports.HistoryStore`. Any thread may call it."""
 
     def __init__(self, path: Path) -> None:
         """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
@@ -117,6 +127,58 @@ class SqliteStore:
         """Drop some."""
         with self._doing("write"):
             self._db.executemany("DELETE FROM debts WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
+
+    # The history
+
+    def first_id(self) -> int:
+        """Give the id of the oldest entry."""
+        with self._doing("read"):
+            (first,) = self._db.execute("SELECT coalesce(min(id), 0) FROM history").fetchone()
+        return int(first)
+
+    def last_id(self) -> int:
+        """Give the id of the newest entry."""
+        with self._doing("read"):
+            (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM history").fetchone()
+        return int(last)
+
+    def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
+        """Keep some more; on the disk when this returns."""
+        rows = [(entry.id, entry.server, _entries().dump_json(entry).decode()) for entry in entries]
+        with self._doing("write"):
+            self._db.executemany("INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows)
+            if any(entry.id % _FORGET_EVERY == 0 for entry in entries):
+                self._db.execute("DELETE FROM history WHERE id <= ?", (entries[-1].id - keep,))
+
+    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the oldest that are newer than an id."""
+        return self._select("id > ? AND coalesce(server = ?, TRUE) ORDER BY id LIMIT ?", after, server, limit)
+
+    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the newest ones, the oldest of them first."""
+        return self._select("id > ? AND coalesce(server = ?, TRUE) ORDER BY id DESC LIMIT ?", 0, server, limit)[::-1]
+
+    def _select(self, what: str, *given: object) -> list[HistoryEntry]:
+        with self._doing("read"):
+            rows = self._db.execute(f"SELECT entry FROM history WHERE {what}", given).fetchall()  # noqa: S608 - ours, above
+        try:
+            return [_entries().validate_json(text) for (text,) in rows]
+        except ValidationError as error:
+            raise self._damaged(str(error)) from error
+
+    # Webhooks
+
+    def webhook(self, url: str) -> tuple[int, int, int] | None:
+        """Give the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
+        with self._doing("read"):
+            row = self._db.execute("SELECT told, delivered, dead FROM webhooks WHERE url = ?", (url,)).fetchone()
+        return None if row is None else (int(row[0]), int(row[1]), int(row[2]))
+
+    def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
+        """Keep the same; of no other webhook any more. Raises StoreError."""
+        with self._doing("write"):
+            self._db.execute("DELETE FROM webhooks WHERE url != ?", (url,))
+            self._db.execute("INSERT OR REPLACE INTO webhooks VALUES (?, ?, ?, ?)", (url, told, delivered, dead))
 
     def _examine(self) -> None:
         """Refuse a file that is damaged, or newer than we are.

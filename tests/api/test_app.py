@@ -35,6 +35,7 @@ from labkeeper.core.model import (
     ServerName,
     Snapshot,
 )
+from labkeeper.history.chronicle import Chronicle
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
@@ -62,15 +63,17 @@ def services(world, tmp_path) -> Iterator[Services]:
     inbox, board = Inbox(), Board()
     lanes = LanePool(inbox.hear, threads=2)
     backend = FakeBackend(inbox.hear, world)
+    store = MemoryStore()
+    chronicle = Chronicle(store, SystemClock(), size=1000)
     fleet = Fleet(
         backend=backend,
         gate=OpenGate(),
         ledger=MemoryLedger(),
-        store=MemoryStore(),
+        store=store,
         lanes=lanes,
         clock=SystemClock(),
         policy=Policy(max_servers=3),
-        listeners=(board,),
+        listeners=(board, chronicle),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
@@ -79,6 +82,7 @@ def services(world, tmp_path) -> Iterator[Services]:
         backend=backend,
         probe=FixedProbe(),
         debts=list,
+        history=chronicle,
         defaults=Defaults(tmp_path, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,

@@ -33,6 +33,7 @@ from labkeeper.core.errors import (
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import Kernel
+from labkeeper.history.chronicle import Chronicle
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
@@ -63,20 +64,22 @@ class Running:
 def running_keeper(notebook_dir: Path):
     world, probe, inbox, board = World(), Probe(), Inbox(), Board()
     lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
+    store = MemoryStore()
+    chronicle = Chronicle(store, SystemClock(), size=1000)
     fleet = Fleet(
         backend=backend,
         gate=OpenGate(),
         ledger=MemoryLedger(),
-        store=MemoryStore(),
+        store=store,
         lanes=lanes,
         clock=SystemClock(),
         policy=Policy(),
-        listeners=(board,),
+        listeners=(board, chronicle),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
     defaults = Defaults(notebook_dir, "127.0.0.1", 8888)
-    app = create_app(Services(keeper, backend, probe, list, defaults, version="1.2.3", token=TOKEN))
+    app = create_app(Services(keeper, backend, probe, list, chronicle, defaults, version="1.2.3", token=TOKEN))
     try:
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
             yield Running(world, probe, keeper, app, client)
@@ -220,10 +223,12 @@ def test_every_route_has_a_method(running):
     recorder = Recorder(httpx.WSGITransport(app=running.app).handle_request)
     with Client(URL, token=TOKEN, transport=recorder) as client:
         client.create()
-        for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.delete):
+        for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.events):
             use("default")
-        for use in (client.version, client.ready, client.healthy, client.kernel_debts, lambda: list(client.list())):
+        client.delete("default")
+        for use in (client.version, client.ready, client.healthy, client.kernel_debts, client.events, client.webhooks):
             use()
+        assert list(client.list()) == []
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}
     assert reached == {route.handler.__name__ for route in ROUTES}

@@ -15,12 +15,15 @@ from labkeeper.core.model import (
     Exit,
     Failure,
     FailureClass,
+    HistoryEntry,
+    HistoryKind,
     Kernel,
     KernelDebt,
     Limits,
     Snapshot,
     StopMethod,
     StopReport,
+    WebhookStatus,
 )
 
 
@@ -154,6 +157,44 @@ class KernelDebtList(_Answer):
     kernel_debts: list[KernelDebtModel]
 
 
+class EventModel(_Answer):
+    """One thing that happened."""
+
+    id: int = Field(description="Grows; `after` and `Last-Event-ID` take it.")
+    at: str
+    kind: HistoryKind
+    server: str | None
+    launch: int | None
+    message: str = Field(description="What happened, for people.")
+    actor: str = Field(description="Who set it off: `api`, `culler`, or `keeper` where nobody did.")
+    reason: str = Field(description="Why they did, where that does not go without saying.")
+    request_id: str | None = Field(description="The request by which they did.")
+    details: dict[str, Any] = Field(description="What a program wants to know of it.")
+
+
+class EventList(_Answer):
+    """Some events, the oldest first."""
+
+    events: list[EventModel]
+    next: int | None = Field(description="`after` of the page that follows, if there is one by now.")
+
+
+class WebhookModel(_Answer):
+    """How a webhook fares."""
+
+    place: str = Field(description="Its scheme and host.")
+    delivered: int
+    dead: int = Field(description="Events that it did not take, and that were given up.")
+    pending: int
+    error: str | None = Field(description="Why the last POST failed; null where it did not.")
+
+
+class WebhookList(_Answer):
+    """All of them."""
+
+    webhooks: list[WebhookModel]
+
+
 class Version(_Answer):
     """What answers."""
 
@@ -255,6 +296,27 @@ def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
 def debt_model(debt: KernelDebt) -> KernelDebtModel:
     """Write a kernel that is still to be ended as callers see it."""
     return KernelDebtModel(kernel_id=debt.kernel_id, gateway_url=debt.gateway.url, server=debt.server, since=instant(debt.since))
+
+
+def event_model(entry: HistoryEntry) -> EventModel:
+    """Write an entry of the history as callers see it."""
+    return EventModel(
+        id=entry.id,
+        at=instant(entry.at),
+        kind=entry.kind,
+        server=entry.server,
+        launch=entry.launch,
+        message=entry.message,
+        actor=entry.origin.actor,
+        reason=entry.origin.reason,
+        request_id=entry.origin.request_id,
+        details=dict(entry.details),
+    )
+
+
+def webhook_model(status: WebhookStatus) -> WebhookModel:
+    """Write how a webhook fares as callers see it."""
+    return WebhookModel(**asdict(status))
 
 
 def exit_model(end: Exit | None) -> ExitModel | None:

@@ -31,6 +31,7 @@ def document(version: str) -> dict[str, Any]:
     )
     tags = {
         "servers": Tag(name="servers", description="JupyterLab servers"),
+        "history": Tag(name="history", description="What happened"),
         "keeper": Tag(name="keeper", description="This service"),
     }
     for route in ROUTES:

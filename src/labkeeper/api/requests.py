@@ -408,6 +408,18 @@ class ListQuery(_Query):
     cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
 
 
+class EventQuery(_Query):
+    """Which events to give."""
+
+    after: Annotated[int, Field(ge=0, le=2**62)] = Field(
+        _ABSENT, description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones."
+    )
+    limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
+    follow: bool = Field(
+        default=False, description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`."
+    )
+
+
 class LogQuery(_Query):
     """Which part of a log."""
 

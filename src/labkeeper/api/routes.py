@@ -19,17 +19,22 @@ from pydantic import BaseModel, ValidationError
 from labkeeper.api import problems
 from labkeeper.api.access import Access
 from labkeeper.api.answers import (
+    EventList,
     Health,
     KernelDebtList,
     KernelList,
     Server,
     ServerList,
     Version,
+    WebhookList,
     debt_model,
+    event_model,
     kernel_model,
     server_model,
+    webhook_model,
 )
 from labkeeper.api.requests import (
+    EventQuery,
     GetQuery,
     ListQuery,
     LogQuery,
@@ -42,6 +47,7 @@ from labkeeper.api.requests import (
     of_query,
 )
 from labkeeper.api.services import Services
+from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot
@@ -55,8 +61,6 @@ _FOLLOW_AGAIN: Final = 10
 """Seconds after which a place to follow in may be free."""
 _LOOK_EVERY: Final = 1.0
 """Seconds between two looks at whether a caller still waits."""
-_CHUNK: Final = 64 * 1024
-"""Characters of a log that are sent together."""
 
 
 class Api:
@@ -141,6 +145,26 @@ class Api:
         """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
         return _json(KernelDebtList(kernel_debts=[debt_model(debt) for debt in self._services.debts()]))
 
+    # What happened
+
+    def list_events(self, query: EventQuery) -> Answer | Response:
+        """Tell what happened, of all servers, also of those that are gone; or follow it, as Server-Sent Events.
+
+        `Last-Event-ID` goes on where a connection broke.
+        """
+        return self._events(None, query)
+
+    def list_server_events(self, path: ServerPath, query: EventQuery) -> Answer | Response:
+        """Tell the same of one server; its history is kept when it is deleted."""
+        name = ServerName(path.name)
+        if not self._services.history.latest(server=name, limit=1):
+            self._find(name)
+        return self._events(name, query)
+
+    def list_webhooks(self) -> Answer:
+        """Say how the webhooks fare that events are posted to."""
+        return _json(WebhookList(webhooks=[webhook_model(status) for status in self._services.webhooks()]))
+
     # The keeper
 
     def health(self) -> Answer:
@@ -174,12 +198,12 @@ class Api:
     ) -> tuple[Snapshot, bool]:
         """Wait as `Watch.until` does, but no longer than the caller does."""
         end = time.monotonic() + timeout
-        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+        caller_is_gone = gone()
         last, held = first, False
         while not held:
             left = end - time.monotonic()
             last, held = watch.until(holds, first=last, timeout=max(0.0, min(_LOOK_EVERY, left)))
-            if left <= 0 or gone():
+            if left <= 0 or caller_is_gone():
                 break
         return last, held
 
@@ -191,10 +215,37 @@ class Api:
                 retry_after=_FOLLOW_AGAIN,
             )
         lines = self._services.backend.follow(name, tail, lambda: self._is_live(name))
-        gone: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-        answer = _LiveResponse(_stream(lines, gone), content_type="text/plain; charset=utf-8")
+        return self._live(lines_in_pieces(lines, gone()), "text/plain; charset=utf-8")
+
+    def _live(self, pieces: Iterator[str], content_type: str) -> Response:
+        """Answer with what goes on, and give the place back that was taken for it."""
+        answer = LiveResponse(pieces, content_type=content_type)
         answer.call_on_close(self._places.give_back)
         return answer
+
+    def _events(self, server: ServerName | None, query: EventQuery) -> Answer | Response:
+        history = self._services.history
+        if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
+            return self._follow_events(server, _last_event_id(query))
+        if query.after is None:
+            page = history.latest(server=server, limit=query.limit)
+        else:
+            page = history.after(query.after, server=server, limit=query.limit)
+        more = bool(page) and page[-1].id < history.last_id
+        return _json(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
+
+    def _follow_events(self, server: ServerName | None, after: int | None) -> Response:
+        if not self._places.take():
+            raise CapacityReached(
+                "cannot follow events: as many callers wait or follow as may; read them without follow, or try later",
+                retry_after=_FOLLOW_AGAIN,
+            )
+        history = self._services.history
+        known = history.first_id() - 1
+        # From the first one on, nobody has missed any.
+        missed = max(0, known - after) if after else 0
+        entries = history.follow(history.last_id if after is None else after, server=server, look=_LOOK_EVERY)
+        return self._live(server_sent(entries, missed, gone()), EVENT_STREAM)
 
     def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
         patience = self._services.start_wait if query.wait is None else query.wait
@@ -248,23 +299,6 @@ class Api:
         return f"{scheme}://{host}:{endpoint.port}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
 
 
-class _LiveResponse(Response):
-    """Sends its headers at once: a WSGI server holds them back until the first line, which may be long in coming."""
-
-    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        def start(*given: Any) -> Any:
-            write = start_response(*given)
-            try:
-                write(b"")
-            except BaseException:
-                # The caller has gone already: nobody will ask for the body, nor close it.
-                self.close()
-                raise
-            return write
-
-        return super().__call__(environ, start)
-
-
 @dataclass(frozen=True, slots=True)
 class Route:
     """One line of the API."""
@@ -297,6 +331,10 @@ ROUTES: Final = (
     Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
     Route("GET", "/api/kernel-debts", Access.TOKEN, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
+    Route("GET", "/api/events", Access.TOKEN, Api.list_events, "history", {200: EventList}, (429, 503)),
+    Route("GET", "/api/servers/<name>/events", Access.TOKEN, Api.list_server_events, "history", {200: EventList},
+          (404, 429, 503)),
+    Route("GET", "/api/webhooks", Access.TOKEN, Api.list_webhooks, "history", {200: WebhookList}),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
     Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
     Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),
@@ -371,20 +409,14 @@ def _decode_cursor(cursor: str) -> str:
     return name
 
 
-def _stream(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
-    """Send lines in pieces; an empty text means that nothing new is there, and is the time to see whether the caller still is."""
-    waiting: list[str] = []
-    size = 0
-    for line in lines:
-        if line:
-            waiting.append(line)
-            size += len(line)
-        if waiting and (not line or size > _CHUNK):
-            yield "".join(waiting)
-            waiting, size = [], 0
-        if not line and gone():
-            return
-    yield "".join(waiting)
+def _last_event_id(query: EventQuery) -> int | None:
+    """Give the last event that the caller knows; None where they want new ones only. Raises InvalidSpec."""
+    given = request.headers.get("Last-Event-ID", "").strip()
+    if not given:
+        return query.after
+    if not re.fullmatch(r"\d{1,18}", given):
+        raise invalid("Last-Event-ID", "must be the id of an event")
+    return int(given)
 
 
 def _origin() -> Origin:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
-from labkeeper.core.model import KernelDebt
-from labkeeper.core.ports import Backend, Keeper, Probe
+from labkeeper.core.model import KernelDebt, WebhookStatus
+from labkeeper.core.ports import Backend, History, Keeper, Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,10 +20,13 @@ class Services:
     probe: Probe
     debts: Callable[[], Sequence[KernelDebt]]
     """Gives the kernels that gateways still have to end."""
+    history: History
     defaults: Defaults
     version: str
     token: str | None = field(repr=False)
     """The bearer token; None turns access control off."""
+    webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
+    """Says how the webhooks fare."""
     advertised_host: str | None = None
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""

@@ -28,6 +28,7 @@ from labkeeper.cli.options import Where, examples, where_options
         servers.stop,
         servers.restart,
         servers.logs,
+        servers.events,
         servers.open_,
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

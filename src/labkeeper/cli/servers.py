@@ -15,13 +15,13 @@ import click
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
 from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, wait_option, where_options
-from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, waiting
+from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, styled, waiting
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Gateway, Limit, Server
+    from labkeeper.client import Client, Event, Gateway, Limit, Server
 
 
 @click.command(
@@ -301,6 +301,39 @@ def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
                 click.echo(line)
         else:
             click.echo(client.logs(name, tail=tail), nl=False)
+
+
+@click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
+@click.argument("name", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the keeper ends.")
+@click.option(
+    "-n", "--tail", type=click.IntRange(1, 1000), default=30, show_default=True, metavar="N", help="Events from the end."
+)
+@as_json_option
+@where_options
+@click.pass_obj
+def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: bool) -> None:
+    """Tell what happened, to one server or to all, and who set it off.
+
+    The history of a server is kept when it is deleted. With --json, one event a line.
+    """
+    with connected(where) as (client, _):
+        newest = client.events(name, limit=tail)
+        for event in newest:
+            _show_event(event, as_json)
+        if follow:
+            # Of all servers: what comes between the two questions belongs to the second one.
+            last = max((event.id for event in newest), default=0)
+            for event in client.follow_events(name, after=last):
+                _show_event(event, as_json)
+
+
+def _show_event(event: Event, as_json: bool) -> None:
+    if as_json:
+        click.echo(event.model_dump_json())
+        return
+    by = "" if event.actor == "keeper" else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
+    click.echo(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
 
 
 @click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))

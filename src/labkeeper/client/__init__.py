@@ -19,6 +19,8 @@ from typing import Any, Final, Self, TypedDict, Unpack
 import httpx
 
 from labkeeper.client.answers import (
+    Event,
+    EventList,
     Exit,
     Failure,
     Gateway,
@@ -32,9 +34,12 @@ from labkeeper.client.answers import (
     Server,
     StopReport,
     Version,
+    Webhook,
+    WebhookList,
     checked,
     lines_of,
     parse,
+    parse_text,
 )
 from labkeeper.client.connection import Translated, checked_token, checked_url, make_transport
 from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError
@@ -45,6 +50,7 @@ __all__ = [
     "LONGEST_WAIT",
     "TIMEOUT",
     "Client",
+    "Event",
     "Exit",
     "Failure",
     "Fields",
@@ -55,6 +61,7 @@ __all__ = [
     "Revision",
     "Server",
     "StopReport",
+    "Webhook",
 ]
 
 TIMEOUT: Final = 35.0
@@ -203,16 +210,7 @@ class Client:
         Asks when the first line is asked for. Raises ServerNotFound.
         """
         query = {"follow": "true"} if tail is None else {"follow": "true", "tail": tail}
-        request = self._request("GET", _path(name, "/logs"), query=query, read=None)
-        with Translated(self.base_url):
-            answer = self._http.send(request, stream=True)
-            try:
-                if not answer.is_success:
-                    answer.read()
-                checked(answer)
-                yield from lines_of(answer.iter_text())
-            finally:
-                answer.close()
+        yield from self._lines(_path(name, "/logs"), query)
 
     def kernels(self, name: str) -> Sequence[Kernel]:
         """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
@@ -221,6 +219,28 @@ class Client:
     def kernel_debts(self) -> Sequence[KernelDebt]:
         """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
         return parse(KernelDebtList, self._get("/api/kernel-debts")).kernel_debts
+
+    def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Sequence[Event]:
+        """Tell what happened, to one server or to all, the oldest first: after an event, or the newest ones.
+
+        Raises ServerNotFound where nothing is known of the name.
+        """
+        query = {"limit": limit} if after is None else {"limit": limit, "after": after}
+        return parse(EventList, self._get(_events_path(name), query)).events
+
+    def follow_events(self, name: str | None = None, *, after: int | None = None) -> Iterator[Event]:
+        """Give events as they come, those after one first where it is named. Ends when the keeper does.
+
+        Asks when the first event is asked for. Raises ServerNotFound.
+        """
+        query = {"follow": "true"} if after is None else {"follow": "true", "after": after}
+        for line in self._lines(_events_path(name), query):
+            if line.startswith(_EVENT):
+                yield parse_text(Event, line.removeprefix("data: "))
+
+    def webhooks(self) -> Sequence[Webhook]:
+        """Say how the webhooks fare that events are posted to."""
+        return parse(WebhookList, self._get("/api/webhooks")).webhooks
 
     # The keeper
 
@@ -259,6 +279,18 @@ class Client:
     def _get(self, path: str, query: Mapping[str, Any] | None = None) -> httpx.Response:
         return self._send(self._request("GET", path, query=query, read=self._timeout))
 
+    def _lines(self, path: str, query: Mapping[str, Any]) -> Iterator[str]:
+        """Give the lines of an answer that goes on, as they come."""
+        with Translated(self.base_url):
+            answer = self._http.send(self._request("GET", path, query=query, read=None), stream=True)
+            try:
+                if not answer.is_success:
+                    answer.read()
+                checked(answer)
+                yield from lines_of(answer.iter_text())
+            finally:
+                answer.close()
+
     def _send(self, request: httpx.Request) -> httpx.Response:
         with Translated(self.base_url):
             return checked(self._http.send(request))
@@ -280,6 +312,14 @@ class Client:
             return self._http.build_request(method, path, params=query, content=content, headers=headers, timeout=timeout)
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidSpec(f"cannot send the request: {error}") from error
+
+
+_EVENT: Final = 'data: {"id":'
+"""How the line of an event begins; the other lines of the stream are for browsers, and for proxies."""
+
+
+def _events_path(name: str | None) -> str:
+    return "/api/events" if name is None else _path(name, "/events")
 
 
 def _path(name: str, below: str = "") -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -134,6 +134,44 @@ class KernelDebtList(_Answer):
     kernel_debts: list[KernelDebt]
 
 
+class Event(_Answer):
+    """One thing that happened; `at` is RFC 3339, `details` what a program wants to know."""
+
+    id: int
+    at: str
+    kind: str
+    server: str | None
+    launch: int | None
+    message: str
+    actor: str
+    reason: str
+    request_id: str | None
+    details: dict[str, Any]
+
+
+class EventList(_Answer):
+    """Some of them, the oldest first."""
+
+    events: list[Event]
+    next: int | None
+
+
+class Webhook(_Answer):
+    """How a webhook fares; `dead` events were given up."""
+
+    place: str
+    delivered: int
+    dead: int
+    pending: int
+    error: str | None
+
+
+class WebhookList(_Answer):
+    """All of them."""
+
+    webhooks: list[Webhook]
+
+
 class KernelList(_Answer):
     """The kernels of a server."""
 
@@ -189,6 +227,14 @@ def parse(model: type[_M], answer: httpx.Response) -> _M:
         return model.model_validate_json(answer.content)
     except ValidationError as error:
         raise _bad(answer) from error
+
+
+def parse_text(model: type[_M], text: str) -> _M:
+    """Make of a piece of an answer that goes on what it tells. Raises BadAnswer."""
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as error:
+        raise BadAnswer(f"cannot understand what the keeper sends: {text[:80]!r}") from error
 
 
 def _bad(answer: httpx.Response) -> BadAnswer:

@@ -461,6 +461,8 @@ class HistoryKind(StrEnum):
 
     STATE = "state"
     """A server came to another state."""
+    GOAL = "goal"
+    """A server is to be something else, which changes nothing at once."""
     GATEWAY = "gateway"
     """A server's gateway can be used again, or cannot any more."""
     CULL_WARNING = "cull-warning"
@@ -475,7 +477,7 @@ class HistoryKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One thing that happened, as it is remembered and told."""
+    """One thing that happened, as it is remembered and told; callers know it as an event."""
 
     id: int
     """Grows, over all servers and all keepers of one store."""
@@ -489,3 +491,17 @@ class HistoryEntry:
     launch: int | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     """What a program wants to know of it: plain data, without secrets."""
+
+
+@dataclass(frozen=True, slots=True)
+class WebhookStatus:
+    """How a webhook fares."""
+
+    place: str
+    """Its scheme and host; the rest of a URL is often a secret."""
+    delivered: int
+    dead: int
+    """Entries that were given up."""
+    pending: int
+    error: str | None
+    """Why the last POST failed; None where it did not."""

@@ -14,6 +14,7 @@ from labkeeper.core.model import (
     Change,
     Endpoint,
     Fact,
+    HistoryEntry,
     HistoryKind,
     Kernel,
     KernelDebt,
@@ -138,6 +139,25 @@ class Store(Protocol):
         """Drop some. Raises StoreError."""
 
 
+class HistoryStore(Protocol):
+    """Where the history outlives the keeper."""
+
+    def first_id(self) -> int:
+        """Give the id of the oldest entry; 0 where there is none. Raises StoreError."""
+
+    def last_id(self) -> int:
+        """Give the id of the newest entry; 0 where there is none. Raises StoreError."""
+
+    def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
+        """Keep some more, durably before returning, and about as many as `keep` in all. Raises StoreError."""
+
+    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the oldest that are newer than an id, of one server or of all. Raises StoreError."""
+
+    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the newest ones, the oldest of them first. Raises StoreError."""
+
+
 class Lanes(Protocol):
     """Runs jobs: those of one server in order, those of different servers beside each other."""
 
@@ -166,6 +186,26 @@ class Chronicle(Protocol):
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Remember one more thing. Quick, from any thread; does not raise."""
+
+
+class History(Protocol):
+    """What has happened, for readers."""
+
+    @property
+    def last_id(self) -> int:
+        """The id of the newest entry; 0 where there is none."""
+
+    def first_id(self) -> int:
+        """Give the id of the oldest entry that is still known. Raises StoreError."""
+
+    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
+
+    def after(self, after: int, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the oldest entries that are newer than an id. Raises StoreError."""
+
+    def follow(self, after: int, *, server: ServerName | None, look: float) -> Iterator[HistoryEntry | None]:
+        """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 
 
 class Watch(Protocol):

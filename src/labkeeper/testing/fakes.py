@@ -34,6 +34,7 @@ from labkeeper.core.model import (
     Failure,
     FailureClass,
     Gone,
+    HistoryEntry,
     KernelDebt,
     OwnKernel,
     Ready,
@@ -82,6 +83,7 @@ class MemoryStore:
         self.snapshots: dict[ServerName, Snapshot] = {}
         self.owed: dict[str, KernelDebt] = {}
         """By the kernel's id."""
+        self.history: list[HistoryEntry] = []
         self.failing = False
         """While true every call raises StoreError."""
 
@@ -115,6 +117,30 @@ class MemoryStore:
         self._check("write")
         for kernel_id in kernel_ids:
             self.owed.pop(kernel_id, None)
+
+    def first_id(self) -> int:
+        """Give the id of the oldest entry."""
+        self._check("read")
+        return self.history[0].id if self.history else 0
+
+    def last_id(self) -> int:
+        """Give the id of the newest entry."""
+        self._check("read")
+        return self.history[-1].id if self.history else 0
+
+    def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
+        """Keep some more."""
+        self._check("write")
+        self.history = [*self.history, *entries][-keep:]
+
+    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the oldest that are newer than an id."""
+        self._check("read")
+        return [entry for entry in self.history if entry.id > after and server in {None, entry.server}][:limit]
+
+    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+        """Give the newest ones, the oldest of them first."""
+        return self.remembered(after=0, server=server, limit=len(self.history))[-limit:]
 
     def _check(self, what: str) -> None:
         if self.failing:

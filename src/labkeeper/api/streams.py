@@ -1,0 +1,82 @@
+"""Answers that go on: a log as it is written, and Server-Sent Events (html.spec.whatwg.org, "Server-sent events")."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final
+
+from flask import Response, request
+
+from labkeeper.api.answers import event_model
+from labkeeper.core.model import HistoryEntry
+
+EVENT_STREAM: Final = "text/event-stream"
+_CHUNK: Final = 64 * 1024
+"""Characters of a log that are sent together."""
+_KEEP_ALIVE: Final = 8.0
+"""Seconds without an event after which a comment tells proxies that the connection is in use."""
+_RECONNECT: Final = 2000
+"""Milliseconds after which a browser asks again when the connection broke."""
+
+
+class LiveResponse(Response):
+    """Sends its headers at once: a WSGI server holds them back until the first line, which may be long in coming."""
+
+    def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        """Answer."""
+
+        def start(*given: Any) -> Any:
+            write = start_response(*given)
+            try:
+                write(b"")
+            except BaseException:
+                # The caller has gone already: nobody will ask for the body, nor close it.
+                self.close()
+                raise
+            return write
+
+        return super().__call__(environ, start)
+
+
+def gone() -> Callable[[], bool]:
+    """Give what says whether the caller of this request has gone, where that can be known."""
+    ask: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    return ask
+
+
+def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
+    """Send lines in pieces; an empty text means that nothing new is there, and is the time to see whether the caller still is."""
+    waiting: list[str] = []
+    size = 0
+    for line in lines:
+        if line:
+            waiting.append(line)
+            size += len(line)
+        if waiting and (not line or size > _CHUNK):
+            yield "".join(waiting)
+            waiting, size = [], 0
+        if not line and gone():
+            return
+    yield "".join(waiting)
+
+
+def server_sent(entries: Iterator[HistoryEntry | None], missed: int, gone: Callable[[], bool]) -> Iterator[str]:
+    """Write events as they come; None means that none has come, and is the time to see whether the caller is still there.
+
+    `missed` is how many are not known any more of those that were asked for.
+    """
+    yield f"retry: {_RECONNECT}\n\n"
+    if missed:
+        yield f'event: gap\ndata: {{"missed": {missed}}}\n\n'
+    last = time.monotonic()
+    for entry in entries:
+        if entry is not None:
+            yield f"id: {entry.id}\nevent: {entry.kind}\ndata: {event_model(entry).model_dump_json()}\n\n"
+        elif gone():
+            return
+        elif time.monotonic() - last >= _KEEP_ALIVE:
+            yield ": keep-alive\n\n"
+        else:
+            continue
+        last = time.monotonic()

@@ -1,0 +1,1 @@
+"""What happened: written down as it happens, told to whoever follows, and posted to a webhook."""

@@ -1,0 +1,225 @@
+"""A webhook: each entry of the history is posted to a URL, signed, in order, until it is taken or given up.
+
+The form is that of the Standard Webhooks (standardwebhooks.com): the headers `webhook-id`, `webhook-timestamp` and
+`webhook-signature`, an HMAC-SHA256 over both and the body. An entry may come twice, and then with the same id.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import json
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlsplit
+
+import structlog
+
+from labkeeper.core.errors import StoreError
+from labkeeper.core.model import HistoryEntry, WebhookStatus
+from labkeeper.core.ports import Clock
+from labkeeper.crew import Crew
+from labkeeper.history.chronicle import Chronicle
+
+if TYPE_CHECKING:
+    import httpx
+
+_TIMEOUT: Final = 10.0
+"""Seconds for one POST."""
+_FIRST_PAUSE: Final = 1.0
+"""Seconds after a POST that failed until the next; doubled each time."""
+_LONGEST_PAUSE: Final = 300.0
+_GIVEN_UP_AFTER: Final = 86400.0
+"""Seconds after which an entry that was never taken is dead."""
+_LOOK_EVERY: Final = 0.5
+_PAGE: Final = 100
+_LAST_WORDS: Final = 2.0
+"""Seconds for what is still to be told when the keeper ends, where the other side has answered well before."""
+_LATER: Final = frozenset({408, 425, 429})
+"""Refusals that hold for this moment; another 4xx holds for good."""
+_KEY_BYTES: Final = range(24, 65)
+"""As the Standard Webhooks have it."""
+_KEY_PREFIX: Final = "whsec_"
+
+_log = structlog.get_logger("labkeeper.history.webhooks")
+
+
+class WebhookStore(Protocol):
+    """Where a keeper notes how far it has told."""
+
+    def webhook(self, url: str) -> tuple[int, int, int] | None:
+        """Give the last entry that was told, how many were taken, how many are dead. Raises StoreError."""
+
+    def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
+        """Keep the same. Raises StoreError."""
+
+
+@dataclass(slots=True)
+class Webhook:
+    """Tells one URL, in a thread of its own."""
+
+    url: str
+    key: bytes = field(repr=False)
+    chronicle: Chronicle
+    store: WebhookStore
+    clock: Clock
+    body_of: Callable[[HistoryEntry], Mapping[str, Any]]
+    """Gives an entry as callers of the API see it."""
+    _crew: Crew = field(default_factory=Crew)
+    _told: int = 0
+    _delivered: int = 0
+    _dead: int = 0
+    _error: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Go on where an earlier keeper ended; one that was never told begins with what comes now. Raises StoreError."""
+        known = self.store.webhook(self.url)
+        self._told, self._delivered, self._dead = known or (self.chronicle.last_id, 0, 0)
+        if known is None:
+            self._note()
+        self._crew.start("webhook", self._run)
+
+    def close(self) -> None:
+        """End; what could not be told yet is left for the next keeper."""
+        self._crew.close()
+
+    def status(self) -> WebhookStatus:
+        """Say how it fares."""
+        with self._lock:
+            pending = self.chronicle.last_id - self._told
+            return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
+
+    def _run(self) -> None:
+        import httpx  # noqa: PLC0415 - late: most keepers have no webhook, and it takes long to load
+
+        with httpx.Client(timeout=_TIMEOUT, follow_redirects=False) as client:
+            while not self._crew.closed:
+                entries = self._due()
+                for entry in entries:
+                    if not self._tell_until_done(client, entry):
+                        break
+                if not entries:
+                    self._crew.sleep(_LOOK_EVERY)
+            self._last_words(client)
+
+    def _due(self) -> list[HistoryEntry]:
+        """Give the entries that are to be told next; what has fallen out of the history meanwhile is dead."""
+        try:
+            entries = self.chronicle.after(self._told, server=None, limit=_PAGE)
+        except StoreError:
+            return []  # It has logged it, and is asked again.
+        if entries and entries[0].id > self._told + 1:
+            with self._lock:
+                self._dead += entries[0].id - self._told - 1
+                self._told = entries[0].id - 1
+        return entries
+
+    def _last_words(self, client: httpx.Client) -> None:
+        """Tell the rest, each once, while the other side takes it, and no longer than for a moment."""
+        end = self.clock.monotonic() + _LAST_WORDS
+        client.timeout = _LAST_WORDS
+        for entry in self._due():
+            if self._error is not None or self.clock.monotonic() > end:
+                return
+            refused = self._post(client, entry)
+            if refused is None:
+                self._over(entry, taken=True)
+
+    def _tell_until_done(self, client: httpx.Client, entry: HistoryEntry) -> bool:
+        """Post an entry until it is taken or dead; say whether it is one of these, and not the keeper's end."""
+        pause = _FIRST_PAUSE
+        while (refused := self._post(client, entry)) is not None:
+            late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
+            if refused.for_good or late:
+                place = place_of(self.url)
+                _log.error("a webhook did not take an event, which is given up", id=entry.id, place=place, error=refused.why)
+                self._over(entry, taken=False)
+                return True
+            if pause == _FIRST_PAUSE:
+                _log.warning("a webhook cannot be told", id=entry.id, place=place_of(self.url), error=refused.why)
+            if self._crew.sleep(max(pause, refused.not_before)):
+                return False
+            pause = min(pause * 2, _LONGEST_PAUSE)
+        self._over(entry, taken=True)
+        return True
+
+    def _over(self, entry: HistoryEntry, *, taken: bool) -> None:
+        with self._lock:
+            self._told = entry.id
+            self._delivered += taken
+            self._dead += not taken
+        self._note()
+
+    def _note(self) -> None:
+        try:
+            self.store.note_webhook(self.url, self._told, self._delivered, self._dead)
+        except StoreError:
+            return  # It has logged it. An entry that is told twice has the same id.
+
+    def _post(self, client: httpx.Client, entry: HistoryEntry) -> _Refused | None:
+        import httpx  # noqa: PLC0415 - as above
+
+        body = json.dumps(self.body_of(entry), separators=(",", ":")).encode()
+        try:
+            answer = client.post(self.url, content=body, headers=signed(self.key, f"event_{entry.id}", self.clock.time(), body))
+            refused = None if answer.is_success else _refusal(answer)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            refused = _Refused(str(error) or type(error).__name__)
+        with self._lock:
+            self._error = None if refused is None else refused.why
+        return refused
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Why a POST failed."""
+
+    why: str
+    for_good: bool = False
+    not_before: float = 0.0
+    """Seconds that the other side asks to be left alone."""
+
+
+def _refusal(answer: httpx.Response) -> _Refused:
+    status = answer.status_code
+    lasting = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
+    wait = answer.headers.get("Retry-After", "")
+    return _Refused(f"it answered {status}", lasting, min(float(wait), _LONGEST_PAUSE) if wait.isdecimal() else 0.0)
+
+
+def signed(key: bytes, message_id: str, at: float, body: bytes) -> dict[str, str]:
+    """Make the headers of a POST."""
+    moment = str(int(at))
+    mac = hmac.digest(key, f"{message_id}.{moment}.".encode() + body, hashlib.sha256)
+    return {
+        "Content-Type": "application/json",
+        "User-Agent": "labkeeper",
+        "webhook-id": message_id,
+        "webhook-timestamp": moment,
+        "webhook-signature": f"v1,{base64.b64encode(mac).decode()}",
+    }
+
+
+def key_of(secret: str) -> bytes:
+    """Read a secret. Raises ValueError with the rule where it is none."""
+    try:
+        key = base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) not in _KEY_BYTES:
+        size = f"{_KEY_BYTES.start} to {_KEY_BYTES.stop - 1}"
+        raise ValueError(f"must be {size} bytes in base64, such as `openssl rand -base64 32` prints")
+    return key
+
+
+def place_of(url: str) -> str:
+    """Give the part of a URL that can be shown."""
+    parts = urlsplit(url)
+    host = parts.hostname or ""
+    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{parts.port}' if parts.port else ''}"

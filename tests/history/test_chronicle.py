@@ -1,0 +1,130 @@
+"""The chronicle: numbers without gaps, nothing lost to a disk that is full for a while, nobody held up by who follows."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from harness import until
+from labkeeper.core.model import HistoryKind, Origin
+from labkeeper.history.chronicle import Chronicle
+from labkeeper.store import SqliteStore
+
+KIND = HistoryKind.SNOOZED
+
+
+def noted(chronicle, count, server=None):
+    for number in range(count):
+        chronicle.note(KIND, server, f"{number}")
+
+
+def ids(entries):
+    return [entry.id for entry in entries]
+
+
+def test_what_is_noted_is_kept_with_all_that_was_said(chronicle, store, clock):
+    origin = Origin("ada", "r1", "a reason")
+    chronicle.note(KIND, "lab", "put off", origin=origin, launch=3, details={"until": 5})
+    (entry,) = store.history
+    assert (entry.id, entry.at, entry.kind, entry.server, entry.message) == (1, clock.time(), KIND, "lab", "put off")
+    assert (entry.origin, entry.launch, entry.details) == (origin, 3, {"until": 5})
+
+
+def test_a_later_keeper_counts_on(chronicle, store, clock):
+    noted(chronicle, 3)
+    noted(Chronicle(store, clock, size=100), 2)
+    assert ids(store.history) == [1, 2, 3, 4, 5]
+
+
+def test_what_a_full_disk_does_not_take_is_told_all_the_same_and_stored_later(chronicle, store):
+    noted(chronicle, 1)
+    store.failing = True
+    noted(chronicle, 3)
+    assert ids(chronicle.after(1, server=None, limit=10)) == [2, 3, 4]
+    store.failing = False
+    assert ids(chronicle.latest(server=None, limit=10)) == [1, 2, 3, 4]
+    noted(chronicle, 1)
+    assert ids(store.history) == [1, 2, 3, 4, 5]
+
+
+def test_pages_are_the_same_from_memory_and_from_the_store(store, clock):
+    noted(Chronicle(store, clock, size=10_000), 700, "old")
+    chronicle = Chronicle(store, clock, size=10_000)
+    noted(chronicle, 5, "new")
+    assert ids(chronicle.after(0, server=None, limit=1000)) == [*range(1, 706)]
+    assert ids(chronicle.after(698, server=None, limit=3)) == [699, 700, 701]
+    assert ids(chronicle.after(702, server=None, limit=2)) == [703, 704]
+    assert ids(chronicle.after(0, server="new", limit=2)) == [701, 702]
+    assert ids(chronicle.latest(server="old", limit=2)) == [699, 700]
+    assert chronicle.after(705, server=None, limit=2) == []
+    assert chronicle.first_id() == 1
+
+
+def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock):
+    chronicle = Chronicle(store, clock, size=10_000)
+    noted(chronicle, 5)
+    seen, quiet, begun = [], [], threading.Event()
+
+    def follow():
+        for entry in chronicle.follow(2, server=None, look=0.05):
+            begun.set()
+            (quiet if entry is None else seen).append(entry)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    begun.wait()
+    # More than is kept at hand.
+    noted(chronicle, 3000)
+    until(lambda: quiet, what="nothing is new")
+    chronicle.close()
+    follower.join(5)
+    assert not follower.is_alive()
+    assert ids(seen) == [*range(3, 3006)]
+
+
+def test_who_follows_one_server_misses_nothing_among_those_of_others(chronicle):
+    seen = []
+
+    def follow():
+        seen.extend(entry for entry in chronicle.follow(0, server="lab", look=0.05) if entry is not None)
+
+    follower = threading.Thread(target=follow)
+    follower.start()
+    for number in range(2000):
+        chronicle.note(KIND, "lab" if number % 7 == 0 else "other", str(number))
+    chronicle.close()
+    follower.join(5)
+    assert [entry.message for entry in seen] == [str(number) for number in range(2000) if number % 7 == 0]
+
+
+def test_hearers_hear_each_entry_with_its_number(store, clock):
+    heard = []
+    noted(Chronicle(store, clock, size=10, hearers=[heard.append]), 2)
+    assert ids(heard) == [1, 2]
+
+
+def test_the_history_is_bounded_and_survives_in_the_file(tmp_path, clock):
+    path = tmp_path / "store.sqlite"
+    store = SqliteStore(path)
+    chronicle = Chronicle(store, clock, size=150)
+    noted(chronicle, 1000, "lab")
+    store.close()
+    store = SqliteStore(path)
+    chronicle = Chronicle(store, clock, size=150)
+    assert 150 <= 1000 - chronicle.first_id() + 1 <= 250
+    assert chronicle.last_id == 1000
+    assert ids(chronicle.after(0, server="lab", limit=2)) == [chronicle.first_id(), chronicle.first_id() + 1]
+    assert chronicle.latest(server="other", limit=5) == []
+    store.close()
+
+
+@pytest.mark.parametrize("broken", ['{"id": 1}', "none"])
+def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
+    from labkeeper.core.errors import StoreError
+
+    store = SqliteStore(tmp_path / "store.sqlite")
+    store._db.execute("INSERT INTO history VALUES (1, NULL, ?)", (broken,))
+    with pytest.raises(StoreError, match="damaged"):
+        store.latest(server=None, limit=1)
+    store.close()
