@@ -425,7 +425,7 @@ class FakedClock:
         """Let it be so many seconds from the real time."""
         self._be(seconds)
         # A connection that rests counts as abandoned by then: it is closed as it is used, and the client makes another one.
-        with contextlib.suppress(httpx.RemoteProtocolError):
+        with contextlib.suppress(httpx.TransportError):
             self._keeper.http.get("/healthz")
 
     def _be(self, seconds):
