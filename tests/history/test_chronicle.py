@@ -7,6 +7,7 @@ import threading
 import pytest
 
 from harness import until
+from labkeeper.core.errors import StoreError
 from labkeeper.core.model import HistoryKind, Origin
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.store import SqliteStore
@@ -121,8 +122,6 @@ def test_the_history_is_bounded_and_survives_in_the_file(tmp_path, clock):
 
 @pytest.mark.parametrize("broken", ['{"id": 1}', "none"])
 def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
-    from labkeeper.core.errors import StoreError
-
     store = SqliteStore(tmp_path / "store.sqlite")
     store._db.execute("INSERT INTO history VALUES (1, NULL, ?)", (broken,))
     with pytest.raises(StoreError, match="damaged"):

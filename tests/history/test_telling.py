@@ -41,9 +41,9 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
     [
         (change(Event.START, State.STOPPED, State.STARTING), "is launched"),
         (change(Event.DEADLINE, State.BACKOFF, State.STARTING), "is launched again after a crash"),
-        (change(Event.SEEN, State.LOST, State.STARTING), "was found alive, and does not answer yet"),
+        (change(Event.SEEN, State.LOST, State.STARTING), "was found alive, and is taken over"),
         (change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT), "is ready after 0.5 s"),
-        (change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT), "was found alive, and taken over"),
+        (change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT), "was found alive, and is taken over"),
         (change(Event.CRASHED, State.RUNNING, State.BACKOFF, failure=CRASH), f"to be launched again: {CRASH.message}"),
         (change(Event.STOP, State.RUNNING, State.STOPPING), "is asked to end"),
         (change(Event.HUNG, State.RUNNING, State.STOPPING, failure=CRASH), f"is asked to end: {CRASH.message}"),
@@ -90,11 +90,12 @@ def test_a_gateway_that_comes_and_goes_is_told(error, sentence):
 
 def test_facts_are_for_programs_and_hold_no_secret():
     ready = telling.facts(change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT))
-    assert (ready["from"], ready["to"], ready["adopted"], ready["seconds"]) == ("starting", "running", False, 0.5)
+    assert (ready["from"], ready["to"], "adopted" in ready, ready["seconds"]) == ("starting", "running", False, 0.5)
     assert (ready["pid"], ready["port"], ready["launched_by"]) == (ENDPOINT.pid, ENDPOINT.port, ENDPOINT.launched_by)
     assert ENDPOINT.token not in str(ready)
-    adopted = telling.facts(change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT))
-    assert adopted["adopted"] is True
+    assert telling.facts(change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT))["adopted"] is True
+    assert telling.facts(change(Event.SEEN, State.LOST, State.STARTING))["adopted"] is True
+    assert "adopted" not in telling.facts(change(Event.GONE, State.LOST, State.STARTING))
     crash = telling.facts(change(Event.CRASHED, State.RUNNING, State.BACKOFF, failure=CRASH, exit=CRASH.exit))
     assert crash["failure"] == {"failure_class": "killed", "message": CRASH.message}
     assert crash["exit"] == {"code": None, "signal": "SIGKILL"}

@@ -49,10 +49,12 @@ def facts(change: Change) -> dict[str, object]:
         "goal": str(after.goal),
         "restarts": after.restarts,
     }
-    if after.state is State.RUNNING and before is not None and before.state is not State.RUNNING:
-        told |= {"adopted": _adopted(change), "seconds": _seconds(change)}
-        if after.endpoint is not None:
-            told |= {"launched_by": after.endpoint.launched_by, "pid": after.endpoint.pid, "port": after.endpoint.port}
+    if _adopted(change):
+        told["adopted"] = True
+    if after.endpoint is not None:
+        told |= {"launched_by": after.endpoint.launched_by, "pid": after.endpoint.pid, "port": after.endpoint.port}
+    if change.event is Event.READY:
+        told["seconds"] = _seconds(change)
     if after.failure is not None:
         told["failure"] = _failure(after.failure)
     if after.exit is not None:
@@ -70,8 +72,8 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 
 def _adopted(change: Change) -> bool:
-    """Whether it ran already, and was lost sight of: by an earlier keeper, most often."""
-    return change.before is not None and change.before.state is State.LOST
+    """Whether it was found alive after it was lost sight of: by an earlier keeper, most often."""
+    return change.before is not None and change.before.state is State.LOST and change.event in {Event.SEEN, Event.READY}
 
 
 def _seconds(change: Change) -> float:
@@ -86,13 +88,13 @@ def _gateway(after: Snapshot) -> str:
 
 
 def _starting(change: Change) -> str:
-    if change.before is not None and change.before.state is State.LOST:
-        return "was found alive, and does not answer yet"
+    if _adopted(change):
+        return "was found alive, and is taken over"
     return "is launched again after a crash" if change.event is Event.DEADLINE else "is launched"
 
 
 def _running(change: Change) -> str:
-    return "was found alive, and taken over" if _adopted(change) else f"is ready after {_seconds(change):g} s"
+    return "was found alive, and is taken over" if _adopted(change) else f"is ready after {_seconds(change):g} s"
 
 
 def _backoff(change: Change) -> str:
