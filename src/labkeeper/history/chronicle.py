@@ -35,7 +35,7 @@ class Chronicle:
         self._hearers = tuple(hearers)
         self._news = threading.Condition()
         self._last = store.last_id()
-        self._recent: deque[HistoryEntry] = deque(maxlen=_IN_MEMORY)
+        self._recent: deque[HistoryEntry] = deque(maxlen=min(_IN_MEMORY, size))
         self._stored = self._last
         """The id up to which all is in the store."""
         self._closed = False
