@@ -32,6 +32,7 @@ from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import OwnKernel
 from labkeeper.history.chronicle import Chronicle
+from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
@@ -77,7 +78,15 @@ def serving(notebook_dir):
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
     services = Services(
-        keeper, backend, NoProbe(), list, chronicle, Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN
+        keeper,
+        backend,
+        NoProbe(),
+        list,
+        chronicle,
+        Metrics(SystemClock()),
+        Defaults(notebook_dir, "127.0.0.1", 8888),
+        version="1.2.3",
+        token=TOKEN,
     )
     app = create_app(services)
     with socket.create_server(("127.0.0.1", 0)) as listener:

@@ -40,6 +40,7 @@ from labkeeper.gateways.watch import GatewayWatch
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.history.webhooks import Webhook, key_of
 from labkeeper.jupyter import JupyterClient
+from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
@@ -128,7 +129,9 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     stack.callback(crew.close)
     gateways = GatewayClient(clock, timeout=chosen.gateway_timeout)
     ledger = Ledger(store, clock)
-    chronicle = Chronicle(store, clock, size=chosen.history_size)
+    ours = version("labkeeper")
+    metrics = Metrics(clock, World(board.all, ledger.all, lambda: [webhook.status() for webhook in webhooks]), version=ours)
+    chronicle = Chronicle(store, clock, size=chosen.history_size, hearers=[metrics.heard])
     webhooks = [webhook] if (webhook := _webhook(chosen, chronicle, store, clock)) is not None else []
     for webhook in webhooks:
         stack.callback(webhook.close)
@@ -153,7 +156,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
-        listeners=(board, logs.ChangeLog(), watch, chronicle),
+        listeners=(board, logs.ChangeLog(), watch, chronicle, metrics),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -169,6 +172,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         probe=jupyter,
         debts=ledger.all,
         history=chronicle,
+        meter=metrics,
         webhooks=lambda: [webhook.status() for webhook in webhooks],
         defaults=Defaults(
             chosen.notebook_dir,
@@ -176,7 +180,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
             chosen.lab_port,
             Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
         ),
-        version=version("labkeeper"),
+        version=ours,
         token=token,
         advertised_host=chosen.advertised_host,
         start_wait=chosen.start_timeout + end,

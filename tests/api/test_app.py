@@ -36,6 +36,7 @@ from labkeeper.core.model import (
     Snapshot,
 )
 from labkeeper.history.chronicle import Chronicle
+from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
@@ -83,6 +84,7 @@ def services(world, tmp_path) -> Iterator[Services]:
         probe=FixedProbe(),
         debts=list,
         history=chronicle,
+        meter=Metrics(SystemClock()),
         defaults=Defaults(tmp_path, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,

@@ -34,6 +34,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import Kernel
 from labkeeper.history.chronicle import Chronicle
+from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
 
@@ -79,7 +80,9 @@ def running_keeper(notebook_dir: Path):
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
     defaults = Defaults(notebook_dir, "127.0.0.1", 8888)
-    app = create_app(Services(keeper, backend, probe, list, chronicle, defaults, version="1.2.3", token=TOKEN))
+    app = create_app(
+        Services(keeper, backend, probe, list, chronicle, Metrics(SystemClock()), defaults, version="1.2.3", token=TOKEN)
+    )
     try:
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
             yield Running(world, probe, keeper, app, client)
@@ -226,7 +229,15 @@ def test_every_route_has_a_method(running):
         for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.events):
             use("default")
         client.delete("default")
-        for use in (client.version, client.ready, client.healthy, client.kernel_debts, client.events, client.webhooks):
+        for use in (
+            client.version,
+            client.ready,
+            client.healthy,
+            client.kernel_debts,
+            client.events,
+            client.webhooks,
+            client.metrics,
+        ):
             use()
         assert list(client.list()) == []
     urls = running.app.url_map.bind("keeper")

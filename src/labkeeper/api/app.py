@@ -18,6 +18,7 @@ from labkeeper.api.access import check
 from labkeeper.api.requests import invalid
 from labkeeper.api.routes import RULES, Api, install
 from labkeeper.api.services import Services
+from labkeeper.core.ports import Meter
 
 _log = structlog.get_logger("labkeeper.api")
 
@@ -33,7 +34,7 @@ def create_app(services: Services) -> Flask:
     app.before_request(_begin)
     app.before_request(lambda: check(RULES[request.endpoint], services.token) if request.endpoint in RULES else None)
     app.before_request(_check_body)
-    app.after_request(_finish)
+    app.after_request(functools.partial(_finish, services.meter))
     install(app, Api(services))
     app.register_blueprint(_pages(services.version))
     return app
@@ -64,7 +65,9 @@ def _check_body() -> None:
         raise invalid("body", "must be of whole characters (it has a lone surrogate)") from None
 
 
-def _finish(answer: Response) -> Response:
+def _finish(meter: Meter, answer: Response) -> Response:
+    seconds = time.monotonic() - g.began
+    meter.answered(request.url_rule.rule if request.url_rule else None, request.method, answer.status_code, seconds)
     answer.headers["X-Request-Id"] = g.request_id
     answer.headers["X-Content-Type-Options"] = "nosniff"
     answer.headers.setdefault("Cache-Control", "no-store")
@@ -73,7 +76,7 @@ def _finish(answer: Response) -> Response:
         method=request.method,
         path=request.path,
         status=answer.status_code,
-        milliseconds=round((time.monotonic() - g.began) * 1000, 1),
+        milliseconds=round(seconds * 1000, 1),
     )
     structlog.contextvars.unbind_contextvars("request_id")
     return answer

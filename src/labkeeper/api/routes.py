@@ -177,6 +177,11 @@ class Api:
             raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
         return _json(Health())
 
+    def metrics(self) -> Response:
+        """Give the keeper's metrics in the form of Prometheus, or of OpenMetrics where that is asked for."""
+        text, media_type = self._services.meter.exposition(request.headers.get("Accept", ""))
+        return Response(text, content_type=media_type)
+
     def version(self) -> Answer:
         """Name this software and its version."""
         return _json(Version(version=self._services.version))
@@ -337,6 +342,7 @@ ROUTES: Final = (
     Route("GET", "/api/webhooks", Access.TOKEN, Api.list_webhooks, "history", {200: WebhookList}),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
     Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
+    Route("GET", "/metrics", Access.TOKEN, Api.metrics, "keeper", {200: "text/plain"}),
     Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),
 )  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.core.model import KernelDebt, WebhookStatus
-from labkeeper.core.ports import Backend, History, Keeper, Probe
+from labkeeper.core.ports import Backend, History, Keeper, Meter, Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,7 @@ class Services:
     debts: Callable[[], Sequence[KernelDebt]]
     """Gives the kernels that gateways still have to end."""
     history: History
+    meter: Meter
     defaults: Defaults
     version: str
     token: str | None = field(repr=False)

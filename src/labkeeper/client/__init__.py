@@ -248,6 +248,10 @@ class Client:
         """Give the version of the keeper."""
         return parse(Version, self._get("/api/version")).version
 
+    def metrics(self) -> str:
+        """Give the keeper's metrics in the form of Prometheus."""
+        return self._get("/metrics").text
+
     def healthy(self) -> bool:
         """Whether the keeper's process answers; where nothing does, Unreachable is raised."""
         return parse(Health, self._get("/healthz")).status == "ok"

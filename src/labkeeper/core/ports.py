@@ -208,6 +208,16 @@ class History(Protocol):
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 
 
+class Meter(Protocol):
+    """Counts what happens, for whoever watches over many keepers. Any thread may call it."""
+
+    def answered(self, route: str | None, method: str, status: int, seconds: float) -> None:
+        """Take in an answered request; `route` is the pattern of its path, None where it fits none."""
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Write everything in the form that fits an `Accept` header best; give its media type, too."""
+
+
 class Watch(Protocol):
     """The snapshots of one server since the watch began."""
 

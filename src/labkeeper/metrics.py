@@ -1,0 +1,368 @@
+"""Metrics for Prometheus: what happens is counted as it happens, what is so is looked at when it is asked for.
+
+Counted in plain numbers: prometheus_client, which writes them, takes longer to load than a boot has to spare, so that is done at
+the first scrape. Labels take their values from closed lists, never from callers: no name of a server, no path.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from itertools import accumulate
+from typing import TYPE_CHECKING, Final
+
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.model import (
+    Change,
+    FailureClass,
+    HistoryEntry,
+    HistoryKind,
+    KernelDebt,
+    ServerName,
+    Snapshot,
+    StopMethod,
+    WebhookStatus,
+)
+from labkeeper.core.ports import Clock
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry, Metric
+
+Labels = tuple[str, ...]
+
+NONE: Final = "none"
+"""The label of what has no failure class, or no rule."""
+_WAYS: Final = ("fork", "exec")
+_UNKNOWN_WAY: Final = "unknown"
+"""Of a start that failed: only a server that is ready says how it was launched."""
+_METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_RULE: Final = re.compile(r"[a-z][a-z-]{0,31}")
+_AT_REST: Final = frozenset({State.STOPPED, State.FAILED, State.BACKOFF})
+_DECIDED: Final = frozenset({*_AT_REST, State.RUNNING, State.STOPPING, State.KILLING})
+"""States that end a start, one way or the other; a server that is lost may still come."""
+_ENDS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.GONE, Event.REFUSED})
+"""The events after which nothing is left of a launch."""
+
+
+class Kind(StrEnum):
+    """What a family of metrics is, in Prometheus' words."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One family of metrics."""
+
+    name: str
+    kind: Kind
+    about: str
+    labels: Labels = ()
+    known: tuple[Labels, ...] = ((),)
+    """The labels that are there from the beginning: an alert sees the first of what it waits for only if it saw none before."""
+    buckets: tuple[float, ...] = ()
+
+
+_START_BUCKETS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
+_STOP_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 60.0)
+_HTTP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+_CLASSES: Final = tuple(str(kind) for kind in FailureClass)
+
+INFO: Final = Family("labkeeper_info", Kind.INFO, "The keeper's version.", ("version",))
+SERVERS: Final = Family(
+    "labkeeper_servers", Kind.GAUGE, "Servers by state.", ("state",), known=tuple((str(state),) for state in State)
+)
+STARTS: Final = Family(
+    "labkeeper_starts_total",
+    Kind.COUNTER,
+    "Starts that were decided: ready, failed (by class), or stopped before either; by the way of launching where it is known.",
+    ("outcome", "failure_class", "way"),
+    known=(
+        *(("ready", NONE, way) for way in _WAYS),
+        *(("failed", kind, _UNKNOWN_WAY) for kind in _CLASSES),
+        ("stopped", NONE, _UNKNOWN_WAY),
+    ),
+)
+START_DURATION: Final = Family(
+    "labkeeper_start_duration_seconds",
+    Kind.HISTOGRAM,
+    "From the command to the server's being ready, by the way of launching; of a restart, from the end of the launch before.",
+    ("way",),
+    known=tuple((way,) for way in _WAYS),
+    buckets=_START_BUCKETS,
+)
+STOP_DURATION: Final = Family(
+    "labkeeper_stop_duration_seconds",
+    Kind.HISTOGRAM,
+    "From the request to end a server to the proof that nothing is left, by the hardest method used; stops within a restart "
+    "are not counted.",
+    ("method",),
+    known=tuple((str(method),) for method in StopMethod if method is not StopMethod.NONE),
+    buckets=_STOP_BUCKETS,
+)
+ENDS: Final = Family(
+    "labkeeper_unrequested_ends_total",
+    Kind.COUNTER,
+    "Ends of servers that had been ready and that nobody had asked to end, by class of the cause; none: shut down from inside.",
+    ("failure_class",),
+    known=tuple((kind,) for kind in (*_CLASSES, NONE)),
+)
+RESTARTS: Final = Family("labkeeper_restarts_total", Kind.COUNTER, "Launches after a crash.")
+CULLS: Final = Family(
+    "labkeeper_culls_total", Kind.COUNTER, "Servers that were stopped because nobody used them, by rule.", ("rule",), known=()
+)
+KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kernels that were ended because nobody used them.")
+ORPHANS: Final = Family(
+    "labkeeper_orphan_processes_total", Kind.COUNTER, "Processes that an earlier keeper had left, found and ended."
+)
+KERNEL_DEBTS: Final = Family("labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end.")
+GATEWAYS: Final = Family(
+    "labkeeper_gateways",
+    Kind.GAUGE,
+    "Gateways of running servers, by whether they could be used when last looked at.",
+    ("health",),
+    known=(("reachable",), ("unreachable",)),
+)
+WEBHOOK_EVENTS: Final = Family(
+    "labkeeper_webhook_events_total",
+    Kind.COUNTER,
+    "Events that the webhook took, and that were given up, by outcome; over all keepers of one state directory.",
+    ("outcome",),
+    known=(),
+)
+WEBHOOK_PENDING: Final = Family(
+    "labkeeper_webhook_pending_events", Kind.GAUGE, "Events that the webhook is still to be told.", known=()
+)
+HTTP_REQUESTS: Final = Family(
+    "labkeeper_http_requests_total",
+    Kind.COUNTER,
+    "Answered requests, by the pattern of their path.",
+    ("route", "method", "status"),
+    known=(),
+)
+HTTP_DURATION: Final = Family(
+    "labkeeper_http_request_duration_seconds",
+    Kind.HISTOGRAM,
+    "From a request to its answer, or the first of it where it is a stream; what waits for a server is in it.",
+    ("route", "method"),
+    known=(),
+    buckets=_HTTP_BUCKETS,
+)
+FAMILIES: Final = (
+    INFO,
+    SERVERS,
+    STARTS,
+    START_DURATION,
+    STOP_DURATION,
+    ENDS,
+    RESTARTS,
+    CULLS,
+    KERNEL_CULLS,
+    ORPHANS,
+    KERNEL_DEBTS,
+    GATEWAYS,
+    WEBHOOK_EVENTS,
+    WEBHOOK_PENDING,
+    HTTP_REQUESTS,
+    HTTP_DURATION,
+)
+"""All of ours, in the order in which they are written; those of Python and of the process come with prometheus_client."""
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """What is looked at when metrics are asked for. Each is quick, and safe to call from any thread."""
+
+    servers: Callable[[], Sequence[Snapshot]] = tuple
+    debts: Callable[[], Sequence[KernelDebt]] = tuple
+    webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
+
+
+class _Histogram:
+    """How many values fell into each bucket, and their sum."""
+
+    def __init__(self, buckets: Sequence[float]) -> None:
+        self._bounds = buckets
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float) -> None:
+        """Take in a value."""
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._sum += value
+
+    def written(self) -> tuple[list[tuple[str, float]], float]:
+        """Give the buckets as Prometheus wants them, each with all below it, and the sum."""
+        bounds = [*map(str, self._bounds), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+
+
+class Metrics:
+    """A listener of the fleet and of the history, and a collector of prometheus_client. Thread-safe."""
+
+    def __init__(self, clock: Clock, world: World | None = None, *, version: str = "") -> None:
+        self._clock = clock
+        self._world = world or World()
+        self._version = version
+        self._lock = threading.Lock()
+        self._counts: dict[Family, Counter[Labels]] = {
+            family: Counter(dict.fromkeys(family.known, 0)) for family in FAMILIES if family.kind is Kind.COUNTER
+        }
+        self._histograms: dict[Family, dict[Labels, _Histogram]] = {
+            family: {labels: _Histogram(family.buckets) for labels in family.known}
+            for family in FAMILIES
+            if family.kind is Kind.HISTOGRAM
+        }
+        self._begun: dict[ServerName, float] = {}
+        """When the starts that are not decided yet began."""
+        self._up: set[ServerName] = set()
+        """Servers that have been ready, and whose end was not seen yet."""
+
+    # What happens
+
+    def changed(self, change: Change) -> None:
+        """Take in a change of a server."""
+        with self._lock:
+            if change.before is None:
+                # Taken over: only its end will be news.
+                self._up.update({change.after.name} if change.after.started_at is not None else ())
+                return
+            self._take_start(change, change.before)
+            self._take_end(change, change.before)
+            if change.after.restarts > change.before.restarts:
+                self._count(RESTARTS)
+            if change.event is Event.STOP and change.origin.actor == "culler":
+                rule = _RULE.match(change.origin.reason)
+                self._count(CULLS, rule[0] if rule else NONE)
+
+    def heard(self, entry: HistoryEntry) -> None:
+        """Take in what was remembered."""
+        with self._lock:
+            if entry.kind is HistoryKind.KERNEL_CULLED:
+                self._count(KERNEL_CULLS)
+            elif entry.kind is HistoryKind.ORPHANS:
+                pids = entry.details.get("pids")
+                self._count(ORPHANS, by=pids if isinstance(pids, int) else 0)
+
+    def answered(self, route: str | None, method: str, status: int, seconds: float) -> None:
+        """Take in an answered request; `route` is the pattern of its path, None where it fits none."""
+        where = (route or NONE, method if method in _METHODS else "other")
+        with self._lock:
+            self._count(HTTP_REQUESTS, *where, str(status))
+            self._observe(HTTP_DURATION, seconds, *where)
+
+    def _take_start(self, change: Change, before: Snapshot) -> None:
+        after = change.after
+        if after.launch != before.launch or (before.state in _AT_REST and after.state not in _AT_REST):
+            self._begun.setdefault(after.name, self._clock.monotonic())
+        if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
+            return
+        if after.endpoint is not None:
+            self._count(STARTS, "ready", NONE, after.endpoint.launched_by)
+            self._observe(START_DURATION, self._clock.monotonic() - begun, after.endpoint.launched_by)
+        elif after.goal is Goal.UP:
+            self._count(STARTS, "failed", _class_of(after), _UNKNOWN_WAY)
+        else:
+            self._count(STARTS, "stopped", NONE, _UNKNOWN_WAY)
+
+    def _take_end(self, change: Change, before: Snapshot) -> None:
+        after, report = change.after, change.after.stop_report
+        if report is not None and report != before.stop_report:
+            self._observe(STOP_DURATION, report.seconds, str(report.method))
+        if after.state is State.RUNNING:
+            self._up.add(after.name)
+        elif change.event in _ENDS and after.name in self._up:
+            self._up.remove(after.name)
+            if before.goal is Goal.UP:
+                self._count(ENDS, _class_of(after))
+
+    def _count(self, family: Family, *labels: str, by: int = 1) -> None:
+        self._counts[family][labels] += by
+
+    def _observe(self, family: Family, value: float, *labels: str) -> None:
+        self._histograms[family].setdefault(labels, _Histogram(family.buckets)).observe(value)
+
+    # What is asked for
+
+    def exposition(self, accept: str) -> tuple[bytes, str]:
+        """Write everything in the form that fits an `Accept` header best; give its media type, too."""
+        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - late: see above
+
+        try:
+            encode, media_type = choose_encoder(accept)
+        except ValueError:  # It asks for a version that is no number.
+            encode, media_type = choose_encoder("")
+        return encode(self._registry), media_type
+
+    def collect(self) -> Iterator[Metric]:
+        """Give all of ours as prometheus_client wants them."""
+        from prometheus_client import core  # noqa: PLC0415 - late: see above
+
+        values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
+        with self._lock:
+            # Only this is done under the lock: the fleet waits for it.
+            values |= {family: dict(counted) for family, counted in self._counts.items()}
+            for family, histograms in self._histograms.items():
+                written[family] = {labels: histogram.written() for labels, histogram in histograms.items()}
+        for family in FAMILIES:
+            match family.kind:
+                case Kind.INFO:
+                    yield core.InfoMetricFamily(family.name.removesuffix("_info"), family.about, {"version": self._version})
+                case Kind.HISTOGRAM:
+                    histogram = core.HistogramMetricFamily(family.name, family.about, labels=family.labels)
+                    for labels, (buckets, sum_) in written[family].items():
+                        histogram.add_metric(labels, buckets, sum_)
+                    yield histogram
+                case Kind.COUNTER | Kind.GAUGE:  # pragma: no branch - the last kinds
+                    cls = core.CounterMetricFamily if family.kind is Kind.COUNTER else core.GaugeMetricFamily
+                    simple = cls(family.name, family.about, labels=family.labels)
+                    for labels, value in values[family].items():
+                        simple.add_metric(labels, value)
+                    yield simple
+
+    @cached_property
+    def _registry(self) -> CollectorRegistry:
+        from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector  # noqa: PLC0415
+
+        registry = CollectorRegistry()
+        registry.register(self)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        return registry
+
+    def _looked_at(self) -> dict[Family, Mapping[Labels, float]]:
+        """Give the gauges."""
+        servers, webhooks = self._world.servers(), self._world.webhooks()
+        states = Counter(str(server.state) for server in servers)
+        health = _healths(servers)
+        return {
+            SERVERS: {labels: states[labels[0]] for labels in SERVERS.known},
+            KERNEL_DEBTS: {(): len(self._world.debts())},
+            GATEWAYS: {("reachable",): sum(health.values()), ("unreachable",): len(health) - sum(health.values())},
+            WEBHOOK_EVENTS: {
+                labels: count for hook in webhooks for labels, count in ((("delivered",), hook.delivered), (("dead",), hook.dead))
+            },
+            WEBHOOK_PENDING: {(): sum(hook.pending for hook in webhooks)} if webhooks else {},
+        }
+
+
+def _healths(servers: Sequence[Snapshot]) -> dict[str, bool]:
+    """Say of each gateway of running servers whether it could be used by all that looked."""
+    found: dict[str, bool] = {}
+    for server in servers:
+        if server.gateway is not None and server.spec.gateway is not None:
+            found[server.spec.gateway.url] = found.get(server.spec.gateway.url, True) and server.gateway.reachable
+    return found
+
+
+def _class_of(snapshot: Snapshot) -> str:
+    return NONE if snapshot.failure is None else str(snapshot.failure.kind)
