@@ -147,6 +147,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         launch_by=chosen.launch_by,
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
+        found_orphans=chronicle.orphans,
     )
     fleet = Fleet(
         backend=backend,

@@ -251,6 +251,11 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     assert said.count("ended what an earlier keeper left") == 2
     assert said.count("removed what an earlier keeper left") == 1
     assert str(one["pid"]) in said
+    told = [event for event in keeper.http.get("/api/events").json()["events"] if event["kind"] == "orphans"]
+    assert {event["server"] for event in told} == {"one", "other"}
+    count = sum(event["details"]["pids"] for event in told)
+    assert count >= 3
+    assert f"labkeeper_orphan_processes_total {count}.0\n" in keeper.http.get("/metrics").text
     # For the end of the test, which wants an empty place.
     for path in strangers:
         path.unlink() if path.is_symlink() or path.is_file() else path.rmdir()

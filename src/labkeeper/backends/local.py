@@ -54,7 +54,9 @@ class LocalBackend:
         launch_by: Literal["fork", "exec"] = "fork",
         log_max_bytes: int = 10 * 1024 * 1024,
         echo_logs: bool = False,
+        found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
+        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended."""
         self._report = report
         self._python = python
         # One spelling, so that a server's mark is the same for every keeper that comes by another link.
@@ -63,6 +65,7 @@ class LocalBackend:
         self._client = client
         self._log_max_bytes = log_max_bytes
         self._echo_logs = echo_logs
+        self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
         self._crew = Crew()
@@ -165,6 +168,7 @@ class LocalBackend:
             room.remove()
         if ended:
             _log.warning("ended what an earlier keeper left, and the store does not know", server=name, pids=sorted(ended))
+            self._found_orphans(name, ended)
         else:
             _log.info("removed what an earlier keeper left, and the store does not know", server=name)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -71,6 +71,12 @@ class Chronicle:
     ) -> None:
         """Write down something else."""
         self._add(HistoryEntry(0, self._clock.time(), kind, server, message, origin, launch, dict(details or {})))
+
+    def orphans(self, server: ServerName, pids: Collection[int]) -> None:
+        """Write down what an earlier keeper had left."""
+        many = f"{len(pids)} process{'es' if len(pids) > 1 else ''}"
+        message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
+        self.note(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
     def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
         """Give the newest entries, the oldest of them first. Raises StoreError."""
