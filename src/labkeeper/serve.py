@@ -114,6 +114,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         probe_period=chosen.probe_period,
         hung_after=chosen.hung_after,
         max_servers=chosen.max_servers,
+        max_starts=chosen.max_starts,
     )
     store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
     stack.callback(store.close)

@@ -99,6 +99,10 @@ class Settings(BaseModel):
         30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
     )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
+        default_factory=lambda: 2 * len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2 * (os.cpu_count() or 1),
+        description="Most servers that start at a time; further ones queue, and the first that came is the next.",
+    )
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
         None, description="Bytes of memory for each server with its kernels, when its request names none."
     )

@@ -112,6 +112,9 @@ class Server(_Answer):
     gateway_url: str | None
     gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
     kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
+    queue_position: int | None = Field(
+        description="Its place among those that wait to start; 1 is the next. Null unless it is queued."
+    )
     exit: ExitModel | None
     failure: FailureModel | None
     stop_report: StopReportModel | None
@@ -201,7 +204,7 @@ def instant(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
+def server_model(snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None) -> Server:
     """Write a snapshot as callers see it."""
     endpoint, spec = snapshot.endpoint, snapshot.spec
     info: Mapping[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
@@ -224,6 +227,7 @@ def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
+        queue_position=queue_position,
         exit=exit_model(snapshot.exit),
         failure=_failure_model(snapshot.failure),
         stop_report=_stop_report_model(snapshot.stop_report),

@@ -44,7 +44,7 @@ from labkeeper.api.requests import (
 from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot
+from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot, queue_of
 from labkeeper.core.ports import Watch
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
@@ -230,11 +230,19 @@ class Api:
 
     def _is_live(self, name: ServerName) -> bool:
         snapshot = self._keeper.get(name)
-        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state is State.BACKOFF)
+        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state in {State.QUEUED, State.BACKOFF})
 
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint
-        return server_model(snapshot, None if endpoint is None else self._lab_url(snapshot, endpoint))
+        lab_url = None if endpoint is None else self._lab_url(snapshot, endpoint)
+        return server_model(snapshot, lab_url, self._queue_position(snapshot))
+
+    def _queue_position(self, snapshot: Snapshot) -> int | None:
+        if snapshot.state is not State.QUEUED:
+            return None
+        # Of an older snapshot: the place that it would have now.
+        others = [other for other in self._keeper.all() if other.name != snapshot.name]
+        return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
 
     def _lab_url(self, snapshot: Snapshot, endpoint: Endpoint) -> str:
         """Make a link that works from where the caller asked: by the name that reached us, if the Lab listens there too."""

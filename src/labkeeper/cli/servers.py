@@ -182,6 +182,7 @@ def _facts(server: Server) -> dict[str, str]:
         "name": server.name,
         "state": coloured(server.state, sys.stdout),
         "goal": server.goal,
+        "place in queue": server.queue_position,
         "since": f"{server.since} ({ago(server.since)})",
         "address": _address(server),
         "root": server.root_dir,
@@ -312,7 +313,7 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
     """Open a running server in the browser."""
     with connected(where) as (client, _), waiting(f"waiting for '{name}'"):
         server = client.get(name)
-        if server.state in {State.STARTING, State.BACKOFF}:
+        if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
             server = client.get(name, wait_for=State.RUNNING)
     if server.lab_url is None:
         raise Conflict(f"cannot open server '{name}': it is {server.state}; `labkeeper start {name}` starts it")

@@ -98,6 +98,7 @@ class Server(_Answer):
     gateway_url: str | None = None
     gateway: Gateway | None = None
     kernels_kept: list[str] = []
+    queue_position: int | None = None
     exit: Exit | None = None
     failure: Failure | None = None
     stop_report: StopReport | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final, NewType
@@ -283,6 +283,11 @@ class Snapshot:
     def forgotten(self) -> bool:
         """Whether this is the last word on a deleted server."""
         return self.state is State.STOPPED and self.goal is Goal.ABSENT
+
+
+def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
+    """Give the servers that wait for a place to start in, the next one first: who came first is first."""
+    return sorted((s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name))
 
 
 # Facts: what a backend reports of one launch of one server.
