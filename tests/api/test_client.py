@@ -222,7 +222,14 @@ def test_every_route_has_a_method(running):
         client.create()
         for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.delete):
             use("default")
-        for use in (client.version, client.ready, client.healthy, client.kernel_debts, lambda: list(client.list())):
+        for use in (
+            client.version,
+            client.ready,
+            client.healthy,
+            client.kernel_debts,
+            lambda: list(client.list()),
+            lambda: client.start_many(["one", "two"]),
+        ):
             use()
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}

@@ -127,6 +127,21 @@ class ServerList(_Answer):
     next: str | None = Field(description="Cursor of the next page; null on the last one.")
 
 
+class BulkResult(_Answer):
+    """What became of one of many."""
+
+    name: str
+    status: int = Field(description="As if it had been asked for alone: 201, 200, 202, or that of its problem.")
+    server: Server | None = Field(description="Null where there is a problem.")
+    problem: dict[str, Any] | None = Field(description="Why it could not be started (RFC 9457).")
+
+
+class BulkResults(_Answer):
+    """What became of each, in the order of the names."""
+
+    results: list[BulkResult]
+
+
 class KernelModel(_Answer):
     """A kernel, as Jupyter tells it."""
 
