@@ -26,6 +26,7 @@ from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
+from labkeeper.backends.machine import OwnMachine
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
@@ -115,6 +116,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         hung_after=chosen.hung_after,
         max_servers=chosen.max_servers,
         max_starts=chosen.max_starts,
+        min_free=chosen.min_free,
     )
     store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
     stack.callback(store.close)
@@ -145,6 +147,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
+        machine=OwnMachine(),
         listeners=(board, logs.ChangeLog(), watch),
     )
     keeper = Keeper(fleet, inbox, lanes, board)

@@ -22,6 +22,7 @@ from labkeeper.core.model import (
     OwnKernel,
     Ready,
     Refused,
+    Reserve,
     Seen,
     ServerSpec,
     Snapshot,
@@ -54,6 +55,8 @@ class Policy:
     """How many servers may be anything but stopped or failed."""
     max_starts: int = 200
     """How many may be starting at a time; further ones queue."""
+    min_free: Reserve = Reserve()  # noqa: RUF009 - frozen
+    """Memory that is to stay free; nothing is begun with less."""
 
 
 @dataclass(slots=True)

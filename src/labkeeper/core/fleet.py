@@ -45,7 +45,7 @@ from labkeeper.core.model import (
     Unreachable,
     queue_of,
 )
-from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Store
+from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Machine, Store
 
 RETRY_AFTER: Final = 5
 """Seconds after which a caller may ask again when as many servers run as may."""
@@ -66,6 +66,7 @@ class Fleet:
         lanes: Lanes,
         clock: Clock,
         policy: Policy,
+        machine: Machine | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._backend = backend
@@ -75,6 +76,7 @@ class Fleet:
         self._lanes = lanes
         self._clock = clock
         self._policy = policy
+        self._machine = machine
         self._listeners = tuple(listeners)
         self._servers: dict[ServerName, Controller] = {}
         self._unsaved: dict[ServerName, float] = {}
@@ -201,6 +203,21 @@ class Fleet:
                 f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; "
                 "stop one, or try later",
                 retry_after=RETRY_AFTER,
+            )
+        self._check_memory(snapshot.name)
+
+    def _check_memory(self, name: ServerName) -> None:
+        memory = self._machine.memory() if self._machine is not None else None
+        if memory is None:
+            return
+        reserve = self._policy.min_free.of(memory.total)
+        if memory.available < reserve:
+            raise CapacityReached(
+                f"cannot start server '{name}': {memory.available >> 20} MiB of memory are available, and {reserve >> 20} MiB "
+                "are to stay free (LABKEEPER_MIN_FREE_MEMORY); stop a server, or try later",
+                retry_after=RETRY_AFTER,
+                available=memory.available,
+                reserve=reserve,
             )
 
     def _give_turns(self) -> None:

@@ -65,6 +65,29 @@ UNLIMITED: Final = Limits()
 
 
 @dataclass(frozen=True, slots=True)
+class HostMemory:
+    """What there is to be had where the keeper runs; bytes."""
+
+    total: int
+    available: int
+    """Without making anybody else wait: the lesser of what the machine has, and what the keeper's container may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What is to stay free where the keeper runs; whichever is more."""
+
+    amount: int = 0
+    """Bytes."""
+    share: float = 0.0
+    """Of the total; 0.05 is a twentieth."""
+
+    def of(self, total: int) -> int:
+        """Give the bytes that are to stay free of a total."""
+        return max(self.amount, int(total * self.share))
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSpec:
     """All that a caller can ask of a server. Two equal specs ask for the same server."""
 

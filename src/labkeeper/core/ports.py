@@ -15,6 +15,7 @@ from labkeeper.core.model import (
     Endpoint,
     Fact,
     HistoryKind,
+    HostMemory,
     Kernel,
     KernelDebt,
     Message,
@@ -114,6 +115,13 @@ class Ledger(Protocol):
 
     def owe(self, debts: Sequence[KernelDebt]) -> None:
         """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
+
+
+class Machine(Protocol):
+    """The machine, or the container, that servers share with the keeper."""
+
+    def memory(self) -> HostMemory | None:
+        """Say how much memory there is, at once; None where that cannot be known. Does not raise."""
 
 
 class Store(Protocol):

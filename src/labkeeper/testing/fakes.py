@@ -34,6 +34,7 @@ from labkeeper.core.model import (
     Failure,
     FailureClass,
     Gone,
+    HostMemory,
     KernelDebt,
     OwnKernel,
     Ready,
@@ -130,6 +131,17 @@ class OpenGate:
     def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Remember a launch, and the kernels that it is to take over."""
         self.expected.append((spec.name, launch, tuple(kernels)))
+
+
+class FixedMachine:
+    """A machine with as much memory as it is told."""
+
+    def __init__(self, total: int, available: int) -> None:
+        self.found: HostMemory | None = HostMemory(total, available)
+
+    def memory(self) -> HostMemory | None:
+        """Say what was told."""
+        return self.found
 
 
 class MemoryLedger:
