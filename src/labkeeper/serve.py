@@ -40,6 +40,7 @@ from labkeeper.jupyter import JupyterClient
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
+from labkeeper.usage import Sampler
 
 _MARGIN: Final = 5.0
 """Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
@@ -156,6 +157,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     keeper.start()
     stack.callback(keeper.close)
     watch.start()
+    sampler = Sampler(backend, jupyter, keeper.all, crew=crew, clock=clock, period=chosen.usage_period)
+    sampler.start()
     end = chosen.stop_grace + chosen.kill_wait + _MARGIN
     places = Places(chosen.threads)
     services = Services(
@@ -163,6 +166,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         backend=backend,
         probe=jupyter,
         debts=ledger.all,
+        usage=sampler.of,
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,

@@ -107,6 +107,9 @@ class Settings(BaseModel):
         30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
     )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
+        5.0, description="Seconds between two measurements of what servers use, as long as somebody wants to know; 0: never."
+    )
     max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
         default_factory=lambda: 2 * len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2 * (os.cpu_count() or 1),
         description="Most servers that start at a time; further ones queue, and the first that came is the next.",

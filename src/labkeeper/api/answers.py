@@ -18,6 +18,7 @@ from labkeeper.core.model import (
     Kernel,
     KernelDebt,
     Limits,
+    Sample,
     Snapshot,
     StopMethod,
     StopReport,
@@ -59,10 +60,27 @@ class LimitModel(_Answer):
     """What a server, with its kernels and terminals, may use of one thing."""
 
     limit: float
+    used: float | None = Field(description="How much of it is used, by the last sample of `usage`; null without one.")
     limited_by: str | None = Field(
         description="What holds it: `cgroup2`, `cgroup1`, `rlimit` (for each process by itself) or `nothing`; "
         "null unless it is running."
     )
+
+
+class UsageModel(_Answer):
+    """What a server uses with its kernels and terminals, by the last sample."""
+
+    at: str = Field(description="When the sample was taken.")
+    memory: int = Field(description="Bytes: what its control group counts where one does, else what its processes have resident.")
+    memory_proportional: int | None = Field(
+        description="Bytes, with pages that it shares with others divided among them (PSS); looked at once a minute."
+    )
+    cpu_seconds: float = Field(description="Seconds of processors since its launch, also of processes that have ended.")
+    cpus: float | None = Field(description="Processors that were busy with it since the sample before.")
+    processes: int
+    threads: int = Field(description="Of all its processes; what `process_limit` counts.")
+    kernels: int | None = Field(description="As Jupyter tells it; null where it did not answer of late.")
+    connections: int | None = Field(description="Of browsers to its kernels, likewise.")
 
 
 class GatewayModel(_Answer):
@@ -108,6 +126,7 @@ class Server(_Answer):
     default_url: str
     labels: dict[str, str]
     limits: dict[str, LimitModel] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
+    usage: UsageModel | None = Field(description="What it uses; null unless it is running, and until it was first measured.")
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
     gateway_url: str | None
     gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
@@ -219,7 +238,9 @@ def instant(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def server_model(snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None) -> Server:
+def server_model(
+    snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
+) -> Server:
     """Write a snapshot as callers see it."""
     endpoint, spec = snapshot.endpoint, snapshot.spec
     info: Mapping[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
@@ -237,7 +258,8 @@ def server_model(snapshot: Snapshot, lab_url: str | None, queue_position: int | 
         root_dir=spec.root_dir,
         default_url=spec.default_url,
         labels=dict(spec.labels),
-        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}),
+        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
+        usage=_usage_model(sample),
         user=spec.user,
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
@@ -249,9 +271,29 @@ def server_model(snapshot: Snapshot, lab_url: str | None, queue_position: int | 
     )
 
 
-def _limit_models(limits: Limits, limited_by: Mapping[str, str]) -> dict[str, LimitModel]:
+def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, LimitModel]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
-    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name)) for name, limit in given.items()}
+    used: dict[str, float | None] = {}
+    if sample is not None:
+        used = {"memory": sample.usage.memory, "cpus": sample.cpus, "processes": sample.usage.threads}
+    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()}
+
+
+def _usage_model(sample: Sample | None) -> UsageModel | None:
+    if sample is None:
+        return None
+    usage, load = sample.usage, sample.load
+    return UsageModel(
+        at=instant(sample.at),
+        memory=usage.memory,
+        memory_proportional=usage.proportional,
+        cpu_seconds=round(usage.cpu_seconds, 3),
+        cpus=sample.cpus,
+        processes=usage.processes,
+        threads=usage.threads,
+        kernels=load.kernels if load else None,
+        connections=load.connections if load else None,
+    )
 
 
 def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:

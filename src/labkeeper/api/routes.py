@@ -275,7 +275,7 @@ class Api:
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint
         lab_url = None if endpoint is None else self._lab_url(snapshot, endpoint)
-        return server_model(snapshot, lab_url, self._queue_position(snapshot))
+        return server_model(snapshot, lab_url, self._queue_position(snapshot), self._services.usage(snapshot))
 
     def _queue_position(self, snapshot: Snapshot) -> int | None:
         if snapshot.state is not State.QUEUED:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
-from labkeeper.core.model import KernelDebt
+from labkeeper.core.model import KernelDebt, Sample, Snapshot
 from labkeeper.core.ports import Backend, Keeper, Probe
 
 
@@ -24,6 +24,8 @@ class Services:
     version: str
     token: str | None = field(repr=False)
     """The bearer token; None turns access control off."""
+    usage: Callable[[Snapshot], Sample | None] = lambda _: None
+    """Gives the last sample of what a server uses, at once."""
     advertised_host: str | None = None
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""

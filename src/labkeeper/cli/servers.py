@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
@@ -21,7 +23,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Gateway, Limit, Server
+    from labkeeper.client import Client, Gateway, Limit, Server, Usage
 
 
 @click.command(
@@ -202,14 +204,30 @@ def _show_started(server: Server, as_json: bool) -> None:
 def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json: bool) -> None:
     """List servers."""
     with connected(where) as (client, _), waiting("asking"):
-        servers = list(client.list(state=state, label=label))
+        servers = _measured(lambda: list(client.list(state=state, label=label)))
     if as_json:
         print_json({"servers": [server.model_dump(mode="json") for server in servers], "next": None})
         return
-    rows = [(s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers]
-    print_table(("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY"), rows)
+    head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
+    rows: list[tuple[str, ...]] = [
+        (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers
+    ]
+    if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE:
+        head = (*head[:3], "MEMORY", "CPUS", *head[3:])
+        rows = [(*row[:3], *_columns(server), *row[3:]) for row, server in zip(rows, servers, strict=True)]
+    print_table(head, rows)
     if not servers and is_terminal(sys.stderr):
         say("no servers; `labkeeper start` starts one" if not (state or label) else "no servers fit")
+
+
+_WIDE: Final = 120
+"""Columns of a terminal on which a list tells of memory and processors, too."""
+
+
+def _columns(server: Server) -> tuple[str, str]:
+    if server.usage is None:
+        return "-", "-"
+    return _mib(server.usage.memory), "-" if server.usage.cpus is None else f"{server.usage.cpus:.2f}"
 
 
 @click.command(epilog=examples("labkeeper show", "labkeeper show demo --json | jq .pid"))
@@ -223,7 +241,7 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     `open --print` and `--json` give those.
     """
     with connected(where) as (client, _), waiting("asking"):
-        server = client.get(name)
+        (server,) = _measured(lambda: [client.get(name)])
     if as_json:
         print_json(server)
         return
@@ -237,7 +255,32 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
 
 def _limit(name: str, limit: Limit) -> str:
     amount = f"{limit.limit / 2**20:.0f} MiB" if name == "memory" else f"{limit.limit:g}"
-    return f"{name} {amount}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
+    used = f", {limit.used / limit.limit:.0%} used" if limit.used is not None else ""
+    return f"{name} {amount}{used}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
+
+
+def _usage(usage: Usage) -> str:
+    shared = f" ({_mib(usage.memory_proportional)} with shared pages divided)" if usage.memory_proportional is not None else ""
+    busy = f", {usage.cpus:.2f} now" if usage.cpus is not None else ""
+    processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
+    return f"memory {_mib(usage.memory)}{shared}, {usage.cpu_seconds:.1f} s of processors{busy}, {processes}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
+    """Ask, and once more where what runs was not measured yet: that begins when somebody asks."""
+    servers = ask()
+    if any(server.state == State.RUNNING and server.usage is None for server in servers):
+        time.sleep(_MEASURED_WITHIN)
+        servers = ask()
+    return servers
+
+
+_MEASURED_WITHIN: Final = 0.5
+"""Seconds."""
 
 
 def _gateway(gateway: Gateway) -> str:
@@ -262,6 +305,7 @@ def _facts(server: Server) -> dict[str, str]:
         "kernels kept": ", ".join(server.kernels_kept),
         "pid": server.pid,
         "user": server.user,
+        "usage": server.usage and _usage(server.usage),
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,

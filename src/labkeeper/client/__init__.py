@@ -33,6 +33,7 @@ from labkeeper.client.answers import (
     Page,
     Server,
     StopReport,
+    Usage,
     Version,
     checked,
     lines_of,
@@ -58,6 +59,7 @@ __all__ = [
     "Revision",
     "Server",
     "StopReport",
+    "Usage",
 ]
 
 TIMEOUT: Final = 35.0

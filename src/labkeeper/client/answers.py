@@ -49,7 +49,22 @@ class Limit(_Answer):
     """What a server may use of one thing, and what holds it to that (None unless it is running)."""
 
     limit: float
+    used: float | None = None
     limited_by: str | None = None
+
+
+class Usage(_Answer):
+    """What a server uses, by the last sample; memory in bytes. `kernels` and `connections` are None where it did not answer."""
+
+    at: str
+    memory: int
+    memory_proportional: int | None = None
+    cpu_seconds: float
+    cpus: float | None = None
+    processes: int
+    threads: int
+    kernels: int | None = None
+    connections: int | None = None
 
 
 class Gateway(_Answer):
@@ -94,6 +109,7 @@ class Server(_Answer):
     default_url: str
     labels: dict[str, str] = {}
     limits: dict[str, Limit] = {}
+    usage: Usage | None = None
     user: str | None = None
     gateway_url: str | None = None
     gateway: Gateway | None = None

@@ -230,6 +230,42 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a server uses at one moment, all its processes together."""
+
+    memory: int
+    """Bytes: what its control group counts where one does, else the sum of what each process has resident."""
+    cpu_seconds: float
+    """Since its launch, also of processes that have ended; never less than before."""
+    processes: int
+    threads: int
+    """Threads of all of them; what a limit of processes counts."""
+    proportional: int | None = None
+    """Bytes, with shared pages divided among those that share them (PSS); None where it is not known. Looked at seldom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server itself tells of its use."""
+
+    kernels: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was found out about one launch of a server."""
+
+    launch: int
+    at: float
+    """Seconds since the epoch."""
+    usage: Usage
+    cpus: float | None = None
+    """Processors that were busy with it since the sample before."""
+    load: Load | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OwnKernel:
     """A kernel that a server started, as it has written down."""
 

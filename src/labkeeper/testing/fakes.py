@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -44,6 +44,7 @@ from labkeeper.core.model import (
     ServerSpec,
     Snapshot,
     StopMethod,
+    Usage,
 )
 
 _FIRST_PID: Final = 1000
@@ -375,6 +376,7 @@ class FakeBackend:
     def __init__(self, report: Callable[[Report], object], world: World | None = None) -> None:
         self.world = World() if world is None else world
         self._report: Callable[[Report], object] | None = report
+        self._measured = 0
 
     def abandon(self) -> None:
         """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
@@ -440,6 +442,13 @@ class FakeBackend:
         with self.world.lock:
             self.world.logs.pop(name, None)
             self.world.ends.pop(name, None)
+
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Give the same for all that live; the clock of their processors does not stand still."""
+        with self.world.lock:
+            self._measured += 1
+            living = {process.name for process in self.world.processes} & {*names}
+            return {name: Usage(2**27, float(self._measured), processes=1, threads=2, proportional=2**26) for name in living}
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Name what lives under names that are not known."""
