@@ -76,7 +76,7 @@ def settled_as(meter, process, count):
 
 
 def test_without_groups_processes_are_found_by_their_parents_and_by_their_mark(server, tmp_path):
-    """Memory, processes and threads are those of all; the clock goes on when one ends; what it left is its own when it is gone."""
+    """Memory, processes and threads are those of all; the clock goes on when one ends; what it leaves is its own."""
     meter = usage.Meter(NoGroups(tmp_path), tmp_path)
     before = settled(meter, server, 3)
     assert 64 * MIB < before.memory < 200 * MIB

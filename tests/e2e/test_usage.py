@@ -30,7 +30,7 @@ def test_what_a_kernel_takes_is_seen_beside_the_limits(keeper):
         return usage if usage["memory"] > before["memory"] + 280 * MIB and usage["kernels"] == 1 else None
 
     after = until(grown, what="the kernel is seen")
-    assert after["processes"] > before["processes"]
+    assert after["processes"] >= 2
     assert after["cpu_seconds"] > before["cpu_seconds"] + 0.5
     assert after["at"] > before["at"]
     found = keeper.get()
