@@ -27,6 +27,7 @@ from labkeeper.core.model import (
     FailureClass,
     Gateway,
     Kernel,
+    Load,
     OwnKernel,
     ServerSpec,
     Session,
@@ -199,6 +200,14 @@ class _KernelModel(BaseModel):
     last_activity: str = ""
 
 
+class _StatusModel(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    kernels: int
+    connections: int
+
+
+_STATUS: Final = TypeAdapter(_StatusModel)
 _KERNELS: Final = TypeAdapter(list[_KernelModel], config=ConfigDict(defer_build=True))
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
@@ -234,6 +243,20 @@ class JupyterClient:
         except (OSError, http.client.HTTPException, ValidationError) as error:
             raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
         return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
+
+    def load(self, endpoint: Endpoint) -> Load:
+        """Say how many kernels and connections it has: `GET api/status`, which is no activity, and may wait for a gateway."""
+        what = f"cannot ask the server on port {endpoint.port} for its kernels and connections"
+        try:
+            answer = self._ask("GET", endpoint, "api/status")
+            if answer.status != http.client.OK:
+                raise BackendUnavailable(f"{what}: it answered {answer.status}")
+            found = _STATUS.validate_json(answer.body)
+        except TimeoutError as error:
+            raise BackendTimeout(f"{what}: it did not answer in time") from error
+        except (OSError, http.client.HTTPException, ValidationError) as error:
+            raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
+        return Load(found.kernels, found.connections)
 
     def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:
         """Ask it to end with its kernels; it answers when that is done. Says whether it did."""

@@ -28,6 +28,7 @@ from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
+from labkeeper.backends.machine import OwnMachine
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
@@ -44,6 +45,7 @@ from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
+from labkeeper.usage import Sampler
 
 _MARGIN: Final = 5.0
 """Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
@@ -119,6 +121,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         probe_period=chosen.probe_period,
         hung_after=chosen.hung_after,
         max_servers=chosen.max_servers,
+        max_starts=chosen.max_starts,
+        min_free=chosen.min_free,
     )
     store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
     stack.callback(store.close)
@@ -157,6 +161,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
+        machine=OwnMachine(),
         listeners=(board, logs.ChangeLog(), watch, chronicle, metrics),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
@@ -165,6 +170,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     keeper.start()
     stack.callback(keeper.close)
     watch.start()
+    sampler = Sampler(backend, jupyter, keeper.all, crew=crew, clock=clock, period=chosen.usage_period)
+    sampler.start()
     end = chosen.stop_grace + chosen.kill_wait + _MARGIN
     places = Places(chosen.threads)
     services = Services(
@@ -175,6 +182,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         history=chronicle,
         meter=metrics,
         webhooks=lambda: [webhook.status() for webhook in webhooks],
+        usage=sampler.of,
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,

@@ -7,6 +7,7 @@ A setting comes from, in this order: the command line, the environment (`LABKEEP
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
 
 from labkeeper.core.errors import SettingsError
+from labkeeper.core.model import Reserve
 
 PREFIX: Final = "LABKEEPER_"
 CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
@@ -30,6 +32,12 @@ def _absolute(path: Path) -> Path:
 
 def _default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
+
+
+def _check_reserve(text: str) -> str:
+    if re.fullmatch(r"\d{1,18}|(\d{1,2}(\.\d+)?|100)%", text) is None:
+        raise ValueError("must be bytes, such as 1073741824, or a percentage, such as 5%")
+    return text
 
 
 Directory = Annotated[Path, AfterValidator(_absolute)]
@@ -99,6 +107,18 @@ class Settings(BaseModel):
         30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
     )
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
+        5.0, description="Seconds between two measurements of what servers use, as long as somebody wants to know; 0: never."
+    )
+    max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
+        default_factory=lambda: 2 * len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2 * (os.cpu_count() or 1),
+        description="Most servers that start at a time; further ones queue, and the first that came is the next.",
+    )
+    min_free_memory: Annotated[str, AfterValidator(_check_reserve)] = Field(
+        "5%",
+        description="Memory that is to stay free where the keeper runs, in bytes or as a percentage of it; with less, no server "
+        "is started. 0: it is not looked at.",
+    )
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
         None, description="Bytes of memory for each server with its kernels, when its request names none."
     )
@@ -128,6 +148,13 @@ class Settings(BaseModel):
         "auto", description="Form of the keeper's own log; `auto` is `console` on a terminal and `json` elsewhere."
     )
     debug: bool = Field(False, description="Log at level `debug`, with the source line of each entry. Answers stay the same.")
+
+    @property
+    def min_free(self) -> Reserve:
+        """The memory that is to stay free."""
+        if self.min_free_memory.endswith("%"):
+            return Reserve(share=float(self.min_free_memory[:-1]) / 100)
+        return Reserve(amount=int(self.min_free_memory))
 
     @property
     def rooms(self) -> Path:

@@ -21,7 +21,7 @@ from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_u
 from labkeeper.api.routes import ROUTES, RULES
 from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
-from labkeeper.core.errors import BackendUnavailable, InvalidSpec
+from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import (
@@ -503,3 +503,72 @@ def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
     assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (False, "no", ["k"])
     well = server_model(replace(snapshot, gateway=GatewayHealth(1.0, kernelspecs=3)), None).gateway
     assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)
+
+
+def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world):
+    """One place: the second and third wait, are told so when their callers' wait is over, and go on when the first is ready."""
+    services.keeper._fleet._policy = replace(services.keeper._fleet._policy, max_starts=1)
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    world.temper("a").boots = False
+    for name in ("a", "b", "c"):
+        assert client.post("/api/servers?wait=0", json={"name": name}).status_code == 202
+    listed = {s["name"]: (s["state"], s["queue_position"]) for s in client.get("/api/servers").json["servers"]}
+    assert listed == {"a": ("starting", None), "b": ("queued", 1), "c": ("queued", 2)}
+    answer = client.post("/api/servers?wait=0.05", json={"name": "b"})
+    assert (answer.status_code, answer.json["queue_position"]) == (202, 1)
+    assert client.post("/api/servers/b/stop").json["state"] == "stopped"
+    assert client.get("/api/servers/c").json["queue_position"] == 1
+    until(lambda: world.living("a"), what="the first is launched")
+    world.answer("a")
+    assert client.get("/api/servers/c?wait_for=running&wait=5").json["state"] == "running"
+
+
+def test_many_start_each_with_a_result_of_its_own(client, world):
+    """What fails, or has no room, holds up nobody; the same request again finds what runs."""
+    world.temper("bad").refusal = BackendRefused("cannot start server 'bad': told to refuse")
+    answer = client.post("/api/bulk/start", json={"names": ["one", "bad", "two"], "labels": {"of": "many"}})
+    assert answer.status_code == 207
+    results = {result["name"]: result for result in answer.json["results"]}
+    assert [result["name"] for result in answer.json["results"]] == ["one", "bad", "two"]
+    assert {name: result["status"] for name, result in results.items()} == {"one": 201, "bad": 502, "two": 201}
+    assert results["one"]["server"]["labels"] == {"of": "many"}
+    assert results["one"]["problem"] is None
+    assert results["bad"]["problem"]["code"] == "start_failed"
+    again = client.post("/api/bulk/start", json={"names": ["one", "two"], "labels": {"of": "many"}})
+    assert (again.status_code, [result["status"] for result in again.json["results"]]) == (200, [200, 200])
+    other = client.post("/api/bulk/start", json={"names": ["one", "two"]})
+    assert [result["problem"]["code"] for result in other.json["results"]] == ["conflict", "conflict"]
+
+
+def test_many_that_still_start_are_said_to(client, world):
+    world.temper("slow").boots = False
+    answer = client.post("/api/bulk/start?wait=0.2", json={"names": ["quick", "slow"]})
+    assert answer.status_code == 202
+    assert [result["status"] for result in answer.json["results"]] == [201, 202]
+
+
+def test_of_many_those_without_room_are_refused(client):
+    answer = client.post("/api/bulk/start", json={"names": ["one", "two", "three", "four"]})
+    assert answer.status_code == 207
+    assert [result["status"] for result in answer.json["results"]] == [201, 201, 201, 429]
+    assert answer.json["results"][3]["server"] is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"names": []},
+        {"names": ["a", "a"]},
+        {"names": ["a", "B"]},
+        {"names": ["a", "b"], "port": 9000},
+        {"names": ["a"], "name": "a"},
+        {"names": ["a", "b"], "root_dir": "/no/such/place"},
+        {"names": [f"n{i}" for i in range(201)]},
+    ],
+)
+def test_a_wrong_body_for_many_starts_none(client, body):
+    answer = client.post("/api/bulk/start", json=body)
+    assert answer.status_code == 422
+    assert client.get("/api/servers").json["servers"] == []

@@ -228,6 +228,7 @@ def test_every_route_has_a_method(running):
         client.create()
         for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.events):
             use("default")
+        client.start_many(["default"])
         client.delete("default")
         for use in (
             client.version,

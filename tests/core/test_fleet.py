@@ -24,6 +24,7 @@ from labkeeper.core.model import (
     Exit,
     FailureClass,
     Gateway,
+    HostMemory,
     Job,
     Order,
     Origin,
@@ -31,6 +32,7 @@ from labkeeper.core.model import (
     Ready,
     Refused,
     Report,
+    Reserve,
     Seen,
     StopAll,
     StopMethod,
@@ -40,6 +42,7 @@ from labkeeper.core.model import (
 from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,
+    FixedMachine,
     InlineLanes,
     MemoryLedger,
     MemoryStore,
@@ -53,7 +56,8 @@ from labkeeper.testing.fakes import (
 class Bench:
     """A fleet in a world of fakes; `crash` puts the next keeper over the same world and store."""
 
-    def __init__(self, **policy):
+    def __init__(self, machine=None, **policy):
+        self.machine = machine
         self.policy = Policy(**policy)
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
         self.lanes = InlineLanes(self.hear)
@@ -71,6 +75,7 @@ class Bench:
             lanes=self.lanes,
             clock=self.clock,
             policy=self.policy,
+            machine=self.machine,
             listeners=[self.recorder],
         )
         self.fleet.recover()
@@ -715,3 +720,79 @@ def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_
         (State.STOPPING, bob),
         (State.STOPPED, bob),
     ]
+
+
+# Memory of the machine
+
+
+@pytest.mark.parametrize("reserve", [Reserve(amount=101), Reserve(share=0.11)])
+def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
+    """A start is refused with the figures; what runs may restart; when memory is there again, so may the others."""
+    machine = FixedMachine(1000, 500)
+    bench = Bench(machine, min_free=reserve).run("runs").run("rests")
+    bench.order(Event.STOP, "rests")
+    machine.found = HostMemory(1000, 100)
+    for command in (Create(a_spec("new")), Order("rests", Event.START), Order("rests", Event.RESTART)):
+        with pytest.raises(CapacityReached, match="LABKEEPER_MIN_FREE_MEMORY") as caught:
+            bench.fleet.step(command)
+        assert caught.value.details == {"retry_after": RETRY_AFTER, "available": 100, "reserve": reserve.of(1000)}
+    assert bench.order(Event.START, "runs").created is False
+    bench.order(Event.RESTART, "runs")
+    assert bench.state("runs") is State.RUNNING
+    machine.found = None
+    bench.run("new")
+
+
+# The queue
+
+
+def test_launches_queue_and_start_in_the_order_in_which_they_came():
+    bench = Bench(max_starts=1)
+    for name in ("c", "a", "b"):
+        bench.clock.advance(1)
+        bench.world.temper(name).boots = False
+        assert bench.create(name).created
+    assert [bench.state(name) for name in "cab"] == [State.STARTING, State.QUEUED, State.QUEUED]
+    assert bench.create("a").created is False
+    for name, following in ("ca", "ab"):
+        bench.lanes.run_all()
+        assert (bench.state(name), bench.state(following)) == (State.STARTING, State.QUEUED)
+        bench.world.answer(name)
+        bench.lanes.deliver()
+        assert (bench.state(name), bench.state(following)) == (State.RUNNING, State.STARTING)
+    assert bench.fleet.next_deadline() is not None
+
+
+def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
+    """After a crash and after a restart's stop it queues as well; a restart in the queue begins a new count."""
+    bench = Bench(max_starts=1).run("crashes").run("restarts")
+    bench.world.temper("slow").boots = False
+    bench.create("slow")
+    bench.lanes.run_all()
+    bench.world.crash("crashes")
+    bench.lanes.run_all()
+    bench.clock.advance(1)
+    bench.fleet.step(Tick())
+    bench.clock.advance(1)
+    bench.order(Event.RESTART, "restarts")
+    assert (bench.state("crashes"), bench.last("crashes").restarts) == (State.QUEUED, 1)
+    assert bench.last("crashes").failure.kind is FailureClass.KILLED
+    assert bench.state("restarts") is State.QUEUED
+    bench.crash()
+    assert [bench.state(name) for name in ("crashes", "restarts")] == [State.STARTING, State.QUEUED]
+    bench.order(Event.RESTART, "crashes")
+    bench.world.answer("slow")
+    bench.lanes.run_all()
+    assert {bench.state(name) for name in ("crashes", "restarts", "slow")} == {State.RUNNING}
+
+
+def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
+    bench = Bench(max_starts=1)
+    bench.create("first")
+    bench.store.failing = True
+    with pytest.raises(StoreError):
+        bench.create("second")
+    bench.store.failing = False
+    bench.lanes.run_all()
+    assert [change.after.name for change in bench.recorder.changes if change.after.name == "second"] == []
+    bench.run("second")

@@ -30,8 +30,9 @@ from labkeeper.testing.fakes import (
     a_spec,
 )
 
-NAMES = st.sampled_from(["one", "two"])
-POLICY = Policy(max_servers=2, restart_delays=(1.0, 2.0))
+EVERY = ("one", "two", "three")
+NAMES = st.sampled_from(EVERY)
+POLICY = Policy(max_servers=3, max_starts=1, restart_delays=(1.0, 2.0))
 GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
 PATIENCE = 60
 """Rounds of jobs and timers in which a fair world must have brought everything to rest."""
@@ -182,7 +183,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_two_processes(self):
-        for name in ("one", "two"):
+        for name in EVERY:
             assert len(self.world.living(name)) <= 1
 
     @invariant()
@@ -207,6 +208,22 @@ class FleetMachine(RuleBasedStateMachine):
                     assert not owed & {kernel.id for kernel in process.kernels}
 
     @invariant()
+    def never_more_launches_than_places(self):
+        """What was found alive starts beside those that were launched; but nothing is launched beside as many as may."""
+        states = {}
+        for change in self.recorder.changes:
+            before = change.before
+            if before is not None and change.after.launch > before.launch:
+                starting = [name for name, state in states.items() if state is State.STARTING and name != change.after.name]
+                assert len(starting) < POLICY.max_starts
+            states[change.after.name] = change.after.state
+
+    @invariant()
+    def nobody_waits_for_a_place_that_is_free(self):
+        states = [snapshot.state for snapshot in self.known]
+        assert State.QUEUED not in states or states.count(State.STARTING) >= POLICY.max_starts
+
+    @invariant()
     def endpoint_while_it_runs(self):
         for snapshot in self.known:
             assert (snapshot.endpoint is not None) == (snapshot.state is State.RUNNING)
@@ -226,7 +243,7 @@ class FleetMachine(RuleBasedStateMachine):
     def teardown(self):
         """Let the world be fair: everything comes to where its goal points."""
         self.store.failing = False
-        for name in ("one", "two"):
+        for name in EVERY:
             temper, fair = self.world.temper(name), Temper()
             for what in Temper.__slots__:
                 setattr(temper, what, getattr(fair, what))

@@ -32,7 +32,7 @@ def test_a_command_given_twice_aims_where_it_aimed_at_first():
 def test_what_is_in_the_table_may_hold():
     """Only states in which a process may exist hear facts; terminate and kill come from those alone; a launch from the others."""
     for (state, event), (target, action) in TABLE.items():
-        if event not in COMMANDS and event is not Event.DEADLINE:
+        if event not in COMMANDS and event not in {Event.DEADLINE, Event.TURN}:
             assert state in MAY_EXIST
         if action in {Action.TERMINATE, Action.KILL, Action.OBSERVE}:
             assert state in MAY_EXIST
@@ -40,6 +40,8 @@ def test_what_is_in_the_table_may_hold():
         if action is Action.LAUNCH:
             assert state not in MAY_EXIST
             assert target is State.STARTING
+        if target is Junction.BEGIN:
+            assert state not in MAY_EXIST
         if target is Junction.SETTLE:
             assert event in {Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE}
 
@@ -109,3 +111,28 @@ def test_what_survives_a_kill_is_lost_not_stopped():
 def test_a_start_in_backoff_does_not_wait(event):
     """Who asks for it gets it now."""
     assert advance(State.BACKOFF, Goal.UP, event, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+
+
+@pytest.mark.parametrize("goal", [Goal.UP, Goal.AGAIN, Goal.RENEW])
+def test_every_launch_queues_where_no_place_is_free(goal):
+    """Asked for, after a crash, after a restart's stop: each waits for its turn, and nothing but that launches it."""
+    for state, event in product(State, Event):
+        step = advance(state, goal, event, may_retry=True, may_start=False)
+        if step is not None and event is not Event.TURN:
+            assert step.action is not Action.LAUNCH
+            unhindered = advance(state, goal, event, may_retry=True)
+            assert (step == unhindered) == (unhindered.action is not Action.LAUNCH)
+            assert step.state is State.QUEUED or unhindered.action is not Action.LAUNCH
+    assert advance(State.QUEUED, Goal.UP, Event.TURN, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+
+
+@pytest.mark.parametrize(("event", "goal"), [(Event.STOP, Goal.DOWN), (Event.KILL, Goal.DOWN), (Event.DELETE, Goal.ABSENT)])
+def test_what_queues_is_stopped_at_once(event, goal):
+    """Nothing of it exists, so nothing is to be ended."""
+    assert advance(State.QUEUED, Goal.UP, event, may_retry=True) == Step(State.STOPPED, goal)
+
+
+@pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.RENEW])
+def test_who_asks_again_keeps_the_place(event):
+    step = advance(State.QUEUED, Goal.UP, event, may_retry=True)
+    assert step in {None, Step(State.QUEUED, Goal.UP)}

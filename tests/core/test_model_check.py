@@ -13,6 +13,7 @@ leads there too, later.
 from __future__ import annotations
 
 from collections import deque
+from itertools import product
 from typing import NamedTuple
 
 import pytest
@@ -20,7 +21,7 @@ import pytest
 from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, TABLE, Action, Event, Goal, Junction, State, advance
 
 PROVEN_GONE = frozenset(State) - MAY_EXIST
-WANTED = frozenset({State.STARTING, State.RUNNING, State.BACKOFF, State.FAILED})
+WANTED = frozenset({State.QUEUED, State.STARTING, State.RUNNING, State.BACKOFF, State.FAILED})
 """The states that are left at once when the goal is no longer up."""
 
 # What there is of the process. Of a dead one the world may remember how it ended.
@@ -65,9 +66,9 @@ class Model:
 
     # The keeper
 
-    def take(self, config, event, *, retry, why=None):
-        """One event, as `Fleet` and `Controller` take it."""
-        step = advance(config.state, config.goal, event, may_retry=retry)
+    def take(self, config, event, *, retry, free=True, why=None):
+        """One event, as `Fleet` and `Controller` take it; `free` says whether a place to start in is."""
+        step = advance(config.state, config.goal, event, may_retry=retry, may_start=free)
         if step is None:
             return config
         process, lane, facts = config.process, config.lane, config.facts
@@ -92,7 +93,7 @@ class Model:
         event = self.event_of(config, kind)
         if event is None:
             return [rest]
-        return [self.take(rest, event, retry=retry, why=kind) for retry in retries]
+        return [self.take(rest, event, retry=retry, free=free, why=kind) for retry in retries for free in (True, False)]
 
     def event_of(self, config, kind):
         """As `Controller.event_of`."""
@@ -103,14 +104,14 @@ class Model:
         return _EVENTS[kind]
 
     def orders(self, config):
-        """What callers and timers may do at any moment."""
+        """What callers, timers and the queue may do at any moment."""
         forgotten = config.state is State.STOPPED and config.goal is Goal.ABSENT
-        for event in (*COMMANDS, Event.DEADLINE):
+        for event, free in product((*COMMANDS, Event.DEADLINE, Event.TURN), (True, False)):
             again = event in {Event.START, Event.RESTART}
             if again and config.goal is Goal.ABSENT and not forgotten:
                 continue  # Refused: it is being deleted.
             # Under a forgotten name a new server may be created.
-            yield self.take(config._replace(goal=Goal.DOWN) if forgotten and again else config, event, retry=True)
+            yield self.take(config._replace(goal=Goal.DOWN) if forgotten and again else config, event, retry=True, free=free)
 
     def crash(self, config):
         """The keeper ends without a word, and starts again."""
@@ -172,7 +173,10 @@ class Model:
                 yield self.take(after._replace(lane=after.lane[:-1]), Event.REFUSED, retry=True)
 
     def due(self, config, *, retry):
-        """What comes next in the fair world, with the restart that may be left: jobs and facts, then the timer."""
+        """What comes next in the fair world, with the restart that may be left: jobs and facts, then its turn, or the timer.
+
+        That every turn comes is the fleet's to see to: see test_fleet_machine.
+        """
         if _settled(config):
             return set()
         after = {(then, retry) for then in self.run(config, fair=True)} if config.lane else set()
@@ -180,7 +184,8 @@ class Model:
             for then in self.deliver(config, fact, {retry, False}):
                 after.add((then, retry and then.state is not State.BACKOFF))
         if not config.lane and not config.facts:
-            after.add((self.take(config, Event.DEADLINE, retry=retry), retry))
+            due = Event.TURN if config.state is State.QUEUED else Event.DEADLINE
+            after |= {(self.take(config, due, retry=retry, free=free), retry) for free in (True, False)}
         if after <= {(config, retry)}:
             raise LawError(f"stuck: {config}")
         return after
@@ -349,6 +354,8 @@ def _without(*key):
         [(State.LOST, Event.SEEN), (Junction.SETTLE, Action.NONE)],
         # Second law: launched while a process may exist.
         [(State.RUNNING, Event.RESTART), (State.STARTING, Action.LAUNCH)],
+        [(State.STOPPING, Event.RESTART), (Junction.BEGIN, Action.NONE)],
+        [(State.LOST, Event.TURN), (State.STARTING, Action.LAUNCH)],
         [(State.STOPPING, Event.START), (State.STARTING, Action.LAUNCH)],
         [(State.STOPPING, Event.DEADLINE), (State.STARTING, Action.LAUNCH)],
         [(State.LOST, Event.DEADLINE), (State.STARTING, Action.LAUNCH)],
@@ -356,6 +363,9 @@ def _without(*key):
         _without(State.STOPPED, Event.START),
         _without(State.BACKOFF, Event.DEADLINE),
         _without(State.BACKOFF, Event.STOP),
+        _without(State.QUEUED, Event.TURN),
+        _without(State.QUEUED, Event.STOP),
+        _without(State.QUEUED, Event.DELETE),
         _without(State.STARTING, Event.DEADLINE),
         _without(State.STARTING, Event.RESTART),
         _without(State.RUNNING, Event.CRASHED),

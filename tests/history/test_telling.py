@@ -40,7 +40,9 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
     ("told", "sentence"),
     [
         (change(Event.START, State.STOPPED, State.STARTING), "is launched"),
-        (change(Event.DEADLINE, State.BACKOFF, State.STARTING), "is launched again after a crash"),
+        (change(Event.START, State.STOPPED, State.QUEUED), "waits for its turn to be launched"),
+        (change(Event.TURN, State.QUEUED, State.STARTING), "is launched"),
+        (change(Event.DEADLINE, State.BACKOFF, State.STARTING, restarts=1), "is launched again after a crash"),
         (change(Event.SEEN, State.LOST, State.STARTING), "was found alive, and is taken over"),
         (change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT), "is ready after 0.5 s"),
         (change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT), "was found alive, and is taken over"),

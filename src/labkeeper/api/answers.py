@@ -20,6 +20,7 @@ from labkeeper.core.model import (
     Kernel,
     KernelDebt,
     Limits,
+    Sample,
     Snapshot,
     StopMethod,
     StopReport,
@@ -62,10 +63,27 @@ class LimitModel(_Answer):
     """What a server, with its kernels and terminals, may use of one thing."""
 
     limit: float
+    used: float | None = Field(description="How much of it is used, by the last sample of `usage`; null without one.")
     limited_by: str | None = Field(
         description="What holds it: `cgroup2`, `cgroup1`, `rlimit` (for each process by itself) or `nothing`; "
         "null unless it is running."
     )
+
+
+class UsageModel(_Answer):
+    """What a server uses with its kernels and terminals, by the last sample."""
+
+    at: str = Field(description="When the sample was taken.")
+    memory: int = Field(description="Bytes: what its control group counts where one does, else what its processes have resident.")
+    memory_proportional: int | None = Field(
+        description="Bytes, with pages that it shares with others divided among them (PSS); looked at once a minute."
+    )
+    cpu_seconds: float = Field(description="Seconds of processors since its launch, also of processes that have ended.")
+    cpus: float | None = Field(description="Processors that were busy with it since the sample before.")
+    processes: int
+    threads: int = Field(description="Of all its processes; what `process_limit` counts.")
+    kernels: int | None = Field(description="As Jupyter tells it; null where it did not answer of late.")
+    connections: int | None = Field(description="Of browsers to its kernels, likewise.")
 
 
 class GatewayModel(_Answer):
@@ -111,10 +129,14 @@ class Server(_Answer):
     default_url: str
     labels: dict[str, str]
     limits: dict[str, LimitModel] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
+    usage: UsageModel | None = Field(description="What it uses; null unless it is running, and until it was first measured.")
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
     gateway_url: str | None
     gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
     kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
+    queue_position: int | None = Field(
+        description="Its place among those that wait to start; 1 is the next. Null unless it is queued."
+    )
     exit: ExitModel | None
     failure: FailureModel | None
     stop_report: StopReportModel | None
@@ -125,6 +147,21 @@ class ServerList(_Answer):
 
     servers: list[Server]
     next: str | None = Field(description="Cursor of the next page; null on the last one.")
+
+
+class BulkResult(_Answer):
+    """What became of one of many."""
+
+    name: str
+    status: int = Field(description="As if it had been asked for alone: 201, 200, 202, or that of its problem.")
+    server: Server | None = Field(description="Null where there is a problem.")
+    problem: dict[str, Any] | None = Field(description="Why it could not be started (RFC 9457).")
+
+
+class BulkResults(_Answer):
+    """What became of each, in the order of the names."""
+
+    results: list[BulkResult]
 
 
 class KernelModel(_Answer):
@@ -242,7 +279,9 @@ def instant(at: float) -> str:
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
+def server_model(
+    snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
+) -> Server:
     """Write a snapshot as callers see it."""
     endpoint, spec = snapshot.endpoint, snapshot.spec
     info: Mapping[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
@@ -260,20 +299,42 @@ def server_model(snapshot: Snapshot, lab_url: str | None) -> Server:
         root_dir=spec.root_dir,
         default_url=spec.default_url,
         labels=dict(spec.labels),
-        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}),
+        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
+        usage=_usage_model(sample),
         user=spec.user,
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
+        queue_position=queue_position,
         exit=exit_model(snapshot.exit),
         failure=_failure_model(snapshot.failure),
         stop_report=_stop_report_model(snapshot.stop_report),
     )
 
 
-def _limit_models(limits: Limits, limited_by: Mapping[str, str]) -> dict[str, LimitModel]:
+def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, LimitModel]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
-    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name)) for name, limit in given.items()}
+    used: dict[str, float | None] = {}
+    if sample is not None:
+        used = {"memory": sample.usage.memory, "cpus": sample.cpus, "processes": sample.usage.threads}
+    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()}
+
+
+def _usage_model(sample: Sample | None) -> UsageModel | None:
+    if sample is None:
+        return None
+    usage, load = sample.usage, sample.load
+    return UsageModel(
+        at=instant(sample.at),
+        memory=usage.memory,
+        memory_proportional=usage.proportional,
+        cpu_seconds=round(usage.cpu_seconds, 3),
+        cpus=sample.cpus,
+        processes=usage.processes,
+        threads=usage.threads,
+        kernels=load.kernels if load else None,
+        connections=load.connections if load else None,
+    )
 
 
 def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:

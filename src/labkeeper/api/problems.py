@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Final
 
 import structlog
@@ -47,7 +48,16 @@ def register(app: Flask) -> None:
 
 def problem(status: int, code: str, detail: str, **members: Any) -> Response:
     """Write one problem."""
-    body = {
+    return Response(json.dumps(_body(status, code, detail, members)), status, content_type=MEDIA_TYPE)
+
+
+def body_of(error: LabkeeperError) -> dict[str, Any]:
+    """Give the body of an error's problem, for an answer that has more than that to tell."""
+    return _body(_status_of(error), error.code, error.message, error.details)
+
+
+def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "type": f"urn:labkeeper:problem:{code}",
         "title": code.replace("_", " ").capitalize(),
         "status": status,
@@ -56,7 +66,10 @@ def problem(status: int, code: str, detail: str, **members: Any) -> Response:
         "request_id": g.get("request_id", ""),
         **members,
     }
-    return Response(json.dumps(body), status, content_type=MEDIA_TYPE)
+
+
+def _status_of(error: LabkeeperError) -> int:
+    return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
 
 
 def invalid_request(error: ValidationError) -> InvalidSpec:
@@ -98,8 +111,7 @@ def start_failed(snapshot: Snapshot) -> LabkeeperError:
 
 
 def _known(error: LabkeeperError) -> Response:
-    status = next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
-    answer = problem(status, error.code, error.message, **error.details)
+    answer = problem(_status_of(error), error.code, error.message, **error.details)
     if "retry_after" in error.details:
         answer.headers["Retry-After"] = str(error.details["retry_after"])
     if isinstance(error, errors.NotAuthenticated):

@@ -280,6 +280,26 @@ class ServerRequest(_Request):
         )
 
 
+class BulkRequest(ServerRequest):
+    """Many servers of one kind."""
+
+    names: Annotated[list[Name], Field(min_length=1, max_length=200, description="Names of the servers, each once.")]
+
+    @model_validator(mode="after")
+    def _each_name_once(self) -> BulkRequest:
+        if "name" in self.model_fields_set:
+            raise ValueError("name: give names instead")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names: each must be given once")
+        if self.port is not None and len(self.names) > 1:
+            raise ValueError("port: only one server can have it; leave it out, and each takes a free one")
+        return self
+
+    def specs(self, defaults: Defaults) -> list[ServerSpec]:
+        """Make the specs, in the order of the names. Raises InvalidSpec."""
+        return [self.model_copy(update={"name": name}).spec(defaults) for name in self.names]
+
+
 class RestartRequest(ServerRequest):
     """What is to be otherwise from the next launch on. What is absent stays as it is."""
 

@@ -7,8 +7,8 @@ import binascii
 import inspect
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
@@ -19,6 +19,8 @@ from pydantic import BaseModel, ValidationError
 from labkeeper.api import problems
 from labkeeper.api.access import Access
 from labkeeper.api.answers import (
+    BulkResult,
+    BulkResults,
     EventList,
     Health,
     KernelDebtList,
@@ -34,6 +36,7 @@ from labkeeper.api.answers import (
     webhook_model,
 )
 from labkeeper.api.requests import (
+    BulkRequest,
     EventQuery,
     GetQuery,
     ListQuery,
@@ -48,9 +51,9 @@ from labkeeper.api.requests import (
 )
 from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
-from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
+from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot
+from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, queue_of
 from labkeeper.core.ports import Watch
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
@@ -113,6 +116,19 @@ class Api:
         """Start a server that was stopped or has failed."""
         name = ServerName(path.name)
         return self._start(name, lambda: self._keeper.ask(Order(name, Event.START, origin=_origin())), query)
+
+    def start_many(self, body: BulkRequest, query: StartQuery) -> Answer:
+        """Make many servers of one kind and start them: each as if it were asked for alone, all within one wait.
+
+        200 when all are ready, 202 when some still start, 207 when any could not be started; what became of each is in `results`.
+        """
+        specs = body.specs(self._services.defaults)
+        patience = self._services.start_wait if query.wait is None else query.wait
+        with ExitStack() as watching, self._patience(patience) as wait:
+            end = time.monotonic() + wait
+            begun = [self._begun(spec, watching) for spec in specs]
+            results = [self._result(spec.name, start, end) for spec, start in zip(specs, begun, strict=True)]
+        return _json(BulkResults(results=results), _overall([result.status for result in results]))
 
     def restart_server(self, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
         """Stop a server if it runs, and start it, otherwise than before where the body says so.
@@ -255,16 +271,40 @@ class Api:
     def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
         patience = self._services.start_wait if query.wait is None else query.wait
         with self._keeper.watch(name) as watch, self._patience(patience) as wait:
-            reply = _reply(command())
-            snapshot, settled = self._until(watch, _is_settled, first=reply.snapshot, timeout=wait)
+            begun = _Begun(watch, _reply(command()))
+            server, status = self._outcome(begun, *self._until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait))
+        location = {"Location": f"/api/servers/{name}"}
+        return _json(server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location)
+
+    def _begun(self, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
+        """Ask for one of many, and wait for nothing but the fleet's word."""
+        watch = watching.enter_context(self._keeper.watch(spec.name))
+        try:
+            return _Begun(watch, _reply(self._keeper.ask(Create(spec, _origin()))))
+        except LabkeeperError as error:
+            return error
+
+    def _result(self, name: ServerName, begun: _Begun | LabkeeperError, end: float) -> BulkResult:
+        """Wait until `end` for one of many; what went wrong with it is told, and holds up nobody."""
+        if isinstance(begun, LabkeeperError):
+            return _refused(name, begun)
+        left = max(0.0, end - time.monotonic())
+        try:
+            server, status = self._outcome(
+                begun, *self._until(begun.watch, _is_settled, first=begun.reply.snapshot, timeout=left)
+            )
+        except LabkeeperError as error:
+            return _refused(name, error)
+        return BulkResult(name=name, status=status, server=server, problem=None)
+
+    def _outcome(self, begun: _Begun, snapshot: Snapshot, settled: bool) -> tuple[Server, HTTPStatus]:
+        """Say what a start has come to. Raises ServerFailed, Conflict."""
         if snapshot.state is State.FAILED:
             raise problems.start_failed(snapshot)
         if settled and snapshot.state is State.STOPPED:
-            raise Conflict(f"cannot start server '{name}': it was stopped meanwhile")
-        location = {"Location": f"/api/servers/{name}"}
-        if not settled:
-            return _json(self._model(snapshot), HTTPStatus.ACCEPTED, location | _RETRY_AFTER)
-        return _json(self._model(snapshot), HTTPStatus.CREATED if reply.created else HTTPStatus.OK, location)
+            raise Conflict(f"cannot start server '{snapshot.name}': it was stopped meanwhile")
+        ready = HTTPStatus.CREATED if begun.reply.created else HTTPStatus.OK
+        return self._model(snapshot), ready if settled else HTTPStatus.ACCEPTED
 
     def _stop(self, path: ServerPath, query: StopQuery, event: Event) -> Answer:
         name = ServerName(path.name)
@@ -286,11 +326,19 @@ class Api:
 
     def _is_live(self, name: ServerName) -> bool:
         snapshot = self._keeper.get(name)
-        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state is State.BACKOFF)
+        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state in {State.QUEUED, State.BACKOFF})
 
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint
-        return server_model(snapshot, None if endpoint is None else self._lab_url(snapshot, endpoint))
+        lab_url = None if endpoint is None else self._lab_url(snapshot, endpoint)
+        return server_model(snapshot, lab_url, self._queue_position(snapshot), self._services.usage(snapshot))
+
+    def _queue_position(self, snapshot: Snapshot) -> int | None:
+        if snapshot.state is not State.QUEUED:
+            return None
+        # Of an older snapshot: the place that it would have now.
+        others = [other for other in self._keeper.all() if other.name != snapshot.name]
+        return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
 
     def _lab_url(self, snapshot: Snapshot, endpoint: Endpoint) -> str:
         """Make a link that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
@@ -302,6 +350,14 @@ class Api:
         scheme = "https" if endpoint.secure else "http"
         page = endpoint.base_url.rstrip("/") + snapshot.spec.default_url
         return f"{scheme}://{host}:{endpoint.port}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A start that the fleet has taken."""
+
+    watch: Watch
+    reply: Reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +388,8 @@ ROUTES: Final = (
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
     Route("POST", "/api/servers/<name>/restart", Access.TOKEN, Api.restart_server, "servers",
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
+    Route("POST", "/api/bulk/start", Access.TOKEN, Api.start_many, "servers",
+          {200: BulkResults, 202: BulkResults, 207: BulkResults}, (400, 413, 415)),
     Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
     Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
@@ -374,6 +432,18 @@ def _view(handler: Callable[..., Answer | Response], api: Api) -> Callable[..., 
         return handler(api, **given)
 
     return view
+
+
+def _refused(name: ServerName, error: LabkeeperError) -> BulkResult:
+    problem = problems.body_of(error)
+    return BulkResult(name=name, status=problem["status"], server=None, problem=problem)
+
+
+def _overall(statuses: Collection[int]) -> HTTPStatus:
+    """Give the status of an answer about many."""
+    if any(status >= HTTPStatus.BAD_REQUEST for status in statuses):
+        return HTTPStatus.MULTI_STATUS
+    return HTTPStatus.ACCEPTED if HTTPStatus.ACCEPTED in statuses else HTTPStatus.OK
 
 
 def _is_settled(snapshot: Snapshot) -> bool:

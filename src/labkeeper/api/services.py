@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
-from labkeeper.core.model import KernelDebt, WebhookStatus
+from labkeeper.core.model import KernelDebt, Sample, Snapshot, WebhookStatus
 from labkeeper.core.ports import Backend, History, Keeper, Meter, Probe
 
 
@@ -28,6 +28,8 @@ class Services:
     """The bearer token; None turns access control off."""
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
     """Says how the webhooks fare."""
+    usage: Callable[[Snapshot], Sample | None] = lambda _: None
+    """Gives the last sample of what a server uses, at once."""
     advertised_host: str | None = None
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""

@@ -13,12 +13,12 @@ import contextlib
 import hashlib
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 import structlog
 
@@ -77,6 +77,16 @@ class MemoryKills:
     count: int
     certain: bool
     """Whether only those of one server were counted, and not those of the whole machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Counted:
+    """What the control groups of a server count; None where no group does."""
+
+    members: frozenset[int]
+    memory: int | None
+    cpu_seconds: float | None
+    tasks: int | None
 
 
 class ControlGroups:
@@ -165,6 +175,16 @@ class ControlGroups:
         with contextlib.suppress(OSError, KeyError, ValueError):
             return MemoryKills(_counted(Path("/proc/vmstat")), certain=False)
         return MemoryKills(0, certain=False)
+
+    def counted(self, name: ServerName) -> Counted:
+        """Read what the groups of a server count."""
+        groups = self._of(name)
+        return Counted(
+            members=frozenset(_pids(groups)),
+            memory=_first(groups, {"memory.current": int, "memory.usage_in_bytes": int}),
+            cpu_seconds=_first(groups, {"cpu.stat": _busy, "cpuacct.usage": lambda text: int(text) / 1e9}),
+            tasks=_first(groups, {"pids.current": int}),
+        )
 
     def names(self) -> set[ServerName]:
         """Give the names of all servers that have a group."""
@@ -359,6 +379,22 @@ def _pids(groups: Iterable[Path]) -> set[int]:
         with contextlib.suppress(OSError):
             found.update(map(int, (part / "cgroup.procs").read_text().split()))
     return found
+
+
+_N = TypeVar("_N", int, float)
+
+
+def _first(groups: Iterable[Path], files: Mapping[str, Callable[[str], _N]]) -> _N | None:
+    """Read the first of these files that tells what it should."""
+    for file, read in ((group / name, read) for group in groups for name, read in files.items()):
+        with contextlib.suppress(OSError, KeyError, ValueError):
+            return read(file.read_text())
+    return None
+
+
+def _busy(stat: str) -> float:
+    """Read the seconds of processors out of `cpu.stat`; that of version 1 does not have them. Raises KeyError."""
+    return int(dict(line.split(maxsplit=1) for line in stat.splitlines())["usage_usec"]) / 1e6
 
 
 def _counted(file: Path) -> int:

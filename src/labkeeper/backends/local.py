@@ -12,7 +12,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -33,8 +33,9 @@ from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch, WireError
+from labkeeper.backends.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod
+from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod, Usage
 from labkeeper.crew import Crew
 
 _log = structlog.get_logger("labkeeper.backends.local")
@@ -68,6 +69,7 @@ class LocalBackend:
         self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
+        self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._crew = Crew()
         self._forkserver: ForkServer | None = None
         why_not = "" if launch_by == "fork" else "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
@@ -143,6 +145,13 @@ class LocalBackend:
         """Remove the room and the log."""
         self._clear(name)
         self._logfile(name).remove()
+
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Measure those that are attended."""
+        if self._meter is None:
+            return {}
+        attended = {name: attendant for name in names if (attendant := self._attendants.get(name)) is not None}
+        return self._meter.measure({name: attendant.process for name, attendant in attended.items()})
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Look for rooms, for processes with the mark of a room, and for control groups."""

@@ -151,6 +151,13 @@ def sees(pid: int, directory: Path) -> bool:
         return True
 
 
+def carries(pid: int, name: str) -> bytes:
+    """Give what a variable is set to in the environment of a process; b"" where it is not, or may not be read."""
+    with contextlib.suppress(psutil.Error, OSError):
+        return next((os.fsencode(value) for value in _values(pid, name)), b"")
+    return b""
+
+
 def _values(pid: int, name: str) -> set[str]:
     """Give what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
     if sys.platform == "linux":

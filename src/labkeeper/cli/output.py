@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import IO, Any, Final
@@ -98,8 +98,11 @@ def ago(instant: str) -> str:
 
 
 @contextmanager
-def waiting(what: str, *, after: float = 1.0) -> Iterator[None]:
-    """Show on a terminal that something takes time, and how long, once it took `after` seconds."""
+def waiting(what: str | Callable[[], str], *, after: float = 1.0) -> Iterator[None]:
+    """Show on a terminal that something takes time, and how long, once it took `after` seconds.
+
+    What is no text gives one, each second.
+    """
     if not is_terminal(sys.stderr):
         yield
         return
@@ -113,7 +116,7 @@ def waiting(what: str, *, after: float = 1.0) -> Iterator[None]:
         thread.join()
 
 
-def _spin(what: str, done: threading.Event, after: float) -> None:
+def _spin(what: str | Callable[[], str], done: threading.Event, after: float) -> None:
     if done.wait(after):
         return
     from rich.console import Console  # noqa: PLC0415 - late
@@ -121,8 +124,8 @@ def _spin(what: str, done: threading.Event, after: float) -> None:
 
     columns = SpinnerColumn(), TextColumn("{task.description} {task.fields[seconds]:.0f} s")
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(what, total=None, seconds=after)
-        for passed in itertools.count(1):
+        task = progress.add_task("", total=None, seconds=after)
+        for passed in itertools.count():
+            progress.update(task, description=what if isinstance(what, str) else what(), seconds=after + passed)
             if done.wait(1.0):
                 return
-            progress.update(task, seconds=after + passed)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import click
 
@@ -16,23 +18,24 @@ from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
 from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, wait_option, where_options
 from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, styled, waiting
-from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound
+from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Event, Gateway, Limit, Server
+    from labkeeper.client import Client, Event, Gateway, Limit, Server, Usage
 
 
 @click.command(
     epilog=examples(
         "labkeeper start",
         "labkeeper start demo --root-dir ~/demo --label team=blue",
+        "labkeeper start ada bob eve --label course=5",
         "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
         'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
     )
 )
-@click.argument("name", required=False)
+@click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
     "--root-dir", metavar="PATH", help="Directory that the Lab shows. Relative: from here, if the keeper is on this machine."
 )
@@ -59,19 +62,90 @@ if TYPE_CHECKING:
 @where_options
 @click.pass_obj
 def start(
-    where: Where, /, name: str | None, *, wait: float | None, as_json: bool, json_spec: IO[str] | None, **options: Any
-) -> None:
-    """Start a server, new or stopped, and print its link. NAME is `default` when not given.
+    where: Where, /, names: tuple[str, ...], *, wait: float | None, as_json: bool, json_spec: IO[str] | None, **options: Any
+) -> int:
+    """Start servers, new or stopped, and print their links. NAME is `default` when not given.
 
     Starting what already runs is no error.
+
+    Several are of one kind, and start beside each other, as many at a time as the keeper lets; the exit code is that of the first
+    that could not be started, and 1 when some were not ready in time.
     """
-    fields = _spec(json_spec) | _fields(options) | ({"name": name} if name else {})
+    fields = _spec(json_spec) | _fields(options) | ({"name": names[0]} if len(names) == 1 else {})
+    as_it_was = json_spec is None and not fields.keys() - {"name"}
     with connected(where) as (client, is_here):
         if is_here and options["root_dir"]:
             fields["root_dir"] = os.path.abspath(Path(options["root_dir"]).expanduser())  # noqa: PTH100 - links are kept as given
-        with waiting(f"starting '{fields.get('name', DEFAULT_NAME)}'"):
-            server = _start(client, fields, wait, as_it_was=json_spec is None and not fields.keys() - {"name"})
+        if len(names) > 1:
+            return _start_many(client, tuple(dict.fromkeys(names)), fields, wait, as_it_was=as_it_was, as_json=as_json)
+        name = fields.get("name", DEFAULT_NAME)
+        with waiting(lambda: _progress(client, [name])):
+            server = _start(client, fields, wait, as_it_was=as_it_was)
     _show_started(server, as_json)
+    return 0
+
+
+def _progress(client: Client, names: Sequence[str]) -> str:
+    """Say how far a start has come."""
+    try:
+        found = [server for server in client.list() if server.name in names]
+    except LabkeeperError:
+        found = []
+    if len(names) > 1:
+        ready, queued = (sum(server.state == state for server in found) for state in (State.RUNNING, State.QUEUED))
+        return f"starting {len(names)} servers: {ready} ready, {queued} queued"
+    place = next((server.queue_position for server in found), None)
+    return f"starting '{names[0]}'" + (f", number {place} in the queue" if place else "")
+
+
+def _start_many(
+    client: Client, names: Sequence[str], fields: dict[str, Any], wait: float | None, *, as_it_was: bool, as_json: bool
+) -> int:
+    """Start all, those that are there already as they are where nothing else is asked for; give the exit code."""
+    with waiting(lambda: _progress(client, names)):
+        there = {server.name for server in client.list()} & {*names} if as_it_was else set()
+        results: dict[str, Server | LabkeeperError] = {name: _asked(client, name) for name in names if name in there}
+        new = [name for name in names if name not in there]
+        for at in range(0, len(new), _MOST_AT_ONCE):
+            for one in client.start_many(new[at : at + _MOST_AT_ONCE], wait=wait, **fields):
+                results[one.name] = one.server or one.error or LabkeeperError(f"cannot start server '{one.name}'")
+        for name in there:
+            results[name] = _ready(client, results[name], wait)
+    codes = []
+    for name in names:
+        match results[name]:
+            case LabkeeperError() as error:
+                codes.append(complain_of(error))
+            case server:
+                _show_started(server, as_json)
+                codes.append(0 if server.state == State.RUNNING else 1)
+    return next(filter(None, codes), 0)
+
+
+_MOST_AT_ONCE: Final = 200
+"""Names in one request; the API takes no more."""
+_LONGEST_WAIT: Final = 3600.0
+"""Seconds; the same."""
+
+
+def _asked(client: Client, name: str) -> Server | LabkeeperError:
+    """Ask for one that is there already, and do not wait."""
+    try:
+        return client.start(name, wait=0)
+    except ClientError:
+        raise
+    except LabkeeperError as error:
+        return error
+
+
+def _ready(client: Client, asked: Server | LabkeeperError, wait: float | None) -> Server | LabkeeperError:
+    """Wait for one that was asked for."""
+    if isinstance(asked, LabkeeperError) or asked.state == State.RUNNING:
+        return asked
+    server = client.get(asked.name, wait_for=State.RUNNING, wait=_LONGEST_WAIT if wait is None else wait)
+    if server.failure is None or server.state != State.FAILED:
+        return server
+    return StartFailed(server.failure.message, log_tail=server.failure.log_tail)
 
 
 def _spec(file: IO[str] | None) -> dict[str, Any]:
@@ -130,14 +204,30 @@ def _show_started(server: Server, as_json: bool) -> None:
 def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json: bool) -> None:
     """List servers."""
     with connected(where) as (client, _), waiting("asking"):
-        servers = list(client.list(state=state, label=label))
+        servers = _measured(lambda: list(client.list(state=state, label=label)))
     if as_json:
         print_json({"servers": [server.model_dump(mode="json") for server in servers], "next": None})
         return
-    rows = [(s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers]
-    print_table(("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY"), rows)
+    head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
+    rows: list[tuple[str, ...]] = [
+        (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers
+    ]
+    if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE:
+        head = (*head[:3], "MEMORY", "CPUS", *head[3:])
+        rows = [(*row[:3], *_columns(server), *row[3:]) for row, server in zip(rows, servers, strict=True)]
+    print_table(head, rows)
     if not servers and is_terminal(sys.stderr):
         say("no servers; `labkeeper start` starts one" if not (state or label) else "no servers fit")
+
+
+_WIDE: Final = 120
+"""Columns of a terminal on which a list tells of memory and processors, too."""
+
+
+def _columns(server: Server) -> tuple[str, str]:
+    if server.usage is None:
+        return "-", "-"
+    return _mib(server.usage.memory), "-" if server.usage.cpus is None else f"{server.usage.cpus:.2f}"
 
 
 @click.command(epilog=examples("labkeeper show", "labkeeper show demo --json | jq .pid"))
@@ -151,7 +241,7 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     `open --print` and `--json` give those.
     """
     with connected(where) as (client, _), waiting("asking"):
-        server = client.get(name)
+        (server,) = _measured(lambda: [client.get(name)])
     if as_json:
         print_json(server)
         return
@@ -165,7 +255,32 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
 
 def _limit(name: str, limit: Limit) -> str:
     amount = f"{limit.limit / 2**20:.0f} MiB" if name == "memory" else f"{limit.limit:g}"
-    return f"{name} {amount}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
+    used = f", {limit.used / limit.limit:.0%} used" if limit.used is not None else ""
+    return f"{name} {amount}{used}" + (f" (by {limit.limited_by})" if limit.limited_by else "")
+
+
+def _usage(usage: Usage) -> str:
+    shared = f" ({_mib(usage.memory_proportional)} with shared pages divided)" if usage.memory_proportional is not None else ""
+    busy = f", {usage.cpus:.2f} now" if usage.cpus is not None else ""
+    processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
+    return f"memory {_mib(usage.memory)}{shared}, {usage.cpu_seconds:.1f} s of processors{busy}, {processes}"
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.0f} MiB"
+
+
+def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
+    """Ask, and once more where what runs was not measured yet: that begins when somebody asks."""
+    servers = ask()
+    if any(server.state == State.RUNNING and server.usage is None for server in servers):
+        time.sleep(_MEASURED_WITHIN)
+        servers = ask()
+    return servers
+
+
+_MEASURED_WITHIN: Final = 0.5
+"""Seconds."""
 
 
 def _gateway(gateway: Gateway) -> str:
@@ -182,6 +297,7 @@ def _facts(server: Server) -> dict[str, str]:
         "name": server.name,
         "state": coloured(server.state, sys.stdout),
         "goal": server.goal,
+        "place in queue": server.queue_position,
         "since": f"{server.since} ({ago(server.since)})",
         "address": _address(server),
         "root": server.root_dir,
@@ -189,6 +305,7 @@ def _facts(server: Server) -> dict[str, str]:
         "kernels kept": ", ".join(server.kernels_kept),
         "pid": server.pid,
         "user": server.user,
+        "usage": server.usage and _usage(server.usage),
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,
@@ -345,7 +462,7 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
     """Open a running server in the browser."""
     with connected(where) as (client, _), waiting(f"waiting for '{name}'"):
         server = client.get(name)
-        if server.state in {State.STARTING, State.BACKOFF}:
+        if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
             server = client.get(name, wait_for=State.RUNNING)
     if server.lab_url is None:
         raise Conflict(f"cannot open server '{name}': it is {server.state}; `labkeeper start {name}` starts it")

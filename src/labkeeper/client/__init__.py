@@ -19,6 +19,8 @@ from typing import Any, Final, Self, TypedDict, Unpack
 import httpx
 
 from labkeeper.client.answers import (
+    BulkResult,
+    BulkResults,
     Event,
     EventList,
     Exit,
@@ -33,6 +35,7 @@ from labkeeper.client.answers import (
     Page,
     Server,
     StopReport,
+    Usage,
     Version,
     Webhook,
     WebhookList,
@@ -49,6 +52,7 @@ from labkeeper.core.model import NAME_RULE, server_name
 __all__ = [
     "LONGEST_WAIT",
     "TIMEOUT",
+    "BulkResult",
     "Client",
     "Event",
     "Exit",
@@ -61,6 +65,7 @@ __all__ = [
     "Revision",
     "Server",
     "StopReport",
+    "Usage",
     "Webhook",
 ]
 
@@ -189,6 +194,17 @@ class Client:
     def start(self, name: str, *, wait: float | None = None) -> Server:
         """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
         return self._server("POST", _path(name, "/start"), wait=wait, waits=True)
+
+    def start_many(self, names: Sequence[str], *, wait: float | None = None, **fields: Unpack[Revision]) -> Sequence[BulkResult]:
+        """Make up to 200 servers of one kind, and start them; tells what became of each, in the order of the names.
+
+        Each is as if `create` had asked for it; what would have been raised is the `error` of its result.
+        Waits at most `wait` seconds (default: until all are ready or have failed). Raises InvalidSpec.
+        """
+        read = None if wait is None else self._timeout + min(max(0.0, wait), LONGEST_WAIT)
+        query = {} if wait is None else {"wait": wait}
+        request = self._request("POST", "/api/bulk/start", query=query, body={**fields, "names": [*names]}, read=read)
+        return parse(BulkResults, self._send(request)).results
 
     def restart(self, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Unpack[Revision]) -> Server:
         """Stop a server if it runs, and start it, with `fields` otherwise than before; what is not given stays as it is.

@@ -49,7 +49,22 @@ class Limit(_Answer):
     """What a server may use of one thing, and what holds it to that (None unless it is running)."""
 
     limit: float
+    used: float | None = None
     limited_by: str | None = None
+
+
+class Usage(_Answer):
+    """What a server uses, by the last sample; memory in bytes. `kernels` and `connections` are None where it did not answer."""
+
+    at: str
+    memory: int
+    memory_proportional: int | None = None
+    cpu_seconds: float
+    cpus: float | None = None
+    processes: int
+    threads: int
+    kernels: int | None = None
+    connections: int | None = None
 
 
 class Gateway(_Answer):
@@ -94,10 +109,12 @@ class Server(_Answer):
     default_url: str
     labels: dict[str, str] = {}
     limits: dict[str, Limit] = {}
+    usage: Usage | None = None
     user: str | None = None
     gateway_url: str | None = None
     gateway: Gateway | None = None
     kernels_kept: list[str] = []
+    queue_position: int | None = None
     exit: Exit | None = None
     failure: Failure | None = None
     stop_report: StopReport | None = None
@@ -117,6 +134,26 @@ class Page(_Answer):
 
     servers: tuple[Server, ...]
     next: str | None = None
+
+
+class BulkResult(_Answer):
+    """What became of one of many: the server, or the problem (RFC 9457) that it met. `status` is as if asked for alone."""
+
+    name: str
+    status: int
+    server: Server | None = None
+    problem: dict[str, Any] | None = Field(None, repr=False)
+
+    @property
+    def error(self) -> LabkeeperError | None:
+        """The problem, as the error that asking for it alone would have raised."""
+        return None if self.problem is None else _error_of(_Problem.model_validate(self.problem), self.status)
+
+
+class BulkResults(_Answer):
+    """What became of each, in the order of the names."""
+
+    results: tuple[BulkResult, ...]
 
 
 class KernelDebt(_Answer):
@@ -210,15 +247,19 @@ def checked(answer: httpx.Response) -> httpx.Response:
         problem = _Problem.model_validate_json(answer.content)
     except ValidationError as error:
         raise _bad(answer) from error
+    raise _error_of(problem, answer.status_code)
+
+
+def _error_of(problem: _Problem, status: int) -> LabkeeperError:
     known = tree().get(problem.code)
     details = dict(problem.model_extra or {})
     if known is None or issubclass(known, ClientError):
         # The framework's own refusals (405, 413, 415, ...) and bugs (500): what they say is all there is to know.
-        known = RequestError if answer.is_client_error else LabkeeperError
-        details |= {"code": problem.code, "status": answer.status_code, "request_id": problem.request_id}
-    raised = known(problem.detail)
-    raised.details = details
-    raise raised
+        known = RequestError if 400 <= status < 500 else LabkeeperError  # noqa: PLR2004 - HTTP's own
+        details |= {"code": problem.code, "status": status, "request_id": problem.request_id}
+    error = known(problem.detail)
+    error.details = details
+    return error
 
 
 def parse(model: type[_M], answer: httpx.Response) -> _M:

@@ -22,6 +22,7 @@ from labkeeper.core.model import (
     OwnKernel,
     Ready,
     Refused,
+    Reserve,
     Seen,
     ServerSpec,
     Snapshot,
@@ -52,6 +53,10 @@ class Policy:
     """Crashes that lie further back are forgiven."""
     max_servers: int = 200
     """How many servers may be anything but stopped or failed."""
+    max_starts: int = 200
+    """How many may be starting at a time; further ones queue."""
+    min_free: Reserve = Reserve()  # noqa: RUF009 - frozen
+    """Memory that is to stay free; nothing is begun with less."""
 
 
 @dataclass(slots=True)
@@ -146,17 +151,22 @@ class Controller:
             self.deadline = self._clock.monotonic()
         return []
 
-    def apply(self, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None) -> Upshot:
-        """Take one event, with the spec that is to hold from the next launch on; say what it leads to."""
+    def apply(
+        self, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None, *, may_start: bool = True
+    ) -> Upshot:
+        """Take one event, with the spec that is to hold from the next launch on; say what it leads to.
+
+        `may_start` says whether a place to start in is free, should it come to that.
+        """
         if revised is not None:
             self.snapshot = replace(self.snapshot, revised=None if revised == self.snapshot.spec else revised)
         before = self.snapshot
         unseen = event is Event.GONE and (before.failure is None or before.failure.kind not in _KNOWN_CAUSES)
         may_retry = self._budget.left(self._clock.monotonic(), unseen=unseen)
-        step = advance(before.state, before.goal, event, may_retry=may_retry)
+        step = advance(before.state, before.goal, event, may_retry=may_retry, may_start=may_start)
         if step is None:
             return Upshot()
-        if step.action is Action.LAUNCH and event is not Event.DEADLINE:
+        if _begins(step, event) and event is not Event.DEADLINE:
             self._budget = Budget(self._policy)
         self._record(event, fact, step)
         if step.state is not before.state or event is Event.DEADLINE:
@@ -201,16 +211,18 @@ class Controller:
             snap = replace(snap, failure=Failure(FailureClass.HUNG, silent))
         elif event is Event.DEADLINE and before.state is State.STARTING:
             snap = replace(snap, failure=self._timeout())
-        if step.action is Action.LAUNCH:
+        if _begins(step, event):
             # The only launch that nobody asked for is the one at the end of a wait after a crash.
-            retry = event is Event.DEADLINE
+            if event is Event.DEADLINE:
+                snap = replace(snap, restarts=snap.restarts + 1)
+            else:
+                snap = replace(snap, restarts=0, started_at=None, failure=None)
+        if step.action is Action.LAUNCH:
             snap = replace(
                 snap,
                 spec=snap.revised or snap.spec,
                 revised=None,
                 launch=snap.launch + 1,
-                restarts=snap.restarts + 1 if retry else 0,
-                started_at=snap.started_at if retry else None,
                 exit=None,
                 failure=None,
                 stop_report=None,
@@ -298,3 +310,8 @@ class Controller:
     def _job(self, action: Action) -> Job:
         snap = self.snapshot
         return Job(snap.spec, snap.launch, action, keep_kernels=snap.goal in KEEPS_KERNELS, kernels=snap.kernels_kept)
+
+
+def _begins(step: Step, event: Event) -> bool:
+    """Say whether a step decides on a launch, be it done now or queued; its turn in the queue was decided on before."""
+    return event is not Event.TURN and (step.action is Action.LAUNCH or step.state is State.QUEUED)

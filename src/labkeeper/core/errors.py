@@ -5,7 +5,7 @@
         InvalidSpec          the request breaks a rule; `errors` names each field
         ServerNotFound
         Conflict             the name is taken, or the server is being deleted
-        CapacityReached      as many servers as allowed; try again later
+        CapacityReached      as many servers as allowed, or too little memory; try again later
         NotAuthenticated     no token, or a wrong one
         NotAllowed           the token may not do this
       ServerFailed         the server must be looked at; carries the cause, the exit and the last log lines
@@ -66,7 +66,7 @@ class Conflict(RequestError):
 
 
 class CapacityReached(RequestError):
-    """As many servers as allowed; `details["retry_after"]` is in seconds."""
+    """As many servers as allowed, or too little memory; `details["retry_after"]` is in seconds."""
 
     code = "capacity_reached"
 

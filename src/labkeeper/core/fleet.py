@@ -43,8 +43,9 @@ from labkeeper.core.model import (
     StopAll,
     Tick,
     Unreachable,
+    queue_of,
 )
-from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Store
+from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Machine, Store
 
 RETRY_AFTER: Final = 5
 """Seconds after which a caller may ask again when as many servers run as may."""
@@ -65,6 +66,7 @@ class Fleet:
         lanes: Lanes,
         clock: Clock,
         policy: Policy,
+        machine: Machine | None = None,
         listeners: Sequence[Listener] = (),
     ) -> None:
         self._backend = backend
@@ -74,6 +76,7 @@ class Fleet:
         self._lanes = lanes
         self._clock = clock
         self._policy = policy
+        self._machine = machine
         self._listeners = tuple(listeners)
         self._servers: dict[ServerName, Controller] = {}
         self._unsaved: dict[ServerName, float] = {}
@@ -97,6 +100,7 @@ class Fleet:
             if controller.snapshot.forgotten:
                 self._forget(controller.snapshot.name)
             self._submit(jobs)
+        self._give_turns()
         for name in self._backend.strays([snapshot.name for snapshot in snapshots]):
             # In the lane of the name: a server that is made under it now is launched when nothing is left.
             self._lanes.submit(name, functools.partial(self._backend.sweep, name))
@@ -106,6 +110,12 @@ class Fleet:
 
         Raises RequestError where a command cannot be followed, StoreError where a launch could not be stored.
         """
+        try:
+            return self._take(message)
+        finally:
+            self._give_turns()
+
+    def _take(self, message: Message) -> Reply | None:
         match message:
             case Create():
                 return self._create(message)
@@ -177,7 +187,8 @@ class Fleet:
             self._apply(controller, Event.KILL)
         after = self._apply(controller, event, revised=order.revised)
         again = {Goal.AGAIN, Goal.RENEW}
-        created = after.launch != snapshot.launch or (after.goal in again and snapshot.goal not in again)
+        queued = after.state is State.QUEUED is not snapshot.state
+        created = after.launch != snapshot.launch or queued or (after.goal in again and snapshot.goal not in again)
         return Reply(after, created)
 
     def _admit(self, snapshot: Snapshot) -> None:
@@ -193,6 +204,39 @@ class Fleet:
                 "stop one, or try later",
                 retry_after=RETRY_AFTER,
             )
+        self._check_memory(snapshot.name)
+
+    def _check_memory(self, name: ServerName) -> None:
+        memory = self._machine.memory() if self._machine is not None else None
+        if memory is None:
+            return
+        reserve = self._policy.min_free.of(memory.total)
+        if memory.available < reserve:
+            raise CapacityReached(
+                f"cannot start server '{name}': {memory.available >> 20} MiB of memory are available, and {reserve >> 20} MiB "
+                "are to stay free (LABKEEPER_MIN_FREE_MEMORY); stop a server, or try later",
+                retry_after=RETRY_AFTER,
+                available=memory.available,
+                reserve=reserve,
+            )
+
+    def _give_turns(self) -> None:
+        """Launch those that are first in the queue, as many as there are places.
+
+        The door for every launch: what was asked for, what a restart has stopped, and what has crashed queue alike. What is
+        found alive takes its place beside them, since it is starting already.
+        """
+        queue = queue_of(c.snapshot for c in self._servers.values())
+        for snapshot in queue[: max(0, self._policy.max_starts - self._starting())] if queue else ():
+            self._apply(self._servers[snapshot.name], Event.TURN)
+
+    def _starting(self) -> int:
+        return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
+
+    def _may_start(self) -> bool:
+        """Say whether a place to start in is free, and nobody waits for it."""
+        waits = any(c.snapshot.state is State.QUEUED for c in self._servers.values())
+        return not waits and self._starting() < self._policy.max_starts
 
     def _hear(self, report: Report) -> None:
         controller = self._servers.get(report.name)
@@ -218,7 +262,7 @@ class Fleet:
         self, controller: Controller, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None
     ) -> Snapshot:
         name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
-        upshot = controller.apply(event, fact, revised)
+        upshot = controller.apply(event, fact, revised, may_start=self._may_start())
         if controller.snapshot == before:
             self._close_origin(before)
             self._submit(upshot.jobs)
@@ -227,11 +271,12 @@ class Fleet:
             self._store.save(controller.snapshot)
             self._unsaved.pop(name, None)
         except StoreError as error:
-            if any(job.action is Action.LAUNCH for job in upshot.jobs):
-                if event in COMMANDS:
-                    # Nothing was started yet, and somebody is there to be told.
-                    self._servers[name] = undo
-                    raise
+            launches = any(job.action is Action.LAUNCH for job in upshot.jobs)
+            if event in COMMANDS and (launches or controller.snapshot.state is State.QUEUED):
+                # Nothing was started yet, and somebody is there to be told.
+                self._servers[name] = undo
+                raise
+            if launches:
                 # The next keeper would not know of it: not launched either.
                 why = f"cannot start server '{name}': {error.message}"
                 refused = controller.apply(Event.REFUSED, Refused(Failure(FailureClass.OTHER, why)))
@@ -274,7 +319,7 @@ class Fleet:
 
     def _close_origin(self, snapshot: Snapshot) -> None:
         """Drop who gave a command that has come about, or failed: from now on things happen by themselves."""
-        if snapshot.goal is Goal.UP and snapshot.state is not State.STARTING:
+        if snapshot.goal is Goal.UP and snapshot.state not in {State.QUEUED, State.STARTING}:
             self._origins.pop(snapshot.name, None)
 
     def _tell(self, event: Event, before: Snapshot | None, after: Snapshot) -> None:

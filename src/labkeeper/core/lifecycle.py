@@ -6,7 +6,7 @@ no row here still moves the goal, and the next fact then leads where the goal po
 
 Laws, held by the model check in the tests:
 
-1. `stopped`, `failed` and `backoff` are entered only on proof that no process is left.
+1. `stopped`, `failed`, `backoff` and `queued` are entered only on proof that no process is left.
 2. Nothing is launched while a process may exist.
 3. When the world answers at last, every server comes to where its goal points, or to `failed` with a cause.
 
@@ -25,6 +25,8 @@ class State(StrEnum):
 
     STOPPED = "stopped"
     """Gone, and should be."""
+    QUEUED = "queued"
+    """To be launched as soon as fewer servers start; nothing of it exists."""
     STARTING = "starting"
     """Launched, not yet answering."""
     RUNNING = "running"
@@ -55,7 +57,7 @@ class Goal(StrEnum):
 
 
 class Event(StrEnum):
-    """Whatever can happen to a server: commands, facts from the backend, one timer."""
+    """Whatever can happen to a server: commands, facts from the backend, its turn in the queue, one timer."""
 
     START = "START"
     RESTART = "RESTART"
@@ -85,6 +87,8 @@ class Event(StrEnum):
     GATEWAY = "GATEWAY"
     """Its gateway can be reached, or cannot any more."""
 
+    TURN = "TURN"
+    """A place to start in is free, and it is the first that waits for one."""
     DEADLINE = "DEADLINE"
 
 
@@ -99,8 +103,10 @@ class Action(StrEnum):
 
 
 class Junction(StrEnum):
-    """A step whose next state depends on the goal; `advance` decides it."""
+    """A step whose next state depends on more than the event; `advance` decides it."""
 
+    BEGIN = "begin"
+    """It is to be launched: at once, or in its turn."""
     SETTLE = "settle"
     """Nothing is left of it: stopped, launched again, or given up."""
     RESUME = "resume"
@@ -120,22 +126,28 @@ KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
 """The goals of a server that is to have its kernels again when it ends now."""
 
 TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
-    (State.STOPPED, Event.START): (State.STARTING, Action.LAUNCH),
-    (State.STOPPED, Event.RESTART): (State.STARTING, Action.LAUNCH),
-    (State.STOPPED, Event.RENEW): (State.STARTING, Action.LAUNCH),
-    (State.FAILED, Event.START): (State.STARTING, Action.LAUNCH),
-    (State.FAILED, Event.RESTART): (State.STARTING, Action.LAUNCH),
-    (State.FAILED, Event.RENEW): (State.STARTING, Action.LAUNCH),
+    (State.STOPPED, Event.START): (Junction.BEGIN, Action.NONE),
+    (State.STOPPED, Event.RESTART): (Junction.BEGIN, Action.NONE),
+    (State.STOPPED, Event.RENEW): (Junction.BEGIN, Action.NONE),
+    (State.FAILED, Event.START): (Junction.BEGIN, Action.NONE),
+    (State.FAILED, Event.RESTART): (Junction.BEGIN, Action.NONE),
+    (State.FAILED, Event.RENEW): (Junction.BEGIN, Action.NONE),
     (State.FAILED, Event.STOP): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.KILL): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.DELETE): (State.STOPPED, Action.NONE),
-    (State.BACKOFF, Event.DEADLINE): (State.STARTING, Action.LAUNCH),
-    (State.BACKOFF, Event.START): (State.STARTING, Action.LAUNCH),
-    (State.BACKOFF, Event.RESTART): (State.STARTING, Action.LAUNCH),
-    (State.BACKOFF, Event.RENEW): (State.STARTING, Action.LAUNCH),
+    (State.BACKOFF, Event.DEADLINE): (Junction.BEGIN, Action.NONE),
+    (State.BACKOFF, Event.START): (Junction.BEGIN, Action.NONE),
+    (State.BACKOFF, Event.RESTART): (Junction.BEGIN, Action.NONE),
+    (State.BACKOFF, Event.RENEW): (Junction.BEGIN, Action.NONE),
     (State.BACKOFF, Event.STOP): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.KILL): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DELETE): (State.STOPPED, Action.NONE),
+    (State.QUEUED, Event.TURN): (State.STARTING, Action.LAUNCH),
+    # It keeps its place; the kernels that it was to have again are given up.
+    (State.QUEUED, Event.RESTART): (State.QUEUED, Action.NONE),
+    (State.QUEUED, Event.STOP): (State.STOPPED, Action.NONE),
+    (State.QUEUED, Event.KILL): (State.STOPPED, Action.NONE),
+    (State.QUEUED, Event.DELETE): (State.STOPPED, Action.NONE),
     (State.STARTING, Event.READY): (State.RUNNING, Action.NONE),
     (State.STARTING, Event.EXITED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
@@ -192,10 +204,10 @@ class Step:
     action: Action = Action.NONE
 
 
-def advance(state: State, goal: Goal, event: Event, *, may_retry: bool) -> Step | None:
+def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_start: bool = True) -> Step | None:
     """Give the step that `event` leads to, or None where it changes nothing.
 
-    `may_retry` says whether the restart budget would allow one more launch.
+    `may_retry` says whether the restart budget would allow one more launch, `may_start` whether a place to start in is free.
     """
     aimed = aim(state, goal, event)
     row = TABLE.get((state, event))
@@ -204,7 +216,7 @@ def advance(state: State, goal: Goal, event: Event, *, may_retry: bool) -> Step 
     target, action = row
     if isinstance(target, State):
         return Step(target, aimed, action)
-    return _JUNCTIONS[target](aimed, may_retry)
+    return _JUNCTIONS[target](aimed, may_retry, may_start)
 
 
 def aim(state: State, goal: Goal, event: Event) -> Goal:
@@ -223,31 +235,36 @@ def aim(state: State, goal: Goal, event: Event) -> Goal:
     return goal
 
 
-def _settle(goal: Goal, may_retry: bool) -> Step:
+def _begin(goal: Goal, _may_retry: bool, may_start: bool) -> Step:
+    return Step(State.STARTING, goal, Action.LAUNCH) if may_start else Step(State.QUEUED, goal)
+
+
+def _settle(goal: Goal, may_retry: bool, may_start: bool) -> Step:
     if goal in {Goal.AGAIN, Goal.RENEW}:
-        return Step(State.STARTING, Goal.UP, Action.LAUNCH)
+        return _begin(Goal.UP, may_retry, may_start)
     if goal is Goal.UP:
         return Step(State.BACKOFF if may_retry else State.FAILED, goal)
     return Step(State.STOPPED, goal)
 
 
-def _resume(goal: Goal, _may_retry: bool) -> Step:
+def _resume(goal: Goal, _may_retry: bool, _may_start: bool) -> Step:
     if goal is Goal.UP:
         return Step(State.STARTING, goal)
     return Step(State.STOPPING, goal, Action.TERMINATE)
 
 
-def _greet(goal: Goal, may_retry: bool) -> Step:
-    return Step(State.RUNNING, goal) if goal is Goal.UP else _resume(goal, may_retry)
+def _greet(goal: Goal, may_retry: bool, may_start: bool) -> Step:
+    return Step(State.RUNNING, goal) if goal is Goal.UP else _resume(goal, may_retry, may_start)
 
 
-def _leave(goal: Goal, may_retry: bool) -> Step:
+def _leave(goal: Goal, may_retry: bool, may_start: bool) -> Step:
     if goal is Goal.UP:
         return Step(State.STOPPED, Goal.DOWN)
-    return _settle(goal, may_retry)
+    return _settle(goal, may_retry, may_start)
 
 
 _JUNCTIONS: Final = {
+    Junction.BEGIN: _begin,
     Junction.SETTLE: _settle,
     Junction.RESUME: _resume,
     Junction.GREET: _greet,

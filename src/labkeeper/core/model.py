@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Final, NewType
@@ -62,6 +62,29 @@ class Limits:
 
 
 UNLIMITED: Final = Limits()
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """What there is to be had where the keeper runs; bytes."""
+
+    total: int
+    available: int
+    """Without making anybody else wait: the lesser of what the machine has, and what the keeper's container may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What is to stay free where the keeper runs; whichever is more."""
+
+    amount: int = 0
+    """Bytes."""
+    share: float = 0.0
+    """Of the total; 0.05 is a twentieth."""
+
+    def of(self, total: int) -> int:
+        """Give the bytes that are to stay free of a total."""
+        return max(self.amount, int(total * self.share))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +230,42 @@ class Session:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    """What a server uses at one moment, all its processes together."""
+
+    memory: int
+    """Bytes: what its control group counts where one does, else the sum of what each process has resident."""
+    cpu_seconds: float
+    """Since its launch, also of processes that have ended; never less than before."""
+    processes: int
+    threads: int
+    """Threads of all of them; what a limit of processes counts."""
+    proportional: int | None = None
+    """Bytes, with shared pages divided among those that share them (PSS); None where it is not known. Looked at seldom."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a server itself tells of its use."""
+
+    kernels: int
+    connections: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What was found out about one launch of a server."""
+
+    launch: int
+    at: float
+    """Seconds since the epoch."""
+    usage: Usage
+    cpus: float | None = None
+    """Processors that were busy with it since the sample before."""
+    load: Load | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class OwnKernel:
     """A kernel that a server started, as it has written down."""
 
@@ -283,6 +342,11 @@ class Snapshot:
     def forgotten(self) -> bool:
         """Whether this is the last word on a deleted server."""
         return self.state is State.STOPPED and self.goal is Goal.ABSENT
+
+
+def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
+    """Give the servers that wait for a place to start in, the next one first: who came first is first."""
+    return sorted((s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name))
 
 
 # Facts: what a backend reports of one launch of one server.

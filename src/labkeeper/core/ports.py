@@ -16,8 +16,10 @@ from labkeeper.core.model import (
     Fact,
     HistoryEntry,
     HistoryKind,
+    HostMemory,
     Kernel,
     KernelDebt,
+    Load,
     Message,
     Origin,
     OwnKernel,
@@ -26,6 +28,7 @@ from labkeeper.core.model import (
     ServerName,
     ServerSpec,
     Snapshot,
+    Usage,
 )
 
 
@@ -44,7 +47,8 @@ class Backend(Protocol):
 
     Laws:
 
-    * Each call takes the server's name and works on whatever exists under it; the calls for one name never overlap.
+    * Each call takes the server's name and works on whatever exists under it; the calls for one name never overlap, but
+      with `usage`.
     * `launch` is idempotent: when this launch of the server exists already, it is taken over, not doubled. When an earlier
       launch left anything, that is ended first.
     * `launch`, `terminate` and `kill` return without waiting for the outcome. `Ready` and `Ended` arrive through the
@@ -77,6 +81,9 @@ class Backend(Protocol):
     def forget(self, name: ServerName) -> None:
         """Remove what is kept of a server that has ended: logs, directories. Idempotent."""
 
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Measure those of these servers that exist and can be measured; beside the calls for them, and by one caller."""
+
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Name the servers of which earlier keepers left anything, but those that are `known`."""
 
@@ -95,6 +102,9 @@ class Probe(Protocol):
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """List its kernels. Raises BackendUnavailable, BackendTimeout."""
+
+    def load(self, endpoint: Endpoint) -> Load:
+        """Say how many kernels and connections it has. Raises BackendUnavailable, BackendTimeout."""
 
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
         """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
@@ -115,6 +125,13 @@ class Ledger(Protocol):
 
     def owe(self, debts: Sequence[KernelDebt]) -> None:
         """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
+
+
+class Machine(Protocol):
+    """The machine, or the container, that servers share with the keeper."""
+
+    def memory(self) -> HostMemory | None:
+        """Say how much memory there is, at once; None where that cannot be known. Does not raise."""
 
 
 class Store(Protocol):

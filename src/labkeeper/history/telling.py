@@ -90,7 +90,7 @@ def _gateway(after: Snapshot) -> str:
 def _starting(change: Change) -> str:
     if _adopted(change):
         return "was found alive, and is taken over"
-    return "is launched again after a crash" if change.event is Event.DEADLINE else "is launched"
+    return "is launched again after a crash" if change.after.restarts else "is launched"
 
 
 def _running(change: Change) -> str:
@@ -136,7 +136,12 @@ def _cause(change: Change) -> str:
     return after.failure.message if after.failure is not None else str(after.exit or "nobody knows why")
 
 
+def _queued(_change: Change) -> str:
+    return "waits for its turn to be launched"
+
+
 _SENTENCES: Final = {
+    State.QUEUED: _queued,
     State.STARTING: _starting,
     State.RUNNING: _running,
     State.BACKOFF: _backoff,

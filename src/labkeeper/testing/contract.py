@@ -8,7 +8,7 @@ To hold a backend to it, give its rig:
             return MyRig(tmp_path)      # implements Rig
 
 Nothing here sleeps in order to wait: each test waits for a report, at most `Rig.patience` seconds. A server is started
-thirteen times in all.
+fourteen times in all.
 """
 
 from __future__ import annotations
@@ -268,6 +268,18 @@ class BackendContract:
         stage.wait(Ended, 1)
         lives = False
         assert not any(line == "" for line in list(lines)[1:])
+
+    def test_what_lives_is_measured_and_nothing_else(self, stage: Stage) -> None:
+        """Of a server that lives its use can be told, with a clock that never goes back; of an ended or unknown one it is not."""
+        stage.launch()
+        first = stage.backend.usage([stage.name, ServerName("unknown")])
+        assert set(first) == {stage.name}
+        assert first[stage.name].memory > 0
+        assert first[stage.name].threads >= first[stage.name].processes >= 1
+        assert 0 <= first[stage.name].cpu_seconds <= stage.backend.usage([stage.name])[stage.name].cpu_seconds
+        stage.backend.kill(stage.name, 1)
+        stage.wait(Ended, 1)
+        assert not stage.backend.usage([stage.name])
 
     def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
         """After a crash a server that is not known any more is named; swept it is gone, and its name can be launched again."""

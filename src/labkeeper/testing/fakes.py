@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
@@ -35,6 +35,7 @@ from labkeeper.core.model import (
     FailureClass,
     Gone,
     HistoryEntry,
+    HostMemory,
     KernelDebt,
     OwnKernel,
     Ready,
@@ -44,6 +45,7 @@ from labkeeper.core.model import (
     ServerSpec,
     Snapshot,
     StopMethod,
+    Usage,
 )
 
 _FIRST_PID: Final = 1000
@@ -156,6 +158,17 @@ class OpenGate:
     def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Remember a launch, and the kernels that it is to take over."""
         self.expected.append((spec.name, launch, tuple(kernels)))
+
+
+class FixedMachine:
+    """A machine with as much memory as it is told."""
+
+    def __init__(self, total: int, available: int) -> None:
+        self.found: HostMemory | None = HostMemory(total, available)
+
+    def memory(self) -> HostMemory | None:
+        """Say what was told."""
+        return self.found
 
 
 class MemoryLedger:
@@ -389,6 +402,7 @@ class FakeBackend:
     def __init__(self, report: Callable[[Report], object], world: World | None = None) -> None:
         self.world = World() if world is None else world
         self._report: Callable[[Report], object] | None = report
+        self._measured = 0
 
     def abandon(self) -> None:
         """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
@@ -454,6 +468,13 @@ class FakeBackend:
         with self.world.lock:
             self.world.logs.pop(name, None)
             self.world.ends.pop(name, None)
+
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Give the same for all that live; the clock of their processors does not stand still."""
+        with self.world.lock:
+            self._measured += 1
+            living = {process.name for process in self.world.processes} & {*names}
+            return {name: Usage(2**27, float(self._measured), processes=1, threads=2, proportional=2**26) for name in living}
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Name what lives under names that are not known."""

@@ -1,0 +1,47 @@
+"""What a real server with a real kernel uses, as callers see it."""
+
+from __future__ import annotations
+
+import pytest
+
+from harness import KeeperProcess, run_cell, start_kernel, until
+
+MIB = 2**20
+
+
+@pytest.fixture
+def keeper(tmp_path):
+    running = KeeperProcess(tmp_path, usage_period=0.5).start()
+    yield running
+    running.close()
+
+
+def test_what_a_kernel_takes_is_seen_beside_the_limits(keeper):
+    """Memory, processors, processes and kernels grow with what a kernel does; nothing is told of a server that does not run."""
+    server = keeper.post(memory_limit=2048 * MIB, process_limit=500, cpu_limit=2.0).json()
+    assert server["usage"] is None
+    before = until(lambda: keeper.get()["usage"], what="a sample")
+    assert before["memory"] > 30 * MIB
+    kernel = start_kernel(server)
+    run_cell(server, kernel, "data = bytearray(300 << 20); import time; end = time.time() + 1\nwhile time.time() < end: pass")
+
+    def grown():
+        usage = keeper.get()["usage"]
+        return usage if usage["memory"] > before["memory"] + 280 * MIB and usage["kernels"] == 1 else None
+
+    after = until(grown, what="the kernel is seen")
+    assert after["processes"] >= 2
+    assert after["cpu_seconds"] > before["cpu_seconds"] + 0.5
+    assert after["at"] > before["at"]
+    found = keeper.get()
+    limits = found["limits"]
+    assert limits["memory"]["used"] == found["usage"]["memory"]
+    assert limits["processes"]["used"] == found["usage"]["threads"] >= found["usage"]["processes"]
+    assert limits["cpus"]["used"] == found["usage"]["cpus"]
+
+    listed = keeper.http.get("/api/servers").json()["servers"]
+    assert listed[0]["usage"]["kernels"] == 1
+    shown = keeper.cli("show")
+    assert "usage" in shown.stdout
+    assert "% used" in shown.stdout
+    assert keeper.http.post("/api/servers/default/stop").json()["usage"] is None
