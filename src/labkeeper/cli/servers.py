@@ -204,7 +204,7 @@ def _show_started(server: Server, as_json: bool) -> None:
 def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json: bool) -> None:
     """List servers."""
     with connected(where) as (client, _), waiting("asking"):
-        servers = _measured(lambda: list(client.list(state=state, label=label)))
+        servers = (_measured if as_json or _is_wide() else _as_it_is)(lambda: list(client.list(state=state, label=label)))
     if as_json:
         print_json({"servers": [server.model_dump(mode="json") for server in servers], "next": None})
         return
@@ -212,7 +212,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
     rows: list[tuple[str, ...]] = [
         (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers
     ]
-    if is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE:
+    if _is_wide():
         head = (*head[:3], "MEMORY", "CPUS", *head[3:])
         rows = [(*row[:3], *_columns(server), *row[3:]) for row, server in zip(rows, servers, strict=True)]
     print_table(head, rows)
@@ -222,6 +222,10 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
 
 _WIDE: Final = 120
 """Columns of a terminal on which a list tells of memory and processors, too."""
+
+
+def _is_wide() -> bool:
+    return is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE
 
 
 def _columns(server: Server) -> tuple[str, str]:
@@ -277,6 +281,10 @@ def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
         time.sleep(_MEASURED_WITHIN)
         servers = ask()
     return servers
+
+
+def _as_it_is(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
+    return ask()
 
 
 _MEASURED_WITHIN: Final = 0.5
