@@ -92,3 +92,21 @@ class ChangeLog:
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
         return self._log.warning if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING} else self._log.info
+
+
+class NoteLog:  # merged: history
+    """A chronicle that only logs."""
+
+    def note(
+        self,
+        kind: HistoryKind,
+        server: ServerName | None,
+        message: str,
+        *,
+        origin: Origin = KEEPER,
+        launch: int | None = None,
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """Log it."""
+        note = {"kind": str(kind), "actor": origin.actor, "reason": origin.reason, "launch": launch, "details": dict(details or {})}
+        structlog.get_logger("labkeeper.history").info(message, server=server, **note)

@@ -31,6 +31,7 @@ from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import Limits
 from labkeeper.crew import Crew
+from labkeeper.culling.culler import Culler
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.debts import Ledger
 from labkeeper.gateways.gate import Gate
@@ -136,6 +137,17 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
     )
+    chronicle = logs.NoteLog()  # merged: history
+    culler = Culler(
+        inbox.post,
+        backend=backend,
+        probe=jupyter,
+        chronicle=chronicle,
+        crew=crew,
+        clock=clock,
+        policy=chosen.cull_policy,
+        period=chosen.cull_period,
+    )
     fleet = Fleet(
         backend=backend,
         gate=gate,
@@ -144,7 +156,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
-        listeners=(board, logs.ChangeLog(), watch),
+        listeners=(board, logs.ChangeLog(), watch, culler),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -152,6 +164,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     keeper.start()
     stack.callback(keeper.close)
     watch.start()
+    culler.start()
     end = chosen.stop_grace + chosen.kill_wait + _MARGIN
     places = Places(chosen.threads)
     services = Services(
@@ -159,11 +172,15 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         backend=backend,
         probe=jupyter,
         debts=ledger.all,
+        culler=culler,
+        max_snooze=chosen.max_snooze,
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,
             chosen.lab_port,
             Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
+            chosen.idle_timeout,
+            chosen.max_age,
         ),
         version=version("labkeeper"),
         token=token,

@@ -20,12 +20,15 @@ from labkeeper.api import problems
 from labkeeper.api.access import Access
 from labkeeper.api.answers import (
     Health,
+    Idle,
+    IdleList,
     KernelDebtList,
     KernelList,
     Server,
     ServerList,
     Version,
     debt_model,
+    idle_model,
     kernel_model,
     server_model,
 )
@@ -36,6 +39,7 @@ from labkeeper.api.requests import (
     RestartRequest,
     ServerPath,
     ServerRequest,
+    SnoozeRequest,
     StartQuery,
     StopQuery,
     invalid,
@@ -44,8 +48,9 @@ from labkeeper.api.requests import (
 from labkeeper.api.services import Services
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot
+from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, Snapshot, Snooze
 from labkeeper.core.ports import Watch
+from labkeeper.core.times import spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
@@ -140,6 +145,26 @@ class Api:
     def list_kernel_debts(self) -> Answer:
         """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
         return _json(KernelDebtList(kernel_debts=[debt_model(debt) for debt in self._services.debts()]))
+
+    # Culling
+
+    def get_idle(self, path: ServerPath) -> Answer:
+        """Ask a server how it is used, and explain whether it would be stopped for want of use, why, and when."""
+        return _json(idle_model(self._services.culler.explain(self._find(ServerName(path.name)))))
+
+    def list_idle(self) -> Answer:
+        """Explain the same of all servers by the last look at each, those first that would be stopped first; stops nothing."""
+        listed = [idle_model(self._services.culler.foretell(snapshot)) for snapshot in self._keeper.all()]
+        return _json(IdleList(servers=sorted(listed, key=lambda one: (one.stops_at is None, one.stops_at, one.name))))
+
+    def snooze_server(self, path: ServerPath, body: SnoozeRequest) -> Answer:
+        """Put off the culling of a server from now; it holds over restarts of the server and of the keeper."""
+        longest = self._services.max_snooze
+        if body.time > longest:
+            raise invalid("for", f"must be at most {spoken(longest)} (LABKEEPER_MAX_SNOOZE)")
+        until = time.time() + body.time if body.time else None
+        reply = _reply(self._keeper.ask(Snooze(ServerName(path.name), until, _origin())))
+        return _json(idle_model(self._services.culler.foretell(reply.snapshot)))
 
     # The keeper
 
@@ -297,6 +322,10 @@ ROUTES: Final = (
     Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
     Route("GET", "/api/kernel-debts", Access.TOKEN, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
+    Route("GET", "/api/servers/<name>/idle", Access.TOKEN, Api.get_idle, "culling", {200: Idle}, (404,)),
+    Route("POST", "/api/servers/<name>/snooze", Access.TOKEN, Api.snooze_server, "culling", {200: Idle},
+          (400, 404, 413, 415, 503)),
+    Route("GET", "/api/idle", Access.TOKEN, Api.list_idle, "culling", {200: IdleList}),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
     Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
     Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),

@@ -211,6 +211,7 @@ class Controller:
                 launch=snap.launch + 1,
                 restarts=snap.restarts + 1 if retry else 0,
                 started_at=snap.started_at if retry else None,
+                up_since=snap.up_since if retry else None,
                 exit=None,
                 failure=None,
                 stop_report=None,
@@ -226,7 +227,9 @@ class Controller:
         """Bring what a fact says into the snapshot of the step that it led to."""
         match fact:
             case Ready(endpoint=endpoint, gateway=gateway) if snap.state is State.RUNNING:
-                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=self._clock.time(), failure=None)
+                now = self._clock.time()
+                up_since = now if snap.up_since is None else snap.up_since
+                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=now, up_since=up_since, failure=None)
                 self._budget.earned, self._silent_since = True, None
             case Ended():
                 snap = self._ended(snap, fact)

@@ -288,6 +288,8 @@ class World:
     logs: dict[ServerName, list[str]] = field(default_factory=dict)
     kernels_ended: set[str] = field(default_factory=set)
     """Ids of the kernels that servers ended on their gateway when they were asked to end."""
+    programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
+    """What runs in the terminals of a server; of one that is not here it cannot be known."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
@@ -446,6 +448,10 @@ class FakeBackend:
         """Give the last `tail` lines, or all."""
         lines = self.world.logs.get(name, [])
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
+
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Say what the test said that runs in its terminals."""
+        return self.world.programs.get(name)
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
