@@ -33,7 +33,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import OwnKernel
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 COMMANDS = sorted(cli.commands)
@@ -73,7 +73,9 @@ def serving(notebook_dir):
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
-    services = Services(keeper, backend, NoProbe(), list, Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN)
+    services = Services(
+        keeper, backend, NoProbe(), list, NoCulling(), Defaults(notebook_dir, "127.0.0.1", 8888), version="1.2.3", token=TOKEN
+    )
     app = create_app(services)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = WsgiServer(app, listener, threads=4, max_body=2**20)

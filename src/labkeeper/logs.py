@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping
 from typing import Any, Final, Literal
 
 import structlog
 
 from labkeeper.core.lifecycle import Event, State
-from labkeeper.core.model import Change, GatewayHealth, ServerName
+from labkeeper.core.model import KEEPER, Change, GatewayHealth, HistoryKind, Origin, ServerName
 
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
@@ -108,5 +109,11 @@ class NoteLog:  # merged: history
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Log it."""
-        note = {"kind": str(kind), "actor": origin.actor, "reason": origin.reason, "launch": launch, "details": dict(details or {})}
+        note = {
+            "kind": str(kind),
+            "actor": origin.actor,
+            "reason": origin.reason,
+            "launch": launch,
+            "details": dict(details or {}),
+        }
         structlog.get_logger("labkeeper.history").info(message, server=server, **note)

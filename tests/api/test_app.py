@@ -36,7 +36,7 @@ from labkeeper.core.model import (
     Snapshot,
 )
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a token of the tests"
 
@@ -79,6 +79,7 @@ def services(world, tmp_path) -> Iterator[Services]:
         backend=backend,
         probe=FixedProbe(),
         debts=list,
+        culler=NoCulling(),
         defaults=Defaults(tmp_path, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,

@@ -34,7 +34,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import Kernel
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 URL = "http://keeper"
@@ -76,7 +76,7 @@ def running_keeper(notebook_dir: Path):
     keeper = Keeper(fleet, inbox, lanes, board)
     keeper.start()
     defaults = Defaults(notebook_dir, "127.0.0.1", 8888)
-    app = create_app(Services(keeper, backend, probe, list, defaults, version="1.2.3", token=TOKEN))
+    app = create_app(Services(keeper, backend, probe, list, NoCulling(), defaults, version="1.2.3", token=TOKEN))
     try:
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
             yield Running(world, probe, keeper, app, client)

@@ -315,8 +315,10 @@ def idle_model(told: Explanation) -> Idle:
         rule=first.rule if first else None,
         warns_at=at(first.warns_at if first else None),
         stops_at=at(first.stops_at if first else None),
-        rules=[RuleModel(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
-               for o in verdict.outlooks],
+        rules=[
+            RuleModel(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
+            for o in verdict.outlooks
+        ],
         held_by=[HolderModel(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
         last_used_at=at(verdict.last_used_at),
         last_used=verdict.last_used,

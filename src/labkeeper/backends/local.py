@@ -31,9 +31,9 @@ from labkeeper.backends.limits import ControlGroups, Enforced
 from labkeeper.backends.logfile import TOKEN_BYTES, LogFile
 from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
-from labkeeper.backends.terminals import foregrounds
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch, WireError
+from labkeeper.backends.terminals import foregrounds
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod
 from labkeeper.crew import Crew

@@ -1,7 +1,7 @@
 """Whether a server is culled: a verdict that carries its explanation, made of facts and a policy.
 
-All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `Memory` brings them over, so that
-a wall clock that jumps stops nobody.
+All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `Memory` brings them over, so
+that a wall clock that jumps stops nobody.
 
 Laws, held by the tests:
 
@@ -197,7 +197,7 @@ def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
     holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
     used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
     since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
-    outlooks = tuple(_outlook(rule, limit, since[rule], facts, policy, now) for rule, limit in facts.limits.items())
+    outlooks = tuple(_outlook(rule, since[rule], facts, policy, now) for rule in facts.limits)
     first = min((o for o in outlooks if o.stops_at is not None), key=lambda o: o.stops_at or 0.0, default=None)
     standing = _standing(facts, outlooks, first, now)
     reason = _reason(standing, facts, holders, first, now)
@@ -250,7 +250,8 @@ def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
             yield at, what
 
 
-def _outlook(rule: Rule, limit: float, since: float | None, facts: Facts, policy: CullPolicy, now: float) -> Outlook:
+def _outlook(rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, now: float) -> Outlook:
+    limit = facts.limits[rule]
     if since is None:
         return Outlook(rule, limit, None, None, None)
     grace = facts.ready_at + policy.grace if rule is Rule.IDLE_TIMEOUT else -math.inf

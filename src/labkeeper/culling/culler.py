@@ -190,7 +190,9 @@ class Culler:
                 self._end_kernels(watched)
         finally:
             now = self._clock.monotonic()
-            moments = [at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at) if at is not None and at > now]
+            moments = [
+                at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at) if at is not None and at > now
+            ]
             watched.due = min([now + self._period, *moments])
             watched.asking = False
 

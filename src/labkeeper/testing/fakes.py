@@ -16,16 +16,19 @@ the same world is a second keeper after the first one crashed.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
+from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import (
+    KEEPER,
     Change,
     Ended,
     Endpoint,
@@ -34,7 +37,9 @@ from labkeeper.core.model import (
     Failure,
     FailureClass,
     Gone,
+    HistoryKind,
     KernelDebt,
+    Origin,
     OwnKernel,
     Ready,
     Report,
@@ -145,6 +150,37 @@ class MemoryLedger:
     def all(self) -> list[KernelDebt]:
         """Give all."""
         return list(self.owed)
+
+
+class NoCulling:
+    """An explainer that has looked at no server, by a clock that stands still."""
+
+    def explain(self, snapshot: Snapshot) -> Explanation:
+        """Say how a server stands to its rules."""
+        facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
+        return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
+
+    foretell = explain
+
+
+class Notes:
+    """A chronicle that remembers."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]] = []
+
+    def note(
+        self,
+        kind: HistoryKind,
+        server: ServerName | None,
+        message: str,
+        *,
+        origin: Origin = KEEPER,
+        launch: int | None = None,  # noqa: ARG002 - nobody asks for it
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """Remember one thing."""
+        self.taken.append((kind, server, message, origin, details or {}))
 
 
 class InlineLanes:
