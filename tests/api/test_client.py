@@ -220,9 +220,26 @@ def test_every_route_has_a_method(running):
     recorder = Recorder(httpx.WSGITransport(app=running.app).handle_request)
     with Client(URL, token=TOKEN, transport=recorder) as client:
         client.create()
-        for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.delete):
+        client.snooze("default", "1h")
+        for use in (
+            client.get,
+            client.kernels,
+            client.logs,
+            client.restart,
+            client.stop,
+            client.start,
+            client.idle,
+            client.delete,
+        ):
             use("default")
-        for use in (client.version, client.ready, client.healthy, client.kernel_debts, lambda: list(client.list())):
+        for use in (
+            client.version,
+            client.ready,
+            client.healthy,
+            client.kernel_debts,
+            client.idle_all,
+            lambda: list(client.list()),
+        ):
             use()
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @where_options
 @click.pass_obj
 def idle(where: Where, /, name: str | None, as_json: bool) -> None:
-    """Explain which servers would be stopped for want of use, why, and when.
+    """Explain which servers nobody uses, and when they are stopped.
 
     Stops nothing. With NAME that server is asked now; else the last look at each counts.
     """

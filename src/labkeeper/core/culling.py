@@ -282,10 +282,8 @@ def _reason(standing: Standing, facts: Facts, holders: tuple[Holder, ...], first
             return "it is in use: " + ", ".join(f"{holder.kind} {holder.id} {holder.reason}" for holder in holders)
         case Standing.SNOOZED:
             return f"it is snoozed for another {spoken(facts.snoozed_until - now)}"
-    return "" if first is None or first.since is None else _so_far(first, now)
+    return "" if first is None or first.since is None else f"{first.rule}: {_SO_FAR[first.rule]} {spoken(now - first.since)}"
 
 
-def _so_far(outlook: Outlook, now: float) -> str:
-    """Say what a rule has counted."""
-    what = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}[outlook.rule]
-    return f"{outlook.rule}: {what} {spoken(now - (outlook.since or now))}"
+_SO_FAR: Final = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}
+"""What a rule counts."""
