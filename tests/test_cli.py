@@ -770,3 +770,25 @@ def test_letters_that_the_terminal_lacks_do_no_harm(served):
     with process("logs", "-n", "1", env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"}) as reading:
         out, _ = reading.communicate(timeout=30)
     assert (out, reading.returncode) == ("\\u017c\n", 0)
+
+
+# Culling
+
+
+def test_idle_explains_all_servers_or_one(ask):
+    ask("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
+    ask("start", "b")
+    told = ask("idle").stdout.splitlines()
+    assert told[0].split() == ["NAME", "STANDING", "STOPS", "AT", "RULE", "WHY"]
+    assert [line.split()[0] for line in told[1:]] == ["a", "b"]
+    assert re.search(r"^stops at +\S+Z \(max_age\)$", ask("idle", "a").stdout, re.MULTILINE)
+    assert json.loads(ask("idle", "b", "--json").stdout)["standing"] == "off"
+    assert [one["name"] for one in json.loads(ask("idle", "--json").stdout)["servers"]] == ["a", "b"]
+    assert "idle timeout  2 h" in ask("show", "a").stdout
+
+
+def test_snooze_says_until_when(ask):
+    ask("start", "a")
+    assert re.fullmatch(r"a: snoozed until \S+Z\n", ask("snooze", "a", "--for", "2h").stdout)
+    assert "snoozed_until" in ask("snooze", "a", "--for", "1h", "--json").stdout
+    assert ask("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"

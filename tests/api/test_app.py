@@ -498,3 +498,54 @@ def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
     assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (False, "no", ["k"])
     well = server_model(replace(snapshot, gateway=GatewayHealth(1.0, kernelspecs=3)), None).gateway
     assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)
+
+
+# Culling
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [("idle_timeout", "1h30m", 5400), ("max-age", 60, 60), ("idle_timeout", None, None), ("max_age", 0, None)],
+)
+def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(services, field, value, kept):
+    defaults = replace(services.defaults, idle_timeout=7200.0, max_age=9000.0)
+    client = create_app(replace(services, defaults=defaults)).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    made = client.post("/api/servers", json={"name": "x", field: value}).json
+    expected = {"idle_timeout": 7200, "max_age": 9000, field.replace("-", "_"): kept}
+    assert {name: made[name] for name in ("idle_timeout", "max_age")} == expected
+    again = client.post("/api/servers/x/restart", json={"idle_timeout": "2d"}).json
+    assert (again["idle_timeout"], again["max_age"]) == (2 * 86400, expected["max_age"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        ("", {"name": "y", "idle_timeout": "soon"}, "idle_timeout: must be seconds as a number"),
+        ("", {"name": "y", "max_age": True}, "max_age: must be seconds as a number"),
+        ("/x/snooze", {"for": "25h"}, "for must be at most 1 d (LABKEEPER_MAX_SNOOZE)"),
+        ("/x/snooze", {}, "for: Field required"),
+        ("/x/snooze", {"for": None}, "for: must be seconds"),
+    ],
+)
+def test_a_time_that_is_none_is_refused_with_its_rule(client, path, body, word):
+    client.post("/api/servers", json={"name": "x"})
+    answer = client.post(f"/api/servers{path}", json=body)
+    assert answer.status_code == 422
+    assert word in answer.json["detail"]
+
+
+def test_a_snooze_is_answered_with_its_moment_and_zero_ends_it(client):
+    client.post("/api/servers", json={"name": "x", "idle_timeout": 60})
+    told = client.post("/api/servers/x/snooze", json={"for": "1h"}).json
+    assert told["snoozed_until"] == client.get("/api/servers/x").json["snoozed_until"]
+    assert told["snoozed_until"] == client.get("/api/servers/x/idle").json["snoozed_until"]
+    assert client.post("/api/servers/x/snooze", json={"for": 0}).json["snoozed_until"] is None
+    assert client.post("/api/servers/nobody/snooze", json={"for": 0}).status_code == 404
+
+
+def test_those_that_would_be_stopped_first_are_listed_first(client):
+    for name, rule in (("a", {}), ("b", {"max_age": "2h"}), ("c", {"max_age": "1h"})):
+        client.post("/api/servers", json={"name": name, **rule})
+    listed = client.get("/api/idle").json["servers"]
+    assert [(one["name"], one["rule"]) for one in listed] == [("c", "max_age"), ("b", "max_age"), ("a", None)]
