@@ -775,20 +775,20 @@ def test_letters_that_the_terminal_lacks_do_no_harm(served):
 # Culling
 
 
-def test_idle_explains_all_servers_or_one(ask):
-    ask("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
-    ask("start", "b")
-    told = ask("idle").stdout.splitlines()
+def test_idle_explains_all_servers_or_one(served):
+    run("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
+    run("start", "b")
+    told = run("idle").stdout.splitlines()
     assert told[0].split() == ["NAME", "STANDING", "STOPS", "AT", "RULE", "WHY"]
     assert [line.split()[0] for line in told[1:]] == ["a", "b"]
-    assert re.search(r"^stops at +\S+Z \(max_age\)$", ask("idle", "a").stdout, re.MULTILINE)
-    assert json.loads(ask("idle", "b", "--json").stdout)["standing"] == "off"
-    assert [one["name"] for one in json.loads(ask("idle", "--json").stdout)["servers"]] == ["a", "b"]
-    assert "idle timeout  2 h" in ask("show", "a").stdout
+    assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
+    assert json.loads(run("idle", "b", "--json").stdout)["standing"] == "off"
+    assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == ["a", "b"]
+    assert "idle timeout  2 h" in run("show", "a").stdout
 
 
-def test_snooze_says_until_when(ask):
-    ask("start", "a")
-    assert re.fullmatch(r"a: snoozed until \S+Z\n", ask("snooze", "a", "--for", "2h").stdout)
-    assert "snoozed_until" in ask("snooze", "a", "--for", "1h", "--json").stdout
-    assert ask("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"
+def test_snooze_says_until_when(served):
+    run("start", "a")
+    assert re.fullmatch(r"a: snoozed until \S+Z\n", run("snooze", "a", "--for", "2h").stdout)
+    assert "snoozed_until" in run("snooze", "a", "--for", "1h", "--json").stdout
+    assert run("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"
