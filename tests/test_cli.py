@@ -784,7 +784,7 @@ def test_idle_explains_all_servers_or_one(served):
     assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
     assert json.loads(run("idle", "b", "--json").stdout)["standing"] == "off"
     assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == ["a", "b"]
-    assert "idle timeout  2 h" in run("show", "a").stdout
+    assert re.search(r"^idle timeout +2 h$", run("show", "a").stdout, re.MULTILINE)
 
 
 def test_snooze_says_until_when(served):

@@ -9,9 +9,10 @@ import time
 from datetime import datetime
 
 import httpx
+import pytest
 import websocket
 
-from harness import PATIENCE, run_cell, start_kernel, until
+from harness import PATIENCE, forked, run_cell, start_kernel, until
 
 QUICK = {"cull_period": 0.5, "cull_grace": 0, "cull_warning": 1}
 
@@ -101,9 +102,13 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
     assert keeper.http.post("/api/servers/silent/start").json()["idle_timeout"] == 6
 
 
-def test_our_own_questions_and_those_of_an_open_tab_are_no_use(make_keeper):
-    keeper = make_keeper(**QUICK, probe_period=0.2).start()
-    server = keeper.post(name="lab", idle_timeout="1h").json()
+@pytest.mark.parametrize("launch_by", ["exec", "fork"])
+def test_our_own_questions_and_those_of_an_open_tab_are_no_use(make_keeper, launch_by):
+    keeper = make_keeper(**QUICK, probe_period=0.2, launch_by=launch_by).start()
+    if launch_by == "fork":
+        server = forked(keeper, "lab", idle_timeout="1h")
+    else:
+        server = keeper.post(name="lab", idle_timeout="1h").json()
     kernel = start_kernel(server)
     assert run_cell(server, kernel, "1+1") == "2"
     until(lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "idle")

@@ -176,7 +176,7 @@ class Culler:
         with self._lock:
             due = [w for w in self._watched.values() if w.due <= now and not w.asking]
             for watched in due:
-                watched.asking = True
+                watched.asking, watched.due = True, now + self._period
         return due
 
     def _look(self, watched: _Watched) -> None:
@@ -188,12 +188,10 @@ class Culler:
                 self._stop(watched, verdict.next.rule)
             else:
                 self._end_kernels(watched)
-        finally:
             now = self._clock.monotonic()
-            moments = [
-                at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at) if at is not None and at > now
-            ]
-            watched.due = min([now + self._period, *moments])
+            moments = (at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at))
+            watched.due = min([watched.due, *(at for at in moments if at is not None and at > now)])
+        finally:
             watched.asking = False
 
     def _ask(self, watched: _Watched) -> None:
