@@ -193,7 +193,8 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
-    do_DELETE = do_GET
+    def do_DELETE(self):
+        self.do_GET()
 
     def log_message(self, *_):
         pass
@@ -251,8 +252,12 @@ def test_how_a_server_is_used_is_put_together_from_three_pages(answering):
     answers["/api/status"] = (200, STATUS % 1)
     answers["/api/kernels"] = (
         200,
-        '[{"id": "k", "name": "n", "execution_state": "busy", "last_activity": "1970-01-01T00:00:02Z", "connections": 3},'
-        ' {"id": "l", "name": "n"}]',
+        json.dumps(
+            [
+                {"id": "k", "name": "n", "execution_state": "busy", "last_activity": "1970-01-01T00:00:02Z", "connections": 3},
+                {"id": "l", "name": "n"},
+            ]
+        ),
     )
     answers["/api/terminals"] = (200, '[{"name": "1", "last_activity": "1970-01-01T00:00:03Z"}]')
     kernels = (KernelUse("k", "busy", 2.0, 3), KernelUse("l", "unknown", None))
@@ -281,5 +286,5 @@ def test_a_kernel_that_is_there_no_more_has_been_ended(answering):
     client, there, answers = answering
     client.end_kernel(there, "gone")
     answers["/api/kernels/k"] = (500, "")
-    with pytest.raises(BackendUnavailable, match="cannot end kernel k .*500"):
+    with pytest.raises(BackendUnavailable, match=r"cannot end kernel k .*500"):
         client.end_kernel(there, "k")
