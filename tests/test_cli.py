@@ -792,3 +792,7 @@ def test_snooze_says_until_when(served):
     assert re.fullmatch(r"a: snoozed until \S+Z\n", run("snooze", "a", "--for", "2h").stdout)
     assert "snoozed_until" in run("snooze", "a", "--for", "1h", "--json").stdout
     assert run("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"
+
+
+def test_idle_says_to_a_person_that_there_are_none(served):
+    assert "no servers; `labkeeper start` starts one" in at_terminal("idle")

@@ -282,3 +282,24 @@ def test_one_that_hangs_holds_up_no_other(crew, monkeypatch):
     until(lambda: culled.probe.asked == [2], what="the other one is asked")
     free.set()
     until(lambda: sorted(culled.probe.asked) == [1, 2], what="both were")
+
+
+def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(crew):
+    culled = Culled(crew, kernel_idle_timeout=600.0)
+    one = KernelUse("one", "idle", culled.clock.time())
+    idle = Activity(culled.clock.time(), (one,))
+    culled.run(answer=idle)
+    culled.after(599)
+    culled.probe.answers[1] = [idle, replace(idle, kernels=(replace(one, connections=1),)), idle]
+    culled.after(PERIOD)
+    assert culled.probe.ended == []
+
+
+def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(culled):
+    assert culled.culler.explain(culled.run("free", port=2)).verdict.standing is Standing.OFF
+    assert culled.probe.asked == []
+    snapshot = culled.run(idle_timeout=600.0)
+    culled.after(400)
+    culled.be(replace(snapshot, restarts=1), Event.GATEWAY)
+    culled.after(201)
+    assert culled.given[0].seen.restarts == 1
