@@ -140,6 +140,7 @@ def test_without_a_rule_it_is_off():
         (None, {}, (5.0, "its start")),
         (Activity(None), {}, (5.0, "its start")),
         (Activity(9.0), {}, (9.0, "its API")),
+        (Activity(3.0), {}, (3.0, "its API")),
         (Activity(9.0, (kernel(at=9.0),)), {}, (9.0, "kernel k")),
         (Activity(9.0, (kernel(at=None),), (TerminalUse("1", 11.0),)), {}, (11.0, "terminal 1")),
         (Activity(9.0, (), (TerminalUse("1", 11.0),)), {"terminals": Terminals.IGNORE}, (9.0, "its API")),
@@ -264,7 +265,9 @@ def test_more_use_a_longer_grace_and_a_longer_snooze_never_bring_the_end_nearer(
         return [math.inf if o.stops_at is None else o.stops_at for o in decide(facts, policy, now).outlooks]
 
     before = ends(known, policy)
-    used = replace(known.activity, last_activity=(known.activity.last_activity or 0) + more) if known.activity else None
+    used = known.activity
+    if used is not None and used.last_activity is not None:
+        used = replace(used, last_activity=used.last_activity + more)
     for later in (
         ends(replace(known, activity=used), policy),
         ends(known, replace(policy, grace=policy.grace + more)),

@@ -303,3 +303,15 @@ def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_
     culled.be(replace(snapshot, restarts=1), Event.GATEWAY)
     culled.after(201)
     assert culled.given[0].seen.restarts == 1
+
+
+def test_an_idle_time_goes_on_under_another_keeper_which_warns_again(culled):
+    """The server became ready for this keeper just now, and says when it was used last."""
+    begun = culled.clock.time() - 7000.0
+    culled.run(answer=Activity(begun), up_since=begun, idle_timeout=7200.0)
+    culled.after(PERIOD)
+    assert culled.kinds() == [HistoryKind.CULL_WARNING]
+    culled.after(269)
+    assert culled.given == []
+    culled.after(2 * PERIOD)
+    assert culled.given[0].origin.reason.startswith("idle_timeout: nobody used it for 2 h")

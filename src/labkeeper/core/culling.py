@@ -238,9 +238,10 @@ def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
 
 
 def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
-    """Give when what was last used; that it became ready is a use, too."""
-    yield facts.ready_at, "its start"
+    """Give when what was last used; where the server does not say, that it became ready counts."""
     activity = facts.activity or Activity(None)
+    if activity.last_activity is None:
+        yield facts.ready_at, "its start"
     # First those that say more: a tie goes to the first.
     times = [(kernel.last_activity, f"kernel {kernel.id}") for kernel in activity.kernels]
     if policy.terminals is not Terminals.IGNORE:
