@@ -35,7 +35,7 @@ from labkeeper.history.chronicle import Chronicle
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 COMMANDS = sorted(cli.commands)
@@ -84,6 +84,7 @@ def serving(notebook_dir):
         list,
         chronicle,
         Metrics(SystemClock()),
+        NoCulling(),
         Defaults(notebook_dir, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,
@@ -782,3 +783,29 @@ def test_letters_that_the_terminal_lacks_do_no_harm(served):
     with process("logs", "-n", "1", env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"}) as reading:
         out, _ = reading.communicate(timeout=30)
     assert (out, reading.returncode) == ("\\u017c\n", 0)
+
+
+# Culling
+
+
+def test_idle_explains_all_servers_or_one(served):
+    run("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
+    run("start", "b")
+    told = run("idle").stdout.splitlines()
+    assert told[0].split() == ["NAME", "STANDING", "STOPS", "AT", "RULE", "WHY"]
+    assert [line.split()[0] for line in told[1:]] == ["a", "b"]
+    assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
+    assert json.loads(run("idle", "b", "--json").stdout)["standing"] == "off"
+    assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == ["a", "b"]
+    assert re.search(r"^idle timeout +2 h$", run("show", "a").stdout, re.MULTILINE)
+
+
+def test_snooze_says_until_when(served):
+    run("start", "a")
+    assert re.fullmatch(r"a: snoozed until \S+Z\n", run("snooze", "a", "--for", "2h").stdout)
+    assert "snoozed_until" in run("snooze", "a", "--for", "1h", "--json").stdout
+    assert run("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"
+
+
+def test_idle_says_to_a_person_that_there_are_none(served):
+    assert "no servers; `labkeeper start` starts one" in at_terminal("idle")

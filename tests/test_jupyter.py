@@ -12,7 +12,19 @@ import pytest
 from harness import free_port
 from labkeeper import jupyter
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import Endpoint, Exit, FailureClass, Gateway, OwnKernel, ServerName, ServerSpec, Session
+from labkeeper.core.model import (
+    Activity,
+    Endpoint,
+    Exit,
+    FailureClass,
+    Gateway,
+    KernelUse,
+    OwnKernel,
+    ServerName,
+    ServerSpec,
+    Session,
+    TerminalUse,
+)
 
 SPEC = ServerSpec(ServerName("x"), "/notebooks", base_url="/b/", env={"A": "1"})
 GATED = ServerSpec(
@@ -181,6 +193,9 @@ class Answers(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body.encode())
 
+    def do_DELETE(self):
+        self.do_GET()
+
     def log_message(self, *_):
         pass
 
@@ -227,3 +242,49 @@ def test_a_server_that_is_silent_times_out():
     client = jupyter.JupyterClient(timeout=0.1)
     with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(BackendTimeout):
         client.kernels(endpoint(deaf.getsockname()[1]))
+
+
+STATUS = '{"last_activity": "1970-01-01T00:01:40.500000Z", "started": "x", "kernels": %d, "connections": 1}'
+
+
+def test_how_a_server_is_used_is_put_together_from_three_pages(answering):
+    client, there, answers = answering
+    answers["/api/status"] = (200, STATUS % 1)
+    answers["/api/kernels"] = (
+        200,
+        json.dumps(
+            [
+                {"id": "k", "name": "n", "execution_state": "busy", "last_activity": "1970-01-01T00:00:02Z", "connections": 3},
+                {"id": "l", "name": "n"},
+            ]
+        ),
+    )
+    answers["/api/terminals"] = (200, '[{"name": "1", "last_activity": "1970-01-01T00:00:03Z"}]')
+    kernels = (KernelUse("k", "busy", 2.0, 3), KernelUse("l", "unknown", None))
+    assert client.activity(there) == Activity(100.5, kernels, (TerminalUse("1", 3.0),))
+
+
+def test_a_server_without_kernels_and_terminals_is_asked_for_neither(answering):
+    client, there, answers = answering
+    answers["/api/status"] = (200, STATUS % 0)
+    answers["/api/kernels"] = (500, "")
+    assert client.activity(there) == Activity(100.5)
+
+
+@pytest.mark.parametrize(
+    ("status", "word"),
+    [((503, ""), "its gateway is not reachable"), ((200, "{}"), "ValidationError"), ((404, ""), "answered 404")],
+)
+def test_use_that_cannot_be_told_is_not_made_up(answering, status, word):
+    client, there, answers = answering
+    answers["/api/status"] = status
+    with pytest.raises(BackendUnavailable, match=rf"cannot ask the server on port \d+ how it is used: .*{word}"):
+        client.activity(there)
+
+
+def test_a_kernel_that_is_there_no_more_has_been_ended(answering):
+    client, there, answers = answering
+    client.end_kernel(there, "gone")
+    answers["/api/kernels/k"] = (500, "")
+    with pytest.raises(BackendUnavailable, match=r"cannot end kernel k .*500"):
+        client.end_kernel(there, "k")

@@ -138,3 +138,16 @@ def test_two_tokens_are_one_too_many(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / "token"))
     with pytest.raises(SettingsError, match="both set"):
         settings.load()
+
+
+def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
+    monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "2h")
+    monkeypatch.setenv("LABKEEPER_CULL_GRACE", "90")
+    monkeypatch.setenv("LABKEEPER_KERNEL_IDLE_TIMEOUT", "0")
+    chosen = settings.load(max_age="1d12h", cull_terminals="open")
+    assert (chosen.idle_timeout, chosen.max_age) == (7200, 129600)
+    policy = chosen.cull_policy
+    assert (policy.grace, policy.kernel_idle_timeout, policy.terminals) == (90, None, "open")
+    monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "soon")
+    with pytest.raises(SettingsError, match=r"LABKEEPER_IDLE_TIMEOUT: .*must be seconds as a number"):
+        settings.load()

@@ -51,6 +51,8 @@ FULL = Snapshot(
     revised=ServerSpec(ServerName("full"), "/elsewhere", kernel_env={"KERNEL_A": "1"}),
     gateway=GatewayHealth(2.5, Failure(FailureClass.GATEWAY_TIMEOUT, "slow")),
     kernels_kept=(OwnKernel("k3", (Session("a.ipynb", "a.ipynb", "notebook"),)), OwnKernel("k4")),
+    up_since=1.75,
+    snoozed_until=9.5,
 )
 BARE = Snapshot(ServerSpec(ServerName("bare"), "/notebooks"), State.STOPPED, Goal.DOWN, since=1.0, created_at=1.0)
 

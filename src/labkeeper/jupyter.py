@@ -10,9 +10,10 @@ import http.client
 import json
 import re
 import ssl
-from collections.abc import Mapping, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
@@ -22,15 +23,18 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import (
     KERNEL_PREFIX,
+    Activity,
     Endpoint,
     Exit,
     FailureClass,
     Gateway,
     Kernel,
+    KernelUse,
     Load,
     OwnKernel,
     ServerSpec,
     Session,
+    TerminalUse,
 )
 from labkeeper.exchange import Answer, exchange
 from labkeeper.files import read_foreign
@@ -44,6 +48,8 @@ PRIVATE_VARIABLES: Final = re.compile(
 spec, and those by which systemd speaks to one service process."""
 _LOOK_TIMEOUT: Final = 1.0
 """Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
+_END_KERNEL_TIMEOUT: Final = 10.0
+"""Seconds for a kernel to end; Jupyter gives one that does not listen five."""
 _LAUNCH_PAD: Final = 2.0
 """Jupyter raises a gateway's request timeout to KERNEL_LAUNCH_TIMEOUT plus this many seconds."""
 
@@ -198,17 +204,30 @@ class _KernelModel(BaseModel):
     name: str
     execution_state: str = "unknown"
     last_activity: str = ""
+    connections: int = 0
+
+
+class _TerminalModel(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    last_activity: str = ""
 
 
 class _StatusModel(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
+    last_activity: str
     kernels: int
     connections: int
 
 
+_LAZY: Final = ConfigDict(defer_build=True)
+_KERNELS: Final = TypeAdapter(list[_KernelModel], config=_LAZY)
+_TERMINALS: Final = TypeAdapter(list[_TerminalModel], config=_LAZY)
 _STATUS: Final = TypeAdapter(_StatusModel)
-_KERNELS: Final = TypeAdapter(list[_KernelModel], config=ConfigDict(defer_build=True))
+_UNTRACKED: Final = "?no_track_activity=1"
+"""With this a question is no activity."""
 _WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 
@@ -231,32 +250,36 @@ class JupyterClient:
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
-        what = f"cannot list the kernels of the server on port {endpoint.port}"
-        try:
-            answer = self._ask("GET", endpoint, "api/kernels?no_track_activity=1")
-            if answer.status != http.client.OK:
-                because = "its gateway is not reachable" if answer.status == http.client.SERVICE_UNAVAILABLE else ""
-                raise BackendUnavailable(f"{what}: it answered {answer.status} {because}".rstrip())
-            found = _KERNELS.validate_json(answer.body)
-        except TimeoutError as error:
-            raise BackendTimeout(f"{what}: it did not answer in time") from error
-        except (OSError, http.client.HTTPException, ValidationError) as error:
-            raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
+        with _failing(f"cannot list the kernels of the server on port {endpoint.port}"):
+            found = _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
         return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
 
     def load(self, endpoint: Endpoint) -> Load:
         """Say how many kernels and connections it has: `GET api/status`, which is no activity, and may wait for a gateway."""
-        what = f"cannot ask the server on port {endpoint.port} for its kernels and connections"
-        try:
-            answer = self._ask("GET", endpoint, "api/status")
-            if answer.status != http.client.OK:
-                raise BackendUnavailable(f"{what}: it answered {answer.status}")
-            found = _STATUS.validate_json(answer.body)
-        except TimeoutError as error:
-            raise BackendTimeout(f"{what}: it did not answer in time") from error
-        except (OSError, http.client.HTTPException, ValidationError) as error:
-            raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
-        return Load(found.kernels, found.connections)
+        with _failing(f"cannot ask the server on port {endpoint.port} for its kernels and connections"):
+            status = _STATUS.validate_json(self._told(endpoint, "api/status"))
+        return Load(status.kernels, status.connections)
+
+    def activity(self, endpoint: Endpoint) -> Activity:
+        """Ask how it is used, without counting as use. Raises BackendUnavailable, BackendTimeout."""
+        with _failing(f"cannot ask the server on port {endpoint.port} how it is used"):
+            status = _STATUS.validate_json(self._told(endpoint, "api/status"))
+            kernels = _KERNELS.validate_json(self._told(endpoint, "api/kernels")) if status.kernels else []
+            # A server without terminals has no such page.
+            terminals = _TERMINALS.validate_json(self._told(endpoint, "api/terminals", absent=b"[]"))
+        return Activity(
+            _epoch(status.last_activity),
+            tuple(KernelUse(k.id, k.execution_state, _epoch(k.last_activity), k.connections) for k in kernels),
+            tuple(TerminalUse(t.name, _epoch(t.last_activity)) for t in terminals),
+        )
+
+    def end_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """End one of its kernels, without counting as use. Raises BackendUnavailable, BackendTimeout."""
+        with _failing(f"cannot end kernel {kernel_id} of the server on port {endpoint.port}"):
+            path = f"api/kernels/{kernel_id}{_UNTRACKED}"
+            answer = self._ask("DELETE", endpoint, path, timeout=_END_KERNEL_TIMEOUT)
+            if answer.status not in {http.client.NO_CONTENT, http.client.NOT_FOUND}:
+                raise BackendUnavailable(f"it answered {answer.status}")
 
     def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:
         """Ask it to end with its kernels; it answers when that is done. Says whether it did."""
@@ -281,12 +304,43 @@ class JupyterClient:
             if answer.status != http.client.CREATED:
                 raise BackendUnavailable(f"{what}: it answered {answer.status}")
 
+    def _told(self, endpoint: Endpoint, path: str, *, absent: bytes | None = None) -> bytes:
+        """Give what a page says, or `absent` where there is no such page. Raises as `_ask` does, and BackendUnavailable."""
+        answer = self._ask("GET", endpoint, path + _UNTRACKED)
+        if answer.status == http.client.NOT_FOUND and absent is not None:
+            return absent
+        if answer.status != http.client.OK:
+            because = "its gateway is not reachable" if answer.status == http.client.SERVICE_UNAVAILABLE else ""
+            raise BackendUnavailable(f"it answered {answer.status} {because}".rstrip())
+        return answer.body
+
     def _ask(self, method: str, endpoint: Endpoint, path: str, *, timeout: float | None = None, body: Any = None) -> Answer:
         """Show the token and ask. Raises OSError, of which TimeoutError is one, and HTTPException."""
         patience = self._timeout if timeout is None else timeout
         known = {"Authorization": f"token {endpoint.token}"}
         with _connection(endpoint, patience) as connection:
             return exchange(connection, method, endpoint.base_url + path, headers=known, within=patience, body=body)
+
+
+@contextmanager
+def _failing(what: str) -> Iterator[None]:
+    """Make of all that can go wrong with a question the error that says so."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise BackendTimeout(f"{what}: it did not answer in time") from error
+    except BackendUnavailable as error:
+        raise BackendUnavailable(f"{what}: {error.message}") from error
+    except (OSError, http.client.HTTPException, ValidationError) as error:
+        raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
+
+
+def _epoch(instant: str) -> float | None:
+    """Read a time of Jupyter's; None where it is none."""
+    try:
+        return datetime.fromisoformat(instant).timestamp()
+    except ValueError:
+        return None
 
 
 def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[http.client.HTTPConnection]:

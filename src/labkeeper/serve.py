@@ -34,6 +34,7 @@ from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import Limits
 from labkeeper.crew import Crew
+from labkeeper.culling.culler import Culler
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.debts import Ledger
 from labkeeper.gateways.gate import Gate
@@ -153,6 +154,16 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         echo_logs=chosen.echo_logs,
         found_orphans=chronicle.orphans,
     )
+    culler = Culler(
+        inbox.post,
+        backend=backend,
+        probe=jupyter,
+        chronicle=chronicle,
+        crew=crew,
+        clock=clock,
+        policy=chosen.cull_policy,
+        period=chosen.cull_period,
+    )
     fleet = Fleet(
         backend=backend,
         gate=gate,
@@ -162,7 +173,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         clock=clock,
         policy=policy,
         machine=OwnMachine(),
-        listeners=(board, logs.ChangeLog(), watch, chronicle, metrics),
+        listeners=(board, logs.ChangeLog(), watch, chronicle, metrics, culler),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -172,6 +183,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     watch.start()
     sampler = Sampler(backend, jupyter, keeper.all, crew=crew, clock=clock, period=chosen.usage_period)
     sampler.start()
+    culler.start()
     end = chosen.stop_grace + chosen.kill_wait + _MARGIN
     places = Places(chosen.threads)
     services = Services(
@@ -183,11 +195,15 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         meter=metrics,
         webhooks=lambda: [webhook.status() for webhook in webhooks],
         usage=sampler.of,
+        culler=culler,
+        max_snooze=chosen.max_snooze,
         defaults=Defaults(
             chosen.notebook_dir,
             chosen.lab_ip,
             chosen.lab_port,
             Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
+            chosen.idle_timeout,
+            chosen.max_age,
         ),
         version=ours,
         token=token,

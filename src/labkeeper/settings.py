@@ -13,10 +13,12 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.model import Reserve
+from labkeeper.core.times import duration
 
 PREFIX: Final = "LABKEEPER_"
 CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
@@ -43,6 +45,8 @@ def _check_reserve(text: str) -> str:
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+Duration = Annotated[float, BeforeValidator(duration)]
+"""Seconds, or a text such as `90m`, `2h`, `1d12h`."""
 
 
 class Settings(BaseModel):
@@ -106,6 +110,31 @@ class Settings(BaseModel):
     gateway_period: Seconds = Field(
         30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
     )
+    # Culling
+    idle_timeout: Duration | None = Field(
+        None, description="Time without use after which a server is stopped, when its request names none, as `2h`; 0: never."
+    )
+    max_age: Duration | None = Field(None, description="Time after which a server is stopped, used or not, likewise; 0: never.")
+    kernel_idle_timeout: Duration | None = Field(
+        None, description="Time without use after which a kernel is ended, whatever becomes of its server; 0: never."
+    )
+    cull_grace: Duration = Field(600.0, description="Time after a server became ready in which it does not count as idle.")
+    cull_warning: Duration = Field(
+        300.0, description="Time between the warning and the stop, but no more than half of what the rule allows."
+    )
+    cull_period: Annotated[Duration, Field(gt=0)] = Field(
+        30.0, description="Time between two questions to a server how it is used; one without any rule is not asked."
+    )
+    cull_busy: bool = Field(
+        False, description="`false`: a busy kernel is use, however silent; `true`: only its last activity counts."
+    )
+    cull_connected: bool = Field(
+        True, description="`true`: an open notebook is no use by itself; `false`: any connection to a kernel is."
+    )
+    cull_terminals: Literal["programs", "open", "ignore"] = Field(
+        "programs", description="What of terminals is use: `programs` that run there, any that is `open`, or `ignore` them."
+    )
+    max_snooze: Duration = Field(86400.0, description="Longest time that the culling of a server can be put off by one call.")
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0, description="Seconds between two measurements of what servers use, as long as somebody wants to know; 0: never."
@@ -155,6 +184,18 @@ class Settings(BaseModel):
         if self.min_free_memory.endswith("%"):
             return Reserve(share=float(self.min_free_memory[:-1]) / 100)
         return Reserve(amount=int(self.min_free_memory))
+
+    @property
+    def cull_policy(self) -> CullPolicy:
+        """What counts as use, for all servers."""
+        return CullPolicy(
+            grace=self.cull_grace,
+            warning=self.cull_warning,
+            cull_busy=self.cull_busy,
+            cull_connected=self.cull_connected,
+            terminals=Terminals(self.cull_terminals),
+            kernel_idle_timeout=self.kernel_idle_timeout or None,
+        )
 
     @property
     def rooms(self) -> Path:

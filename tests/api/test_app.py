@@ -38,7 +38,7 @@ from labkeeper.core.model import (
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a token of the tests"
 
@@ -85,6 +85,7 @@ def services(world, tmp_path) -> Iterator[Services]:
         debts=list,
         history=chronicle,
         meter=Metrics(SystemClock()),
+        culler=NoCulling(),
         defaults=Defaults(tmp_path, "127.0.0.1", 8888),
         version="1.2.3",
         token=TOKEN,
@@ -572,3 +573,54 @@ def test_a_wrong_body_for_many_starts_none(client, body):
     answer = client.post("/api/bulk/start", json=body)
     assert answer.status_code == 422
     assert client.get("/api/servers").json["servers"] == []
+
+
+# Culling
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [("idle_timeout", "1h30m", 5400), ("max-age", 60, 60), ("idle_timeout", None, None), ("max_age", 0, None)],
+)
+def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(services, field, value, kept):
+    defaults = replace(services.defaults, idle_timeout=7200.0, max_age=9000.0)
+    client = create_app(replace(services, defaults=defaults)).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    made = client.post("/api/servers", json={"name": "x", field: value}).json
+    expected = {"idle_timeout": 7200, "max_age": 9000, field.replace("-", "_"): kept}
+    assert {name: made[name] for name in ("idle_timeout", "max_age")} == expected
+    again = client.post("/api/servers/x/restart", json={"idle_timeout": "2d"}).json
+    assert (again["idle_timeout"], again["max_age"]) == (2 * 86400, expected["max_age"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        ("", {"name": "y", "idle_timeout": "soon"}, "idle_timeout: must be seconds as a number"),
+        ("", {"name": "y", "max_age": True}, "max_age: must be seconds as a number"),
+        ("/x/snooze", {"for": "25h"}, "for must be at most 1 d (LABKEEPER_MAX_SNOOZE)"),
+        ("/x/snooze", {}, "for: Field required"),
+        ("/x/snooze", {"for": None}, "for: must be seconds"),
+    ],
+)
+def test_a_time_that_is_none_is_refused_with_its_rule(client, path, body, word):
+    client.post("/api/servers", json={"name": "x"})
+    answer = client.post(f"/api/servers{path}", json=body)
+    assert answer.status_code == 422
+    assert word in answer.json["detail"]
+
+
+def test_a_snooze_is_answered_with_its_moment_and_zero_ends_it(client):
+    client.post("/api/servers", json={"name": "x", "idle_timeout": 60})
+    told = client.post("/api/servers/x/snooze", json={"for": "1h"}).json
+    assert told["snoozed_until"] == client.get("/api/servers/x").json["snoozed_until"]
+    assert told["snoozed_until"] == client.get("/api/servers/x/idle").json["snoozed_until"]
+    assert client.post("/api/servers/x/snooze", json={"for": 0}).json["snoozed_until"] is None
+    assert client.post("/api/servers/nobody/snooze", json={"for": 0}).status_code == 404
+
+
+def test_those_that_would_be_stopped_first_are_listed_first(client):
+    for name, rule in (("a", {}), ("b", {"max_age": "2h"}), ("c", {"max_age": "1h"})):
+        client.post("/api/servers", json={"name": name, **rule})
+    listed = client.get("/api/idle").json["servers"]
+    assert [(one["name"], one["rule"]) for one in listed] == [("c", "max_age"), ("b", "max_age"), ("a", None)]

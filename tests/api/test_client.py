@@ -36,7 +36,7 @@ from labkeeper.core.model import Kernel
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
 
 TOKEN = "a-token-of-the-tests"
 URL = "http://keeper"
@@ -81,7 +81,9 @@ def running_keeper(notebook_dir: Path):
     keeper.start()
     defaults = Defaults(notebook_dir, "127.0.0.1", 8888)
     app = create_app(
-        Services(keeper, backend, probe, list, chronicle, Metrics(SystemClock()), defaults, version="1.2.3", token=TOKEN)
+        Services(
+            keeper, backend, probe, list, chronicle, Metrics(SystemClock()), NoCulling(), defaults, version="1.2.3", token=TOKEN
+        )
     )
     try:
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
@@ -226,7 +228,17 @@ def test_every_route_has_a_method(running):
     recorder = Recorder(httpx.WSGITransport(app=running.app).handle_request)
     with Client(URL, token=TOKEN, transport=recorder) as client:
         client.create()
-        for use in (client.get, client.kernels, client.logs, client.restart, client.stop, client.start, client.events):
+        client.snooze("default", "1h")
+        for use in (
+            client.get,
+            client.kernels,
+            client.logs,
+            client.restart,
+            client.stop,
+            client.start,
+            client.idle,
+            client.events,
+        ):
             use("default")
         client.start_many(["default"])
         client.delete("default")
@@ -238,6 +250,7 @@ def test_every_route_has_a_method(running):
             client.events,
             client.webhooks,
             client.metrics,
+            client.idle_all,
         ):
             use()
         assert list(client.list()) == []

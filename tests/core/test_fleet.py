@@ -34,6 +34,7 @@ from labkeeper.core.model import (
     Report,
     Reserve,
     Seen,
+    Snooze,
     StopAll,
     StopMethod,
     Tick,
@@ -796,3 +797,64 @@ def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
     bench.lanes.run_all()
     assert [change.after.name for change in bench.recorder.changes if change.after.name == "second"] == []
     bench.run("second")
+
+
+# Culling
+
+
+def test_a_snooze_is_stored_and_told_and_changes_nothing_else(bench):
+    ada = Origin("ada", "1")
+    bench.fleet.step(Create(a_spec("lab")))
+    bench.lanes.run_all()
+    before = bench.store.snapshots["lab"]
+    reply = bench.fleet.step(Snooze("lab", 5.0, ada))
+    assert reply.snapshot == bench.store.snapshots["lab"] == replace(before, snoozed_until=5.0)
+    change = bench.recorder.changes[-1]
+    assert (change.event, change.before, change.after, change.origin) == (Event.SNOOZE, before, reply.snapshot, ada)
+    bench.fleet.step(Order("lab", Event.RESTART))
+    bench.lanes.run_all()
+    assert bench.store.snapshots["lab"].snoozed_until == 5.0
+    assert bench.fleet.step(Snooze("lab", None)).snapshot.snoozed_until is None
+
+
+def test_a_snooze_that_cannot_be_kept_is_refused_and_is_none(bench):
+    bench.fleet.step(Create(a_spec("lab")))
+    bench.lanes.run_all()
+    told = len(bench.recorder.changes)
+    bench.store.failing = True
+    with pytest.raises(StoreError):
+        bench.fleet.step(Snooze("lab", 5.0))
+    bench.store.failing = False
+    bench.fleet.step(Order("lab", Event.STOP))
+    assert {change.after.snoozed_until for change in bench.recorder.changes[told:]} == {None}
+    with pytest.raises(ServerNotFound):
+        bench.fleet.step(Snooze("nobody", 5.0))
+
+
+def test_an_order_that_rests_on_what_is_not_so_any_more_does_nothing(bench):
+    bench.fleet.step(Create(a_spec("lab")))
+    bench.lanes.run_all()
+    seen = bench.store.snapshots["lab"]
+    bench.fleet.step(Snooze("lab", 5.0))
+    assert bench.fleet.step(Order("lab", Event.STOP, seen=seen)).snapshot.goal is Goal.UP
+    bench.fleet.step(Order("lab", Event.RESTART))
+    assert bench.fleet.step(Order("lab", Event.STOP, seen=seen)).snapshot.goal is Goal.AGAIN
+    bench.lanes.run_all()
+    now = bench.store.snapshots["lab"]
+    assert bench.fleet.step(Order("lab", Event.STOP, seen=now)).snapshot.state is State.STOPPING
+
+
+def test_its_age_goes_on_over_a_crash_and_another_keeper_and_begins_anew_with_a_command(bench):
+    bench.fleet.step(Create(a_spec("lab")))
+    bench.lanes.run_all()
+    begun = bench.store.snapshots["lab"].up_since
+    bench.clock.advance(10.0)
+    bench.world.crash("lab")
+    bench.lanes.run_all()
+    bench.wait()
+    bench.lanes.run_all()
+    crashed = bench.store.snapshots["lab"]
+    assert (crashed.up_since, crashed.started_at > begun) == (begun, True)
+    bench.fleet.step(Order("lab", Event.RESTART))
+    bench.lanes.run_all()
+    assert bench.store.snapshots["lab"].up_since == bench.clock.time() > begun

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from labkeeper.core.culling import Explanation, Rule, Standing
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import (
     KERNEL_PREFIX,
@@ -26,6 +26,7 @@ from labkeeper.core.model import (
     StopReport,
     WebhookStatus,
 )
+from labkeeper.core.times import instant
 
 
 class _Answer(BaseModel):
@@ -131,6 +132,9 @@ class Server(_Answer):
     limits: dict[str, LimitModel] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
     usage: UsageModel | None = Field(description="What it uses; null unless it is running, and until it was first measured.")
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
+    idle_timeout: float | None = Field(description="Seconds without use after which it is stopped; null: never.")
+    max_age: float | None = Field(description="Seconds after which it is stopped, used or not; null: never.")
+    snoozed_until: str | None = Field(description="Until when neither stops it; null when nobody has put that off.")
     gateway_url: str | None
     gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
     kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
@@ -177,6 +181,47 @@ class KernelList(_Answer):
     """The kernels of a server."""
 
     kernels: list[KernelModel]
+
+
+class HolderModel(_Answer):
+    """What keeps a server from being idle, as long as it is so."""
+
+    kind: str = Field(description="`kernel`, `connection` or `terminal`.")
+    id: str
+    reason: str
+
+
+class RuleModel(_Answer):
+    """What comes of one rule when nothing happens any more."""
+
+    rule: Rule
+    limit: float = Field(description="Seconds that it allows.")
+    since: str | None = Field(description="From when it counts; null as long as something holds the server.")
+    warns_at: str | None
+    stops_at: str | None
+
+
+class Idle(_Answer):
+    """How a server stands to the rules by which it would be stopped, and why."""
+
+    name: str
+    standing: Standing
+    reason: str = Field(description="Why, in a sentence.")
+    rule: Rule | None = Field(description="The rule that would be the first to stop it.")
+    warns_at: str | None = Field(description="When that is told beforehand.")
+    stops_at: str | None = Field(description="When it would be stopped, if nothing happens; null when it would not.")
+    rules: list[RuleModel]
+    held_by: list[HolderModel]
+    last_used_at: str | None
+    last_used: str | None = Field(description="What was used last.")
+    snoozed_until: str | None
+    looked_at: str | None = Field(description="When it last answered how it is used; null when it was not asked.")
+
+
+class IdleList(_Answer):
+    """All servers, those first that would be stopped first."""
+
+    servers: list[Idle]
 
 
 class KernelDebtModel(_Answer):
@@ -274,11 +319,6 @@ _INFO: Final = (
 )
 
 
-def instant(at: float) -> str:
-    """Write a time as RFC 3339, UTC, with milliseconds."""
-    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
 def server_model(
     snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
 ) -> Server:
@@ -302,6 +342,9 @@ def server_model(
         limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
         usage=_usage_model(sample),
         user=spec.user,
+        idle_timeout=spec.idle_timeout,
+        max_age=spec.max_age,
+        snoozed_until=None if snapshot.snoozed_until is None else instant(snapshot.snoozed_until),
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
@@ -378,6 +421,33 @@ def event_model(entry: HistoryEntry) -> EventModel:
 def webhook_model(status: WebhookStatus) -> WebhookModel:
     """Write how a webhook fares as callers see it."""
     return WebhookModel(**asdict(status))
+
+
+def idle_model(told: Explanation) -> Idle:
+    """Write how a server stands to its rules as callers see it."""
+    verdict, first = told.verdict, told.verdict.next
+
+    def at(moment: float | None) -> str | None:
+        return None if moment is None else instant(moment + told.offset)
+
+    until = told.snapshot.snoozed_until
+    return Idle(
+        name=told.snapshot.name,
+        standing=verdict.standing,
+        reason=verdict.reason,
+        rule=first.rule if first else None,
+        warns_at=at(first.warns_at if first else None),
+        stops_at=at(first.stops_at if first else None),
+        rules=[
+            RuleModel(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
+            for o in verdict.outlooks
+        ],
+        held_by=[HolderModel(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
+        last_used_at=at(verdict.last_used_at),
+        last_used=verdict.last_used,
+        snoozed_until=None if until is None else instant(until),
+        looked_at=at(told.looked_at),
+    )
 
 
 def exit_model(end: Exit | None) -> ExitModel | None:

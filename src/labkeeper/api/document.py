@@ -32,6 +32,7 @@ def document(version: str) -> dict[str, Any]:
     tags = {
         "servers": Tag(name="servers", description="JupyterLab servers"),
         "history": Tag(name="history", description="What happened"),
+        "culling": Tag(name="culling", description="Whether servers are stopped for want of use"),
         "keeper": Tag(name="keeper", description="This service"),
     }
     for route in ROUTES:

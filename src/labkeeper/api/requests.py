@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, get_origin
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from werkzeug.datastructures import MultiDict
 
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
+from labkeeper.core.times import duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,8 @@ class Defaults:
     lab_port: int
     """The port of the server named `default`."""
     limits: Limits = UNLIMITED
+    idle_timeout: float | None = None
+    max_age: float | None = None
 
 
 def _check_name(text: str) -> str:
@@ -122,6 +125,12 @@ PathText = Annotated[str, AfterValidator(_check_no_nul), Field(min_length=1, max
 Line = Annotated[str, AfterValidator(_check_one_line), Field(min_length=1, max_length=8192)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 
+Duration = Annotated[
+    float,
+    BeforeValidator(duration, json_schema_input_type=float | str),
+]
+"""Seconds, or a text such as `90m`, `2h`, `1d12h`."""
+
 # A field that is absent has its default; a field that is `null` breaks its type's rule. So the types below are not optional
 # where the default is None (pydantic does not check defaults), and a `"gateway-url": null` is told apart from none at all.
 _ABSENT: Final[Any] = None
@@ -181,6 +190,12 @@ class ServerRequest(_Request):
     user: Annotated[str, AfterValidator(_check_user), Field(max_length=32)] = Field(
         _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: the keeper's own."
     )
+    idle_timeout: Duration | None = Field(
+        _ABSENT,
+        description="Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, `1d12h`; 0 or null: never. "
+        "Default: the keeper's.",
+    )
+    max_age: Duration | None = Field(_ABSENT, description="Time after which it is stopped, used or not, likewise.")
     gateway_url: Annotated[str, AfterValidator(_check_http_url), Field(max_length=2048)] = Field(
         _ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
     )
@@ -256,7 +271,14 @@ class ServerRequest(_Request):
                 processes=self.process_limit if self.process_limit is not None else defaults.limits.processes,
             ),
             user=self.user,
+            idle_timeout=self._rule("idle_timeout", defaults),
+            max_age=self._rule("max_age", defaults),
         )
+
+    def _rule(self, field: str, defaults: Defaults) -> float | None:
+        """Give what a rule allows; here null is not the same as nothing: it turns the rule off."""
+        chosen: float | None = getattr(self if field in self.model_fields_set else defaults, field)
+        return chosen or None
 
     def _gateway_at(self, url: str) -> Gateway:
         headers, scheme, token = dict(self.gateway_headers), self.gateway_auth_scheme, self.gateway_auth_token
@@ -346,7 +368,9 @@ class RestartRequest(ServerRequest):
         return merged
 
 
-_PLAIN_FIELDS: Final = frozenset({"root_dir", "base_url", "default_url", "port", "env", "kernel_env", "labels", "user"})
+_PLAIN_FIELDS: Final = frozenset(
+    {"root_dir", "base_url", "default_url", "port", "env", "kernel_env", "labels", "user", "idle_timeout", "max_age"}
+)
 _LIMIT_FIELDS: Final = {"memory_limit": "memory", "cpu_limit": "cpus", "process_limit": "processes"}
 _GATEWAY_FIELDS: Final = {
     "gateway_url": "url",
@@ -363,6 +387,14 @@ _GATEWAY_FIELDS: Final = {
     "require_gateway": "required",
 }
 """What each field of a request sets in a `Gateway`."""
+
+
+class SnoozeRequest(_Request):
+    """For how long a server is not to be culled."""
+
+    time: Duration = Field(
+        validation_alias="for", description="Time from now, as `2h`; 0 ends it. At most what the keeper allows."
+    )
 
 
 def ws_url_of(url: str) -> str:

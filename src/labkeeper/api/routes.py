@@ -23,6 +23,8 @@ from labkeeper.api.answers import (
     BulkResults,
     EventList,
     Health,
+    Idle,
+    IdleList,
     KernelDebtList,
     KernelList,
     Server,
@@ -31,6 +33,7 @@ from labkeeper.api.answers import (
     WebhookList,
     debt_model,
     event_model,
+    idle_model,
     kernel_model,
     server_model,
     webhook_model,
@@ -44,6 +47,7 @@ from labkeeper.api.requests import (
     RestartRequest,
     ServerPath,
     ServerRequest,
+    SnoozeRequest,
     StartQuery,
     StopQuery,
     invalid,
@@ -53,8 +57,9 @@ from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, queue_of
+from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
 from labkeeper.core.ports import Watch
+from labkeeper.core.times import spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
@@ -180,6 +185,26 @@ class Api:
     def list_webhooks(self) -> Answer:
         """Say how the webhooks fare that events are posted to."""
         return _json(WebhookList(webhooks=[webhook_model(status) for status in self._services.webhooks()]))
+
+    # Culling
+
+    def get_idle(self, path: ServerPath) -> Answer:
+        """Ask a server how it is used, and explain whether it would be stopped for want of use, why, and when."""
+        return _json(idle_model(self._services.culler.explain(self._find(ServerName(path.name)))))
+
+    def list_idle(self) -> Answer:
+        """Explain the same of all servers by the last look at each, those first that would be stopped first; stops nothing."""
+        listed = [idle_model(self._services.culler.foretell(snapshot)) for snapshot in self._keeper.all()]
+        return _json(IdleList(servers=sorted(listed, key=lambda one: (one.stops_at is None, one.stops_at, one.name))))
+
+    def snooze_server(self, path: ServerPath, body: SnoozeRequest) -> Answer:
+        """Put off the culling of a server from now; it holds over restarts of the server and of the keeper."""
+        longest = self._services.max_snooze
+        if body.time > longest:
+            raise invalid("for", f"must be at most {spoken(longest)} (LABKEEPER_MAX_SNOOZE)")
+        until = time.time() + body.time if body.time else None
+        reply = _reply(self._keeper.ask(Snooze(ServerName(path.name), until, _origin())))
+        return _json(idle_model(self._services.culler.foretell(reply.snapshot)))
 
     # The keeper
 
@@ -398,6 +423,10 @@ ROUTES: Final = (
     Route("GET", "/api/servers/<name>/events", Access.TOKEN, Api.list_server_events, "history", {200: EventList},
           (404, 429, 503)),
     Route("GET", "/api/webhooks", Access.TOKEN, Api.list_webhooks, "history", {200: WebhookList}),
+    Route("GET", "/api/servers/<name>/idle", Access.TOKEN, Api.get_idle, "culling", {200: Idle}, (404,)),
+    Route("POST", "/api/servers/<name>/snooze", Access.TOKEN, Api.snooze_server, "culling", {200: Idle},
+          (400, 404, 413, 415, 503)),
+    Route("GET", "/api/idle", Access.TOKEN, Api.list_idle, "culling", {200: IdleList}),
     Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
     Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
     Route("GET", "/metrics", Access.TOKEN, Api.metrics, "keeper", {200: "text/plain"}),

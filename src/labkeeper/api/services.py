@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.core.model import KernelDebt, Sample, Snapshot, WebhookStatus
-from labkeeper.core.ports import Backend, History, Keeper, Meter, Probe
+from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,7 @@ class Services:
     """Gives the kernels that gateways still have to end."""
     history: History
     meter: Meter
+    culler: Explainer
     defaults: Defaults
     version: str
     token: str | None = field(repr=False)
@@ -36,5 +37,7 @@ class Services:
     stop_wait: float = 15.0
     places: Places = field(default_factory=lambda: Places(256))
     """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
+    max_snooze: float = 86400.0
+    """For how long one call may put off the culling of a server."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""

@@ -33,6 +33,7 @@ from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch, WireError
+from labkeeper.backends.terminals import foregrounds
 from labkeeper.backends.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod, Usage
@@ -187,6 +188,11 @@ class LocalBackend:
             return self._logfile(name).tail(tail)
         except OSError as error:
             raise BackendUnavailable(f"cannot read the log of server '{name}': {error.strerror}") from error
+
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Look into the table of processes."""
+        attendant = self._attendants.get(name)
+        return None if attendant is None else foregrounds(attendant.process)
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Read the log file as it grows."""

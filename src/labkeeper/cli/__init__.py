@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from labkeeper.cli import keeper, servers
+from labkeeper.cli import culling, keeper, servers
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -29,6 +29,8 @@ from labkeeper.cli.options import Where, examples, where_options
         servers.restart,
         servers.logs,
         servers.events,
+        culling.idle,
+        culling.snooze,
         servers.open_,
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -62,6 +62,8 @@ def _settings_flag(name: str, field: Any, variable: str) -> click.Option:
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=about)
     if get_origin(kind) is Literal:
         return click.Option([flag, name], type=click.Choice(get_args(kind)), help=about)
+    if "duration" in f"{kind}{field.metadata}":
+        return click.Option([flag, name], metavar="TIME", help=about)
     simple = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
     return click.Option([flag, name], type=simple, metavar=_metavar(kind), help=about)
 

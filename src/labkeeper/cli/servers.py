@@ -21,6 +21,7 @@ from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_t
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
+from labkeeper.core.times import spoken
 
 if TYPE_CHECKING:
     from labkeeper.client import Client, Event, Gateway, Limit, Server, Usage
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 @click.option("--memory-limit", type=Size(), metavar="SIZE", help="Memory for the Lab with its kernels, as 2G or 512MiB.")
 @click.option("--cpu-limit", type=click.FloatRange(0.01), metavar="N", help="Processors for them; 1.5 is one and a half.")
 @click.option("--process-limit", type=click.IntRange(16), metavar="N", help="Processes and threads of them.")
+@click.option("--idle-timeout", metavar="TIME", help="Stop it when nobody has used it for so long, as 90m or 2h; 0: never.")
+@click.option("--max-age", metavar="TIME", help="Stop it after so long, used or not; 0: never.")
 @click.option("--user", metavar="NAME", help="User to run as; needs a keeper that runs as root.")
 @click.option(
     "--json-spec",
@@ -314,6 +317,9 @@ def _facts(server: Server) -> dict[str, str]:
         "pid": server.pid,
         "user": server.user,
         "usage": server.usage and _usage(server.usage),
+        "idle timeout": server.idle_timeout and spoken(server.idle_timeout),
+        "max age": server.max_age and spoken(server.max_age),
+        "snoozed until": server.snoozed_until,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,

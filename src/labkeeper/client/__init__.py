@@ -27,6 +27,10 @@ from labkeeper.client.answers import (
     Failure,
     Gateway,
     Health,
+    Holder,
+    Idle,
+    IdleList,
+    IdleRule,
     Kernel,
     KernelDebt,
     KernelDebtList,
@@ -59,6 +63,9 @@ __all__ = [
     "Failure",
     "Fields",
     "Gateway",
+    "Holder",
+    "Idle",
+    "IdleRule",
     "Kernel",
     "KernelDebt",
     "Limit",
@@ -91,6 +98,8 @@ class Revision(TypedDict, total=False):
     cpu_limit: float
     process_limit: int
     user: str
+    idle_timeout: float | str | None
+    max_age: float | str | None
     gateway_url: str
     gateway_ws_url: str
     gateway_auth_token: str
@@ -257,6 +266,21 @@ class Client:
     def webhooks(self) -> Sequence[Webhook]:
         """Say how the webhooks fare that events are posted to."""
         return parse(WebhookList, self._get("/api/webhooks")).webhooks
+
+    # Culling
+
+    def idle(self, name: str) -> Idle:
+        """Explain whether a server would be stopped for want of use, why, and when; it is asked now. Raises ServerNotFound."""
+        return parse(Idle, self._get(_path(name, "/idle")))
+
+    def idle_all(self) -> Sequence[Idle]:
+        """Explain the same of all servers by the last look at each, those first that would be stopped first."""
+        return parse(IdleList, self._get("/api/idle")).servers
+
+    def snooze(self, name: str, time: float | str) -> Idle:
+        """Put off the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
+        request = self._request("POST", _path(name, "/snooze"), body={"for": time}, read=self._timeout)
+        return parse(Idle, self._send(request))
 
     # The keeper
 

@@ -111,6 +111,9 @@ class Server(_Answer):
     limits: dict[str, Limit] = {}
     usage: Usage | None = None
     user: str | None = None
+    idle_timeout: float | None = None
+    max_age: float | None = None
+    snoozed_until: str | None = None
     gateway_url: str | None = None
     gateway: Gateway | None = None
     kernels_kept: list[str] = []
@@ -154,6 +157,47 @@ class BulkResults(_Answer):
     """What became of each, in the order of the names."""
 
     results: tuple[BulkResult, ...]
+
+
+class Holder(_Answer):
+    """What keeps a server from being idle; `kind` is `kernel`, `connection` or `terminal`."""
+
+    kind: str
+    id: str
+    reason: str
+
+
+class IdleRule(_Answer):
+    """What comes of one rule when nothing happens any more; `limit` is in seconds."""
+
+    rule: str
+    limit: float
+    since: str | None = None
+    warns_at: str | None = None
+    stops_at: str | None = None
+
+
+class Idle(_Answer):
+    """How a server stands to the rules by which it would be stopped. Times are RFC 3339, UTC; None where it would not."""
+
+    name: str
+    standing: str
+    reason: str
+    rule: str | None = None
+    warns_at: str | None = None
+    stops_at: str | None = None
+    rules: tuple[IdleRule, ...] = ()
+    held_by: tuple[Holder, ...] = ()
+    last_used_at: str | None = None
+    last_used: str | None = None
+    snoozed_until: str | None = None
+    looked_at: str | None = None
+
+
+class IdleList(_Answer):
+    """All servers, those first that would be stopped first."""
+
+    servers: tuple[Idle, ...]
 
 
 class KernelDebt(_Answer):

@@ -216,7 +216,7 @@ class Controller:
             if event is Event.DEADLINE:
                 snap = replace(snap, restarts=snap.restarts + 1)
             else:
-                snap = replace(snap, restarts=0, started_at=None, failure=None)
+                snap = replace(snap, restarts=0, started_at=None, up_since=None, failure=None)
         if step.action is Action.LAUNCH:
             snap = replace(
                 snap,
@@ -238,7 +238,9 @@ class Controller:
         """Bring what a fact says into the snapshot of the step that it led to."""
         match fact:
             case Ready(endpoint=endpoint, gateway=gateway) if snap.state is State.RUNNING:
-                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=self._clock.time(), failure=None)
+                now = self._clock.time()
+                up_since = now if snap.up_since is None else snap.up_since
+                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=now, up_since=up_since, failure=None)
                 self._budget.earned, self._silent_since = True, None
             case Ended():
                 snap = self._ended(snap, fact)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from labkeeper.core.controller import Controller, Policy, Upshot
@@ -40,6 +41,7 @@ from labkeeper.core.model import (
     ServerName,
     ServerSpec,
     Snapshot,
+    Snooze,
     StopAll,
     Tick,
     Unreachable,
@@ -121,6 +123,8 @@ class Fleet:
                 return self._create(message)
             case Order():
                 return self._order(message)
+            case Snooze():
+                return self._snooze(message)
             case StopAll(origin=origin):
                 self._closing = True
                 self._stop_all(origin)
@@ -172,10 +176,10 @@ class Fleet:
 
     def _order(self, order: Order) -> Reply:
         name, event = order.name, order.event
-        controller = self._servers.get(name)
-        if controller is None:
-            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
+        controller = self._find(name)
         snapshot = controller.snapshot
+        if order.seen is not None and order.seen != snapshot:
+            return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RENEW}:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
@@ -190,6 +194,24 @@ class Fleet:
         queued = after.state is State.QUEUED is not snapshot.state
         created = after.launch != snapshot.launch or queued or (after.goal in again and snapshot.goal not in again)
         return Reply(after, created)
+
+    def _snooze(self, command: Snooze) -> Reply:
+        """Keep until when a server is not culled: first on the disk, so that what is answered holds for the next keeper, too."""
+        controller = self._find(command.name)
+        before = controller.snapshot
+        after = replace(before, snoozed_until=command.until)
+        self._store.save(after)
+        controller.snapshot = after
+        change = Change(Event.SNOOZE, before, after, self._clock.time(), command.origin)
+        for listener in self._listeners:
+            listener.changed(change)
+        return Reply(after)
+
+    def _find(self, name: ServerName) -> Controller:
+        controller = self._servers.get(name)
+        if controller is None:
+            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
+        return controller
 
     def _admit(self, snapshot: Snapshot) -> None:
         """Refuse a start while the keeper ends, and one more server where there is no room for it."""

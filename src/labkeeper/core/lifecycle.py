@@ -66,6 +66,8 @@ class Event(StrEnum):
     STOP = "STOP"
     KILL = "KILL"
     DELETE = "DELETE"
+    SNOOZE = "SNOOZE"
+    """Its culling was put off; that moves neither its goal nor its state."""
 
     READY = "READY"
     EXITED = "EXITED"

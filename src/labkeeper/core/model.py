@@ -109,6 +109,10 @@ class ServerSpec:
     limits: Limits = UNLIMITED
     user: str | None = None
     """The user of the machine that it runs as; None for the keeper's own."""
+    idle_timeout: float | None = None
+    """Seconds without use after which it is stopped; None never."""
+    max_age: float | None = None
+    """Seconds after which it is stopped in any case; None never."""
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Name the fields in which two specs differ; values may be secret and are not given."""
@@ -218,6 +222,39 @@ class Kernel:
     name: str
     execution_state: str
     last_activity: str
+
+
+@dataclass(frozen=True, slots=True)
+class KernelUse:
+    """How a kernel is used."""
+
+    id: str
+    state: str
+    """Jupyter's execution_state: `idle`, `busy`, `starting`, ..."""
+    last_activity: float | None
+    """None where it is not told."""
+    connections: int = 0
+    """Websockets that are open to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class TerminalUse:
+    """How a terminal is used."""
+
+    name: str
+    last_activity: float | None
+    program: str | None = None
+    """What runs in its foreground: "" when its shell waits for input, None when that cannot be known."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activity:
+    """How a running server is used. Times are seconds since the epoch, as Jupyter tells them."""
+
+    last_activity: float | None
+    """When its API, its kernels beside it, or an open terminal were last used."""
+    kernels: tuple[KernelUse, ...] = ()
+    terminals: tuple[TerminalUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,6 +369,10 @@ class Snapshot:
     """What is known of its gateway while it is running."""
     kernels_kept: tuple[OwnKernel, ...] = ()
     """Kernels on its gateway that its next launch is to have."""
+    up_since: float | None = None
+    """When it first became ready since the last start command; neither a crash nor another keeper changes it."""
+    snoozed_until: float | None = None
+    """Until when it is not culled, where somebody has put that off."""
 
     @property
     def name(self) -> ServerName:
@@ -465,6 +506,17 @@ class Order:
     revised: ServerSpec | None = None
     """The spec that it is to have from the next launch on."""
     origin: Origin = KEEPER
+    seen: Snapshot | None = None
+    """What is so of it, as far as who gives the order knows; where it is not so any more, nothing is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snooze:
+    """Put off the culling of a server. `until` is seconds since the epoch; None ends it."""
+
+    name: ServerName
+    until: float | None
+    origin: Origin = KEEPER
 
 
 @dataclass(frozen=True, slots=True)
@@ -479,7 +531,7 @@ class Tick:
     """Time has passed; timers that are due fire."""
 
 
-Message = Create | Order | StopAll | Report | Tick
+Message = Create | Order | Snooze | StopAll | Report | Tick
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,10 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from labkeeper.core.culling import Explanation
 from labkeeper.core.model import (
     KEEPER,
+    Activity,
     Change,
     Endpoint,
     Fact,
@@ -93,6 +95,12 @@ class Backend(Protocol):
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
         """Give the last `tail` lines of the server's log, or all; also after it ended. Secrets are scrubbed."""
 
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Name what runs in the foreground of each terminal of a server, the oldest first; "" where its shell waits for input.
+
+        None where that cannot be known. Does not raise.
+        """
+
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Give lines as they are written, each with its newline, until `live` says no; an empty text means "nothing new yet"."""
 
@@ -105,6 +113,12 @@ class Probe(Protocol):
 
     def load(self, endpoint: Endpoint) -> Load:
         """Say how many kernels and connections it has. Raises BackendUnavailable, BackendTimeout."""
+
+    def activity(self, endpoint: Endpoint) -> Activity:
+        """Ask how it is used; of its terminals it does not know what runs there. Raises BackendUnavailable, BackendTimeout."""
+
+    def end_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """End one of its kernels, if there is one of this id. Raises BackendUnavailable, BackendTimeout."""
 
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
         """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
@@ -233,6 +247,16 @@ class Meter(Protocol):
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Write everything in the form that fits an `Accept` header best; give its media type, too."""
+
+
+class Explainer(Protocol):
+    """Says whether servers would be culled, why, and when. Changes nothing."""
+
+    def explain(self, snapshot: Snapshot) -> Explanation:
+        """Say how one server stands, after a look at it."""
+
+    def foretell(self, snapshot: Snapshot) -> Explanation:
+        """Say how one server stands, by the last look at it."""
 
 
 class Watch(Protocol):

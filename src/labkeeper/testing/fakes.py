@@ -16,6 +16,7 @@ the same world is a second keeper after the first one crashed.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -23,9 +24,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
+from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import (
+    KEEPER,
     Change,
     Ended,
     Endpoint,
@@ -35,8 +38,10 @@ from labkeeper.core.model import (
     FailureClass,
     Gone,
     HistoryEntry,
+    HistoryKind,
     HostMemory,
     KernelDebt,
+    Origin,
     OwnKernel,
     Ready,
     Report,
@@ -186,6 +191,37 @@ class MemoryLedger:
         return list(self.owed)
 
 
+class NoCulling:
+    """An explainer that has looked at no server, by a clock that stands still."""
+
+    def explain(self, snapshot: Snapshot) -> Explanation:
+        """Say how a server stands to its rules."""
+        facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
+        return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
+
+    foretell = explain
+
+
+class Notes:
+    """A chronicle that remembers."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]] = []
+
+    def note(
+        self,
+        kind: HistoryKind,
+        server: ServerName | None,
+        message: str,
+        *,
+        origin: Origin = KEEPER,
+        launch: int | None = None,  # noqa: ARG002 - nobody asks for it
+        details: Mapping[str, object] | None = None,
+    ) -> None:
+        """Remember one thing."""
+        self.taken.append((kind, server, message, origin, details or {}))
+
+
 class InlineLanes:
     """Queues jobs, and runs them when told to, in the caller's thread. Reports, also those to `hear`, go to `inbox`."""
 
@@ -327,6 +363,8 @@ class World:
     logs: dict[ServerName, list[str]] = field(default_factory=dict)
     kernels_ended: set[str] = field(default_factory=set)
     """Ids of the kernels that servers ended on their gateway when they were asked to end."""
+    programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
+    """What runs in the terminals of a server; of one that is not here it cannot be known."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
@@ -493,6 +531,10 @@ class FakeBackend:
         """Give the last `tail` lines, or all."""
         lines = self.world.logs.get(name, [])
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
+
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Say what the test said that runs in its terminals."""
+        return self.world.programs.get(name)
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""

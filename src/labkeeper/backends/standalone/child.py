@@ -115,6 +115,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
     from jupyter_server import serverapp
+    from jupyter_server.base.handlers import APIHandler
     from jupyter_server.gateway.gateway_client import GatewayClient
     from jupyterlab import commands
     from jupyterlab.labapp import LabApp
@@ -146,6 +147,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     tls = getattr(sys.modules.get("tornado.netutil"), "_client_ssl_defaults", None)
     if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
         tls.set_default_verify_paths()
+    _count_no_reading(APIHandler)
     GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
     chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
@@ -162,6 +164,17 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
     app.start()
+
+
+def _count_no_reading(handler: Any) -> None:
+    """Let no GET count as activity: an open tab asks for the same lists all day, whether anybody looks at it or not."""
+    count = handler.update_api_activity
+
+    def count_changes(self: Any) -> None:
+        if self.request.method not in {"GET", "HEAD", "OPTIONS"}:
+            count(self)
+
+    handler.update_api_activity = count_changes
 
 
 def _report_ready(app: Any, report: int, room: str) -> None:

@@ -1,0 +1,73 @@
+"""Commands about the culling of servers: `idle`, `snooze`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from labkeeper.cli.connect import connected
+from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.output import is_terminal, print_json, print_table, say, waiting
+
+if TYPE_CHECKING:
+    from labkeeper.client import Idle
+
+
+@click.command(epilog=examples("labkeeper idle", "labkeeper idle demo", "labkeeper idle --json | jq '.servers[0]'"))
+@click.argument("name", required=False)
+@as_json_option
+@where_options
+@click.pass_obj
+def idle(where: Where, /, name: str | None, as_json: bool) -> None:
+    """Explain which servers nobody uses, and when they are stopped.
+
+    Stops nothing. With NAME that server is asked now; else the last look at each counts.
+    """
+    with connected(where) as (client, _), waiting("asking"):
+        found = [client.idle(name)] if name else list(client.idle_all())
+    if as_json:
+        listed = [one.model_dump(mode="json") for one in found]
+        print_json(listed[0] if name else {"servers": listed})
+    elif name:
+        _explain(found[0])
+    else:
+        rows = [(one.name, one.standing, one.stops_at or "-", one.rule or "-", one.reason) for one in found]
+        print_table(("NAME", "STANDING", "STOPS AT", "RULE", "WHY"), rows)
+        if not found and is_terminal(sys.stderr):
+            say("no servers; `labkeeper start` starts one")
+
+
+@click.command(epilog=examples("labkeeper snooze demo --for 2h", "labkeeper snooze demo --for 0"))
+@name_argument
+@click.option("--for", "time", required=True, metavar="TIME", help="Time from now, as 90m or 2h; 0 ends it.")
+@as_json_option
+@where_options
+@click.pass_obj
+def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
+    """Put off the culling of a server."""
+    with connected(where) as (client, _), waiting("asking"):
+        told = client.snooze(name, time)
+    if as_json:
+        print_json(told)
+    else:
+        click.echo(f"{told.name}: snoozed until {told.snoozed_until}" if told.snoozed_until else f"{told.name}: not snoozed")
+
+
+def _explain(told: Idle) -> None:
+    facts = {
+        "name": told.name,
+        "standing": told.standing,
+        "why": told.reason,
+        "stops at": told.stops_at and f"{told.stops_at} ({told.rule})",
+        "warns at": told.warns_at,
+        "held by": ", ".join(f"{holder.kind} {holder.id} ({holder.reason})" for holder in told.held_by),
+        "last used": told.last_used_at and f"{told.last_used_at} ({told.last_used})",
+        "snoozed until": told.snoozed_until,
+        "looked at": told.looked_at,
+    }
+    said = {key: value for key, value in facts.items() if value}
+    width = max(map(len, said))
+    for key, value in said.items():
+        click.echo(f"{key:{width}}  {value}")

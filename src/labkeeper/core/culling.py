@@ -1,0 +1,290 @@
+"""Whether a server is culled: a verdict that carries its explanation, made of facts and a policy.
+
+All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `Memory` brings them over, so
+that a wall clock that jumps stops nobody.
+
+Laws, held by the tests:
+
+1. What is in use, or cannot be known, has no moment at which `idle_timeout` stops it.
+2. Nobody is stopped who has not been warned for as long as the policy says.
+3. More use, a longer grace, a longer snooze never bring the moment nearer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final
+
+from labkeeper.core.model import Activity, KernelUse, ServerSpec, Snapshot
+from labkeeper.core.times import spoken
+
+
+class Rule(StrEnum):
+    """What a server can be culled by."""
+
+    IDLE_TIMEOUT = "idle_timeout"
+    """Nobody has used it for so long."""
+    MAX_AGE = "max_age"
+    """It has run for so long, used or not."""
+
+
+class Terminals(StrEnum):
+    """What of terminals is use."""
+
+    PROGRAMS = "programs"
+    """A program that runs in one; a shell that waits for input is none."""
+    OPEN = "open"
+    """That there is one."""
+    IGNORE = "ignore"
+    """Nothing."""
+
+
+class Standing(StrEnum):
+    """How a server stands to its rules."""
+
+    OFF = "off"
+    """It has none."""
+    NOT_RUNNING = "not-running"
+    """There is nothing to stop."""
+    IN_USE = "in-use"
+    """Something holds it; nothing counts down."""
+    UNKNOWN = "unknown"
+    """Whether it is used cannot be known, which counts as use."""
+    SNOOZED = "snoozed"
+    """Put off by somebody."""
+    COUNTING = "counting"
+    """It will be stopped if nobody uses it."""
+    WARNED = "warned"
+    """It is about to be."""
+    DUE = "due"
+    """It is to be stopped now, unless a last look finds that anything has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class CullPolicy:
+    """What counts, for all servers. Durations in seconds."""
+
+    grace: float = 600.0
+    """After it became ready a server is not idle for so long."""
+    warning: float = 300.0
+    """Between the warning and the stop, but no more than half of what the rule allows."""
+    cull_busy: bool = False
+    """Whether a busy kernel is none but by its last activity."""
+    cull_connected: bool = True
+    """Whether an open connection to a kernel is no use by itself."""
+    terminals: Terminals = Terminals.PROGRAMS
+    kernel_idle_timeout: float | None = None
+    """After so long idle kernels are ended, whatever becomes of their server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What is known of one running server."""
+
+    limits: Mapping[Rule, float]
+    """What each rule allows it, in seconds; a rule that is absent is off."""
+    up_since: float
+    """When it first became ready since its last start command."""
+    ready_at: float
+    """When it last did."""
+    activity: Activity | None = None
+    """None where that cannot be known."""
+    unknown: str = "it has not been asked yet"
+    """Why it cannot."""
+    snoozed_until: float = -math.inf
+    warned: Mapping[Rule, float] = field(default_factory=dict)
+    """When it was warned by each rule that it is about to be culled by."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """What keeps a server from being idle."""
+
+    kind: str
+    """`kernel`, `connection` or `terminal`."""
+    id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What comes of one rule when nothing happens any more."""
+
+    rule: Rule
+    limit: float
+    since: float | None
+    """From when it counts; None as long as something holds it."""
+    stops_at: float | None
+    warns_at: float | None
+    """None where nothing stops, or nobody is to be warned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a server stands, and why."""
+
+    standing: Standing
+    reason: str
+    next: Outlook | None = None
+    """The outlook of the rule that would be the first to stop it."""
+    outlooks: tuple[Outlook, ...] = ()
+    holders: tuple[Holder, ...] = ()
+    last_used_at: float | None = None
+    last_used: str | None = None
+    """What was used last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """A verdict, with what it takes to tell it to people."""
+
+    snapshot: Snapshot
+    verdict: Verdict
+    offset: float
+    """What makes seconds since the epoch of the verdict's times."""
+    looked_at: float | None
+    """When the server last answered, likewise by our clock."""
+
+
+class Memory:
+    """When each part of one server was last used, by our monotonic clock.
+
+    A time of Jupyter's is brought over once, when it is new. It must lie between the look before and this one: one that does not
+    was written by a wall clock that has jumped since, and then it counts from this look, which is the later.
+    """
+
+    def __init__(self, floor: float = -math.inf) -> None:
+        """`floor` is when the server came to be, by our clock, where we saw it."""
+        self._looked = floor
+        self._known: dict[tuple[str, str], tuple[float, float]] = {}
+
+    def take(self, seen: Activity, *, now: float, wall: float) -> Activity:
+        """Give what was seen, every time of it by our clock."""
+        known: dict[tuple[str, str], tuple[float, float]] = {}
+
+        def ours(kind: str, name: str, at: float | None) -> float | None:
+            if at is None:
+                return None
+            before = self._known.get((kind, name))
+            moment = before[1] if before is not None and before[0] == at else self._bring_over(at, now, wall)
+            known[kind, name] = at, moment
+            return moment
+
+        taken = Activity(
+            ours("server", "", seen.last_activity),
+            tuple(replace(one, last_activity=ours("kernel", one.id, one.last_activity)) for one in seen.kernels),
+            tuple(replace(one, last_activity=ours("terminal", one.name, one.last_activity)) for one in seen.terminals),
+        )
+        self._known, self._looked = known, now
+        return taken
+
+    def _bring_over(self, at: float, now: float, wall: float) -> float:
+        moment = now - (wall - at)
+        return moment if self._looked <= moment <= now else now
+
+
+def limits_of(spec: ServerSpec) -> dict[Rule, float]:
+    """Give the rules of a server with what each allows."""
+    given = {rule: getattr(spec, rule.value) for rule in Rule}
+    return {rule: limit for rule, limit in given.items() if limit}
+
+
+def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
+    """Say how a server stands at this moment, and why."""
+    holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
+    used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
+    since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
+    outlooks = tuple(_outlook(rule, since[rule], facts, policy, now) for rule in facts.limits)
+    first = min((o for o in outlooks if o.stops_at is not None), key=lambda o: o.stops_at or 0.0, default=None)
+    standing = _standing(facts, outlooks, first, now)
+    reason = _reason(standing, facts, holders, first, now)
+    return Verdict(standing, reason, first, outlooks, holders, used_at, used)
+
+
+def warned_at(verdict: Verdict, before: Mapping[Rule, float], now: float) -> dict[Rule, float]:
+    """Say when each rule that is about to stop a server has warned; a rule that is not there `before` warns now."""
+    near = (o.rule for o in verdict.outlooks if o.warns_at is not None and o.warns_at <= now)
+    return {rule: before.get(rule, now) for rule in near}
+
+
+def idle_kernels(facts: Facts, policy: CullPolicy, now: float) -> tuple[tuple[KernelUse, float], ...]:
+    """Give the kernels that are to be ended by themselves, and for how long each has been idle."""
+    limit = policy.kernel_idle_timeout
+    if not limit or facts.activity is None or now < facts.snoozed_until:
+        return ()
+    held = {holder.id for holder in _holders(replace(facts.activity, terminals=()), policy)}
+    idle = ((kernel, now - kernel.last_activity) for kernel in facts.activity.kernels if kernel.last_activity is not None)
+    return tuple((kernel, seconds) for kernel, seconds in idle if kernel.id not in held and seconds >= limit)
+
+
+_BUSY: Final = {"busy": "is busy", "unknown": "does not tell its state, which counts as busy"}
+
+
+def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
+    """Give what is in use at this moment."""
+    for kernel in activity.kernels:
+        if not policy.cull_busy and kernel.state in _BUSY:
+            yield Holder("kernel", kernel.id, _BUSY[kernel.state])
+        if not policy.cull_connected and kernel.connections:
+            yield Holder("connection", kernel.id, f"{kernel.connections} open to kernel {kernel.id}")
+    for terminal in activity.terminals:
+        if policy.terminals is Terminals.OPEN:
+            yield Holder("terminal", terminal.name, "is open")
+        elif policy.terminals is Terminals.PROGRAMS and terminal.program:
+            yield Holder("terminal", terminal.name, f"runs {terminal.program}")
+
+
+def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
+    """Give when what was last used; where the server does not say, that it became ready counts."""
+    activity = facts.activity or Activity(None)
+    if activity.last_activity is None:
+        yield facts.ready_at, "its start"
+    # First those that say more: a tie goes to the first.
+    times = [(kernel.last_activity, f"kernel {kernel.id}") for kernel in activity.kernels]
+    if policy.terminals is not Terminals.IGNORE:
+        times += [(terminal.last_activity, f"terminal {terminal.name}") for terminal in activity.terminals]
+    for at, what in (*times, (activity.last_activity, "its API")):
+        if at is not None:
+            yield at, what
+
+
+def _outlook(rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, now: float) -> Outlook:
+    limit = facts.limits[rule]
+    if since is None:
+        return Outlook(rule, limit, None, None, None)
+    grace = facts.ready_at + policy.grace if rule is Rule.IDLE_TIMEOUT else -math.inf
+    ahead = min(policy.warning, limit / 2)
+    stops_at = max(since + limit, grace, facts.snoozed_until, facts.warned.get(rule, now) + ahead)
+    return Outlook(rule, limit, since, stops_at, stops_at - ahead if ahead else None)
+
+
+def _standing(facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float) -> Standing:
+    if not outlooks:
+        return Standing.OFF
+    if first is None or first.stops_at is None:
+        return Standing.UNKNOWN if facts.activity is None else Standing.IN_USE
+    if first.stops_at <= now:
+        return Standing.DUE
+    if first.warns_at is not None and first.warns_at <= now:
+        return Standing.WARNED
+    return Standing.SNOOZED if now < facts.snoozed_until else Standing.COUNTING
+
+
+def _reason(standing: Standing, facts: Facts, holders: tuple[Holder, ...], first: Outlook | None, now: float) -> str:
+    match standing:
+        case Standing.OFF:
+            return "it has neither idle_timeout nor max_age"
+        case Standing.UNKNOWN:
+            return f"whether it is used cannot be known, which counts as use: {facts.unknown}"
+        case Standing.IN_USE:
+            return "it is in use: " + ", ".join(f"{holder.kind} {holder.id} {holder.reason}" for holder in holders)
+        case Standing.SNOOZED:
+            return f"it is snoozed for another {spoken(facts.snoozed_until - now)}"
+    return "" if first is None or first.since is None else f"{first.rule}: {_SO_FAR[first.rule]} {spoken(now - first.since)}"
+
+
+_SO_FAR: Final = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}
+"""What a rule counts."""

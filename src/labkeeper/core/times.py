@@ -1,0 +1,49 @@
+"""Durations and moments as people write and read them."""
+
+from __future__ import annotations
+
+import math
+import re
+from datetime import UTC, datetime
+from typing import Final
+
+LONGEST: Final = 366 * 86400.0
+"""Seconds; a longer duration is most likely a mistake of the unit."""
+DURATION_RULE: Final = "must be seconds as a number, or a text such as '90m', '2h' or '1d12h', of at most 366 days"
+_DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
+_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
+
+
+def duration(given: object) -> float:
+    """Read seconds from a number, or from a text such as `90m`, `2h`, `1d12h`. Raises ValueError with the rule."""
+    seconds = _read(given.replace(" ", "").lower()) if isinstance(given, str) else given
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (0 <= seconds <= LONGEST):
+        raise ValueError(DURATION_RULE)
+    return float(seconds)
+
+
+def _read(text: str) -> float:
+    found = _DURATION.fullmatch(text)
+    if found is None or not text:
+        return math.nan
+    sizes = (size for size, _ in _UNITS)
+    return sum(float(number) * size for number, size in zip(found.groups(), sizes, strict=True) if number)
+
+
+def spoken(seconds: float) -> str:
+    """Say how long something is, in its two largest units: `2 h 3 min`."""
+    left, words = max(0, round(seconds)), list[str]()
+    for size, unit in _UNITS:
+        count, left = divmod(left, size)
+        if count or (words and len(words) < _PLACES):
+            words.append(f"{count} {unit}")
+    exact = [word for word in words[:_PLACES] if not word.startswith("0 ")]
+    return " ".join(exact) or "0 s"
+
+
+_PLACES: Final = 2
+
+
+def instant(at: float) -> str:
+    """Write a time, in seconds since the epoch, as RFC 3339, UTC, with milliseconds."""
+    return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,0 +1,276 @@
+"""The decision: what is use, when a rule stops a server, and what is said of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from labkeeper.core.culling import (
+    CullPolicy,
+    Facts,
+    Memory,
+    Rule,
+    Standing,
+    Terminals,
+    decide,
+    idle_kernels,
+    limits_of,
+    warned_at,
+)
+from labkeeper.core.model import Activity, KernelUse, TerminalUse
+from labkeeper.testing.fakes import a_spec
+
+IDLE, AGE = Rule.IDLE_TIMEOUT, Rule.MAX_AGE
+POLICY = CullPolicy(grace=0.0, warning=300.0)
+QUIET = Activity(0.0)
+
+
+def facts(activity=QUIET, **more):
+    return Facts(**({"limits": {IDLE: 7200.0}, "up_since": 0.0, "ready_at": 0.0, "activity": activity} | more))
+
+
+def kernel(state="idle", at=0.0, connections=0):
+    return KernelUse("k", state, at, connections)
+
+
+@pytest.mark.parametrize(
+    ("activity", "policy", "held"),
+    [
+        (QUIET, {}, ""),
+        (Activity(0.0, (kernel("busy"),)), {}, "kernel k is busy"),
+        (Activity(0.0, (kernel("busy"),)), {"cull_busy": True}, ""),
+        (Activity(0.0, (kernel("unknown"),)), {}, "kernel k does not tell its state, which counts as busy"),
+        (Activity(0.0, (kernel("starting"),)), {}, ""),
+        (Activity(0.0, (kernel(connections=2),)), {}, ""),
+        (Activity(0.0, (kernel(connections=2),)), {"cull_connected": False}, "connection k 2 open to kernel k"),
+        (Activity(0.0, (kernel(),)), {"cull_connected": False}, ""),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, "sleep"),)), {}, "terminal 1 runs sleep"),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)), {}, ""),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, None),)), {}, ""),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)), {"terminals": Terminals.OPEN}, "terminal 1 is open"),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, "sleep"),)), {"terminals": Terminals.IGNORE}, ""),
+    ],
+)
+def test_what_is_use_by_each_policy(activity, policy, held):
+    verdict = decide(facts(activity), replace(POLICY, **policy), 10.0)
+    assert verdict.standing is (Standing.IN_USE if held else Standing.COUNTING)
+    if held:
+        assert verdict.reason == f"it is in use: {held}"
+        assert (verdict.next, verdict.outlooks[0].stops_at, verdict.outlooks[0].since) == (None, None, None)
+    else:
+        assert verdict.next.stops_at == 7200.0
+
+
+@pytest.mark.parametrize(
+    ("now", "standing", "stops", "warns"),
+    [
+        (10.0, Standing.COUNTING, 7200.0, 6900.0),
+        (6899.0, Standing.COUNTING, 7200.0, 6900.0),
+        (6900.0, Standing.WARNED, 7200.0, 6900.0),
+        (7300.0, Standing.WARNED, 7600.0, 7300.0),
+    ],
+)
+def test_nobody_is_stopped_who_has_not_been_warned(now, standing, stops, warns):
+    verdict = decide(facts(), POLICY, now)
+    assert (verdict.standing, verdict.next.stops_at, verdict.next.warns_at) == (standing, stops, warns)
+
+
+def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once():
+    warned = warned_at(decide(facts(), POLICY, 6900.0), {}, 6900.0)
+    assert warned == {IDLE: 6900.0}
+    again = decide(facts(warned=warned), POLICY, 7000.0)
+    assert warned_at(again, warned, 7000.0) == warned
+    due = decide(facts(warned=warned), POLICY, 7380.0)
+    assert (due.standing, due.reason) == (Standing.DUE, "idle_timeout: nobody used it for 2 h 3 min")
+    used = decide(facts(Activity(7000.0), warned=warned), POLICY, 7001.0)
+    assert warned_at(used, warned, 7001.0) == {}
+
+
+@pytest.mark.parametrize(("limit", "ahead"), [(7200.0, 300.0), (60.0, 30.0)])
+def test_the_warning_takes_no_more_than_half_of_what_a_rule_allows(limit, ahead):
+    outlook = decide(facts(limits={IDLE: limit}), POLICY, 0.0).next
+    assert outlook.stops_at - outlook.warns_at == ahead
+
+
+def test_without_a_warning_it_is_due_at_once():
+    verdict = decide(facts(), replace(POLICY, warning=0.0), 7200.0)
+    assert (verdict.standing, verdict.next.warns_at) == (Standing.DUE, None)
+    assert warned_at(verdict, {}, 7200.0) == {}
+
+
+def test_the_grace_counts_from_ready_and_is_none_of_max_age():
+    grace = replace(POLICY, grace=600.0, warning=0.0)
+    short = facts(limits={IDLE: 10.0, AGE: 300.0}, ready_at=100.0, up_since=50.0)
+    verdict = decide(short, grace, 200.0)
+    assert {o.rule: o.stops_at for o in verdict.outlooks} == {IDLE: 700.0, AGE: 350.0}
+    assert verdict.next.rule is AGE
+
+
+def test_an_age_stops_also_what_is_in_use_or_does_not_answer():
+    for activity in (None, Activity(0.0, (kernel("busy"),))):
+        verdict = decide(facts(activity, limits={IDLE: 10.0, AGE: 3600.0}), replace(POLICY, warning=0.0), 3700.0)
+        assert (verdict.standing, verdict.reason) == (Standing.DUE, "max_age: it has run for 1 h 1 min")
+
+
+def test_what_cannot_be_known_counts_as_use_and_says_why():
+    verdict = decide(facts(None, unknown="it hangs"), POLICY, 99999.0)
+    assert (verdict.standing, verdict.next) == (Standing.UNKNOWN, None)
+    assert verdict.reason.endswith("which counts as use: it hangs")
+
+
+def test_a_snooze_puts_off_both_rules_and_is_said():
+    verdict = decide(facts(limits={IDLE: 10.0, AGE: 10.0}, snoozed_until=5000.0), POLICY, 1400.0)
+    assert {o.stops_at for o in verdict.outlooks} == {5000.0}
+    assert (verdict.standing, verdict.reason) == (Standing.SNOOZED, "it is snoozed for another 1 h")
+
+
+def test_without_a_rule_it_is_off():
+    assert decide(facts(limits={}), POLICY, 1.0).standing is Standing.OFF
+    assert limits_of(a_spec()) == {}
+    assert limits_of(replace(a_spec(), idle_timeout=5.0)) == {IDLE: 5.0}
+
+
+@pytest.mark.parametrize(
+    ("activity", "policy", "used"),
+    [
+        (None, {}, (5.0, "its start")),
+        (Activity(None), {}, (5.0, "its start")),
+        (Activity(9.0), {}, (9.0, "its API")),
+        (Activity(3.0), {}, (3.0, "its API")),
+        (Activity(9.0, (kernel(at=9.0),)), {}, (9.0, "kernel k")),
+        (Activity(9.0, (kernel(at=None),), (TerminalUse("1", 11.0),)), {}, (11.0, "terminal 1")),
+        (Activity(9.0, (), (TerminalUse("1", 11.0),)), {"terminals": Terminals.IGNORE}, (9.0, "its API")),
+    ],
+)
+def test_the_last_use_is_named(activity, policy, used):
+    verdict = decide(facts(activity, ready_at=5.0), replace(POLICY, **policy), 20.0)
+    assert (verdict.last_used_at, verdict.last_used) == used
+
+
+@pytest.mark.parametrize(
+    ("one", "policy", "ended"),
+    [
+        (kernel(), {}, True),
+        (kernel(at=50.0), {}, False),
+        (kernel(at=None), {}, False),
+        (kernel("busy"), {}, False),
+        (kernel("busy"), {"cull_busy": True}, True),
+        (kernel(connections=1), {}, True),
+        (kernel(connections=1), {"cull_connected": False}, False),
+        (kernel(), {"kernel_idle_timeout": None}, False),
+    ],
+)
+def test_idle_kernels_are_ended_by_themselves(one, policy, ended):
+    rule = replace(POLICY, **({"kernel_idle_timeout": 60.0} | policy))
+    terminal = TerminalUse("k", 0.0, "sleep")
+    found = idle_kernels(facts(Activity(0.0, (one,), (terminal,)), limits={}), rule, 100.0)
+    assert found == (((one, 100.0),) if ended else ())
+
+
+def test_no_kernel_is_ended_where_nothing_is_known_or_it_is_snoozed():
+    rule = replace(POLICY, kernel_idle_timeout=60.0)
+    assert idle_kernels(facts(None), rule, 100.0) == ()
+    assert idle_kernels(facts(Activity(0.0, (kernel(),)), snoozed_until=101.0), rule, 100.0) == ()
+
+
+# The clock
+
+WALL = 1_000_000.0
+
+
+def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothing():
+    memory = Memory()
+    seen = Activity(WALL - 60, (kernel(at=WALL - 50),), (TerminalUse("1", WALL - 40, ""),))
+    first = memory.take(seen, now=100.0, wall=WALL)
+    assert (first.last_activity, first.kernels[0].last_activity, first.terminals[0].last_activity) == (40.0, 50.0, 60.0)
+    for jump in (86400.0, -86400.0):
+        assert memory.take(seen, now=130.0, wall=WALL + jump) == first
+
+
+@pytest.mark.parametrize(
+    ("at", "wall", "ours"),
+    [
+        (WALL + 20, WALL + 30, 120.0),
+        (WALL + 20, WALL + 90000, 130.0),
+        (WALL + 90000, WALL + 30, 130.0),
+        (None, WALL + 30, None),
+    ],
+)
+def test_a_new_time_lies_between_two_looks_and_else_counts_from_the_later(at, wall, ours):
+    memory = Memory()
+    memory.take(Activity(WALL - 60), now=100.0, wall=WALL)
+    assert memory.take(Activity(at), now=130.0, wall=wall).last_activity == ours
+
+
+def test_nothing_was_used_before_it_was_there():
+    assert Memory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity == 100.0
+
+
+# Laws
+
+times = st.floats(0, 1e5)
+activities = st.none() | st.builds(
+    Activity,
+    st.none() | times,
+    st.lists(
+        st.builds(KernelUse, st.just("k"), st.sampled_from(["idle", "busy", "unknown"]), st.none() | times, st.integers(0, 2))
+    ).map(tuple),
+    st.lists(st.builds(TerminalUse, st.just("1"), times, st.sampled_from([None, "", "vi"]))).map(tuple),
+)
+policies = st.builds(
+    CullPolicy,
+    times,
+    st.just(0.0) | st.floats(1, 1000),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(list(Terminals)),
+    st.none() | times,
+)
+many_facts = st.builds(
+    Facts,
+    limits=st.dictionaries(st.sampled_from(list(Rule)), st.floats(1, 1e5)),
+    up_since=times,
+    ready_at=times,
+    activity=activities,
+    snoozed_until=st.just(-math.inf) | times,
+    warned=st.dictionaries(st.sampled_from(list(Rule)), times),
+)
+
+
+@given(many_facts, policies, st.floats(0, 2e5))
+def test_what_is_held_or_unknown_is_never_stopped_as_idle(known, policy, now):
+    verdict = decide(known, policy, now)
+    if verdict.holders or known.activity is None:
+        assert all(o.stops_at is None for o in verdict.outlooks if o.rule is IDLE)
+    assert verdict.reason
+
+
+@given(many_facts, policies, st.floats(0, 2e5))
+def test_none_is_due_that_was_not_warned_long_enough(known, policy, now):
+    verdict = decide(known, policy, now)
+    if verdict.standing is Standing.DUE:
+        first = verdict.next
+        ahead = min(policy.warning, first.limit / 2)
+        assert not ahead or now >= known.warned[first.rule] + ahead - 1e-6
+        assert known.snoozed_until <= now
+
+
+@given(many_facts, policies, st.floats(0, 2e5), st.floats(0, 1e5))
+def test_more_use_a_longer_grace_and_a_longer_snooze_never_bring_the_end_nearer(known, policy, now, more):
+    def ends(facts, policy):
+        return [math.inf if o.stops_at is None else o.stops_at for o in decide(facts, policy, now).outlooks]
+
+    before = ends(known, policy)
+    used = known.activity
+    if used is not None and used.last_activity is not None:
+        used = replace(used, last_activity=used.last_activity + more)
+    for later in (
+        ends(replace(known, activity=used), policy),
+        ends(known, replace(policy, grace=policy.grace + more)),
+        ends(replace(known, snoozed_until=max(0.0, known.snoozed_until) + more), policy),
+    ):
+        assert all(one >= other for one, other in zip(later, before, strict=True))

@@ -1,0 +1,174 @@
+"""Culling on real JupyterLab, with real kernels and terminals: what nobody uses is stopped, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from datetime import datetime
+
+import httpx
+import pytest
+import websocket
+
+from harness import PATIENCE, forked, run_cell, start_kernel, until
+
+QUICK = {"cull_period": 0.5, "cull_grace": 0, "cull_warning": 1}
+
+
+def said(keeper, event):
+    """What the keeper logged under one event."""
+    lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    return [line for line in lines if line["event"] == event]
+
+
+def idle(keeper, name):
+    return keeper.http.get(f"/api/servers/{name}/idle").json()
+
+
+def ask(server, method, path, **body):
+    known = {"Authorization": f"token {server['token']}"}
+    answer = httpx.request(method, server["url"] + path, headers=known, json=body or None, timeout=PATIENCE, trust_env=False)
+    assert answer.is_success, answer.text
+    return answer.json() if answer.content else None
+
+
+def terminal(server, *commands):
+    """Open a terminal, and type commands; give its socket."""
+    name = ask(server, "POST", "api/terminals")["name"]
+    url = f"{server['url']}terminals/websocket/{name}".replace("http", "ws", 1)
+    socket = websocket.create_connection(url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+    for command in commands:
+        socket.send(json.dumps(["stdin", f"{command}\n"]))
+    return socket
+
+
+def channel(server, kernel):
+    url = f"{server['url']}api/kernels/{kernel}/channels".replace("http", "ws", 1)
+    return websocket.create_connection(url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+
+
+def make_busy(server, kernel, code):
+    """Run code in a kernel, and do not wait for it."""
+    socket = channel(server, kernel)
+    header = {"msg_id": "m", "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
+    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+    message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+    socket.send(json.dumps(message))
+    until(lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy", what="the kernel is busy")
+    socket.close()
+
+
+def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_explained(make_keeper):
+    keeper = make_keeper(**QUICK).start()
+
+    def start(name):
+        return keeper.post(name=name, idle_timeout="6s").json()
+
+    deaf = start("deaf")
+    os.kill(deaf["pid"], signal.SIGSTOP)
+    try:
+        busy = start("busy")
+        make_busy(busy, start_kernel(busy), "import time; time.sleep(600)")
+        terminal(start("program"), "sleep 600").close()
+        terminal(start("shell")).close()
+        start_kernel(start("silent"))
+        for name in ("silent", "shell"):
+            stopped = keeper.wait_for("stopped", name)
+            assert stopped["goal"] == "down"
+            assert [line["rule"] for line in said(keeper, "a server is about to be culled") if line["server"] == name]
+            assert [
+                line["reason"].startswith("idle_timeout: nobody used it for")
+                for line in said(keeper, "a server is culled")
+                if line["server"] == name
+            ] == [True]
+        # Longer than any of them was allowed to be idle.
+        end = time.monotonic() + 5
+        until(lambda: time.monotonic() > end)
+        assert {keeper.get(name)["state"] for name in ("busy", "program", "deaf")} == {"running"}
+        held = idle(keeper, "busy")
+        assert (held["standing"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == ("in-use", "kernel", "is busy")
+        assert idle(keeper, "program")["held_by"] == [{"kind": "terminal", "id": "1", "reason": "runs sleep"}]
+        assert idle(keeper, "deaf")["standing"] == "unknown"
+        assert "did not answer in time" in idle(keeper, "deaf")["reason"]
+        assert idle(keeper, "shell")["standing"] == "not-running"
+    finally:
+        os.kill(deaf["pid"], signal.SIGCONT)
+    told = keeper.cli("idle")
+    assert "runs sleep" in told.stdout, (told.stdout, told.stderr)
+    assert "in-use" in keeper.cli("idle", "busy").stdout
+    # It is as it was: a start brings it back.
+    assert keeper.http.post("/api/servers/silent/start").json()["idle_timeout"] == 6
+
+
+@pytest.mark.parametrize("launch_by", ["exec", "fork"])
+def test_our_own_questions_and_those_of_an_open_tab_are_no_use(make_keeper, launch_by):
+    keeper = make_keeper(**QUICK, probe_period=0.2, launch_by=launch_by).start()
+    if launch_by == "fork":
+        server = forked(keeper, "lab", idle_timeout="1h")
+    else:
+        server = keeper.post(name="lab", idle_timeout="1h").json()
+    kernel = start_kernel(server)
+    assert run_cell(server, kernel, "1+1") == "2"
+    until(lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "idle")
+    socket = channel(server, kernel)
+    first = ask(server, "GET", "api/status")["last_activity"]
+    for _ in range(15):
+        assert idle(keeper, "lab")["last_used"] == f"kernel {kernel}"
+        assert keeper.http.get("/api/servers/lab/kernels").status_code == 200
+        for path in ("kernels", "sessions", "terminals", "contents", "kernelspecs"):
+            ask(server, "GET", f"api/{path}")
+        time.sleep(0.2)
+    assert ask(server, "GET", "api/status")["last_activity"] == first
+    socket.close()
+    ask(server, "PUT", "api/contents/a.txt", type="file", format="text", content="x")
+    assert ask(server, "GET", "api/status")["last_activity"] > first
+
+
+def test_an_open_connection_counts_where_the_policy_says_so(make_keeper):
+    keeper = make_keeper(**QUICK, cull_connected="false").start()
+    server = keeper.post(name="lab", idle_timeout="2s").json()
+    socket = channel(server, start_kernel(server))
+    until(lambda: idle(keeper, "lab")["held_by"], what="it is held")
+    assert idle(keeper, "lab")["held_by"][0]["kind"] == "connection"
+    socket.close()
+    keeper.wait_for("stopped", "lab")
+
+
+def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make_keeper):
+    keeper = make_keeper(**QUICK, max_snooze="1h").start()
+    for name, rule in (("aged", {"max_age": 9}), ("snoozed", {"idle_timeout": 2})):
+        assert keeper.post(name=name, **rule).status_code == 201
+    before = idle(keeper, "aged")["stops_at"]
+    refused = keeper.http.post("/api/servers/snoozed/snooze", json={"for": "2h"})
+    assert (refused.status_code, "LABKEEPER_MAX_SNOOZE" in refused.json()["detail"]) == (422, True)
+    told = keeper.cli("snooze", "snoozed", "--for", "30m", "--json")
+    until_ = json.loads(told.stdout)["snoozed_until"]
+    assert keeper.get("snoozed")["snoozed_until"] == until_
+    keeper.kill()
+    keeper.start()
+    keeper.wait_for("running", "aged")
+    keeper.wait_for("running", "snoozed")
+    assert idle(keeper, "aged")["rules"][0]["since"][:19] <= before[:19]
+    keeper.wait_for("stopped", "aged")
+    assert said(keeper, "a server is culled")[-1]["reason"].startswith("max_age: it has run for")
+    listed = keeper.http.get("/api/idle").json()["servers"]
+    assert [(one["name"], one["standing"]) for one in listed] == [("snoozed", "snoozed"), ("aged", "not-running")]
+    assert keeper.get("snoozed")["state"] == "running"
+    assert keeper.http.post("/api/servers/snoozed/snooze", json={"for": 0}).json()["snoozed_until"] is None
+    keeper.wait_for("stopped", "snoozed")
+
+
+def test_idle_kernels_end_before_their_server_beside_it_and_on_a_gateway(make_keeper, gateway):
+    keeper = make_keeper(**QUICK, kernel_idle_timeout=2).start()
+    beside = keeper.post(name="beside", idle_timeout="1h").json()
+    remote = keeper.post(name="remote", gateway_url=gateway.url, gateway_auth_token=gateway.token).json()
+    kernels = {start_kernel(server) for server in (beside, remote)}
+    until(lambda: {line["kernel"] for line in said(keeper, "a kernel is culled")} == kernels, what="both were culled")
+    assert ask(beside, "GET", "api/kernels") == []
+    assert not gateway.kernels() & kernels
+    # To end one is no use of its server.
+    (ended,) = (line["timestamp"] for line in said(keeper, "a kernel is culled") if line["server"] == "beside")
+    used = datetime.fromisoformat(ask(beside, "GET", "api/status")["last_activity"])
+    assert (datetime.fromisoformat(ended) - used).total_seconds() > 1
