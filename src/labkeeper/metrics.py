@@ -117,6 +117,7 @@ ENDS: Final = Family(
     known=tuple((kind,) for kind in (*_CLASSES, NONE)),
 )
 RESTARTS: Final = Family("labkeeper_restarts_total", Kind.COUNTER, "Launches after a crash.")
+START_QUEUE: Final = Family("labkeeper_start_queue_length", Kind.GAUGE, "Servers that wait for their turn to start.")
 CULLS: Final = Family(
     "labkeeper_culls_total", Kind.COUNTER, "Servers that were stopped because nobody used them, by rule.", ("rule",), known=()
 )
@@ -165,6 +166,7 @@ FAMILIES: Final = (
     STOP_DURATION,
     ENDS,
     RESTARTS,
+    START_QUEUE,
     CULLS,
     KERNEL_CULLS,
     ORPHANS,
@@ -185,6 +187,8 @@ class World:
     servers: Callable[[], Sequence[Snapshot]] = tuple
     debts: Callable[[], Sequence[KernelDebt]] = tuple
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
+    queued: Callable[[], int] = int
+    """How many servers wait for their turn to start."""
 
 
 class _Histogram:
@@ -299,7 +303,7 @@ class Metrics:
 
         try:
             encode, media_type = choose_encoder(accept)
-        except ValueError:  # It asks for a version that is no number.
+        except (TypeError, ValueError):  # It asks for a version that is no number.
             encode, media_type = choose_encoder("")
         return encode(self._registry), media_type
 
@@ -310,7 +314,7 @@ class Metrics:
         values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
         with self._lock:
             # Only this is done under the lock: the fleet waits for it.
-            values |= {family: dict(counted) for family, counted in self._counts.items()}
+            values = {family: dict(counted) for family, counted in self._counts.items()} | values
             for family, histograms in self._histograms.items():
                 written[family] = {labels: histogram.written() for labels, histogram in histograms.items()}
         for family in FAMILIES:
@@ -346,6 +350,7 @@ class Metrics:
         health = _healths(servers)
         return {
             SERVERS: {labels: states[labels[0]] for labels in SERVERS.known},
+            START_QUEUE: {(): self._world.queued()},
             KERNEL_DEBTS: {(): len(self._world.debts())},
             GATEWAYS: {("reachable",): sum(health.values()), ("unreachable",): len(health) - sum(health.values())},
             WEBHOOK_EVENTS: {
