@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from labkeeper import logs, settings, statedir
+from labkeeper import logs, scrub, settings, statedir
 from labkeeper.api.answers import event_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
@@ -73,6 +73,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             stack.enter_context(_only_keeper(chosen.runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
         _allow_descriptors()
         token = _token(chosen)
+        scrub.learn("keeper", _own_secrets(chosen, token))
         listener = stack.enter_context(_listen(chosen.host, chosen.port))
         url = _url_of(listener)
         try:
@@ -156,7 +157,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         lanes=lanes,
         clock=clock,
         policy=policy,
-        listeners=(board, logs.ChangeLog(), watch, chronicle, metrics),
+        listeners=(scrub.SecretsOfServers(), board, logs.ChangeLog(), watch, chronicle, metrics),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -323,6 +324,12 @@ def _token(chosen: Settings) -> str | None:
         return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
     except OSError as error:
         raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
+
+
+def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
+    """Give what this keeper must not tell; the URL of a webhook is often a secret by itself."""
+    set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
+    return [*set_, *([] if token is None else [token])]
 
 
 def _listen(host: str, port: int) -> socket.socket:
