@@ -81,12 +81,14 @@ def test_what_is_known_is_hidden_however_it_is_written():
     assert scrub.scrub(secret) == secret
 
 
-def test_what_servers_show_to_their_gateways_is_known_as_long_as_they_are():
+def test_what_servers_were_given_is_known_as_long_as_they_are():
     gateway = Gateway("http://g", "ws://g", auth_token="first-token", headers={"Authorization": "Custom its-own-secret"})
-    behind = replace(LAB, spec=replace(a_spec("lab"), gateway=gateway))
+    variables = {"env": {"KEY": "variable-one", "HOME": "/home/somebody"}, "kernel_env": {"KERNEL_KEY": "variable-two"}}
+    behind = replace(LAB, spec=replace(a_spec("lab"), gateway=gateway, **variables))
     listener = scrub.SecretsOfServers()
     listener.changed(Change(Event.READY, None, behind, 0.0))
     assert scrub.scrub("first-token its-own-secret") == "[secret] [secret]"
+    assert scrub.scrub("variable-one variable-two /home/somebody") == "[secret] [secret] /home/somebody"
     revised = replace(behind.spec, gateway=replace(gateway, auth_token="second-token"))
     listener.changed(Change(Event.RESTART, behind, replace(behind, revised=revised), 0.0))
     assert scrub.scrub("first-token second-token") == "[secret] [secret]"

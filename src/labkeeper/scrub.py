@@ -6,6 +6,7 @@ There is one rule for the keeper's log and for those of servers, and one list of
 from __future__ import annotations
 
 import base64
+import json
 import re
 import threading
 from collections.abc import Iterable, Iterator
@@ -39,13 +40,15 @@ _known: Final[dict[str, tuple[str, ...]]] = {}
 """By whose they are."""
 _learning: Final = threading.Lock()
 _all: tuple[str, ...] = ()
-"""All that are known; servers often share a gateway. Replaced, never altered: whoever scrubs holds no lock."""
+"""All that are known, the longest first, since others may be within it. Replaced, never altered: whoever scrubs holds no lock."""
+_beginnings: frozenset[str] = frozenset()
+"""How they begin. To look for these costs the same however many there are."""
 
 
 def scrub(text: str) -> str:
     """Give a text without what is a secret or looks like one."""
-    for secret in _all:
-        if secret in text:
+    if not _beginnings.isdisjoint(text[at : at + _SHORTEST] for at in range(len(text) - _SHORTEST + 1)):
+        for secret in _all:
             text = text.replace(secret, HIDDEN)
     return _LOOKS.sub(_hide, text)
 
@@ -57,28 +60,30 @@ def is_secret(name: str) -> bool:
 
 def learn(owner: str, secrets: Iterable[str]) -> None:
     """Take in all secrets of an owner, in place of those that it had; without any it is forgotten."""
-    global _all  # noqa: PLW0603 - see there
+    global _all, _beginnings  # noqa: PLW0603 - see there
     forms = tuple(dict.fromkeys(form for secret in secrets if len(secret) >= _SHORTEST for form in _forms(secret)))
     with _learning:
         had = _known.pop(owner, ())
         if forms:
             _known[owner] = forms
         if forms != had:
-            # The longest first: others may be within it.
             _all = tuple(sorted({form for known in _known.values() for form in known}, key=len, reverse=True))
+            _beginnings = frozenset(secret[:_SHORTEST] for secret in _all)
 
 
 class SecretsOfServers:
-    """A listener: knows what servers were given to show to their gateways, as long as they are known themselves."""
+    """A listener: knows what servers were given to show to their gateways, and in variables, as long as they are there."""
 
     def changed(self, change: Change) -> None:
         """Take in the secrets of a server, or forget them with it."""
         after = change.after
         specs = () if after.forgotten else filter(None, (after.spec, after.revised))
-        learn(f"server {after.name}", (secret for spec in specs for secret in _of_gateway(spec)))
+        learn(f"server {after.name}", (secret for spec in specs for secret in _of_spec(spec)))
 
 
-def _of_gateway(spec: ServerSpec) -> Iterator[str]:
+def _of_spec(spec: ServerSpec) -> Iterator[str]:
+    # Nobody says which variable is secret. Paths are none, and a log without them would be hard to read.
+    yield from (value for value in (*spec.env.values(), *spec.kernel_env.values()) if not value.startswith("/"))
     if spec.gateway is not None:
         yield from filter(None, [spec.gateway.auth_token])
         for value in spec.gateway.headers.values():
@@ -88,7 +93,7 @@ def _of_gateway(spec: ServerSpec) -> Iterator[str]:
 
 def _forms(secret: str) -> tuple[str, ...]:
     """Give the ways in which a secret is written."""
-    return secret, quote(secret, safe=""), base64.b64encode(secret.encode()).decode().rstrip("=")
+    return secret, json.dumps(secret)[1:-1], quote(secret, safe=""), base64.b64encode(secret.encode()).decode().rstrip("=")
 
 
 def _hide(found: re.Match[str]) -> str:
