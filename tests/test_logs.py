@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import structlog
 
 from labkeeper import logs
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
+from labkeeper.core.model import Change, Failure, FailureClass, GatewayHealth, Origin, Snapshot, StopMethod, StopReport
 from labkeeper.testing.fakes import a_spec
 
 
@@ -98,3 +99,41 @@ def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
         logs.ChangeLog().changed(Change(Event.GATEWAY, running, seen, 0.0))
     (entry,) = log
     assert (entry["log_level"], entry["server"], entry.get("cause")) == (level, "lab", cause)
+
+
+def test_a_line_says_who_set_a_change_off(capsys):
+    logs.configure(level="info", form="json", debug=False)
+    before, after = snapshot(State.RUNNING), snapshot(State.STOPPING)
+    logs.ChangeLog().changed(Change(Event.STOP, before, after, 0.0, Origin("culler", "r-1", "idle for 1 h")))
+    logs.ChangeLog().changed(Change(Event.CRASHED, after, snapshot(State.STOPPED), 0.0))
+    ordered, followed = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert (ordered["actor"], ordered["request_id"], ordered["reason"]) == ("culler", "r-1", "idle for 1 h")
+    assert (followed["actor"], followed["launch"]) == ("keeper", 3)
+    assert {"request_id", "reason"}.isdisjoint(followed)
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
+def test_no_line_has_a_secret_whoever_wrote_it(capsys, form):
+    logs.configure(level="info", form=form, debug=True)
+    log = structlog.get_logger("labkeeper.x")
+    log.info("asked http://h/?token=hunter2", count=1, none=None, place=Path("/p/token=hunter2"))
+    log.info("nested", sent={"password": "hunter2", "inner": ["Authorization: Bearer hunter2hunter2", 7]}, token="hunter2")
+    logging.getLogger("somebody").warning("else %s", "token=hunter2")
+    for fail in (log.exception, logging.getLogger("somebody").exception):
+        try:
+            raise RuntimeError("token=hunter2")
+        except RuntimeError:
+            fail("failed")
+    said = capsys.readouterr().err
+    assert said.count("[secret]") == 10
+    assert said.count("Traceback") == 2
+    assert "hunter2" not in said
+    assert len(said.splitlines()) >= 5
+
+
+def test_what_is_no_secret_is_written_as_before(capsys):
+    logs.configure(level="info", form="json", debug=False)
+    structlog.get_logger("labkeeper.x").info("said", servers=["a"], seconds=0.1, found=True, none=None, at=Path("/x"))
+    entry = json.loads(capsys.readouterr().err)
+    assert (entry["servers"], entry["seconds"], entry["found"], entry["none"]) == (["a"], 0.1, True, None)
+    assert "/x" in entry["at"]

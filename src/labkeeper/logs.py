@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Mapping, MutableMapping
 from typing import Any, Final, Literal
 
 import structlog
 
 from labkeeper.core.lifecycle import Event, State
-from labkeeper.core.model import Change, GatewayHealth, ServerName
+from labkeeper.core.model import Change, GatewayHealth
+from labkeeper.scrub import HIDDEN, is_secret, scrub
 
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
@@ -26,17 +28,23 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     ]
     if debug:
         shared.append(structlog.processors.CallsiteParameterAdder())
-    renderers: list[Any] = (
-        # Without the values of variables in a trace: some are secret.
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+    renderer: Any = (
+        # Told that traces are plain, it takes them as they are.
+        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         if for_people
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        else structlog.processors.JSONRenderer()
     )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderers],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                # Without the values of variables: some are secret.
+                structlog.processors.format_exc_info,
+                _scrub,
+                renderer,
+            ],
         )
     )
     root = logging.getLogger()
@@ -52,6 +60,25 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     )
 
 
+def _scrub(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """The last processor: takes secrets out of every value, whoever wrote it, with the traces that have become text by then."""
+    return {key: _scrubbed(key, value) for key, value in entry.items()}
+
+
+def _scrubbed(key: Any, value: Any) -> Any:
+    if isinstance(key, str) and is_secret(key) and value:
+        return HIDDEN
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, Mapping):
+        return {scrub(str(inner)): _scrubbed(inner, each) for inner, each in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_scrubbed(None, each) for each in value]
+    return scrub(repr(value))
+
+
 class ChangeLog:
     """A listener: one line for each change of a server's state, and of whether its gateway can be used."""
 
@@ -62,12 +89,11 @@ class ChangeLog:
         """Log one change."""
         before, after = change.before, change.after
         if change.event is Event.GATEWAY and after.gateway is not None:
-            self._tell_of(after.name, after.gateway)
+            self._tell_of(change, after.gateway)
         if before is not None and before.state is after.state:
             return
         facts: dict[str, Any] = {
-            "server": after.name,
-            "launch": after.launch,
+            **_about(change),
             # "event" is structlog's own word for the message.
             "on": str(change.event),
         }
@@ -77,13 +103,12 @@ class ChangeLog:
             facts["method"], facts["seconds"] = str(after.stop_report.method), after.stop_report.seconds
         self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
 
-    def _tell_of(self, name: ServerName, gateway: GatewayHealth) -> None:
+    def _tell_of(self, change: Change, gateway: GatewayHealth) -> None:
         if gateway.error is None:
-            self._log.info("gateway answers", server=name, kernelspecs=gateway.kernelspecs)
+            self._log.info("gateway answers", **_about(change), kernelspecs=gateway.kernelspecs)
         else:
-            self._log.warning(
-                "gateway cannot be used", server=name, failure_class=str(gateway.error.kind), cause=gateway.error.message
-            )
+            error = gateway.error
+            self._log.warning("gateway cannot be used", **_about(change), failure_class=str(error.kind), cause=error.message)
 
     def _level(self, change: Change) -> Any:
         state = change.after.state
@@ -92,3 +117,10 @@ class ChangeLog:
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
         return self._log.warning if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING} else self._log.info
+
+
+def _about(change: Change) -> dict[str, Any]:
+    """Give what every line on a change has: of which launch of which server it is, and who set it off."""
+    origin = change.origin
+    who = {"actor": origin.actor, "request_id": origin.request_id, "reason": origin.reason}
+    return {"server": change.after.name, "launch": change.after.launch} | {key: value for key, value in who.items() if value}

@@ -42,7 +42,7 @@ _WAYS: Final = ("fork", "exec")
 _UNKNOWN_WAY: Final = "unknown"
 """Of a start that failed: only a server that is ready says how it was launched."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_RULE: Final = re.compile(r"[a-z][a-z-]{0,31}")
+_RULE: Final = re.compile(r"[a-z][a-z_-]{0,31}")
 _AT_REST: Final = frozenset({State.STOPPED, State.FAILED, State.BACKOFF})
 _DECIDED: Final = frozenset({*_AT_REST, State.RUNNING, State.STOPPING, State.KILLING})
 """States that end a start, one way or the other; a server that is lost may still come."""
@@ -299,7 +299,7 @@ class Metrics:
 
         try:
             encode, media_type = choose_encoder(accept)
-        except ValueError:  # It asks for a version that is no number.
+        except (TypeError, ValueError):  # It asks for a version that is no number.
             encode, media_type = choose_encoder("")
         return encode(self._registry), media_type
 
@@ -310,7 +310,7 @@ class Metrics:
         values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
         with self._lock:
             # Only this is done under the lock: the fleet waits for it.
-            values |= {family: dict(counted) for family, counted in self._counts.items()}
+            values = {family: dict(counted) for family, counted in self._counts.items()} | values
             for family, histograms in self._histograms.items():
                 written[family] = {labels: histogram.written() for labels, histogram in histograms.items()}
         for family in FAMILIES:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
-from labkeeper import logs, settings, statedir
+from labkeeper import logs, scrub, settings, statedir
 from labkeeper.api.answers import event_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
@@ -76,6 +76,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             stack.enter_context(_only_keeper(chosen.runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
         _allow_descriptors()
         token = _token(chosen)
+        scrub.learn("keeper", _own_secrets(chosen, token))
         listener = stack.enter_context(_listen(chosen.host, chosen.port))
         url = _url_of(listener)
         try:
@@ -137,7 +138,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     ours = version("labkeeper")
     metrics = Metrics(clock, World(board.all, ledger.all, lambda: [webhook.status() for webhook in webhooks]), version=ours)
     chronicle = Chronicle(store, clock, size=chosen.history_size, hearers=[metrics.heard])
-    webhooks = [webhook] if (webhook := _webhook(chosen, chronicle, store, clock)) is not None else []
+    webhooks = _webhooks(chosen, chronicle, store, clock)
     for webhook in webhooks:
         stack.callback(webhook.close)
         webhook.start()
@@ -173,7 +174,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         clock=clock,
         policy=policy,
         machine=OwnMachine(),
-        listeners=(board, logs.ChangeLog(), watch, chronicle, metrics, culler),
+        listeners=(scrub.SecretsOfServers(), board, logs.ChangeLog(), watch, chronicle, metrics, culler),
     )
     keeper = Keeper(fleet, inbox, lanes, board)
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
@@ -221,10 +222,10 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
     return keeper
 
 
-def _webhook(chosen: Settings, chronicle: Chronicle, store: SqliteStore, clock: SystemClock) -> Webhook | None:
-    """Make the webhook that the settings ask for. Raises SettingsError."""
+def _webhooks(chosen: Settings, chronicle: Chronicle, store: SqliteStore, clock: SystemClock) -> list[Webhook]:
+    """Make the webhook that the settings ask for, if they do. Raises SettingsError."""
     if chosen.webhook_url is None:
-        return None
+        return []
     url = chosen.webhook_url.get_secret_value()
     parts = urlsplit(url)
     if parts.scheme not in {"http", "https"} or not parts.hostname:
@@ -237,7 +238,7 @@ def _webhook(chosen: Settings, chronicle: Chronicle, store: SqliteStore, clock: 
         key = key_of(chosen.webhook_secret.get_secret_value())
     except ValueError as error:
         raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
-    return Webhook(url, key, chronicle, store, clock, lambda entry: event_model(entry).model_dump(mode="json"))
+    return [Webhook(url, key, chronicle, store, clock, lambda entry: event_model(entry).model_dump(mode="json"))]
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
@@ -348,6 +349,12 @@ def _token(chosen: Settings) -> str | None:
         return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
     except OSError as error:
         raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
+
+
+def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
+    """Give what this keeper must not tell; the URL of a webhook is often a secret by itself."""
+    set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
+    return [*set_, *([] if token is None else [token])]
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -146,6 +147,27 @@ def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the
     (entry,) = [entry for entry in log if entry.get("exc_info")]
     assert entry["request_id"] == problem["request_id"]
     assert "a secret detail" in str(entry["exc_info"])
+
+
+def test_a_callers_own_request_id_is_taken_over_where_it_is_sane(client):
+    def answered(sent):
+        return client.get("/healthz", headers={"X-Request-Id": sent}).headers["X-Request-Id"]
+
+    for sane in ("a", "Root-1.5_x", "9" * 64):
+        assert answered(sane) == sane
+    for other in ("", "9" * 65, "a b", "ä", 'a"', "a;b"):
+        assert re.fullmatch("[0-9a-f]{32}", answered(other))
+
+
+def test_each_request_is_counted_by_its_pattern_and_metrics_need_the_token(client):
+    client.get("/api/servers/stranger")
+    client.get("/nowhere/at/all")
+    found = client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert found.content_type.startswith("application/openmetrics-text")
+    assert 'route="/api/servers/<name>",status="404"' in found.text.replace('method="GET",', "")
+    assert 'route="none"' in found.text
+    assert "stranger" not in found.text
+    assert "nowhere" not in found.text
 
 
 def test_errors_of_http_itself_are_problems_too(client):

@@ -68,7 +68,7 @@ def test_a_line_waits_for_its_end(log, said):
 def test_tokens_are_not_repeated(log, said):
     write(log, f"[I 2026-11-23 22:19:20.559 ServerApp] /lab?token={'0a' * 24}\n")
     Echo("x", log, 0).repeat()
-    assert told(said) == [("info", "/lab?token=[token]")]
+    assert told(said) == [("info", "/lab?token=[secret]")]
 
 
 @pytest.mark.parametrize("line", [b"x" * 99 + b"\n", b"x" * 2**20, b"\xff\n"])

@@ -77,4 +77,4 @@ def test_a_debt_is_given_up_after_30_days_and_that_is_told(store, clock):
         ledger.forgive()
     assert [owed.kernel_id for owed in ledger.all()] == ["new"]
     assert set(store.owed) == {"new"}
-    assert [(line["log_level"], line["kernel"]) for line in logs] == [("warning", "old")]
+    assert [(line["log_level"], line["kernel"], line["server"]) for line in logs] == [("warning", "old", "lab")]

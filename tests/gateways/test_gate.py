@@ -6,6 +6,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+import structlog
 
 from gateway_servers import a_gateway
 from harness import until
@@ -152,11 +153,13 @@ def test_a_kernel_that_has_gone_meanwhile_is_nobodys_any_more(gate, told, client
 def test_a_kernel_that_cannot_be_handed_over_is_named(gate, told, client, probe, culprit):
     client.stubborn |= {"k1"} if culprit == "gateway" else set()
     probe.failing = culprit == "server"
-    gate.expect(SPEC, 1, (KERNEL,))
-    gate.hear(report(READY))
-    until(lambda: told)
+    with structlog.testing.capture_logs() as log:
+        gate.expect(SPEC, 1, (KERNEL,))
+        gate.hear(report(READY))
+        until(lambda: told)
     assert told[0].fact.not_taken_over == ("k1",)
     assert told[0].fact.gateway.reachable
+    assert [(line["server"], line["launch"], line["kernel"]) for line in log] == [("lab", 1, "k1")]
 
 
 def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(gate, told, crew, client, held):

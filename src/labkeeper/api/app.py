@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import time
 import uuid
 from pathlib import Path
@@ -19,6 +20,9 @@ from labkeeper.api.requests import invalid
 from labkeeper.api.routes import RULES, Api, install
 from labkeeper.api.services import Services
 from labkeeper.core.ports import Meter
+
+_REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
+"""What a caller's, or a proxy's, own id of a request may look like."""
 
 _log = structlog.get_logger("labkeeper.api")
 
@@ -41,7 +45,8 @@ def create_app(services: Services) -> Flask:
 
 
 def _begin() -> None:
-    g.request_id = uuid.uuid4().hex
+    sent = request.headers.get("X-Request-Id", "")
+    g.request_id = sent if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
     g.began = time.monotonic()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
 

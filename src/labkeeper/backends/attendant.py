@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from labkeeper import jupyter
 from labkeeper.backends.echo import Echo
@@ -106,6 +107,10 @@ class Attendant:
 
     def attend(self) -> Fact | None:
         """Watch it until its end, or ours; tell when it is ready, and give the last word on it, for the backend to tell."""
+        with bound_contextvars(server=self.name, launch=self.launch):
+            return self._attend()
+
+    def _attend(self) -> Fact | None:
         try:
             if self.process.alive():
                 self.groups.hold(self.name, self.process.pid)
@@ -113,7 +118,7 @@ class Attendant:
         except BackendError as error:
             return Unreachable(error.message)
         except Exception as error:  # noqa: BLE001 - a bug: what became of the server has to be found out some other way
-            _log.exception("cannot watch a server", server=self.name)
+            _log.exception("cannot watch a server")
             return Unreachable(f"cannot watch server '{self.name}': {error!r}")
         finally:
             self.close()

@@ -206,7 +206,7 @@ class ControlGroups:
                         part.rmdir()
                     break
                 if time.monotonic() > until:
-                    _log.warning("cannot remove a control group", group=str(group))
+                    _log.warning("cannot remove a control group", server=name, group=str(group))
                     break
                 time.sleep(0.01)
 

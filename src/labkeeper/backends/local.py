@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from labkeeper import jupyter
 from labkeeper.backends.accounts import Account, check_passage, find_user, own_environment
@@ -28,7 +29,7 @@ from labkeeper.backends.forkservers import remove_dead
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
-from labkeeper.backends.logfile import TOKEN_BYTES, LogFile
+from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, boot_id
 from labkeeper.backends.room import Record, Room
 from labkeeper.backends.standalone.identity import MARK
@@ -38,6 +39,7 @@ from labkeeper.backends.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod, Usage
 from labkeeper.crew import Crew
+from labkeeper.scrub import TOKEN_BYTES
 
 _log = structlog.get_logger("labkeeper.backends.local")
 
@@ -101,13 +103,14 @@ class LocalBackend:
         attendant = self._attendants.get(spec.name)
         if attendant is not None and attendant.launch == launch and attendant.process.alive():
             return
-        self._clear(spec.name)
-        hold = _hold_port(spec)
-        try:
-            self._attend(self._launch(spec, launch, hold))
-        except BaseException:
-            hold.close()
-            raise
+        with bound_contextvars(server=spec.name, launch=launch):
+            self._clear(spec.name)
+            hold = _hold_port(spec)
+            try:
+                self._attend(self._launch(spec, launch, hold))
+            except BaseException:
+                hold.close()
+                raise
 
     def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
         """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""

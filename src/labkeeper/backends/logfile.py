@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections import deque
@@ -16,14 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
-TOKEN_BYTES: Final = 24
-"""Bytes of a server's token, which is written as twice as many hexadecimal digits."""
+from labkeeper.scrub import scrub
 
 _LOOK_EVERY: Final = 0.25
 """Seconds between two looks of a follower."""
 _LINE_LIMIT: Final = 64 * 1024
 """A line is given in pieces of at most so many bytes."""
-_TOKEN: Final = re.compile(rf"\b[0-9a-f]{{{2 * TOKEN_BYTES}}}\b")
 
 
 class LogFile:
@@ -133,5 +130,5 @@ def _lines(stream: IO[bytes]) -> Iterator[bytes]:
 
 
 def _text(line: bytes) -> str:
-    """Give a line as text, without what looks like a token of ours."""
-    return _TOKEN.sub("[token]", line.decode("utf-8", errors="replace"))
+    """Give a line as text, without secrets."""
+    return scrub(line.decode("utf-8", errors="replace"))

@@ -65,7 +65,12 @@ class Ledger:
         """Give up what is too old ever to be ended."""
         limit = self._clock.time() - _FORGIVEN_AFTER
         for debt in [debt for debt in self.all() if debt.since < limit]:
-            _log.warning("a kernel is given up: its gateway has not ended it", kernel=debt.kernel_id, gateway=debt.gateway.url)
+            _log.warning(
+                "a kernel is given up: its gateway has not ended it",
+                kernel=debt.kernel_id,
+                gateway=debt.gateway.url,
+                server=debt.server,
+            )
             self.settle([debt.kernel_id])
 
     def all(self) -> list[KernelDebt]:

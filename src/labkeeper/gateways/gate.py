@@ -105,18 +105,25 @@ class Gate:
         missed = tuple(
             kernel.id
             for kernel in start.kernels
-            if not (health.reachable and self._hand_over(start.gateway, ready.endpoint, kernel))
+            if not (health.reachable and self._hand_over(name, start, ready.endpoint, kernel))
         )
         self._tell(Report(name, start.launch, replace(ready, gateway=health, not_taken_over=missed)))
 
-    def _hand_over(self, gateway: Gateway, endpoint: Endpoint, kernel: OwnKernel) -> bool:
+    def _hand_over(self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel) -> bool:
         """Give a server a kernel of its earlier launch; say whether it has it, or nobody can have it any more."""
         try:
-            if not self._client.has_kernel(gateway, kernel.id):
+            if not self._client.has_kernel(start.gateway, kernel.id):
                 # One that was still starting may come yet, and would be nobody's.
                 return not kernel.starting
             self._probe.take_over(endpoint, kernel)
         except BackendError as error:
-            _log.warning("a kernel cannot be taken over", kernel=kernel.id, gateway=gateway.url, error=error.message)
+            _log.warning(
+                "a kernel cannot be taken over",
+                server=name,
+                launch=start.launch,
+                kernel=kernel.id,
+                gateway=start.gateway.url,
+                error=error.message,
+            )
             return False
         return True

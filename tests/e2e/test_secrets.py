@@ -1,0 +1,208 @@
+"""Nobody reads a secret who is not to: not in a log, an answer, a command line, an environment or a file."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import secrets
+import signal
+from pathlib import Path
+from urllib.parse import quote
+
+import httpx
+import psutil
+import pytest
+
+from harness import PATIENCE, give_hands, processes_marked, run_in_server, start_kernel, until
+
+HOLD_SECRETS = ("token", "labkeeper.sqlite", "jpserver-", "kernel-", "jupyter_cookie_secret")
+"""Files that must hold some, by how their names begin."""
+
+
+class Secrets:
+    """What is used, and where any of it is found."""
+
+    def __init__(self):
+        self.values = {}
+
+    def make(self, name):
+        self.values[name] = f"{name}/{secrets.token_urlsafe(18)}+"
+        return self.values[name]
+
+    def within(self, content, *, but=()):
+        """Name those that a content has, in any form."""
+        raw = content if isinstance(content, bytes) else content.encode()
+        wanted = {name: value for name, value in self.values.items() if name not in but}
+        return sorted(name for name, value in wanted.items() if any(form in raw for form in forms(value)))
+
+
+def forms(value):
+    """The ways in which a secret can be written."""
+    written = {value, quote(value), quote(value, safe=""), json.dumps(value)[1:-1], value.encode().hex()}
+    # At each place within what is encoded; the characters at its ends depend on what stands beside them.
+    for shift in range(3):
+        code = base64.b64encode(b"x" * shift + value.encode()).decode()
+        written |= {code[4:-4], code[4:-4].translate(str.maketrans("+/", "-_"))}
+    return [form.encode() for form in written]
+
+
+@pytest.fixture
+def known():
+    return Secrets()
+
+
+def test_the_search_finds_what_was_planted(known, tmp_path):
+    value = known.make("planted")
+    for form in (value, quote(value, safe=""), base64.b64encode(f"a:{value}".encode()).decode(), json.dumps({"a": value})):
+        assert known.within(f"before {form} after") == ["planted"], form
+    assert known.within(f"before {value[:-6]} after") == []
+    assert known.within(value, but=["planted"]) == []
+    place = tmp_path / "open"
+    place.write_text(value)
+    place.chmod(0o644)
+    assert found_by_others(tmp_path, known) == [(str(place), ["planted"])]
+    place.chmod(0o600)
+    assert found_by_others(tmp_path, known) == []
+    assert files_that_hold(tmp_path, known) == [place]
+
+
+def files(place):
+    return [path for path in place.rglob("*") if path.is_file()]
+
+
+def files_that_hold(place, known):
+    return [path for path in files(place) if known.within(path.read_bytes())]
+
+
+def is_private(path, top):
+    """Whether only its owner can read a file, or come to it."""
+    ways = [parent for parent in path.parents if parent.is_relative_to(top)]
+    return path.stat().st_mode & 0o077 == 0 or any(way.stat().st_mode & 0o077 == 0 for way in ways)
+
+
+def found_by_others(place, known):
+    """What others can read; the place itself is thought to be open."""
+    inside = [(path, known.within(path.read_bytes())) for path in files(place)]
+    return [(str(path), what) for path, what in inside if what and path.stat().st_mode & 0o077]
+
+
+def use_everything(keeper, gateway, known):
+    """Do all that the API can do; give each answer."""
+    kernel_secret, env_secret, header = (known.make(name) for name in ("kernel_env", "env", "header"))
+    known.values["gateway"] = gateway.token
+    answers = []
+
+    def ask(method, path, **given):
+        answer = keeper.http.request(method, path, **given)
+        found = json.loads(answer.text) if answer.headers.get("Content-Type") == "application/json" else {}
+        if found.get("token"):
+            known.values[f"server token {len(known.values)}"] = found["token"]
+        answers.append((method, path, answer))
+        return answer
+
+    behind = {
+        "name": "behind",
+        **gateway.options,
+        "gateway_headers": {"X-Key": header},
+        "env": {"MY_KEY": env_secret},
+        "kernel_env": {"KERNEL_KEY": kernel_secret},
+        "labels": {"team": "blue"},
+    }
+    created = ask("POST", "/api/servers", json=behind)
+    assert created.status_code == 201, created.text
+    server = created.json()
+    start_kernel(server)
+    for path in ("", "/kernels", "/logs", "/events"):
+        assert ask("GET", f"/api/servers/behind{path}").status_code == 200
+    differing = ask("POST", "/api/servers", json=behind | {"env": {"MY_KEY": known.make("other")}})
+    assert differing.status_code == 409
+
+    # What a server says of itself, a crash, and a restart.
+    said = f"import sys; print('Authorization: token {gateway.token}', 'password={env_secret}', file=sys.stderr, flush=True)"
+    run_in_server(server, said)
+    assert "password=[secret]" in until(lambda: _said(ask), what="the server's words in its log")
+    # Wrong tokens, in a URL and in a header, at the server and at the keeper.
+    wrong = known.make("wrong")
+    httpx.get(f"{server['url']}api/status", params={"token": wrong}, trust_env=False, timeout=PATIENCE)
+    for where in (
+        {"params": {"token": wrong}, "headers": {"Authorization": ""}},
+        {"headers": {"Authorization": f"Bearer {wrong}"}},
+    ):
+        assert ask("GET", "/api/servers", **where).status_code == 401
+    os.kill(server["pid"], signal.SIGKILL)
+    until(lambda: keeper.get("behind")["restarts"] == 1, what="the restart after a crash")
+    ask("GET", "/api/servers/behind", params={"wait_for": "running", "wait": PATIENCE})
+    assert ask("POST", "/api/servers/behind/restart", json={"keep_kernels": True}).status_code in {200, 201}
+    assert ask("POST", "/api/servers/behind/stop").status_code == 200
+
+    # Bodies that are none, or wrong.
+    for body in (f'{{"name": "{wrong}', f'["{wrong}"]', json.dumps({"name": "x", "gateway_auth_token": wrong})):
+        answer = ask("POST", "/api/servers", content=body, headers={"Content-Type": "application/json"})
+        assert answer.status_code in {400, 422}, answer.text
+    ask("POST", "/api/servers", json={"name": "x", "env": {"A": known.make("bad") + "\0"}})
+
+    # A gateway that refuses, and one that is dead.
+    refused = ask("POST", "/api/servers", json=behind | {"name": "refused", "gateway_auth_token": wrong})
+    assert refused.status_code == 502, refused.text
+    gateway.stop()
+    dead = ask("POST", "/api/servers/behind/start")
+    assert dead.status_code == 502, dead.text
+    assert dead.json()["failure_class"] == "gateway-unreachable"
+    for path in ("/api/servers", "/api/events", "/api/kernel-debts", "/api/webhooks", "/metrics", "/api/openapi.json"):
+        assert ask("GET", path).status_code == 200
+    assert ask("POST", "/api/servers", json={"name": "beside", "env": {"MY_KEY": env_secret}}).status_code == 201
+    return answers
+
+
+def _said(ask):
+    log = ask("GET", "/api/servers/behind/logs").text
+    return log if "password=" in log else None
+
+
+def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
+    api_token = known.make("api")
+    keeper = make_keeper(
+        token=api_token, debug="true", log_level="debug", echo_logs="true", gateway_timeout=3, stop_grace=4, gateway_period=1
+    )
+    give_hands(keeper)
+    keeper.start()
+    answers = use_everything(keeper, gateway, known)
+    everything = {process.pid for process in processes_marked(keeper.rooms)} | {keeper.process.pid}
+    assert len(everything) > 1
+
+    # Argument lists are everybody's; an environment is its owner's, and is where a server's own variables belong.
+    for pid in everything:
+        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+            assert known.within("\0".join(process.cmdline())) == [], process
+            assert Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077 == 0
+
+    # A server's token is in what is told of that server alone: its token, its link.
+    servers = [name for name in known.values if name.startswith("server token")]
+    assert len(servers) >= 2
+    for method, path, answer in answers:
+        tells = path.startswith("/api/servers") and answer.headers.get("Content-Type") == "application/json"
+        assert known.within(answer.text, but=servers if tells else ()) == [], (method, path, answer.text[:2000])
+
+    # Files: private, and only those that must have any.
+    assert found_by_others(keeper.state_dir, known) == []
+    for path in files_that_hold(keeper.state_dir, known):
+        assert is_private(path, keeper.state_dir), path
+        # A server's own words are in its own log, which is its owner's.
+        assert path.name.startswith(HOLD_SECRETS) or path.parent.name == "logs", path
+    assert any(path.name == "labkeeper.sqlite" for path in files(keeper.state_dir))
+
+    lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    assert {"labkeeper.api", "labkeeper.servers", "jupyter"} <= {line["logger"] for line in lines}
+    assert known.within(keeper.log.read_bytes()) == []
+    assert "[secret]" in keeper.log.read_text()
+    about = [line for line in lines if "server" in line and line["logger"].startswith(("jupyter", "labkeeper.servers"))]
+    assert about
+    assert [line for line in about if not line.get("launch")] == []
+    echoed = {line["launch"] for line in about if (line["logger"], line["server"]) == ("jupyter", "behind")}
+    assert len(echoed) >= 3, "the first launch, the one after the crash, the restart"
+    ids = {answer.headers["X-Request-Id"] for _, _, answer in answers}
+    assert {line["request_id"] for line in about if "request_id" in line} <= ids
+    assert any(line.get("actor") == "api" and line.get("request_id") for line in about)
+    assert keeper.stop() == 0
+    assert known.within(keeper.log.read_bytes()) == []
