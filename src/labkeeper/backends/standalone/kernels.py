@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import uuid
 from collections.abc import Iterable, Mapping
@@ -40,6 +41,9 @@ class Kernels:
         self._remote = bool(app.gateway_config.gateway_enabled)
         self._starting: dict[str, asyncio.Future[Any]] = {}
         """Those that the gateway was asked for, by the id that was chosen, as long as it has not answered."""
+        if self._remote:
+            # Of an adapter, the logger: that is what has filters.
+            getattr(app.log, "logger", app.log).addFilter(_without_environment)
         self._start = self._manager.start_kernel
         self._manager.start_kernel = self._start_kernel
         for manager, methods in _CHANGES:
@@ -110,6 +114,13 @@ class Kernels:
                 self.record()
 
         setattr(manager, method, and_record)
+
+
+def _without_environment(record: logging.LogRecord) -> bool:
+    """Shorten the line in which Jupyter's gateway manager logs all that a kernel was started with, its whole environment too."""
+    if isinstance(record.msg, str) and "started kernel: " in record.msg:
+        record.msg = record.msg.partition(", args: ")[0]
+    return True
 
 
 async def _wait(tasks: Iterable[asyncio.Future[Any]], seconds: float) -> None:
