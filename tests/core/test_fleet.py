@@ -787,6 +787,28 @@ def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
     assert {bench.state(name) for name in ("crashes", "restarts", "slow")} == {State.RUNNING}
 
 
+def test_a_turn_that_cannot_be_stored_goes_to_the_one_behind():
+    bench = Bench(max_starts=1)
+    bench.world.temper("first").boots = False
+    for name in ("first", "second", "third"):
+        bench.clock.advance(1)
+        bench.create(name)
+    bench.lanes.run_all()
+    save = bench.store.save
+
+    def fails_for_one(snapshot):
+        if snapshot.name == "second":
+            raise StoreError("cannot write the store")
+        save(snapshot)
+
+    bench.store.save = fails_for_one
+    bench.world.answer("first")
+    bench.lanes.deliver()
+    assert (bench.state("second"), bench.state("third")) == (State.FAILED, State.STARTING)
+    bench.lanes.run_all()
+    assert bench.state("third") is State.RUNNING
+
+
 def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
     bench = Bench(max_starts=1)
     bench.create("first")

@@ -248,9 +248,9 @@ class Fleet:
         The door for every launch: what was asked for, what a restart has stopped, and what has crashed queue alike. What is
         found alive takes its place beside them, since it is starting already.
         """
-        queue = queue_of(c.snapshot for c in self._servers.values())
-        for snapshot in queue[: max(0, self._policy.max_starts - self._starting())] if queue else ():
-            self._apply(self._servers[snapshot.name], Event.TURN)
+        while (queue := queue_of(c.snapshot for c in self._servers.values())) and self._starting() < self._policy.max_starts:
+            # One that cannot be stored does not start, and leaves its place to the one behind it.
+            self._apply(self._servers[queue[0].name], Event.TURN)
 
     def _starting(self) -> int:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
