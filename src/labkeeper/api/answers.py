@@ -63,8 +63,8 @@ class StopReportModel(_Answer):
 class LimitModel(_Answer):
     """What a server, with its kernels and terminals, may use of one thing."""
 
-    limit: float
-    used: float | None = Field(description="How much of it is used, by the last sample of `usage`; null without one.")
+    limit: int | float
+    used: int | float | None = Field(description="How much of it is used, by the last sample of `usage`; null without one.")
     limited_by: str | None = Field(
         description="What holds it: `cgroup2`, `cgroup1`, `rlimit` (for each process by itself) or `nothing`; "
         "null unless it is running."

@@ -68,14 +68,15 @@ class LogFile:
 
     def tail(self, count: int | None) -> list[str]:
         """Give the last `count` lines, or all that is kept."""
-        lines: deque[str] = deque(maxlen=count)
+        lines: deque[bytes] = deque(maxlen=count)
         for part in (self._older, self.path):
             try:
                 with part.open("rb") as stream:
-                    lines.extend(_text(line).removesuffix("\n") for line in _lines(stream))
+                    lines.extend(_lines(stream))
             except FileNotFoundError:
                 continue
-        return list(lines)
+        # Only now: to look for secrets takes longer than to read.
+        return [_text(line).removesuffix("\n") for line in lines]
 
     def news(self, since: int, most: int) -> tuple[list[str], int, int]:
         """Give the whole lines after `since` bytes, how many bytes before them were left out, and where they end.

@@ -48,8 +48,8 @@ class StopReport(_Answer):
 class Limit(_Answer):
     """What a server may use of one thing, and what holds it to that (None unless it is running)."""
 
-    limit: float
-    used: float | None = None
+    limit: int | float
+    used: int | float | None = None
     limited_by: str | None = None
 
 

@@ -139,6 +139,8 @@ class _ForkServer:
 
     def run(self) -> tuple[Launch, int, int]:
         """Serve until nobody needs this any more, and end the process then; returns in children only."""
+        # What the rehearsal left behind may have ended before there was anybody to be told.
+        self._reap()
         while True:
             ready = {key.fileobj for key, _ in self._selector.select(self._patience())}
             if self._wakeup in ready:
