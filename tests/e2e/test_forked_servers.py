@@ -68,7 +68,7 @@ def state():
     signal.set_wakeup_fd(wakeup)
     return {
         "status": {name: status[name] for name in
-                   ("Name", "Umask", "Uid", "Gid", "Groups", "Threads", "SigQ", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt",
+                   ("Name", "Umask", "Uid", "Gid", "Groups", "Threads", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt",
                     "CapEff", "NoNewPrivs", "Seccomp")},
         "handlers": {str(number): named(signal.getsignal(number)) for number in signal.valid_signals()},
         "wakeup": wakeup >= 0,

@@ -232,9 +232,12 @@ def _is_wide() -> bool:
 
 
 def _columns(server: Server) -> tuple[str, str]:
-    if server.usage is None:
+    usage = server.usage
+    if usage is None:
         return "-", "-"
-    return _mib(server.usage.memory), "-" if server.usage.cpus is None else f"{server.usage.cpus:.2f}"
+    # Divided, since what a group counts and what processes have resident are not alike, and a list is to be compared.
+    memory = usage.memory if usage.memory_proportional is None else usage.memory_proportional
+    return _mib(memory), "-" if usage.cpus is None else f"{usage.cpus:.2f}"
 
 
 @click.command(epilog=examples("labkeeper show", "labkeeper show demo --json | jq .pid"))
