@@ -58,6 +58,8 @@ class ContainedKeeper(KeeperProcess):
             self.process.wait()
         if self.http is not None:
             self.http.close()
+        # A real container's groups go with it; those of a keeper that was killed are the next one's to remove.
+        self.sweep()
 
 
 @pytest.fixture
