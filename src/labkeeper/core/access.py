@@ -1,0 +1,111 @@
+"""Who may do what: scopes, the servers that a token is for, and the rules that both make. Decides; knows no secret."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from fnmatch import fnmatchcase
+from typing import Final
+
+from labkeeper.core.errors import NotAllowed
+from labkeeper.core.model import ServerName, ServerSpec
+
+
+class Scope(StrEnum):
+    """What a caller may do. Each covers those above it."""
+
+    READ = "read"
+    """See servers, their logs and their history; never what opens a Lab."""
+    MANAGE = "manage"
+    """Make, start, stop and delete servers, and open them."""
+    ADMIN = "admin"
+    """All: tokens, and what touches the machine beyond one server."""
+
+    def covers(self, needed: Scope) -> bool:
+        """Whether who has this scope may do what needs the other."""
+        order = list(Scope)
+        return order.index(self) >= order.index(needed)
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """The servers that a caller's token is for; without any limit all of them, and the keeper itself."""
+
+    servers: tuple[str, ...] = ()
+    """Patterns of names, with `*` and `?`: one must fit."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels that a server must have, all of them."""
+    users: tuple[str, ...] = ()
+    """Users of the machine that a server may run as; the first one where its request names none."""
+
+    @property
+    def unlimited(self) -> bool:
+        """Whether it holds everything."""
+        return self == EVERYTHING
+
+    def has_name(self, name: str) -> bool:
+        """Whether servers of this name are within it, as far as names tell."""
+        return not self.servers or any(fnmatchcase(name, pattern) for pattern in self.servers)
+
+    def has_labels(self, labels: Mapping[str, str]) -> bool:
+        """Whether servers with these labels are within it, as far as labels tell."""
+        return self.labels.items() <= labels.items()
+
+    def holds(self, name: str, labels: Mapping[str, str]) -> bool:
+        """Whether a server of this name and these labels is within it."""
+        return self.has_name(name) and self.has_labels(labels)
+
+
+EVERYTHING: Final = Reach()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks."""
+
+    actor: str
+    """As the history names them: `token:NAME`, `user:NAME` of this machine, `anybody` where access control is off."""
+    scope: Scope
+    reach: Reach = EVERYTHING
+
+    def needs(self, scope: Scope, what: str) -> None:
+        """Raise NotAllowed unless the caller's scope covers this one; `what` ends the sentence "cannot ..."."""
+        if not self.scope.covers(scope):
+            raise NotAllowed(f"cannot {what}: that needs the scope '{scope}', and yours is '{self.scope}'", scope=str(scope))
+
+    def needs_everything(self, what: str) -> None:
+        """Raise NotAllowed where the caller is limited to some servers."""
+        if not self.reach.unlimited:
+            raise NotAllowed(f"cannot {what}: that needs a token without limits, and yours is for some servers only")
+
+    def needs_name(self, name: str) -> None:
+        """Raise NotAllowed where servers of this name are none of the caller's business, whether there is one or not."""
+        if not self.reach.has_name(name):
+            patterns = ", ".join(self.reach.servers)
+            raise NotAllowed(f"cannot speak of server '{name[:63]}': your token is for servers named {patterns}")
+
+    def needs_spec(self, spec: ServerSpec) -> None:
+        """Raise NotAllowed where the caller may not make such a server."""
+        self.needs_name(spec.name)
+        if not self.reach.has_labels(spec.labels):
+            wanted = ", ".join(f"{key}={value}" for key, value in self.reach.labels.items())
+            raise NotAllowed(f"cannot make server '{spec.name}': your token is for servers with the labels {wanted}")
+
+    def user(self, asked: str | None) -> str | None:
+        """Give the user of the machine that a server is to run as. Raises NotAllowed."""
+        if not self.reach.users:
+            if asked is not None:
+                self.needs(Scope.ADMIN, f"run a server as user '{asked}'")
+            return asked
+        if asked is not None and asked not in self.reach.users:
+            raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.reach.users)}")
+        return asked or self.reach.users[0]
+
+    def sees(self, name: ServerName, labels: Mapping[str, str]) -> bool:
+        """Whether a server is within the caller's reach."""
+        return self.reach.holds(name, labels)
+
+
+ANYBODY: Final = Caller("anybody", Scope.ADMIN)
+"""Who asks where access control is off."""
