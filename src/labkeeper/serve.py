@@ -46,6 +46,7 @@ from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
+from labkeeper.tokens import Tokens
 from labkeeper.usage import Sampler
 
 _MARGIN: Final = 5.0
@@ -207,7 +208,12 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
             chosen.max_age,
         ),
         version=ours,
-        token=token,
+        tokens=Tokens(store, clock, chronicle, owner=token),
+        is_open=chosen.auth == "none",
+        url=_url_of(listener),
+        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],
+        origins=chosen.allowed_origins,
+        max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,
         start_wait=chosen.start_timeout + end,
         stop_wait=end,

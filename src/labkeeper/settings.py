@@ -42,9 +42,15 @@ def _check_reserve(text: str) -> str:
     return text
 
 
+def _names(given: Any) -> Any:
+    return tuple(filter(None, (name.strip() for name in given.split(",")))) if isinstance(given, str) else given
+
+
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
+"""Texts: a list of them, or one text with commas between them."""
 Duration = Annotated[float, BeforeValidator(duration)]
 """Seconds, or a text such as `90m`, `2h`, `1d12h`."""
 
@@ -91,6 +97,18 @@ class Settings(BaseModel):
         description="Bearer token of the API, at least 16 characters. When not given, one is generated into the state directory.",
     )
     token_file: Directory | None = Field(None, description="File that holds the token, such as a secret of a container.")
+    allowed_hosts: Names = Field(
+        (),
+        description="Host names by which the API may be reached, with commas between them, beside addresses, names without a dot "
+        "and the machine's own; `*.example.org` is all below it, `*` any. Another site's page cannot pose as the keeper's then.",
+    )
+    allowed_origins: Names = Field(
+        (), description="Sites whose pages may ask the API (CORS), with commas between them, as `https://hub.example.org`."
+    )
+    max_request_rate: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        100.0,
+        description="Requests that each token may make in a second; those of ten seconds may come at once. 0: any number.",
+    )
     on_exit: Literal["stop", "leave"] = Field(
         "stop",
         description="What becomes of the servers when the keeper is asked to end; `leave`: the next keeper takes them over.",

@@ -1,8 +1,8 @@
-"""Snapshots, kernel debts and the history in SQLite, in the state directory.
+"""Snapshots, kernel debts, the history and tokens of the API in SQLite, in the state directory.
 
 One row a server, its snapshot as JSON; one row a kernel that is still to be ended; one row an entry of the history; one row a
-webhook, with the last entry that it was told. `PRAGMA user_version` tells the layout, so
-that a newer keeper can carry an older file over, and an older keeper refuses a newer one.
+webhook, with the last entry that it was told; one row a token, which it holds as a hash alone. `PRAGMA user_version` tells the
+layout, so that a newer keeper can carry an older file over, and an older keeper refuses a newer one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Final
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from labkeeper.core.access import EVERYTHING, Reach, Token
 from labkeeper.core.errors import StoreError
 from labkeeper.core.model import HistoryEntry, KernelDebt, ServerName, Snapshot
 
@@ -28,6 +29,7 @@ _TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS history (id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS webhooks (url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT",
+    "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, token TEXT NOT NULL) STRICT",
 )
 """What each layout has beyond the one before. The first one may be there without its number: a keeper was killed in between."""
 _LAYOUT: Final = len(_TABLES)
@@ -51,6 +53,11 @@ def _debts() -> TypeAdapter[KernelDebt]:
 @functools.cache
 def _entries() -> TypeAdapter[HistoryEntry]:
     return TypeAdapter(HistoryEntry)
+
+
+@functools.cache
+def _tokens() -> TypeAdapter[Token]:
+    return TypeAdapter(Token)
 
 
 class SqliteStore:
@@ -150,21 +157,55 @@ class SqliteStore:
             if any(entry.id % _FORGET_EVERY == 0 for entry in entries):
                 self._db.execute("DELETE FROM history WHERE id <= ?", (entries[-1].id - keep,))
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
-        return self._select("id > ? AND coalesce(server = ?, TRUE) ORDER BY id LIMIT ?", after, server, limit)
+        return self._select("id", after, server, reach, limit)
 
-    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
-        return self._select("id > ? AND coalesce(server = ?, TRUE) ORDER BY id DESC LIMIT ?", 0, server, limit)[::-1]
+        return self._select("id DESC", 0, server, reach, limit)[::-1]
 
-    def _select(self, what: str, *given: object) -> list[HistoryEntry]:
+    def _select(self, order: str, after: int, server: ServerName | None, reach: Reach, limit: int) -> list[HistoryEntry]:
+        where = ["id > ?", "coalesce(server = ?, TRUE)"]
+        given: list[object] = [after, server]
+        if not reach.unlimited:
+            where.append("server IS NOT NULL")
+        if reach.servers:
+            where.append(f"({' OR '.join('server GLOB ?' for _ in reach.servers)})")
+            given.extend(reach.servers)
+        for label in reach.labels.items():
+            # By its name and its value at once: a key may hold what has a meaning in a path of JSON.
+            where.append("EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)")
+            given.extend(label)
+        query = f"SELECT entry FROM history WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?"  # noqa: S608 - ours, above
         with self._doing("read"):
-            rows = self._db.execute(f"SELECT entry FROM history WHERE {what}", given).fetchall()  # noqa: S608 - ours, above
+            rows = self._db.execute(query, (*given, limit)).fetchall()
         try:
             return [_entries().validate_json(text) for (text,) in rows]
         except ValidationError as error:
             raise self._damaged(str(error)) from error
+
+    # Tokens
+
+    def tokens(self) -> list[Token]:
+        """Give all."""
+        with self._doing("read"):
+            rows = self._db.execute("SELECT token FROM tokens ORDER BY id").fetchall()
+        try:
+            return [_tokens().validate_json(text) for (text,) in rows]
+        except ValidationError as error:
+            raise self._damaged(str(error)) from error
+
+    def save_token(self, token: Token) -> None:
+        """Keep one; on the disk when this returns."""
+        row = (token.id, _tokens().dump_json(token).decode())
+        with self._doing("write"):
+            self._db.execute("INSERT OR REPLACE INTO tokens (id, token) VALUES (?, ?)", row)
+
+    def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
+        """Drop one."""
+        with self._doing("write"):
+            self._db.execute("DELETE FROM tokens WHERE id = ?", (id,))
 
     # Webhooks
 

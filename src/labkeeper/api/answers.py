@@ -8,6 +8,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from labkeeper.core.access import Caller, Scope, Token
 from labkeeper.core.culling import Explanation, Rule, Standing
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import (
@@ -112,9 +113,9 @@ class Server(_Answer):
     pid: int | None
     port: int | None
     secure: bool | None
-    token: str | None = Field(description="Jupyter's token of this launch.")
+    token: str | None = Field(description="Jupyter's token of this launch; null for who may not open it.")
     url: str | None
-    lab_url: str | None = Field(description="A link that works from where the caller asked.")
+    lab_url: str | None = Field(description="A link that works from where the caller asked; null for who may not open it.")
     version: str | None = Field(description="Version of jupyter_server.")
     launched_by: str | None = Field(description="`fork` from a process that has loaded JupyterLab already, or `exec`.")
     exec_reason: str | None = Field(description="Why it was not forked; null when it was.")
@@ -248,7 +249,10 @@ class EventModel(_Answer):
     server: str | None
     launch: int | None
     message: str = Field(description="What happened, for people.")
-    actor: str = Field(description="Who set it off: `api`, `culler`, or `keeper` where nobody did.")
+    actor: str = Field(
+        description="Who set it off: `token:NAME`, `user:NAME` of the keeper's machine, `anybody` where access control is off, "
+        "`culler`, or `keeper` where nobody did."
+    )
     reason: str = Field(description="Why they did, where that does not go without saying.")
     request_id: str | None = Field(description="The request by which they did.")
     details: dict[str, Any] = Field(description="What a program wants to know of it.")
@@ -275,6 +279,50 @@ class WebhookList(_Answer):
     """All of them."""
 
     webhooks: list[WebhookModel]
+
+
+class TokenModel(_Answer):
+    """A token, without what it is shown as."""
+
+    name: str
+    scope: Scope
+    servers: list[str] = Field(description="Patterns of names; one must fit. Empty: all servers.")
+    labels: dict[str, str] = Field(description="Labels that a server must have, all of them.")
+    users: list[str] = Field(description="Users that its servers run as; empty: the keeper's choice.")
+    created_at: str
+    created_by: str
+    expires_at: str | None = Field(description="Null: never.")
+    expired: bool
+    last_used_at: str | None = Field(description="To the minute; null: never.")
+
+
+class NewToken(TokenModel):
+    """A token that was just made."""
+
+    token: str = Field(description="What is to be shown as `Authorization: Bearer`. It is told here, and never again.")
+
+
+class TokenList(_Answer):
+    """All tokens but the owner's, by name."""
+
+    tokens: list[TokenModel]
+
+
+class Me(_Answer):
+    """Who asks, and what they may."""
+
+    actor: str = Field(description="As events name them.")
+    scope: Scope
+    servers: list[str] = Field(description="Patterns of names; empty: all servers.")
+    labels: dict[str, str] = Field(description="Labels that a server must have.")
+    users: list[str] = Field(description="Users that their servers run as; empty: the keeper's choice.")
+
+
+class LinkModel(_Answer):
+    """A link that opens a Lab once."""
+
+    url: str = Field(description="To be opened in a browser; good for one time. Whoever has it has the Lab.")
+    expires_at: str
 
 
 class Version(_Answer):
@@ -322,9 +370,11 @@ _INFO: Final = (
 def server_model(
     snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
 ) -> Server:
-    """Write a snapshot as callers see it."""
+    """Write a snapshot as callers see it; without a `lab_url` also without the token that opens the Lab."""
     endpoint, spec = snapshot.endpoint, snapshot.spec
-    info: Mapping[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
+    info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
+    if lab_url is None:
+        info["token"] = None
     return Server(
         **info,
         lab_url=lab_url,
@@ -394,6 +444,39 @@ def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
         kernelspecs=health.kernelspecs if health else None,
         kernel_env_passed=sorted(passed),
         kernel_env_if_allowed=sorted(spec.kernel_env.keys() - set(passed)),
+    )
+
+
+def token_model(token: Token, now: float) -> TokenModel:
+    """Write a token as callers see it."""
+    return TokenModel(
+        name=token.name,
+        scope=token.scope,
+        servers=list(token.reach.servers),
+        labels=dict(token.reach.labels),
+        users=list(token.reach.users),
+        created_at=instant(token.created_at),
+        created_by=token.created_by,
+        expires_at=None if token.expires_at is None else instant(token.expires_at),
+        expired=token.expired(now),
+        last_used_at=None if token.last_used_at is None else instant(token.last_used_at),
+    )
+
+
+def new_token_model(token: Token, text: str) -> NewToken:
+    """Write the same of one that was just made, with what it is shown as."""
+    return NewToken(**token_model(token, token.created_at).model_dump(), token=text)
+
+
+def me_model(caller: Caller) -> Me:
+    """Write who asks."""
+    reach = caller.reach
+    return Me(
+        actor=caller.actor,
+        scope=caller.scope,
+        servers=list(reach.servers),
+        labels=dict(reach.labels),
+        users=list(reach.users),
     )
 
 

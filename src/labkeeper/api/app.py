@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import functools
+import hashlib
 import json
 import re
 import time
@@ -15,7 +17,9 @@ from flask import Blueprint, Flask, Response, g, request, send_from_directory
 from werkzeug.exceptions import BadRequest
 
 from labkeeper.api import problems
-from labkeeper.api.access import check
+from labkeeper.api.access import PUBLIC, Door, Rule
+from labkeeper.api.browser import Guard
+from labkeeper.api.rates import Rates
 from labkeeper.api.requests import invalid
 from labkeeper.api.routes import RULES, Api, install
 from labkeeper.api.services import Services
@@ -35,13 +39,29 @@ def create_app(services: Services) -> Flask:
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.json.sort_keys = False  # type: ignore[attr-defined]
     problems.register(app)
+    guard = Guard(hosts=services.hosts, origins=services.origins)
+    door = Door(
+        services.tokens,
+        services.keeper,
+        Rates(services.max_request_rate),
+        is_open=services.is_open,
+        is_server=services.is_server,
+    )
     app.before_request(_begin)
-    app.before_request(lambda: check(RULES[request.endpoint], services.token) if request.endpoint in RULES else None)
+    app.before_request(guard.check)
+    app.before_request(functools.partial(_enter, door))
     app.before_request(_check_body)
+    app.after_request(guard.finish)
     app.after_request(functools.partial(_finish, services.meter))
     install(app, Api(services))
     app.register_blueprint(_pages(services.version))
     return app
+
+
+def _enter(door: Door) -> None:
+    """Let a request in by the rule of its route; what fits no route is answered with that, to anybody."""
+    if request.endpoint is not None:
+        door.enter(_RULES[request.endpoint])
 
 
 def _begin() -> None:
@@ -74,12 +94,12 @@ def _finish(meter: Meter, answer: Response) -> Response:
     seconds = time.monotonic() - g.began
     meter.answered(request.url_rule.rule if request.url_rule else None, request.method, answer.status_code, seconds)
     answer.headers["X-Request-Id"] = g.request_id
-    answer.headers["X-Content-Type-Options"] = "nosniff"
-    answer.headers.setdefault("Cache-Control", "no-store")
     _log.debug(
         "request",
         method=request.method,
-        path=request.path,
+        # Not the path itself: that of a link is a secret.
+        route=str(request.url_rule),
+        server=(request.view_args or {}).get("name"),
         status=answer.status_code,
         milliseconds=round(seconds * 1000, 1),
     )
@@ -97,10 +117,18 @@ _DOCS_PAGE: Final = """<!doctype html>
 <body>
 <div id="swagger-ui"></div>
 <script src="docs/static/js/swagger-ui-bundle.js"></script>
-<script>SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})</script>
+<script>{script}</script>
 </body>
 </html>
 """
+_DOCS_SCRIPT: Final = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})'
+_DOCS_POLICY: Final = (
+    "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
+    "connect-src 'self'; frame-ancestors 'none'"
+)
+"""What the page may load: its own parts, and the one script within it."""
+_RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
+"""The rule of each endpoint; one without a rule answers nobody."""
 
 
 def _pages(version: str) -> Blueprint:
@@ -119,6 +147,13 @@ def _pages(version: str) -> Blueprint:
         return send_from_directory(Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger", filename)
 
     pages.add_url_rule("/api/openapi.json", "openapi", written)
-    pages.add_url_rule("/api/docs", "docs", lambda: Response(_DOCS_PAGE, content_type="text/html; charset=utf-8"))
+
+    def page() -> Response:
+        shown = Response(_DOCS_PAGE.replace("{script}", _DOCS_SCRIPT), content_type="text/html; charset=utf-8")
+        script = base64.b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
+        shown.headers["Content-Security-Policy"] = _DOCS_POLICY.format(hash=script)
+        return shown
+
+    pages.add_url_rule("/api/docs", "docs", page)
     pages.add_url_rule("/api/docs/static/<path:filename>", "static", asset)
     return pages

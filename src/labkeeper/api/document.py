@@ -13,7 +13,6 @@ from flask_openapi3 import Info, OpenAPI, Tag
 from pydantic import BaseModel
 
 from labkeeper.api import problems
-from labkeeper.api.access import Access
 from labkeeper.api.answers import Problem
 from labkeeper.api.routes import ROUTES, Route
 
@@ -33,6 +32,7 @@ def document(version: str) -> dict[str, Any]:
         "servers": Tag(name="servers", description="JupyterLab servers"),
         "history": Tag(name="history", description="What happened"),
         "culling": Tag(name="culling", description="Whether servers are stopped for want of use"),
+        "access": Tag(name="access", description="Who may do what"),
         "keeper": Tag(name="keeper", description="This service"),
     }
     for route in ROUTES:
@@ -42,10 +42,10 @@ def document(version: str) -> dict[str, Any]:
 
 
 def _describe(app: OpenAPI, route: Route, tag: Tag) -> None:
-    refusals = (422, 500, *((401,) if route.access is Access.TOKEN else ()), *route.problems)
+    refusals = (422, 500, *((401, 403) if route.rule.scope is not None else ()), *route.problems)
     answers: dict[Any, Any] = {status: _answer_doc(what) for status, what in route.answers.items()}
     answers |= {status: {"content": {problems.MEDIA_TYPE: _PROBLEM_SCHEMA}} for status in refusals}
-    security: list[dict[str, list[Any]]] = [{"token": []}] if route.access is Access.TOKEN else []
+    security: list[dict[str, list[Any]]] = [{"token": []}] if route.rule.scope is not None else []
     decorate = getattr(app, route.method.lower())(
         route.path,
         tags=[tag],

@@ -18,10 +18,13 @@ from labkeeper.core.model import FailureClass, Snapshot
 STATUS: Final[dict[type[LabkeeperError], int]] = {
     errors.InvalidSpec: 422,
     errors.ServerNotFound: 404,
+    errors.TokenNotFound: 404,
     errors.Conflict: 409,
     errors.CapacityReached: 429,
     errors.NotAuthenticated: 401,
     errors.NotAllowed: 403,
+    errors.TooManyRequests: 429,
+    errors.HostNotKnown: 421,
     errors.RequestError: 400,
     errors.StartFailed: 502,
     errors.StartTimeout: 504,

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from werkzeug.datastructures import MultiDict
 
+from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
@@ -124,6 +125,13 @@ Name = Annotated[str, AfterValidator(_check_name), Field(max_length=63, descript
 PathText = Annotated[str, AfterValidator(_check_no_nul), Field(min_length=1, max_length=4096)]
 Line = Annotated[str, AfterValidator(_check_one_line), Field(min_length=1, max_length=8192)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+User = Annotated[str, AfterValidator(_check_user), Field(max_length=32)]
+Labels = Annotated[
+    dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
+    AfterValidator(_check_labels),
+    Field(max_length=64),
+]
+Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$")]
 
 Duration = Annotated[
     float,
@@ -173,11 +181,7 @@ class ServerRequest(_Request):
         AfterValidator(_check_env),
         Field(max_length=256, description="Environment variables for the server and its local kernels."),
     ] = {}
-    labels: Annotated[
-        dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
-        AfterValidator(_check_labels),
-        Field(max_length=64, description="For the caller's own use; the list can be filtered by them."),
-    ] = {}
+    labels: Labels = Field({}, description="For the caller's own use; the list can be filtered by them.")
     memory_limit: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
         _ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
     )
@@ -187,7 +191,7 @@ class ServerRequest(_Request):
     process_limit: Annotated[int, Field(ge=16, le=2**22)] = Field(
         _ABSENT, description="Processes and threads for all of them together."
     )
-    user: Annotated[str, AfterValidator(_check_user), Field(max_length=32)] = Field(
+    user: User = Field(
         _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: the keeper's own."
     )
     idle_timeout: Duration | None = Field(
@@ -244,7 +248,7 @@ class ServerRequest(_Request):
             raise ValueError("gateway_client_key: only together with gateway_client_cert")
         return self
 
-    def spec(self, defaults: Defaults) -> ServerSpec:
+    def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
         """Make the spec, its paths checked against the disk. Raises InvalidSpec."""
         name = server_name(self.name)
         root = os.path.abspath(defaults.notebook_dir / (self.root_dir or ""))  # noqa: PTH100 - links are kept as given
@@ -317,9 +321,9 @@ class BulkRequest(ServerRequest):
             raise ValueError("port: only one server can have it; leave it out, and each takes a free one")
         return self
 
-    def specs(self, defaults: Defaults) -> list[ServerSpec]:
+    def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
         """Make the specs, in the order of the names. Raises InvalidSpec."""
-        return [self.model_copy(update={"name": name}).spec(defaults) for name in self.names]
+        return [self.model_copy(update={"name": name}).spec(defaults, caller) for name in self.names]
 
 
 class RestartRequest(ServerRequest):
@@ -336,12 +340,12 @@ class RestartRequest(ServerRequest):
             raise ValueError("name: a server keeps its name")
         return self
 
-    def revise(self, spec: ServerSpec, defaults: Defaults) -> ServerSpec | None:
+    def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
         """Make the spec that is to follow another; None where nothing is given. Raises InvalidSpec."""
         given = self.model_fields_set - {"keep_kernels"}
         if not given:
             return None
-        whole = self.model_copy(update={"name": spec.name}).spec(defaults)
+        whole = self.model_copy(update={"name": spec.name}).spec(defaults, caller)
         limits = {name: getattr(whole.limits, name) for field, name in _LIMIT_FIELDS.items() if field in given}
         plain = {name: getattr(whole, name) for name in _PLAIN_FIELDS & given}
         return replace(
@@ -389,6 +393,53 @@ _GATEWAY_FIELDS: Final = {
 """What each field of a request sets in a `Gateway`."""
 
 
+class TokenRequest(_Request):
+    """A new token."""
+
+    name: Name
+    scope: Scope = Field(
+        description="What it allows, each with those before: `read`: to see servers, not to open them; `manage`: to make, "
+        "stop and open them; `admin`: everything."
+    )
+    servers: Annotated[list[Pattern], Field(max_length=100)] = Field(
+        [], description="Patterns of names, as `team-*`: only for servers of which one fits. Default: all."
+    )
+    labels: Labels = Field({}, description="Only for servers with all of these labels.")
+    users: Annotated[list[User], Field(max_length=100)] = Field(
+        [], description="Users of the machine that its servers run as; the first one where their request names none."
+    )
+    expires_in: Annotated[Duration, Field(gt=0)] = Field(
+        _ABSENT, description="Time from now until it is good no more, as `30d`. Default: never."
+    )
+
+    @model_validator(mode="after")
+    def _admins_are_not_limited(self) -> TokenRequest:
+        if self.scope is Scope.ADMIN and not self.reach.unlimited:
+            raise ValueError("scope: an admin's token cannot be limited to some servers; choose `manage`")
+        return self
+
+    @property
+    def reach(self) -> Reach:
+        """The servers that it is for."""
+        return Reach(tuple(self.servers), self.labels, tuple(self.users))
+
+
+class LinkRequest(_Request):
+    """A link that opens a Lab."""
+
+    expires_in: Annotated[Duration, Field(gt=0, le=3600)] = Field(
+        60.0, description="Time from now until it is good no more, used or not; at most `1h`."
+    )
+    page: Annotated[str, AfterValidator(_check_landing_page), Field(max_length=1024)] = Field(
+        _ABSENT, description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_body_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
 class SnoozeRequest(_Request):
     """For how long a server is not to be culled."""
 
@@ -412,6 +463,18 @@ class ServerPath(BaseModel):
     """The server that a path names."""
 
     name: str = Field(description="Name of the server.")
+
+
+class TokenPath(BaseModel):
+    """The token that a path names."""
+
+    name: str = Field(description="Name of the token.")
+
+
+class TicketPath(BaseModel):
+    """The ticket that a link holds."""
+
+    ticket: str = Field(description="What stands in the link.")
 
 
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]

@@ -9,15 +9,26 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
+from urllib.parse import quote
 
 from flask import Flask, Response, g, request
 from pydantic import BaseModel, ValidationError
 
 from labkeeper.api import problems
-from labkeeper.api.access import Access
+from labkeeper.api.access import (
+    ADMINISTER,
+    MANAGE_SERVER,
+    MANAGE_SERVERS,
+    PUBLIC,
+    SEE_CALLER,
+    SEE_KEEPER,
+    SEE_SERVER,
+    SEE_SERVERS,
+    Rule,
+)
 from labkeeper.api.answers import (
     BulkResult,
     BulkResults,
@@ -27,21 +38,31 @@ from labkeeper.api.answers import (
     IdleList,
     KernelDebtList,
     KernelList,
+    LinkModel,
+    Me,
+    NewToken,
     Server,
     ServerList,
+    TokenList,
+    TokenModel,
     Version,
     WebhookList,
     debt_model,
     event_model,
     idle_model,
     kernel_model,
+    me_model,
+    new_token_model,
     server_model,
+    token_model,
     webhook_model,
 )
+from labkeeper.api.peer import PEER
 from labkeeper.api.requests import (
     BulkRequest,
     EventQuery,
     GetQuery,
+    LinkRequest,
     ListQuery,
     LogQuery,
     RestartRequest,
@@ -50,16 +71,20 @@ from labkeeper.api.requests import (
     SnoozeRequest,
     StartQuery,
     StopQuery,
+    TicketPath,
+    TokenPath,
+    TokenRequest,
     invalid,
     of_query,
 )
 from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
+from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
 from labkeeper.core.ports import Watch
-from labkeeper.core.times import spoken
+from labkeeper.core.times import instant, spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
@@ -67,6 +92,13 @@ _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compar
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 _FOLLOW_AGAIN: Final = 10
 """Seconds after which a place to follow in may be free."""
+_SPENT_LINK: Final = """<!doctype html>
+<html lang="en">
+<title>This link opens nothing any more</title>
+<h1>This link opens nothing any more</h1>
+<p>It was used, or it is too old, or its server was launched again. Go back to where it came from, and ask for another.</p>
+</html>
+"""
 _LOOK_EVERY: Final = 1.0
 """Seconds between two looks at whether a caller still waits."""
 
@@ -78,6 +110,7 @@ class Api:
         self._services = services
         self._keeper = services.keeper
         self._places = services.places
+        self._links = services.links
 
     # Servers
 
@@ -86,13 +119,13 @@ class Api:
 
         Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
         """
-        spec = body.spec(self._services.defaults)
-        return self._start(spec.name, lambda: self._keeper.ask(Create(spec, _origin())), query)
+        spec = body.spec(self._services.defaults, _caller())
+        return self._start(spec.name, lambda: self._create(spec), query)
 
     def list_servers(self, query: ListQuery) -> Answer:
         """List servers, by name."""
         after = _decode_cursor(query.cursor)
-        found = [s for s in self._keeper.all() if s.name > after and _matches(s, query)]
+        found = [s for s in self._visible() if s.name > after and _matches(s, query)]
         page, more = found[: query.limit], len(found) > query.limit
         listed = ServerList(servers=[self._model(s) for s in page], next=_encode_cursor(page[-1].name) if more else None)
         return _json(listed)
@@ -127,7 +160,7 @@ class Api:
 
         200 when all are ready, 202 when some still start, 207 when any could not be started; what became of each is in `results`.
         """
-        specs = body.specs(self._services.defaults)
+        specs = body.specs(self._services.defaults, _caller())
         patience = self._services.start_wait if query.wait is None else query.wait
         with ExitStack() as watching, self._patience(patience) as wait:
             end = time.monotonic() + wait
@@ -141,9 +174,48 @@ class Api:
         With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
         """
         snapshot = self._find(ServerName(path.name))
-        revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults)
+        revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults, _caller())
         order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised, origin=_origin())
         return self._start(snapshot.name, lambda: self._keeper.ask(order), query)
+
+    def rotate_token(self, path: ServerPath, query: StartQuery) -> Answer:
+        """Give a running server another Jupyter token: by a restart, since each launch has its own.
+
+        Kernels on a gateway live on, with their sessions; those beside the server end with it.
+        """
+        snapshot = self._find(ServerName(path.name))
+        if snapshot.endpoint is None:
+            raise Conflict(
+                f"cannot rotate the token of server '{snapshot.name}': it is {snapshot.state}, "
+                "and its next launch has another one anyway"
+            )
+        event = Event.RESTART if snapshot.spec.gateway is None else Event.RENEW
+        order = Order(snapshot.name, event, origin=replace(_origin(), reason="its token is rotated"))
+        return self._start(snapshot.name, lambda: self._keeper.ask(order), query)
+
+    def make_link(self, path: ServerPath, body: LinkRequest) -> Answer:
+        """Make a link that opens a running server's Lab once, within a short time, and without the Lab's token in it."""
+        snapshot = self._find(ServerName(path.name))
+        if snapshot.endpoint is None:
+            raise Conflict(f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running")
+        page = snapshot.spec.default_url if body.page is None else body.page
+        ticket = self._links.make(snapshot.name, snapshot.launch, page, lifetime=body.expires_in)
+        base = self._services.url if PEER in request.environ else request.host_url.rstrip("/")
+        expires_at = instant(time.time() + body.expires_in)
+        return _json(LinkModel(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
+
+    def open_link(self, path: TicketPath) -> Response:
+        """Open a Lab by a link that was made for it: sends the browser there, which keeps a cookie of the Lab's."""
+        link = self._links.use(path.ticket) if request.method == "GET" else None
+        snapshot = None if link is None else self._keeper.get(link.server)
+        if link is None or snapshot is None or snapshot.endpoint is None or snapshot.launch != link.launch:
+            return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
+        # Jupyter takes the token, sets its cookie, and sends the browser on to a page without it.
+        root = self._lab_root(snapshot.endpoint)
+        # Jupyter would take what stands before a colon for a scheme.
+        next_page = (snapshot.endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
+        target = f"{root}login?token={snapshot.endpoint.token}&next={quote(next_page, safe='')}"
+        return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})
 
     def get_logs(self, path: ServerPath, query: LogQuery) -> Response:
         """Give the log of a server, oldest line first; it is kept after the end of the server."""
@@ -178,7 +250,8 @@ class Api:
     def list_server_events(self, path: ServerPath, query: EventQuery) -> Answer | Response:
         """Tell the same of one server; its history is kept when it is deleted."""
         name = ServerName(path.name)
-        if not self._services.history.latest(server=name, limit=1):
+        _caller().needs_name(name)
+        if not self._services.history.latest(server=name, limit=1, reach=_caller().reach):
             self._find(name)
         return self._events(name, query)
 
@@ -194,7 +267,7 @@ class Api:
 
     def list_idle(self) -> Answer:
         """Explain the same of all servers by the last look at each, those first that would be stopped first; stops nothing."""
-        listed = [idle_model(self._services.culler.foretell(snapshot)) for snapshot in self._keeper.all()]
+        listed = [idle_model(self._services.culler.foretell(snapshot)) for snapshot in self._visible()]
         return _json(IdleList(servers=sorted(listed, key=lambda one: (one.stops_at is None, one.stops_at, one.name))))
 
     def snooze_server(self, path: ServerPath, body: SnoozeRequest) -> Answer:
@@ -205,6 +278,27 @@ class Api:
         until = time.time() + body.time if body.time else None
         reply = _reply(self._keeper.ask(Snooze(ServerName(path.name), until, _origin())))
         return _json(idle_model(self._services.culler.foretell(reply.snapshot)))
+
+    # Tokens
+
+    def create_token(self, body: TokenRequest) -> Answer:
+        """Make a token. What it is shown as stands in this answer alone: it is kept as a hash."""
+        tokens = self._services.tokens
+        token, text = tokens.make(body.name, body.scope, body.reach, lifetime=body.expires_in, origin=_origin())
+        return _json(new_token_model(token, text), HTTPStatus.CREATED)
+
+    def list_tokens(self) -> Answer:
+        """List all tokens but the owner's, which the state directory or a setting has, and what they allow."""
+        now = time.time()
+        return _json(TokenList(tokens=[token_model(token, now) for token in self._services.tokens.all()]))
+
+    def revoke_token(self, path: TokenPath) -> Answer:
+        """Let a token be good no more, at once: answers that go on end, too."""
+        return _json(token_model(self._services.tokens.revoke(path.name, origin=_origin()), time.time()))
+
+    def get_me(self) -> Answer:
+        """Say who the caller is to the keeper, and what they may."""
+        return _json(me_model(_caller()))
 
     # The keeper
 
@@ -274,9 +368,9 @@ class Api:
         if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
             return self._follow_events(server, _last_event_id(query))
         if query.after is None:
-            page = history.latest(server=server, limit=query.limit)
+            page = history.latest(server=server, limit=query.limit, reach=_caller().reach)
         else:
-            page = history.after(query.after, server=server, limit=query.limit)
+            page = history.after(query.after, server=server, limit=query.limit, reach=_caller().reach)
         more = bool(page) and page[-1].id < history.last_id
         return _json(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
 
@@ -290,7 +384,9 @@ class Api:
         known = history.first_id() - 1
         # From the first one on, nobody has missed any.
         missed = max(0, known - after) if after else 0
-        entries = history.follow(history.last_id if after is None else after, server=server, look=_LOOK_EVERY)
+        entries = history.follow(
+            history.last_id if after is None else after, server=server, look=_LOOK_EVERY, reach=_caller().reach
+        )
         return self._live(server_sent(entries, missed, gone()), EVENT_STREAM)
 
     def _start(self, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
@@ -301,11 +397,18 @@ class Api:
         location = {"Location": f"/api/servers/{name}"}
         return _json(server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location)
 
+    def _create(self, spec: ServerSpec) -> Reply | None:
+        """Ask for a server; of one that is none of the caller's business they hear no more than that its name is taken."""
+        known = self._keeper.get(spec.name)
+        if known is not None and not _caller().sees(known):
+            raise Conflict(f"cannot start server '{spec.name}': the name is taken; choose another one")
+        return self._keeper.ask(Create(spec, _origin()))
+
     def _begun(self, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
         """Ask for one of many, and wait for nothing but the fleet's word."""
         watch = watching.enter_context(self._keeper.watch(spec.name))
         try:
-            return _Begun(watch, _reply(self._keeper.ask(Create(spec, _origin()))))
+            return _Begun(watch, _reply(self._create(spec)))
         except LabkeeperError as error:
             return error
 
@@ -349,13 +452,19 @@ class Api:
             raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
         return snapshot
 
+    def _visible(self) -> list[Snapshot]:
+        """Give the servers within the caller's reach, by name."""
+        caller = _caller()
+        return [snapshot for snapshot in self._keeper.all() if caller.sees(snapshot)]
+
     def _is_live(self, name: ServerName) -> bool:
         snapshot = self._keeper.get(name)
         return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state in {State.QUEUED, State.BACKOFF})
 
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint
-        lab_url = None if endpoint is None else self._lab_url(snapshot, endpoint)
+        may_open = endpoint is not None and _caller().scope.covers(Scope.MANAGE)
+        lab_url = self._lab_url(snapshot, endpoint) if may_open and endpoint is not None else None
         return server_model(snapshot, lab_url, self._queue_position(snapshot), self._services.usage(snapshot))
 
     def _queue_position(self, snapshot: Snapshot) -> int | None:
@@ -366,15 +475,17 @@ class Api:
         return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
 
     def _lab_url(self, snapshot: Snapshot, endpoint: Endpoint) -> str:
-        """Make a link that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
+        page = snapshot.spec.default_url.lstrip("/")
+        return f"{self._lab_root(endpoint)}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+
+    def _lab_root(self, endpoint: Endpoint) -> str:
+        """Give a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
         host = self._services.advertised_host
         if host is None:
             bound = endpoint.hostname
             host = _host_of_request() if bound in _WILDCARDS else bound
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        scheme = "https" if endpoint.secure else "http"
-        page = endpoint.base_url.rstrip("/") + snapshot.spec.default_url
-        return f"{scheme}://{host}:{endpoint.port}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+        return f"{'https' if endpoint.secure else 'http'}://{host}:{endpoint.port}{endpoint.base_url.rstrip('/')}/"
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,7 +502,7 @@ class Route:
 
     method: str
     path: str
-    access: Access
+    rule: Rule
     handler: Callable[..., Answer | Response]
     tag: str
     answers: dict[int, type[BaseModel] | str]
@@ -401,40 +512,49 @@ class Route:
 
 _START: Final = (404, 409, 429, 502, 503, 504)
 ROUTES: Final = (
-    Route("POST", "/api/servers", Access.TOKEN, Api.create_server, "servers", {201: Server, 200: Server, 202: Server},
+    Route("POST", "/api/servers", MANAGE_SERVERS, Api.create_server, "servers", {201: Server, 200: Server, 202: Server},
           (400, 409, 413, 415, 429, 502, 503, 504)),
-    Route("GET", "/api/servers", Access.TOKEN, Api.list_servers, "servers", {200: ServerList}),
-    Route("GET", "/api/servers/<name>", Access.TOKEN, Api.get_server, "servers", {200: Server}, (404,)),
-    Route("DELETE", "/api/servers/<name>", Access.TOKEN, Api.delete_server, "servers", {200: Server, 202: Server},
+    Route("GET", "/api/servers", SEE_SERVERS, Api.list_servers, "servers", {200: ServerList}),
+    Route("GET", "/api/servers/<name>", SEE_SERVER, Api.get_server, "servers", {200: Server}, (404,)),
+    Route("DELETE", "/api/servers/<name>", MANAGE_SERVER, Api.delete_server, "servers", {200: Server, 202: Server},
           (404, 409, 503)),
-    Route("POST", "/api/servers/<name>/stop", Access.TOKEN, Api.stop_server, "servers", {200: Server, 202: Server},
+    Route("POST", "/api/servers/<name>/stop", MANAGE_SERVER, Api.stop_server, "servers", {200: Server, 202: Server},
           (400, 404, 409, 413, 415, 503)),
-    Route("POST", "/api/servers/<name>/start", Access.TOKEN, Api.start_server, "servers",
+    Route("POST", "/api/servers/<name>/start", MANAGE_SERVER, Api.start_server, "servers",
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
-    Route("POST", "/api/servers/<name>/restart", Access.TOKEN, Api.restart_server, "servers",
+    Route("POST", "/api/servers/<name>/restart", MANAGE_SERVER, Api.restart_server, "servers",
           {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
-    Route("POST", "/api/bulk/start", Access.TOKEN, Api.start_many, "servers",
+    Route("POST", "/api/servers/<name>/rotate-token", MANAGE_SERVER, Api.rotate_token, "servers",
+          {201: Server, 202: Server}, (400, 413, 415, *_START)),
+    Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, Api.make_link, "servers", {201: LinkModel},
+          (400, 404, 409, 413, 415)),
+    Route("GET", "/open/<ticket>", PUBLIC, Api.open_link, "servers", {303: "text/html"}, (410,)),
+    Route("POST", "/api/bulk/start", MANAGE_SERVERS, Api.start_many, "servers",
           {200: BulkResults, 202: BulkResults, 207: BulkResults}, (400, 413, 415)),
-    Route("GET", "/api/servers/<name>/logs", Access.TOKEN, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
-    Route("GET", "/api/servers/<name>/kernels", Access.TOKEN, Api.list_kernels, "servers", {200: KernelList},
+    Route("GET", "/api/servers/<name>/logs", SEE_SERVER, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
+    Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, Api.list_kernels, "servers", {200: KernelList},
           (404, 409, 503, 504)),
-    Route("GET", "/api/kernel-debts", Access.TOKEN, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
-    Route("GET", "/api/events", Access.TOKEN, Api.list_events, "history", {200: EventList}, (429, 503)),
-    Route("GET", "/api/servers/<name>/events", Access.TOKEN, Api.list_server_events, "history", {200: EventList},
+    Route("GET", "/api/kernel-debts", SEE_KEEPER, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
+    Route("GET", "/api/events", SEE_SERVERS, Api.list_events, "history", {200: EventList}, (429, 503)),
+    Route("GET", "/api/servers/<name>/events", SEE_SERVERS, Api.list_server_events, "history", {200: EventList},
           (404, 429, 503)),
-    Route("GET", "/api/webhooks", Access.TOKEN, Api.list_webhooks, "history", {200: WebhookList}),
-    Route("GET", "/api/servers/<name>/idle", Access.TOKEN, Api.get_idle, "culling", {200: Idle}, (404,)),
-    Route("POST", "/api/servers/<name>/snooze", Access.TOKEN, Api.snooze_server, "culling", {200: Idle},
+    Route("GET", "/api/webhooks", SEE_KEEPER, Api.list_webhooks, "history", {200: WebhookList}),
+    Route("GET", "/api/servers/<name>/idle", SEE_SERVER, Api.get_idle, "culling", {200: Idle}, (404,)),
+    Route("POST", "/api/servers/<name>/snooze", MANAGE_SERVER, Api.snooze_server, "culling", {200: Idle},
           (400, 404, 413, 415, 503)),
-    Route("GET", "/api/idle", Access.TOKEN, Api.list_idle, "culling", {200: IdleList}),
-    Route("GET", "/healthz", Access.PUBLIC, Api.health, "keeper", {200: Health}),
-    Route("GET", "/readyz", Access.PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
-    Route("GET", "/metrics", Access.TOKEN, Api.metrics, "keeper", {200: "text/plain"}),
-    Route("GET", "/api/version", Access.PUBLIC, Api.version, "keeper", {200: Version}),
+    Route("GET", "/api/idle", SEE_SERVERS, Api.list_idle, "culling", {200: IdleList}),
+    Route("POST", "/api/tokens", ADMINISTER, Api.create_token, "access", {201: NewToken}, (400, 409, 413, 415, 429, 503)),
+    Route("GET", "/api/tokens", ADMINISTER, Api.list_tokens, "access", {200: TokenList}),
+    Route("DELETE", "/api/tokens/<name>", ADMINISTER, Api.revoke_token, "access", {200: TokenModel}, (404, 503)),
+    Route("GET", "/api/me", SEE_CALLER, Api.get_me, "access", {200: Me}),
+    Route("GET", "/healthz", PUBLIC, Api.health, "keeper", {200: Health}),
+    Route("GET", "/readyz", PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
+    Route("GET", "/metrics", SEE_KEEPER, Api.metrics, "keeper", {200: "text/plain"}),
+    Route("GET", "/api/version", PUBLIC, Api.version, "keeper", {200: Version}),
 )  # fmt: skip
 
-RULES: Final[dict[str | None, Access]] = {route.handler.__name__: route.access for route in ROUTES}
-"""The rule of each endpoint. The API document and its page are public and stand beside the table."""
+RULES: Final[dict[str, Rule]] = {route.handler.__name__: route.rule for route in ROUTES}
+"""The rule of each endpoint."""
 
 
 def install(app: Flask, api: Api) -> None:
@@ -524,9 +644,14 @@ def _last_event_id(query: EventQuery) -> int | None:
     return int(given)
 
 
+def _caller() -> Caller:
+    caller: Caller = g.caller
+    return caller
+
+
 def _origin() -> Origin:
     """Say who asks, for the history."""
-    return Origin("api", g.request_id)
+    return Origin(_caller().actor, g.request_id)
 
 
 def _host_of_request() -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
+from labkeeper.api.links import Links
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.core.model import KernelDebt, Sample, Snapshot, WebhookStatus
 from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
+from labkeeper.tokens import Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +27,20 @@ class Services:
     culler: Explainer
     defaults: Defaults
     version: str
-    token: str | None = field(repr=False)
-    """The bearer token; None turns access control off."""
+    tokens: Tokens
+    is_open: bool = False
+    """Whether access control is off."""
+    is_server: Callable[[int], bool] = lambda _: False
+    """Says whether a process belongs to a server of this keeper: its kernel, or a terminal."""
+    url: str = "http://127.0.0.1:8000"
+    """Where the keeper answers, as seen from its machine."""
+    hosts: Collection[str] = ()
+    """Names that lead to the keeper, beside addresses and names without a dot; `*.example.org` is all below it, `*` any."""
+    origins: Collection[str] = ()
+    """Sites whose pages may ask, as `https://hub.example.org`."""
+    max_request_rate: float = 0.0
+    """Requests a second and caller; 0: any number."""
+    links: Links = field(default_factory=Links)
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
     """Says how the webhooks fare."""
     usage: Callable[[Snapshot], Sample | None] = lambda _: None

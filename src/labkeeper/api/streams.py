@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
-from flask import Response, request
+from flask import Response, g, request
 
 from labkeeper.api.answers import event_model
 from labkeeper.core.model import HistoryEntry
@@ -40,9 +40,10 @@ class LiveResponse(Response):
 
 
 def gone() -> Callable[[], bool]:
-    """Give what says whether the caller of this request has gone, where that can be known."""
-    ask: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-    return ask
+    """Give what says whether the caller of this request has gone, where that can be known, or is to be answered no more."""
+    disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    still_good: Callable[[], bool] = g.still_good
+    return lambda: disconnected() or not still_good()
 
 
 def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
@@ -56,7 +57,9 @@ def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[
         if waiting and (not line or size > _CHUNK):
             yield "".join(waiting)
             waiting, size = [], 0
-        if not line and gone():
+            if gone():
+                return
+        elif not line and gone():
             return
     yield "".join(waiting)
 
@@ -71,10 +74,10 @@ def server_sent(entries: Iterator[HistoryEntry | None], missed: int, gone: Calla
         yield f'event: gap\ndata: {{"missed": {missed}}}\n\n'
     last = time.monotonic()
     for entry in entries:
+        if gone():
+            return
         if entry is not None:
             yield f"id: {entry.id}\nevent: {entry.kind}\ndata: {event_model(entry).model_dump_json()}\n\n"
-        elif gone():
-            return
         elif time.monotonic() - last >= _KEEP_ALIVE:
             yield ": keep-alive\n\n"
         else:

@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from labkeeper.cli import culling, keeper, servers
+from labkeeper.cli import access, culling, keeper, servers
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -20,17 +20,20 @@ from labkeeper.cli.options import Where, examples, where_options
     cls=Group,
     commands=(
         keeper.serve,
-        keeper.token,
         keeper.version,
+        access.token,
+        access.whoami,
         servers.start,
         servers.ls,
         servers.show,
         servers.stop,
         servers.restart,
+        servers.rotate_token,
         servers.logs,
         servers.events,
         culling.idle,
         culling.snooze,
+        servers.link,
         servers.open_,
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},

@@ -1,4 +1,4 @@
-"""Commands about the keeper itself: `serve`, `token`, `version`."""
+"""Commands about the keeper itself: `serve`, `version`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from labkeeper.cli.connect import connected, read_settings, token_of
+from labkeeper.cli.connect import connected, read_settings
 from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import is_terminal, print_json, waiting
-from labkeeper.core.errors import SettingsError
 
 
 class _Serve(click.Command):
@@ -56,7 +55,7 @@ def _settings_flags() -> tuple[click.Option, ...]:
 def _settings_flag(name: str, field: Any, variable: str) -> click.Option:
     kind, flag = field.annotation, f"--{name.replace('_', '-')}"
     default = field.get_default(call_default_factory=True)
-    shown = "" if default is None else f"; default: {str(default).lower() if kind is bool else default}"
+    shown = "" if default in {None, ()} else f"; default: {str(default).lower() if kind is bool else default}"
     about = f"{field.description}  [env: {variable}{shown}]"
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=about)
@@ -92,18 +91,6 @@ def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
     given = {name: value for name, value in flags.items() if value is not None}
     settings = read_settings(where, **given)
     return keeper.run(settings, first=first, announce=click.echo, at_terminal=is_terminal(sys.stdout))
-
-
-@click.command(epilog=examples('curl -H "Authorization: Bearer $(labkeeper token)" http://127.0.0.1:8000/api/servers'))
-@where_options
-@click.pass_obj
-def token(where: Where, /) -> None:
-    """Print the API token of the keeper on this machine."""
-    settings = read_settings(where)
-    found = token_of(settings)
-    if found is None:
-        raise SettingsError(f"cannot find a token in {settings.state_dir}; `labkeeper serve` makes one when it first runs there")
-    click.echo(found)
 
 
 @click.command(epilog=examples("labkeeper version --json | jq -r .version"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,17 @@ wait_option = click.option(
     help="Wait at most so long; 0: do not wait.  [default: to the end]",
 )
 name_argument = click.argument("name", default=DEFAULT_NAME)
+
+
+def pairs_of(option: str, texts: Sequence[str]) -> dict[str, str]:
+    """Read `KEY=VALUE`, once for each time that an option was given."""
+    pairs = {}
+    for text in texts:
+        key, is_pair, value = text.partition("=")
+        if not is_pair:
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=f"'{option}'")
+        pairs[key] = value
+    return pairs
 
 
 def examples(*lines: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands about servers, in the order of a server's life: `start`, `ls`, `show`, `stop`, `restart`, `logs`, `open`."""
+"""Commands about servers, in the order of a server's life: `start`, `ls`, `show`, `stop`, `restart`, `logs`, `link`, `open`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
-from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, wait_option, where_options
+from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, pairs_of, wait_option, where_options
 from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, styled, waiting
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
@@ -163,20 +163,14 @@ def _spec(file: IO[str] | None) -> dict[str, Any]:
     return {key.replace("-", "_"): value for key, value in spec.items()}
 
 
+_PAIRS: Final = {"env": "--env", "kernel_env": "--kernel-env", "labels": "--label"}
+"""Options of `KEY=VALUE`, by the field that they fill."""
+
+
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    pairs = {name: _pairs(name, options.pop(name)) for name in ("env", "kernel_env", "labels")}
+    pairs = {name: pairs_of(option, options.pop(name)) for name, option in _PAIRS.items()}
     required = {"require_gateway": False} if options.pop("no_require_gateway") else {}
     return {name: value for name, value in (options | pairs).items() if value} | required
-
-
-def _pairs(name: str, texts: Sequence[str]) -> dict[str, str]:
-    pairs = {}
-    for text in texts:
-        key, is_pair, value = text.partition("=")
-        if not is_pair:
-            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint=f"'--{name.removesuffix('s').replace('_', '-')}'")
-        pairs[key] = value
-    return pairs
 
 
 def _start(client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool) -> Server:
@@ -470,6 +464,39 @@ def _show_event(event: Event, as_json: bool) -> None:
     click.echo(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
 
 
+@click.command("rotate-token", epilog=examples("labkeeper rotate-token demo"))
+@name_argument
+@wait_option
+@as_json_option
+@where_options
+@click.pass_obj
+def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: bool) -> None:
+    """Give a running server another Jupyter token, and print its new link.
+
+    It is launched again: kernels on a gateway live on, those beside it end. Browsers have to be let in anew.
+    """
+    with connected(where) as (client, _), waiting(f"launching '{name}' again"):
+        server = client.rotate_token(name, wait=wait)
+    _show_started(server, as_json)
+
+
+@click.command(epilog=examples("labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"))
+@name_argument
+@click.option("--expires", "expires_in", metavar="TIME", help="Time from now; at most 1h.  [default: 60s]")
+@click.option("--page", metavar="PATH", help="Page to open.  [default: the server's own]")
+@as_json_option
+@where_options
+@click.pass_obj
+def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool) -> None:
+    """Print a link that opens a running server's Lab once, without the Lab's token in it."""
+    with connected(where) as (client, _), waiting("asking"):
+        made = client.link(name, expires_in=expires_in, page=page)
+    if as_json:
+        print_json(made)
+    else:
+        click.echo(made.url)
+
+
 @click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
 @name_argument
 @click.option("--print", "print_only", is_flag=True, help="Only print the link, with its token.")
@@ -481,10 +508,18 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
         server = client.get(name)
         if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
             server = client.get(name, wait_for=State.RUNNING)
-    if server.lab_url is None:
-        raise Conflict(f"cannot open server '{name}': it is {server.state}; `labkeeper start {name}` starts it")
-    if print_only or not _browse(server.lab_url):
+        if server.lab_url is None:
+            raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))
+        # A browser is told what to open on its command line, which all users of the machine can read: no token there.
+        once = None if print_only else client.link(name).url
+    if once is None or not _browse(once):
         click.echo(server.lab_url)
+
+
+_CLOSED: Final = {
+    False: "cannot open server '{0.name}': it is {0.state}; `labkeeper start {0.name}` starts it",
+    True: "cannot open server '{0.name}': your token is for reading; one with the scope 'manage' opens it",
+}
 
 
 def _browse(link: str) -> bool:

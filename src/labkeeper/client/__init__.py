@@ -21,6 +21,7 @@ import httpx
 from labkeeper.client.answers import (
     BulkResult,
     BulkResults,
+    Caller,
     Event,
     EventList,
     Exit,
@@ -36,9 +37,13 @@ from labkeeper.client.answers import (
     KernelDebtList,
     KernelList,
     Limit,
+    Link,
+    NewToken,
     Page,
     Server,
     StopReport,
+    Token,
+    TokenList,
     Usage,
     Version,
     Webhook,
@@ -49,7 +54,8 @@ from labkeeper.client.answers import (
     parse_text,
 )
 from labkeeper.client.connection import Translated, checked_token, checked_url, make_transport
-from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError
+from labkeeper.core.access import Scope
+from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError, TokenNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import NAME_RULE, server_name
 
@@ -57,6 +63,7 @@ __all__ = [
     "LONGEST_WAIT",
     "TIMEOUT",
     "BulkResult",
+    "Caller",
     "Client",
     "Event",
     "Exit",
@@ -69,9 +76,12 @@ __all__ = [
     "Kernel",
     "KernelDebt",
     "Limit",
+    "Link",
+    "NewToken",
     "Revision",
     "Server",
     "StopReport",
+    "Token",
     "Usage",
     "Webhook",
 ]
@@ -130,6 +140,8 @@ class Client:
     Proxies of the environment are not used, so that a token for a keeper on this machine never passes through one; give an
     `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
 
+    `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token.
+
     Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
     of the API. The constructor raises SettingsError for a URL or a token that can be none.
     """
@@ -139,6 +151,7 @@ class Client:
         base_url: str,
         *,
         token: str | None = None,
+        socket: str | None = None,
         timeout: float = TIMEOUT,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
@@ -149,7 +162,10 @@ class Client:
             headers["Authorization"] = f"Bearer {checked_token(token)}"
         try:
             self._http = httpx.Client(
-                base_url=self.base_url, headers=headers, transport=transport or make_transport(self.base_url), trust_env=False
+                base_url=self.base_url,
+                headers=headers,
+                transport=transport or make_transport(self.base_url, socket),
+                trust_env=False,
             )
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
@@ -224,6 +240,20 @@ class Client:
         body = {**fields, **({"keep_kernels": True} if keep_kernels else {})}
         return self._server("POST", _path(name, "/restart"), wait=wait, waits=True, body=body or None)
 
+    def rotate_token(self, name: str, *, wait: float | None = None) -> Server:
+        """Give a running server another Jupyter token, by another launch; kernels on a gateway live on.
+
+        Raises as `start` does, and Conflict where it is not running.
+        """
+        return self._server("POST", _path(name, "/rotate-token"), wait=wait, waits=True)
+
+    def link(self, name: str, *, expires_in: float | str | None = None, page: str | None = None) -> Link:
+        """Make a link that opens a running server's Lab once, within a minute, or `expires_in`: seconds, or a text as `10m`.
+
+        Raises ServerNotFound, Conflict (not running), InvalidSpec.
+        """
+        return parse(Link, self._post(_path(name, "/link"), _given(expires_in=expires_in, page=page)))
+
     def logs(self, name: str, *, tail: int | None = None) -> str:
         """Give the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
         query = {} if tail is None else {"tail": tail}
@@ -267,6 +297,41 @@ class Client:
         """Say how the webhooks fare that events are posted to."""
         return parse(WebhookList, self._get("/api/webhooks")).webhooks
 
+    # Access
+
+    def create_token(
+        self,
+        name: str,
+        scope: Scope | str,
+        *,
+        servers: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+        users: Sequence[str] = (),
+        expires_in: float | str | None = None,
+    ) -> NewToken:
+        """Make a token: of `scope`, for servers whose names fit one of the patterns and that have all labels, run as those users.
+
+        `token` of the answer is to be shown, and told this once. Raises InvalidSpec, Conflict, NotAllowed.
+        """
+        body = {"name": name, "scope": scope, "servers": [*servers], "labels": {**(labels or {})}, "users": [*users]}
+        return parse(NewToken, self._post("/api/tokens", body | _given(expires_in=expires_in)))
+
+    def tokens(self) -> Sequence[Token]:
+        """List the tokens that were made, by name."""
+        return parse(TokenList, self._get("/api/tokens")).tokens
+
+    def revoke_token(self, name: str) -> Token:
+        """Let a token be good no more, at once. Raises TokenNotFound."""
+        try:
+            path = f"/api/tokens/{server_name(name)}"
+        except ValueError:
+            raise TokenNotFound(f"cannot find token {name!r}: a name {NAME_RULE}") from None
+        return parse(Token, self._send(self._request("DELETE", path, read=self._timeout)))
+
+    def me(self) -> Caller:
+        """Say who this client is to the keeper, and what it may."""
+        return parse(Caller, self._get("/api/me"))
+
     # Culling
 
     def idle(self, name: str) -> Idle:
@@ -279,8 +344,7 @@ class Client:
 
     def snooze(self, name: str, time: float | str) -> Idle:
         """Put off the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
-        request = self._request("POST", _path(name, "/snooze"), body={"for": time}, read=self._timeout)
-        return parse(Idle, self._send(request))
+        return parse(Idle, self._post(_path(name, "/snooze"), {"for": time}))
 
     # The keeper
 
@@ -322,6 +386,9 @@ class Client:
 
     def _get(self, path: str, query: Mapping[str, Any] | None = None) -> httpx.Response:
         return self._send(self._request("GET", path, query=query, read=self._timeout))
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> httpx.Response:
+        return self._send(self._request("POST", path, body=body, read=self._timeout))
 
     def _lines(self, path: str, query: Mapping[str, Any]) -> Iterator[str]:
         """Give the lines of an answer that goes on, as they come."""
@@ -372,6 +439,11 @@ def _path(name: str, below: str = "") -> str:
     except ValueError:
         # Asking would only put the text into a path; no server can have this name.
         raise ServerNotFound(f"cannot find server {name!r}: a name {NAME_RULE}") from None
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Leave out what was not given."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _force(force: bool) -> dict[str, str]:

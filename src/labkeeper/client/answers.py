@@ -253,6 +253,51 @@ class WebhookList(_Answer):
     webhooks: list[Webhook]
 
 
+class Allowed(_Answer):
+    """What somebody may do; without patterns and labels with all servers."""
+
+    scope: str
+    servers: tuple[str, ...] = ()
+    labels: dict[str, str] = {}
+    users: tuple[str, ...] = ()
+
+
+class Caller(Allowed):
+    """Who asks, as events name them, and what they may."""
+
+    actor: str
+
+
+class Token(Allowed):
+    """A token of the API, without what it is shown as."""
+
+    name: str
+    created_at: str
+    created_by: str
+    expires_at: str | None
+    expired: bool
+    last_used_at: str | None
+
+
+class NewToken(Token):
+    """One that was just made; `token` is told this once."""
+
+    token: str = Field(repr=False)
+
+
+class TokenList(_Answer):
+    """All but the owner's."""
+
+    tokens: tuple[Token, ...]
+
+
+class Link(_Answer):
+    """A link that opens a Lab once."""
+
+    url: str = Field(repr=False)
+    expires_at: str
+
+
 class KernelList(_Answer):
     """The kernels of a server."""
 

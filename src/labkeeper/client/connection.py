@@ -52,10 +52,12 @@ def checked_token(token: str) -> str:
     return token
 
 
-def make_transport(url: str) -> httpx.HTTPTransport:
-    """Make the real transport."""
+def make_transport(url: str, socket_path: str | None = None) -> httpx.HTTPTransport:
+    """Make the real transport: over TCP, or over the keeper's Unix socket."""
     # Plain HTTP needs no certificates, and loading them takes 40 ms; this context trusts nobody.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else ssl.create_default_context()
+    if socket_path is not None:
+        return httpx.HTTPTransport(verify=context, trust_env=False, uds=socket_path)
     return httpx.HTTPTransport(verify=context, trust_env=False, socket_options=_KEEPALIVE)
 
 

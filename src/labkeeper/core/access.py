@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from labkeeper.core.errors import NotAllowed
-from labkeeper.core.model import ServerName, ServerSpec
+from labkeeper.core.model import HistoryEntry, ServerName, ServerSpec, Snapshot
 
 
 class Scope(StrEnum):
@@ -60,6 +60,13 @@ class Reach:
 EVERYTHING: Final = Reach()
 
 
+def concerns(entry: HistoryEntry, server: ServerName | None, reach: Reach) -> bool:
+    """Whether an entry is of one server, or of any, and within a reach; what is of no server is only for who sees all."""
+    if server not in {None, entry.server}:
+        return False
+    return reach.unlimited or (entry.server is not None and reach.holds(entry.server, entry.labels))
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who asks."""
@@ -102,10 +109,38 @@ class Caller:
             raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.reach.users)}")
         return asked or self.reach.users[0]
 
-    def sees(self, name: ServerName, labels: Mapping[str, str]) -> bool:
+    def sees(self, snapshot: Snapshot) -> bool:
         """Whether a server is within the caller's reach."""
-        return self.reach.holds(name, labels)
+        return self.reach.holds(snapshot.name, snapshot.spec.labels)
 
 
 ANYBODY: Final = Caller("anybody", Scope.ADMIN)
 """Who asks where access control is off."""
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token as it is kept: what it allows, and by what it is known again. Times are seconds since the epoch."""
+
+    id: str
+    """Stands in the token itself, so that it is found without trying all of them."""
+    name: str
+    digest: str = field(repr=False)
+    """SHA-256 of the token, in hexadecimal digits; it is random enough for that to tell nothing of it."""
+    scope: Scope
+    reach: Reach
+    created_at: float
+    created_by: str
+    expires_at: float | None = None
+    """None: never."""
+    last_used_at: float | None = None
+    """To the minute; None: never."""
+
+    @property
+    def caller(self) -> Caller:
+        """Who shows it."""
+        return Caller(f"token:{self.name}", self.scope, self.reach)
+
+    def expired(self, now: float) -> bool:
+        """Whether its time is over."""
+        return self.expires_at is not None and self.expires_at <= now

@@ -4,10 +4,13 @@
       RequestError         the caller must act
         InvalidSpec          the request breaks a rule; `errors` names each field
         ServerNotFound
+        TokenNotFound
         Conflict             the name is taken, or the server is being deleted
         CapacityReached      as many servers as allowed, or too little memory; try again later
         NotAuthenticated     no token, or a wrong one
-        NotAllowed           the token may not do this
+        NotAllowed           the token may not do this; `scope` names the one that may
+        TooManyRequests      one token's in a short time; try again later
+        HostNotKnown         the request was sent to a name that is none of ours
       ServerFailed         the server must be looked at; carries the cause, the exit and the last log lines
         StartFailed
         StartTimeout
@@ -59,6 +62,12 @@ class ServerNotFound(RequestError):
     code = "server_not_found"
 
 
+class TokenNotFound(RequestError):
+    """No token has this name."""
+
+    code = "token_not_found"
+
+
 class Conflict(RequestError):
     """The name is taken; `details["differs"]` lists the fields in which the specs differ."""
 
@@ -78,9 +87,21 @@ class NotAuthenticated(RequestError):
 
 
 class NotAllowed(RequestError):
-    """The token is right, but does not allow this."""
+    """The token is right, but does not allow this; `details["scope"]` names the scope that does, where one would."""
 
     code = "not_allowed"
+
+
+class TooManyRequests(RequestError):
+    """One caller asks faster than it may; `details["retry_after"]` is in seconds."""
+
+    code = "too_many_requests"
+
+
+class HostNotKnown(RequestError):
+    """The request was sent to a host name that is none of the keeper's: a page elsewhere may have been made to send it."""
+
+    code = "host_not_known"
 
 
 class ServerFailed(LabkeeperError):

@@ -477,7 +477,7 @@ class Origin:
     """Who set something off, and why."""
 
     actor: str = "keeper"
-    """`api`, `keeper`, `culler`; later the name of a caller."""
+    """`keeper`, `culler`, or a caller: `token:NAME`, `user:NAME` of the machine, `anybody` where access control is off."""
     request_id: str | None = None
     """The request by which they did, where it was one."""
     reason: str = ""
@@ -589,6 +589,8 @@ class HistoryKind(StrEnum):
     """The culling of a server was put off."""
     ORPHANS = "orphans"
     """What an earlier keeper had left was found and ended."""
+    TOKEN = "token"  # noqa: S105 - a kind
+    """A token of the API was made or revoked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -607,6 +609,8 @@ class HistoryEntry:
     launch: int | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     """What a program wants to know of it: plain data, without secrets."""
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Of the server, as they were then: by them it is decided whose business this is."""
 
 
 @dataclass(frozen=True, slots=True)

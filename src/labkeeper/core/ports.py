@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
+from labkeeper.core.access import EVERYTHING, Reach, Token
 from labkeeper.core.culling import Explanation
 from labkeeper.core.model import (
     KEEPER,
@@ -170,6 +171,19 @@ class Store(Protocol):
         """Drop some. Raises StoreError."""
 
 
+class TokenStore(Protocol):
+    """Where tokens of the API outlive the keeper."""
+
+    def tokens(self) -> list[Token]:
+        """Give all. Raises StoreError."""
+
+    def save_token(self, token: Token) -> None:
+        """Keep one, durably before returning. Raises StoreError."""
+
+    def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
+        """Drop one. Raises StoreError."""
+
+
 class HistoryStore(Protocol):
     """Where the history outlives the keeper."""
 
@@ -182,10 +196,10 @@ class HistoryStore(Protocol):
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
         """Keep some more, durably before returning, and about as many as `keep` in all. Raises StoreError."""
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
-        """Give the oldest that are newer than an id, of one server or of all. Raises StoreError."""
+    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+        """Give the oldest that are newer than an id, of one server or of all, within a reach. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first. Raises StoreError."""
 
 
@@ -220,7 +234,7 @@ class Chronicle(Protocol):
 
 
 class History(Protocol):
-    """What has happened, for readers."""
+    """What has happened, for readers; a reach leaves out what is none of theirs."""
 
     @property
     def last_id(self) -> int:
@@ -229,13 +243,15 @@ class History(Protocol):
     def first_id(self) -> int:
         """Give the id of the oldest entry that is still known. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
 
-    def after(self, after: int, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
 
-    def follow(self, after: int, *, server: ServerName | None, look: float) -> Iterator[HistoryEntry | None]:
+    def follow(
+        self, after: int, *, server: ServerName | None, look: float, reach: Reach = EVERYTHING
+    ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
+from labkeeper.core.access import EVERYTHING, Reach, concerns
 from labkeeper.core.errors import StoreError
 from labkeeper.core.model import KEEPER, Change, HistoryEntry, HistoryKind, Origin, ServerName
 from labkeeper.core.ports import Clock, HistoryStore
@@ -39,6 +40,8 @@ class Chronicle:
         self._stored = self._last
         """The id up to which all is in the store."""
         self._closed = False
+        self._labels: dict[ServerName, Mapping[str, str]] = {}
+        """Of the servers that there are, as the last change has them."""
 
     @property
     def last_id(self) -> int:
@@ -51,13 +54,13 @@ class Chronicle:
 
     def changed(self, change: Change) -> None:
         """Write down one change of a server."""
-        kind = telling.kind_of(change)
+        kind, after = telling.kind_of(change), change.after
+        self._labels[after.name] = after.spec.labels
         if kind is not None:
-            after = change.after
-            entry = HistoryEntry(
-                0, change.at, kind, after.name, telling.sentence(change), change.origin, after.launch, telling.facts(change)
-            )
-            self._add(entry)
+            told = HistoryEntry(0, change.at, kind, after.name, telling.sentence(change), change.origin, after.launch)
+            self._add(replace(told, details=telling.facts(change)))
+        if after.forgotten:
+            del self._labels[after.name]
 
     def note(
         self,
@@ -78,31 +81,33 @@ class Chronicle:
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.note(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
-    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries, the oldest of them first. Raises StoreError."""
         with self._news:
-            unsaved = [e for e in self._recent if e.id > self._stored and server in {None, e.server}]
-        return [*self._store.latest(server=server, limit=limit), *unsaved][-limit:]
+            unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, reach)]
+        return [*self._store.latest(server=server, limit=limit, reach=reach), *unsaved][-limit:]
 
-    def after(self, after: int, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
         # Ids have no gaps: when the one that follows is at hand, all that follow are.
         if after >= self._last or (recent and recent[0].id <= after + 1):
-            return [e for e in recent if e.id > after and server in {None, e.server}][:limit]
-        return self._store.remembered(after=after, server=server, limit=limit)
+            return [e for e in recent if e.id > after and concerns(e, server, reach)][:limit]
+        return self._store.remembered(after=after, server=server, limit=limit, reach=reach)
 
-    def follow(self, after: int, *, server: ServerName | None, look: float) -> Iterator[HistoryEntry | None]:
+    def follow(
+        self, after: int, *, server: ServerName | None, look: float, reach: Reach = EVERYTHING
+    ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
 
         Raises StoreError.
         """
         while True:
             newest = self._last
-            page = self.after(after, server=server, limit=_PAGE)
+            page = self.after(after, server=server, limit=_PAGE, reach=reach)
             yield from page
-            # What is no newer than that, and not in the page, is of another server.
+            # What is no newer than that, and not in the page, is somebody else's.
             after = page[-1].id if len(page) == _PAGE else max(after, newest, *(entry.id for entry in page[-1:]))
             with self._news:
                 if self._last > after:
@@ -121,7 +126,8 @@ class Chronicle:
 
     def _add(self, entry: HistoryEntry) -> None:
         with self._news:
-            entry = replace(entry, id=self._last + 1)
+            labels = self._labels.get(entry.server, {}) if entry.server is not None else {}
+            entry = replace(entry, id=self._last + 1, labels=labels)
             self._last = entry.id
             self._recent.append(entry)
             self._save()

@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
+from labkeeper.core.access import EVERYTHING, Reach, Token, concerns
 from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
@@ -91,6 +92,8 @@ class MemoryStore:
         self.owed: dict[str, KernelDebt] = {}
         """By the kernel's id."""
         self.history: list[HistoryEntry] = []
+        self.kept_tokens: dict[str, Token] = {}
+        """By their ids."""
         self.failing = False
         """While true every call raises StoreError."""
 
@@ -140,14 +143,29 @@ class MemoryStore:
         self._check("write")
         self.history = [*self.history, *entries][-keep:]
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
         self._check("read")
-        return [entry for entry in self.history if entry.id > after and server in {None, entry.server}][:limit]
+        return [entry for entry in self.history if entry.id > after and concerns(entry, server, reach)][:limit]
 
-    def latest(self, *, server: ServerName | None, limit: int) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
-        return self.remembered(after=0, server=server, limit=len(self.history))[-limit:]
+        return self.remembered(after=0, server=server, limit=len(self.history), reach=reach)[-limit:]
+
+    def tokens(self) -> list[Token]:
+        """Give all."""
+        self._check("read")
+        return list(self.kept_tokens.values())
+
+    def save_token(self, token: Token) -> None:
+        """Keep one."""
+        self._check("write")
+        self.kept_tokens[token.id] = token
+
+    def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
+        """Drop one."""
+        self._check("write")
+        self.kept_tokens.pop(id, None)
 
     def _check(self, what: str) -> None:
         if self.failing:

@@ -1,0 +1,59 @@
+"""Links that open a Lab once, and soon: what stands in them is worth nothing afterwards, and holds no token of the Lab."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from labkeeper.core.model import ServerName
+
+_MOST: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a link opens."""
+
+    server: ServerName
+    launch: int
+    """It opens this launch, and no later one."""
+    page: str
+    """Below the server's base_url."""
+    expires_at: float
+    """By the monotonic clock."""
+
+
+class Links:
+    """Knows the links that are still good, by the hashes of their tickets. Thread-safe. They end with the keeper."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._good: dict[str, Link] = {}
+        """The oldest first."""
+
+    def make(self, server: ServerName, launch: int, page: str, *, lifetime: float) -> str:
+        """Give the ticket of a new link, good for `lifetime` seconds; where there are too many, the oldest is good no more."""
+        ticket = secrets.token_urlsafe(32)
+        now = self._clock()
+        with self._lock:
+            self._good = {known: link for known, link in self._good.items() if link.expires_at > now}
+            if len(self._good) >= _MOST:
+                del self._good[next(iter(self._good))]
+            self._good[_hash(ticket)] = Link(server, launch, page, now + lifetime)
+        return ticket
+
+    def use(self, ticket: str) -> Link | None:
+        """Give what a ticket opens, once; None where it is not known, was used, or is too old."""
+        with self._lock:
+            link = self._good.pop(_hash(ticket), None)
+        return link if link is not None and link.expires_at > self._clock() else None
+
+
+def _hash(ticket: str) -> str:
+    return hashlib.sha256(ticket.encode(errors="replace")).hexdigest()

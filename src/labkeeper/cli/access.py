@@ -1,0 +1,141 @@
+"""Commands about who may do what: `token` with `create`, `ls` and `revoke`; `whoami`."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from labkeeper.cli.connect import connected, read_settings, token_of
+from labkeeper.cli.options import Where, as_json_option, examples, pairs_of, where_options
+from labkeeper.cli.output import ago, is_terminal, print_json, print_table, say, waiting
+from labkeeper.core.access import Scope
+from labkeeper.core.errors import SettingsError
+
+if TYPE_CHECKING:
+    from labkeeper.client import Caller, Token
+
+
+@click.group(
+    invoke_without_command=True,
+    epilog=examples(
+        'curl -H "Authorization: Bearer $(labkeeper token)" http://127.0.0.1:8000/api/servers',
+        "labkeeper token create ci --scope manage --server 'ci-*' --expires 30d",
+        "labkeeper token ls",
+        "labkeeper token revoke ci",
+    ),
+)
+@where_options
+@click.pass_context
+def token(context: click.Context, /) -> None:
+    """Print the owner's API token of the keeper on this machine; or make, list and revoke others.
+
+    The owner's token may do everything. Others have a scope, and may be limited to some servers.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    settings = read_settings(context.ensure_object(Where))
+    found = token_of(settings)
+    if found is None:
+        raise SettingsError(f"cannot find a token in {settings.state_dir}; `labkeeper serve` makes one when it first runs there")
+    click.echo(found)
+
+
+@token.command(
+    epilog=examples(
+        "labkeeper token create monitoring --scope read",
+        "labkeeper token create ada --scope manage --server 'ada-*' --user ada",
+        "labkeeper token create blue --scope manage --label team=blue --expires 90d",
+    )
+)
+@click.argument("name")
+@click.option("--scope", type=click.Choice(list(Scope)), required=True, help="What it allows.")
+@click.option("--server", "servers", multiple=True, metavar="PATTERN", help="Only for servers of such names; repeatable.")
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only for servers with this label; repeatable.")
+@click.option("--user", "users", multiple=True, metavar="NAME", help="User that its servers run as; repeatable.")
+@click.option("--expires", "expires_in", metavar="TIME", help="Time from now, as 12h or 30d.  [default: never]")
+@as_json_option
+@where_options
+@click.pass_obj
+def create(
+    where: Where,
+    /,
+    name: str,
+    *,
+    scope: str,
+    servers: tuple[str, ...],
+    labels: tuple[str, ...],
+    users: tuple[str, ...],
+    expires_in: str | None,
+    as_json: bool,
+) -> None:
+    """Make a token and print it. It is shown this once."""
+    chosen = pairs_of("--label", labels)
+    with connected(where) as (client, _), waiting("asking"):
+        made = client.create_token(name, scope, servers=servers, labels=chosen, users=users, expires_in=expires_in)
+    if as_json:
+        print_json(made)
+        return
+    click.echo(made.token)
+    if is_terminal(sys.stderr):
+        say("keep it now: it is not shown again")
+
+
+@token.command(epilog=examples("labkeeper token ls", "labkeeper token ls --json | jq -r '.tokens[].name'"))
+@as_json_option
+@where_options
+@click.pass_obj
+def ls(where: Where, /, *, as_json: bool) -> None:
+    """List the tokens that were made, what they allow, and when they were last used."""
+    with connected(where) as (client, _), waiting("asking"):
+        found = client.tokens()
+    if as_json:
+        print_json({"tokens": [one.model_dump(mode="json") for one in found]})
+        return
+    rows = [
+        (
+            one.name,
+            one.scope,
+            _limits(one),
+            "expired" if one.expired else one.expires_at or "never",
+            ago(one.last_used_at) if one.last_used_at else "never",
+        )
+        for one in found
+    ]
+    print_table(("NAME", "SCOPE", "FOR", "EXPIRES", "LAST USED"), rows)
+    if not found and is_terminal(sys.stderr):
+        say("no tokens but the owner's; `labkeeper token create` makes one")
+
+
+@token.command(epilog=examples("labkeeper token revoke ci"))
+@click.argument("name")
+@where_options
+@click.pass_obj
+def revoke(where: Where, /, name: str) -> None:
+    """Let a token be good no more, at once."""
+    with connected(where) as (client, _), waiting("asking"):
+        client.revoke_token(name)
+    if is_terminal(sys.stderr):
+        say(f"token '{name}' is revoked")
+
+
+@click.command(epilog=examples("labkeeper whoami", "LABKEEPER_TOKEN=lk_... labkeeper whoami --url https://labs.example.org"))
+@as_json_option
+@where_options
+@click.pass_obj
+def whoami(where: Where, /, *, as_json: bool) -> None:
+    """Say who you are to the keeper, and what you may do there."""
+    with connected(where) as (client, _), waiting("asking"):
+        found = client.me()
+    if as_json:
+        print_json(found)
+    else:
+        click.echo(f"{found.actor}: {found.scope}, {_limits(found)}")
+
+
+def _limits(found: Caller | Token) -> str:
+    """Say for which servers somebody may do what their scope allows."""
+    labels = [f"{key}={value}" for key, value in found.labels.items()]
+    parts = (*found.servers, *labels, *(f"as {user}" for user in found.users))
+    return ", ".join(parts) or "all servers"

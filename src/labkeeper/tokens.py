@@ -1,0 +1,123 @@
+"""Tokens of the API: made, shown once, known again by their hashes, revoked.
+
+A token reads `lk_ID_SECRET`. By its id it is found, by its hash it is compared, in constant time; of the secret nothing is kept.
+The owner's token, from the state directory or the settings, stands beside them and may do everything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Final
+
+from labkeeper.core.access import Caller, Reach, Scope, Token
+from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
+from labkeeper.core.model import KEEPER, HistoryKind, Origin
+from labkeeper.core.ports import Chronicle, Clock, TokenStore
+
+OWNER: Final = Caller("token:owner", Scope.ADMIN)
+"""Whoever shows the owner's token."""
+
+_FORM: Final = re.compile(r"lk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
+_MOST: Final = 1000
+_USE_EVERY: Final = 60.0
+"""Seconds in which one use of a token is written down at most."""
+_NO_TOKEN: Final = hashlib.sha256(b"").hexdigest()
+"""The hash of what nobody can show."""
+
+
+class Tokens:
+    """Knows all of them. Thread-safe."""
+
+    def __init__(self, store: TokenStore, clock: Clock, chronicle: Chronicle, *, owner: str | None) -> None:
+        """`owner` is the owner's token; with None there is none. Raises StoreError."""
+        self._store = store
+        self._clock = clock
+        self._chronicle = chronicle
+        self._owner = _NO_TOKEN if owner is None else _digest(owner)
+        self._changing = threading.Lock()
+        self._known = {token.id: token for token in store.tokens()}
+        """By their ids. Replaced, never altered: it is read without the lock."""
+
+    def caller(self, shown: str) -> tuple[Caller, Callable[[], bool]]:
+        """Say who shows a token, and give what says whether it is still good. Raises NotAuthenticated."""
+        digest = _digest(shown)
+        if hmac.compare_digest(digest, self._owner):
+            return OWNER, lambda: True
+        found = _FORM.fullmatch(shown)
+        token = self._known.get(found[1]) if found else None
+        if not hmac.compare_digest(digest, token.digest if token else _NO_TOKEN) or token is None:
+            raise NotAuthenticated("cannot answer: the token is not known here, or was revoked")
+        now = self._clock.time()
+        if token.expired(now):
+            raise NotAuthenticated("cannot answer: the token has expired")
+        self._note_use(token, now)
+        return token.caller, lambda: self._is_good(token.id)
+
+    def all(self) -> list[Token]:
+        """Give all but the owner's, by name."""
+        return sorted(self._known.values(), key=lambda token: token.name)
+
+    def make(
+        self, name: str, scope: Scope, reach: Reach, *, lifetime: float | None, origin: Origin = KEEPER
+    ) -> tuple[Token, str]:
+        """Make a token that is good for `lifetime` seconds, or for ever; give it in words, too: they are not kept.
+
+        Raises Conflict, CapacityReached, StoreError.
+        """
+        id_ = secrets.token_hex(6)
+        text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
+        now = self._clock.time()
+        with self._changing:
+            if name == "owner" or any(token.name == name for token in self._known.values()):
+                raise Conflict(f"cannot make token '{name}': the name is taken; revoke that one first, or choose another name")
+            if len(self._known) >= _MOST:
+                raise CapacityReached(f"cannot make token '{name}': there are {_MOST}; revoke those that nobody uses")
+            expires_at = None if lifetime is None else now + lifetime
+            token = Token(id_, name, _digest(text), scope, reach, now, origin.actor, expires_at)
+            self._store.save_token(token)
+            self._known = {**self._known, id_: token}
+        self._tell(f"token '{name}' was made, with the scope '{scope}'", token, origin)
+        return token, text
+
+    def revoke(self, name: str, *, origin: Origin = KEEPER) -> Token:
+        """Let a token be good no more, at once; give it. Raises TokenNotFound, StoreError."""
+        with self._changing:
+            token = next((token for token in self._known.values() if token.name == name), None)
+            if token is None:
+                raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has the names there are")
+            self._store.forget_token(token.id)
+            self._known = {id_: other for id_, other in self._known.items() if id_ != token.id}
+        self._tell(f"token '{name}' was revoked", token, origin)
+        return token
+
+    def _is_good(self, id_: str) -> bool:
+        token = self._known.get(id_)
+        return token is not None and not token.expired(self._clock.time())
+
+    def _note_use(self, token: Token, now: float) -> None:
+        if token.last_used_at is not None and 0 <= now - token.last_used_at < _USE_EVERY:
+            return
+        with self._changing:
+            if token.id not in self._known:
+                return
+            used = replace(token, last_used_at=now)
+            self._known = {**self._known, token.id: used}
+            try:
+                self._store.save_token(used)
+            except StoreError:
+                return  # It has logged it; that a token was used is no reason to refuse it.
+
+    def _tell(self, message: str, token: Token, origin: Origin) -> None:
+        self._chronicle.note(
+            HistoryKind.TOKEN, None, message, origin=origin, details={"name": token.name, "scope": str(token.scope)}
+        )
+
+
+def _digest(token: str) -> str:
+    return hashlib.sha256(token.encode(errors="replace")).hexdigest()
