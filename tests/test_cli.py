@@ -15,39 +15,28 @@ import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
 import structlog
 from click.testing import CliRunner
 
+from fake_keeper import TOKEN, fake_keeper
 from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
-from labkeeper.api.requests import Defaults
-from labkeeper.api.services import Services
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.cli import cli, output, servers
 from labkeeper.client import Gateway, Server
-from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.fleet import Fleet
 from labkeeper.core.model import OwnKernel
-from labkeeper.history.chronicle import Chronicle
-from labkeeper.metrics import Metrics
-from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.settings import Settings
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
+from labkeeper.testing.fakes import World
 
-TOKEN = "a-token-of-the-tests"
 COMMANDS = sorted(cli.commands)
 ASKING = ["start", "ls", "show", "stop", "restart", "logs", "open", "version"]
 """The commands that ask a keeper."""
 LINK = re.compile(r"http://[\w.]+:8888/lab\?token=token-of-\d+\s+")
 """The link to the default server, as the fake backend has it, and the end of its line."""
-
-
-class NoProbe:
-    def kernels(self, _endpoint):
-        return []
 
 
 @dataclass
@@ -61,41 +50,13 @@ class Served:
 
 @contextlib.contextmanager
 def serving(notebook_dir):
-    world, inbox, board = World(), Inbox(), Board()
-    lanes, backend = LanePool(inbox.hear), FakeBackend(inbox.hear, world)
-    store = MemoryStore()
-    chronicle = Chronicle(store, SystemClock(), size=1000)
-    fleet = Fleet(
-        backend=backend,
-        gate=OpenGate(),
-        ledger=MemoryLedger(),
-        store=store,
-        lanes=lanes,
-        clock=SystemClock(),
-        policy=Policy(),
-        listeners=(board, chronicle),
-    )
-    keeper = Keeper(fleet, inbox, lanes, board)
-    keeper.start()
-    services = Services(
-        keeper,
-        backend,
-        NoProbe(),
-        list,
-        chronicle,
-        Metrics(SystemClock()),
-        NoCulling(),
-        Defaults(notebook_dir, "127.0.0.1", 8888),
-        version="1.2.3",
-        token=TOKEN,
-    )
-    app = create_app(services)
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with fake_keeper(notebook_dir) as made, socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        app = create_app(made.services)
         server = WsgiServer(app, listener, threads=4, max_body=2**20)
         server.start()
-        yield Served(world, app, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        yield Served(made.world, app, url)
         server.close()
-    keeper.close()
 
 
 @pytest.fixture(autouse=True)
@@ -565,12 +526,15 @@ def test_a_closed_pipe_is_silent(served):
 
 
 def test_open_opens_the_link(served, monkeypatch):
-    """The browser gets the link; with `--print`, or where there is no browser, stdout does."""
+    """The browser gets a link that is good once; with `--print`, or where there is no browser, stdout has that with the token."""
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda link: opened.append(link) or True)
     link = run("start").stdout
     assert run("open").stdout == ""
-    assert opened == [link.strip()]
+    (once,) = opened
+    assert re.fullmatch(rf"{served.url}/open/[\w-]{{43}}", once)
+    assert httpx.get(once).headers["Location"].startswith("http://127.0.0.1:8888/login?token=token-of-")
+    assert httpx.get(once).status_code == 410
     assert run("open", "--print").stdout == link
     monkeypatch.setattr(webbrowser, "open", lambda _link: False)
     result = run("open")
@@ -706,7 +670,7 @@ def test_what_the_keeper_refuses_ends_with_1(served, monkeypatch):
     """A refused request and a wrong token are told in the keeper's words."""
     assert "base_url" in run("start", "--base-url", "nope", code=1).stderr
     monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
-    assert "without a valid token" in run("ls", code=1).stderr
+    assert "the token is not known" in run("ls", code=1).stderr
 
 
 def test_a_bug_in_the_keeper_is_told_with_its_request_id(served):

@@ -26,6 +26,7 @@ _LOOKS: Final = re.compile(
     # No part begins with a repetition, and none is long that may fail: a line of a server may be hostile.
     rf"""
       \b[0-9a-f]{{{2 * TOKEN_BYTES}}}\b
+    | \blk_[0-9a-f]{{12}}_[\w-]{{43}}
     | ({_NAMES}(?:=|%3D))[^\s"'&,;<>\#\\]+
     | ({_NAMES}\\?["']\s?:\s?\\?["'])[^"'\\]+
     | (authorization\\?["']?\s?[:=]\s?\\?["']?(?:[\w-]{{1,20}}\s)?)[^\s"',\\]{{{_SHORTEST},}}

@@ -27,8 +27,8 @@ _FORM: Final = re.compile(r"lk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _MOST: Final = 1000
 _USE_EVERY: Final = 60.0
 """Seconds in which one use of a token is written down at most."""
-_NO_TOKEN: Final = hashlib.sha256(b"").hexdigest()
-"""The hash of what nobody can show."""
+_NO_TOKEN: Final = 64 * "-"
+"""The hash of nothing that anybody can show."""
 
 
 class Tokens:
@@ -52,7 +52,10 @@ class Tokens:
         found = _FORM.fullmatch(shown)
         token = self._known.get(found[1]) if found else None
         if not hmac.compare_digest(digest, token.digest if token else _NO_TOKEN) or token is None:
-            raise NotAuthenticated("cannot answer: the token is not known here, or was revoked")
+            raise NotAuthenticated(
+                "cannot answer: the token is not known here, or was revoked; `labkeeper token` shows the owner's on the keeper's "
+                "machine"
+            )
         now = self._clock.time()
         if token.expired(now):
             raise NotAuthenticated("cannot answer: the token has expired")

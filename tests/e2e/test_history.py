@@ -76,13 +76,13 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
 
     told = events(keeper, "/api/servers/lab/events")
     assert steps(told) == [
-        ("lab", "starting", "api"),
-        ("lab", "running", "api"),
+        ("lab", "starting", "token:owner"),
+        ("lab", "running", "token:owner"),
         ("lab", "backoff", "keeper"),
         ("lab", "starting", "keeper"),
         ("lab", "running", "keeper"),
-        ("lab", "stopping", "api"),
-        ("lab", "stopped", "api"),
+        ("lab", "stopping", "token:owner"),
+        ("lab", "stopped", "token:owner"),
     ]
     assert told[0]["request_id"] == created.headers["X-Request-Id"]
     assert told[-1]["request_id"] == deleted.headers["X-Request-Id"]

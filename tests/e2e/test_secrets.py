@@ -203,6 +203,6 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert len(echoed) >= 3, "the first launch, the one after the crash, the restart"
     ids = {answer.headers["X-Request-Id"] for _, _, answer in answers}
     assert {line["request_id"] for line in about if "request_id" in line} <= ids
-    assert any(line.get("actor") == "api" and line.get("request_id") for line in about)
+    assert any(line.get("actor") == "token:owner" and line.get("request_id") for line in about)
     assert keeper.stop() == 0
     assert known.within(keeper.log.read_bytes()) == []

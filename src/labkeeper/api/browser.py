@@ -7,6 +7,7 @@ it is on. Sources: fetch.spec.whatwg.org (CORS, Origin), OWASP on DNS rebinding.
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from collections.abc import Collection, Iterable
 from typing import Final
@@ -47,7 +48,8 @@ class Guard:
         if PEER in request.environ:
             # No browser speaks to a Unix socket.
             return None
-        if not self._is_ours(_host(request.host)):
+        host = host_of(request.host)
+        if host is None or not self._is_ours(host.strip("[]").rstrip(".").lower()):
             raise HostNotKnown(
                 f"cannot answer to the host name '{request.host[:255]}'; where it is the keeper's, LABKEEPER_ALLOWED_HOSTS "
                 "must have it"
@@ -77,18 +79,16 @@ class Guard:
 
     def _is_ours(self, host: str) -> bool:
         """Whether a host name leads to us. One that an attacker owns has a dot in it, and is no address."""
-        if "." not in host or host.endswith(".localhost") or _is_address(host):
+        if not {".", ":"} & set(host) or host.endswith(".localhost") or _is_address(host):
             return True
         parents = {f"*{host[at:]}" for at in range(len(host)) if host[at] == "."}
         return not self._hosts.isdisjoint({host, "*", *parents})
 
 
-def _host(with_port: str) -> str:
-    """Give the host of a Host header, without the port, in lower letters; of what is none, something that is nobody's."""
-    try:
-        return (urlsplit(f"//{with_port}").hostname or "").rstrip(".") or "none.invalid"
-    except ValueError:
-        return "none.invalid"
+def host_of(header: str) -> str | None:
+    """Give the host name or address of a Host header, without the port; None where it is neither."""
+    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?", header)
+    return found[1] if found else None
 
 
 def _netloc(origin: str) -> str | None:
@@ -100,7 +100,7 @@ def _netloc(origin: str) -> str | None:
 
 def _is_address(host: str) -> bool:
     try:
-        ipaddress.ip_address(host.partition("%")[0])
+        ipaddress.ip_address(host)
     except ValueError:
         return False
     return True

@@ -398,8 +398,9 @@ class TokenRequest(_Request):
 
     name: Name
     scope: Scope = Field(
+        strict=False,
         description="What it allows, each with those before: `read`: to see servers, not to open them; `manage`: to make, "
-        "stop and open them; `admin`: everything."
+        "stop and open them; `admin`: everything.",
     )
     servers: Annotated[list[Pattern], Field(max_length=100)] = Field(
         [], description="Patterns of names, as `team-*`: only for servers of which one fits. Default: all."

@@ -57,6 +57,7 @@ from labkeeper.api.answers import (
     token_model,
     webhook_model,
 )
+from labkeeper.api.browser import host_of
 from labkeeper.api.peer import PEER
 from labkeeper.api.requests import (
     BulkRequest,
@@ -483,7 +484,8 @@ class Api:
         host = self._services.advertised_host
         if host is None:
             bound = endpoint.hostname
-            host = _host_of_request() if bound in _WILDCARDS else bound
+            # Over the Unix socket a caller may have no name for us.
+            host = host_of(request.host) or "127.0.0.1" if bound in _WILDCARDS else bound
         host = f"[{host}]" if ":" in host and not host.startswith("[") else host
         return f"{'https' if endpoint.secure else 'http'}://{host}:{endpoint.port}{endpoint.base_url.rstrip('/')}/"
 
@@ -652,9 +654,3 @@ def _caller() -> Caller:
 def _origin() -> Origin:
     """Say who asks, for the history."""
     return Origin(_caller().actor, g.request_id)
-
-
-def _host_of_request() -> str:
-    """Give the host name by which the caller reached us, without its port; loopback when it is not fit for a link."""
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d+)?", request.host)
-    return found[1] if found else "127.0.0.1"

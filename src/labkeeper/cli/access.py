@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @where_options
 @click.pass_context
 def token(context: click.Context, /) -> None:
-    """Print the owner's API token of the keeper on this machine; or make, list and revoke others.
+    """Print the owner's token; make, list and revoke others.
 
-    The owner's token may do everything. Others have a scope, and may be limited to some servers.
+    The owner's token of the keeper on this machine may do everything. Others have a scope, and may be limited to some servers.
     """
     if context.invoked_subcommand is not None:
         return

@@ -464,14 +464,14 @@ def _show_event(event: Event, as_json: bool) -> None:
     click.echo(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
 
 
-@click.command("rotate-token", epilog=examples("labkeeper rotate-token demo"))
+@click.command("rotate-token", epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"))
 @name_argument
 @wait_option
 @as_json_option
 @where_options
 @click.pass_obj
 def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: bool) -> None:
-    """Give a running server another Jupyter token, and print its new link.
+    """Give a running server another token, and print its new link.
 
     It is launched again: kernels on a gateway live on, those beside it end. Browsers have to be let in anew.
     """
@@ -488,7 +488,10 @@ def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: boo
 @where_options
 @click.pass_obj
 def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool) -> None:
-    """Print a link that opens a running server's Lab once, without the Lab's token in it."""
+    """Print a link that opens a running Lab once.
+
+    The Lab's token is not in it: it is worth nothing once it was used, or when its time is over.
+    """
     with connected(where) as (client, _), waiting("asking"):
         made = client.link(name, expires_in=expires_in, page=page)
     if as_json:

@@ -1,0 +1,115 @@
+"""What a browser cannot be made to do: other names for the keeper, pages of other sites, scripts in its own pages."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+from dataclasses import replace
+
+import pytest
+
+from fake_keeper import TOKEN, fake_keeper
+from labkeeper.api.app import create_app
+from labkeeper.api.peer import PEER, Peer
+
+SHOWN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture
+def services(tmp_path):
+    with fake_keeper(tmp_path) as made:
+        yield replace(made.services, hosts=["labs.example.org", "*.internal.example.org"], origins=["https://hub.example.org"])
+
+
+@pytest.fixture
+def client(services):
+    return create_app(services).test_client()
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "localhost:8000", "LOCALHOST.", "a.localhost", "127.0.0.1:80", "10.1.2.3", "[::1]:8000", "[fe80::1]", "keeper",
+     "labs.example.org", "Labs.Example.Org:443", "a.internal.example.org", "a.b.internal.example.org"],
+)  # fmt: skip
+def test_names_that_can_be_nobody_elses_are_answered(client, host):
+    assert client.get("/healthz", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example.com", "labs.example.org.evil.com", "example.org", "xlabs.example.org", "127.0.0.1.evil.com", "bad host", "a<b",
+     "[zz]", "localhost@evil.com", "internal.example.org", "evil.com:80:80", "999.1.1.1"],
+)  # fmt: skip
+def test_other_names_are_refused_whatever_the_token(client, host):
+    """A page elsewhere can make its own name lead here, and then read what it may not (DNS rebinding)."""
+    for path in ("/healthz", "/api/servers", "/api/openapi.json", "/open/x", "/nothing"):
+        answer = client.get(path, headers={"Host": host} | SHOWN)
+        assert (answer.status_code, answer.json["code"]) == (421, "host_not_known")
+        assert "LABKEEPER_ALLOWED_HOSTS" in answer.json["detail"]
+
+
+def test_a_star_stands_for_any_name(services):
+    client = create_app(replace(services, hosts=["*"])).test_client()
+    assert client.get("/healthz", headers={"Host": "whatever.example.com"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "https://hub.example.org.evil.com", "http://hub.example.org", "http://["]
+)
+def test_pages_of_other_sites_get_nothing(services, origin):
+    """Also where access control is off, which is where that matters: nothing is done, and nothing can be read."""
+    client = create_app(replace(services, is_open=True)).test_client()
+    for method, path in (("GET", "/api/servers"), ("POST", "/api/servers"), ("OPTIONS", "/api/servers")):
+        answer = client.open(path, method=method, headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+        assert (answer.status_code, answer.json["code"]) == (403, "not_allowed")
+        assert "Access-Control-Allow-Origin" not in answer.headers
+    assert client.get("/api/servers").json["servers"] == []
+
+
+def test_our_own_pages_may_ask(client):
+    assert client.get("/api/servers", headers=SHOWN | {"Origin": "http://localhost", "Host": "localhost"}).status_code == 200
+
+
+def test_a_site_that_is_allowed_may_ask_as_browsers_do(client):
+    origin = {"Origin": "https://hub.example.org"}
+    asked = client.options("/api/servers", headers=origin | {"Access-Control-Request-Method": "POST"})
+    assert asked.status_code == 204
+    assert asked.headers["Access-Control-Allow-Origin"] == "https://hub.example.org"
+    assert "Authorization" in asked.headers["Access-Control-Allow-Headers"]
+    assert "Access-Control-Allow-Credentials" not in asked.headers
+    made = client.post("/api/servers", json={}, headers=origin | SHOWN)
+    assert made.status_code == 201
+    assert made.headers["Access-Control-Allow-Origin"] == "https://hub.example.org"
+    assert made.headers["Access-Control-Expose-Headers"] == "Location, Retry-After, X-Request-Id"
+    assert "Origin" in made.headers["Vary"]
+    assert client.post("/api/servers", json={}, headers=origin).status_code == 401
+
+
+def test_without_origins_nothing_is_said_of_them(services):
+    answer = create_app(replace(services, origins=())).test_client().get("/healthz")
+    assert not {"Vary", "Access-Control-Allow-Origin"} & set(answer.headers.keys())
+
+
+def test_the_unix_socket_is_no_browser(client):
+    overrides = {PEER: Peer(1, 0, 0)}
+    assert client.get("/healthz", headers={"Host": "whatever.example.com"}, environ_overrides=overrides).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/api/servers", "/api/docs", "/api/openapi.json", "/nothing", "/open/x"])
+def test_every_answer_tells_browsers_to_be_careful(client, path):
+    headers = client.get(path).headers
+    assert headers["X-Content-Type-Options"] == "nosniff"
+    assert headers["X-Frame-Options"] == "DENY"
+    assert headers["Referrer-Policy"] == "no-referrer"
+    assert headers["Cache-Control"] == "no-store"
+    assert headers["Content-Security-Policy"].startswith("default-src 'none'")
+    assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+    assert "Set-Cookie" not in headers
+
+
+def test_the_documentation_runs_its_one_script_alone(client):
+    page = client.get("/api/docs")
+    (script,) = re.findall(r"<script>(.+?)</script>", page.text)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'self' 'sha256-{digest}';" in page.headers["Content-Security-Policy"]

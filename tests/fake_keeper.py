@@ -1,0 +1,86 @@
+"""A keeper over the fake backend, for tests of what speaks to it: everything but the servers is real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from labkeeper.api.requests import Defaults
+from labkeeper.api.services import Services
+from labkeeper.core.controller import Policy
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.model import Kernel
+from labkeeper.history.chronicle import Chronicle
+from labkeeper.metrics import Metrics
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
+from labkeeper.tokens import Tokens
+
+TOKEN = "a-token-of-the-tests"
+"""The owner's."""
+
+
+@dataclass
+class FixedProbe:
+    """Knows the kernels that it was told of, unless told that it cannot know."""
+
+    kernels_there: Sequence[Kernel] = ()
+    error: Exception | None = None
+
+    def kernels(self, _endpoint):
+        if self.error:
+            raise self.error
+        return list(self.kernels_there)
+
+
+@dataclass
+class FakeKeeper:
+    """A keeper over a world that the test steers, and what an API of it speaks for."""
+
+    keeper: Keeper
+    services: Services
+    world: World = field(default_factory=World)
+    store: MemoryStore = field(default_factory=MemoryStore)
+    probe: FixedProbe = field(default_factory=FixedProbe)
+
+
+@contextmanager
+def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> Iterator[FakeKeeper]:
+    """Run one; `services` are what its API is to speak for otherwise."""
+    world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
+    inbox, board = Inbox(), Board()
+    lanes = LanePool(inbox.hear)
+    backend = FakeBackend(inbox.hear, world)
+    chronicle = Chronicle(store, clock, size=1000)
+    fleet = Fleet(
+        backend=backend,
+        gate=OpenGate(),
+        ledger=MemoryLedger(),
+        store=store,
+        lanes=lanes,
+        clock=clock,
+        policy=policy or Policy(),
+        listeners=(board, chronicle),
+    )
+    keeper = Keeper(fleet, inbox, lanes, board)
+    keeper.start()
+    spoken_for = {
+        "keeper": keeper,
+        "backend": backend,
+        "probe": probe,
+        "debts": list,
+        "history": chronicle,
+        "meter": Metrics(clock),
+        "culler": NoCulling(),
+        "defaults": Defaults(notebook_dir, "127.0.0.1", 8888),
+        "version": "1.2.3",
+        "tokens": Tokens(store, clock, chronicle, owner=TOKEN),
+        "start_wait": 5.0,
+        "stop_wait": 5.0,
+    }
+    try:
+        yield FakeKeeper(keeper, Services(**spoken_for | services), world, store, probe)
+    finally:
+        if keeper.alive:
+            keeper.close()
