@@ -21,6 +21,7 @@ from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES, RULES
 from labkeeper.api.services import Services
+from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.fleet import Fleet
@@ -379,7 +380,7 @@ def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
     request = ServerRequest.model_validate(
         {"gateway-url": "http://g", "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"}}
     )
-    gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888)).gateway
+    gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888), ANYBODY).gateway
     assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == ("Bearer", "abc", {"X-Team": "a"})
 
 
@@ -390,14 +391,14 @@ def test_a_key_without_its_certificate_is_refused():
 
 def test_only_the_default_server_has_the_default_port(tmp_path):
     defaults = Defaults(tmp_path, "127.0.0.1", 8888)
-    assert ServerRequest().spec(defaults).port == 8888
-    assert ServerRequest(name="other").spec(defaults).port is None
-    assert ServerRequest(port=9999).spec(defaults).port == 9999
+    assert ServerRequest().spec(defaults, ANYBODY).port == 8888
+    assert ServerRequest(name="other").spec(defaults, ANYBODY).port is None
+    assert ServerRequest(port=9999).spec(defaults, ANYBODY).port == 9999
 
 
 def test_a_root_that_is_gone_is_refused(tmp_path):
     with pytest.raises(InvalidSpec) as caught:
-        ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888))
+        ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888), ANYBODY)
     assert caught.value.details["errors"][0]["field"] == "root_dir"
 
 
@@ -424,8 +425,8 @@ FULL_GATEWAY = {
 def revised(tmp_path, before, after):
     """What a server becomes that was made by one request, and restarted by another."""
     defaults = Defaults(tmp_path, "127.0.0.1", 8888)
-    spec = ServerRequest.model_validate(before).spec(defaults)
-    return spec, RestartRequest.model_validate(after).revise(spec, defaults)
+    spec = ServerRequest.model_validate(before).spec(defaults, ANYBODY)
+    return spec, RestartRequest.model_validate(after).revise(spec, defaults, ANYBODY)
 
 
 def test_a_restart_without_fields_changes_nothing(tmp_path):

@@ -55,6 +55,7 @@ from labkeeper.api.requests import (
 )
 from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
+from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
 from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
@@ -86,7 +87,7 @@ class Api:
 
         Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
         """
-        spec = body.spec(self._services.defaults)
+        spec = body.spec(self._services.defaults, ANYBODY)
         return self._start(spec.name, lambda: self._keeper.ask(Create(spec, _origin())), query)
 
     def list_servers(self, query: ListQuery) -> Answer:
@@ -127,7 +128,7 @@ class Api:
 
         200 when all are ready, 202 when some still start, 207 when any could not be started; what became of each is in `results`.
         """
-        specs = body.specs(self._services.defaults)
+        specs = body.specs(self._services.defaults, ANYBODY)
         patience = self._services.start_wait if query.wait is None else query.wait
         with ExitStack() as watching, self._patience(patience) as wait:
             end = time.monotonic() + wait
@@ -141,7 +142,7 @@ class Api:
         With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
         """
         snapshot = self._find(ServerName(path.name))
-        revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults)
+        revised = body.revise(snapshot.revised or snapshot.spec, self._services.defaults, ANYBODY)
         order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised, origin=_origin())
         return self._start(snapshot.name, lambda: self._keeper.ask(order), query)
 
