@@ -10,6 +10,7 @@ import http.client
 import json
 import re
 import ssl
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -65,8 +66,13 @@ def base_config() -> dict[str, dict[str, Any]]:
 
 
 def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -> dict[str, dict[str, Any]]:
-    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets."""
-    sections = base_config()
+    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
+
+    What is ours to say goes over the options that were asked for.
+    """
+    sections = _sections(spec.jupyter_options)
+    for section, values in base_config().items():
+        sections[section].update(values)
     sections["IdentityProvider"] = {"token": token}
     sections["LabApp"]["default_url"] = spec.default_url
     sections["ServerApp"].update(
@@ -74,6 +80,14 @@ def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -
     )
     if spec.gateway is not None:
         sections["GatewayClient"] = _gateway_settings(spec.gateway, spec.kernel_env, ca_bundle)
+    return dict(sections)
+
+
+def _sections(options: Mapping[str, Any]) -> defaultdict[str, dict[str, Any]]:
+    sections: defaultdict[str, dict[str, Any]] = defaultdict(dict)
+    for name, value in options.items():
+        section, _, trait = name.partition(".")
+        sections[section][trait] = value
     return sections
 
 

@@ -206,6 +206,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
             Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
             chosen.idle_timeout,
             chosen.max_age,
+            chosen.allowed_roots or (),
         ),
         version=ours,
         tokens=Tokens(store, clock, chronicle, owner=token),

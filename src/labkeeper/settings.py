@@ -32,6 +32,10 @@ def _absolute(path: Path) -> Path:
     return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
 
 
+def _split(given: object) -> object:
+    return tuple(filter(None, given.split(os.pathsep))) if isinstance(given, str) else given
+
+
 def _default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
 
@@ -47,6 +51,8 @@ def _names(given: Any) -> Any:
 
 
 Directory = Annotated[Path, AfterValidator(_absolute)]
+Directories = Annotated[tuple[Directory, ...], BeforeValidator(_split)]
+"""In the environment and on the command line separated as in PATH."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
@@ -71,7 +77,13 @@ class Settings(BaseModel):
         description="What lives as long as a server: configuration, runtime files. `run` in the state directory when not given.",
     )
     notebook_dir: Directory = Field(
-        default_factory=Path, description="Root directory of servers that name none, and the base of relative ones."
+        default_factory=Path,
+        description="Root directory of servers that name none, and the base of relative ones; `%u` stands for the server's user.",
+    )
+    allowed_roots: Directories | None = Field(
+        None,
+        description="Directories, separated as in `PATH`, within which the root directories of servers must be, and the files "
+        "that requests name; `%u` likewise. The notebook directory alone when not given.",
     )
     lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
     lab_port: Port = Field(

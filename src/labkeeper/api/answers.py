@@ -135,6 +135,7 @@ class Server(_Answer):
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
     idle_timeout: float | None = Field(description="Seconds without use after which it is stopped; null: never.")
     max_age: float | None = Field(description="Seconds after which it is stopped, used or not; null: never.")
+    jupyter_options: dict[str, bool | int | float] = Field(description="Options of Jupyter's own that were asked for.")
     snoozed_until: str | None = Field(description="Until when neither stops it; null when nobody has put that off.")
     gateway_url: str | None
     gateway: GatewayModel | None = Field(description="What is known of its gateway; null without one.")
@@ -394,6 +395,7 @@ def server_model(
         user=spec.user,
         idle_timeout=spec.idle_timeout,
         max_age=spec.max_age,
+        jupyter_options=dict(spec.jupyter_options),
         snoozed_until=None if snapshot.snoozed_until is None else instant(snapshot.snoozed_until),
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),

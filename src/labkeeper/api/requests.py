@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, get_origin
+from typing import Annotated, Any, ClassVar, Final, Self, get_origin
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from werkzeug.datastructures import MultiDict
 
+from labkeeper.api.options import JupyterOptions
+from labkeeper.api.roots import holds, resolved
+from labkeeper.api.variables import check_sizes, loading
 from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
-from labkeeper.core.times import duration
+from labkeeper.core.times import LONGEST_TEXT, duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +28,23 @@ class Defaults:
     """What a server gets that its request does not name."""
 
     notebook_dir: Path
+    """The directory of servers that name none; `%u` in it stands for a server's user, as in `allowed_roots`."""
     lab_ip: str
     lab_port: int
     """The port of the server named `default`."""
     limits: Limits = UNLIMITED
     idle_timeout: float | None = None
     max_age: float | None = None
+    allowed_roots: tuple[Path, ...] = ()
+    """Where the directories of servers may be; below the notebook directory alone when there is none."""
+
+    def notebooks_of(self, user: str | None) -> str:
+        """Give the notebook directory of a user."""
+        return resolved(self.notebook_dir, user)
+
+    def roots_of(self, user: str | None) -> list[str]:
+        """Give the directories within which a user's may be."""
+        return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
 
 def _check_name(text: str) -> str:
@@ -125,17 +140,19 @@ Name = Annotated[str, AfterValidator(_check_name), Field(max_length=63, descript
 PathText = Annotated[str, AfterValidator(_check_no_nul), Field(min_length=1, max_length=4096)]
 Line = Annotated[str, AfterValidator(_check_one_line), Field(min_length=1, max_length=8192)]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
+_Key63 = Annotated[str, Field(max_length=63)]
+_Key128 = Annotated[str, Field(max_length=128)]
 User = Annotated[str, AfterValidator(_check_user), Field(max_length=32)]
 Labels = Annotated[
-    dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
+    dict[_Key63, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
     AfterValidator(_check_labels),
     Field(max_length=64),
 ]
-Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$")]
+Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
 
 Duration = Annotated[
     float,
-    BeforeValidator(duration, json_schema_input_type=float | str),
+    BeforeValidator(duration, json_schema_input_type=float | Annotated[str, Field(max_length=LONGEST_TEXT)]),
 ]
 """Seconds, or a text such as `90m`, `2h`, `1d12h`."""
 
@@ -164,7 +181,8 @@ class ServerRequest(_Request):
     root_dir: PathText = Field(
         _ABSENT,
         validation_alias=AliasChoices("root_dir", "root-dir", "notebook_dir", "notebook-dir"),
-        description="Directory that the Lab shows; it must exist. A relative one is taken from the keeper's notebook directory.",
+        description="Directory that the Lab shows; it must exist, within the keeper's allowed roots. A relative one is taken "
+        "from its notebook directory.",
     )
     base_url: Annotated[str, AfterValidator(_check_path_prefix), Field(min_length=1, max_length=512)] = Field(
         "/", description="Path prefix of the server."
@@ -177,7 +195,7 @@ class ServerRequest(_Request):
         description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
     )
     env: Annotated[
-        dict[str, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
+        dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
         AfterValidator(_check_env),
         Field(max_length=256, description="Environment variables for the server and its local kernels."),
     ] = {}
@@ -209,7 +227,7 @@ class ServerRequest(_Request):
     gateway_auth_token: Line = Field(_ABSENT, description="Token that the gateway asks for.")
     gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
     gateway_headers: Annotated[
-        dict[str, Annotated[str, AfterValidator(_check_one_line), Field(max_length=8192)]],
+        dict[_Key128, Annotated[str, AfterValidator(_check_one_line), Field(max_length=8192)]],
         AfterValidator(_check_header_names),
         Field(max_length=64, description="HTTP headers of each request to the gateway."),
     ] = {}
@@ -223,7 +241,7 @@ class ServerRequest(_Request):
         True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
     )
     kernel_env: Annotated[
-        dict[str, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
+        dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
         AfterValidator(_check_kernel_env),
         Field(
             max_length=256,
@@ -232,12 +250,22 @@ class ServerRequest(_Request):
         ),
     ] = {}
 
+    jupyter_options: JupyterOptions = Field(
+        default_factory=JupyterOptions,
+        description="Options of Jupyter's own, by their names in its configuration; those that can be set stand below.",
+    )
+
     _FILES: ClassVar = ("gateway_ca_certs", "gateway_client_cert", "gateway_client_key")
 
     @model_validator(mode="before")
     @classmethod
     def _no_body_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
+
+    @model_validator(mode="after")
+    def _variables_fit(self) -> Self:
+        check_sizes(self.env, self.kernel_env)
+        return self
 
     @model_validator(mode="after")
     def _gateway_options_need_a_gateway(self) -> ServerRequest:
@@ -249,18 +277,42 @@ class ServerRequest(_Request):
         return self
 
     def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
-        """Make the spec, its paths checked against the disk. Raises InvalidSpec."""
-        name = server_name(self.name)
-        root = os.path.abspath(defaults.notebook_dir / (self.root_dir or ""))  # noqa: PTH100 - links are kept as given
+        """Make the spec, its paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        spec = self.settled(defaults, caller).whole(defaults)
+        caller.needs_spec(spec)
+        return spec
+
+    def settled(self, defaults: Defaults, caller: Caller) -> Self:
+        """Give the same request as it comes to be on this machine, links resolved. Raises InvalidSpec, NotAllowed."""
+        for field in ("env", "kernel_env"):
+            for variable in loading(getattr(self, field)):
+                what = f"set the variable '{variable}' in {field}, which changes what code is loaded"
+                caller.needs(Scope.ADMIN, what, variable=variable)
+        user = caller.user(self.user)
+        roots = defaults.roots_of(user)
+        root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
+        if not holds(roots, root):
+            raise invalid("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
         if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
             raise invalid("root_dir", f"must be a directory that the keeper can read; {root} is none")
-        for field in self._FILES:
-            path = getattr(self, field)
-            if path is not None and not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
-                raise invalid(field, "must be a file that the keeper can read")
+        files = {field: self._file(field, roots, caller) for field in self._FILES if getattr(self, field) is not None}
+        return self.model_copy(update={"user": user, "root_dir": root, **files})
+
+    def _file(self, field: str, roots: Sequence[str], caller: Caller) -> str:
+        path: str = os.path.realpath(getattr(self, field))
+        if not holds(roots, path):
+            # Before it is looked at: whether there is such a file is for an admin alone to know.
+            caller.needs(Scope.ADMIN, f"use a file outside of {' and '.join(roots)} as {field}")
+        if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
+            raise invalid(field, "must be a file that the keeper can read")
+        return path
+
+    def whole(self, defaults: Defaults) -> ServerSpec:
+        """Make the spec of a settled request."""
+        name = server_name(self.name)
         return ServerSpec(
             name=name,
-            root_dir=root,
+            root_dir=self.root_dir,
             base_url=self.base_url,
             default_url=self.default_url,
             ip=defaults.lab_ip,
@@ -277,6 +329,7 @@ class ServerRequest(_Request):
             user=self.user,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
+            jupyter_options=self.jupyter_options.chosen(),
         )
 
     def _rule(self, field: str, defaults: Defaults) -> float | None:
@@ -322,7 +375,7 @@ class BulkRequest(ServerRequest):
         return self
 
     def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
-        """Make the specs, in the order of the names. Raises InvalidSpec."""
+        """Make the specs, in the order of the names. Raises InvalidSpec, NotAllowed."""
         return [self.model_copy(update={"name": name}).spec(defaults, caller) for name in self.names]
 
 
@@ -341,18 +394,23 @@ class RestartRequest(ServerRequest):
         return self
 
     def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
-        """Make the spec that is to follow another; None where nothing is given. Raises InvalidSpec."""
+        """Make the spec that is to follow another; None where nothing is given. Raises InvalidSpec, NotAllowed."""
         given = self.model_fields_set - {"keep_kernels"}
         if not given:
             return None
-        whole = self.model_copy(update={"name": spec.name}).spec(defaults, caller)
+        # What stays decides, too, whether it may be so: a server of another user, or in a directory that is allowed no more.
+        stays = {name: getattr(spec, name) for name in {"name", "user", "root_dir"} - given}
+        request = self.model_copy(update=stays).settled(defaults, caller)
+        whole = request.whole(defaults)
         limits = {name: getattr(whole.limits, name) for field, name in _LIMIT_FIELDS.items() if field in given}
         plain = {name: getattr(whole, name) for name in _PLAIN_FIELDS & given}
-        return replace(
-            spec, **plain, limits=replace(spec.limits, **limits), gateway=self._revised_gateway(spec.gateway, whole.gateway)
-        )
+        gateway = request.revised_gateway(spec.gateway, whole.gateway)
+        revised = replace(spec, **plain, limits=replace(spec.limits, **limits), gateway=gateway)
+        caller.needs_spec(revised)
+        return revised
 
-    def _revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
+    def revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
+        """Give the gateway from the next launch on: the old one as far as this says nothing of it. Raises InvalidSpec."""
         options = self.model_fields_set & _GATEWAY_FIELDS.keys()
         if not options:
             return old
@@ -373,7 +431,19 @@ class RestartRequest(ServerRequest):
 
 
 _PLAIN_FIELDS: Final = frozenset(
-    {"root_dir", "base_url", "default_url", "port", "env", "kernel_env", "labels", "user", "idle_timeout", "max_age"}
+    {
+        "root_dir",
+        "base_url",
+        "default_url",
+        "port",
+        "env",
+        "kernel_env",
+        "labels",
+        "user",
+        "idle_timeout",
+        "max_age",
+        "jupyter_options",
+    }
 )
 _LIMIT_FIELDS: Final = {"memory_limit": "memory", "cpu_limit": "cpus", "process_limit": "processes"}
 _GATEWAY_FIELDS: Final = {
@@ -463,19 +533,19 @@ def invalid(field: str, rule: str) -> InvalidSpec:
 class ServerPath(BaseModel):
     """The server that a path names."""
 
-    name: str = Field(description="Name of the server.")
+    name: str = Field(max_length=63, description="Name of the server.")
 
 
 class TokenPath(BaseModel):
     """The token that a path names."""
 
-    name: str = Field(description="Name of the token.")
+    name: str = Field(max_length=63, description="Name of the token.")
 
 
 class TicketPath(BaseModel):
     """The ticket that a link holds."""
 
-    ticket: str = Field(description="What stands in the link.")
+    ticket: str = Field(max_length=64, description="What stands in the link.")
 
 
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
@@ -518,8 +588,10 @@ class GetQuery(_Query):
 class ListQuery(_Query):
     """Which servers to list."""
 
-    state: list[State] = Field([], description="Only servers in one of these states.")
-    label: list[str] = Field([], description="Only servers with all of these labels: `key=value`, or `key` alone.")
+    state: list[State] = Field([], max_length=32, description="Only servers in one of these states.")
+    label: list[Annotated[str, Field(max_length=320)]] = Field(
+        [], max_length=64, description="Only servers with all of these labels: `key=value`, or `key` alone."
+    )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
     cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from pydantic import BaseModel, ValidationError
 
@@ -113,5 +114,14 @@ class Room:
         if spec.gateway is None or spec.gateway.ca_certs is None:
             return None
         system = ssl.get_default_verify_paths().cafile
-        sources = [Path(path).read_text(encoding="utf-8") for path in (system, spec.gateway.ca_certs) if path]
+        sources = [_certificates(Path(path)) for path in (system, spec.gateway.ca_certs) if path]
         return write_private(self.jupyter / "gateway-ca.pem", "\n".join(sources))
+
+
+_CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----")
+
+
+def _certificates(file: Path) -> str:
+    """Read the certificates of a file, and nothing else: we may be able to read what the server's user may not."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    return "\n".join(found[0] for found in _CERTIFICATE.finditer(text))

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog=examples(
         "labkeeper start",
-        "labkeeper start demo --root-dir ~/demo --label team=blue",
+        "labkeeper start demo --root-dir ~/demo --label team=blue -o ServerApp.terminals_enabled=false",
         "labkeeper start ada bob eve --label course=5",
         "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
         'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
@@ -47,6 +47,14 @@ if TYPE_CHECKING:
 @click.option("--base-url", metavar="PATH", help="Path prefix of the Lab.")
 @click.option("--default-url", metavar="PATH", help="Page to open with.  [default: /lab]")
 @click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the Lab and its kernels; repeatable.")
+@click.option(
+    "-o",
+    "--option",
+    "jupyter_options",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
+)
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label, to filter lists by; repeatable.")
 @click.option("--memory-limit", type=Size(), metavar="SIZE", help="Memory for the Lab with its kernels, as 2G or 512MiB.")
 @click.option("--cpu-limit", type=click.FloatRange(0.01), metavar="N", help="Processors for them; 1.5 is one and a half.")
@@ -169,8 +177,18 @@ _PAIRS: Final = {"env": "--env", "kernel_env": "--kernel-env", "labels": "--labe
 
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
     pairs = {name: pairs_of(option, options.pop(name)) for name, option in _PAIRS.items()}
+    set_ = {
+        "jupyter_options": {name: _value(text) for name, text in pairs_of("--option", options.pop("jupyter_options")).items()}
+    }
     required = {"require_gateway": False} if options.pop("no_require_gateway") else {}
-    return {name: value for name, value in (options | pairs).items() if value} | required
+    return {name: value for name, value in (options | pairs | set_).items() if value} | required
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{text!r} is not JSON, such as true, 10 or 0.5", param_hint="'--option'") from error
 
 
 def _start(client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool) -> Server:
@@ -320,6 +338,7 @@ def _facts(server: Server) -> dict[str, str]:
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,
+        "options": ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(server.jupyter_options.items())),
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(server.labels.items())),
         "created": server.created_at,
         "ready": server.started_at,

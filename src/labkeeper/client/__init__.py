@@ -123,6 +123,7 @@ class Revision(TypedDict, total=False):
     gateway_request_timeout: float
     require_gateway: bool
     kernel_env: Mapping[str, str]
+    jupyter_options: Mapping[str, bool | int | float]
 
 
 class Fields(Revision, total=False):

@@ -113,6 +113,7 @@ class Server(_Answer):
     user: str | None = None
     idle_timeout: float | None = None
     max_age: float | None = None
+    jupyter_options: dict[str, bool | int | float] = {}
     snoozed_until: str | None = None
     gateway_url: str | None = None
     gateway: Gateway | None = None

@@ -76,10 +76,11 @@ class Caller:
     scope: Scope
     reach: Reach = EVERYTHING
 
-    def needs(self, scope: Scope, what: str) -> None:
+    def needs(self, scope: Scope, what: str, **details: str) -> None:
         """Raise NotAllowed unless the caller's scope covers this one; `what` ends the sentence "cannot ..."."""
         if not self.scope.covers(scope):
-            raise NotAllowed(f"cannot {what}: that needs the scope '{scope}', and yours is '{self.scope}'", scope=str(scope))
+            why = f"that needs the scope '{scope}', and yours is '{self.scope}'"
+            raise NotAllowed(f"cannot {what}: {why}", scope=str(scope), **details)
 
     def needs_everything(self, what: str) -> None:
         """Raise NotAllowed where the caller is limited to some servers."""

@@ -113,6 +113,8 @@ class ServerSpec:
     """Seconds without use after which it is stopped; None never."""
     max_age: float | None = None
     """Seconds after which it is stopped in any case; None never."""
+    jupyter_options: Mapping[str, bool | int | float] = field(default_factory=dict)
+    """Options of Jupyter's own, by their names in its configuration: `ServerApp.terminals_enabled`."""
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Name the fields in which two specs differ; values may be secret and are not given."""

@@ -10,6 +10,8 @@ from typing import Final
 LONGEST: Final = 366 * 86400.0
 """Seconds; a longer duration is most likely a mistake of the unit."""
 DURATION_RULE: Final = "must be seconds as a number, or a text such as '90m', '2h' or '1d12h', of at most 366 days"
+LONGEST_TEXT: Final = 64
+"""Characters of a text that is one."""
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
@@ -23,8 +25,8 @@ def duration(given: object) -> float:
 
 
 def _read(text: str) -> float:
-    found = _DURATION.fullmatch(text)
-    if found is None or not text:
+    found = _DURATION.fullmatch(text) if 0 < len(text) <= LONGEST_TEXT else None
+    if found is None:
         return math.nan
     sizes = (size for size, _ in _UNITS)
     return sum(float(number) * size for number, size in zip(found.groups(), sizes, strict=True) if number)

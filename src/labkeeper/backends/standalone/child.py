@@ -104,11 +104,21 @@ def enter(launch: Launch) -> None:
         os.setgroups(launch.user.groups)
         os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
         os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
-    os.chdir(launch.cwd)
+    _go_to(launch.cwd)
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
     _reseed()
+
+
+def _go_to(directory: str) -> None:
+    """Enter the root directory as the server's user: one that this user can read, and the one that was allowed."""
+    here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    os.fchdir(here)
+    os.close(here)
+    if os.getcwd() != directory:
+        # It was resolved when it was allowed; a part of it has become a link since, which may lead anywhere.
+        raise NotADirectoryError(f"the root directory {directory} leads to another place now; ask for that one, if it is meant")
 
 
 def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
