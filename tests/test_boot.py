@@ -12,8 +12,7 @@ from harness import free_port
 
 LATE = {
     "anyio",
-    "flask_openapi3",  # the API's document
-    "flask_openapi3_swagger",
+    "flask_openapi3_swagger",  # the API's page
     "httpcore",
     "httpx",
     "jupyter_server",

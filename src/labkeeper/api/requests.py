@@ -10,7 +10,20 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Self, get_origin
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AfterValidator, AliasChoices, AliasGenerator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    AliasGenerator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, core_schema
 from werkzeug.datastructures import MultiDict
 
 from labkeeper.api.options import JupyterOptions
@@ -19,8 +32,8 @@ from labkeeper.api.variables import check_sizes, loading
 from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import DEFAULT_NAME, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
-from labkeeper.core.times import LONGEST_TEXT, duration
+from labkeeper.core.model import DEFAULT_NAME, NAME_PATTERN, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
+from labkeeper.core.times import LONGEST, LONGEST_TEXT, duration
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,21 +60,48 @@ class Defaults:
         return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
 
-def _check_name(text: str) -> str:
-    server_name(text)
-    return text
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """What a text must look like: checked here, told to callers in the OpenAPI document, and said in words when it does not."""
+
+    pattern: str
+    """All of the text; means the same in Python and in ECMA 262, which JSON Schema takes patterns from."""
+    rule: str
+
+    def check(self, text: str) -> str:
+        """Give the text back. Raises ValueError with the rule."""
+        if re.fullmatch(self.pattern, text) is None:
+            raise ValueError(self.rule)
+        return text
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self.check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
-def _check_path_prefix(text: str) -> str:
-    if not re.fullmatch(r"/([A-Za-z0-9._~@-]+/)*([A-Za-z0-9._~@-]+)?", text) or ".." in text.split("/"):
-        raise ValueError("must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -")
+def _of_names(pattern: str) -> dict[str, Any]:
+    """Tell callers what the names in an object must look like."""
+    return {"propertyNames": {"pattern": f"^(?:{pattern})$"}}
+
+
+_PATH_PREFIX: Final = _Shape(
+    r"/((?!\.\./)[A-Za-z0-9._~@-]+/)*((?!\.\.$)[A-Za-z0-9._~@-]+)?",
+    "must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -",
+)
+_LANDING_PAGE: Final = _Shape(r"/(?!/)[!-~]*", "must be a path that begins with one '/', of visible ASCII characters")
+_ONE_LINE: Final = _Shape(r"[^\r\n\x00]*", "must be one line")
+_NO_NUL: Final = _Shape(r"[^\x00]*", "must not contain NUL")
+_USER: Final = _Shape(r"[a-z_][a-z0-9_.-]*", "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
+_URL: Final = _Shape(r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters")
+_VARIABLE: Final = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
+_LABEL: Final = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}"
+_HEADER: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}"
+
+
+def _closed_by_slash(text: str) -> str:
     return text if text.endswith("/") else text + "/"
-
-
-def _check_landing_page(text: str) -> str:
-    if not re.fullmatch(r"/[!-~]*", text) or text.startswith("//"):
-        raise ValueError("must be a path that begins with one '/', of visible ASCII characters")
-    return text
 
 
 def _check_http_url(text: str) -> str:
@@ -79,28 +119,9 @@ def _check_url(text: str, schemes: tuple[str, str]) -> str:
         port_fits = parts.port is None or parts.port > 0
     except ValueError:
         raise ValueError(rule) from None
-    printable = all("!" <= letter <= "~" for letter in text)
     plain = not (parts.username or parts.password or parts.query or parts.fragment)
-    if parts.scheme not in schemes or not parts.hostname or not (port_fits and printable and plain):
+    if parts.scheme not in schemes or not parts.hostname or not (port_fits and plain):
         raise ValueError(rule)
-    return text
-
-
-def _check_one_line(text: str) -> str:
-    if any(letter in text for letter in "\r\n\0"):
-        raise ValueError("must be one line")
-    return text
-
-
-def _check_no_nul(text: str) -> str:
-    if "\0" in text:
-        raise ValueError("must not contain NUL")
-    return text
-
-
-def _check_user(text: str) -> str:
-    if not re.fullmatch(r"[a-z_][a-z0-9_.-]*", text):
-        raise ValueError("must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
     return text
 
 
@@ -109,7 +130,7 @@ _OURS: Final = re.compile(r"LABKEEPER_|JUPYTER_RUNTIME_DIR$|JUPYTER_TOKEN|JUPYTE
 
 def _check_env(env: dict[str, str]) -> dict[str, str]:
     for name in env:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,127}", name):
+        if not re.fullmatch(_VARIABLE, name):
             raise ValueError(f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit")
         if _OURS.match(name):
             raise ValueError(f"name {name!r} belongs to labkeeper; use the fields of the request instead")
@@ -124,41 +145,49 @@ def _check_kernel_env(env: dict[str, str]) -> dict[str, str]:
 
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key in labels:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}", key):
+        if not re.fullmatch(_LABEL, key):
             raise ValueError(f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit")
     return labels
 
 
 def _check_header_names(headers: dict[str, str]) -> dict[str, str]:
     for name in headers:
-        if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}", name):
+        if not re.fullmatch(_HEADER, name):
             raise ValueError(f"bad header name {name[:40]!r}")
     return headers
 
 
-Name = Annotated[str, AfterValidator(_check_name), Field(max_length=63, description=f"Name of the server: {NAME_RULE}.")]
-PathText = Annotated[str, AfterValidator(_check_no_nul), Field(min_length=1, max_length=4096)]
-Line = Annotated[str, AfterValidator(_check_one_line), Field(min_length=1, max_length=8192)]
+Name = Annotated[str, _Shape(NAME_PATTERN, NAME_RULE), Field(description=f"Name of the server: {NAME_RULE}.")]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL]
+Line = Annotated[str, Field(min_length=1, max_length=8192), _ONE_LINE]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 _Key63 = Annotated[str, Field(max_length=63)]
 _Key128 = Annotated[str, Field(max_length=128)]
-User = Annotated[str, AfterValidator(_check_user), Field(max_length=32)]
+User = Annotated[str, Field(max_length=32), _USER]
 Labels = Annotated[
-    dict[_Key63, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
+    dict[_Key63, Annotated[str, Field(max_length=256), _ONE_LINE]],
+    Field(max_length=64, json_schema_extra=_of_names(_LABEL)),
     AfterValidator(_check_labels),
-    Field(max_length=64),
 ]
 Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
 
 Duration = Annotated[
     float,
-    BeforeValidator(duration, json_schema_input_type=float | Annotated[str, Field(max_length=LONGEST_TEXT)]),
+    BeforeValidator(
+        duration,
+        json_schema_input_type=Annotated[float, Field(ge=0, le=LONGEST)] | Annotated[str, Field(max_length=LONGEST_TEXT)],
+    ),
 ]
 """Seconds, or a text such as `90m`, `2h`, `1d12h`."""
 
 # A field that is absent has its default; a field that is `null` breaks its type's rule. So the types below are not optional
 # where the default is None (pydantic does not check defaults), and a `"gateway-url": null` is told apart from none at all.
 _ABSENT: Final[Any] = None
+
+
+def _such_as(*bodies: Any) -> dict[str, Any]:
+    """Show callers how it may look."""
+    return {"examples": list(bodies)}
 
 
 class _Request(BaseModel):
@@ -177,6 +206,10 @@ class _Request(BaseModel):
 class ServerRequest(_Request):
     """What a server should be. Everything has a default."""
 
+    model_config = ConfigDict(
+        json_schema_extra=_such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
+    )
+
     name: Name = DEFAULT_NAME
     root_dir: PathText = Field(
         _ABSENT,
@@ -184,10 +217,10 @@ class ServerRequest(_Request):
         description="Directory that the Lab shows; it must exist, within the keeper's allowed roots. A relative one is taken "
         "from its notebook directory.",
     )
-    base_url: Annotated[str, AfterValidator(_check_path_prefix), Field(min_length=1, max_length=512)] = Field(
+    base_url: Annotated[str, Field(min_length=1, max_length=512), _PATH_PREFIX, AfterValidator(_closed_by_slash)] = Field(
         "/", description="Path prefix of the server."
     )
-    default_url: Annotated[str, AfterValidator(_check_landing_page), Field(max_length=1024)] = Field(
+    default_url: Annotated[str, Field(max_length=1024), _LANDING_PAGE] = Field(
         "/lab", description="Page that the server opens with, below its base_url."
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
@@ -195,9 +228,13 @@ class ServerRequest(_Request):
         description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
     )
     env: Annotated[
-        dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
+        dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
+        Field(
+            max_length=256,
+            json_schema_extra=_of_names(_VARIABLE),
+            description="Environment variables for the server and its local kernels.",
+        ),
         AfterValidator(_check_env),
-        Field(max_length=256, description="Environment variables for the server and its local kernels."),
     ] = {}
     labels: Labels = Field({}, description="For the caller's own use; the list can be filtered by them.")
     memory_limit: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
@@ -218,18 +255,18 @@ class ServerRequest(_Request):
         "Default: the keeper's.",
     )
     max_age: Duration | None = Field(_ABSENT, description="Time after which it is stopped, used or not, likewise.")
-    gateway_url: Annotated[str, AfterValidator(_check_http_url), Field(max_length=2048)] = Field(
+    gateway_url: Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_http_url)] = Field(
         _ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
     )
-    gateway_ws_url: Annotated[str, AfterValidator(_check_ws_url), Field(max_length=2048)] = Field(
+    gateway_ws_url: Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_ws_url)] = Field(
         _ABSENT, description="The gateway's websocket URL; made from gateway_url when not given."
     )
     gateway_auth_token: Line = Field(_ABSENT, description="Token that the gateway asks for.")
     gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
     gateway_headers: Annotated[
-        dict[_Key128, Annotated[str, AfterValidator(_check_one_line), Field(max_length=8192)]],
+        dict[_Key128, Annotated[str, Field(max_length=8192), _ONE_LINE]],
+        Field(max_length=64, json_schema_extra=_of_names(_HEADER), description="HTTP headers of each request to the gateway."),
         AfterValidator(_check_header_names),
-        Field(max_length=64, description="HTTP headers of each request to the gateway."),
     ] = {}
     gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
     gateway_client_cert: PathText = Field(_ABSENT, description="File with the certificate to show to the gateway.")
@@ -241,13 +278,14 @@ class ServerRequest(_Request):
         True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
     )
     kernel_env: Annotated[
-        dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
-        AfterValidator(_check_kernel_env),
+        dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
         Field(
             max_length=256,
+            json_schema_extra=_of_names(_VARIABLE),
             description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
             "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
         ),
+        AfterValidator(_check_kernel_env),
     ] = {}
 
     jupyter_options: JupyterOptions = Field(
@@ -362,6 +400,8 @@ class ServerRequest(_Request):
 class BulkRequest(ServerRequest):
     """Many servers of one kind."""
 
+    model_config = ConfigDict(json_schema_extra=_such_as({"names": ["alice", "bob"], "idle_timeout": "2h"}))
+
     names: Annotated[list[Name], Field(min_length=1, max_length=200, description="Names of the servers, each once.")]
 
     @model_validator(mode="after")
@@ -381,6 +421,8 @@ class BulkRequest(ServerRequest):
 
 class RestartRequest(ServerRequest):
     """What is to be otherwise from the next launch on. What is absent stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra=_such_as({}, {"labels": {"team": "chemistry"}}))
 
     keep_kernels: bool = Field(
         default=False,
@@ -501,7 +543,7 @@ class LinkRequest(_Request):
     expires_in: Annotated[Duration, Field(gt=0, le=3600)] = Field(
         60.0, description="Time from now until it is good no more, used or not; at most `1h`."
     )
-    page: Annotated[str, AfterValidator(_check_landing_page), Field(max_length=1024)] = Field(
+    page: Annotated[str, Field(max_length=1024), _LANDING_PAGE] = Field(
         _ABSENT, description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url."
     )
 
@@ -513,6 +555,8 @@ class LinkRequest(_Request):
 
 class SnoozeRequest(_Request):
     """For how long a server is not to be culled."""
+
+    model_config = ConfigDict(json_schema_extra=_such_as({"for": "2h"}, {"for": 0}))
 
     time: Duration = Field(
         validation_alias="for", description="Time from now, as `2h`; 0 ends it. At most what the keeper allows."
@@ -533,13 +577,15 @@ def invalid(field: str, rule: str) -> InvalidSpec:
 class ServerPath(BaseModel):
     """The server that a path names."""
 
-    name: str = Field(max_length=63, description="Name of the server.")
+    name: str = Field(
+        max_length=63, description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, **_such_as("default")}
+    )
 
 
 class TokenPath(BaseModel):
     """The token that a path names."""
 
-    name: str = Field(max_length=63, description="Name of the token.")
+    name: str = Field(max_length=63, description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN})
 
 
 class TicketPath(BaseModel):

@@ -366,12 +366,13 @@ class Api:
 
     def _events(self, server: ServerName | None, query: EventQuery) -> Answer | Response:
         history = self._services.history
+        after = _last_event_id(query)
         if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
-            return self._follow_events(server, _last_event_id(query))
-        if query.after is None:
+            return self._follow_events(server, after)
+        if after is None:
             page = history.latest(server=server, limit=query.limit, reach=_caller().reach)
         else:
-            page = history.after(query.after, server=server, limit=query.limit, reach=_caller().reach)
+            page = history.after(after, server=server, limit=query.limit, reach=_caller().reach)
         more = bool(page) and page[-1].id < history.last_id
         return _json(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
 
@@ -641,7 +642,7 @@ def _last_event_id(query: EventQuery) -> int | None:
     given = request.headers.get("Last-Event-ID", "").strip()
     if not given:
         return query.after
-    if not re.fullmatch(r"\d{1,18}", given):
+    if not re.fullmatch(r"[0-9]{1,18}", given):
         raise invalid("Last-Event-ID", "must be the id of an event")
     return int(given)
 
