@@ -166,8 +166,11 @@ class SqliteStore:
         return self._select("id DESC", 0, server, reach, limit)[::-1]
 
     def _select(self, order: str, after: int, server: ServerName | None, reach: Reach, limit: int) -> list[HistoryEntry]:
-        where = ["id > ?", "coalesce(server = ?, TRUE)"]
-        given: list[object] = [after, server]
+        where = ["id > ?"]
+        given: list[object] = [after]
+        if server is not None:
+            where.append("server = ?")
+            given.append(server)
         if not reach.unlimited:
             where.append("server IS NOT NULL")
         if reach.servers:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
 from harness import until
+from labkeeper.core.access import EVERYTHING, Reach
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import HistoryKind, Origin
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.model import Change, HistoryEntry, HistoryKind, Origin, ServerSpec, Snapshot
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.store import SqliteStore
+from labkeeper.testing.fakes import MemoryStore
 
 KIND = HistoryKind.SNOOZED
 
@@ -127,3 +131,47 @@ def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
     with pytest.raises(StoreError, match="damaged"):
         store.latest(server=None, limit=1)
     store.close()
+
+
+REACHES = {
+    "everything": (EVERYTHING, [1, 2, 3, 4, 5, 6]),
+    "by name": (Reach(("a-?", "c*")), [2, 3, 4]),
+    "by a label": (Reach(labels={"team": "blue"}), [2, 5]),
+    "by labels with what a path of JSON would take for its own": (Reach(labels={'o."dd': "it's", "team": "red"}), [3]),
+    "by both": (Reach(("a-*",), {"team": "blue"}), [2]),
+    "nothing": (Reach(("zz",)), []),
+}
+
+
+@pytest.mark.parametrize(("reach", "expected"), REACHES.values(), ids=REACHES)
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock, kind, reach, expected):
+    """Alike in the store and in memory; what is of no server is only for who sees all, and of no server's history."""
+    store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
+    names = [None, "a-1", "a-2", "c", "b", None]
+    labels = [{}, {"team": "blue"}, {"team": "red", 'o."dd': "it's"}, {"team": "green"}, {"team": "blue"}, {}]
+    known = [
+        HistoryEntry(number, 1.0, KIND, name, "m", labels=of)
+        for number, (name, of) in enumerate(zip(names, labels, strict=True), start=1)
+    ]
+    store.remember(known, keep=100)
+    chronicle = Chronicle(store, clock, size=100)
+    assert ids(chronicle.after(0, server=None, limit=10, reach=reach)) == expected
+    assert ids(chronicle.latest(server=None, limit=2, reach=reach)) == expected[-2:]
+    assert ids(chronicle.latest(server="a-1", limit=9, reach=reach)) == [number for number in expected if number == 2]
+    chronicle._recent.extend(known)
+    assert ids(chronicle.after(0, server=None, limit=10, reach=reach)) == expected
+    assert ids(chronicle.after(0, server="b", limit=10, reach=reach)) == [number for number in expected if number == 5]
+    if kind == "sqlite":
+        store.close()
+
+
+def test_an_entry_has_the_labels_that_its_server_had_then(chronicle, store):
+    """They come with the changes of the server; a note about one that is gone has none."""
+    spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"})
+    snapshot = Snapshot(spec, State.STARTING, Goal.UP, 1.0, 1.0)
+    chronicle.changed(Change(Event.START, None, snapshot, 1.0))
+    noted(chronicle, 1, "lab")
+    chronicle.changed(Change(Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0))
+    noted(chronicle, 1, "lab")
+    assert [dict(entry.labels) for entry in store.history] == [{"team": "blue"}] * 3 + [{}]

@@ -531,7 +531,7 @@ ROUTES: Final = (
           {201: Server, 202: Server}, (400, 413, 415, *_START)),
     Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, Api.make_link, "servers", {201: LinkModel},
           (400, 404, 409, 413, 415)),
-    Route("GET", "/open/<ticket>", PUBLIC, Api.open_link, "servers", {303: "text/html"}, (410,)),
+    Route("GET", "/open/<ticket>", PUBLIC, Api.open_link, "servers", {303: "text/html", 410: "text/html"}),
     Route("POST", "/api/bulk/start", MANAGE_SERVERS, Api.start_many, "servers",
           {200: BulkResults, 202: BulkResults, 207: BulkResults}, (400, 413, 415)),
     Route("GET", "/api/servers/<name>/logs", SEE_SERVER, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
