@@ -572,6 +572,54 @@ def test_token_prints_the_token_alone(served, monkeypatch):
     assert "cannot find a token in /nowhere" in run("token", "--state-dir", "/nowhere", code=2).stderr
 
 
+def test_tokens_are_made_listed_and_revoked(served):
+    """A new token is the one line on stdout, to be put into a variable; it is shown this once."""
+    empty = run("token", "ls").stdout
+    assert empty.split() == ["NAME", "SCOPE", "FOR", "EXPIRES", "LAST", "USED"]
+    options = ["--scope", "manage", "--server", "ci-*", "--label", "team=blue", "--user", "ada", "--expires", "30d"]
+    (text,) = run("token", "create", "ci", *options).stdout.splitlines()
+    assert text.startswith("lk_")
+    me = run("whoami", env={"LABKEEPER_TOKEN": text}).stdout
+    assert me == "token:ci: manage, ci-*, team=blue, as ada\n"
+    assert json.loads(run("whoami", "--json").stdout)["actor"] == "token:owner"
+    made = json.loads(run("token", "create", "all", "--scope", "read", "--json").stdout)
+    assert (made["scope"], made["token"][:3]) == ("read", "lk_")
+    rows = run("token", "ls").stdout.splitlines()
+    assert re.fullmatch(r"all +read +all servers +never +never", rows[1])
+    assert re.fullmatch(r"ci +manage +ci-\*, team=blue, as ada +20\S+Z +0 s ago|ci .* ago", rows[2])
+    assert [one["name"] for one in json.loads(run("token", "ls", "--json").stdout)["tokens"]] == ["all", "ci"]
+    assert run("token", "revoke", "ci").stdout == ""
+    assert "cannot find token 'ci'" in run("token", "revoke", "ci", code=1).stderr
+    assert "cannot find token 'No Name'" in run("token", "revoke", "No Name", code=1).stderr
+    assert "is not KEY=VALUE" in run("token", "create", "x", "--scope", "read", "--label", "team", code=2).stderr
+
+
+def test_at_a_terminal_commands_about_tokens_say_what_they_did(served):
+    assert "no tokens but the owner's" in at_terminal("token", "ls")
+    assert "not shown again" in at_terminal("token", "create", "ci", "--scope", "read")
+    assert "token 'ci' is revoked" in at_terminal("token", "revoke", "ci")
+
+
+def test_a_token_for_reading_opens_nothing(served):
+    run("start")
+    text = run("token", "create", "eye", "--scope", "read").stdout.strip()
+    env = {"LABKEEPER_TOKEN": text}
+    assert "your token is for reading" in run("open", env=env, code=1).stderr
+    assert "needs the scope 'manage'" in run("link", env=env, code=1).stderr
+    assert "running" in run("ls", env=env).stdout
+
+
+def test_a_link_and_a_rotated_token(served):
+    first = run("start").stdout
+    (link,) = run("link", "--expires", "10m", "--page", "/lab/tree/a.ipynb").stdout.splitlines()
+    assert link.startswith(f"{served.url}/open/")
+    assert json.loads(run("link", "--json").stdout)["expires_at"].endswith("Z")
+    rotated = run("rotate-token").stdout
+    assert rotated != first
+    assert LINK.fullmatch(rotated)
+    assert httpx.get(link).status_code == 410
+
+
 def test_version_tells_of_both_sides(served):
     """The command's version and the keeper's; without a keeper the first is printed still."""
     ours, theirs = run("version").stdout.splitlines()

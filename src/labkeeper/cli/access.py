@@ -50,7 +50,7 @@ def token(context: click.Context, /) -> None:
     )
 )
 @click.argument("name")
-@click.option("--scope", type=click.Choice(list(Scope)), required=True, help="What it allows.")
+@click.option("--scope", type=click.Choice([str(scope) for scope in Scope]), required=True, help="What it allows.")
 @click.option("--server", "servers", multiple=True, metavar="PATTERN", help="Only for servers of such names; repeatable.")
 @click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only for servers with this label; repeatable.")
 @click.option("--user", "users", multiple=True, metavar="NAME", help="User that its servers run as; repeatable.")
