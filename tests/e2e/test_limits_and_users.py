@@ -413,8 +413,10 @@ def test_a_user_that_does_not_exist_fails_the_start(shared):
     assert shared.delete("nobody").status_code == 200
 
 
-def test_a_directory_that_a_user_cannot_enter_fails_the_start_and_is_named(shared, user):
-    (shared.notebook_dir / "closed").mkdir(mode=0o700)
+@pytest.mark.parametrize("mode", [0o700, 0o711])
+def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_named(shared, user, mode):
+    (shared.notebook_dir / "closed").mkdir(exist_ok=True)
+    (shared.notebook_dir / "closed").chmod(mode)
     answer = shared.post(name="shut-out", user=USER, root_dir="closed")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
     assert str(shared.notebook_dir / "closed") in answer.json()["detail"]

@@ -189,13 +189,13 @@ class ServerRequest(_Request):
     )
     env: Annotated[
         dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
-        AfterValidator(_check_env),
         Field(max_length=256, description="Environment variables for the server and its local kernels."),
+        AfterValidator(_check_env),
     ] = {}
     labels: Annotated[
         dict[_Key63, Annotated[str, AfterValidator(_check_one_line), Field(max_length=256)]],
-        AfterValidator(_check_labels),
         Field(max_length=64, description="For the caller's own use; the list can be filtered by them."),
+        AfterValidator(_check_labels),
     ] = {}
     memory_limit: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
         _ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
@@ -225,8 +225,8 @@ class ServerRequest(_Request):
     gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
     gateway_headers: Annotated[
         dict[_Key128, Annotated[str, AfterValidator(_check_one_line), Field(max_length=8192)]],
-        AfterValidator(_check_header_names),
         Field(max_length=64, description="HTTP headers of each request to the gateway."),
+        AfterValidator(_check_header_names),
     ] = {}
     gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
     gateway_client_cert: PathText = Field(_ABSENT, description="File with the certificate to show to the gateway.")
@@ -239,12 +239,12 @@ class ServerRequest(_Request):
     )
     kernel_env: Annotated[
         dict[_Key128, Annotated[str, AfterValidator(_check_no_nul), Field(max_length=32768)]],
-        AfterValidator(_check_kernel_env),
         Field(
             max_length=256,
             description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
             "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
         ),
+        AfterValidator(_check_kernel_env),
     ] = {}
 
     jupyter_options: JupyterOptions = Field(
@@ -482,7 +482,10 @@ def invalid(field: str, rule: str) -> InvalidSpec:
 class ServerPath(BaseModel):
     """The server that a path names."""
 
-    name: str = Field(max_length=63, description="Name of the server.")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    # A longer one is not refused, but the name of no server; the request line bounds it.
+    name: str = Field(description="Name of the server.", json_schema_extra={"maxLength": 63})
 
 
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
