@@ -225,13 +225,20 @@ def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
     """Each option reaches the server; `~` and relative directories mean the caller's."""
     (tmp_path / "here").mkdir()
     options = ["--gateway-url", "http://gw:1", "--port", "9000", "--base-url", "/a", "--default-url", "/lab/tree/x"]
-    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "--json"]
+    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "-o", "ServerApp.quit_button=false", "--json"]
     with contextlib.chdir(tmp_path):
         server = json.loads(run("start", "demo", "--root-dir", "here", *options).stdout)
     assert (server["name"], server["root_dir"]) == ("demo", str(tmp_path / "here"))
     assert (server["gateway_url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
     assert (server["default_url"], server["labels"]) == ("/lab/tree/x", {"team": "blue", "empty": ""})
+    assert server["jupyter_options"] == {"ServerApp.quit_button": False}
+    assert "options ServerApp.quit_button=false" in re.sub(" +", " ", run("show", "demo").stdout)
     assert dict(served.world.processes[0].spec.env) == {"A": "1=2"}
+
+
+def test_an_option_of_jupyter_is_json(served):
+    result = run("start", "--option", "ServerApp.quit_button=no", code=2)
+    assert "'no' is not JSON, such as true, 10 or 0.5" in result.stderr
 
 
 def test_the_whole_request_may_come_as_json(served, tmp_path):

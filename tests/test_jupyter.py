@@ -6,6 +6,7 @@ import http.server
 import json
 import socket
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -56,6 +57,16 @@ def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
     assert config["GatewayClient"]["ca_certs"] == str(tmp_path / "ca.pem")
     assert json.loads(config["GatewayClient"]["headers"]) == {"X": "header secret"}
     assert "GatewayClient" not in jupyter.config(SPEC, token="t", port=1, ca_bundle=None)
+
+
+def test_options_stand_beside_what_is_ours_to_say_and_never_over_it():
+    options = {"ServerApp.terminals_enabled": False, "ServerApp.port_retries": 9, "LabApp.extension_manager": 0, "New.trait": 1.5}
+    config = jupyter.config(replace(SPEC, jupyter_options=options), token="t", port=1, ca_bundle=None)
+    assert config["ServerApp"]["terminals_enabled"] is False
+    assert config["ServerApp"]["port_retries"] == 0
+    assert config["LabApp"]["extension_manager"] == "readonly"
+    assert config["New"] == {"trait": 1.5}
+    assert type(config) is dict
 
 
 def test_what_all_servers_have_in_common_holds_no_secret_and_is_not_altered_by_one():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from labkeeper import settings
@@ -48,6 +50,17 @@ def test_paths_become_absolute_and_homes_are_found(tmp_path, monkeypatch):
     chosen = settings.load()
     assert (chosen.state_dir, chosen.rooms) == (tmp_path / "here", tmp_path / "there")
     assert chosen.notebook_dir == tmp_path
+
+
+def test_directories_are_separated_as_in_a_path_or_a_list_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("LABKEEPER_ALLOWED_ROOTS", "/srv:~/there::/home/%u")
+    assert settings.load().allowed_roots == (Path("/srv"), tmp_path / "there", Path("/home/%u"))
+    monkeypatch.delenv("LABKEEPER_ALLOWED_ROOTS")
+    assert settings.load().allowed_roots is None
+    file = tmp_path / "labkeeper.toml"
+    file.write_text('allowed_roots = ["/srv", "/home/%u"]')
+    monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
+    assert settings.load().allowed_roots == (Path("/srv"), Path("/home/%u"))
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ FULL = Snapshot(
         port=8888,
         env={"A": "1"},
         labels={"team": "ä"},
+        jupyter_options={"A.switch": False, "A.count": 1, "A.rate": 1.5},
         gateway=Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5),
     ),
     state=State.FAILED,

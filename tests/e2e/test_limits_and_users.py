@@ -406,6 +406,26 @@ def test_a_server_of_a_user_is_limited_as_any_other(shared, user):
     assert not groups(shared, "both")
 
 
+def test_a_user_s_servers_are_in_its_own_directory_and_in_no_other(user, passable):
+    homes = passable / "homes"
+    keeper = PassableKeeper(passable / "own", runtime_dir=passable / "own-run", launch_by="exec", notebook_dir=homes / "%u")
+    keeper.base.chmod(0o755)
+    for name in (USER, "root"):
+        (homes / name).mkdir(parents=True)
+        os.chown(homes / name, pwd.getpwnam(name).pw_uid, -1)
+    keeper.start()
+    try:
+        server = keeper.post(name="a", user=USER).json()
+        assert server["notebook_dir"] == str(homes / USER)
+        assert keeper.post(name="b").json()["notebook_dir"] == str(homes / "root")
+        for other in ("../root", str(homes), "/root"):
+            answer = keeper.post(name="c", user=USER, root_dir=other)
+            assert answer.status_code == 422
+            assert f"must be within {homes / USER} (LABKEEPER_ALLOWED_ROOTS)" in answer.json()["detail"]
+    finally:
+        keeper.close()
+
+
 def test_a_user_that_does_not_exist_fails_the_start(shared):
     answer = shared.post(name="nobody", user="no-such-user")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
@@ -413,8 +433,10 @@ def test_a_user_that_does_not_exist_fails_the_start(shared):
     assert shared.delete("nobody").status_code == 200
 
 
-def test_a_directory_that_a_user_cannot_enter_fails_the_start_and_is_named(shared, user):
-    (shared.notebook_dir / "closed").mkdir(mode=0o700)
+@pytest.mark.parametrize("mode", [0o700, 0o711])
+def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_named(shared, user, mode):
+    (shared.notebook_dir / "closed").mkdir(exist_ok=True)
+    (shared.notebook_dir / "closed").chmod(mode)
     answer = shared.post(name="shut-out", user=USER, root_dir="closed")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
     assert str(shared.notebook_dir / "closed") in answer.json()["detail"]

@@ -577,21 +577,26 @@ def invalid(field: str, rule: str) -> InvalidSpec:
 class ServerPath(BaseModel):
     """The server that a path names."""
 
-    name: str = Field(
-        max_length=63, description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, **_such_as("default")}
-    )
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    # A longer one is not refused, but the name of no server; the request line bounds it.
+    name: str = Field(description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, **_such_as("default")})
 
 
 class TokenPath(BaseModel):
     """The token that a path names."""
 
-    name: str = Field(max_length=63, description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN})
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN})
 
 
 class TicketPath(BaseModel):
     """The ticket that a link holds."""
 
-    ticket: str = Field(max_length=64, description="What stands in the link.")
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    ticket: str = Field(description="What stands in the link.", json_schema_extra={"maxLength": 64})
 
 
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]

@@ -263,7 +263,7 @@ class ForkServers:
         return wire.Launch(
             room=str(room),
             title="jupyter-lab (rehearsal)",
-            cwd=str(room),
+            cwd=os.path.realpath(room),
             env={**self._environment, "JUPYTER_RUNTIME_DIR": str(room), MARK: str(room)},
             kernel_env={},
             umask=0o077,

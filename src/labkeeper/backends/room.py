@@ -122,6 +122,11 @@ _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\s
 
 
 def _certificates(file: Path) -> str:
-    """Read the certificates of a file, and nothing else: we may be able to read what the server's user may not."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    return "\n".join(found[0] for found in _CERTIFICATE.finditer(text))
+    """Read the certificates of a file, and nothing else: we may be able to read what the server's user may not.
+
+    Raises OSError, and ValueError where there is none.
+    """
+    found = [match[0] for match in _CERTIFICATE.finditer(file.read_text(encoding="utf-8", errors="replace"))]
+    if not found:
+        raise ValueError(f"{file} holds no certificate in PEM")
+    return "\n".join(found)

@@ -1,0 +1,38 @@
+"""What a server finds in its room."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper.backends.room import Room
+from labkeeper.core.model import Gateway, ServerName, ServerSpec
+
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIBaGVsbG8+/w==\n-----END CERTIFICATE-----"
+TRUSTED = CERTIFICATE.replace(" CERT", " TRUSTED CERT")
+KEY = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----"
+
+
+def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(tmp_path):
+    """Not the key beside them, nor a line of a file that is none, such as one that has become a link to another."""
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(
+        f"root:hash\n{KEY}\n{CERTIFICATE}\nmore\n{TRUSTED}\n".encode() + b"\xff\n-----BEGIN CERTIFICATE-----\nroot:x\n"
+    )
+    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    bundle = Room(tmp_path / "run" / "a").furnish(spec, None).read_text()
+    assert bundle.endswith(f"{CERTIFICATE}\n{TRUSTED}")
+    assert bundle.count("MIIBaGVsbG8") == 2
+    assert "PRIVATE" not in bundle
+    assert "root:" not in bundle
+
+
+def test_without_certificates_of_its_own_a_gateway_needs_no_file(tmp_path):
+    assert Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/"), None) is None
+
+
+def test_a_file_without_a_certificate_is_named(tmp_path):
+    (tmp_path / "shadow").write_text("root:hash")
+    gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "shadow"))
+    with pytest.raises(ValueError, match="shadow holds no certificate in PEM") as caught:
+        Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
+    assert "hash" not in str(caught.value)
