@@ -66,6 +66,8 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
     `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
     Raises SettingsError.
     """
+    # What is made from here on is for us alone; what others must reach is opened to them where it is made.
+    os.umask(0o077)
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     announce = _unheard_is_no_harm(announce)
     with ExitStack() as stack:
@@ -151,6 +153,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         log_dir=chosen.state_dir / "logs",
         client=jupyter,
         launch_by=chosen.launch_by,
+        umask=chosen.umask_of_servers,
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         found_orphans=chronicle.orphans,

@@ -42,6 +42,13 @@ def _check_reserve(text: str) -> str:
     return text
 
 
+def _check_umask(text: str) -> str:
+    # What its owner may do is nobody else's affair: a server that cannot read its own files does not start.
+    if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
+        raise ValueError("must be octal and leave the owner's own rights, such as 077, 027 or 022")
+    return text
+
+
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -82,6 +89,11 @@ class Settings(BaseModel):
         "fork",
         description="`fork`: servers are forked from a process that has loaded JupyterLab already, where that is possible; "
         "`exec`: each loads it by itself.",
+    )
+    umask: Annotated[str, AfterValidator(_check_umask)] = Field(
+        "077",
+        description="What others are kept from in the files that servers make, their notebooks too, in octal: `077` from all, "
+        "`027` lets their group read, `022` everybody. What the keeper makes is its own.",
     )
     auth: Literal["token", "none"] = Field(
         "token", description="`none` lets everybody who can reach the API run code here as the keeper's user."
@@ -184,6 +196,11 @@ class Settings(BaseModel):
         if self.min_free_memory.endswith("%"):
             return Reserve(share=float(self.min_free_memory[:-1]) / 100)
         return Reserve(amount=int(self.min_free_memory))
+
+    @property
+    def umask_of_servers(self) -> int:
+        """The mask as a number."""
+        return int(self.umask, 8)
 
     @property
     def cull_policy(self) -> CullPolicy:

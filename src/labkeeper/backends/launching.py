@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -10,6 +11,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +20,7 @@ from labkeeper.backends.forking import CannotFork, ForkServer
 from labkeeper.backends.forkservers import STANDALONE
 from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone import wire
+from labkeeper.backends.standalone.privileges import drop_bounding_set
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import Exit
 
@@ -160,18 +163,26 @@ class Launcher:
             user = launch.user
             # As its user from the first instruction on: the user's own files and variables may hold code that Python runs at its
             # start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
-            child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
+            start = functools.partial(
+                subprocess.Popen,
                 [str(self._python), str(STANDALONE), "exec", str(its.fileno())],
                 env=launch.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                umask=launch.umask,
                 start_new_session=True,
                 user=user.uid if user else None,
                 group=user.gid if user else None,
                 extra_groups=user.groups if user else None,
                 pass_fds=[its.fileno()],
             )
+            if user is None:
+                child = start()
+            else:
+                # Capabilities are a thread's own: one that gives them up starts the process, and ends.
+                with ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
+                    child = starter.submit(start).result()
             its.close()
             try:
                 for members in launch.cgroups:
