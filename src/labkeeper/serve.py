@@ -208,6 +208,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
             Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit),
             chosen.idle_timeout,
             chosen.max_age,
+            chosen.user,
         ),
         version=ours,
         token=token,
@@ -395,6 +396,8 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
         text = f"access control is OFF (LABKEEPER_AUTH=none): whoever reaches {where} can run code as this user"
         announce(f"WARNING: {text}")
         _log.warning(text)
+    if os.geteuid() == 0 and chosen.user is None:
+        _log.warning("a server whose request names no user runs as root; LABKEEPER_USER names another one for those")
     for name in settings.unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 

@@ -90,6 +90,10 @@ class Settings(BaseModel):
         description="`fork`: servers are forked from a process that has loaded JupyterLab already, where that is possible; "
         "`exec`: each loads it by itself.",
     )
+    user: str | None = Field(
+        None,
+        description="User of the machine that servers run as when their request names none; the keeper's own when not given.",
+    )
     umask: Annotated[str, AfterValidator(_check_umask)] = Field(
         "077",
         description="What others are kept from in the files that servers make, their notebooks too, in octal: `077` from all, "

@@ -24,7 +24,6 @@ from harness import (
     forked,
     give_hands,
     parent_of,
-    processes_marked,
     run_cell,
     run_in_server,
     start_kernel,

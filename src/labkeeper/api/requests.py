@@ -29,6 +29,7 @@ class Defaults:
     limits: Limits = UNLIMITED
     idle_timeout: float | None = None
     max_age: float | None = None
+    user: str | None = None
 
 
 def _check_name(text: str) -> str:
@@ -188,7 +189,7 @@ class ServerRequest(_Request):
         _ABSENT, description="Processes and threads for all of them together."
     )
     user: Annotated[str, AfterValidator(_check_user), Field(max_length=32)] = Field(
-        _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: the keeper's own."
+        _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."
     )
     idle_timeout: Duration | None = Field(
         _ABSENT,
@@ -270,7 +271,7 @@ class ServerRequest(_Request):
                 cpus=self.cpu_limit if self.cpu_limit is not None else defaults.limits.cpus,
                 processes=self.process_limit if self.process_limit is not None else defaults.limits.processes,
             ),
-            user=self.user,
+            user=self.user or defaults.user,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
         )
