@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import select
@@ -160,29 +159,7 @@ class Launcher:
         ours, its = socket.socketpair()
         with ours, its:
             ours.settimeout(_TAKEN_WITHIN)
-            user = launch.user
-            # As its user from the first instruction on: the user's own files and variables may hold code that Python runs at its
-            # start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
-            start = functools.partial(
-                subprocess.Popen,
-                [str(self._python), str(STANDALONE), "exec", str(its.fileno())],
-                env=launch.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                umask=launch.umask,
-                start_new_session=True,
-                user=user.uid if user else None,
-                group=user.gid if user else None,
-                extra_groups=user.groups if user else None,
-                pass_fds=[its.fileno()],
-            )
-            if user is None:
-                child = start()
-            else:
-                # Capabilities are a thread's own: one that gives them up starts the process, and ends.
-                with ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
-                    child = starter.submit(start).result()
+            child = self._start(launch, log, its.fileno())
             its.close()
             try:
                 for members in launch.cgroups:
@@ -199,3 +176,32 @@ class Launcher:
         if process is None:  # Only when it was reaped, and nobody but us does that.
             raise BackendUnavailable("cannot start a server: its process vanished")
         return Launched(process, report, "exec", reason, child=child)
+
+    def _start(self, launch: wire.Launch, log: int, passed: int) -> subprocess.Popen[bytes]:
+        """Start a process that waits for its launch on a descriptor that it is given.
+
+        It is its user's from the first instruction on: the user's own files and variables may hold code that Python runs at its
+        start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
+        """
+        user = launch.user
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
+                [str(self._python), str(STANDALONE), "exec", str(passed)],
+                env=launch.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                umask=launch.umask,
+                start_new_session=True,
+                user=user.uid if user else None,
+                group=user.gid if user else None,
+                extra_groups=user.groups if user else None,
+                pass_fds=[passed],
+            )
+
+        if user is None:
+            return start()
+        # Capabilities are a thread's own: one that gives them up starts the process, and ends.
+        with ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
+            return starter.submit(start).result()
