@@ -12,7 +12,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 WORKDIR /build
 COPY docker/certificates docker/certificates
 RUN apt-get update -qq \
- && apt-get install -y -qq --no-install-recommends ca-certificates tini \
+ && apt-get install -y -qq --no-install-recommends ca-certificates \
  && find docker/certificates -name '*.crt' -exec cat {} + | cat /etc/ssl/certs/ca-certificates.crt - > trusted.crt \
  && python3 -m venv tools \
  && python3 -m venv --without-pip /opt/labkeeper \
@@ -38,7 +38,6 @@ RUN useradd --uid 1000 --user-group --no-log-init --home-dir /var/lib/labkeeper/
  && install -d -m 1777 -o labkeeper -g labkeeper /notebooks /var/lib/labkeeper \
  && ln -s /opt/labkeeper/bin/labkeeper /usr/local/bin/labkeeper \
  && python3 -m compileall -q "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-COPY --from=build /usr/bin/tini-static /usr/local/bin/tini
 # Its user may add packages: in an image of one's own, or by %pip in a notebook, for as long as the container lives.
 COPY --from=build --chown=labkeeper:labkeeper /opt/jupyter /opt/jupyter
 COPY --from=build /opt/labkeeper /opt/labkeeper
@@ -58,5 +57,6 @@ EXPOSE 80 8888
 WORKDIR /notebooks
 USER labkeeper
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["/usr/local/libexec/labkeeper/healthcheck"]
-ENTRYPOINT ["tini", "--", "/usr/local/libexec/labkeeper/entrypoint"]
+# The keeper brings its own init, which closes its environment to servers: that of any other would show them LABKEEPER_TOKEN.
+ENTRYPOINT ["/usr/local/libexec/labkeeper/entrypoint"]
 CMD ["labkeeper", "serve"]

@@ -222,6 +222,55 @@ class KeeperProcess:
             groups.remove(name)
 
 
+REACHABLE = """
+set -e
+mkdir "$1/kept"
+mount --bind "$3" "$1/kept"
+mount -t tmpfs -o mode=755 tmpfs "$2"
+mkdir -p "$3"
+mount --move "$1/kept" "$3"
+shift 3
+exec "$@"
+"""
+"""Hides a directory that others cannot pass through, but for one in it; in the mount namespace of one keeper only."""
+
+
+class PassableKeeper(KeeperProcess):
+    """A keeper that other users can use, or that is itself of another user: nothing that it needs is root's alone."""
+
+    runs_as = None
+    """A user of the machine; root if none."""
+
+    @property
+    def environment(self):
+        return {name: value for name, value in super().environment.items() if name != "JUPYTER_CONFIG_DIR"}
+
+    def command(self, *arguments):
+        plain = super().command(*arguments)
+        if self.runs_as is not None:
+            plain = ["setpriv", "--reuid", self.runs_as, "--regid", self.runs_as, "--clear-groups", *plain]
+        prefix = Path(sys.base_prefix)
+        closed = next((parent for parent in reversed(prefix.parents) if not parent.stat().st_mode & 0o001), None)
+        return ["unshare", "-m", "sh", "-c", REACHABLE, "sh", self.base, closed, prefix, *plain] if closed else plain
+
+    def start(self):
+        if self.runs_as is not None:
+            self.environment  # noqa: B018 - makes its interpreter, as root
+            subprocess.run(["chown", "-R", f"{self.runs_as}:", self.base], check=True)
+        return super().start()
+
+    @property
+    def rooms(self):
+        return self.settings.get("runtime_dir", super().rooms)
+
+    def close(self):
+        code = self.stop()
+        left = processes_marked(self.rooms)
+        self.sweep()
+        assert (code, left) == (0, []), self.log.read_text()
+        assert {path.name for path in self.rooms.iterdir()} <= {"keeper.lock"}
+
+
 HANDS = """
 from jupyter_server.base.handlers import JupyterHandler
 from tornado import web

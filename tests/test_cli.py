@@ -70,6 +70,13 @@ def state_dir(tmp_path, monkeypatch):
     return directory
 
 
+@pytest.fixture(autouse=True)
+def _stay_as_we_are(monkeypatch):
+    """What a keeper gives up it gives up for good; here that would be all tests."""
+    for name in ("hide", "gain_nothing"):
+        monkeypatch.setattr(f"labkeeper.cli.keeper.{name}", lambda: None)
+
+
 @pytest.fixture
 def served(tmp_path, state_dir):
     """A keeper that the command line finds by its state directory, as `serve` leaves it."""

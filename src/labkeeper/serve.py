@@ -67,6 +67,8 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
     `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
     Raises SettingsError.
     """
+    # What is made from here on is for us alone; what others must reach is opened to them where it is made.
+    os.umask(0o077)
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     announce = _unheard_is_no_harm(announce)
     with ExitStack() as stack:
@@ -152,6 +154,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         log_dir=chosen.state_dir / "logs",
         client=jupyter,
         launch_by=chosen.launch_by,
+        umask=chosen.umask_of_servers,
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         found_orphans=chronicle.orphans,
@@ -207,6 +210,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
             chosen.idle_timeout,
             chosen.max_age,
             chosen.allowed_roots or (),
+            chosen.user,
         ),
         version=ours,
         tokens=Tokens(store, clock, chronicle, owner=token),
@@ -399,6 +403,8 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
         text = f"access control is OFF (LABKEEPER_AUTH=none): whoever reaches {where} can run code as this user"
         announce(f"WARNING: {text}")
         _log.warning(text)
+    if os.geteuid() == 0 and chosen.user is None:
+        _log.warning("a server whose request names no user runs as root; LABKEEPER_USER names another one for those")
     for name in settings.unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 

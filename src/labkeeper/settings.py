@@ -50,6 +50,13 @@ def _names(given: Any) -> Any:
     return tuple(filter(None, (name.strip() for name in given.split(",")))) if isinstance(given, str) else given
 
 
+def _check_umask(text: str) -> str:
+    # What its owner may do is nobody else's affair: a server that cannot read its own files does not start.
+    if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
+        raise ValueError("must be octal and leave the owner's own rights, such as 077, 027 or 022")
+    return text
+
+
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Directories = Annotated[tuple[Directory, ...], BeforeValidator(_split)]
 """In the environment and on the command line separated as in PATH."""
@@ -100,6 +107,15 @@ class Settings(BaseModel):
         "fork",
         description="`fork`: servers are forked from a process that has loaded JupyterLab already, where that is possible; "
         "`exec`: each loads it by itself.",
+    )
+    user: str | None = Field(
+        None,
+        description="User of the machine that servers run as when their request names none; the keeper's own when not given.",
+    )
+    umask: Annotated[str, AfterValidator(_check_umask)] = Field(
+        "077",
+        description="What others are kept from in the files that servers make, their notebooks too, in octal: `077` from all, "
+        "`027` lets their group read, `022` everybody. What the keeper makes is its own.",
     )
     auth: Literal["token", "none"] = Field(
         "token", description="`none` lets everybody who can reach the API run code here as the keeper's user."
@@ -214,6 +230,11 @@ class Settings(BaseModel):
         if self.min_free_memory.endswith("%"):
             return Reserve(share=float(self.min_free_memory[:-1]) / 100)
         return Reserve(amount=int(self.min_free_memory))
+
+    @property
+    def umask_of_servers(self) -> int:
+        """The mask as a number."""
+        return int(self.umask, 8)
 
     @property
     def cull_policy(self) -> CullPolicy:

@@ -331,6 +331,12 @@ def test_only_the_default_server_has_the_default_port(tmp_path):
     assert ServerRequest(port=9999).spec(defaults, ANYBODY).port == 9999
 
 
+def test_a_server_runs_as_whom_its_request_names_or_else_as_the_default_user(tmp_path):
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888, user="alice")
+    assert ServerRequest().spec(defaults).user == "alice"
+    assert ServerRequest(user="bob").spec(defaults).user == "bob"
+
+
 def test_a_root_that_is_gone_is_refused(tmp_path):
     with pytest.raises(InvalidSpec) as caught:
         ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888), ANYBODY)

@@ -19,11 +19,11 @@ import pytest
 
 from harness import (
     KeeperProcess,
+    PassableKeeper,
     alive,
     forked,
     give_hands,
     parent_of,
-    processes_marked,
     run_cell,
     run_in_server,
     start_kernel,
@@ -58,49 +58,18 @@ def user(passable):
     subprocess.run(["userdel", "--force", USER], check=True)
 
 
-REACHABLE = """
-set -e
-mkdir "$1/kept"
-mount --bind "$3" "$1/kept"
-mount -t tmpfs -o mode=755 tmpfs "$2"
-mkdir -p "$3"
-mount --move "$1/kept" "$3"
-shift 3
-exec "$@"
-"""
-"""Hides a directory that others cannot pass through, but for one in it; in the mount namespace of one keeper only."""
-
-
-class PassableKeeper(KeeperProcess):
-    """A keeper that other users can use: its runtime directory, its interpreter, and no settings of its own."""
-
-    @property
-    def environment(self):
-        return {name: value for name, value in super().environment.items() if name != "JUPYTER_CONFIG_DIR"}
-
-    def command(self, *arguments):
-        prefix = Path(sys.base_prefix)
-        closed = next((parent for parent in reversed(prefix.parents) if not parent.stat().st_mode & 0o001), None)
-        plain = super().command(*arguments)
-        return ["unshare", "-m", "sh", "-c", REACHABLE, "sh", self.base, closed, prefix, *plain] if closed else plain
-
-    @property
-    def rooms(self):
-        return self.settings["runtime_dir"]
+class LimitingKeeper(PassableKeeper):
+    """One that leaves no control group behind."""
 
     def close(self):
-        code = self.stop()
-        left = processes_marked(self.rooms)
-        self.sweep()
-        assert (code, left) == (0, []), self.log.read_text()
-        assert [path.name for path in self.rooms.iterdir()] == ["keeper.lock"]
+        super().close()
         assert not groups(self)
 
 
 @pytest.fixture(scope="module")
 def shared(passable):
     """A keeper that is not harmed by any test."""
-    keeper = PassableKeeper(passable / "keeper", runtime_dir=passable / "run", launch_by="fork")
+    keeper = LimitingKeeper(passable / "keeper", runtime_dir=passable / "run", launch_by="fork")
     keeper.base.chmod(0o755)
     keeper.notebook_dir.chmod(0o777)
     keeper.variables.update(SECRET_OF_ROOT="hunter2", XDG_RUNTIME_DIR="/run/user/0")

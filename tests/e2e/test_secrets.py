@@ -206,3 +206,41 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert any(line.get("actor") == "token:owner" and line.get("request_id") for line in about)
     assert keeper.stop() == 0
     assert known.within(keeper.log.read_bytes()) == []
+
+
+PAGES = ("lab", "lab/tree/x", "lab/workspaces/a", "doc/tree/x", "tree", "login", "logout", "nowhere", "files/x")
+ASKED = tuple(f"api/{what}" for what in ("me", "status", "contents", "kernelspecs", "sessions"))
+ASKED += tuple(f"lab/api/{what}" for what in ("settings", "workspaces", "translations"))
+
+
+def test_no_page_of_the_lab_holds_its_token_and_no_address_goes_to_other_sites(make_keeper, known):
+    keeper = make_keeper(launch_by="exec").start()
+    (keeper.notebook_dir / "x").write_text("x")
+    first = keeper.post().json()
+    known.values["token"] = first["token"]
+    assert len(bytes.fromhex(first["token"])) * 8 >= 192
+    with httpx.Client(base_url=first["url"], trust_env=False, timeout=PATIENCE) as browser:
+        opened = browser.get("lab", params={"token": first["token"]})
+        assert opened.status_code == 200
+        assert known.within(opened.content) == []
+        # From here on it is known by its cookie, which is not for scripts.
+        cookie = next(line for line in opened.headers.get_list("set-cookie") if "username-" in line)
+        assert "HttpOnly" in cookie
+        assert known.within(cookie) == []
+        for path in [*PAGES, *ASKED]:
+            # `logout` ends the session, so each page is asked for with one of its own.
+            browser.get("lab", params={"token": first["token"]})
+            answer = browser.get(path, headers={"Referer": f"{first['url']}lab"})
+            assert answer.status_code in {200, 302, 404}, (path, answer.status_code)
+            assert known.within(answer.content + repr(answer.headers).encode()) == [], path
+            assert answer.headers["Referrer-Policy"] == "same-origin", path
+            assert "frame-ancestors 'self'" in answer.headers["Content-Security-Policy"], path
+    assert keeper.post("/default/restart").json()["token"] != first["token"]
+
+
+def test_a_referrer_policy_and_other_headers_of_the_sites_own_stay(make_keeper):
+    keeper = make_keeper(launch_by="exec")
+    keeper.configure_jupyter("c.ServerApp.tornado_settings = {'headers': {'Referrer-Policy': 'no-referrer', 'X-Own': '1'}}")
+    server = keeper.start().post().json()
+    headers = httpx.get(f"{server['url']}login", trust_env=False, timeout=PATIENCE).headers
+    assert (headers["Referrer-Policy"], headers["X-Own"]) == ("no-referrer", "1")

@@ -50,6 +50,8 @@ class Defaults:
     max_age: float | None = None
     allowed_roots: tuple[Path, ...] = ()
     """Where the directories of servers may be; below the notebook directory alone when there is none."""
+    user: str | None = None
+    """The user of the machine that servers run as; None for the keeper's own."""
 
     def notebooks_of(self, user: str | None) -> str:
         """Give the notebook directory of a user."""
@@ -247,7 +249,7 @@ class ServerRequest(_Request):
         _ABSENT, description="Processes and threads for all of them together."
     )
     user: User = Field(
-        _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: the keeper's own."
+        _ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."
     )
     idle_timeout: Duration | None = Field(
         _ABSENT,
@@ -326,7 +328,7 @@ class ServerRequest(_Request):
             for variable in loading(getattr(self, field)):
                 what = f"set the variable '{variable}' in {field}, which changes what code is loaded"
                 caller.needs(Scope.ADMIN, what, variable=variable)
-        user = caller.user(self.user)
+        user = caller.user(self.user, defaults.user)
         roots = defaults.roots_of(user)
         root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
         if not holds(roots, root):

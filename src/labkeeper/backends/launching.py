@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -18,6 +19,7 @@ from labkeeper.backends.forking import CannotFork, ForkServer
 from labkeeper.backends.forkservers import STANDALONE
 from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone import wire
+from labkeeper.backends.standalone.privileges import drop_bounding_set
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import Exit
 
@@ -157,21 +159,7 @@ class Launcher:
         ours, its = socket.socketpair()
         with ours, its:
             ours.settimeout(_TAKEN_WITHIN)
-            user = launch.user
-            # As its user from the first instruction on: the user's own files and variables may hold code that Python runs at its
-            # start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
-            child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
-                [str(self._python), str(STANDALONE), "exec", str(its.fileno())],
-                env=launch.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                user=user.uid if user else None,
-                group=user.gid if user else None,
-                extra_groups=user.groups if user else None,
-                pass_fds=[its.fileno()],
-            )
+            child = self._start(launch, log, its.fileno())
             its.close()
             try:
                 for members in launch.cgroups:
@@ -188,3 +176,32 @@ class Launcher:
         if process is None:  # Only when it was reaped, and nobody but us does that.
             raise BackendUnavailable("cannot start a server: its process vanished")
         return Launched(process, report, "exec", reason, child=child)
+
+    def _start(self, launch: wire.Launch, log: int, passed: int) -> subprocess.Popen[bytes]:
+        """Start a process that waits for its launch on a descriptor that it is given.
+
+        It is its user's from the first instruction on: the user's own files and variables may hold code that Python runs at its
+        start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
+        """
+        user = launch.user
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
+                [str(self._python), str(STANDALONE), "exec", str(passed)],
+                env=launch.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                umask=launch.umask,
+                start_new_session=True,
+                user=user.uid if user else None,
+                group=user.gid if user else None,
+                extra_groups=user.groups if user else None,
+                pass_fds=[passed],
+            )
+
+        if user is None:
+            return start()
+        # Capabilities are a thread's own: one that gives them up starts the process, and ends.
+        with ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
+            return starter.submit(start).result()

@@ -56,6 +56,7 @@ class LocalBackend:
         log_dir: Path,
         client: jupyter.JupyterClient,
         launch_by: Literal["fork", "exec"] = "fork",
+        umask: int = 0o077,
         log_max_bytes: int = 10 * 1024 * 1024,
         echo_logs: bool = False,
         found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
@@ -67,6 +68,7 @@ class LocalBackend:
         self._runtime_dir = runtime_dir.resolve()
         self._log_dir = log_dir
         self._client = client
+        self._umask = umask
         self._log_max_bytes = log_max_bytes
         self._echo_logs = echo_logs
         self._found_orphans = found_orphans
@@ -92,9 +94,6 @@ class LocalBackend:
             # Else it looks after those before it.
             self._crew.start("dead-forkservers", remove_dead, self._runtime_dir)
         self._launcher = Launcher(python, self._forkserver, why_not)
-        # Read once: it cannot be read without being set, and that concerns all threads.
-        self._umask = os.umask(0o077)
-        os.umask(self._umask)
 
     # The calls of the port
 

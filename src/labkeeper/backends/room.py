@@ -88,8 +88,10 @@ class Room:
 
     def note_stop(self, *, keep_kernels: bool, within: float) -> None:
         """Tell the server how its kernels on a gateway are to end, and within how many seconds. Raises OSError."""
-        # Its user may read it: there is no secret in it.
-        (self.path / kernels.NOTE).write_text(json.dumps({"keep_kernels": keep_kernels, "within": within}))
+        note = write_private(self.path / kernels.NOTE, json.dumps({"keep_kernels": keep_kernels, "within": within}))
+        # Its user is to read it.
+        if (user := self.jupyter.stat()).st_uid != os.geteuid():
+            os.chown(note, user.st_uid, user.st_gid)
 
     @property
     def recognised(self) -> bool:

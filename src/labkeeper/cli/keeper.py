@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
+from labkeeper.backends.standalone.privileges import gain_nothing, hide
 from labkeeper.cli.connect import connected, read_settings
 from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
@@ -23,6 +24,10 @@ class _Serve(click.Command):
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
+        # Before all else: our environment may hold the token, and servers that an earlier keeper left have our own user.
+        hide()
+        # Inherited by all that we start, before a line of theirs runs.
+        gain_nothing()
         # Before anything is loaded that the keeper alone needs.
         stay_behind()
         return super().make_context(info_name, args, parent, **extra)

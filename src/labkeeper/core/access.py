@@ -100,12 +100,12 @@ class Caller:
             wanted = ", ".join(f"{key}={value}" for key, value in self.reach.labels.items())
             raise NotAllowed(f"cannot make server '{spec.name}': your token is for servers with the labels {wanted}")
 
-    def user(self, asked: str | None) -> str | None:
+    def user(self, asked: str | None, default: str | None = None) -> str | None:
         """Give the user of the machine that a server is to run as. Raises NotAllowed."""
         if not self.reach.users:
-            if asked is not None:
+            if asked not in {None, default}:
                 self.needs(Scope.ADMIN, f"run a server as user '{asked}'")
-            return asked
+            return asked or default
         if asked is not None and asked not in self.reach.users:
             raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.reach.users)}")
         return asked or self.reach.users[0]

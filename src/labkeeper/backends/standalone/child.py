@@ -20,6 +20,7 @@ from typing import Any, Callable, Optional
 
 from .identity import mark, show
 from .kernels import Kernels
+from .privileges import drop_bounding_set
 from .wire import Launch
 from .wire import receive as receive_frame
 
@@ -101,6 +102,7 @@ def enter(launch: Launch) -> None:
     time.tzset()
     sys.argv[:] = ["jupyter-lab"]
     if launch.user is not None:
+        drop_bounding_set()
         os.setgroups(launch.user.groups)
         os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
         os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
@@ -125,7 +127,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
     from jupyter_server import serverapp
-    from jupyter_server.base.handlers import APIHandler
+    from jupyter_server.base.handlers import APIHandler, JupyterHandler
     from jupyter_server.gateway.gateway_client import GatewayClient
     from jupyterlab import commands
     from jupyterlab.labapp import LabApp
@@ -158,6 +160,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
         tls.set_default_verify_paths()
     _count_no_reading(APIHandler)
+    _tell_no_page_the_token(JupyterHandler)
     GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
     chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
@@ -170,6 +173,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         # A configuration that cannot be read must not leave its server without the protection that it asks for.
         raise_config_file_errors=True,
     )
+    _protect_pages(app.web_app.settings)
     kernels = Kernels(app, launch.room, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
@@ -185,6 +189,19 @@ def _count_no_reading(handler: Any) -> None:
             count(self)
 
     handler.update_api_activity = count_changes
+
+
+def _tell_no_page_the_token(handler: Any) -> None:
+    """Keep the token out of HTML, where all that runs in a page would read it: a browser is known by its cookie."""
+    namespace = handler.template_namespace.fget
+    handler.template_namespace = property(lambda self: {**namespace(self), "token": ""})
+
+
+def _protect_pages(settings: dict[str, Any]) -> None:
+    """Keep the token out of the Lab's own page, too, and let no address of ours be told to other sites."""
+    settings.setdefault("page_config_data", {})["token"] = ""
+    # Where a site has chosen one it stays. Jupyter itself looks at who refers to its own files, so there has to be one.
+    settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
 
 
 def _report_ready(app: Any, report: int, room: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from typing import Optional
 
 from .identity import MARK, stat
 
@@ -26,21 +27,28 @@ def check(connection: socket.socket) -> None:
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
     # executed carries the mark, or its parents do. A process that is gone already is not let in either.
-    if not _environment(pid):
-        raise PermissionError(f"process {pid} hides its environment")
+    if _environment(pid) == b"":
+        raise PermissionError(f"process {pid} has cleared its environment")
     while pid > 1:
         if pid == os.getpid() or _is_marked(pid):
             raise PermissionError("a server must not ask for others")
         pid = int(stat(pid)[1])
 
 
-def _environment(pid: int) -> bytes:
-    with open(f"/proc/{pid}/environ", "rb") as stream:
-        return stream.read()
+def _environment(pid: int) -> Optional[bytes]:
+    """Give the environment of a process; None where it is closed to us.
+
+    A keeper closes its own (`privileges.hide`), and who started it may be of another user.
+    """
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as stream:
+            return stream.read()
+    except PermissionError:
+        return None
 
 
 def _is_marked(pid: int) -> bool:
-    variables = _environment(pid).split(b"\0")
+    variables = (_environment(pid) or b"").split(b"\0")
     return any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables)
 
 

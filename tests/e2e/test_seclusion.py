@@ -1,0 +1,324 @@
+"""A server gains no rights, and learns nothing of its keeper: neither from /proc, nor from files, nor by what it runs."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import pwd
+import secrets
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from harness import PATIENCE, PassableKeeper, forked, run_cell, start_kernel, until
+
+USER = f"labkeeper-s{os.getpid()}"
+BY = pytest.mark.parametrize("launch_by", ["fork", "exec"])
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+
+
+@pytest.fixture(scope="module")
+def passable():
+    """A directory that everybody can pass through; those of pytest are for their owner."""
+    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
+    directory.chmod(0o755)
+    yield directory
+    shutil.rmtree(directory)
+
+
+@pytest.fixture(scope="module")
+def user(passable):
+    """A user of this machine, for this module only."""
+    subprocess.run(
+        ["useradd", "--create-home", "--home-dir", passable / "home", "--user-group", "--groups", "users", USER], check=True
+    )
+    yield pwd.getpwnam(USER)
+    subprocess.run(["userdel", "--force", USER], check=True)
+
+
+SECRETS = {
+    "token": secrets.token_urlsafe(24),
+    "webhook_secret": base64.b64encode(secrets.token_bytes(32)).decode(),
+    "foo_secret": secrets.token_urlsafe(24),
+}
+"""What a keeper has in its environment; the last one is no setting, as if its name were misspelled."""
+
+
+def secretive(base, **settings):
+    """A keeper with secrets in its environment."""
+    keeper = PassableKeeper(base, launch_by="fork", webhook_url="http://127.0.0.1:9/", **SECRETS | settings)
+    keeper.base.chmod(0o755)
+    keeper.notebook_dir.chmod(0o777)
+    return keeper
+
+
+@pytest.fixture(scope="module")
+def of_root(passable, user):
+    """A keeper of root, whose servers run as somebody else."""
+    keeper = secretive(passable / "of-root", runtime_dir=passable / "run")
+    yield keeper.start()
+    keeper.close()
+
+
+@pytest.fixture(scope="module")
+def of_user(passable, user):
+    """A keeper of an ordinary user, as whom its servers run, too."""
+    keeper = secretive(passable / "of-user")
+    keeper.runs_as = USER
+    yield keeper.start()
+    keeper.close()
+
+
+LOOK = """
+    import contextlib, os, subprocess, sys
+    from pathlib import Path
+
+    # Written backwards: this cell itself is in files and in memory.
+    WANTED = {name: text[::-1].encode() for name, text in @wanted@.items()}
+    PLACES, SINCE = @places@, @since@
+    LARGEST = 1 << 22
+    found = set()
+
+    def look(content, where):
+        found.update((name, str(where)) for name, text in WANTED.items() if text in content)
+
+    def memory(process):
+        with open(f"{process}/mem", "rb", buffering=0) as stream:
+            for line in Path(f"{process}/maps").read_text().splitlines():
+                first, _, end = line.split()[0].partition("-")
+                if line.split()[1].startswith("r"):
+                    with contextlib.suppress(OSError, ValueError):
+                        stream.seek(int(first, 16))
+                        look(stream.read(int(end, 16) - int(first, 16)), f"{process}/mem")
+
+    planted = Path.home() / "planted"
+    planted.write_bytes(WANTED["control"])
+    beside = subprocess.Popen(["sleep", "100"], env={"CONTROL": WANTED["control"].decode()})
+    look(os.fsencode(repr(dict(os.environ))), "os.environ")
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        for part in ("environ", "cmdline"):
+            with contextlib.suppress(OSError):
+                look((process / part).read_bytes(), process / part)
+        with contextlib.suppress(OSError):
+            for descriptor in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    if descriptor.is_file():
+                        look(descriptor.read_bytes()[:LARGEST], descriptor)
+        with contextlib.suppress(OSError):
+            memory(process)
+    for place in PLACES:
+        for directory, _, names in os.walk(place):
+            for path in (Path(directory, name) for name in names):
+                with contextlib.suppress(OSError):
+                    if path.is_file() and SINCE <= path.stat().st_mtime and path.stat().st_size <= LARGEST:
+                        look(path.read_bytes(), path)
+    beside.kill()
+    beside.wait()
+    planted.unlink()
+    found = {(name, where.replace(f"/{beside.pid}/", "/beside/")) for name, where in found}
+    # The search is proved by what was planted, which it must find in each of these ways.
+    control = {("control", str(planted)), ("control", "/proc/beside/environ"), ("control", "/proc/beside/mem")}
+    print(sorted(found - control))
+    print(control <= found, os.access("/proc/@keeper@/stat", os.R_OK))
+"""
+
+
+OPEN = """
+try:
+    open("/proc/{}/{}", "rb").read(1)
+except OSError as error:
+    print(error.errno)
+"""
+
+
+def found_by_a_notebook(keeper, server, wanted):
+    """Let a notebook look for secrets wherever it can; give what it found, and where."""
+    places = [keeper.state_dir, keeper.base, keeper.rooms, "/tmp", server["root_dir"]]
+    told = {
+        "wanted": {name: text[::-1] for name, text in {**wanted, "control": secrets.token_hex(16)}.items()},
+        "places": [*map(str, places)],
+        "since": time.time() - 600,
+        "keeper": keeper_of(keeper),
+    }
+    source = textwrap.dedent(LOOK)
+    for name, value in told.items():
+        source = source.replace(f"@{name}@", repr(value))
+    found, control = run_cell(server, start_kernel(server), source).strip().splitlines()
+    assert control == "True True"
+    return eval(found)
+
+
+def keeper_of(keeper):
+    """The pid of the keeper itself."""
+    return json.loads((keeper.state_dir / "keeper.json").read_text())["pid"]
+
+
+@BY
+def test_a_notebook_finds_no_secret_of_a_keeper_of_its_own_user(of_user, launch_by):
+    server = launched(of_user, "curious", launch_by)
+    assert found_by_a_notebook(of_user, server, SECRETS) == []
+    kernel = start_kernel(server)
+    for part in ("environ", "mem", "maps"):
+        assert run_cell(server, kernel, OPEN.format(keeper_of(of_user), part)).strip() == "13", part
+    assert run_cell(server, kernel, f"import os; print(os.access('/proc/{keeper_of(of_user)}/fd', os.R_OK))").strip() == "False"
+    assert of_user.delete("curious").status_code == 200
+
+
+def test_a_token_that_was_generated_is_in_its_own_file_and_nowhere_else(passable, user):
+    """Whoever runs as the keeper's user can read what that user can: this is what separate users are for."""
+    keeper = PassableKeeper(passable / "generated", launch_by="exec")
+    keeper.runs_as = USER
+    keeper.base.chmod(0o755)
+    keeper.start()
+    try:
+        server = keeper.post().json()
+        assert found_by_a_notebook(keeper, server, {"token": keeper.token}) == [("token", str(keeper.state_dir / "token"))]
+    finally:
+        keeper.close()
+
+
+@BY
+def test_a_notebook_of_another_user_finds_nothing_of_its_keeper_at_all(of_root, user, launch_by):
+    server = launched(of_root, "stranger", launch_by, user=USER)
+    assert found_by_a_notebook(of_root, server, SECRETS) == []
+    cell = f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, of_root.state_dir.iterdir()))}])"
+    assert "True" not in run_cell(server, start_kernel(server), cell)
+    assert of_root.delete("stranger").status_code == 200
+
+
+def launched(keeper, name, launch_by, **body):
+    if launch_by == "fork":
+        return forked(keeper, name, **body)
+    # That takes effect only when a program starts.
+    server = keeper.post(name=name, env={"LC_LABKEEPER": "1"}, **body).json()
+    assert (server["state"], server["launched_by"]) == ("running", "exec"), server
+    return server
+
+
+def status_in(server):
+    said = run_cell(server, start_kernel(server), "print(open('/proc/self/status').read())")
+    return {name: value.split() for name, _, value in (line.partition(":") for line in said.splitlines())}
+
+
+@BY
+def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root, user, passable, launch_by):
+    server = launched(of_root, "low", launch_by, user=USER)
+    status = status_in(server)
+    assert status["Uid"] == [str(user.pw_uid)] * 4
+    assert status["Gid"] == [str(user.pw_gid)] * 4
+    assert sorted(map(int, status["Groups"])) == sorted(os.getgrouplist(USER, user.pw_gid))
+    assert {int(status[f"Cap{kind}"][0], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert status["NoNewPrivs"] == ["1"]
+    # A program that would run as root runs as whoever starts it.
+    program = passable / "id"
+    shutil.copyfile("/usr/bin/id", program)
+    program.chmod(0o4755)
+    cell = f"import subprocess; print(subprocess.run([{str(program)!r}, '-u'], capture_output=True, text=True).stdout)"
+    assert run_cell(server, start_kernel(server), cell).split() == [str(user.pw_uid)]
+    assert of_root.delete("low").status_code == 200
+
+
+@BY
+def test_no_server_gains_rights_by_what_it_runs(of_user, launch_by):
+    server = launched(of_user, "plain", launch_by)
+    assert status_in(server)["NoNewPrivs"] == ["1"]
+    terminal = httpx.post(
+        f"{server['url']}api/terminals",
+        headers={"Authorization": f"token {server['token']}"},
+        trust_env=False,
+        timeout=PATIENCE,
+    )
+    assert terminal.status_code == 200
+    (shell,) = (pid for pid in children(server["pid"]) if "sh" in Path(f"/proc/{pid}/comm").read_text())
+    assert "NoNewPrivs:\t1" in Path(f"/proc/{shell}/status").read_text()
+    assert of_user.delete("plain").status_code == 200
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def open_to_others(place, *, but=()):
+    """Name what anybody but its owner has any right to."""
+    paths = [path for path in place.rglob("*") if not path.is_symlink() and not any(path.is_relative_to(own) for own in but)]
+    assert paths
+    return [f"{path} {stat.S_IMODE(path.lstat().st_mode):o}" for path in paths if path.lstat().st_mode & 0o077]
+
+
+@BY
+def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_keeper, launch_by):
+    keeper = unmasked(make_keeper(launch_by=launch_by, log_max_bytes=1024, probe_period=1)).start()
+    # What the test made, and what IPython copies with the mode that it was installed with, into a directory that is closed.
+    ipython = keeper.base / ".ipython" / "profile_default"
+    others = {keeper.notebook_dir, keeper.config_dir, keeper.base / "bin", keeper.log, ipython}
+    server = launched_any(keeper, launch_by)
+    kernel = start_kernel(server)
+    run_cell(server, kernel, "open('made', 'w').close()")
+    until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log is rotated")
+    assert open_to_others(keeper.base, but=others) == []
+    assert open_to_others(keeper.notebook_dir) == []
+    kinds = {path.name.partition("-")[0].partition(".")[0] for path in keeper.state_dir.rglob("*")}
+    assert {"labkeeper", "keeper", "token", "launch", "kernels", "jpserver", "kernel", "default", "logs", "run"} <= kinds
+    assert {"labkeeper.sqlite-wal", "labkeeper.sqlite-shm"} <= {path.name for path in keeper.state_dir.iterdir()}
+    assert keeper.post("/default/restart").status_code in {200, 201}
+    start_kernel(keeper.get())
+    assert open_to_others(keeper.base, but=others) == []
+
+
+def unmasked(keeper):
+    """Let a keeper be started by somebody who masks nothing."""
+    command = keeper.command
+    keeper.command = lambda *arguments: ["sh", "-c", 'umask 000; exec "$@"', "sh", *command(*arguments)]
+    return keeper
+
+
+def launched_any(keeper, launch_by):
+    return forked(keeper) if launch_by == "fork" else keeper.post().json()
+
+
+@BY
+def test_what_servers_make_is_open_to_whom_the_setting_lets_in(make_keeper, launch_by):
+    keeper = unmasked(make_keeper(launch_by=launch_by, umask="022")).start()
+    server = launched_any(keeper, launch_by)
+    kernel = start_kernel(server)
+    run_cell(server, kernel, "import os; open('made', 'w').close(); os.mkdir('directory')")
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in keeper.notebook_dir.iterdir()}
+    assert modes == {"made": 0o644, "directory": 0o755}
+    assert run_cell(server, kernel, "print(oct(os.umask(0o022)))").strip() == "0o22"
+    # What has secrets in it is not.
+    assert open_to_others(keeper.state_dir) == []
+
+
+def test_process_1_of_a_container_is_closed_too(passable, user):
+    """Its environment is the keeper's: that of the container, with the token."""
+    keeper = PassableKeeper(passable / "contained", launch_by="exec", token=SECRETS["token"])
+    keeper.runs_as = USER
+    keeper.base.chmod(0o755)
+    command = keeper.command
+    keeper.command = lambda *arguments: ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command(*arguments)]
+    keeper.start()
+    try:
+        init = children(keeper.process.pid)[0]
+        below = children(init)
+        assert "serve" in Path(f"/proc/{below[0]}/cmdline").read_text()
+        for pid in (init, below[0]):
+            # Only of a process that is closed does /proc give the files to root.
+            assert Path(f"/proc/{pid}/environ").stat().st_uid == 0
+            assert f"Uid:\t{user.pw_uid}" in Path(f"/proc/{pid}/status").read_text()
+    finally:
+        os.kill(init, 15)
+        keeper.process.wait(PATIENCE)
+        keeper.http.close()
+        keeper.sweep()
