@@ -91,7 +91,7 @@ def serving(notebook_dir):
     )
     app = create_app(services)
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        server = WsgiServer(app, listener, threads=4, max_body=2**20)
+        server = WsgiServer(app, [listener], threads=4, max_body=2**20)
         server.start()
         yield Served(world, app, f"http://127.0.0.1:{listener.getsockname()[1]}")
         server.close()
@@ -648,7 +648,7 @@ def test_the_generated_token_is_shown_to_the_keeper_of_this_machine_only(served,
     seen = []
     monkeypatch.setattr(
         "labkeeper.client.Client.__init__",
-        lambda _self, _url, *, token: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
+        lambda _self, _url, *, token, ca_file: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
     )
     run("ls", "--url", "http://elsewhere:8000", code=1)
     run("ls", "--url", "http://localhost:8000", code=1)

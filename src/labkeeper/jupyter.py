@@ -64,14 +64,21 @@ def base_config() -> dict[str, dict[str, Any]]:
     }
 
 
-def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -> dict[str, dict[str, Any]]:
-    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets."""
+def config(
+    spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None, certificate: tuple[Path, Path] | None = None
+) -> dict[str, dict[str, Any]]:
+    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
+
+    With a certificate and its key the server speaks TLS. Tornado reads the files at each connection, so new ones count at once.
+    """
     sections = base_config()
     sections["IdentityProvider"] = {"token": token}
     sections["LabApp"]["default_url"] = spec.default_url
     sections["ServerApp"].update(
         ip=spec.ip, port=port, root_dir=spec.root_dir, base_url=spec.base_url, default_url=spec.default_url
     )
+    if certificate is not None:
+        sections["ServerApp"].update(certfile=str(certificate[0]), keyfile=str(certificate[1]))
     if spec.gateway is not None:
         sections["GatewayClient"] = _gateway_settings(spec.gateway, spec.kernel_env, ca_bundle)
     return sections

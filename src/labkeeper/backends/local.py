@@ -58,9 +58,13 @@ class LocalBackend:
         launch_by: Literal["fork", "exec"] = "fork",
         log_max_bytes: int = 10 * 1024 * 1024,
         echo_logs: bool = False,
+        certificate: tuple[Path, Path] | None = None,
         found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
-        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended."""
+        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended.
+
+        With a certificate and its key servers speak TLS.
+        """
         self._report = report
         self._python = python
         # One spelling, so that a server's mark is the same for every keeper that comes by another link.
@@ -69,6 +73,7 @@ class LocalBackend:
         self._client = client
         self._log_max_bytes = log_max_bytes
         self._echo_logs = echo_logs
+        self._certificate = certificate
         self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
@@ -260,7 +265,9 @@ class LocalBackend:
             },
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
-            config=jupyter.config(spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle),
+            config=jupyter.config(
+                spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle, certificate=self._certificate
+            ),
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),

@@ -21,7 +21,7 @@ _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     """Find the keeper and speak to it; also say whether it is the one of this machine."""
     from labkeeper.client import Client  # noqa: PLC0415 - late
-    from labkeeper.settings import keeper_url  # noqa: PLC0415 - late
+    from labkeeper.settings import ca_file, keeper_url  # noqa: PLC0415 - late
 
     settings = read_settings(where)
     named = where.url or keeper_url()
@@ -29,7 +29,7 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     is_here = named is None or urlsplit(named).hostname in _LOOPBACK
     # The generated token belongs to the keeper of this machine: it is not shown to any other.
     shown = token_of(settings) if is_here else _own_token(settings)
-    with Client(url, token=shown) as client:
+    with Client(url, token=shown, ca_file=ca_file()) as client:
         yield client, is_here
 
 
@@ -47,7 +47,8 @@ def _found_url(settings: Settings) -> str:
 
     host = _WILDCARDS.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
-    return read_address(settings.state_dir) or f"http://{host}:{settings.port}"
+    scheme = "http" if settings.certificate is None else "https"
+    return read_address(settings.state_dir) or f"{scheme}://{host}:{settings.port}"
 
 
 def _own_token(settings: Settings) -> str | None:

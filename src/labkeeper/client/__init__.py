@@ -130,8 +130,11 @@ class Client:
     Proxies of the environment are not used, so that a token for a keeper on this machine never passes through one; give an
     `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
 
+    `ca_file` holds certificates of authorities to trust beside those of the system, for a keeper that speaks TLS.
+
     Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
-    of the API. The constructor raises SettingsError for a URL or a token that can be none.
+    of the API. The constructor raises SettingsError for a URL or a token that can be none, and for
+    a `ca_file` that cannot be read.
     """
 
     def __init__(
@@ -140,6 +143,7 @@ class Client:
         *,
         token: str | None = None,
         timeout: float = TIMEOUT,
+        ca_file: _PathText | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = checked_url(base_url)
@@ -148,9 +152,8 @@ class Client:
         if token is not None:
             headers["Authorization"] = f"Bearer {checked_token(token)}"
         try:
-            self._http = httpx.Client(
-                base_url=self.base_url, headers=headers, transport=transport or make_transport(self.base_url), trust_env=False
-            )
+            transport = transport or make_transport(self.base_url, ca_file)
+            self._http = httpx.Client(base_url=self.base_url, headers=headers, transport=transport, trust_env=False)
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 
