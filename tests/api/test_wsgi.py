@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import http.client
 import json
 import os
@@ -13,7 +12,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import structlog
@@ -21,7 +19,8 @@ import structlog
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
 from labkeeper.api.places import Places, reserve
-from labkeeper.api.wsgi import _FIRST_THREADS, WsgiServer, _Threads
+from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
+from serving import HOLD, ask, is_closed, said
 
 
 class Task:
@@ -153,110 +152,10 @@ def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
 # The server with real connections
 
 
-class Served:
-    """An application that a real server answers for, and what tests do to it."""
-
-    def __init__(self, server, listener, door):
-        self.server, self.door = server, door
-        self.address = listener.getsockname()
-        self.opened = []
-
-    def connect(self):
-        connection = socket.create_connection(self.address, timeout=PATIENCE)
-        self.opened.append(connection)
-        return connection
-
-    def connect_locally(self):
-        connection = socket.socket(socket.AF_UNIX)
-        self.opened.append(connection)
-        connection.settimeout(PATIENCE)
-        connection.connect(str(self.door))
-        return connection
-
-    @property
-    def inside(self):
-        """How many connections the server has."""
-        return sum(isinstance(one, wsgi._Channel) for one in list(self.server._map.values()))
-
-    def settle(self, count):
-        until(lambda: self.inside == count, what=f"{count} connections inside")
-
-    def close(self):
-        for connection in self.opened:
-            connection.close()
-        self.server.close()
-
-
-HOLD = threading.Event()
-
-
-def application(environ, start_response):
-    """Say who asks; hold back an answer; give a large one; take an upload; send events."""
-    path = environ["PATH_INFO"]
-    if path == "/hold":
-        HOLD.wait(PATIENCE)
-    if path == "/large":
-        body = [bytes(2**20)] * 40
-    elif path == "/events":
-        body = (b"data: %d\n\n" % number for number in range(5))
-    else:
-        known = {name: environ.get(name) for name in ("wsgi.url_scheme", "REMOTE_ADDR", "HTTP_LABKEEPER_PEER")}
-        peer = environ.get("labkeeper.peer")
-        sent = environ["wsgi.input"].read()
-        known |= {"peer": peer and [peer.pid, peer.uid, peer.gid], "size": len(sent), "digest": hashlib.sha256(sent).hexdigest()}
-        body = [json.dumps(known).encode()]
-    start_response("200 OK", [("Content-Type", "application/octet-stream")])
-    return body
-
-
-@pytest.fixture
-def serve(tmp_path):
-    """Serve on a TCP and a Unix socket."""
-    made = []
-
-    def make(certificate=None, max_body=2**20):
-        HOLD.clear()
-        listener = socket.create_server(("127.0.0.1", 0))
-        path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # A path of pytest may be too long.
-        door = socket.socket(socket.AF_UNIX)
-        door.bind(str(path))
-        server = WsgiServer(application, [listener, door], threads=8, max_body=max_body, certificate=certificate)
-        server.start()
-        made.append(Served(server, listener, path))
-        return made[-1]
-
-    yield make
-    HOLD.set()
-    for served in made:
-        served.close()
-
-
 @pytest.fixture
 def few_places(monkeypatch):
     monkeypatch.setattr(wsgi, "_connection_limit", lambda: 6)
     return 6
-
-
-def ask(connection, path="/", headers=(), method="GET", body=b""):
-    head = [f"{method} {path} HTTP/1.1", "Host: x", *headers, *([f"Content-Length: {len(body)}"] if body else [])]
-    connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
-    answer = http.client.HTTPResponse(connection)
-    answer.begin()
-    return answer.status, answer.read()
-
-
-def said(connection, **options):
-    status, body = ask(connection, **options)
-    assert status == 200
-    return json.loads(body)
-
-
-def is_closed(connection):
-    connection.settimeout(PATIENCE)
-    try:
-        return connection.recv(65536) == b""
-    except ConnectionResetError:
-        return True
 
 
 def test_both_sockets_are_served_and_the_kernel_says_who_is_at_the_other_end_of_one(serve):
@@ -411,11 +310,12 @@ def test_a_caller_that_does_not_take_its_answer_is_left(serve, monkeypatch):
     served = serve()
     connection = served.connect()
     connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
-    until(lambda: served.inside == 1)
-    # It holds a thread, until what is not read fits into a buffer of the server; then only a place.
-    received = 0
-    while received < 28 * 2**20:
-        received += len(connection.recv(2**20))
+    until(lambda: served.inside == 1, what="it is inside")
+    (channel,) = served.server._doors[0].active_channels.values()
+    # It holds a thread until what it has not read fits into a buffer of the server; then only a place.
+    until(lambda: channel.requests, what="it is answered")
+    while channel.requests:
+        connection.recv(2**16)
     served.settle(0)
 
 

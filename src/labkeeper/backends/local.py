@@ -26,6 +26,7 @@ from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.echo import Echo
 from labkeeper.backends.forking import ForkServer
 from labkeeper.backends.forkservers import remove_dead
+from labkeeper.backends.kinship import Kinship
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
@@ -77,6 +78,7 @@ class LocalBackend:
         self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
+        self._kinship = Kinship(self._runtime_dir, self._groups)
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._crew = Crew()
         self._forkserver: ForkServer | None = None
@@ -202,6 +204,10 @@ class LocalBackend:
         attendant = self._attendants.get(name)
         return None if attendant is None else foregrounds(attendant.process)
 
+    def belongs_to_server(self, pid: int) -> bool:
+        """Whether a process is a server, or may stem from one, running or ended: then it speaks for the user of that server."""
+        return self._kinship.is_of_server(pid, {attendant.process.pid for attendant in [*self._attendants.values()]})
+
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Read the log file as it grows."""
         return self._logfile(name).follow(tail, live)
@@ -322,6 +328,8 @@ class LocalBackend:
 
     def _attend(self, attendant: Attendant) -> None:
         self._attendants[attendant.name] = attendant
+        if attendant.record.launched_by == "exec":
+            self._kinship.note_executed(attendant.process)
         self._crew.start(f"attend-{attendant.name}", self._until_over, attendant)
 
     def _until_over(self, attendant: Attendant) -> None:
