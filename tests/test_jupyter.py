@@ -6,6 +6,7 @@ import http.server
 import json
 import socket
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -56,6 +57,13 @@ def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
     assert config["GatewayClient"]["ca_certs"] == str(tmp_path / "ca.pem")
     assert json.loads(config["GatewayClient"]["headers"]) == {"X": "header secret"}
     assert "GatewayClient" not in jupyter.config(SPEC, token="t", port=1, ca_bundle=None)
+
+
+def test_a_certificate_makes_a_server_speak_tls():
+    files = Path("/etc/lab.pem"), Path("/etc/lab.key")
+    chosen = jupyter.config(SPEC, token="t", port=1, ca_bundle=None, certificate=files)["ServerApp"]
+    assert (chosen["certfile"], chosen["keyfile"]) == ("/etc/lab.pem", "/etc/lab.key")
+    assert "certfile" not in jupyter.config(SPEC, token="t", port=1, ca_bundle=None)["ServerApp"]
 
 
 def test_what_all_servers_have_in_common_holds_no_secret_and_is_not_altered_by_one():
