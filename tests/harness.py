@@ -107,12 +107,14 @@ class KeeperProcess:
         self.settings = {"launch_by": "exec"} | settings
         self.variables = {}
         """More of its environment, which its servers inherit."""
+        self.verify = True
+        """What to trust when it speaks TLS, as httpx takes it."""
         self.process = None
         self.http = None
 
     @property
     def url(self):
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if 'cert_file' in self.settings else 'http'}://127.0.0.1:{self.port}"
 
     @property
     def rooms(self):
@@ -152,7 +154,7 @@ class KeeperProcess:
     def start(self):
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(self.command("serve"), env=self.environment, stdout=log, stderr=log)
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, verify=self.verify)
         until(self._ready, what="keeper ready")
         self.http.headers["Authorization"] = f"Bearer {self.token}"
         return self

@@ -53,7 +53,7 @@ def serving(notebook_dir):
     with fake_keeper(notebook_dir) as made, socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         app = create_app(made.services)
-        server = WsgiServer(app, listener, threads=4, max_body=2**20)
+        server = WsgiServer(app, [listener], threads=4, max_body=2**20)
         server.start()
         yield Served(made.world, app, url)
         server.close()
@@ -674,7 +674,7 @@ def test_the_generated_token_is_shown_to_the_keeper_of_this_machine_only(served,
     seen = []
     monkeypatch.setattr(
         "labkeeper.client.Client.__init__",
-        lambda _self, _url, *, token: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
+        lambda _self, _url, *, token, **_: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
     )
     run("ls", "--url", "http://elsewhere:8000", code=1)
     run("ls", "--url", "http://localhost:8000", code=1)

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -67,6 +68,13 @@ def test_options_stand_beside_what_is_ours_to_say_and_never_over_it():
     assert config["LabApp"]["extension_manager"] == "readonly"
     assert config["New"] == {"trait": 1.5}
     assert type(config) is dict
+
+
+def test_a_certificate_makes_a_server_speak_tls():
+    files = Path("/etc/lab.pem"), Path("/etc/lab.key")
+    chosen = jupyter.config(SPEC, token="t", port=1, ca_bundle=None, certificate=files)["ServerApp"]
+    assert (chosen["certfile"], chosen["keyfile"]) == ("/etc/lab.pem", "/etc/lab.key")
+    assert "certfile" not in jupyter.config(SPEC, token="t", port=1, ca_bundle=None)["ServerApp"]
 
 
 def test_what_all_servers_have_in_common_holds_no_secret_and_is_not_altered_by_one():

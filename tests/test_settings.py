@@ -164,3 +164,23 @@ def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
     monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "soon")
     with pytest.raises(SettingsError, match=r"LABKEEPER_IDLE_TIMEOUT: .*must be seconds as a number"):
         settings.load()
+
+
+@pytest.mark.parametrize("which", ["", "LAB_"])
+@pytest.mark.parametrize(("one", "other"), [("CERT", "KEY"), ("KEY", "CERT")])
+def test_a_certificate_and_its_key_are_set_both_or_neither(monkeypatch, which, one, other):
+    monkeypatch.setenv(f"LABKEEPER_{which}{one}_FILE", "/some/where.pem")
+    with pytest.raises(SettingsError, match=rf"^LABKEEPER_{which}{one}_FILE is set, and no LABKEEPER_{which}{other}_FILE"):
+        settings.load()
+    monkeypatch.setenv(f"LABKEEPER_{which}{other}_FILE", "/else/where.pem")
+    chosen = settings.load()
+    pair = chosen.lab_certificate if which else chosen.certificate
+    assert sorted(map(str, pair)) == ["/else/where.pem", "/some/where.pem"]
+    assert (chosen.certificate if which else chosen.lab_certificate) is None
+
+
+def test_the_authorities_of_the_command_line_are_no_setting(monkeypatch, tmp_path):
+    assert settings.ca_file() is None
+    monkeypatch.setenv("LABKEEPER_CA_FILE", "~/ca.pem")
+    assert settings.ca_file() == tmp_path / "ca.pem"
+    assert settings.unknown_variables() == []

@@ -65,10 +65,13 @@ def base_config() -> dict[str, dict[str, Any]]:
     }
 
 
-def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -> dict[str, dict[str, Any]]:
+def config(
+    spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None, certificate: tuple[Path, Path] | None = None
+) -> dict[str, dict[str, Any]]:
     """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
 
-    What is ours to say goes over the options that were asked for.
+    What is ours to say goes over the options that were asked for. With a certificate and its key the server speaks TLS; Tornado
+    reads the files at each connection, so new ones count at once.
     """
     sections = _sections(spec.jupyter_options)
     for section, values in base_config().items():
@@ -78,6 +81,8 @@ def config(spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None) -
     sections["ServerApp"].update(
         ip=spec.ip, port=port, root_dir=spec.root_dir, base_url=spec.base_url, default_url=spec.default_url
     )
+    if certificate is not None:
+        sections["ServerApp"].update(certfile=str(certificate[0]), keyfile=str(certificate[1]))
     if spec.gateway is not None:
         sections["GatewayClient"] = _gateway_settings(spec.gateway, spec.kernel_env, ca_bundle)
     return dict(sections)

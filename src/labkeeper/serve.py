@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import gc
 import os
 import resource
@@ -11,21 +12,23 @@ import select
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import structlog
 
 from labkeeper import logs, scrub, settings, statedir
+from labkeeper.api import tls
 from labkeeper.api.answers import event_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
+from labkeeper.api.tls import Certificate
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.machine import OwnMachine
@@ -48,6 +51,9 @@ from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
 from labkeeper.tokens import Tokens
 from labkeeper.usage import Sampler
+
+if TYPE_CHECKING:
+    from labkeeper.client import Client
 
 _MARGIN: Final = 5.0
 """Seconds beyond the sum of all timers after which an outcome is waited for no longer."""
@@ -80,10 +86,16 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         _allow_descriptors()
         token = _token(chosen)
         scrub.learn("keeper", _own_secrets(chosen, token))
+        certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
+        if chosen.lab_certificate is not None:
+            # A mistake is told now, and not by each server that cannot start.
+            tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
         listener = stack.enter_context(_listen(chosen.host, chosen.port))
-        url = _url_of(listener)
+        url = _url_of(listener, "http" if certificate is None else "https")
+        door = stack.enter_context(_local_door(statedir.socket_path(chosen.state_dir)))
+        listeners = [listener] if door is None else [listener, door]
         try:
-            keeper = _assemble(chosen, token, listener, stack)
+            keeper = _assemble(chosen, token, stack, listeners=listeners, certificate=certificate, url=url)
         except StoreError as error:
             # At boot it is for whoever runs the keeper to act, as for every other setting.
             raise SettingsError(error.message) from error
@@ -93,11 +105,13 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             raise SettingsError(
                 "cannot start the threads of a keeper; raise the limit of processes (ulimit -u, or the container's --pids-limit)"
             ) from error
-        stack.enter_context(_address(chosen.state_dir, url))
+        path = None if door is None else statedir.socket_path(chosen.state_dir)
+        stack.enter_context(_address(chosen.state_dir, url, path))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
         if first:
-            threading.Thread(target=_start_first, args=(url, token, announce, ended, at_terminal), daemon=True).start()
+            connect = functools.partial(_own_client, url, path, token)
+            threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True).start()
         # What is there by now stays: later searches for garbage leave it out.
         gc.freeze()
         _tell_systemd("READY=1")
@@ -117,7 +131,15 @@ def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None
     return say
 
 
-def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stack: ExitStack) -> Keeper:
+def _assemble(
+    chosen: Settings,
+    token: str | None,
+    stack: ExitStack,
+    *,
+    listeners: Sequence[socket.socket],
+    certificate: Certificate | None,
+    url: str,
+) -> Keeper:
     """Build everything, in the order in which it is closed backwards; it serves when this returns."""
     policy = Policy(
         start_timeout=chosen.start_timeout,
@@ -157,6 +179,7 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         umask=chosen.umask_of_servers,
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
+        certificate=chosen.lab_certificate,
         found_orphans=chronicle.orphans,
     )
     culler = Culler(
@@ -215,7 +238,8 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         version=ours,
         tokens=Tokens(store, clock, chronicle, owner=token),
         is_open=chosen.auth == "none",
-        url=_url_of(listener),
+        is_server=backend.belongs_to_server,
+        url=url,
         hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
@@ -225,7 +249,14 @@ def _assemble(chosen: Settings, token: str | None, listener: socket.socket, stac
         places=places,
         max_body=chosen.max_body,
     )
-    server = WsgiServer(create_app(services), listener, threads=chosen.threads, max_body=chosen.max_body, fit=places.fit)
+    server = WsgiServer(
+        create_app(services),
+        listeners,
+        threads=chosen.threads,
+        max_body=chosen.max_body,
+        certificate=certificate,
+        fit=places.fit,
+    )
     server.start()
     stack.callback(server.close)
     # Before that: it waits for answers that go on.
@@ -378,16 +409,43 @@ def _listen(host: str, port: int) -> socket.socket:
         ) from error
 
 
-def _url_of(listener: socket.socket) -> str:
+def _url_of(listener: socket.socket, scheme: str) -> str:
     host, port = listener.getsockname()[:2]
     host = _WILDCARDS.get(host, host)
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 @contextmanager
-def _address(state_dir: Path, url: str) -> Iterator[None]:
+def _local_door(path: Path) -> Iterator[socket.socket | None]:
+    """Make the Unix socket by which our user reaches us; where that cannot be, such as by too long a path, we go on without."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        try:
+            path.unlink(missing_ok=True)  # Of a keeper that was killed.
+            _bind_private(door, path)
+        except OSError as error:
+            _log.warning("there is no Unix socket; callers on this machine use the port", path=str(path), error=str(error))
+            yield None
+            return
+        try:
+            yield door
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _bind_private(door: socket.socket, path: Path) -> None:
+    """Bind a socket that comes into being with mode 0600. Raises OSError."""
+    before = os.umask(0o177)
     try:
-        statedir.write_address(state_dir, url)
+        door.bind(os.fspath(path))
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def _address(state_dir: Path, url: str, door: Path | None) -> Iterator[None]:
+    try:
+        statedir.write_address(state_dir, url, door)
     except OSError as error:
         _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
     try:
@@ -419,13 +477,18 @@ def _tell_systemd(state: str) -> None:
             notify.sendto(state.encode(), address)
 
 
-def _start_first(url: str, token: str | None, announce: Callable[[str], None], ended: _Ended, at_terminal: bool) -> None:
-    """Start the default server through our own API, as any caller would."""
+def _own_client(url: str, path: Path | None, token: str | None) -> Client:
+    """Make a client of ourselves: by the Unix socket where there is one, since our certificate may be for another name."""
     from labkeeper.client import Client  # noqa: PLC0415 - late: most keepers start no first server
 
+    return Client(url, token=token) if path is None else Client(url, socket=str(path))
+
+
+def _start_first(connect: Callable[[], Client], announce: Callable[[str], None], ended: _Ended, at_terminal: bool) -> None:
+    """Start the default server through our own API, as any caller would."""
     announce("starting JupyterLab ...")
     try:
-        with Client(url, token=token) as client:
+        with connect() as client:
             link = client.create().lab_url
             announce(f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}")
     except LabkeeperError as error:

@@ -24,7 +24,9 @@ PREFIX: Final = "LABKEEPER_"
 CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
 URL_VARIABLE: Final = PREFIX + "URL"
 """Where the command line finds the keeper, when not by its state directory."""
-_OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, PREFIX + "SERVER"})
+CA_VARIABLE: Final = PREFIX + "CA_FILE"
+"""Which authorities the command line trusts, beside those of the system."""
+_OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX + "SERVER"})
 """Variables of ours that are no settings."""
 
 
@@ -125,6 +127,15 @@ class Settings(BaseModel):
         description="Bearer token of the API, at least 16 characters. When not given, one is generated into the state directory.",
     )
     token_file: Directory | None = Field(None, description="File that holds the token, such as a secret of a container.")
+    cert_file: Directory | None = Field(
+        None, description="Certificate of the API, with its chain, as PEM: the API speaks TLS. Read again when it changes."
+    )
+    key_file: Directory | None = Field(None, description="Key of that certificate, not encrypted.")
+    lab_cert_file: Directory | None = Field(
+        None,
+        description="Certificate of JupyterLab, likewise: servers speak TLS. The users that they run as must be able to read it.",
+    )
+    lab_key_file: Directory | None = Field(None, description="Key of that one; they must be able to read it, too.")
     allowed_hosts: Names = Field(
         (),
         description="Host names by which the API may be reached, with commas between them, beside addresses, names without a dot "
@@ -249,6 +260,16 @@ class Settings(BaseModel):
         )
 
     @property
+    def certificate(self) -> tuple[Path, Path] | None:
+        """The files of the API's certificate and of its key."""
+        return (self.cert_file, self.key_file) if self.cert_file and self.key_file else None
+
+    @property
+    def lab_certificate(self) -> tuple[Path, Path] | None:
+        """The same for servers."""
+        return (self.lab_cert_file, self.lab_key_file) if self.lab_cert_file and self.lab_key_file else None
+
+    @property
     def rooms(self) -> Path:
         """The runtime directory."""
         return self.runtime_dir or self.state_dir / "run"
@@ -260,6 +281,8 @@ def load(**flags: Any) -> Settings:
         settings = Settings(**(_from_file() | _from_environment() | flags))
     except ValidationError as error:
         raise SettingsError("; ".join(_sentence(dict(mistake)) for mistake in error.errors())) from error
+    for which in ("", "lab_"):
+        _check_pair(settings, f"{which}cert_file", f"{which}key_file")
     for name in ("token", "webhook_secret"):
         settings = _with_secret(settings, name)
     secret = settings.token.get_secret_value() if settings.token is not None else None
@@ -269,6 +292,12 @@ def load(**flags: Any) -> Settings:
         source = f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
         raise SettingsError(f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters")
     return settings
+
+
+def _check_pair(settings: Settings, *names: str) -> None:
+    for one, other in (names, reversed(names)):
+        if getattr(settings, one) is not None and getattr(settings, other) is None:
+            raise SettingsError(f"{PREFIX}{one.upper()} is set, and no {PREFIX}{other.upper()}; set both or neither")
 
 
 def _with_secret(settings: Settings, name: str) -> Settings:
@@ -284,6 +313,12 @@ def _with_secret(settings: Settings, name: str) -> Settings:
 def keeper_url() -> str | None:
     """Give the URL of the keeper that the environment names for the command line."""
     return os.environ.get(URL_VARIABLE) or None
+
+
+def ca_file() -> Path | None:
+    """Give the file of the authorities that the environment names for the command line."""
+    named = os.environ.get(CA_VARIABLE)
+    return Path(named).expanduser() if named else None
 
 
 def unknown_variables() -> list[str]:

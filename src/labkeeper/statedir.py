@@ -12,17 +12,19 @@ from labkeeper.files import write_private
 
 def read_address(state_dir: Path) -> str | None:
     """Give the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
-    try:
-        found = json.loads(_address(state_dir).read_bytes())
-    except (OSError, ValueError):
-        return None
-    url = found.get("url") if isinstance(found, dict) else None
-    return url if isinstance(url, str) else None
+    return _said(state_dir, "url")
 
 
-def write_address(state_dir: Path, url: str) -> None:
+def read_socket(state_dir: Path) -> Path | None:
+    """Give the path of the Unix socket of such a keeper; None when there is none."""
+    path = _said(state_dir, "socket")
+    return None if path is None else Path(path)
+
+
+def write_address(state_dir: Path, url: str, socket: Path | None) -> None:
     """Say where this process answers. Raises OSError."""
-    write_private(_address(state_dir), json.dumps({"url": url, "pid": os.getpid()}))
+    said = {"url": url, "socket": None if socket is None else str(socket), "pid": os.getpid()}
+    write_private(_address(state_dir), json.dumps(said))
 
 
 def remove_address(state_dir: Path) -> None:
@@ -45,8 +47,23 @@ def make_token(state_dir: Path) -> str:
     return token
 
 
+def _said(state_dir: Path, key: str) -> str | None:
+    """Give a text that a keeper has written into its address."""
+    try:
+        found = json.loads(_address(state_dir).read_bytes())
+    except (OSError, ValueError):
+        return None
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, str) else None
+
+
 def _address(state_dir: Path) -> Path:
     return state_dir / "keeper.json"
+
+
+def socket_path(state_dir: Path) -> Path:
+    """Say where a keeper makes its Unix socket."""
+    return state_dir / "keeper.sock"
 
 
 def _token(state_dir: Path) -> Path:

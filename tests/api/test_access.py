@@ -13,7 +13,7 @@ import structlog
 from fake_keeper import TOKEN, fake_keeper
 from labkeeper.api.access import Extent
 from labkeeper.api.app import _RULES, create_app
-from labkeeper.api.peer import PEER, Peer
+from labkeeper.api.peers import PEER, Peer
 from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Reach, Scope
 from labkeeper.core.model import OwnKernel, ServerName

@@ -333,8 +333,8 @@ def test_only_the_default_server_has_the_default_port(tmp_path):
 
 def test_a_server_runs_as_whom_its_request_names_or_else_as_the_default_user(tmp_path):
     defaults = Defaults(tmp_path, "127.0.0.1", 8888, user="alice")
-    assert ServerRequest().spec(defaults).user == "alice"
-    assert ServerRequest(user="bob").spec(defaults).user == "bob"
+    assert ServerRequest().spec(defaults, ANYBODY).user == "alice"
+    assert ServerRequest(user="bob").spec(defaults, ANYBODY).user == "bob"
 
 
 def test_a_root_that_is_gone_is_refused(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 from fake_keeper import TOKEN, fake_keeper
 from labkeeper.api.app import create_app
-from labkeeper.api.peer import PEER, Peer
+from labkeeper.api.peers import PEER, Peer
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 

@@ -506,3 +506,12 @@ def test_secrets_are_not_in_the_repr():
     """Printing a server in a log shows no token."""
     server = Server(**a_server(token="s3cret", lab_url="http://h/lab?token=s3cret"))
     assert "s3cret" not in repr(server)
+
+
+def test_authorities_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "bad.pem").write_text("no certificate")
+    for name in ("bad.pem", "absent.pem"):
+        with pytest.raises(SettingsError, match=f"cannot read certificates from the file .*{name}"):
+            Client("https://keeper", ca_file=tmp_path / name)
+    # Plain HTTP trusts nobody, and looks at no file.
+    Client("http://keeper", ca_file=tmp_path / "absent.pem").close()

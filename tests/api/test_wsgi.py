@@ -1,15 +1,26 @@
-"""The threads that answer: as many as there is work for, and some more."""
+"""The server around the application: its threads, as many as there is work for and some more, and its connections."""
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 import structlog
 
-from harness import until
+from harness import PATIENCE, until
+from labkeeper.api import wsgi
 from labkeeper.api.places import Places, reserve
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
+from serving import HOLD, ask, is_closed, said
 
 
 class Task:
@@ -136,3 +147,202 @@ def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
     assert not places.take()
     places.give_back()
     assert places.take()
+
+
+# The server with real connections
+
+
+@pytest.fixture
+def few_places(monkeypatch):
+    monkeypatch.setattr(wsgi, "_connection_limit", lambda: 6)
+    return 6
+
+
+def test_both_sockets_are_served_and_the_kernel_says_who_is_at_the_other_end_of_one(serve):
+    served = serve()
+    forged = ["labkeeper.peer: 1", "Labkeeper-Peer: root", "labkeeper_peer: 1"]
+    over_tcp = said(served.connect(), headers=forged)
+    assert over_tcp["peer"] is None
+    assert over_tcp["HTTP_LABKEEPER_PEER"] == "root"
+    local = said(served.connect_locally(), headers=forged)
+    assert local["peer"] == [os.getpid(), os.getuid(), os.getgid()]
+    assert (local["wsgi.url_scheme"], local["REMOTE_ADDR"]) == ("http", "localhost")
+
+
+def test_a_connection_that_outlives_its_process_names_nobody(serve):
+    served = serve()
+    ours, its = socket.socketpair()
+    code = (
+        "import socket, sys\nconnection = socket.socket(socket.AF_UNIX)\nconnection.connect(sys.argv[1])\n"
+        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b'x'], [connection.fileno()])\nsys.stdin.read()\n"
+    )
+    with ours, its:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(served.door), str(its.fileno())], pass_fds=[its.fileno()], stdin=subprocess.PIPE
+        )
+        ((descriptor,), uid) = socket.recv_fds(ours, 1, 1)[1], os.getuid()
+    with socket.socket(fileno=descriptor) as connection:
+        assert said(connection)["peer"] == [child.pid, uid, os.getgid()]
+        child.communicate()
+        assert said(connection)["peer"] is None
+
+
+def test_whoever_comes_gets_in_when_all_places_are_taken_by_those_who_only_wait(serve, few_places):
+    served = serve()
+    idle = [served.connect() for _ in range(few_places)]
+    served.settle(few_places)
+    assert said(served.connect())["size"] == 0
+    # Who has waited longest had to go; the others stay.
+    assert is_closed(idle[0])
+    assert said(idle[-1])["size"] == 0
+    # By the other door, too.
+    assert said(served.connect_locally())["peer"] is not None
+    assert is_closed(idle[1])
+
+
+def test_whoever_is_answered_keeps_the_place(serve, few_places):
+    served = serve()
+    asked = [served.connect() for _ in range(few_places - 1)]
+    for connection in asked:
+        connection.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+    until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()) and served.inside == few_places - 1)
+    last = served.connect()
+    served.settle(few_places)
+    for _ in range(3):
+        newer = served.connect()
+        assert said(newer)["size"] == 0
+        assert is_closed(last)
+        last = newer
+    last.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+    until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()))
+    # There is no place to be had: one waits outside, and comes in when another goes.
+    outside = served.connect()
+    outside.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert not select.select([outside], [], [], 0.3)[0]
+    HOLD.set()
+    answer = http.client.HTTPResponse(outside)
+    answer.begin()
+    assert answer.status == 200
+
+
+def test_thousands_who_only_connect_are_no_hindrance(serve):
+    """As many as there are places, and as many again all the while."""
+    served = serve()
+    places = wsgi._connection_limit()
+    crowd = [served.connect() for _ in range(min(places, 1500))]
+    ended = threading.Event()
+
+    def press():
+        while not ended.is_set():
+            crowd.append(served.connect())
+            if len(crowd) > places + 500:
+                crowd.pop(0).close()
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    try:
+        until(lambda: served.inside >= places - 50, what="all places taken")
+        for _ in range(20):
+            begun = time.monotonic()
+            with socket.create_connection(served.address, timeout=PATIENCE) as connection:
+                assert said(connection)["size"] == 0
+            assert time.monotonic() - begun < 10
+    finally:
+        ended.set()
+        pressing.join()
+
+
+@pytest.mark.parametrize(
+    ("pieces", "limit"),
+    [
+        ([b"G"] * 1000, "_HEAD_WITHIN"),
+        ([b"\r\n\r\n\r"] * 1000, "_HEAD_WITHIN"),
+        ([b"GET / HTTP/1.1\r\n", *[b"X: y\r\n"] * 90], "_HEAD_WITHIN"),
+        ([b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n", *[b"x"] * 4000], "_BODY_WITHIN"),
+        ([], "_IDLE_TIMEOUT"),
+    ],
+    ids=["line", "nothing", "head", "body", "silent"],
+)
+def test_a_request_that_drips_is_cut_off(serve, monkeypatch, pieces, limit):
+    """However often something comes: by the time since its first byte."""
+    for name in ("_HEAD_WITHIN", "_BODY_WITHIN", "_IDLE_TIMEOUT"):
+        monkeypatch.setattr(wsgi, name, 0.5 if name == limit else PATIENCE)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    served = serve()
+    connection, begun = served.connect(), time.monotonic()
+    pieces = iter(pieces)
+    with contextlib.suppress(ConnectionError):
+        while not select.select([connection], [], [], 0.05)[0]:
+            connection.sendall(next(pieces, b""))
+    assert is_closed(connection)
+    assert time.monotonic() - begun < 20
+
+
+def test_a_connection_that_is_used_is_not_cut_off(serve, monkeypatch):
+    """Neither between requests, nor while a long one is answered, nor by what comes behind it."""
+    for name in ("_HEAD_WITHIN", "_BODY_WITHIN", "_IDLE_TIMEOUT"):
+        monkeypatch.setattr(wsgi, name, 1.0)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    served = serve()
+    used, slow = served.connect(), served.connect()
+    slow.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n")
+    begun = time.monotonic()
+    while time.monotonic() - begun < 3:
+        said(used)
+        select.select([slow], [], [], 0.2)
+    HOLD.set()
+    answer = http.client.HTTPResponse(slow)
+    answer.begin()
+    assert (answer.status, bool(answer.read())) == (200, True)
+    assert said_behind(slow)["size"] == 0
+
+
+def said_behind(connection):
+    connection.sendall(b"Host: x\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return json.loads(answer.read())
+
+
+def test_a_caller_that_does_not_take_its_answer_is_left(serve, monkeypatch):
+    monkeypatch.setattr(wsgi, "_IDLE_TIMEOUT", 0.5)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+    until(lambda: served.inside == 1, what="it is inside")
+    (channel,) = served.server._doors[0].active_channels.values()
+    # It holds a thread until what it has not read fits into a buffer of the server; then only a place.
+    until(lambda: channel.requests, what="it is answered")
+    while channel.requests:
+        connection.recv(2**16)
+    served.settle(0)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([f"X-{number}: y" for number in range(98)], 200),
+        ([f"X-{number}: y" for number in range(101)], 431),
+        (["X: " + "y" * 15000], 200),
+        (["X: " + "y" * 17000], 431),
+    ],
+)
+def test_heads_are_bounded(serve, headers, status):
+    answered, body = ask(serve().connect(), headers=headers)
+    assert answered == status
+    if status != 200:
+        assert json.loads(body)["code"] == "request_header_fields_too_large"
+
+
+def test_a_connection_that_went_before_it_was_taken_in_is_no_matter(serve, monkeypatch):
+    served = serve()
+    refused = OSError("gone")
+    with monkeypatch.context() as broken:
+        broken.setattr(wsgi._Channel, "__init__", lambda *_, **__: raise_(refused))
+        assert is_closed(served.connect())
+    assert said(served.connect())["size"] == 0
+
+
+def raise_(error):
+    raise error

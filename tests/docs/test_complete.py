@@ -40,6 +40,7 @@ def test_every_variable_in_the_pages_exists():
     known = {f"LABKEEPER_{name.upper()}" for name in Settings.model_fields} | {
         "LABKEEPER_CONFIG",
         "LABKEEPER_URL",
+        "LABKEEPER_CA_FILE",
         "LABKEEPER_SERVER",
     }
     found = {name for text in map(Path.read_text, PAGES) for name in re.findall(r"\bLABKEEPER_[A-Z_]*[A-Z]\b", text)}

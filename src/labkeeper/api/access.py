@@ -15,7 +15,7 @@ from typing import Final
 import structlog
 from flask import g, request
 
-from labkeeper.api.peer import PEER, Peer
+from labkeeper.api.peers import PEER, Peer
 from labkeeper.api.rates import Rates
 from labkeeper.core.access import ANYBODY, Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from flask import Response, request
 
-from labkeeper.api.peer import PEER
+from labkeeper.api.peers import PEER
 from labkeeper.core.errors import HostNotKnown, NotAllowed
 
 _HEADERS: Final = {

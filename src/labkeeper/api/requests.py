@@ -83,9 +83,9 @@ class _Shape:
         return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
-def _of_names(pattern: str) -> dict[str, Any]:
+def _of_names(pattern: str, longest: int) -> dict[str, Any]:
     """Tell callers what the names in an object must look like."""
-    return {"propertyNames": {"pattern": f"^(?:{pattern})$"}}
+    return {"propertyNames": {"pattern": f"^(?:{pattern})$", "maxLength": longest}}
 
 
 _PATH_PREFIX: Final = _Shape(
@@ -159,7 +159,12 @@ def _check_header_names(headers: dict[str, str]) -> dict[str, str]:
     return headers
 
 
-Name = Annotated[str, _Shape(NAME_PATTERN, NAME_RULE), Field(description=f"Name of the server: {NAME_RULE}.")]
+Name = Annotated[
+    str,
+    Field(json_schema_extra={"maxLength": 63}),
+    _Shape(NAME_PATTERN, NAME_RULE),
+    Field(description=f"Name of the server: {NAME_RULE}."),
+]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL]
 Line = Annotated[str, Field(min_length=1, max_length=8192), _ONE_LINE]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
@@ -168,7 +173,7 @@ _Key128 = Annotated[str, Field(max_length=128)]
 User = Annotated[str, Field(max_length=32), _USER]
 Labels = Annotated[
     dict[_Key63, Annotated[str, Field(max_length=256), _ONE_LINE]],
-    Field(max_length=64, json_schema_extra=_of_names(_LABEL)),
+    Field(max_length=64, json_schema_extra=_of_names(_LABEL, 63)),
     AfterValidator(_check_labels),
 ]
 Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
@@ -233,7 +238,7 @@ class ServerRequest(_Request):
         dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
         Field(
             max_length=256,
-            json_schema_extra=_of_names(_VARIABLE),
+            json_schema_extra=_of_names(_VARIABLE, 128),
             description="Environment variables for the server and its local kernels.",
         ),
         AfterValidator(_check_env),
@@ -267,7 +272,9 @@ class ServerRequest(_Request):
     gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
     gateway_headers: Annotated[
         dict[_Key128, Annotated[str, Field(max_length=8192), _ONE_LINE]],
-        Field(max_length=64, json_schema_extra=_of_names(_HEADER), description="HTTP headers of each request to the gateway."),
+        Field(
+            max_length=64, json_schema_extra=_of_names(_HEADER, 128), description="HTTP headers of each request to the gateway."
+        ),
         AfterValidator(_check_header_names),
     ] = {}
     gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
@@ -283,7 +290,7 @@ class ServerRequest(_Request):
         dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
         Field(
             max_length=256,
-            json_schema_extra=_of_names(_VARIABLE),
+            json_schema_extra=_of_names(_VARIABLE, 128),
             description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
             "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
         ),
@@ -582,7 +589,9 @@ class ServerPath(BaseModel):
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
     # A longer one is not refused, but the name of no server; the request line bounds it.
-    name: str = Field(description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, **_such_as("default")})
+    name: str = Field(
+        description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, **_such_as("default")}
+    )
 
 
 class TokenPath(BaseModel):
@@ -590,7 +599,7 @@ class TokenPath(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN})
+    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63})
 
 
 class TicketPath(BaseModel):

@@ -58,7 +58,7 @@ from labkeeper.api.answers import (
     webhook_model,
 )
 from labkeeper.api.browser import host_of
-from labkeeper.api.peer import PEER
+from labkeeper.api.peers import PEER
 from labkeeper.api.requests import (
     BulkRequest,
     EventQuery,

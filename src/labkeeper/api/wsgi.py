@@ -5,31 +5,48 @@ Waitress reads requests without a thread for each, so slow callers cost nothing;
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import socket
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import structlog
-import waitress
 from flask import Flask
 from waitress import wasyncore
+from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
 from waitress.parser import HTTPRequestParser
-from waitress.task import ErrorTask, ThreadedTaskDispatcher
-from waitress.utilities import BadRequest, RequestEntityTooLarge
+from waitress.server import BaseWSGIServer
+from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
+from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderFieldsTooLarge
 
+from labkeeper.api.peers import PEER, Peer, identify
 from labkeeper.api.places import reserve
 from labkeeper.api.problems import MEDIA_TYPE
+from labkeeper.api.tls import Certificate, NotYet, TlsSocket
 
 _CONNECTIONS: Final = 2000
 _RESERVE: Final = 512
 """Descriptors that are kept for servers, their logs, and the store."""
-_IDLE_TIMEOUT: Final = 30
-"""Seconds after which a connection without a request is closed."""
-_HEADER_LIMIT: Final = 64 * 1024
+_IDLE_TIMEOUT: Final = 30.0
+"""Seconds after which a connection without a request, or whose caller does not take its answer, is closed."""
+_HEAD_WITHIN: Final = 15.0
+"""Seconds in which the head of a request comes, from its first byte on; before it, those of a TLS handshake."""
+_BODY_WITHIN: Final = 60.0
+"""Seconds in which a whole request comes, likewise. A caller that drips bytes gets no more."""
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at who is too late."""
+_AT_ONCE: Final = 32
+"""Connections that are taken in before those that are there have their turn."""
+_HEADER_LIMIT: Final = 16 * 1024
+_HEADERS: Final = 100
+"""Most headers of a request."""
+_READ: Final = 32 * 1024
+"""Bytes that are read at a time: more than a TLS record holds, of which nothing may be left with OpenSSL."""
 _FAREWELL: Final = 5
 """Seconds that answers under way get to end, when the server closes."""
 _FIRST_THREADS: Final = 4
@@ -41,33 +58,28 @@ _log = structlog.get_logger("labkeeper.api")
 
 
 class WsgiServer:
-    """Serves an application on a listening socket until it is closed."""
+    """Serves an application on listening sockets until it is closed, all in one loop."""
 
     def __init__(
-        self, app: Flask, listener: socket.socket, *, threads: int, max_body: int, fit: Callable[[int], None] = lambda _: None
+        self,
+        app: Flask,
+        listeners: Sequence[socket.socket],
+        *,
+        threads: int,
+        max_body: int,
+        certificate: Certificate | None = None,
+        fit: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`fit` is told how many threads there can be, whenever that is found out to be another number."""
+        """With a certificate TLS is spoken, but for Unix sockets.
+
+        `fit` is told how many threads there can be, whenever that is found out to be another number.
+        """
         self._map: dict[int, Any] = {}
         self._threads = _Threads(threads, fit)
-        self._server = waitress.create_server(
-            app,
-            map=self._map,
-            _dispatcher=self._threads,
-            sockets=[listener],
-            threads=threads,
-            max_request_body_size=max_body + 1,
-            max_request_header_size=_HEADER_LIMIT,
-            connection_limit=_connection_limit(),
-            channel_timeout=_IDLE_TIMEOUT,
-            backlog=512,
-            # Lets a stream notice that its reader has gone, also when the reader has asked for more behind it.
-            channel_request_lookahead=8,
-            asyncore_use_poll=True,
-            clear_untrusted_proxy_headers=True,
-            ident=None,
-        )
-        self._server.channel_class = _Channel
-        self._thread = threading.Thread(target=self._server.run, name="wsgi", daemon=True)
+        self._doors = [
+            _Door(app, self._map, listener, self._threads, certificate=certificate, max_body=max_body) for listener in listeners
+        ]
+        self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
 
     def start(self) -> None:
         """Begin to answer. Raises RuntimeError when threads cannot be started."""
@@ -84,7 +96,7 @@ class WsgiServer:
         self._threads.shutdown(cancel_pending=True, timeout=_FAREWELL)
         # What belongs to the loop may be closed in the loop's own thread only. `pull_trigger` lets its lock go before it
         # writes: a loop that is awake by then would have closed what it writes to.
-        trigger = self._server.trigger
+        trigger = self._doors[0].trigger
         with trigger.lock:
             trigger.thunks.append(lambda: wasyncore.close_all(self._map))
             trigger._physical_pull()  # noqa: SLF001 - see above
@@ -158,6 +170,107 @@ def _connection_limit() -> int:
     return _CONNECTIONS if allowed == resource.RLIM_INFINITY else max(_CONNECTIONS // 20, min(_CONNECTIONS, allowed - _RESERVE))
 
 
+class _Door(BaseWSGIServer):
+    """One listening socket. All of them share the places, which nobody keeps by being slow.
+
+    Everybody gets in, also when all places are taken: whoever has waited longest without a whole request has to go. A request
+    comes whole at once, in most cases, so that is hardly ever somebody who means well.
+    """
+
+    def __init__(
+        self,
+        app: Flask,
+        map_: dict[int, Any],
+        listener: socket.socket,
+        threads: _Threads,
+        *,
+        certificate: Certificate | None,
+        max_body: int,
+    ) -> None:
+        self._is_unix = listener.family == socket.AF_UNIX
+        self._certificate = None if self._is_unix else certificate
+        self._places = _connection_limit()
+        self._look_at = 0.0
+        adjustments = Adjustments(
+            sockets=[listener],
+            url_scheme="http" if self._certificate is None else "https",
+            max_request_body_size=max_body + 1,
+            max_request_header_size=_HEADER_LIMIT,
+            recv_bytes=_READ,
+            backlog=512,
+            # Lets a stream notice that its reader has gone, also when the reader has asked for more behind it.
+            channel_request_lookahead=8,
+            asyncore_use_poll=True,
+            clear_untrusted_proxy_headers=True,
+            ident=None,
+        )
+        known = (listener.family, listener.type, listener.proto, listener.getsockname())
+        super().__init__(app, map_, _sock=listener, dispatcher=threads, adj=adjustments, sockinfo=known, bind_socket=False)
+
+    def getsockname(self) -> tuple[str, str]:
+        """Give host and port."""
+        if self._is_unix:
+            return "localhost", ""
+        return socket.getnameinfo(self.socket.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+
+    def readable(self) -> bool:
+        """Whether somebody may come in; this is asked in each round of the loop."""
+        now = time.monotonic()
+        if now >= self._look_at:
+            self._look_at = now + _LOOK_EVERY
+            for channel in self.active_channels.values():
+                channel.will_close |= channel.is_late(now)
+        return self.accepting and self._to_give() > 0
+
+    def handle_accept(self) -> None:
+        """Let those in who wait outside, and others out for them."""
+        for _ in range(min(_AT_ONCE, self._to_give())):
+            try:
+                accepted = self.accept()
+                if accepted is None:
+                    break
+                self._let_in(*accepted)
+            except OSError as error:
+                # It has gone already, or no descriptor is free.
+                _log.debug("cannot take in a connection", error=str(error))
+                break
+        channels = self._channels()
+        surplus = len(channels) - sum(channel.will_close for channel in channels) - self._places
+        if surplus > 0:
+            for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[:surplus]:
+                # It is closed in the next round: until then nobody else gets its descriptor.
+                channel.will_close = True
+
+    def add_task(self, task: _Channel) -> None:
+        """Have a request answered that has come whole."""
+        task.note_request()
+        super().add_task(task)
+
+    def _let_in(self, connection: socket.socket, address: Any) -> None:
+        try:
+            if self._is_unix:
+                address = ("localhost", None)
+            else:
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setblocking(False)
+            taken = connection if self._certificate is None else self._certificate.wrap(connection)
+            channel = _Channel(self, taken, address, self.adj, map=self._map)
+        except OSError:
+            connection.close()
+            raise
+        if self._is_unix:
+            channel.peer = identify(connection)
+
+    def _to_give(self) -> int:
+        """Count the places that somebody can have: those that are free, else those of whom can be let out."""
+        channels = self._channels()
+        return max(self._places - len(channels), 0) or sum(map(_Channel.is_waiting, channels))
+
+    def _channels(self) -> list[_Channel]:
+        """Give the connections of all doors."""
+        return [channel for channel in self._map.values() if isinstance(channel, _Channel)]
+
+
 class _Parser(HTTPRequestParser):
     """Reads an oversized body to its end and keeps nothing of it: a caller that is cut off while it sends sees no answer."""
 
@@ -180,6 +293,15 @@ class _Parser(HTTPRequestParser):
         if isinstance(self.error, RequestEntityTooLarge):
             self._refuse_body()
         return consumed
+
+    def parse_header(self, header_plus: bytes) -> None:
+        """Read the head of a request."""
+        if header_plus.count(b"\n") <= _HEADERS + 1:
+            super().parse_header(header_plus)
+        else:
+            # As waitress does where it is too long.
+            super().parse_header(b"GET / HTTP/1.0\r\n")
+            self.error = RequestHeaderFieldsTooLarge(f"exceeds {_HEADERS} headers")
 
     def _refuse_body(self) -> None:
         if self.expect_continue:
@@ -209,6 +331,81 @@ class _Problem(ErrorTask):
         self.write(body)
 
 
+class _Task(WSGITask):
+    """Asks the application, and tells it who has connected, where that is known."""
+
+    def get_environment(self) -> dict[str, Any]:
+        """Give the WSGI environment."""
+        environment: dict[str, Any] = super().get_environment()
+        if self.channel.peer is not None and (peer := self.channel.peer()) is not None:
+            environment[PEER] = peer
+        return environment
+
+
 class _Channel(HTTPChannel):
+    """One connection."""
+
     parser_class = _Parser
+    task_class = _Task
     error_task_class = _Problem
+    peer: Callable[[], Peer | None] | None = None
+    """Says who has connected; set for a Unix socket."""
+
+    def __init__(self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any) -> None:  # noqa: A002 - waitress' name
+        self._tls = connection if isinstance(connection, TlsSocket) else None
+        self._since = time.monotonic()
+        """When it began to wait for a request: when it came, or was last seen with one."""
+        self._begun: float | None = None
+        """When the first byte after the last whole request came; an empty line is a byte too."""
+        super().__init__(server, connection, address, adj, map=map)
+
+    def is_waiting(self) -> bool:
+        """Whether its caller is waited for. Only the loop, which asks, takes in requests."""
+        return not (self.requests or self.will_close)
+
+    def patience(self) -> tuple[bool, float]:
+        """Order those who wait, the first to go first: a caller that still reads its answer after all others."""
+        return bool(self.total_outbufs_len), self._since
+
+    def is_late(self, now: float) -> bool:
+        """Whether its caller has been waited for long enough."""
+        if self.requests:
+            self._since = now
+            return False
+        if self.total_outbufs_len:
+            return bool(time.time() - self.last_activity > _IDLE_TIMEOUT)
+        if self._tls is not None and not self._tls.greeted:
+            return now - self._since > _HEAD_WITHIN
+        if self._begun is None:
+            return now - self._since > _IDLE_TIMEOUT
+        has_head = self.request is not None and self.request.headers_finished
+        return now - max(self._begun, self._since) > (_BODY_WITHIN if has_head else _HEAD_WITHIN)
+
+    def note_request(self) -> None:
+        """Know that a request is there; a thread may say so, too."""
+        self._since, self._begun = time.monotonic(), None
+
+    def received(self, data: bytes) -> bool:
+        """Take in bytes of requests, and note when."""
+        self._begun = self._begun or time.monotonic()
+        taken: bool = super().received(data)
+        if self.request is not None and self._begun is None:
+            # Behind a whole one.
+            self._begun = time.monotonic()
+        return taken
+
+    def handle_read(self) -> None:
+        """Read what has come, if it is enough to make something of it."""
+        with contextlib.suppress(NotYet):
+            super().handle_read()
+
+    def writable(self) -> bool:
+        """Whether there is something to write; TLS may have something of its own."""
+        return bool(super().writable()) or (self._tls is not None and self._tls.wants_write)
+
+    def handle_write(self) -> None:
+        """Write it."""
+        if self._tls is not None and self._tls.wants_write:
+            self.handle_read()
+        if self.socket is not None:
+            super().handle_write()

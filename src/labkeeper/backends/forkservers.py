@@ -37,7 +37,7 @@ from labkeeper.files import write_private
 STANDALONE: Final = Path(wire.__file__).parent
 """What runs in the servers' own interpreter; run as a program."""
 
-_PLACE: Final = ".forkservers"
+PLACE: Final = ".forkservers"
 """The directory of all fork servers in a runtime directory; no server has such a name."""
 _LOG_NAME: Final = "_forkserver.log"
 """The log of all fork servers in the log directory; no server has such a name either."""
@@ -93,7 +93,7 @@ class ForkServers:
     ) -> None:
         self._crew = crew
         self._python = python
-        self._place = runtime_dir / _PLACE
+        self._place = runtime_dir / PLACE
         self._log = LogFile(log_dir / _LOG_NAME, max_bytes=_LOG_BYTES)
         self._environment = environment
         self._config = config
@@ -276,7 +276,7 @@ class ForkServers:
 
 def remove_dead(runtime_dir: Path) -> None:
     """Remove what is left of fork servers that have ended; one that lives ends by itself, when it has no servers any more."""
-    for directory in (runtime_dir / _PLACE).glob("*"):
+    for directory in (runtime_dir / PLACE).glob("*"):
         try:
             connect(directory).close()
         except (ConnectionRefusedError, FileNotFoundError):
@@ -285,7 +285,7 @@ def remove_dead(runtime_dir: Path) -> None:
         except OSError:
             continue
     with contextlib.suppress(OSError):  # Others are in there.
-        (runtime_dir / _PLACE).rmdir()
+        (runtime_dir / PLACE).rmdir()
 
 
 def _sweep_rehearsal(directory: Path) -> None:

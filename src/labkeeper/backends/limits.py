@@ -149,6 +149,11 @@ class ControlGroups:
         # Most often there is none.
         return pids - spared() if pids else pids
 
+    def hold_any(self, pid: int) -> bool:
+        """Whether a process is in the group of any server, or below it. Raises OSError when it has ended."""
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        return any(part.startswith(self._prefix) for line in lines for part in line.split("/"))
+
     def kill(self, name: ServerName) -> None:
         """End all processes in the groups of a server at once, with what they are just starting.
 

@@ -26,6 +26,7 @@ from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.echo import Echo
 from labkeeper.backends.forking import ForkServer
 from labkeeper.backends.forkservers import remove_dead
+from labkeeper.backends.kinship import Kinship
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
@@ -59,9 +60,13 @@ class LocalBackend:
         umask: int = 0o077,
         log_max_bytes: int = 10 * 1024 * 1024,
         echo_logs: bool = False,
+        certificate: tuple[Path, Path] | None = None,
         found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
-        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended."""
+        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended.
+
+        With a certificate and its key servers speak TLS.
+        """
         self._report = report
         self._python = python
         # One spelling, so that a server's mark is the same for every keeper that comes by another link.
@@ -71,9 +76,11 @@ class LocalBackend:
         self._umask = umask
         self._log_max_bytes = log_max_bytes
         self._echo_logs = echo_logs
+        self._certificate = certificate
         self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
+        self._kinship = Kinship(self._runtime_dir, self._groups)
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._crew = Crew()
         self._forkserver: ForkServer | None = None
@@ -196,6 +203,10 @@ class LocalBackend:
         attendant = self._attendants.get(name)
         return None if attendant is None else foregrounds(attendant.process)
 
+    def belongs_to_server(self, pid: int) -> bool:
+        """Whether a process is a server, or may stem from one, running or ended: then it speaks for the user of that server."""
+        return self._kinship.is_of_server(pid, {attendant.process.pid for attendant in [*self._attendants.values()]})
+
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Read the log file as it grows."""
         return self._logfile(name).follow(tail, live)
@@ -259,7 +270,9 @@ class LocalBackend:
             },
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
-            config=jupyter.config(spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle),
+            config=jupyter.config(
+                spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle, certificate=self._certificate
+            ),
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
@@ -314,6 +327,8 @@ class LocalBackend:
 
     def _attend(self, attendant: Attendant) -> None:
         self._attendants[attendant.name] = attendant
+        if attendant.record.launched_by == "exec":
+            self._kinship.note_executed(attendant.process)
         self._crew.start(f"attend-{attendant.name}", self._until_over, attendant)
 
     def _until_over(self, attendant: Attendant) -> None:

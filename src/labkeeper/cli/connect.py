@@ -21,15 +21,16 @@ _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     """Find the keeper and speak to it; also say whether it is the one of this machine."""
     from labkeeper.client import Client  # noqa: PLC0415 - late
-    from labkeeper.settings import keeper_url  # noqa: PLC0415 - late
+    from labkeeper.settings import ca_file, keeper_url  # noqa: PLC0415 - late
 
     settings = read_settings(where)
     named = where.url or keeper_url()
     url = named or _found_url(settings)
     is_here = named is None or urlsplit(named).hostname in _LOOPBACK
-    # The generated token belongs to the keeper of this machine: it is not shown to any other.
-    shown = token_of(settings) if is_here else _own_token(settings)
-    with Client(url, token=shown) as client:
+    door = _door(settings) if named is None else None
+    # The generated token belongs to the keeper of this machine: it is not shown to any other. Over its Unix socket it knows us.
+    shown = token_of(settings) if is_here and door is None else _own_token(settings)
+    with Client(url, token=shown, socket=door, ca_file=ca_file()) as client:
         yield client, is_here
 
 
@@ -47,7 +48,16 @@ def _found_url(settings: Settings) -> str:
 
     host = _WILDCARDS.get(settings.host, settings.host)
     host = f"[{host}]" if ":" in host else host
-    return read_address(settings.state_dir) or f"http://{host}:{settings.port}"
+    scheme = "http" if settings.certificate is None else "https"
+    return read_address(settings.state_dir) or f"{scheme}://{host}:{settings.port}"
+
+
+def _door(settings: Settings) -> str | None:
+    """Give the path of the Unix socket of the keeper over our state directory, where it has one."""
+    from labkeeper.statedir import read_socket  # noqa: PLC0415 - late
+
+    path = read_socket(settings.state_dir)
+    return str(path) if path is not None and path.is_socket() else None
 
 
 def _own_token(settings: Settings) -> str | None:

@@ -142,9 +142,11 @@ class Client:
     `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
 
     `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token.
+    `ca_file` holds certificates of authorities to trust beside those of the system, for a keeper that speaks TLS.
 
     Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
-    of the API. The constructor raises SettingsError for a URL or a token that can be none.
+    of the API. The constructor raises SettingsError for a URL or a token that can be none, and for
+    a `ca_file` that cannot be read.
     """
 
     def __init__(
@@ -154,6 +156,7 @@ class Client:
         token: str | None = None,
         socket: str | None = None,
         timeout: float = TIMEOUT,
+        ca_file: _PathText | None = None,
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self.base_url = checked_url(base_url)
@@ -162,12 +165,10 @@ class Client:
         if token is not None:
             headers["Authorization"] = f"Bearer {checked_token(token)}"
         try:
-            self._http = httpx.Client(
-                base_url=self.base_url,
-                headers=headers,
-                transport=transport or make_transport(self.base_url, socket),
-                trust_env=False,
-            )
+            # Nobody listens in on a Unix socket: there is no TLS on it.
+            url = self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
+            transport = transport or make_transport(url, ca_file=ca_file, socket_path=socket)
+            self._http = httpx.Client(base_url=url, headers=headers, transport=transport, trust_env=False)
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 

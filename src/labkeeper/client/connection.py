@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 from contextlib import AbstractContextManager
@@ -52,13 +53,26 @@ def checked_token(token: str) -> str:
     return token
 
 
-def make_transport(url: str, socket_path: str | None = None) -> httpx.HTTPTransport:
-    """Make the real transport: over TCP, or over the keeper's Unix socket."""
+def make_transport(
+    url: str, *, ca_file: str | os.PathLike[str] | None = None, socket_path: str | None = None
+) -> httpx.HTTPTransport:
+    """Make the real transport: over TCP, or over the keeper's Unix socket. Raises SettingsError when `ca_file` cannot be read."""
     # Plain HTTP needs no certificates, and loading them takes 40 ms; this context trusts nobody.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
     if socket_path is not None:
         return httpx.HTTPTransport(verify=context, trust_env=False, uds=socket_path)
     return httpx.HTTPTransport(verify=context, trust_env=False, socket_options=_KEEPALIVE)
+
+
+def _trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
+    """Make a context that trusts the authorities of the system, and those in a file."""
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as error:  # Of which ssl.SSLError is one.
+            raise SettingsError(f"cannot read certificates from the file {ca_file}: {error.strerror or error}") from error
+    return context
 
 
 _KEEPALIVE: Final = [

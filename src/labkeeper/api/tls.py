@@ -1,0 +1,190 @@
+"""TLS for the server around the application: certificates that may change at any time, and sockets that never wait."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import ssl
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from labkeeper.core.errors import SettingsError
+
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at whether the files have changed."""
+_OTHERS: Final = 0o077
+"""Modes by which somebody else than its owner gets at a file."""
+_SPEAKS_TLS: Final = b"cannot answer plain HTTP: this port speaks TLS; use https://\n"
+_REFUSAL: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
+    len(_SPEAKS_TLS),
+    _SPEAKS_TLS,
+)
+
+_log = structlog.get_logger("labkeeper.api.tls")
+
+
+class NotYet(Exception):  # noqa: N818 - no error: the loop asks again when the socket is ready
+    """Nothing has come that is whole; not an OSError, which for waitress is the end of a connection."""
+
+
+class Certificate:
+    """A certificate and its key, as their files hold them now. For one thread, but for its making."""
+
+    def __init__(self, cert_file: Path, key_file: Path) -> None:
+        """Read both. Raises SettingsError."""
+        self._cert_file, self._key_file = cert_file, key_file
+        self._seen = self._state()
+        self._context = load(cert_file, key_file)
+        self._look_at = time.monotonic() + _LOOK_EVERY
+        with contextlib.suppress(OSError):
+            if key_file.stat().st_mode & _OTHERS:
+                _log.warning("the key can be read by others than its owner; `chmod 600` helps", file=str(key_file))
+
+    def wrap(self, connection: socket.socket) -> TlsSocket:
+        """Make a connection that was just accepted one that speaks TLS. Raises OSError."""
+        self._renew()
+        return TlsSocket(self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False))
+
+    def _renew(self) -> None:
+        """Load what has changed; as long as that cannot be used, what was there goes on."""
+        now = time.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + _LOOK_EVERY
+        state = self._state()
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            self._context = load(self._cert_file, self._key_file)
+        except SettingsError as error:
+            _log.warning("the new certificate cannot be used; the one before it goes on", reason=error.message)
+        else:
+            _log.info("the certificate was renewed", file=str(self._cert_file))
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        """Say what the files look like from outside."""
+        return [_look(path) for path in (self._cert_file, self._key_file)]
+
+
+def _look(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSLContext:
+    """Make what sockets are wrapped with, of the files that two settings of this prefix name. Raises SettingsError."""
+    names = f"{prefix}CERT_FILE", f"{prefix}KEY_FILE"
+    for path, variable in zip((cert_file, key_file), names, strict=True):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise SettingsError(f"cannot read the file {path} ({variable}): {error.strerror}") from error
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # So that a write never has to wait for a read.
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    try:
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    except _EncryptedError as error:
+        raise SettingsError(
+            f"cannot use the key {key_file} ({names[1]}): it is encrypted; `openssl pkey -in ... -out ...` writes it in the clear"
+        ) from error
+    except ssl.SSLError as error:
+        why = "they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else "they must be PEM"
+        raise SettingsError(
+            f"cannot use the certificate {cert_file} ({names[0]}) with the key {key_file} ({names[1]}): {why}"
+        ) from error
+    return context
+
+
+class _EncryptedError(Exception):
+    """A key needs a password."""
+
+
+def _no_password() -> str:
+    # Else OpenSSL would ask for it on the terminal.
+    raise _EncryptedError
+
+
+class TlsSocket:
+    """What waitress needs of a socket, over TLS.
+
+    The loop reads and a thread writes at the same time; OpenSSL must not do both for one connection, so each waits for its turn,
+    never for the peer. A read takes a whole record at most and leaves the rest in the socket, where poll(2) sees it.
+    """
+
+    def __init__(self, connection: ssl.SSLSocket) -> None:
+        self._connection = connection
+        self._turn = threading.RLock()
+        self.greeted = False
+        """Whether the handshake is done."""
+        self.wants_write = False
+        """Whether what was tried last waits until something can be sent."""
+
+    def recv(self, size: int) -> bytes:
+        """Read, after the handshake. Raises NotYet; OSError when it is over."""
+        with self._turn:
+            try:
+                self.wants_write = False
+                if not self.greeted:
+                    self._connection.do_handshake()
+                    self.greeted = True
+                return self._connection.recv(size)
+            except ssl.SSLWantReadError:
+                raise NotYet from None
+            except ssl.SSLWantWriteError:
+                self.wants_write = True
+                raise NotYet from None
+            except ssl.SSLError as error:
+                if error.reason == "HTTP_REQUEST":
+                    self._refuse()
+                raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
+
+    def send(self, data: bytes) -> int:
+        """Write what can be written now, be it nothing. Raises OSError when it is over."""
+        with self._turn:
+            try:
+                return self._connection.send(data)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+                return 0
+            except ssl.SSLError as error:
+                raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
+
+    def close(self) -> None:
+        """Say goodbye, if that is possible at once, and close."""
+        with self._turn:
+            with contextlib.suppress(OSError, ValueError):
+                if self.greeted:
+                    self._connection.unwrap()
+            self._connection.close()
+
+    def setblocking(self, flag: bool) -> None:
+        """As of a socket."""
+        self._connection.setblocking(flag)
+
+    def fileno(self) -> int:
+        """As of a socket."""
+        return self._connection.fileno()
+
+    def getsockopt(self, level: int, option: int) -> int:
+        """As of a socket."""
+        return self._connection.getsockopt(level, option)
+
+    def _refuse(self) -> None:
+        """Tell a caller that speaks plain HTTP what to speak."""
+        with contextlib.suppress(OSError):
+            # What is not read before the end would make of it a reset, by which the answer is lost.
+            socket.socket.recv(self._connection, 65536)
+        with contextlib.suppress(OSError):
+            socket.socket.send(self._connection, _REFUSAL)
+            socket.socket.shutdown(self._connection, socket.SHUT_WR)

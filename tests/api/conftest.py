@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from labkeeper.api.wsgi import WsgiServer
+from serving import HOLD, Served, application
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serve on a TCP and a Unix socket."""
+    made = []
+
+    def make(certificate=None, max_body=2**20):
+        HOLD.clear()
+        listener = socket.create_server(("127.0.0.1", 0))
+        path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # A path of pytest may be too long.
+        door = socket.socket(socket.AF_UNIX)
+        door.bind(str(path))
+        server = WsgiServer(application, [listener, door], threads=8, max_body=max_body, certificate=certificate)
+        server.start()
+        made.append(Served(server, listener, path))
+        return made[-1]
+
+    yield make
+    HOLD.set()
+    for served in made:
+        served.close()

@@ -1,0 +1,215 @@
+"""TLS of the server around the application: with real sockets, handshakes and files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import socket
+import ssl
+import time
+
+import pytest
+import structlog
+import trustme
+from cryptography.hazmat.primitives import serialization
+
+from harness import until
+from labkeeper.api import tls, wsgi
+from labkeeper.api.tls import Certificate
+from labkeeper.core.errors import SettingsError
+from serving import ask, is_closed, said
+
+
+@pytest.fixture(scope="module")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture
+def issue(authority, tmp_path):
+    """Write a new certificate and its key over the ones before; give the paths."""
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+
+    def write():
+        leaf = authority.issue_cert("127.0.0.1")
+        for path, content in ((key, leaf.private_key_pem.bytes()), (cert, leaf.cert_chain_pems[0].bytes())):
+            fresh = path.with_suffix(".new")
+            fresh.write_bytes(content)
+            fresh.chmod(0o600)
+            fresh.replace(path)
+        return cert, key
+
+    return write
+
+
+@pytest.fixture
+def greet(authority):
+    """Speak TLS on a connection, as a caller that trusts the authority."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    made = []
+
+    def wrap(connection):
+        made.append(context.wrap_socket(connection, server_hostname="127.0.0.1"))
+        return made[-1]
+
+    yield wrap
+    for connection in made:
+        connection.close()
+
+
+def test_requests_and_answers_of_any_size_pass(serve, issue, greet):
+    served = serve(Certificate(*issue()), max_body=2**22)
+    connection = greet(served.connect())
+    assert connection.version() in {"TLSv1.2", "TLSv1.3"}
+    assert said(connection)["wsgi.url_scheme"] == "https"
+    upload = os.urandom(2**22)
+    found = said(connection, method="POST", body=upload)
+    assert (found["size"], found["digest"]) == (len(upload), hashlib.sha256(upload).hexdigest())
+    # Answers of unknown length are the last ones of their connections.
+    assert ask(greet(served.connect()), path="/large") == (200, bytes(40 * 2**20))
+    assert ask(connection, path="/events") == (200, b"".join(b"data: %d\n\n" % number for number in range(5)))
+    # The Unix socket needs none.
+    assert said(served.connect_locally())["wsgi.url_scheme"] == "http"
+
+
+def test_a_caller_that_reads_slowly_gets_all(serve, issue, greet):
+    served = serve(Certificate(*issue()))
+    connection = greet(served.connect())
+    connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+    received = 0
+    while piece := connection.recv(100_000):
+        received += len(piece)
+        select.select([], [], [], 0.001)
+    assert received > 40 * 2**20
+
+
+def test_an_old_protocol_is_refused(serve, issue, authority):
+    served = serve(Certificate(*issue()))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    authority.configure_trust(context)
+    with pytest.warns(DeprecationWarning, match="TLSv1_1"):
+        context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_1
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")
+    with pytest.raises((ssl.SSLError, ConnectionError)):
+        context.wrap_socket(served.connect(), server_hostname="127.0.0.1")
+
+
+def test_plain_http_is_told_to_speak_tls(serve, issue):
+    connection = serve(Certificate(*issue())).connect()
+    status, body = ask(connection)
+    assert (status, b"https://" in body) == (400, True)
+    assert is_closed(connection)
+
+
+def test_handshakes_that_stall_stop_nobody_and_are_cut_off(serve, issue, greet, monkeypatch):
+    monkeypatch.setattr(wsgi, "_HEAD_WITHIN", 1.0)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    served = serve(Certificate(*issue()))
+    stalled = [served.connect() for _ in range(50)]
+    for connection in stalled[:25]:
+        # The head of a record that never comes.
+        connection.sendall(b"\x16\x03\x01\x02\x00\x01")
+    begun = time.monotonic()
+    assert said(greet(served.connect()))["size"] == 0
+    assert time.monotonic() - begun < 5
+    for connection in stalled:
+        assert is_closed(connection)
+
+
+def test_a_new_certificate_counts_at_the_next_connection(serve, issue, greet, monkeypatch):
+    monkeypatch.setattr(tls, "_LOOK_EVERY", 0.0)
+    served = serve(Certificate(*issue()))
+    before = greet(served.connect())
+    issue()
+    after = greet(served.connect())
+    assert before.getpeercert()["serialNumber"] != after.getpeercert()["serialNumber"]
+    assert said(before)["size"] == said(after)["size"] == 0
+
+
+def test_files_are_looked_at_no_more_than_once_a_second(serve, issue, greet):
+    served = serve(Certificate(*issue()))
+    first = greet(served.connect()).getpeercert()["serialNumber"]
+    issue()
+    until(lambda: greet(served.connect()).getpeercert()["serialNumber"] != first, what="the new certificate")
+
+
+def test_a_pair_that_cannot_be_used_is_told_once_and_the_one_before_goes_on(issue, monkeypatch):
+    monkeypatch.setattr(tls, "_LOOK_EVERY", 0.0)
+    cert, key = issue()
+    certificate = Certificate(cert, key)
+    before = certificate._context
+    with structlog.testing.capture_logs() as log:
+        for broken in (lambda: key.write_text("no key"), key.unlink):
+            broken()
+            for _ in range(3):
+                certificate._renew()
+        assert certificate._context is before
+        issue()
+        certificate._renew()
+    assert certificate._context is not before
+    assert [entry["log_level"] for entry in log] == ["warning", "warning", "info"]
+    assert "must be PEM" in log[0]["reason"]
+    assert "cannot read the file" in log[1]["reason"]
+
+
+def test_what_cannot_be_used_at_boot_is_refused_in_one_line(issue, authority, tmp_path):
+    cert, key = issue()
+    other = tmp_path / "other.pem"
+    other.write_bytes(authority.issue_cert("127.0.0.1").private_key_pem.bytes())
+    with pytest.raises(SettingsError, match="they do not belong together"):
+        Certificate(cert, other)
+    secret = serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"word")
+    )
+    other.write_bytes(secret)
+    with pytest.raises(SettingsError, match=r"\(LABKEEPER_KEY_FILE\): it is encrypted"):
+        Certificate(cert, other)
+    with pytest.raises(SettingsError, match=r"cannot read the file .*absent.pem \(LABKEEPER_LAB_CERT_FILE\)"):
+        tls.load(tmp_path / "absent.pem", key, prefix="LABKEEPER_LAB_")
+    with pytest.raises(SettingsError, match="must be PEM"):
+        Certificate(key, cert)
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 1), (0o604, 1)])
+def test_a_key_that_others_can_read_is_warned_of(issue, mode, warnings):
+    cert, key = issue()
+    key.chmod(mode)
+    with structlog.testing.capture_logs() as log:
+        Certificate(cert, key)
+    assert len(log) == warnings
+
+
+def test_a_socket_says_when_it_waits_to_write(issue):
+    """A peer that reads nothing leaves no room for what a handshake has to say."""
+    ours, its = socket.socketpair()
+    with its:
+        ours.setblocking(False)
+        connection = Certificate(*issue()).wrap(ours)
+        try:
+            with pytest.raises(tls.NotYet):
+                connection.recv(1)
+            assert not connection.wants_write
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+            caller = context.wrap_bio(incoming, outgoing, server_hostname="x")
+            with pytest.raises(ssl.SSLWantReadError):
+                caller.do_handshake()
+            its.sendall(outgoing.read())
+            fill(connection)
+            with pytest.raises(tls.NotYet):
+                connection.recv(1)
+            assert connection.wants_write
+        finally:
+            connection.close()
+
+
+def fill(connection):
+    """Write until nothing more goes in."""
+    sent = 1
+    while sent:
+        try:
+            sent = socket.socket.send(connection._connection, bytes(65536))
+        except BlockingIOError:
+            sent = 0

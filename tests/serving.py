@@ -1,0 +1,90 @@
+"""A real server around an application of the tests, and callers that speak to it by hand."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import json
+import socket
+import threading
+
+from harness import PATIENCE, until
+from labkeeper.api import wsgi
+
+
+class Served:
+    """An application that a real server answers for, and what tests do to it."""
+
+    def __init__(self, server, listener, door):
+        self.server, self.door = server, door
+        self.address = listener.getsockname()
+        self.opened = []
+
+    def connect(self):
+        connection = socket.create_connection(self.address, timeout=PATIENCE)
+        self.opened.append(connection)
+        return connection
+
+    def connect_locally(self):
+        connection = socket.socket(socket.AF_UNIX)
+        self.opened.append(connection)
+        connection.settimeout(PATIENCE)
+        connection.connect(str(self.door))
+        return connection
+
+    @property
+    def inside(self):
+        """How many connections the server has."""
+        return sum(isinstance(one, wsgi._Channel) for one in list(self.server._map.values()))
+
+    def settle(self, count):
+        until(lambda: self.inside == count, what=f"{count} connections inside")
+
+    def close(self):
+        for connection in self.opened:
+            connection.close()
+        self.server.close()
+
+
+HOLD = threading.Event()
+
+
+def application(environ, start_response):
+    """Say who asks; hold back an answer; give a large one; take an upload; send events."""
+    path = environ["PATH_INFO"]
+    if path == "/hold":
+        HOLD.wait(PATIENCE)
+    if path == "/large":
+        body = [bytes(2**20)] * 40
+    elif path == "/events":
+        body = (b"data: %d\n\n" % number for number in range(5))
+    else:
+        known = {name: environ.get(name) for name in ("wsgi.url_scheme", "REMOTE_ADDR", "HTTP_LABKEEPER_PEER")}
+        peer = environ.get("labkeeper.peer")
+        sent = environ["wsgi.input"].read()
+        known |= {"peer": peer and [peer.pid, peer.uid, peer.gid], "size": len(sent), "digest": hashlib.sha256(sent).hexdigest()}
+        body = [json.dumps(known).encode()]
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    return body
+
+
+def ask(connection, path="/", headers=(), method="GET", body=b""):
+    head = [f"{method} {path} HTTP/1.1", "Host: x", *headers, *([f"Content-Length: {len(body)}"] if body else [])]
+    connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return answer.status, answer.read()
+
+
+def said(connection, **options):
+    status, body = ask(connection, **options)
+    assert status == 200
+    return json.loads(body)
+
+
+def is_closed(connection):
+    connection.settimeout(PATIENCE)
+    try:
+        return connection.recv(65536) == b""
+    except ConnectionResetError:
+        return True
