@@ -14,7 +14,7 @@ import structlog
 import trustme
 from cryptography.hazmat.primitives import serialization
 
-from harness import until
+from harness import PATIENCE, until
 from labkeeper.api import tls, wsgi
 from labkeeper.api.tls import Certificate
 from labkeeper.core.errors import SettingsError
@@ -213,3 +213,54 @@ def fill(connection):
             sent = socket.socket.send(connection._connection, bytes(65536))
         except BlockingIOError:
             sent = 0
+
+
+def test_a_handshake_that_does_not_fit_into_the_buffers_goes_on_when_its_caller_reads(serve, issue, authority):
+    cert, key = issue()
+    cert.write_bytes(cert.read_bytes() + authority.cert_pem.bytes() * 100)
+    served = serve(Certificate(cert, key))
+    served.server._doors[0].socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    with socket.socket() as plain:
+        plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        plain.settimeout(PATIENCE)
+        plain.connect(served.address)
+        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        caller = context.wrap_bio(incoming, outgoing, server_hostname="127.0.0.1")
+        with pytest.raises(ssl.SSLWantReadError):
+            caller.do_handshake()
+        plain.sendall(outgoing.read())
+        until(lambda: any(one._tls.wants_write for one in served.server._doors[0].active_channels.values()), what="full")
+        greeted = False
+        while not greeted:
+            incoming.write(plain.recv(65536))
+            try:
+                caller.do_handshake()
+                greeted = True
+            except ssl.SSLWantReadError:
+                pass
+        caller.write(b"GET / HTTP/1.0\r\n\r\n")
+        plain.sendall(outgoing.read())
+        until(lambda: answered(caller, incoming, plain), what="an answer")
+
+
+def answered(caller, incoming, plain):
+    incoming.write(plain.recv(65536))
+    try:
+        return caller.read(65536).startswith(b"HTTP/1.0 200")
+    except ssl.SSLWantReadError:
+        return False
+
+
+def test_a_write_to_a_broken_connection_is_its_end(issue):
+    ours, its = socket.socketpair()
+    with its:
+        connection = Certificate(*issue()).wrap(ours)
+        connection.setblocking(False)
+        its.sendall(b"\x16\x03\x01\x00\x01no handshake")
+        with pytest.raises(ConnectionResetError):
+            connection.recv(1)
+        with pytest.raises(ConnectionResetError):
+            connection.send(b"x")
+        connection.close()

@@ -18,6 +18,7 @@ import structlog
 
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
+from labkeeper.api.peers import identify
 from labkeeper.api.places import Places, reserve
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
 from serving import HOLD, ask, is_closed, said
@@ -346,3 +347,15 @@ def test_a_connection_that_went_before_it_was_taken_in_is_no_matter(serve, monke
 
 def raise_(error):
     raise error
+
+
+def test_who_has_ended_before_it_was_let_in_is_nobody(tmp_path):
+    path = os.path.relpath(tmp_path / "door")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, path], check=True)
+        connection, _ = listener.accept()
+        with connection:
+            assert identify(connection)() is None
