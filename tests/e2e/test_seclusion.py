@@ -230,6 +230,12 @@ def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root,
     assert of_root.delete("low").status_code == 200
 
 
+def test_a_keeper_of_root_warns_of_servers_that_name_no_user(of_root, of_user):
+    warning = "LABKEEPER_USER names another one"
+    assert of_root.log.read_text().count(warning) == 1
+    assert warning not in of_user.log.read_text()
+
+
 @BY
 def test_no_server_gains_rights_by_what_it_runs(of_user, launch_by):
     server = launched(of_user, "plain", launch_by)
