@@ -219,7 +219,7 @@ def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root,
     assert status["Uid"] == [str(user.pw_uid)] * 4
     assert status["Gid"] == [str(user.pw_gid)] * 4
     assert sorted(map(int, status["Groups"])) == sorted(os.getgrouplist(USER, user.pw_gid))
-    assert {int(status[f"Cap{kind}"][0], 16) for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")} == {0}
+    assert [int(value[0], 16) for name, value in status.items() if name.startswith("Cap")] == [0] * 5
     assert status["NoNewPrivs"] == ["1"]
     # A program that would run as root runs as whoever starts it.
     program = passable / "id"
@@ -228,6 +228,12 @@ def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root,
     cell = f"import subprocess; print(subprocess.run([{str(program)!r}, '-u'], capture_output=True, text=True).stdout)"
     assert run_cell(server, start_kernel(server), cell).split() == [str(user.pw_uid)]
     assert of_root.delete("low").status_code == 200
+
+
+def test_a_keeper_of_root_warns_of_servers_that_name_no_user(of_root, of_user):
+    warning = "LABKEEPER_USER names another one"
+    assert of_root.log.read_text().count(warning) == 1
+    assert warning not in of_user.log.read_text()
 
 
 @BY
