@@ -14,7 +14,7 @@ def read_address(state_dir: Path) -> str | None:
     """Give the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
     try:
         found = json.loads(_address(state_dir).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     url = found.get("url") if isinstance(found, dict) else None
     return url if isinstance(url, str) else None
