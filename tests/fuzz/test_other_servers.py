@@ -7,7 +7,7 @@ import json
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import FUZZ, JSON, Speaker, answers, fields_of
@@ -31,6 +31,7 @@ EVENTS = fields_of(
     id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), launch=st.integers(), message=st.text(), actor=st.text(),
     reason=st.text(), request_id=st.text(), details=st.dictionaries(st.text(), JSON, max_size=2),
 )  # fmt: skip
+TEXT_IN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
 PROBLEMS = fields_of(
     code=st.sampled_from(["server_not_found", "start_failed", "unreachable", "nonsense"]), detail=st.text(), status=st.integers()
 )
@@ -92,10 +93,23 @@ def test_a_server_that_answers_a_byte_at_a_time_holds_nobody_up(question):
 
 @FUZZ
 @given(answer=said(PROBLEMS) | said(fields_of(events=st.lists(EVENTS, max_size=2))) | answers())
+@example(answer=TEXT_IN + b"text/plain; charset=hex\r\n\r\nab")
+@example(answer=TEXT_IN + b"text/plain; charset=rot13\r\n\r\nab")
+@example(answer=TEXT_IN + b"text/plain\r\nContent-Encoding: gzip\r\n\r\nab")
+@example(answer=TEXT_IN + b'application/json\r\n\r\n{"results": [{"name": "a", "status": 502, "problem": {"code": 1}}]}')
 def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
     speaker.answer = answer
     with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client:
-        for question in (client.version, client.list, client.events, client.metrics, client.ready, lambda: client.idle("a")):
+        for question in (
+            client.version,
+            lambda: [*client.list()],
+            client.events,
+            client.metrics,
+            lambda: [*client.follow("a")],
+            client.ready,
+            lambda: client.idle("a"),
+            lambda: [result.error for result in client.start_many(["a"])],
+        ):
             with contextlib.suppress(LabkeeperError):
                 question()
 

@@ -74,6 +74,7 @@ def test_numbers_may_be_missing(path, numbers):
 
 @FUZZ
 @given(layout=st.integers(-(2**31), 2**31 - 1))
+@example(layout=-1)
 def test_the_number_of_the_layout_may_be_any(path, layout):
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.execute(f"PRAGMA user_version = {layout}")
@@ -89,6 +90,14 @@ def test_any_byte_of_the_file_may_be_another(path, data):
     other = path.with_name("other.sqlite")
     other.write_bytes(content)
     read_all(other)
+
+
+def test_what_sqlite_says_of_damage_may_be_no_text(path):
+    """It quotes the file."""
+    other = path.with_name("other.sqlite")
+    other.write_bytes(path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY"))
+    with pytest.raises(StoreError, match="no text"), contextlib.closing(SqliteStore(other)) as store:
+        store.webhook("https://hook")
 
 
 SNAPSHOTS = st.builds(
