@@ -5,12 +5,15 @@ Not by httpx: that takes five times as long for one request, and the keeper woul
 
 from __future__ import annotations
 
+import functools
 import http.client
+import io
 import json
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 _LARGEST_ANSWER: Final = 4 * 1024 * 1024
 """Bytes of an answer that are read; the kernels of a busy server take some thousands."""
@@ -43,16 +46,49 @@ def exchange(
     until = time.monotonic() + within
     if within <= 0:
         raise TimeoutError(f"no time is left for {path}")
+    # Called to make a response, and nothing else.
+    connection.response_class = cast("type[http.client.HTTPResponse]", functools.partial(_Response, until=until))
     content = None if body is None else json.dumps(body).encode()
     kind = {} if body is None else {"Content-Type": "application/json"}
     connection.request(method, path, body=content, headers={**headers, **kind})
-    answer = connection.getresponse()
-    read = bytearray()
-    # Each read has the connection's timeout; the whole has this one.
-    while piece := answer.read1(_PIECE):
-        read += piece
-        if time.monotonic() > until or len(read) > _LARGEST_ANSWER:
-            raise TimeoutError(f"{path} goes on for too long")
-    # Python before 3.13 does not notice that it has read all, and would take no further request on this connection.
-    answer.close()
+    # Closed also when all was read: Python before 3.13 does not notice that, and would take no further request here.
+    with connection.getresponse() as answer:
+        read = bytearray()
+        while piece := answer.read1(_PIECE):
+            read += piece
+            if len(read) > _LARGEST_ANSWER:
+                raise TimeoutError(f"{path} goes on for too long")
     return Answer(answer.status, bytes(read), answer.headers.get("Location", ""))
+
+
+class _Response(http.client.HTTPResponse):
+    """Reads until a moment. A timeout of a socket holds for each read: who sends a byte at a time would be read for hours."""
+
+    def __init__(self, sock: socket.socket, *given: Any, until: float, **named: Any) -> None:
+        super().__init__(sock, *given, **named)
+        self.fp.close()
+        self.fp = io.BufferedReader(_Until(sock, until))
+
+
+class _Until(io.RawIOBase):
+    """What comes over a socket until a moment."""
+
+    def __init__(self, sock: socket.socket, until: float) -> None:
+        self._sock = sock
+        # Keeps the socket open as long as it is read from, also when its connection is closed.
+        self._stream = cast("io.RawIOBase", sock.makefile("rb", buffering=0))
+        self._until = until
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        left = self._until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("the answer goes on for too long")
+        self._sock.settimeout(left)
+        return self._stream.readinto(buffer)
+
+    def close(self) -> None:
+        self._stream.close()
+        super().close()

@@ -159,7 +159,7 @@ def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
     """Read the server_info of a process; None as long as it has written none, or only half of it."""
     try:
         endpoint = endpoint_of(json.loads(read_foreign(info_path(runtime_dir, pid))))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return endpoint if endpoint.pid == pid else None
 

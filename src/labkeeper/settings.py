@@ -31,7 +31,12 @@ _OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX 
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
+    if "\0" in str(path):
+        raise ValueError("must not contain NUL")
+    try:
+        return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
+    except RuntimeError:
+        raise ValueError("must not begin with the '~' of a user who has no home directory") from None
 
 
 def _split(given: object) -> object:
@@ -354,7 +359,8 @@ def _from_file() -> dict[str, Any]:
     try:
         with Path(path).expanduser().open("rb") as stream:
             return tomllib.load(stream)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError, RuntimeError) as error:
+        # RuntimeError is of a '~' without a home; tomllib goes down into what it reads.
         raise SettingsError(f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}") from error
 
 

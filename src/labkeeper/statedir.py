@@ -51,7 +51,7 @@ def _said(state_dir: Path, key: str) -> str | None:
     """Give a text that a keeper has written into its address."""
     try:
         found = json.loads(_address(state_dir).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     value = found.get(key) if isinstance(found, dict) else None
     return value if isinstance(value, str) else None

@@ -216,7 +216,12 @@ class SqliteStore:
         """Give the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
         with self._doing("read"):
             row = self._db.execute("SELECT told, delivered, dead FROM webhooks WHERE url = ?", (url,)).fetchone()
-        return None if row is None else (int(row[0]), int(row[1]), int(row[2]))
+        if row is None:
+            return None
+        if None in row:
+            raise self._damaged("a webhook has no numbers")
+        told, delivered, dead = row
+        return told, delivered, dead
 
     def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
         """Keep the same; of no other webhook any more. Raises StoreError."""
@@ -239,8 +244,8 @@ class SqliteStore:
         with self._doing("open"), closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db:
             (layout,) = db.execute("PRAGMA user_version").fetchone()
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok":
-            raise self._damaged(" ".join(found.split()))
+        if found != "ok" or layout < 0:
+            raise self._damaged(" ".join(found.split()) if found != "ok" else f"its layout has the number {layout}")
         if layout > _LAYOUT:
             raise StoreError(
                 f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
@@ -268,6 +273,9 @@ class SqliteStore:
                 if isinstance(error, sqlite3.OperationalError):
                     raise StoreError(f"cannot {verb} the store {self._path}: {self._why(error)}") from error
                 raise self._damaged(str(error)) from error
+            except UnicodeDecodeError as error:
+                # Of SQLite's own words, which quote what the file holds.
+                raise self._damaged("it holds what is no text") from error
 
     def _why(self, error: sqlite3.Error) -> str:
         """Say why something failed: in the disk's own words, where SQLite has only seen that it did."""

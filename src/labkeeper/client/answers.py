@@ -150,8 +150,13 @@ class BulkResult(_Answer):
 
     @property
     def error(self) -> LabkeeperError | None:
-        """The problem, as the error that asking for it alone would have raised."""
-        return None if self.problem is None else _error_of(_Problem.model_validate(self.problem), self.status)
+        """The problem, as the error that asking for it alone would have raised. Raises BadAnswer."""
+        if self.problem is None:
+            return None
+        try:
+            return _error_of(_Problem.model_validate(self.problem), self.status)
+        except ValidationError as error:
+            raise BadAnswer(f"cannot understand what the keeper says of server {self.name[:63]!r}") from error
 
 
 class BulkResults(_Answer):
@@ -331,6 +336,8 @@ class _Problem(_Answer):
 
 def checked(answer: httpx.Response) -> httpx.Response:
     """Give a good answer back, and raise what a bad one says."""
+    # As every keeper writes; what an answer names may be no encoding of text at all ("hex").
+    answer.encoding = "utf-8"
     if answer.is_success:
         return answer
     try:

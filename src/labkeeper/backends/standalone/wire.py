@@ -68,7 +68,7 @@ class Launch:
         with os.fdopen(file, "rb") as stream:
             try:
                 message = json.load(stream)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise WireError(f"bad launch: {error}") from error
         return cls.parse(message if isinstance(message, dict) else {})
 

@@ -1,0 +1,162 @@
+"""Frames between keeper, fork server and servers, the record of a room, and what a server writes down: read from anything."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+import threading
+from pathlib import Path
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
+from labkeeper import jupyter, statedir
+from labkeeper.backends.room import Record, Room
+from labkeeper.backends.standalone import wire
+from labkeeper.backends.standalone.wire import Launch, User, WireError
+
+NOTHING = Path(os.devnull)
+TEXTS = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
+LAUNCHES = fields_of(
+    room=st.text(),
+    title=st.text(),
+    cwd=st.text(),
+    env=TEXTS,
+    kernel_env=TEXTS,
+    umask=st.integers(0, 0o777),
+    config=st.dictionaries(st.text(max_size=5), TEXTS, max_size=2),
+    user=st.none() | fields_of(uid=st.integers(0), gid=st.integers(0), groups=st.lists(st.integers(0), max_size=2)),
+    cgroups=st.lists(st.text(), max_size=2),
+    rlimits=st.dictionaries(st.text(max_size=5), st.integers(0), max_size=2),
+)
+IDS = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
+SESSIONS = fields_of(path=st.text(), name=st.text(), type=st.text(), kernel_id=IDS)
+KERNELS = fields_of(
+    kernels=st.lists(IDS, max_size=3), starting=st.lists(IDS, max_size=3), sessions=st.lists(SESSIONS, max_size=3)
+)
+INFOS = fields_of(
+    base_url=st.text(), hostname=st.text(), password=st.booleans(), pid=st.just(7), port=st.integers(), root_dir=st.text(),
+    secure=st.booleans(), token=st.text(), url=st.text(), version=st.text(),
+)  # fmt: skip
+RECORDS = fields_of(
+    launch=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(), gateway=st.booleans(),
+    launched_by=st.sampled_from(["fork", "exec"]), limited_by=TEXTS,
+)  # fmt: skip
+
+
+def files_of(about):
+    """The bytes of a file that should hold such JSON."""
+    return about.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200) | DEPTHS.map(nested)
+
+
+def descriptors():
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
+def through(data, files=0):
+    """What `receive` makes of bytes that come with so many open files before the other end closes."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, contextlib.ExitStack() as opened:
+        handles = [opened.enter_context(NOTHING.open()).fileno() for _ in range(files)]
+
+        def send():
+            with contextlib.suppress(OSError), theirs:
+                if files and data:
+                    socket.send_fds(theirs, [data[:1]], handles)
+                theirs.sendall(data[1:] if files else data)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        try:
+            message, received = wire.receive(ours, within=5)
+            for file in received:
+                os.close(file)
+            return message
+        finally:
+            ours.close()
+            sender.join()
+
+
+@FUZZ
+@given(st.binary(max_size=200), st.integers(0, 8))
+def test_noise_is_no_frame_and_leaves_no_file_open(data, files):
+    before = descriptors()
+    with contextlib.suppress(WireError, EOFError):
+        assert isinstance(through(data, files), dict)
+    assert descriptors() == before
+
+
+@FUZZ
+@given(files_of(JSON), st.integers(-3, 3) | st.integers(0, 2**32 - 1))
+@example(nested(100_000), 0)
+def test_a_frame_of_any_body_and_any_length_is_an_object_or_refused(body, off):
+    length = len(body) + off if -len(body) <= off <= 3 else off
+    with contextlib.suppress(WireError):
+        assert isinstance(through(struct.pack("!I", length % 2**32) + body), dict)
+
+
+@FUZZ
+@given(st.dictionaries(st.text(), JSON.filter(lambda value: value == value), max_size=3))  # noqa: PLR0124 - no NaN
+def test_what_is_sent_is_what_is_received(message):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        wire.send(theirs, message)
+        assert json.dumps(wire.receive(ours, within=5)[0]) == json.dumps(message)
+
+
+@FUZZ
+@given(files_of(LAUNCHES))
+@example(nested(100_000))
+def test_a_launch_is_read_whole_or_refused(content):
+    reading, writing = os.pipe()
+    with os.fdopen(writing, "wb") as stream:
+        sender = threading.Thread(target=lambda: (contextlib.suppress(OSError), stream.write(content), stream.close()))
+        sender.start()
+        try:
+            launch = Launch.read(reading)
+        except WireError:
+            pass
+        else:
+            assert Launch.parse(launch.message()) == launch
+            assert launch.user is None or isinstance(launch.user, User)
+        finally:
+            sender.join()
+
+
+@FUZZ
+@given(content=files_of(KERNELS))
+@example(content=nested(100_000))
+def test_what_a_server_writes_of_its_kernels_is_taken_in_or_left(tmp_path, content):
+    path = tmp_path / "kernels.json"
+    path.write_bytes(content)
+    assert all(set(kernel.id) <= set("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+               for kernel in jupyter.read_kernels(path))  # fmt: skip
+
+
+@FUZZ
+@given(content=files_of(INFOS))
+@example(content=nested(100_000))
+def test_what_a_server_writes_of_itself_is_taken_in_or_left(tmp_path, content):
+    jupyter.info_path(tmp_path, 7).write_bytes(content)
+    found = jupyter.read_info(tmp_path, 7)
+    assert found is None or found.pid == 7
+
+
+@FUZZ
+@given(content=files_of(RECORDS))
+@example(content=nested(100_000))
+def test_the_record_of_a_process_is_trusted_whole_or_not_at_all(tmp_path, content):
+    (tmp_path / "launch.json").write_bytes(content)
+    assert isinstance(Room(tmp_path).noted(), Record | None)
+
+
+@FUZZ
+@given(content=files_of(fields_of(url=st.text())))
+@example(content=nested(100_000))
+def test_an_address_is_a_text_or_none(tmp_path, content):
+    (tmp_path / "keeper.json").write_bytes(content)
+    assert isinstance(statedir.read_address(tmp_path), str | None)

@@ -1,0 +1,130 @@
+"""What gateways, JupyterLab servers and keepers answer: anything, over a real connection, as slowly as they like."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import FUZZ, JSON, Speaker, answers, fields_of
+from labkeeper.client import Client
+from labkeeper.core.errors import BackendError, BackendUnavailable, LabkeeperError
+from labkeeper.core.model import Endpoint, Gateway, GatewayHealth
+from labkeeper.gateways.client import GatewayClient
+from labkeeper.jupyter import JupyterClient
+from labkeeper.testing.fakes import FakeClock
+
+SLOWLY = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 1000
+"""The beginning of an answer that goes on for as long as it likes."""
+TIMES = (
+    st.sampled_from(["2026-01-01T00:00:00Z", "9999-12-31T23:59:59.999999-23:59", "0001-01-01T00:00:00+23:59", "-1"]) | st.text()
+)
+KERNELS = st.lists(
+    fields_of(id=st.text(), name=st.text(), execution_state=st.text(), last_activity=TIMES, connections=st.integers()), max_size=3
+)
+STATUS = fields_of(last_activity=TIMES, kernels=st.integers(), connections=st.integers())
+EVENTS = fields_of(
+    id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), launch=st.integers(), message=st.text(), actor=st.text(),
+    reason=st.text(), request_id=st.text(), details=st.dictionaries(st.text(), JSON, max_size=2),
+)  # fmt: skip
+TEXT_IN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+PROBLEMS = fields_of(
+    code=st.sampled_from(["server_not_found", "start_failed", "unreachable", "nonsense"]), detail=st.text(), status=st.integers()
+)
+
+
+def said(about):
+    return answers(about.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100))
+
+
+def gateway(port):
+    return Gateway(f"http://127.0.0.1:{port}", f"ws://127.0.0.1:{port}")
+
+
+def endpoint(port):
+    url = f"http://127.0.0.1:{port}/"
+    return Endpoint(
+        base_url="/", hostname="127.0.0.1", notebook_dir="/", password=False, pid=1, port=port, secure=False, token="t", url=url
+    )
+
+
+@FUZZ
+@given(answer=answers() | said(fields_of(kernelspecs=st.dictionaries(st.text(), JSON, max_size=3))))
+def test_a_gateway_may_answer_anything(speaker, answer):
+    speaker.answer = answer
+    client, asked = GatewayClient(FakeClock(), timeout=2), gateway(speaker.port)
+    health = client.check(asked)
+    assert isinstance(health, GatewayHealth)
+    assert health.error is None or health.error.message
+    for question in (client.has_kernel, client.end_kernel):
+        with contextlib.suppress(BackendUnavailable):
+            assert isinstance(question(asked, "1"), bool)
+
+
+@FUZZ
+@given(answer=said(KERNELS) | said(STATUS) | answers())
+def test_a_server_may_answer_anything(speaker, answer):
+    speaker.answer = answer
+    client, asked = JupyterClient(timeout=2), endpoint(speaker.port)
+    assert isinstance(client.answers(asked), bool)
+    assert isinstance(client.proves(asked), bool)
+    assert isinstance(client.shutdown(asked, timeout=2), bool)
+    for question in (client.kernels, client.load, client.activity, lambda to: client.end_kernel(to, "1")):
+        with contextlib.suppress(BackendError):
+            question(asked)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [JupyterClient.answers, JupyterClient.proves, JupyterClient.kernels, lambda client, to: client.shutdown(to, timeout=1)],
+)
+def test_a_server_that_answers_a_byte_at_a_time_holds_nobody_up(question):
+    with Speaker() as slow:
+        slow.answer, slow.pause = SLOWLY, 0.05
+        begun = time.monotonic()
+        with contextlib.suppress(BackendError):
+            assert question(JupyterClient(timeout=1), endpoint(slow.port)) is False
+        assert time.monotonic() - begun < 5
+
+
+@FUZZ
+@given(answer=said(PROBLEMS) | said(fields_of(events=st.lists(EVENTS, max_size=2))) | answers())
+@example(answer=TEXT_IN + b"text/plain; charset=hex\r\n\r\nab")
+@example(answer=TEXT_IN + b"text/plain; charset=rot13\r\n\r\nab")
+@example(answer=TEXT_IN + b"text/plain\r\nContent-Encoding: gzip\r\n\r\nab")
+@example(answer=TEXT_IN + b'application/json\r\n\r\n{"results": [{"name": "a", "status": 502, "problem": {"code": 1}}]}')
+def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
+    speaker.answer = answer
+    with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client:
+        for question in (
+            client.version,
+            lambda: [*client.list()],
+            client.events,
+            client.metrics,
+            lambda: [*client.follow("a")],
+            client.ready,
+            lambda: client.idle("a"),
+            lambda: [result.error for result in client.start_many(["a"])],
+        ):
+            with contextlib.suppress(LabkeeperError):
+                question()
+
+
+LINES = st.one_of(
+    EVENTS.map(lambda event: f"data: {json.dumps(event)}"),
+    st.text(),
+    st.sampled_from(['data: {"id":', 'data: {"id":1}', ": keep-alive", "event: gap", "retry: 1", ""]),
+)
+
+
+@FUZZ
+@given(lines=st.lists(LINES, max_size=5))
+def test_events_come_as_events_or_as_an_error_whatever_the_lines(speaker, lines):
+    body = "\n".join(lines).encode(errors="replace")
+    speaker.answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + body
+    with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client, contextlib.suppress(LabkeeperError):
+        assert all(isinstance(event.id, int) for event in client.follow_events())

@@ -1,0 +1,42 @@
+"""What /proc tells of processes is read right, however they call themselves."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import FUZZ
+from labkeeper.backends import usage
+from labkeeper.backends.processes import Process
+from labkeeper.backends.standalone import identity
+
+ME = os.getpid()
+COMM = Path("/proc/self/comm")
+NAMES = st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name) | st.lists(
+    st.sampled_from([b")", b"(", b" ", b"\n", b"R", b"0", b"\t", b") Z 1"]), min_size=1, max_size=8
+).map(b"".join)
+
+
+@pytest.fixture
+def own_name():
+    """The name of this process, which a test may change."""
+    name = COMM.read_bytes().rstrip(b"\n")
+    yield
+    COMM.write_bytes(name)
+
+
+@pytest.mark.skipif(not COMM.exists(), reason="needs /proc")
+@FUZZ
+@given(name=NAMES)
+@example(name=b") Z 1 1 1 (\n")
+def test_no_name_of_a_process_makes_it_another(own_name, name):
+    COMM.write_bytes(name[:15])
+    assert int(identity.stat(ME)[1]) == os.getppid()
+    assert Process.find(ME).alive()
+    found = usage._stats([ME])[ME]
+    assert (found.parent, found.started) == (os.getppid(), identity.started(ME))
+    assert found.threads >= 1

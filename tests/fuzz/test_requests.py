@@ -1,0 +1,126 @@
+"""What callers send: a real keeper answers anything with what its document says, and goes on answering."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import json
+import re
+import socket
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
+from harness import KeeperProcess
+from labkeeper.api.requests import RestartRequest
+from labkeeper.api.routes import _decode_cursor, _encode_cursor
+from labkeeper.core.errors import InvalidSpec
+
+REFUSED = range(400, 500)
+IN_A_HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, blacklist_characters="\x7f"), max_size=100).map(
+    str.strip
+)
+"""What a client can send as the value of a header; the server below gets the rest, too."""
+METHODS = st.sampled_from([b"GET", b"POST", b"TRACE", b"OPTIONS", b"GE T", b""])
+TARGETS = st.sampled_from(
+    [b"/api/servers", b"//", b"http://[", b"*", b"/%", b"/\xff", b"/api/servers/%2e%2e/..", b"/?" + b"a" * 9000]
+)
+LINES = st.lists(
+    st.sampled_from(
+        [b"Host: ", b"Host: a\r\nHost: b", b"Content-Length: -1", b"Content-Length: 1e3", b"Content-Length: 5",
+         b"Expect: 100-continue",
+         b"Transfer-Encoding: chunked", b"Transfer-Encoding: x", b"Content-Type: application/json; charset=hex", b" folded", b":",
+         b"Authorization: Bearer \xff", b"Authorization: Bearer", b"X-Request-Id: \x00", b"Connection: upgrade", b"<long>"]
+    ),
+    max_size=4,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def keeper(tmp_path_factory):
+    """Nothing below starts a server."""
+    keeper = KeeperProcess(tmp_path_factory.mktemp("keeper"))
+    yield keeper.start()
+    text = keeper.log.read_text()
+    keeper.close()
+    assert "unexpected error" not in text
+
+
+@FUZZ
+@given(
+    data=st.binary(max_size=200)
+    | st.builds(
+        lambda method, target, lines, body: b"\r\n".join([method + b" " + target + b" HTTP/1.1", *lines, b"", body]),
+        METHODS,
+        TARGETS,
+        LINES,
+        st.binary(max_size=20),
+    )
+)
+def test_noise_instead_of_a_request_is_refused(keeper, data):
+    """Nobody without a token gets more than a refusal, whatever they send; nor does a keeper fall silent."""
+    with socket.create_connection(("127.0.0.1", keeper.port), timeout=10) as caller, contextlib.suppress(ConnectionError):
+        caller.sendall(data.replace(b"<long>", b"a" * 70_000))
+        caller.shutdown(socket.SHUT_WR)
+        answer = b""
+        while piece := caller.recv(65536):
+            answer += piece
+        statuses = [int(status) for status in re.findall(rb"^HTTP/1\.[01] (\d{3})", answer)]
+        assert all(status in REFUSED or status in {100, 501, 505} for status in statuses), answer
+    assert keeper.http.get("/readyz").status_code == 200
+
+
+@FUZZ
+@given(query=st.dictionaries(st.sampled_from(["cursor", "label", "state", "limit", "x"]), st.text(max_size=40), max_size=3))
+def test_a_list_may_be_asked_for_in_any_way(keeper, query):
+    assert keeper.http.get("/api/servers", params=query).status_code in {200, 422}
+
+
+@FUZZ
+@given(text=st.text() | st.binary().map(lambda data: base64.urlsafe_b64encode(data).decode()))
+@example(text="=")
+@example(text="YQ")
+def test_a_cursor_is_one_of_ours_or_refused(text):
+    with contextlib.suppress(InvalidSpec):
+        name = _decode_cursor(text)
+        assert _decode_cursor(_encode_cursor(name)) == name
+
+
+@FUZZ
+@given(last=IN_A_HEADER | st.integers().map(str))
+@example(last="²")
+@example(last="9" * 18)
+def test_a_last_event_id_is_a_number_or_refused(keeper, last):
+    answer = keeper.http.get("/api/events", headers={"Last-Event-ID": last.encode("latin-1")})
+    assert answer.status_code == (200 if re.fullmatch("[0-9]{0,18}", last) else 422)
+
+
+@FUZZ
+@given(
+    headers=st.fixed_dictionaries({}, optional=dict.fromkeys(("X-Request-Id", "Host", "Accept", "Origin", "Cookie"), IN_A_HEADER))
+)
+def test_headers_may_hold_anything(keeper, headers):
+    sent = {name: value.encode("latin-1") for name, value in headers.items()}
+    answer = keeper.http.get("/api/version", headers=sent)
+    assert answer.status_code == 200 or answer.status_code in REFUSED
+    assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", answer.headers["X-Request-Id"])
+
+
+BODIES = (
+    fields_of(**{name: st.text() | st.dictionaries(st.text(), st.text(), max_size=2) for name in RestartRequest.model_fields})
+    | st.dictionaries(st.text(), JSON, max_size=2)
+    | JSON
+)
+
+
+@FUZZ
+@given(body=BODIES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100) | DEPTHS.map(nested))
+@example(body=b'{"env": {"A": "\\ud800"}}')
+@example(body=b'{"idle_timeout": ' + b"9" * 5000 + b"}")
+def test_a_body_may_be_anything(keeper, body):
+    """Of a server that there is none of, so that what is right asks for nothing."""
+    answer = keeper.http.post("/api/servers/nobody/restart", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code in {400, 404, 422}, answer.text
+    assert answer.headers["Content-Type"] == "application/problem+json"

@@ -1,0 +1,118 @@
+"""A store that somebody has written into gives what it holds, or says that it is damaged; it never falls over it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import DEPTHS, FUZZ, JSON, nested
+from labkeeper.core.errors import StoreError
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.model import HistoryEntry, KernelDebt, Snapshot
+from labkeeper.store import SqliteStore
+from labkeeper.testing.fakes import a_spec
+
+TABLES = {"servers": ("name", "snapshot"), "debts": ("kernel_id", "debt"), "history": ("server", "entry")}
+CELLS = JSON.map(json.dumps) | st.text() | DEPTHS.map(nested).map(bytes.decode)
+
+
+def read_all(path):
+    with contextlib.suppress(StoreError), contextlib.closing(SqliteStore(path)) as store:
+        for ask, kind in (
+            (store.load, Snapshot),
+            (store.debts, KernelDebt),
+            (lambda: store.latest(server=None, limit=10), HistoryEntry),
+            (lambda: store.remembered(after=0, server=None, limit=10), HistoryEntry),
+        ):
+            with contextlib.suppress(StoreError):
+                assert all(isinstance(one, kind) for one in ask())
+        with contextlib.suppress(StoreError):
+            assert isinstance(store.last_id() - store.first_id(), int)
+        with contextlib.suppress(StoreError):
+            store.webhook("https://hook")
+
+
+@pytest.fixture
+def path(tmp_path):
+    path = tmp_path / "store.sqlite"
+    with contextlib.closing(SqliteStore(path)):
+        return path
+
+
+@contextlib.contextmanager
+def written_into(path):
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        for table in (*TABLES, "webhooks"):
+            db.execute(f"DELETE FROM {table}")
+        yield db
+
+
+@FUZZ
+@given(table=st.sampled_from(sorted(TABLES)), cell=CELLS, as_bytes=st.booleans())
+def test_a_row_may_hold_any_text(path, table, cell, as_bytes):
+    key, column = TABLES[table]
+    value = "CAST(? AS TEXT)"  # Of bytes it makes a text that is none.
+    with written_into(path) as db:
+        given_ = cell.encode(errors="surrogatepass") + b"\xff" if as_bytes else cell.encode(errors="replace")
+        db.execute(f"INSERT INTO {table} ({key}, {column}) VALUES ('a', {value})", (given_,))
+    read_all(path)
+
+
+@FUZZ
+@given(numbers=st.tuples(*[st.none() | st.integers(-(2**63), 2**63 - 1)] * 3))
+@example(numbers=(None, None, None))
+def test_numbers_may_be_missing(path, numbers):
+    with written_into(path) as db:
+        db.execute("INSERT INTO webhooks VALUES ('https://hook', ?, ?, ?)", numbers)
+    read_all(path)
+
+
+@FUZZ
+@given(layout=st.integers(-(2**31), 2**31 - 1))
+@example(layout=-1)
+def test_the_number_of_the_layout_may_be_any(path, layout):
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.execute(f"PRAGMA user_version = {layout}")
+    read_all(path)
+
+
+@FUZZ
+@given(data=st.data())
+def test_any_byte_of_the_file_may_be_another(path, data):
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    other = path.with_name("other.sqlite")
+    other.write_bytes(content)
+    read_all(other)
+
+
+def test_what_sqlite_says_of_damage_may_be_no_text(path):
+    """It quotes the file."""
+    other = path.with_name("other.sqlite")
+    other.write_bytes(path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY"))
+    with pytest.raises(StoreError, match="no text"), contextlib.closing(SqliteStore(other)) as store:
+        store.webhook("https://hook")
+
+
+SNAPSHOTS = st.builds(
+    Snapshot,
+    spec=st.just(a_spec()),
+    state=st.sampled_from(State),
+    goal=st.sampled_from(Goal),
+    since=st.floats(0, 1e11),
+    created_at=st.floats(0, 1e11),
+)
+
+
+@FUZZ
+@given(snapshot=SNAPSHOTS)
+def test_what_is_saved_is_what_is_loaded(path, snapshot):
+    with contextlib.closing(SqliteStore(path)) as store:
+        store.save(snapshot)
+        assert store.load() == [snapshot]

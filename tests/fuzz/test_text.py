@@ -1,0 +1,111 @@
+"""Texts that people, callers and servers write: durations, secrets in logs, causes of an end, keys. Each takes a bounded time."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from fuzzing import FUZZ, JSON
+from labkeeper.core.model import Exit, FailureClass, server_name
+from labkeeper.core.times import LONGEST, duration, instant, spoken
+from labkeeper.history.webhooks import key_of
+from labkeeper.jupyter import cause_of
+from labkeeper.scrub import HIDDEN, learn, scrub
+
+DURATIONS = st.from_regex(r"\A([0-9]{1,6}[dhms ]){0,4}\Z") | st.text() | JSON
+PIECES = st.sampled_from(
+    [
+        "token=",
+        "token",
+        '"',
+        "\\",
+        "'",
+        ": ",
+        "authorization: ",
+        "bearer ",
+        "://",
+        "@",
+        ":",
+        "a",
+        "f" * 47,
+        "%3D",
+        "password",
+        " ",
+        "=",
+    ]
+)
+HOSTILE = st.lists(PIECES, max_size=8).map("".join).flatmap(lambda text: st.integers(1, 3000).map(lambda times: text * times))
+LONG = 200_000
+
+
+@FUZZ
+@given(DURATIONS)
+@example("9" * 100_000)
+@example("1d" * 100_000)
+@example(10**5000)
+def test_a_duration_is_within_its_bounds_or_refused(text):
+    with contextlib.suppress(ValueError):
+        seconds = duration(text)
+        assert 0 <= seconds <= LONGEST
+        assert spoken(seconds)
+
+
+@FUZZ
+@given(st.integers(0, 366), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
+def test_a_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
+    total = days * 86400 + hours * 3600 + minutes * 60 + seconds
+    with contextlib.suppress(ValueError):
+        assert duration(f"{days}d{hours}h{minutes}m{seconds}s") == total <= LONGEST
+
+
+@FUZZ
+@given(st.floats(0, 253402300799))
+def test_every_moment_can_be_written(at):
+    assert instant(at).endswith("Z")
+
+
+@FUZZ
+@given(st.text())
+@example("a" * 64)
+@example("a\n")
+def test_a_name_is_a_host_name_or_none(text):
+    with contextlib.suppress(ValueError):
+        assert server_name(text).encode("idna")
+
+
+@FUZZ
+@given(HOSTILE.map(lambda text: text[:LONG]))
+def test_no_line_takes_long_to_scrub(text):
+    begun = time.process_time()
+    scrub(text)
+    assert time.process_time() - begun < 2
+
+
+@FUZZ
+@given(st.text(), st.text(st.characters(codec="utf-8", blacklist_categories=["Cc"]), min_size=8, max_size=40), st.text())
+def test_what_is_known_as_a_secret_is_in_no_line(before, secret, after):
+    learn("the test", [secret])
+    try:
+        assert secret in HIDDEN or secret not in scrub(f"{before}{secret}{after}").replace(HIDDEN, "\0")
+    finally:
+        learn("the test", [])
+
+
+@FUZZ
+@given(st.builds(Exit, code=st.none() | st.integers(), signal=st.none() | st.text()), st.lists(st.text() | HOSTILE, max_size=3))
+def test_every_end_has_a_cause(end, tail):
+    begun = time.process_time()
+    kind, line = cause_of(end, tail)
+    assert isinstance(kind, FailureClass)
+    assert "\n" in "".join(tail) or "\n" not in line
+    assert time.process_time() - begun < 2
+
+
+@FUZZ
+@given(st.text() | st.binary(max_size=80).map(lambda data: "whsec_" + data.decode("latin-1")))
+def test_a_key_is_long_enough_or_refused(text):
+    with contextlib.suppress(ValueError):
+        assert 24 <= len(key_of(text)) <= 64

@@ -1,0 +1,107 @@
+"""What the fuzz tests share: how long they try, what they try with, and a server that answers with whatever it is told to."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import threading
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+_EITHER = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
+settings.register_profile("short", max_examples=200, derandomize=True, database=None, **_EITHER)
+settings.register_profile("long", max_examples=20_000, **_EITHER)
+FUZZ = settings(settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short")))
+"""`short` tries the same at each run, so that a change is to blame for what fails; `long` looks for what nobody has seen."""
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    max_leaves=12,
+)
+DEPTHS = st.integers(1, 200_000)
+"""How deep brackets are nested; from some thousands on no parser follows."""
+
+
+def nested(depth):
+    """JSON that goes so deep, and is not closed."""
+    return b'{"a":' * depth
+
+
+def fields_of(**fields):
+    """An object that has about the right fields, with about the right values."""
+    return st.fixed_dictionaries({}, optional={name: right | JSON for name, right in fields.items()})
+
+
+HEADER_LINES = st.lists(
+    st.sampled_from(
+        [b"Content-Type: application/json", b"Content-Length: 2", b"Content-Length: -1", b"Content-Length: " + b"9" * 30,
+         b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Type: text/plain; charset=hex",
+         b"Location: //\xff", b"Connection: keep-alive", b": ", b"\x00"]
+    )
+    | st.binary(max_size=40).filter(lambda line: b"\n" not in line),
+    max_size=5,
+)  # fmt: skip
+BODIES = (
+    st.binary(max_size=200)
+    | DEPTHS.map(nested)
+    | st.sampled_from([b"{}", b"[]", b"null", b"-5\r\nab\r\n", b"zz\r\n", b"fffffffff\r\nab"])
+)
+
+
+@st.composite
+def answers(draw, bodies=BODIES):
+    """All that may come back over a connection: an answer that is fine, or nearly, or noise."""
+    if draw(st.booleans()):
+        return draw(st.binary(max_size=200))
+    status = draw(st.sampled_from([b"200", b"100", b"204", b"302", b"401", b"404", b"503", b"999", b"-1", b"abc"]))
+    lines = [b"HTTP/1.1 " + status + b" OK", *draw(HEADER_LINES), b"", draw(bodies)]
+    return b"\r\n".join(lines)
+
+
+class Speaker:
+    """A server that answers each request with `answer`, byte by byte where it is to take its time, and closes."""
+
+    def __init__(self):
+        self.answer = b""
+        self.pause = None
+        """Seconds between two bytes."""
+        self._ended = threading.Event()
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        self._thread = threading.Thread(target=self._serve)
+
+    def __enter__(self):
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._ended.set()
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+        self._listener.close()
+
+    def _serve(self):
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return
+            with connection, contextlib.suppress(OSError):
+                connection.settimeout(5)
+                asked = b""
+                # Who speaks TLS, which begins so, asks nothing before it is answered.
+                while b"\r\n\r\n" not in asked and not asked.startswith(b"\x16") and (piece := connection.recv(65536)):
+                    asked += piece
+                self._speak(connection)
+
+    def _speak(self, connection):
+        if self.pause is None:
+            connection.sendall(self.answer)
+            return
+        for byte in self.answer:
+            connection.sendall(bytes([byte]))
+            if self._ended.wait(self.pause):
+                return
