@@ -180,6 +180,9 @@ class SqliteStore:
             # By its name and its value at once: a key may hold what has a meaning in a path of JSON.
             where.append("EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)")
             given.extend(label)
+        if reach.users:
+            where.append(f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in reach.users)})")
+            given.extend(reach.users)
         query = f"SELECT entry FROM history WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?"  # noqa: S608 - ours, above
         with self._doing("read"):
             rows = self._db.execute(query, (*given, limit)).fetchall()

@@ -22,7 +22,7 @@ PHASES = {"examples", "coverage", "fuzzing", "stateful"}
 @pytest.fixture
 def keeper(tmp_path):
     """Few servers, so that most starts are refused with 429, and those that are not are soon ready or given up."""
-    keeper = KeeperProcess(tmp_path, launch_by="fork", max_servers=8, start_timeout=20, stop_grace=3)
+    keeper = KeeperProcess(tmp_path, launch_by="fork", max_servers=8, start_timeout=20, max_request_rate=0, stop_grace=3)
     yield keeper.start()
     keeper.close()
 

@@ -63,7 +63,8 @@ def test_noise_instead_of_a_request_is_refused(keeper, data):
     """Nobody without a token gets more than a refusal, whatever they send; nor does a keeper fall silent."""
     with socket.create_connection(("127.0.0.1", keeper.port), timeout=10) as caller, contextlib.suppress(ConnectionError):
         caller.sendall(data.replace(b"<long>", b"a" * 70_000))
-        caller.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # The keeper may have had enough, and closed it already.
+            caller.shutdown(socket.SHUT_WR)
         answer = b""
         while piece := caller.recv(65536):
             answer += piece

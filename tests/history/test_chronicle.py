@@ -138,6 +138,7 @@ REACHES = {
     "by name": (Reach(("a-?", "c*")), [2, 3, 4]),
     "by a label": (Reach(labels={"team": "blue"}), [2, 5]),
     "by labels with what a path of JSON would take for its own": (Reach(labels={'o."dd': "it's", "team": "red"}), [3]),
+    "by a user": (Reach(users=("ada", "bob")), [3, 5]),
     "by both": (Reach(("a-*",), {"team": "blue"}), [2]),
     "nothing": (Reach(("zz",)), []),
 }
@@ -150,9 +151,10 @@ def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock
     store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
     names = [None, "a-1", "a-2", "c", "b", None]
     labels = [{}, {"team": "blue"}, {"team": "red", 'o."dd': "it's"}, {"team": "green"}, {"team": "blue"}, {}]
+    users = [None, None, "ada", "eve", "bob", None]
     known = [
-        HistoryEntry(number, 1.0, KIND, name, "m", labels=of)
-        for number, (name, of) in enumerate(zip(names, labels, strict=True), start=1)
+        HistoryEntry(number, 1.0, KIND, name, "m", labels=of, user=user)
+        for number, (name, of, user) in enumerate(zip(names, labels, users, strict=True), start=1)
     ]
     store.remember(known, keep=100)
     chronicle = Chronicle(store, clock, size=100)
@@ -168,10 +170,10 @@ def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock
 
 def test_an_entry_has_the_labels_that_its_server_had_then(chronicle, store):
     """They come with the changes of the server; a note about one that is gone has none."""
-    spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"})
+    spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"}, user="ada")
     snapshot = Snapshot(spec, State.STARTING, Goal.UP, 1.0, 1.0)
     chronicle.changed(Change(Event.START, None, snapshot, 1.0))
     noted(chronicle, 1, "lab")
     chronicle.changed(Change(Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0))
     noted(chronicle, 1, "lab")
-    assert [dict(entry.labels) for entry in store.history] == [{"team": "blue"}] * 3 + [{}]
+    assert [(dict(entry.labels), entry.user) for entry in store.history] == [({"team": "blue"}, "ada")] * 3 + [({}, None)]

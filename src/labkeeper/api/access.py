@@ -118,8 +118,8 @@ class Door:
             case Extent.SERVER:
                 name = (request.view_args or {})["name"]
                 caller.needs_name(name)
-                if caller.reach.labels:
-                    # The same answer for a server with other labels as for none.
+                if caller.reach.labels or caller.reach.users:
+                    # The same answer for a server that is not theirs as for none.
                     self._find(caller, name)
             case Extent.SERVERS | Extent.CALLER:
                 pass

@@ -150,15 +150,20 @@ def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
 
 def _refusals(route: Route) -> list[int]:
     """Give the status of each problem that a route can answer with: those of every route, and its own."""
-    found = {422, 500, *route.problems}
+    found = {422, 431, 500, *route.problems}
     found |= {401, 403, 429} if route.rule.scope is not None else set()
     found |= {400, 413, 415} if route.method in _WITH_BODY else set()
     return sorted(found)
 
 
+_UNREAD: Final = frozenset(
+    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE}
+)
+
+
 def _refusal(status: int) -> _Object:
     # What cannot be read as a request at all is refused before it has an id.
-    headers = [] if status in {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE} else ["X-Request-Id"]
+    headers = [] if status in _UNREAD else ["X-Request-Id"]
     headers += ["WWW-Authenticate"] if status == HTTPStatus.UNAUTHORIZED else []
     headers += ["Retry-After"] if status == HTTPStatus.TOO_MANY_REQUESTS else []
     return {

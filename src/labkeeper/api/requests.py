@@ -652,7 +652,7 @@ class ListQuery(_Query):
 
     state: list[State] = Field([], max_length=32, description="Only servers in one of these states.")
     label: list[Annotated[str, Field(max_length=320)]] = Field(
-        [], max_length=64, description="Only servers with all of these labels: `key=value`, or `key` alone."
+        [], max_length=16, description="Only servers with all of these labels: `key=value`, or `key` alone."
     )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
     cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")

@@ -37,7 +37,7 @@ class Reach:
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels that a server must have, all of them."""
     users: tuple[str, ...] = ()
-    """Users of the machine that a server may run as; the first one where its request names none."""
+    """Users of the machine: one must be whom a server runs as; the first one where its request names none."""
 
     @property
     def unlimited(self) -> bool:
@@ -52,9 +52,13 @@ class Reach:
         """Whether servers with these labels are within it, as far as labels tell."""
         return self.labels.items() <= labels.items()
 
-    def holds(self, name: str, labels: Mapping[str, str]) -> bool:
-        """Whether a server of this name and these labels is within it."""
-        return self.has_name(name) and self.has_labels(labels)
+    def has_user(self, user: str | None) -> bool:
+        """Whether servers that run as this user are within it, as far as users tell."""
+        return not self.users or user in self.users
+
+    def holds(self, name: str, labels: Mapping[str, str], user: str | None) -> bool:
+        """Whether a server of this name, with these labels, that runs as this user is within it."""
+        return self.has_name(name) and self.has_labels(labels) and self.has_user(user)
 
 
 EVERYTHING: Final = Reach()
@@ -64,7 +68,7 @@ def concerns(entry: HistoryEntry, server: ServerName | None, reach: Reach) -> bo
     """Whether an entry is of one server, or of any, and within a reach; what is of no server is only for who sees all."""
     if server not in {None, entry.server}:
         return False
-    return reach.unlimited or (entry.server is not None and reach.holds(entry.server, entry.labels))
+    return reach.unlimited or (entry.server is not None and reach.holds(entry.server, entry.labels, entry.user))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,10 @@ class Caller:
         if not self.reach.has_labels(spec.labels):
             wanted = ", ".join(f"{key}={value}" for key, value in self.reach.labels.items())
             raise NotAllowed(f"cannot make server '{spec.name}': your token is for servers with the labels {wanted}")
+        if not self.reach.has_user(spec.user):
+            raise NotAllowed(
+                f"cannot make server '{spec.name}': your token is for those that run as {', '.join(self.reach.users)}"
+            )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:
         """Give the user of the machine that a server is to run as. Raises NotAllowed."""
@@ -112,7 +120,7 @@ class Caller:
 
     def sees(self, snapshot: Snapshot) -> bool:
         """Whether a server is within the caller's reach."""
-        return self.reach.holds(snapshot.name, snapshot.spec.labels)
+        return self.reach.holds(snapshot.name, snapshot.spec.labels, snapshot.spec.user)
 
 
 ANYBODY: Final = Caller("anybody", Scope.ADMIN)

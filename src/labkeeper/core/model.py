@@ -612,7 +612,9 @@ class HistoryEntry:
     details: Mapping[str, object] = field(default_factory=dict)
     """What a program wants to know of it: plain data, without secrets."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of the server, as they were then: by them it is decided whose business this is."""
+    """Of the server, as they were then: by them, and by the next, it is decided whose business this is."""
+    user: str | None = None
+    """Whom it ran as, where that was not the keeper's own user."""
 
 
 @dataclass(frozen=True, slots=True)

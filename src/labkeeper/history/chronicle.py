@@ -13,7 +13,7 @@ from typing import Final
 
 from labkeeper.core.access import EVERYTHING, Reach, concerns
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import KEEPER, Change, HistoryEntry, HistoryKind, Origin, ServerName
+from labkeeper.core.model import KEEPER, Change, HistoryEntry, HistoryKind, Origin, ServerName, ServerSpec
 from labkeeper.core.ports import Clock, HistoryStore
 from labkeeper.history import telling
 
@@ -40,7 +40,7 @@ class Chronicle:
         self._stored = self._last
         """The id up to which all is in the store."""
         self._closed = False
-        self._labels: dict[ServerName, Mapping[str, str]] = {}
+        self._specs: dict[ServerName, ServerSpec] = {}
         """Of the servers that there are, as the last change has them."""
 
     @property
@@ -55,12 +55,12 @@ class Chronicle:
     def changed(self, change: Change) -> None:
         """Write down one change of a server."""
         kind, after = telling.kind_of(change), change.after
-        self._labels[after.name] = after.spec.labels
+        self._specs[after.name] = after.spec
         if kind is not None:
             told = HistoryEntry(0, change.at, kind, after.name, telling.sentence(change), change.origin, after.launch)
             self._add(replace(told, details=telling.facts(change)))
         if after.forgotten:
-            del self._labels[after.name]
+            del self._specs[after.name]
 
     def note(
         self,
@@ -126,8 +126,9 @@ class Chronicle:
 
     def _add(self, entry: HistoryEntry) -> None:
         with self._news:
-            labels = self._labels.get(entry.server, {}) if entry.server is not None else {}
-            entry = replace(entry, id=self._last + 1, labels=labels)
+            entry = replace(entry, id=self._last + 1)
+            if entry.server is not None and (spec := self._specs.get(entry.server)) is not None:
+                entry = replace(entry, labels=spec.labels, user=spec.user)
             self._last = entry.id
             self._recent.append(entry)
             self._save()

@@ -1,0 +1,65 @@
+"""Scopes, and the servers that a token is for."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper.core.access import ANYBODY, EVERYTHING, Caller, Reach, Scope
+from labkeeper.core.errors import NotAllowed
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.model import ServerSpec, Snapshot
+
+
+def spec(name="lab", **fields):
+    return ServerSpec(name=name, root_dir="/", **fields)
+
+
+def test_each_scope_covers_those_below_it():
+    covered = [[scope.covers(needed) for needed in Scope] for scope in Scope]
+    assert covered == [[True, False, False], [True, True, False], [True, True, True]]
+
+
+@pytest.mark.parametrize(
+    ("reach", "held"),
+    [
+        (EVERYTHING, True),
+        (Reach(servers=("lab",)), True),
+        (Reach(servers=("x", "l?b")), True),
+        (Reach(servers=("la",)), False),
+        (Reach(labels={"team": "blue"}), True),
+        (Reach(labels={"team": "blue", "more": ""}), False),
+        (Reach(users=("ada", "bob")), True),
+        (Reach(users=("bob",)), False),
+        (Reach(("*",), {"team": "red"}), False),
+    ],
+)
+def test_a_reach_holds_a_server_when_all_of_it_does(reach, held):
+    made = spec(labels={"team": "blue", "x": "y"}, user="ada")
+    caller = Caller("token:t", Scope.MANAGE, reach)
+    assert caller.sees(Snapshot(made, State.RUNNING, Goal.UP, 1.0, 1.0)) is held
+    if held:
+        caller.needs_spec(made)
+    else:
+        with pytest.raises(NotAllowed, match="your token is for"):
+            caller.needs_spec(made)
+
+
+def test_what_is_not_allowed_names_the_scope_that_is():
+    with pytest.raises(NotAllowed, match="that needs the scope 'admin', and yours is 'read'") as caught:
+        Caller("token:t", Scope.READ).needs(Scope.ADMIN, "do it", variable="X")
+    assert caught.value.details == {"scope": "admin", "variable": "X"}
+    with pytest.raises(NotAllowed, match="without limits"):
+        Caller("token:t", Scope.READ, Reach(servers=("x",))).needs_everything("do it")
+    ANYBODY.needs(Scope.ADMIN, "do it")
+    ANYBODY.needs_everything("do it")
+
+
+def test_whom_a_server_runs_as():
+    """Only an admin chooses freely; a token for some users chooses among them, and the first one is its default."""
+    manager = Caller("token:t", Scope.MANAGE)
+    limited = Caller("token:t", Scope.MANAGE, Reach(users=("ada", "bob")))
+    assert [manager.user(None), manager.user(None, "lab"), manager.user("lab", "lab")] == [None, "lab", "lab"]
+    assert [limited.user(None, "lab"), limited.user("bob", "lab"), ANYBODY.user("eve", "lab")] == ["ada", "bob", "eve"]
+    for caller, asked in ((manager, "eve"), (limited, "lab")):
+        with pytest.raises(NotAllowed, match=f"as user '{asked}'"):
+            caller.user(asked, "lab")
