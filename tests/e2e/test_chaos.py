@@ -53,6 +53,7 @@ MOST_RESTARTS = 3
 OF_STATE = {
     "keeper.lock",
     "keeper.json",
+    "keeper.sock",
     "token",
     "labkeeper.sqlite",
     "labkeeper.sqlite-shm",
