@@ -18,6 +18,7 @@ import structlog
 
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
+from labkeeper.api.browser import HEADERS
 from labkeeper.api.peers import identify
 from labkeeper.api.places import Places, reserve
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
@@ -334,6 +335,15 @@ def test_heads_are_bounded(serve, headers, status):
     assert answered == status
     if status != 200:
         assert json.loads(body)["code"] == "request_header_fields_too_large"
+
+
+def test_what_is_refused_before_it_is_read_tells_browsers_to_be_careful_too(serve):
+    connection = serve().connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert answer.status == 400
+    assert dict(answer.getheaders()).items() >= HEADERS.items()
 
 
 def test_a_connection_that_went_before_it_was_taken_in_is_no_matter(serve, monkeypatch):

@@ -18,7 +18,7 @@ from flask import Response, request
 from labkeeper.api.peers import PEER
 from labkeeper.core.errors import HostNotKnown, NotAllowed
 
-_HEADERS: Final = {
+HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
     "Referrer-Policy": "no-referrer",
@@ -65,7 +65,7 @@ class Guard:
 
     def finish(self, answer: Response) -> Response:
         """Put the headers on an answer."""
-        for name, value in _HEADERS.items():
+        for name, value in HEADERS.items():
             answer.headers.setdefault(name, value)
         if self._origins:
             answer.vary.add("Origin")

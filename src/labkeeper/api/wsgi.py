@@ -24,6 +24,7 @@ from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderFieldsTooLarge
 
+from labkeeper.api.browser import HEADERS
 from labkeeper.api.peers import PEER, Peer, identify
 from labkeeper.api.places import reserve
 from labkeeper.api.problems import MEDIA_TYPE
@@ -325,7 +326,7 @@ class _Problem(ErrorTask):
         members = {"type": f"urn:labkeeper:problem:{code}", "title": error.reason, "status": error.code, "detail": detail}
         body = json.dumps({**members, "code": code, "request_id": ""}).encode()
         self.status = f"{error.code} {error.reason}"
-        self.response_headers.append(("Content-Type", MEDIA_TYPE))
+        self.response_headers += [("Content-Type", MEDIA_TYPE), *HEADERS.items()]
         self.set_close_on_finish()
         self.content_length = len(body)
         self.write(body)
