@@ -156,7 +156,8 @@ class KeeperProcess:
             self.process = subprocess.Popen(self.command("serve"), env=self.environment, stdout=log, stderr=log)
         self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, verify=self.verify)
         until(self._ready, what="keeper ready")
-        self.http.headers["Authorization"] = f"Bearer {self.token}"
+        if self.settings.get("auth") != "none":
+            self.http.headers["Authorization"] = f"Bearer {self.token}"
         return self
 
     def _ready(self):

@@ -112,6 +112,7 @@ _DOCS_PAGE: Final = """<!doctype html>
 <head>
 <meta charset="utf-8">
 <title>labkeeper API</title>
+<link rel="icon" href="data:,">
 <link rel="stylesheet" href="docs/static/css/swagger-ui.css">
 </head>
 <body>

@@ -1,0 +1,123 @@
+"""What a person sees, in a real browser: a Lab opened by a link, the page of the API, and what pages of other sites get."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import json
+import shutil
+import threading
+
+import pytest
+from playwright import sync_api
+
+from harness import PATIENCE, until
+
+REBOUND = "rebound.example.org"
+"""A name that leads to this machine, in the browser only."""
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
+]
+"""Root needs the first one; the others keep the browser from asking for what is its own."""
+
+pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+
+
+@pytest.fixture
+def page():
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
+        context = browser.new_context()
+        context.set_default_timeout(PATIENCE * 1000)
+        yield context.new_page()
+        browser.close()
+
+
+@contextlib.contextmanager
+def another_site():
+    """Serve an empty page on a port of its own, which makes it another site."""
+
+    class Empty(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Empty) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+        thread.join()
+
+
+def notebook(code):
+    cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None, "source": code}
+    spec = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    return json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": spec, "cells": [cell]})
+
+
+def runs_the_cell(page, output):
+    """Ask for a cell to be run, and say whether that is its output; the Lab forgets what is asked before it is connected."""
+    page.locator(".jp-Notebook .cm-content").first.click()
+    page.keyboard.press("Control+Enter")
+    with contextlib.suppress(sync_api.TimeoutError):
+        page.locator(".jp-OutputArea-output").get_by_text(output, exact=True).wait_for(timeout=2000)
+        return True
+    return False
+
+
+def test_a_link_leads_to_a_cell_that_runs_and_no_page_learns_the_token(keeper, page):
+    """From the POST to the first cell; the token is in one request, and in nothing that the page has or the browser keeps."""
+    (keeper.notebook_dir / "sum.ipynb").write_text(notebook("print(6 * 7)"))
+    token = keeper.post().json()["token"]
+    link = keeper.post("/default/link", page="/lab/tree/sum.ipynb?reset").json()["url"]
+    shown, asked, referred = [], [], []
+    page.on("framenavigated", lambda frame: shown.append(frame.url))
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: referred.append(request.headers.get("referer", "")))
+    page.goto(link)
+    until(lambda: runs_the_cell(page, "42"), what="the output of the cell")
+    assert [url for url in asked if token in url] == [url for url in asked if "/login?" in url]
+    assert sum(token in url for url in asked) == 1
+    assert not [url for url in (*shown, *referred) if token in url or link in url]
+    kept = "JSON.stringify([document.cookie, {...localStorage}, {...sessionStorage}, performance.getEntries(), location.href])"
+    for told in (page.content(), page.evaluate(kept)):
+        assert token not in told
+    assert page.goto(link).status == 410
+    assert page.get_by_role("heading").inner_text() == "This link opens nothing any more"
+
+
+def test_the_page_of_the_api_is_drawn_by_what_it_may_load(keeper, page):
+    """Its Content-Security-Policy forbids nothing that it needs."""
+    said = []
+    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.goto(f"{keeper.url}/api/docs")
+    page.locator(".opblock-summary-path").get_by_text("/api/servers/{name}/link").wait_for()
+    assert said == []
+
+
+FETCH = "url => fetch(url, {method: 'POST'}).then(answer => answer.status, error => error.name)"
+
+
+def test_pages_of_other_sites_get_nothing_even_without_access_control(make_keeper, page):
+    """Neither by asking across sites, nor by a name of theirs that leads to the keeper; its own page can."""
+    keeper = make_keeper(auth="none").start()
+    servers = f"{keeper.url}/api/servers?wait=0"
+    with another_site() as elsewhere:
+        page.goto(elsewhere)
+        assert page.evaluate(FETCH, servers) == "TypeError"
+    assert page.goto(f"http://{REBOUND}:{keeper.port}/api/servers").status == 421
+    assert keeper.http.get("/api/servers").json()["servers"] == []
+    page.goto(f"{keeper.url}/api/docs")
+    assert page.evaluate(FETCH, servers) == 202
