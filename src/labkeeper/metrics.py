@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
-from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.model import (
     Change,
     FailureClass,
@@ -43,11 +43,9 @@ _UNKNOWN_WAY: Final = "unknown"
 """Of a start that failed: only a server that is ready says how it was launched."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _RULE: Final = re.compile(r"[a-z][a-z_-]{0,31}")
-_AT_REST: Final = frozenset({State.STOPPED, State.FAILED, State.BACKOFF})
-_DECIDED: Final = frozenset({*_AT_REST, State.RUNNING, State.STOPPING, State.KILLING})
+_NOT_BEGUN: Final = AT_REST | {State.BACKOFF}
+_DECIDED: Final = _NOT_BEGUN | {State.RUNNING, State.STOPPING, State.KILLING}
 """States that end a start, one way or the other; a server that is lost may still come."""
-_ENDS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.GONE, Event.REFUSED})
-"""The events after which nothing is left of a launch."""
 
 
 class Kind(StrEnum):
@@ -262,7 +260,7 @@ class Metrics:
 
     def _take_start(self, change: Change, before: Snapshot) -> None:
         after = change.after
-        if after.launch != before.launch or (before.state in _AT_REST and after.state not in _AT_REST):
+        if after.launch != before.launch or (before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN):
             self._begun.setdefault(after.name, self._clock.monotonic())
         if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
             return
@@ -280,7 +278,7 @@ class Metrics:
             self._observe(STOP_DURATION, report.seconds, str(report.method))
         if after.state is State.RUNNING:
             self._up.add(after.name)
-        elif change.event in _ENDS and after.name in self._up:
+        elif change.event in ENDINGS and after.name in self._up:
             self._up.remove(after.name)
             if before.goal is Goal.UP:
                 self._count(ENDS, _class_of(after))

@@ -35,6 +35,7 @@ from labkeeper.backends.machine import OwnMachine
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
 from labkeeper.core.fleet import Fleet
+from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.core.model import Limits
 from labkeeper.crew import Crew
 from labkeeper.culling.culler import Culler
@@ -294,7 +295,7 @@ def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> 
     if keeper.stop_all(within=chosen.stop_grace + chosen.kill_wait + _MARGIN):
         _log.info("keeper ends; no server is left")
         return 0
-    left = sorted(s.name for s in keeper.all() if s.state not in {"stopped", "failed"})
+    left = sorted(s.name for s in keeper.all() if s.state in MAY_EXIST)
     _log.error("keeper ends, but servers may be left", servers=left)
     announce(f"could not prove the end of: {', '.join(left)}")
     return 1

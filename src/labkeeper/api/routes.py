@@ -82,13 +82,13 @@ from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
-from labkeeper.core.lifecycle import MAY_EXIST, RETURNS, Event, State
+from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
 from labkeeper.core.ports import Watch
 from labkeeper.core.times import instant, spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
-_SETTLED: Final = frozenset({State.RUNNING, State.FAILED, State.STOPPED})
+_SETTLED: Final = AT_REST | {State.RUNNING}
 _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compared, not bound
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 _FOLLOW_AGAIN: Final = 10
@@ -136,7 +136,7 @@ class Api:
         name = ServerName(path.name)
         if query.wait_for is None:
             return _json(self._model(self._find(name)))
-        rest = {query.wait_for, State.STOPPED, State.FAILED}
+        rest = AT_REST | {query.wait_for}
         with self._keeper.watch(name) as watch:
             snapshot = self._find(name)
             with self._patience(query.wait) as wait:
@@ -461,7 +461,7 @@ class Api:
 
     def _is_live(self, name: ServerName) -> bool:
         snapshot = self._keeper.get(name)
-        return snapshot is not None and (snapshot.state in MAY_EXIST or snapshot.state in {State.QUEUED, State.BACKOFF})
+        return snapshot is not None and snapshot.state not in AT_REST
 
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint

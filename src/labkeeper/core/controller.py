@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from labkeeper.core.lifecycle import KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
+from labkeeper.core.lifecycle import ENDINGS, KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
 from labkeeper.core.model import (
     Ended,
     Exit,
@@ -91,8 +91,6 @@ _KNOWN_CAUSES: Final = frozenset(
     }
 )
 """Classes for which we end a server; they are known before its end."""
-_ENDS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
-"""The events after which nothing is left of a launch."""
 _EVENTS: Final[dict[type[Fact], Event]] = {
     Ready: Event.READY,
     Refused: Event.REFUSED,
@@ -279,7 +277,7 @@ class Controller:
         if self.snapshot.state is State.STOPPED:
             unwanted = True
         elif before.state in MAY_EXIST:
-            unwanted = event in _ENDS and before.goal not in KEEPS_KERNELS
+            unwanted = event in ENDINGS and before.goal not in KEEPS_KERNELS
         else:
             unwanted = event is Event.RESTART
         kept: tuple[OwnKernel, ...] = () if unwanted else tuple(there.values())

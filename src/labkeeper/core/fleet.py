@@ -22,7 +22,7 @@ from labkeeper.core.errors import (
     ServerNotFound,
     StoreError,
 )
-from labkeeper.core.lifecycle import COMMANDS, Action, Event, Goal, State
+from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, Action, Event, Goal, State
 from labkeeper.core.model import (
     KEEPER,
     Change,
@@ -190,9 +190,9 @@ class Fleet:
         if order.force:
             self._apply(controller, Event.KILL)
         after = self._apply(controller, event, revised=order.revised)
-        again = {Goal.AGAIN, Goal.RENEW}
-        queued = after.state is State.QUEUED is not snapshot.state
-        created = after.launch != snapshot.launch or queued or (after.goal in again and snapshot.goal not in again)
+        queued = after.state is State.QUEUED and snapshot.state is not State.QUEUED
+        turned = after.goal in COMES_BACK and snapshot.goal not in COMES_BACK
+        created = after.launch != snapshot.launch or queued or turned
         return Reply(after, created)
 
     def _snooze(self, command: Snooze) -> Reply:
@@ -217,9 +217,9 @@ class Fleet:
         """Refuse a start while the keeper ends, and one more server where there is no room for it."""
         if self._closing:
             raise BackendUnavailable(f"cannot start server '{snapshot.name}': the keeper is shutting down")
-        if snapshot.state not in {State.STOPPED, State.FAILED}:
+        if snapshot.state not in AT_REST:
             return
-        active = sum(c.snapshot.state not in {State.STOPPED, State.FAILED} for c in self._servers.values())
+        active = sum(c.snapshot.state not in AT_REST for c in self._servers.values())
         if active >= self._policy.max_servers:
             raise CapacityReached(
                 f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; "

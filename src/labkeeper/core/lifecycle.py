@@ -120,9 +120,15 @@ class Junction(StrEnum):
 
 
 COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RENEW, Event.STOP, Event.KILL, Event.DELETE})
+ENDINGS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
+"""The events after which nothing is left of a launch."""
 MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
 """The states in which a process of the server may exist."""
-RETURNS: Final = frozenset({Goal.UP, Goal.AGAIN, Goal.RENEW})
+AT_REST: Final = frozenset({State.STOPPED, State.FAILED})
+"""The states in which nothing is left to happen by itself."""
+COMES_BACK: Final = frozenset({Goal.AGAIN, Goal.RENEW})
+"""The goals of a server that is to end, and then to run once more."""
+RETURNS: Final = COMES_BACK | {Goal.UP}
 """The goals of a server that is to run, now or in the end."""
 KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
 """The goals of a server that is to have its kernels again when it ends now."""
@@ -242,7 +248,7 @@ def _begin(goal: Goal, _may_retry: bool, may_start: bool) -> Step:
 
 
 def _settle(goal: Goal, may_retry: bool, may_start: bool) -> Step:
-    if goal in {Goal.AGAIN, Goal.RENEW}:
+    if goal in COMES_BACK:
         return _begin(Goal.UP, may_retry, may_start)
     if goal is Goal.UP:
         return Step(State.BACKOFF if may_retry else State.FAILED, goal)
