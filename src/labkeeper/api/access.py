@@ -19,7 +19,7 @@ from labkeeper.api.peers import PEER, Peer
 from labkeeper.api.rates import Rates
 from labkeeper.core.access import ANYBODY, Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound
-from labkeeper.core.model import ServerName
+from labkeeper.core.model import ServerName, Snapshot
 from labkeeper.core.ports import Keeper
 from labkeeper.tokens import Tokens
 
@@ -119,15 +119,17 @@ class Door:
                 name = (request.view_args or {})["name"]
                 caller.needs_name(name)
                 if caller.reach.labels or caller.reach.users:
-                    # The same answer for a server that is not theirs as for none.
-                    self._find(caller, name)
+                    find(self._keeper, caller, name)
             case Extent.SERVERS | Extent.CALLER:
                 pass
 
-    def _find(self, caller: Caller, name: str) -> None:
-        snapshot = self._keeper.get(ServerName(name))
-        if snapshot is None or not caller.sees(snapshot):
-            raise ServerNotFound(f"cannot find server '{name[:63]}' among those that your token is for")
+
+def find(keeper: Keeper, caller: Caller, name: str) -> Snapshot:
+    """Give a server that the caller's token is for. Raises ServerNotFound, for another's as for one that does not exist."""
+    snapshot = keeper.get(ServerName(name))
+    if snapshot is None or not caller.sees(snapshot):
+        raise ServerNotFound.called(name)
+    return snapshot
 
 
 class _Refused:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import inspect
 import re
 import time
@@ -28,6 +29,7 @@ from labkeeper.api.access import (
     SEE_SERVER,
     SEE_SERVERS,
     Rule,
+    find,
 )
 from labkeeper.api.answers import (
     BulkResult,
@@ -81,7 +83,7 @@ from labkeeper.api.requests import (
 from labkeeper.api.services import Services
 from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
 from labkeeper.core.access import Caller, Scope
-from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, ServerNotFound
+from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, NotAuthenticated, ServerNotFound
 from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
 from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
 from labkeeper.core.ports import Watch
@@ -344,9 +346,17 @@ class Api:
         while not held:
             left = end - time.monotonic()
             last, held = watch.until(holds, first=last, timeout=max(0.0, min(_LOOK_EVERY, left)))
-            if left <= 0 or caller_is_gone():
+            if left <= 0 or caller_is_gone() or not _caller().sees(last):
                 break
-        return last, held
+        return self._still_theirs(last), held
+
+    def _still_theirs(self, snapshot: Snapshot) -> Snapshot:
+        """Check that the caller may be told of a server yet; they have waited. Raises NotAuthenticated, ServerNotFound."""
+        if not g.still_good():
+            raise NotAuthenticated("cannot answer: the token was revoked, or has expired, meanwhile")
+        if not _caller().sees(snapshot):
+            raise ServerNotFound.called(snapshot.name)
+        return snapshot
 
     def _follow(self, name: ServerName, tail: int) -> Response:
         if not self._places.take():
@@ -355,7 +365,7 @@ class Api:
                 "read it without follow, or try later",
                 retry_after=_FOLLOW_AGAIN,
             )
-        lines = self._services.backend.follow(name, tail, lambda: self._is_live(name))
+        lines = self._services.backend.follow(name, tail, functools.partial(self._is_live, name, _caller()))
         return self._live(lines_in_pieces(lines, gone()), "text/plain; charset=utf-8")
 
     def _live(self, pieces: Iterator[str], content_type: str) -> Response:
@@ -449,19 +459,16 @@ class Api:
         return _json(self._model(snapshot), HTTPStatus.OK if ended else HTTPStatus.ACCEPTED, {} if ended else _RETRY_AFTER)
 
     def _find(self, name: ServerName) -> Snapshot:
-        snapshot = self._keeper.get(name)
-        if snapshot is None:
-            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
-        return snapshot
+        return find(self._keeper, _caller(), name)
 
     def _visible(self) -> list[Snapshot]:
         """Give the servers within the caller's reach, by name."""
         caller = _caller()
         return [snapshot for snapshot in self._keeper.all() if caller.sees(snapshot)]
 
-    def _is_live(self, name: ServerName) -> bool:
+    def _is_live(self, name: ServerName, caller: Caller) -> bool:
         snapshot = self._keeper.get(name)
-        return snapshot is not None and snapshot.state not in AT_REST
+        return snapshot is not None and snapshot.state not in AT_REST and caller.sees(snapshot)
 
     def _model(self, snapshot: Snapshot) -> Server:
         endpoint = snapshot.endpoint

@@ -30,7 +30,7 @@ programs: they travel in the problem body and come back in the client's exceptio
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 
 class LabkeeperError(Exception):
@@ -57,9 +57,14 @@ class InvalidSpec(RequestError):
 
 
 class ServerNotFound(RequestError):
-    """No server has this name."""
+    """No server has this name, or none that the caller's token is for."""
 
     code = "server_not_found"
+
+    @classmethod
+    def called(cls, name: str) -> Self:
+        """Make the error for a name, in the same words whether there is such a server or not."""
+        return cls(f"cannot find server '{name[:63]}'; the list of servers has the names there are")
 
 
 class TokenNotFound(RequestError):

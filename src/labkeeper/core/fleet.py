@@ -210,7 +210,7 @@ class Fleet:
     def _find(self, name: ServerName) -> Controller:
         controller = self._servers.get(name)
         if controller is None:
-            raise ServerNotFound(f"cannot find server '{name}'; the list of servers has the names there are")
+            raise ServerNotFound.called(name)
         return controller
 
     def _admit(self, snapshot: Snapshot) -> None:
