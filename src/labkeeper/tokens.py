@@ -43,6 +43,8 @@ class Tokens:
         self._changing = threading.Lock()
         self._known = {token.id: token for token in store.tokens()}
         """By their ids. Replaced, never altered: it is read without the lock."""
+        self._to_forget: dict[str, Token] = {}
+        """Those that are good no more, and that the store still holds."""
 
     def caller(self, shown: str) -> tuple[Caller, Callable[[], bool]]:
         """Say who shows a token, and give what says whether it is still good. Raises NotAuthenticated."""
@@ -64,7 +66,7 @@ class Tokens:
 
     def all(self) -> list[Token]:
         """Give all but the owner's, by name."""
-        return sorted(self._known.values(), key=lambda token: token.name)
+        return sorted(self._listed(), key=lambda token: token.name)
 
     def make(
         self, name: str, scope: Scope, reach: Reach, *, lifetime: float | None, origin: Origin = KEEPER
@@ -77,9 +79,9 @@ class Tokens:
         text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
         now = self._clock.time()
         with self._changing:
-            if name == "owner" or any(token.name == name for token in self._known.values()):
+            if name == "owner" or any(token.name == name for token in self._listed()):
                 raise Conflict(f"cannot make token '{name}': the name is taken; revoke that one first, or choose another name")
-            if len(self._known) >= _MOST:
+            if len(self._listed()) >= _MOST:
                 raise CapacityReached(f"cannot make token '{name}': there are {_MOST}; revoke those that nobody uses")
             expires_at = None if lifetime is None else now + lifetime
             token = Token(id_, name, _digest(text), scope, reach, now, origin.actor, expires_at)
@@ -89,15 +91,24 @@ class Tokens:
         return token, text
 
     def revoke(self, name: str, *, origin: Origin = KEEPER) -> Token:
-        """Let a token be good no more, at once; give it. Raises TokenNotFound, StoreError."""
+        """Let a token be good no more, at once; give it.
+
+        Raises TokenNotFound, and StoreError where the next keeper would know it again: then revoke it once more.
+        """
         with self._changing:
-            token = next((token for token in self._known.values() if token.name == name), None)
+            token = next((token for token in self._listed() if token.name == name), None)
             if token is None:
                 raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has the names there are")
-            self._store.forget_token(token.id)
+            # First here, then on the disk: that may be full.
             self._known = {id_: other for id_, other in self._known.items() if id_ != token.id}
+            self._to_forget[token.id] = token
+            self._store.forget_token(token.id)
+            del self._to_forget[token.id]
         self._tell(f"token '{name}' was revoked", token, origin)
         return token
+
+    def _listed(self) -> list[Token]:
+        return [*self._known.values(), *self._to_forget.values()]
 
     def _is_good(self, id_: str) -> bool:
         token = self._known.get(id_)
