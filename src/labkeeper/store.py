@@ -11,10 +11,10 @@ import functools
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import structlog
 from pydantic import TypeAdapter, ValidationError
@@ -39,65 +39,48 @@ _PROBE: Final = 64 * 1024
 """Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""
 
 
-@functools.cache
-def _snapshots() -> TypeAdapter[Snapshot]:
-    """Read and write snapshots; made when there is the first one, since the making takes its time."""
-    return TypeAdapter(Snapshot)
-
-
-@functools.cache
-def _debts() -> TypeAdapter[KernelDebt]:
-    return TypeAdapter(KernelDebt)
-
-
-@functools.cache
-def _entries() -> TypeAdapter[HistoryEntry]:
-    return TypeAdapter(HistoryEntry)
-
-
-@functools.cache
-def _tokens() -> TypeAdapter[Token]:
-    return TypeAdapter(Token)
+_form: Final[Callable[[Any], TypeAdapter[Any]]] = functools.cache(TypeAdapter)
+"""Reads and writes a kind of thing; made when there is the first one, since the making takes its time."""
+_T = TypeVar("_T")
 
 
 class SqliteStore:
-    """See `core.ports.Store` and `core.ports.HistoryStore`. Any thread may call it."""
+    """See `Store`, `HistoryStore` and `TokenStore` in `core.ports`, and `history.webhooks.WebhookStore`. Any thread may call it.
+
+    What is read has a connection of its own: a long look into the history holds up no change of a server.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
         self._path = path
-        self._lock = threading.Lock()
+        self._writing, self._reading = threading.Lock(), threading.Lock()
         self._examine()
-        try:
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        except OSError as error:
-            raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
-        except sqlite3.Error as error:
-            raise StoreError(f"cannot open the store {path}: {self._why(error)}") from error
-        try:
+        with ExitStack() as opened:
+            try:
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+                self._db, self._reader = (opened.enter_context(closing(self._connect())) for _ in range(2))
+            except OSError as error:
+                raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
+            except sqlite3.Error as error:
+                raise StoreError(f"cannot open the store {path}: {self._why(error)}") from error
             self._prepare()
-        except BaseException:
-            self._db.close()
-            raise
+            self._reader.execute("PRAGMA query_only = ON")
+            opened.pop_all()
 
     def close(self) -> None:
         """Close the file."""
-        self._db.close()
+        # The one that wrote comes last: it puts what is in the log beside the file into it.
+        for connection in (self._reader, self._db):
+            connection.close()
 
     def load(self) -> list[Snapshot]:
         """Give all servers, by name."""
-        with self._doing("read"):
-            rows = self._db.execute("SELECT snapshot FROM servers ORDER BY name").fetchall()
-        try:
-            return [_snapshots().validate_json(text) for (text,) in rows]
-        except ValidationError as error:
-            raise self._damaged(str(error)) from error
+        return self._read(Snapshot, "SELECT snapshot FROM servers ORDER BY name")
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep one server; on the disk when this returns."""
         try:
-            text = _snapshots().dump_json(snapshot).decode()
+            text = _text(snapshot)
         except ValueError as error:
             raise StoreError(f"cannot write server '{snapshot.name}' to the store: {error}") from error
         with self._doing("write"):
@@ -114,16 +97,11 @@ class SqliteStore:
 
     def debts(self) -> list[KernelDebt]:
         """Give all kernels that are still to be ended."""
-        with self._doing("read"):
-            rows = self._db.execute("SELECT debt FROM debts ORDER BY kernel_id").fetchall()
-        try:
-            return [_debts().validate_json(text) for (text,) in rows]
-        except ValidationError as error:
-            raise self._damaged(str(error)) from error
+        return self._read(KernelDebt, "SELECT debt FROM debts ORDER BY kernel_id")
 
     def owe(self, debts: Sequence[KernelDebt]) -> None:
         """Keep some more; on the disk when this returns."""
-        rows = [(debt.kernel_id, _debts().dump_json(debt).decode()) for debt in debts]
+        rows = [(debt.kernel_id, _text(debt)) for debt in debts]
         with self._doing("write"):
             self._db.executemany(
                 "INSERT INTO debts (kernel_id, debt) VALUES (?, ?) ON CONFLICT (kernel_id) DO UPDATE SET debt = excluded.debt",
@@ -139,19 +117,15 @@ class SqliteStore:
 
     def first_id(self) -> int:
         """Give the id of the oldest entry."""
-        with self._doing("read"):
-            (first,) = self._db.execute("SELECT coalesce(min(id), 0) FROM history").fetchone()
-        return int(first)
+        return int(self._rows("SELECT coalesce(min(id), 0) FROM history")[0][0])
 
     def last_id(self) -> int:
         """Give the id of the newest entry."""
-        with self._doing("read"):
-            (last,) = self._db.execute("SELECT coalesce(max(id), 0) FROM history").fetchone()
-        return int(last)
+        return int(self._rows("SELECT coalesce(max(id), 0) FROM history")[0][0])
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
         """Keep some more; on the disk when this returns."""
-        rows = [(entry.id, entry.server, _entries().dump_json(entry).decode()) for entry in entries]
+        rows = [(entry.id, entry.server, _text(entry)) for entry in entries]
         with self._doing("write"):
             self._db.executemany("INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows)
             if any(entry.id % _FORGET_EVERY == 0 for entry in entries):
@@ -184,27 +158,17 @@ class SqliteStore:
             where.append(f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in reach.users)})")
             given.extend(reach.users)
         query = f"SELECT entry FROM history WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?"  # noqa: S608 - ours, above
-        with self._doing("read"):
-            rows = self._db.execute(query, (*given, limit)).fetchall()
-        try:
-            return [_entries().validate_json(text) for (text,) in rows]
-        except ValidationError as error:
-            raise self._damaged(str(error)) from error
+        return self._read(HistoryEntry, query, *given, limit)
 
     # Tokens
 
     def tokens(self) -> list[Token]:
         """Give all."""
-        with self._doing("read"):
-            rows = self._db.execute("SELECT token FROM tokens ORDER BY id").fetchall()
-        try:
-            return [_tokens().validate_json(text) for (text,) in rows]
-        except ValidationError as error:
-            raise self._damaged(str(error)) from error
+        return self._read(Token, "SELECT token FROM tokens ORDER BY id")
 
     def save_token(self, token: Token) -> None:
         """Keep one; on the disk when this returns."""
-        row = (token.id, _tokens().dump_json(token).decode())
+        row = (token.id, _text(token))
         with self._doing("write"):
             self._db.execute("INSERT OR REPLACE INTO tokens (id, token) VALUES (?, ?)", row)
 
@@ -217,13 +181,12 @@ class SqliteStore:
 
     def webhook(self, url: str) -> tuple[int, int, int] | None:
         """Give the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
-        with self._doing("read"):
-            row = self._db.execute("SELECT told, delivered, dead FROM webhooks WHERE url = ?", (url,)).fetchone()
-        if row is None:
+        rows = self._rows("SELECT told, delivered, dead FROM webhooks WHERE url = ?", url)
+        if not rows:
             return None
-        if None in row:
+        if None in rows[0]:
             raise self._damaged("a webhook has no numbers")
-        told, delivered, dead = row
+        told, delivered, dead = rows[0]
         return told, delivered, dead
 
     def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
@@ -265,9 +228,24 @@ class SqliteStore:
                 # One step at a time, each whole or not at all.
                 self._db.executescript(f"BEGIN IMMEDIATE; {table}; PRAGMA user_version = {number}; COMMIT;")
 
+    def _connect(self) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+
+    def _read(self, kind: type[_T], query: str, *given: object) -> list[_T]:
+        """Give what rows of one column hold. Raises StoreError."""
+        rows = self._rows(query, *given)
+        try:
+            return [_form(kind).validate_json(text) for (text,) in rows]
+        except ValidationError as error:
+            raise self._damaged(str(error)) from error
+
+    def _rows(self, query: str, *given: object) -> list[tuple[Any, ...]]:
+        with self._doing("read"):
+            return self._reader.execute(query, given).fetchall()
+
     @contextmanager
     def _doing(self, verb: str) -> Iterator[None]:
-        with self._lock:
+        with self._reading if verb == "read" else self._writing:
             try:
                 yield
             except sqlite3.DatabaseError as error:
@@ -297,3 +275,7 @@ class SqliteStore:
             f"cannot read the store {self._path}: it is damaged ({why}); it was left as it is: move it away to begin without it, "
             "and end its servers by hand"
         )
+
+
+def _text(thing: Any) -> str:
+    return _form(type(thing)).dump_json(thing).decode()
