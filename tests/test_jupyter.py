@@ -181,6 +181,16 @@ def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions
     assert jupyter.read_kernels(path) == (OwnKernel("a-1"), OwnKernel("b-2", (session,)), OwnKernel("c-3", starting=True))
 
 
+def test_of_a_long_record_no_more_is_believed_than_a_server_can_have(tmp_path):
+    """Its user can write it; each kernel in it may be kept until its gateway has ended it."""
+    path = tmp_path / "kernels.json"
+    ids = [f"k-{number}" for number in range(20_000)]
+    sessions = [RECORDED["sessions"][0] | {"kernel_id": "k-0"}] * 20_000
+    for record in ({"kernels": ids, "starting": []}, {"kernels": [], "starting": ids}):
+        path.write_text(json.dumps(record | {"sessions": sessions}))
+        assert [kernel.id for kernel in jupyter.read_kernels(path)] == ids[:500]
+
+
 @pytest.mark.parametrize(
     "text",
     [

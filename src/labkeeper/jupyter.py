@@ -198,22 +198,27 @@ class _KernelsRecord(BaseModel):
 
     model_config = ConfigDict(defer_build=True)
 
-    kernels: list[_KernelId] = Field(max_length=10_000)
-    starting: list[_KernelId] = Field(max_length=10_000)
-    sessions: list[_SessionRecord] = Field(max_length=10_000)
+    kernels: list[_KernelId]
+    starting: list[_KernelId]
+    sessions: list[_SessionRecord]
+
+
+_MOST_KERNELS: Final = 500
+"""Kernels of one server that are believed: each may become a debt, which is kept with all that its gateway is asked with."""
 
 
 def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
-    """Read which kernels a server has written down to have; none when it has written nothing that can be read."""
+    """Read which kernels a server has written down to have, the first 500; none when it has written nothing that can be read."""
     try:
         found = _KernelsRecord.model_validate_json(read_foreign(path))
     except (OSError, ValidationError):
         return ()
+    sessions = found.sessions[:_MOST_KERNELS]
     there = (
-        OwnKernel(id_, tuple(Session(s.path, s.name, s.type) for s in found.sessions if s.kernel_id == id_))
-        for id_ in dict.fromkeys(found.kernels)
+        OwnKernel(id_, tuple(Session(s.path, s.name, s.type) for s in sessions if s.kernel_id == id_))
+        for id_ in dict.fromkeys(found.kernels[:_MOST_KERNELS])
     )
-    return (*there, *(OwnKernel(id_, starting=True) for id_ in found.starting))
+    return (*there, *(OwnKernel(id_, starting=True) for id_ in found.starting))[:_MOST_KERNELS]
 
 
 class _KernelModel(BaseModel):

@@ -197,7 +197,9 @@ class Settings(BaseModel):
         "programs", description="What of terminals is use: `programs` that run there, any that is `open`, or `ignore` them."
     )
     max_snooze: Duration = Field(86400.0, description="Longest time that the culling of a server can be put off by one call.")
-    max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(200, description="Most servers that may be active at a time.")
+    max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(
+        200, description="Most servers that may be active at a time; ten times as many may be known, stopped and failed ones too."
+    )
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0, description="Seconds between two measurements of what servers use, as long as somebody wants to know; 0: never."
     )

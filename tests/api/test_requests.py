@@ -198,6 +198,14 @@ def test_a_process_can_be_started_with_as_much_as_is_taken():
 # Options of Jupyter
 
 
+def test_headers_for_a_gateway_are_bounded_together():
+    given = {"gateway_url": "http://gateway", "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)}}
+    assert ServerRequest.model_validate(given).gateway_headers == given["gateway_headers"]
+    given["gateway_headers"]["X-2"] = "x" * 8000
+    with pytest.raises(ValidationError, match="at most 16384 characters together"):
+        ServerRequest.model_validate(given)
+
+
 def test_options_come_into_the_spec_by_their_names(defaults):
     asked = {"ServerApp.terminals_enabled": False, "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8}
     spec = made(defaults, MANAGER, **{"jupyter-options": asked})

@@ -16,7 +16,7 @@ from labkeeper.core.errors import (
     ServerNotFound,
     StoreError,
 )
-from labkeeper.core.fleet import RETRY_AFTER, SAVE_AGAIN, Fleet, perform
+from labkeeper.core.fleet import KNOWN_FOR_EACH, RETRY_AFTER, SAVE_AGAIN, Fleet, perform
 from labkeeper.core.lifecycle import Action, Event, Goal, State
 from labkeeper.core.model import (
     KEEPER,
@@ -282,6 +282,19 @@ def test_capacity_counts_what_is_active(bench):
     bench.run("two")
     with pytest.raises(CapacityReached):
         bench.order(Event.START, "one")
+
+
+def test_only_so_many_servers_are_known_at_rest_or_not(bench):
+    """Each takes memory, and a row; one more is refused until one is deleted. What is there can be started again."""
+    bench = Bench(max_servers=1)
+    for number in range(KNOWN_FOR_EACH):
+        bench.run(f"s{number}")
+        bench.order(Event.STOP, f"s{number}")
+    with pytest.raises(CapacityReached, match="10 servers are known"):
+        bench.create("more")
+    bench.order(Event.START, "s0")
+    bench.order(Event.DELETE, "s0")
+    bench.run("more")
 
 
 def test_what_is_active_may_be_restarted_in_a_full_house(bench):

@@ -152,10 +152,16 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     return labels
 
 
-def _check_header_names(headers: dict[str, str]) -> dict[str, str]:
+_LARGEST_HEAD: Final = 16 * 1024
+"""Characters of all headers for a gateway: servers take no longer head, and each kernel that is owed is kept with them."""
+
+
+def _check_headers(headers: dict[str, str]) -> dict[str, str]:
     for name in headers:
         if not re.fullmatch(_HEADER, name):
             raise ValueError(f"bad header name {name[:40]!r}")
+    if sum(len(name) + len(value) for name, value in headers.items()) > _LARGEST_HEAD:
+        raise ValueError(f"must be at most {_LARGEST_HEAD} characters together")
     return headers
 
 
@@ -275,7 +281,7 @@ class ServerRequest(_Request):
         Field(
             max_length=64, json_schema_extra=_of_names(_HEADER, 128), description="HTTP headers of each request to the gateway."
         ),
-        AfterValidator(_check_header_names),
+        AfterValidator(_check_headers),
     ] = {}
     gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
     gateway_client_cert: PathText = Field(_ABSENT, description="File with the certificate to show to the gateway.")

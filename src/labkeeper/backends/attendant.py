@@ -42,6 +42,8 @@ from labkeeper.core.model import (
 from labkeeper.crew import Crew
 
 _TAIL_LINES: Final = 30
+_LONGEST_LINE: Final = 2000
+"""Characters of each of them: they are kept with the server, and told in its history."""
 """Lines of the log that a failure carries."""
 _PROOF_PAUSES: Final = (0.005, 0.1)
 """Seconds between two looks at a server that says that it is ready and does not answer yet: at first, and at most."""
@@ -303,4 +305,4 @@ class Attendant:
         with contextlib.suppress(OSError):  # A report is not held up by a log that cannot be read.
             lines = list(self.log.tail(_TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
-        return tuple(lines[starts[-1] + 1 :] if starts else lines)
+        return tuple(line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines))

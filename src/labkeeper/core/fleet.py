@@ -51,6 +51,8 @@ from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, 
 
 RETRY_AFTER: Final = 5
 """Seconds after which a caller may ask again when as many servers run as may."""
+KNOWN_FOR_EACH: Final = 10
+"""Servers that may be known, at rest or not, for each that may be active."""
 SAVE_AGAIN: Final = 5.0
 """Seconds between two tries to store what could not be stored."""
 
@@ -156,6 +158,7 @@ class Fleet:
         spec, start = command.spec, Order(command.spec.name, Event.START, origin=command.origin)
         known = self._servers.get(spec.name)
         if known is None:
+            self._check_known(spec.name)
             # A late fact of a deleted server must not be taken for one of its successor.
             self._servers[spec.name] = Controller.new(spec, self._policy, self._clock, self._forgotten_launch)
             try:
@@ -227,6 +230,16 @@ class Fleet:
                 retry_after=RETRY_AFTER,
             )
         self._check_memory(snapshot.name)
+
+    def _check_known(self, name: ServerName) -> None:
+        """Refuse one more name where too many are known: those that have failed take memory, too."""
+        most = KNOWN_FOR_EACH * self._policy.max_servers
+        if len(self._servers) >= most:
+            raise CapacityReached(
+                f"cannot start server '{name}': {most} servers are known, running or not ({KNOWN_FOR_EACH} for each of "
+                "LABKEEPER_MAX_SERVERS); DELETE some",
+                retry_after=RETRY_AFTER,
+            )
 
     def _check_memory(self, name: ServerName) -> None:
         memory = self._machine.memory() if self._machine is not None else None
