@@ -61,7 +61,10 @@ def _tokens() -> TypeAdapter[Token]:
 
 
 class SqliteStore:
-    """See `core.ports.Store` and `core.ports.HistoryStore`. Any thread may call it."""
+    """The stores of `core.ports` (`Store`, `HistoryStore`, `TokenStore`), and `history.webhooks.WebhookStore`.
+
+    Any thread may call it.
+    """
 
     def __init__(self, path: Path) -> None:
         """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
