@@ -84,11 +84,12 @@ class Settings(BaseModel):
     port: Port = Field(8000, description="Port of the API.")
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
-        description="What must outlive the keeper: the store, logs, the API token. Made with mode 0700.",
+        description="What must outlive the keeper: the store, logs, the owner's token. Made with mode 0700.",
     )
     runtime_dir: Directory | None = Field(
         None,
-        description="What lives as long as a server: configuration, runtime files. `run` in the state directory when not given.",
+        description="What lives as long as a server: Jupyter's runtime files, and which process it is. `run` in the state "
+        "directory when not given.",
     )
     notebook_dir: Directory = Field(
         default_factory=Path,
@@ -97,7 +98,8 @@ class Settings(BaseModel):
     allowed_roots: Directories | None = Field(
         None,
         description="Directories, separated as in `PATH`, within which the root directories of servers must be, and the files "
-        "that requests name; `%u` likewise. The notebook directory alone when not given.",
+        "that requests name; `%u` likewise. The notebook directory alone when not given; in place of it when given, so one of "
+        "them must contain it.",
     )
     lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
     lab_port: Port = Field(
@@ -129,7 +131,8 @@ class Settings(BaseModel):
     )
     token: SecretStr | None = Field(
         None,
-        description="Bearer token of the API, at least 16 characters. When not given, one is generated into the state directory.",
+        description="The owner's token of the API, at least 16 characters. When not given, one is generated into the state "
+        "directory. For the command line it is the token to show.",
     )
     token_file: Directory | None = Field(None, description="File that holds the token, such as a secret of a container.")
     cert_file: Directory | None = Field(

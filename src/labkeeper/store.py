@@ -45,9 +45,9 @@ _T = TypeVar("_T")
 
 
 class SqliteStore:
-    """See `Store`, `HistoryStore` and `TokenStore` in `core.ports`, and `history.webhooks.WebhookStore`. Any thread may call it.
+    """The stores of `core.ports` (`Store`, `HistoryStore`, `TokenStore`), and `history.webhooks.WebhookStore`.
 
-    What is read has a connection of its own: a long look into the history holds up no change of a server.
+    Any thread may call it. What is read has a connection of its own: a long look into the history holds up no change of a server.
     """
 
     def __init__(self, path: Path) -> None:

@@ -135,15 +135,20 @@ def test_ctrl_c_during_the_start_leaves_nothing_either(make_run):
 def test_without_a_terminal_no_secret_is_said_but_how_to_get_the_link(make_run):
     running = make_run(at_terminal=False)
     running.hears("Ctrl-C stops everything.")
-    state = Path(re.search(r"LABKEEPER_STATE_DIR=(\S+)", running.said)[1])
-    assert state.parent == running.temporary
+    export = re.search(r"In another terminal: (export .*)", running.said)[1]
     assert "labkeeper open --print" in running.said
-    opened = subprocess.run(
-        [BIN / "labkeeper", "open", "--print", "--state-dir", state], capture_output=True, text=True, timeout=PATIENCE, check=True
+    # Pasted into another terminal, where nothing else tells of the keeper.
+    script = f'{export}\necho "$LABKEEPER_STATE_DIR"; labkeeper token; labkeeper open --print\n'
+    elsewhere = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"]}
+    pasted = subprocess.run(
+        ["sh", "-eu"], input=script, env=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=True
     )
-    assert LINK.fullmatch(opened.stdout.strip())
-    assert opened.stdout.strip().partition("token=")[2] not in running.said
-    assert (state / "token").read_text().strip() not in running.said
+    state, owners, link = pasted.stdout.splitlines()
+    assert Path(state).parent == running.temporary
+    assert (Path(state) / "token").read_text().strip() == owners
+    assert LINK.fullmatch(link)
+    assert link.partition("token=")[2] not in running.said
+    assert owners not in running.said
     assert "token=" not in running.said
 
     running.process.send_signal(signal.SIGTERM)

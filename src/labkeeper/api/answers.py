@@ -340,7 +340,11 @@ class Health(_Answer):
 
 
 class Problem(_Answer):
-    """What went wrong (RFC 9457). More members may follow: `errors`, `differs`, `failure_class`, `exit`, `log_tail`."""
+    """What went wrong (RFC 9457).
+
+    More members may follow: `errors`, `differs`, `scope`, `variable`, `retry_after`, `available`, `reserve`, `name`,
+    `failure_class`, `exit`, `log_tail`.
+    """
 
     model_config = ConfigDict(extra="allow")
 

@@ -36,6 +36,7 @@ _HEADERS: Final = {
     "Retry-After": "Seconds after which to ask again.",
     "WWW-Authenticate": "What is asked for: a bearer token.",
 }
+_SCHEME: Final = "`labkeeper token` on the keeper's machine prints the owner's; `POST /api/tokens` makes others."
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
@@ -60,7 +61,7 @@ def document(version: str) -> _Object:
             "schemas": schemas.components,
             "headers": {name: _header(name) for name in _HEADERS},
             "links": dict(_links_by_name()),
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer"}},
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": _SCHEME}},
         },
     }
 

@@ -305,7 +305,7 @@ class ServerRequest(_Request):
 
     jupyter_options: JupyterOptions = Field(
         default_factory=JupyterOptions,
-        description="Options of Jupyter's own, by their names in its configuration; those that can be set stand below.",
+        description="Options of Jupyter's own, by their names in its configuration; see the schema `JupyterOptions`.",
     )
 
     _FILES: ClassVar = ("gateway_ca_certs", "gateway_client_cert", "gateway_client_key")

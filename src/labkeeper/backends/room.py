@@ -1,7 +1,10 @@
-"""A server's room: the directory of one server, which only its owner can enter, and which goes when the server has ended.
+"""A server's room: the directory of one server, which goes when the server has ended.
+
+Only the keeper's user can enter it. Where the server runs as another user, others can pass through it (0711), but not list it,
+and one part belongs to that user.
 
 In it: `launch.json`, by which a later keeper knows the process again; `stop.json`, how the server is to end; and `jupyter/`,
-Jupyter's runtime directory, with `kernels.json`, the kernels that it has. Its path is
+Jupyter's runtime directory, with `kernels.json`, the kernels that it has: the part that is the server's user's. Its path is
 the mark by which all that the server started is found.
 """
 

@@ -1,4 +1,4 @@
-"""Commands about servers, in the order of a server's life: `start`, `ls`, `show`, `stop`, `restart`, `logs`, `link`, `open`."""
+"""Commands about servers: `start`, `ls`, `show`, `stop`, `restart`, `rotate-token`, `logs`, `events`, `link`, `open`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 @click.command(
     epilog=examples(
         "labkeeper start",
-        "labkeeper start demo --root-dir ~/demo --label team=blue -o ServerApp.terminals_enabled=false",
+        "labkeeper start demo --root-dir courses/demo --label team=blue -o ServerApp.terminals_enabled=false",
         "labkeeper start ada bob eve --label course=5",
         "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
         'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option(
-    "--root-dir", metavar="PATH", help="Directory that the Lab shows. Relative: from here, if the keeper is on this machine."
+    "--root-dir",
+    metavar="PATH",
+    help="Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, if the keeper is on this "
+    "machine, else from its notebook directory.",
 )
 @click.option("--gateway-url", metavar="URL", help="Jupyter kernel gateway that runs the kernels.")
 @click.option("--no-require-gateway", is_flag=True, help="Start also when the gateway cannot be used.")
