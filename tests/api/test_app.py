@@ -430,7 +430,7 @@ def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
-        ({"name": "y"}, 422, "a server keeps its name"),
+        ({"name": "y"}, 422, "name: is not known here"),
         ({"keep_kernels": "yes"}, 422, "keep_kernels"),
         ({"colour": "red"}, 422, "colour"),
         ({"root_dir": "/no/such/directory"}, 422, "root_dir"),

@@ -20,7 +20,7 @@ from labkeeper.api import problems
 from labkeeper.api.access import PUBLIC, Door, Rule
 from labkeeper.api.browser import Guard
 from labkeeper.api.rates import Rates
-from labkeeper.api.requests import invalid
+from labkeeper.api.requests import BODILESS, invalid
 from labkeeper.api.routes import RULES, Api, install
 from labkeeper.api.services import Services
 from labkeeper.core.ports import Meter
@@ -73,7 +73,7 @@ def _begin() -> None:
 
 def _check_body() -> None:
     """Take a body only as a JSON object; none at all is an empty one."""
-    if request.method in {"GET", "HEAD", "OPTIONS"} or not request.get_data(cache=True):
+    if request.method in BODILESS or not request.get_data(cache=True):
         return
     try:
         body = request.get_json()

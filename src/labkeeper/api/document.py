@@ -16,7 +16,7 @@ from pydantic_core import core_schema
 
 from labkeeper.api import problems
 from labkeeper.api.answers import Problem, Server
-from labkeeper.api.requests import EventQuery
+from labkeeper.api.requests import BODILESS, EventQuery
 from labkeeper.api.routes import ROUTES, Route
 from labkeeper.api.streams import EVENT_STREAM
 
@@ -29,7 +29,6 @@ _TAGS: Final = {
     "access": "Who may do what",
     "keeper": "This service",
 }
-_WITH_BODY: Final = frozenset({"POST", "PUT", "PATCH"})
 _HEADERS: Final = {
     "X-Request-Id": "The id under which the keeper's log has more of the request; the caller's own where it sent one.",
     "Location": "Path of the server.",
@@ -151,9 +150,9 @@ def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
 
 def _refusals(route: Route) -> list[int]:
     """Give the status of each problem that a route can answer with: those of every route, and its own."""
-    found = {422, 431, 500, *route.problems}
+    found = {421, 422, 431, 500, *route.problems}
     found |= {401, 403, 429} if route.rule.scope is not None else set()
-    found |= {400, 413, 415} if route.method in _WITH_BODY else set()
+    found |= {400, 413, 415} if route.method not in BODILESS else set()
     return sorted(found)
 
 

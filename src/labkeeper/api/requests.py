@@ -32,7 +32,17 @@ from labkeeper.api.variables import check_sizes, loading
 from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import DEFAULT_NAME, NAME_PATTERN, NAME_RULE, UNLIMITED, Gateway, Limits, ServerSpec, server_name
+from labkeeper.core.model import (
+    DEFAULT_NAME,
+    NAME_PATTERN,
+    NAME_RULE,
+    UNLIMITED,
+    Gateway,
+    Limits,
+    ServerName,
+    ServerSpec,
+    server_name,
+)
 from labkeeper.core.times import LONGEST, LONGEST_TEXT, duration
 
 
@@ -216,14 +226,9 @@ class _Request(BaseModel):
     )
 
 
-class ServerRequest(_Request):
-    """What a server should be. Everything has a default."""
+class _Wanted(_Request):
+    """What a server should be, but for its name. Everything has a default."""
 
-    model_config = ConfigDict(
-        json_schema_extra=_such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
-    )
-
-    name: Name = DEFAULT_NAME
     root_dir: PathText = Field(
         _ABSENT,
         validation_alias=AliasChoices("root_dir", "root-dir", "notebook_dir", "notebook-dir"),
@@ -320,21 +325,6 @@ class ServerRequest(_Request):
         check_sizes(self.env, self.kernel_env)
         return self
 
-    @model_validator(mode="after")
-    def _gateway_options_need_a_gateway(self) -> ServerRequest:
-        options = sorted((self.model_fields_set & _GATEWAY_FIELDS.keys()) - {"gateway_url"})
-        if options and self.gateway_url is None:
-            raise ValueError(f"{', '.join(options)}: only together with gateway_url")
-        if self.gateway_client_key is not None and self.gateway_client_cert is None:
-            raise ValueError("gateway_client_key: only together with gateway_client_cert")
-        return self
-
-    def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
-        """Make the spec, its paths checked against the disk. Raises InvalidSpec, NotAllowed."""
-        spec = self.settled(defaults, caller).whole(defaults)
-        caller.needs_spec(spec)
-        return spec
-
     def settled(self, defaults: Defaults, caller: Caller) -> Self:
         """Give the same request as it comes to be on this machine, links resolved. Raises InvalidSpec, NotAllowed."""
         for field in ("env", "kernel_env"):
@@ -360,9 +350,8 @@ class ServerRequest(_Request):
             raise invalid(field, "must be a file that the keeper can read")
         return path
 
-    def whole(self, defaults: Defaults) -> ServerSpec:
-        """Make the spec of a settled request."""
-        name = server_name(self.name)
+    def whole(self, name: ServerName, defaults: Defaults) -> ServerSpec:
+        """Make the spec of a server of this name from a settled request."""
         return ServerSpec(
             name=name,
             root_dir=self.root_dir,
@@ -412,7 +401,47 @@ class ServerRequest(_Request):
         )
 
 
-class BulkRequest(ServerRequest):
+class _New(_Wanted):
+    """What servers should be that are to be made: nothing of them is there yet."""
+
+    @model_validator(mode="after")
+    def _gateway_options_need_a_gateway(self) -> Self:
+        options = sorted((self.model_fields_set & _GATEWAY_FIELDS.keys()) - {"gateway_url"})
+        if options and self.gateway_url is None:
+            raise ValueError(f"{', '.join(options)}: only together with gateway_url")
+        if self.gateway_client_key is not None and self.gateway_client_cert is None:
+            raise ValueError("gateway_client_key: only together with gateway_client_cert")
+        return self
+
+    def specs_of(self, names: Sequence[str], defaults: Defaults, caller: Caller) -> list[ServerSpec]:
+        """Make a spec for each name, paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        settled = self.settled(defaults, caller)
+        specs = [settled.whole(server_name(name), defaults) for name in names]
+        for spec in specs:
+            caller.needs_spec(spec)
+        return specs
+
+
+class _Named(_Request):
+    """Whose field comes before all others."""
+
+    name: Name = DEFAULT_NAME
+
+
+class ServerRequest(_New, _Named):
+    """What a server should be. Everything has a default."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
+    )
+
+    def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
+        """Make the spec, its paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        (spec,) = self.specs_of([self.name], defaults, caller)
+        return spec
+
+
+class BulkRequest(_New):
     """Many servers of one kind."""
 
     model_config = ConfigDict(json_schema_extra=_such_as({"names": ["alice", "bob"], "idle_timeout": "2h"}))
@@ -421,8 +450,6 @@ class BulkRequest(ServerRequest):
 
     @model_validator(mode="after")
     def _each_name_once(self) -> BulkRequest:
-        if "name" in self.model_fields_set:
-            raise ValueError("name: give names instead")
         if len(set(self.names)) < len(self.names):
             raise ValueError("names: each must be given once")
         if self.port is not None and len(self.names) > 1:
@@ -431,10 +458,10 @@ class BulkRequest(ServerRequest):
 
     def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
         """Make the specs, in the order of the names. Raises InvalidSpec, NotAllowed."""
-        return [self.model_copy(update={"name": name}).spec(defaults, caller) for name in self.names]
+        return self.specs_of(self.names, defaults, caller)
 
 
-class RestartRequest(ServerRequest):
+class RestartRequest(_Wanted):
     """What is to be otherwise from the next launch on. What is absent stays as it is."""
 
     model_config = ConfigDict(json_schema_extra=_such_as({}, {"labels": {"team": "chemistry"}}))
@@ -444,21 +471,15 @@ class RestartRequest(ServerRequest):
         description="Whether the kernels on the server's gateway live on, and are the next launch's with their sessions.",
     )
 
-    @model_validator(mode="after")
-    def _gateway_options_need_a_gateway(self) -> RestartRequest:
-        if "name" in self.model_fields_set:
-            raise ValueError("name: a server keeps its name")
-        return self
-
     def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
         """Make the spec that is to follow another; None where nothing is given. Raises InvalidSpec, NotAllowed."""
         given = self.model_fields_set - {"keep_kernels"}
         if not given:
             return None
         # What stays decides, too, whether it may be so: a server of another user, or in a directory that is allowed no more.
-        stays = {name: getattr(spec, name) for name in {"name", "user", "root_dir"} - given}
+        stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
         request = self.model_copy(update=stays).settled(defaults, caller)
-        whole = request.whole(defaults)
+        whole = request.whole(spec.name, defaults)
         limits = {name: getattr(whole.limits, name) for field, name in _LIMIT_FIELDS.items() if field in given}
         plain = {name: getattr(whole, name) for name in _PLAIN_FIELDS & given}
         gateway = request.revised_gateway(spec.gateway, whole.gateway)
@@ -616,6 +637,8 @@ class TicketPath(BaseModel):
     ticket: str = Field(description="What stands in the link.", json_schema_extra={"maxLength": 64})
 
 
+BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods of requests of which no body is read."""
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 from urllib.parse import quote
@@ -517,43 +517,40 @@ class Route:
     tag: str
     answers: dict[int, type[BaseModel] | str]
     """The model or the media type of each good answer."""
-    problems: tuple[int, ...] = field(default=())
+    problems: tuple[int, ...] = ()
+    """Statuses of its own problems, beside those that each route has by its rule and its method."""
 
 
-_START: Final = (404, 409, 429, 502, 503, 504)
+_START: Final = (404, 409, 502, 503, 504)
 ROUTES: Final = (
     Route("POST", "/api/servers", MANAGE_SERVERS, Api.create_server, "servers", {201: Server, 200: Server, 202: Server},
-          (400, 409, 413, 415, 429, 502, 503, 504)),
+          (409, 502, 503, 504)),
     Route("GET", "/api/servers", SEE_SERVERS, Api.list_servers, "servers", {200: ServerList}),
     Route("GET", "/api/servers/<name>", SEE_SERVER, Api.get_server, "servers", {200: Server}, (404,)),
     Route("DELETE", "/api/servers/<name>", MANAGE_SERVER, Api.delete_server, "servers", {200: Server, 202: Server},
           (404, 409, 503)),
     Route("POST", "/api/servers/<name>/stop", MANAGE_SERVER, Api.stop_server, "servers", {200: Server, 202: Server},
-          (400, 404, 409, 413, 415, 503)),
+          (404, 409, 503)),
     Route("POST", "/api/servers/<name>/start", MANAGE_SERVER, Api.start_server, "servers",
-          {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
+          {201: Server, 200: Server, 202: Server}, _START),
     Route("POST", "/api/servers/<name>/restart", MANAGE_SERVER, Api.restart_server, "servers",
-          {201: Server, 200: Server, 202: Server}, (400, 413, 415, *_START)),
+          {201: Server, 200: Server, 202: Server}, _START),
     Route("POST", "/api/servers/<name>/rotate-token", MANAGE_SERVER, Api.rotate_token, "servers",
-          {201: Server, 202: Server}, (400, 413, 415, *_START)),
-    Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, Api.make_link, "servers", {201: LinkModel},
-          (400, 404, 409, 413, 415)),
+          {201: Server, 202: Server}, _START),
+    Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, Api.make_link, "servers", {201: LinkModel}, (404, 409)),
     Route("GET", "/open/<ticket>", PUBLIC, Api.open_link, "servers", {303: "text/html", 410: "text/html"}),
     Route("POST", "/api/bulk/start", MANAGE_SERVERS, Api.start_many, "servers",
-          {200: BulkResults, 202: BulkResults, 207: BulkResults}, (400, 413, 415)),
-    Route("GET", "/api/servers/<name>/logs", SEE_SERVER, Api.get_logs, "servers", {200: "text/plain"}, (404, 429)),
-    Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, Api.list_kernels, "servers", {200: KernelList},
-          (404, 409, 503, 504)),
+          {200: BulkResults, 202: BulkResults, 207: BulkResults}),
+    Route("GET", "/api/servers/<name>/logs", SEE_SERVER, Api.get_logs, "servers", {200: "text/plain"}, (404,)),
+    Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, Api.list_kernels, "servers", {200: KernelList}, (404, 409, 503, 504)),
     Route("GET", "/api/kernel-debts", SEE_KEEPER, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
-    Route("GET", "/api/events", SEE_SERVERS, Api.list_events, "history", {200: EventList}, (429, 503)),
-    Route("GET", "/api/servers/<name>/events", SEE_SERVERS, Api.list_server_events, "history", {200: EventList},
-          (404, 429, 503)),
+    Route("GET", "/api/events", SEE_SERVERS, Api.list_events, "history", {200: EventList}, (503,)),
+    Route("GET", "/api/servers/<name>/events", SEE_SERVERS, Api.list_server_events, "history", {200: EventList}, (404, 503)),
     Route("GET", "/api/webhooks", SEE_KEEPER, Api.list_webhooks, "history", {200: WebhookList}),
     Route("GET", "/api/servers/<name>/idle", SEE_SERVER, Api.get_idle, "culling", {200: Idle}, (404,)),
-    Route("POST", "/api/servers/<name>/snooze", MANAGE_SERVER, Api.snooze_server, "culling", {200: Idle},
-          (400, 404, 413, 415, 503)),
+    Route("POST", "/api/servers/<name>/snooze", MANAGE_SERVER, Api.snooze_server, "culling", {200: Idle}, (404, 503)),
     Route("GET", "/api/idle", SEE_SERVERS, Api.list_idle, "culling", {200: IdleList}),
-    Route("POST", "/api/tokens", ADMINISTER, Api.create_token, "access", {201: NewToken}, (400, 409, 413, 415, 429, 503)),
+    Route("POST", "/api/tokens", ADMINISTER, Api.create_token, "access", {201: NewToken}, (409, 503)),
     Route("GET", "/api/tokens", ADMINISTER, Api.list_tokens, "access", {200: TokenList}),
     Route("DELETE", "/api/tokens/<name>", ADMINISTER, Api.revoke_token, "access", {200: TokenModel}, (404, 503)),
     Route("GET", "/api/me", SEE_CALLER, Api.get_me, "access", {200: Me}),
