@@ -152,7 +152,10 @@ def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock
     assert value(metrics, "unrequested_ends_total", failure_class="killed") == 1
 
 
-@pytest.mark.parametrize(("reason", "rule"), [("idle for 3600 s", "idle"), ("max-age: 9 h", "max-age"), ("", "none")])
+@pytest.mark.parametrize(
+    ("reason", "rule"),
+    [("idle_timeout: nobody used it for 1h", "idle_timeout"), ("max_age: it has run for 9h", "max_age"), ("", "none")],
+)
 def test_a_cull_is_counted_by_its_rule(metrics, server, reason, rule):
     server.runs().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN, origin=Origin("culler", reason=reason))
     server.goes(Event.EXITED, State.STOPPED, origin=Origin("culler", reason=reason))

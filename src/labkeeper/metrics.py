@@ -6,7 +6,6 @@ the first scrape. Labels take their values from closed lists, never from callers
 
 from __future__ import annotations
 
-import re
 import threading
 from bisect import bisect_left
 from collections import Counter
@@ -17,8 +16,10 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
+from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.model import (
+    CULLER,
     Change,
     FailureClass,
     HistoryEntry,
@@ -42,7 +43,6 @@ _WAYS: Final = ("fork", "exec")
 _UNKNOWN_WAY: Final = "unknown"
 """Of a start that failed: only a server that is ready says how it was launched."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
-_RULE: Final = re.compile(r"[a-z][a-z_-]{0,31}")
 _NOT_BEGUN: Final = AT_REST | {State.BACKOFF}
 _DECIDED: Final = _NOT_BEGUN | {State.RUNNING, State.STOPPING, State.KILLING}
 """States that end a start, one way or the other; a server that is lost may still come."""
@@ -116,7 +116,11 @@ ENDS: Final = Family(
 )
 RESTARTS: Final = Family("labkeeper_restarts_total", Kind.COUNTER, "Launches after a crash.")
 CULLS: Final = Family(
-    "labkeeper_culls_total", Kind.COUNTER, "Servers that were stopped because nobody used them, by rule.", ("rule",), known=()
+    "labkeeper_culls_total",
+    Kind.COUNTER,
+    "Servers that were stopped because nobody used them, by rule.",
+    ("rule",),
+    known=tuple((str(rule),) for rule in Rule),
 )
 KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kernels that were ended because nobody used them.")
 ORPHANS: Final = Family(
@@ -238,9 +242,8 @@ class Metrics:
             self._take_end(change, change.before)
             if change.after.restarts > change.before.restarts:
                 self._count(RESTARTS)
-            if change.event is Event.STOP and change.origin.actor == "culler":
-                rule = _RULE.match(change.origin.reason)
-                self._count(CULLS, rule[0] if rule else NONE)
+            if change.event is Event.STOP and change.origin.actor == CULLER:
+                self._count(CULLS, next((rule for rule in Rule if change.origin.reason.startswith(rule)), NONE))
 
     def heard(self, entry: HistoryEntry) -> None:
         """Take in what was remembered."""

@@ -44,6 +44,7 @@ class StubClient:
         if kernel_id in self.stubborn:
             raise BackendUnavailable("it answered 500")
         self.ended.append(kernel_id)
+        return kernel_id not in self.gone
 
 
 @pytest.fixture

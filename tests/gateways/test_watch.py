@@ -174,6 +174,21 @@ def test_debts_wait_for_a_gateway_that_does_not_answer(watched):
     assert watched.ledger.all() == []
 
 
+def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watched):
+    """Its gateway had not answered about it: it may be started yet; after five minutes it is not."""
+    watched.client.gone |= {"late", "never"}
+    starting = [KernelDebt(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True) for id_ in ("late", "never")]
+    watched.ledger.owe(starting)
+    watched.pauses(1)
+    assert {debt.kernel_id for debt in watched.ledger.all()} == {"late", "never"}
+    watched.client.gone.remove("late")
+    watched.pauses(1)
+    assert {debt.kernel_id for debt in watched.ledger.all()} == {"never"}
+    watched.clock.advance(300)
+    watched.pauses(1)
+    assert watched.ledger.all() == []
+
+
 def test_debts_of_a_gateway_that_others_use_are_collected_soon(watched):
     watched.run(gateway=a_gateway())
     watched.owe("k1")

@@ -487,6 +487,8 @@ class Origin:
 
 
 KEEPER: Final = Origin()
+CULLER: Final = "culler"
+"""The actor of what is stopped for want of use; its reason begins with the rule, as `core.culling` has it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from labkeeper.core.culling import (
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.model import (
+    CULLER,
     Activity,
     Change,
     Endpoint,
@@ -48,7 +49,6 @@ from labkeeper.crew import Crew
 
 _LOOK_EVERY: Final = 0.5
 """Seconds between two looks at what is due."""
-_ACTOR: Final = "culler"
 
 _log = structlog.get_logger("labkeeper.culling")
 
@@ -238,7 +238,7 @@ class Culler:
         message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
         _log.info("a server is about to be culled", server=snapshot.name, rule=str(outlook.rule), stops_at=moment)
         details = {"rule": str(outlook.rule), "stops_at": moment}
-        origin = Origin(_ACTOR, reason=str(outlook.rule))
+        origin = Origin(CULLER, reason=str(outlook.rule))
         self._chronicle.note(
             HistoryKind.CULL_WARNING, snapshot.name, message, origin=origin, launch=snapshot.launch, details=details
         )
@@ -253,7 +253,7 @@ class Culler:
             _log.info("a server is not culled: it has changed at the last moment", server=snapshot.name, now=again.reason)
             return
         _log.info("a server is culled", server=snapshot.name, reason=again.reason)
-        self._give(Order(snapshot.name, Event.STOP, origin=Origin(_ACTOR, reason=again.reason), seen=snapshot))
+        self._give(Order(snapshot.name, Event.STOP, origin=Origin(CULLER, reason=again.reason), seen=snapshot))
 
     def _end_kernels(self, watched: _Watched) -> None:
         """End the kernels that nobody uses, unless a last look finds that they have changed."""
@@ -278,7 +278,7 @@ class Culler:
             return
         _log.info("a kernel is culled", server=name, kernel=kernel_id, reason=reason)
         message = f"kernel {kernel_id} of server '{name}' was ended, because nobody uses it"
-        origin = Origin(_ACTOR, reason=reason)
+        origin = Origin(CULLER, reason=reason)
         self._chronicle.note(
             HistoryKind.KERNEL_CULLED, name, message, origin=origin, launch=launch, details={"kernel": kernel_id}
         )
