@@ -49,7 +49,7 @@ def _nothing_left_behind():
     """As for all tests, but once for all of this module: they share a fork server, which is replaced now and then."""
     threads = set(threading.enumerate())
     yield
-    until(lambda: set(threading.enumerate()) <= threads and not psutil.Process().children(), within=5, what="all is gone")
+    until(lambda: set(threading.enumerate()) <= threads and not psutil.Process().children(), what="all is gone")
 
 
 class Nursery:

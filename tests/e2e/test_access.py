@@ -8,6 +8,7 @@ import time
 
 import httpx
 import psutil
+import pytest
 
 from harness import PATIENCE, start_kernel
 
@@ -89,6 +90,7 @@ def test_the_command_line_makes_lists_and_revokes_tokens(keeper):
     assert (again.returncode, "cannot find token 'ci'" in again.stderr) == (1, True)
 
 
+@pytest.mark.timeout(600)
 def test_a_hundred_thousand_wrong_tokens_neither_slow_the_keeper_nor_fill_its_disk(keeper):
     """Answers to who belongs stay quick meanwhile; afterwards log, store and memory are as large as before."""
     keeper.http.get("/api/servers")
