@@ -81,6 +81,17 @@ def test_a_goal_that_changes_nothing_at_once_is_told_too(goal):
         assert "is to" in telling.sentence(told)
 
 
+@pytest.mark.parametrize(
+    ("until", "said", "sentence"),
+    [(60.0, "1970-01-01T00:01:00.000Z", "is snoozed until 1970-01-01T00:01:00.000Z"), (None, None, "is snoozed no more")],
+)
+def test_a_snooze_is_told_with_its_end(until, said, sentence):
+    told = change(Event.SNOOZE, State.RUNNING, State.RUNNING, snoozed_until=until)
+    assert telling.kind_of(told) is HistoryKind.SNOOZED
+    assert telling.sentence(told) == f"server 'lab' {sentence}"
+    assert telling.facts(told)["until"] == said
+
+
 @pytest.mark.parametrize(("error", "sentence"), [(None, "can use its gateway"), (CRASH, f"its gateway: {CRASH.message}")])
 def test_a_gateway_that_comes_and_goes_is_told(error, sentence):
     before = replace(BASE, state=State.RUNNING)

@@ -205,9 +205,7 @@ class Fleet:
         after = replace(before, snoozed_until=command.until)
         self._store.save(after)
         controller.snapshot = after
-        change = Change(Event.SNOOZE, before, after, self._clock.time(), command.origin)
-        for listener in self._listeners:
-            listener.changed(change)
+        self._tell(Event.SNOOZE, before, after, command.origin)
         return Reply(after)
 
     def _find(self, name: ServerName) -> Controller:
@@ -357,8 +355,9 @@ class Fleet:
         if snapshot.goal is Goal.UP and snapshot.state not in {State.QUEUED, State.STARTING}:
             self._origins.pop(snapshot.name, None)
 
-    def _tell(self, event: Event, before: Snapshot | None, after: Snapshot) -> None:
-        change = Change(event, before, after, self._clock.time(), self._origins.get(after.name, KEEPER))
+    def _tell(self, event: Event, before: Snapshot | None, after: Snapshot, origin: Origin | None = None) -> None:
+        """Tell the listeners of a change; without an origin it is that of the command that the server still follows."""
+        change = Change(event, before, after, self._clock.time(), origin or self._origins.get(after.name, KEEPER))
         for listener in self._listeners:
             listener.changed(change)
 

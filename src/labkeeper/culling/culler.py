@@ -110,8 +110,6 @@ class Culler:
                 self._watched[after.name] = self._watch(after, after.endpoint)
             else:
                 self._renew(known, after)
-        if change.event is Event.SNOOZE:
-            self._note_snooze(change)
 
     def explain(self, snapshot: Snapshot) -> Explanation:
         """Say how one server stands, after a look at it."""
@@ -281,12 +279,4 @@ class Culler:
         origin = Origin(CULLER, reason=reason)
         self._chronicle.note(
             HistoryKind.KERNEL_CULLED, name, message, origin=origin, launch=launch, details={"kernel": kernel_id}
-        )
-
-    def _note_snooze(self, change: Change) -> None:
-        after, until = change.after, change.after.snoozed_until
-        moment = None if until is None else instant(until)
-        message = f"server '{after.name}' is snoozed until {moment}" if moment else f"server '{after.name}' is snoozed no more"
-        self._chronicle.note(
-            HistoryKind.SNOOZED, after.name, message, origin=change.origin, launch=after.launch, details={"until": moment}
         )

@@ -7,6 +7,7 @@ from typing import Final
 
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.model import Change, Failure, HistoryKind, Snapshot, StopMethod
+from labkeeper.core.times import instant
 
 _GOALS: Final = {
     Goal.UP: "is to run",
@@ -16,14 +17,17 @@ _GOALS: Final = {
     Goal.ABSENT: "is to be deleted",
 }
 
+_KINDS: Final = {Event.GATEWAY: HistoryKind.GATEWAY, Event.SNOOZE: HistoryKind.SNOOZED}
+"""What the events tell of that move neither the state nor the goal."""
+
 
 def kind_of(change: Change) -> HistoryKind | None:
     """Say what a change tells of; None where it is nothing to remember."""
     before, after = change.before, change.after
     if before is None or before.state is not after.state:
         return HistoryKind.STATE
-    if change.event is Event.GATEWAY:
-        return HistoryKind.GATEWAY
+    if change.event in _KINDS:
+        return _KINDS[change.event]
     return HistoryKind.GOAL if before.goal is not after.goal else None
 
 
@@ -32,6 +36,8 @@ def sentence(change: Change) -> str:
     match kind_of(change):
         case HistoryKind.GATEWAY:
             what = _gateway(change.after)
+        case HistoryKind.SNOOZED:
+            what = _snoozed(change.after)
         case HistoryKind.GOAL:
             what = _GOALS[change.after.goal]
         case _:
@@ -55,6 +61,8 @@ def facts(change: Change) -> dict[str, object]:
         told |= {"launched_by": after.endpoint.launched_by, "pid": after.endpoint.pid, "port": after.endpoint.port}
     if change.event is Event.READY:
         told["seconds"] = _seconds(change)
+    if change.event is Event.SNOOZE:
+        told["until"] = _until(after)
     if after.failure is not None:
         told["failure"] = _failure(after.failure)
     if after.exit is not None:
@@ -85,6 +93,15 @@ def _gateway(after: Snapshot) -> str:
     if after.gateway is None or after.gateway.error is None:
         return "can use its gateway"
     return f"cannot use its gateway: {after.gateway.error.message}"
+
+
+def _until(after: Snapshot) -> str | None:
+    return None if after.snoozed_until is None else instant(after.snoozed_until)
+
+
+def _snoozed(after: Snapshot) -> str:
+    until = _until(after)
+    return "is snoozed no more" if until is None else f"is snoozed until {until}"
 
 
 def _starting(change: Change) -> str:
