@@ -193,11 +193,55 @@ def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that
     assert not kin.is_of_server(outside, set())
 
 
+INSIDE = """
+import os, signal, sys
+from pathlib import Path
+from labkeeper.backends.kinship import Kinship
+from labkeeper.backends.limits import ControlGroups
+
+kin = Kinship(Path(sys.argv[1]), ControlGroups(Path(sys.argv[1])))
+kin._first_loose = 0
+left = os.fork()
+if left == 0:
+    if os.fork() == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        signal.pause()
+    os._exit(0)
+os.waitpid(left, 0)
+for line in sys.stdin:
+    print(kin.is_of_server(int(line), set()), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
+    """As `docker exec` does: its parent is out of sight, and what a server leaves behind is never a child of that."""
+    around = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", INSIDE, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with around:
+        left_behind = around.stdout.readline()
+        inside = int(Path(f"/proc/{around.pid}/task/{around.pid}/children").read_text())
+        enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", "echo $$; read line"]
+        with subprocess.Popen(enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stranger:
+            told = []
+            for pid in (left_behind, stranger.stdout.readline()):
+                around.stdin.write(pid)
+                around.stdin.flush()
+                told.append(around.stdout.readline().strip())
+            stranger.stdin.write("\n")
+    assert told == ["True", "False"]
+
+
 def test_a_line_without_end_is_not_trusted(kin, monkeypatch):
-    monkeypatch.setattr(kinship, "stat", lambda _: ["S", "1", "1", "1"])
+    monkeypatch.setattr(kinship, "stat", lambda _: ["S", "7", "1", "1"])
     monkeypatch.setattr(kinship, "spared", set)
     monkeypatch.setattr(Kinship, "_is_known", lambda *_: False)
-    assert kin.is_of_server(1, set())
+    assert kin.is_of_server(7, set())
 
 
 def test_a_process_that_may_not_be_looked_at_is_no_fork_server(kin, monkeypatch):

@@ -19,6 +19,8 @@ from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process, carries, spared
 from labkeeper.backends.standalone.identity import MARK, stat
 
+_INIT: Final = 1
+"""The process that others are left to."""
 _LONGEST_LINE: Final = 1000
 """Ancestors that are gone through; what is read one after the other may even form a ring."""
 
@@ -54,12 +56,13 @@ class Kinship:
                 if one == os.getpid():
                     # We start nothing but servers.
                     return one != pid
-                if one in ours:
+                if one in ours or one == _INIT:
                     return self._may_be_adopted(below, one)
                 if one in servers or self._is_known(one):
                     return True
                 below = one
-            return self._may_be_adopted(below, 0)
+            # Its parent is in a namespace around ours, as with `docker exec`: what a server leaves behind comes to process 1.
+            return False
         except (OSError, IndexError, ValueError):
             return True
 
@@ -71,10 +74,10 @@ class Kinship:
         return False
 
     def _may_be_adopted(self, pid: int, parent: int) -> bool:
-        """Whether this process may have come to its parent, one of our own or none, because a server had left it behind."""
+        """Whether this process may have come to its parent because a server had left it behind."""
         if self._first_loose is None:
             return False
-        if parent and stat(pid)[3] == stat(parent)[3]:
+        if stat(pid)[3] == stat(parent)[3]:
             # Servers found sessions of their own.
             return False
         return int(stat(pid)[19]) >= self._first_loose
