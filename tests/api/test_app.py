@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import psutil
 import pytest
 import structlog
 from pydantic import BaseModel
 from werkzeug.test import EnvironBuilder
 
 from fake_keeper import TOKEN, FakeKeeper, fake_keeper
-from harness import until
+from harness import PATIENCE, until
 from labkeeper.api.answers import server_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
@@ -165,6 +170,42 @@ def test_an_advertised_host_goes_before_all(services):
     answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": "/lab?reset"})
     assert answer.json["lab_url"].startswith("http://labs.example:")
     assert "/lab?reset&token=" in answer.json["lab_url"]
+
+
+BUNDLE = "/api/docs/static/js/swagger-ui-bundle.js"
+
+
+def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client):
+    """With type, length and a mark by which a browser keeps them; there is nothing beside them."""
+    shown = client.get(BUNDLE)
+    assert (shown.status_code, shown.content_length) == (200, len(shown.data))
+    assert shown.mimetype.endswith("/javascript")
+    again = client.get(BUNDLE, headers={"If-None-Match": shown.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+    assert client.get("/api/docs/static/js/../../__init__.py").status_code == 404
+
+
+def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(services):
+    """More callers than there are threads, without a token; the others are answered all the while."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+        server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
+        server.start()
+        opened.callback(server.close)
+        for _ in range(12):
+            reader = opened.enter_context(socket.create_connection(listener.getsockname()))
+            reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 40)
+        channels = server._doors[0].active_channels
+        until(lambda: sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12, what="all answered")
+        until(lambda: server._threads.active_count == 0, what="no thread waits for them")
+        assert not [path for path in opened_files() if "swagger" in path]
+        asking = http.client.HTTPConnection(*listener.getsockname(), timeout=PATIENCE)
+        opened.callback(asking.close)
+        asking.request("GET", "/healthz")
+        assert asking.getresponse().status == 200
+
+
+def opened_files():
+    return [file.path for file in psutil.Process().open_files()]
 
 
 def test_the_list_comes_in_pages(client):
