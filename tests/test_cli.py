@@ -501,12 +501,31 @@ def test_the_health_of_a_gateway_is_said_in_words(health, said):
 
 
 def test_logs_are_printed_as_they_are(served):
-    """The last lines go to stdout; colours of the server do not reach a pipe."""
+    """The last lines go to stdout; a pipe gets each byte of them."""
     run("start")
-    served.world.write("default", "\x1b[31mred\x1b[0m")
-    assert run("logs", "-n", "1").stdout == "red\n"
+    served.world.write("default", "\x1b[31mred\x1b[0m\x1b[2J")
+    assert run("logs", "-n", "1").stdout == "\x1b[31mred\x1b[0m\x1b[2J\n"
     assert len(run("logs").stdout.splitlines()) == 2
     run("logs", "nope", code=4)
+
+
+EVIL = "\x1b]52;c;eA==\x07\x9b2J"
+"""Sets the clipboard, and clears the screen."""
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(served, monkeypatch):
+    """Not in logs, facts, lists, events and errors, whatever a server's log, its failure, or its directory says."""
+    # As a keeper has it that took it before such text was refused.
+    monkeypatch.setattr(Server, "root_dir", property(lambda _: f"/x{EVIL}\nforged"), raising=False)
+    served.world.temper("default").refusal = BackendRefused(f"cannot start: {EVIL}", log_tail=[EVIL])
+    served.world.write("default", f"\x1b[31mred\x1b[0m {EVIL}")
+    shown = [at_terminal("start", code=1), *(at_terminal(command) for command in ("logs", "show", "ls", "events"))]
+    for text in shown:
+        assert r"\x1b]52;c;eA==\x07\x9b2J" in text.replace("\r\n", "")
+        assert not {"\x07", "\x9b"} & set(text)
+        assert "\x1b]" not in text
+    assert "\x1b[31mred\x1b[0m" in shown[1]
+    assert r"\x9b2J\x0aforged" in shown[2]
 
 
 def test_logs_follow_until_the_server_has_ended(served):
