@@ -49,11 +49,10 @@ def _loading() -> Iterator[None]:
 @functools.cache
 def _settings_flags() -> tuple[click.Option, ...]:
     with _loading():
-        from labkeeper.settings import PREFIX, Settings  # noqa: PLC0415 - late
+        from labkeeper.settings import PREFIX, SECRETS, Settings  # noqa: PLC0415 - late
 
-    # A token on a command line could be read by every user of the machine.
     return tuple(
-        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name != "token"
+        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name not in SECRETS
     )
 
 
