@@ -15,7 +15,7 @@ from labkeeper.core.model import Exit, FailureClass, server_name
 from labkeeper.core.times import LONGEST, duration, instant, spoken
 from labkeeper.history.webhooks import key_of
 from labkeeper.jupyter import cause_of
-from labkeeper.scrub import HIDDEN, learn, scrub
+from labkeeper.scrub import _LOOKS, HIDDEN, _hide, learn, scrub
 from labkeeper.terminal import visible, visible_line
 
 DURATIONS = st.from_regex(r"\A([0-9]{1,6}[dhms ]){0,4}\Z") | st.text() | JSON
@@ -106,6 +106,19 @@ def test_no_text_gives_a_terminal_orders(text):
     assert all(found[-1] in {"\x1b[m", "\x1b[0m"} for line in shown.split("\n") if (found := COLOUR.findall(line)))
     assert shown == text or any(unicodedata.category(letter) == "Cc" for letter in text)
     assert visible_line(text).count("\n") == 0
+
+
+SECRETS = st.sampled_from(["KEY", "SeCrEt", "lk_" + "0a" * 6 + "_" + "w" * 43, "Bearer ", "kE7f-abcd", "kE7f", "variable"])
+
+
+@FUZZ
+@given(st.lists(PIECES | SECRETS | st.text()).map("".join))
+def test_to_pass_by_what_has_no_secret_changes_nothing(text):
+    learn("the test", ["kE7f-abcd", "variable"])
+    try:
+        assert scrub(text) == _LOOKS.sub(_hide, text.replace("kE7f-abcd", HIDDEN).replace("variable", HIDDEN))
+    finally:
+        learn("the test", [])
 
 
 @FUZZ
