@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import io
 import json
 import socket
 import threading
@@ -47,15 +48,19 @@ class Served:
 
 
 HOLD = threading.Event()
+FILE = 3 * 2**20
+"""Bytes."""
 
 
 def application(environ, start_response):
-    """Say who asks; hold back an answer; give a large one; take an upload; send events."""
+    """Say who asks; hold back an answer; give a large one, in pieces or from a file; take an upload; send events."""
     path = environ["PATH_INFO"]
     if path == "/hold":
         HOLD.wait(PATIENCE)
     if path == "/large":
         body = [bytes(2**20)] * 40
+    elif path == "/file":
+        body = environ["wsgi.file_wrapper"](io.BytesIO(bytes(FILE)))
     elif path == "/events":
         body = (b"data: %d\n\n" % number for number in range(5))
     else:

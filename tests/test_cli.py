@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import termios
+import threading
 import webbrowser
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,14 +150,18 @@ def test_version_needs_no_keeper():
 # Serve
 
 
-def test_every_setting_but_the_token_is_a_flag():
-    """Flags come from the settings, with all that is said of them there; a token on a command line would be public."""
+SECRETS = {"token", "webhook_url", "webhook_secret"}
+
+
+def test_every_setting_but_a_secret_is_a_flag():
+    """Flags come from the settings, with all that is said of them there; a secret on a command line would be public."""
     text = " ".join(run("serve", "--help").stdout.split())
     for name, field in Settings.model_fields.items():
         flag = f" --{name.replace('_', '-')} "
-        assert (flag in text) is (name != "token"), name
-        assert (f"LABKEEPER_{name.upper()};" in text or f"LABKEEPER_{name.upper()}]" in text) is (name != "token"), name
-        assert name == "token" or field.description in text, name
+        assert (flag in text) is (name not in SECRETS), name
+        assert (f"LABKEEPER_{name.upper()};" in text or f"LABKEEPER_{name.upper()}]" in text) is (name not in SECRETS), name
+        assert name in SECRETS or field.description in text, name
+        assert ("SecretStr" in str(field.annotation)) is (name in SECRETS), name
 
 
 @pytest.fixture
@@ -500,12 +505,31 @@ def test_the_health_of_a_gateway_is_said_in_words(health, said):
 
 
 def test_logs_are_printed_as_they_are(served):
-    """The last lines go to stdout; colours of the server do not reach a pipe."""
+    """The last lines go to stdout; a pipe gets each byte of them."""
     run("start")
-    served.world.write("default", "\x1b[31mred\x1b[0m")
-    assert run("logs", "-n", "1").stdout == "red\n"
+    served.world.write("default", "\x1b[31mred\x1b[0m\x1b[2J")
+    assert run("logs", "-n", "1").stdout == "\x1b[31mred\x1b[0m\x1b[2J\n"
     assert len(run("logs").stdout.splitlines()) == 2
     run("logs", "nope", code=4)
+
+
+EVIL = "\x1b]52;c;eA==\x07\x9b2J"
+"""Sets the clipboard, and clears the screen."""
+
+
+def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(served, monkeypatch):
+    """Not in logs, facts, lists, events and errors, whatever a server's log, its failure, or its directory says."""
+    # As a keeper has it that took it before such text was refused.
+    monkeypatch.setattr(Server, "root_dir", property(lambda _: f"/x{EVIL}\nforged"), raising=False)
+    served.world.temper("default").refusal = BackendRefused(f"cannot start: {EVIL}", log_tail=[EVIL])
+    served.world.write("default", f"\x1b[31mred\x1b[0m {EVIL}")
+    shown = [at_terminal("start", code=1), *(at_terminal(command) for command in ("logs", "show", "ls", "events"))]
+    for text in shown:
+        assert r"\x1b]52;c;eA==\x07\x9b2J" in text.replace("\r\n", "")
+        assert not {"\x07", "\x9b"} & set(text)
+        assert "\x1b]" not in text
+    assert "\x1b[31mred\x1b[0m" in shown[1]
+    assert r"\x9b2J\x0aforged" in shown[2]
 
 
 def test_logs_follow_until_the_server_has_ended(served):
@@ -516,6 +540,24 @@ def test_logs_follow_until_the_server_has_ended(served):
         run("stop")
         out, err = following.communicate(timeout=30)
     assert (out, err, following.returncode) == ("pid 1000 ended: exit code 0\n", "", 0)
+
+
+def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_know_its_user(tmp_path, state_dir):
+    """It may not be able to tell them from what a server has left behind; who can read the token is no such thing."""
+    path = os.path.relpath(state_dir / "keeper.sock")
+    with (
+        structlog.testing.capture_logs(),
+        fake_keeper(tmp_path, is_server=lambda _pid: True) as made,
+        socket.socket(socket.AF_UNIX) as door,
+    ):
+        door.bind(path)
+        server = WsgiServer(create_app(made.services), [door], threads=4, max_body=2**20)
+        server.start()
+        (state_dir / "keeper.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": os.getpid(), "socket": path}))
+        assert "without a token" in run("whoami", code=1).stderr
+        (state_dir / "token").write_text(TOKEN + "\n")
+        assert run("whoami").stdout.startswith("token:owner")
+        server.close()
 
 
 def test_ctrl_c_ends_with_130_and_no_traceback(served):
@@ -647,41 +689,84 @@ def test_version_tells_of_both_sides(served):
 
 
 def test_the_keeper_is_found_by_url_before_all_else(served, state_dir, monkeypatch):
-    """The order is: `--url`, LABKEEPER_URL, the state directory, host and port of the settings."""
+    """The order is: `--url`, LABKEEPER_URL, the state directory."""
     assert served.url in run("version").stdout
     monkeypatch.setenv("LABKEEPER_URL", "http://127.0.0.1:1")
     run("version", code=3)
     assert served.url in run("version", "--url", served.url).stdout
     assert served.url in run("--url", served.url, "version").stdout
-    monkeypatch.delenv("LABKEEPER_URL")
-    (state_dir / "keeper.json").unlink()
-    host, port = served.url.removeprefix("http://").split(":")
-    monkeypatch.setenv("LABKEEPER_PORT", port)
-    assert f"http://{host}:{port}" in run("version").stdout
-    monkeypatch.setenv("LABKEEPER_HOST", "0.0.0.0")
-    assert f"http://{host}:{port}" in run("version").stdout
 
 
-def test_an_ipv6_address_becomes_a_url(monkeypatch):
-    """The settings' host is put into brackets where it must be."""
-    monkeypatch.setenv("LABKEEPER_HOST", "::")
-    monkeypatch.setenv("LABKEEPER_PORT", "1")
-    assert "http://[::1]:1" in run("ls", code=3).stderr
+@pytest.fixture
+def squatter(monkeypatch):
+    """Somebody else on the port that the settings name: where they listen, and what they were sent."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sent = []
+        monkeypatch.setenv("LABKEEPER_PORT", str(listener.getsockname()[1]))
+        taking = threading.Thread(target=record, args=(listener, sent))
+        taking.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}", sent
+        listener.shutdown(socket.SHUT_RDWR)
+        taking.join()
 
 
-def test_the_generated_token_is_shown_to_the_keeper_of_this_machine_only(served, monkeypatch):
-    """A keeper elsewhere gets the token of the environment, or none; never the one that is this machine's."""
-    seen = []
-    monkeypatch.setattr(
-        "labkeeper.client.Client.__init__",
-        lambda _self, _url, *, token, **_: seen.append(token) or (_ for _ in ()).throw(OSError("no")),
-    )
-    run("ls", "--url", "http://elsewhere:8000", code=1)
-    run("ls", "--url", "http://localhost:8000", code=1)
-    run("ls", code=1)
-    monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
-    run("ls", "--url", "http://elsewhere:8000", code=1)
-    assert seen == [None, TOKEN, TOKEN, "another-token-of-the-tests"]
+def record(listener, sent):
+    with contextlib.suppress(OSError):
+        while True:
+            connection, _ = listener.accept()
+            with connection:
+                sent.append(connection.recv(65536).decode())
+
+
+def ended_pid():
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return process.pid
+
+
+ANOTHER = "another-token-of-the-tests"
+
+
+@pytest.mark.parametrize("said", [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}])
+def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, monkeypatch, said):
+    """Not to the default port, nor to where a keeper that was killed has answered; with a token of one's own neither."""
+    url, sent = squatter
+    (state_dir / "token").write_text(TOKEN + "\n")
+    if said is not None:
+        pid = {"pid": ended_pid()} if said == {"pid": "ended"} else said
+        (state_dir / "keeper.json").write_text(json.dumps({"url": url} | pid))
+    for _ in range(2):
+        told = run("ls", code=3).stderr
+        assert f"cannot find a keeper: none runs on the state directory {state_dir}; `labkeeper serve` starts one" in told
+        monkeypatch.setenv("LABKEEPER_TOKEN", ANOTHER)
+    assert sent == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process as another user")
+def test_a_process_of_another_user_is_no_keeper_of_ours(squatter, state_dir):
+    """Root's is, and that of who wrote the address, who need not be the one that asks."""
+    url, sent = squatter
+    (state_dir / "token").write_text(TOKEN + "\n")
+    with subprocess.Popen(["sleep", "60"], user=65534) as other:
+        (state_dir / "keeper.json").write_text(json.dumps({"url": url, "pid": other.pid}))
+        run("ls", code=3)
+        assert sent == []
+        os.chown(state_dir / "keeper.json", 65534, 65534)
+        run("ls", code=3)
+        other.kill()
+    assert TOKEN in sent[0]
+
+
+def test_the_generated_token_is_shown_to_the_keeper_that_made_it_only(served, squatter):
+    """Who else answers at a URL that was named gets none, on this machine either; one's own goes where one says."""
+    url, sent = squatter
+    for name in (url, url.replace("127.0.0.1", "localhost")):
+        run("ls", "--url", name, code=3)
+    assert [bool(text) for text in sent] == [True, True]
+    assert "authorization" not in "".join(sent).lower()
+    run("ls", "--url", url, code=3, env={"LABKEEPER_TOKEN": ANOTHER})
+    assert f"Bearer {ANOTHER}" in sent[-1]
+    assert "STATE" in run("ls", "--url", served.url + "/").stdout
 
 
 # Errors

@@ -113,6 +113,16 @@ def test_a_line_says_who_set_a_change_off(capsys):
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
+def test_nothing_that_a_server_logs_is_obeyed_by_the_terminal(capsys, form):
+    logs.configure(level="info", form=form, debug=False)
+    structlog.get_logger("jupyter").info("\x1b]52;c;eA==\x07 said", server="\x9b2J", exception="\x1b[2J")
+    said = capsys.readouterr().err
+    assert said.isascii()
+    assert not set(said) & {"\x1b", "\x07"}
+    assert "52;c;eA==" in said
+
+
+@pytest.mark.parametrize("form", ["console", "json"])
 def test_no_line_has_a_secret_whoever_wrote_it(capsys, form):
     logs.configure(level="info", form=form, debug=True)
     log = structlog.get_logger("labkeeper.x")

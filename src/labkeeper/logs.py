@@ -12,6 +12,7 @@ import structlog
 from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.model import Change, GatewayHealth
 from labkeeper.scrub import HIDDEN, is_secret, scrub
+from labkeeper.terminal import visible
 
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
@@ -30,7 +31,7 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
         shared.append(structlog.processors.CallsiteParameterAdder())
     renderer: Any = (
         # Told that traces are plain, it takes them as they are.
-        structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
+        _Console(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         if for_people
         else structlog.processors.JSONRenderer()
     )
@@ -58,6 +59,14 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+class _Console(structlog.dev.ConsoleRenderer):
+    """For people, at whose terminal nothing is obeyed that a server has logged."""
+
+    def __call__(self, *given: Any) -> str:
+        """Write one entry."""
+        return visible(super().__call__(*given))
 
 
 def _scrub(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

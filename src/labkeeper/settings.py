@@ -11,7 +11,7 @@ import re
 import sys
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
@@ -337,7 +337,10 @@ def unknown_variables() -> list[str]:
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
 
-_SECRETS: Final = frozenset({"token", "webhook_url", "webhook_secret"})
+SECRETS: Final = frozenset(
+    name for name, field in Settings.model_fields.items() if SecretStr in {field.annotation, *get_args(field.annotation)}
+)
+"""Settings that no command line has, which others can read, and no message."""
 _SHORTEST_TOKEN: Final = 16
 _LONGEST_TOKEN: Final = 4096
 
@@ -373,5 +376,5 @@ def _sentence(mistake: dict[str, Any]) -> str:
     name = str(mistake["loc"][0]) if mistake["loc"] else "?"
     if mistake["type"] == "extra_forbidden":
         return f"unknown setting '{name}'"
-    given = "" if name in _SECRETS else f" (given: {mistake['input']!r})"
+    given = "" if name in SECRETS else f" (given: {mistake['input']!r})"
     return f"bad setting {PREFIX}{name.upper()}: {mistake['msg']}{given}"

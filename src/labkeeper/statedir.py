@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from labkeeper.files import write_private
 
@@ -13,6 +14,17 @@ from labkeeper.files import write_private
 def read_address(state_dir: Path) -> str | None:
     """Give the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
     return _said(state_dir, "url")
+
+
+def runs(state_dir: Path) -> bool:
+    """Whether the keeper that a state directory tells of is there: its process lives, and is of who wrote that, or of root."""
+    import psutil  # noqa: PLC0415 - late: few who look for a keeper need it
+
+    try:
+        owner = _address(state_dir).stat().st_uid
+        return psutil.Process(_found(state_dir).get("pid", -1)).uids().real in {owner, 0}
+    except (OSError, TypeError, ValueError, OverflowError, psutil.Error):
+        return False
 
 
 def read_socket(state_dir: Path) -> Path | None:
@@ -49,12 +61,16 @@ def make_token(state_dir: Path) -> str:
 
 def _said(state_dir: Path, key: str) -> str | None:
     """Give a text that a keeper has written into its address."""
+    value = _found(state_dir).get(key)
+    return value if isinstance(value, str) else None
+
+
+def _found(state_dir: Path) -> dict[str, Any]:
     try:
         found = json.loads(_address(state_dir).read_bytes())
     except (OSError, ValueError, RecursionError):
-        return None
-    value = found.get(key) if isinstance(found, dict) else None
-    return value if isinstance(value, str) else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _address(state_dir: Path) -> Path:

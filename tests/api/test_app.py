@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import psutil
 import pytest
 import structlog
 from pydantic import BaseModel
 from werkzeug.test import EnvironBuilder
 
 from fake_keeper import TOKEN, FakeKeeper, fake_keeper
-from harness import until
+from harness import PATIENCE, until
 from labkeeper.api.answers import server_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
@@ -167,6 +173,42 @@ def test_an_advertised_host_goes_before_all(services):
     assert "/lab?reset&token=" in answer.json["lab_url"]
 
 
+BUNDLE = "/api/docs/static/js/swagger-ui-bundle.js"
+
+
+def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client):
+    """With type, length and a mark by which a browser keeps them; there is nothing beside them."""
+    shown = client.get(BUNDLE)
+    assert (shown.status_code, shown.content_length) == (200, len(shown.data))
+    assert shown.mimetype.endswith("/javascript")
+    again = client.get(BUNDLE, headers={"If-None-Match": shown.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+    assert client.get("/api/docs/static/js/../../__init__.py").status_code == 404
+
+
+def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(services):
+    """More callers than there are threads, without a token; the others are answered all the while."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+        server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
+        server.start()
+        opened.callback(server.close)
+        for _ in range(12):
+            reader = opened.enter_context(socket.create_connection(listener.getsockname()))
+            reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 40)
+        channels = server._doors[0].active_channels
+        until(lambda: sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12, what="all answered")
+        until(lambda: server._threads.active_count == 0, what="no thread waits for them")
+        assert not [path for path in opened_files() if "swagger" in path]
+        asking = http.client.HTTPConnection(*listener.getsockname(), timeout=PATIENCE)
+        opened.callback(asking.close)
+        asking.request("GET", "/healthz")
+        assert asking.getresponse().status == 200
+
+
+def opened_files():
+    return [file.path for file in psutil.Process().open_files()]
+
+
 def test_the_list_comes_in_pages(client):
     for name in ("a", "b", "c"):
         assert client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code == 201
@@ -229,6 +271,62 @@ def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(service
         assert client.get("/api/servers/default?wait_for=running").json["state"] == "starting"
     world.answer("default")
     assert client.post("/api/servers", json={}).status_code == 200
+
+
+def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
+    client = create_app(replace(services, places=Places(3))).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers", json={})
+    assert client.get("/api/servers/default/logs?tail=100000").status_code == 200
+    with client.get("/api/servers/default/logs?follow=true", buffered=False):
+        refused = client.get("/api/servers/default/logs?tail=1001")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
+        assert client.get("/api/servers/default/logs?tail=1000").status_code == 200
+    assert client.get("/api/servers/default/logs?tail=1001").status_code == 200
+
+
+@pytest.mark.parametrize("query", ["tail=100000", "tail=0&follow=true"])
+def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, query):
+    """However many places there are: the third waits until one of the others has its lines."""
+    backend, places, reading, go_on = services.backend, Places(8), [], threading.Event()
+
+    def read(*_):
+        reading.append(1)
+        go_on.wait(PATIENCE)
+        return iter(["line\n"])
+
+    def follow(*_):
+        yield from read()
+
+    monkeypatch.setattr(backend, "log", read)
+    monkeypatch.setattr(backend, "follow", follow)
+    client = create_app(replace(services, places=places)).test_client()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    client.post("/api/servers", json={}, headers=headers)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers) for _ in range(4)]
+        until(lambda: places._taken == 4, what="all have a place")
+        until(lambda: len(reading) >= 2, what="two read")
+        at_a_time = len(reading)
+        go_on.set()
+        assert at_a_time == 2
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+
+
+def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, world):
+    """Whole lines, as many as fit into 2 MiB."""
+    client.post("/api/servers", json={})
+    for number in range(3000):
+        world.write("default", f"{number} {'ö' * 500}")
+    whole = sum(len(line.encode()) + 1 for line in world.logs["default"])
+    answer = client.get("/api/servers/default/logs?tail=100000").data
+    note, _, rest = answer.partition(b"\n")
+    left_out = int(re.fullmatch(rb"\[labkeeper\] left out: the first (\d+) bytes of what was asked for; .*", note)[1])
+    assert len(rest) == whole - left_out
+    assert 2**21 - 1100 < len(rest) <= 2**21
+    assert rest.decode().endswith("\n")
+    assert re.match(r"\d+ ö", rest.decode())
+    assert client.get("/api/servers/default/logs?tail=1000").data.count(b"\n") == 1000
 
 
 def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):

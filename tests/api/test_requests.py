@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import pwd
 from dataclasses import replace
@@ -65,6 +66,36 @@ def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(def
     (mistake,) = caught.value.details["errors"]
     rule = f"must be within {defaults.notebook_dir} (LABKEEPER_ALLOWED_ROOTS), links resolved"
     assert mistake == {"field": "root_dir", "rule": rule}
+
+
+ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
+"""Letters that a terminal, or whoever reads lines, takes for more than text."""
+
+
+@pytest.mark.parametrize("letter", ORDERS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"root_dir": "<>"},
+        {"labels": {"team": "<>"}},
+        {"gateway_url": GATEWAY, "gateway_auth_token": "<>"},
+        {"gateway_url": GATEWAY, "gateway_auth_scheme": "<>"},
+        {"gateway_url": GATEWAY, "gateway_headers": {"X": "<>"}},
+        {"gateway_url": GATEWAY, "gateway_ca_certs": "<>"},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_what_is_one_line_has_no_control_characters(fields, letter):
+    ServerRequest.model_validate_json(json.dumps(fields))
+    with pytest.raises(ValidationError, match="must be one line, without control characters"):
+        ServerRequest.model_validate_json(json.dumps(fields).replace("<>", json.dumps(letter)[1:-1]))
+
+
+def test_nor_has_a_root_that_a_link_leads_to(defaults):
+    (defaults.notebook_dir / "a\x1b]0;b").mkdir()
+    (defaults.notebook_dir / "plain").symlink_to(defaults.notebook_dir / "a\x1b]0;b")
+    with pytest.raises(InvalidSpec, match="without control characters, links resolved"):
+        made(defaults, root_dir="plain")
 
 
 def test_a_spec_has_its_root_without_links(defaults, tmp_path):

@@ -22,7 +22,7 @@ from labkeeper.api.browser import HEADERS
 from labkeeper.api.peers import identify
 from labkeeper.api.places import Places, reserve
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
-from serving import HOLD, ask, is_closed, said
+from serving import FILE, HOLD, ask, is_closed, said
 
 
 class Task:
@@ -319,6 +319,97 @@ def test_a_caller_that_does_not_take_its_answer_is_left(serve, monkeypatch):
     while channel.requests:
         connection.recv(2**16)
     served.settle(0)
+
+
+THREADS = 8
+"""Of the server of these tests."""
+
+
+def ask_much(served, count, path, *, by=""):
+    """Open so many connections, each with forty requests, of which nothing is read."""
+    crowd = [served.connect_locally() if by == "socket" else served.connect() for _ in range(count)]
+    for connection in crowd:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 40)
+    until(lambda: sum(bool(channel.total_outbufs_len) for channel in channels(served)) == count, what="all are answered")
+    return crowd
+
+
+def channels(served):
+    return [channel for door in served.server._doors for channel in list(door.active_channels.values())]
+
+
+@pytest.mark.parametrize("by", ["port", "socket"])
+def test_slow_readers_hold_no_thread(serve, by):
+    """More of them than there are threads ask for files and read nothing: others are answered all the while."""
+    served = serve()
+    ask_much(served, 3 * THREADS, "/file", by=by)
+    until(lambda: served.server._threads.active_count == 0, what="no thread waits for them")
+    assert said(served.connect())["size"] == 0
+    # What they have asked for beyond the first answer is not made before that is taken.
+    assert all(channel.total_outbufs_len <= FILE + 1024 for channel in channels(served))
+
+
+def test_who_reads_in_the_end_gets_all_that_may_be_asked_for_ahead(serve):
+    """Eight answers, each whole, and the end: the connection keeps no more requests than that."""
+    (connection,) = ask_much(serve(), 1, "/file")
+    with connection.makefile("rb") as stream:
+        _, *answers = stream.read().split(b"HTTP/1.1 200 OK\r\n")
+    assert [len(answer.partition(b"\r\n\r\n")[2]) for answer in answers] == [FILE] * wsgi._AHEAD
+    assert [b"Connection: close" in answer for answer in answers] == [False] * (wsgi._AHEAD - 1) + [True]
+
+
+def test_thousands_of_requests_at_once_are_not_kept(serve):
+    """They come in one read, and would take a hundred times the memory of their bytes."""
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET /hold HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 1500)
+    until(lambda: any(channel.requests for channel in channels(served)), what="it is answered")
+    (channel,) = channels(served)
+    assert len(channel.requests) <= wsgi._AHEAD
+
+
+def test_slow_readers_make_room_when_all_places_are_taken(serve, few_places):
+    """Though requests of theirs wait."""
+    served = serve()
+    crowd = ask_much(served, few_places, "/file")
+    assert said(served.connect())["size"] == 0
+    until(lambda: served.inside <= few_places, what="one had to go")
+    assert len(crowd) == few_places
+
+
+@pytest.mark.parametrize("taken", [0, 100], ids=["nothing", "little"])
+def test_slow_readers_let_go_of_their_threads_in_time(serve, monkeypatch, taken):
+    """As many as there are threads wait within an answer; whoever comes is answered when they are cut off."""
+    monkeypatch.setattr(wsgi, "_IDLE_TIMEOUT", 1.0)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    served = serve()
+    crowd = ask_much(served, THREADS, "/large")
+    newcomer = served.connect()
+    newcomer.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    begun = time.monotonic()
+    while not select.select([newcomer], [], [], 0.1)[0]:
+        assert time.monotonic() - begun < 20
+        for connection in crowd if taken else ():
+            with contextlib.suppress(ConnectionResetError):
+                connection.recv(taken)
+    answer = http.client.HTTPResponse(newcomer)
+    answer.begin()
+    assert answer.status == 200
+
+
+def test_a_reader_that_keeps_up_is_not_cut_off(serve, monkeypatch):
+    """However long it takes in all."""
+    monkeypatch.setattr(wsgi, "_IDLE_TIMEOUT", 1.0)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 0.1)
+    connection = serve().connect()
+    connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+    answer, size, begun = http.client.HTTPResponse(connection), 0, time.monotonic()
+    answer.begin()
+    while piece := answer.read(2**20):
+        size += len(piece)
+        # Three seconds in all, which are three times what a caller has that takes nothing.
+        select.select([], [], [], max(0.0, begun + 3 * size / (40 * 2**20) - time.monotonic()))
+    assert size == 40 * 2**20
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,9 @@ import socket
 import ssl
 import stat
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -34,8 +36,8 @@ def ca_file(authority, tmp_path):
 def issue(authority, tmp_path):
     """Write a new certificate and its key, over the ones before."""
 
-    def write(which=""):
-        leaf = authority.issue_cert("127.0.0.1")
+    def write(which="", name="127.0.0.1"):
+        leaf = authority.issue_cert(name)
         paths = {}
         for part, content in (("key", leaf.private_key_pem), ("cert", leaf.cert_chain_pems[0])):
             paths[f"{which}{part}_file"] = path = tmp_path / f"{which}{part}.pem"
@@ -109,6 +111,37 @@ def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(make_
     before = serial(address, authority)
     issue()
     until(lambda: serial(address, authority) != before, what="the new certificate")
+
+
+HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck"
+
+
+def health(keeper):
+    """Look as the engine of a container does; give the exit code, and what was said."""
+    command = [sys.executable, HEALTHCHECK]
+    done = subprocess.run(command, env=keeper.environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    return done.returncode, done.stdout
+
+
+def test_a_container_is_healthy_whatever_name_its_certificate_is_for(make_keeper, ca_file, issue):
+    """Its check asks over the Unix socket; and when the keeper has ended it says so."""
+    keeper = make_keeper(**issue(name="labs.example.org"))
+    keeper.verify = ssl.create_default_context(cafile=ca_file)
+    keeper.verify.check_hostname = False
+    keeper.start()
+    assert health(keeper) == (0, '{"status":"ok"}\n')
+    keeper.stop()
+    assert health(keeper) == (1, "")
+
+
+def test_a_container_without_a_unix_socket_is_asked_by_its_port(make_keeper, tmp_path):
+    keeper = make_keeper()
+    keeper.state_dir = tmp_path / ("long" * 30)
+    keeper.start()
+    assert health(keeper) == (0, '{"status":"ok"}\n')
+    keeper.kill()
+    code, said = health(keeper)
+    assert (code, said) == (1, "")
 
 
 def test_a_certificate_that_cannot_be_used_ends_the_start_in_one_line(make_keeper, issue, tmp_path):

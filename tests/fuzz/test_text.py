@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
+import unicodedata
 
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -13,7 +15,8 @@ from labkeeper.core.model import Exit, FailureClass, server_name
 from labkeeper.core.times import LONGEST, duration, instant, spoken
 from labkeeper.history.webhooks import key_of
 from labkeeper.jupyter import cause_of
-from labkeeper.scrub import HIDDEN, learn, scrub
+from labkeeper.scrub import _LOOKS, HIDDEN, _hide, learn, scrub
+from labkeeper.terminal import visible, visible_line
 
 DURATIONS = st.from_regex(r"\A([0-9]{1,6}[dhms ]){0,4}\Z") | st.text() | JSON
 PIECES = st.sampled_from(
@@ -82,6 +85,40 @@ def test_no_line_takes_long_to_scrub(text):
     begun = time.process_time()
     scrub(text)
     assert time.process_time() - begun < 2
+
+
+COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
+
+
+@FUZZ
+@given(
+    st.lists(st.sampled_from(["\x1b", "\x1b[", "m", "0", ";", "31", "\n", "\r", "\x9b", "]52;", "\x07"]) | st.text()).map("".join)
+)
+@example("\x1b[" * 50_000)
+@example("\x1b[1m" * 50_000 + "\r")
+def test_no_text_gives_a_terminal_orders(text):
+    """But for colours, and those end with their line; what has no control characters stays as it is."""
+    begun = time.process_time()
+    shown = visible(text)
+    assert time.process_time() - begun < 2
+    plain = COLOUR.sub("", shown).replace("\r\n", "\n")
+    assert [letter for letter in plain if unicodedata.category(letter) == "Cc" and letter not in "\t\n"] == []
+    assert all(found[-1] in {"\x1b[m", "\x1b[0m"} for line in shown.split("\n") if (found := COLOUR.findall(line)))
+    assert shown == text or any(unicodedata.category(letter) == "Cc" for letter in text)
+    assert visible_line(text).count("\n") == 0
+
+
+SECRETS = st.sampled_from(["KEY", "SeCrEt", "lk_" + "0a" * 6 + "_" + "w" * 43, "Bearer ", "kE7f-abcd", "kE7f", "variable"])
+
+
+@FUZZ
+@given(st.lists(PIECES | SECRETS | st.text()).map("".join))
+def test_to_pass_by_what_has_no_secret_changes_nothing(text):
+    learn("the test", ["kE7f-abcd", "variable"])
+    try:
+        assert scrub(text) == _LOOKS.sub(_hide, text.replace("kE7f-abcd", HIDDEN).replace("variable", HIDDEN))
+    finally:
+        learn("the test", [])
 
 
 @FUZZ

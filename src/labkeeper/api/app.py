@@ -5,16 +5,20 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
+import io
 import json
+import mimetypes
 import re
 import time
 import uuid
+import zlib
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
-from flask import Blueprint, Flask, Response, g, request, send_from_directory
-from werkzeug.exceptions import BadRequest
+from flask import Blueprint, Flask, Response, g, request
+from werkzeug.exceptions import BadRequest, NotFound
+from werkzeug.wsgi import wrap_file
 
 from labkeeper.api import problems
 from labkeeper.api.access import PUBLIC, Door, Rule
@@ -142,10 +146,25 @@ def _pages(version: str) -> Blueprint:
 
         return document(version)
 
-    def asset(filename: str) -> Response:
+    @functools.cache
+    def assets() -> dict[str, bytes]:
         import flask_openapi3_swagger  # noqa: PLC0415 - late, as above
 
-        return send_from_directory(Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger", filename)
+        root = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    def asset(filename: str) -> Response:
+        content = assets().get(filename)
+        if content is None:
+            raise NotFound
+        # Out of memory that all answers share: no reader, however slow, holds an open file or a copy.
+        shown = Response(wrap_file(request.environ, io.BytesIO(content)), direct_passthrough=True)
+        shown.content_type = mimetypes.guess_type(filename)[0] or "application/octet-stream"
+        shown.content_length = len(content)
+        shown.cache_control.no_cache = True
+        shown.set_etag(f"{zlib.adler32(content):x}")
+        shown.make_conditional(request)
+        return shown
 
     pages.add_url_rule("/api/openapi.json", "openapi", written)
 

@@ -103,7 +103,7 @@ _PATH_PREFIX: Final = _Shape(
     "must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -",
 )
 _LANDING_PAGE: Final = _Shape(r"/(?!/)[!-~]*", "must be a path that begins with one '/', of visible ASCII characters")
-_ONE_LINE: Final = _Shape(r"[^\r\n\x00]*", "must be one line")
+_ONE_LINE: Final = _Shape(r"[^\x00-\x1f\x7f-\x9f]*", "must be one line, without control characters")
 _NO_NUL: Final = _Shape(r"[^\x00]*", "must not contain NUL")
 _USER: Final = _Shape(r"[a-z_][a-z0-9_.-]*", "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
 _URL: Final = _Shape(r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters")
@@ -181,7 +181,7 @@ Name = Annotated[
     _Shape(NAME_PATTERN, NAME_RULE),
     Field(description=f"Name of the server: {NAME_RULE}."),
 ]
-PathText = Annotated[str, Field(min_length=1, max_length=4096), _NO_NUL]
+PathText = Annotated[str, Field(min_length=1, max_length=4096), _ONE_LINE]
 Line = Annotated[str, Field(min_length=1, max_length=8192), _ONE_LINE]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
 _Key63 = Annotated[str, Field(max_length=63)]
@@ -336,6 +336,8 @@ class _Wanted(_Request):
         root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
         if not holds(roots, root):
             raise invalid("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
+        if re.fullmatch(_ONE_LINE.pattern, root) is None:
+            raise invalid("root_dir", f"{_ONE_LINE.rule}, links resolved")
         if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
             raise invalid("root_dir", f"must be a directory that the keeper can read; {root} is none")
         files = {field: self._file(field, roots, caller) for field in self._FILES if getattr(self, field) is not None}

@@ -7,6 +7,7 @@ import binascii
 import functools
 import inspect
 import re
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -81,7 +82,7 @@ from labkeeper.api.requests import (
     of_query,
 )
 from labkeeper.api.services import Services
-from labkeeper.api.streams import EVENT_STREAM, LiveResponse, gone, lines_in_pieces, server_sent
+from labkeeper.api.streams import EVENT_STREAM, LiveResponse, end_of, gone, lines_in_pieces, server_sent
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import BackendUnavailable, CapacityReached, Conflict, LabkeeperError, NotAuthenticated, ServerNotFound
 from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
@@ -95,6 +96,10 @@ _WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compar
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 _FOLLOW_AGAIN: Final = 10
 """Seconds after which a place to follow in may be free."""
+_FEW_LINES: Final = 1000
+"""Lines of a log that are read at once, for any number of callers."""
+_READERS: Final = 2
+"""Callers for whom more are read at a time; the next ones wait for their turn."""
 _SPENT_LINK: Final = """<!doctype html>
 <html lang="en">
 <title>This link opens nothing any more</title>
@@ -114,6 +119,7 @@ class Api:
         self._keeper = services.keeper
         self._places = services.places
         self._links = services.links
+        self._reading = threading.BoundedSemaphore(_READERS)
 
     # Servers
 
@@ -221,13 +227,16 @@ class Api:
         return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})
 
     def get_logs(self, path: ServerPath, query: LogQuery) -> Response:
-        """Give the log of a server, oldest line first; it is kept after the end of the server."""
+        """Give the log of a server, oldest line first; it is kept after the end of the server.
+
+        An answer has the last 2 MiB at most; where more was asked for, its first line says how much was left out.
+        """
         name = self._find(ServerName(path.name)).name
-        backend = self._services.backend
         if query.follow:
             return self._follow(name, query.tail)
-        text = "".join(f"{line}\n" for line in backend.log(name, query.tail))
-        return Response(text, content_type="text/plain; charset=utf-8")
+        with self._turn_to_read(name, query.tail):
+            lines = self._services.backend.log(name, query.tail)
+        return Response(end_of(lines), content_type="text/plain; charset=utf-8")
 
     def list_kernels(self, path: ServerPath) -> Answer:
         """List the kernels of a running server; asking does not count as activity."""
@@ -358,6 +367,24 @@ class Api:
             raise ServerNotFound.called(snapshot.name)
         return snapshot
 
+    @contextmanager
+    def _turn_to_read(self, name: ServerName, tail: int) -> Iterator[None]:
+        """Wait, in a place, until it is our turn to read much of a log: that takes a processor, which all share."""
+        if tail <= _FEW_LINES:
+            yield
+            return
+        if not self._places.take():
+            raise CapacityReached(
+                f"cannot read so much of the log of server '{name}': as many callers wait or follow as may; "
+                f"ask for {_FEW_LINES} lines at most, or try later",
+                retry_after=_FOLLOW_AGAIN,
+            )
+        try:
+            with self._reading:
+                yield
+        finally:
+            self._places.give_back()
+
     def _follow(self, name: ServerName, tail: int) -> Response:
         if not self._places.take():
             raise CapacityReached(
@@ -366,7 +393,14 @@ class Api:
                 retry_after=_FOLLOW_AGAIN,
             )
         lines = self._services.backend.follow(name, tail, functools.partial(self._is_live, name, _caller()))
-        return self._live(lines_in_pieces(lines, gone()), "text/plain; charset=utf-8")
+        return self._live(lines_in_pieces(self._begun_in_turn(lines), gone()), "text/plain; charset=utf-8")
+
+    def _begun_in_turn(self, lines: Iterator[str]) -> Iterator[str]:
+        """Give the same lines; what is there already is read before the first of them is given."""
+        with self._reading:
+            first = next(lines, "")
+        yield first
+        yield from lines
 
     def _live(self, pieces: Iterator[str], content_type: str) -> Response:
         """Answer with what goes on, and give the place back that was taken for it."""

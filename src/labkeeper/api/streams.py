@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from flask import Response, g, request
@@ -14,6 +14,8 @@ from labkeeper.core.model import HistoryEntry
 EVENT_STREAM: Final = "text/event-stream"
 _CHUNK: Final = 64 * 1024
 """Characters of a log that are sent together."""
+_MOST: Final = 2 * 1024 * 1024
+"""Bytes of a log in one answer that does not go on."""
 _KEEP_ALIVE: Final = 8.0
 """Seconds without an event after which a comment tells proxies that the connection is in use."""
 _RECONNECT: Final = 2000
@@ -44,6 +46,15 @@ def gone() -> Callable[[], bool]:
     disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
     still_good: Callable[[], bool] = g.still_good
     return lambda: disconnected() or not still_good()
+
+
+def end_of(lines: Iterable[str]) -> bytes:
+    """Write lines, or as many of the last ones as fit into an answer, and before them how much was left out."""
+    whole = "".join(f"{line}\n" for line in lines).encode()
+    if len(whole) <= _MOST:
+        return whole
+    begin = whole.index(b"\n", len(whole) - _MOST) + 1
+    return b"[labkeeper] left out: the first %d bytes of what was asked for; an answer has %d\n" % (begin, _MOST) + whole[begin:]
 
 
 def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:

@@ -180,6 +180,14 @@ class TlsSocket:
         """As of a socket."""
         return self._connection.getsockopt(level, option)
 
+    def setsockopt(self, level: int, option: int, value: bytes) -> None:
+        """As of a socket."""
+        self._connection.setsockopt(level, option, value)
+
+    def shutdown(self, how: int) -> None:
+        """End the connection below TLS, which is not told."""
+        socket.socket.shutdown(self._connection, how)
+
     def _refuse(self) -> None:
         """Tell a caller that speaks plain HTTP what to speak."""
         with contextlib.suppress(OSError):

@@ -1,6 +1,7 @@
 """The WSGI server around the application: waitress, in one thread of this process, with problems as its own answers too.
 
 Waitress reads requests without a thread for each, so slow callers cost nothing; a thread is held only while an answer is made.
+Nor does it wait for slow readers: the next request of a connection is taken up when the answer before it has been taken.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import json
 import resource
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -34,7 +36,9 @@ _CONNECTIONS: Final = 2000
 _RESERVE: Final = 512
 """Descriptors that are kept for servers, their logs, and the store."""
 _IDLE_TIMEOUT: Final = 30.0
-"""Seconds after which a connection without a request, or whose caller does not take its answer, is closed."""
+"""Seconds after which a connection without a request, or whose caller takes less than `_LEAST` of what waits, is closed."""
+_LEAST: Final = 64 * 1024
+"""Bytes: some 2 KiB a second."""
 _HEAD_WITHIN: Final = 15.0
 """Seconds in which the head of a request comes, from its first byte on; before it, those of a TLS handshake."""
 _BODY_WITHIN: Final = 60.0
@@ -48,6 +52,18 @@ _HEADERS: Final = 100
 """Most headers of a request."""
 _READ: Final = 32 * 1024
 """Bytes that are read at a time: more than a TLS record holds, of which nothing may be left with OpenSSL."""
+_AHEAD: Final = 8
+"""Requests of one connection that may wait for their answers; with one there, a stream notices that its reader has gone."""
+_UNTAKEN: Final = 64 * 1024
+"""Bytes of an answer that may still wait for the caller when its next request is taken up."""
+_HIGH_WATER: Final = 2 * 1024 * 1024
+"""Bytes at which a thread waits for the caller, too, before it makes more of an answer that comes in pieces."""
+_IN_MEMORY: Final = 64 * 1024
+"""Bytes of a body that are kept in memory; what is more is in a file."""
+_UNSENT: Final = 128 * 1024
+"""Bytes that the kernel takes ahead of what it can send. With more of them nobody could tell who reads slowly."""
+_ABORT: Final = struct.pack("ii", 1, 0)
+"""How a connection is closed at once (SO_LINGER): nothing is kept for its caller, who cannot take it for a whole answer."""
 _FAREWELL: Final = 5
 """Seconds that answers under way get to end, when the server closes."""
 _FIRST_THREADS: Final = 4
@@ -174,8 +190,8 @@ def _connection_limit() -> int:
 class _Door(BaseWSGIServer):
     """One listening socket. All of them share the places, which nobody keeps by being slow.
 
-    Everybody gets in, also when all places are taken: whoever has waited longest without a whole request has to go. A request
-    comes whole at once, in most cases, so that is hardly ever somebody who means well.
+    Everybody gets in, also when all places are taken: whoever has been waited for longest has to go, with a request that is not
+    whole, or an answer that is not taken. Both come at once, in most cases, so that is hardly ever somebody who means well.
     """
 
     def __init__(
@@ -199,8 +215,9 @@ class _Door(BaseWSGIServer):
             max_request_header_size=_HEADER_LIMIT,
             recv_bytes=_READ,
             backlog=512,
-            # Lets a stream notice that its reader has gone, also when the reader has asked for more behind it.
-            channel_request_lookahead=8,
+            channel_request_lookahead=_AHEAD,
+            outbuf_high_watermark=_HIGH_WATER,
+            inbuf_overflow=_IN_MEMORY,
             asyncore_use_poll=True,
             clear_untrusted_proxy_headers=True,
             ident=None,
@@ -219,8 +236,8 @@ class _Door(BaseWSGIServer):
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY
-            for channel in self.active_channels.values():
-                channel.will_close |= channel.is_late(now)
+            for channel in filter(lambda channel: channel.is_late(now), self.active_channels.values()):
+                channel.cut_off()
         return self.accepting and self._to_give() > 0
 
     def handle_accept(self) -> None:
@@ -240,12 +257,13 @@ class _Door(BaseWSGIServer):
         if surplus > 0:
             for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[:surplus]:
                 # It is closed in the next round: until then nobody else gets its descriptor.
-                channel.will_close = True
+                channel.cut_off()
 
     def add_task(self, task: _Channel) -> None:
-        """Have a request answered that has come whole."""
+        """Have a request answered that has come whole, when the answer before it is taken."""
         task.note_request()
-        super().add_task(task)
+        if not task.hold():
+            super().add_task(task)
 
     def _let_in(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -253,6 +271,7 @@ class _Door(BaseWSGIServer):
                 address = ("localhost", None)
             else:
                 connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
             connection.setblocking(False)
             taken = connection if self._certificate is None else self._certificate.wrap(connection)
             channel = _Channel(self, taken, address, self.adj, map=self._map)
@@ -355,32 +374,86 @@ class _Channel(HTTPChannel):
     def __init__(self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any) -> None:  # noqa: A002 - waitress' name
         self._tls = connection if isinstance(connection, TlsSocket) else None
         self._since = time.monotonic()
-        """When it began to wait for a request: when it came, or was last seen with one."""
+        """Since when its caller is waited for: it came then, was last seen with a request, or last took something."""
         self._begun: float | None = None
         """When the first byte after the last whole request came; an empty line is a byte too."""
+        self._held = False
+        """Whether a request waits until what was answered before is taken."""
+        self._taken = 0
+        """Bytes that the caller has taken."""
+        self._keeping_up = self._since, 0
+        """When what waits for the caller was last known to be taken fast enough, and what had been taken by then."""
         super().__init__(server, connection, address, adj, map=map)
 
     def is_waiting(self) -> bool:
         """Whether its caller is waited for. Only the loop, which asks, takes in requests."""
-        return not (self.requests or self.will_close)
+        return not self.will_close and (self._held or not self.requests)
 
-    def patience(self) -> tuple[bool, float]:
-        """Order those who wait, the first to go first: a caller that still reads its answer after all others."""
-        return bool(self.total_outbufs_len), self._since
+    def patience(self) -> float:
+        """Order those who wait, the first to go first: the one that has been waited for longest."""
+        return self._since
 
     def is_late(self, now: float) -> bool:
-        """Whether its caller has been waited for long enough."""
+        """Whether its caller has been waited for long enough. The loop asks this all the time."""
+        if not self.total_outbufs_len or self._taken - self._keeping_up[1] >= _LEAST:
+            self._keeping_up = now, self._taken
+        if self.total_outbufs_len:
+            return now - self._keeping_up[0] > _IDLE_TIMEOUT
         if self.requests:
             self._since = now
             return False
-        if self.total_outbufs_len:
-            return bool(time.time() - self.last_activity > _IDLE_TIMEOUT)
         if self._tls is not None and not self._tls.greeted:
             return now - self._since > _HEAD_WITHIN
         if self._begun is None:
             return now - self._since > _IDLE_TIMEOUT
         has_head = self.request is not None and self.request.headers_finished
         return now - max(self._begun, self._since) > (_BODY_WITHIN if has_head else _HEAD_WITHIN)
+
+    def cut_off(self) -> None:
+        """Have the loop close it, which also lets a thread go on that waits for its caller."""
+        self.will_close = True
+        with contextlib.suppress(OSError):
+            if self.total_outbufs_len:
+                self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+            # The loop waits until it can write, which is never where nothing is read.
+            self.socket.shutdown(socket.SHUT_RDWR)
+
+    def hold(self) -> bool:
+        """Say whether its next request has to wait; the loop then takes it up."""
+        self._held = self.total_outbufs_len > _UNTAKEN
+        return self._held
+
+    def _go_on(self) -> None:
+        if self._held and self.total_outbufs_len <= _UNTAKEN:
+            self._held = False
+            self.server.task_dispatcher.add_task(self)
+
+    def readable(self) -> bool:
+        """Whether more may be read; this is asked in each round of the loop, and whenever a thread has done its work."""
+        self._go_on()
+        return bool(super().readable())
+
+    def send(self, data: bytes, do_close: bool = True) -> int:  # noqa: FBT002 - waitress' signature
+        """Write what can be written now."""
+        sent: int = super().send(data, do_close)
+        if sent:
+            self._taken += sent
+            self._since = time.monotonic()
+        return sent
+
+    def write_soon(self, data: Any) -> int:
+        """Take a piece of an answer, when there is room for it."""
+        super()._flush_outbufs_below_high_watermark()
+        taken: int = super().write_soon(data)
+        return taken
+
+    def _flush_outbufs_below_high_watermark(self) -> None:
+        """Do not wait between two answers either, as waitress would: see `hold`."""
+
+    def handle_close(self) -> None:
+        """Close it, and throw away what was asked for."""
+        super().handle_close()
+        self._go_on()
 
     def note_request(self) -> None:
         """Know that a request is there; a thread may say so, too."""
@@ -390,10 +463,21 @@ class _Channel(HTTPChannel):
         """Take in bytes of requests, and note when."""
         self._begun = self._begun or time.monotonic()
         taken: bool = super().received(data)
+        self._bound()
         if self.request is not None and self._begun is None:
             # Behind a whole one.
             self._begun = time.monotonic()
         return taken
+
+    def _bound(self) -> None:
+        """Keep no more requests than may wait: the last of them ends the connection, as any answer may (RFC 9112, 9.3.2)."""
+        with self.requests_lock:
+            surplus = self.requests[_AHEAD:]
+            if surplus:
+                del self.requests[_AHEAD:]
+                self.requests[-1].headers["CONNECTION"] = "close"
+        for request in surplus:
+            request.close()
 
     def handle_read(self) -> None:
         """Read what has come, if it is enough to make something of it."""

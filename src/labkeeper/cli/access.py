@@ -9,7 +9,7 @@ import click
 
 from labkeeper.cli.connect import connected, read_settings, token_of
 from labkeeper.cli.options import Where, as_json_option, examples, pairs_of, where_options
-from labkeeper.cli.output import ago, is_terminal, print_json, print_table, say, waiting
+from labkeeper.cli.output import ago, is_terminal, print_json, print_table, put, say, waiting
 from labkeeper.core.access import Scope
 from labkeeper.core.errors import SettingsError
 
@@ -39,7 +39,7 @@ def token(context: click.Context, /) -> None:
     found = token_of(settings)
     if found is None:
         raise SettingsError(f"cannot find a token in {settings.state_dir}; `labkeeper serve` makes one when it first runs there")
-    click.echo(found)
+    put(found)
 
 
 @token.command(
@@ -77,7 +77,7 @@ def create(
     if as_json:
         print_json(made)
         return
-    click.echo(made.token)
+    put(made.token)
     if is_terminal(sys.stderr):
         say("keep it now: it is not shown again")
 
@@ -131,7 +131,7 @@ def whoami(where: Where, /, *, as_json: bool) -> None:
     if as_json:
         print_json(found)
     else:
-        click.echo(f"{found.actor}: {found.scope}, {_limits(found)}")
+        put(f"{found.actor}: {found.scope}, {_limits(found)}")
 
 
 def _limits(found: Caller | Token) -> str:

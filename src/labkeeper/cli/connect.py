@@ -8,29 +8,31 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
 from labkeeper.cli.options import Where
+from labkeeper.core.errors import Unreachable
 
 if TYPE_CHECKING:
     from labkeeper.client import Client
     from labkeeper.settings import Settings
 
-_WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 @contextmanager
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
-    """Find the keeper and speak to it; also say whether it is the one of this machine."""
+    """Find the keeper and speak to it; also say whether it is the one of this machine. Raises Unreachable."""
     from labkeeper.client import Client  # noqa: PLC0415 - late
     from labkeeper.settings import ca_file, keeper_url  # noqa: PLC0415 - late
 
     settings = read_settings(where)
     named = where.url or keeper_url()
-    url = named or _found_url(settings)
     is_here = named is None or urlsplit(named).hostname in _LOOPBACK
     door = _door(settings) if named is None else None
-    # The generated token belongs to the keeper of this machine: it is not shown to any other. Over its Unix socket it knows us.
-    shown = token_of(settings) if is_here and door is None else _own_token(settings)
-    with Client(url, token=shown, socket=door, ca_file=ca_file()) as client:
+    url = named or _found_url(settings, door)
+    own = _own_token(settings)
+    shown = token_of(settings) if door is None and _is_ours(settings, url) else own
+    # Over its Unix socket the keeper knows us, unless it cannot tell us from what a server has left behind.
+    if_asked = token_of(settings) if door is not None and own is None else None
+    with Client(url, token=shown, token_if_asked=if_asked, socket=door, ca_file=ca_file()) as client:
         yield client, is_here
 
 
@@ -43,13 +45,24 @@ def read_settings(where: Where, **flags: Any) -> Settings:
     return load(**flags)
 
 
-def _found_url(settings: Settings) -> str:
-    from labkeeper.statedir import read_address  # noqa: PLC0415 - late
+def _found_url(settings: Settings, door: str | None) -> str:
+    """Give the URL of the keeper over our state directory. Raises Unreachable where none runs: its port may be anybody's then."""
+    from labkeeper.statedir import read_address, runs  # noqa: PLC0415 - late
 
-    host = _WILDCARDS.get(settings.host, settings.host)
-    host = f"[{host}]" if ":" in host else host
-    scheme = "http" if settings.certificate is None else "https"
-    return read_address(settings.state_dir) or f"{scheme}://{host}:{settings.port}"
+    url = read_address(settings.state_dir)
+    if url is None or (door is None and not runs(settings.state_dir)):
+        raise Unreachable(
+            f"cannot find a keeper: none runs on the state directory {settings.state_dir}; "
+            "`labkeeper serve` starts one, and --url names one elsewhere"
+        )
+    return url
+
+
+def _is_ours(settings: Settings, url: str) -> bool:
+    """Whether the keeper over our state directory answers there: to nobody else its generated token is shown."""
+    from labkeeper.statedir import read_address, runs  # noqa: PLC0415 - late
+
+    return url.rstrip("/") == read_address(settings.state_dir) and runs(settings.state_dir)
 
 
 def _door(settings: Settings) -> str | None:

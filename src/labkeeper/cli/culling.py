@@ -9,7 +9,7 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
-from labkeeper.cli.output import is_terminal, print_json, print_table, say, waiting
+from labkeeper.cli.output import is_terminal, print_facts, print_json, print_table, put, say, waiting
 
 if TYPE_CHECKING:
     from labkeeper.client import Idle
@@ -52,7 +52,7 @@ def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        click.echo(f"{told.name}: snoozed until {told.snoozed_until}" if told.snoozed_until else f"{told.name}: not snoozed")
+        put(f"{told.name}: snoozed until {told.snoozed_until}" if told.snoozed_until else f"{told.name}: not snoozed")
 
 
 def _explain(told: Idle) -> None:
@@ -67,7 +67,4 @@ def _explain(told: Idle) -> None:
         "snoozed until": told.snoozed_until,
         "looked at": told.looked_at,
     }
-    said = {key: value for key, value in facts.items() if value}
-    width = max(map(len, said))
-    for key, value in said.items():
-        click.echo(f"{key:{width}}  {value}")
+    print_facts({key: value for key, value in facts.items() if value})

@@ -15,7 +15,7 @@ from labkeeper.backends.standalone.privileges import gain_nothing, hide
 from labkeeper.cli.connect import connected, read_settings
 from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
-from labkeeper.cli.output import is_terminal, print_json, waiting
+from labkeeper.cli.output import is_terminal, print_json, put, waiting
 
 
 class _Serve(click.Command):
@@ -49,11 +49,10 @@ def _loading() -> Iterator[None]:
 @functools.cache
 def _settings_flags() -> tuple[click.Option, ...]:
     with _loading():
-        from labkeeper.settings import PREFIX, Settings  # noqa: PLC0415 - late
+        from labkeeper.settings import PREFIX, SECRETS, Settings  # noqa: PLC0415 - late
 
-    # A token on a command line could be read by every user of the machine.
     return tuple(
-        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name != "token"
+        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name not in SECRETS
     )
 
 
@@ -95,7 +94,7 @@ def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
 
     given = {name: value for name, value in flags.items() if value is not None}
     settings = read_settings(where, **given)
-    return keeper.run(settings, first=first, announce=click.echo, at_terminal=is_terminal(sys.stdout))
+    return keeper.run(settings, first=first, announce=put, at_terminal=is_terminal(sys.stdout))
 
 
 @click.command(epilog=examples("labkeeper version --json | jq -r .version"))
@@ -111,10 +110,10 @@ def version(where: Where, /, as_json: bool) -> None:
 
     ours = version_of("labkeeper")
     if not as_json:
-        click.echo(f"labkeeper {ours}")
+        put(f"labkeeper {ours}")
     with connected(where) as (client, _), waiting("asking"):
         theirs = client.version()
     if as_json:
         print_json({"name": "labkeeper", "version": theirs, "client_version": ours, "url": client.base_url})
     else:
-        click.echo(f"keeper at {client.base_url}: {theirs}")
+        put(f"keeper at {client.base_url}: {theirs}")

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import IO, Any, Final
@@ -18,6 +18,7 @@ from typing import IO, Any, Final
 import click
 
 from labkeeper.core.lifecycle import State
+from labkeeper.terminal import visible, visible_line
 
 _COLOURS: Final = {
     State.RUNNING: "green",
@@ -30,7 +31,17 @@ _COLOURS: Final = {
 
 def say(text: str) -> None:
     """Say something to the person at the terminal."""
-    click.echo(text, err=True)
+    click.echo(_shown(text, sys.stderr), err=True, color=True)
+
+
+def put(text: str, *, nl: bool = True) -> None:
+    """Put data out: byte for byte where no terminal is, which would obey what servers have put into it."""
+    # What we colour was asked whether it may be: click is to take nothing out.
+    click.echo(_shown(text, sys.stdout), nl=nl, color=True)
+
+
+def _shown(text: str, stream: IO[str] | None) -> str:
+    return visible(text) if is_terminal(stream) else text
 
 
 def styled(text: str, stream: IO[str] | None, **style: Any) -> str:
@@ -52,7 +63,15 @@ def show_log_tail(lines: Sequence[str]) -> None:
 def print_json(data: Any) -> None:
     """Print an answer of the API, or what is made of one."""
     plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
-    click.echo(json.dumps(plain, indent=2))
+    put(json.dumps(plain, indent=2))
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print what is said of one thing, a line for each fact."""
+    width = max(map(len, facts))
+    show = visible_line if is_terminal(sys.stdout) else str
+    for key, value in facts.items():
+        put(f"{key:{width}}  {show(value)}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -60,7 +79,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
-            click.echo("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+            put("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
         return
     from rich.console import Console  # noqa: PLC0415 - late
     from rich.table import Table  # noqa: PLC0415 - late
@@ -71,7 +90,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         column.no_wrap = True
     for row in rows:
         table.add_row(
-            *(Text(cell, style=_colour(cell).replace("bright_black", "dim") if i == 1 else "") for i, cell in enumerate(row))
+            *(
+                Text(visible_line(cell), style=_colour(cell).replace("bright_black", "dim") if i == 1 else "")
+                for i, cell in enumerate(row)
+            )
         )
     Console(file=sys.stdout).print(table)
 

@@ -17,7 +17,19 @@ import click
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
 from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, pairs_of, wait_option, where_options
-from labkeeper.cli.output import ago, coloured, is_terminal, print_json, print_table, say, show_log_tail, styled, waiting
+from labkeeper.cli.output import (
+    ago,
+    coloured,
+    is_terminal,
+    print_facts,
+    print_json,
+    print_table,
+    put,
+    say,
+    show_log_tail,
+    styled,
+    waiting,
+)
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import DEFAULT_NAME
@@ -206,7 +218,7 @@ def _show_started(server: Server, as_json: bool) -> None:
     if as_json:
         print_json(server)
     elif server.lab_url is not None:
-        click.echo(server.lab_url)
+        put(server.lab_url)
     else:
         say(f"server '{server.name}' is {server.state}; `labkeeper show {server.name}` tells more")
 
@@ -271,9 +283,7 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
         print_json(server)
         return
     facts = _facts(server)
-    width = max(map(len, facts))
-    for key, value in facts.items():
-        click.echo(f"{key:{width}}  {value}")
+    print_facts(facts)
     if server.failure is not None:
         show_log_tail(server.failure.log_tail)
 
@@ -407,7 +417,7 @@ def _show_stopped(server: Server, as_json: bool) -> None:
     if as_json:
         print_json(server)
     else:
-        click.echo(f"{server.name}: {_stopped(server)}")
+        put(f"{server.name}: {_stopped(server)}")
     left = server.stop_report.kernels_left if server.stop_report else ()
     if left:
         say(f"{server.name}: kernels may be left on its gateway, and are ended when it answers: {', '.join(left)}")
@@ -448,9 +458,9 @@ def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
     with connected(where) as (client, _):
         if follow:
             for line in client.follow(name, tail=tail):
-                click.echo(line)
+                put(line)
         else:
-            click.echo(client.logs(name, tail=tail), nl=False)
+            put(client.logs(name, tail=tail), nl=False)
 
 
 @click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
@@ -480,10 +490,10 @@ def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: 
 
 def _show_event(event: Event, as_json: bool) -> None:
     if as_json:
-        click.echo(event.model_dump_json())
+        put(event.model_dump_json())
         return
     by = "" if event.actor == "keeper" else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
-    click.echo(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
+    put(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
 
 
 @click.command("rotate-token", epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"))
@@ -519,7 +529,7 @@ def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None
     if as_json:
         print_json(made)
     else:
-        click.echo(made.url)
+        put(made.url)
 
 
 @click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
@@ -538,7 +548,7 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
         # A browser is told what to open on its command line, which all users of the machine can read: no token there.
         once = None if print_only else client.link(name).url
     if once is None or not _browse(once):
-        click.echo(server.lab_url)
+        put(server.lab_url)
 
 
 _CLOSED: Final = {

@@ -53,7 +53,7 @@ from labkeeper.client.answers import (
     parse,
     parse_text,
 )
-from labkeeper.client.connection import Translated, checked_token, checked_url, make_transport
+from labkeeper.client.connection import IfAsked, Translated, checked_token, checked_url, make_transport
 from labkeeper.core.access import Scope
 from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError, TokenNotFound
 from labkeeper.core.lifecycle import State
@@ -141,7 +141,8 @@ class Client:
     Proxies of the environment are not used, so that a token for a keeper on this machine never passes through one; give an
     `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
 
-    `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token.
+    `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token; `token_if_asked` is
+    shown where the keeper refuses them all the same.
     `ca_file` holds certificates of authorities to trust beside those of the system, for a keeper that speaks TLS.
 
     Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
@@ -154,6 +155,7 @@ class Client:
         base_url: str,
         *,
         token: str | None = None,
+        token_if_asked: str | None = None,
         socket: str | None = None,
         timeout: float = TIMEOUT,
         ca_file: _PathText | None = None,
@@ -168,7 +170,8 @@ class Client:
             # Nobody listens in on a Unix socket: there is no TLS on it.
             url = self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
             transport = transport or make_transport(url, ca_file=ca_file, socket_path=socket)
-            self._http = httpx.Client(base_url=url, headers=headers, transport=transport, trust_env=False)
+            auth = None if token_if_asked is None else IfAsked(token_if_asked)
+            self._http = httpx.Client(base_url=url, headers=headers, auth=auth, transport=transport, trust_env=False)
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 

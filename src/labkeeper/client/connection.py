@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import ssl
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Final
@@ -51,6 +52,20 @@ def checked_token(token: str) -> str:
     if not token or not all("!" <= letter <= "~" for letter in token):
         raise SettingsError("cannot use the API token: it must be visible ASCII characters")
     return token
+
+
+class IfAsked(httpx.Auth):
+    """Shows a token where the keeper does not know its caller without one."""
+
+    def __init__(self, token: str) -> None:
+        self._token = checked_token(token)
+
+    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
+        """Send a request, and again with the token if that was refused."""
+        answer = yield request
+        if answer.status_code == httpx.codes.UNAUTHORIZED:
+            request.headers["Authorization"] = f"Bearer {self._token}"
+            yield request
 
 
 def make_transport(

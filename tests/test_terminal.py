@@ -1,0 +1,30 @@
+"""What others wrote is shown at a terminal, and not obeyed there."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper.terminal import visible, visible_line
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("plain, wörds\tand 漢字\n", "plain, wörds\tand 漢字\n"),
+        ("\x1b]52;c;cm0gLXJmIH4=\x07", r"\x1b]52;c;cm0gLXJmIH4=\x07"),
+        ("\x1b[2J\x1b[1;1H", r"\x1b[2J\x1b[1;1H"),
+        ("\x9b2J\x90q\x7f\x00\x08", r"\x9b2J\x90q\x7f\x00\x08"),
+        ("shown\rhidden\r\n", "shown\\x0dhidden\r\n"),
+        ("\x1b[32m[I]\x1b[m text", "\x1b[32m[I]\x1b[m text"),
+        ("\x1b[8mhidden\nnext\x1b[31m", "\x1b[8mhidden\x1b[0m\nnext\x1b[31m\x1b[0m"),
+        ("\x1b[" + "1;" * 40 + "m", r"\x1b[" + "1;" * 40 + "m"),
+        ("\x1b[?25l", r"\x1b[?25l"),
+    ],
+)
+def test_a_terminal_gets_colours_and_no_other_orders(text, shown):
+    assert visible(text) == shown
+    assert visible(shown) == shown
+
+
+def test_what_is_one_line_stays_one():
+    assert visible_line("a\n\tb\r\nc\x1b[2J") == r"a\x0a\x09b\x0d\x0ac\x1b[2J"
