@@ -15,9 +15,10 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
 
+from labkeeper.core.controller import Policy
 from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.errors import SettingsError
-from labkeeper.core.model import Reserve
+from labkeeper.core.model import Limits, Reserve
 from labkeeper.core.times import duration
 
 PREFIX: Final = "LABKEEPER_"
@@ -28,6 +29,8 @@ CA_VARIABLE: Final = PREFIX + "CA_FILE"
 """Which authorities the command line trusts, beside those of the system."""
 _OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX + "SERVER"})
 """Variables of ours that are no settings."""
+_MARGIN: Final = 5.0
+"""Seconds."""
 
 
 def _absolute(path: Path) -> Path:
@@ -268,6 +271,30 @@ class Settings(BaseModel):
             terminals=Terminals(self.cull_terminals),
             kernel_idle_timeout=self.kernel_idle_timeout or None,
         )
+
+    @property
+    def policy(self) -> Policy:
+        """The numbers that rule every server."""
+        return Policy(
+            start_timeout=self.start_timeout,
+            stop_grace=self.stop_grace,
+            kill_wait=self.kill_wait,
+            probe_period=self.probe_period,
+            hung_after=self.hung_after,
+            max_servers=self.max_servers,
+            max_starts=self.max_starts,
+            min_free=self.min_free,
+        )
+
+    @property
+    def longest_stop(self) -> float:
+        """Seconds after which the end of a server is waited for no longer: beyond the sum of all timers."""
+        return self.stop_grace + self.kill_wait + _MARGIN
+
+    @property
+    def limits(self) -> Limits:
+        """What servers may use whose request does not say."""
+        return Limits(memory=self.memory_limit, cpus=self.cpu_limit, processes=self.process_limit)
 
     @property
     def certificate(self) -> tuple[Path, Path] | None:

@@ -1,0 +1,170 @@
+"""Runs a keeper: settings in, then everything put together, then signals, and an orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import os
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from labkeeper import logs, scrub, settings, statedir
+from labkeeper.api import tls
+from labkeeper.api.tls import Certificate
+from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
+from labkeeper.core.lifecycle import MAY_EXIST
+from labkeeper.runtime import Keeper
+from labkeeper.serve.assembly import assemble
+from labkeeper.serve.listening import address, listen, local_door, url_of
+from labkeeper.serve.process import Ended, allow_descriptors, is_usable, make_private, only_keeper, tell_systemd
+from labkeeper.settings import Settings
+
+if TYPE_CHECKING:
+    from labkeeper.client import Client
+
+_NO_THREAD: Final = "can't start new thread"
+"""What Python says where a thread is one too many; the error has no type of its own."""
+
+_log = structlog.get_logger("labkeeper.serve")
+
+
+def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
+    """Run a keeper until SIGTERM or SIGINT, and stop its servers or leave them; give the exit code.
+
+    With `first`, the server named `default` is started too. `announce` gets lines for the person who started the keeper;
+    `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
+    Raises SettingsError.
+    """
+    # What is made from here on is for us alone; what others must reach is opened to them where it is made.
+    os.umask(0o077)
+    logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
+    announce = _unheard_is_no_harm(announce)
+    with ExitStack() as stack:
+        ended = stack.enter_context(closing(Ended()))
+        make_private(chosen.state_dir)
+        stack.enter_context(only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
+        if chosen.runtime_dir is not None and is_usable(chosen.runtime_dir):
+            stack.enter_context(only_keeper(chosen.runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
+        allow_descriptors()
+        token = _token(chosen)
+        scrub.learn("keeper", _own_secrets(chosen, token))
+        certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
+        if chosen.lab_certificate is not None:
+            # A mistake is told now, and not by each server that cannot start.
+            tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
+        listener = stack.enter_context(listen(chosen.host, chosen.port))
+        url = url_of(listener, "http" if certificate is None else "https")
+        door = stack.enter_context(local_door(statedir.socket_path(chosen.state_dir)))
+        listeners = [listener] if door is None else [listener, door]
+        try:
+            keeper = assemble(chosen, token, stack, listeners=listeners, certificate=certificate, url=url)
+        except StoreError as error:
+            # At boot it is for whoever runs the keeper to act, as for every other setting.
+            raise SettingsError(error.message) from error
+        except RuntimeError as error:
+            if str(error) != _NO_THREAD:
+                raise
+            raise SettingsError(
+                "cannot start the threads of a keeper; raise the limit of processes (ulimit -u, or the container's --pids-limit)"
+            ) from error
+        path = None if door is None else statedir.socket_path(chosen.state_dir)
+        stack.enter_context(address(chosen.state_dir, url, path))
+        announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
+        _warn(chosen, announce)
+        if first:
+            connect = functools.partial(_own_client, url, path, token)
+            threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True).start()
+        # What is there by now stays: later searches for garbage leave it out.
+        gc.freeze()
+        tell_systemd("READY=1")
+        _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
+        ended.wait()
+        tell_systemd("STOPPING=1")
+        return _stop(keeper, chosen, announce)
+
+
+def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
+    """Stop all servers, unless they are left for the next keeper; the API goes on answering meanwhile."""
+    count = len([s for s in keeper.all() if s.endpoint is not None])
+    if chosen.on_exit == "leave":
+        _log.info("keeper ends; its servers are left for the next one", servers=count)
+        return 0
+    if count:
+        announce(f"stopping {count} server{'s' if count > 1 else ''} ...")
+    if keeper.stop_all(within=chosen.longest_stop):
+        _log.info("keeper ends; no server is left")
+        return 0
+    left = sorted(s.name for s in keeper.all() if s.state in MAY_EXIST)
+    _log.error("keeper ends, but servers may be left", servers=left)
+    announce(f"could not prove the end of: {', '.join(left)}")
+    return 1
+
+
+def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
+    if chosen.auth == "none":
+        where = f"{chosen.host} port {chosen.port}"
+        text = f"access control is OFF (LABKEEPER_AUTH=none): whoever reaches {where} can run code as this user"
+        announce(f"WARNING: {text}")
+        _log.warning(text)
+    if os.geteuid() == 0 and chosen.user is None:
+        _log.warning("a server whose request names no user runs as root; LABKEEPER_USER names another one for those")
+    for name in settings.unknown_variables():
+        _log.warning("unknown setting in the environment; it has no effect", variable=name)
+
+
+def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None]:
+    """Let it be no reason to end, nor to leave servers behind, that what is said goes to a full disk, or to nobody."""
+
+    def say(line: str) -> None:
+        with contextlib.suppress(OSError):
+            announce(line)
+
+    return say
+
+
+def _token(chosen: Settings) -> str | None:
+    """Give the API token: the one that was set, or the one in the state directory, made now if need be."""
+    if chosen.auth == "none":
+        return None
+    if chosen.token is not None:
+        return chosen.token.get_secret_value()
+    try:
+        return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
+    except OSError as error:
+        raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
+
+
+def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
+    """Give what this keeper must not tell; the URL of a webhook is often a secret by itself."""
+    set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
+    return [*set_, *([] if token is None else [token])]
+
+
+def _own_client(url: str, path: Path | None, token: str | None) -> Client:
+    """Make a client of ourselves: by the Unix socket where there is one, since our certificate may be for another name."""
+    from labkeeper.client import Client  # noqa: PLC0415 - late: most keepers start no first server
+
+    return Client(url, token=token) if path is None else Client(url, socket=str(path))
+
+
+def _start_first(connect: Callable[[], Client], announce: Callable[[str], None], ended: Ended, at_terminal: bool) -> None:
+    """Start the default server through our own API, as any caller would."""
+    announce("starting JupyterLab ...")
+    try:
+        with connect() as client:
+            link = client.create().lab_url
+            announce(f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}")
+    except LabkeeperError as error:
+        if ended.is_set():
+            return
+        announce(f"no first server: {error.message}")
+        for line in error.details.get("log_tail", ()):
+            announce(f"  {line}")
+    announce("Ctrl-C stops everything.")

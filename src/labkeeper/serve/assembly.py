@@ -1,0 +1,270 @@
+"""What a keeper is made of, put together: the one place that knows every part."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Final
+from urllib.parse import urlsplit
+
+from labkeeper import logs, scrub
+from labkeeper.api.answers import event_model
+from labkeeper.api.app import create_app
+from labkeeper.api.places import Places
+from labkeeper.api.requests import Defaults
+from labkeeper.api.services import Services
+from labkeeper.api.tls import Certificate
+from labkeeper.api.wsgi import WsgiServer
+from labkeeper.backends.local import LocalBackend
+from labkeeper.backends.machine import OwnMachine
+from labkeeper.core.errors import SettingsError
+from labkeeper.core.fleet import Fleet
+from labkeeper.core.model import WebhookStatus
+from labkeeper.crew import Crew
+from labkeeper.culling.culler import Culler
+from labkeeper.gateways.client import GatewayClient
+from labkeeper.gateways.debts import Ledger
+from labkeeper.gateways.gate import Gate
+from labkeeper.gateways.watch import GatewayWatch
+from labkeeper.history.chronicle import Chronicle
+from labkeeper.history.webhooks import Webhook, key_of
+from labkeeper.jupyter import JupyterClient
+from labkeeper.metrics import Metrics, World
+from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.settings import Settings
+from labkeeper.store import SqliteStore
+from labkeeper.tokens import Tokens
+from labkeeper.usage import Sampler
+
+_OURS: Final = version("labkeeper")
+
+
+def assemble(
+    chosen: Settings,
+    token: str | None,
+    stack: ExitStack,
+    *,
+    listeners: Sequence[socket.socket],
+    certificate: Certificate | None,
+    url: str,
+) -> Keeper:
+    """Build everything, in the order in which it is closed backwards; it serves when this returns.
+
+    Raises SettingsError, StoreError, and RuntimeError where threads cannot be started.
+    """
+    base = _base(chosen, stack)
+    history = _history(chosen, base, stack)
+    gateways = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
+    gate = Gate(base.inbox.hear, crew=base.crew, client=gateways, probe=base.jupyter)
+    watch = GatewayWatch(
+        base.inbox.hear,
+        crew=base.crew,
+        client=gateways,
+        ledger=base.ledger,
+        clock=base.clock,
+        period=chosen.gateway_period,
+    )
+    backend = _backend(chosen, base, history, gate)
+    culler = _culler(chosen, base, history, backend)
+    lanes = LanePool(base.inbox.hear)
+    fleet = Fleet(
+        backend=backend,
+        gate=gate,
+        ledger=base.ledger,
+        store=base.store,
+        lanes=lanes,
+        clock=base.clock,
+        policy=chosen.policy,
+        machine=OwnMachine(),
+        listeners=(
+            scrub.SecretsOfServers(),
+            base.board,
+            logs.ChangeLog(),
+            watch,
+            history.chronicle,
+            history.metrics,
+            culler,
+        ),
+    )
+    keeper = Keeper(fleet, base.inbox, lanes, base.board)
+    # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
+    stack.callback(backend.close)
+    keeper.start()
+    stack.callback(keeper.close)
+    watch.start()
+    sampler = Sampler(backend, base.jupyter, keeper.all, crew=base.crew, clock=base.clock, period=chosen.usage_period)
+    sampler.start()
+    culler.start()
+    services = _services(chosen, base, history, backend, keeper=keeper, culler=culler, sampler=sampler, token=token, url=url)
+    _serve(chosen, services, stack, listeners, certificate)
+    # Before the server's: that waits for answers that go on.
+    stack.callback(history.chronicle.close)
+    return keeper
+
+
+@dataclass(frozen=True, slots=True)
+class _Base:
+    """What all others are made over."""
+
+    store: SqliteStore
+    clock: SystemClock
+    crew: Crew
+    jupyter: JupyterClient
+    inbox: Inbox
+    board: Board
+    ledger: Ledger
+
+
+def _base(chosen: Settings, stack: ExitStack) -> _Base:
+    store, clock, crew = SqliteStore(chosen.state_dir / "labkeeper.sqlite"), SystemClock(), Crew()
+    stack.callback(store.close)
+    stack.callback(crew.close)
+    return _Base(store, clock, crew, JupyterClient(), Inbox(), Board(), Ledger(store, clock))
+
+
+@dataclass(frozen=True, slots=True)
+class _History:
+    """What remembers, counts and tells."""
+
+    chronicle: Chronicle
+    metrics: Metrics
+    webhooks: Callable[[], list[WebhookStatus]]
+    """Says how the webhooks fare."""
+
+
+def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
+    webhooks: list[Webhook] = []
+
+    def statuses() -> list[WebhookStatus]:
+        return [webhook.status() for webhook in webhooks]
+
+    metrics = Metrics(base.clock, World(base.board.all, base.ledger.all, statuses), version=_OURS)
+    chronicle = Chronicle(base.store, base.clock, size=chosen.history_size, hearers=[metrics.heard])
+    if (webhook := _webhook(chosen, chronicle, base)) is not None:
+        webhooks.append(webhook)
+        stack.callback(webhook.close)
+        webhook.start()
+    return _History(chronicle, metrics, statuses)
+
+
+def _webhook(chosen: Settings, chronicle: Chronicle, base: _Base) -> Webhook | None:
+    """Make the webhook that the settings ask for, if they do. Raises SettingsError."""
+    if chosen.webhook_url is None:
+        return None
+    url = chosen.webhook_url.get_secret_value()
+    parts = urlsplit(url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise SettingsError("bad setting LABKEEPER_WEBHOOK_URL: must be such as https://host/path")
+    if chosen.webhook_secret is None:
+        raise SettingsError(
+            "LABKEEPER_WEBHOOK_URL is set, and no LABKEEPER_WEBHOOK_SECRET to sign with; `openssl rand -base64 32` makes one"
+        )
+    try:
+        key = key_of(chosen.webhook_secret.get_secret_value())
+    except ValueError as error:
+        raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
+    return Webhook(url, key, chronicle, base.store, base.clock, lambda entry: event_model(entry).model_dump(mode="json"))
+
+
+def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate) -> LocalBackend:
+    return LocalBackend(
+        gate.hear,
+        python=chosen.jupyter_python,
+        runtime_dir=chosen.rooms,
+        log_dir=chosen.state_dir / "logs",
+        client=base.jupyter,
+        launch_by=chosen.launch_by,
+        umask=chosen.umask_of_servers,
+        log_max_bytes=chosen.log_max_bytes,
+        echo_logs=chosen.echo_logs,
+        certificate=chosen.lab_certificate,
+        found_orphans=history.chronicle.orphans,
+    )
+
+
+def _culler(chosen: Settings, base: _Base, history: _History, backend: LocalBackend) -> Culler:
+    return Culler(
+        base.inbox.post,
+        backend=backend,
+        probe=base.jupyter,
+        chronicle=history.chronicle,
+        crew=base.crew,
+        clock=base.clock,
+        policy=chosen.cull_policy,
+        period=chosen.cull_period,
+    )
+
+
+def _services(
+    chosen: Settings,
+    base: _Base,
+    history: _History,
+    backend: LocalBackend,
+    *,
+    keeper: Keeper,
+    culler: Culler,
+    sampler: Sampler,
+    token: str | None,
+    url: str,
+) -> Services:
+    return Services(
+        keeper=keeper,
+        backend=backend,
+        probe=base.jupyter,
+        debts=base.ledger.all,
+        history=history.chronicle,
+        meter=history.metrics,
+        webhooks=history.webhooks,
+        usage=sampler.of,
+        culler=culler,
+        max_snooze=chosen.max_snooze,
+        defaults=_defaults(chosen),
+        version=_OURS,
+        tokens=Tokens(base.store, base.clock, history.chronicle, owner=token),
+        is_open=chosen.auth == "none",
+        is_server=backend.belongs_to_server,
+        url=url,
+        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],
+        origins=chosen.allowed_origins,
+        max_request_rate=chosen.max_request_rate,
+        advertised_host=chosen.advertised_host,
+        start_wait=chosen.start_timeout + chosen.longest_stop,
+        stop_wait=chosen.longest_stop,
+        places=Places(chosen.threads),
+        max_body=chosen.max_body,
+    )
+
+
+def _defaults(chosen: Settings) -> Defaults:
+    return Defaults(
+        chosen.notebook_dir,
+        chosen.lab_ip,
+        chosen.lab_port,
+        chosen.limits,
+        chosen.idle_timeout,
+        chosen.max_age,
+        chosen.allowed_roots or (),
+        chosen.user,
+    )
+
+
+def _serve(
+    chosen: Settings,
+    services: Services,
+    stack: ExitStack,
+    listeners: Sequence[socket.socket],
+    certificate: Certificate | None,
+) -> None:
+    server = WsgiServer(
+        create_app(services),
+        listeners,
+        threads=chosen.threads,
+        max_body=chosen.max_body,
+        certificate=certificate,
+        fit=services.places.fit,
+    )
+    server.start()
+    stack.callback(server.close)

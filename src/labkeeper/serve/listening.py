@@ -1,0 +1,79 @@
+"""Where the keeper answers: its port, its Unix socket, and the file that says so."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import structlog
+
+from labkeeper import statedir
+from labkeeper.core.errors import SettingsError
+
+_WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
+
+_log = structlog.get_logger("labkeeper.serve")
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Listen on an address and a port, and no other. Raises SettingsError."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=512)
+    except OSError as error:
+        raise SettingsError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another LABKEEPER_HOST or LABKEEPER_PORT"
+        ) from error
+
+
+def url_of(listener: socket.socket, scheme: str) -> str:
+    """Give the URL of a listening socket, as seen from this machine."""
+    host, port = listener.getsockname()[:2]
+    host = _WILDCARDS.get(host, host)
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+
+
+@contextmanager
+def local_door(path: Path) -> Iterator[socket.socket | None]:
+    """Make the Unix socket by which our user reaches us; where that cannot be, such as by too long a path, we go on without."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+        try:
+            path.unlink(missing_ok=True)  # Of a keeper that was killed.
+            _bind_private(door, path)
+        except OSError as error:
+            _log.warning("there is no Unix socket; callers on this machine use the port", path=str(path), error=str(error))
+            yield None
+            return
+        try:
+            yield door
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _bind_private(door: socket.socket, path: Path) -> None:
+    """Bind a socket that comes into being with mode 0600. Raises OSError."""
+    before = os.umask(0o177)
+    try:
+        door.bind(os.fspath(path))
+    finally:
+        os.umask(before)
+
+
+@contextmanager
+def address(state_dir: Path, url: str, door: Path | None) -> Iterator[None]:
+    """Say in the state directory where we answer, as long as that is so."""
+    try:
+        statedir.write_address(state_dir, url, door)
+    except OSError as error:
+        _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # On a disk that has become read-only it stays, as that of a killed keeper.
+            statedir.remove_address(state_dir)
