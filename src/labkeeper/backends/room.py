@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
-from labkeeper.files import write_private
+from labkeeper.files import remove_tree, write_private
 
 
 class Record(BaseModel):
@@ -64,8 +63,9 @@ class Room:
             # It may pass through to its own part. Which process runs here it must not be able to write.
             for passed in (self.path.parent, self.path):
                 passed.chmod(0o711)
-            for owned in filter(None, (self.jupyter, bundle)):
-                os.chown(owned, user.uid, user.gid)
+            # The directory last: once it is the user's, a link may stand for anything in it, and we would give that away.
+            for owned in filter(None, (bundle, self.jupyter)):
+                os.chown(owned, user.uid, user.gid, follow_symlinks=False)
         return bundle
 
     def note(self, record: Record) -> None:
@@ -91,7 +91,7 @@ class Room:
         note = write_private(self.path / kernels.NOTE, json.dumps({"keep_kernels": keep_kernels, "within": within}))
         # Its user is to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():
-            os.chown(note, user.st_uid, user.st_gid)
+            os.chown(note, user.st_uid, user.st_gid, follow_symlinks=False)
 
     @property
     def recognised(self) -> bool:
@@ -105,7 +105,10 @@ class Room:
 
     def remove(self) -> None:
         """Remove the room with all that is in it. Idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.path.is_symlink():
+            # What makes it recognised goes last, so that a keeper that ends meanwhile leaves no directory that nobody removes.
+            for directory in (self.jupyter, self.path):
+                remove_tree(directory)
 
     @property
     def _record_path(self) -> Path:
