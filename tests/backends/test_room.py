@@ -44,6 +44,14 @@ def test_a_file_without_a_certificate_is_named(tmp_path):
     assert "hash" not in str(caught.value)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_that_has_become_something_else_since_holds_no_launch_up(tmp_path, make):
+    make(tmp_path / "ca.pem")
+    gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))
+    with pytest.raises(OSError, match="it is no file"):
+        Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
+
+
 def told(room):
     """Whose the note is, with which mode, and what it says."""
     note = room.path / "stop.json"
@@ -93,6 +101,6 @@ def test_a_room_goes_whatever_a_server_has_made_in_it(tmp_path):
     here = room.jupyter
     for _ in range(1200):
         here = here / "d"
-        os.mkdir(here)
+        here.mkdir()
     room.remove()
     assert not room.path.exists()

@@ -23,7 +23,7 @@ from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
-from labkeeper.files import remove_tree, write_private
+from labkeeper.files import read_named, remove_tree, write_private
 
 
 class Record(BaseModel):
@@ -119,19 +119,20 @@ class Room:
         if spec.gateway is None or spec.gateway.ca_certs is None:
             return None
         system = ssl.get_default_verify_paths().cafile
-        sources = [_certificates(Path(path)) for path in (system, spec.gateway.ca_certs) if path]
+        sources = [_certificates(system, Path(system).read_bytes())] if system else []
+        sources.append(_certificates(spec.gateway.ca_certs, read_named(spec.gateway.ca_certs)))
         return write_private(self.jupyter / "gateway-ca.pem", "\n".join(sources))
 
 
 _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----")
 
 
-def _certificates(file: Path) -> str:
-    """Read the certificates of a file, and nothing else: we may be able to read what the server's user may not.
+def _certificates(file: str, content: bytes) -> str:
+    """Give the certificates of a file, and nothing else: we may be able to read what the server's user may not.
 
-    Raises OSError, and ValueError where there is none.
+    Raises ValueError where there is none.
     """
-    found = [match[0] for match in _CERTIFICATE.finditer(file.read_text(encoding="utf-8", errors="replace"))]
+    found = [match[0] for match in _CERTIFICATE.finditer(content.decode(errors="replace"))]
     if not found:
         raise ValueError(f"{file} holds no certificate in PEM")
     return "\n".join(found)
