@@ -26,6 +26,16 @@ from labkeeper.core.model import ServerSpec
 from labkeeper.files import read_named, remove_tree, write_private
 
 
+class Asked(BaseModel):
+    """Where a server was told to listen. It runs its user's own code, so what it says of that itself is worth nothing."""
+
+    hostname: str
+    port: int
+    base_url: str
+    secure: bool
+    """Whether it has to speak TLS; by its own configuration it may in any case."""
+
+
 class Record(BaseModel):
     """`launch.json`: which process runs here, and since which launch and boot."""
 
@@ -40,6 +50,8 @@ class Record(BaseModel):
     """Which fork server is its parent."""
     limited_by: dict[str, LimitedBy] = {}
     ready: bool = False
+    asked: Asked | None = None
+    """None in one that an earlier release wrote."""
 
 
 @dataclass(frozen=True, slots=True)
