@@ -52,6 +52,8 @@ SECRETS = {
     "foo_secret": secrets.token_urlsafe(24),
 }
 """What a keeper has in its environment; the last one is no setting, as if its name were misspelled."""
+OF_ROOT = {"AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(24)}
+"""What a keeper of root has there besides, for its own use; its servers that run as root have it, too."""
 
 
 def secretive(base, **settings):
@@ -66,6 +68,7 @@ def secretive(base, **settings):
 def of_root(passable, user):
     """A keeper of root, whose servers run as somebody else."""
     keeper = secretive(passable / "of-root", runtime_dir=passable / "run")
+    keeper.variables.update(OF_ROOT)
     yield keeper.start()
     keeper.close()
 
@@ -192,10 +195,62 @@ def test_a_token_that_was_generated_is_in_its_own_file_and_nowhere_else(passable
 @BY
 def test_a_notebook_of_another_user_finds_nothing_of_its_keeper_at_all(of_root, user, launch_by):
     server = launched(of_root, "stranger", launch_by, user=USER)
-    assert found_by_a_notebook(of_root, server, SECRETS) == []
+    assert found_by_a_notebook(of_root, server, SECRETS | OF_ROOT) == []
     cell = f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, of_root.state_dir.iterdir()))}])"
     assert "True" not in run_cell(server, start_kernel(server), cell)
     assert of_root.delete("stranger").status_code == 200
+
+
+LOOK_INTO_ITSELF = """
+import ctypes, json, os, re
+from pathlib import Path
+
+class Piece(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+def own_memory():
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, end = (int(number, 16) for number in line.split()[0].split("-"))
+        content = ctypes.create_string_buffer(end - first)
+        here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
+        if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
+            yield content
+
+# Patterns that do not hold what they find: they are in this memory themselves.
+wanted = {name: re.compile(pattern.encode()) for name, pattern in @wanted@.items()}
+control = bytes.fromhex("@control@")
+found = sorted({name for content in own_memory() for name, pattern in wanted.items() if pattern.search(content)})
+(Path.home() / "found.json").write_text(json.dumps(found))
+"""
+
+
+@BY
+def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(of_root, user, passable, launch_by):
+    """Its user's configuration is run in it, and reads what was there before the fork as well."""
+    control = secrets.token_hex(16)
+    wanted = {
+        name: "".join(f"[{letter}]" for letter in text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()
+    }
+    source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace("@control@", control.encode().hex())
+    place = passable / "home" / ".jupyter"
+    place.mkdir(exist_ok=True)
+    shutil.chown(place, USER)
+    (place / "jupyter_server_config.py").write_text(source)
+    try:
+        server = launched(of_root, "introspective", launch_by, user=USER)
+        assert server["user"] == USER
+        assert json.loads((passable / "home" / "found.json").read_text()) == ["control"]
+    finally:
+        of_root.delete("introspective")
+        shutil.rmtree(place)
+
+
+def test_a_server_of_roots_own_is_forked_and_has_all_that_its_keeper_has(of_root):
+    server = forked(of_root, "own")
+    cell = f"import os; print(os.environ.get({next(iter(OF_ROOT))!r}))"
+    assert run_cell(server, start_kernel(server), cell).strip() == next(iter(OF_ROOT.values()))
+    assert of_root.delete("own").status_code == 200
 
 
 def launched(keeper, name, launch_by, **body):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import secrets
 import socket
 import sys
@@ -21,7 +20,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from labkeeper import jupyter
-from labkeeper.backends.accounts import Account, check_passage, find_user, own_environment
+from labkeeper.backends.accounts import Account, check_passage, common_environment, find_user, own_environment
 from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.echo import Echo
 from labkeeper.backends.forking import ForkServer
@@ -93,7 +92,7 @@ class LocalBackend:
                 python=python,
                 runtime_dir=self._runtime_dir,
                 log_dir=log_dir,
-                environment=jupyter.base_environment(os.environ),
+                environment=jupyter.base_environment(common_environment()),
                 config=jupyter.base_config(),
             )
             self._forkserver.start()
