@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import pwd
+import signal
 import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +56,22 @@ def test_a_file_that_was_named_is_not_read_by_way_of_a_link_that_came_later(tmp_
     (tmp_path / "mine").symlink_to("theirs")
     with pytest.raises(OSError, match="a part of its path has become a link"):
         read_named(str(tmp_path / "mine" / "key"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_nobody_who_holds_a_lease_of_a_file_is_waited_for(tmp_path):
+    """Linux would let an open wait three quarters of a minute for its holder."""
+    path = tmp_path / "file"
+    path.write_text("text")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        with path.open("r+") as held:
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            for read in (read_foreign, read_named):
+                with pytest.raises(BlockingIOError):
+                    read(str(path))
+    finally:
+        signal.signal(signal.SIGIO, before)
 
 
 NOBODY = pwd.getpwuid(65534).pw_name

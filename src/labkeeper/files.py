@@ -63,7 +63,8 @@ def _regular(path: str | Path) -> Iterator[int]:
         if sys.platform != "linux":
             yield found
         else:
-            with _closing(os.open(f"/proc/self/fd/{found}", os.O_RDONLY)) as descriptor:
+            # Who holds a lease of the file would be waited for.
+            with _closing(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)) as descriptor:
                 yield descriptor
 
 
@@ -117,10 +118,10 @@ def _empty(directory: int, *, into: int) -> list[str]:
     """Remove all files of a directory, and move its directories into another one, with names that nobody knows; give these."""
     moved = []
     for name in os.listdir(directory):
-        try:
-            os.unlink(name, dir_fd=directory)
-        except (IsADirectoryError, PermissionError):  # The latter on macOS.
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            try:
+                os.unlink(name, dir_fd=directory)
+            except (IsADirectoryError, PermissionError):  # The latter on macOS.
                 _unlock(name, directory)
                 os.rename(name, fresh := secrets.token_hex(16), src_dir_fd=directory, dst_dir_fd=into)
                 moved.append(fresh)
