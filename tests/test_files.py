@@ -1,12 +1,19 @@
-"""What somebody else may have put there is read with care."""
+"""What somebody else may have put there is read, and removed, with care."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
+import pwd
+import signal
+import stat
+import sys
+from pathlib import Path
 
 import pytest
 
-from labkeeper.files import _LARGEST, read_foreign
+from labkeeper.files import _LARGEST, private_copy, read_foreign, read_named, remove_tree
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path):
@@ -17,8 +24,141 @@ def test_a_file_is_read_up_to_a_size(tmp_path):
     assert len(read_foreign(path)) == _LARGEST
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), lambda _: None])
+def zeros(path):
+    """A device that can be read without end; of the system, where we may make none."""
+    try:
+        os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
+    except PermissionError:
+        path.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), zeros, lambda _: None])
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "file")
-    with pytest.raises(OSError, match=r"no file|No such file|symbolic links"):
-        read_foreign(tmp_path / "file")
+    for read in (read_foreign, read_named):
+        with pytest.raises(OSError, match=r"no file|No such file|symbolic links"):
+            read(str(tmp_path / "file"))
+
+
+def test_a_file_that_was_named_is_read_whole_or_refused(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"text")
+    assert read_named(str(path)) == b"text"
+    os.truncate(path, 1 << 40)
+    with pytest.raises(OSError, match="it is too large"):
+        read_named(str(path))
+
+
+def test_a_file_that_was_named_is_not_read_by_way_of_a_link_that_came_later(tmp_path):
+    """Not even one that leads from a directory to another, where the file is no link itself."""
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "key").write_text("secret")
+    (tmp_path / "mine").symlink_to("theirs")
+    with pytest.raises(OSError, match="a part of its path has become a link"):
+        read_named(str(tmp_path / "mine" / "key"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+def test_nobody_who_holds_a_lease_of_a_file_is_waited_for(tmp_path):
+    """Linux would let an open wait three quarters of a minute for its holder."""
+    path = tmp_path / "file"
+    path.write_text("text")
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    try:
+        with path.open("r+") as held:
+            fcntl.fcntl(held, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+            for read in (read_foreign, read_named):
+                with pytest.raises(BlockingIOError):
+                    read(str(path))
+    finally:
+        signal.signal(signal.SIGIO, before)
+
+
+NOBODY = pwd.getpwuid(65534).pw_name
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "readable"),
+    [
+        (0, 0, 0o600, False),
+        (0, 0, 0o640, False),
+        (0, 65534, 0o640, True),
+        (0, 0, 0o644, True),
+        (65534, 0, 0o600, True),
+        (65534, 0, 0o044, False),
+    ],
+)
+def test_for_another_user_nothing_is_read_that_is_not_for_that_user(tmp_path, owner, group, mode, readable):
+    path = tmp_path / "key"
+    path.write_text("secret")
+    os.chown(path, owner, group)
+    path.chmod(mode)
+    assert read_named(str(path)) == read_named(str(path), "root") == b"secret"
+    with contextlib.nullcontext() if readable else pytest.raises(PermissionError, match=f"user '{NOBODY}' may not read it"):
+        assert read_named(str(path), NOBODY) == b"secret"
+    with pytest.raises(PermissionError):
+        read_named(str(path), "no-such-user")
+
+
+def test_a_copy_is_opened_by_its_path_as_often_as_somebody_likes(tmp_path, monkeypatch):
+    """It has no name, so nothing of it is left, and nobody else finds it."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with private_copy(b"secret") as path:
+        assert [Path(path).read_bytes() for _ in range(2)] == [b"secret"] * 2
+        assert list(tmp_path.iterdir()) == []
+
+
+def nested(directory, depth):
+    """Make directories in each other, deeper than a path can say; give the innermost one as it is open."""
+    here = os.open(directory, os.O_RDONLY)
+    for _ in range(depth):
+        os.mkdir("d", dir_fd=here)
+        below = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = below
+    return here
+
+
+def test_directories_are_removed_however_deep_they_are_and_no_link_is_followed(tmp_path):
+    """Deeper than Python recurses, than a process may hold descriptors, and than a path may be long."""
+    kept, tree = tmp_path / "kept", tmp_path / "tree"
+    kept.mkdir()
+    (kept / "file").touch()
+    tree.mkdir()
+    innermost = nested(tree, 3000)
+    os.symlink(kept, "link", dir_fd=innermost)
+    os.close(innermost)
+    remove_tree(tree)
+    remove_tree(tree)
+    assert not tree.exists()
+    assert (kept / "file").exists()
+
+
+def test_a_link_to_a_directory_is_no_directory_to_remove(tmp_path):
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "link").symlink_to("kept")
+    remove_tree(tmp_path / "link")
+    assert {path.name for path in tmp_path.iterdir()} == {"kept", "link"}
+
+
+def test_what_its_owner_has_closed_to_itself_is_removed_too(tmp_path):
+    """As a user who is not root, since nothing is closed to root."""
+    inner = tmp_path / "tree" / "closed" / "inner"
+    inner.mkdir(parents=True)
+    (inner / "file").touch()
+    if as_root := os.geteuid() == 0:
+        for path in (tmp_path, *tmp_path.rglob("*")):
+            os.chown(path, 65534, 65534)
+    for path in (inner, inner.parent, inner.parent.parent):
+        path.chmod(0)
+    here = os.open(tmp_path, os.O_RDONLY)
+    child = os.fork()
+    if child == 0:
+        os.fchdir(here)
+        if as_root:
+            os.setresuid(65534, 65534, 65534)
+        remove_tree(Path("tree"))
+        os._exit(os.path.lexists("tree"))
+    os.close(here)
+    assert os.waitpid(child, 0)[1] == 0

@@ -63,6 +63,16 @@ def test_directories_are_separated_as_in_a_path_or_a_list_of_the_file(tmp_path, 
     assert settings.load().allowed_roots == (Path("/srv"), Path("/home/%u"))
 
 
+@pytest.mark.parametrize("variable", ["LABKEEPER_NOTEBOOK_DIR", "LABKEEPER_ALLOWED_ROOTS"])
+def test_nothing_below_what_is_a_users_own_is_a_root(monkeypatch, variable):
+    """That user could make a link of it, to where others' servers would be allowed."""
+    monkeypatch.setenv(variable, "/home/of-%u")
+    settings.load()
+    monkeypatch.setenv(variable, "/home/%u/notebooks")
+    with pytest.raises(SettingsError, match=f"{variable}: .*must end with the part that has '%u'"):
+        settings.load()
+
+
 @pytest.mark.parametrize(
     ("variable", "value"),
     [

@@ -13,7 +13,7 @@ import ssl
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -146,8 +146,7 @@ class _Info(BaseModel):
     root_dir: str
     secure: bool
     token: str
-    url: str
-    version: str = ""
+    version: str = Field("", max_length=64)
 
 
 def info_path(runtime_dir: Path, pid: int) -> Path:
@@ -158,27 +157,39 @@ def info_path(runtime_dir: Path, pid: int) -> Path:
 def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
     """Read the server_info of a process; None as long as it has written none, or only half of it."""
     try:
-        endpoint = endpoint_of(json.loads(read_foreign(info_path(runtime_dir, pid))))
+        return endpoint_of(json.loads(read_foreign(info_path(runtime_dir, pid))), pid)
     except (OSError, ValueError, RecursionError):
         return None
-    return endpoint if endpoint.pid == pid else None
 
 
-def endpoint_of(server_info: Any) -> Endpoint:
-    """Read a server_info. Raises ValueError."""
-    info = _Info.model_validate(server_info)
-    return Endpoint(
-        base_url=info.base_url,
-        hostname=info.hostname,
-        notebook_dir=info.root_dir,
-        password=info.password,
-        pid=info.pid,
-        port=info.port,
-        secure=info.secure,
-        token=info.token,
-        url=info.url,
-        version=info.version,
+def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
+    """Read what a process says of itself, in the form of a server_info; None where that is none of its."""
+    try:
+        info = _Info.model_validate(server_info)
+    except ValidationError:
+        return None
+    if info.pid != pid:
+        return None
+    return with_url(
+        Endpoint(
+            base_url=info.base_url,
+            hostname=info.hostname,
+            notebook_dir=info.root_dir,
+            password=info.password,
+            pid=info.pid,
+            port=info.port,
+            secure=info.secure,
+            token=info.token,
+            url="",
+            version=info.version,
+        )
     )
+
+
+def with_url(endpoint: Endpoint, **told: Any) -> Endpoint:
+    """Give an endpoint with what is told better, and the URL that follows from it all."""
+    better = replace(endpoint, **told)
+    return replace(better, url=url_of(better, better.hostname or "localhost"))
 
 
 _KernelId = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]

@@ -67,8 +67,16 @@ def _check_umask(text: str) -> str:
     return text
 
 
+def _check_user_last(root: Path) -> Path:
+    # It would also be asked for as root, wherever the link leads.
+    if any("%u" in part for part in root.parts[:-1]):
+        raise ValueError("must end with the part that has '%u': what is below is that user's, who can make a link of it")
+    return root
+
+
 Directory = Annotated[Path, AfterValidator(_absolute)]
-Directories = Annotated[tuple[Directory, ...], BeforeValidator(_split)]
+Root = Annotated[Directory, AfterValidator(_check_user_last)]
+Directories = Annotated[tuple[Root, ...], BeforeValidator(_split)]
 """In the environment and on the command line separated as in PATH."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
@@ -94,7 +102,7 @@ class Settings(BaseModel):
         description="What lives as long as a server: Jupyter's runtime files, and which process it is. `run` in the state "
         "directory when not given.",
     )
-    notebook_dir: Directory = Field(
+    notebook_dir: Root = Field(
         default_factory=Path,
         description="Root directory of servers that name none, and the base of relative ones; `%u` stands for the server's user.",
     )

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from labkeeper.backends.accounts import check_passage, find_user
+from labkeeper.backends.accounts import check_passage, common_environment, find_user
+from labkeeper.backends.forking import _AT_START
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.model import FailureClass, ServerName, ServerSpec
 
@@ -63,6 +64,29 @@ def test_one_who_is_not_root_cannot_start_servers_as_others():
     assert (
         "cannot start server 'a' as user 'root': only a keeper that runs as root can start servers as other users" in said.stderr
     )
+
+
+@pytest.mark.parametrize("euid", [0, 1])
+def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_start(monkeypatch, euid):
+    """All its servers have it in their memory. The rest comes with the launch, but for what would come too late then."""
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+    early = {
+        "PYTHONPATH",
+        "JUPYTER_PREFER_ENV_PATH",
+        "LD_PRELOAD",
+        "LC_ALL",
+        "LANG",
+        "LANGUAGES",
+        "MALLOC_ARENA_MAX",
+        "GLIBC_TUNABLES",
+    }
+    secret = {"AWS_SECRET_ACCESS_KEY", "HOMEPAGE", "DATABASE_URL"}
+    assert all(_AT_START.match(name) for name in early)
+    for name in early | secret | {"HOME", "XDG_CONFIG_HOME", "JUPYTER_CONFIG_DIR"}:
+        monkeypatch.setenv(name, "x")
+    given = set(common_environment())
+    assert early | {"HOME", "XDG_CONFIG_HOME", "JUPYTER_CONFIG_DIR"} <= given
+    assert secret & given == (set() if euid == 0 else secret)
 
 
 def test_a_runtime_directory_that_others_cannot_reach_is_refused_by_the_directory_in_the_way(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 
 import pytest
 
@@ -103,6 +104,55 @@ def test_a_log_that_cannot_be_written_says_so(log):
     full.path.symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         full.open("x")
+
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def within_limits():
+    """Let no file of this process grow beyond some size from a moment on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of_another(log, within_limits):
+    """It holds the file open, so it can make it a terabyte long, of which nothing is on any disk."""
+    with log.open("[labkeeper] launch") as stream:
+        lines = log.follow(1, lambda: True)
+        assert next(lines) == "[labkeeper] launch\n"
+        os.ftruncate(stream.fileno(), 1 << 40)
+        stream.write(b"\nlast\n")
+        within_limits(64 * MIB)
+        followed = list(iter(lines.__next__, ""))
+        assert followed[-1] == "last\n"
+        assert len("".join(followed)) <= MIB
+        assert log.tail(1) == ["last"]
+        assert len("".join(log.tail(None))) <= MIB
+        assert log.news(0, 100)[0] == ["last"]
+        log.rotate()
+    older = log.path.parent / "x.log.1"
+    assert older.stat().st_size <= MIB
+    assert older.read_bytes().endswith(b"\nlast\n")
+    assert (log.size, log.tail(1)) == (0, ["last"])
+    lines.close()
+
+
+def test_a_copy_that_fails_halfway_leaves_nothing(log, within_limits):
+    """As on a disk that is full."""
+    write(log, "x" * 50 + "\n" + "y" * 70 + "\n")
+    within_limits(60)
+    log.rotate()
+    assert [path.name for path in log.path.parent.iterdir()] == ["x.log"]
+    assert log.size == 0
+
+
+def test_what_a_keeper_that_was_killed_left_of_a_copy_goes_with_the_log(log):
+    write(log, "one\n")
+    (log.path.parent / "x.log.tmp").touch()
+    log.remove()
+    assert not list(log.path.parent.iterdir())
 
 
 def test_removal_is_idempotent(log):

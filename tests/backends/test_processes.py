@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,3 +200,23 @@ def test_a_listening_socket_tells_its_owner(spawn):
     assert Process.find(child.pid).listens_on(port)
     assert not Process.find(child.pid).listens_on(port + 1)
     assert not Process.find(os.getpid()).listens_on(port)
+
+
+LISTENS = """
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+listener.accept()
+"""
+LOOKS = "import sys; from labkeeper.backends.processes import Process; print(Process.find({}).listens_on({}))"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("setpriv"), reason="needs root, and setpriv")
+def test_where_no_process_of_others_can_be_looked_into_the_user_of_a_socket_counts(spawn):
+    """As for root in a container: it sees neither that a server of another user holds a socket, nor that it holds none."""
+    one, other = (spawn(sys.executable, "-c", LISTENS, uid, stdout=subprocess.PIPE) for uid in ("65534", "65533"))
+    ports = [int(child.stdout.readline()) for child in (one, other)]
+    blind = ["setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-c"]
+    assert [subprocess.check_output([*blind, LOOKS.format(one.pid, port)]).strip() for port in ports] == [b"True", b"False"]
+    assert [Process.find(one.pid).listens_on(port) for port in ports] == [True, False]

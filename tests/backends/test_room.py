@@ -44,6 +44,14 @@ def test_a_file_without_a_certificate_is_named(tmp_path):
     assert "hash" not in str(caught.value)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_that_has_become_something_else_since_holds_no_launch_up(tmp_path, make):
+    make(tmp_path / "ca.pem")
+    gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))
+    with pytest.raises(OSError, match="it is no file"):
+        Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
+
+
 def told(room):
     """Whose the note is, with which mode, and what it says."""
     note = room.path / "stop.json"
@@ -65,3 +73,34 @@ def test_so_it_is_to_the_server_of_another_user(tmp_path):
     assert told(room) == (1, 0o600, {"keep_kernels": False, "within": 2.0})
     # To be written to by its user is no way to anything else.
     assert stat.S_IMODE(room.path.stat().st_mode) & 0o022 == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(tmp_path, monkeypatch):
+    """A link in place of a file would be given away, with what it leads to; so the directory that holds it is given last."""
+    ca = tmp_path / "ca.pem"
+    ca.write_text(CERTIFICATE)
+    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    room, real, given = Room(tmp_path / "run" / "a"), os.chown, []
+
+    def chown(path, uid, gid, **how):
+        given.append((path.name, room.jupyter.stat().st_uid, stat.S_IMODE(room.jupyter.stat().st_mode), how))
+        real(path, uid, gid, **how)
+
+    monkeypatch.setattr(os, "chown", chown)
+    bundle = room.furnish(spec, User(1, 1, []))
+    last = {"follow_symlinks": False}
+    assert given == [("gateway-ca.pem", 0, 0o700, last), ("jupyter", 0, 0o700, last)]
+    assert (bundle.stat().st_uid, room.jupyter.stat().st_uid) == (1, 1)
+
+
+def test_a_room_goes_whatever_a_server_has_made_in_it(tmp_path):
+    """More directories in each other than Python recurses, or a process may hold open."""
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, None)
+    here = room.jupyter
+    for _ in range(1200):
+        here = here / "d"
+        here.mkdir()
+    room.remove()
+    assert not room.path.exists()

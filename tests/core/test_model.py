@@ -6,6 +6,7 @@ from dataclasses import FrozenInstanceError, replace
 from itertools import product
 
 import pytest
+from pydantic import TypeAdapter
 
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import Endpoint, Exit, Gateway, ServerSpec, Snapshot, server_name
@@ -72,3 +73,15 @@ def test_nouns_are_frozen():
     """What was handed to a reader never changes under it."""
     with pytest.raises(FrozenInstanceError):
         a_spec().port = 1
+
+
+def test_a_gateway_is_shown_what_the_user_of_its_server_can_show_and_no_other():
+    """Also when the server is revised, and when the store has it of a keeper that did not know of this."""
+    plain = Gateway("http://g", "ws://g")
+    spec = ServerSpec(server_name("lab"), "/", gateway=plain, user="ada")
+    assert spec.gateway == replace(plain, user="ada")
+    assert replace(spec, user="bob").gateway.user == "bob"
+    assert replace(spec, gateway=plain).gateway.user == "ada"
+    stored = TypeAdapter(ServerSpec).dump_python(spec, mode="json")
+    del stored["gateway"]["user"]
+    assert TypeAdapter(ServerSpec).validate_python(stored) == spec

@@ -451,7 +451,7 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
 
     # Made from something else by now, it serves no more, and ends with the last of its servers.
     keeper.kill()
-    keeper.variables["COLOUR"] = "blue"
+    keeper.variables["JUPYTER_COLOUR"] = "blue"
     keeper.start()
     newest = forked(keeper, "newest")
     assert parent_of(newest) != parent

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
+import threading
 
 import httpx
 import pytest
 
-from harness import PATIENCE, forked, give_hands, run_in_server
+from harness import PATIENCE, forked, free_port, give_hands, run_in_server, until
 
 
 def asked(server, path):
@@ -106,3 +108,70 @@ def test_a_root_that_has_become_a_link_since_is_not_entered(keeper, tmp_path):
     root.unlink()
     (tmp_path / "moved").rename(root)
     assert keeper.post("/default/start").json()["root_dir"] == str(root / "deep")
+
+
+LIES = """
+from jupyter_server.serverapp import ServerApp
+told = ServerApp.server_info
+ServerApp.server_info = lambda self: told(self) | {
+    "hostname": "evil.example", "port": 1, "base_url": "/evil/", "url": "http://evil.example/", "token": "evil",
+}
+"""
+
+
+def test_a_server_has_no_say_in_where_it_is_reached(make_keeper):
+    """It runs its user's own code. A later keeper, too, goes by what the launch asked for; of the token it has no record."""
+    keeper = make_keeper()
+    keeper.configure_jupyter(LIES)
+    keeper.start()
+    server = keeper.post(base_url="/base/").json()
+    assert server["lab_url"] == f"http://127.0.0.1:{keeper.lab_port}/base/lab?token={server['token']}"
+    place = {"url": f"http://127.0.0.1:{keeper.lab_port}/base/", "hostname": "127.0.0.1", "port": keeper.lab_port}
+    assert server | place == server
+    assert asked(server, "api/me") == 200
+    keeper.configure_jupyter(LIES.replace('"token": "evil",', ""))
+    assert keeper.post("/default/restart").json()["state"] == "running"
+    keeper.kill()
+    later = keeper.start().wait_for("running")
+    assert later | place == later
+
+
+class Spy(http.server.BaseHTTPRequestHandler):
+    """Says yes to everything, and notes what it was told."""
+
+    def do_GET(self):
+        self.server.told.append(f"{self.path} {self.headers}")
+        self.send_response(200)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+NEVER_LISTENS = """
+from jupyter_server.serverapp import ServerApp
+ServerApp._find_http_port = lambda self: None
+ServerApp._bind_http_server = lambda self: self.log.warning("it listens, says it")
+"""
+
+
+def test_no_token_is_sent_to_who_listens_in_the_place_of_a_server(make_keeper):
+    """As another user of the machine might, between the check of the port and the start."""
+    keeper = make_keeper(start_timeout=5)
+    keeper.configure_jupyter(NEVER_LISTENS)
+    keeper.start()
+    log = keeper.state_dir / "logs" / "default.log"
+    with http.server.HTTPServer(("127.0.0.1", free_port()), Spy, bind_and_activate=False) as spy:
+        spy.told = []
+        spy.server_bind()
+        assert keeper.http.post("/api/servers", params={"wait": 0}, json={"port": spy.server_port}).status_code == 202
+        until(log.exists, what="the port was checked")
+        spy.server_activate()
+        threading.Thread(target=spy.serve_forever).start()
+        try:
+            keeper.wait_for("failed")
+        finally:
+            spy.shutdown()
+    assert "it listens, says it" in log.read_text()
+    assert spy.told == []

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -52,6 +53,8 @@ SECRETS = {
     "foo_secret": secrets.token_urlsafe(24),
 }
 """What a keeper has in its environment; the last one is no setting, as if its name were misspelled."""
+OF_ROOT = {"AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(24)}
+"""What a keeper of root has there besides, for its own use; its servers that run as root have it, too."""
 
 
 def secretive(base, **settings):
@@ -66,6 +69,7 @@ def secretive(base, **settings):
 def of_root(passable, user):
     """A keeper of root, whose servers run as somebody else."""
     keeper = secretive(passable / "of-root", runtime_dir=passable / "run")
+    keeper.variables.update(OF_ROOT)
     yield keeper.start()
     keeper.close()
 
@@ -192,10 +196,135 @@ def test_a_token_that_was_generated_is_in_its_own_file_and_nowhere_else(passable
 @BY
 def test_a_notebook_of_another_user_finds_nothing_of_its_keeper_at_all(of_root, user, launch_by):
     server = launched(of_root, "stranger", launch_by, user=USER)
-    assert found_by_a_notebook(of_root, server, SECRETS) == []
+    assert found_by_a_notebook(of_root, server, SECRETS | OF_ROOT) == []
     cell = f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, of_root.state_dir.iterdir()))}])"
     assert "True" not in run_cell(server, start_kernel(server), cell)
     assert of_root.delete("stranger").status_code == 200
+
+
+LOOK_INTO_ITSELF = """
+import ctypes, json, os, re
+from pathlib import Path
+
+class Piece(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+def own_memory():
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, end = (int(number, 16) for number in line.split()[0].split("-"))
+        content = ctypes.create_string_buffer(end - first)
+        here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
+        if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
+            yield content
+
+# Patterns that do not hold what they find: they are in this memory themselves.
+wanted = {name: re.compile(pattern.encode()) for name, pattern in @wanted@.items()}
+control = bytes.fromhex("@control@")
+found = sorted({name for content in own_memory() for name, pattern in wanted.items() if pattern.search(content)})
+(Path.home() / "found.json").write_text(json.dumps(found))
+"""
+
+
+@BY
+def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(of_root, user, passable, launch_by):
+    """Its user's configuration is run in it, and reads what was there before the fork as well."""
+    control = secrets.token_hex(16)
+    wanted = {
+        name: "".join(f"[{letter}]" for letter in text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()
+    }
+    source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace("@control@", control.encode().hex())
+    place = passable / "home" / ".jupyter"
+    place.mkdir(exist_ok=True)
+    shutil.chown(place, USER)
+    (place / "jupyter_server_config.py").write_text(source)
+    try:
+        server = launched(of_root, "introspective", launch_by, user=USER)
+        assert server["user"] == USER
+        assert json.loads((passable / "home" / "found.json").read_text()) == ["control"]
+    finally:
+        of_root.delete("introspective")
+        shutil.rmtree(place)
+
+
+def test_a_server_of_roots_own_is_forked_and_has_all_that_its_keeper_has(of_root):
+    server = forked(of_root, "own")
+    cell = f"import os; print(os.environ.get({next(iter(OF_ROOT))!r}))"
+    assert run_cell(server, start_kernel(server), cell).strip() == next(iter(OF_ROOT.values()))
+    assert of_root.delete("own").status_code == 200
+
+
+LISTEN = """
+import os, sys, zmq
+from zmq.utils.monitor import recv_monitor_message
+
+os.setuid(65534)
+listener = zmq.Context().socket(zmq.SUB)
+monitor = listener.get_monitor_socket()
+listener.subscribe(b"")
+listener.connect(f"tcp://127.0.0.1:{sys.argv[1]}")
+settled = {zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+           zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_DISCONNECTED}
+while recv_monitor_message(monitor)["event"] not in settled:
+    pass
+print("there", flush=True)
+poller = zmq.Poller()
+poller.register(listener, zmq.POLLIN)
+poller.register(sys.stdin, zmq.POLLIN)
+heard = b""
+while (ready := dict(poller.poll())) and listener in ready or sys.stdin.fileno() not in ready:
+    heard += b"".join(listener.recv_multipart())
+print(b"whispered" in heard)
+"""
+
+
+def heard_by_another_user(server, kernel):
+    """Let a cell run while somebody listens at the port of its output, as everybody can; say whether that is heard."""
+    port = json.loads(connection_of(server, kernel).read_text())["iopub_port"]
+    with subprocess.Popen(
+        [sys.executable, "-c", LISTEN, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as listener:
+        assert listener.stdout.readline() == "there\n"
+        for _ in range(5):
+            assert run_cell(server, kernel, "print('whispered')") == "whispered\n"
+        said, _ = listener.communicate(timeout=PATIENCE)
+    return said.strip() == "True"
+
+
+def connection_of(server, kernel):
+    variables = Path(f"/proc/{server['pid']}/environ").read_bytes().split(b"\0")
+    (room,) = (value for name, _, value in (line.partition(b"=") for line in variables) if name == b"LABKEEPER_SERVER")
+    return Path(os.fsdecode(room).rstrip()) / "jupyter" / f"kernel-{kernel}.json"
+
+
+def asked(server, path):
+    known = {"Authorization": f"token {server['token']}"}
+    answer = httpx.post(f"{server['url']}api/{path}", headers=known, trust_env=False, timeout=PATIENCE)
+    assert answer.is_success, answer.text
+
+
+@BY
+def test_no_other_user_hears_what_a_kernel_says(make_keeper, launch_by):
+    """Its ports are open to all users of the machine. Restarted, interrupted and beside another one, too."""
+    keeper = make_keeper(launch_by=launch_by).start()
+    server = launched_any(keeper, launch_by)
+    kernels = [start_kernel(server) for _ in range(2)]
+    asked(server, f"kernels/{kernels[0]}/restart")
+    with ThreadPoolExecutor() as beside:
+        endless = beside.submit(run_cell, server, kernels[0], "open('begun', 'w').close()\nwhile True: pass")
+        until((keeper.notebook_dir / "begun").exists, what="the cell runs")
+        asked(server, f"kernels/{kernels[0]}/interrupt")
+        assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
+    assert [heard_by_another_user(server, kernel) for kernel in kernels] == [False, False]
+    assert "transport_encryption" not in (keeper.state_dir / "logs" / "default.log").read_text()
+
+
+def test_a_site_may_choose_that_kernels_are_heard(make_keeper):
+    """This also proves that who listens would hear."""
+    keeper = make_keeper()
+    keeper.configure_jupyter("c.KernelManager.transport_encryption = c.MappingKernelManager.transport_encryption = 'disabled'")
+    server = keeper.start().post().json()
+    assert heard_by_another_user(server, start_kernel(server))
 
 
 def launched(keeper, name, launch_by, **body):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import ssl
 import threading
 import time
@@ -12,7 +14,7 @@ import trustme
 from gateway_servers import HostileGateway, black_hole, server_context
 from harness import until
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import FailureClass, Gateway
+from labkeeper.core.model import FailureClass, Gateway, ServerName, ServerSpec
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.testing.fakes import FakeClock
 
@@ -201,6 +203,31 @@ def test_a_gateway_that_wants_a_certificate_is_shown_it(client, authority, trust
 
 def test_certificates_that_have_gone_since_the_start_are_told(client, secure, tmp_path):
     assert_fails(client, at(secure.url, ca_certs=str(tmp_path / "gone")), "gateway-tls", "gateway_ca_certs")
+
+
+@pytest.mark.parametrize("field", ["ca_certs", "client_cert"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_that_has_become_something_else_since_holds_nobody_up(client, secure, tmp_path, field, make):
+    """A pipe that nobody writes to, and what has no end."""
+    path = tmp_path / "file.pem"
+    make(path)
+    begun = time.monotonic()
+    assert_fails(client, at(secure.url, **{field: str(path)}), "gateway-tls", "its files cannot be read: it is no file")
+    assert time.monotonic() - begun < TIMEOUT
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(client, authority, trusted, tmp_path):
+    cert = tmp_path / "me.pem"
+    authority.issue_cert("me.example").private_key_and_cert_chain_pem.write_to_path(cert)
+    with HostileGateway(context=server_context(authority, wants_client=True)) as gateway:
+        plain = at(gateway.url, ca_certs=trusted, client_cert=str(cert))
+        others = ServerSpec(ServerName("a"), "/", gateway=plain, user=pwd.getpwuid(65534).pw_name).gateway
+        cert.chmod(0o600)
+        assert client.check(plain).reachable
+        assert_fails(client, others, "gateway-tls", "may not read it")
+        os.chown(cert, 65534, 65534)
+        assert client.check(others).reachable
 
 
 def test_a_certificate_that_is_none_is_told(client, secure, tmp_path):

@@ -15,11 +15,13 @@ from labkeeper.core.errors import BackendRefused
 from labkeeper.core.model import FailureClass, ServerSpec
 
 _FOR_EVERYBODY: Final = re.compile(
-    r"(PATH|TZ|TERM|LANG|LANGUAGE|LC_\w+|SSL_CERT_(FILE|DIR)|(https?|ftp|all|no)_proxy)$"
+    r"(PATH|TZ|TERM|LANG\w*|LC_\w*|SSL_CERT_(FILE|DIR)|(https?|ftp|all|no)_proxy)$"
     r"|PYTHON|LD_|MALLOC_|GLIBC_|JUPYTER(?!_(CONFIG|DATA|RUNTIME)_DIR$)",
     re.IGNORECASE,
 )
 """How the machine is set up, and what our fork server was started with anyway."""
+_PLACES: Final = re.compile(r"(HOME|USER|LOGNAME|SHELL|TMPDIR|XDG_\w+|JUPYTER_(CONFIG|DATA)_DIR)$")
+"""Where files of ours are, by which a fork server knows what to load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,16 @@ def own_environment(account: Account | None) -> Mapping[str, str]:
     if account is None:
         return os.environ
     return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name)} | account.environment
+
+
+def common_environment() -> Mapping[str, str]:
+    """Give of our environment what a fork server needs; the rest comes with each launch.
+
+    All its servers have its memory. If we are root, those of other users are among them.
+    """
+    if os.geteuid() != 0:
+        return os.environ
+    return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name) or _PLACES.match(name)}
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:

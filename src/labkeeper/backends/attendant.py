@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import signal
 import socket
@@ -10,8 +11,8 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Any, Final
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -83,6 +84,8 @@ class Attendant:
     """What its fork server says of its end, and the process of itself if it was launched by us."""
     announces: bool = False
     """Whether the process says to us when it is ready."""
+    token: str | None = None
+    """The token that it was launched with, if it was launched by us."""
     child: subprocess.Popen[bytes] | None = None
     """Set when it is a child of ours, whose exit status we can read."""
     hold: socket.socket | None = None
@@ -229,23 +232,30 @@ class Attendant:
         return self.announces and self.report is not None and bool(self.report.readable)
 
     def _announced(self) -> Endpoint | None:
-        """Give where it says to listen: to us, when we launched it; else in Jupyter's file, if it does listen there."""
+        """Give where it listens, once it says that it does: to us, when we launched it; else in Jupyter's file."""
         said = self.report.said("ready") if self.report else None
         if said is None and self._will_say:
             return None
         if said is None:
             endpoint = jupyter.read_info(self.room.jupyter, self.process.pid)
-            # Jupyter writes the file before it has the port.
-            if endpoint is None or not self.process.listens_on(endpoint.port):
-                return None
         else:
-            endpoint = jupyter.endpoint_of(said)
-            if endpoint.pid != self.process.pid:
-                return None
+            endpoint = jupyter.endpoint_of(said, self.process.pid)
+        endpoint = endpoint and self._as_asked(endpoint)
+        # Before anything is sent there: our token is for its process alone. And Jupyter writes its file before it has the port.
+        return endpoint if endpoint and self.process.listens_on(endpoint.port) else None
+
+    def _as_asked(self, said: Endpoint) -> Endpoint:
+        """Let what the launch asked for go over what the process says of itself, which its user has a hand in."""
         record = self.record
-        return replace(
-            endpoint, launched_by=record.launched_by, exec_reason=record.exec_reason, limited_by=dict(record.limited_by)
-        )
+        told: dict[str, Any] = {
+            "launched_by": record.launched_by,
+            "exec_reason": record.exec_reason,
+            "limited_by": dict(record.limited_by),
+        }
+        if (asked := record.asked) is not None:
+            told |= {"hostname": asked.hostname, "port": asked.port, "base_url": asked.base_url}
+            told["secure"] = asked.secure or said.secure
+        return jupyter.with_url(said, **told, token=self.token or said.token)
 
     def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
         said = self.report.readable if or_says and self.report else []
@@ -258,7 +268,7 @@ class Attendant:
         seen = self.report.exit() if self.report else None
         if seen is not None:
             return seen
-        left_it = jupyter.info_path(self.room.jupyter, self.process.pid).exists()
+        left_it = os.path.lexists(jupyter.info_path(self.room.jupyter, self.process.pid))
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:

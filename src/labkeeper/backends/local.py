@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import os
 import secrets
 import socket
 import sys
@@ -21,7 +20,7 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from labkeeper import jupyter
-from labkeeper.backends.accounts import Account, check_passage, find_user, own_environment
+from labkeeper.backends.accounts import Account, check_passage, common_environment, find_user, own_environment
 from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.echo import Echo
 from labkeeper.backends.forking import ForkServer
@@ -32,7 +31,7 @@ from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, boot_id
-from labkeeper.backends.room import Record, Room
+from labkeeper.backends.room import Asked, Record, Room
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch, WireError
 from labkeeper.backends.terminals import foregrounds
@@ -93,7 +92,7 @@ class LocalBackend:
                 python=python,
                 runtime_dir=self._runtime_dir,
                 log_dir=log_dir,
-                environment=jupyter.base_environment(os.environ),
+                environment=jupyter.base_environment(common_environment()),
                 config=jupyter.base_config(),
             )
             self._forkserver.start()
@@ -229,13 +228,15 @@ class LocalBackend:
                 check_passage(spec, self._runtime_dir)
             bundle = room.furnish(spec, user.ids if user else None)
             limited = self._groups.limit(spec.name, spec.limits, own_user=user is not None)
-            request = self._request(spec, room, port=hold.getsockname()[1], bundle=bundle, user=user, limited=limited)
+            port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
+            request = self._request(spec, room, port=port, token=token, bundle=bundle, user=user, limited=limited)
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
                 echo = self._echo(spec.name)
                 launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
-            attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited), launched.report)
+            attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited, port), launched.report)
+            attendant.token = token
             attendant.announces, attendant.child, attendant.hold, attendant.echo = True, launched.child, hold, echo
             try:
                 room.note(attendant.record)
@@ -257,7 +258,15 @@ class LocalBackend:
         return attendant
 
     def _request(
-        self, spec: ServerSpec, room: Room, *, port: int, bundle: Path | None, user: Account | None, limited: Enforced
+        self,
+        spec: ServerSpec,
+        room: Room,
+        *,
+        port: int,
+        token: str,
+        bundle: Path | None,
+        user: Account | None,
+        limited: Enforced,
     ) -> Launch:
         return Launch(
             room=str(room.path),
@@ -270,15 +279,13 @@ class LocalBackend:
             },
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
-            config=jupyter.config(
-                spec, token=secrets.token_hex(TOKEN_BYTES), port=port, ca_bundle=bundle, certificate=self._certificate
-            ),
+            config=jupyter.config(spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate),
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
         )
 
-    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced) -> Record:
+    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced, port: int) -> Record:
         return Record(
             launch=launch,
             pid=launched.process.pid,
@@ -289,6 +296,7 @@ class LocalBackend:
             exec_reason=launched.reason,
             forkserver=launched.forkserver,
             limited_by=dict(limited.by),
+            asked=Asked(hostname=spec.ip, port=port, base_url=spec.base_url, secure=self._certificate is not None),
         )
 
     # Attendants

@@ -1,14 +1,14 @@
 """A server's log file: written by the server itself, read, followed and rotated by us.
 
 The server holds the file open for appending and outlives us, so rotation copies the file aside and empties it; lines written
-between the two are lost (a millisecond for a file of 10 MiB).
+between the two are lost (a millisecond for a file of 10 MiB). It can make the file as long as it likes, a terabyte of nothing
+even, so no more than the end of it is ever read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -21,6 +21,8 @@ _LOOK_EVERY: Final = 0.25
 """Seconds between two looks of a follower."""
 _LINE_LIMIT: Final = 64 * 1024
 """A line is given in pieces of at most so many bytes."""
+_LEAST: Final = 1024 * 1024
+"""Bytes that are kept of a log however short its parts are to be: between two looks it grows past any limit."""
 
 
 class LogFile:
@@ -29,7 +31,10 @@ class LogFile:
     def __init__(self, path: Path, *, max_bytes: int) -> None:
         self.path = path
         self._older = path.with_name(path.name + ".1")
+        self._spare = path.with_name(path.name + ".tmp")
         self._max_bytes = max_bytes
+        self._most = max(max_bytes, _LEAST)
+        """Bytes of a part that are read, and kept."""
 
     @property
     def size(self) -> int:
@@ -56,15 +61,33 @@ class LogFile:
         try:
             if self.path.stat().st_size <= self._max_bytes:
                 return
-            spare = self._older.with_suffix(".tmp")
-            shutil.copyfile(self.path, spare)
-            spare.chmod(0o600)
+            self._copy_end()
             os.truncate(self.path, 0)
-            spare.replace(self._older)
+            self._spare.replace(self._older)
         except OSError:
             # Without room for the copy the newest lines matter more than the older ones.
             with contextlib.suppress(OSError):
                 os.truncate(self.path, 0)
+            with contextlib.suppress(OSError):
+                self._spare.unlink(missing_ok=True)
+
+    def _copy_end(self) -> None:
+        """Copy what is kept of it. Raises OSError."""
+        descriptor = os.open(self._spare, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "wb") as spare, self.path.open("rb") as log:
+            spare.writelines(self._last_lines(log))
+
+    def _last_lines(self, stream: IO[bytes]) -> Iterator[bytes]:
+        """Give the lines from here to where it ends now, or the last ones if those are more than is kept."""
+        size, begin = os.fstat(stream.fileno()).st_size, stream.tell()
+        if size - begin > self._most:
+            stream.seek(size - self._most)
+            # The rest of a line may be a part of a secret, which nobody would know as one.
+            stream.readline(_LINE_LIMIT)
+        left = size - stream.tell()
+        while left > 0 and (line := stream.readline(min(left, _LINE_LIMIT))):
+            left -= len(line)
+            yield line
 
     def tail(self, count: int | None) -> list[str]:
         """Give the last `count` lines, or all that is kept."""
@@ -72,7 +95,7 @@ class LogFile:
         for part in (self._older, self.path):
             try:
                 with part.open("rb") as stream:
-                    lines.extend(_lines(stream))
+                    lines.extend(self._last_lines(stream))
             except FileNotFoundError:
                 continue
         # Only now: to look for secrets takes longer than to read.
@@ -111,8 +134,7 @@ class LogFile:
                 size = os.fstat(stream.fileno()).st_size
                 if size < end:
                     stream.seek(0)
-                for line in _lines(stream):
-                    yield _text(line)
+                yield from map(_text, self._last_lines(stream))
                 end = stream.tell()
                 if not more:
                     return
@@ -121,13 +143,8 @@ class LogFile:
 
     def remove(self) -> None:
         """Remove all parts. Idempotent."""
-        for part in (self.path, self._older):
+        for part in (self.path, self._older, self._spare):
             part.unlink(missing_ok=True)
-
-
-def _lines(stream: IO[bytes]) -> Iterator[bytes]:
-    while line := stream.readline(_LINE_LIMIT):
-        yield line
 
 
 def _text(line: bytes) -> str:

@@ -13,7 +13,7 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,6 +24,8 @@ from labkeeper.backends.standalone import identity
 
 _LOOK_EVERY: Final = 0.1
 """Seconds between two looks at a process where the system cannot tell us of its end (no pidfd)."""
+_LISTENS: Final = "0A"
+"""The state of a TCP socket that listens, as /proc/net/tcp writes it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,58 @@ class Process:
         return [found for child in children if (found := Process.find(child.pid)) is not None]
 
     def listens_on(self, port: int) -> bool:
-        """Whether it holds a listening socket on this TCP port."""
+        """Whether it holds a listening socket on this TCP port; where its descriptors are closed to us, whether its user does."""
+        if sys.platform == "linux":
+            return any(self._holds(socket) for socket in _listening(port))
         try:
             sockets = psutil.Process(self.pid).net_connections(kind="tcp")
         except psutil.Error:
             return False
         return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
+
+    def _holds(self, socket: _Listening) -> bool:
+        try:
+            return socket.name in _held(self.pid)
+        except PermissionError:
+            # As for root without the capability to trace others, in a container.
+            return socket.uid == _uid(self.pid)
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class _Listening:
+    """A socket that listens."""
+
+    name: str
+    """What links to it in /proc say."""
+    uid: int
+
+
+def _listening(port: int) -> Iterator[_Listening]:
+    """Find the sockets that listen on a TCP port. Read by the line: Linux names those that listen before all others."""
+    where = f":{port:04X}"
+    for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
+        with contextlib.suppress(OSError), table.open(encoding="ascii") as lines:
+            for line in lines:
+                _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
+                if state == _LISTENS and local.endswith(where):
+                    yield _Listening(f"socket:[{inode}]", int(uid))
+
+
+def _held(pid: int) -> Iterator[str]:
+    """Name what a process holds open. Raises OSError."""
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
+            yield str(descriptor.readlink())
+
+
+def _uid(pid: int) -> int | None:
+    """Say which user a process runs as; None when it is gone."""
+    try:
+        return psutil.Process(pid).uids().effective
+    except psutil.Error:
+        return None
 
 
 def _started(pid: int) -> str:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,17 @@ from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
-from labkeeper.files import write_private
+from labkeeper.files import read_named, remove_tree, write_private
+
+
+class Asked(BaseModel):
+    """Where a server was told to listen. It runs its user's own code, so what it says of that itself is worth nothing."""
+
+    hostname: str
+    port: int
+    base_url: str
+    secure: bool
+    """Whether it has to speak TLS; by its own configuration it may in any case."""
 
 
 class Record(BaseModel):
@@ -44,6 +53,8 @@ class Record(BaseModel):
     """Which fork server is its parent."""
     limited_by: dict[str, LimitedBy] = {}
     ready: bool = False
+    asked: Asked | None = None
+    """None in one that an earlier release wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +78,9 @@ class Room:
             # It may pass through to its own part. Which process runs here it must not be able to write.
             for passed in (self.path.parent, self.path):
                 passed.chmod(0o711)
-            for owned in filter(None, (self.jupyter, bundle)):
-                os.chown(owned, user.uid, user.gid)
+            # The directory last: once it is the user's, a link may stand for anything in it, and we would give that away.
+            for owned in filter(None, (bundle, self.jupyter)):
+                os.chown(owned, user.uid, user.gid, follow_symlinks=False)
         return bundle
 
     def note(self, record: Record) -> None:
@@ -94,7 +106,7 @@ class Room:
         note = write_private(self.path / kernels.NOTE, json.dumps({"keep_kernels": keep_kernels, "within": within}))
         # Its user is to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():
-            os.chown(note, user.st_uid, user.st_gid)
+            os.chown(note, user.st_uid, user.st_gid, follow_symlinks=False)
 
     @property
     def recognised(self) -> bool:
@@ -108,7 +120,10 @@ class Room:
 
     def remove(self) -> None:
         """Remove the room with all that is in it. Idempotent."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        if not self.path.is_symlink():
+            # What makes it recognised goes last, so that a keeper that ends meanwhile leaves no directory that nobody removes.
+            for directory in (self.jupyter, self.path):
+                remove_tree(directory)
 
     @property
     def _record_path(self) -> Path:
@@ -119,19 +134,20 @@ class Room:
         if spec.gateway is None or spec.gateway.ca_certs is None:
             return None
         system = ssl.get_default_verify_paths().cafile
-        sources = [_certificates(Path(path)) for path in (system, spec.gateway.ca_certs) if path]
+        sources = [_certificates(system, Path(system).read_bytes())] if system else []
+        sources.append(_certificates(spec.gateway.ca_certs, read_named(spec.gateway.ca_certs)))
         return write_private(self.jupyter / "gateway-ca.pem", "\n".join(sources))
 
 
 _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----")
 
 
-def _certificates(file: Path) -> str:
-    """Read the certificates of a file, and nothing else: we may be able to read what the server's user may not.
+def _certificates(file: str, content: bytes) -> str:
+    """Give the certificates of a file, and nothing else: we may be able to read what the server's user may not.
 
-    Raises OSError, and ValueError where there is none.
+    Raises ValueError where there is none.
     """
-    found = [match[0] for match in _CERTIFICATE.finditer(file.read_text(encoding="utf-8", errors="replace"))]
+    found = [match[0] for match in _CERTIFICATE.finditer(content.decode(errors="replace"))]
     if not found:
         raise ValueError(f"{file} holds no certificate in PEM")
     return "\n".join(found)

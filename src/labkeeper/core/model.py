@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Final, NewType
 
@@ -47,6 +47,8 @@ class Gateway:
     request_timeout: float | None = None
     required: bool = True
     """Whether a server is not to start where this cannot be used."""
+    user: str | None = None
+    """The user of the machine that has to be able to read the client's certificate and key; None for the keeper's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +117,11 @@ class ServerSpec:
     """Seconds after which it is stopped in any case; None never."""
     jupyter_options: Mapping[str, bool | int | float] = field(default_factory=dict)
     """Options of Jupyter's own, by their names in its configuration: `ServerApp.terminals_enabled`."""
+
+    def __post_init__(self) -> None:
+        """Let its gateway be shown what the server's user can show, and no more."""
+        if self.gateway is not None and self.gateway.user != self.user:
+            object.__setattr__(self, "gateway", replace(self.gateway, user=self.user))
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Name the fields in which two specs differ; values may be secret and are not given."""

@@ -11,7 +11,7 @@ import socket
 import ssl
 import threading
 from concurrent.futures import Future
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -21,6 +21,7 @@ from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import Failure, FailureClass, Gateway, GatewayHealth
 from labkeeper.core.ports import Clock
 from labkeeper.exchange import Answer, exchange
+from labkeeper.files import private_copy, read_named
 
 _KERNEL_PATH: Final = "/api/kernels/"
 _DELETE_WITHIN: Final = 20.0
@@ -227,16 +228,25 @@ def _connection(gateway: Gateway, timeout: float) -> closing[http.client.HTTPCon
     parts = urlsplit(gateway.url)
     if parts.scheme == "http":
         return closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout))
+    return closing(http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=_context(gateway)))
+
+
+def _context(gateway: Gateway) -> ssl.SSLContext:
+    """Make what TLS is spoken with: its files are read once, with care, and OpenSSL gets copies. Raises SSLError."""
     context = ssl.create_default_context()
     try:
-        if gateway.ca_certs is not None:
-            context.load_verify_locations(gateway.ca_certs)
-        if gateway.client_cert is not None:
-            context.load_cert_chain(gateway.client_cert, gateway.client_key)
+        with ExitStack() as copies:
+            if gateway.ca_certs is not None:
+                context.load_verify_locations(copies.enter_context(private_copy(read_named(gateway.ca_certs))))
+            mine = [read_named(file, gateway.user) for file in (gateway.client_cert, gateway.client_key) if file is not None]
+            shown = [copies.enter_context(private_copy(content)) for content in mine]
+            if shown:
+                # Asked for a password, OpenSSL would wait at our terminal. A key may stand beside its certificate.
+                context.load_cert_chain(shown[0], shown[-1], password="")
     except ssl.SSLError:
         raise
     except OSError as error:
         raise ssl.SSLError(0, f"its files cannot be read: {error.strerror}") from error
     if not gateway.validate_cert:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return closing(http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=context))
+    return context

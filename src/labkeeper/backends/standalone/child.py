@@ -174,6 +174,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         raise_config_file_errors=True,
     )
     _protect_pages(app.web_app.settings)
+    _encrypt_kernels(app)
     kernels = Kernels(app, launch.room, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
@@ -202,6 +203,20 @@ def _protect_pages(settings: dict[str, Any]) -> None:
     settings.setdefault("page_config_data", {})["token"] = ""
     # Where a site has chosen one it stays. Jupyter itself looks at who refers to its own files, so there has to be one.
     settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
+
+
+def _encrypt_kernels(app: Any) -> None:
+    """Let kernels that can do so encrypt what they say: every user of the machine can connect to their ports, and listen in.
+
+    An older Jupyter cannot, and would warn of an option that it does not know; so it is none. Where a site has chosen it stays.
+    """
+    import zmq
+
+    option, manager = "transport_encryption", app.kernel_manager
+    sections = ("KernelManager", *(kind.__name__ for kind in type(manager).__mro__))
+    chosen = any(option in app.config.get(section, ()) for section in sections)
+    if manager.has_trait(option) and zmq.has("curve") and not chosen:
+        setattr(manager, option, "auto")
 
 
 def _report_ready(app: Any, report: int, room: str) -> None:
