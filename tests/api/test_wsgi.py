@@ -363,9 +363,10 @@ def test_thousands_of_requests_at_once_are_not_kept(serve):
     served = serve()
     connection = served.connect()
     connection.sendall(b"GET /hold HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 1500)
-    until(lambda: any(channel.requests for channel in channels(served)), what="it is answered")
-    (channel,) = channels(served)
-    assert len(channel.requests) <= wsgi._AHEAD
+    until(
+        lambda: [channel.requests[-1].headers.get("CONNECTION") for channel in channels(served) if channel.requests] == ["close"]
+    )
+    assert len(channels(served)[0].requests) == wsgi._AHEAD
 
 
 def test_slow_readers_make_room_when_all_places_are_taken(serve, few_places):
