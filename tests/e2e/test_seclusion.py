@@ -216,12 +216,16 @@ def own_memory():
         content = ctypes.create_string_buffer(end - first)
         here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
         if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
-            yield content
+            yield line, content
 
 # Patterns that do not hold what they find: they are in this memory themselves.
 wanted = {name: re.compile(pattern.encode()) for name, pattern in @wanted@.items()}
 control = bytes.fromhex("@control@")
-found = sorted({name for content in own_memory() for name, pattern in wanted.items() if pattern.search(content)})
+found = {}
+for line, content in own_memory():
+    for name, pattern in wanted.items():
+        if (at := pattern.search(content)) is not None:
+            found.setdefault(name, [line, repr(content[max(0, at.start() - 300) : at.end() + 300])])
 (Path.home() / "found.json").write_text(json.dumps(found))
 """
 
@@ -241,7 +245,8 @@ def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
     try:
         server = launched(of_root, "introspective", launch_by, user=USER)
         assert server["user"] == USER
-        assert json.loads((passable / "home" / "found.json").read_text()) == ["control"]
+        found = json.loads((passable / "home" / "found.json").read_text())
+        assert list(found) == ["control"], found
     finally:
         of_root.delete("introspective")
         shutil.rmtree(place)

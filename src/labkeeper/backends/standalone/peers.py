@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import socket
 import struct
-from typing import Optional
+from typing import Iterator, Optional
 
 from .identity import MARK, stat
 
 _CREDENTIALS = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
+_LARGEST = 8 * 1024 * 1024
+"""Bytes of an environment; Linux gives a program less, if its stack has the usual limit."""
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
@@ -27,29 +31,41 @@ def check(connection: socket.socket) -> None:
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
     # executed carries the mark, or its parents do. A process that is gone already is not let in either.
-    if _environment(pid) == b"":
-        raise PermissionError(f"process {pid} has cleared its environment")
+    with _environment(pid) as (variables, size):
+        if variables is not None and size == 1:
+            raise PermissionError(f"process {pid} has cleared its environment")
     while pid > 1:
         if pid == os.getpid() or _is_marked(pid):
             raise PermissionError("a server must not ask for others")
         pid = int(stat(pid)[1])
 
 
-def _environment(pid: int) -> Optional[bytes]:
-    """Give the environment of a process; None where it is closed to us.
+@contextlib.contextmanager
+def _environment(pid: int) -> Iterator[tuple[Optional[mmap.mmap], int]]:
+    """Give the environment of a process, a NUL before it, and how many bytes that is; None where it is closed to us.
 
-    A keeper closes its own (`privileges.hide`), and who started it may be of another user.
+    A keeper closes its own (`privileges.hide`) to all but root, and who started it may be of another user. What is read is gone
+    afterwards: a copy in memory that is merely free would be our children's, and there are secrets in it.
     """
     try:
-        with open(f"/proc/{pid}/environ", "rb") as stream:
-            return stream.read()
+        stream = open(f"/proc/{pid}/environ", "rb", buffering=0)  # noqa: SIM115 - closed below
     except PermissionError:
-        return None
+        yield None, 0
+        return
+    with stream, mmap.mmap(-1, _LARGEST) as memory:
+        size = count = 1
+        while count:
+            with memoryview(memory) as whole, whole[size:] as rest:
+                count = stream.readinto(rest)
+            size += count
+        if size == _LARGEST:
+            raise PermissionError(f"process {pid} has too large an environment")
+        yield memory, size
 
 
 def _is_marked(pid: int) -> bool:
-    variables = (_environment(pid) or b"").split(b"\0")
-    return any(variable.startswith(os.fsencode(f"{MARK}={_rooms()}/")) for variable in variables)
+    with _environment(pid) as (variables, size):
+        return variables is not None and variables.find(os.fsencode(f"\0{MARK}={_rooms()}/"), 0, size) >= 0
 
 
 def _rooms() -> str:
