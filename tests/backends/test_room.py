@@ -8,9 +8,11 @@ import stat
 
 import pytest
 
-from labkeeper.backends.room import Room
+from labkeeper.backends import room as module
+from labkeeper.backends.room import Record, Room
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.model import Gateway, ServerName, ServerSpec
+from labkeeper.files import remove_tree
 
 SPEC = ServerSpec(ServerName("a"), "/")
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIBaGVsbG8+/w==\n-----END CERTIFICATE-----"
@@ -92,6 +94,30 @@ def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_i
     last = {"follow_symlinks": False}
     assert given == [("gateway-ca.pem", 0, 0o700, last), ("jupyter", 0, 0o700, last)]
     assert (bundle.stat().st_uid, room.jupyter.stat().st_uid) == (1, 1)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(tmp_path, monkeypatch, at):
+    """Else the next one takes a server that was killed for one that has shut itself down; and it goes on where this one ended."""
+    record = Record(launch=1, pid=1, started="1", boot="b", gateway=False, ready=True)
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, None)
+    room.note(record)
+    room.note_stop(keep_kernels=False, within=1.0)
+    left = iter(range(1, at))
+
+    def die(directory):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove_tree(directory)
+
+    monkeypatch.setattr(module, "remove_tree", die)
+    with pytest.raises(KeyboardInterrupt):
+        room.remove()
+    monkeypatch.undo()
+    assert (room.noted(), room.recognised) == (None, True)
+    room.remove()
+    assert not room.path.exists()
 
 
 def test_a_room_goes_whatever_a_server_has_made_in_it(tmp_path):

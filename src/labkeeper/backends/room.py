@@ -10,6 +10,7 @@ the mark by which all that the server started is found.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -115,15 +116,21 @@ class Room:
             inside = {path.name for path in self.path.iterdir()}
         except OSError:
             return False
-        half_made = self.jupyter.is_dir() and inside <= {self.jupyter.name, f"{RECORD}.new"}
-        return not self.path.is_symlink() and (RECORD in inside or half_made)
+        half_there = inside <= {self.jupyter.name, f"{RECORD}.new", kernels.NOTE, f"{kernels.NOTE}.new"}
+        return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def remove(self) -> None:
-        """Remove the room with all that is in it. Idempotent."""
-        if not self.path.is_symlink():
-            # What makes it recognised goes last, so that a keeper that ends meanwhile leaves no directory that nobody removes.
-            for directory in (self.jupyter, self.path):
-                remove_tree(directory)
+        """Remove the room with all that is in it. Idempotent.
+
+        A keeper may be killed at any step, and what is left is recognised. The record goes first: a later keeper would take a
+        server whose own files are gone for one that has ended in good order. Then what may hold anything.
+        """
+        if self.path.is_symlink():
+            return
+        with contextlib.suppress(OSError):
+            self._record_path.unlink()
+        for directory in (self.jupyter, self.path):
+            remove_tree(directory)
 
     @property
     def _record_path(self) -> Path:
