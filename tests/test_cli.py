@@ -560,6 +560,15 @@ def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_
         server.close()
 
 
+@pytest.fixture
+def _heeds_ctrl_c():
+    """A shell has what it runs in the background ignore this signal, and each program inherits that."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_ends_with_130_and_no_traceback(served):
     """Somebody who has seen enough is not told about exceptions."""
     run("start")
