@@ -20,12 +20,12 @@ from werkzeug.test import EnvironBuilder
 
 from fake_keeper import TOKEN, FakeKeeper, fake_keeper
 from harness import PATIENCE, until
-from labkeeper.api.answers import server_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
+from labkeeper.api.views import server_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy

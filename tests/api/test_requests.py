@@ -16,7 +16,7 @@ from jupyter_server_terminals.terminalmanager import TerminalManager
 from jupyterlab.labapp import LabApp
 from pydantic import BaseModel, ValidationError
 
-from labkeeper.api import requests
+from labkeeper.api import options, queries, requests
 from labkeeper.api.options import JupyterOptions
 from labkeeper.api.requests import BulkRequest, Defaults, RestartRequest, ServerRequest
 from labkeeper.api.roots import resolved
@@ -360,8 +360,9 @@ def test_a_restart_must_not_lead_out_of_its_caller_s_reach(defaults):
 
 MODELS = [
     model
-    for _, model in inspect.getmembers(requests, inspect.isclass)
-    if issubclass(model, BaseModel) and model.__module__ in {requests.__name__, JupyterOptions.__module__} and model.model_fields
+    for module in (requests, queries, options)
+    for _, model in inspect.getmembers(module, inspect.isclass)
+    if issubclass(model, BaseModel) and model.__module__ == module.__name__ and model.model_fields
 ]
 
 

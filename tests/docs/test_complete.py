@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from labkeeper.api import answers, problems, requests, routes
+from labkeeper.api import answers, problems, queries, requests, routes
 from labkeeper.cli import cli
 from labkeeper.client import Client
 from labkeeper.core import errors
@@ -51,8 +51,8 @@ def test_every_route_with_its_parameters_is_documented():
     text = page("docs/reference/api.md")
     paths = [(route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES]
     assert [pair for pair in paths if f"| `{pair[0]}` | `{pair[1]}` |" not in text] == []
-    queries = (requests.StartQuery, requests.StopQuery, requests.GetQuery, requests.ListQuery, requests.LogQuery)
-    models = (requests.ServerRequest, answers.Server, answers.FailureModel, answers.StopReportModel, *queries)
+    of_queries = (queries.StartQuery, queries.StopQuery, queries.GetQuery, queries.ListQuery, queries.LogQuery)
+    models = (requests.ServerRequest, answers.Server, answers.FailureModel, answers.StopReportModel, *of_queries)
     assert not missing([name for model in models for name in model.model_fields], text)
     assert not missing(["/api/openapi.json", "/api/docs"], text)
 

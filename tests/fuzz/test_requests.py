@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
 from harness import KeeperProcess
+from labkeeper.api.handlers import _decode_cursor, _encode_cursor
 from labkeeper.api.requests import RestartRequest
-from labkeeper.api.routes import _decode_cursor, _encode_cursor
 from labkeeper.core.errors import InvalidSpec
 
 REFUSED = range(400, 500)

@@ -23,10 +23,12 @@ from werkzeug.wsgi import wrap_file
 from labkeeper.api import problems
 from labkeeper.api.access import PUBLIC, Door, Rule
 from labkeeper.api.browser import Guard
+from labkeeper.api.handlers import Api
+from labkeeper.api.queries import BODILESS
 from labkeeper.api.rates import Rates
-from labkeeper.api.requests import BODILESS, invalid
-from labkeeper.api.routes import RULES, Api, install
+from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
+from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.ports import Meter
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -86,12 +88,12 @@ def _check_body() -> None:
     except BadRequest:
         raise BadRequest("cannot take the request: the body is not JSON") from None
     if not isinstance(body, dict):
-        raise invalid("body", "must be a JSON object")
+        raise InvalidSpec.of("body", "must be a JSON object")
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         # JSON can write half of a character; nothing that a string is for (a file, a header, a store) can take it.
-        raise invalid("body", "must be of whole characters (it has a lone surrogate)") from None
+        raise InvalidSpec.of("body", "must be of whole characters (it has a lone surrogate)") from None
 
 
 def _finish(meter: Meter, answer: Response) -> Response:

@@ -16,7 +16,7 @@ from pydantic_core import core_schema
 
 from labkeeper.api import problems
 from labkeeper.api.answers import Problem, Server
-from labkeeper.api.requests import BODILESS, EventQuery
+from labkeeper.api.queries import BODILESS, EventQuery
 from labkeeper.api.routes import ROUTES, Route
 from labkeeper.api.streams import EVENT_STREAM
 

@@ -1,4 +1,4 @@
-"""What callers send, as pydantic models: the border where input is checked, once."""
+"""What callers send as the body of a request, as pydantic models: the border where input is checked, once."""
 
 from __future__ import annotations
 
@@ -7,43 +7,35 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self, get_origin
+from typing import Annotated, Any, ClassVar, Final, Self
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import (
-    AfterValidator,
-    AliasChoices,
-    AliasGenerator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    GetCoreSchemaHandler,
-    GetJsonSchemaHandler,
-    model_validator,
-)
-from pydantic.json_schema import JsonSchemaValue
-from pydantic_core import CoreSchema, core_schema
-from werkzeug.datastructures import MultiDict
+from pydantic import AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
 
 from labkeeper.api.options import JupyterOptions
 from labkeeper.api.roots import holds, resolved
+from labkeeper.api.shapes import (
+    ONE_LINE,
+    BaseUrl,
+    Duration,
+    Environment,
+    Headers,
+    HttpUrl,
+    KernelEnvironment,
+    Labels,
+    LandingPage,
+    Line,
+    Name,
+    PathText,
+    Pattern,
+    Seconds,
+    User,
+    WebsocketUrl,
+)
 from labkeeper.api.variables import check_sizes, loading
 from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
-from labkeeper.core.lifecycle import State
-from labkeeper.core.model import (
-    DEFAULT_NAME,
-    NAME_PATTERN,
-    NAME_RULE,
-    UNLIMITED,
-    Gateway,
-    Limits,
-    ServerName,
-    ServerSpec,
-    server_name,
-)
-from labkeeper.core.times import LONGEST, LONGEST_TEXT, duration
+from labkeeper.core.model import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,137 +63,6 @@ class Defaults:
         """Give the directories within which a user's may be."""
         return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
-
-@dataclass(frozen=True, slots=True)
-class _Shape:
-    """What a text must look like: checked here, told to callers in the OpenAPI document, and said in words when it does not."""
-
-    pattern: str
-    """All of the text; means the same in Python and in ECMA 262, which JSON Schema takes patterns from."""
-    rule: str
-
-    def check(self, text: str) -> str:
-        """Give the text back. Raises ValueError with the rule."""
-        if re.fullmatch(self.pattern, text) is None:
-            raise ValueError(self.rule)
-        return text
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        return core_schema.no_info_after_validator_function(self.check, handler(source))
-
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
-
-
-def _of_names(pattern: str, longest: int) -> dict[str, Any]:
-    """Tell callers what the names in an object must look like."""
-    return {"propertyNames": {"pattern": f"^(?:{pattern})$", "maxLength": longest}}
-
-
-_PATH_PREFIX: Final = _Shape(
-    r"/((?!\.\./)[A-Za-z0-9._~@-]+/)*((?!\.\.$)[A-Za-z0-9._~@-]+)?",
-    "must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -",
-)
-_LANDING_PAGE: Final = _Shape(r"/(?!/)[!-~]*", "must be a path that begins with one '/', of visible ASCII characters")
-_ONE_LINE: Final = _Shape(r"[^\x00-\x1f\x7f-\x9f]*", "must be one line, without control characters")
-_NO_NUL: Final = _Shape(r"[^\x00]*", "must not contain NUL")
-_USER: Final = _Shape(r"[a-z_][a-z0-9_.-]*", "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
-_URL: Final = _Shape(r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters")
-_VARIABLE: Final = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
-_LABEL: Final = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}"
-_HEADER: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}"
-
-
-def _closed_by_slash(text: str) -> str:
-    return text if text.endswith("/") else text + "/"
-
-
-def _check_http_url(text: str) -> str:
-    return _check_url(text, ("http", "https"))
-
-
-def _check_ws_url(text: str) -> str:
-    return _check_url(text, ("ws", "wss"))
-
-
-def _check_url(text: str, schemes: tuple[str, str]) -> str:
-    rule = f"must be a URL such as {schemes[0]}://host:port, with no user, query or fragment"
-    try:
-        parts = urlsplit(text)
-        port_fits = parts.port is None or parts.port > 0
-    except ValueError:
-        raise ValueError(rule) from None
-    plain = not (parts.username or parts.password or parts.query or parts.fragment)
-    if parts.scheme not in schemes or not parts.hostname or not (port_fits and plain):
-        raise ValueError(rule)
-    return text
-
-
-_OURS: Final = re.compile(r"LABKEEPER_|JUPYTER_RUNTIME_DIR$|JUPYTER_TOKEN|JUPYTER_GATEWAY_")
-
-
-def _check_env(env: dict[str, str]) -> dict[str, str]:
-    for name in env:
-        if not re.fullmatch(_VARIABLE, name):
-            raise ValueError(f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit")
-        if _OURS.match(name):
-            raise ValueError(f"name {name!r} belongs to labkeeper; use the fields of the request instead")
-    return env
-
-
-def _check_kernel_env(env: dict[str, str]) -> dict[str, str]:
-    if "KERNEL_ID" in env:
-        raise ValueError("'KERNEL_ID' would give every kernel the same id")
-    return _check_env(env)
-
-
-def _check_labels(labels: dict[str, str]) -> dict[str, str]:
-    for key in labels:
-        if not re.fullmatch(_LABEL, key):
-            raise ValueError(f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit")
-    return labels
-
-
-_LARGEST_HEAD: Final = 16 * 1024
-"""Characters of all headers for a gateway: servers take no longer head, and each kernel that is owed is kept with them."""
-
-
-def _check_headers(headers: dict[str, str]) -> dict[str, str]:
-    for name in headers:
-        if not re.fullmatch(_HEADER, name):
-            raise ValueError(f"bad header name {name[:40]!r}")
-    if sum(len(name) + len(value) for name, value in headers.items()) > _LARGEST_HEAD:
-        raise ValueError(f"must be at most {_LARGEST_HEAD} characters together")
-    return headers
-
-
-Name = Annotated[
-    str,
-    Field(json_schema_extra={"maxLength": 63}),
-    _Shape(NAME_PATTERN, NAME_RULE),
-    Field(description=f"Name of the server: {NAME_RULE}."),
-]
-PathText = Annotated[str, Field(min_length=1, max_length=4096), _ONE_LINE]
-Line = Annotated[str, Field(min_length=1, max_length=8192), _ONE_LINE]
-Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]
-_Key63 = Annotated[str, Field(max_length=63)]
-_Key128 = Annotated[str, Field(max_length=128)]
-User = Annotated[str, Field(max_length=32), _USER]
-Labels = Annotated[
-    dict[_Key63, Annotated[str, Field(max_length=256), _ONE_LINE]],
-    Field(max_length=64, json_schema_extra=_of_names(_LABEL, 63)),
-    AfterValidator(_check_labels),
-]
-Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
-
-Duration = Annotated[
-    float,
-    BeforeValidator(
-        duration,
-        json_schema_input_type=Annotated[float, Field(ge=0, le=LONGEST)] | Annotated[str, Field(max_length=LONGEST_TEXT)],
-    ),
-]
-"""Seconds, or a text such as `90m`, `2h`, `1d12h`."""
 
 # A field that is absent has its default; a field that is `null` breaks its type's rule. So the types below are not optional
 # where the default is None (pydantic does not check defaults), and a `"gateway-url": null` is told apart from none at all.
@@ -235,25 +96,13 @@ class _Wanted(_Request):
         description="Directory that the Lab shows; it must exist, within the keeper's allowed roots. A relative one is taken "
         "from its notebook directory.",
     )
-    base_url: Annotated[str, Field(min_length=1, max_length=512), _PATH_PREFIX, AfterValidator(_closed_by_slash)] = Field(
-        "/", description="Path prefix of the server."
-    )
-    default_url: Annotated[str, Field(max_length=1024), _LANDING_PAGE] = Field(
-        "/lab", description="Page that the server opens with, below its base_url."
-    )
+    base_url: BaseUrl = Field("/", description="Path prefix of the server.")
+    default_url: LandingPage = Field("/lab", description="Page that the server opens with, below its base_url.")
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         _ABSENT,
         description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
     )
-    env: Annotated[
-        dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
-        Field(
-            max_length=256,
-            json_schema_extra=_of_names(_VARIABLE, 128),
-            description="Environment variables for the server and its local kernels.",
-        ),
-        AfterValidator(_check_env),
-    ] = {}
+    env: Environment = Field({}, description="Environment variables for the server and its local kernels.")
     labels: Labels = Field({}, description="For the caller's own use; the list can be filtered by them.")
     memory_limit: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
         _ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
@@ -273,21 +122,15 @@ class _Wanted(_Request):
         "Default: the keeper's.",
     )
     max_age: Duration | None = Field(_ABSENT, description="Time after which it is stopped, used or not, likewise.")
-    gateway_url: Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_http_url)] = Field(
+    gateway_url: HttpUrl = Field(
         _ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
     )
-    gateway_ws_url: Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_ws_url)] = Field(
+    gateway_ws_url: WebsocketUrl = Field(
         _ABSENT, description="The gateway's websocket URL; made from gateway_url when not given."
     )
     gateway_auth_token: Line = Field(_ABSENT, description="Token that the gateway asks for.")
     gateway_auth_scheme: Line = Field(_ABSENT, description="Authentication scheme of that token; `token` when not given.")
-    gateway_headers: Annotated[
-        dict[_Key128, Annotated[str, Field(max_length=8192), _ONE_LINE]],
-        Field(
-            max_length=64, json_schema_extra=_of_names(_HEADER, 128), description="HTTP headers of each request to the gateway."
-        ),
-        AfterValidator(_check_headers),
-    ] = {}
+    gateway_headers: Headers = Field({}, description="HTTP headers of each request to the gateway.")
     gateway_ca_certs: PathText = Field(_ABSENT, description="File with certificates to trust beside the system's.")
     gateway_client_cert: PathText = Field(_ABSENT, description="File with the certificate to show to the gateway.")
     gateway_client_key: PathText = Field(_ABSENT, description="File with the key of that certificate.")
@@ -297,17 +140,11 @@ class _Wanted(_Request):
     require_gateway: bool = Field(
         True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
     )
-    kernel_env: Annotated[
-        dict[_Key128, Annotated[str, Field(max_length=32768), _NO_NUL]],
-        Field(
-            max_length=256,
-            json_schema_extra=_of_names(_VARIABLE, 128),
-            description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
-            "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
-        ),
-        AfterValidator(_check_kernel_env),
-    ] = {}
-
+    kernel_env: KernelEnvironment = Field(
+        {},
+        description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
+        "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
+    )
     jupyter_options: JupyterOptions = Field(
         default_factory=JupyterOptions,
         description="Options of Jupyter's own, by their names in its configuration; see the schema `JupyterOptions`.",
@@ -335,11 +172,11 @@ class _Wanted(_Request):
         roots = defaults.roots_of(user)
         root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
         if not holds(roots, root):
-            raise invalid("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
-        if re.fullmatch(_ONE_LINE.pattern, root) is None:
-            raise invalid("root_dir", f"{_ONE_LINE.rule}, links resolved")
+            raise InvalidSpec.of("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
+        if re.fullmatch(ONE_LINE.pattern, root) is None:
+            raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
         if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
-            raise invalid("root_dir", f"must be a directory that the keeper can read; {root} is none")
+            raise InvalidSpec.of("root_dir", f"must be a directory that the keeper can read; {root} is none")
         files = {field: self._file(field, roots, caller) for field in self._FILES if getattr(self, field) is not None}
         return self.model_copy(update={"user": user, "root_dir": root, **files})
 
@@ -349,7 +186,7 @@ class _Wanted(_Request):
             # Before it is looked at: whether there is such a file is for an admin alone to know.
             caller.needs(Scope.ADMIN, f"use a file outside of {' and '.join(roots)} as {field}")
         if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
-            raise invalid(field, "must be a file that the keeper can read")
+            raise InvalidSpec.of(field, "must be a file that the keeper can read")
         return path
 
     def whole(self, name: ServerName, defaults: Defaults) -> ServerSpec:
@@ -498,7 +335,7 @@ class RestartRequest(_Wanted):
             # Nothing is carried over: the token of one gateway is none of another's business.
             return new
         if old is None:
-            raise invalid(", ".join(sorted(options)), "only together with gateway_url: the server has no gateway")
+            raise InvalidSpec.of(", ".join(sorted(options)), "only together with gateway_url: the server has no gateway")
         given = self._gateway_at(old.url)
         touched = {_GATEWAY_FIELDS[option] for option in options}
         if "auth_token" not in touched and given.auth_token is not None:
@@ -506,7 +343,7 @@ class RestartRequest(_Wanted):
             touched |= {"auth_token", "auth_scheme"}
         merged = replace(old, **{name: getattr(given, name) for name in touched})
         if merged.client_key is not None and merged.client_cert is None:
-            raise invalid("gateway_client_key", "only together with gateway_client_cert")
+            raise InvalidSpec.of("gateway_client_key", "only together with gateway_client_cert")
         return merged
 
 
@@ -581,7 +418,7 @@ class LinkRequest(_Request):
     expires_in: Annotated[Duration, Field(gt=0, le=3600)] = Field(
         60.0, description="Time from now until it is good no more, used or not; at most `1h`."
     )
-    page: Annotated[str, Field(max_length=1024), _LANDING_PAGE] = Field(
+    page: LandingPage = Field(
         _ABSENT, description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url."
     )
 
@@ -605,104 +442,3 @@ def ws_url_of(url: str) -> str:
     """Give the websocket URL of a gateway: the scheme changed, and nothing else (Jupyter would change every "http" in it)."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(scheme={"http": "ws", "https": "wss"}[parts.scheme]))
-
-
-def invalid(field: str, rule: str) -> InvalidSpec:
-    """Make the error for one field that breaks one rule."""
-    return InvalidSpec(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
-
-
-class ServerPath(BaseModel):
-    """The server that a path names."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-    # A longer one is not refused, but the name of no server; the request line bounds it.
-    name: str = Field(
-        description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, **_such_as("default")}
-    )
-
-
-class TokenPath(BaseModel):
-    """The token that a path names."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63})
-
-
-class TicketPath(BaseModel):
-    """The ticket that a link holds."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-    ticket: str = Field(description="What stands in the link.", json_schema_extra={"maxLength": 64})
-
-
-BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests of which no body is read."""
-Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
-
-
-class _Query(BaseModel):
-    """What stands behind the `?`; unknown names are refused."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
-
-
-def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
-    """Give what stands behind the `?`: all values of a field that is a list, the first one of any other."""
-    lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
-    return {name: args.getlist(name) if name in lists else args[name] for name in args}
-
-
-class StartQuery(_Query):
-    """How long to wait for a server to be ready."""
-
-    wait: Wait = Field(
-        _ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
-    )
-
-
-class StopQuery(_Query):
-    """How to stop, and how long to wait for the end."""
-
-    wait: Wait = Field(_ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it has ended.")
-    force: bool = Field(default=False, description="Kill at once instead of asking.")
-
-
-class GetQuery(_Query):
-    """What to wait for before answering."""
-
-    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state, or stopped or failed.")
-    wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
-
-
-class ListQuery(_Query):
-    """Which servers to list."""
-
-    state: list[State] = Field([], max_length=32, description="Only servers in one of these states.")
-    label: list[Annotated[str, Field(max_length=320)]] = Field(
-        [], max_length=16, description="Only servers with all of these labels: `key=value`, or `key` alone."
-    )
-    limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
-    cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
-
-
-class EventQuery(_Query):
-    """Which events to give."""
-
-    after: Annotated[int, Field(ge=0, le=2**62)] = Field(
-        _ABSENT, description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones."
-    )
-    limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
-    follow: bool = Field(
-        default=False, description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`."
-    )
-
-
-class LogQuery(_Query):
-    """Which part of a log."""
-
-    tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
-    follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")

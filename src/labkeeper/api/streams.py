@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from flask import Response, g, request
 
-from labkeeper.api.answers import event_model
+from labkeeper.api.views import event_model
 from labkeeper.core.model import HistoryEntry
 
 EVENT_STREAM: Final = "text/event-stream"

@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Final
 
+VARIABLE: Final = r"[A-Za-z_][A-Za-z0-9_]{0,127}"
+"""What a name looks like."""
+_OURS: Final = re.compile(r"LABKEEPER_|JUPYTER_RUNTIME_DIR$|JUPYTER_TOKEN|JUPYTER_GATEWAY_")
+"""Names of what the fields of a request say."""
 _LOADING: Final = re.compile(
     # The linker and the C library: what is loaded into every program, before its first instruction.
     r"LD_|DYLD_|GCONV_PATH$|GLIBC_TUNABLES$|LOCPATH$|MALLOC_TRACE$|OPENSSL_"
@@ -23,6 +27,23 @@ _LARGEST: Final = 128 * 1024
 _LARGEST_OF_ALL: Final = 256 * 1024
 """Bytes of all of them: a quarter of the stack's limit is all that a new program gets for its environment and arguments, and most
 often that is 2 MiB, of which the keeper's own variables and command lines need their part."""
+
+
+def check_env(env: dict[str, str]) -> dict[str, str]:
+    """Give variables for a server back. Raises ValueError with the rule that a name breaks."""
+    for name in env:
+        if not re.fullmatch(VARIABLE, name):
+            raise ValueError(f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit")
+        if _OURS.match(name):
+            raise ValueError(f"name {name!r} belongs to labkeeper; use the fields of the request instead")
+    return env
+
+
+def check_kernel_env(env: dict[str, str]) -> dict[str, str]:
+    """Give variables for kernels back, likewise."""
+    if "KERNEL_ID" in env:
+        raise ValueError("'KERNEL_ID' would give every kernel the same id")
+    return check_env(env)
 
 
 def loading(names: Iterable[str]) -> list[str]:

@@ -55,6 +55,11 @@ class InvalidSpec(RequestError):
 
     code = "invalid_spec"
 
+    @classmethod
+    def of(cls, field: str, rule: str) -> Self:
+        """Make the error for one field that breaks one rule."""
+        return cls(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
+
 
 class ServerNotFound(RequestError):
     """No server has this name, or none that the caller's token is for."""

@@ -11,12 +11,12 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from labkeeper import logs, scrub
-from labkeeper.api.answers import event_model
 from labkeeper.api.app import create_app
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.api.tls import Certificate
+from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.machine import OwnMachine

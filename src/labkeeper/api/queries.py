@@ -1,0 +1,110 @@
+"""What callers say in the path of a request, and behind its `?`, as pydantic models."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field
+from werkzeug.datastructures import MultiDict
+
+from labkeeper.core.lifecycle import State
+from labkeeper.core.model import NAME_PATTERN
+
+_ABSENT: Final[Any] = None
+"""See `requests`."""
+
+
+class ServerPath(BaseModel):
+    """The server that a path names."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    # A longer one is not refused, but the name of no server; the request line bounds it.
+    name: str = Field(
+        description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, "examples": ["default"]}
+    )
+
+
+class TokenPath(BaseModel):
+    """The token that a path names."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63})
+
+
+class TicketPath(BaseModel):
+    """The ticket that a link holds."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+    ticket: str = Field(description="What stands in the link.", json_schema_extra={"maxLength": 64})
+
+
+BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
+"""Methods of requests of which no body is read."""
+Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
+
+
+class _Query(BaseModel):
+    """What stands behind the `?`; unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
+    """Give what stands behind the `?`: all values of a field that is a list, the first one of any other."""
+    lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
+    return {name: args.getlist(name) if name in lists else args[name] for name in args}
+
+
+class StartQuery(_Query):
+    """How long to wait for a server to be ready."""
+
+    wait: Wait = Field(
+        _ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
+    )
+
+
+class StopQuery(_Query):
+    """How to stop, and how long to wait for the end."""
+
+    wait: Wait = Field(_ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it has ended.")
+    force: bool = Field(default=False, description="Kill at once instead of asking.")
+
+
+class GetQuery(_Query):
+    """What to wait for before answering."""
+
+    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state, or stopped or failed.")
+    wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
+
+
+class ListQuery(_Query):
+    """Which servers to list."""
+
+    state: list[State] = Field([], max_length=32, description="Only servers in one of these states.")
+    label: list[Annotated[str, Field(max_length=320)]] = Field(
+        [], max_length=16, description="Only servers with all of these labels: `key=value`, or `key` alone."
+    )
+    limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
+    cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
+
+
+class EventQuery(_Query):
+    """Which events to give."""
+
+    after: Annotated[int, Field(ge=0, le=2**62)] = Field(
+        _ABSENT, description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones."
+    )
+    limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
+    follow: bool = Field(
+        default=False, description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`."
+    )
+
+
+class LogQuery(_Query):
+    """Which part of a log."""
+
+    tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
+    follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")

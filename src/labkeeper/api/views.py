@@ -1,0 +1,257 @@
+"""How what is known is told to callers: snapshots, tokens, events and the like as answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any, Final
+
+from labkeeper.api.answers import (
+    EventModel,
+    ExitModel,
+    FailureModel,
+    GatewayModel,
+    HolderModel,
+    Idle,
+    KernelDebtModel,
+    KernelModel,
+    LimitModel,
+    Me,
+    NewToken,
+    RuleModel,
+    Server,
+    StopReportModel,
+    TokenModel,
+    UsageModel,
+    WebhookModel,
+)
+from labkeeper.core.access import Caller, Token
+from labkeeper.core.culling import Explanation
+from labkeeper.core.model import (
+    KERNEL_PREFIX,
+    Exit,
+    Failure,
+    HistoryEntry,
+    Kernel,
+    KernelDebt,
+    Limits,
+    Sample,
+    Snapshot,
+    StopReport,
+    WebhookStatus,
+)
+from labkeeper.core.times import instant
+
+_INFO: Final = (
+    "base_url",
+    "hostname",
+    "notebook_dir",
+    "password",
+    "pid",
+    "port",
+    "secure",
+    "token",
+    "url",
+    "version",
+    "launched_by",
+    "exec_reason",
+)
+
+
+def server_model(
+    snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
+) -> Server:
+    """Write a snapshot as callers see it; without a `lab_url` also without the token that opens the Lab."""
+    endpoint, spec = snapshot.endpoint, snapshot.spec
+    info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
+    if lab_url is None:
+        info["token"] = None
+    return Server(
+        **info,
+        lab_url=lab_url,
+        name=snapshot.name,
+        state=snapshot.state,
+        goal=snapshot.goal,
+        since=instant(snapshot.since),
+        created_at=instant(snapshot.created_at),
+        started_at=instant(snapshot.started_at) if snapshot.started_at is not None else None,
+        launch=snapshot.launch,
+        restarts=snapshot.restarts,
+        root_dir=spec.root_dir,
+        default_url=spec.default_url,
+        labels=dict(spec.labels),
+        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
+        usage=_usage_model(sample),
+        user=spec.user,
+        idle_timeout=spec.idle_timeout,
+        max_age=spec.max_age,
+        jupyter_options=dict(spec.jupyter_options),
+        snoozed_until=None if snapshot.snoozed_until is None else instant(snapshot.snoozed_until),
+        gateway_url=spec.gateway.url if spec.gateway else None,
+        gateway=_gateway_model(snapshot),
+        kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
+        queue_position=queue_position,
+        exit=exit_model(snapshot.exit),
+        failure=_failure_model(snapshot.failure),
+        stop_report=_stop_report_model(snapshot.stop_report),
+    )
+
+
+def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, LimitModel]:
+    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    used: dict[str, float | None] = {}
+    if sample is not None:
+        used = {"memory": sample.usage.memory, "cpus": sample.cpus, "processes": sample.usage.threads}
+    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()}
+
+
+def _usage_model(sample: Sample | None) -> UsageModel | None:
+    if sample is None:
+        return None
+    usage, load = sample.usage, sample.load
+    return UsageModel(
+        at=instant(sample.at),
+        memory=usage.memory,
+        memory_proportional=usage.proportional,
+        cpu_seconds=round(usage.cpu_seconds, 3),
+        cpus=sample.cpus,
+        processes=usage.processes,
+        threads=usage.threads,
+        kernels=load.kernels if load else None,
+        connections=load.connections if load else None,
+    )
+
+
+def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
+    spec, health = snapshot.spec, snapshot.gateway
+    if spec.gateway is None:
+        return None
+    passed = [name for name in spec.kernel_env if name.startswith(KERNEL_PREFIX)]
+    return GatewayModel(
+        url=spec.gateway.url,
+        required=spec.gateway.required,
+        reachable=health.reachable if health else None,
+        since=instant(health.since) if health else None,
+        error=_failure_model(health.error if health else None),
+        kernelspecs=health.kernelspecs if health else None,
+        kernel_env_passed=sorted(passed),
+        kernel_env_if_allowed=sorted(spec.kernel_env.keys() - set(passed)),
+    )
+
+
+def token_model(token: Token, now: float) -> TokenModel:
+    """Write a token as callers see it."""
+    return TokenModel(
+        name=token.name,
+        scope=token.scope,
+        servers=list(token.reach.servers),
+        labels=dict(token.reach.labels),
+        users=list(token.reach.users),
+        created_at=instant(token.created_at),
+        created_by=token.created_by,
+        expires_at=None if token.expires_at is None else instant(token.expires_at),
+        expired=token.expired(now),
+        last_used_at=None if token.last_used_at is None else instant(token.last_used_at),
+    )
+
+
+def new_token_model(token: Token, text: str) -> NewToken:
+    """Write the same of one that was just made, with what it is shown as."""
+    return NewToken(**token_model(token, token.created_at).model_dump(), token=text)
+
+
+def me_model(caller: Caller) -> Me:
+    """Write who asks."""
+    reach = caller.reach
+    return Me(
+        actor=caller.actor,
+        scope=caller.scope,
+        servers=list(reach.servers),
+        labels=dict(reach.labels),
+        users=list(reach.users),
+    )
+
+
+def debt_model(debt: KernelDebt) -> KernelDebtModel:
+    """Write a kernel that is still to be ended as callers see it."""
+    return KernelDebtModel(kernel_id=debt.kernel_id, gateway_url=debt.gateway.url, server=debt.server, since=instant(debt.since))
+
+
+def event_model(entry: HistoryEntry) -> EventModel:
+    """Write an entry of the history as callers see it."""
+    return EventModel(
+        id=entry.id,
+        at=instant(entry.at),
+        kind=entry.kind,
+        server=entry.server,
+        launch=entry.launch,
+        message=entry.message,
+        actor=entry.origin.actor,
+        reason=entry.origin.reason,
+        request_id=entry.origin.request_id,
+        details=dict(entry.details),
+    )
+
+
+def webhook_model(status: WebhookStatus) -> WebhookModel:
+    """Write how a webhook fares as callers see it."""
+    return WebhookModel(**asdict(status))
+
+
+def idle_model(told: Explanation) -> Idle:
+    """Write how a server stands to its rules as callers see it."""
+    verdict, first = told.verdict, told.verdict.next
+
+    def at(moment: float | None) -> str | None:
+        return None if moment is None else instant(moment + told.offset)
+
+    until = told.snapshot.snoozed_until
+    return Idle(
+        name=told.snapshot.name,
+        standing=verdict.standing,
+        reason=verdict.reason,
+        rule=first.rule if first else None,
+        warns_at=at(first.warns_at if first else None),
+        stops_at=at(first.stops_at if first else None),
+        rules=[
+            RuleModel(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
+            for o in verdict.outlooks
+        ],
+        held_by=[HolderModel(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
+        last_used_at=at(verdict.last_used_at),
+        last_used=verdict.last_used,
+        snoozed_until=None if until is None else instant(until),
+        looked_at=at(told.looked_at),
+    )
+
+
+def exit_model(end: Exit | None) -> ExitModel | None:
+    """Write an exit as callers see it."""
+    return None if end is None else ExitModel(code=end.code, signal=end.signal)
+
+
+def kernel_model(kernel: Kernel) -> KernelModel:
+    """Write a kernel as callers see it."""
+    return KernelModel(id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity)
+
+
+def _failure_model(failure: Failure | None) -> FailureModel | None:
+    if failure is None:
+        return None
+    return FailureModel(
+        failure_class=failure.kind,
+        message=failure.message,
+        exit=exit_model(failure.exit),
+        log_tail=list(failure.log_tail),
+    )
+
+
+def _stop_report_model(report: StopReport | None) -> StopReportModel | None:
+    if report is None:
+        return None
+    return StopReportModel(
+        method=report.method,
+        seconds=report.seconds,
+        kernels_stopped=list(report.kernels_stopped),
+        kernels_left=list(report.kernels_left),
+    )
