@@ -92,7 +92,7 @@ def cell(server, source):
 
 @needs_groups
 def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shared):
-    asked = {"memory_limit": 2**30, "cpu_limit": 1.0, "process_limit": 200}
+    asked = {"memory_limit": 2**30, "cpu_limit": 0.5, "process_limit": 200}
     server = forked(shared, "limited", **asked)
     by = {
         name: str(FOUND[controller].version)
@@ -100,7 +100,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
     }
     assert {what: limit | {"used": None} for what, limit in server["limits"].items()} == {
         "memory": {"limit": 2**30, "used": None, "limited_by": by["memory"]},
-        "cpus": {"limit": 1.0, "used": None, "limited_by": by["cpus"]},
+        "cpus": {"limit": 0.5, "used": None, "limited_by": by["cpus"]},
         "processes": {"limit": 200, "used": None, "limited_by": by["processes"]},
     }
     kernel = int(cell(server, "import os; os.getpid()"))
@@ -109,7 +109,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
         assert {str(server["pid"]), str(kernel)} <= set(members)
         assert str(parent_of(server)) not in members
         assert str(shared.process.pid) not in members
-    # One processor for all of them together, however many want more.
+    # Half a processor for all of them together, however many want more: on the busiest machine they would get that and be held.
     busy = cell(
         server,
         """
@@ -127,7 +127,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
         """,
     )
     # How much less depends on what else the machine does; that they were held back does not.
-    assert float(busy) < 1.15
+    assert float(busy) < 0.65
     (counts,) = {path.read_text() for group in groups(shared, "limited") for path in group.glob("cpu.stat")}
     assert int(dict(line.split() for line in counts.splitlines())["nr_throttled"]) > 0
     assert shared.delete("limited").status_code == 200
