@@ -108,6 +108,8 @@ class Labkeeper(Contender):
             "LABKEEPER_STATE_DIR": str(self.state),
             "LABKEEPER_NOTEBOOK_DIR": str(self.notebooks),
             "LABKEEPER_START_TIMEOUT": str(_LONG),
+            # What it can do is measured, not what one caller may ask of it.
+            "LABKEEPER_MAX_REQUEST_RATE": "0",
             "LABKEEPER_LAUNCH_BY": self.launch_by,
         }
         command = [str(self.environments.lab / "bin/labkeeper"), "serve", "--log-format", "json"]
