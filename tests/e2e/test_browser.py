@@ -68,10 +68,16 @@ def notebook(code):
 
 
 def runs_the_cell(page, output):
-    """Ask for a cell to be run, and say whether that is its output; the Lab forgets what is asked before it is connected."""
-    page.locator(".jp-Notebook .cm-content").first.click()
-    page.keyboard.press("Control+Enter")
+    """Ask for a cell to be run, and say whether that is its output; the Lab forgets what is asked before it is connected.
+
+    On a busy machine it may ask something first, such as which kernel is meant; a person would agree.
+    """
+    question = page.locator(".jp-Dialog .jp-mod-accept")
     with contextlib.suppress(sync_api.TimeoutError):
+        if question.count():
+            question.first.click(timeout=2000)
+        page.locator(".jp-Notebook .cm-content").first.click(timeout=2000)
+        page.keyboard.press("Control+Enter")
         page.locator(".jp-OutputArea-output").get_by_text(output, exact=True).wait_for(timeout=2000)
         return True
     return False
