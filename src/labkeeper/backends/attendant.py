@@ -43,9 +43,9 @@ from labkeeper.core.model import (
 from labkeeper.crew import Crew
 
 _TAIL_LINES: Final = 30
+"""Lines of the log that a failure carries."""
 _LONGEST_LINE: Final = 2000
 """Characters of each of them: they are kept with the server, and told in its history."""
-"""Lines of the log that a failure carries."""
 _PROOF_PAUSES: Final = (0.005, 0.1)
 """Seconds between two looks at a server that says that it is ready and does not answer yet: at first, and at most."""
 _FOUND_PAUSES: Final = (0.02, 0.1)
