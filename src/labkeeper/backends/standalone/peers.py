@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import socket
 import struct
-from typing import Iterator, Optional
+from typing import Optional
 
 from .identity import MARK, stat
 
@@ -31,41 +30,35 @@ def check(connection: socket.socket) -> None:
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
     # executed carries the mark, or its parents do. A process that is gone already is not let in either.
-    with _environment(pid) as (variables, size):
-        if variables is not None and size == 1:
-            raise PermissionError(f"process {pid} has cleared its environment")
+    asks = pid
     while pid > 1:
-        if pid == os.getpid() or _is_marked(pid):
+        size, marked = _environment(pid)
+        if pid == asks and size == 0:
+            raise PermissionError(f"process {pid} has cleared its environment")
+        if pid == os.getpid() or marked:
             raise PermissionError("a server must not ask for others")
         pid = int(stat(pid)[1])
 
 
-@contextlib.contextmanager
-def _environment(pid: int) -> Iterator[tuple[Optional[mmap.mmap], int]]:
-    """Give the environment of a process, a NUL before it, and how many bytes that is; None where it is closed to us.
+def _environment(pid: int) -> tuple[Optional[int], bool]:
+    """Give the bytes of the environment of a process, and whether our mark is in it; None, and no, where it is closed to us.
 
     A keeper closes its own (`privileges.hide`) to all but root, and who started it may be of another user. What is read is gone
     afterwards: a copy in memory that is merely free would be our children's, and there are secrets in it.
     """
     try:
-        stream = open(f"/proc/{pid}/environ", "rb", buffering=0)  # noqa: SIM115 - closed below
+        with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream, mmap.mmap(-1, _LARGEST) as memory:
+            # A NUL stands before each variable, before the first one too.
+            end = count = 1
+            while count:
+                with memoryview(memory) as whole, whole[end:] as rest:
+                    count = stream.readinto(rest)
+                end += count
+            if end == _LARGEST:
+                raise OSError(f"process {pid} has too large an environment")
+            return end - 1, memory.find(os.fsencode(f"\0{MARK}={_rooms()}/"), 0, end) >= 0
     except PermissionError:
-        yield None, 0
-        return
-    with stream, mmap.mmap(-1, _LARGEST) as memory:
-        size = count = 1
-        while count:
-            with memoryview(memory) as whole, whole[size:] as rest:
-                count = stream.readinto(rest)
-            size += count
-        if size == _LARGEST:
-            raise PermissionError(f"process {pid} has too large an environment")
-        yield memory, size
-
-
-def _is_marked(pid: int) -> bool:
-    with _environment(pid) as (variables, size):
-        return variables is not None and variables.find(os.fsencode(f"\0{MARK}={_rooms()}/"), 0, size) >= 0
+        return None, False
 
 
 def _rooms() -> str:
