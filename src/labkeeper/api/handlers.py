@@ -356,18 +356,20 @@ class Api:
             raise ServerNotFound.called(snapshot.name)
         return snapshot
 
+    def _take_place(self, what: str, instead: str) -> None:
+        """Take a place for as long as an answer takes. Raises CapacityReached."""
+        if not self._places.take():
+            raise CapacityReached(
+                f"cannot {what}: as many callers wait or follow as may; {instead}, or try later", retry_after=_FOLLOW_AGAIN
+            )
+
     @contextmanager
     def _turn_to_read(self, name: ServerName, tail: int) -> Iterator[None]:
         """Wait, in a place, until it is our turn to read much of a log: that takes a processor, which all share."""
         if tail <= _FEW_LINES:
             yield
             return
-        if not self._places.take():
-            raise CapacityReached(
-                f"cannot read so much of the log of server '{name}': as many callers wait or follow as may; "
-                f"ask for {_FEW_LINES} lines at most, or try later",
-                retry_after=_FOLLOW_AGAIN,
-            )
+        self._take_place(f"read so much of the log of server '{name}'", f"ask for {_FEW_LINES} lines at most")
         try:
             with self._reading:
                 yield
@@ -375,12 +377,7 @@ class Api:
             self._places.give_back()
 
     def _follow(self, name: ServerName, tail: int) -> Response:
-        if not self._places.take():
-            raise CapacityReached(
-                f"cannot follow the log of server '{name}': as many callers wait or follow as may; "
-                "read it without follow, or try later",
-                retry_after=_FOLLOW_AGAIN,
-            )
+        self._take_place(f"follow the log of server '{name}'", "read it without follow")
         lines = self._services.backend.follow(name, tail, functools.partial(self._is_live, name, _caller()))
         return self._live(lines_in_pieces(self._begun_in_turn(lines), gone()), "text/plain; charset=utf-8")
 
@@ -410,11 +407,7 @@ class Api:
         return _json(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
 
     def _follow_events(self, server: ServerName | None, after: int | None) -> Response:
-        if not self._places.take():
-            raise CapacityReached(
-                "cannot follow events: as many callers wait or follow as may; read them without follow, or try later",
-                retry_after=_FOLLOW_AGAIN,
-            )
+        self._take_place("follow events", "read them without follow")
         history = self._services.history
         known = history.first_id() - 1
         # From the first one on, nobody has missed any.
