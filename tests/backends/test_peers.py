@@ -10,24 +10,15 @@ import sys
 import pytest
 
 from harness import PATIENCE
+from memory import OWN_MEMORY, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
-LISTEN = """
-import ctypes, os, re, socket, sys
+LISTEN = (
+    OWN_MEMORY
+    + """
+import socket, sys
 from labkeeper.backends.standalone import peers
-
-class Piece(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
-
-def own_memory():
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in open("/proc/self/maps").read().splitlines():
-        first, end = (int(number, 16) for number in line.split()[0].split("-"))
-        content = ctypes.create_string_buffer(end - first)
-        here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
-        if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
-            yield content
 
 listener = socket.socket(socket.AF_UNIX)
 listener.bind(sys.argv[1])
@@ -35,15 +26,11 @@ listener.listen()
 print("listening", flush=True)
 connection, _ = listener.accept()
 peers.check(connection)
-# They do not hold what they find: they are in this memory themselves.
 wanted = [re.compile(pattern.encode()) for pattern in sys.argv[2:]]
-print([any(pattern.search(content) for content in own_memory()) for pattern in wanted])
+print([any(pattern.search(content) for _, content in own_memory()) for pattern in wanted])
 """
+)
 ASK = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(1)"
-
-
-def hidden(text):
-    return "".join(f"[{letter}]" for letter in text)
 
 
 def test_of_the_environments_of_who_asks_nothing_stays_in_memory(tmp_path):

@@ -21,6 +21,7 @@ import httpx
 import pytest
 
 from harness import PATIENCE, PassableKeeper, forked, run_cell, start_kernel, until
+from memory import OWN_MEMORY, hidden
 
 USER = f"labkeeper-s{os.getpid()}"
 BY = pytest.mark.parametrize("launch_by", ["fork", "exec"])
@@ -202,23 +203,11 @@ def test_a_notebook_of_another_user_finds_nothing_of_its_keeper_at_all(of_root, 
     assert of_root.delete("stranger").status_code == 200
 
 
-LOOK_INTO_ITSELF = """
-import ctypes, json, os, re
-from pathlib import Path
+LOOK_INTO_ITSELF = (
+    OWN_MEMORY
+    + """
+import json
 
-class Piece(ctypes.Structure):
-    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
-
-def own_memory():
-    libc = ctypes.CDLL(None, use_errno=True)
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        first, end = (int(number, 16) for number in line.split()[0].split("-"))
-        content = ctypes.create_string_buffer(end - first)
-        here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
-        if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
-            yield line, content
-
-# Patterns that do not hold what they find: they are in this memory themselves.
 wanted = {name: re.compile(pattern.encode()) for name, pattern in @wanted@.items()}
 control = bytes.fromhex("@control@")
 found = {}
@@ -228,15 +217,14 @@ for line, content in own_memory():
             found.setdefault(name, [line, repr(content[max(0, at.start() - 300) : at.end() + 300])])
 (Path.home() / "found.json").write_text(json.dumps(found))
 """
+)
 
 
 @BY
 def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(of_root, user, passable, launch_by):
     """Its user's configuration is run in it, and reads what was there before the fork as well."""
     control = secrets.token_hex(16)
-    wanted = {
-        name: "".join(f"[{letter}]" for letter in text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()
-    }
+    wanted = {name: hidden(text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()}
     source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace("@control@", control.encode().hex())
     place = passable / "home" / ".jupyter"
     place.mkdir(exist_ok=True)

@@ -1,0 +1,27 @@
+"""What a process finds in its own memory, be it in use or only free: code for it to run, and patterns to look for."""
+
+from __future__ import annotations
+
+OWN_MEMORY = """
+import ctypes, os, re
+from pathlib import Path
+
+class Piece(ctypes.Structure):
+    _fields_ = [("base", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+def own_memory():
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        first, end = (int(number, 16) for number in line.split()[0].split("-"))
+        content = ctypes.create_string_buffer(end - first)
+        here, there = Piece(ctypes.addressof(content), end - first), Piece(first, end - first)
+        if libc.process_vm_readv(os.getpid(), ctypes.byref(here), 1, ctypes.byref(there), 1, 0) > 0:
+            yield line, content
+
+"""
+"""Defines `own_memory`, which gives each mapping with what is in it."""
+
+
+def hidden(text):
+    """Write a text as a pattern that finds it, and does not hold it: the pattern is in that memory itself."""
+    return "".join(f"[{letter}]" for letter in text)
