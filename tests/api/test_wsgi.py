@@ -413,6 +413,35 @@ def test_a_reader_that_keeps_up_is_not_cut_off(serve, monkeypatch):
     assert size == 40 * 2**20
 
 
+def test_the_loop_leaves_a_connection_alone_while_a_thread_writes_to_it(serve, monkeypatch):
+    """It would ask for it again and again, and slow down the very thread that it waits for."""
+    rounds, writes = [], threading.Event()
+
+    def send(channel, data, do_close=True):
+        rounds.clear()
+        writes.set()
+        # Others come meanwhile, so the loop is awake.
+        time.sleep(0.3)
+        asked.append(len(rounds))
+        return plain_send(channel, data, do_close)
+
+    def handle_write(channel):
+        rounds.append(channel)
+        plain_write(channel)
+
+    asked, plain_send, plain_write = [], wsgi._Channel.send, wsgi._Channel.handle_write
+    monkeypatch.setattr(wsgi._Channel, "send", send)
+    monkeypatch.setattr(wsgi._Channel, "handle_write", handle_write)
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert writes.wait(PATIENCE)
+    served.connect()
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert (answer.status, asked) == (200, [0])
+
+
 @pytest.mark.parametrize(
     ("headers", "status"),
     [

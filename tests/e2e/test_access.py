@@ -106,7 +106,9 @@ def test_a_hundred_thousand_wrong_tokens_neither_slow_the_keeper_nor_fill_its_di
                 stranger.sendall(b"".join(request % (first + at) for at in range(AT_ONCE)))
                 came = b""
                 while came.count(b"HTTP/1.1 401") < AT_ONCE or not came.endswith(b"}"):
-                    came += stranger.recv(2**16)
+                    piece = stranger.recv(2**16)
+                    assert piece, f"closed after {refused[which]} answers"
+                    came += piece
                 refused[which] += came.count(b"HTTP/1.1 401")
 
     threads = [threading.Thread(target=knock, args=(which,)) for which in (0, 1)]

@@ -381,6 +381,8 @@ class _Channel(HTTPChannel):
         """Whether a request waits until what was answered before is taken."""
         self._taken = 0
         """Bytes that the caller has taken."""
+        self._writing = False
+        """Whether a thread writes what it has made to the socket itself."""
         self._keeping_up = self._since, 0
         """When what waits for the caller was last known to be taken fast enough, and what had been taken by then."""
         super().__init__(server, connection, address, adj, map=map)
@@ -444,7 +446,14 @@ class _Channel(HTTPChannel):
     def write_soon(self, data: Any) -> int:
         """Take a piece of an answer, when there is room for it."""
         super()._flush_outbufs_below_high_watermark()
-        taken: int = super().write_soon(data)
+        self._writing = True
+        try:
+            taken: int = super().write_soon(data)
+        finally:
+            self._writing = False
+        if self.total_outbufs_len:
+            # The loop may have looked before the flag was off.
+            self.server.pull_trigger()
         return taken
 
     def _flush_outbufs_below_high_watermark(self) -> None:
@@ -486,7 +495,10 @@ class _Channel(HTTPChannel):
 
     def writable(self) -> bool:
         """Whether there is something to write; TLS may have something of its own."""
-        return bool(super().writable()) or (self._tls is not None and self._tls.wants_write)
+        if self._tls is not None and self._tls.wants_write:
+            return True
+        # While a thread writes, its loop could only ask for the lock, again and again, and take the interpreter from that thread.
+        return bool(self.will_close if self._writing else super().writable())
 
     def handle_write(self) -> None:
         """Write it."""
