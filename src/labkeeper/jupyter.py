@@ -17,10 +17,10 @@ from dataclasses import asdict, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any, Final
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from labkeeper import addresses
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import (
     KERNEL_PREFIX,
@@ -263,7 +263,6 @@ _TERMINALS: Final = TypeAdapter(list[_TerminalModel], config=_LAZY)
 _STATUS: Final = TypeAdapter(_StatusModel)
 _UNTRACKED: Final = "?no_track_activity=1"
 """With this a question is no activity."""
-_WILDCARDS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 
 class JupyterClient:
@@ -379,13 +378,13 @@ def _epoch(instant: str) -> float | None:
 
 
 def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[http.client.HTTPConnection]:
-    target = urlsplit(url_of(endpoint))
+    host = addresses.from_here(endpoint.hostname)
     if not endpoint.secure:
-        return closing(http.client.HTTPConnection(target.hostname or "", target.port, timeout=timeout))
+        return closing(http.client.HTTPConnection(host, endpoint.port, timeout=timeout))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # It is known by its pid and its token; its certificate says nothing more.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return closing(http.client.HTTPSConnection(target.hostname or "", target.port, timeout=timeout, context=context))
+    return closing(http.client.HTTPSConnection(host, endpoint.port, timeout=timeout, context=context))
 
 
 def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool:
@@ -398,11 +397,8 @@ def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, h
 
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:
     """Give the root URL of a server: as seen from this machine, or with the name by which others know it."""
-    host = host or _WILDCARDS.get(endpoint.hostname, endpoint.hostname)
-    if ":" in host and not host.startswith("["):
-        host = f"[{host}]"
-    scheme = "https" if endpoint.secure else "http"
-    return f"{scheme}://{host}:{endpoint.port}{endpoint.base_url}"
+    host = host or addresses.from_here(endpoint.hostname)
+    return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, endpoint.base_url)
 
 
 _CAUSES: Final = (

@@ -18,6 +18,7 @@ from urllib.parse import quote
 from flask import Response, g, request
 from pydantic import BaseModel
 
+from labkeeper import addresses
 from labkeeper.api import problems
 from labkeeper.api.access import (
     find,
@@ -81,7 +82,6 @@ from labkeeper.core.times import instant, spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = AT_REST | {State.RUNNING}
-_WILDCARDS: Final = frozenset({"", "0.0.0.0", "::", "*"})  # noqa: S104 - compared, not bound
 _RETRY_AFTER: Final = {"Retry-After": "1"}
 _FOLLOW_AGAIN: Final = 10
 """Seconds after which a place to follow in may be free."""
@@ -509,9 +509,9 @@ class Api:
         if host is None:
             bound = endpoint.hostname
             # Over the Unix socket a caller may have no name for us.
-            host = host_of(request.host) or "127.0.0.1" if bound in _WILDCARDS else bound
-        host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-        return f"{'https' if endpoint.secure else 'http'}://{host}:{endpoint.port}{endpoint.base_url.rstrip('/')}/"
+            host = host_of(request.host) or "127.0.0.1" if addresses.is_wildcard(bound) else bound
+        path = f"{endpoint.base_url.rstrip('/')}/"
+        return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, path)
 
 
 @dataclass(frozen=True, slots=True)

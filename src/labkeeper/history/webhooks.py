@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 import structlog
 
+from labkeeper import addresses
 from labkeeper.core.errors import StoreError
 from labkeeper.core.model import HistoryEntry, WebhookStatus
 from labkeeper.core.ports import Clock
@@ -221,5 +222,4 @@ def key_of(secret: str) -> bytes:
 def place_of(url: str) -> str:
     """Give the part of a URL that can be shown."""
     parts = urlsplit(url)
-    host = parts.hostname or ""
-    return f"{parts.scheme}://{f'[{host}]' if ':' in host else host}{f':{parts.port}' if parts.port else ''}"
+    return addresses.url(parts.scheme, parts.hostname or "", parts.port)

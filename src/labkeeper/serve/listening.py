@@ -8,14 +8,11 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
 
 import structlog
 
-from labkeeper import statedir
+from labkeeper import addresses, statedir
 from labkeeper.core.errors import SettingsError
-
-_WILDCARDS: Final = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104 - compared, not bound
 
 _log = structlog.get_logger("labkeeper.serve")
 
@@ -34,8 +31,7 @@ def listen(host: str, port: int) -> socket.socket:
 def url_of(listener: socket.socket, scheme: str) -> str:
     """Give the URL of a listening socket, as seen from this machine."""
     host, port = listener.getsockname()[:2]
-    host = _WILDCARDS.get(host, host)
-    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
+    return addresses.url(scheme, addresses.from_here(host), port)
 
 
 @contextmanager
