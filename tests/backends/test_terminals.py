@@ -61,5 +61,5 @@ def test_it_cannot_be_known_of_a_process_that_is_gone_nor_on_another_system(monk
 
 
 def test_a_program_whose_first_process_has_ended_is_one_all_the_same():
-    gone = terminals._Stat("sh", group=1, session=1, terminal=5, foreground=2**22 + 1, started=0)
+    gone = terminals._Stat(group=1, session=1, terminal=5, foreground=2**22 + 1, started=0)
     assert terminals._program(gone) == "a program"

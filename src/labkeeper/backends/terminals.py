@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 
 from labkeeper.backends.processes import Process
+from labkeeper.backends.standalone import identity
 
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
-    """What `/proc/PID/stat` says of a process (proc(5))."""
+    """What `/proc/PID/stat` says of a process, as far as terminals go (proc(5))."""
 
-    name: str
     group: int
     session: int
     terminal: int
@@ -48,14 +48,14 @@ def _program(shell: _Stat) -> str:
     if shell.foreground <= 0 or shell.foreground == shell.group:
         return ""
     # The first of a pipeline may have ended before the others.
-    leader = _stat(shell.foreground)
-    return leader.name if leader is not None else "a program"
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{shell.foreground}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+    return "a program"
 
 
 def _stat(pid: int) -> _Stat | None:
     """Read about a process; None where it has ended. Raises OSError, ValueError."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        head, _, tail = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
-        _state, _parent, group, session, terminal, foreground, *rest = tail.split()
-        return _Stat(head.partition("(")[2], int(group), int(session), int(terminal), int(foreground), int(rest[13]))
+        _state, _parent, group, session, terminal, foreground, *rest = identity.stat(pid)
+        return _Stat(int(group), int(session), int(terminal), int(foreground), int(rest[13]))
     return None

@@ -18,7 +18,7 @@ import psutil
 
 from labkeeper.backends.limits import ControlGroups, Counted
 from labkeeper.backends.processes import Process, carries
-from labkeeper.backends.standalone.identity import MARK
+from labkeeper.backends.standalone import identity
 from labkeeper.core.model import ServerName, Usage
 
 _PROPORTIONAL_EVERY: Final = 60.0
@@ -29,7 +29,7 @@ _PROPORTIONAL_WITHIN: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
-    """One line of /proc/PID/stat: see proc(5)."""
+    """What `/proc/PID/stat` says of a process, as far as it is measured (proc(5))."""
 
     parent: int
     ticks: int
@@ -118,7 +118,7 @@ class Meter:
         key = (pid, stat.started)
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
-            mark = carries(pid, MARK)
+            mark = carries(pid, identity.MARK)
             self._marks[key] = mark or (_NONE if again else b"")
         return self._marks[key]
 
@@ -165,10 +165,10 @@ def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
     found = {}
     for pid in pids:
         with contextlib.suppress(OSError):
-            fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
-            if fields[0] != b"Z":
+            fields = identity.stat(pid)
+            if fields[0] != "Z":
                 ticks = sum(map(int, fields[11:15]))
-                found[pid] = _Stat(int(fields[1]), ticks, int(fields[17]), fields[19].decode(), int(fields[21]))
+                found[pid] = _Stat(int(fields[1]), ticks, int(fields[17]), fields[19], int(fields[21]))
     return found
 
 
