@@ -272,7 +272,7 @@ def test_access_control_can_be_turned_off_and_says_so_loudly(make_keeper):
     keeper.start()
     with httpx.Client(base_url=keeper.url, trust_env=False) as anybody:
         assert anybody.get("/api/servers").status_code == 200
-    assert "access control is OFF" in keeper.log.read_text()
+    until(lambda: "access control is OFF" in keeper.log.read_text(), what="it says so")
 
 
 def test_a_damaged_store_is_refused_and_kept(make_keeper):
