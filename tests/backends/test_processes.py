@@ -14,7 +14,7 @@ import pytest
 
 from harness import free_port, until
 from labkeeper.backends import processes
-from labkeeper.backends.processes import Process, boot_id, end_all, marked, rooms_marked, sees, wait_until_ended
+from labkeeper.backends.processes import Process, boot_id, carries, end_all, marked, rooms_marked, sees, wait_until_ended
 
 STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
 
@@ -88,6 +88,17 @@ def test_a_mark_is_found_wherever_it_was_inherited(spawn):
     assert child.pid in {process.pid for process in found}
     assert end_all(found, grace=0, within=2) == []
     assert marked("A_MARK", mark) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a program without its environment")
+def test_a_mark_is_found_while_a_program_is_executed(spawn, tmp_path):
+    """As when a server is ended that has just run another program."""
+    program = tmp_path / "again"
+    program.write_text("#!/bin/sh\nexec $0\n")
+    program.chmod(0o755)
+    spawned = spawn(program, env={**os.environ, "A_MARK": "x"})
+    until(lambda: carries(spawned.pid, "A_MARK") == b"x")
+    assert {carries(spawned.pid, "A_MARK") for _ in range(3000)} == {b"x"}
 
 
 def test_who_looks_is_not_found_nor_who_started_it(spawn):

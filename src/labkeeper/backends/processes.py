@@ -24,6 +24,10 @@ from labkeeper.backends.standalone import identity
 
 _LOOK_EVERY: Final = 0.1
 """Seconds between two looks at a process where the system cannot tell us of its end (no pidfd)."""
+_EXECUTED_WITHIN: Final = 0.5
+"""Seconds in which a program that is executed is taken to get its environment."""
+_BETWEEN_READS: Final = 0.001
+"""Seconds between two of its reads; what is at the same place in both and empty is no environment."""
 _LISTENS: Final = "0A"
 """The state of a TCP socket that listens, as /proc/net/tcp writes it."""
 
@@ -210,10 +214,36 @@ def _values(pid: int, name: str) -> set[str]:
     """Give what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
     if sys.platform == "linux":
         # Read as it is: parsing it would take longer than a process may need to start another and end.
-        environment = b"\0" + Path(f"/proc/{pid}/environ").read_bytes()
+        environment = b"\0" + _environment(pid)
         _, *found = environment.split(b"\0" + os.fsencode(name) + b"=")
         return {os.fsdecode(rest.partition(b"\0")[0]) for rest in found}
     return {psutil.Process(pid).environ().get(name, "")}
+
+
+def _environment(pid: int) -> bytes:
+    """Read the environment of a process, once it has one: while a program is executed there is none. Raises OSError.
+
+    That takes Linux a moment, which can be longer than several looks through all processes when the machine is busy.
+    """
+    until = time.monotonic() + _EXECUTED_WITHIN
+    before = None
+    while not (environment := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < until:
+        place = _place_of_environment(pid)
+        if place is None or (place == before and place[0] == place[1] != "0"):
+            break
+        before = place
+        time.sleep(_BETWEEN_READS)
+    return environment
+
+
+def _place_of_environment(pid: int) -> tuple[str, str] | None:
+    """Say where it begins and ends: zeros in a program that is executed; None where there is no program, as in the kernel's."""
+    try:
+        Path(f"/proc/{pid}/exe").readlink()
+        fields = identity.stat(pid)
+    except OSError:
+        return None
+    return fields[47], fields[48]
 
 
 def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:
