@@ -54,3 +54,14 @@ def test_a_file_that_is_only_open_is_no_harm():
     before = preload._shared_things()
     with Path(__file__).open():
         assert not preload._shared_things() - before
+
+
+@pytest.mark.parametrize(("parent", "code"), [(os.getpid, 7), (os.getppid, 1)], ids=["lives", "has ended"])
+def test_a_rehearsal_goes_on_only_as_long_as_its_fork_server_lives(monkeypatch, parent, code):
+    """Also where that ended before it could ask to be told."""
+    monkeypatch.setattr(preload, "enter", lambda _: os._exit(7))
+    expected = parent()
+    pid = os.fork()
+    if pid == 0:
+        preload._perform(None, -1, expected)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

@@ -184,6 +184,8 @@ class ForkServers:
             connection.close()
             if process is not None and process.pid != os.getpid():
                 process.send(signal.SIGKILL)
+                # What it rehearses ends after it.
+                wait_until_ended(process, timeout=_END_WITHIN)
             return None
         return Instance(directory, process, connection)
 

@@ -119,10 +119,11 @@ def _rehearse() -> dict[str, Any]:
     """
     launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
     reader, writer = os.pipe()
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        _perform(launch, writer)
+        _perform(launch, writer, parent)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
         report = stream.read()
@@ -137,13 +138,15 @@ def _rehearse() -> dict[str, Any]:
         ) from None
 
 
-def _perform(launch: Launch, writer: int) -> NoReturn:
+def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
     code = 1
     try:
-        shared = pages.writable()
-        # It ends with its parent, and in time.
+        # It ends with its parent, which may have ended already, and in time.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit("the fork server has ended")
         signal.alarm(_REHEARSAL_SECONDS)
+        shared = pages.writable()
         enter(launch)
         token = secrets.token_hex(24)
         launch = replace(launch, config={**launch.config, "IdentityProvider": {"token": token}})
