@@ -268,9 +268,12 @@ def test_what_has_died_is_not_held(groups, spawn):
 def test_kills_for_want_of_memory_are_counted_for_a_server_where_it_has_a_group_for_that(groups):
     whole = groups.memory_kills(NAME)
     lines = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    assert whole == MemoryKills(int(lines["oom_kill"]), certain=False)
+    assert (whole, whole.count()) == (MemoryKills(Path("/proc/vmstat"), certain=False), int(lines["oom_kill"]))
     if "cgroup" in groups.limit(NAME, ALL, own_user=False).by["memory"]:
-        assert groups.memory_kills(NAME) == MemoryKills(0, certain=True)
+        its_own = groups.memory_kills(NAME)
+        assert (its_own.certain, its_own.count()) == (True, 0)
+        groups.remove(NAME)
+        assert its_own.count() == 0
 
 
 SETTINGS = {"memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max"}

@@ -100,7 +100,9 @@ class Attendant:
     """Those that it had when it was asked to end."""
     _looking: bool = False
     """Whether a look at it is under way; one that never ends is not joined by another."""
-    _memory_kills: tuple[MemoryKills, ...] = ()
+    _memory_kills: MemoryKills | None = None
+    """Where those of it are counted that were killed for want of memory."""
+    _killed: tuple[int, ...] = ()
     """What was counted in the last two looks: one that fell between a kill and the end that it led to must not hide it."""
     _known: set[Process] = field(default_factory=set)
     """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
@@ -272,15 +274,15 @@ class Attendant:
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:
-        self._memory_kills = (*self._memory_kills[-1:], self.groups.memory_kills(self.name))
+        self._memory_kills = self._memory_kills or self.groups.memory_kills(self.name)
+        self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:
         """Say that it was killed for want of memory; "" where it was not: by somebody else, by us, or it ended in another way."""
-        if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or not self._memory_kills:
+        if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or self._memory_kills is None:
             return ""
-        before, now = self._memory_kills[0], self.groups.memory_kills(self.name)
-        grown = now.certain is before.certain and now.count > before.count
-        return _OUT_OF_MEMORY[0 if now.certain else 1] if grown else ""
+        grown = self._memory_kills.count() > self._killed[0]
+        return _OUT_OF_MEMORY[0 if self._memory_kills.certain else 1] if grown else ""
 
     # Small things
 

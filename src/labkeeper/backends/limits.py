@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -37,6 +38,10 @@ _STILL: Final = (("cgroup.freeze", "1"), ("pids.max", "0"))
 """Files, and what to write there, by which a group without that one can at least start nothing any more."""
 _MEMORY_EVENTS: Final = ("memory.events", "memory.oom_control")
 """Where a group counts its processes that were killed for want of memory: under version 2, and version 1."""
+_KILLED: Final = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
+"""How they, and `/proc/vmstat`, tell the number."""
+_USED: Final = ("memory", "cpu", "pids", "freezer")
+"""The controllers of version 1 that we have a use for."""
 
 _log = structlog.get_logger("labkeeper.backends.limits")
 
@@ -72,11 +77,18 @@ class _Hierarchy:
 
 @dataclass(frozen=True, slots=True)
 class MemoryKills:
-    """How many processes Linux has killed for want of memory."""
+    """Where Linux counts the processes that it has killed for want of memory."""
 
-    count: int
+    file: Path
     certain: bool
-    """Whether only those of one server were counted, and not those of the whole machine."""
+    """Whether only those of one server are counted there, and not those of the whole machine."""
+
+    def count(self) -> int:
+        """Read how many there were; 0 where that cannot be told."""
+        with contextlib.suppress(OSError):
+            if (found := _KILLED.search(self.file.read_text())) is not None:
+                return int(found[1])
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,13 +185,12 @@ class ControlGroups:
                             (part / setting).write_text(value)
 
     def memory_kills(self, name: ServerName) -> MemoryKills:
-        """Count the processes that Linux has killed for want of memory: those of a server, or where nothing tells, all."""
+        """Say where the processes of a server are counted that Linux kills for want of memory, or where nothing tells, all."""
         for file in (group / events for group in self._of(name) for events in _MEMORY_EVENTS):
-            with contextlib.suppress(OSError, KeyError, ValueError):
-                return MemoryKills(_counted(file), certain=True)
-        with contextlib.suppress(OSError, KeyError, ValueError):
-            return MemoryKills(_counted(Path("/proc/vmstat")), certain=False)
-        return MemoryKills(0, certain=False)
+            with contextlib.suppress(OSError):
+                if _KILLED.search(file.read_text()) is not None:
+                    return MemoryKills(file, certain=True)
+        return MemoryKills(Path("/proc/vmstat"), certain=False)
 
     def counted(self, name: ServerName) -> Counted:
         """Read what the groups of a server count."""
@@ -272,7 +283,7 @@ def _version_1(*ours: str) -> dict[str, _Hierarchy]:
     mounts = {option: mount for mount, kind, options in _mounts() if kind == "cgroup" for option in options.split(",")}
     for controllers, path in _memberships():
         for controller in controllers:
-            if controller in mounts and os.access(base := _own(mounts[controller], path, *ours), os.W_OK):
+            if controller in _USED and controller in mounts and os.access(base := _own(mounts[controller], path, *ours), os.W_OK):
                 found[controller] = _Hierarchy(LimitedBy.CGROUP1, base)
     return found
 
@@ -400,8 +411,3 @@ def _first(groups: Iterable[Path], files: Mapping[str, Callable[[str], _N]]) -> 
 def _busy(stat: str) -> float:
     """Read the seconds of processors out of `cpu.stat`; that of version 1 does not have them. Raises KeyError."""
     return int(dict(line.split(maxsplit=1) for line in stat.splitlines())["usage_usec"]) / 1e6
-
-
-def _counted(file: Path) -> int:
-    """Read the number of processes that were killed for want of memory. Raises OSError, KeyError, ValueError."""
-    return int(dict(line.split(maxsplit=1) for line in file.read_text().splitlines())["oom_kill"])
