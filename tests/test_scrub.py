@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import sys
 import time
 from dataclasses import replace
 from urllib.parse import quote
@@ -114,13 +115,18 @@ def test_lines_without_secrets_cost_a_part_of_what_the_rule_itself_does():
     ] * 2000
 
     def cost(of):
-        begun = time.thread_time()
-        for line in lines:
-            of(line)
-        return time.thread_time() - begun
+        # What counts coverage follows our lines, and not those of the rule.
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            begun = time.thread_time()
+            for line in lines:
+                of(line)
+            return time.thread_time() - begun
+        finally:
+            sys.settrace(tracer)
 
-    # A quarter of it, and half under coverage on a busy machine; asking the rule for each line costs more than all of it.
-    assert min(cost(scrub.scrub) for _ in range(5)) < 0.8 * min(cost(scrub._LOOKS.search) for _ in range(5))
+    assert min(cost(scrub.scrub) for _ in range(5)) < min(cost(scrub._LOOKS.search) for _ in range(5)) / 2
 
 
 @pytest.mark.parametrize("piece", ["token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":"])
