@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,27 @@ def test_a_mark_is_found_while_a_program_is_executed(spawn, tmp_path):
     spawned = spawn(program, env={**os.environ, "A_MARK": "x"})
     until(lambda: carries(spawned.pid, "A_MARK") == b"x")
     assert {carries(spawned.pid, "A_MARK") for _ in range(3000)} == {b"x"}
+
+
+HIDES = """
+import ctypes, os, signal
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+page, end = int(fields[47]) & ~4095, int(fields[48])
+print("hidden", flush=True)
+ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(-(-(end - page) // 4096) * 4096), 0)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for environments in this way")
+def test_nobody_who_hides_an_environment_holds_up_a_look(spawn):
+    hidden = spawn(sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    assert hidden.stdout.readline() == b"hidden\n"
+    without = spawn("sleep", "1000", env={})
+    begun = time.monotonic()
+    for spawned in (hidden, without) * 10:
+        carries(spawned.pid, "A_MARK")
+    assert time.monotonic() - begun < 2
 
 
 def test_who_looks_is_not_found_nor_who_started_it(spawn):
