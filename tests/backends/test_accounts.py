@@ -17,7 +17,7 @@ from labkeeper.core.model import FailureClass, ServerName, ServerSpec
 
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
 OTHER = pwd.getpwuid(1).pw_name if os.geteuid() != 1 else "root"
-root_only = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+root_only = pytest.mark.root
 
 
 def spec(user):

@@ -5,24 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import queue
-import shutil
 import signal
 import struct
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
-from harness import alive, processes_marked, until
+from harness import alive, children, no_descriptors, processes_marked, until
 from labkeeper import jupyter
 from labkeeper.backends.forking import CannotFork, ForkServer
 from labkeeper.backends.forkservers import connect
 from labkeeper.backends.launching import ReportPipe
+from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.standalone import wire
 from labkeeper.backends.standalone.identity import MARK
@@ -47,9 +46,9 @@ if os.path.exists(room + "/gate"):
 @pytest.fixture(autouse=True, scope="module")
 def _nothing_left_behind():
     """As for all tests, but once for all of this module: they share a fork server, which is replaced now and then."""
-    threads = set(threading.enumerate())
+    threads, processes = set(threading.enumerate()), children()
     yield
-    until(lambda: set(threading.enumerate()) <= threads and not psutil.Process().children(), what="all is gone")
+    until(lambda: set(threading.enumerate()) <= threads and children() <= processes, what="all is gone")
 
 
 class Nursery:
@@ -66,6 +65,7 @@ class Nursery:
             python=sys.executable,
             runtime_dir=base / "run",
             log_dir=base / "logs",
+            groups=ControlGroups(base / "run"),
             environment=self.environment,
             config=base_config(),
         )
@@ -101,6 +101,7 @@ class Nursery:
             user=None,
             cgroups=[],
             rlimits={},
+            encrypt_kernels=False,
         )
 
     def lasting(self):
@@ -150,7 +151,6 @@ class Nursery:
 
     def close(self):
         self.crew.close()
-        self.forkserver.close()
 
 
 def open_files(pid):
@@ -170,7 +170,7 @@ def nursery(tmp_path_factory):
     made = Nursery(tmp_path_factory.mktemp("nursery"))
     yield made
     made.close()
-    until(lambda: not (made.base / "run" / ".forkservers").exists(), within=5, what="its directory is removed")
+    until(lambda: not (made.base / "run" / ".forkservers").exists(), what="its directory is removed")
 
 
 def test_a_child_is_forked_from_it_and_its_end_is_told_exactly(nursery):
@@ -219,9 +219,7 @@ def test_garbage_neither_ends_it_nor_holds_it_up_for_long(nursery, what):
     pid = nursery.process.pid
     with connect(nursery.directory) as connection:
         connection.sendall(GARBAGE[what])
-        asked = time.monotonic()
         with nursery.launched(nursery.request()) as (_, _, report):
-            assert time.monotonic() - asked < 2.5
             assert report.exit(within=10) == Exit(code=1)
     assert nursery.process.pid == pid
 
@@ -262,21 +260,21 @@ def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
 def test_a_request_that_cannot_be_is_answered_so_and_leaves_nothing_open(nursery, beside, message, files, answer):
     with beside.open() as file:
         assert answer in nursery.ask(message, [file.fileno()] * files)["error"]
-    until(lambda: not nursery.holds(beside), within=2, what="it is closed again")
+    until(lambda: not nursery.holds(beside), what="it is closed again")
 
 
 @pytest.mark.parametrize("pid", [1, -1, 2**40, "1", None, True, 1.5])
 def test_it_tells_the_end_of_its_own_children_only(nursery, beside, pid):
     with beside.open() as file:
         assert nursery.ask({"do": "attach", "pid": pid}, [file.fileno()]) == {"known": False}
-    until(lambda: not nursery.holds(beside), within=2, what="it is closed again")
+    until(lambda: not nursery.holds(beside), what="it is closed again")
 
 
 def test_a_keeper_that_sends_files_for_no_reason_leaves_none_open(nursery, beside):
     with connect(nursery.directory) as connection, beside.open() as file:
         wire.send(connection, {"do": "keep"}, [file.fileno()])
         assert wire.receive(connection)[0]["pid"] == nursery.process.pid
-    until(lambda: not nursery.holds(beside), within=2, what="it is closed again")
+    until(lambda: not nursery.holds(beside), what="it is closed again")
 
 
 def test_a_child_holds_nothing_of_its_parents(nursery):
@@ -399,6 +397,19 @@ def test_one_that_is_killed_is_replaced_and_its_children_live_on(nursery):
     assert not old_directories(nursery)
 
 
+def test_it_is_not_killed_for_what_its_keeper_lacks(nursery):
+    process, report = nursery.process, ReportPipe()
+    try:
+        with (nursery.base / "log").open("ab") as log, no_descriptors(), pytest.raises(CannotFork, match="Too many open files"):
+            nursery.forkserver.launch(nursery.request(), log.fileno(), report.writer)
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            nursery.forkserver.attach(nursery.directory.name, process.pid, report.writer)
+    finally:
+        report.close()
+    assert nursery.process == process
+    assert process.alive()
+
+
 def old_directories(nursery):
     return [path for path in nursery.directory.parent.iterdir() if path != nursery.directory]
 
@@ -416,7 +427,7 @@ def test_no_server_is_forked_from_what_has_changed_a_moment_ago(nursery):
     until(lambda: not old_directories(nursery), what="its directory is removed")
 
 
-@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace, to hold up one call of the fork server")
+@pytest.mark.programs("strace")  # holds up one call of the fork server
 def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_the_one_that_is_executed(nursery):
     old = nursery.process
     tracer = subprocess.Popen(

@@ -19,6 +19,7 @@ from labkeeper.backends.kinship import Kinship
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.processes import Process
+from labkeeper.backends.standalone.identity import MARK
 from labkeeper.core.model import Ready, ServerName, ServerSpec
 from labkeeper.jupyter import JupyterClient, url_of
 
@@ -158,7 +159,7 @@ def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper)
 
 @pytest.fixture
 def kin(tmp_path):
-    return Kinship(tmp_path, ControlGroups(tmp_path))
+    return Kinship({tmp_path: ControlGroups(tmp_path)})
 
 
 def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
@@ -167,6 +168,18 @@ def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
     assert kin.is_of_server(child.pid, set())
     assert not kin.is_of_server(os.getpid(), set())
     assert not kin.is_of_server(os.getppid(), set())
+
+
+@pytest.mark.parametrize(("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)])
+def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, place, known):
+    kin = Kinship({directory: ControlGroups(directory) for directory in (tmp_path / "run", tmp_path / "earlier")})
+    environment = {**os.environ, MARK: str(tmp_path / place / "one")}
+    shell = ["sh", "-c", "sleep 1000 > /dev/null & echo $!"]
+    pid = int(subprocess.run(shell, env=environment, stdout=subprocess.PIPE, check=True, start_new_session=True).stdout)
+    try:
+        assert kin.is_of_server(pid, set()) is known
+    finally:
+        os.kill(pid, 9)
 
 
 @pytest.fixture
@@ -199,7 +212,7 @@ from pathlib import Path
 from labkeeper.backends.kinship import Kinship
 from labkeeper.backends.limits import ControlGroups
 
-kin = Kinship(Path(sys.argv[1]), ControlGroups(Path(sys.argv[1])))
+kin = Kinship({Path(sys.argv[1]): ControlGroups(Path(sys.argv[1]))})
 kin._first_loose = 0
 left = os.fork()
 if left == 0:
@@ -214,7 +227,7 @@ for line in sys.stdin:
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+@pytest.mark.root
 def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
     """As `docker exec` does: its parent is out of sight, and what a server leaves behind is never a child of that."""
     around = subprocess.Popen(

@@ -111,6 +111,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
         user=None,
         cgroups=[],
         rlimits={},
+        encrypt_kernels=False,
     )
     with (tmp_path / "log").open("wb") as log:
         launched = Launcher(python, None, "forking is turned off here").launch(launch, log.fileno())
@@ -125,7 +126,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
     launched.report.close()
 
 
-ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {})
+ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {}, False)
 FAILURES = {
     "an interpreter that does not exist": ("/no-python", ANY, FileNotFoundError),
     "a control group that does not exist": (sys.executable, replace(ANY, cgroups=["/no/group/cgroup.procs"]), FileNotFoundError),

@@ -12,7 +12,7 @@ from subprocess import PIPE
 import psutil
 import pytest
 
-from harness import until
+from harness import no_descriptors, until
 from labkeeper.backends import limits
 from labkeeper.backends.leftovers import end_leftovers
 from labkeeper.backends.limits import ControlGroups, Enforced, LimitedBy, MemoryKills
@@ -218,6 +218,28 @@ def test_groups_that_a_keeper_made_from_another_shell_are_found(groups, spawn, t
 
 
 @holds
+@pytest.mark.root
+def test_a_group_that_another_user_made_is_no_server_s(groups, spawn, tmp_path):
+    """As below a group that was given to that user, who knows the names of ours."""
+    theirs = groups._base / f"test-{os.getpid()}" / f"{groups._prefix}{NAME}"
+    theirs.mkdir(parents=True)
+    for group in (theirs.parent, theirs):
+        os.chown(group, 1234, 1234)
+    process = spawn()
+    try:
+        (theirs / "cgroup.procs").write_text(str(process.pid))
+        later = ControlGroups(tmp_path)
+        assert (later.names(), later.members(NAME)) == (set(), set())
+        end(later, tmp_path)
+        assert process.poll() is None
+    finally:
+        process.kill()
+        process.wait()
+        for group in (theirs, theirs.parent):
+            group.rmdir()
+
+
+@holds
 def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(groups, spawn, tmp_path):
     code = (
         "import os, sys; from pathlib import Path; from labkeeper.backends.leftovers import end_leftovers\n"
@@ -312,3 +334,33 @@ def test_memberships_and_mounts_are_those_of_this_machine():
         Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2].startswith("cgroup")
     }
     assert all(os.path.ismount(place) for place in places)
+
+
+@holds
+def test_a_group_that_cannot_be_looked_into_is_not_taken_for_empty(groups, spawn):
+    child = spawn()
+    groups.hold(NAME, child.pid)
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        groups.members(NAME)
+    assert groups.members(NAME) == {child.pid}
+    child.kill()
+    child.wait()
+
+
+def test_a_process_can_enter_a_group_that_is_no_servers(groups, spawn):
+    name = ServerName(".rehearsal")
+    (door,) = groups.door(name)
+    try:
+        inside = spawn("sh", "-c", f"echo $$ > {door}; exec sleep 1000")
+        until(lambda: groups.members(name) == {inside.pid}, what="it is in there")
+        assert groups.names() == set()
+        groups.kill(name)
+        inside.kill()
+        inside.wait()
+    finally:
+        groups.remove(name)
+    assert not Path(door).exists()
+
+
+def test_without_control_groups_there_is_none_to_enter(nothing_mounted, tmp_path):
+    assert ControlGroups(tmp_path).door(NAME) == []

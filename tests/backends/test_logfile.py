@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import resource
 
@@ -86,6 +87,16 @@ def test_a_follower_outlives_a_rotation(log):
     assert next(lines) == "[labkeeper] launch\n"
     assert next(lines) == "after\n"
     lines.close()
+
+
+def test_a_follower_ends_when_the_log_is_removed_and_reads_nothing_of_the_next_one(log):
+    write(log, "old\n")
+    lines = log.follow(0, lambda: True)
+    assert next(lines) == ""
+    write(log, "last\n")
+    log.remove()
+    write(log, "of another server\n")
+    assert list(itertools.islice(lines, 5)) == ["[labkeeper] launch\n", "last\n"]
 
 
 def test_bytes_that_are_no_text_are_shown_and_long_lines_come_in_pieces(log):

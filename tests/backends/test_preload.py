@@ -6,6 +6,7 @@ import asyncio
 import os
 import selectors
 import socket
+import subprocess
 import threading
 from pathlib import Path
 
@@ -13,6 +14,21 @@ import pytest
 
 from harness import until
 from labkeeper.backends.standalone import preload
+from labkeeper.backends.standalone.wire import Launch
+
+NO_LAUNCH = Launch(
+    room="",
+    title="",
+    cwd="",
+    env={},
+    kernel_env={},
+    umask=0o077,
+    config={},
+    user=None,
+    cgroups=[],
+    rlimits={},
+    encrypt_kernels=False,
+)
 
 
 def loops():
@@ -40,7 +56,12 @@ def threads():
     return lambda: (end.set(), thread.join())
 
 
-@pytest.mark.parametrize("made", [loops, polls, sockets, pipes, threads])
+def programs():
+    program = subprocess.Popen(["sleep", "300"])
+    return lambda: (program.kill(), program.wait())
+
+
+@pytest.mark.parametrize("made", [loops, polls, sockets, pipes, threads, programs])
 def test_what_a_fork_would_share_is_seen(made):
     before = preload._shared_things()
     end = made()
@@ -63,5 +84,5 @@ def test_a_rehearsal_goes_on_only_as_long_as_its_fork_server_lives(monkeypatch, 
     expected = parent()
     pid = os.fork()
     if pid == 0:
-        preload._perform(None, -1, expected)
+        preload._perform(NO_LAUNCH, -1, expected)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

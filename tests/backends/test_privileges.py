@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 
@@ -29,7 +28,7 @@ def test_no_rights_are_gained_any_more_not_by_children_either():
     assert "NoNewPrivs:\t1" in after("gain_nothing()", started)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_what_is_hidden_is_closed_to_others_of_its_user_and_open_again_in_what_it_executes():
     def owner(calls, then="import os; print(os.stat('/proc/self/environ').st_uid)"):
         become = "import os, subprocess; os.setresgid(1, 1, 1); os.setresuid(1, 1, 1)"
@@ -42,7 +41,7 @@ def test_what_is_hidden_is_closed_to_others_of_its_user_and_open_again_in_what_i
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_a_thread_that_drops_its_bounding_set_keeps_that_of_others():
     thread = "import threading; t = threading.Thread(target=drop_bounding_set); t.start(); t.join()"
     assert "CapBnd:\t0000000000000000" in after("drop_bounding_set()")

@@ -67,7 +67,7 @@ def test_how_it_is_to_end_is_told_to_the_server_alone(tmp_path):
     assert told(room) == (os.geteuid(), 0o600, {"keep_kernels": True, "within": 2.0})
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_so_it_is_to_the_server_of_another_user(tmp_path):
     room = Room(tmp_path / "run" / "a")
     room.furnish(SPEC, User(1, 1, []))
@@ -77,7 +77,7 @@ def test_so_it_is_to_the_server_of_another_user(tmp_path):
     assert stat.S_IMODE(room.path.stat().st_mode) & 0o022 == 0
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(tmp_path, monkeypatch):
     """A link in place of a file would be given away, with what it leads to; so the directory that holds it is given last."""
     ca = tmp_path / "ca.pem"

@@ -18,6 +18,10 @@ from labkeeper.backends.terminals import foregrounds
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
 
+def ticks():
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 @pytest.fixture
 def shells():
     """Give terminals with an interactive shell, as children of this process."""
@@ -28,8 +32,9 @@ def shells():
         if pid == 0:
             os.execv("/bin/sh", ["sh", "-i"])
         opened.append((pid, master))
-        # Two that start within a hundredth of a second have the same age for Linux.
-        time.sleep(0.03)
+        # Linux tells ages by ticks: the next one has to be younger.
+        born = ticks()
+        until(lambda: ticks() > born, what="the next tick")
         return master
 
     yield open_one

@@ -32,6 +32,7 @@ LAUNCH = {
     "user": {"uid": 1, "gid": 2, "groups": [2, 3]},
     "cgroups": ["/sys/fs/cgroup/x/cgroup.procs"],
     "rlimits": {"RLIMIT_DATA": 1},
+    "encrypt_kernels": True,
 }
 WRONG = {
     "room": [None, 1, ["/run/a"]],
@@ -52,6 +53,7 @@ WRONG = {
     ],
     "cgroups": [None, "/sys", [1]],
     "rlimits": [None, [], {"RLIMIT_DATA": -1}, {"RLIMIT_DATA": "1"}, {"RLIMIT_DATA": True}],
+    "encrypt_kernels": [None, 1, "yes"],
 }
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from harness import alive, free_port, plain_python, until
+from harness import alive, children, free_port, no_descriptors, plain_python, until
 from labkeeper.backends.local import LocalBackend
+from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerName, ServerSpec
 from labkeeper.jupyter import JupyterClient
 from labkeeper.testing.contract import BackendContract
@@ -53,17 +54,17 @@ class LocalRig:
 
 @pytest.fixture
 def _reaped():
-    """A keeper that crashed has no children any more; this process has, and reaps them."""
+    """A keeper that crashed has no children any more; this process has, and reaps those of the test."""
+    before = children()
     yield
-    until(_no_child_is_left, within=5, what="every child is reaped")
+    until(lambda: not any(_lives(pid) for pid in children() - before), what="every child is reaped")
 
 
-def _no_child_is_left():
-    """Reap; one that was killed can be reaped only when all its threads have ended, too."""
+def _lives(pid):
+    """Reap a child; one that was killed can be reaped only when all its threads have ended, too."""
     with contextlib.suppress(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
-        return False
-    return True
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    return False
 
 
 @pytest.mark.usefixtures("_reaped")
@@ -78,3 +79,16 @@ class TestForkedServers(BackendContract):
     @pytest.fixture
     def rig(self, tmp_path):
         return LocalRig(tmp_path, "fork")
+
+
+@pytest.mark.parametrize("call", ["launch", "terminate", "kill", "observe"])
+def test_a_call_for_which_no_descriptor_is_left_says_so(tmp_path, call):
+    """Whoever has called learns it at once, and does not wait for something that has never begun."""
+    rig = LocalRig(tmp_path, "exec")
+    backend, spec = rig.backend(lambda _report: None), rig.spec()
+    arguments = {"launch": (spec, 1), "terminate": (spec.name, 1, 1.0), "kill": (spec.name, 1), "observe": (spec.name, 1)}
+    try:
+        with no_descriptors(), pytest.raises(BackendUnavailable, match="Too many open files"):
+            getattr(backend, call)(*arguments[call])
+    finally:
+        backend.close()

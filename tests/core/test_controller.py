@@ -224,6 +224,38 @@ def test_a_refused_launch_fails_with_the_reason_of_the_backend():
     assert (bench.state, bench.snapshot.failure, bench.snapshot.exit) == (State.FAILED, OOPS, None)
 
 
+@pytest.mark.parametrize(("kind", "then"), [(FailureClass.DISK_FULL, State.BACKOFF), (FailureClass.CONFIG_ERROR, State.FAILED)])
+def test_after_a_crash_a_full_disk_is_waited_for_and_no_other_refusal(kind, then):
+    bench = Bench().run()
+    bench.hear(CRASH)
+    bench.wait()
+    bench.hear(Refused(replace(OOPS, kind=kind)))
+    assert (bench.state, bench.snapshot.failure.kind) == (then, kind)
+
+
+def test_a_full_disk_is_not_waited_for_without_end():
+    """A first start is not retried at all: its caller is told at once."""
+    full = Refused(Failure(FailureClass.DISK_FULL, "no room"))
+    bench = Bench()
+    bench.order(Event.START)
+    bench.hear(full)
+    assert bench.state is State.FAILED
+    bench.run().hear(CRASH)
+    for _ in POLICY.restart_delays:
+        bench.wait()
+        bench.hear(full)
+    assert bench.state is State.FAILED
+
+
+@pytest.mark.parametrize(("port", "then"), [(None, State.BACKOFF), (8888, State.FAILED)])
+def test_a_port_that_somebody_takes_first_is_given_up_only_where_it_was_asked_for(port, then):
+    taken = Ended(Exit(code=1), failure=Failure(FailureClass.PORT_IN_USE, "port 8888 is not available"))
+    bench = Bench(snapshot=Snapshot(a_spec("lab", port=port), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0))
+    bench.order(Event.START)
+    bench.hear(taken)
+    assert (bench.state, bench.snapshot.failure.kind) == (then, FailureClass.PORT_IN_USE)
+
+
 def test_a_server_that_leaves_before_it_was_ready_has_failed():
     """Exit code 0 without ever answering is a failure, and says so."""
     bench = Bench()
@@ -290,6 +322,17 @@ def test_one_answer_ends_the_silence():
         bench.hear(answer, Ready(ENDPOINT))
         assert bench.hear(Seen(answers=False)) == []
         assert bench.state is State.RUNNING
+
+
+def test_a_look_that_could_not_be_made_is_no_silence():
+    """However long it lasts, and it breaks a silence that had begun: nobody asked the server meanwhile."""
+    bench = Bench().run()
+    bench.hear(Seen(answers=False))
+    for _ in range(3):
+        bench.clock.advance(POLICY.hung_after)
+        assert bench.hear(Seen(answers=None)) == []
+    assert bench.hear(Seen(answers=False)) == []
+    assert bench.state is State.RUNNING
 
 
 def test_hung_servers_may_be_left_alone():

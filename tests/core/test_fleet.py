@@ -322,6 +322,20 @@ def test_stop_all_stops_everything_and_takes_no_new_start(bench):
     assert bench.world.processes == []
 
 
+def test_stop_all_leaves_a_failed_server_its_cause(bench):
+    bench.run("one")
+    bench.world.crash("one")
+    bench.lanes.run_all()
+    bench.store.failing = True
+    bench.wait()
+    bench.store.failing = False
+    before = bench.last("one")
+    assert before.state is State.FAILED
+    assert bench.fleet.step(StopAll()) is None
+    bench.wait()
+    assert bench.last("one") == before
+
+
 # The store
 
 
@@ -388,6 +402,25 @@ def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
     assert bench.state() is State.FAILED
     assert bench.last().failure.message.startswith("cannot start server 'lab': cannot write the store")
     assert bench.world.launched == [("lab", 1)]
+
+
+def test_a_restart_that_cannot_be_stored_for_want_of_room_is_tried_again(bench):
+    bench.run()
+    bench.world.crash("lab")
+    bench.lanes.run_all()
+    save = bench.store.save
+
+    def full(_snapshot):
+        raise StoreError("cannot write the store", failure_class=FailureClass.DISK_FULL)
+
+    bench.store.save = full
+    bench.wait()
+    assert (bench.state(), bench.last().failure.kind) == (State.BACKOFF, FailureClass.DISK_FULL)
+    assert bench.world.launched == [("lab", 1)]
+    bench.store.save = save
+    bench.wait()
+    assert bench.state() is State.RUNNING
+    assert bench.store.snapshots["lab"] == bench.last()
 
 
 def test_a_keeper_with_an_unreadable_store_does_not_begin(bench):
@@ -621,6 +654,20 @@ def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
     assert bench.world.living("stray") == []
     assert bench.world.living("known") == [known]
     assert bench.state("known") is State.RUNNING
+
+
+@pytest.mark.parametrize("rests", [State.STOPPED, State.QUEUED])
+def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_launched(bench, rests):
+    """The store is an older one."""
+    bench.run("lab")
+    (stray,) = bench.world.living("lab")
+    goal = Goal.DOWN if rests is State.STOPPED else Goal.UP
+    bench.store.save(replace(bench.last(), state=rests, goal=goal, endpoint=None))
+    bench.crash()
+    bench.lanes.run_all()
+    assert stray not in bench.world.living("lab")
+    assert len(bench.world.living("lab")) == (rests is State.QUEUED)
+    assert bench.state("lab") is (State.STOPPED if rests is State.STOPPED else State.RUNNING)
 
 
 def test_a_server_under_the_name_of_a_stray_is_launched_when_that_is_gone(bench):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import queue
 import signal
@@ -17,7 +18,7 @@ from typing import Any, Final
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from labkeeper import jupyter
+from labkeeper import jupyter, shortage
 from labkeeper.backends.echo import Echo
 from labkeeper.backends.launching import ReportPipe, exit_of
 from labkeeper.backends.leftovers import end_leftovers
@@ -25,7 +26,7 @@ from labkeeper.backends.limits import ControlGroups, MemoryKills
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, wait_until_ended
 from labkeeper.backends.room import Record, Room
-from labkeeper.core.errors import BackendError
+from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.model import (
     Ended,
     Endpoint,
@@ -56,6 +57,8 @@ _LEFTOVER_GRACE: Final = 0.3
 """Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
 _FOR_KERNELS: Final = 0.75
 """The part of the time that a server gets to end which its kernels on a gateway get."""
+_TRIED_AGAIN: Final = 0.2
+"""Seconds after which a step is taken again that we lacked a descriptor for, say."""
 _OUT_OF_MEMORY: Final = (
     "Linux killed it, because the memory that it may have had run out; ask for a higher memory_limit, or give the machine more",
     "most likely Linux killed it, because the machine's memory had run out; give it more, or limit what each server takes",
@@ -98,8 +101,8 @@ class Attendant:
     _method: StopMethod = StopMethod.NONE
     _kernels: tuple[OwnKernel, ...] = ()
     """Those that it had when it was asked to end."""
-    _looking: bool = False
-    """Whether a look at it is under way; one that never ends is not joined by another."""
+    _looker: threading.Thread | None = None
+    """Takes the last look at it; one that never ends is not joined by another."""
     _memory_kills: MemoryKills | None = None
     """Where those of it are counted that were killed for want of memory."""
     _killed: tuple[int, ...] = ()
@@ -139,13 +142,18 @@ class Attendant:
             # A living child is left to the next keeper, without the warning that its handle would give when it is collected.
             self.child.returncode = 0
 
-    def look(self) -> bool:
-        """Say whether it answers, within a time that it has no say in: what is to end it waits in the same lane."""
-        if self.endpoint is None or self._looking:
+    def look(self) -> bool | None:
+        """Return whether it answers; None if we had no thread or no descriptor to ask with.
+
+        However slowly it answers, this takes a limited time: a command to end it waits in the same lane.
+        """
+        if self.endpoint is None or (self._looker is not None and self._looker.is_alive()):
             return False
-        self._looking = True
-        answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
-        self.crew.start(f"look-{self.name}", self._look, self.endpoint, answers)
+        answers: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        try:
+            self._looker = self.crew.start(f"look-{self.name}", self._look, self.endpoint, answers)
+        except BackendUnavailable:
+            return None
         try:
             return answers.get(timeout=_LOOK_LIMIT)
         except queue.Empty:
@@ -181,7 +189,8 @@ class Attendant:
         self._tend_log()
         # After an end in good order its leftovers get the chance of one, too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
-        end_leftovers(self.name, self.room.path, self._known, grace=grace, groups=self.groups)
+        end_rest = functools.partial(end_leftovers, self.name, self.room.path, self._known, grace=grace, groups=self.groups)
+        self._when_possible(end_rest)
         failure = None
         if not (end.clean and self.record.ready):
             tail = self._tail_of_launch()
@@ -191,7 +200,7 @@ class Attendant:
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
-        self.room.remove()
+        self._when_possible(self.room.remove)
         self.groups.remove(self.name)
         return Ended(end, self._method, tuple(sorted(stopped)), left, failure)
 
@@ -199,14 +208,15 @@ class Attendant:
 
     def _watch(self) -> Fact | None:
         self.endpoint = self._until_ready()
+        noted = True
         if self.endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
-            with contextlib.suppress(OSError):  # Only a keeper that crashes on a full disk misses it.
-                self.room.note(self.record)
+            noted = self._note()
             self.tell(Report(self.name, self.launch, Ready(self.endpoint)))
         while not self._ended_within(_ROTATE_EVERY):
             if self.crew.closed:
                 return None
+            noted = noted or self._note()
             self._tend_log()
             self._count_memory_kills()
         return self.bury()
@@ -284,13 +294,28 @@ class Attendant:
         grown = self._memory_kills.count() > self._killed[0]
         return _OUT_OF_MEMORY[0 if self._memory_kills.certain else 1] if grown else ""
 
+    def _when_possible(self, step: Callable[[], object]) -> None:
+        """Take a step as soon as we have what that takes: when an end is told, nothing is left. Raises OSError when we close."""
+        while True:
+            try:
+                step()
+                return
+            except OSError as error:
+                if not shortage.is_ours(error) or self.crew.sleep(_TRIED_AGAIN):
+                    raise
+
     # Small things
 
-    def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool]) -> None:
+    def _note(self) -> bool:
+        """Write down what is known of it now; say whether that could be done: a full disk has room later."""
         try:
-            answers.put(self.client.answers(endpoint))
-        finally:
-            self._looking = False
+            self.room.note(self.record)
+        except OSError:
+            return False
+        return True
+
+    def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool | None]) -> None:
+        answers.put(self.client.answers(endpoint))
 
     def _recorded(self) -> tuple[OwnKernel, ...]:
         return jupyter.read_kernels(self.room.kernels)

@@ -16,8 +16,10 @@ from typing import Any, Final
 
 import structlog
 
+from labkeeper import shortage
 from labkeeper.backends.forkservers import ForkServers, Instance, NoForkServerError
 from labkeeper.backends.leftovers import end_leftovers
+from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone import wire
 from labkeeper.core.errors import BackendUnavailable
@@ -50,6 +52,7 @@ class ForkServer:
         python: Path,
         runtime_dir: Path,
         log_dir: Path,
+        groups: ControlGroups,
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
     ) -> None:
@@ -57,7 +60,13 @@ class ForkServer:
         self._crew = crew
         self._environment = dict(environment)
         self._processes = ForkServers(
-            crew, python=python, runtime_dir=runtime_dir, log_dir=log_dir, environment=self._environment, config=config
+            crew,
+            python=python,
+            runtime_dir=runtime_dir,
+            log_dir=log_dir,
+            groups=groups,
+            environment=self._environment,
+            config=config,
         )
         self._changed = threading.Condition()
         self._current: Instance | None = None
@@ -84,6 +93,9 @@ class ForkServer:
                 with _only_for_the_child(launch) as file:
                     answer = self._processes.ask(instance.name, {"do": "launch"}, [file, log, report])
             except (OSError, EOFError, wire.WireError) as error:
+                if shortage.is_ours(error):
+                    # It has not heard of this.
+                    raise CannotFork(f"the keeper cannot ask the fork server now: {error}") from error
                 # Killed, since it may be stopped rather than gone; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
@@ -98,16 +110,13 @@ class ForkServer:
             self._give_up(instance)
 
     def attach(self, name: str, pid: int, report: int) -> bool:
-        """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent."""
-        with contextlib.suppress(OSError, EOFError, wire.WireError):
+        """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent.
+
+        Raises OSError where we lack what it takes to ask.
+        """
+        with shortage.suppress_others(OSError, EOFError, wire.WireError):
             return self._processes.ask(name, {"do": "attach", "pid": pid}, [report]).get("known") is True
         return False
-
-    def close(self) -> None:
-        """Let it end as soon as it has no servers; if it has none now, it is gone when this returns. The crew ends first."""
-        instance = self._current
-        if instance is not None:
-            self._processes.dismiss(instance)
 
     def _check(self, environment: Mapping[str, str]) -> None:
         for name in sorted(environment.keys() | self._environment.keys()):
@@ -132,14 +141,15 @@ class ForkServer:
 
     def _supervise(self) -> None:
         pause, longest = _PAUSES
-        instance = self._processes.take_over()
+        find = self._processes.take_over
         while not self._crew.closed:
             try:
-                instance = instance or self._spawn()
-                self._serve_by(instance)
+                instance, find = find(), lambda: None
+                self._serve_by(instance or self._spawn())
                 # It was replaced in good order, and the next one is wanted at once.
                 pause = _PAUSES[0]
-            except NoForkServerError as error:
+            except (NoForkServerError, BackendUnavailable, OSError) as error:
+                # Also where we lack something ourselves: whatever it is, servers are executed, and it is tried again.
                 if self._crew.closed:
                     return
                 _log.warning("there is no fork server; servers are executed", reason=str(error), next_in=pause)
@@ -148,7 +158,6 @@ class ForkServer:
                     return
                 pause = min(pause * 4, longest)
                 self._set(None, "")
-            instance = None
 
     def _serve_by(self, instance: Instance) -> None:
         """Let one serve until it retires, or we end. Raises NoForkServerError when it dies."""
@@ -166,7 +175,6 @@ class ForkServer:
         finally:
             if not self._crew.closed:
                 self._give_up(instance)
-                self._processes.bury(instance)
 
     def _spawn(self) -> Instance:
         instance = self._processes.spawn()

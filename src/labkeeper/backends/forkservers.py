@@ -7,6 +7,7 @@ Each has a directory, `<runtime_dir>/.forkservers/<key>-<n>/`; the key stands fo
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from labkeeper.backends.leftovers import end_leftovers
+from labkeeper.backends.leftovers import end_all_below, end_leftovers
+from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, wait_until_ended
 from labkeeper.backends.standalone import wire
@@ -46,8 +48,6 @@ _LOAD_LIMIT: Final = 120.0
 """Seconds after which one that still loads is given up."""
 _ANSWER_WITHIN: Final = 5.0
 """Seconds in which a fork server answers a request, on however busy a machine."""
-_DYING: Final = 0.2
-"""Seconds in which one that was killed is gone."""
 _END_WITHIN: Final = 1.0
 """Seconds in which a fork server without servers ends when it is told to."""
 _LONGEST_NAME: Final = 63
@@ -88,6 +88,7 @@ class ForkServers:
         python: Path,
         runtime_dir: Path,
         log_dir: Path,
+        groups: ControlGroups,
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
     ) -> None:
@@ -95,6 +96,7 @@ class ForkServers:
         self._python = python
         self._place = runtime_dir / PLACE
         self._log = LogFile(log_dir / _LOG_NAME, max_bytes=_LOG_BYTES)
+        self._groups = groups
         self._environment = environment
         self._config = config
 
@@ -104,8 +106,11 @@ class ForkServers:
         """Start one, and wait until it is ready. Raises NoForkServerError."""
         directory = self._place / f"{self._key()}-{secrets.token_hex(4)}"
         try:
-            instance = self._execute(directory)
-        except OSError as error:
+            with self._crew.standing_by(f"forkserver-{directory.name}") as given:
+                instance = self._execute(directory)
+                given(functools.partial(self._until_gone, instance))
+        except (OSError, BackendUnavailable) as error:
+            _sweep_rehearsal(directory, self._groups)
             self._remove(directory)
             raise NoForkServerError(f"cannot start a fork server: {error}") from error
         try:
@@ -113,26 +118,29 @@ class ForkServers:
             if "pid" not in answer:
                 raise NoForkServerError(f"{answer.get('failed')} (log: {self._log.path})")
         except NoForkServerError:
-            instance.process.send(signal.SIGKILL)
-            self._part_with(instance, ended=wait_until_ended(instance.process, timeout=_END_WITHIN))
+            _end_with_all_below(instance.process)
             raise
         finally:
-            _sweep_rehearsal(directory)
+            _sweep_rehearsal(directory, self._groups)
         return instance
 
     def take_over(self) -> Instance | None:
-        """Find what an earlier keeper left: give one that is as we would start it, retire all others, remove what is dead."""
+        """Find what an earlier keeper left: give one that is as we would start it, retire all others, remove what is dead.
+
+        Raises BackendUnavailable where there is no thread to wait for their ends.
+        """
         chosen, key = None, self._key()
         for directory in sorted(self._place.glob("*")) if self._place.is_dir() else ():
             instance = self._revisit(directory)
             if instance is None:
-                _sweep_rehearsal(directory)
+                _sweep_rehearsal(directory, self._groups)
                 self._remove(directory)
-            elif chosen is None and instance.name.startswith(key):
+                continue
+            self._crew.start(f"forkserver-{instance.name}", self._until_gone, instance)
+            if chosen is None and instance.name.startswith(key):
                 chosen = instance
             else:
                 self._retire(instance)
-                self.bury(instance)
         return chosen
 
     def _execute(self, directory: Path) -> Instance:
@@ -215,21 +223,13 @@ class ForkServers:
 
     # How one goes
 
-    def dismiss(self, instance: Instance) -> None:
-        """Let one end as soon as it has no servers; if it has none now, it is gone when this returns."""
-        self._retire(instance, all_heard=True)
-        self._part_with(instance, ended=wait_until_ended(instance.process, timeout=_END_WITHIN))
-
-    def bury(self, instance: Instance) -> None:
-        """Wait, in a thread, for the end of one that serves no more, and remove what is left of it; not longer than we live."""
-        self._crew.start(f"forkserver-{instance.process.pid}", self._until_gone, instance)
-
     def _until_gone(self, instance: Instance) -> None:
+        """Wait for the end of one, and remove what is left of it. When we end ourselves it ends, too, unless it has servers."""
         ended = wait_until_ended(instance.process, or_readable=[self._crew.wake], timeout=None)
         if not ended:
             self._retire(instance, all_heard=True)
-        # When we end too, one that was killed just now is still waited for; one with servers lives on.
-        self._part_with(instance, ended=ended or wait_until_ended(instance.process, timeout=_DYING))
+            ended = wait_until_ended(instance.process, timeout=_END_WITHIN)
+        self._part_with(instance, ended=ended)
 
     def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:
         with contextlib.suppress(OSError, EOFError, wire.WireError):
@@ -271,18 +271,19 @@ class ForkServers:
             umask=0o077,
             config=config,
             user=None,
-            cgroups=[],
+            cgroups=self._groups.door(_rehearsal_name(room.parent)),
             rlimits={},
+            encrypt_kernels=False,
         )
 
 
-def remove_dead(runtime_dir: Path) -> None:
+def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
     """Remove what is left of fork servers that have ended; one that lives ends by itself, when it has no servers any more."""
     for directory in (runtime_dir / PLACE).glob("*"):
         try:
             connect(directory).close()
         except (ConnectionRefusedError, FileNotFoundError):
-            _sweep_rehearsal(directory)
+            _sweep_rehearsal(directory, groups)
             shutil.rmtree(directory, ignore_errors=True)
         except OSError:
             continue
@@ -290,11 +291,28 @@ def remove_dead(runtime_dir: Path) -> None:
         (runtime_dir / PLACE).rmdir()
 
 
-def _sweep_rehearsal(directory: Path) -> None:
-    """End what a rehearsal may have left running, and remove its room."""
-    with contextlib.suppress(BackendUnavailable):
-        end_leftovers(ServerName("rehearsal"), directory / _REHEARSAL_ROOM, set(), grace=0.0)
+def _rehearsal_name(directory: Path) -> ServerName:
+    """Give what stands for a server's name where its rehearsal has a control group; no server has such a name."""
+    return ServerName(f".{directory.name}")
+
+
+def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
+    """End what a rehearsal may have left running, and remove its room and its group."""
+    name = _rehearsal_name(directory)
+    with contextlib.suppress(BackendUnavailable, OSError):
+        end_leftovers(name, directory / _REHEARSAL_ROOM, set(), grace=0.0, groups=groups)
+    groups.remove(name)
     shutil.rmtree(directory / _REHEARSAL_ROOM, ignore_errors=True)
+
+
+def _end_with_all_below(loading: Process) -> None:
+    """End a fork server that has no server yet, with its rehearsal and all that either has started.
+
+    As long as it lives it inherits what loses its parent below it, so nothing can hide. Suspended, it starts nothing more.
+    """
+    loading.send(signal.SIGSTOP)
+    end_all_below(loading)
+    loading.send(signal.SIGKILL)
 
 
 @contextlib.contextmanager

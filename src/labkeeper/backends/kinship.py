@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Final
 
@@ -26,19 +26,20 @@ _LONGEST_LINE: Final = 1000
 
 
 class Kinship:
-    """Knows the servers of one runtime directory."""
+    """Knows the servers of some runtime directories: ours, and those of earlier keepers."""
 
-    def __init__(self, runtime_dir: Path, groups: ControlGroups) -> None:
-        self._rooms = os.fsencode(runtime_dir) + b"/"
-        self._forkservers = runtime_dir / PLACE
-        self._groups = groups
+    def __init__(self, groups: Mapping[Path, ControlGroups]) -> None:
+        """Take the control groups of each runtime directory."""
+        self._rooms = tuple(os.fsencode(runtime_dir) + b"/" for runtime_dir in groups)
+        self._forkservers = [runtime_dir / PLACE for runtime_dir in groups]
+        self._groups = tuple(groups.values())
         self._first_loose: int | None = None
         """When the first server started that neither a fork server nor a group holds together."""
 
     def note_executed(self, process: Process) -> None:
         """Know a server that was executed."""
         with contextlib.suppress(OSError):  # When it has ended, it is not known where what it left is.
-            if self._groups.hold_any(process.pid):
+            if self._in_group(process.pid):
                 return
         if sys.platform == "linux":
             started = int(process.started)
@@ -67,11 +68,15 @@ class Kinship:
             return True
 
     def _is_known(self, pid: int) -> bool:
-        if self._groups.hold_any(pid) or carries(pid, MARK).startswith(self._rooms):
+        if self._in_group(pid) or carries(pid, MARK).startswith(self._rooms):
             return True
         with contextlib.suppress(PermissionError):  # Fork servers are of our own user, and let us look.
-            return Path(f"/proc/{pid}/cwd").readlink().is_relative_to(self._forkservers)
+            place = Path(f"/proc/{pid}/cwd").readlink()
+            return any(place.is_relative_to(directory) for directory in self._forkservers)
         return False
+
+    def _in_group(self, pid: int) -> bool:
+        return any(groups.hold_any(pid) for groups in self._groups)
 
     def _may_be_adopted(self, pid: int, parent: int) -> bool:
         """Whether this process may have come to its parent because a server had left it behind."""

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from labkeeper import shortage
 from labkeeper.backends.forking import CannotFork, ForkServer
 from labkeeper.backends.forkservers import STANDALONE
 from labkeeper.backends.processes import Process
@@ -162,19 +163,19 @@ class Launcher:
             child = self._start(launch, log, its.fileno())
             its.close()
             try:
-                for members in launch.cgroups:
-                    Path(members).write_text(str(child.pid))
-                hold(child.pid)
-                wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
-            except (ProcessLookupError, ConnectionError):
-                pass  # It has died already; its log and its exit code say why.
+                # If it has died already, its log and its exit code say why.
+                with contextlib.suppress(ProcessLookupError, ConnectionError):
+                    for members in launch.cgroups:
+                        Path(members).write_text(str(child.pid))
+                    hold(child.pid)
+                    wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
+                process = Process.find(child.pid)
+                if process is None:  # Only when it was reaped, and nobody but us does that.
+                    raise BackendUnavailable("cannot start a server: its process vanished")
             except BaseException:
                 child.kill()
                 child.wait()
                 raise
-        process = Process.find(child.pid)
-        if process is None:  # Only when it was reaped, and nobody but us does that.
-            raise BackendUnavailable("cannot start a server: its process vanished")
         return Launched(process, report, "exec", reason, child=child)
 
     def _start(self, launch: wire.Launch, log: int, passed: int) -> subprocess.Popen[bytes]:
@@ -203,5 +204,5 @@ class Launcher:
         if user is None:
             return start()
         # Capabilities are a thread's own: one that gives them up starts the process, and ends.
-        with ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
+        with shortage.told_of_threads(), ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
             return starter.submit(start).result()

@@ -23,6 +23,7 @@ from typing import Final, TypeVar
 
 import structlog
 
+from labkeeper import shortage
 from labkeeper.backends.processes import sees, spared
 from labkeeper.core.model import Limits, ServerName, server_name
 
@@ -155,6 +156,18 @@ class ControlGroups:
         except OSError as error:
             _log.debug("a server has no control group", server=name, group=str(group), error=str(error))
 
+    def door(self, name: ServerName) -> list[str]:
+        """Make the group of a process that enters it by itself; give the file for its pid, or none where no group can be made."""
+        if self._base is None:
+            return []
+        group = self._base / f"{self._prefix}{name}"
+        try:
+            group.mkdir(exist_ok=True)
+        except OSError as error:
+            _log.debug("a process has no control group", group=str(group), error=str(error))
+            return []
+        return [str(group / "cgroup.procs")]
+
     def members(self, name: ServerName) -> set[int]:
         """Give the pids of all processes in the groups of a server, and in groups below them, but ourselves and our parents."""
         pids = _pids(self._of(name))
@@ -241,8 +254,9 @@ class ControlGroups:
         mounts = {mount for mount, kind, _ in _mounts() if kind in {"cgroup", "cgroup2"}}
         used = {mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)}
         found = {Path(place) for mount in used for place, _, _ in os.walk(mount) if Path(place).name.startswith(self._prefix)}
+        found = {group for group in found if group.parent not in self._bases and _is_own(group)}
         # Of an empty one nobody can tell whose it is.
-        return {group for group in found if group.parent not in self._bases and _pids([group]) and self._holds_ours(group)}
+        return {group for group in found if _pids([group]) and self._holds_ours(group)}
 
     def _holds_ours(self, group: Path) -> bool:
         """Whether it is no group of a keeper in a container, whose runtime directory has the same path as ours."""
@@ -374,9 +388,16 @@ def _move(pid: int, members: Path) -> None:
                 _move(int(child), members)
 
 
-def _listed(group: Path) -> list[Path]:
-    """Give the groups that were made in a group."""
+def _is_own(group: Path) -> bool:
+    """Whether our user made a group: another one to whom some part of the hierarchy was given can make any of any name there."""
     with contextlib.suppress(OSError):
+        return group.stat().st_uid == os.geteuid()
+    return False
+
+
+def _listed(group: Path) -> list[Path]:
+    """Give the groups that were made in a group. Raises OSError where no descriptor is free to look."""
+    with shortage.suppress_others(OSError):
         return [path for path in group.iterdir() if path.is_dir()]
     return []
 
@@ -389,10 +410,10 @@ def _parts(group: Path) -> Iterator[Path]:
 
 
 def _pids(groups: Iterable[Path]) -> set[int]:
-    """Give the pids of all processes in groups, and below them."""
+    """Give the pids of all processes in groups, and below them. Raises OSError where no descriptor is free to look."""
     found: set[int] = set()
     for part in (part for group in groups for part in _parts(group)):
-        with contextlib.suppress(OSError):
+        with shortage.suppress_others(OSError):
             found.update(map(int, (part / "cgroup.procs").read_text().split()))
     return found
 

@@ -6,20 +6,23 @@ then until it ends, then removes what is left of it, and reports each of these.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
+import os
 import secrets
 import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from labkeeper import jupyter
+from labkeeper import jupyter, shortage
 from labkeeper.backends.accounts import Account, check_passage, common_environment, find_user, own_environment
 from labkeeper.backends.attendant import Attendant
 from labkeeper.backends.echo import Echo
@@ -27,7 +30,7 @@ from labkeeper.backends.forking import ForkServer
 from labkeeper.backends.forkservers import remove_dead
 from labkeeper.backends.kinship import Kinship
 from labkeeper.backends.launching import Launched, Launcher, ReportPipe
-from labkeeper.backends.leftovers import LIMIT, end_leftovers, strays
+from labkeeper.backends.leftovers import LIMIT, EarlierDir, clear, strays
 from labkeeper.backends.limits import ControlGroups, Enforced
 from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, boot_id
@@ -37,9 +40,24 @@ from labkeeper.backends.standalone.wire import Launch, WireError
 from labkeeper.backends.terminals import foregrounds
 from labkeeper.backends.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.model import Ended, Exit, Fact, FailureClass, Gone, Report, Seen, ServerName, ServerSpec, StopMethod, Usage
+from labkeeper.core.model import (
+    Ended,
+    Exit,
+    Fact,
+    FailureClass,
+    Gone,
+    Report,
+    Seen,
+    ServerName,
+    ServerSpec,
+    StopMethod,
+    Unreachable,
+    Usage,
+)
 from labkeeper.crew import Crew
-from labkeeper.scrub import TOKEN_BYTES
+from labkeeper.scrub import TOKEN_BYTES, of_server
+
+_UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 _log = structlog.get_logger("labkeeper.backends.local")
 
@@ -60,11 +78,12 @@ class LocalBackend:
         log_max_bytes: int = 10 * 1024 * 1024,
         echo_logs: bool = False,
         certificate: tuple[Path, Path] | None = None,
+        earlier: Sequence[EarlierDir] = (),
         found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
         """`found_orphans` is told of processes that an earlier keeper had left, and that were ended.
 
-        With a certificate and its key servers speak TLS.
+        With a certificate and its key servers speak TLS. What was left in `earlier` directories is ended, not taken over.
         """
         self._report = report
         self._python = python
@@ -79,7 +98,9 @@ class LocalBackend:
         self._found_orphans = found_orphans
         self._attendants: dict[ServerName, Attendant] = {}
         self._groups = ControlGroups(self._runtime_dir)
-        self._kinship = Kinship(self._runtime_dir, self._groups)
+        self._kinship = Kinship({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
+        self._earlier = {name: [left for left in earlier if name in left.names] for found in earlier for name in found.names}
+        """What is still to be ended in earlier runtime directories, by name."""
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._crew = Crew()
         self._forkserver: ForkServer | None = None
@@ -92,13 +113,14 @@ class LocalBackend:
                 python=python,
                 runtime_dir=self._runtime_dir,
                 log_dir=log_dir,
+                groups=self._groups,
                 environment=jupyter.base_environment(common_environment()),
                 config=jupyter.base_config(),
             )
             self._forkserver.start()
         else:
             # Else it looks after those before it.
-            self._crew.start("dead-forkservers", remove_dead, self._runtime_dir)
+            self._crew.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
         self._launcher = Launcher(python, self._forkserver, why_not)
 
     # The calls of the port
@@ -108,11 +130,17 @@ class LocalBackend:
         attendant = self._attendants.get(spec.name)
         if attendant is not None and attendant.launch == launch and attendant.process.alive():
             return
-        with bound_contextvars(server=spec.name, launch=launch):
+        with (
+            bound_contextvars(server=spec.name, launch=launch),
+            _unavailable(f"start server '{spec.name}'"),
+            self._crew.standing_by(f"attend-{spec.name}") as given,
+        ):
+            # Here, and not when the fleet's thread logs that the launch has failed.
+            of_server(spec.name).prepare()
             self._clear(spec.name)
             hold = _hold_port(spec)
             try:
-                self._attend(self._launch(spec, launch, hold))
+                self._attend(self._launch(spec, launch, hold), given)
             except BaseException:
                 hold.close()
                 raise
@@ -123,7 +151,12 @@ class LocalBackend:
         if attendant is None:
             self._end_unattended(name, launch)
         else:
-            self._crew.start(f"ask-{name}", functools.partial(attendant.ask_to_end, grace / 2, keep_kernels=keep_kernels))
+            ask = functools.partial(attendant.ask_to_end, grace / 2, keep_kernels=keep_kernels)
+            try:
+                self._crew.start(f"ask-{name}", ask)
+            except BackendUnavailable:
+                # Better its lane waits for its answer than that it is not asked.
+                ask()
 
     def kill(self, name: ServerName, launch: int) -> None:
         """Send SIGKILL to the server; its attendant ends the rest."""
@@ -138,16 +171,18 @@ class LocalBackend:
         attendant = self._attendants.get(name)
         if attendant is None:
             record = self._room(name).noted()
-            if record is None or record.launch != launch or record.boot != boot_id():
-                self._clear(name)
+            if name in self._earlier or record is None or record.launch != launch or record.boot != boot_id():
+                # Whoever lost its room, or was given another directory for rooms, does not prove that it has ended.
+                self._end_orphans(name)
                 return Gone()
-            attendant = self._find(name, record)
-            if not attendant.process.alive():
-                try:
-                    return attendant.bury()
-                finally:
-                    attendant.close()
-            self._attend(attendant)
+            with _unavailable(f"look at server '{name}'"), self._crew.standing_by(f"attend-{name}") as given:
+                attendant = self._find(name, record)
+                if not attendant.process.alive():
+                    try:
+                        return attendant.bury()
+                    finally:
+                        attendant.close()
+                self._attend(attendant, given)
         return Seen(answers=attendant.look())
 
     def forget(self, name: ServerName) -> None:
@@ -164,31 +199,23 @@ class LocalBackend:
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Look for rooms, for processes with the mark of a room, and for control groups."""
-        return strays(self._runtime_dir, self._groups) - set(known)
+        return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
 
     def sweep(self, name: ServerName) -> None:
         """End what runs under the name, and remove its room, where that is one, and its groups."""
-        room = self._room(name)
         report = None
         try:
-            record = room.noted()
+            record = self._room(name).noted()
             report = self._attach(record) if record is not None else None
-            ended = self._end_all(room)
+            if not self._end_orphans(name):
+                _log.info("removed what an earlier keeper left", server=name)
         except BackendUnavailable as error:
             _log.error("cannot end what an earlier keeper left", server=name, error=error.message)
-            return
         finally:
             if report is not None:
                 # Its fork server would keep the end for the next keeper, were it not heard.
                 report.exit()
                 report.close()
-        if room.recognised:
-            room.remove()
-        if ended:
-            _log.warning("ended what an earlier keeper left, and the store does not know", server=name, pids=sorted(ended))
-            self._found_orphans(name, ended)
-        else:
-            _log.info("removed what an earlier keeper left, and the store does not know", server=name)
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
         """Read the log file."""
@@ -213,8 +240,6 @@ class LocalBackend:
     def close(self) -> None:
         """End all threads; servers live on for the next keeper to observe, and the fork server as long as it has any."""
         self._crew.close()
-        if self._forkserver is not None:
-            self._forkserver.close()
 
     # A launch
 
@@ -252,8 +277,10 @@ class LocalBackend:
             raise
         except (OSError, ValueError, WireError) as error:
             self._clear(spec.name)
-            full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-            kind = FailureClass.DISK_FULL if full else FailureClass.CONFIG_ERROR
+            if shortage.is_ours(error):
+                # It is no fault of the server's, and passes.
+                raise BackendUnavailable(f"cannot start server '{spec.name}' now: {error}") from error
+            kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
             raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
         return attendant
 
@@ -283,6 +310,8 @@ class LocalBackend:
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
+            # Clients that attach to a kernel by its connection file know no such keys, so they are for those they protect.
+            encrypt_kernels=user is not None,
         )
 
     def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced, port: int) -> Record:
@@ -322,57 +351,74 @@ class LocalBackend:
         return attendant
 
     def _attach(self, record: Record) -> ReportPipe | None:
-        """Let the fork server of a server tell us of its end; None where it has none, or none that lives."""
+        """Let the fork server of a server tell us of its end; None where it has none, or none that lives.
+
+        Raises BackendUnavailable.
+        """
         if self._forkserver is None or record.forkserver is None:
             return None
-        report = ReportPipe()
-        known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
-        report.close_writer()
-        if known:
-            return report
-        report.close()
-        return None
+        with _unavailable("ask a fork server about its child"):
+            report, known = ReportPipe(), False
+            try:
+                known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
+            finally:
+                report.close_writer()
+                if not known:
+                    report.close()
+        return report if known else None
 
-    def _attend(self, attendant: Attendant) -> None:
-        self._attendants[attendant.name] = attendant
+    def _attend(self, attendant: Attendant, given: Callable[[Callable[[], None]], None]) -> None:
+        """Let the thread that stands by attend it."""
         if attendant.record.launched_by == "exec":
             self._kinship.note_executed(attendant.process)
-        self._crew.start(f"attend-{attendant.name}", self._until_over, attendant)
+        self._attendants[attendant.name] = attendant
+        given(functools.partial(self._until_over, attendant))
 
     def _until_over(self, attendant: Attendant) -> None:
-        last = attendant.attend()
-        # First removed, then told: what is asked for next must not go to one that hears nothing any more.
-        if self._attendants.get(attendant.name) is attendant:
-            del self._attendants[attendant.name]
-        attendant.over.set()
-        if last is not None:
-            self._report(Report(attendant.name, attendant.launch, last))
+        last: Fact | None = Unreachable(f"nobody watches server '{attendant.name}'")
+        try:
+            last = attendant.attend()
+        finally:
+            # First removed, then told: what is asked for next must not go to one that hears nothing any more.
+            if self._attendants.get(attendant.name) is attendant:
+                del self._attendants[attendant.name]
+            attendant.over.set()
+            if last is not None:
+                self._report(Report(attendant.name, attendant.launch, last))
 
     # What is left of a server
 
     def _end_unattended(self, name: ServerName, launch: int) -> None:
-        found = self._clear(name)
+        found = self._end_all(name)
         self._report(Report(name, launch, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
 
-    def _clear(self, name: ServerName) -> bool:
-        """End whatever exists under a name, and remove its room; say whether anything lived. Raises BackendUnavailable."""
+    def _clear(self, name: ServerName) -> None:
+        """Remove what is left under a name where something tells that there is anything. Raises BackendUnavailable.
+
+        For names of which nothing exists, as was proven by their end or a look: no start takes the time of another one.
+        """
+        if name in self._attendants or name in self._earlier or os.path.lexists(self._room(name).path):
+            self._end_all(name)
+
+    def _end_orphans(self, name: ServerName) -> bool:
+        """End what an earlier keeper left under a name, and log that; say whether there was any. Raises BackendUnavailable."""
+        ended = self._end_all(name)
+        if ended:
+            _log.warning("ended what an earlier keeper left", server=name, pids=sorted(ended))
+            self._found_orphans(name, ended)
+        return bool(ended)
+
+    def _end_all(self, name: ServerName) -> set[int]:
+        """End whatever exists under a name, with or without a room; give the pids. Raises BackendUnavailable."""
         attendant = self._attendants.get(name)
         if attendant is not None:
             attendant.kill()
             attendant.over.wait(LIMIT)
-        room = self._room(name)
-        if not room.path.exists():
-            # It is made before any process of a server, and removed when none is left.
-            return False
-        found = self._end_all(room)
-        room.remove()
-        return bool(found)
-
-    def _end_all(self, room: Room) -> set[int]:
-        """End all that runs under the name of a room, and remove its groups; give the pids. Raises BackendUnavailable."""
-        name = ServerName(room.path.name)
-        found = end_leftovers(name, room.path, _noted(room), grace=0.0, groups=self._groups)
-        self._groups.remove(name)
+        with _unavailable(f"end all of server '{name}'"):
+            found = clear(self._room(name), self._groups)
+            for earlier in self._earlier.get(name, ()):
+                found |= earlier.clear(name)
+        self._earlier.pop(name, None)
         return found
 
     def _echo(self, name: ServerName) -> Echo | None:
@@ -384,29 +430,42 @@ class LocalBackend:
         return Room(self._runtime_dir / name)
 
     def _logfile(self, name: ServerName) -> LogFile:
-        return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes)
+        return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name))
 
 
-def _noted(room: Room) -> set[Process]:
-    """Give the process that is noted in a room, and what is still linked to it. Raises BackendUnavailable."""
-    record = room.noted()
-    if record is None or record.boot != boot_id():
-        return set()
-    process = Process(record.pid, record.started)
-    return {process, *process.descendants()}
+@contextmanager
+def _unavailable(what: str) -> Iterator[None]:
+    """Say what the backend cannot do now where the machine refuses it: whoever has asked waits for an answer."""
+    try:
+        yield
+    except OSError as error:
+        raise BackendUnavailable(f"cannot {what} now: {error}") from error
 
 
 def _hold_port(spec: ServerSpec) -> socket.socket:
-    """Bind the port without listening, so that nobody takes it before Jupyter does; raise BackendRefused where it is taken.
+    """Bind the port without listening, so that it is given to no program that asks for a free one until Jupyter has it.
 
-    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen.
-    Elsewhere it would be in the way, and is closed again at once.
+    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen: Jupyter,
+    and whoever else sets it. Elsewhere it would be in the way, and is closed again at once.
+    Raises BackendRefused where the port is taken, OSError where we can have no socket at all.
     """
+    other = find_user(spec)
     family = socket.AF_INET6 if ":" in spec.ip else socket.AF_INET
     hold = socket.socket(family, socket.SOCK_STREAM)
     try:
         hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if other is not None and spec.port is not None and spec.port < _first_free_for_all():
+            # The keeper is root, and has the right that the server's user has not.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         hold.bind((spec.ip, spec.port or 0))
+    except PermissionError as error:
+        hold.close()
+        who = "the keeper's user" if other is None else f"user '{spec.user}'"
+        raise BackendRefused(
+            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
+            f"ask for a port from {_first_free_for_all()} on",
+            failure_class=FailureClass.CONFIG_ERROR,
+        ) from error
     except OSError as error:
         hold.close()
         kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
@@ -416,3 +475,10 @@ def _hold_port(spec: ServerSpec) -> socket.socket:
             failure_class=kind,
         ) from error
     return hold
+
+
+def _first_free_for_all() -> int:
+    """Give the lowest port that everybody may listen on, as ip(7) has it."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_UNPRIVILEGED.read_text())
+    return 1024

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Final
 
-from labkeeper.scrub import scrub
+from labkeeper.scrub import Secrets, scrub
 
 _LOOK_EVERY: Final = 0.25
 """Seconds between two looks of a follower."""
@@ -28,8 +28,10 @@ _LEAST: Final = 1024 * 1024
 class LogFile:
     """One server's log and, after a rotation, one older part of it."""
 
-    def __init__(self, path: Path, *, max_bytes: int) -> None:
+    def __init__(self, path: Path, *, max_bytes: int, secrets: Secrets | None = None) -> None:
+        """`secrets` are those of the server; what is read of its log is without them."""
         self.path = path
+        self._secrets = secrets or Secrets()
         self._older = path.with_name(path.name + ".1")
         self._spare = path.with_name(path.name + ".tmp")
         self._max_bytes = max_bytes
@@ -99,7 +101,7 @@ class LogFile:
             except FileNotFoundError:
                 continue
         # Only now: to look for secrets takes longer than to read.
-        return [_text(line).removesuffix("\n") for line in lines]
+        return [self._text(line).removesuffix("\n") for line in lines]
 
     def news(self, since: int, most: int) -> tuple[list[str], int, int]:
         """Give the whole lines after `since` bytes, how many bytes before them were left out, and where they end.
@@ -116,11 +118,14 @@ class LogFile:
         cut = new.find(b"\n") + 1 if begin > since else 0
         # A line without an end waits for it, as long as it may.
         end = new.rfind(b"\n") + 1 or (len(new) if len(new) == most else 0)
-        lines = [_text(line) for line in new[cut:end].splitlines()]
+        lines = [self._text(line) for line in new[cut:end].splitlines()]
         return lines, begin - since + cut, begin + end
 
     def follow(self, count: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Give the last `count` lines, then each new one, until `live` says no and all was given; "" means nothing new yet."""
+        """Give the last `count` lines, then each new one; "" means nothing new yet.
+
+        Ends when `live` says no, or the log was removed: the next one of this name is another server's.
+        """
         try:
             stream = self.path.open("rb")
         except FileNotFoundError:
@@ -130,11 +135,11 @@ class LogFile:
             yield from (f"{line}\n" for line in self.tail(count))
             while True:
                 # Asked before reading: what was written before the end is still read after it.
-                more = live()
+                more = live() and os.fstat(stream.fileno()).st_nlink > 0
                 size = os.fstat(stream.fileno()).st_size
                 if size < end:
                     stream.seek(0)
-                yield from map(_text, self._last_lines(stream))
+                yield from map(self._text, self._last_lines(stream))
                 end = stream.tell()
                 if not more:
                     return
@@ -146,7 +151,6 @@ class LogFile:
         for part in (self.path, self._older, self._spare):
             part.unlink(missing_ok=True)
 
-
-def _text(line: bytes) -> str:
-    """Give a line as text, without secrets."""
-    return scrub(line.decode("utf-8", errors="replace"))
+    def _text(self, line: bytes) -> str:
+        """Return a line as text, without secrets."""
+        return scrub(line.decode("utf-8", errors="replace"), self._secrets)

@@ -13,13 +13,14 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import psutil
 
+from labkeeper import shortage
 from labkeeper.backends.standalone import identity
 
 _LOOK_EVERY: Final = 0.1
@@ -41,11 +42,10 @@ class Process:
 
     @classmethod
     def find(cls, pid: int) -> Process | None:
-        """Identify the live process that has this pid now."""
-        try:
+        """Identify the live process that has this pid now. Raises OSError where no descriptor is free to look."""
+        with shortage.suppress_others(psutil.Error, OSError):
             return cls(pid, _started(pid))
-        except (psutil.Error, OSError):
-            return None
+        return None
 
     def alive(self) -> bool:
         """Whether it still runs. A zombie does not."""
@@ -88,11 +88,11 @@ class Process:
         """Give its children and theirs, as far as they are still linked to it."""
         if not self.alive():
             return []
-        try:
+        # Those that cannot be looked for now are found by their marks when it has ended.
+        with contextlib.suppress(psutil.Error, OSError):
             children = psutil.Process(self.pid).children(recursive=True)
-        except psutil.Error:
-            return []
-        return [found for child in children if (found := Process.find(child.pid)) is not None]
+            return [found for child in children if (found := Process.find(child.pid)) is not None]
+        return []
 
     def listens_on(self, port: int) -> bool:
         """Whether it holds a listening socket on this TCP port; where its descriptors are closed to us, whether its user does."""
@@ -169,43 +169,64 @@ def spared() -> set[int]:
     return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
-def marked(name: str, value: str) -> list[Process]:
-    """Find every live process of ours whose environment has `name` set to `value`, but ourselves and those that started us."""
+def marked(name: str, value: str, *, users: Collection[int] | None = None) -> list[Process]:
+    """Find every live process of some users, or of any, whose environment has `name` set to `value`.
+
+    Ourselves and those that started us are not among them.
+    """
     ours = spared()
     found = []
     for pid in psutil.pids():
         if pid in ours:
             continue
-        with contextlib.suppress(psutil.Error, OSError):
-            if value in _values(pid, name) and (known := Process.find(pid)) is not None:
+        with shortage.suppress_others(psutil.Error, OSError):
+            if value in _values(pid, name) and is_of(pid, users) and (known := Process.find(pid)) is not None:
                 found.append(known)
     return found
 
 
 def rooms_marked(name: str, directory: Path) -> set[Path]:
-    """Give the paths in a directory that `name` is set to in the environment of any process of ours."""
+    """Give the paths in a directory that `name` is set to in the environment of any process of our own user. Raises OSError."""
     found: set[Path] = set()
     for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error, OSError):
-            paths = {Path(value) for value in _values(pid, name)}
-            found.update(path for path in paths if path.parent == directory and sees(pid, directory))
+        with shortage.suppress_others(psutil.Error, OSError):
+            paths = {path for value in _values(pid, name) if (path := Path(value)).parent == directory}
+            if paths and is_of(pid, {os.getuid()}) and sees(pid, directory):
+                found |= paths
     return found
+
+
+def is_of(pid: int, users: Collection[int] | None) -> bool:
+    """Whether a process runs for one of these users, or any if None: anybody can set any variable. Raises psutil.Error.
+
+    It is the real user that counts. The effective one of a setuid program is root, whoever has started it.
+    """
+    return users is None or psutil.Process(pid).uids().real in users
 
 
 def sees(pid: int, directory: Path) -> bool:
     """Whether a directory is the same to a process as to us; another one has that path in a container with a keeper of its own.
 
-    Also where it has none of that path: what a server starts may be shut in somewhere.
+    Also where it has none of that path: what a server starts may be shut in somewhere. Where only it has one, that is another.
     """
     try:
-        return os.path.samestat(Path(f"/proc/{pid}/root{directory}").stat(), directory.stat())
+        theirs = Path(f"/proc/{pid}/root{directory}").stat()
+    except OSError:
+        return True
+    try:
+        return os.path.samestat(theirs, directory.stat())
+    except FileNotFoundError:
+        return False
     except OSError:
         return True
 
 
 def carries(pid: int, name: str) -> bytes:
-    """Give what a variable is set to in the environment of a process; b"" where it is not, or may not be read."""
-    with contextlib.suppress(psutil.Error, OSError):
+    """Give what a variable is set to in the environment of a process; b"" where it is not, or may not be read.
+
+    Raises OSError where no descriptor is free to read it.
+    """
+    with shortage.suppress_others(psutil.Error, OSError):
         return next((os.fsencode(value) for value in _values(pid, name)), b"")
     return b""
 
@@ -239,12 +260,11 @@ def _environment(pid: int) -> bytes:
 
 def _place_of_environment(pid: int) -> tuple[str, str] | None:
     """Say where it begins and ends: zeros in a program that is executed; None where there is no program, as in the kernel's."""
-    try:
+    with shortage.suppress_others(OSError):
         Path(f"/proc/{pid}/exe").readlink()
         fields = identity.stat(pid)
-    except OSError:
-        return None
-    return fields[47], fields[48]
+        return fields[47], fields[48]
+    return None
 
 
 def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:
@@ -276,9 +296,12 @@ def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeo
 
 def _look_until_ended(process: Process, or_readable: Sequence[int], timeout: float | None) -> bool:
     until = None if timeout is None else time.monotonic() + timeout
+    poll = select.poll()
+    for descriptor in or_readable:
+        poll.register(descriptor, select.POLLIN)
     while process.alive():
         left = _LOOK_EVERY if until is None else min(_LOOK_EVERY, until - time.monotonic())
-        if left <= 0 or select.select(or_readable, [], [], left)[0]:
+        if left <= 0 or poll.poll(left * 1000):
             return not process.alive()
     return True
 

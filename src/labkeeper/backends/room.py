@@ -69,6 +69,14 @@ class Room:
         """Jupyter's runtime directory; the part of the room that belongs to the server's user."""
         return self.path / "jupyter"
 
+    @property
+    def users(self) -> frozenset[int] | None:
+        """The users that processes of its server run as: its own, and ours until it has become that one; None if unknown."""
+        try:
+            return frozenset({os.getuid(), self.jupyter.lstat().st_uid})
+        except OSError:
+            return None
+
     def furnish(self, spec: ServerSpec, user: User | None) -> Path | None:
         """Make the room and what a launch needs; give the file of certificates to trust, if there is one. Raises OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -120,7 +128,7 @@ class Room:
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def remove(self) -> None:
-        """Remove the room with all that is in it. Idempotent.
+        """Remove the room with all that is in it. Idempotent. Raises OSError where we lack what it takes to look into it.
 
         A keeper may be killed at any step, and what is left is recognised. The record goes first: a later keeper would take a
         server whose own files are gone for one that has ended in good order. Then what may hold anything.

@@ -17,7 +17,8 @@ from typing import Final, TypeVar
 import psutil
 
 from labkeeper.backends.limits import ControlGroups, Counted
-from labkeeper.backends.processes import Process, carries
+from labkeeper.backends.processes import Process, carries, is_of
+from labkeeper.backends.room import Room
 from labkeeper.backends.standalone import identity
 from labkeeper.core.model import ServerName, Usage
 
@@ -58,6 +59,7 @@ class Meter:
     def __init__(self, groups: ControlGroups, runtime_dir: Path) -> None:
         self._groups = groups
         self._runtime_dir = runtime_dir
+        self._rooms = os.fsencode(runtime_dir) + b"/"
         self._known: dict[ServerName, _Known] = {}
         self._marks: dict[tuple[int, str], bytes] = {}
         """What the processes that were there carry; a young one may not carry its mark yet."""
@@ -119,6 +121,8 @@ class Meter:
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
             mark = carries(pid, identity.MARK)
+            if mark.startswith(self._rooms) and not _may_carry(pid, mark):
+                mark = _NONE
             self._marks[key] = mark or (_NONE if again else b"")
         return self._marks[key]
 
@@ -145,6 +149,13 @@ _Number = TypeVar("_Number", int, float)
 
 def _or(counted: _Number | None, summed: _Number) -> _Number:
     return summed if counted is None else counted
+
+
+def _may_carry(pid: int, mark: bytes) -> bool:
+    """Whether a process runs as who may have the mark of that room: another user can only have forged it."""
+    with contextlib.suppress(psutil.Error):
+        return is_of(pid, Room(Path(os.fsdecode(mark))).users)
+    return False
 
 
 def _is(process: Process, stats: Mapping[int, _Stat]) -> bool:

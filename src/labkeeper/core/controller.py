@@ -67,10 +67,10 @@ class Budget:
     earned: bool = False
     spent: list[float] = field(default_factory=list)
 
-    def left(self, now: float, *, unseen: bool = False) -> bool:
-        """Whether one more launch is allowed; `unseen` is an end that nobody saw, which says nothing against the server."""
+    def left(self, now: float, *, blameless: bool = False) -> bool:
+        """Whether one more launch is allowed; `blameless` is an end that says nothing against the server."""
         self.spent = [at for at in self.spent if now - at < self.policy.restart_window]
-        return (self.earned or unseen) and len(self.spent) < len(self.policy.restart_delays)
+        return (self.earned or blameless) and len(self.spent) < len(self.policy.restart_delays)
 
     def spend(self, now: float) -> float:
         """Take one launch; give the seconds to wait before it."""
@@ -159,9 +159,7 @@ class Controller:
         if revised is not None:
             self.snapshot = replace(self.snapshot, revised=None if revised == self.snapshot.spec else revised)
         before = self.snapshot
-        unseen = event is Event.GONE and (before.failure is None or before.failure.kind not in _KNOWN_CAUSES)
-        may_retry = self._budget.left(self._clock.monotonic(), unseen=unseen)
-        step = advance(before.state, before.goal, event, may_retry=may_retry, may_start=may_start)
+        step = advance(before.state, before.goal, event, may_retry=self._may_retry(fact), may_start=may_start)
         if step is None:
             return Upshot()
         if _begins(step, event) and event is not Event.DEADLINE:
@@ -171,6 +169,21 @@ class Controller:
             self._set_timer()
         owed = self._sort_kernels(before, event, fact)
         return Upshot(() if step.action is Action.NONE else (self._job(step.action),), owed)
+
+    def _may_retry(self, fact: Fact | None) -> bool:
+        """Say whether the server may be relaunched automatically if this fact ends it."""
+        snap, blameless = self.snapshot, False
+        match fact:
+            case Refused(failure=failure) if failure.kind is not FailureClass.DISK_FULL:
+                # Nothing was started, and that would be so again. Room on a disk comes back.
+                return False
+            case Ended(failure=Failure(kind=FailureClass.PORT_IN_USE)):
+                # The keeper chose the port, and another program took it first.
+                blameless = snap.spec.port is None
+            case Gone():
+                # Nobody saw how it ended.
+                blameless = snap.failure is None or snap.failure.kind not in _KNOWN_CAUSES
+        return self._budget.left(self._clock.monotonic(), blameless=blameless)
 
     def event_of(self, fact: Fact) -> Event | None:
         """Name the event that a fact is to this server now; None where it is no news."""
@@ -185,11 +198,12 @@ class Controller:
         """Say whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
         return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
-    def _look(self, answers: bool) -> Event | None:
+    def _look(self, answers: bool | None) -> Event | None:
         if self.snapshot.state is not State.RUNNING:
             return Event.SEEN
         now = self._clock.monotonic()
-        if answers:
+        if answers is not False:
+            # A look that could not be made breaks the silence, too: who was not asked has not been silent.
             self._silent_since = None
         elif self._silent_since is None:
             self._silent_since = now

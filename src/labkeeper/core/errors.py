@@ -60,6 +60,11 @@ class InvalidSpec(RequestError):
         """Make the error for one field that breaks one rule."""
         return cls(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
 
+    @classmethod
+    def twice(cls, field: str) -> Self:
+        """Make the error for one that the caller has given twice."""
+        return cls.of(field[:100], "must not stand there twice")
+
 
 class ServerNotFound(RequestError):
     """No server has this name, or none that the caller's token is for."""

@@ -19,10 +19,11 @@ from labkeeper.core.errors import (
     BackendUnavailable,
     CapacityReached,
     Conflict,
+    LabkeeperError,
     ServerNotFound,
     StoreError,
 )
-from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, Action, Event, Goal, State
+from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, MAY_EXIST, Action, Event, Goal, State
 from labkeeper.core.model import (
     KEEPER,
     Change,
@@ -96,6 +97,10 @@ class Fleet:
         Raises StoreError.
         """
         snapshots = self._store.load()
+        # Also under names that the store knows to be at rest: it may be an older one. Others are observed.
+        for name in self._backend.strays([snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]):
+            # In the lane of the name, before all else: what is launched under it now is launched when nothing is left.
+            self._lanes.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
             controller = Controller(snapshot, self._policy, self._clock)
             self._servers[snapshot.name] = controller
@@ -105,9 +110,6 @@ class Fleet:
                 self._forget(controller.snapshot.name)
             self._submit(jobs)
         self._give_turns()
-        for name in self._backend.strays([snapshot.name for snapshot in snapshots]):
-            # In the lane of the name: a server that is made under it now is launched when nothing is left.
-            self._lanes.submit(name, functools.partial(self._backend.sweep, name))
 
     def step(self, message: Message) -> Reply | None:
         """Take one message; commands get a reply.
@@ -312,7 +314,7 @@ class Fleet:
             if launches:
                 # The next keeper would not know of it: not launched either.
                 why = f"cannot start server '{name}': {error.message}"
-                refused = controller.apply(Event.REFUSED, Refused(Failure(FailureClass.OTHER, why)))
+                refused = controller.apply(Event.REFUSED, _refused(error, why))
                 upshot = Upshot(refused.jobs, upshot.owed + refused.owed)
             # A stop must go on even with a full disk.
             self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
@@ -332,6 +334,8 @@ class Fleet:
         try:
             if controller is None:
                 self._store.forget(name)
+                # Not here: no change of a server is to wait for a disk.
+                self._lanes.submit(name, self._store.wipe)
             else:
                 self._store.save(controller.snapshot)
             self._unsaved.pop(name, None)
@@ -414,8 +418,13 @@ def perform(backend: Backend, gate: Gate, job: Job, *, grace: float) -> Fact | N
     except BackendRefused as error:
         if job.action is not Action.LAUNCH:
             return Unreachable(error.message)
-        kind = FailureClass(error.details.get("failure_class", FailureClass.OTHER))
-        return Refused(Failure(kind, error.message, log_tail=tuple(error.details.get("log_tail", ()))))
+        return _refused(error, error.message)
     except BackendError as error:
         return Unreachable(error.message)
     return None
+
+
+def _refused(error: LabkeeperError, why: str) -> Refused:
+    """Make the fact of an error by which a launch was not done."""
+    kind = FailureClass(error.details.get("failure_class", FailureClass.OTHER))
+    return Refused(Failure(kind, why, log_tail=tuple(error.details.get("log_tail", ()))))

@@ -159,7 +159,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STARTING, Event.READY): (State.RUNNING, Action.NONE),
     (State.STARTING, Event.EXITED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.CRASHED): (Junction.SETTLE, Action.NONE),
-    (State.STARTING, Event.REFUSED): (State.FAILED, Action.NONE),
+    (State.STARTING, Event.REFUSED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.VETOED): (State.KILLING, Action.KILL),
     (State.STARTING, Event.DEADLINE): (State.KILLING, Action.KILL),
     (State.STARTING, Event.STOP): (State.STOPPING, Action.TERMINATE),

@@ -456,9 +456,9 @@ class Unreachable:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A process of it exists. `answers` is false where the server in it is silent."""
+    """A process of it exists. `answers` is false where the server in it is silent, None where nobody could find that out."""
 
-    answers: bool
+    answers: bool | None
 
 
 @dataclass(frozen=True, slots=True)

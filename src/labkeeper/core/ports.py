@@ -103,7 +103,10 @@ class Backend(Protocol):
         """
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Give lines as they are written, each with its newline, until `live` says no; an empty text means "nothing new yet"."""
+        """Give lines as they are written, each with its newline; an empty text means "nothing new yet".
+
+        Ends when `live` says no, or the log is forgotten.
+        """
 
 
 class Probe(Protocol):
@@ -170,6 +173,9 @@ class Store(Protocol):
     def settle(self, kernel_ids: Sequence[str]) -> None:
         """Drop some. Raises StoreError."""
 
+    def wipe(self) -> None:
+        """Leave nothing on the disk of what was dropped; it may be slow. Does not raise."""
+
 
 class TokenStore(Protocol):
     """Where tokens of the API outlive the keeper."""
@@ -187,14 +193,17 @@ class TokenStore(Protocol):
 class HistoryStore(Protocol):
     """Where the history outlives the keeper."""
 
-    def first_id(self) -> int:
-        """Give the id of the oldest entry; 0 where there is none. Raises StoreError."""
+    def forgotten(self, after: int) -> int:
+        """Count the entries newer than an id that were kept once, and are no more. Raises StoreError."""
 
     def last_id(self) -> int:
         """Give the id of the newest entry; 0 where there is none. Raises StoreError."""
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
-        """Keep some more, durably before returning, and about as many as `keep` in all. Raises StoreError."""
+        """Keep some more, durably before returning, and about as many as `keep` in all. Raises StoreError.
+
+        What goes is the oldest of the actor who has most, but never the newest entry.
+        """
 
     def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id, of one server or of all, within a reach. Raises StoreError."""
@@ -240,8 +249,8 @@ class History(Protocol):
     def last_id(self) -> int:
         """The id of the newest entry; 0 where there is none."""
 
-    def first_id(self) -> int:
-        """Give the id of the oldest entry that is still known. Raises StoreError."""
+    def forgotten(self, after: int) -> int:
+        """Count the entries newer than an id that are known no more. Raises StoreError."""
 
     def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""

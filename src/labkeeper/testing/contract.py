@@ -8,11 +8,12 @@ To hold a backend to it, give its rig:
             return MyRig(tmp_path)      # implements Rig
 
 Nothing here sleeps in order to wait: each test waits for a report, at most `Rig.patience` seconds. A server is started
-fourteen times in all.
+sixteen times in all.
 """
 
 from __future__ import annotations
 
+import itertools
 import queue
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ from labkeeper.core.model import (
 )
 from labkeeper.core.ports import Backend
 
+_FEW: Final = 50
+"""Lines that come before the end of a log at most, and looks in vain."""
 _FENCE: Final = 1_000_000
 """A launch number that no test gives to a server."""
 _F = TypeVar("_F", bound=Fact)
@@ -268,6 +271,17 @@ class BackendContract:
         stage.wait(Ended, 1)
         lives = False
         assert not any(line == "" for line in list(lines)[1:])
+
+    def test_following_ends_when_the_log_is_forgotten(self, stage: Stage) -> None:
+        """Whoever follows a log comes to an end with it, and does not wait for lines of a server that now has its name."""
+        stage.launch()
+        lines = stage.backend.follow(stage.name, 1, lambda: True)
+        assert any(line == "" for line in lines)
+        stage.backend.kill(stage.name, 1)
+        stage.wait(Ended, 1)
+        stage.backend.forget(stage.name)
+        stage.launch(2)
+        assert len(list(itertools.islice(lines, _FEW))) < _FEW
 
     def test_what_lives_is_measured_and_nothing_else(self, stage: Stage) -> None:
         """Of a server that lives its use can be told, with a clock that never goes back; of an ended or unknown one it is not."""

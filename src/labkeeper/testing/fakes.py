@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -128,10 +128,13 @@ class MemoryStore:
         for kernel_id in kernel_ids:
             self.owed.pop(kernel_id, None)
 
-    def first_id(self) -> int:
-        """Give the id of the oldest entry."""
+    def wipe(self) -> None:
+        """Nothing is on any disk."""
+
+    def forgotten(self, after: int) -> int:
+        """Count the entries newer than an id that are known no more."""
         self._check("read")
-        return self.history[0].id if self.history else 0
+        return max(0, self.last_id() - after) - sum(entry.id > after for entry in self.history)
 
     def last_id(self) -> int:
         """Give the id of the newest entry."""
@@ -141,7 +144,10 @@ class MemoryStore:
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
         """Keep some more."""
         self._check("write")
-        self.history = [*self.history, *entries][-keep:]
+        self.history = [*self.history, *entries]
+        while len(self.history) > keep:
+            ((actor, _),) = Counter(entry.origin.actor for entry in self.history).most_common(1)
+            self.history.remove(next(entry for entry in self.history if entry.origin.actor == actor))
 
     def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
@@ -556,12 +562,13 @@ class FakeBackend:
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
-        given = len(self.world.logs.get(name, [])) - len(self.log(name, tail))
+        log = self.world.logs.get(name, [])
+        given = len(log) - len(self.log(name, tail))
         more = True
         while more:
             # Asked before reading: what was written before the end is still read after it.
-            more = live()
-            lines = self.world.logs.get(name, [])[given:]
+            more = live() and self.world.logs.get(name) is log
+            lines = log[given:]
             given += len(lines)
             yield from (f"{line}\n" for line in lines)
             if more:

@@ -12,15 +12,16 @@ import os
 import resource
 import secrets
 import socket
-import ssl
 import sys
 import time
 import traceback
+import types
 from typing import Any, Callable, Optional
 
 from .identity import mark, show
-from .kernels import Kernels
+from .kernels import Kernels, hold_ports
 from .privileges import drop_bounding_set
+from .renewal import renew
 from .wire import Launch
 from .wire import receive as receive_frame
 
@@ -85,9 +86,7 @@ def enter(launch: Launch) -> None:
     """Put a launch in force in this process. What needs the keeper's rights comes before the change of user."""
     if os.getsid(0) != os.getpid():
         os.setsid()
-    for path in launch.cgroups:
-        with open(path, "w") as members:
-            members.write(str(os.getpid()))
+    join(launch.cgroups)
     for name, limit in launch.rlimits.items():
         number = getattr(resource, name)
         _, hard = resource.getrlimit(number)
@@ -101,6 +100,8 @@ def enter(launch: Launch) -> None:
     os.environ.update(launch.env)
     time.tzset()
     sys.argv[:] = ["jupyter-lab"]
+    # The main module of a server is not ours: `multiprocessing` runs it once more in each process that it spawns.
+    sys.modules["__main__"] = types.ModuleType("__main__")
     if launch.user is not None:
         drop_bounding_set()
         os.setgroups(launch.user.groups)
@@ -110,7 +111,14 @@ def enter(launch: Launch) -> None:
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
-    _reseed()
+    renew()
+
+
+def join(cgroups: list[str]) -> None:
+    """Move this process into control groups, each given by the file of its members. Raises OSError."""
+    for path in cgroups:
+        with open(path, "w") as members:
+            members.write(str(os.getpid()))
 
 
 def _go_to(directory: str) -> None:
@@ -128,8 +136,6 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     # Imported here: the fork server has them already, and who is executed wants its log open first.
     from jupyter_server import serverapp
     from jupyter_server.base.handlers import APIHandler, JupyterHandler
-    from jupyter_server.gateway.gateway_client import GatewayClient
-    from jupyterlab import commands
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
 
@@ -149,19 +155,8 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
             if kernels is not None:
                 await kernels.end(super().cleanup_kernels)
 
-    # Computed when they were imported, which may have been in another environment.
-    settings, workspaces = commands.get_user_settings_dir(), commands.get_workspaces_dir()
-    if (LabApp.user_settings_dir.default_value, LabApp.workspaces_dir.default_value) != (settings, workspaces):
-        LabApp.user_settings_dir.default_value = settings
-        LabApp.workspaces_dir.default_value = workspaces
-        # The class keeps the defaults of its traits beside them, too.
-        LabApp.setup_class(dict(LabApp.__dict__))
-    tls = getattr(sys.modules.get("tornado.netutil"), "_client_ssl_defaults", None)
-    if isinstance(tls, ssl.SSLContext):  # Of a tornado before 6.6.
-        tls.set_default_verify_paths()
     _count_no_reading(APIHandler)
     _tell_no_page_the_token(JupyterHandler)
-    GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
     chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
     LabApp.serverapp_class = ServerApp
@@ -174,7 +169,9 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         raise_config_file_errors=True,
     )
     _protect_pages(app.web_app.settings)
-    _encrypt_kernels(app)
+    if launch.encrypt_kernels:
+        _encrypt_kernels(app)
+    hold_ports()
     kernels = Kernels(app, launch.room, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
@@ -255,16 +252,6 @@ def _go_first_without_memory() -> None:
         ours = int(score.read())
         score.seek(0)
         score.write(str(max(ours, _OOM_SCORE)))
-
-
-def _reseed() -> None:
-    """Part from our siblings: what was seeded before the fork would give all of them the same numbers.
-
-    In a fork `random` and OpenSSL do that by themselves.
-    """
-    numpy_random = sys.modules.get("numpy.random")
-    if numpy_random is not None:
-        numpy_random.seed()
 
 
 def _broken_configuration(error: BaseException) -> Optional[str]:

@@ -36,6 +36,7 @@ from .children import Children
 from .freshness import Freshness
 from .identity import show, started
 from .preload import PreloadError, load, written_pages
+from .programs import end_programs
 from .wire import Launch, WireError
 
 _FRESH_EVERY = 5.0
@@ -63,7 +64,7 @@ def serve(descriptor: int) -> tuple[Launch, int, int]:
         # What is alive now will not be looked at by any collector again, so that its pages stay shared.
         gc.collect()
         gc.freeze()
-        written = written_pages()
+        written = written_pages(listener)
     except PreloadError as error:
         traceback.print_exc()
         _refuse(listener, str(error))
@@ -74,6 +75,7 @@ def serve(descriptor: int) -> tuple[Launch, int, int]:
 
 def _refuse(listener: socket.socket, reason: str) -> NoReturn:
     """Tell the keeper why there is no fork server, and end."""
+    end_programs()
     print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
     listener.settimeout(_KEEPERLESS)
     with contextlib.suppress(OSError, WireError, EOFError):
@@ -368,9 +370,10 @@ def _fork() -> int:
 
 
 def _end() -> NoReturn:
-    """End this process, and leave nothing of it on disk."""
-    here = os.getcwd()
-    with contextlib.suppress(OSError):
+    """End this process and what runs below it, and leave nothing of it on disk."""
+    end_programs()
+    with contextlib.suppress(OSError):  # Somebody may have removed it.
+        here = os.getcwd()
         for name in os.listdir(here):
             os.unlink(name)
         os.rmdir(here)

@@ -13,6 +13,8 @@ import contextlib
 import json
 import logging
 import os
+import socket
+import sys
 import uuid
 from collections.abc import Iterable, Mapping
 from typing import Any, Callable
@@ -44,6 +46,8 @@ class Kernels:
         if self._remote:
             # Of an adapter, the logger: that is what has filters.
             getattr(app.log, "logger", app.log).addFilter(_without_environment)
+            self._make = self._manager.kernel_manager_factory
+            self._manager.kernel_manager_factory = self._make_remote
         self._start = self._manager.start_kernel
         self._manager.start_kernel = self._start_kernel
         for manager, methods in _CHANGES:
@@ -103,6 +107,26 @@ class Kernels:
         finally:
             del self._starting[chosen]
 
+    def _make_remote(self, **given: Any) -> Any:
+        """Make the manager of a kernel on the gateway, which keeps what it knows while the gateway cannot be asked.
+
+        When Jupyter lists kernels, it drops each one that is missing from the list and cannot be queried. A kernel that was
+        started while the list was in transit is missing, too; if the gateway fails then, the kernel would leak unrecorded.
+        """
+        kernel = self._make(**given)
+        refresh = kernel.refresh_model
+
+        async def refresh_model(model: Any = None) -> Any:
+            try:
+                return await refresh(model)
+            except Exception:
+                if kernel.kernel is None:
+                    raise
+                return kernel.kernel
+
+        kernel.refresh_model = refresh_model
+        return kernel
+
     def _record_after(self, manager: Any, method: str) -> None:
         """Write the record whenever a method of a manager has done its work, or failed."""
         do = getattr(manager, method)
@@ -114,6 +138,47 @@ class Kernels:
                 self.record()
 
         setattr(manager, method, and_record)
+
+
+def hold_ports() -> None:
+    """Keep the ports that Jupyter chooses for kernels from everybody else who asks for a free one.
+
+    A kernel listens a second or so after they were chosen. Where another program has been given one of them meanwhile, the kernel
+    ends; jupyter_client (8.10) starts it anew with the same ports, until it gives up. On Linux a socket that is bound, and does
+    not listen, lets whoever sets SO_REUSEADDR bind and listen, as ZeroMQ does; elsewhere it would be in the way.
+    """
+    from jupyter_client.connect import LocalPortCache
+
+    if sys.platform != "linux":
+        return
+
+    class HeldPorts(LocalPortCache):  # type: ignore[misc, unused-ignore]
+        """As Jupyter's own; each port that is in use has a socket of ours."""
+
+        def __init__(self, **given: Any) -> None:
+            super().__init__(**given)
+            self.holds: dict[int, socket.socket] = {}
+
+        def find_available_port(self, ip: str) -> int:
+            hold = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
+            try:
+                hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                hold.bind((ip, 0))
+            except OSError:
+                hold.close()
+                raise
+            port = int(hold.getsockname()[1])
+            self.currently_used_ports.add(port)
+            self.holds[port] = hold
+            return port
+
+        def return_port(self, port: int) -> None:
+            super().return_port(port)
+            if port in self.holds:
+                self.holds.pop(port).close()
+
+    LocalPortCache.clear_instance()
+    HeldPorts.instance()
 
 
 def _without_environment(record: logging.LogRecord) -> bool:

@@ -7,6 +7,7 @@ module that this took, and ends. Nothing has to be listed by anybody.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import importlib
 import json
@@ -22,8 +23,9 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from . import pages
-from .child import enter, run_jupyter
+from .child import enter, join, run_jupyter
 from .freshness import Freshness
+from .programs import end_programs, living
 from .wire import Launch
 
 REHEARSAL = "rehearsal.json"
@@ -56,33 +58,34 @@ def load(listener: socket.socket) -> Freshness:
     avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
     try:
         freshness = Freshness()
-        spoilers = _import_all(avoid)
+        spoilers = _import_all(listener, avoid)
     except Exception as error:
         raise PreloadError(f"loading JupyterLab failed: {error}") from error
     if len(avoid | spoilers) > _MOST_SPOILERS:
-        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or opens sockets")
+        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or programs, or opens sockets")
     if spoilers or freshness.settle() is not None:
         os.environ[_AVOID] = ",".join(avoid | spoilers)
         listener.set_inheritable(True)
+        end_programs()
         os.execv(  # noqa: S606 - the interpreter that runs already
             sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
         )
     return freshness
 
 
-def written_pages() -> list[tuple[int, int]]:
+def written_pages(listener: socket.socket) -> list[tuple[int, int]]:
     """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
-    return [(address, size) for address, size in _rehearse()["pages"]]
+    return [(address, size) for address, size in _rehearse(listener)["pages"]]
 
 
-def _import_all(avoid: Collection[str]) -> set[str]:
+def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
     """Import what a server takes, but the modules to `avoid` and those in them; give the one that must not be, if there is one.
 
-    This process is spoiled then: it has a thread, or an open poll, socket or pipe that it would share with its children.
+    This process is spoiled then: it has a thread, a program, or an open poll, socket or pipe that its children would share.
     """
     importlib.import_module("jupyterlab.labapp")
     ours = _shared_things()
-    told = _rehearse()
+    told = _rehearse(listener)
     # Packages before what is in them: importing a module imports its package, so the one that spoils is found by its own name.
     for name in sorted(told["modules"], key=lambda name: name.count(".")):
         if name in sys.modules or any(f"{name}.".startswith(f"{avoided}.") for avoided in avoid):
@@ -100,8 +103,9 @@ def _import_all(avoid: Collection[str]) -> set[str]:
 
 
 def _shared_things() -> set[str]:
-    """Name what a child would share with this process and must not: threads, and open things that are more than a file."""
+    """Name what a child would share with this process and must not: threads, programs, and open things that are no mere files."""
     things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
+    things.update(f"program {pid}" for pid in living())
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")
@@ -112,7 +116,7 @@ def _shared_things() -> set[str]:
     return things
 
 
-def _rehearse() -> dict[str, Any]:
+def _rehearse(listener: socket.socket) -> dict[str, Any]:
     """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages.
 
     Raises PreloadError.
@@ -123,11 +127,15 @@ def _rehearse() -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         os.close(reader)
+        # By its end a keeper knows that of the fork server, so no program may hold it.
+        listener.close()
         _perform(launch, writer, parent)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
-        report = stream.read()
+        # Not to its end: what the rehearsal has forked may hold the other one open.
+        report = stream.readline()
     _, status = os.waitpid(pid, 0)
+    end_programs()
     try:
         return dict(json.loads(report))
     except ValueError:
@@ -147,7 +155,10 @@ def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
             sys.exit("the fork server has ended")
         signal.alarm(_REHEARSAL_SECONDS)
         shared = pages.writable()
-        enter(launch)
+        # By its group all is found that it starts, also what hides. Where it cannot enter one, it goes on without.
+        with contextlib.suppress(OSError):
+            join(launch.cgroups)
+        enter(replace(launch, cgroups=[]))
         token = secrets.token_hex(24)
         launch = replace(launch, config={**launch.config, "IdentityProvider": {"token": token}})
 
@@ -175,7 +186,7 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
     # Where and how Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
     told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
     with os.fdopen(writer, "w") as report:
-        json.dump(told, report)
+        report.write(json.dumps(told) + "\n")
     app.stop()
 
 

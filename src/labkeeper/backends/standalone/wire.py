@@ -57,6 +57,8 @@ class Launch:
     """Files that the process writes its pid into, in order to be limited."""
     rlimits: dict[str, int]
     """Limits by their name in `resource`, as RLIMIT_DATA."""
+    encrypt_kernels: bool
+    """Whether its kernels encrypt what they say, where they can, and its configuration does not say anything else."""
 
     def message(self) -> dict[str, Any]:
         """Give it as a frame's object."""
@@ -111,6 +113,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     ),
     "cgroups": lambda value: isinstance(value, list) and all(isinstance(path, str) for path in value),
     "rlimits": lambda value: isinstance(value, dict) and _numbers(value.values()),
+    "encrypt_kernels": lambda value: isinstance(value, bool),
 }
 
 

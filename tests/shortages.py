@@ -1,0 +1,75 @@
+"""What a test takes from a keeper: room for processes and threads, and on its disk."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harness import KeeperProcess, until
+from labkeeper.backends import limits
+
+PIDS = {**limits._version_1(), **limits._version_2()}.get("pids") if sys.platform == "linux" else None
+needs_group = pytest.mark.skipif(PIDS is None, reason="needs control groups, and one for processes that can be written")
+
+
+class Group:
+    """A control group of a test."""
+
+    def __init__(self):
+        self.path = PIDS.base / f"labkeeper-test-{os.getpid()}"
+        self.path.mkdir()
+
+    def allow(self, count):
+        (self.path / "pids.max").write_text(str(count))
+
+    @property
+    def count(self):
+        """How many processes and threads are in it."""
+        return int((self.path / "pids.current").read_text())
+
+    def remove(self):
+        until(lambda: self.count == 0, what="nothing left in the group")
+        self.path.rmdir()
+
+
+class GroupedKeeper(KeeperProcess):
+    """A keeper in a control group of its own, with its servers."""
+
+    def __init__(self, base, group, **settings):
+        super().__init__(base, **settings)
+        self.group = group
+
+    def command(self, *arguments):
+        join = 'echo $$ > "$1/cgroup.procs"; shift; exec "$@"'
+        return ["sh", "-c", join, "sh", self.group.path, *super().command(*arguments)]
+
+
+class Disk:
+    """A small disk of a test."""
+
+    def __init__(self, path):
+        self.path = path
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", path], check=True)
+
+    def fill(self):
+        """Leave no room, not even in the last block of the files that there are."""
+        for path in (self.path / "filler", *self.path.glob("*.log")):
+            for size in (4096, 1):
+                with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
+                    while True:
+                        file.write(b"x" * size)
+
+    def free(self):
+        (self.path / "filler").unlink()
+
+    def make_read_only(self):
+        subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
+
+    def remove(self):
+        # Whoever was killed may take a moment to let go of it.
+        until(lambda: subprocess.run(["umount", self.path], check=False, capture_output=True).returncode == 0, what="umount")
