@@ -53,11 +53,14 @@ def exchange(
     connection.request(method, path, body=content, headers={**headers, **kind})
     # Closed also when all was read: Python before 3.13 does not notice that, and would take no further request here.
     with connection.getresponse() as answer:
-        read = bytearray()
+        whole, read = answer.length, bytearray()
         while piece := answer.read1(_PIECE):
             read += piece
             if len(read) > _LARGEST_ANSWER:
                 raise TimeoutError(f"{path} goes on for too long")
+        if whole is not None and len(read) < whole:
+            # `read1` takes the end of the connection for that of the answer.
+            raise http.client.IncompleteRead(bytes(read), whole - len(read))
     return Answer(answer.status, bytes(read), answer.headers.get("Location", ""))
 
 

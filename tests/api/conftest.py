@@ -6,8 +6,17 @@ from pathlib import Path
 
 import pytest
 
+from labkeeper.api import wsgi
 from labkeeper.api.wsgi import WsgiServer
-from serving import HOLD, Served, application
+from serving import HOLD, Served, StandingClock, application
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock of servers that are made after it."""
+    made = StandingClock()
+    monkeypatch.setattr(wsgi, "time", made)
+    return made
 
 
 @pytest.fixture
@@ -15,13 +24,13 @@ def serve(tmp_path):
     """Serve on a TCP and a Unix socket."""
     made = []
 
-    def make(certificate=None, max_body=2**20):
+    def make(certificate=None, max_body=2**20, **options):
         HOLD.clear()
         listener = socket.create_server(("127.0.0.1", 0))
         path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # A path of pytest may be too long.
         door = socket.socket(socket.AF_UNIX)
         door.bind(str(path))
-        server = WsgiServer(application, [listener, door], threads=8, max_body=max_body, certificate=certificate)
+        server = WsgiServer(application, [listener, door], threads=8, max_body=max_body, certificate=certificate, **options)
         server.start()
         made.append(Served(server, listener, path))
         return made[-1]

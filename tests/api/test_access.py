@@ -15,7 +15,7 @@ from fake_keeper import TOKEN, fake_keeper
 from harness import until
 from labkeeper.api.access import Extent
 from labkeeper.api.app import _RULES, create_app
-from labkeeper.api.peers import PEER, Peer
+from labkeeper.api.peers import PEER, UNREAD, Peer
 from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Reach, Scope
 from labkeeper.core.model import OwnKernel, ServerName
@@ -66,6 +66,32 @@ def callers(running):
 def call(client, route, name="x"):
     path = re.sub(r"<\w+>", name, route.path)
     return client.open(path, method=route.method, json=None if route.method == "GET" else {})
+
+
+def test_where_nothing_was_kept_of_a_body_it_is_to_be_sent_again(callers):
+    """Whether there was no room for it, or its token was made while it came: it never counts as an empty one."""
+    unread = {"environ_overrides": {UNREAD: True}}
+    answer = callers.owner.post("/api/servers", json={"name": "x"}, **unread)
+    assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (429, "capacity_reached", "10")
+    assert callers.owner.get("/api/servers", **unread).json["servers"] == []
+    assert callers.nobody.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
+
+
+def test_whether_a_body_is_worth_reading_is_known_without_a_wait(callers, monkeypatch):
+    """By what is in memory: no use is noted, and no process looked into."""
+    services = callers.running.services
+    for name in ("save_token", "tokens"):
+        monkeypatch.setattr(type(callers.running.services.tokens._store), name, forbidden)
+    token = "Bearer " + TOKEN
+    strangers = [(None, None), ("Bearer wrong", None), (TOKEN, None), (None, Peer(77, os.geteuid() + 1, 0))]
+    known = [(token, None), (token, Peer(77, os.geteuid() + 1, 0)), (None, Peer(77, os.geteuid(), 0)), (None, Peer(77, 0, 0))]
+    closed = replace(services, is_server=forbidden).callers
+    assert [closed.knows(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
+    assert all(replace(services, is_open=True).callers.knows(*shown) for shown in strangers)
+
+
+def forbidden(*_):
+    raise AssertionError("that takes time")
 
 
 # The table

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -87,8 +88,16 @@ def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the
     assert "secret" not in answer.text
     assert "Traceback" not in answer.text
     (entry,) = [entry for entry in log if entry.get("exc_info")]
-    assert entry["request_id"] == problem["request_id"]
+    assert (entry["request_id"], entry["server"]) == (problem["request_id"], "default")
     assert "a secret detail" in str(entry["exc_info"])
+
+
+@pytest.mark.parametrize(("path", "server"), [("/api/servers/x", "x"), ("/api/tokens/x", None), ("/api/nowhere", None)])
+def test_a_line_about_a_request_names_the_server_that_it_is_about(client, path, server):
+    with structlog.testing.capture_logs() as log:
+        client.delete(path)
+    (entry,) = [entry for entry in log if entry["event"] == "request"]
+    assert entry["server"] == server
 
 
 def test_a_callers_own_request_id_is_taken_over_where_it_is_sane(client):
@@ -123,6 +132,41 @@ def test_errors_of_http_itself_are_problems_too(client):
         assert (answer.status_code, answer.json["code"]) == (status, code)
         assert answer.content_type == "application/problem+json"
     assert "POST" in client.put("/api/servers").headers["Allow"]
+
+
+@pytest.mark.parametrize("path", ["/api//servers", "/api/servers//x", "/api/servers/", "/api/docs/static//css", "/open//x", "//"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_path_that_is_almost_one_of_ours_leads_nowhere(client, path, method):
+    """Neither to where it may have been meant to lead: a redirection would be followed without the body, or the token."""
+    answer = client.open(f"http://localhost{path}", method=method)
+    assert (answer.status_code, answer.json["code"]) == (404, "not_found")
+    assert answer.content_type == "application/problem+json"
+
+
+def test_a_part_of_the_page_that_is_not_the_one_that_was_meant_is_a_problem(client):
+    answer = client.get(BUNDLE, headers={"If-Match": '"another"'})
+    assert (answer.status_code, answer.json["code"]) == (412, "precondition_failed")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"name": "a", "name": "b"}', "name"),
+        ('{"name": "a", "env": {"A": "1", "B": "2", "A": "1"}}', "A"),
+        ('{"port": 1, "port": null}', "port"),
+    ],
+)
+def test_a_name_that_stands_in_a_body_twice_is_refused(client, body, field):
+    """Who checks a request on its way may see the other one."""
+    answer = client.post("/api/servers", data=body, content_type="application/json")
+    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": field, "rule": "must not stand there twice"}])
+    assert client.get("/api/servers").json["servers"] == []
+
+
+def test_a_parameter_that_stands_there_twice_is_refused_unless_it_is_a_list(client):
+    answer = client.post("/api/servers?wait=0&wait=5", json={})
+    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": "wait", "rule": "must not stand there twice"}])
+    assert client.get("/api/servers?label=a&label=b&state=failed&state=running").status_code == 200
 
 
 def test_the_document_describes_every_route_and_each_answer_fits_it(client):
@@ -171,6 +215,33 @@ def test_an_advertised_host_goes_before_all(services):
     answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": "/lab?reset"})
     assert answer.json["lab_url"].startswith("http://labs.example:")
     assert "/lab?reset&token=" in answer.json["lab_url"]
+
+
+@pytest.mark.parametrize(
+    ("page", "path", "query", "fragment"),
+    [
+        ("/", "/", "token={}", ""),
+        ("/lab#heading", "/lab", "token={}", "heading"),
+        ("/lab#why?", "/lab", "token={}", "why?"),
+        ("/lab?reset#a#b", "/lab", "reset&token={}", "a#b"),
+        ("/lab?a=b?c", "/lab", "a=b?c&token={}", ""),
+        ("/lab//tree/a:b@c\\d", "/lab//tree/a:b@c\\d", "token={}", ""),
+    ],
+)
+def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(services, page, path, query, fragment):
+    """In a fragment no server would be sent it."""
+    client = create_app(services).test_client()
+    server = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}).json
+    parts = urlsplit(server["lab_url"])
+    assert (parts.path, parts.query, parts.fragment) == (path, query.format(server["token"]), fragment)
+    assert (parts.hostname, parts.port) == (server["hostname"], server["port"])
+
+
+@pytest.mark.parametrize("page", ["//evil.example", "/a b", "/a\nb", "/a\tb", "/a\x7f", "/\u00e9", "lab", ""])
+def test_a_page_that_a_link_cannot_hold_is_refused(services, page):
+    client = create_app(services).test_client()
+    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page})
+    assert answer.status_code == 422, answer.text
 
 
 BUNDLE = "/api/docs/static/js/swagger-ui-bundle.js"
@@ -255,6 +326,26 @@ def test_a_stop_gives_way_to_a_later_start(client, world):
         assert stopping.result().status_code == 409
     world.temper("default").obeys = True
     assert client.delete("/api/servers/default?force=true").status_code == 200
+
+
+@pytest.mark.parametrize("way", ["follow", "browser", "page"])
+def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running, client, way):
+    """Its number is of another history: ours was begun anew, or is an older copy."""
+    client.post("/api/servers", json={"name": "a"})
+    told = client.get("/api/events?after=0").json["events"]
+    newest = told[-1]["id"]
+    if way == "page":
+        assert client.get(f"/api/events?after={newest + 1}").json["events"] == told
+        assert client.get(f"/api/servers/a/events?after={2**62}").json["events"] == told
+        assert client.get(f"/api/events?after={newest}").json["events"] == []
+        return
+    shown = {"Last-Event-ID": str(newest + 1)} if way == "browser" else {}
+    asked = "/api/events?follow=true" if way == "browser" else f"/api/events?follow=true&after={newest + 1}"
+    with client.get(asked, headers=shown, buffered=False) as stream:
+        running.services.history.close()
+        pieces = stream.text.split("\n\n")
+    assert pieces[1] == 'event: gap\ndata: {"missed": null}'
+    assert [json.loads(piece.partition("data: ")[2]) for piece in pieces[2:-1]] == told
 
 
 def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
@@ -379,10 +470,9 @@ def test_kernels_are_told_of_running_servers_only(client, services):
 
 def test_a_keeper_that_does_not_run_is_not_ready(services):
     client = create_app(services).test_client()
-    assert client.get("/readyz").status_code == 200
+    assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
     services.keeper.close()
-    assert client.get("/readyz").status_code == 503
-    assert client.get("/healthz").status_code == 200
+    assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {503}
     services.keeper._thread = type("Ended", (), {"is_alive": lambda self: False, "join": lambda self: None})()
 
 

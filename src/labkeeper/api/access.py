@@ -61,16 +61,67 @@ MANAGE_SERVERS: Final = Rule(Scope.MANAGE, Extent.SERVERS)
 ADMINISTER: Final = Rule(Scope.ADMIN, Extent.KEEPER)
 
 
+class Callers:
+    """Knows who asks, by what they show and by where they come from. Thread-safe."""
+
+    def __init__(self, tokens: Tokens, *, is_open: bool, is_server: Callable[[int], bool]) -> None:
+        """`is_open` lets in everybody; `is_server` says whether a process belongs to one of the keeper's servers."""
+        self._tokens = tokens
+        self._is_open = is_open
+        self._is_server = is_server
+
+    def identify(self, authorization: str | None, peer: Peer | None) -> tuple[Caller, Callable[[], bool]]:
+        """Return who is asking, and a function that tells whether they still may. Raises NotAuthenticated."""
+        if self._is_open:
+            return ANYBODY, _always
+        if authorization is not None:
+            if (shown := _bearer(authorization)) is not None:
+                return self._tokens.caller(shown)
+        elif peer is not None and _is_local(peer) and not self._is_server(peer.pid):
+            return _user(peer), _always
+        raise NotAuthenticated(
+            "cannot answer without a token: send 'Authorization: Bearer TOKEN'; `labkeeper token` shows the owner's on the "
+            "keeper's machine"
+        )
+
+    def knows(self, authorization: str | None, peer: Peer | None) -> bool:
+        """Whether a request may come from a known caller, as far as that can be told without waiting; else its body is not kept.
+
+        Whether the peer is one of our servers is not checked here: a process can hold up whoever reads its files in /proc.
+        """
+        if self._is_open:
+            return True
+        if authorization is None:
+            return peer is not None and _is_local(peer)
+        shown = _bearer(authorization)
+        return shown is not None and self._tokens.knows(shown)
+
+
+def _bearer(authorization: str) -> str | None:
+    """Return the bearer token in an Authorization header; None if there is none."""
+    scheme, _, shown = authorization.partition(" ")
+    return shown.strip() if scheme.lower() == "bearer" else None
+
+
+def _is_local(peer: Peer) -> bool:
+    """Whether the keeper's user or root is at the other end of the Unix socket."""
+    return peer.uid in {0, os.geteuid()}
+
+
+def _user(peer: Peer) -> Caller:
+    name = str(peer.uid)
+    with suppress(KeyError):
+        name = pwd.getpwuid(peer.uid).pw_name
+    return Caller(f"user:{name}", Scope.ADMIN)
+
+
 class Door:
     """Lets requests in by their rules. Thread-safe."""
 
-    def __init__(self, tokens: Tokens, keeper: Keeper, rates: Rates, *, is_open: bool, is_server: Callable[[int], bool]) -> None:
-        """`is_open` lets in everybody; `is_server` says whether a process belongs to one of the keeper's servers."""
-        self._tokens = tokens
+    def __init__(self, callers: Callers, keeper: Keeper, rates: Rates) -> None:
+        self._callers = callers
         self._keeper = keeper
         self._rates = rates
-        self._is_open = is_open
-        self._is_server = is_server
         self._refused = _Refused()
 
     def enter(self, rule: Rule) -> None:
@@ -78,36 +129,12 @@ class Door:
         if rule.scope is None:
             return
         try:
-            g.caller, g.still_good = self._identify()
+            g.caller, g.still_good = self._callers.identify(request.headers.get("Authorization"), request.environ.get(PEER))
         except NotAuthenticated:
             self._refused.count()
             raise
         self._rates.take(g.caller.actor)
         self._check(g.caller, rule, rule.scope)
-
-    def _identify(self) -> tuple[Caller, Callable[[], bool]]:
-        if self._is_open:
-            return ANYBODY, _always
-        header = request.headers.get("Authorization")
-        if header is not None:
-            scheme, _, shown = header.partition(" ")
-            if scheme.lower() == "bearer":
-                return self._tokens.caller(shown.strip())
-        elif (local := self._local(request.environ.get(PEER))) is not None:
-            return local, _always
-        raise NotAuthenticated(
-            "cannot answer without a token: send 'Authorization: Bearer TOKEN'; `labkeeper token` shows the owner's on the "
-            "keeper's machine"
-        )
-
-    def _local(self, peer: Peer | None) -> Caller | None:
-        """Give who is at the other end of the Unix socket, where it is the keeper's user or root, and not a server of ours."""
-        if peer is None or peer.uid not in {0, os.geteuid()} or self._is_server(peer.pid):
-            return None
-        name = str(peer.uid)
-        with suppress(KeyError):
-            name = pwd.getpwuid(peer.uid).pw_name
-        return Caller(f"user:{name}", Scope.ADMIN)
 
     def _check(self, caller: Caller, rule: Rule, scope: Scope) -> None:
         what = f"{request.method} {request.url_rule}"

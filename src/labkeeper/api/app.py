@@ -12,27 +12,34 @@ import re
 import time
 import uuid
 import zlib
+from collections import Counter
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
 import structlog
 from flask import Blueprint, Flask, Response, g, request
-from werkzeug.exceptions import BadRequest, NotFound
+from flask.json.provider import DefaultJSONProvider
+from werkzeug.exceptions import BadRequest, NotFound, PreconditionFailed
 from werkzeug.wsgi import wrap_file
 
 from labkeeper.api import problems
 from labkeeper.api.access import PUBLIC, Door, Rule
 from labkeeper.api.browser import Guard
 from labkeeper.api.handlers import Api
+from labkeeper.api.peers import UNREAD
 from labkeeper.api.queries import BODILESS
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
-from labkeeper.core.errors import InvalidSpec
+from labkeeper.core.errors import CapacityReached, InvalidSpec
 from labkeeper.core.ports import Meter
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a caller's, or a proxy's, own id of a request may look like."""
+
+_SEND_AGAIN: Final = 10
+"""Seconds after which there may be room for a large body."""
 
 _log = structlog.get_logger("labkeeper.api")
 
@@ -43,16 +50,12 @@ def create_app(services: Services) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = services.max_body
     # Exceptions are ours to answer, in tests too.
     app.config["PROPAGATE_EXCEPTIONS"] = False
-    app.json.sort_keys = False  # type: ignore[attr-defined]
+    app.json = _Json(app)
+    # Else what is almost a path of ours would be answered with a redirection, which few follow as it is meant.
+    app.url_map.merge_slashes = False
     problems.register(app)
     guard = Guard(hosts=services.hosts, origins=services.origins)
-    door = Door(
-        services.tokens,
-        services.keeper,
-        Rates(services.max_request_rate),
-        is_open=services.is_open,
-        is_server=services.is_server,
-    )
+    door = Door(services.callers, services.keeper, Rates(services.max_request_rate))
     app.before_request(_begin)
     app.before_request(guard.check)
     app.before_request(functools.partial(_enter, door))
@@ -62,6 +65,24 @@ def create_app(services: Services) -> Flask:
     install(app, Api(services))
     app.register_blueprint(_pages(services.version))
     return app
+
+
+class _Json(DefaultJSONProvider):
+    """Reads no object in which a name stands twice: of two readers one may see the first, and one the last."""
+
+    sort_keys = False
+
+    def loads(self, s: str | bytes, **kwargs: Any) -> Any:
+        """Read JSON. Raises ValueError, InvalidSpec."""
+        return super().loads(s, object_pairs_hook=_once_each, **kwargs)
+
+
+def _once_each(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(members)
+    if len(made) < len(members):
+        counted = Counter(name for name, _ in members)
+        raise InvalidSpec.twice(next(name for name in counted if counted[name] > 1))
+    return made
 
 
 def _enter(door: Door) -> None:
@@ -79,7 +100,14 @@ def _begin() -> None:
 
 def _check_body() -> None:
     """Take a body only as a JSON object; none at all is an empty one."""
-    if request.method in BODILESS or not request.get_data(cache=True):
+    if request.method in BODILESS:
+        return
+    if UNREAD in request.environ:
+        raise CapacityReached(
+            "cannot take the request: too many large bodies are being received; send it again later",
+            retry_after=_SEND_AGAIN,
+        )
+    if not request.get_data(cache=True):
         return
     try:
         body = request.get_json()
@@ -105,7 +133,7 @@ def _finish(meter: Meter, answer: Response) -> Response:
         method=request.method,
         # Not the path itself: that of a link is a secret.
         route=str(request.url_rule),
-        server=(request.view_args or {}).get("name"),
+        server=problems.server_in_path(),
         status=answer.status_code,
         milliseconds=round(seconds * 1000, 1),
     )
@@ -166,6 +194,8 @@ def _pages(version: str) -> Blueprint:
         shown.cache_control.no_cache = True
         shown.set_etag(f"{zlib.adler32(content):x}")
         shown.make_conditional(request)
+        if shown.status_code == HTTPStatus.PRECONDITION_FAILED:
+            raise PreconditionFailed
         return shown
 
     pages.add_url_rule("/api/openapi.json", "openapi", written)

@@ -304,13 +304,17 @@ class Api:
     # The keeper
 
     def health(self) -> Answer:
-        """Whether the keeper's process answers."""
+        """Whether the keeper takes commands; where it does not, only a new one would."""
+        if not self._keeper.alive:
+            raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
         return _json(Health())
 
     def ready(self) -> Answer:
-        """Whether the keeper takes commands."""
-        if not self._keeper.alive:
-            raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
+        """Whether the keeper takes commands, and watches all that it is to watch."""
+        self.health()
+        if failing := self._services.failing():
+            what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
+            raise BackendUnavailable(f"commands are taken, but not everything is watched: {what}", watchers=sorted(failing))
         return _json(Health())
 
     def metrics(self) -> Response:
@@ -397,8 +401,11 @@ class Api:
     def _events(self, server: ServerName | None, query: EventQuery) -> Answer | Response:
         history = self._services.history
         after = _last_event_id(query)
+        # Else it is an event of another history: ours was begun anew, or is an older copy. Then none of it can be left out.
+        is_ours = after is None or after <= history.last_id
+        after = after if is_ours else 0
         if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
-            return self._follow_events(server, after)
+            return self._follow_events(server, after, is_ours=is_ours)
         if after is None:
             page = history.latest(server=server, limit=query.limit, reach=_caller().reach)
         else:
@@ -406,12 +413,11 @@ class Api:
         more = bool(page) and page[-1].id < history.last_id
         return _json(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
 
-    def _follow_events(self, server: ServerName | None, after: int | None) -> Response:
+    def _follow_events(self, server: ServerName | None, after: int | None, *, is_ours: bool) -> Response:
         self._take_place("follow events", "read them without follow")
         history = self._services.history
-        known = history.first_id() - 1
         # From the first one on, nobody has missed any.
-        missed = max(0, known - after) if after else 0
+        missed = (history.forgotten(after) if after else 0) if is_ours else None
         entries = history.follow(
             history.last_id if after is None else after, server=server, look=_LOOK_EVERY, reach=_caller().reach
         )
@@ -500,8 +506,8 @@ class Api:
         return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
 
     def _lab_url(self, snapshot: Snapshot, endpoint: Endpoint) -> str:
-        page = snapshot.spec.default_url.lstrip("/")
-        return f"{self._lab_root(endpoint)}{page}{'&' if '?' in page else '?'}token={endpoint.token}"
+        page, mark, fragment = snapshot.spec.default_url.lstrip("/").partition("#")
+        return f"{self._lab_root(endpoint)}{page}{'&' if '?' in page else '?'}token={endpoint.token}{mark}{fragment}"
 
     def _lab_root(self, endpoint: Endpoint) -> str:
         """Give a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""

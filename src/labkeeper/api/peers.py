@@ -13,6 +13,8 @@ import psutil
 
 PEER: Final = "labkeeper.peer"
 """The key in the WSGI environment. Headers of a request have keys of their own, `HTTP_...`, so none can forge it."""
+UNREAD: Final = "labkeeper.unread"
+"""Another one: it says that the request had a body, of which nothing was kept."""
 _CREDENTIALS: Final = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
 

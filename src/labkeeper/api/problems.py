@@ -59,6 +59,13 @@ def body_of(error: LabkeeperError) -> dict[str, Any]:
     return _body(_status_of(error), error.code, error.message, error.details)
 
 
+def unread(status: int, title: str, detail: str) -> bytes:
+    """Write the body of a problem with what cannot be read as a request, which has no id therefore."""
+    code = title.lower().replace(" ", "_")
+    members = {"type": f"urn:labkeeper:problem:{code}", "title": title, "status": status, "detail": detail}
+    return json.dumps({**members, "code": code, "request_id": ""}).encode()
+
+
 def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": f"urn:labkeeper:problem:{code}",
@@ -141,6 +148,12 @@ def _http(error: HTTPException) -> Response:
     return answer
 
 
+def server_in_path() -> str | None:
+    """Return the name of the server that a request is about, so that its secrets are kept out of what is logged of it."""
+    about = request.url_rule is not None and request.url_rule.rule.startswith("/api/servers/<name>")
+    return (request.view_args or {}).get("name") if about else None
+
+
 def _unexpected(error: Exception) -> Response:
-    _log.exception("unexpected error", exc_info=error, request_id=g.get("request_id", ""))
+    _log.exception("unexpected error", exc_info=error, request_id=g.get("request_id", ""), server=server_in_path())
     return problem(500, "internal_error", "something went wrong inside the keeper; its log has the cause under the request id")

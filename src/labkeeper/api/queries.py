@@ -7,6 +7,7 @@ from typing import Annotated, Any, Final, get_origin
 from pydantic import BaseModel, ConfigDict, Field
 from werkzeug.datastructures import MultiDict
 
+from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.model import NAME_PATTERN
 
@@ -53,8 +54,11 @@ class _Query(BaseModel):
 
 
 def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
-    """Give what stands behind the `?`: all values of a field that is a list, the first one of any other."""
+    """Return the query parameters: every value of a field that is a list, the only value of any other. Raises InvalidSpec."""
     lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
+    for name, values in args.lists():
+        if len(values) > 1 and name not in lists:
+            raise InvalidSpec.twice(name)
     return {name: args.getlist(name) if name in lists else args[name] for name in args}
 
 

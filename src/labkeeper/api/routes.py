@@ -92,7 +92,7 @@ ROUTES: Final = (
     Route("GET", "/api/tokens", ADMINISTER, Api.list_tokens, "access", {200: TokenList}),
     Route("DELETE", "/api/tokens/<name>", ADMINISTER, Api.revoke_token, "access", {200: TokenModel}, (404, 503)),
     Route("GET", "/api/me", SEE_CALLER, Api.get_me, "access", {200: Me}),
-    Route("GET", "/healthz", PUBLIC, Api.health, "keeper", {200: Health}),
+    Route("GET", "/healthz", PUBLIC, Api.health, "keeper", {200: Health}, (503,)),
     Route("GET", "/readyz", PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
     Route("GET", "/metrics", SEE_KEEPER, Api.metrics, "keeper", {200: "text/plain"}),
     Route("GET", "/api/version", PUBLIC, Api.version, "keeper", {200: Version}),

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from labkeeper.api.access import Callers
 from labkeeper.api.links import Links
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
@@ -41,6 +42,8 @@ class Services:
     max_request_rate: float = 0.0
     """Requests a second and caller; 0: any number."""
     links: Links = field(default_factory=Links)
+    failing: Callable[[], Mapping[str, str]] = dict
+    """Says why the last round of a watcher failed, by the watcher's name."""
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
     """Says how the webhooks fare."""
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
@@ -55,3 +58,8 @@ class Services:
     """For how long one call may put off the culling of a server."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
+
+    @property
+    def callers(self) -> Callers:
+        """Who may ask."""
+        return Callers(self.tokens, is_open=self.is_open, is_server=self.is_server)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
@@ -75,14 +76,14 @@ def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[
     yield "".join(waiting)
 
 
-def server_sent(entries: Iterator[HistoryEntry | None], missed: int, gone: Callable[[], bool]) -> Iterator[str]:
+def server_sent(entries: Iterator[HistoryEntry | None], missed: int | None, gone: Callable[[], bool]) -> Iterator[str]:
     """Write events as they come; None means that none has come, and is the time to see whether the caller is still there.
 
-    `missed` is how many are not known any more of those that were asked for.
+    `missed` is how many of the events that were asked for are no longer known; None if that cannot be told.
     """
     yield f"retry: {_RECONNECT}\n\n"
-    if missed:
-        yield f'event: gap\ndata: {{"missed": {missed}}}\n\n'
+    if missed != 0:
+        yield f'event: gap\ndata: {{"missed": {json.dumps(missed)}}}\n\n'
     last = time.monotonic()
     for entry in entries:
         if gone():

@@ -13,17 +13,18 @@ from typing import Final
 
 import structlog
 
+from labkeeper.api import problems
 from labkeeper.core.errors import SettingsError
 
 _LOOK_EVERY: Final = 1.0
 """Seconds between two looks at whether the files have changed."""
 _OTHERS: Final = 0o077
 """Modes by which somebody else than its owner gets at a file."""
-_SPEAKS_TLS: Final = b"cannot answer plain HTTP: this port speaks TLS; use https://\n"
-_REFUSAL: Final = b"HTTP/1.1 400 Bad Request\r\nContent-Type: text/plain\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b" % (
-    len(_SPEAKS_TLS),
-    _SPEAKS_TLS,
-)
+_SPEAKS_TLS: Final = problems.unread(400, "Bad Request", "cannot answer plain HTTP: this port speaks TLS; use https://")
+_REFUSAL: Final = (
+    f"HTTP/1.1 400 Bad Request\r\nContent-Type: {problems.MEDIA_TYPE}\r\nConnection: close\r\n"
+    f"Content-Length: {len(_SPEAKS_TLS)}\r\n\r\n"
+).encode() + _SPEAKS_TLS
 
 _log = structlog.get_logger("labkeeper.api.tls")
 

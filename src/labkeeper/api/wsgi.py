@@ -7,7 +7,8 @@ Nor does it wait for slow readers: the next request of a connection is taken up 
 from __future__ import annotations
 
 import contextlib
-import json
+import io
+import re
 import resource
 import socket
 import struct
@@ -21,20 +22,24 @@ from flask import Flask
 from waitress import wasyncore
 from waitress.adjustments import Adjustments
 from waitress.channel import HTTPChannel
-from waitress.parser import HTTPRequestParser
+from waitress.parser import HTTPRequestParser, ParsingError
 from waitress.server import BaseWSGIServer
 from waitress.task import ErrorTask, ThreadedTaskDispatcher, WSGITask
 from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderFieldsTooLarge
 
+from labkeeper import shortage
+from labkeeper.api import problems
 from labkeeper.api.browser import HEADERS
-from labkeeper.api.peers import PEER, Peer, identify
+from labkeeper.api.peers import PEER, UNREAD, Peer, identify
 from labkeeper.api.places import reserve
-from labkeeper.api.problems import MEDIA_TYPE
 from labkeeper.api.tls import Certificate, NotYet, TlsSocket
+from labkeeper.core.errors import BackendUnavailable
 
 _CONNECTIONS: Final = 2000
 _RESERVE: Final = 512
 """Descriptors that are kept for servers, their logs, and the store."""
+_LARGE_BODIES: Final = 64
+"""Bodies that do not fit into memory, of all connections together: each has a file, which takes a descriptor."""
 _IDLE_TIMEOUT: Final = 30.0
 """Seconds after which a connection without a request, or whose caller takes less than `_LEAST` of what waits, is closed."""
 _LEAST: Final = 64 * 1024
@@ -56,6 +61,8 @@ _AHEAD: Final = 8
 """Requests of one connection that may wait for their answers; with one there, a stream notices that its reader has gone."""
 _UNTAKEN: Final = 64 * 1024
 """Bytes of an answer that may still wait for the caller when its next request is taken up."""
+_UNTAKEN_OF_ALL: Final = 256 * 1024 * 1024
+"""Bytes of answers that may wait for all callers together. Who has a MiB or more of them has a file, with its descriptor."""
 _HIGH_WATER: Final = 2 * 1024 * 1024
 """Bytes at which a thread waits for the caller, too, before it makes more of an answer that comes in pieces."""
 _IN_MEMORY: Final = 64 * 1024
@@ -71,6 +78,9 @@ _FIRST_THREADS: Final = 4
 _DRAIN_LIMIT: Final = 256 * 1024 * 1024
 """Bytes of an oversized body that are read and thrown away, so that its sender lives to read the answer."""
 
+_CODINGS: Final = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+Knows = Callable[[str | None, Peer | None], bool]
+
 _log = structlog.get_logger("labkeeper.api")
 
 
@@ -85,25 +95,29 @@ class WsgiServer:
         threads: int,
         max_body: int,
         certificate: Certificate | None = None,
+        knows: Knows = lambda _authorization, _peer: True,
         fit: Callable[[int], None] = lambda _: None,
     ) -> None:
         """With a certificate TLS is spoken, but for Unix sockets.
 
-        `fit` is told how many threads there can be, whenever that is found out to be another number.
+        `knows` says, from the Authorization header and the peer, at once, whether a body is worth keeping; the application is
+        asked in any case. `fit` is told how many threads there can be, whenever that is found out to be another number.
         """
         self._map: dict[int, Any] = {}
         self._threads = _Threads(threads, fit)
         self._doors = [
-            _Door(app, self._map, listener, self._threads, certificate=certificate, max_body=max_body) for listener in listeners
+            _Door(app, self._map, listener, self._threads, certificate=certificate, knows=knows, max_body=max_body)
+            for listener in listeners
         ]
         self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer. Raises RuntimeError when threads cannot be started."""
+        """Begin to answer. Raises BackendUnavailable when threads cannot be started."""
         try:
-            self._threads.begin()
-            self._thread.start()
-        except RuntimeError:
+            with shortage.told_of_threads():
+                self._threads.begin()
+            shortage.start(self._thread)
+        except BackendUnavailable:
             self._threads.shutdown()
             raise
 
@@ -184,7 +198,9 @@ class _Threads(ThreadedTaskDispatcher):
 def _connection_limit() -> int:
     """Say how many connections the descriptors of this process allow, with enough left for what it does itself."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return _CONNECTIONS if allowed == resource.RLIM_INFINITY else max(_CONNECTIONS // 20, min(_CONNECTIONS, allowed - _RESERVE))
+    if allowed == resource.RLIM_INFINITY:
+        return _CONNECTIONS
+    return max(_CONNECTIONS // 20, min(_CONNECTIONS, allowed - _RESERVE - _LARGE_BODIES))
 
 
 class _Door(BaseWSGIServer):
@@ -202,8 +218,10 @@ class _Door(BaseWSGIServer):
         threads: _Threads,
         *,
         certificate: Certificate | None,
+        knows: Knows,
         max_body: int,
     ) -> None:
+        self.knows = knows
         self._is_unix = listener.family == socket.AF_UNIX
         self._certificate = None if self._is_unix else certificate
         self._places = _connection_limit()
@@ -238,6 +256,7 @@ class _Door(BaseWSGIServer):
             self._look_at = now + _LOOK_EVERY
             for channel in filter(lambda channel: channel.is_late(now), self.active_channels.values()):
                 channel.cut_off()
+            self._drop_answers()
         return self.accepting and self._to_give() > 0
 
     def handle_accept(self) -> None:
@@ -265,6 +284,20 @@ class _Door(BaseWSGIServer):
         if not task.hold():
             super().add_task(task)
 
+    def _drop_answers(self) -> None:
+        """Cut off those who have taken nothing for longest, while too much waits for all callers."""
+        slow = sorted((c for c in self._channels() if c.total_outbufs_len and c.is_waiting()), key=_Channel.patience)
+        surplus = sum(channel.total_outbufs_len for channel in slow) - _UNTAKEN_OF_ALL
+        for channel in slow:
+            if surplus <= 0:
+                break
+            surplus -= channel.total_outbufs_len
+            channel.cut_off()
+
+    def has_room_for_a_large_body(self) -> bool:
+        """Whether another one may come, by any door."""
+        return sum(request.is_large for channel in self._channels() for request in channel.under_way()) < _LARGE_BODIES
+
     def _let_in(self, connection: socket.socket, address: Any) -> None:
         try:
             if self._is_unix:
@@ -291,11 +324,42 @@ class _Door(BaseWSGIServer):
         return [channel for channel in self._map.values() if isinstance(channel, _Channel)]
 
 
+class _Nothing:
+    """Takes in a body, and keeps nothing of it."""
+
+    def append(self, piece: bytes) -> None:
+        pass
+
+    def __len__(self) -> int:
+        return 0
+
+    def getfile(self) -> io.BytesIO:
+        return io.BytesIO()
+
+    def close(self) -> None:
+        pass
+
+
 class _Parser(HTTPRequestParser):
-    """Reads an oversized body to its end and keeps nothing of it: a caller that is cut off while it sends sees no answer."""
+    """Reads to its end also a body that is not kept: a caller that is cut off while it sends sees no answer.
+
+    A body is kept when whoever sends it is known, and there is room. So what has no token costs no more than its connection.
+    """
 
     expect_continue: bool
+    body_rcv: Any
+    is_head = False
+    """Whether its answer has no body; known also of what cannot be read otherwise."""
+    is_large = False
+    """Whether its body is kept, and may be too long for memory."""
+    unread = False
+    """Whether its body is not kept."""
     _left = 0
+
+    def __init__(self, adj: Any, keeps: Callable[[str | None, bool], bool]) -> None:
+        """`keeps` says whether a body is kept, by the Authorization header, and by whether it may be large."""
+        super().__init__(adj)
+        self._keeps = keeps
 
     def received(self, data: bytes) -> int:
         """Take bytes; give how many."""
@@ -304,6 +368,8 @@ class _Parser(HTTPRequestParser):
             self._left -= taken
             self.completed = self._left == 0
             return taken
+        if self.body_rcv is None:
+            self.is_head = (self.header_plus + data).lstrip().startswith(b"HEAD ")
         try:
             consumed: int = super().received(data)
         except ValueError:
@@ -315,16 +381,40 @@ class _Parser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the head of a request."""
+        """Read the head of a request. Raises ParsingError."""
         if header_plus.count(b"\n") <= _HEADERS + 1:
             super().parse_header(header_plus)
         else:
             # As waitress does where it is too long.
             super().parse_header(b"GET / HTTP/1.0\r\n")
             self.error = RequestHeaderFieldsTooLarge(f"exceeds {_HEADERS} headers")
+        self._check_length(_CODINGS.findall(header_plus))
+        if "close" in {option.strip(" \t").lower() for option in self.headers.get("CONNECTION", "").split(",")}:
+            # Waitress looks at the header as a whole.
+            self.headers["CONNECTION"] = "close"
+        if self.body_rcv is not None:
+            may_be_large = self.chunked or self.content_length >= _IN_MEMORY
+            if self._keeps(self.headers.get("AUTHORIZATION"), may_be_large):
+                self.is_large = may_be_large
+            else:
+                self._throw_body_away()
+
+    def _check_length(self, codings: list[bytes]) -> None:
+        """Refuse what another program on the way may read as a body of another length (RFC 9112, 6.1 and 6.3)."""
+        plain = self.version == "1.1" and [coding.lower() for coding in codings] == [b"chunked"]
+        if codings and ("CONTENT_LENGTH" in self.headers or not plain):
+            raise ParsingError("Transfer-Encoding must be 'chunked', once, in HTTP/1.1, and without Content-Length")
+
+    def _throw_body_away(self) -> None:
+        self.unread = True
+        self.body_rcv.buf = _Nothing()
+        if self.expect_continue:
+            # Its sender waits to be told to go on, and gets its answer instead. What it sends all the same is no request.
+            self.expect_continue, self.body_rcv = False, None
+            self.headers["CONNECTION"] = "close"
 
     def _refuse_body(self) -> None:
-        if self.expect_continue:
+        if self.expect_continue or self.body_rcv is None:
             # Its sender waits to be told to go on, and is told no.
             self.expect_continue = False
         elif self.content_length < _DRAIN_LIMIT:
@@ -338,34 +428,45 @@ class _Problem(ErrorTask):
     def execute(self) -> None:
         """Write the answer."""
         error = self.request.error
-        code = error.reason.lower().replace(" ", "_")
         detail = f"cannot take the request: {error.body.removeprefix('exceeds ') if error.code == 400 else error.reason}"  # noqa: PLR2004
         if isinstance(error, RequestEntityTooLarge):
             detail = f"cannot take the request: body must be at most {self.channel.server.adj.max_request_body_size - 1} bytes"
-        members = {"type": f"urn:labkeeper:problem:{code}", "title": error.reason, "status": error.code, "detail": detail}
-        body = json.dumps({**members, "code": code, "request_id": ""}).encode()
+        body = problems.unread(error.code, error.reason, detail)
         self.status = f"{error.code} {error.reason}"
-        self.response_headers += [("Content-Type", MEDIA_TYPE), *HEADERS.items()]
+        self.response_headers += [("Content-Type", problems.MEDIA_TYPE), *HEADERS.items()]
         self.set_close_on_finish()
         self.content_length = len(body)
-        self.write(body)
+        # Not `self.request`: after an error of ours that is made up.
+        self.write(b"" if self.channel.requests[0].is_head else body)
 
 
 class _Task(WSGITask):
-    """Asks the application, and tells it who has connected, where that is known."""
+    """Asks the application; tells it who has connected, where that is known, and whether there was a body that is not kept."""
 
     def get_environment(self) -> dict[str, Any]:
         """Give the WSGI environment."""
         environment: dict[str, Any] = super().get_environment()
         if self.channel.peer is not None and (peer := self.channel.peer()) is not None:
             environment[PEER] = peer
+        if self.request.unread:
+            environment[UNREAD] = True
         return environment
+
+    def write(self, data: bytes) -> None:
+        """Write a piece of the answer, if it has a body."""
+        super().write(b"" if self.request.is_head else data)
+
+    def finish(self) -> None:
+        """Write the head if it is not yet, and the end of a body in chunks, if there is one."""
+        if not self.request.is_head:
+            super().finish()
+        elif not self.wrote_header:
+            self.write(b"")
 
 
 class _Channel(HTTPChannel):
     """One connection."""
 
-    parser_class = _Parser
     task_class = _Task
     error_task_class = _Problem
     peer: Callable[[], Peer | None] | None = None
@@ -386,6 +487,19 @@ class _Channel(HTTPChannel):
         self._keeping_up = self._since, 0
         """When what waits for the caller was last known to be taken fast enough, and what had been taken by then."""
         super().__init__(server, connection, address, adj, map=map)
+
+    def parser_class(self, adj: Any) -> _Parser:
+        """Make what reads the next request; waitress takes this for a class."""
+        return _Parser(adj, self._keeps)
+
+    def _keeps(self, authorization: str | None, may_be_large: bool) -> bool:
+        peer = None if self.peer is None else self.peer()
+        return self.server.knows(authorization, peer) and (not may_be_large or self.server.has_room_for_a_large_body())
+
+    def under_way(self) -> list[_Parser]:
+        """Return the requests that have come whole, and the one that is coming, if any."""
+        coming = self.request
+        return [*self.requests, *([] if coming is None else [coming])]
 
     def is_waiting(self) -> bool:
         """Whether its caller is waited for. Only the loop, which asks, takes in requests."""
@@ -446,6 +560,9 @@ class _Channel(HTTPChannel):
     def write_soon(self, data: Any) -> int:
         """Take a piece of an answer, when there is room for it."""
         super()._flush_outbufs_below_high_watermark()
+        if not self.total_outbufs_len:
+            # From here on there is something to take. What the loop saw last may be long ago, if there was something each time.
+            self._keeping_up = time.monotonic(), self._taken
         self._writing = True
         try:
             taken: int = super().write_soon(data)
@@ -458,6 +575,12 @@ class _Channel(HTTPChannel):
 
     def _flush_outbufs_below_high_watermark(self) -> None:
         """Do not wait between two answers either, as waitress would: see `hold`."""
+
+    def del_channel(self, map: Any = None) -> None:  # noqa: A002 - waitress' name
+        """Leave the loop, and close what has come of a body: its file is not to wait for Python to find out."""
+        super().del_channel(map)
+        if self.request is not None:
+            self.request.close()
 
     def handle_close(self) -> None:
         """Close it, and throw away what was asked for."""
