@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from dataclasses import replace
+
 from structlog.testing import capture_logs
 
 from labkeeper.core.model import Gateway, KernelDebt, ServerName
 from labkeeper.gateways.debts import Ledger
+from labkeeper.store import SqliteStore
 
 ONE, OTHER = Gateway("http://one", "ws://one"), Gateway("http://other", "ws://other")
 
@@ -22,6 +26,14 @@ def test_what_is_owed_is_kept_and_taken_up_by_the_next(store, clock):
     assert [owed.kernel_id for owed in after.on(ONE)] == ["k1", "k2"]
     after.settle(["k1", "k3", "never owed"])
     assert [owed.kernel_id for owed in Ledger(store, clock).all()] == ["k2"]
+
+
+def test_the_token_of_a_gateway_goes_from_the_disk_with_the_last_debt_there(clock, tmp_path):
+    with contextlib.closing(SqliteStore(tmp_path / "store.sqlite")) as store:
+        ledger = Ledger(store, clock)
+        ledger.owe([debt("k1", gateway=replace(ONE, auth_token="gateway-secret"))])
+        ledger.settle(["k1"])
+        assert [path.name for path in tmp_path.iterdir() if b"gateway-secret" in path.read_bytes()] == []
 
 
 def test_a_full_disk_loses_no_debt_and_brings_none_back(store, clock):

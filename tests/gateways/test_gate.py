@@ -10,8 +10,8 @@ import structlog
 
 from gateway_servers import a_gateway
 from harness import until
-from labkeeper.core.errors import BackendTimeout
-from labkeeper.core.model import Ended, Exit, OwnKernel, Ready, Report, Session, Vetoed
+from labkeeper.core.errors import BackendTimeout, BackendUnavailable
+from labkeeper.core.model import Ended, Exit, FailureClass, OwnKernel, Ready, Report, Session, Vetoed
 from labkeeper.gateways.gate import Gate
 from labkeeper.testing.fakes import FakeProcess, a_spec
 
@@ -182,3 +182,25 @@ def test_another_server_does_not_wait(gate, told, crew, held):
     other = Report(a_spec("other").name, 1, READY)
     gate.hear(other)
     assert told == [other]
+
+
+def test_a_gateway_that_could_not_be_asked_is_not_blamed(gate, told, client, crew):
+    def cannot():
+        raise BackendUnavailable("no descriptor is free")
+
+    client.before_check = cannot
+    gate.expect(SPEC, 1, ())
+    quiet(crew)
+    ((_, _, fact),) = [(r.name, r.launch, r.fact) for r in told]
+    assert isinstance(fact, Vetoed)
+    assert (fact.failure.kind, fact.failure.message) == (
+        FailureClass.OTHER,
+        "cannot start server 'lab': no descriptor is free",
+    )
+
+
+def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(gate, told, no_threads):
+    with no_threads(), pytest.raises(BackendUnavailable):
+        gate.expect(SPEC, 1, ())
+    gate.hear(report(READY))
+    assert told == [report(READY)]

@@ -9,6 +9,7 @@ import pytest
 
 from gateway_servers import a_gateway
 from harness import until
+from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.model import Change, GatewayHealth, KernelDebt, ServerName, Snapshot
 from labkeeper.gateways import watch as module
@@ -147,10 +148,32 @@ def test_a_server_that_ends_while_its_gateway_is_asked_hears_nothing(watched):
 def test_a_gateway_that_is_being_asked_is_not_asked_beside_that(watched):
     watched.run(gateway=a_gateway())
     watched.clock.advance(PERIOD)
-    asked_within = []
-    watched.client.before_check = lambda: asked_within.extend(watched.watch._due())
+    answers = threading.Event()
+    watched.client.before_check = answers.wait
+    watched.watch._look()
+    until(lambda: watched.client.checked, what="it is asked")
+    watched.watch._look()
+    answers.set()
+    assert watched.client.checked == ["http://one"]
+
+
+def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for(watched, no_threads):
+    """For want of a thread of the watch's, or of what its client needs: the last word on the gateway stays."""
+    watched.run(gateway=a_gateway())
+    watched.clock.advance(PERIOD)
+    with no_threads(), pytest.raises(BackendUnavailable):
+        watched.watch._look()
+
+    def cannot():
+        raise BackendUnavailable("no descriptor is free")
+
+    watched.client.before_check = cannot
     assert watched.look() == ["http://one"]
-    assert asked_within == []
+    assert watched.told == []
+    watched.client.before_check = lambda: None
+    watched.client.down.add("http://one")
+    assert watched.look() == ["http://one"]
+    assert [report.fact.health.reachable for report in watched.told] == [False]
 
 
 def test_debts_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(watched, store):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -63,7 +65,7 @@ def test_pages_are_the_same_from_memory_and_from_the_store(store, clock):
     assert ids(chronicle.after(0, server="new", limit=2)) == [701, 702]
     assert ids(chronicle.latest(server="old", limit=2)) == [699, 700]
     assert chronicle.after(705, server=None, limit=2) == []
-    assert chronicle.first_id() == 1
+    assert chronicle.forgotten(0) == 0
 
 
 def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock):
@@ -117,11 +119,56 @@ def test_the_history_is_bounded_and_survives_in_the_file(tmp_path, clock):
     store.close()
     store = SqliteStore(path)
     chronicle = Chronicle(store, clock, size=150)
-    assert 150 <= 1000 - chronicle.first_id() + 1 <= 250
+    gone = chronicle.forgotten(0)
+    assert 150 <= 1000 - gone <= 250
     assert chronicle.last_id == 1000
-    assert ids(chronicle.after(0, server="lab", limit=2)) == [chronicle.first_id(), chronicle.first_id() + 1]
+    assert ids(chronicle.after(0, server="lab", limit=2)) == [gone + 1, gone + 2]
     assert chronicle.latest(server="other", limit=5) == []
     store.close()
+
+
+@pytest.fixture(params=["in memory", "in a file"])
+def any_store(request, tmp_path):
+    if request.param == "in memory":
+        yield MemoryStore()
+        return
+    with contextlib.closing(SqliteStore(tmp_path / "store.sqlite")) as store:
+        yield store
+
+
+def by(chronicle):
+    return Counter(entry.origin.actor for entry in chronicle.latest(server=None, limit=10_000))
+
+
+def test_who_fills_the_history_pushes_nobody_else_out(any_store, clock):
+    chronicle = Chronicle(any_store, clock, size=1000)
+    for actor, count in (("keeper", 30), ("ada", 200), ("bob", 5000), ("ada", 1), ("cy", 600), ("bob", 199)):
+        for number in range(count):
+            chronicle.note(KIND, "lab", str(number), origin=Origin(actor))
+    kept = by(chronicle)
+    assert (kept["keeper"], kept["ada"]) == (30, 201)
+    assert {actor: 370 <= count <= 484 for actor, count in kept.items() if actor in {"bob", "cy"}} == {"bob": True, "cy": True}
+    assert sum(kept.values()) <= 1100
+    newest = chronicle.latest(server=None, limit=199)
+    assert [entry.message for entry in newest] == [str(number) for number in range(199)]
+
+
+def test_where_more_act_than_are_kept_the_newest_word_of_each_stays(any_store, clock):
+    chronicle = Chronicle(any_store, clock, size=100)
+    for number in range(1000):
+        chronicle.note(KIND, "lab", str(number), origin=Origin(f"actor {number % 150}"))
+    assert chronicle.latest(server=None, limit=1)[0].message == "999"
+
+
+def test_what_is_missing_in_between_is_counted(any_store, clock):
+    chronicle = Chronicle(any_store, clock, size=100)
+    assert chronicle.forgotten(0) == 0
+    for number in range(1000):
+        chronicle.note(KIND, "lab", "", origin=Origin("ada" if number % 50 == 0 else "bob"))
+    kept = ids(chronicle.latest(server=None, limit=1000))
+    assert kept[0] == 1
+    for after in (0, 1, 2, 500, kept[-2], 1000, 2000):
+        assert chronicle.forgotten(after) == len(set(range(after + 1, 1001)) - set(kept)), after
 
 
 @pytest.mark.parametrize("broken", ['{"id": 1}', "none"])

@@ -65,7 +65,8 @@ class _Watched:
     seen: Activity | None = None
     """What the server said last, in its own words; None where it did not answer."""
     looked_at: float | None = None
-    asking: bool = False
+    asker: threading.Thread | None = None
+    """Takes the look that was due, or did the last time."""
 
 
 class Culler:
@@ -97,7 +98,7 @@ class Culler:
 
     def start(self) -> None:
         """Begin to look."""
-        self._crew.start("culler", self._loop)
+        self._crew.watch("culler", self._round, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
         """Take in a server that runs, and leave out one that does not."""
@@ -164,33 +165,28 @@ class Culler:
 
     # A look
 
-    def _loop(self) -> None:
-        while not self._crew.sleep(_LOOK_EVERY):
-            for watched in self._due():
-                self._crew.start(f"cull-{watched.snapshot.name}", self._look, watched)
+    def _round(self) -> None:
+        for watched in self._due():
+            watched.asker = self._crew.start(f"cull-{watched.snapshot.name}", self._look, watched)
 
     def _due(self) -> list[_Watched]:
         now = self._clock.monotonic()
         with self._lock:
-            due = [w for w in self._watched.values() if w.due <= now and not w.asking]
-            for watched in due:
-                watched.asking, watched.due = True, now + self._period
-        return due
+            watched = self._watched.values()
+            return [w for w in watched if w.due <= now and not (w.asker is not None and w.asker.is_alive())]
 
     def _look(self, watched: _Watched) -> None:
         """Ask one server, and do what follows."""
-        try:
-            self._ask(watched)
-            verdict = self._judge(watched)
-            if verdict.standing is Standing.DUE and verdict.next is not None:
-                self._stop(watched, verdict.next.rule)
-            else:
-                self._end_kernels(watched)
-            now = self._clock.monotonic()
-            moments = (at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at))
-            watched.due = min([watched.due, *(at for at in moments if at is not None and at > now)])
-        finally:
-            watched.asking = False
+        watched.due = self._clock.monotonic() + self._period
+        self._ask(watched)
+        verdict = self._judge(watched)
+        if verdict.standing is Standing.DUE and verdict.next is not None:
+            self._stop(watched, verdict.next.rule)
+        else:
+            self._end_kernels(watched)
+        now = self._clock.monotonic()
+        moments = (at for o in self._judge(watched).outlooks for at in (o.warns_at, o.stops_at))
+        watched.due = min([watched.due, *(at for at in moments if at is not None and at > now)])
 
     def _ask(self, watched: _Watched) -> None:
         """Bring what is known of a server to what is so; one that does not answer is known no more."""

@@ -17,11 +17,13 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from labkeeper import shortage
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import Failure, FailureClass, Gateway, GatewayHealth
 from labkeeper.core.ports import Clock
 from labkeeper.exchange import Answer, exchange
 from labkeeper.files import private_copy, read_named
+from labkeeper.scrub import Secrets, of_gateway, scrub
 
 _KERNEL_PATH: Final = "/api/kernels/"
 _DELETE_WITHIN: Final = 20.0
@@ -59,7 +61,10 @@ class GatewayClient:
         self._timeout = timeout
 
     def check(self, gateway: Gateway) -> GatewayHealth:
-        """Find out whether it can be used: it answers, it lets us in, and it speaks as a gateway."""
+        """Find out whether it can be used: it answers, it lets us in, and it speaks as a gateway.
+
+        Raises BackendUnavailable where we could not ask it, for want of a thread or a descriptor.
+        """
         try:
             count = self._count_specs(gateway)
         except _UnfitError as error:
@@ -89,11 +94,14 @@ class GatewayClient:
             raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: {why}") from error
 
     def _count_specs(self, gateway: Gateway) -> int:
-        """Ask for its kernelspecs; count them. Raises _UnfitError."""
+        """Ask for its kernelspecs; count them. Raises _UnfitError, BackendUnavailable."""
         try:
             answer = self._ask(gateway, "GET", "/api/kernelspecs", self._timeout)
         except (OSError, http.client.HTTPException) as error:
-            raise self._diagnosis(gateway, error) from error
+            if shortage.is_ours(error):
+                raise BackendUnavailable(f"the keeper cannot ask the gateway {gateway.url}: {error}") from error
+            alert = self._alert(gateway) if isinstance(error, ConnectionError) else None
+            raise self._diagnosis(gateway, alert or error) from error
         if answer.status == http.client.BAD_REQUEST and self._speaks_tls(gateway):
             raise _speaks_only_tls()
         if answer.status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
@@ -107,9 +115,9 @@ class GatewayClient:
                 FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it does not work now; look at it, or try later"
             )
         if answer.location and answer.status != http.client.OK:
-            raise _UnfitError(
-                FailureClass.NOT_A_GATEWAY, f"points elsewhere ({answer.location[:200]!r}); give the place itself as gateway_url"
-            )
+            # It may repeat what it was shown.
+            place = scrub(answer.location, Secrets(*of_gateway(gateway)))[:200]
+            raise _UnfitError(FailureClass.NOT_A_GATEWAY, f"points elsewhere ({place!r}); give the place itself as gateway_url")
         try:
             if answer.status != http.client.OK:
                 raise ValueError(f"status {answer.status}")
@@ -141,8 +149,8 @@ class GatewayClient:
                 why = f"cannot be asked: {error}; check gateway_url, gateway_auth_token and gateway_headers"
             case http.client.HTTPException() | ConnectionError() if self._speaks_tls(gateway):
                 return _speaks_only_tls()
-            case ConnectionError():
-                why = "breaks the connection off without an answer; look at it, or check the port of gateway_url"
+            case ConnectionError() | http.client.IncompleteRead():
+                why = "breaks the connection off without a whole answer; look at it, or check the port of gateway_url"
             case http.client.HTTPException():
                 kind = FailureClass.NOT_A_GATEWAY
                 why = f"does not speak HTTP ({type(error).__name__}); check the port of gateway_url"
@@ -160,6 +168,24 @@ class GatewayClient:
             return plain.recv(5).startswith(b"HTTP")
         return False
 
+    def _alert(self, gateway: Gateway) -> ssl.SSLError | None:
+        """Return the alert by which TLS ends where nothing is asked, such as for want of a client certificate.
+
+        In TLS 1.3 it follows the handshake. If a request is on its way by then, the gateway may reset the connection, and the
+        alert is lost.
+        """
+        if urlsplit(gateway.url).scheme != "https":
+            return None
+        try:
+            with _connection(gateway, _AT_ONCE) as connection:
+                connection.connect()
+                connection.sock.recv(1)
+        except ssl.SSLError as error:
+            return error
+        except OSError:
+            return None
+        return None
+
     def _speaks_tls(self, gateway: Gateway) -> bool:
         """Whether TLS is spoken where the URL says that it is not."""
         parts = urlsplit(gateway.url)
@@ -174,7 +200,7 @@ class GatewayClient:
         return False
 
     def _ask(self, gateway: Gateway, method: str, path: str, within: float) -> Answer:
-        """Ask, and give up after so many seconds, whatever it waits for. Raises OSError and HTTPException."""
+        """Ask, and give up after so many seconds, whatever it waits for. Raises OSError, HTTPException, BackendUnavailable."""
         outcome: Future[Answer] = Future()
         asked: list[socket.socket] = []
 
@@ -189,7 +215,7 @@ class GatewayClient:
                 outcome.set_exception(error)
 
         # In a thread that nobody waits for: the look-up of a name has no timeout, and cannot be ended.
-        threading.Thread(target=ask, name="ask-gateway", daemon=True).start()
+        shortage.start(threading.Thread(target=ask, name="ask-gateway", daemon=True))
         try:
             return outcome.result(within + _MARGIN)
         except OSError:

@@ -59,7 +59,10 @@ class Ledger:
                 self._store.settle([id_ for id_ in self._unsaved if id_ not in self._owed])
             except StoreError:
                 return
+            settled = any(id_ not in self._owed for id_ in self._unsaved)
             self._unsaved.clear()
+        if settled:
+            self._store.wipe()
 
     def forgive(self) -> None:
         """Give up what is too old ever to be ended."""

@@ -17,6 +17,7 @@ from labkeeper.core.model import (
     Ended,
     Endpoint,
     Failure,
+    FailureClass,
     Gateway,
     GatewayHealth,
     OwnKernel,
@@ -58,13 +59,16 @@ class Gate:
         self._lock = threading.Lock()
 
     def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
-        """Begin to ask the gateway of a launch."""
+        """Begin to ask the gateway of a launch. Raises BackendUnavailable where we cannot."""
         with self._lock:
             self._starts.pop(spec.name, None)
-            if spec.gateway is None:
-                return
-            start = self._starts[spec.name] = _Start(launch, spec.gateway, tuple(kernels))
+        if spec.gateway is None:
+            return
+        start = _Start(launch, spec.gateway, tuple(kernels))
         self._crew.start(f"gate-{spec.name}", self._check, spec.name, start)
+        # Nothing is launched yet, so nothing can be heard of it before it stands here.
+        with self._lock:
+            self._starts[spec.name] = start
 
     def hear(self, report: Report) -> None:
         """Take a report of the backend, and pass it on: `Ready` only when the gateway has been found fit."""
@@ -84,7 +88,12 @@ class Gate:
             self._tell(report)
 
     def _check(self, name: ServerName, start: _Start) -> None:
-        health = self._client.check(start.gateway)
+        try:
+            health = self._client.check(start.gateway)
+        except BackendError as error:
+            sentence = f"cannot start server '{name}': {error.message}"
+            self._tell(Report(name, start.launch, Vetoed(Failure(FailureClass.OTHER, sentence))))
+            return
         if health.error is not None and start.gateway.required:
             sentence = f"cannot start server '{name}': {health.error.message} (require_gateway: false starts it all the same)"
             self._tell(Report(name, start.launch, Vetoed(Failure(health.error.kind, sentence))))

@@ -48,7 +48,13 @@ class _Watched:
     """How often in a row it could not be used."""
     asked: float = 0.0
     """When it was last asked; seconds since the epoch."""
-    asking: bool = False
+    asker: threading.Thread | None = None
+    """Asks it, or was the last to do so."""
+
+    @property
+    def asking(self) -> bool:
+        """Whether it is being asked."""
+        return self.asker is not None and self.asker.is_alive()
 
 
 class GatewayWatch:
@@ -76,7 +82,7 @@ class GatewayWatch:
 
     def start(self) -> None:
         """Begin to watch."""
-        self._crew.start("gateways", self._loop)
+        self._crew.watch("gateways", self._look, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
         """Take in a server that runs, and leave out one that does not."""
@@ -101,12 +107,11 @@ class GatewayWatch:
         self._watched.append(fresh)
         return fresh
 
-    def _loop(self) -> None:
-        while not self._crew.sleep(_LOOK_EVERY):
-            self._ledger.save()
-            self._ledger.forgive()
-            for watched in self._due():
-                self._crew.start("ask-gateway", self._ask, watched)
+    def _look(self) -> None:
+        self._ledger.save()
+        self._ledger.forgive()
+        for watched in self._due():
+            watched.asker = self._crew.start("ask-gateway", self._ask, watched)
 
     def _due(self) -> list[_Watched]:
         """Give the gateways to be asked now, and leave out those that nobody needs."""
@@ -119,16 +124,18 @@ class GatewayWatch:
                 if debt.since > watched.asked:
                     watched.due = min(watched.due, now)
             self._watched = [w for w in self._watched if w.servers or w.asking or w.gateway in owing]
-            due = [w for w in self._watched if w.due <= now and not w.asking]
-            for watched in due:
-                watched.asking, watched.asked = True, self._clock.time()
-        return due
+            return [w for w in self._watched if w.due <= now and not w.asking]
 
     def _ask(self, watched: _Watched) -> None:
-        health = self._client.check(watched.gateway)
+        watched.asked = self._clock.time()
+        try:
+            health = self._client.check(watched.gateway)
+        except BackendError as error:
+            # That says nothing of it. It stays due.
+            _log.warning("a gateway cannot be asked", gateway=watched.gateway.url, error=error.message)
+            return
         settled = self._collect(watched.gateway) if health.reachable else False
         with self._lock:
-            watched.asking = False
             watched.misses = 0 if health.reachable and settled else watched.misses + 1
             pause = min(_FIRST_PAUSE * 2 ** min(watched.misses, 20), self._period * _LONGEST_PAUSES)
             watched.due = self._clock.monotonic() + (pause if watched.misses else self._period)

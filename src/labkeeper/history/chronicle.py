@@ -48,9 +48,9 @@ class Chronicle:
         """The id of the newest entry."""
         return self._last
 
-    def first_id(self) -> int:
-        """Give the id of the oldest entry that is still known. Raises StoreError."""
-        return self._store.first_id() or self._last + 1
+    def forgotten(self, after: int) -> int:
+        """Count the entries newer than an id that are known no more. Raises StoreError."""
+        return self._store.forgotten(after)
 
     def changed(self, change: Change) -> None:
         """Write down one change of a server."""

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import hmac
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
 
@@ -37,6 +40,8 @@ _FIRST_PAUSE: Final = 1.0
 _LONGEST_PAUSE: Final = 300.0
 _GIVEN_UP_AFTER: Final = 86400.0
 """Seconds after which an entry that was never taken is dead."""
+_PIECES: Final = 3
+"""How many pieces of an answer's body are waited for, as they come over the network. What it says does not count."""
 _LOOK_EVERY: Final = 0.5
 _PAGE: Final = 100
 _LAST_WORDS: Final = 2.0
@@ -72,6 +77,7 @@ class Webhook:
     body_of: Callable[[HistoryEntry], Mapping[str, Any]]
     """Gives an entry as callers of the API see it."""
     _crew: Crew = field(default_factory=Crew)
+    _client: httpx.Client | None = None
     _told: int = 0
     _delivered: int = 0
     _dead: int = 0
@@ -81,14 +87,24 @@ class Webhook:
     def start(self) -> None:
         """Go on where an earlier keeper ended; one that was never told begins with what comes now. Raises StoreError."""
         known = self.store.webhook(self.url)
-        self._told, self._delivered, self._dead = known or (self.chronicle.last_id, 0, 0)
+        told, self._delivered, self._dead = known or (self.chronicle.last_id, 0, 0)
+        # The history may have lost its end, on a disk that was full: its next events have numbers that were told before.
+        self._told = min(told, self.chronicle.last_id)
         if known is None:
             self._note()
-        self._crew.start("webhook", self._run)
+        self._crew.watch("webhook", self._round, every=lambda: _LOOK_EVERY)
 
     def close(self) -> None:
         """End; what could not be told yet is left for the next keeper."""
         self._crew.close()
+        self._last_words()
+        if self._client is not None:
+            self._client.close()
+
+    @property
+    def failing(self) -> Mapping[str, str]:
+        """Why the last round failed, if it did."""
+        return self._crew.failing
 
     def status(self) -> WebhookStatus:
         """Say how it fares."""
@@ -96,46 +112,33 @@ class Webhook:
             pending = self.chronicle.last_id - self._told
             return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
 
-    def _run(self) -> None:
-        import httpx  # noqa: PLC0415 - late: most keepers have no webhook, and it takes long to load
-
-        with httpx.Client(timeout=_TIMEOUT, follow_redirects=False) as client:
-            while not self._crew.closed:
-                entries = self._due()
-                for entry in entries:
-                    if not self._tell_until_done(client, entry):
-                        break
-                if not entries:
-                    self._crew.sleep(_LOOK_EVERY)
-            self._last_words(client)
+    def _round(self) -> None:
+        while entries := self._due():
+            for entry in entries:
+                if not self._tell_until_done(entry):
+                    return
 
     def _due(self) -> list[HistoryEntry]:
-        """Give the entries that are to be told next; what has fallen out of the history meanwhile is dead."""
+        """Give the entries that are to be told next."""
         try:
-            entries = self.chronicle.after(self._told, server=None, limit=_PAGE)
+            return self.chronicle.after(self._told, server=None, limit=_PAGE)
         except StoreError:
             return []  # It has logged it, and is asked again.
-        if entries and entries[0].id > self._told + 1:
-            with self._lock:
-                self._dead += entries[0].id - self._told - 1
-                self._told = entries[0].id - 1
-        return entries
 
-    def _last_words(self, client: httpx.Client) -> None:
+    def _last_words(self) -> None:
         """Tell the rest, each once, while the other side takes it, and no longer than for a moment."""
         end = self.clock.monotonic() + _LAST_WORDS
-        client.timeout = _LAST_WORDS
         for entry in self._due():
             if self._error is not None or self.clock.monotonic() > end:
                 return
-            refused = self._post(client, entry)
+            refused = self._post(entry, within=_LAST_WORDS)
             if refused is None:
                 self._over(entry, taken=True)
 
-    def _tell_until_done(self, client: httpx.Client, entry: HistoryEntry) -> bool:
+    def _tell_until_done(self, entry: HistoryEntry) -> bool:
         """Post an entry until it is taken or dead; say whether it is one of these, and not the keeper's end."""
         pause = _FIRST_PAUSE
-        while (refused := self._post(client, entry)) is not None:
+        while (refused := self._post(entry)) is not None:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
             if refused.for_good or late:
                 place = place_of(self.url)
@@ -152,9 +155,10 @@ class Webhook:
 
     def _over(self, entry: HistoryEntry, *, taken: bool) -> None:
         with self._lock:
+            # What has fallen out of the history before it is dead, too.
+            self._dead += entry.id - self._told - taken
             self._told = entry.id
             self._delivered += taken
-            self._dead += not taken
         self._note()
 
     def _note(self) -> None:
@@ -163,13 +167,19 @@ class Webhook:
         except StoreError:
             return  # It has logged it. An entry that is told twice has the same id.
 
-    def _post(self, client: httpx.Client, entry: HistoryEntry) -> _Refused | None:
-        import httpx  # noqa: PLC0415 - as above
+    def _post(self, entry: HistoryEntry, *, within: float = _TIMEOUT) -> _Refused | None:
+        import httpx  # noqa: PLC0415 - late: most keepers have no webhook, and it takes long to load
 
         body = json.dumps(self.body_of(entry), separators=(",", ":")).encode()
+        # With its moment: a history that was begun anew, or has lost its end, gives numbers a second time.
+        headers = signed(self.key, f"event_{entry.id}_{round(entry.at * 1000)}", self.clock.time(), body)
         try:
-            answer = client.post(self.url, content=body, headers=signed(self.key, f"event_{entry.id}", self.clock.time(), body))
-            refused = None if answer.is_success else _refusal(answer)
+            self._client = self._client or httpx.Client(follow_redirects=False)
+            with self._client.stream("POST", self.url, content=body, headers=headers, timeout=within) as answer:
+                refused = None if answer.is_success else _refusal(answer)
+                # A short body is taken in, so that the connection can be used again; of another one it is the end.
+                with contextlib.suppress(httpx.HTTPError):
+                    deque(islice(answer.iter_raw(), _PIECES), maxlen=0)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             refused = _Refused(str(error) or type(error).__name__)
         with self._lock:
