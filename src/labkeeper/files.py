@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from labkeeper import shortage
+
 _LARGEST: Final = 4 * 1024 * 1024
 """Bytes that are read of a file of somebody else."""
 
@@ -99,15 +101,17 @@ def private_copy(content: bytes) -> Iterator[str]:
 def remove_tree(path: Path) -> None:
     """Remove a directory with all that is in it, as far as that is possible; a link is left as it is. Idempotent.
 
+    Raises OSError where it is we who lack what it takes, such as a descriptor: later it is possible.
+
     `shutil.rmtree` goes down and holds every level open: a thousand directories in each other would be there for ever. Here each
     is moved to the top before it is looked into. It is known by its descriptor, so nobody can put a link in its place.
     """
-    with contextlib.suppress(OSError):
+    with shortage.suppress_others(OSError):
         with _directory(path) as top:
             left = _empty(top, into=top)
             while left:
                 name = left.pop()
-                with contextlib.suppress(OSError):
+                with shortage.suppress_others(OSError):
                     with _directory(name, top) as directory:
                         left += _empty(directory, into=top)
                     os.rmdir(name, dir_fd=top)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from labkeeper import addresses
+from labkeeper import addresses, shortage
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.model import (
     KERNEL_PREFIX,
@@ -271,8 +271,8 @@ class JupyterClient:
     def __init__(self, *, timeout: float = 3.0) -> None:
         self._timeout = timeout
 
-    def answers(self, endpoint: Endpoint) -> bool:
-        """Whether it is alive: `GET api` needs no token and touches no gateway."""
+    def answers(self, endpoint: Endpoint) -> bool | None:
+        """Whether it is alive, None where we could not ask: `GET api` needs no token and touches no gateway."""
         with _connection(endpoint) as connection:
             return _ok(connection, endpoint, "api", {})
 
@@ -280,7 +280,7 @@ class JupyterClient:
         """Whether it is alive and knows its token: `GET api/me` needs one, and touches no gateway either."""
         with _connection(endpoint) as connection:
             known = {"Authorization": f"token {endpoint.token}"}
-            return _ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known)
+            return bool(_ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known))
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
@@ -387,11 +387,12 @@ def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[h
     return closing(http.client.HTTPSConnection(host, endpoint.port, timeout=timeout, context=context))
 
 
-def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool:
+def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool | None:
+    """Whether a page is given; None where we could not ask for it."""
     try:
         answer = exchange(connection, "GET", endpoint.base_url + path, headers=headers, within=_LOOK_TIMEOUT)
-    except (OSError, http.client.HTTPException):
-        return False
+    except (OSError, http.client.HTTPException) as error:
+        return None if shortage.is_ours(error) else False
     return answer.status == http.client.OK
 
 
@@ -402,7 +403,7 @@ def url_of(endpoint: Endpoint, host: str | None = None) -> str:
 
 
 _CAUSES: Final = (
-    (FailureClass.PORT_IN_USE, re.compile(r"port \d+ is already in use|Address already in use", re.IGNORECASE)),
+    (FailureClass.PORT_IN_USE, re.compile(r"port \d+ is (already in use|not available)|Address already in use", re.IGNORECASE)),
     (FailureClass.DISK_FULL, re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)),
     (FailureClass.IMPORT_ERROR, re.compile(r"ModuleNotFoundError|ImportError|No module named")),
     (
@@ -413,16 +414,24 @@ _CAUSES: Final = (
         ),
     ),
 )
-_LEVEL: Final = re.compile(r"^\[[CEWID] [^\]]*\]\s*")
+_LEVEL: Final = re.compile(r"^\[([CEWID]) [^\]]*\]\s*")
 
 
 def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
     """Name the class of an end, and the line of the log that says it best (without Jupyter's prefix); "" where none does."""
     if end.signal is not None:
         return FailureClass.KILLED, ""
+    grave = [line for line in reversed(tail) if _level(line) not in {"D", "I"}]
     for kind, pattern in _CAUSES:
-        for line in reversed(tail):
+        for line in grave:
             if pattern.search(line):
                 return kind, _LEVEL.sub("", line).strip()
-    last = next((line for line in reversed(tail) if line.strip()), "")
-    return FailureClass.OTHER, _LEVEL.sub("", last).strip()
+    # Jupyter warns at each start of something, and what is indented belongs to a line above.
+    last_words = (_LEVEL.sub("", line).strip() for line in grave if _level(line) != "W" and not line[:1].isspace())
+    return FailureClass.OTHER, next(filter(None, last_words), "")
+
+
+def _level(line: str) -> str:
+    """Give the level of a line of Jupyter's log; "" of what it has not logged, such as a traceback."""
+    found = _LEVEL.match(line)
+    return found[1] if found else ""

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any, Final, Literal
 
 import structlog
 
 from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.model import Change, GatewayHealth
-from labkeeper.scrub import HIDDEN, is_secret, scrub
+from labkeeper.scrub import HIDDEN, KEEPER, Secrets, is_secret, of_server, scrub
 from labkeeper.terminal import visible
 
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
+_OWN: Final = frozenset(
+    {"timestamp", "level", "logger", "server", "launch", "actor", "request_id", "on", "failure_class", "method"}
+    | {parameter.value for parameter in structlog.processors.CallsiteParameter}
+)
+"""What the keeper itself says in an entry: a server that has a variable of that value must not blank it."""
 
 
 def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bool) -> None:
@@ -71,21 +76,32 @@ class _Console(structlog.dev.ConsoleRenderer):
 
 def _scrub(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """The last processor: takes secrets out of every value, whoever wrote it, with the traces that have become text by then."""
-    return {key: _scrubbed(key, value) for key, value in entry.items()}
+    about = of_server(str(entry.get("server")))
+    # What the keeper says is in its own words, whichever server it is about.
+    known = {"event": (KEEPER,)} if str(entry.get("logger")).startswith("labkeeper.") else {}
+    return {
+        key: _own(value) if key in _OWN else _scrubbed(key, value, known.get(key, (KEEPER, about)))
+        for key, value in entry.items()
+    }
 
 
-def _scrubbed(key: Any, value: Any) -> Any:
+def _own(value: Any) -> Any:
+    """Return a value that is the keeper's own: no server has a say in it, and what looks like a secret there is a name."""
+    return KEEPER.hide(value) if isinstance(value, str) else value
+
+
+def _scrubbed(key: Any, value: Any, known: Sequence[Secrets]) -> Any:
     if isinstance(key, str) and is_secret(key) and value:
         return HIDDEN
     if value is None or isinstance(value, bool | int | float):
         return value
     if isinstance(value, str):
-        return scrub(value)
+        return scrub(value, *known)
     if isinstance(value, Mapping):
-        return {scrub(str(inner)): _scrubbed(inner, each) for inner, each in value.items()}
+        return {scrub(str(inner), *known): _scrubbed(inner, each, known) for inner, each in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
-        return [_scrubbed(None, each) for each in value]
-    return scrub(repr(value))
+        return [_scrubbed(None, each, known) for each in value]
+    return scrub(repr(value), *known)
 
 
 class ChangeLog:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import queue
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Final
 
 import structlog
 
+from labkeeper import shortage
 from labkeeper.core.errors import BackendUnavailable, LabkeeperError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.core.model import Change, Message, Reply, Report, ServerName, Snapshot, StopAll, Tick
+from labkeeper.core.ports import Clock
 
-LANE_THREADS: Final = 16
+LANE_THREADS: Final = 8
 """How many servers' backend calls run beside each other; the calls are short."""
+_BEAT: Final = 1.0
+"""Seconds that the fleet's thread sleeps at most while there is any timer, so that it sees whether it was suspended."""
+_OVERSLEPT: Final = 0.5
+"""Seconds that it wakes up too late by when the machine was not merely busy: the keeper was suspended."""
+_AWAKE_WITHIN: Final = 3.0
+"""Seconds in which all threads of a keeper that was suspended have had their turn, and told what they see."""
 _ANSWER_WITHIN: Final = 30.0
 """Seconds in which the fleet answers a command, however busy; beyond is a bug."""
 
@@ -120,10 +130,21 @@ class LanePool:
     """Runs jobs on a few threads: those of one server in order, those of different servers beside each other."""
 
     def __init__(self, inbox: Callable[[Report], None], *, threads: int = LANE_THREADS) -> None:
+        """All threads are there from the beginning: no job may wait for one that cannot be started. Raises BackendUnavailable."""
         self._inbox = inbox
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lane")
+        self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
+        """The lanes that have begun; None for each thread that is to end."""
         self._lanes: dict[ServerName, deque[Callable[[], Report | None]]] = {}
         self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+        try:
+            for number in range(threads):
+                thread = threading.Thread(target=self._work, name=f"lane-{number}", daemon=True)
+                shortage.start(thread)
+                self._threads.append(thread)
+        except BackendUnavailable:
+            self.close()
+            raise
 
     def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
         """Queue a job."""
@@ -133,11 +154,18 @@ class LanePool:
                 lane.append(job)
                 return
             self._lanes[name] = deque([job])
-        self._pool.submit(self._run, name)
+        self._waiting.put(name)
 
     def close(self) -> None:
         """Finish what is queued, and end the threads."""
-        self._pool.shutdown(wait=True)
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self) -> None:
+        while (name := self._waiting.get()) is not None:
+            self._run(name)
 
     def _run(self, name: ServerName) -> None:
         """Run the jobs of one lane until it is empty."""
@@ -176,6 +204,10 @@ class Inbox:
         """Let the reader end after what is already here."""
         self._items.put(None)
 
+    def size(self) -> int:
+        """Count what waits."""
+        return self._items.qsize()
+
     def get(self, timeout: float | None) -> tuple[Message, Future[Reply | None]] | None:
         """Give the next message, or None at the end; raise queue.Empty after `timeout` seconds."""
         return self._items.get(timeout=timeout)
@@ -184,17 +216,19 @@ class Inbox:
 class Keeper:
     """The fleet with its thread: commands come in from any thread, and are answered."""
 
-    def __init__(self, fleet: Fleet, inbox: Inbox, lanes: LanePool, board: Board) -> None:
+    def __init__(self, fleet: Fleet, inbox: Inbox, lanes: LanePool, board: Board, clock: Clock) -> None:
+        """Take the clock that the fleet goes by."""
         self._fleet = fleet
         self._inbox = inbox
         self._lanes = lanes
         self._board = board
+        self._clock = clock
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
 
     def start(self) -> None:
         """Take up the servers of an earlier keeper, then listen. Raises StoreError."""
         self._fleet.recover()
-        self._thread.start()
+        shortage.start(self._thread)
 
     def ask(self, message: Message) -> Reply | None:
         """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
@@ -232,21 +266,37 @@ class Keeper:
     def close(self) -> None:
         """End the threads; servers live on."""
         self._inbox.close()
-        self._thread.join()
+        if self._thread.ident is not None:  # It has begun.
+            self._thread.join()
         self._lanes.close()
 
     def _loop(self) -> None:
+        looked, expected, held_until = -math.inf, math.inf, -math.inf
         while True:
-            due = self._fleet.next_deadline()
-            left = None if due is None else due - time.monotonic()
-            try:
-                # A timer that is due goes first: a busy inbox must not hold it up.
-                item = (Tick(), Future()) if left is not None and left <= 0 else self._inbox.get(left)
-            except queue.Empty:
-                continue
+            due, now = self._fleet.next_deadline(), self._clock.monotonic()
+            if now > expected + _OVERSLEPT and (due is None or due > looked):
+                # Those who watch servers were suspended, too: what a timer waits for they may tell only now. A timer that is
+                # held up already is not held up once more.
+                held_until = now + _AWAKE_WITHIN
+            wait = None if due is None else min(max(due, held_until) - now, _BEAT)
+            looked, expected = now, math.inf if wait is None else now + wait
+            if wait is None or wait > 0:
+                if not self._take(wait):
+                    return
+            else:
+                # Only what is here by now goes first: a busy inbox must not hold up a timer.
+                if not all(self._take(0) for _ in range(self._inbox.size())):
+                    return
+                self._step(Tick(), Future())
+
+    def _take(self, timeout: float | None) -> bool:
+        """Take the next message, if one comes within some seconds; say whether we go on."""
+        with contextlib.suppress(queue.Empty):
+            item = self._inbox.get(timeout)
             if item is None:
-                return
+                return False
             self._step(*item)
+        return True
 
     def _step(self, message: Message, answer: Future[Reply | None]) -> None:
         try:

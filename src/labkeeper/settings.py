@@ -100,7 +100,7 @@ class Settings(BaseModel):
     runtime_dir: Directory | None = Field(
         None,
         description="What lives as long as a server: Jupyter's runtime files, and which process it is. `run` in the state "
-        "directory when not given.",
+        "directory when not given. A keeper that gets another one ends the servers that run in the earlier one.",
     )
     notebook_dir: Root = Field(
         default_factory=Path,
@@ -232,7 +232,7 @@ class Settings(BaseModel):
     cpu_limit: Annotated[float, Field(ge=0.01)] | None = Field(None, description="Processors for each, likewise.")
     process_limit: Annotated[int, Field(ge=16)] | None = Field(None, description="Processes and threads of each, likewise.")
     history_size: Annotated[int, Field(ge=100, le=10_000_000)] = Field(
-        20_000, description="About how many events are kept; the oldest ones are forgotten."
+        20_000, description="About how many events are kept; then the oldest of the actor who has most are forgotten."
     )
     webhook_url: SecretStr | None = Field(
         None, description="Where each event is posted to, as the Standard Webhooks have it; needs a secret to sign with."

@@ -1,8 +1,9 @@
 """Snapshots, kernel debts, the history and tokens of the API in SQLite, in the state directory.
 
 One row a server, its snapshot as JSON; one row a kernel that is still to be ended; one row an entry of the history; one row a
-webhook, with the last entry that it was told; one row a token, which it holds as a hash alone. `PRAGMA user_version` tells the
-layout, so that a newer keeper can carry an older file over, and an older keeper refuses a newer one.
+webhook, with the last entry that it was told; one row a token, which it holds as a hash alone; one row a runtime directory in
+which servers may run. `PRAGMA user_version` tells the layout, so that a newer keeper can carry an older file over, and an older
+keeper refuses a newer one.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import os
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -19,9 +20,10 @@ from typing import Any, Final, TypeVar
 import structlog
 from pydantic import TypeAdapter, ValidationError
 
+from labkeeper import shortage
 from labkeeper.core.access import EVERYTHING, Reach, Token
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import HistoryEntry, KernelDebt, ServerName, Snapshot
+from labkeeper.core.model import FailureClass, HistoryEntry, KernelDebt, ServerName, Snapshot
 
 _log = structlog.get_logger("labkeeper.store")
 _TABLES: Final = (
@@ -30,11 +32,14 @@ _TABLES: Final = (
     "CREATE TABLE IF NOT EXISTS history (id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS webhooks (url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT",
     "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, token TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS runtime_dirs (path BLOB PRIMARY KEY) STRICT",
 )
 """What each layout has beyond the one before. The first one may be there without its number: a keeper was killed in between."""
 _LAYOUT: Final = len(_TABLES)
 _FORGET_EVERY: Final = 100
-"""New entries of the history after which old ones are removed."""
+"""New entries of the history after which old ones are removed, in a small history; in a large one, a hundredth of it."""
+_ACTOR: Final = "CASE WHEN json_valid(entry) THEN json_extract(entry, '$.origin.actor') END"
+"""Whose entry of the history it is; the words of an index that serves a query are the same in both."""
 _PROBE: Final = 64 * 1024
 """Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""
 
@@ -53,7 +58,7 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
         self._path = path
-        self._writing, self._reading = threading.Lock(), threading.Lock()
+        self._writing, self._reading, self._wipe_waits = threading.Lock(), threading.Lock(), threading.Lock()
         self._examine()
         with ExitStack() as opened:
             try:
@@ -62,7 +67,7 @@ class SqliteStore:
             except OSError as error:
                 raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
             except sqlite3.Error as error:
-                raise StoreError(f"cannot open the store {path}: {self._why(error)}") from error
+                raise self._failed("open", error) from error
             self._prepare()
             self._reader.execute("PRAGMA query_only = ON")
             opened.pop_all()
@@ -113,11 +118,23 @@ class SqliteStore:
         with self._doing("write"):
             self._db.executemany("DELETE FROM debts WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
 
+    def wipe(self) -> None:
+        """Leave nothing on the disk of what was dropped, which the log beside the file has yet. Does not raise."""
+        if not self._wipe_waits.acquire(blocking=False):
+            return  # Another call has not begun, and does it for both.
+        with self._reading:
+            self._wipe_waits.release()
+            # Other programs that look into the file are not waited for: all changes of servers would wait, too. What is left
+            # then, and where the disk is full, goes with the next call.
+            with suppress(StoreError), self._doing("write"), closing(self._connect(timeout=0.0)) as db:
+                _wipe(db)
+
     # The history
 
-    def first_id(self) -> int:
-        """Give the id of the oldest entry."""
-        return int(self._rows("SELECT coalesce(min(id), 0) FROM history")[0][0])
+    def forgotten(self, after: int) -> int:
+        """Count the entries newer than an id that are known no more."""
+        # Ids have no gaps but these, and the newest one stays.
+        return int(self._rows("SELECT coalesce(max(id) - ? - count(*), 0) FROM history WHERE id > ?", after, after)[0][0])
 
     def last_id(self) -> int:
         """Give the id of the newest entry."""
@@ -128,8 +145,16 @@ class SqliteStore:
         rows = [(entry.id, entry.server, _text(entry)) for entry in entries]
         with self._doing("write"):
             self._db.executemany("INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows)
-            if any(entry.id % _FORGET_EVERY == 0 for entry in entries):
-                self._db.execute("DELETE FROM history WHERE id <= ?", (entries[-1].id - keep,))
+            if any(entry.id % max(_FORGET_EVERY, keep // 100) == 0 for entry in entries):
+                self._forget_entries(keep)
+
+    def _forget_entries(self, keep: int) -> None:
+        """Drop the oldest entries of those who have most: nobody fills the history at the cost of others."""
+        counts = dict(self._db.execute(f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1").fetchall())  # noqa: S608 - ours
+        share = _fair_share(counts.values(), keep)
+        excess = [(actor, count - share) for actor, count in counts.items() if count > share]
+        oldest = f"SELECT id FROM history WHERE {_ACTOR} IS ? ORDER BY id LIMIT ?"  # noqa: S608 - ours
+        self._db.executemany(f"DELETE FROM history WHERE id IN ({oldest})", excess)  # noqa: S608 - ours
 
     def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
@@ -195,6 +220,26 @@ class SqliteStore:
             self._db.execute("DELETE FROM webhooks WHERE url != ?", (url,))
             self._db.execute("INSERT OR REPLACE INTO webhooks VALUES (?, ?, ?, ?)", (url, told, delivered, dead))
 
+    # Runtime directories
+
+    def runtime_dirs(self) -> list[Path]:
+        """Give those in which servers may run. Raises StoreError."""
+        paths = [path for (path,) in self._rows("SELECT path FROM runtime_dirs ORDER BY path")]
+        if not all(path.startswith(b"/") and b"\0" not in path for path in paths):
+            raise self._damaged("a runtime directory has no path")
+        return [Path(os.fsdecode(path)) for path in paths]
+
+    def note_runtime_dirs(self, directories: Sequence[Path]) -> None:
+        """Keep these, and no others; on the disk when this returns. Raises StoreError."""
+        rows, known = ({(os.fsencode(path),) for path in paths} for paths in (directories, self.runtime_dirs()))
+        if rows == known:
+            # Nothing is written: a keeper comes back to its servers also on a full disk.
+            return
+        with self._doing("write"):
+            # In this order: a keeper that is killed in between leaves one too many.
+            self._db.executemany("INSERT OR IGNORE INTO runtime_dirs (path) VALUES (?)", rows)
+            self._db.executemany("DELETE FROM runtime_dirs WHERE path = ?", known - rows)
+
     def _examine(self) -> None:
         """Refuse a file that is damaged, or newer than we are.
 
@@ -223,13 +268,20 @@ class SqliteStore:
             # the last transitions, and no process of ours outlives that.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
+            # What is dropped is overwritten: specs hold secrets.
+            self._db.execute("PRAGMA secure_delete = ON")
+            # A full disk has no room for it, and keeps no keeper from its servers: the next wipe makes up for it.
+            with suppress(sqlite3.OperationalError):
+                _wipe(self._db)
             (layout,) = self._db.execute("PRAGMA user_version").fetchone()
             for number, table in enumerate(_TABLES[layout:], start=layout + 1):
                 # One step at a time, each whole or not at all.
                 self._db.executescript(f"BEGIN IMMEDIATE; {table}; PRAGMA user_version = {number}; COMMIT;")
+            # No layout of its own: nothing is read by it that could not be read without.
+            self._db.execute(f"CREATE INDEX IF NOT EXISTS history_by_actor ON history ({_ACTOR})")
 
-    def _connect(self) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, check_same_thread=False, isolation_level=None)
+    def _connect(self, *, timeout: float = 5.0) -> sqlite3.Connection:
+        return sqlite3.connect(self._path, timeout=timeout, check_same_thread=False, isolation_level=None)
 
     def _read(self, kind: type[_T], query: str, *given: object) -> list[_T]:
         """Give what rows of one column hold. Raises StoreError."""
@@ -252,29 +304,45 @@ class SqliteStore:
                 if verb != "open":  # That one ends the keeper, which says so.
                     _log.error("the store failed", verb=verb, error=str(error))
                 if isinstance(error, sqlite3.OperationalError):
-                    raise StoreError(f"cannot {verb} the store {self._path}: {self._why(error)}") from error
+                    raise self._failed(verb, error) from error
                 raise self._damaged(str(error)) from error
             except UnicodeDecodeError as error:
                 # Of SQLite's own words, which quote what the file holds.
                 raise self._damaged("it holds what is no text") from error
 
-    def _why(self, error: sqlite3.Error) -> str:
-        """Say why something failed: in the disk's own words, where SQLite has only seen that it did."""
+    def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:
+        """Return the error that says why, in the disk's own words where SQLite has only seen that something failed."""
+        # Errors that Python finds in what SQLite gives have no code.
+        why, full = str(error), getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
         probe = self._path.with_name(f"{self._path.name}.probe")
         try:
             probe.write_bytes(bytes(_PROBE))
         except OSError as disk:
-            return f"{error} ({disk.strerror})"
+            why, full = f"{error} ({disk.strerror})", full or shortage.is_full(disk)
         finally:
             with suppress(OSError):
                 probe.unlink()
-        return str(error)
+        cause = {"failure_class": FailureClass.DISK_FULL} if full else {}
+        return StoreError(f"cannot {verb} the store {self._path}: {why}", **cause)
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
             f"cannot read the store {self._path}: it is damaged ({why}); it was left as it is: move it away to begin without it, "
             "and end its servers by hand"
         )
+
+
+def _fair_share(counts: Iterable[int], keep: int) -> int:
+    """Return how many entries each may have, at least one, so that all have about `keep`; those who have fewer lose none."""
+    left, waiting = keep, sorted(counts)
+    while waiting and waiting[0] <= left // len(waiting):
+        left -= waiting.pop(0)
+    return max(1, left // len(waiting)) if waiting else keep
+
+
+def _wipe(db: sqlite3.Connection) -> None:
+    """Put what is in the log beside the file into it, and empty the log."""
+    db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def _text(thing: Any) -> str:

@@ -53,11 +53,13 @@ class Sampler:
         self._samples: dict[ServerName, Sample] = {}
         self._loads: dict[ServerName, tuple[int, Load]] = {}
         self._asking: threading.Thread | None = None
+        self._rounds = 0
+        """How often was measured since somebody asked for the first time."""
 
     def start(self) -> None:
         """Begin."""
         if self._period:
-            self._crew.start("usage", self._loop)
+            self._crew.watch("usage", self._round, every=self._pause)
 
     def of(self, snapshot: Snapshot) -> Sample | None:
         """Give the last sample of a running server, at once; None where there is none of this launch."""
@@ -67,18 +69,19 @@ class Sampler:
             return None
         return sample
 
-    def _loop(self) -> None:
-        rounds = 0
+    def _pause(self) -> float:
         # The first sample comes as soon as somebody asks, and a second one soon after it: a share of a processor takes two.
-        while not self._crew.sleep(self._period if rounds > 1 else _LOOK_EVERY):
-            if not self._wanted:
-                # An old sample would be taken for a new one.
-                self._samples, rounds = {}, 0
-                continue
-            self._sample()
-            if rounds % _LOADS_EVERY == 0 and (self._asking is None or not self._asking.is_alive()):
-                self._asking = self._crew.start("ask-usage", self._ask)
-            rounds += 1
+        return self._period if self._rounds > 1 else _LOOK_EVERY
+
+    def _round(self) -> None:
+        if not self._wanted:
+            # An old sample would be taken for a new one.
+            self._samples, self._rounds = {}, 0
+            return
+        self._sample()
+        if self._rounds % _LOADS_EVERY == 0 and (self._asking is None or not self._asking.is_alive()):
+            self._asking = self._crew.start("ask-usage", self._ask)
+        self._rounds += 1
 
     @property
     def _wanted(self) -> bool:

@@ -362,17 +362,20 @@ class Client:
         return self._get("/metrics").text
 
     def healthy(self) -> bool:
-        """Whether the keeper's process answers; where nothing does, Unreachable is raised."""
-        return parse(Health, self._get("/healthz")).status == "ok"
+        """Whether the keeper takes commands; where nothing answers, Unreachable is raised."""
+        return self._is_well("/healthz")
 
     def ready(self) -> bool:
-        """Whether the keeper takes commands."""
-        try:
-            return parse(Health, self._get("/readyz")).status == "ok"
-        except BackendUnavailable:
-            return False
+        """Whether the keeper takes commands, and watches all that it is to watch."""
+        return self._is_well("/readyz")
 
     # What they share
+
+    def _is_well(self, path: str) -> bool:
+        try:
+            return parse(Health, self._get(path)).status == "ok"
+        except BackendUnavailable:
+            return False
 
     def _server(
         self,

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import structlog
 
-from labkeeper import logs, scrub, settings, statedir
+from labkeeper import logs, scrub, settings, shortage, statedir
 from labkeeper.api import tls
 from labkeeper.api.tls import Certificate
-from labkeeper.core.errors import LabkeeperError, SettingsError, StoreError
+from labkeeper.core.errors import BackendUnavailable, LabkeeperError, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import assemble
@@ -28,9 +28,6 @@ from labkeeper.settings import Settings
 
 if TYPE_CHECKING:
     from labkeeper.client import Client
-
-_NO_THREAD: Final = "can't start new thread"
-"""What Python says where a thread is one too many; the error has no type of its own."""
 
 _log = structlog.get_logger("labkeeper.serve")
 
@@ -50,11 +47,13 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         ended = stack.enter_context(closing(Ended()))
         make_private(chosen.state_dir)
         stack.enter_context(only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
-        if chosen.runtime_dir is not None and is_usable(chosen.runtime_dir):
-            stack.enter_context(only_keeper(chosen.runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
+        if is_usable(chosen.rooms):
+            # Also the default one: another keeper may be told to use it. It would end our servers, which its store does not know.
+            stack.enter_context(only_keeper(chosen.rooms, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
         allow_descriptors()
         token = _token(chosen)
-        scrub.learn("keeper", _own_secrets(chosen, token))
+        own = _own_secrets(chosen, token)
+        scrub.KEEPER.learn(lambda: own)
         certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
         if chosen.lab_certificate is not None:
             # A mistake is told now, and not by each server that cannot start.
@@ -68,19 +67,15 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         except StoreError as error:
             # At boot it is for whoever runs the keeper to act, as for every other setting.
             raise SettingsError(error.message) from error
-        except RuntimeError as error:
-            if str(error) != _NO_THREAD:
-                raise
-            raise SettingsError(
-                "cannot start the threads of a keeper; raise the limit of processes (ulimit -u, or the container's --pids-limit)"
-            ) from error
+        except BackendUnavailable as error:
+            raise SettingsError(f"cannot start a keeper: {error.message}") from error
         path = None if door is None else statedir.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
         if first:
             connect = functools.partial(_own_client, url, path, token)
-            threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True).start()
+            shortage.start(threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True))
         # What is there by now stays: later searches for garbage leave it out.
         gc.freeze()
         tell_systemd("READY=1")

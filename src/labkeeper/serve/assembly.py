@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from labkeeper.api.services import Services
 from labkeeper.api.tls import Certificate
 from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
+from labkeeper.backends.leftovers import EarlierDir
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.machine import OwnMachine
 from labkeeper.core.errors import SettingsError
@@ -34,6 +35,7 @@ from labkeeper.history.webhooks import Webhook, key_of
 from labkeeper.jupyter import JupyterClient
 from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
 from labkeeper.tokens import Tokens
@@ -53,7 +55,7 @@ def assemble(
 ) -> Keeper:
     """Build everything, in the order in which it is closed backwards; it serves when this returns.
 
-    Raises SettingsError, StoreError, and RuntimeError where threads cannot be started.
+    Raises SettingsError, StoreError, and BackendUnavailable where threads cannot be started.
     """
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
@@ -67,7 +69,9 @@ def assemble(
         clock=base.clock,
         period=chosen.gateway_period,
     )
-    backend = _backend(chosen, base, history, gate)
+    backend = _backend(chosen, base, history, gate, _earlier(chosen, base.store, stack))
+    # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
+    stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
     lanes = LanePool(base.inbox.hear)
     fleet = Fleet(
@@ -89,11 +93,9 @@ def assemble(
             culler,
         ),
     )
-    keeper = Keeper(fleet, base.inbox, lanes, base.board)
-    # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
-    stack.callback(backend.close)
-    keeper.start()
+    keeper = Keeper(fleet, base.inbox, lanes, base.board, base.clock)
     stack.callback(keeper.close)
+    keeper.start()
     watch.start()
     sampler = Sampler(backend, base.jupyter, keeper.all, crew=base.crew, clock=base.clock, period=chosen.usage_period)
     sampler.start()
@@ -133,6 +135,8 @@ class _History:
     metrics: Metrics
     webhooks: Callable[[], list[WebhookStatus]]
     """Says how the webhooks fare."""
+    failing: Callable[[], Mapping[str, str]]
+    """Says why the last round of a webhook failed."""
 
 
 def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
@@ -147,7 +151,7 @@ def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
         webhooks.append(webhook)
         stack.callback(webhook.close)
         webhook.start()
-    return _History(chronicle, metrics, statuses)
+    return _History(chronicle, metrics, statuses, dict if webhook is None else lambda: webhook.failing)
 
 
 def _webhook(chosen: Settings, chronicle: Chronicle, base: _Base) -> Webhook | None:
@@ -169,7 +173,16 @@ def _webhook(chosen: Settings, chronicle: Chronicle, base: _Base) -> Webhook | N
     return Webhook(url, key, chronicle, base.store, base.clock, lambda entry: event_model(entry).model_dump(mode="json"))
 
 
-def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate) -> LocalBackend:
+def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[EarlierDir]:
+    """Look into the runtime directories of earlier keepers, and note in which there may be servers from now on."""
+    own = chosen.rooms.resolve()
+    looked = [EarlierDir.look(directory) for directory in earlier_dirs(store.runtime_dirs(), own, stack)]
+    left = [earlier for earlier in looked if earlier.names]
+    store.note_runtime_dirs([own, *(earlier.runtime_dir for earlier in left)])
+    return left
+
+
+def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate, earlier: Sequence[EarlierDir]) -> LocalBackend:
     return LocalBackend(
         gate.hear,
         python=chosen.jupyter_python,
@@ -181,6 +194,7 @@ def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate) -> Lo
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         certificate=chosen.lab_certificate,
+        earlier=earlier,
         found_orphans=history.chronicle.orphans,
     )
 
@@ -218,6 +232,7 @@ def _services(
         history=history.chronicle,
         meter=history.metrics,
         webhooks=history.webhooks,
+        failing=lambda: {**base.crew.failing, **history.failing()},
         usage=sampler.of,
         culler=culler,
         max_snooze=chosen.max_snooze,
@@ -264,6 +279,7 @@ def _serve(
         threads=chosen.threads,
         max_body=chosen.max_body,
         certificate=certificate,
+        knows=services.callers.knows,
         fit=services.places.fit,
     )
     server.start()

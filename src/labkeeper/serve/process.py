@@ -9,8 +9,8 @@ import resource
 import select
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -71,26 +71,59 @@ def is_usable(directory: Path) -> bool:
 
 @contextmanager
 def only_keeper(directory: Path, what: str, variable: str) -> Iterator[None]:
-    """Hold the lock of a directory. The kernel drops it with the process, so none is ever stale."""
-    path = directory / "keeper.lock"
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise SettingsError(f"cannot use the {what} {directory}: {error.strerror}") from error
+    """Hold the lock of a directory. Raises SettingsError."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_locked(directory))
+        except BlockingIOError as held:
+            raise SettingsError(
+                f"another keeper (pid {held.strerror}) runs on the {what} {directory}; stop it, or choose another {variable}"
+            ) from None
+        except OSError as error:
+            raise SettingsError(f"cannot use the {what} {directory}: {error.strerror}") from error
+        yield
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory. The kernel drops it with the process, so none is ever stale.
+
+    Raises OSError: a BlockingIOError with the pid of the keeper that holds it where another one does.
+    """
+    descriptor = os.open(directory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except BlockingIOError as error:
             holder = os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
-            raise SettingsError(
-                f"another keeper (pid {holder}) runs on the {what} {directory}; stop it, or choose another {variable}"
-            ) from None
+            raise BlockingIOError(error.errno, holder) from None
         with contextlib.suppress(OSError):  # On a full disk the lock holds all the same; it only does not say whose it is.
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         yield
     finally:
         os.close(descriptor)
+
+
+def earlier_dirs(known: Iterable[Path], own: Path, stack: ExitStack) -> list[Path]:
+    """Give the directories among the known ones that earlier keepers used, not we, and hold the lock of each that has one.
+
+    One that another keeper holds is left to it: it ends what it does not know.
+    """
+    found = []
+    for directory in known:
+        if directory == own:
+            continue
+        try:
+            # By another path it may be our own, whose lock we hold.
+            if not directory.samefile(own):
+                stack.enter_context(_locked(directory))
+        except BlockingIOError:
+            continue
+        except OSError:
+            pass  # It is gone, or on a disk that takes no lock; what runs from there is found all the same.
+        found.append(directory)
+    return found
 
 
 def allow_descriptors() -> None:
