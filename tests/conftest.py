@@ -1,53 +1,80 @@
-"""No test leaves anything behind, and in CI none is skipped for a reason that is not expected there."""
+"""What holds for every test: its kind, its seed, that it leaves nothing behind, and that CI skips only what it expects to."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
+from harness import PATIENCE, children
+
+ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["deploy", "docker"]
 """Tests that need an engine and images: `make test-docker` says that there are."""
 
-EXPECTED_SKIPS = ("needs control groups",)
+KINDS = {"e2e": "e2e", "fuzz": "fuzz"}
+"""The kind of every test below a directory."""
+EXPECTED_SKIPS = ("needs control groups", "needs ports that take a right")
 """Reasons that lie in the kernel of the machine, which no test and no CI script can change."""
+
+
+# Seeds
+
+
+def _seed_of_commit():
+    """Return a number that changes with every commit, so that each tries something else and can be tried again."""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        return int(head.stdout[:7], 16)
+    return 0
+
+
+SEED = int(os.environ.setdefault("SEED", str(_seed_of_commit())))
+"""Of the order of tests, of hypothesis, of schemathesis and of the chaos. Workers inherit it by the environment."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config):
+    if getattr(config.option, "randomly_seed", None) == "default":
+        config.option.randomly_seed = SEED
+    if config.option.hypothesis_seed is None:
+        config.option.hypothesis_seed = str(SEED)
+
+
+def pytest_report_header():
+    return f"seed: {SEED} (SEED={SEED} runs the same again)"
+
+
+# Kinds
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        kind = KINDS.get(item.path.relative_to(Path(__file__).parent).parts[0])
+        if kind is not None:
+            item.add_marker(kind)
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("root") and (sys.platform != "linux" or os.geteuid() != 0):
+        pytest.skip("needs Linux, and root")
+    needed = [name for marker in item.iter_markers("programs") for name in marker.args]
+    if item.get_closest_marker("browser"):
+        needed.append("chromium")
+    missing = [name for name in needed if shutil.which(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}")
 
 
 def expected(reason):
     return any(text in str(reason) for text in EXPECTED_SKIPS)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left_behind():
-    threads_before = set(threading.enumerate())
-    children_before = _children()
-    yield
-    end = time.monotonic() + 5
-    while True:
-        threads = [thread for thread in threading.enumerate() if thread not in threads_before]
-        children = _children() - children_before
-        if not threads and not children:
-            return
-        if time.monotonic() > end:
-            pytest.fail(f"left behind: threads {threads}, processes {children}")
-        time.sleep(0.02)
-
-
-def _children():
-    """The processes that this one started, as the kernel lists them (psutil would look at every process of the machine)."""
-    lists = list(Path("/proc/self/task").glob("*/children"))
-    if not lists:
-        return {child.pid for child in psutil.Process().children()}
-    children = set()
-    for path in lists:
-        with contextlib.suppress(OSError):  # A thread that has ended meanwhile has no list.
-            children.update(int(pid) for pid in path.read_text().split())
-    return children
 
 
 def pytest_sessionfinish(session):
@@ -56,3 +83,41 @@ def pytest_sessionfinish(session):
     if skipped and os.environ.get("CI"):
         reporter.write_line(f"{len(skipped)} tests were skipped that CI does not expect to be", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+# What a test may do to the process
+
+
+@pytest.fixture
+def no_threads(monkeypatch):
+    """A context in which Python can start no thread, as where no more processes are allowed."""
+
+    def cannot(_thread):
+        raise RuntimeError("can't start new thread")
+
+    @contextlib.contextmanager
+    def lacking():
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", cannot)
+            yield
+
+    return lacking
+
+
+# Nothing is left behind
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    threads_before = set(threading.enumerate())
+    children_before = children()
+    yield
+    end = time.monotonic() + PATIENCE
+    while True:
+        threads = [thread for thread in threading.enumerate() if thread not in threads_before]
+        processes = children() - children_before
+        if not threads and not processes:
+            return
+        if time.monotonic() > end:
+            pytest.fail(f"left behind: threads {threads}, processes {processes}")
+        time.sleep(0.02)

@@ -63,7 +63,7 @@ def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> It
         policy=policy or Policy(),
         listeners=(board, chronicle),
     )
-    keeper = Keeper(fleet, inbox, lanes, board)
+    keeper = Keeper(fleet, inbox, lanes, board, clock)
     keeper.start()
     spoken_for = {
         "keeper": keeper,

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
-_EITHER = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("short", max_examples=200, derandomize=True, database=None, **_EITHER)
-settings.register_profile("long", max_examples=20_000, **_EITHER)
-FUZZ = settings(settings.get_profile(os.environ.get("HYPOTHESIS_PROFILE", "short")))
-"""`short` tries the same at each run, so that a change is to blame for what fails; `long` looks for what nobody has seen."""
+FUZZ = settings(
+    max_examples=200,
+    deadline=None,
+    database=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+"""What is tried depends on the seed alone (tests/conftest.py): each commit tries something else, and `make soak` many seeds."""
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

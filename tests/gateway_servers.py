@@ -334,6 +334,11 @@ class HostileGateway:
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\n{more}{length}"
         stream.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
 
+    def forget(self, stream, asked, _):
+        """List no kernels, and be unable to say anything about a single one."""
+        listing = asked.method == "GET" and asked.path.partition("?")[0].endswith("/api/kernels")
+        self.send(stream, *((200, []) if listing else (503, {"reason": "busy"})))
+
     def hang(self, *_):
         self._ending.wait()
 
@@ -364,6 +369,16 @@ class HostileGateway:
         while not self._ending.is_set():
             stream.sendall(chunk)
 
+    def break_off(self, stream, *_):
+        """Say that more comes than does, of an answer that can be read without it."""
+        body = json.dumps({"default": "python3", "kernelspecs": {"python3": SPEC}}).encode()
+        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+        stream.sendall(head.encode() + body)
+
+    def break_off_chunks(self, stream, *_):
+        body = json.dumps({"default": "python3", "kernelspecs": {"python3": SPEC}}).encode()
+        stream.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body))
+
     def die(self, stream, *_):
         """Be gone for good, with the connection that asked."""
         stream.close()
@@ -389,12 +404,15 @@ ANSWERS = {
     "nothing": _plain(200, ""),
     "close": lambda *_: None,
     "garbage": lambda *_: None,
+    "forget": HostileGateway.forget,
     "hang": HostileGateway.hang,
     "hang after headers": HostileGateway.hang_after_headers,
     "drip": HostileGateway.drip,
     "drip chunk": HostileGateway.drip_chunk,
     "drip head": HostileGateway.drip_head,
     "endless": HostileGateway.endless,
+    "break off": HostileGateway.break_off,
+    "break off chunks": HostileGateway.break_off_chunks,
     "die": HostileGateway.die,
 }
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,21 +27,44 @@ PATIENCE = 60.0
 """Seconds after which a condition counts as never met; generous, since machines are slow sometimes."""
 
 
-def until(condition, *, within=PATIENCE, what="condition"):
-    """Wait until `condition()` is true, and give what it gave."""
-    end = time.monotonic() + within
+def until(condition, *, what="condition"):
+    """Wait until `condition()` is true, and return its value. No test sets the limit: how long a thing takes is for bench/."""
+    begun = time.monotonic()
     while True:
         value = condition()
         if value:
             return value
-        assert time.monotonic() < end, f"{what}: not met within {within} s"
-        time.sleep(0.02)
+        waited = time.monotonic() - begun
+        assert waited < PATIENCE, f"{what() if callable(what) else what}: not met within {PATIENCE} s"
+        # To ask is work, too, and what has not come for long does not come a moment later.
+        time.sleep(min(max(0.02, waited / 20), 0.2))
+
+
+def _own_ports():
+    """Return ports that no connection of another test is given (Linux gives those from 32768 on), and no other worker takes."""
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    first = 12_000 + worker % 8 * 2_500
+    begin = random.Random(os.getpid()).randrange(2_500)
+    return itertools.cycle(first + (begin + number) % 2_500 for number in range(2_500))
+
+
+_ports = _own_ports()
 
 
 def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Return a port that stays free, while nothing listens there, for whoever was given it."""
+    while True:
+        port = next(_ports)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+
+
+def low_ports_take_a_right():
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text()) > 81
+    except OSError:
+        return True
 
 
 def port_is_free(port):
@@ -50,14 +77,14 @@ def port_is_free(port):
         return True
 
 
-def processes_marked(room_prefix):
-    """Every live process that a server of this runtime directory started."""
+def processes_marked(room_prefix, *, rehearsals=True):
+    """Every live process that a server of this runtime directory started; a fork server rehearses one whenever it loads anew."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get("LABKEEPER_SERVER", "").startswith(
-                str(room_prefix)
-            ):
+            mark = process.environ().get("LABKEEPER_SERVER", "")
+            counts = rehearsals or "/.forkservers/" not in mark
+            if process.status() != psutil.STATUS_ZOMBIE and mark.startswith(str(room_prefix)) and counts:
                 found.append(process)
     return found
 
@@ -65,10 +92,22 @@ def processes_marked(room_prefix):
 def servers_in(room_prefix):
     """The pids of the JupyterLab servers among them: not their kernels, nor what extensions run for a moment."""
     found = []
-    for process in processes_marked(room_prefix):
+    for process in processes_marked(room_prefix, rehearsals=False):
         with contextlib.suppress(psutil.Error):
             if any(piece.startswith("jupyter-lab") for piece in process.cmdline()[:1]):
                 found.append(process.pid)
+    return found
+
+
+def children():
+    """The processes that this one started, as the kernel lists them (psutil would look at every process of the machine)."""
+    lists = list(Path("/proc/self/task").glob("*/children"))
+    if not lists:
+        return {child.pid for child in psutil.Process().children()}
+    found = set()
+    for path in lists:
+        with contextlib.suppress(OSError):  # A thread that has ended meanwhile has no list.
+            found.update(int(pid) for pid in path.read_text().split())
     return found
 
 
@@ -77,6 +116,17 @@ def alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+@contextlib.contextmanager
+def no_descriptors():
+    """Let this process open nothing for a while."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def plain_python(directory: Path):
@@ -101,10 +151,11 @@ class KeeperProcess:
         self.log = base / "keeper.log"
         for directory in (self.notebook_dir, self.config_dir):
             directory.mkdir(parents=True, exist_ok=True)
+        # JupyterLab would ask npm where language servers are, by a process at each start.
+        (self.config_dir / "jupyter_server_config.json").write_text('{"LanguageServerManager": {"node_roots": []}}')
         self.port = free_port()
         self.lab_port = free_port()
-        # A fork server takes seconds to load: those tests have one that are about it.
-        self.settings = {"launch_by": "exec"} | settings
+        self.settings = settings
         self.variables = {}
         """More of its environment, which its servers inherit."""
         self.verify = True
@@ -118,7 +169,11 @@ class KeeperProcess:
 
     @property
     def rooms(self):
-        return self.state_dir / "run"
+        return Path(self.settings.get("runtime_dir", self.state_dir / "run"))
+
+    def in_rooms(self):
+        """The names of what is in the runtime directory: rooms and fork servers, but not its lock, which stays."""
+        return sorted({path.name for path in self.rooms.iterdir()} - {"keeper.lock"}) if self.rooms.exists() else []
 
     @property
     def environment(self):
@@ -158,6 +213,12 @@ class KeeperProcess:
         until(self._ready, what="keeper ready")
         if self.settings.get("auth") != "none":
             self.http.headers["Authorization"] = f"Bearer {self.token}"
+        return self
+
+    def start_to_fork(self):
+        """Start it, and wait until its fork server is ready, so that it executes no server for want of one."""
+        self.start()
+        until(lambda: "the fork server is ready" in self.log.read_text(), what="a fork server")
         return self
 
     def _ready(self):
@@ -202,12 +263,27 @@ class KeeperProcess:
         self.http.close()
         return code
 
+    def clear(self):
+        """Delete every server and token, and prove that only the keeper and its fork server are left."""
+        assert self.process.poll() is None, self.log.read_text()
+        for server in self.http.get("/api/servers").json()["servers"]:
+            assert self.delete(server["name"], force="true").status_code in {200, 404}
+        for token in self.http.get("/api/tokens").json()["tokens"]:
+            self.http.delete(f"/api/tokens/{token['name']}")
+        for path in self.notebook_dir.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        rooms = [name for name in self.in_rooms() if name != ".forkservers"]
+        left = processes_marked(self.rooms, rehearsals=False)
+        assert not rooms, rooms
+        assert not left, left
+        assert not (self.config_dir / "jupyter_server_config.py").exists()
+
     def close(self):
         """End whatever is left, and prove that nothing is."""
         if self.process is not None and self.process.poll() is None:
             assert self.stop() == 0, self.log.read_text()
             left = processes_marked(self.rooms)
-            rooms = list(self.rooms.iterdir()) if self.rooms.exists() else []
+            rooms = self.in_rooms()
             self.sweep()
             assert not left, left
             assert not rooms, rooms
@@ -220,7 +296,10 @@ class KeeperProcess:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         groups = ControlGroups(self.rooms.resolve())
-        for name in groups.names():
+        # Those of rehearsals, which are no servers, have names that begin with a dot.
+        found = (group.name for base in groups._bases for group in base.glob(f"{groups._prefix}.*"))
+        rehearsals = {name.removeprefix(groups._prefix) for name in found}
+        for name in groups.names() | rehearsals:
             groups.kill(name)
             groups.remove(name)
 
@@ -262,16 +341,12 @@ class PassableKeeper(KeeperProcess):
             subprocess.run(["chown", "-R", f"{self.runs_as}:", self.base], check=True)
         return super().start()
 
-    @property
-    def rooms(self):
-        return self.settings.get("runtime_dir", super().rooms)
-
     def close(self):
         code = self.stop()
         left = processes_marked(self.rooms)
         self.sweep()
         assert (code, left) == (0, []), self.log.read_text()
-        assert {path.name for path in self.rooms.iterdir()} <= {"keeper.lock"}
+        assert not self.in_rooms()
 
 
 HANDS = """
@@ -309,17 +384,22 @@ def run_in_server(server, code):
 
 
 def forked(keeper, name="default", **body):
-    """Start a server that is forked; as long as no fork server is ready it is executed, and asked for again."""
+    """Start a server that is forked. Until the right fork server is ready it is executed, and asked for again then."""
 
-    def start():
+    def ready():
+        """How many fork servers have become ready so far."""
+        return keeper.log.read_text().count("the fork server is ready")
+
+    until(ready, what="a fork server")
+    while True:
+        before = ready()
         answer = keeper.post(name=name, **body)
         assert answer.status_code == 201, answer.text
         if answer.json()["launched_by"] == "fork":
             return answer.json()
         assert keeper.delete(name, force="true").status_code == 200
-        return None
-
-    return until(start, what="a forked server")
+        # Executed servers would only slow down what is waited for.
+        until(lambda before=before: ready() > before, what=f"a fork server ({answer.json()['exec_reason']})")
 
 
 def parent_of(server):

@@ -21,6 +21,25 @@ def own_memory():
 """
 """Defines `own_memory`, which gives each mapping with what is in it."""
 
+OWN_STATE = """
+import gc, sys, types
+
+def own_state():
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+    seen = {id(sys.modules), *map(id, modules), *(id(vars(module)) for module in modules)}
+    for module in modules:
+        waiting = list(vars(module).values())
+        while waiting:
+            thing = waiting.pop()
+            if isinstance(thing, (str, bytes)):
+                yield module.__name__, thing
+            elif id(thing) not in seen:
+                seen.add(id(thing))
+                waiting += gc.get_referents(thing)
+
+"""
+"""Defines `own_state`, which gives each text that a module has, at whatever depth, with the name of that module."""
+
 
 def hidden(text):
     """Write a text as a pattern that finds it, and does not hold it: the pattern is in that memory itself."""

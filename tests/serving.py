@@ -8,9 +8,24 @@ import io
 import json
 import socket
 import threading
+import time
 
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
+from labkeeper.api.peers import UNREAD
+
+
+class StandingClock:
+    """The clock by which a server's callers are late. It stands until a test lets it jump."""
+
+    def __init__(self):
+        self._now = time.monotonic()
+
+    def monotonic(self):
+        return self._now
+
+    def jump(self, seconds):
+        self._now += seconds
 
 
 class Served:
@@ -67,6 +82,7 @@ def application(environ, start_response):
         known = {name: environ.get(name) for name in ("wsgi.url_scheme", "REMOTE_ADDR", "HTTP_LABKEEPER_PEER")}
         peer = environ.get("labkeeper.peer")
         sent = environ["wsgi.input"].read()
+        known["unread"] = environ.get(UNREAD, False)
         known |= {"peer": peer and [peer.pid, peer.uid, peer.gid], "size": len(sent), "digest": hashlib.sha256(sent).hexdigest()}
         body = [json.dumps(known).encode()]
     start_response("200 OK", [("Content-Type", "application/octet-stream")])

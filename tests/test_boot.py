@@ -51,7 +51,7 @@ def test_what_is_needed_later_is_loaded_later(loaded):
     assert loaded[0] == []
 
 
-def test_threads_are_started_when_there_is_work_for_them(loaded):
+def test_threads_for_callers_are_started_when_there_are_callers(loaded):
     assert loaded[1] < 20
 
 

@@ -751,7 +751,7 @@ def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, mo
     assert sent == []
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can start a process as another user")
+@pytest.mark.root
 def test_a_process_of_another_user_is_no_keeper_of_ours(squatter, state_dir):
     """Root's is, and that of who wrote the address, who need not be the one that asks."""
     url, sent = squatter

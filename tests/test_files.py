@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import no_descriptors
 from labkeeper.files import _LARGEST, private_copy, read_foreign, read_named, remove_tree
 
 
@@ -77,7 +78,7 @@ def test_nobody_who_holds_a_lease_of_a_file_is_waited_for(tmp_path):
 NOBODY = pwd.getpwuid(65534).pw_name
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+@pytest.mark.root
 @pytest.mark.parametrize(
     ("owner", "group", "mode", "readable"),
     [
@@ -162,3 +163,11 @@ def test_what_its_owner_has_closed_to_itself_is_removed_too(tmp_path):
         os._exit(os.path.lexists("tree"))
     os.close(here)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def test_a_directory_that_no_descriptor_is_left_for_is_not_taken_for_removed(tmp_path):
+    (tmp_path / "room" / "inner").mkdir(parents=True)
+    with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+        remove_tree(tmp_path / "room")
+    remove_tree(tmp_path / "room")
+    assert not (tmp_path / "room").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import resource
 import socket
 import threading
 from dataclasses import replace
@@ -152,6 +153,7 @@ def test_a_server_is_asked_where_it_listens(hostname, host, url):
         ("ModuleNotFoundError: No module named 'x'", "import-error"),
         ("traitlets.traitlets.TraitError: The 'port' trait", "config-error"),
         ("bad configuration: cannot load /x", "config-error"),
+        ("[C 2026 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is not available.", "port-in-use"),
         ("something else", "other"),
     ],
 )
@@ -160,6 +162,22 @@ def test_the_cause_of_an_early_end_is_read_from_its_last_words(line, kind):
     assert found == kind
     assert said
     assert not said.startswith("[C")
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        (["[I 2026-01-01 00:00:00.000 ServerApp] notebook_shim | extension was successfully loaded."], ""),
+        (["[D 2026-01-01 00:00:00.000 LabApp] Paths used", "", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], ""),
+        (["[C 2026-01-01 00:00:00.000 ServerApp] ", "    To access the server, open", "        http://127.0.0.1:1/lab"], ""),
+        (["[E 2026-01-01 00:00:00.000 LabApp] it broke", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], "it broke"),
+        (["[W 2026-01-01 00:00:00.000 LabApp] odd", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], ""),
+        (["[I 2026-01-01 00:00:00.000 LabApp] Permission denied: no matter"], ""),
+        (["[I 2026-01-01 00:00:00.000 LabApp] loaded", "Fatal Python error: Aborted"], "Fatal Python error: Aborted"),
+    ],
+)
+def test_what_jupyter_says_by_the_way_is_no_cause(tail, said):
+    assert jupyter.cause_of(Exit(code=7), tail) == (FailureClass.OTHER, said)
 
 
 def test_who_was_killed_did_not_say_why():
@@ -254,6 +272,15 @@ def test_kernels_are_read(answering):
     client, where, answers = answering
     answers["/api/kernels"] = (200, json.dumps([{"id": "k", "name": "python3", "execution_state": "busy", "more": 1}]))
     assert [(k.id, k.execution_state) for k in client.kernels(where)] == [("k", "busy")]
+
+
+def test_where_no_descriptor_is_free_it_cannot_be_told_whether_a_server_answers():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        assert jupyter.JupyterClient().answers(endpoint(1)) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_nobody_there_answers_nothing():

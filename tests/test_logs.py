@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from labkeeper import logs
+from labkeeper import logs, scrub
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.model import Change, Failure, FailureClass, GatewayHealth, Origin, Snapshot, StopMethod, StopReport
 from labkeeper.testing.fakes import a_spec
@@ -48,7 +48,7 @@ def test_debug_names_the_line_that_spoke(capsys):
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_a_trace_shows_no_values(capsys, form):
     logs.configure(level="info", form=form, debug=False)
-    held = "se" + "cret"
+    held = "hun" + "ter2"
 
     def fail(what):
         raise RuntimeError("why")
@@ -59,7 +59,7 @@ def test_a_trace_shows_no_values(capsys, form):
         structlog.get_logger("labkeeper.x").exception("failed")
     said = capsys.readouterr().err
     assert "RuntimeError: why" in said
-    assert "secret" not in said
+    assert "hunter2" not in said
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,51 @@ def test_no_line_has_a_secret_whoever_wrote_it(capsys, form):
     assert said.count("Traceback") == 2
     assert "hunter2" not in said
     assert len(said.splitlines()) >= 5
+
+
+@pytest.fixture
+def known():
+    """Let a server be known that has some variables; forget it with the test."""
+    listener = scrub.SecretsOfServers()
+
+    def know(**env):
+        spec = replace(a_spec("lab-1"), env=env)
+        after = replace(snapshot(State.STARTING), spec=spec)
+        listener.changed(Change(Event.TURN, None, after, 0.0))
+        return after
+
+    yield know
+    gone = replace(snapshot(State.STOPPED), spec=a_spec("lab-1"), goal=Goal.ABSENT)
+    listener.changed(Change(Event.EXITED, None, gone, 0.0))
+    scrub.KEEPER.learn(tuple)
+
+
+def test_what_a_server_was_given_is_hidden_in_what_others_say_of_it_and_nowhere_else(capsys, known):
+    own = ("token:ada", "a-request", "labkeeper.servers", "starting -> failed", "import-error", "lab-1234")
+    before = known(A="its-own-secret", **{f"V{number}": value for number, value in enumerate(own)})
+    logs.configure(level="info", form="json", debug=True)
+    failed = replace(before, state=State.FAILED, failure=Failure(FailureClass.IMPORT_ERROR, "no its-own-secret for token:ada"))
+    logs.ChangeLog().changed(Change(Event.CRASHED, before, failed, 0.0, Origin("token:ada", "a-request")))
+    with structlog.contextvars.bound_contextvars(server="lab-1"):
+        logging.getLogger("somebody").warning("its-own-secret")
+    for about in ({"server": "lab-2"}, {}):
+        structlog.get_logger("labkeeper.x").info("said", text="its-own-secret", **about)
+    changed, said, *others = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    facts = {"actor": "token:ada", "request_id": "a-request", "logger": "labkeeper.servers", "failure_class": "import-error"}
+    assert changed.items() >= (facts | {"event": "starting -> failed", "server": "lab-1"}).items()
+    assert changed["cause"] == "no [secret] for [secret]"
+    assert said["event"] == "[secret]"
+    assert [entry["text"] for entry in others] == ["its-own-secret"] * 2
+
+
+def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secrets_are_nowhere(capsys, known):
+    logs.configure(level="info", form="json", debug=False)
+    scrub.KEEPER.learn(lambda: ["owners-token"])
+    structlog.get_logger("labkeeper.x").info("said", server="0a" * scrub.TOKEN_BYTES)
+    structlog.get_logger("labkeeper.x").info("owners-token", server="owners-token", text="owners-token")
+    first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
+    assert first["server"] == "0a" * scrub.TOKEN_BYTES
+    assert {second[key] for key in ("event", "server", "text")} == {"[secret]"}
 
 
 def test_what_is_no_secret_is_written_as_before(capsys):

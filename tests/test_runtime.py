@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from dataclasses import replace
 
@@ -15,9 +16,11 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.model import Change, Create, Order, Ready, Report, ServerName, Snapshot, Tick
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, OpenGate, World, a_spec
+from labkeeper.testing.fakes import FakeBackend, FakeClock, MemoryLedger, MemoryStore, OpenGate, World, a_spec
 
 ONE, TWO = ServerName("one"), ServerName("two")
+OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None))
+"""News of no server that there is."""
 
 
 def snapshot(name=ONE, state=State.STARTING, goal=Goal.UP, launch=1):
@@ -108,8 +111,8 @@ class TestLanes:
 
 
 class Rig:
-    def __init__(self, **policy):
-        self.world, self.store, self.board = World(), MemoryStore(), Board()
+    def __init__(self, clock, policy):
+        self.world, self.store, self.board, self.clock = World(), MemoryStore(), Board(), clock
         inbox = Inbox()
         self.inbox = inbox
         lanes = LanePool(inbox.hear, threads=2)
@@ -119,19 +122,19 @@ class Rig:
             ledger=MemoryLedger(),
             store=self.store,
             lanes=lanes,
-            clock=SystemClock(),
+            clock=clock,
             policy=Policy(**policy),
             listeners=(self.board,),
         )
-        self.keeper = Keeper(self.fleet, inbox, lanes, self.board)
+        self.keeper = Keeper(self.fleet, inbox, lanes, self.board, clock)
 
 
 @pytest.fixture
 def make_rig():
     rigs = []
 
-    def make(**policy):
-        rig = Rig(**policy)
+    def make(clock=SystemClock(), **policy):  # noqa: B008 - it has no state
+        rig = Rig(clock, policy)
         rigs.append(rig)
         rig.keeper.start()
         return rig
@@ -139,6 +142,22 @@ def make_rig():
     yield make
     for rig in rigs:
         rig.keeper.close()
+
+
+@contextlib.contextmanager
+def held_up(rig, monkeypatch):
+    """Start a server that does not answer, and hold the fleet's thread up; it looks at its timers again after that."""
+    rig.world.temper(ONE).boots = False
+    rig.keeper.ask(Create(a_spec(ONE)))
+    until(lambda: rig.world.living(ONE))
+    step, next_deadline = rig.fleet.step, rig.fleet.next_deadline
+    held, looks = threading.Event(), threading.Event()
+    monkeypatch.setattr(rig.fleet, "step", lambda message: held.wait(60) and step(message))
+    monkeypatch.setattr(rig.fleet, "next_deadline", lambda: looks.set() or next_deadline())
+    rig.inbox.hear(OF_NOBODY)
+    yield looks
+    looks.clear()
+    held.set()
 
 
 class TestKeeper:
@@ -161,7 +180,34 @@ class TestKeeper:
         rig = make_rig(start_timeout=0.2)
         rig.world.temper(ONE).boots = False
         rig.keeper.ask(Create(a_spec(ONE)))
-        until(lambda: rig.keeper.ask(Tick()) or rig.keeper.get(ONE).state is State.FAILED, within=10)
+        until(lambda: rig.keeper.ask(Tick()) or rig.keeper.get(ONE).state is State.FAILED)
+
+    def test_what_had_come_when_a_timer_was_due_goes_before_it(self, make_rig, monkeypatch):
+        rig = make_rig(FakeClock(), start_timeout=1)
+        with held_up(rig, monkeypatch):
+            rig.world.answer(ONE)
+            rig.clock.advance(1)
+        until(lambda: rig.keeper.get(ONE).state is not State.STARTING)
+        assert rig.keeper.get(ONE).state is State.RUNNING
+
+    def test_who_has_overslept_a_timer_waits_for_what_those_report_who_slept_too(self, make_rig, monkeypatch):
+        rig = make_rig(FakeClock(), start_timeout=10)
+        with held_up(rig, monkeypatch) as looks:
+            rig.clock.advance(60)
+        until(looks.is_set)
+        assert rig.keeper.get(ONE).state is State.STARTING
+        rig.world.answer(ONE)
+        until(lambda: rig.keeper.get(ONE).state is State.RUNNING)
+
+    def test_a_timer_that_was_overslept_goes_in_the_end(self, make_rig, monkeypatch):
+        rig = make_rig(FakeClock(), start_timeout=10)
+        with held_up(rig, monkeypatch) as looks:
+            rig.clock.advance(60)
+        until(looks.is_set)
+        rig.clock.advance(60)
+        # What wakes it is no news of the server.
+        rig.inbox.hear(OF_NOBODY)
+        until(lambda: rig.keeper.get(ONE).state is State.FAILED)
 
     def test_stopping_all_waits_for_the_last(self, make_rig):
         rig = make_rig(stop_grace=0.1)

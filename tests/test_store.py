@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sqlite3
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from harness import until
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.model import (
@@ -100,7 +105,7 @@ def test_a_file_that_is_no_database_is_refused_and_kept(path):
 
 
 def test_a_row_that_is_no_snapshot_is_refused(store, path):
-    with sqlite3.connect(path) as other:
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("INSERT INTO servers VALUES ('x', '{\"state\": 7}')")
     other.close()
     with pytest.raises(StoreError, match="damaged"):
@@ -108,7 +113,7 @@ def test_a_row_that_is_no_snapshot_is_refused(store, path):
 
 
 def test_a_newer_file_is_refused(store, path):
-    with sqlite3.connect(path) as other:
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("PRAGMA user_version = 99")
     other.close()
     with pytest.raises(StoreError, match="newer"):
@@ -120,8 +125,25 @@ def test_a_directory_that_is_not_there_is_named(tmp_path):
         SqliteStore(tmp_path / "nowhere" / "x.sqlite")
 
 
+def test_a_full_disk_is_told_from_what_else_goes_wrong(store):
+    store._db.execute("PRAGMA max_page_count = 1")
+    with pytest.raises(StoreError, match=r"cannot write the store .*full") as caught:
+        store.save(replace(BARE, spec=replace(BARE.spec, root_dir="/" + "x" * 100_000)))
+    assert caught.value.details == {"failure_class": "disk-full"}
+    store._db.execute("PRAGMA query_only = ON")
+    with pytest.raises(StoreError, match=r"cannot write the store .*readonly") as caught:
+        store.save(BARE)
+    assert caught.value.details == {}
+
+
+def test_a_row_that_is_no_text_is_an_error_of_the_store(store):
+    store._db.execute("INSERT INTO servers VALUES ('lab', CAST(x'ff' AS TEXT))")
+    with pytest.raises(StoreError, match="cannot read the store"):
+        store.load()
+
+
 def test_a_write_that_fails_says_so(store, path):
-    with sqlite3.connect(path) as other:
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("DROP TABLE servers")
     other.close()
     for call in (lambda: store.save(BARE), lambda: store.forget(BARE.name), store.load):
@@ -149,10 +171,70 @@ def test_debts_outlive_the_keeper_until_they_are_settled(path):
 
 def test_a_debt_that_cannot_be_read_is_damage(path, store):
     store.owe(DEBTS)
-    with sqlite3.connect(path) as other:
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE debts SET debt = '{}'")
     with pytest.raises(StoreError, match="damaged"):
         store.debts()
+
+
+@pytest.fixture
+def rests(path):
+    """Say which files beside each other hold a text."""
+
+    def rests(text):
+        return sorted(file.name for file in path.parent.iterdir() if text.encode() in file.read_bytes())
+
+    return rests
+
+
+def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store, rests):
+    """A row of many pages, one that was shorter before, and a debt; beside one that stays."""
+    bare = replace(BARE.spec, env={"A": "a-secret", "B": "x" * 20_000, "C": "another-secret"})
+    store.save(BARE)
+    store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "first-secret"})))
+    store.save(replace(BARE, spec=bare))
+    store.save(FULL)
+    store.owe([KernelDebt("k1", Gateway("http://g", "ws://g", auth_token="gateway-secret"), ServerName("bare"), 1.5)])
+    store.forget(ServerName("bare"))
+    store.settle(["k1"])
+    store.wipe()
+    assert not [text for text in ("first-secret", "a-secret", "another-secret", "gateway-secret") if rests(text)]
+    assert rests('"token":"token"')
+    assert store.load() == [FULL]
+
+
+def test_who_looks_into_the_file_is_not_waited_for_and_what_stays_goes_the_next_time(store, path, rests):
+    store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        assert len(other.execute("SELECT * FROM servers").fetchall()) == 1
+        store.forget(ServerName("bare"))
+        store.wipe()
+        assert len(other.execute("SELECT * FROM servers").fetchall()) == 1
+    store.wipe()
+    assert not rests("a-secret")
+
+
+def test_of_many_who_wipe_behind_a_long_look_into_the_history_one_waits(store, rests):
+    """Each would hold a thread that servers start in."""
+    store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
+    with store._reading:
+        threads = [threading.Thread(target=store.wipe) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        until(lambda: sum(thread.is_alive() for thread in threads) == 1, what="all but one are done")
+        store.forget(ServerName("bare"))
+    for thread in threads:
+        thread.join()
+    assert not rests("a-secret")
+
+
+def test_what_a_keeper_that_was_killed_had_dropped_goes_with_the_next_one(store, path, rests):
+    store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
+    store.forget(ServerName("bare"))
+    assert rests("a-secret")
+    with contextlib.closing(SqliteStore(path)):
+        assert not rests("a-secret")
 
 
 def test_a_file_of_the_layout_before_is_carried_over(path):
@@ -160,10 +242,29 @@ def test_a_file_of_the_layout_before_is_carried_over(path):
     store = SqliteStore(path)
     store.save(BARE)
     store.close()
-    with sqlite3.connect(path) as older:
+    with contextlib.closing(sqlite3.connect(path)) as older, older:
         older.execute("DROP TABLE debts")
         older.execute("PRAGMA user_version = 1")
     store = SqliteStore(path)
     assert (store.load(), store.debts()) == ([BARE], [])
     store.owe(DEBTS)
     store.close()
+
+
+def test_the_runtime_directories_are_those_that_were_noted_last(path):
+    store = SqliteStore(path)
+    assert store.runtime_dirs() == []
+    store.note_runtime_dirs([Path("/two"), Path("/one"), Path(os.fsdecode(b"/\xff"))])
+    store.close()
+    store = SqliteStore(path)
+    assert set(store.runtime_dirs()) == {Path("/one"), Path("/two"), Path(os.fsdecode(b"/\xff"))}
+    store.note_runtime_dirs([Path("/two")])
+    assert store.runtime_dirs() == [Path("/two")]
+    store.close()
+
+
+def test_a_runtime_directory_without_a_path_is_damage(path, store):
+    with contextlib.closing(sqlite3.connect(path)) as other, other:
+        other.execute("INSERT INTO runtime_dirs VALUES (x'612f62')")
+    with pytest.raises(StoreError, match="damaged"):
+        store.runtime_dirs()

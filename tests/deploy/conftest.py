@@ -42,7 +42,20 @@ class Machine:
         self.boot()
 
     def boot(self):
-        until(lambda: self.run("systemctl is-system-running", check=False) in {"running", "degraded"}, what="systemd")
+        until(self.booted, what=lambda: f"systemd ({self.report()})")
+
+    def booted(self):
+        if docker("inspect", "-f", "{{.State.Running}}", self.name).stdout.strip() != "true":
+            raise AssertionError(f"systemd has ended ({self.report()})")
+        return self.run("systemctl is-system-running", check=False) in {"running", "degraded"}
+
+    def report(self):
+        """What there is to say of a boot that goes wrong."""
+        asked = "systemctl is-system-running; systemctl list-jobs; systemctl --failed; journalctl --no-pager -n 100"
+        return [
+            (done.stdout, done.stderr)
+            for done in (docker("logs", self.name, check=False), docker("exec", self.name, "sh", "-c", asked, check=False))
+        ]
 
     def reboot(self):
         """Let systemd end everything, and begin anew with an empty /run."""
@@ -86,7 +99,7 @@ class Machine:
             pid = self.keeper
             return pid not in {0, after} and self.run("curl -sf http://127.0.0.1:8000/readyz", check=False)
 
-        until(ready, within=PATIENCE, what="the keeper")
+        until(ready, what="the keeper")
 
     def left(self):
         """Give the command lines of all processes of the service's user."""
@@ -109,7 +122,7 @@ class Machine:
                 server = self.server(name)
                 return server if server["state"] == "running" else None
 
-        return until(running, within=PATIENCE, what=f"server '{name}'")
+        return until(running, what=f"server '{name}'")
 
     def cell(self, code, name="demo"):
         """Run code in the server's kernel; give what it prints."""

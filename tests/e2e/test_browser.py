@@ -27,7 +27,7 @@ FLAGS = [
 ]
 """Root needs the first one; the others keep the browser from asking for what is its own."""
 
-pytestmark = pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture

@@ -1,9 +1,10 @@
-"""Whatever is killed, whenever, under load: what the keeper says afterwards is so, and nothing is lost, doubled or left.
+"""Whatever is killed or runs out under load: what the keeper says afterwards is so, and nothing is lost, doubled or left.
 
-A round is some load, some kills in its middle, and a comparison of the world with the API when all is at rest. All chances are
-drawn from a seed. What they meet depends on the machine, so the same seed tells the same plan, not always the same story.
+A round is some load, some kills in its middle, and a comparison of the world with the API when all is at rest; or it has no room
+for processes and threads, for descriptors or on the disk for a while. All chances are drawn from a seed. What they meet depends
+on the machine, so the same seed tells the same plan, not always the same story.
 
-    CHAOS_SEED=7 CHAOS_ROUNDS=1000 pytest tests/e2e/test_chaos.py
+    SEED=7 CHAOS_ROUNDS=1000 pytest tests/e2e/test_chaos.py
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -27,9 +29,11 @@ import psutil
 import pytest
 
 from harness import PATIENCE, KeeperProcess, port_is_free, start_kernel, until
+from shortages import Disk, Group, GroupedKeeper, needs_group
 
-SEED = os.environ.get("CHAOS_SEED", "labkeeper")
-ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "200"))
+SEED = os.environ["SEED"]
+ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "10"))
+"""Of each kind."""
 MIXES = {
     "everything": {"keeper": 0.35, "forkserver": 0.06, "spare": 0.2, "server": 0.6, "kernel": 0.3, "rehearsal": 0.1},
     "keepers": {"keeper": 1.0, "server": 0.3, "kernel": 0.1},
@@ -37,8 +41,12 @@ MIXES = {
     "forkservers": {"forkserver": 0.16, "spare": 0.5, "rehearsal": 0.3, "keeper": 0.4, "server": 0.3},
 }
 """How likely a round has kills of each kind. In `servers` the keeper lives on, so that what it gathers is seen."""
+SHORTAGE = {"shortage": 1.0, "server": 0.4, "kernel": 0.2}
+"""Where something runs out in every round. The keeper is not killed: what it could not store would be lost with it."""
 LOAD_SECONDS = (0.2, 0.6)
-AGREES_WITHIN = 5.0
+SPELL_SECONDS = (0.3, 1.5)
+"""How long something is short."""
+AGREES_WITHIN = 30.0
 """Seconds in which a world at rest comes to agree with the API; logs of deleted servers and zombies go a moment later."""
 OWNED = (("one", "two"), ("three", "four"), ("five", "fixed"))
 """Names by the caller who alone gives orders about them, and so knows what must be."""
@@ -46,6 +54,10 @@ SHARED = "shared"
 """The name that everybody else fights for."""
 REST = {"running", "stopped", "failed"}
 GOOD = {200, 201, 202}
+REFUSED = {502, 503}
+"""How an order is answered for which there is no room: it could not be carried out, or not even be noted down."""
+STILL = "still"
+"""The name that nobody kills, and gives no orders about: what runs under it goes on whatever runs out."""
 KILLED = {"killed", "other"}
 """The classes of failure that a kill may lead to; nobody may have seen how a server ended, and then it is `other`."""
 MOST_RESTARTS = 3
@@ -62,7 +74,11 @@ OF_STATE = {
     "run",
 }
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+pytestmark = [
+    pytest.mark.chaos,
+    pytest.mark.soak,
+    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+]
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,7 @@ class World:
     """A keeper, all that belongs to it, and what callers were told."""
 
     def __init__(self, base, seed, mix):
-        self.keeper = KeeperProcess(
+        self.keeper = self.keeper_in(
             base, launch_by="fork", stop_grace=2, kill_wait=1, probe_period=0.5, start_timeout=40, hung_after=60
         )
         self.seed = seed
@@ -102,6 +118,9 @@ class World:
         self.lies = []
         self.sizes = []
         self.begun = time.monotonic()
+
+    def keeper_in(self, base, **settings):
+        return KeeperProcess(base, **settings)
 
     def tell(self, text):
         self.story.append(f"{time.monotonic() - self.begun:8.3f} {text}")
@@ -137,12 +156,15 @@ class World:
 
     # What is done to it
 
+    def disturb(self, kind, rng):
+        self.kill(kind, rng)
+
     def kill(self, kind, rng):
         """Kill some of a kind; what there is of it now."""
         if kind == "keeper":
             self.kill_keeper(rng)
             return
-        there = sorted({seen.pid for seen in self.processes() if seen.kind == kind})
+        there = sorted({seen.pid for seen in self.processes() if seen.kind == kind and seen.name != STILL})
         chosen = rng.sample(there, rng.randint(1, len(there))) if there else []
         for pid in chosen:
             with contextlib.suppress(ProcessLookupError):
@@ -165,6 +187,9 @@ class World:
         self.keeper.start()
         self.tell(f"keeper {self.keeper.process.pid} is ready")
 
+    def begin(self):
+        """What is there before the first round."""
+
     # A round
 
     def round(self, number):
@@ -185,7 +210,7 @@ class World:
         try:
             for moment, kind in sorted(plan):
                 time.sleep(max(0.0, begun + moment - time.monotonic()))
-                self.kill(kind, rng)
+                self.disturb(kind, rng)
             time.sleep(max(0.0, begun + load - time.monotonic()))
         finally:
             over.set()
@@ -246,7 +271,7 @@ class World:
         name, state, pid = server["name"], server["state"], server["pid"]
         if state == "failed":
             kind, end = server["failure"]["failure_class"], server["failure"]["exit"] or {}
-            if kind not in KILLED or (kind == "other" and end.get("code") is not None):
+            if not self.may_fail(kind, end):
                 yield f"'{name}' failed for a reason that is no kill: {server['failure']}"
             if server["started_at"] is not None and server["restarts"] < MOST_RESTARTS:
                 yield f"'{name}' has run, and was given up after {server['restarts']} restarts"
@@ -257,6 +282,13 @@ class World:
                 yield f"'{name}' is {state} and has processes: {processes}"
         else:
             yield from self.not_as_told(server, processes)
+
+    def may_fail(self, kind, end):
+        return kind in KILLED and not (kind == "other" and end.get("code") is not None)
+
+    def may_refuse(self):
+        """Whether orders can be answered that there is no room for them."""
+        return False
 
     def not_as_told(self, server, processes):
         name, pid = server["name"], server["pid"]
@@ -327,7 +359,7 @@ class World:
         places = {seen.name for seen in forkservers}
         yield from _left(state, OF_STATE)
         yield from _left(state / "logs", logs | {f"{log}.1" for log in logs})
-        yield from _left(rooms, running | {".forkservers"})
+        yield from _left(rooms, running | {".forkservers", "keeper.lock"})
         yield from _left(rooms / ".forkservers", places)
         yield from _left(self.keeper.notebook_dir, set())
         for place in places:
@@ -379,6 +411,112 @@ class World:
                 *log,
             ]
         )
+
+
+class PoorWorld(World):
+    """One in which something runs out, in every round."""
+
+    def __init__(self, base, seed, mix):
+        super().__init__(base, seed, mix)
+        self.still = None
+        """The server that goes on, as it was told when it began."""
+
+    def begin(self):
+        self.still = self.keeper.post(name=STILL).json()
+        start_kernel(self.still)
+
+    def disturb(self, kind, rng):
+        if kind != "shortage":
+            super().disturb(kind, rng)
+            return
+        spare, seconds = rng.randint(0, 4), rng.uniform(*SPELL_SECONDS)
+        self.tell(f"{seconds:.1f} s of shortage, but for {spare}")
+        self.take(spare)
+        time.sleep(seconds)
+        self.give_back()
+        self.tell("no shortage any more")
+
+    def take(self, spare):
+        """Let something run out, but for so much of it."""
+        raise NotImplementedError
+
+    def give_back(self):
+        raise NotImplementedError
+
+    def settle(self, *, wholly=False):
+        assert self.keeper.process.poll() is None, "the keeper has ended"
+        super().settle(wholly=wholly)
+        until(lambda: self.keeper.http.get("/readyz").status_code == 200, what="the keeper is ready again")
+        # Whatever failed for want of room starts now that there is some.
+        for name, server in self.servers().items():
+            if server["state"] == "failed":
+                answer = self.keeper.post(f"/{name}/start")
+                assert answer.status_code in GOOD, f"start {name}: {answer.status_code} {answer.text}"
+                if name in self.beliefs:
+                    self.beliefs[name].up = True
+
+    def differences(self):
+        yield from super().differences()
+        still = self.servers()[STILL]
+        if (still["pid"], still["launch"]) != (self.still["pid"], self.still["launch"]):
+            yield f"'{STILL}' answered all the time, and was ended: {still}"
+
+    def may_fail(self, kind, end):
+        return True
+
+    def may_refuse(self):
+        return True
+
+    def close(self):
+        """Remove what it was made with."""
+
+
+class FewPids(PoorWorld):
+    """There is no room for processes and threads, of the keeper and all its servers together."""
+
+    def keeper_in(self, base, **settings):
+        self.group = Group()
+        return GroupedKeeper(base, self.group, **settings)
+
+    def take(self, spare):
+        self.group.allow(self.group.count + spare)
+
+    def give_back(self):
+        self.group.allow("max")
+
+    def close(self):
+        self.group.remove()
+
+
+class FewDescriptors(PoorWorld):
+    """The keeper can open no more files and connections."""
+
+    def take(self, spare):
+        pid = self.keeper.process.pid
+        highest = max(int(path.name) for path in Path(f"/proc/{pid}/fd").iterdir())
+        self.before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (highest + 1 + spare, self.before[1]))
+
+    def give_back(self):
+        resource.prlimit(self.keeper.process.pid, resource.RLIMIT_NOFILE, self.before)
+
+
+class FullDisk(PoorWorld):
+    """There is no room where the keeper, its servers and their logs write."""
+
+    def __init__(self, base, seed, mix):
+        super().__init__(base, seed, mix)
+        self.disk = Disk(base.parent / "disk")
+        self.keeper.state_dir = self.disk.path / "state"
+
+    def take(self, spare):
+        self.disk.fill()
+
+    def give_back(self):
+        self.disk.free()
+
+    def close(self):
+        self.disk.remove()
 
 
 class Caller(threading.Thread):
@@ -465,6 +603,8 @@ class Caller(threading.Thread):
         elif status == 502 and order not in {"stop", "delete"}:
             # It was killed while it started, which `untrue` looks at.
             belief.exists, belief.up = True, True
+        elif status in REFUSED and self.world.may_refuse():
+            belief.exists = belief.up = None
         elif status == 409:
             # Being deleted, or somebody else's order was the last.
             if self.beliefs and belief.exists is True:
@@ -536,17 +676,14 @@ def _size(pid):
         return 0, 0
 
 
-@pytest.mark.timeout(max(600, ROUNDS * 15))
-@pytest.mark.parametrize("kills", MIXES, ids=lambda kills: f"{kills}, seed {SEED}")
-def test_whatever_is_killed_under_load_the_api_tells_what_is_so(tmp_path, kills):
-    seed = f"{SEED}/{kills}"
-    rounds = -(-ROUNDS // len(MIXES))
-    world = World(tmp_path / "keeper", seed, MIXES[kills])
+def survive(world):
+    """Go through the rounds, and tell the whole story when something is not as it must be."""
     number = 0
     try:
         world.keeper.start()
         until(lambda: any(seen.kind == "spare" for seen in world.processes()), what="a fork server is ready")
-        for number in range(rounds):
+        world.begin()
+        for number in range(ROUNDS):
             world.round(number)
         world.settle(wholly=True)
     except BaseException as error:
@@ -558,3 +695,20 @@ def test_whatever_is_killed_under_load_the_api_tells_what_is_so(tmp_path, kills)
             world.keeper.process.kill()
             world.keeper.process.wait()
         world.keeper.close()
+
+
+@pytest.mark.timeout(max(600, ROUNDS * 60))
+@pytest.mark.parametrize("kills", MIXES, ids=lambda kills: f"{kills}, seed {SEED}")
+def test_whatever_is_killed_under_load_the_api_tells_what_is_so(tmp_path, kills):
+    survive(World(tmp_path / "keeper", f"{SEED}/{kills}", MIXES[kills]))
+
+
+@pytest.mark.root
+@pytest.mark.timeout(max(600, ROUNDS * 60))
+@pytest.mark.parametrize("poor", [pytest.param(FewPids, marks=needs_group), FewDescriptors, FullDisk])
+def test_whatever_runs_out_under_load_the_api_tells_what_is_so(tmp_path, poor):
+    world = poor(tmp_path / "keeper", f"{SEED}/{poor.__name__}", SHORTAGE)
+    try:
+        survive(world)
+    finally:
+        world.close()

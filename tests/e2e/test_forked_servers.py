@@ -8,21 +8,22 @@ import os
 import re
 import signal
 import stat
+import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 
-from harness import KeeperProcess, alive, forked, parent_of, run_cell, start_kernel, until
+from harness import PATIENCE, KeeperProcess, alive, forked, give_hands, parent_of, run_cell, run_in_server, start_kernel, until
+from memory import OWN_STATE, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
 TELL_ALL = """
-import atexit, ctypes, gc, hashlib, json, logging, os, pathlib, random, resource, secrets, signal, ssl, sys, tempfile, threading
-import uuid
+import atexit, ctypes, gc, hashlib, json, logging, multiprocessing, os, pathlib, random, resource, secrets, signal, ssl, sys
+import tempfile, threading, uuid
 import jupyter_server.serverapp
 
 room, here = pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"]), pathlib.Path(__file__).parent
@@ -44,6 +45,7 @@ random_things = {
     "urandom": os.urandom(8).hex(),
     "openssl": ssl.RAND_bytes(8).hex(),
     "tempfile": next(tempfile._get_candidate_names()),
+    "multiprocessing": multiprocessing.current_process().authkey.hex(),
 }
 if "numpy" in sys.modules:
     import numpy
@@ -110,8 +112,13 @@ def start_ioloop(app, start=jupyter_server.serverapp.ServerApp.start_ioloop):
 
 
 jupyter_server.serverapp.ServerApp.start_ioloop = start_ioloop
+c.ServerApp.jpserver_extensions = {"hands": True}
 """
 SETTINGS = "settings/@jupyterlab/notebook-extension:tracker"
+PLACES = ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
+"""Variables that name places of a user."""
+OF_THE_KEEPER = {"USER": "earlier-user", "LOGNAME": "earlier-user", "TZ": "America/Lima"}
+OF_A_REQUEST = {"USER": "another", "LOGNAME": "another", "TZ": "Asia/Kathmandu"}
 MUST_DIFFER = {"JUPYTER_RUNTIME_DIR", "LABKEEPER_SERVER", "LC_LABKEEPER", "JUPYTER_SERVER_URL"}
 
 
@@ -142,7 +149,9 @@ def shared(tmp_path_factory):
     with keepers(tmp_path_factory.mktemp("shared")) as make:
         keeper = make("keeper")
         (keeper.config_dir / "ends").mkdir()
+        give_hands(keeper)
         keeper.configure_jupyter(TELL_ALL)
+        keeper.variables.update(OF_THE_KEEPER | {name: keeper.base / f"earlier-{name}" for name in PLACES})
         yield keeper.start()
 
 
@@ -263,6 +272,78 @@ def test_an_answer_has_the_same_fields_either_way(servers):
     assert kinds[0] == kinds[1]
 
 
+POOL = """
+import concurrent.futures, multiprocessing, operator
+for method in ("spawn", "forkserver"):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context(method)) as pool:
+        assert pool.submit(operator.add, 1, 2).result() == 3
+"""
+
+
+@pytest.mark.parametrize("name", ["one", "executed"])
+def test_an_extension_can_run_a_pool_of_processes(servers, name):
+    """Each of these runs the main module once more."""
+    run_in_server(servers[name], POOL)
+
+
+PORTS = """
+import socket, zmq
+from jupyter_client.connect import LocalPortCache
+
+ports = LocalPortCache.instance()
+given, back = (ports.find_available_port("127.0.0.1") for _ in range(2))
+ports.return_port(back)
+with socket.socket() as other:
+    try:
+        other.bind(("127.0.0.1", given))
+    except OSError:
+        other.bind(("127.0.0.1", back))
+    else:
+        raise AssertionError("another program could bind the port")
+with zmq.Context() as context, context.socket(zmq.ROUTER) as kernel:
+    kernel.bind(f"tcp://127.0.0.1:{given}")
+ports.return_port(given)
+"""
+
+
+@pytest.mark.parametrize("name", ["one", "executed"])
+def test_a_port_that_was_chosen_for_a_kernel_is_given_to_nobody_else(servers, name):
+    """Else another program may have it before the kernel listens there, and the kernel ends."""
+    run_in_server(servers[name], PORTS)
+
+
+ATTACHED = {
+    "run": (["run", "--existing", "@connection@"], "print('6 * 7 =', 6 * 7)"),
+    "console": (
+        ["console", "--simple-prompt", "--no-confirm-exit", "--existing", "@connection@"],
+        "print('6 * 7 =', 6 * 7)\nexit\n",
+    ),
+}
+"""Commands that attach to a kernel which runs, and what to say to them."""
+
+
+@pytest.mark.parametrize("name", ["one", "executed"])
+@pytest.mark.parametrize("command", ATTACHED)
+def test_a_console_speaks_to_a_kernel_of_a_server(shared, servers, name, command):
+    kernel = start_kernel(servers[name])
+    # A console that attaches while the kernel starts may miss the word that its cell is done, and waits for it.
+    assert run_cell(servers[name], kernel, "1 + 1") == "2"
+    connection = str(shared.rooms / name / "jupyter" / f"kernel-{kernel}.json")
+    arguments, said = ATTACHED[command]
+    answer = subprocess.run(
+        [sys.executable, "-m", "jupyter", *(piece.replace("@connection@", connection) for piece in arguments)],
+        env=shared.environment,
+        input=said,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert "6 * 7 = 42" in answer.stdout, answer.stderr
+    # It left the kernel as it was.
+    assert run_cell(servers[name], kernel, "1 + 1") == "2"
+
+
 @pytest.mark.parametrize("name", ["PYTHONPATH", "LC_ALL"])
 def test_what_takes_effect_only_when_a_program_starts_is_executed_and_has_effect(shared, name):
     value = {"PYTHONPATH": "/some/where", "LC_ALL": "C"}[name]
@@ -296,6 +377,35 @@ def test_the_lab_keeps_its_things_where_the_servers_own_environment_says(shared,
             assert answer.status_code == 204, answer.text
         kept = {path.name.partition("-")[0] for path in (directory / "lab").rglob("*") if path.is_file()}
         assert kept == {"mine", "tracker.jupyterlab"}
+    assert shared.delete("elsewhere").status_code == 200
+
+
+LOOK = (
+    OWN_STATE
+    + """
+import json, re
+found = {name: repr(text) for name, text in own_state() if re.search("@earlier@", str(text))}
+with open("found", "w") as file:
+    json.dump(found, file)
+"""
+).replace("@earlier@", "|".join(map(hidden, ("earlier-", "America/Lima", "/.forkservers/"))))
+UNUSED = {"rich", "wsgiref.handlers"}
+"""Modules that keep from their import a directory for traces, and the environment of a server that nobody runs."""
+
+
+def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(shared, tmp_path):
+    """What a module makes of these at its import has to be made once more: see standalone/renewal.py."""
+    elsewhere = forked(shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES})
+    (tmp_path / "HOME").mkdir()
+    run_in_server(elsewhere, LOOK)
+    found = json.loads((shared.notebook_dir / "found").read_text())
+    assert {name: text for name, text in found.items() if name not in UNUSED} == {}
+    # One that matters most: a file that is deleted goes to the trash of the server's user.
+    answer = httpx.delete(
+        f"{elsewhere['url']}api/contents/found", headers={"Authorization": f"token {elsewhere['token']}"}, trust_env=False
+    )
+    assert answer.status_code == 204, answer.text
+    assert (tmp_path / "XDG_DATA_HOME" / "Trash" / "files" / "found").exists()
     assert shared.delete("elsewhere").status_code == 200
 
 
@@ -360,6 +470,7 @@ def test_what_runs_in_a_server_can_ask_a_fork_server_for_nothing(shared, servers
 # The fork server ends
 
 
+@pytest.mark.promise
 def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
     keeper = make_keeper().start()
     keeper.configure_jupyter("import os, signal\nsignal.signal(signal.SIGUSR2, lambda *_: os._exit(7))")
@@ -402,11 +513,9 @@ def test_a_fork_server_that_is_suspended_is_replaced_and_the_server_executed(mak
     server = forked(keeper)
     suspended = parent_of(server)
     os.kill(suspended, signal.SIGSTOP)
-    asked = time.monotonic()
     answer = keeper.post(name="other")
     assert (answer.status_code, answer.json()["launched_by"]) == (201, "exec")
     assert "did not answer" in answer.json()["exec_reason"]
-    assert time.monotonic() - asked < 20
     assert not alive(suspended)
     assert keeper.get()["pid"] == server["pid"]
     assert parent_of(forked(keeper, "third")) != suspended
@@ -434,7 +543,8 @@ def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp
 # The keeper ends
 
 
-def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_end(keeper):
+def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_end(make_keeper):
+    keeper = make_keeper().start()
     servers = {name: forked(keeper, name) for name in ("lives", "dies", "gone")}
     parent = parent_of(servers["lives"])
     keeper.kill()
@@ -458,8 +568,8 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     assert alive(parent)
     for name in ("lives", "dies", "gone", "new"):
         assert keeper.delete(name).status_code == 200
-    until(lambda: not alive(parent), within=5, what="it ends with its last server")
-    until(lambda: len(list((keeper.rooms / ".forkservers").iterdir())) == 1, within=5, what="its directory is removed")
+    until(lambda: not alive(parent), what="it ends with its last server")
+    until(lambda: len(list((keeper.rooms / ".forkservers").iterdir())) == 1, what="its directory is removed")
 
 
 def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
@@ -472,7 +582,7 @@ def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
     assert len(parents) == 2
     assert keeper.stop() == 0
     assert not [pid for pid in parents if alive(pid)]
-    assert not list(keeper.rooms.iterdir())
+    assert not keeper.in_rooms()
 
 
 def test_a_keeper_that_ends_while_its_fork_server_loads_leaves_nothing(make_keeper):
@@ -480,7 +590,7 @@ def test_a_keeper_that_ends_while_its_fork_server_loads_leaves_nothing(make_keep
     rehearsing = until(lambda: rehearsals(keeper.rooms), what="a rehearsal")
     assert keeper.stop() == 0
     left = inside(keeper.rooms)
-    directories = list(keeper.rooms.iterdir())
+    directories = keeper.in_rooms()
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     assert not left, rehearsing
@@ -511,7 +621,7 @@ def abandoned(tmp_path_factory):
         until(lambda: "the fork server is ready" in idle.log.read_text())
         idle.kill()
         busy.kill()
-        yield idle, pid, busy, servers, time.monotonic()
+        yield idle, pid, busy, servers
         for process in [*inside(idle.rooms), *inside(busy.rooms)]:
             os.kill(process, signal.SIGKILL)
 
@@ -522,14 +632,14 @@ def _abandoned_early(abandoned):
 
 
 def test_a_fork_server_without_keeper_and_servers_ends_by_itself(abandoned):
-    idle, pid, *_, since = abandoned
-    until(lambda: not alive(pid), within=max(1.0, 16.0 - (time.monotonic() - since)), what="it ends")
+    idle, pid, *_ = abandoned
+    until(lambda: not alive(pid), what="it ends")
     assert not list((idle.rooms / ".forkservers").iterdir())
 
 
 def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(abandoned):
     """Its fork server goes when the last one has ended, but not before somebody could ask it how."""
-    _, pid, busy, servers, _ = abandoned
+    _, pid, busy, servers = abandoned
     until(lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper")
     for server, number in zip(servers.values(), (signal.SIGSEGV, signal.SIGABRT), strict=True):
         os.kill(server["pid"], number)
@@ -583,7 +693,7 @@ class Site:
         (self.enabled / f"{name}.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {name: True}}}))
 
     def loaded(self, server, extension):
-        return until(lambda: said(self.keeper.rooms / server["name"] / "jupyter" / extension), within=10)
+        return until(lambda: said(self.keeper.rooms / server["name"] / "jupyter" / extension))
 
     def imported_by(self):
         return [tuple(line.split()) for line in (self.keeper.base / "imports").read_text().splitlines()]
@@ -624,6 +734,7 @@ def test_the_next_server_has_what_is_on_disk_now_and_has_it_from_its_fork_server
 
 SPOILERS = {
     "thread": ("threading.Thread(target=threading.Event().wait, daemon=True).start()", ()),
+    "program": ("import subprocess; own = subprocess.Popen(['sleep', '300'])", ()),
     "loop": ("import asyncio; loop = asyncio.new_event_loop()", ("inner",)),
     "many": ("import socket; own = socket.socket()", tuple(f"part{number}" for number in range(8))),
 }
@@ -637,11 +748,7 @@ def test_an_extension_that_must_not_be_loaded_before_a_fork_is_loaded_by_each_se
     site.enable(name)
     try:
         # Changed on disk: until the next fork server is ready, servers are executed.
-        server = keeper.post(name=f"s-{name}").json()
-        while server["launched_by"] != "fork":
-            assert "starts threads or opens sockets" not in server["exec_reason"]
-            assert keeper.delete(f"s-{name}", force="true").status_code == 200
-            server = keeper.post(name=f"s-{name}").json()
+        server = forked(keeper, f"s-{name}")
         assert site.loaded(server, name) == ("1 2" if name == "thread" else "1 1")
         parent = parent_of(server)
         assert len(list(Path(f"/proc/{parent}/task").iterdir())) == 1

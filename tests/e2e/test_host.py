@@ -158,7 +158,7 @@ ServerApp._bind_http_server = lambda self: self.log.warning("it listens, says it
 
 def test_no_token_is_sent_to_who_listens_in_the_place_of_a_server(make_keeper):
     """As another user of the machine might, between the check of the port and the start."""
-    keeper = make_keeper(start_timeout=5)
+    keeper = make_keeper(start_timeout=20)
     keeper.configure_jupyter(NEVER_LISTENS)
     keeper.start()
     log = keeper.state_dir / "logs" / "default.log"

@@ -54,7 +54,7 @@ BAD_BODIES = {
 @pytest.fixture(scope="module")
 def settled(tmp_path_factory):
     """One keeper with one server, which no bad request may touch."""
-    keeper = KeeperProcess(tmp_path_factory.mktemp("settled")).start()
+    keeper = KeeperProcess(tmp_path_factory.mktemp("settled"), launch_by="exec").start()
     (keeper.notebook_dir / "a-file").touch()
     keeper.post(name="settled").raise_for_status()
     yield keeper
@@ -76,6 +76,7 @@ def unharmed(settled):
     assert len(servers_in(settled.rooms)) == 1
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(("body", "field"), BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
     answer = unharmed.http.post("/api/servers", content=json.dumps(body), headers={"Content-Type": "application/json"})
@@ -88,6 +89,7 @@ def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
     assert "secret" not in answer.text
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     ("content", "kind", "status"),
     [
@@ -107,6 +109,7 @@ def test_a_body_that_is_no_json_object_is_refused(unharmed, content, kind, statu
     assert answer.json()["detail"]
 
 
+@pytest.mark.promise
 def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
     answer = unharmed.http.post("/api/servers", content=b"x" * 100_000_000, headers={"Content-Type": "application/json"})
     assert answer.status_code == 413
@@ -115,6 +118,7 @@ def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
     assert "1048576" in answer.json()["detail"]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("query", ["wait=-1", "wait=nan", "wait=soon", "wait=1e9", "colour=blue"])
 def test_a_bad_query_is_named(unharmed, query):
     answer = unharmed.http.post(f"/api/servers?{query}", json={})
@@ -122,6 +126,7 @@ def test_a_bad_query_is_named(unharmed, query):
     assert answer.json()["errors"][0]["field"] == query.partition("=")[0]
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize(
     "path", ["/api/servers/a%2Fb", "/api/servers/..%2f..", "/api/servers/" + "a" * 3000, "/api/servers/sp%C3%A4ter", "/nope"]
 )
@@ -131,6 +136,7 @@ def test_a_path_that_names_nothing_is_404(unharmed, path):
     assert answer.json()["code"] in {"server_not_found", "not_found"}
 
 
+@pytest.mark.promise
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic wrong", "Bearer \xff", "token {token}"])
 def test_without_the_token_nothing_is_told(unharmed, header):
     headers = {} if header is None else {"Authorization": header.format(token=unharmed.token).encode("latin-1")}
@@ -181,8 +187,9 @@ def test_pages_of_the_list_hold_every_server_once(settled):
     assert settled.http.get("/api/servers", params={"cursor": "!!"}).status_code == 422
 
 
+@pytest.mark.promise
 def test_sigterm_stops_every_server_in_good_order(make_keeper):
-    keeper = make_keeper().start()
+    keeper = make_keeper(launch_by="fork").start_to_fork()
     servers = [keeper.post(name=name).json() for name in ("one", "two")]
     start_kernel(servers[0])
     assert keeper.stop() == 0
@@ -212,7 +219,9 @@ def test_systemd_is_told_when_the_keeper_answers_and_when_it_ends(make_keeper, t
         assert systemd.recv(100) == b"STOPPING=1"
 
 
-def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(keeper):
+@pytest.mark.promise
+def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(make_keeper):
+    keeper = make_keeper().start()
     second = subprocess.run(
         keeper.command("serve", "--port", str(free_port())),
         env=keeper.environment,
@@ -228,13 +237,31 @@ def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(keep
     assert keeper.http.get("/readyz").status_code == 200
 
 
-def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_path):
-    """Whatever their state directories: each would end the other's servers."""
-    make_keeper(runtime_dir=tmp_path / "rooms").start()
-    said = make_keeper(runtime_dir=tmp_path / "rooms").cli("serve")
+@pytest.mark.parametrize("own", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"])
+def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_path, own):
+    """Whatever their state directories, and however it is spelled: each would end the other's servers."""
+    keeper = make_keeper(**{name: tmp_path / value for name, value in own.items()}).start()
+    link = tmp_path / "link"
+    link.symlink_to(keeper.rooms)
+    for spelling in (keeper.rooms, link, f"{keeper.rooms}/../{keeper.rooms.name}"):
+        said = make_keeper(runtime_dir=spelling).cli("serve")
+        assert said.returncode == 2
+        assert f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in said.stderr
+        assert len(said.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.root
+def test_a_bind_mount_of_a_runtime_directory_is_the_same_one(make_keeper, tmp_path):
+    keeper = make_keeper().start()
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    subprocess.run(["mount", "--bind", keeper.rooms, mount], check=True)
+    try:
+        said = make_keeper(runtime_dir=mount).cli("serve")
+    finally:
+        subprocess.run(["umount", mount], check=True)
     assert said.returncode == 2
-    assert "runtime directory" in said.stderr
-    assert len(said.stderr.strip().splitlines()) == 1
+    assert f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in said.stderr
 
 
 @pytest.mark.parametrize(
@@ -256,7 +283,8 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(make_keeper, settings, word):
     assert len(said.stderr.strip().splitlines()) == 1
 
 
-def test_a_port_of_the_api_that_is_taken_is_one_line(keeper, make_keeper):
+def test_a_port_of_the_api_that_is_taken_is_one_line(make_keeper):
+    keeper = make_keeper().start()
     other = make_keeper()
     other.port = keeper.port
     said = other.cli("serve")
@@ -297,11 +325,35 @@ def test_a_full_house_says_when_to_come_again(make_keeper):
     assert keeper.http.get("/api/servers/other").status_code == 404
 
 
+def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(make_keeper):
+    start_timeout = 4
+    keeper = make_keeper(start_timeout=start_timeout).start()
+    begun = time.monotonic()
+    assert keeper.post("?wait=0").status_code == 202
+    until((keeper.rooms / "default" / "launch.json").exists, what="its process")
+    keeper.process.send_signal(signal.SIGSTOP)
+    try:
+        until(lambda: answers(keeper.lab_port), what="it answers")
+        until(lambda: time.monotonic() > begun + start_timeout, what="its start is late")
+    finally:
+        keeper.process.send_signal(signal.SIGCONT)
+    server = keeper.wait_for("running")
+    assert (server["launch"], server["restarts"]) == (1, 0)
+
+
+def answers(port):
+    """Whether a server answers there."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/api", timeout=PATIENCE, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def test_a_second_signal_does_not_make_the_end_less_orderly(make_keeper):
     keeper = make_keeper().start()
     server = keeper.post().json()
     keeper.process.send_signal(signal.SIGINT)
-    time.sleep(0.05)
+    until(lambda: "running -> stopping" in keeper.log.read_text(), what="it has heard the first one")
     keeper.process.send_signal(signal.SIGTERM)
     assert keeper.process.wait(PATIENCE) == 0
     until(lambda: not alive(server["pid"]))

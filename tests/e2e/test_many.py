@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from harness import PATIENCE, KeeperProcess, forked, until
+from harness import PATIENCE, KeeperProcess, until
 
 COUNT = 30
 PLACES = 4
@@ -16,7 +16,7 @@ PLACES = 4
 
 @pytest.fixture
 def keeper(tmp_path):
-    running = KeeperProcess(tmp_path, launch_by="fork", max_starts=PLACES).start()
+    running = KeeperProcess(tmp_path, max_starts=PLACES).start_to_fork()
     yield running
     running.close()
 
@@ -48,9 +48,9 @@ class Onlooker:
                 self.places |= {server["queue_position"] for server in servers} - {None}
 
 
+@pytest.mark.promise
 def test_thirty_at_once_queue_come_up_and_go(keeper):
     """By one request, by thirty, and by the command line: never more than there are places, and nobody is left behind."""
-    forked(keeper, "first")
     names = [f"s{number}" for number in range(COUNT)]
     with Onlooker(keeper) as seen:
         answer = keeper.http.post("/api/bulk/start", json={"names": names})
@@ -82,7 +82,7 @@ def test_thirty_at_once_queue_come_up_and_go(keeper):
 
 def test_who_queues_keeps_the_place_over_a_restart_of_the_keeper(tmp_path):
     """A keeper that is killed leaves a queue behind; the next one goes on with it, in its order."""
-    keeper = KeeperProcess(tmp_path, max_starts=1).start()
+    keeper = KeeperProcess(tmp_path, launch_by="exec", max_starts=1).start()
     try:
         for name in ("b", "a", "c"):
             assert keeper.http.post("/api/servers", json={"name": name}, params={"wait": 0}).status_code == 202
@@ -99,7 +99,7 @@ def test_who_queues_keeps_the_place_over_a_restart_of_the_keeper(tmp_path):
 
 
 def test_where_memory_is_to_stay_free_nothing_starts(tmp_path):
-    keeper = KeeperProcess(tmp_path, min_free_memory="100%").start()
+    keeper = KeeperProcess(tmp_path, launch_by="exec", min_free_memory="100%").start()
     try:
         refused = keeper.post(name="one")
         assert refused.status_code == 429

@@ -18,7 +18,8 @@ def scraped(keeper):
     return {(s.name.removeprefix("labkeeper_"), *sorted(s.labels.values())): s.value for f in families for s in f.samples}
 
 
-def test_a_start_a_crash_and_a_stop_are_counted(keeper):
+def test_a_start_a_crash_and_a_stop_are_counted(make_keeper):
+    keeper = make_keeper().start()
     before = scraped(keeper)
     assert before["starts_total", "exec", "none", "ready"] == 0
     assert keeper.post().status_code == 201

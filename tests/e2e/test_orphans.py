@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,8 @@ import pytest
 
 from harness import alive, forked, give_hands, processes_marked, run_cell, run_in_server, start_kernel, until
 from labkeeper.backends.limits import ControlGroups
+from labkeeper.core.errors import SettingsError
+from labkeeper.serve.process import earlier_dirs, only_keeper
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_groups = pytest.mark.skipif(
@@ -84,10 +87,10 @@ def noted(note):
 
 
 def goes_on(note):
-    """Whether a chain of processes still grows."""
+    """Whether a chain of processes still grows; each of them has the note among its arguments."""
     before = note.read_text()
-    time.sleep(0.3)
-    return note.read_text() != before
+    seen = [p.pid for _ in range(5) for p in psutil.process_iter(["cmdline"]) if str(note) in (p.info["cmdline"] or [])]
+    return bool(seen) or note.read_text() != before
 
 
 def start(keeper, launch_by):
@@ -99,13 +102,15 @@ def start(keeper, launch_by):
 
 
 def groups_of(keeper):
+    """The control groups of a keeper's servers; a fork server that loads has one of its own, whose name goes on with a dot."""
     groups = ControlGroups(keeper.rooms.resolve())
-    return sorted(group.name for base in groups._bases for group in base.glob(f"{groups._prefix}*"))
+    return sorted(group.name for base in groups._bases for group in base.glob(f"{groups._prefix}[!.]*"))
 
 
 @needs_groups
-@pytest.mark.parametrize("launch_by", ["fork", "exec"])
-@pytest.mark.parametrize("place", [in_cell, in_child_of_server], ids=["cell", "child"])
+@pytest.mark.parametrize(
+    ("launch_by", "place"), [("fork", in_cell), ("exec", in_child_of_server)], ids=["forked, in a cell", "executed, in a child"]
+)
 def test_what_hides_ends_with_its_server(make_keeper, hide, launch_by, place):
     keeper = make_keeper(launch_by="fork")
     give_hands(keeper)
@@ -143,7 +148,8 @@ def test_what_hides_ends_with_a_server_that_is_killed(make_keeper, hide):
 
 
 @needs_groups
-def test_what_hides_is_asked_to_end_before_it_is_ended(keeper, hide):
+def test_what_hides_is_asked_to_end_before_it_is_ended(make_keeper, hide):
+    keeper = make_keeper().start()
     server = keeper.post().json()
     source, note = hide(POLITE)
     in_cell(server, source)
@@ -174,7 +180,7 @@ exec "$@"
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+@pytest.mark.root
 def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_keeper):
     """As in most containers."""
     keeper = make_keeper(launch_by="exec")
@@ -188,6 +194,31 @@ def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_
     assert not alive(kernel)
     warnings = [line for line in keeper.log.read_text().splitlines() if '"level": "warning"' in line]
     assert [line for line in warnings if "names no user runs as root" not in line] == []
+
+
+FORGED = "while :; do LABKEEPER_SERVER={} sleep 1000; done"
+"""Carries no mark itself, and starts one after the other that does."""
+
+
+@pytest.mark.root
+def test_no_other_user_holds_a_server_by_its_mark(keeper):
+    server = keeper.post().json()
+    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+    room = keeper.rooms.resolve() / "default"
+    with subprocess.Popen(["sh", "-c", FORGED.format(room)], **nobody, start_new_session=True) as forger:
+        try:
+            until(lambda: [p for p in processes_marked(room) if p.uids().real == 65534], what="a forged mark")
+            answer = keeper.post("/default/restart")
+            assert answer.status_code == 201, answer.text
+            assert answer.json()["state"] == "running", answer.text
+            answer = keeper.delete()
+            assert answer.status_code == 200, answer.text
+            assert not alive(server["pid"])
+            assert [p for p in processes_marked(room) if p.uids().real == 65534]
+        finally:
+            forger.kill()
+            for process in processes_marked(room):
+                process.kill()
 
 
 # The sweep
@@ -226,7 +257,6 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     strangers = make_strangers(keeper.rooms, tmp_path / "elsewhere")
     with subprocess.Popen(["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.rooms}-of-another/one"}) as stranger:
         try:
-            began = time.monotonic()
             keeper.start()
             assert keeper.http.get("/api/servers").json()["servers"] == []
             # What is asked for under such a name comes up, and is not taken for what was left.
@@ -243,7 +273,6 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
             }
             assert stranger.poll() is None
             assert alive(again["pid"])
-            assert time.monotonic() - began < 60
         finally:
             stranger.kill()
     assert all(os.path.lexists(path) for path in strangers)
@@ -271,6 +300,87 @@ def test_servers_that_the_store_knows_are_not_swept(make_keeper):
     assert "an earlier keeper left" not in keeper.log.read_text()
 
 
+@pytest.mark.parametrize("lost", ["its room", "the runtime directory"])
+def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(make_keeper, lost):
+    keeper = make_keeper().start()
+    server = keeper.post().json()
+    kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
+    keeper.kill()
+    shutil.rmtree(keeper.rooms / "default" if lost == "its room" else keeper.rooms)
+    keeper.start()
+    again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s, what=keeper.get)
+    assert not alive(server["pid"])
+    assert not alive(kernel)
+    assert alive(again["pid"])
+    assert "ended what an earlier keeper left" in keeper.log.read_text()
+
+
+def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp_path):
+    """Known to the store or not; and the directory is nobody's then."""
+    earlier = tmp_path / "earlier"
+    keeper = make_keeper(runtime_dir=earlier, on_exit="leave").start()
+    server, unknown = keeper.post().json(), keeper.post(name="unknown").json()
+    assert keeper.stop() == 0
+    assert alive(server["pid"])
+    with contextlib.closing(sqlite3.connect(keeper.state_dir / "labkeeper.sqlite")) as store, store:
+        store.execute("DELETE FROM servers WHERE name = 'unknown'")
+    keeper.settings |= {"runtime_dir": tmp_path / "later", "on_exit": "stop"}
+    keeper.start()
+    said = make_keeper(runtime_dir=earlier).cli("serve")
+    assert (said.returncode, "runs on the runtime directory" in said.stderr) == (2, True)
+    again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s, what=keeper.get)
+    until(lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])), what="their end")
+    assert alive(again["pid"])
+    until(lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"], what="the rooms are removed")
+    assert keeper.log.read_text().count("ended what an earlier keeper left") == 2
+    assert keeper.stop() == 0
+    assert keeper.start().stop() == 0
+    other = make_keeper(runtime_dir=earlier).start()
+    # Nothing of ours is there any more.
+    keeper.start()
+    assert other.http.get("/readyz").status_code == 200
+
+
+def test_an_earlier_runtime_directory_that_cannot_be_locked_is_looked_into(tmp_path):
+    own, free, held, gone = (tmp_path / name for name in ("own", "free", "held", "gone"))
+    for directory in (own, free, held):
+        directory.mkdir()
+    by_another_path = tmp_path / "own-by-another-path"
+    by_another_path.symlink_to(own)
+    with only_keeper(own, "", ""), only_keeper(held, "", ""), contextlib.ExitStack() as stack:
+        earlier = earlier_dirs([own, by_another_path, free, held, gone], own, stack)
+        assert earlier == [by_another_path, free, gone]
+        with pytest.raises(SettingsError, match=str(os.getpid())), only_keeper(free, "", ""):
+            pass
+
+
+def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alone(make_keeper, tmp_path):
+    earlier = tmp_path / "earlier"
+    keeper = make_keeper(runtime_dir=earlier).start()
+    assert keeper.stop() == 0
+    other = make_keeper(runtime_dir=earlier).start()
+    server = other.post().json()
+    keeper.settings["runtime_dir"] = tmp_path / "later"
+    keeper.start()
+    assert keeper.post().json()["state"] == "running"
+    assert (other.get()["state"], other.get()["launch"]) == ("running", 1)
+    assert alive(server["pid"])
+
+
+def test_a_directory_that_is_no_room_is_in_the_way_and_stays(keeper):
+    place = keeper.rooms / "default"
+    place.mkdir()
+    try:
+        (place / "draft").write_text("mine")
+        answer = keeper.post()
+        assert answer.status_code == 502, answer.text
+        assert str(place) in answer.json()["detail"]
+        assert (place / "draft").read_text() == "mine"
+    finally:
+        shutil.rmtree(place)
+    assert keeper.post("/default/start").json()["state"] == "running"
+
+
 def test_a_keeper_that_executes_removes_what_dead_fork_servers_left(make_keeper):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
@@ -283,3 +393,98 @@ def test_a_keeper_that_executes_removes_what_dead_fork_servers_left(make_keeper)
     keeper.settings["launch_by"] = "exec"
     keeper.start()
     until(lambda: not (keeper.rooms / ".forkservers").exists(), what="it is removed")
+
+
+PROGRAMS = """
+import os, shutil, subprocess, time
+
+def start():
+    programs = [subprocess.Popen([shutil.which("sleep"), "300"], env=env, start_new_session=True).pid for env in (None, {{}})]
+    if (fork := os.fork()) == 0:
+        time.sleep(300)
+        os._exit(0)
+    with open({notes!r}, "a") as notes:
+        print(*programs, fork, file=notes)
+
+start()
+
+def _load_jupyter_server_extension(app):
+    start()
+    if os.path.exists({hold!r}):
+        open({hold!r}, "w").write("held")
+        time.sleep(300)
+"""
+
+
+class Programs:
+    """An extension of a keeper's servers that starts programs when it is imported, and when it is loaded; some of them hide."""
+
+    def __init__(self, keeper):
+        place = keeper.base / "extensions"
+        place.mkdir()
+        self.notes, self.hold = keeper.base / "notes", keeper.base / "hold"
+        (place / "programs.py").write_text(PROGRAMS.format(notes=str(self.notes), hold=str(self.hold)))
+        keeper.variables["PYTHONPATH"] = place
+        enabled = keeper.config_dir / "jupyter_server_config.d" / "programs.json"
+        enabled.parent.mkdir()
+        enabled.write_text('{"ServerApp": {"jpserver_extensions": {"programs": true}}}')
+
+    @property
+    def started(self):
+        return [int(pid) for pid in self.notes.read_text().split()] if self.notes.exists() else []
+
+    def left(self):
+        return [pid for pid in self.started if alive(pid)]
+
+    def hold_rehearsal(self, keeper):
+        """Start a keeper whose fork server goes on with its first rehearsal until it is ended."""
+        self.hold.touch()
+        keeper.start()
+        until(self.hold.read_text, what="a rehearsal goes on")
+        assert len(self.left()) == 6
+
+
+@pytest.fixture
+def programs(make_keeper):
+    keeper = make_keeper(launch_by="fork")
+    found = Programs(keeper)
+    yield keeper, found
+    for pid in found.left():
+        os.kill(pid, signal.SIGKILL)
+
+
+def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(programs):
+    keeper, started = programs
+    keeper.start_to_fork()
+    assert (len(started.started) > 6, started.left()) == (True, [])
+    before = len(started.started)
+    # Changed on disk: another fork server loads.
+    (keeper.config_dir / "jupyter_server_config.json").write_text("{}")
+    until(lambda: keeper.log.read_text().count("the fork server is ready") > 1, what="another fork server")
+    assert (len(started.started) > before, started.left()) == (True, [])
+    assert keeper.stop() == 0
+    assert started.left() == []
+
+
+def test_a_keeper_that_ends_while_its_fork_server_rehearses_leaves_no_program_behind(programs):
+    keeper, started = programs
+    started.hold_rehearsal(keeper)
+    assert keeper.stop() == 0
+    assert started.left() == []
+
+
+@needs_groups
+def test_what_a_fork_server_leaves_that_dies_at_its_rehearsal_is_ended(programs):
+    keeper, started = programs
+    started.hold_rehearsal(keeper)
+    started.hold.unlink()
+    of_the_first = started.left()
+    (loading,) = (process.pid for process in psutil.process_iter() if is_fork_server_of(process, keeper))
+    os.kill(loading, signal.SIGKILL)
+    until(lambda: not [pid for pid in of_the_first if alive(pid)], what="its programs are ended")
+
+
+def is_fork_server_of(process, keeper):
+    with contextlib.suppress(psutil.Error):
+        return Path(process.cwd()).parent == keeper.rooms / ".forkservers"
+    return False

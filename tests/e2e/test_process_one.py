@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import psutil
@@ -14,7 +12,7 @@ import pytest
 
 from harness import KeeperProcess, run_cell, start_kernel, until
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+pytestmark = pytest.mark.root
 
 
 class ContainedKeeper(KeeperProcess):
@@ -64,7 +62,7 @@ class ContainedKeeper(KeeperProcess):
 
 @pytest.fixture
 def contained(tmp_path):
-    keeper = ContainedKeeper(tmp_path / "keeper")
+    keeper = ContainedKeeper(tmp_path / "keeper", launch_by="exec")
     yield keeper
     keeper.close()
 

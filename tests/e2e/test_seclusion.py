@@ -26,7 +26,7 @@ from memory import OWN_MEMORY, hidden
 USER = f"labkeeper-s{os.getpid()}"
 BY = pytest.mark.parametrize("launch_by", ["fork", "exec"])
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs Linux, and root")
+pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module")
@@ -240,6 +240,20 @@ def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
         shutil.rmtree(place)
 
 
+@BY
+def test_a_file_that_a_user_deletes_goes_to_the_trash_of_that_user(of_root, user, passable, launch_by):
+    """A fork has what was made of the keeper's user before."""
+    server = launched(of_root, "tidy", launch_by, user=USER)
+    run_cell(server, start_kernel(server), f"open('of-{launch_by}', 'w').close()")
+    answer = httpx.delete(
+        f"{server['url']}api/contents/of-{launch_by}", headers={"Authorization": f"token {server['token']}"}, trust_env=False
+    )
+    assert answer.status_code == 204, answer.text
+    thrown_away = passable / "home" / ".local" / "share" / "Trash" / "files" / f"of-{launch_by}"
+    assert thrown_away.stat().st_uid == user.pw_uid
+    assert of_root.delete("tidy").status_code == 200
+
+
 def test_a_server_of_roots_own_is_forked_and_has_all_that_its_keeper_has(of_root):
     server = forked(of_root, "own")
     cell = f"import os; print(os.environ.get({next(iter(OF_ROOT))!r}))"
@@ -297,27 +311,33 @@ def asked(server, path):
 
 
 @BY
-def test_no_other_user_hears_what_a_kernel_says(make_keeper, launch_by):
+def test_no_other_user_hears_what_a_kernel_of_a_user_says(of_root, launch_by):
     """Its ports are open to all users of the machine. Restarted, interrupted and beside another one, too."""
-    keeper = make_keeper(launch_by=launch_by).start()
-    server = launched_any(keeper, launch_by)
+    server = launched(of_root, "private", launch_by, user=USER)
     kernels = [start_kernel(server) for _ in range(2)]
     asked(server, f"kernels/{kernels[0]}/restart")
+    begun = of_root.notebook_dir / f"begun-{launch_by}"
     with ThreadPoolExecutor() as beside:
-        endless = beside.submit(run_cell, server, kernels[0], "open('begun', 'w').close()\nwhile True: pass")
-        until((keeper.notebook_dir / "begun").exists, what="the cell runs")
+        endless = beside.submit(run_cell, server, kernels[0], f"open({str(begun)!r}, 'w').close()\nwhile True: pass")
+        until(begun.exists, what="the cell runs")
         asked(server, f"kernels/{kernels[0]}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
     assert [heard_by_another_user(server, kernel) for kernel in kernels] == [False, False]
-    assert "transport_encryption" not in (keeper.state_dir / "logs" / "default.log").read_text()
+    assert "transport_encryption" not in (of_root.state_dir / "logs" / "private.log").read_text()
+    assert of_root.delete("private").status_code == 200
 
 
-def test_a_site_may_choose_that_kernels_are_heard(make_keeper):
+CHOICES = {"": True, "c.KernelManager.transport_encryption = 'auto'": False}
+"""Of a site, for servers of the keeper's own user: whether kernels are heard then."""
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=["none", "auto"])
+def test_a_site_may_choose_whether_its_kernels_are_heard(make_keeper, choice):
     """This also proves that who listens would hear."""
     keeper = make_keeper()
-    keeper.configure_jupyter("c.KernelManager.transport_encryption = c.MappingKernelManager.transport_encryption = 'disabled'")
+    keeper.configure_jupyter(choice)
     server = keeper.start().post().json()
-    assert heard_by_another_user(server, start_kernel(server))
+    assert heard_by_another_user(server, start_kernel(server)) is CHOICES[choice]
 
 
 def launched(keeper, name, launch_by, **body):

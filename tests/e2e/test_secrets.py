@@ -72,7 +72,14 @@ def files(place):
 
 
 def files_that_hold(place, known):
-    return [path for path in files(place) if known.within(path.read_bytes())]
+    return [path for path in files(place) if known.within(_content(path))]
+
+
+def _content(path):
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
 
 
 def is_private(path, top):
@@ -206,6 +213,59 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert any(line.get("actor") == "token:owner" and line.get("request_id") for line in about)
     assert keeper.stop() == 0
     assert known.within(keeper.log.read_bytes()) == []
+
+
+BLANKING = ("token:owner", "a-request-id", "labkeeper.servers", "starting -> running", "prober-1", "elsewhere")
+"""What a server would blank in the keeper's log, or in those of others, if its own secrets were looked for there."""
+
+
+def test_a_log_hides_the_secrets_of_its_own_server_and_tells_nothing_of_those_of_others(make_keeper):
+    """A server that writes its guesses into its log learns from none of them, and blanks nothing that others have written."""
+    owners, others, key, password = (secrets.token_urlsafe(18) for _ in range(4))
+    keeper = make_keeper(token=owners, echo_logs="true").start()
+    keeper.http.headers["X-Request-Id"] = "a-request-id"
+    env = {f"V{number}": value for number, value in enumerate(BLANKING)}
+    env |= {"PEM": f"-----BEGIN KEY-----\n{key}\n-----END KEY-----\n", "DB_PASSWORD": f"/{password}"}
+    for name, variables in (("other", {"KEY": others}), ("prober-1", env)):
+        assert keeper.post("?wait=0", name=name, env=variables).status_code == 202
+    servers = [keeper.wait_for("running", name) for name in ("other", "prober-1")]
+    for server in servers:
+        with httpx.Client(base_url=server["url"], params={"token": server["token"]}, timeout=PATIENCE, trust_env=False) as http:
+            for word in (others, owners, key, password, "prober-1", "last"):
+                http.get(f"elsewhere//{word}")
+    in_other, in_prober = (
+        until(lambda url=f"/api/servers/{server['name']}/logs": _if_last(keeper.http.get(url).text), what="the last words")
+        for server in servers
+    )
+    assert others not in in_other
+    assert all(f"/elsewhere//{word}" in in_other for word in (owners, key, password, "prober-1"))
+    assert key not in in_prober
+    assert f"/{password}" not in in_prober
+    assert all(f"/{word}" in in_prober for word in (others, owners))
+
+    told = until(lambda: _if_last(keeper.log.read_text(), times=2), what="both in the keeper's log")
+    assert owners not in told
+    lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert not [line for line in lines if line.get("server") == "other" and others in line["event"]]
+    begun = [line for line in lines if line["event"] == "starting -> running"]
+    assert sorted((line["server"], line["actor"], line["request_id"], line["logger"]) for line in begun) == [
+        (name, "token:owner", "a-request-id", "labkeeper.servers") for name in ("other", "prober-1")
+    ]
+
+
+def test_of_a_server_that_is_deleted_no_secret_stays_on_the_disk(keeper, known):
+    """Nor of what its spec was before a change. The keeper goes on: what it would do when it ends does not count."""
+    secret, kernels = known.make("env"), known.make("kernel env")
+    asked = {"name": "forgotten", "env": {"KEY": secret}, "kernel_env": {"KERNEL_KEY": kernels}}
+    assert keeper.post(**asked).status_code == 201
+    assert keeper.post("/forgotten/restart", idle_timeout="1h").status_code in {200, 201}
+    assert [path for path in files_that_hold(keeper.state_dir, known) if path.name.startswith("labkeeper.sqlite")]
+    assert keeper.delete("forgotten").status_code == 200
+    until(lambda: not files_that_hold(keeper.state_dir, known), what=lambda: str(files_that_hold(keeper.state_dir, known)))
+
+
+def _if_last(text, times=1):
+    return text if text.count("/last") >= times else None
 
 
 PAGES = ("lab", "lab/tree/x", "lab/workspaces/a", "doc/tree/x", "tree", "login", "logout", "nowhere", "files/x")

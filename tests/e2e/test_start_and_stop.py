@@ -24,6 +24,7 @@ def assert_gone(keeper, server):
     assert port_is_free(server["port"])
 
 
+@pytest.mark.promise
 def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(keeper, gateway):
     answer = keeper.http.post(
         "/api/servers", json={"gateway-url": gateway.url, "gateway-auth-token": gateway.token, "gateway-request-timeout": 20}
@@ -75,6 +76,7 @@ def test_certificates_that_cannot_be_read_fail_the_start_at_once(keeper, tmp_pat
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
 
 
+@pytest.mark.promise
 def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(keeper):
     answer = keeper.post()
     assert answer.status_code == 201, answer.text
@@ -107,6 +109,7 @@ def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(kee
     assert_gone(keeper, server)
 
 
+@pytest.mark.promise
 def test_the_link_opens_the_lab_without_a_login(keeper):
     server = keeper.post().json()
     with httpx.Client(trust_env=False) as browser:
@@ -115,6 +118,7 @@ def test_the_link_opens_the_lab_without_a_login(keeper):
     assert "<title>JupyterLab</title>" in page.text
 
 
+@pytest.mark.promise
 def test_a_server_is_what_its_request_asked_for(keeper):
     (keeper.notebook_dir / "class").mkdir()
     answer = keeper.post(
@@ -139,6 +143,7 @@ def test_a_server_is_what_its_request_asked_for(keeper):
     assert keeper.http.get("/api/servers", params={"label": "team=b"}).json()["servers"] == []
 
 
+@pytest.mark.promise
 def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper):
     first = keeper.post()
     second = keeper.post()
@@ -153,6 +158,7 @@ def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper
     assert keeper.get()["pid"] == first.json()["pid"]
 
 
+@pytest.mark.promise
 def test_64_identical_requests_at_once_are_one_server(keeper):
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda _: keeper.post(), range(64)))
@@ -186,6 +192,7 @@ def stranger():
     thread.join()
 
 
+@pytest.mark.promise
 def test_a_port_that_a_stranger_holds_is_never_ours(keeper, stranger):
     answer = keeper.post(port=stranger)
     assert answer.status_code == 502
@@ -194,9 +201,10 @@ def test_a_port_that_a_stranger_holds_is_never_ours(keeper, stranger):
     assert str(stranger) in problem["detail"]
     server = keeper.get()
     assert (server["state"], server["port"], server["url"]) == ("failed", None, None)
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.rooms, rehearsals=False)
 
 
+@pytest.mark.promise
 def test_stop_keeps_the_spec_and_start_brings_it_back(keeper):
     first = keeper.post(labels={"kept": "yes"}).json()
     stopped = keeper.post("/default/stop")
@@ -217,6 +225,7 @@ def test_stop_keeps_the_spec_and_start_brings_it_back(keeper):
     assert restarted.json()["restarts"] == 0
 
 
+@pytest.mark.promise
 def test_wait_0_answers_at_once_and_the_state_can_be_waited_for(keeper):
     answer = keeper.http.post("/api/servers?wait=0", json={})
     assert answer.status_code == 202
@@ -226,6 +235,7 @@ def test_wait_0_answers_at_once_and_the_state_can_be_waited_for(keeper):
     assert (answer.status_code, answer.json()["state"]) == (202, "stopping")
 
 
+@pytest.mark.promise
 def test_force_kills_at_once(keeper):
     server = keeper.post().json()
     answer = keeper.delete(force="true")
@@ -234,6 +244,7 @@ def test_force_kills_at_once(keeper):
     assert_gone(keeper, server)
 
 
+@pytest.mark.promise
 def test_secrets_stand_in_no_argument_list_and_in_no_file_that_others_can_read(keeper, gateway):
     answer = keeper.post(gateway_url=gateway.url, gateway_auth_token=gateway.token)
     assert answer.status_code == 201, answer.text

@@ -11,7 +11,7 @@ MIB = 2**20
 
 @pytest.fixture
 def keeper(tmp_path):
-    running = KeeperProcess(tmp_path, usage_period=0.5).start()
+    running = KeeperProcess(tmp_path, launch_by="exec", usage_period=0.5).start()
     yield running
     running.close()
 

@@ -9,7 +9,6 @@ import ssl
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx
@@ -180,9 +179,7 @@ def test_a_crowd_that_only_connects_keeps_nobody_out(make_keeper):
     with contextlib.ExitStack() as crowd:
         for _ in range(2500):
             crowd.enter_context(socket.create_connection(("127.0.0.1", keeper.port), timeout=PATIENCE))
-        begun = time.monotonic()
         assert httpx.get(f"{keeper.url}/api/servers", headers=known, timeout=PATIENCE, trust_env=False).status_code == 200
-        assert time.monotonic() - begun < 10
         with local(keeper) as client:
             assert client.get("/readyz").status_code == 200
 

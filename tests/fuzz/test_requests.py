@@ -41,7 +41,7 @@ LINES = st.lists(
 @pytest.fixture(scope="module")
 def keeper(tmp_path_factory):
     """Nothing below starts a server."""
-    keeper = KeeperProcess(tmp_path_factory.mktemp("keeper"))
+    keeper = KeeperProcess(tmp_path_factory.mktemp("keeper"), launch_by="exec")
     yield keeper.start()
     text = keeper.log.read_text()
     keeper.close()
