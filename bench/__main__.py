@@ -22,8 +22,10 @@ import cycles
 import environments
 import lives
 import load
+import logs
 import report
 import results
+import strangers
 from contenders import Contender, JupyterHub, Labkeeper, LabkeeperExec, LabkeeperFork
 from guard import guarded
 from progress import BenchError, say, shout
@@ -37,6 +39,8 @@ MEASUREMENTS: Final = {
     "memory": f"USS and PSS of idle servers, with 1 and with {crowd.CROWD}",
     "idle": f"processor and memory of what runs beside {crowd.CROWD} idle servers",
     "api": f"requests to a keeper with {load.SERVERS} servers and {load.FOLLOWERS} callers that follow logs",
+    "strangers": "requests to a keeper while others knock with wrong tokens",
+    "scrub": "processor that taking secrets out of lines of a log costs",
 }
 _HERE: Final = Path(__file__).resolve().parent
 _QUICK: Final = 3
@@ -99,11 +103,15 @@ class Bench:
             self._keep({"idle": self._each(crowd.idle, [each for each in self._classes if each is not contenders.JupyterLab])})
         if "api" in only:
             self._keep({"api": self._each(load.api, self._keepers())})
+        if "strangers" in only:
+            self._keep({"strangers": self._each(strangers.strangers, self._keepers())})
+        if "scrub" in only:
+            self._keep({"scrub": logs.scrub(self._environments)})
         if chosen.cycles:
             for found in self._each(lambda keeper: cycles.cycles(keeper, chosen.cycles), self._keepers()).values():
                 self._keep({"cycles": found})
         _tell(self._results, self._path.with_suffix(".svg"))
-        say(f"raw results: {self._path.name}, chart: {self._path.with_suffix('.svg').name}")
+        say(f"raw results: {self._path.name}")
         return self._results
 
     def _look_who_can(self) -> None:
@@ -152,8 +160,9 @@ class Bench:
 
 def _tell(found: results.Results, picture: Path) -> None:
     print(report.text(found))
-    if set(found["measurements"]) - {"cycles", "api", "idle"}:
+    if chart.can_draw(found):
         picture.write_text(chart.svg(found))
+        say(f"chart: {picture.name}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -55,6 +55,19 @@ def _api(what: str) -> Figure:
     return lambda results: 1000 * float(results["measurements"]["api"][ours(results)][what]["latency"]["p99"])
 
 
+def _among_strangers(results: Results) -> float:
+    return 1000 * float(results["measurements"]["strangers"][ours(results)]["knocked"]["latency"]["p99"])
+
+
+def _scrub_share(results: Results) -> float:
+    found = results["measurements"]["scrub"]
+    return float(found["line_microseconds"]) / float(found["rule_microseconds"])
+
+
+def _hostile_line(results: Results) -> float:
+    return max(results["measurements"]["scrub"]["hostile_milliseconds"].values()) / 1000
+
+
 def _keeper_idle(results: Results) -> float:
     return float(results["measurements"]["idle"][ours(results)]["keeper"]["cpu_percent"])
 
@@ -86,8 +99,11 @@ BARS: Final = (
     Bar("stop in at most half the time of jupyter lab", _stop_share, 1 / 2, "of it"),
     Bar("GET one server: 99th percentile at most 20 ms", _api("one"), 20, "ms"),
     Bar("GET all servers: 99th percentile at most 20 ms", _api("list"), 20, "ms"),
+    Bar("GET all servers among wrong tokens: 99th percentile at most 50 ms", _among_strangers, 50, "ms"),
     Bar("keeper with 20 idle servers at most 1 % of a core", _keeper_idle, 1, "%"),
     Bar("keeper with 20 idle servers at most 80 MiB", _keeper_rss, 80, "MiB"),
+    Bar("a log line without secrets costs at most half of what the rule itself does", _scrub_share, 1 / 2, "of it"),
+    Bar("a hostile line of 64 KiB is read in at most 1 s", _hostile_line, 1, "s"),
     Bar("start and stop cycles leak nothing", _leaks, 0, "leaks"),
 )
 

@@ -23,6 +23,12 @@ _STEP: Final = 25
 _TITLE: Final = 30
 _TOP: Final = 62
 _FOOT: Final = 52
+_TIMED: Final = {
+    "start": "Start one server",
+    "burst": f"Start {CROWD} servers at once",
+    "first_cell": "Start, and see the first result of a cell",
+    "stop": "Stop one server",
+}
 
 _STYLE: Final = """\
 text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
@@ -50,6 +56,11 @@ class _Panel:
     bars: Sequence[_Bar]
 
 
+def can_draw(results: Results) -> bool:
+    """Return whether anything was measured that the picture shows."""
+    return not results["measurements"].keys().isdisjoint((*_TIMED, "memory"))
+
+
 def svg(results: Results) -> str:
     """Draw it."""
     panels = list(_panels(results))
@@ -75,12 +86,7 @@ def svg(results: Results) -> str:
 
 def _panels(results: Results) -> Iterator[_Panel]:
     measured = results["measurements"]
-    for name, title in (
-        ("start", "Start one server"),
-        ("burst", f"Start {CROWD} servers at once"),
-        ("first_cell", "Start, and see the first result of a cell"),
-        ("stop", "Stop one server"),
-    ):
+    for name, title in _TIMED.items():
         if name in measured:
             yield _panel(results, title, "s", measured[name])
     if "memory" in measured:

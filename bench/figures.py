@@ -24,6 +24,11 @@ def slow_end_name(values: Sequence[float]) -> str:
     return "95th percentile" if len(values) >= _ENOUGH else "slowest"
 
 
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the three that tell of a latency."""
+    return {f"p{share}": percentile(values, share) for share in (50, 95, 99)}
+
+
 def percentile(values: Sequence[float], share: int) -> float:
     """Give the value below which `share` % lie; never one outside what was measured."""
     if len(values) == 1:

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from contenders import Labkeeper, Server
 from crowd import crowd
-from figures import percentile
+from figures import percentiles
 from progress import BenchError, say, shout
 from web import OK, ask_json
 
@@ -52,17 +52,17 @@ def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
 
 def _measure(keeper: Labkeeper, path: str, seconds: float) -> dict[str, Any]:
     say(f"{keeper.label}: GET {path}")
-    paced, flooded = _call(keeper, path, seconds, RATE), _call(keeper, path, seconds, None)
-    latency = {f"p{share}": percentile(paced["seen"], share) for share in (50, 95, 99)}
+    paced, flooded = call(keeper, path, seconds, RATE), call(keeper, path, seconds, None)
     return {
         "requests": len(paced["seen"]),
-        "latency": latency,
+        "latency": percentiles(paced["seen"]),
         "requests_per_second": len(flooded["seen"]) / flooded["seconds"],
         "caller_share_of_a_core": flooded["own_share"],
     }
 
 
-def _call(keeper: Labkeeper, path: str, seconds: float, rate: float | None) -> dict[str, Any]:
+def call(keeper: Labkeeper, path: str, seconds: float, rate: float | None) -> dict[str, Any]:
+    """Run the caller, on a schedule or, without a rate, as fast as it can; return what it saw."""
     port = urlsplit(keeper.url).port
     job = {"port": port, "path": path, "authorization": keeper.authorization, "seconds": seconds, "rate": rate}
     program = Path(__file__).with_name("caller.py")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from bars import own_memory, verdicts
+from bars import BARS, own_memory, verdicts
 from crowd import CROWD
 from figures import median, slow_end, slow_end_name
 from results import Results, ours
@@ -13,6 +13,7 @@ from results import Results, ours
 _MIB: Final = 1024 * 1024
 _LABEL: Final = 38
 _CELL: Final = 17
+_VERDICT: Final = max(len(bar.text) for bar in BARS) + 2
 TITLES: Final = {
     "start": "start: request to ready",
     "first_cell": "request to the first result of a cell",
@@ -24,7 +25,7 @@ TITLES: Final = {
 
 def text(results: Results) -> str:
     """Put it all together."""
-    parts = (_machine, _timings, _memory, _idle, _api, _cycles, _verdicts)
+    parts = (_machine, _timings, _memory, _idle, _api, _strangers, _scrub, _cycles, _verdicts)
     return "\n".join(line for part in parts for line in part(results))
 
 
@@ -97,10 +98,37 @@ def _api(results: Results) -> Iterator[str]:
         yield _row("", ["p50", "p95", "p99", "requests/s", "caller's core"])
         for name, title in (("one", "GET one server"), ("list", "GET all servers")):
             seen = found[name]
-            latency = [f"{1000 * seen['latency'][share]:.1f} ms" for share in ("p50", "p95", "p99")]
             rate, share = seen["requests_per_second"], seen["caller_share_of_a_core"]
-            yield _row(f"  {title}", [*latency, f"{rate:.0f}", f"{share:.0%}"])
+            yield _row(f"  {title}", [*_latency(seen["latency"]), f"{rate:.0f}", f"{share:.0%}"])
         yield ""
+
+
+def _strangers(results: Results) -> Iterator[str]:
+    for key, found in results["measurements"].get("strangers", {}).items():
+        yield f"GET all servers of {results['contenders'][key]}, none there, at {found['rate']:.0f} requests a second"
+        yield _row("", ["p50", "p95", "p99"])
+        yield _row("  quiet", _latency(found["quiet"]["latency"]))
+        yield _row(f"  among {found['strangers']} with wrong tokens", _latency(found["knocked"]["latency"]))
+        rate, share = found["refused_per_second"], found["strangers_share_of_a_core"]
+        yield f"  {rate:.0f} wrong tokens a second were refused; those who showed them used {share:.0%} of a core"
+        yield ""
+
+
+def _latency(latency: dict[str, float]) -> list[str]:
+    return [f"{1000 * latency[share]:.1f} ms" for share in ("p50", "p95", "p99")]
+
+
+def _scrub(results: Results) -> Iterator[str]:
+    found = results["measurements"].get("scrub")
+    if not found:
+        return
+    hostile = found["hostile_milliseconds"]
+    worst = max(hostile, key=hostile.__getitem__)
+    yield _row("taking secrets out of a log", ["processor"])
+    yield _row("  a line without secrets", [f"{found['line_microseconds']:.1f} µs"])
+    yield _row("  the rule alone, on the same line", [f"{found['rule_microseconds']:.1f} µs"])
+    yield _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"]) + f"   ({worst!r}, repeated)"
+    yield ""
 
 
 def _cycles(results: Results) -> Iterator[str]:
@@ -121,7 +149,7 @@ def _verdicts(results: Results) -> Iterator[str]:
     yield f"bars, for {results['contenders'].get(first, first)}"
     for verdict in verdicts(results):
         said = {True: "met", False: "MISSED", None: "not measured"}[verdict.met]
-        yield f"  {said:<14}{verdict.text:<54}{verdict.value or ''}".rstrip()
+        yield f"  {said:<14}{verdict.text:<{_VERDICT}}{verdict.value or ''}".rstrip()
 
 
 def _row(label: str, cells: Sequence[str]) -> str:
