@@ -140,6 +140,16 @@ def plain_python(directory: Path):
     return python
 
 
+def quiet_node(directory: Path):
+    """Make a `node` that does nothing: each start of JupyterLab runs one to ask for a registry that no test needs."""
+    directory.mkdir(parents=True, exist_ok=True)
+    node = directory / "node"
+    if not node.exists():
+        node.write_text("#!/bin/sh\n")
+        node.chmod(0o755)
+    return directory
+
+
 class KeeperProcess:
     """`labkeeper serve` as a user runs it, on directories and ports of its own."""
 
@@ -186,6 +196,7 @@ class KeeperProcess:
             "LABKEEPER_JUPYTER_PYTHON": plain_python(self.base / "bin"),
             "JUPYTER_CONFIG_DIR": self.config_dir,
             "HOME": self.base,
+            "PATH": f"{quiet_node(self.base / 'node')}:{os.environ['PATH']}",
         }
         ours.update({f"LABKEEPER_{name.upper()}": value for name, value in self.settings.items()})
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_"))}
