@@ -196,7 +196,7 @@ class KeeperProcess:
             "LABKEEPER_JUPYTER_PYTHON": plain_python(self.base / "bin"),
             "JUPYTER_CONFIG_DIR": self.config_dir,
             "HOME": self.base,
-            "PATH": f"{quiet_node(self.base / 'node')}:{os.environ['PATH']}",
+            "PATH": f"{quiet_node(self.base / 'bin' / 'quiet')}:{os.environ['PATH']}",
         }
         ours.update({f"LABKEEPER_{name.upper()}": value for name, value in self.settings.items()})
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_"))}
