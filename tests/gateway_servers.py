@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from harness import PATIENCE, free_port, plain_python, until
+from harness import HOLD_PORTS, PATIENCE, free_port, plain_python, until
 from labkeeper.core.model import Gateway
 
 ROOT = Path(__file__).parents[1]
@@ -140,6 +140,9 @@ class KernelGateway(RealGateway):
             self.authority.cert_pem.write_to_path(self.base / "ca.pem")
             options["KernelGatewayApp.certfile"] = options["KernelGatewayApp.keyfile"] = self.base / "gateway.pem"
         python = plain_python(self.base / "bin")
+        configuration = self.base / ".jupyter" / "jupyter_kernel_gateway_config.py"
+        configuration.parent.mkdir(exist_ok=True)
+        configuration.write_text(HOLD_PORTS)
         return [python, "-m", "kernel_gateway", *(f"--{name}={value}" for name, value in options.items())]
 
     def variables(self):
@@ -166,8 +169,11 @@ class EnterpriseGateway(RealGateway):
         ]
 
     def variables(self):
+        # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768. See HOLD_PORTS.
+        first = 3_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8 * 500
+        ports = {"EG_PORT_RANGE": f"{first}..{first + 499}", "EG_MIN_PORT_RANGE_SIZE": "499"}
         # It refuses kernels to root by default, which tests in a container run as.
-        return {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
+        return ports | {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
 
 
 REAL = {"kernel-gateway": KernelGateway, "enterprise-gateway": EnterpriseGateway}

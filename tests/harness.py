@@ -50,6 +50,16 @@ def _own_ports():
 
 _ports = _own_ports()
 
+HOLD_PORTS = """
+from labkeeper.backends.standalone.kernels import hold_ports
+hold_ports()
+"""
+"""A configuration file for a Jupyter program that is not a server of ours.
+
+Its kernels listen half a second after their ports were chosen. Another test was given such a port meanwhile, and the kernel could
+not start, so tests of gateways failed now and then.
+"""
+
 
 def free_port():
     """Return a port that stays free, while nothing listens there, for whoever was given it."""

@@ -20,7 +20,7 @@ from xml.etree import ElementTree as ET
 import httpx
 import pytest
 
-from harness import PATIENCE, forked, free_port, until
+from harness import HOLD_PORTS, PATIENCE, forked, free_port, until
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkeeper" / "suites"
@@ -119,12 +119,14 @@ def asked(base, url, token):
 def plain_lab(base):
     """Run `jupyter lab` as a user does, on the interpreter that the keeper's servers have."""
     port, token = free_port(), uuid.uuid4().hex
+    variables = directories(base)
+    (base / "config" / "jupyter_server_config.py").write_text(HOLD_PORTS)
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_", "JUPYTER_"))}
     command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.port_retries=0"]
     with (base / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, f"--port={port}", f"--ServerApp.root_dir={base / 'root'}"],
-            env=clean | directories(base) | {"HOME": str(base), "JUPYTER_RUNTIME_DIR": str(base / "run"), "JUPYTER_TOKEN": token},
+            env=clean | variables | {"HOME": str(base), "JUPYTER_RUNTIME_DIR": str(base / "run"), "JUPYTER_TOKEN": token},
             stdout=log,
             stderr=log,
         )
