@@ -106,8 +106,16 @@ class World:
     """A keeper, all that belongs to it, and what callers were told."""
 
     def __init__(self, base, seed, mix):
+        # On a full disk a refusal takes no time, so that all callers together ask more often than one token may by default.
         self.keeper = self.keeper_in(
-            base, launch_by="fork", stop_grace=2, kill_wait=1, probe_period=0.5, start_timeout=40, hung_after=60
+            base,
+            launch_by="fork",
+            stop_grace=2,
+            kill_wait=1,
+            probe_period=0.5,
+            start_timeout=40,
+            hung_after=60,
+            max_request_rate=0,
         )
         self.seed = seed
         self.mix = mix
