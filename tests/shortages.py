@@ -49,12 +49,12 @@ class GroupedKeeper(KeeperProcess):
 
 
 class Disk:
-    """A small disk of a test."""
+    """A small disk of a test, with room for all the history that a store keeps, and for its write-ahead log."""
 
     def __init__(self, path):
         self.path = path
         path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m,mode=700", "tmpfs", path], check=True)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs", path], check=True)
 
     def fill(self):
         """Leave no room, not even in the last block of the files that there are."""
