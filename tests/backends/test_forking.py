@@ -89,7 +89,7 @@ class Nursery:
         """A launch that ends at once, with exit code 1: its directory does not exist."""
         self.count += 1
         room = self.base / "run" / (name or f"server{self.count}")
-        room.mkdir(parents=True)
+        (room / "jupyter").mkdir(parents=True)
         return Launch(
             room=str(room),
             title=f"jupyter-lab (server '{room.name}')",
@@ -449,11 +449,10 @@ def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_th
     assert not left
 
 
-def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(tmp_path, monkeypatch):
-    looks, facts = [], queue.SimpleQueue()
-    monkeypatch.setattr(
-        jupyter, "read_info", lambda *arguments, real=jupyter.read_info: looks.append(arguments) or real(*arguments)
-    )
+@pytest.fixture
+def local(tmp_path):
+    """A backend with its fork server, and the queue of what it reports."""
+    facts = queue.SimpleQueue()
     (tmp_path / "logs").mkdir()
     backend = LocalBackend(
         facts.put,
@@ -464,12 +463,44 @@ def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(tmp_p
     )
     try:
         until(lambda: backend._forkserver._current, what="a fork server")
-        looks.clear()
-        name = ServerName("silent")
-        backend.launch(ServerSpec(name, str(tmp_path)), 1)
-        ready = facts.get(timeout=60).fact
-        assert (ready.endpoint.launched_by, len(looks)) == ("fork", 0)
-        backend.kill(name, 1)
-        assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
+        yield backend, facts
     finally:
         backend.close()
+
+
+def test_a_server_that_was_forked_unknown_to_its_keeper_leaves_no_file_to_the_one_that_is_executed(local, tmp_path, monkeypatch):
+    """The fork server is lost between the fork and its answer, and the child is quicker than the keeper."""
+    backend, facts = local
+    name, forked = ServerName("lost"), []
+    room = tmp_path / "run" / name
+    ask = backend._forkserver._processes.ask
+
+    def lose_the_answer(parent, request, files):
+        forked.append(ask(parent, request, files)["pid"])
+        until((room / "jupyter" / f"jpserver-{forked[0]}.json").exists, what="its file")
+        raise EOFError
+
+    monkeypatch.setattr(backend._forkserver._processes, "ask", lose_the_answer)
+    backend.launch(ServerSpec(name, str(tmp_path)), 1)
+    try:
+        ready = facts.get(timeout=60).fact
+        assert (ready.endpoint.launched_by, ready.endpoint.pid not in forked) == ("exec", True)
+        assert not any(alive(pid) for pid in forked)
+        assert [path.name for path in room.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.endpoint.pid}.json"]
+    finally:
+        backend.kill(name, 1)
+    assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
+    assert not room.exists()
+
+
+def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(local, tmp_path, monkeypatch):
+    looks, (backend, facts) = [], local
+    monkeypatch.setattr(
+        jupyter, "read_info", lambda *arguments, real=jupyter.read_info: looks.append(arguments) or real(*arguments)
+    )
+    name = ServerName("silent")
+    backend.launch(ServerSpec(name, str(tmp_path)), 1)
+    ready = facts.get(timeout=60).fact
+    assert (ready.endpoint.launched_by, len(looks)) == ("fork", 0)
+    backend.kill(name, 1)
+    assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")

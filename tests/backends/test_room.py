@@ -34,6 +34,20 @@ def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(t
     assert "root:" not in bundle
 
 
+def test_what_a_server_wrote_that_was_given_up_goes_and_what_the_next_one_needs_stays(tmp_path):
+    (tmp_path / "ca.pem").write_text(CERTIFICATE)
+    room = Room(tmp_path / "a")
+    bundle = room.furnish(
+        ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))), None
+    )
+    (room.jupyter / "jpserver-1.json").touch()
+    (room.jupyter / "outside").symlink_to(tmp_path)
+    (room.jupyter / "more" / "of it").mkdir(parents=True)
+    room.reset()
+    assert list(room.jupyter.iterdir()) == [bundle]
+    assert (tmp_path / "ca.pem").exists()
+
+
 def test_without_certificates_of_its_own_a_gateway_needs_no_file(tmp_path):
     assert Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/"), None) is None
 

@@ -21,6 +21,7 @@ from labkeeper.backends.forkservers import ForkServers, Instance, NoForkServerEr
 from labkeeper.backends.leftovers import end_leftovers
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process
+from labkeeper.backends.room import Room
 from labkeeper.backends.standalone import wire
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerName
@@ -87,6 +88,7 @@ class ForkServer:
         Raises CannotFork.
         """
         self._check(launch.env)
+        room = Room(Path(launch.room))
         while True:
             instance = self._await_ready()
             try:
@@ -99,15 +101,18 @@ class ForkServer:
                 # Killed, since it may be stopped rather than gone; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
-                # It may have forked all the same.
+                # It may have forked all the same, and the child may have come as far as to write its files.
                 with contextlib.suppress(BackendUnavailable):
-                    end_leftovers(ServerName(Path(launch.room).name), Path(launch.room), set(), grace=0.0)
+                    end_leftovers(ServerName(room.path.name), room.path, set(), grace=0.0)
+                room.reset()
                 raise CannotFork(f"the fork server did not answer ({type(error).__name__})") from error
             if "pid" in answer:
                 return Process(answer["pid"], answer["started"]), instance.name
             if "retired" not in answer:
                 raise CannotFork(f"the fork server could not: {answer.get('error')}")
             self._give_up(instance)
+            # It may have ended a child that it had forked already.
+            room.reset()
 
     def attach(self, name: str, pid: int, report: int) -> bool:
         """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent.

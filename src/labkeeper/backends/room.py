@@ -29,6 +29,8 @@ from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.model import ServerSpec
 from labkeeper.files import read_named, remove_tree, write_private
 
+_BUNDLE: Final = "gateway-ca.pem"
+
 
 class Asked(BaseModel):
     """Where a server was told to listen. It runs its user's own code, so what it says of that itself is worth nothing."""
@@ -127,6 +129,16 @@ class Room:
         half_there = inside <= {self.jupyter.name, f"{RECORD}.new", kernels.NOTE, f"{kernels.NOTE}.new"}
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
+    def reset(self) -> None:
+        """Remove what a server has written that was given up; what the next one needs stays. Raises OSError."""
+        for path in self.jupyter.iterdir():
+            if path.name == _BUNDLE:
+                continue
+            if path.is_dir() and not path.is_symlink():
+                remove_tree(path)
+            else:
+                path.unlink(missing_ok=True)
+
     def remove(self) -> None:
         """Remove the room with all that is in it. Idempotent. Raises OSError where we lack what it takes to look into it.
 
@@ -151,7 +163,7 @@ class Room:
         system = ssl.get_default_verify_paths().cafile
         sources = [_certificates(system, Path(system).read_bytes())] if system else []
         sources.append(_certificates(spec.gateway.ca_certs, read_named(spec.gateway.ca_certs)))
-        return write_private(self.jupyter / "gateway-ca.pem", "\n".join(sources))
+        return write_private(self.jupyter / _BUNDLE, "\n".join(sources))
 
 
 _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----")
