@@ -166,13 +166,15 @@ def run(suite, source, servers, tests, reports):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "LABKEEPER_"))}
     ours = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{source}"}
     running = {}
-    for side, server in servers.items():
-        command = [sys.executable, "-m", "pytest", *plugins, *options, "--junitxml", reports / f"{side}.xml", *tests]
-        with (reports / f"{side}.log").open("wb") as log:
-            env = clean | ours | {"SUITE_SERVER": json.dumps(server)}
-            running[side] = subprocess.Popen(command, cwd=source, env=env, stdout=log, stderr=log)
-    for child in running.values():
-        child.wait()
+    # What their tests leave behind goes with it. Its path is short, for they make sockets there.
+    with tempfile.TemporaryDirectory() as left:
+        for side, server in servers.items():
+            command = [sys.executable, "-m", "pytest", *plugins, *options, "--junitxml", reports / f"{side}.xml", *tests]
+            with (reports / f"{side}.log").open("wb") as log:
+                env = clean | ours | {"SUITE_SERVER": json.dumps(server), "TMPDIR": left}
+                running[side] = subprocess.Popen(command, cwd=source, env=env, stdout=log, stderr=log)
+        for child in running.values():
+            child.wait()
     said = "\n".join((reports / f"{side}.log").read_text() for side in servers)
     assert all((reports / f"{side}.xml").exists() for side in servers), said
     return [outcomes(reports / f"{side}.xml") for side in servers], said
