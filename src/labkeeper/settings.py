@@ -20,6 +20,7 @@ from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.model import Limits, Reserve
 from labkeeper.core.times import duration
+from labkeeper.terminal import visible_line
 
 PREFIX: Final = "LABKEEPER_"
 CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
@@ -321,7 +322,15 @@ class Settings(BaseModel):
 
 
 def load(**flags: Any) -> Settings:
-    """Read all settings; `flags` are those of the command line. Raises SettingsError with one line for each mistake."""
+    """Read all settings; `flags` are those of the command line. Raises SettingsError, in one line for all mistakes."""
+    try:
+        return _load(flags)
+    except SettingsError as error:
+        # Names and paths may hold anything.
+        raise SettingsError(visible_line(error.message)) from error
+
+
+def _load(flags: dict[str, Any]) -> Settings:
     try:
         settings = Settings(**(_from_file() | _from_environment() | flags))
     except ValidationError as error:

@@ -44,6 +44,7 @@ def settled(environment):
 @FUZZ
 @given(given_=st.dictionaries(NAMES.map(lambda name: PREFIX + name.upper()), VALUES, max_size=3))
 @example(given_={"LABKEEPER_STATE_DIR": "~nobody-of-this-name/x"})
+@example(given_={"LABKEEPER_WEBHOOK_SECRET_FILE": "\n"})
 def test_the_environment_may_hold_anything(tmp_path, given_):
     settled(
         {"HOME": str(tmp_path)} | {name: os.fsencode(value).decode(errors="surrogateescape") for name, value in given_.items()}
@@ -54,6 +55,7 @@ def test_the_environment_may_hold_anything(tmp_path, given_):
 @given(content=st.dictionaries(NAMES, TOML, max_size=3) | st.dictionaries(st.text(), TOML, max_size=2))
 @example(content={"state_dir": "\0"})
 @example(content={"token_file": "\0"})
+@example(content={"\n": True})
 def test_a_file_may_set_anything_to_anything(tmp_path, content):
     path = tmp_path / "labkeeper.toml"
     # What TOML writes as JSON does, apart from objects, which come as tables within.
