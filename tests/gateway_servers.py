@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -24,6 +25,18 @@ from harness import HOLD_PORTS, PATIENCE, free_port, plain_python, until
 from labkeeper.core.model import Gateway
 
 ROOT = Path(__file__).parents[1]
+PORTS_IN_TURN = """
+from itertools import cycle
+from enterprise_gateway.services.processproxies.processproxy import BaseProcessProxyABC
+ports = cycle(range({first}, {first} + 300))
+BaseProcessProxyABC._get_candidate_port = lambda self: next(ports)
+"""
+"""A configuration file for an Enterprise Gateway.
+
+By itself it draws the ports of a kernel by lot, and the next kernel may draw one of them before the first one listens there. It
+restarts a kernel with the same ports.
+"""
+_blocks = itertools.cycle(range(10))
 VENV = ROOT / ".venv-gateway"
 """Where the Enterprise Gateway lives: it wants an older jupyter_server than JupyterLab does."""
 
@@ -159,6 +172,12 @@ class EnterpriseGateway(RealGateway):
             subprocess.run(
                 [ROOT / "scripts" / "setup-gateway", VENV], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True
             )
+        # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768.
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 3
+        first = 3_000 * (worker + 1) + 300 * next(_blocks)
+        configuration = self.base / ".jupyter" / "jupyter_enterprise_gateway_config.py"
+        configuration.parent.mkdir(exist_ok=True)
+        configuration.write_text(PORTS_IN_TURN.format(first=first))
         return [
             VENV / "bin" / "jupyter",
             "enterprisegateway",
@@ -169,11 +188,8 @@ class EnterpriseGateway(RealGateway):
         ]
 
     def variables(self):
-        # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768. See HOLD_PORTS.
-        first = 3_000 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8 * 500
-        ports = {"EG_PORT_RANGE": f"{first}..{first + 499}", "EG_MIN_PORT_RANGE_SIZE": "499"}
         # It refuses kernels to root by default, which tests in a container run as.
-        return ports | {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
+        return {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
 
 
 REAL = {"kernel-gateway": KernelGateway, "enterprise-gateway": EnterpriseGateway}
