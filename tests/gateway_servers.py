@@ -25,20 +25,21 @@ from harness import HOLD_PORTS, PATIENCE, free_port, plain_python, until
 from labkeeper.core.model import Gateway
 
 ROOT = Path(__file__).parents[1]
+VENV = ROOT / ".venv-gateway"
+"""Where the Enterprise Gateway lives: it wants an older jupyter_server than JupyterLab does."""
 PORTS_IN_TURN = """
 from itertools import cycle
 from enterprise_gateway.services.processproxies.processproxy import BaseProcessProxyABC
-ports = cycle(range({first}, {first} + 300))
+ports = cycle(range({first}, {first} + 200))
 BaseProcessProxyABC._get_candidate_port = lambda self: next(ports)
 """
 """A configuration file for an Enterprise Gateway.
 
-By itself it draws the ports of a kernel by lot, and the next kernel may draw one of them before the first one listens there. It
-restarts a kernel with the same ports.
+By default it draws the ports of a kernel at random, so a second kernel may get one of them before the first one listens there. A
+restart keeps the ports, so it does not help.
 """
-_blocks = itertools.cycle(range(10))
-VENV = ROOT / ".venv-gateway"
-"""Where the Enterprise Gateway lives: it wants an older jupyter_server than JupyterLab does."""
+_blocks = itertools.cycle(range(5))
+"""Blocks of 200 ports, one for each start of a gateway in this process."""
 
 
 class RealGateway:
@@ -173,8 +174,8 @@ class EnterpriseGateway(RealGateway):
                 [ROOT / "scripts" / "setup-gateway", VENV], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True
             )
         # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768.
-        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 3
-        first = 3_000 * (worker + 1) + 300 * next(_blocks)
+        worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
+        first = 3_000 + 1_000 * worker + 200 * next(_blocks)
         configuration = self.base / ".jupyter" / "jupyter_enterprise_gateway_config.py"
         configuration.parent.mkdir(exist_ok=True)
         configuration.write_text(PORTS_IN_TURN.format(first=first))
