@@ -49,7 +49,7 @@ class GroupedKeeper(KeeperProcess):
 
 
 class Disk:
-    """A small disk of a test, with room for all the history that a store keeps, and for its write-ahead log."""
+    """A small disk of a test, with room for the history and the write-ahead log of 200 rounds of chaos."""
 
     def __init__(self, path):
         self.path = path

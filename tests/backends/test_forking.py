@@ -468,7 +468,7 @@ def local(tmp_path):
         backend.close()
 
 
-def test_a_server_that_was_forked_unknown_to_its_keeper_leaves_no_file_to_the_one_that_is_executed(local, tmp_path, monkeypatch):
+def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_instead(local, tmp_path, monkeypatch):
     """The fork server is lost between the fork and its answer, and the child is quicker than the keeper."""
     backend, facts = local
     name, forked = ServerName("lost"), []

@@ -34,7 +34,7 @@ def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(t
     assert "root:" not in bundle
 
 
-def test_what_a_server_wrote_that_was_given_up_goes_and_what_the_next_one_needs_stays(tmp_path):
+def test_a_reset_removes_what_an_abandoned_launch_wrote_and_keeps_the_certificates(tmp_path):
     (tmp_path / "ca.pem").write_text(CERTIFICATE)
     room = Room(tmp_path / "a")
     bundle = room.furnish(

@@ -166,12 +166,12 @@ def run(suite, source, servers, tests, reports):
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "LABKEEPER_"))}
     ours = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{source}"}
     running = {}
-    # What their tests leave behind goes with it. Its path is short, for they make sockets there.
-    with tempfile.TemporaryDirectory() as left:
+    # Their temporary files are removed with this directory. Its path is short because they create Unix sockets in it.
+    with tempfile.TemporaryDirectory() as scratch:
         for side, server in servers.items():
             command = [sys.executable, "-m", "pytest", *plugins, *options, "--junitxml", reports / f"{side}.xml", *tests]
             with (reports / f"{side}.log").open("wb") as log:
-                env = clean | ours | {"SUITE_SERVER": json.dumps(server), "TMPDIR": left}
+                env = clean | ours | {"SUITE_SERVER": json.dumps(server), "TMPDIR": scratch}
                 running[side] = subprocess.Popen(command, cwd=source, env=env, stdout=log, stderr=log)
         for child in running.values():
             child.wait()

@@ -101,7 +101,7 @@ class ForkServer:
                 # Killed, since it may be stopped rather than gone; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
-                # It may have forked all the same, and the child may have come as far as to write its files.
+                # It may have forked all the same, and the child may already have written its files.
                 with contextlib.suppress(BackendUnavailable):
                     end_leftovers(ServerName(room.path.name), room.path, set(), grace=0.0)
                 room.reset()
@@ -111,7 +111,7 @@ class ForkServer:
             if "retired" not in answer:
                 raise CannotFork(f"the fork server could not: {answer.get('error')}")
             self._give_up(instance)
-            # It may have ended a child that it had forked already.
+            # It may have killed a child that had already written its files.
             room.reset()
 
     def attach(self, name: str, pid: int, report: int) -> bool:

@@ -130,7 +130,7 @@ class Room:
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def reset(self) -> None:
-        """Remove what a server has written that was given up; what the next one needs stays. Raises OSError."""
+        """Remove what an abandoned launch wrote, and keep what the next one needs. Raises OSError."""
         for path in self.jupyter.iterdir():
             if path.name == _BUNDLE:
                 continue
