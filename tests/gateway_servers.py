@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from harness import HOLD_PORTS, PATIENCE, free_port, plain_python, until
+from harness import HOLD_PORTS, PATIENCE, free_port, kill_all, plain_python, until
 from labkeeper.core.model import Gateway
 
 ROOT = Path(__file__).parents[1]
@@ -129,11 +129,8 @@ class RealGateway:
         if self.process is None:
             return
         if self.process.poll() is None:
-            with contextlib.suppress(psutil.Error):
-                self.process.send_signal(signal.SIGCONT)
-            for child in psutil.Process(self.process.pid).children(recursive=True):
-                with contextlib.suppress(psutil.Error):
-                    child.kill()
+            self.process.send_signal(signal.SIGCONT)
+            kill_all(psutil.Process(self.process.pid).children(recursive=True))
             self.process.kill()
         self.process.wait()
 

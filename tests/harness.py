@@ -87,16 +87,31 @@ def port_is_free(port):
         return True
 
 
-def processes_marked(room_prefix, *, rehearsals=True):
-    """Every live process that a server of this runtime directory started; a fork server rehearses one whenever it loads anew."""
+def processes_where(condition):
+    """Every live process that meets a condition; a process that ends while it is looked at does not count."""
     found = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            mark = process.environ().get("LABKEEPER_SERVER", "")
-            counts = rehearsals or "/.forkservers/" not in mark
-            if process.status() != psutil.STATUS_ZOMBIE and mark.startswith(str(room_prefix)) and counts:
+        with contextlib.suppress(psutil.Error, OSError):
+            if condition(process) and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
     return found
+
+
+def kill_all(processes):
+    """Kill processes, some of which may have ended by now."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def processes_marked(room_prefix, *, rehearsals=True):
+    """Every live process that a server of this runtime directory started; a fork server rehearses one whenever it loads anew."""
+
+    def is_of_server(process):
+        mark = process.environ().get("LABKEEPER_SERVER", "")
+        return mark.startswith(str(room_prefix)) and (rehearsals or "/.forkservers/" not in mark)
+
+    return processes_where(is_of_server)
 
 
 def servers_in(room_prefix):
@@ -313,9 +328,7 @@ class KeeperProcess:
         self.sweep()
 
     def sweep(self):
-        for process in processes_marked(self.rooms):
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        kill_all(processes_marked(self.rooms))
         groups = ControlGroups(self.rooms.resolve())
         # Those of rehearsals, which are no servers, have names that begin with a dot.
         found = (group.name for base in groups._bases for group in base.glob(f"{groups._prefix}.*"))

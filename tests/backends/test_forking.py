@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import alive, children, no_descriptors, processes_marked, until
+from harness import alive, children, kill_all, no_descriptors, processes_marked, until
 from labkeeper import jupyter
 from labkeeper.backends.forking import CannotFork, ForkServer
 from labkeeper.backends.forkservers import connect
@@ -444,8 +444,7 @@ def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_th
     finally:
         tracer.kill()
         tracer.wait()
-        for process in processes_marked(request.room):
-            process.kill()
+        kill_all(processes_marked(request.room))
     assert not left
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 
-from harness import until
+from harness import kill_all, processes_where, until
 from labkeeper.backends import usage
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process, carries
@@ -46,11 +44,7 @@ def server(tmp_path):
     )
     assert running.stdout.readline().strip() == str(64 * MIB)
     yield running
-    for pid in psutil.pids():
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            if pid != os.getpid() and process.environ().get(MARK) == str(room):
-                process.kill()
+    kill_all(processes_where(lambda process: process.environ().get(MARK) == str(room) and process.pid != os.getpid()))
     running.wait()
     running.stdin.close()
     running.stdout.close()

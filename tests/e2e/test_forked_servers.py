@@ -10,13 +10,26 @@ import signal
 import stat
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from harness import PATIENCE, KeeperProcess, alive, forked, give_hands, parent_of, run_cell, run_in_server, start_kernel, until
+from harness import (
+    PATIENCE,
+    KeeperProcess,
+    alive,
+    forked,
+    give_hands,
+    kill_all,
+    parent_of,
+    processes_where,
+    run_cell,
+    run_in_server,
+    start_kernel,
+    until,
+)
 from memory import OWN_STATE, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
@@ -587,28 +600,18 @@ def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
 
 def test_a_keeper_that_ends_while_its_fork_server_loads_leaves_nothing(make_keeper):
     keeper = make_keeper().start()
-    rehearsing = until(lambda: rehearsals(keeper.rooms), what="a rehearsal")
+    rehearsing = until(lambda: working_in(keeper.rooms, "*/rehearsal"), what="a rehearsal")
     assert keeper.stop() == 0
-    left = inside(keeper.rooms)
+    left = working_in(keeper.rooms)
     directories = keeper.in_rooms()
-    for pid in left:
-        os.kill(pid, signal.SIGKILL)
+    kill_all(left)
     assert not left, rehearsing
     assert not directories
 
 
-def rehearsals(directory):
-    return [pid for pid in inside(directory) if Path(f"/proc/{pid}/cwd").readlink().name == "rehearsal"]
-
-
-def inside(directory):
-    """Processes whose working directory is in this one."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if process.cwd().startswith(str(directory)) and alive(process.pid):
-                found.append(process.pid)
-    return found
+def working_in(directory, pattern="*"):
+    """Processes whose working directory is below this one, and matches a pattern."""
+    return processes_where(lambda process: fnmatch(process.cwd(), f"{directory}/{pattern}"))
 
 
 @pytest.fixture(scope="module")
@@ -617,13 +620,12 @@ def abandoned(tmp_path_factory):
     with keepers(tmp_path_factory.mktemp("abandoned")) as make:
         idle, busy = make("idle").start(), make("busy").start()
         servers = {name: forked(busy, name) for name in ("first", "last")}
-        pid = until(lambda: inside(idle.rooms))[0]
+        pid = until(lambda: working_in(idle.rooms))[0].pid
         until(lambda: "the fork server is ready" in idle.log.read_text())
         idle.kill()
         busy.kill()
         yield idle, pid, busy, servers
-        for process in [*inside(idle.rooms), *inside(busy.rooms)]:
-            os.kill(process, signal.SIGKILL)
+        kill_all([*working_in(idle.rooms), *working_in(busy.rooms)])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -12,10 +12,9 @@ import threading
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
 
-from harness import PATIENCE, free_port, plain_python, processes_marked, until
+from harness import PATIENCE, free_port, kill_all, plain_python, processes_marked, processes_where, until
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -80,17 +79,10 @@ class Run:
 
     def members(self):
         """Every live process of its session: the script and the keeper."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error, OSError):
-                if os.getsid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return processes_where(lambda process: os.getsid(process.pid) == self.process.pid)
 
     def close(self):
-        for process in [*self.members(), *processes_marked(self.temporary)]:
-            with contextlib.suppress(psutil.Error):
-                process.kill()
+        kill_all([*self.members(), *processes_marked(self.temporary)])
         self.ends()
         os.close(self.reading)
 

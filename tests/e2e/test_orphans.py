@@ -14,7 +14,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import alive, forked, give_hands, processes_marked, run_cell, run_in_server, start_kernel, until
+from harness import (
+    alive,
+    forked,
+    give_hands,
+    kill_all,
+    processes_marked,
+    processes_where,
+    run_cell,
+    run_in_server,
+    start_kernel,
+    until,
+)
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.core.errors import SettingsError
 from labkeeper.serve.process import earlier_dirs, only_keeper
@@ -65,10 +76,7 @@ def hide(tmp_path):
 
     yield make
     for note in notes:
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if str(note) in process.cmdline():
-                    process.kill()
+        kill_all(processes_where(lambda process, note=note: str(note) in process.cmdline()))
 
 
 RUN = "import subprocess, sys\nsubprocess.run([sys.executable, '-c', {!r}], env={{}})"
@@ -89,8 +97,8 @@ def noted(note):
 def goes_on(note):
     """Whether a chain of processes still grows; each of them has the note among its arguments."""
     before = note.read_text()
-    seen = [p.pid for _ in range(5) for p in psutil.process_iter(["cmdline"]) if str(note) in (p.info["cmdline"] or [])]
-    return bool(seen) or note.read_text() != before
+    seen = any(processes_where(lambda process: str(note) in process.cmdline()) for _ in range(5))
+    return seen or note.read_text() != before
 
 
 def start(keeper, launch_by):
@@ -217,8 +225,7 @@ def test_no_other_user_holds_a_server_by_its_mark(keeper):
             assert [p for p in processes_marked(room) if p.uids().real == 65534]
         finally:
             forger.kill()
-            for process in processes_marked(room):
-                process.kill()
+            kill_all(processes_marked(room))
 
 
 # The sweep
@@ -268,9 +275,9 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
                 assert not alive(hidden)
                 assert len(groups_of(keeper)) == 1
             until(lambda: not (keeper.rooms / "one").exists() and not half_made.exists(), what="the rooms are removed")
-            assert {process.environ()["LABKEEPER_SERVER"] for process in processes_marked(keeper.rooms / "other")} == {
-                str(keeper.rooms / "other")
-            }
+            here, marked = str(keeper.rooms / "other"), processes_marked(keeper.rooms / "other")
+            assert marked
+            assert processes_where(lambda p: p in marked and p.environ()["LABKEEPER_SERVER"] != here) == []
             assert stranger.poll() is None
             assert alive(again["pid"])
         finally:
@@ -449,8 +456,7 @@ def programs(make_keeper):
     keeper = make_keeper(launch_by="fork")
     found = Programs(keeper)
     yield keeper, found
-    for pid in found.left():
-        os.kill(pid, signal.SIGKILL)
+    kill_all(processes_where(lambda process: process.pid in found.started))
 
 
 def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(programs):
@@ -479,12 +485,6 @@ def test_what_a_fork_server_leaves_that_dies_at_its_rehearsal_is_ended(programs)
     started.hold_rehearsal(keeper)
     started.hold.unlink()
     of_the_first = started.left()
-    (loading,) = (process.pid for process in psutil.process_iter() if is_fork_server_of(process, keeper))
-    os.kill(loading, signal.SIGKILL)
+    (loading,) = processes_where(lambda process: Path(process.cwd()).parent == keeper.rooms / ".forkservers")
+    loading.kill()
     until(lambda: not [pid for pid in of_the_first if alive(pid)], what="its programs are ended")
-
-
-def is_fork_server_of(process, keeper):
-    with contextlib.suppress(psutil.Error):
-        return Path(process.cwd()).parent == keeper.rooms / ".forkservers"
-    return False

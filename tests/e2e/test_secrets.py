@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 import os
 import secrets
@@ -14,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from harness import PATIENCE, give_hands, processes_marked, run_in_server, start_kernel, until
+from harness import PATIENCE, give_hands, processes_marked, processes_where, run_in_server, start_kernel, until
 
 HOLD_SECRETS = ("token", "labkeeper.sqlite", "jpserver-", "kernel-", "jupyter_cookie_secret")
 """Files that must hold some, by how their names begin."""
@@ -179,10 +180,14 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert len(everything) > 1
 
     # Argument lists are everybody's; an environment is its owner's, and is where a server's own variables belong.
-    for pid in everything:
-        for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+    shown = set()
+    for process in processes_where(lambda process: everything & {process.pid, *(each.pid for each in process.parents())}):
+        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # It has ended meanwhile.
             assert known.within("\0".join(process.cmdline())) == [], process
             assert Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077 == 0
+            shown.add(process.pid)
+    assert len(shown) > 1
+    assert keeper.process.pid in shown
 
     # A server's token is in what is told of that server alone: its token, its link.
     servers = [name for name in known.values if name.startswith("server token")]
