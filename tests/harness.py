@@ -11,11 +11,13 @@ import resource
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 import uuid
 from pathlib import Path
+from typing import NamedTuple
 
 import httpx
 import psutil
@@ -121,6 +123,27 @@ def servers_in(room_prefix):
         with contextlib.suppress(psutil.Error):
             if any(piece.startswith("jupyter-lab") for piece in process.cmdline()[:1]):
                 found.append(process.pid)
+    return found
+
+
+class Found(NamedTuple):
+    """What was at a place when it was looked at."""
+
+    path: Path
+    mode: int
+    content: bytes
+    """Of a directory: nothing."""
+
+
+def everything_below(directory):
+    """Files and directories with their modes and contents, links left out; what goes while it is looked at does not count."""
+    found = []
+    for parent, directories, files in os.walk(directory):
+        for path in (Path(parent, name) for name in (*directories, *files)):
+            with contextlib.suppress(FileNotFoundError):
+                mode = path.lstat().st_mode
+                if not stat.S_ISLNK(mode):
+                    found.append(Found(path, stat.S_IMODE(mode), path.read_bytes() if stat.S_ISREG(mode) else b""))
     return found
 
 

@@ -28,7 +28,7 @@ import httpx
 import psutil
 import pytest
 
-from harness import PATIENCE, KeeperProcess, port_is_free, start_kernel, until
+from harness import PATIENCE, KeeperProcess, everything_below, port_is_free, start_kernel, until
 from shortages import Disk, Group, GroupedKeeper, needs_group
 
 SEED = os.environ["SEED"]
@@ -414,7 +414,7 @@ class World:
                 "--- processes",
                 *map(str, self.processes()),
                 "--- files",
-                *(str(path) for path in keeper.rooms.rglob("*")),
+                *(str(found.path) for found in everything_below(keeper.rooms)),
                 "--- the keeper's log",
                 *log,
             ]

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import PATIENCE, PassableKeeper, forked, run_cell, start_kernel, until
+from harness import PATIENCE, PassableKeeper, everything_below, forked, run_cell, start_kernel, until
 from memory import OWN_MEMORY, hidden
 
 USER = f"labkeeper-s{os.getpid()}"
@@ -403,9 +403,9 @@ def children(pid):
 
 def open_to_others(place, *, but=()):
     """Name what anybody but its owner has any right to."""
-    paths = [path for path in place.rglob("*") if not path.is_symlink() and not any(path.is_relative_to(own) for own in but)]
-    assert paths
-    return [f"{path} {stat.S_IMODE(path.lstat().st_mode):o}" for path in paths if path.lstat().st_mode & 0o077]
+    found = [each for each in everything_below(place) if not any(each.path.is_relative_to(own) for own in but)]
+    assert found
+    return [f"{each.path} {each.mode:o}" for each in found if each.mode & 0o077]
 
 
 @BY
@@ -420,7 +420,7 @@ def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_k
     until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log is rotated")
     assert open_to_others(keeper.base, but=others) == []
     assert open_to_others(keeper.notebook_dir) == []
-    kinds = {path.name.partition("-")[0].partition(".")[0] for path in keeper.state_dir.rglob("*")}
+    kinds = {each.path.name.partition("-")[0].partition(".")[0] for each in everything_below(keeper.state_dir)}
     assert {"labkeeper", "keeper", "token", "launch", "kernels", "jpserver", "kernel", "default", "logs", "run"} <= kinds
     assert {"labkeeper.sqlite-wal", "labkeeper.sqlite-shm"} <= {path.name for path in keeper.state_dir.iterdir()}
     assert keeper.post("/default/restart").status_code in {200, 201}

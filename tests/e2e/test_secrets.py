@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from harness import PATIENCE, give_hands, processes_marked, processes_where, run_in_server, start_kernel, until
+from harness import PATIENCE, everything_below, give_hands, processes_marked, processes_where, run_in_server, start_kernel, until
 
 HOLD_SECRETS = ("token", "labkeeper.sqlite", "jpserver-", "kernel-", "jupyter_cookie_secret")
 """Files that must hold some, by how their names begin."""
@@ -65,34 +65,27 @@ def test_the_search_finds_what_was_planted(known, tmp_path):
     assert found_by_others(tmp_path, known) == [(str(place), ["planted"])]
     place.chmod(0o600)
     assert found_by_others(tmp_path, known) == []
-    assert files_that_hold(tmp_path, known) == [place]
-
-
-def files(place):
-    return [path for path in place.rglob("*") if path.is_file()]
+    assert names(files_that_hold(tmp_path, known)) == [str(place)]
 
 
 def files_that_hold(place, known):
-    return [path for path in files(place) if known.within(_content(path))]
+    return [found for found in everything_below(place) if known.within(found.content)]
 
 
-def _content(path):
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        return b""
+def names(found):
+    return [str(each.path) for each in found]
 
 
-def is_private(path, top):
+def is_private(found, top):
     """Whether only its owner can read a file, or come to it."""
-    ways = [parent for parent in path.parents if parent.is_relative_to(top)]
-    return path.stat().st_mode & 0o077 == 0 or any(way.stat().st_mode & 0o077 == 0 for way in ways)
+    ways = [parent for parent in found.path.parents if parent.is_relative_to(top)]
+    return found.mode & 0o077 == 0 or any(way.stat().st_mode & 0o077 == 0 for way in ways)
 
 
 def found_by_others(place, known):
     """What others can read; the place itself is thought to be open."""
-    inside = [(path, known.within(path.read_bytes())) for path in files(place)]
-    return [(str(path), what) for path, what in inside if what and path.stat().st_mode & 0o077]
+    inside = [(found, known.within(found.content)) for found in everything_below(place)]
+    return [(str(found.path), what) for found, what in inside if what and found.mode & 0o077]
 
 
 def use_everything(keeper, gateway, known):
@@ -198,11 +191,11 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
 
     # Files: private, and only those that must have any.
     assert found_by_others(keeper.state_dir, known) == []
-    for path in files_that_hold(keeper.state_dir, known):
-        assert is_private(path, keeper.state_dir), path
+    for found in files_that_hold(keeper.state_dir, known):
+        assert is_private(found, keeper.state_dir), found.path
         # A server's own words are in its own log, which is its owner's.
-        assert path.name.startswith(HOLD_SECRETS) or path.parent.name == "logs", path
-    assert any(path.name == "labkeeper.sqlite" for path in files(keeper.state_dir))
+        assert found.path.name.startswith(HOLD_SECRETS) or found.path.parent.name == "logs", found.path
+    assert (keeper.state_dir / "labkeeper.sqlite").is_file()
 
     lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
     assert {"labkeeper.api", "labkeeper.servers", "jupyter"} <= {line["logger"] for line in lines}
@@ -264,9 +257,9 @@ def test_of_a_server_that_is_deleted_no_secret_stays_on_the_disk(keeper, known):
     asked = {"name": "forgotten", "env": {"KEY": secret}, "kernel_env": {"KERNEL_KEY": kernels}}
     assert keeper.post(**asked).status_code == 201
     assert keeper.post("/forgotten/restart", idle_timeout="1h").status_code in {200, 201}
-    assert [path for path in files_that_hold(keeper.state_dir, known) if path.name.startswith("labkeeper.sqlite")]
+    assert any(found.path.name.startswith("labkeeper.sqlite") for found in files_that_hold(keeper.state_dir, known))
     assert keeper.delete("forgotten").status_code == 200
-    until(lambda: not files_that_hold(keeper.state_dir, known), what=lambda: str(files_that_hold(keeper.state_dir, known)))
+    until(lambda: not files_that_hold(keeper.state_dir, known), what=lambda: str(names(files_that_hold(keeper.state_dir, known))))
 
 
 def _if_last(text, times=1):

@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from gateway_servers import KernelGateway
-from harness import alive, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
+from harness import alive, everything_below, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
 
 SERVER_INFO = {"base_url", "hostname", "notebook_dir", "password", "pid", "port", "secure", "token", "url"}
 
@@ -251,9 +251,9 @@ def test_secrets_stand_in_no_argument_list_and_in_no_file_that_others_can_read(k
     secrets = [answer.json()["token"].encode(), gateway.token.encode(), keeper.token.encode()]
     for process in [psutil.Process(answer.json()["pid"]), psutil.Process(keeper.process.pid)]:
         assert not [secret for secret in secrets if secret in " ".join(process.cmdline()).encode()]
-    for path in keeper.base.rglob("*"):
-        if path.is_file() and any(secret in path.read_bytes() for secret in secrets):
-            assert path.stat().st_mode & 0o077 == 0, path
+    for found in everything_below(keeper.base):
+        if any(secret in found.content for secret in secrets):
+            assert found.mode & 0o077 == 0, found.path
     for log in (keeper.log, *(keeper.state_dir / "logs").iterdir()):
         assert not [secret for secret in secrets if secret in log.read_bytes()], log
     assert (keeper.rooms / "default").stat().st_mode & 0o077 == 0
