@@ -116,6 +116,15 @@ def processes_marked(room_prefix, *, rehearsals=True):
     return processes_where(is_of_server)
 
 
+def working_in(directory):
+    """Every live process whose working directory is below this one: with a runtime directory, its fork servers and servers."""
+    return processes_where(lambda process: process.cwd().startswith(f"{directory}/"))
+
+
+def fork_servers_of(keeper):
+    return processes_where(lambda process: Path(process.cwd()).parent == keeper.rooms / ".forkservers")
+
+
 def servers_in(room_prefix):
     """The pids of the JupyterLab servers among them: not their kernels, nor what extensions run for a moment."""
     found = []

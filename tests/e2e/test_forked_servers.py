@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-from fnmatch import fnmatch
 from pathlib import Path
 
 import httpx
@@ -21,15 +20,16 @@ from harness import (
     KeeperProcess,
     alive,
     everything_below,
+    fork_servers_of,
     forked,
     give_hands,
     kill_all,
     parent_of,
-    processes_where,
     run_cell,
     run_in_server,
     start_kernel,
     until,
+    working_in,
 )
 from memory import OWN_STATE, hidden
 
@@ -597,29 +597,13 @@ def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
     assert not keeper.in_rooms()
 
 
-def test_a_keeper_that_ends_while_its_fork_server_loads_leaves_nothing(make_keeper):
-    keeper = make_keeper().start()
-    rehearsing = until(lambda: working_in(keeper.rooms, "*/rehearsal"), what="a rehearsal")
-    assert keeper.stop() == 0
-    left = working_in(keeper.rooms)
-    directories = keeper.in_rooms()
-    kill_all(left)
-    assert not left, rehearsing
-    assert not directories
-
-
-def working_in(directory, pattern="*"):
-    """Processes whose working directory is below this one, and matches a pattern."""
-    return processes_where(lambda process: fnmatch(process.cwd(), f"{directory}/{pattern}"))
-
-
 @pytest.fixture(scope="module")
 def abandoned(tmp_path_factory):
     """Two keepers that were killed: one without servers, one with two; they stay alone while other tests run."""
     with keepers(tmp_path_factory.mktemp("abandoned")) as make:
         idle, busy = make("idle").start(), make("busy").start()
         servers = {name: forked(busy, name) for name in ("first", "last")}
-        pid = until(lambda: working_in(idle.rooms))[0].pid
+        pid = until(lambda: fork_servers_of(idle))[0].pid
         until(lambda: "the fork server is ready" in idle.log.read_text())
         idle.kill()
         busy.kill()

@@ -16,6 +16,7 @@ import pytest
 
 from harness import (
     alive,
+    fork_servers_of,
     forked,
     give_hands,
     kill_all,
@@ -25,6 +26,7 @@ from harness import (
     run_in_server,
     start_kernel,
     until,
+    working_in,
 )
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.core.errors import SettingsError
@@ -472,11 +474,12 @@ def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(
     assert started.left() == []
 
 
-def test_a_keeper_that_ends_while_its_fork_server_rehearses_leaves_no_program_behind(programs):
+def test_a_keeper_that_ends_while_its_fork_server_rehearses_leaves_nothing_behind(programs):
     keeper, started = programs
     started.hold_rehearsal(keeper)
+    assert len(working_in(keeper.rooms)) >= 2
     assert keeper.stop() == 0
-    assert started.left() == []
+    assert (started.left(), working_in(keeper.rooms), keeper.in_rooms()) == ([], [], [])
 
 
 @needs_groups
@@ -485,6 +488,6 @@ def test_what_a_fork_server_leaves_that_dies_at_its_rehearsal_is_ended(programs)
     started.hold_rehearsal(keeper)
     started.hold.unlink()
     of_the_first = started.left()
-    (loading,) = processes_where(lambda process: Path(process.cwd()).parent == keeper.rooms / ".forkservers")
+    (loading,) = fork_servers_of(keeper)
     loading.kill()
     until(lambda: not [pid for pid in of_the_first if alive(pid)], what="its programs are ended")
