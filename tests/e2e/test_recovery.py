@@ -459,14 +459,15 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
     # In the middle of a start, of a wait after a crash, and of a stop.
     keeper.post("?wait=0", name="starts")
     os.kill(servers["crashes"]["pid"], signal.SIGKILL)
-    until(lambda: keeper.get("crashes")["state"] != "running", what="it has crashed")
+    until(lambda: keeper.get("crashes")["pid"] != servers["crashes"]["pid"], what="it has crashed")
     keeper.http.post("/api/servers/stops/stop?wait=0", json={})
     clock.jump(jumps[0])
     started = keeper.wait_for("running", "starts")
     again = keeper.wait_for("running", "crashes")
     assert keeper.wait_for("stopped", "stops")["stop_report"]["method"] == "shutdown"
     assert (again["restarts"], started["restarts"]) == (1, 0)
-    assert shown(again["since"]) == pytest.approx(jumps[0], abs=60)
+    # On a busy machine its wait of half a second may have ended before the jump.
+    assert any(shown(again["since"]) == pytest.approx(jump, abs=60) for jump in (jumps[0], 0))
 
     # A keeper that comes after the jump knows everybody again.
     keeper.kill()
