@@ -151,7 +151,7 @@ def test_what_is_not_taken_is_posted_again_more_and_more_seldom(world, receiver,
     monkeypatch.setattr(webhook._crew, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
     receiver.status = status
     world.note(2)
-    until(lambda: len(receiver.came) == 4, what="it was tried again")
+    until(lambda: len(receiver.came) >= 4, what="it was tried again")
     assert [pause for pause in pauses if pause != webhooks._LOOK_EVERY][:3] == [0.05, 0.1, 0.2]
     assert {json.loads(body)["id"] for _, _, body in receiver.came} == {1}
     assert str(status) in webhook.status().error
@@ -176,7 +176,7 @@ def test_it_waits_as_long_as_it_is_asked_to(world, receiver):
     receiver.status, receiver.headers = 429, {"Retry-After": "1"}
     world.begin(receiver.url)
     world.note(1)
-    until(lambda: len(receiver.came) == 2)
+    until(lambda: len(receiver.came) >= 2)
     assert receiver.came[1][0] - receiver.came[0][0] >= 1.0
 
 
