@@ -93,7 +93,7 @@ def cell(server, source):
 
 @needs_groups
 def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shared):
-    asked = {"memory_limit": 2**30, "cpu_limit": 0.5, "process_limit": 200}
+    asked = {"memory_limit": 2**30, "cpu_limit": 0.2, "process_limit": 200}
     server = forked(shared, "limited", **asked)
     by = {
         name: str(FOUND[controller].version)
@@ -101,7 +101,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
     }
     assert {what: limit | {"used": None} for what, limit in server["limits"].items()} == {
         "memory": {"limit": 2**30, "used": None, "limited_by": by["memory"]},
-        "cpus": {"limit": 0.5, "used": None, "limited_by": by["cpus"]},
+        "cpus": {"limit": 0.2, "used": None, "limited_by": by["cpus"]},
         "processes": {"limit": 200, "used": None, "limited_by": by["processes"]},
     }
     kernel = int(cell(server, "import os; os.getpid()"))
@@ -110,7 +110,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
         assert {str(server["pid"]), str(kernel)} <= set(members)
         assert str(parent_of(server)) not in members
         assert str(shared.process.pid) not in members
-    # However many want more, they are held back for all of them together.
+    # What wants more is held back, all processes together. A busy machine, too, would give them more than this.
     loops = "[subprocess.Popen([sys.executable, '-c', 'while True: pass']).pid for _ in range(3)]"
     cell(server, f"import subprocess, sys; {loops}")
 
