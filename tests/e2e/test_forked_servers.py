@@ -165,7 +165,11 @@ def shared(tmp_path_factory):
         (keeper.config_dir / "ends").mkdir()
         give_hands(keeper)
         keeper.configure_jupyter(TELL_ALL)
-        keeper.variables.update(OF_THE_KEEPER | {name: keeper.base / f"earlier-{name}" for name in PLACES})
+        places = {name: keeper.base / f"earlier-{name}" for name in PLACES}
+        for place in places.values():
+            # Without a home, each kernel makes itself a directory in /tmp, and leaves it.
+            place.mkdir()
+        keeper.variables.update(OF_THE_KEEPER | places)
         yield keeper.start()
 
 
@@ -409,8 +413,8 @@ UNUSED = {"rich", "wsgiref.handlers"}
 
 def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(shared, tmp_path):
     """What a module makes of these at its import has to be made once more: see standalone/renewal.py."""
-    elsewhere = forked(shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES})
     (tmp_path / "HOME").mkdir()
+    elsewhere = forked(shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES})
     run_in_server(elsewhere, LOOK)
     found = json.loads((shared.notebook_dir / "found").read_text())
     assert {name: text for name, text in found.items() if name not in UNUSED} == {}
