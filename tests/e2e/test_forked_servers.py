@@ -167,7 +167,7 @@ def shared(tmp_path_factory):
         keeper.configure_jupyter(TELL_ALL)
         places = {name: keeper.base / f"earlier-{name}" for name in PLACES}
         for place in places.values():
-            # Without a home, each kernel makes itself a directory in /tmp, and leaves it.
+            # Without a home directory, IPython creates a temporary one for each kernel and never removes it.
             place.mkdir()
         keeper.variables.update(OF_THE_KEEPER | places)
         yield keeper.start()

@@ -110,7 +110,7 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
         assert {str(server["pid"]), str(kernel)} <= set(members)
         assert str(parent_of(server)) not in members
         assert str(shared.process.pid) not in members
-    # What wants more is held back, all processes together. A busy machine, too, would give them more than this.
+    # The limit holds for all processes of the server together. It is low enough to be reached on a busy machine, too.
     loops = "[subprocess.Popen([sys.executable, '-c', 'while True: pass']).pid for _ in range(3)]"
     cell(server, f"import subprocess, sys; {loops}")
 
