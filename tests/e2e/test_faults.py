@@ -89,8 +89,9 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
     kernel = start_kernel(server)
     kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
     os.kill(server["pid"], signal.SIGKILL)
-    # Between the two it is in backoff, for too short a time to be waited for.
-    until(lambda: keeper.get()["pid"] != server["pid"], what="no longer called running")
+    after = until(lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running")
+    # It may be running again by the time we look.
+    assert after["state"] in {"backoff", "starting"} or after["launch"] > server["launch"]
     assert not alive(kernel_pid)
     again = keeper.wait_for("running")
     assert again["restarts"] == 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import KeeperProcess, kill_all, processes_where, run_cell, start_kernel, until
+from harness import KeeperProcess, alive, kill_all, processes_where, run_cell, start_kernel, until
 
 pytestmark = pytest.mark.root
 
@@ -36,6 +36,9 @@ class ContainedKeeper(KeeperProcess):
         """All live processes of the namespace."""
         space = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
         return processes_where(lambda process: Path(f"/proc/{process.pid}/ns/pid").readlink() == space)
+
+    def zombies(self):
+        return [child for child in self.init.children(recursive=True) if not alive(child.pid) and child.is_running()]
 
     def ended(self, number, who):
         """Send a signal; wait for the end of all, and give its exit code."""
@@ -80,6 +83,7 @@ def test_orphans_of_a_server_are_waited_for_and_a_stop_ends_all(contained):
     assert {process.ppid() for process in orphans} == {contained.init.pid}
     kill_all(orphans)
     until(lambda: not any(process.is_running() for process in orphans), what="the orphans are waited for")
+    until(lambda: not contained.zombies(), what="no zombie is left")
     # It holds little, and above all nothing that the keeper loads.
     assert contained.init.memory_info().rss < contained.inside.memory_info().rss / 2
     assert contained.init.num_threads() == 1
