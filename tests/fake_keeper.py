@@ -10,7 +10,7 @@ from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
-from labkeeper.core.model import Kernel
+from labkeeper.core.server import Kernel
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock

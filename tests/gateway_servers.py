@@ -22,7 +22,7 @@ import httpx
 import psutil
 
 from harness import HOLD_PORTS, PATIENCE, free_port, kill_all, plain_python, until
-from labkeeper.core.model import Gateway
+from labkeeper.core.spec import Gateway
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv-gateway"

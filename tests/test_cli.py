@@ -29,7 +29,7 @@ from labkeeper.api.wsgi import WsgiServer
 from labkeeper.cli import cli, output, servers
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.model import OwnKernel
+from labkeeper.core.server import OwnKernel
 from labkeeper.settings import Settings
 from labkeeper.testing.fakes import World
 

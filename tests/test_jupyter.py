@@ -15,19 +15,8 @@ import pytest
 from harness import free_port
 from labkeeper import jupyter
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import (
-    Activity,
-    Endpoint,
-    Exit,
-    FailureClass,
-    Gateway,
-    KernelUse,
-    OwnKernel,
-    ServerName,
-    ServerSpec,
-    Session,
-    TerminalUse,
-)
+from labkeeper.core.server import Activity, Endpoint, Exit, FailureClass, KernelUse, OwnKernel, Session, TerminalUse
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 
 SPEC = ServerSpec(ServerName("x"), "/notebooks", base_url="/b/", env={"A": "1"})
 GATED = ServerSpec(

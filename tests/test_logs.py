@@ -12,7 +12,8 @@ import structlog
 
 from labkeeper import logs, scrub
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Failure, FailureClass, GatewayHealth, Origin, Snapshot, StopMethod, StopReport
+from labkeeper.core.messages import Change, Origin
+from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
 from labkeeper.testing.fakes import a_spec
 
 

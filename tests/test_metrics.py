@@ -10,23 +10,9 @@ from prometheus_client.openmetrics import parser as openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import (
-    Change,
-    Endpoint,
-    Failure,
-    FailureClass,
-    Gateway,
-    GatewayHealth,
-    HistoryEntry,
-    HistoryKind,
-    KernelDebt,
-    Origin,
-    ServerName,
-    Snapshot,
-    StopMethod,
-    StopReport,
-    WebhookStatus,
-)
+from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin, WebhookStatus
+from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, KernelDebt, Snapshot, StopMethod, StopReport
+from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.metrics import FAMILIES, Kind, Metrics, World
 from labkeeper.testing.fakes import FakeClock, a_spec
 

@@ -14,7 +14,9 @@ from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, ServerNotFound
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Create, Order, Ready, Report, ServerName, Snapshot, Tick
+from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerName
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
 from labkeeper.testing.fakes import FakeBackend, FakeClock, MemoryLedger, MemoryStore, OpenGate, World, a_spec
 

@@ -11,7 +11,9 @@ import pytest
 
 from labkeeper import scrub
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Gateway, Snapshot
+from labkeeper.core.messages import Change
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import a_spec
 
 SERVER_TOKEN = "0a" * scrub.TOKEN_BYTES

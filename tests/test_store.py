@@ -14,22 +14,20 @@ import pytest
 from harness import until
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import (
+from labkeeper.core.server import (
     Endpoint,
     Exit,
     Failure,
     FailureClass,
-    Gateway,
     GatewayHealth,
     KernelDebt,
     OwnKernel,
-    ServerName,
-    ServerSpec,
     Session,
     Snapshot,
     StopMethod,
     StopReport,
 )
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.store import SqliteStore
 
 FULL = Snapshot(

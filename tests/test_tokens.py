@@ -9,7 +9,7 @@ import pytest
 from labkeeper import tokens as room
 from labkeeper.core.access import EVERYTHING, Reach, Scope
 from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
-from labkeeper.core.model import Origin
+from labkeeper.core.messages import Origin
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import FakeClock, MemoryStore

@@ -10,7 +10,7 @@ from harness import until
 from labkeeper import usage
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import Load, Snapshot
+from labkeeper.core.server import Load, Snapshot
 from labkeeper.crew import Crew
 from labkeeper.runtime import SystemClock
 from labkeeper.testing.fakes import FakeBackend, World, a_spec

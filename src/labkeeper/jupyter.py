@@ -22,21 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from labkeeper import addresses, shortage
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import (
-    KERNEL_PREFIX,
-    Activity,
-    Endpoint,
-    Exit,
-    FailureClass,
-    Gateway,
-    Kernel,
-    KernelUse,
-    Load,
-    OwnKernel,
-    ServerSpec,
-    Session,
-    TerminalUse,
-)
+from labkeeper.core.server import Activity, Endpoint, Exit, FailureClass, Kernel, KernelUse, Load, OwnKernel, Session, TerminalUse
+from labkeeper.core.spec import KERNEL_PREFIX, Gateway, ServerSpec
 from labkeeper.exchange import Answer, exchange
 from labkeeper.files import read_foreign
 

@@ -10,7 +10,8 @@ from typing import Any, Final, Literal
 import structlog
 
 from labkeeper.core.lifecycle import Event, State
-from labkeeper.core.model import Change, GatewayHealth
+from labkeeper.core.messages import Change
+from labkeeper.core.server import GatewayHealth
 from labkeeper.scrub import HIDDEN, KEEPER, Secrets, is_secret, of_server, scrub
 from labkeeper.terminal import visible
 

@@ -18,19 +18,10 @@ from typing import TYPE_CHECKING, Final
 
 from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
-from labkeeper.core.model import (
-    CULLER,
-    Change,
-    FailureClass,
-    HistoryEntry,
-    HistoryKind,
-    KernelDebt,
-    ServerName,
-    Snapshot,
-    StopMethod,
-    WebhookStatus,
-)
+from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, WebhookStatus
 from labkeeper.core.ports import Clock
+from labkeeper.core.server import FailureClass, KernelDebt, Snapshot, StopMethod
+from labkeeper.core.spec import ServerName
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric

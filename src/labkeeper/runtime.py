@@ -19,8 +19,10 @@ from labkeeper import shortage
 from labkeeper.core.errors import BackendUnavailable, LabkeeperError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import MAY_EXIST
-from labkeeper.core.model import Change, Message, Reply, Report, ServerName, Snapshot, StopAll, Tick
+from labkeeper.core.messages import Change, Message, Reply, Report, StopAll, Tick
 from labkeeper.core.ports import Clock
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerName
 
 LANE_THREADS: Final = 8
 """How many servers' backend calls run beside each other; the calls are short."""

@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Final
 from urllib.parse import quote
 
-from labkeeper.core.model import Change, Gateway, ServerSpec
+from labkeeper.core.messages import Change
+from labkeeper.core.spec import Gateway, ServerSpec
 
 TOKEN_BYTES: Final = 24
 """Bytes of a server's token, which is written as twice as many hexadecimal digits: that is how it is known."""

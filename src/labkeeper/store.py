@@ -23,7 +23,9 @@ from pydantic import TypeAdapter, ValidationError
 from labkeeper import shortage
 from labkeeper.core.access import EVERYTHING, Reach, Token
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import FailureClass, HistoryEntry, KernelDebt, ServerName, Snapshot
+from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.server import FailureClass, KernelDebt, Snapshot
+from labkeeper.core.spec import ServerName
 
 _log = structlog.get_logger("labkeeper.store")
 _TABLES: Final = (

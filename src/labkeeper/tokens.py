@@ -17,7 +17,7 @@ from typing import Final
 
 from labkeeper.core.access import Caller, Reach, Scope, Token
 from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
-from labkeeper.core.model import KEEPER, HistoryKind, Origin
+from labkeeper.core.messages import KEEPER, HistoryKind, Origin
 from labkeeper.core.ports import Chronicle, Clock, TokenStore
 
 OWNER: Final = Caller("token:owner", Scope.ADMIN)

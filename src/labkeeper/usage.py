@@ -15,8 +15,9 @@ import structlog
 
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import Load, Sample, ServerName, Snapshot
 from labkeeper.core.ports import Backend, Clock, Probe
+from labkeeper.core.server import Load, Sample, Snapshot
+from labkeeper.core.spec import ServerName
 from labkeeper.crew import Crew
 
 _WANTED_FOR: Final = 60.0

@@ -18,7 +18,8 @@ from labkeeper.api.app import _RULES, create_app
 from labkeeper.api.peers import PEER, UNREAD, Peer
 from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Reach, Scope
-from labkeeper.core.model import OwnKernel, ServerName
+from labkeeper.core.server import OwnKernel
+from labkeeper.core.spec import ServerName
 
 EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 PROBLEM = "application/problem+json"

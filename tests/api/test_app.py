@@ -32,17 +32,8 @@ from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import (
-    Failure,
-    FailureClass,
-    Gateway,
-    GatewayHealth,
-    Kernel,
-    KernelDebt,
-    OwnKernel,
-    ServerName,
-    Snapshot,
-)
+from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, KernelDebt, OwnKernel, Snapshot
+from labkeeper.core.spec import Gateway, ServerName
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from labkeeper.core.errors import (
     Unreachable,
 )
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import Kernel
+from labkeeper.core.server import Kernel
 from labkeeper.runtime import Keeper
 from labkeeper.testing.fakes import World
 

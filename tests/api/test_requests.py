@@ -22,7 +22,7 @@ from labkeeper.api.requests import BulkRequest, Defaults, RestartRequest, Server
 from labkeeper.api.roots import resolved
 from labkeeper.core.access import ANYBODY, Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec, NotAllowed
-from labkeeper.core.model import ServerName, ServerSpec
+from labkeeper.core.spec import ServerName, ServerSpec
 
 MANAGER = Caller("token:m", Scope.MANAGE)
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name

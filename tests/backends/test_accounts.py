@@ -13,7 +13,8 @@ import pytest
 from labkeeper.backends.accounts import check_passage, common_environment, find_user
 from labkeeper.backends.forking import _AT_START
 from labkeeper.core.errors import BackendRefused
-from labkeeper.core.model import FailureClass, ServerName, ServerSpec
+from labkeeper.core.server import FailureClass
+from labkeeper.core.spec import ServerName, ServerSpec
 
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
 OTHER = pwd.getpwuid(1).pw_name if os.geteuid() != 1 else "root"
@@ -50,7 +51,7 @@ def test_another_user_comes_with_its_groups_and_what_a_login_sets():
 def test_one_who_is_not_root_cannot_start_servers_as_others():
     source = (
         "from labkeeper.backends.accounts import find_user\n"
-        "from labkeeper.core.model import ServerName, ServerSpec\n"
+        "from labkeeper.core.spec import ServerName, ServerSpec\n"
         "find_user(ServerSpec(ServerName('a'), '/', user='root'))"
     )
     said = subprocess.run(

@@ -26,7 +26,8 @@ from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.standalone import wire
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import Launch
-from labkeeper.core.model import Exit, ServerName, ServerSpec
+from labkeeper.core.server import Exit
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.crew import Crew
 from labkeeper.jupyter import base_config, base_environment
 

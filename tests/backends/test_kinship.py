@@ -20,7 +20,8 @@ from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone.identity import MARK
-from labkeeper.core.model import Ready, ServerName, ServerSpec
+from labkeeper.core.messages import Ready
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.jupyter import JupyterClient, url_of
 
 ASK = """

@@ -17,7 +17,7 @@ from harness import until
 from labkeeper.backends.launching import Launcher, ReportPipe, exit_of
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.wire import LARGEST, Launch, WireError
-from labkeeper.core.model import Exit
+from labkeeper.core.server import Exit
 
 
 @pytest.fixture

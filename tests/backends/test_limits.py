@@ -16,7 +16,7 @@ from harness import no_descriptors, until
 from labkeeper.backends import limits
 from labkeeper.backends.leftovers import end_leftovers
 from labkeeper.backends.limits import ControlGroups, Enforced, LimitedBy, MemoryKills
-from labkeeper.core.model import UNLIMITED, Limits, ServerName
+from labkeeper.core.spec import UNLIMITED, Limits, ServerName
 
 NAME = ServerName("a")
 ALL = Limits(memory=2**28, cpus=1.5, processes=50)

@@ -10,7 +10,7 @@ import pytest
 from harness import low_ports_take_a_right
 from labkeeper.backends.local import _hold_port
 from labkeeper.core.errors import BackendRefused
-from labkeeper.core.model import ServerName, ServerSpec
+from labkeeper.core.spec import ServerName, ServerSpec
 
 
 def spec(port):

@@ -18,7 +18,7 @@ from labkeeper.backends.leftovers import end_leftovers, strays
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process, boot_id, carries, end_all, marked, rooms_marked, sees, wait_until_ended
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerName
+from labkeeper.core.spec import ServerName
 
 STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
 

@@ -11,7 +11,7 @@ import pytest
 from labkeeper.backends import room as module
 from labkeeper.backends.room import Record, Room
 from labkeeper.backends.standalone.wire import User
-from labkeeper.core.model import Gateway, ServerName, ServerSpec
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.files import remove_tree
 
 SPEC = ServerSpec(ServerName("a"), "/")

@@ -14,7 +14,7 @@ from labkeeper.backends import usage
 from labkeeper.backends.limits import ControlGroups
 from labkeeper.backends.processes import Process, carries
 from labkeeper.backends.standalone.identity import MARK
-from labkeeper.core.model import ServerName
+from labkeeper.core.spec import ServerName
 
 MIB = 2**20
 NAME = ServerName("measured")

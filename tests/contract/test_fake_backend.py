@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.model import Ended, Exit, Ready, Seen, StopMethod
+from labkeeper.core.messages import Ended, Ready, Seen
+from labkeeper.core.server import Exit, StopMethod
 from labkeeper.testing.contract import BackendContract
 from labkeeper.testing.fakes import FakeBackend, World, a_spec
 

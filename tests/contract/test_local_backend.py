@@ -12,7 +12,7 @@ import pytest
 from harness import alive, children, free_port, no_descriptors, plain_python, until
 from labkeeper.backends.local import LocalBackend
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerName, ServerSpec
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.jupyter import JupyterClient
 from labkeeper.testing.contract import BackendContract
 

@@ -7,7 +7,8 @@ import pytest
 from labkeeper.core.access import ANYBODY, EVERYTHING, Caller, Reach, Scope
 from labkeeper.core.errors import NotAllowed
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import ServerSpec, Snapshot
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerSpec
 
 
 def spec(name="lab", **fields):

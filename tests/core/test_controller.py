@@ -8,26 +8,19 @@ import pytest
 
 from labkeeper.core.controller import Budget, Controller, Policy
 from labkeeper.core.lifecycle import Action, Event, Goal, State
-from labkeeper.core.model import (
-    Ended,
+from labkeeper.core.messages import Ended, GatewaySeen, Gone, Ready, Refused, Seen, Unreachable, Vetoed
+from labkeeper.core.server import (
     Exit,
     Failure,
     FailureClass,
-    Gateway,
     GatewayHealth,
-    GatewaySeen,
-    Gone,
     KernelDebt,
     OwnKernel,
-    Ready,
-    Refused,
-    Seen,
     Snapshot,
     StopMethod,
     StopReport,
-    Unreachable,
-    Vetoed,
 )
+from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
 
 ENDPOINT = FakeProcess(a_spec("lab"), launch=1, pid=7, port=8888).endpoint

@@ -21,7 +21,7 @@ from labkeeper.core.culling import (
     limits_of,
     warned_at,
 )
-from labkeeper.core.model import Activity, KernelUse, TerminalUse
+from labkeeper.core.server import Activity, KernelUse, TerminalUse
 from labkeeper.testing.fakes import a_spec
 
 IDLE, AGE = Rule.IDLE_TIMEOUT, Rule.MAX_AGE

@@ -18,28 +18,24 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.fleet import KNOWN_FOR_EACH, RETRY_AFTER, SAVE_AGAIN, Fleet, perform
 from labkeeper.core.lifecycle import Action, Event, Goal, State
-from labkeeper.core.model import (
+from labkeeper.core.messages import (
     KEEPER,
     Create,
-    Exit,
-    FailureClass,
-    Gateway,
-    HostMemory,
     Job,
     Order,
     Origin,
-    OwnKernel,
     Ready,
     Refused,
     Report,
-    Reserve,
     Seen,
     Snooze,
     StopAll,
-    StopMethod,
     Tick,
     Unreachable,
 )
+from labkeeper.core.ports import HostMemory, Reserve
+from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
+from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,

@@ -16,7 +16,9 @@ from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, RequestError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, Goal, State
-from labkeeper.core.model import Create, Exit, Gateway, Order, OwnKernel, Tick
+from labkeeper.core.messages import Create, Order, Tick
+from labkeeper.core.server import Exit, OwnKernel
+from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,

@@ -9,7 +9,8 @@ import pytest
 from pydantic import TypeAdapter
 
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import Endpoint, Exit, Gateway, ServerSpec, Snapshot, server_name
+from labkeeper.core.server import Endpoint, Exit, Snapshot
+from labkeeper.core.spec import Gateway, ServerSpec, server_name
 from labkeeper.testing.fakes import a_spec
 
 

@@ -12,7 +12,8 @@ from harness import until
 from labkeeper.core.culling import CullPolicy, Standing
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Activity, Change, Endpoint, HistoryKind, KernelUse, Origin, Snapshot, TerminalUse
+from labkeeper.core.messages import Change, HistoryKind, Origin
+from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
 from labkeeper.crew import Crew
 from labkeeper.culling import culler as module
 from labkeeper.culling.culler import Culler

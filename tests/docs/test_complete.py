@@ -14,7 +14,7 @@ from labkeeper.cli import cli
 from labkeeper.client import Client
 from labkeeper.core import errors
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import FailureClass
+from labkeeper.core.server import FailureClass
 from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

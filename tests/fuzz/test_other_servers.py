@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from fuzzing import FUZZ, JSON, Speaker, answers, fields_of
 from labkeeper.client import Client
 from labkeeper.core.errors import BackendError, BackendUnavailable, LabkeeperError
-from labkeeper.core.model import Endpoint, Gateway, GatewayHealth
+from labkeeper.core.server import Endpoint, GatewayHealth
+from labkeeper.core.spec import Gateway
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.jupyter import JupyterClient
 from labkeeper.testing.fakes import FakeClock

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from fuzzing import DEPTHS, FUZZ, JSON, nested
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import HistoryEntry, KernelDebt, Snapshot
+from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.server import KernelDebt, Snapshot
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import a_spec
 

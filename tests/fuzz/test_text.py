@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import FUZZ, JSON
-from labkeeper.core.model import Exit, FailureClass, server_name
+from labkeeper.core.server import Exit, FailureClass
+from labkeeper.core.spec import server_name
 from labkeeper.core.times import LONGEST, duration, instant, spoken
 from labkeeper.history.webhooks import key_of
 from labkeeper.jupyter import cause_of

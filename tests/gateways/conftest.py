@@ -5,7 +5,7 @@ from contextlib import closing
 import pytest
 
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import Failure, FailureClass, GatewayHealth
+from labkeeper.core.server import Failure, FailureClass, GatewayHealth
 from labkeeper.crew import Crew
 from labkeeper.testing.fakes import FakeClock, MemoryStore
 

@@ -13,7 +13,8 @@ import trustme
 from gateway_servers import HostileGateway, black_hole, server_context
 from harness import until
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import FailureClass, Gateway, ServerName, ServerSpec
+from labkeeper.core.server import FailureClass
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.testing.fakes import FakeClock
 

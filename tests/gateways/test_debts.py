@@ -7,7 +7,8 @@ from dataclasses import replace
 
 from structlog.testing import capture_logs
 
-from labkeeper.core.model import Gateway, KernelDebt, ServerName
+from labkeeper.core.server import KernelDebt
+from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.gateways.debts import Ledger
 from labkeeper.store import SqliteStore
 

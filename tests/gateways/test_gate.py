@@ -11,7 +11,8 @@ import structlog
 from gateway_servers import a_gateway
 from harness import until
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.model import Ended, Exit, FailureClass, OwnKernel, Ready, Report, Session, Vetoed
+from labkeeper.core.messages import Ended, Ready, Report, Vetoed
+from labkeeper.core.server import Exit, FailureClass, OwnKernel, Session
 from labkeeper.gateways.gate import Gate
 from labkeeper.testing.fakes import FakeProcess, a_spec
 

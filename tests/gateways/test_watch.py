@@ -11,7 +11,9 @@ from gateway_servers import a_gateway
 from harness import until
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, GatewayHealth, KernelDebt, ServerName, Snapshot
+from labkeeper.core.messages import Change
+from labkeeper.core.server import GatewayHealth, KernelDebt, Snapshot
+from labkeeper.core.spec import ServerName
 from labkeeper.gateways import watch as module
 from labkeeper.gateways.debts import Ledger
 from labkeeper.gateways.watch import GatewayWatch

@@ -13,7 +13,9 @@ from harness import until
 from labkeeper.core.access import EVERYTHING, Reach
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, HistoryEntry, HistoryKind, Origin, ServerSpec, Snapshot
+from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerSpec
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import MemoryStore

@@ -7,17 +7,8 @@ from dataclasses import replace
 import pytest
 
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import (
-    Change,
-    Exit,
-    Failure,
-    FailureClass,
-    GatewayHealth,
-    HistoryKind,
-    Snapshot,
-    StopMethod,
-    StopReport,
-)
+from labkeeper.core.messages import Change, HistoryKind
+from labkeeper.core.server import Exit, Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
 from labkeeper.history import telling
 from labkeeper.testing.fakes import FakeProcess, a_spec
 

@@ -14,7 +14,7 @@ import zlib
 import pytest
 
 from harness import PATIENCE, until
-from labkeeper.core.model import HistoryKind, Origin
+from labkeeper.core.messages import HistoryKind, Origin
 from labkeeper.history import webhooks
 from labkeeper.history.chronicle import Chronicle
 from labkeeper.history.webhooks import Webhook, key_of, place_of, signed

@@ -19,8 +19,9 @@ from labkeeper.api.peers import PEER, Peer
 from labkeeper.api.rates import Rates
 from labkeeper.core.access import ANYBODY, Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound
-from labkeeper.core.model import ServerName, Snapshot
 from labkeeper.core.ports import Keeper
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerName
 from labkeeper.tokens import Tokens
 
 _TELL_EVERY: Final = 60.0

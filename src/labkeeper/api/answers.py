@@ -9,11 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from labkeeper.core.access import Scope
 from labkeeper.core.culling import Rule, Standing
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.model import (
-    FailureClass,
-    HistoryKind,
-    StopMethod,
-)
+from labkeeper.core.messages import HistoryKind
+from labkeeper.core.server import FailureClass, StopMethod
 
 
 class _Answer(BaseModel):

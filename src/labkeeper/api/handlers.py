@@ -76,8 +76,10 @@ from labkeeper.core.errors import (
     ServerNotFound,
 )
 from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
-from labkeeper.core.model import Create, Endpoint, Order, Origin, Reply, ServerName, ServerSpec, Snapshot, Snooze, queue_of
+from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.ports import Watch
+from labkeeper.core.server import Endpoint, Snapshot, queue_of
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.core.times import instant, spoken
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]

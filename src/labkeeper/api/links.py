@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from labkeeper.core.model import ServerName
+from labkeeper.core.spec import ServerName
 
 _MOST: Final = 10_000
 

@@ -13,7 +13,7 @@ from werkzeug.exceptions import HTTPException
 
 from labkeeper.core import errors
 from labkeeper.core.errors import InvalidSpec, LabkeeperError, StartFailed, StartTimeout
-from labkeeper.core.model import FailureClass, Snapshot
+from labkeeper.core.server import FailureClass, Snapshot
 
 STATUS: Final[dict[type[LabkeeperError], int]] = {
     errors.InvalidSpec: 422,

@@ -9,7 +9,7 @@ from werkzeug.datastructures import MultiDict
 
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import NAME_PATTERN
+from labkeeper.core.spec import NAME_PATTERN
 
 _ABSENT: Final[Any] = None
 """See `requests`."""

@@ -35,7 +35,7 @@ from labkeeper.api.shapes import (
 from labkeeper.api.variables import check_sizes, loading
 from labkeeper.core.access import Caller, Reach, Scope
 from labkeeper.core.errors import InvalidSpec
-from labkeeper.core.model import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
+from labkeeper.core.spec import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
 
 
 @dataclass(frozen=True, slots=True)

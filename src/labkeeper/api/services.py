@@ -9,8 +9,9 @@ from labkeeper.api.access import Callers
 from labkeeper.api.links import Links
 from labkeeper.api.places import Places
 from labkeeper.api.requests import Defaults
-from labkeeper.core.model import KernelDebt, Sample, Snapshot, WebhookStatus
+from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
+from labkeeper.core.server import KernelDebt, Sample, Snapshot
 from labkeeper.tokens import Tokens
 
 

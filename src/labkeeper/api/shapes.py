@@ -12,7 +12,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
 from labkeeper.api.variables import VARIABLE, check_env, check_kernel_env
-from labkeeper.core.model import NAME_PATTERN, NAME_RULE
+from labkeeper.core.spec import NAME_PATTERN, NAME_RULE
 from labkeeper.core.times import LONGEST, LONGEST_TEXT, duration
 
 

@@ -10,7 +10,7 @@ from typing import Any, Final
 from flask import Response, g, request
 
 from labkeeper.api.views import event_model
-from labkeeper.core.model import HistoryEntry
+from labkeeper.core.messages import HistoryEntry
 
 EVENT_STREAM: Final = "text/event-stream"
 _CHUNK: Final = 64 * 1024

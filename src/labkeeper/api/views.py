@@ -27,19 +27,9 @@ from labkeeper.api.answers import (
 )
 from labkeeper.core.access import Caller, Token
 from labkeeper.core.culling import Explanation
-from labkeeper.core.model import (
-    KERNEL_PREFIX,
-    Exit,
-    Failure,
-    HistoryEntry,
-    Kernel,
-    KernelDebt,
-    Limits,
-    Sample,
-    Snapshot,
-    StopReport,
-    WebhookStatus,
-)
+from labkeeper.core.messages import HistoryEntry, WebhookStatus
+from labkeeper.core.server import Exit, Failure, Kernel, KernelDebt, Sample, Snapshot, StopReport
+from labkeeper.core.spec import KERNEL_PREFIX, Limits
 from labkeeper.core.times import instant
 
 _INFO: Final = (

@@ -12,7 +12,8 @@ from typing import Final
 
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendRefused
-from labkeeper.core.model import FailureClass, ServerSpec
+from labkeeper.core.server import FailureClass
+from labkeeper.core.spec import ServerSpec
 
 _FOR_EVERYBODY: Final = re.compile(
     r"(PATH|TZ|TERM|LANG\w*|LC_\w*|SSL_CERT_(FILE|DIR)|(https?|ftp|all|no)_proxy)$"

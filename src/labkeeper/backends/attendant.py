@@ -27,20 +27,9 @@ from labkeeper.backends.logfile import LogFile
 from labkeeper.backends.processes import Process, wait_until_ended
 from labkeeper.backends.room import Record, Room
 from labkeeper.core.errors import BackendError, BackendUnavailable
-from labkeeper.core.model import (
-    Ended,
-    Endpoint,
-    Exit,
-    Fact,
-    Failure,
-    FailureClass,
-    OwnKernel,
-    Ready,
-    Report,
-    ServerName,
-    StopMethod,
-    Unreachable,
-)
+from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OwnKernel, StopMethod
+from labkeeper.core.spec import ServerName
 from labkeeper.crew import Crew
 
 _TAIL_LINES: Final = 30

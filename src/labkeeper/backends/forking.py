@@ -24,7 +24,7 @@ from labkeeper.backends.processes import Process
 from labkeeper.backends.room import Room
 from labkeeper.backends.standalone import wire
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerName
+from labkeeper.core.spec import ServerName
 from labkeeper.crew import Crew
 
 _WARM_UP: Final = 3.0

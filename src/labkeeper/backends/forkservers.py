@@ -32,7 +32,7 @@ from labkeeper.backends.standalone.identity import MARK
 from labkeeper.backends.standalone.peers import peer
 from labkeeper.backends.standalone.preload import REHEARSAL
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerName
+from labkeeper.core.spec import ServerName
 from labkeeper.crew import Crew
 from labkeeper.files import write_private
 

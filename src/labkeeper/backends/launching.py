@@ -22,7 +22,7 @@ from labkeeper.backends.processes import Process
 from labkeeper.backends.standalone import wire
 from labkeeper.backends.standalone.privileges import drop_bounding_set
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import Exit
+from labkeeper.core.server import Exit
 
 _STATUS_WITHIN: Final = 1.0
 """Seconds in which a fork server tells the exit status of a child that has ended."""

@@ -14,7 +14,7 @@ from labkeeper.backends.processes import Process, boot_id, end_all, marked, room
 from labkeeper.backends.room import Room
 from labkeeper.backends.standalone.identity import MARK
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerName, server_name
+from labkeeper.core.spec import ServerName, server_name
 
 LIMIT: Final = 3.0
 """Seconds after which what cannot be ended is reported as such."""

@@ -25,7 +25,7 @@ import structlog
 
 from labkeeper import shortage
 from labkeeper.backends.processes import sees, spared
-from labkeeper.core.model import Limits, ServerName, server_name
+from labkeeper.core.spec import Limits, ServerName, server_name
 
 _PERIOD: Final = 100_000
 """Microseconds over which processor time is counted; the kernel's own default."""

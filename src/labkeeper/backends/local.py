@@ -40,20 +40,9 @@ from labkeeper.backends.standalone.wire import Launch, WireError
 from labkeeper.backends.terminals import foregrounds
 from labkeeper.backends.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.model import (
-    Ended,
-    Exit,
-    Fact,
-    FailureClass,
-    Gone,
-    Report,
-    Seen,
-    ServerName,
-    ServerSpec,
-    StopMethod,
-    Unreachable,
-    Usage,
-)
+from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen, Unreachable
+from labkeeper.core.server import Exit, FailureClass, StopMethod, Usage
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.crew import Crew
 from labkeeper.scrub import TOKEN_BYTES, of_server
 

@@ -9,7 +9,7 @@ from typing import Final
 
 import psutil
 
-from labkeeper.core.model import HostMemory
+from labkeeper.core.ports import HostMemory
 
 GROUPS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 """The group of a container, as it is seen inside: of version 2, and of version 1."""

@@ -26,7 +26,7 @@ from labkeeper.backends.standalone import kernels
 from labkeeper.backends.standalone.child import RECORD
 from labkeeper.backends.standalone.wire import User
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.model import ServerSpec
+from labkeeper.core.spec import ServerSpec
 from labkeeper.files import read_named, remove_tree, write_private
 
 _BUNDLE: Final = "gateway-ca.pem"

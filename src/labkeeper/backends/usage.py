@@ -20,7 +20,8 @@ from labkeeper.backends.limits import ControlGroups, Counted
 from labkeeper.backends.processes import Process, carries, is_of
 from labkeeper.backends.room import Room
 from labkeeper.backends.standalone import identity
-from labkeeper.core.model import ServerName, Usage
+from labkeeper.core.server import Usage
+from labkeeper.core.spec import ServerName
 
 _PROPORTIONAL_EVERY: Final = 60.0
 """Seconds between two looks at the shared memory of a server: Linux goes through all page tables for it."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from labkeeper.core.model import DEFAULT_NAME
+from labkeeper.core.spec import DEFAULT_NAME
 
 
 @dataclass(slots=True)

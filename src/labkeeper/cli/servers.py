@@ -32,7 +32,7 @@ from labkeeper.cli.output import (
 )
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import DEFAULT_NAME
+from labkeeper.core.spec import DEFAULT_NAME
 from labkeeper.core.times import spoken
 
 if TYPE_CHECKING:

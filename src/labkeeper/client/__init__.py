@@ -57,7 +57,7 @@ from labkeeper.client.connection import IfAsked, Translated, checked_token, chec
 from labkeeper.core.access import Scope
 from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError, TokenNotFound
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import NAME_RULE, server_name
+from labkeeper.core.spec import NAME_RULE, server_name
 
 __all__ = [
     "LONGEST_WAIT",

@@ -9,7 +9,9 @@ from fnmatch import fnmatchcase
 from typing import Final
 
 from labkeeper.core.errors import NotAllowed
-from labkeeper.core.model import HistoryEntry, ServerName, ServerSpec, Snapshot
+from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerName, ServerSpec
 
 
 class Scope(StrEnum):

@@ -9,29 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from labkeeper.core.lifecycle import ENDINGS, KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
-from labkeeper.core.model import (
-    Ended,
-    Exit,
-    Fact,
-    Failure,
-    FailureClass,
-    GatewaySeen,
-    Gone,
-    Job,
-    KernelDebt,
-    OwnKernel,
-    Ready,
-    Refused,
-    Reserve,
-    Seen,
-    ServerSpec,
-    Snapshot,
-    StopMethod,
-    StopReport,
-    Unreachable,
-    Vetoed,
-)
-from labkeeper.core.ports import Clock
+from labkeeper.core.messages import Ended, Fact, GatewaySeen, Gone, Job, Ready, Refused, Seen, Unreachable, Vetoed
+from labkeeper.core.ports import Clock, Reserve
+from labkeeper.core.server import Exit, Failure, FailureClass, KernelDebt, OwnKernel, Snapshot, StopMethod, StopReport
+from labkeeper.core.spec import ServerSpec
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from labkeeper.core.model import Activity, KernelUse, ServerSpec, Snapshot
+from labkeeper.core.server import Activity, KernelUse, Snapshot
+from labkeeper.core.spec import ServerSpec
 from labkeeper.core.times import spoken
 
 

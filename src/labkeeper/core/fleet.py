@@ -24,13 +24,11 @@ from labkeeper.core.errors import (
     StoreError,
 )
 from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, MAY_EXIST, Action, Event, Goal, State
-from labkeeper.core.model import (
+from labkeeper.core.messages import (
     KEEPER,
     Change,
     Create,
     Fact,
-    Failure,
-    FailureClass,
     Gone,
     Job,
     Message,
@@ -39,16 +37,14 @@ from labkeeper.core.model import (
     Refused,
     Reply,
     Report,
-    ServerName,
-    ServerSpec,
-    Snapshot,
     Snooze,
     StopAll,
     Tick,
     Unreachable,
-    queue_of,
 )
 from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Machine, Store
+from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
+from labkeeper.core.spec import ServerName, ServerSpec
 
 RETRY_AFTER: Final = 5
 """Seconds after which a caller may ask again when as many servers run as may."""

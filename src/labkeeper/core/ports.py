@@ -7,32 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 from labkeeper.core.access import EVERYTHING, Reach, Token
 from labkeeper.core.culling import Explanation
-from labkeeper.core.model import (
-    KEEPER,
-    Activity,
-    Change,
-    Endpoint,
-    Fact,
-    HistoryEntry,
-    HistoryKind,
-    HostMemory,
-    Kernel,
-    KernelDebt,
-    Load,
-    Message,
-    Origin,
-    OwnKernel,
-    Reply,
-    Report,
-    ServerName,
-    ServerSpec,
-    Snapshot,
-    Usage,
-)
+from labkeeper.core.messages import KEEPER, Change, Fact, HistoryEntry, HistoryKind, Message, Origin, Reply, Report
+from labkeeper.core.server import Activity, Endpoint, Kernel, KernelDebt, Load, OwnKernel, Snapshot, Usage
+from labkeeper.core.spec import ServerName, ServerSpec
 
 
 class Clock(Protocol):
@@ -143,6 +125,29 @@ class Ledger(Protocol):
 
     def owe(self, debts: Sequence[KernelDebt]) -> None:
         """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """What there is to be had where the keeper runs; bytes."""
+
+    total: int
+    available: int
+    """Without making anybody else wait: the lesser of what the machine has, and what the keeper's container may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What is to stay free where the keeper runs; whichever is more."""
+
+    amount: int = 0
+    """Bytes."""
+    share: float = 0.0
+    """Of the total; 0.05 is a twentieth."""
+
+    def of(self, total: int) -> int:
+        """Give the bytes that are to stay free of a total."""
+        return max(self.amount, int(total * self.share))
 
 
 class Machine(Protocol):

@@ -30,20 +30,10 @@ from labkeeper.core.culling import (
 )
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import Event, State
-from labkeeper.core.model import (
-    CULLER,
-    Activity,
-    Change,
-    Endpoint,
-    HistoryKind,
-    KernelUse,
-    Message,
-    Order,
-    Origin,
-    ServerName,
-    Snapshot,
-)
+from labkeeper.core.messages import CULLER, Change, HistoryKind, Message, Order, Origin
 from labkeeper.core.ports import Backend, Chronicle, Clock, Probe
+from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot
+from labkeeper.core.spec import ServerName
 from labkeeper.core.times import instant, spoken
 from labkeeper.crew import Crew
 

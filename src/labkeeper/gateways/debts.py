@@ -9,8 +9,9 @@ from typing import Final
 import structlog
 
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import Gateway, KernelDebt
 from labkeeper.core.ports import Clock, Store
+from labkeeper.core.server import KernelDebt
+from labkeeper.core.spec import Gateway
 
 _FORGIVEN_AFTER: Final = 30 * 86400.0
 """Seconds after which a kernel whose gateway never answered is given up; gateways end idle kernels themselves."""

@@ -13,21 +13,10 @@ from dataclasses import dataclass, replace
 import structlog
 
 from labkeeper.core.errors import BackendError
-from labkeeper.core.model import (
-    Ended,
-    Endpoint,
-    Failure,
-    FailureClass,
-    Gateway,
-    GatewayHealth,
-    OwnKernel,
-    Ready,
-    Report,
-    ServerName,
-    ServerSpec,
-    Vetoed,
-)
+from labkeeper.core.messages import Ended, Ready, Report, Vetoed
 from labkeeper.core.ports import Probe
+from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, OwnKernel
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.crew import Crew
 from labkeeper.gateways.client import GatewayClient
 

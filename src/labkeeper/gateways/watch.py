@@ -16,8 +16,10 @@ import structlog
 
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import Change, Gateway, GatewayHealth, GatewaySeen, Report, ServerName
+from labkeeper.core.messages import Change, GatewaySeen, Report
 from labkeeper.core.ports import Clock
+from labkeeper.core.server import GatewayHealth
+from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.crew import Crew
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.debts import Ledger

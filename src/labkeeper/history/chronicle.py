@@ -13,8 +13,9 @@ from typing import Final
 
 from labkeeper.core.access import EVERYTHING, Reach, concerns
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import KEEPER, Change, HistoryEntry, HistoryKind, Origin, ServerName, ServerSpec
+from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.ports import Clock, HistoryStore
+from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.history import telling
 
 _IN_MEMORY: Final = 1000

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Final
 
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.model import Change, Failure, HistoryKind, Snapshot, StopMethod
+from labkeeper.core.messages import Change, HistoryKind
+from labkeeper.core.server import Failure, Snapshot, StopMethod
 from labkeeper.core.times import instant
 
 _GOALS: Final = {

@@ -25,7 +25,7 @@ import structlog
 
 from labkeeper import addresses
 from labkeeper.core.errors import StoreError
-from labkeeper.core.model import HistoryEntry, WebhookStatus
+from labkeeper.core.messages import HistoryEntry, WebhookStatus
 from labkeeper.core.ports import Clock
 from labkeeper.crew import Crew
 from labkeeper.history.chronicle import Chronicle

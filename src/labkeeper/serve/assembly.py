@@ -23,7 +23,7 @@ from labkeeper.backends.local import LocalBackend
 from labkeeper.backends.machine import OwnMachine
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
-from labkeeper.core.model import WebhookStatus
+from labkeeper.core.messages import WebhookStatus
 from labkeeper.crew import Crew
 from labkeeper.culling.culler import Culler
 from labkeeper.gateways.client import GatewayClient

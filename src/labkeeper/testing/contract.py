@@ -22,19 +22,10 @@ from typing import Final, Protocol, TypeVar
 import pytest
 
 from labkeeper.core.errors import BackendRefused
-from labkeeper.core.model import (
-    Ended,
-    Endpoint,
-    Fact,
-    Gone,
-    Ready,
-    Report,
-    Seen,
-    ServerName,
-    ServerSpec,
-    StopMethod,
-)
+from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Backend
+from labkeeper.core.server import Endpoint, StopMethod
+from labkeeper.core.spec import ServerName, ServerSpec
 
 _FEW: Final = 50
 """Lines that come before the end of a log at most, and looks in vain."""

@@ -28,31 +28,10 @@ from labkeeper.core.access import EVERYTHING, Reach, Token, concerns
 from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
-from labkeeper.core.model import (
-    KEEPER,
-    Change,
-    Ended,
-    Endpoint,
-    Exit,
-    Fact,
-    Failure,
-    FailureClass,
-    Gone,
-    HistoryEntry,
-    HistoryKind,
-    HostMemory,
-    KernelDebt,
-    Origin,
-    OwnKernel,
-    Ready,
-    Report,
-    Seen,
-    ServerName,
-    ServerSpec,
-    Snapshot,
-    StopMethod,
-    Usage,
-)
+from labkeeper.core.messages import KEEPER, Change, Ended, Fact, Gone, HistoryEntry, HistoryKind, Origin, Ready, Report, Seen
+from labkeeper.core.ports import HostMemory
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, KernelDebt, OwnKernel, Snapshot, StopMethod, Usage
+from labkeeper.core.spec import ServerName, ServerSpec
 
 _FIRST_PID: Final = 1000
 _FIRST_PORT: Final = 49152
