@@ -10,11 +10,11 @@ import time
 from pathlib import Path
 from statistics import median
 
-from labkeeper.backends import usage
-from labkeeper.backends.limits import ControlGroups
-from labkeeper.backends.processes import Process
-from labkeeper.backends.standalone.identity import MARK
+from labkeeper.backends.local import usage
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import Process
 from labkeeper.core.spec import ServerName
+from labkeeper.forkserver.marks import MARK
 
 SERVERS, ROUNDS = 200, 20
 

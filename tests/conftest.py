@@ -15,11 +15,13 @@ import pytest
 
 from harness import PATIENCE, children
 
+pytest_plugins = ["keepers"]
+
 ROOT = Path(__file__).resolve().parents[1]
-collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["deploy", "docker"]
+collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["engines"]
 """Tests that need an engine and images: `make test-docker` says that there are."""
 
-KINDS = {"e2e": "e2e", "fuzz": "fuzz"}
+KINDS = {"browser": "e2e", "chaos": "e2e", "e2e": "e2e", "fuzz": "fuzz"}
 """The kind of every test below a directory."""
 EXPECTED_SKIPS = ("needs control groups", "needs ports that take a right")
 """Reasons that lie in the kernel of the machine, which no test and no CI script can change."""

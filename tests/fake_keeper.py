@@ -6,16 +6,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from labkeeper.api.requests import Defaults
 from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.server import Kernel
-from labkeeper.history.chronicle import Chronicle
+from labkeeper.events.log import Chronicle
+from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.schema.requests import Defaults
 from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
-from labkeeper.tokens import Tokens
 
 TOKEN = "a-token-of-the-tests"
 """The owner's."""

@@ -23,7 +23,7 @@ import httpx
 import psutil
 import websocket
 
-from labkeeper.backends.limits import ControlGroups
+from labkeeper.backends.local.limits import ControlGroups
 
 PATIENCE = 60.0
 """Seconds after which a condition counts as never met; generous, since machines are slow sometimes."""
@@ -53,7 +53,7 @@ def _own_ports():
 _ports = _own_ports()
 
 HOLD_PORTS = """
-from labkeeper.backends.standalone.kernels import hold_ports
+from labkeeper.forkserver.kernels import hold_ports
 hold_ports()
 """
 """A configuration file for a Jupyter program that is not a server of ours.

@@ -17,10 +17,10 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from labkeeper.core.controller import Policy
 from labkeeper.core.culling import CullPolicy, Terminals
+from labkeeper.core.durations import duration
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
-from labkeeper.core.times import duration
 from labkeeper.terminal import visible_line
 
 PREFIX: Final = "LABKEEPER_"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from harness import alive, children, free_port, no_descriptors, plain_python, until
-from labkeeper.backends.local import LocalBackend
+from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName, ServerSpec
-from labkeeper.jupyter import JupyterClient
+from labkeeper.jupyter.client import JupyterClient
 from labkeeper.testing.contract import BackendContract
 
 

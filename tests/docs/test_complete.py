@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from labkeeper.api import answers, problems, queries, requests, routes
+from labkeeper.api import problems, routes
 from labkeeper.cli import cli
 from labkeeper.client import Client
 from labkeeper.core import errors
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.server import FailureClass
+from labkeeper.schema import answers, queries, requests
 from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

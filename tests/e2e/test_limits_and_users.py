@@ -30,7 +30,7 @@ from harness import (
     start_kernel,
     until,
 )
-from labkeeper.backends import limits
+from labkeeper.backends.local import limits
 
 USER = f"labkeeper-{os.getpid()}"
 FOUND = {**limits._version_1(), **limits._version_2()} if sys.platform == "linux" else {}

@@ -28,7 +28,7 @@ from harness import (
     until,
     working_in,
 )
-from labkeeper.backends.limits import ControlGroups
+from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.core.errors import SettingsError
 from labkeeper.serve.process import earlier_dirs, only_keeper
 

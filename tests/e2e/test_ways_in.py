@@ -16,7 +16,7 @@ import pytest
 import trustme
 
 from harness import PATIENCE, run_cell, until
-from labkeeper import statedir
+from labkeeper import discovery
 
 
 @pytest.fixture(scope="module")
@@ -58,13 +58,13 @@ def serial(address, authority):
 
 
 def local(keeper):
-    path = statedir.read_socket(keeper.state_dir)
+    path = discovery.read_socket(keeper.state_dir)
     return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keeper", timeout=PATIENCE)
 
 
 def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_with_the_keeper(make_keeper):
     keeper = make_keeper().start()
-    path = statedir.read_socket(keeper.state_dir)
+    path = discovery.read_socket(keeper.state_dir)
     assert path == keeper.state_dir / "keeper.sock"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     with local(keeper) as client:
@@ -76,14 +76,14 @@ def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_
         assert client.get("/readyz").status_code == 200
     assert keeper.stop() == 0
     assert not path.exists()
-    assert statedir.read_socket(keeper.state_dir) is None
+    assert discovery.read_socket(keeper.state_dir) is None
 
 
 def test_where_no_unix_socket_can_be_made_the_keeper_says_so_once_and_goes_on(make_keeper, tmp_path):
     keeper = make_keeper()
     keeper.state_dir = tmp_path / ("long" * 30)
     keeper.start()
-    assert statedir.read_socket(keeper.state_dir) is None
+    assert discovery.read_socket(keeper.state_dir) is None
     said = [json.loads(line) for line in keeper.log.read_text().splitlines() if "Unix socket" in line]
     assert [entry["level"] for entry in said] == ["warning"]
 
@@ -92,7 +92,7 @@ def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(make_
     keeper = make_keeper(**issue())
     keeper.verify = ssl.create_default_context(cafile=ca_file)
     keeper.start()
-    assert statedir.read_address(keeper.state_dir) == keeper.url
+    assert discovery.read_address(keeper.state_dir) == keeper.url
     assert keeper.url.startswith("https:")
     # The command line finds it, and trusts whom it is told to.
     keeper.variables["LABKEEPER_CA_FILE"] = ca_file

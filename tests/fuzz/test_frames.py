@@ -14,10 +14,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
-from labkeeper import jupyter, statedir
-from labkeeper.backends.room import Record, Room
-from labkeeper.backends.standalone import wire
-from labkeeper.backends.standalone.wire import Launch, User, WireError
+from labkeeper import discovery, jupyter
+from labkeeper.backends.local.server_dir import Record, Room
+from labkeeper.forkserver import wire
+from labkeeper.forkserver.wire import Launch, User, WireError
 
 NOTHING = Path(os.devnull)
 TEXTS = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
@@ -159,4 +159,4 @@ def test_the_record_of_a_process_is_trusted_whole_or_not_at_all(tmp_path, conten
 @example(content=nested(100_000))
 def test_an_address_is_a_text_or_none(tmp_path, content):
     (tmp_path / "keeper.json").write_bytes(content)
-    assert isinstance(statedir.read_address(tmp_path), str | None)
+    assert isinstance(discovery.read_address(tmp_path), str | None)

@@ -15,7 +15,7 @@ from labkeeper.core.errors import BackendError, BackendUnavailable, LabkeeperErr
 from labkeeper.core.server import Endpoint, GatewayHealth
 from labkeeper.core.spec import Gateway
 from labkeeper.gateways.client import GatewayClient
-from labkeeper.jupyter import JupyterClient
+from labkeeper.jupyter.client import JupyterClient
 from labkeeper.testing.fakes import FakeClock
 
 SLOWLY = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000

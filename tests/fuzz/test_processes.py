@@ -10,9 +10,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import FUZZ
-from labkeeper.backends import usage
-from labkeeper.backends.processes import Process
-from labkeeper.backends.standalone import identity
+from labkeeper.backends.local import usage
+from labkeeper.backends.local.processes import Process
+from labkeeper.forkserver import marks
 
 ME = os.getpid()
 COMM = Path("/proc/self/comm")
@@ -35,8 +35,8 @@ def own_name():
 @example(name=b") Z 1 1 1 (\n")
 def test_no_name_of_a_process_makes_it_another(own_name, name):
     COMM.write_bytes(name[:15])
-    assert int(identity.stat(ME)[1]) == os.getppid()
+    assert int(marks.stat(ME)[1]) == os.getppid()
     assert Process.find(ME).alive()
     found = usage._stats([ME])[ME]
-    assert (found.parent, found.started) == (os.getppid(), identity.started(ME))
+    assert (found.parent, found.started) == (os.getppid(), marks.started(ME))
     assert found.threads >= 1

@@ -10,11 +10,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import FUZZ, JSON
+from labkeeper.core.durations import LONGEST, duration, instant, spoken
 from labkeeper.core.server import Exit, FailureClass
 from labkeeper.core.spec import server_name
-from labkeeper.core.times import LONGEST, duration, instant, spoken
-from labkeeper.history.webhooks import key_of
-from labkeeper.jupyter import cause_of
+from labkeeper.events.webhooks import key_of
+from labkeeper.jupyter.failures import cause_of
 from labkeeper.scrub import _LOOKS, HIDDEN, Secrets, _hide, scrub
 from labkeeper.terminal import visible, visible_line
 

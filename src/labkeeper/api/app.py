@@ -24,16 +24,16 @@ from werkzeug.exceptions import BadRequest, NotFound, PreconditionFailed
 from werkzeug.wsgi import wrap_file
 
 from labkeeper.api import problems
-from labkeeper.api.access import PUBLIC, Door, Rule
+from labkeeper.api.auth import PUBLIC, Door, Rule
 from labkeeper.api.browser import Guard
 from labkeeper.api.handlers import Api
 from labkeeper.api.peers import UNREAD
-from labkeeper.api.queries import BODILESS
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
 from labkeeper.core.errors import CapacityReached, InvalidSpec
 from labkeeper.core.ports import Meter
+from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """What a caller's, or a proxy's, own id of a request may look like."""
@@ -172,7 +172,7 @@ def _pages(version: str) -> Blueprint:
 
     @functools.cache
     def written() -> dict[str, Any]:
-        from labkeeper.api.document import document  # noqa: PLC0415 - late: few ask for it, and it takes long to import
+        from labkeeper.api.openapi import document  # noqa: PLC0415 - late: few ask for it, and it takes long to import
 
         return document(version)
 

@@ -20,40 +20,11 @@ from pydantic import BaseModel
 
 from labkeeper import addresses
 from labkeeper.api import problems
-from labkeeper.api.access import (
-    find,
-)
-from labkeeper.api.answers import (
-    BulkResult,
-    BulkResults,
-    EventList,
-    Health,
-    IdleList,
-    KernelDebtList,
-    KernelList,
-    LinkModel,
-    Server,
-    ServerList,
-    TokenList,
-    Version,
-    WebhookList,
-)
+from labkeeper.api.auth import find
 from labkeeper.api.browser import host_of
 from labkeeper.api.peers import PEER
-from labkeeper.api.queries import (
-    EventQuery,
-    GetQuery,
-    ListQuery,
-    LogQuery,
-    ServerPath,
-    StartQuery,
-    StopQuery,
-    TicketPath,
-    TokenPath,
-)
-from labkeeper.api.requests import BulkRequest, LinkRequest, RestartRequest, ServerRequest, SnoozeRequest, TokenRequest
 from labkeeper.api.services import Services
-from labkeeper.api.streams import EVENT_STREAM, LiveResponse, end_of, gone, lines_in_pieces, server_sent
+from labkeeper.api.streaming import EVENT_STREAM, LiveResponse, end_of, gone, lines_in_pieces, server_sent
 from labkeeper.api.views import (
     debt_model,
     event_model,
@@ -66,6 +37,7 @@ from labkeeper.api.views import (
     webhook_model,
 )
 from labkeeper.core.access import Caller, Scope
+from labkeeper.core.durations import instant, spoken
 from labkeeper.core.errors import (
     BackendUnavailable,
     CapacityReached,
@@ -80,7 +52,33 @@ from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.ports import Watch
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import ServerName, ServerSpec
-from labkeeper.core.times import instant, spoken
+from labkeeper.schema.answers import (
+    BulkResult,
+    BulkResults,
+    EventList,
+    Health,
+    IdleList,
+    KernelDebtList,
+    KernelList,
+    LinkModel,
+    Server,
+    ServerList,
+    TokenList,
+    Version,
+    WebhookList,
+)
+from labkeeper.schema.queries import (
+    EventQuery,
+    GetQuery,
+    ListQuery,
+    LogQuery,
+    ServerPath,
+    StartQuery,
+    StopQuery,
+    TicketPath,
+    TokenPath,
+)
+from labkeeper.schema.requests import BulkRequest, LinkRequest, RestartRequest, ServerRequest, SnoozeRequest, TokenRequest
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
 _SETTLED: Final = AT_REST | {State.RUNNING}

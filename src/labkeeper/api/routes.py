@@ -11,7 +11,7 @@ from flask import Flask, Response, request
 from pydantic import BaseModel, ValidationError
 
 from labkeeper.api import problems
-from labkeeper.api.access import (
+from labkeeper.api.auth import (
     ADMINISTER,
     MANAGE_SERVER,
     MANAGE_SERVERS,
@@ -22,7 +22,8 @@ from labkeeper.api.access import (
     SEE_SERVERS,
     Rule,
 )
-from labkeeper.api.answers import (
+from labkeeper.api.handlers import Answer, Api
+from labkeeper.schema.answers import (
     BulkResults,
     EventList,
     Health,
@@ -40,8 +41,7 @@ from labkeeper.api.answers import (
     Version,
     WebhookList,
 )
-from labkeeper.api.handlers import Answer, Api
-from labkeeper.api.queries import of_query
+from labkeeper.schema.queries import of_query
 
 
 @dataclass(frozen=True, slots=True)

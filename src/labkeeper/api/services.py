@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from labkeeper.api.access import Callers
+from labkeeper.api.auth import Callers
+from labkeeper.api.concurrency import Places
 from labkeeper.api.links import Links
-from labkeeper.api.places import Places
-from labkeeper.api.requests import Defaults
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
 from labkeeper.core.server import KernelDebt, Sample, Snapshot
-from labkeeper.tokens import Tokens
+from labkeeper.identity.tokens import Tokens
+from labkeeper.schema.requests import Defaults
 
 
 @dataclass(frozen=True, slots=True)

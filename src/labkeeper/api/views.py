@@ -6,7 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any, Final
 
-from labkeeper.api.answers import (
+from labkeeper.core.access import Caller, Token
+from labkeeper.core.culling import Explanation
+from labkeeper.core.durations import instant
+from labkeeper.core.messages import HistoryEntry, WebhookStatus
+from labkeeper.core.server import Exit, Failure, Kernel, KernelDebt, Sample, Snapshot, StopReport
+from labkeeper.core.spec import KERNEL_PREFIX, Limits
+from labkeeper.schema.answers import (
     EventModel,
     ExitModel,
     FailureModel,
@@ -25,12 +31,6 @@ from labkeeper.api.answers import (
     UsageModel,
     WebhookModel,
 )
-from labkeeper.core.access import Caller, Token
-from labkeeper.core.culling import Explanation
-from labkeeper.core.messages import HistoryEntry, WebhookStatus
-from labkeeper.core.server import Exit, Failure, Kernel, KernelDebt, Sample, Snapshot, StopReport
-from labkeeper.core.spec import KERNEL_PREFIX, Limits
-from labkeeper.core.times import instant
 
 _INFO: Final = (
     "base_url",

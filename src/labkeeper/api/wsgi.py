@@ -30,8 +30,8 @@ from waitress.utilities import BadRequest, RequestEntityTooLarge, RequestHeaderF
 from labkeeper import shortage
 from labkeeper.api import problems
 from labkeeper.api.browser import HEADERS
+from labkeeper.api.concurrency import reserve
 from labkeeper.api.peers import PEER, UNREAD, Peer, identify
-from labkeeper.api.places import reserve
 from labkeeper.api.tls import Certificate, NotYet, TlsSocket
 from labkeeper.core.errors import BackendUnavailable
 

@@ -47,7 +47,7 @@ def read_settings(where: Where, **flags: Any) -> Settings:
 
 def _found_url(settings: Settings, door: str | None) -> str:
     """Give the URL of the keeper over our state directory. Raises Unreachable where none runs: its port may be anybody's then."""
-    from labkeeper.statedir import read_address, runs  # noqa: PLC0415 - late
+    from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     url = read_address(settings.state_dir)
     if url is None or (door is None and not runs(settings.state_dir)):
@@ -60,14 +60,14 @@ def _found_url(settings: Settings, door: str | None) -> str:
 
 def _is_ours(settings: Settings, url: str) -> bool:
     """Whether the keeper over our state directory answers there: to nobody else its generated token is shown."""
-    from labkeeper.statedir import read_address, runs  # noqa: PLC0415 - late
+    from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     return url.rstrip("/") == read_address(settings.state_dir) and runs(settings.state_dir)
 
 
 def _door(settings: Settings) -> str | None:
     """Give the path of the Unix socket of the keeper over our state directory, where it has one."""
-    from labkeeper.statedir import read_socket  # noqa: PLC0415 - late
+    from labkeeper.discovery import read_socket  # noqa: PLC0415 - late
 
     path = read_socket(settings.state_dir)
     return str(path) if path is not None and path.is_socket() else None
@@ -82,6 +82,6 @@ def token_of(settings: Settings) -> str | None:
     own = _own_token(settings)
     if own is not None:
         return own
-    from labkeeper.statedir import read_token  # noqa: PLC0415 - late
+    from labkeeper.discovery import read_token  # noqa: PLC0415 - late
 
     return read_token(settings.state_dir)

@@ -11,11 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from labkeeper.backends.standalone.privileges import gain_nothing, hide
 from labkeeper.cli.connect import connected, read_settings
 from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import is_terminal, print_json, put, waiting
+from labkeeper.forkserver.privileges import gain_nothing, hide
 
 
 class _Serve(click.Command):

@@ -30,10 +30,10 @@ from labkeeper.cli.output import (
     styled,
     waiting,
 )
+from labkeeper.core.durations import spoken
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
-from labkeeper.core.times import spoken
 
 if TYPE_CHECKING:
     from labkeeper.client import Client, Event, Gateway, Limit, Server, Usage

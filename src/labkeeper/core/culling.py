@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
+from labkeeper.core.durations import spoken
 from labkeeper.core.server import Activity, KernelUse, Snapshot
 from labkeeper.core.spec import ServerSpec
-from labkeeper.core.times import spoken
 
 
 class Rule(StrEnum):

@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from labkeeper import shortage
+from labkeeper.bounded_http import Answer, exchange
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import Failure, FailureClass, GatewayHealth
 from labkeeper.core.spec import Gateway
-from labkeeper.exchange import Answer, exchange
 from labkeeper.files import private_copy, read_named
 from labkeeper.scrub import Secrets, of_gateway, scrub
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from labkeeper import logs, scrub, settings, shortage, statedir
+from labkeeper import discovery, logs, scrub, settings, shortage
 from labkeeper.api import tls
 from labkeeper.api.tls import Certificate
 from labkeeper.core.errors import BackendUnavailable, LabkeeperError, SettingsError, StoreError
@@ -60,7 +60,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
         listener = stack.enter_context(listen(chosen.host, chosen.port))
         url = url_of(listener, "http" if certificate is None else "https")
-        door = stack.enter_context(local_door(statedir.socket_path(chosen.state_dir)))
+        door = stack.enter_context(local_door(discovery.socket_path(chosen.state_dir)))
         listeners = [listener] if door is None else [listener, door]
         try:
             keeper = assemble(chosen, token, stack, listeners=listeners, certificate=certificate, url=url)
@@ -69,7 +69,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             raise SettingsError(error.message) from error
         except BackendUnavailable as error:
             raise SettingsError(f"cannot start a keeper: {error.message}") from error
-        path = None if door is None else statedir.socket_path(chosen.state_dir)
+        path = None if door is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
@@ -131,7 +131,7 @@ def _token(chosen: Settings) -> str | None:
     if chosen.token is not None:
         return chosen.token.get_secret_value()
     try:
-        return statedir.read_token(chosen.state_dir) or statedir.make_token(chosen.state_dir)
+        return discovery.read_token(chosen.state_dir) or discovery.make_token(chosen.state_dir)
     except OSError as error:
         raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
 

@@ -12,34 +12,34 @@ from urllib.parse import urlsplit
 
 from labkeeper import logs, scrub
 from labkeeper.api.app import create_app
-from labkeeper.api.places import Places
-from labkeeper.api.requests import Defaults
+from labkeeper.api.concurrency import Places
 from labkeeper.api.services import Services
 from labkeeper.api.tls import Certificate
 from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
-from labkeeper.backends.leftovers import EarlierDir
-from labkeeper.backends.local import LocalBackend
-from labkeeper.backends.machine import OwnMachine
+from labkeeper.backends.local.backend import LocalBackend
+from labkeeper.backends.local.cleanup import EarlierDir
+from labkeeper.backends.local.machine import OwnMachine
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
-from labkeeper.crew import Crew
-from labkeeper.culling.culler import Culler
+from labkeeper.culler import Culler
+from labkeeper.events.log import Chronicle
+from labkeeper.events.webhooks import Webhook, key_of
 from labkeeper.gateways.client import GatewayClient
-from labkeeper.gateways.debts import Ledger
-from labkeeper.gateways.gate import Gate
-from labkeeper.gateways.watch import GatewayWatch
-from labkeeper.history.chronicle import Chronicle
-from labkeeper.history.webhooks import Webhook, key_of
-from labkeeper.jupyter import JupyterClient
+from labkeeper.gateways.monitor import GatewayWatch
+from labkeeper.gateways.orphans import Ledger
+from labkeeper.gateways.preflight import Gate
+from labkeeper.identity.tokens import Tokens
+from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.sampler import Sampler
+from labkeeper.schema.requests import Defaults
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
-from labkeeper.tokens import Tokens
-from labkeeper.usage import Sampler
+from labkeeper.threads import Crew
 
 _OURS: Final = version("labkeeper")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from labkeeper import addresses, statedir
+from labkeeper import addresses, discovery
 from labkeeper.core.errors import SettingsError
 
 _log = structlog.get_logger("labkeeper.serve")
@@ -65,11 +65,11 @@ def _bind_private(door: socket.socket, path: Path) -> None:
 def address(state_dir: Path, url: str, door: Path | None) -> Iterator[None]:
     """Say in the state directory where we answer, as long as that is so."""
     try:
-        statedir.write_address(state_dir, url, door)
+        discovery.write_address(state_dir, url, door)
     except OSError as error:
         _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
     try:
         yield
     finally:
         with contextlib.suppress(OSError):  # On a disk that has become read-only it stays, as that of a killed keeper.
-            statedir.remove_address(state_dir)
+            discovery.remove_address(state_dir)

@@ -1,0 +1,205 @@
+"""The OpenAPI document (spec.openapis.org/oas/v3.1.0), made of the table of routes and of the models that its handlers ask for.
+
+Schemas are pydantic's own. What takes them in takes long, so this module is imported when somebody asks for the document.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from http import HTTPStatus
+from typing import Any, Final
+
+from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue, models_json_schema
+from pydantic_core import core_schema
+
+from labkeeper.api import problems
+from labkeeper.api.routes import ROUTES, Route
+from labkeeper.api.streaming import EVENT_STREAM
+from labkeeper.schema.answers import Problem, Server
+from labkeeper.schema.queries import BODILESS, EventQuery
+
+_Object = dict[str, Any]
+
+_TAGS: Final = {
+    "servers": "JupyterLab servers",
+    "history": "What happened",
+    "culling": "Whether servers are stopped for want of use",
+    "access": "Who may do what",
+    "keeper": "This service",
+}
+_HEADERS: Final = {
+    "X-Request-Id": "The id under which the keeper's log has more of the request; the caller's own where it sent one.",
+    "Location": "Path of the server.",
+    "Retry-After": "Seconds after which to ask again.",
+    "WWW-Authenticate": "What is asked for: a bearer token.",
+}
+_SCHEME: Final = "`labkeeper token` on the keeper's machine prints the owner's; `POST /api/tokens` makes others."
+_LAST_EVENT_ID: Final = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "description": "Id of the last event that the caller knows: only those that came after it; goes before `after`.",
+    "required": False,
+    "schema": {"type": "string", "pattern": "^[0-9]{0,18}$"},
+}
+
+
+def document(version: str) -> _Object:
+    """Write the document of the API of this version."""
+    schemas = _Schemas(ROUTES)
+    paths: dict[str, _Object] = {}
+    for route in ROUTES:
+        paths.setdefault(_path(route), {})[route.method.lower()] = _operation(route, schemas)
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "labkeeper", "version": version, "description": "JupyterLab servers on demand."},
+        "tags": [{"name": name, "description": about} for name, about in _TAGS.items()],
+        "paths": paths,
+        "components": {
+            "schemas": schemas.components,
+            "headers": {name: _header(name) for name in _HEADERS},
+            "links": dict(_links_by_name()),
+            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": _SCHEME}},
+        },
+    }
+
+
+class _Dialect(GenerateJsonSchema):
+    """JSON Schema as callers may rely on it: a field that has no default of its own shows none."""
+
+    def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
+        """Leave out the None by which a model tells that a field is absent."""
+        return self.generate_inner(schema["schema"]) if schema.get("default") is None else super().default_schema(schema)
+
+
+class _Schemas:
+    """The schemas of all models, each once."""
+
+    def __init__(self, routes: Iterable[Route]) -> None:
+        asked = {model for route in routes for model in _asked(route).values()}
+        given = {model for route in routes for model in route.answers.values() if not isinstance(model, str)} | {Problem}
+        modes: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in asked]
+        modes += [(model, "serialization") for model in given]
+        modes.sort(key=lambda one: one[0].__name__)
+        _, written = models_json_schema(
+            modes, ref_template="#/components/schemas/{model}", schema_generator=_Dialect, by_alias=True
+        )
+        self.components: _Object = written["$defs"]
+        in_pieces = {model.__name__ for route in routes for part, model in _asked(route).items() if part != "body"}
+        self._pieces = {name: self.components.pop(name) for name in in_pieces}
+
+    def parameters(self, model: type[BaseModel], where: str) -> list[_Object]:
+        """Write the fields of a model, each as a parameter that stands there."""
+        schema = self._pieces[model.__name__]
+        required = {*schema.get("required", ())} if where == "query" else {*schema["properties"]}
+        return [
+            {
+                "name": name,
+                "in": where,
+                "description": field.get("description", ""),
+                "required": name in required,
+                "schema": {key: value for key, value in field.items() if key != "description"},
+            }
+            for name, field in schema["properties"].items()
+        ]
+
+
+def _asked(route: Route) -> dict[str, type[BaseModel]]:
+    """Give the models that a handler asks for, by the part of the request that they are of."""
+    found = inspect.get_annotations(route.handler, eval_str=True)
+    return {part: found[part] for part in ("path", "query", "body") if part in found}
+
+
+def _operation(route: Route, schemas: _Schemas) -> _Object:
+    asked = _asked(route)
+    summary, _, description = inspect.cleandoc(route.handler.__doc__ or "").partition("\n\n")
+    parameters = [one for part in ("path", "query") if part in asked for one in schemas.parameters(asked[part], part)]
+    if asked.get("query") is EventQuery:
+        parameters.append(_LAST_EVENT_ID)
+    written = {
+        "operationId": route.handler.__name__,
+        "tags": [route.tag],
+        "summary": " ".join(summary.split()),
+        "description": description,
+        "parameters": parameters,
+        "responses": {str(status): _good(route, status, what) for status, what in route.answers.items()}
+        | {str(status): _refusal(status) for status in _refusals(route)},
+        "security": [{"token": []}] if route.rule.scope is not None else [],
+    }
+    if "body" in asked:
+        written["requestBody"] = {
+            "content": {"application/json": {"schema": _reference("schemas", asked["body"].__name__)}},
+            "required": any(field.is_required() for field in asked["body"].model_fields.values()),
+        }
+    return written
+
+
+def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
+    content: _Object = {what: _TEXT} if isinstance(what, str) else _json_of(what)
+    headers = ["X-Request-Id"]
+    if _asked(route).get("query") is EventQuery:
+        content[EVENT_STREAM] = _TEXT
+    written: _Object = {"description": _words(status), "content": content}
+    if what is Server:
+        written["links"] = {name: _reference("links", name) for name, _ in _links_by_name()}
+        headers += ["Location"] if HTTPStatus.CREATED in route.answers else []
+        headers += ["Retry-After"] if status == HTTPStatus.ACCEPTED else []
+    return written | {"headers": {name: _reference("headers", name) for name in headers}}
+
+
+def _refusals(route: Route) -> list[int]:
+    """Give the status of each problem that a route can answer with: those of every route, and its own."""
+    found = {421, 422, 431, 500, *route.problems}
+    found |= {401, 403, 429} if route.rule.scope is not None else set()
+    found |= {400, 413, 415} if route.method not in BODILESS else set()
+    return sorted(found)
+
+
+_UNREAD: Final = frozenset(
+    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE}
+)
+
+
+def _refusal(status: int) -> _Object:
+    # What cannot be read as a request at all is refused before it has an id.
+    headers = [] if status in _UNREAD else ["X-Request-Id"]
+    headers += ["WWW-Authenticate"] if status == HTTPStatus.UNAUTHORIZED else []
+    headers += ["Retry-After"] if status == HTTPStatus.TOO_MANY_REQUESTS else []
+    return {
+        "description": _words(status),
+        "content": {problems.MEDIA_TYPE: {"schema": _reference("schemas", Problem.__name__)}},
+        "headers": {name: _reference("headers", name) for name in headers},
+    }
+
+
+def _links_by_name() -> Iterator[tuple[str, _Object]]:
+    """Give what can be asked next of a server that an answer is about: each operation on a server by its name."""
+    for route in ROUTES:
+        if "<name>" in route.path:
+            name = route.handler.__name__
+            yield name, {"operationId": name, "parameters": {"name": "$response.body#/name"}}
+
+
+_TEXT: Final = {"schema": {"type": "string"}}
+
+
+def _json_of(model: type[BaseModel]) -> _Object:
+    return {"application/json": {"schema": _reference("schemas", model.__name__)}}
+
+
+def _header(name: str) -> Mapping[str, Any]:
+    kind = {"type": "integer", "minimum": 0} if name == "Retry-After" else {"type": "string", "minLength": 1}
+    return {"description": _HEADERS[name], "required": True, "schema": kind}
+
+
+def _reference(kind: str, name: str) -> _Object:
+    return {"$ref": f"#/components/{kind}/{name}"}
+
+
+def _words(status: int) -> str:
+    return HTTPStatus(status).phrase
+
+
+def _path(route: Route) -> str:
+    return route.path.replace("<", "{").replace(">", "}")

@@ -1,0 +1,475 @@
+"""Servers as processes of this machine.
+
+Each server has a room of its own, `<runtime_dir>/<name>/`, and each live one an attendant: a thread that waits until it is ready,
+then until it ends, then removes what is left of it, and reports each of these.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final, Literal
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from labkeeper import shortage
+from labkeeper.backends.local.accounts import Account, check_passage, common_environment, find_user, own_environment
+from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.cleanup import LIMIT, EarlierDir, clear, strays
+from labkeeper.backends.local.echo import Echo
+from labkeeper.backends.local.forking import ForkServer
+from labkeeper.backends.local.forkserver import remove_dead
+from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
+from labkeeper.backends.local.limits import ControlGroups, Enforced
+from labkeeper.backends.local.logs import LogFile
+from labkeeper.backends.local.processes import Process, boot_id
+from labkeeper.backends.local.server_dir import Asked, Record, Room
+from labkeeper.backends.local.supervisor import Attendant
+from labkeeper.backends.local.terminals import foregrounds
+from labkeeper.backends.local.usage import Meter
+from labkeeper.core.errors import BackendRefused, BackendUnavailable
+from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen, Unreachable
+from labkeeper.core.server import Exit, FailureClass, StopMethod, Usage
+from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.forkserver.marks import MARK
+from labkeeper.forkserver.wire import Launch, WireError
+from labkeeper.jupyter.client import JupyterClient
+from labkeeper.jupyter.config import base_config, base_environment, launch_config, launch_environment
+from labkeeper.scrub import TOKEN_BYTES, of_server
+from labkeeper.threads import Crew
+
+_UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
+_log = structlog.get_logger("labkeeper.backends.local.backend")
+
+
+class LocalBackend:
+    """Runs each server as a process that was forked from a fork server, or executed; see `core.ports.Backend` for the laws."""
+
+    def __init__(
+        self,
+        report: Callable[[Report], None],
+        *,
+        python: Path,
+        runtime_dir: Path,
+        log_dir: Path,
+        client: JupyterClient,
+        launch_by: Literal["fork", "exec"] = "fork",
+        umask: int = 0o077,
+        log_max_bytes: int = 10 * 1024 * 1024,
+        echo_logs: bool = False,
+        certificate: tuple[Path, Path] | None = None,
+        earlier: Sequence[EarlierDir] = (),
+        found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
+    ) -> None:
+        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended.
+
+        With a certificate and its key servers speak TLS. What was left in `earlier` directories is ended, not taken over.
+        """
+        self._report = report
+        self._python = python
+        # One spelling, so that a server's mark is the same for every keeper that comes by another link.
+        self._runtime_dir = runtime_dir.resolve()
+        self._log_dir = log_dir
+        self._client = client
+        self._umask = umask
+        self._log_max_bytes = log_max_bytes
+        self._echo_logs = echo_logs
+        self._certificate = certificate
+        self._found_orphans = found_orphans
+        self._attendants: dict[ServerName, Attendant] = {}
+        self._groups = ControlGroups(self._runtime_dir)
+        self._kinship = Kinship({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
+        self._earlier = {name: [left for left in earlier if name in left.names] for found in earlier for name in found.names}
+        """What is still to be ended in earlier runtime directories, by name."""
+        self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
+        self._crew = Crew()
+        self._forkserver: ForkServer | None = None
+        why_not = "" if launch_by == "fork" else "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
+        if sys.platform != "linux":
+            why_not = f"forking needs Linux, and this is {sys.platform}"
+        if not why_not:
+            self._forkserver = ForkServer(
+                self._crew,
+                python=python,
+                runtime_dir=self._runtime_dir,
+                log_dir=log_dir,
+                groups=self._groups,
+                environment=base_environment(common_environment()),
+                config=base_config(),
+            )
+            self._forkserver.start()
+        else:
+            # Else it looks after those before it.
+            self._crew.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
+        self._launcher = Launcher(python, self._forkserver, why_not)
+
+    # The calls of the port
+
+    def launch(self, spec: ServerSpec, launch: int) -> None:
+        """Make its room and its process."""
+        attendant = self._attendants.get(spec.name)
+        if attendant is not None and attendant.launch == launch and attendant.process.alive():
+            return
+        with (
+            bound_contextvars(server=spec.name, launch=launch),
+            _unavailable(f"start server '{spec.name}'"),
+            self._crew.standing_by(f"attend-{spec.name}") as given,
+        ):
+            # Here, and not when the fleet's thread logs that the launch has failed.
+            of_server(spec.name).prepare()
+            self._clear(spec.name)
+            hold = _hold_port(spec)
+            try:
+                self._attend(self._launch(spec, launch, hold), given)
+            except BaseException:
+                hold.close()
+                raise
+
+    def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
+        """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""
+        attendant = self._attendants.get(name)
+        if attendant is None:
+            self._end_unattended(name, launch)
+        else:
+            ask = functools.partial(attendant.ask_to_end, grace / 2, keep_kernels=keep_kernels)
+            try:
+                self._crew.start(f"ask-{name}", ask)
+            except BackendUnavailable:
+                # Better its lane waits for its answer than that it is not asked.
+                ask()
+
+    def kill(self, name: ServerName, launch: int) -> None:
+        """Send SIGKILL to the server; its attendant ends the rest."""
+        attendant = self._attendants.get(name)
+        if attendant is None:
+            self._end_unattended(name, launch)
+        else:
+            attendant.kill()
+
+    def observe(self, name: ServerName, launch: int) -> Fact:
+        """Look for the process, first among those attended, then in the record that an earlier keeper left."""
+        attendant = self._attendants.get(name)
+        if attendant is None:
+            record = self._room(name).noted()
+            if name in self._earlier or record is None or record.launch != launch or record.boot != boot_id():
+                # Whoever lost its room, or was given another directory for rooms, does not prove that it has ended.
+                self._end_orphans(name)
+                return Gone()
+            with _unavailable(f"look at server '{name}'"), self._crew.standing_by(f"attend-{name}") as given:
+                attendant = self._find(name, record)
+                if not attendant.process.alive():
+                    try:
+                        return attendant.bury()
+                    finally:
+                        attendant.close()
+                self._attend(attendant, given)
+        return Seen(answers=attendant.look())
+
+    def forget(self, name: ServerName) -> None:
+        """Remove the room and the log."""
+        self._clear(name)
+        self._logfile(name).remove()
+
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Measure those that are attended."""
+        if self._meter is None:
+            return {}
+        attended = {name: attendant for name in names if (attendant := self._attendants.get(name)) is not None}
+        return self._meter.measure({name: attendant.process for name, attendant in attended.items()})
+
+    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+        """Look for rooms, for processes with the mark of a room, and for control groups."""
+        return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
+
+    def sweep(self, name: ServerName) -> None:
+        """End what runs under the name, and remove its room, where that is one, and its groups."""
+        report = None
+        try:
+            record = self._room(name).noted()
+            report = self._attach(record) if record is not None else None
+            if not self._end_orphans(name):
+                _log.info("removed what an earlier keeper left", server=name)
+        except BackendUnavailable as error:
+            _log.error("cannot end what an earlier keeper left", server=name, error=error.message)
+        finally:
+            if report is not None:
+                # Its fork server would keep the end for the next keeper, were it not heard.
+                report.exit()
+                report.close()
+
+    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+        """Read the log file."""
+        try:
+            return self._logfile(name).tail(tail)
+        except OSError as error:
+            raise BackendUnavailable(f"cannot read the log of server '{name}': {error.strerror}") from error
+
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Look into the table of processes."""
+        attendant = self._attendants.get(name)
+        return None if attendant is None else foregrounds(attendant.process)
+
+    def belongs_to_server(self, pid: int) -> bool:
+        """Whether a process is a server, or may stem from one, running or ended: then it speaks for the user of that server."""
+        return self._kinship.is_of_server(pid, {attendant.process.pid for attendant in [*self._attendants.values()]})
+
+    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+        """Read the log file as it grows."""
+        return self._logfile(name).follow(tail, live)
+
+    def close(self) -> None:
+        """End all threads; servers live on for the next keeper to observe, and the fork server as long as it has any."""
+        self._crew.close()
+
+    # A launch
+
+    def _launch(self, spec: ServerSpec, launch: int, hold: socket.socket) -> Attendant:
+        room, logfile = self._room(spec.name), self._logfile(spec.name)
+        headline = f"[labkeeper] launch {launch} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        try:
+            Path(spec.root_dir).stat()
+            user = find_user(spec)
+            if user is not None:
+                check_passage(spec, self._runtime_dir)
+            bundle = room.furnish(spec, user.ids if user else None)
+            limited = self._groups.limit(spec.name, spec.limits, own_user=user is not None)
+            port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
+            request = self._request(spec, room, port=port, token=token, bundle=bundle, user=user, limited=limited)
+            if sys.platform != "linux":
+                hold.close()
+            with logfile.open(headline) as log:
+                echo = self._echo(spec.name)
+                launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
+            attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited, port), launched.report)
+            attendant.token = token
+            attendant.announces, attendant.child, attendant.hold, attendant.echo = True, launched.child, hold, echo
+            try:
+                room.note(attendant.record)
+            except OSError:
+                # It may not carry its mark yet.
+                attendant.kill()
+                if launched.child is not None:
+                    launched.child.wait()
+                attendant.close()
+                raise
+        except BackendRefused:
+            self._clear(spec.name)
+            raise
+        except (OSError, ValueError, WireError) as error:
+            self._clear(spec.name)
+            if shortage.is_ours(error):
+                # It is no fault of the server's, and passes.
+                raise BackendUnavailable(f"cannot start server '{spec.name}' now: {error}") from error
+            kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
+            raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
+        return attendant
+
+    def _request(
+        self,
+        spec: ServerSpec,
+        room: Room,
+        *,
+        port: int,
+        token: str,
+        bundle: Path | None,
+        user: Account | None,
+        limited: Enforced,
+    ) -> Launch:
+        return Launch(
+            room=str(room.path),
+            title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
+            cwd=spec.root_dir,
+            # The mark comes last: readers of /proc that stop at an empty entry have read all others then.
+            env={
+                **launch_environment(spec, own_environment(user), runtime_dir=room.jupyter, ca_bundle=bundle),
+                MARK: str(room.path),
+            },
+            kernel_env=dict(spec.kernel_env),
+            umask=self._umask,
+            config=launch_config(spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate),
+            user=user.ids if user else None,
+            cgroups=list(limited.members),
+            rlimits=dict(limited.rlimits),
+            # Clients that attach to a kernel by its connection file know no such keys, so they are for those they protect.
+            encrypt_kernels=user is not None,
+        )
+
+    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced, port: int) -> Record:
+        return Record(
+            launch=launch,
+            pid=launched.process.pid,
+            started=launched.process.started,
+            boot=boot_id(),
+            gateway=spec.gateway is not None,
+            launched_by=launched.by,
+            exec_reason=launched.reason,
+            forkserver=launched.forkserver,
+            limited_by=dict(limited.by),
+            asked=Asked(hostname=spec.ip, port=port, base_url=spec.base_url, secure=self._certificate is not None),
+        )
+
+    # Attendants
+
+    def _attendant(self, name: ServerName, record: Record, report: ReportPipe | None) -> Attendant:
+        return Attendant(
+            name=name,
+            process=Process(record.pid, record.started),
+            record=record,
+            room=self._room(name),
+            log=self._logfile(name),
+            groups=self._groups,
+            crew=self._crew,
+            client=self._client,
+            tell=self._report,
+            report=report,
+        )
+
+    def _find(self, name: ServerName, record: Record) -> Attendant:
+        """Make the attendant of a server that an earlier keeper launched; its fork server, if it has one, tells us of its end."""
+        attendant = self._attendant(name, record, self._attach(record))
+        attendant.echo = self._echo(name)
+        return attendant
+
+    def _attach(self, record: Record) -> ReportPipe | None:
+        """Let the fork server of a server tell us of its end; None where it has none, or none that lives.
+
+        Raises BackendUnavailable.
+        """
+        if self._forkserver is None or record.forkserver is None:
+            return None
+        with _unavailable("ask a fork server about its child"):
+            report, known = ReportPipe(), False
+            try:
+                known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
+            finally:
+                report.close_writer()
+                if not known:
+                    report.close()
+        return report if known else None
+
+    def _attend(self, attendant: Attendant, given: Callable[[Callable[[], None]], None]) -> None:
+        """Let the thread that stands by attend it."""
+        if attendant.record.launched_by == "exec":
+            self._kinship.note_executed(attendant.process)
+        self._attendants[attendant.name] = attendant
+        given(functools.partial(self._until_over, attendant))
+
+    def _until_over(self, attendant: Attendant) -> None:
+        last: Fact | None = Unreachable(f"nobody watches server '{attendant.name}'")
+        try:
+            last = attendant.attend()
+        finally:
+            # First removed, then told: what is asked for next must not go to one that hears nothing any more.
+            if self._attendants.get(attendant.name) is attendant:
+                del self._attendants[attendant.name]
+            attendant.over.set()
+            if last is not None:
+                self._report(Report(attendant.name, attendant.launch, last))
+
+    # What is left of a server
+
+    def _end_unattended(self, name: ServerName, launch: int) -> None:
+        found = self._end_all(name)
+        self._report(Report(name, launch, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
+
+    def _clear(self, name: ServerName) -> None:
+        """Remove what is left under a name where something tells that there is anything. Raises BackendUnavailable.
+
+        For names of which nothing exists, as was proven by their end or a look: no start takes the time of another one.
+        """
+        if name in self._attendants or name in self._earlier or os.path.lexists(self._room(name).path):
+            self._end_all(name)
+
+    def _end_orphans(self, name: ServerName) -> bool:
+        """End what an earlier keeper left under a name, and log that; say whether there was any. Raises BackendUnavailable."""
+        ended = self._end_all(name)
+        if ended:
+            _log.warning("ended what an earlier keeper left", server=name, pids=sorted(ended))
+            self._found_orphans(name, ended)
+        return bool(ended)
+
+    def _end_all(self, name: ServerName) -> set[int]:
+        """End whatever exists under a name, with or without a room; give the pids. Raises BackendUnavailable."""
+        attendant = self._attendants.get(name)
+        if attendant is not None:
+            attendant.kill()
+            attendant.over.wait(LIMIT)
+        with _unavailable(f"end all of server '{name}'"):
+            found = clear(self._room(name), self._groups)
+            for earlier in self._earlier.get(name, ()):
+                found |= earlier.clear(name)
+        self._earlier.pop(name, None)
+        return found
+
+    def _echo(self, name: ServerName) -> Echo | None:
+        """Make what repeats the log of a server from here on."""
+        logfile = self._logfile(name)
+        return Echo(name, logfile, logfile.size) if self._echo_logs else None
+
+    def _room(self, name: ServerName) -> Room:
+        return Room(self._runtime_dir / name)
+
+    def _logfile(self, name: ServerName) -> LogFile:
+        return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name))
+
+
+@contextmanager
+def _unavailable(what: str) -> Iterator[None]:
+    """Say what the backend cannot do now where the machine refuses it: whoever has asked waits for an answer."""
+    try:
+        yield
+    except OSError as error:
+        raise BackendUnavailable(f"cannot {what} now: {error}") from error
+
+
+def _hold_port(spec: ServerSpec) -> socket.socket:
+    """Bind the port without listening, so that it is given to no program that asks for a free one until Jupyter has it.
+
+    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen: Jupyter,
+    and whoever else sets it. Elsewhere it would be in the way, and is closed again at once.
+    Raises BackendRefused where the port is taken, OSError where we can have no socket at all.
+    """
+    other = find_user(spec)
+    family = socket.AF_INET6 if ":" in spec.ip else socket.AF_INET
+    hold = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if other is not None and spec.port is not None and spec.port < _first_free_for_all():
+            # The keeper is root, and has the right that the server's user has not.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        hold.bind((spec.ip, spec.port or 0))
+    except PermissionError as error:
+        hold.close()
+        who = "the keeper's user" if other is None else f"user '{spec.user}'"
+        raise BackendRefused(
+            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
+            f"ask for a port from {_first_free_for_all()} on",
+            failure_class=FailureClass.CONFIG_ERROR,
+        ) from error
+    except OSError as error:
+        hold.close()
+        kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
+        raise BackendRefused(
+            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not to be had ({error.strerror}); "
+            "end what holds it, or ask for another port",
+            failure_class=kind,
+        ) from error
+    return hold
+
+
+def _first_free_for_all() -> int:
+    """Give the lowest port that everybody may listen on, as ip(7) has it."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_UNPRIVILEGED.read_text())
+    return 1024

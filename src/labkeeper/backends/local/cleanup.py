@@ -1,0 +1,119 @@
+"""What a server leaves behind when it has ended: found by its control groups and by its mark, and ended too."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import Process, boot_id, end_all, marked, rooms_marked, sees
+from labkeeper.backends.local.server_dir import Room
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.spec import ServerName, server_name
+from labkeeper.forkserver.marks import MARK
+
+LIMIT: Final = 3.0
+"""Seconds after which what cannot be ended is reported as such."""
+_EMPTY_LOOKS: Final = 3
+"""Looks in a row that find nothing, before nothing is believed to be left."""
+
+
+def end_leftovers(
+    name: ServerName, room: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
+) -> set[int]:
+    """End all in a server's control groups, all that carries the mark of its room, and what is `known` of it; give the pids.
+
+    A mark counts in processes of the server's user and of ours; where the room is lost, which knows that user, in all.
+    `grace` is the time in seconds that it has between SIGTERM and SIGKILL. Raises BackendUnavailable when something lives on,
+    and OSError where no descriptor is free to look: nothing is called ended that was not looked for.
+    """
+    found: set[int] = set()
+    users = Room(room).users
+    until = time.monotonic() + LIMIT
+    empty = 0
+    # What is ended last may have started something meanwhile, and a look may pass between a parent and its child.
+    while empty < _EMPTY_LOOKS:
+        members = (Process.find(pid) for pid in groups.members(name)) if groups else ()
+        carriers = (process for process in marked(MARK, str(room), users=users) if sees(process.pid, room.parent))
+        left = {*filter(None, members), *carriers, *(process for process in known if process.alive())}
+        empty = 0 if left else empty + 1
+        if left and time.monotonic() > until:
+            pids = ", ".join(str(process.pid) for process in left)
+            raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} live on after SIGKILL")
+        if groups and not grace:
+            # Also where nothing was found: what starts the next one and ends may live too briefly to be looked at.
+            groups.kill(name)
+        end_all(left, grace=grace, within=LIMIT)
+        found, grace = found | {process.pid for process in left}, 0.0
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class EarlierDir:
+    """A runtime directory of earlier keepers, and the servers of which there was anything in it when this keeper started."""
+
+    runtime_dir: Path
+    groups: ControlGroups
+    names: AbstractSet[ServerName]
+
+    @classmethod
+    def look(cls, runtime_dir: Path) -> EarlierDir:
+        """Look for what was left there."""
+        groups = ControlGroups(runtime_dir)
+        return cls(runtime_dir, groups, strays(runtime_dir, groups))
+
+    def clear(self, name: ServerName) -> set[int]:
+        """End what runs there under a name, and remove its room; give the pids. Raises BackendUnavailable."""
+        return clear(Room(self.runtime_dir / name), self.groups)
+
+
+def clear(room: Room, groups: ControlGroups) -> set[int]:
+    """End all of the server of a room, and remove the room and its control groups; give the pids.
+
+    What is in the place of a room and is none stays. Raises BackendUnavailable when something lives on.
+    """
+    name = ServerName(room.path.name)
+    found = end_leftovers(name, room.path, _noted(room), grace=0.0, groups=groups)
+    groups.remove(name)
+    if room.recognised:
+        room.remove()
+    return found
+
+
+def _noted(room: Room) -> set[Process]:
+    """Give the process that is noted in a room, and what is still linked to it. Raises BackendUnavailable."""
+    record = room.noted()
+    if record is None or record.boot != boot_id():
+        return set()
+    process = Process(record.pid, record.started)
+    return {process, *process.descendants()}
+
+
+def end_all_below(parent: Process) -> None:
+    """End all that stems from a process which inherits what loses its parent there, and which itself is suspended."""
+    until, empty = time.monotonic() + LIMIT, 0
+    while empty < _EMPTY_LOOKS and time.monotonic() < until:
+        below = [process for process in parent.descendants() if process.alive()]
+        empty = 0 if below else empty + 1
+        end_all(below, grace=0.0, within=LIMIT)
+
+
+def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
+    """Name all servers of which there is anything: a room, a process with its mark, a control group.
+
+    Raises BackendUnavailable where no descriptor is free to look.
+    """
+    try:
+        rooms, found = rooms_marked(MARK, runtime_dir), groups.names()
+    except OSError as error:
+        raise BackendUnavailable(f"cannot look for what earlier keepers left: {error}") from error
+    with contextlib.suppress(OSError):
+        rooms.update(path for path in runtime_dir.iterdir() if Room(path).recognised)
+    for room in rooms:
+        with contextlib.suppress(ValueError):
+            found.add(server_name(room.name))
+    return found

@@ -1,0 +1,217 @@
+"""The fork server that is asked for servers: one is kept ready, and replaced when it has aged or died."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import structlog
+
+from labkeeper import shortage
+from labkeeper.backends.local.cleanup import end_leftovers
+from labkeeper.backends.local.forkserver import ForkServers, Instance, NoForkServerError
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import Process
+from labkeeper.backends.local.server_dir import Room
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.spec import ServerName
+from labkeeper.forkserver import wire
+from labkeeper.threads import Crew
+
+_WARM_UP: Final = 3.0
+"""Seconds that a fork server takes to load, as long as none has told."""
+_EXEC_SHARE: Final = 0.8
+"""What executing a server takes, as a share of loading: it imports the same, but initialises once."""
+_PAUSES: Final = (0.2, 600.0)
+"""Seconds until the next one is started after one that failed: at first, and at most."""
+_AT_START: Final = re.compile(r"^(PYTHON|JUPYTER(?!_(RUNTIME|CONFIG|DATA)_DIR$)|LD_|LC_|LANG|MALLOC_|GLIBC_)")
+"""Environment variables that are read when a program starts or a module is imported: too late for a forked server."""
+
+_log = structlog.get_logger("labkeeper.backends.local.forking")
+
+
+class CannotFork(Exception):  # noqa: N818 - no error: the server is executed instead
+    """A server has to be executed; its text says why."""
+
+
+class ForkServer:
+    """Keeps one fork server ready. Thread-safe."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        *,
+        python: Path,
+        runtime_dir: Path,
+        log_dir: Path,
+        groups: ControlGroups,
+        environment: Mapping[str, str],
+        config: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        """`environment` and `config` (Jupyter's) are those of a server that asks for nothing in particular."""
+        self._crew = crew
+        self._environment = dict(environment)
+        self._processes = ForkServers(
+            crew,
+            python=python,
+            runtime_dir=runtime_dir,
+            log_dir=log_dir,
+            groups=groups,
+            environment=self._environment,
+            config=config,
+        )
+        self._changed = threading.Condition()
+        self._current: Instance | None = None
+        self._why_not = ""
+        """Why there is none, and none is loading."""
+        self._begun = time.monotonic()
+        self._warm_up = _WARM_UP
+
+    def start(self) -> None:
+        """Take over what an earlier keeper left, or begin to load."""
+        self._crew.start("forkserver", self._supervise)
+
+    # What servers need of it
+
+    def launch(self, launch: wire.Launch, log: int, report: int) -> tuple[Process, str]:
+        """Fork a server; give its process and the name of its parent. Waits for one that loads where that is sooner than exec.
+
+        Raises CannotFork.
+        """
+        self._check(launch.env)
+        room = Room(Path(launch.room))
+        while True:
+            instance = self._await_ready()
+            try:
+                with _only_for_the_child(launch) as file:
+                    answer = self._processes.ask(instance.name, {"do": "launch"}, [file, log, report])
+            except (OSError, EOFError, wire.WireError) as error:
+                if shortage.is_ours(error):
+                    # It has not heard of this.
+                    raise CannotFork(f"the keeper cannot ask the fork server now: {error}") from error
+                # Killed, since it may be stopped rather than gone; its servers live on without it.
+                instance.process.send(signal.SIGKILL)
+                self._give_up(instance)
+                # It may have forked all the same, and the child may already have written its files.
+                with contextlib.suppress(BackendUnavailable):
+                    end_leftovers(ServerName(room.path.name), room.path, set(), grace=0.0)
+                room.reset()
+                raise CannotFork(f"the fork server did not answer ({type(error).__name__})") from error
+            if "pid" in answer:
+                return Process(answer["pid"], answer["started"]), instance.name
+            if "retired" not in answer:
+                raise CannotFork(f"the fork server could not: {answer.get('error')}")
+            self._give_up(instance)
+            # It may have killed a child that had already written its files.
+            room.reset()
+
+    def attach(self, name: str, pid: int, report: int) -> bool:
+        """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent.
+
+        Raises OSError where we lack what it takes to ask.
+        """
+        with shortage.suppress_others(OSError, EOFError, wire.WireError):
+            return self._processes.ask(name, {"do": "attach", "pid": pid}, [report]).get("known") is True
+        return False
+
+    def _check(self, environment: Mapping[str, str]) -> None:
+        for name in sorted(environment.keys() | self._environment.keys()):
+            differs = environment.get(name) != self._environment.get(name)
+            if differs and _AT_START.match(name):
+                raise CannotFork(f"the environment variable {name} takes effect only when a program starts")
+
+    def _await_ready(self) -> Instance:
+        """Give the one that serves; wait for one that loads, unless executing a server is sooner. Raises CannotFork."""
+        with self._changed:
+            executed_by = time.monotonic() + _EXEC_SHARE * self._warm_up
+            while self._current is None:
+                if self._why_not:
+                    raise CannotFork(self._why_not)
+                if self._begun + self._warm_up > executed_by:
+                    raise CannotFork("the fork server has only begun to load")
+                if not self._changed.wait(executed_by - time.monotonic()):
+                    raise CannotFork("the fork server takes long to load")
+            return self._current
+
+    # Which one serves
+
+    def _supervise(self) -> None:
+        pause, longest = _PAUSES
+        find = self._processes.take_over
+        while not self._crew.closed:
+            try:
+                instance, find = find(), lambda: None
+                self._serve_by(instance or self._spawn())
+                # It was replaced in good order, and the next one is wanted at once.
+                pause = _PAUSES[0]
+            except (NoForkServerError, BackendUnavailable, OSError) as error:
+                # Also where we lack something ourselves: whatever it is, servers are executed, and it is tried again.
+                if self._crew.closed:
+                    return
+                _log.warning("there is no fork server; servers are executed", reason=str(error), next_in=pause)
+                self._set(None, str(error))
+                if self._crew.sleep(pause):
+                    return
+                pause = min(pause * 4, longest)
+                self._set(None, "")
+
+    def _serve_by(self, instance: Instance) -> None:
+        """Let one serve until it retires, or we end. Raises NoForkServerError when it dies."""
+        self._set(instance, "")
+        begun = time.monotonic()
+        try:
+            message = self._processes.hear(instance.connection)
+            _log.info("the fork server is replaced", reason=message.get("retired"))
+        except NoForkServerError:
+            if self._crew.closed:
+                return
+            # One that has served for long died of something new.
+            if time.monotonic() - begun < _PAUSES[1]:
+                raise
+        finally:
+            if not self._crew.closed:
+                self._give_up(instance)
+
+    def _spawn(self) -> Instance:
+        instance = self._processes.spawn()
+        with self._changed:
+            self._warm_up = time.monotonic() - self._begun
+        _log.info("the fork server is ready", pid=instance.process.pid, seconds=round(self._warm_up, 2))
+        return instance
+
+    def _set(self, instance: Instance | None, why_not: str) -> None:
+        with self._changed:
+            if instance is None:
+                self._begun = time.monotonic()
+            self._current, self._why_not = instance, why_not
+            self._changed.notify_all()
+
+    def _give_up(self, instance: Instance) -> None:
+        """Ask this one for nothing more; the supervisor sees that by its connection."""
+        with self._changed:
+            if self._current is instance:
+                self._set(None, "")
+        with contextlib.suppress(OSError):
+            instance.connection.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _only_for_the_child(launch: wire.Launch) -> Iterator[int]:
+    """Give an open file in memory that holds a launch; the fork server passes it on without reading it. Raises OSError."""
+    file = os.memfd_create("launch")
+    try:
+        with os.fdopen(os.dup(file), "w") as stream:
+            json.dump(launch.message(), stream)
+        os.lseek(file, 0, os.SEEK_SET)
+        yield file
+    finally:
+        os.close(file)

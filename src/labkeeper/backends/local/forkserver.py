@@ -1,0 +1,353 @@
+"""Fork servers as processes: started, found again, spoken to, buried. Which of them serves is decided in `forking`.
+
+Each has a directory, `<runtime_dir>/.forkservers/<key>-<n>/`; the key stands for all that it was made from. The process itself is
+`standalone/forkserver.py`, which also says how the two speak to each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import os
+import secrets
+import select
+import shutil
+import signal
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+from labkeeper.backends.local.cleanup import end_all_below, end_leftovers
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.logs import LogFile
+from labkeeper.backends.local.processes import Process, wait_until_ended
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.spec import ServerName
+from labkeeper.files import write_private
+from labkeeper.forkserver import wire
+from labkeeper.forkserver.marks import MARK
+from labkeeper.forkserver.peers import peer
+from labkeeper.forkserver.preload import REHEARSAL
+from labkeeper.threads import Crew
+
+STANDALONE: Final = Path(wire.__file__).parent
+"""What runs in the servers' own interpreter; run as a program."""
+
+PLACE: Final = ".forkservers"
+"""The directory of all fork servers in a runtime directory; no server has such a name."""
+_LOG_NAME: Final = "_forkserver.log"
+"""The log of all fork servers in the log directory; no server has such a name either."""
+_LOG_BYTES: Final = 1024 * 1024
+_LOAD_LIMIT: Final = 120.0
+"""Seconds after which one that still loads is given up."""
+_ANSWER_WITHIN: Final = 5.0
+"""Seconds in which a fork server answers a request, on however busy a machine."""
+_END_WITHIN: Final = 1.0
+"""Seconds in which a fork server without servers ends when it is told to."""
+_LONGEST_NAME: Final = 63
+"""Characters of a server's name (RFC 1123)."""
+_REHEARSAL_ROOM: Final = "rehearsal"
+_ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+"""Libraries that would start threads when they are imported are told not to; in the fork server only."""
+
+
+class NoForkServerError(Exception):
+    """There is no fork server; its text says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One fork server process."""
+
+    directory: Path
+    process: Process
+    connection: socket.socket
+    """Held as long as we live. What the fork server has to say unasked comes by it."""
+    child: subprocess.Popen[bytes] | None = None
+    """Set when it is a child of ours, which we have to reap."""
+
+    @property
+    def name(self) -> str:
+        """What a later keeper asks for it by."""
+        return self.directory.name
+
+
+class ForkServers:
+    """The fork servers of one runtime directory. Thread-safe."""
+
+    def __init__(
+        self,
+        crew: Crew,
+        *,
+        python: Path,
+        runtime_dir: Path,
+        log_dir: Path,
+        groups: ControlGroups,
+        environment: Mapping[str, str],
+        config: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self._crew = crew
+        self._python = python
+        self._place = runtime_dir / PLACE
+        self._log = LogFile(log_dir / _LOG_NAME, max_bytes=_LOG_BYTES)
+        self._groups = groups
+        self._environment = environment
+        self._config = config
+
+    # How one comes
+
+    def spawn(self) -> Instance:
+        """Start one, and wait until it is ready. Raises NoForkServerError."""
+        directory = self._place / f"{self._key()}-{secrets.token_hex(4)}"
+        try:
+            with self._crew.standing_by(f"forkserver-{directory.name}") as given:
+                instance = self._execute(directory)
+                given(functools.partial(self._until_gone, instance))
+        except (OSError, BackendUnavailable) as error:
+            _sweep_rehearsal(directory, self._groups)
+            self._remove(directory)
+            raise NoForkServerError(f"cannot start a fork server: {error}") from error
+        try:
+            answer = self.hear(instance.connection, within=_LOAD_LIMIT)
+            if "pid" not in answer:
+                raise NoForkServerError(f"{answer.get('failed')} (log: {self._log.path})")
+        except NoForkServerError:
+            _end_with_all_below(instance.process)
+            raise
+        finally:
+            _sweep_rehearsal(directory, self._groups)
+        return instance
+
+    def take_over(self) -> Instance | None:
+        """Find what an earlier keeper left: give one that is as we would start it, retire all others, remove what is dead.
+
+        Raises BackendUnavailable where there is no thread to wait for their ends.
+        """
+        chosen, key = None, self._key()
+        for directory in sorted(self._place.glob("*")) if self._place.is_dir() else ():
+            instance = self._revisit(directory)
+            if instance is None:
+                _sweep_rehearsal(directory, self._groups)
+                self._remove(directory)
+                continue
+            self._crew.start(f"forkserver-{instance.name}", self._until_gone, instance)
+            if chosen is None and instance.name.startswith(key):
+                chosen = instance
+            else:
+                self._retire(instance)
+        return chosen
+
+    def _execute(self, directory: Path) -> Instance:
+        """Start its process; it answers on its connection when it has loaded. Raises OSError."""
+        room = directory / _REHEARSAL_ROOM
+        for private in (self._place.parent, self._place, directory, room):
+            private.mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_private(directory / REHEARSAL, json.dumps(self._rehearsal(room).message()))
+        self._log.rotate()
+        headline = f"[labkeeper] a fork server loads, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        with _listener(directory) as listener, self._log.open(headline) as log:
+            child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
+                [self._python, STANDALONE, "forkserver", str(listener.fileno())],
+                cwd=directory,
+                # Of the mark only the place is made here: each child writes its own there.
+                env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_room()},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                umask=0o077,
+                start_new_session=True,
+                pass_fds=[listener.fileno()],
+            )
+            try:
+                process = Process.find(child.pid)
+                if process is None:  # Only when it was reaped, and nobody but us does that.
+                    raise OSError("its process vanished")
+                connection = connect(directory)
+                wire.send(connection, {"do": "keep"})
+            except OSError:
+                child.kill()
+                child.wait()
+                raise
+        return Instance(directory, process, connection, child)
+
+    def _revisit(self, directory: Path) -> Instance | None:
+        try:
+            connection = connect(directory)
+        except OSError:
+            return None
+        pid, _ = peer(connection)
+        process = Process.find(pid)
+        try:
+            wire.send(connection, {"do": "keep"})
+            if process is None or "pid" not in self.hear(connection, within=_ANSWER_WITHIN):
+                raise NoForkServerError("it is none")
+        except (OSError, NoForkServerError):
+            # It was still loading for a keeper that is dead, or is stopped: its servers live on without it.
+            connection.close()
+            if process is not None and process.pid != os.getpid():
+                process.send(signal.SIGKILL)
+                # What it rehearses ends after it.
+                wait_until_ended(process, timeout=_END_WITHIN)
+            return None
+        return Instance(directory, process, connection)
+
+    # What is said
+
+    def ask(self, name: str, request: Mapping[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
+        """Send one request, and give the answer. Raises OSError, EOFError, WireError."""
+        with connect(self._place / name) as connection:
+            wire.send(connection, request, files)
+            answer, unexpected = wire.receive(connection)
+        for file in unexpected:
+            os.close(file)
+        return answer
+
+    def hear(self, connection: socket.socket, *, within: float | None = None) -> dict[str, Any]:
+        """Wait for what a fork server says unasked. Raises NoForkServerError when it ends, is silent, or we end."""
+        poll = select.poll()
+        poll.register(connection, select.POLLIN)
+        poll.register(self._crew.wake, select.POLLIN)
+        ready = poll.poll(None if within is None else within * 1000)
+        if not ready or self._crew.closed:
+            raise NoForkServerError("the fork server takes too long")
+        try:
+            return wire.receive(connection)[0]
+        except (OSError, EOFError, wire.WireError) as error:
+            raise NoForkServerError("the fork server has died") from error
+
+    # How one goes
+
+    def _until_gone(self, instance: Instance) -> None:
+        """Wait for the end of one, and remove what is left of it. When we end ourselves it ends, too, unless it has servers."""
+        ended = wait_until_ended(instance.process, or_readable=[self._crew.wake], timeout=None)
+        if not ended:
+            self._retire(instance, all_heard=True)
+            ended = wait_until_ended(instance.process, timeout=_END_WITHIN)
+        self._part_with(instance, ended=ended)
+
+    def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:
+        with contextlib.suppress(OSError, EOFError, wire.WireError):
+            self.ask(instance.name, {"do": "retire", "all_heard": all_heard})
+
+    def _part_with(self, instance: Instance, *, ended: bool) -> None:
+        instance.connection.close()
+        if instance.child is not None:
+            # A living one is left to the next keeper, without the warning that its handle would give.
+            instance.child.returncode = instance.child.wait() if ended else 0
+        if ended:
+            self._remove(instance.directory)
+
+    def _remove(self, directory: Path) -> None:
+        shutil.rmtree(directory, ignore_errors=True)
+        with contextlib.suppress(OSError):  # Others are in there.
+            self._place.rmdir()
+
+    # What one is made from
+
+    def _key(self) -> str:
+        """Name all that a fork server is made from: one of the same name can be taken over."""
+        sources = [path.read_bytes() for path in sorted(STANDALONE.glob("*.py"))]
+        settings = json.dumps([str(self._python), self._environment, self._config], sort_keys=True)
+        return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
+
+    def _longest_room(self) -> int:
+        return len(os.fsencode(self._place.parent)) + 1 + _LONGEST_NAME
+
+    def _rehearsal(self, room: Path) -> wire.Launch:
+        config = {section: dict(values) for section, values in self._config.items()}
+        config.setdefault("ServerApp", {}).update(ip="127.0.0.1", port=0, root_dir=str(room))
+        return wire.Launch(
+            room=str(room),
+            title="jupyter-lab (rehearsal)",
+            cwd=os.path.realpath(room),
+            env={**self._environment, "JUPYTER_RUNTIME_DIR": str(room), MARK: str(room)},
+            kernel_env={},
+            umask=0o077,
+            config=config,
+            user=None,
+            cgroups=self._groups.door(_rehearsal_name(room.parent)),
+            rlimits={},
+            encrypt_kernels=False,
+        )
+
+
+def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
+    """Remove what is left of fork servers that have ended; one that lives ends by itself, when it has no servers any more."""
+    for directory in (runtime_dir / PLACE).glob("*"):
+        try:
+            connect(directory).close()
+        except (ConnectionRefusedError, FileNotFoundError):
+            _sweep_rehearsal(directory, groups)
+            shutil.rmtree(directory, ignore_errors=True)
+        except OSError:
+            continue
+    with contextlib.suppress(OSError):  # Others are in there.
+        (runtime_dir / PLACE).rmdir()
+
+
+def _rehearsal_name(directory: Path) -> ServerName:
+    """Give what stands for a server's name where its rehearsal has a control group; no server has such a name."""
+    return ServerName(f".{directory.name}")
+
+
+def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
+    """End what a rehearsal may have left running, and remove its room and its group."""
+    name = _rehearsal_name(directory)
+    with contextlib.suppress(BackendUnavailable, OSError):
+        end_leftovers(name, directory / _REHEARSAL_ROOM, set(), grace=0.0, groups=groups)
+    groups.remove(name)
+    shutil.rmtree(directory / _REHEARSAL_ROOM, ignore_errors=True)
+
+
+def _end_with_all_below(loading: Process) -> None:
+    """End a fork server that has no server yet, with its rehearsal and all that either has started.
+
+    As long as it lives it inherits what loses its parent below it, so nothing can hide. Suspended, it starts nothing more.
+    """
+    loading.send(signal.SIGSTOP)
+    end_all_below(loading)
+    loading.send(signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _socket_path(directory: Path) -> Iterator[str]:
+    """Give a path to the socket that is short enough: addresses of Unix sockets have at most 107 bytes."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield f"/proc/self/fd/{descriptor}/socket"
+    finally:
+        os.close(descriptor)
+
+
+def _listener(directory: Path) -> socket.socket:
+    """Make the socket of a fork server, for its user only. Raises OSError."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _socket_path(directory) as path:
+            listener.bind(path)
+            Path(path).chmod(0o600)
+        # The fork server does so again. Until then its keeper can connect already, and waits for an answer.
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def connect(directory: Path) -> socket.socket:
+    """Connect to a fork server. Raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(_ANSWER_WITHIN)
+        with _socket_path(directory) as path:
+            connection.connect(path)
+    except OSError:
+        connection.close()
+        raise
+    return connection

@@ -1,0 +1,203 @@
+"""What servers use of this machine: read from their control groups where these count it, else summed over their processes.
+
+All servers are measured together. Only where one has no control group are the processes of the machine gone through, once
+for all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import psutil
+
+from labkeeper.backends.local.limits import ControlGroups, Counted
+from labkeeper.backends.local.processes import Process, carries, is_of
+from labkeeper.backends.local.server_dir import Room
+from labkeeper.core.server import Usage
+from labkeeper.core.spec import ServerName
+from labkeeper.forkserver import marks
+
+_PROPORTIONAL_EVERY: Final = 60.0
+"""Seconds between two looks at the shared memory of a server: Linux goes through all page tables for it."""
+_PROPORTIONAL_WITHIN: Final = 0.05
+"""Seconds that these looks may take in one measurement; the others have their turn in the next."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stat:
+    """What `/proc/PID/stat` says of a process, as far as it is measured (proc(5))."""
+
+    parent: int
+    ticks: int
+    """Of itself, and of children that it has reaped."""
+    threads: int
+    started: str
+    pages: int
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is remembered of one launch between two measurements."""
+
+    process: Process
+    summed: float = 0.0
+    """The last sum over processes."""
+    lost: float = 0.0
+    """What processes had used that nobody of it has reaped."""
+    proportional: int | None = None
+    looked: float = float("-inf")
+
+
+class Meter:
+    """Measures servers; by one caller at a time."""
+
+    def __init__(self, groups: ControlGroups, runtime_dir: Path) -> None:
+        self._groups = groups
+        self._runtime_dir = runtime_dir
+        self._rooms = os.fsencode(runtime_dir) + b"/"
+        self._known: dict[ServerName, _Known] = {}
+        self._marks: dict[tuple[int, str], bytes] = {}
+        """What the processes that were there carry; a young one may not carry its mark yet."""
+        self._tick: int = os.sysconf("SC_CLK_TCK")
+        self._page: int = os.sysconf("SC_PAGE_SIZE")
+
+    def measure(self, servers: Mapping[ServerName, Process]) -> dict[ServerName, Usage]:
+        """Measure what these processes have started, each for its server; those that are gone are left out."""
+        self._known = {
+            name: known if (known := self._known.get(name)) is not None and known.process == process else _Known(process)
+            for name, process in servers.items()
+        }
+        counted = {name: self._groups.counted(name) for name in servers}
+        grouped = {name: found.members for name, found in counted.items() if servers[name].pid in found.members}
+        free = [name for name in servers if name not in grouped]
+        stats = _stats(psutil.pids() if free else {pid for members in grouped.values() for pid in members})
+        members = {**grouped, **self._found({name: servers[name] for name in free}, stats)} if free else grouped
+        alive = {name: {pid: stats[pid] for pid in pids if pid in stats} for name, pids in members.items()}
+        alive = {name: found for name, found in alive.items() if found}
+        self._look_at_shared(alive)
+        return {name: self._usage(name, found, counted[name] if name in grouped else _UNCOUNTED) for name, found in alive.items()}
+
+    def _usage(self, name: ServerName, stats: Mapping[int, _Stat], counted: Counted) -> Usage:
+        resident = sum(stat.pages for stat in stats.values()) * self._page
+        summed = self._summed(name, sum(stat.ticks for stat in stats.values()) / self._tick)
+        threads = sum(stat.threads for stat in stats.values())
+        return Usage(
+            memory=_or(counted.memory, resident),
+            cpu_seconds=_or(counted.cpu_seconds, summed),
+            processes=len(stats),
+            threads=_or(counted.tasks, threads),
+            proportional=self._known[name].proportional,
+        )
+
+    def _summed(self, name: ServerName, ticks: float) -> float:
+        known = self._known[name]
+        known.lost += max(0.0, known.summed - ticks)
+        known.summed = ticks
+        return ticks + known.lost
+
+    def _found(self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]) -> dict[ServerName, frozenset[int]]:
+        """Find all that stems from servers, or carries their mark."""
+        owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
+        rooms = {os.fsencode(self._runtime_dir / name): name for name in servers}
+        marks = {pid: self._mark(pid, stat) for pid, stat in stats.items() if pid not in owners}
+        owners |= {pid: rooms[mark] for pid, mark in marks.items() if mark in rooms}
+        found: dict[ServerName, set[int]] = {name: set() for name in servers}
+        for pid in stats:
+            for ancestor in _line(pid, stats):
+                if ancestor in owners:
+                    found[owners[ancestor]].add(pid)
+                    break
+        self._marks = {key: mark for key, mark in self._marks.items() if key[0] in stats and stats[key[0]].started == key[1]}
+        return {name: frozenset(pids) for name, pids in found.items()}
+
+    def _mark(self, pid: int, stat: _Stat) -> bytes:
+        """Give the mark of a process; b"" for none. Each is read twice: at first it may not have it yet."""
+        key = (pid, stat.started)
+        if key not in self._marks or not self._marks[key]:
+            again = key in self._marks
+            mark = carries(pid, marks.MARK)
+            if mark.startswith(self._rooms) and not _may_carry(pid, mark):
+                mark = _NONE
+            self._marks[key] = mark or (_NONE if again else b"")
+        return self._marks[key]
+
+    def _look_at_shared(self, alive: Mapping[ServerName, Mapping[int, _Stat]]) -> None:
+        """Renew what is known of shared memory, the oldest first, as long as there is time."""
+        begun = time.monotonic()
+        for name in sorted(alive, key=lambda name: self._known[name].looked):
+            known, now = self._known[name], time.monotonic()
+            if now - known.looked < _PROPORTIONAL_EVERY or now - begun > _PROPORTIONAL_WITHIN:
+                return
+            known.looked = now
+            known.proportional = _proportional(alive[name])
+
+
+_UNCOUNTED: Final = Counted(frozenset(), None, None, None)
+_LONGEST_LINE: Final = 100
+"""Ancestors that are gone through; what is read one after the other may even form a ring."""
+_NONE: Final = b"-"
+"""In place of a mark: it has none, and will not be asked again."""
+
+
+_Number = TypeVar("_Number", int, float)
+
+
+def _or(counted: _Number | None, summed: _Number) -> _Number:
+    return summed if counted is None else counted
+
+
+def _may_carry(pid: int, mark: bytes) -> bool:
+    """Whether a process runs as who may have the mark of that room: another user can only have forged it."""
+    with contextlib.suppress(psutil.Error):
+        return is_of(pid, Room(Path(os.fsdecode(mark))).users)
+    return False
+
+
+def _is(process: Process, stats: Mapping[int, _Stat]) -> bool:
+    return process.pid in stats and stats[process.pid].started == process.started
+
+
+def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
+    """Give a process, its parent, and so on."""
+    for _ in range(_LONGEST_LINE):
+        if pid not in stats:
+            return
+        yield pid
+        pid = stats[pid].parent
+
+
+def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
+    """Read about processes; one that has ended, or is a zombie, is left out."""
+    found = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            fields = marks.stat(pid)
+            if fields[0] != "Z":
+                ticks = sum(map(int, fields[11:15]))
+                found[pid] = _Stat(int(fields[1]), ticks, int(fields[17]), fields[19], int(fields[21]))
+    return found
+
+
+def _proportional(pids: Iterable[int]) -> int | None:
+    """Add up the memory of processes, shared pages divided; None where one of them may not be looked at."""
+    total = 0
+    for pid in pids:
+        try:
+            lines = _read(f"/proc/{pid}/smaps_rollup").splitlines()
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+        except OSError:
+            return None
+        total += next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:")), 0)
+    return total
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - thousands of times in a measurement
+        return file.read()

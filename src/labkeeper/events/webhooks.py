@@ -1,0 +1,235 @@
+"""A webhook: each entry of the history is posted to a URL, signed, in order, until it is taken or given up.
+
+The form is that of the Standard Webhooks (standardwebhooks.com): the headers `webhook-id`, `webhook-timestamp` and
+`webhook-signature`, an HMAC-SHA256 over both and the body. An entry may come twice, and then with the same id.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import hmac
+import json
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Final, Protocol
+from urllib.parse import urlsplit
+
+import structlog
+
+from labkeeper import addresses
+from labkeeper.core.errors import StoreError
+from labkeeper.core.messages import HistoryEntry, WebhookStatus
+from labkeeper.core.ports import Clock
+from labkeeper.events.log import Chronicle
+from labkeeper.threads import Crew
+
+if TYPE_CHECKING:
+    import httpx
+
+_TIMEOUT: Final = 10.0
+"""Seconds for one POST."""
+_FIRST_PAUSE: Final = 1.0
+"""Seconds after a POST that failed until the next; doubled each time."""
+_LONGEST_PAUSE: Final = 300.0
+_GIVEN_UP_AFTER: Final = 86400.0
+"""Seconds after which an entry that was never taken is dead."""
+_PIECES: Final = 3
+"""How many pieces of an answer's body are waited for, as they come over the network. What it says does not count."""
+_LOOK_EVERY: Final = 0.5
+_PAGE: Final = 100
+_LAST_WORDS: Final = 2.0
+"""Seconds for what is still to be told when the keeper ends, where the other side has answered well before."""
+_LATER: Final = frozenset({408, 425, 429})
+"""Refusals that hold for this moment; another 4xx holds for good."""
+_KEY_BYTES: Final = range(24, 65)
+"""As the Standard Webhooks have it."""
+_KEY_PREFIX: Final = "whsec_"
+
+_log = structlog.get_logger("labkeeper.events.webhooks")
+
+
+class WebhookStore(Protocol):
+    """Where a keeper notes how far it has told."""
+
+    def webhook(self, url: str) -> tuple[int, int, int] | None:
+        """Give the last entry that was told, how many were taken, how many are dead. Raises StoreError."""
+
+    def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
+        """Keep the same. Raises StoreError."""
+
+
+@dataclass(slots=True)
+class Webhook:
+    """Tells one URL, in a thread of its own."""
+
+    url: str
+    key: bytes = field(repr=False)
+    chronicle: Chronicle
+    store: WebhookStore
+    clock: Clock
+    body_of: Callable[[HistoryEntry], Mapping[str, Any]]
+    """Gives an entry as callers of the API see it."""
+    _crew: Crew = field(default_factory=Crew)
+    _client: httpx.Client | None = None
+    _told: int = 0
+    _delivered: int = 0
+    _dead: int = 0
+    _error: str | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        """Go on where an earlier keeper ended; one that was never told begins with what comes now. Raises StoreError."""
+        known = self.store.webhook(self.url)
+        told, self._delivered, self._dead = known or (self.chronicle.last_id, 0, 0)
+        # The history may have lost its end, on a disk that was full: its next events have numbers that were told before.
+        self._told = min(told, self.chronicle.last_id)
+        if known is None:
+            self._note()
+        self._crew.watch("webhook", self._round, every=lambda: _LOOK_EVERY)
+
+    def close(self) -> None:
+        """End; what could not be told yet is left for the next keeper."""
+        self._crew.close()
+        self._last_words()
+        if self._client is not None:
+            self._client.close()
+
+    @property
+    def failing(self) -> Mapping[str, str]:
+        """Why the last round failed, if it did."""
+        return self._crew.failing
+
+    def status(self) -> WebhookStatus:
+        """Say how it fares."""
+        with self._lock:
+            pending = self.chronicle.last_id - self._told
+            return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
+
+    def _round(self) -> None:
+        while entries := self._due():
+            for entry in entries:
+                if not self._tell_until_done(entry):
+                    return
+
+    def _due(self) -> list[HistoryEntry]:
+        """Give the entries that are to be told next."""
+        try:
+            return self.chronicle.after(self._told, server=None, limit=_PAGE)
+        except StoreError:
+            return []  # It has logged it, and is asked again.
+
+    def _last_words(self) -> None:
+        """Tell the rest, each once, while the other side takes it, and no longer than for a moment."""
+        end = self.clock.monotonic() + _LAST_WORDS
+        for entry in self._due():
+            if self._error is not None or self.clock.monotonic() > end:
+                return
+            refused = self._post(entry, within=_LAST_WORDS)
+            if refused is None:
+                self._over(entry, taken=True)
+
+    def _tell_until_done(self, entry: HistoryEntry) -> bool:
+        """Post an entry until it is taken or dead; say whether it is one of these, and not the keeper's end."""
+        pause = _FIRST_PAUSE
+        while (refused := self._post(entry)) is not None:
+            late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
+            if refused.for_good or late:
+                place = place_of(self.url)
+                _log.error("a webhook did not take an event, which is given up", id=entry.id, place=place, error=refused.why)
+                self._over(entry, taken=False)
+                return True
+            if pause == _FIRST_PAUSE:
+                _log.warning("a webhook cannot be told", id=entry.id, place=place_of(self.url), error=refused.why)
+            if self._crew.sleep(max(pause, refused.not_before)):
+                return False
+            pause = min(pause * 2, _LONGEST_PAUSE)
+        self._over(entry, taken=True)
+        return True
+
+    def _over(self, entry: HistoryEntry, *, taken: bool) -> None:
+        with self._lock:
+            # What has fallen out of the history before it is dead, too.
+            self._dead += entry.id - self._told - taken
+            self._told = entry.id
+            self._delivered += taken
+        self._note()
+
+    def _note(self) -> None:
+        try:
+            self.store.note_webhook(self.url, self._told, self._delivered, self._dead)
+        except StoreError:
+            return  # It has logged it. An entry that is told twice has the same id.
+
+    def _post(self, entry: HistoryEntry, *, within: float = _TIMEOUT) -> _Refused | None:
+        import httpx  # noqa: PLC0415 - late: most keepers have no webhook, and it takes long to load
+
+        body = json.dumps(self.body_of(entry), separators=(",", ":")).encode()
+        # With its moment: a history that was begun anew, or has lost its end, gives numbers a second time.
+        headers = signed(self.key, f"event_{entry.id}_{round(entry.at * 1000)}", self.clock.time(), body)
+        try:
+            self._client = self._client or httpx.Client(follow_redirects=False)
+            with self._client.stream("POST", self.url, content=body, headers=headers, timeout=within) as answer:
+                refused = None if answer.is_success else _refusal(answer)
+                # A short body is taken in, so that the connection can be used again; of another one it is the end.
+                with contextlib.suppress(httpx.HTTPError):
+                    deque(islice(answer.iter_raw(), _PIECES), maxlen=0)
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            refused = _Refused(str(error) or type(error).__name__)
+        with self._lock:
+            self._error = None if refused is None else refused.why
+        return refused
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """Why a POST failed."""
+
+    why: str
+    for_good: bool = False
+    not_before: float = 0.0
+    """Seconds that the other side asks to be left alone."""
+
+
+def _refusal(answer: httpx.Response) -> _Refused:
+    status = answer.status_code
+    lasting = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
+    wait = answer.headers.get("Retry-After", "")
+    return _Refused(f"it answered {status}", lasting, min(float(wait), _LONGEST_PAUSE) if wait.isdecimal() else 0.0)
+
+
+def signed(key: bytes, message_id: str, at: float, body: bytes) -> dict[str, str]:
+    """Make the headers of a POST."""
+    moment = str(int(at))
+    mac = hmac.digest(key, f"{message_id}.{moment}.".encode() + body, hashlib.sha256)
+    return {
+        "Content-Type": "application/json",
+        "User-Agent": "labkeeper",
+        "webhook-id": message_id,
+        "webhook-timestamp": moment,
+        "webhook-signature": f"v1,{base64.b64encode(mac).decode()}",
+    }
+
+
+def key_of(secret: str) -> bytes:
+    """Read a secret. Raises ValueError with the rule where it is none."""
+    try:
+        key = base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        key = b""
+    if len(key) not in _KEY_BYTES:
+        size = f"{_KEY_BYTES.start} to {_KEY_BYTES.stop - 1}"
+        raise ValueError(f"must be {size} bytes in base64, such as `openssl rand -base64 32` prints")
+    return key
+
+
+def place_of(url: str) -> str:
+    """Give the part of a URL that can be shown."""
+    parts = urlsplit(url)
+    return addresses.url(parts.scheme, parts.hostname or "", parts.port)

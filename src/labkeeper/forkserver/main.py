@@ -1,0 +1,380 @@
+"""The fork server: a process that has loaded Jupyter once, and forks a server from itself whenever its keeper asks for one.
+
+It holds no secret and runs one thread, no event loop, no server of its own. It is the parent of its servers, so it sees how they
+end; as a subreaper it inherits what they leave behind. It outlives a keeper that crashes, and serves the next one.
+
+A keeper connects to a Unix socket and sends one request for each connection (see `wire`):
+
+    {"do": "keep"}              answered when servers can be forked, or cannot; the connection then says that the keeper lives,
+                                and carries {"retired": why} when this process forks no more
+    {"do": "launch"}            with a file that holds the launch, a log, and a pipe to report to: answered with the pid, or with
+                                {"retired": why}; the file is for the child alone, so that no secret is ever in here
+    {"do": "attach", "pid": n}  with a pipe to report to, for a child of an earlier keeper
+    {"do": "retire"}            fork no more, and end when no child is left; with "all_heard", as a keeper says that ends: nobody
+                                will ask any more how those ended that have ended by now
+
+Lines of JSON come out of the pipe: {"ready": server_info} from the child, {"status": wait status} from here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import os
+import selectors
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from . import pages, peers, wire
+from .children import Children
+from .freshness import Freshness
+from .marks import show, started
+from .preload import PreloadError, load, written_pages
+from .programs import end_programs
+from .wire import Launch, WireError
+
+_FRESH_EVERY = 5.0
+"""Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
+_QUIET = 0.25
+"""Seconds after a fork until the next child is forked ahead: a server that starts has the processors first."""
+_KEEPERLESS = 10.0
+"""Seconds without a keeper and without a server after which a fork server ends: so long it can be asked how servers ended."""
+_REQUEST_SECONDS = 1.0
+"""Seconds that a keeper may take to send what it has begun."""
+_PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
+
+
+def serve(descriptor: int) -> tuple[Launch, int, int]:
+    """Load, then serve on a bound Unix socket. Returns in children only: a child's launch, its log, and the pipe to report to."""
+    listener = socket.socket(fileno=descriptor)
+    # Our keeper listens on it already. From here on whoever connects can ask for the pid of who listens, and is given ours.
+    listener.listen(128)
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    gc.disable()
+    begun = time.monotonic()
+    try:
+        freshness = load(listener)
+        # What is alive now will not be looked at by any collector again, so that its pages stay shared.
+        gc.collect()
+        gc.freeze()
+        written = written_pages(listener)
+    except PreloadError as error:
+        traceback.print_exc()
+        _refuse(listener, str(error))
+    seconds = time.monotonic() - begun
+    print(f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
+    return _ForkServer(listener, freshness, written).run()
+
+
+def _refuse(listener: socket.socket, reason: str) -> NoReturn:
+    """Tell the keeper why there is no fork server, and end."""
+    end_programs()
+    print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
+    listener.settimeout(_KEEPERLESS)
+    with contextlib.suppress(OSError, WireError, EOFError):
+        connection, _ = listener.accept()
+        connection.settimeout(_REQUEST_SECONDS)
+        wire.receive(connection)
+        wire.send(connection, {"failed": reason})
+    os._exit(1)
+
+
+@dataclass
+class _Spare:
+    """A child that waits for its launch, which comes by the connection."""
+
+    pid: int
+    connection: socket.socket
+
+
+@dataclass
+class _Request:
+    connection: socket.socket
+    message: dict[str, Any]
+    files: list[int]
+
+    def answer(self, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError, WireError):
+            wire.send(self.connection, message)
+
+    def close(self) -> None:
+        self.connection.close()
+        for file in self.files:
+            os.close(file)
+
+
+class _ForkServer:
+    """The one thread, and all that it holds open: everything of it is closed in a child."""
+
+    def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]]) -> None:
+        self._listener = listener
+        self._freshness = freshness
+        self._written = written
+        """The pages that a server writes to."""
+        self._looked_at = time.monotonic()
+        self._keepers: set[socket.socket] = set()
+        """Connections that a keeper holds as long as it lives."""
+        self._last_needed = time.monotonic()
+        """When a keeper was last seen, or a child ended."""
+        self._children = Children()
+        self._spare: _Spare | None = None
+        """The child that was forked ahead."""
+        self._busy_until = 0.0
+        """When the machine is likely to be idle again."""
+        self._retired = ""
+        """Why no server is forked any more."""
+        self._wakeup, self._wakeup_writer = socket.socketpair()
+        self._wakeup.setblocking(False)
+        self._wakeup_writer.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._selector.register(self._wakeup, selectors.EVENT_READ)
+
+    def run(self) -> tuple[Launch, int, int]:
+        """Serve until nobody needs this any more, and end the process then; returns in children only."""
+        # What the rehearsal left behind may have ended before there was anybody to be told.
+        self._reap()
+        while True:
+            ready = {key.fileobj for key, _ in self._selector.select(self._patience())}
+            if self._wakeup in ready:
+                self._reap()
+            for keeper in self._keepers & ready:
+                self._part_from(keeper)
+            if self._listener in ready and (request := self._accept()) is not None:
+                if self._answer(request) and not self._give_to_spare(request) and self._fork(request) == 0:
+                    self._close(request.connection)
+                    return _take(request.files)
+            elif self._wants_spare() and (connection := self._fork_spare()) is not None:
+                return self._wait_for_launch(connection)
+            if time.monotonic() - self._looked_at > _FRESH_EVERY:
+                self._look()
+            if self._needless():
+                self._dismiss_spare()
+                _end()
+
+    def _patience(self) -> float:
+        """Give the seconds until there is something to do that nobody asks for."""
+        if self._spare is None and not self._retired:
+            return max(0.0, self._busy_until - time.monotonic())
+        return _FRESH_EVERY
+
+    def _needless(self) -> bool:
+        if self._children or (self._keepers and not self._retired):
+            return False
+        heard = bool(self._retired) and not self._children.unheard
+        return heard or time.monotonic() - self._last_needed > _KEEPERLESS
+
+    # Requests
+
+    def _accept(self) -> _Request | None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            print(f"[labkeeper] cannot accept: {error}", file=sys.stderr, flush=True)
+            return None
+        try:
+            peers.check(connection)
+            return _Request(connection, *wire.receive(connection, within=_REQUEST_SECONDS))
+        except (OSError, WireError, EOFError) as error:
+            print(f"[labkeeper] refused a request: {error!r}", file=sys.stderr, flush=True)
+            connection.close()
+            return None
+
+    def _answer(self, request: _Request) -> bool:
+        """Answer a request; say whether it is one for a server that can be forked, which is not answered yet."""
+        what, count = request.message.get("do"), len(request.files)
+        answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
+        if what == "keep":
+            self._keep(request)
+            return False
+        if what == "launch" and count == 3:  # noqa: PLR2004 - the launch, a log, and a pipe to report to
+            if not self._retired:
+                return True
+            answer = {"retired": self._retired}
+        elif what == "attach" and count == 1:
+            answer = {"known": self._children.attach(request.message.get("pid"), request.files[0])}
+        elif what == "retire":
+            self._retire("its keeper needs it no more")
+            if request.message.get("all_heard"):
+                self._children.forget_unheard()
+            answer = {}
+        request.answer(answer)
+        request.close()
+        return False
+
+    def _keep(self, request: _Request) -> None:
+        for file in request.files:
+            os.close(file)
+        self._keepers.add(request.connection)
+        self._selector.register(request.connection, selectors.EVENT_READ)
+        request.answer({"pid": os.getpid()})
+        if self._retired:
+            request.answer({"retired": self._retired})
+
+    def _part_from(self, keeper: socket.socket) -> None:
+        self._selector.unregister(keeper)
+        self._keepers.discard(keeper)
+        keeper.close()
+        self._last_needed = time.monotonic()
+
+    # Children
+
+    def _fork(self, request: _Request) -> int:
+        """Fork for a request, and confirm it; gives the child's pid, or 0 in the child."""
+        try:
+            pid = _fork()
+        except OSError as error:
+            request.answer({"error": f"cannot fork: {error.strerror}"})
+            request.close()
+            return -1
+        if pid > 0:
+            self._confirm(request, pid)
+        return pid
+
+    def _give_to_spare(self, request: _Request) -> bool:
+        """Let the child that was forked ahead take a request; say whether it did."""
+        spare, self._spare = self._spare, None
+        if spare is None:
+            return False
+        with spare.connection:
+            try:
+                wire.send(spare.connection, {}, request.files)
+            except (OSError, WireError):
+                # It has died, or takes nothing; it is reaped as any other.
+                os.kill(spare.pid, signal.SIGKILL)
+                return False
+        self._confirm(request, spare.pid)
+        return True
+
+    def _confirm(self, request: _Request, pid: int) -> None:
+        """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
+        self._busy_until = time.monotonic() + _QUIET
+        # Looked at while the child begins on another core, instead of before.
+        self._look()
+        if self._retired:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            request.answer({"retired": self._retired})
+        else:
+            self._children.add(pid, request.files.pop())
+            request.answer({"pid": pid, "started": started(pid)})
+        request.close()
+
+    def _wants_spare(self) -> bool:
+        return self._spare is None and not self._retired and time.monotonic() >= self._busy_until
+
+    def _fork_spare(self) -> socket.socket | None:
+        """Fork a child ahead; gives, in the child only, the connection that its launch comes by."""
+        ours, its = socket.socketpair()
+        try:
+            pid = _fork()
+        except OSError as error:
+            print(f"[labkeeper] cannot fork ahead: {error}", file=sys.stderr, flush=True)
+            self._busy_until = time.monotonic() + _FRESH_EVERY
+            ours.close()
+            its.close()
+            return None
+        if pid == 0:
+            ours.close()
+            return its
+        its.close()
+        ours.settimeout(_REQUEST_SECONDS)
+        self._spare = _Spare(pid, ours)
+        return None
+
+    def _dismiss_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.connection.close()
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(spare.pid, 0)
+
+    def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
+        """In a child: get ready, wait, and take the launch; end when the fork server is gone, or needs no child any more."""
+        self._close()
+        show("jupyter-lab (waits for its launch)")
+        pages.copy(self._written)
+        try:
+            with connection:
+                _, files = wire.receive(connection)
+        except (OSError, EOFError, WireError):
+            os._exit(0)
+        return _take(files)
+
+    def _close(self, *more: socket.socket) -> None:
+        """In a child: close all that is the fork server's."""
+        self._selector.close()
+        for connection in (self._listener, self._wakeup, self._wakeup_writer, *self._keepers, *more):
+            connection.close()
+        if self._spare is not None:
+            self._spare.connection.close()
+        self._children.forget()
+        gc.enable()
+
+    # What happens
+
+    def _look(self) -> None:
+        """Retire when what is loaded is not what is on disk."""
+        self._looked_at = time.monotonic()
+        changed = None if self._retired else self._freshness.changed()
+        if changed is not None:
+            self._retire(f"{changed} has changed on disk")
+
+    def _retire(self, reason: str) -> None:
+        self._retired = reason
+        self._dismiss_spare()
+        print(f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True)
+        for keeper in self._keepers:
+            with contextlib.suppress(OSError, WireError):
+                wire.send(keeper, {"retired": reason})
+
+    def _reap(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            self._wakeup.recv(4096)
+        ended = self._children.reap()
+        self._last_needed = time.monotonic()
+        if self._spare is not None and self._spare.pid in ended:
+            self._spare.connection.close()
+            self._spare = None
+            # It was to live. Whatever ended it must not end one after the other.
+            self._busy_until = time.monotonic() + _FRESH_EVERY
+
+
+def _take(files: list[int]) -> tuple[Launch, int, int]:
+    """In a child: take the launch out of the files of its request. Raises WireError."""
+    launch, log, report = files
+    return Launch.read(launch), log, report
+
+
+def _fork() -> int:
+    """Fork; in the child nothing of this process's handling of signals is left. Raises OSError."""
+    # Until that is so, a child must not act on a signal as if it were this process.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _end() -> NoReturn:
+    """End this process and what runs below it, and leave nothing of it on disk."""
+    end_programs()
+    with contextlib.suppress(OSError):  # Somebody may have removed it.
+        here = os.getcwd()
+        for name in os.listdir(here):
+            os.unlink(name)
+        os.rmdir(here)
+    os._exit(0)

@@ -1,0 +1,197 @@
+"""What a fork server loads before it serves.
+
+A rehearsal tells what to load: a child becomes a whole server, with the site's own configuration and extensions, reports every
+module that this took, and ends. Nothing has to be listed by anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import importlib
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Collection
+from dataclasses import replace
+from typing import Any, NoReturn
+
+from . import pages
+from .freshness import Freshness
+from .programs import end_programs, living
+from .server import enter, join, run_jupyter
+from .wire import Launch
+
+REHEARSAL = "rehearsal.json"
+"""The launch to rehearse, in the working directory."""
+_REHEARSAL_SECONDS = 60
+"""Seconds after which a rehearsal that has not ended is given up."""
+_PROOF_PATHS = ("api", "api/me")
+"""What a keeper asks before it calls a server running."""
+_FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
+"""What a user's browser asks first; answering loads more modules."""
+_PR_SET_PDEATHSIG = 1
+"""From linux/prctl.h."""
+_MOST_PATTERNS = 400
+"""Regular expressions that are compiled ahead; Python keeps at most 512."""
+_MOST_SPOILERS = 6
+"""Modules that are left out because of what importing them does; each costs a new beginning."""
+_AVOID = "LABKEEPER_AVOID"
+"""The environment variable that passes them on."""
+
+
+class PreloadError(Exception):
+    """Servers cannot be forked from this process; says why."""
+
+
+def load(listener: socket.socket) -> Freshness:
+    """Load what servers take; give what knows whether that is still what is on disk. Raises PreloadError.
+
+    Begins anew, as a fresh program with the same listener, when a module spoiled this process or the disk changed.
+    """
+    avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
+    try:
+        freshness = Freshness()
+        spoilers = _import_all(listener, avoid)
+    except Exception as error:
+        raise PreloadError(f"loading JupyterLab failed: {error}") from error
+    if len(avoid | spoilers) > _MOST_SPOILERS:
+        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or programs, or opens sockets")
+    if spoilers or freshness.settle() is not None:
+        os.environ[_AVOID] = ",".join(avoid | spoilers)
+        listener.set_inheritable(True)
+        end_programs()
+        os.execv(  # noqa: S606 - the interpreter that runs already
+            sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
+        )
+    return freshness
+
+
+def written_pages(listener: socket.socket) -> list[tuple[int, int]]:
+    """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
+    return [(address, size) for address, size in _rehearse(listener)["pages"]]
+
+
+def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
+    """Import what a server takes, but the modules to `avoid` and those in them; give the one that must not be, if there is one.
+
+    This process is spoiled then: it has a thread, a program, or an open poll, socket or pipe that its children would share.
+    """
+    importlib.import_module("jupyterlab.labapp")
+    ours = _shared_things()
+    told = _rehearse(listener)
+    # Packages before what is in them: importing a module imports its package, so the one that spoils is found by its own name.
+    for name in sorted(told["modules"], key=lambda name: name.count(".")):
+        if name in sys.modules or any(f"{name}.".startswith(f"{avoided}.") for avoided in avoid):
+            continue
+        try:
+            importlib.import_module(name)
+        except BaseException as error:
+            # Servers import it themselves, as one did in the rehearsal.
+            print(f"[labkeeper] cannot preload {name}: {error!r}", file=sys.stderr, flush=True)
+        if _shared_things() - ours:
+            return {name}
+    for pattern in told["patterns"][:_MOST_PATTERNS]:
+        re.compile(*pattern)
+    return set()
+
+
+def _shared_things() -> set[str]:
+    """Name what a child would share with this process and must not: threads, programs, and open things that are no mere files."""
+    things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
+    things.update(f"program {pid}" for pid in living())
+    for descriptor in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{descriptor}")
+        except OSError:
+            continue
+        if not target.startswith("/"):
+            things.add(target)
+    return things
+
+
+def _rehearse(listener: socket.socket) -> dict[str, Any]:
+    """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages.
+
+    Raises PreloadError.
+    """
+    launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
+    reader, writer = os.pipe()
+    parent = os.getpid()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reader)
+        # By its end a keeper knows that of the fork server, so no program may hold it.
+        listener.close()
+        _perform(launch, writer, parent)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as stream:
+        # Not to its end: what the rehearsal has forked may hold the other one open.
+        report = stream.readline()
+    _, status = os.waitpid(pid, 0)
+    end_programs()
+    try:
+        return dict(json.loads(report))
+    except ValueError:
+        raise PreloadError(
+            "the rehearsal of a server failed "
+            f"({'signal' if os.WIFSIGNALED(status) else 'exit code'} "
+            f"{os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}); see the fork server's log"
+        ) from None
+
+
+def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
+    code = 1
+    try:
+        # It ends with its parent, which may have ended already, and in time.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            sys.exit("the fork server has ended")
+        signal.alarm(_REHEARSAL_SECONDS)
+        shared = pages.writable()
+        # By its group all is found that it starts, also what hides. Where it cannot enter one, it goes on without.
+        with contextlib.suppress(OSError):
+            join(launch.cgroups)
+        enter(replace(launch, cgroups=[]))
+        token = secrets.token_hex(24)
+        launch = replace(launch, config={**launch.config, "IdentityProvider": {"token": token}})
+
+        def ready(app: Any) -> None:
+            app.io_loop.add_callback(_warm_and_tell, app, token, shared, writer)
+
+        run_jupyter(launch, ready)
+        code = 0
+    except SystemExit as end:
+        code = 1 if end.code else 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], writer: int) -> None:
+    info = app.server_info()
+    for path in _PROOF_PATHS:
+        await _get(info, path, token)
+    told: dict[str, Any] = {"pages": pages.copied(shared)}
+    for path in _FIRST_PATHS:
+        await _get(info, path, token)
+    told["modules"] = [name for name in list(sys.modules) if not name.startswith(("labkeeper_forkserver", "__m"))]
+    # Where and how Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
+    told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
+    with os.fdopen(writer, "w") as report:
+        report.write(json.dumps(told) + "\n")
+    app.stop()
+
+
+async def _get(info: dict[str, Any], path: str, token: str) -> None:
+    reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
+    stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
+    await reader.read()
+    stream.close()

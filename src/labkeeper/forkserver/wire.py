@@ -1,0 +1,189 @@
+"""Frames between a keeper and the processes that it launches: a JSON object each, with open files beside it.
+
+A frame is four bytes with the length of the object (big-endian), and the object. Both ends belong to the same user; what comes is
+checked all the same, once, here.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+LARGEST = 16 * 1024 * 1024
+"""Bytes of a frame; a request's environment is bounded by the largest body that the keeper takes."""
+MOST_FILES = 4
+"""Open files beside a frame."""
+_ALL_BITS = 0o777
+_LENGTH = struct.Struct("!I")
+
+
+class WireError(Exception):
+    """What came is no frame, or not what was expected in it."""
+
+
+@dataclass(frozen=True)
+class User:
+    """Whom a server runs as."""
+
+    uid: int
+    gid: int
+    groups: list[int]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """All that a process needs to know to become one server."""
+
+    room: str
+    """The server's private directory; also the mark by which all that it starts is known."""
+    title: str
+    """What lists of processes show."""
+    cwd: str
+    env: dict[str, str]
+    kernel_env: dict[str, str]
+    """What its kernels have beyond that."""
+    umask: int
+    config: dict[str, dict[str, Any]]
+    """Jupyter's configuration by section, as the command line would give it: above every file."""
+    user: User | None
+    cgroups: list[str]
+    """Files that the process writes its pid into, in order to be limited."""
+    rlimits: dict[str, int]
+    """Limits by their name in `resource`, as RLIMIT_DATA."""
+    encrypt_kernels: bool
+    """Whether its kernels encrypt what they say, where they can, and its configuration does not say anything else."""
+
+    def message(self) -> dict[str, Any]:
+        """Give it as a frame's object."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, file: int) -> Launch:
+        """Read it from an open file, which is closed. Raises WireError, OSError."""
+        with os.fdopen(file, "rb") as stream:
+            try:
+                message = json.load(stream)
+            except (ValueError, RecursionError) as error:
+                raise WireError(f"bad launch: {error}") from error
+        return cls.parse(message if isinstance(message, dict) else {})
+
+    @classmethod
+    def parse(cls, message: Mapping[str, Any]) -> Launch:
+        """Read it from a frame's object. Raises WireError."""
+        given: dict[str, Any] = {field.name: message.get(field.name) for field in fields(cls)}
+        for name, fits in _CHECKS.items():
+            if not fits(given[name]):
+                raise WireError(f"bad launch: {name} does not fit")
+        if given["user"] is not None:
+            given["user"] = User(**given["user"])
+        return cls(**given)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _numbers(value: Any) -> bool:
+    return all(type(number) is int and number >= 0 for number in value)
+
+
+_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "room": lambda value: isinstance(value, str),
+    "title": lambda value: isinstance(value, str),
+    "cwd": lambda value: isinstance(value, str),
+    "env": _texts,
+    "kernel_env": _texts,
+    "umask": lambda value: type(value) is int and 0 <= value <= _ALL_BITS,
+    "config": lambda value: isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()),
+    "user": lambda value: (
+        value is None
+        or (
+            isinstance(value, dict)
+            and value.keys() == {"uid", "gid", "groups"}
+            and isinstance(value["groups"], list)
+            and _numbers([value["uid"], value["gid"], *value["groups"]])
+        )
+    ),
+    "cgroups": lambda value: isinstance(value, list) and all(isinstance(path, str) for path in value),
+    "rlimits": lambda value: isinstance(value, dict) and _numbers(value.values()),
+    "encrypt_kernels": lambda value: isinstance(value, bool),
+}
+
+
+def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
+    """Send one frame, with open files. Raises OSError, and WireError when it is too large."""
+    body = json.dumps(message).encode()
+    if len(body) > LARGEST:
+        raise WireError(f"a frame of {len(body)} bytes is too large (at most {LARGEST})")
+    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
+    connection.sendmsg([_LENGTH.pack(len(body))], ancillary)
+    connection.sendall(body)
+
+
+def receive(connection: socket.socket, *, within: float | None = None) -> tuple[dict[str, Any], list[int]]:
+    """Receive one frame, and the open files that came with it; they are the caller's to close.
+
+    All of it has to come within so many seconds, however slowly it is sent. Raises EOFError when the other end has closed,
+    WireError when what came is none, OSError (TimeoutError).
+    """
+    files: list[int] = []
+    until = None if within is None else time.monotonic() + within
+    try:
+        _limit(connection, until)
+        header = _files_and(connection, _LENGTH.size, files)
+        if not header:
+            raise EOFError
+        (length,) = _LENGTH.unpack(header + _exactly(connection, _LENGTH.size - len(header), until))
+        if length > LARGEST:
+            raise WireError(f"a frame of {length} bytes is too large (at most {LARGEST})")
+        try:
+            message = json.loads(_exactly(connection, length, until))
+        except (ValueError, RecursionError) as error:
+            raise WireError(f"a frame holds no JSON: {error}") from error
+        if not isinstance(message, dict):
+            raise WireError(f"a frame holds no object, but {type(message).__name__}")
+    except BaseException:
+        for file in files:
+            os.close(file)
+        raise
+    return message, files
+
+
+def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
+    """Receive up to `size` bytes, and take the files beside them; none is passed on to a program that is executed."""
+    room = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(size, room, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    for level, kind, payload in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            numbers = array.array("i")
+            numbers.frombytes(payload[: len(payload) - len(payload) % numbers.itemsize])
+            files.extend(numbers)
+    if flags & socket.MSG_CTRUNC:
+        raise WireError(f"more than {MOST_FILES} files came with a frame")
+    return data
+
+
+def _limit(connection: socket.socket, until: float | None) -> None:
+    if until is not None:
+        left = until - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("a frame did not come in time")
+        connection.settimeout(left)
+
+
+def _exactly(connection: socket.socket, size: int, until: float | None) -> bytes:
+    data = bytearray()
+    while len(data) < size:
+        _limit(connection, until)
+        piece = connection.recv(min(size - len(data), 1 << 16))
+        if not piece:
+            raise WireError("the other end closed within a frame")
+        data += piece
+    return bytes(data)

@@ -1,0 +1,179 @@
+"""The watch over gateways: those of running servers, and those that kernels are still to be ended on.
+
+A gateway is asked seldom, by one caller for all its servers; one that does not answer, more and more seldom. What changes is
+told to each server. When one with debts answers, they are collected.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import structlog
+
+from labkeeper.core.errors import BackendError
+from labkeeper.core.lifecycle import State
+from labkeeper.core.messages import Change, GatewaySeen, Report
+from labkeeper.core.ports import Clock
+from labkeeper.core.server import GatewayHealth
+from labkeeper.core.spec import Gateway, ServerName
+from labkeeper.gateways.client import GatewayClient
+from labkeeper.gateways.orphans import Ledger
+from labkeeper.threads import Crew
+
+_FIRST_PAUSE: Final = 2.0
+"""Seconds after which a gateway that did not answer is asked again; doubled each time."""
+_LONGEST_PAUSES: Final = 4
+"""Times the period after which it is asked again at last."""
+_FAILURES: Final = 3
+"""Kernels that cannot be ended, after which a gateway is left alone for a while."""
+_MAY_COME: Final = 300.0
+"""Seconds in which a kernel may still come that a gateway was asked for and had not answered about."""
+_LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at what is due."""
+
+_log = structlog.get_logger("labkeeper.gateways.monitor")
+
+
+@dataclass(slots=True, eq=False)
+class _Watched:
+    """One gateway, as one set of credentials sees it."""
+
+    gateway: Gateway
+    due: float
+    servers: dict[ServerName, tuple[int, GatewayHealth | None]] = field(default_factory=dict)
+    """The launches that hear of it, and what each knows."""
+    misses: int = 0
+    """How often in a row it could not be used."""
+    asked: float = 0.0
+    """When it was last asked; seconds since the epoch."""
+    asker: threading.Thread | None = None
+    """Asks it, or was the last to do so."""
+
+    @property
+    def asking(self) -> bool:
+        """Whether it is being asked."""
+        return self.asker is not None and self.asker.is_alive()
+
+
+class GatewayWatch:
+    """A listener of the fleet, with a thread of its own."""
+
+    def __init__(
+        self,
+        tell: Callable[[Report], None],
+        *,
+        crew: Crew,
+        client: GatewayClient,
+        ledger: Ledger,
+        clock: Clock,
+        period: float,
+    ) -> None:
+        """`period` is in seconds."""
+        self._tell = tell
+        self._crew = crew
+        self._client = client
+        self._ledger = ledger
+        self._clock = clock
+        self._period = period
+        self._lock = threading.Lock()
+        self._watched: list[_Watched] = []
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self._crew.watch("gateways", self._look, every=lambda: _LOOK_EVERY)
+
+    def changed(self, change: Change) -> None:
+        """Take in a server that runs, and leave out one that does not."""
+        after = change.after
+        with self._lock:
+            for watched in self._watched:
+                if watched.gateway != after.spec.gateway or after.state is not State.RUNNING:
+                    watched.servers.pop(after.name, None)
+            if after.state is not State.RUNNING or after.spec.gateway is None:
+                return
+            watched = self._find(after.spec.gateway)
+            if after.name not in watched.servers and after.gateway is None:
+                # One that was taken over: nobody has asked its gateway yet.
+                watched.due = self._clock.monotonic()
+            watched.servers[after.name] = (after.launch, after.gateway)
+
+    def _find(self, gateway: Gateway) -> _Watched:
+        for watched in self._watched:
+            if watched.gateway == gateway:
+                return watched
+        fresh = _Watched(gateway, due=self._clock.monotonic() + self._period)
+        self._watched.append(fresh)
+        return fresh
+
+    def _look(self) -> None:
+        self._ledger.save()
+        self._ledger.forgive()
+        for watched in self._due():
+            watched.asker = self._crew.start("ask-gateway", self._ask, watched)
+
+    def _due(self) -> list[_Watched]:
+        """Give the gateways to be asked now, and leave out those that nobody needs."""
+        now = self._clock.monotonic()
+        debts = self._ledger.all()
+        owing = [debt.gateway for debt in debts]
+        with self._lock:
+            for debt in debts:
+                watched = self._find(debt.gateway)
+                if debt.since > watched.asked:
+                    watched.due = min(watched.due, now)
+            self._watched = [w for w in self._watched if w.servers or w.asking or w.gateway in owing]
+            return [w for w in self._watched if w.due <= now and not w.asking]
+
+    def _ask(self, watched: _Watched) -> None:
+        watched.asked = self._clock.time()
+        try:
+            health = self._client.check(watched.gateway)
+        except BackendError as error:
+            # That says nothing of it. It stays due.
+            _log.warning("a gateway cannot be asked", gateway=watched.gateway.url, error=error.message)
+            return
+        settled = self._collect(watched.gateway) if health.reachable else False
+        with self._lock:
+            watched.misses = 0 if health.reachable and settled else watched.misses + 1
+            pause = min(_FIRST_PAUSE * 2 ** min(watched.misses, 20), self._period * _LONGEST_PAUSES)
+            watched.due = self._clock.monotonic() + (pause if watched.misses else self._period)
+            news = [
+                Report(name, launch, GatewaySeen(replace(health, since=_since(known, health))))
+                for name, (launch, known) in watched.servers.items()
+                if _differs(known, health)
+            ]
+        for report in news:
+            self._tell(report)
+
+    def _collect(self, gateway: Gateway) -> bool:
+        """End the kernels that are owed on a gateway that answers; say whether none is owed there any more."""
+        debts, failed = self._ledger.on(gateway), 0
+        # In another order each time: those that cannot be ended are not in the way of the others.
+        for debt in random.sample(debts, len(debts)):
+            if self._crew.closed or failed >= _FAILURES:
+                return False
+            try:
+                was_there = self._client.end_kernel(gateway, debt.kernel_id)
+            except BackendError as error:
+                _log.warning("a kernel cannot be ended", kernel=debt.kernel_id, server=debt.server, error=error.message)
+                failed += 1
+                continue
+            if was_there:
+                _log.info("a kernel that was left has been ended", kernel=debt.kernel_id, gateway=gateway.url, server=debt.server)
+            elif debt.starting and self._clock.time() - debt.since < _MAY_COME:
+                continue
+            self._ledger.settle([debt.kernel_id])
+        return not failed
+
+
+def _differs(known: GatewayHealth | None, health: GatewayHealth) -> bool:
+    return known is None or (known.error, known.kernelspecs) != (health.error, health.kernelspecs)
+
+
+def _since(known: GatewayHealth | None, health: GatewayHealth) -> float:
+    """Say since when it has been so: a change of the error, or of the number of kernelspecs, is none of this."""
+    return known.since if known is not None and known.reachable is health.reachable else health.since

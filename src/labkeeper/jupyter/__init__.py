@@ -1,0 +1,1 @@
+"""What we know of Jupyter. Knows nothing of keepers, states or processes."""

@@ -1,0 +1,45 @@
+"""Why a Jupyter server failed, by its exit and the last lines of its log."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Final
+
+from labkeeper.core.server import Exit, FailureClass
+
+_CAUSES: Final = (
+    (FailureClass.PORT_IN_USE, re.compile(r"port \d+ is (already in use|not available)|Address already in use", re.IGNORECASE)),
+    (FailureClass.DISK_FULL, re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)),
+    (FailureClass.IMPORT_ERROR, re.compile(r"ModuleNotFoundError|ImportError|No module named")),
+    (
+        FailureClass.CONFIG_ERROR,
+        re.compile(
+            r"Bad config|bad configuration|TraitError|ConfigError|Permission denied|Read-only file system"
+            r"|\[labkeeper\] cannot start the server"
+        ),
+    ),
+)
+
+
+_LEVEL: Final = re.compile(r"^\[([CEWID]) [^\]]*\]\s*")
+
+
+def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
+    """Name the class of an end, and the line of the log that says it best (without Jupyter's prefix); "" where none does."""
+    if end.signal is not None:
+        return FailureClass.KILLED, ""
+    grave = [line for line in reversed(tail) if _level(line) not in {"D", "I"}]
+    for kind, pattern in _CAUSES:
+        for line in grave:
+            if pattern.search(line):
+                return kind, _LEVEL.sub("", line).strip()
+    # Jupyter warns at each start of something, and what is indented belongs to a line above.
+    last_words = (_LEVEL.sub("", line).strip() for line in grave if _level(line) != "W" and not line[:1].isspace())
+    return FailureClass.OTHER, next(filter(None, last_words), "")
+
+
+def _level(line: str) -> str:
+    """Give the level of a line of Jupyter's log; "" of what it has not logged, such as a traceback."""
+    found = _LEVEL.match(line)
+    return found[1] if found else ""

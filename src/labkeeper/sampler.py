@@ -1,0 +1,123 @@
+"""Samples of what servers use: taken by one thread, as long as somebody has asked of late; whoever asks gets the last one.
+
+Processes are measured in each period. The servers themselves are asked for their kernels and connections by another thread,
+so that one that is silent, or waits for its gateway, holds up no measurement.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final
+
+import structlog
+
+from labkeeper.core.errors import BackendError
+from labkeeper.core.lifecycle import State
+from labkeeper.core.ports import Backend, Clock, Probe
+from labkeeper.core.server import Load, Sample, Snapshot
+from labkeeper.core.spec import ServerName
+from labkeeper.threads import Crew
+
+_WANTED_FOR: Final = 60.0
+"""Seconds that samples are taken for after somebody has asked."""
+_LOOK_EVERY: Final = 0.2
+"""Seconds between two looks at whether somebody has asked, while nobody had."""
+_LOADS_EVERY: Final = 3
+"""Periods between two rounds through the servers."""
+
+_log = structlog.get_logger("labkeeper.sampler")
+
+
+class Sampler:
+    """Takes samples, and gives the last ones to any thread."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        probe: Probe,
+        servers: Callable[[], Sequence[Snapshot]],
+        *,
+        crew: Crew,
+        clock: Clock,
+        period: float,
+    ) -> None:
+        """`servers` gives those that there are; `period` is in seconds, 0 for no samples at all."""
+        self._backend = backend
+        self._probe = probe
+        self._servers = servers
+        self._crew = crew
+        self._clock = clock
+        self._period = period
+        self._asked = float("-inf")
+        self._samples: dict[ServerName, Sample] = {}
+        self._loads: dict[ServerName, tuple[int, Load]] = {}
+        self._asking: threading.Thread | None = None
+        self._rounds = 0
+        """How often was measured since somebody asked for the first time."""
+
+    def start(self) -> None:
+        """Begin."""
+        if self._period:
+            self._crew.watch("usage", self._round, every=self._pause)
+
+    def of(self, snapshot: Snapshot) -> Sample | None:
+        """Give the last sample of a running server, at once; None where there is none of this launch."""
+        self._asked = self._clock.monotonic()
+        sample = self._samples.get(snapshot.name)
+        if snapshot.state is not State.RUNNING or sample is None or sample.launch != snapshot.launch:
+            return None
+        return sample
+
+    def _pause(self) -> float:
+        # The first sample comes as soon as somebody asks, and a second one soon after it: a share of a processor takes two.
+        return self._period if self._rounds > 1 else _LOOK_EVERY
+
+    def _round(self) -> None:
+        if not self._wanted:
+            # An old sample would be taken for a new one.
+            self._samples, self._rounds = {}, 0
+            return
+        self._sample()
+        if self._rounds % _LOADS_EVERY == 0 and (self._asking is None or not self._asking.is_alive()):
+            self._asking = self._crew.start("ask-usage", self._ask)
+        self._rounds += 1
+
+    @property
+    def _wanted(self) -> bool:
+        return self._clock.monotonic() - self._asked < _WANTED_FOR
+
+    def _sample(self) -> None:
+        running = {s.name: s for s in self._servers() if s.state is State.RUNNING}
+        try:
+            usages = self._backend.usage(running)
+        except BackendError as error:
+            _log.warning("cannot measure what servers use", error=error.message)
+            return
+        now = self._clock.time()
+        fresh = {name: Sample(running[name].launch, now, usage) for name, usage in usages.items()}
+        self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
+
+    def _completed(self, name: ServerName, sample: Sample) -> Sample:
+        """Add what can be told only together with what was known before."""
+        before = self._samples.get(name)
+        launch, load = self._loads.get(name, (None, None))
+        cpus = None
+        if before is not None and before.launch == sample.launch and sample.at > before.at:
+            cpus = round(max(0.0, sample.usage.cpu_seconds - before.usage.cpu_seconds) / (sample.at - before.at), 3)
+        return replace(sample, cpus=cpus, load=load if launch == sample.launch else None)
+
+    def _ask(self) -> None:
+        """Ask each running server once."""
+        loads: dict[ServerName, tuple[int, Load]] = {}
+        for snapshot in self._servers():
+            if self._crew.closed:
+                return
+            if snapshot.endpoint is not None:
+                try:
+                    loads[snapshot.name] = (snapshot.launch, self._probe.load(snapshot.endpoint))
+                except BackendError:
+                    # Whether it answers at all is found out, and told, elsewhere.
+                    continue
+        self._loads = loads

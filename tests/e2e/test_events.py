@@ -1,0 +1,244 @@
+"""What happened, as callers see it: pages, streams with replay, webhooks; across deletions, crashes and keepers."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import threading
+from datetime import datetime
+
+import httpx
+import pytest
+
+from harness import PATIENCE, free_port, start_kernel, until
+from unit.events.test_webhooks import SECRET, Receiver
+
+
+def events(keeper, path="/api/events", **query):
+    return keeper.http.get(path, params=query).raise_for_status().json()["events"]
+
+
+def steps(told):
+    return [(event["server"], event["details"].get("to"), event["actor"]) for event in told if event["kind"] == "state"]
+
+
+class Stream:
+    """Follows events as a browser does."""
+
+    def __init__(self, keeper, path="/api/events", **headers):
+        self.lines = []
+        self.ended = threading.Event()
+        self._url, self._token = f"{keeper.url}{path}", keeper.token
+        self._headers = headers
+        self._answer = None
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+        until(lambda: self.lines, what="the stream has begun")
+
+    def _read(self):
+        headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {self._token}", **self._headers}
+        with httpx.stream("GET", self._url, headers=headers, timeout=30, trust_env=False) as self._answer:
+            assert self._answer.status_code == 200
+            assert self._answer.headers["content-type"].startswith("text/event-stream")
+            with contextlib.suppress(httpx.TransportError, httpx.StreamError):
+                for line in self._answer.iter_lines():
+                    self.lines.append(line)
+        self.ended.set()
+
+    @property
+    def events(self):
+        return [json.loads(line.removeprefix("data: ")) for line in list(self.lines) if line.startswith("data: ")]
+
+    @property
+    def ids(self):
+        return [event["id"] for event in self.events]
+
+    def close(self):
+        if not self.ended.is_set():
+            for end in ("network_stream",):
+                with contextlib.suppress(OSError):
+                    self._answer.extensions[end].get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+        self._thread.join()
+
+
+def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_keeper):
+    keeper = make_keeper(probe_period=0.5).start()
+    created = keeper.http.post("/api/servers", json={"name": "lab"})
+    pid = created.json()["pid"]
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: (now := keeper.get("lab"))["state"] == "running" and now["pid"] != pid, what="it runs again")
+    deleted = keeper.delete("lab")
+    keeper.post(name="bad", root_dir="/nowhere")
+
+    told = events(keeper, "/api/servers/lab/events")
+    assert steps(told) == [
+        ("lab", "starting", "token:owner"),
+        ("lab", "running", "token:owner"),
+        ("lab", "backoff", "keeper"),
+        ("lab", "starting", "keeper"),
+        ("lab", "running", "keeper"),
+        ("lab", "stopping", "token:owner"),
+        ("lab", "stopped", "token:owner"),
+    ]
+    assert told[0]["request_id"] == created.headers["X-Request-Id"]
+    assert told[-1]["request_id"] == deleted.headers["X-Request-Id"]
+    assert told[2]["details"]["failure"]["failure_class"] == "killed"
+    assert told[2]["details"]["exit"] == {"code": None, "signal": "SIGKILL"}
+    assert told[-1]["details"]["stop_report"]["method"] == "shutdown"
+    assert "is deleted" in told[-1]["message"]
+    assert [event["launch"] for event in told] == [1, 1, 1, 2, 2, 2, 2]
+    moments = [datetime.fromisoformat(event["at"]) for event in told]
+    assert moments == sorted(moments)
+    assert not [secret for secret in (created.json()["token"], keeper.token) if secret in json.dumps(told)]
+
+    everything = events(keeper)
+    assert [event["id"] for event in everything] == [*range(1, len(everything) + 1)]
+    assert events(keeper, after=3, limit=2) == everything[3:5]
+    assert events(keeper, limit=2) == everything[-2:]
+    page = keeper.http.get("/api/events", params={"after": 0, "limit": 4}).json()
+    assert page["next"] == 4
+    assert keeper.http.get("/api/events", params={"after": len(everything)}).json() == {"events": [], "next": None}
+    assert keeper.http.get("/api/servers/nobody/events").status_code == 404
+    for query in ({"after": -1}, {"after": "x"}, {"limit": 0}, {"kind": "state"}):
+        assert keeper.http.get("/api/events", params=query).status_code == 422
+    wrong = keeper.http.get("/api/events", headers={"Last-Event-ID": "x", "Accept": "text/event-stream"})
+    assert (wrong.status_code, "Last-Event-ID" in wrong.text) == (422, True)
+
+    said = keeper.cli("events", "lab", "-n", "2")
+    assert (said.returncode, len(said.stdout.splitlines())) == (0, 2)
+    assert "has ended by shutdown" in said.stdout
+    assert "[token:owner]" in said.stdout
+    lines = keeper.cli("events", "--json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == everything
+
+
+@pytest.mark.promise
+def test_a_stream_replays_what_was_missed_and_goes_on_over_the_death_of_a_keeper(make_keeper):
+    keeper = make_keeper(launch_by="fork").start_to_fork()
+    keeper.post(name="one")
+    first = Stream(keeper)
+    assert first.ids == []
+    keeper.post(name="two")
+    until(lambda: len(first.ids) == 2, what="the new ones came")
+    seen = first.ids[-1]
+    only_one = Stream(keeper, "/api/servers/one/events?after=0")
+    until(lambda: len(only_one.ids) == 2, what="the old ones came")
+
+    keeper.kill()
+    assert first.ended.wait(PATIENCE)
+    keeper.start()
+    again = Stream(keeper, **{"Last-Event-ID": str(seen)})
+    until(lambda: sum(event["details"].get("adopted", False) for event in again.events) == 2, what="both are taken over")
+    assert again.ids == [*range(seen + 1, seen + 1 + len(again.ids))]
+    assert again.events[0]["message"].endswith("is looked for by a new keeper")
+    assert {event["server"] for event in only_one.events} == {"one"}
+
+    # A reader that gets each event at once, and hears the end of the servers when the keeper ends in good order.
+    keeper.http.post("/api/servers/one/stop?wait=0", json={})
+    until(lambda: again.events[-1]["details"].get("to") in {"stopping", "stopped"}, what="the stop is told")
+    keeper.stop()
+    assert again.ended.wait(PATIENCE)
+    assert {event["server"] for event in again.events if event["details"].get("to") == "stopped"} == {"one", "two"}
+    for stream in (first, only_one, again):
+        stream.close()
+
+
+def test_a_quiet_stream_is_kept_alive_and_a_slow_reader_holds_nobody_up(make_keeper):
+    keeper = make_keeper().start()
+    quiet = Stream(keeper)
+    with socket.create_connection(("127.0.0.1", keeper.port)) as slow:
+        # One that asks for everything, again and again, and reads nothing.
+        ask = f"GET /api/events?follow=true&after=0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keeper.token}\r\n\r\n"
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        slow.sendall(ask.encode())
+        keeper.post(name="lab")
+        for _ in range(3):
+            assert keeper.http.post("/api/servers/lab/restart", json={}).status_code == 201
+        until(lambda: len(quiet.ids) == 2 + 3 * 3, what="the other one has them all")
+    until(lambda: ": keep-alive" in quiet.lines, what="a comment came")
+    quiet.close()
+
+
+def test_a_limited_token_cannot_push_what_others_did_out_of_the_history(make_keeper):
+    keeper = make_keeper(history_size=100).start()
+    keeper.post(name="mine", port=keeper.port)
+    limited = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage", "servers": ["its-*"]}).json()
+    before = events(keeper, after=0, limit=50)
+    with httpx.Client(base_url=keeper.url, headers={"Authorization": f"Bearer {limited['token']}"}, trust_env=False) as ada:
+        ada.post("/api/servers", json={"name": "its-one", "port": keeper.port})
+        for _ in range(300):
+            assert ada.post("/api/servers/its-one/snooze", json={"for": "1h"}).status_code == 200
+    told = events(keeper, after=0, limit=500)
+    assert told[: len(before)] == before
+    assert len(told) <= 200
+    stream = Stream(keeper, **{"Last-Event-ID": str(before[-1]["id"])})
+    until(lambda: stream.events)
+    assert stream.events[0] == {"missed": told[-1]["id"] - len(told)}
+    stream.close()
+
+
+def test_what_no_stream_can_tell_any_more_is_said_to_be_missing(make_keeper):
+    keeper = make_keeper(history_size=100).start()
+    root = keeper.notebook_dir / "gone"
+    root.mkdir()
+    keeper.post(name="lab", root_dir=str(root))
+    keeper.http.post("/api/servers/lab/stop", json={})
+    root.rmdir()
+    while keeper.http.get("/api/events", params={"limit": 1}).json()["events"][0]["id"] < 210:
+        keeper.http.post("/api/servers/lab/start", json={})
+    oldest = events(keeper, after=0, limit=1)[0]["id"]
+    assert oldest > 50
+    stream = Stream(keeper, **{"Last-Event-ID": "10"})
+    until(lambda: len(stream.events) > 50)
+    assert stream.events[0] == {"missed": oldest - 11}
+    assert stream.events[1]["id"] == oldest
+    stream.close()
+
+
+def test_events_are_posted_to_a_webhook_also_those_of_the_keepers_end(make_keeper):
+    receiver = Receiver()
+    try:
+        keeper = make_keeper(webhook_url=receiver.url, webhook_secret=SECRET).start()
+        server = keeper.post(name="lab").json()
+        start_kernel(server)
+        until(lambda: receiver.taken == [1, 2], what="the start was told")
+        bodies = [json.loads(body) for _, _, body in receiver.came]
+        assert bodies == events(keeper)
+        (webhook,) = keeper.http.get("/api/webhooks").json()["webhooks"]
+        assert webhook == {"place": receiver.url.partition("/hook")[0], "delivered": 2, "dead": 0, "pending": 0, "error": None}
+
+        receiver.status = 503
+        keeper.http.post("/api/servers/lab/restart", json={})
+        until(lambda: keeper.http.get("/api/webhooks").json()["webhooks"][0]["error"], what="it is said")
+        keeper.kill()
+        receiver.status = 200
+        keeper.start()
+        keeper.wait_for("running", "lab")
+        until(lambda: len(receiver.taken) > 6 and receiver.taken[-1] == events(keeper)[-1]["id"], what="all were told")
+        assert receiver.taken == [*range(1, len(receiver.taken) + 1)]
+        assert keeper.stop() == 0
+        assert "keeper ends" in json.loads(receiver.came[-1][2])["reason"]
+        logged = keeper.log.read_text()
+        assert "hidden" not in logged
+        assert SECRET not in logged
+    finally:
+        receiver.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"webhook_url": "ftp://x", "webhook_secret": SECRET}, "LABKEEPER_WEBHOOK_URL"),
+        ({"webhook_url": "http://x"}, "no LABKEEPER_WEBHOOK_SECRET"),
+        ({"webhook_url": "http://x", "webhook_secret": "short"}, "24 to 64 bytes in base64"),
+    ],
+)
+def test_a_webhook_that_cannot_be_is_refused_at_boot(make_keeper, settings, why):
+    keeper = make_keeper(**settings)
+    said = keeper.cli("serve", "--port", str(free_port()))
+    assert said.returncode == 2
+    assert why in said.stderr
+    assert "short" not in said.stderr

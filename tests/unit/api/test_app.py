@@ -1,0 +1,771 @@
+"""The application by itself, over the fake backend: routes, access, problems."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+import structlog
+from pydantic import BaseModel
+from werkzeug.test import EnvironBuilder
+
+from fake_keeper import TOKEN, FakeKeeper, fake_keeper
+from harness import PATIENCE, until
+from labkeeper.api.app import create_app
+from labkeeper.api.concurrency import Places
+from labkeeper.api.routes import ROUTES
+from labkeeper.api.services import Services
+from labkeeper.api.views import server_model
+from labkeeper.api.wsgi import WsgiServer
+from labkeeper.core.access import ANYBODY
+from labkeeper.core.controller import Policy
+from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, KernelDebt, OwnKernel, Snapshot
+from labkeeper.core.spec import Gateway, ServerName
+from labkeeper.schema.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
+
+
+@pytest.fixture
+def running(tmp_path) -> Iterator[FakeKeeper]:
+    with fake_keeper(tmp_path, policy=Policy(max_servers=3)) as made:
+        made.probe.kernels_there = [Kernel("k-1", "python3", "idle", "2026-01-01T00:00:00Z")]
+        yield made
+
+
+@pytest.fixture
+def world(running):
+    return running.world
+
+
+@pytest.fixture
+def services(running) -> Services:
+    return running.services
+
+
+@pytest.fixture
+def client(services):
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    return client
+
+
+def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the_trace(services):
+    """Nothing of the cause is in the answer; everything is in the log."""
+
+    class Broken:
+        def kernels(self, endpoint):
+            raise RuntimeError("a secret detail")
+
+    client = create_app(replace(services, probe=Broken())).test_client()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert client.post("/api/servers", headers=headers).status_code == 201
+    with structlog.testing.capture_logs() as log:
+        answer = client.get("/api/servers/default/kernels", headers=headers)
+    assert answer.status_code == 500
+    problem = answer.json
+    assert problem["code"] == "internal_error"
+    assert answer.headers["X-Request-Id"] == problem["request_id"]
+    assert "secret" not in answer.text
+    assert "Traceback" not in answer.text
+    (entry,) = [entry for entry in log if entry.get("exc_info")]
+    assert (entry["request_id"], entry["server"]) == (problem["request_id"], "default")
+    assert "a secret detail" in str(entry["exc_info"])
+
+
+@pytest.mark.parametrize(("path", "server"), [("/api/servers/x", "x"), ("/api/tokens/x", None), ("/api/nowhere", None)])
+def test_a_line_about_a_request_names_the_server_that_it_is_about(client, path, server):
+    with structlog.testing.capture_logs() as log:
+        client.delete(path)
+    (entry,) = [entry for entry in log if entry["event"] == "request"]
+    assert entry["server"] == server
+
+
+def test_a_callers_own_request_id_is_taken_over_where_it_is_sane(client):
+    def answered(sent):
+        return client.get("/healthz", headers={"X-Request-Id": sent}).headers["X-Request-Id"]
+
+    for sane in ("a", "Root-1.5_x", "9" * 64):
+        assert answered(sane) == sane
+    for other in ("", "9" * 65, "a b", "ä", 'a"', "a;b"):
+        assert re.fullmatch("[0-9a-f]{32}", answered(other))
+
+
+def test_each_request_is_counted_by_its_pattern_and_metrics_need_the_token(client):
+    client.get("/api/servers/stranger")
+    client.get("/nowhere/at/all")
+    found = client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
+    assert found.content_type.startswith("application/openmetrics-text")
+    assert 'route="/api/servers/<name>",status="404"' in found.text.replace('method="GET",', "")
+    assert 'route="none"' in found.text
+    assert "stranger" not in found.text
+    assert "nowhere" not in found.text
+
+
+def test_errors_of_http_itself_are_problems_too(client):
+    for answer, status, code in [
+        (client.get("/nope"), 404, "not_found"),
+        (client.put("/api/servers"), 405, "method_not_allowed"),
+        (client.post("/api/servers", data="x"), 415, "unsupported_media_type"),
+        (client.post("/api/servers", data="{", content_type="application/json"), 400, "bad_request"),
+        (client.post("/api/servers", data=b"x" * 2_000_000, content_type="application/json"), 413, "request_entity_too_large"),
+    ]:
+        assert (answer.status_code, answer.json["code"]) == (status, code)
+        assert answer.content_type == "application/problem+json"
+    assert "POST" in client.put("/api/servers").headers["Allow"]
+
+
+@pytest.mark.parametrize("path", ["/api//servers", "/api/servers//x", "/api/servers/", "/api/docs/static//css", "/open//x", "//"])
+@pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
+def test_a_path_that_is_almost_one_of_ours_leads_nowhere(client, path, method):
+    """Neither to where it may have been meant to lead: a redirection would be followed without the body, or the token."""
+    answer = client.open(f"http://localhost{path}", method=method)
+    assert (answer.status_code, answer.json["code"]) == (404, "not_found")
+    assert answer.content_type == "application/problem+json"
+
+
+def test_a_part_of_the_page_that_is_not_the_one_that_was_meant_is_a_problem(client):
+    answer = client.get(BUNDLE, headers={"If-Match": '"another"'})
+    assert (answer.status_code, answer.json["code"]) == (412, "precondition_failed")
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ('{"name": "a", "name": "b"}', "name"),
+        ('{"name": "a", "env": {"A": "1", "B": "2", "A": "1"}}', "A"),
+        ('{"port": 1, "port": null}', "port"),
+    ],
+)
+def test_a_name_that_stands_in_a_body_twice_is_refused(client, body, field):
+    """Who checks a request on its way may see the other one."""
+    answer = client.post("/api/servers", data=body, content_type="application/json")
+    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": field, "rule": "must not stand there twice"}])
+    assert client.get("/api/servers").json["servers"] == []
+
+
+def test_a_parameter_that_stands_there_twice_is_refused_unless_it_is_a_list(client):
+    answer = client.post("/api/servers?wait=0&wait=5", json={})
+    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": "wait", "rule": "must not stand there twice"}])
+    assert client.get("/api/servers?label=a&label=b&state=failed&state=running").status_code == 200
+
+
+def test_the_document_describes_every_route_and_each_answer_fits_it(client):
+    document = client.get("/api/openapi.json").json
+    assert document["openapi"].startswith("3.1")
+    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    assert described == {(route.method, re.sub("<(.*?)>", r"{\1}", route.path)) for route in ROUTES}
+    for route in ROUTES:
+        operation = document["paths"][re.sub("<(.*?)>", r"{\1}", route.path)][route.method.lower()]
+        assert bool(operation.get("security")) == (route.rule.scope is not None)
+        assert operation["summary"]
+    created = client.post("/api/servers", json={}).json
+    schema = document["components"]["schemas"]["Server"]
+    assert set(created) == set(schema["properties"])
+
+
+@pytest.mark.parametrize(
+    ("host", "link"),
+    [
+        ("keeper.example:8000", "http://127.0.0.1:"),
+        (None, "http://127.0.0.1:"),
+    ],
+)
+def test_a_lab_on_loopback_is_linked_by_loopback(services, host, link):
+    headers = {"Authorization": f"Bearer {TOKEN}"} | ({"Host": host} if host else {})
+    client = create_app(replace(services, hosts=["keeper.example"])).test_client()
+    assert client.post("/api/servers", json={}, headers=headers).json["lab_url"].startswith(link)
+
+
+@pytest.mark.parametrize(
+    ("host", "link"),
+    [
+        ("keeper.example:8000", "http://keeper.example:"),
+        ("[::1]:8000", "http://[::1]:"),
+    ],
+)
+def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, world, host, link):
+    services = replace(services, defaults=replace(services.defaults, lab_ip="0.0.0.0"), hosts=["keeper.example"])
+    client = create_app(services).test_client()
+    answer = client.post("/api/servers", json={}, headers={"Authorization": f"Bearer {TOKEN}", "Host": host})
+    assert answer.json["lab_url"].startswith(link), answer.json
+
+
+def test_an_advertised_host_goes_before_all(services):
+    client = create_app(replace(services, advertised_host="labs.example")).test_client()
+    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": "/lab?reset"})
+    assert answer.json["lab_url"].startswith("http://labs.example:")
+    assert "/lab?reset&token=" in answer.json["lab_url"]
+
+
+@pytest.mark.parametrize(
+    ("page", "path", "query", "fragment"),
+    [
+        ("/", "/", "token={}", ""),
+        ("/lab#heading", "/lab", "token={}", "heading"),
+        ("/lab#why?", "/lab", "token={}", "why?"),
+        ("/lab?reset#a#b", "/lab", "reset&token={}", "a#b"),
+        ("/lab?a=b?c", "/lab", "a=b?c&token={}", ""),
+        ("/lab//tree/a:b@c\\d", "/lab//tree/a:b@c\\d", "token={}", ""),
+    ],
+)
+def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(services, page, path, query, fragment):
+    """In a fragment no server would be sent it."""
+    client = create_app(services).test_client()
+    server = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}).json
+    parts = urlsplit(server["lab_url"])
+    assert (parts.path, parts.query, parts.fragment) == (path, query.format(server["token"]), fragment)
+    assert (parts.hostname, parts.port) == (server["hostname"], server["port"])
+
+
+@pytest.mark.parametrize("page", ["//evil.example", "/a b", "/a\nb", "/a\tb", "/a\x7f", "/\u00e9", "lab", ""])
+def test_a_page_that_a_link_cannot_hold_is_refused(services, page):
+    client = create_app(services).test_client()
+    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page})
+    assert answer.status_code == 422, answer.text
+
+
+BUNDLE = "/api/docs/static/js/swagger-ui-bundle.js"
+
+
+def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client):
+    """With type, length and a mark by which a browser keeps them; there is nothing beside them."""
+    shown = client.get(BUNDLE)
+    assert (shown.status_code, shown.content_length) == (200, len(shown.data))
+    assert shown.mimetype.endswith("/javascript")
+    again = client.get(BUNDLE, headers={"If-None-Match": shown.headers["ETag"]})
+    assert (again.status_code, again.data) == (304, b"")
+    assert client.get("/api/docs/static/js/../../__init__.py").status_code == 404
+
+
+def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(services):
+    """More callers than there are threads, without a token; the others are answered all the while."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
+        server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
+        server.start()
+        opened.callback(server.close)
+        for _ in range(12):
+            reader = opened.enter_context(socket.create_connection(listener.getsockname()))
+            reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 40)
+        channels = server._doors[0].active_channels
+        until(lambda: sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12, what="all answered")
+        until(lambda: server._threads.active_count == 0, what="no thread waits for them")
+        assert not [path for path in opened_files() if "swagger" in path]
+        asking = http.client.HTTPConnection(*listener.getsockname(), timeout=PATIENCE)
+        opened.callback(asking.close)
+        asking.request("GET", "/healthz")
+        assert asking.getresponse().status == 200
+
+
+def opened_files():
+    return [file.path for file in psutil.Process().open_files()]
+
+
+def test_the_list_comes_in_pages(client):
+    for name in ("a", "b", "c"):
+        assert client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code == 201
+    names, cursor = [], ""
+    while cursor is not None:
+        page = client.get(f"/api/servers?limit=2&cursor={cursor}").json
+        names += [server["name"] for server in page["servers"]]
+        cursor = page["next"]
+    assert names == ["a", "b", "c"]
+    assert [s["name"] for s in client.get("/api/servers?label=of=b").json["servers"]] == ["b"]
+    assert len(client.get("/api/servers?label=of").json["servers"]) == 3
+    assert client.get("/api/servers?state=failed").json["servers"] == []
+    assert client.get("/api/servers?state=asleep").status_code == 422
+
+
+def test_a_server_that_was_stopped_meanwhile_did_not_start(client, world):
+    world.temper("default").boots = False
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(client.post, "/api/servers", json={})
+        until(lambda: client.get("/api/servers/default?wait_for=starting").status_code == 200)
+        assert client.post("/api/servers/default/stop").status_code == 200
+        answer = waiting.result()
+    assert (answer.status_code, answer.json["code"]) == (409, "conflict")
+    assert "stopped meanwhile" in answer.json["detail"]
+
+
+def test_a_server_that_is_started_again_meanwhile_did_not_stop(client, world):
+    assert client.post("/api/servers", json={}).status_code == 201
+    world.temper("default").obeys = False
+    assert client.delete("/api/servers/default?wait=0").json["state"] == "stopping"
+    refused = client.post("/api/servers/default/start?wait=0")
+    assert (refused.status_code, "being deleted" in refused.json["detail"]) == (409, True)
+    assert client.delete("/api/servers/default?force=true").json["stop_report"]["method"] == "sigkill"
+    assert client.get("/api/servers/default").status_code == 404
+
+
+def test_a_stop_gives_way_to_a_later_start(client, world):
+    assert client.post("/api/servers", json={}).status_code == 201
+    world.temper("default").obeys = False
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(client.post, "/api/servers/default/stop")
+        until(lambda: client.get("/api/servers/default").json["state"] == "stopping")
+        assert client.post("/api/servers/default/start?wait=0").status_code == 202
+        assert stopping.result().status_code == 409
+    world.temper("default").obeys = True
+    assert client.delete("/api/servers/default?force=true").status_code == 200
+
+
+@pytest.mark.parametrize("way", ["follow", "browser", "page"])
+def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running, client, way):
+    """Its number is of another history: ours was begun anew, or is an older copy."""
+    client.post("/api/servers", json={"name": "a"})
+    told = client.get("/api/events?after=0").json["events"]
+    newest = told[-1]["id"]
+    if way == "page":
+        assert client.get(f"/api/events?after={newest + 1}").json["events"] == told
+        assert client.get(f"/api/servers/a/events?after={2**62}").json["events"] == told
+        assert client.get(f"/api/events?after={newest}").json["events"] == []
+        return
+    shown = {"Last-Event-ID": str(newest + 1)} if way == "browser" else {}
+    asked = "/api/events?follow=true" if way == "browser" else f"/api/events?follow=true&after={newest + 1}"
+    with client.get(asked, headers=shown, buffered=False) as stream:
+        running.services.history.close()
+        pieces = stream.text.split("\n\n")
+    assert pieces[1] == 'event: gap\ndata: {"missed": null}'
+    assert [json.loads(piece.partition("data: ")[2]) for piece in pieces[2:-1]] == told
+
+
+def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
+    """A start is not lost then: it is answered 202; and quick requests are as quick as ever."""
+    world.temper("default").boots = False
+    client = create_app(replace(services, places=Places(3))).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers?wait=0", json={})
+    with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
+        assert follower.status_code == 200
+        refused = client.get("/api/servers/default/logs?follow=true")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
+        assert client.post("/api/servers", json={}).status_code == 202
+        assert client.get("/api/servers/default?wait_for=running").json["state"] == "starting"
+    until(lambda: world.living("default"), what="its process")
+    world.answer("default")
+    assert client.post("/api/servers", json={}).status_code == 200
+
+
+def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
+    client = create_app(replace(services, places=Places(3))).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers", json={})
+    assert client.get("/api/servers/default/logs?tail=100000").status_code == 200
+    with client.get("/api/servers/default/logs?follow=true", buffered=False):
+        refused = client.get("/api/servers/default/logs?tail=1001")
+        assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
+        assert client.get("/api/servers/default/logs?tail=1000").status_code == 200
+    assert client.get("/api/servers/default/logs?tail=1001").status_code == 200
+
+
+@pytest.mark.parametrize("query", ["tail=100000", "tail=0&follow=true"])
+def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, query):
+    """However many places there are: the third waits until one of the others has its lines."""
+    backend, places, reading, go_on = services.backend, Places(8), [], threading.Event()
+
+    def read(*_):
+        reading.append(1)
+        go_on.wait(PATIENCE)
+        return iter(["line\n"])
+
+    def follow(*_):
+        yield from read()
+
+    monkeypatch.setattr(backend, "log", read)
+    monkeypatch.setattr(backend, "follow", follow)
+    client = create_app(replace(services, places=places)).test_client()
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    client.post("/api/servers", json={}, headers=headers)
+    with ThreadPoolExecutor(4) as pool:
+        asked = [pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers) for _ in range(4)]
+        until(lambda: places._taken == 4, what="all have a place")
+        until(lambda: len(reading) >= 2, what="two read")
+        at_a_time = len(reading)
+        go_on.set()
+        assert at_a_time == 2
+        assert [answer.result().status_code for answer in asked] == [200] * 4
+
+
+def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, world):
+    """Whole lines, as many as fit into 2 MiB."""
+    client.post("/api/servers", json={})
+    for number in range(3000):
+        world.write("default", f"{number} {'ö' * 500}")
+    whole = sum(len(line.encode()) + 1 for line in world.logs["default"])
+    answer = client.get("/api/servers/default/logs?tail=100000").data
+    note, _, rest = answer.partition(b"\n")
+    left_out = int(re.fullmatch(rb"\[labkeeper\] left out: the first (\d+) bytes of what was asked for; .*", note)[1])
+    assert len(rest) == whole - left_out
+    assert 2**21 - 1100 < len(rest) <= 2**21
+    assert rest.decode().endswith("\n")
+    assert re.match(r"\d+ ö", rest.decode())
+    assert client.get("/api/servers/default/logs?tail=1000").data.count(b"\n") == 1000
+
+
+def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):
+    app = create_app(replace(services, places=Places(3)))
+    client = app.test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    client.post("/api/servers", json={})
+    asking = EnvironBuilder("/api/servers/default/logs?follow=true", headers={"Authorization": f"Bearer {TOKEN}"})
+
+    def gone(*_):
+        def write(_):
+            raise ConnectionResetError
+
+        return write
+
+    with pytest.raises(ConnectionResetError):
+        app(asking.get_environ(), gone)
+    asking.close()
+    with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
+        assert follower.status_code == 200
+
+
+def test_who_has_gone_is_not_waited_for(services, world):
+    """A caller that left gives its place back within a second, however long it wanted to wait."""
+    world.temper("default").boots = False
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    left = {"waitress.client_disconnected": lambda: True}
+    assert client.post("/api/servers?wait=3600", json={}, environ_overrides=left).status_code == 202
+
+
+def test_a_follower_gets_the_log_until_the_server_ends(client):
+    client.post("/api/servers", json={})
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(client.get, "/api/servers/default/logs?follow=true")
+        client.post("/api/servers/default/stop")
+        assert following.result().text.strip()
+    assert client.get("/api/servers/default/logs?tail=1").text.count("\n") == 1
+
+
+def test_kernels_are_told_of_running_servers_only(client, services):
+    assert client.get("/api/servers/none/kernels").status_code == 404
+    client.post("/api/servers", json={})
+    assert client.get("/api/servers/default/kernels").json["kernels"][0]["id"] == "k-1"
+    services.probe.error = BackendUnavailable("cannot list the kernels")
+    assert client.get("/api/servers/default/kernels").status_code == 503
+    client.post("/api/servers/default/stop")
+    assert client.get("/api/servers/default/kernels").status_code == 409
+
+
+def test_a_keeper_that_does_not_run_is_not_ready(services):
+    client = create_app(services).test_client()
+    assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
+    services.keeper.close()
+    assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {503}
+    services.keeper._thread = type("Ended", (), {"is_alive": lambda self: False, "join": lambda self: None})()
+
+
+def test_the_version_is_told(client):
+    assert client.get("/api/version").json == {"name": "labkeeper", "version": "1.2.3"}
+
+
+def test_requests_take_both_spellings_of_every_field():
+    """The document names each field in snake_case; the same in kebab-case means the same."""
+    for name, field in ServerRequest.model_fields.items():
+        assert name in field.validation_alias.choices
+        assert name.replace("_", "-") in field.validation_alias.choices
+
+
+@pytest.mark.parametrize(
+    ("url", "ws_url"),
+    [
+        ("http://Host/Team/http-api", "ws://Host/Team/http-api"),
+        ("https://gateway:8443", "wss://gateway:8443"),
+    ],
+)
+def test_the_websocket_url_of_a_gateway_changes_its_scheme_alone(url, ws_url):
+    assert ws_url_of(url) == ws_url
+
+
+def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
+    """Jupyter would put its own Authorization header over it."""
+    request = ServerRequest.model_validate(
+        {"gateway-url": "http://g", "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"}}
+    )
+    gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888), ANYBODY).gateway
+    assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == ("Bearer", "abc", {"X-Team": "a"})
+
+
+def test_a_key_without_its_certificate_is_refused():
+    with pytest.raises(ValueError, match="gateway_client_cert"):
+        ServerRequest.model_validate({"gateway_url": "http://g", "gateway_client_key": "k"})
+
+
+def test_only_the_default_server_has_the_default_port(tmp_path):
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
+    assert ServerRequest().spec(defaults, ANYBODY).port == 8888
+    assert ServerRequest(name="other").spec(defaults, ANYBODY).port is None
+    assert ServerRequest(port=9999).spec(defaults, ANYBODY).port == 9999
+
+
+def test_a_server_runs_as_whom_its_request_names_or_else_as_the_default_user(tmp_path):
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888, user="alice")
+    assert ServerRequest().spec(defaults, ANYBODY).user == "alice"
+    assert ServerRequest(user="bob").spec(defaults, ANYBODY).user == "bob"
+
+
+def test_a_root_that_is_gone_is_refused(tmp_path):
+    with pytest.raises(InvalidSpec) as caught:
+        ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888), ANYBODY)
+    assert caught.value.details["errors"][0]["field"] == "root_dir"
+
+
+def test_models_of_answers_are_serialised_as_they_are_documented(client):
+    """What the document calls required is there, and nothing else."""
+    document = client.get("/api/openapi.json").json
+    problem = client.get("/api/servers/none").json
+    assert set(document["components"]["schemas"]["Problem"]["required"]) <= set(problem)
+    assert json.dumps(problem)
+    assert issubclass(ServerRequest, BaseModel)
+
+
+# What a restart changes
+
+FULL_GATEWAY = {
+    "gateway_url": "http://g:1/team",
+    "gateway_auth_token": "t",
+    "gateway_auth_scheme": "Bearer",
+    "gateway_headers": {"X": "y"},
+    "gateway_connect_timeout": 3.0,
+}
+
+
+def revised(tmp_path, before, after):
+    """What a server becomes that was made by one request, and restarted by another."""
+    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
+    spec = ServerRequest.model_validate(before).spec(defaults, ANYBODY)
+    return spec, RestartRequest.model_validate(after).revise(spec, defaults, ANYBODY)
+
+
+def test_a_restart_without_fields_changes_nothing(tmp_path):
+    assert revised(tmp_path, {"name": "x", "env": {"A": "b"}}, {"keep-kernels": True})[1] is None
+    assert revised(tmp_path, {}, None)[1] is None
+
+
+def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
+    before = {"name": "x", "env": {"A": "b"}, "port": 9000, "memory_limit": 2**27, "cpu_limit": 2.0, **FULL_GATEWAY}
+    old, new = revised(tmp_path, before, {"labels": {"a": "b"}, "kernel-env": {"KERNEL_A": "1"}, "memory-limit": 2**28})
+    limits = replace(old.limits, memory=2**28)
+    assert new == replace(old, labels={"a": "b"}, kernel_env={"KERNEL_A": "1"}, limits=limits)
+
+
+@pytest.mark.parametrize(
+    ("options", "changes"),
+    [
+        ({"gateway_auth_token": "u"}, {"auth_token": "u"}),
+        ({"gateway_url": "http://g:1/team", "gateway_auth_token": "u"}, {"auth_token": "u"}),
+        ({"gateway_headers": {"Z": "z"}}, {"headers": {"Z": "z"}}),
+        ({"gateway_headers": {"Authorization": "Basic abc"}}, {"headers": {}, "auth_scheme": "Basic", "auth_token": "abc"}),
+        ({"require_gateway": False, "gateway_validate_cert": False}, {"required": False, "validate_cert": False}),
+    ],
+)
+def test_options_of_a_gateway_change_alone(tmp_path, options, changes):
+    old, new = revised(tmp_path, FULL_GATEWAY, options)
+    assert new == replace(old, gateway=replace(old.gateway, **changes))
+
+
+def test_nothing_of_one_gateway_is_given_to_another(tmp_path):
+    """Above all not its token."""
+    _, new = revised(tmp_path, FULL_GATEWAY, {"gateway_url": "http://h:1"})
+    assert new.gateway == Gateway("http://h:1", "ws://h:1")
+
+
+def test_options_of_a_gateway_need_one(tmp_path):
+    with pytest.raises(InvalidSpec, match="gateway_auth_token only together with gateway_url"):
+        revised(tmp_path, {}, {"gateway_auth_token": "u"})
+    _, new = revised(tmp_path, {}, {"gateway_url": "http://h:1", "gateway_auth_token": "u"})
+    assert new.gateway == Gateway("http://h:1", "ws://h:1", "u")
+
+
+def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
+    for name in ("cert", "key"):
+        (tmp_path / name).write_text("")
+    key = {"gateway_client_key": str(tmp_path / "key")}
+    with pytest.raises(InvalidSpec, match="gateway_client_key only together with gateway_client_cert"):
+        revised(tmp_path, FULL_GATEWAY, key)
+    _, new = revised(tmp_path, {**FULL_GATEWAY, "gateway_client_cert": str(tmp_path / "cert")}, key)
+    assert new.gateway.client_key == str(tmp_path / "key")
+
+
+def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
+    client.post("/api/servers", json={"name": "x"})
+    answer = client.post("/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}})
+    assert (answer.status_code, answer.json["labels"], answer.json["launch"]) == (201, {"team": "blue"}, 2)
+    assert client.post("/api/servers/x/restart").json["labels"] == {"team": "blue"}
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "word"),
+    [
+        ({"name": "y"}, 422, "name: is not known here"),
+        ({"keep_kernels": "yes"}, 422, "keep_kernels"),
+        ({"colour": "red"}, 422, "colour"),
+        ({"root_dir": "/no/such/directory"}, 422, "root_dir"),
+        ({"kernel_env": {"KERNEL_ID": "x"}}, 422, "KERNEL_ID"),
+        ({"kernel_env": {"a,b": "x"}}, 422, "bad name"),
+        ({"keep_kernels": True}, 409, "not on a gateway"),
+    ],
+)
+def test_a_restart_that_cannot_be_is_refused_and_changes_nothing(client, body, status, word):
+    before = client.post("/api/servers", json={"name": "x"}).json
+    answer = client.post("/api/servers/x/restart", json=body)
+    assert answer.status_code == status
+    assert word in answer.get_data(as_text=True)
+    assert client.get("/api/servers/x").json == before
+
+
+def test_debts_are_listed(services):
+    debt = KernelDebt("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
+    client = create_app(replace(services, debts=lambda: [debt])).test_client()
+    answer = client.get("/api/kernel-debts", headers={"Authorization": f"Bearer {TOKEN}"})
+    listed = {"kernel_id": "k1", "gateway_url": "http://g", "server": "x", "since": "1970-01-01T00:00:00.000Z"}
+    assert answer.json == {"kernel_debts": [listed]}
+
+
+def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
+    _, spec = revised(tmp_path, {}, {**FULL_GATEWAY, "kernel_env": {"KERNEL_B": "1", "KERNEL_A": "2", "FOO": "3"}})
+    snapshot = Snapshot(spec, State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
+    told = server_model(snapshot, None).gateway
+    assert (told.url, told.required, told.reachable, told.since, told.error) == ("http://g:1/team", True, None, None, None)
+    assert (told.kernel_env_passed, told.kernel_env_if_allowed) == (["KERNEL_A", "KERNEL_B"], ["FOO"])
+    ill = replace(
+        snapshot, gateway=GatewayHealth(1.0, Failure(FailureClass.GATEWAY_REFUSED, "no")), kernels_kept=(OwnKernel("k"),)
+    )
+    told = server_model(ill, None)
+    assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (False, "no", ["k"])
+    well = server_model(replace(snapshot, gateway=GatewayHealth(1.0, kernelspecs=3)), None).gateway
+    assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)
+
+
+def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world):
+    """One place: the second and third wait, are told so when their callers' wait is over, and go on when the first is ready."""
+    services.keeper._fleet._policy = replace(services.keeper._fleet._policy, max_starts=1)
+    client = create_app(services).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    world.temper("a").boots = False
+    for name in ("a", "b", "c"):
+        assert client.post("/api/servers?wait=0", json={"name": name}).status_code == 202
+    listed = {s["name"]: (s["state"], s["queue_position"]) for s in client.get("/api/servers").json["servers"]}
+    assert listed == {"a": ("starting", None), "b": ("queued", 1), "c": ("queued", 2)}
+    answer = client.post("/api/servers?wait=0.05", json={"name": "b"})
+    assert (answer.status_code, answer.json["queue_position"]) == (202, 1)
+    assert client.post("/api/servers/b/stop").json["state"] == "stopped"
+    assert client.get("/api/servers/c").json["queue_position"] == 1
+    until(lambda: world.living("a"), what="the first is launched")
+    world.answer("a")
+    assert client.get("/api/servers/c?wait_for=running&wait=5").json["state"] == "running"
+
+
+def test_many_start_each_with_a_result_of_its_own(client, world):
+    """What fails, or has no room, holds up nobody; the same request again finds what runs."""
+    world.temper("bad").refusal = BackendRefused("cannot start server 'bad': told to refuse")
+    answer = client.post("/api/bulk/start", json={"names": ["one", "bad", "two"], "labels": {"of": "many"}})
+    assert answer.status_code == 207
+    results = {result["name"]: result for result in answer.json["results"]}
+    assert [result["name"] for result in answer.json["results"]] == ["one", "bad", "two"]
+    assert {name: result["status"] for name, result in results.items()} == {"one": 201, "bad": 502, "two": 201}
+    assert results["one"]["server"]["labels"] == {"of": "many"}
+    assert results["one"]["problem"] is None
+    assert results["bad"]["problem"]["code"] == "start_failed"
+    again = client.post("/api/bulk/start", json={"names": ["one", "two"], "labels": {"of": "many"}})
+    assert (again.status_code, [result["status"] for result in again.json["results"]]) == (200, [200, 200])
+    other = client.post("/api/bulk/start", json={"names": ["one", "two"]})
+    assert [result["problem"]["code"] for result in other.json["results"]] == ["conflict", "conflict"]
+
+
+def test_many_that_still_start_are_said_to(client, world):
+    world.temper("slow").boots = False
+    client.post("/api/servers", json={"name": "runs"})
+    answer = client.post("/api/bulk/start?wait=0.2", json={"names": ["runs", "slow"]})
+    assert answer.status_code == 202
+    assert [result["status"] for result in answer.json["results"]] == [200, 202]
+
+
+def test_of_many_those_without_room_are_refused(client):
+    answer = client.post("/api/bulk/start", json={"names": ["one", "two", "three", "four"]})
+    assert answer.status_code == 207
+    assert [result["status"] for result in answer.json["results"]] == [201, 201, 201, 429]
+    assert answer.json["results"][3]["server"] is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        {"names": []},
+        {"names": ["a", "a"]},
+        {"names": ["a", "B"]},
+        {"names": ["a", "b"], "port": 9000},
+        {"names": ["a"], "name": "a"},
+        {"names": ["a", "b"], "root_dir": "/no/such/place"},
+        {"names": [f"n{i}" for i in range(201)]},
+    ],
+)
+def test_a_wrong_body_for_many_starts_none(client, body):
+    answer = client.post("/api/bulk/start", json=body)
+    assert answer.status_code == 422
+    assert client.get("/api/servers").json["servers"] == []
+
+
+# Culling
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kept"),
+    [("idle_timeout", "1h30m", 5400), ("max-age", 60, 60), ("idle_timeout", None, None), ("max_age", 0, None)],
+)
+def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(services, field, value, kept):
+    defaults = replace(services.defaults, idle_timeout=7200.0, max_age=9000.0)
+    client = create_app(replace(services, defaults=defaults)).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    made = client.post("/api/servers", json={"name": "x", field: value}).json
+    expected = {"idle_timeout": 7200, "max_age": 9000, field.replace("-", "_"): kept}
+    assert {name: made[name] for name in ("idle_timeout", "max_age")} == expected
+    again = client.post("/api/servers/x/restart", json={"idle_timeout": "2d"}).json
+    assert (again["idle_timeout"], again["max_age"]) == (2 * 86400, expected["max_age"])
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "word"),
+    [
+        ("", {"name": "y", "idle_timeout": "soon"}, "idle_timeout: must be seconds as a number"),
+        ("", {"name": "y", "max_age": True}, "max_age: must be seconds as a number"),
+        ("/x/snooze", {"for": "25h"}, "for must be at most 1 d (LABKEEPER_MAX_SNOOZE)"),
+        ("/x/snooze", {}, "for: Field required"),
+        ("/x/snooze", {"for": None}, "for: must be seconds"),
+    ],
+)
+def test_a_time_that_is_none_is_refused_with_its_rule(client, path, body, word):
+    client.post("/api/servers", json={"name": "x"})
+    answer = client.post(f"/api/servers{path}", json=body)
+    assert answer.status_code == 422
+    assert word in answer.json["detail"]
+
+
+def test_a_snooze_is_answered_with_its_moment_and_zero_ends_it(client):
+    client.post("/api/servers", json={"name": "x", "idle_timeout": 60})
+    told = client.post("/api/servers/x/snooze", json={"for": "1h"}).json
+    assert told["snoozed_until"] == client.get("/api/servers/x").json["snoozed_until"]
+    assert told["snoozed_until"] == client.get("/api/servers/x/idle").json["snoozed_until"]
+    assert client.post("/api/servers/x/snooze", json={"for": 0}).json["snoozed_until"] is None
+    assert client.post("/api/servers/nobody/snooze", json={"for": 0}).status_code == 404
+
+
+def test_those_that_would_be_stopped_first_are_listed_first(client):
+    for name, rule in (("a", {}), ("b", {"max_age": "2h"}), ("c", {"max_age": "1h"})):
+        client.post("/api/servers", json={"name": name, **rule})
+    listed = client.get("/api/idle").json["servers"]
+    assert [(one["name"], one["rule"]) for one in listed] == [("c", "max_age"), ("b", "max_age"), ("a", None)]

@@ -1,0 +1,401 @@
+"""Who gets in, and to what: each route by its rule, tokens with their scopes and limits, the Unix socket, links."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import structlog
+
+from fake_keeper import TOKEN, fake_keeper
+from harness import until
+from labkeeper.api.app import _RULES, create_app
+from labkeeper.api.auth import Extent
+from labkeeper.api.peers import PEER, UNREAD, Peer
+from labkeeper.api.routes import ROUTES
+from labkeeper.core.access import Reach, Scope
+from labkeeper.core.server import OwnKernel
+from labkeeper.core.spec import ServerName
+
+EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+PROBLEM = "application/problem+json"
+
+
+@pytest.fixture
+def running(tmp_path):
+    with fake_keeper(tmp_path) as made:
+        yield made
+
+
+class Callers:
+    """Clients of one application, by what they show."""
+
+    def __init__(self, running):
+        self.running = running
+        self.app = create_app(running.services)
+        self.tokens = running.services.tokens
+
+    def showing(self, token):
+        client = self.app.test_client()
+        if token is not None:
+            client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {token}"
+        return client
+
+    @property
+    def nobody(self):
+        return self.showing(None)
+
+    @property
+    def owner(self):
+        return self.showing(TOKEN)
+
+    def with_scope(self, scope, **limits):
+        name = f"t{len(self.tokens.all())}"
+        reach = Reach(limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ()))
+        return self.showing(self.tokens.make(name, Scope(scope), reach, lifetime=None)[1])
+
+
+@pytest.fixture
+def callers(running):
+    return Callers(running)
+
+
+def call(client, route, name="x"):
+    path = re.sub(r"<\w+>", name, route.path)
+    return client.open(path, method=route.method, json=None if route.method == "GET" else {})
+
+
+def test_where_nothing_was_kept_of_a_body_it_is_to_be_sent_again(callers):
+    """Whether there was no room for it, or its token was made while it came: it never counts as an empty one."""
+    unread = {"environ_overrides": {UNREAD: True}}
+    answer = callers.owner.post("/api/servers", json={"name": "x"}, **unread)
+    assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (429, "capacity_reached", "10")
+    assert callers.owner.get("/api/servers", **unread).json["servers"] == []
+    assert callers.nobody.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
+
+
+def test_whether_a_body_is_worth_reading_is_known_without_a_wait(callers, monkeypatch):
+    """By what is in memory: no use is noted, and no process looked into."""
+    services = callers.running.services
+    for name in ("save_token", "tokens"):
+        monkeypatch.setattr(type(callers.running.services.tokens._store), name, forbidden)
+    token = "Bearer " + TOKEN
+    strangers = [(None, None), ("Bearer wrong", None), (TOKEN, None), (None, Peer(77, os.geteuid() + 1, 0))]
+    known = [(token, None), (token, Peer(77, os.geteuid() + 1, 0)), (None, Peer(77, os.geteuid(), 0)), (None, Peer(77, 0, 0))]
+    closed = replace(services, is_server=forbidden).callers
+    assert [closed.knows(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
+    assert all(replace(services, is_open=True).callers.knows(*shown) for shown in strangers)
+
+
+def forbidden(*_):
+    raise AssertionError("that takes time")
+
+
+# The table
+
+
+def test_no_route_is_without_a_rule(callers):
+    """Each endpoint of the application, its pages included, has one; what has none would answer nobody."""
+    assert {rule.endpoint for rule in callers.app.url_map.iter_rules()} == set(_RULES)
+
+
+@EVERY_ROUTE
+def test_without_a_token_only_public_routes_answer(callers, route):
+    for client in (callers.nobody, callers.showing("wrong"), callers.showing("lk_000000000000_" + 43 * "x")):
+        answer = call(client, route)
+        assert (answer.status_code == 401) == (route.rule.scope is not None)
+        if answer.status_code == 401:
+            assert answer.headers["WWW-Authenticate"] == 'Bearer realm="labkeeper"'
+            assert answer.json["code"] == "not_authenticated"
+
+
+@EVERY_ROUTE
+@pytest.mark.parametrize("scope", Scope)
+def test_each_route_takes_its_scope_and_those_that_cover_it(callers, route, scope):
+    """What is not allowed is a 403 that names the scope that is needed; it does not depend on whether the server exists."""
+    callers.owner.post("/api/servers", json={"name": "there"})
+    answers = [call(callers.with_scope(scope), route, name) for name in ("there", "gone")]
+    allowed = route.rule.scope is None or scope.covers(route.rule.scope)
+    for answer in answers:
+        assert answer.status_code != 401
+        assert (answer.status_code != 403) == allowed, answer.json
+    if not allowed:
+        bodies = [{**answer.json, "request_id": ""} for answer in answers]
+        assert bodies[0] == bodies[1]
+        assert bodies[0]["scope"] == route.rule.scope
+        assert f"the scope '{route.rule.scope}'" in bodies[0]["detail"]
+
+
+@EVERY_ROUTE
+def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
+    """By name it is refused alike for what exists and what does not; by labels neither is found; the keeper itself is closed."""
+    callers.owner.post("/api/servers", json={"name": "theirs", "labels": {"team": "red"}})
+    if route.rule.scope in {None, Scope.ADMIN}:
+        return
+    named = callers.with_scope("manage", servers=("mine-*",))
+    labelled = callers.with_scope("manage", labels={"team": "blue"})
+    told = [[call(client, route, name) for name in ("theirs", "gone")] for client in (named, labelled)]
+    statuses = [[answer.status_code for answer in answers] for answers in told]
+    match route.rule.extent:
+        case Extent.SERVER:
+            assert statuses == [[403, 403], [404, 404]]
+        case Extent.KEEPER:
+            assert statuses == [[403, 403], [403, 403]]
+        case _:
+            assert [one == other for one, other in statuses] == [True, True]
+    for answers in told:
+        one, other = (answer.text.replace("theirs", "?").replace("gone", "?") for answer in answers)
+        assert re.sub(r'"request_id": "\w+"', "", one) == re.sub(r'"request_id": "\w+"', "", other)
+
+
+# What each scope sees
+
+
+def test_a_token_for_reading_never_sees_what_opens_a_lab(callers):
+    secret = callers.owner.post("/api/servers", json={}).json["token"]
+    reader = callers.with_scope("read")
+    for path in ("/api/servers/default", "/api/servers", "/api/events", "/api/servers/default/logs", "/api/idle", "/metrics"):
+        answer = reader.get(path)
+        assert answer.status_code == 200
+        assert secret not in answer.text
+    shown = reader.get("/api/servers/default").json
+    assert (shown["token"], shown["lab_url"], shown["state"]) == (None, None, "running")
+
+
+def test_lists_hold_what_is_within_reach(callers):
+    for name, team in (("mine-1", "blue"), ("mine-2", "red"), ("other", "blue")):
+        callers.owner.post("/api/servers", json={"name": name, "labels": {"team": team}})
+    both = callers.with_scope("read", servers=("mine-?",), labels={"team": "blue"})
+    labelled = callers.with_scope("read", labels={"team": "blue"})
+    for client, names in ((both, ["mine-1"]), (labelled, ["mine-1", "other"])):
+        assert [server["name"] for server in client.get("/api/servers").json["servers"]] == names
+        assert sorted(server["name"] for server in client.get("/api/idle").json["servers"]) == names
+        assert sorted({event["server"] for event in client.get("/api/events?after=0").json["events"]}) == names
+        assert sorted({event["server"] for event in client.get("/api/events").json["events"]}) == names
+
+
+def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(callers):
+    """Also when its name is another's by now."""
+    callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}})
+    callers.owner.delete("/api/servers/lab")
+    callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "red"}})
+    blue, red = (callers.with_scope("read", labels={"team": team}) for team in ("blue", "red"))
+    seen = [[event["launch"] for event in client.get("/api/servers/lab/events").json["events"]] for client in (blue, red)]
+    assert set(seen[0]) == {1}
+    assert set(seen[1]) == {2}
+    assert blue.get("/api/servers/lab").status_code == 404
+
+
+def test_who_waits_hears_nothing_of_a_server_that_is_no_longer_theirs(callers):
+    """It was made another team's meanwhile; or the token was revoked."""
+    labels = {"labels": {"team": "blue"}}
+    callers.owner.post("/api/servers", json=labels)
+    blue = callers.with_scope("manage", labels={"team": "blue"})
+    waits = "/api/servers/default?wait_for=queued&wait=20"
+    for end, told in (
+        (lambda: callers.owner.post("/api/servers/default/restart", json={"labels": {"team": "red"}}), 404),
+        (lambda: callers.owner.delete("/api/tokens/t0"), 401),
+    ):
+        with ThreadPoolExecutor(1) as pool:
+            waiting = pool.submit(blue.get, waits)
+            until(lambda: callers.running.services.places._taken, what="the wait")
+            assert end().status_code < 300
+            answer = waiting.result()
+        assert answer.status_code == told
+        callers.owner.post("/api/servers/default/restart", json=labels)
+
+
+def test_a_limited_token_makes_only_its_own_servers(callers):
+    named = callers.with_scope("manage", servers=("mine-*",))
+    assert named.post("/api/servers", json={"name": "mine-1"}).status_code == 201
+    assert "named mine-*" in named.post("/api/servers", json={"name": "other"}).json["detail"]
+    results = named.post("/api/bulk/start", json={"names": ["mine-2", "other"]})
+    assert results.status_code == 403
+    labelled = callers.with_scope("manage", labels={"team": "blue"})
+    assert "team=blue" in labelled.post("/api/servers", json={"name": "lab"}).json["detail"]
+    assert labelled.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}}).status_code == 201
+    assert labelled.post("/api/servers/lab/restart", json={"labels": {"team": "red"}}).status_code == 403
+
+
+def test_of_anothers_server_they_learn_that_the_name_is_taken_and_no_more(callers):
+    callers.owner.post("/api/servers", json={"name": "lab"})
+    labelled = callers.with_scope("manage", labels={"team": "blue"})
+    answer = labelled.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}})
+    assert answer.status_code == 409
+    assert "differs" not in answer.json
+
+
+# Tokens
+
+
+def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
+    made = callers.owner.post("/api/tokens", json={"name": "ci", "scope": "manage", "servers": ["ci-*"], "expires-in": "30d"})
+    assert made.status_code == 201
+    text = made.json["token"]
+    assert re.fullmatch(r"lk_[0-9a-f]{12}_[\w-]{43}", text)
+    assert callers.showing(text).get("/api/me").json == {
+        "actor": "token:ci", "scope": "manage", "servers": ["ci-*"], "labels": {}, "users": [],
+    }  # fmt: skip
+    listed = callers.owner.get("/api/tokens")
+    assert text not in listed.text
+    (token,) = listed.json["tokens"]
+    assert token.items() >= {"name": "ci", "scope": "manage", "created_by": "token:owner", "expired": False}.items()
+    assert token["last_used_at"] is not None
+    assert text not in repr(callers.running.store.__dict__)
+
+
+def test_who_did_what_stands_in_the_events(callers):
+    callers.with_scope("manage").post("/api/servers", json={})
+    callers.owner.delete("/api/servers/default")
+    told = [(event["kind"], event["actor"]) for event in callers.owner.get("/api/events").json["events"]]
+    assert told[0] == ("token", "keeper")
+    assert ("state", "token:t0") in told
+    assert told[-1] == ("state", "token:owner")
+
+
+def test_a_revoked_token_is_good_no_more(callers):
+    text = callers.owner.post("/api/tokens", json={"name": "ci", "scope": "read"}).json["token"]
+    follower = callers.showing(text).get("/api/events?follow=true", buffered=False)
+    pieces = iter(follower.response)
+    assert b"retry" in next(filter(None, pieces))
+    assert callers.owner.delete("/api/tokens/ci").json["name"] == "ci"
+    callers.owner.post("/api/servers", json={})
+    assert b"".join(pieces) == b""
+    answer = callers.showing(text).get("/api/me")
+    assert answer.status_code == 401
+    assert callers.owner.delete("/api/tokens/ci").json["code"] == "token_not_found"
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"name": "x"}, "scope"),
+        ({"name": "x", "scope": "root"}, "scope"),
+        ({"name": "x", "scope": "admin", "servers": ["a"]}, "cannot be limited"),
+        ({"name": "x", "scope": "read", "servers": ["[a]"]}, "servers.0"),
+        ({"name": "x", "scope": "read", "expires_in": 0}, "expires_in"),
+        ({"name": "X", "scope": "read"}, "name"),
+        ({"name": "x", "scope": "read", "users": ["no user"]}, "users.0"),
+    ],
+)
+def test_a_token_that_cannot_be_is_refused(callers, body, words):
+    answer = callers.owner.post("/api/tokens", json=body)
+    assert answer.status_code == 422
+    assert words in answer.json["detail"]
+    assert callers.tokens.all() == []
+
+
+def test_where_access_is_open_everybody_may(running):
+    client = create_app(replace(running.services, is_open=True)).test_client()
+    assert client.post("/api/servers", json={}).status_code == 201
+    assert client.get("/api/me").json["actor"] == "anybody"
+    assert client.get("/api/events").json["events"][-1]["actor"] == "anybody"
+
+
+def test_requests_without_a_valid_token_are_counted_in_the_log_and_not_told_one_by_one(callers):
+    with structlog.testing.capture_logs() as log:
+        for _ in range(500):
+            assert callers.showing("wrong").get("/api/servers").status_code == 401
+    assert [line["event"] for line in log if line["log_level"] == "warning"] == ["requests without a valid token were refused"]
+
+
+def test_each_caller_may_ask_so_often(running):
+    callers = Callers(replace(running, services=replace(running.services, max_request_rate=0.1)))
+    reader = callers.with_scope("read")
+    assert reader.get("/api/servers").status_code == 200
+    answer = reader.get("/api/servers")
+    assert (answer.status_code, answer.json["code"]) == (429, "too_many_requests")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 10
+    assert callers.owner.get("/api/servers").status_code == 200
+    assert reader.get("/healthz").status_code == 200
+
+
+# The Unix socket
+
+
+@pytest.mark.parametrize(
+    ("uid", "is_server", "gets_in"), [(os.geteuid(), False, True), (0, False, True), (4242, False, False), (0, True, False)]
+)
+def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(running, uid, is_server, gets_in):
+    app = create_app(replace(running.services, is_server=lambda pid: is_server and pid == 77))
+    answer = app.test_client().get("/api/me", environ_overrides={PEER: Peer(77, uid, 0)})
+    assert answer.status_code == (200 if gets_in else 401)
+    if gets_in:
+        assert answer.json["actor"] == f"user:{pwd.getpwuid(uid).pw_name}"
+
+
+def test_a_token_that_is_shown_counts_also_over_the_unix_socket(callers):
+    reader = callers.with_scope("read")
+    assert reader.get("/api/me", environ_overrides={PEER: Peer(77, os.geteuid(), 0)}).json["scope"] == "read"
+
+
+def test_no_header_makes_a_peer(callers):
+    for header in (PEER, "Labkeeper.Peer", "labkeeper_peer"):
+        assert callers.nobody.get("/api/me", headers={header: "x"}).status_code == 401
+
+
+# Links
+
+
+def test_a_link_opens_a_lab_once(callers):
+    server = callers.owner.post("/api/servers", json={"base_url": "/ada", "default_url": "/lab/tree/a:b.ipynb"}).json
+    made = callers.owner.post("/api/servers/default/link", json={})
+    assert made.status_code == 201
+    assert server["token"] not in made.text
+    path = made.json["url"].removeprefix("http://localhost")
+    assert callers.nobody.head(path).status_code == 410
+    answer = callers.nobody.get(path)
+    assert answer.status_code == 303
+    expected = f"{server['lab_url'].partition('/lab')[0]}/login?token={server['token']}&next=%2Fada%2Flab%2Ftree%2Fa%253Ab.ipynb"
+    assert answer.headers["Location"] == expected
+    assert (answer.headers["Referrer-Policy"], answer.headers["Cache-Control"]) == ("no-referrer", "no-store")
+    spent = callers.nobody.get(path)
+    assert spent.status_code == 410
+    assert "ask for another" in spent.text
+
+
+def test_a_link_opens_the_launch_that_it_was_made_for(callers):
+    callers.owner.post("/api/servers", json={})
+    paths = [
+        callers.owner.post("/api/servers/default/link", json={"page": "/lab/tree/x"}).json["url"].removeprefix("http://localhost")
+        for _ in range(2)
+    ]
+    assert "x" in callers.nobody.get(paths[0]).headers["Location"]
+    assert callers.owner.post("/api/servers/default/rotate-token").status_code == 201
+    assert callers.nobody.get(paths[1]).status_code == 410
+    callers.owner.post("/api/servers/default/stop")
+    for below in ("link", "rotate-token"):
+        answer = callers.owner.post(f"/api/servers/default/{below}", json={})
+        assert (answer.status_code, "stopped" in answer.json["detail"]) == (409, True)
+
+
+def test_a_link_asked_for_over_the_unix_socket_leads_to_the_keepers_own_url(running):
+    services = replace(running.services, url="http://127.0.0.1:4321")
+    client = create_app(services).test_client()
+    client.environ_base[PEER] = Peer(1, 0, 0)
+    client.post("/api/servers", json={})
+    assert client.post("/api/servers/default/link").json["url"].startswith("http://127.0.0.1:4321/open/")
+
+
+def test_the_keepers_own_log_has_no_ticket(callers):
+    callers.owner.post("/api/servers", json={})
+    url = callers.owner.post("/api/servers/default/link").json["url"]
+    with structlog.testing.capture_logs() as log:
+        callers.nobody.get(url.removeprefix("http://localhost"))
+    assert log
+    assert url.rpartition("/")[2] not in repr(log)
+
+
+def test_rotating_keeps_kernels_on_a_gateway(callers):
+    body = {"gateway_url": "http://gateway:8888"}
+    before = callers.owner.post("/api/servers", json=body).json
+    for process in callers.running.world.living(ServerName("default")):
+        process.kernels = (OwnKernel("k-1"),)
+    after = callers.owner.post("/api/servers/default/rotate-token").json
+    assert after["state"] == "running"
+    assert after["token"] != before["token"]
+    assert callers.running.world.kernels_ended == set()

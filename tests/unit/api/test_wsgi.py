@@ -1,0 +1,668 @@
+"""The server around the application: its threads, as many as there is work for and some more, and its connections."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+import threading
+
+import pytest
+import structlog
+
+from harness import PATIENCE, until
+from labkeeper.api import wsgi
+from labkeeper.api.browser import HEADERS
+from labkeeper.api.concurrency import Places, reserve
+from labkeeper.api.peers import identify
+from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
+from serving import FILE, HOLD, ask, is_closed, said
+
+
+class Task:
+    """Work that lasts until it is told to end."""
+
+    def __init__(self):
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def service(self):
+        self.begun.set()
+        self.end.wait()
+
+    def cancel(self):
+        pass
+
+
+@pytest.fixture
+def fits():
+    return []
+
+
+@pytest.fixture
+def threads(fits):
+    made = _Threads(20, fits.append)
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def work(threads):
+    """Give a thread work that lasts to the end of the test."""
+    given = []
+
+    def give():
+        task = Task()
+        given.append(task)
+        threads.add_task(task)
+        return task
+
+    yield give
+    for task in given:
+        task.end.set()
+
+
+def test_threads_come_with_the_work_up_to_the_setting(threads, work):
+    threads.begin()
+    assert len(threads.threads) == _FIRST_THREADS
+    tasks = []
+    for count in range(1, 19):
+        tasks.append(work())
+        assert tasks[-1].begun.wait(60)
+        assert count + reserve(len(threads.threads)) <= len(threads.threads) <= 20
+    more = [work(), work(), work()]
+    assert len(threads.threads) == 20
+    assert not more[-1].begun.is_set()
+    tasks[0].end.set()
+    assert more[-1].begun.wait(60)
+
+
+def test_a_setting_below_the_first_number_is_kept_to(fits):
+    few = _Threads(2, fits.append)
+    few.begin()
+    assert len(few.threads) == 2
+    assert few.shutdown()
+
+
+def test_threads_that_have_no_work_are_used_again(threads):
+    threads.begin()
+    # One that was only just started counts as at work until it has looked for some.
+    until(lambda: threads.active_count == 0, what="the first threads wait for work")
+    for _ in range(50):
+        task = Task()
+        task.end.set()
+        threads.add_task(task)
+        assert task.begun.wait(60)
+        until(lambda: threads.active_count == 0, what="the thread is back")
+    assert len(threads.threads) == _FIRST_THREADS
+
+
+def test_where_no_more_can_be_had_it_is_said_once_and_the_rest_goes_on(threads, work, fits, monkeypatch):
+    threads.begin()
+    with monkeypatch.context() as none_left, structlog.testing.capture_logs() as log:
+        none_left.setattr(threading.Thread, "start", out_of_threads)
+        tasks = [work() for _ in range(_FIRST_THREADS)]
+        assert all(task.begun.wait(60) for task in tasks)
+    (said,) = log
+    assert (said["log_level"], said["threads"], said["wanted"]) == ("warning", _FIRST_THREADS, 20)
+    assert set(fits) == {_FIRST_THREADS}
+    assert len(threads.threads) == _FIRST_THREADS
+    # They may be had again later.
+    assert work().begun.wait(60)
+    assert fits[-1] == 20
+
+
+def test_no_thread_to_begin_with_is_an_error(threads, monkeypatch):
+    monkeypatch.setattr(threading.Thread, "start", out_of_threads)
+    with pytest.raises(RuntimeError):
+        threads.begin()
+    assert not threads.threads
+
+
+def out_of_threads(_):
+    raise RuntimeError("can't start new thread")
+
+
+def test_no_thread_is_started_after_the_end(threads):
+    threads.begin()
+    assert threads.shutdown()
+    threads.add_task(Task())
+    assert not threads.threads
+
+
+@pytest.mark.parametrize(("threads_", "count"), [(1, 0), (3, 1), (4, 2), (256, 224)])
+def test_some_threads_are_kept_for_those_who_do_not_wait(threads_, count):
+    places = Places(threads_)
+    assert [places.take() for _ in range(count + 1)] == [True] * count + [False]
+
+
+def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
+    places = Places(5)
+    assert [places.take() for _ in range(3)] == [True] * 3
+    places.fit(4)
+    places.give_back()
+    assert not places.take()
+    places.give_back()
+    assert places.take()
+
+
+# The server with real connections
+
+
+@pytest.fixture
+def few_places(monkeypatch):
+    monkeypatch.setattr(wsgi, "_connection_limit", lambda: 6)
+    return 6
+
+
+def test_both_sockets_are_served_and_the_kernel_says_who_is_at_the_other_end_of_one(serve):
+    served = serve()
+    forged = ["labkeeper.peer: 1", "Labkeeper-Peer: root", "labkeeper_peer: 1"]
+    over_tcp = said(served.connect(), headers=forged)
+    assert over_tcp["peer"] is None
+    assert over_tcp["HTTP_LABKEEPER_PEER"] == "root"
+    local = said(served.connect_locally(), headers=forged)
+    assert local["peer"] == [os.getpid(), os.getuid(), os.getgid()]
+    assert (local["wsgi.url_scheme"], local["REMOTE_ADDR"]) == ("http", "localhost")
+
+
+def test_a_connection_that_outlives_its_process_names_nobody(serve):
+    served = serve()
+    ours, its = socket.socketpair()
+    code = (
+        "import socket, sys\nconnection = socket.socket(socket.AF_UNIX)\nconnection.connect(sys.argv[1])\n"
+        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b'x'], [connection.fileno()])\nsys.stdin.read()\n"
+    )
+    with ours, its:
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, str(served.door), str(its.fileno())], pass_fds=[its.fileno()], stdin=subprocess.PIPE
+        )
+        ((descriptor,), uid) = socket.recv_fds(ours, 1, 1)[1], os.getuid()
+    with socket.socket(fileno=descriptor) as connection:
+        assert said(connection)["peer"] == [child.pid, uid, os.getgid()]
+        child.communicate()
+        assert said(connection)["peer"] is None
+
+
+def test_whoever_comes_gets_in_when_all_places_are_taken_by_those_who_only_wait(serve, few_places):
+    served = serve()
+    idle = [served.connect() for _ in range(few_places)]
+    served.settle(few_places)
+    assert said(served.connect())["size"] == 0
+    # Who has waited longest had to go; the others stay.
+    assert is_closed(idle[0])
+    assert said(idle[-1])["size"] == 0
+    # By the other door, too.
+    assert said(served.connect_locally())["peer"] is not None
+    assert is_closed(idle[1])
+
+
+def test_whoever_is_answered_keeps_the_place(serve, few_places):
+    served = serve()
+    asked = [served.connect() for _ in range(few_places - 1)]
+    for connection in asked:
+        connection.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+    until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()) and served.inside == few_places - 1)
+    last = served.connect()
+    served.settle(few_places)
+    for _ in range(3):
+        newer = served.connect()
+        assert said(newer)["size"] == 0
+        assert is_closed(last)
+        last = newer
+    last.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
+    until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()))
+    # There is no place to be had: one waits outside, and comes in when another goes.
+    outside = served.connect()
+    outside.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert not select.select([outside], [], [], 0.3)[0]
+    HOLD.set()
+    answer = http.client.HTTPResponse(outside)
+    answer.begin()
+    assert answer.status == 200
+
+
+def test_thousands_who_only_connect_are_no_hindrance(serve):
+    """As many as there are places, and as many again all the while."""
+    served = serve()
+    places = wsgi._connection_limit()
+    crowd = [served.connect() for _ in range(min(places, 1500))]
+    ended = threading.Event()
+
+    def press():
+        while not ended.is_set():
+            crowd.append(served.connect())
+            if len(crowd) > places + 500:
+                crowd.pop(0).close()
+
+    pressing = threading.Thread(target=press)
+    pressing.start()
+    try:
+        until(lambda: served.inside >= places - 50, what="all places taken")
+        for _ in range(20):
+            with socket.create_connection(served.address, timeout=PATIENCE) as connection:
+                assert said(connection)["size"] == 0
+    finally:
+        ended.set()
+        pressing.join()
+
+
+@pytest.mark.parametrize(
+    ("first", "next_", "limit"),
+    [
+        (b"G", b"G", wsgi._HEAD_WITHIN),
+        (b"\r\n\r\n\r", b"\r\n\r\n\r", wsgi._HEAD_WITHIN),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n", wsgi._HEAD_WITHIN),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n", b"x", wsgi._BODY_WITHIN),
+        (b"", b"", wsgi._IDLE_TIMEOUT),
+    ],
+    ids=["line", "nothing", "head", "body", "silent"],
+)
+def test_a_request_that_drips_is_cut_off(clock, serve, first, next_, limit):
+    """However often something comes: by the time since its first byte."""
+    served = serve()
+    connection = served.connect()
+    served.settle(1)
+    (channel,) = channels(served)
+    connection.sendall(first)
+    until(lambda: not first or channel._begun is not None, what="its first byte is seen")
+    for _ in range(3):
+        clock.jump(limit * 0.3)
+        connection.sendall(next_)
+        assert said(served.connect())["size"] == 0  # The server has looked around since.
+    assert not select.select([connection], [], [], 0)[0]
+    clock.jump(limit * 0.2)
+    assert is_closed(connection)
+
+
+def test_a_connection_that_is_used_is_not_cut_off(clock, serve):
+    """Neither between requests, nor while a long one is answered, nor by what comes behind it."""
+    served = serve()
+    used, slow = served.connect(), served.connect()
+    slow.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n")
+    for _ in range(20):
+        said(used)
+        clock.jump(wsgi._HEAD_WITHIN * 0.6)
+    HOLD.set()
+    answer = http.client.HTTPResponse(slow)
+    answer.begin()
+    assert (answer.status, bool(answer.read())) == (200, True)
+    assert said_behind(slow)["size"] == 0
+
+
+def test_who_takes_each_answer_is_not_behind_however_seldom_that_is_seen(clock, serve, monkeypatch):
+    """The loop may look each time just when an answer was made and not yet taken."""
+    served = serve()
+    connection = served.connect()
+    said(connection)
+    (channel,) = channels(served)
+    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 1e9)
+    clock.jump(wsgi._IDLE_TIMEOUT / 2)
+    said(connection)  # The loop has looked for the last time.
+    clock.jump(2 * wsgi._IDLE_TIMEOUT)
+    said(connection)
+    assert channel._keeping_up[0] == clock.monotonic()
+
+
+def said_behind(connection):
+    connection.sendall(b"Host: x\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return json.loads(answer.read())
+
+
+def test_a_caller_that_does_not_take_its_answer_is_left(clock, serve):
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+    until(lambda: served.inside == 1, what="it is inside")
+    (channel,) = served.server._doors[0].active_channels.values()
+    # It holds a thread until what it has not read fits into a buffer of the server; then only a place.
+    until(lambda: channel.requests, what="it is answered")
+    while channel.requests:
+        connection.recv(2**16)
+    clock.jump(wsgi._IDLE_TIMEOUT + 1)
+    served.settle(0)
+
+
+THREADS = 8
+"""Of the server of these tests."""
+
+
+def ask_much(served, count, path, *, by=""):
+    """Open so many connections, each with forty requests, of which nothing is read."""
+    crowd = [served.connect_locally() if by == "socket" else served.connect() for _ in range(count)]
+    for connection in crowd:
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 40)
+    until(lambda: sum(bool(channel.total_outbufs_len) for channel in channels(served)) == count, what="all are answered")
+    return crowd
+
+
+def channels(served):
+    return [channel for door in served.server._doors for channel in list(door.active_channels.values())]
+
+
+@pytest.mark.parametrize("by", ["port", "socket"])
+def test_slow_readers_hold_no_thread(serve, by):
+    """More of them than there are threads ask for files and read nothing: others are answered all the while."""
+    served = serve()
+    ask_much(served, 3 * THREADS, "/file", by=by)
+    until(lambda: served.server._threads.active_count == 0, what="no thread waits for them")
+    assert said(served.connect())["size"] == 0
+    # What they have asked for beyond the first answer is not made before that is taken.
+    assert all(channel.total_outbufs_len <= FILE + 1024 for channel in channels(served))
+
+
+def test_who_reads_in_the_end_gets_all_that_may_be_asked_for_ahead(serve):
+    """Eight answers, each whole, and the end: the connection keeps no more requests than that."""
+    (connection,) = ask_much(serve(), 1, "/file")
+    with connection.makefile("rb") as stream:
+        _, *answers = stream.read().split(b"HTTP/1.1 200 OK\r\n")
+    assert [len(answer.partition(b"\r\n\r\n")[2]) for answer in answers] == [FILE] * wsgi._AHEAD
+    assert [b"Connection: close" in answer for answer in answers] == [False] * (wsgi._AHEAD - 1) + [True]
+
+
+def test_thousands_of_requests_at_once_are_not_kept(serve):
+    """They come in one read, and would take a hundred times the memory of their bytes."""
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET /hold HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 1500)
+    until(
+        lambda: [channel.requests[-1].headers.get("CONNECTION") for channel in channels(served) if channel.requests] == ["close"]
+    )
+    assert len(channels(served)[0].requests) == wsgi._AHEAD
+
+
+def test_slow_readers_make_room_when_all_places_are_taken(serve, few_places):
+    """Though requests of theirs wait."""
+    served = serve()
+    crowd = ask_much(served, few_places, "/file")
+    assert said(served.connect())["size"] == 0
+    until(lambda: served.inside <= few_places, what="one had to go")
+    assert len(crowd) == few_places
+
+
+def test_slow_readers_go_when_too_much_waits_for_all_of_them(clock, serve, monkeypatch):
+    """Those first who have taken nothing for longest. What waits takes memory, and files with a descriptor each."""
+    served = serve()
+    ask_much(served, 1, "/file")
+    clock.jump(wsgi._LOOK_EVERY + 1)
+    for count in (2, 3, 4):
+        served.connect().sendall(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
+        served.settle(count)
+    first, *others = channels(served)
+    until(lambda: all(channel._held for channel in (first, *others)), what="all are answered")
+    clock.jump(wsgi._LOOK_EVERY + 1)
+    assert said(served.connect())["size"] == 0  # The server has looked around since.
+    assert not any(channel.will_close for channel in (first, *others))
+    most = sum(channel.total_outbufs_len for channel in others) + first.total_outbufs_len // 2
+    monkeypatch.setattr(wsgi, "_UNTAKEN_OF_ALL", most)
+    clock.jump(wsgi._LOOK_EVERY + 1)
+    until(lambda: not first.connected, what="the first is cut off")
+    assert said(served.connect())["size"] == 0
+    assert all(channel.connected for channel in others)
+
+
+@pytest.mark.parametrize("taken", [0, 100], ids=["nothing", "little"])
+def test_slow_readers_let_go_of_their_threads_in_time(clock, serve, taken):
+    """As many as there are threads wait within an answer; whoever comes is answered when they are cut off."""
+    served = serve()
+    crowd = ask_much(served, THREADS, "/large")
+    newcomer = served.connect()
+    newcomer.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    while not select.select([newcomer], [], [], 0.1)[0]:
+        clock.jump(wsgi._IDLE_TIMEOUT * 0.3)
+        for connection in crowd if taken else ():
+            with contextlib.suppress(ConnectionResetError):
+                connection.recv(taken)
+    answer = http.client.HTTPResponse(newcomer)
+    answer.begin()
+    assert answer.status == 200
+
+
+def test_a_reader_that_keeps_up_is_not_cut_off(clock, serve):
+    """However long it takes in all: here, twice as long as a caller has that takes nothing."""
+    connection = serve().connect()
+    connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
+    answer, size = http.client.HTTPResponse(connection), 0
+    answer.begin()
+    while piece := answer.read(2**20):
+        size += len(piece)
+        clock.jump(len(piece) * 2 * wsgi._IDLE_TIMEOUT / (40 * 2**20))
+    assert size == 40 * 2**20
+
+
+def test_the_loop_leaves_a_connection_alone_while_a_thread_writes_to_it(serve, monkeypatch):
+    """It would ask for it again and again, and slow down the very thread that it waits for."""
+    rounds, writes = [], threading.Event()
+
+    def send(channel, data, do_close=True):
+        rounds.clear()
+        writes.set()
+        # Others come meanwhile, so the loop is awake.
+        until(lambda: served.inside == 3, what="others are inside")
+        asked.append(len(rounds))
+        return plain_send(channel, data, do_close)
+
+    def handle_write(channel):
+        rounds.append(channel)
+        plain_write(channel)
+
+    asked, plain_send, plain_write = [], wsgi._Channel.send, wsgi._Channel.handle_write
+    monkeypatch.setattr(wsgi._Channel, "send", send)
+    monkeypatch.setattr(wsgi._Channel, "handle_write", handle_write)
+    served = serve()
+    connection = served.connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+    assert writes.wait(PATIENCE)
+    for count in (2, 3):
+        served.connect()
+        served.settle(count)
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert (answer.status, set(asked)) == (200, {0})
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ([f"X-{number}: y" for number in range(98)], 200),
+        ([f"X-{number}: y" for number in range(101)], 431),
+        (["X: " + "y" * 15000], 200),
+        (["X: " + "y" * 17000], 431),
+    ],
+)
+def test_heads_are_bounded(serve, headers, status):
+    answered, body = ask(serve().connect(), headers=headers)
+    assert answered == status
+    if status != 200:
+        assert json.loads(body)["code"] == "request_header_fields_too_large"
+
+
+# The protocol
+
+
+def sends(served, *lines, body=b""):
+    """Send a request by hand; give its status and all that comes back behind the head, to the end of the connection."""
+    connection = served.connect()
+    connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
+    with connection.makefile("rb") as stream:
+        head, _, rest = stream.read().partition(b"\r\n\r\n")
+    return int(head.split()[1]), head.decode(), rest
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        ["Content-Length: 3", "Transfer-Encoding: chunked"],
+        ["Transfer-Encoding: chunked", "content-length: 3"],
+        ["Content-Length: 3", "transfer-encoding:"],
+        ["Transfer-Encoding: chunked", "Transfer-Encoding: chunked"],
+        ["Transfer-Encoding: chunked, chunked"],
+    ],
+)
+def test_a_length_that_can_be_read_in_two_ways_is_refused(serve, headers):
+    """Another program on the way may read it otherwise, and take what is a body here for the next request (RFC 9112, 6.1)."""
+    body = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n"
+    status, head, rest = sends(serve(), "POST / HTTP/1.1", "Host: x", *headers, body=body)
+    assert (status, json.loads(rest)["code"]) == (400, "bad_request")
+    assert "Connection: close" in head
+
+
+def test_chunks_in_an_old_version_of_the_protocol_are_refused(serve):
+    status, _, rest = sends(serve(), "POST / HTTP/1.0", "Transfer-Encoding: chunked", body=b"0\r\n\r\n")
+    assert (status, json.loads(rest)["code"]) == (400, "bad_request")
+
+
+@pytest.mark.parametrize(
+    ("lines", "status"),
+    [
+        (["HEAD / HTTP/1.1", "no header"], 400),
+        (["", "HEAD /[ HTTP/1.1", "Content-Length: x"], 400),
+        (["HEAD / HTTP/1.1", "X: " + "y" * 17000], 431),
+        (["HEAD / HTTP/1.1", *["X: y"] * 200], 431),
+        (["HEAD / HTTP/1.1", f"Content-Length: {2**21}", "Expect: 100-continue"], 413),
+        (["HEAD / HTTP/1.1", "Transfer-Encoding: gzip"], 501),
+    ],
+)
+def test_a_refusal_of_a_head_has_no_body(serve, lines, status):
+    refused, head, rest = sends(serve(), *lines)
+    assert (refused, rest) == (status, b"")
+    assert "Content-Type: application/problem+json" in head
+
+
+@pytest.mark.parametrize("path", ["/", "/events", "/large"])
+def test_an_answer_to_head_has_no_body(serve, path):
+    """Not even the end of one that comes in chunks."""
+    status, head, rest = sends(serve(), f"HEAD {path} HTTP/1.1", "Host: x", "Connection: close")
+    assert (status, rest) == (200, b"")
+    assert ("Transfer-Encoding: chunked" in head) == (path != "/")
+
+
+@pytest.mark.parametrize("value", ["close", "Upgrade, close", "close,keep-alive", "Close , x"])
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_a_connection_is_closed_when_its_caller_says_so(serve, value, version):
+    """Whatever else the header says."""
+    connection = serve().connect()
+    connection.sendall(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: {value}\r\n\r\n".encode())
+    with connection.makefile("rb") as stream:
+        assert b"Connection: close" in stream.read()
+
+
+# Bodies
+
+
+BODY = 3 * wsgi._IN_MEMORY
+"""Bytes."""
+
+
+def know_the_right_one(authorization, peer):
+    return authorization == "right" or peer is not None
+
+
+def begin_body(served, *headers, chunked=False):
+    """Send the head of a request, and more of its body than is kept in memory, but not all."""
+    connection = served.connect()
+    length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {BODY}"
+    size = f"{BODY:x}\r\n" if chunked else ""
+    head = "\r\n".join(["POST / HTTP/1.1", "Host: x", length, *headers, "", size])
+    connection.sendall(head.encode() + b"x" * (BODY - 1))
+    until(lambda: any(body_of(channel) >= BODY - 1 for channel in channels(served) if channel.addr[1] == port_of(connection)))
+    return connection
+
+
+def port_of(connection):
+    return connection.getsockname()[1]
+
+
+def body_of(channel):
+    return channel.request.body_bytes_received if channel.request is not None else 0
+
+
+def end_body(connection, *, chunked=False):
+    connection.sendall(b"x\r\n0\r\n\r\n" if chunked else b"x")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    return json.loads(answer.read())
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+def test_the_body_of_who_is_not_known_is_read_and_not_kept(serve, chunked):
+    served = serve(knows=know_the_right_one)
+    unknown = [begin_body(served, *proof, chunked=chunked) for proof in ([], ["Authorization: wrong"])]
+    known = begin_body(served, "Authorization: right", chunked=chunked)
+    assert [len(channel.request.body_rcv.getbuf()) for channel in channels(served)] == [0, 0, BODY - 1]
+    for connection in unknown:
+        told = end_body(connection, chunked=chunked)
+        assert (told["unread"], told["size"]) == (True, 0)
+        # The connection goes on behind it.
+        assert said(connection, headers=["Authorization: right"], method="POST", body=b"abc")["size"] == 3
+    told = end_body(known, chunked=chunked)
+    assert (told["unread"], told["size"]) == (False, BODY)
+    # Over the Unix socket it is the peer who is known.
+    assert said(served.connect_locally(), method="POST", body=b"abc")["size"] == 3
+
+
+def test_who_is_not_known_is_answered_before_a_body_that_waits_for_a_word(serve):
+    served = serve(knows=know_the_right_one)
+    for proof, status in ("Authorization: right", b"100 Continue"), ("Authorization: wrong", b"200 OK"):
+        connection = served.connect()
+        connection.sendall(f"POST / HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n{proof}\r\n\r\n".encode())
+        with connection.makefile("rb") as stream:
+            assert stream.readline() == b"HTTP/1.1 %s\r\n" % status
+            if status != b"100 Continue":
+                assert b"Connection: close\r\n" in stream.read()
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
+def test_so_many_large_bodies_come_at_a_time(serve, monkeypatch, chunked):
+    """Those that are small, or in memory anyway, come all the same."""
+    monkeypatch.setattr(wsgi, "_LARGE_BODIES", 2)
+    served = serve()
+    first, second, third = (begin_body(served, chunked=chunked) for _ in range(3))
+    assert said(served.connect(), method="POST", body=b"x" * 1000)["size"] == 1000
+    assert end_body(third, chunked=chunked)["unread"]
+    assert end_body(first, chunked=chunked)["size"] == BODY
+    until(lambda: not channels(served)[0].requests, what="the first is answered")
+    assert end_body(begin_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
+    second.close()
+    served.settle(4)
+    assert end_body(begin_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
+
+
+def test_what_is_refused_before_it_is_read_tells_browsers_to_be_careful_too(serve):
+    connection = serve().connect()
+    connection.sendall(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
+    answer = http.client.HTTPResponse(connection)
+    answer.begin()
+    assert answer.status == 400
+    assert dict(answer.getheaders()).items() >= HEADERS.items()
+
+
+def test_a_connection_that_went_before_it_was_taken_in_is_no_matter(serve, monkeypatch):
+    served = serve()
+    refused = OSError("gone")
+    with monkeypatch.context() as broken:
+        broken.setattr(wsgi._Channel, "__init__", lambda *_, **__: raise_(refused))
+        assert is_closed(served.connect())
+    assert said(served.connect())["size"] == 0
+
+
+def raise_(error):
+    raise error
+
+
+def test_who_has_ended_before_it_was_let_in_is_nobody(tmp_path):
+    path = os.path.relpath(tmp_path / "door")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen()
+        code = "import socket, sys; socket.socket(socket.AF_UNIX).connect(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", code, path], check=True)
+        connection, _ = listener.accept()
+        with connection:
+            assert identify(connection)() is None

@@ -1,0 +1,267 @@
+"""Who comes by a Unix socket is known to stem from a server, whatever it does about it: real servers, real kernels."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness import plain_python, run_cell, start_kernel, until
+from labkeeper.api.wsgi import WsgiServer
+from labkeeper.backends.local import ancestry
+from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.backend import LocalBackend
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import Process
+from labkeeper.core.messages import Ready
+from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.forkserver.marks import MARK
+from labkeeper.jupyter.client import JupyterClient
+from labkeeper.jupyter.records import url_of
+
+ASK = """
+import os, socket, sys, time
+door, out, how = sys.argv[1:4]
+if how == "daemon":
+    if os.fork():
+        os._exit(0)
+    os.setsid()
+    before = os.getpid()
+    if os.fork():
+        os._exit(0)
+    while os.getppid() == before:
+        time.sleep(0.01)
+os.chdir("/")
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(door)
+connection.sendall(b"GET / HTTP/1.0\\r\\n\\r\\n")
+answer = b""
+while piece := connection.recv(65536):
+    answer += piece
+with open(out + ".new", "wb") as file:
+    file.write(answer.rpartition(b"\\n")[2])
+os.rename(out + ".new", out)
+"""
+
+
+class Keeper:
+    """A backend with one server, and a socket that says of who comes whether it belongs to a server."""
+
+    def __init__(self, base, launch_by):
+        self.base = base
+        self.facts = queue.SimpleQueue()
+        self.backend = LocalBackend(
+            self.facts.put,
+            python=plain_python(base / "bin"),
+            runtime_dir=base / "run",
+            log_dir=base / "logs",
+            client=JupyterClient(),
+            launch_by=launch_by,
+        )
+        self.door = base / "door"
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(os.path.relpath(self.door))
+        self.server = WsgiServer(self.answer, [listener], threads=4, max_body=1024)
+        self.server.start()
+        (base / "ask.py").write_text(ASK)
+        self.count = 0
+
+    def answer(self, environ, start_response):
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        return [json.dumps(self.backend.belongs_to_server(environ["labkeeper.peer"].pid)).encode()]
+
+    def launch(self, launch_by):
+        if launch_by == "fork":
+            until(lambda: self.backend._forkserver._current, what="a fork server")
+        self.backend.launch(ServerSpec(ServerName("lab"), str(self.base)), 1)
+        ready = self.facts.get(timeout=60).fact
+        assert isinstance(ready, Ready), ready
+        assert ready.endpoint.launched_by == launch_by
+        return {"url": url_of(ready.endpoint), "token": ready.endpoint.token, "pid": ready.endpoint.pid}
+
+    def command(self, how):
+        self.count += 1
+        out = self.base / f"answer{self.count}"
+        return [sys.executable, "-I", str(self.base / "ask.py"), os.path.relpath(self.door, "/"), str(out), how], out
+
+    def said(self, out):
+        until(out.exists, what="an answer")
+        return json.loads(out.read_text())
+
+    def close(self):
+        self.server.close()
+        self.backend.kill(ServerName("lab"), 1)
+        until(lambda: not self.backend._attendants, what="its end")
+        self.backend.close()
+
+
+@pytest.fixture
+def make_keeper(tmp_path):
+    (tmp_path / "logs").mkdir()
+    made = []
+
+    def make(launch_by):
+        made.append(Keeper(tmp_path, launch_by))
+        return made[-1]
+
+    yield make
+    for keeper in made:
+        keeper.close()
+
+
+@pytest.fixture
+def _no_groups(monkeypatch):
+    """As on a host where no control group can be made."""
+    monkeypatch.setattr(ControlGroups, "hold_any", lambda *_: False)
+    monkeypatch.setattr(ControlGroups, "hold", lambda *_: None)
+
+
+@pytest.mark.usefixtures("_no_groups")
+@pytest.mark.parametrize("launch_by", ["fork", "exec"])
+def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
+    keeper = make_keeper(launch_by)
+    outside, out = keeper.command("daemon")
+    subprocess.run(outside, check=True)
+    assert keeper.said(out) is False
+    server = keeper.launch(launch_by)
+    assert keeper.backend.belongs_to_server(server["pid"])
+    kernel = start_kernel(server)
+    command, out = keeper.command("itself")
+    run_cell(server, kernel, f"import sys; sys.argv = {command[2:]!r}; exec(open(sys.argv[0]).read())")
+    assert keeper.said(out) is True
+    for how, environment in (("itself", "None"), ("daemon", "None"), ("daemon", "{'HOME': '/'}"), ("daemon", "{}")):
+        command, out = keeper.command(how)
+        run_cell(server, kernel, f"import subprocess; subprocess.run({command!r}, env={environment}, check=True)")
+        assert keeper.said(out) is True
+    # Whoever comes later from elsewhere is no server's where there is a line to tell by.
+    outside, out = keeper.command("daemon")
+    subprocess.run(outside, check=True)
+    assert keeper.said(out) is (launch_by == "exec")
+
+
+def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper):
+    keeper = make_keeper("exec")
+    server = keeper.launch("exec")
+    if not keeper.backend._groups.members(ServerName("lab")):
+        pytest.skip("needs control groups")
+    kernel = start_kernel(server)
+    command, out = keeper.command("daemon")
+    run_cell(server, kernel, f"import subprocess; subprocess.run({command!r}, env={{}}, check=True)")
+    assert keeper.said(out) is True
+    outside, out = keeper.command("daemon")
+    subprocess.run(outside, check=True)
+    assert keeper.said(out) is False
+
+
+@pytest.fixture
+def kin(tmp_path):
+    return Kinship({tmp_path: ControlGroups(tmp_path)})
+
+
+def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
+    child = subprocess.Popen(["true"])
+    child.wait()
+    assert kin.is_of_server(child.pid, set())
+    assert not kin.is_of_server(os.getpid(), set())
+    assert not kin.is_of_server(os.getppid(), set())
+
+
+@pytest.mark.parametrize(("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)])
+def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, place, known):
+    kin = Kinship({directory: ControlGroups(directory) for directory in (tmp_path / "run", tmp_path / "earlier")})
+    environment = {**os.environ, MARK: str(tmp_path / place / "one")}
+    shell = ["sh", "-c", "sleep 1000 > /dev/null & echo $!"]
+    pid = int(subprocess.run(shell, env=environment, stdout=subprocess.PIPE, check=True, start_new_session=True).stdout)
+    try:
+        assert kin.is_of_server(pid, set()) is known
+    finally:
+        os.kill(pid, 9)
+
+
+@pytest.fixture
+def terminal():
+    """A shell as a keeper would be started from, with a child of its session and one that has left that."""
+    line = f"{sys.executable} -c 'import time; time.sleep(1000)' & echo $!; setsid sleep 1000 & echo $!; exec sleep 1000"
+    with subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+        inside, outside = (int(shell.stdout.readline()) for _ in range(2))
+        until(lambda: os.getsid(outside) == outside, what="a session of its own")
+        yield shell.pid, inside, outside
+        for pid in (inside, outside, shell.pid):
+            os.kill(pid, 9)
+
+
+def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that_one_is_of_none(kin, terminal, monkeypatch):
+    shell, inside, outside = terminal
+    monkeypatch.setattr(ancestry, "spared", lambda: {os.getpid(), shell})
+    assert not kin.is_of_server(inside, set())
+    assert not kin.is_of_server(outside, set())
+    kin.note_executed(Process(2**22, Process.find(outside).started))
+    assert not kin.is_of_server(inside, set())
+    assert kin.is_of_server(outside, set())
+    kin._first_loose += 1
+    assert not kin.is_of_server(outside, set())
+
+
+INSIDE = """
+import os, signal, sys
+from pathlib import Path
+from labkeeper.backends.kinship import Kinship
+from labkeeper.backends.limits import ControlGroups
+
+kin = Kinship({Path(sys.argv[1]): ControlGroups(Path(sys.argv[1]))})
+kin._first_loose = 0
+left = os.fork()
+if left == 0:
+    if os.fork() == 0:
+        os.setsid()
+        print(os.getpid(), flush=True)
+        signal.pause()
+    os._exit(0)
+os.waitpid(left, 0)
+for line in sys.stdin:
+    print(kin.is_of_server(int(line), set()), flush=True)
+"""
+
+
+@pytest.mark.root
+def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
+    """As `docker exec` does: its parent is out of sight, and what a server leaves behind is never a child of that."""
+    around = subprocess.Popen(
+        ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", INSIDE, tmp_path],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with around:
+        left_behind = around.stdout.readline()
+        inside = int(Path(f"/proc/{around.pid}/task/{around.pid}/children").read_text())
+        enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", "echo $$; read line"]
+        with subprocess.Popen(enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stranger:
+            told = []
+            for pid in (left_behind, stranger.stdout.readline()):
+                around.stdin.write(pid)
+                around.stdin.flush()
+                told.append(around.stdout.readline().strip())
+            stranger.stdin.write("\n")
+    assert told == ["True", "False"]
+
+
+def test_a_line_without_end_is_not_trusted(kin, monkeypatch):
+    monkeypatch.setattr(ancestry, "stat", lambda _: ["S", "7", "1", "1"])
+    monkeypatch.setattr(ancestry, "spared", set)
+    monkeypatch.setattr(Kinship, "_is_known", lambda *_: False)
+    assert kin.is_of_server(7, set())
+
+
+def test_a_process_that_may_not_be_looked_at_is_no_fork_server(kin, monkeypatch):
+    def refuse(_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "readlink", refuse)
+    assert not kin._is_known(os.getpid())

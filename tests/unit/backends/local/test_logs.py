@@ -1,0 +1,174 @@
+"""A server's log file: rotated, tailed, followed, and never more open than its owner's."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import resource
+
+import pytest
+
+from labkeeper.backends.local.logs import LogFile
+
+
+@pytest.fixture
+def log(tmp_path):
+    return LogFile(tmp_path / "logs" / "x.log", max_bytes=100)
+
+
+def write(log, text):
+    with log.open("[labkeeper] launch") as stream:
+        stream.write(text.encode())
+
+
+def test_a_log_is_private_and_begins_with_a_headline(log):
+    write(log, "one\n")
+    assert log.path.stat().st_mode & 0o777 == 0o600
+    assert log.path.parent.stat().st_mode & 0o777 == 0o700
+    assert log.tail(None) == ["[labkeeper] launch", "one"]
+
+
+def test_a_tail_reaches_back_into_the_older_part(log):
+    write(log, "x" * 120 + "\n")
+    log.rotate()
+    write(log, "new\n")
+    assert log.tail(2) == ["[labkeeper] launch", "new"]
+    assert log.tail(3)[0] == "x" * 120
+    assert log.tail(0) == []
+    assert (log.path.parent / "x.log.1").stat().st_mode & 0o077 == 0
+
+
+def test_a_log_within_its_limit_is_not_rotated(log):
+    write(log, "short\n")
+    log.rotate()
+    assert not (log.path.parent / "x.log.1").exists()
+
+
+def test_a_writer_goes_on_after_a_rotation(log):
+    with log.open("[labkeeper] launch") as stream:
+        stream.write(b"x" * 120 + b"\n")
+        log.rotate()
+        stream.write(b"after\n")
+    assert log.path.read_text() == "after\n"
+
+
+def test_without_room_for_the_older_part_the_newest_lines_win(log, tmp_path):
+    write(log, "x" * 120 + "\n")
+    (log.path.parent / "x.log.tmp").mkdir()
+    log.rotate()
+    assert log.path.read_text() == ""
+
+
+def test_no_log_has_no_lines_and_no_followers(log):
+    log.rotate()
+    assert log.tail(None) == []
+    assert list(log.follow(None, lambda: True)) == []
+
+
+def test_a_follower_gets_old_lines_then_new_ones_then_the_end(log):
+    write(log, "old\n")
+    alive = [True]
+    lines = log.follow(1, lambda: alive[0])
+    assert next(lines) == "old\n"
+    assert next(lines) == ""
+    write(log, "new\n\n")
+    assert [next(lines), next(lines), next(lines)] == ["[labkeeper] launch\n", "new\n", "\n"]
+    write(log, "last\n")
+    alive[0] = False
+    assert [line for line in lines if line][-1] == "last\n"
+
+
+def test_a_follower_outlives_a_rotation(log):
+    write(log, "x" * 120 + "\n")
+    lines = log.follow(0, lambda: True)
+    assert next(lines) == ""
+    log.rotate()
+    write(log, "after\n")
+    assert next(lines) == "[labkeeper] launch\n"
+    assert next(lines) == "after\n"
+    lines.close()
+
+
+def test_a_follower_ends_when_the_log_is_removed_and_reads_nothing_of_the_next_one(log):
+    write(log, "old\n")
+    lines = log.follow(0, lambda: True)
+    assert next(lines) == ""
+    write(log, "last\n")
+    log.remove()
+    write(log, "of another server\n")
+    assert list(itertools.islice(lines, 5)) == ["[labkeeper] launch\n", "last\n"]
+
+
+def test_bytes_that_are_no_text_are_shown_and_long_lines_come_in_pieces(log):
+    log.open("h").close()
+    with log.path.open("ab") as stream:
+        stream.write(b"\xff\n" + b"y" * 100_000 + b"\n")
+    lines = log.tail(None)
+    assert lines[1] == "\ufffd"
+    assert "".join(lines[2:]) == "y" * 100_000
+
+
+def test_a_log_that_cannot_be_written_says_so(log):
+    log.path.parent.mkdir()
+    os.mkfifo(log.path.parent / "pipe")
+    full = LogFile(log.path.parent / "full", max_bytes=1)
+    full.path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        full.open("x")
+
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def within_limits():
+    """Let no file of this process grow beyond some size from a moment on."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of_another(log, within_limits):
+    """It holds the file open, so it can make it a terabyte long, of which nothing is on any disk."""
+    with log.open("[labkeeper] launch") as stream:
+        lines = log.follow(1, lambda: True)
+        assert next(lines) == "[labkeeper] launch\n"
+        os.ftruncate(stream.fileno(), 1 << 40)
+        stream.write(b"\nlast\n")
+        within_limits(64 * MIB)
+        followed = list(iter(lines.__next__, ""))
+        assert followed[-1] == "last\n"
+        assert len("".join(followed)) <= MIB
+        assert log.tail(1) == ["last"]
+        assert len("".join(log.tail(None))) <= MIB
+        assert log.news(0, 100)[0] == ["last"]
+        log.rotate()
+    older = log.path.parent / "x.log.1"
+    assert older.stat().st_size <= MIB
+    assert older.read_bytes().endswith(b"\nlast\n")
+    assert (log.size, log.tail(1)) == (0, ["last"])
+    lines.close()
+
+
+def test_a_copy_that_fails_halfway_leaves_nothing(log, within_limits):
+    """As on a disk that is full."""
+    write(log, "x" * 50 + "\n" + "y" * 70 + "\n")
+    within_limits(60)
+    log.rotate()
+    assert [path.name for path in log.path.parent.iterdir()] == ["x.log"]
+    assert log.size == 0
+
+
+def test_what_a_keeper_that_was_killed_left_of_a_copy_goes_with_the_log(log):
+    write(log, "one\n")
+    (log.path.parent / "x.log.tmp").touch()
+    log.remove()
+    assert not list(log.path.parent.iterdir())
+
+
+def test_removal_is_idempotent(log):
+    write(log, "x" * 120 + "\n")
+    log.rotate()
+    log.remove()
+    log.remove()
+    assert not list(log.path.parent.iterdir())

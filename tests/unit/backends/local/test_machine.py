@@ -1,0 +1,47 @@
+"""How much memory is left, here and in groups that are written by hand."""
+
+from __future__ import annotations
+
+import psutil
+import pytest
+
+from labkeeper.backends.local.machine import OwnMachine
+
+MIB = 2**20
+
+
+def group(place, files):
+    place.mkdir()
+    for name, value in files.items():
+        (place / name).write_text(value)
+    return place
+
+
+def test_without_a_container_it_is_that_of_the_machine(tmp_path):
+    found = OwnMachine([tmp_path / "none"]).memory()
+    assert found.total == psutil.virtual_memory().total
+    assert 0 < found.available < found.total
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"memory.max": "67108864\n", "memory.current": "62914560\n", "memory.stat": "anon 1\ninactive_file 10485760\n"},
+        {
+            "memory.limit_in_bytes": "67108864\n",
+            "memory.usage_in_bytes": "62914560\n",
+            "memory.stat": "inactive_file 5\ntotal_inactive_file 10485760\n",
+        },
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_a_container_may_have_less(tmp_path, files):
+    """Of what is used, files that Linux takes back when it has to are no use."""
+    found = OwnMachine([group(tmp_path / "group", files)]).memory()
+    assert (found.total, found.available) == (64 * MIB, 14 * MIB)
+
+
+@pytest.mark.parametrize("most", ["max", str(2**62)])
+def test_a_group_without_a_limit_says_nothing(tmp_path, most):
+    found = OwnMachine([group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})]).memory()
+    assert found.total == psutil.virtual_memory().total

@@ -1,0 +1,309 @@
+"""Processes are known by pid and start, found by their mark, and ended for certain."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from harness import free_port, until
+from labkeeper.backends.local import processes
+from labkeeper.backends.local.cleanup import end_leftovers, strays
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import (
+    Process,
+    boot_id,
+    carries,
+    end_all,
+    marked,
+    rooms_marked,
+    sees,
+    wait_until_ended,
+)
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.spec import ServerName
+
+STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+
+
+@pytest.fixture
+def spawn():
+    children = []
+
+    def start(*command, **options):
+        child = subprocess.Popen(command or ["sleep", "1000"], **options)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.kill()
+        child.wait()
+        if child.stdout:
+            child.stdout.close()
+
+
+@pytest.fixture
+def pipe():
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def test_a_process_is_known_by_its_pid_and_its_start(spawn):
+    child = spawn()
+    process = Process.find(child.pid)
+    assert process.alive()
+    assert process == Process.find(child.pid)
+    assert not Process(child.pid, "another start").alive()
+    assert not Process(child.pid, "another start").send(signal.SIGKILL)
+    assert child.poll() is None
+
+
+def test_a_process_that_has_ended_is_neither_alive_nor_found(spawn):
+    child = spawn("true")
+    until(lambda: not Process(child.pid, "").alive() and child.poll() is not None)
+    assert Process.find(child.pid) is None
+    gone = Process(child.pid, "1")
+    assert not gone.alive()
+    assert not gone.send(signal.SIGTERM)
+    assert gone.descendants() == []
+    assert not gone.listens_on(1)
+
+
+def test_a_zombie_is_not_alive(spawn):
+    child = spawn()
+    process = Process.find(child.pid)
+    process.send(signal.SIGKILL)
+    until(lambda: not process.alive())
+    assert child.returncode is None
+
+
+def test_descendants_are_children_and_theirs(spawn):
+    child = spawn("sh", "-c", "sh -c 'sleep 1000 & wait' & wait")
+    process = Process.find(child.pid)
+    until(lambda: len(process.descendants()) == 2)
+    assert end_all(process.descendants(), grace=1, within=2) == []
+
+
+def test_a_mark_is_found_wherever_it_was_inherited(spawn):
+    mark = f"test-{os.getpid()}"
+    child = spawn("sh", "-c", "setsid sleep 1000 & wait", env={**os.environ, "A_MARK": mark})
+    until(lambda: len(marked("A_MARK", mark)) == 2)
+    found = marked("A_MARK", mark)
+    assert child.pid in {process.pid for process in found}
+    assert end_all(found, grace=0, within=2) == []
+    assert marked("A_MARK", mark) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a program without its environment")
+def test_a_mark_is_found_while_a_program_is_executed(spawn, tmp_path):
+    """As when a server is ended that has just run another program."""
+    program = tmp_path / "again"
+    program.write_text("#!/bin/sh\nexec $0\n")
+    program.chmod(0o755)
+    spawned = spawn(program, env={**os.environ, "A_MARK": "x"})
+    until(lambda: carries(spawned.pid, "A_MARK") == b"x")
+    assert {carries(spawned.pid, "A_MARK") for _ in range(3000)} == {b"x"}
+
+
+HIDES = """
+import ctypes, os, signal
+fields = open("/proc/self/stat").read().rpartition(")")[2].split()
+page, end = int(fields[47]) & ~4095, int(fields[48])
+print("hidden", flush=True)
+ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(-(-(end - page) // 4096) * 4096), 0)
+signal.pause()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for environments in this way")
+def test_nobody_who_hides_an_environment_holds_up_a_look(spawn):
+    hidden = spawn(sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    assert hidden.stdout.readline() == b"hidden\n"
+    without = spawn("sleep", "1000", env={})
+    for spawned in (hidden, without) * 400:  # At half a second a look it would take longer than a test may.
+        carries(spawned.pid, "A_MARK")
+
+
+@pytest.mark.root
+def test_a_mark_in_a_process_of_another_user_is_no_mark(spawn):
+    """Whoever started it counts, not the rights that it got by a program: anybody can start those with any environment."""
+
+    def become(*ids):
+        return lambda: os.setresuid(*ids)
+
+    # Of this run alone: it is looked for on the whole machine.
+    mine = f"x{os.getpid()}"
+    mark = {**os.environ, "A_MARK": mine}
+    ours, theirs, lent = (spawn(env=mark, preexec_fn=become(*ids)) for ids in ((0, 0, 0), (1234,) * 3, (1234, 0, 0)))
+    until(lambda: all(carries(child.pid, "A_MARK") for child in (ours, theirs, lent)))
+    assert {found.pid for found in marked("A_MARK", mine, users={0})} == {ours.pid}
+    assert {found.pid for found in marked("A_MARK", mine, users={0, 1234})} == {ours.pid, theirs.pid, lent.pid}
+    assert {found.pid for found in marked("A_MARK", mine)} == {ours.pid, theirs.pid, lent.pid}
+
+
+@pytest.mark.root
+def test_no_other_user_names_rooms(spawn, tmp_path):
+    theirs = spawn(env={**os.environ, "A_MARK": str(tmp_path / "one")}, preexec_fn=lambda: os.setresuid(1234, 1234, 1234))
+    until(lambda: carries(theirs.pid, "A_MARK"))
+    assert rooms_marked("A_MARK", tmp_path) == set()
+
+
+def test_who_looks_is_not_found_nor_who_started_it(spawn):
+    """A keeper that is started from a server's own terminal carries the mark, and must not end itself."""
+    code = "from labkeeper.backends.processes import marked; print([p.pid for p in marked('A_MARK', 'x')])"
+    command = f'{sys.executable} -c "{code}"; true'
+    shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    assert shell.stdout.read() == b"[]\n"
+
+
+def test_rooms_are_found_by_the_marks_that_processes_carry(spawn, tmp_path):
+    for value in ("one", "two/deeper", "three"):
+        spawn(env={"A_MARK": str(tmp_path / value)})
+    spawn(env={"A_MARK": f"{tmp_path}-of-another/four"})
+    until(lambda: rooms_marked("A_MARK", tmp_path) == {tmp_path / "one", tmp_path / "three"})
+
+
+@pytest.mark.root
+def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(spawn, tmp_path):
+    """As one in a container, whose keeper has its runtime directory in the same place."""
+    rooms = tmp_path / "rooms"
+    rooms.mkdir()
+
+    def behind(place):
+        """Start a process of that mark to which another directory is in this place."""
+        hidden = f"mount -t tmpfs tmpfs {place} && touch {place}/ready && exec sleep 1000"
+        child = spawn("unshare", "-m", "sh", "-c", hidden, env={**os.environ, "A_MARK": str(rooms / "one")})
+        until(Path(f"/proc/{child.pid}/root{place}/ready").exists)
+        return child
+
+    other = behind(rooms)
+    assert not sees(other.pid, rooms)
+    assert rooms_marked("A_MARK", rooms) == set()
+    # One that is shut in, where there is no such path, is still ours.
+    shut_in = behind(tmp_path)
+    assert sees(shut_in.pid, rooms)
+    assert rooms_marked("A_MARK", rooms) == {rooms / "one"}
+
+
+def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
+    """With no descriptor left nothing is known, and what is not proven dead is not called dead."""
+    child = spawn()
+    process = Process.find(child.pid)
+
+    def no_descriptor(*_):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(processes, "_started", no_descriptor)
+    monkeypatch.setattr(processes.os, "pidfd_open", no_descriptor)
+    assert process.alive()
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
+
+
+def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
+    """With no descriptor left a process with a mark cannot be told from one without."""
+    room = tmp_path / "run" / "one"
+    child = spawn(env={**os.environ, "LABKEEPER_SERVER": str(room)})
+    groups = ControlGroups(tmp_path / "run")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            end_leftovers(ServerName("one"), room, set(), grace=0.0, groups=groups)
+        with pytest.raises(BackendUnavailable, match="cannot look for what earlier keepers left"):
+            strays(tmp_path / "run", groups)
+        with pytest.raises(OSError, match="Too many open files"):
+            carries(child.pid, "LABKEEPER_SERVER")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert end_leftovers(ServerName("one"), room, set(), grace=0.0, groups=groups) == {child.pid}
+
+
+def test_what_ignores_sigterm_gets_sigkill(spawn):
+    child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert end_all([Process.find(child.pid)], grace=0.1, within=5) == []
+    assert child.wait() == -signal.SIGKILL
+
+
+def test_what_cannot_be_ended_in_time_is_given_back(spawn):
+    child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    process = Process.find(child.pid)
+    # Its time is over before SIGKILL can have worked, unless the kernel was quicker than the look that follows.
+    assert end_all([process], grace=0.05, within=0.0) in ([process], [])
+
+
+def test_waiting_ends_with_the_process(spawn, pipe):
+    child = spawn()
+    process = Process.find(child.pid)
+    threading.Timer(0.05, child.kill).start()
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
+    child.wait()
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
+
+
+def test_waiting_ends_with_its_time_or_when_called_off(spawn, pipe):
+    process = Process.find(spawn().pid)
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
+    os.write(pipe[1], b"x")
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=None)
+
+
+def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, monkeypatch):
+    """As on macOS, which has no pidfd: the same answers, by looking."""
+    monkeypatch.setattr(processes.sys, "platform", "darwin")
+    child = spawn()
+    process = Process.find(child.pid)
+    assert process.alive()
+    assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
+    assert process.send(signal.SIGKILL)
+    assert wait_until_ended(process, or_readable=[pipe[0]], timeout=None)
+    other = Process.find(spawn().pid)
+    os.write(pipe[1], b"x")
+    assert not wait_until_ended(other, or_readable=[pipe[0]], timeout=None)
+    assert boot_id()
+
+
+def test_a_listening_socket_tells_its_owner(spawn):
+    port = free_port()
+    child = spawn(
+        sys.executable,
+        "-c",
+        f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); s.accept()",
+        stdout=subprocess.PIPE,
+    )
+    child.stdout.readline()
+    assert Process.find(child.pid).listens_on(port)
+    assert not Process.find(child.pid).listens_on(port + 1)
+    assert not Process.find(os.getpid()).listens_on(port)
+
+
+LISTENS = """
+import os, socket, sys
+os.setuid(int(sys.argv[1]))
+listener = socket.create_server(("127.0.0.1", 0))
+print(listener.getsockname()[1], flush=True)
+listener.accept()
+"""
+LOOKS = "import sys; from labkeeper.backends.processes import Process; print(Process.find({}).listens_on({}))"
+
+
+@pytest.mark.root
+@pytest.mark.programs("setpriv")
+def test_where_no_process_of_others_can_be_looked_into_the_user_of_a_socket_counts(spawn):
+    """As for root in a container: it sees neither that a server of another user holds a socket, nor that it holds none."""
+    one, other = (spawn(sys.executable, "-c", LISTENS, uid, stdout=subprocess.PIPE) for uid in ("65534", "65533"))
+    ports = [int(child.stdout.readline()) for child in (one, other)]
+    blind = ["setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-c"]
+    assert [subprocess.check_output([*blind, LOOKS.format(one.pid, port)]).strip() for port in ports] == [b"True", b"False"]
+    assert [Process.find(one.pid).listens_on(port) for port in ports] == [True, False]

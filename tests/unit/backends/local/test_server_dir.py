@@ -1,0 +1,146 @@
+"""What a server finds in its room, and who else may look."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+
+from labkeeper.backends.local import server_dir as module
+from labkeeper.backends.local.server_dir import Record, Room
+from labkeeper.core.spec import Gateway, ServerName, ServerSpec
+from labkeeper.files import remove_tree
+from labkeeper.forkserver.wire import User
+
+SPEC = ServerSpec(ServerName("a"), "/")
+CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMIIBaGVsbG8+/w==\n-----END CERTIFICATE-----"
+TRUSTED = CERTIFICATE.replace(" CERT", " TRUSTED CERT")
+KEY = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----"
+
+
+def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(tmp_path):
+    """Not the key beside them, nor a line of a file that is none, such as one that has become a link to another."""
+    ca = tmp_path / "ca.pem"
+    ca.write_bytes(
+        f"root:hash\n{KEY}\n{CERTIFICATE}\nmore\n{TRUSTED}\n".encode() + b"\xff\n-----BEGIN CERTIFICATE-----\nroot:x\n"
+    )
+    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    bundle = Room(tmp_path / "run" / "a").furnish(spec, None).read_text()
+    assert bundle.endswith(f"{CERTIFICATE}\n{TRUSTED}")
+    assert bundle.count("MIIBaGVsbG8") == 2
+    assert "PRIVATE" not in bundle
+    assert "root:" not in bundle
+
+
+def test_a_reset_removes_what_an_abandoned_launch_wrote_and_keeps_the_certificates(tmp_path):
+    (tmp_path / "ca.pem").write_text(CERTIFICATE)
+    room = Room(tmp_path / "a")
+    bundle = room.furnish(
+        ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))), None
+    )
+    (room.jupyter / "jpserver-1.json").touch()
+    (room.jupyter / "outside").symlink_to(tmp_path)
+    (room.jupyter / "more" / "of it").mkdir(parents=True)
+    room.reset()
+    assert list(room.jupyter.iterdir()) == [bundle]
+    assert (tmp_path / "ca.pem").exists()
+
+
+def test_without_certificates_of_its_own_a_gateway_needs_no_file(tmp_path):
+    assert Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/"), None) is None
+
+
+def test_a_file_without_a_certificate_is_named(tmp_path):
+    (tmp_path / "shadow").write_text("root:hash")
+    gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "shadow"))
+    with pytest.raises(ValueError, match="shadow holds no certificate in PEM") as caught:
+        Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
+    assert "hash" not in str(caught.value)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_file_that_has_become_something_else_since_holds_no_launch_up(tmp_path, make):
+    make(tmp_path / "ca.pem")
+    gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))
+    with pytest.raises(OSError, match="it is no file"):
+        Room(tmp_path / "a").furnish(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
+
+
+def told(room):
+    """Whose the note is, with which mode, and what it says."""
+    note = room.path / "stop.json"
+    return note.stat().st_uid, stat.S_IMODE(note.stat().st_mode), json.loads(note.read_text())
+
+
+def test_how_it_is_to_end_is_told_to_the_server_alone(tmp_path):
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, None)
+    room.note_stop(keep_kernels=True, within=2.0)
+    assert told(room) == (os.geteuid(), 0o600, {"keep_kernels": True, "within": 2.0})
+
+
+@pytest.mark.root
+def test_so_it_is_to_the_server_of_another_user(tmp_path):
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, User(1, 1, []))
+    room.note_stop(keep_kernels=False, within=2.0)
+    assert told(room) == (1, 0o600, {"keep_kernels": False, "within": 2.0})
+    # To be written to by its user is no way to anything else.
+    assert stat.S_IMODE(room.path.stat().st_mode) & 0o022 == 0
+
+
+@pytest.mark.root
+def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(tmp_path, monkeypatch):
+    """A link in place of a file would be given away, with what it leads to; so the directory that holds it is given last."""
+    ca = tmp_path / "ca.pem"
+    ca.write_text(CERTIFICATE)
+    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    room, real, given = Room(tmp_path / "run" / "a"), os.chown, []
+
+    def chown(path, uid, gid, **how):
+        given.append((path.name, room.jupyter.stat().st_uid, stat.S_IMODE(room.jupyter.stat().st_mode), how))
+        real(path, uid, gid, **how)
+
+    monkeypatch.setattr(os, "chown", chown)
+    bundle = room.furnish(spec, User(1, 1, []))
+    last = {"follow_symlinks": False}
+    assert given == [("gateway-ca.pem", 0, 0o700, last), ("jupyter", 0, 0o700, last)]
+    assert (bundle.stat().st_uid, room.jupyter.stat().st_uid) == (1, 1)
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(tmp_path, monkeypatch, at):
+    """Else the next one takes a server that was killed for one that has shut itself down; and it goes on where this one ended."""
+    record = Record(launch=1, pid=1, started="1", boot="b", gateway=False, ready=True)
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, None)
+    room.note(record)
+    room.note_stop(keep_kernels=False, within=1.0)
+    left = iter(range(1, at))
+
+    def die(directory):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        remove_tree(directory)
+
+    monkeypatch.setattr(module, "remove_tree", die)
+    with pytest.raises(KeyboardInterrupt):
+        room.remove()
+    monkeypatch.undo()
+    assert (room.noted(), room.recognised) == (None, True)
+    room.remove()
+    assert not room.path.exists()
+
+
+def test_a_room_goes_whatever_a_server_has_made_in_it(tmp_path):
+    """More directories in each other than Python recurses, or a process may hold open."""
+    room = Room(tmp_path / "run" / "a")
+    room.furnish(SPEC, None)
+    here = room.jupyter
+    for _ in range(1200):
+        here = here / "d"
+        here.mkdir()
+    room.remove()
+    assert not room.path.exists()

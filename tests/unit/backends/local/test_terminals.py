@@ -1,0 +1,70 @@
+"""What runs in the foreground of a terminal, by the table of processes."""
+
+from __future__ import annotations
+
+import os
+import pty
+import signal
+import sys
+import time
+
+import pytest
+
+from harness import until
+from labkeeper.backends.local import terminals
+from labkeeper.backends.local.processes import Process
+from labkeeper.backends.local.terminals import foregrounds
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+
+
+def ticks():
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
+@pytest.fixture
+def shells():
+    """Give terminals with an interactive shell, as children of this process."""
+    opened = []
+
+    def open_one():
+        pid, master = pty.fork()
+        if pid == 0:
+            os.execv("/bin/sh", ["sh", "-i"])
+        opened.append((pid, master))
+        # Linux tells ages by ticks: the next one has to be younger.
+        born = ticks()
+        until(lambda: ticks() > born, what="the next tick")
+        return master
+
+    yield open_one
+    for pid, master in opened:
+        os.kill(pid, signal.SIGKILL)
+        os.close(master)
+        os.waitpid(pid, 0)
+
+
+def ours():
+    return foregrounds(Process.find(os.getpid()))
+
+
+def test_each_terminal_tells_its_program_the_oldest_first(shells):
+    before = ours()
+    first, second = shells(), shells()
+    until(lambda: ours() == [*before, "", ""], what="both shells wait")
+    os.write(second, b"sleep 60\n")
+    until(lambda: ours() == [*before, "", "sleep"], what="one runs a program")
+    os.write(first, b"sleep 60 &\n")
+    os.write(second, b"\x03")
+    until(lambda: ours() == [*before, "", ""], what="it was ended; what is in the background does not count")
+
+
+def test_it_cannot_be_known_of_a_process_that_is_gone_nor_on_another_system(monkeypatch):
+    assert foregrounds(Process(2**22 + 1, "never")) is None
+    monkeypatch.setattr(terminals.sys, "platform", "darwin")
+    assert ours() is None
+
+
+def test_a_program_whose_first_process_has_ended_is_one_all_the_same():
+    gone = terminals._Stat(group=1, session=1, terminal=5, foreground=2**22 + 1, started=0)
+    assert terminals._program(gone) == "a program"

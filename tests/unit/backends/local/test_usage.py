@@ -1,0 +1,133 @@
+"""What real processes use, by their control group and without one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from harness import kill_all, processes_where, until
+from labkeeper.backends.local import usage
+from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.processes import Process, carries
+from labkeeper.core.spec import ServerName
+from labkeeper.forkserver.marks import MARK
+
+MIB = 2**20
+NAME = ServerName("measured")
+PARENT = """
+import subprocess, sys, time
+hold = "import time; data = bytearray(64 << 20); print(len(data), flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", hold])
+# One that has left its parent, and is known by its mark alone.
+subprocess.Popen(["sh", "-c", "(sleep 600) & exit"]).wait()
+sys.stdin.read()
+child.kill(); child.wait()
+print("killed", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A process with a child that holds memory, and one that has left it."""
+    room = tmp_path / NAME
+    running = subprocess.Popen(
+        [sys.executable, "-c", PARENT],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: str(room)},
+    )
+    assert running.stdout.readline().strip() == str(64 * MIB)
+    yield running
+    kill_all(processes_where(lambda process: process.environ().get(MARK) == str(room) and process.pid != os.getpid()))
+    running.wait()
+    running.stdin.close()
+    running.stdout.close()
+
+
+class NoGroups(ControlGroups):
+    """As on a machine that lets us make none."""
+
+    def _of(self, name):
+        return []
+
+
+def settled(meter, server, count):
+    return settled_as(meter, Process.find(server.pid), count)
+
+
+def settled_as(meter, process, count):
+    def measured():
+        found = meter.measure({NAME: process}).get(NAME)
+        return found if found is not None and found.processes == count else None
+
+    return until(measured, what=f"{count} processes are found")
+
+
+def test_without_groups_processes_are_found_by_their_parents_and_by_their_mark(server, tmp_path):
+    """Memory, processes and threads are those of all; the clock goes on when one ends; what it leaves is its own."""
+    meter = usage.Meter(NoGroups(tmp_path), tmp_path)
+    before = settled(meter, server, 3)
+    assert 64 * MIB < before.memory < 200 * MIB
+    assert before.threads >= 3
+    assert before.cpu_seconds > 0
+    assert before.proportional is None or 64 * MIB < before.proportional < before.memory
+    server.stdin.close()
+    assert server.stdout.readline() == "killed\n"
+    after = settled(meter, server, 2)
+    assert after.memory < before.memory - 60 * MIB
+    assert after.cpu_seconds >= before.cpu_seconds
+    server.kill()
+    server.wait()
+    assert settled_as(meter, Process(server.pid, "0"), 1).memory < MIB * 20
+
+
+@pytest.mark.root
+def test_a_server_does_not_use_what_carries_its_mark_as_another_user(server, tmp_path):
+    (tmp_path / NAME / "jupyter").mkdir(parents=True)
+    mark = {MARK: str(tmp_path / NAME)}
+    forged = subprocess.Popen(["sleep", "600"], env={**os.environ, **mark}, user=1234, group=1234, extra_groups=[])
+    try:
+        until(lambda: carries(forged.pid, MARK))
+        meter = usage.Meter(NoGroups(tmp_path), tmp_path)
+        settled(meter, server, 3)
+        # What is young is looked at twice.
+        assert settled(meter, server, 3)
+    finally:
+        forged.kill()
+        forged.wait()
+
+
+def test_with_a_group_its_members_are_measured(server, tmp_path):
+    groups = ControlGroups(tmp_path)
+    groups.hold(NAME, server.pid)
+    if server.pid not in groups.counted(NAME).members:
+        pytest.skip("this machine lets us make no control group")
+    try:
+        measured = settled(usage.Meter(groups, tmp_path), server, 2)
+        assert measured.memory > 64 * MIB
+        assert measured.threads >= 2
+        assert measured.cpu_seconds >= 0
+    finally:
+        groups.kill(NAME)
+        until(lambda: not groups.counted(NAME).members, what="all have ended")
+        groups.remove(NAME)
+
+
+def test_shared_memory_is_looked_at_seldom_and_the_clock_never_goes_back(server, tmp_path, monkeypatch):
+    looks = []
+    monkeypatch.setattr(usage, "_proportional", lambda pids: looks.append(1) or 5)
+    meter = usage.Meter(NoGroups(tmp_path), tmp_path)
+    process, last = Process.find(server.pid), 0.0
+    for _ in range(5):
+        measured = meter.measure({NAME: process})[NAME]
+        assert measured.proportional == 5
+        assert measured.cpu_seconds >= last
+        last = measured.cpu_seconds
+        time.sleep(0)
+    assert len(looks) == 1

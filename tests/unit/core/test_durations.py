@@ -1,0 +1,55 @@
+"""Durations as people write and read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper.core.durations import duration, instant, spoken
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        (0, 0),
+        (90, 90),
+        (1.5, 1.5),
+        ("90m", 5400),
+        ("2h", 7200),
+        ("1d12h", 129600),
+        ("45s", 45),
+        ("45", 45),
+        ("1H 30M", 5400),
+        ("0", 0),
+    ],
+)
+def test_a_duration_is_seconds_or_a_text(given, seconds):
+    assert duration(given) == seconds
+
+
+@pytest.mark.parametrize(
+    "given", ["", " ", "h", "2x", "12h1d", "-1h", -1, float("nan"), float("inf"), True, None, [], "367d", "1e3"]
+)
+def test_what_is_no_duration_is_refused_with_the_rule(given):
+    with pytest.raises(ValueError, match="must be seconds as a number, or a text such as '90m'"):
+        duration(given)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0, "0 s"),
+        (-3, "0 s"),
+        (59.6, "1 min"),
+        (7380, "2 h 3 min"),
+        (7200, "2 h"),
+        (90061, "1 d 1 h"),
+        (86401, "1 d"),
+        (3601, "1 h"),
+    ],
+)
+def test_a_duration_is_said_in_its_two_largest_units(seconds, told):
+    assert spoken(seconds) == told
+
+
+def test_a_moment_is_written_in_utc():
+    assert instant(1.5) == "1970-01-01T00:00:01.500Z"

@@ -1,0 +1,366 @@
+"""Webhooks: signed as the standard says, in order, again and again until taken, never in anybody's way."""
+
+from __future__ import annotations
+
+import contextlib
+import http.server
+import itertools
+import json
+import socket
+import threading
+import time
+import zlib
+
+import pytest
+
+from harness import PATIENCE, until
+from labkeeper.core.messages import HistoryKind, Origin
+from labkeeper.events import webhooks
+from labkeeper.events.log import Chronicle
+from labkeeper.events.webhooks import Webhook, key_of, place_of, signed
+from labkeeper.runtime import SystemClock
+from labkeeper.store import SqliteStore
+
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
+
+class Receiver:
+    """A real HTTP server that answers as it is told, and remembers what came."""
+
+    def __init__(self):
+        self.status = 200
+        self.headers = {}
+        self.came = []
+        self.taken = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.came.append((time.monotonic(), dict(self.headers), body))
+                if outer.status < 300:
+                    outer.taken.append(json.loads(body)["id"])
+                self.send_response(outer.status)
+                for name, value in outer.headers.items():
+                    self.send_header(name, value)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server.server_address[1]}/hook?key=hidden"
+
+    def close(self):
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def receiver():
+    receiver = Receiver()
+    yield receiver
+    receiver.close()
+
+
+class World:
+    """A chronicle over a real store, and a webhook, which may come again as that of a later keeper."""
+
+    def __init__(self, path, size=10_000):
+        self.store = SqliteStore(path)
+        self.clock = SystemClock()
+        self.chronicle = Chronicle(self.store, self.clock, size=size)
+        self.webhook = None
+
+    def begin(self, url):
+        body_of = lambda entry: {"id": entry.id, "message": entry.message}  # noqa: E731
+        self.webhook = Webhook(url, key_of(SECRET), self.chronicle, self.store, self.clock, body_of)
+        self.webhook.start()
+        return self.webhook
+
+    def note(self, count=1):
+        for number in range(count):
+            self.chronicle.note(HistoryKind.SNOOZED, "lab", str(number))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
+    world = World(tmp_path / "store.sqlite")
+    yield world
+    with contextlib.suppress(OSError, AttributeError):
+        world.webhook.close()
+    world.store.close()
+
+
+def test_a_signature_is_that_of_the_standard():
+    """The example of the reference implementation."""
+    headers = signed(key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.4, b'{"test": 2432232314}')
+    assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
+    assert (headers["webhook-id"], headers["webhook-timestamp"]) == ("msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330")
+    assert key_of(SECRET) == key_of(SECRET.removeprefix("whsec_"))
+
+
+@pytest.mark.parametrize("secret", ["", "short", "whsec_", "ü" * 40, "QUJD", "!" * 44, "A" * 200])
+def test_what_is_no_secret_is_refused(secret):
+    with pytest.raises(ValueError, match="24 to 64 bytes in base64"):
+        key_of(secret)
+
+
+@pytest.mark.parametrize(
+    ("url", "place"),
+    [
+        ("https://hooks.example/services/T0/B0/x?k=1", "https://hooks.example"),
+        ("http://user:pass@h:8080/", "http://h:8080"),
+        ("http://[::1]:9/x", "http://[::1]:9"),
+    ],
+)
+def test_of_a_url_only_the_place_is_shown(url, place):
+    assert place_of(url) == place
+
+
+def test_each_event_is_posted_signed_and_in_order(world, receiver):
+    world.note(3)
+    webhook = world.begin(receiver.url)
+    # What was before is not told to one that is new.
+    world.note(50)
+    until(lambda: len(receiver.taken) == 50, what="all were taken")
+    assert receiver.taken == [*range(4, 54)]
+    for _, headers, body in receiver.came:
+        given = {name.lower(): value for name, value in headers.items()}
+        expected = signed(key_of(SECRET), given["webhook-id"], float(given["webhook-timestamp"]), body)
+        assert given["webhook-signature"] == expected["webhook-signature"]
+        assert given["webhook-id"].startswith(f"event_{json.loads(body)['id']}_")
+        assert abs(float(given["webhook-timestamp"]) - time.time()) < 60
+    until(lambda: webhook.status().pending == 0)
+    status = webhook.status()
+    assert (status.delivered, status.dead, status.error) == (50, 0, None)
+    assert "hidden" not in repr(status)
+
+
+@pytest.mark.parametrize("status", [500, 503, 429, 408, 302])
+def test_what_is_not_taken_is_posted_again_more_and_more_seldom(world, receiver, status, monkeypatch):
+    webhook = world.begin(receiver.url)
+    sleep, pauses = webhook._crew.sleep, []
+    monkeypatch.setattr(webhook._crew, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
+    receiver.status = status
+    world.note(2)
+    until(lambda: len(receiver.came) >= 4, what="it was tried again")
+    assert [pause for pause in pauses if pause != webhooks._LOOK_EVERY][:3] == [0.05, 0.1, 0.2]
+    assert {json.loads(body)["id"] for _, _, body in receiver.came} == {1}
+    assert str(status) in webhook.status().error
+    assert webhook.status().pending == 2
+    receiver.status = 204
+    until(lambda: receiver.taken == [1, 2], what="they were taken")
+    assert (webhook.status().dead, webhook.status().error) == (0, None)
+
+
+def test_what_is_refused_for_good_is_given_up_and_counted(world, receiver):
+    webhook = world.begin(receiver.url)
+    receiver.status = 410
+    world.note(2)
+    until(lambda: webhook.status().dead == 2, what="both are dead")
+    receiver.status = 200
+    world.note(1)
+    until(lambda: webhook.status().delivered == 1)
+    assert (receiver.taken, webhook.status().pending) == ([3], 0)
+
+
+def test_it_waits_as_long_as_it_is_asked_to(world, receiver):
+    receiver.status, receiver.headers = 429, {"Retry-After": "1"}
+    world.begin(receiver.url)
+    world.note(1)
+    until(lambda: len(receiver.came) >= 2)
+    assert receiver.came[1][0] - receiver.came[0][0] >= 1.0
+
+
+def test_what_is_too_old_is_given_up(world, receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "_GIVEN_UP_AFTER", 2.0)
+    receiver.status = 500
+    webhook = world.begin(receiver.url)
+    world.note(1)
+    until(lambda: webhook.status().dead == 1, what="it is dead")
+    assert len(receiver.came) > 1
+
+
+def test_a_later_keeper_goes_on_where_this_one_ended(world, receiver, tmp_path):
+    world.begin(receiver.url)
+    world.note(3)
+    until(lambda: receiver.taken == [1, 2, 3])
+    until(lambda: world.webhook.status().pending == 0)
+    receiver.status = 500
+    world.note(2)
+    until(lambda: len(receiver.came) > 4)
+    world.webhook.close()
+    world.store.close()
+    receiver.status = 200
+    later = World(tmp_path / "store.sqlite")
+    later.note(1)
+    webhook = later.begin(receiver.url)
+    until(lambda: receiver.taken == [1, 2, 3, 4, 5, 6], what="all were taken")
+    until(lambda: webhook.status().delivered == 6)
+    webhook.close()
+    later.store.close()
+
+
+def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_twice(receiver, tmp_path, monkeypatch):
+    """The state directory may have come back from a backup between them."""
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
+    for directory in ("before", "restored"):
+        world = World(tmp_path / f"{directory}.sqlite")
+        webhook = world.begin(receiver.url)
+        world.note()
+        until(lambda: webhook.status().delivered == 1)  # noqa: B023 - called at once
+        webhook.close()
+        world.store.close()
+    assert receiver.taken == [1, 1]
+    assert len({{name.lower(): value for name, value in headers.items()}["webhook-id"] for _, headers, _ in receiver.came}) == 2
+
+
+def test_a_history_that_has_lost_its_end_is_told_from_there_on(world, receiver):
+    """A disk that was full kept how far was told, but not the events themselves."""
+    world.note(3)
+    world.store.note_webhook(receiver.url, 5, 5, 0)
+    webhook = world.begin(receiver.url)
+    assert webhook.status().pending == 0
+    world.note(3)
+    until(lambda: receiver.taken == [4, 5, 6], what="all new ones were taken")
+
+
+def test_what_fell_out_in_between_is_dead_too(tmp_path, receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
+    world = World(tmp_path / "store.sqlite", size=100)
+    world.begin(receiver.url)
+    world.webhook.close()
+    world.chronicle.note(HistoryKind.TOKEN, None, "of another", origin=Origin("ada"))
+    world.note(299)
+    world.store.close()
+    world = World(tmp_path / "store.sqlite", size=100)
+    webhook = world.begin(receiver.url)
+    until(lambda: webhook.status().pending == 0)
+    assert receiver.taken == [1, *range(202, 301)]
+    assert (webhook.status().delivered, webhook.status().dead) == (100, 200)
+    webhook.close()
+    world.store.close()
+
+
+def test_what_fell_out_of_the_history_is_dead(tmp_path, receiver, monkeypatch):
+    monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
+    world = World(tmp_path / "store.sqlite", size=100)
+    world.begin(receiver.url)
+    world.webhook.close()
+    world.note(300)
+    world.store.close()
+    world = World(tmp_path / "store.sqlite", size=100)
+    webhook = world.begin(receiver.url)
+    until(lambda: webhook.status().pending == 0)
+    status = webhook.status()
+    assert (status.delivered, status.dead) == (100, 200)
+    assert receiver.taken == [*range(201, 301)]
+    webhook.close()
+    world.store.close()
+
+
+def test_the_end_of_the_keeper_is_told_while_there_is_somebody_to_hear_it(world, receiver):
+    world.begin(receiver.url)
+    world.note(1)
+    until(lambda: receiver.taken == [1])
+    world.note(2)
+    world.webhook.close()
+    assert receiver.taken == [1, 2, 3]
+
+
+@pytest.mark.parametrize("trouble", ["nobody listens", "it hangs", "no URL that can be asked"])
+def test_one_that_cannot_be_told_is_in_nobodys_way(world, tmp_path, trouble):
+    with contextlib.ExitStack() as stack:
+        silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        port = silent.getsockname()[1]
+        if trouble == "nobody listens":
+            silent.close()
+        url = "http://[::1" if "URL" in trouble else f"http://127.0.0.1:{port}/"
+        if "URL" in trouble:
+            url = "http://host\x7f.invalid/"
+        webhook = world.begin(url)
+        world.note(200)
+        if trouble != "it hangs":
+            until(lambda: webhook.status().error is not None, what="it is said")
+            webhook.close()
+        assert webhook.status().pending == 200
+
+
+class Liar:
+    """Takes each POST with 200, and then sends a body that nobody should wait for."""
+
+    def __init__(self, headers, pieces):
+        self.headers, self.pieces = headers, pieces
+        self.taken = 0
+        self.listening = socket.create_server(("127.0.0.1", 0))
+        self.thread = threading.Thread(target=self.serve)
+        self.over = threading.Event()
+        self.thread.start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.listening.getsockname()[1]}/"
+
+    def serve(self):
+        while not self.over.is_set():
+            with contextlib.suppress(OSError), self.listening.accept()[0] as connection:
+                connection.settimeout(PATIENCE)
+                connection.recv(65536)
+                connection.sendall(b"HTTP/1.1 200 OK\r\n" + self.headers + b"\r\n\r\n")
+                self.taken += 1
+                for piece in self.pieces():
+                    connection.sendall(piece)
+                    if self.over.is_set():
+                        return
+
+    def close(self):
+        self.over.set()
+        with contextlib.suppress(OSError):
+            socket.create_connection(self.listening.getsockname()).close()
+        self.thread.join()
+        self.listening.close()
+
+
+def drops(pause):
+    while True:
+        time.sleep(pause)
+        yield b"x"
+
+
+def packed(size):
+    """What becomes so many bytes when it is unpacked."""
+    packer = zlib.compressobj(wbits=31)
+    for _ in range(size // 2**20):
+        yield packer.compress(bytes(2**20))
+    yield packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("headers", "pieces"),
+    [
+        pytest.param(b"Content-Length: 1000000", lambda: drops(0.01), id="drips"),
+        pytest.param(b"Connection: close", lambda: itertools.repeat(bytes(65536)), id="endless"),
+        pytest.param(b"Content-Encoding: gzip\r\nConnection: close", lambda: packed(2**30), id="bomb"),
+        pytest.param(b"Content-Encoding: gzip\r\nConnection: close", lambda: [b"no gzip"], id="garbage"),
+        pytest.param(b"Content-Length: 10", lambda: [b"x"], id="cut off"),
+    ],
+)
+def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(world, monkeypatch, headers, pieces):
+    monkeypatch.setattr(webhooks, "_TIMEOUT", 0.5)
+    liar = Liar(headers, pieces)
+    try:
+        webhook = world.begin(liar.url)
+        world.note(3)
+        until(lambda: webhook.status().delivered == 3, what="all is told")
+        webhook.close()
+        assert liar.taken == 3
+    finally:
+        liar.close()

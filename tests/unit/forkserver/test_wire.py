@@ -1,0 +1,243 @@
+"""Frames come through whole, with their files, or not at all; and nothing that comes instead leaves a file open."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from labkeeper.forkserver import wire
+from labkeeper.forkserver.wire import LARGEST, MOST_FILES, Launch, User, WireError
+
+NOTHING = Path(os.devnull)
+LAUNCH = {
+    "room": "/run/a",
+    "title": "jupyter-lab",
+    "cwd": "/",
+    "env": {"A": "b"},
+    "kernel_env": {"KERNEL_A": "1"},
+    "umask": 0o022,
+    "config": {"ServerApp": {"port": 1}},
+    "user": {"uid": 1, "gid": 2, "groups": [2, 3]},
+    "cgroups": ["/sys/fs/cgroup/x/cgroup.procs"],
+    "rlimits": {"RLIMIT_DATA": 1},
+    "encrypt_kernels": True,
+}
+WRONG = {
+    "room": [None, 1, ["/run/a"]],
+    "title": [None, 1],
+    "cwd": [None, 1],
+    "env": [None, [], {"A": 1}, {"A": None}],
+    "umask": [None, -1, 0o1000, True, "22", 1.0],
+    "config": [None, [], {"ServerApp": 1}],
+    "user": [
+        "root",
+        {},
+        {"uid": 1, "gid": 1},
+        {"uid": 1, "gid": 1, "groups": None},
+        {"uid": 1, "gid": 1, "groups": [-1]},
+        {"uid": -1, "gid": 1, "groups": []},
+        {"uid": True, "gid": 1, "groups": []},
+        {"uid": 1, "gid": 1, "groups": [], "more": 1},
+    ],
+    "cgroups": [None, "/sys", [1]],
+    "rlimits": [None, [], {"RLIMIT_DATA": -1}, {"RLIMIT_DATA": "1"}, {"RLIMIT_DATA": True}],
+    "encrypt_kernels": [None, 1, "yes"],
+}
+
+
+@pytest.fixture
+def pair():
+    """Both ends; the one that receives waits for a moment only."""
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(0.2)
+    with ours, theirs:
+        yield ours, theirs
+
+
+def frame(body):
+    return struct.pack("!I", len(body)) + body
+
+
+def descriptors():
+    """Every one that is open; that by which they are listed is closed again."""
+    listed = list(Path("/proc/self/fd").iterdir())
+    return {int(entry.name) for entry in listed if os.path.lexists(entry)}
+
+
+@pytest.fixture(autouse=True)
+def _no_descriptor_left(pair):
+    """What a test leaves open, beside both ends, fails it."""
+    before = descriptors()
+    yield
+    assert descriptors() == before
+
+
+def test_a_frame_comes_through_with_its_files_which_no_program_inherits(pair, tmp_path):
+    ours, theirs = pair
+    (tmp_path / "file").write_text("what is in it")
+    message = {"do": "launch", "text": "ü€\0", "deep": [{"a": None}] * 3}
+    with (tmp_path / "file").open() as first, (tmp_path / "file").open() as second:
+        wire.send(ours, message, [first.fileno(), second.fileno()])
+    received, files = wire.receive(theirs)
+    assert received == message
+    assert len(files) == 2
+    for file in files:
+        assert fcntl.fcntl(file, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+        assert os.pread(file, 100, 0) == b"what is in it"
+        os.close(file)
+
+
+def test_frames_come_one_by_one_whatever_their_size(pair):
+    ours, theirs = pair
+    theirs.settimeout(10)
+    messages = [{}, {"large": "x" * 1_000_000}, {"number": 1}]
+    sender = threading.Thread(target=lambda: [wire.send(ours, message) for message in messages])
+    sender.start()
+    received = [wire.receive(theirs) for _ in messages]
+    sender.join()
+    assert received == [(message, []) for message in messages]
+
+
+def test_a_frame_that_is_too_large_is_neither_sent_nor_read(pair):
+    ours, theirs = pair
+    with pytest.raises(WireError, match="too large"):
+        wire.send(ours, {"text": "x" * LARGEST})
+    ours.sendall(struct.pack("!I", LARGEST + 1))
+    with pytest.raises(WireError, match=f"{LARGEST + 1} bytes is too large"):
+        wire.receive(theirs)
+
+
+@pytest.mark.parametrize(
+    ("sent", "because"),
+    [
+        (frame(b"no json"), "no JSON"),
+        (frame(b""), "no JSON"),
+        (frame(b"\xff\xfe\xff"), "no JSON"),
+        (frame(b"[" * 100_000), "no JSON"),
+        (frame(b"9" * 5000), "no JSON|no object"),
+        (frame(b"[1]"), "no object, but list"),
+        (frame(b"null"), "no object, but NoneType"),
+        (frame(b'{"a": 1}')[:-1], "closed within a frame"),
+        (b"\0\0", "closed within a frame"),
+    ],
+    ids=["text", "empty", "bytes", "deep", "number", "list", "null", "half a body", "half a length"],
+)
+def test_what_is_no_frame_is_refused_and_its_files_are_closed(pair, sent, because):
+    ours, theirs = pair
+    with NOTHING.open() as file:
+        ours.sendmsg([sent], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()] * 2))])
+    ours.shutdown(socket.SHUT_WR)
+    with pytest.raises(WireError, match=because):
+        wire.receive(theirs)
+
+
+def test_the_end_of_the_other_side_is_told_from_a_frame(pair):
+    ours, theirs = pair
+    ours.shutdown(socket.SHUT_WR)
+    with pytest.raises(EOFError):
+        wire.receive(theirs)
+
+
+def test_one_that_sends_nothing_more_is_waited_for_no_longer_than_was_said(pair):
+    ours, theirs = pair
+    with NOTHING.open() as file:
+        ours.sendmsg([frame(b"{}")[:5]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+    with pytest.raises(TimeoutError):
+        wire.receive(theirs)
+
+
+@pytest.mark.parametrize("count", [MOST_FILES + 1, 100])
+def test_more_files_than_are_allowed_are_all_closed(pair, count):
+    ours, theirs = pair
+    with NOTHING.open() as file:
+        wire.send(ours, {}, [file.fileno()] * count)
+    with pytest.raises(WireError, match=f"more than {MOST_FILES} files"):
+        wire.receive(theirs)
+
+
+def test_files_that_come_within_a_frame_are_not_taken(pair):
+    ours, theirs = pair
+    with NOTHING.open() as file:
+        ours.sendall(frame(b"{}")[:4])
+        ours.sendmsg([frame(b"{}")[4:]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+    assert wire.receive(theirs) == ({}, [])
+
+
+PIECES = st.one_of(
+    st.binary(max_size=40),
+    st.binary(max_size=40).map(frame),
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        max_leaves=5,
+    ).map(lambda value: frame(json.dumps(value).encode())),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(pieces=st.lists(st.tuples(PIECES, st.integers(0, MOST_FILES + 2)), max_size=4), closes=st.booleans())
+def test_whatever_comes_is_a_frame_or_is_refused(pieces, closes):
+    before = descriptors()
+    ours, theirs = socket.socketpair()
+    theirs.settimeout(0.001)
+    with ours, theirs, NOTHING.open() as file:
+        for piece, files in pieces:
+            rights = array.array("i", [file.fileno()] * files)
+            if piece:
+                ours.sendmsg([piece], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if files else [])
+        if closes:
+            ours.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(WireError, EOFError, TimeoutError):
+            while True:
+                message, received = wire.receive(theirs)
+                assert type(message) is dict
+                assert len(received) <= MOST_FILES
+                for each in received:
+                    os.close(each)
+        assert descriptors() == before | {ours.fileno(), theirs.fileno(), file.fileno()}
+
+
+def test_a_launch_is_read_as_it_was_written():
+    launch = Launch.parse(LAUNCH)
+    assert launch.user == User(1, 2, [2, 3])
+    assert launch.message() == LAUNCH
+    assert Launch.parse(json.loads(json.dumps(launch.message()))) == launch
+    assert Launch.parse({**LAUNCH, "user": None, "do": "launch"}).user is None
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_a_launch_with_a_wrong_field_is_refused_by_its_name(field, value):
+    with pytest.raises(WireError, match=f"bad launch: {field} does not fit"):
+        Launch.parse({**LAUNCH, field: value})
+
+
+@pytest.mark.parametrize("field", sorted(LAUNCH.keys() - {"user"}))
+def test_a_launch_without_a_field_is_refused_by_its_name(field):
+    with pytest.raises(WireError, match=f"bad launch: {field} does not fit"):
+        Launch.parse({name: value for name, value in LAUNCH.items() if name != field})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other system has the flag")
+def test_no_moment_passes_between_the_arrival_of_a_file_and_its_protection(pair, monkeypatch):
+    """It arrives protected; a flag that is set later would let a program through that is started in between."""
+    ours, theirs = pair
+    monkeypatch.setattr(os, "set_inheritable", None)
+    monkeypatch.setattr(fcntl, "fcntl", None)
+    with NOTHING.open() as file:
+        wire.send(ours, {}, [file.fileno()])
+    _, (received,) = wire.receive(theirs)
+    monkeypatch.undo()
+    assert not os.get_inheritable(received)
+    os.close(received)

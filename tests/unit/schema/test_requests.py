@@ -1,0 +1,411 @@
+"""What callers may ask of the host: roots, files, variables, options of Jupyter, and how much of everything."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import pwd
+from dataclasses import replace
+
+import pytest
+from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
+from jupyter_server.services.kernels.connection.channels import ZMQChannelsWebsocketConnection
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from jupyter_server_terminals.terminalmanager import TerminalManager
+from jupyterlab.labapp import LabApp
+from pydantic import BaseModel, ValidationError
+
+from labkeeper.core.access import ANYBODY, Caller, Reach, Scope
+from labkeeper.core.errors import InvalidSpec, NotAllowed
+from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.schema import options, queries, requests
+from labkeeper.schema.options import JupyterOptions
+from labkeeper.schema.requests import BulkRequest, Defaults, RestartRequest, ServerRequest
+from labkeeper.schema.roots import resolved
+
+MANAGER = Caller("token:m", Scope.MANAGE)
+OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
+GATEWAY = "http://g:1"
+
+
+@pytest.fixture
+def defaults(tmp_path):
+    """A keeper whose notebook directory holds a directory, a file, and links that lead out of it and about in it."""
+    root = tmp_path / "notebooks"
+    (root / "inner").mkdir(parents=True)
+    (root / "ca.pem").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "key.pem").touch()
+    (root / "out").symlink_to(tmp_path / "other")
+    (root / "about").symlink_to(root / "inner")
+    return Defaults(root, "127.0.0.1", 8888)
+
+
+def made(defaults, caller=ANYBODY, **fields):
+    return ServerRequest.model_validate(fields).spec(defaults, caller)
+
+
+# Roots
+
+
+def test_a_root_is_within_the_notebook_directory_unless_others_are_allowed(defaults, tmp_path):
+    assert made(defaults).root_dir == str(defaults.notebook_dir)
+    assert made(defaults, root_dir="inner").root_dir == str(defaults.notebook_dir / "inner")
+    both = replace(defaults, allowed_roots=(defaults.notebook_dir, tmp_path / "other"))
+    assert made(both, root_dir=str(tmp_path / "other")).root_dir == str(tmp_path / "other")
+
+
+@pytest.mark.parametrize("caller", [MANAGER, ANYBODY])
+@pytest.mark.parametrize("root", ["..", "inner/../..", "/", "/etc", "out", "/no/such/place", "../notebooks-of-another"])
+def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(defaults, root, caller):
+    """The rule names what is allowed, and never where a link leads."""
+    (defaults.notebook_dir.parent / "notebooks-of-another").mkdir()
+    with pytest.raises(InvalidSpec) as caught:
+        made(defaults, caller, root_dir=root)
+    (mistake,) = caught.value.details["errors"]
+    rule = f"must be within {defaults.notebook_dir} (LABKEEPER_ALLOWED_ROOTS), links resolved"
+    assert mistake == {"field": "root_dir", "rule": rule}
+
+
+ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
+"""Letters that a terminal, or whoever reads lines, takes for more than text."""
+
+
+@pytest.mark.parametrize("letter", ORDERS)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"root_dir": "<>"},
+        {"labels": {"team": "<>"}},
+        {"gateway_url": GATEWAY, "gateway_auth_token": "<>"},
+        {"gateway_url": GATEWAY, "gateway_auth_scheme": "<>"},
+        {"gateway_url": GATEWAY, "gateway_headers": {"X": "<>"}},
+        {"gateway_url": GATEWAY, "gateway_ca_certs": "<>"},
+    ],
+    ids=lambda fields: list(fields)[-1],
+)
+def test_what_is_one_line_has_no_control_characters(fields, letter):
+    ServerRequest.model_validate_json(json.dumps(fields))
+    with pytest.raises(ValidationError, match="must be one line, without control characters"):
+        ServerRequest.model_validate_json(json.dumps(fields).replace("<>", json.dumps(letter)[1:-1]))
+
+
+def test_nor_has_a_root_that_a_link_leads_to(defaults):
+    (defaults.notebook_dir / "a\x1b]0;b").mkdir()
+    (defaults.notebook_dir / "plain").symlink_to(defaults.notebook_dir / "a\x1b]0;b")
+    with pytest.raises(InvalidSpec, match="without control characters, links resolved"):
+        made(defaults, root_dir="plain")
+
+
+def test_a_spec_has_its_root_without_links(defaults, tmp_path):
+    assert made(defaults, root_dir="about").root_dir == str(defaults.notebook_dir / "inner")
+    (tmp_path / "link").symlink_to(defaults.notebook_dir)
+    assert made(replace(defaults, notebook_dir=tmp_path / "link"), root_dir="inner").root_dir == str(
+        defaults.notebook_dir / "inner"
+    )
+
+
+def test_each_user_has_a_root_of_its_own(tmp_path):
+    for name in ("alice", "bob", OURSELVES):
+        (tmp_path / name).mkdir()
+    defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
+    assert made(defaults, user="alice").root_dir == str(tmp_path / "alice")
+    assert made(defaults).root_dir == str(tmp_path / OURSELVES)
+    for root in (tmp_path / "bob", "../bob", tmp_path):
+        with pytest.raises(InvalidSpec, match=f"must be within {tmp_path / 'alice'} "):
+            made(defaults, user="alice", root_dir=str(root))
+
+
+def test_a_user_that_has_no_name_is_known_by_its_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
+    assert resolved(tmp_path / "%u", None) == str(tmp_path / str(2**31 - 7))
+
+
+def test_a_token_for_one_user_reaches_no_root_of_another(tmp_path):
+    for name in ("alice", "bob"):
+        (tmp_path / name).mkdir()
+    defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
+    alice = Caller("token:a", Scope.MANAGE, Reach(users=("alice",)))
+    spec = made(defaults, alice)
+    assert (spec.user, spec.root_dir) == ("alice", str(tmp_path / "alice"))
+    with pytest.raises(NotAllowed, match="your token is for alice"):
+        made(defaults, alice, user="bob")
+
+
+def test_a_spec_must_be_within_its_caller_s_reach(defaults):
+    blue = Caller("token:b", Scope.MANAGE, Reach(servers=("b-*",), labels={"team": "blue"}))
+    assert made(defaults, blue, name="b-1", labels={"team": "blue"}).name == "b-1"
+    for fields in ({"name": "a", "labels": {"team": "blue"}}, {"name": "b-1"}):
+        with pytest.raises(NotAllowed):
+            made(defaults, blue, **fields)
+    with pytest.raises(NotAllowed):
+        BulkRequest.model_validate({"names": ["b-1", "a"], "labels": {"team": "blue"}}).specs(defaults, blue)
+
+
+# Files
+
+
+def test_a_file_of_the_roots_is_anybody_s_and_its_links_are_resolved(defaults):
+    (defaults.notebook_dir / "link.pem").symlink_to(defaults.notebook_dir / "ca.pem")
+    spec = made(defaults, MANAGER, gateway_url=GATEWAY, gateway_ca_certs=str(defaults.notebook_dir / "link.pem"))
+    assert spec.gateway.ca_certs == str(defaults.notebook_dir / "ca.pem")
+
+
+@pytest.mark.parametrize("path", ["{}/other/key.pem", "{}/notebooks/out/key.pem", "{}/no-such-file", "/etc/passwd"])
+@pytest.mark.parametrize("field", ["gateway_ca_certs", "gateway_client_cert"])
+def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists(defaults, tmp_path, field, path):
+    asked = {"gateway_url": GATEWAY, field: path.format(tmp_path)}
+    with pytest.raises(NotAllowed) as caught:
+        made(defaults, MANAGER, **asked)
+    assert caught.value.details == {"scope": "admin"}
+    assert caught.value.message == (
+        f"cannot use a file outside of {defaults.notebook_dir} as {field}: that needs the scope 'admin', and yours is 'manage'"
+    )
+    if "no-such" in path:
+        with pytest.raises(InvalidSpec, match="must be a file that the keeper can read"):
+            made(defaults, **asked)
+    else:
+        assert made(defaults, **asked).gateway is not None
+
+
+# Variables
+
+LOADING = [
+    "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "GCONV_PATH", "GLIBC_TUNABLES", "OPENSSL_CONF",
+    "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_PATH", "JUPYTERLAB_DIR",
+    "BASH_ENV", "ENV", "NODE_OPTIONS", "PERL5LIB", "RUBYOPT", "JAVA_TOOL_OPTIONS", "PATH", "HOME", "SHELL", "XDG_CONFIG_HOME",
+    "GIT_SSH_COMMAND",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("field", ["env", "kernel_env"])
+@pytest.mark.parametrize("name", LOADING)
+def test_a_variable_by_which_code_is_loaded_needs_an_admin(defaults, field, name):
+    asked = {field: {"HARMLESS": "1", name: "/tmp/x"}}
+    with pytest.raises(NotAllowed) as caught:
+        made(defaults, MANAGER, **asked)
+    assert caught.value.details == {"scope": "admin", "variable": name}
+    assert f"cannot set the variable '{name}' in {field}" in caught.value.message
+    assert "/tmp/x" not in caught.value.message
+    assert getattr(made(defaults, **asked), field)[name] == "/tmp/x"
+
+
+def test_other_variables_are_the_caller_s_own(defaults):
+    names = ["TZ", "LANG", "DATABASE_URL", "GIT_AUTHOR_NAME", "KERNEL_USERNAME", "ENVIRONMENT", "HOMEPAGE", "MY_PATH", "no_proxy"]
+    for field in ("env", "kernel_env"):
+        asked = dict.fromkeys(names, "x")
+        assert getattr(made(defaults, MANAGER, **{field: asked}), field) == asked
+
+
+@pytest.mark.parametrize("name", ["LABKEEPER_SERVER", "JUPYTER_RUNTIME_DIR", "JUPYTER_TOKEN", "JUPYTER_GATEWAY_URL"])
+def test_what_is_the_keeper_s_own_to_say_no_admin_can_set_either(name):
+    with pytest.raises(ValidationError, match="belongs to labkeeper"):
+        ServerRequest.model_validate({"env": {name: "x"}})
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"env": {"A": "é" * 32768, "B" * 128: "\U0001f600" * 32768}},
+        {"env": {str("A" * n): "x" * 32768 for n in range(1, 9)}},
+        {"env": {str("A" * n): "x" * 32768 for n in range(1, 5)}, "kernel_env": {str("B" * n): "x" * 32768 for n in range(1, 5)}},
+    ],
+)
+def test_more_variables_than_a_process_can_be_started_with_are_refused_at_once(asked):
+    with pytest.raises(ValidationError, match="env and kernel_env: must be at most 262144 bytes together"):
+        ServerRequest.model_validate(asked)
+
+
+def test_a_process_can_be_started_with_as_much_as_is_taken():
+    """One variable to the byte, and all of them nearly."""
+    largest = {"ABCDEF": "\U0001f600" * 32766}
+    assert len(f"ABCDEF={largest['ABCDEF']}\0".encode()) == 128 * 1024
+    env = ServerRequest.model_validate({"env": largest | {f"V{n}": "x" * 32000 for n in range(4)}}).env
+    pid = os.posix_spawn("/bin/true", ["true"], env)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# Options of Jupyter
+
+
+def test_headers_for_a_gateway_are_bounded_together():
+    given = {"gateway_url": "http://gateway", "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)}}
+    assert ServerRequest.model_validate(given).gateway_headers == given["gateway_headers"]
+    given["gateway_headers"]["X-2"] = "x" * 8000
+    with pytest.raises(ValidationError, match="at most 16384 characters together"):
+        ServerRequest.model_validate(given)
+
+
+def test_options_come_into_the_spec_by_their_names(defaults):
+    asked = {"ServerApp.terminals_enabled": False, "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8}
+    spec = made(defaults, MANAGER, **{"jupyter-options": asked})
+    assert spec.jupyter_options == asked
+    assert made(defaults).jupyter_options == {}
+    assert spec.differs(made(defaults)) == ("jupyter_options",)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"c.ServerApp.terminals_enabled": True},
+        {"--ServerApp.terminals_enabled": True},
+        {"ServerApp.terminals_enabled\n": True},
+        {"ServerApp": {"terminals_enabled": True}},
+        {"terminals_enabled": True},
+        {"ServerApp.token": ""},
+        {"ServerApp.root_dir": "/"},
+        {"ServerApp.allow_origin": "*"},
+        {"ServerApp.disable_check_xsrf": True},
+        {"ServerApp.jpserver_extensions": {"evil": True}},
+        {"FileContentsManager.post_save_hook": "evil.hook"},
+        {"ServerApp.terminals_enabled.x": True},
+        {"": True},
+        {f"ServerApp.x{n}": True for n in range(10_000)},
+    ],
+)
+def test_an_option_that_is_not_in_the_table_is_refused_and_the_table_is_told(asked):
+    with pytest.raises(ValidationError, match=r"no others to set than ContentsManager\.allow_hidden, .*limit_rate") as caught:
+        ServerRequest.model_validate({"jupyter_options": asked})
+    assert len(str(caught.value)) < 4000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ServerApp.terminals_enabled", "false"),
+        ("ServerApp.terminals_enabled", 1),
+        ("ServerApp.terminals_enabled", {"x": True}),
+        ("ServerApp.terminals_enabled", None),
+        ("ServerApp.terminals_enabled", "True\nc.ServerApp.token = ''"),
+        ("ServerApp.max_body_size", 10**30),
+        ("ServerApp.max_body_size", -1),
+        ("MappingKernelManager.cull_idle_timeout", 1.5),
+        ("MappingKernelManager.cull_idle_timeout", True),
+        ("ZMQChannelsWebsocketConnection.iopub_msg_rate_limit", float("inf")),
+        ("ZMQChannelsWebsocketConnection.iopub_msg_rate_limit", "1; import os"),
+        ("ZMQChannelsWebsocketConnection.iopub_msg_rate_limit", [1]),
+    ],
+)
+def test_an_option_takes_a_switch_or_a_number_within_its_bounds_and_no_text(name, value):
+    with pytest.raises(ValidationError, match=name.replace(".", r"\.")):
+        ServerRequest.model_validate({"jupyter_options": {name: value}})
+
+
+def test_no_option_takes_a_text():
+    kinds = {field["type"] for field in JupyterOptions.model_json_schema()["properties"].values()}
+    assert kinds == {"boolean", "integer", "number"}
+
+
+def test_an_option_is_one_of_jupyter_s_own_and_of_its_kind():
+    """Read from the code of the Jupyter that is here."""
+    ends = (AsyncLargeFileManager, ZMQChannelsWebsocketConnection, AsyncMappingKernelManager, TerminalManager, LabApp)
+    classes = {cls.__name__: cls for end in (*ends, LabApp.serverapp_class) for cls in end.__mro__}
+    kinds = {"boolean": "Bool", "integer": "Int", "number": "Float"}
+    for name, field in JupyterOptions.model_json_schema()["properties"].items():
+        section, trait = name.split(".")
+        found = classes[section].class_traits(config=True)[trait]
+        assert type(found).__name__ == kinds[field["type"]], name
+
+
+# Restarts
+
+
+def revised(defaults, old, caller=ANYBODY, **fields):
+    return RestartRequest.model_validate(fields).revise(old, defaults, caller)
+
+
+def test_a_restart_is_held_to_the_same_rules(defaults):
+    old = made(defaults)
+    with pytest.raises(InvalidSpec, match="root_dir must be within"):
+        revised(defaults, old, root_dir="/etc")
+    with pytest.raises(NotAllowed, match="LD_PRELOAD"):
+        revised(defaults, old, MANAGER, env={"LD_PRELOAD": "x"})
+    with pytest.raises(NotAllowed, match="gateway_ca_certs"):
+        revised(defaults, old, MANAGER, gateway_url=GATEWAY, gateway_ca_certs="/etc/passwd")
+    new = revised(defaults, old, MANAGER, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"})
+    assert new == replace(old, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"})
+
+
+def test_what_an_admin_has_set_stays_when_others_change_something_else(defaults):
+    old = made(defaults, env={"LD_PRELOAD": "x"})
+    assert revised(defaults, old, MANAGER, labels={"a": "b"}) == replace(old, labels={"a": "b"})
+
+
+def test_a_restart_leaves_a_server_in_its_place_or_is_refused(tmp_path):
+    """With its root as it is, not with the default one; which another user could not have."""
+    for name in ("alice", "bob"):
+        (tmp_path / name / "deep").mkdir(parents=True)
+    defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
+    old = made(defaults, user="alice", root_dir="deep")
+    assert revised(defaults, old, labels={"a": "b"}).root_dir == str(tmp_path / "alice" / "deep")
+    with pytest.raises(InvalidSpec, match=f"must be within {tmp_path / 'bob'} "):
+        revised(defaults, old, user="bob")
+    assert revised(defaults, old, user="bob", root_dir="deep").root_dir == str(tmp_path / "bob" / "deep")
+    with pytest.raises(NotAllowed, match="run a server as user 'alice'"):
+        revised(defaults, old, MANAGER, labels={"a": "b"})
+
+
+def test_a_restart_must_not_lead_out_of_its_caller_s_reach(defaults):
+    blue = Caller("token:b", Scope.MANAGE, Reach(labels={"team": "blue"}))
+    old = made(defaults, blue, labels={"team": "blue"})
+    assert revised(defaults, old, blue, env={"A": "b"}).labels == {"team": "blue"}
+    with pytest.raises(NotAllowed):
+        revised(defaults, old, blue, labels={})
+    other = ServerSpec(ServerName("x"), old.root_dir)
+    assert revised(defaults, other, blue) is None
+
+
+# Bounds
+
+MODELS = [
+    model
+    for module in (requests, queries, options)
+    for _, model in inspect.getmembers(module, inspect.isclass)
+    if issubclass(model, BaseModel) and model.__module__ == module.__name__ and model.model_fields
+]
+
+
+def unbounded(schema, path=""):
+    """Every text, list and mapping of a schema that may be of any size."""
+    kind = schema.get("type")
+    if kind == "string" and not {"enum", "const", "maxLength"} & schema.keys():
+        yield path
+    if kind == "array" and "maxItems" not in schema:
+        yield path
+    if kind == "object" and schema.get("additionalProperties", True) is not False:
+        if "maxProperties" not in schema:
+            yield path
+        if "maxLength" not in schema.get("propertyNames", {}):
+            yield f"{path} (names)"
+    for key in ("properties", "$defs"):
+        for name, below in schema.get(key, {}).items():
+            yield from unbounded(below, f"{path}.{name}")
+    for below in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
+        if isinstance(below, dict):
+            yield from unbounded(below, path)
+
+
+@pytest.mark.parametrize("model", MODELS, ids=lambda model: model.__name__)
+def test_every_text_list_and_mapping_of_a_request_has_a_bound(model):
+    assert list(unbounded(model.model_json_schema(mode="validation"))) == []
+
+
+def test_the_walk_finds_what_has_no_bound():
+    class Loose(BaseModel, extra="forbid"):
+        text: str
+        texts: list[str]
+        mapping: dict[str, int]
+
+    assert sorted(unbounded(Loose.model_json_schema())) == [
+        ".mapping",
+        ".mapping (names)",
+        ".text",
+        ".texts",
+        ".texts",
+    ]
+
+
+def test_a_duration_is_not_read_without_end():
+    with pytest.raises(ValidationError, match="must be seconds as a number"):
+        ServerRequest.model_validate({"idle_timeout": "9" * 1_000_000})

@@ -1,0 +1,314 @@
+"""Servers are asked seldom, warned of once, looked at once more and then stopped; what changes in between is kept."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import closing
+from dataclasses import replace
+
+import pytest
+
+from harness import until
+from labkeeper import culler as module
+from labkeeper.core.culling import CullPolicy, Standing
+from labkeeper.core.errors import BackendTimeout, BackendUnavailable
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.messages import Change, HistoryKind, Origin
+from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
+from labkeeper.culler import Culler
+from labkeeper.testing.fakes import FakeBackend, FakeClock, Notes, a_spec
+from labkeeper.threads import Crew
+
+PERIOD = 30.0
+ENDPOINT = Endpoint("/", "h", "/n", False, 1, 1, False, "t", "http://h:1/")
+
+
+class JumpingClock(FakeClock):
+    """Its wall can jump."""
+
+    def jump(self, seconds):
+        self._time += seconds
+
+
+class StubProbe:
+    def __init__(self):
+        self.answers = {}
+        """By the server's port: an activity, or an error; a list is used up, but for its last."""
+        self.asked = []
+        self.ended = []
+        self.stubborn = False
+
+    def activity(self, endpoint):
+        self.asked.append(endpoint.port)
+        answer = self.answers[endpoint.port]
+        if isinstance(answer, list):
+            answer = answer.pop(0) if len(answer) > 1 else answer[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def end_kernel(self, endpoint, kernel_id):
+        if self.stubborn:
+            raise BackendTimeout("it hangs")
+        self.ended.append(kernel_id)
+
+
+class Culled:
+    """A culler whose thread does not run: the test is its loop, and the fleet that it tells."""
+
+    def __init__(self, crew, **policy):
+        self.clock, self.probe, self.notes, self.given = JumpingClock(), StubProbe(), Notes(), []
+        self.backend = FakeBackend(lambda report: None)
+        rules = CullPolicy(**({"grace": 0.0, "warning": 300.0} | policy))
+        self.culler = Culler(
+            self.given.append,
+            backend=self.backend,
+            probe=self.probe,
+            chronicle=self.notes,
+            crew=crew,
+            clock=self.clock,
+            policy=rules,
+            period=PERIOD,
+        )
+        self.servers = {}
+
+    def run(self, name="lab", answer=None, *, port=1, launch=1, up_since=None, **rules):
+        now = self.clock.time()
+        self.probe.answers[port] = answer or Activity(now)
+        spec = replace(a_spec(name), **rules)
+        up_since = now if up_since is None else up_since
+        endpoint = replace(ENDPOINT, port=port)
+        more = {"launch": launch, "endpoint": endpoint, "started_at": now, "up_since": up_since}
+        return self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=now, created_at=now, **more))
+
+    def be(self, snapshot, event=Event.READY):
+        self.servers[snapshot.name] = snapshot
+        self.culler.changed(Change(event, None, snapshot, self.clock.time()))
+        return snapshot
+
+    def look(self):
+        for watched in self.culler._due():
+            self.culler._look(watched)
+
+    def after(self, seconds):
+        """Let time pass, a second at a time, and look whenever that is due."""
+        for _ in range(int(seconds)):
+            self.clock.advance(1.0)
+            self.look()
+
+    def kinds(self):
+        return [kind for kind, *_ in self.notes.taken]
+
+    def standing(self, name="lab"):
+        return self.culler.foretell(self.servers[name]).verdict.standing
+
+
+@pytest.fixture
+def crew():
+    with closing(Crew()) as crew:
+        yield crew
+
+
+@pytest.fixture
+def culled(crew):
+    return Culled(crew)
+
+
+def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
+    snapshot = culled.run(idle_timeout=7200.0)
+    culled.after(6899)
+    assert (culled.kinds(), culled.given) == ([], [])
+    culled.after(300)
+    ((kind, name, message, origin, details),) = culled.notes.taken
+    assert (kind, name, origin) == (HistoryKind.CULL_WARNING, "lab", Origin("culler", reason="idle_timeout"))
+    assert message == "server 'lab' will be stopped in 5 min, by idle_timeout, unless it is snoozed or used"
+    assert details == {"rule": "idle_timeout", "stops_at": "1970-01-12T15:46:40.000Z"}
+    assert culled.given == []
+    culled.after(1)
+    (order,) = culled.given
+    assert (order.name, order.event, order.seen) == ("lab", Event.STOP, snapshot)
+    assert order.origin == Origin("culler", reason="idle_timeout: nobody used it for 2 h")
+
+
+def test_activity_between_the_look_and_the_stop_is_seen(culled):
+    culled.run(idle_timeout=600.0)
+    culled.after(599)
+    idle, used = Activity(culled.clock.time() - 599), Activity(culled.clock.time())
+    culled.probe.answers[1] = [idle, used]
+    culled.after(1)
+    assert culled.given == []
+    assert culled.standing() is Standing.COUNTING
+
+
+def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culled):
+    culled.run(idle_timeout=600.0)
+    culled.after(599)
+    idle = culled.probe.answers[1]
+    culled.probe.answers[1] = [idle, replace(idle, kernels=(KernelUse("k", "starting", None),))]
+    culled.after(1)
+    culled.probe.answers[1] = [idle, BackendUnavailable("gone silent")]
+    culled.after(PERIOD)
+    assert culled.given == []
+    assert culled.standing() is Standing.UNKNOWN
+
+
+def test_a_wall_clock_that_jumps_stops_nobody(culled):
+    culled.run("idle", idle_timeout=7200.0)
+    culled.run("aged", port=2, max_age=7200.0)
+    culled.run("fresh", port=3, idle_timeout=7200.0)
+    culled.after(PERIOD)
+    culled.clock.jump(30 * 86400.0)
+    culled.probe.answers[3] = Activity(culled.clock.time() - 30 * 86400.0)
+    culled.after(6000)
+    assert (culled.given, culled.kinds()) == ([], [])
+    culled.after(7200)
+    assert {order.name for order in culled.given} == {"idle", "aged", "fresh"}
+
+
+def test_an_age_counts_from_the_first_ready_also_when_it_crashed_or_its_keeper_is_another(culled):
+    culled.run(max_age=3600.0, launch=2, up_since=culled.clock.time() - 3000.0)
+    culled.after(599)
+    assert culled.kinds() == [HistoryKind.CULL_WARNING]
+    culled.after(PERIOD)
+    assert culled.given[0].origin.reason.startswith("max_age: it has run for 1 h")
+
+
+def test_a_snooze_puts_it_off_and_holds_over_a_jump(culled):
+    snapshot = culled.run(idle_timeout=600.0)
+    culled.after(400)
+    snoozed = replace(snapshot, snoozed_until=culled.clock.time() + 3600.0)
+    culled.be(snoozed, Event.SNOOZE)
+    culled.clock.jump(86400.0)
+    culled.after(3200)
+    assert (culled.given, culled.standing()) == ([], Standing.SNOOZED)
+    culled.be(replace(snoozed, snoozed_until=None), Event.SNOOZE)
+    culled.after(330)
+    assert len(culled.given) > 0
+
+
+def test_one_that_is_snoozed_during_the_last_look_is_not_stopped(culled):
+    snapshot = culled.run(max_age=600.0)
+    culled.after(599)
+    ask, asked = culled.probe.activity, []
+
+    def snooze(endpoint):
+        asked.append(endpoint)
+        if len(asked) == 2:
+            culled.be(replace(snapshot, snoozed_until=culled.clock.time() + 60.0), Event.SNOOZE)
+        return ask(endpoint)
+
+    culled.probe.activity = snooze
+    culled.after(1)
+    assert (len(asked), culled.given) == (2, [])
+
+
+def test_none_is_asked_without_a_rule_and_others_once_a_period(culled):
+    culled.run("free", port=2)
+    culled.run(idle_timeout=86400.0)
+    culled.after(PERIOD * 10)
+    assert set(culled.probe.asked) == {1}
+    assert 9 <= len(culled.probe.asked) <= 11
+    assert culled.standing("free") is Standing.OFF
+
+
+def test_many_are_spread_over_the_period(culled):
+    for port in range(1, 201):
+        culled.run(f"lab{port}", port=port, idle_timeout=86400.0)
+    culled.after(PERIOD / 2)
+    assert 50 < len(culled.probe.asked) < 150
+
+
+def test_one_that_stopped_or_was_launched_again_is_another(culled):
+    snapshot = culled.run(idle_timeout=600.0)
+    culled.after(500)
+    culled.run(idle_timeout=600.0, launch=2)
+    culled.after(599)
+    assert culled.given == []
+    culled.be(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)
+    culled.after(100)
+    assert (culled.given, culled.standing()) == ([], Standing.NOT_RUNNING)
+
+
+def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(culled):
+    two = Activity(culled.clock.time(), (), (TerminalUse("3", 0.0), TerminalUse("1", 0.0)))
+    snapshot = culled.run(answer=two, idle_timeout=600.0)
+    assert culled.culler.explain(snapshot).verdict.holders == ()
+    culled.backend.world.programs["lab"] = ("", "vi")
+    (holder,) = culled.culler.explain(snapshot).verdict.holders
+    assert (holder.kind, holder.id, holder.reason) == ("terminal", "1", "runs vi")
+    culled.backend.world.programs["lab"] = ("vi",)
+    assert culled.culler.explain(snapshot).verdict.holders == ()
+
+
+def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_moment_is_not(crew):
+    culled = Culled(crew, kernel_idle_timeout=600.0)
+    begun = culled.clock.time()
+    old, other = KernelUse("old", "idle", begun), KernelUse("other", "idle", begun)
+    both, later = Activity(begun, (old, other)), Activity(begun, (old, replace(other, last_activity=begun + 600)))
+    culled.run(answer=both)
+    culled.after(599)
+    culled.probe.answers[1] = [both, later]
+    culled.after(PERIOD)
+    assert culled.probe.ended == ["old"]
+    kind, name, _, origin, details = culled.notes.taken[0]
+    assert (kind, name, details) == (HistoryKind.KERNEL_CULLED, "lab", {"kernel": "old"})
+    assert origin.reason.startswith("kernel_idle_timeout: nobody used it for 10 min")
+    assert culled.standing() is Standing.OFF
+    culled.probe.stubborn = True
+    culled.after(PERIOD)
+    culled.probe.answers[1] = [later, BackendUnavailable("silent")]
+    culled.after(PERIOD)
+    assert len(culled.notes.taken) == 1
+
+
+def test_one_that_hangs_holds_up_no_other(crew, monkeypatch):
+    monkeypatch.setattr(module, "_LOOK_EVERY", 0.01)
+    culled, free = Culled(crew), threading.Event()
+    ask = culled.probe.activity
+
+    def hang(endpoint):
+        if endpoint.port == 1:
+            free.wait(30)
+        return ask(endpoint)
+
+    culled.probe.activity = hang
+    culled.run("hangs", port=1, idle_timeout=600.0)
+    culled.run("other", port=2, idle_timeout=600.0)
+    culled.clock.advance(PERIOD)
+    culled.culler.start()
+    until(lambda: culled.probe.asked == [2], what="the other one is asked")
+    free.set()
+    until(lambda: sorted(culled.probe.asked) == [1, 2], what="both were")
+
+
+def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(crew):
+    culled = Culled(crew, kernel_idle_timeout=600.0)
+    one = KernelUse("one", "idle", culled.clock.time())
+    idle = Activity(culled.clock.time(), (one,))
+    culled.run(answer=idle)
+    culled.after(599)
+    culled.probe.answers[1] = [idle, replace(idle, kernels=(replace(one, connections=1),)), idle]
+    culled.after(PERIOD)
+    assert culled.probe.ended == []
+
+
+def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(culled):
+    assert culled.culler.explain(culled.run("free", port=2)).verdict.standing is Standing.OFF
+    assert culled.probe.asked == []
+    snapshot = culled.run(idle_timeout=600.0)
+    culled.after(400)
+    culled.be(replace(snapshot, restarts=1), Event.GATEWAY)
+    culled.after(201)
+    assert culled.given[0].seen.restarts == 1
+
+
+def test_an_idle_time_goes_on_under_another_keeper_which_warns_again(culled):
+    """The server became ready for this keeper just now, and says when it was used last."""
+    begun = culled.clock.time() - 7000.0
+    culled.run(answer=Activity(begun), up_since=begun, idle_timeout=7200.0)
+    culled.after(PERIOD)
+    assert culled.kinds() == [HistoryKind.CULL_WARNING]
+    culled.after(269)
+    assert culled.given == []
+    culled.after(2 * PERIOD)
+    assert culled.given[0].origin.reason.startswith("idle_timeout: nobody used it for 2 h")

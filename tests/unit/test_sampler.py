@@ -1,0 +1,80 @@
+"""The sampler over the fake backend: it measures while somebody asks, and gives what it has."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from harness import until
+from labkeeper import sampler
+from labkeeper.core.errors import BackendUnavailable
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.server import Load, Snapshot
+from labkeeper.runtime import SystemClock
+from labkeeper.testing.fakes import FakeBackend, World, a_spec
+from labkeeper.threads import Crew
+
+
+class Probe:
+    silent = False
+
+    def load(self, endpoint):
+        if self.silent:
+            raise BackendUnavailable("cannot ask: told not to answer")
+        return Load(2, 1)
+
+
+class Site:
+    """A running server in a world, and a sampler over it."""
+
+    def __init__(self, period=0.02):
+        self.world, self.probe = World(), Probe()
+        process = self.world.begin(a_spec("lab"), 1)
+        self.snapshot = Snapshot(process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, launch=1, endpoint=process.endpoint)
+        self.backend, self.crew = FakeBackend(lambda report: None, self.world), Crew()
+        self.sampler = sampler.Sampler(
+            self.backend, self.probe, lambda: [self.snapshot], crew=self.crew, clock=SystemClock(), period=period
+        )
+        self.sampler.start()
+
+
+@pytest.fixture
+def site():
+    site = Site()
+    yield site
+    site.crew.close()
+
+
+def test_who_asks_gets_the_last_sample_of_this_launch(site):
+    """At first there is none; then come memory, a share of processors, and what the server tells; a launch later, none again."""
+    assert site.sampler.of(site.snapshot) is None
+    sample = until(lambda: (s := site.sampler.of(site.snapshot)) and s.load and s.cpus is not None and s, what="a whole sample")
+    assert sample.usage.memory == 2**27
+    assert sample.load == Load(2, 1)
+    assert sample.cpus > 0
+    assert site.sampler.of(replace(site.snapshot, launch=2)) is None
+    assert site.sampler.of(replace(site.snapshot, state=State.STOPPING)) is None
+
+
+def test_a_server_that_does_not_answer_is_measured_all_the_same(site):
+    site.probe.silent = True
+    site.sampler.of(site.snapshot)
+    assert until(lambda: site.sampler.of(site.snapshot), what="a sample").load is None
+
+
+def test_nothing_is_measured_while_nobody_asks(site, monkeypatch):
+    site.sampler.of(site.snapshot)
+    until(lambda: site.sampler._samples, what="a sample")
+    monkeypatch.setattr(sampler, "_WANTED_FOR", -1.0)
+    until(lambda: not site.sampler._samples, what="old samples are dropped")
+    before = site.backend._measured
+    assert not site.crew.sleep(0.5)
+    assert site.backend._measured == before
+
+
+def test_a_period_of_zero_turns_it_off():
+    site = Site(period=0)
+    assert site.sampler.of(site.snapshot) is None
+    assert not site.crew._threads
+    site.crew.close()
