@@ -40,7 +40,7 @@ from labkeeper.threads import Crew
 _LOOK_EVERY: Final = 0.5
 """Seconds between two looks at what is due."""
 
-_log = structlog.get_logger("labkeeper.culling")
+_log = structlog.get_logger("labkeeper.culler")
 
 
 @dataclass(slots=True, eq=False)

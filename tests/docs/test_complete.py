@@ -23,6 +23,10 @@ DOCS = ROOT / "docs"
 PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
 
 
+CODE = ROOT / "src" / "labkeeper"
+EXPLAINED_BY_THEIR_PACKAGE = {str(path.relative_to(CODE)) for path in CODE.rglob("__init__.py")}
+
+
 def page(name):
     return (ROOT / name).read_text()
 
@@ -87,10 +91,15 @@ def test_every_method_of_the_client_is_documented():
     assert [name for name in vars(Client) if not name.startswith("_") and name != "close" and f"`{name}(" not in text] == []
 
 
-def test_every_file_of_the_code_stands_in_the_layout():
-    text = page("CONTRIBUTING.md")
-    files = {path.name for path in (ROOT / "src").rglob("*.py")} - {"__init__.py"}
-    assert [name for name in files if f"  {name} " not in text] == []
+def test_the_layout_lists_every_file_of_the_code_and_no_other():
+    layout = page("CONTRIBUTING.md").partition("```text\nsrc/labkeeper/\n")[2].partition("\ntests/\n")[0]
+    listed, above = set(), []
+    for line in layout.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        above[depth - 1 :] = [name]
+        if name.endswith(".py"):
+            listed.add("".join(above))
+    assert listed == {str(path.relative_to(CODE)) for path in CODE.rglob("*.py")} - EXPLAINED_BY_THEIR_PACKAGE
 
 
 def test_every_relative_link_resolves():

@@ -26,7 +26,6 @@ from werkzeug.wsgi import wrap_file
 from labkeeper.api import problems
 from labkeeper.api.auth import PUBLIC, Door, Rule
 from labkeeper.api.browser import Guard
-from labkeeper.api.handlers import Api
 from labkeeper.api.peers import UNREAD
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
@@ -62,7 +61,7 @@ def create_app(services: Services) -> Flask:
     app.before_request(_check_body)
     app.after_request(guard.finish)
     app.after_request(functools.partial(_finish, services.meter))
-    install(app, Api(services))
+    install(app, services)
     app.register_blueprint(_pages(services.version))
     return app
 

@@ -1,4 +1,4 @@
-"""Places to wait in: each caller that waits or follows a log holds a thread, and some threads are kept for those who do not."""
+"""The limit of callers that wait or stream at once: each of them holds a thread, and some threads are kept for the others."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ import threading
 
 
 def reserve(threads: int) -> int:
-    """Say how many of so many threads are kept for requests that nothing holds up."""
+    """Return how many of so many threads are kept for requests that are answered at once."""
     return max(2, threads // 8)
 
 
-class Places:
-    """Counts who waits. Thread-safe."""
+class ConcurrencyLimit:
+    """Counts callers that wait or stream. Thread-safe."""
 
     def __init__(self, threads: int) -> None:
         self._lock = threading.Lock()
-        self._taken = 0
-        self.fit(threads)
+        self._held = 0
+        self.resize(threads)
 
-    def take(self) -> bool:
-        """Take a place; say whether there was one."""
+    def acquire(self) -> bool:
+        """Count one more caller, unless the limit is reached. Never blocks."""
         with self._lock:
-            free = self._taken < self._count
-            self._taken += free
+            free = self._held < self._limit
+            self._held += free
             return free
 
-    def give_back(self) -> None:
-        """Give a place back that was taken."""
+    def release(self) -> None:
+        """Count one caller less."""
         with self._lock:
-            self._taken -= 1
+            self._held -= 1
 
-    def fit(self, threads: int) -> None:
-        """Be as many as this number of threads allows; whoever has a place keeps it."""
+    def resize(self, threads: int) -> None:
+        """Fit the limit to a number of threads; callers that hold one keep it."""
         with self._lock:
-            self._count = threads - reserve(threads)
+            self._limit = threads - reserve(threads)

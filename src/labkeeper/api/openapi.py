@@ -77,7 +77,7 @@ class _Schemas:
     """The schemas of all models, each once."""
 
     def __init__(self, routes: Iterable[Route]) -> None:
-        asked = {model for route in routes for model in _asked(route).values()}
+        asked = {model for route in routes for model in route.models.values()}
         given = {model for route in routes for model in route.answers.values() if not isinstance(model, str)} | {Problem}
         modes: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in asked]
         modes += [(model, "serialization") for model in given]
@@ -86,7 +86,7 @@ class _Schemas:
             modes, ref_template="#/components/schemas/{model}", schema_generator=_Dialect, by_alias=True
         )
         self.components: _Object = written["$defs"]
-        in_pieces = {model.__name__ for route in routes for part, model in _asked(route).items() if part != "body"}
+        in_pieces = {model.__name__ for route in routes for part, model in route.models.items() if part != "body"}
         self._pieces = {name: self.components.pop(name) for name in in_pieces}
 
     def parameters(self, model: type[BaseModel], where: str) -> list[_Object]:
@@ -105,14 +105,8 @@ class _Schemas:
         ]
 
 
-def _asked(route: Route) -> dict[str, type[BaseModel]]:
-    """Give the models that a handler asks for, by the part of the request that they are of."""
-    found = inspect.get_annotations(route.handler, eval_str=True)
-    return {part: found[part] for part in ("path", "query", "body") if part in found}
-
-
 def _operation(route: Route, schemas: _Schemas) -> _Object:
-    asked = _asked(route)
+    asked = route.models
     summary, _, description = inspect.cleandoc(route.handler.__doc__ or "").partition("\n\n")
     parameters = [one for part in ("path", "query") if part in asked for one in schemas.parameters(asked[part], part)]
     if asked.get("query") is EventQuery:
@@ -138,7 +132,7 @@ def _operation(route: Route, schemas: _Schemas) -> _Object:
 def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
     content: _Object = {what: _TEXT} if isinstance(what, str) else _json_of(what)
     headers = ["X-Request-Id"]
-    if _asked(route).get("query") is EventQuery:
+    if route.models.get("query") is EventQuery:
         content[EVENT_STREAM] = _TEXT
     written: _Object = {"description": _words(status), "content": content}
     if what is Server:

@@ -22,7 +22,9 @@ from labkeeper.api.auth import (
     SEE_SERVERS,
     Rule,
 )
-from labkeeper.api.handlers import Answer, Api
+from labkeeper.api.handlers import access, culling, events, keeper, links, logs, servers
+from labkeeper.api.handlers.common import Answer
+from labkeeper.api.services import Services
 from labkeeper.schema.answers import (
     BulkResults,
     EventList,
@@ -58,60 +60,66 @@ class Route:
     problems: tuple[int, ...] = ()
     """Statuses of its own problems, beside those that each route has by its rule and its method."""
 
+    @property
+    def models(self) -> dict[str, type[BaseModel]]:
+        """The models that the handler takes, by the part of the request that they validate: `path`, `query`, `body`."""
+        found = inspect.get_annotations(self.handler, eval_str=True)
+        return {part: found[part] for part in ("path", "query", "body") if part in found}
+
 
 _START: Final = (404, 409, 502, 503, 504)
 ROUTES: Final = (
-    Route("POST", "/api/servers", MANAGE_SERVERS, Api.create_server, "servers", {201: Server, 200: Server, 202: Server},
+    Route("POST", "/api/servers", MANAGE_SERVERS, servers.create_server, "servers", {201: Server, 200: Server, 202: Server},
           (409, 502, 503, 504)),
-    Route("GET", "/api/servers", SEE_SERVERS, Api.list_servers, "servers", {200: ServerList}),
-    Route("GET", "/api/servers/<name>", SEE_SERVER, Api.get_server, "servers", {200: Server}, (404,)),
-    Route("DELETE", "/api/servers/<name>", MANAGE_SERVER, Api.delete_server, "servers", {200: Server, 202: Server},
+    Route("GET", "/api/servers", SEE_SERVERS, servers.list_servers, "servers", {200: ServerList}),
+    Route("GET", "/api/servers/<name>", SEE_SERVER, servers.get_server, "servers", {200: Server}, (404,)),
+    Route("DELETE", "/api/servers/<name>", MANAGE_SERVER, servers.delete_server, "servers", {200: Server, 202: Server},
           (404, 409, 503)),
-    Route("POST", "/api/servers/<name>/stop", MANAGE_SERVER, Api.stop_server, "servers", {200: Server, 202: Server},
+    Route("POST", "/api/servers/<name>/stop", MANAGE_SERVER, servers.stop_server, "servers", {200: Server, 202: Server},
           (404, 409, 503)),
-    Route("POST", "/api/servers/<name>/start", MANAGE_SERVER, Api.start_server, "servers",
+    Route("POST", "/api/servers/<name>/start", MANAGE_SERVER, servers.start_server, "servers",
           {201: Server, 200: Server, 202: Server}, _START),
-    Route("POST", "/api/servers/<name>/restart", MANAGE_SERVER, Api.restart_server, "servers",
+    Route("POST", "/api/servers/<name>/restart", MANAGE_SERVER, servers.restart_server, "servers",
           {201: Server, 200: Server, 202: Server}, _START),
-    Route("POST", "/api/servers/<name>/rotate-token", MANAGE_SERVER, Api.rotate_token, "servers",
+    Route("POST", "/api/servers/<name>/rotate-token", MANAGE_SERVER, servers.rotate_token, "servers",
           {201: Server, 202: Server}, _START),
-    Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, Api.make_link, "servers", {201: LinkModel}, (404, 409)),
-    Route("GET", "/open/<ticket>", PUBLIC, Api.open_link, "servers", {303: "text/html", 410: "text/html"}),
-    Route("POST", "/api/bulk/start", MANAGE_SERVERS, Api.start_many, "servers",
+    Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, links.make_link, "servers", {201: LinkModel}, (404, 409)),
+    Route("GET", "/open/<ticket>", PUBLIC, links.open_link, "servers", {303: "text/html", 410: "text/html"}),
+    Route("POST", "/api/bulk/start", MANAGE_SERVERS, servers.start_many, "servers",
           {200: BulkResults, 202: BulkResults, 207: BulkResults}),
-    Route("GET", "/api/servers/<name>/logs", SEE_SERVER, Api.get_logs, "servers", {200: "text/plain"}, (404,)),
-    Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, Api.list_kernels, "servers", {200: KernelList}, (404, 409, 503, 504)),
-    Route("GET", "/api/kernel-debts", SEE_KEEPER, Api.list_kernel_debts, "servers", {200: KernelDebtList}),
-    Route("GET", "/api/events", SEE_SERVERS, Api.list_events, "history", {200: EventList}, (503,)),
-    Route("GET", "/api/servers/<name>/events", SEE_SERVERS, Api.list_server_events, "history", {200: EventList}, (404, 503)),
-    Route("GET", "/api/webhooks", SEE_KEEPER, Api.list_webhooks, "history", {200: WebhookList}),
-    Route("GET", "/api/servers/<name>/idle", SEE_SERVER, Api.get_idle, "culling", {200: Idle}, (404,)),
-    Route("POST", "/api/servers/<name>/snooze", MANAGE_SERVER, Api.snooze_server, "culling", {200: Idle}, (404, 503)),
-    Route("GET", "/api/idle", SEE_SERVERS, Api.list_idle, "culling", {200: IdleList}),
-    Route("POST", "/api/tokens", ADMINISTER, Api.create_token, "access", {201: NewToken}, (409, 503)),
-    Route("GET", "/api/tokens", ADMINISTER, Api.list_tokens, "access", {200: TokenList}),
-    Route("DELETE", "/api/tokens/<name>", ADMINISTER, Api.revoke_token, "access", {200: TokenModel}, (404, 503)),
-    Route("GET", "/api/me", SEE_CALLER, Api.get_me, "access", {200: Me}),
-    Route("GET", "/healthz", PUBLIC, Api.health, "keeper", {200: Health}, (503,)),
-    Route("GET", "/readyz", PUBLIC, Api.ready, "keeper", {200: Health}, (503,)),
-    Route("GET", "/metrics", SEE_KEEPER, Api.metrics, "keeper", {200: "text/plain"}),
-    Route("GET", "/api/version", PUBLIC, Api.version, "keeper", {200: Version}),
+    Route("GET", "/api/servers/<name>/logs", SEE_SERVER, logs.get_logs, "servers", {200: "text/plain"}, (404,)),
+    Route("GET", "/api/servers/<name>/kernels", SEE_SERVER, servers.list_kernels, "servers", {200: KernelList},
+          (404, 409, 503, 504)),
+    Route("GET", "/api/kernel-debts", SEE_KEEPER, keeper.list_kernel_debts, "servers", {200: KernelDebtList}),
+    Route("GET", "/api/events", SEE_SERVERS, events.list_events, "history", {200: EventList}, (503,)),
+    Route("GET", "/api/servers/<name>/events", SEE_SERVERS, events.list_server_events, "history", {200: EventList}, (404, 503)),
+    Route("GET", "/api/webhooks", SEE_KEEPER, events.list_webhooks, "history", {200: WebhookList}),
+    Route("GET", "/api/servers/<name>/idle", SEE_SERVER, culling.get_idle, "culling", {200: Idle}, (404,)),
+    Route("POST", "/api/servers/<name>/snooze", MANAGE_SERVER, culling.snooze_server, "culling", {200: Idle}, (404, 503)),
+    Route("GET", "/api/idle", SEE_SERVERS, culling.list_idle, "culling", {200: IdleList}),
+    Route("POST", "/api/tokens", ADMINISTER, access.create_token, "access", {201: NewToken}, (409, 503)),
+    Route("GET", "/api/tokens", ADMINISTER, access.list_tokens, "access", {200: TokenList}),
+    Route("DELETE", "/api/tokens/<name>", ADMINISTER, access.revoke_token, "access", {200: TokenModel}, (404, 503)),
+    Route("GET", "/api/me", SEE_CALLER, access.get_me, "access", {200: Me}),
+    Route("GET", "/healthz", PUBLIC, keeper.health, "keeper", {200: Health}, (503,)),
+    Route("GET", "/readyz", PUBLIC, keeper.ready, "keeper", {200: Health}, (503,)),
+    Route("GET", "/metrics", SEE_KEEPER, keeper.metrics, "keeper", {200: "text/plain"}),
+    Route("GET", "/api/version", PUBLIC, keeper.version, "keeper", {200: Version}),
 )  # fmt: skip
 
 RULES: Final[dict[str, Rule]] = {route.handler.__name__: route.rule for route in ROUTES}
 """The rule of each endpoint."""
 
 
-def install(app: Flask, api: Api) -> None:
+def install(app: Flask, services: Services) -> None:
     """Put the table into an application."""
     for route in ROUTES:
-        app.add_url_rule(route.path, route.handler.__name__, _view(route.handler, api), methods=[route.method])
+        app.add_url_rule(route.path, route.handler.__name__, _view(route, services), methods=[route.method])
 
 
-def _view(handler: Callable[..., Answer | Response], api: Api) -> Callable[..., Answer | Response]:
-    """Make a view that hands a handler the models that its annotations ask for: `path`, `query`, `body`."""
-    asked: dict[str, type[BaseModel]] = inspect.get_annotations(handler, eval_str=True)
-    models = {name: model for name, model in asked.items() if name != "return"}
+def _view(route: Route, services: Services) -> Callable[..., Answer | Response]:
+    """Return a view that validates the parts of a request, and calls the handler with them."""
+    models = route.models
 
     def view(**in_path: str) -> Answer | Response:
         sent: dict[str, Callable[[type[BaseModel]], Any]] = {
@@ -123,6 +131,6 @@ def _view(handler: Callable[..., Answer | Response], api: Api) -> Callable[..., 
             given = {name: model.model_validate(sent[name](model)) for name, model in models.items()}
         except ValidationError as error:
             raise problems.invalid_request(error) from error
-        return handler(api, **given)
+        return route.handler(services, **given)
 
     return view

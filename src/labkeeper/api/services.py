@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from labkeeper.api.auth import Callers
-from labkeeper.api.concurrency import Places
+from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
@@ -53,8 +54,10 @@ class Services:
     start_wait: float = 65.0
     """How long a start is waited for, when the caller does not say."""
     stop_wait: float = 15.0
-    places: Places = field(default_factory=lambda: Places(256))
-    """How many callers may wait or follow at a time; the WSGI server has more threads, so that quick requests stay quick."""
+    concurrency: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
+    """How many callers may wait or stream at once; the WSGI server has more threads, so that quick requests stay quick."""
+    log_readers: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(2))
+    """How many long logs are read at once: reading them takes a processor, which all callers share."""
     max_snooze: float = 86400.0
     """For how long one call may put off the culling of a server."""
     max_body: int = 1024 * 1024

@@ -1,4 +1,4 @@
-"""Run as `python .../standalone forkserver FD` or `python .../standalone exec FD`; FD is an open Unix socket.
+"""Run as `python .../forkserver fork FD` or `python .../forkserver exec FD`; FD is an open Unix socket.
 
 It listens in the first case; in the second one the launch to run comes out of it.
 """
@@ -20,4 +20,4 @@ if __name__ == "__main__":
     server.end_fast()
     _descriptor = int(sys.argv[2])
     # The fork server returns only in its children: each becomes a server with nothing of the fork server's on its stack.
-    server.become_server(*(main.serve(_descriptor) if sys.argv[1] == "forkserver" else server.receive(_descriptor)))
+    server.become_server(*(main.serve(_descriptor) if sys.argv[1] == "fork" else server.receive(_descriptor)))

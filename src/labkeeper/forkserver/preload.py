@@ -68,7 +68,7 @@ def load(listener: socket.socket) -> Freshness:
         listener.set_inheritable(True)
         end_programs()
         os.execv(  # noqa: S606 - the interpreter that runs already
-            sys.executable, [sys.executable, os.path.dirname(__file__), "forkserver", str(listener.fileno())]
+            sys.executable, [sys.executable, os.path.dirname(__file__), "fork", str(listener.fileno())]
         )
     return freshness
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from labkeeper import logs, scrub
 from labkeeper.api.app import create_app
-from labkeeper.api.concurrency import Places
+from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.services import Services
 from labkeeper.api.tls import Certificate
 from labkeeper.api.views import event_model
@@ -248,7 +248,7 @@ def _services(
         advertised_host=chosen.advertised_host,
         start_wait=chosen.start_timeout + chosen.longest_stop,
         stop_wait=chosen.longest_stop,
-        places=Places(chosen.threads),
+        concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
     )
 
@@ -280,7 +280,7 @@ def _serve(
         max_body=chosen.max_body,
         certificate=certificate,
         knows=services.callers.knows,
-        fit=services.places.fit,
+        fit=services.concurrency.resize,
     )
     server.start()
     stack.callback(server.close)

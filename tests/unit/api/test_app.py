@@ -22,7 +22,7 @@ from werkzeug.test import EnvironBuilder
 from fake_keeper import TOKEN, FakeKeeper, fake_keeper
 from harness import PATIENCE, until
 from labkeeper.api.app import create_app
-from labkeeper.api.concurrency import Places
+from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
 from labkeeper.api.views import server_model
@@ -342,7 +342,7 @@ def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running
 def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
     """A start is not lost then: it is answered 202; and quick requests are as quick as ever."""
     world.temper("default").boots = False
-    client = create_app(replace(services, places=Places(3))).test_client()
+    client = create_app(replace(services, concurrency=ConcurrencyLimit(3))).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers?wait=0", json={})
     with client.get("/api/servers/default/logs?follow=true", buffered=False) as follower:
@@ -357,7 +357,7 @@ def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(service
 
 
 def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
-    client = create_app(replace(services, places=Places(3))).test_client()
+    client = create_app(replace(services, concurrency=ConcurrencyLimit(3))).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers", json={})
     assert client.get("/api/servers/default/logs?tail=100000").status_code == 200
@@ -371,7 +371,7 @@ def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
 @pytest.mark.parametrize("query", ["tail=100000", "tail=0&follow=true"])
 def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, query):
     """However many places there are: the third waits until one of the others has its lines."""
-    backend, places, reading, go_on = services.backend, Places(8), [], threading.Event()
+    backend, limit, reading, go_on = services.backend, ConcurrencyLimit(8), [], threading.Event()
 
     def read(*_):
         reading.append(1)
@@ -383,12 +383,12 @@ def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, q
 
     monkeypatch.setattr(backend, "log", read)
     monkeypatch.setattr(backend, "follow", follow)
-    client = create_app(replace(services, places=places)).test_client()
+    client = create_app(replace(services, concurrency=limit)).test_client()
     headers = {"Authorization": f"Bearer {TOKEN}"}
     client.post("/api/servers", json={}, headers=headers)
     with ThreadPoolExecutor(4) as pool:
         asked = [pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers) for _ in range(4)]
-        until(lambda: places._taken == 4, what="all have a place")
+        until(lambda: limit._held == 4, what="all are counted")
         until(lambda: len(reading) >= 2, what="two read")
         at_a_time = len(reading)
         go_on.set()
@@ -413,7 +413,7 @@ def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, 
 
 
 def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):
-    app = create_app(replace(services, places=Places(3)))
+    app = create_app(replace(services, concurrency=ConcurrencyLimit(3)))
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers", json={})

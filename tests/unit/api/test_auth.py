@@ -202,7 +202,7 @@ def test_who_waits_hears_nothing_of_a_server_that_is_no_longer_theirs(callers):
     ):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(blue.get, waits)
-            until(lambda: callers.running.services.places._taken, what="the wait")
+            until(lambda: callers.running.services.concurrency._held, what="the wait")
             assert end().status_code < 300
             answer = waiting.result()
         assert answer.status_code == told

@@ -18,7 +18,7 @@ import structlog
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
 from labkeeper.api.browser import HEADERS
-from labkeeper.api.concurrency import Places, reserve
+from labkeeper.api.concurrency import ConcurrencyLimit, reserve
 from labkeeper.api.peers import identify
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
 from serving import FILE, HOLD, ask, is_closed, said
@@ -136,18 +136,18 @@ def test_no_thread_is_started_after_the_end(threads):
 
 @pytest.mark.parametrize(("threads_", "count"), [(1, 0), (3, 1), (4, 2), (256, 224)])
 def test_some_threads_are_kept_for_those_who_do_not_wait(threads_, count):
-    places = Places(threads_)
-    assert [places.take() for _ in range(count + 1)] == [True] * count + [False]
+    limit = ConcurrencyLimit(threads_)
+    assert [limit.acquire() for _ in range(count + 1)] == [True] * count + [False]
 
 
 def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
-    places = Places(5)
-    assert [places.take() for _ in range(3)] == [True] * 3
-    places.fit(4)
-    places.give_back()
-    assert not places.take()
-    places.give_back()
-    assert places.take()
+    limit = ConcurrencyLimit(5)
+    assert [limit.acquire() for _ in range(3)] == [True] * 3
+    limit.resize(4)
+    limit.release()
+    assert not limit.acquire()
+    limit.release()
+    assert limit.acquire()
 
 
 # The server with real connections

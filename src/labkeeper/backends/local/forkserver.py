@@ -36,7 +36,7 @@ from labkeeper.forkserver.peers import peer
 from labkeeper.forkserver.preload import REHEARSAL
 from labkeeper.threads import Crew
 
-STANDALONE: Final = Path(wire.__file__).parent
+PROGRAM: Final = Path(wire.__file__).parent
 """What runs in the servers' own interpreter; run as a program."""
 
 PLACE: Final = ".forkservers"
@@ -153,7 +153,7 @@ class ForkServers:
         headline = f"[labkeeper] a fork server loads, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         with _listener(directory) as listener, self._log.open(headline) as log:
             child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
-                [self._python, STANDALONE, "forkserver", str(listener.fileno())],
+                [self._python, PROGRAM, "fork", str(listener.fileno())],
                 cwd=directory,
                 # Of the mark only the place is made here: each child writes its own there.
                 env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_room()},
@@ -252,7 +252,7 @@ class ForkServers:
 
     def _key(self) -> str:
         """Name all that a fork server is made from: one of the same name can be taken over."""
-        sources = [path.read_bytes() for path in sorted(STANDALONE.glob("*.py"))]
+        sources = [path.read_bytes() for path in sorted(PROGRAM.glob("*.py"))]
         settings = json.dumps([str(self._python), self._environment, self._config], sort_keys=True)
         return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
 

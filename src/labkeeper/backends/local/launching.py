@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 
 from labkeeper import shortage
 from labkeeper.backends.local.forking import CannotFork, ForkServer
-from labkeeper.backends.local.forkserver import STANDALONE
+from labkeeper.backends.local.forkserver import PROGRAM
 from labkeeper.backends.local.processes import Process
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.server import Exit
@@ -188,7 +188,7 @@ class Launcher:
 
         def start() -> subprocess.Popen[bytes]:
             return subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
-                [str(self._python), str(STANDALONE), "exec", str(passed)],
+                [str(self._python), str(PROGRAM), "exec", str(passed)],
                 env=launch.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -50,7 +50,7 @@ def test_another_user_comes_with_its_groups_and_what_a_login_sets():
 @root_only
 def test_one_who_is_not_root_cannot_start_servers_as_others():
     source = (
-        "from labkeeper.backends.accounts import find_user\n"
+        "from labkeeper.backends.local.accounts import find_user\n"
         "from labkeeper.core.spec import ServerName, ServerSpec\n"
         "find_user(ServerSpec(ServerName('a'), '/', user='root'))"
     )

@@ -211,8 +211,8 @@ def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that
 INSIDE = """
 import os, signal, sys
 from pathlib import Path
-from labkeeper.backends.kinship import Kinship
-from labkeeper.backends.limits import ControlGroups
+from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.limits import ControlGroups
 
 kin = Kinship({Path(sys.argv[1]): ControlGroups(Path(sys.argv[1]))})
 kin._first_loose = 0

@@ -242,8 +242,8 @@ def test_a_group_that_another_user_made_is_no_server_s(groups, spawn, tmp_path):
 @holds
 def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(groups, spawn, tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from labkeeper.backends.leftovers import end_leftovers\n"
-        "from labkeeper.backends.limits import ControlGroups\n"
+        "import os, sys; from pathlib import Path; from labkeeper.backends.local.cleanup import end_leftovers\n"
+        "from labkeeper.backends.local.limits import ControlGroups\n"
         "sys.stdin.readline(); groups = ControlGroups(Path(sys.argv[1]))\n"
         "end_leftovers('a', Path(sys.argv[1]) / 'a', set(), grace=0.0, groups=groups)\n"
         "print(groups._base)"

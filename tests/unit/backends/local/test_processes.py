@@ -159,7 +159,7 @@ def test_no_other_user_names_rooms(spawn, tmp_path):
 
 def test_who_looks_is_not_found_nor_who_started_it(spawn):
     """A keeper that is started from a server's own terminal carries the mark, and must not end itself."""
-    code = "from labkeeper.backends.processes import marked; print([p.pid for p in marked('A_MARK', 'x')])"
+    code = "from labkeeper.backends.local.processes import marked; print([p.pid for p in marked('A_MARK', 'x')])"
     command = f'{sys.executable} -c "{code}"; true'
     shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
     assert shell.stdout.read() == b"[]\n"
@@ -295,7 +295,7 @@ listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 listener.accept()
 """
-LOOKS = "import sys; from labkeeper.backends.processes import Process; print(Process.find({}).listens_on({}))"
+LOOKS = "import sys; from labkeeper.backends.local.processes import Process; print(Process.find({}).listens_on({}))"
 
 
 @pytest.mark.root

@@ -1,0 +1,44 @@
+"""Tokens, and who the caller is."""
+
+from __future__ import annotations
+
+import time
+from http import HTTPStatus
+
+from labkeeper.api.handlers.common import Answer, caller, json_answer, origin
+from labkeeper.api.services import Services
+from labkeeper.api.views import (
+    me_model,
+    new_token_model,
+    token_model,
+)
+from labkeeper.schema.answers import (
+    TokenList,
+)
+from labkeeper.schema.queries import (
+    TokenPath,
+)
+from labkeeper.schema.requests import TokenRequest
+
+
+def create_token(services: Services, body: TokenRequest) -> Answer:
+    """Make a token. What it is shown as stands in this answer alone: it is kept as a hash."""
+    tokens = services.tokens
+    token, text = tokens.make(body.name, body.scope, body.reach, lifetime=body.expires_in, origin=origin())
+    return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
+
+
+def list_tokens(services: Services) -> Answer:
+    """List all tokens but the owner's, which the state directory or a setting has, and what they allow."""
+    now = time.time()
+    return json_answer(TokenList(tokens=[token_model(token, now) for token in services.tokens.all()]))
+
+
+def revoke_token(services: Services, path: TokenPath) -> Answer:
+    """Let a token be good no more, at once: answers that go on end, too."""
+    return json_answer(token_model(services.tokens.revoke(path.name, origin=origin()), time.time()))
+
+
+def get_me(_: Services) -> Answer:
+    """Say who the caller is to the keeper, and what they may."""
+    return json_answer(me_model(caller()))

@@ -1,0 +1,160 @@
+"""What handlers share: the caller, waiting for a state, answers in JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+from typing import Any, Final, TypeVar
+
+from flask import Response, g, request
+from pydantic import BaseModel
+
+from labkeeper import addresses
+from labkeeper.api.auth import find
+from labkeeper.api.browser import host_of
+from labkeeper.api.services import Services
+from labkeeper.api.streaming import LiveResponse, gone
+from labkeeper.api.views import (
+    server_model,
+)
+from labkeeper.core.access import Caller, Scope
+from labkeeper.core.errors import (
+    CapacityReached,
+    NotAuthenticated,
+    ServerNotFound,
+)
+from labkeeper.core.lifecycle import State
+from labkeeper.core.messages import Origin
+from labkeeper.core.ports import Watch
+from labkeeper.core.server import Endpoint, Snapshot, queue_of
+from labkeeper.schema.answers import Server
+from labkeeper.schema.queries import ServerPath
+
+Answer = tuple[dict[str, Any], int, dict[str, str]]
+
+
+_RETRY_AFTER: Final = 10
+"""Seconds."""
+
+
+LOOK_EVERY: Final = 1.0
+"""Seconds between two looks at whether a caller still waits."""
+
+
+@contextmanager
+def patience(services: Services, seconds: float) -> Iterator[float]:
+    """Return how long to wait: not at all when too many callers wait already, so that this one is answered 202 at once."""
+    waits = seconds > 0 and services.concurrency.acquire()
+    try:
+        yield seconds if waits else 0.0
+    finally:
+        if waits:
+            services.concurrency.release()
+
+
+def wait_until(watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+    """Wait as `Watch.until` does, but no longer than the caller does."""
+    end = time.monotonic() + timeout
+    caller_is_gone = gone()
+    last, held = first, False
+    while not held:
+        left = end - time.monotonic()
+        last, held = watch.until(holds, first=last, timeout=max(0.0, min(LOOK_EVERY, left)))
+        if left <= 0 or caller_is_gone() or not caller().sees(last):
+            break
+    return _still_theirs(last), held
+
+
+def _still_theirs(snapshot: Snapshot) -> Snapshot:
+    """Check that the caller may be told of a server yet; they have waited. Raises NotAuthenticated, ServerNotFound."""
+    if not g.still_good():
+        raise NotAuthenticated("cannot answer: the token was revoked, or has expired, meanwhile")
+    if not caller().sees(snapshot):
+        raise ServerNotFound.called(snapshot.name)
+    return snapshot
+
+
+def acquire_stream(services: Services, what: str, instead: str) -> None:
+    """Count a caller that is answered for long, until `concurrency.release`. Raises CapacityReached."""
+    if not services.concurrency.acquire():
+        raise CapacityReached(
+            f"cannot {what}: too many callers are waiting or streaming; {instead}, or try later", retry_after=_RETRY_AFTER
+        )
+
+
+def live_answer(services: Services, pieces: Iterator[str], content_type: str) -> Response:
+    """Return an answer that goes on; its end releases what `acquire_stream` took."""
+    answer = LiveResponse(pieces, content_type=content_type)
+    answer.call_on_close(services.concurrency.release)
+    return answer
+
+
+def find_server(services: Services, path: ServerPath) -> Snapshot:
+    """Return the server that a path names. Raises ServerNotFound, also for one that the caller may not see."""
+    return find(services.keeper, caller(), path.name)
+
+
+def visible_servers(services: Services) -> list[Snapshot]:
+    """Return the servers that the caller may see, by name."""
+    sees = caller().sees
+    return [snapshot for snapshot in services.keeper.all() if sees(snapshot)]
+
+
+def server_answer(services: Services, snapshot: Snapshot) -> Server:
+    """Return a server as its caller sees it: without a link to its Lab for those who may only read."""
+    endpoint = snapshot.endpoint
+    may_open = endpoint is not None and caller().scope.covers(Scope.MANAGE)
+    lab_url = _lab_url(services, snapshot, endpoint) if may_open and endpoint is not None else None
+    return server_model(snapshot, lab_url, _queue_position(services, snapshot), services.usage(snapshot))
+
+
+def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
+    if snapshot.state is not State.QUEUED:
+        return None
+    # Of an older snapshot: the place that it would have now.
+    others = [other for other in services.keeper.all() if other.name != snapshot.name]
+    return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
+
+
+def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
+    page, mark, fragment = snapshot.spec.default_url.lstrip("/").partition("#")
+    return f"{lab_root(services, endpoint)}{page}{'&' if '?' in page else '?'}token={endpoint.token}{mark}{fragment}"
+
+
+def lab_root(services: Services, endpoint: Endpoint) -> str:
+    """Give a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
+    host = services.advertised_host
+    if host is None:
+        bound = endpoint.hostname
+        # Over the Unix socket a caller may have no name for us.
+        host = host_of(request.host) or "127.0.0.1" if addresses.is_wildcard(bound) else bound
+    path = f"{endpoint.base_url.rstrip('/')}/"
+    return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, path)
+
+
+_T = TypeVar("_T")
+
+
+def answered(reply: _T | None) -> _T:
+    """Return the reply of a command, which each command has."""
+    if reply is None:
+        raise TypeError("a command was not answered")
+    return reply
+
+
+def json_answer(model: BaseModel, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
+    """Return a model as the answer."""
+    return model.model_dump(mode="json"), int(status), headers or {}
+
+
+def caller() -> Caller:
+    """Return who makes the request that is being handled."""
+    found: Caller = g.caller
+    return found
+
+
+def origin() -> Origin:
+    """Return who makes the request that is being handled, for the events that follow from it."""
+    return Origin(caller().actor, g.request_id)

@@ -1,0 +1,84 @@
+"""Events, as pages or as a stream, and the state of webhooks."""
+
+from __future__ import annotations
+
+import re
+
+from flask import Response, request
+
+from labkeeper.api.handlers.common import LOOK_EVERY, Answer, acquire_stream, caller, find_server, json_answer, live_answer
+from labkeeper.api.services import Services
+from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent
+from labkeeper.api.views import (
+    event_model,
+    webhook_model,
+)
+from labkeeper.core.errors import (
+    InvalidSpec,
+)
+from labkeeper.core.spec import ServerName
+from labkeeper.schema.answers import (
+    EventList,
+    WebhookList,
+)
+from labkeeper.schema.queries import (
+    EventQuery,
+    ServerPath,
+)
+
+
+def list_events(services: Services, query: EventQuery) -> Answer | Response:
+    """Tell what happened, of all servers, also of those that are gone; or follow it, as Server-Sent Events.
+
+    `Last-Event-ID` goes on where a connection broke.
+    """
+    return _events(services, None, query)
+
+
+def list_server_events(services: Services, path: ServerPath, query: EventQuery) -> Answer | Response:
+    """Tell the same of one server; its history is kept when it is deleted."""
+    name = ServerName(path.name)
+    caller().needs_name(name)
+    if not services.history.latest(server=name, limit=1, reach=caller().reach):
+        find_server(services, path)
+    return _events(services, name, query)
+
+
+def list_webhooks(services: Services) -> Answer:
+    """Say how the webhooks fare that events are posted to."""
+    return json_answer(WebhookList(webhooks=[webhook_model(status) for status in services.webhooks()]))
+
+
+def _events(services: Services, server: ServerName | None, query: EventQuery) -> Answer | Response:
+    history = services.history
+    after = _last_event_id(query)
+    # Else it is an event of another history: ours was begun anew, or is an older copy. Then none of it can be left out.
+    is_ours = after is None or after <= history.last_id
+    after = after if is_ours else 0
+    if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
+        return _follow_events(services, server, after, is_ours=is_ours)
+    if after is None:
+        page = history.latest(server=server, limit=query.limit, reach=caller().reach)
+    else:
+        page = history.after(after, server=server, limit=query.limit, reach=caller().reach)
+    more = bool(page) and page[-1].id < history.last_id
+    return json_answer(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
+
+
+def _follow_events(services: Services, server: ServerName | None, after: int | None, *, is_ours: bool) -> Response:
+    acquire_stream(services, "follow events", "read them without follow")
+    history = services.history
+    # From the first one on, nobody has missed any.
+    missed = (history.forgotten(after) if after else 0) if is_ours else None
+    entries = history.follow(history.last_id if after is None else after, server=server, look=LOOK_EVERY, reach=caller().reach)
+    return live_answer(services, server_sent(entries, missed, gone()), EVENT_STREAM)
+
+
+def _last_event_id(query: EventQuery) -> int | None:
+    """Give the last event that the caller knows; None where they want new ones only. Raises InvalidSpec."""
+    given = request.headers.get("Last-Event-ID", "").strip()
+    if not given:
+        return query.after
+    if not re.fullmatch(r"[0-9]{1,18}", given):
+        raise InvalidSpec.of("Last-Event-ID", "must be the id of an event")
+    return int(given)

@@ -1,0 +1,60 @@
+"""One-time links that open a Lab."""
+
+from __future__ import annotations
+
+import time
+from http import HTTPStatus
+from typing import Final
+from urllib.parse import quote
+
+from flask import Response, request
+
+from labkeeper.api.handlers.common import Answer, find_server, json_answer, lab_root
+from labkeeper.api.peers import PEER
+from labkeeper.api.services import Services
+from labkeeper.core.durations import instant
+from labkeeper.core.errors import (
+    Conflict,
+)
+from labkeeper.schema.answers import (
+    LinkModel,
+)
+from labkeeper.schema.queries import (
+    ServerPath,
+    TicketPath,
+)
+from labkeeper.schema.requests import LinkRequest
+
+_SPENT_LINK: Final = """<!doctype html>
+<html lang="en">
+<title>This link opens nothing any more</title>
+<h1>This link opens nothing any more</h1>
+<p>It was used, or it is too old, or its server was launched again. Go back to where it came from, and ask for another.</p>
+</html>
+"""
+
+
+def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer:
+    """Make a link that opens a running server's Lab once, within a short time, and without the Lab's token in it."""
+    snapshot = find_server(services, path)
+    if snapshot.endpoint is None:
+        raise Conflict(f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running")
+    page = snapshot.spec.default_url if body.page is None else body.page
+    ticket = services.links.make(snapshot.name, snapshot.launch, page, lifetime=body.expires_in)
+    base = services.url if PEER in request.environ else request.host_url.rstrip("/")
+    expires_at = instant(time.time() + body.expires_in)
+    return json_answer(LinkModel(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
+
+
+def open_link(services: Services, path: TicketPath) -> Response:
+    """Open a Lab by a link that was made for it: sends the browser there, which keeps a cookie of the Lab's."""
+    link = services.links.use(path.ticket) if request.method == "GET" else None
+    snapshot = None if link is None else services.keeper.get(link.server)
+    if link is None or snapshot is None or snapshot.endpoint is None or snapshot.launch != link.launch:
+        return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
+    # Jupyter takes the token, sets its cookie, and sends the browser on to a page without it.
+    root = lab_root(services, snapshot.endpoint)
+    # Jupyter would take what stands before a colon for a scheme.
+    next_page = (snapshot.endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
+    target = f"{root}login?token={snapshot.endpoint.token}&next={quote(next_page, safe='')}"
+    return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})

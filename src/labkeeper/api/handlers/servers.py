@@ -1,0 +1,265 @@
+"""Servers: create, list, show, start, stop, restart, delete."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import time
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Final
+
+from labkeeper.api import problems
+from labkeeper.api.handlers.common import (
+    Answer,
+    answered,
+    caller,
+    find_server,
+    json_answer,
+    origin,
+    patience,
+    server_answer,
+    visible_servers,
+    wait_until,
+)
+from labkeeper.api.services import Services
+from labkeeper.api.views import (
+    kernel_model,
+)
+from labkeeper.core.errors import (
+    Conflict,
+    InvalidSpec,
+    LabkeeperError,
+)
+from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
+from labkeeper.core.messages import Create, Order, Reply
+from labkeeper.core.ports import Watch
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.schema.answers import (
+    BulkResult,
+    BulkResults,
+    KernelList,
+    Server,
+    ServerList,
+)
+from labkeeper.schema.queries import (
+    GetQuery,
+    ListQuery,
+    ServerPath,
+    StartQuery,
+    StopQuery,
+)
+from labkeeper.schema.requests import BulkRequest, RestartRequest, ServerRequest
+
+_SETTLED: Final = AT_REST | {State.RUNNING}
+
+
+_RETRY_AFTER: Final = {"Retry-After": "1"}
+
+
+def create_server(services: Services, body: ServerRequest, query: StartQuery) -> Answer:
+    """Make a server and start it.
+
+    Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
+    """
+    spec = body.spec(services.defaults, caller())
+    return _start(services, spec.name, lambda: _create(services, spec), query)
+
+
+def list_servers(services: Services, query: ListQuery) -> Answer:
+    """List servers, by name."""
+    after = _decode_cursor(query.cursor)
+    found = [s for s in visible_servers(services) if s.name > after and _matches(s, query)]
+    page, more = found[: query.limit], len(found) > query.limit
+    listed = ServerList(servers=[server_answer(services, s) for s in page], next=_encode_cursor(page[-1].name) if more else None)
+    return json_answer(listed)
+
+
+def get_server(services: Services, path: ServerPath, query: GetQuery) -> Answer:
+    """Tell of one server; with `wait_for`, when it is in that state, or at rest in another, or `wait` is over."""
+    if query.wait_for is None:
+        return json_answer(server_answer(services, find_server(services, path)))
+    rest = AT_REST | {query.wait_for}
+    with services.keeper.watch(ServerName(path.name)) as watch:
+        snapshot = find_server(services, path)
+        with patience(services, query.wait) as wait:
+            snapshot, _ = wait_until(watch, lambda s: s.state in rest, first=snapshot, timeout=wait)
+    return json_answer(server_answer(services, snapshot))
+
+
+def delete_server(services: Services, path: ServerPath, query: StopQuery) -> Answer:
+    """Stop a server, then forget it; the answer is the last word on it, with its stop report."""
+    return _stop(services, path, query, Event.DELETE)
+
+
+def stop_server(services: Services, path: ServerPath, query: StopQuery) -> Answer:
+    """Stop a server and keep its spec, so that it can be started again."""
+    return _stop(services, path, query, Event.STOP)
+
+
+def start_server(services: Services, path: ServerPath, query: StartQuery) -> Answer:
+    """Start a server that was stopped or has failed."""
+    name = ServerName(path.name)
+    return _start(services, name, lambda: services.keeper.ask(Order(name, Event.START, origin=origin())), query)
+
+
+def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answer:
+    """Make many servers of one kind and start them: each as if it were asked for alone, all within one wait.
+
+    200 when all are ready, 202 when some still start, 207 when any could not be started; what became of each is in `results`.
+    """
+    specs = body.specs(services.defaults, caller())
+    seconds = services.start_wait if query.wait is None else query.wait
+    with ExitStack() as watching, patience(services, seconds) as wait:
+        end = time.monotonic() + wait
+        begun = [_begun(services, spec, watching) for spec in specs]
+        results = [_result(services, spec.name, start, end) for spec, start in zip(specs, begun, strict=True)]
+    return json_answer(BulkResults(results=results), _overall([result.status for result in results]))
+
+
+def restart_server(services: Services, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
+    """Stop a server if it runs, and start it, otherwise than before where the body says so.
+
+    With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+    """
+    snapshot = find_server(services, path)
+    revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
+    order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised, origin=origin())
+    return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
+
+
+def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Answer:
+    """Give a running server another Jupyter token: by a restart, since each launch has its own.
+
+    Kernels on a gateway live on, with their sessions; those beside the server end with it.
+    """
+    snapshot = find_server(services, path)
+    if snapshot.endpoint is None:
+        raise Conflict(
+            f"cannot rotate the token of server '{snapshot.name}': it is {snapshot.state}, "
+            "and its next launch has another one anyway"
+        )
+    event = Event.RESTART if snapshot.spec.gateway is None else Event.RENEW
+    order = Order(snapshot.name, event, origin=replace(origin(), reason="its token is rotated"))
+    return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
+
+
+def list_kernels(services: Services, path: ServerPath) -> Answer:
+    """List the kernels of a running server; asking does not count as activity."""
+    snapshot = find_server(services, path)
+    if snapshot.endpoint is None:
+        raise Conflict(f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running")
+    kernels = services.probe.kernels(snapshot.endpoint)
+    return json_answer(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))
+
+
+def _start(services: Services, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
+    seconds = services.start_wait if query.wait is None else query.wait
+    with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
+        begun = _Begun(watch, answered(command()))
+        server, status = _outcome(services, begun, *wait_until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait))
+    location = {"Location": f"/api/servers/{name}"}
+    return json_answer(server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location)
+
+
+def _create(services: Services, spec: ServerSpec) -> Reply | None:
+    """Ask for a server; of one that is none of the caller's business they hear no more than that its name is taken."""
+    known = services.keeper.get(spec.name)
+    if known is not None and not caller().sees(known):
+        raise Conflict(f"cannot start server '{spec.name}': the name is taken; choose another one")
+    return services.keeper.ask(Create(spec, origin()))
+
+
+def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
+    """Ask for one of many, and wait for nothing but the fleet's word."""
+    watch = watching.enter_context(services.keeper.watch(spec.name))
+    try:
+        return _Begun(watch, answered(_create(services, spec)))
+    except LabkeeperError as error:
+        return error
+
+
+def _result(services: Services, name: ServerName, begun: _Begun | LabkeeperError, end: float) -> BulkResult:
+    """Wait until `end` for one of many; what went wrong with it is told, and holds up nobody."""
+    if isinstance(begun, LabkeeperError):
+        return _refused(name, begun)
+    left = max(0.0, end - time.monotonic())
+    try:
+        server, status = _outcome(
+            services, begun, *wait_until(begun.watch, _is_settled, first=begun.reply.snapshot, timeout=left)
+        )
+    except LabkeeperError as error:
+        return _refused(name, error)
+    return BulkResult(name=name, status=status, server=server, problem=None)
+
+
+def _outcome(services: Services, begun: _Begun, snapshot: Snapshot, settled: bool) -> tuple[Server, HTTPStatus]:
+    """Say what a start has come to. Raises ServerFailed, Conflict."""
+    if snapshot.state is State.FAILED:
+        raise problems.start_failed(snapshot)
+    if settled and snapshot.state is State.STOPPED:
+        raise Conflict(f"cannot start server '{snapshot.name}': it was stopped meanwhile")
+    ready = HTTPStatus.CREATED if begun.reply.created else HTTPStatus.OK
+    return server_answer(services, snapshot), ready if settled else HTTPStatus.ACCEPTED
+
+
+def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) -> Answer:
+    name = ServerName(path.name)
+    seconds = services.stop_wait if query.wait is None else query.wait
+    with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
+        first = answered(services.keeper.ask(Order(name, event, force=query.force, origin=origin()))).snapshot
+        snapshot, ended = wait_until(watch, lambda s: s.state is State.STOPPED or s.goal in RETURNS, first=first, timeout=wait)
+    if snapshot.goal in RETURNS:
+        raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
+    return json_answer(
+        server_answer(services, snapshot), HTTPStatus.OK if ended else HTTPStatus.ACCEPTED, {} if ended else _RETRY_AFTER
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A start that the fleet has taken."""
+
+    watch: Watch
+    reply: Reply
+
+
+def _refused(name: ServerName, error: LabkeeperError) -> BulkResult:
+    problem = problems.body_of(error)
+    return BulkResult(name=name, status=problem["status"], server=None, problem=problem)
+
+
+def _overall(statuses: Collection[int]) -> HTTPStatus:
+    """Give the status of an answer about many."""
+    if any(status >= HTTPStatus.BAD_REQUEST for status in statuses):
+        return HTTPStatus.MULTI_STATUS
+    return HTTPStatus.ACCEPTED if HTTPStatus.ACCEPTED in statuses else HTTPStatus.OK
+
+
+def _is_settled(snapshot: Snapshot) -> bool:
+    return snapshot.state in _SETTLED
+
+
+def _matches(snapshot: Snapshot, query: ListQuery) -> bool:
+    if query.state and snapshot.state not in query.state:
+        return False
+    for wanted in query.label:
+        key, is_pair, value = wanted.partition("=")
+        if key not in snapshot.spec.labels or (is_pair and snapshot.spec.labels[key] != value):
+            return False
+    return True
+
+
+def _encode_cursor(name: ServerName) -> str:
+    return base64.urlsafe_b64encode(name.encode()).decode().rstrip("=")
+
+
+def _decode_cursor(cursor: str) -> str:
+    try:
+        name = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+    except (binascii.Error, UnicodeError, ValueError):
+        raise InvalidSpec.of("cursor", "must be the `next` of a page before") from None
+    return name
