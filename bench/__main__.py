@@ -59,12 +59,12 @@ def main() -> int:
         chosen.repeats, chosen.burst_repeats, chosen.warmups = _QUICK, 1, 1
     if not chosen.only:
         chosen.only = [] if chosen.cycles else list(MEASUREMENTS)
-    return guarded(lambda room: _run(chosen, room))
+    return guarded(lambda server_dir: _run(chosen, server_dir))
 
 
-def _run(chosen: argparse.Namespace, room: Path) -> int:
+def _run(chosen: argparse.Namespace, server_dir: Path) -> int:
     try:
-        found = Bench(chosen, room).run()
+        found = Bench(chosen, server_dir).run()
     except BenchError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
@@ -75,11 +75,11 @@ def _run(chosen: argparse.Namespace, room: Path) -> int:
 class Bench:
     """One run."""
 
-    def __init__(self, chosen: argparse.Namespace, room: Path) -> None:
+    def __init__(self, chosen: argparse.Namespace, server_dir: Path) -> None:
         self._chosen = chosen
-        self._room = room
+        self._server_dir = server_dir
         self._classes = [each for each in contenders.ALL if each.key in chosen.contenders]
-        self._environments = environments.prepare(chosen.source, room, with_hub=JupyterHub in self._classes)
+        self._environments = environments.prepare(chosen.source, server_dir, with_hub=JupyterHub in self._classes)
         told = ("repeats", "burst_repeats", "warmups", "cycles", "only")
         options = {name: getattr(chosen, name) for name in told}
         self._results = results.begin(self._environments.versions(), options)
@@ -117,7 +117,7 @@ class Bench:
     def _look_who_can(self) -> None:
         """Leave out who cannot take part, and say so."""
         for each in tuple(self._classes):
-            contender = each(self._environments, self._room)
+            contender = each(self._environments, self._server_dir)
             try:
                 contender.open()
             except contenders.Skipped as why:
@@ -146,7 +146,7 @@ class Bench:
         opened = []
         for each in classes:
             say(f"opening {each.label}")
-            contender = each(self._environments, self._room)
+            contender = each(self._environments, self._server_dir)
             contender.open()
             opened.append(contender)
         yield opened

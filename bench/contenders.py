@@ -54,9 +54,9 @@ class Contender:
     key: ClassVar[str]
     label: ClassVar[str]
 
-    def __init__(self, environments: Environments, room: Path) -> None:
+    def __init__(self, environments: Environments, server_dir: Path) -> None:
         self.environments = environments
-        self.home = room / f"{self.key}-{secrets.token_hex(4)}"
+        self.home = server_dir / f"{self.key}-{secrets.token_hex(4)}"
         self.notebooks = self.home / "notebooks"
         self.log = self.home / "log"
         self.notebooks.mkdir(parents=True)

@@ -27,10 +27,10 @@ def at_once(tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Do all at the same time, each in a thread; give what they gave, or raise what the first one raised."""
     results: dict[int, T] = {}
     errors: list[Exception] = []
-    gate = threading.Barrier(len(tasks) + 1)
+    preflight = threading.Barrier(len(tasks) + 1)
 
     def run(number: int, task: Callable[[], T]) -> None:
-        gate.wait()
+        preflight.wait()
         try:
             results[number] = task()
         except Exception as error:  # noqa: BLE001 - raised again below
@@ -40,7 +40,7 @@ def at_once(tasks: Sequence[Callable[[], T]]) -> list[T]:
     threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(tasks)]
     for thread in threads:
         thread.start()
-    gate.wait()
+    preflight.wait()
     for thread in threads:
         thread.join()
     if errors:

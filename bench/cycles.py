@@ -59,8 +59,8 @@ def _turn(keeper: Labkeeper, count: int) -> None:
 
 def _count(keeper: Labkeeper) -> dict[str, int]:
     time.sleep(_SETTLE)
-    rooms = keeper.state / "run"
-    found = {"processes": len(started_by_us()), "files in the runtime directory": len(list(rooms.rglob("*")))}
+    server_dirs = keeper.state / "run"
+    found = {"processes": len(started_by_us()), "files in the runtime directory": len(list(server_dirs.rglob("*")))}
     for name, pid in keeper.beside().items():
         process = psutil.Process(pid)
         found |= {

@@ -54,15 +54,15 @@ class Environments:
         return os.pathsep.join([*ours, os.environ.get("PATH", os.defpath)])
 
 
-def prepare(source: Path, room: Path, *, with_hub: bool) -> Environments:
+def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
     """Make what is missing, and put the labkeeper of this checkout in. Needs the network the first time only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "labkeeper-bench"
     if _in_checkout(cache):
         raise BenchError(f"cannot measure in {cache}: it lies in a git checkout, which would slow Jupyter down")
     pins = _pins(source)
-    constraints = room / "constraints.txt"
+    constraints = server_dir / "constraints.txt"
     constraints.write_text(pins)
-    wheel = _wheel(source, room)
+    wheel = _wheel(source, server_dir)
     lab = _lab(cache, pins, constraints, wheel, _dependencies(source))
     if not with_hub:
         return Environments(lab, None, None)
@@ -132,10 +132,10 @@ def _dependencies(source: Path) -> str:
     return json.dumps([project["dependencies"], project["optional-dependencies"]])
 
 
-def _wheel(source: Path, room: Path) -> Path:
+def _wheel(source: Path, server_dir: Path) -> Path:
     """Build labkeeper with the checkout's own environment, which has what that needs: pip would fetch it each time."""
     say("building labkeeper")
-    target = room / "wheel"
+    target = server_dir / "wheel"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     _run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source)
     (wheel,) = target.glob("labkeeper-*.whl")

@@ -33,15 +33,15 @@ _PATIENCE: Final = 10.0
 def guarded(work: Callable[[Path], int]) -> int:
     """Run `work` in a child, with a directory of its own; then end and remove what is left, and say so. Gives the exit code."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    room = Path(tempfile.mkdtemp(prefix="labkeeper-bench-"))
+    server_dir = Path(tempfile.mkdtemp(prefix="labkeeper-bench-"))
     child = os.fork()
     if child == 0:
-        _be_the_child(work, room)
+        _be_the_child(work, server_dir)
     for number in _SIGNALS:
         signal.signal(number, lambda *_: _forward(child))
     code = _wait_for(child)
     clean = _sweep()
-    shutil.rmtree(room, ignore_errors=True)
+    shutil.rmtree(server_dir, ignore_errors=True)
     return code if clean else code or 1
 
 
@@ -50,13 +50,13 @@ def started_by_us() -> list[psutil.Process]:
     return [p for p in psutil.Process(os.getppid()).children(recursive=True) if p.pid != os.getpid()]
 
 
-def _be_the_child(work: Callable[[Path], int], room: Path) -> NoReturn:
+def _be_the_child(work: Callable[[Path], int], server_dir: Path) -> NoReturn:
     code = 1
     try:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
         for number in _SIGNALS:
             signal.signal(number, _interrupt)
-        code = work(room)
+        code = work(server_dir)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -75,7 +75,7 @@ def family_of(pid: int) -> Iterator[Family]:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
+class ActivityHistory:
     """In bytes. USS: what would be free if it ended. PSS: that, and its share of what it shares."""
 
     rss: int
@@ -83,13 +83,13 @@ class Memory:
     uss: int
 
 
-def memory_of(pid: int) -> Memory:
+def memory_of(pid: int) -> ActivityHistory:
     """Read /proc/PID/smaps_rollup (proc_pid_smaps_rollup(5))."""
     found: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         found[name] = int(rest.split()[0]) * 1024
-    return Memory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
+    return ActivityHistory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
 
 
 def processor_seconds(pid: int) -> float:

@@ -10,12 +10,12 @@ from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.server import Kernel
-from labkeeper.events.log import Chronicle
+from labkeeper.events.log import EventLog
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
-from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.schema.requests import Defaults
-from labkeeper.testing.fakes import FakeBackend, MemoryLedger, MemoryStore, NoCulling, OpenGate, World
+from labkeeper.testing.fakes import FakeBackend, MemoryOrphans, MemoryStore, NoCulling, PassingPreflight, World
 
 TOKEN = "a-token-of-the-tests"
 """The owner's."""
@@ -49,33 +49,33 @@ class FakeKeeper:
 def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> Iterator[FakeKeeper]:
     """Run one; `services` are what its API is to speak for otherwise."""
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
-    inbox, board = Inbox(), Board()
-    lanes = LanePool(inbox.hear)
-    backend = FakeBackend(inbox.hear, world)
-    chronicle = Chronicle(store, clock, size=1000)
+    mailbox, board = Mailbox(), SnapshotBoard()
+    executor = KeyedExecutor(mailbox.receive)
+    backend = FakeBackend(mailbox.receive, world)
+    event_log = EventLog(store, clock, size=1000)
     fleet = Fleet(
         backend=backend,
-        gate=OpenGate(),
-        ledger=MemoryLedger(),
+        preflight=PassingPreflight(),
+        orphans=MemoryOrphans(),
         store=store,
-        lanes=lanes,
+        executor=executor,
         clock=clock,
         policy=policy or Policy(),
-        listeners=(board, chronicle),
+        subscribers=(board, event_log),
     )
-    keeper = Keeper(fleet, inbox, lanes, board, clock)
+    keeper = Keeper(fleet, mailbox, executor, board, clock)
     keeper.start()
     spoken_for = {
         "keeper": keeper,
         "backend": backend,
         "probe": probe,
-        "debts": list,
-        "history": chronicle,
+        "orphans": list,
+        "history": event_log,
         "meter": Metrics(clock),
         "culler": NoCulling(),
         "defaults": Defaults(notebook_dir, "127.0.0.1", 8888),
         "version": "1.2.3",
-        "tokens": Tokens(store, clock, chronicle, owner=TOKEN),
+        "tokens": Tokens(store, clock, event_log, owner=TOKEN),
         "start_wait": 5.0,
         "stop_wait": 5.0,
     }

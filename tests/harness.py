@@ -106,12 +106,12 @@ def kill_all(processes):
             process.kill()
 
 
-def processes_marked(room_prefix, *, rehearsals=True):
+def processes_marked(prefix, *, rehearsals=True):
     """Every live process that a server of this runtime directory started; a fork server rehearses one whenever it loads anew."""
 
     def is_of_server(process):
         mark = process.environ().get("LABKEEPER_SERVER", "")
-        return mark.startswith(str(room_prefix)) and (rehearsals or "/.forkservers/" not in mark)
+        return mark.startswith(str(prefix)) and (rehearsals or "/.forkservers/" not in mark)
 
     return processes_where(is_of_server)
 
@@ -122,13 +122,13 @@ def working_in(directory):
 
 
 def fork_servers_of(keeper):
-    return processes_where(lambda process: Path(process.cwd()).parent == keeper.rooms / ".forkservers")
+    return processes_where(lambda process: Path(process.cwd()).parent == keeper.server_dirs / ".forkservers")
 
 
-def servers_in(room_prefix):
+def servers_in(prefix):
     """The pids of the JupyterLab servers among them: not their kernels, nor what extensions run for a moment."""
     found = []
-    for process in processes_marked(room_prefix, rehearsals=False):
+    for process in processes_marked(prefix, rehearsals=False):
         with contextlib.suppress(psutil.Error):
             if any(piece.startswith("jupyter-lab") for piece in process.cmdline()[:1]):
                 found.append(process.pid)
@@ -235,12 +235,12 @@ class KeeperProcess:
         return f"{'https' if 'cert_file' in self.settings else 'http'}://127.0.0.1:{self.port}"
 
     @property
-    def rooms(self):
+    def server_dirs(self):
         return Path(self.settings.get("runtime_dir", self.state_dir / "run"))
 
-    def in_rooms(self):
+    def in_server_dirs(self):
         """The names of what is in the runtime directory: rooms and fork servers, but not its lock, which stays."""
-        return sorted({path.name for path in self.rooms.iterdir()} - {"keeper.lock"}) if self.rooms.exists() else []
+        return sorted({path.name for path in self.server_dirs.iterdir()} - {"keeper.lock"}) if self.server_dirs.exists() else []
 
     @property
     def environment(self):
@@ -340,9 +340,9 @@ class KeeperProcess:
             self.http.delete(f"/api/tokens/{token['name']}")
         for path in self.notebook_dir.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        rooms = [name for name in self.in_rooms() if name != ".forkservers"]
-        left = processes_marked(self.rooms, rehearsals=False)
-        assert not rooms, rooms
+        server_dirs = [name for name in self.in_server_dirs() if name != ".forkservers"]
+        left = processes_marked(self.server_dirs, rehearsals=False)
+        assert not server_dirs, server_dirs
         assert not left, left
         assert not (self.config_dir / "jupyter_server_config.py").exists()
 
@@ -350,18 +350,18 @@ class KeeperProcess:
         """End whatever is left, and prove that nothing is."""
         if self.process is not None and self.process.poll() is None:
             assert self.stop() == 0, self.log.read_text()
-            left = processes_marked(self.rooms)
-            rooms = self.in_rooms()
+            left = processes_marked(self.server_dirs)
+            server_dirs = self.in_server_dirs()
             self.sweep()
             assert not left, left
-            assert not rooms, rooms
+            assert not server_dirs, server_dirs
         if self.http is not None:
             self.http.close()
         self.sweep()
 
     def sweep(self):
-        kill_all(processes_marked(self.rooms))
-        groups = ControlGroups(self.rooms.resolve())
+        kill_all(processes_marked(self.server_dirs))
+        groups = ControlGroups(self.server_dirs.resolve())
         # Those of rehearsals, which are no servers, have names that begin with a dot.
         found = (group.name for base in groups._bases for group in base.glob(f"{groups._prefix}.*"))
         rehearsals = {name.removeprefix(groups._prefix) for name in found}
@@ -409,10 +409,10 @@ class PassableKeeper(KeeperProcess):
 
     def close(self):
         code = self.stop()
-        left = processes_marked(self.rooms)
+        left = processes_marked(self.server_dirs)
         self.sweep()
         assert (code, left) == (0, []), self.log.read_text()
-        assert not self.in_rooms()
+        assert not self.in_server_dirs()
 
 
 HANDS = """

@@ -15,27 +15,27 @@ from typing import Final
 import structlog
 
 from labkeeper.core.culling import (
+    ActivityHistory,
     CullPolicy,
+    CullState,
     Explanation,
     Facts,
-    Memory,
     Outlook,
     Rule,
-    Standing,
     Verdict,
     decide,
     idle_kernels,
     limits_of,
     warned_at,
 )
-from labkeeper.core.durations import instant, spoken
+from labkeeper.core.durations import format_duration, format_time
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.messages import CULLER, Change, HistoryKind, Message, Order, Origin
-from labkeeper.core.ports import Backend, Chronicle, Clock, Probe
+from labkeeper.core.ports import Backend, Clock, EventLog, Probe
 from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot
 from labkeeper.core.spec import ServerName
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _LOOK_EVERY: Final = 0.5
 """Seconds between two looks at what is due."""
@@ -50,7 +50,7 @@ class _Watched:
     snapshot: Snapshot
     endpoint: Endpoint
     facts: Facts
-    memory: Memory
+    memory: ActivityHistory
     due: float
     seen: Activity | None = None
     """What the server said last, in its own words; None where it did not answer."""
@@ -60,7 +60,7 @@ class _Watched:
 
 
 class Culler:
-    """A listener of the fleet, with a thread of its own; see `core.ports.Explainer`, too."""
+    """A listener of the fleet, with a thread of its own; see `core.ports.CullStatus`, too."""
 
     def __init__(
         self,
@@ -68,8 +68,8 @@ class Culler:
         *,
         backend: Backend,
         probe: Probe,
-        chronicle: Chronicle,
-        crew: Crew,
+        event_log: EventLog,
+        threads: ThreadGroup,
         clock: Clock,
         policy: CullPolicy,
         period: float,
@@ -78,8 +78,8 @@ class Culler:
         self._give = give
         self._backend = backend
         self._probe = probe
-        self._chronicle = chronicle
-        self._crew = crew
+        self._event_log = event_log
+        self._threads = threads
         self._clock = clock
         self._policy = policy
         self._period = period
@@ -88,7 +88,7 @@ class Culler:
 
     def start(self) -> None:
         """Begin to look."""
-        self._crew.watch("culler", self._round, every=lambda: _LOOK_EVERY)
+        self._threads.watch("culler", self._round, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
         """Take in a server that runs, and leave out one that does not."""
@@ -102,19 +102,19 @@ class Culler:
             else:
                 self._renew(known, after)
 
-    def explain(self, snapshot: Snapshot) -> Explanation:
+    def refresh(self, snapshot: Snapshot) -> Explanation:
         """Say how one server stands, after a look at it."""
         watched = self._watched.get(snapshot.name)
         if watched is not None:
             self._ask(watched)
-        return self.foretell(snapshot)
+        return self.cached(snapshot)
 
-    def foretell(self, snapshot: Snapshot) -> Explanation:
+    def cached(self, snapshot: Snapshot) -> Explanation:
         """Say how one server stands, by the last look at it."""
         now = self._clock.monotonic()
         watched = self._watched.get(snapshot.name)
         if snapshot.state is not State.RUNNING:
-            verdict = Verdict(Standing.NOT_RUNNING, f"it is {snapshot.state}")
+            verdict = Verdict(CullState.NOT_RUNNING, f"it is {snapshot.state}")
         elif watched is None:
             verdict = decide(Facts(limits_of(snapshot.spec), now, now), self._policy, now)
         else:
@@ -132,7 +132,7 @@ class Culler:
         # Only of a first launch that we saw become ready is it known that it cannot have been used before.
         floor = {"floor": ready_at} if snapshot.up_since == snapshot.started_at else {}
         facts = Facts(limits_of(snapshot.spec), self._ours(snapshot.up_since), ready_at)
-        watched = _Watched(snapshot, endpoint, facts, Memory(**floor), now + random.uniform(0, self._period))  # noqa: S311
+        watched = _Watched(snapshot, endpoint, facts, ActivityHistory(**floor), now + random.uniform(0, self._period))  # noqa: S311
         self._snooze(watched)
         return watched
 
@@ -157,7 +157,7 @@ class Culler:
 
     def _round(self) -> None:
         for watched in self._due():
-            watched.asker = self._crew.start(f"cull-{watched.snapshot.name}", self._look, watched)
+            watched.asker = self._threads.start(f"cull-{watched.snapshot.name}", self._look, watched)
 
     def _due(self) -> list[_Watched]:
         now = self._clock.monotonic()
@@ -170,7 +170,7 @@ class Culler:
         watched.due = self._clock.monotonic() + self._period
         self._ask(watched)
         verdict = self._judge(watched)
-        if verdict.standing is Standing.DUE and verdict.next is not None:
+        if verdict.state is CullState.DUE and verdict.next is not None:
             self._stop(watched, verdict.next.rule)
         else:
             self._end_kernels(watched)
@@ -217,13 +217,13 @@ class Culler:
 
     def _warn(self, snapshot: Snapshot, outlook: Outlook, now: float) -> None:
         ahead = (outlook.stops_at or now) - now
-        moment = instant(self._clock.time() + ahead)
-        message = f"server '{snapshot.name}' will be stopped in {spoken(ahead)}, by {outlook.rule}, unless it is snoozed"
+        moment = format_time(self._clock.time() + ahead)
+        message = f"server '{snapshot.name}' will be stopped in {format_duration(ahead)}, by {outlook.rule}, unless it is snoozed"
         message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
         _log.info("a server is about to be culled", server=snapshot.name, rule=str(outlook.rule), stops_at=moment)
         details = {"rule": str(outlook.rule), "stops_at": moment}
         origin = Origin(CULLER, reason=str(outlook.rule))
-        self._chronicle.note(
+        self._event_log.record(
             HistoryKind.CULL_WARNING, snapshot.name, message, origin=origin, launch=snapshot.launch, details=details
         )
 
@@ -232,7 +232,7 @@ class Culler:
         snapshot, before = watched.snapshot, watched.seen
         self._ask(watched)
         again = self._judge(watched)
-        still_due = again.standing is Standing.DUE and again.next is not None and again.next.rule is rule
+        still_due = again.state is CullState.DUE and again.next is not None and again.next.rule is rule
         if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.seen != before):
             _log.info("a server is not culled: it has changed at the last moment", server=snapshot.name, now=again.reason)
             return
@@ -247,8 +247,8 @@ class Culler:
         self._ask(watched)
         unchanged = {kernel.id for kernel in before & set(watched.seen.kernels if watched.seen is not None else ())}
         for kernel, seconds in self._idle_kernels(watched):
-            if kernel.id in unchanged and not self._crew.closed:
-                self._end_kernel(watched, kernel.id, f"kernel_idle_timeout: nobody used it for {spoken(seconds)}")
+            if kernel.id in unchanged and not self._threads.closed:
+                self._end_kernel(watched, kernel.id, f"kernel_idle_timeout: nobody used it for {format_duration(seconds)}")
 
     def _idle_kernels(self, watched: _Watched) -> Sequence[tuple[KernelUse, float]]:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
@@ -263,6 +263,6 @@ class Culler:
         _log.info("a kernel is culled", server=name, kernel=kernel_id, reason=reason)
         message = f"kernel {kernel_id} of server '{name}' was ended, because nobody uses it"
         origin = Origin(CULLER, reason=reason)
-        self._chronicle.note(
+        self._event_log.record(
             HistoryKind.KERNEL_CULLED, name, message, origin=origin, launch=launch, details={"kernel": kernel_id}
         )

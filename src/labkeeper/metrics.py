@@ -20,7 +20,7 @@ from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, WebhookStatus
 from labkeeper.core.ports import Clock
-from labkeeper.core.server import FailureClass, KernelDebt, Snapshot, StopMethod
+from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot, StopMethod
 from labkeeper.core.spec import ServerName
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kern
 ORPHANS: Final = Family(
     "labkeeper_orphan_processes_total", Kind.COUNTER, "Processes that an earlier keeper had left, found and ended."
 )
-KERNEL_DEBTS: Final = Family("labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end.")
+ORPHANED_KERNELS: Final = Family("labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end.")
 GATEWAYS: Final = Family(
     "labkeeper_gateways",
     Kind.GAUGE,
@@ -161,7 +161,7 @@ FAMILIES: Final = (
     CULLS,
     KERNEL_CULLS,
     ORPHANS,
-    KERNEL_DEBTS,
+    ORPHANED_KERNELS,
     GATEWAYS,
     WEBHOOK_EVENTS,
     WEBHOOK_PENDING,
@@ -176,7 +176,7 @@ class World:
     """What is looked at when metrics are asked for. Each is quick, and safe to call from any thread."""
 
     servers: Callable[[], Sequence[Snapshot]] = tuple
-    debts: Callable[[], Sequence[KernelDebt]] = tuple
+    orphans: Callable[[], Sequence[OrphanedKernel]] = tuple
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
 
 
@@ -338,7 +338,7 @@ class Metrics:
         health = _healths(servers)
         return {
             SERVERS: {labels: states[labels[0]] for labels in SERVERS.known},
-            KERNEL_DEBTS: {(): len(self._world.debts())},
+            ORPHANED_KERNELS: {(): len(self._world.orphans())},
             GATEWAYS: {("reachable",): sum(health.values()), ("unreachable",): len(health) - sum(health.values())},
             WEBHOOK_EVENTS: {
                 labels: count for hook in webhooks for labels, count in ((("delivered",), hook.delivered), (("dead",), hook.dead))

@@ -1,4 +1,4 @@
-"""The real clock and the threads around the core: inbox, lanes, and the board that readers look at."""
+"""The real clock and the threads around the core: mailbox, executor, and the board of snapshots."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from labkeeper.core.ports import Clock
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
 
-LANE_THREADS: Final = 8
+EXECUTOR_THREADS: Final = 8
 """How many servers' backend calls run beside each other; the calls are short."""
 _BEAT: Final = 1.0
 """Seconds that the fleet's thread sleeps at most while there is any timer, so that it sees whether it was suspended."""
@@ -50,7 +50,7 @@ class SystemClock:
         return time.time()
 
 
-class Board:
+class SnapshotBoard:
     """What is known of every server, for readers. A listener of the fleet: each change replaces one snapshot."""
 
     def __init__(self) -> None:
@@ -128,20 +128,20 @@ class Watch:
         return last, True
 
 
-class LanePool:
-    """Runs jobs on a few threads: those of one server in order, those of different servers beside each other."""
+class KeyedExecutor:
+    """Runs jobs on a few threads: those of one server in order, those of different servers in parallel."""
 
-    def __init__(self, inbox: Callable[[Report], None], *, threads: int = LANE_THREADS) -> None:
+    def __init__(self, mailbox: Callable[[Report], None], *, threads: int = EXECUTOR_THREADS) -> None:
         """All threads are there from the beginning: no job may wait for one that cannot be started. Raises BackendUnavailable."""
-        self._inbox = inbox
+        self._mailbox = mailbox
         self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
-        """The lanes that have begun; None for each thread that is to end."""
-        self._lanes: dict[ServerName, deque[Callable[[], Report | None]]] = {}
+        """Names with a queue that no thread works on yet; None ends a thread."""
+        self._queues: dict[ServerName, deque[Callable[[], Report | None]]] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         try:
             for number in range(threads):
-                thread = threading.Thread(target=self._work, name=f"lane-{number}", daemon=True)
+                thread = threading.Thread(target=self._work, name=f"worker-{number}", daemon=True)
                 shortage.start(thread)
                 self._threads.append(thread)
         except BackendUnavailable:
@@ -151,11 +151,11 @@ class LanePool:
     def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
         """Queue a job."""
         with self._lock:
-            lane = self._lanes.get(name)
-            if lane is not None:
-                lane.append(job)
+            queued = self._queues.get(name)
+            if queued is not None:
+                queued.append(job)
                 return
-            self._lanes[name] = deque([job])
+            self._queues[name] = deque([job])
         self._waiting.put(name)
 
     def close(self) -> None:
@@ -170,29 +170,29 @@ class LanePool:
             self._run(name)
 
     def _run(self, name: ServerName) -> None:
-        """Run the jobs of one lane until it is empty."""
+        """Run the jobs of one server until none is queued."""
         while True:
             with self._lock:
-                lane = self._lanes[name]
-                if not lane:
-                    del self._lanes[name]
+                queued = self._queues[name]
+                if not queued:
+                    del self._queues[name]
                     return
-                job = lane.popleft()
+                job = queued.popleft()
             try:
                 report = job()
                 if report is not None:
-                    self._inbox(report)
+                    self._mailbox(report)
             except Exception:  # noqa: BLE001 - a bug: it must not take the other servers' jobs with it
                 _log.exception("a job failed", server=name)
 
 
-class Inbox:
+class Mailbox:
     """Where messages to the fleet wait, from any thread."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[tuple[Message, Future[Reply | None]] | None] = queue.SimpleQueue()
 
-    def hear(self, report: Report) -> None:
+    def receive(self, report: Report) -> None:
         """Take in a fact."""
         self._items.put((report, Future()))
 
@@ -218,11 +218,11 @@ class Inbox:
 class Keeper:
     """The fleet with its thread: commands come in from any thread, and are answered."""
 
-    def __init__(self, fleet: Fleet, inbox: Inbox, lanes: LanePool, board: Board, clock: Clock) -> None:
+    def __init__(self, fleet: Fleet, mailbox: Mailbox, executor: KeyedExecutor, board: SnapshotBoard, clock: Clock) -> None:
         """Take the clock that the fleet goes by."""
         self._fleet = fleet
-        self._inbox = inbox
-        self._lanes = lanes
+        self._mailbox = mailbox
+        self._queues = executor
         self._board = board
         self._clock = clock
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
@@ -235,7 +235,7 @@ class Keeper:
     def ask(self, message: Message) -> Reply | None:
         """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
         try:
-            return self._inbox.post(message).result(_ANSWER_WITHIN)
+            return self._mailbox.post(message).result(_ANSWER_WITHIN)
         except TimeoutError as error:
             raise BackendUnavailable("cannot take the command: the keeper is busy; try again") from error
 
@@ -267,10 +267,10 @@ class Keeper:
 
     def close(self) -> None:
         """End the threads; servers live on."""
-        self._inbox.close()
+        self._mailbox.close()
         if self._thread.ident is not None:  # It has begun.
             self._thread.join()
-        self._lanes.close()
+        self._queues.close()
 
     def _loop(self) -> None:
         looked, expected, held_until = -math.inf, math.inf, -math.inf
@@ -286,15 +286,15 @@ class Keeper:
                 if not self._take(wait):
                     return
             else:
-                # Only what is here by now goes first: a busy inbox must not hold up a timer.
-                if not all(self._take(0) for _ in range(self._inbox.size())):
+                # Only what is here by now goes first: a busy mailbox must not hold up a timer.
+                if not all(self._take(0) for _ in range(self._mailbox.size())):
                     return
                 self._step(Tick(), Future())
 
     def _take(self, timeout: float | None) -> bool:
         """Take the next message, if one comes within some seconds; say whether we go on."""
         with contextlib.suppress(queue.Empty):
-            item = self._inbox.get(timeout)
+            item = self._mailbox.get(timeout)
             if item is None:
                 return False
             self._step(*item)

@@ -18,7 +18,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.ports import Backend, Clock, Probe
 from labkeeper.core.server import Load, Sample, Snapshot
 from labkeeper.core.spec import ServerName
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _WANTED_FOR: Final = 60.0
 """Seconds that samples are taken for after somebody has asked."""
@@ -39,7 +39,7 @@ class Sampler:
         probe: Probe,
         servers: Callable[[], Sequence[Snapshot]],
         *,
-        crew: Crew,
+        threads: ThreadGroup,
         clock: Clock,
         period: float,
     ) -> None:
@@ -47,7 +47,7 @@ class Sampler:
         self._backend = backend
         self._probe = probe
         self._servers = servers
-        self._crew = crew
+        self._threads = threads
         self._clock = clock
         self._period = period
         self._asked = float("-inf")
@@ -60,7 +60,7 @@ class Sampler:
     def start(self) -> None:
         """Begin."""
         if self._period:
-            self._crew.watch("usage", self._round, every=self._pause)
+            self._threads.watch("usage", self._round, every=self._pause)
 
     def of(self, snapshot: Snapshot) -> Sample | None:
         """Give the last sample of a running server, at once; None where there is none of this launch."""
@@ -81,7 +81,7 @@ class Sampler:
             return
         self._sample()
         if self._rounds % _LOADS_EVERY == 0 and (self._asking is None or not self._asking.is_alive()):
-            self._asking = self._crew.start("ask-usage", self._ask)
+            self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
 
     @property
@@ -112,7 +112,7 @@ class Sampler:
         """Ask each running server once."""
         loads: dict[ServerName, tuple[int, Load]] = {}
         for snapshot in self._servers():
-            if self._crew.closed:
+            if self._threads.closed:
                 return
             if snapshot.endpoint is not None:
                 try:

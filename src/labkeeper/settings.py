@@ -317,7 +317,7 @@ class Settings(BaseModel):
         return (self.lab_cert_file, self.lab_key_file) if self.lab_cert_file and self.lab_key_file else None
 
     @property
-    def rooms(self) -> Path:
+    def server_dirs(self) -> Path:
         """The runtime directory."""
         return self.runtime_dir or self.state_dir / "run"
 

@@ -21,10 +21,10 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from labkeeper import shortage
-from labkeeper.core.access import EVERYTHING, Reach, Token
+from labkeeper.core.access import EVERYTHING, Token, TokenLimits
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
-from labkeeper.core.server import FailureClass, KernelDebt, Snapshot
+from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot
 from labkeeper.core.spec import ServerName
 
 _log = structlog.get_logger("labkeeper.store")
@@ -102,20 +102,20 @@ class SqliteStore:
         with self._doing("write"):
             self._db.execute("DELETE FROM servers WHERE name = ?", (name,))
 
-    def debts(self) -> list[KernelDebt]:
+    def orphans(self) -> list[OrphanedKernel]:
         """Give all kernels that are still to be ended."""
-        return self._read(KernelDebt, "SELECT debt FROM debts ORDER BY kernel_id")
+        return self._read(OrphanedKernel, "SELECT debt FROM debts ORDER BY kernel_id")
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Keep some more; on the disk when this returns."""
-        rows = [(debt.kernel_id, _text(debt)) for debt in debts]
+        rows = [(orphan.kernel_id, _text(orphan)) for orphan in orphans]
         with self._doing("write"):
             self._db.executemany(
                 "INSERT INTO debts (kernel_id, debt) VALUES (?, ?) ON CONFLICT (kernel_id) DO UPDATE SET debt = excluded.debt",
                 rows,
             )
 
-    def settle(self, kernel_ids: Sequence[str]) -> None:
+    def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
         """Drop some."""
         with self._doing("write"):
             self._db.executemany("DELETE FROM debts WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
@@ -158,15 +158,17 @@ class SqliteStore:
         oldest = f"SELECT id FROM history WHERE {_ACTOR} IS ? ORDER BY id LIMIT ?"  # noqa: S608 - ours
         self._db.executemany(f"DELETE FROM history WHERE id IN ({oldest})", excess)  # noqa: S608 - ours
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def remembered(
+        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
         return self._select("id", after, server, reach, limit)
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
         return self._select("id DESC", 0, server, reach, limit)[::-1]
 
-    def _select(self, order: str, after: int, server: ServerName | None, reach: Reach, limit: int) -> list[HistoryEntry]:
+    def _select(self, order: str, after: int, server: ServerName | None, reach: TokenLimits, limit: int) -> list[HistoryEntry]:
         where = ["id > ?"]
         given: list[object] = [after]
         if server is not None:

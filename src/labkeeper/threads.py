@@ -16,7 +16,7 @@ from labkeeper.core.errors import LabkeeperError
 _log = structlog.get_logger("labkeeper.threads")
 
 
-class Crew:
+class ThreadGroup:
     """Threads that can be told to end, and waited for."""
 
     def __init__(self) -> None:

@@ -140,13 +140,13 @@ class World:
     # What there is
 
     def processes(self):
-        rooms = os.fsencode(self.keeper.rooms.resolve())
-        place = f"{self.keeper.rooms.resolve()}/.forkservers/"
+        server_dirs = os.fsencode(self.keeper.server_dirs.resolve())
+        place = f"{self.keeper.server_dirs.resolve()}/.forkservers/"
         found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError, IndexError):
-                    seen = _seen(int(entry.name), rooms, place)
+                    seen = _seen(int(entry.name), server_dirs, place)
                     if seen is not None:
                         found.append(seen)
         return found
@@ -324,9 +324,9 @@ class World:
         yield from self.unrecorded(server)
 
     def unrecorded(self, server):
-        room = self.keeper.rooms / server["name"]
+        server_dir = self.keeper.server_dirs / server["name"]
         try:
-            record = json.loads((room / "launch.json").read_text())
+            record = json.loads((server_dir / "launch.json").read_text())
         except OSError as error:
             yield f"no record: {error}"
             return
@@ -338,8 +338,8 @@ class World:
             yield f"'{server['name']}' was launched by {server['launched_by']}, and its fork server is {record['forkserver']}"
         allowed = re.compile(rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?")
         known = {"launch.json", "jupyter"}
-        left = [path.name for path in room.iterdir() if path.name not in known]
-        left += [path.name for path in (room / "jupyter").iterdir() if not allowed.fullmatch(path.name)]
+        left = [path.name for path in server_dir.iterdir() if path.name not in known]
+        left += [path.name for path in (server_dir / "jupyter").iterdir() if not allowed.fullmatch(path.name)]
         if left:
             yield f"in the room of '{server['name']}' is {left}"
 
@@ -361,17 +361,17 @@ class World:
                 yield f"'{name}' was launched twice under one number: {launches}"
 
     def unknown_files(self, servers, forkservers):
-        state, rooms = self.keeper.state_dir, self.keeper.rooms
+        state, server_dirs = self.keeper.state_dir, self.keeper.server_dirs
         logs = {f"{name}.log" for name in (*servers, "_forkserver")}
         running = {name for name, server in servers.items() if server["state"] == "running"}
         places = {seen.name for seen in forkservers}
         yield from _left(state, OF_STATE)
         yield from _left(state / "logs", logs | {f"{log}.1" for log in logs})
-        yield from _left(rooms, running | {".forkservers", "keeper.lock"})
-        yield from _left(rooms / ".forkservers", places)
+        yield from _left(server_dirs, running | {".forkservers", "keeper.lock"})
+        yield from _left(server_dirs / ".forkservers", places)
         yield from _left(self.keeper.notebook_dir, set())
         for place in places:
-            yield from _left(rooms / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"})
+            yield from _left(server_dirs / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"})
 
     def unwanted_forkservers(self, processes):
         forkservers = [seen for seen in processes if seen.kind == "forkserver"]
@@ -414,7 +414,7 @@ class World:
                 "--- processes",
                 *map(str, self.processes()),
                 "--- files",
-                *(str(found.path) for found in everything_below(keeper.rooms)),
+                *(str(found.path) for found in everything_below(keeper.server_dirs)),
                 "--- the keeper's log",
                 *log,
             ]
@@ -622,8 +622,8 @@ class Caller(threading.Thread):
 
     def must_be_gone(self, order, name):
         left = [seen for seen in self.world.processes() if seen.name == name and not seen.zombie]
-        if left or (self.world.keeper.rooms / name).exists():
-            self.world.lie(f"{order} {name} was answered, and there is {left or 'its room'}")
+        if left or (self.world.keeper.server_dirs / name).exists():
+            self.world.lie(f"{order} {name} was answered, and there is {left or 'its server_dir'}")
 
     def start_kernel(self, name):
         with contextlib.suppress(httpx.HTTPError, AssertionError, KeyError):
@@ -633,20 +633,20 @@ class Caller(threading.Thread):
                 start_kernel(server)
 
 
-def _seen(pid, rooms, place):
-    """Say who a process is, if it belongs to the runtime directory `rooms`."""
+def _seen(pid, server_dirs, place):
+    """Say who a process is, if it belongs to the runtime directory `server_dirs`."""
     root = Path(f"/proc/{pid}")
     state, parent = (root / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
     command = (root / "cmdline").read_bytes().replace(b"\0", b" ")
     mark = re.search(rb"(?:^|\0)LABKEEPER_SERVER=([^\0]*)", (root / "environ").read_bytes())
-    room = mark[1] if mark else b""
-    if room.startswith(rooms + b"/.forkservers/"):
-        return Seen(pid, int(parent), "rehearsal", room.split(b"/")[-2].decode(), state == "Z")
-    if room.startswith(rooms + b"/"):
+    server_dir = mark[1] if mark else b""
+    if server_dir.startswith(server_dirs + b"/.forkservers/"):
+        return Seen(pid, int(parent), "rehearsal", server_dir.split(b"/")[-2].decode(), state == "Z")
+    if server_dir.startswith(server_dirs + b"/"):
         server = command.startswith(b"jupyter-lab") or b" exec " in command
-        return Seen(pid, int(parent), "server" if server else "kernel", room.split(b"/")[-1].decode(), state == "Z")
+        return Seen(pid, int(parent), "server" if server else "kernel", server_dir.split(b"/")[-1].decode(), state == "Z")
     here = str((root / "cwd").readlink()).removesuffix(" (deleted)")
-    if room.strip() or not here.startswith(place):
+    if server_dir.strip() or not here.startswith(place):
         return None
     spare = command.startswith(b"jupyter-lab")
     return Seen(pid, int(parent), "spare" if spare else "forkserver", here.removeprefix(place).split("/")[0], state == "Z")

@@ -26,7 +26,7 @@ def turn(keeper, count):
 
 def held(keeper, forkserver):
     """Count what a keeper and its fork server hold."""
-    places = (keeper.rooms, keeper.state_dir / "logs")
+    places = (keeper.server_dirs, keeper.state_dir / "logs")
     counts = {"files": sum(len(names) + len(files) for place in places for _, names, files in os.walk(place))}
     for name, process in (("keeper", psutil.Process(keeper.process.pid)), ("fork server", psutil.Process(forkserver))):
         counts[f"{name}: children"] = len(process.children())

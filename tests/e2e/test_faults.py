@@ -40,8 +40,8 @@ def test_a_lab_that_dies_at_start_fails_the_post_with_its_cause(make_keeper, cau
     assert any("no_such_thing" in line or "my own mistake" in line or "last words" in line for line in problem["log_tail"])
     server = keeper.get()
     assert (server["state"], server["failure"]["failure_class"]) == ("failed", cause)
-    assert not processes_marked(keeper.rooms)
-    assert not (keeper.rooms / "default").exists()
+    assert not processes_marked(keeper.server_dirs)
+    assert not (keeper.server_dirs / "default").exists()
     # The log is still there, and a repaired configuration needs no more than the same request.
     assert keeper.http.get("/api/servers/default/logs").text.strip()
     keeper.configure_jupyter("")
@@ -221,8 +221,8 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
 def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(make_keeper, moment):
     keeper = make_keeper().start()
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
-    record = keeper.rooms / "default" / "launch.json"
-    come = record.exists if "record" in moment else lambda: processes_marked(keeper.rooms)
+    record = keeper.server_dirs / "default" / "launch.json"
+    come = record.exists if "record" in moment else lambda: processes_marked(keeper.server_dirs)
     until(come, what=moment)
     keeper.kill()
     keeper.start()
@@ -230,7 +230,7 @@ def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice
     server = keeper.get()
     # What was not on record yet is begun anew.
     assert server["launch"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
-    assert servers_in(keeper.rooms) == [server["pid"]]
+    assert servers_in(keeper.server_dirs) == [server["pid"]]
 
 
 def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper):
@@ -241,7 +241,7 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper
     until(lambda: not alive(server["pid"]))
     stranger = subprocess.Popen(["sleep", "1000"])
     try:
-        record = keeper.rooms / "default" / "launch.json"
+        record = keeper.server_dirs / "default" / "launch.json"
         jupyter = record.parent / "jupyter"
         (jupyter / f"jpserver-{server['pid']}.json").rename(jupyter / f"jpserver-{stranger.pid}.json")
         record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": stranger.pid}))
@@ -276,7 +276,7 @@ def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothin
     assert answer.json()["code"] == "start_timeout"
     assert "I wait" in answer.json()["log_tail"]
     assert keeper.get()["failure"]["failure_class"] == "start-timeout"
-    assert not processes_marked(keeper.rooms / "default")
+    assert not processes_marked(keeper.server_dirs / "default")
 
 
 def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
@@ -290,7 +290,7 @@ def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
     assert answer.status_code == 200
     assert answer.json()["stop_report"]["method"] == "sigkill"
     assert answer.json()["stop_report"]["seconds"] >= 2
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.server_dirs)
 
 
 def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_that_may_be_left(make_keeper, tmp_path):
@@ -308,7 +308,7 @@ def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_
     assert report["method"] == "shutdown"
     assert report["kernels_left"] == [kernel]
     assert report["kernels_stopped"] == []
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.server_dirs)
 
 
 def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_keeper):

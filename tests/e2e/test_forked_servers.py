@@ -183,7 +183,7 @@ def servers(shared):
 
 @pytest.fixture(scope="module")
 def told(shared, servers):
-    return {name: json.loads(until(lambda name=name: said(shared.rooms / name / "jupyter" / "told"))) for name in servers}
+    return {name: json.loads(until(lambda name=name: said(shared.server_dirs / name / "jupyter" / "told"))) for name in servers}
 
 
 def said(path):
@@ -243,7 +243,7 @@ def test_no_server_has_the_environment_of_another(shared, servers, told):
         text = json.dumps(each["environ"])
         assert not [other for other in servers.values() if other["token"] in text]
         assert shared.token not in text
-        assert each["environ"]["JUPYTER_RUNTIME_DIR"] == str(shared.rooms / name / "jupyter")
+        assert each["environ"]["JUPYTER_RUNTIME_DIR"] == str(shared.server_dirs / name / "jupyter")
 
 
 @pytest.mark.parametrize("moment", ["early", "late"])
@@ -279,7 +279,7 @@ def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
     assert (ends / "ends").read_text() == "ended\n"
     assert not alive(server["pid"])
     # Neither the rehearsal nor the fork server has run it.
-    place = next((shared.rooms / ".forkservers").iterdir())
+    place = next((shared.server_dirs / ".forkservers").iterdir())
     assert not (ends / place.name).exists()
 
 
@@ -346,7 +346,7 @@ def test_a_console_speaks_to_a_kernel_of_a_server(shared, servers, name, command
     kernel = start_kernel(servers[name])
     # A console that attaches while the kernel starts may miss the word that its cell is done, and waits for it.
     assert run_cell(servers[name], kernel, "1 + 1") == "2"
-    connection = str(shared.rooms / name / "jupyter" / f"kernel-{kernel}.json")
+    connection = str(shared.server_dirs / name / "jupyter" / f"kernel-{kernel}.json")
     arguments, said = ATTACHED[command]
     answer = subprocess.run(
         [sys.executable, "-m", "jupyter", *(piece.replace("@connection@", connection) for piece in arguments)],
@@ -368,7 +368,7 @@ def test_what_takes_effect_only_when_a_program_starts_is_executed_and_has_effect
     server = shared.post(name="other", env={name: value}).json()
     assert server["launched_by"] == "exec"
     assert name in server["exec_reason"]
-    facts = json.loads(until(lambda: said(shared.rooms / "other" / "jupyter" / "told")))
+    facts = json.loads(until(lambda: said(shared.server_dirs / "other" / "jupyter" / "told")))
     assert facts["environ"][name] == value
     assert name != "PYTHONPATH" or value in facts["early"]["path"]
     assert shared.delete("other").status_code == 200
@@ -376,7 +376,7 @@ def test_what_takes_effect_only_when_a_program_starts_is_executed_and_has_effect
 
 def test_a_directory_for_temporary_files_is_taken_from_the_request(shared, tmp_path):
     forked(shared, "temporary", env={"TMPDIR": str(tmp_path), "TZ": "Asia/Kathmandu"})
-    facts = json.loads(until(lambda: said(shared.rooms / "temporary" / "jupyter" / "told")))
+    facts = json.loads(until(lambda: said(shared.server_dirs / "temporary" / "jupyter" / "told")))
     assert facts["early"]["temporary"] == str(tmp_path)
     assert shared.delete("temporary").status_code == 200
 
@@ -431,7 +431,7 @@ def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(
 
 
 def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_seen(shared, servers):
-    place = next((shared.rooms / ".forkservers").iterdir())
+    place = next((shared.server_dirs / ".forkservers").iterdir())
     for path in (place, *place.parents[:2]):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in place.iterdir()} == {
@@ -443,7 +443,7 @@ def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_
         for shown in ("cmdline", "environ"):
             text = Path(f"/proc/{pid}/{shown}").read_text(errors="replace")
             assert not [secret for secret in secrets if secret in text], (pid, shown)
-    for found in (*everything_below(shared.rooms), *everything_below(shared.state_dir / "logs")):
+    for found in (*everything_below(shared.server_dirs), *everything_below(shared.state_dir / "logs")):
         if any(secret.encode() in found.content for secret in secrets):
             assert found.mode & 0o077 == 0, found.path
             assert found.path.suffix != ".log", found.path
@@ -477,7 +477,7 @@ def test_what_runs_in_a_server_can_ask_a_fork_server_for_nothing(shared, servers
     parent = parent_of(servers["one"])
     kernel = start_kernel(servers[name])
     for message in ({"do": "keep"}, {"do": "retire"}):
-        source = INTRUDE.format(place=str(shared.rooms / ".forkservers"), message=message)
+        source = INTRUDE.format(place=str(shared.server_dirs / ".forkservers"), message=message)
         assert run_cell(servers[name], kernel, WAYS[way].format(source=source)).strip() == "b''"
     assert parent_of(forked(shared, "after")) == parent
     assert shared.delete("after").status_code == 200
@@ -553,7 +553,7 @@ def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp
     assert "the fork server has died" in until(lambda: "there is no fork server" in (log := broken.log.read_text()) and log)
     assert answers[1].json()["exec_reason"] == "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
     assert "it is broken" in (broken.state_dir / "logs" / "_forkserver.log").read_text()
-    assert not (off.rooms / ".forkservers").exists()
+    assert not (off.server_dirs / ".forkservers").exists()
 
 
 # The keeper ends
@@ -573,7 +573,7 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     os.kill(servers["dies"]["pid"], signal.SIGSEGV)
     assert ended(keeper, servers["dies"]) == "killed by SIGSEGV"
     assert parent_of(forked(keeper, "new")) == parent
-    assert len(list((keeper.rooms / ".forkservers").iterdir())) == 1
+    assert len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1
 
     # Made from something else by now, it serves no more, and ends with the last of its servers.
     keeper.kill()
@@ -585,7 +585,7 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     for name in ("lives", "dies", "gone", "new"):
         assert keeper.delete(name).status_code == 200
     until(lambda: not alive(parent), what="it ends with its last server")
-    until(lambda: len(list((keeper.rooms / ".forkservers").iterdir())) == 1, what="its directory is removed")
+    until(lambda: len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1, what="its directory is removed")
 
 
 def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
@@ -598,7 +598,7 @@ def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
     assert len(parents) == 2
     assert keeper.stop() == 0
     assert not [pid for pid in parents if alive(pid)]
-    assert not keeper.in_rooms()
+    assert not keeper.in_server_dirs()
 
 
 @pytest.fixture(scope="module")
@@ -612,7 +612,7 @@ def abandoned(tmp_path_factory):
         idle.kill()
         busy.kill()
         yield idle, pid, busy, servers
-        kill_all([*working_in(idle.rooms), *working_in(busy.rooms)])
+        kill_all([*working_in(idle.server_dirs), *working_in(busy.server_dirs)])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -623,7 +623,7 @@ def _abandoned_early(abandoned):
 def test_a_fork_server_without_keeper_and_servers_ends_by_itself(abandoned):
     idle, pid, *_ = abandoned
     until(lambda: not alive(pid), what="it ends")
-    assert not list((idle.rooms / ".forkservers").iterdir())
+    assert not list((idle.server_dirs / ".forkservers").iterdir())
 
 
 def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(abandoned):
@@ -682,7 +682,7 @@ class Site:
         (self.enabled / f"{name}.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {name: True}}}))
 
     def loaded(self, server, extension):
-        return until(lambda: said(self.keeper.rooms / server["name"] / "jupyter" / extension))
+        return until(lambda: said(self.keeper.server_dirs / server["name"] / "jupyter" / extension))
 
     def imported_by(self):
         return [tuple(line.split()) for line in (self.keeper.base / "imports").read_text().splitlines()]

@@ -89,8 +89,8 @@ def disposed(report):
     return {*report["kernels_stopped"], *report["kernels_left"]}
 
 
-def debts(keeper):
-    return [debt["kernel_id"] for debt in keeper.http.get("/api/kernel-debts").json()["kernel_debts"]]
+def orphans(keeper):
+    return [orphan["kernel_id"] for orphan in keeper.http.get("/api/orphaned-kernels").json()["orphaned_kernels"]]
 
 
 def told(keeper, events):
@@ -132,7 +132,7 @@ def test_a_gateway_that_cannot_be_used_fails_the_start_with_its_class_and_what_t
         assert advice in answer.json()["detail"]
         failed = quick.get()
         assert (failed["state"], failed["failure"]["failure_class"], failed["pid"]) == ("failed", kind, None)
-        assert not processes_marked(quick.rooms, rehearsals=False)
+        assert not processes_marked(quick.server_dirs, rehearsals=False)
 
 
 def test_a_port_without_a_gateway_and_the_wrong_scheme_are_told_apart(quick, real):
@@ -226,14 +226,14 @@ def test_a_stop_takes_no_longer_than_its_grace_and_names_the_kernels_that_may_be
         assert set(report["kernels_left"]) == kernels
         assert report["kernels_stopped"] == []
         assert not alive(server["pid"])
-        assert set(debts(quick)) == kernels
+        assert set(orphans(quick)) == kernels
 
         # It is better again, and there is one that was never ours.
         gateway.kernels["stranger"] = {"id": "stranger", "name": "python3"}
         gateway.mode = "well"
         if trouble == "gone":
             gateway.start()
-        until(lambda: not debts(quick), what="the debts are paid")
+        until(lambda: not orphans(quick), what="the orphaned kernels are ended")
         assert set(gateway.kernels) == {"stranger"}
 
 
@@ -248,7 +248,7 @@ def test_a_kernel_that_a_gateway_could_not_be_asked_about_is_not_forgotten(quick
         assert quick.delete().json()["stop_report"]["kernels_left"] == [kernel]
         gateway.mode = "well"
         gateway.start()
-        until(lambda: not debts(quick), what="the debt is paid")
+        until(lambda: not orphans(quick), what="the orphaned kernel is ended")
         assert gateway.kernels == {}
 
 
@@ -263,12 +263,12 @@ def test_what_a_hanging_gateway_keeps_is_ended_by_a_later_keeper_when_it_answers
         assert set(report["kernels_left"]) == kernels
         own_quick.kill()
         own_quick.start()
-        assert set(debts(own_quick)) == kernels
-        listed = own_quick.http.get("/api/kernel-debts").text
+        assert set(orphans(own_quick)) == kernels
+        listed = own_quick.http.get("/api/orphaned-kernels").text
         assert own.token not in listed
-        assert {debt["server"] for debt in json.loads(listed)["kernel_debts"]} == {"default"}
+        assert {orphan["server"] for orphan in json.loads(listed)["orphaned_kernels"]} == {"default"}
         assert all(alive(pid) for pid in pids)
-    until(lambda: not debts(own_quick), what="the debts are paid")
+    until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
     assert own.kernels() == {stranger}
     assert not any(alive(pid) for pid in pids)
 
@@ -292,7 +292,7 @@ def test_a_gateway_that_two_servers_share_keeps_the_kernels_of_the_other(quick, 
 @pytest.mark.parametrize("own", ["enterprise-gateway"], indirect=True)
 def test_a_kernel_that_was_only_asked_for_when_its_server_was_killed_is_ended(quick, own):
     server = quick.post(**own.options).json()
-    record = quick.rooms / "default" / "jupyter" / "kernels.json"
+    record = quick.server_dirs / "default" / "jupyter" / "kernels.json"
 
     def begin():
         with contextlib.suppress(httpx.HTTPError, AssertionError):
@@ -305,8 +305,8 @@ def test_a_kernel_that_was_only_asked_for_when_its_server_was_killed_is_ended(qu
         (starting,) = json.loads(record.read_text())["starting"]
         quick.delete(force="true")
         asking.join()
-        assert debts(quick) == [starting]
-    until(lambda: not debts(quick), what="the debt is paid")
+        assert orphans(quick) == [starting]
+    until(lambda: not orphans(quick), what="the orphaned kernel is ended")
     assert own.kernels() == set()
 
 
@@ -343,7 +343,7 @@ def test_a_restart_without_asking_ends_them(quick, real):
     after = quick.post("/default/restart").json()
     assert (after["state"], ask(after, "GET", "api/kernels")) == ("running", [])
     until(lambda: not real.kernels(), what="the kernel is ended")
-    until(lambda: kernel not in debts(quick), what="nothing is owed")
+    until(lambda: kernel not in orphans(quick), what="nothing is owed")
 
 
 def test_the_command_line_keeps_kernels_too(quick, real):
@@ -375,7 +375,7 @@ def test_a_server_that_fails_has_its_kernels_again(own_quick, real, how):
     assert after["restarts"] == 1
     assert sessions(after) == {("work.ipynb", kernel)}
     assert run_cell(after, kernel, "x") == "42"
-    assert debts(own_quick) == []
+    assert orphans(own_quick) == []
     assert disposed(own_quick.delete().json()["stop_report"]) == {kernel}
     until(lambda: not real.kernels(), what="it is ended")
 
@@ -397,7 +397,7 @@ def test_kernels_are_kept_for_a_server_whose_gateway_refuses_it_until_it_is_dele
     assert own.kernels() == {kernel}
     own_quick.delete()
     # With the token that was wrong nobody can end it; it is owed until somebody can.
-    assert debts(own_quick) == [kernel]
+    assert orphans(own_quick) == [kernel]
 
 
 def test_kernels_cannot_be_kept_where_there_is_no_gateway_or_another(quick):
@@ -445,8 +445,8 @@ def test_the_secrets_of_a_gateway_are_in_no_answer_and_no_log(own_quick, real):
     start_kernel(server)
     with real.suspended():
         own_quick.delete()
-        said = [own_quick.http.get(path).text for path in ("/api/servers", "/api/kernel-debts", "/healthz")]
-    until(lambda: not debts(own_quick), what="the debts are paid")
+        said = [own_quick.http.get(path).text for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")]
+    until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
     said += [own_quick.log.read_text(), *(path.read_text() for path in (own_quick.state_dir / "logs").iterdir())]
     for secret in (real.token, *headers.values(), "swordfish-of-kernels"):
         assert not [text for text in said if secret in text]

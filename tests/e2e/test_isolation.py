@@ -150,7 +150,7 @@ except OSError as error:
 
 def found_by_a_notebook(keeper, server, wanted):
     """Let a notebook look for secrets wherever it can; give what it found, and where."""
-    places = [keeper.state_dir, keeper.base, keeper.rooms, "/tmp", server["root_dir"]]
+    places = [keeper.state_dir, keeper.base, keeper.server_dirs, "/tmp", server["root_dir"]]
     told = {
         "wanted": {name: text[::-1] for name, text in {**wanted, "control": secrets.token_hex(16)}.items()},
         "places": [*map(str, places)],
@@ -300,8 +300,8 @@ def heard_by_another_user(server, kernel):
 
 def connection_of(server, kernel):
     variables = Path(f"/proc/{server['pid']}/environ").read_bytes().split(b"\0")
-    (room,) = (value for name, _, value in (line.partition(b"=") for line in variables) if name == b"LABKEEPER_SERVER")
-    return Path(os.fsdecode(room).rstrip()) / "jupyter" / f"kernel-{kernel}.json"
+    (server_dir,) = (value for name, _, value in (line.partition(b"=") for line in variables) if name == b"LABKEEPER_SERVER")
+    return Path(os.fsdecode(server_dir).rstrip()) / "jupyter" / f"kernel-{kernel}.json"
 
 
 def asked(server, path):

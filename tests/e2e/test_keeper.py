@@ -73,7 +73,7 @@ def unharmed(settled):
     yield settled
     assert servers() == before
     assert alive(before[0]["pid"])
-    assert len(servers_in(settled.rooms)) == 1
+    assert len(servers_in(settled.server_dirs)) == 1
 
 
 @pytest.mark.promise
@@ -193,7 +193,7 @@ def test_sigterm_stops_every_server_in_good_order(make_keeper):
     servers = [keeper.post(name=name).json() for name in ("one", "two")]
     start_kernel(servers[0])
     assert keeper.stop() == 0
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.server_dirs)
     assert not any(alive(server["pid"]) for server in servers)
     entries = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
     assert {entry["server"]: entry["method"] for entry in entries if entry.get("method")} == {
@@ -242,8 +242,8 @@ def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_pat
     """Whatever their state directories, and however it is spelled: each would end the other's servers."""
     keeper = make_keeper(**{name: tmp_path / value for name, value in own.items()}).start()
     link = tmp_path / "link"
-    link.symlink_to(keeper.rooms)
-    for spelling in (keeper.rooms, link, f"{keeper.rooms}/../{keeper.rooms.name}"):
+    link.symlink_to(keeper.server_dirs)
+    for spelling in (keeper.server_dirs, link, f"{keeper.server_dirs}/../{keeper.server_dirs.name}"):
         said = make_keeper(runtime_dir=spelling).cli("serve")
         assert said.returncode == 2
         assert f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in said.stderr
@@ -255,7 +255,7 @@ def test_a_bind_mount_of_a_runtime_directory_is_the_same_one(make_keeper, tmp_pa
     keeper = make_keeper().start()
     mount = tmp_path / "mount"
     mount.mkdir()
-    subprocess.run(["mount", "--bind", keeper.rooms, mount], check=True)
+    subprocess.run(["mount", "--bind", keeper.server_dirs, mount], check=True)
     try:
         said = make_keeper(runtime_dir=mount).cli("serve")
     finally:
@@ -330,7 +330,7 @@ def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(
     keeper = make_keeper(start_timeout=start_timeout).start()
     begun = time.monotonic()
     assert keeper.post("?wait=0").status_code == 202
-    until((keeper.rooms / "default" / "launch.json").exists, what="its process")
+    until((keeper.server_dirs / "default" / "launch.json").exists, what="its process")
     keeper.process.send_signal(signal.SIGSTOP)
     try:
         until(lambda: answers(keeper.lab_port), what="it answers")

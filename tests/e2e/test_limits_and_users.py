@@ -80,7 +80,7 @@ def shared(passable):
 
 def groups(keeper, name="*"):
     """The control groups of a keeper's server, or of all."""
-    prefix = limits.ControlGroups(keeper.rooms.resolve())._prefix
+    prefix = limits.ControlGroups(keeper.server_dirs.resolve())._prefix
     return sorted({path for hierarchy in FOUND.values() for path in hierarchy.base.glob(f"{prefix}{name}")})
 
 
@@ -303,23 +303,27 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     assert said.split() == [str(user.pw_uid), user.pw_dir, USER]
     assert (shared.notebook_dir / "mine").stat().st_uid == user.pw_uid
 
-    room = passable / "run" / "theirs"
-    parts = {path: (path.stat().st_uid, path.stat().st_mode & 0o777) for path in (room / "jupyter", room, room / "launch.json")}
-    assert parts[room / "jupyter"] == (user.pw_uid, 0o700)
-    assert parts[room][0] == 0
-    assert parts[room][1] & 0o022 == 0
-    assert parts[room / "launch.json"] == (0, 0o600)
+    server_dir = passable / "run" / "theirs"
+    parts = {
+        path: (path.stat().st_uid, path.stat().st_mode & 0o777)
+        for path in (server_dir / "jupyter", server_dir, server_dir / "launch.json")
+    }
+    assert parts[server_dir / "jupyter"] == (user.pw_uid, 0o700)
+    assert parts[server_dir][0] == 0
+    assert parts[server_dir][1] & 0o022 == 0
+    assert parts[server_dir / "launch.json"] == (0, 0o600)
     assert cell(
-        server, f"import os; print(os.access({str(room / 'launch.json')!r}, os.W_OK), os.access({str(room)!r}, os.W_OK))"
+        server,
+        f"import os; print(os.access({str(server_dir / 'launch.json')!r}, os.W_OK), os.access({str(server_dir)!r}, os.W_OK))",
     ) == ("False False")
     # Neither its own log nor what others have is open to it.
-    closed = [room.parent / ".forkservers", shared.state_dir / "logs" / "theirs.log", shared.state_dir / "token"]
+    closed = [server_dir.parent / ".forkservers", shared.state_dir / "logs" / "theirs.log", shared.state_dir / "token"]
     assert (
         cell(server, f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, closed))}])")
         == "[False, False, False]"
     )
     assert shared.delete("theirs").json()["stop_report"]["method"] == "shutdown"
-    assert not room.exists()
+    assert not server_dir.exists()
     (shared.notebook_dir / "mine").unlink()
 
 

@@ -113,7 +113,7 @@ def start(keeper, launch_by):
 
 def groups_of(keeper):
     """The control groups of a keeper's servers; a fork server that loads has one of its own, whose name goes on with a dot."""
-    groups = ControlGroups(keeper.rooms.resolve())
+    groups = ControlGroups(keeper.server_dirs.resolve())
     return sorted(group.name for base in groups._bases for group in base.glob(f"{groups._prefix}[!.]*"))
 
 
@@ -135,7 +135,7 @@ def test_what_hides_ends_with_its_server(make_keeper, hide, launch_by, place):
     until(lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED)
     noted(notes[CHAIN])
     assert goes_on(notes[CHAIN])
-    assert not {plain, stopped} & {process.pid for process in processes_marked(keeper.rooms)}
+    assert not {plain, stopped} & {process.pid for process in processes_marked(keeper.server_dirs)}
     assert keeper.delete(force="true" if place is in_cell else "false").status_code == 200
     assert not alive(plain)
     assert not alive(stopped)
@@ -214,20 +214,20 @@ FORGED = "while :; do LABKEEPER_SERVER={} sleep 1000; done"
 def test_no_other_user_holds_a_server_by_its_mark(keeper):
     server = keeper.post().json()
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-    room = keeper.rooms.resolve() / "default"
-    with subprocess.Popen(["sh", "-c", FORGED.format(room)], **nobody, start_new_session=True) as forger:
+    server_dir = keeper.server_dirs.resolve() / "default"
+    with subprocess.Popen(["sh", "-c", FORGED.format(server_dir)], **nobody, start_new_session=True) as forger:
         try:
-            until(lambda: [p for p in processes_marked(room) if p.uids().real == 65534], what="a forged mark")
+            until(lambda: [p for p in processes_marked(server_dir) if p.uids().real == 65534], what="a forged mark")
             answer = keeper.post("/default/restart")
             assert answer.status_code == 201, answer.text
             assert answer.json()["state"] == "running", answer.text
             answer = keeper.delete()
             assert answer.status_code == 200, answer.text
             assert not alive(server["pid"])
-            assert [p for p in processes_marked(room) if p.uids().real == 65534]
+            assert [p for p in processes_marked(server_dir) if p.uids().real == 65534]
         finally:
             forger.kill()
-            kill_all(processes_marked(room))
+            kill_all(processes_marked(server_dir))
 
 
 # The sweep
@@ -238,15 +238,21 @@ def forget_everything(keeper):
         path.unlink()
 
 
-def make_strangers(rooms, elsewhere):
+def make_strangers(server_dirs, elsewhere):
     """Make what no keeper made: a file, a link, directories of which one could be a room by its name; the inner ones first."""
-    made = [elsewhere / "jupyter", elsewhere, rooms / "My Notes" / "jupyter", rooms / "My Notes", rooms / "notes" / "jupyter"]
+    made = [
+        elsewhere / "jupyter",
+        elsewhere,
+        server_dirs / "My Notes" / "jupyter",
+        server_dirs / "My Notes",
+        server_dirs / "notes" / "jupyter",
+    ]
     for path in made:
         path.mkdir(parents=True, exist_ok=True)
-    (rooms / "notes" / "draft").write_text("mine")
-    (rooms / "file").write_text("mine")
-    (rooms / "link").symlink_to(elsewhere)
-    return [*made, rooms / "notes" / "draft", rooms / "notes", rooms / "file", rooms / "link"]
+    (server_dirs / "notes" / "draft").write_text("mine")
+    (server_dirs / "file").write_text("mine")
+    (server_dirs / "link").symlink_to(elsewhere)
+    return [*made, server_dirs / "notes" / "draft", server_dirs / "notes", server_dirs / "file", server_dirs / "link"]
 
 
 def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_keeper, tmp_path, hide):
@@ -260,11 +266,11 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     grouped = len(groups_of(keeper))
     keeper.kill()
     forget_everything(keeper)
-    half_made = keeper.rooms / "half-made"
+    half_made = keeper.server_dirs / "half-made"
     (half_made / "jupyter").mkdir(parents=True)
     (half_made / "launch.json.new").write_text("{")
-    strangers = make_strangers(keeper.rooms, tmp_path / "elsewhere")
-    with subprocess.Popen(["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.rooms}-of-another/one"}) as stranger:
+    strangers = make_strangers(keeper.server_dirs, tmp_path / "elsewhere")
+    with subprocess.Popen(["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.server_dirs}-of-another/one"}) as stranger:
         try:
             keeper.start()
             assert keeper.http.get("/api/servers").json()["servers"] == []
@@ -276,8 +282,8 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
             if grouped:
                 assert not alive(hidden)
                 assert len(groups_of(keeper)) == 1
-            until(lambda: not (keeper.rooms / "one").exists() and not half_made.exists(), what="the rooms are removed")
-            here, marked = str(keeper.rooms / "other"), processes_marked(keeper.rooms / "other")
+            until(lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(), what="the rooms are removed")
+            here, marked = str(keeper.server_dirs / "other"), processes_marked(keeper.server_dirs / "other")
             assert marked
             assert processes_where(lambda p: p in marked and p.environ()["LABKEEPER_SERVER"] != here) == []
             assert stranger.poll() is None
@@ -315,7 +321,7 @@ def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(
     server = keeper.post().json()
     kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
     keeper.kill()
-    shutil.rmtree(keeper.rooms / "default" if lost == "its room" else keeper.rooms)
+    shutil.rmtree(keeper.server_dirs / "default" if lost == "its room" else keeper.server_dirs)
     keeper.start()
     again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s, what=keeper.get)
     assert not alive(server["pid"])
@@ -377,7 +383,7 @@ def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alo
 
 
 def test_a_directory_that_is_no_room_is_in_the_way_and_stays(keeper):
-    place = keeper.rooms / "default"
+    place = keeper.server_dirs / "default"
     place.mkdir()
     try:
         (place / "draft").write_text("mine")
@@ -398,10 +404,10 @@ def test_a_keeper_that_executes_removes_what_dead_fork_servers_left(make_keeper)
     parent.kill()
     os.kill(server["pid"], signal.SIGKILL)
     until(lambda: not alive(parent.pid) and not alive(server["pid"]))
-    assert list((keeper.rooms / ".forkservers").iterdir())
+    assert list((keeper.server_dirs / ".forkservers").iterdir())
     keeper.settings["launch_by"] = "exec"
     keeper.start()
-    until(lambda: not (keeper.rooms / ".forkservers").exists(), what="it is removed")
+    until(lambda: not (keeper.server_dirs / ".forkservers").exists(), what="it is removed")
 
 
 PROGRAMS = """
@@ -477,9 +483,9 @@ def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(
 def test_a_keeper_that_ends_while_its_fork_server_rehearses_leaves_nothing_behind(programs):
     keeper, started = programs
     started.hold_rehearsal(keeper)
-    assert len(working_in(keeper.rooms)) >= 2
+    assert len(working_in(keeper.server_dirs)) >= 2
     assert keeper.stop() == 0
-    assert (started.left(), working_in(keeper.rooms), keeper.in_rooms()) == ([], [], [])
+    assert (started.left(), working_in(keeper.server_dirs), keeper.in_server_dirs()) == ([], [], [])
 
 
 @needs_groups

@@ -32,13 +32,13 @@ def test_an_end_that_nobody_asked_about_keeps_no_fork_server_after_its_keeper(ma
     server = forked(keeper)
     keeper.kill()
     # As if it had been killed before it could note down who its server is: the next keeper ends that one, and asks no more.
-    (keeper.rooms / "default" / "launch.json").unlink()
+    (keeper.server_dirs / "default" / "launch.json").unlink()
     keeper.start()
     again = until(lambda: (s := keeper.wait_for("running"))["pid"] != server["pid"] and s)
     parents = {parent_of(again)} if again["launched_by"] == "fork" else set()
     assert keeper.stop() == 0
     assert not [pid for pid in parents if alive(pid)]
-    assert not keeper.in_rooms()
+    assert not keeper.in_server_dirs()
 
 
 # A disk that is full
@@ -109,7 +109,7 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
     assert "full" in crashed["failure"]["message"] or "No space left" in crashed["failure"]["message"]
     assert states(keeper)["stays"] == ("running", "up")
     assert keeper.get("stays")["pid"] == servers["stays"]["pid"]
-    assert servers_in(keeper.rooms) == [servers["stays"]["pid"]]
+    assert servers_in(keeper.server_dirs) == [servers["stays"]["pid"]]
     assert keeper.process.poll() is None
 
     disk.free()
@@ -136,7 +136,7 @@ def test_a_server_that_became_ready_on_a_full_disk_is_noted_as_such_when_there_i
     keeper.configure_jupyter(f"import pathlib, time\nwhile not pathlib.Path('{go}').exists():\n    time.sleep(0.02)")
     keeper.start()
     assert keeper.post("?wait=0").status_code == 202
-    record = keeper.rooms / "default" / "launch.json"
+    record = keeper.server_dirs / "default" / "launch.json"
     until(record.exists, what="the launch is noted")
     disk.fill()
     go.touch()
@@ -155,7 +155,7 @@ def test_a_keeper_ends_in_good_order_on_a_full_disk(disk, keeper_on):
     disk.fill()
     assert keeper.stop() == 0
     assert not alive(server["pid"])
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.server_dirs)
 
 
 @pytest.mark.root
@@ -270,7 +270,7 @@ def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until
     assert keeper.get("stays")["pid"] == servers["stays"]["pid"]
 
     assert keeper.stop() == 0
-    assert not processes_marked(keeper.rooms)
+    assert not processes_marked(keeper.server_dirs)
     failing_disk.repair()
     # The next one finds what was stored last; that a server has ended could not be stored, and one that was up comes back.
     keeper.start()
@@ -438,9 +438,9 @@ class FakedClock:
         new.replace(self._path)
 
 
-def shown(instant):
+def shown(format_time):
     """How many seconds from now a time of the API is."""
-    return datetime.fromisoformat(instant).timestamp() - time.time()
+    return datetime.fromisoformat(format_time).timestamp() - time.time()
 
 
 @pytest.mark.programs("faketime")

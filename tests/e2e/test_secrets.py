@@ -150,7 +150,7 @@ def use_everything(keeper, gateway, known):
     dead = ask("POST", "/api/servers/behind/start")
     assert dead.status_code == 502, dead.text
     assert dead.json()["failure_class"] == "gateway-unreachable"
-    for path in ("/api/servers", "/api/events", "/api/kernel-debts", "/api/webhooks", "/metrics", "/api/openapi.json"):
+    for path in ("/api/servers", "/api/events", "/api/orphaned-kernels", "/api/webhooks", "/metrics", "/api/openapi.json"):
         assert ask("GET", path).status_code == 200
     assert ask("POST", "/api/servers", json={"name": "beside", "env": {"MY_KEY": env_secret}}).status_code == 201
     return answers
@@ -169,7 +169,7 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     give_hands(keeper)
     keeper.start()
     answers = use_everything(keeper, gateway, known)
-    everything = {process.pid for process in processes_marked(keeper.rooms)} | {keeper.process.pid}
+    everything = {process.pid for process in processes_marked(keeper.server_dirs)} | {keeper.process.pid}
     assert len(everything) > 1
 
     # Argument lists are everybody's; an environment is its owner's, and is where a server's own variables belong.

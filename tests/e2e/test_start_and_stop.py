@@ -19,8 +19,8 @@ SERVER_INFO = {"base_url", "hostname", "notebook_dir", "password", "pid", "port"
 
 def assert_gone(keeper, server):
     assert not alive(server["pid"])
-    assert not processes_marked(keeper.rooms / server["name"])
-    assert not (keeper.rooms / server["name"]).exists()
+    assert not processes_marked(keeper.server_dirs / server["name"])
+    assert not (keeper.server_dirs / server["name"]).exists()
     assert port_is_free(server["port"])
 
 
@@ -149,7 +149,7 @@ def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper
     second = keeper.post()
     assert (first.status_code, second.status_code) == (201, 200)
     assert first.json()["pid"] == second.json()["pid"]
-    assert len(servers_in(keeper.rooms)) == 1
+    assert len(servers_in(keeper.server_dirs)) == 1
 
     other = keeper.post(base_url="/elsewhere", env={"A": "1"})
     assert other.status_code == 409
@@ -165,7 +165,7 @@ def test_64_identical_requests_at_once_are_one_server(keeper):
     assert sorted(answer.status_code for answer in answers) == [200] * 63 + [201]
     assert len({answer.json()["pid"] for answer in answers}) == 1
     assert len({answer.json()["token"] for answer in answers}) == 1
-    assert len(servers_in(keeper.rooms)) == 1
+    assert len(servers_in(keeper.server_dirs)) == 1
 
 
 class _Stranger(http.server.BaseHTTPRequestHandler):
@@ -201,7 +201,7 @@ def test_a_port_that_a_stranger_holds_is_never_ours(keeper, stranger):
     assert str(stranger) in problem["detail"]
     server = keeper.get()
     assert (server["state"], server["port"], server["url"]) == ("failed", None, None)
-    assert not processes_marked(keeper.rooms, rehearsals=False)
+    assert not processes_marked(keeper.server_dirs, rehearsals=False)
 
 
 @pytest.mark.promise
@@ -256,5 +256,5 @@ def test_secrets_stand_in_no_argument_list_and_in_no_file_that_others_can_read(k
             assert found.mode & 0o077 == 0, found.path
     for log in (keeper.log, *(keeper.state_dir / "logs").iterdir()):
         assert not [secret for secret in secrets if secret in log.read_bytes()], log
-    assert (keeper.rooms / "default").stat().st_mode & 0o077 == 0
+    assert (keeper.server_dirs / "default").stat().st_mode & 0o077 == 0
     assert keeper.state_dir.stat().st_mode & 0o777 == 0o700

@@ -15,14 +15,14 @@ from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
 from labkeeper import discovery, jupyter
-from labkeeper.backends.local.server_dir import Record, Room
+from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.wire import Launch, User, WireError
 
 NOTHING = Path(os.devnull)
 TEXTS = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
 LAUNCHES = fields_of(
-    room=st.text(),
+    server_dir=st.text(),
     title=st.text(),
     cwd=st.text(),
     env=TEXTS,
@@ -151,7 +151,7 @@ def test_what_a_server_writes_of_itself_is_taken_in_or_left(tmp_path, content):
 @example(content=nested(100_000))
 def test_the_record_of_a_process_is_trusted_whole_or_not_at_all(tmp_path, content):
     (tmp_path / "launch.json").write_bytes(content)
-    assert isinstance(Room(tmp_path).noted(), Record | None)
+    assert isinstance(ServerDir(tmp_path).read_record(), Record | None)
 
 
 @FUZZ

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
 from harness import KeeperProcess
-from labkeeper.api.handlers import _decode_cursor, _encode_cursor
+from labkeeper.api.handlers.servers import _decode_cursor, _encode_cursor
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.schema.requests import RestartRequest
 

@@ -14,7 +14,7 @@ from fuzzing import DEPTHS, FUZZ, JSON, nested
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryEntry
-from labkeeper.core.server import KernelDebt, Snapshot
+from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
@@ -26,7 +26,7 @@ def read_all(path):
     with contextlib.suppress(StoreError), contextlib.closing(SqliteStore(path)) as store:
         for ask, kind in (
             (store.load, Snapshot),
-            (store.debts, KernelDebt),
+            (store.orphans, OrphanedKernel),
             (lambda: store.latest(server=None, limit=10), HistoryEntry),
             (lambda: store.remembered(after=0, server=None, limit=10), HistoryEntry),
         ):

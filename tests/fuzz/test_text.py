@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import FUZZ, JSON
-from labkeeper.core.durations import LONGEST, duration, instant, spoken
+from labkeeper.core.durations import LONGEST, duration, format_duration, format_time
 from labkeeper.core.server import Exit, FailureClass
 from labkeeper.core.spec import server_name
 from labkeeper.events.webhooks import key_of
@@ -53,7 +53,7 @@ def test_a_duration_is_within_its_bounds_or_refused(text):
     with contextlib.suppress(ValueError):
         seconds = duration(text)
         assert 0 <= seconds <= LONGEST
-        assert spoken(seconds)
+        assert format_duration(seconds)
 
 
 @FUZZ
@@ -67,7 +67,7 @@ def test_a_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
 @FUZZ
 @given(st.floats(0, 253402300799))
 def test_every_moment_can_be_written(at):
-    assert instant(at).endswith("Z")
+    assert format_time(at).endswith("Z")
 
 
 @FUZZ

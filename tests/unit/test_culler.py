@@ -10,14 +10,14 @@ import pytest
 
 from harness import until
 from labkeeper import culler as module
-from labkeeper.core.culling import CullPolicy, Standing
+from labkeeper.core.culling import CullPolicy, CullState
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryKind, Origin
 from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
 from labkeeper.culler import Culler
 from labkeeper.testing.fakes import FakeBackend, FakeClock, Notes, a_spec
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 PERIOD = 30.0
 ENDPOINT = Endpoint("/", "h", "/n", False, 1, 1, False, "t", "http://h:1/")
@@ -56,7 +56,7 @@ class StubProbe:
 class Culled:
     """A culler whose thread does not run: the test is its loop, and the fleet that it tells."""
 
-    def __init__(self, crew, **policy):
+    def __init__(self, threads, **policy):
         self.clock, self.probe, self.notes, self.given = JumpingClock(), StubProbe(), Notes(), []
         self.backend = FakeBackend(lambda report: None)
         rules = CullPolicy(**({"grace": 0.0, "warning": 300.0} | policy))
@@ -64,8 +64,8 @@ class Culled:
             self.given.append,
             backend=self.backend,
             probe=self.probe,
-            chronicle=self.notes,
-            crew=crew,
+            event_log=self.notes,
+            threads=threads,
             clock=self.clock,
             policy=rules,
             period=PERIOD,
@@ -100,18 +100,18 @@ class Culled:
         return [kind for kind, *_ in self.notes.taken]
 
     def standing(self, name="lab"):
-        return self.culler.foretell(self.servers[name]).verdict.standing
+        return self.culler.cached(self.servers[name]).verdict.state
 
 
 @pytest.fixture
-def crew():
-    with closing(Crew()) as crew:
-        yield crew
+def threads():
+    with closing(ThreadGroup()) as threads:
+        yield threads
 
 
 @pytest.fixture
-def culled(crew):
-    return Culled(crew)
+def culled(threads):
+    return Culled(threads)
 
 
 def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
@@ -137,7 +137,7 @@ def test_activity_between_the_look_and_the_stop_is_seen(culled):
     culled.probe.answers[1] = [idle, used]
     culled.after(1)
     assert culled.given == []
-    assert culled.standing() is Standing.COUNTING
+    assert culled.standing() is CullState.COUNTING
 
 
 def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culled):
@@ -149,7 +149,7 @@ def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culle
     culled.probe.answers[1] = [idle, BackendUnavailable("gone silent")]
     culled.after(PERIOD)
     assert culled.given == []
-    assert culled.standing() is Standing.UNKNOWN
+    assert culled.standing() is CullState.UNKNOWN
 
 
 def test_a_wall_clock_that_jumps_stops_nobody(culled):
@@ -180,7 +180,7 @@ def test_a_snooze_puts_it_off_and_holds_over_a_jump(culled):
     culled.be(snoozed, Event.SNOOZE)
     culled.clock.jump(86400.0)
     culled.after(3200)
-    assert (culled.given, culled.standing()) == ([], Standing.SNOOZED)
+    assert (culled.given, culled.standing()) == ([], CullState.SNOOZED)
     culled.be(replace(snoozed, snoozed_until=None), Event.SNOOZE)
     culled.after(330)
     assert len(culled.given) > 0
@@ -208,7 +208,7 @@ def test_none_is_asked_without_a_rule_and_others_once_a_period(culled):
     culled.after(PERIOD * 10)
     assert set(culled.probe.asked) == {1}
     assert 9 <= len(culled.probe.asked) <= 11
-    assert culled.standing("free") is Standing.OFF
+    assert culled.standing("free") is CullState.OFF
 
 
 def test_many_are_spread_over_the_period(culled):
@@ -226,22 +226,22 @@ def test_one_that_stopped_or_was_launched_again_is_another(culled):
     assert culled.given == []
     culled.be(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)
     culled.after(100)
-    assert (culled.given, culled.standing()) == ([], Standing.NOT_RUNNING)
+    assert (culled.given, culled.standing()) == ([], CullState.NOT_RUNNING)
 
 
 def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(culled):
     two = Activity(culled.clock.time(), (), (TerminalUse("3", 0.0), TerminalUse("1", 0.0)))
     snapshot = culled.run(answer=two, idle_timeout=600.0)
-    assert culled.culler.explain(snapshot).verdict.holders == ()
+    assert culled.culler.refresh(snapshot).verdict.holders == ()
     culled.backend.world.programs["lab"] = ("", "vi")
-    (holder,) = culled.culler.explain(snapshot).verdict.holders
+    (holder,) = culled.culler.refresh(snapshot).verdict.holders
     assert (holder.kind, holder.id, holder.reason) == ("terminal", "1", "runs vi")
     culled.backend.world.programs["lab"] = ("vi",)
-    assert culled.culler.explain(snapshot).verdict.holders == ()
+    assert culled.culler.refresh(snapshot).verdict.holders == ()
 
 
-def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_moment_is_not(crew):
-    culled = Culled(crew, kernel_idle_timeout=600.0)
+def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_moment_is_not(threads):
+    culled = Culled(threads, kernel_idle_timeout=600.0)
     begun = culled.clock.time()
     old, other = KernelUse("old", "idle", begun), KernelUse("other", "idle", begun)
     both, later = Activity(begun, (old, other)), Activity(begun, (old, replace(other, last_activity=begun + 600)))
@@ -253,7 +253,7 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     kind, name, _, origin, details = culled.notes.taken[0]
     assert (kind, name, details) == (HistoryKind.KERNEL_CULLED, "lab", {"kernel": "old"})
     assert origin.reason.startswith("kernel_idle_timeout: nobody used it for 10 min")
-    assert culled.standing() is Standing.OFF
+    assert culled.standing() is CullState.OFF
     culled.probe.stubborn = True
     culled.after(PERIOD)
     culled.probe.answers[1] = [later, BackendUnavailable("silent")]
@@ -261,9 +261,9 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     assert len(culled.notes.taken) == 1
 
 
-def test_one_that_hangs_holds_up_no_other(crew, monkeypatch):
+def test_one_that_hangs_holds_up_no_other(threads, monkeypatch):
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.01)
-    culled, free = Culled(crew), threading.Event()
+    culled, free = Culled(threads), threading.Event()
     ask = culled.probe.activity
 
     def hang(endpoint):
@@ -281,8 +281,8 @@ def test_one_that_hangs_holds_up_no_other(crew, monkeypatch):
     until(lambda: sorted(culled.probe.asked) == [1, 2], what="both were")
 
 
-def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(crew):
-    culled = Culled(crew, kernel_idle_timeout=600.0)
+def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(threads):
+    culled = Culled(threads, kernel_idle_timeout=600.0)
     one = KernelUse("one", "idle", culled.clock.time())
     idle = Activity(culled.clock.time(), (one,))
     culled.run(answer=idle)
@@ -293,7 +293,7 @@ def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(crew):
 
 
 def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(culled):
-    assert culled.culler.explain(culled.run("free", port=2)).verdict.standing is Standing.OFF
+    assert culled.culler.refresh(culled.run("free", port=2)).verdict.state is CullState.OFF
     assert culled.probe.asked == []
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(400)

@@ -150,7 +150,7 @@ def known():
     def know(**env):
         spec = replace(a_spec("lab-1"), env=env)
         after = replace(snapshot(State.STARTING), spec=spec)
-        listener.changed(Change(Event.TURN, None, after, 0.0))
+        listener.changed(Change(Event.ADMITTED, None, after, 0.0))
         return after
 
     yield know

@@ -11,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin, WebhookStatus
-from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, KernelDebt, Snapshot, StopMethod, StopReport
+from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, OrphanedKernel, Snapshot, StopMethod, StopReport
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.metrics import FAMILIES, Kind, Metrics, World
 from labkeeper.testing.fakes import FakeClock, a_spec
@@ -172,10 +172,10 @@ def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
             ("d", "http://three", None),
         )
     ]
-    debt = KernelDebt("k", GATEWAY, ServerName("lab"), 0.0)
+    orphan = OrphanedKernel("k", GATEWAY, ServerName("lab"), 0.0)
     world = World(
         servers=lambda: [LAB, *behind],
-        debts=lambda: [debt, debt],
+        orphans=lambda: [orphan, orphan],
         webhooks=lambda: [WebhookStatus("https://hooks", 5, 2, 1, None)],
     )
     metrics = Metrics(clock, world)

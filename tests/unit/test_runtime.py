@@ -1,4 +1,4 @@
-"""The threads around the core: order within a lane, answers to commands, and a board that misses nothing."""
+"""The threads around the core: order of a server's jobs, answers to commands, and a board that misses nothing."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
-from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
-from labkeeper.testing.fakes import FakeBackend, FakeClock, MemoryLedger, MemoryStore, OpenGate, World, a_spec
+from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
+from labkeeper.testing.fakes import FakeBackend, FakeClock, MemoryOrphans, MemoryStore, PassingPreflight, World, a_spec
 
 ONE, TWO = ServerName("one"), ServerName("two")
 OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None))
@@ -35,10 +35,10 @@ def change(after):
 
 @pytest.fixture
 def board():
-    return Board()
+    return SnapshotBoard()
 
 
-class TestBoard:
+class TestSnapshotBoard:
     def test_it_shows_the_last_snapshot_of_each_server_by_name(self, board):
         for after in (snapshot(TWO), snapshot(ONE), snapshot(ONE, State.RUNNING)):
             board.changed(change(after))
@@ -82,53 +82,53 @@ class TestBoard:
         assert not board.until(bool, timeout=0.01)
 
 
-class TestLanes:
+class TestExecutor:
     def test_jobs_of_one_server_run_in_order_and_those_of_two_beside_each_other(self):
-        lanes = LanePool(lambda report: None, threads=2)
+        executor = KeyedExecutor(lambda report: None, threads=2)
         done, gate, passed = [], threading.Event(), threading.Event()
 
         def wait():
             gate.wait(10)
             done.append("first")
 
-        lanes.submit(ONE, wait)
-        lanes.submit(ONE, lambda: done.append("second"))
-        lanes.submit(TWO, passed.set)
+        executor.submit(ONE, wait)
+        executor.submit(ONE, lambda: done.append("second"))
+        executor.submit(TWO, passed.set)
         assert passed.wait(10)
         assert done == []
         gate.set()
-        lanes.close()
+        executor.close()
         assert done == ["first", "second"]
 
     def test_a_job_that_fails_is_logged_and_its_lane_goes_on(self):
         heard = []
-        lanes = LanePool(heard.append, threads=1)
+        executor = KeyedExecutor(heard.append, threads=1)
         report = Report(ONE, 1, Ready(None))
         with structlog.testing.capture_logs() as log:
-            lanes.submit(ONE, lambda: 1 / 0)
-            lanes.submit(ONE, lambda: report)
-            lanes.close()
+            executor.submit(ONE, lambda: 1 / 0)
+            executor.submit(ONE, lambda: report)
+            executor.close()
         assert heard == [report]
         assert [entry["server"] for entry in log] == [ONE]
 
 
 class Rig:
     def __init__(self, clock, policy):
-        self.world, self.store, self.board, self.clock = World(), MemoryStore(), Board(), clock
-        inbox = Inbox()
-        self.inbox = inbox
-        lanes = LanePool(inbox.hear, threads=2)
+        self.world, self.store, self.board, self.clock = World(), MemoryStore(), SnapshotBoard(), clock
+        mailbox = Mailbox()
+        self.mailbox = mailbox
+        executor = KeyedExecutor(mailbox.receive, threads=2)
         self.fleet = Fleet(
-            backend=FakeBackend(inbox.hear, self.world),
-            gate=OpenGate(),
-            ledger=MemoryLedger(),
+            backend=FakeBackend(mailbox.receive, self.world),
+            preflight=PassingPreflight(),
+            orphans=MemoryOrphans(),
             store=self.store,
-            lanes=lanes,
+            executor=executor,
             clock=clock,
             policy=Policy(**policy),
-            listeners=(self.board,),
+            subscribers=(self.board,),
         )
-        self.keeper = Keeper(self.fleet, inbox, lanes, self.board, clock)
+        self.keeper = Keeper(self.fleet, mailbox, executor, self.board, clock)
 
 
 @pytest.fixture
@@ -156,7 +156,7 @@ def held_up(rig, monkeypatch):
     held, looks = threading.Event(), threading.Event()
     monkeypatch.setattr(rig.fleet, "step", lambda message: held.wait(60) and step(message))
     monkeypatch.setattr(rig.fleet, "next_deadline", lambda: looks.set() or next_deadline())
-    rig.inbox.hear(OF_NOBODY)
+    rig.mailbox.receive(OF_NOBODY)
     yield looks
     looks.clear()
     held.set()
@@ -208,7 +208,7 @@ class TestKeeper:
         until(looks.is_set)
         rig.clock.advance(60)
         # What wakes it is no news of the server.
-        rig.inbox.hear(OF_NOBODY)
+        rig.mailbox.receive(OF_NOBODY)
         until(lambda: rig.keeper.get(ONE).state is State.FAILED)
 
     def test_stopping_all_waits_for_the_last(self, make_rig):

@@ -13,7 +13,7 @@ from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import Load, Snapshot
 from labkeeper.runtime import SystemClock
 from labkeeper.testing.fakes import FakeBackend, World, a_spec
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 
 class Probe:
@@ -32,9 +32,9 @@ class Site:
         self.world, self.probe = World(), Probe()
         process = self.world.begin(a_spec("lab"), 1)
         self.snapshot = Snapshot(process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, launch=1, endpoint=process.endpoint)
-        self.backend, self.crew = FakeBackend(lambda report: None, self.world), Crew()
+        self.backend, self.threads = FakeBackend(lambda report: None, self.world), ThreadGroup()
         self.sampler = sampler.Sampler(
-            self.backend, self.probe, lambda: [self.snapshot], crew=self.crew, clock=SystemClock(), period=period
+            self.backend, self.probe, lambda: [self.snapshot], threads=self.threads, clock=SystemClock(), period=period
         )
         self.sampler.start()
 
@@ -43,7 +43,7 @@ class Site:
 def site():
     site = Site()
     yield site
-    site.crew.close()
+    site.threads.close()
 
 
 def test_who_asks_gets_the_last_sample_of_this_launch(site):
@@ -69,12 +69,12 @@ def test_nothing_is_measured_while_nobody_asks(site, monkeypatch):
     monkeypatch.setattr(sampler, "_WANTED_FOR", -1.0)
     until(lambda: not site.sampler._samples, what="old samples are dropped")
     before = site.backend._measured
-    assert not site.crew.sleep(0.5)
+    assert not site.threads.sleep(0.5)
     assert site.backend._measured == before
 
 
 def test_a_period_of_zero_turns_it_off():
     site = Site(period=0)
     assert site.sampler.of(site.snapshot) is None
-    assert not site.crew._threads
-    site.crew.close()
+    assert not site.threads._threads
+    site.threads.close()

@@ -24,7 +24,7 @@ def test_the_defaults_let_nobody_in_from_elsewhere(tmp_path):
     assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == ("127.0.0.1", 8000, "127.0.0.1", 8888)
     assert chosen.auth == "token"
     assert chosen.state_dir == tmp_path / ".local/state/labkeeper"
-    assert chosen.rooms == chosen.state_dir / "run"
+    assert chosen.server_dirs == chosen.state_dir / "run"
     assert not chosen.debug
 
 
@@ -48,7 +48,7 @@ def test_paths_become_absolute_and_homes_are_found(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_STATE_DIR", "here")
     monkeypatch.setenv("LABKEEPER_RUNTIME_DIR", "~/there")
     chosen = settings.load()
-    assert (chosen.state_dir, chosen.rooms) == (tmp_path / "here", tmp_path / "there")
+    assert (chosen.state_dir, chosen.server_dirs) == (tmp_path / "here", tmp_path / "there")
     assert chosen.notebook_dir == tmp_path
 
 

@@ -20,7 +20,7 @@ from labkeeper.core.server import (
     Failure,
     FailureClass,
     GatewayHealth,
-    KernelDebt,
+    OrphanedKernel,
     OwnKernel,
     Session,
     Snapshot,
@@ -150,29 +150,29 @@ def test_a_write_that_fails_says_so(store, path):
 
 
 DEBTS = [
-    KernelDebt("k1", Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}), ServerName("lab"), 1.5),
-    KernelDebt("k2", Gateway("http://h", "ws://h"), ServerName("lab"), 2.5),
+    OrphanedKernel("k1", Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}), ServerName("lab"), 1.5),
+    OrphanedKernel("k2", Gateway("http://h", "ws://h"), ServerName("lab"), 2.5),
 ]
 
 
 def test_debts_outlive_the_keeper_until_they_are_settled(path):
     store = SqliteStore(path)
-    store.owe(DEBTS)
-    store.owe(DEBTS[:1])
+    store.add_orphans(DEBTS)
+    store.add_orphans(DEBTS[:1])
     store.close()
     store = SqliteStore(path)
-    assert store.debts() == DEBTS
-    store.settle(["k1", "k9"])
-    assert store.debts() == DEBTS[1:]
+    assert store.orphans() == DEBTS
+    store.discard_orphans(["k1", "k9"])
+    assert store.orphans() == DEBTS[1:]
     store.close()
 
 
 def test_a_debt_that_cannot_be_read_is_damage(path, store):
-    store.owe(DEBTS)
+    store.add_orphans(DEBTS)
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE debts SET debt = '{}'")
     with pytest.raises(StoreError, match="damaged"):
-        store.debts()
+        store.orphans()
 
 
 @pytest.fixture
@@ -192,9 +192,9 @@ def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "first-secret"})))
     store.save(replace(BARE, spec=bare))
     store.save(FULL)
-    store.owe([KernelDebt("k1", Gateway("http://g", "ws://g", auth_token="gateway-secret"), ServerName("bare"), 1.5)])
+    store.add_orphans([OrphanedKernel("k1", Gateway("http://g", "ws://g", auth_token="gateway-secret"), ServerName("bare"), 1.5)])
     store.forget(ServerName("bare"))
-    store.settle(["k1"])
+    store.discard_orphans(["k1"])
     store.wipe()
     assert not [text for text in ("first-secret", "a-secret", "another-secret", "gateway-secret") if rests(text)]
     assert rests('"token":"token"')
@@ -244,8 +244,8 @@ def test_a_file_of_the_layout_before_is_carried_over(path):
         older.execute("DROP TABLE debts")
         older.execute("PRAGMA user_version = 1")
     store = SqliteStore(path)
-    assert (store.load(), store.debts()) == ([BARE], [])
-    store.owe(DEBTS)
+    assert (store.load(), store.orphans()) == ([BARE], [])
+    store.add_orphans(DEBTS)
     store.close()
 
 

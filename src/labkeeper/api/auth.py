@@ -116,7 +116,7 @@ def _user(peer: Peer) -> Caller:
     return Caller(f"user:{name}", Scope.ADMIN)
 
 
-class Door:
+class Authenticator:
     """Lets requests in by their rules. Thread-safe."""
 
     def __init__(self, callers: Callers, keeper: Keeper, rates: Rates) -> None:

@@ -10,8 +10,8 @@ from labkeeper.api.auth import Callers
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
-from labkeeper.core.ports import Backend, Explainer, History, Keeper, Meter, Probe
-from labkeeper.core.server import KernelDebt, Sample, Snapshot
+from labkeeper.core.ports import Backend, CullStatus, History, Keeper, Meter, Probe
+from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
 from labkeeper.identity.tokens import Tokens
 from labkeeper.schema.requests import Defaults
 
@@ -23,11 +23,11 @@ class Services:
     keeper: Keeper
     backend: Backend
     probe: Probe
-    debts: Callable[[], Sequence[KernelDebt]]
+    orphans: Callable[[], Sequence[OrphanedKernel]]
     """Gives the kernels that gateways still have to end."""
     history: History
     meter: Meter
-    culler: Explainer
+    culler: CullStatus
     defaults: Defaults
     version: str
     tokens: Tokens

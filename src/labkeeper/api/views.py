@@ -8,9 +8,9 @@ from typing import Any, Final
 
 from labkeeper.core.access import Caller, Token
 from labkeeper.core.culling import Explanation
-from labkeeper.core.durations import instant
+from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry, WebhookStatus
-from labkeeper.core.server import Exit, Failure, Kernel, KernelDebt, Sample, Snapshot, StopReport
+from labkeeper.core.server import Exit, Failure, Kernel, OrphanedKernel, Sample, Snapshot, StopReport
 from labkeeper.core.spec import KERNEL_PREFIX, Limits
 from labkeeper.schema.answers import (
     EventModel,
@@ -19,11 +19,11 @@ from labkeeper.schema.answers import (
     GatewayModel,
     HolderModel,
     Idle,
-    KernelDebtModel,
     KernelModel,
     LimitModel,
     Me,
     NewToken,
+    OrphanedKernelModel,
     RuleModel,
     Server,
     StopReportModel,
@@ -62,9 +62,9 @@ def server_model(
         name=snapshot.name,
         state=snapshot.state,
         goal=snapshot.goal,
-        since=instant(snapshot.since),
-        created_at=instant(snapshot.created_at),
-        started_at=instant(snapshot.started_at) if snapshot.started_at is not None else None,
+        since=format_time(snapshot.since),
+        created_at=format_time(snapshot.created_at),
+        started_at=format_time(snapshot.started_at) if snapshot.started_at is not None else None,
         launch=snapshot.launch,
         restarts=snapshot.restarts,
         root_dir=spec.root_dir,
@@ -76,7 +76,7 @@ def server_model(
         idle_timeout=spec.idle_timeout,
         max_age=spec.max_age,
         jupyter_options=dict(spec.jupyter_options),
-        snoozed_until=None if snapshot.snoozed_until is None else instant(snapshot.snoozed_until),
+        snoozed_until=None if snapshot.snoozed_until is None else format_time(snapshot.snoozed_until),
         gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
@@ -100,7 +100,7 @@ def _usage_model(sample: Sample | None) -> UsageModel | None:
         return None
     usage, load = sample.usage, sample.load
     return UsageModel(
-        at=instant(sample.at),
+        at=format_time(sample.at),
         memory=usage.memory,
         memory_proportional=usage.proportional,
         cpu_seconds=round(usage.cpu_seconds, 3),
@@ -121,7 +121,7 @@ def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
         url=spec.gateway.url,
         required=spec.gateway.required,
         reachable=health.reachable if health else None,
-        since=instant(health.since) if health else None,
+        since=format_time(health.since) if health else None,
         error=_failure_model(health.error if health else None),
         kernelspecs=health.kernelspecs if health else None,
         kernel_env_passed=sorted(passed),
@@ -137,11 +137,11 @@ def token_model(token: Token, now: float) -> TokenModel:
         servers=list(token.reach.servers),
         labels=dict(token.reach.labels),
         users=list(token.reach.users),
-        created_at=instant(token.created_at),
+        created_at=format_time(token.created_at),
         created_by=token.created_by,
-        expires_at=None if token.expires_at is None else instant(token.expires_at),
+        expires_at=None if token.expires_at is None else format_time(token.expires_at),
         expired=token.expired(now),
-        last_used_at=None if token.last_used_at is None else instant(token.last_used_at),
+        last_used_at=None if token.last_used_at is None else format_time(token.last_used_at),
     )
 
 
@@ -162,16 +162,18 @@ def me_model(caller: Caller) -> Me:
     )
 
 
-def debt_model(debt: KernelDebt) -> KernelDebtModel:
+def orphaned_kernel_model(orphan: OrphanedKernel) -> OrphanedKernelModel:
     """Write a kernel that is still to be ended as callers see it."""
-    return KernelDebtModel(kernel_id=debt.kernel_id, gateway_url=debt.gateway.url, server=debt.server, since=instant(debt.since))
+    return OrphanedKernelModel(
+        kernel_id=orphan.kernel_id, gateway_url=orphan.gateway.url, server=orphan.server, since=format_time(orphan.since)
+    )
 
 
 def event_model(entry: HistoryEntry) -> EventModel:
     """Write an entry of the history as callers see it."""
     return EventModel(
         id=entry.id,
-        at=instant(entry.at),
+        at=format_time(entry.at),
         kind=entry.kind,
         server=entry.server,
         launch=entry.launch,
@@ -193,12 +195,12 @@ def idle_model(told: Explanation) -> Idle:
     verdict, first = told.verdict, told.verdict.next
 
     def at(moment: float | None) -> str | None:
-        return None if moment is None else instant(moment + told.offset)
+        return None if moment is None else format_time(moment + told.offset)
 
     until = told.snapshot.snoozed_until
     return Idle(
         name=told.snapshot.name,
-        standing=verdict.standing,
+        standing=verdict.state,
         reason=verdict.reason,
         rule=first.rule if first else None,
         warns_at=at(first.warns_at if first else None),
@@ -210,7 +212,7 @@ def idle_model(told: Explanation) -> Idle:
         held_by=[HolderModel(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
         last_used_at=at(verdict.last_used_at),
         last_used=verdict.last_used,
-        snoozed_until=None if until is None else instant(until),
+        snoozed_until=None if until is None else format_time(until),
         looked_at=at(told.looked_at),
     )
 

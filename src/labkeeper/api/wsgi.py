@@ -90,7 +90,7 @@ class WsgiServer:
     def __init__(
         self,
         app: Flask,
-        listeners: Sequence[socket.socket],
+        sockets: Sequence[socket.socket],
         *,
         threads: int,
         max_body: int,
@@ -107,7 +107,7 @@ class WsgiServer:
         self._threads = _Threads(threads, fit)
         self._doors = [
             _Door(app, self._map, listener, self._threads, certificate=certificate, knows=knows, max_body=max_body)
-            for listener in listeners
+            for listener in sockets
         ]
         self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
 

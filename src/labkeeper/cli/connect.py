@@ -26,13 +26,13 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     settings = read_settings(where)
     named = where.url or keeper_url()
     is_here = named is None or urlsplit(named).hostname in _LOOPBACK
-    door = _door(settings) if named is None else None
-    url = named or _found_url(settings, door)
+    unix_socket = _unix_socket(settings) if named is None else None
+    url = named or _found_url(settings, unix_socket)
     own = _own_token(settings)
-    shown = token_of(settings) if door is None and _is_ours(settings, url) else own
+    shown = token_of(settings) if unix_socket is None and _is_ours(settings, url) else own
     # Over its Unix socket the keeper knows us, unless it cannot tell us from what a server has left behind.
-    if_asked = token_of(settings) if door is not None and own is None else None
-    with Client(url, token=shown, token_if_asked=if_asked, socket=door, ca_file=ca_file()) as client:
+    if_asked = token_of(settings) if unix_socket is not None and own is None else None
+    with Client(url, token=shown, token_if_asked=if_asked, socket=unix_socket, ca_file=ca_file()) as client:
         yield client, is_here
 
 
@@ -45,12 +45,12 @@ def read_settings(where: Where, **flags: Any) -> Settings:
     return load(**flags)
 
 
-def _found_url(settings: Settings, door: str | None) -> str:
+def _found_url(settings: Settings, unix_socket: str | None) -> str:
     """Give the URL of the keeper over our state directory. Raises Unreachable where none runs: its port may be anybody's then."""
     from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     url = read_address(settings.state_dir)
-    if url is None or (door is None and not runs(settings.state_dir)):
+    if url is None or (unix_socket is None and not runs(settings.state_dir)):
         raise Unreachable(
             f"cannot find a keeper: none runs on the state directory {settings.state_dir}; "
             "`labkeeper serve` starts one, and --url names one elsewhere"
@@ -65,7 +65,7 @@ def _is_ours(settings: Settings, url: str) -> bool:
     return url.rstrip("/") == read_address(settings.state_dir) and runs(settings.state_dir)
 
 
-def _door(settings: Settings) -> str | None:
+def _unix_socket(settings: Settings) -> str | None:
     """Give the path of the Unix socket of the keeper over our state directory, where it has one."""
     from labkeeper.discovery import read_socket  # noqa: PLC0415 - late
 

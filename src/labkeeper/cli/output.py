@@ -107,12 +107,12 @@ def coloured(state: str, stream: IO[str] | None) -> str:
     return styled(str(state), stream, fg=_colour(state) or None)
 
 
-def ago(instant: str) -> str:
+def ago(format_time: str) -> str:
     """Say how long ago something was, in one unit."""
     try:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(instant)).total_seconds()
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(format_time)).total_seconds()
     except (TypeError, ValueError):
-        return instant
+        return format_time
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"

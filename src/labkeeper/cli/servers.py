@@ -30,7 +30,7 @@ from labkeeper.cli.output import (
     styled,
     waiting,
 )
-from labkeeper.core.durations import spoken
+from labkeeper.core.durations import format_duration
 from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
@@ -345,8 +345,8 @@ def _facts(server: Server) -> dict[str, str]:
         "pid": server.pid,
         "user": server.user,
         "usage": server.usage and _usage(server.usage),
-        "idle timeout": server.idle_timeout and spoken(server.idle_timeout),
-        "max age": server.max_age and spoken(server.max_age),
+        "idle timeout": server.idle_timeout and format_duration(server.idle_timeout),
+        "max age": server.max_age and format_duration(server.max_age),
         "snoozed until": server.snoozed_until,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),

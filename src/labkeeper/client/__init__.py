@@ -33,12 +33,12 @@ from labkeeper.client.answers import (
     IdleList,
     IdleRule,
     Kernel,
-    KernelDebt,
-    KernelDebtList,
     KernelList,
     Limit,
     Link,
     NewToken,
+    OrphanedKernel,
+    OrphanedKernelList,
     Page,
     Server,
     StopReport,
@@ -74,10 +74,10 @@ __all__ = [
     "Idle",
     "IdleRule",
     "Kernel",
-    "KernelDebt",
     "Limit",
     "Link",
     "NewToken",
+    "OrphanedKernel",
     "Revision",
     "Server",
     "StopReport",
@@ -276,9 +276,9 @@ class Client:
         """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
         return parse(KernelList, self._get(_path(name, "/kernels"))).kernels
 
-    def kernel_debts(self) -> Sequence[KernelDebt]:
+    def orphaned_kernels(self) -> Sequence[OrphanedKernel]:
         """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
-        return parse(KernelDebtList, self._get("/api/kernel-debts")).kernel_debts
+        return parse(OrphanedKernelList, self._get("/api/orphaned-kernels")).orphaned_kernels
 
     def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Sequence[Event]:
         """Tell what happened, to one server or to all, the oldest first: after an event, or the newest ones.

@@ -206,7 +206,7 @@ class IdleList(_Answer):
     servers: tuple[Idle, ...]
 
 
-class KernelDebt(_Answer):
+class OrphanedKernel(_Answer):
     """A kernel of a server that ended, which its gateway still has to end."""
 
     kernel_id: str
@@ -215,10 +215,10 @@ class KernelDebt(_Answer):
     since: str
 
 
-class KernelDebtList(_Answer):
+class OrphanedKernelList(_Answer):
     """All of them, the oldest first."""
 
-    kernel_debts: list[KernelDebt]
+    orphaned_kernels: list[OrphanedKernel]
 
 
 class Event(_Answer):

@@ -31,7 +31,7 @@ class Scope(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class TokenLimits:
     """The servers that a caller's token is for; without any limit all of them, and the keeper itself."""
 
     servers: tuple[str, ...] = ()
@@ -63,10 +63,10 @@ class Reach:
         return self.has_name(name) and self.has_labels(labels) and self.has_user(user)
 
 
-EVERYTHING: Final = Reach()
+EVERYTHING: Final = TokenLimits()
 
 
-def concerns(entry: HistoryEntry, server: ServerName | None, reach: Reach) -> bool:
+def concerns(entry: HistoryEntry, server: ServerName | None, reach: TokenLimits) -> bool:
     """Whether an entry is of one server, or of any, and within a reach; what is of no server is only for who sees all."""
     if server not in {None, entry.server}:
         return False
@@ -80,7 +80,7 @@ class Caller:
     actor: str
     """As the history names them: `token:NAME`, `user:NAME` of this machine, `anybody` where access control is off."""
     scope: Scope
-    reach: Reach = EVERYTHING
+    reach: TokenLimits = EVERYTHING
 
     def needs(self, scope: Scope, what: str, **details: str) -> None:
         """Raise NotAllowed unless the caller's scope covers this one; `what` ends the sentence "cannot ..."."""
@@ -139,7 +139,7 @@ class Token:
     digest: str = field(repr=False)
     """SHA-256 of the token, in hexadecimal digits; it is random enough for that to tell nothing of it."""
     scope: Scope
-    reach: Reach
+    reach: TokenLimits
     created_at: float
     created_by: str
     expires_at: float | None = None

@@ -11,7 +11,7 @@ from typing import Final
 from labkeeper.core.lifecycle import ENDINGS, KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
 from labkeeper.core.messages import Ended, Fact, GatewaySeen, Gone, Job, Ready, Refused, Seen, Unreachable, Vetoed
 from labkeeper.core.ports import Clock, Reserve
-from labkeeper.core.server import Exit, Failure, FailureClass, KernelDebt, OwnKernel, Snapshot, StopMethod, StopReport
+from labkeeper.core.server import Exit, Failure, FailureClass, OrphanedKernel, OwnKernel, Snapshot, StopMethod, StopReport
 from labkeeper.core.spec import ServerSpec
 
 
@@ -92,11 +92,11 @@ TIMERS: Final = {
 
 
 @dataclass(frozen=True, slots=True)
-class Upshot:
+class Decision:
     """What a message to a server leads to, beside its new snapshot."""
 
     jobs: tuple[Job, ...] = ()
-    owed: tuple[KernelDebt, ...] = ()
+    orphans: tuple[OrphanedKernel, ...] = ()
     """Kernels on its gateway that nobody is to have any more."""
 
 
@@ -132,7 +132,7 @@ class Controller:
 
     def apply(
         self, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None, *, may_start: bool = True
-    ) -> Upshot:
+    ) -> Decision:
         """Take one event, with the spec that is to hold from the next launch on; say what it leads to.
 
         `may_start` says whether a place to start in is free, should it come to that.
@@ -142,14 +142,14 @@ class Controller:
         before = self.snapshot
         step = advance(before.state, before.goal, event, may_retry=self._may_retry(fact), may_start=may_start)
         if step is None:
-            return Upshot()
+            return Decision()
         if _begins(step, event) and event is not Event.DEADLINE:
             self._budget = Budget(self._policy)
         self._record(event, fact, step)
         if step.state is not before.state or event is Event.DEADLINE:
             self._set_timer()
-        owed = self._sort_kernels(before, event, fact)
-        return Upshot(() if step.action is Action.NONE else (self._job(step.action),), owed)
+        orphans = self._sort_kernels(before, event, fact)
+        return Decision(() if step.action is Action.NONE else (self._job(step.action),), orphans)
 
     def _may_retry(self, fact: Fact | None) -> bool:
         """Say whether the server may be relaunched automatically if this fact ends it."""
@@ -261,7 +261,7 @@ class Controller:
             report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, left)
         return replace(snap, exit=end.exit, failure=failure, stop_report=report)
 
-    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[KernelDebt, ...]:
+    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[OrphanedKernel, ...]:
         """Part the kernels on its gateway into those that its next launch is to have, and those that are owed an end."""
         there = {kernel.id: kernel for kernel in before.kernels_kept}
         match fact:
@@ -280,7 +280,7 @@ class Controller:
         if not unwanted or before.spec.gateway is None:
             return ()
         now = self._clock.time()
-        return tuple(KernelDebt(k.id, before.spec.gateway, before.name, now, k.starting) for k in there.values())
+        return tuple(OrphanedKernel(k.id, before.spec.gateway, before.name, now, k.starting) for k in there.values())
 
     def _timeout(self) -> Failure:
         return Failure(
@@ -309,4 +309,4 @@ class Controller:
 
 def _begins(step: Step, event: Event) -> bool:
     """Say whether a step decides on a launch, be it done now or queued; its turn in the queue was decided on before."""
-    return event is not Event.TURN and (step.action is Action.LAUNCH or step.state is State.QUEUED)
+    return event is not Event.ADMITTED and (step.action is Action.LAUNCH or step.state is State.QUEUED)

@@ -1,7 +1,7 @@
 """Whether a server is culled: a verdict that carries its explanation, made of facts and a policy.
 
-All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `Memory` brings them over, so
-that a wall clock that jumps stops nobody.
+All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `ActivityHistory` converts them,
+so that a wall clock that jumps stops no server.
 
 Laws, held by the tests:
 
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
-from labkeeper.core.durations import spoken
+from labkeeper.core.durations import format_duration
 from labkeeper.core.server import Activity, KernelUse, Snapshot
 from labkeeper.core.spec import ServerSpec
 
@@ -43,7 +43,7 @@ class Terminals(StrEnum):
     """Nothing."""
 
 
-class Standing(StrEnum):
+class CullState(StrEnum):
     """How a server stands to its rules."""
 
     OFF = "off"
@@ -127,7 +127,7 @@ class Outlook:
 class Verdict:
     """How a server stands, and why."""
 
-    standing: Standing
+    state: CullState
     reason: str
     next: Outlook | None = None
     """The outlook of the rule that would be the first to stop it."""
@@ -150,7 +150,7 @@ class Explanation:
     """When the server last answered, likewise by our clock."""
 
 
-class Memory:
+class ActivityHistory:
     """When each part of one server was last used, by our monotonic clock.
 
     A time of Jupyter's is brought over once, when it is new. It must lie between the look before and this one: one that does not
@@ -200,9 +200,9 @@ def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
     since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
     outlooks = tuple(_outlook(rule, since[rule], facts, policy, now) for rule in facts.limits)
     first = min((o for o in outlooks if o.stops_at is not None), key=lambda o: o.stops_at or 0.0, default=None)
-    standing = _standing(facts, outlooks, first, now)
-    reason = _reason(standing, facts, holders, first, now)
-    return Verdict(standing, reason, first, outlooks, holders, used_at, used)
+    state = _state_of(facts, outlooks, first, now)
+    reason = _reason(state, facts, holders, first, now)
+    return Verdict(state, reason, first, outlooks, holders, used_at, used)
 
 
 def warned_at(verdict: Verdict, before: Mapping[Rule, float], now: float) -> dict[Rule, float]:
@@ -262,29 +262,33 @@ def _outlook(rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, 
     return Outlook(rule, limit, since, stops_at, stops_at - ahead if ahead else None)
 
 
-def _standing(facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float) -> Standing:
+def _state_of(facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float) -> CullState:
     if not outlooks:
-        return Standing.OFF
+        return CullState.OFF
     if first is None or first.stops_at is None:
-        return Standing.UNKNOWN if facts.activity is None else Standing.IN_USE
+        return CullState.UNKNOWN if facts.activity is None else CullState.IN_USE
     if first.stops_at <= now:
-        return Standing.DUE
+        return CullState.DUE
     if first.warns_at is not None and first.warns_at <= now:
-        return Standing.WARNED
-    return Standing.SNOOZED if now < facts.snoozed_until else Standing.COUNTING
+        return CullState.WARNED
+    return CullState.SNOOZED if now < facts.snoozed_until else CullState.COUNTING
 
 
-def _reason(standing: Standing, facts: Facts, holders: tuple[Holder, ...], first: Outlook | None, now: float) -> str:
-    match standing:
-        case Standing.OFF:
+def _reason(state: CullState, facts: Facts, holders: tuple[Holder, ...], first: Outlook | None, now: float) -> str:
+    match state:
+        case CullState.OFF:
             return "it has neither idle_timeout nor max_age"
-        case Standing.UNKNOWN:
+        case CullState.UNKNOWN:
             return f"whether it is used cannot be known, which counts as use: {facts.unknown}"
-        case Standing.IN_USE:
+        case CullState.IN_USE:
             return "it is in use: " + ", ".join(f"{holder.kind} {holder.id} {holder.reason}" for holder in holders)
-        case Standing.SNOOZED:
-            return f"it is snoozed for another {spoken(facts.snoozed_until - now)}"
-    return "" if first is None or first.since is None else f"{first.rule}: {_SO_FAR[first.rule]} {spoken(now - first.since)}"
+        case CullState.SNOOZED:
+            return f"it is snoozed for another {format_duration(facts.snoozed_until - now)}"
+    return (
+        ""
+        if first is None or first.since is None
+        else f"{first.rule}: {_SO_FAR[first.rule]} {format_duration(now - first.since)}"
+    )
 
 
 _SO_FAR: Final = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}

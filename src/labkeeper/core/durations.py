@@ -32,7 +32,7 @@ def _read(text: str) -> float:
     return sum(float(number) * size for number, size in zip(found.groups(), sizes, strict=True) if number)
 
 
-def spoken(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Say how long something is, in its two largest units: `2 h 3 min`."""
     left, words = max(0, round(seconds)), list[str]()
     for size, unit in _UNITS:
@@ -46,6 +46,6 @@ def spoken(seconds: float) -> str:
 _PLACES: Final = 2
 
 
-def instant(at: float) -> str:
+def format_time(at: float) -> str:
     """Write a time, in seconds since the epoch, as RFC 3339, UTC, with milliseconds."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

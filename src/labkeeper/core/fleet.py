@@ -1,6 +1,6 @@
-"""All servers: one inbox, one door. `Fleet.step` takes one message and is never run by two threads at once.
+"""All servers. `Fleet.step` takes one message, and is never run by two threads at once.
 
-Order within a step: decide, store, tell listeners, hand the job to the server's lane. A launch is stored before it is done, so
+Order within a step: decide, store, notify subscribers, queue the job for the backend. A launch is stored before it is done, so
 that a keeper which dies in between finds the name again and observes it.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.controller import Controller, Policy, Upshot
+from labkeeper.core.controller import Controller, Decision, Policy
 from labkeeper.core.errors import (
     BackendError,
     BackendRefused,
@@ -42,7 +42,7 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
-from labkeeper.core.ports import Backend, Clock, Gate, Lanes, Ledger, Listener, Machine, Store
+from labkeeper.core.ports import Backend, Clock, Executor, GatewayPreflight, Machine, OrphanedKernels, Store, Subscriber
 from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
 from labkeeper.core.spec import ServerName, ServerSpec
 
@@ -61,24 +61,24 @@ class Fleet:
         self,
         *,
         backend: Backend,
-        gate: Gate,
-        ledger: Ledger,
+        preflight: GatewayPreflight,
+        orphans: OrphanedKernels,
         store: Store,
-        lanes: Lanes,
+        executor: Executor,
         clock: Clock,
         policy: Policy,
         machine: Machine | None = None,
-        listeners: Sequence[Listener] = (),
+        subscribers: Sequence[Subscriber] = (),
     ) -> None:
         self._backend = backend
-        self._gate = gate
-        self._ledger = ledger
+        self._preflight = preflight
+        self._orphans = orphans
         self._store = store
-        self._lanes = lanes
+        self._executor = executor
         self._clock = clock
         self._policy = policy
         self._machine = machine
-        self._listeners = tuple(listeners)
+        self._subscribers = tuple(subscribers)
         self._servers: dict[ServerName, Controller] = {}
         self._unsaved: dict[ServerName, float] = {}
         self._forgotten_launch = 0
@@ -95,8 +95,8 @@ class Fleet:
         snapshots = self._store.load()
         # Also under names that the store knows to be at rest: it may be an older one. Others are observed.
         for name in self._backend.strays([snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]):
-            # In the lane of the name, before all else: what is launched under it now is launched when nothing is left.
-            self._lanes.submit(name, functools.partial(self._backend.sweep, name))
+            # Before all other jobs of the name: what is launched under it now is launched when nothing is left.
+            self._executor.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
             controller = Controller(snapshot, self._policy, self._clock)
             self._servers[snapshot.name] = controller
@@ -181,11 +181,11 @@ class Fleet:
         snapshot = controller.snapshot
         if order.seen is not None and order.seen != snapshot:
             return Reply(snapshot)
-        if event in {Event.START, Event.RESTART, Event.RENEW}:
+        if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
             self._admit(snapshot)
-        if event is Event.RENEW:
+        if event is Event.RESTART_KEEPING_KERNELS:
             _check_kernels_can_be_kept(snapshot, order.revised)
         self._origins[name] = order.origin
         if order.force:
@@ -259,7 +259,7 @@ class Fleet:
         """
         while (queue := queue_of(c.snapshot for c in self._servers.values())) and self._starting() < self._policy.max_starts:
             # One that cannot be stored does not start, and leaves its place to the one behind it.
-            self._apply(self._servers[queue[0].name], Event.TURN)
+            self._apply(self._servers[queue[0].name], Event.ADMITTED)
 
     def _starting(self) -> int:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
@@ -293,16 +293,16 @@ class Fleet:
         self, controller: Controller, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None
     ) -> Snapshot:
         name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
-        upshot = controller.apply(event, fact, revised, may_start=self._may_start())
+        decision = controller.apply(event, fact, revised, may_start=self._may_start())
         if controller.snapshot == before:
             self._close_origin(before)
-            self._submit(upshot.jobs)
+            self._submit(decision.jobs)
             return before
         try:
             self._store.save(controller.snapshot)
             self._unsaved.pop(name, None)
         except StoreError as error:
-            launches = any(job.action is Action.LAUNCH for job in upshot.jobs)
+            launches = any(job.action is Action.LAUNCH for job in decision.jobs)
             if event in COMMANDS and (launches or controller.snapshot.state is State.QUEUED):
                 # Nothing was started yet, and somebody is there to be told.
                 self._servers[name] = undo
@@ -311,15 +311,15 @@ class Fleet:
                 # The next keeper would not know of it: not launched either.
                 why = f"cannot start server '{name}': {error.message}"
                 refused = controller.apply(Event.REFUSED, _refused(error, why))
-                upshot = Upshot(refused.jobs, upshot.owed + refused.owed)
+                decision = Decision(refused.jobs, decision.orphans + refused.orphans)
             # A stop must go on even with a full disk.
             self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
         after = controller.snapshot
-        if upshot.owed:
-            self._ledger.owe(upshot.owed)
+        if decision.orphans:
+            self._orphans.add(decision.orphans)
         self._tell(event, before, after)
         self._close_origin(after)
-        self._submit(upshot.jobs)
+        self._submit(decision.jobs)
         if after.forgotten:
             self._forget(name)
         return after
@@ -331,7 +331,7 @@ class Fleet:
             if controller is None:
                 self._store.forget(name)
                 # Not here: no change of a server is to wait for a disk.
-                self._lanes.submit(name, self._store.wipe)
+                self._executor.submit(name, self._store.wipe)
             else:
                 self._store.save(controller.snapshot)
             self._unsaved.pop(name, None)
@@ -348,7 +348,7 @@ class Fleet:
             return Report(name, controller.snapshot.launch, Gone())
 
         # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
-        self._lanes.submit(name, run)
+        self._executor.submit(name, run)
 
     def _close_origin(self, snapshot: Snapshot) -> None:
         """Drop who gave a command that has come about, or failed: from now on things happen by themselves."""
@@ -358,7 +358,7 @@ class Fleet:
     def _tell(self, event: Event, before: Snapshot | None, after: Snapshot, origin: Origin | None = None) -> None:
         """Tell the listeners of a change; without an origin it is that of the command that the server still follows."""
         change = Change(event, before, after, self._clock.time(), origin or self._origins.get(after.name, KEEPER))
-        for listener in self._listeners:
+        for listener in self._subscribers:
             listener.changed(change)
 
     def _submit(self, jobs: Sequence[Job]) -> None:
@@ -368,12 +368,12 @@ class Fleet:
                 if job.spec.name in self._observing:
                     continue
                 self._observing.add(job.spec.name)
-            self._lanes.submit(job.spec.name, self._bound(job))
+            self._executor.submit(job.spec.name, self._bound(job))
 
     def _bound(self, job: Job) -> Callable[[], Report | None]:
         def run() -> Report | None:
             try:
-                fact = perform(self._backend, self._gate, job, grace=self._policy.stop_grace)
+                fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
             finally:
                 if job.action is Action.OBSERVE:
                     self._observing.discard(job.spec.name)
@@ -397,13 +397,13 @@ def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -
         )
 
 
-def perform(backend: Backend, gate: Gate, job: Job, *, grace: float) -> Fact | None:
+def perform(backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float) -> Fact | None:
     """Do one job on a backend, and make facts of its answer and of its errors."""
     name = job.spec.name
     try:
         match job.action:
             case Action.LAUNCH:
-                gate.expect(job.spec, job.launch, job.kernels)
+                preflight.begin(job.spec, job.launch, job.kernels)
                 backend.launch(job.spec, job.launch)
             case Action.TERMINATE:
                 backend.terminate(name, job.launch, grace, keep_kernels=job.keep_kernels)

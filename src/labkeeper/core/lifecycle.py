@@ -61,7 +61,7 @@ class Event(StrEnum):
 
     START = "START"
     RESTART = "RESTART"
-    RENEW = "RENEW"
+    RESTART_KEEPING_KERNELS = "RESTART_KEEPING_KERNELS"
     """A restart that keeps the kernels on the server's gateway."""
     STOP = "STOP"
     KILL = "KILL"
@@ -89,7 +89,7 @@ class Event(StrEnum):
     GATEWAY = "GATEWAY"
     """Its gateway can be reached, or cannot any more."""
 
-    TURN = "TURN"
+    ADMITTED = "ADMITTED"
     """A place to start in is free, and it is the first that waits for one."""
     DEADLINE = "DEADLINE"
 
@@ -119,7 +119,7 @@ class Junction(StrEnum):
     """It ended by itself in good order: somebody shut it down from inside."""
 
 
-COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RENEW, Event.STOP, Event.KILL, Event.DELETE})
+COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS, Event.STOP, Event.KILL, Event.DELETE})
 ENDINGS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
 """The events after which nothing is left of a launch."""
 MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
@@ -136,21 +136,21 @@ KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
 TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STOPPED, Event.START): (Junction.BEGIN, Action.NONE),
     (State.STOPPED, Event.RESTART): (Junction.BEGIN, Action.NONE),
-    (State.STOPPED, Event.RENEW): (Junction.BEGIN, Action.NONE),
+    (State.STOPPED, Event.RESTART_KEEPING_KERNELS): (Junction.BEGIN, Action.NONE),
     (State.FAILED, Event.START): (Junction.BEGIN, Action.NONE),
     (State.FAILED, Event.RESTART): (Junction.BEGIN, Action.NONE),
-    (State.FAILED, Event.RENEW): (Junction.BEGIN, Action.NONE),
+    (State.FAILED, Event.RESTART_KEEPING_KERNELS): (Junction.BEGIN, Action.NONE),
     (State.FAILED, Event.STOP): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.KILL): (State.STOPPED, Action.NONE),
     (State.FAILED, Event.DELETE): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DEADLINE): (Junction.BEGIN, Action.NONE),
     (State.BACKOFF, Event.START): (Junction.BEGIN, Action.NONE),
     (State.BACKOFF, Event.RESTART): (Junction.BEGIN, Action.NONE),
-    (State.BACKOFF, Event.RENEW): (Junction.BEGIN, Action.NONE),
+    (State.BACKOFF, Event.RESTART_KEEPING_KERNELS): (Junction.BEGIN, Action.NONE),
     (State.BACKOFF, Event.STOP): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.KILL): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DELETE): (State.STOPPED, Action.NONE),
-    (State.QUEUED, Event.TURN): (State.STARTING, Action.LAUNCH),
+    (State.QUEUED, Event.ADMITTED): (State.STARTING, Action.LAUNCH),
     # It keeps its place; the kernels that it was to have again are given up.
     (State.QUEUED, Event.RESTART): (State.QUEUED, Action.NONE),
     (State.QUEUED, Event.STOP): (State.STOPPED, Action.NONE),
@@ -165,7 +165,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STARTING, Event.STOP): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
-    (State.STARTING, Event.RENEW): (State.STOPPING, Action.TERMINATE),
+    (State.STARTING, Event.RESTART_KEEPING_KERNELS): (State.STOPPING, Action.TERMINATE),
     (State.STARTING, Event.KILL): (State.KILLING, Action.KILL),
     (State.STARTING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
     (State.RUNNING, Event.EXITED): (Junction.LEAVE, Action.NONE),
@@ -175,7 +175,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.RUNNING, Event.STOP): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.DELETE): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.RESTART): (State.STOPPING, Action.TERMINATE),
-    (State.RUNNING, Event.RENEW): (State.STOPPING, Action.TERMINATE),
+    (State.RUNNING, Event.RESTART_KEEPING_KERNELS): (State.STOPPING, Action.TERMINATE),
     (State.RUNNING, Event.KILL): (State.KILLING, Action.KILL),
     (State.RUNNING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
     (State.RUNNING, Event.GATEWAY): (State.RUNNING, Action.NONE),
@@ -235,7 +235,7 @@ def aim(state: State, goal: Goal, event: Event) -> Goal:
         return Goal.ABSENT
     if event is Event.RESTART:
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP
-    if event is Event.RENEW:
+    if event is Event.RESTART_KEEPING_KERNELS:
         return Goal.RENEW if state in MAY_EXIST else Goal.UP
     if event is Event.START and goal not in RETURNS:
         # What still exists was told to end: a start can only mean "and then once more".

@@ -165,7 +165,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What a server's lane is asked to do."""
+    """One call of the backend; those for one server run in order."""
 
     spec: ServerSpec
     launch: int
@@ -178,7 +178,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """One change of a server, for listeners."""
+    """One change of a server, for subscribers."""
 
     event: Event
     before: Snapshot | None

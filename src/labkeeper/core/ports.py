@@ -10,10 +10,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkeeper.core.access import EVERYTHING, Reach, Token
+from labkeeper.core.access import EVERYTHING, Token, TokenLimits
 from labkeeper.core.culling import Explanation
 from labkeeper.core.messages import KEEPER, Change, Fact, HistoryEntry, HistoryKind, Message, Origin, Reply, Report
-from labkeeper.core.server import Activity, Endpoint, Kernel, KernelDebt, Load, OwnKernel, Snapshot, Usage
+from labkeeper.core.server import Activity, Endpoint, Kernel, Load, OrphanedKernel, OwnKernel, Snapshot, Usage
 from labkeeper.core.spec import ServerName, ServerSpec
 
 
@@ -110,20 +110,20 @@ class Probe(Protocol):
         """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
 
 
-class Gate(Protocol):
+class GatewayPreflight(Protocol):
     """Looks at the gateway of a server while that starts, and lets its `Ready` through only when both are fit."""
 
-    def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Begin to look, beside a launch that is about to be made; `kernels` are those that it is to take over.
 
         Where the gateway is required and cannot be used, `Vetoed` is reported instead of `Ready`.
         """
 
 
-class Ledger(Protocol):
+class OrphanedKernels(Protocol):
     """Kernels of ours on gateways that are still to be ended, kept until they are."""
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
 
 
@@ -169,13 +169,13 @@ class Store(Protocol):
     def forget(self, name: ServerName) -> None:
         """Drop one server. Raises StoreError."""
 
-    def debts(self) -> list[KernelDebt]:
+    def orphans(self) -> list[OrphanedKernel]:
         """Give all kernels that are still to be ended. Raises StoreError."""
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Keep some more, durably before returning. Raises StoreError."""
 
-    def settle(self, kernel_ids: Sequence[str]) -> None:
+    def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
         """Drop some. Raises StoreError."""
 
     def wipe(self) -> None:
@@ -210,31 +210,33 @@ class HistoryStore(Protocol):
         What goes is the oldest of the actor who has most, but never the newest entry.
         """
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def remembered(
+        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id, of one server or of all, within a reach. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first. Raises StoreError."""
 
 
-class Lanes(Protocol):
+class Executor(Protocol):
     """Runs jobs: those of one server in order, those of different servers beside each other."""
 
     def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
-        """Queue a job; a report that it returns goes to the fleet's inbox."""
+        """Queue a job; a report that it returns goes to the fleet's mailbox."""
 
 
-class Listener(Protocol):
+class Subscriber(Protocol):
     """Is told of every change after it was stored. Must be quick and must not raise."""
 
     def changed(self, change: Change) -> None:
         """Hear of one change."""
 
 
-class Chronicle(Protocol):
+class EventLog(Protocol):
     """Where what happens is remembered beside the changes of servers, which it hears as a listener."""
 
-    def note(
+    def record(
         self,
         kind: HistoryKind,
         server: ServerName | None,
@@ -257,14 +259,14 @@ class History(Protocol):
     def forgotten(self, after: int) -> int:
         """Count the entries newer than an id that are known no more. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, reach: Reach = EVERYTHING
+        self, after: int, *, server: ServerName | None, look: float, reach: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 
@@ -279,13 +281,13 @@ class Meter(Protocol):
         """Write everything in the form that fits an `Accept` header best; give its media type, too."""
 
 
-class Explainer(Protocol):
+class CullStatus(Protocol):
     """Says whether servers would be culled, why, and when. Changes nothing."""
 
-    def explain(self, snapshot: Snapshot) -> Explanation:
+    def refresh(self, snapshot: Snapshot) -> Explanation:
         """Say how one server stands, after a look at it."""
 
-    def foretell(self, snapshot: Snapshot) -> Explanation:
+    def cached(self, snapshot: Snapshot) -> Explanation:
         """Say how one server stands, by the last look at it."""
 
 

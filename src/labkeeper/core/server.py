@@ -204,7 +204,7 @@ class OwnKernel:
 
 
 @dataclass(frozen=True, slots=True)
-class KernelDebt:
+class OrphanedKernel:
     """A kernel of ours that is still to be ended on its gateway. `since` is seconds since the epoch."""
 
     kernel_id: str

@@ -1,4 +1,4 @@
-"""The chronicle: a listener that writes down each change, takes notes of what else happens, and lets callers follow.
+"""The event log: stores each change of a server, and whatever else happens, and lets callers follow.
 
 Whoever follows reads at a pace of their own: the newest entries from memory, older ones from the store. Nobody waits for them.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.access import EVERYTHING, Reach, concerns
+from labkeeper.core.access import EVERYTHING, TokenLimits, concerns
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.ports import Clock, HistoryStore
@@ -24,17 +24,17 @@ _PAGE: Final = 500
 """Entries that are read from the store together, for whoever is further behind."""
 
 
-class Chronicle:
-    """See `core.ports.Chronicle` and `core.ports.Listener`. Thread-safe."""
+class EventLog:
+    """See `core.ports.EventLog` and `core.ports.Listener`. Thread-safe."""
 
     def __init__(
-        self, store: HistoryStore, clock: Clock, *, size: int, hearers: Sequence[Callable[[HistoryEntry], None]] = ()
+        self, store: HistoryStore, clock: Clock, *, size: int, subscribers: Sequence[Callable[[HistoryEntry], None]] = ()
     ) -> None:
-        """`size` is how many entries are kept; hearers are told of each, must be quick and not raise. Raises StoreError."""
+        """`size` is how many entries are kept; subscribers are called with each, must be quick and not raise. Raises StoreError."""
         self._store = store
         self._clock = clock
         self._size = size
-        self._hearers = tuple(hearers)
+        self._subscribers = tuple(subscribers)
         self._news = threading.Condition()
         self._last = store.last_id()
         self._recent: deque[HistoryEntry] = deque(maxlen=min(_IN_MEMORY, size))
@@ -63,7 +63,7 @@ class Chronicle:
         if after.forgotten:
             del self._specs[after.name]
 
-    def note(
+    def record(
         self,
         kind: HistoryKind,
         server: ServerName | None,
@@ -80,15 +80,15 @@ class Chronicle:
         """Write down what an earlier keeper had left."""
         many = f"{len(pids)} process{'es' if len(pids) > 1 else ''}"
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
-        self.note(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
+        self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries, the oldest of them first. Raises StoreError."""
         with self._news:
             unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, reach)]
         return [*self._store.latest(server=server, limit=limit, reach=reach), *unsaved][-limit:]
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
@@ -98,7 +98,7 @@ class Chronicle:
         return self._store.remembered(after=after, server=server, limit=limit, reach=reach)
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, reach: Reach = EVERYTHING
+        self, after: int, *, server: ServerName | None, look: float, reach: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
 
@@ -134,7 +134,7 @@ class Chronicle:
             self._recent.append(entry)
             self._save()
             self._news.notify_all()
-        for hear in self._hearers:
+        for hear in self._subscribers:
             hear(entry)
 
     def _save(self) -> None:

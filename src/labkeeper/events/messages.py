@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Final
 
-from labkeeper.core.durations import instant
+from labkeeper.core.durations import format_time
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryKind
 from labkeeper.core.server import Failure, Snapshot, StopMethod
@@ -97,7 +97,7 @@ def _gateway(after: Snapshot) -> str:
 
 
 def _until(after: Snapshot) -> str | None:
-    return None if after.snoozed_until is None else instant(after.snoozed_until)
+    return None if after.snoozed_until is None else format_time(after.snoozed_until)
 
 
 def _snoozed(after: Snapshot) -> str:

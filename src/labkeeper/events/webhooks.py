@@ -27,8 +27,8 @@ from labkeeper import addresses
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry, WebhookStatus
 from labkeeper.core.ports import Clock
-from labkeeper.events.log import Chronicle
-from labkeeper.threads import Crew
+from labkeeper.events.log import EventLog
+from labkeeper.threads import ThreadGroup
 
 if TYPE_CHECKING:
     import httpx
@@ -71,12 +71,12 @@ class Webhook:
 
     url: str
     key: bytes = field(repr=False)
-    chronicle: Chronicle
+    event_log: EventLog
     store: WebhookStore
     clock: Clock
     body_of: Callable[[HistoryEntry], Mapping[str, Any]]
     """Gives an entry as callers of the API see it."""
-    _crew: Crew = field(default_factory=Crew)
+    _threads: ThreadGroup = field(default_factory=ThreadGroup)
     _client: httpx.Client | None = None
     _told: int = 0
     _delivered: int = 0
@@ -87,16 +87,16 @@ class Webhook:
     def start(self) -> None:
         """Go on where an earlier keeper ended; one that was never told begins with what comes now. Raises StoreError."""
         known = self.store.webhook(self.url)
-        told, self._delivered, self._dead = known or (self.chronicle.last_id, 0, 0)
+        told, self._delivered, self._dead = known or (self.event_log.last_id, 0, 0)
         # The history may have lost its end, on a disk that was full: its next events have numbers that were told before.
-        self._told = min(told, self.chronicle.last_id)
+        self._told = min(told, self.event_log.last_id)
         if known is None:
             self._note()
-        self._crew.watch("webhook", self._round, every=lambda: _LOOK_EVERY)
+        self._threads.watch("webhook", self._round, every=lambda: _LOOK_EVERY)
 
     def close(self) -> None:
         """End; what could not be told yet is left for the next keeper."""
-        self._crew.close()
+        self._threads.close()
         self._last_words()
         if self._client is not None:
             self._client.close()
@@ -104,12 +104,12 @@ class Webhook:
     @property
     def failing(self) -> Mapping[str, str]:
         """Why the last round failed, if it did."""
-        return self._crew.failing
+        return self._threads.failing
 
     def status(self) -> WebhookStatus:
         """Say how it fares."""
         with self._lock:
-            pending = self.chronicle.last_id - self._told
+            pending = self.event_log.last_id - self._told
             return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
 
     def _round(self) -> None:
@@ -121,7 +121,7 @@ class Webhook:
     def _due(self) -> list[HistoryEntry]:
         """Give the entries that are to be told next."""
         try:
-            return self.chronicle.after(self._told, server=None, limit=_PAGE)
+            return self.event_log.after(self._told, server=None, limit=_PAGE)
         except StoreError:
             return []  # It has logged it, and is asked again.
 
@@ -147,7 +147,7 @@ class Webhook:
                 return True
             if pause == _FIRST_PAUSE:
                 _log.warning("a webhook cannot be told", id=entry.id, place=place_of(self.url), error=refused.why)
-            if self._crew.sleep(max(pause, refused.not_before)):
+            if self._threads.sleep(max(pause, refused.not_before)):
                 return False
             pause = min(pause * 2, _LONGEST_PAUSE)
         self._over(entry, taken=True)

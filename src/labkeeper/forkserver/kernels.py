@@ -21,8 +21,8 @@ from typing import Any
 
 RECORD = "kernels.json"
 """In Jupyter's runtime directory: the kernels that there are."""
-NOTE = "stop.json"
-"""In the server's room: how its keeper wants it to end."""
+STOP_REQUEST = "stop.json"
+"""In the server's directory: how its keeper wants it to end."""
 _PATIENCE = 30.0
 """Seconds for the kernels on a gateway to end, when no keeper says otherwise."""
 _CHANGES = (("kernel_manager", ("start_kernel", "shutdown_kernel")),
@@ -34,11 +34,11 @@ _COLUMNS = ("path", "name", "type", "kernel_id")
 class Kernels:
     """The kernels of one initialised ServerApp."""
 
-    def __init__(self, app: Any, room: str, kernel_env: Mapping[str, str]) -> None:
+    def __init__(self, app: Any, server_dir: str, kernel_env: Mapping[str, str]) -> None:
         """Give them their environment, and keep the record of them from now on."""
         self._app = app
         self._manager = app.kernel_manager
-        self._room = room
+        self._server_dir = server_dir
         self._env = kernel_env
         self._remote = bool(app.gateway_config.gateway_enabled)
         self._starting: dict[str, asyncio.Future[Any]] = {}
@@ -76,12 +76,12 @@ class Kernels:
         if not self._remote:
             await by_default()
             return
-        note = _read_note(self._room)
-        within = float(note.get("within", _PATIENCE))
+        stop_request = _read_stop_request(self._server_dir)
+        within = float(stop_request.get("within", _PATIENCE))
         # One that arrives later would be nobody's.
         await _wait(self._starting.values(), within / 2)
         ids = list(self._manager.list_kernel_ids())
-        if note.get("keep_kernels"):
+        if stop_request.get("keep_kernels"):
             self._app.log.info("Leaving %d kernels on the gateway", len(ids))
             return
         self._app.log.info("Shutting down %d kernels on the gateway", len(ids))
@@ -194,10 +194,10 @@ async def _wait(tasks: Iterable[asyncio.Future[Any]], seconds: float) -> None:
         await asyncio.wait(waited_for, timeout=seconds)
 
 
-def _read_note(room: str) -> dict[str, Any]:
+def _read_stop_request(server_dir: str) -> dict[str, Any]:
     try:
-        with open(os.path.join(room, NOTE)) as file:
-            note = json.load(file)
+        with open(os.path.join(server_dir, STOP_REQUEST)) as file:
+            stop_request = json.load(file)
     except (OSError, ValueError):
         return {}
-    return note if isinstance(note, dict) else {}
+    return stop_request if isinstance(stop_request, dict) else {}

@@ -10,7 +10,7 @@ import os
 import sys
 
 MARK = "LABKEEPER_SERVER"
-"""The environment variable by which all that a server starts is known; it holds the path of the server's room."""
+"""The environment variable by which all that a server starts is known; it holds the path of the server's directory."""
 _NAME = b"jupyter-lab"
 _PR_SET_NAME = 15
 """From linux/prctl.h."""
@@ -39,14 +39,14 @@ def show(title: str) -> None:
         _overwrite(first, end - first, os.fsencode(title)[: max(0, end - first - 1)])
 
 
-def mark(room: str) -> None:
+def mark(server_dir: str) -> None:
     """Let our environment, as others see it, carry the mark; its place was made when the program was started."""
     if sys.platform.startswith("linux"):
         first, end = _memory_of_program()[2:]
         found = ctypes.string_at(first, end - first).find(f"{MARK}=".encode())
         if found >= 0:
             place = first + found + len(MARK) + 1
-            _overwrite(place, len(ctypes.string_at(place)), os.fsencode(room))
+            _overwrite(place, len(ctypes.string_at(place)), os.fsencode(server_dir))
 
 
 def _memory_of_program() -> list[int]:

@@ -55,11 +55,11 @@ def _environment(pid: int) -> tuple[int | None, bool]:
                 end += count
             if end == _LARGEST:
                 raise OSError(f"process {pid} has too large an environment")
-            return end - 1, memory.find(os.fsencode(f"\0{MARK}={_rooms()}/"), 0, end) >= 0
+            return end - 1, memory.find(os.fsencode(f"\0{MARK}={_server_dirs()}/"), 0, end) >= 0
     except PermissionError:
         return None, False
 
 
-def _rooms() -> str:
+def _server_dirs() -> str:
     """Give the keeper's runtime directory; a keeper may itself run in the server of another one."""
     return os.path.dirname(os.path.dirname(os.getcwd()))

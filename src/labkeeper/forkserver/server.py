@@ -27,7 +27,7 @@ from .wire import Launch
 from .wire import receive as receive_frame
 
 RECORD = "launch.json"
-"""The file in a server's room in which its keeper notes which process it is."""
+"""The file in a server's directory in which its keeper notes which process it is."""
 _COOKIE_SECRET_BYTES = 32
 _OOM_SCORE = 300
 """Added to what Linux makes of the memory that a process uses, of 1000 for all there is, when it looks for one to kill."""
@@ -67,7 +67,7 @@ def become_server(launch: Launch, log: int, report: int) -> None:
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch, lambda app: _report_ready(app, report, launch.room))
+        run_jupyter(launch, lambda app: _report_ready(app, report, launch.server_dir))
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -95,7 +95,7 @@ def enter(launch: Launch) -> None:
         resource.setrlimit(number, (most, most))
     _go_first_without_memory()
     show(launch.title)
-    mark(launch.room)
+    mark(launch.server_dir)
     os.umask(launch.umask)
     os.environ.clear()
     os.environ.update(launch.env)
@@ -173,7 +173,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     if launch.encrypt_kernels:
         _encrypt_kernels(app)
     hold_ports()
-    kernels = Kernels(app, launch.room, launch.kernel_env)
+    kernels = Kernels(app, launch.server_dir, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
     app.start()
@@ -217,20 +217,20 @@ def _encrypt_kernels(app: Any) -> None:
         setattr(manager, option, "auto")
 
 
-def _report_ready(app: Any, report: int, room: str) -> None:
+def _report_ready(app: Any, report: int, server_dir: str) -> None:
     try:
         os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
     except OSError:
         # Nobody listens. If a keeper has died, the next one finds us by its record. Where there is none of us, our launch was
         # given up before its keeper knew of us, and may have been done in another way.
-        if not _is_recorded(room):
+        if not _is_recorded(server_dir):
             app.stop()
     os.close(report)
 
 
-def _is_recorded(room: str) -> bool:
+def _is_recorded(server_dir: str) -> bool:
     try:
-        with open(os.path.join(room, RECORD)) as record:
+        with open(os.path.join(server_dir, RECORD)) as record:
             return bool(json.load(record)["pid"] == os.getpid())
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -41,7 +41,7 @@ class User:
 class Launch:
     """All that a process needs to know to become one server."""
 
-    room: str
+    server_dir: str
     """The server's private directory; also the mark by which all that it starts is known."""
     title: str
     """What lists of processes show."""
@@ -95,7 +95,7 @@ def _numbers(value: Any) -> bool:
 
 
 _CHECKS: dict[str, Callable[[Any], bool]] = {
-    "room": lambda value: isinstance(value, str),
+    "server_dir": lambda value: isinstance(value, str),
     "title": lambda value: isinstance(value, str),
     "cwd": lambda value: isinstance(value, str),
     "env": _texts,
@@ -158,8 +158,8 @@ def receive(connection: socket.socket, *, within: float | None = None) -> tuple[
 
 def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
     """Receive up to `size` bytes, and take the files beside them; none is passed on to a program that is executed."""
-    room = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
-    data, ancillary, flags, _ = connection.recvmsg(size, room, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    server_dir = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
+    data, ancillary, flags, _ = connection.recvmsg(size, server_dir, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers = array.array("i")

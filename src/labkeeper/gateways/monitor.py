@@ -1,7 +1,7 @@
 """The watch over gateways: those of running servers, and those that kernels are still to be ended on.
 
 A gateway is asked seldom, by one caller for all its servers; one that does not answer, more and more seldom. What changes is
-told to each server. When one with debts answers, they are collected.
+told to each server. When one with orphaned kernels answers, they are ended.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from labkeeper.core.ports import Clock
 from labkeeper.core.server import GatewayHealth
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.gateways.client import GatewayClient
-from labkeeper.gateways.orphans import Ledger
-from labkeeper.threads import Crew
+from labkeeper.gateways.orphans import OrphanedKernels
+from labkeeper.threads import ThreadGroup
 
 _FIRST_PAUSE: Final = 2.0
 """Seconds after which a gateway that did not answer is asked again; doubled each time."""
@@ -66,17 +66,17 @@ class GatewayWatch:
         self,
         tell: Callable[[Report], None],
         *,
-        crew: Crew,
+        threads: ThreadGroup,
         client: GatewayClient,
-        ledger: Ledger,
+        orphans: OrphanedKernels,
         clock: Clock,
         period: float,
     ) -> None:
         """`period` is in seconds."""
         self._tell = tell
-        self._crew = crew
+        self._threads = threads
         self._client = client
-        self._ledger = ledger
+        self._orphans = orphans
         self._clock = clock
         self._period = period
         self._lock = threading.Lock()
@@ -84,7 +84,7 @@ class GatewayWatch:
 
     def start(self) -> None:
         """Begin to watch."""
-        self._crew.watch("gateways", self._look, every=lambda: _LOOK_EVERY)
+        self._threads.watch("gateways", self._look, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
         """Take in a server that runs, and leave out one that does not."""
@@ -110,20 +110,20 @@ class GatewayWatch:
         return fresh
 
     def _look(self) -> None:
-        self._ledger.save()
-        self._ledger.forgive()
+        self._orphans.save()
+        self._orphans.expire()
         for watched in self._due():
-            watched.asker = self._crew.start("ask-gateway", self._ask, watched)
+            watched.asker = self._threads.start("ask-gateway", self._ask, watched)
 
     def _due(self) -> list[_Watched]:
         """Give the gateways to be asked now, and leave out those that nobody needs."""
         now = self._clock.monotonic()
-        debts = self._ledger.all()
-        owing = [debt.gateway for debt in debts]
+        orphans = self._orphans.all()
+        owing = [orphan.gateway for orphan in orphans]
         with self._lock:
-            for debt in debts:
-                watched = self._find(debt.gateway)
-                if debt.since > watched.asked:
+            for orphan in orphans:
+                watched = self._find(orphan.gateway)
+                if orphan.since > watched.asked:
                     watched.due = min(watched.due, now)
             self._watched = [w for w in self._watched if w.servers or w.asking or w.gateway in owing]
             return [w for w in self._watched if w.due <= now and not w.asking]
@@ -151,22 +151,24 @@ class GatewayWatch:
 
     def _collect(self, gateway: Gateway) -> bool:
         """End the kernels that are owed on a gateway that answers; say whether none is owed there any more."""
-        debts, failed = self._ledger.on(gateway), 0
+        orphans, failed = self._orphans.on(gateway), 0
         # In another order each time: those that cannot be ended are not in the way of the others.
-        for debt in random.sample(debts, len(debts)):
-            if self._crew.closed or failed >= _FAILURES:
+        for orphan in random.sample(orphans, len(orphans)):
+            if self._threads.closed or failed >= _FAILURES:
                 return False
             try:
-                was_there = self._client.end_kernel(gateway, debt.kernel_id)
+                was_there = self._client.end_kernel(gateway, orphan.kernel_id)
             except BackendError as error:
-                _log.warning("a kernel cannot be ended", kernel=debt.kernel_id, server=debt.server, error=error.message)
+                _log.warning("a kernel cannot be ended", kernel=orphan.kernel_id, server=orphan.server, error=error.message)
                 failed += 1
                 continue
             if was_there:
-                _log.info("a kernel that was left has been ended", kernel=debt.kernel_id, gateway=gateway.url, server=debt.server)
-            elif debt.starting and self._clock.time() - debt.since < _MAY_COME:
+                _log.info(
+                    "a kernel that was left has been ended", kernel=orphan.kernel_id, gateway=gateway.url, server=orphan.server
+                )
+            elif orphan.starting and self._clock.time() - orphan.since < _MAY_COME:
                 continue
-            self._ledger.settle([debt.kernel_id])
+            self._orphans.discard([orphan.kernel_id])
         return not failed
 
 

@@ -10,43 +10,46 @@ import structlog
 
 from labkeeper.core.errors import StoreError
 from labkeeper.core.ports import Clock, Store
-from labkeeper.core.server import KernelDebt
+from labkeeper.core.server import OrphanedKernel
 from labkeeper.core.spec import Gateway
 
-_FORGIVEN_AFTER: Final = 30 * 86400.0
+_EXPIRE_AFTER: Final = 30 * 86400.0
 """Seconds after which a kernel whose gateway never answered is given up; gateways end idle kernels themselves."""
 
 _log = structlog.get_logger("labkeeper.gateways.orphans")
 
 
-class Ledger:
-    """See `core.ports.Ledger`. Thread-safe."""
+class OrphanedKernels:
+    """See `core.ports.OrphanedKernels`. Thread-safe."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
         """Take up what an earlier keeper owed. Raises StoreError."""
         self._store = store
         self._clock = clock
         self._lock = threading.Lock()
-        self._owed = {debt.kernel_id: debt for debt in store.debts()}
+        self._kernels = {orphan.kernel_id: orphan for orphan in store.orphans()}
         self._unsaved: set[str] = set()
         """Ids of kernels whose row in the store is not what is so."""
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Take in more."""
-        for debt in debts:
+        for orphan in orphans:
             _log.info(
-                "a kernel is to be ended on its gateway", kernel=debt.kernel_id, gateway=debt.gateway.url, server=debt.server
+                "a kernel is to be ended on its gateway",
+                kernel=orphan.kernel_id,
+                gateway=orphan.gateway.url,
+                server=orphan.server,
             )
         with self._lock:
-            self._owed |= {debt.kernel_id: debt for debt in debts}
-            self._unsaved |= {debt.kernel_id for debt in debts}
+            self._kernels |= {orphan.kernel_id: orphan for orphan in orphans}
+            self._unsaved |= {orphan.kernel_id for orphan in orphans}
         self.save()
 
-    def settle(self, kernel_ids: Iterable[str]) -> None:
+    def discard(self, kernel_ids: Iterable[str]) -> None:
         """Drop those that have been ended."""
         with self._lock:
             for kernel_id in kernel_ids:
-                self._owed.pop(kernel_id, None)
+                self._kernels.pop(kernel_id, None)
                 self._unsaved.add(kernel_id)
         self.save()
 
@@ -56,32 +59,32 @@ class Ledger:
             if not self._unsaved:
                 return
             try:
-                self._store.owe([self._owed[id_] for id_ in self._unsaved if id_ in self._owed])
-                self._store.settle([id_ for id_ in self._unsaved if id_ not in self._owed])
+                self._store.add_orphans([self._kernels[id_] for id_ in self._unsaved if id_ in self._kernels])
+                self._store.discard_orphans([id_ for id_ in self._unsaved if id_ not in self._kernels])
             except StoreError:
                 return
-            settled = any(id_ not in self._owed for id_ in self._unsaved)
+            settled = any(id_ not in self._kernels for id_ in self._unsaved)
             self._unsaved.clear()
         if settled:
             self._store.wipe()
 
-    def forgive(self) -> None:
+    def expire(self) -> None:
         """Give up what is too old ever to be ended."""
-        limit = self._clock.time() - _FORGIVEN_AFTER
-        for debt in [debt for debt in self.all() if debt.since < limit]:
+        limit = self._clock.time() - _EXPIRE_AFTER
+        for orphan in [orphan for orphan in self.all() if orphan.since < limit]:
             _log.warning(
                 "a kernel is given up: its gateway has not ended it",
-                kernel=debt.kernel_id,
-                gateway=debt.gateway.url,
-                server=debt.server,
+                kernel=orphan.kernel_id,
+                gateway=orphan.gateway.url,
+                server=orphan.server,
             )
-            self.settle([debt.kernel_id])
+            self.discard([orphan.kernel_id])
 
-    def all(self) -> list[KernelDebt]:
+    def all(self) -> list[OrphanedKernel]:
         """Give all, the oldest first."""
         with self._lock:
-            return sorted(self._owed.values(), key=lambda debt: (debt.since, debt.kernel_id))
+            return sorted(self._kernels.values(), key=lambda orphan: (orphan.since, orphan.kernel_id))
 
-    def on(self, gateway: Gateway) -> list[KernelDebt]:
+    def on(self, gateway: Gateway) -> list[OrphanedKernel]:
         """Give those on one gateway."""
-        return [debt for debt in self.all() if debt.gateway == gateway]
+        return [orphan for orphan in self.all() if orphan.gateway == gateway]

@@ -18,7 +18,7 @@ from labkeeper.core.ports import Probe
 from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, OwnKernel
 from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.gateways.client import GatewayClient
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _log = structlog.get_logger("labkeeper.gateways.preflight")
 
@@ -36,30 +36,30 @@ class _Start:
     """What the backend said, before the gateway had answered."""
 
 
-class Gate:
-    """See `core.ports.Gate`. Stands between a backend and whoever hears its reports. Thread-safe."""
+class GatewayPreflight:
+    """See `core.ports.GatewayPreflight`. Stands between a backend and whoever hears its reports. Thread-safe."""
 
-    def __init__(self, tell: Callable[[Report], None], *, crew: Crew, client: GatewayClient, probe: Probe) -> None:
+    def __init__(self, tell: Callable[[Report], None], *, threads: ThreadGroup, client: GatewayClient, probe: Probe) -> None:
         self._tell = tell
-        self._crew = crew
+        self._threads = threads
         self._client = client
         self._probe = probe
         self._starts: dict[ServerName, _Start] = {}
         self._lock = threading.Lock()
 
-    def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Begin to ask the gateway of a launch. Raises BackendUnavailable where we cannot."""
         with self._lock:
             self._starts.pop(spec.name, None)
         if spec.gateway is None:
             return
         start = _Start(launch, spec.gateway, tuple(kernels))
-        self._crew.start(f"gate-{spec.name}", self._check, spec.name, start)
+        self._threads.start(f"preflight-{spec.name}", self._check, spec.name, start)
         # Nothing is launched yet, so nothing can be heard of it before it stands here.
         with self._lock:
             self._starts[spec.name] = start
 
-    def hear(self, report: Report) -> None:
+    def receive(self, report: Report) -> None:
         """Take a report of the backend, and pass it on: `Ready` only when the gateway has been found fit."""
         with self._lock:
             start = self._starts.get(report.name)

@@ -15,10 +15,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.access import Caller, Reach, Scope, Token
+from labkeeper.core.access import Caller, Scope, Token, TokenLimits
 from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
 from labkeeper.core.messages import KEEPER, HistoryKind, Origin
-from labkeeper.core.ports import Chronicle, Clock, TokenStore
+from labkeeper.core.ports import Clock, EventLog, TokenStore
 
 OWNER: Final = Caller("token:owner", Scope.ADMIN)
 """Whoever shows the owner's token."""
@@ -34,11 +34,11 @@ _NO_TOKEN: Final = 64 * "-"
 class Tokens:
     """Knows all of them. Thread-safe."""
 
-    def __init__(self, store: TokenStore, clock: Clock, chronicle: Chronicle, *, owner: str | None) -> None:
+    def __init__(self, store: TokenStore, clock: Clock, event_log: EventLog, *, owner: str | None) -> None:
         """`owner` is the owner's token; with None there is none. Raises StoreError."""
         self._store = store
         self._clock = clock
-        self._chronicle = chronicle
+        self._event_log = event_log
         self._owner = _NO_TOKEN if owner is None else _digest(owner)
         self._changing = threading.Lock()
         self._known = {token.id: token for token in store.tokens()}
@@ -83,7 +83,7 @@ class Tokens:
         return sorted(self._listed(), key=lambda token: token.name)
 
     def make(
-        self, name: str, scope: Scope, reach: Reach, *, lifetime: float | None, origin: Origin = KEEPER
+        self, name: str, scope: Scope, reach: TokenLimits, *, lifetime: float | None, origin: Origin = KEEPER
     ) -> tuple[Token, str]:
         """Make a token that is good for `lifetime` seconds, or for ever; give it in words, too: they are not kept.
 
@@ -142,7 +142,7 @@ class Tokens:
                 return  # It has logged it; that a token was used is no reason to refuse it.
 
     def _tell(self, message: str, token: Token, origin: Origin) -> None:
-        self._chronicle.note(
+        self._event_log.record(
             HistoryKind.TOKEN, None, message, origin=origin, details={"name": token.name, "scope": str(token.scope)}
         )
 

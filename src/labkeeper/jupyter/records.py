@@ -99,7 +99,7 @@ class _KernelsRecord(BaseModel):
 
 
 _MOST_KERNELS: Final = 500
-"""Kernels of one server that are believed: each may become a debt, which is kept with all that its gateway is asked with."""
+"""Kernels of one server that are believed: each may become an orphaned kernel, which is stored with the credentials of its gateway."""
 
 
 def read_kernels(path: Path) -> tuple[OwnKernel, ...]:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from labkeeper.core.access import Scope
-from labkeeper.core.culling import Rule, Standing
+from labkeeper.core.culling import CullState, Rule
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryKind
 from labkeeper.core.server import FailureClass, StopMethod
@@ -192,7 +192,7 @@ class Idle(_Answer):
     """How a server stands to the rules by which it would be stopped, and why."""
 
     name: str
-    standing: Standing
+    standing: CullState
     reason: str = Field(description="Why, in a sentence.")
     rule: Rule | None = Field(description="The rule that would be the first to stop it.")
     warns_at: str | None = Field(description="When that is told beforehand.")
@@ -211,7 +211,7 @@ class IdleList(_Answer):
     servers: list[Idle]
 
 
-class KernelDebtModel(_Answer):
+class OrphanedKernelModel(_Answer):
     """A kernel of a server that ended, which its gateway still has to end."""
 
     kernel_id: str
@@ -220,10 +220,10 @@ class KernelDebtModel(_Answer):
     since: str
 
 
-class KernelDebtList(_Answer):
+class OrphanedKernelList(_Answer):
     """All of them, the oldest first."""
 
-    kernel_debts: list[KernelDebtModel]
+    orphaned_kernels: list[OrphanedKernelModel]
 
 
 class EventModel(_Answer):

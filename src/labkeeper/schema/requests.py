@@ -12,7 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
 
-from labkeeper.core.access import Caller, Reach, Scope
+from labkeeper.core.access import Caller, Scope, TokenLimits
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.spec import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
 from labkeeper.schema.options import JupyterOptions
@@ -407,9 +407,9 @@ class TokenRequest(_Request):
         return self
 
     @property
-    def reach(self) -> Reach:
+    def reach(self) -> TokenLimits:
         """The servers that it is for."""
-        return Reach(tuple(self.servers), self.labels, tuple(self.users))
+        return TokenLimits(tuple(self.servers), self.labels, tuple(self.users))
 
 
 class LinkRequest(_Request):

@@ -22,7 +22,7 @@ from labkeeper.core.errors import BackendUnavailable, LabkeeperError, SettingsEr
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import assemble
-from labkeeper.serve.listening import address, listen, local_door, url_of
+from labkeeper.serve.listening import address, listen, local_socket, url_of
 from labkeeper.serve.process import Ended, allow_descriptors, is_usable, make_private, only_keeper, tell_systemd
 from labkeeper.settings import Settings
 
@@ -47,9 +47,9 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         ended = stack.enter_context(closing(Ended()))
         make_private(chosen.state_dir)
         stack.enter_context(only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
-        if is_usable(chosen.rooms):
+        if is_usable(chosen.server_dirs):
             # Also the default one: another keeper may be told to use it. It would end our servers, which its store does not know.
-            stack.enter_context(only_keeper(chosen.rooms, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
+            stack.enter_context(only_keeper(chosen.server_dirs, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
         allow_descriptors()
         token = _token(chosen)
         own = _own_secrets(chosen, token)
@@ -60,16 +60,16 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
         listener = stack.enter_context(listen(chosen.host, chosen.port))
         url = url_of(listener, "http" if certificate is None else "https")
-        door = stack.enter_context(local_door(discovery.socket_path(chosen.state_dir)))
-        listeners = [listener] if door is None else [listener, door]
+        unix_socket = stack.enter_context(local_socket(discovery.socket_path(chosen.state_dir)))
+        sockets = [listener] if unix_socket is None else [listener, unix_socket]
         try:
-            keeper = assemble(chosen, token, stack, listeners=listeners, certificate=certificate, url=url)
+            keeper = assemble(chosen, token, stack, sockets=sockets, certificate=certificate, url=url)
         except StoreError as error:
             # At boot it is for whoever runs the keeper to act, as for every other setting.
             raise SettingsError(error.message) from error
         except BackendUnavailable as error:
             raise SettingsError(f"cannot start a keeper: {error.message}") from error
-        path = None if door is None else discovery.socket_path(chosen.state_dir)
+        path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
         announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)

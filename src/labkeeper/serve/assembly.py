@@ -24,22 +24,22 @@ from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.culler import Culler
-from labkeeper.events.log import Chronicle
+from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.monitor import GatewayWatch
-from labkeeper.gateways.orphans import Ledger
-from labkeeper.gateways.preflight import Gate
+from labkeeper.gateways.orphans import OrphanedKernels
+from labkeeper.gateways.preflight import GatewayPreflight
 from labkeeper.identity.tokens import Tokens
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics import Metrics, World
-from labkeeper.runtime import Board, Inbox, Keeper, LanePool, SystemClock
+from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests import Defaults
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _OURS: Final = version("labkeeper")
 
@@ -49,7 +49,7 @@ def assemble(
     token: str | None,
     stack: ExitStack,
     *,
-    listeners: Sequence[socket.socket],
+    sockets: Sequence[socket.socket],
     certificate: Certificate | None,
     url: str,
 ) -> Keeper:
@@ -60,50 +60,50 @@ def assemble(
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
     gateways = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
-    gate = Gate(base.inbox.hear, crew=base.crew, client=gateways, probe=base.jupyter)
+    preflight = GatewayPreflight(base.mailbox.receive, threads=base.threads, client=gateways, probe=base.jupyter)
     watch = GatewayWatch(
-        base.inbox.hear,
-        crew=base.crew,
+        base.mailbox.receive,
+        threads=base.threads,
         client=gateways,
-        ledger=base.ledger,
+        orphans=base.orphans,
         clock=base.clock,
         period=chosen.gateway_period,
     )
-    backend = _backend(chosen, base, history, gate, _earlier(chosen, base.store, stack))
+    backend = _backend(chosen, base, history, preflight, _earlier(chosen, base.store, stack))
     # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
-    lanes = LanePool(base.inbox.hear)
+    executor = KeyedExecutor(base.mailbox.receive)
     fleet = Fleet(
         backend=backend,
-        gate=gate,
-        ledger=base.ledger,
+        preflight=preflight,
+        orphans=base.orphans,
         store=base.store,
-        lanes=lanes,
+        executor=executor,
         clock=base.clock,
         policy=chosen.policy,
         machine=OwnMachine(),
-        listeners=(
+        subscribers=(
             scrub.SecretsOfServers(),
             base.board,
             logs.ChangeLog(),
             watch,
-            history.chronicle,
+            history.event_log,
             history.metrics,
             culler,
         ),
     )
-    keeper = Keeper(fleet, base.inbox, lanes, base.board, base.clock)
+    keeper = Keeper(fleet, base.mailbox, executor, base.board, base.clock)
     stack.callback(keeper.close)
     keeper.start()
     watch.start()
-    sampler = Sampler(backend, base.jupyter, keeper.all, crew=base.crew, clock=base.clock, period=chosen.usage_period)
+    sampler = Sampler(backend, base.jupyter, keeper.all, threads=base.threads, clock=base.clock, period=chosen.usage_period)
     sampler.start()
     culler.start()
     services = _services(chosen, base, history, backend, keeper=keeper, culler=culler, sampler=sampler, token=token, url=url)
-    _serve(chosen, services, stack, listeners, certificate)
+    _serve(chosen, services, stack, sockets, certificate)
     # Before the server's: that waits for answers that go on.
-    stack.callback(history.chronicle.close)
+    stack.callback(history.event_log.close)
     return keeper
 
 
@@ -113,25 +113,25 @@ class _Base:
 
     store: SqliteStore
     clock: SystemClock
-    crew: Crew
+    threads: ThreadGroup
     jupyter: JupyterClient
-    inbox: Inbox
-    board: Board
-    ledger: Ledger
+    mailbox: Mailbox
+    board: SnapshotBoard
+    orphans: OrphanedKernels
 
 
 def _base(chosen: Settings, stack: ExitStack) -> _Base:
-    store, clock, crew = SqliteStore(chosen.state_dir / "labkeeper.sqlite"), SystemClock(), Crew()
+    store, clock, threads = SqliteStore(chosen.state_dir / "labkeeper.sqlite"), SystemClock(), ThreadGroup()
     stack.callback(store.close)
-    stack.callback(crew.close)
-    return _Base(store, clock, crew, JupyterClient(), Inbox(), Board(), Ledger(store, clock))
+    stack.callback(threads.close)
+    return _Base(store, clock, threads, JupyterClient(), Mailbox(), SnapshotBoard(), OrphanedKernels(store, clock))
 
 
 @dataclass(frozen=True, slots=True)
 class _History:
     """What remembers, counts and tells."""
 
-    chronicle: Chronicle
+    event_log: EventLog
     metrics: Metrics
     webhooks: Callable[[], list[WebhookStatus]]
     """Says how the webhooks fare."""
@@ -145,16 +145,16 @@ def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
     def statuses() -> list[WebhookStatus]:
         return [webhook.status() for webhook in webhooks]
 
-    metrics = Metrics(base.clock, World(base.board.all, base.ledger.all, statuses), version=_OURS)
-    chronicle = Chronicle(base.store, base.clock, size=chosen.history_size, hearers=[metrics.heard])
-    if (webhook := _webhook(chosen, chronicle, base)) is not None:
+    metrics = Metrics(base.clock, World(base.board.all, base.orphans.all, statuses), version=_OURS)
+    event_log = EventLog(base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard])
+    if (webhook := _webhook(chosen, event_log, base)) is not None:
         webhooks.append(webhook)
         stack.callback(webhook.close)
         webhook.start()
-    return _History(chronicle, metrics, statuses, dict if webhook is None else lambda: webhook.failing)
+    return _History(event_log, metrics, statuses, dict if webhook is None else lambda: webhook.failing)
 
 
-def _webhook(chosen: Settings, chronicle: Chronicle, base: _Base) -> Webhook | None:
+def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | None:
     """Make the webhook that the settings ask for, if they do. Raises SettingsError."""
     if chosen.webhook_url is None:
         return None
@@ -170,23 +170,25 @@ def _webhook(chosen: Settings, chronicle: Chronicle, base: _Base) -> Webhook | N
         key = key_of(chosen.webhook_secret.get_secret_value())
     except ValueError as error:
         raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
-    return Webhook(url, key, chronicle, base.store, base.clock, lambda entry: event_model(entry).model_dump(mode="json"))
+    return Webhook(url, key, event_log, base.store, base.clock, lambda entry: event_model(entry).model_dump(mode="json"))
 
 
 def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[EarlierDir]:
     """Look into the runtime directories of earlier keepers, and note in which there may be servers from now on."""
-    own = chosen.rooms.resolve()
+    own = chosen.server_dirs.resolve()
     looked = [EarlierDir.look(directory) for directory in earlier_dirs(store.runtime_dirs(), own, stack)]
     left = [earlier for earlier in looked if earlier.names]
     store.note_runtime_dirs([own, *(earlier.runtime_dir for earlier in left)])
     return left
 
 
-def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate, earlier: Sequence[EarlierDir]) -> LocalBackend:
+def _backend(
+    chosen: Settings, base: _Base, history: _History, preflight: GatewayPreflight, earlier: Sequence[EarlierDir]
+) -> LocalBackend:
     return LocalBackend(
-        gate.hear,
+        preflight.receive,
         python=chosen.jupyter_python,
-        runtime_dir=chosen.rooms,
+        runtime_dir=chosen.server_dirs,
         log_dir=chosen.state_dir / "logs",
         client=base.jupyter,
         launch_by=chosen.launch_by,
@@ -195,17 +197,17 @@ def _backend(chosen: Settings, base: _Base, history: _History, gate: Gate, earli
         echo_logs=chosen.echo_logs,
         certificate=chosen.lab_certificate,
         earlier=earlier,
-        found_orphans=history.chronicle.orphans,
+        found_orphans=history.event_log.orphans,
     )
 
 
 def _culler(chosen: Settings, base: _Base, history: _History, backend: LocalBackend) -> Culler:
     return Culler(
-        base.inbox.post,
+        base.mailbox.post,
         backend=backend,
         probe=base.jupyter,
-        chronicle=history.chronicle,
-        crew=base.crew,
+        event_log=history.event_log,
+        threads=base.threads,
         clock=base.clock,
         policy=chosen.cull_policy,
         period=chosen.cull_period,
@@ -228,17 +230,17 @@ def _services(
         keeper=keeper,
         backend=backend,
         probe=base.jupyter,
-        debts=base.ledger.all,
-        history=history.chronicle,
+        orphans=base.orphans.all,
+        history=history.event_log,
         meter=history.metrics,
         webhooks=history.webhooks,
-        failing=lambda: {**base.crew.failing, **history.failing()},
+        failing=lambda: {**base.threads.failing, **history.failing()},
         usage=sampler.of,
         culler=culler,
         max_snooze=chosen.max_snooze,
         defaults=_defaults(chosen),
         version=_OURS,
-        tokens=Tokens(base.store, base.clock, history.chronicle, owner=token),
+        tokens=Tokens(base.store, base.clock, history.event_log, owner=token),
         is_open=chosen.auth == "none",
         is_server=backend.belongs_to_server,
         url=url,
@@ -270,12 +272,12 @@ def _serve(
     chosen: Settings,
     services: Services,
     stack: ExitStack,
-    listeners: Sequence[socket.socket],
+    sockets: Sequence[socket.socket],
     certificate: Certificate | None,
 ) -> None:
     server = WsgiServer(
         create_app(services),
-        listeners,
+        sockets,
         threads=chosen.threads,
         max_body=chosen.max_body,
         certificate=certificate,

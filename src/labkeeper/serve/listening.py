@@ -35,37 +35,37 @@ def url_of(listener: socket.socket, scheme: str) -> str:
 
 
 @contextmanager
-def local_door(path: Path) -> Iterator[socket.socket | None]:
+def local_socket(path: Path) -> Iterator[socket.socket | None]:
     """Make the Unix socket by which our user reaches us; where that cannot be, such as by too long a path, we go on without."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as door:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix_socket:
         try:
             path.unlink(missing_ok=True)  # Of a keeper that was killed.
-            _bind_private(door, path)
+            _bind_private(unix_socket, path)
         except OSError as error:
             _log.warning("there is no Unix socket; callers on this machine use the port", path=str(path), error=str(error))
             yield None
             return
         try:
-            yield door
+            yield unix_socket
         finally:
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
-def _bind_private(door: socket.socket, path: Path) -> None:
+def _bind_private(unix_socket: socket.socket, path: Path) -> None:
     """Bind a socket that comes into being with mode 0600. Raises OSError."""
     before = os.umask(0o177)
     try:
-        door.bind(os.fspath(path))
+        unix_socket.bind(os.fspath(path))
     finally:
         os.umask(before)
 
 
 @contextmanager
-def address(state_dir: Path, url: str, door: Path | None) -> Iterator[None]:
+def address(state_dir: Path, url: str, unix_socket: Path | None) -> Iterator[None]:
     """Say in the state directory where we answer, as long as that is so."""
     try:
-        discovery.write_address(state_dir, url, door)
+        discovery.write_address(state_dir, url, unix_socket)
     except OSError as error:
         _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
     try:

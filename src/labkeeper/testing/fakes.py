@@ -1,16 +1,16 @@
-"""The core's ports in memory: a clock that jumps, a store, lanes run by hand, a backend without processes.
+"""The core's ports in memory: a clock that jumps, a store, an executor run by hand, a backend without processes.
 
 A test steers the *world*: `World` is the machine, `FakeBackend` is what a keeper has on it. A second `FakeBackend` over
 the same world is a second keeper after the first one crashed.
 
     world, store, clock = World(), MemoryStore(), FakeClock()
-    lanes = InlineLanes(lambda report: fleet.step(report))
-    backend = FakeBackend(lanes.hear, world)
+    executor = InlineExecutor(lambda report: fleet.step(report))
     fleet = Fleet(
-        backend=backend, gate=OpenGate(), ledger=MemoryLedger(), store=store, lanes=lanes, clock=clock, policy=Policy()
+        backend=FakeBackend(executor.receive, world), preflight=PassingPreflight(), orphans=MemoryOrphans(),
+        store=store, executor=executor, clock=clock, policy=Policy(),
     )
     fleet.step(Create(a_spec("lab")))
-    lanes.run_all()
+    executor.run_all()
     world.crash("lab", Exit(signal="SIGSEGV"))
 """
 
@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
-from labkeeper.core.access import EVERYTHING, Reach, Token, concerns
+from labkeeper.core.access import EVERYTHING, Token, TokenLimits, concerns
 from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import KEEPER, Change, Ended, Fact, Gone, HistoryEntry, HistoryKind, Origin, Ready, Report, Seen
 from labkeeper.core.ports import HostMemory
-from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, KernelDebt, OwnKernel, Snapshot, StopMethod, Usage
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OrphanedKernel, OwnKernel, Snapshot, StopMethod, Usage
 from labkeeper.core.spec import ServerName, ServerSpec
 
 _FIRST_PID: Final = 1000
@@ -68,7 +68,7 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self.snapshots: dict[ServerName, Snapshot] = {}
-        self.owed: dict[str, KernelDebt] = {}
+        self.kernels: dict[str, OrphanedKernel] = {}
         """By the kernel's id."""
         self.history: list[HistoryEntry] = []
         self.kept_tokens: dict[str, Token] = {}
@@ -91,21 +91,21 @@ class MemoryStore:
         self._check("write")
         self.snapshots.pop(name, None)
 
-    def debts(self) -> list[KernelDebt]:
+    def orphans(self) -> list[OrphanedKernel]:
         """Give all kernels that are still to be ended."""
         self._check("read")
-        return list(self.owed.values())
+        return list(self.kernels.values())
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Keep some more."""
         self._check("write")
-        self.owed |= {debt.kernel_id: debt for debt in debts}
+        self.kernels |= {orphan.kernel_id: orphan for orphan in orphans}
 
-    def settle(self, kernel_ids: Sequence[str]) -> None:
+    def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
         """Drop some."""
         self._check("write")
         for kernel_id in kernel_ids:
-            self.owed.pop(kernel_id, None)
+            self.kernels.pop(kernel_id, None)
 
     def wipe(self) -> None:
         """Nothing is on any disk."""
@@ -128,12 +128,14 @@ class MemoryStore:
             ((actor, _),) = Counter(entry.origin.actor for entry in self.history).most_common(1)
             self.history.remove(next(entry for entry in self.history if entry.origin.actor == actor))
 
-    def remembered(self, *, after: int, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def remembered(
+        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
         self._check("read")
         return [entry for entry in self.history if entry.id > after and concerns(entry, server, reach)][:limit]
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: Reach = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
         return self.remembered(after=0, server=server, limit=len(self.history), reach=reach)[-limit:]
 
@@ -157,15 +159,15 @@ class MemoryStore:
             raise StoreError(f"cannot {what} the store: it was told to fail")
 
 
-class OpenGate:
+class PassingPreflight:
     """A gate that finds every gateway fit, and remembers what it was asked to expect."""
 
     def __init__(self) -> None:
-        self.expected: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
+        self.begun: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
 
-    def expect(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Remember a launch, and the kernels that it is to take over."""
-        self.expected.append((spec.name, launch, tuple(kernels)))
+        self.begun.append((spec.name, launch, tuple(kernels)))
 
 
 class FixedMachine:
@@ -179,39 +181,39 @@ class FixedMachine:
         return self.found
 
 
-class MemoryLedger:
-    """Debts that nobody collects."""
+class MemoryOrphans:
+    """Orphaned kernels that are kept."""
 
     def __init__(self) -> None:
-        self.owed: list[KernelDebt] = []
+        self.orphans: list[OrphanedKernel] = []
 
-    def owe(self, debts: Sequence[KernelDebt]) -> None:
+    def add(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Take in more."""
-        self.owed.extend(debts)
+        self.orphans.extend(orphans)
 
-    def all(self) -> list[KernelDebt]:
+    def all(self) -> list[OrphanedKernel]:
         """Give all."""
-        return list(self.owed)
+        return list(self.orphans)
 
 
 class NoCulling:
     """An explainer that has looked at no server, by a clock that stands still."""
 
-    def explain(self, snapshot: Snapshot) -> Explanation:
+    def refresh(self, snapshot: Snapshot) -> Explanation:
         """Say how a server stands to its rules."""
         facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
         return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
 
-    foretell = explain
+    cached = refresh
 
 
 class Notes:
-    """A chronicle that remembers."""
+    """An event log that remembers."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]] = []
 
-    def note(
+    def record(
         self,
         kind: HistoryKind,
         server: ServerName | None,
@@ -225,42 +227,42 @@ class Notes:
         self.taken.append((kind, server, message, origin, details or {}))
 
 
-class InlineLanes:
-    """Queues jobs, and runs them when told to, in the caller's thread. Reports, also those to `hear`, go to `inbox`."""
+class InlineExecutor:
+    """Queues jobs, and runs them when told to, in the caller's thread. Reports, also those to `hear`, go to `mailbox`."""
 
-    def __init__(self, inbox: Callable[[Report], object]) -> None:
-        self._inbox = inbox
-        self._lanes: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(deque)
+    def __init__(self, mailbox: Callable[[Report], object]) -> None:
+        self._mailbox = mailbox
+        self._queues: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(deque)
         self._reports: deque[Report] = deque()
 
     def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
         """Queue a job."""
-        self._lanes[name].append(job)
+        self._queues[name].append(job)
 
-    def hear(self, report: Report) -> None:
-        """Queue a report, as the inbox of a real keeper does; `deliver` hands it over."""
+    def receive(self, report: Report) -> None:
+        """Queue a report, as the mailbox of a real keeper does; `deliver` hands it over."""
         self._reports.append(report)
 
     @property
     def waiting(self) -> list[ServerName]:
-        """The names that have jobs in their lane."""
-        return [name for name, lane in self._lanes.items() if lane]
+        """The names that have jobs queued."""
+        return [name for name, queued in self._queues.items() if queued]
 
     def deliver(self) -> bool:
         """Hand over the oldest report; say whether there was one."""
         if not self._reports:
             return False
-        self._inbox(self._reports.popleft())
+        self._mailbox(self._reports.popleft())
         return True
 
     def run_next(self, name: ServerName | str) -> bool:
-        """Run the oldest job of one lane, and queue the report that it returns; say whether there was one."""
-        lane = self._lanes[ServerName(name)]
-        if not lane:
+        """Run the oldest job of one server, and queue the report that it returns; return whether there was one."""
+        queued = self._queues[ServerName(name)]
+        if not queued:
             return False
-        report = lane.popleft()()
+        report = queued.popleft()()
         if report is not None:
-            self.hear(report)
+            self.receive(report)
         return True
 
     def run_all(self) -> None:
@@ -270,7 +272,7 @@ class InlineLanes:
 
     def drop(self) -> None:
         """Lose all jobs and reports, as a keeper does that crashes."""
-        self._lanes.clear()
+        self._queues.clear()
         self._reports.clear()
 
 

@@ -31,7 +31,7 @@ from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, KernelDebt, OwnKernel, Snapshot
+from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, OrphanedKernel, OwnKernel, Snapshot
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.schema.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
 
@@ -628,11 +628,11 @@ def test_a_restart_that_cannot_be_is_refused_and_changes_nothing(client, body, s
 
 
 def test_debts_are_listed(services):
-    debt = KernelDebt("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
-    client = create_app(replace(services, debts=lambda: [debt])).test_client()
-    answer = client.get("/api/kernel-debts", headers={"Authorization": f"Bearer {TOKEN}"})
+    orphan = OrphanedKernel("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
+    client = create_app(replace(services, orphans=lambda: [orphan])).test_client()
+    answer = client.get("/api/orphaned-kernels", headers={"Authorization": f"Bearer {TOKEN}"})
     listed = {"kernel_id": "k1", "gateway_url": "http://g", "server": "x", "since": "1970-01-01T00:00:00.000Z"}
-    assert answer.json == {"kernel_debts": [listed]}
+    assert answer.json == {"orphaned_kernels": [listed]}
 
 
 def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):

@@ -17,7 +17,7 @@ from labkeeper.api.app import _RULES, create_app
 from labkeeper.api.auth import Extent
 from labkeeper.api.peers import PEER, UNREAD, Peer
 from labkeeper.api.routes import ROUTES
-from labkeeper.core.access import Reach, Scope
+from labkeeper.core.access import Scope, TokenLimits
 from labkeeper.core.server import OwnKernel
 from labkeeper.core.spec import ServerName
 
@@ -55,7 +55,7 @@ class Callers:
 
     def with_scope(self, scope, **limits):
         name = f"t{len(self.tokens.all())}"
-        reach = Reach(limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ()))
+        reach = TokenLimits(limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ()))
         return self.showing(self.tokens.make(name, Scope(scope), reach, lifetime=None)[1])
 
 

@@ -218,7 +218,7 @@ def test_every_route_has_a_method(running):
             client.version,
             client.ready,
             client.healthy,
-            client.kernel_debts,
+            client.orphaned_kernels,
             client.events,
             client.webhooks,
             client.metrics,

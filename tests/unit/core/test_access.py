@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.core.access import ANYBODY, EVERYTHING, Caller, Reach, Scope
+from labkeeper.core.access import ANYBODY, EVERYTHING, Caller, Scope, TokenLimits
 from labkeeper.core.errors import NotAllowed
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import Snapshot
@@ -24,14 +24,14 @@ def test_each_scope_covers_those_below_it():
     ("reach", "held"),
     [
         (EVERYTHING, True),
-        (Reach(servers=("lab",)), True),
-        (Reach(servers=("x", "l?b")), True),
-        (Reach(servers=("la",)), False),
-        (Reach(labels={"team": "blue"}), True),
-        (Reach(labels={"team": "blue", "more": ""}), False),
-        (Reach(users=("ada", "bob")), True),
-        (Reach(users=("bob",)), False),
-        (Reach(("*",), {"team": "red"}), False),
+        (TokenLimits(servers=("lab",)), True),
+        (TokenLimits(servers=("x", "l?b")), True),
+        (TokenLimits(servers=("la",)), False),
+        (TokenLimits(labels={"team": "blue"}), True),
+        (TokenLimits(labels={"team": "blue", "more": ""}), False),
+        (TokenLimits(users=("ada", "bob")), True),
+        (TokenLimits(users=("bob",)), False),
+        (TokenLimits(("*",), {"team": "red"}), False),
     ],
 )
 def test_a_reach_holds_a_server_when_all_of_it_does(reach, held):
@@ -50,7 +50,7 @@ def test_what_is_not_allowed_names_the_scope_that_is():
         Caller("token:t", Scope.READ).needs(Scope.ADMIN, "do it", variable="X")
     assert caught.value.details == {"scope": "admin", "variable": "X"}
     with pytest.raises(NotAllowed, match="without limits"):
-        Caller("token:t", Scope.READ, Reach(servers=("x",))).needs_everything("do it")
+        Caller("token:t", Scope.READ, TokenLimits(servers=("x",))).needs_everything("do it")
     ANYBODY.needs(Scope.ADMIN, "do it")
     ANYBODY.needs_everything("do it")
 
@@ -58,7 +58,7 @@ def test_what_is_not_allowed_names_the_scope_that_is():
 def test_whom_a_server_runs_as():
     """Only an admin chooses freely; a token for some users chooses among them, and the first one is its default."""
     manager = Caller("token:t", Scope.MANAGE)
-    limited = Caller("token:t", Scope.MANAGE, Reach(users=("ada", "bob")))
+    limited = Caller("token:t", Scope.MANAGE, TokenLimits(users=("ada", "bob")))
     assert [manager.user(None), manager.user(None, "lab"), manager.user("lab", "lab")] == [None, "lab", "lab"]
     assert [limited.user(None, "lab"), limited.user("bob", "lab"), ANYBODY.user("eve", "lab")] == ["ada", "bob", "eve"]
     for caller, asked in ((manager, "eve"), (limited, "lab")):

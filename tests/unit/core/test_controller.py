@@ -14,7 +14,7 @@ from labkeeper.core.server import (
     Failure,
     FailureClass,
     GatewayHealth,
-    KernelDebt,
+    OrphanedKernel,
     OwnKernel,
     Snapshot,
     StopMethod,
@@ -49,7 +49,7 @@ class Bench:
         """Give commands; tell the actions that they led to."""
         return [job.action for event in events for job in self.controller.apply(event).jobs]
 
-    def hear(self, *facts):
+    def receive(self, *facts):
         """Report facts; tell the actions that they led to."""
         actions = []
         for fact in facts:
@@ -67,7 +67,7 @@ class Bench:
     def run(self):
         """Start it, and let it become ready."""
         self.order(Event.START)
-        self.hear(Ready(ENDPOINT))
+        self.receive(Ready(ENDPOINT))
         return self
 
 
@@ -112,7 +112,7 @@ def test_a_server_that_never_answered_fails_at_once():
     """The budget is for those that ran; the cause is kept as the backend told it."""
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.state is State.FAILED
     assert bench.snapshot.failure == OOPS
     assert bench.snapshot.exit == Exit(code=1)
@@ -123,22 +123,22 @@ def test_each_crash_waits_longer_until_the_budget_is_spent():
     """Three delays: three restarts, then it is given up with its cause."""
     bench = Bench().run()
     for restarts, delay in enumerate(POLICY.restart_delays, start=1):
-        bench.hear(CRASH)
+        bench.receive(CRASH)
         assert bench.state is State.BACKOFF
         assert bench.wait() == (delay, [Action.LAUNCH])
         assert bench.snapshot.restarts == restarts
         assert bench.snapshot.failure is None
-        bench.hear(Ready(ENDPOINT))
-    bench.hear(CRASH)
+        bench.receive(Ready(ENDPOINT))
+    bench.receive(CRASH)
     assert (bench.state, bench.snapshot.failure) == (State.FAILED, OOPS)
 
 
 def test_a_crash_during_a_restart_counts_too():
     """A server that ran once and then dies while starting gets the next, longer delay."""
     bench = Bench().run()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     bench.wait()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.wait()[0] == POLICY.restart_delays[1]
 
 
@@ -146,26 +146,26 @@ def test_crashes_of_long_ago_are_forgiven():
     """Only crashes within the window count."""
     bench = Bench().run()
     for _ in range(5):
-        bench.hear(CRASH)
+        bench.receive(CRASH)
         assert bench.wait()[0] == POLICY.restart_delays[0]
-        bench.hear(Ready(ENDPOINT))
+        bench.receive(Ready(ENDPOINT))
         bench.clock.advance(POLICY.restart_window)
 
 
 def test_a_start_command_gives_a_fresh_budget():
     """START in backoff forgets earlier crashes, and that it ever ran."""
     bench = Bench().run()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.order(Event.START) == [Action.LAUNCH]
     assert (bench.snapshot.restarts, bench.snapshot.started_at) == (0, None)
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.state is State.FAILED
 
 
 def test_without_delays_nothing_is_launched_twice():
     """An empty list of delays turns restarts off."""
     bench = Bench(Policy(restart_delays=())).run()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.state is State.FAILED
 
 
@@ -189,7 +189,7 @@ def test_the_start_timeout_is_the_cause_also_after_the_kill():
     bench.order(Event.START)
     assert bench.wait() == (POLICY.start_timeout, [Action.KILL])
     killed = Exit(signal="SIGKILL")
-    bench.hear(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
+    bench.receive(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
     failure = bench.snapshot.failure
     assert bench.state is State.FAILED
     assert (failure.kind, failure.exit, failure.log_tail) == (FailureClass.START_TIMEOUT, killed, ("last",))
@@ -204,7 +204,7 @@ def test_the_start_timeout_is_the_cause_also_without_last_words():
         bench.wait()
         bench.wait()
         assert bench.state is State.LOST
-        bench.hear(fact)
+        bench.receive(fact)
         assert (bench.state, bench.snapshot.failure.kind) == (State.FAILED, FailureClass.START_TIMEOUT)
         assert bench.snapshot.failure.exit == bench.snapshot.exit
 
@@ -213,16 +213,16 @@ def test_a_refused_launch_fails_with_the_reason_of_the_backend():
     """REFUSED is no crash: nothing ran, nothing is tried again."""
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(Refused(OOPS))
+    bench.receive(Refused(OOPS))
     assert (bench.state, bench.snapshot.failure, bench.snapshot.exit) == (State.FAILED, OOPS, None)
 
 
 @pytest.mark.parametrize(("kind", "then"), [(FailureClass.DISK_FULL, State.BACKOFF), (FailureClass.CONFIG_ERROR, State.FAILED)])
 def test_after_a_crash_a_full_disk_is_waited_for_and_no_other_refusal(kind, then):
     bench = Bench().run()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     bench.wait()
-    bench.hear(Refused(replace(OOPS, kind=kind)))
+    bench.receive(Refused(replace(OOPS, kind=kind)))
     assert (bench.state, bench.snapshot.failure.kind) == (then, kind)
 
 
@@ -231,12 +231,12 @@ def test_a_full_disk_is_not_waited_for_without_end():
     full = Refused(Failure(FailureClass.DISK_FULL, "no room"))
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(full)
+    bench.receive(full)
     assert bench.state is State.FAILED
-    bench.run().hear(CRASH)
+    bench.run().receive(CRASH)
     for _ in POLICY.restart_delays:
         bench.wait()
-        bench.hear(full)
+        bench.receive(full)
     assert bench.state is State.FAILED
 
 
@@ -245,7 +245,7 @@ def test_a_port_that_somebody_takes_first_is_given_up_only_where_it_was_asked_fo
     taken = Ended(Exit(code=1), failure=Failure(FailureClass.PORT_IN_USE, "port 8888 is not available"))
     bench = Bench(snapshot=Snapshot(a_spec("lab", port=port), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0))
     bench.order(Event.START)
-    bench.hear(taken)
+    bench.receive(taken)
     assert (bench.state, bench.snapshot.failure.kind) == (then, FailureClass.PORT_IN_USE)
 
 
@@ -253,7 +253,7 @@ def test_a_server_that_leaves_before_it_was_ready_has_failed():
     """Exit code 0 without ever answering is a failure, and says so."""
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(Ended(Exit(code=0)))
+    bench.receive(Ended(Exit(code=0)))
     assert bench.state is State.FAILED
     assert bench.snapshot.failure.message.startswith("cannot start server 'lab'")
     assert "exit code 0" in bench.snapshot.failure.message
@@ -263,7 +263,7 @@ def test_a_new_start_forgets_the_failure():
     """Cause, exit and stop report belong to one launch."""
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     bench.order(Event.START)
     assert (bench.snapshot.failure, bench.snapshot.exit, bench.snapshot.stop_report) == (None, None, None)
 
@@ -272,11 +272,11 @@ def test_a_stopped_server_has_no_failure():
     """STOP of a failed server, and the end of one that is being stopped, leave nothing to complain of."""
     bench = Bench()
     bench.order(Event.START)
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     bench.order(Event.STOP)
     assert (bench.state, bench.snapshot.failure) == (State.STOPPED, None)
     bench.run().order(Event.STOP)
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert (bench.state, bench.snapshot.failure) == (State.STOPPED, None)
 
 
@@ -288,20 +288,20 @@ def test_a_running_server_is_looked_at_again_and_again():
     bench = Bench().run()
     for _ in range(3):
         assert bench.wait() == (POLICY.probe_period, [Action.OBSERVE])
-        assert bench.hear(Seen(answers=True)) == []
+        assert bench.receive(Seen(answers=True)) == []
         assert bench.state is State.RUNNING
 
 
 def test_a_server_that_is_silent_for_too_long_is_ended_and_comes_back():
     """HUNG after `hung_after` seconds of silence; its cause stays until it is launched again."""
     bench = Bench().run()
-    bench.hear(Seen(answers=False))
+    bench.receive(Seen(answers=False))
     bench.clock.advance(POLICY.hung_after - 1)
-    assert bench.hear(Seen(answers=False)) == []
+    assert bench.receive(Seen(answers=False)) == []
     bench.clock.advance(1)
-    assert bench.hear(Seen(answers=False)) == [Action.TERMINATE]
+    assert bench.receive(Seen(answers=False)) == [Action.TERMINATE]
     assert (bench.state, bench.snapshot.goal) == (State.STOPPING, Goal.UP)
-    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    bench.receive(Ended(Exit(code=0), StopMethod.SIGTERM))
     assert (bench.state, bench.snapshot.failure.kind) == (State.BACKOFF, FailureClass.HUNG)
     assert bench.wait()[1] == [Action.LAUNCH]
 
@@ -310,21 +310,21 @@ def test_one_answer_ends_the_silence():
     """Silence counts from its beginning, and an answer, or a new READY, begins anew."""
     for answer in (Seen(answers=True), Unreachable("?")):
         bench = Bench().run()
-        bench.hear(Seen(answers=False))
+        bench.receive(Seen(answers=False))
         bench.clock.advance(POLICY.hung_after)
-        bench.hear(answer, Ready(ENDPOINT))
-        assert bench.hear(Seen(answers=False)) == []
+        bench.receive(answer, Ready(ENDPOINT))
+        assert bench.receive(Seen(answers=False)) == []
         assert bench.state is State.RUNNING
 
 
 def test_a_look_that_could_not_be_made_is_no_silence():
     """However long it lasts, and it breaks a silence that had begun: nobody asked the server meanwhile."""
     bench = Bench().run()
-    bench.hear(Seen(answers=False))
+    bench.receive(Seen(answers=False))
     for _ in range(3):
         bench.clock.advance(POLICY.hung_after)
-        assert bench.hear(Seen(answers=None)) == []
-    assert bench.hear(Seen(answers=False)) == []
+        assert bench.receive(Seen(answers=None)) == []
+    assert bench.receive(Seen(answers=False)) == []
     assert bench.state is State.RUNNING
 
 
@@ -332,7 +332,7 @@ def test_hung_servers_may_be_left_alone():
     """`hung_after` 0 turns it off."""
     bench = Bench(Policy(hung_after=0)).run()
     for _ in range(3):
-        bench.hear(Seen(answers=False))
+        bench.receive(Seen(answers=False))
         bench.clock.advance(10_000)
     assert bench.state is State.RUNNING
 
@@ -340,11 +340,11 @@ def test_hung_servers_may_be_left_alone():
 def test_the_end_of_a_hung_server_is_not_its_users_wish():
     """It may end in good order after all, seen only when it was lost: by our doing, so it comes back."""
     bench = Bench().run()
-    bench.hear(Seen(answers=False))
+    bench.receive(Seen(answers=False))
     bench.clock.advance(POLICY.hung_after)
-    bench.hear(Seen(answers=False), Unreachable("the answer was lost"))
+    bench.receive(Seen(answers=False), Unreachable("the answer was lost"))
     assert bench.state is State.LOST
-    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    bench.receive(Ended(Exit(code=0), StopMethod.SIGTERM))
     assert (bench.state, bench.snapshot.goal) == (State.BACKOFF, Goal.UP)
     assert bench.snapshot.failure.kind is FailureClass.HUNG
 
@@ -352,7 +352,7 @@ def test_the_end_of_a_hung_server_is_not_its_users_wish():
 def test_an_end_that_nobody_saw_has_a_cause():
     """GONE while running is a crash with a failure of its own."""
     bench = Bench().run()
-    bench.hear(Gone())
+    bench.receive(Gone())
     assert bench.state is State.BACKOFF
     assert (bench.snapshot.exit, bench.snapshot.failure.kind) == (Exit(), FailureClass.KILLED)
 
@@ -360,22 +360,22 @@ def test_an_end_that_nobody_saw_has_a_cause():
 def test_why_it_was_lost_is_kept_until_it_is_found():
     """The first reason of the backend stays; READY clears it."""
     bench = Bench().run()
-    assert bench.hear(Unreachable("the daemon is away")) == [Action.OBSERVE]
+    assert bench.receive(Unreachable("the daemon is away")) == [Action.OBSERVE]
     assert bench.snapshot.failure.message == "the daemon is away"
     assert bench.snapshot.endpoint is None
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
-    bench.hear(Seen(answers=True))
+    bench.receive(Seen(answers=True))
     assert bench.state is State.STARTING
-    bench.hear(Ready(ENDPOINT))
+    bench.receive(Ready(ENDPOINT))
     assert (bench.state, bench.snapshot.failure, bench.snapshot.endpoint) == (State.RUNNING, None, ENDPOINT)
 
 
 def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
     """READY in lost with the goal down leads to stopping, and is not shown to anybody."""
     bench = Bench().run()
-    bench.hear(Unreachable("?"))
+    bench.receive(Unreachable("?"))
     bench.order(Event.STOP)
-    assert bench.hear(Ready(ENDPOINT)) == [Action.TERMINATE]
+    assert bench.receive(Ready(ENDPOINT)) == [Action.TERMINATE]
     assert (bench.state, bench.snapshot.endpoint) == (State.STOPPING, None)
 
 
@@ -389,8 +389,8 @@ def test_the_stop_report_counts_from_the_request_to_the_proof():
     assert bench.wait() == (POLICY.stop_grace, [Action.KILL])
     assert bench.wait() == (POLICY.kill_wait, [Action.OBSERVE])
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
-    assert bench.hear(Seen(answers=False)) == [Action.TERMINATE]
-    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (OwnKernel("k2"),)))
+    assert bench.receive(Seen(answers=False)) == [Action.TERMINATE]
+    bench.receive(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (OwnKernel("k2"),)))
     seconds = POLICY.stop_grace + POLICY.kill_wait + POLICY.look_again
     assert bench.snapshot.stop_report == StopReport(StopMethod.SIGKILL, seconds, ("k1",), ("k2",))
     assert bench.state is State.STOPPED
@@ -402,7 +402,7 @@ def test_the_next_stop_counts_anew():
     for seconds in (3.0, 1.0):
         bench.order(Event.STOP)
         bench.clock.advance(seconds)
-        bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+        bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
         assert bench.snapshot.stop_report == StopReport(StopMethod.SHUTDOWN, seconds)
         bench.run()
 
@@ -410,7 +410,7 @@ def test_the_next_stop_counts_anew():
 def test_an_end_without_being_asked_has_no_stop_report():
     """Who leaves by itself was not stopped."""
     bench = Bench().run()
-    bench.hear(Ended(Exit(code=0)))
+    bench.receive(Ended(Exit(code=0)))
     assert (bench.state, bench.snapshot.goal, bench.snapshot.stop_report) == (State.STOPPED, Goal.DOWN, None)
 
 
@@ -418,7 +418,7 @@ def test_an_end_that_an_earlier_keeper_asked_for_took_unknown_time():
     """The report of a stop whose beginning this keeper did not see says 0 seconds."""
     bench = Bench(snapshot=saved(State.STOPPING, Goal.DOWN))
     bench.controller.recover()
-    bench.hear(Ended(Exit(code=0), StopMethod.SIGTERM))
+    bench.receive(Ended(Exit(code=0), StopMethod.SIGTERM))
     assert bench.snapshot.stop_report == StopReport(StopMethod.SIGTERM, 0.0)
 
 
@@ -427,7 +427,7 @@ def test_a_restart_launches_when_the_end_is_proven():
     bench = Bench().run()
     assert bench.order(Event.RESTART) == [Action.TERMINATE]
     assert bench.snapshot.goal is Goal.AGAIN
-    assert bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN)) == [Action.LAUNCH]
+    assert bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN)) == [Action.LAUNCH]
     assert (bench.state, bench.snapshot.goal, bench.snapshot.launch) == (State.STARTING, Goal.UP, 2)
     assert (bench.snapshot.stop_report, bench.snapshot.restarts) == (None, 0)
 
@@ -458,7 +458,7 @@ def test_what_waited_to_be_launched_again_waits_no_longer():
     bench = Bench(snapshot=saved(State.BACKOFF, started_at=1.0))
     assert bench.controller.recover() == []
     assert bench.wait() == (0.0, [Action.LAUNCH])
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.state is State.BACKOFF
 
 
@@ -467,7 +467,7 @@ def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
     """Found crashed: launched again if it ever ran since its start command, else failed."""
     bench = Bench(snapshot=saved(State.RUNNING, started_at=started_at))
     bench.controller.recover()
-    bench.hear(CRASH)
+    bench.receive(CRASH)
     assert bench.state is state
 
 
@@ -475,10 +475,10 @@ def test_a_start_that_was_cut_off_is_begun_again():
     """Found gone, and nobody saw how: that says nothing against it, though not for ever."""
     bench = Bench(snapshot=saved(State.STARTING))
     bench.controller.recover()
-    bench.hear(Gone())
+    bench.receive(Gone())
     for delay in POLICY.restart_delays:
         assert bench.wait() == (delay, [Action.LAUNCH])
-        bench.hear(Unreachable("the backend is away"), Gone())
+        bench.receive(Unreachable("the backend is away"), Gone())
     assert bench.state is State.FAILED
 
 
@@ -486,8 +486,8 @@ def test_a_stop_goes_on_under_the_next_keeper():
     """Found alive with the goal down: asked to end once more."""
     bench = Bench(snapshot=saved(State.KILLING, Goal.ABSENT))
     bench.controller.recover()
-    assert bench.hear(Seen(answers=True)) == [Action.TERMINATE]
-    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    assert bench.receive(Seen(answers=True)) == [Action.TERMINATE]
+    bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
     assert bench.snapshot.forgotten
 
 
@@ -495,7 +495,7 @@ def test_an_event_without_a_row_changes_nothing():
     """What is no news leaves snapshot and timer alone."""
     bench = Bench().run()
     before, deadline = bench.snapshot, bench.controller.deadline
-    assert bench.hear(Ready(replace(ENDPOINT, port=1))) == []
+    assert bench.receive(Ready(replace(ENDPOINT, port=1))) == []
     assert bench.order(Event.START) == []
     assert (bench.snapshot, bench.controller.deadline) == (before, deadline)
 
@@ -514,21 +514,21 @@ class GatewayBench(Bench):
         spec = replace(a_spec("lab"), gateway=GATEWAY)
         state, goal = values.pop("state", State.STOPPED), values.pop("goal", Goal.DOWN)
         super().__init__(snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, launch=3, **values))
-        self.owed = []
+        self.orphans = []
 
     def order(self, *events, revised=None):
-        upshots = [self.controller.apply(event, revised=revised) for event in events]
-        self.owed += [debt.kernel_id for upshot in upshots for debt in upshot.owed]
-        return [job for upshot in upshots for job in upshot.jobs]
+        decisions = [self.controller.apply(event, revised=revised) for event in events]
+        self.orphans += [orphan.kernel_id for decision in decisions for orphan in decision.orphans]
+        return [job for decision in decisions for job in decision.jobs]
 
-    def hear(self, *facts):
+    def receive(self, *facts):
         jobs = []
         for fact in facts:
             event = self.controller.event_of(fact)
             if event is not None:
-                upshot = self.controller.apply(event, fact)
-                self.owed += [debt.kernel_id for debt in upshot.owed]
-                jobs += upshot.jobs
+                decision = self.controller.apply(event, fact)
+                self.orphans += [orphan.kernel_id for orphan in decision.orphans]
+                jobs += decision.jobs
         return jobs
 
     @property
@@ -540,9 +540,9 @@ def test_a_veto_ends_the_start_with_its_cause():
     """The server is killed; that it was is not why it failed. It had not answered yet, so it is not launched again."""
     bench = GatewayBench()
     bench.order(Event.START)
-    assert [job.action for job in bench.hear(Vetoed(UNFIT))] == [Action.KILL]
+    assert [job.action for job in bench.receive(Vetoed(UNFIT))] == [Action.KILL]
     killed = Exit(signal="SIGKILL")
-    bench.hear(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
+    bench.receive(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
     assert (bench.state, bench.snapshot.failure) == (State.FAILED, replace(UNFIT, exit=killed, log_tail=("last",)))
 
 
@@ -550,11 +550,11 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
     bench = GatewayBench()
     well, ill = GatewayHealth(1.0, kernelspecs=2), GatewayHealth(2.0, UNFIT)
     bench.order(Event.START)
-    bench.hear(GatewaySeen(ill))
+    bench.receive(GatewaySeen(ill))
     assert bench.snapshot.gateway is None
-    bench.hear(Ready(ENDPOINT, gateway=well))
+    bench.receive(Ready(ENDPOINT, gateway=well))
     assert bench.snapshot.gateway == well
-    assert bench.hear(GatewaySeen(ill)) == []
+    assert bench.receive(GatewaySeen(ill)) == []
     assert (bench.state, bench.snapshot.gateway, bench.snapshot.failure) == (State.RUNNING, ill, None)
     bench.order(Event.STOP)
     assert bench.snapshot.gateway is None
@@ -563,36 +563,36 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
 
 def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     bench = GatewayBench().run()
-    (job,) = bench.order(Event.RENEW)
+    (job,) = bench.order(Event.RESTART_KEEPING_KERNELS)
     assert (job.action, job.keep_kernels, bench.snapshot.goal) == (Action.TERMINATE, True, Goal.RENEW)
-    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
+    (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
     assert (job.action, job.kernels, job.launch) == (Action.LAUNCH, (K1, K2), 5)
     assert bench.kept == (K1, K2)
-    bench.hear(Ready(ENDPOINT, not_taken_over=("k2",)))
-    assert (bench.kept, bench.owed) == ((K2,), [])
+    bench.receive(Ready(ENDPOINT, not_taken_over=("k2",)))
+    assert (bench.kept, bench.orphans) == ((K2,), [])
     # It is still ours when the server ends.
     bench.order(Event.STOP)
-    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
-    assert (bench.kept, bench.owed) == ((), ["k2"])
+    bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    assert (bench.kept, bench.orphans) == ((), ["k2"])
 
 
 def test_a_restart_that_does_not_keep_kernels_owes_what_is_left_of_them():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.RESTART)
     assert not job.keep_kernels
-    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, ("k1",), kernels_left=(K2,)))
-    assert (job.kernels, bench.kept, bench.owed) == ((), (), ["k2"])
+    (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, ("k1",), kernels_left=(K2,)))
+    assert (job.kernels, bench.kept, bench.orphans) == ((), (), ["k2"])
 
 
 def test_a_crash_keeps_the_kernels_through_every_wait_and_also_when_it_is_given_up():
     bench = GatewayBench().run()
-    bench.hear(Ended(Exit(signal="SIGSEGV"), kernels_left=(K1,)))
+    bench.receive(Ended(Exit(signal="SIGSEGV"), kernels_left=(K1,)))
     assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
     while bench.state is State.BACKOFF:
         bench.clock.advance(10)
         bench.order(Event.DEADLINE)
-        bench.hear(Ended(Exit(signal="SIGSEGV"), kernels_left=(K2,)))
-    assert (bench.state, bench.kept, bench.owed) == (State.FAILED, (K1, K2), [])
+        bench.receive(Ended(Exit(signal="SIGSEGV"), kernels_left=(K2,)))
+    assert (bench.state, bench.kept, bench.orphans) == (State.FAILED, (K1, K2), [])
     (job,) = bench.order(Event.START)
     assert job.kernels == (K1, K2)
 
@@ -602,7 +602,7 @@ def test_a_crash_keeps_the_kernels_through_every_wait_and_also_when_it_is_given_
 def test_kernels_that_wait_are_owed_when_nobody_wants_them(state, event):
     bench = GatewayBench(state=state, goal=Goal.UP, kernels_kept=(K1,))
     bench.order(event)
-    assert (bench.kept, bench.owed) == ((), ["k1"])
+    assert (bench.kept, bench.orphans) == ((), ["k1"])
 
 
 @pytest.mark.parametrize(("event", "keeps"), [(Event.STOP, False), (Event.KILL, False), (Event.DELETE, False)])
@@ -610,23 +610,23 @@ def test_a_stop_owes_what_is_left_and_reports_it(event, keeps):
     bench = GatewayBench().run()
     (job,) = bench.order(event)
     assert job.keep_kernels is keeps
-    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (K2, K3)))
-    assert (bench.kept, bench.owed) == ((), ["k2", "k3"])
+    bench.receive(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (K2, K3)))
+    assert (bench.kept, bench.orphans) == ((), ["k2", "k3"])
     assert bench.snapshot.stop_report.kernels_left == ("k2", "k3")
 
 
 def test_a_stop_takes_back_that_kernels_are_kept():
     bench = GatewayBench().run()
-    bench.order(Event.RENEW, Event.STOP)
-    bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
-    assert (bench.state, bench.owed) == (State.STOPPED, ["k1"])
+    bench.order(Event.RESTART_KEEPING_KERNELS, Event.STOP)
+    bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
+    assert (bench.state, bench.orphans) == (State.STOPPED, ["k1"])
 
 
 def test_a_server_that_hangs_is_ended_and_its_kernels_are_not():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.HUNG)
     assert (job.action, job.keep_kernels) == (Action.TERMINATE, True)
-    bench.hear(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, kernels_left=(K1,)))
+    bench.receive(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, kernels_left=(K1,)))
     assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
     # Nothing is left of what somebody wanted to be ended.
     assert bench.snapshot.stop_report.kernels_left == ()
@@ -634,24 +634,24 @@ def test_a_server_that_hangs_is_ended_and_its_kernels_are_not():
 
 def test_who_shuts_it_down_from_inside_owes_what_is_left():
     bench = GatewayBench().run()
-    bench.hear(Ended(Exit(code=0), kernels_left=(K1,)))
-    assert (bench.state, bench.owed) == (State.STOPPED, ["k1"])
+    bench.receive(Ended(Exit(code=0), kernels_left=(K1,)))
+    assert (bench.state, bench.orphans) == (State.STOPPED, ["k1"])
 
 
 def test_a_debt_says_where_and_whose_the_kernel_is():
     bench = GatewayBench().run()
     bench.order(Event.STOP)
     event = bench.controller.event_of(end := Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
-    upshot = bench.controller.apply(event, end)
-    assert upshot.owed == (KernelDebt("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),)
+    decision = bench.controller.apply(event, end)
+    assert decision.orphans == (OrphanedKernel("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),)
 
 
 def test_a_revised_spec_holds_from_the_next_launch_on():
     bench = GatewayBench().run()
     old, new = bench.snapshot.spec, replace(bench.snapshot.spec, env={"A": "b"})
-    bench.order(Event.RENEW, revised=new)
+    bench.order(Event.RESTART_KEEPING_KERNELS, revised=new)
     assert (bench.snapshot.spec, bench.snapshot.revised) == (old, new)
-    (job,) = bench.hear(Ended(Exit(code=0), StopMethod.SHUTDOWN))
+    (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
     assert (job.spec, bench.snapshot.spec, bench.snapshot.revised) == (new, new, None)
     # What is as it was is no revision.
     bench.order(Event.RESTART, revised=new)

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from labkeeper.core.culling import (
+    ActivityHistory,
     CullPolicy,
+    CullState,
     Facts,
-    Memory,
     Rule,
-    Standing,
     Terminals,
     decide,
     idle_kernels,
@@ -57,7 +57,7 @@ def kernel(state="idle", at=0.0, connections=0):
 )
 def test_what_is_use_by_each_policy(activity, policy, held):
     verdict = decide(facts(activity), replace(POLICY, **policy), 10.0)
-    assert verdict.standing is (Standing.IN_USE if held else Standing.COUNTING)
+    assert verdict.state is (CullState.IN_USE if held else CullState.COUNTING)
     if held:
         assert verdict.reason == f"it is in use: {held}"
         assert (verdict.next, verdict.outlooks[0].stops_at, verdict.outlooks[0].since) == (None, None, None)
@@ -68,15 +68,15 @@ def test_what_is_use_by_each_policy(activity, policy, held):
 @pytest.mark.parametrize(
     ("now", "standing", "stops", "warns"),
     [
-        (10.0, Standing.COUNTING, 7200.0, 6900.0),
-        (6899.0, Standing.COUNTING, 7200.0, 6900.0),
-        (6900.0, Standing.WARNED, 7200.0, 6900.0),
-        (7300.0, Standing.WARNED, 7600.0, 7300.0),
+        (10.0, CullState.COUNTING, 7200.0, 6900.0),
+        (6899.0, CullState.COUNTING, 7200.0, 6900.0),
+        (6900.0, CullState.WARNED, 7200.0, 6900.0),
+        (7300.0, CullState.WARNED, 7600.0, 7300.0),
     ],
 )
-def test_nobody_is_stopped_who_has_not_been_warned(now, standing, stops, warns):
+def test_nobody_is_stopped_who_has_not_been_warned(now, state, stops, warns):
     verdict = decide(facts(), POLICY, now)
-    assert (verdict.standing, verdict.next.stops_at, verdict.next.warns_at) == (standing, stops, warns)
+    assert (verdict.state, verdict.next.stops_at, verdict.next.warns_at) == (state, stops, warns)
 
 
 def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once():
@@ -85,7 +85,7 @@ def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once(
     again = decide(facts(warned=warned), POLICY, 7000.0)
     assert warned_at(again, warned, 7000.0) == warned
     due = decide(facts(warned=warned), POLICY, 7380.0)
-    assert (due.standing, due.reason) == (Standing.DUE, "idle_timeout: nobody used it for 2 h 3 min")
+    assert (due.state, due.reason) == (CullState.DUE, "idle_timeout: nobody used it for 2 h 3 min")
     used = decide(facts(Activity(7000.0), warned=warned), POLICY, 7001.0)
     assert warned_at(used, warned, 7001.0) == {}
 
@@ -98,7 +98,7 @@ def test_the_warning_takes_no_more_than_half_of_what_a_rule_allows(limit, ahead)
 
 def test_without_a_warning_it_is_due_at_once():
     verdict = decide(facts(), replace(POLICY, warning=0.0), 7200.0)
-    assert (verdict.standing, verdict.next.warns_at) == (Standing.DUE, None)
+    assert (verdict.state, verdict.next.warns_at) == (CullState.DUE, None)
     assert warned_at(verdict, {}, 7200.0) == {}
 
 
@@ -113,23 +113,23 @@ def test_the_grace_counts_from_ready_and_is_none_of_max_age():
 def test_an_age_stops_also_what_is_in_use_or_does_not_answer():
     for activity in (None, Activity(0.0, (kernel("busy"),))):
         verdict = decide(facts(activity, limits={IDLE: 10.0, AGE: 3600.0}), replace(POLICY, warning=0.0), 3700.0)
-        assert (verdict.standing, verdict.reason) == (Standing.DUE, "max_age: it has run for 1 h 1 min")
+        assert (verdict.state, verdict.reason) == (CullState.DUE, "max_age: it has run for 1 h 1 min")
 
 
 def test_what_cannot_be_known_counts_as_use_and_says_why():
     verdict = decide(facts(None, unknown="it hangs"), POLICY, 99999.0)
-    assert (verdict.standing, verdict.next) == (Standing.UNKNOWN, None)
+    assert (verdict.state, verdict.next) == (CullState.UNKNOWN, None)
     assert verdict.reason.endswith("which counts as use: it hangs")
 
 
 def test_a_snooze_puts_off_both_rules_and_is_said():
     verdict = decide(facts(limits={IDLE: 10.0, AGE: 10.0}, snoozed_until=5000.0), POLICY, 1400.0)
     assert {o.stops_at for o in verdict.outlooks} == {5000.0}
-    assert (verdict.standing, verdict.reason) == (Standing.SNOOZED, "it is snoozed for another 1 h")
+    assert (verdict.state, verdict.reason) == (CullState.SNOOZED, "it is snoozed for another 1 h")
 
 
 def test_without_a_rule_it_is_off():
-    assert decide(facts(limits={}), POLICY, 1.0).standing is Standing.OFF
+    assert decide(facts(limits={}), POLICY, 1.0).state is CullState.OFF
     assert limits_of(a_spec()) == {}
     assert limits_of(replace(a_spec(), idle_timeout=5.0)) == {IDLE: 5.0}
 
@@ -183,7 +183,7 @@ WALL = 1_000_000.0
 
 
 def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothing():
-    memory = Memory()
+    memory = ActivityHistory()
     seen = Activity(WALL - 60, (kernel(at=WALL - 50),), (TerminalUse("1", WALL - 40, ""),))
     first = memory.take(seen, now=100.0, wall=WALL)
     assert (first.last_activity, first.kernels[0].last_activity, first.terminals[0].last_activity) == (40.0, 50.0, 60.0)
@@ -201,13 +201,13 @@ def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothin
     ],
 )
 def test_a_new_time_lies_between_two_looks_and_else_counts_from_the_later(at, wall, ours):
-    memory = Memory()
+    memory = ActivityHistory()
     memory.take(Activity(WALL - 60), now=100.0, wall=WALL)
     assert memory.take(Activity(at), now=130.0, wall=wall).last_activity == ours
 
 
 def test_nothing_was_used_before_it_was_there():
-    assert Memory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity == 100.0
+    assert ActivityHistory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity == 100.0
 
 
 # Laws
@@ -252,7 +252,7 @@ def test_what_is_held_or_unknown_is_never_stopped_as_idle(known, policy, now):
 @given(many_facts, policies, st.floats(0, 2e5))
 def test_none_is_due_that_was_not_warned_long_enough(known, policy, now):
     verdict = decide(known, policy, now)
-    if verdict.standing is Standing.DUE:
+    if verdict.state is CullState.DUE:
         first = verdict.next
         ahead = min(policy.warning, first.limit / 2)
         assert not ahead or now >= known.warned[first.rule] + ahead - 1e-6

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.core.durations import duration, instant, spoken
+from labkeeper.core.durations import duration, format_duration, format_time
 
 
 @pytest.mark.parametrize(
@@ -48,8 +48,8 @@ def test_what_is_no_duration_is_refused_with_the_rule(given):
     ],
 )
 def test_a_duration_is_said_in_its_two_largest_units(seconds, told):
-    assert spoken(seconds) == told
+    assert format_duration(seconds) == told
 
 
 def test_a_moment_is_written_in_utc():
-    assert instant(1.5) == "1970-01-01T00:00:01.500Z"
+    assert format_time(1.5) == "1970-01-01T00:00:01.500Z"

@@ -40,10 +40,10 @@ from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,
     FixedMachine,
-    InlineLanes,
-    MemoryLedger,
+    InlineExecutor,
+    MemoryOrphans,
     MemoryStore,
-    OpenGate,
+    PassingPreflight,
     Recorder,
     World,
     a_spec,
@@ -57,33 +57,33 @@ class Bench:
         self.machine = machine
         self.policy = Policy(**policy)
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
-        self.lanes = InlineLanes(self.hear)
-        self.gate, self.ledger = OpenGate(), MemoryLedger()
+        self.executor = InlineExecutor(self.receive)
+        self.preflight, self.orphans = PassingPreflight(), MemoryOrphans()
         self.begin()
 
     def begin(self):
         self.recorder = Recorder()
-        self.backend = FakeBackend(self.lanes.hear, self.world)
+        self.backend = FakeBackend(self.executor.receive, self.world)
         self.fleet = Fleet(
             backend=self.backend,
-            gate=self.gate,
-            ledger=self.ledger,
+            preflight=self.preflight,
+            orphans=self.orphans,
             store=self.store,
-            lanes=self.lanes,
+            executor=self.executor,
             clock=self.clock,
             policy=self.policy,
             machine=self.machine,
-            listeners=[self.recorder],
+            subscribers=[self.recorder],
         )
         self.fleet.recover()
 
-    def hear(self, report):
+    def receive(self, report):
         """Hand a report to the keeper of the day."""
         self.fleet.step(report)
 
     def crash(self):
         """End the keeper without a word, and start the next one."""
-        self.lanes.drop()
+        self.executor.drop()
         self.backend.abandon()
         self.begin()
 
@@ -94,21 +94,21 @@ class Bench:
     def run(self, name="lab"):
         """Create a server, and let it become ready."""
         self.create(name)
-        self.lanes.run_all()
+        self.executor.run_all()
         assert self.state(name) is State.RUNNING
         return self
 
     def order(self, event, name="lab", *, force=False):
         """Give a command, and let everything happen that follows at once."""
         reply = self.fleet.step(Order(name, event, force=force))
-        self.lanes.run_all()
+        self.executor.run_all()
         return reply
 
     def wait(self):
         """Let the time pass until the next timer, and everything happen that follows at once."""
         self.clock.advance(self.fleet.next_deadline() - self.clock.monotonic())
         self.fleet.step(Tick())
-        self.lanes.run_all()
+        self.executor.run_all()
 
     def last(self, name="lab"):
         """The newest snapshot that listeners were told."""
@@ -131,7 +131,7 @@ def test_create_launches_and_tells_each_change(bench):
     reply = bench.create()
     assert (reply.created, reply.snapshot.state, reply.snapshot.launch) == (True, State.STARTING, 1)
     assert bench.store.snapshots["lab"] == reply.snapshot
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.recorder.states("lab") == [State.STARTING, State.RUNNING]
     assert [change.event for change in bench.recorder.changes] == [Event.START, Event.READY]
     assert bench.store.snapshots["lab"] == bench.last()
@@ -143,7 +143,7 @@ def test_create_is_idempotent_for_an_equal_spec(bench):
     bench.run()
     reply = bench.create()
     assert (reply.created, reply.snapshot) == (False, bench.last())
-    assert bench.lanes.waiting == []
+    assert bench.executor.waiting == []
 
 
 def test_create_of_another_spec_is_a_conflict(bench):
@@ -308,7 +308,7 @@ def test_stop_all_stops_everything_and_takes_no_new_start(bench):
     bench.world.temper("one").obeys = False
     bench.order(Event.RESTART, "one")
     assert bench.fleet.step(StopAll()) is None
-    bench.lanes.run_all()
+    bench.executor.run_all()
     with pytest.raises(BackendUnavailable, match="shutting down"):
         bench.create("three")
     with pytest.raises(BackendUnavailable, match="shutting down"):
@@ -321,7 +321,7 @@ def test_stop_all_stops_everything_and_takes_no_new_start(bench):
 def test_stop_all_leaves_a_failed_server_its_cause(bench):
     bench.run("one")
     bench.world.crash("one")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.store.failing = True
     bench.wait()
     bench.store.failing = False
@@ -340,7 +340,7 @@ def test_a_launch_that_cannot_be_stored_is_not_done(bench):
     bench.store.failing = True
     with pytest.raises(StoreError):
         bench.create()
-    assert (bench.lanes.waiting, bench.recorder.changes, bench.fleet.next_deadline()) == ([], [], None)
+    assert (bench.executor.waiting, bench.recorder.changes, bench.fleet.next_deadline()) == ([], [], None)
     bench.store.failing = False
     with pytest.raises(ServerNotFound):
         bench.order(Event.START)
@@ -391,7 +391,7 @@ def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
     """Nobody waits for a launch after a crash: it is not done, and the server says why."""
     bench.run()
     bench.world.crash("lab")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.state() is State.BACKOFF
     bench.store.failing = True
     bench.wait()
@@ -403,7 +403,7 @@ def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
 def test_a_restart_that_cannot_be_stored_for_want_of_room_is_tried_again(bench):
     bench.run()
     bench.world.crash("lab")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     save = bench.store.save
 
     def full(_snapshot):
@@ -433,7 +433,7 @@ def test_a_crash_comes_back_after_its_delay(bench):
     """The server is launched again when its time has come, and not before."""
     bench.run()
     bench.world.crash("lab", Exit(signal="SIGSEGV"))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert (bench.state(), bench.last().exit) == (State.BACKOFF, Exit(signal="SIGSEGV"))
     bench.fleet.step(Tick())
     assert bench.state() is State.BACKOFF
@@ -450,7 +450,7 @@ def test_what_cannot_be_killed_is_never_called_stopped(bench):
         bench.wait()
         assert bench.state() in {State.STOPPING, State.KILLING, State.LOST}
     bench.world.crash("lab")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.state() is State.STOPPED
 
 
@@ -470,11 +470,11 @@ def test_a_launch_whose_answer_is_lost_is_found_again(bench):
     """Unknown is not failed: the server is lost, observed, taken over, and there is one process."""
     bench.world.temper("lab").answers_lost = True
     bench.create()
-    bench.lanes.run_next("lab")
-    bench.lanes.deliver()
+    bench.executor.run_next("lab")
+    bench.executor.deliver()
     assert bench.state() is State.LOST
     bench.world.temper("lab").answers_lost = False
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.state() is State.RUNNING
     assert len(bench.world.launched) == 1
 
@@ -487,12 +487,12 @@ def test_the_next_keeper_takes_over_what_runs(bench, moment):
     """A keeper that crashes around a launch leaves one process at most; the next one knows it, or launches it."""
     bench.create()
     if moment != "stored":
-        bench.lanes.run_next("lab")
+        bench.executor.run_next("lab")
     if moment == "ready":
-        bench.lanes.run_all()
+        bench.executor.run_all()
     bench.crash()
     assert bench.state() is State.LOST
-    bench.lanes.run_all()
+    bench.executor.run_all()
     if moment == "stored":
         bench.wait()
     assert bench.state() is State.RUNNING
@@ -508,7 +508,7 @@ def test_the_next_keeper_finds_how_it_ended(bench):
         if end is None:
             bench.world.ends.clear()
         bench.crash()
-        bench.lanes.run_all()
+        bench.executor.run_all()
         assert (bench.state(), bench.last().exit) == (state, end or Exit())
 
 
@@ -519,7 +519,7 @@ def test_the_next_keeper_finishes_a_deletion(bench):
     bench.order(Event.STOP)
     bench.store.save(gone)
     bench.crash()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert (bench.store.snapshots, bench.world.logs) == ({}, {})
 
 
@@ -529,7 +529,7 @@ def test_a_keeper_that_dies_while_it_forgets_a_server_leaves_the_rest_to_the_nex
     assert bench.fleet.step(Order("lab", Event.DELETE)).snapshot.forgotten
     assert bench.world.logs
     bench.crash()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert (bench.store.snapshots, bench.world.logs) == ({}, {})
 
 
@@ -545,7 +545,7 @@ def test_the_next_keeper_launches_what_waited(bench):
     """BACKOFF is taken up with the first tick."""
     bench.run()
     bench.world.crash("lab")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.crash()
     assert bench.state() is State.BACKOFF
     bench.wait()
@@ -563,11 +563,11 @@ def test_a_job_calls_the_backend():
     """Each action is one call; only an observation has an answer of its own."""
     heard = []
     backend = FakeBackend(heard.append)
-    assert perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0) is None
-    assert perform(backend, OpenGate(), job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
-    assert perform(backend, OpenGate(), job(Action.TERMINATE), grace=1.0) is None
-    assert perform(backend, OpenGate(), job(Action.KILL), grace=1.0) is None
-    assert perform(backend, OpenGate(), job(Action.NONE), grace=1.0) is None
+    assert perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0) is None
+    assert perform(backend, PassingPreflight(), job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
+    assert perform(backend, PassingPreflight(), job(Action.TERMINATE), grace=1.0) is None
+    assert perform(backend, PassingPreflight(), job(Action.KILL), grace=1.0) is None
+    assert perform(backend, PassingPreflight(), job(Action.NONE), grace=1.0) is None
     assert [type(report.fact).__name__ for report in heard] == ["Ready", "Ready", "Ended", "Ended"]
 
 
@@ -575,12 +575,12 @@ def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
     """The class and the last log lines of a refusal go into the failure."""
     backend = FakeBackend(list)
     backend.world.temper("lab").refusal = BackendRefused("no", failure_class="port-in-use", log_tail=["a", "b"])
-    fact = perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0)
+    fact = perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0)
     assert isinstance(fact, Refused)
     assert (fact.failure.kind, fact.failure.message) == (FailureClass.PORT_IN_USE, "no")
     assert fact.failure.log_tail == ("a", "b")
     backend.world.temper("lab").refusal = BackendRefused("no")
-    assert perform(backend, OpenGate(), job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
+    assert perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
 
 
 class Broken(FakeBackend):
@@ -598,7 +598,7 @@ def test_any_other_error_of_the_backend_means_unknown(action, error):
     """Only a launch can be refused; of anything else that fails the outcome is unknown."""
     backend = Broken(list)
     backend.error = error
-    assert perform(backend, OpenGate(), job(action), grace=1.0) == Unreachable("why")
+    assert perform(backend, PassingPreflight(), job(action), grace=1.0) == Unreachable("why")
 
 
 def test_a_ready_of_a_running_server_is_no_news(bench):
@@ -623,7 +623,7 @@ def test_one_server_that_cannot_be_told_does_not_keep_the_others(bench, monkeypa
     with pytest.raises(ExceptionGroup) as caught:
         bench.fleet.step(StopAll())
     assert caught.group_contains(ZeroDivisionError)
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.state("two") is State.STOPPED
 
 
@@ -646,7 +646,7 @@ def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
     bench.store.forget("stray")
     (known,) = bench.world.living("known")
     bench.crash()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.world.living("stray") == []
     assert bench.world.living("known") == [known]
     assert bench.state("known") is State.RUNNING
@@ -660,23 +660,23 @@ def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_
     goal = Goal.DOWN if rests is State.STOPPED else Goal.UP
     bench.store.save(replace(bench.last(), state=rests, goal=goal, endpoint=None))
     bench.crash()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert stray not in bench.world.living("lab")
     assert len(bench.world.living("lab")) == (rests is State.QUEUED)
     assert bench.state("lab") is (State.STOPPED if rests is State.STOPPED else State.RUNNING)
 
 
 def test_a_server_under_the_name_of_a_stray_is_launched_when_that_is_gone(bench):
-    """The sweep waits in the lane of the name, before any launch."""
+    """The sweep is queued under the name, before any launch."""
     bench.run("stray")
     (stray,) = bench.world.living("stray")
     bench.store.forget("stray")
     bench.crash()
     bench.create("stray")
     assert bench.world.living("stray") == [stray]
-    bench.lanes.run_next("stray")
+    bench.executor.run_next("stray")
     assert bench.world.living("stray") == []
-    bench.lanes.run_all()
+    bench.executor.run_all()
     (new,) = bench.world.living("stray")
     assert new.pid != stray.pid
     assert bench.state("stray") is State.RUNNING
@@ -696,45 +696,45 @@ def working():
     """A rig whose server has a kernel on its gateway."""
     rig = Bench()
     rig.fleet.step(Create(with_gateway()))
-    rig.lanes.run_all()
+    rig.executor.run_all()
     rig.world.living("lab")[0].kernels = (OwnKernel("k1"),)
     return rig
 
 
 def test_the_gate_expects_each_launch_with_the_kernels_that_it_is_to_have(working):
-    reply = working.fleet.step(Order("lab", Event.RENEW))
+    reply = working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS))
     assert reply.created
-    working.lanes.run_all()
+    working.executor.run_all()
     assert working.state() is State.RUNNING
-    assert working.gate.expected == [("lab", 1, ()), ("lab", 2, (OwnKernel("k1"),))]
-    assert working.ledger.owed == []
+    assert working.preflight.begun == [("lab", 1, ()), ("lab", 2, (OwnKernel("k1"),))]
+    assert working.orphans.orphans == []
 
 
 def test_what_a_stop_leaves_is_owed(working):
     working.order(Event.STOP, force=True)
-    assert [(debt.kernel_id, debt.gateway, debt.server) for debt in working.ledger.owed] == [("k1", GATEWAY, "lab")]
+    assert [(orphan.kernel_id, orphan.gateway, orphan.server) for orphan in working.orphans.orphans] == [("k1", GATEWAY, "lab")]
 
 
 def test_kernels_cannot_be_kept_where_they_end_with_their_server():
     rig = Bench().run()
     with pytest.raises(Conflict, match="not on a gateway"):
-        rig.fleet.step(Order("lab", Event.RENEW))
+        rig.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS))
     assert rig.state() is State.RUNNING
 
 
 @pytest.mark.parametrize("gateway", [None, replace(GATEWAY, url="http://elsewhere")])
 def test_kernels_cannot_move_to_another_gateway(working, gateway):
     with pytest.raises(Conflict, match="another gateway"):
-        working.fleet.step(Order("lab", Event.RENEW, revised=with_gateway(gateway=gateway)))
+        working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS, revised=with_gateway(gateway=gateway)))
     # Without them it can.
     working.fleet.step(Order("lab", Event.RESTART, revised=with_gateway(gateway=gateway)))
-    working.lanes.run_all()
+    working.executor.run_all()
     assert working.last().spec.gateway == gateway
 
 
 def test_a_revised_server_is_found_by_what_it_will_be(working):
     revised = with_gateway(env={"A": "b"})
-    working.fleet.step(Order("lab", Event.RENEW, revised=revised))
+    working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS, revised=revised))
     assert working.last().revised == revised
     assert not working.fleet.step(Create(revised)).created
     with pytest.raises(Conflict, match="differs in env"):
@@ -744,12 +744,12 @@ def test_a_revised_server_is_found_by_what_it_will_be(working):
 def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
     working.fleet.step(Order("lab", Event.RESTART))
     working.world.temper("lab").obeys = False
-    working.lanes.run_all()
+    working.executor.run_all()
     working.store.failing = True
     working.world.crash("lab")
-    working.lanes.run_all()
+    working.executor.run_all()
     assert working.state() is State.FAILED
-    assert [debt.kernel_id for debt in working.ledger.owed] == ["k1"]
+    assert [orphan.kernel_id for orphan in working.orphans.orphans] == ["k1"]
 
 
 # Who did it
@@ -759,14 +759,14 @@ def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_
     """Each change names who set it off: the caller until the command has come about, then the keeper."""
     ada, bob = Origin("ada", "1"), Origin("bob", "2", "no more need")
     bench.fleet.step(Create(a_spec("lab"), ada))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.fleet.step(Create(a_spec("lab"), bob))
     bench.world.crash("lab", Exit(code=1))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.wait()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.fleet.step(Order("lab", Event.DELETE, origin=bob))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     told = [(change.after.state, change.origin) for change in bench.recorder.changes]
     assert told == [
         (State.STARTING, ada),
@@ -812,10 +812,10 @@ def test_launches_queue_and_start_in_the_order_in_which_they_came():
     assert [bench.state(name) for name in "cab"] == [State.STARTING, State.QUEUED, State.QUEUED]
     assert bench.create("a").created is False
     for name, following in ("ca", "ab"):
-        bench.lanes.run_all()
+        bench.executor.run_all()
         assert (bench.state(name), bench.state(following)) == (State.STARTING, State.QUEUED)
         bench.world.answer(name)
-        bench.lanes.deliver()
+        bench.executor.deliver()
         assert (bench.state(name), bench.state(following)) == (State.RUNNING, State.STARTING)
     assert bench.fleet.next_deadline() is not None
 
@@ -825,9 +825,9 @@ def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
     bench = Bench(max_starts=1).run("crashes").run("restarts")
     bench.world.temper("slow").boots = False
     bench.create("slow")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.world.crash("crashes")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.clock.advance(1)
     bench.fleet.step(Tick())
     bench.clock.advance(1)
@@ -839,7 +839,7 @@ def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
     assert [bench.state(name) for name in ("crashes", "restarts")] == [State.STARTING, State.QUEUED]
     bench.order(Event.RESTART, "crashes")
     bench.world.answer("slow")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert {bench.state(name) for name in ("crashes", "restarts", "slow")} == {State.RUNNING}
 
 
@@ -849,7 +849,7 @@ def test_a_turn_that_cannot_be_stored_goes_to_the_one_behind():
     for name in ("first", "second", "third"):
         bench.clock.advance(1)
         bench.create(name)
-    bench.lanes.run_all()
+    bench.executor.run_all()
     save = bench.store.save
 
     def fails_for_one(snapshot):
@@ -859,9 +859,9 @@ def test_a_turn_that_cannot_be_stored_goes_to_the_one_behind():
 
     bench.store.save = fails_for_one
     bench.world.answer("first")
-    bench.lanes.deliver()
+    bench.executor.deliver()
     assert (bench.state("second"), bench.state("third")) == (State.FAILED, State.STARTING)
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.state("third") is State.RUNNING
 
 
@@ -872,7 +872,7 @@ def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
     with pytest.raises(StoreError):
         bench.create("second")
     bench.store.failing = False
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert [change.after.name for change in bench.recorder.changes if change.after.name == "second"] == []
     bench.run("second")
 
@@ -883,21 +883,21 @@ def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
 def test_a_snooze_is_stored_and_told_and_changes_nothing_else(bench):
     ada = Origin("ada", "1")
     bench.fleet.step(Create(a_spec("lab")))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     before = bench.store.snapshots["lab"]
     reply = bench.fleet.step(Snooze("lab", 5.0, ada))
     assert reply.snapshot == bench.store.snapshots["lab"] == replace(before, snoozed_until=5.0)
     change = bench.recorder.changes[-1]
     assert (change.event, change.before, change.after, change.origin) == (Event.SNOOZE, before, reply.snapshot, ada)
     bench.fleet.step(Order("lab", Event.RESTART))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.store.snapshots["lab"].snoozed_until == 5.0
     assert bench.fleet.step(Snooze("lab", None)).snapshot.snoozed_until is None
 
 
 def test_a_snooze_that_cannot_be_kept_is_refused_and_is_none(bench):
     bench.fleet.step(Create(a_spec("lab")))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     told = len(bench.recorder.changes)
     bench.store.failing = True
     with pytest.raises(StoreError):
@@ -911,28 +911,28 @@ def test_a_snooze_that_cannot_be_kept_is_refused_and_is_none(bench):
 
 def test_an_order_that_rests_on_what_is_not_so_any_more_does_nothing(bench):
     bench.fleet.step(Create(a_spec("lab")))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     seen = bench.store.snapshots["lab"]
     bench.fleet.step(Snooze("lab", 5.0))
     assert bench.fleet.step(Order("lab", Event.STOP, seen=seen)).snapshot.goal is Goal.UP
     bench.fleet.step(Order("lab", Event.RESTART))
     assert bench.fleet.step(Order("lab", Event.STOP, seen=seen)).snapshot.goal is Goal.AGAIN
-    bench.lanes.run_all()
+    bench.executor.run_all()
     now = bench.store.snapshots["lab"]
     assert bench.fleet.step(Order("lab", Event.STOP, seen=now)).snapshot.state is State.STOPPING
 
 
 def test_its_age_goes_on_over_a_crash_and_another_keeper_and_begins_anew_with_a_command(bench):
     bench.fleet.step(Create(a_spec("lab")))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     begun = bench.store.snapshots["lab"].up_since
     bench.clock.advance(10.0)
     bench.world.crash("lab")
-    bench.lanes.run_all()
+    bench.executor.run_all()
     bench.wait()
-    bench.lanes.run_all()
+    bench.executor.run_all()
     crashed = bench.store.snapshots["lab"]
     assert (crashed.up_since, crashed.started_at > begun) == (begun, True)
     bench.fleet.step(Order("lab", Event.RESTART))
-    bench.lanes.run_all()
+    bench.executor.run_all()
     assert bench.store.snapshots["lab"].up_since == bench.clock.time() > begun

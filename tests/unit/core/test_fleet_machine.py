@@ -22,10 +22,10 @@ from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,
-    InlineLanes,
-    MemoryLedger,
+    InlineExecutor,
+    MemoryOrphans,
     MemoryStore,
-    OpenGate,
+    PassingPreflight,
     Recorder,
     Temper,
     World,
@@ -47,9 +47,9 @@ AT_REST = {
 class HandingBackend(FakeBackend):
     """Its servers take over the kernels that the gate expects them to have."""
 
-    def __init__(self, report, world, gate, unknown):
+    def __init__(self, report, world, preflight, unknown):
         super().__init__(report, world)
-        self.gate = gate
+        self.preflight = preflight
         self.unknown = unknown
 
     def launch(self, spec, launch):
@@ -60,7 +60,7 @@ class HandingBackend(FakeBackend):
             super().launch(spec, launch)
         finally:
             for process in self.world.living(spec.name) if len(self.world.launched) > launched else ():
-                process.kernels = self.gate.expected[-1][2]
+                process.kernels = self.preflight.begun[-1][2]
 
 
 class FleetMachine(RuleBasedStateMachine):
@@ -71,26 +71,26 @@ class FleetMachine(RuleBasedStateMachine):
         self.unknown = set()
         """Those of which somebody has forgotten something; for them nothing is promised."""
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
-        self.lanes = InlineLanes(self.hear)
-        self.gate, self.ledger = OpenGate(), MemoryLedger()
+        self.executor = InlineExecutor(self.receive)
+        self.preflight, self.orphans = PassingPreflight(), MemoryOrphans()
         self.begin()
 
-    def hear(self, report):
+    def receive(self, report):
         """Hand a report to the keeper of the day."""
         self.fleet.step(report)
 
     def begin(self):
         self.recorder = Recorder()
-        self.backend = HandingBackend(self.lanes.hear, self.world, self.gate, self.unknown)
+        self.backend = HandingBackend(self.executor.receive, self.world, self.preflight, self.unknown)
         self.fleet = Fleet(
             backend=self.backend,
-            gate=self.gate,
-            ledger=self.ledger,
+            preflight=self.preflight,
+            orphans=self.orphans,
             store=self.store,
-            lanes=self.lanes,
+            executor=self.executor,
             clock=self.clock,
             policy=POLICY,
-            listeners=[self.recorder],
+            subscribers=[self.recorder],
         )
         self.fleet.recover()
 
@@ -116,15 +116,15 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def work(self, name):
-        self.lanes.run_next(name)
+        self.executor.run_next(name)
 
     @rule()
     def deliver(self):
-        self.lanes.deliver()
+        self.executor.deliver()
 
     @rule()
     def catch_up(self):
-        self.lanes.run_all()
+        self.executor.run_all()
 
     @precondition(lambda self: self.fleet.next_deadline() is not None)
     @rule(late=st.sampled_from([0.0, 0.1, 200.0]))
@@ -141,7 +141,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.store.failing = False
         if self.fleet._unsaved:
             self.unknown |= set(self.kernels)
-        self.lanes.drop()
+        self.executor.drop()
         self.backend.abandon()
         self.begin()
 
@@ -171,7 +171,7 @@ class FleetMachine(RuleBasedStateMachine):
     def start_kernel(self, name):
         """Somebody who works: chance alone would seldom bring a server so far."""
         self.create(name)
-        self.lanes.run_all()
+        self.executor.run_all()
         for process in self.world.living(name):
             self.kernels.append(f"k{len(self.kernels) + 1}")
             process.kernels = (*process.kernels, OwnKernel(self.kernels[-1]))
@@ -202,12 +202,12 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def no_kernel_that_somebody_has_is_to_be_ended(self):
-        owed = {debt.kernel_id for debt in self.ledger.owed} - self.unknown
+        orphans = {orphan.kernel_id for orphan in self.orphans.orphans} - self.unknown
         for snapshot in self.known:
-            assert not owed & {kernel.id for kernel in snapshot.kernels_kept}
+            assert not orphans & {kernel.id for kernel in snapshot.kernels_kept}
             if snapshot.goal in {Goal.UP, Goal.RENEW}:
                 for process in self.world.living(snapshot.name):
-                    assert not owed & {kernel.id for kernel in process.kernels}
+                    assert not orphans & {kernel.id for kernel in process.kernels}
 
     @invariant()
     def never_more_launches_than_places(self):
@@ -250,13 +250,13 @@ class FleetMachine(RuleBasedStateMachine):
             for what in Temper.__slots__:
                 setattr(temper, what, getattr(fair, what))
         for _ in range(PATIENCE):
-            self.lanes.run_all()
+            self.executor.run_all()
             due = self.fleet.next_deadline()
             if due is None:
                 break
             self.clock.advance(max(0.0, due - self.clock.monotonic()))
             self.fleet.step(Tick())
-        self.lanes.run_all()
+        self.executor.run_all()
         self.at_rest()
 
     def at_rest(self):
@@ -272,7 +272,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     def no_kernel_is_lost(self):
         """Each has a server, or waits for one, or is to be ended, or has been."""
-        accounted = {debt.kernel_id for debt in self.ledger.owed} | self.world.kernels_ended | self.unknown
+        accounted = {orphan.kernel_id for orphan in self.orphans.orphans} | self.world.kernels_ended | self.unknown
         accounted |= {kernel.id for process in self.world.processes for kernel in process.kernels}
         accounted |= {kernel.id for snapshot in self.known for kernel in snapshot.kernels_kept}
         assert set(self.kernels) <= accounted

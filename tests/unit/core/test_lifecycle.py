@@ -26,13 +26,16 @@ def test_a_command_given_twice_aims_where_it_aimed_at_first():
     for state, event, goal in product(State, COMMANDS, set(Goal) - {Goal.ABSENT}):
         once = advance(state, goal, event, may_retry=True) or Step(state, goal)
         twice = advance(once.state, once.goal, event, may_retry=True) or once
-        assert twice.goal is once.goal or (event, twice.goal) in {(Event.RESTART, Goal.AGAIN), (Event.RENEW, Goal.RENEW)}
+        assert twice.goal is once.goal or (event, twice.goal) in {
+            (Event.RESTART, Goal.AGAIN),
+            (Event.RESTART_KEEPING_KERNELS, Goal.RENEW),
+        }
 
 
 def test_what_is_in_the_table_may_hold():
     """Only states in which a process may exist hear facts; terminate and kill come from those alone; a launch from the others."""
     for (state, event), (target, action) in TABLE.items():
-        if event not in COMMANDS and event not in {Event.DEADLINE, Event.TURN}:
+        if event not in COMMANDS and event not in {Event.DEADLINE, Event.ADMITTED}:
             assert state in MAY_EXIST
         if action in {Action.TERMINATE, Action.KILL, Action.OBSERVE}:
             assert state in MAY_EXIST
@@ -118,12 +121,12 @@ def test_every_launch_queues_where_no_place_is_free(goal):
     """Asked for, after a crash, after a restart's stop: each waits for its turn, and nothing but that launches it."""
     for state, event in product(State, Event):
         step = advance(state, goal, event, may_retry=True, may_start=False)
-        if step is not None and event is not Event.TURN:
+        if step is not None and event is not Event.ADMITTED:
             assert step.action is not Action.LAUNCH
             unhindered = advance(state, goal, event, may_retry=True)
             assert (step == unhindered) == (unhindered.action is not Action.LAUNCH)
             assert step.state is State.QUEUED or unhindered.action is not Action.LAUNCH
-    assert advance(State.QUEUED, Goal.UP, Event.TURN, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    assert advance(State.QUEUED, Goal.UP, Event.ADMITTED, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
 
 
 @pytest.mark.parametrize(("event", "goal"), [(Event.STOP, Goal.DOWN), (Event.KILL, Goal.DOWN), (Event.DELETE, Goal.ABSENT)])
@@ -132,7 +135,7 @@ def test_what_queues_is_stopped_at_once(event, goal):
     assert advance(State.QUEUED, Goal.UP, event, may_retry=True) == Step(State.STOPPED, goal)
 
 
-@pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.RENEW])
+@pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS])
 def test_who_asks_again_keeps_the_place(event):
     step = advance(State.QUEUED, Goal.UP, event, may_retry=True)
     assert step in {None, Step(State.QUEUED, Goal.UP)}

@@ -1,6 +1,6 @@
 """The laws at the head of `core.lifecycle`, proven over every course of events in a small, hostile world.
 
-Breadth-first over `advance`, with the keeper's lane, the facts on their way to it, and one process. The world may
+Breadth-first over `advance`, with the queued jobs, the facts on their way to it, and one process. The world may
 refuse, lose answers, and let the process crash, hang, leave or survive a kill; the keeper may crash anywhere. Bounds
 keep the world small: so many jobs may be queued, so many facts be on their way.
 
@@ -48,7 +48,7 @@ class Config(NamedTuple):
     state: State
     goal: Goal
     process: Process = Process()
-    lane: tuple[tuple[Action, int], ...] = ()
+    jobs: tuple[tuple[Action, int], ...] = ()
     facts: frozenset[tuple[str, int]] = frozenset()
 
 
@@ -59,8 +59,8 @@ class LawError(Exception):
 class Model:
     """The successors of a configuration; `fair` says in which of the two worlds."""
 
-    def __init__(self, *, lane=2, facts=2, late_believed=False, ended_by_us=Event.CRASHED):
-        self.most_jobs, self.most_facts = lane, facts
+    def __init__(self, *, jobs=2, facts=2, late_believed=False, ended_by_us=Event.CRASHED):
+        self.most_jobs, self.most_facts = jobs, facts
         self.late_believed = late_believed
         self.ended_by_us = ended_by_us
 
@@ -71,18 +71,18 @@ class Model:
         step = advance(config.state, config.goal, event, may_retry=retry, may_start=free)
         if step is None:
             return config
-        process, lane, facts = config.process, config.lane, config.facts
+        process, jobs, facts = config.process, config.jobs, config.facts
         if step.goal is Goal.DOWN is not config.goal and event not in COMMANDS and why != LEFT:
             raise LawError(f"taken for its user's wish: {config} {event} {why}")
         if step.action is Action.LAUNCH:
-            if process.shape not in DEAD or (Action.LAUNCH, NOW) in lane:
+            if process.shape not in DEAD or (Action.LAUNCH, NOW) in jobs:
                 raise LawError(f"launched while a process may exist: {config} {event}")
             process = Process()
-            lane = tuple((action, LATE) for action, _ in lane)
+            jobs = tuple((action, LATE) for action, _ in jobs)
             facts = frozenset((kind, LATE) for kind, _ in facts) if self.late_believed else frozenset()
         if step.action is not Action.NONE:
-            lane = (*lane, (step.action, NOW))
-        return Config(step.state, step.goal, process, lane, facts)
+            jobs = (*jobs, (step.action, NOW))
+        return Config(step.state, step.goal, process, jobs, facts)
 
     def deliver(self, config, fact, retries):
         """One fact: late ones are dropped, the others are events."""
@@ -106,7 +106,7 @@ class Model:
     def orders(self, config):
         """What callers, timers and the queue may do at any moment."""
         forgotten = config.state is State.STOPPED and config.goal is Goal.ABSENT
-        for event, free in product((*COMMANDS, Event.DEADLINE, Event.TURN), (True, False)):
+        for event, free in product((*COMMANDS, Event.DEADLINE, Event.ADMITTED), (True, False)):
             again = event in {Event.START, Event.RESTART}
             if again and config.goal is Goal.ABSENT and not forgotten:
                 continue  # Refused: it is being deleted.
@@ -123,9 +123,9 @@ class Model:
     # The backend
 
     def run(self, config, *, fair):
-        """The oldest job of the lane, with each outcome that it may have."""
-        (action, age), rest = config.lane[0], config.lane[1:]
-        after = config._replace(lane=rest)
+        """The oldest queued job, with each outcome that it may have."""
+        (action, age), rest = config.jobs[0], config.jobs[1:]
+        after = config._replace(jobs=rest)
         for process, facts in _OUTCOMES[action](config.process, fair):
             found = config.facts | {(kind, age) for kind in facts}
             # An answer to an old question says nothing about the launch of today.
@@ -162,15 +162,15 @@ class Model:
         every = [self.crash(config), *self.orders(config), *self.drift(config, fair=False)]
         for fact in config.facts:
             every += [*self.deliver(config, fact, (True, False)), *self.unstored(config, fact)]
-        if config.lane:
+        if config.jobs:
             every += self.run(config, fair=False)
-        return [after for after in every if len(after.lane) <= self.most_jobs and len(after.facts) <= self.most_facts]
+        return [after for after in every if len(after.jobs) <= self.most_jobs and len(after.facts) <= self.most_facts]
 
     def unstored(self, config, fact):
         """A fact leads to a launch that cannot be stored: it is not done."""
         for after in self.deliver(config, fact, (True,)):
-            if after.lane[-1:] == ((Action.LAUNCH, NOW),) and config.lane != after.lane:
-                yield self.take(after._replace(lane=after.lane[:-1]), Event.REFUSED, retry=True)
+            if after.jobs[-1:] == ((Action.LAUNCH, NOW),) and config.jobs != after.jobs:
+                yield self.take(after._replace(jobs=after.jobs[:-1]), Event.REFUSED, retry=True)
 
     def due(self, config, *, retry):
         """What comes next in the fair world, with the restart that may be left: jobs and facts, then its turn, or the timer.
@@ -179,12 +179,12 @@ class Model:
         """
         if _settled(config):
             return set()
-        after = {(then, retry) for then in self.run(config, fair=True)} if config.lane else set()
+        after = {(then, retry) for then in self.run(config, fair=True)} if config.jobs else set()
         for fact in config.facts:
             for then in self.deliver(config, fact, {retry, False}):
                 after.add((then, retry and then.state is not State.BACKOFF))
-        if not config.lane and not config.facts:
-            due = Event.TURN if config.state is State.QUEUED else Event.DEADLINE
+        if not config.jobs and not config.facts:
+            due = Event.ADMITTED if config.state is State.QUEUED else Event.DEADLINE
             after |= {(self.take(config, due, retry=retry, free=free), retry) for free in (True, False)}
         if after <= {(config, retry)}:
             raise LawError(f"stuck: {config}")
@@ -250,7 +250,7 @@ _START = Config(State.STOPPED, Goal.DOWN)
 
 def _settled(config):
     """Whether nothing is under way, and the server is where its goal points, or given up."""
-    if config.lane or config.facts:
+    if config.jobs or config.facts:
         return False
     if config.state is State.RUNNING:
         return config.goal is Goal.UP and config.process.shape == UP
@@ -321,7 +321,7 @@ def check(model):
 
 def test_the_laws_hold_in_every_course_of_events():
     """Nothing is said to be gone, or launched, while it may exist; and all comes to rest where its goal points."""
-    hostile, fair = check(Model(lane=3, facts=2))
+    hostile, fair = check(Model(jobs=3, facts=2))
     assert hostile > 10_000
     assert fair > hostile
 
@@ -355,7 +355,7 @@ def _without(*key):
         # Second law: launched while a process may exist.
         [(State.RUNNING, Event.RESTART), (State.STARTING, Action.LAUNCH)],
         [(State.STOPPING, Event.RESTART), (Junction.BEGIN, Action.NONE)],
-        [(State.LOST, Event.TURN), (State.STARTING, Action.LAUNCH)],
+        [(State.LOST, Event.ADMITTED), (State.STARTING, Action.LAUNCH)],
         [(State.STOPPING, Event.START), (State.STARTING, Action.LAUNCH)],
         [(State.STOPPING, Event.DEADLINE), (State.STARTING, Action.LAUNCH)],
         [(State.LOST, Event.DEADLINE), (State.STARTING, Action.LAUNCH)],
@@ -363,7 +363,7 @@ def _without(*key):
         _without(State.STOPPED, Event.START),
         _without(State.BACKOFF, Event.DEADLINE),
         _without(State.BACKOFF, Event.STOP),
-        _without(State.QUEUED, Event.TURN),
+        _without(State.QUEUED, Event.ADMITTED),
         _without(State.QUEUED, Event.STOP),
         _without(State.QUEUED, Event.DELETE),
         _without(State.STARTING, Event.DEADLINE),
@@ -389,7 +389,7 @@ def test_the_check_finds_a_wrong_row(change, monkeypatch):
     else:
         monkeypatch.setitem(TABLE, key, row)
     with pytest.raises(LawError):
-        check(Model(lane=1))
+        check(Model(jobs=1))
 
 
 @pytest.mark.parametrize("key", [(State.STARTING, Event.READY), (State.LOST, Event.READY)], ids=" ".join)

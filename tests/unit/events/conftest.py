@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from labkeeper.events.log import Chronicle
+from labkeeper.events.log import EventLog
 from labkeeper.testing.fakes import FakeClock, MemoryStore
 
 
@@ -17,5 +17,5 @@ def store():
 
 
 @pytest.fixture
-def chronicle(store, clock):
-    return Chronicle(store, clock, size=10_000)
+def event_log(store, clock):
+    return EventLog(store, clock, size=10_000)

@@ -1,4 +1,4 @@
-"""The chronicle: numbers without gaps, nothing lost to a disk that is full for a while, nobody held up by who follows."""
+"""The event log: numbers without gaps, nothing lost to a disk that is full for a while, nobody held up by who follows."""
 
 from __future__ import annotations
 
@@ -10,73 +10,73 @@ from dataclasses import replace
 import pytest
 
 from harness import until
-from labkeeper.core.access import EVERYTHING, Reach
+from labkeeper.core.access import EVERYTHING, TokenLimits
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerSpec
-from labkeeper.events.log import Chronicle
+from labkeeper.events.log import EventLog
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import MemoryStore
 
 KIND = HistoryKind.SNOOZED
 
 
-def noted(chronicle, count, server=None):
+def noted(event_log, count, server=None):
     for number in range(count):
-        chronicle.note(KIND, server, f"{number}")
+        event_log.record(KIND, server, f"{number}")
 
 
 def ids(entries):
     return [entry.id for entry in entries]
 
 
-def test_what_is_noted_is_kept_with_all_that_was_said(chronicle, store, clock):
+def test_what_is_noted_is_kept_with_all_that_was_said(event_log, store, clock):
     origin = Origin("ada", "r1", "a reason")
-    chronicle.note(KIND, "lab", "put off", origin=origin, launch=3, details={"until": 5})
+    event_log.record(KIND, "lab", "put off", origin=origin, launch=3, details={"until": 5})
     (entry,) = store.history
     assert (entry.id, entry.at, entry.kind, entry.server, entry.message) == (1, clock.time(), KIND, "lab", "put off")
     assert (entry.origin, entry.launch, entry.details) == (origin, 3, {"until": 5})
 
 
-def test_a_later_keeper_counts_on(chronicle, store, clock):
-    noted(chronicle, 3)
-    noted(Chronicle(store, clock, size=100), 2)
+def test_a_later_keeper_counts_on(event_log, store, clock):
+    noted(event_log, 3)
+    noted(EventLog(store, clock, size=100), 2)
     assert ids(store.history) == [1, 2, 3, 4, 5]
 
 
-def test_what_a_full_disk_does_not_take_is_told_all_the_same_and_stored_later(chronicle, store):
-    noted(chronicle, 1)
+def test_what_a_full_disk_does_not_take_is_told_all_the_same_and_stored_later(event_log, store):
+    noted(event_log, 1)
     store.failing = True
-    noted(chronicle, 3)
-    assert ids(chronicle.after(1, server=None, limit=10)) == [2, 3, 4]
+    noted(event_log, 3)
+    assert ids(event_log.after(1, server=None, limit=10)) == [2, 3, 4]
     store.failing = False
-    assert ids(chronicle.latest(server=None, limit=10)) == [1, 2, 3, 4]
-    noted(chronicle, 1)
+    assert ids(event_log.latest(server=None, limit=10)) == [1, 2, 3, 4]
+    noted(event_log, 1)
     assert ids(store.history) == [1, 2, 3, 4, 5]
 
 
 def test_pages_are_the_same_from_memory_and_from_the_store(store, clock):
-    noted(Chronicle(store, clock, size=10_000), 700, "old")
-    chronicle = Chronicle(store, clock, size=10_000)
-    noted(chronicle, 5, "new")
-    assert ids(chronicle.after(0, server=None, limit=1000)) == [*range(1, 706)]
-    assert ids(chronicle.after(698, server=None, limit=3)) == [699, 700, 701]
-    assert ids(chronicle.after(702, server=None, limit=2)) == [703, 704]
-    assert ids(chronicle.after(0, server="new", limit=2)) == [701, 702]
-    assert ids(chronicle.latest(server="old", limit=2)) == [699, 700]
-    assert chronicle.after(705, server=None, limit=2) == []
-    assert chronicle.forgotten(0) == 0
+    noted(EventLog(store, clock, size=10_000), 700, "old")
+    event_log = EventLog(store, clock, size=10_000)
+    noted(event_log, 5, "new")
+    assert ids(event_log.after(0, server=None, limit=1000)) == [*range(1, 706)]
+    assert ids(event_log.after(698, server=None, limit=3)) == [699, 700, 701]
+    assert ids(event_log.after(702, server=None, limit=2)) == [703, 704]
+    assert ids(event_log.after(0, server="new", limit=2)) == [701, 702]
+    assert ids(event_log.latest(server="old", limit=2)) == [699, 700]
+    assert event_log.after(705, server=None, limit=2) == []
+    assert event_log.forgotten(0) == 0
 
 
 def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock):
-    chronicle = Chronicle(store, clock, size=10_000)
-    noted(chronicle, 5)
+    event_log = EventLog(store, clock, size=10_000)
+    noted(event_log, 5)
     seen, quiet, begun = [], [], threading.Event()
 
     def follow():
-        for entry in chronicle.follow(2, server=None, look=0.05):
+        for entry in event_log.follow(2, server=None, look=0.05):
             begun.set()
             (quiet if entry is None else seen).append(entry)
 
@@ -84,48 +84,48 @@ def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock
     follower.start()
     begun.wait()
     # More than is kept at hand.
-    noted(chronicle, 3000)
+    noted(event_log, 3000)
     until(lambda: quiet, what="nothing is new")
-    chronicle.close()
+    event_log.close()
     follower.join(5)
     assert not follower.is_alive()
     assert ids(seen) == [*range(3, 3006)]
 
 
-def test_who_follows_one_server_misses_nothing_among_those_of_others(chronicle):
+def test_who_follows_one_server_misses_nothing_among_those_of_others(event_log):
     seen = []
 
     def follow():
-        seen.extend(entry for entry in chronicle.follow(0, server="lab", look=0.05) if entry is not None)
+        seen.extend(entry for entry in event_log.follow(0, server="lab", look=0.05) if entry is not None)
 
     follower = threading.Thread(target=follow)
     follower.start()
     for number in range(2000):
-        chronicle.note(KIND, "lab" if number % 7 == 0 else "other", str(number))
-    chronicle.close()
+        event_log.record(KIND, "lab" if number % 7 == 0 else "other", str(number))
+    event_log.close()
     follower.join(5)
     assert [entry.message for entry in seen] == [str(number) for number in range(2000) if number % 7 == 0]
 
 
 def test_hearers_hear_each_entry_with_its_number(store, clock):
     heard = []
-    noted(Chronicle(store, clock, size=10, hearers=[heard.append]), 2)
+    noted(EventLog(store, clock, size=10, subscribers=[heard.append]), 2)
     assert ids(heard) == [1, 2]
 
 
 def test_the_history_is_bounded_and_survives_in_the_file(tmp_path, clock):
     path = tmp_path / "store.sqlite"
     store = SqliteStore(path)
-    chronicle = Chronicle(store, clock, size=150)
-    noted(chronicle, 1000, "lab")
+    event_log = EventLog(store, clock, size=150)
+    noted(event_log, 1000, "lab")
     store.close()
     store = SqliteStore(path)
-    chronicle = Chronicle(store, clock, size=150)
-    gone = chronicle.forgotten(0)
+    event_log = EventLog(store, clock, size=150)
+    gone = event_log.forgotten(0)
     assert 150 <= 1000 - gone <= 250
-    assert chronicle.last_id == 1000
-    assert ids(chronicle.after(0, server="lab", limit=2)) == [gone + 1, gone + 2]
-    assert chronicle.latest(server="other", limit=5) == []
+    assert event_log.last_id == 1000
+    assert ids(event_log.after(0, server="lab", limit=2)) == [gone + 1, gone + 2]
+    assert event_log.latest(server="other", limit=5) == []
     store.close()
 
 
@@ -138,39 +138,39 @@ def any_store(request, tmp_path):
         yield store
 
 
-def by(chronicle):
-    return Counter(entry.origin.actor for entry in chronicle.latest(server=None, limit=10_000))
+def by(event_log):
+    return Counter(entry.origin.actor for entry in event_log.latest(server=None, limit=10_000))
 
 
 def test_who_fills_the_history_pushes_nobody_else_out(any_store, clock):
-    chronicle = Chronicle(any_store, clock, size=1000)
+    event_log = EventLog(any_store, clock, size=1000)
     for actor, count in (("keeper", 30), ("ada", 200), ("bob", 5000), ("ada", 1), ("cy", 600), ("bob", 199)):
         for number in range(count):
-            chronicle.note(KIND, "lab", str(number), origin=Origin(actor))
-    kept = by(chronicle)
+            event_log.record(KIND, "lab", str(number), origin=Origin(actor))
+    kept = by(event_log)
     assert (kept["keeper"], kept["ada"]) == (30, 201)
     assert {actor: 370 <= count <= 484 for actor, count in kept.items() if actor in {"bob", "cy"}} == {"bob": True, "cy": True}
     assert sum(kept.values()) <= 1100
-    newest = chronicle.latest(server=None, limit=199)
+    newest = event_log.latest(server=None, limit=199)
     assert [entry.message for entry in newest] == [str(number) for number in range(199)]
 
 
 def test_where_more_act_than_are_kept_the_newest_word_of_each_stays(any_store, clock):
-    chronicle = Chronicle(any_store, clock, size=100)
+    event_log = EventLog(any_store, clock, size=100)
     for number in range(1000):
-        chronicle.note(KIND, "lab", str(number), origin=Origin(f"actor {number % 150}"))
-    assert chronicle.latest(server=None, limit=1)[0].message == "999"
+        event_log.record(KIND, "lab", str(number), origin=Origin(f"actor {number % 150}"))
+    assert event_log.latest(server=None, limit=1)[0].message == "999"
 
 
 def test_what_is_missing_in_between_is_counted(any_store, clock):
-    chronicle = Chronicle(any_store, clock, size=100)
-    assert chronicle.forgotten(0) == 0
+    event_log = EventLog(any_store, clock, size=100)
+    assert event_log.forgotten(0) == 0
     for number in range(1000):
-        chronicle.note(KIND, "lab", "", origin=Origin("ada" if number % 50 == 0 else "bob"))
-    kept = ids(chronicle.latest(server=None, limit=1000))
+        event_log.record(KIND, "lab", "", origin=Origin("ada" if number % 50 == 0 else "bob"))
+    kept = ids(event_log.latest(server=None, limit=1000))
     assert kept[0] == 1
     for after in (0, 1, 2, 500, kept[-2], 1000, 2000):
-        assert chronicle.forgotten(after) == len(set(range(after + 1, 1001)) - set(kept)), after
+        assert event_log.forgotten(after) == len(set(range(after + 1, 1001)) - set(kept)), after
 
 
 @pytest.mark.parametrize("broken", ['{"id": 1}', "none"])
@@ -184,12 +184,12 @@ def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
 
 REACHES = {
     "everything": (EVERYTHING, [1, 2, 3, 4, 5, 6]),
-    "by name": (Reach(("a-?", "c*")), [2, 3, 4]),
-    "by a label": (Reach(labels={"team": "blue"}), [2, 5]),
-    "by labels with what a path of JSON would take for its own": (Reach(labels={'o."dd': "it's", "team": "red"}), [3]),
-    "by a user": (Reach(users=("ada", "bob")), [3, 5]),
-    "by both": (Reach(("a-*",), {"team": "blue"}), [2]),
-    "nothing": (Reach(("zz",)), []),
+    "by name": (TokenLimits(("a-?", "c*")), [2, 3, 4]),
+    "by a label": (TokenLimits(labels={"team": "blue"}), [2, 5]),
+    "by labels with what a path of JSON would take for its own": (TokenLimits(labels={'o."dd': "it's", "team": "red"}), [3]),
+    "by a user": (TokenLimits(users=("ada", "bob")), [3, 5]),
+    "by both": (TokenLimits(("a-*",), {"team": "blue"}), [2]),
+    "nothing": (TokenLimits(("zz",)), []),
 }
 
 
@@ -206,23 +206,23 @@ def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock
         for number, (name, of, user) in enumerate(zip(names, labels, users, strict=True), start=1)
     ]
     store.remember(known, keep=100)
-    chronicle = Chronicle(store, clock, size=100)
-    assert ids(chronicle.after(0, server=None, limit=10, reach=reach)) == expected
-    assert ids(chronicle.latest(server=None, limit=2, reach=reach)) == expected[-2:]
-    assert ids(chronicle.latest(server="a-1", limit=9, reach=reach)) == [number for number in expected if number == 2]
-    chronicle._recent.extend(known)
-    assert ids(chronicle.after(0, server=None, limit=10, reach=reach)) == expected
-    assert ids(chronicle.after(0, server="b", limit=10, reach=reach)) == [number for number in expected if number == 5]
+    event_log = EventLog(store, clock, size=100)
+    assert ids(event_log.after(0, server=None, limit=10, reach=reach)) == expected
+    assert ids(event_log.latest(server=None, limit=2, reach=reach)) == expected[-2:]
+    assert ids(event_log.latest(server="a-1", limit=9, reach=reach)) == [number for number in expected if number == 2]
+    event_log._recent.extend(known)
+    assert ids(event_log.after(0, server=None, limit=10, reach=reach)) == expected
+    assert ids(event_log.after(0, server="b", limit=10, reach=reach)) == [number for number in expected if number == 5]
     if kind == "sqlite":
         store.close()
 
 
-def test_an_entry_has_the_labels_that_its_server_had_then(chronicle, store):
+def test_an_entry_has_the_labels_that_its_server_had_then(event_log, store):
     """They come with the changes of the server; a note about one that is gone has none."""
     spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"}, user="ada")
     snapshot = Snapshot(spec, State.STARTING, Goal.UP, 1.0, 1.0)
-    chronicle.changed(Change(Event.START, None, snapshot, 1.0))
-    noted(chronicle, 1, "lab")
-    chronicle.changed(Change(Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0))
-    noted(chronicle, 1, "lab")
+    event_log.changed(Change(Event.START, None, snapshot, 1.0))
+    noted(event_log, 1, "lab")
+    event_log.changed(Change(Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0))
+    noted(event_log, 1, "lab")
     assert [(dict(entry.labels), entry.user) for entry in store.history] == [({"team": "blue"}, "ada")] * 3 + [({}, None)]

@@ -32,7 +32,7 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
     [
         (change(Event.START, State.STOPPED, State.STARTING), "is launched"),
         (change(Event.START, State.STOPPED, State.QUEUED), "waits for its turn to be launched"),
-        (change(Event.TURN, State.QUEUED, State.STARTING), "is launched"),
+        (change(Event.ADMITTED, State.QUEUED, State.STARTING), "is launched"),
         (change(Event.DEADLINE, State.BACKOFF, State.STARTING, restarts=1), "is launched again after a crash"),
         (change(Event.SEEN, State.LOST, State.STARTING), "was found alive, and is taken over"),
         (change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT), "is ready after 0.5 s"),

@@ -16,7 +16,7 @@ import pytest
 from harness import PATIENCE, until
 from labkeeper.core.messages import HistoryKind, Origin
 from labkeeper.events import webhooks
-from labkeeper.events.log import Chronicle
+from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of, place_of, signed
 from labkeeper.runtime import SystemClock
 from labkeeper.store import SqliteStore
@@ -70,23 +70,23 @@ def receiver():
 
 
 class World:
-    """A chronicle over a real store, and a webhook, which may come again as that of a later keeper."""
+    """An event log over a real store, and a webhook, which may come again as that of a later keeper."""
 
     def __init__(self, path, size=10_000):
         self.store = SqliteStore(path)
         self.clock = SystemClock()
-        self.chronicle = Chronicle(self.store, self.clock, size=size)
+        self.event_log = EventLog(self.store, self.clock, size=size)
         self.webhook = None
 
     def begin(self, url):
         body_of = lambda entry: {"id": entry.id, "message": entry.message}  # noqa: E731
-        self.webhook = Webhook(url, key_of(SECRET), self.chronicle, self.store, self.clock, body_of)
+        self.webhook = Webhook(url, key_of(SECRET), self.event_log, self.store, self.clock, body_of)
         self.webhook.start()
         return self.webhook
 
-    def note(self, count=1):
+    def record(self, count=1):
         for number in range(count):
-            self.chronicle.note(HistoryKind.SNOOZED, "lab", str(number))
+            self.event_log.record(HistoryKind.SNOOZED, "lab", str(number))
 
 
 @pytest.fixture
@@ -126,10 +126,10 @@ def test_of_a_url_only_the_place_is_shown(url, place):
 
 
 def test_each_event_is_posted_signed_and_in_order(world, receiver):
-    world.note(3)
+    world.record(3)
     webhook = world.begin(receiver.url)
     # What was before is not told to one that is new.
-    world.note(50)
+    world.record(50)
     until(lambda: len(receiver.taken) == 50, what="all were taken")
     assert receiver.taken == [*range(4, 54)]
     for _, headers, body in receiver.came:
@@ -147,10 +147,10 @@ def test_each_event_is_posted_signed_and_in_order(world, receiver):
 @pytest.mark.parametrize("status", [500, 503, 429, 408, 302])
 def test_what_is_not_taken_is_posted_again_more_and_more_seldom(world, receiver, status, monkeypatch):
     webhook = world.begin(receiver.url)
-    sleep, pauses = webhook._crew.sleep, []
-    monkeypatch.setattr(webhook._crew, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
+    sleep, pauses = webhook._threads.sleep, []
+    monkeypatch.setattr(webhook._threads, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
     receiver.status = status
-    world.note(2)
+    world.record(2)
     until(lambda: len(receiver.came) >= 4, what="it was tried again")
     assert [pause for pause in pauses if pause != webhooks._LOOK_EVERY][:3] == [0.05, 0.1, 0.2]
     assert {json.loads(body)["id"] for _, _, body in receiver.came} == {1}
@@ -164,10 +164,10 @@ def test_what_is_not_taken_is_posted_again_more_and_more_seldom(world, receiver,
 def test_what_is_refused_for_good_is_given_up_and_counted(world, receiver):
     webhook = world.begin(receiver.url)
     receiver.status = 410
-    world.note(2)
+    world.record(2)
     until(lambda: webhook.status().dead == 2, what="both are dead")
     receiver.status = 200
-    world.note(1)
+    world.record(1)
     until(lambda: webhook.status().delivered == 1)
     assert (receiver.taken, webhook.status().pending) == ([3], 0)
 
@@ -175,7 +175,7 @@ def test_what_is_refused_for_good_is_given_up_and_counted(world, receiver):
 def test_it_waits_as_long_as_it_is_asked_to(world, receiver):
     receiver.status, receiver.headers = 429, {"Retry-After": "1"}
     world.begin(receiver.url)
-    world.note(1)
+    world.record(1)
     until(lambda: len(receiver.came) >= 2)
     assert receiver.came[1][0] - receiver.came[0][0] >= 1.0
 
@@ -184,24 +184,24 @@ def test_what_is_too_old_is_given_up(world, receiver, monkeypatch):
     monkeypatch.setattr(webhooks, "_GIVEN_UP_AFTER", 2.0)
     receiver.status = 500
     webhook = world.begin(receiver.url)
-    world.note(1)
+    world.record(1)
     until(lambda: webhook.status().dead == 1, what="it is dead")
     assert len(receiver.came) > 1
 
 
 def test_a_later_keeper_goes_on_where_this_one_ended(world, receiver, tmp_path):
     world.begin(receiver.url)
-    world.note(3)
+    world.record(3)
     until(lambda: receiver.taken == [1, 2, 3])
     until(lambda: world.webhook.status().pending == 0)
     receiver.status = 500
-    world.note(2)
+    world.record(2)
     until(lambda: len(receiver.came) > 4)
     world.webhook.close()
     world.store.close()
     receiver.status = 200
     later = World(tmp_path / "store.sqlite")
-    later.note(1)
+    later.record(1)
     webhook = later.begin(receiver.url)
     until(lambda: receiver.taken == [1, 2, 3, 4, 5, 6], what="all were taken")
     until(lambda: webhook.status().delivered == 6)
@@ -215,7 +215,7 @@ def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_
     for directory in ("before", "restored"):
         world = World(tmp_path / f"{directory}.sqlite")
         webhook = world.begin(receiver.url)
-        world.note()
+        world.record()
         until(lambda: webhook.status().delivered == 1)  # noqa: B023 - called at once
         webhook.close()
         world.store.close()
@@ -225,11 +225,11 @@ def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_
 
 def test_a_history_that_has_lost_its_end_is_told_from_there_on(world, receiver):
     """A disk that was full kept how far was told, but not the events themselves."""
-    world.note(3)
+    world.record(3)
     world.store.note_webhook(receiver.url, 5, 5, 0)
     webhook = world.begin(receiver.url)
     assert webhook.status().pending == 0
-    world.note(3)
+    world.record(3)
     until(lambda: receiver.taken == [4, 5, 6], what="all new ones were taken")
 
 
@@ -238,8 +238,8 @@ def test_what_fell_out_in_between_is_dead_too(tmp_path, receiver, monkeypatch):
     world = World(tmp_path / "store.sqlite", size=100)
     world.begin(receiver.url)
     world.webhook.close()
-    world.chronicle.note(HistoryKind.TOKEN, None, "of another", origin=Origin("ada"))
-    world.note(299)
+    world.event_log.record(HistoryKind.TOKEN, None, "of another", origin=Origin("ada"))
+    world.record(299)
     world.store.close()
     world = World(tmp_path / "store.sqlite", size=100)
     webhook = world.begin(receiver.url)
@@ -255,7 +255,7 @@ def test_what_fell_out_of_the_history_is_dead(tmp_path, receiver, monkeypatch):
     world = World(tmp_path / "store.sqlite", size=100)
     world.begin(receiver.url)
     world.webhook.close()
-    world.note(300)
+    world.record(300)
     world.store.close()
     world = World(tmp_path / "store.sqlite", size=100)
     webhook = world.begin(receiver.url)
@@ -269,9 +269,9 @@ def test_what_fell_out_of_the_history_is_dead(tmp_path, receiver, monkeypatch):
 
 def test_the_end_of_the_keeper_is_told_while_there_is_somebody_to_hear_it(world, receiver):
     world.begin(receiver.url)
-    world.note(1)
+    world.record(1)
     until(lambda: receiver.taken == [1])
-    world.note(2)
+    world.record(2)
     world.webhook.close()
     assert receiver.taken == [1, 2, 3]
 
@@ -287,7 +287,7 @@ def test_one_that_cannot_be_told_is_in_nobodys_way(world, tmp_path, trouble):
         if "URL" in trouble:
             url = "http://host\x7f.invalid/"
         webhook = world.begin(url)
-        world.note(200)
+        world.record(200)
         if trouble != "it hangs":
             until(lambda: webhook.status().error is not None, what="it is said")
             webhook.close()
@@ -358,7 +358,7 @@ def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(w
     liar = Liar(headers, pieces)
     try:
         webhook = world.begin(liar.url)
-        world.note(3)
+        world.record(3)
         until(lambda: webhook.status().delivered == 3, what="all is told")
         webhook.close()
         assert liar.taken == 3

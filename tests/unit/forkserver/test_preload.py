@@ -17,7 +17,7 @@ from labkeeper.forkserver import preload
 from labkeeper.forkserver.wire import Launch
 
 NO_LAUNCH = Launch(
-    room="",
+    server_dir="",
     title="",
     cwd="",
     env={},

@@ -22,7 +22,7 @@ from labkeeper.forkserver.wire import LARGEST, MOST_FILES, Launch, User, WireErr
 
 NOTHING = Path(os.devnull)
 LAUNCH = {
-    "room": "/run/a",
+    "server_dir": "/run/a",
     "title": "jupyter-lab",
     "cwd": "/",
     "env": {"A": "b"},
@@ -35,7 +35,7 @@ LAUNCH = {
     "encrypt_kernels": True,
 }
 WRONG = {
-    "room": [None, 1, ["/run/a"]],
+    "server_dir": [None, 1, ["/run/a"]],
     "title": [None, 1],
     "cwd": [None, 1],
     "env": [None, [], {"A": 1}, {"A": None}],

@@ -7,7 +7,7 @@ import pytest
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.server import Failure, FailureClass, GatewayHealth
 from labkeeper.testing.fakes import FakeClock, MemoryStore
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 
 class StubClient:
@@ -63,9 +63,9 @@ def client(clock):
 
 
 @pytest.fixture
-def crew():
-    with closing(Crew()) as crew:
-        yield crew
+def threads():
+    with closing(ThreadGroup()) as threads:
+        yield threads
 
 
 @pytest.fixture

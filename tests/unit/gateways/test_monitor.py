@@ -12,11 +12,11 @@ from harness import until
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change
-from labkeeper.core.server import GatewayHealth, KernelDebt, Snapshot
+from labkeeper.core.server import GatewayHealth, OrphanedKernel, Snapshot
 from labkeeper.core.spec import ServerName
 from labkeeper.gateways import monitor as module
 from labkeeper.gateways.monitor import GatewayWatch
-from labkeeper.gateways.orphans import Ledger
+from labkeeper.gateways.orphans import OrphanedKernels
 from labkeeper.testing.fakes import a_spec
 
 PERIOD = 30.0
@@ -25,13 +25,13 @@ PERIOD = 30.0
 class Watched:
     """A watch whose thread does not run: the test is its loop, and the fleet that it tells."""
 
-    def __init__(self, clock, crew, client, store, told):
+    def __init__(self, clock, threads, client, store, told):
         self.clock, self.client, self.told = clock, client, told
-        self.ledger = Ledger(store, clock)
-        self.watch = GatewayWatch(self.hear, crew=crew, client=client, ledger=self.ledger, clock=clock, period=PERIOD)
+        self.orphans = OrphanedKernels(store, clock)
+        self.watch = GatewayWatch(self.receive, threads=threads, client=client, orphans=self.orphans, clock=clock, period=PERIOD)
         self.servers = {}
 
-    def hear(self, report):
+    def receive(self, report):
         self.told.append(report)
         snapshot = self.servers[report.name]
         self.be(replace(snapshot, gateway=report.fact.health))
@@ -48,8 +48,8 @@ class Watched:
     def end(self, name="lab"):
         self.be(replace(self.servers[name], state=State.STOPPING, gateway=None))
 
-    def owe(self, *ids, gateway=None):
-        self.ledger.owe([KernelDebt(id_, gateway or a_gateway(), ServerName("lab"), self.clock.time()) for id_ in ids])
+    def orphan(self, *ids, gateway=None):
+        self.orphans.add([OrphanedKernel(id_, gateway or a_gateway(), ServerName("lab"), self.clock.time()) for id_ in ids])
 
     def look(self):
         """Do what the loop does once a second; give the URLs that were asked."""
@@ -71,8 +71,8 @@ class Watched:
 
 
 @pytest.fixture
-def watched(clock, crew, client, store, told):
-    return Watched(clock, crew, client, store, told)
+def watched(clock, threads, client, store, told):
+    return Watched(clock, threads, client, store, told)
 
 
 def test_many_servers_are_one_question_and_other_credentials_another(watched):
@@ -179,10 +179,10 @@ def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for
 
 
 def test_debts_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(watched, store):
-    watched.owe("k1", "k2")
+    watched.orphan("k1", "k2")
     assert watched.look() == ["http://one"]
     assert sorted(watched.client.ended) == ["k1", "k2"]
-    assert (watched.ledger.all(), store.owed) == ([], {})
+    assert (watched.orphans.all(), store.kernels) == ([], {})
     watched.clock.advance(1000)
     assert watched.look() == []
     assert watched.watch._watched == []
@@ -190,33 +190,35 @@ def test_debts_are_collected_at_once_where_the_gateway_answers_and_then_it_is_le
 
 def test_debts_wait_for_a_gateway_that_does_not_answer(watched):
     watched.client.down.add("http://one")
-    watched.owe("k1")
+    watched.orphan("k1")
     assert watched.pauses(3) == [0, 4, 8]
     assert watched.client.ended == []
     watched.client.down.clear()
     assert watched.pauses(1) == [16]
     assert watched.client.ended == ["k1"]
-    assert watched.ledger.all() == []
+    assert watched.orphans.all() == []
 
 
 def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watched):
     """Its gateway had not answered about it: it may be started yet; after five minutes it is not."""
     watched.client.gone |= {"late", "never"}
-    starting = [KernelDebt(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True) for id_ in ("late", "never")]
-    watched.ledger.owe(starting)
+    starting = [
+        OrphanedKernel(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True) for id_ in ("late", "never")
+    ]
+    watched.orphans.add(starting)
     watched.pauses(1)
-    assert {debt.kernel_id for debt in watched.ledger.all()} == {"late", "never"}
+    assert {orphan.kernel_id for orphan in watched.orphans.all()} == {"late", "never"}
     watched.client.gone.remove("late")
     watched.pauses(1)
-    assert {debt.kernel_id for debt in watched.ledger.all()} == {"never"}
+    assert {orphan.kernel_id for orphan in watched.orphans.all()} == {"never"}
     watched.clock.advance(300)
     watched.pauses(1)
-    assert watched.ledger.all() == []
+    assert watched.orphans.all() == []
 
 
 def test_debts_of_a_gateway_that_others_use_are_collected_soon(watched):
     watched.run(gateway=a_gateway())
-    watched.owe("k1")
+    watched.orphan("k1")
     watched.clock.advance(PERIOD)
     watched.look()
     assert watched.client.ended == ["k1"]
@@ -226,21 +228,21 @@ def test_debts_of_a_gateway_that_others_use_are_collected_soon(watched):
 def test_one_that_cannot_be_ended_is_in_nobodys_way_and_is_tried_again_more_and_more_seldom(watched):
     watched.run(gateway=a_gateway())
     watched.client.stubborn |= {f"stubborn{number}" for number in range(5)}
-    watched.owe(*watched.client.stubborn, *(f"k{number}" for number in range(20)))
+    watched.orphan(*watched.client.stubborn, *(f"k{number}" for number in range(20)))
     watched.clock.advance(PERIOD)
     until(lambda: watched.pauses(1) and len(watched.client.ended) == 20, what="all others have been ended")
-    assert {debt.kernel_id for debt in watched.ledger.all()} == watched.client.stubborn
+    assert {orphan.kernel_id for orphan in watched.orphans.all()} == watched.client.stubborn
     assert watched.pauses(8)[-1] == PERIOD * 4
     # The gateway itself can be used all the while.
     assert watched.told == []
     watched.client.stubborn.clear()
     watched.pauses(1)
-    assert watched.ledger.all() == []
+    assert watched.orphans.all() == []
 
 
 def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watched):
     watched.client.stubborn |= {f"k{number}" for number in range(100)}
-    watched.owe(*watched.client.stubborn)
+    watched.orphan(*watched.client.stubborn)
     tried = []
     end = watched.client.end_kernel
     watched.client.end_kernel = lambda gateway, id_: (tried.append(id_), end(gateway, id_))
@@ -248,24 +250,24 @@ def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watc
     assert len(tried) == 3
 
 
-def test_debts_are_left_to_the_next_keeper_when_this_one_ends(watched, crew, monkeypatch):
-    monkeypatch.setattr(type(crew), "closed", True)
-    watched.owe("k1")
+def test_debts_are_left_to_the_next_keeper_when_this_one_ends(watched, threads, monkeypatch):
+    monkeypatch.setattr(type(threads), "closed", True)
+    watched.orphan("k1")
     watched.look()
     assert watched.client.ended == []
-    assert len(watched.ledger.all()) == 1
+    assert len(watched.orphans.all()) == 1
 
 
-def test_its_thread_looks_by_itself_and_keeps_the_book(watched, crew, store, monkeypatch):
+def test_its_thread_looks_by_itself_and_keeps_the_book(watched, threads, store, monkeypatch):
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.01)
     store.failing = True
-    watched.owe("k1")
+    watched.orphan("k1")
     watched.watch.start()
-    until(lambda: watched.client.ended == ["k1"], what="the debt is collected")
+    until(lambda: watched.client.ended == ["k1"], what="the orphaned kernel is ended")
     watched.client.down.add("http://one")
-    watched.owe("k2")
+    watched.orphan("k2")
     store.failing = False
-    until(lambda: set(store.owed) == {"k2"}, what="the store has what is so")
+    until(lambda: set(store.kernels) == {"k2"}, what="the store has what is so")
     watched.clock.advance(31 * 86400)
-    until(lambda: not watched.ledger.all(), what="an old debt is given up")
+    until(lambda: not watched.orphans.all(), what="an old orphaned kernel is given up")
     assert any(thread.name == "gateways" for thread in threading.enumerate())

@@ -13,7 +13,7 @@ from harness import until
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.messages import Ended, Ready, Report, Vetoed
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, Session
-from labkeeper.gateways.preflight import Gate
+from labkeeper.gateways.preflight import GatewayPreflight
 from labkeeper.testing.fakes import FakeProcess, a_spec
 
 KERNEL = OwnKernel("k1", (Session("a.ipynb", "a.ipynb", "notebook"),))
@@ -50,12 +50,12 @@ def probe():
 
 
 @pytest.fixture
-def gate(told, crew, client, probe):
-    return Gate(told.append, crew=crew, client=client, probe=probe)
+def preflight(told, threads, client, probe):
+    return GatewayPreflight(told.append, threads=threads, client=client, probe=probe)
 
 
 @pytest.fixture
-def held(client, crew):
+def held(client, threads):
     """The gateway's answer is held up."""
     answering = Answering(client)
     yield answering
@@ -66,132 +66,132 @@ def report(fact, launch=1):
     return Report(SPEC.name, launch, fact)
 
 
-def quiet(crew):
-    until(lambda: not crew._running(), what="the gate has nothing under way")
+def quiet(threads):
+    until(lambda: not threads._running(), what="the gate has nothing under way")
 
 
-def test_a_server_without_a_gateway_passes_at_once(gate, told, client):
-    gate.expect(a_spec("lab"), 1, ())
-    gate.hear(report(READY))
+def test_a_server_without_a_gateway_passes_at_once(preflight, told, client):
+    preflight.begin(a_spec("lab"), 1, ())
+    preflight.receive(report(READY))
     assert told == [report(READY)]
     assert client.checked == []
 
 
-def test_ready_waits_for_the_gateway(gate, told, crew, held):
-    gate.expect(SPEC, 1, ())
+def test_ready_waits_for_the_gateway(preflight, told, threads, held):
+    preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
-    gate.hear(report(READY))
+    preflight.receive(report(READY))
     assert told == []
     held.go_on.set()
     until(lambda: told)
     fact = told[0].fact
     assert (fact.endpoint, fact.gateway.kernelspecs, fact.not_taken_over) == (READY.endpoint, 1, ())
-    quiet(crew)
+    quiet(threads)
     assert len(told) == 1
 
 
-def test_the_gateway_may_be_sooner(gate, told, crew):
-    gate.expect(SPEC, 1, ())
-    quiet(crew)
+def test_the_gateway_may_be_sooner(preflight, told, threads):
+    preflight.begin(SPEC, 1, ())
+    quiet(threads)
     assert told == []
-    gate.hear(report(READY))
+    preflight.receive(report(READY))
     assert [r.fact.gateway.reachable for r in told] == [True]
 
 
-def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(gate, told, crew, client):
+def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(preflight, told, threads, client):
     client.down.add("http://one")
-    gate.expect(SPEC, 1, (KERNEL,))
-    quiet(crew)
+    preflight.begin(SPEC, 1, (KERNEL,))
+    quiet(threads)
     assert [type(r.fact) for r in told] == [Vetoed]
     assert told[0].launch == 1
     assert told[0].fact.failure.kind == "gateway-unreachable"
     assert told[0].fact.failure.message.startswith("cannot start server 'lab': the gateway http://one is down")
     assert "require_gateway: false" in told[0].fact.failure.message
     # It may have become ready all the same, before it could be ended; nobody is told.
-    gate.hear(report(READY))
+    preflight.receive(report(READY))
     assert len(told) == 1
-    gate.hear(report(Ended(Exit(signal="SIGKILL"))))
+    preflight.receive(report(Ended(Exit(signal="SIGKILL"))))
     assert [type(r.fact) for r in told] == [Vetoed, Ended]
 
 
-def test_one_that_is_not_required_lets_the_server_pass_and_gives_it_no_kernels(gate, told, crew, client, probe):
+def test_one_that_is_not_required_lets_the_server_pass_and_gives_it_no_kernels(preflight, told, threads, client, probe):
     client.down.add("http://one")
-    gate.expect(replace(SPEC, gateway=a_gateway(required=False)), 1, (KERNEL,))
-    gate.hear(report(READY))
+    preflight.begin(replace(SPEC, gateway=a_gateway(required=False)), 1, (KERNEL,))
+    preflight.receive(report(READY))
     until(lambda: told)
     assert not told[0].fact.gateway.reachable
     assert told[0].fact.not_taken_over == ("k1",)
     assert probe.given == []
 
 
-def test_a_server_that_ended_first_is_not_ready_any_more(gate, told, crew, held):
-    gate.expect(SPEC, 1, ())
+def test_a_server_that_ended_first_is_not_ready_any_more(preflight, told, threads, held):
+    preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
-    gate.hear(report(READY))
-    gate.hear(report(Ended(Exit(code=0))))
+    preflight.receive(report(READY))
+    preflight.receive(report(Ended(Exit(code=0))))
     held.go_on.set()
-    quiet(crew)
+    quiet(threads)
     assert [type(r.fact) for r in told] == [Ended]
 
 
-def test_kernels_are_handed_over_before_anybody_hears_of_the_server(gate, told, probe):
-    gate.expect(SPEC, 1, (KERNEL,))
-    gate.hear(report(READY))
+def test_kernels_are_handed_over_before_anybody_hears_of_the_server(preflight, told, probe):
+    preflight.begin(SPEC, 1, (KERNEL,))
+    preflight.receive(report(READY))
     until(lambda: told)
     assert probe.given == [(7, KERNEL)]
     assert told[0].fact.not_taken_over == ()
 
 
-def test_a_kernel_that_has_gone_meanwhile_is_nobodys_any_more(gate, told, client, probe):
+def test_a_kernel_that_has_gone_meanwhile_is_nobodys_any_more(preflight, told, client, probe):
     client.gone.add("k1")
-    gate.expect(SPEC, 1, (KERNEL,))
-    gate.hear(report(READY))
+    preflight.begin(SPEC, 1, (KERNEL,))
+    preflight.receive(report(READY))
     until(lambda: told)
     assert (probe.given, told[0].fact.not_taken_over) == ([], ())
 
 
 @pytest.mark.parametrize("culprit", ["gateway", "server"])
-def test_a_kernel_that_cannot_be_handed_over_is_named(gate, told, client, probe, culprit):
+def test_a_kernel_that_cannot_be_handed_over_is_named(preflight, told, client, probe, culprit):
     client.stubborn |= {"k1"} if culprit == "gateway" else set()
     probe.failing = culprit == "server"
     with structlog.testing.capture_logs() as log:
-        gate.expect(SPEC, 1, (KERNEL,))
-        gate.hear(report(READY))
+        preflight.begin(SPEC, 1, (KERNEL,))
+        preflight.receive(report(READY))
         until(lambda: told)
     assert told[0].fact.not_taken_over == ("k1",)
     assert told[0].fact.gateway.reachable
     assert [(line["server"], line["launch"], line["kernel"]) for line in log] == [("lab", 1, "k1")]
 
 
-def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(gate, told, crew, client, held):
-    gate.expect(SPEC, 1, (KERNEL,))
+def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(preflight, told, threads, client, held):
+    preflight.begin(SPEC, 1, (KERNEL,))
     assert held.asked.wait(60)
-    gate.expect(SPEC, 2, ())
-    gate.hear(report(READY, launch=1))
+    preflight.begin(SPEC, 2, ())
+    preflight.receive(report(READY, launch=1))
     # It passes: nobody waits for it any more, and the fleet knows by its number that it is old.
     assert told == [report(READY, launch=1)]
-    gate.hear(report(READY, launch=2))
+    preflight.receive(report(READY, launch=2))
     held.go_on.set()
-    quiet(crew)
+    quiet(threads)
     assert [r.launch for r in told] == [1, 2]
     assert told[1].fact.not_taken_over == ()
 
 
-def test_another_server_does_not_wait(gate, told, crew, held):
-    gate.expect(SPEC, 1, ())
+def test_another_server_does_not_wait(preflight, told, threads, held):
+    preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
     other = Report(a_spec("other").name, 1, READY)
-    gate.hear(other)
+    preflight.receive(other)
     assert told == [other]
 
 
-def test_a_gateway_that_could_not_be_asked_is_not_blamed(gate, told, client, crew):
+def test_a_gateway_that_could_not_be_asked_is_not_blamed(preflight, told, client, threads):
     def cannot():
         raise BackendUnavailable("no descriptor is free")
 
     client.before_check = cannot
-    gate.expect(SPEC, 1, ())
-    quiet(crew)
+    preflight.begin(SPEC, 1, ())
+    quiet(threads)
     ((_, _, fact),) = [(r.name, r.launch, r.fact) for r in told]
     assert isinstance(fact, Vetoed)
     assert (fact.failure.kind, fact.failure.message) == (
@@ -200,8 +200,8 @@ def test_a_gateway_that_could_not_be_asked_is_not_blamed(gate, told, client, cre
     )
 
 
-def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(gate, told, no_threads):
+def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(preflight, told, no_threads):
     with no_threads(), pytest.raises(BackendUnavailable):
-        gate.expect(SPEC, 1, ())
-    gate.hear(report(READY))
+        preflight.begin(SPEC, 1, ())
+    preflight.receive(report(READY))
     assert told == [report(READY)]

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from labkeeper.core.access import EVERYTHING, Reach, Scope
+from labkeeper.core.access import EVERYTHING, Scope, TokenLimits
 from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
 from labkeeper.core.messages import Origin
-from labkeeper.events.log import Chronicle
-from labkeeper.identity import tokens as room
+from labkeeper.events.log import EventLog
+from labkeeper.identity import tokens as server_dir
 from labkeeper.identity.tokens import OWNER, Tokens
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import FakeClock, MemoryStore
@@ -29,7 +29,7 @@ def store():
 
 
 def over(store, clock, owner=OWNERS):
-    return Tokens(store, clock, Chronicle(store, clock, size=100), owner=owner)
+    return Tokens(store, clock, EventLog(store, clock, size=100), owner=owner)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_the_owners_token_may_do_everything(tokens, store, clock):
 def test_a_token_outlives_the_keeper(tmp_path, clock):
     """In SQLite, with its limits, and not in words."""
     path = tmp_path / "labkeeper.sqlite"
-    reach = Reach(("a-*",), {"team": "blue", 'o"dd': "'"}, ("ada",))
+    reach = TokenLimits(("a-*",), {"team": "blue", 'o"dd': "'"}, ("ada",))
     store = SqliteStore(path)
     made, text = over(store, clock).make("ci", Scope.MANAGE, reach, lifetime=60.0, origin=Origin("token:owner"))
     store.close()
@@ -127,7 +127,7 @@ def test_names_are_taken_once(tokens, monkeypatch):
     for name in ("ci", "owner"):
         with pytest.raises(Conflict, match="taken"):
             tokens.make(name, Scope.READ, EVERYTHING, lifetime=None)
-    monkeypatch.setattr(room, "_MOST", 1)
+    monkeypatch.setattr(server_dir, "_MOST", 1)
     with pytest.raises(CapacityReached, match="revoke"):
         tokens.make("other", Scope.READ, EVERYTHING, lifetime=None)
     tokens.revoke("ci")

@@ -16,7 +16,7 @@ from jupyter_server_terminals.terminalmanager import TerminalManager
 from jupyterlab.labapp import LabApp
 from pydantic import BaseModel, ValidationError
 
-from labkeeper.core.access import ANYBODY, Caller, Reach, Scope
+from labkeeper.core.access import ANYBODY, Caller, Scope, TokenLimits
 from labkeeper.core.errors import InvalidSpec, NotAllowed
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.schema import options, queries, requests
@@ -126,7 +126,7 @@ def test_a_token_for_one_user_reaches_no_root_of_another(tmp_path):
     for name in ("alice", "bob"):
         (tmp_path / name).mkdir()
     defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
-    alice = Caller("token:a", Scope.MANAGE, Reach(users=("alice",)))
+    alice = Caller("token:a", Scope.MANAGE, TokenLimits(users=("alice",)))
     spec = made(defaults, alice)
     assert (spec.user, spec.root_dir) == ("alice", str(tmp_path / "alice"))
     with pytest.raises(NotAllowed, match="your token is for alice"):
@@ -134,7 +134,7 @@ def test_a_token_for_one_user_reaches_no_root_of_another(tmp_path):
 
 
 def test_a_spec_must_be_within_its_caller_s_reach(defaults):
-    blue = Caller("token:b", Scope.MANAGE, Reach(servers=("b-*",), labels={"team": "blue"}))
+    blue = Caller("token:b", Scope.MANAGE, TokenLimits(servers=("b-*",), labels={"team": "blue"}))
     assert made(defaults, blue, name="b-1", labels={"team": "blue"}).name == "b-1"
     for fields in ({"name": "a", "labels": {"team": "blue"}}, {"name": "b-1"}):
         with pytest.raises(NotAllowed):
@@ -347,7 +347,7 @@ def test_a_restart_leaves_a_server_in_its_place_or_is_refused(tmp_path):
 
 
 def test_a_restart_must_not_lead_out_of_its_caller_s_reach(defaults):
-    blue = Caller("token:b", Scope.MANAGE, Reach(labels={"team": "blue"}))
+    blue = Caller("token:b", Scope.MANAGE, TokenLimits(labels={"team": "blue"}))
     old = made(defaults, blue, labels={"team": "blue"})
     assert revised(defaults, old, blue, env={"A": "b"}).labels == {"team": "blue"}
     with pytest.raises(NotAllowed):

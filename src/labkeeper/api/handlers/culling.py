@@ -9,7 +9,7 @@ from labkeeper.api.services import Services
 from labkeeper.api.views import (
     idle_model,
 )
-from labkeeper.core.durations import spoken
+from labkeeper.core.durations import format_duration
 from labkeeper.core.errors import (
     InvalidSpec,
 )
@@ -26,12 +26,12 @@ from labkeeper.schema.requests import SnoozeRequest
 
 def get_idle(services: Services, path: ServerPath) -> Answer:
     """Ask a server how it is used, and explain whether it would be stopped for want of use, why, and when."""
-    return json_answer(idle_model(services.culler.explain(find_server(services, path))))
+    return json_answer(idle_model(services.culler.refresh(find_server(services, path))))
 
 
 def list_idle(services: Services) -> Answer:
     """Explain the same of all servers by the last look at each, those first that would be stopped first; stops nothing."""
-    listed = [idle_model(services.culler.foretell(snapshot)) for snapshot in visible_servers(services)]
+    listed = [idle_model(services.culler.cached(snapshot)) for snapshot in visible_servers(services)]
     return json_answer(IdleList(servers=sorted(listed, key=lambda one: (one.stops_at is None, one.stops_at, one.name))))
 
 
@@ -39,7 +39,7 @@ def snooze_server(services: Services, path: ServerPath, body: SnoozeRequest) -> 
     """Put off the culling of a server from now; it holds over restarts of the server and of the keeper."""
     longest = services.max_snooze
     if body.time > longest:
-        raise InvalidSpec.of("for", f"must be at most {spoken(longest)} (LABKEEPER_MAX_SNOOZE)")
+        raise InvalidSpec.of("for", f"must be at most {format_duration(longest)} (LABKEEPER_MAX_SNOOZE)")
     until = time.time() + body.time if body.time else None
     reply = answered(services.keeper.ask(Snooze(ServerName(path.name), until, origin())))
-    return json_answer(idle_model(services.culler.foretell(reply.snapshot)))
+    return json_answer(idle_model(services.culler.cached(reply.snapshot)))

@@ -7,21 +7,21 @@ from flask import Response, request
 from labkeeper.api.handlers.common import Answer, json_answer
 from labkeeper.api.services import Services
 from labkeeper.api.views import (
-    debt_model,
+    orphaned_kernel_model,
 )
 from labkeeper.core.errors import (
     BackendUnavailable,
 )
 from labkeeper.schema.answers import (
     Health,
-    KernelDebtList,
+    OrphanedKernelList,
     Version,
 )
 
 
-def list_kernel_debts(services: Services) -> Answer:
+def list_orphaned_kernels(services: Services) -> Answer:
     """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
-    return json_answer(KernelDebtList(kernel_debts=[debt_model(debt) for debt in services.debts()]))
+    return json_answer(OrphanedKernelList(orphaned_kernels=[orphaned_kernel_model(orphan) for orphan in services.orphans()]))
 
 
 def health(services: Services) -> Answer:

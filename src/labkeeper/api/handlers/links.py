@@ -12,7 +12,7 @@ from flask import Response, request
 from labkeeper.api.handlers.common import Answer, find_server, json_answer, lab_root
 from labkeeper.api.peers import PEER
 from labkeeper.api.services import Services
-from labkeeper.core.durations import instant
+from labkeeper.core.durations import format_time
 from labkeeper.core.errors import (
     Conflict,
 )
@@ -42,7 +42,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     page = snapshot.spec.default_url if body.page is None else body.page
     ticket = services.links.make(snapshot.name, snapshot.launch, page, lifetime=body.expires_in)
     base = services.url if PEER in request.environ else request.host_url.rstrip("/")
-    expires_at = instant(time.time() + body.expires_in)
+    expires_at = format_time(time.time() + body.expires_in)
     return json_answer(LinkModel(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
 
 

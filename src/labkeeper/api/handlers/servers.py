@@ -127,7 +127,9 @@ def restart_server(services: Services, path: ServerPath, body: RestartRequest, q
     """
     snapshot = find_server(services, path)
     revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
-    order = Order(snapshot.name, Event.RENEW if body.keep_kernels else Event.RESTART, revised=revised, origin=origin())
+    order = Order(
+        snapshot.name, Event.RESTART_KEEPING_KERNELS if body.keep_kernels else Event.RESTART, revised=revised, origin=origin()
+    )
     return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
 
 
@@ -142,7 +144,7 @@ def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Ans
             f"cannot rotate the token of server '{snapshot.name}': it is {snapshot.state}, "
             "and its next launch has another one anyway"
         )
-    event = Event.RESTART if snapshot.spec.gateway is None else Event.RENEW
+    event = Event.RESTART if snapshot.spec.gateway is None else Event.RESTART_KEEPING_KERNELS
     order = Order(snapshot.name, event, origin=replace(origin(), reason="its token is rotated"))
     return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
 

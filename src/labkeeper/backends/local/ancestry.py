@@ -25,12 +25,12 @@ _LONGEST_LINE: Final = 1000
 """Ancestors that are gone through; what is read one after the other may even form a ring."""
 
 
-class Kinship:
+class Ancestry:
     """Knows the servers of some runtime directories: ours, and those of earlier keepers."""
 
     def __init__(self, groups: Mapping[Path, ControlGroups]) -> None:
         """Take the control groups of each runtime directory."""
-        self._rooms = tuple(os.fsencode(runtime_dir) + b"/" for runtime_dir in groups)
+        self._server_dirs = tuple(os.fsencode(runtime_dir) + b"/" for runtime_dir in groups)
         self._forkservers = [runtime_dir / PLACE for runtime_dir in groups]
         self._groups = tuple(groups.values())
         self._first_loose: int | None = None
@@ -68,7 +68,7 @@ class Kinship:
             return True
 
     def _is_known(self, pid: int) -> bool:
-        if self._in_group(pid) or carries(pid, MARK).startswith(self._rooms):
+        if self._in_group(pid) or carries(pid, MARK).startswith(self._server_dirs):
             return True
         with contextlib.suppress(PermissionError):  # Fork servers are of our own user, and let us look.
             place = Path(f"/proc/{pid}/cwd").readlink()

@@ -1,7 +1,7 @@
 """Servers as processes of this machine.
 
-Each server has a room of its own, `<runtime_dir>/<name>/`, and each live one an attendant: a thread that waits until it is ready,
-then until it ends, then removes what is left of it, and reports each of these.
+Each server has a directory of its own, `<runtime_dir>/<name>/`. Each live server has a supervisor: a thread that waits until it is
+ready, then until it ends, then removes what is left of it, and reports each of these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from structlog.contextvars import bound_contextvars
 
 from labkeeper import shortage
 from labkeeper.backends.local.accounts import Account, check_passage, common_environment, find_user, own_environment
-from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.cleanup import LIMIT, EarlierDir, clear, strays
 from labkeeper.backends.local.echo import Echo
 from labkeeper.backends.local.forking import ForkServer
@@ -33,8 +33,8 @@ from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.local.limits import ControlGroups, Enforced
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import Process, boot_id
-from labkeeper.backends.local.server_dir import Asked, Record, Room
-from labkeeper.backends.local.supervisor import Attendant
+from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
+from labkeeper.backends.local.supervisor import ProcessSupervisor
 from labkeeper.backends.local.terminals import foregrounds
 from labkeeper.backends.local.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
@@ -46,7 +46,7 @@ from labkeeper.forkserver.wire import Launch, WireError
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import base_config, base_environment, launch_config, launch_environment
 from labkeeper.scrub import TOKEN_BYTES, of_server
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
@@ -87,20 +87,20 @@ class LocalBackend:
         self._echo_logs = echo_logs
         self._certificate = certificate
         self._found_orphans = found_orphans
-        self._attendants: dict[ServerName, Attendant] = {}
+        self._supervisors: dict[ServerName, ProcessSupervisor] = {}
         self._groups = ControlGroups(self._runtime_dir)
-        self._kinship = Kinship({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
+        self._ancestry = Ancestry({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
         self._earlier = {name: [left for left in earlier if name in left.names] for found in earlier for name in found.names}
         """What is still to be ended in earlier runtime directories, by name."""
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
-        self._crew = Crew()
+        self._threads = ThreadGroup()
         self._forkserver: ForkServer | None = None
         why_not = "" if launch_by == "fork" else "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
         if sys.platform != "linux":
             why_not = f"forking needs Linux, and this is {sys.platform}"
         if not why_not:
             self._forkserver = ForkServer(
-                self._crew,
+                self._threads,
                 python=python,
                 runtime_dir=self._runtime_dir,
                 log_dir=log_dir,
@@ -111,73 +111,73 @@ class LocalBackend:
             self._forkserver.start()
         else:
             # Else it looks after those before it.
-            self._crew.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
+            self._threads.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
         self._launcher = Launcher(python, self._forkserver, why_not)
 
     # The calls of the port
 
     def launch(self, spec: ServerSpec, launch: int) -> None:
-        """Make its room and its process."""
-        attendant = self._attendants.get(spec.name)
-        if attendant is not None and attendant.launch == launch and attendant.process.alive():
+        """Create its directory and its process."""
+        supervisor = self._supervisors.get(spec.name)
+        if supervisor is not None and supervisor.launch == launch and supervisor.process.alive():
             return
         with (
             bound_contextvars(server=spec.name, launch=launch),
             _unavailable(f"start server '{spec.name}'"),
-            self._crew.standing_by(f"attend-{spec.name}") as given,
+            self._threads.standing_by(f"supervise-{spec.name}") as given,
         ):
             # Here, and not when the fleet's thread logs that the launch has failed.
             of_server(spec.name).prepare()
             self._clear(spec.name)
             hold = _hold_port(spec)
             try:
-                self._attend(self._launch(spec, launch, hold), given)
+                self._supervise(self._launch(spec, launch, hold), given)
             except BaseException:
                 hold.close()
                 raise
 
     def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
         """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""
-        attendant = self._attendants.get(name)
-        if attendant is None:
-            self._end_unattended(name, launch)
+        supervisor = self._supervisors.get(name)
+        if supervisor is None:
+            self._end_unsupervised(name, launch)
         else:
-            ask = functools.partial(attendant.ask_to_end, grace / 2, keep_kernels=keep_kernels)
+            ask = functools.partial(supervisor.ask_to_end, grace / 2, keep_kernels=keep_kernels)
             try:
-                self._crew.start(f"ask-{name}", ask)
+                self._threads.start(f"ask-{name}", ask)
             except BackendUnavailable:
-                # Better its lane waits for its answer than that it is not asked.
+                # Better its job waits for the answer than that the server is not asked.
                 ask()
 
     def kill(self, name: ServerName, launch: int) -> None:
-        """Send SIGKILL to the server; its attendant ends the rest."""
-        attendant = self._attendants.get(name)
-        if attendant is None:
-            self._end_unattended(name, launch)
+        """Send SIGKILL to the server; its supervisor ends the rest."""
+        supervisor = self._supervisors.get(name)
+        if supervisor is None:
+            self._end_unsupervised(name, launch)
         else:
-            attendant.kill()
+            supervisor.kill()
 
     def observe(self, name: ServerName, launch: int) -> Fact:
         """Look for the process, first among those attended, then in the record that an earlier keeper left."""
-        attendant = self._attendants.get(name)
-        if attendant is None:
-            record = self._room(name).noted()
+        supervisor = self._supervisors.get(name)
+        if supervisor is None:
+            record = self._server_dir(name).read_record()
             if name in self._earlier or record is None or record.launch != launch or record.boot != boot_id():
-                # Whoever lost its room, or was given another directory for rooms, does not prove that it has ended.
+                # A server directory that is lost, or another runtime directory, does not prove that the server has ended.
                 self._end_orphans(name)
                 return Gone()
-            with _unavailable(f"look at server '{name}'"), self._crew.standing_by(f"attend-{name}") as given:
-                attendant = self._find(name, record)
-                if not attendant.process.alive():
+            with _unavailable(f"look at server '{name}'"), self._threads.standing_by(f"supervise-{name}") as given:
+                supervisor = self._find(name, record)
+                if not supervisor.process.alive():
                     try:
-                        return attendant.bury()
+                        return supervisor.bury()
                     finally:
-                        attendant.close()
-                self._attend(attendant, given)
-        return Seen(answers=attendant.look())
+                        supervisor.close()
+                self._supervise(supervisor, given)
+        return Seen(answers=supervisor.look())
 
     def forget(self, name: ServerName) -> None:
-        """Remove the room and the log."""
+        """Remove the directory and the log."""
         self._clear(name)
         self._logfile(name).remove()
 
@@ -185,18 +185,18 @@ class LocalBackend:
         """Measure those that are attended."""
         if self._meter is None:
             return {}
-        attended = {name: attendant for name in names if (attendant := self._attendants.get(name)) is not None}
-        return self._meter.measure({name: attendant.process for name, attendant in attended.items()})
+        supervised = {name: supervisor for name in names if (supervisor := self._supervisors.get(name)) is not None}
+        return self._meter.measure({name: supervisor.process for name, supervisor in supervised.items()})
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
-        """Look for rooms, for processes with the mark of a room, and for control groups."""
+        """Look for server directories, for processes with the mark of one, and for control groups."""
         return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
 
     def sweep(self, name: ServerName) -> None:
-        """End what runs under the name, and remove its room, where that is one, and its groups."""
+        """End what runs under the name, and remove its directory, where that is one, and its groups."""
         report = None
         try:
-            record = self._room(name).noted()
+            record = self._server_dir(name).read_record()
             report = self._attach(record) if record is not None else None
             if not self._end_orphans(name):
                 _log.info("removed what an earlier keeper left", server=name)
@@ -217,12 +217,12 @@ class LocalBackend:
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
         """Look into the table of processes."""
-        attendant = self._attendants.get(name)
-        return None if attendant is None else foregrounds(attendant.process)
+        supervisor = self._supervisors.get(name)
+        return None if supervisor is None else foregrounds(supervisor.process)
 
     def belongs_to_server(self, pid: int) -> bool:
         """Whether a process is a server, or may stem from one, running or ended: then it speaks for the user of that server."""
-        return self._kinship.is_of_server(pid, {attendant.process.pid for attendant in [*self._attendants.values()]})
+        return self._ancestry.is_of_server(pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]})
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Read the log file as it grows."""
@@ -230,38 +230,38 @@ class LocalBackend:
 
     def close(self) -> None:
         """End all threads; servers live on for the next keeper to observe, and the fork server as long as it has any."""
-        self._crew.close()
+        self._threads.close()
 
     # A launch
 
-    def _launch(self, spec: ServerSpec, launch: int, hold: socket.socket) -> Attendant:
-        room, logfile = self._room(spec.name), self._logfile(spec.name)
+    def _launch(self, spec: ServerSpec, launch: int, hold: socket.socket) -> ProcessSupervisor:
+        server_dir, logfile = self._server_dir(spec.name), self._logfile(spec.name)
         headline = f"[labkeeper] launch {launch} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         try:
             Path(spec.root_dir).stat()
             user = find_user(spec)
             if user is not None:
                 check_passage(spec, self._runtime_dir)
-            bundle = room.furnish(spec, user.ids if user else None)
+            bundle = server_dir.prepare(spec, user.ids if user else None)
             limited = self._groups.limit(spec.name, spec.limits, own_user=user is not None)
             port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
-            request = self._request(spec, room, port=port, token=token, bundle=bundle, user=user, limited=limited)
+            request = self._request(spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited)
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
                 echo = self._echo(spec.name)
                 launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
-            attendant = self._attendant(spec.name, self._record(spec, launch, launched, limited, port), launched.report)
-            attendant.token = token
-            attendant.announces, attendant.child, attendant.hold, attendant.echo = True, launched.child, hold, echo
+            supervisor = self._supervisor(spec.name, self._record(spec, launch, launched, limited, port), launched.report)
+            supervisor.token = token
+            supervisor.announces, supervisor.child, supervisor.hold, supervisor.echo = True, launched.child, hold, echo
             try:
-                room.note(attendant.record)
+                server_dir.write_record(supervisor.record)
             except OSError:
                 # It may not carry its mark yet.
-                attendant.kill()
+                supervisor.kill()
                 if launched.child is not None:
                     launched.child.wait()
-                attendant.close()
+                supervisor.close()
                 raise
         except BackendRefused:
             self._clear(spec.name)
@@ -273,12 +273,12 @@ class LocalBackend:
                 raise BackendUnavailable(f"cannot start server '{spec.name}' now: {error}") from error
             kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
             raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
-        return attendant
+        return supervisor
 
     def _request(
         self,
         spec: ServerSpec,
-        room: Room,
+        server_dir: ServerDir,
         *,
         port: int,
         token: str,
@@ -287,13 +287,13 @@ class LocalBackend:
         limited: Enforced,
     ) -> Launch:
         return Launch(
-            room=str(room.path),
+            server_dir=str(server_dir.path),
             title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
             cwd=spec.root_dir,
             # The mark comes last: readers of /proc that stop at an empty entry have read all others then.
             env={
-                **launch_environment(spec, own_environment(user), runtime_dir=room.jupyter, ca_bundle=bundle),
-                MARK: str(room.path),
+                **launch_environment(spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle),
+                MARK: str(server_dir.path),
             },
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
@@ -319,27 +319,27 @@ class LocalBackend:
             asked=Asked(hostname=spec.ip, port=port, base_url=spec.base_url, secure=self._certificate is not None),
         )
 
-    # Attendants
+    # Supervisors
 
-    def _attendant(self, name: ServerName, record: Record, report: ReportPipe | None) -> Attendant:
-        return Attendant(
+    def _supervisor(self, name: ServerName, record: Record, report: ReportPipe | None) -> ProcessSupervisor:
+        return ProcessSupervisor(
             name=name,
             process=Process(record.pid, record.started),
             record=record,
-            room=self._room(name),
+            server_dir=self._server_dir(name),
             log=self._logfile(name),
             groups=self._groups,
-            crew=self._crew,
+            threads=self._threads,
             client=self._client,
             tell=self._report,
             report=report,
         )
 
-    def _find(self, name: ServerName, record: Record) -> Attendant:
-        """Make the attendant of a server that an earlier keeper launched; its fork server, if it has one, tells us of its end."""
-        attendant = self._attendant(name, record, self._attach(record))
-        attendant.echo = self._echo(name)
-        return attendant
+    def _find(self, name: ServerName, record: Record) -> ProcessSupervisor:
+        """Return the supervisor of a server that an earlier keeper launched; its fork server, if it has one, reports its end."""
+        supervisor = self._supervisor(name, record, self._attach(record))
+        supervisor.echo = self._echo(name)
+        return supervisor
 
     def _attach(self, record: Record) -> ReportPipe | None:
         """Let the fork server of a server tell us of its end; None where it has none, or none that lives.
@@ -358,28 +358,28 @@ class LocalBackend:
                     report.close()
         return report if known else None
 
-    def _attend(self, attendant: Attendant, given: Callable[[Callable[[], None]], None]) -> None:
+    def _supervise(self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]) -> None:
         """Let the thread that stands by attend it."""
-        if attendant.record.launched_by == "exec":
-            self._kinship.note_executed(attendant.process)
-        self._attendants[attendant.name] = attendant
-        given(functools.partial(self._until_over, attendant))
+        if supervisor.record.launched_by == "exec":
+            self._ancestry.note_executed(supervisor.process)
+        self._supervisors[supervisor.name] = supervisor
+        given(functools.partial(self._until_over, supervisor))
 
-    def _until_over(self, attendant: Attendant) -> None:
-        last: Fact | None = Unreachable(f"nobody watches server '{attendant.name}'")
+    def _until_over(self, supervisor: ProcessSupervisor) -> None:
+        last: Fact | None = Unreachable(f"nobody watches server '{supervisor.name}'")
         try:
-            last = attendant.attend()
+            last = supervisor.supervise()
         finally:
             # First removed, then told: what is asked for next must not go to one that hears nothing any more.
-            if self._attendants.get(attendant.name) is attendant:
-                del self._attendants[attendant.name]
-            attendant.over.set()
+            if self._supervisors.get(supervisor.name) is supervisor:
+                del self._supervisors[supervisor.name]
+            supervisor.over.set()
             if last is not None:
-                self._report(Report(attendant.name, attendant.launch, last))
+                self._report(Report(supervisor.name, supervisor.launch, last))
 
     # What is left of a server
 
-    def _end_unattended(self, name: ServerName, launch: int) -> None:
+    def _end_unsupervised(self, name: ServerName, launch: int) -> None:
         found = self._end_all(name)
         self._report(Report(name, launch, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
 
@@ -388,7 +388,7 @@ class LocalBackend:
 
         For names of which nothing exists, as was proven by their end or a look: no start takes the time of another one.
         """
-        if name in self._attendants or name in self._earlier or os.path.lexists(self._room(name).path):
+        if name in self._supervisors or name in self._earlier or os.path.lexists(self._server_dir(name).path):
             self._end_all(name)
 
     def _end_orphans(self, name: ServerName) -> bool:
@@ -400,13 +400,13 @@ class LocalBackend:
         return bool(ended)
 
     def _end_all(self, name: ServerName) -> set[int]:
-        """End whatever exists under a name, with or without a room; give the pids. Raises BackendUnavailable."""
-        attendant = self._attendants.get(name)
-        if attendant is not None:
-            attendant.kill()
-            attendant.over.wait(LIMIT)
+        """End whatever exists under a name, with or without a directory; give the pids. Raises BackendUnavailable."""
+        supervisor = self._supervisors.get(name)
+        if supervisor is not None:
+            supervisor.kill()
+            supervisor.over.wait(LIMIT)
         with _unavailable(f"end all of server '{name}'"):
-            found = clear(self._room(name), self._groups)
+            found = clear(self._server_dir(name), self._groups)
             for earlier in self._earlier.get(name, ()):
                 found |= earlier.clear(name)
         self._earlier.pop(name, None)
@@ -417,8 +417,8 @@ class LocalBackend:
         logfile = self._logfile(name)
         return Echo(name, logfile, logfile.size) if self._echo_logs else None
 
-    def _room(self, name: ServerName) -> Room:
-        return Room(self._runtime_dir / name)
+    def _server_dir(self, name: ServerName) -> ServerDir:
+        return ServerDir(self._runtime_dir / name)
 
     def _logfile(self, name: ServerName) -> LogFile:
         return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name))

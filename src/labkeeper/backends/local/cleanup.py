@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Final
 
 from labkeeper.backends.local.limits import ControlGroups
-from labkeeper.backends.local.processes import Process, boot_id, end_all, marked, rooms_marked, sees
-from labkeeper.backends.local.server_dir import Room
+from labkeeper.backends.local.processes import Process, boot_id, end_all, marked, sees, server_dirs_marked
+from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName, server_name
 from labkeeper.forkserver.marks import MARK
@@ -23,22 +23,22 @@ _EMPTY_LOOKS: Final = 3
 
 
 def end_leftovers(
-    name: ServerName, room: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
+    name: ServerName, server_dir: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
 ) -> set[int]:
-    """End all in a server's control groups, all that carries the mark of its room, and what is `known` of it; give the pids.
+    """End all in a server's control groups, all that carries the mark of its directory, and what is `known` of it; give the pids.
 
-    A mark counts in processes of the server's user and of ours; where the room is lost, which knows that user, in all.
+    A mark counts in processes of the server's user and of ours; where the directory is lost, which knows that user, in all.
     `grace` is the time in seconds that it has between SIGTERM and SIGKILL. Raises BackendUnavailable when something lives on,
     and OSError where no descriptor is free to look: nothing is called ended that was not looked for.
     """
     found: set[int] = set()
-    users = Room(room).users
+    users = ServerDir(server_dir).users
     until = time.monotonic() + LIMIT
     empty = 0
     # What is ended last may have started something meanwhile, and a look may pass between a parent and its child.
     while empty < _EMPTY_LOOKS:
         members = (Process.find(pid) for pid in groups.members(name)) if groups else ()
-        carriers = (process for process in marked(MARK, str(room), users=users) if sees(process.pid, room.parent))
+        carriers = (process for process in marked(MARK, str(server_dir), users=users) if sees(process.pid, server_dir.parent))
         left = {*filter(None, members), *carriers, *(process for process in known if process.alive())}
         empty = 0 if left else empty + 1
         if left and time.monotonic() > until:
@@ -67,26 +67,26 @@ class EarlierDir:
         return cls(runtime_dir, groups, strays(runtime_dir, groups))
 
     def clear(self, name: ServerName) -> set[int]:
-        """End what runs there under a name, and remove its room; give the pids. Raises BackendUnavailable."""
-        return clear(Room(self.runtime_dir / name), self.groups)
+        """End what runs there under a name, and remove its directory; give the pids. Raises BackendUnavailable."""
+        return clear(ServerDir(self.runtime_dir / name), self.groups)
 
 
-def clear(room: Room, groups: ControlGroups) -> set[int]:
-    """End all of the server of a room, and remove the room and its control groups; give the pids.
+def clear(server_dir: ServerDir, groups: ControlGroups) -> set[int]:
+    """End all processes of a server, and remove its directory and control groups; return the pids.
 
-    What is in the place of a room and is none stays. Raises BackendUnavailable when something lives on.
+    A directory that no keeper made stays. Raises BackendUnavailable when something lives on.
     """
-    name = ServerName(room.path.name)
-    found = end_leftovers(name, room.path, _noted(room), grace=0.0, groups=groups)
+    name = ServerName(server_dir.path.name)
+    found = end_leftovers(name, server_dir.path, _recorded_processes(server_dir), grace=0.0, groups=groups)
     groups.remove(name)
-    if room.recognised:
-        room.remove()
+    if server_dir.recognised:
+        server_dir.remove()
     return found
 
 
-def _noted(room: Room) -> set[Process]:
-    """Give the process that is noted in a room, and what is still linked to it. Raises BackendUnavailable."""
-    record = room.noted()
+def _recorded_processes(server_dir: ServerDir) -> set[Process]:
+    """Return the process that a server directory has on record, and those still linked to it. Raises BackendUnavailable."""
+    record = server_dir.read_record()
     if record is None or record.boot != boot_id():
         return set()
     process = Process(record.pid, record.started)
@@ -103,17 +103,17 @@ def end_all_below(parent: Process) -> None:
 
 
 def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
-    """Name all servers of which there is anything: a room, a process with its mark, a control group.
+    """Name all servers of which there is anything: a directory, a process with its mark, a control group.
 
     Raises BackendUnavailable where no descriptor is free to look.
     """
     try:
-        rooms, found = rooms_marked(MARK, runtime_dir), groups.names()
+        server_dirs, found = server_dirs_marked(MARK, runtime_dir), groups.names()
     except OSError as error:
         raise BackendUnavailable(f"cannot look for what earlier keepers left: {error}") from error
     with contextlib.suppress(OSError):
-        rooms.update(path for path in runtime_dir.iterdir() if Room(path).recognised)
-    for room in rooms:
+        server_dirs.update(path for path in runtime_dir.iterdir() if ServerDir(path).recognised)
+    for server_dir in server_dirs:
         with contextlib.suppress(ValueError):
-            found.add(server_name(room.name))
+            found.add(server_name(server_dir.name))
     return found

@@ -21,11 +21,11 @@ from labkeeper.backends.local.cleanup import end_leftovers
 from labkeeper.backends.local.forkserver import ForkServers, Instance, NoForkServerError
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.processes import Process
-from labkeeper.backends.local.server_dir import Room
+from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName
 from labkeeper.forkserver import wire
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _WARM_UP: Final = 3.0
 """Seconds that a fork server takes to load, as long as none has told."""
@@ -48,7 +48,7 @@ class ForkServer:
 
     def __init__(
         self,
-        crew: Crew,
+        threads: ThreadGroup,
         *,
         python: Path,
         runtime_dir: Path,
@@ -58,10 +58,10 @@ class ForkServer:
         config: Mapping[str, Mapping[str, Any]],
     ) -> None:
         """`environment` and `config` (Jupyter's) are those of a server that asks for nothing in particular."""
-        self._crew = crew
+        self._threads = threads
         self._environment = dict(environment)
         self._processes = ForkServers(
-            crew,
+            threads,
             python=python,
             runtime_dir=runtime_dir,
             log_dir=log_dir,
@@ -78,7 +78,7 @@ class ForkServer:
 
     def start(self) -> None:
         """Take over what an earlier keeper left, or begin to load."""
-        self._crew.start("forkserver", self._supervise)
+        self._threads.start("forkserver", self._supervise)
 
     # What servers need of it
 
@@ -88,7 +88,7 @@ class ForkServer:
         Raises CannotFork.
         """
         self._check(launch.env)
-        room = Room(Path(launch.room))
+        server_dir = ServerDir(Path(launch.server_dir))
         while True:
             instance = self._await_ready()
             try:
@@ -103,8 +103,8 @@ class ForkServer:
                 self._give_up(instance)
                 # It may have forked all the same, and the child may already have written its files.
                 with contextlib.suppress(BackendUnavailable):
-                    end_leftovers(ServerName(room.path.name), room.path, set(), grace=0.0)
-                room.reset()
+                    end_leftovers(ServerName(server_dir.path.name), server_dir.path, set(), grace=0.0)
+                server_dir.reset()
                 raise CannotFork(f"the fork server did not answer ({type(error).__name__})") from error
             if "pid" in answer:
                 return Process(answer["pid"], answer["started"]), instance.name
@@ -112,7 +112,7 @@ class ForkServer:
                 raise CannotFork(f"the fork server could not: {answer.get('error')}")
             self._give_up(instance)
             # It may have killed a child that had already written its files.
-            room.reset()
+            server_dir.reset()
 
     def attach(self, name: str, pid: int, report: int) -> bool:
         """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent.
@@ -147,7 +147,7 @@ class ForkServer:
     def _supervise(self) -> None:
         pause, longest = _PAUSES
         find = self._processes.take_over
-        while not self._crew.closed:
+        while not self._threads.closed:
             try:
                 instance, find = find(), lambda: None
                 self._serve_by(instance or self._spawn())
@@ -155,11 +155,11 @@ class ForkServer:
                 pause = _PAUSES[0]
             except (NoForkServerError, BackendUnavailable, OSError) as error:
                 # Also where we lack something ourselves: whatever it is, servers are executed, and it is tried again.
-                if self._crew.closed:
+                if self._threads.closed:
                     return
                 _log.warning("there is no fork server; servers are executed", reason=str(error), next_in=pause)
                 self._set(None, str(error))
-                if self._crew.sleep(pause):
+                if self._threads.sleep(pause):
                     return
                 pause = min(pause * 4, longest)
                 self._set(None, "")
@@ -169,16 +169,16 @@ class ForkServer:
         self._set(instance, "")
         begun = time.monotonic()
         try:
-            message = self._processes.hear(instance.connection)
+            message = self._processes.receive(instance.connection)
             _log.info("the fork server is replaced", reason=message.get("retired"))
         except NoForkServerError:
-            if self._crew.closed:
+            if self._threads.closed:
                 return
             # One that has served for long died of something new.
             if time.monotonic() - begun < _PAUSES[1]:
                 raise
         finally:
-            if not self._crew.closed:
+            if not self._threads.closed:
                 self._give_up(instance)
 
     def _spawn(self) -> Instance:

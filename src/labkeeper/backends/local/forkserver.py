@@ -34,7 +34,7 @@ from labkeeper.forkserver import wire
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.peers import peer
 from labkeeper.forkserver.preload import REHEARSAL
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 PROGRAM: Final = Path(wire.__file__).parent
 """What runs in the servers' own interpreter; run as a program."""
@@ -52,7 +52,7 @@ _END_WITHIN: Final = 1.0
 """Seconds in which a fork server without servers ends when it is told to."""
 _LONGEST_NAME: Final = 63
 """Characters of a server's name (RFC 1123)."""
-_REHEARSAL_ROOM: Final = "rehearsal"
+_REHEARSAL_DIR: Final = "rehearsal"
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 """Libraries that would start threads when they are imported are told not to; in the fork server only."""
 
@@ -83,7 +83,7 @@ class ForkServers:
 
     def __init__(
         self,
-        crew: Crew,
+        threads: ThreadGroup,
         *,
         python: Path,
         runtime_dir: Path,
@@ -92,7 +92,7 @@ class ForkServers:
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self._crew = crew
+        self._threads = threads
         self._python = python
         self._place = runtime_dir / PLACE
         self._log = LogFile(log_dir / _LOG_NAME, max_bytes=_LOG_BYTES)
@@ -106,7 +106,7 @@ class ForkServers:
         """Start one, and wait until it is ready. Raises NoForkServerError."""
         directory = self._place / f"{self._key()}-{secrets.token_hex(4)}"
         try:
-            with self._crew.standing_by(f"forkserver-{directory.name}") as given:
+            with self._threads.standing_by(f"forkserver-{directory.name}") as given:
                 instance = self._execute(directory)
                 given(functools.partial(self._until_gone, instance))
         except (OSError, BackendUnavailable) as error:
@@ -114,7 +114,7 @@ class ForkServers:
             self._remove(directory)
             raise NoForkServerError(f"cannot start a fork server: {error}") from error
         try:
-            answer = self.hear(instance.connection, within=_LOAD_LIMIT)
+            answer = self.receive(instance.connection, within=_LOAD_LIMIT)
             if "pid" not in answer:
                 raise NoForkServerError(f"{answer.get('failed')} (log: {self._log.path})")
         except NoForkServerError:
@@ -136,7 +136,7 @@ class ForkServers:
                 _sweep_rehearsal(directory, self._groups)
                 self._remove(directory)
                 continue
-            self._crew.start(f"forkserver-{instance.name}", self._until_gone, instance)
+            self._threads.start(f"forkserver-{instance.name}", self._until_gone, instance)
             if chosen is None and instance.name.startswith(key):
                 chosen = instance
             else:
@@ -145,10 +145,10 @@ class ForkServers:
 
     def _execute(self, directory: Path) -> Instance:
         """Start its process; it answers on its connection when it has loaded. Raises OSError."""
-        room = directory / _REHEARSAL_ROOM
-        for private in (self._place.parent, self._place, directory, room):
+        server_dir = directory / _REHEARSAL_DIR
+        for private in (self._place.parent, self._place, directory, server_dir):
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_private(directory / REHEARSAL, json.dumps(self._rehearsal(room).message()))
+        write_private(directory / REHEARSAL, json.dumps(self._rehearsal(server_dir).message()))
         self._log.rotate()
         headline = f"[labkeeper] a fork server loads, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         with _listener(directory) as listener, self._log.open(headline) as log:
@@ -185,7 +185,7 @@ class ForkServers:
         process = Process.find(pid)
         try:
             wire.send(connection, {"do": "keep"})
-            if process is None or "pid" not in self.hear(connection, within=_ANSWER_WITHIN):
+            if process is None or "pid" not in self.receive(connection, within=_ANSWER_WITHIN):
                 raise NoForkServerError("it is none")
         except (OSError, NoForkServerError):
             # It was still loading for a keeper that is dead, or is stopped: its servers live on without it.
@@ -208,13 +208,13 @@ class ForkServers:
             os.close(file)
         return answer
 
-    def hear(self, connection: socket.socket, *, within: float | None = None) -> dict[str, Any]:
+    def receive(self, connection: socket.socket, *, within: float | None = None) -> dict[str, Any]:
         """Wait for what a fork server says unasked. Raises NoForkServerError when it ends, is silent, or we end."""
         poll = select.poll()
         poll.register(connection, select.POLLIN)
-        poll.register(self._crew.wake, select.POLLIN)
+        poll.register(self._threads.wake, select.POLLIN)
         ready = poll.poll(None if within is None else within * 1000)
-        if not ready or self._crew.closed:
+        if not ready or self._threads.closed:
             raise NoForkServerError("the fork server takes too long")
         try:
             return wire.receive(connection)[0]
@@ -225,7 +225,7 @@ class ForkServers:
 
     def _until_gone(self, instance: Instance) -> None:
         """Wait for the end of one, and remove what is left of it. When we end ourselves it ends, too, unless it has servers."""
-        ended = wait_until_ended(instance.process, or_readable=[self._crew.wake], timeout=None)
+        ended = wait_until_ended(instance.process, or_readable=[self._threads.wake], timeout=None)
         if not ended:
             self._retire(instance, all_heard=True)
             ended = wait_until_ended(instance.process, timeout=_END_WITHIN)
@@ -259,19 +259,19 @@ class ForkServers:
     def _longest_room(self) -> int:
         return len(os.fsencode(self._place.parent)) + 1 + _LONGEST_NAME
 
-    def _rehearsal(self, room: Path) -> wire.Launch:
+    def _rehearsal(self, server_dir: Path) -> wire.Launch:
         config = {section: dict(values) for section, values in self._config.items()}
-        config.setdefault("ServerApp", {}).update(ip="127.0.0.1", port=0, root_dir=str(room))
+        config.setdefault("ServerApp", {}).update(ip="127.0.0.1", port=0, root_dir=str(server_dir))
         return wire.Launch(
-            room=str(room),
+            server_dir=str(server_dir),
             title="jupyter-lab (rehearsal)",
-            cwd=os.path.realpath(room),
-            env={**self._environment, "JUPYTER_RUNTIME_DIR": str(room), MARK: str(room)},
+            cwd=os.path.realpath(server_dir),
+            env={**self._environment, "JUPYTER_RUNTIME_DIR": str(server_dir), MARK: str(server_dir)},
             kernel_env={},
             umask=0o077,
             config=config,
             user=None,
-            cgroups=self._groups.door(_rehearsal_name(room.parent)),
+            cgroups=self._groups.door(_rehearsal_name(server_dir.parent)),
             rlimits={},
             encrypt_kernels=False,
         )
@@ -297,12 +297,12 @@ def _rehearsal_name(directory: Path) -> ServerName:
 
 
 def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
-    """End what a rehearsal may have left running, and remove its room and its group."""
+    """End what a rehearsal may have left running, and remove its directory and its group."""
     name = _rehearsal_name(directory)
     with contextlib.suppress(BackendUnavailable, OSError):
-        end_leftovers(name, directory / _REHEARSAL_ROOM, set(), grace=0.0, groups=groups)
+        end_leftovers(name, directory / _REHEARSAL_DIR, set(), grace=0.0, groups=groups)
     groups.remove(name)
-    shutil.rmtree(directory / _REHEARSAL_ROOM, ignore_errors=True)
+    shutil.rmtree(directory / _REHEARSAL_DIR, ignore_errors=True)
 
 
 def _end_with_all_below(loading: Process) -> None:

@@ -185,7 +185,7 @@ def marked(name: str, value: str, *, users: Collection[int] | None = None) -> li
     return found
 
 
-def rooms_marked(name: str, directory: Path) -> set[Path]:
+def server_dirs_marked(name: str, directory: Path) -> set[Path]:
     """Give the paths in a directory that `name` is set to in the environment of any process of our own user. Raises OSError."""
     found: set[Path] = set()
     for pid in psutil.pids():

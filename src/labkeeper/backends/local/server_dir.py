@@ -1,4 +1,4 @@
-"""A server's room: the directory of one server, which goes when the server has ended.
+"""The directory of one server, which goes when the server has ended.
 
 Only the keeper's user can enter it. Where the server runs as another user, others can pass through it (0711), but not list it,
 and one part belongs to that user.
@@ -61,14 +61,14 @@ class Record(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class ServerDir:
     """One server's directory, whether it exists or not."""
 
     path: Path
 
     @property
     def jupyter(self) -> Path:
-        """Jupyter's runtime directory; the part of the room that belongs to the server's user."""
+        """Jupyter's runtime directory; the part that belongs to the server's user."""
         return self.path / "jupyter"
 
     @property
@@ -79,8 +79,8 @@ class Room:
         except OSError:
             return None
 
-    def furnish(self, spec: ServerSpec, user: User | None) -> Path | None:
-        """Make the room and what a launch needs; give the file of certificates to trust, if there is one. Raises OSError."""
+    def prepare(self, spec: ServerSpec, user: User | None) -> Path | None:
+        """Create the directory and what a launch needs; return the file of certificates to trust, if any. Raises OSError."""
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700)
         self.jupyter.mkdir(mode=0o700)
@@ -94,11 +94,11 @@ class Room:
                 os.chown(owned, user.uid, user.gid, follow_symlinks=False)
         return bundle
 
-    def note(self, record: Record) -> None:
+    def write_record(self, record: Record) -> None:
         """Write down which process runs here. Raises OSError."""
         write_private(self._record_path, record.model_dump_json())
 
-    def noted(self) -> Record | None:
+    def read_record(self) -> Record | None:
         """Read which process runs here; None when nothing that can be trusted is written. Raises BackendUnavailable."""
         try:
             return Record.model_validate_json(self._record_path.read_bytes())
@@ -112,21 +112,21 @@ class Room:
         """Where the server writes down which kernels it has."""
         return self.jupyter / kernels.RECORD
 
-    def note_stop(self, *, keep_kernels: bool, within: float) -> None:
+    def write_stop_request(self, *, keep_kernels: bool, within: float) -> None:
         """Tell the server how its kernels on a gateway are to end, and within how many seconds. Raises OSError."""
-        note = write_private(self.path / kernels.NOTE, json.dumps({"keep_kernels": keep_kernels, "within": within}))
+        note = write_private(self.path / kernels.STOP_REQUEST, json.dumps({"keep_kernels": keep_kernels, "within": within}))
         # Its user is to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():
             os.chown(note, user.st_uid, user.st_gid, follow_symlinks=False)
 
     @property
     def recognised(self) -> bool:
-        """Whether what is there was made as a room, and is not somebody's own directory in this place."""
+        """Whether a keeper made this directory: a user's own may have the same path."""
         try:
             inside = {path.name for path in self.path.iterdir()}
         except OSError:
             return False
-        half_there = inside <= {self.jupyter.name, f"{RECORD}.new", kernels.NOTE, f"{kernels.NOTE}.new"}
+        half_there = inside <= {self.jupyter.name, f"{RECORD}.new", kernels.STOP_REQUEST, f"{kernels.STOP_REQUEST}.new"}
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def reset(self) -> None:
@@ -140,7 +140,7 @@ class Room:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the room with all that is in it. Idempotent. Raises OSError where we lack what it takes to look into it.
+        """Remove the directory with all that is in it. Idempotent. Raises OSError where we lack what it takes to look into it.
 
         A keeper may be killed at any step, and what is left is recognised. The record goes first: a later keeper would take a
         server whose own files are gone for one that has ended in good order. Then what may hold anything.

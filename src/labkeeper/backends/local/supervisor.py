@@ -25,7 +25,7 @@ from labkeeper.backends.local.launching import ReportPipe, exit_of
 from labkeeper.backends.local.limits import ControlGroups, MemoryKills
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import Process, wait_until_ended
-from labkeeper.backends.local.server_dir import Record, Room
+from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
 from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OwnKernel, StopMethod
@@ -33,7 +33,7 @@ from labkeeper.core.spec import ServerName
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.failures import cause_of
 from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_kernels, with_url
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 _TAIL_LINES: Final = 30
 """Lines of the log that a failure carries."""
@@ -57,22 +57,22 @@ _OUT_OF_MEMORY: Final = (
 )
 """What a message says of a server that was killed for want of memory, for certain, and most likely."""
 _LOOK_LIMIT: Final = 1.5
-"""Seconds that a look at a running server may take in its lane, however slowly it answers."""
+"""Seconds that a look at a running server may take, however slowly it answers; its next job waits meanwhile."""
 
 _log = structlog.get_logger("labkeeper.backends.local.supervisor")
 
 
 @dataclass(slots=True, eq=False)
-class Attendant:
+class ProcessSupervisor:
     """What attends one launch, in a thread of its own."""
 
     name: ServerName
     process: Process
     record: Record
-    room: Room
+    server_dir: ServerDir
     log: LogFile
     groups: ControlGroups
-    crew: Crew
+    threads: ThreadGroup
     client: JupyterClient
     tell: Callable[[Report], None]
     report: ReportPipe | None = None
@@ -107,12 +107,12 @@ class Attendant:
         """The number of the launch."""
         return self.record.launch
 
-    def attend(self) -> Fact | None:
+    def supervise(self) -> Fact | None:
         """Watch it until its end, or ours; tell when it is ready, and give the last word on it, for the backend to tell."""
         with bound_contextvars(server=self.name, launch=self.launch):
-            return self._attend()
+            return self._supervise()
 
-    def _attend(self) -> Fact | None:
+    def _supervise(self) -> Fact | None:
         try:
             if self.process.alive():
                 self.groups.hold(self.name, self.process.pid)
@@ -137,13 +137,13 @@ class Attendant:
     def look(self) -> bool | None:
         """Return whether it answers; None if we had no thread or no descriptor to ask with.
 
-        However slowly it answers, this takes a limited time: a command to end it waits in the same lane.
+        However slowly it answers, this takes a limited time: a command to end it is queued behind it.
         """
         if self.endpoint is None or (self._looker is not None and self._looker.is_alive()):
             return False
         answers: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         try:
-            self._looker = self.crew.start(f"look-{self.name}", self._look, self.endpoint, answers)
+            self._looker = self.threads.start(f"look-{self.name}", self._look, self.endpoint, answers)
         except BackendUnavailable:
             return None
         try:
@@ -175,13 +175,13 @@ class Attendant:
         self.process.send(signal.SIGKILL)
 
     def bury(self) -> Ended:
-        """End what it left, remove its room, and tell how it ended. Raises BackendUnavailable when something lives on."""
+        """End what it left, remove its directory, and tell how it ended. Raises BackendUnavailable when something lives on."""
         end = self._exit()
         out_of_memory = self._out_of_memory(end)
         self._tend_log()
         # After an end in good order its leftovers get the chance of one, too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
-        end_rest = functools.partial(end_leftovers, self.name, self.room.path, self._known, grace=grace, groups=self.groups)
+        end_rest = functools.partial(end_leftovers, self.name, self.server_dir.path, self._known, grace=grace, groups=self.groups)
         self._when_possible(end_rest)
         failure = None
         if not (end.clean and self.record.ready):
@@ -192,7 +192,7 @@ class Attendant:
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
-        self._when_possible(self.room.remove)
+        self._when_possible(self.server_dir.remove)
         self.groups.remove(self.name)
         return Ended(end, self._method, tuple(sorted(stopped)), left, failure)
 
@@ -200,15 +200,15 @@ class Attendant:
 
     def _watch(self) -> Fact | None:
         self.endpoint = self._until_ready()
-        noted = True
+        written = True
         if self.endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
-            noted = self._note()
+            written = self._write_record()
             self.tell(Report(self.name, self.launch, Ready(self.endpoint)))
         while not self._ended_within(_ROTATE_EVERY):
-            if self.crew.closed:
+            if self.threads.closed:
                 return None
-            noted = noted or self._note()
+            written = written or self._write_record()
             self._tend_log()
             self._count_memory_kills()
         return self.bury()
@@ -225,7 +225,7 @@ class Attendant:
                 return endpoint
             # As long as it has said nothing there is nothing to look at: what it says wakes us.
             silent = endpoint is None and self._will_say
-            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.crew.closed:
+            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.threads.closed:
                 return None
             self._tend_log()
             pause = min(pause * 1.2, slowest)
@@ -241,7 +241,7 @@ class Attendant:
         if said is None and self._will_say:
             return None
         pid = self.process.pid
-        endpoint = read_info(self.room.jupyter, pid) if said is None else endpoint_of(said, pid)
+        endpoint = read_info(self.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
         endpoint = endpoint and self._as_asked(endpoint)
         # Before anything is sent there: our token is for its process alone. And Jupyter writes its file before it has the port.
         return endpoint if endpoint and self.process.listens_on(endpoint.port) else None
@@ -261,7 +261,7 @@ class Attendant:
 
     def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
         said = self.report.readable if or_says and self.report else []
-        return wait_until_ended(self.process, or_readable=[self.crew.wake, *said], timeout=seconds)
+        return wait_until_ended(self.process, or_readable=[self.threads.wake, *said], timeout=seconds)
 
     def _exit(self) -> Exit:
         """Say how its process ended, as its parent saw it. Where nobody did, its info file tells whether it was in good order."""
@@ -270,7 +270,7 @@ class Attendant:
         seen = self.report.exit() if self.report else None
         if seen is not None:
             return seen
-        left_it = os.path.lexists(info_path(self.room.jupyter, self.process.pid))
+        left_it = os.path.lexists(info_path(self.server_dir.jupyter, self.process.pid))
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:
@@ -291,15 +291,15 @@ class Attendant:
                 step()
                 return
             except OSError as error:
-                if not shortage.is_ours(error) or self.crew.sleep(_TRIED_AGAIN):
+                if not shortage.is_ours(error) or self.threads.sleep(_TRIED_AGAIN):
                     raise
 
     # Small things
 
-    def _note(self) -> bool:
-        """Write down what is known of it now; say whether that could be done: a full disk has room later."""
+    def _write_record(self) -> bool:
+        """Write what is known of it; return whether that succeeded: a full disk may have space later."""
         try:
-            self.room.note(self.record)
+            self.server_dir.write_record(self.record)
         except OSError:
             return False
         return True
@@ -308,12 +308,12 @@ class Attendant:
         answers.put(self.client.answers(endpoint))
 
     def _recorded(self) -> tuple[OwnKernel, ...]:
-        return read_kernels(self.room.kernels)
+        return read_kernels(self.server_dir.kernels)
 
     def _says_how(self, keep_kernels: bool, patience: float) -> bool:
         """Tell it how its kernels on a gateway are to end; say whether it will be so."""
         try:
-            self.room.note_stop(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
+            self.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
         except OSError:
             return not keep_kernels
         return True

@@ -18,7 +18,7 @@ import psutil
 
 from labkeeper.backends.local.limits import ControlGroups, Counted
 from labkeeper.backends.local.processes import Process, carries, is_of
-from labkeeper.backends.local.server_dir import Room
+from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.server import Usage
 from labkeeper.core.spec import ServerName
 from labkeeper.forkserver import marks
@@ -60,7 +60,7 @@ class Meter:
     def __init__(self, groups: ControlGroups, runtime_dir: Path) -> None:
         self._groups = groups
         self._runtime_dir = runtime_dir
-        self._rooms = os.fsencode(runtime_dir) + b"/"
+        self._server_dirs = os.fsencode(runtime_dir) + b"/"
         self._known: dict[ServerName, _Known] = {}
         self._marks: dict[tuple[int, str], bytes] = {}
         """What the processes that were there carry; a young one may not carry its mark yet."""
@@ -104,9 +104,9 @@ class Meter:
     def _found(self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]) -> dict[ServerName, frozenset[int]]:
         """Find all that stems from servers, or carries their mark."""
         owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
-        rooms = {os.fsencode(self._runtime_dir / name): name for name in servers}
+        server_dirs = {os.fsencode(self._runtime_dir / name): name for name in servers}
         marks = {pid: self._mark(pid, stat) for pid, stat in stats.items() if pid not in owners}
-        owners |= {pid: rooms[mark] for pid, mark in marks.items() if mark in rooms}
+        owners |= {pid: server_dirs[mark] for pid, mark in marks.items() if mark in server_dirs}
         found: dict[ServerName, set[int]] = {name: set() for name in servers}
         for pid in stats:
             for ancestor in _line(pid, stats):
@@ -122,7 +122,7 @@ class Meter:
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
             mark = carries(pid, marks.MARK)
-            if mark.startswith(self._rooms) and not _may_carry(pid, mark):
+            if mark.startswith(self._server_dirs) and not _may_carry(pid, mark):
                 mark = _NONE
             self._marks[key] = mark or (_NONE if again else b"")
         return self._marks[key]
@@ -153,9 +153,9 @@ def _or(counted: _Number | None, summed: _Number) -> _Number:
 
 
 def _may_carry(pid: int, mark: bytes) -> bool:
-    """Whether a process runs as who may have the mark of that room: another user can only have forged it."""
+    """Whether a process runs as who may have the mark of that directory: another user can only have forged it."""
     with contextlib.suppress(psutil.Error):
-        return is_of(pid, Room(Path(os.fsdecode(mark))).users)
+        return is_of(pid, ServerDir(Path(os.fsdecode(mark))).users)
     return False
 
 

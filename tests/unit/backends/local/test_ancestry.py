@@ -15,7 +15,7 @@ import pytest
 from harness import plain_python, run_cell, start_kernel, until
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import ancestry
-from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.processes import Process
@@ -97,7 +97,7 @@ class Keeper:
     def close(self):
         self.server.close()
         self.backend.kill(ServerName("lab"), 1)
-        until(lambda: not self.backend._attendants, what="its end")
+        until(lambda: not self.backend._supervisors, what="its end")
         self.backend.close()
 
 
@@ -161,7 +161,7 @@ def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper)
 
 @pytest.fixture
 def kin(tmp_path):
-    return Kinship({tmp_path: ControlGroups(tmp_path)})
+    return Ancestry({tmp_path: ControlGroups(tmp_path)})
 
 
 def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
@@ -174,7 +174,7 @@ def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
 
 @pytest.mark.parametrize(("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)])
 def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, place, known):
-    kin = Kinship({directory: ControlGroups(directory) for directory in (tmp_path / "run", tmp_path / "earlier")})
+    kin = Ancestry({directory: ControlGroups(directory) for directory in (tmp_path / "run", tmp_path / "earlier")})
     environment = {**os.environ, MARK: str(tmp_path / place / "one")}
     shell = ["sh", "-c", "sleep 1000 > /dev/null & echo $!"]
     pid = int(subprocess.run(shell, env=environment, stdout=subprocess.PIPE, check=True, start_new_session=True).stdout)
@@ -211,10 +211,10 @@ def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that
 INSIDE = """
 import os, signal, sys
 from pathlib import Path
-from labkeeper.backends.local.ancestry import Kinship
+from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.limits import ControlGroups
 
-kin = Kinship({Path(sys.argv[1]): ControlGroups(Path(sys.argv[1]))})
+kin = Ancestry({Path(sys.argv[1]): ControlGroups(Path(sys.argv[1]))})
 kin._first_loose = 0
 left = os.fork()
 if left == 0:
@@ -255,7 +255,7 @@ def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
 def test_a_line_without_end_is_not_trusted(kin, monkeypatch):
     monkeypatch.setattr(ancestry, "stat", lambda _: ["S", "7", "1", "1"])
     monkeypatch.setattr(ancestry, "spared", set)
-    monkeypatch.setattr(Kinship, "_is_known", lambda *_: False)
+    monkeypatch.setattr(Ancestry, "_is_known", lambda *_: False)
     assert kin.is_of_server(7, set())
 
 

@@ -31,7 +31,7 @@ from labkeeper.forkserver.wire import Launch
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import base_config, base_environment
 from labkeeper.jupyter.records import read_info
-from labkeeper.threads import Crew
+from labkeeper.threads import ThreadGroup
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
@@ -61,10 +61,10 @@ class Nursery:
         self.base = base
         (base / "config" / "jupyter_server_config.d").mkdir(parents=True)
         (base / "config" / "jupyter_server_config.py").write_text(CONFIG)
-        self.crew = Crew()
+        self.threads = ThreadGroup()
         self.environment = base_environment(os.environ) | {"JUPYTER_CONFIG_DIR": str(base / "config"), "HOME": str(base)}
         self.forkserver = ForkServer(
-            self.crew,
+            self.threads,
             python=sys.executable,
             runtime_dir=base / "run",
             log_dir=base / "logs",
@@ -91,13 +91,13 @@ class Nursery:
     def request(self, name=None):
         """A launch that ends at once, with exit code 1: its directory does not exist."""
         self.count += 1
-        room = self.base / "run" / (name or f"server{self.count}")
-        (room / "jupyter").mkdir(parents=True)
+        server_dir = self.base / "run" / (name or f"server{self.count}")
+        (server_dir / "jupyter").mkdir(parents=True)
         return Launch(
-            room=str(room),
-            title=f"jupyter-lab (server '{room.name}')",
+            server_dir=str(server_dir),
+            title=f"jupyter-lab (server '{server_dir.name}')",
             cwd=str(self.base / "nowhere"),
-            env={**self.environment, MARK: str(room)},
+            env={**self.environment, MARK: str(server_dir)},
             kernel_env={},
             umask=0o022,
             config=base_config(),
@@ -110,9 +110,9 @@ class Nursery:
     def lasting(self):
         """A launch that is held up when it reads its configuration."""
         request = self.request()
-        os.mkfifo(Path(request.room) / "gate")
-        request.env["JUPYTER_RUNTIME_DIR"] = request.room
-        return replace(request, cwd=request.room)
+        os.mkfifo(Path(request.server_dir) / "gate")
+        request.env["JUPYTER_RUNTIME_DIR"] = request.server_dir
+        return replace(request, cwd=request.server_dir)
 
     @contextlib.contextmanager
     def launched(self, request):
@@ -153,7 +153,7 @@ class Nursery:
         return str(path) in open_files(self.process.pid).values()
 
     def close(self):
-        self.crew.close()
+        self.threads.close()
 
 
 def open_files(pid):
@@ -165,7 +165,7 @@ def open_files(pid):
 
 
 def at_its_gate(request):
-    return until((Path(request.room) / "here").exists, what="it reads its configuration")
+    return until((Path(request.server_dir) / "here").exists, what="it reads its configuration")
 
 
 @pytest.fixture(scope="module")
@@ -382,7 +382,7 @@ def test_a_burst_gets_a_server_each(nursery):
         for child, request in zip(children, requests, strict=True):
             shown = psutil.Process(child.pid)
             at_its_gate(request)
-            assert shown.environ()[MARK] == request.room
+            assert shown.environ()[MARK] == request.server_dir
             assert shown.cmdline()[0].startswith("jupyter-lab (server")
             assert shown.name() == "jupyter-lab"
 
@@ -443,11 +443,11 @@ def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_th
         # The first one may take the child that was forked ahead; the next one has to be forked now.
         with pytest.raises(CannotFork, match="did not answer"):
             nursery.launch_twice(request)
-        left = [process.pid for process in processes_marked(request.room)]
+        left = [process.pid for process in processes_marked(request.server_dir)]
     finally:
         tracer.kill()
         tracer.wait()
-        kill_all(processes_marked(request.room))
+        kill_all(processes_marked(request.server_dir))
     assert not left
 
 
@@ -474,12 +474,12 @@ def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_inste
     """The fork server is lost between the fork and its answer, and the child is quicker than the keeper."""
     backend, facts = local
     name, forked = ServerName("lost"), []
-    room = tmp_path / "run" / name
+    server_dir = tmp_path / "run" / name
     ask = backend._forkserver._processes.ask
 
     def lose_the_answer(parent, request, files):
         forked.append(ask(parent, request, files)["pid"])
-        until((room / "jupyter" / f"jpserver-{forked[0]}.json").exists, what="its file")
+        until((server_dir / "jupyter" / f"jpserver-{forked[0]}.json").exists, what="its file")
         raise EOFError
 
     monkeypatch.setattr(backend._forkserver._processes, "ask", lose_the_answer)
@@ -488,11 +488,11 @@ def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_inste
         ready = facts.get(timeout=60).fact
         assert (ready.endpoint.launched_by, ready.endpoint.pid not in forked) == ("exec", True)
         assert not any(alive(pid) for pid in forked)
-        assert [path.name for path in room.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.endpoint.pid}.json"]
+        assert [path.name for path in server_dir.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.endpoint.pid}.json"]
     finally:
         backend.kill(name, 1)
     assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
-    assert not room.exists()
+    assert not server_dir.exists()
 
 
 def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(local, tmp_path, monkeypatch):

@@ -99,12 +99,12 @@ def test_an_exit_code_is_read_as_subprocess_gives_it(code, end):
 def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, interpreter):
     """The launch that it gets is wrong on purpose: what ends at once shows all that is to be shown here."""
     python = sys.executable if interpreter == "its own" else "/usr/bin/python3"
-    room = tmp_path / "room"
+    server_dir = tmp_path / "room"
     launch = Launch(
-        room=str(room),
+        server_dir=str(server_dir),
         title="jupyter-lab",
         cwd=str(tmp_path / "nowhere"),
-        env={MARK: str(room), "PATH": os.environ["PATH"]},
+        env={MARK: str(server_dir), "PATH": os.environ["PATH"]},
         kernel_env={},
         umask=0o022,
         config={},

@@ -22,8 +22,8 @@ from labkeeper.backends.local.processes import (
     carries,
     end_all,
     marked,
-    rooms_marked,
     sees,
+    server_dirs_marked,
     wait_until_ended,
 )
 from labkeeper.core.errors import BackendUnavailable
@@ -154,7 +154,7 @@ def test_a_mark_in_a_process_of_another_user_is_no_mark(spawn):
 def test_no_other_user_names_rooms(spawn, tmp_path):
     theirs = spawn(env={**os.environ, "A_MARK": str(tmp_path / "one")}, preexec_fn=lambda: os.setresuid(1234, 1234, 1234))
     until(lambda: carries(theirs.pid, "A_MARK"))
-    assert rooms_marked("A_MARK", tmp_path) == set()
+    assert server_dirs_marked("A_MARK", tmp_path) == set()
 
 
 def test_who_looks_is_not_found_nor_who_started_it(spawn):
@@ -169,29 +169,29 @@ def test_rooms_are_found_by_the_marks_that_processes_carry(spawn, tmp_path):
     for value in ("one", "two/deeper", "three"):
         spawn(env={"A_MARK": str(tmp_path / value)})
     spawn(env={"A_MARK": f"{tmp_path}-of-another/four"})
-    until(lambda: rooms_marked("A_MARK", tmp_path) == {tmp_path / "one", tmp_path / "three"})
+    until(lambda: server_dirs_marked("A_MARK", tmp_path) == {tmp_path / "one", tmp_path / "three"})
 
 
 @pytest.mark.root
 def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(spawn, tmp_path):
     """As one in a container, whose keeper has its runtime directory in the same place."""
-    rooms = tmp_path / "rooms"
-    rooms.mkdir()
+    server_dirs = tmp_path / "rooms"
+    server_dirs.mkdir()
 
     def behind(place):
         """Start a process of that mark to which another directory is in this place."""
         hidden = f"mount -t tmpfs tmpfs {place} && touch {place}/ready && exec sleep 1000"
-        child = spawn("unshare", "-m", "sh", "-c", hidden, env={**os.environ, "A_MARK": str(rooms / "one")})
+        child = spawn("unshare", "-m", "sh", "-c", hidden, env={**os.environ, "A_MARK": str(server_dirs / "one")})
         until(Path(f"/proc/{child.pid}/root{place}/ready").exists)
         return child
 
-    other = behind(rooms)
-    assert not sees(other.pid, rooms)
-    assert rooms_marked("A_MARK", rooms) == set()
+    other = behind(server_dirs)
+    assert not sees(other.pid, server_dirs)
+    assert server_dirs_marked("A_MARK", server_dirs) == set()
     # One that is shut in, where there is no such path, is still ours.
     shut_in = behind(tmp_path)
-    assert sees(shut_in.pid, rooms)
-    assert rooms_marked("A_MARK", rooms) == {rooms / "one"}
+    assert sees(shut_in.pid, server_dirs)
+    assert server_dirs_marked("A_MARK", server_dirs) == {server_dirs / "one"}
 
 
 def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
@@ -210,21 +210,21 @@ def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
 
 def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
     """With no descriptor left a process with a mark cannot be told from one without."""
-    room = tmp_path / "run" / "one"
-    child = spawn(env={**os.environ, "LABKEEPER_SERVER": str(room)})
+    server_dir = tmp_path / "run" / "one"
+    child = spawn(env={**os.environ, "LABKEEPER_SERVER": str(server_dir)})
     groups = ControlGroups(tmp_path / "run")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
         with pytest.raises(OSError, match="Too many open files"):
-            end_leftovers(ServerName("one"), room, set(), grace=0.0, groups=groups)
+            end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups)
         with pytest.raises(BackendUnavailable, match="cannot look for what earlier keepers left"):
             strays(tmp_path / "run", groups)
         with pytest.raises(OSError, match="Too many open files"):
             carries(child.pid, "LABKEEPER_SERVER")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert end_leftovers(ServerName("one"), room, set(), grace=0.0, groups=groups) == {child.pid}
+    assert end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups) == {child.pid}
 
 
 def test_what_ignores_sigterm_gets_sigkill(spawn):

@@ -34,17 +34,17 @@ time.sleep(600)
 @pytest.fixture
 def server(tmp_path):
     """A process with a child that holds memory, and one that has left it."""
-    room = tmp_path / NAME
+    server_dir = tmp_path / NAME
     running = subprocess.Popen(
         [sys.executable, "-c", PARENT],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, MARK: str(room)},
+        env={**os.environ, MARK: str(server_dir)},
     )
     assert running.stdout.readline().strip() == str(64 * MIB)
     yield running
-    kill_all(processes_where(lambda process: process.environ().get(MARK) == str(room) and process.pid != os.getpid()))
+    kill_all(processes_where(lambda process: process.environ().get(MARK) == str(server_dir) and process.pid != os.getpid()))
     running.wait()
     running.stdin.close()
     running.stdout.close()
