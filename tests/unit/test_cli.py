@@ -369,9 +369,9 @@ def test_show_tells_all_but_secrets(served):
         ("2000-01-01", "2000-01-01"),
     ],
 )
-def test_ages_are_told_in_one_unit(format_time, told):
+def test_ages_are_told_in_one_unit(instant, told):
     """A time is told as its age; clocks that differ and times that are none do no harm."""
-    assert re.fullmatch(told, output.ago(format_time))
+    assert re.fullmatch(told, output.ago(instant))
 
 
 # Stop and restart

@@ -30,7 +30,7 @@ class EventLog:
     def __init__(
         self, store: HistoryStore, clock: Clock, *, size: int, subscribers: Sequence[Callable[[HistoryEntry], None]] = ()
     ) -> None:
-        """`size` is how many entries are kept; subscribers are called with each, must be quick and not raise. Raises StoreError."""
+        """`size` is how many entries are kept; subscribers, called with each, must not block or raise. Raises StoreError."""
         self._store = store
         self._clock = clock
         self._size = size

@@ -99,7 +99,7 @@ class _KernelsRecord(BaseModel):
 
 
 _MOST_KERNELS: Final = 500
-"""Kernels of one server that are believed: each may become an orphaned kernel, which is stored with the credentials of its gateway."""
+"""Kernels of one server that are believed: each may become an orphaned kernel, stored with its gateway's credentials."""
 
 
 def read_kernels(path: Path) -> tuple[OwnKernel, ...]:

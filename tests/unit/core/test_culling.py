@@ -66,7 +66,7 @@ def test_what_is_use_by_each_policy(activity, policy, held):
 
 
 @pytest.mark.parametrize(
-    ("now", "standing", "stops", "warns"),
+    ("now", "state", "stops", "warns"),
     [
         (10.0, CullState.COUNTING, 7200.0, 6900.0),
         (6899.0, CullState.COUNTING, 7200.0, 6900.0),

@@ -69,7 +69,7 @@ def common_environment() -> Mapping[str, str]:
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
-    """Check that every user may traverse the path to server directories: a server of another user has to. Raises BackendRefused."""
+    """Check that every user may traverse the path to server directories, as a server has to. Raises BackendRefused."""
     for directory in runtime_dir.parents:
         if not directory.stat().st_mode & 0o001:
             raise _refused(

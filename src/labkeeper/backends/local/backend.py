@@ -1,7 +1,7 @@
 """Servers as processes of this machine.
 
-Each server has a directory of its own, `<runtime_dir>/<name>/`. Each live server has a supervisor: a thread that waits until it is
-ready, then until it ends, then removes what is left of it, and reports each of these.
+Each server has a directory of its own, `<runtime_dir>/<name>/`, and while it lives a supervisor: a thread that waits until the
+server is ready, then until it ends, then removes what is left of it, and reports each of these.
 """
 
 from __future__ import annotations
