@@ -136,7 +136,7 @@ class KeyedExecutor:
         self._mailbox = mailbox
         self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
         """Names with a queue that no thread works on yet; None ends a thread."""
-        self._queues: dict[ServerName, deque[Callable[[], Report | None]]] = {}
+        self._queues: dict[ServerName, deque[tuple[Callable[[], Report | None], Report | None]]] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         try:
@@ -148,14 +148,14 @@ class KeyedExecutor:
             self.close()
             raise
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
-        """Queue a job."""
+    def submit(self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None) -> None:
+        """Queue a job; if it raises, that is logged, and `failed` reported."""
         with self._lock:
             queued = self._queues.get(name)
             if queued is not None:
-                queued.append(job)
+                queued.append((job, failed))
                 return
-            self._queues[name] = deque([job])
+            self._queues[name] = deque([(job, failed)])
         self._waiting.put(name)
 
     def close(self) -> None:
@@ -177,13 +177,14 @@ class KeyedExecutor:
                 if not queued:
                     del self._queues[name]
                     return
-                job = queued.popleft()
+                job, failed = queued.popleft()
             try:
                 report = job()
-                if report is not None:
-                    self._mailbox(report)
             except Exception:  # noqa: BLE001 - a bug: it must not take the other servers' jobs with it
                 _log.exception("a job failed", server=name)
+                report = failed
+            if report is not None:
+                self._mailbox(report)
 
 
 class Mailbox:

@@ -14,7 +14,7 @@ from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, ServerNotFound
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick
+from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick, Unreachable
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
@@ -100,16 +100,17 @@ class TestExecutor:
         executor.close()
         assert done == ["first", "second"]
 
-    def test_a_job_that_fails_is_logged_and_its_lane_goes_on(self):
-        heard = []
-        executor = KeyedExecutor(heard.append, threads=1)
-        report = Report(ONE, 1, Ready(None))
+    def test_a_job_that_fails_is_logged_and_reported_and_the_next_one_runs(self):
+        received = []
+        executor = KeyedExecutor(received.append, threads=1)
+        report, failed = Report(ONE, 1, Ready(None)), Report(ONE, 1, Unreachable("why"))
         with structlog.testing.capture_logs() as log:
             executor.submit(ONE, lambda: 1 / 0)
+            executor.submit(ONE, lambda: 1 / 0, failed)
             executor.submit(ONE, lambda: report)
             executor.close()
-        assert heard == [report]
-        assert [entry["server"] for entry in log] == [ONE]
+        assert received == [failed, report]
+        assert [entry["server"] for entry in log] == [ONE, ONE]
 
 
 class Rig:
@@ -234,6 +235,26 @@ class TestKeeper:
         assert log[0]["log_level"] == "error"
         monkeypatch.undo()
         assert rig.keeper.ask(Create(a_spec(TWO))).created
+
+    def test_a_bug_in_an_observation_loses_no_server(self, make_rig, monkeypatch):
+        rig = make_rig(probe_period=0.02, look_again=0.02)
+        failures, states = [], []
+        observe = FakeBackend.observe
+
+        def fail_once(backend, name, launch):
+            if not failures:
+                failures.append(name)
+                raise ZeroDivisionError
+            states.append(rig.keeper.get(name).state)
+            return observe(backend, name, launch)
+
+        monkeypatch.setattr(FakeBackend, "observe", fail_once)
+        with structlog.testing.capture_logs() as log:
+            rig.keeper.ask(Create(a_spec(ONE)))
+            until(lambda: states)
+            until(lambda: rig.keeper.get(ONE).state is State.RUNNING)
+        assert (failures, states[0]) == ([ONE], State.LOST)
+        assert ["a job failed"] == [entry["event"] for entry in log if entry["log_level"] == "error"]
 
     def test_a_fleet_that_does_not_answer_is_called_busy(self, make_rig, monkeypatch):
         monkeypatch.setattr("labkeeper.runtime._ANSWER_WITHIN", 0.05)

@@ -1,15 +1,29 @@
-"""One server: turns messages about it into steps of the table, and keeps what goes with them.
+"""One server: what each event leads to, by the table, the restart budget and the timers.
 
-What goes with them: the snapshot, one timer, the restart budget. Nothing is done here; `Controller.apply` returns what to do.
+Nothing changes here, and nothing is done: `Controller.plan` returns a decision, with the controller that is to follow.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from labkeeper.core.lifecycle import ENDINGS, KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
-from labkeeper.core.messages import Ended, Fact, GatewaySeen, Gone, Job, Ready, Refused, Seen, Unreachable, Vetoed
+from labkeeper.core.messages import (
+    KEEPER,
+    Ended,
+    Fact,
+    GatewaySeen,
+    Gone,
+    Job,
+    Origin,
+    Ready,
+    Refused,
+    Report,
+    Seen,
+    Unreachable,
+    Vetoed,
+)
 from labkeeper.core.ports import Clock, Reserve
 from labkeeper.core.server import Exit, Failure, FailureClass, OrphanedKernel, OwnKernel, Snapshot, StopMethod, StopReport
 from labkeeper.core.spec import ServerSpec
@@ -40,24 +54,26 @@ class Policy:
     """Memory that is to stay free; nothing is begun with less."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Budget:
     """Restarts after a crash. A server that was seen to end before it ever answered since its start command fails fast."""
 
-    policy: Policy
     earned: bool = False
-    spent: list[float] = field(default_factory=list)
+    """Whether it has answered since then."""
+    spent: tuple[float, ...] = ()
+    """When it was restarted, by the monotonic clock."""
 
-    def left(self, now: float, *, blameless: bool = False) -> bool:
+    def left(self, policy: Policy, now: float, *, blameless: bool = False) -> bool:
         """Whether one more launch is allowed; `blameless` is an end that says nothing against the server."""
-        self.spent = [at for at in self.spent if now - at < self.policy.restart_window]
-        return (self.earned or blameless) and len(self.spent) < len(self.policy.restart_delays)
+        return (self.earned or blameless) and len(self._recent(policy, now)) < len(policy.restart_delays)
 
-    def spend(self, now: float) -> float:
-        """Take one launch; give the seconds to wait before it."""
-        delay = self.policy.restart_delays[len(self.spent)]
-        self.spent.append(now)
-        return delay
+    def spend(self, policy: Policy, now: float) -> tuple[Budget, float]:
+        """Return the budget after one more launch, and the seconds to wait before that."""
+        recent = self._recent(policy, now)
+        return replace(self, spent=(*recent, now)), policy.restart_delays[len(recent)]
+
+    def _recent(self, policy: Policy, now: float) -> tuple[float, ...]:
+        return tuple(at for at in self.spent if now - at < policy.restart_window)
 
 
 _KNOWN_CAUSES: Final = frozenset(
@@ -80,7 +96,7 @@ _EVENTS: Final[dict[type[Fact], Event]] = {
     Unreachable: Event.UNREACHABLE,
     Gone: Event.GONE,
 }
-"""The events that facts are, whatever state they find; `Controller.event_of` knows the others."""
+"""The events that facts are, whatever state they find; `Controller.plan_report` knows the others."""
 TIMERS: Final = {
     State.STARTING: "start_timeout",
     State.RUNNING: "probe_period",
@@ -93,63 +109,122 @@ TIMERS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a message to a server leads to, beside its new snapshot."""
+    """What an event leads to. Nothing of it has happened yet: the fleet saves it, then commits it, then does the jobs."""
 
+    event: Event
+    before: Snapshot | None
+    after: Controller
+    origin: Origin
+    """Who gave the command that this is, or follows from."""
     jobs: tuple[Job, ...] = ()
     orphans: tuple[OrphanedKernel, ...] = ()
-    """Kernels on its gateway that nobody is to have any more."""
+    """Kernels on its gateway that the server gives up."""
+
+    @property
+    def launches(self) -> bool:
+        """Whether a process is to be made."""
+        return any(job.action is Action.LAUNCH for job in self.jobs)
 
 
+@dataclass(frozen=True, slots=True)
 class Controller:
-    """One server; the fleet is its only caller."""
+    """One server: its snapshot, and what the keeper knows beside it. Immutable: `plan` returns its successor.
 
-    def __init__(self, snapshot: Snapshot, policy: Policy, clock: Clock) -> None:
-        self.snapshot = snapshot
-        self.deadline: float | None = None
-        self._policy = policy
-        self._clock = clock
-        self._budget = Budget(policy)
-        self._stop_began: float | None = None
-        self._silent_since: float | None = None
+    Times are seconds by the monotonic clock.
+    """
+
+    snapshot: Snapshot
+    policy: Policy
+    clock: Clock
+    deadline: float | None = None
+    """When the timer of its state is due."""
+    save_due: float | None = None
+    """When to try again to save its snapshot; None while the store has it."""
+    budget: Budget = Budget()
+    origin: Origin = KEEPER
+    """Who gave the command that it is following."""
+    observing: bool = False
+    """Whether an observation is under way. A second one would wait behind it, and what is to end the server behind both."""
+    stop_began: float | None = None
+    silent_since: float | None = None
 
     @classmethod
     def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, launch: int = 0) -> Controller:
-        """Make the controller of a server that was never launched; its launches count on from `launch`."""
+        """Return the controller of a server that was never launched; its launches count on from `launch`."""
         now = clock.time()
         return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, launch=launch), policy, clock)
 
-    def recover(self) -> list[Job]:
-        """Take up a server where an earlier keeper left it. What may exist is lost until it has been observed."""
-        self._budget.earned = self.snapshot.started_at is not None
-        state = self.snapshot.state
-        if state in MAY_EXIST:
-            self.snapshot = replace(self.snapshot, state=State.LOST, since=self._clock.time(), endpoint=None, gateway=None)
-            self._set_timer()
-            return [self._job(Action.OBSERVE)]
-        if state is State.BACKOFF:
-            self.deadline = self._clock.monotonic()
-        return []
+    @classmethod
+    def recovered(cls, snapshot: Snapshot, policy: Policy, clock: Clock) -> Decision:
+        """Decide how to go on where an earlier keeper left a server. What may exist is lost until it has been observed."""
+        found = cls(snapshot, policy, clock, budget=Budget(earned=snapshot.started_at is not None))
+        jobs: tuple[Job, ...] = ()
+        if snapshot.state in MAY_EXIST:
+            lost = found._with(state=State.LOST, since=clock.time(), endpoint=None, gateway=None)
+            found, jobs = lost._timed()._acting(Action.OBSERVE)
+        elif snapshot.state is State.BACKOFF:
+            found = replace(found, deadline=clock.monotonic())
+        return Decision(Event.UNREACHABLE, None, found, KEEPER, jobs)
 
-    def apply(
-        self, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None, *, may_start: bool = True
+    def plan(
+        self,
+        event: Event,
+        fact: Fact | None = None,
+        *,
+        revised: ServerSpec | None = None,
+        origin: Origin | None = None,
+        may_start: bool = True,
     ) -> Decision:
-        """Take one event, with the spec that is to hold from the next launch on; say what it leads to.
+        """Decide what one event leads to.
 
-        `may_start` says whether a place to start in is free, should it come to that.
+        `revised` is the spec to use from the next launch on, `origin` who gave the command, if it is one. `may_start` says
+        whether a launch would be within the limit of concurrent starts.
         """
+        before, after = self.snapshot, self
         if revised is not None:
-            self.snapshot = replace(self.snapshot, revised=None if revised == self.snapshot.spec else revised)
-        before = self.snapshot
+            after = after._with(revised=None if revised == before.spec else revised)
+        if origin is not None:
+            after = replace(after, origin=origin)
+        following = after.origin
+        jobs: tuple[Job, ...] = ()
+        orphans: tuple[OrphanedKernel, ...] = ()
         step = advance(before.state, before.goal, event, may_retry=self._may_retry(fact), may_start=may_start)
-        if step is None:
-            return Decision()
-        if _begins(step, event) and event is not Event.DEADLINE:
-            self._budget = Budget(self._policy)
-        self._record(event, fact, step)
-        if step.state is not before.state or event is Event.DEADLINE:
-            self._set_timer()
-        orphans = self._sort_kernels(before, event, fact)
-        return Decision(() if step.action is Action.NONE else (self._job(step.action),), orphans)
+        if step is not None:
+            if _begins(step, event) and event is not Event.DEADLINE:
+                after = replace(after, budget=Budget())
+            after = after._stepped(event, fact, step)
+            if step.state is not before.state or event is Event.DEADLINE:
+                after = after._timed()
+            after, orphans = after._sort_kernels(before, event, fact)
+            after, jobs = after._acting(step.action)
+        if after.snapshot.goal is Goal.UP and after.snapshot.state not in {State.QUEUED, State.STARTING}:
+            # The command has come about, or failed: from now on things happen by themselves.
+            after = replace(after, origin=KEEPER)
+        return Decision(event, before, after, following, jobs, orphans)
+
+    def plan_report(self, report: Report, *, may_start: bool = True) -> Decision | None:
+        """Decide what a report of this launch leads to; None where it is no news."""
+        known = replace(self, observing=False) if report.observation else self
+        match report.fact:
+            case Ended():
+                event = Event.EXITED if self._in_order(report.fact) else Event.CRASHED
+            case Seen(answers=answers) if self.snapshot.state is State.RUNNING:
+                known = known._looked(answers)
+                if not known._is_hung():
+                    return None if known == self else Decision(Event.SEEN, self.snapshot, known, self.origin)
+                event = Event.HUNG
+            case Seen():
+                event = Event.SEEN
+            case _:
+                event = _EVENTS[type(report.fact)]
+        return known.plan(event, report.fact, may_start=may_start)
+
+    def snoozed(self, until: float | None, origin: Origin) -> Decision:
+        """Decide to put off culling until a time, in seconds since the epoch; None ends that."""
+        return Decision(Event.SNOOZE, self.snapshot, self._with(snoozed_until=until), origin)
+
+    def _with(self, **changes: Any) -> Controller:
+        return replace(self, snapshot=replace(self.snapshot, **changes))
 
     def _may_retry(self, fact: Fact | None) -> bool:
         """Say whether the server may be relaunched automatically if this fact ends it."""
@@ -164,43 +239,32 @@ class Controller:
             case Gone():
                 # Nobody saw how it ended.
                 blameless = snap.failure is None or snap.failure.kind not in _KNOWN_CAUSES
-        return self._budget.left(self._clock.monotonic(), blameless=blameless)
-
-    def event_of(self, fact: Fact) -> Event | None:
-        """Name the event that a fact is to this server now; None where it is no news."""
-        match fact:
-            case Ended():
-                return Event.EXITED if self._in_order(fact) else Event.CRASHED
-            case Seen(answers=answers):
-                return self._look(answers)
-        return _EVENTS[type(fact)]
+        return self.budget.left(self.policy, self.clock.monotonic(), blameless=blameless)
 
     def _in_order(self, end: Ended) -> bool:
         """Say whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
         return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
-    def _look(self, answers: bool | None) -> Event | None:
-        if self.snapshot.state is not State.RUNNING:
-            return Event.SEEN
-        now = self._clock.monotonic()
+    def _looked(self, answers: bool | None) -> Controller:
         if answers is not False:
             # A look that could not be made breaks the silence, too: who was not asked has not been silent.
-            self._silent_since = None
-        elif self._silent_since is None:
-            self._silent_since = now
-        elif self._policy.hung_after and now - self._silent_since >= self._policy.hung_after:
-            return Event.HUNG
-        return None
+            return replace(self, silent_since=None)
+        return self if self.silent_since is not None else replace(self, silent_since=self.clock.monotonic())
 
-    def _record(self, event: Event, fact: Fact | None, step: Step) -> None:
+    def _is_hung(self) -> bool:
+        if self.silent_since is None or not self.policy.hung_after:
+            return False
+        return self.clock.monotonic() - self.silent_since >= self.policy.hung_after
+
+    def _stepped(self, event: Event, fact: Fact | None, step: Step) -> Controller:
         """Bring the snapshot to the step."""
-        before, now = self.snapshot, self._clock.time()
+        before, now = self.snapshot, self.clock.time()
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
             snap = replace(snap, since=now, endpoint=None, gateway=None)
-        snap = self._heard(snap, fact)
+        snap = self._reported(snap, fact)
         if event is Event.HUNG:
-            silent = f"server '{snap.name}' had not answered for {self._policy.hung_after:g} s"
+            silent = f"server '{snap.name}' had not answered for {self.policy.hung_after:g} s"
             snap = replace(snap, failure=Failure(FailureClass.HUNG, silent))
         elif event is Event.DEADLINE and before.state is State.STARTING:
             snap = replace(snap, failure=self._timeout())
@@ -225,16 +289,17 @@ class Controller:
         elif step.state is State.FAILED and snap.failure is None:
             early = f"cannot start server '{snap.name}': it ended before it was ready ({snap.exit or Exit()})"
             snap = replace(snap, failure=Failure(FailureClass.OTHER, early, snap.exit))
-        self.snapshot = snap
+        if isinstance(fact, Ready) and snap.state is State.RUNNING:
+            return replace(self, snapshot=snap, budget=replace(self.budget, earned=True), silent_since=None)
+        return replace(self, snapshot=snap)
 
-    def _heard(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
+    def _reported(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
         """Bring what a fact says into the snapshot of the step that it led to."""
         match fact:
             case Ready(endpoint=endpoint, gateway=gateway) if snap.state is State.RUNNING:
-                now = self._clock.time()
+                now = self.clock.time()
                 up_since = now if snap.up_since is None else snap.up_since
                 snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=now, up_since=up_since, failure=None)
-                self._budget.earned, self._silent_since = True, None
             case Ended():
                 snap = self._ended(snap, fact)
             case Refused(failure=failure) | Vetoed(failure=failure):
@@ -256,13 +321,13 @@ class Controller:
             failure = replace(snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ())
         report = None
         if end.method is not StopMethod.NONE:
-            seconds = 0.0 if self._stop_began is None else self._clock.monotonic() - self._stop_began
+            seconds = 0.0 if self.stop_began is None else self.clock.monotonic() - self.stop_began
             left = () if snap.goal in KEEPS_KERNELS else tuple(kernel.id for kernel in end.kernels_left)
             report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, left)
         return replace(snap, exit=end.exit, failure=failure, stop_report=report)
 
-    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[OrphanedKernel, ...]:
-        """Part the kernels on its gateway into those that its next launch is to have, and those that are owed an end."""
+    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[Controller, tuple[OrphanedKernel, ...]]:
+        """Part the kernels on its gateway into those that its next launch takes over, and those that are given up."""
         there = {kernel.id: kernel for kernel in before.kernels_kept}
         match fact:
             case Ready(not_taken_over=ids) if self.snapshot.state is State.RUNNING:
@@ -276,35 +341,41 @@ class Controller:
         else:
             unwanted = event is Event.RESTART
         kept: tuple[OwnKernel, ...] = () if unwanted else tuple(there.values())
-        self.snapshot = replace(self.snapshot, kernels_kept=kept)
+        after = self._with(kernels_kept=kept)
         if not unwanted or before.spec.gateway is None:
-            return ()
-        now = self._clock.time()
-        return tuple(OrphanedKernel(k.id, before.spec.gateway, before.name, now, k.starting) for k in there.values())
+            return after, ()
+        now, gateway = self.clock.time(), before.spec.gateway
+        return after, tuple(OrphanedKernel(k.id, gateway, before.name, now, k.starting) for k in there.values())
 
     def _timeout(self) -> Failure:
         return Failure(
             FailureClass.START_TIMEOUT,
-            f"cannot start server '{self.snapshot.name}': it was not ready within {self._policy.start_timeout:g} s and "
+            f"cannot start server '{self.snapshot.name}': it was not ready within {self.policy.start_timeout:g} s and "
             "was ended; its last log lines say what it was doing (LABKEEPER_START_TIMEOUT gives it longer)",
         )
 
-    def _set_timer(self) -> None:
+    def _timed(self) -> Controller:
         """Set the timer of a state that was just entered, or is to be waited in once more."""
-        now, state = self._clock.monotonic(), self.snapshot.state
+        now, state = self.clock.monotonic(), self.snapshot.state
+        stop_began = self.stop_began if state is State.LOST else None
         if state in {State.STOPPING, State.KILLING}:
-            self._stop_began = now if self._stop_began is None else self._stop_began
-        elif state is not State.LOST:
-            self._stop_began = None
+            stop_began = now if self.stop_began is None else self.stop_began
         if state is State.BACKOFF:
-            self.deadline = now + self._budget.spend(now)
-        else:
-            length = TIMERS.get(state)
-            self.deadline = None if length is None else now + float(getattr(self._policy, length))
+            budget, delay = self.budget.spend(self.policy, now)
+            return replace(self, budget=budget, deadline=now + delay, stop_began=stop_began)
+        length = TIMERS.get(state)
+        deadline = None if length is None else now + float(getattr(self.policy, length))
+        return replace(self, deadline=deadline, stop_began=stop_began)
 
-    def _job(self, action: Action) -> Job:
+    def _acting(self, action: Action) -> tuple[Controller, tuple[Job, ...]]:
+        if action is Action.NONE or (action is Action.OBSERVE and self.observing):
+            return self, ()
+        # No observation of an earlier launch counts for a new one.
+        observing = action is Action.OBSERVE or (self.observing and action is not Action.LAUNCH)
         snap = self.snapshot
-        return Job(snap.spec, snap.launch, action, keep_kernels=snap.goal in KEEPS_KERNELS, kernels=snap.kernels_kept)
+        kept = snap.goal in KEEPS_KERNELS
+        job = Job(snap.spec, snap.launch, action, keep_kernels=kept, kernels=snap.kernels_kept)
+        return replace(self, observing=observing), (job,)
 
 
 def _begins(step: Step, event: Event) -> bool:

@@ -1,14 +1,13 @@
 """All servers. `Fleet.step` takes one message, and is never run by two threads at once.
 
-Order within a step: decide, store, notify subscribers, queue the job for the backend. A launch is stored before it is done, so
-that a keeper which dies in between finds the name again and observes it.
+Order within a step: decide, save, commit, notify subscribers, queue the jobs. A launch is saved before it is made, so that a
+keeper which dies in between finds the name again and observes it.
 """
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -25,7 +24,6 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, MAY_EXIST, Action, Event, Goal, State
 from labkeeper.core.messages import (
-    KEEPER,
     Change,
     Create,
     Fact,
@@ -80,11 +78,9 @@ class Fleet:
         self._machine = machine
         self._subscribers = tuple(subscribers)
         self._servers: dict[ServerName, Controller] = {}
-        self._unsaved: dict[ServerName, float] = {}
+        self._deleted: dict[ServerName, float] = {}
+        """Deleted servers that the store still has, with when to try again to drop them."""
         self._forgotten_launch = 0
-        self._origins: dict[ServerName, Origin] = {}
-        """Who gave the command that a server is following now."""
-        self._observing: set[ServerName] = set()
         self._closing = False
 
     def recover(self) -> None:
@@ -98,13 +94,7 @@ class Fleet:
             # Before all other jobs of the name: what is launched under it now is launched when nothing is left.
             self._executor.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
-            controller = Controller(snapshot, self._policy, self._clock)
-            self._servers[snapshot.name] = controller
-            jobs = controller.recover()
-            self._tell(Event.UNREACHABLE, None, controller.snapshot)
-            if controller.snapshot.forgotten:
-                self._forget(controller.snapshot.name)
-            self._submit(jobs)
+            self._commit(Controller.recovered(snapshot, self._policy, self._clock))
         self._give_turns()
 
     def step(self, message: Message) -> Reply | None:
@@ -129,7 +119,7 @@ class Fleet:
                 self._closing = True
                 self._stop_all(origin)
             case Report():
-                self._hear(message)
+                self._report(message)
             case Tick():  # pragma: no branch - the last kind of message
                 self._tick()
         return None
@@ -149,8 +139,8 @@ class Fleet:
 
     def next_deadline(self) -> float | None:
         """Say when the next timer is due, by the monotonic clock."""
-        due = [c.deadline for c in self._servers.values() if c.deadline is not None]
-        return min([*due, *self._unsaved.values()], default=None)
+        due = [at for c in self._servers.values() for at in (c.deadline, c.save_due) if at is not None]
+        return min([*due, *self._deleted.values()], default=None)
 
     def _create(self, command: Create) -> Reply:
         spec, start = command.spec, Order(command.spec.name, Event.START, origin=command.origin)
@@ -158,14 +148,7 @@ class Fleet:
         if known is None:
             self._check_known(spec.name)
             # A late fact of a deleted server must not be taken for one of its successor.
-            self._servers[spec.name] = Controller.new(spec, self._policy, self._clock, self._forgotten_launch)
-            try:
-                return self._order(start)
-            except BaseException:
-                # Whatever it was, nobody was told of a server: there is none.
-                self._servers.pop(spec.name, None)
-                self._origins.pop(spec.name, None)
-                raise
+            return self._command(Controller.new(spec, self._policy, self._clock, self._forgotten_launch), start)
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
             raise Conflict(
@@ -173,12 +156,13 @@ class Fleet:
                 "DELETE that one first, or choose another name",
                 differs=list(differs),
             )
-        return self._order(start)
+        return self._command(known, start)
 
     def _order(self, order: Order) -> Reply:
-        name, event = order.name, order.event
-        controller = self._find(name)
-        snapshot = controller.snapshot
+        return self._command(self._find(order.name), order)
+
+    def _command(self, controller: Controller, order: Order) -> Reply:
+        snapshot, name, event = controller.snapshot, order.name, order.event
         if order.seen is not None and order.seen != snapshot:
             return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
@@ -187,10 +171,10 @@ class Fleet:
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
             _check_kernels_can_be_kept(snapshot, order.revised)
-        self._origins[name] = order.origin
         if order.force:
-            self._apply(controller, Event.KILL)
-        after = self._apply(controller, event, revised=order.revised)
+            controller = self._carry_out(controller.plan(Event.KILL, origin=order.origin, may_start=self._may_start()))
+        decision = controller.plan(event, revised=order.revised, origin=order.origin, may_start=self._may_start())
+        after = self._carry_out(decision).snapshot
         queued = after.state is State.QUEUED and snapshot.state is not State.QUEUED
         turned = after.goal in COMES_BACK and snapshot.goal not in COMES_BACK
         created = after.launch != snapshot.launch or queued or turned
@@ -198,13 +182,10 @@ class Fleet:
 
     def _snooze(self, command: Snooze) -> Reply:
         """Keep until when a server is not culled: first on the disk, so that what is answered holds for the next keeper, too."""
-        controller = self._find(command.name)
-        before = controller.snapshot
-        after = replace(before, snoozed_until=command.until)
-        self._store.save(after)
-        controller.snapshot = after
-        self._tell(Event.SNOOZE, before, after, command.origin)
-        return Reply(after)
+        decision = self._find(command.name).snoozed(command.until, command.origin)
+        self._store.save(decision.after.snapshot)
+        self._commit(decision)
+        return Reply(decision.after.snapshot)
 
     def _find(self, name: ServerName) -> Controller:
         controller = self._servers.get(name)
@@ -259,7 +240,7 @@ class Fleet:
         """
         while (queue := queue_of(c.snapshot for c in self._servers.values())) and self._starting() < self._policy.max_starts:
             # One that cannot be stored does not start, and leaves its place to the one behind it.
-            self._apply(self._servers[queue[0].name], Event.ADMITTED)
+            self._carry_out(self._servers[queue[0].name].plan(Event.ADMITTED))
 
     def _starting(self) -> int:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
@@ -269,117 +250,104 @@ class Fleet:
         waits = any(c.snapshot.state is State.QUEUED for c in self._servers.values())
         return not waits and self._starting() < self._policy.max_starts
 
-    def _hear(self, report: Report) -> None:
+    def _report(self, report: Report) -> None:
         controller = self._servers.get(report.name)
         if controller is None:
             # The backend has forgotten it.
-            self._keep(report.name)
-            return
-        if report.launch != controller.snapshot.launch:
-            return
-        event = controller.event_of(report.fact)
-        if event is not None:
-            self._apply(controller, event, report.fact)
+            self._drop(report.name)
+        elif report.launch == controller.snapshot.launch:
+            decision = controller.plan_report(report, may_start=self._may_start())
+            if decision is not None:
+                self._carry_out(decision)
 
     def _tick(self) -> None:
         now = self._clock.monotonic()
-        for controller in list(self._servers.values()):
-            if controller.deadline is not None and controller.deadline <= now:
-                self._apply(controller, Event.DEADLINE)
-        for name in [n for n, due in self._unsaved.items() if due <= now]:
-            self._keep(name)
+        for controller in [c for c in self._servers.values() if c.deadline is not None and c.deadline <= now]:
+            self._carry_out(controller.plan(Event.DEADLINE, may_start=self._may_start()))
+        for controller in [c for c in self._servers.values() if c.save_due is not None and c.save_due <= now]:
+            self._save_again(controller)
+        for name in [name for name, due in self._deleted.items() if due <= now]:
+            self._drop(name)
 
-    def _apply(
-        self, controller: Controller, event: Event, fact: Fact | None = None, revised: ServerSpec | None = None
-    ) -> Snapshot:
-        name, before, undo = controller.snapshot.name, controller.snapshot, copy.copy(controller)
-        decision = controller.apply(event, fact, revised, may_start=self._may_start())
-        if controller.snapshot == before:
-            self._close_origin(before)
-            self._submit(decision.jobs)
-            return before
-        try:
-            self._store.save(controller.snapshot)
-            self._unsaved.pop(name, None)
-        except StoreError as error:
-            launches = any(job.action is Action.LAUNCH for job in decision.jobs)
-            if event in COMMANDS and (launches or controller.snapshot.state is State.QUEUED):
-                # Nothing was started yet, and somebody is there to be told.
-                self._servers[name] = undo
-                raise
-            if launches:
-                # The next keeper would not know of it: not launched either.
-                why = f"cannot start server '{name}': {error.message}"
-                refused = controller.apply(Event.REFUSED, _refused(error, why))
-                decision = Decision(refused.jobs, decision.orphans + refused.orphans)
-            # A stop must go on even with a full disk.
-            self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
-        after = controller.snapshot
+    def _carry_out(self, decision: Decision) -> Controller:
+        """Save what was decided, then commit it. Raises StoreError if nothing was started yet, and a caller can be told."""
+        if decision.after.snapshot != decision.before:
+            try:
+                self._store.save(decision.after.snapshot)
+                decision = replace(decision, after=replace(decision.after, save_due=None))
+            except StoreError as error:
+                decision = self._unsaved(decision, error)
+        return self._commit(decision)
+
+    def _unsaved(self, decision: Decision, error: StoreError) -> Decision:
+        """Decide how to go on with what cannot be saved. Raises StoreError."""
+        name = decision.after.snapshot.name
+        if decision.event in COMMANDS and (decision.launches or decision.after.snapshot.state is State.QUEUED):
+            raise error
+        if decision.launches:
+            # The next keeper would not know of it: not launched either.
+            refused = decision.after.plan(Event.REFUSED, _refused(error, f"cannot start server '{name}': {error.message}"))
+            decision = replace(decision, after=refused.after, jobs=refused.jobs, orphans=decision.orphans + refused.orphans)
+        # A stop must go on even with a full disk.
+        return replace(decision, after=replace(decision.after, save_due=self._clock.monotonic() + SAVE_AGAIN))
+
+    def _commit(self, decision: Decision) -> Controller:
+        """Let a decision hold, notify subscribers of it, and queue its jobs."""
+        controller, snapshot = decision.after, decision.after.snapshot
+        self._servers[snapshot.name] = controller
+        self._deleted.pop(snapshot.name, None)
         if decision.orphans:
             self._orphans.add(decision.orphans)
-        self._tell(event, before, after)
-        self._close_origin(after)
-        self._submit(decision.jobs)
-        if after.forgotten:
-            self._forget(name)
-        return after
+        if snapshot != decision.before:
+            change = Change(decision.event, decision.before, snapshot, self._clock.time(), decision.origin)
+            for subscriber in self._subscribers:
+                subscriber.changed(change)
+        for job in decision.jobs:
+            self._submit(job)
+        if snapshot.forgotten:
+            self._forget(snapshot)
+        return controller
 
-    def _keep(self, name: ServerName) -> None:
-        """Bring the store to what is so of one server, now or later."""
-        controller = self._servers.get(name)
-        try:
-            if controller is None:
-                self._store.forget(name)
-                # Not here: no change of a server is to wait for a disk.
-                self._executor.submit(name, self._store.wipe)
-            else:
-                self._store.save(controller.snapshot)
-            self._unsaved.pop(name, None)
-        except StoreError:
-            self._unsaved[name] = self._clock.monotonic() + SAVE_AGAIN
+    def _submit(self, job: Job) -> None:
+        name, is_observation = job.spec.name, job.action is Action.OBSERVE
 
-    def _forget(self, name: ServerName) -> None:
-        controller = self._servers.pop(name)
-        self._origins.pop(name, None)
-        self._forgotten_launch = max(self._forgotten_launch, controller.snapshot.launch)
+        def run() -> Report | None:
+            fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
+            return None if fact is None else Report(name, job.launch, fact, is_observation)
+
+        reason = f"cannot {job.action} server '{name}': the keeper failed; its log has the cause"
+        self._executor.submit(name, run, Report(name, job.launch, Unreachable(reason), is_observation))
+
+    def _forget(self, snapshot: Snapshot) -> None:
+        """Remove what is kept of a server that was deleted."""
+        name = snapshot.name
+        del self._servers[name]
+        self._forgotten_launch = max(self._forgotten_launch, snapshot.launch)
 
         def run() -> Report:
             self._backend.forget(name)
-            return Report(name, controller.snapshot.launch, Gone())
+            return Report(name, snapshot.launch, Gone())
 
         # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
         self._executor.submit(name, run)
 
-    def _close_origin(self, snapshot: Snapshot) -> None:
-        """Drop who gave a command that has come about, or failed: from now on things happen by themselves."""
-        if snapshot.goal is Goal.UP and snapshot.state not in {State.QUEUED, State.STARTING}:
-            self._origins.pop(snapshot.name, None)
+    def _save_again(self, controller: Controller) -> None:
+        due = None
+        try:
+            self._store.save(controller.snapshot)
+        except StoreError:
+            due = self._clock.monotonic() + SAVE_AGAIN
+        self._servers[controller.snapshot.name] = replace(controller, save_due=due)
 
-    def _tell(self, event: Event, before: Snapshot | None, after: Snapshot, origin: Origin | None = None) -> None:
-        """Tell the listeners of a change; without an origin it is that of the command that the server still follows."""
-        change = Change(event, before, after, self._clock.time(), origin or self._origins.get(after.name, KEEPER))
-        for listener in self._subscribers:
-            listener.changed(change)
-
-    def _submit(self, jobs: Sequence[Job]) -> None:
-        for job in jobs:
-            if job.action is Action.OBSERVE:
-                # A server that is slow to be looked at is not looked at twice: what is to end it would wait behind both.
-                if job.spec.name in self._observing:
-                    continue
-                self._observing.add(job.spec.name)
-            self._executor.submit(job.spec.name, self._bound(job))
-
-    def _bound(self, job: Job) -> Callable[[], Report | None]:
-        def run() -> Report | None:
-            try:
-                fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
-            finally:
-                if job.action is Action.OBSERVE:
-                    self._observing.discard(job.spec.name)
-            return None if fact is None else Report(job.spec.name, job.launch, fact)
-
-        return run
+    def _drop(self, name: ServerName) -> None:
+        """Drop a deleted server from the store, now or later."""
+        try:
+            self._store.forget(name)
+            # Not here: no change of a server is to wait for a disk.
+            self._executor.submit(name, self._store.wipe)
+            self._deleted.pop(name, None)
+        except StoreError:
+            self._deleted[name] = self._clock.monotonic() + SAVE_AGAIN
 
 
 def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -> None:

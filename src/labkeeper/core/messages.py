@@ -86,6 +86,8 @@ class Report:
     name: ServerName
     launch: int
     fact: Fact
+    observation: bool = False
+    """Whether it is the result of an observation that was asked for."""
 
 
 @dataclass(frozen=True, slots=True)

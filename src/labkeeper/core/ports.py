@@ -222,8 +222,8 @@ class HistoryStore(Protocol):
 class Executor(Protocol):
     """Runs jobs: those of one server in order, those of different servers beside each other."""
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
-        """Queue a job; a report that it returns goes to the fleet's mailbox."""
+    def submit(self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None) -> None:
+        """Queue a job. The report that it returns goes to the fleet's mailbox, or `failed` if it raises."""
 
 
 class Subscriber(Protocol):

@@ -235,8 +235,8 @@ class InlineExecutor:
         self._queues: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(deque)
         self._reports: deque[Report] = deque()
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None]) -> None:
-        """Queue a job."""
+    def submit(self, name: ServerName, job: Callable[[], Report | None], _failed: Report | None = None) -> None:
+        """Queue a job; what it raises is raised to whoever runs it."""
         self._queues[name].append(job)
 
     def receive(self, report: Report) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from labkeeper.core.controller import Budget, Controller, Policy
 from labkeeper.core.lifecycle import Action, Event, Goal, State
-from labkeeper.core.messages import Ended, GatewaySeen, Gone, Ready, Refused, Seen, Unreachable, Vetoed
+from labkeeper.core.messages import Ended, GatewaySeen, Gone, Ready, Refused, Report, Seen, Unreachable, Vetoed
 from labkeeper.core.server import (
     Exit,
     Failure,
@@ -20,7 +20,7 @@ from labkeeper.core.server import (
     StopMethod,
     StopReport,
 )
-from labkeeper.core.spec import Gateway
+from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
 
 ENDPOINT = FakeProcess(a_spec("lab"), launch=1, pid=7, port=8888).endpoint
@@ -29,13 +29,20 @@ CRASH = Ended(Exit(code=1), failure=OOPS)
 POLICY = Policy()
 
 
+def report(controller, fact):
+    """Of this launch; what only an observation finds out is of one."""
+    return Report(ServerName("lab"), controller.snapshot.launch, fact, observation=isinstance(fact, Seen | Gone | Unreachable))
+
+
 class Bench:
     """A controller, and hands to move it as the fleet does."""
 
     def __init__(self, policy=POLICY, snapshot=None):
         self.clock = FakeClock()
-        make = Controller.new(a_spec("lab"), policy, self.clock) if snapshot is None else None
-        self.controller = make or Controller(snapshot, policy, self.clock)
+        self.policy, self.saved = policy, snapshot
+        self.controller = Controller.new(a_spec("lab"), policy, self.clock)
+        if snapshot is not None:
+            self.controller = Controller(snapshot, policy, self.clock)
 
     @property
     def snapshot(self):
@@ -47,15 +54,23 @@ class Bench:
 
     def order(self, *events):
         """Give commands; tell the actions that they led to."""
-        return [job.action for event in events for job in self.controller.apply(event).jobs]
+        return [job.action for event in events for job in self.commit(self.controller.plan(event)).jobs]
+
+    def commit(self, decision):
+        self.controller = decision.after
+        return decision
+
+    def recover(self):
+        """Take up what an earlier keeper left; tell the actions that this led to."""
+        return [job.action for job in self.commit(Controller.recovered(self.saved, self.policy, self.clock)).jobs]
 
     def receive(self, *facts):
         """Report facts; tell the actions that they led to."""
         actions = []
         for fact in facts:
-            event = self.controller.event_of(fact)
-            if event is not None:
-                actions += [job.action for job in self.controller.apply(event, fact).jobs]
+            decision = self.controller.plan_report(report(self.controller, fact))
+            if decision is not None:
+                actions += [job.action for job in self.commit(decision).jobs]
         return actions
 
     def wait(self):
@@ -79,9 +94,9 @@ def saved(state, goal=Goal.UP, **values):
 def test_a_new_server_counts_its_launches_on():
     """The first launch has the number after the one given: a predecessor's late facts are not taken for its own."""
     controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), launch=4)
-    jobs = controller.apply(Event.START).jobs
-    assert [(job.action, job.launch) for job in jobs] == [(Action.LAUNCH, 5)]
-    assert controller.snapshot.launch == 5
+    decision = controller.plan(Event.START)
+    assert [(job.action, job.launch) for job in decision.jobs] == [(Action.LAUNCH, 5)]
+    assert (decision.after.snapshot.launch, controller.snapshot.launch) == (5, 4)
 
 
 def test_the_endpoint_is_set_while_it_runs_and_no_longer():
@@ -171,13 +186,14 @@ def test_without_delays_nothing_is_launched_twice():
 
 def test_the_budget_alone():
     """It must be earned, is spent in order, and comes back with time."""
-    budget = Budget(Policy(restart_delays=(1.0, 2.0), restart_window=10.0))
-    assert not budget.left(0.0)
-    budget.earned = True
-    assert [budget.spend(0.0), budget.spend(5.0)] == [1.0, 2.0]
-    assert not budget.left(9.0)
-    assert budget.left(10.0)
-    assert budget.spend(10.0) == 2.0
+    policy = Policy(restart_delays=(1.0, 2.0), restart_window=10.0)
+    assert not Budget().left(policy, 0.0)
+    budget, first = Budget(earned=True).spend(policy, 0.0)
+    budget, second = budget.spend(policy, 5.0)
+    assert (first, second) == (1.0, 2.0)
+    assert not budget.left(policy, 9.0)
+    assert budget.left(policy, 10.0)
+    assert budget.spend(policy, 10.0)[1] == 2.0
 
 
 # Starting
@@ -363,6 +379,8 @@ def test_why_it_was_lost_is_kept_until_it_is_found():
     assert bench.receive(Unreachable("the daemon is away")) == [Action.OBSERVE]
     assert bench.snapshot.failure.message == "the daemon is away"
     assert bench.snapshot.endpoint is None
+    bench.receive(Unreachable("it is still away"))
+    assert bench.snapshot.failure.message == "the daemon is away"
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
     bench.receive(Seen(answers=True))
     assert bench.state is State.STARTING
@@ -388,6 +406,7 @@ def test_the_stop_report_counts_from_the_request_to_the_proof():
     bench.order(Event.STOP)
     assert bench.wait() == (POLICY.stop_grace, [Action.KILL])
     assert bench.wait() == (POLICY.kill_wait, [Action.OBSERVE])
+    bench.receive(Unreachable("the daemon is away"))
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
     assert bench.receive(Seen(answers=False)) == [Action.TERMINATE]
     bench.receive(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, ("k1",), (OwnKernel("k2"),)))
@@ -417,7 +436,7 @@ def test_an_end_without_being_asked_has_no_stop_report():
 def test_an_end_that_an_earlier_keeper_asked_for_took_unknown_time():
     """The report of a stop whose beginning this keeper did not see says 0 seconds."""
     bench = Bench(snapshot=saved(State.STOPPING, Goal.DOWN))
-    bench.controller.recover()
+    bench.recover()
     bench.receive(Ended(Exit(code=0), StopMethod.SIGTERM))
     assert bench.snapshot.stop_report == StopReport(StopMethod.SIGTERM, 0.0)
 
@@ -439,8 +458,20 @@ def test_a_restart_launches_when_the_end_is_proven():
 def test_what_may_exist_is_lost_until_it_was_observed(state):
     """Whatever an earlier keeper said of it, nothing is done before the backend was asked."""
     bench = Bench(snapshot=saved(state, endpoint=ENDPOINT))
-    assert [job.action for job in bench.controller.recover()] == [Action.OBSERVE]
+    assert bench.recover() == [Action.OBSERVE]
     assert (bench.state, bench.snapshot.endpoint, bench.snapshot.launch) == (State.LOST, None, 3)
+    bench.receive(Unreachable("the daemon is away"))
+    assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
+
+
+def test_an_observation_is_not_repeated_before_its_result_is_there():
+    """The second one would wait behind the first, and what is to end the server behind both."""
+    bench = Bench(snapshot=saved(State.RUNNING))
+    assert bench.recover() == [Action.OBSERVE]
+    assert bench.wait() == (POLICY.look_again, [])
+    bench.commit(bench.controller.plan_report(Report(ServerName("lab"), 3, Unreachable("of another call"))))
+    assert bench.wait() == (POLICY.look_again, [])
+    bench.receive(Unreachable("of the observation"))
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
 
 
@@ -449,14 +480,14 @@ def test_what_is_gone_stays_as_it_was(state):
     """A server proven gone needs no observation and no timer."""
     snapshot = saved(state, Goal.DOWN)
     bench = Bench(snapshot=snapshot)
-    assert bench.controller.recover() == []
+    assert bench.recover() == []
     assert (bench.snapshot, bench.controller.deadline) == (snapshot, None)
 
 
 def test_what_waited_to_be_launched_again_waits_no_longer():
     """BACKOFF is taken up at once, and keeps the right to restart that it had earned."""
     bench = Bench(snapshot=saved(State.BACKOFF, started_at=1.0))
-    assert bench.controller.recover() == []
+    assert bench.recover() == []
     assert bench.wait() == (0.0, [Action.LAUNCH])
     bench.receive(CRASH)
     assert bench.state is State.BACKOFF
@@ -466,7 +497,7 @@ def test_what_waited_to_be_launched_again_waits_no_longer():
 def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
     """Found crashed: launched again if it ever ran since its start command, else failed."""
     bench = Bench(snapshot=saved(State.RUNNING, started_at=started_at))
-    bench.controller.recover()
+    bench.recover()
     bench.receive(CRASH)
     assert bench.state is state
 
@@ -474,7 +505,7 @@ def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
 def test_a_start_that_was_cut_off_is_begun_again():
     """Found gone, and nobody saw how: that says nothing against it, though not for ever."""
     bench = Bench(snapshot=saved(State.STARTING))
-    bench.controller.recover()
+    bench.recover()
     bench.receive(Gone())
     for delay in POLICY.restart_delays:
         assert bench.wait() == (delay, [Action.LAUNCH])
@@ -485,7 +516,7 @@ def test_a_start_that_was_cut_off_is_begun_again():
 def test_a_stop_goes_on_under_the_next_keeper():
     """Found alive with the goal down: asked to end once more."""
     bench = Bench(snapshot=saved(State.KILLING, Goal.ABSENT))
-    bench.controller.recover()
+    bench.recover()
     assert bench.receive(Seen(answers=True)) == [Action.TERMINATE]
     bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
     assert bench.snapshot.forgotten
@@ -517,16 +548,16 @@ class GatewayBench(Bench):
         self.orphans = []
 
     def order(self, *events, revised=None):
-        decisions = [self.controller.apply(event, revised=revised) for event in events]
+        decisions = [self.commit(self.controller.plan(event, revised=revised)) for event in events]
         self.orphans += [orphan.kernel_id for decision in decisions for orphan in decision.orphans]
         return [job for decision in decisions for job in decision.jobs]
 
     def receive(self, *facts):
         jobs = []
         for fact in facts:
-            event = self.controller.event_of(fact)
-            if event is not None:
-                decision = self.controller.apply(event, fact)
+            decision = self.controller.plan_report(report(self.controller, fact))
+            if decision is not None:
+                self.commit(decision)
                 self.orphans += [orphan.kernel_id for orphan in decision.orphans]
                 jobs += decision.jobs
         return jobs
@@ -641,8 +672,8 @@ def test_who_shuts_it_down_from_inside_owes_what_is_left():
 def test_a_debt_says_where_and_whose_the_kernel_is():
     bench = GatewayBench().run()
     bench.order(Event.STOP)
-    event = bench.controller.event_of(end := Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
-    decision = bench.controller.apply(event, end)
+    end = Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,))
+    decision = bench.controller.plan_report(report(bench.controller, end))
     assert decision.orphans == (OrphanedKernel("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),)
 
 

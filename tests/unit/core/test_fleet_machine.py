@@ -139,7 +139,7 @@ class FleetMachine(RuleBasedStateMachine):
     @rule()
     def crash_keeper(self):
         self.store.failing = False
-        if self.fleet._unsaved:
+        if self.fleet._deleted or any(controller.save_due is not None for controller in self.fleet._servers.values()):
             self.unknown |= set(self.kernels)
         self.executor.drop()
         self.backend.abandon()
@@ -196,7 +196,7 @@ class FleetMachine(RuleBasedStateMachine):
             assert known.get(name) in MAY_EXIST
 
     @invariant()
-    def listeners_know_what_is_so(self):
+    def subscribers_know_what_is_so(self):
         held = {name: controller.snapshot for name, controller in self.fleet._servers.items()}
         assert {snapshot.name: snapshot for snapshot in self.known} == held
 
