@@ -11,6 +11,7 @@ from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.server import Kernel
 from labkeeper.events.log import EventLog
+from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthenticator
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
@@ -46,7 +47,7 @@ class FakeKeeper:
 
 
 @contextmanager
-def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> Iterator[FakeKeeper]:
+def fake_keeper(notebook_dir, *, policy: Policy | None = None, is_server=lambda _pid: False, **services) -> Iterator[FakeKeeper]:
     """Run one; `services` are what its API is to speak for otherwise."""
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
     mailbox, board = Mailbox(), SnapshotBoard()
@@ -65,6 +66,7 @@ def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> It
     )
     keeper = Keeper(fleet, mailbox, executor, board, clock)
     keeper.start()
+    tokens = Tokens(store, clock, event_log, owner=TOKEN)
     spoken_for = {
         "keeper": keeper,
         "backend": backend,
@@ -75,7 +77,8 @@ def fake_keeper(notebook_dir, *, policy: Policy | None = None, **services) -> It
         "culler": NoCulling(),
         "defaults": Defaults(notebook_dir, "127.0.0.1", 8888),
         "version": "1.2.3",
-        "tokens": Tokens(store, clock, event_log, owner=TOKEN),
+        "tokens": tokens,
+        "authenticators": [TokenAuthenticator(tokens), PeerAuthenticator(is_server)],
         "start_wait": 5.0,
         "stop_wait": 5.0,
     }

@@ -12,7 +12,7 @@ import time
 
 from harness import PATIENCE, until
 from labkeeper.api import wsgi
-from labkeeper.api.peers import UNREAD
+from labkeeper.identity.peers import UNREAD
 
 
 class StandingClock:

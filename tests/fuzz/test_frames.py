@@ -14,10 +14,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
-from labkeeper import discovery, jupyter
+from labkeeper import discovery
 from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.wire import Launch, User, WireError
+from labkeeper.jupyter import records
 
 NOTHING = Path(os.devnull)
 TEXTS = st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3)
@@ -134,15 +135,15 @@ def test_what_a_server_writes_of_its_kernels_is_taken_in_or_left(tmp_path, conte
     path = tmp_path / "kernels.json"
     path.write_bytes(content)
     assert all(set(kernel.id) <= set("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
-               for kernel in jupyter.read_kernels(path))  # fmt: skip
+               for kernel in records.read_kernels(path))  # fmt: skip
 
 
 @FUZZ
 @given(content=files_of(INFOS))
 @example(content=nested(100_000))
 def test_what_a_server_writes_of_itself_is_taken_in_or_left(tmp_path, content):
-    jupyter.info_path(tmp_path, 7).write_bytes(content)
-    found = jupyter.read_info(tmp_path, 7)
+    records.info_path(tmp_path, 7).write_bytes(content)
+    found = records.read_info(tmp_path, 7)
     assert found is None or found.pid == 7
 
 

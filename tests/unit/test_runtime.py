@@ -254,7 +254,7 @@ class TestKeeper:
             until(lambda: states)
             until(lambda: rig.keeper.get(ONE).state is State.RUNNING)
         assert (failures, states[0]) == ([ONE], State.LOST)
-        assert ["a job failed"] == [entry["event"] for entry in log if entry["log_level"] == "error"]
+        assert [entry["event"] for entry in log if entry["log_level"] == "error"] == ["a job failed"]
 
     def test_a_fleet_that_does_not_answer_is_called_busy(self, make_rig, monkeypatch):
         monkeypatch.setattr("labkeeper.runtime._ANSWER_WITHIN", 0.05)

@@ -24,14 +24,14 @@ from werkzeug.exceptions import BadRequest, NotFound, PreconditionFailed
 from werkzeug.wsgi import wrap_file
 
 from labkeeper.api import problems
-from labkeeper.api.auth import PUBLIC, Authenticator, Rule
+from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
-from labkeeper.api.peers import UNREAD
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
 from labkeeper.core.errors import CapacityReached, InvalidSpec
 from labkeeper.core.ports import Meter
+from labkeeper.identity.peers import UNREAD
 from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -54,10 +54,10 @@ def create_app(services: Services) -> Flask:
     app.url_map.merge_slashes = False
     problems.register(app)
     guard = Guard(hosts=services.hosts, origins=services.origins)
-    authenticator = Authenticator(services.callers, services.keeper, Rates(services.max_request_rate))
+    authorizer = Authorizer(services.authenticators, services.keeper, Rates(services.max_request_rate))
     app.before_request(_begin)
     app.before_request(guard.check)
-    app.before_request(functools.partial(_enter, authenticator))
+    app.before_request(functools.partial(_enter, authorizer))
     app.before_request(_check_body)
     app.after_request(guard.finish)
     app.after_request(functools.partial(_finish, services.meter))
@@ -84,10 +84,10 @@ def _once_each(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _enter(authenticator: Authenticator) -> None:
+def _enter(authorizer: Authorizer) -> None:
     """Let a request in by the rule of its route; what fits no route is answered with that, to anybody."""
     if request.endpoint is not None:
-        authenticator.enter(_RULES[request.endpoint])
+        authorizer.authorize(_RULES[request.endpoint])
 
 
 def _begin() -> None:

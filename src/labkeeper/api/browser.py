@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 
 from flask import Response, request
 
-from labkeeper.api.peers import PEER
 from labkeeper.core.errors import HostNotKnown, NotAllowed
+from labkeeper.identity.peers import PEER
 
 HEADERS: Final = {
     "X-Content-Type-Options": "nosniff",

@@ -6,12 +6,13 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from labkeeper.api.auth import Callers
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, CullStatus, History, Keeper, Meter, Probe
 from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
+from labkeeper.identity.authenticators import Authenticator, Credentials
+from labkeeper.identity.peers import Peer
 from labkeeper.identity.tokens import Tokens
 from labkeeper.schema.requests import Defaults
 
@@ -31,10 +32,8 @@ class Services:
     defaults: Defaults
     version: str
     tokens: Tokens
-    is_open: bool = False
-    """Whether access control is off."""
-    is_server: Callable[[int], bool] = lambda _: False
-    """Says whether a process belongs to a server of this keeper: its kernel, or a terminal."""
+    authenticators: Sequence[Authenticator]
+    """Asked in this order."""
     url: str = "http://127.0.0.1:8000"
     """Where the keeper answers, as seen from its machine."""
     hosts: Collection[str] = ()
@@ -63,7 +62,7 @@ class Services:
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
 
-    @property
-    def callers(self) -> Callers:
-        """Who may ask."""
-        return Callers(self.tokens, is_open=self.is_open, is_server=self.is_server)
+    def may_know(self, authorization: str | None, peer: Peer | None) -> bool:
+        """Whether a request may be of a known caller, as far as that can be told without blocking; else its body is dropped."""
+        shown = Credentials(authorization, peer)
+        return any(authenticator.may_accept(shown) for authenticator in self.authenticators)

@@ -45,8 +45,8 @@ class LiveResponse(Response):
 def gone() -> Callable[[], bool]:
     """Give what says whether the caller of this request has gone, where that can be known, or is to be answered no more."""
     disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
-    still_good: Callable[[], bool] = g.still_good
-    return lambda: disconnected() or not still_good()
+    still_valid: Callable[[], bool] = g.still_valid
+    return lambda: disconnected() or not still_valid()
 
 
 def end_of(lines: Iterable[str]) -> bytes:

@@ -31,9 +31,9 @@ from labkeeper import shortage
 from labkeeper.api import problems
 from labkeeper.api.browser import HEADERS
 from labkeeper.api.concurrency import reserve
-from labkeeper.api.peers import PEER, UNREAD, Peer, identify
 from labkeeper.api.tls import Certificate, NotYet, TlsSocket
 from labkeeper.core.errors import BackendUnavailable
+from labkeeper.identity.peers import PEER, UNREAD, Peer, identify
 
 _CONNECTIONS: Final = 2000
 _RESERVE: Final = 512

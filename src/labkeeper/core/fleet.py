@@ -40,7 +40,7 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
-from labkeeper.core.ports import Backend, Clock, Executor, GatewayPreflight, Machine, OrphanedKernels, Store, Subscriber
+from labkeeper.core.ports import Backend, Clock, Executor, GatewayPreflight, OrphanedKernels, Store, Subscriber
 from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
 from labkeeper.core.spec import ServerName, ServerSpec
 
@@ -65,7 +65,6 @@ class Fleet:
         executor: Executor,
         clock: Clock,
         policy: Policy,
-        machine: Machine | None = None,
         subscribers: Sequence[Subscriber] = (),
     ) -> None:
         self._backend = backend
@@ -75,7 +74,6 @@ class Fleet:
         self._executor = executor
         self._clock = clock
         self._policy = policy
-        self._machine = machine
         self._subscribers = tuple(subscribers)
         self._servers: dict[ServerName, Controller] = {}
         self._deleted: dict[ServerName, float] = {}
@@ -219,7 +217,7 @@ class Fleet:
             )
 
     def _check_memory(self, name: ServerName) -> None:
-        memory = self._machine.memory() if self._machine is not None else None
+        memory = self._backend.capacity()
         if memory is None:
             return
         reserve = self._policy.min_free.of(memory.total)

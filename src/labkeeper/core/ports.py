@@ -27,6 +27,29 @@ class Clock(Protocol):
         """Seconds since the epoch; for people."""
 
 
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Memory where servers run, in bytes."""
+
+    total: int
+    available: int
+    """Without taking it from others: the lesser of what the machine has, and what the keeper's container may have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserve:
+    """What is to stay free where the keeper runs; whichever is more."""
+
+    amount: int = 0
+    """Bytes."""
+    share: float = 0.0
+    """Of the total; 0.05 is a twentieth."""
+
+    def of(self, total: int) -> int:
+        """Give the bytes that are to stay free of a total."""
+        return max(self.amount, int(total * self.share))
+
+
 class Backend(Protocol):
     """One way to run servers.
 
@@ -90,6 +113,15 @@ class Backend(Protocol):
         Ends when `live` says no, or the log is forgotten.
         """
 
+    def capacity(self) -> Capacity | None:
+        """Return how much memory there is, without blocking; None if that is unknown. Does not raise."""
+
+    def is_server(self, pid: int) -> bool:
+        """Whether a process of the keeper's machine is a server, or may descend from one, running or ended."""
+
+    def close(self) -> None:
+        """End all threads. Servers live on, for the next keeper to observe."""
+
 
 class Probe(Protocol):
     """What is asked of a running server. Questions change nothing, and do not count as activity."""
@@ -125,36 +157,6 @@ class OrphanedKernels(Protocol):
 
     def add(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Take in more; kept over the keeper's end as soon as there is room on the disk. Does not raise."""
-
-
-@dataclass(frozen=True, slots=True)
-class HostMemory:
-    """What there is to be had where the keeper runs; bytes."""
-
-    total: int
-    available: int
-    """Without making anybody else wait: the lesser of what the machine has, and what the keeper's container may have."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reserve:
-    """What is to stay free where the keeper runs; whichever is more."""
-
-    amount: int = 0
-    """Bytes."""
-    share: float = 0.0
-    """Of the total; 0.05 is a twentieth."""
-
-    def of(self, total: int) -> int:
-        """Give the bytes that are to stay free of a total."""
-        return max(self.amount, int(total * self.share))
-
-
-class Machine(Protocol):
-    """The machine, or the container, that servers share with the keeper."""
-
-    def memory(self) -> HostMemory | None:
-        """Say how much memory there is, at once; None where that cannot be known. Does not raise."""
 
 
 class Store(Protocol):

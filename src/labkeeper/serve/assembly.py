@@ -19,10 +19,10 @@ from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
-from labkeeper.backends.local.machine import OwnMachine
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
+from labkeeper.core.ports import Backend
 from labkeeper.culler import Culler
 from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of
@@ -30,6 +30,7 @@ from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.monitor import GatewayWatch
 from labkeeper.gateways.orphans import OrphanedKernels
 from labkeeper.gateways.preflight import GatewayPreflight
+from labkeeper.identity.authenticators import Authenticator, OpenAuthenticator, PeerAuthenticator, TokenAuthenticator
 from labkeeper.identity.tokens import Tokens
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics import Metrics, World
@@ -82,7 +83,6 @@ def assemble(
         executor=executor,
         clock=base.clock,
         policy=chosen.policy,
-        machine=OwnMachine(),
         subscribers=(
             scrub.SecretsOfServers(),
             base.board,
@@ -184,7 +184,7 @@ def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[Ear
 
 def _backend(
     chosen: Settings, base: _Base, history: _History, preflight: GatewayPreflight, earlier: Sequence[EarlierDir]
-) -> LocalBackend:
+) -> Backend:
     return LocalBackend(
         preflight.receive,
         python=chosen.jupyter_python,
@@ -201,7 +201,7 @@ def _backend(
     )
 
 
-def _culler(chosen: Settings, base: _Base, history: _History, backend: LocalBackend) -> Culler:
+def _culler(chosen: Settings, base: _Base, history: _History, backend: Backend) -> Culler:
     return Culler(
         base.mailbox.post,
         backend=backend,
@@ -218,7 +218,7 @@ def _services(
     chosen: Settings,
     base: _Base,
     history: _History,
-    backend: LocalBackend,
+    backend: Backend,
     *,
     keeper: Keeper,
     culler: Culler,
@@ -226,6 +226,7 @@ def _services(
     token: str | None,
     url: str,
 ) -> Services:
+    tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
     return Services(
         keeper=keeper,
         backend=backend,
@@ -240,9 +241,8 @@ def _services(
         max_snooze=chosen.max_snooze,
         defaults=_defaults(chosen),
         version=_OURS,
-        tokens=Tokens(base.store, base.clock, history.event_log, owner=token),
-        is_open=chosen.auth == "none",
-        is_server=backend.belongs_to_server,
+        tokens=tokens,
+        authenticators=_authenticators(chosen, tokens, backend),
         url=url,
         hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],
         origins=chosen.allowed_origins,
@@ -253,6 +253,12 @@ def _services(
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
     )
+
+
+def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Sequence[Authenticator]:
+    if chosen.auth == "none":
+        return [OpenAuthenticator()]
+    return [TokenAuthenticator(tokens), PeerAuthenticator(backend.is_server)]
 
 
 def _defaults(chosen: Settings) -> Defaults:
@@ -281,7 +287,7 @@ def _serve(
         threads=chosen.threads,
         max_body=chosen.max_body,
         certificate=certificate,
-        knows=services.callers.knows,
+        knows=services.may_know,
         fit=services.concurrency.resize,
     )
     server.start()

@@ -29,7 +29,7 @@ from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limit
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import KEEPER, Change, Ended, Fact, Gone, HistoryEntry, HistoryKind, Origin, Ready, Report, Seen
-from labkeeper.core.ports import HostMemory
+from labkeeper.core.ports import Capacity
 from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OrphanedKernel, OwnKernel, Snapshot, StopMethod, Usage
 from labkeeper.core.spec import ServerName, ServerSpec
 
@@ -168,17 +168,6 @@ class PassingPreflight:
     def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
         """Remember a launch, and the kernels that it is to take over."""
         self.begun.append((spec.name, launch, tuple(kernels)))
-
-
-class FixedMachine:
-    """A machine with as much memory as it is told."""
-
-    def __init__(self, total: int, available: int) -> None:
-        self.found: HostMemory | None = HostMemory(total, available)
-
-    def memory(self) -> HostMemory | None:
-        """Say what was told."""
-        return self.found
 
 
 class MemoryOrphans:
@@ -370,6 +359,8 @@ class World:
     """Ids of the kernels that servers ended on their gateway when they were asked to end."""
     programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
     """What runs in the terminals of a server; of one that is not here it cannot be known."""
+    capacity: Capacity | None = None
+    """How much memory there is; None if that is unknown."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
@@ -536,6 +527,17 @@ class FakeBackend:
         """Give the last `tail` lines, or all."""
         lines = self.world.logs.get(name, [])
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
+
+    def capacity(self) -> Capacity | None:
+        """Return what the test said that the machine has."""
+        return self.world.capacity
+
+    def is_server(self, _pid: int) -> bool:
+        """Return False: its servers are no processes."""
+        return False
+
+    def close(self) -> None:
+        """Have nothing to end."""
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
         """Say what the test said that runs in its terminals."""

@@ -15,11 +15,12 @@ from fake_keeper import TOKEN, fake_keeper
 from harness import until
 from labkeeper.api.app import _RULES, create_app
 from labkeeper.api.auth import Extent
-from labkeeper.api.peers import PEER, UNREAD, Peer
 from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Scope, TokenLimits
 from labkeeper.core.server import OwnKernel
 from labkeeper.core.spec import ServerName
+from labkeeper.identity.authenticators import OpenAuthenticator, PeerAuthenticator, TokenAuthenticator
+from labkeeper.identity.peers import PEER, UNREAD, Peer
 
 EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
 PROBLEM = "application/problem+json"
@@ -86,9 +87,13 @@ def test_whether_a_body_is_worth_reading_is_known_without_a_wait(callers, monkey
     token = "Bearer " + TOKEN
     strangers = [(None, None), ("Bearer wrong", None), (TOKEN, None), (None, Peer(77, os.geteuid() + 1, 0))]
     known = [(token, None), (token, Peer(77, os.geteuid() + 1, 0)), (None, Peer(77, os.geteuid(), 0)), (None, Peer(77, 0, 0))]
-    closed = replace(services, is_server=forbidden).callers
-    assert [closed.knows(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
-    assert all(replace(services, is_open=True).callers.knows(*shown) for shown in strangers)
+    closed = with_peers(services, forbidden)
+    assert [closed.may_know(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
+    assert all(replace(services, authenticators=[OpenAuthenticator()]).may_know(*shown) for shown in strangers)
+
+
+def with_peers(services, is_server):
+    return replace(services, authenticators=[TokenAuthenticator(services.tokens), PeerAuthenticator(is_server)])
 
 
 def forbidden(*_):
@@ -290,7 +295,7 @@ def test_a_token_that_cannot_be_is_refused(callers, body, words):
 
 
 def test_where_access_is_open_everybody_may(running):
-    client = create_app(replace(running.services, is_open=True)).test_client()
+    client = create_app(replace(running.services, authenticators=[OpenAuthenticator()])).test_client()
     assert client.post("/api/servers", json={}).status_code == 201
     assert client.get("/api/me").json["actor"] == "anybody"
     assert client.get("/api/events").json["events"][-1]["actor"] == "anybody"
@@ -321,7 +326,7 @@ def test_each_caller_may_ask_so_often(running):
     ("uid", "is_server", "gets_in"), [(os.geteuid(), False, True), (0, False, True), (4242, False, False), (0, True, False)]
 )
 def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(running, uid, is_server, gets_in):
-    app = create_app(replace(running.services, is_server=lambda pid: is_server and pid == 77))
+    app = create_app(with_peers(running.services, lambda pid: is_server and pid == 77))
     answer = app.test_client().get("/api/me", environ_overrides={PEER: Peer(77, uid, 0)})
     assert answer.status_code == (200 if gets_in else 401)
     if gets_in:

@@ -11,7 +11,8 @@ import pytest
 
 from fake_keeper import TOKEN, fake_keeper
 from labkeeper.api.app import create_app
-from labkeeper.api.peers import PEER, Peer
+from labkeeper.identity.authenticators import OpenAuthenticator
+from labkeeper.identity.peers import PEER, Peer
 
 SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 
@@ -59,7 +60,7 @@ def test_a_star_stands_for_any_name(services):
 )
 def test_pages_of_other_sites_get_nothing(services, origin):
     """Also where access control is off, which is where that matters: nothing is done, and nothing can be read."""
-    client = create_app(replace(services, is_open=True)).test_client()
+    client = create_app(replace(services, authenticators=[OpenAuthenticator()])).test_client()
     for method, path in (("GET", "/api/servers"), ("POST", "/api/servers"), ("OPTIONS", "/api/servers")):
         answer = client.open(path, method=method, headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
         assert (answer.status_code, answer.json["code"]) == (403, "not_allowed")

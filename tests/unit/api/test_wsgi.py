@@ -19,8 +19,8 @@ from harness import PATIENCE, until
 from labkeeper.api import wsgi
 from labkeeper.api.browser import HEADERS
 from labkeeper.api.concurrency import ConcurrencyLimit, reserve
-from labkeeper.api.peers import identify
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
+from labkeeper.identity.peers import identify
 from serving import FILE, HOLD, ask, is_closed, said
 
 

@@ -33,13 +33,12 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
-from labkeeper.core.ports import HostMemory, Reserve
+from labkeeper.core.ports import Capacity, Reserve
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
 from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
     FakeBackend,
     FakeClock,
-    FixedMachine,
     InlineExecutor,
     MemoryOrphans,
     MemoryStore,
@@ -53,8 +52,7 @@ from labkeeper.testing.fakes import (
 class Bench:
     """A fleet in a world of fakes; `crash` puts the next keeper over the same world and store."""
 
-    def __init__(self, machine=None, **policy):
-        self.machine = machine
+    def __init__(self, **policy):
         self.policy = Policy(**policy)
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
         self.executor = InlineExecutor(self.receive)
@@ -72,7 +70,6 @@ class Bench:
             executor=self.executor,
             clock=self.clock,
             policy=self.policy,
-            machine=self.machine,
             subscribers=[self.recorder],
         )
         self.fleet.recover()
@@ -785,10 +782,11 @@ def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_
 @pytest.mark.parametrize("reserve", [Reserve(amount=101), Reserve(share=0.11)])
 def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
     """A start is refused with the figures; what runs may restart; when memory is there again, so may the others."""
-    machine = FixedMachine(1000, 500)
-    bench = Bench(machine, min_free=reserve).run("runs").run("rests")
+    bench = Bench(min_free=reserve)
+    bench.world.capacity = Capacity(1000, 500)
+    bench.run("runs").run("rests")
     bench.order(Event.STOP, "rests")
-    machine.found = HostMemory(1000, 100)
+    bench.world.capacity = Capacity(1000, 100)
     for command in (Create(a_spec("new")), Order("rests", Event.START), Order("rests", Event.RESTART)):
         with pytest.raises(CapacityReached, match="LABKEEPER_MIN_FREE_MEMORY") as caught:
             bench.fleet.step(command)
@@ -796,7 +794,7 @@ def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
     assert bench.order(Event.START, "runs").created is False
     bench.order(Event.RESTART, "runs")
     assert bench.state("runs") is State.RUNNING
-    machine.found = None
+    bench.world.capacity = None
     bench.run("new")
 
 

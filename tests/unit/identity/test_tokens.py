@@ -57,23 +57,23 @@ def test_a_token_outlives_the_keeper(tmp_path, clock):
     assert text.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
     store = SqliteStore(path)
     again = over(store, clock)
-    caller, still_good = again.caller(text)
+    caller, still_valid = again.caller(text)
     assert (caller.actor, caller.scope, caller.reach) == ("token:ci", Scope.MANAGE, reach)
-    assert still_good()
+    assert still_valid()
     assert again.all() == [replace(made, last_used_at=clock.time())]
     again.revoke("ci")
-    assert not still_good()
+    assert not still_valid()
     assert store.tokens() == []
     store.close()
 
 
 def test_a_token_expires(tokens, clock):
     made, text = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=60.0)
-    _, still_good = tokens.caller(text)
+    _, still_valid = tokens.caller(text)
     clock.advance(59.0)
-    assert still_good()
+    assert still_valid()
     clock.advance(1.0)
-    assert not still_good()
+    assert not still_valid()
     with pytest.raises(NotAuthenticated, match="has expired"):
         tokens.caller(text)
     assert made.expired(clock.time())

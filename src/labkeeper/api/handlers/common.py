@@ -69,7 +69,7 @@ def wait_until(watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapsh
 
 def _still_theirs(snapshot: Snapshot) -> Snapshot:
     """Check that the caller may be told of a server yet; they have waited. Raises NotAuthenticated, ServerNotFound."""
-    if not g.still_good():
+    if not g.still_valid():
         raise NotAuthenticated("cannot answer: the token was revoked, or has expired, meanwhile")
     if not caller().sees(snapshot):
         raise ServerNotFound.called(snapshot.name)

@@ -10,12 +10,12 @@ from urllib.parse import quote
 from flask import Response, request
 
 from labkeeper.api.handlers.common import Answer, find_server, json_answer, lab_root
-from labkeeper.api.peers import PEER
 from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
 from labkeeper.core.errors import (
     Conflict,
 )
+from labkeeper.identity.peers import PEER
 from labkeeper.schema.answers import (
     LinkModel,
 )

@@ -32,13 +32,15 @@ from labkeeper.backends.local.forkserver import remove_dead
 from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.local.limits import ControlGroups, Enforced
 from labkeeper.backends.local.logs import LogFile
-from labkeeper.backends.local.processes import Process, boot_id
+from labkeeper.backends.local.memory import free_memory
+from labkeeper.backends.local.processes import boot_id
 from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
-from labkeeper.backends.local.supervisor import ProcessSupervisor
+from labkeeper.backends.local.supervisor import ProcessSupervisor, Site
 from labkeeper.backends.local.terminals import foregrounds
 from labkeeper.backends.local.usage import Meter
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen, Unreachable
+from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
+from labkeeper.core.ports import Capacity
 from labkeeper.core.server import Exit, FailureClass, StopMethod, Usage
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver.marks import MARK
@@ -167,12 +169,9 @@ class LocalBackend:
                 self._end_orphans(name)
                 return Gone()
             with _unavailable(f"look at server '{name}'"), self._threads.standing_by(f"supervise-{name}") as given:
-                supervisor = self._find(name, record)
+                supervisor = ProcessSupervisor.adopted(self._site(name), record, self._attach(record))
                 if not supervisor.process.alive():
-                    try:
-                        return supervisor.bury()
-                    finally:
-                        supervisor.close()
+                    return supervisor.finish()
                 self._supervise(supervisor, given)
         return Seen(answers=supervisor.look())
 
@@ -220,8 +219,12 @@ class LocalBackend:
         supervisor = self._supervisors.get(name)
         return None if supervisor is None else foregrounds(supervisor.process)
 
-    def belongs_to_server(self, pid: int) -> bool:
-        """Whether a process is a server, or may stem from one, running or ended: then it speaks for the user of that server."""
+    def capacity(self) -> Capacity | None:
+        """Read what the machine and our container have: a few short files."""
+        return free_memory()
+
+    def is_server(self, pid: int) -> bool:
+        """Whether a process is a server, or may descend from one: then it speaks for the user of that server."""
         return self._ancestry.is_of_server(pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]})
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
@@ -249,19 +252,15 @@ class LocalBackend:
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
-                echo = self._echo(spec.name)
+                site = self._site(spec.name)
                 launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
-            supervisor = self._supervisor(spec.name, self._record(spec, launch, launched, limited, port), launched.report)
-            supervisor.token = token
-            supervisor.announces, supervisor.child, supervisor.hold, supervisor.echo = True, launched.child, hold, echo
+            record = self._record(spec, launch, launched, limited, port)
+            supervisor = ProcessSupervisor.launched(site, record, launched, token=token, hold=hold)
             try:
-                server_dir.write_record(supervisor.record)
+                server_dir.write_record(record)
             except OSError:
                 # It may not carry its mark yet.
-                supervisor.kill()
-                if launched.child is not None:
-                    launched.child.wait()
-                supervisor.close()
+                supervisor.abort()
                 raise
         except BackendRefused:
             self._clear(spec.name)
@@ -321,25 +320,11 @@ class LocalBackend:
 
     # Supervisors
 
-    def _supervisor(self, name: ServerName, record: Record, report: ReportPipe | None) -> ProcessSupervisor:
-        return ProcessSupervisor(
-            name=name,
-            process=Process(record.pid, record.started),
-            record=record,
-            server_dir=self._server_dir(name),
-            log=self._logfile(name),
-            groups=self._groups,
-            threads=self._threads,
-            client=self._client,
-            tell=self._report,
-            report=report,
-        )
-
-    def _find(self, name: ServerName, record: Record) -> ProcessSupervisor:
-        """Return the supervisor of a server that an earlier keeper launched; its fork server, if it has one, reports its end."""
-        supervisor = self._supervisor(name, record, self._attach(record))
-        supervisor.echo = self._echo(name)
-        return supervisor
+    def _site(self, name: ServerName) -> Site:
+        """Return what a supervisor works with; what the log has already is not repeated."""
+        logfile = self._logfile(name)
+        echo = Echo(name, logfile, logfile.size) if self._echo_logs else None
+        return Site(name, self._server_dir(name), logfile, echo, self._groups, self._threads, self._client, self._report)
 
     def _attach(self, record: Record) -> ReportPipe | None:
         """Let the fork server of a server tell us of its end; None where it has none, or none that lives.
@@ -359,23 +344,15 @@ class LocalBackend:
         return report if known else None
 
     def _supervise(self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]) -> None:
-        """Let the thread that stands by attend it."""
+        """Let the thread that stands by supervise it."""
         if supervisor.record.launched_by == "exec":
             self._ancestry.note_executed(supervisor.process)
         self._supervisors[supervisor.name] = supervisor
-        given(functools.partial(self._until_over, supervisor))
+        given(functools.partial(supervisor.supervise, functools.partial(self._deregister, supervisor)))
 
-    def _until_over(self, supervisor: ProcessSupervisor) -> None:
-        last: Fact | None = Unreachable(f"nobody watches server '{supervisor.name}'")
-        try:
-            last = supervisor.supervise()
-        finally:
-            # First removed, then told: what is asked for next must not go to one that hears nothing any more.
-            if self._supervisors.get(supervisor.name) is supervisor:
-                del self._supervisors[supervisor.name]
-            supervisor.over.set()
-            if last is not None:
-                self._report(Report(supervisor.name, supervisor.launch, last))
+    def _deregister(self, supervisor: ProcessSupervisor) -> None:
+        if self._supervisors.get(supervisor.name) is supervisor:
+            del self._supervisors[supervisor.name]
 
     # What is left of a server
 
@@ -404,18 +381,13 @@ class LocalBackend:
         supervisor = self._supervisors.get(name)
         if supervisor is not None:
             supervisor.kill()
-            supervisor.over.wait(LIMIT)
+            supervisor.wait(LIMIT)
         with _unavailable(f"end all of server '{name}'"):
             found = clear(self._server_dir(name), self._groups)
             for earlier in self._earlier.get(name, ()):
                 found |= earlier.clear(name)
         self._earlier.pop(name, None)
         return found
-
-    def _echo(self, name: ServerName) -> Echo | None:
-        """Make what repeats the log of a server from here on."""
-        logfile = self._logfile(name)
-        return Echo(name, logfile, logfile.size) if self._echo_logs else None
 
     def _server_dir(self, name: ServerName) -> ServerDir:
         return ServerDir(self._runtime_dir / name)

@@ -21,7 +21,7 @@ from structlog.contextvars import bound_contextvars
 from labkeeper import shortage
 from labkeeper.backends.local.cleanup import end_leftovers
 from labkeeper.backends.local.echo import Echo
-from labkeeper.backends.local.launching import ReportPipe, exit_of
+from labkeeper.backends.local.launching import Launched, ReportPipe, exit_of
 from labkeeper.backends.local.limits import ControlGroups, MemoryKills
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import Process, wait_until_ended
@@ -62,34 +62,39 @@ _LOOK_LIMIT: Final = 1.5
 _log = structlog.get_logger("labkeeper.backends.local.supervisor")
 
 
-@dataclass(slots=True, eq=False)
-class ProcessSupervisor:
-    """What attends one launch, in a thread of its own."""
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What a supervisor works with."""
 
     name: ServerName
-    process: Process
-    record: Record
     server_dir: ServerDir
     log: LogFile
+    echo: Echo | None
+    """Repeats the server's log in the keeper's own."""
     groups: ControlGroups
     threads: ThreadGroup
     client: JupyterClient
-    tell: Callable[[Report], None]
-    report: ReportPipe | None = None
-    """What its fork server says of its end, and the process of itself if it was launched by us."""
-    announces: bool = False
-    """Whether the process says to us when it is ready."""
-    token: str | None = None
-    """The token that it was launched with, if it was launched by us."""
-    child: subprocess.Popen[bytes] | None = None
-    """Set when it is a child of ours, whose exit status we can read."""
-    hold: socket.socket | None = None
+    report: Callable[[Report], None]
+
+
+@dataclass(slots=True, eq=False)
+class ProcessSupervisor:
+    """Supervises one launch, in a thread of its own. Made by `launched` or `adopted`."""
+
+    site: Site
+    process: Process
+    record: Record
+    _pipe: ReportPipe | None
+    """What its fork server writes about its end, and the process about itself if we launched it."""
+    _token: str | None = None
+    """The token that it was launched with, if we launched it."""
+    _child: subprocess.Popen[bytes] | None = None
+    """Set if it is a child of ours, whose exit status we can read."""
+    _hold: socket.socket | None = None
     """Keeps its port from others until it listens there itself."""
-    echo: Echo | None = None
-    """Repeats its log in ours."""
-    endpoint: Endpoint | None = None
-    over: threading.Event = field(default_factory=threading.Event)
-    """Set when it is attended no more."""
+    _endpoint: Endpoint | None = None
+    _over: threading.Event = field(default_factory=threading.Event)
+    """Set when it is supervised no more."""
     _method: StopMethod = StopMethod.NONE
     _kernels: tuple[OwnKernel, ...] = ()
     """Those that it had when it was asked to end."""
@@ -102,20 +107,66 @@ class ProcessSupervisor:
     _known: set[Process] = field(default_factory=set)
     """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
 
+    @classmethod
+    def launched(cls, site: Site, record: Record, launched: Launched, *, token: str, hold: socket.socket) -> ProcessSupervisor:
+        """Return the supervisor of a process that this keeper has launched; `hold` is its port, closed by the supervisor."""
+        return cls(site, launched.process, record, launched.report, token, launched.child, hold)
+
+    @classmethod
+    def adopted(cls, site: Site, record: Record, pipe: ReportPipe | None) -> ProcessSupervisor:
+        """Return the supervisor of a process that an earlier keeper launched; by `pipe` its fork server reports its end."""
+        return cls(site, Process(record.pid, record.started), record, pipe)
+
+    @property
+    def name(self) -> ServerName:
+        """The name of the server."""
+        return self.site.name
+
     @property
     def launch(self) -> int:
         """The number of the launch."""
         return self.record.launch
 
-    def supervise(self) -> Fact | None:
-        """Watch it until its end, or ours; tell when it is ready, and give the last word on it, for the backend to tell."""
-        with bound_contextvars(server=self.name, launch=self.launch):
-            return self._supervise()
+    def supervise(self, deregister: Callable[[], None]) -> None:
+        """Watch it until its end, or ours; report when it is ready, and what became of it.
+
+        `deregister` is called before the last report: what is asked for next must not go to a supervisor that has ended.
+        """
+        last: Fact | None = Unreachable(f"nobody watches server '{self.name}'")
+        try:
+            with bound_contextvars(server=self.name, launch=self.launch):
+                last = self._supervise()
+        finally:
+            deregister()
+            self._over.set()
+            if last is not None:
+                self.site.report(Report(self.name, self.launch, last))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until it is supervised no more."""
+        self._over.wait(seconds)
+
+    def finish(self) -> Ended:
+        """End what a process that has ended left, remove its directory, and return how it ended.
+
+        Raises BackendUnavailable when something lives on.
+        """
+        try:
+            return self._bury()
+        finally:
+            self._close()
+
+    def abort(self) -> None:
+        """Kill a process that has just been launched, and wait for its end."""
+        self.kill()
+        if self._child is not None:
+            self._child.wait()
+        self._close()
 
     def _supervise(self) -> Fact | None:
         try:
             if self.process.alive():
-                self.groups.hold(self.name, self.process.pid)
+                self.site.groups.hold(self.name, self.process.pid)
             return self._watch()
         except BackendError as error:
             return Unreachable(error.message)
@@ -123,27 +174,27 @@ class ProcessSupervisor:
             _log.exception("cannot watch a server")
             return Unreachable(f"cannot watch server '{self.name}': {error!r}")
         finally:
-            self.close()
+            self._close()
 
-    def close(self) -> None:
-        """Let go of all that is held for it, but the process."""
-        for held in (self.hold, self.report):
+    def _close(self) -> None:
+        """Release what is held for it, but the process."""
+        for held in (self._hold, self._pipe):
             if held is not None:
                 held.close()
-        if self.child is not None and self.child.returncode is None:
+        if self._child is not None and self._child.returncode is None:
             # A living child is left to the next keeper, without the warning that its handle would give when it is collected.
-            self.child.returncode = 0
+            self._child.returncode = 0
 
     def look(self) -> bool | None:
         """Return whether it answers; None if we had no thread or no descriptor to ask with.
 
         However slowly it answers, this takes a limited time: a command to end it is queued behind it.
         """
-        if self.endpoint is None or (self._looker is not None and self._looker.is_alive()):
+        if self._endpoint is None or (self._looker is not None and self._looker.is_alive()):
             return False
         answers: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         try:
-            self._looker = self.threads.start(f"look-{self.name}", self._look, self.endpoint, answers)
+            self._looker = self.site.threads.start(f"look-{self.name}", self._look, self._endpoint, answers)
         except BackendUnavailable:
             return None
         try:
@@ -160,11 +211,11 @@ class ProcessSupervisor:
             # It would end them. Killed, it cannot.
             self.kill()
             return
-        if self.endpoint is not None:
+        if self._endpoint is not None:
             self._escalate(StopMethod.SHUTDOWN)
-            if self.client.shutdown(self.endpoint, timeout=until - time.monotonic()):
-                self.over.wait(max(0.0, until - time.monotonic()))
-        if not self.over.is_set() and self.process.alive():
+            if self.site.client.shutdown(self._endpoint, timeout=until - time.monotonic()):
+                self._over.wait(max(0.0, until - time.monotonic()))
+        if not self._over.is_set() and self.process.alive():
             self._escalate(StopMethod.SIGTERM)
             self.process.send(signal.SIGTERM)
 
@@ -174,14 +225,16 @@ class ProcessSupervisor:
         self._escalate(StopMethod.SIGKILL)
         self.process.send(signal.SIGKILL)
 
-    def bury(self) -> Ended:
+    def _bury(self) -> Ended:
         """End what it left, remove its directory, and tell how it ended. Raises BackendUnavailable when something lives on."""
         end = self._exit()
         out_of_memory = self._out_of_memory(end)
         self._tend_log()
         # After an end in good order its leftovers get the chance of one, too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
-        end_rest = functools.partial(end_leftovers, self.name, self.server_dir.path, self._known, grace=grace, groups=self.groups)
+        end_rest = functools.partial(
+            end_leftovers, self.name, self.site.server_dir.path, self._known, grace=grace, groups=self.site.groups
+        )
         self._when_possible(end_rest)
         failure = None
         if not (end.clean and self.record.ready):
@@ -192,56 +245,56 @@ class ProcessSupervisor:
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
-        self._when_possible(self.server_dir.remove)
-        self.groups.remove(self.name)
+        self._when_possible(self.site.server_dir.remove)
+        self.site.groups.remove(self.name)
         return Ended(end, self._method, tuple(sorted(stopped)), left, failure)
 
     # The life of a server
 
     def _watch(self) -> Fact | None:
-        self.endpoint = self._until_ready()
+        self._endpoint = self._until_ready()
         written = True
-        if self.endpoint is not None:
+        if self._endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
             written = self._write_record()
-            self.tell(Report(self.name, self.launch, Ready(self.endpoint)))
+            self.site.report(Report(self.name, self.launch, Ready(self._endpoint)))
         while not self._ended_within(_ROTATE_EVERY):
-            if self.threads.closed:
+            if self.site.threads.closed:
                 return None
             written = written or self._write_record()
             self._tend_log()
             self._count_memory_kills()
-        return self.bury()
+        return self._bury()
 
     def _until_ready(self) -> Endpoint | None:
         """Wait until it answers as itself; None when it ended before, or we are closing."""
-        pause, slowest = _PROOF_PAUSES if self.announces else _FOUND_PAUSES
+        pause, slowest = _PROOF_PAUSES if self._token is not None else _FOUND_PAUSES
         self._count_memory_kills()
         while True:
             endpoint = self._announced()
-            if endpoint is not None and self.client.proves(endpoint):
-                if self.hold is not None:
-                    self.hold.close()
+            if endpoint is not None and self.site.client.proves(endpoint):
+                if self._hold is not None:
+                    self._hold.close()
                 return endpoint
             # As long as it has said nothing there is nothing to look at: what it says wakes us.
             silent = endpoint is None and self._will_say
-            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.threads.closed:
+            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.site.threads.closed:
                 return None
             self._tend_log()
             pause = min(pause * 1.2, slowest)
 
     @property
     def _will_say(self) -> bool:
-        """Whether it can still say to us when it is ready."""
-        return self.announces and self.report is not None and bool(self.report.readable)
+        """Whether it can still say to us when it is ready: one that we have launched does."""
+        return self._token is not None and self._pipe is not None and bool(self._pipe.readable)
 
     def _announced(self) -> Endpoint | None:
         """Give where it listens, once it says that it does: to us, when we launched it; else in Jupyter's file."""
-        said = self.report.said("ready") if self.report else None
+        said = self._pipe.said("ready") if self._pipe else None
         if said is None and self._will_say:
             return None
         pid = self.process.pid
-        endpoint = read_info(self.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
+        endpoint = read_info(self.site.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
         endpoint = endpoint and self._as_asked(endpoint)
         # Before anything is sent there: our token is for its process alone. And Jupyter writes its file before it has the port.
         return endpoint if endpoint and self.process.listens_on(endpoint.port) else None
@@ -257,24 +310,24 @@ class ProcessSupervisor:
         if (asked := record.asked) is not None:
             told |= {"hostname": asked.hostname, "port": asked.port, "base_url": asked.base_url}
             told["secure"] = asked.secure or said.secure
-        return with_url(said, **told, token=self.token or said.token)
+        return with_url(said, **told, token=self._token or said.token)
 
     def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
-        said = self.report.readable if or_says and self.report else []
-        return wait_until_ended(self.process, or_readable=[self.threads.wake, *said], timeout=seconds)
+        said = self._pipe.readable if or_says and self._pipe else []
+        return wait_until_ended(self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds)
 
     def _exit(self) -> Exit:
         """Say how its process ended, as its parent saw it. Where nobody did, its info file tells whether it was in good order."""
-        if self.child is not None:
-            return exit_of(self.child.wait())
-        seen = self.report.exit() if self.report else None
+        if self._child is not None:
+            return exit_of(self._child.wait())
+        seen = self._pipe.exit() if self._pipe else None
         if seen is not None:
             return seen
-        left_it = os.path.lexists(info_path(self.server_dir.jupyter, self.process.pid))
+        left_it = os.path.lexists(info_path(self.site.server_dir.jupyter, self.process.pid))
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:
-        self._memory_kills = self._memory_kills or self.groups.memory_kills(self.name)
+        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(self.name)
         self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:
@@ -291,7 +344,7 @@ class ProcessSupervisor:
                 step()
                 return
             except OSError as error:
-                if not shortage.is_ours(error) or self.threads.sleep(_TRIED_AGAIN):
+                if not shortage.is_ours(error) or self.site.threads.sleep(_TRIED_AGAIN):
                     raise
 
     # Small things
@@ -299,21 +352,21 @@ class ProcessSupervisor:
     def _write_record(self) -> bool:
         """Write what is known of it; return whether that succeeded: a full disk may have space later."""
         try:
-            self.server_dir.write_record(self.record)
+            self.site.server_dir.write_record(self.record)
         except OSError:
             return False
         return True
 
     def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool | None]) -> None:
-        answers.put(self.client.answers(endpoint))
+        answers.put(self.site.client.answers(endpoint))
 
     def _recorded(self) -> tuple[OwnKernel, ...]:
-        return read_kernels(self.server_dir.kernels)
+        return read_kernels(self.site.server_dir.kernels)
 
     def _says_how(self, keep_kernels: bool, patience: float) -> bool:
         """Tell it how its kernels on a gateway are to end; say whether it will be so."""
         try:
-            self.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
+            self.site.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
         except OSError:
             return not keep_kernels
         return True
@@ -323,13 +376,13 @@ class ProcessSupervisor:
         self._method = max(self._method, method, key=list(StopMethod).index)
 
     def _tend_log(self) -> None:
-        if self.echo is not None:
-            self.echo.repeat()
-        self.log.rotate()
+        if self.site.echo is not None:
+            self.site.echo.repeat()
+        self.site.log.rotate()
 
     def _tail_of_launch(self) -> tuple[str, ...]:
         lines: list[str] = []
         with contextlib.suppress(OSError):  # A report is not held up by a log that cannot be read.
-            lines = list(self.log.tail(_TAIL_LINES))
+            lines = list(self.site.log.tail(_TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
         return tuple(line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines))

@@ -74,7 +74,7 @@ class Keeper:
 
     def answer(self, environ, start_response):
         start_response("200 OK", [("Content-Type", "text/plain")])
-        return [json.dumps(self.backend.belongs_to_server(environ["labkeeper.peer"].pid)).encode()]
+        return [json.dumps(self.backend.is_server(environ["labkeeper.peer"].pid)).encode()]
 
     def launch(self, launch_by):
         if launch_by == "fork":
@@ -130,7 +130,7 @@ def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
     subprocess.run(outside, check=True)
     assert keeper.said(out) is False
     server = keeper.launch(launch_by)
-    assert keeper.backend.belongs_to_server(server["pid"])
+    assert keeper.backend.is_server(server["pid"])
     kernel = start_kernel(server)
     command, out = keeper.command("itself")
     run_cell(server, kernel, f"import sys; sys.argv = {command[2:]!r}; exec(open(sys.argv[0]).read())")

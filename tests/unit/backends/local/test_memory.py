@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import pytest
 
-from labkeeper.backends.local.machine import OwnMachine
+from labkeeper.backends.local.memory import free_memory
 
 MIB = 2**20
 
@@ -18,7 +18,7 @@ def group(place, files):
 
 
 def test_without_a_container_it_is_that_of_the_machine(tmp_path):
-    found = OwnMachine([tmp_path / "none"]).memory()
+    found = free_memory([tmp_path / "none"])
     assert found.total == psutil.virtual_memory().total
     assert 0 < found.available < found.total
 
@@ -37,11 +37,11 @@ def test_without_a_container_it_is_that_of_the_machine(tmp_path):
 )
 def test_a_container_may_have_less(tmp_path, files):
     """Of what is used, files that Linux takes back when it has to are no use."""
-    found = OwnMachine([group(tmp_path / "group", files)]).memory()
+    found = free_memory([group(tmp_path / "group", files)])
     assert (found.total, found.available) == (64 * MIB, 14 * MIB)
 
 
 @pytest.mark.parametrize("most", ["max", str(2**62)])
 def test_a_group_without_a_limit_says_nothing(tmp_path, most):
-    found = OwnMachine([group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})]).memory()
+    found = free_memory([group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})])
     assert found.total == psutil.virtual_memory().total
