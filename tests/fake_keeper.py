@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import get_args
 
 from labkeeper.api.services import Services
 from labkeeper.core.controller import Policy
@@ -15,6 +16,7 @@ from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthentica
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
+from labkeeper.schema.answers import Server
 from labkeeper.schema.requests import Defaults
 from labkeeper.testing.fakes import FakeBackend, MemoryOrphans, MemoryStore, NoCulling, PassingPreflight, World
 
@@ -87,3 +89,11 @@ def fake_keeper(notebook_dir, *, policy: Policy | None = None, is_server=lambda 
     finally:
         if keeper.alive:
             keeper.close()
+
+
+def a_server(**changed) -> Server:
+    """Return a server as a keeper answers it: running, with nothing that is optional."""
+    optional = {name: None for name, field in Server.model_fields.items() if type(None) in get_args(field.annotation)}
+    fields = {"name": "x", "state": "running", "goal": "up", "since": "", "created_at": "", "launch": 1, "restarts": 0}
+    collections = {"labels": {}, "limits": {}, "jupyter_options": {}, "kernels_kept": []}
+    return Server(**optional | fields | collections | {"root_dir": "/", "default_url": "/lab"} | changed)

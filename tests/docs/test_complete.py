@@ -57,7 +57,7 @@ def test_every_route_with_its_parameters_is_documented():
     paths = [(route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES]
     assert [pair for pair in paths if f"| `{pair[0]}` | `{pair[1]}` |" not in text] == []
     of_queries = (queries.StartQuery, queries.StopQuery, queries.GetQuery, queries.ListQuery, queries.LogQuery)
-    models = (requests.ServerRequest, answers.Server, answers.FailureModel, answers.StopReportModel, *of_queries)
+    models = (requests.ServerRequest, answers.Server, answers.Failure, answers.StopReport, *of_queries)
     assert not missing([name for model in models for name in model.model_fields], text)
     assert not missing(["/api/openapi.json", "/api/docs"], text)
 

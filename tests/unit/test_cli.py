@@ -21,7 +21,7 @@ import pytest
 import structlog
 from click.testing import CliRunner
 
-from fake_keeper import TOKEN, fake_keeper
+from fake_keeper import TOKEN, a_server, fake_keeper
 from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
@@ -438,8 +438,7 @@ def test_stop_need_not_wait(served):
 def test_kernels_that_may_be_left_are_named(capsys):
     """What may still run on a gateway is told on stderr."""
     report = {"method": "shutdown", "seconds": 0.25, "kernels_stopped": ["k1", "k2"], "kernels_left": ["k3"]}
-    fields = {"name": "x", "state": "stopped", "goal": "down", "since": "", "created_at": "", "launch": 1, "restarts": 0}
-    servers._show_stopped(Server(**fields, root_dir="/", default_url="/lab", stop_report=report), as_json=False)
+    servers._show_stopped(a_server(state="stopped", goal="down", stop_report=report), as_json=False)
     said = capsys.readouterr()
     assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
     assert said.err == "x: kernels may be left on its gateway, and are ended when it answers: k3\n"

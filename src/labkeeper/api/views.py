@@ -12,25 +12,7 @@ from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry, WebhookStatus
 from labkeeper.core.server import Exit, Failure, Kernel, OrphanedKernel, Sample, Snapshot, StopReport
 from labkeeper.core.spec import KERNEL_PREFIX, Limits
-from labkeeper.schema.answers import (
-    EventModel,
-    ExitModel,
-    FailureModel,
-    GatewayModel,
-    HolderModel,
-    Idle,
-    KernelModel,
-    LimitModel,
-    Me,
-    NewToken,
-    OrphanedKernelModel,
-    RuleModel,
-    Server,
-    StopReportModel,
-    TokenModel,
-    UsageModel,
-    WebhookModel,
-)
+from labkeeper.schema import answers
 
 _INFO: Final = (
     "base_url",
@@ -50,13 +32,13 @@ _INFO: Final = (
 
 def server_model(
     snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
-) -> Server:
+) -> answers.Server:
     """Write a snapshot as callers see it; without a `lab_url` also without the token that opens the Lab."""
     endpoint, spec = snapshot.endpoint, snapshot.spec
     info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
     if lab_url is None:
         info["token"] = None
-    return Server(
+    return answers.Server(
         **info,
         lab_url=lab_url,
         name=snapshot.name,
@@ -87,19 +69,21 @@ def server_model(
     )
 
 
-def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, LimitModel]:
+def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, answers.Limit]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
     used: dict[str, float | None] = {}
     if sample is not None:
         used = {"memory": sample.usage.memory, "cpus": sample.cpus, "processes": sample.usage.threads}
-    return {name: LimitModel(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()}
+    return {
+        name: answers.Limit(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()
+    }
 
 
-def _usage_model(sample: Sample | None) -> UsageModel | None:
+def _usage_model(sample: Sample | None) -> answers.Usage | None:
     if sample is None:
         return None
     usage, load = sample.usage, sample.load
-    return UsageModel(
+    return answers.Usage(
         at=format_time(sample.at),
         memory=usage.memory,
         memory_proportional=usage.proportional,
@@ -112,12 +96,12 @@ def _usage_model(sample: Sample | None) -> UsageModel | None:
     )
 
 
-def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
+def _gateway_model(snapshot: Snapshot) -> answers.Gateway | None:
     spec, health = snapshot.spec, snapshot.gateway
     if spec.gateway is None:
         return None
     passed = [name for name in spec.kernel_env if name.startswith(KERNEL_PREFIX)]
-    return GatewayModel(
+    return answers.Gateway(
         url=spec.gateway.url,
         required=spec.gateway.required,
         reachable=health.reachable if health else None,
@@ -129,9 +113,9 @@ def _gateway_model(snapshot: Snapshot) -> GatewayModel | None:
     )
 
 
-def token_model(token: Token, now: float) -> TokenModel:
+def token_model(token: Token, now: float) -> answers.Token:
     """Write a token as callers see it."""
-    return TokenModel(
+    return answers.Token(
         name=token.name,
         scope=token.scope,
         servers=list(token.reach.servers),
@@ -145,15 +129,15 @@ def token_model(token: Token, now: float) -> TokenModel:
     )
 
 
-def new_token_model(token: Token, text: str) -> NewToken:
+def new_token_model(token: Token, text: str) -> answers.NewToken:
     """Write the same of one that was just made, with what it is shown as."""
-    return NewToken(**token_model(token, token.created_at).model_dump(), token=text)
+    return answers.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
 
 
-def me_model(caller: Caller) -> Me:
+def me_model(caller: Caller) -> answers.Caller:
     """Write who asks."""
     reach = caller.reach
-    return Me(
+    return answers.Caller(
         actor=caller.actor,
         scope=caller.scope,
         servers=list(reach.servers),
@@ -162,16 +146,16 @@ def me_model(caller: Caller) -> Me:
     )
 
 
-def orphaned_kernel_model(orphan: OrphanedKernel) -> OrphanedKernelModel:
+def orphaned_kernel_model(orphan: OrphanedKernel) -> answers.OrphanedKernel:
     """Write a kernel that is still to be ended as callers see it."""
-    return OrphanedKernelModel(
+    return answers.OrphanedKernel(
         kernel_id=orphan.kernel_id, gateway_url=orphan.gateway.url, server=orphan.server, since=format_time(orphan.since)
     )
 
 
-def event_model(entry: HistoryEntry) -> EventModel:
+def event_model(entry: HistoryEntry) -> answers.Event:
     """Write an entry of the history as callers see it."""
-    return EventModel(
+    return answers.Event(
         id=entry.id,
         at=format_time(entry.at),
         kind=entry.kind,
@@ -185,12 +169,12 @@ def event_model(entry: HistoryEntry) -> EventModel:
     )
 
 
-def webhook_model(status: WebhookStatus) -> WebhookModel:
+def webhook_model(status: WebhookStatus) -> answers.Webhook:
     """Write how a webhook fares as callers see it."""
-    return WebhookModel(**asdict(status))
+    return answers.Webhook(**asdict(status))
 
 
-def idle_model(told: Explanation) -> Idle:
+def idle_model(told: Explanation) -> answers.Idle:
     """Write how a server stands to its rules as callers see it."""
     verdict, first = told.verdict, told.verdict.next
 
@@ -198,7 +182,7 @@ def idle_model(told: Explanation) -> Idle:
         return None if moment is None else format_time(moment + told.offset)
 
     until = told.snapshot.snoozed_until
-    return Idle(
+    return answers.Idle(
         name=told.snapshot.name,
         standing=verdict.state,
         reason=verdict.reason,
@@ -206,10 +190,10 @@ def idle_model(told: Explanation) -> Idle:
         warns_at=at(first.warns_at if first else None),
         stops_at=at(first.stops_at if first else None),
         rules=[
-            RuleModel(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
+            answers.IdleRule(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
             for o in verdict.outlooks
         ],
-        held_by=[HolderModel(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
+        held_by=[answers.Holder(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
         last_used_at=at(verdict.last_used_at),
         last_used=verdict.last_used,
         snoozed_until=None if until is None else format_time(until),
@@ -217,20 +201,22 @@ def idle_model(told: Explanation) -> Idle:
     )
 
 
-def exit_model(end: Exit | None) -> ExitModel | None:
+def exit_model(end: Exit | None) -> answers.Exit | None:
     """Write an exit as callers see it."""
-    return None if end is None else ExitModel(code=end.code, signal=end.signal)
+    return None if end is None else answers.Exit(code=end.code, signal=end.signal)
 
 
-def kernel_model(kernel: Kernel) -> KernelModel:
+def kernel_model(kernel: Kernel) -> answers.Kernel:
     """Write a kernel as callers see it."""
-    return KernelModel(id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity)
+    return answers.Kernel(
+        id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity
+    )
 
 
-def _failure_model(failure: Failure | None) -> FailureModel | None:
+def _failure_model(failure: Failure | None) -> answers.Failure | None:
     if failure is None:
         return None
-    return FailureModel(
+    return answers.Failure(
         failure_class=failure.kind,
         message=failure.message,
         exit=exit_model(failure.exit),
@@ -238,10 +224,10 @@ def _failure_model(failure: Failure | None) -> FailureModel | None:
     )
 
 
-def _stop_report_model(report: StopReport | None) -> StopReportModel | None:
+def _stop_report_model(report: StopReport | None) -> answers.StopReport | None:
     if report is None:
         return None
-    return StopReportModel(
+    return answers.StopReport(
         method=report.method,
         seconds=report.seconds,
         kernels_stopped=list(report.kernels_stopped),

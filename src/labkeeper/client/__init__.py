@@ -18,7 +18,13 @@ from typing import Any, Final, Self, TypedDict, Unpack
 
 import httpx
 
-from labkeeper.client.answers import (
+from labkeeper.client.connection import IfAsked, Translated, checked_token, checked_url, make_transport
+from labkeeper.client.reading import checked, lines_of, parse, parse_text
+from labkeeper.core.access import Scope
+from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError, TokenNotFound
+from labkeeper.core.lifecycle import State
+from labkeeper.core.spec import NAME_RULE, server_name
+from labkeeper.schema.answers import (
     BulkResult,
     BulkResults,
     Caller,
@@ -39,8 +45,8 @@ from labkeeper.client.answers import (
     NewToken,
     OrphanedKernel,
     OrphanedKernelList,
-    Page,
     Server,
+    ServerList,
     StopReport,
     Token,
     TokenList,
@@ -48,16 +54,7 @@ from labkeeper.client.answers import (
     Version,
     Webhook,
     WebhookList,
-    checked,
-    lines_of,
-    parse,
-    parse_text,
 )
-from labkeeper.client.connection import IfAsked, Translated, checked_token, checked_url, make_transport
-from labkeeper.core.access import Scope
-from labkeeper.core.errors import BackendUnavailable, InvalidSpec, ServerNotFound, SettingsError, TokenNotFound
-from labkeeper.core.lifecycle import State
-from labkeeper.core.spec import NAME_RULE, server_name
 
 __all__ = [
     "LONGEST_WAIT",
@@ -202,7 +199,7 @@ class Client:
         """
         query: dict[str, Any] = {"state": [str(one) for one in state], "label": [*label]}
         while True:
-            page = parse(Page, self._get("/api/servers", query))
+            page = parse(ServerList, self._get("/api/servers", query))
             yield from page.servers
             if page.next is None:
                 return

@@ -28,7 +28,7 @@ def health(services: Services) -> Answer:
     """Whether the keeper takes commands; where it does not, only a new one would."""
     if not services.keeper.alive:
         raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
-    return json_answer(Health())
+    return json_answer(Health(status="ok"))
 
 
 def ready(services: Services) -> Answer:
@@ -37,7 +37,7 @@ def ready(services: Services) -> Answer:
     if failing := services.failing():
         what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
         raise BackendUnavailable(f"commands are taken, but not everything is watched: {what}", watchers=sorted(failing))
-    return json_answer(Health())
+    return json_answer(Health(status="ok"))
 
 
 def metrics(services: Services) -> Response:
@@ -48,4 +48,4 @@ def metrics(services: Services) -> Response:
 
 def version(services: Services) -> Answer:
     """Name this software and its version."""
-    return json_answer(Version(version=services.version))
+    return json_answer(Version(name="labkeeper", version=services.version))

@@ -17,7 +17,7 @@ from labkeeper.core.errors import (
 )
 from labkeeper.identity.peers import PEER
 from labkeeper.schema.answers import (
-    LinkModel,
+    Link,
 )
 from labkeeper.schema.queries import (
     ServerPath,
@@ -43,7 +43,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     ticket = services.links.make(snapshot.name, snapshot.launch, page, lifetime=body.expires_in)
     base = services.url if PEER in request.environ else request.host_url.rstrip("/")
     expires_at = format_time(time.time() + body.expires_in)
-    return json_answer(LinkModel(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
+    return json_answer(Link(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
 
 
 def open_link(services: Services, path: TicketPath) -> Response:
