@@ -68,15 +68,23 @@ class IfAsked(httpx.Auth):
             yield request
 
 
-def make_transport(
-    url: str, *, ca_file: str | os.PathLike[str] | None = None, socket_path: str | None = None
-) -> httpx.HTTPTransport:
-    """Make the real transport: over TCP, or over the keeper's Unix socket. Raises SettingsError when `ca_file` cannot be read."""
+def make_transport(url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None) -> httpx.HTTPTransport:
+    """Return the real transport: over TCP, or over the keeper's Unix socket. Raises SettingsError if `ca_file` cannot be read."""
+    options = _KEEPALIVE if socket_path is None else None
+    return httpx.HTTPTransport(verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options)
+
+
+def make_async_transport(
+    url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None
+) -> httpx.AsyncHTTPTransport:
+    """Return the same for asyncio."""
+    options = _KEEPALIVE if socket_path is None else None
+    return httpx.AsyncHTTPTransport(verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options)
+
+
+def _context(url: str, ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     # Plain HTTP needs no certificates, and loading them takes 40 ms; this context trusts nobody.
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
-    if socket_path is not None:
-        return httpx.HTTPTransport(verify=context, trust_env=False, uds=socket_path)
-    return httpx.HTTPTransport(verify=context, trust_env=False, socket_options=_KEEPALIVE)
+    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
 
 
 def _trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TypeVar
+import functools
+from collections.abc import Callable
+from typing import Final, TypeVar
 
 import httpx
 from pydantic import ValidationError
 
-from labkeeper.core.errors import BadAnswer
-from labkeeper.schema.answers import Answer, Problem
+from labkeeper.core.errors import BackendUnavailable, BadAnswer
+from labkeeper.schema.answers import Answer, Event, Health, Problem
 
 _A = TypeVar("_A", bound=Answer)
+_EVENT: Final = 'data: {"id":'
+"""How the line of an event begins."""
 
 
 def checked(answer: httpx.Response) -> httpx.Response:
@@ -28,19 +31,40 @@ def checked(answer: httpx.Response) -> httpx.Response:
 
 
 def parse(model: type[_A], answer: httpx.Response) -> _A:
-    """Return the body of an answer. Raises BadAnswer."""
+    """Return the body of a good answer, and raise the error of a bad one. Raises BadAnswer for what is none of a keeper's."""
     try:
-        return model.tolerant(answer.content)
+        return model.tolerant(checked(answer).content)
     except ValidationError as error:
         raise _bad(answer) from error
 
 
-def parse_text(model: type[_A], text: str) -> _A:
-    """Return a part of a streamed answer. Raises BadAnswer."""
+def reading(model: type[_A]) -> Callable[[httpx.Response], _A]:
+    """Return what reads answers of a model."""
+    return functools.partial(parse, model)
+
+
+def text(answer: httpx.Response) -> str:
+    """Return the text of a good answer, and raise the error of a bad one."""
+    return checked(answer).text
+
+
+def is_ok(answer: httpx.Response) -> bool:
+    """Whether a keeper says that it is well."""
     try:
-        return model.tolerant(text)
+        return parse(Health, answer).status == "ok"
+    except BackendUnavailable:
+        return False
+
+
+def event_of(line: str) -> Event | None:
+    """Return the event in a line of a stream; the other lines are for browsers, and for proxies. Raises BadAnswer."""
+    if not line.startswith(_EVENT):
+        return None
+    content = line.removeprefix("data: ")
+    try:
+        return Event.tolerant(content)
     except ValidationError as error:
-        raise BadAnswer(f"cannot understand what the keeper sends: {text[:80]!r}") from error
+        raise BadAnswer(f"cannot understand what the keeper sends: {content[:80]!r}") from error
 
 
 def _bad(answer: httpx.Response) -> BadAnswer:
@@ -52,11 +76,17 @@ def _bad(answer: httpx.Response) -> BadAnswer:
     )
 
 
-def lines_of(pieces: Iterator[str]) -> Iterator[str]:
-    """Cut at line feeds alone: `str.splitlines` would also cut at form feeds and carriage returns, which logs contain."""
-    rest = ""
-    for piece in pieces:
-        *lines, rest = (rest + piece).split("\n")
-        yield from lines
-    if rest:
-        yield rest
+class Lines:
+    """Cuts text at line feeds alone: `str.splitlines` would also cut at form feeds and carriage returns, which logs contain."""
+
+    def __init__(self) -> None:
+        self._rest = ""
+
+    def feed(self, piece: str) -> list[str]:
+        """Return the lines that a piece completes."""
+        *lines, self._rest = (self._rest + piece).split("\n")
+        return lines
+
+    def end(self) -> list[str]:
+        """Return the last line, if it has no end."""
+        return [self._rest] if self._rest else []

@@ -1,0 +1,334 @@
+"""Every route of the API as a request and how to read its answer; nothing is sent here.
+
+Each method of `Client` and of `AsyncClient` is made from one of these: it takes the same arguments, and returns what is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Generic, TypedDict, TypeVar, Unpack
+
+import httpx
+
+from labkeeper.client.reading import event_of, is_ok, parse, reading, text
+from labkeeper.core.access import Scope
+from labkeeper.core.errors import ServerNotFound, TokenNotFound
+from labkeeper.core.lifecycle import State
+from labkeeper.core.spec import NAME_RULE, server_name
+from labkeeper.schema.answers import (
+    BulkResult,
+    BulkResults,
+    Caller,
+    Event,
+    EventList,
+    Idle,
+    IdleList,
+    Kernel,
+    KernelList,
+    Link,
+    NewToken,
+    OrphanedKernel,
+    OrphanedKernelList,
+    Server,
+    ServerList,
+    Token,
+    TokenList,
+    Version,
+    Webhook,
+    WebhookList,
+)
+
+_T = TypeVar("_T")
+LONGEST_WAIT: Final = 3600.0
+"""Seconds; the API refuses to wait longer."""
+PathText = str | os.PathLike[str]
+
+
+class Revision(TypedDict, total=False):
+    """What of a server can be otherwise after a restart; the API document tells what each field means."""
+
+    root_dir: PathText
+    base_url: str
+    default_url: str
+    port: int
+    env: Mapping[str, str]
+    labels: Mapping[str, str]
+    memory_limit: int
+    cpu_limit: float
+    process_limit: int
+    user: str
+    idle_timeout: float | str | None
+    max_age: float | str | None
+    gateway_url: str
+    gateway_ws_url: str
+    gateway_auth_token: str
+    gateway_auth_scheme: str
+    gateway_headers: Mapping[str, str]
+    gateway_ca_certs: PathText
+    gateway_client_cert: PathText
+    gateway_client_key: PathText
+    gateway_validate_cert: bool
+    gateway_connect_timeout: float
+    gateway_request_timeout: float
+    require_gateway: bool
+    kernel_env: Mapping[str, str]
+    jupyter_options: Mapping[str, bool | int | float]
+
+
+class Fields(Revision, total=False):
+    """The fields of a request for a server. One that is absent has its default."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Call(Generic[_T]):
+    """One request."""
+
+    method: str
+    path: str
+    read: Callable[[httpx.Response], _T]
+    """Returns what the answer says, or raises its error."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    body: Mapping[str, Any] | None = None
+    patience: float | None = 0.0
+    """Seconds that the keeper may wait for a server before it answers; None: any number."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stream(Generic[_T]):
+    """One request whose answer goes on."""
+
+    path: str
+    item: Callable[[str], _T | None]
+    """Returns what a line says; None for one that says nothing."""
+    query: Mapping[str, Any]
+
+    def items(self, lines: Iterable[str]) -> Iterator[_T]:
+        """Return what lines say."""
+        return (item for item in map(self.item, lines) if item is not None)
+
+
+class Calls:
+    """The calls; a namespace."""
+
+    # Servers
+
+    def create(
+        self, spec: Mapping[str, Any] | None = None, /, *, wait: float | None = None, **fields: Unpack[Fields]
+    ) -> Call[Server]:
+        """Make a server of `spec` with `fields` over it, and start it; the same request finds the same server.
+
+        Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer tells where it stands.
+        Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout, BackendError.
+        """
+        return _server("POST", "/api/servers", wait, body={**(spec or {}), **fields})
+
+    def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
+        """Tell of one server; with `wait_for`, when it is in that state or `wait` seconds are over. Raises ServerNotFound."""
+        if wait_for is None:
+            return Call("GET", _path(name), reading(Server), query=_given(wait=wait))
+        return _server("GET", _path(name), wait, query={"wait_for": str(wait_for)})
+
+    def delete(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
+        """Stop a server, then forget it; gives the last word on it, with its stop report. Raises ServerNotFound, Conflict."""
+        return _server("DELETE", _path(name), wait, query=_force(force))
+
+    def stop(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
+        """Stop a server and keep its spec; `force` kills it at once. Raises ServerNotFound, Conflict."""
+        return _server("POST", _path(name, "/stop"), wait, query=_force(force))
+
+    def start(self, name: str, *, wait: float | None = None) -> Call[Server]:
+        """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
+        return _server("POST", _path(name, "/start"), wait)
+
+    def start_many(
+        self, names: Sequence[str], *, wait: float | None = None, **fields: Unpack[Revision]
+    ) -> Call[Sequence[BulkResult]]:
+        """Make up to 200 servers of one kind, and start them; tells what became of each, in the order of the names.
+
+        Each is as if `create` had asked for it; what would have been raised is the `error` of its result.
+        Waits at most `wait` seconds (default: until all are ready or have failed). Raises InvalidSpec.
+        """
+        return Call(
+            "POST",
+            "/api/bulk/start",
+            lambda answer: parse(BulkResults, answer).results,
+            query=_given(wait=wait),
+            body={**fields, "names": [*names]},
+            patience=_patience(wait),
+        )
+
+    def restart(
+        self, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Unpack[Revision]
+    ) -> Call[Server]:
+        """Stop a server if it runs, and start it, with `fields` otherwise than before; what is not given stays as it is.
+
+        With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+        Raises as `start` does, and InvalidSpec.
+        """
+        body = {**fields, **({"keep_kernels": True} if keep_kernels else {})}
+        return _server("POST", _path(name, "/restart"), wait, body=body or None)
+
+    def rotate_token(self, name: str, *, wait: float | None = None) -> Call[Server]:
+        """Give a running server another Jupyter token, by another launch; kernels on a gateway live on.
+
+        Raises as `start` does, and Conflict where it is not running.
+        """
+        return _server("POST", _path(name, "/rotate-token"), wait)
+
+    def link(self, name: str, *, expires_in: float | str | None = None, page: str | None = None) -> Call[Link]:
+        """Make a link that opens a running server's Lab once, within a minute, or `expires_in`: seconds, or a text as `10m`.
+
+        Raises ServerNotFound, Conflict (not running), InvalidSpec.
+        """
+        return Call("POST", _path(name, "/link"), reading(Link), body=_given(expires_in=expires_in, page=page))
+
+    def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
+        """Give the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
+        return Call("GET", _path(name, "/logs"), text, query=_given(tail=tail))
+
+    def follow(self, name: str, *, tail: int | None = None) -> Stream[str]:
+        """Give the last lines of a server's log, then each new one, without line ends, until the server has ended.
+
+        Asks when the first line is asked for. Raises ServerNotFound.
+        """
+        return Stream(_path(name, "/logs"), str, query={"follow": "true", **_given(tail=tail)})
+
+    def kernels(self, name: str) -> Call[Sequence[Kernel]]:
+        """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
+        return Call("GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels)
+
+    def orphaned_kernels(self) -> Call[Sequence[OrphanedKernel]]:
+        """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
+        return Call("GET", "/api/orphaned-kernels", lambda answer: parse(OrphanedKernelList, answer).orphaned_kernels)
+
+    def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Call[Sequence[Event]]:
+        """Tell what happened, to one server or to all, the oldest first: after an event, or the newest ones.
+
+        Raises ServerNotFound where nothing is known of the name.
+        """
+        query = {"limit": limit, **_given(after=after)}
+        return Call("GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query)
+
+    def follow_events(self, name: str | None = None, *, after: int | None = None) -> Stream[Event]:
+        """Give events as they come, those after one first where it is named. Ends when the keeper does.
+
+        Asks when the first event is asked for. Raises ServerNotFound.
+        """
+        return Stream(_events_path(name), event_of, query={"follow": "true", **_given(after=after)})
+
+    def webhooks(self) -> Call[Sequence[Webhook]]:
+        """Say how the webhooks fare that events are posted to."""
+        return Call("GET", "/api/webhooks", lambda answer: parse(WebhookList, answer).webhooks)
+
+    # Access
+
+    def create_token(
+        self,
+        name: str,
+        scope: Scope | str,
+        *,
+        servers: Sequence[str] = (),
+        labels: Mapping[str, str] | None = None,
+        users: Sequence[str] = (),
+        expires_in: float | str | None = None,
+    ) -> Call[NewToken]:
+        """Make a token: of `scope`, for servers whose names fit one of the patterns and that have all labels, run as those users.
+
+        `token` of the answer is to be shown, and told this once. Raises InvalidSpec, Conflict, NotAllowed.
+        """
+        body = {"name": name, "scope": scope, "servers": [*servers], "labels": {**(labels or {})}, "users": [*users]}
+        return Call("POST", "/api/tokens", reading(NewToken), body=body | _given(expires_in=expires_in))
+
+    def tokens(self) -> Call[Sequence[Token]]:
+        """List the tokens that were made, by name."""
+        return Call("GET", "/api/tokens", lambda answer: parse(TokenList, answer).tokens)
+
+    def revoke_token(self, name: str) -> Call[Token]:
+        """Let a token be good no more, at once. Raises TokenNotFound."""
+        try:
+            path = f"/api/tokens/{server_name(name)}"
+        except ValueError:
+            raise TokenNotFound(f"cannot find token {name!r}: a name {NAME_RULE}") from None
+        return Call("DELETE", path, reading(Token))
+
+    def me(self) -> Call[Caller]:
+        """Say who this client is to the keeper, and what it may."""
+        return Call("GET", "/api/me", reading(Caller))
+
+    # Culling
+
+    def idle(self, name: str) -> Call[Idle]:
+        """Explain whether a server would be stopped for want of use, why, and when; it is asked now. Raises ServerNotFound."""
+        return Call("GET", _path(name, "/idle"), reading(Idle))
+
+    def idle_all(self) -> Call[Sequence[Idle]]:
+        """Explain the same of all servers by the last look at each, those first that would be stopped first."""
+        return Call("GET", "/api/idle", lambda answer: parse(IdleList, answer).servers)
+
+    def snooze(self, name: str, time: float | str) -> Call[Idle]:
+        """Put off the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
+        return Call("POST", _path(name, "/snooze"), reading(Idle), body={"for": time})
+
+    # The keeper
+
+    def version(self) -> Call[str]:
+        """Give the version of the keeper."""
+        return Call("GET", "/api/version", lambda answer: parse(Version, answer).version)
+
+    def metrics(self) -> Call[str]:
+        """Give the keeper's metrics in the form of Prometheus."""
+        return Call("GET", "/metrics", text)
+
+    def healthy(self) -> Call[bool]:
+        """Whether the keeper takes commands; where nothing answers, Unreachable is raised."""
+        return Call("GET", "/healthz", is_ok)
+
+    def ready(self) -> Call[bool]:
+        """Whether the keeper takes commands, and watches all that it is to watch."""
+        return Call("GET", "/readyz", is_ok)
+
+    def page(self, *, state: Iterable[State | str], label: Iterable[str], cursor: str | None) -> Call[ServerList]:
+        """List one page of servers."""
+        query = {"state": [str(one) for one in state], "label": [*label], **_given(cursor=cursor)}
+        return Call("GET", "/api/servers", reading(ServerList), query=query)
+
+
+def _server(
+    method: str,
+    path: str,
+    wait: float | None,
+    *,
+    query: Mapping[str, Any] | None = None,
+    body: Mapping[str, Any] | None = None,
+) -> Call[Server]:
+    """Return a call whose answer is a server, for which the keeper may wait."""
+    return Call(method, path, reading(Server), {**(query or {}), **_given(wait=wait)}, body, _patience(wait))
+
+
+def _patience(wait: float | None) -> float | None:
+    return None if wait is None else min(max(0.0, wait), LONGEST_WAIT)
+
+
+def _events_path(name: str | None) -> str:
+    return "/api/events" if name is None else _path(name, "/events")
+
+
+def _path(name: str, below: str = "") -> str:
+    try:
+        return f"/api/servers/{server_name(name)}{below}"
+    except ValueError:
+        # Asking would only put the text into a path; no server can have this name.
+        raise ServerNotFound(f"cannot find server {name!r}: a name {NAME_RULE}") from None
+
+
+def _given(**fields: Any) -> dict[str, Any]:
+    """Leave out what was not given."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _force(force: bool) -> dict[str, str]:
+    return {"force": "true"} if force else {}

@@ -1,0 +1,298 @@
+"""The two clients: `Client`, and `AsyncClient` for asyncio. Every method is made from a call in `calls`."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from types import TracebackType
+from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+
+import httpx
+
+from labkeeper.client.calls import Call, Calls, PathText, Stream
+from labkeeper.client.connection import IfAsked, Translated, checked_token, checked_url, make_async_transport, make_transport
+from labkeeper.client.reading import Lines, checked
+from labkeeper.core.errors import InvalidSpec, SettingsError
+from labkeeper.core.lifecycle import State
+from labkeeper.schema.answers import Server
+
+TIMEOUT: Final = 35.0
+"""Seconds for an answer that need not wait for a server; the keeper itself answers a command within 30."""
+_CONNECT_WITHIN: Final = 5.0
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _method(call: Callable[Concatenate[Calls, _P], Call[_T]]) -> Callable[Concatenate[Client, _P], _T]:
+    @functools.wraps(call)
+    def method(client: Client, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return client._do(call(_CALLS, *args, **kwargs))
+
+    return method
+
+
+def _stream(call: Callable[Concatenate[Calls, _P], Stream[_T]]) -> Callable[Concatenate[Client, _P], Iterator[_T]]:
+    @functools.wraps(call)
+    def method(client: Client, /, *args: _P.args, **kwargs: _P.kwargs) -> Iterator[_T]:
+        yield from client._follow(call(_CALLS, *args, **kwargs))
+
+    return method
+
+
+def _async_method(
+    call: Callable[Concatenate[Calls, _P], Call[_T]],
+) -> Callable[Concatenate[AsyncClient, _P], Coroutine[Any, Any, _T]]:
+    @functools.wraps(call)
+    async def method(client: AsyncClient, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return await client._do(call(_CALLS, *args, **kwargs))
+
+    return method
+
+
+def _async_stream(
+    call: Callable[Concatenate[Calls, _P], Stream[_T]],
+) -> Callable[Concatenate[AsyncClient, _P], AsyncIterator[_T]]:
+    @functools.wraps(call)
+    async def method(client: AsyncClient, /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncIterator[_T]:
+        async for item in client._follow(call(_CALLS, *args, **kwargs)):
+            yield item
+
+    return method
+
+
+_CALLS: Final = Calls()
+
+
+class _Connection:
+    """What both clients know of their keeper."""
+
+    def __init__(self, base_url: str, *, token: str | None, timeout: float) -> None:
+        self.base_url = checked_url(base_url)
+        self._timeout = timeout
+        self._headers = {"Accept": "application/json"}
+        if token is not None:
+            self._headers["Authorization"] = f"Bearer {checked_token(token)}"
+
+    def _url(self, socket: str | None) -> str:
+        # Nobody listens in on a Unix socket: there is no TLS on it.
+        return self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
+
+    def _request(self, call: Call[Any] | Stream[Any], build: Callable[..., httpx.Request]) -> httpx.Request:
+        """Return the request of a call. Raises InvalidSpec for what cannot be sent."""
+        method, body, read = "GET", None, None
+        if isinstance(call, Call):
+            method, body = call.method, call.body
+            read = None if call.patience is None else self._timeout + call.patience
+        timeout = httpx.Timeout(self._timeout, read=read, connect=min(self._timeout, _CONNECT_WITHIN))
+        try:
+            content = None if body is None else json.dumps(body, default=os.fspath, allow_nan=False)
+            headers = None if body is None else {"Content-Type": "application/json"}
+            return build(method, call.path, params=call.query, content=content, headers=headers, timeout=timeout)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InvalidSpec(f"cannot send the request: {error}") from error
+
+
+class Client(_Connection):
+    """Speaks to one keeper; to be closed, or used as a context manager. Threads may share it.
+
+    `timeout` is in seconds, for connecting and for answers; where the keeper waits for a server, that wait comes on top.
+    Where the caller leaves that wait to the keeper it is not limited here: TCP notices when the keeper's machine is gone.
+
+    Proxies of the environment are not used, so that a token for a keeper on this machine never passes through one; give an
+    `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
+
+    `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token; `token_if_asked` is
+    shown where the keeper refuses them all the same.
+    `ca_file` holds certificates of authorities to trust beside those of the system, for a keeper that speaks TLS.
+
+    Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
+    of the API. The constructor raises SettingsError for a URL or a token that can be none, and for
+    a `ca_file` that cannot be read.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        token_if_asked: str | None = None,
+        socket: str | None = None,
+        timeout: float = TIMEOUT,
+        ca_file: PathText | None = None,
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, token=token, timeout=timeout)
+        try:
+            url = self._url(socket)
+            transport = transport or make_transport(url, ca_file=ca_file, socket_path=socket)
+            auth = None if token_if_asked is None else IfAsked(token_if_asked)
+            self._http = httpx.Client(base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False)
+        except (httpx.InvalidURL, OSError, ValueError) as error:
+            raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections. Idempotent."""
+        self._http.close()
+
+    def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> Iterator[Server]:
+        """Go through the servers by name: those in one of the states that have all the labels (`key=value`, or `key` alone).
+
+        Asks for one page at a time, as it goes.
+        """
+        states, labels, cursor = [*state], [*label], None
+        while True:
+            page = self._do(_CALLS.page(state=states, label=labels, cursor=cursor))
+            yield from page.servers
+            if (cursor := page.next) is None:
+                return
+
+    create = _method(Calls.create)
+    get = _method(Calls.get)
+    delete = _method(Calls.delete)
+    stop = _method(Calls.stop)
+    start = _method(Calls.start)
+    start_many = _method(Calls.start_many)
+    restart = _method(Calls.restart)
+    rotate_token = _method(Calls.rotate_token)
+    link = _method(Calls.link)
+    logs = _method(Calls.logs)
+    follow = _stream(Calls.follow)
+    kernels = _method(Calls.kernels)
+    orphaned_kernels = _method(Calls.orphaned_kernels)
+    events = _method(Calls.events)
+    follow_events = _stream(Calls.follow_events)
+    webhooks = _method(Calls.webhooks)
+    create_token = _method(Calls.create_token)
+    tokens = _method(Calls.tokens)
+    revoke_token = _method(Calls.revoke_token)
+    me = _method(Calls.me)
+    idle = _method(Calls.idle)
+    idle_all = _method(Calls.idle_all)
+    snooze = _method(Calls.snooze)
+    version = _method(Calls.version)
+    metrics = _method(Calls.metrics)
+    healthy = _method(Calls.healthy)
+    ready = _method(Calls.ready)
+
+    def _do(self, call: Call[_T]) -> _T:
+        request = self._request(call, self._http.build_request)
+        with Translated(self.base_url):
+            answer = self._http.send(request)
+        return call.read(answer)
+
+    def _follow(self, stream: Stream[_T]) -> Iterator[_T]:
+        request, lines = self._request(stream, self._http.build_request), Lines()
+        with Translated(self.base_url):
+            answer = self._http.send(request, stream=True)
+            try:
+                if not answer.is_success:
+                    answer.read()
+                checked(answer)
+                for piece in answer.iter_text():
+                    yield from stream.items(lines.feed(piece))
+                yield from stream.items(lines.end())
+            finally:
+                answer.close()
+
+
+class AsyncClient(_Connection):
+    """As `Client`, for asyncio: its methods are coroutines, and asynchronous iterators where those of `Client` are iterators."""
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        token_if_asked: str | None = None,
+        socket: str | None = None,
+        timeout: float = TIMEOUT,
+        ca_file: PathText | None = None,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        super().__init__(base_url, token=token, timeout=timeout)
+        try:
+            url = self._url(socket)
+            transport = transport or make_async_transport(url, ca_file=ca_file, socket_path=socket)
+            auth = None if token_if_asked is None else IfAsked(token_if_asked)
+            self._http = httpx.AsyncClient(base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False)
+        except (httpx.InvalidURL, OSError, ValueError) as error:
+            raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections. Idempotent."""
+        await self._http.aclose()
+
+    async def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> AsyncIterator[Server]:
+        """Go through the servers by name, as `Client.list` does."""
+        states, labels, cursor = [*state], [*label], None
+        while True:
+            page = await self._do(_CALLS.page(state=states, label=labels, cursor=cursor))
+            for server in page.servers:
+                yield server
+            if (cursor := page.next) is None:
+                return
+
+    create = _async_method(Calls.create)
+    get = _async_method(Calls.get)
+    delete = _async_method(Calls.delete)
+    stop = _async_method(Calls.stop)
+    start = _async_method(Calls.start)
+    start_many = _async_method(Calls.start_many)
+    restart = _async_method(Calls.restart)
+    rotate_token = _async_method(Calls.rotate_token)
+    link = _async_method(Calls.link)
+    logs = _async_method(Calls.logs)
+    follow = _async_stream(Calls.follow)
+    kernels = _async_method(Calls.kernels)
+    orphaned_kernels = _async_method(Calls.orphaned_kernels)
+    events = _async_method(Calls.events)
+    follow_events = _async_stream(Calls.follow_events)
+    webhooks = _async_method(Calls.webhooks)
+    create_token = _async_method(Calls.create_token)
+    tokens = _async_method(Calls.tokens)
+    revoke_token = _async_method(Calls.revoke_token)
+    me = _async_method(Calls.me)
+    idle = _async_method(Calls.idle)
+    idle_all = _async_method(Calls.idle_all)
+    snooze = _async_method(Calls.snooze)
+    version = _async_method(Calls.version)
+    metrics = _async_method(Calls.metrics)
+    healthy = _async_method(Calls.healthy)
+    ready = _async_method(Calls.ready)
+
+    async def _do(self, call: Call[_T]) -> _T:
+        request = self._request(call, self._http.build_request)
+        with Translated(self.base_url):
+            answer = await self._http.send(request)
+        return call.read(answer)
+
+    async def _follow(self, stream: Stream[_T]) -> AsyncIterator[_T]:
+        request, lines = self._request(stream, self._http.build_request), Lines()
+        with Translated(self.base_url):
+            answer = await self._http.send(request, stream=True)
+            try:
+                if not answer.is_success:
+                    await answer.aread()
+                checked(answer)
+                async for piece in answer.aiter_text():
+                    for item in stream.items(lines.feed(piece)):
+                        yield item
+                for item in stream.items(lines.end()):
+                    yield item
+            finally:
+                await answer.aclose()
