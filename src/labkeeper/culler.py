@@ -97,7 +97,7 @@ class Culler:
             known = self._watched.get(after.name)
             if after.state is not State.RUNNING or after.endpoint is None or not self._concerns(after):
                 self._watched.pop(after.name, None)
-            elif known is None or known.snapshot.launch != after.launch:
+            elif known is None or known.snapshot.generation != after.generation:
                 self._watched[after.name] = self._watch(after, after.endpoint)
             else:
                 self._renew(known, after)
@@ -224,7 +224,7 @@ class Culler:
         details = {"rule": str(outlook.rule), "stops_at": moment}
         origin = Origin(CULLER, reason=str(outlook.rule))
         self._event_log.record(
-            HistoryKind.CULL_WARNING, snapshot.name, message, origin=origin, launch=snapshot.launch, details=details
+            HistoryKind.CULL_WARNING, snapshot.name, message, origin=origin, generation=snapshot.generation, details=details
         )
 
     def _stop(self, watched: _Watched, rule: Rule) -> None:
@@ -254,7 +254,7 @@ class Culler:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
 
     def _end_kernel(self, watched: _Watched, kernel_id: str, reason: str) -> None:
-        name, launch = watched.snapshot.name, watched.snapshot.launch
+        name, generation = watched.snapshot.name, watched.snapshot.generation
         try:
             self._probe.end_kernel(watched.endpoint, kernel_id)
         except BackendError as error:
@@ -264,5 +264,5 @@ class Culler:
         message = f"kernel {kernel_id} of server '{name}' was ended, because nobody uses it"
         origin = Origin(CULLER, reason=reason)
         self._event_log.record(
-            HistoryKind.KERNEL_CULLED, name, message, origin=origin, launch=launch, details={"kernel": kernel_id}
+            HistoryKind.KERNEL_CULLED, name, message, origin=origin, generation=generation, details={"kernel": kernel_id}
         )

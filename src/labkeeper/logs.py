@@ -18,7 +18,7 @@ from labkeeper.terminal import visible
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
 _OWN: Final = frozenset(
-    {"timestamp", "level", "logger", "server", "launch", "actor", "request_id", "on", "failure_class", "method"}
+    {"timestamp", "level", "logger", "server", "generation", "actor", "request_id", "on", "failure_class", "method"}
     | {parameter.value for parameter in structlog.processors.CallsiteParameter}
 )
 """What the keeper itself says in an entry: a server that has a variable of that value must not blank it."""
@@ -149,4 +149,6 @@ def _about(change: Change) -> dict[str, Any]:
     """Give what every line on a change has: of which launch of which server it is, and who set it off."""
     origin = change.origin
     who = {"actor": origin.actor, "request_id": origin.request_id, "reason": origin.reason}
-    return {"server": change.after.name, "launch": change.after.launch} | {key: value for key, value in who.items() if value}
+    return {"server": change.after.name, "generation": change.after.generation} | {
+        key: value for key, value in who.items() if value
+    }

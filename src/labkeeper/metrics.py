@@ -254,7 +254,7 @@ class Metrics:
 
     def _take_start(self, change: Change, before: Snapshot) -> None:
         after = change.after
-        if after.launch != before.launch or (before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN):
+        if after.generation != before.generation or (before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN):
             self._begun.setdefault(after.name, self._clock.monotonic())
         if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
             return

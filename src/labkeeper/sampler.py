@@ -66,7 +66,7 @@ class Sampler:
         """Give the last sample of a running server, at once; None where there is none of this launch."""
         self._asked = self._clock.monotonic()
         sample = self._samples.get(snapshot.name)
-        if snapshot.state is not State.RUNNING or sample is None or sample.launch != snapshot.launch:
+        if snapshot.state is not State.RUNNING or sample is None or sample.generation != snapshot.generation:
             return None
         return sample
 
@@ -96,17 +96,17 @@ class Sampler:
             _log.warning("cannot measure what servers use", error=error.message)
             return
         now = self._clock.time()
-        fresh = {name: Sample(running[name].launch, now, usage) for name, usage in usages.items()}
+        fresh = {name: Sample(running[name].generation, now, usage) for name, usage in usages.items()}
         self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
 
     def _completed(self, name: ServerName, sample: Sample) -> Sample:
         """Add what can be told only together with what was known before."""
         before = self._samples.get(name)
-        launch, load = self._loads.get(name, (None, None))
+        generation, load = self._loads.get(name, (None, None))
         cpus = None
-        if before is not None and before.launch == sample.launch and sample.at > before.at:
+        if before is not None and before.generation == sample.generation and sample.at > before.at:
             cpus = round(max(0.0, sample.usage.cpu_seconds - before.usage.cpu_seconds) / (sample.at - before.at), 3)
-        return replace(sample, cpus=cpus, load=load if launch == sample.launch else None)
+        return replace(sample, cpus=cpus, load=load if generation == sample.generation else None)
 
     def _ask(self) -> None:
         """Ask each running server once."""
@@ -116,7 +116,7 @@ class Sampler:
                 return
             if snapshot.endpoint is not None:
                 try:
-                    loads[snapshot.name] = (snapshot.launch, self._probe.load(snapshot.endpoint))
+                    loads[snapshot.name] = (snapshot.generation, self._probe.load(snapshot.endpoint))
                 except BackendError:
                     # Whether it answers at all is found out, and told, elsewhere.
                     continue

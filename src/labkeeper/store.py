@@ -1,9 +1,10 @@
-"""Snapshots, kernel debts, the history and tokens of the API in SQLite, in the state directory.
+"""Snapshots, orphaned kernels, events and API tokens in SQLite, in the state directory.
 
-One row a server, its snapshot as JSON; one row a kernel that is still to be ended; one row an entry of the history; one row a
-webhook, with the last entry that it was told; one row a token, which it holds as a hash alone; one row a runtime directory in
-which servers may run. `PRAGMA user_version` tells the layout, so that a newer keeper can carry an older file over, and an older
-keeper refuses a newer one.
+One row for each server, its snapshot as JSON; for each kernel that is still to be ended; for each event; for each webhook, with
+the last event that it has received; for each token, as a hash alone; for each runtime directory in which servers may run.
+
+`PRAGMA user_version` is the version of the schema. A newer keeper copies the file, and migrates it in one transaction; an older
+keeper refuses a newer file.
 """
 
 from __future__ import annotations
@@ -28,16 +29,34 @@ from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot
 from labkeeper.core.spec import ServerName
 
 _log = structlog.get_logger("labkeeper.store")
-_TABLES: Final = (
+
+
+def _renamed(table: str, column: str, old: str, new: str) -> str:
+    """Return the SQL that renames a member of the JSON objects in a column; what is no JSON stays, and is reported when read."""
+    value = f"json_set(json_remove({column}, '$.{old}'), '$.{new}', json_extract({column}, '$.{old}'))"
+    where = f"json_valid({column}) AND json_type({column}, '$.{old}') IS NOT NULL"
+    return f"UPDATE {table} SET {column} = {value} WHERE {where}"  # noqa: S608 - of our own names
+
+
+_MIGRATIONS: Final = (
     "CREATE TABLE IF NOT EXISTS servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS history (id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS webhooks (url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT",
     "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, token TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS runtime_dirs (path BLOB PRIMARY KEY) STRICT",
+    "; ".join(
+        (
+            _renamed("servers", "snapshot", "launch", "generation"),
+            _renamed("history", "entry", "launch", "generation"),
+            _renamed("tokens", "token", "reach", "limits"),
+            "ALTER TABLE debts RENAME TO orphans",
+            "ALTER TABLE orphans RENAME COLUMN debt TO kernel",
+        )
+    ),
 )
-"""What each layout has beyond the one before. The first one may be there without its number: a keeper was killed in between."""
-_LAYOUT: Final = len(_TABLES)
+"""What leads from each version to the next. The first table may be there without a version: a keeper was killed in between."""
+_VERSION: Final = len(_MIGRATIONS)
 _FORGET_EVERY: Final = 100
 """New entries of the history after which old ones are removed, in a small history; in a large one, a hundredth of it."""
 _ACTOR: Final = "CASE WHEN json_valid(entry) THEN json_extract(entry, '$.origin.actor') END"
@@ -104,21 +123,22 @@ class SqliteStore:
 
     def orphans(self) -> list[OrphanedKernel]:
         """Give all kernels that are still to be ended."""
-        return self._read(OrphanedKernel, "SELECT debt FROM debts ORDER BY kernel_id")
+        return self._read(OrphanedKernel, "SELECT kernel FROM orphans ORDER BY kernel_id")
 
     def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Keep some more; on the disk when this returns."""
         rows = [(orphan.kernel_id, _text(orphan)) for orphan in orphans]
         with self._doing("write"):
             self._db.executemany(
-                "INSERT INTO debts (kernel_id, debt) VALUES (?, ?) ON CONFLICT (kernel_id) DO UPDATE SET debt = excluded.debt",
+                "INSERT INTO orphans (kernel_id, kernel) VALUES (?, ?)"
+                " ON CONFLICT (kernel_id) DO UPDATE SET kernel = excluded.kernel",
                 rows,
             )
 
     def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
         """Drop some."""
         with self._doing("write"):
-            self._db.executemany("DELETE FROM debts WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
+            self._db.executemany("DELETE FROM orphans WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
 
     def wipe(self) -> None:
         """Leave nothing on the disk of what was dropped, which the log beside the file has yet. Does not raise."""
@@ -159,33 +179,33 @@ class SqliteStore:
         self._db.executemany(f"DELETE FROM history WHERE id IN ({oldest})", excess)  # noqa: S608 - ours
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
-        return self._select("id", after, server, reach, limit)
+        return self._select("id", after, server, within, limit)
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
-        return self._select("id DESC", 0, server, reach, limit)[::-1]
+        return self._select("id DESC", 0, server, within, limit)[::-1]
 
-    def _select(self, order: str, after: int, server: ServerName | None, reach: TokenLimits, limit: int) -> list[HistoryEntry]:
+    def _select(self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int) -> list[HistoryEntry]:
         where = ["id > ?"]
         given: list[object] = [after]
         if server is not None:
             where.append("server = ?")
             given.append(server)
-        if not reach.unlimited:
+        if not within.unlimited:
             where.append("server IS NOT NULL")
-        if reach.servers:
-            where.append(f"({' OR '.join('server GLOB ?' for _ in reach.servers)})")
-            given.extend(reach.servers)
-        for label in reach.labels.items():
+        if within.servers:
+            where.append(f"({' OR '.join('server GLOB ?' for _ in within.servers)})")
+            given.extend(within.servers)
+        for label in within.labels.items():
             # By its name and its value at once: a key may hold what has a meaning in a path of JSON.
             where.append("EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)")
             given.extend(label)
-        if reach.users:
-            where.append(f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in reach.users)})")
-            given.extend(reach.users)
+        if within.users:
+            where.append(f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in within.users)})")
+            given.extend(within.users)
         query = f"SELECT entry FROM history WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?"  # noqa: S608 - ours, above
         return self._read(HistoryEntry, query, *given, limit)
 
@@ -257,11 +277,11 @@ class SqliteStore:
                 raise self._damaged("it is empty, and the log beside it is not")
             return
         with self._doing("open"), closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db:
-            (layout,) = db.execute("PRAGMA user_version").fetchone()
+            (version,) = db.execute("PRAGMA user_version").fetchone()
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok" or layout < 0:
-            raise self._damaged(" ".join(found.split()) if found != "ok" else f"its layout has the number {layout}")
-        if layout > _LAYOUT:
+        if found != "ok" or version < 0:
+            raise self._damaged(" ".join(found.split()) if found != "ok" else f"its schema has the version {version}")
+        if version > _VERSION:
             raise StoreError(
                 f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
             )
@@ -277,12 +297,28 @@ class SqliteStore:
             # A full disk has no room for it, and keeps no keeper from its servers: the next wipe makes up for it.
             with suppress(sqlite3.OperationalError):
                 _wipe(self._db)
-            (layout,) = self._db.execute("PRAGMA user_version").fetchone()
-            for number, table in enumerate(_TABLES[layout:], start=layout + 1):
+            (version,) = self._db.execute("PRAGMA user_version").fetchone()
+            if 0 < version < _VERSION:
+                self._copy(version)
+            for number, change in enumerate(_MIGRATIONS[version:], start=version + 1):
                 # One step at a time, each whole or not at all.
-                self._db.executescript(f"BEGIN IMMEDIATE; {table}; PRAGMA user_version = {number}; COMMIT;")
+                self._db.executescript(f"BEGIN IMMEDIATE; {change}; PRAGMA user_version = {number}; COMMIT;")
             # No layout of its own: nothing is read by it that could not be read without.
             self._db.execute(f"CREATE INDEX IF NOT EXISTS history_by_actor ON history ({_ACTOR})")
+
+    def _copy(self, version: int) -> None:
+        """Copy the file before it is migrated, for those who want to go back to the labkeeper that wrote it."""
+        copy = self._path.with_name(f"{self._path.name}.v{version}")
+        half = copy.with_name(f"{copy.name}.half")
+        try:
+            half.unlink(missing_ok=True)
+            os.close(os.open(half, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            with closing(sqlite3.connect(half)) as target:
+                self._db.backup(target)
+            half.replace(copy)
+        except OSError as error:
+            raise StoreError(f"cannot copy the store {self._path} before it is migrated: {error.strerror}") from error
+        _log.info("the store is migrated", version=_VERSION, copy=str(copy))
 
     def _connect(self, *, timeout: float = 5.0) -> sqlite3.Connection:
         return sqlite3.connect(self._path, timeout=timeout, check_same_thread=False, isolation_level=None)

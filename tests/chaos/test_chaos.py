@@ -330,8 +330,8 @@ class World:
         except OSError as error:
             yield f"no record: {error}"
             return
-        facts = {key: record[key] for key in ("pid", "launch", "launched_by", "exec_reason", "ready")}
-        told = {key: server[key] for key in ("pid", "launch", "launched_by", "exec_reason")} | {"ready": True}
+        facts = {key: record[key] for key in ("pid", "generation", "launched_by", "exec_reason", "ready")}
+        told = {key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")} | {"ready": True}
         if facts != told:
             yield f"recorded is {facts}, told is {told}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
@@ -466,7 +466,7 @@ class PoorWorld(World):
     def differences(self):
         yield from super().differences()
         still = self.servers()[STILL]
-        if (still["pid"], still["launch"]) != (self.still["pid"], self.still["launch"]):
+        if (still["pid"], still["generation"]) != (self.still["pid"], self.still["generation"]):
             yield f"'{STILL}' answered all the time, and was ended: {still}"
 
     def may_fail(self, kind, end):

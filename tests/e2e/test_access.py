@@ -52,7 +52,7 @@ def test_a_rotated_token_opens_nothing_and_the_new_one_does(keeper):
     answer = keeper.http.post("/api/servers/default/rotate-token")
     assert answer.status_code == 201
     after = answer.json()
-    assert (after["launch"], after["port"]) == (before["launch"] + 1, before["port"])
+    assert (after["generation"], after["port"]) == (before["generation"] + 1, before["port"])
     assert len(bytes.fromhex(after["token"])) == 24
     told = [
         httpx.get(f"{after['url']}api/kernels", headers={"Authorization": f"token {token}"}, trust_env=False).status_code

@@ -89,7 +89,7 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
     assert told[2]["details"]["exit"] == {"code": None, "signal": "SIGKILL"}
     assert told[-1]["details"]["stop_report"]["method"] == "shutdown"
     assert "is deleted" in told[-1]["message"]
-    assert [event["launch"] for event in told] == [1, 1, 1, 2, 2, 2, 2]
+    assert [event["generation"] for event in told] == [1, 1, 1, 2, 2, 2, 2]
     moments = [datetime.fromisoformat(event["at"]) for event in told]
     assert moments == sorted(moments)
     assert not [secret for secret in (created.json()["token"], keeper.token) if secret in json.dumps(told)]

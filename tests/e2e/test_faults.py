@@ -91,7 +91,7 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
     os.kill(server["pid"], signal.SIGKILL)
     after = until(lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running")
     # It may be running again by the time we look.
-    assert after["state"] in {"backoff", "starting"} or after["launch"] > server["launch"]
+    assert after["state"] in {"backoff", "starting"} or after["generation"] > server["generation"]
     assert not alive(kernel_pid)
     again = keeper.wait_for("running")
     assert again["restarts"] == 1
@@ -116,8 +116,8 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
 def test_a_server_killed_by_a_signal_without_a_name_is_known_dead(keeper):
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGRTMIN + 6)
-    until(lambda: keeper.get()["launch"] > server["launch"], what="it is launched again")
-    assert keeper.wait_for("running")["launch"] == server["launch"] + 1
+    until(lambda: keeper.get()["generation"] > server["generation"], what="it is launched again")
+    assert keeper.wait_for("running")["generation"] == server["generation"] + 1
 
 
 DRIPPING = """
@@ -182,7 +182,7 @@ def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(make_kee
     names = [server["name"] for server in keeper.http.get("/api/servers").json()["servers"]]
     assert names == ["dies", "leaves", "lives", "rests"]
     after = keeper.wait_for("running", "lives")
-    assert (after["pid"], after["token"], after["launch"]) == (lives["pid"], lives["token"], lives["launch"])
+    assert (after["pid"], after["token"], after["generation"]) == (lives["pid"], lives["token"], lives["generation"])
     assert run_cell(after, kernel, "x") == "42"
     assert keeper.wait_for("stopped", "leaves")["exit"] == {"code": 0, "signal": None}
     assert keeper.get("rests")["state"] == "stopped"
@@ -210,9 +210,9 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
     keeper.start()
 
     after = keeper.wait_for("running")
-    assert (after["pid"], after["token"], after["launch"]) == (server["pid"], server["token"], server["launch"])
+    assert (after["pid"], after["token"], after["generation"]) == (server["pid"], server["token"], server["generation"])
     assert run_cell(after, kernel, "x") == "42"
-    assert keeper.wait_for("running", "begun")["launch"] == begun["launch"]
+    assert keeper.wait_for("running", "begun")["generation"] == begun["generation"]
     assert keeper.stop() == 0
     assert not alive(server["pid"])
 
@@ -229,7 +229,7 @@ def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice
     until(lambda: keeper.get()["state"] == "running", what="it runs")
     server = keeper.get()
     # What was not on record yet is begun anew.
-    assert server["launch"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
+    assert server["generation"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
     assert servers_in(keeper.server_dirs) == [server["pid"]]
 
 
@@ -345,7 +345,7 @@ def test_a_server_that_hangs_is_replaced(make_keeper):
     keeper = make_keeper(hung_after=0.5, probe_period=0.5, stop_grace=2).start()
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGSTOP)
-    until(lambda: keeper.get()["launch"] == 2, what="a second launch")
+    until(lambda: keeper.get()["generation"] == 2, what="a second launch")
     again = keeper.wait_for("running")
     assert again["restarts"] == 1
     assert not alive(server["pid"])

@@ -514,11 +514,13 @@ def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
 def ended(keeper, server):
     """How a launch ended, as the keeper logs it; the answer forgets it when the server is launched again."""
 
-    launch = (server["name"], server["launch"])
+    generation = (server["name"], server["generation"])
 
     def cause():
         lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
-        causes = [line["cause"] for line in lines if (line.get("server"), line.get("launch")) == launch and "cause" in line]
+        causes = [
+            line["cause"] for line in lines if (line.get("server"), line.get("generation")) == generation and "cause" in line
+        ]
         return causes and causes[0]
 
     return re.search(r"\((.*?)\)", until(cause, what="its end is known"))[1]

@@ -338,7 +338,7 @@ def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(
     finally:
         keeper.process.send_signal(signal.SIGCONT)
     server = keeper.wait_for("running")
-    assert (server["launch"], server["restarts"]) == (1, 0)
+    assert (server["generation"], server["restarts"]) == (1, 0)
 
 
 def answers(port):

@@ -169,7 +169,7 @@ def test_a_kernel_that_starts_too_many_processes_is_refused_more(shared):
 def test_the_groups_of_a_killed_server_are_removed_and_those_of_its_next_launch_hold(shared):
     server = forked(shared, "killed", process_limit=100)
     psutil.Process(server["pid"]).kill()
-    again = until(lambda: (s := shared.get("killed"))["launch"] > server["launch"] and s["state"] == "running" and s)
+    again = until(lambda: (s := shared.get("killed"))["generation"] > server["generation"] and s["state"] == "running" and s)
     (group,) = groups(shared, "killed")
     assert str(again["pid"]) in (group / "cgroup.procs").read_text().split()
     assert shared.delete("killed", force="true").status_code == 200
@@ -204,7 +204,7 @@ def ends_of(keeper, name="default"):
 
 def launched_again(keeper, server):
     return until(
-        lambda: (s := keeper.get(server["name"]))["launch"] > server["launch"] and s["state"] == "running" and s,
+        lambda: (s := keeper.get(server["name"]))["generation"] > server["generation"] and s["state"] == "running" and s,
         what="it was launched again",
     )
 
@@ -314,7 +314,7 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     assert parts[server_dir / "launch.json"] == (0, 0o600)
     assert cell(
         server,
-        f"import os; print(os.access({str(server_dir / 'launch.json')!r}, os.W_OK), os.access({str(server_dir)!r}, os.W_OK))",
+        f"import os; print(os.access({str(server_dir / 'generation.json')!r}, os.W_OK), os.access({str(server_dir)!r}, os.W_OK))",
     ) == ("False False")
     # Neither its own log nor what others have is open to it.
     closed = [server_dir.parent / ".forkservers", shared.state_dir / "logs" / "theirs.log", shared.state_dir / "token"]

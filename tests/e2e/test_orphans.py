@@ -151,7 +151,7 @@ def test_what_hides_ends_with_a_server_that_is_killed(make_keeper, hide):
     in_cell(server, source)
     pid = int(noted(note))
     os.kill(server["pid"], signal.SIGKILL)
-    again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s)
+    again = until(lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s)
     assert not alive(pid)
     assert len(groups_of(keeper)) == 1
     assert alive(again["pid"])
@@ -276,7 +276,7 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
             assert keeper.http.get("/api/servers").json()["servers"] == []
             # What is asked for under such a name comes up, and is not taken for what was left.
             again = keeper.post(name="other").json()
-            assert (again["state"], again["launch"]) == ("running", 1)
+            assert (again["state"], again["generation"]) == ("running", 1)
             until(lambda: not alive(one["pid"]), what="the forked one is ended")
             assert not any(alive(pid) for pid in (other["pid"], kernel))
             if grouped:
@@ -323,7 +323,9 @@ def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(
     keeper.kill()
     shutil.rmtree(keeper.server_dirs / "default" if lost == "its room" else keeper.server_dirs)
     keeper.start()
-    again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s, what=keeper.get)
+    again = until(
+        lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s, what=keeper.get
+    )
     assert not alive(server["pid"])
     assert not alive(kernel)
     assert alive(again["pid"])
@@ -343,7 +345,9 @@ def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp
     keeper.start()
     said = make_keeper(runtime_dir=earlier).cli("serve")
     assert (said.returncode, "runs on the runtime directory" in said.stderr) == (2, True)
-    again = until(lambda: (s := keeper.get())["launch"] > server["launch"] and s["state"] == "running" and s, what=keeper.get)
+    again = until(
+        lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s, what=keeper.get
+    )
     until(lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])), what="their end")
     assert alive(again["pid"])
     until(lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"], what="the rooms are removed")
@@ -378,7 +382,7 @@ def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alo
     keeper.settings["runtime_dir"] = tmp_path / "later"
     keeper.start()
     assert keeper.post().json()["state"] == "running"
-    assert (other.get()["state"], other.get()["launch"]) == ("running", 1)
+    assert (other.get()["state"], other.get()["generation"]) == ("running", 1)
     assert alive(server["pid"])
 
 

@@ -41,6 +41,44 @@ def test_an_end_that_nobody_asked_about_keeps_no_fork_server_after_its_keeper(ma
     assert not keeper.in_server_dirs()
 
 
+def as_before_generations(keeper):
+    """Write what a keeper that has ended left as the one of version 6 of the store's schema wrote it."""
+    with contextlib.closing(sqlite3.connect(keeper.state_dir / "labkeeper.sqlite")) as db, db:
+        for table, column, now, then in (
+            ("servers", "snapshot", "generation", "launch"),
+            ("history", "entry", "generation", "launch"),
+            ("tokens", "token", "limits", "reach"),
+        ):
+            for row, text in db.execute(f"SELECT rowid, {column} FROM {table}").fetchall():
+                fields = json.loads(text)
+                fields[then] = fields.pop(now)
+                db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (json.dumps(fields), row))
+        db.execute("ALTER TABLE orphans RENAME COLUMN kernel TO debt")
+        db.execute("ALTER TABLE orphans RENAME TO debts")
+        db.execute("PRAGMA user_version = 6")
+    for path in keeper.server_dirs.glob("*/launch.json"):
+        record = json.loads(path.read_text())
+        del record["version"]
+        path.write_text(json.dumps({"launch": record.pop("generation")} | record))
+
+
+def test_servers_of_the_version_before_are_taken_over(make_keeper):
+    keeper = make_keeper().start()
+    lives = keeper.post(name="lives", env={"A": "b"}).json()
+    keeper.http.post("/api/tokens", json={"name": "ci", "scope": "read", "servers": ["l*"]})
+    keeper.kill()
+    as_before_generations(keeper)
+    keeper.start()
+    now = keeper.wait_for("running", "lives")
+    assert (now["pid"], now["token"], now["generation"]) == (lives["pid"], lives["token"], lives["generation"])
+    again = keeper.post(name="lives", env={"A": "b"})
+    assert (again.status_code, again.json()["pid"]) == (200, lives["pid"])
+    assert [token["servers"] for token in keeper.http.get("/api/tokens").json()["tokens"]] == [["l*"]]
+    assert {event["generation"] for event in keeper.http.get("/api/servers/lives/events").json()["events"]} == {1}
+    assert json.loads((keeper.server_dirs / "lives" / "launch.json").read_text())["version"] == 2
+    assert keeper.stop() == 0
+
+
 # A disk that is full
 
 
@@ -478,12 +516,12 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
     keeper.start()
     for known in (servers["lives"], started, again):
         after = keeper.wait_for("running", known["name"])
-        assert (after["pid"], after["launch"]) == (known["pid"], known["launch"])
+        assert (after["pid"], after["generation"]) == (known["pid"], known["generation"])
     clock.jump(jumps[1])
     # There is a wait after a crash, and each server is looked at several times meanwhile.
     os.kill(again["pid"], signal.SIGKILL)
     thrice = until(lambda: (s := keeper.wait_for("running", "crashes"))["pid"] != again["pid"] and s)
-    assert thrice["launch"] == again["launch"] + 1
+    assert thrice["generation"] == again["generation"] + 1
     for known in (servers["lives"], started):
         assert keeper.get(known["name"])["pid"] == known["pid"]
     assert run_cell(servers["lives"], kernel, "x") == "42"

@@ -203,8 +203,8 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert "[secret]" in keeper.log.read_text()
     about = [line for line in lines if "server" in line and line["logger"].startswith(("jupyter", "labkeeper.servers"))]
     assert about
-    assert [line for line in about if not line.get("launch")] == []
-    echoed = {line["launch"] for line in about if (line["logger"], line["server"]) == ("jupyter", "behind")}
+    assert [line for line in about if not line.get("generation")] == []
+    echoed = {line["generation"] for line in about if (line["logger"], line["server"]) == ("jupyter", "behind")}
     assert len(echoed) >= 3, "the first launch, the one after the crash, the restart"
     ids = {answer.headers["X-Request-Id"] for _, _, answer in answers}
     assert {line["request_id"] for line in about if "request_id" in line} <= ids

@@ -44,7 +44,7 @@ INFOS = fields_of(
     secure=st.booleans(), token=st.text(), url=st.text(), version=st.text(),
 )  # fmt: skip
 RECORDS = fields_of(
-    launch=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(), gateway=st.booleans(),
+    generation=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(), gateway=st.booleans(),
     launched_by=st.sampled_from(["fork", "exec"]), limited_by=TEXTS,
 )  # fmt: skip
 
@@ -118,12 +118,12 @@ def test_a_launch_is_read_whole_or_refused(content):
         sender = threading.Thread(target=lambda: (contextlib.suppress(OSError), stream.write(content), stream.close()))
         sender.start()
         try:
-            launch = Launch.read(reading)
+            generation = Launch.read(reading)
         except WireError:
             pass
         else:
-            assert Launch.parse(launch.message()) == launch
-            assert launch.user is None or isinstance(launch.user, User)
+            assert Launch.parse(generation.message()) == generation
+            assert generation.user is None or isinstance(generation.user, User)
         finally:
             sender.join()
 

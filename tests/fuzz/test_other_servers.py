@@ -28,8 +28,8 @@ KERNELS = st.lists(
 )
 STATUS = fields_of(last_activity=TIMES, kernels=st.integers(), connections=st.integers())
 EVENTS = fields_of(
-    id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), launch=st.integers(), message=st.text(), actor=st.text(),
-    reason=st.text(), request_id=st.text(), details=st.dictionaries(st.text(), JSON, max_size=2),
+    id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), generation=st.integers(), message=st.text(),
+    actor=st.text(), reason=st.text(), request_id=st.text(), details=st.dictionaries(st.text(), JSON, max_size=2),
 )  # fmt: skip
 TEXT_IN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
 PROBLEMS = fields_of(

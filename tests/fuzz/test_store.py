@@ -18,7 +18,7 @@ from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
-TABLES = {"servers": ("name", "snapshot"), "debts": ("kernel_id", "debt"), "history": ("server", "entry")}
+TABLES = {"servers": ("name", "snapshot"), "orphans": ("kernel_id", "kernel"), "history": ("server", "entry")}
 CELLS = JSON.map(json.dumps) | st.text() | DEPTHS.map(nested).map(bytes.decode)
 
 

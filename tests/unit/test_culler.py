@@ -72,13 +72,13 @@ class Culled:
         )
         self.servers = {}
 
-    def run(self, name="lab", answer=None, *, port=1, launch=1, up_since=None, **rules):
+    def run(self, name="lab", answer=None, *, port=1, generation=1, up_since=None, **rules):
         now = self.clock.time()
         self.probe.answers[port] = answer or Activity(now)
         spec = replace(a_spec(name), **rules)
         up_since = now if up_since is None else up_since
         endpoint = replace(ENDPOINT, port=port)
-        more = {"launch": launch, "endpoint": endpoint, "started_at": now, "up_since": up_since}
+        more = {"generation": generation, "endpoint": endpoint, "started_at": now, "up_since": up_since}
         return self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=now, created_at=now, **more))
 
     def be(self, snapshot, event=Event.READY):
@@ -166,7 +166,7 @@ def test_a_wall_clock_that_jumps_stops_nobody(culled):
 
 
 def test_an_age_counts_from_the_first_ready_also_when_it_crashed_or_its_keeper_is_another(culled):
-    culled.run(max_age=3600.0, launch=2, up_since=culled.clock.time() - 3000.0)
+    culled.run(max_age=3600.0, generation=2, up_since=culled.clock.time() - 3000.0)
     culled.after(599)
     assert culled.kinds() == [HistoryKind.CULL_WARNING]
     culled.after(PERIOD)
@@ -221,7 +221,7 @@ def test_many_are_spread_over_the_period(culled):
 def test_one_that_stopped_or_was_launched_again_is_another(culled):
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(500)
-    culled.run(idle_timeout=600.0, launch=2)
+    culled.run(idle_timeout=600.0, generation=2)
     culled.after(599)
     assert culled.given == []
     culled.be(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)

@@ -27,7 +27,7 @@ def _restored():
 
 
 def snapshot(state, **more):
-    return Snapshot(a_spec("lab"), state, Goal.UP, since=0.0, created_at=0.0, launch=3, **more)
+    return Snapshot(a_spec("lab"), state, Goal.UP, since=0.0, created_at=0.0, generation=3, **more)
 
 
 def test_json_is_one_object_a_line_also_for_libraries(capsys):
@@ -77,7 +77,7 @@ def test_each_change_of_state_is_one_entry(before, after, event, level):
     with structlog.testing.capture_logs() as log:
         logs.ChangeLog().changed(Change(event, before and snapshot(before), after, 0.0))
     (entry,) = log
-    assert (entry["log_level"], entry["server"], entry["launch"]) == (level, "lab", 3)
+    assert (entry["log_level"], entry["server"], entry["generation"]) == (level, "lab", 3)
     assert entry["event"] == f"{before or 'recovered'} -> {after.state}"
     assert entry.get("cause") == (after.failure.message if after.failure else None)
     assert entry.get("method") == (after.stop_report.method if after.stop_report else None)
@@ -109,7 +109,7 @@ def test_a_line_says_who_set_a_change_off(capsys):
     logs.ChangeLog().changed(Change(Event.CRASHED, after, snapshot(State.STOPPED), 0.0))
     ordered, followed = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (ordered["actor"], ordered["request_id"], ordered["reason"]) == ("culler", "r-1", "idle for 1 h")
-    assert (followed["actor"], followed["launch"]) == ("keeper", 3)
+    assert (followed["actor"], followed["generation"]) == ("keeper", 3)
     assert {"request_id", "reason"}.isdisjoint(followed)
 
 

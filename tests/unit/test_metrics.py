@@ -39,7 +39,7 @@ class Server:
         return self
 
     def starts(self):
-        return self.goes(Event.START, State.STARTING, goal=Goal.UP, launch=self.snapshot.launch + 1)
+        return self.goes(Event.START, State.STARTING, goal=Goal.UP, generation=self.snapshot.generation + 1)
 
     def runs(self, *, after=0.12):
         return self.starts().goes(Event.READY, State.RUNNING, after=after, endpoint=ENDPOINT, started_at=1.0)
@@ -118,7 +118,7 @@ def test_a_crash_and_the_restart_after_it_are_counted(metrics, server):
     server.runs().goes(Event.CRASHED, State.BACKOFF, failure=CRASH)
     assert value(metrics, "unrequested_ends_total", failure_class="killed") == 1
     assert value(metrics, "restarts_total") == 0
-    server.goes(Event.DEADLINE, State.STARTING, launch=2, restarts=1, failure=None)
+    server.goes(Event.DEADLINE, State.STARTING, generation=2, restarts=1, failure=None)
     server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, after=0.2)
     assert value(metrics, "restarts_total") == 1
     assert starts(metrics, "ready", "fork") == 2
@@ -130,7 +130,7 @@ def test_a_server_that_was_shut_down_from_inside_ended_without_a_cause(metrics, 
 
 
 def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock):
-    known = replace(LAB, state=State.LOST, goal=Goal.UP, launch=4, started_at=1.0)
+    known = replace(LAB, state=State.LOST, goal=Goal.UP, generation=4, started_at=1.0)
     metrics.changed(Change(Event.UNREACHABLE, None, known, 0.0))
     server = Server(metrics, clock, known).goes(Event.READY, State.RUNNING, endpoint=ENDPOINT)
     assert starts(metrics, "ready", "fork") == 0

@@ -25,8 +25,8 @@ OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None))
 """News of no server that there is."""
 
 
-def snapshot(name=ONE, state=State.STARTING, goal=Goal.UP, launch=1):
-    return Snapshot(a_spec(name), state, goal, since=0.0, created_at=0.0, launch=launch)
+def snapshot(name=ONE, state=State.STARTING, goal=Goal.UP, generation=1):
+    return Snapshot(a_spec(name), state, goal, since=0.0, created_at=0.0, generation=generation)
 
 
 def change(after):
@@ -241,12 +241,12 @@ class TestKeeper:
         failures, states = [], []
         observe = FakeBackend.observe
 
-        def fail_once(backend, name, launch):
+        def fail_once(backend, name, generation):
             if not failures:
                 failures.append(name)
                 raise ZeroDivisionError
             states.append(rig.keeper.get(name).state)
-            return observe(backend, name, launch)
+            return observe(backend, name, generation)
 
         monkeypatch.setattr(FakeBackend, "observe", fail_once)
         with structlog.testing.capture_logs() as log:

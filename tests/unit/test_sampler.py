@@ -31,7 +31,7 @@ class Site:
     def __init__(self, period=0.02):
         self.world, self.probe = World(), Probe()
         process = self.world.begin(a_spec("lab"), 1)
-        self.snapshot = Snapshot(process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, launch=1, endpoint=process.endpoint)
+        self.snapshot = Snapshot(process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, generation=1, endpoint=process.endpoint)
         self.backend, self.threads = FakeBackend(lambda report: None, self.world), ThreadGroup()
         self.sampler = sampler.Sampler(
             self.backend, self.probe, lambda: [self.snapshot], threads=self.threads, clock=SystemClock(), period=period
@@ -53,7 +53,7 @@ def test_who_asks_gets_the_last_sample_of_this_launch(site):
     assert sample.usage.memory == 2**27
     assert sample.load == Load(2, 1)
     assert sample.cpus > 0
-    assert site.sampler.of(replace(site.snapshot, launch=2)) is None
+    assert site.sampler.of(replace(site.snapshot, generation=2)) is None
     assert site.sampler.of(replace(site.snapshot, state=State.STOPPING)) is None
 
 

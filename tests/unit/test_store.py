@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sqlite3
+import subprocess
+import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness import until
+from labkeeper.core.access import TokenLimits
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import (
@@ -45,7 +49,7 @@ FULL = Snapshot(
     goal=Goal.UP,
     since=2.5,
     created_at=1.5,
-    launch=7,
+    generation=7,
     endpoint=Endpoint("/x/", "h", "/notebooks", False, 12, 8888, False, "token", "http://h:8888/x/", "2.0"),
     started_at=2.0,
     exit=Exit(signal="SIGKILL"),
@@ -149,28 +153,28 @@ def test_a_write_that_fails_says_so(store, path):
             call()
 
 
-DEBTS = [
+ORPHANS = [
     OrphanedKernel("k1", Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}), ServerName("lab"), 1.5),
     OrphanedKernel("k2", Gateway("http://h", "ws://h"), ServerName("lab"), 2.5),
 ]
 
 
-def test_debts_outlive_the_keeper_until_they_are_settled(path):
+def test_orphaned_kernels_outlive_the_keeper_until_they_are_discarded(path):
     store = SqliteStore(path)
-    store.add_orphans(DEBTS)
-    store.add_orphans(DEBTS[:1])
+    store.add_orphans(ORPHANS)
+    store.add_orphans(ORPHANS[:1])
     store.close()
     store = SqliteStore(path)
-    assert store.orphans() == DEBTS
+    assert store.orphans() == ORPHANS
     store.discard_orphans(["k1", "k9"])
-    assert store.orphans() == DEBTS[1:]
+    assert store.orphans() == ORPHANS[1:]
     store.close()
 
 
 def test_a_debt_that_cannot_be_read_is_damage(path, store):
-    store.add_orphans(DEBTS)
+    store.add_orphans(ORPHANS)
     with contextlib.closing(sqlite3.connect(path)) as other, other:
-        other.execute("UPDATE debts SET debt = '{}'")
+        other.execute("UPDATE orphans SET kernel = '{}'")
     with pytest.raises(StoreError, match="damaged"):
         store.orphans()
 
@@ -186,7 +190,7 @@ def rests(path):
 
 
 def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store, rests):
-    """A row of many pages, one that was shorter before, and a debt; beside one that stays."""
+    """A row of many pages, one that was shorter before, and an orphaned kernel; beside one that stays."""
     bare = replace(BARE.spec, env={"A": "a-secret", "B": "x" * 20_000, "C": "another-secret"})
     store.save(BARE)
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "first-secret"})))
@@ -235,18 +239,119 @@ def test_what_a_keeper_that_was_killed_had_dropped_goes_with_the_next_one(store,
         assert not rests("a-secret")
 
 
-def test_a_file_of_the_layout_before_is_carried_over(path):
-    """It had servers, and no debts."""
-    store = SqliteStore(path)
-    store.save(BARE)
-    store.close()
-    with contextlib.closing(sqlite3.connect(path)) as older, older:
-        older.execute("DROP TABLE debts")
-        older.execute("PRAGMA user_version = 1")
-    store = SqliteStore(path)
-    assert (store.load(), store.orphans()) == ([BARE], [])
-    store.add_orphans(DEBTS)
-    store.close()
+def older_file(path):
+    """Make the store that a keeper of the schema's version 6 had."""
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        db.executescript((Path(__file__).parent / "data" / "store-v6.sql").read_text())
+    path.chmod(0o600)
+
+
+def everything(store):
+    return (
+        store.load(),
+        store.orphans(),
+        store.latest(server=None, limit=10),
+        store.tokens(),
+        store.webhook("https://hook"),
+        store.runtime_dirs(),
+    )
+
+
+def test_a_file_of_an_older_version_is_migrated(path):
+    """Nothing is lost, and what was renamed has its new name; what is read back is what is written."""
+    older_file(path)
+    with contextlib.closing(SqliteStore(path)) as store:
+        before = everything(store)
+        running, stopped = before[0]
+        (orphan,), (token,), events = before[1], before[3], before[2]
+        assert (running.name, running.generation, running.endpoint.port, running.spec.env) == (
+            "running",
+            7,
+            8888,
+            {"A": 'ü "quoted"'},
+        )
+        assert (running.since, running.kernels_kept[0].sessions[0].path) == (1764000000.25, "a.ipynb")
+        assert (stopped.generation, stopped.stop_report.seconds) == (3, 0.25)
+        assert (orphan.kernel_id, orphan.gateway.auth_token, orphan.starting) == ("k9", "gateway-token", True)
+        assert [(event.id, event.generation, event.origin.actor) for event in events] == [
+            (1, 7, "token:ci"),
+            (2, None, "user:root"),
+        ]
+        assert token.limits == TokenLimits(("team-*",), {"team": "physics"}, ("ada",))
+        assert before[4:] == ((2, 1, 0), [Path("/run/labkeeper")])
+        for snapshot in before[0]:
+            store.save(snapshot)
+        assert everything(store) == before
+
+
+def test_before_it_is_migrated_a_file_is_copied(path):
+    older_file(path)
+    was = path.read_bytes()
+    with contextlib.closing(SqliteStore(path)):
+        pass
+    copy = path.with_name(f"{path.name}.v6")
+    assert copy.stat().st_mode & 0o777 == 0o600
+    with contextlib.closing(sqlite3.connect(copy)) as ours, contextlib.closing(sqlite3.connect(":memory:")) as theirs:
+        theirs.deserialize(was)
+        assert [*ours.iterdump()] == [*theirs.iterdump()]
+        assert ours.execute("PRAGMA user_version").fetchone() == (6,)
+    assert [file.name for file in path.parent.iterdir()] == [path.name, copy.name]
+
+
+KILLED = """
+import os, signal, sqlite3, sys
+from pathlib import Path
+from labkeeper.store import SqliteStore
+
+left = int(sys.argv[2])
+
+def count(*_):
+    global left
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+connect = SqliteStore._connect
+
+def counting(self, **options):
+    db = connect(self, **options)
+    db.set_trace_callback(count)
+    db.set_progress_handler(count, 50)
+    return db
+
+SqliteStore._connect = counting
+SqliteStore(Path(sys.argv[1])).close()
+print(left)
+"""
+
+
+def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path):
+    """Before each statement, and every few steps within them."""
+    whole = tmp_path / "whole.sqlite"
+    older_file(whole)
+    with contextlib.closing(SqliteStore(whole)) as store:
+        expected = everything(store)
+    killed, moment = 0, 1
+    while True:
+        path = tmp_path / f"{moment}.sqlite"
+        older_file(path)
+        done = subprocess.run([sys.executable, "-c", KILLED, path, str(moment)], capture_output=True, text=True, check=False)
+        with contextlib.closing(SqliteStore(path)) as store:
+            assert everything(store) == expected
+        if done.returncode == 0:
+            break
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        killed, moment = killed + 1, moment + 5
+    assert killed > 5
+
+
+def test_what_cannot_be_copied_is_not_migrated(path):
+    older_file(path)
+    path.with_name(f"{path.name}.v6.half").mkdir()
+    with pytest.raises(StoreError, match=r"cannot copy the store .* before it is migrated"):
+        SqliteStore(path)
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone() == (6,)
 
 
 def test_the_runtime_directories_are_those_that_were_noted_last(path):

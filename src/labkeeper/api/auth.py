@@ -92,7 +92,7 @@ class Authorizer:
             case Extent.SERVER:
                 name = (request.view_args or {})["name"]
                 caller.needs_name(name)
-                if caller.reach.labels or caller.reach.users:
+                if caller.limits.labels or caller.limits.users:
                     find(self._keeper, caller, name)
             case Extent.SERVERS | Extent.CALLER:
                 pass

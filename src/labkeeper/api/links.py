@@ -20,7 +20,7 @@ class Link:
     """What a link opens."""
 
     server: ServerName
-    launch: int
+    generation: int
     """It opens this launch, and no later one."""
     page: str
     """Below the server's base_url."""
@@ -37,7 +37,7 @@ class Links:
         self._good: dict[str, Link] = {}
         """The oldest first."""
 
-    def make(self, server: ServerName, launch: int, page: str, *, lifetime: float) -> str:
+    def make(self, server: ServerName, generation: int, page: str, *, lifetime: float) -> str:
         """Give the ticket of a new link, good for `lifetime` seconds; where there are too many, the oldest is good no more."""
         ticket = secrets.token_urlsafe(32)
         now = self._clock()
@@ -45,7 +45,7 @@ class Links:
             self._good = {known: link for known, link in self._good.items() if link.expires_at > now}
             if len(self._good) >= _MOST:
                 del self._good[next(iter(self._good))]
-            self._good[_hash(ticket)] = Link(server, launch, page, now + lifetime)
+            self._good[_hash(ticket)] = Link(server, generation, page, now + lifetime)
         return ticket
 
     def use(self, ticket: str) -> Link | None:

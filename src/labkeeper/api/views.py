@@ -47,7 +47,7 @@ def server_model(
         since=format_time(snapshot.since),
         created_at=format_time(snapshot.created_at),
         started_at=format_time(snapshot.started_at) if snapshot.started_at is not None else None,
-        launch=snapshot.launch,
+        generation=snapshot.generation,
         restarts=snapshot.restarts,
         root_dir=spec.root_dir,
         default_url=spec.default_url,
@@ -118,9 +118,9 @@ def token_model(token: Token, now: float) -> answers.Token:
     return answers.Token(
         name=token.name,
         scope=token.scope,
-        servers=list(token.reach.servers),
-        labels=dict(token.reach.labels),
-        users=list(token.reach.users),
+        servers=list(token.limits.servers),
+        labels=dict(token.limits.labels),
+        users=list(token.limits.users),
         created_at=format_time(token.created_at),
         created_by=token.created_by,
         expires_at=None if token.expires_at is None else format_time(token.expires_at),
@@ -136,13 +136,13 @@ def new_token_model(token: Token, text: str) -> answers.NewToken:
 
 def me_model(caller: Caller) -> answers.Caller:
     """Write who asks."""
-    reach = caller.reach
+    limits = caller.limits
     return answers.Caller(
         actor=caller.actor,
         scope=caller.scope,
-        servers=list(reach.servers),
-        labels=dict(reach.labels),
-        users=list(reach.users),
+        servers=list(limits.servers),
+        labels=dict(limits.labels),
+        users=list(limits.users),
     )
 
 
@@ -160,7 +160,7 @@ def event_model(entry: HistoryEntry) -> answers.Event:
         at=format_time(entry.at),
         kind=entry.kind,
         server=entry.server,
-        launch=entry.launch,
+        generation=entry.generation,
         message=entry.message,
         actor=entry.origin.actor,
         reason=entry.origin.reason,

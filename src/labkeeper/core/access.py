@@ -66,11 +66,11 @@ class TokenLimits:
 EVERYTHING: Final = TokenLimits()
 
 
-def concerns(entry: HistoryEntry, server: ServerName | None, reach: TokenLimits) -> bool:
+def concerns(entry: HistoryEntry, server: ServerName | None, within: TokenLimits) -> bool:
     """Whether an entry is of one server, or of any, and within a reach; what is of no server is only for who sees all."""
     if server not in {None, entry.server}:
         return False
-    return reach.unlimited or (entry.server is not None and reach.holds(entry.server, entry.labels, entry.user))
+    return within.unlimited or (entry.server is not None and within.holds(entry.server, entry.labels, entry.user))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Caller:
     actor: str
     """As the history names them: `token:NAME`, `user:NAME` of this machine, `anybody` where access control is off."""
     scope: Scope
-    reach: TokenLimits = EVERYTHING
+    limits: TokenLimits = EVERYTHING
 
     def needs(self, scope: Scope, what: str, **details: str) -> None:
         """Raise NotAllowed unless the caller's scope covers this one; `what` ends the sentence "cannot ..."."""
@@ -90,39 +90,39 @@ class Caller:
 
     def needs_everything(self, what: str) -> None:
         """Raise NotAllowed where the caller is limited to some servers."""
-        if not self.reach.unlimited:
+        if not self.limits.unlimited:
             raise NotAllowed(f"cannot {what}: that needs a token without limits, and yours is for some servers only")
 
     def needs_name(self, name: str) -> None:
         """Raise NotAllowed where servers of this name are none of the caller's business, whether there is one or not."""
-        if not self.reach.has_name(name):
-            patterns = ", ".join(self.reach.servers)
+        if not self.limits.has_name(name):
+            patterns = ", ".join(self.limits.servers)
             raise NotAllowed(f"cannot speak of server '{name[:63]}': your token is for servers named {patterns}")
 
     def needs_spec(self, spec: ServerSpec) -> None:
         """Raise NotAllowed where the caller may not make such a server."""
         self.needs_name(spec.name)
-        if not self.reach.has_labels(spec.labels):
-            wanted = ", ".join(f"{key}={value}" for key, value in self.reach.labels.items())
+        if not self.limits.has_labels(spec.labels):
+            wanted = ", ".join(f"{key}={value}" for key, value in self.limits.labels.items())
             raise NotAllowed(f"cannot make server '{spec.name}': your token is for servers with the labels {wanted}")
-        if not self.reach.has_user(spec.user):
+        if not self.limits.has_user(spec.user):
             raise NotAllowed(
-                f"cannot make server '{spec.name}': your token is for those that run as {', '.join(self.reach.users)}"
+                f"cannot make server '{spec.name}': your token is for those that run as {', '.join(self.limits.users)}"
             )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:
         """Give the user of the machine that a server is to run as. Raises NotAllowed."""
-        if not self.reach.users:
+        if not self.limits.users:
             if asked not in {None, default}:
                 self.needs(Scope.ADMIN, f"run a server as user '{asked}'")
             return asked or default
-        if asked is not None and asked not in self.reach.users:
-            raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.reach.users)}")
-        return asked or self.reach.users[0]
+        if asked is not None and asked not in self.limits.users:
+            raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.limits.users)}")
+        return asked or self.limits.users[0]
 
     def sees(self, snapshot: Snapshot) -> bool:
         """Whether a server is within the caller's reach."""
-        return self.reach.holds(snapshot.name, snapshot.spec.labels, snapshot.spec.user)
+        return self.limits.holds(snapshot.name, snapshot.spec.labels, snapshot.spec.user)
 
 
 ANYBODY: Final = Caller("anybody", Scope.ADMIN)
@@ -139,7 +139,7 @@ class Token:
     digest: str = field(repr=False)
     """SHA-256 of the token, in hexadecimal digits; it is random enough for that to tell nothing of it."""
     scope: Scope
-    reach: TokenLimits
+    limits: TokenLimits
     created_at: float
     created_by: str
     expires_at: float | None = None
@@ -150,7 +150,7 @@ class Token:
     @property
     def caller(self) -> Caller:
         """Who shows it."""
-        return Caller(f"token:{self.name}", self.scope, self.reach)
+        return Caller(f"token:{self.name}", self.scope, self.limits)
 
     def expired(self, now: float) -> bool:
         """Whether its time is over."""

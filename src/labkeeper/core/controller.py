@@ -149,10 +149,10 @@ class Controller:
     silent_since: float | None = None
 
     @classmethod
-    def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, launch: int = 0) -> Controller:
+    def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, generation: int = 0) -> Controller:
         """Return the controller of a server that was never launched; its launches count on from `launch`."""
         now = clock.time()
-        return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, launch=launch), policy, clock)
+        return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation), policy, clock)
 
     @classmethod
     def recovered(cls, snapshot: Snapshot, policy: Policy, clock: Clock) -> Decision:
@@ -279,7 +279,7 @@ class Controller:
                 snap,
                 spec=snap.revised or snap.spec,
                 revised=None,
-                launch=snap.launch + 1,
+                generation=snap.generation + 1,
                 exit=None,
                 failure=None,
                 stop_report=None,
@@ -374,7 +374,7 @@ class Controller:
         observing = action is Action.OBSERVE or (self.observing and action is not Action.LAUNCH)
         snap = self.snapshot
         kept = snap.goal in KEEPS_KERNELS
-        job = Job(snap.spec, snap.launch, action, keep_kernels=kept, kernels=snap.kernels_kept)
+        job = Job(snap.spec, snap.generation, action, keep_kernels=kept, kernels=snap.kernels_kept)
         return replace(self, observing=observing), (job,)
 
 

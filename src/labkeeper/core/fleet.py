@@ -78,7 +78,7 @@ class Fleet:
         self._servers: dict[ServerName, Controller] = {}
         self._deleted: dict[ServerName, float] = {}
         """Deleted servers that the store still has, with when to try again to drop them."""
-        self._forgotten_launch = 0
+        self._last_generation = 0
         self._closing = False
 
     def recover(self) -> None:
@@ -146,7 +146,7 @@ class Fleet:
         if known is None:
             self._check_known(spec.name)
             # A late fact of a deleted server must not be taken for one of its successor.
-            return self._command(Controller.new(spec, self._policy, self._clock, self._forgotten_launch), start)
+            return self._command(Controller.new(spec, self._policy, self._clock, self._last_generation), start)
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
             raise Conflict(
@@ -175,7 +175,7 @@ class Fleet:
         after = self._carry_out(decision).snapshot
         queued = after.state is State.QUEUED and snapshot.state is not State.QUEUED
         turned = after.goal in COMES_BACK and snapshot.goal not in COMES_BACK
-        created = after.launch != snapshot.launch or queued or turned
+        created = after.generation != snapshot.generation or queued or turned
         return Reply(after, created)
 
     def _snooze(self, command: Snooze) -> Reply:
@@ -253,7 +253,7 @@ class Fleet:
         if controller is None:
             # The backend has forgotten it.
             self._drop(report.name)
-        elif report.launch == controller.snapshot.launch:
+        elif report.generation == controller.snapshot.generation:
             decision = controller.plan_report(report, may_start=self._may_start())
             if decision is not None:
                 self._carry_out(decision)
@@ -311,20 +311,20 @@ class Fleet:
 
         def run() -> Report | None:
             fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
-            return None if fact is None else Report(name, job.launch, fact, is_observation)
+            return None if fact is None else Report(name, job.generation, fact, is_observation)
 
         reason = f"cannot {job.action} server '{name}': the keeper failed; its log has the cause"
-        self._executor.submit(name, run, Report(name, job.launch, Unreachable(reason), is_observation))
+        self._executor.submit(name, run, Report(name, job.generation, Unreachable(reason), is_observation))
 
     def _forget(self, snapshot: Snapshot) -> None:
         """Remove what is kept of a server that was deleted."""
         name = snapshot.name
         del self._servers[name]
-        self._forgotten_launch = max(self._forgotten_launch, snapshot.launch)
+        self._last_generation = max(self._last_generation, snapshot.generation)
 
         def run() -> Report:
             self._backend.forget(name)
-            return Report(name, snapshot.launch, Gone())
+            return Report(name, snapshot.generation, Gone())
 
         # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
         self._executor.submit(name, run)
@@ -369,14 +369,14 @@ def perform(backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: f
     try:
         match job.action:
             case Action.LAUNCH:
-                preflight.begin(job.spec, job.launch, job.kernels)
-                backend.launch(job.spec, job.launch)
+                preflight.begin(job.spec, job.generation, job.kernels)
+                backend.launch(job.spec, job.generation)
             case Action.TERMINATE:
-                backend.terminate(name, job.launch, grace, keep_kernels=job.keep_kernels)
+                backend.terminate(name, job.generation, grace, keep_kernels=job.keep_kernels)
             case Action.KILL:
-                backend.kill(name, job.launch)
+                backend.kill(name, job.generation)
             case Action.OBSERVE:
-                return backend.observe(name, job.launch)
+                return backend.observe(name, job.generation)
     except BackendRefused as error:
         if job.action is not Action.LAUNCH:
             return Unreachable(error.message)

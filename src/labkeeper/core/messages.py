@@ -84,7 +84,7 @@ class Report:
     """A fact with its address."""
 
     name: ServerName
-    launch: int
+    generation: int
     fact: Fact
     observation: bool = False
     """Whether it is the result of an observation that was asked for."""
@@ -170,7 +170,7 @@ class Job:
     """One call of the backend; those for one server run in order."""
 
     spec: ServerSpec
-    launch: int
+    generation: int
     action: Action
     keep_kernels: bool = False
     """Whether the end that is asked for leaves its kernels on its gateway."""
@@ -225,7 +225,7 @@ class HistoryEntry:
     message: str
     """What happened, for people."""
     origin: Origin = KEEPER
-    launch: int | None = None
+    generation: int | None = None
     details: Mapping[str, object] = field(default_factory=dict)
     """What a program wants to know of it: plain data, without secrets."""
     labels: Mapping[str, str] = field(default_factory=dict)

@@ -71,19 +71,19 @@ class Backend(Protocol):
       what was not made by a keeper over the same place.
     """
 
-    def launch(self, spec: ServerSpec, launch: int) -> None:
+    def launch(self, spec: ServerSpec, generation: int) -> None:
         """Start a server. Raises BackendRefused (nothing was started), BackendUnavailable or BackendTimeout (unknown)."""
 
-    def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
+    def terminate(self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False) -> None:
         """Ask the server to end in good order, within `grace` seconds. Raises BackendUnavailable.
 
         With `keep_kernels` its kernels on a gateway live on; those beside it end in any case.
         """
 
-    def kill(self, name: ServerName, launch: int) -> None:
+    def kill(self, name: ServerName, generation: int) -> None:
         """End the server and all that it started, at once. Raises BackendUnavailable."""
 
-    def observe(self, name: ServerName, launch: int) -> Fact:
+    def observe(self, name: ServerName, generation: int) -> Fact:
         """Say what there is: `Seen`, `Ended` or `Gone`. Raises BackendUnavailable when that cannot be known."""
 
     def forget(self, name: ServerName) -> None:
@@ -145,7 +145,7 @@ class Probe(Protocol):
 class GatewayPreflight(Protocol):
     """Looks at the gateway of a server while that starts, and lets its `Ready` through only when both are fit."""
 
-    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
         """Begin to look, beside a launch that is about to be made; `kernels` are those that it is to take over.
 
         Where the gateway is required and cannot be used, `Vetoed` is reported instead of `Ready`.
@@ -213,11 +213,11 @@ class HistoryStore(Protocol):
         """
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Give the oldest that are newer than an id, of one server or of all, within a reach. Raises StoreError."""
+        """Give the oldest that are newer than an id, of one server or of all, within a within. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first. Raises StoreError."""
 
 
@@ -245,7 +245,7 @@ class EventLog(Protocol):
         message: str,
         *,
         origin: Origin = KEEPER,
-        launch: int | None = None,
+        generation: int | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Remember one more thing. Quick, from any thread; does not raise."""
@@ -261,14 +261,14 @@ class History(Protocol):
     def forgotten(self, after: int) -> int:
         """Count the entries newer than an id that are known no more. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, reach: TokenLimits = EVERYTHING
+        self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 

@@ -184,7 +184,7 @@ class Load:
 class Sample:
     """What was found out about one launch of a server."""
 
-    launch: int
+    generation: int
     at: float
     """Seconds since the epoch."""
     usage: Usage
@@ -242,7 +242,7 @@ class Snapshot:
     since: float
     """When it came to this state."""
     created_at: float
-    launch: int = 0
+    generation: int = 0
     """Grows with each launch under this name, also after a deletion; facts of an earlier launch are dropped."""
     endpoint: Endpoint | None = None
     """Set exactly while it is running."""

@@ -58,7 +58,7 @@ class EventLog:
         kind, after = messages.kind_of(change), change.after
         self._specs[after.name] = after.spec
         if kind is not None:
-            told = HistoryEntry(0, change.at, kind, after.name, messages.sentence(change), change.origin, after.launch)
+            told = HistoryEntry(0, change.at, kind, after.name, messages.sentence(change), change.origin, after.generation)
             self._add(replace(told, details=messages.facts(change)))
         if after.forgotten:
             del self._specs[after.name]
@@ -70,11 +70,11 @@ class EventLog:
         message: str,
         *,
         origin: Origin = KEEPER,
-        launch: int | None = None,
+        generation: int | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Write down something else."""
-        self._add(HistoryEntry(0, self._clock.time(), kind, server, message, origin, launch, dict(details or {})))
+        self._add(HistoryEntry(0, self._clock.time(), kind, server, message, origin, generation, dict(details or {})))
 
     def orphans(self, server: ServerName, pids: Collection[int]) -> None:
         """Write down what an earlier keeper had left."""
@@ -82,23 +82,23 @@ class EventLog:
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest entries, the oldest of them first. Raises StoreError."""
         with self._news:
-            unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, reach)]
-        return [*self._store.latest(server=server, limit=limit, reach=reach), *unsaved][-limit:]
+            unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, within)]
+        return [*self._store.latest(server=server, limit=limit, within=within), *unsaved][-limit:]
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the oldest entries that are newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
         # Ids have no gaps: when the one that follows is at hand, all that follow are.
         if after >= self._last or (recent and recent[0].id <= after + 1):
-            return [e for e in recent if e.id > after and concerns(e, server, reach)][:limit]
-        return self._store.remembered(after=after, server=server, limit=limit, reach=reach)
+            return [e for e in recent if e.id > after and concerns(e, server, within)][:limit]
+        return self._store.remembered(after=after, server=server, limit=limit, within=within)
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, reach: TokenLimits = EVERYTHING
+        self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
         """Give entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
 
@@ -106,7 +106,7 @@ class EventLog:
         """
         while True:
             newest = self._last
-            page = self.after(after, server=server, limit=_PAGE, reach=reach)
+            page = self.after(after, server=server, limit=_PAGE, within=within)
             yield from page
             # What is no newer than that, and not in the page, is somebody else's.
             after = page[-1].id if len(page) == _PAGE else max(after, newest, *(entry.id for entry in page[-1:]))

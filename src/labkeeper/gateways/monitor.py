@@ -99,7 +99,7 @@ class GatewayWatch:
             if after.name not in watched.servers and after.gateway is None:
                 # One that was taken over: nobody has asked its gateway yet.
                 watched.due = self._clock.monotonic()
-            watched.servers[after.name] = (after.launch, after.gateway)
+            watched.servers[after.name] = (after.generation, after.gateway)
 
     def _find(self, gateway: Gateway) -> _Watched:
         for watched in self._watched:
@@ -142,8 +142,8 @@ class GatewayWatch:
             pause = min(_FIRST_PAUSE * 2 ** min(watched.misses, 20), self._period * _LONGEST_PAUSES)
             watched.due = self._clock.monotonic() + (pause if watched.misses else self._period)
             news = [
-                Report(name, launch, GatewaySeen(replace(health, since=_since(known, health))))
-                for name, (launch, known) in watched.servers.items()
+                Report(name, generation, GatewaySeen(replace(health, since=_since(known, health))))
+                for name, (generation, known) in watched.servers.items()
                 if _differs(known, health)
             ]
         for report in news:

@@ -27,7 +27,7 @@ _log = structlog.get_logger("labkeeper.gateways.preflight")
 class _Start:
     """A launch whose server is not ready yet."""
 
-    launch: int
+    generation: int
     gateway: Gateway
     kernels: tuple[OwnKernel, ...]
     health: GatewayHealth | None = None
@@ -47,13 +47,13 @@ class GatewayPreflight:
         self._starts: dict[ServerName, _Start] = {}
         self._lock = threading.Lock()
 
-    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
         """Begin to ask the gateway of a launch. Raises BackendUnavailable where we cannot."""
         with self._lock:
             self._starts.pop(spec.name, None)
         if spec.gateway is None:
             return
-        start = _Start(launch, spec.gateway, tuple(kernels))
+        start = _Start(generation, spec.gateway, tuple(kernels))
         self._threads.start(f"preflight-{spec.name}", self._check, spec.name, start)
         # Nothing is launched yet, so nothing can be heard of it before it stands here.
         with self._lock:
@@ -63,7 +63,7 @@ class GatewayPreflight:
         """Take a report of the backend, and pass it on: `Ready` only when the gateway has been found fit."""
         with self._lock:
             start = self._starts.get(report.name)
-            if start is None or start.launch != report.launch:
+            if start is None or start.generation != report.generation:
                 start = None
             elif isinstance(report.fact, Ended):
                 del self._starts[report.name]
@@ -81,11 +81,11 @@ class GatewayPreflight:
             health = self._client.check(start.gateway)
         except BackendError as error:
             sentence = f"cannot start server '{name}': {error.message}"
-            self._tell(Report(name, start.launch, Vetoed(Failure(FailureClass.OTHER, sentence))))
+            self._tell(Report(name, start.generation, Vetoed(Failure(FailureClass.OTHER, sentence))))
             return
         if health.error is not None and start.gateway.required:
             sentence = f"cannot start server '{name}': {health.error.message} (require_gateway: false starts it all the same)"
-            self._tell(Report(name, start.launch, Vetoed(Failure(health.error.kind, sentence))))
+            self._tell(Report(name, start.generation, Vetoed(Failure(health.error.kind, sentence))))
             return
         with self._lock:
             start.health = health
@@ -105,7 +105,7 @@ class GatewayPreflight:
             for kernel in start.kernels
             if not (health.reachable and self._hand_over(name, start, ready.endpoint, kernel))
         )
-        self._tell(Report(name, start.launch, replace(ready, gateway=health, not_taken_over=missed)))
+        self._tell(Report(name, start.generation, replace(ready, gateway=health, not_taken_over=missed)))
 
     def _hand_over(self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel) -> bool:
         """Give a server a kernel of its earlier launch; say whether it has it, or nobody can have it any more."""
@@ -118,7 +118,7 @@ class GatewayPreflight:
             _log.warning(
                 "a kernel cannot be taken over",
                 server=name,
-                launch=start.launch,
+                generation=start.generation,
                 kernel=kernel.id,
                 gateway=start.gateway.url,
                 error=error.message,

@@ -83,7 +83,7 @@ class Tokens:
         return sorted(self._listed(), key=lambda token: token.name)
 
     def make(
-        self, name: str, scope: Scope, reach: TokenLimits, *, lifetime: float | None, origin: Origin = KEEPER
+        self, name: str, scope: Scope, limits: TokenLimits, *, lifetime: float | None, origin: Origin = KEEPER
     ) -> tuple[Token, str]:
         """Make a token that is good for `lifetime` seconds, or for ever; give it in words, too: they are not kept.
 
@@ -98,7 +98,7 @@ class Tokens:
             if len(self._listed()) >= _MOST:
                 raise CapacityReached(f"cannot make token '{name}': there are {_MOST}; revoke those that nobody uses")
             expires_at = None if lifetime is None else now + lifetime
-            token = Token(id_, name, _digest(text), scope, reach, now, origin.actor, expires_at)
+            token = Token(id_, name, _digest(text), scope, limits, now, origin.actor, expires_at)
             self._store.save_token(token)
             self._known = {**self._known, id_: token}
         self._tell(f"token '{name}' was made, with the scope '{scope}'", token, origin)

@@ -151,7 +151,7 @@ class Server(Answer):
     since: str = Field(description="When it came to this state (RFC 3339, UTC).")
     created_at: str = Field(description="When it was first asked for.")
     started_at: str | None = Field(description="When it last became ready.")
-    launch: int = Field(description="Counts its launches.")
+    generation: int = Field(description="Counts its launches.")
     restarts: int = Field(description="Launches after a crash since the last start command.")
     root_dir: str = Field(description="Directory that was asked for.")
     default_url: str = Field(description="Page that it opens with.")
@@ -286,7 +286,7 @@ class Event(Answer):
     at: str
     kind: Annotated[HistoryKind, _known(HistoryKind)]
     server: str | None
-    launch: int | None
+    generation: int | None
     message: str = Field(description="What happened, for people.")
     actor: str = Field(
         description="Who set it off: `token:NAME`, `user:NAME` of the keeper's machine, `anybody` where access control is off, "

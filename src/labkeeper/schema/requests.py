@@ -402,12 +402,12 @@ class TokenRequest(_Request):
 
     @model_validator(mode="after")
     def _admins_are_not_limited(self) -> TokenRequest:
-        if self.scope is Scope.ADMIN and not self.reach.unlimited:
+        if self.scope is Scope.ADMIN and not self.limits.unlimited:
             raise ValueError("scope: an admin's token cannot be limited to some servers; choose `manage`")
         return self
 
     @property
-    def reach(self) -> TokenLimits:
+    def limits(self) -> TokenLimits:
         """The servers that it is for."""
         return TokenLimits(tuple(self.servers), self.labels, tuple(self.users))
 

@@ -88,19 +88,19 @@ class Stage:
         self.backend = self.rig.backend(self._reports.put)
         return self.backend
 
-    def launch(self, launch: int = 1) -> Endpoint:
+    def launch(self, generation: int = 1) -> Endpoint:
         """Launch the server, and wait until it is ready."""
-        self.backend.launch(self.spec, launch)
-        return self.wait(Ready, launch).endpoint
+        self.backend.launch(self.spec, generation)
+        return self.wait(Ready, generation).endpoint
 
-    def wait(self, kind: type[_F], launch: int) -> _F:
+    def wait(self, kind: type[_F], generation: int) -> _F:
         """Wait for the next report, which must be of this kind and launch."""
         try:
             report = self._reports.get(timeout=self.rig.patience)
         except queue.Empty:
             raise AssertionError(f"no {kind.__name__} was reported in {self.rig.patience:g} s") from None
         assert isinstance(report.fact, kind), f"{kind.__name__} was due, but {report} came"
-        assert (report.name, report.launch) == (self.name, launch), f"not of launch {launch}: {report}"
+        assert (report.name, report.generation) == (self.name, generation), f"not of launch {generation}: {report}"
         return report.fact
 
     def quiet(self) -> None:

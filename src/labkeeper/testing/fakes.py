@@ -129,15 +129,15 @@ class MemoryStore:
             self.history.remove(next(entry for entry in self.history if entry.origin.actor == actor))
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING
+        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
         """Give the oldest that are newer than an id."""
         self._check("read")
-        return [entry for entry in self.history if entry.id > after and concerns(entry, server, reach)][:limit]
+        return [entry for entry in self.history if entry.id > after and concerns(entry, server, within)][:limit]
 
-    def latest(self, *, server: ServerName | None, limit: int, reach: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
         """Give the newest ones, the oldest of them first."""
-        return self.remembered(after=0, server=server, limit=len(self.history), reach=reach)[-limit:]
+        return self.remembered(after=0, server=server, limit=len(self.history), within=within)[-limit:]
 
     def tokens(self) -> list[Token]:
         """Give all."""
@@ -165,9 +165,9 @@ class PassingPreflight:
     def __init__(self) -> None:
         self.begun: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
 
-    def begin(self, spec: ServerSpec, launch: int, kernels: Sequence[OwnKernel]) -> None:
+    def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
         """Remember a launch, and the kernels that it is to take over."""
-        self.begun.append((spec.name, launch, tuple(kernels)))
+        self.begun.append((spec.name, generation, tuple(kernels)))
 
 
 class MemoryOrphans:
@@ -209,7 +209,7 @@ class Notes:
         message: str,
         *,
         origin: Origin = KEEPER,
-        launch: int | None = None,  # noqa: ARG002 - nobody asks for it
+        generation: int | None = None,  # noqa: ARG002 - nobody asks for it
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Remember one thing."""
@@ -307,7 +307,7 @@ class FakeProcess:
     """One process in a world."""
 
     spec: ServerSpec
-    launch: int
+    generation: int
     pid: int
     port: int
     answers: bool = False
@@ -397,14 +397,14 @@ class World:
         for process in self.living(name):
             self.end(process, end)
 
-    def begin(self, spec: ServerSpec, launch: int) -> FakeProcess:
+    def begin(self, spec: ServerSpec, generation: int) -> FakeProcess:
         """Start a process."""
         with self.lock:
-            process = FakeProcess(spec, launch, next(self._pids), spec.port or next(self._ports))
+            process = FakeProcess(spec, generation, next(self._pids), spec.port or next(self._ports))
             self.processes.append(process)
-            self.launched.append((spec.name, launch))
+            self.launched.append((spec.name, generation))
             self.ends.pop(spec.name, None)
-            self.write(spec.name, f"launch {launch} of server '{spec.name}', pid {process.pid}")
+            self.write(spec.name, f"launch {generation} of server '{spec.name}', pid {process.pid}")
             return process
 
     def end(self, process: FakeProcess, end: Exit) -> None:
@@ -415,7 +415,7 @@ class World:
             self.processes.remove(process)
             self.write(process.name, f"pid {process.pid} ended: {end}")
             ended = Ended(end, process.method, kernels_left=process.kernels, failure=self._cause(process, end))
-            self.ends[process.name] = (process.launch, ended)
+            self.ends[process.name] = (process.generation, ended)
             if process.watcher is not None:
                 process.watcher.say(process.name, process.watched_as, ended)
 
@@ -442,20 +442,20 @@ class FakeBackend:
         """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
         self._report = None
 
-    def say(self, name: ServerName, launch: int, fact: Fact) -> None:
+    def say(self, name: ServerName, generation: int, fact: Fact) -> None:
         """Report a fact; the world calls it for the processes that are watched from here."""
         if self._report is not None:
-            self._report(Report(name, launch, fact))
+            self._report(Report(name, generation, fact))
 
-    def launch(self, spec: ServerSpec, launch: int) -> None:
+    def launch(self, spec: ServerSpec, generation: int) -> None:
         """Start a process, unless this launch has one already; what an earlier launch left is ended first."""
         with self.world.lock:
             temper = self._reach(spec.name)
             if temper.refusal is not None:
                 raise temper.refusal
-            process = self._clear(spec, launch) or self.world.begin(spec, launch)
+            process = self._clear(spec, generation) or self.world.begin(spec, generation)
             if not temper.answers_lost:
-                self._watch(process, launch)
+                self._watch(process, generation)
             if temper.boots:
                 self.world.answer(spec.name)
             self._lose(temper)
@@ -463,7 +463,7 @@ class FakeBackend:
     def terminate(
         self,
         name: ServerName,
-        launch: int,
+        generation: int,
         grace: float,  # noqa: ARG002 - nothing here takes time
         *,
         keep_kernels: bool = False,
@@ -475,27 +475,27 @@ class FakeBackend:
                 for process in self.world.living(name):
                     self.world.kernels_ended |= {kernel.id for kernel in process.kernels}
                     process.kernels = ()
-            self._end(name, launch, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
+            self._end(name, generation, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
             self._lose(temper)
 
-    def kill(self, name: ServerName, launch: int) -> None:
+    def kill(self, name: ServerName, generation: int) -> None:
         """End what lives under a name."""
         with self.world.lock:
             temper = self._reach(name)
-            self._end(name, launch, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
+            self._end(name, generation, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
             self._lose(temper)
 
-    def observe(self, name: ServerName, launch: int) -> Fact:
+    def observe(self, name: ServerName, generation: int) -> Fact:
         """Look for a process, and watch it from here on."""
         with self.world.lock:
             temper = self._reach(name)
             self._lose(temper)
             for process in self.world.living(name):
                 process.greeted = False
-                self._watch(process, launch)
+                self._watch(process, generation)
                 return Seen(process.answers)
             known, ended = self.world.ends.get(name, (None, None))
-            return ended if ended is not None and known == launch else Gone()
+            return ended if ended is not None and known == generation else Gone()
 
     def forget(self, name: ServerName) -> None:
         """Remove the log, and the memory of how it ended."""
@@ -567,31 +567,31 @@ class FakeBackend:
         if temper.answers_lost:
             raise BackendUnavailable("cannot say what came of it: the answer was lost, as told")
 
-    def _watch(self, process: FakeProcess, launch: int) -> None:
+    def _watch(self, process: FakeProcess, generation: int) -> None:
         process.greeted = process.greeted and process.watcher is self
-        process.watcher, process.watched_as = self, launch
+        process.watcher, process.watched_as = self, generation
         if process.answers:
             _greet(process)
 
-    def _clear(self, spec: ServerSpec, launch: int) -> FakeProcess | None:
+    def _clear(self, spec: ServerSpec, generation: int) -> FakeProcess | None:
         """End all of other launches; give the process of this one."""
         for process in self.world.living(spec.name):
-            if process.launch == launch:
+            if process.generation == generation:
                 return process
             if not self.world.temper(spec.name).killable:
-                why = f"launch {process.launch} of it cannot be ended"
+                why = f"launch {process.generation} of it cannot be ended"
                 raise BackendUnavailable(f"cannot start server '{spec.name}': {why}")
             self._end(spec.name, process.watched_as, StopMethod.SIGKILL, Exit(signal="SIGKILL"))
         return None
 
-    def _end(self, name: ServerName, launch: int, method: StopMethod, end: Exit | None) -> None:
+    def _end(self, name: ServerName, generation: int, method: StopMethod, end: Exit | None) -> None:
         """Use one means to end what lives under a name; it has worked where `end` says how."""
         living = self.world.living(name)
         if not living:
-            self.say(name, launch, Ended(Exit()))
+            self.say(name, generation, Ended(Exit()))
         for process in living:
             process.method = method
-            process.watcher, process.watched_as = self, launch
+            process.watcher, process.watched_as = self, generation
             if end is not None:
                 self.world.end(process, end)
 

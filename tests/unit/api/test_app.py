@@ -603,7 +603,7 @@ def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
 def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
     client.post("/api/servers", json={"name": "x"})
     answer = client.post("/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}})
-    assert (answer.status_code, answer.json["labels"], answer.json["launch"]) == (201, {"team": "blue"}, 2)
+    assert (answer.status_code, answer.json["labels"], answer.json["generation"]) == (201, {"team": "blue"}, 2)
     assert client.post("/api/servers/x/restart").json["labels"] == {"team": "blue"}
 
 
@@ -627,7 +627,7 @@ def test_a_restart_that_cannot_be_is_refused_and_changes_nothing(client, body, s
     assert client.get("/api/servers/x").json == before
 
 
-def test_debts_are_listed(services):
+def test_orphaned_kernels_are_listed(services):
     orphan = OrphanedKernel("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
     client = create_app(replace(services, orphans=lambda: [orphan])).test_client()
     answer = client.get("/api/orphaned-kernels", headers={"Authorization": f"Bearer {TOKEN}"})

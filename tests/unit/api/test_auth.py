@@ -189,7 +189,7 @@ def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(call
     callers.owner.delete("/api/servers/lab")
     callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "red"}})
     blue, red = (callers.with_scope("read", labels={"team": team}) for team in ("blue", "red"))
-    seen = [[event["launch"] for event in client.get("/api/servers/lab/events").json["events"]] for client in (blue, red)]
+    seen = [[event["generation"] for event in client.get("/api/servers/lab/events").json["events"]] for client in (blue, red)]
     assert set(seen[0]) == {1}
     assert set(seen[1]) == {2}
     assert blue.get("/api/servers/lab").status_code == 404

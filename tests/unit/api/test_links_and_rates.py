@@ -24,7 +24,7 @@ def test_a_ticket_is_good_once_and_for_its_time(monkeypatch):
     assert (known.use(first).server, known.use(first)) == ("lab", None)
     clock.now += 10.0
     assert known.use(second) is None
-    assert known.use(third).launch == 3
+    assert known.use(third).generation == 3
     assert known.use("no ticket") is None
     monkeypatch.setattr(links, "_MOST", 2)
     tickets = [known.make("lab", 1, "/lab", lifetime=10.0) for _ in range(3)]

@@ -103,10 +103,10 @@ def test_a_server_lives_through_all_methods(client, tmp_path):
     made = client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"})
     assert (made.state, made.goal, made.name, made.labels) == (State.RUNNING, Goal.UP, "demo", {"team": "blue"})
     assert made.lab_url.endswith(f"/lab?token={made.token}")
-    assert client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"}).launch == made.launch
+    assert client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"}).generation == made.generation
     stopped = client.stop("demo")
     assert (stopped.state, stopped.stop_report.method) == (State.STOPPED, "shutdown")
-    assert client.start("demo").launch > made.launch
+    assert client.start("demo").generation > made.generation
     assert client.restart("demo").state is State.RUNNING
     assert client.stop("demo", force=True).stop_report.method == "sigkill"
     assert client.delete("demo").goal is Goal.ABSENT

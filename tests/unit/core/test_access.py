@@ -21,7 +21,7 @@ def test_each_scope_covers_those_below_it():
 
 
 @pytest.mark.parametrize(
-    ("reach", "held"),
+    ("limits", "held"),
     [
         (EVERYTHING, True),
         (TokenLimits(servers=("lab",)), True),
@@ -34,9 +34,9 @@ def test_each_scope_covers_those_below_it():
         (TokenLimits(("*",), {"team": "red"}), False),
     ],
 )
-def test_a_reach_holds_a_server_when_all_of_it_does(reach, held):
+def test_limits_cover_a_server_when_all_of_them_do(limits, held):
     made = spec(labels={"team": "blue", "x": "y"}, user="ada")
-    caller = Caller("token:t", Scope.MANAGE, reach)
+    caller = Caller("token:t", Scope.MANAGE, limits)
     assert caller.sees(Snapshot(made, State.RUNNING, Goal.UP, 1.0, 1.0)) is held
     if held:
         caller.needs_spec(made)

@@ -23,7 +23,7 @@ from labkeeper.core.server import (
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
 
-ENDPOINT = FakeProcess(a_spec("lab"), launch=1, pid=7, port=8888).endpoint
+ENDPOINT = FakeProcess(a_spec("lab"), generation=1, pid=7, port=8888).endpoint
 OOPS = Failure(FailureClass.IMPORT_ERROR, "no module named jupyterlab", Exit(code=1), ("Traceback", "ImportError"))
 CRASH = Ended(Exit(code=1), failure=OOPS)
 POLICY = Policy()
@@ -31,7 +31,9 @@ POLICY = Policy()
 
 def report(controller, fact):
     """Of this launch; what only an observation finds out is of one."""
-    return Report(ServerName("lab"), controller.snapshot.launch, fact, observation=isinstance(fact, Seen | Gone | Unreachable))
+    return Report(
+        ServerName("lab"), controller.snapshot.generation, fact, observation=isinstance(fact, Seen | Gone | Unreachable)
+    )
 
 
 class Bench:
@@ -88,15 +90,15 @@ class Bench:
 
 def saved(state, goal=Goal.UP, **values):
     """A snapshot that an earlier keeper left."""
-    return Snapshot(a_spec("lab"), state, goal, since=1.0, created_at=1.0, launch=3, **values)
+    return Snapshot(a_spec("lab"), state, goal, since=1.0, created_at=1.0, generation=3, **values)
 
 
 def test_a_new_server_counts_its_launches_on():
     """The first launch has the number after the one given: a predecessor's late facts are not taken for its own."""
-    controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), launch=4)
+    controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), generation=4)
     decision = controller.plan(Event.START)
-    assert [(job.action, job.launch) for job in decision.jobs] == [(Action.LAUNCH, 5)]
-    assert (decision.after.snapshot.launch, controller.snapshot.launch) == (5, 4)
+    assert [(job.action, job.generation) for job in decision.jobs] == [(Action.LAUNCH, 5)]
+    assert (decision.after.snapshot.generation, controller.snapshot.generation) == (5, 4)
 
 
 def test_the_endpoint_is_set_while_it_runs_and_no_longer():
@@ -447,7 +449,7 @@ def test_a_restart_launches_when_the_end_is_proven():
     assert bench.order(Event.RESTART) == [Action.TERMINATE]
     assert bench.snapshot.goal is Goal.AGAIN
     assert bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN)) == [Action.LAUNCH]
-    assert (bench.state, bench.snapshot.goal, bench.snapshot.launch) == (State.STARTING, Goal.UP, 2)
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.generation) == (State.STARTING, Goal.UP, 2)
     assert (bench.snapshot.stop_report, bench.snapshot.restarts) == (None, 0)
 
 
@@ -459,7 +461,7 @@ def test_what_may_exist_is_lost_until_it_was_observed(state):
     """Whatever an earlier keeper said of it, nothing is done before the backend was asked."""
     bench = Bench(snapshot=saved(state, endpoint=ENDPOINT))
     assert bench.recover() == [Action.OBSERVE]
-    assert (bench.state, bench.snapshot.endpoint, bench.snapshot.launch) == (State.LOST, None, 3)
+    assert (bench.state, bench.snapshot.endpoint, bench.snapshot.generation) == (State.LOST, None, 3)
     bench.receive(Unreachable("the daemon is away"))
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
 
@@ -544,7 +546,7 @@ class GatewayBench(Bench):
     def __init__(self, **values):
         spec = replace(a_spec("lab"), gateway=GATEWAY)
         state, goal = values.pop("state", State.STOPPED), values.pop("goal", Goal.DOWN)
-        super().__init__(snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, launch=3, **values))
+        super().__init__(snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, generation=3, **values))
         self.orphans = []
 
     def order(self, *events, revised=None):
@@ -597,7 +599,7 @@ def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     (job,) = bench.order(Event.RESTART_KEEPING_KERNELS)
     assert (job.action, job.keep_kernels, bench.snapshot.goal) == (Action.TERMINATE, True, Goal.RENEW)
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
-    assert (job.action, job.kernels, job.launch) == (Action.LAUNCH, (K1, K2), 5)
+    assert (job.action, job.kernels, job.generation) == (Action.LAUNCH, (K1, K2), 5)
     assert bench.kept == (K1, K2)
     bench.receive(Ready(ENDPOINT, not_taken_over=("k2",)))
     assert (bench.kept, bench.orphans) == ((K2,), [])

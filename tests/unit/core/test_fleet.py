@@ -126,7 +126,7 @@ def bench():
 def test_create_launches_and_tells_each_change(bench):
     """A new server goes from nothing to starting to running; listeners hear each change after it was stored."""
     reply = bench.create()
-    assert (reply.created, reply.snapshot.state, reply.snapshot.launch) == (True, State.STARTING, 1)
+    assert (reply.created, reply.snapshot.state, reply.snapshot.generation) == (True, State.STARTING, 1)
     assert bench.store.snapshots["lab"] == reply.snapshot
     bench.executor.run_all()
     assert bench.recorder.states("lab") == [State.STARTING, State.RUNNING]
@@ -157,7 +157,7 @@ def test_create_starts_a_stopped_server_again(bench):
     bench.run().order(Event.STOP)
     assert bench.state() is State.STOPPED
     reply = bench.create()
-    assert (reply.created, reply.snapshot.launch) == (True, 2)
+    assert (reply.created, reply.snapshot.generation) == (True, 2)
 
 
 @pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE])
@@ -193,7 +193,7 @@ def test_a_start_during_a_stop_comes_up_again(bench):
     assert (reply.created, reply.snapshot.goal, reply.snapshot.state) == (True, Goal.AGAIN, State.STOPPING)
     assert bench.order(Event.START).created is False
     bench.wait()
-    assert (bench.state(), bench.last().launch, bench.last().goal) == (State.RUNNING, 2, Goal.UP)
+    assert (bench.state(), bench.last().generation, bench.last().goal) == (State.RUNNING, 2, Goal.UP)
 
 
 def test_restart_is_a_new_launch(bench):
@@ -201,7 +201,7 @@ def test_restart_is_a_new_launch(bench):
     bench.run()
     first = bench.world.living("lab")[0].pid
     assert bench.order(Event.RESTART).created is True
-    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
     assert [process.pid for process in bench.world.living("lab")] != [first]
 
 
@@ -209,7 +209,7 @@ def test_force_ends_it_at_once(bench):
     """With force there is no grace: killed, then deleted or launched again."""
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.RESTART, force=True)
-    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
     bench.order(Event.DELETE, force=True)
     assert bench.last().forgotten
     assert bench.last().stop_report.method is StopMethod.SIGKILL
@@ -252,10 +252,10 @@ def test_late_facts_are_dropped_by_launch_number(bench):
     """A fact of an earlier launch, of a deleted predecessor, or of nobody, changes nothing."""
     bench.run().order(Event.DELETE)
     bench.run()
-    assert bench.last().launch == 2
+    assert bench.last().generation == 2
     changes = len(bench.recorder.changes)
-    for name, launch in (("lab", 1), ("lab", 3), ("other", 1)):
-        bench.fleet.step(Report(name, launch, Unreachable("late")))
+    for name, generation in (("lab", 1), ("lab", 3), ("other", 1)):
+        bench.fleet.step(Report(name, generation, Unreachable("late")))
     assert len(bench.recorder.changes) == changes
 
 
@@ -341,7 +341,7 @@ def test_a_launch_that_cannot_be_stored_is_not_done(bench):
     bench.store.failing = False
     with pytest.raises(ServerNotFound):
         bench.order(Event.START)
-    assert bench.create().snapshot.launch == 1
+    assert bench.create().snapshot.generation == 1
 
 
 def test_a_start_that_cannot_be_stored_leaves_the_server_as_it_was(bench):
@@ -353,7 +353,7 @@ def test_a_start_that_cannot_be_stored_leaves_the_server_as_it_was(bench):
         bench.order(Event.START)
     bench.store.failing = False
     assert bench.order(Event.STOP).snapshot == before
-    assert bench.order(Event.START).snapshot.launch == 2
+    assert bench.order(Event.START).snapshot.generation == 2
 
 
 def test_a_stop_goes_on_with_a_broken_store_and_is_stored_later(bench):
@@ -460,7 +460,7 @@ def test_a_silent_server_is_ended_and_launched_again(bench):
     assert bench.clock.monotonic() >= bench.policy.hung_after
     assert bench.last().failure.kind is FailureClass.HUNG
     bench.wait()
-    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
 
 
 def test_a_launch_whose_answer_is_lost_is_found_again(bench):
@@ -546,7 +546,7 @@ def test_the_next_keeper_launches_what_waited(bench):
     bench.crash()
     assert bench.state() is State.BACKOFF
     bench.wait()
-    assert (bench.state(), bench.last().launch) == (State.RUNNING, 2)
+    assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
 
 
 # Jobs

@@ -52,12 +52,12 @@ class HandingBackend(FakeBackend):
         self.preflight = preflight
         self.unknown = unknown
 
-    def launch(self, spec, launch):
+    def launch(self, spec, generation):
         launched = len(self.world.launched)
         # What is in the way of a launch ends unheard.
         self.unknown |= {kernel.id for process in self.world.living(spec.name) for kernel in process.kernels}
         try:
-            super().launch(spec, launch)
+            super().launch(spec, generation)
         finally:
             for process in self.world.living(spec.name) if len(self.world.launched) > launched else ():
                 process.kernels = self.preflight.begun[-1][2]
@@ -215,7 +215,7 @@ class FleetMachine(RuleBasedStateMachine):
         states = {}
         for change in self.recorder.changes:
             before = change.before
-            if before is not None and change.after.launch > before.launch:
+            if before is not None and change.after.generation > before.generation:
                 starting = [name for name, state in states.items() if state is State.STARTING and name != change.after.name]
                 assert len(starting) < POLICY.max_starts
             states[change.after.name] = change.after.state
@@ -240,7 +240,7 @@ class FleetMachine(RuleBasedStateMachine):
         """The next keeper would look for every process that there is."""
         for process in self.world.processes:
             assert self.store.snapshots[process.name].state in MAY_EXIST
-            assert self.store.snapshots[process.name].launch >= process.launch
+            assert self.store.snapshots[process.name].generation >= process.generation
 
     def teardown(self):
         """Let the world be fair: everything comes to where its goal points."""

@@ -34,10 +34,10 @@ def ids(entries):
 
 def test_what_is_noted_is_kept_with_all_that_was_said(event_log, store, clock):
     origin = Origin("ada", "r1", "a reason")
-    event_log.record(KIND, "lab", "put off", origin=origin, launch=3, details={"until": 5})
+    event_log.record(KIND, "lab", "put off", origin=origin, generation=3, details={"until": 5})
     (entry,) = store.history
     assert (entry.id, entry.at, entry.kind, entry.server, entry.message) == (1, clock.time(), KIND, "lab", "put off")
-    assert (entry.origin, entry.launch, entry.details) == (origin, 3, {"until": 5})
+    assert (entry.origin, entry.generation, entry.details) == (origin, 3, {"until": 5})
 
 
 def test_a_later_keeper_counts_on(event_log, store, clock):
@@ -182,7 +182,7 @@ def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
     store.close()
 
 
-REACHES = {
+LIMITS = {
     "everything": (EVERYTHING, [1, 2, 3, 4, 5, 6]),
     "by name": (TokenLimits(("a-?", "c*")), [2, 3, 4]),
     "by a label": (TokenLimits(labels={"team": "blue"}), [2, 5]),
@@ -193,9 +193,9 @@ REACHES = {
 }
 
 
-@pytest.mark.parametrize(("reach", "expected"), REACHES.values(), ids=REACHES)
+@pytest.mark.parametrize(("limits", "expected"), LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock, kind, reach, expected):
+def test_limits_leave_out_what_is_none_of_the_readers_business(tmp_path, clock, kind, limits, expected):
     """Alike in the store and in memory; what is of no server is only for who sees all, and of no server's history."""
     store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
     names = [None, "a-1", "a-2", "c", "b", None]
@@ -207,12 +207,12 @@ def test_a_reach_leaves_out_what_is_none_of_the_readers_business(tmp_path, clock
     ]
     store.remember(known, keep=100)
     event_log = EventLog(store, clock, size=100)
-    assert ids(event_log.after(0, server=None, limit=10, reach=reach)) == expected
-    assert ids(event_log.latest(server=None, limit=2, reach=reach)) == expected[-2:]
-    assert ids(event_log.latest(server="a-1", limit=9, reach=reach)) == [number for number in expected if number == 2]
+    assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
+    assert ids(event_log.latest(server=None, limit=2, within=limits)) == expected[-2:]
+    assert ids(event_log.latest(server="a-1", limit=9, within=limits)) == [number for number in expected if number == 2]
     event_log._recent.extend(known)
-    assert ids(event_log.after(0, server=None, limit=10, reach=reach)) == expected
-    assert ids(event_log.after(0, server="b", limit=10, reach=reach)) == [number for number in expected if number == 5]
+    assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
+    assert ids(event_log.after(0, server="b", limit=10, within=limits)) == [number for number in expected if number == 5]
     if kind == "sqlite":
         store.close()
 

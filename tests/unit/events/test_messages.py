@@ -13,8 +13,8 @@ from labkeeper.events import messages
 from labkeeper.testing.fakes import FakeProcess, a_spec
 
 CRASH = Failure(FailureClass.KILLED, "server 'lab' ended (killed by SIGKILL)", Exit(signal="SIGKILL"), ("a line",))
-BASE = Snapshot(a_spec("lab"), State.STOPPED, Goal.UP, since=10.0, created_at=1.0, launch=2)
-ENDPOINT = FakeProcess(a_spec("lab"), launch=2, pid=7, port=8888).endpoint
+BASE = Snapshot(a_spec("lab"), State.STOPPED, Goal.UP, since=10.0, created_at=1.0, generation=2)
+ENDPOINT = FakeProcess(a_spec("lab"), generation=2, pid=7, port=8888).endpoint
 
 
 def change(event, before, after, **values):

@@ -40,10 +40,10 @@ class Watched:
         self.servers[snapshot.name] = snapshot
         self.watch.changed(Change(Event.READY, None, snapshot, self.clock.time()))
 
-    def run(self, name="lab", gateway=None, *, known=True, launch=1):
+    def run(self, name="lab", gateway=None, *, known=True, generation=1):
         health = GatewayHealth(self.clock.time(), kernelspecs=1) if known else None
         spec = replace(a_spec(name), gateway=gateway)
-        self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=0.0, created_at=0.0, launch=launch, gateway=health))
+        self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=0.0, created_at=0.0, generation=generation, gateway=health))
 
     def end(self, name="lab"):
         self.be(replace(self.servers[name], state=State.STOPPING, gateway=None))
@@ -99,10 +99,10 @@ def test_a_gateway_that_answers_is_asked_once_a_period_and_one_that_does_not_mor
 
 def test_a_change_is_told_once_to_each_server_with_the_time_since_when_it_is_so(watched):
     watched.run("a", a_gateway())
-    watched.run("b", a_gateway(), launch=7)
+    watched.run("b", a_gateway(), generation=7)
     watched.client.down.add("http://one")
     watched.pauses(3)
-    assert [(r.name, r.launch) for r in watched.told] == [("a", 1), ("b", 7)]
+    assert [(r.name, r.generation) for r in watched.told] == [("a", 1), ("b", 7)]
     assert {r.fact.health.since for r in watched.told} == {1_000_030.0}
     assert not watched.told[0].fact.health.reachable
     watched.client.down.clear()
@@ -178,7 +178,7 @@ def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for
     assert [report.fact.health.reachable for report in watched.told] == [False]
 
 
-def test_debts_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(watched, store):
+def test_orphaned_kernels_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(watched, store):
     watched.orphan("k1", "k2")
     assert watched.look() == ["http://one"]
     assert sorted(watched.client.ended) == ["k1", "k2"]
@@ -188,7 +188,7 @@ def test_debts_are_collected_at_once_where_the_gateway_answers_and_then_it_is_le
     assert watched.watch._watched == []
 
 
-def test_debts_wait_for_a_gateway_that_does_not_answer(watched):
+def test_orphaned_kernels_wait_for_a_gateway_that_does_not_answer(watched):
     watched.client.down.add("http://one")
     watched.orphan("k1")
     assert watched.pauses(3) == [0, 4, 8]
@@ -216,7 +216,7 @@ def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watch
     assert watched.orphans.all() == []
 
 
-def test_debts_of_a_gateway_that_others_use_are_collected_soon(watched):
+def test_orphaned_kernels_of_a_gateway_that_others_use_are_collected_soon(watched):
     watched.run(gateway=a_gateway())
     watched.orphan("k1")
     watched.clock.advance(PERIOD)
@@ -250,7 +250,7 @@ def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watc
     assert len(tried) == 3
 
 
-def test_debts_are_left_to_the_next_keeper_when_this_one_ends(watched, threads, monkeypatch):
+def test_orphaned_kernels_are_left_to_the_next_keeper_when_this_one_ends(watched, threads, monkeypatch):
     monkeypatch.setattr(type(threads), "closed", True)
     watched.orphan("k1")
     watched.look()

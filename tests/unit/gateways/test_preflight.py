@@ -62,8 +62,8 @@ def held(client, threads):
     answering.go_on.set()
 
 
-def report(fact, launch=1):
-    return Report(SPEC.name, launch, fact)
+def report(fact, generation=1):
+    return Report(SPEC.name, generation, fact)
 
 
 def quiet(threads):
@@ -103,7 +103,7 @@ def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(preflight, 
     preflight.begin(SPEC, 1, (KERNEL,))
     quiet(threads)
     assert [type(r.fact) for r in told] == [Vetoed]
-    assert told[0].launch == 1
+    assert told[0].generation == 1
     assert told[0].fact.failure.kind == "gateway-unreachable"
     assert told[0].fact.failure.message.startswith("cannot start server 'lab': the gateway http://one is down")
     assert "require_gateway: false" in told[0].fact.failure.message
@@ -160,20 +160,20 @@ def test_a_kernel_that_cannot_be_handed_over_is_named(preflight, told, client, p
         until(lambda: told)
     assert told[0].fact.not_taken_over == ("k1",)
     assert told[0].fact.gateway.reachable
-    assert [(line["server"], line["launch"], line["kernel"]) for line in log] == [("lab", 1, "k1")]
+    assert [(line["server"], line["generation"], line["kernel"]) for line in log] == [("lab", 1, "k1")]
 
 
 def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(preflight, told, threads, client, held):
     preflight.begin(SPEC, 1, (KERNEL,))
     assert held.asked.wait(60)
     preflight.begin(SPEC, 2, ())
-    preflight.receive(report(READY, launch=1))
+    preflight.receive(report(READY, generation=1))
     # It passes: nobody waits for it any more, and the fleet knows by its number that it is old.
-    assert told == [report(READY, launch=1)]
-    preflight.receive(report(READY, launch=2))
+    assert told == [report(READY, generation=1)]
+    preflight.receive(report(READY, generation=2))
     held.go_on.set()
     quiet(threads)
-    assert [r.launch for r in told] == [1, 2]
+    assert [r.generation for r in told] == [1, 2]
     assert told[1].fact.not_taken_over == ()
 
 
@@ -192,7 +192,7 @@ def test_a_gateway_that_could_not_be_asked_is_not_blamed(preflight, told, client
     client.before_check = cannot
     preflight.begin(SPEC, 1, ())
     quiet(threads)
-    ((_, _, fact),) = [(r.name, r.launch, r.fact) for r in told]
+    ((_, _, fact),) = [(r.name, r.generation, r.fact) for r in told]
     assert isinstance(fact, Vetoed)
     assert (fact.failure.kind, fact.failure.message) == (
         FailureClass.OTHER,

@@ -58,7 +58,7 @@ def test_a_token_outlives_the_keeper(tmp_path, clock):
     store = SqliteStore(path)
     again = over(store, clock)
     caller, still_valid = again.caller(text)
-    assert (caller.actor, caller.scope, caller.reach) == ("token:ci", Scope.MANAGE, reach)
+    assert (caller.actor, caller.scope, caller.limits) == ("token:ci", Scope.MANAGE, reach)
     assert still_valid()
     assert again.all() == [replace(made, last_used_at=clock.time())]
     again.revoke("ci")

@@ -24,7 +24,7 @@ from labkeeper.schema.requests import TokenRequest
 def create_token(services: Services, body: TokenRequest) -> Answer:
     """Make a token. What it is shown as stands in this answer alone: it is kept as a hash."""
     tokens = services.tokens
-    token, text = tokens.make(body.name, body.scope, body.reach, lifetime=body.expires_in, origin=origin())
+    token, text = tokens.make(body.name, body.scope, body.limits, lifetime=body.expires_in, origin=origin())
     return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
 
 

@@ -39,7 +39,7 @@ def list_server_events(services: Services, path: ServerPath, query: EventQuery) 
     """Tell the same of one server; its history is kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
-    if not services.history.latest(server=name, limit=1, reach=caller().reach):
+    if not services.history.latest(server=name, limit=1, within=caller().limits):
         find_server(services, path)
     return _events(services, name, query)
 
@@ -58,9 +58,9 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
     if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
         return _follow_events(services, server, after, is_ours=is_ours)
     if after is None:
-        page = history.latest(server=server, limit=query.limit, reach=caller().reach)
+        page = history.latest(server=server, limit=query.limit, within=caller().limits)
     else:
-        page = history.after(after, server=server, limit=query.limit, reach=caller().reach)
+        page = history.after(after, server=server, limit=query.limit, within=caller().limits)
     more = bool(page) and page[-1].id < history.last_id
     return json_answer(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
 
@@ -70,7 +70,7 @@ def _follow_events(services: Services, server: ServerName | None, after: int | N
     history = services.history
     # From the first one on, nobody has missed any.
     missed = (history.forgotten(after) if after else 0) if is_ours else None
-    entries = history.follow(history.last_id if after is None else after, server=server, look=LOOK_EVERY, reach=caller().reach)
+    entries = history.follow(history.last_id if after is None else after, server=server, look=LOOK_EVERY, within=caller().limits)
     return live_answer(services, server_sent(entries, missed, gone()), EVENT_STREAM)
 
 

@@ -40,7 +40,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     if snapshot.endpoint is None:
         raise Conflict(f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running")
     page = snapshot.spec.default_url if body.page is None else body.page
-    ticket = services.links.make(snapshot.name, snapshot.launch, page, lifetime=body.expires_in)
+    ticket = services.links.make(snapshot.name, snapshot.generation, page, lifetime=body.expires_in)
     base = services.url if PEER in request.environ else request.host_url.rstrip("/")
     expires_at = format_time(time.time() + body.expires_in)
     return json_answer(Link(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
@@ -50,7 +50,7 @@ def open_link(services: Services, path: TicketPath) -> Response:
     """Open a Lab by a link that was made for it: sends the browser there, which keeps a cookie of the Lab's."""
     link = services.links.use(path.ticket) if request.method == "GET" else None
     snapshot = None if link is None else services.keeper.get(link.server)
-    if link is None or snapshot is None or snapshot.endpoint is None or snapshot.launch != link.launch:
+    if link is None or snapshot is None or snapshot.endpoint is None or snapshot.generation != link.generation:
         return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
     # Jupyter takes the token, sets its cookie, and sends the browser on to a page without it.
     root = lab_root(services, snapshot.endpoint)

@@ -118,13 +118,13 @@ class LocalBackend:
 
     # The calls of the port
 
-    def launch(self, spec: ServerSpec, launch: int) -> None:
+    def launch(self, spec: ServerSpec, generation: int) -> None:
         """Create its directory and its process."""
         supervisor = self._supervisors.get(spec.name)
-        if supervisor is not None and supervisor.launch == launch and supervisor.process.alive():
+        if supervisor is not None and supervisor.generation == generation and supervisor.process.alive():
             return
         with (
-            bound_contextvars(server=spec.name, launch=launch),
+            bound_contextvars(server=spec.name, generation=generation),
             _unavailable(f"start server '{spec.name}'"),
             self._threads.standing_by(f"supervise-{spec.name}") as given,
         ):
@@ -133,16 +133,16 @@ class LocalBackend:
             self._clear(spec.name)
             hold = _hold_port(spec)
             try:
-                self._supervise(self._launch(spec, launch, hold), given)
+                self._supervise(self._launch(spec, generation, hold), given)
             except BaseException:
                 hold.close()
                 raise
 
-    def terminate(self, name: ServerName, launch: int, grace: float, *, keep_kernels: bool = False) -> None:
+    def terminate(self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False) -> None:
         """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
-            self._end_unsupervised(name, launch)
+            self._end_unsupervised(name, generation)
         else:
             ask = functools.partial(supervisor.ask_to_end, grace / 2, keep_kernels=keep_kernels)
             try:
@@ -151,20 +151,20 @@ class LocalBackend:
                 # Better its job waits for the answer than that the server is not asked.
                 ask()
 
-    def kill(self, name: ServerName, launch: int) -> None:
+    def kill(self, name: ServerName, generation: int) -> None:
         """Send SIGKILL to the server; its supervisor ends the rest."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
-            self._end_unsupervised(name, launch)
+            self._end_unsupervised(name, generation)
         else:
             supervisor.kill()
 
-    def observe(self, name: ServerName, launch: int) -> Fact:
+    def observe(self, name: ServerName, generation: int) -> Fact:
         """Look for the process, first among those attended, then in the record that an earlier keeper left."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
             record = self._server_dir(name).read_record()
-            if name in self._earlier or record is None or record.launch != launch or record.boot != boot_id():
+            if name in self._earlier or record is None or record.generation != generation or record.boot != boot_id():
                 # A server directory that is lost, or another runtime directory, does not prove that the server has ended.
                 self._end_orphans(name)
                 return Gone()
@@ -237,9 +237,9 @@ class LocalBackend:
 
     # A launch
 
-    def _launch(self, spec: ServerSpec, launch: int, hold: socket.socket) -> ProcessSupervisor:
+    def _launch(self, spec: ServerSpec, generation: int, hold: socket.socket) -> ProcessSupervisor:
         server_dir, logfile = self._server_dir(spec.name), self._logfile(spec.name)
-        headline = f"[labkeeper] launch {launch} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+        headline = f"[labkeeper] launch {generation} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         try:
             Path(spec.root_dir).stat()
             user = find_user(spec)
@@ -254,7 +254,7 @@ class LocalBackend:
             with logfile.open(headline) as log:
                 site = self._site(spec.name)
                 launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
-            record = self._record(spec, launch, launched, limited, port)
+            record = self._record(spec, generation, launched, limited, port)
             supervisor = ProcessSupervisor.launched(site, record, launched, token=token, hold=hold)
             try:
                 server_dir.write_record(record)
@@ -304,9 +304,9 @@ class LocalBackend:
             encrypt_kernels=user is not None,
         )
 
-    def _record(self, spec: ServerSpec, launch: int, launched: Launched, limited: Enforced, port: int) -> Record:
+    def _record(self, spec: ServerSpec, generation: int, launched: Launched, limited: Enforced, port: int) -> Record:
         return Record(
-            launch=launch,
+            generation=generation,
             pid=launched.process.pid,
             started=launched.process.started,
             boot=boot_id(),
@@ -356,9 +356,9 @@ class LocalBackend:
 
     # What is left of a server
 
-    def _end_unsupervised(self, name: ServerName, launch: int) -> None:
+    def _end_unsupervised(self, name: ServerName, generation: int) -> None:
         found = self._end_all(name)
-        self._report(Report(name, launch, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
+        self._report(Report(name, generation, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
 
     def _clear(self, name: ServerName) -> None:
         """Remove what is left under a name where something tells that there is anything. Raises BackendUnavailable.

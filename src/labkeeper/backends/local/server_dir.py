@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
 from labkeeper.backends.local.limits import LimitedBy
 from labkeeper.core.errors import BackendUnavailable
@@ -43,9 +43,11 @@ class Asked(BaseModel):
 
 
 class Record(BaseModel):
-    """`launch.json`: which process runs here, and since which launch and boot."""
+    """`launch.json`: which process runs here, of which generation and boot."""
 
-    launch: int
+    version: Literal[1, 2] = 2
+    """Of this format. Without it, or with 1, `generation` may still be called `launch`."""
+    generation: int = Field(validation_alias=AliasChoices("generation", "launch"))
     pid: int
     started: str
     boot: str

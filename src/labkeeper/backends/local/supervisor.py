@@ -123,9 +123,9 @@ class ProcessSupervisor:
         return self.site.name
 
     @property
-    def launch(self) -> int:
+    def generation(self) -> int:
         """The number of the launch."""
-        return self.record.launch
+        return self.record.generation
 
     def supervise(self, deregister: Callable[[], None]) -> None:
         """Watch it until its end, or ours; report when it is ready, and what became of it.
@@ -134,13 +134,13 @@ class ProcessSupervisor:
         """
         last: Fact | None = Unreachable(f"nobody watches server '{self.name}'")
         try:
-            with bound_contextvars(server=self.name, launch=self.launch):
+            with bound_contextvars(server=self.name, generation=self.generation):
                 last = self._supervise()
         finally:
             deregister()
             self._over.set()
             if last is not None:
-                self.site.report(Report(self.name, self.launch, last))
+                self.site.report(Report(self.name, self.generation, last))
 
     def wait(self, seconds: float) -> None:
         """Wait until it is supervised no more."""
@@ -257,7 +257,7 @@ class ProcessSupervisor:
         if self._endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
             written = self._write_record()
-            self.site.report(Report(self.name, self.launch, Ready(self._endpoint)))
+            self.site.report(Report(self.name, self.generation, Ready(self._endpoint)))
         while not self._ended_within(_ROTATE_EVERY):
             if self.site.threads.closed:
                 return None

@@ -113,7 +113,7 @@ def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_i
 @pytest.mark.parametrize("at", [1, 2])
 def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(tmp_path, monkeypatch, at):
     """Else the next one takes a server that was killed for one that has shut itself down; and it goes on where this one ended."""
-    record = Record(launch=1, pid=1, started="1", boot="b", gateway=False, ready=True)
+    record = Record(generation=1, pid=1, started="1", boot="b", gateway=False, ready=True)
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
     server_dir.write_record(record)
