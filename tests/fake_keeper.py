@@ -17,7 +17,7 @@ from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.schema.answers import Server
-from labkeeper.schema.requests import Defaults
+from labkeeper.schema.servers import Defaults
 from labkeeper.testing.fakes import FakeBackend, MemoryOrphans, MemoryStore, NoCulling, PassingPreflight, World
 
 TOKEN = "a-token-of-the-tests"

@@ -15,7 +15,7 @@ from labkeeper.client import Client
 from labkeeper.core import errors
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.server import FailureClass
-from labkeeper.schema import answers, queries, requests
+from labkeeper.schema import answers, queries, servers
 from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,7 +57,7 @@ def test_every_route_with_its_parameters_is_documented():
     paths = [(route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES]
     assert [pair for pair in paths if f"| `{pair[0]}` | `{pair[1]}` |" not in text] == []
     of_queries = (queries.StartQuery, queries.StopQuery, queries.GetQuery, queries.ListQuery, queries.LogQuery)
-    models = (requests.ServerRequest, answers.Server, answers.Failure, answers.StopReport, *of_queries)
+    models = (servers.ServerRequest, answers.Server, answers.Failure, answers.StopReport, *of_queries)
     assert not missing([name for model in models for name in model.model_fields], text)
     assert not missing(["/api/openapi.json", "/api/docs"], text)
 

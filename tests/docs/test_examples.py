@@ -82,7 +82,7 @@ def test_the_tour_does_what_the_readme_says(keeper, run):
     nothing, default, demo, shown, log, deleted = run(tour("curl"))
     default, demo, shown, deleted = map(json.loads, (default, demo, shown, deleted))
     assert nothing == ""
-    assert (default["name"], default["state"], default["gateway_url"]) == ("default", "running", None)
+    assert (default["name"], default["state"], default["gateway"]) == ("default", "running", None)
     assert default["port"] == keeper.lab_port
     assert default["lab_url"].endswith(f"/lab?token={default['token']}")
     assert (demo["name"], demo["state"]) == ("demo", "running")

@@ -16,7 +16,7 @@ from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
 from harness import KeeperProcess
 from labkeeper.api.handlers.servers import _decode_cursor, _encode_cursor
 from labkeeper.core.errors import InvalidSpec
-from labkeeper.schema.requests import RestartRequest
+from labkeeper.schema.servers import RestartRequest
 
 REFUSED = range(400, 500)
 IN_A_HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, blacklist_characters="\x7f"), max_size=100).map(

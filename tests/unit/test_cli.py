@@ -241,7 +241,7 @@ def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
     with contextlib.chdir(tmp_path):
         server = json.loads(run("start", "demo", "--root-dir", "here", *options).stdout)
     assert (server["name"], server["root_dir"]) == ("demo", str(tmp_path / "here"))
-    assert (server["gateway_url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
+    assert (server["gateway"]["url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
     assert (server["default_url"], server["labels"]) == ("/lab/tree/x", {"team": "blue", "empty": ""})
     assert server["jupyter_options"] == {"ServerApp.quit_button": False}
     assert "options ServerApp.quit_button=false" in re.sub(" +", " ", run("show", "demo").stdout)
@@ -258,7 +258,7 @@ def test_the_whole_request_may_come_as_json(served, tmp_path):
     spec = tmp_path / "spec.json"
     spec.write_text('{"name": "x", "gateway-url": "http://gw:1", "gateway_headers": {"X-Team": "blue"}}')
     server = json.loads(run("start", "--json-spec", str(spec), "--gateway-url", "http://gw:2", "--json").stdout)
-    assert (server["name"], server["gateway_url"]) == ("x", "http://gw:2")
+    assert (server["name"], server["gateway"]["url"]) == ("x", "http://gw:2")
     server = json.loads(run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout)
     assert (server["name"], server["port"]) == ("y", 9001)
 

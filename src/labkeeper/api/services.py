@@ -14,7 +14,7 @@ from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
 from labkeeper.identity.authenticators import Authenticator, Credentials
 from labkeeper.identity.peers import Peer
 from labkeeper.identity.tokens import Tokens
-from labkeeper.schema.requests import Defaults
+from labkeeper.schema.servers import Defaults
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any, Final
 
 from labkeeper.core.access import Caller, Token
@@ -11,7 +11,7 @@ from labkeeper.core.culling import Explanation
 from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry, WebhookStatus
 from labkeeper.core.server import Exit, Failure, Kernel, OrphanedKernel, Sample, Snapshot, StopReport
-from labkeeper.core.spec import KERNEL_PREFIX, Limits
+from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
 from labkeeper.schema import answers
 
 _INFO: Final = (
@@ -28,6 +28,15 @@ _INFO: Final = (
     "launched_by",
     "exec_reason",
 )
+
+
+_OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()) - {
+    *_INFO,
+    "name",
+    "limits",
+    "gateway",
+}
+"""The fields of an answer that the spec has as they are."""
 
 
 def server_model(
@@ -49,17 +58,10 @@ def server_model(
         started_at=format_time(snapshot.started_at) if snapshot.started_at is not None else None,
         generation=snapshot.generation,
         restarts=snapshot.restarts,
-        root_dir=spec.root_dir,
-        default_url=spec.default_url,
-        labels=dict(spec.labels),
+        **{field: getattr(spec, field) for field in _OF_SPEC},
         limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
         usage=_usage_model(sample),
-        user=spec.user,
-        idle_timeout=spec.idle_timeout,
-        max_age=spec.max_age,
-        jupyter_options=dict(spec.jupyter_options),
         snoozed_until=None if snapshot.snoozed_until is None else format_time(snapshot.snoozed_until),
-        gateway_url=spec.gateway.url if spec.gateway else None,
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
         queue_position=queue_position,

@@ -240,7 +240,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
         return
     head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
     rows: list[tuple[str, ...]] = [
-        (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway_url or "-") for s in servers
+        (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway.url if s.gateway else "-") for s in servers
     ]
     if _is_wide():
         head = (*head[:3], "MEMORY", "CPUS", *head[3:])

@@ -1,14 +1,14 @@
 """The Python client: one method for each route, typed answers, and the errors of `labkeeper.core.errors`.
 
     with Client("http://127.0.0.1:8000", token="...") as keeper:
-        server = keeper.create(name="demo", gateway_url="http://gateway:8888")
+        server = keeper.create(name="demo", gateway={"url": "http://gateway:8888"})
         print(server.lab_url)
 
 No exception of httpx or pydantic leaves this package. Foreign errors are translated in two places: `connection.Translated` for
 what goes wrong on the way, `answers.checked` for what comes back.
 """
 
-from labkeeper.client.calls import LONGEST_WAIT, Fields, Revision
+from labkeeper.client.calls import LONGEST_WAIT
 from labkeeper.client.clients import TIMEOUT, AsyncClient, Client
 from labkeeper.schema.answers import (
     BulkResult,
@@ -42,7 +42,6 @@ __all__ = [
     "Event",
     "Exit",
     "Failure",
-    "Fields",
     "Gateway",
     "Holder",
     "Idle",
@@ -52,7 +51,6 @@ __all__ = [
     "Link",
     "NewToken",
     "OrphanedKernel",
-    "Revision",
     "Server",
     "StopReport",
     "Token",

@@ -8,9 +8,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
 
 import httpx
+from pydantic import BaseModel
 
 from labkeeper.client.reading import event_of, is_ok, parse, reading, text
 from labkeeper.core.access import Scope
@@ -40,47 +41,13 @@ from labkeeper.schema.answers import (
     WebhookList,
 )
 
+if TYPE_CHECKING:
+    from labkeeper.schema.servers import ServerRequest
+
 _T = TypeVar("_T")
 LONGEST_WAIT: Final = 3600.0
 """Seconds; the API refuses to wait longer."""
 PathText = str | os.PathLike[str]
-
-
-class Revision(TypedDict, total=False):
-    """What of a server can be otherwise after a restart; the API document tells what each field means."""
-
-    root_dir: PathText
-    base_url: str
-    default_url: str
-    port: int
-    env: Mapping[str, str]
-    labels: Mapping[str, str]
-    memory_limit: int
-    cpu_limit: float
-    process_limit: int
-    user: str
-    idle_timeout: float | str | None
-    max_age: float | str | None
-    gateway_url: str
-    gateway_ws_url: str
-    gateway_auth_token: str
-    gateway_auth_scheme: str
-    gateway_headers: Mapping[str, str]
-    gateway_ca_certs: PathText
-    gateway_client_cert: PathText
-    gateway_client_key: PathText
-    gateway_validate_cert: bool
-    gateway_connect_timeout: float
-    gateway_request_timeout: float
-    require_gateway: bool
-    kernel_env: Mapping[str, str]
-    jupyter_options: Mapping[str, bool | int | float]
-
-
-class Fields(Revision, total=False):
-    """The fields of a request for a server. One that is absent has its default."""
-
-    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +84,14 @@ class Calls:
     # Servers
 
     def create(
-        self, spec: Mapping[str, Any] | None = None, /, *, wait: float | None = None, **fields: Unpack[Fields]
+        self, request: ServerRequest | Mapping[str, Any] | None = None, /, *, wait: float | None = None, **fields: Any
     ) -> Call[Server]:
-        """Make a server of `spec` with `fields` over it, and start it; the same request finds the same server.
+        """Create a server as `request` says, with `fields` over it, and start it; the same request finds the same server.
 
         Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer tells where it stands.
         Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout, BackendError.
         """
-        return _server("POST", "/api/servers", wait, body={**(spec or {}), **fields})
+        return _server("POST", "/api/servers", wait, body={**_sent(request), **fields})
 
     def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
         """Tell of one server; with `wait_for`, when it is in that state or `wait` seconds are over. Raises ServerNotFound."""
@@ -144,9 +111,7 @@ class Calls:
         """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
         return _server("POST", _path(name, "/start"), wait)
 
-    def start_many(
-        self, names: Sequence[str], *, wait: float | None = None, **fields: Unpack[Revision]
-    ) -> Call[Sequence[BulkResult]]:
+    def start_many(self, /, names: Sequence[str], *, wait: float | None = None, **fields: Any) -> Call[Sequence[BulkResult]]:
         """Make up to 200 servers of one kind, and start them; tells what became of each, in the order of the names.
 
         Each is as if `create` had asked for it; what would have been raised is the `error` of its result.
@@ -161,9 +126,7 @@ class Calls:
             patience=_patience(wait),
         )
 
-    def restart(
-        self, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Unpack[Revision]
-    ) -> Call[Server]:
+    def restart(self, /, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Any) -> Call[Server]:
         """Stop a server if it runs, and start it, with `fields` otherwise than before; what is not given stays as it is.
 
         With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
@@ -307,6 +270,11 @@ def _server(
 ) -> Call[Server]:
     """Return a call whose answer is a server, for which the keeper may wait."""
     return Call(method, path, reading(Server), {**(query or {}), **_given(wait=wait)}, body, _patience(wait))
+
+
+def _sent(request: ServerRequest | Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """Return the fields of a request that were given."""
+    return request.model_dump(mode="json", by_alias=True, exclude_unset=True) if isinstance(request, BaseModel) else request or {}
 
 
 def _patience(wait: float | None) -> float | None:

@@ -202,8 +202,8 @@ class Controller:
             after = replace(after, origin=KEEPER)
         return Decision(event, before, after, following, jobs, orphans)
 
-    def plan_report(self, report: Report, *, may_start: bool = True) -> Decision | None:
-        """Decide what a report of this launch leads to; None where it is no news."""
+    def plan_report(self, report: Report, *, may_start: bool = True) -> Decision:
+        """Decide what a report of this launch leads to."""
         known = replace(self, observing=False) if report.observation else self
         match report.fact:
             case Ended():
@@ -211,7 +211,7 @@ class Controller:
             case Seen(answers=answers) if self.snapshot.state is State.RUNNING:
                 known = known._looked(answers)
                 if not known._is_hung():
-                    return None if known == self else Decision(Event.SEEN, self.snapshot, known, self.origin)
+                    return Decision(Event.SEEN, self.snapshot, known, self.origin)
                 event = Event.HUNG
             case Seen():
                 event = Event.SEEN

@@ -254,9 +254,7 @@ class Fleet:
             # The backend has forgotten it.
             self._drop(report.name)
         elif report.generation == controller.snapshot.generation:
-            decision = controller.plan_report(report, may_start=self._may_start())
-            if decision is not None:
-                self._carry_out(decision)
+            self._carry_out(controller.plan_report(report, may_start=self._may_start()))
 
     def _tick(self) -> None:
         now = self._clock.monotonic()

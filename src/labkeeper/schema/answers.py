@@ -163,8 +163,7 @@ class Server(Answer):
     max_age: float | None = Field(description="Seconds after which it is stopped, used or not; null: never.")
     jupyter_options: dict[str, bool | int | float] = Field(description="Options of Jupyter's own that were asked for.")
     snoozed_until: str | None = Field(description="Until when neither stops it; null when nobody has put that off.")
-    gateway_url: str | None = Field(description="Its kernel gateway; null when kernels run beside it.")
-    gateway: Gateway | None = Field(description="What is known of its gateway; null without one.")
+    gateway: Gateway | None = Field(description="Its kernel gateway, and what is known of it; null when kernels run beside it.")
     kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
     queue_position: int | None = Field(
         description="Its place among those that wait to start; 1 is the next. Null unless it is queued."

@@ -33,7 +33,7 @@ from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpe
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, OrphanedKernel, OwnKernel, Snapshot
 from labkeeper.core.spec import Gateway, ServerName
-from labkeeper.schema.requests import Defaults, RestartRequest, ServerRequest, ws_url_of
+from labkeeper.schema.servers import Defaults, RestartRequest, ServerRequest, ws_url_of
 
 
 @pytest.fixture

@@ -39,6 +39,7 @@ from labkeeper.core.messages import HistoryKind
 from labkeeper.core.server import FailureClass, Kernel, StopMethod
 from labkeeper.runtime import Keeper
 from labkeeper.schema import answers
+from labkeeper.schema.servers import GatewayFields, ServerRequest
 from labkeeper.testing.fakes import World
 
 URL = "http://keeper"
@@ -117,7 +118,25 @@ def test_a_server_lives_through_all_methods(client, tmp_path):
 def test_a_spec_may_be_a_mapping_with_names_as_the_api_takes_them(client):
     """A JSON file with kebab-case names can be handed on as it is, and keyword arguments win over it."""
     server = client.create({"name": "other", "gateway-url": "http://gateway:8888"}, name="demo")
-    assert (server.name, server.gateway_url) == ("demo", "http://gateway:8888")
+    assert (server.name, server.gateway.url) == ("demo", "http://gateway:8888")
+
+
+def test_a_spec_may_be_the_model_of_the_request(client):
+    """Only what was given is sent; fields that are named go over it."""
+    request = ServerRequest(
+        name="demo",
+        gateway=GatewayFields(url="http://gateway:8888"),
+        idle_timeout="2h",
+        jupyter_options={"ServerApp.terminals_enabled": False},
+    )
+    server = client.create(request, labels={"a": "b"})
+    assert (server.name, server.gateway.url, server.idle_timeout, server.labels) == (
+        "demo",
+        "http://gateway:8888",
+        7200.0,
+        {"a": "b"},
+    )
+    assert server.jupyter_options == {"ServerApp.terminals_enabled": False}
 
 
 def test_no_wait_answers_while_the_server_is_starting(running):

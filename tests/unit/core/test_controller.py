@@ -70,9 +70,8 @@ class Bench:
         """Report facts; tell the actions that they led to."""
         actions = []
         for fact in facts:
-            decision = self.controller.plan_report(report(self.controller, fact))
-            if decision is not None:
-                actions += [job.action for job in self.commit(decision).jobs]
+            decision = self.commit(self.controller.plan_report(report(self.controller, fact)))
+            actions += [job.action for job in decision.jobs]
         return actions
 
     def wait(self):
@@ -557,11 +556,9 @@ class GatewayBench(Bench):
     def receive(self, *facts):
         jobs = []
         for fact in facts:
-            decision = self.controller.plan_report(report(self.controller, fact))
-            if decision is not None:
-                self.commit(decision)
-                self.orphans += [orphan.kernel_id for orphan in decision.orphans]
-                jobs += decision.jobs
+            decision = self.commit(self.controller.plan_report(report(self.controller, fact)))
+            self.orphans += [orphan.kernel_id for orphan in decision.orphans]
+            jobs += decision.jobs
         return jobs
 
     @property

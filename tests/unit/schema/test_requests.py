@@ -16,13 +16,14 @@ from jupyter_server_terminals.terminalmanager import TerminalManager
 from jupyterlab.labapp import LabApp
 from pydantic import BaseModel, ValidationError
 
+from labkeeper.api.problems import invalid_request
 from labkeeper.core.access import ANYBODY, Caller, Scope, TokenLimits
 from labkeeper.core.errors import InvalidSpec, NotAllowed
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.schema import options, queries, requests
 from labkeeper.schema.options import JupyterOptions
-from labkeeper.schema.requests import BulkRequest, Defaults, RestartRequest, ServerRequest
 from labkeeper.schema.roots import resolved
+from labkeeper.schema.servers import FLAT, BulkRequest, Defaults, GatewayFields, LimitFields, RestartRequest, ServerRequest
 
 MANAGER = Caller("token:m", Scope.MANAGE)
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
@@ -231,7 +232,7 @@ def test_a_process_can_be_started_with_as_much_as_is_taken():
 
 def test_headers_for_a_gateway_are_bounded_together():
     given = {"gateway_url": "http://gateway", "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)}}
-    assert ServerRequest.model_validate(given).gateway_headers == given["gateway_headers"]
+    assert ServerRequest.model_validate(given).gateway.headers == given["gateway_headers"]
     given["gateway_headers"]["X-2"] = "x" * 8000
     with pytest.raises(ValidationError, match="at most 16384 characters together"):
         ServerRequest.model_validate(given)
@@ -409,3 +410,73 @@ def test_the_walk_finds_what_has_no_bound():
 def test_a_duration_is_not_read_without_end():
     with pytest.raises(ValidationError, match="must be seconds as a number"):
         ServerRequest.model_validate({"idle_timeout": "9" * 1_000_000})
+
+
+# Nested fields, and their flat names
+
+FLAT_AND_NESTED = {
+    "gateway": (
+        {"gateway-url": GATEWAY, "gateway_auth_token": "t", "gateway-headers": {"X": "y"}, "require-gateway": False},
+        {"gateway": {"url": GATEWAY, "auth-token": "t", "headers": {"X": "y"}, "required": False}},
+    ),
+    "limits": (
+        {"memory_limit": 2**30, "cpu-limit": 1.5, "process_limit": 64},
+        {"limits": {"memory": 2**30, "cpus": 1.5, "processes": 64}},
+    ),
+    "both ways": (
+        {"gateway": {"url": GATEWAY}, "gateway_auth_token": "t"},
+        {"gateway": {"url": GATEWAY, "auth_token": "t"}},
+    ),
+}
+
+
+@pytest.mark.parametrize(("flat", "nested"), FLAT_AND_NESTED.values(), ids=FLAT_AND_NESTED)
+def test_flat_names_mean_the_nested_fields(defaults, flat, nested):
+    sent = json.dumps(flat)
+    assert made(defaults, **flat) == made(defaults, **nested)
+    assert json.dumps(flat) == sent
+    spec = made(defaults, gateway={"url": "http://other:1"}, limits={"memory": 2**28})
+    assert revised(defaults, spec, ANYBODY, **flat) == revised(defaults, spec, ANYBODY, **nested)
+
+
+def test_every_nested_field_has_a_flat_name():
+    nested = {("gateway", name) for name in GatewayFields.model_fields} | {("limits", name) for name in LimitFields.model_fields}
+    assert {*FLAT.values()} == nested
+
+
+@pytest.mark.parametrize(
+    ("fields", "mistakes"),
+    [
+        ({"gateway_url": 1}, ["gateway_url"]),
+        ({"gateway-url": "x", "memory-limit": 1}, ["gateway_url", "memory_limit"]),
+        ({"gateway": {"url": "x"}, "limits": {"memory": 1}}, ["limits.memory", "gateway.url"]),
+        ({"gateway": {"url": GATEWAY, "headers": {"X": 1}}}, ["gateway.headers.X"]),
+        ({"gateway_url": GATEWAY, "gateway_headers": {"X": 1}}, ["gateway_headers.X"]),
+        ({"gateway": {"colour": 1}}, ["gateway.colour"]),
+        ({"gateway": None, "limits": 1}, ["limits", "gateway"]),
+    ],
+)
+def test_mistakes_are_named_as_the_fields_were_sent(fields, mistakes):
+    with pytest.raises(ValidationError) as caught:
+        ServerRequest.model_validate(fields)
+    found = [mistake["field"] for mistake in invalid_request(caught.value).details["errors"]]
+    assert sorted(found) == sorted(mistakes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"gateway_url": GATEWAY, "gateway": {"url": GATEWAY}}, "gateway_url: is gateway.url by another name; give it once"),
+        ({"gateway_url": GATEWAY, "gateway-url": GATEWAY}, "gateway_url: is gateway.url by another name; give it once"),
+        ({"gateway_url": GATEWAY, "gateway": 1}, "gateway_url: is gateway.url by another name; give it once"),
+        ({"gateway_auth_token": "t"}, "gateway_auth_token: only together with gateway_url"),
+        ({"gateway": {"auth_token": "t"}}, "gateway.auth_token: only together with gateway.url"),
+        ({"gateway": {}}, "gateway: only together with gateway.url"),
+        ({"gateway": {"url": GATEWAY, "client_key": "k"}}, "gateway.client_key: only together with gateway.client_cert"),
+        ({"gateway_url": GATEWAY, "gateway_client_key": "k"}, "gateway_client_key: only together with gateway_client_cert"),
+    ],
+)
+def test_what_cannot_go_together_is_named_as_it_was_sent(fields, said):
+    with pytest.raises(ValidationError) as caught:
+        ServerRequest.model_validate(fields)
+    assert invalid_request(caught.value).message == f"cannot take the request: body: {said}"

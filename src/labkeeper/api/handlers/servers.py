@@ -52,7 +52,7 @@ from labkeeper.schema.queries import (
     StartQuery,
     StopQuery,
 )
-from labkeeper.schema.requests import BulkRequest, RestartRequest, ServerRequest
+from labkeeper.schema.servers import BulkRequest, RestartRequest, ServerRequest
 
 _SETTLED: Final = AT_REST | {State.RUNNING}
 

@@ -1,0 +1,389 @@
+"""Request bodies about servers. What is local to the keeper's machine is checked by `settled`.
+
+Fields of the gateway and of the limits are nested. The flat names that they had first (`gateway_url`, `memory_limit`, ...) are
+accepted as well, and errors name a field as it was sent.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Self
+from urllib.parse import urlsplit, urlunsplit
+
+from pydantic import AliasChoices, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
+from pydantic_core import InitErrorDetails
+
+from labkeeper.core.access import Caller, Scope
+from labkeeper.core.errors import InvalidSpec
+from labkeeper.core.spec import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
+from labkeeper.schema.options import JupyterOptions
+from labkeeper.schema.requests import ABSENT, Request, such_as
+from labkeeper.schema.roots import holds, resolved
+from labkeeper.schema.types import (
+    ONE_LINE,
+    BaseUrl,
+    Duration,
+    Environment,
+    Headers,
+    HttpUrl,
+    KernelEnvironment,
+    Labels,
+    LandingPage,
+    Line,
+    Name,
+    PathText,
+    Seconds,
+    User,
+    WebsocketUrl,
+)
+from labkeeper.schema.variables import check_sizes, loading
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What a server gets that its request does not name."""
+
+    notebook_dir: Path
+    """The directory of servers that name none; `%u` in it stands for a server's user, as in `allowed_roots`."""
+    lab_ip: str
+    lab_port: int
+    """The port of the server named `default`."""
+    limits: Limits = UNLIMITED
+    idle_timeout: float | None = None
+    max_age: float | None = None
+    allowed_roots: tuple[Path, ...] = ()
+    """Where the directories of servers may be; below the notebook directory alone when there is none."""
+    user: str | None = None
+    """The user of the machine that servers run as; None for the keeper's own."""
+
+    def notebooks_of(self, user: str | None) -> str:
+        """Return the notebook directory of a user."""
+        return resolved(self.notebook_dir, user)
+
+    def roots_of(self, user: str | None) -> list[str]:
+        """Return the directories within which a user's may be."""
+        return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
+
+
+class GatewayFields(Request):
+    """A Jupyter kernel gateway, and how to speak to it."""
+
+    url: HttpUrl = Field(ABSENT, description="Jupyter kernel gateway that runs the kernels.")
+    ws_url: WebsocketUrl = Field(ABSENT, description="The gateway's websocket URL; made from `url` when not given.")
+    auth_token: Line = Field(ABSENT, description="Token that the gateway asks for.")
+    auth_scheme: Line = Field(ABSENT, description="Authentication scheme of that token; `token` when not given.")
+    headers: Headers = Field({}, description="HTTP headers of each request to the gateway.")
+    ca_certs: PathText = Field(ABSENT, description="File with certificates to trust beside the system's.")
+    client_cert: PathText = Field(ABSENT, description="File with the certificate to show to the gateway.")
+    client_key: PathText = Field(ABSENT, description="File with the key of that certificate.")
+    validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
+    connect_timeout: Seconds = Field(ABSENT, description="Seconds to connect to the gateway.")
+    request_timeout: Seconds = Field(ABSENT, description="Seconds for a request to the gateway.")
+    required: bool = Field(
+        True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
+    )
+
+    FILES: ClassVar = ("ca_certs", "client_cert", "client_key")
+
+    def at(self, url: str) -> Gateway:
+        """Return the gateway at a URL, with these options."""
+        headers, scheme, token = dict(self.headers), self.auth_scheme, self.auth_token
+        given = next((header for header in headers if header.lower() == "authorization"), None)
+        if given is not None and token is None:
+            # Jupyter puts its own Authorization header over a given one: it must get this one as scheme and token.
+            scheme, _, token = headers.pop(given).partition(" ")
+        own = {"url", "ws_url", "headers", "auth_scheme", "auth_token"}
+        rest = {name: getattr(self, name) for name in type(self).model_fields.keys() - own}
+        return Gateway(url, self.ws_url or ws_url_of(url), headers=headers, auth_scheme=scheme, auth_token=token, **rest)
+
+
+class LimitFields(Request):
+    """What a server may use, with all its kernels and terminals."""
+
+    memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(ABSENT, description="Bytes of memory; at least 64 MiB.")
+    cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
+        ABSENT, description="Processors for all of them together; 1.5 is one and a half."
+    )
+    processes: Annotated[int, Field(ge=16, le=2**22)] = Field(ABSENT, description="Processes and threads.")
+
+
+FLAT: Final = {f"gateway_{name}": ("gateway", name) for name in GatewayFields.model_fields if name != "required"} | {
+    "require_gateway": ("gateway", "required"),
+    "memory_limit": ("limits", "memory"),
+    "cpu_limit": ("limits", "cpus"),
+    "process_limit": ("limits", "processes"),
+}
+"""The nested field of each flat name."""
+_FLAT_NAMES: Final = {place: flat for flat, place in FLAT.items()}
+
+
+class _Wanted(Request):
+    """What a server should be, but for its name. Everything has a default."""
+
+    root_dir: PathText = Field(
+        ABSENT,
+        validation_alias=AliasChoices("root_dir", "root-dir", "notebook_dir", "notebook-dir"),
+        description="Directory that the Lab shows; it must exist, within the keeper's allowed roots. A relative one is taken "
+        "from its notebook directory.",
+    )
+    base_url: BaseUrl = Field("/", description="Path prefix of the server.")
+    default_url: LandingPage = Field("/lab", description="Page that the server opens with, below its base_url.")
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(
+        ABSENT,
+        description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
+    )
+    env: Environment = Field({}, description="Environment variables for the server and its local kernels.")
+    labels: Labels = Field({}, description="For the caller's own use; the list can be filtered by them.")
+    limits: LimitFields = Field(ABSENT, description="What it may use. Default: the keeper's.")
+    user: User = Field(
+        ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."
+    )
+    idle_timeout: Duration | None = Field(
+        ABSENT,
+        description="Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, `1d12h`; 0 or null: never. "
+        "Default: the keeper's.",
+    )
+    max_age: Duration | None = Field(ABSENT, description="Time after which it is stopped, used or not, likewise.")
+    gateway: GatewayFields = Field(
+        ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
+    )
+    kernel_env: KernelEnvironment = Field(
+        {},
+        description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
+        "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
+    )
+    jupyter_options: JupyterOptions = Field(
+        default_factory=JupyterOptions,
+        description="Options of Jupyter's own, by their names in its configuration; see the schema `JupyterOptions`.",
+    )
+
+    _sent_as: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
+    """The flat name of each nested field that was sent by one."""
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _nest(cls, sent: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        nested, sent_as = _nested({} if sent is None else sent)
+        try:
+            made = handler(nested)
+        except ValidationError as error:
+            raise _as_sent(error, sent_as) from None
+        made._sent_as = sent_as
+        made._check()
+        return made
+
+    def _check(self) -> None:
+        """Check what no field can check alone, with the names that fields were sent by. Raises ValueError."""
+        check_sizes(self.env, self.kernel_env)
+
+    def _name(self, group: str, field: str) -> str:
+        """Return what to call a nested field in an error: as it was sent, or else as others of its group were."""
+        siblings_are_flat = any(place[0] == group for place in self._sent_as)
+        return _FLAT_NAMES[group, field] if siblings_are_flat else f"{group}.{field}"
+
+    def _names(self, group: str, names: Iterable[str]) -> str:
+        return ", ".join(sorted(self._name(group, name) for name in names))
+
+    def settled(self, defaults: Defaults, caller: Caller) -> Self:
+        """Return the same request as it comes to be on this machine, links resolved. Raises InvalidSpec, NotAllowed."""
+        for field in ("env", "kernel_env"):
+            for variable in loading(getattr(self, field)):
+                what = f"set the variable '{variable}' in {field}, which changes what code is loaded"
+                caller.needs(Scope.ADMIN, what, variable=variable)
+        user = caller.user(self.user, defaults.user)
+        roots = defaults.roots_of(user)
+        root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
+        if not holds(roots, root):
+            raise InvalidSpec.of("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
+        if re.fullmatch(ONE_LINE.pattern, root) is None:
+            raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
+        if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
+            raise InvalidSpec.of("root_dir", f"must be a directory that the keeper can read; {root} is none")
+        changed: dict[str, Any] = {"user": user, "root_dir": root}
+        if self.gateway is not None:
+            paths = {name: path for name in GatewayFields.FILES if (path := getattr(self.gateway, name)) is not None}
+            files = {name: self._file(name, path, roots, caller) for name, path in paths.items()}
+            changed["gateway"] = self.gateway.model_copy(update=files)
+        return self.model_copy(update=changed)
+
+    def _file(self, field: str, given: str, roots: Sequence[str], caller: Caller) -> str:
+        path, name = os.path.realpath(given), self._name("gateway", field)
+        if not holds(roots, path):
+            # Before it is looked at: whether there is such a file is for an admin alone to know.
+            caller.needs(Scope.ADMIN, f"use a file outside of {' and '.join(roots)} as {name}")
+        if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
+            raise InvalidSpec.of(name, "must be a file that the keeper can read")
+        return path
+
+    def whole(self, name: ServerName, defaults: Defaults) -> ServerSpec:
+        """Return the spec of a server of this name from a settled request."""
+        limits = self.limits or LimitFields()
+        asked = {one.name: getattr(limits, one.name) for one in fields(Limits)}
+        default_port = defaults.lab_port if name == DEFAULT_NAME else None
+        return ServerSpec(
+            name=name,
+            ip=defaults.lab_ip,
+            port=self.port if self.port is not None else default_port,
+            limits=Limits(**{one: getattr(defaults.limits, one) if value is None else value for one, value in asked.items()}),
+            gateway=None if self.gateway is None or self.gateway.url is None else self.gateway.at(self.gateway.url),
+            idle_timeout=self._rule("idle_timeout", defaults),
+            max_age=self._rule("max_age", defaults),
+            jupyter_options=self.jupyter_options.chosen(),
+            **{field: getattr(self, field) for field in _PLAIN},
+        )
+
+    def _rule(self, field: str, defaults: Defaults) -> float | None:
+        """Return what a rule allows; here null is not the same as nothing: it turns the rule off."""
+        chosen: float | None = getattr(self if field in self.model_fields_set else defaults, field)
+        return chosen or None
+
+
+_DERIVED: Final = frozenset({"port", "limits", "gateway", "idle_timeout", "max_age", "jupyter_options"})
+_PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields.keys()) - _DERIVED
+"""The fields of a request that a spec has as they are."""
+
+
+def _nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
+    """Return a body with its flat fields where they belong, and the flat name of each. Raises ValueError."""
+    if not isinstance(sent, dict):
+        return sent, {}
+    nested, sent_as = dict(sent), dict[tuple[str, str], str]()
+    for key in sent:
+        flat = key.replace("-", "_") if isinstance(key, str) else ""
+        if flat not in FLAT:
+            continue
+        group, field = place = FLAT[flat]
+        inside = nested.get(group, {})
+        if place in sent_as or not isinstance(inside, Mapping) or {field, field.replace("_", "-")} & inside.keys():
+            raise ValueError(f"{flat}: is {group}.{field} by another name; give it once")
+        nested[group] = {**inside, field: nested.pop(key)}
+        sent_as[place] = flat
+    return nested, sent_as
+
+
+def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> ValidationError:
+    """Return the error of a nested body with the names that its fields were sent by."""
+    found: list[InitErrorDetails] = []
+    for one in error.errors(include_url=False):
+        place, rest = one["loc"][:2], one["loc"][2:]
+        flat = sent_as.get((str(place[0]), str(place[1]).replace("-", "_"))) if len(place) > 1 else None
+        loc = one["loc"] if flat is None else (flat, *rest)
+        found.append(InitErrorDetails(type=one["type"], loc=loc, input=one["input"], ctx=one.get("ctx", {})))
+    return ValidationError.from_exception_data(error.title, found)
+
+
+class _New(_Wanted):
+    """What servers should be that are to be made: nothing of them is there yet."""
+
+    def specs_of(self, names: Sequence[str], defaults: Defaults, caller: Caller) -> list[ServerSpec]:
+        """Return a spec for each name, paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        settled = self.settled(defaults, caller)
+        specs = [settled.whole(server_name(name), defaults) for name in names]
+        for spec in specs:
+            caller.needs_spec(spec)
+        return specs
+
+    def _check(self) -> None:
+        super()._check()
+        gateway = self.gateway
+        if gateway is not None and gateway.url is None:
+            options = self._names("gateway", gateway.model_fields_set)
+            raise ValueError(f"{options or 'gateway'}: only together with {self._name('gateway', 'url')}")
+        if gateway is not None and gateway.client_key is not None and gateway.client_cert is None:
+            raise ValueError(f"{self._name('gateway', 'client_key')}: only together with {self._name('gateway', 'client_cert')}")
+
+
+class _Named(Request):
+    """Whose field comes before all others."""
+
+    name: Name = DEFAULT_NAME
+
+
+class ServerRequest(_New, _Named):
+    """What a server should be. Everything has a default."""
+
+    model_config = ConfigDict(
+        json_schema_extra=such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
+    )
+
+    def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
+        """Return the spec, its paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        (spec,) = self.specs_of([self.name], defaults, caller)
+        return spec
+
+
+class BulkRequest(_New):
+    """Many servers of one kind."""
+
+    model_config = ConfigDict(json_schema_extra=such_as({"names": ["alice", "bob"], "idle_timeout": "2h"}))
+
+    names: Annotated[list[Name], Field(min_length=1, max_length=200, description="Names of the servers, each once.")]
+
+    def _check(self) -> None:
+        super()._check()
+        if len(set(self.names)) < len(self.names):
+            raise ValueError("names: each must be given once")
+        if self.port is not None and len(self.names) > 1:
+            raise ValueError("port: only one server can have it; leave it out, and each takes a free one")
+
+    def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
+        """Return the specs, in the order of the names. Raises InvalidSpec, NotAllowed."""
+        return self.specs_of(self.names, defaults, caller)
+
+
+class RestartRequest(_Wanted):
+    """What is to be otherwise from the next launch on. What is absent stays as it is."""
+
+    model_config = ConfigDict(json_schema_extra=such_as({}, {"labels": {"team": "chemistry"}}))
+
+    keep_kernels: bool = Field(
+        default=False,
+        description="Whether the kernels on the server's gateway live on, and are the next launch's with their sessions.",
+    )
+
+    def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
+        """Return the spec that is to follow another; None where nothing is given. Raises InvalidSpec, NotAllowed."""
+        given = self.model_fields_set - {"keep_kernels"}
+        if not given:
+            return None
+        # What stays decides, too, whether it may be so: a server of another user, or in a directory that is allowed no more.
+        stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
+        request = self.model_copy(update=stays).settled(defaults, caller)
+        whole = request.whole(spec.name, defaults)
+        limits = {name: getattr(whole.limits, name) for name in (self.limits.model_fields_set if self.limits else ())}
+        plain = {name: getattr(whole, name) for name in given - {"limits", "gateway"}}
+        gateway = request.revised_gateway(spec.gateway, whole.gateway)
+        revised = replace(spec, **plain, limits=replace(spec.limits, **limits), gateway=gateway)
+        caller.needs_spec(revised)
+        return revised
+
+    def revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
+        """Return the gateway from the next launch on: the old one as far as this says nothing of it. Raises InvalidSpec."""
+        touched = set(self.gateway.model_fields_set) if self.gateway is not None else set()
+        if not touched:
+            return old
+        if new is not None and (old is None or old.url != new.url):
+            # Nothing is carried over: the token of one gateway is none of another's business.
+            return new
+        if old is None:
+            names, url = self._names("gateway", touched), self._name("gateway", "url")
+            raise InvalidSpec.of(names, f"only together with {url}: the server has no gateway")
+        given = self.gateway.at(old.url)
+        if "auth_token" not in touched and given.auth_token is not None:
+            # It came as a header.
+            touched |= {"auth_token", "auth_scheme"}
+        merged = replace(old, **{name: getattr(given, name) for name in touched})
+        if merged.client_key is not None and merged.client_cert is None:
+            name, other = self._name("gateway", "client_key"), self._name("gateway", "client_cert")
+            raise InvalidSpec.of(name, f"only together with {other}")
+        return merged
+
+
+def ws_url_of(url: str) -> str:
+    """Return the websocket URL of a gateway: the scheme changed, and nothing else (Jupyter would change every "http" in it)."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme={"http": "ws", "https": "wss"}[parts.scheme]))
