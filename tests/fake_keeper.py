@@ -18,7 +18,8 @@ from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.schema.answers import Server
 from labkeeper.schema.servers import Defaults
-from labkeeper.testing.fakes import FakeBackend, MemoryOrphans, MemoryStore, NoCulling, PassingPreflight, World
+from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, NoCulling, PassingPreflight
+from labkeeper.testing.world import FakeBackend, World
 
 TOKEN = "a-token-of-the-tests"
 """The owner's."""

@@ -10,9 +10,9 @@ import sys
 import pytest
 
 from harness import KeeperProcess, until
-from labkeeper.backends.local import limits
+from labkeeper.backends.local import hierarchies
 
-PIDS = {**limits._version_1(), **limits._version_2()}.get("pids") if sys.platform == "linux" else None
+PIDS = {**hierarchies.version_1(), **hierarchies.version_2()}.get("pids") if sys.platform == "linux" else None
 needs_group = pytest.mark.skipif(PIDS is None, reason="needs control groups, and one for processes that can be written")
 
 

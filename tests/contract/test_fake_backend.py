@@ -8,7 +8,8 @@ from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Ready, Seen
 from labkeeper.core.server import Exit, StopMethod
 from labkeeper.testing.contract import BackendContract
-from labkeeper.testing.fakes import FakeBackend, World, a_spec
+from labkeeper.testing.fakes import a_spec
+from labkeeper.testing.world import FakeBackend, World
 
 
 class FakeRig:

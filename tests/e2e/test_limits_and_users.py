@@ -30,10 +30,10 @@ from harness import (
     start_kernel,
     until,
 )
-from labkeeper.backends.local import limits
+from labkeeper.backends.local import hierarchies, limits
 
 USER = f"labkeeper-{os.getpid()}"
-FOUND = {**limits._version_1(), **limits._version_2()} if sys.platform == "linux" else {}
+FOUND = {**hierarchies.version_1(), **hierarchies.version_2()} if sys.platform == "linux" else {}
 
 pytestmark = pytest.mark.root
 needs_groups = pytest.mark.skipif(

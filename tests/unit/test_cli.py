@@ -31,7 +31,7 @@ from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.server import OwnKernel
 from labkeeper.settings import Settings
-from labkeeper.testing.fakes import World
+from labkeeper.testing.world import World
 
 COMMANDS = sorted(cli.commands)
 ASKING = ["start", "ls", "show", "stop", "restart", "logs", "open", "version"]

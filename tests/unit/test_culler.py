@@ -16,7 +16,8 @@ from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryKind, Origin
 from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
 from labkeeper.culler import Culler
-from labkeeper.testing.fakes import FakeBackend, FakeClock, Notes, a_spec
+from labkeeper.testing.fakes import FakeClock, Notes, a_spec
+from labkeeper.testing.world import FakeBackend
 from labkeeper.threads import ThreadGroup
 
 PERIOD = 30.0

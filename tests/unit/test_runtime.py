@@ -18,7 +18,8 @@ from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick, 
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
-from labkeeper.testing.fakes import FakeBackend, FakeClock, MemoryOrphans, MemoryStore, PassingPreflight, World, a_spec
+from labkeeper.testing.fakes import FakeClock, MemoryOrphans, MemoryStore, PassingPreflight, a_spec
+from labkeeper.testing.world import FakeBackend, World
 
 ONE, TWO = ServerName("one"), ServerName("two")
 OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None))

@@ -12,7 +12,8 @@ from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import Load, Snapshot
 from labkeeper.runtime import SystemClock
-from labkeeper.testing.fakes import FakeBackend, World, a_spec
+from labkeeper.testing.fakes import a_spec
+from labkeeper.testing.world import FakeBackend, World
 from labkeeper.threads import ThreadGroup
 
 

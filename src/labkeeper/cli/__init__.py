@@ -11,7 +11,7 @@ import sys
 
 import click
 
-from labkeeper.cli import access, culling, keeper, servers
+from labkeeper.cli import access, culling, history, keeper, links, servers, start
 from labkeeper.cli.errors import Group
 from labkeeper.cli.options import Where, examples, where_options
 
@@ -23,18 +23,18 @@ from labkeeper.cli.options import Where, examples, where_options
         keeper.version,
         access.token,
         access.whoami,
-        servers.start,
+        start.start,
         servers.ls,
         servers.show,
         servers.stop,
         servers.restart,
         servers.rotate_token,
-        servers.logs,
-        servers.events,
+        history.logs,
+        history.events,
         culling.idle,
         culling.snooze,
-        servers.link,
-        servers.open_,
+        links.link,
+        links.open_,
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(

@@ -1,22 +1,19 @@
-"""Commands about servers: `start`, `ls`, `show`, `stop`, `restart`, `rotate-token`, `logs`, `events`, `link`, `open`."""
+"""Commands about servers: ls, show, stop, restart, rotate-token."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
-from labkeeper.cli.options import Size, Where, as_json_option, examples, name_argument, pairs_of, wait_option, where_options
+from labkeeper.cli.options import Where, as_json_option, examples, name_argument, wait_option, where_options
 from labkeeper.cli.output import (
     ago,
     coloured,
@@ -27,200 +24,16 @@ from labkeeper.cli.output import (
     put,
     say,
     show_log_tail,
-    styled,
     waiting,
 )
+from labkeeper.cli.start import show_started
 from labkeeper.core.durations import format_duration
-from labkeeper.core.errors import ClientError, Conflict, LabkeeperError, ServerNotFound, StartFailed
+from labkeeper.core.errors import ClientError, LabkeeperError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Event, Gateway, Limit, Server, Usage
-
-
-@click.command(
-    epilog=examples(
-        "labkeeper start",
-        "labkeeper start demo --root-dir courses/demo --label team=blue -o ServerApp.terminals_enabled=false",
-        "labkeeper start ada bob eve --label course=5",
-        "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
-        'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
-    )
-)
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option(
-    "--root-dir",
-    metavar="PATH",
-    help="Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, if the keeper is on this "
-    "machine, else from its notebook directory.",
-)
-@click.option("--gateway-url", metavar="URL", help="Jupyter kernel gateway that runs the kernels.")
-@click.option("--no-require-gateway", is_flag=True, help="Start also when the gateway cannot be used.")
-@click.option("--kernel-env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the kernels only; repeatable.")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Port of the Lab, and no other.")
-@click.option("--base-url", metavar="PATH", help="Path prefix of the Lab.")
-@click.option("--default-url", metavar="PATH", help="Page to open with.  [default: /lab]")
-@click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the Lab and its kernels; repeatable.")
-@click.option(
-    "-o",
-    "--option",
-    "jupyter_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
-)
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label, to filter lists by; repeatable.")
-@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Memory for the Lab with its kernels, as 2G or 512MiB.")
-@click.option("--cpu-limit", type=click.FloatRange(0.01), metavar="N", help="Processors for them; 1.5 is one and a half.")
-@click.option("--process-limit", type=click.IntRange(16), metavar="N", help="Processes and threads of them.")
-@click.option("--idle-timeout", metavar="TIME", help="Stop it when nobody has used it for so long, as 90m or 2h; 0: never.")
-@click.option("--max-age", metavar="TIME", help="Stop it after so long, used or not; 0: never.")
-@click.option("--user", metavar="NAME", help="User to run as; needs a keeper that runs as root.")
-@click.option(
-    "--json-spec",
-    type=click.File(encoding="utf-8"),
-    metavar="FILE",
-    help="Request as JSON, `-` for stdin; the options win over it.",
-)
-@wait_option
-@as_json_option
-@where_options
-@click.pass_obj
-def start(
-    where: Where, /, names: tuple[str, ...], *, wait: float | None, as_json: bool, json_spec: IO[str] | None, **options: Any
-) -> int:
-    """Start servers, new or stopped, and print their links. NAME is `default` when not given.
-
-    Starting what already runs is no error.
-
-    Several are of one kind, and start beside each other, as many at a time as the keeper lets; the exit code is that of the first
-    that could not be started, and 1 when some were not ready in time.
-    """
-    fields = _spec(json_spec) | _fields(options) | ({"name": names[0]} if len(names) == 1 else {})
-    as_it_was = json_spec is None and not fields.keys() - {"name"}
-    with connected(where) as (client, is_here):
-        if is_here and options["root_dir"]:
-            fields["root_dir"] = os.path.abspath(Path(options["root_dir"]).expanduser())  # noqa: PTH100 - links are kept as given
-        if len(names) > 1:
-            return _start_many(client, tuple(dict.fromkeys(names)), fields, wait, as_it_was=as_it_was, as_json=as_json)
-        name = fields.get("name", DEFAULT_NAME)
-        with waiting(lambda: _progress(client, [name])):
-            server = _start(client, fields, wait, as_it_was=as_it_was)
-    _show_started(server, as_json)
-    return 0
-
-
-def _progress(client: Client, names: Sequence[str]) -> str:
-    """Say how far a start has come."""
-    try:
-        found = [server for server in client.list() if server.name in names]
-    except LabkeeperError:
-        found = []
-    if len(names) > 1:
-        ready, queued = (sum(server.state == state for server in found) for state in (State.RUNNING, State.QUEUED))
-        return f"starting {len(names)} servers: {ready} ready, {queued} queued"
-    place = next((server.queue_position for server in found), None)
-    return f"starting '{names[0]}'" + (f", number {place} in the queue" if place else "")
-
-
-def _start_many(
-    client: Client, names: Sequence[str], fields: dict[str, Any], wait: float | None, *, as_it_was: bool, as_json: bool
-) -> int:
-    """Start all, those that are there already as they are where nothing else is asked for; give the exit code."""
-    with waiting(lambda: _progress(client, names)):
-        there = {server.name for server in client.list()} & {*names} if as_it_was else set()
-        results: dict[str, Server | LabkeeperError] = {name: _asked(client, name) for name in names if name in there}
-        new = [name for name in names if name not in there]
-        for at in range(0, len(new), _MOST_AT_ONCE):
-            for one in client.start_many(new[at : at + _MOST_AT_ONCE], wait=wait, **fields):
-                results[one.name] = one.server or one.error or LabkeeperError(f"cannot start server '{one.name}'")
-        for name in there:
-            results[name] = _ready(client, results[name], wait)
-    codes = []
-    for name in names:
-        match results[name]:
-            case LabkeeperError() as error:
-                codes.append(complain_of(error))
-            case server:
-                _show_started(server, as_json)
-                codes.append(0 if server.state == State.RUNNING else 1)
-    return next(filter(None, codes), 0)
-
-
-_MOST_AT_ONCE: Final = 200
-"""Names in one request; the API takes no more."""
-_LONGEST_WAIT: Final = 3600.0
-"""Seconds; the same."""
-
-
-def _asked(client: Client, name: str) -> Server | LabkeeperError:
-    """Ask for one that is there already, and do not wait."""
-    try:
-        return client.start(name, wait=0)
-    except ClientError:
-        raise
-    except LabkeeperError as error:
-        return error
-
-
-def _ready(client: Client, asked: Server | LabkeeperError, wait: float | None) -> Server | LabkeeperError:
-    """Wait for one that was asked for."""
-    if isinstance(asked, LabkeeperError) or asked.state == State.RUNNING:
-        return asked
-    server = client.get(asked.name, wait_for=State.RUNNING, wait=_LONGEST_WAIT if wait is None else wait)
-    if server.failure is None or server.state != State.FAILED:
-        return server
-    return StartFailed(server.failure.message, log_tail=server.failure.log_tail)
-
-
-def _spec(file: IO[str] | None) -> dict[str, Any]:
-    if file is None:
-        return {}
-    try:
-        spec = json.load(file)
-    except ValueError as error:
-        raise click.BadParameter(f"not JSON: {error}", param_hint="'--json-spec'") from error
-    if not isinstance(spec, dict):
-        raise click.BadParameter("not a JSON object", param_hint="'--json-spec'")
-    return {key.replace("-", "_"): value for key, value in spec.items()}
-
-
-_PAIRS: Final = {"env": "--env", "kernel_env": "--kernel-env", "labels": "--label"}
-"""Options of `KEY=VALUE`, by the field that they fill."""
-
-
-def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    pairs = {name: pairs_of(option, options.pop(name)) for name, option in _PAIRS.items()}
-    set_ = {
-        "jupyter_options": {name: _value(text) for name, text in pairs_of("--option", options.pop("jupyter_options")).items()}
-    }
-    required = {"require_gateway": False} if options.pop("no_require_gateway") else {}
-    return {name: value for name, value in (options | pairs | set_).items() if value} | required
-
-
-def _value(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not JSON, such as true, 10 or 0.5", param_hint="'--option'") from error
-
-
-def _start(client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool) -> Server:
-    if as_it_was:
-        # Only its name was given: whatever it was made of is to be started again, not compared with the defaults.
-        with suppress(ServerNotFound):
-            return client.start(fields.get("name", DEFAULT_NAME), wait=wait)
-    return client.create(fields, wait=wait)
-
-
-def _show_started(server: Server, as_json: bool) -> None:
-    if as_json:
-        print_json(server)
-    elif server.lab_url is not None:
-        put(server.lab_url)
-    else:
-        say(f"server '{server.name}' is {server.state}; `labkeeper show {server.name}` tells more")
+    from labkeeper.client import Client, Gateway, Limit, Server, Usage
 
 
 @click.command(epilog=examples("labkeeper ls --state running --label team=blue", "labkeeper ls --json | jq -r '.servers[].name'"))
@@ -444,56 +257,7 @@ def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, 
     """Stop a server if it runs, start it, and print its new link."""
     with connected(where) as (client, _), waiting(f"restarting '{name}'"):
         server = client.restart(name, keep_kernels=keep_kernels, wait=wait)
-    _show_started(server, as_json)
-
-
-@click.command(epilog=examples("labkeeper logs -n 20", "labkeeper logs demo -f"))
-@name_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new line until the server has ended.")
-@click.option("-n", "--tail", type=click.IntRange(0, 1_000_000), metavar="N", help="Lines from the end.  [default: 200]")
-@where_options
-@click.pass_obj
-def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
-    """Print the log of a server; it is kept after its end."""
-    with connected(where) as (client, _):
-        if follow:
-            for line in client.follow(name, tail=tail):
-                put(line)
-        else:
-            put(client.logs(name, tail=tail), nl=False)
-
-
-@click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
-@click.argument("name", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the keeper ends.")
-@click.option(
-    "-n", "--tail", type=click.IntRange(1, 1000), default=30, show_default=True, metavar="N", help="Events from the end."
-)
-@as_json_option
-@where_options
-@click.pass_obj
-def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: bool) -> None:
-    """Tell what happened, to one server or to all, and who set it off.
-
-    The history of a server is kept when it is deleted. With --json, one event a line.
-    """
-    with connected(where) as (client, _):
-        newest = client.events(name, limit=tail)
-        for event in newest:
-            _show_event(event, as_json)
-        if follow:
-            # Of all servers: what comes between the two questions belongs to the second one.
-            last = max((event.id for event in newest), default=0)
-            for event in client.follow_events(name, after=last):
-                _show_event(event, as_json)
-
-
-def _show_event(event: Event, as_json: bool) -> None:
-    if as_json:
-        put(event.model_dump_json())
-        return
-    by = "" if event.actor == "keeper" else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
-    put(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")
+    show_started(server, as_json)
 
 
 @click.command("rotate-token", epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"))
@@ -509,61 +273,7 @@ def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: boo
     """
     with connected(where) as (client, _), waiting(f"launching '{name}' again"):
         server = client.rotate_token(name, wait=wait)
-    _show_started(server, as_json)
-
-
-@click.command(epilog=examples("labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"))
-@name_argument
-@click.option("--expires", "expires_in", metavar="TIME", help="Time from now; at most 1h.  [default: 60s]")
-@click.option("--page", metavar="PATH", help="Page to open.  [default: the server's own]")
-@as_json_option
-@where_options
-@click.pass_obj
-def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool) -> None:
-    """Print a link that opens a running Lab once.
-
-    The Lab's token is not in it: it is worth nothing once it was used, or when its time is over.
-    """
-    with connected(where) as (client, _), waiting("asking"):
-        made = client.link(name, expires_in=expires_in, page=page)
-    if as_json:
-        print_json(made)
-    else:
-        put(made.url)
-
-
-@click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
-@name_argument
-@click.option("--print", "print_only", is_flag=True, help="Only print the link, with its token.")
-@where_options
-@click.pass_obj
-def open_(where: Where, /, name: str, print_only: bool) -> None:
-    """Open a running server in the browser."""
-    with connected(where) as (client, _), waiting(f"waiting for '{name}'"):
-        server = client.get(name)
-        if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
-            server = client.get(name, wait_for=State.RUNNING)
-        if server.lab_url is None:
-            raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))
-        # A browser is told what to open on its command line, which all users of the machine can read: no token there.
-        once = None if print_only else client.link(name).url
-    if once is None or not _browse(once):
-        put(server.lab_url)
-
-
-_CLOSED: Final = {
-    False: "cannot open server '{0.name}': it is {0.state}; `labkeeper start {0.name}` starts it",
-    True: "cannot open server '{0.name}': your token is for reading; one with the scope 'manage' opens it",
-}
-
-
-def _browse(link: str) -> bool:
-    import webbrowser  # noqa: PLC0415 - late
-
-    if webbrowser.open(link):
-        return True
-    say("cannot find a browser here; open this link:")
-    return False
+    show_started(server, as_json)
 
 
 def _address(server: Server) -> str:

@@ -40,7 +40,7 @@ from labkeeper.core.server import FailureClass, Kernel, StopMethod
 from labkeeper.runtime import Keeper
 from labkeeper.schema import answers
 from labkeeper.schema.servers import GatewayFields, ServerRequest
-from labkeeper.testing.fakes import World
+from labkeeper.testing.world import World
 
 URL = "http://keeper"
 

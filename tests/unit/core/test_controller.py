@@ -21,7 +21,8 @@ from labkeeper.core.server import (
     StopReport,
 )
 from labkeeper.core.spec import Gateway, ServerName
-from labkeeper.testing.fakes import FakeClock, FakeProcess, a_spec
+from labkeeper.testing.fakes import FakeClock, a_spec
+from labkeeper.testing.world import FakeProcess
 
 ENDPOINT = FakeProcess(a_spec("lab"), generation=1, pid=7, port=8888).endpoint
 OOPS = Failure(FailureClass.IMPORT_ERROR, "no module named jupyterlab", Exit(code=1), ("Traceback", "ImportError"))

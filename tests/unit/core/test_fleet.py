@@ -36,17 +36,8 @@ from labkeeper.core.messages import (
 from labkeeper.core.ports import Capacity, Reserve
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
 from labkeeper.core.spec import Gateway
-from labkeeper.testing.fakes import (
-    FakeBackend,
-    FakeClock,
-    InlineExecutor,
-    MemoryOrphans,
-    MemoryStore,
-    PassingPreflight,
-    Recorder,
-    World,
-    a_spec,
-)
+from labkeeper.testing.fakes import FakeClock, InlineExecutor, MemoryOrphans, MemoryStore, PassingPreflight, Recorder, a_spec
+from labkeeper.testing.world import FakeBackend, World
 
 
 class Bench:

@@ -19,18 +19,8 @@ from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, Goal, State
 from labkeeper.core.messages import Create, Order, Tick
 from labkeeper.core.server import Exit, OwnKernel
 from labkeeper.core.spec import Gateway
-from labkeeper.testing.fakes import (
-    FakeBackend,
-    FakeClock,
-    InlineExecutor,
-    MemoryOrphans,
-    MemoryStore,
-    PassingPreflight,
-    Recorder,
-    Temper,
-    World,
-    a_spec,
-)
+from labkeeper.testing.fakes import FakeClock, InlineExecutor, MemoryOrphans, MemoryStore, PassingPreflight, Recorder, a_spec
+from labkeeper.testing.world import FakeBackend, Temper, World
 
 EVERY = ("one", "two", "three")
 NAMES = st.sampled_from(EVERY)

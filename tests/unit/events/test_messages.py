@@ -10,7 +10,8 @@ from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryKind
 from labkeeper.core.server import Exit, Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
 from labkeeper.events import messages
-from labkeeper.testing.fakes import FakeProcess, a_spec
+from labkeeper.testing.fakes import a_spec
+from labkeeper.testing.world import FakeProcess
 
 CRASH = Failure(FailureClass.KILLED, "server 'lab' ended (killed by SIGKILL)", Exit(signal="SIGKILL"), ("a line",))
 BASE = Snapshot(a_spec("lab"), State.STOPPED, Goal.UP, since=10.0, created_at=1.0, generation=2)

@@ -14,7 +14,8 @@ from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.messages import Ended, Ready, Report, Vetoed
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, Session
 from labkeeper.gateways.preflight import GatewayPreflight
-from labkeeper.testing.fakes import FakeProcess, a_spec
+from labkeeper.testing.fakes import a_spec
+from labkeeper.testing.world import FakeProcess
 
 KERNEL = OwnKernel("k1", (Session("a.ipynb", "a.ipynb", "notebook"),))
 SPEC = replace(a_spec("lab"), gateway=a_gateway())

@@ -6,8 +6,6 @@ server is ready, then until it ends, then removes what is left of it, and report
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import os
 import secrets
@@ -17,7 +15,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Final, Literal
+from typing import Literal
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -33,6 +31,7 @@ from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.local.limits import ControlGroups, Enforced
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.memory import free_memory
+from labkeeper.backends.local.ports import hold_port
 from labkeeper.backends.local.processes import boot_id
 from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
 from labkeeper.backends.local.supervisor import ProcessSupervisor, Site
@@ -49,8 +48,6 @@ from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import base_config, base_environment, launch_config, launch_environment
 from labkeeper.scrub import TOKEN_BYTES, of_server
 from labkeeper.threads import ThreadGroup
-
-_UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 _log = structlog.get_logger("labkeeper.backends.local.backend")
 
@@ -131,7 +128,7 @@ class LocalBackend:
             # Here, and not when the fleet's thread logs that the launch has failed.
             of_server(spec.name).prepare()
             self._clear(spec.name)
-            hold = _hold_port(spec)
+            hold = hold_port(spec)
             try:
                 self._supervise(self._launch(spec, generation, hold), given)
             except BaseException:
@@ -403,45 +400,3 @@ def _unavailable(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise BackendUnavailable(f"cannot {what} now: {error}") from error
-
-
-def _hold_port(spec: ServerSpec) -> socket.socket:
-    """Bind the port without listening, so that it is given to no program that asks for a free one until Jupyter has it.
-
-    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen: Jupyter,
-    and whoever else sets it. Elsewhere it would be in the way, and is closed again at once.
-    Raises BackendRefused where the port is taken, OSError where we can have no socket at all.
-    """
-    other = find_user(spec)
-    family = socket.AF_INET6 if ":" in spec.ip else socket.AF_INET
-    hold = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if other is not None and spec.port is not None and spec.port < _first_free_for_all():
-            # The keeper is root, and has the right that the server's user has not.
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        hold.bind((spec.ip, spec.port or 0))
-    except PermissionError as error:
-        hold.close()
-        who = "the keeper's user" if other is None else f"user '{spec.user}'"
-        raise BackendRefused(
-            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
-            f"ask for a port from {_first_free_for_all()} on",
-            failure_class=FailureClass.CONFIG_ERROR,
-        ) from error
-    except OSError as error:
-        hold.close()
-        kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
-        raise BackendRefused(
-            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not to be had ({error.strerror}); "
-            "end what holds it, or ask for another port",
-            failure_class=kind,
-        ) from error
-    return hold
-
-
-def _first_free_for_all() -> int:
-    """Give the lowest port that everybody may listen on, as ip(7) has it."""
-    with contextlib.suppress(OSError, ValueError):
-        return int(_UNPRIVILEGED.read_text())
-    return 1024

@@ -14,47 +14,55 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Final, TypeVar
 
 import structlog
 
 from labkeeper import shortage
+from labkeeper.backends.local.hierarchies import (
+    Hierarchy,
+    LimitedBy,
+    all_mounts,
+    base_of_all,
+    is_own,
+    listed,
+    move,
+    parts,
+    version_1,
+    version_2,
+)
 from labkeeper.backends.local.processes import sees, spared
 from labkeeper.core.spec import Limits, ServerName, server_name
 
 _PERIOD: Final = 100_000
 """Microseconds over which processor time is counted; the kernel's own default."""
-_LEAF: Final = "labkeeper-keeper"
-"""Where the keeper itself moves: under version 2 a group that limits its groups holds no process. In deploy/limits.conf, too."""
+
+
 _GONE_WITHIN: Final = 1.0
 """Seconds in which the kernel lets go of a group whose processes have ended."""
+
+
 _KILL: Final = "cgroup.kill"
 """The file by which Linux ends all of a group (version 2, since 5.14)."""
+
+
 _STILL: Final = (("cgroup.freeze", "1"), ("pids.max", "0"))
 """Files, and what to write there, by which a group without that one can at least start nothing any more."""
+
+
 _MEMORY_EVENTS: Final = ("memory.events", "memory.oom_control")
 """Where a group counts its processes that were killed for want of memory: under version 2, and version 1."""
+
+
 _KILLED: Final = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 """How they, and `/proc/vmstat`, tell the number."""
-_USED: Final = ("memory", "cpu", "pids", "freezer")
-"""The controllers of version 1 that we have a use for."""
+
 
 _log = structlog.get_logger("labkeeper.backends.local.limits")
-
-
-class LimitedBy(StrEnum):
-    """What holds a limit."""
-
-    CGROUP2 = "cgroup2"
-    CGROUP1 = "cgroup1"
-    RLIMIT = "rlimit"
-    """For each process by itself."""
-    NOTHING = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,14 +74,6 @@ class Enforced:
     members: tuple[str, ...] = ()
     """Files that its process writes its pid into."""
     rlimits: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Hierarchy:
-    """Where groups can be made for one controller."""
-
-    version: LimitedBy
-    base: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +109,10 @@ class ControlGroups:
         self._runtime_dir = runtime_dir
         self._prefix = f"labkeeper-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:8]}-"
         # At once: a group of version 2 can be divided only as long as we are alone in it.
-        older, newer = _version_1(self._prefix), _version_2(self._prefix)
+        older, newer = version_1(self._prefix), version_2(self._prefix)
         self._hierarchies = {**older, **newer}
         """By controller."""
-        self._base = _base_of_all(older, self._prefix)
+        self._base = base_of_all(older, self._prefix)
         """Where servers without limits have their groups; None where we cannot make any."""
         self._earlier = self._left_elsewhere()
         """Groups that an earlier keeper made, which ran in another group than we do."""
@@ -150,7 +150,7 @@ class ControlGroups:
             hierarchy = self._base.stat().st_dev
             if pid not in _pids(group for group in self._of(name) if group.stat().st_dev == hierarchy):
                 group.mkdir(exist_ok=True)
-                _move(pid, group / "cgroup.procs")
+                move(pid, group / "cgroup.procs")
         except ProcessLookupError:
             pass  # It has died already.
         except OSError as error:
@@ -191,7 +191,7 @@ class ControlGroups:
                 with contextlib.suppress(OSError):
                     (group / _KILL).write_text("1")
                 continue
-            for part in _parts(group):
+            for part in parts(group):
                 for setting, value in _STILL:
                     if (part / setting).exists():
                         with contextlib.suppress(OSError):
@@ -217,7 +217,7 @@ class ControlGroups:
 
     def names(self) -> set[ServerName]:
         """Give the names of all servers that have a group."""
-        groups = (*self._earlier, *(group for base in self._bases for group in _listed(base)))
+        groups = (*self._earlier, *(group for base in self._bases for group in listed(base)))
         found = set()
         for group in groups:
             with contextlib.suppress(ValueError):
@@ -231,7 +231,7 @@ class ControlGroups:
             until = time.monotonic() + _GONE_WITHIN
             while group.exists():
                 with contextlib.suppress(OSError):
-                    for part in _parts(group):
+                    for part in parts(group):
                         part.rmdir()
                     break
                 if time.monotonic() > until:
@@ -251,10 +251,10 @@ class ControlGroups:
 
     def _left_elsewhere(self) -> AbstractSet[Path]:
         """Find groups of ours anywhere on the machine: a keeper that was started from another shell ran in another group."""
-        mounts = {mount for mount, kind, _ in _mounts() if kind in {"cgroup", "cgroup2"}}
+        mounts = {mount for mount, kind, _ in all_mounts() if kind in {"cgroup", "cgroup2"}}
         used = {mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)}
         found = {Path(place) for mount in used for place, _, _ in os.walk(mount) if Path(place).name.startswith(self._prefix)}
-        found = {group for group in found if group.parent not in self._bases and _is_own(group)}
+        found = {group for group in found if group.parent not in self._bases and is_own(group)}
         # Of an empty one nobody can tell whose it is.
         return {group for group in found if _pids([group]) and self._holds_ours(group)}
 
@@ -262,7 +262,7 @@ class ControlGroups:
         """Whether it is no group of a keeper in a container, whose runtime directory has the same path as ours."""
         return all(sees(pid, self._runtime_dir) for pid in _pids([group]))
 
-    def _make(self, hierarchy: _Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
+    def _make(self, hierarchy: Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
         group = hierarchy.base / f"{self._prefix}{name}"
         try:
             group.mkdir(exist_ok=True)
@@ -292,127 +292,10 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
         yield "processes", "pids", {LimitedBy.CGROUP2: files, LimitedBy.CGROUP1: files}
 
 
-def _version_1(*ours: str) -> dict[str, _Hierarchy]:
-    found = {}
-    mounts = {option: mount for mount, kind, options in _mounts() if kind == "cgroup" for option in options.split(",")}
-    for controllers, path in _memberships():
-        for controller in controllers:
-            if controller in _USED and controller in mounts and os.access(base := _own(mounts[controller], path, *ours), os.W_OK):
-                found[controller] = _Hierarchy(LimitedBy.CGROUP1, base)
-    return found
-
-
-def _version_2(*ours: str) -> dict[str, _Hierarchy]:
-    base = _base_2(*ours)
-    if base is None:
-        return {}
-    try:
-        controllers = [c for c in ("memory", "cpu", "pids") if c in (base / "cgroup.controllers").read_text().split()]
-        enabled = (base / "cgroup.subtree_control").read_text().split()
-        if missing := [controller for controller in controllers if controller not in enabled]:
-            _divide(base, missing)
-    except OSError as error:
-        # Other processes share our group, or it was not given to us to divide.
-        _log.info("control groups of version 2 cannot be used", group=str(base), error=str(error))
-        return {}
-    return {controller: _Hierarchy(LimitedBy.CGROUP2, base) for controller in controllers}
-
-
-def _base_2(*ours: str) -> Path | None:
-    """Give the group of version 2 that we run in."""
-    mount = next((mount for mount, kind, _ in _mounts() if kind == "cgroup2"), None)
-    path = next((path for controllers, path in _memberships() if controllers == [""]), None)
-    return None if mount is None or path is None else _own(mount, path, *ours)
-
-
-def _base_of_all(older: Mapping[str, _Hierarchy], *ours: str) -> Path | None:
-    """Give the group below which every server can have one: of version 2, also without a controller, else of version 1."""
-    base = _base_2(*ours)
-    if base is not None and os.access(base, os.W_OK):
-        return base
-    # By the first of these a group can be kept from growing.
-    return next((older[controller].base for controller in ("pids", "freezer") if controller in older), None)
-
-
-def _divide(base: Path, controllers: Sequence[str]) -> None:
-    """Let groups below ours be limited: we move out of it, into a leaf. Raises OSError, and then we are where we were."""
-    leaf = base / _LEAF
-    leaf.mkdir(exist_ok=True)
-    try:
-        (leaf / "cgroup.procs").write_text(str(os.getpid()))
-        (base / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in controllers))
-    except OSError:
-        with contextlib.suppress(OSError):
-            (base / "cgroup.procs").write_text(str(os.getpid()))
-            leaf.rmdir()
-        raise
-
-
-def _memberships() -> list[tuple[list[str], str]]:
-    """Read the groups that we are in: controllers (one empty name for version 2) and path. See cgroups(7)."""
-    with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
-        return [(controllers.split(","), path) for _, controllers, path in (line.split(":", 2) for line in lines)]
-    return []
-
-
-def _mounts() -> list[tuple[Path, str, str]]:
-    """Read what is mounted: place, type, options of the file system. See proc(5)."""
-    mounts = []
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-            before, _, after = line.partition(" - ")
-            kind, _, options = after.split(" ", 2)
-            mounts.append((Path(before.split(" ")[4]), kind, options))
-    return mounts
-
-
-def _own(mount: Path, path: str, *ours: str) -> Path:
-    """Give the directory of the group that we run in; a container sees its own group as the root of the mount.
-
-    From our leaf, and from a group whose name begins with one of `ours` (a keeper may be started in the terminal of one of its
-    servers), it is the one above.
-    """
-    base = mount / path.lstrip("/")
-    if not base.is_dir():
-        return mount
-    return base.parent if base.name.startswith((_LEAF, *ours)) else base
-
-
-def _move(pid: int, members: Path) -> None:
-    """Move a process into a group, and what it has started meanwhile. Raises OSError (ProcessLookupError: it is gone)."""
-    members.write_text(str(pid))
-    with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-        for children in Path(f"/proc/{pid}/task").glob("*/children"):
-            for child in children.read_text().split():
-                _move(int(child), members)
-
-
-def _is_own(group: Path) -> bool:
-    """Whether our user made a group: another one to whom some part of the hierarchy was given can make any of any name there."""
-    with contextlib.suppress(OSError):
-        return group.stat().st_uid == os.geteuid()
-    return False
-
-
-def _listed(group: Path) -> list[Path]:
-    """Give the groups that were made in a group. Raises OSError where no descriptor is free to look."""
-    with shortage.suppress_others(OSError):
-        return [path for path in group.iterdir() if path.is_dir()]
-    return []
-
-
-def _parts(group: Path) -> Iterator[Path]:
-    """Give a group and all below it, those below first."""
-    for part in _listed(group):
-        yield from _parts(part)
-    yield group
-
-
 def _pids(groups: Iterable[Path]) -> set[int]:
     """Give the pids of all processes in groups, and below them. Raises OSError where no descriptor is free to look."""
     found: set[int] = set()
-    for part in (part for group in groups for part in _parts(group)):
+    for part in (part for group in groups for part in parts(group)):
         with shortage.suppress_others(OSError):
             found.update(map(int, (part / "cgroup.procs").read_text().split()))
     return found

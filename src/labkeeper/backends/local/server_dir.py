@@ -21,7 +21,7 @@ from typing import Final, Literal
 
 from pydantic import AliasChoices, BaseModel, Field, ValidationError
 
-from labkeeper.backends.local.limits import LimitedBy
+from labkeeper.backends.local.hierarchies import LimitedBy
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerSpec
 from labkeeper.files import read_named, remove_tree, write_private

@@ -13,9 +13,10 @@ import psutil
 import pytest
 
 from harness import no_descriptors, until
-from labkeeper.backends.local import limits
+from labkeeper.backends.local import hierarchies, limits
 from labkeeper.backends.local.cleanup import end_leftovers
-from labkeeper.backends.local.limits import ControlGroups, Enforced, LimitedBy, MemoryKills
+from labkeeper.backends.local.hierarchies import LimitedBy
+from labkeeper.backends.local.limits import ControlGroups, Enforced, MemoryKills
 from labkeeper.core.spec import UNLIMITED, Limits, ServerName
 
 NAME = ServerName("a")
@@ -24,13 +25,13 @@ ALL = Limits(memory=2**28, cpus=1.5, processes=50)
 
 def can_limit(by):
     return (
-        all(hierarchy.version is by for hierarchy in {**limits._version_1(), **limits._version_2()}.values())
+        all(hierarchy.version is by for hierarchy in {**hierarchies.version_1(), **hierarchies.version_2()}.values())
         and {
             "memory",
             "cpu",
             "pids",
         }
-        <= {**limits._version_1(), **limits._version_2()}.keys()
+        <= {**hierarchies.version_1(), **hierarchies.version_2()}.keys()
     )
 
 
@@ -65,7 +66,7 @@ def spawn():
 
 @pytest.fixture
 def nothing_mounted(monkeypatch):
-    monkeypatch.setattr(limits, "_mounts", list)
+    monkeypatch.setattr(hierarchies, "all_mounts", list)
 
 
 @pytest.fixture
@@ -94,9 +95,9 @@ def test_what_is_not_limited_makes_no_group(groups):
 
 def test_a_hierarchy_that_cannot_be_written_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "memory").touch()
-    found = {"memory": limits._Hierarchy(LimitedBy.CGROUP1, tmp_path / "memory")}
-    monkeypatch.setattr(limits, "_version_1", lambda *_: found)
-    monkeypatch.setattr(limits, "_version_2", lambda *_: {})
+    found = {"memory": hierarchies.Hierarchy(LimitedBy.CGROUP1, tmp_path / "memory")}
+    monkeypatch.setattr(limits, "version_1", lambda *_: found)
+    monkeypatch.setattr(limits, "version_2", lambda *_: {})
     enforced = ControlGroups(tmp_path).limit(NAME, ALL, own_user=False)
     assert enforced.by == {"memory": "rlimit", "cpus": "nothing", "processes": "nothing"}
 
@@ -159,7 +160,7 @@ def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(monkeypatch, s
     if means == "pids":
         if not can_limit(LimitedBy.CGROUP1):
             pytest.skip("needs control groups of version 1 that can be written")
-        monkeypatch.setattr(limits, "_base_2", lambda *_: None)
+        monkeypatch.setattr(hierarchies, "_base_2", lambda *_: None)
     groups = ControlGroups(tmp_path)
     if means == "freeze" and not groups._base.joinpath("cgroup.procs").exists():
         pytest.skip("needs control groups of version 2")
@@ -274,7 +275,7 @@ def test_where_a_group_cannot_be_made_after_all_nothing_changes(monkeypatch, tmp
     """Its place is a file, say; or what is to be held has died already."""
     place, server = tmp_path / "place", spawn()
     place.touch()
-    monkeypatch.setattr(limits, "_base_of_all", lambda *_: place)
+    monkeypatch.setattr(limits, "base_of_all", lambda *_: place)
     ControlGroups(tmp_path).hold(NAME, server.pid)
     assert server.poll() is None
 
@@ -326,10 +327,10 @@ def test_servers_of_one_name_under_two_keepers_have_groups_of_their_own(groups, 
 
 def test_memberships_and_mounts_are_those_of_this_machine():
     """The controllers that the kernel names for us are those that it has, and each mount is a directory."""
-    memberships = limits._memberships()
+    memberships = hierarchies._memberships()
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     assert [f"{','.join(controllers)}:{path}" for controllers, path in memberships] == [line.partition(":")[2] for line in lines]
-    places = {mount for mount, kind, _ in limits._mounts() if kind.startswith("cgroup")}
+    places = {mount for mount, kind, _ in hierarchies.all_mounts() if kind.startswith("cgroup")}
     assert places == {
         Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2].startswith("cgroup")
     }

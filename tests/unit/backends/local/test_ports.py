@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from harness import low_ports_take_a_right
-from labkeeper.backends.local.backend import _hold_port
+from labkeeper.backends.local.ports import hold_port
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.spec import ServerName, ServerSpec
 
@@ -23,7 +23,7 @@ def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
     os.seteuid(65534)
     try:
         with pytest.raises(BackendRefused, match=r"no right to listen on port 81 on .*; ask for a port from") as refused:
-            _hold_port(spec(81))
+            hold_port(spec(81))
     finally:
         os.seteuid(0)
     assert refused.value.details["failure_class"] == "config-error"
@@ -31,5 +31,5 @@ def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
 
 def test_a_port_that_is_taken_is_said_to_be():
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BackendRefused, match="in use") as refused:
-        _hold_port(spec(taken.getsockname()[1]))
+        hold_port(spec(taken.getsockname()[1]))
     assert refused.value.details["failure_class"] == "port-in-use"

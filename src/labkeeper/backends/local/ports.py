@@ -1,0 +1,59 @@
+"""Holds the port of a server that starts, until the server listens there."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+from pathlib import Path
+from typing import Final
+
+from labkeeper.backends.local.accounts import find_user
+from labkeeper.core.errors import BackendRefused
+from labkeeper.core.server import FailureClass
+from labkeeper.core.spec import ServerSpec
+
+_UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
+
+
+def hold_port(spec: ServerSpec) -> socket.socket:
+    """Bind the port without listening, so that it is given to no program that asks for a free one until Jupyter has it.
+
+    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen: Jupyter,
+    and whoever else sets it. Elsewhere it would be in the way, and is closed again at once.
+    Raises BackendRefused where the port is taken, OSError where we can have no socket at all.
+    """
+    other = find_user(spec)
+    family = socket.AF_INET6 if ":" in spec.ip else socket.AF_INET
+    hold = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if other is not None and spec.port is not None and spec.port < _first_free_for_all():
+            # The keeper is root, and has the right that the server's user has not.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        hold.bind((spec.ip, spec.port or 0))
+    except PermissionError as error:
+        hold.close()
+        who = "the keeper's user" if other is None else f"user '{spec.user}'"
+        raise BackendRefused(
+            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
+            f"ask for a port from {_first_free_for_all()} on",
+            failure_class=FailureClass.CONFIG_ERROR,
+        ) from error
+    except OSError as error:
+        hold.close()
+        kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
+        raise BackendRefused(
+            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not to be had ({error.strerror}); "
+            "end what holds it, or ask for another port",
+            failure_class=kind,
+        ) from error
+    return hold
+
+
+def _first_free_for_all() -> int:
+    """Give the lowest port that everybody may listen on, as ip(7) has it."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(_UNPRIVILEGED.read_text())
+    return 1024

@@ -1,0 +1,67 @@
+"""Commands about what happened: logs, events."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from labkeeper.cli.connect import connected
+from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.output import (
+    put,
+    styled,
+)
+
+if TYPE_CHECKING:
+    from labkeeper.client import Event
+
+
+@click.command(epilog=examples("labkeeper logs -n 20", "labkeeper logs demo -f"))
+@name_argument
+@click.option("-f", "--follow", is_flag=True, help="Go on with each new line until the server has ended.")
+@click.option("-n", "--tail", type=click.IntRange(0, 1_000_000), metavar="N", help="Lines from the end.  [default: 200]")
+@where_options
+@click.pass_obj
+def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
+    """Print the log of a server; it is kept after its end."""
+    with connected(where) as (client, _):
+        if follow:
+            for line in client.follow(name, tail=tail):
+                put(line)
+        else:
+            put(client.logs(name, tail=tail), nl=False)
+
+
+@click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
+@click.argument("name", required=False)
+@click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the keeper ends.")
+@click.option(
+    "-n", "--tail", type=click.IntRange(1, 1000), default=30, show_default=True, metavar="N", help="Events from the end."
+)
+@as_json_option
+@where_options
+@click.pass_obj
+def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: bool) -> None:
+    """Tell what happened, to one server or to all, and who set it off.
+
+    The history of a server is kept when it is deleted. With --json, one event a line.
+    """
+    with connected(where) as (client, _):
+        newest = client.events(name, limit=tail)
+        for event in newest:
+            _show_event(event, as_json)
+        if follow:
+            # Of all servers: what comes between the two questions belongs to the second one.
+            last = max((event.id for event in newest), default=0)
+            for event in client.follow_events(name, after=last):
+                _show_event(event, as_json)
+
+
+def _show_event(event: Event, as_json: bool) -> None:
+    if as_json:
+        put(event.model_dump_json())
+        return
+    by = "" if event.actor == "keeper" else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
+    put(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")

@@ -1,0 +1,75 @@
+"""Commands that open a Lab: link, open."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import click
+
+from labkeeper.cli.connect import connected
+from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
+from labkeeper.cli.output import (
+    print_json,
+    put,
+    say,
+    waiting,
+)
+from labkeeper.core.errors import Conflict
+from labkeeper.core.lifecycle import State
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command(epilog=examples("labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"))
+@name_argument
+@click.option("--expires", "expires_in", metavar="TIME", help="Time from now; at most 1h.  [default: 60s]")
+@click.option("--page", metavar="PATH", help="Page to open.  [default: the server's own]")
+@as_json_option
+@where_options
+@click.pass_obj
+def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool) -> None:
+    """Print a link that opens a running Lab once.
+
+    The Lab's token is not in it: it is worth nothing once it was used, or when its time is over.
+    """
+    with connected(where) as (client, _), waiting("asking"):
+        made = client.link(name, expires_in=expires_in, page=page)
+    if as_json:
+        print_json(made)
+    else:
+        put(made.url)
+
+
+@click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
+@name_argument
+@click.option("--print", "print_only", is_flag=True, help="Only print the link, with its token.")
+@where_options
+@click.pass_obj
+def open_(where: Where, /, name: str, print_only: bool) -> None:
+    """Open a running server in the browser."""
+    with connected(where) as (client, _), waiting(f"waiting for '{name}'"):
+        server = client.get(name)
+        if server.state in {State.QUEUED, State.STARTING, State.BACKOFF}:
+            server = client.get(name, wait_for=State.RUNNING)
+        if server.lab_url is None:
+            raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))
+        # A browser is told what to open on its command line, which all users of the machine can read: no token there.
+        once = None if print_only else client.link(name).url
+    if once is None or not _browse(once):
+        put(server.lab_url)
+
+
+_CLOSED: Final = {
+    False: "cannot open server '{0.name}': it is {0.state}; `labkeeper start {0.name}` starts it",
+    True: "cannot open server '{0.name}': your token is for reading; one with the scope 'manage' opens it",
+}
+
+
+def _browse(link: str) -> bool:
+    import webbrowser  # noqa: PLC0415 - late
+
+    if webbrowser.open(link):
+        return True
+    say("cannot find a browser here; open this link:")
+    return False

@@ -1,0 +1,339 @@
+"""A backend without processes: tests steer the `World`, its machine, and `FakeBackend` is what a keeper has on it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final
+
+from labkeeper.core.errors import BackendRefused, BackendUnavailable
+from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
+from labkeeper.core.ports import Capacity
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OwnKernel, StopMethod, Usage
+from labkeeper.core.spec import ServerName, ServerSpec
+
+_FIRST_PID: Final = 1000
+
+
+_FIRST_PORT: Final = 49152
+
+
+@dataclass(slots=True)
+class Temper:
+    """How the processes under one name behave, and how well the machine answers about them."""
+
+    boots: bool = True
+    """Ready as soon as it is launched; else when the test calls `World.answer`."""
+    obeys: bool = True
+    """Ends when it is asked to; else only when it is told to."""
+    killable: bool = True
+    """Ends when it is told to; else only when the test lets it."""
+    refusal: BackendRefused | None = None
+    """Raised by each launch."""
+    reachable: bool = True
+    """While false every call raises BackendUnavailable, and does nothing."""
+    answers_lost: bool = False
+    """While true every call does its work, and then raises BackendUnavailable; nobody watches what it left."""
+
+
+@dataclass(slots=True, eq=False)
+class FakeProcess:
+    """One process in a world."""
+
+    spec: ServerSpec
+    generation: int
+    pid: int
+    port: int
+    answers: bool = False
+    kernels: tuple[OwnKernel, ...] = ()
+    """Kernels on its gateway; they end with it only when it is asked to end, and not told to keep them."""
+    method: StopMethod = StopMethod.NONE
+    """The last means that was used to end it."""
+    watcher: FakeBackend | None = None
+    watched_as: int = 0
+    """The launch number under which its watcher reports."""
+    greeted: bool = False
+    """Whether its watcher has been told that it is ready."""
+
+    @property
+    def name(self) -> ServerName:
+        """The name of its server."""
+        return self.spec.name
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where it would answer."""
+        return Endpoint(
+            base_url=self.spec.base_url,
+            hostname=self.spec.ip,
+            notebook_dir=self.spec.root_dir,
+            password=False,
+            pid=self.pid,
+            port=self.port,
+            secure=False,
+            token=f"token-of-{self.pid}",
+            url=f"http://{self.spec.ip}:{self.port}{self.spec.base_url}",
+            version="0",
+            launched_by="fake",
+        )
+
+
+@dataclass(slots=True)
+class World:
+    """A machine: its processes, logs and memory of ends outlive any one backend. Any thread may use it."""
+
+    processes: list[FakeProcess] = field(default_factory=list)
+    """Those that live."""
+    launched: list[tuple[ServerName, int]] = field(default_factory=list)
+    """Each process that ever began: its name and launch number, in order."""
+    ends: dict[ServerName, tuple[int, Ended]] = field(default_factory=dict)
+    """How the last process under a name ended; empty it, and nobody knows."""
+    logs: dict[ServerName, list[str]] = field(default_factory=dict)
+    kernels_ended: set[str] = field(default_factory=set)
+    """Ids of the kernels that servers ended on their gateway when they were asked to end."""
+    programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
+    """What runs in the terminals of a server; of one that is not here it cannot be known."""
+    capacity: Capacity | None = None
+    """How much memory there is; None if that is unknown."""
+    lock: threading.RLock = field(default_factory=threading.RLock)
+    _tempers: dict[str, Temper] = field(default_factory=dict)
+    _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
+    _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
+
+    def temper(self, name: ServerName | str) -> Temper:
+        """Give the temper of a name, to be changed in place."""
+        return self._tempers.setdefault(name, Temper())
+
+    def living(self, name: ServerName | str) -> list[FakeProcess]:
+        """Give the processes under a name; more than one is a bug of whoever launched them."""
+        with self.lock:
+            return [process for process in self.processes if process.name == name]
+
+    def answer(self, name: ServerName | str) -> None:
+        """Let what lives under a name answer from now on."""
+        with self.lock:
+            for process in self.living(name):
+                process.answers = True
+                _greet(process)
+
+    def silence(self, name: ServerName | str) -> None:
+        """Let what lives under a name answer no more."""
+        with self.lock:
+            for process in self.living(name):
+                process.answers = False
+
+    def leave(self, name: ServerName | str) -> None:
+        """Let it end by itself in good order, as when its user shuts it down from inside."""
+        self.crash(name, Exit(code=0))
+
+    def crash(self, name: ServerName | str, end: Exit = Exit(signal="SIGKILL")) -> None:  # noqa: B008 - frozen
+        """Let what lives under a name end."""
+        for process in self.living(name):
+            self.end(process, end)
+
+    def begin(self, spec: ServerSpec, generation: int) -> FakeProcess:
+        """Start a process."""
+        with self.lock:
+            process = FakeProcess(spec, generation, next(self._pids), spec.port or next(self._ports))
+            self.processes.append(process)
+            self.launched.append((spec.name, generation))
+            self.ends.pop(spec.name, None)
+            self.write(spec.name, f"launch {generation} of server '{spec.name}', pid {process.pid}")
+            return process
+
+    def end(self, process: FakeProcess, end: Exit) -> None:
+        """End a process, and tell its watcher."""
+        with self.lock:
+            if process not in self.processes:
+                return
+            self.processes.remove(process)
+            self.write(process.name, f"pid {process.pid} ended: {end}")
+            ended = Ended(end, process.method, kernels_left=process.kernels, failure=self._cause(process, end))
+            self.ends[process.name] = (process.generation, ended)
+            if process.watcher is not None:
+                process.watcher.say(process.name, process.watched_as, ended)
+
+    def write(self, name: ServerName, line: str) -> None:
+        """Add a line to a server's log."""
+        self.logs.setdefault(name, []).append(line)
+
+    def _cause(self, process: FakeProcess, end: Exit) -> Failure | None:
+        if end.clean:
+            return None
+        kind = FailureClass.KILLED if end.signal else FailureClass.OTHER
+        return Failure(kind, f"server '{process.name}' ended ({end})", end, tuple(self.logs[process.name][-3:]))
+
+
+class FakeBackend:
+    """`core.ports.Backend` over a `World`; see there for the laws."""
+
+    def __init__(self, report: Callable[[Report], object], world: World | None = None) -> None:
+        self.world = World() if world is None else world
+        self._report: Callable[[Report], object] | None = report
+        self._measured = 0
+
+    def abandon(self) -> None:
+        """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
+        self._report = None
+
+    def say(self, name: ServerName, generation: int, fact: Fact) -> None:
+        """Report a fact; the world calls it for the processes that are watched from here."""
+        if self._report is not None:
+            self._report(Report(name, generation, fact))
+
+    def launch(self, spec: ServerSpec, generation: int) -> None:
+        """Start a process, unless this launch has one already; what an earlier launch left is ended first."""
+        with self.world.lock:
+            temper = self._reach(spec.name)
+            if temper.refusal is not None:
+                raise temper.refusal
+            process = self._clear(spec, generation) or self.world.begin(spec, generation)
+            if not temper.answers_lost:
+                self._watch(process, generation)
+            if temper.boots:
+                self.world.answer(spec.name)
+            self._lose(temper)
+
+    def terminate(
+        self,
+        name: ServerName,
+        generation: int,
+        grace: float,  # noqa: ARG002 - nothing here takes time
+        *,
+        keep_kernels: bool = False,
+    ) -> None:
+        """Ask what lives under a name to end."""
+        with self.world.lock:
+            temper = self._reach(name)
+            if temper.obeys and not keep_kernels:
+                for process in self.world.living(name):
+                    self.world.kernels_ended |= {kernel.id for kernel in process.kernels}
+                    process.kernels = ()
+            self._end(name, generation, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
+            self._lose(temper)
+
+    def kill(self, name: ServerName, generation: int) -> None:
+        """End what lives under a name."""
+        with self.world.lock:
+            temper = self._reach(name)
+            self._end(name, generation, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
+            self._lose(temper)
+
+    def observe(self, name: ServerName, generation: int) -> Fact:
+        """Look for a process, and watch it from here on."""
+        with self.world.lock:
+            temper = self._reach(name)
+            self._lose(temper)
+            for process in self.world.living(name):
+                process.greeted = False
+                self._watch(process, generation)
+                return Seen(process.answers)
+            known, ended = self.world.ends.get(name, (None, None))
+            return ended if ended is not None and known == generation else Gone()
+
+    def forget(self, name: ServerName) -> None:
+        """Remove the log, and the memory of how it ended."""
+        with self.world.lock:
+            self.world.logs.pop(name, None)
+            self.world.ends.pop(name, None)
+
+    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+        """Give the same for all that live; the clock of their processors does not stand still."""
+        with self.world.lock:
+            self._measured += 1
+            living = {process.name for process in self.world.processes} & {*names}
+            return {name: Usage(2**27, float(self._measured), processes=1, threads=2, proportional=2**26) for name in living}
+
+    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+        """Name what lives under names that are not known."""
+        with self.world.lock:
+            return {process.name for process in self.world.processes} - set(known)
+
+    def sweep(self, name: ServerName) -> None:
+        """End what lives under a name, and tell nobody."""
+        with self.world.lock:
+            for process in self.world.living(name):
+                process.watcher = None
+                self.world.end(process, Exit(signal="SIGKILL"))
+            self.world.ends.pop(name, None)
+
+    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+        """Give the last `tail` lines, or all."""
+        lines = self.world.logs.get(name, [])
+        return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
+
+    def capacity(self) -> Capacity | None:
+        """Return what the test said that the machine has."""
+        return self.world.capacity
+
+    def is_server(self, _pid: int) -> bool:
+        """Return False: its servers are no processes."""
+        return False
+
+    def close(self) -> None:
+        """Have nothing to end."""
+
+    def programs(self, name: ServerName) -> Sequence[str] | None:
+        """Say what the test said that runs in its terminals."""
+        return self.world.programs.get(name)
+
+    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+        """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
+        log = self.world.logs.get(name, [])
+        given = len(log) - len(self.log(name, tail))
+        more = True
+        while more:
+            # Asked before reading: what was written before the end is still read after it.
+            more = live() and self.world.logs.get(name) is log
+            lines = log[given:]
+            given += len(lines)
+            yield from (f"{line}\n" for line in lines)
+            if more:
+                yield ""
+
+    def _reach(self, name: ServerName) -> Temper:
+        temper = self.world.temper(name)
+        if not temper.reachable:
+            raise BackendUnavailable(f"cannot reach the machine of server '{name}': it was told not to answer")
+        return temper
+
+    def _lose(self, temper: Temper) -> None:
+        if temper.answers_lost:
+            raise BackendUnavailable("cannot say what came of it: the answer was lost, as told")
+
+    def _watch(self, process: FakeProcess, generation: int) -> None:
+        process.greeted = process.greeted and process.watcher is self
+        process.watcher, process.watched_as = self, generation
+        if process.answers:
+            _greet(process)
+
+    def _clear(self, spec: ServerSpec, generation: int) -> FakeProcess | None:
+        """End all of other launches; give the process of this one."""
+        for process in self.world.living(spec.name):
+            if process.generation == generation:
+                return process
+            if not self.world.temper(spec.name).killable:
+                why = f"launch {process.generation} of it cannot be ended"
+                raise BackendUnavailable(f"cannot start server '{spec.name}': {why}")
+            self._end(spec.name, process.watched_as, StopMethod.SIGKILL, Exit(signal="SIGKILL"))
+        return None
+
+    def _end(self, name: ServerName, generation: int, method: StopMethod, end: Exit | None) -> None:
+        """Use one means to end what lives under a name; it has worked where `end` says how."""
+        living = self.world.living(name)
+        if not living:
+            self.say(name, generation, Ended(Exit()))
+        for process in living:
+            process.method = method
+            process.watcher, process.watched_as = self, generation
+            if end is not None:
+                self.world.end(process, end)
+
+
+def _greet(process: FakeProcess) -> None:
+    """Report that a process is ready: once to each watcher, and once more after each observation."""
+    if process.watcher is not None and not process.greeted:
+        process.greeted = True
+        process.watcher.say(process.name, process.watched_as, Ready(process.endpoint))
