@@ -14,7 +14,7 @@ def is_wildcard(address: str) -> bool:
 
 
 def from_here(address: str) -> str:
-    """Give the address by which this machine reaches whatever listens on `address`."""
+    """Return the address by which this machine reaches whatever listens on `address`."""
     return _LOOPBACKS.get(address, address)
 
 

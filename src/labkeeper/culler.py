@@ -103,14 +103,14 @@ class Culler:
                 self._renew(known, after)
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Say how one server stands, after a look at it."""
+        """Return how one server stands, after a look at it."""
         watched = self._watched.get(snapshot.name)
         if watched is not None:
             self._ask(watched)
         return self.cached(snapshot)
 
     def cached(self, snapshot: Snapshot) -> Explanation:
-        """Say how one server stands, by the last look at it."""
+        """Return how one server stands, by the last look at it."""
         now = self._clock.monotonic()
         watched = self._watched.get(snapshot.name)
         if snapshot.state is not State.RUNNING:
@@ -202,7 +202,7 @@ class Culler:
         return replace(seen, terminals=tuple(replace(terminal, program=program) for terminal, program in pairs))
 
     def _judge(self, watched: _Watched) -> Verdict:
-        """Say how it stands, and warn where that is due."""
+        """Return how it stands, and warn where that is due."""
         with self._lock:
             now = self._clock.monotonic()
             verdict = decide(watched.facts, self._policy, now)

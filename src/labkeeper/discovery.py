@@ -12,7 +12,7 @@ from labkeeper.files import write_private
 
 
 def read_address(state_dir: Path) -> str | None:
-    """Give the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
+    """Return the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
     return _said(state_dir, "url")
 
 
@@ -28,24 +28,24 @@ def runs(state_dir: Path) -> bool:
 
 
 def read_socket(state_dir: Path) -> Path | None:
-    """Give the path of the Unix socket of such a keeper; None when there is none."""
+    """Return the path of the Unix socket of such a keeper; None when there is none."""
     path = _said(state_dir, "socket")
     return None if path is None else Path(path)
 
 
 def write_address(state_dir: Path, url: str, socket: Path | None) -> None:
-    """Say where this process answers. Raises OSError."""
+    """Return where this process answers. Raises OSError."""
     said = {"url": url, "socket": None if socket is None else str(socket), "pid": os.getpid()}
     write_private(_address(state_dir), json.dumps(said))
 
 
 def remove_address(state_dir: Path) -> None:
-    """Say that nobody answers any more."""
+    """Return that nobody answers any more."""
     _address(state_dir).unlink(missing_ok=True)
 
 
 def read_token(state_dir: Path) -> str | None:
-    """Give the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
+    """Return the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
     try:
         return _token(state_dir).read_text(encoding="ascii").strip() or None
     except (OSError, UnicodeDecodeError):
@@ -60,7 +60,7 @@ def make_token(state_dir: Path) -> str:
 
 
 def _said(state_dir: Path, key: str) -> str | None:
-    """Give a text that a keeper has written into its address."""
+    """Return a text that a keeper has written into its address."""
     value = _found(state_dir).get(key)
     return value if isinstance(value, str) else None
 
@@ -78,7 +78,7 @@ def _address(state_dir: Path) -> Path:
 
 
 def socket_path(state_dir: Path) -> Path:
-    """Say where a keeper makes its Unix socket."""
+    """Return where a keeper makes its Unix socket."""
     return state_dir / "keeper.sock"
 
 

@@ -21,7 +21,7 @@ _LARGEST: Final = 4 * 1024 * 1024
 
 
 def write_private(path: Path, text: str) -> Path:
-    """Write a file with mode 0600, whole or not at all; give its path. Raises OSError."""
+    """Write a file with mode 0600, whole or not at all; return its path. Raises OSError."""
     spare = path.with_name(path.name + ".new")
     descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -71,7 +71,7 @@ def _regular(path: str | Path) -> Iterator[int]:
 
 
 def _place_of(descriptor: int, path: str) -> str:
-    """Say where an open file is; where the system does not tell, where its path leads now."""
+    """Return where an open file is; where the system does not tell, where its path leads now."""
     return str(Path(f"/proc/self/fd/{descriptor}").readlink()) if sys.platform == "linux" else os.path.realpath(path)
 
 
@@ -91,7 +91,7 @@ def _may_read(user: str, file: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def private_copy(content: bytes) -> Iterator[str]:
-    """Give a path by which this process alone reads a content: for who takes a path, and would open it again. Raises OSError."""
+    """Return a path by which only this process can read a content: for libraries that take a path. Raises OSError."""
     with tempfile.TemporaryFile() as copy:
         copy.write(content)
         copy.seek(0)

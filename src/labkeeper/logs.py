@@ -146,7 +146,7 @@ class ChangeLog:
 
 
 def _about(change: Change) -> dict[str, Any]:
-    """Give what every line on a change has: of which launch of which server it is, and who set it off."""
+    """Return what every line on a change has: of which launch of which server it is, and who set it off."""
     origin = change.origin
     who = {"actor": origin.actor, "request_id": origin.request_id, "reason": origin.reason}
     return {"server": change.after.name, "generation": change.after.generation} | {

@@ -194,7 +194,7 @@ class _Histogram:
         self._sum += value
 
     def written(self) -> tuple[list[tuple[str, float]], float]:
-        """Give the buckets as Prometheus wants them, each with all below it, and the sum."""
+        """Return the buckets as Prometheus wants them, each with all below it, and the sum."""
         bounds = [*map(str, self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
@@ -286,7 +286,7 @@ class Metrics:
     # What is asked for
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Write everything in the form that fits an `Accept` header best; give its media type, too."""
+        """Write everything in the form that fits an `Accept` header best; return its media type, too."""
         from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - late: see above
 
         try:
@@ -296,7 +296,7 @@ class Metrics:
         return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
-        """Give all of ours as prometheus_client wants them."""
+        """Return all of ours as prometheus_client wants them."""
         from prometheus_client import core  # noqa: PLC0415 - late: see above
 
         values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
@@ -332,7 +332,7 @@ class Metrics:
         return registry
 
     def _looked_at(self) -> dict[Family, Mapping[Labels, float]]:
-        """Give the gauges."""
+        """Return the gauges."""
         servers, webhooks = self._world.servers(), self._world.webhooks()
         states = Counter(str(server.state) for server in servers)
         health = _healths(servers)

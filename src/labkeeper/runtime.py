@@ -70,16 +70,16 @@ class SnapshotBoard:
             self._changed.notify_all()
 
     def all(self) -> list[Snapshot]:
-        """Give all servers, by name."""
+        """Return all servers, by name."""
         snapshots = self._snapshots
         return [snapshots[name] for name in sorted(snapshots)]
 
     def get(self, name: ServerName) -> Snapshot | None:
-        """Give one server."""
+        """Return one server."""
         return self._snapshots.get(name)
 
     def until(self, holds: Callable[[list[Snapshot]], bool], *, timeout: float) -> bool:
-        """Wait until `holds` is true of all servers; say whether it became so."""
+        """Wait until `holds` is true of all servers; return whether it became so."""
         with self._changed:
             return self._changed.wait_for(lambda: holds(self.all()), timeout)
 
@@ -110,7 +110,7 @@ class Watch:
             self._seen.append(snapshot)
 
     def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
-        """Wait for a snapshot, `first` or later, of which `holds` is true; give the last one looked at, and whether it was.
+        """Wait for a snapshot, `first` or later, of which `holds` is true; return the last one looked at, and whether it was.
 
         `first` is the fleet's own answer: what the watch saw before it is passed over.
         """
@@ -212,7 +212,7 @@ class Mailbox:
         return self._items.qsize()
 
     def get(self, timeout: float | None) -> tuple[Message, Future[Reply | None]] | None:
-        """Give the next message, or None at the end; raise queue.Empty after `timeout` seconds."""
+        """Return the next message, or None at the end; raise queue.Empty after `timeout` seconds."""
         return self._items.get(timeout=timeout)
 
 
@@ -234,7 +234,7 @@ class Keeper:
         shortage.start(self._thread)
 
     def ask(self, message: Message) -> Reply | None:
-        """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
+        """Send a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
         try:
             return self._mailbox.post(message).result(_ANSWER_WITHIN)
         except TimeoutError as error:
@@ -246,11 +246,11 @@ class Keeper:
         return self._thread.is_alive()
 
     def all(self) -> list[Snapshot]:
-        """Give all servers, by name."""
+        """Return all servers, by name."""
         return self._board.all()
 
     def get(self, name: ServerName) -> Snapshot | None:
-        """Give one server."""
+        """Return one server."""
         return self._board.get(name)
 
     def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
@@ -258,7 +258,7 @@ class Keeper:
         return self._board.watch(name)
 
     def stop_all(self, *, within: float) -> bool:
-        """Stop every server and wait; say whether all were gone `within` seconds."""
+        """Stop every server and wait; return whether all were gone `within` seconds."""
         try:
             self.ask(StopAll())
         except Exception:  # noqa: BLE001 - see the log
@@ -293,7 +293,7 @@ class Keeper:
                 self._step(Tick(), Future())
 
     def _take(self, timeout: float | None) -> bool:
-        """Take the next message, if one comes within some seconds; say whether we go on."""
+        """Take the next message, if one comes within some seconds; return whether we go on."""
         with contextlib.suppress(queue.Empty):
             item = self._mailbox.get(timeout)
             if item is None:

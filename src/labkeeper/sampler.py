@@ -63,7 +63,7 @@ class Sampler:
             self._threads.watch("usage", self._round, every=self._pause)
 
     def of(self, snapshot: Snapshot) -> Sample | None:
-        """Give the last sample of a running server, at once; None where there is none of this launch."""
+        """Return the last sample of a running server, at once; None where there is none of this launch."""
         self._asked = self._clock.monotonic()
         sample = self._samples.get(snapshot.name)
         if snapshot.state is not State.RUNNING or sample is None or sample.generation != snapshot.generation:

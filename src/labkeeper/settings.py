@@ -366,12 +366,12 @@ def _with_secret(settings: Settings, name: str) -> Settings:
 
 
 def keeper_url() -> str | None:
-    """Give the URL of the keeper that the environment names for the command line."""
+    """Return the URL of the keeper that the environment names for the command line."""
     return os.environ.get(URL_VARIABLE) or None
 
 
 def ca_file() -> Path | None:
-    """Give the file of the authorities that the environment names for the command line."""
+    """Return the file of the authorities that the environment names for the command line."""
     named = os.environ.get(CA_VARIABLE)
     return Path(named).expanduser() if named else None
 
@@ -400,7 +400,7 @@ def _secret_in(path: Path, variable: str) -> str:
 
 
 def _from_environment() -> dict[str, Any]:
-    """Give the settings that the environment has; an empty one counts as none."""
+    """Return the settings that the environment has; an empty one counts as none."""
     found = {name: os.environ.get(PREFIX + name.upper()) for name in Settings.model_fields}
     return {name: value for name, value in found.items() if value}
 

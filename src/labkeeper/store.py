@@ -100,7 +100,7 @@ class SqliteStore:
             connection.close()
 
     def load(self) -> list[Snapshot]:
-        """Give all servers, by name."""
+        """Return all servers, by name."""
         return self._read(Snapshot, "SELECT snapshot FROM servers ORDER BY name")
 
     def save(self, snapshot: Snapshot) -> None:
@@ -122,7 +122,7 @@ class SqliteStore:
             self._db.execute("DELETE FROM servers WHERE name = ?", (name,))
 
     def orphans(self) -> list[OrphanedKernel]:
-        """Give all kernels that are still to be ended."""
+        """Return all kernels that are still to be ended."""
         return self._read(OrphanedKernel, "SELECT kernel FROM orphans ORDER BY kernel_id")
 
     def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
@@ -159,7 +159,7 @@ class SqliteStore:
         return int(self._rows("SELECT coalesce(max(id) - ? - count(*), 0) FROM history WHERE id > ?", after, after)[0][0])
 
     def last_id(self) -> int:
-        """Give the id of the newest entry."""
+        """Return the id of the newest entry."""
         return int(self._rows("SELECT coalesce(max(id), 0) FROM history")[0][0])
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
@@ -181,11 +181,11 @@ class SqliteStore:
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Give the oldest that are newer than an id."""
+        """Return the oldest that are newer than an id."""
         return self._select("id", after, server, within, limit)
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the newest ones, the oldest of them first."""
+        """Return the newest ones, the oldest of them first."""
         return self._select("id DESC", 0, server, within, limit)[::-1]
 
     def _select(self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int) -> list[HistoryEntry]:
@@ -212,7 +212,7 @@ class SqliteStore:
     # Tokens
 
     def tokens(self) -> list[Token]:
-        """Give all."""
+        """Return all."""
         return self._read(Token, "SELECT token FROM tokens ORDER BY id")
 
     def save_token(self, token: Token) -> None:
@@ -229,7 +229,7 @@ class SqliteStore:
     # Webhooks
 
     def webhook(self, url: str) -> tuple[int, int, int] | None:
-        """Give the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
+        """Return the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
         rows = self._rows("SELECT told, delivered, dead FROM webhooks WHERE url = ?", url)
         if not rows:
             return None
@@ -247,7 +247,7 @@ class SqliteStore:
     # Runtime directories
 
     def runtime_dirs(self) -> list[Path]:
-        """Give those in which servers may run. Raises StoreError."""
+        """Return those in which servers may run. Raises StoreError."""
         paths = [path for (path,) in self._rows("SELECT path FROM runtime_dirs ORDER BY path")]
         if not all(path.startswith(b"/") and b"\0" not in path for path in paths):
             raise self._damaged("a runtime directory has no path")
@@ -324,7 +324,7 @@ class SqliteStore:
         return sqlite3.connect(self._path, timeout=timeout, check_same_thread=False, isolation_level=None)
 
     def _read(self, kind: type[_T], query: str, *given: object) -> list[_T]:
-        """Give what rows of one column hold. Raises StoreError."""
+        """Return what rows of one column hold. Raises StoreError."""
         rows = self._rows(query, *given)
         try:
             return [_form(kind).validate_json(text) for (text,) in rows]

@@ -39,7 +39,7 @@ class ThreadGroup:
         return dict(self._failing)
 
     def sleep(self, seconds: float) -> bool:
-        """Wait; say whether all are to end instead."""
+        """Wait; return whether all are to end instead."""
         return self._closed.wait(seconds)
 
     def start(self, name: str, target: Callable[..., None], *args: object) -> threading.Thread:

@@ -99,7 +99,7 @@ class Authorizer:
 
 
 def find(keeper: Keeper, caller: Caller, name: str) -> Snapshot:
-    """Give a server that the caller's token is for. Raises ServerNotFound, for another's as for one that does not exist."""
+    """Return a server that the caller's token is for. Raises ServerNotFound, for another's as for one that does not exist."""
     snapshot = keeper.get(ServerName(name))
     if snapshot is None or not caller.sees(snapshot):
         raise ServerNotFound.called(name)

@@ -86,7 +86,7 @@ class Guard:
 
 
 def host_of(header: str) -> str | None:
-    """Give the host name or address of a Host header, without the port; None where it is neither."""
+    """Return the host name or address of a Host header, without the port; None where it is neither."""
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?", header)
     return found[1] if found else None
 

@@ -38,7 +38,7 @@ class Links:
         """The oldest first."""
 
     def make(self, server: ServerName, generation: int, page: str, *, lifetime: float) -> str:
-        """Give the ticket of a new link, good for `lifetime` seconds; where there are too many, the oldest is good no more."""
+        """Return the ticket of a new link, good for `lifetime` seconds; where there are too many, the oldest is good no more."""
         ticket = secrets.token_urlsafe(32)
         now = self._clock()
         with self._lock:
@@ -49,7 +49,7 @@ class Links:
         return ticket
 
     def use(self, ticket: str) -> Link | None:
-        """Give what a ticket opens, once; None where it is not known, was used, or is too old."""
+        """Return what a ticket opens, once; None where it is not known, was used, or is too old."""
         with self._lock:
             link = self._good.pop(_hash(ticket), None)
         return link if link is not None and link.expires_at > self._clock() else None

@@ -143,7 +143,7 @@ def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
 
 
 def _refusals(route: Route) -> list[int]:
-    """Give the status of each problem that a route can answer with: those of every route, and its own."""
+    """Return the status of each problem that a route can answer with: those of every route, and its own."""
     found = {421, 422, 431, 500, *route.problems}
     found |= {401, 403, 429} if route.rule.scope is not None else set()
     found |= {400, 413, 415} if route.method not in BODILESS else set()
@@ -168,7 +168,7 @@ def _refusal(status: int) -> _Object:
 
 
 def _links_by_name() -> Iterator[tuple[str, _Object]]:
-    """Give what can be asked next of a server that an answer is about: each operation on a server by its name."""
+    """Return what can be asked next of a server that an answer is about: each operation on a server by its name."""
     for route in ROUTES:
         if "<name>" in route.path:
             name = route.handler.__name__

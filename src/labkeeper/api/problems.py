@@ -55,7 +55,7 @@ def problem(status: int, code: str, detail: str, **members: Any) -> Response:
 
 
 def body_of(error: LabkeeperError) -> dict[str, Any]:
-    """Give the body of an error's problem, for an answer that has more than that to tell."""
+    """Return the body of an error's problem, for an answer that has more than that to tell."""
     return _body(_status_of(error), error.code, error.message, error.details)
 
 

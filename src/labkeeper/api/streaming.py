@@ -43,7 +43,7 @@ class LiveResponse(Response):
 
 
 def gone() -> Callable[[], bool]:
-    """Give what says whether the caller of this request has gone, where that can be known, or is to be answered no more."""
+    """Return what says whether the caller of this request has gone, where that can be known, or is to be answered no more."""
     disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
     still_valid: Callable[[], bool] = g.still_valid
     return lambda: disconnected() or not still_valid()

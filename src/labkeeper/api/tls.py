@@ -69,7 +69,7 @@ class Certificate:
             _log.info("the certificate was renewed", file=str(self._cert_file))
 
     def _state(self) -> list[tuple[int, int, int] | None]:
-        """Say what the files look like from outside."""
+        """Return what the files look like from outside."""
         return [_look(path) for path in (self._cert_file, self._key_file)]
 
 

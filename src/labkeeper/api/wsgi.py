@@ -196,7 +196,7 @@ class _Threads(ThreadedTaskDispatcher):
 
 
 def _connection_limit() -> int:
-    """Say how many connections the descriptors of this process allow, with enough left for what it does itself."""
+    """Return how many connections the descriptors of this process allow, with enough left for what it does itself."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if allowed == resource.RLIM_INFINITY:
         return _CONNECTIONS
@@ -320,7 +320,7 @@ class _Door(BaseWSGIServer):
         return max(self._places - len(channels), 0) or sum(map(_Channel.is_waiting, channels))
 
     def _channels(self) -> list[_Channel]:
-        """Give the connections of all doors."""
+        """Return the connections of all doors."""
         return [channel for channel in self._map.values() if isinstance(channel, _Channel)]
 
 
@@ -362,7 +362,7 @@ class _Parser(HTTPRequestParser):
         self._keeps = keeps
 
     def received(self, data: bytes) -> int:
-        """Take bytes; give how many."""
+        """Take bytes; return how many."""
         if self._left:
             taken = min(len(data), self._left)
             self._left -= taken
@@ -444,7 +444,7 @@ class _Task(WSGITask):
     """Asks the application; tells it who has connected, where that is known, and whether there was a body that is not kept."""
 
     def get_environment(self) -> dict[str, Any]:
-        """Give the WSGI environment."""
+        """Return the WSGI environment."""
         environment: dict[str, Any] = super().get_environment()
         if self.channel.peer is not None and (peer := self.channel.peer()) is not None:
             environment[PEER] = peer
@@ -535,7 +535,7 @@ class _Channel(HTTPChannel):
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def hold(self) -> bool:
-        """Say whether its next request has to wait; the loop then takes it up."""
+        """Return whether its next request has to wait; the loop then takes it up."""
         self._held = self.total_outbufs_len > _UNTAKEN
         return self._held
 

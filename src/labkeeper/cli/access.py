@@ -125,7 +125,7 @@ def revoke(where: Where, /, name: str) -> None:
 @where_options
 @click.pass_obj
 def whoami(where: Where, /, *, as_json: bool) -> None:
-    """Say who you are to the keeper, and what you may do there."""
+    """Show who you are to the keeper, and what you may do there."""
     with connected(where) as (client, _), waiting("asking"):
         found = client.me()
     if as_json:

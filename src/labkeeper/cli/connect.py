@@ -46,7 +46,7 @@ def read_settings(where: Where, **flags: Any) -> Settings:
 
 
 def _found_url(settings: Settings, unix_socket: str | None) -> str:
-    """Give the URL of the keeper over our state directory. Raises Unreachable where none runs: its port may be anybody's then."""
+    """Return the URL of the keeper over our state directory. Raises Unreachable if none runs: its port may be reused."""
     from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     url = read_address(settings.state_dir)
@@ -66,7 +66,7 @@ def _is_ours(settings: Settings, url: str) -> bool:
 
 
 def _unix_socket(settings: Settings) -> str | None:
-    """Give the path of the Unix socket of the keeper over our state directory, where it has one."""
+    """Return the path of the Unix socket of the keeper over our state directory, where it has one."""
     from labkeeper.discovery import read_socket  # noqa: PLC0415 - late
 
     path = read_socket(settings.state_dir)
@@ -78,7 +78,7 @@ def _own_token(settings: Settings) -> str | None:
 
 
 def token_of(settings: Settings) -> str | None:
-    """Give the API token of the keeper on this machine: the one that was set, or the one that it generated."""
+    """Return the API token of the keeper on this machine: the one that was set, or the one that it generated."""
     own = _own_token(settings)
     if own is not None:
         return own

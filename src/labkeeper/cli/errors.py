@@ -58,7 +58,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 def complain_of(error: LabkeeperError) -> int:
-    """Say on stderr what went wrong, with the last log lines of the server; give the exit code."""
+    """Say on stderr what went wrong, with the last log lines of the server; return the exit code."""
     code = _complain(error.message, next(code for cls, code in _EXIT_CODES if isinstance(error, cls)))
     show_log_tail(error.details.get("log_tail") or ())
     if request_id := error.details.get("request_id"):

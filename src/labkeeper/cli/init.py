@@ -29,7 +29,7 @@ def stay_behind() -> None:
 
 
 def _tend(keeper: int) -> int:
-    """Hand signals on, and wait for whatever ends, until the keeper does; give its exit code, as a shell would."""
+    """Hand signals on, and wait for whatever ends, until the keeper does; return its exit code, as a shell would."""
     while True:
         number = signal.sigwait(_SIGNALS)
         if number in _HANDED_ON:
@@ -40,7 +40,7 @@ def _tend(keeper: int) -> int:
 
 
 def _reap(keeper: int) -> int | None:
-    """Wait for all that has ended; give the exit code of the keeper, negative for a signal, when it is among them."""
+    """Wait for all that has ended; return the exit code of the keeper, negative for a signal, when it is among them."""
     code = None
     with contextlib.suppress(ChildProcessError):
         while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):

@@ -108,7 +108,7 @@ def coloured(state: str, stream: IO[str] | None) -> str:
 
 
 def ago(format_time: str) -> str:
-    """Say how long ago something was, in one unit."""
+    """Return how long ago something was, in one unit."""
     try:
         seconds = (datetime.now(UTC) - datetime.fromisoformat(format_time)).total_seconds()
     except (TypeError, ValueError):

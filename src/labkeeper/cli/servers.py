@@ -267,7 +267,7 @@ def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, 
 @where_options
 @click.pass_obj
 def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: bool) -> None:
-    """Give a running server another token, and print its new link.
+    """Give a running server a new token, and print its new link.
 
     It is launched again: kernels on a gateway live on, those beside it end. Browsers have to be let in anew.
     """
@@ -277,5 +277,5 @@ def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: boo
 
 
 def _address(server: Server) -> str:
-    """Give the link without its token."""
+    """Return the link without its token."""
     return server.lab_url.partition("?")[0] if server.lab_url else "-"

@@ -96,7 +96,7 @@ def start(
 
 
 def _progress(client: Client, names: Sequence[str]) -> str:
-    """Say how far a start has come."""
+    """Return how far a start has come."""
     try:
         found = [server for server in client.list() if server.name in names]
     except LabkeeperError:
@@ -111,7 +111,7 @@ def _progress(client: Client, names: Sequence[str]) -> str:
 def _start_many(
     client: Client, names: Sequence[str], fields: dict[str, Any], wait: float | None, *, as_it_was: bool, as_json: bool
 ) -> int:
-    """Start all, those that are there already as they are where nothing else is asked for; give the exit code."""
+    """Start all, those that are there already as they are where nothing else is asked for; return the exit code."""
     with waiting(lambda: _progress(client, names)):
         there = {server.name for server in client.list()} & {*names} if as_it_was else set()
         results: dict[str, Server | LabkeeperError] = {name: _asked(client, name) for name in names if name in there}

@@ -150,11 +150,11 @@ class Calls:
         return Call("POST", _path(name, "/link"), reading(Link), body=_given(expires_in=expires_in, page=page))
 
     def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
-        """Give the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
+        """Return the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
         return Call("GET", _path(name, "/logs"), text, query=_given(tail=tail))
 
     def follow(self, name: str, *, tail: int | None = None) -> Stream[str]:
-        """Give the last lines of a server's log, then each new one, without line ends, until the server has ended.
+        """Return the last lines of a server's log, then each new one, without line ends, until the server has ended.
 
         Asks when the first line is asked for. Raises ServerNotFound.
         """
@@ -177,14 +177,14 @@ class Calls:
         return Call("GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query)
 
     def follow_events(self, name: str | None = None, *, after: int | None = None) -> Stream[Event]:
-        """Give events as they come, those after one first where it is named. Ends when the keeper does.
+        """Return events as they come, those after one first where it is named. Ends when the keeper does.
 
         Asks when the first event is asked for. Raises ServerNotFound.
         """
         return Stream(_events_path(name), event_of, query={"follow": "true", **_given(after=after)})
 
     def webhooks(self) -> Call[Sequence[Webhook]]:
-        """Say how the webhooks fare that events are posted to."""
+        """Return how the webhooks fare that events are posted to."""
         return Call("GET", "/api/webhooks", lambda answer: parse(WebhookList, answer).webhooks)
 
     # Access
@@ -219,7 +219,7 @@ class Calls:
         return Call("DELETE", path, reading(Token))
 
     def me(self) -> Call[Caller]:
-        """Say who this client is to the keeper, and what it may."""
+        """Return who this client is to the keeper, and what it may."""
         return Call("GET", "/api/me", reading(Caller))
 
     # Culling
@@ -239,11 +239,11 @@ class Calls:
     # The keeper
 
     def version(self) -> Call[str]:
-        """Give the version of the keeper."""
+        """Return the version of the keeper."""
         return Call("GET", "/api/version", lambda answer: parse(Version, answer).version)
 
     def metrics(self) -> Call[str]:
-        """Give the keeper's metrics in the form of Prometheus."""
+        """Return the keeper's metrics in the form of Prometheus."""
         return Call("GET", "/metrics", text)
 
     def healthy(self) -> Call[bool]:

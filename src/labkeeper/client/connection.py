@@ -36,7 +36,7 @@ class Translated(AbstractContextManager[None]):
 
 
 def checked_url(text: str) -> str:
-    """Give the URL of a keeper in its plain form. Raises SettingsError for what can be none."""
+    """Return the URL of a keeper in its plain form. Raises SettingsError for what can be none."""
     try:
         parts = urlsplit(text)
         fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -48,7 +48,7 @@ def checked_url(text: str) -> str:
 
 
 def checked_token(token: str) -> str:
-    """Give the token back. Raises SettingsError for what can be none."""
+    """Return the token back. Raises SettingsError for what can be none."""
     if not token or not all("!" <= letter <= "~" for letter in token):
         raise SettingsError("cannot use the API token: it must be visible ASCII characters")
     return token

@@ -111,7 +111,7 @@ class Caller:
             )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:
-        """Give the user of the machine that a server is to run as. Raises NotAllowed."""
+        """Return the user of the machine that a server is to run as. Raises NotAllowed."""
         if not self.limits.users:
             if asked not in {None, default}:
                 self.needs(Scope.ADMIN, f"run a server as user '{asked}'")

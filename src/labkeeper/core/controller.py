@@ -150,7 +150,7 @@ class Controller:
 
     @classmethod
     def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, generation: int = 0) -> Controller:
-        """Return the controller of a server that was never launched; its launches count on from `launch`."""
+        """Return the controller of a server that was never launched; its generations count on from `generation`."""
         now = clock.time()
         return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation), policy, clock)
 
@@ -227,7 +227,7 @@ class Controller:
         return replace(self, snapshot=replace(self.snapshot, **changes))
 
     def _may_retry(self, fact: Fact | None) -> bool:
-        """Say whether the server may be relaunched automatically if this fact ends it."""
+        """Return whether the server may be relaunched automatically if this fact ends it."""
         snap, blameless = self.snapshot, False
         match fact:
             case Refused(failure=failure) if failure.kind is not FailureClass.DISK_FULL:
@@ -242,7 +242,7 @@ class Controller:
         return self.budget.left(self.policy, self.clock.monotonic(), blameless=blameless)
 
     def _in_order(self, end: Ended) -> bool:
-        """Say whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
+        """Return whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
         return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
     def _looked(self, answers: bool | None) -> Controller:
@@ -379,5 +379,5 @@ class Controller:
 
 
 def _begins(step: Step, event: Event) -> bool:
-    """Say whether a step decides on a launch, be it done now or queued; its turn in the queue was decided on before."""
+    """Return whether a step decides on a launch, be it done now or queued; its turn in the queue was decided on before."""
     return event is not Event.ADMITTED and (step.action is Action.LAUNCH or step.state is State.QUEUED)

@@ -163,7 +163,7 @@ class ActivityHistory:
         self._known: dict[tuple[str, str], tuple[float, float]] = {}
 
     def take(self, seen: Activity, *, now: float, wall: float) -> Activity:
-        """Give what was seen, every time of it by our clock."""
+        """Return what was seen, every time of it by our clock."""
         known: dict[tuple[str, str], tuple[float, float]] = {}
 
         def ours(kind: str, name: str, at: float | None) -> float | None:
@@ -188,13 +188,13 @@ class ActivityHistory:
 
 
 def limits_of(spec: ServerSpec) -> dict[Rule, float]:
-    """Give the rules of a server with what each allows."""
+    """Return the rules of a server with what each allows."""
     given = {rule: getattr(spec, rule.value) for rule in Rule}
     return {rule: limit for rule, limit in given.items() if limit}
 
 
 def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
-    """Say how a server stands at this moment, and why."""
+    """Return how a server stands at this moment, and why."""
     holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
     used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
     since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
@@ -206,13 +206,13 @@ def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
 
 
 def warned_at(verdict: Verdict, before: Mapping[Rule, float], now: float) -> dict[Rule, float]:
-    """Say when each rule that is about to stop a server has warned; a rule that is not there `before` warns now."""
+    """Return when each rule that is about to stop a server has warned; a rule that is not there `before` warns now."""
     near = (o.rule for o in verdict.outlooks if o.warns_at is not None and o.warns_at <= now)
     return {rule: before.get(rule, now) for rule in near}
 
 
 def idle_kernels(facts: Facts, policy: CullPolicy, now: float) -> tuple[tuple[KernelUse, float], ...]:
-    """Give the kernels that are to be ended by themselves, and for how long each has been idle."""
+    """Return the kernels that are to be ended by themselves, and for how long each has been idle."""
     limit = policy.kernel_idle_timeout
     if not limit or facts.activity is None or now < facts.snoozed_until:
         return ()
@@ -225,7 +225,7 @@ _BUSY: Final = {"busy": "is busy", "unknown": "does not tell its state, which co
 
 
 def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
-    """Give what is in use at this moment."""
+    """Return what is in use at this moment."""
     for kernel in activity.kernels:
         if not policy.cull_busy and kernel.state in _BUSY:
             yield Holder("kernel", kernel.id, _BUSY[kernel.state])

@@ -33,7 +33,7 @@ def _read(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Say how long something is, in its two largest units: `2 h 3 min`."""
+    """Return how long something is, in its two largest units: `2 h 3 min`."""
     left, words = max(0, round(seconds)), list[str]()
     for size, unit in _UNITS:
         count, left = divmod(left, size)

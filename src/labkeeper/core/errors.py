@@ -192,7 +192,7 @@ class BadAnswer(ClientError):
 
 
 def tree() -> dict[str, type[LabkeeperError]]:
-    """Give every class of the tree by its code."""
+    """Return every class of the tree by its code."""
     found: dict[str, type[LabkeeperError]] = {}
     waiting: list[type[LabkeeperError]] = [LabkeeperError]
     while waiting:

@@ -136,7 +136,7 @@ class Fleet:
             raise ExceptionGroup("cannot stop every server", wrong)
 
     def next_deadline(self) -> float | None:
-        """Say when the next timer is due, by the monotonic clock."""
+        """Return when the next timer is due, by the monotonic clock."""
         due = [at for c in self._servers.values() for at in (c.deadline, c.save_due) if at is not None]
         return min([*due, *self._deleted.values()], default=None)
 
@@ -244,7 +244,7 @@ class Fleet:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
 
     def _may_start(self) -> bool:
-        """Say whether a place to start in is free, and nobody waits for it."""
+        """Return whether a place to start in is free, and nobody waits for it."""
         waits = any(c.snapshot.state is State.QUEUED for c in self._servers.values())
         return not waits and self._starting() < self._policy.max_starts
 

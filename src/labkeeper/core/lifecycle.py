@@ -213,7 +213,7 @@ class Step:
 
 
 def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_start: bool = True) -> Step | None:
-    """Give the step that `event` leads to, or None where it changes nothing.
+    """Return the step that `event` leads to, or None where it changes nothing.
 
     `may_retry` says whether the restart budget would allow one more launch, `may_start` whether a place to start in is free.
     """
@@ -228,7 +228,7 @@ def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_star
 
 
 def aim(state: State, goal: Goal, event: Event) -> Goal:
-    """Give the goal after `event`; only commands move it."""
+    """Return the goal after `event`; only commands move it."""
     if event in {Event.STOP, Event.KILL}:
         return Goal.ABSENT if goal is Goal.ABSENT else Goal.DOWN
     if event is Event.DELETE:

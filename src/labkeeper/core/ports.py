@@ -46,7 +46,7 @@ class Reserve:
     """Of the total; 0.05 is a twentieth."""
 
     def of(self, total: int) -> int:
-        """Give the bytes that are to stay free of a total."""
+        """Return the bytes that are to stay free of a total."""
         return max(self.amount, int(total * self.share))
 
 
@@ -84,7 +84,7 @@ class Backend(Protocol):
         """End the server and all that it started, at once. Raises BackendUnavailable."""
 
     def observe(self, name: ServerName, generation: int) -> Fact:
-        """Say what there is: `Seen`, `Ended` or `Gone`. Raises BackendUnavailable when that cannot be known."""
+        """Return what there is: `Seen`, `Ended` or `Gone`. Raises BackendUnavailable when that cannot be known."""
 
     def forget(self, name: ServerName) -> None:
         """Remove what is kept of a server that has ended: logs, directories. Idempotent."""
@@ -99,7 +99,7 @@ class Backend(Protocol):
         """End and remove what earlier keepers left under a name. What cannot be ended is left, and said in the log."""
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
-        """Give the last `tail` lines of the server's log, or all; also after it ended. Secrets are scrubbed."""
+        """Return the last `tail` lines of the server's log, or all; also after it ended. Secrets are scrubbed."""
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
         """Name what runs in the foreground of each terminal of a server, the oldest first; "" where its shell waits for input.
@@ -108,7 +108,7 @@ class Backend(Protocol):
         """
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Give lines as they are written, each with its newline; an empty text means "nothing new yet".
+        """Return lines as they are written, each with its newline; an empty text means "nothing new yet".
 
         Ends when `live` says no, or the log is forgotten.
         """
@@ -130,7 +130,7 @@ class Probe(Protocol):
         """List its kernels. Raises BackendUnavailable, BackendTimeout."""
 
     def load(self, endpoint: Endpoint) -> Load:
-        """Say how many kernels and connections it has. Raises BackendUnavailable, BackendTimeout."""
+        """Return how many kernels and connections it has. Raises BackendUnavailable, BackendTimeout."""
 
     def activity(self, endpoint: Endpoint) -> Activity:
         """Ask how it is used; of its terminals it does not know what runs there. Raises BackendUnavailable, BackendTimeout."""
@@ -139,7 +139,7 @@ class Probe(Protocol):
         """End one of its kernels, if there is one of this id. Raises BackendUnavailable, BackendTimeout."""
 
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
-        """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
+        """Hand over a kernel that already runs on its gateway, with its sessions. Raises BackendUnavailable, BackendTimeout."""
 
 
 class GatewayPreflight(Protocol):
@@ -163,7 +163,7 @@ class Store(Protocol):
     """Where snapshots outlive the keeper."""
 
     def load(self) -> list[Snapshot]:
-        """Give all servers. Raises StoreError."""
+        """Return all servers. Raises StoreError."""
 
     def save(self, snapshot: Snapshot) -> None:
         """Keep one server, durably before returning. Raises StoreError."""
@@ -172,7 +172,7 @@ class Store(Protocol):
         """Drop one server. Raises StoreError."""
 
     def orphans(self) -> list[OrphanedKernel]:
-        """Give all kernels that are still to be ended. Raises StoreError."""
+        """Return all kernels that are still to be ended. Raises StoreError."""
 
     def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
         """Keep some more, durably before returning. Raises StoreError."""
@@ -188,7 +188,7 @@ class TokenStore(Protocol):
     """Where tokens of the API outlive the keeper."""
 
     def tokens(self) -> list[Token]:
-        """Give all. Raises StoreError."""
+        """Return all. Raises StoreError."""
 
     def save_token(self, token: Token) -> None:
         """Keep one, durably before returning. Raises StoreError."""
@@ -204,7 +204,7 @@ class HistoryStore(Protocol):
         """Count the entries newer than an id that were kept once, and are no more. Raises StoreError."""
 
     def last_id(self) -> int:
-        """Give the id of the newest entry; 0 where there is none. Raises StoreError."""
+        """Return the id of the newest entry; 0 where there is none. Raises StoreError."""
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
         """Keep some more, durably before returning, and about as many as `keep` in all. Raises StoreError.
@@ -215,10 +215,10 @@ class HistoryStore(Protocol):
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Give the oldest that are newer than an id, of one server or of all, within a within. Raises StoreError."""
+        """Return the oldest that are newer than an id, of one server or of all, within a within. Raises StoreError."""
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the newest ones, the oldest of them first. Raises StoreError."""
+        """Return the newest ones, the oldest of them first. Raises StoreError."""
 
 
 class Executor(Protocol):
@@ -262,15 +262,15 @@ class History(Protocol):
         """Count the entries newer than an id that are known no more. Raises StoreError."""
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
+        """Return the newest entries of one server or of all, the oldest of them first. Raises StoreError."""
 
     def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the oldest entries that are newer than an id. Raises StoreError."""
+        """Return the oldest entries that are newer than an id. Raises StoreError."""
 
     def follow(
         self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
-        """Give entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
+        """Return entries newer than an id as they come; None each `look` seconds in which none does. Raises StoreError."""
 
 
 class Meter(Protocol):
@@ -280,24 +280,24 @@ class Meter(Protocol):
         """Take in an answered request; `route` is the pattern of its path, None where it fits none."""
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Write everything in the form that fits an `Accept` header best; give its media type, too."""
+        """Write everything in the form that fits an `Accept` header best; return its media type, too."""
 
 
 class CullStatus(Protocol):
     """Says whether servers would be culled, why, and when. Changes nothing."""
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Say how one server stands, after a look at it."""
+        """Return how one server stands, after a look at it."""
 
     def cached(self, snapshot: Snapshot) -> Explanation:
-        """Say how one server stands, by the last look at it."""
+        """Return how one server stands, by the last look at it."""
 
 
 class Watch(Protocol):
     """The snapshots of one server since the watch began."""
 
     def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
-        """Wait up to `timeout` seconds for a snapshot, `first` or later, of which `holds` is true; say whether one came."""
+        """Wait up to `timeout` seconds for a snapshot, `first` or later, of which `holds` is true; return whether one came."""
 
 
 class Keeper(Protocol):
@@ -308,13 +308,13 @@ class Keeper(Protocol):
         """Whether commands are taken."""
 
     def ask(self, message: Message) -> Reply | None:
-        """Give a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
+        """Send a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
 
     def all(self) -> list[Snapshot]:
-        """Give all servers, by name."""
+        """Return all servers, by name."""
 
     def get(self, name: ServerName) -> Snapshot | None:
-        """Give one server."""
+        """Return one server."""
 
     def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
         """Watch one server; begin before the command whose outcome is awaited, and nothing is missed."""

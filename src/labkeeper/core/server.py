@@ -277,5 +277,5 @@ class Snapshot:
 
 
 def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
-    """Give the servers that wait for a place to start in, the next one first: who came first is first."""
+    """Return the servers that wait for a place to start in, the next one first: who came first is first."""
     return sorted((s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name))

@@ -83,13 +83,13 @@ class EventLog:
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the newest entries, the oldest of them first. Raises StoreError."""
+        """Return the newest entries, the oldest of them first. Raises StoreError."""
         with self._news:
             unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, within)]
         return [*self._store.latest(server=server, limit=limit, within=within), *unsaved][-limit:]
 
     def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the oldest entries that are newer than an id. Raises StoreError."""
+        """Return the oldest entries that are newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
         # Ids have no gaps: when the one that follows is at hand, all that follow are.
@@ -100,7 +100,7 @@ class EventLog:
     def follow(
         self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
-        """Give entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
+        """Return entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
 
         Raises StoreError.
         """

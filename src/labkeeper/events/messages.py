@@ -23,7 +23,7 @@ _KINDS: Final = {Event.GATEWAY: HistoryKind.GATEWAY, Event.SNOOZE: HistoryKind.S
 
 
 def kind_of(change: Change) -> HistoryKind | None:
-    """Say what a change tells of; None where it is nothing to remember."""
+    """Return what a change tells of; None where it is nothing to remember."""
     before, after = change.before, change.after
     if before is None or before.state is not after.state:
         return HistoryKind.STATE
@@ -33,7 +33,7 @@ def kind_of(change: Change) -> HistoryKind | None:
 
 
 def sentence(change: Change) -> str:
-    """Say what happened, for people."""
+    """Return what happened, for people."""
     match kind_of(change):
         case HistoryKind.GATEWAY:
             what = _gateway(change.after)
@@ -47,7 +47,7 @@ def sentence(change: Change) -> str:
 
 
 def facts(change: Change) -> dict[str, object]:
-    """Give what a program wants to know; what does not apply is left out."""
+    """Return what a program wants to know; what does not apply is left out."""
     before, after = change.before, change.after
     told: dict[str, object] = {
         "event": str(change.event),
@@ -86,7 +86,7 @@ def _adopted(change: Change) -> bool:
 
 
 def _seconds(change: Change) -> float:
-    """Give how long the state before lasted."""
+    """Return how long the state before lasted."""
     return 0.0 if change.before is None else round(max(0.0, change.after.since - change.before.since), 3)
 
 

@@ -59,7 +59,7 @@ class WebhookStore(Protocol):
     """Where a keeper notes how far it has told."""
 
     def webhook(self, url: str) -> tuple[int, int, int] | None:
-        """Give the last entry that was told, how many were taken, how many are dead. Raises StoreError."""
+        """Return the last entry that was told, how many were taken, how many are dead. Raises StoreError."""
 
     def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
         """Keep the same. Raises StoreError."""
@@ -107,7 +107,7 @@ class Webhook:
         return self._threads.failing
 
     def status(self) -> WebhookStatus:
-        """Say how it fares."""
+        """Return how it fares."""
         with self._lock:
             pending = self.event_log.last_id - self._told
             return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
@@ -119,7 +119,7 @@ class Webhook:
                     return
 
     def _due(self) -> list[HistoryEntry]:
-        """Give the entries that are to be told next."""
+        """Return the entries that are to be told next."""
         try:
             return self.event_log.after(self._told, server=None, limit=_PAGE)
         except StoreError:
@@ -136,7 +136,7 @@ class Webhook:
                 self._over(entry, taken=True)
 
     def _tell_until_done(self, entry: HistoryEntry) -> bool:
-        """Post an entry until it is taken or dead; say whether it is one of these, and not the keeper's end."""
+        """Post an entry until it is taken or dead; return whether it is one of these, and not the keeper's end."""
         pause = _FIRST_PAUSE
         while (refused := self._post(entry)) is not None:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
@@ -230,6 +230,6 @@ def key_of(secret: str) -> bytes:
 
 
 def place_of(url: str) -> str:
-    """Give the part of a URL that can be shown."""
+    """Return the part of a URL that can be shown."""
     parts = urlsplit(url)
     return addresses.url(parts.scheme, parts.hostname or "", parts.port)

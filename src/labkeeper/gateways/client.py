@@ -118,7 +118,7 @@ class GatewayClient:
         if answer.location and answer.status != http.client.OK:
             # It may repeat what it was shown.
             place = scrub(answer.location, Secrets(*of_gateway(gateway)))[:200]
-            raise _UnfitError(FailureClass.NOT_A_GATEWAY, f"points elsewhere ({place!r}); give the place itself as gateway_url")
+            raise _UnfitError(FailureClass.NOT_A_GATEWAY, f"points elsewhere ({place!r}); return the place itself as gateway_url")
         try:
             if answer.status != http.client.OK:
                 raise ValueError(f"status {answer.status}")
@@ -131,7 +131,7 @@ class GatewayClient:
             ) from error
 
     def _diagnosis(self, gateway: Gateway, error: Exception) -> _UnfitError:
-        """Say why there was no answer, and what to do."""
+        """Return why there was no answer, and what to do."""
         kind = FailureClass.GATEWAY_UNREACHABLE
         match error:
             case ssl.SSLError():
@@ -245,7 +245,7 @@ def _speaks_only_tls() -> _UnfitError:
 
 
 def _headers(gateway: Gateway) -> dict[str, str]:
-    """Give the headers that Jupyter would send."""
+    """Return the headers that Jupyter would send."""
     if gateway.auth_token is None:
         return dict(gateway.headers)
     return {**gateway.headers, "Authorization": f"{gateway.auth_scheme or 'token'} {gateway.auth_token}"}

@@ -116,7 +116,7 @@ class GatewayWatch:
             watched.asker = self._threads.start("ask-gateway", self._ask, watched)
 
     def _due(self) -> list[_Watched]:
-        """Give the gateways to be asked now, and leave out those that nobody needs."""
+        """Return the gateways to be asked now, and leave out those that nobody needs."""
         now = self._clock.monotonic()
         orphans = self._orphans.all()
         owing = [orphan.gateway for orphan in orphans]
@@ -150,7 +150,7 @@ class GatewayWatch:
             self._tell(report)
 
     def _collect(self, gateway: Gateway) -> bool:
-        """End the kernels that are owed on a gateway that answers; say whether none is owed there any more."""
+        """End the kernels that are owed on a gateway that answers; return whether none is owed there any more."""
         orphans, failed = self._orphans.on(gateway), 0
         # In another order each time: those that cannot be ended are not in the way of the others.
         for orphan in random.sample(orphans, len(orphans)):

@@ -81,10 +81,10 @@ class OrphanedKernels:
             self.discard([orphan.kernel_id])
 
     def all(self) -> list[OrphanedKernel]:
-        """Give all, the oldest first."""
+        """Return all, the oldest first."""
         with self._lock:
             return sorted(self._kernels.values(), key=lambda orphan: (orphan.since, orphan.kernel_id))
 
     def on(self, gateway: Gateway) -> list[OrphanedKernel]:
-        """Give those on one gateway."""
+        """Return those on one gateway."""
         return [orphan for orphan in self.all() if orphan.gateway == gateway]

@@ -108,7 +108,7 @@ class GatewayPreflight:
         self._tell(Report(name, start.generation, replace(ready, gateway=health, not_taken_over=missed)))
 
     def _hand_over(self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel) -> bool:
-        """Give a server a kernel of its earlier launch; say whether it has it, or nobody can have it any more."""
+        """Hand a server a kernel of its earlier launch; return whether it has the kernel, or the kernel is gone."""
         try:
             if not self._client.has_kernel(start.gateway, kernel.id):
                 # One that was still starting may come yet, and would be nobody's.

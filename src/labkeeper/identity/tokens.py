@@ -47,7 +47,7 @@ class Tokens:
         """Those that are good no more, and that the store still holds."""
 
     def caller(self, shown: str) -> tuple[Caller, Callable[[], bool]]:
-        """Say who shows a token, and give what says whether it is still good. Raises NotAuthenticated."""
+        """Return who shows a token, and give what says whether it is still good. Raises NotAuthenticated."""
         token = self._recognise(shown)
         if token is None:
             return OWNER, lambda: True
@@ -63,7 +63,7 @@ class Tokens:
         return True
 
     def _recognise(self, shown: str) -> Token | None:
-        """Give the token that is shown; None for the owner's. Raises NotAuthenticated."""
+        """Return the token that is shown; None for the owner's. Raises NotAuthenticated."""
         digest = _digest(shown)
         if hmac.compare_digest(digest, self._owner):
             return None
@@ -79,7 +79,7 @@ class Tokens:
         return token
 
     def all(self) -> list[Token]:
-        """Give all but the owner's, by name."""
+        """Return all but the owner's, by name."""
         return sorted(self._listed(), key=lambda token: token.name)
 
     def make(

@@ -93,7 +93,7 @@ class JupyterClient:
         return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
 
     def load(self, endpoint: Endpoint) -> Load:
-        """Say how many kernels and connections it has: `GET api/status`, which is no activity, and may wait for a gateway."""
+        """Return how many kernels and connections it has: `GET api/status`, which is no activity, and may wait for a gateway."""
         with _failing(f"cannot ask the server on port {endpoint.port} for its kernels and connections"):
             status = _STATUS.validate_json(self._told(endpoint, "api/status"))
         return Load(status.kernels, status.connections)
@@ -128,7 +128,7 @@ class JupyterClient:
         return answer.status == http.client.OK
 
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
-        """Give it a kernel that runs on its gateway already, with its sessions. Raises BackendUnavailable, BackendTimeout."""
+        """Hand over a kernel that already runs on its gateway, with its sessions. Raises BackendUnavailable, BackendTimeout."""
         asked: list[tuple[str, dict[str, Any]]] = [("api/kernels", {"kernel_id": kernel.id})]
         asked += [("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}}) for session in kernel.sessions]
         what = f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"
@@ -143,7 +143,7 @@ class JupyterClient:
                 raise BackendUnavailable(f"{what}: it answered {answer.status}")
 
     def _told(self, endpoint: Endpoint, path: str, *, absent: bytes | None = None) -> bytes:
-        """Give what a page says, or `absent` where there is no such page. Raises as `_ask` does, and BackendUnavailable."""
+        """Return what a page says, or `absent` where there is no such page. Raises as `_ask` does, and BackendUnavailable."""
         answer = self._ask("GET", endpoint, path + _UNTRACKED)
         if answer.status == http.client.NOT_FOUND and absent is not None:
             return absent

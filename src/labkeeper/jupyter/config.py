@@ -28,7 +28,7 @@ _LAUNCH_PAD: Final = 2.0
 
 
 def base_config() -> dict[str, dict[str, Any]]:
-    """Give the configuration that all servers have in common, by section."""
+    """Return the configuration that all servers have in common, by section."""
     return {
         # The other one builds an SSL context at each start, and lets users install packages from the Lab.
         "LabApp": {"extension_manager": "readonly"},
@@ -40,7 +40,7 @@ def base_config() -> dict[str, dict[str, Any]]:
 def launch_config(
     spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None, certificate: tuple[Path, Path] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Give the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
+    """Return the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
 
     What is ours to say goes over the options that were asked for. With a certificate and its key the server speaks TLS; Tornado
     reads the files at each connection, so new ones count at once.

@@ -40,6 +40,6 @@ def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
 
 
 def _level(line: str) -> str:
-    """Give the level of a line of Jupyter's log; "" of what it has not logged, such as a traceback."""
+    """Return the level of a line of Jupyter's log; "" of what it has not logged, such as a traceback."""
     found = _LEVEL.match(line)
     return found[1] if found else ""

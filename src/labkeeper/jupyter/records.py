@@ -34,7 +34,7 @@ class _Info(BaseModel):
 
 
 def info_path(runtime_dir: Path, pid: int) -> Path:
-    """Say where the server of this pid writes its server_info; it removes the file when it ends in good order."""
+    """Return where the server of this pid writes its server_info; it removes the file when it ends in good order."""
     return runtime_dir / f"jpserver-{pid}.json"
 
 
@@ -71,7 +71,7 @@ def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
 
 
 def with_url(endpoint: Endpoint, **told: Any) -> Endpoint:
-    """Give an endpoint with what is told better, and the URL that follows from it all."""
+    """Return an endpoint with what is told better, and the URL that follows from it all."""
     better = replace(endpoint, **told)
     return replace(better, url=url_of(better, better.hostname or "localhost"))
 
@@ -117,6 +117,6 @@ def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
 
 
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:
-    """Give the root URL of a server: as seen from this machine, or with the name by which others know it."""
+    """Return the root URL of a server: as seen from this machine, or with the name by which others know it."""
     host = host or addresses.from_here(endpoint.hostname)
     return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, endpoint.base_url)

@@ -71,5 +71,5 @@ class JupyterOptions(BaseModel):
         return given
 
     def chosen(self) -> dict[str, bool | int | float]:
-        """Give those that are set, by their names."""
+        """Return those that are set, by their names."""
         return self.model_dump(by_alias=True, exclude_unset=True)

@@ -13,7 +13,7 @@ _USER: Final = "%u"
 
 
 def resolved(directory: Path, user: str | None) -> str:
-    """Give a directory as it is for a user of the machine, None being our own, with no link left in it."""
+    """Return a directory as it is for a user of the machine, None being our own, with no link left in it."""
     name = user or _own_name()
     return os.path.realpath(str(directory).replace(_USER, name))
 

@@ -25,7 +25,7 @@ class Shape:
     rule: str
 
     def check(self, text: str) -> str:
-        """Give the text back. Raises ValueError with the rule."""
+        """Return the text back. Raises ValueError with the rule."""
         if re.fullmatch(self.pattern, text) is None:
             raise ValueError(self.rule)
         return text

@@ -47,7 +47,7 @@ def check_kernel_env(env: dict[str, str]) -> dict[str, str]:
 
 
 def loading(names: Iterable[str]) -> list[str]:
-    """Give those names by which code is loaded."""
+    """Return those names by which code is loaded."""
     return [name for name in names if _LOADING.match(name)]
 
 

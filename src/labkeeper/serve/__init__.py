@@ -33,7 +33,7 @@ _log = structlog.get_logger("labkeeper.serve")
 
 
 def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
-    """Run a keeper until SIGTERM or SIGINT, and stop its servers or leave them; give the exit code.
+    """Run a keeper until SIGTERM or SIGINT, and stop its servers or leave them; return the exit code.
 
     With `first`, the server named `default` is started too. `announce` gets lines for the person who started the keeper;
     `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
@@ -125,7 +125,7 @@ def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None
 
 
 def _token(chosen: Settings) -> str | None:
-    """Give the API token: the one that was set, or the one in the state directory, made now if need be."""
+    """Return the API token: the one that was set, or the one in the state directory, made now if need be."""
     if chosen.auth == "none":
         return None
     if chosen.token is not None:
@@ -137,7 +137,7 @@ def _token(chosen: Settings) -> str | None:
 
 
 def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
-    """Give what this keeper must not tell; the URL of a webhook is often a secret by itself."""
+    """Return what this keeper must not tell; the URL of a webhook is often a secret by itself."""
     set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
     return [*set_, *([] if token is None else [token])]
 

@@ -29,7 +29,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def url_of(listener: socket.socket, scheme: str) -> str:
-    """Give the URL of a listening socket, as seen from this machine."""
+    """Return the URL of a listening socket, as seen from this machine."""
     host, port = listener.getsockname()[:2]
     return addresses.url(scheme, addresses.from_here(host), port)
 

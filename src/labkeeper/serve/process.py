@@ -106,7 +106,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def earlier_dirs(known: Iterable[Path], own: Path, stack: ExitStack) -> list[Path]:
-    """Give the directories among the known ones that earlier keepers used, not we, and hold the lock of each that has one.
+    """Return the directories among the known ones that earlier keepers used, not we, and hold the lock of each that has one.
 
     One that another keeper holds is left to it: it ends what it does not know.
     """

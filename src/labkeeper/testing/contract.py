@@ -1,6 +1,6 @@
 """What every backend must do, as tests: the laws of `core.ports.Backend` in executable form. Needs pytest.
 
-To hold a backend to it, give its rig:
+To hold a backend to it, return its rig:
 
     class TestMyBackend(BackendContract):
         @pytest.fixture
@@ -48,16 +48,16 @@ class Rig(Protocol):
         """Let a backend do and report nothing any more, as if its keeper had crashed; its servers live on."""
 
     def spec(self) -> ServerSpec:
-        """Give a spec that can be launched; the same name each time."""
+        """Return a spec that can be launched; the same name each time."""
 
     def refused(self) -> ServerSpec:
-        """Give a spec whose launch is refused."""
+        """Return a spec whose launch is refused."""
 
     def strike(self, endpoint: Endpoint) -> None:
         """End the main process of a server from outside, as by `kill -9`; return when it is dead."""
 
     def exists(self, endpoint: Endpoint) -> bool:
-        """Say whether the main process of a server exists; one that waits to be reaped does not."""
+        """Return whether the main process of a server exists; one that waits to be reaped does not."""
 
 
 class Stage:
@@ -126,12 +126,12 @@ class BackendContract:
 
     @pytest.fixture
     def rig(self) -> Rig:
-        """Give the implementation under test."""
+        """Return the implementation under test."""
         raise NotImplementedError
 
     @pytest.fixture
     def stage(self, rig: Rig) -> Iterator[Stage]:
-        """Give a backend without servers."""
+        """Return a backend without servers."""
         stage = Stage(rig)
         yield stage
         stage.clear()

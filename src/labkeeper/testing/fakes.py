@@ -30,7 +30,7 @@ from labkeeper.core.spec import ServerName, ServerSpec
 
 
 def a_spec(name: str = "default", *, root_dir: str = "/notebooks", port: int | None = None) -> ServerSpec:
-    """Give a spec of which only the name matters."""
+    """Return a spec of which only the name matters."""
     return ServerSpec(ServerName(name), root_dir, port=port)
 
 
@@ -69,7 +69,7 @@ class MemoryStore:
         """While true every call raises StoreError."""
 
     def load(self) -> list[Snapshot]:
-        """Give all servers."""
+        """Return all servers."""
         self._check("read")
         return list(self.snapshots.values())
 
@@ -84,7 +84,7 @@ class MemoryStore:
         self.snapshots.pop(name, None)
 
     def orphans(self) -> list[OrphanedKernel]:
-        """Give all kernels that are still to be ended."""
+        """Return all kernels that are still to be ended."""
         self._check("read")
         return list(self.kernels.values())
 
@@ -108,7 +108,7 @@ class MemoryStore:
         return max(0, self.last_id() - after) - sum(entry.id > after for entry in self.history)
 
     def last_id(self) -> int:
-        """Give the id of the newest entry."""
+        """Return the id of the newest entry."""
         self._check("read")
         return self.history[-1].id if self.history else 0
 
@@ -123,16 +123,16 @@ class MemoryStore:
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Give the oldest that are newer than an id."""
+        """Return the oldest that are newer than an id."""
         self._check("read")
         return [entry for entry in self.history if entry.id > after and concerns(entry, server, within)][:limit]
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Give the newest ones, the oldest of them first."""
+        """Return the newest ones, the oldest of them first."""
         return self.remembered(after=0, server=server, limit=len(self.history), within=within)[-limit:]
 
     def tokens(self) -> list[Token]:
-        """Give all."""
+        """Return all."""
         self._check("read")
         return list(self.kept_tokens.values())
 
@@ -173,7 +173,7 @@ class MemoryOrphans:
         self.orphans.extend(orphans)
 
     def all(self) -> list[OrphanedKernel]:
-        """Give all."""
+        """Return all."""
         return list(self.orphans)
 
 
@@ -181,7 +181,7 @@ class NoCulling:
     """An explainer that has looked at no server, by a clock that stands still."""
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Say how a server stands to its rules."""
+        """Return how a server stands to its rules."""
         facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
         return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
 
@@ -230,7 +230,7 @@ class InlineExecutor:
         return [name for name, queued in self._queues.items() if queued]
 
     def deliver(self) -> bool:
-        """Hand over the oldest report; say whether there was one."""
+        """Hand over the oldest report; return whether there was one."""
         if not self._reports:
             return False
         self._mailbox(self._reports.popleft())
@@ -268,7 +268,7 @@ class Recorder:
         self.changes.append(change)
 
     def states(self, name: ServerName | str) -> list[State]:
-        """Give the states that a server came to, in order, each stay once."""
+        """Return the states that a server came to, in order, each stay once."""
         states: list[State] = []
         for change in self.changes:
             if change.after.name == name and (not states or states[-1] is not change.after.state):

@@ -103,11 +103,11 @@ class World:
     _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
 
     def temper(self, name: ServerName | str) -> Temper:
-        """Give the temper of a name, to be changed in place."""
+        """Return the temper of a name, to be changed in place."""
         return self._tempers.setdefault(name, Temper())
 
     def living(self, name: ServerName | str) -> list[FakeProcess]:
-        """Give the processes under a name; more than one is a bug of whoever launched them."""
+        """Return the processes under a name; more than one is a bug of whoever launched them."""
         with self.lock:
             return [process for process in self.processes if process.name == name]
 
@@ -240,7 +240,7 @@ class FakeBackend:
             self.world.ends.pop(name, None)
 
     def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
-        """Give the same for all that live; the clock of their processors does not stand still."""
+        """Return the same for all that live; the clock of their processors does not stand still."""
         with self.world.lock:
             self._measured += 1
             living = {process.name for process in self.world.processes} & {*names}
@@ -260,7 +260,7 @@ class FakeBackend:
             self.world.ends.pop(name, None)
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
-        """Give the last `tail` lines, or all."""
+        """Return the last `tail` lines, or all."""
         lines = self.world.logs.get(name, [])
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
 
@@ -276,11 +276,11 @@ class FakeBackend:
         """Have nothing to end."""
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
-        """Say what the test said that runs in its terminals."""
+        """Return what the test said that runs in its terminals."""
         return self.world.programs.get(name)
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Give lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
+        """Return lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
         log = self.world.logs.get(name, [])
         given = len(log) - len(self.log(name, tail))
         more = True
@@ -310,7 +310,7 @@ class FakeBackend:
             _greet(process)
 
     def _clear(self, spec: ServerSpec, generation: int) -> FakeProcess | None:
-        """End all of other launches; give the process of this one."""
+        """End all of other launches; return the process of this one."""
         for process in self.world.living(spec.name):
             if process.generation == generation:
                 return process

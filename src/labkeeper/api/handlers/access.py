@@ -40,5 +40,5 @@ def revoke_token(services: Services, path: TokenPath) -> Answer:
 
 
 def get_me(_: Services) -> Answer:
-    """Say who the caller is to the keeper, and what they may."""
+    """Return who the caller is to the keeper, and what they may."""
     return json_answer(me_model(caller()))

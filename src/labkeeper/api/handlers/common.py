@@ -124,7 +124,7 @@ def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
 
 
 def lab_root(services: Services, endpoint: Endpoint) -> str:
-    """Give a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
+    """Return a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
     host = services.advertised_host
     if host is None:
         bound = endpoint.hostname

@@ -45,7 +45,7 @@ def list_server_events(services: Services, path: ServerPath, query: EventQuery) 
 
 
 def list_webhooks(services: Services) -> Answer:
-    """Say how the webhooks fare that events are posted to."""
+    """List the webhooks that events are posted to, and their state."""
     return json_answer(WebhookList(webhooks=[webhook_model(status) for status in services.webhooks()]))
 
 
@@ -75,7 +75,7 @@ def _follow_events(services: Services, server: ServerName | None, after: int | N
 
 
 def _last_event_id(query: EventQuery) -> int | None:
-    """Give the last event that the caller knows; None where they want new ones only. Raises InvalidSpec."""
+    """Return the last event that the caller knows; None where they want new ones only. Raises InvalidSpec."""
     given = request.headers.get("Last-Event-ID", "").strip()
     if not given:
         return query.after

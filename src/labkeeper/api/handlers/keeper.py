@@ -41,7 +41,7 @@ def ready(services: Services) -> Answer:
 
 
 def metrics(services: Services) -> Response:
-    """Give the keeper's metrics in the form of Prometheus, or of OpenMetrics where that is asked for."""
+    """Return the keeper's metrics in the form of Prometheus, or of OpenMetrics where that is asked for."""
     text, media_type = services.meter.exposition(request.headers.get("Accept", ""))
     return Response(text, content_type=media_type)
 

@@ -25,7 +25,7 @@ _FEW_LINES: Final = 1000
 
 
 def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
-    """Give the log of a server, oldest line first; it is kept after the end of the server.
+    """Return the log of a server, oldest line first; it is kept after the end of the server.
 
     An answer has the last 2 MiB at most; where more was asked for, its first line says how much was left out.
     """
@@ -58,7 +58,7 @@ def _follow(services: Services, name: ServerName, tail: int) -> Response:
 
 
 def _begun_in_turn(services: Services, lines: Iterator[str]) -> Iterator[str]:
-    """Give the same lines; what is there already is read before the first of them is given."""
+    """Return the same lines; what is there already is read before the first of them is given."""
     with services.log_readers:
         first = next(lines, "")
     yield first

@@ -199,7 +199,7 @@ def _result(services: Services, name: ServerName, begun: _Begun | LabkeeperError
 
 
 def _outcome(services: Services, begun: _Begun, snapshot: Snapshot, settled: bool) -> tuple[Server, HTTPStatus]:
-    """Say what a start has come to. Raises ServerFailed, Conflict."""
+    """Return what a start has come to. Raises ServerFailed, Conflict."""
     if snapshot.state is State.FAILED:
         raise problems.start_failed(snapshot)
     if settled and snapshot.state is State.STOPPED:
@@ -235,7 +235,7 @@ def _refused(name: ServerName, error: LabkeeperError) -> BulkResult:
 
 
 def _overall(statuses: Collection[int]) -> HTTPStatus:
-    """Give the status of an answer about many."""
+    """Return the status of an answer about many."""
     if any(status >= HTTPStatus.BAD_REQUEST for status in statuses):
         return HTTPStatus.MULTI_STATUS
     return HTTPStatus.ACCEPTED if HTTPStatus.ACCEPTED in statuses else HTTPStatus.OK

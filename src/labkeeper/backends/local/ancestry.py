@@ -89,7 +89,7 @@ class Ancestry:
 
 
 def _line(pid: int) -> Iterator[int]:
-    """Give a process, its parent, and so on. Raises OSError when one of them has ended meanwhile."""
+    """Return a process, its parent, and so on. Raises OSError when one of them has ended meanwhile."""
     for _ in range(_LONGEST_LINE):
         if pid <= 0:
             return

@@ -366,7 +366,7 @@ class LocalBackend:
             self._end_all(name)
 
     def _end_orphans(self, name: ServerName) -> bool:
-        """End what an earlier keeper left under a name, and log that; say whether there was any. Raises BackendUnavailable."""
+        """End what an earlier keeper left under a name, and log that; return whether there was any. Raises BackendUnavailable."""
         ended = self._end_all(name)
         if ended:
             _log.warning("ended what an earlier keeper left", server=name, pids=sorted(ended))
@@ -374,7 +374,7 @@ class LocalBackend:
         return bool(ended)
 
     def _end_all(self, name: ServerName) -> set[int]:
-        """End whatever exists under a name, with or without a directory; give the pids. Raises BackendUnavailable."""
+        """End whatever exists under a name, with or without a directory; return the pids. Raises BackendUnavailable."""
         supervisor = self._supervisors.get(name)
         if supervisor is not None:
             supervisor.kill()
@@ -395,7 +395,7 @@ class LocalBackend:
 
 @contextmanager
 def _unavailable(what: str) -> Iterator[None]:
-    """Say what the backend cannot do now where the machine refuses it: whoever has asked waits for an answer."""
+    """Return what the backend cannot do now where the machine refuses it: whoever has asked waits for an answer."""
     try:
         yield
     except OSError as error:

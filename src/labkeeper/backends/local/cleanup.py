@@ -25,7 +25,7 @@ _EMPTY_LOOKS: Final = 3
 def end_leftovers(
     name: ServerName, server_dir: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
 ) -> set[int]:
-    """End all in a server's control groups, all that carries the mark of its directory, and what is `known` of it; give the pids.
+    """End all in a server's control groups, all that carries its directory's mark, and what is `known` of it; return the pids.
 
     A mark counts in processes of the server's user and of ours; where the directory is lost, which knows that user, in all.
     `grace` is the time in seconds that it has between SIGTERM and SIGKILL. Raises BackendUnavailable when something lives on,
@@ -67,7 +67,7 @@ class EarlierDir:
         return cls(runtime_dir, groups, strays(runtime_dir, groups))
 
     def clear(self, name: ServerName) -> set[int]:
-        """End what runs there under a name, and remove its directory; give the pids. Raises BackendUnavailable."""
+        """End what runs there under a name, and remove its directory; return the pids. Raises BackendUnavailable."""
         return clear(ServerDir(self.runtime_dir / name), self.groups)
 
 

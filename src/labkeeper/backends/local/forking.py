@@ -83,7 +83,7 @@ class ForkServer:
     # What servers need of it
 
     def launch(self, launch: wire.Launch, log: int, report: int) -> tuple[Process, str]:
-        """Fork a server; give its process and the name of its parent. Waits for one that loads where that is sooner than exec.
+        """Fork a server; return its process and the name of its parent. Waits for one that loads where that is sooner than exec.
 
         Raises CannotFork.
         """
@@ -115,7 +115,7 @@ class ForkServer:
             server_dir.reset()
 
     def attach(self, name: str, pid: int, report: int) -> bool:
-        """Let the end of a server be reported to us by the fork server of this name; say whether that is its parent.
+        """Let the end of a server be reported to us by the fork server of this name; return whether that is its parent.
 
         Raises OSError where we lack what it takes to ask.
         """
@@ -130,7 +130,7 @@ class ForkServer:
                 raise CannotFork(f"the environment variable {name} takes effect only when a program starts")
 
     def _await_ready(self) -> Instance:
-        """Give the one that serves; wait for one that loads, unless executing a server is sooner. Raises CannotFork."""
+        """Return the one that serves; wait for one that loads, unless executing a server is sooner. Raises CannotFork."""
         with self._changed:
             executed_by = time.monotonic() + _EXEC_SHARE * self._warm_up
             while self._current is None:
@@ -206,7 +206,7 @@ class ForkServer:
 
 @contextlib.contextmanager
 def _only_for_the_child(launch: wire.Launch) -> Iterator[int]:
-    """Give an open file in memory that holds a launch; the fork server passes it on without reading it. Raises OSError."""
+    """Return an open file in memory that holds a launch; the fork server passes it on without reading it. Raises OSError."""
     file = os.memfd_create("launch")
     try:
         with os.fdopen(os.dup(file), "w") as stream:

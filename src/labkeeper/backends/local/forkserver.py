@@ -292,7 +292,7 @@ def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
 
 
 def _rehearsal_name(directory: Path) -> ServerName:
-    """Give what stands for a server's name where its rehearsal has a control group; no server has such a name."""
+    """Return what stands for a server's name where its rehearsal has a control group; no server has such a name."""
     return ServerName(f".{directory.name}")
 
 
@@ -317,7 +317,7 @@ def _end_with_all_below(loading: Process) -> None:
 
 @contextlib.contextmanager
 def _socket_path(directory: Path) -> Iterator[str]:
-    """Give a path to the socket that is short enough: addresses of Unix sockets have at most 107 bytes."""
+    """Return a path to the socket that is short enough: addresses of Unix sockets have at most 107 bytes."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/socket"

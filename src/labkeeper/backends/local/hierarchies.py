@@ -72,14 +72,14 @@ def version_2(*ours: str) -> dict[str, Hierarchy]:
 
 
 def _base_2(*ours: str) -> Path | None:
-    """Give the group of version 2 that we run in."""
+    """Return the group of version 2 that we run in."""
     mount = next((mount for mount, kind, _ in all_mounts() if kind == "cgroup2"), None)
     path = next((path for controllers, path in _memberships() if controllers == [""]), None)
     return None if mount is None or path is None else _own(mount, path, *ours)
 
 
 def base_of_all(older: Mapping[str, Hierarchy], *ours: str) -> Path | None:
-    """Give the group below which every server can have one: of version 2, also without a controller, else of version 1."""
+    """Return the group below which every server can have one: of version 2, also without a controller, else of version 1."""
     base = _base_2(*ours)
     if base is not None and os.access(base, os.W_OK):
         return base
@@ -121,7 +121,7 @@ def all_mounts() -> list[tuple[Path, str, str]]:
 
 
 def _own(mount: Path, path: str, *ours: str) -> Path:
-    """Give the directory of the group that we run in; a container sees its own group as the root of the mount.
+    """Return the directory of the group that we run in; a container sees its own group as the root of the mount.
 
     From our leaf, and from a group whose name begins with one of `ours` (a keeper may be started in the terminal of one of its
     servers), it is the one above.
@@ -149,14 +149,14 @@ def is_own(group: Path) -> bool:
 
 
 def listed(group: Path) -> list[Path]:
-    """Give the groups that were made in a group. Raises OSError where no descriptor is free to look."""
+    """Return the groups that were made in a group. Raises OSError where no descriptor is free to look."""
     with shortage.suppress_others(OSError):
         return [path for path in group.iterdir() if path.is_dir()]
     return []
 
 
 def parts(group: Path) -> Iterator[Path]:
-    """Give a group and all below it, those below first."""
+    """Return a group and all below it, those below first."""
     for part in listed(group):
         yield from parts(part)
     yield group

@@ -48,7 +48,7 @@ class ReportPipe:
         return [] if self._reader is None else [self._reader]
 
     def said(self, key: str) -> Any:
-        """Give what was said under a key; None when nothing was, so far."""
+        """Return what was said under a key; None when nothing was, so far."""
         self._take_in()
         return self._said.get(key)
 

@@ -157,7 +157,7 @@ class ControlGroups:
             _log.debug("a server has no control group", server=name, group=str(group), error=str(error))
 
     def door(self, name: ServerName) -> list[str]:
-        """Make the group of a process that enters it by itself; give the file for its pid, or none where no group can be made."""
+        """Make the group of a process that enters it by itself; return the file for its pid, or none if no group can be made."""
         if self._base is None:
             return []
         group = self._base / f"{self._prefix}{name}"
@@ -169,7 +169,7 @@ class ControlGroups:
         return [str(group / "cgroup.procs")]
 
     def members(self, name: ServerName) -> set[int]:
-        """Give the pids of all processes in the groups of a server, and in groups below them, but ourselves and our parents."""
+        """Return the pids of all processes in the groups of a server, and in groups below them, but ourselves and our parents."""
         pids = _pids(self._of(name))
         # Most often there is none.
         return pids - spared() if pids else pids
@@ -198,7 +198,7 @@ class ControlGroups:
                             (part / setting).write_text(value)
 
     def memory_kills(self, name: ServerName) -> MemoryKills:
-        """Say where the processes of a server are counted that Linux kills for want of memory, or where nothing tells, all."""
+        """Return where the processes of a server are counted that Linux kills for want of memory, or where nothing tells, all."""
         for file in (group / events for group in self._of(name) for events in _MEMORY_EVENTS):
             with contextlib.suppress(OSError):
                 if _KILLED.search(file.read_text()) is not None:
@@ -216,7 +216,7 @@ class ControlGroups:
         )
 
     def names(self) -> set[ServerName]:
-        """Give the names of all servers that have a group."""
+        """Return the names of all servers that have a group."""
         groups = (*self._earlier, *(group for base in self._bases for group in listed(base)))
         found = set()
         for group in groups:
@@ -244,7 +244,7 @@ class ControlGroups:
         return {hierarchy.base for hierarchy in self._hierarchies.values()} | ({self._base} if self._base else set())
 
     def _of(self, name: ServerName) -> list[Path]:
-        """Give the groups of a server that exist."""
+        """Return the groups of a server that exist."""
         full = f"{self._prefix}{name}"
         groups = {*(base / full for base in self._bases), *(group for group in self._earlier if group.name == full)}
         return [group for group in groups if group.is_dir()]
@@ -275,7 +275,7 @@ class ControlGroups:
 
 
 def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str, str]]]]:
-    """Give each limit that is set: its name, its controller, and the files to write under each version."""
+    """Return each limit that is set: its name, its controller, and the files to write under each version."""
     if limits.memory is not None:
         amount = str(limits.memory)
         yield (
@@ -293,7 +293,7 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
 
 
 def _pids(groups: Iterable[Path]) -> set[int]:
-    """Give the pids of all processes in groups, and below them. Raises OSError where no descriptor is free to look."""
+    """Return the pids of all processes in groups, and below them. Raises OSError where no descriptor is free to look."""
     found: set[int] = set()
     for part in (part for group in groups for part in parts(group)):
         with shortage.suppress_others(OSError):

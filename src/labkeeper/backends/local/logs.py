@@ -80,7 +80,7 @@ class LogFile:
             spare.writelines(self._last_lines(log))
 
     def _last_lines(self, stream: IO[bytes]) -> Iterator[bytes]:
-        """Give the lines from here to where it ends now, or the last ones if those are more than is kept."""
+        """Return the lines from here to where it ends now, or the last ones if those are more than is kept."""
         size, begin = os.fstat(stream.fileno()).st_size, stream.tell()
         if size - begin > self._most:
             stream.seek(size - self._most)
@@ -92,7 +92,7 @@ class LogFile:
             yield line
 
     def tail(self, count: int | None) -> list[str]:
-        """Give the last `count` lines, or all that is kept."""
+        """Return the last `count` lines, or all that is kept."""
         lines: deque[bytes] = deque(maxlen=count)
         for part in (self._older, self.path):
             try:
@@ -104,7 +104,7 @@ class LogFile:
         return [self._text(line).removesuffix("\n") for line in lines]
 
     def news(self, since: int, most: int) -> tuple[list[str], int, int]:
-        """Give the whole lines after `since` bytes, how many bytes before them were left out, and where they end.
+        """Return the whole lines after `since` bytes, how many bytes before them were left out, and where they end.
 
         No more than `most` bytes are read, and the newest where there are more. Raises OSError.
         """
@@ -122,7 +122,7 @@ class LogFile:
         return lines, begin - since + cut, begin + end
 
     def follow(self, count: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Give the last `count` lines, then each new one; "" means nothing new yet.
+        """Return the last `count` lines, then each new one; "" means nothing new yet.
 
         Ends when `live` says no, or the log was removed: the next one of this name is another server's.
         """

@@ -53,7 +53,7 @@ def hold_port(spec: ServerSpec) -> socket.socket:
 
 
 def _first_free_for_all() -> int:
-    """Give the lowest port that everybody may listen on, as ip(7) has it."""
+    """Return the lowest port that everybody may listen on, as ip(7) has it."""
     with contextlib.suppress(OSError, ValueError):
         return int(_UNPRIVILEGED.read_text())
     return 1024

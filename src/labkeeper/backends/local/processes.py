@@ -67,7 +67,7 @@ class Process:
             return True
 
     def send(self, number: signal.Signals) -> bool:
-        """Send a signal to it, and to no other that may have its pid by now; say whether it was there."""
+        """Send a signal to it, and to no other that may have its pid by now; return whether it was there."""
         try:
             if sys.platform == "linux":
                 handle = os.pidfd_open(self.pid)
@@ -85,7 +85,7 @@ class Process:
         return True
 
     def descendants(self) -> list[Process]:
-        """Give its children and theirs, as far as they are still linked to it."""
+        """Return its children and theirs, as far as they are still linked to it."""
         if not self.alive():
             return []
         # Those that cannot be looked for now are found by their marks when it has ended.
@@ -142,7 +142,7 @@ def _held(pid: int) -> Iterator[str]:
 
 
 def _uid(pid: int) -> int | None:
-    """Say which user a process runs as; None when it is gone."""
+    """Return which user a process runs as; None when it is gone."""
     try:
         return psutil.Process(pid).uids().effective
     except psutil.Error:
@@ -150,7 +150,7 @@ def _uid(pid: int) -> int | None:
 
 
 def _started(pid: int) -> str:
-    """Give the moment a process started, in a form that no change of the clock alters."""
+    """Return the moment a process started, in a form that no change of the clock alters."""
     if sys.platform == "linux":
         # As fork servers tell it of their children.
         return marks.started(pid)
@@ -165,7 +165,7 @@ def boot_id() -> str:
 
 
 def spared() -> set[int]:
-    """Give the pids that are never ended as somebody's leftovers: ourselves, and those that started us."""
+    """Return the pids that are never ended as somebody's leftovers: ourselves, and those that started us."""
     return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
@@ -186,7 +186,7 @@ def marked(name: str, value: str, *, users: Collection[int] | None = None) -> li
 
 
 def server_dirs_marked(name: str, directory: Path) -> set[Path]:
-    """Give the paths in a directory that `name` is set to in the environment of any process of our own user. Raises OSError."""
+    """Return the paths in a directory that `name` is set to in the environment of any process of our own user. Raises OSError."""
     found: set[Path] = set()
     for pid in psutil.pids():
         with shortage.suppress_others(psutil.Error, OSError):
@@ -222,7 +222,7 @@ def sees(pid: int, directory: Path) -> bool:
 
 
 def carries(pid: int, name: str) -> bytes:
-    """Give what a variable is set to in the environment of a process; b"" where it is not, or may not be read.
+    """Return what a variable is set to in the environment of a process; b"" where it is not, or may not be read.
 
     Raises OSError where no descriptor is free to read it.
     """
@@ -232,7 +232,7 @@ def carries(pid: int, name: str) -> bytes:
 
 
 def _values(pid: int, name: str) -> set[str]:
-    """Give what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
+    """Return what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
     if sys.platform == "linux":
         # Read as it is: parsing it would take longer than a process may need to start another and end.
         environment = b"\0" + _environment(pid)
@@ -259,7 +259,7 @@ def _environment(pid: int) -> bytes:
 
 
 def _place_of_environment(pid: int) -> tuple[str, str] | None:
-    """Say where it begins and ends: zeros in a program that is executed; None where there is no program, as in the kernel's."""
+    """Return where it begins and ends: zeros in a program that is executed; None for a thread of Linux itself."""
     with shortage.suppress_others(OSError):
         Path(f"/proc/{pid}/exe").readlink()
         fields = marks.stat(pid)

@@ -172,7 +172,7 @@ _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\s
 
 
 def _certificates(file: str, content: bytes) -> str:
-    """Give the certificates of a file, and nothing else: we may be able to read what the server's user may not.
+    """Return the certificates of a file, and nothing else: we may be able to read what the server's user may not.
 
     Raises ValueError where there is none.
     """

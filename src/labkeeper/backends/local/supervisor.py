@@ -289,7 +289,7 @@ class ProcessSupervisor:
         return self._token is not None and self._pipe is not None and bool(self._pipe.readable)
 
     def _announced(self) -> Endpoint | None:
-        """Give where it listens, once it says that it does: to us, when we launched it; else in Jupyter's file."""
+        """Return where it listens, once it says that it does: to us, when we launched it; else in Jupyter's file."""
         said = self._pipe.said("ready") if self._pipe else None
         if said is None and self._will_say:
             return None
@@ -317,7 +317,7 @@ class ProcessSupervisor:
         return wait_until_ended(self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds)
 
     def _exit(self) -> Exit:
-        """Say how its process ended, as its parent saw it. Where nobody did, its info file tells whether it was in good order."""
+        """Return how its process ended, as its parent saw it. If none did, its info file tells whether it ended in good order."""
         if self._child is not None:
             return exit_of(self._child.wait())
         seen = self._pipe.exit() if self._pipe else None
@@ -331,7 +331,7 @@ class ProcessSupervisor:
         self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:
-        """Say that it was killed for want of memory; "" where it was not: by somebody else, by us, or it ended in another way."""
+        """Return a sentence if Linux killed it for want of memory, "" otherwise."""
         if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or self._memory_kills is None:
             return ""
         grown = self._memory_kills.count() > self._killed[0]
@@ -364,7 +364,7 @@ class ProcessSupervisor:
         return read_kernels(self.site.server_dir.kernels)
 
     def _says_how(self, keep_kernels: bool, patience: float) -> bool:
-        """Tell it how its kernels on a gateway are to end; say whether it will be so."""
+        """Tell it how its kernels on a gateway are to end; return whether it will be so."""
         try:
             self.site.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
         except OSError:

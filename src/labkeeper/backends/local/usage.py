@@ -117,7 +117,7 @@ class Meter:
         return {name: frozenset(pids) for name, pids in found.items()}
 
     def _mark(self, pid: int, stat: _Stat) -> bytes:
-        """Give the mark of a process; b"" for none. Each is read twice: at first it may not have it yet."""
+        """Return the mark of a process; b"" for none. Each is read twice: at first it may not have it yet."""
         key = (pid, stat.started)
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
@@ -164,7 +164,7 @@ def _is(process: Process, stats: Mapping[int, _Stat]) -> bool:
 
 
 def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
-    """Give a process, its parent, and so on."""
+    """Return a process, its parent, and so on."""
     for _ in range(_LONGEST_LINE):
         if pid not in stats:
             return
