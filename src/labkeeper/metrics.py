@@ -258,9 +258,9 @@ class Metrics:
             self._begun.setdefault(after.name, self._clock.monotonic())
         if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
             return
-        if after.endpoint is not None:
-            self._count(STARTS, "ready", NONE, after.endpoint.launched_by)
-            self._observe(START_DURATION, self._clock.monotonic() - begun, after.endpoint.launched_by)
+        if after.instance is not None:
+            self._count(STARTS, "ready", NONE, after.instance.launched_by)
+            self._observe(START_DURATION, self._clock.monotonic() - begun, after.instance.launched_by)
         elif after.goal is Goal.UP:
             self._count(STARTS, "failed", _class_of(after), _UNKNOWN_WAY)
         else:

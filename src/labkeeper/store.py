@@ -48,6 +48,8 @@ _MIGRATIONS: Final = (
     "; ".join(
         (
             _renamed("servers", "snapshot", "launch", "generation"),
+            # Whoever takes a server up asks it again how it is reached.
+            "UPDATE servers SET snapshot = json_set(snapshot, '$.endpoint', NULL) WHERE json_valid(snapshot)",
             _renamed("history", "entry", "launch", "generation"),
             _renamed("tokens", "token", "reach", "limits"),
             "ALTER TABLE debts RENAME TO orphans",

@@ -31,15 +31,15 @@ class FakeRig:
     def refused(self):
         return a_spec("refused")
 
-    def strike(self, endpoint):
-        for process in self._find(endpoint):
+    def strike(self, instance):
+        for process in self._find(instance):
             self.world.end(process, Exit(signal="SIGKILL"))
 
-    def exists(self, endpoint):
-        return bool(self._find(endpoint))
+    def exists(self, instance):
+        return bool(self._find(instance))
 
-    def _find(self, endpoint):
-        return [process for process in self.world.processes if process.pid == endpoint.pid]
+    def _find(self, instance):
+        return [process for process in self.world.processes if process.pid == instance.pid]
 
 
 class TestFakeBackend(BackendContract):

@@ -44,12 +44,12 @@ class LocalRig:
     def refused(self):
         return ServerSpec(ServerName("refused"), "/no/such/directory")
 
-    def strike(self, endpoint):
-        os.kill(endpoint.pid, signal.SIGKILL)
-        until(lambda: not alive(endpoint.pid))
+    def strike(self, instance):
+        os.kill(instance.pid, signal.SIGKILL)
+        until(lambda: not alive(instance.pid))
 
-    def exists(self, endpoint):
-        return alive(endpoint.pid)
+    def exists(self, instance):
+        return alive(instance.pid)
 
 
 @pytest.fixture

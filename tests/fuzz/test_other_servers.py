@@ -47,9 +47,7 @@ def gateway(port):
 
 def endpoint(port):
     url = f"http://127.0.0.1:{port}/"
-    return Endpoint(
-        base_url="/", hostname="127.0.0.1", notebook_dir="/", password=False, pid=1, port=port, secure=False, token="t", url=url
-    )
+    return Endpoint(url, "t", base_url="/", hostname="127.0.0.1", port=port, secure=False, password=False, root_dir="/")
 
 
 @FUZZ

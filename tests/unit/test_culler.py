@@ -21,7 +21,7 @@ from labkeeper.testing.world import FakeBackend
 from labkeeper.threads import ThreadGroup
 
 PERIOD = 30.0
-ENDPOINT = Endpoint("/", "h", "/n", False, 1, 1, False, "t", "http://h:1/")
+ENDPOINT = Endpoint("http://h:1/", "t", "/", "h", 1, False, False, "/n")
 
 
 class JumpingClock(FakeClock):

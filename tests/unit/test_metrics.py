@@ -11,13 +11,24 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin, WebhookStatus
-from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, OrphanedKernel, Snapshot, StopMethod, StopReport
+from labkeeper.core.server import (
+    Endpoint,
+    Failure,
+    FailureClass,
+    GatewayHealth,
+    Instance,
+    OrphanedKernel,
+    Snapshot,
+    StopMethod,
+    StopReport,
+)
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.metrics import FAMILIES, Kind, Metrics, World
 from labkeeper.testing.fakes import FakeClock, a_spec
 
 LAB = Snapshot(a_spec("lab"), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
-ENDPOINT = Endpoint("/", "127.0.0.1", "/notebooks", False, 4711, 8888, False, "t", "http://127.0.0.1:8888/", launched_by="fork")
+ENDPOINT = Endpoint("http://127.0.0.1:8888/", "t", "/", "127.0.0.1", 8888, False, False, "/notebooks")
+INSTANCE = Instance("4711", 4711, launched_by="fork")
 GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
 CRASH = Failure(FailureClass.KILLED, "it was killed")
 BASE_UNITS = ("_seconds", "_bytes")
@@ -42,7 +53,7 @@ class Server:
         return self.goes(Event.START, State.STARTING, goal=Goal.UP, generation=self.snapshot.generation + 1)
 
     def runs(self, *, after=0.12):
-        return self.starts().goes(Event.READY, State.RUNNING, after=after, endpoint=ENDPOINT, started_at=1.0)
+        return self.starts().goes(Event.READY, State.RUNNING, after=after, endpoint=ENDPOINT, instance=INSTANCE, started_at=1.0)
 
 
 @pytest.fixture
@@ -101,7 +112,7 @@ def test_a_start_that_is_stopped_meanwhile_has_not_failed(metrics, server):
 def test_one_that_is_lost_while_it_starts_is_counted_when_it_is_decided(metrics, server):
     server.starts().goes(Event.UNREACHABLE, State.LOST)
     assert starts(metrics, "ready", "fork") == 0
-    server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, after=3)
+    server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE, after=3)
     assert starts(metrics, "ready", "fork") == 1
     assert value(metrics, "start_duration_seconds_sum", way="fork") == 3
 
@@ -119,7 +130,7 @@ def test_a_crash_and_the_restart_after_it_are_counted(metrics, server):
     assert value(metrics, "unrequested_ends_total", failure_class="killed") == 1
     assert value(metrics, "restarts_total") == 0
     server.goes(Event.DEADLINE, State.STARTING, generation=2, restarts=1, failure=None)
-    server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, after=0.2)
+    server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE, after=0.2)
     assert value(metrics, "restarts_total") == 1
     assert starts(metrics, "ready", "fork") == 2
 
@@ -132,7 +143,7 @@ def test_a_server_that_was_shut_down_from_inside_ended_without_a_cause(metrics, 
 def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock):
     known = replace(LAB, state=State.LOST, goal=Goal.UP, generation=4, started_at=1.0)
     metrics.changed(Change(Event.UNREACHABLE, None, known, 0.0))
-    server = Server(metrics, clock, known).goes(Event.READY, State.RUNNING, endpoint=ENDPOINT)
+    server = Server(metrics, clock, known).goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE)
     assert starts(metrics, "ready", "fork") == 0
     server.goes(Event.CRASHED, State.BACKOFF, failure=CRASH)
     assert value(metrics, "unrequested_ends_total", failure_class="killed") == 1
@@ -162,7 +173,7 @@ def test_what_the_history_tells_is_counted(metrics):
 
 def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
     bad = GatewayHealth(1.0, Failure(FailureClass.GATEWAY_UNREACHABLE, "it is gone"))
-    running = replace(LAB, state=State.RUNNING, endpoint=ENDPOINT)
+    running = replace(LAB, state=State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE)
     behind = [
         replace(running, spec=replace(a_spec(name), gateway=replace(GATEWAY, url=url)), gateway=health)
         for name, url, health in (

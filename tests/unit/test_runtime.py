@@ -22,7 +22,7 @@ from labkeeper.testing.fakes import FakeClock, MemoryOrphans, MemoryStore, Passi
 from labkeeper.testing.world import FakeBackend, World
 
 ONE, TWO = ServerName("one"), ServerName("two")
-OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None))
+OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None, None))
 """News of no server that there is."""
 
 
@@ -104,7 +104,7 @@ class TestExecutor:
     def test_a_job_that_fails_is_logged_and_reported_and_the_next_one_runs(self):
         received = []
         executor = KeyedExecutor(received.append, threads=1)
-        report, failed = Report(ONE, 1, Ready(None)), Report(ONE, 1, Unreachable("why"))
+        report, failed = Report(ONE, 1, Ready(None, None)), Report(ONE, 1, Unreachable("why"))
         with structlog.testing.capture_logs() as log:
             executor.submit(ONE, lambda: 1 / 0)
             executor.submit(ONE, lambda: 1 / 0, failed)

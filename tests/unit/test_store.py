@@ -24,6 +24,7 @@ from labkeeper.core.server import (
     Failure,
     FailureClass,
     GatewayHealth,
+    Instance,
     OrphanedKernel,
     OwnKernel,
     Session,
@@ -50,7 +51,8 @@ FULL = Snapshot(
     since=2.5,
     created_at=1.5,
     generation=7,
-    endpoint=Endpoint("/x/", "h", "/notebooks", False, 12, 8888, False, "token", "http://h:8888/x/", "2.0"),
+    endpoint=Endpoint("http://h:8888/x/", "token", "/x/", "h", 8888, False, False, "/notebooks", "2.0"),
+    instance=Instance("boot/12/345", 12, "exec", "why", {"memory": "cgroup2"}),
     started_at=2.0,
     exit=Exit(signal="SIGKILL"),
     failure=Failure(FailureClass.KILLED, "why", Exit(code=1), ("a", "b")),
@@ -264,12 +266,8 @@ def test_a_file_of_an_older_version_is_migrated(path):
         before = everything(store)
         running, stopped = before[0]
         (orphan,), (token,), events = before[1], before[3], before[2]
-        assert (running.name, running.generation, running.endpoint.port, running.spec.env) == (
-            "running",
-            7,
-            8888,
-            {"A": 'ü "quoted"'},
-        )
+        assert (running.name, running.generation, running.endpoint) == ("running", 7, None)
+        assert running.spec.env == {"A": 'ü "quoted"'}
         assert (running.since, running.kernels_kept[0].sessions[0].path) == (1764000000.25, "a.ipynb")
         assert (stopped.generation, stopped.stop_report.seconds) == (3, 0.25)
         assert (orphan.kernel_id, orphan.gateway.auth_token, orphan.starting) == ("k9", "gateway-token", True)

@@ -14,24 +14,13 @@ from labkeeper.core.server import Exit, Failure, Kernel, OrphanedKernel, Sample,
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
 from labkeeper.schema import answers
 
-_INFO: Final = (
-    "base_url",
-    "hostname",
-    "notebook_dir",
-    "password",
-    "pid",
-    "port",
-    "secure",
-    "token",
-    "url",
-    "version",
-    "launched_by",
-    "exec_reason",
-)
+_OF_ENDPOINT: Final = ("base_url", "hostname", "password", "port", "secure", "token", "url", "version")
+_OF_INSTANCE: Final = ("pid", "launched_by", "exec_reason")
+"""The fields of an answer that these have. With `notebook_dir`, nine of them are Jupyter's server_info."""
 
 
 _OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()) - {
-    *_INFO,
+    *_OF_ENDPOINT,
     "name",
     "limits",
     "gateway",
@@ -43,12 +32,14 @@ def server_model(
     snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
 ) -> answers.Server:
     """Write a snapshot as callers see it; without a `lab_url` also without the token that opens the Lab."""
-    endpoint, spec = snapshot.endpoint, snapshot.spec
-    info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _INFO}
+    endpoint, instance, spec = snapshot.endpoint, snapshot.instance, snapshot.spec
+    info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _OF_ENDPOINT}
+    info |= {name: getattr(instance, name, None) for name in _OF_INSTANCE}
     if lab_url is None:
         info["token"] = None
     return answers.Server(
         **info,
+        notebook_dir=endpoint.root_dir if endpoint else None,
         lab_url=lab_url,
         name=snapshot.name,
         state=snapshot.state,
@@ -59,7 +50,7 @@ def server_model(
         generation=snapshot.generation,
         restarts=snapshot.restarts,
         **{field: getattr(spec, field) for field in _OF_SPEC},
-        limits=_limit_models(spec.limits, endpoint.limited_by if endpoint else {}, sample),
+        limits=_limit_models(spec.limits, instance.limited_by if instance else {}, sample),
         usage=_usage_model(sample),
         snoozed_until=None if snapshot.snoozed_until is None else format_time(snapshot.snoozed_until),
         gateway=_gateway_model(snapshot),

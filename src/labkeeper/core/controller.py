@@ -160,7 +160,7 @@ class Controller:
         found = cls(snapshot, policy, clock, budget=Budget(earned=snapshot.started_at is not None))
         jobs: tuple[Job, ...] = ()
         if snapshot.state in MAY_EXIST:
-            lost = found._with(state=State.LOST, since=clock.time(), endpoint=None, gateway=None)
+            lost = found._with(state=State.LOST, since=clock.time(), endpoint=None, instance=None, gateway=None)
             found, jobs = lost._timed()._acting(Action.OBSERVE)
         elif snapshot.state is State.BACKOFF:
             found = replace(found, deadline=clock.monotonic())
@@ -261,7 +261,7 @@ class Controller:
         before, now = self.snapshot, self.clock.time()
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
-            snap = replace(snap, since=now, endpoint=None, gateway=None)
+            snap = replace(snap, since=now, endpoint=None, instance=None, gateway=None)
         snap = self._reported(snap, fact)
         if event is Event.HUNG:
             silent = f"server '{snap.name}' had not answered for {self.policy.hung_after:g} s"
@@ -296,10 +296,11 @@ class Controller:
     def _reported(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
         """Bring what a fact says into the snapshot of the step that it led to."""
         match fact:
-            case Ready(endpoint=endpoint, gateway=gateway) if snap.state is State.RUNNING:
+            case Ready(endpoint=endpoint, instance=instance, gateway=gateway) if snap.state is State.RUNNING:
                 now = self.clock.time()
                 up_since = now if snap.up_since is None else snap.up_since
-                snap = replace(snap, endpoint=endpoint, gateway=gateway, started_at=now, up_since=up_since, failure=None)
+                snap = replace(snap, endpoint=endpoint, instance=instance, gateway=gateway, started_at=now, up_since=up_since)
+                snap = replace(snap, failure=None)
             case Ended():
                 snap = self._ended(snap, fact)
             case Refused(failure=failure) | Vetoed(failure=failure):

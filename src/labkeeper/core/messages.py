@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from labkeeper.core.lifecycle import Action, Event
-from labkeeper.core.server import Endpoint, Exit, Failure, GatewayHealth, OwnKernel, Snapshot, StopMethod
+from labkeeper.core.server import Endpoint, Exit, Failure, GatewayHealth, Instance, OwnKernel, Snapshot, StopMethod
 from labkeeper.core.spec import ServerName, ServerSpec
 
 
@@ -17,6 +17,7 @@ class Ready:
     """It answers as itself."""
 
     endpoint: Endpoint
+    instance: Instance
     gateway: GatewayHealth | None = None
     """What was found out about its gateway before, if it was asked."""
     not_taken_over: tuple[str, ...] = ()

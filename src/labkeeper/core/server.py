@@ -12,19 +12,32 @@ from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """How to reach a running server: Jupyter's server_info, `root_dir` under its older name `notebook_dir`."""
+    """How to reach a running server."""
 
+    url: str
+    token: str = field(repr=False)
     base_url: str
     hostname: str
-    notebook_dir: str
-    password: bool
-    pid: int
+    """The address that it listens on."""
     port: int
     secure: bool
-    token: str = field(repr=False)
-    url: str
+    """Whether it speaks TLS."""
+    password: bool
+    """Whether it asks for a password."""
+    root_dir: str
+    """The directory that it shows."""
     version: str = ""
     """The version of jupyter_server."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """What a backend has launched: the same as long as it is the same process, container or pod."""
+
+    id: str
+    """Opaque to everyone but the backend."""
+    pid: int | None = None
+    """Its process, if it is one of the keeper's machine."""
     launched_by: str = "exec"
     """`fork` from a process that had loaded Jupyter already, or `exec` of a new one."""
     exec_reason: str | None = None
@@ -246,6 +259,8 @@ class Snapshot:
     """Grows with each launch under this name, also after a deletion; facts of an earlier launch are dropped."""
     endpoint: Endpoint | None = None
     """Set exactly while it is running."""
+    instance: Instance | None = None
+    """Likewise."""
     started_at: float | None = None
     """When it last became ready since the last start command."""
     exit: Exit | None = None

@@ -58,8 +58,8 @@ def facts(change: Change) -> dict[str, object]:
     }
     if _adopted(change):
         told["adopted"] = True
-    if after.endpoint is not None:
-        told |= {"launched_by": after.endpoint.launched_by, "pid": after.endpoint.pid, "port": after.endpoint.port}
+    if after.endpoint is not None and after.instance is not None:
+        told |= {"launched_by": after.instance.launched_by, "pid": after.instance.pid, "port": after.endpoint.port}
     if change.event is Event.READY:
         told["seconds"] = _seconds(change)
     if change.event is Event.SNOOZE:

@@ -58,9 +58,8 @@ def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
         Endpoint(
             base_url=info.base_url,
             hostname=info.hostname,
-            notebook_dir=info.root_dir,
+            root_dir=info.root_dir,
             password=info.password,
-            pid=info.pid,
             port=info.port,
             secure=info.secure,
             token=info.token,

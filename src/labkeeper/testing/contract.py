@@ -24,7 +24,7 @@ import pytest
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Backend
-from labkeeper.core.server import Endpoint, StopMethod
+from labkeeper.core.server import Instance, StopMethod
 from labkeeper.core.spec import ServerName, ServerSpec
 
 _FEW: Final = 50
@@ -53,10 +53,10 @@ class Rig(Protocol):
     def refused(self) -> ServerSpec:
         """Return a spec whose launch is refused."""
 
-    def strike(self, endpoint: Endpoint) -> None:
+    def strike(self, instance: Instance) -> None:
         """End the main process of a server from outside, as by `kill -9`; return when it is dead."""
 
-    def exists(self, endpoint: Endpoint) -> bool:
+    def exists(self, instance: Instance) -> bool:
         """Return whether the main process of a server exists; one that waits to be reaped does not."""
 
 
@@ -88,10 +88,10 @@ class Stage:
         self.backend = self.rig.backend(self._reports.put)
         return self.backend
 
-    def launch(self, generation: int = 1) -> Endpoint:
+    def launch(self, generation: int = 1) -> Ready:
         """Launch the server, and wait until it is ready."""
         self.backend.launch(self.spec, generation)
-        return self.wait(Ready, generation).endpoint
+        return self.wait(Ready, generation)
 
     def wait(self, kind: type[_F], generation: int) -> _F:
         """Wait for the next report, which must be of this kind and launch."""
@@ -138,10 +138,11 @@ class BackendContract:
 
     def test_launch_makes_a_server_ready(self, stage: Stage) -> None:
         """A launch is followed by one Ready, whose endpoint is that of a process that exists and can be observed."""
-        endpoint = stage.launch()
-        assert stage.rig.exists(endpoint)
+        ready = stage.launch()
+        assert stage.rig.exists(ready.instance)
+        endpoint = ready.endpoint
         assert endpoint.base_url == stage.spec.base_url
-        assert endpoint.notebook_dir == stage.spec.root_dir
+        assert endpoint.root_dir == stage.spec.root_dir
         assert endpoint.url.endswith(endpoint.base_url)
         assert endpoint.token
         assert endpoint.port > 0
@@ -149,43 +150,43 @@ class BackendContract:
 
     def test_launch_is_idempotent(self, stage: Stage) -> None:
         """A launch that is asked for twice makes one process, and has one end."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         stage.backend.launch(stage.spec, 1)
-        assert stage.rig.exists(endpoint)
+        assert stage.rig.exists(ready.instance)
         stage.backend.kill(stage.name, 1)
         stage.wait(Ended, 1)
-        assert not stage.rig.exists(endpoint)
+        assert not stage.rig.exists(ready.instance)
         stage.quiet()
 
     def test_a_new_launch_ends_the_earlier_one_first(self, stage: Stage) -> None:
         """A launch with a higher number ends what an earlier one left, and reports that end before its own Ready."""
-        first = stage.launch(1)
+        first = stage.launch(1).instance
         stage.backend.launch(stage.spec, 2)
         stage.wait(Ended, 1)
         assert not stage.rig.exists(first)
-        second = stage.wait(Ready, 2).endpoint
-        assert second.pid != first.pid
+        second = stage.wait(Ready, 2).instance
+        assert second != first
         assert stage.rig.exists(second)
 
     def test_terminate_ends_it_in_good_order(self, stage: Stage) -> None:
         """After terminate exactly one Ended follows: in good order, with the means used, and nothing is left."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         stage.backend.terminate(stage.name, 1, stage.rig.patience)
         ended = stage.wait(Ended, 1)
         assert ended.exit.clean
         assert ended.failure is None
         assert ended.method in {StopMethod.SHUTDOWN, StopMethod.SIGTERM}
-        assert not stage.rig.exists(endpoint)
+        assert not stage.rig.exists(ready.instance)
         stage.quiet()
 
     def test_kill_ends_it_at_once(self, stage: Stage) -> None:
         """After kill exactly one Ended follows, and nothing is left."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         stage.backend.kill(stage.name, 1)
         ended = stage.wait(Ended, 1)
         assert ended.method is StopMethod.SIGKILL
         assert not ended.exit.clean
-        assert not stage.rig.exists(endpoint)
+        assert not stage.rig.exists(ready.instance)
         stage.quiet()
 
     def test_ending_nothing_ends(self, stage: Stage) -> None:
@@ -202,8 +203,8 @@ class BackendContract:
 
     def test_death_from_outside_is_reported(self, stage: Stage) -> None:
         """A server that is killed from outside has exactly one Ended: with a cause, and not of our doing."""
-        endpoint = stage.launch()
-        stage.rig.strike(endpoint)
+        ready = stage.launch()
+        stage.rig.strike(ready.instance)
         ended = stage.wait(Ended, 1)
         assert not ended.exit.clean
         assert ended.method is StopMethod.NONE
@@ -214,21 +215,21 @@ class BackendContract:
 
     def test_a_second_backend_takes_over(self, stage: Stage) -> None:
         """After a second backend has answered Seen, it reports Ready once more, the same process, and later its end."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         successor = stage.succeed()
         assert isinstance(successor.observe(stage.name, 1), Seen)
-        assert stage.wait(Ready, 1).endpoint.pid == endpoint.pid
-        assert stage.rig.exists(endpoint)
+        assert stage.wait(Ready, 1).instance == ready.instance
+        assert stage.rig.exists(ready.instance)
         successor.terminate(stage.name, 1, stage.rig.patience)
         stage.wait(Ended, 1)
-        assert not stage.rig.exists(endpoint)
+        assert not stage.rig.exists(ready.instance)
         stage.quiet()
 
     def test_a_death_between_two_backends_is_found(self, stage: Stage) -> None:
         """Of a server that died unwatched an observation tells the end, or Gone; of another launch of it, Gone."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         stage.crash()
-        stage.rig.strike(endpoint)
+        stage.rig.strike(ready.instance)
         successor = stage.succeed()
         found = successor.observe(stage.name, 1)
         assert isinstance(found, Ended | Gone)
@@ -238,13 +239,13 @@ class BackendContract:
 
     def test_the_log_outlives_the_server(self, stage: Stage) -> None:
         """The log is there after the end, to read and to follow; to forget it is idempotent and leaves none."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         stage.backend.kill(stage.name, 1)
         stage.wait(Ended, 1)
         lines = list(stage.backend.log(stage.name, None))
         assert lines
         assert not any(line.endswith("\n") for line in lines)
-        assert not any(endpoint.token in line for line in lines)
+        assert not any(ready.endpoint.token in line for line in lines)
         assert list(stage.backend.log(stage.name, 1)) == lines[-1:]
         followed = list(stage.backend.follow(stage.name, None, lambda: False))
         assert [line for line in followed if line] == [f"{line}\n" for line in lines]
@@ -288,13 +289,13 @@ class BackendContract:
 
     def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
         """After a crash a server that is not known any more is named; swept it is gone, and its name can be launched again."""
-        endpoint = stage.launch()
+        ready = stage.launch()
         successor = stage.succeed()
         assert stage.name not in successor.strays([stage.name])
         assert stage.name in successor.strays([])
-        assert stage.rig.exists(endpoint)
+        assert stage.rig.exists(ready.instance)
         successor.sweep(stage.name)
-        assert not stage.rig.exists(endpoint)
+        assert not stage.rig.exists(ready.instance)
         assert stage.name not in successor.strays([])
         assert successor.observe(stage.name, 1) == Gone()
         assert list(successor.log(stage.name, None))

@@ -11,7 +11,7 @@ from typing import Final
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Capacity
-from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OwnKernel, StopMethod, Usage
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, Instance, OwnKernel, StopMethod, Usage
 from labkeeper.core.spec import ServerName, ServerSpec
 
 _FIRST_PID: Final = 1000
@@ -66,18 +66,21 @@ class FakeProcess:
     def endpoint(self) -> Endpoint:
         """Where it would answer."""
         return Endpoint(
+            url=f"http://{self.spec.ip}:{self.port}{self.spec.base_url}",
+            token=f"token-of-{self.pid}",
             base_url=self.spec.base_url,
             hostname=self.spec.ip,
-            notebook_dir=self.spec.root_dir,
-            password=False,
-            pid=self.pid,
             port=self.port,
             secure=False,
-            token=f"token-of-{self.pid}",
-            url=f"http://{self.spec.ip}:{self.port}{self.spec.base_url}",
+            password=False,
+            root_dir=self.spec.root_dir,
             version="0",
-            launched_by="fake",
         )
+
+    @property
+    def instance(self) -> Instance:
+        """What the backend knows it by."""
+        return Instance(id=f"fake-{self.pid}", pid=self.pid, launched_by="fake")
 
 
 @dataclass(slots=True)
@@ -336,4 +339,4 @@ def _greet(process: FakeProcess) -> None:
     """Report that a process is ready: once to each watcher, and once more after each observation."""
     if process.watcher is not None and not process.greeted:
         process.greeted = True
-        process.watcher.say(process.name, process.watched_as, Ready(process.endpoint))
+        process.watcher.say(process.name, process.watched_as, Ready(process.endpoint, process.instance))

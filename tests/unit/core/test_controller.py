@@ -24,7 +24,8 @@ from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.testing.fakes import FakeClock, a_spec
 from labkeeper.testing.world import FakeProcess
 
-ENDPOINT = FakeProcess(a_spec("lab"), generation=1, pid=7, port=8888).endpoint
+PROCESS = FakeProcess(a_spec("lab"), generation=1, pid=7, port=8888)
+ENDPOINT, INSTANCE = PROCESS.endpoint, PROCESS.instance
 OOPS = Failure(FailureClass.IMPORT_ERROR, "no module named jupyterlab", Exit(code=1), ("Traceback", "ImportError"))
 CRASH = Ended(Exit(code=1), failure=OOPS)
 POLICY = Policy()
@@ -84,7 +85,7 @@ class Bench:
     def run(self):
         """Start it, and let it become ready."""
         self.order(Event.START)
-        self.receive(Ready(ENDPOINT))
+        self.receive(Ready(ENDPOINT, INSTANCE))
         return self
 
 
@@ -145,7 +146,7 @@ def test_each_crash_waits_longer_until_the_budget_is_spent():
         assert bench.wait() == (delay, [Action.LAUNCH])
         assert bench.snapshot.restarts == restarts
         assert bench.snapshot.failure is None
-        bench.receive(Ready(ENDPOINT))
+        bench.receive(Ready(ENDPOINT, INSTANCE))
     bench.receive(CRASH)
     assert (bench.state, bench.snapshot.failure) == (State.FAILED, OOPS)
 
@@ -165,7 +166,7 @@ def test_crashes_of_long_ago_are_forgiven():
     for _ in range(5):
         bench.receive(CRASH)
         assert bench.wait()[0] == POLICY.restart_delays[0]
-        bench.receive(Ready(ENDPOINT))
+        bench.receive(Ready(ENDPOINT, INSTANCE))
         bench.clock.advance(POLICY.restart_window)
 
 
@@ -330,7 +331,7 @@ def test_one_answer_ends_the_silence():
         bench = Bench().run()
         bench.receive(Seen(answers=False))
         bench.clock.advance(POLICY.hung_after)
-        bench.receive(answer, Ready(ENDPOINT))
+        bench.receive(answer, Ready(ENDPOINT, INSTANCE))
         assert bench.receive(Seen(answers=False)) == []
         assert bench.state is State.RUNNING
 
@@ -386,7 +387,7 @@ def test_why_it_was_lost_is_kept_until_it_is_found():
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
     bench.receive(Seen(answers=True))
     assert bench.state is State.STARTING
-    bench.receive(Ready(ENDPOINT))
+    bench.receive(Ready(ENDPOINT, INSTANCE))
     assert (bench.state, bench.snapshot.failure, bench.snapshot.endpoint) == (State.RUNNING, None, ENDPOINT)
 
 
@@ -395,7 +396,7 @@ def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
     bench = Bench().run()
     bench.receive(Unreachable("?"))
     bench.order(Event.STOP)
-    assert bench.receive(Ready(ENDPOINT)) == [Action.TERMINATE]
+    assert bench.receive(Ready(ENDPOINT, INSTANCE)) == [Action.TERMINATE]
     assert (bench.state, bench.snapshot.endpoint) == (State.STOPPING, None)
 
 
@@ -528,7 +529,7 @@ def test_an_event_without_a_row_changes_nothing():
     """What is no news leaves snapshot and timer alone."""
     bench = Bench().run()
     before, deadline = bench.snapshot, bench.controller.deadline
-    assert bench.receive(Ready(replace(ENDPOINT, port=1))) == []
+    assert bench.receive(Ready(replace(ENDPOINT, port=1), INSTANCE)) == []
     assert bench.order(Event.START) == []
     assert (bench.snapshot, bench.controller.deadline) == (before, deadline)
 
@@ -583,7 +584,7 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
     bench.order(Event.START)
     bench.receive(GatewaySeen(ill))
     assert bench.snapshot.gateway is None
-    bench.receive(Ready(ENDPOINT, gateway=well))
+    bench.receive(Ready(ENDPOINT, INSTANCE, gateway=well))
     assert bench.snapshot.gateway == well
     assert bench.receive(GatewaySeen(ill)) == []
     assert (bench.state, bench.snapshot.gateway, bench.snapshot.failure) == (State.RUNNING, ill, None)
@@ -599,7 +600,7 @@ def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
     assert (job.action, job.kernels, job.generation) == (Action.LAUNCH, (K1, K2), 5)
     assert bench.kept == (K1, K2)
-    bench.receive(Ready(ENDPOINT, not_taken_over=("k2",)))
+    bench.receive(Ready(ENDPOINT, INSTANCE, not_taken_over=("k2",)))
     assert (bench.kept, bench.orphans) == ((K2,), [])
     # It is still ours when the server ends.
     bench.order(Event.STOP)

@@ -123,7 +123,7 @@ def test_create_launches_and_tells_each_change(bench):
     assert bench.recorder.states("lab") == [State.STARTING, State.RUNNING]
     assert [change.event for change in bench.recorder.changes] == [Event.START, Event.READY]
     assert bench.store.snapshots["lab"] == bench.last()
-    assert bench.last().endpoint.pid == bench.world.living("lab")[0].pid
+    assert bench.last().instance.pid == bench.world.living("lab")[0].pid
 
 
 def test_create_is_idempotent_for_an_equal_spec(bench):
@@ -593,7 +593,7 @@ def test_a_ready_of_a_running_server_is_no_news(bench):
     """A backend may say it twice; listeners hear it once."""
     bench.run()
     changes = len(bench.recorder.changes)
-    bench.fleet.step(Report("lab", 1, Ready(bench.last().endpoint)))
+    bench.fleet.step(Report("lab", 1, Ready(bench.last().endpoint, bench.last().instance)))
     assert len(bench.recorder.changes) == changes
 
 

@@ -56,7 +56,7 @@ def test_an_exit_says_how_it_ended(end, clean, text):
 
 def test_secrets_are_not_shown():
     """The token, the gateway's credentials and the environment do not get into a log by repr."""
-    endpoint = Endpoint("/", "h", "/n", password=False, pid=1, port=1, secure=False, token="hush", url="u")
+    endpoint = Endpoint("u", "hush", "/", "h", 1, secure=False, password=False, root_dir="/n")
     gateway = Gateway("http://g", "ws://g", auth_token="hush", headers={"Authorization": "hush"})
     spec = ServerSpec(server_name("lab"), "/notebooks", env={"TOKEN": "hush"}, gateway=gateway)
     assert "hush" not in repr((endpoint, spec))

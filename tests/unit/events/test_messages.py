@@ -15,7 +15,8 @@ from labkeeper.testing.world import FakeProcess
 
 CRASH = Failure(FailureClass.KILLED, "server 'lab' ended (killed by SIGKILL)", Exit(signal="SIGKILL"), ("a line",))
 BASE = Snapshot(a_spec("lab"), State.STOPPED, Goal.UP, since=10.0, created_at=1.0, generation=2)
-ENDPOINT = FakeProcess(a_spec("lab"), generation=2, pid=7, port=8888).endpoint
+PROCESS = FakeProcess(a_spec("lab"), generation=2, pid=7, port=8888)
+REACHED = {"endpoint": PROCESS.endpoint, "instance": PROCESS.instance}
 
 
 def change(event, before, after, **values):
@@ -36,8 +37,8 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
         (change(Event.ADMITTED, State.QUEUED, State.STARTING), "is launched"),
         (change(Event.DEADLINE, State.BACKOFF, State.STARTING, restarts=1), "is launched again after a crash"),
         (change(Event.SEEN, State.LOST, State.STARTING), "was found alive, and is taken over"),
-        (change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT), "is ready after 0.5 s"),
-        (change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT), "was found alive, and is taken over"),
+        (change(Event.READY, State.STARTING, State.RUNNING, **REACHED), "is ready after 0.5 s"),
+        (change(Event.READY, State.LOST, State.RUNNING, **REACHED), "was found alive, and is taken over"),
         (change(Event.CRASHED, State.RUNNING, State.BACKOFF, failure=CRASH), f"to be launched again: {CRASH.message}"),
         (change(Event.STOP, State.RUNNING, State.STOPPING), "is asked to end"),
         (change(Event.HUNG, State.RUNNING, State.STOPPING, failure=CRASH), f"is asked to end: {CRASH.message}"),
@@ -94,11 +95,11 @@ def test_a_gateway_that_comes_and_goes_is_told(error, sentence):
 
 
 def test_facts_are_for_programs_and_hold_no_secret():
-    ready = messages.facts(change(Event.READY, State.STARTING, State.RUNNING, endpoint=ENDPOINT))
+    ready = messages.facts(change(Event.READY, State.STARTING, State.RUNNING, **REACHED))
     assert (ready["from"], ready["to"], "adopted" in ready, ready["seconds"]) == ("starting", "running", False, 0.5)
-    assert (ready["pid"], ready["port"], ready["launched_by"]) == (ENDPOINT.pid, ENDPOINT.port, ENDPOINT.launched_by)
-    assert ENDPOINT.token not in str(ready)
-    assert messages.facts(change(Event.READY, State.LOST, State.RUNNING, endpoint=ENDPOINT))["adopted"] is True
+    assert (ready["pid"], ready["port"], ready["launched_by"]) == (PROCESS.pid, PROCESS.port, PROCESS.instance.launched_by)
+    assert PROCESS.endpoint.token not in str(ready)
+    assert messages.facts(change(Event.READY, State.LOST, State.RUNNING, **REACHED))["adopted"] is True
     assert messages.facts(change(Event.SEEN, State.LOST, State.STARTING))["adopted"] is True
     assert "adopted" not in messages.facts(change(Event.GONE, State.LOST, State.STARTING))
     crash = messages.facts(change(Event.CRASHED, State.RUNNING, State.BACKOFF, failure=CRASH, exit=CRASH.exit))

@@ -19,7 +19,8 @@ from labkeeper.testing.world import FakeProcess
 
 KERNEL = OwnKernel("k1", (Session("a.ipynb", "a.ipynb", "notebook"),))
 SPEC = replace(a_spec("lab"), gateway=a_gateway())
-READY = Ready(FakeProcess(SPEC, 1, pid=7, port=8).endpoint)
+PROCESS = FakeProcess(SPEC, 1, pid=7, port=8)
+READY = Ready(PROCESS.endpoint, PROCESS.instance)
 
 
 class StubProbe:
@@ -30,7 +31,7 @@ class StubProbe:
     def take_over(self, endpoint, kernel):
         if self.failing:
             raise BackendTimeout("it did not answer in time")
-        self.given.append((endpoint.pid, kernel))
+        self.given.append((endpoint.port, kernel))
 
 
 class Answering:
@@ -139,7 +140,7 @@ def test_kernels_are_handed_over_before_anybody_hears_of_the_server(preflight, t
     preflight.begin(SPEC, 1, (KERNEL,))
     preflight.receive(report(READY))
     until(lambda: told)
-    assert probe.given == [(7, KERNEL)]
+    assert probe.given == [(8, KERNEL)]
     assert told[0].fact.not_taken_over == ()
 
 

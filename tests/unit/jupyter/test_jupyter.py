@@ -37,7 +37,7 @@ GATED = ServerSpec(
 
 
 def endpoint(port, hostname="127.0.0.1"):
-    return Endpoint("/", hostname, "/n", False, 1, port, False, "t", f"http://127.0.0.1:{port}/")
+    return Endpoint(f"http://127.0.0.1:{port}/", "t", "/", hostname, port, False, False, "/n")
 
 
 def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
@@ -118,7 +118,7 @@ def test_an_info_file_of_another_pid_is_none(tmp_path):
     path.write_text(json.dumps(info | {"url": "http://h:1/", "sock": ""}))
     assert read_info(tmp_path, 7) is None
     path.write_text(json.dumps(info | {"url": "http://h:1/", "sock": "", "pid": 7}))
-    assert read_info(tmp_path, 7).notebook_dir == "/n"
+    assert read_info(tmp_path, 7).root_dir == "/n"
 
 
 @pytest.mark.parametrize(

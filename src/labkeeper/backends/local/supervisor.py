@@ -28,7 +28,7 @@ from labkeeper.backends.local.processes import Process, wait_until_ended
 from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
-from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, OwnKernel, StopMethod
+from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, Instance, OwnKernel, StopMethod
 from labkeeper.core.spec import ServerName
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.failures import cause_of
@@ -126,6 +126,12 @@ class ProcessSupervisor:
     def generation(self) -> int:
         """The number of the launch."""
         return self.record.generation
+
+    @property
+    def _instance(self) -> Instance:
+        record = self.record
+        id_ = f"{record.boot}/{record.pid}/{record.started}"
+        return Instance(id_, record.pid, record.launched_by, record.exec_reason, dict(record.limited_by))
 
     def supervise(self, deregister: Callable[[], None]) -> None:
         """Watch it until its end, or ours; report when it is ready, and what became of it.
@@ -257,7 +263,7 @@ class ProcessSupervisor:
         if self._endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
             written = self._write_record()
-            self.site.report(Report(self.name, self.generation, Ready(self._endpoint)))
+            self.site.report(Report(self.name, self.generation, Ready(self._endpoint, self._instance)))
         while not self._ended_within(_ROTATE_EVERY):
             if self.site.threads.closed:
                 return None
@@ -302,13 +308,9 @@ class ProcessSupervisor:
     def _as_asked(self, said: Endpoint) -> Endpoint:
         """Let what the launch asked for go over what the process says of itself, which its user has a hand in."""
         record = self.record
-        told: dict[str, Any] = {
-            "launched_by": record.launched_by,
-            "exec_reason": record.exec_reason,
-            "limited_by": dict(record.limited_by),
-        }
+        told: dict[str, Any] = {}
         if (asked := record.asked) is not None:
-            told |= {"hostname": asked.hostname, "port": asked.port, "base_url": asked.base_url}
+            told = {"hostname": asked.hostname, "port": asked.port, "base_url": asked.base_url}
             told["secure"] = asked.secure or said.secure
         return with_url(said, **told, token=self._token or said.token)
 

@@ -82,8 +82,8 @@ class Keeper:
         self.backend.launch(ServerSpec(ServerName("lab"), str(self.base)), 1)
         ready = self.facts.get(timeout=60).fact
         assert isinstance(ready, Ready), ready
-        assert ready.endpoint.launched_by == launch_by
-        return {"url": url_of(ready.endpoint), "token": ready.endpoint.token, "pid": ready.endpoint.pid}
+        assert ready.instance.launched_by == launch_by
+        return {"url": url_of(ready.endpoint), "token": ready.endpoint.token, "pid": ready.instance.pid}
 
     def command(self, how):
         self.count += 1

@@ -486,9 +486,9 @@ def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_inste
     backend.launch(ServerSpec(name, str(tmp_path)), 1)
     try:
         ready = facts.get(timeout=60).fact
-        assert (ready.endpoint.launched_by, ready.endpoint.pid not in forked) == ("exec", True)
+        assert (ready.instance.launched_by, ready.instance.pid not in forked) == ("exec", True)
         assert not any(alive(pid) for pid in forked)
-        assert [path.name for path in server_dir.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.endpoint.pid}.json"]
+        assert [path.name for path in server_dir.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.instance.pid}.json"]
     finally:
         backend.kill(name, 1)
     assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
@@ -501,6 +501,6 @@ def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(local
     name = ServerName("silent")
     backend.launch(ServerSpec(name, str(tmp_path)), 1)
     ready = facts.get(timeout=60).fact
-    assert (ready.endpoint.launched_by, len(looks)) == ("fork", 0)
+    assert (ready.instance.launched_by, len(looks)) == ("fork", 0)
     backend.kill(name, 1)
     assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
