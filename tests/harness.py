@@ -53,7 +53,7 @@ def _own_ports():
 _ports = _own_ports()
 
 HOLD_PORTS = """
-from labkeeper.forkserver.kernels import hold_ports
+from labkeeper.forkserver.patches import hold_ports
 hold_ports()
 """
 """A configuration file for a Jupyter program that is not a server of ours.

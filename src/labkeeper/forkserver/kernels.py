@@ -13,8 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import socket
-import sys
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -138,47 +136,6 @@ class Kernels:
                 self.record()
 
         setattr(manager, method, and_record)
-
-
-def hold_ports() -> None:
-    """Keep the ports that Jupyter chooses for kernels from everybody else who asks for a free one.
-
-    A kernel listens a second or so after they were chosen. Where another program has been given one of them meanwhile, the kernel
-    ends; jupyter_client (8.10) starts it anew with the same ports, until it gives up. On Linux a socket that is bound, and does
-    not listen, lets whoever sets SO_REUSEADDR bind and listen, as ZeroMQ does; elsewhere it would be in the way.
-    """
-    from jupyter_client.connect import LocalPortCache
-
-    if sys.platform != "linux":
-        return
-
-    class HeldPorts(LocalPortCache):  # type: ignore[misc, unused-ignore]
-        """As Jupyter's own; each port that is in use has a socket of ours."""
-
-        def __init__(self, **given: Any) -> None:
-            super().__init__(**given)
-            self.holds: dict[int, socket.socket] = {}
-
-        def find_available_port(self, ip: str) -> int:
-            hold = socket.socket(socket.AF_INET6 if ":" in ip else socket.AF_INET)
-            try:
-                hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                hold.bind((ip, 0))
-            except OSError:
-                hold.close()
-                raise
-            port = int(hold.getsockname()[1])
-            self.currently_used_ports.add(port)
-            self.holds[port] = hold
-            return port
-
-        def return_port(self, port: int) -> None:
-            super().return_port(port)
-            if port in self.holds:
-                self.holds.pop(port).close()
-
-    LocalPortCache.clear_instance()
-    HeldPorts.instance()
 
 
 def _without_environment(record: logging.LogRecord) -> bool:

@@ -19,7 +19,8 @@ import types
 from collections.abc import Callable
 from typing import Any
 
-from .kernels import Kernels, hold_ports
+from . import patches
+from .kernels import Kernels
 from .marks import mark, show
 from .privileges import drop_bounding_set
 from .renewal import renew
@@ -136,7 +137,6 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
     from jupyter_server import serverapp
-    from jupyter_server.base.handlers import APIHandler, JupyterHandler
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
 
@@ -156,8 +156,8 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
             if kernels is not None:
                 await kernels.end(super().cleanup_kernels)
 
-    _count_no_reading(APIHandler)
-    _tell_no_page_the_token(JupyterHandler)
+    patches.count_no_reading()
+    patches.tell_no_page_the_token()
     chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
     LabApp.serverapp_class = ServerApp
@@ -172,32 +172,15 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     _protect_pages(app.web_app.settings)
     if launch.encrypt_kernels:
         _encrypt_kernels(app)
-    hold_ports()
+    patches.hold_ports()
     kernels = Kernels(app, launch.server_dir, launch.kernel_env)
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
     app.start()
 
 
-def _count_no_reading(handler: Any) -> None:
-    """Let no GET count as activity: an open tab asks for the same lists all day, whether anybody looks at it or not."""
-    count = handler.update_api_activity
-
-    def count_changes(self: Any) -> None:
-        if self.request.method not in {"GET", "HEAD", "OPTIONS"}:
-            count(self)
-
-    handler.update_api_activity = count_changes
-
-
-def _tell_no_page_the_token(handler: Any) -> None:
-    """Keep the token out of HTML, where all that runs in a page would read it: a browser is known by its cookie."""
-    namespace = handler.template_namespace.fget
-    handler.template_namespace = property(lambda self: {**namespace(self), "token": ""})
-
-
 def _protect_pages(settings: dict[str, Any]) -> None:
-    """Keep the token out of the Lab's own page, too, and let no address of ours be told to other sites."""
+    """Keep the token out of the Lab's own page, and let no address of ours be told to other sites."""
     settings.setdefault("page_config_data", {})["token"] = ""
     # Where a site has chosen one it stays. Jupyter itself looks at who refers to its own files, so there has to be one.
     settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
