@@ -330,6 +330,23 @@ def test_a_port_that_was_chosen_for_a_kernel_is_given_to_nobody_else(servers, na
     run_in_server(servers[name], PORTS)
 
 
+OURS = """
+import gc, sys
+
+# What was frozen before the fork is in no list of the collector.
+since = {id(found) for found in gc.get_objects()}
+ours = {name: module for name, module in sys.modules.items() if name.startswith("labkeeper_forkserver.")}
+assert {f"labkeeper_forkserver.{name}" for name in ("app", "kernels", "patches")} <= ours.keys(), list(ours)
+late = [name for name, module in ours.items() if id(vars(module)) in since]
+assert (late != []) is @late@, late
+"""
+
+
+@pytest.mark.parametrize(("name", "late"), [("one", False), ("executed", True)])
+def test_what_is_ours_in_a_server_is_loaded_before_the_fork_too(servers, name, late):
+    run_in_server(servers[name], OURS.replace("@late@", str(late)))
+
+
 ATTACHED = {
     "run": (["run", "--existing", "@connection@"], "print('6 * 7 =', 6 * 7)"),
     "console": (

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -23,35 +24,40 @@ STOP_REQUEST = "stop.json"
 """In the server's directory: how its keeper wants it to end."""
 _PATIENCE = 30.0
 """Seconds for the kernels on a gateway to end, when no keeper says otherwise."""
-_CHANGES = (("kernel_manager", ("start_kernel", "shutdown_kernel")),
-            ("session_manager", ("save_session", "update_session", "delete_session")))  # fmt: skip
-"""What changes the record, all of it documented for those who replace these managers."""
 _COLUMNS = ("path", "name", "type", "kernel_id")
 
 
 class Kernels:
-    """The kernels of one initialised ServerApp."""
+    """The kernels of one ServerApp: classes for its managers, which keep the record, and how they end."""
 
     def __init__(self, app: Any, server_dir: str, kernel_env: Mapping[str, str]) -> None:
-        """Give them their environment, and keep the record of them from now on."""
+        """Belong to an application that knows whether it has a gateway, and has no managers yet."""
         self._app = app
-        self._manager = app.kernel_manager
         self._server_dir = server_dir
         self._env = kernel_env
         self._remote = bool(app.gateway_config.gateway_enabled)
         self._starting: dict[str, asyncio.Future[Any]] = {}
         """Those that the gateway was asked for, by the id that was chosen, as long as it has not answered."""
+
+    def recording_manager(self, kind: Any) -> Any:
+        """Give a class for the manager of kernels, which also gives them their environment, and an id on a gateway."""
+
+        async def start_kernel(manager: Any, **given: Any) -> Any:
+            return await self._start(functools.partial(kind.start_kernel, manager), given)
+
+        return self._recording(kind, ("start_kernel", "shutdown_kernel"), start_kernel=start_kernel)
+
+    def recording_sessions(self, kind: Any) -> Any:
+        """Give a class for the manager of sessions."""
+        return self._recording(kind, ("save_session", "update_session", "delete_session"))
+
+    def attend(self) -> None:
+        """Go on when the managers have been made."""
         if self._remote:
             # Of an adapter, the logger: that is what has filters.
-            getattr(app.log, "logger", app.log).addFilter(_without_environment)
-            self._make = self._manager.kernel_manager_factory
-            self._manager.kernel_manager_factory = self._make_remote
-        self._start = self._manager.start_kernel
-        self._manager.start_kernel = self._start_kernel
-        for manager, methods in _CHANGES:
-            for method in methods:
-                self._record_after(getattr(app, manager), method)
-        self.record()
+            getattr(self._app.log, "logger", self._app.log).addFilter(_without_environment)
+            manager = self._app.kernel_manager
+            manager.kernel_manager_class = _lasting(manager.kernel_manager_class)
 
     def record(self) -> None:
         """Write down which kernels and sessions there are now."""
@@ -59,7 +65,11 @@ class Kernels:
         with contextlib.suppress(Exception):  # A session manager of another make need not have a table.
             rows = self._app.session_manager.connection.execute("SELECT * FROM session").fetchall()
             sessions = [{column: str(row[column]) for column in _COLUMNS} for row in rows]
-        there = {"kernels": list(self._manager.list_kernel_ids()), "starting": list(self._starting), "sessions": sessions}
+        there = {
+            "kernels": list(self._app.kernel_manager.list_kernel_ids()),
+            "starting": list(self._starting),
+            "sessions": sessions,
+        }
         path = os.path.join(os.environ["JUPYTER_RUNTIME_DIR"], RECORD)
         half = f"{path}.{os.getpid()}"
         try:
@@ -78,12 +88,12 @@ class Kernels:
         within = float(stop_request.get("within", _PATIENCE))
         # One that arrives later would be nobody's.
         await _wait(self._starting.values(), within / 2)
-        ids = list(self._manager.list_kernel_ids())
+        ids = list(self._app.kernel_manager.list_kernel_ids())
         if stop_request.get("keep_kernels"):
             self._app.log.info("Leaving %d kernels on the gateway", len(ids))
             return
         self._app.log.info("Shutting down %d kernels on the gateway", len(ids))
-        ends = {kernel_id: asyncio.ensure_future(self._manager.shutdown_kernel(kernel_id)) for kernel_id in ids}
+        ends = {kernel_id: asyncio.ensure_future(self._app.kernel_manager.shutdown_kernel(kernel_id)) for kernel_id in ids}
         await _wait(ends.values(), within / 2)
         for kernel_id, ended in ends.items():
             if not ended.done():
@@ -92,50 +102,64 @@ class Kernels:
                 self._app.log.warning("Kernel %s may be left on the gateway: %s", kernel_id, ended.exception())
         self.record()
 
-    async def _start_kernel(self, **given: Any) -> Any:
+    async def _start(self, start: Callable[..., Any], given: dict[str, Any]) -> Any:
         env = {**os.environ, **(given.get("env") or {}), **self._env}
         if not self._remote or given.get("kernel_id") is not None:
-            return await self._start(**{**given, "env": env})
+            return await start(**{**given, "env": env})
         chosen = str(uuid.uuid4())
-        start = asyncio.ensure_future(self._start(**{**given, "env": {**env, "KERNEL_ID": chosen}}))
-        self._starting[chosen] = start
+        started = asyncio.ensure_future(start(**{**given, "env": {**env, "KERNEL_ID": chosen}}))
+        self._starting[chosen] = started
         self.record()
         try:
-            return await start
+            return await started
         finally:
             del self._starting[chosen]
 
-    def _make_remote(self, **given: Any) -> Any:
-        """Make the manager of a kernel on the gateway, which keeps what it knows while the gateway cannot be asked.
+    def _recording(self, kind: Any, names: Iterable[str], **ours: Callable[..., Any]) -> Any:
+        """Derive a class whose methods of these names write the record when they end; Jupyter documents all of them."""
 
-        When Jupyter lists kernels, it drops each one that is missing from the list and cannot be queried. A kernel that was
-        started while the list was in transit is missing, too; if the gateway fails then, the kernel would leak unrecorded.
-        """
-        kernel = self._make(**given)
-        refresh = kernel.refresh_model
+        def recording(do: Callable[..., Any]) -> Callable[..., Any]:
+            @functools.wraps(do)
+            async def and_record(*given: Any, **named: Any) -> Any:
+                try:
+                    return await do(*given, **named)
+                finally:
+                    self.record()
 
-        async def refresh_model(model: Any = None) -> Any:
-            try:
-                return await refresh(model)
-            except Exception:
-                if kernel.kernel is None:
-                    raise
-                return kernel.kernel
+            return and_record
 
-        kernel.refresh_model = refresh_model
-        return kernel
+        # A class of a site may get its methods in another way, and then keeps them as they are.
+        methods = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
+        return _derived(kind, {name: recording(do) for name, do in {**methods, **ours}.items()})
 
-    def _record_after(self, manager: Any, method: str) -> None:
-        """Write the record whenever a method of a manager has done its work, or failed."""
-        do = getattr(manager, method)
 
-        async def and_record(*given: Any, **named: Any) -> Any:
-            try:
-                return await do(*given, **named)
-            finally:
-                self.record()
+def _derived(kind: Any, body: dict[str, Any]) -> Any:
+    """Derive a class with the name of the other one, by which configuration finds both."""
+    return type(kind)(kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body})
 
-        setattr(manager, method, and_record)
+
+def _lasting(name: str) -> str:
+    """Derive a class of kernels on a gateway that keep what they know while it cannot be asked; gives and takes its full name.
+
+    When Jupyter lists kernels, it drops each one that is missing from the list and cannot be queried. A kernel that was
+    started while the list was in transit is missing, too; if the gateway fails then, the kernel would leak unrecorded.
+    """
+    from traitlets.utils.importstring import import_item
+
+    kind: Any = import_item(name)
+
+    async def refresh_model(kernel: Any, model: Any = None) -> Any:
+        try:
+            return await kind.refresh_model(kernel, model)
+        except Exception:
+            if kernel.kernel is None:
+                raise
+            return kernel.kernel
+
+    # Jupyter takes a name, and looks it up.
+    ours = f"_lasting_{kind.__name__}"
+    globals()[ours] = _derived(kind, {"refresh_model": refresh_model})
+    return f"{__name__}.{ours}"
 
 
 def _without_environment(record: logging.LogRecord) -> bool:

@@ -182,7 +182,7 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
     told: dict[str, Any] = {"pages": pages.copied(shared)}
     for path in _FIRST_PATHS:
         await _get(info, path, token)
-    told["modules"] = [name for name in list(sys.modules) if not name.startswith(("labkeeper_forkserver", "__m"))]
+    told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
     # Where and how Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
     told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
     with os.fdopen(writer, "w") as report:

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from typing import Any
 
 from . import patches
-from .kernels import Kernels
 from .marks import mark, show
 from .privileges import drop_bounding_set
 from .renewal import renew
@@ -136,25 +135,10 @@ def _go_to(directory: str) -> None:
 def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
     # Imported here: the fork server has them already, and who is executed wants its log open first.
-    from jupyter_server import serverapp
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
 
-    kernels: Kernels | None = None
-
-    class ServerApp(serverapp.ServerApp):
-        """Jupyter's own, under its own name; where there is no command line, none is parsed."""
-
-        def parse_command_line(self, argv: list[str] | None = None) -> None:
-            if argv:
-                super().parse_command_line(argv)
-            else:
-                self.argv, self.extra_args, self.cli_config = [], [], Config()
-
-        async def cleanup_kernels(self) -> None:
-            # There are none when it ends before it is initialised.
-            if kernels is not None:
-                await kernels.end(super().cleanup_kernels)
+    from .app import ServerApp
 
     patches.count_no_reading()
     patches.tell_no_page_the_token()
@@ -168,12 +152,13 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         no_browser_open_file=True,
         # A configuration that cannot be read must not leave its server without the protection that it asks for.
         raise_config_file_errors=True,
+        launch=launch,
     )
     _protect_pages(app.web_app.settings)
     if launch.encrypt_kernels:
         _encrypt_kernels(app)
     patches.hold_ports()
-    kernels = Kernels(app, launch.server_dir, launch.kernel_env)
+    app.kernels.record()
     # Jupyter binds and listens in the loop, too, and was queued before us.
     app.io_loop.add_callback(ready, app)
     app.start()

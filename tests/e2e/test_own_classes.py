@@ -1,0 +1,142 @@
+"""A site that has classes of its own for what we derive from keeps them: they do their work, and kernels are recorded."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import httpx
+import pytest
+
+from gateway_servers import KernelGateway
+from harness import PATIENCE, forked, run_cell
+
+OWN = """
+from jupyter_server.auth.identity import PasswordIdentityProvider, User
+from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
+from jupyter_server.services.sessions.sessionmanager import SessionManager
+from traitlets import Unicode
+
+
+class OwnKernels(AsyncMappingKernelManager):
+    greeting = Unicode("none", config=True)
+
+    async def start_kernel(self, **given):
+        kernel_id = await super().start_kernel(**{**given, "env": {**given["env"], "GREETING": self.greeting}})
+        self.log.warning("own kernels: started %s", kernel_id)
+        return kernel_id
+
+
+class OwnSessions(SessionManager):
+    async def save_session(self, session_id, **given):
+        self.log.warning("own sessions: saved %s", given["path"])
+        return await super().save_session(session_id, **given)
+
+
+class OwnUsers(PasswordIdentityProvider):
+    async def get_user(self, handler):
+        known = await super().get_user(handler)
+        return known and User(username="somebody", name="Somebody")
+
+
+c.ServerApp.kernel_manager_class = OwnKernels
+c.ServerApp.session_manager_class = OwnSessions
+c.ServerApp.identity_provider_class = OwnUsers
+c.OwnKernels.greeting = "hello"
+"""
+
+
+def ask(server, method, path, **given):
+    known = {"Authorization": f"token {server['token']}"}
+    answer = httpx.request(method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given)
+    answer.raise_for_status()
+    return answer
+
+
+def open_notebook(server, path="own.ipynb"):
+    """Open a notebook; give the id of its kernel."""
+    body = {"path": path, "name": path, "type": "notebook", "kernel": {"name": "python3"}}
+    return ask(server, "POST", "api/sessions", json=body).json()["kernel"]["id"]
+
+
+def recorded(keeper):
+    return json.loads((keeper.server_dirs / "default" / "jupyter" / "kernels.json").read_text())
+
+
+@pytest.mark.parametrize("launch_by", ["fork", "exec"])
+def test_a_sites_own_managers_and_users_are_used(make_keeper, launch_by):
+    keeper = make_keeper(launch_by=launch_by)
+    keeper.configure_jupyter(OWN)
+    keeper.start()
+    server = forked(keeper) if launch_by == "fork" else keeper.post().json()
+    assert ask(server, "GET", "api/me").json()["identity"]["username"] == "somebody"
+    kernel = open_notebook(server)
+    assert run_cell(server, kernel, "import os; print(os.environ['GREETING'])") == "hello\n"
+    log = keeper.http.get("/api/servers/default/logs").text
+    assert f"own kernels: started {kernel}" in log
+    assert "own sessions: saved own.ipynb" in log
+    (session,) = recorded(keeper)["sessions"]
+    assert (recorded(keeper)["kernels"], session["path"], session["kernel_id"]) == ([kernel], "own.ipynb", kernel)
+    assert server["token"] not in ask(server, "GET", "lab").text
+    ask(server, "DELETE", f"api/kernels/{kernel}")
+    assert recorded(keeper)["kernels"] == []
+
+
+OWN_GATEWAY = """
+from jupyter_server.gateway.managers import GatewayKernelManager, GatewayMappingKernelManager, GatewaySessionManager
+
+class OwnKernel(GatewayKernelManager):
+    async def refresh_model(self, model=None):
+        self.log.warning("own kernel: refreshed")
+        return await super().refresh_model(model)
+
+class OwnKernels(GatewayMappingKernelManager):
+    async def shutdown_kernel(self, kernel_id, now=False, restart=False):
+        self.log.warning("own kernels: ends %s", kernel_id)
+        await super().shutdown_kernel(kernel_id, now, restart)
+
+class OwnSessions(GatewaySessionManager):
+    pass
+"""
+CHOICE = """
+c.ServerApp.kernel_manager_class = "own_gateway.OwnKernels"
+c.ServerApp.session_manager_class = "own_gateway.OwnSessions"
+c.GatewayMappingKernelManager.kernel_manager_class = "own_gateway.OwnKernel"
+"""
+
+
+@pytest.fixture
+def gateway(tmp_path):
+    running = KernelGateway(tmp_path / "gateway").start()
+    yield running
+    running.stop()
+
+
+@pytest.mark.gateways
+def test_a_sites_own_managers_of_kernels_on_a_gateway_are_used(make_keeper, gateway):
+    keeper = make_keeper(launch_by="exec")
+    place = keeper.base / "own"
+    place.mkdir()
+    (place / "own_gateway.py").write_text(OWN_GATEWAY)
+    keeper.variables["PYTHONPATH"] = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    keeper.configure_jupyter(CHOICE)
+    keeper.start()
+    server = keeper.post(**gateway.options).json()
+    kernel = open_notebook(server)
+    assert [found["id"] for found in ask(server, "GET", "api/kernels").json()] == [kernel]
+    assert (recorded(keeper)["kernels"], gateway.kernels()) == ([kernel], {kernel})
+    log = keeper.http.get("/api/servers/default/logs").text
+    assert "own kernel: refreshed" in log
+    assert ", args: " not in log
+    assert keeper.post("/default/stop").json()["stop_report"]["kernels_stopped"] == [kernel]
+    assert gateway.kernels() == set()
+    assert f"own kernels: ends {kernel}" in keeper.http.get("/api/servers/default/logs").text
+
+
+def test_a_server_whose_pages_cannot_be_protected_is_none(make_keeper):
+    """Of other extensions one that fails is only logged."""
+    keeper = make_keeper(launch_by="exec")
+    keeper.configure_jupyter("c.ServerApp.tornado_settings = {'headers': 5}")
+    problem = keeper.start().post().json()
+    assert (problem["failure_class"], problem["exit"]["code"]) == ("other", 1)
+    assert any("AttributeError" in line for line in problem["log_tail"])
