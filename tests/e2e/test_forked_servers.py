@@ -336,7 +336,7 @@ import gc, sys
 # What was frozen before the fork is in no list of the collector.
 since = {id(found) for found in gc.get_objects()}
 ours = {name: module for name, module in sys.modules.items() if name.startswith("labkeeper_forkserver.")}
-assert {f"labkeeper_forkserver.{name}" for name in ("app", "kernels", "patches")} <= ours.keys(), list(ours)
+assert {f"labkeeper_forkserver.{name}" for name in ("app", "extension", "kernels", "patches")} <= ours.keys(), list(ours)
 late = [name for name, module in ours.items() if id(vars(module)) in since]
 assert (late != []) is @late@, late
 """

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import json
 import os
 import resource
 import secrets
@@ -20,14 +19,13 @@ from collections.abc import Callable
 from typing import Any
 
 from . import patches
+from .extension import report_ready
 from .marks import mark, show
 from .privileges import drop_bounding_set
 from .renewal import renew
 from .wire import Launch
 from .wire import receive as receive_frame
 
-RECORD = "launch.json"
-"""The file in a server's directory in which its keeper notes which process it is."""
 _COOKIE_SECRET_BYTES = 32
 _OOM_SCORE = 300
 """Added to what Linux makes of the memory that a process uses, of 1000 for all there is, when it looks for one to kill."""
@@ -67,7 +65,7 @@ def become_server(launch: Launch, log: int, report: int) -> None:
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch, lambda app: _report_ready(app, report, launch.server_dir))
+        run_jupyter(launch, lambda app: report_ready(app, report, launch.server_dir))
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -153,55 +151,10 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         # A configuration that cannot be read must not leave its server without the protection that it asks for.
         raise_config_file_errors=True,
         launch=launch,
+        ready=ready,
     )
-    _protect_pages(app.web_app.settings)
-    if launch.encrypt_kernels:
-        _encrypt_kernels(app)
     patches.hold_ports()
-    app.kernels.record()
-    # Jupyter binds and listens in the loop, too, and was queued before us.
-    app.io_loop.add_callback(ready, app)
     app.start()
-
-
-def _protect_pages(settings: dict[str, Any]) -> None:
-    """Keep the token out of the Lab's own page, and let no address of ours be told to other sites."""
-    settings.setdefault("page_config_data", {})["token"] = ""
-    # Where a site has chosen one it stays. Jupyter itself looks at who refers to its own files, so there has to be one.
-    settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
-
-
-def _encrypt_kernels(app: Any) -> None:
-    """Let kernels that can do so encrypt what they say: every user of the machine can connect to their ports, and listen in.
-
-    An older Jupyter cannot, and would warn of an option that it does not know; so it is none. Where a site has chosen it stays.
-    """
-    import zmq
-
-    option, manager = "transport_encryption", app.kernel_manager
-    sections = ("KernelManager", *(kind.__name__ for kind in type(manager).__mro__))
-    chosen = any(option in app.config.get(section, ()) for section in sections)
-    if manager.has_trait(option) and zmq.has("curve") and not chosen:
-        setattr(manager, option, "auto")
-
-
-def _report_ready(app: Any, report: int, server_dir: str) -> None:
-    try:
-        os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
-    except OSError:
-        # Nobody listens. If a keeper has died, the next one finds us by its record. Where there is none of us, our launch was
-        # given up before its keeper knew of us, and may have been done in another way.
-        if not _is_recorded(server_dir):
-            app.stop()
-    os.close(report)
-
-
-def _is_recorded(server_dir: str) -> bool:
-    try:
-        with open(os.path.join(server_dir, RECORD)) as record:
-            return bool(json.load(record)["pid"] == os.getpid())
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _open_streams(log: int) -> None:

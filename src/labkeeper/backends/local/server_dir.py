@@ -26,7 +26,7 @@ from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerSpec
 from labkeeper.files import read_named, remove_tree, write_private
 from labkeeper.forkserver import kernels
-from labkeeper.forkserver.server import RECORD
+from labkeeper.forkserver.extension import RECORD
 from labkeeper.forkserver.wire import User
 
 _BUNDLE: Final = "gateway-ca.pem"
