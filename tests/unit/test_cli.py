@@ -26,10 +26,11 @@ from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
 from labkeeper.api.wsgi import WsgiServer
-from labkeeper.cli import cli, output, servers
+from labkeeper.cli import cli, output, servers, start
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.server import OwnKernel
+from labkeeper.schema.servers import ServerRequest, flat_fields
 from labkeeper.settings import Settings
 from labkeeper.testing.world import World
 
@@ -261,6 +262,39 @@ def test_the_whole_request_may_come_as_json(served, tmp_path):
     assert (server["name"], server["gateway"]["url"]) == ("x", "http://gw:2")
     server = json.loads(run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout)
     assert (server["name"], server["port"]) == ("y", 9001)
+    nested = '{"name": "n", "gateway": {"url": "http://gw:1", "required": false}, "limits": {"memory": 1073741824}}'
+    options = ["--gateway-url", "http://gw:3", "--memory-limit", "512M", "--cpu-limit", "2"]
+    server = json.loads(run("start", "--json-spec", "-", *options, "--json", input=nested).stdout)
+    assert (server["gateway"]["url"], server["gateway"]["required"]) == ("http://gw:3", False)
+    assert {name: limit["limit"] for name, limit in server["limits"].items()} == {"memory": 512 * 2**20, "cpus": 2.0}
+    twice = '{"gateway_url": "http://gw:1", "gateway": {"url": "http://gw:1"}}'
+    assert (
+        "gateway_url: is gateway.url by another name"
+        in run("start", "--json-spec", "-", "--port", "1", input=twice, code=2).stderr
+    )
+
+
+def test_start_has_an_option_for_each_field_of_a_request_but_for_secrets():
+    """What stands on a command line can be read by other users of the machine."""
+    flags = {flag for option in start._request_options() for flag in (*option.opts, *option.secondary_opts)}
+    fields = {name for name, _ in flat_fields(ServerRequest)} - {"name", "labels", "jupyter_options"}
+    secret = {"gateway_auth_token", "gateway_headers"}
+    expected = {f"--{name.replace('_', '-')}" for name in fields - secret}
+    assert flags == expected | {"--label", "--option", "-o", "--no-require-gateway", "--no-gateway-validate-cert"}
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--port", "0"),
+        ("--cpu-limit", "0"),
+        ("--process-limit", "1"),
+        ("--gateway-connect-timeout", "0"),
+        ("--memory-limit", "x"),
+    ],
+)
+def test_an_option_that_no_request_can_have_is_wrong_usage(option, value):
+    assert option in run("start", option, value, code=2).stderr
 
 
 def test_start_starts_a_stopped_server_as_it_was(served):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from types import UnionType
+from typing import IO, TYPE_CHECKING, Any, Final, Union, get_origin
 
 import click
 
@@ -20,47 +22,86 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
     from labkeeper.client import Client, Server
 
 
+class _Start(click.Command):
+    """Has an option for each field of a request; they are made when the command is used, since the models take long to import."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        own = super().get_params(ctx)
+        return [*own[:1], *_request_options(), *own[1:]]
+
+
+_SPECIAL: Final[dict[str, dict[str, Any]]] = {
+    "root_dir": {
+        "metavar": "PATH",
+        "help": "Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, if the keeper is on this "
+        "machine, else from its notebook directory.",
+    },
+    "base_url": {"metavar": "PATH"},
+    "user": {"metavar": "NAME"},
+    "default_url": {"metavar": "PATH"},
+    "labels": {"flags": ["--label"]},
+    "memory_limit": {"type": Size(), "metavar": "SIZE", "help": "Memory for the Lab with its kernels, as 2G or 512MiB."},
+    "jupyter_options": {
+        "flags": ["-o", "--option"],
+        "multiple": True,
+        "metavar": "NAME=VALUE",
+        "help": "Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
+    },
+}
+"""What the option of a field has in place of what follows from its model."""
+
+
+@functools.cache
+def _request_options() -> tuple[click.Option, ...]:
+    from labkeeper.schema.servers import ServerRequest, flat_fields, is_secret  # noqa: PLC0415 - late
+
+    return tuple(
+        _request_option(name, field) for name, field in flat_fields(ServerRequest) if name != "name" and not is_secret(field)
+    )
+
+
+def _request_option(name: str, field: FieldInfo) -> click.Option:
+    special = dict(_SPECIAL.get(name, {}))
+    dashed = name.replace("_", "-")
+    flags = special.pop("flags", [f"--{dashed}"])
+    kind, about = field.annotation, dict[str, Any](help=field.description)
+    if kind is bool:
+        return click.Option([f"--{dashed}/--no-{dashed}", name], default=None, **about)
+    if get_origin(kind) is dict:
+        about |= {"multiple": True, "metavar": "KEY=VALUE", "help": f"{str(field.description).rstrip('.')}; repeatable."}
+        return click.Option([*flags, name], **about)
+    if kind in {int, float}:
+        bounds = {edge: getattr(one, edge) for one in field.metadata for edge in ("ge", "gt", "le") if hasattr(one, edge)}
+        ranges = click.IntRange if kind is int else click.FloatRange
+        at_least = bounds.get("ge", bounds.get("gt"))
+        about |= {"type": ranges(at_least, bounds.get("le"), min_open="gt" in bounds), "metavar": "N"}
+    elif name.endswith("url"):
+        about |= {"metavar": "URL"}
+    elif name.endswith(("certs", "cert", "key")):
+        about |= {"metavar": "PATH"}
+    elif get_origin(kind) in {Union, UnionType}:
+        about |= {"metavar": "TIME"}
+    else:
+        about |= {"metavar": "TEXT"}
+    return click.Option([*flags, name], **(about | special))
+
+
 @click.command(
+    cls=_Start,
     epilog=examples(
         "labkeeper start",
         "labkeeper start demo --root-dir courses/demo --label team=blue -o ServerApp.terminals_enabled=false",
         "labkeeper start ada bob eve --label course=5",
         "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
-        'echo \'{"name": "x", "gateway_headers": {"X-Team": "blue"}}\' | labkeeper start --json-spec -',
-    )
+        'echo \'{"name": "x", "gateway": {"headers": {"X-Team": "blue"}}}\' | labkeeper start --json-spec -',
+    ),
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option(
-    "--root-dir",
-    metavar="PATH",
-    help="Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, if the keeper is on this "
-    "machine, else from its notebook directory.",
-)
-@click.option("--gateway-url", metavar="URL", help="Jupyter kernel gateway that runs the kernels.")
-@click.option("--no-require-gateway", is_flag=True, help="Start also when the gateway cannot be used.")
-@click.option("--kernel-env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the kernels only; repeatable.")
-@click.option("--port", type=click.IntRange(1, 65535), metavar="PORT", help="Port of the Lab, and no other.")
-@click.option("--base-url", metavar="PATH", help="Path prefix of the Lab.")
-@click.option("--default-url", metavar="PATH", help="Page to open with.  [default: /lab]")
-@click.option("--env", multiple=True, metavar="KEY=VALUE", help="Environment variable for the Lab and its kernels; repeatable.")
-@click.option(
-    "-o",
-    "--option",
-    "jupyter_options",
-    multiple=True,
-    metavar="NAME=VALUE",
-    help="Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
-)
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label, to filter lists by; repeatable.")
-@click.option("--memory-limit", type=Size(), metavar="SIZE", help="Memory for the Lab with its kernels, as 2G or 512MiB.")
-@click.option("--cpu-limit", type=click.FloatRange(0.01), metavar="N", help="Processors for them; 1.5 is one and a half.")
-@click.option("--process-limit", type=click.IntRange(16), metavar="N", help="Processes and threads of them.")
-@click.option("--idle-timeout", metavar="TIME", help="Stop it when nobody has used it for so long, as 90m or 2h; 0: never.")
-@click.option("--max-age", metavar="TIME", help="Stop it after so long, used or not; 0: never.")
-@click.option("--user", metavar="NAME", help="User to run as; needs a keeper that runs as root.")
 @click.option(
     "--json-spec",
     type=click.File(encoding="utf-8"),
@@ -81,7 +122,7 @@ def start(
     Several are of one kind, and start beside each other, as many at a time as the keeper lets; the exit code is that of the first
     that could not be started, and 1 when some were not ready in time.
     """
-    fields = _spec(json_spec) | _fields(options) | ({"name": names[0]} if len(names) == 1 else {})
+    fields = _merged(_spec(json_spec), _fields(options)) | ({"name": names[0]} if len(names) == 1 else {})
     as_it_was = json_spec is None and not fields.keys() - {"name"}
     with connected(where) as (client, is_here):
         if is_here and options["root_dir"]:
@@ -169,7 +210,7 @@ def _spec(file: IO[str] | None) -> dict[str, Any]:
         raise click.BadParameter(f"not JSON: {error}", param_hint="'--json-spec'") from error
     if not isinstance(spec, dict):
         raise click.BadParameter("not a JSON object", param_hint="'--json-spec'")
-    return {key.replace("-", "_"): value for key, value in spec.items()}
+    return spec
 
 
 _PAIRS: Final = {"env": "--env", "kernel_env": "--kernel-env", "labels": "--label"}
@@ -177,12 +218,26 @@ _PAIRS: Final = {"env": "--env", "kernel_env": "--kernel-env", "labels": "--labe
 
 
 def _fields(options: dict[str, Any]) -> dict[str, Any]:
-    pairs = {name: pairs_of(option, options.pop(name)) for name, option in _PAIRS.items()}
-    set_ = {
-        "jupyter_options": {name: _value(text) for name, text in pairs_of("--option", options.pop("jupyter_options")).items()}
-    }
-    required = {"require_gateway": False} if options.pop("no_require_gateway") else {}
-    return {name: value for name, value in (options | pairs | set_).items() if value} | required
+    """Return the fields that options were given for."""
+    given = {name: value for name, value in options.items() if value not in {None, ()}}
+    for name, option in _PAIRS.items():
+        if name in given:
+            given[name] = pairs_of(option, given[name])
+    if "jupyter_options" in given:
+        pairs = pairs_of("--option", given["jupyter_options"])
+        given["jupyter_options"] = {name: _value(text) for name, text in pairs.items()}
+    return given
+
+
+def _merged(spec: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    if not spec:
+        return fields
+    from labkeeper.schema.servers import merged  # noqa: PLC0415 - late
+
+    try:
+        return merged(spec, fields)
+    except ValueError as error:
+        raise click.BadParameter(str(error), param_hint="'--json-spec'") from error
 
 
 def _value(text: str) -> Any:

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from labkeeper.client.reading import event_of, is_ok, parse, reading, text
 from labkeeper.core.access import Scope
-from labkeeper.core.errors import ServerNotFound, TokenNotFound
+from labkeeper.core.errors import InvalidSpec, ServerNotFound, TokenNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import NAME_RULE, server_name
 from labkeeper.schema.answers import (
@@ -91,7 +91,7 @@ class Calls:
         Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer tells where it stands.
         Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout, BackendError.
         """
-        return _server("POST", "/api/servers", wait, body={**_sent(request), **fields})
+        return _server("POST", "/api/servers", wait, body=_merged(request, fields))
 
     def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
         """Tell of one server; with `wait_for`, when it is in that state or `wait` seconds are over. Raises ServerNotFound."""
@@ -272,9 +272,17 @@ def _server(
     return Call(method, path, reading(Server), {**(query or {}), **_given(wait=wait)}, body, _patience(wait))
 
 
-def _sent(request: ServerRequest | Mapping[str, Any] | None) -> Mapping[str, Any]:
-    """Return the fields of a request that were given."""
-    return request.model_dump(mode="json", by_alias=True, exclude_unset=True) if isinstance(request, BaseModel) else request or {}
+def _merged(request: ServerRequest | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the fields of a request that were given, with others over them. Raises InvalidSpec for one that is given twice."""
+    sent = request.model_dump(mode="json", by_alias=True, exclude_unset=True) if isinstance(request, BaseModel) else request
+    if not sent or not fields:
+        return sent or fields
+    from labkeeper.schema.servers import merged  # noqa: PLC0415 - late: most callers give one or the other
+
+    try:
+        return merged(sent, fields)
+    except ValueError as error:
+        raise InvalidSpec(f"cannot send the request: {error}") from error
 
 
 def _patience(wait: float | None) -> float | None:

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self
+from typing import Annotated, Any, ClassVar, Final, Self, cast
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AliasChoices, ConfigDict, Field, ModelWrapValidatorHandler, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 from labkeeper.core.access import Caller, Scope
@@ -69,17 +79,21 @@ class Defaults:
         return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
 
+SECRET: Final[dict[str, Any]] = {"writeOnly": True}
+"""Marks a field that no command line takes, since other users could read it there; JSON Schema's own word."""
+
+
 class GatewayFields(Request):
     """A Jupyter kernel gateway, and how to speak to it."""
 
     url: HttpUrl = Field(ABSENT, description="Jupyter kernel gateway that runs the kernels.")
-    ws_url: WebsocketUrl = Field(ABSENT, description="The gateway's websocket URL; made from `url` when not given.")
-    auth_token: Line = Field(ABSENT, description="Token that the gateway asks for.")
-    auth_scheme: Line = Field(ABSENT, description="Authentication scheme of that token; `token` when not given.")
-    headers: Headers = Field({}, description="HTTP headers of each request to the gateway.")
+    ws_url: WebsocketUrl = Field(ABSENT, description="The gateway's websocket URL; made from its URL when not given.")
+    auth_token: Line = Field(ABSENT, description="Token that the gateway asks for.", json_schema_extra=SECRET)
+    auth_scheme: Line = Field(ABSENT, description="Authentication scheme of the gateway's token; `token` when not given.")
+    headers: Headers = Field({}, description="HTTP headers of each request to the gateway.", json_schema_extra=SECRET)
     ca_certs: PathText = Field(ABSENT, description="File with certificates to trust beside the system's.")
     client_cert: PathText = Field(ABSENT, description="File with the certificate to show to the gateway.")
-    client_key: PathText = Field(ABSENT, description="File with the key of that certificate.")
+    client_key: PathText = Field(ABSENT, description="File with the key of the certificate that is shown to the gateway.")
     validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
     connect_timeout: Seconds = Field(ABSENT, description="Seconds to connect to the gateway.")
     request_timeout: Seconds = Field(ABSENT, description="Seconds for a request to the gateway.")
@@ -104,11 +118,15 @@ class GatewayFields(Request):
 class LimitFields(Request):
     """What a server may use, with all its kernels and terminals."""
 
-    memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(ABSENT, description="Bytes of memory; at least 64 MiB.")
-    cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
-        ABSENT, description="Processors for all of them together; 1.5 is one and a half."
+    memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
+        ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
     )
-    processes: Annotated[int, Field(ge=16, le=2**22)] = Field(ABSENT, description="Processes and threads.")
+    cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
+        ABSENT, description="Processors for the server with all its kernels and terminals; 1.5 is one and a half."
+    )
+    processes: Annotated[int, Field(ge=16, le=2**22)] = Field(
+        ABSENT, description="Processes and threads of the server with all its kernels and terminals."
+    )
 
 
 FLAT: Final = {f"gateway_{name}": ("gateway", name) for name in GatewayFields.model_fields if name != "required"} | {
@@ -119,6 +137,7 @@ FLAT: Final = {f"gateway_{name}": ("gateway", name) for name in GatewayFields.mo
 }
 """The nested field of each flat name."""
 _FLAT_NAMES: Final = {place: flat for flat, place in FLAT.items()}
+_GROUPS: Final = frozenset(group for group, _ in FLAT.values())
 
 
 class _Wanted(Request):
@@ -137,7 +156,7 @@ class _Wanted(Request):
         description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
     )
     env: Environment = Field({}, description="Environment variables for the server and its local kernels.")
-    labels: Labels = Field({}, description="For the caller's own use; the list can be filtered by them.")
+    labels: Labels = Field({}, description="Labels for the caller's own use, to filter lists by.")
     limits: LimitFields = Field(ABSENT, description="What it may use. Default: the keeper's.")
     user: User = Field(
         ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."
@@ -147,7 +166,7 @@ class _Wanted(Request):
         description="Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, `1d12h`; 0 or null: never. "
         "Default: the keeper's.",
     )
-    max_age: Duration | None = Field(ABSENT, description="Time after which it is stopped, used or not, likewise.")
+    max_age: Duration | None = Field(ABSENT, description="Time after which it is stopped, used or not; 0 or null: never.")
     gateway: GatewayFields = Field(
         ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
     )
@@ -167,9 +186,9 @@ class _Wanted(Request):
     @model_validator(mode="wrap")
     @classmethod
     def _nest(cls, sent: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
-        nested, sent_as = _nested({} if sent is None else sent)
+        body, sent_as = nested({} if sent is None else sent)
         try:
-            made = handler(nested)
+            made = handler(body)
         except ValidationError as error:
             raise _as_sent(error, sent_as) from None
         made._sent_as = sent_as
@@ -247,22 +266,48 @@ _PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields
 """The fields of a request that a spec has as they are."""
 
 
-def _nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
+def is_secret(field: FieldInfo) -> bool:
+    """Whether a field must not be given on a command line."""
+    return isinstance(field.json_schema_extra, dict) and SECRET.items() <= field.json_schema_extra.items()
+
+
+def flat_fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
+    """Yield the fields of a model, those that nest by their flat names."""
+    for name, field in model.model_fields.items():
+        if name in _GROUPS:
+            yield from ((_FLAT_NAMES[name, inner], one) for inner, one in cast("Any", field.annotation).model_fields.items())
+        else:
+            yield name, field
+
+
+def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
+    """Return one body made of several, later ones over earlier ones, field by field also where they nest. Raises ValueError."""
+    whole: dict[str, Any] = {}
+    for body in bodies:
+        for key, value in nested({key.replace("-", "_"): value for key, value in body.items()})[0].items():
+            old = whole.get(key)
+            is_group = key in _GROUPS and isinstance(value, Mapping)
+            new = {name.replace("-", "_"): one for name, one in value.items()} if is_group else value
+            whole[key] = {**old, **new} if is_group and isinstance(old, Mapping) else new
+    return whole
+
+
+def nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
     """Return a body with its flat fields where they belong, and the flat name of each. Raises ValueError."""
     if not isinstance(sent, dict):
         return sent, {}
-    nested, sent_as = dict(sent), dict[tuple[str, str], str]()
+    body, sent_as = dict(sent), dict[tuple[str, str], str]()
     for key in sent:
         flat = key.replace("-", "_") if isinstance(key, str) else ""
         if flat not in FLAT:
             continue
         group, field = place = FLAT[flat]
-        inside = nested.get(group, {})
+        inside = body.get(group, {})
         if place in sent_as or not isinstance(inside, Mapping) or {field, field.replace("_", "-")} & inside.keys():
             raise ValueError(f"{flat}: is {group}.{field} by another name; give it once")
-        nested[group] = {**inside, field: nested.pop(key)}
+        body[group] = {**inside, field: body.pop(key)}
         sent_as[place] = flat
-    return nested, sent_as
+    return body, sent_as
 
 
 def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> ValidationError:

@@ -139,6 +139,13 @@ def test_a_spec_may_be_the_model_of_the_request(client):
     assert server.jupyter_options == {"ServerApp.terminals_enabled": False}
 
 
+def test_fields_go_over_those_of_the_request_also_within_the_gateway(client):
+    server = client.create({"gateway": {"url": "http://one:1", "required": False}}, gateway_url="http://two:2")
+    assert (server.gateway.url, server.gateway.required) == ("http://two:2", False)
+    with pytest.raises(InvalidSpec, match=r"gateway_url: is gateway\.url by another name"):
+        client.create({"gateway": {"url": "http://one:1"}, "gateway-url": "http://one:1"}, labels={})
+
+
 def test_no_wait_answers_while_the_server_is_starting(running):
     """`wait=0` comes back at once, and `wait_for` finds out later."""
     running.world.temper("default").boots = False
