@@ -96,5 +96,5 @@ def a_server(**changed) -> Server:
     """Return a server as a keeper answers it: running, with nothing that is optional."""
     optional = {name: None for name, field in Server.model_fields.items() if type(None) in get_args(field.annotation)}
     fields = {"name": "x", "state": "running", "goal": "up", "since": "", "created_at": "", "generation": 1, "restarts": 0}
-    collections = {"labels": {}, "limits": {}, "jupyter_options": {}, "kernels_kept": []}
+    collections = {"labels": {}, "description": "", "limits": {}, "jupyter_options": {}, "kernels_kept": []}
     return Server(**optional | fields | collections | {"root_dir": "/", "default_url": "/lab"} | changed)

@@ -238,13 +238,16 @@ def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
     """Each option reaches the server; `~` and relative directories mean the caller's."""
     (tmp_path / "here").mkdir()
     options = ["--gateway-url", "http://gw:1", "--port", "9000", "--base-url", "/a", "--default-url", "/lab/tree/x"]
-    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "-o", "ServerApp.quit_button=false", "--json"]
+    options += ["--description", "for the course", "--json"]
+    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "-o", "ServerApp.quit_button=false"]
     with contextlib.chdir(tmp_path):
         server = json.loads(run("start", "demo", "--root-dir", "here", *options).stdout)
     assert (server["name"], server["root_dir"]) == ("demo", str(tmp_path / "here"))
     assert (server["gateway"]["url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
     assert (server["default_url"], server["labels"]) == ("/lab/tree/x", {"team": "blue", "empty": ""})
     assert server["jupyter_options"] == {"ServerApp.quit_button": False}
+    assert server["description"] == "for the course"
+    assert re.search("description +for the course", run("show", "demo").stdout)
     assert "options ServerApp.quit_button=false" in re.sub(" +", " ", run("show", "demo").stdout)
     assert dict(served.world.processes[0].spec.env) == {"A": "1=2"}
 

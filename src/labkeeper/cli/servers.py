@@ -165,6 +165,7 @@ def _facts(server: Server) -> dict[str, str]:
         "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,
         "options": ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(server.jupyter_options.items())),
+        "description": server.description,
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(server.labels.items())),
         "created": server.created_at,
         "ready": server.started_at,

@@ -88,6 +88,8 @@ class ServerSpec:
     kernel_env: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Variables for its kernels, wherever they run; the server itself does not have them."""
     labels: Mapping[str, str] = field(default_factory=dict)
+    description: str = ""
+    """A line about the server, for people."""
     gateway: Gateway | None = None
     limits: Limits = UNLIMITED
     user: str | None = None

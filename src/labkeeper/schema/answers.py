@@ -156,6 +156,7 @@ class Server(Answer):
     root_dir: str = Field(description="Directory that was asked for.")
     default_url: str = Field(description="Page that it opens with.")
     labels: dict[str, str] = Field(description="Labels that were given.")
+    description: str = Field(description="A line about it, for people; may be empty.")
     limits: dict[str, Limit] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
     usage: Usage | None = Field(description="What it uses; null unless it is running, and until it was first measured.")
     user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")

@@ -157,6 +157,7 @@ class _Wanted(Request):
     )
     env: Environment = Field({}, description="Environment variables for the server and its local kernels.")
     labels: Labels = Field({}, description="Labels for the caller's own use, to filter lists by.")
+    description: Annotated[str, Field(max_length=256), ONE_LINE] = Field("", description="A line about it, for people.")
     limits: LimitFields = Field(ABSENT, description="What it may use. Default: the keeper's.")
     user: User = Field(
         ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."

@@ -79,6 +79,7 @@ ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
     [
         {"root_dir": "<>"},
         {"labels": {"team": "<>"}},
+        {"description": "<>"},
         {"gateway_url": GATEWAY, "gateway_auth_token": "<>"},
         {"gateway_url": GATEWAY, "gateway_auth_scheme": "<>"},
         {"gateway_url": GATEWAY, "gateway_headers": {"X": "<>"}},
