@@ -93,170 +93,208 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    host: str = Field("127.0.0.1", description="Address that the API listens on. Loopback: nobody else is let in by accident.")
+    host: str = Field(
+        "127.0.0.1",
+        description=("Address that the API listens on. The default is loopback, so that the API is not exposed by accident."),
+    )
     port: Port = Field(8000, description="Port of the API.")
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
-        description="What must outlive the keeper: the store, logs, the owner's token. Made with mode 0700.",
+        description=("Directory of what outlives the keeper: its database, logs, and the owner's token. Created with mode 0700."),
     )
     runtime_dir: Directory | None = Field(
         None,
-        description="What lives as long as a server: Jupyter's runtime files, and which process it is. `run` in the state "
-        "directory when not given. A keeper that gets another one ends the servers that run in the earlier one.",
+        description=(
+            "Directory of what lives as long as a server: Jupyter's runtime files, and the record of its "
+            "process. Default: `run` in the state directory. A keeper with a new runtime directory ends the "
+            "servers that run in the earlier one."
+        ),
     )
     notebook_dir: Root = Field(
         default_factory=Path,
-        description="Root directory of servers that name none, and the base of relative ones; `%u` stands for the server's user.",
+        description=(
+            "Root directory of servers whose request names none, and the base of relative ones. `%u` stands for "
+            "the server's user."
+        ),
     )
     allowed_roots: Directories | None = Field(
         None,
-        description="Directories, separated as in `PATH`, within which the root directories of servers must be, and the files "
-        "that requests name; `%u` likewise. The notebook directory alone when not given; in place of it when given, so one of "
-        "them must contain it.",
+        description=(
+            "Directories, separated as in `PATH`, that must contain the root directories of servers and the "
+            "files that requests name. `%u` as above. Default: the notebook directory. If set, one of them must "
+            "contain the notebook directory."
+        ),
     )
     lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
     lab_port: Port = Field(
-        8888, description="Port of the server named `default`; others take a free one unless they ask for one."
+        8888, description="Port of the server named `default`. Other servers use a free port unless they request one."
     )
     advertised_host: str | None = Field(
-        None, description="Host name in `lab_url`. When not given: the one by which the caller reached the API."
+        None, description="Host name in `lab_url`. Default: the one by which the caller reached the API."
     )
     jupyter_python: Directory = Field(
         default_factory=lambda: Path(sys.executable),
-        description="Interpreter to run JupyterLab with; its environment may be another than the keeper's.",
+        description="Python interpreter that runs JupyterLab; its environment may differ from the keeper's.",
     )
     launch_by: Literal["fork", "exec"] = Field(
         "fork",
-        description="`fork`: servers are forked from a process that has loaded JupyterLab already, where that is possible; "
-        "`exec`: each loads it by itself.",
+        description=(
+            "`fork`: fork servers from a process that has loaded JupyterLab, where possible; `exec`: load JupyterLab in each."
+        ),
     )
     user: str | None = Field(
         None,
-        description="User of the machine that servers run as when their request names none; the keeper's own when not given.",
+        description=("User of the machine that servers run as if their request names none. Default: the keeper's own."),
     )
     umask: Annotated[str, AfterValidator(_check_umask)] = Field(
         "077",
-        description="What others are kept from in the files that servers make, their notebooks too, in octal: `077` from all, "
-        "`027` lets their group read, `022` everybody. What the keeper makes is its own.",
+        description=(
+            "Umask, in octal, of files that servers create, notebooks included: `077` keeps them private, `027` "
+            "lets the group read them, `022` everyone."
+        ),
     )
     auth: Literal["token", "none"] = Field(
-        "token", description="`none` lets everybody who can reach the API run code here as the keeper's user."
+        "token",
+        description=("`none` turns authentication off: everyone who can reach the API can run code here as the keeper's user."),
     )
     token: SecretStr | None = Field(
         None,
-        description="The owner's token of the API, at least 16 characters. When not given, one is generated into the state "
-        "directory. For the command line it is the token to show.",
+        description=(
+            "The owner's API token, at least 16 characters. Default: one is generated into the state directory. "
+            "The command line sends this token."
+        ),
     )
-    token_file: Directory | None = Field(None, description="File that holds the token, such as a secret of a container.")
+    token_file: Directory | None = Field(None, description="File that contains the token, such as a container secret.")
     cert_file: Directory | None = Field(
-        None, description="Certificate of the API, with its chain, as PEM: the API speaks TLS. Read again when it changes."
+        None, description="TLS certificate of the API, with its chain, as PEM. Reloaded when it changes."
     )
-    key_file: Directory | None = Field(None, description="Key of that certificate, not encrypted.")
+    key_file: Directory | None = Field(None, description="Private key of that certificate, unencrypted.")
     lab_cert_file: Directory | None = Field(
         None,
-        description="Certificate of JupyterLab, likewise: servers speak TLS. The users that they run as must be able to read it.",
+        description=("TLS certificate of JupyterLab, as PEM. The users that servers run as must be able to read it."),
     )
-    lab_key_file: Directory | None = Field(None, description="Key of that one; they must be able to read it, too.")
+    lab_key_file: Directory | None = Field(
+        None, description="Private key of that certificate. The users that servers run as must be able to read it."
+    )
     allowed_hosts: Names = Field(
         (),
-        description="Host names by which the API may be reached, with commas between them, beside addresses, names without a dot "
-        "and the machine's own; `*.example.org` is all below it, `*` any. Another site's page cannot pose as the keeper's then.",
+        description=(
+            "Host names of the API, separated by commas, in addition to addresses, names without a dot, and the "
+            "machine's own: `*.example.org` matches every name below it, `*` any name. Protects against DNS "
+            "rebinding."
+        ),
     )
     allowed_origins: Names = Field(
-        (), description="Sites whose pages may ask the API (CORS), with commas between them, as `https://hub.example.org`."
+        (),
+        description=(
+            "Origins that may call the API from a browser (CORS), separated by commas, such as `https://hub.example.org`."
+        ),
     )
     max_request_rate: Annotated[float, Field(ge=0, le=1e6)] = Field(
         100.0,
-        description="Requests that each token may make in a second; those of ten seconds may come at once. 0: any number.",
+        description="Requests per second for each token, with bursts of ten seconds' worth. 0: unlimited.",
     )
     on_exit: Literal["stop", "leave"] = Field(
         "stop",
-        description="What becomes of the servers when the keeper is asked to end; `leave`: the next keeper takes them over.",
+        description=("What to do with servers when the keeper is asked to exit; with `leave` the next keeper takes them over."),
     )
-    start_timeout: Seconds = Field(60.0, description="Seconds that a server may take until it answers.")
+    start_timeout: Seconds = Field(60.0, description="Seconds within which a server must become ready.")
     stop_grace: Seconds = Field(
-        8.0, description="Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
+        8.0, description=("Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM.")
     )
-    kill_wait: Seconds = Field(2.0, description="Seconds after SIGKILL until a server that is still there counts as lost.")
-    probe_period: Seconds = Field(15.0, description="Seconds between two looks at whether a running server answers.")
+    kill_wait: Seconds = Field(2.0, description="Seconds after SIGKILL until a server that still exists counts as lost.")
+    probe_period: Seconds = Field(15.0, description="Seconds between two health checks of a running server.")
     hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
-        120.0, description="Seconds without an answer after which a running server is ended and started again; 0: never."
+        120.0, description="Seconds without a response after which a running server is restarted. 0: never."
     )
     gateway_timeout: Seconds = Field(
-        5.0, description="Seconds that a kernel gateway may take to answer, when a server is to start and while it is watched."
+        5.0, description=("Timeout, in seconds, of requests to a kernel gateway when a server starts and while it is monitored.")
     )
     gateway_period: Seconds = Field(
-        30.0, description="Seconds between two looks at the gateway of running servers; more when it does not answer."
+        30.0, description="Seconds between two checks of a running server's gateway; longer when it does not respond."
     )
     # Culling
     idle_timeout: Duration | None = Field(
-        None, description="Time without use after which a server is stopped, when its request names none, as `2h`; 0: never."
+        None, description=("Idle time after which a server is stopped if its request sets none, such as `2h`. 0: never.")
     )
-    max_age: Duration | None = Field(None, description="Time after which a server is stopped, used or not, likewise; 0: never.")
+    max_age: Duration | None = Field(
+        None, description="Age at which a server is stopped, used or not, if its request sets none. 0: never."
+    )
     kernel_idle_timeout: Duration | None = Field(
-        None, description="Time without use after which a kernel is ended, whatever becomes of its server; 0: never."
+        None, description="Idle time after which a kernel is shut down, independently of its server. 0: never."
     )
-    cull_grace: Duration = Field(600.0, description="Time after a server became ready in which it does not count as idle.")
-    cull_warning: Duration = Field(
-        300.0, description="Time between the warning and the stop, but no more than half of what the rule allows."
-    )
+    cull_grace: Duration = Field(600.0, description="Time after a server became ready during which it does not count as idle.")
+    cull_warning: Duration = Field(300.0, description="Time between the warning and the stop, at most half of the timeout.")
     cull_period: Annotated[Duration, Field(gt=0)] = Field(
-        30.0, description="Time between two questions to a server how it is used; one without any rule is not asked."
+        30.0, description="Activity polling interval. Servers without a timeout are not polled."
     )
     cull_busy: bool = Field(
-        False, description="`false`: a busy kernel is use, however silent; `true`: only its last activity counts."
+        False,
+        description=("`false`: a busy kernel counts as activity, even without output; `true`: only its last activity counts."),
     )
     cull_connected: bool = Field(
-        True, description="`true`: an open notebook is no use by itself; `false`: any connection to a kernel is."
+        True, description=("`true`: an open notebook does not count as activity; `false`: every connection to a kernel does.")
     )
     cull_terminals: Literal["programs", "open", "ignore"] = Field(
-        "programs", description="What of terminals is use: `programs` that run there, any that is `open`, or `ignore` them."
+        "programs",
+        description=(
+            "What counts as activity of terminals: `programs` that run in them, every `open` terminal, or nothing (`ignore`)."
+        ),
     )
-    max_snooze: Duration = Field(86400.0, description="Longest time that the culling of a server can be put off by one call.")
+    max_snooze: Duration = Field(86400.0, description="Maximum duration of a snooze.")
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(
-        200, description="Most servers that may be active at a time; ten times as many may be known, stopped and failed ones too."
+        200, description=("Maximum number of active servers. Ten times as many may be known, including stopped and failed ones.")
     )
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
-        5.0, description="Seconds between two measurements of what servers use, as long as somebody wants to know; 0: never."
+        5.0, description="Seconds between two measurements of resource usage while it is being requested. 0: never."
     )
     max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
         default_factory=lambda: 2 * len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2 * (os.cpu_count() or 1),
-        description="Most servers that start at a time; further ones queue, and the first that came is the next.",
+        description="Maximum number of servers that start at once. Others are queued, first in, first out.",
     )
     min_free_memory: Annotated[str, AfterValidator(_check_reserve)] = Field(
         "5%",
-        description="Memory that is to stay free where the keeper runs, in bytes or as a percentage of it; with less, no server "
-        "is started. 0: it is not looked at.",
+        description=("Memory to keep free, in bytes or as a percentage. Below it no server is started. 0: no check."),
     )
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
-        None, description="Bytes of memory for each server with its kernels, when its request names none."
+        None, description="Default memory limit of a server with its kernels, in bytes."
     )
-    cpu_limit: Annotated[float, Field(ge=0.01)] | None = Field(None, description="Processors for each, likewise.")
-    process_limit: Annotated[int, Field(ge=16)] | None = Field(None, description="Processes and threads of each, likewise.")
+    cpu_limit: Annotated[float, Field(ge=0.01)] | None = Field(
+        None, description="Default CPU limit of a server with its kernels, in processors."
+    )
+    process_limit: Annotated[int, Field(ge=16)] | None = Field(
+        None, description="Default limit of processes and threads of a server with its kernels."
+    )
     history_size: Annotated[int, Field(ge=100, le=10_000_000)] = Field(
-        20_000, description="About how many events are kept; then the oldest of the actor who has most are forgotten."
+        20_000,
+        description=("Approximate number of events to keep. Beyond it the oldest events of the most active actor are removed."),
     )
     webhook_url: SecretStr | None = Field(
-        None, description="Where each event is posted to, as the Standard Webhooks have it; needs a secret to sign with."
+        None, description="URL to post every event to, in the form of Standard Webhooks. Requires a secret."
     )
     webhook_secret: SecretStr | None = Field(
-        None, description="What posts are signed with: 24 to 64 bytes in base64, such as `openssl rand -base64 32` prints."
+        None,
+        description=("Secret that signs the posts: 24 to 64 bytes in base64, such as the output of `openssl rand -base64 32`."),
     )
-    webhook_secret_file: Directory | None = Field(None, description="File that holds the same.")
+    webhook_secret_file: Directory | None = Field(None, description="File that contains the webhook secret.")
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
-        description="Most threads that answer requests. A caller that waits or follows a log holds one; an eighth is kept free.",
+        description=(
+            "Maximum number of threads that answer requests. A caller that waits or streams holds one; an eighth is kept free."
+        ),
     )
-    max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(1024 * 1024, description="Largest request body, in bytes.")
+    max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(
+        1024 * 1024, description="Maximum size of a request body, in bytes."
+    )
     log_max_bytes: Annotated[int, Field(ge=1024)] = Field(
-        10 * 1024 * 1024, description="Bytes of a server's log after which it is set aside; one older part is kept."
+        10 * 1024 * 1024, description="Size, in bytes, at which a server's log is rotated; one older file is kept."
     )
-    echo_logs: bool = Field(False, description="Repeat what servers log in the keeper's own log, as containers want it.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least level that the keeper logs.")
+    echo_logs: bool = Field(False, description="Copy the logs of servers to the keeper's own log, for containers.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum log level.")
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="Form of the keeper's own log; `auto` is `console` on a terminal and `json` elsewhere."
+        "auto", description="Format of the keeper's log; `auto` is `console` on a terminal and `json` elsewhere."
     )
-    debug: bool = Field(False, description="Log at level `debug`, with the source line of each entry. Answers stay the same.")
+    debug: bool = Field(False, description="Log at level `debug`, with source locations. Responses are unchanged.")
 
     @property
     def min_free(self) -> Reserve:
