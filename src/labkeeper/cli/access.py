@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 @where_options
 @click.pass_context
 def token(context: click.Context, /) -> None:
-    """Print the owner's token; make, list and revoke others.
+    """Print the owner's token; create, list and revoke others.
 
-    The owner's token of the keeper on this machine may do everything. Others have a scope, and may be limited to some servers.
+    The owner's token of the keeper on this machine may do everything. Others have a scope, and can be limited to some servers.
     """
     if context.invoked_subcommand is not None:
         return
@@ -50,11 +50,13 @@ def token(context: click.Context, /) -> None:
     )
 )
 @click.argument("name")
-@click.option("--scope", type=click.Choice([str(scope) for scope in Scope]), required=True, help="What it allows.")
-@click.option("--server", "servers", multiple=True, metavar="PATTERN", help="Only for servers of such names; repeatable.")
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Only for servers with this label; repeatable.")
-@click.option("--user", "users", multiple=True, metavar="NAME", help="User that its servers run as; repeatable.")
-@click.option("--expires", "expires_in", metavar="TIME", help="Time from now, as 12h or 30d.  [default: never]")
+@click.option("--scope", type=click.Choice([str(scope) for scope in Scope]), required=True, help="What the token allows.")
+@click.option(
+    "--server", "servers", multiple=True, metavar="PATTERN", help="Limit it to servers with matching names; repeatable."
+)
+@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Limit it to servers with this label; repeatable.")
+@click.option("--user", "users", multiple=True, metavar="NAME", help="Limit it to servers that run as this user; repeatable.")
+@click.option("--expires", "expires_in", metavar="TIME", help="Lifetime, such as 12h or 30d.  [default: never]")
 @as_json_option
 @where_options
 @click.pass_obj
@@ -70,7 +72,7 @@ def create(
     expires_in: str | None,
     as_json: bool,
 ) -> None:
-    """Make a token and print it. It is shown this once."""
+    """Create a token and print it. It is not shown again."""
     chosen = pairs_of("--label", labels)
     with connected(where) as (client, _), waiting("asking"):
         made = client.create_token(name, scope, servers=servers, labels=chosen, users=users, expires_in=expires_in)
@@ -87,7 +89,7 @@ def create(
 @where_options
 @click.pass_obj
 def ls(where: Where, /, *, as_json: bool) -> None:
-    """List the tokens that were made, what they allow, and when they were last used."""
+    """List tokens, what they allow, and when they were last used."""
     with connected(where) as (client, _), waiting("asking"):
         found = client.tokens()
     if as_json:
@@ -113,7 +115,7 @@ def ls(where: Where, /, *, as_json: bool) -> None:
 @where_options
 @click.pass_obj
 def revoke(where: Where, /, name: str) -> None:
-    """Let a token be good no more, at once."""
+    """Revoke a token immediately."""
     with connected(where) as (client, _), waiting("asking"):
         client.revoke_token(name)
     if is_terminal(sys.stderr):
@@ -125,7 +127,7 @@ def revoke(where: Where, /, name: str) -> None:
 @where_options
 @click.pass_obj
 def whoami(where: Where, /, *, as_json: bool) -> None:
-    """Show who you are to the keeper, and what you may do there."""
+    """Show who you are, and what you may do."""
     with connected(where) as (client, _), waiting("asking"):
         found = client.me()
     if as_json:

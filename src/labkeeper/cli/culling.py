@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 @where_options
 @click.pass_obj
 def idle(where: Where, /, name: str | None, as_json: bool) -> None:
-    """Explain which servers nobody uses, and when they are stopped.
+    """Show which servers are idle, and when they will be stopped.
 
-    Stops nothing. With NAME that server is asked now; else the last look at each counts.
+    Stops nothing. With NAME, that server is polled now; otherwise the last poll of each counts.
     """
     with connected(where) as (client, _), waiting("asking"):
         found = [client.idle(name)] if name else list(client.idle_all())
@@ -41,12 +41,12 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
 
 @click.command(epilog=examples("labkeeper snooze demo --for 2h", "labkeeper snooze demo --for 0"))
 @name_argument
-@click.option("--for", "time", required=True, metavar="TIME", help="Time from now, as 90m or 2h; 0 ends it.")
+@click.option("--for", "time", required=True, metavar="TIME", help="Duration, such as 90m or 2h; 0 ends the snooze.")
 @as_json_option
 @where_options
 @click.pass_obj
 def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
-    """Put off the culling of a server."""
+    """Postpone the culling of a server."""
     with connected(where) as (client, _), waiting("asking"):
         told = client.snooze(name, time)
     if as_json:

@@ -20,12 +20,14 @@ if TYPE_CHECKING:
 
 @click.command(epilog=examples("labkeeper logs -n 20", "labkeeper logs demo -f"))
 @name_argument
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new line until the server has ended.")
-@click.option("-n", "--tail", type=click.IntRange(0, 1_000_000), metavar="N", help="Lines from the end.  [default: 200]")
+@click.option("-f", "--follow", is_flag=True, help="Follow the log until the server has ended.")
+@click.option(
+    "-n", "--tail", type=click.IntRange(0, 1_000_000), metavar="N", help="Number of lines from the end.  [default: 200]"
+)
 @where_options
 @click.pass_obj
 def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
-    """Print the log of a server; it is kept after its end."""
+    """Print a server's log. It is kept after the server ended."""
     with connected(where) as (client, _):
         if follow:
             for line in client.follow(name, tail=tail):
@@ -36,17 +38,23 @@ def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
 
 @click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
 @click.argument("name", required=False)
-@click.option("-f", "--follow", is_flag=True, help="Go on with each new event until the keeper ends.")
+@click.option("-f", "--follow", is_flag=True, help="Follow events until the keeper exits.")
 @click.option(
-    "-n", "--tail", type=click.IntRange(1, 1000), default=30, show_default=True, metavar="N", help="Events from the end."
+    "-n",
+    "--tail",
+    type=click.IntRange(1, 1000),
+    default=30,
+    show_default=True,
+    metavar="N",
+    help="Number of events from the end.",
 )
 @as_json_option
 @where_options
 @click.pass_obj
 def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: bool) -> None:
-    """Tell what happened, to one server or to all, and who set it off.
+    """Show events of one server or of all, and who caused them.
 
-    The history of a server is kept when it is deleted. With --json, one event a line.
+    Events are kept when a server is deleted. With --json, one event per line.
     """
     with connected(where) as (client, _):
         newest = client.events(name, limit=tail)

@@ -80,7 +80,7 @@ def _metavar(kind: Any) -> str:
 @click.command(
     cls=_Serve, epilog=examples("labkeeper serve --start", "labkeeper serve --host 0.0.0.0 --port 80 --notebook-dir /notebooks")
 )
-@click.option("--start", "first", is_flag=True, help="Start the server named `default` too; a terminal is shown its link.")
+@click.option("--start", "first", is_flag=True, help="Also start the server named `default`, and print its link on a terminal.")
 @click.pass_obj
 def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
     """Run the keeper until Ctrl-C or SIGTERM.

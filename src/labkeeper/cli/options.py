@@ -61,7 +61,7 @@ wait_option = click.option(
     "--wait",
     type=click.FloatRange(min=0, max=3600),
     metavar="SECONDS",
-    help="Wait at most so long; 0: do not wait.  [default: to the end]",
+    help="Maximum time to wait; 0: do not wait.  [default: until it is done]",
 )
 name_argument = click.argument("name", default=DEFAULT_NAME)
 

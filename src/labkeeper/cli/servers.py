@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 @click.option(
     "--state", multiple=True, type=click.Choice([str(state) for state in State]), help="Only servers in this state; repeatable."
 )
-@click.option("--label", multiple=True, metavar="KEY[=VALUE]", help="Only servers with this label; repeatable, all must fit.")
+@click.option("--label", multiple=True, metavar="KEY[=VALUE]", help="Only servers with this label; repeatable, all must match.")
 @as_json_option
 @where_options
 @click.pass_obj
@@ -86,9 +86,9 @@ def _columns(server: Server) -> tuple[str, str]:
 @where_options
 @click.pass_obj
 def show(where: Where, /, name: str, as_json: bool) -> None:
-    """Tell all of one server but its secrets.
+    """Show a server's details, without secrets.
 
-    `open --print` and `--json` give those.
+    `open --print` and `--json` print those.
     """
     with connected(where) as (client, _), waiting("asking"):
         (server,) = _measured(lambda: [client.get(name)])
@@ -178,9 +178,9 @@ def _facts(server: Server) -> dict[str, str]:
 
 @click.command(epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete", "labkeeper stop --all"))
 @click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option("--all", "every", is_flag=True, help="All servers that there are, instead of named ones.")
-@click.option("--force", is_flag=True, help="Kill at once instead of asking.")
-@click.option("--delete", is_flag=True, help="Forget it too: its spec and its log.")
+@click.option("--all", "every", is_flag=True, help="All servers.")
+@click.option("--force", is_flag=True, help="Kill immediately, without a graceful shutdown.")
+@click.option("--delete", is_flag=True, help="Also delete the server, with its spec and log.")
 @wait_option
 @as_json_option
 @where_options
@@ -188,11 +188,11 @@ def _facts(server: Server) -> dict[str, str]:
 def stop(
     where: Where, /, *, names: tuple[str, ...], every: bool, force: bool, delete: bool, wait: float | None, as_json: bool
 ) -> int:
-    """Stop servers with their kernels.
+    """Stop servers, together with their kernels.
 
-    What they are made of is kept for the next start.
+    Their specs are kept, so they can be started again.
 
-    Goes on to the next when one cannot be stopped; the exit code is that of the first that could not.
+    Continues if one cannot be stopped; the exit code is that of the first failure.
     """
     if every and names:
         raise click.UsageError("--all takes no names")
@@ -249,13 +249,16 @@ def _stopped(server: Server) -> str:
 
 @click.command(epilog=examples("labkeeper restart demo", "labkeeper restart spark --keep-kernels"))
 @name_argument
-@click.option("--keep-kernels", is_flag=True, help="Let the kernels on its gateway live on, and have them again.")
+@click.option("--keep-kernels", is_flag=True, help="Keep kernels on the gateway running, and take them over.")
 @wait_option
 @as_json_option
 @where_options
 @click.pass_obj
 def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, as_json: bool) -> None:
-    """Stop a server if it runs, start it, and print its new link."""
+    """Restart a server, and print its new link.
+
+    A server that is not running is started.
+    """
     with connected(where) as (client, _), waiting(f"restarting '{name}'"):
         server = client.restart(name, keep_kernels=keep_kernels, wait=wait)
     show_started(server, as_json)
@@ -270,7 +273,7 @@ def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, 
 def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: bool) -> None:
     """Give a running server a new token, and print its new link.
 
-    It is launched again: kernels on a gateway live on, those beside it end. Browsers have to be let in anew.
+    The server is restarted: kernels on a gateway keep running, local kernels end. Open browsers must sign in again.
     """
     with connected(where) as (client, _), waiting(f"launching '{name}' again"):
         server = client.rotate_token(name, wait=wait)

@@ -106,7 +106,7 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
     "--json-spec",
     type=click.File(encoding="utf-8"),
     metavar="FILE",
-    help="Request as JSON, `-` for stdin; the options win over it.",
+    help="Request as JSON, `-` for stdin. Options override it.",
 )
 @wait_option
 @as_json_option
@@ -115,12 +115,12 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
 def start(
     where: Where, /, names: tuple[str, ...], *, wait: float | None, as_json: bool, json_spec: IO[str] | None, **options: Any
 ) -> int:
-    """Start servers, new or stopped, and print their links. NAME is `default` when not given.
+    """Start servers, new or stopped, and print their links. NAME defaults to `default`.
 
-    Starting what already runs is no error.
+    A server that is already running is no error.
 
-    Several are of one kind, and start beside each other, as many at a time as the keeper lets; the exit code is that of the first
-    that could not be started, and 1 when some were not ready in time.
+    Several servers of one kind start in parallel, as the keeper allows; the exit code is that of the first that could not be
+    started, and 1 if some were not ready in time.
     """
     fields = _merged(_spec(json_spec), _fields(options)) | ({"name": names[0]} if len(names) == 1 else {})
     as_it_was = json_spec is None and not fields.keys() - {"name"}

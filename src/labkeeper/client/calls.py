@@ -88,23 +88,23 @@ class Calls:
     ) -> Call[Server]:
         """Create a server as `request` says, with `fields` over it, and start it; the same request finds the same server.
 
-        Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer tells where it stands.
+        Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer is where it stands.
         Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout, BackendError.
         """
         return _server("POST", "/api/servers", wait, body=_merged(request, fields))
 
     def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
-        """Tell of one server; with `wait_for`, when it is in that state or `wait` seconds are over. Raises ServerNotFound."""
+        """Return a server; with `wait_for`, once it is in that state, or after `wait` seconds. Raises ServerNotFound."""
         if wait_for is None:
             return Call("GET", _path(name), reading(Server), query=_given(wait=wait))
         return _server("GET", _path(name), wait, query={"wait_for": str(wait_for)})
 
     def delete(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
-        """Stop a server, then forget it; gives the last word on it, with its stop report. Raises ServerNotFound, Conflict."""
+        """Stop a server and delete it; return its last state, with its stop report. Raises ServerNotFound, Conflict."""
         return _server("DELETE", _path(name), wait, query=_force(force))
 
     def stop(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
-        """Stop a server and keep its spec; `force` kills it at once. Raises ServerNotFound, Conflict."""
+        """Stop a server and keep its spec; `force` kills it immediately. Raises ServerNotFound, Conflict."""
         return _server("POST", _path(name, "/stop"), wait, query=_force(force))
 
     def start(self, name: str, *, wait: float | None = None) -> Call[Server]:
@@ -112,9 +112,9 @@ class Calls:
         return _server("POST", _path(name, "/start"), wait)
 
     def start_many(self, /, names: Sequence[str], *, wait: float | None = None, **fields: Any) -> Call[Sequence[BulkResult]]:
-        """Make up to 200 servers of one kind, and start them; tells what became of each, in the order of the names.
+        """Create and start up to 200 servers of one kind; return the outcome of each, in the order of the names.
 
-        Each is as if `create` had asked for it; what would have been raised is the `error` of its result.
+        Each is started as if `create` had requested it; what `create` would have raised is the `error` of its result.
         Waits at most `wait` seconds (default: until all are ready or have failed). Raises InvalidSpec.
         """
         return Call(
@@ -127,36 +127,36 @@ class Calls:
         )
 
     def restart(self, /, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Any) -> Call[Server]:
-        """Stop a server if it runs, and start it, with `fields` otherwise than before; what is not given stays as it is.
+        """Restart a server, or start it if it is not running, with `fields` changed; what is not given stays as it is.
 
-        With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+        With `keep_kernels`, the kernels on its gateway keep running, and the new launch takes them over with their sessions.
         Raises as `start` does, and InvalidSpec.
         """
         body = {**fields, **({"keep_kernels": True} if keep_kernels else {})}
         return _server("POST", _path(name, "/restart"), wait, body=body or None)
 
     def rotate_token(self, name: str, *, wait: float | None = None) -> Call[Server]:
-        """Give a running server another Jupyter token, by another launch; kernels on a gateway live on.
+        """Give a running server a new Jupyter token, by a restart; kernels on a gateway keep running.
 
-        Raises as `start` does, and Conflict where it is not running.
+        Raises as `start` does, and Conflict if it is not running.
         """
         return _server("POST", _path(name, "/rotate-token"), wait)
 
     def link(self, name: str, *, expires_in: float | str | None = None, page: str | None = None) -> Call[Link]:
-        """Make a link that opens a running server's Lab once, within a minute, or `expires_in`: seconds, or a text as `10m`.
+        """Create a one-time link to a running server's Lab, valid for a minute or for `expires_in`: seconds, or a text as `10m`.
 
         Raises ServerNotFound, Conflict (not running), InvalidSpec.
         """
         return Call("POST", _path(name, "/link"), reading(Link), body=_given(expires_in=expires_in, page=page))
 
     def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
-        """Return the last `tail` lines of a server's log (default: as many as the keeper likes). Raises ServerNotFound."""
+        """Return the last `tail` lines of a server's log (default: the keeper's choice). Raises ServerNotFound."""
         return Call("GET", _path(name, "/logs"), text, query=_given(tail=tail))
 
     def follow(self, name: str, *, tail: int | None = None) -> Stream[str]:
-        """Return the last lines of a server's log, then each new one, without line ends, until the server has ended.
+        """Yield the last lines of a server's log, then each new one, without line ends, until the server has ended.
 
-        Asks when the first line is asked for. Raises ServerNotFound.
+        The request is sent when the first line is requested. Raises ServerNotFound.
         """
         return Stream(_path(name, "/logs"), str, query={"follow": "true", **_given(tail=tail)})
 
@@ -165,26 +165,26 @@ class Calls:
         return Call("GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels)
 
     def orphaned_kernels(self) -> Call[Sequence[OrphanedKernel]]:
-        """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
+        """List kernels of ended servers that a gateway still has to end. They are ended as soon as it responds."""
         return Call("GET", "/api/orphaned-kernels", lambda answer: parse(OrphanedKernelList, answer).orphaned_kernels)
 
     def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Call[Sequence[Event]]:
-        """Tell what happened, to one server or to all, the oldest first: after an event, or the newest ones.
+        """Return events of one server or of all, oldest first: those after an event, or the newest ones.
 
-        Raises ServerNotFound where nothing is known of the name.
+        Raises ServerNotFound if nothing is known of the name.
         """
         query = {"limit": limit, **_given(after=after)}
         return Call("GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query)
 
     def follow_events(self, name: str | None = None, *, after: int | None = None) -> Stream[Event]:
-        """Return events as they come, those after one first where it is named. Ends when the keeper does.
+        """Yield events as they happen, first those after a given one. Ends when the keeper does.
 
-        Asks when the first event is asked for. Raises ServerNotFound.
+        The request is sent when the first event is requested. Raises ServerNotFound.
         """
         return Stream(_events_path(name), event_of, query={"follow": "true", **_given(after=after)})
 
     def webhooks(self) -> Call[Sequence[Webhook]]:
-        """Return how the webhooks fare that events are posted to."""
+        """List the webhooks that events are posted to, and their state."""
         return Call("GET", "/api/webhooks", lambda answer: parse(WebhookList, answer).webhooks)
 
     # Access
@@ -199,19 +199,19 @@ class Calls:
         users: Sequence[str] = (),
         expires_in: float | str | None = None,
     ) -> Call[NewToken]:
-        """Make a token: of `scope`, for servers whose names fit one of the patterns and that have all labels, run as those users.
+        """Create a token with a scope, limited to servers that match a pattern, have all labels, and run as one of the users.
 
-        `token` of the answer is to be shown, and told this once. Raises InvalidSpec, Conflict, NotAllowed.
+        Only this answer contains the token, as `token`. Raises InvalidSpec, Conflict, NotAllowed.
         """
         body = {"name": name, "scope": scope, "servers": [*servers], "labels": {**(labels or {})}, "users": [*users]}
         return Call("POST", "/api/tokens", reading(NewToken), body=body | _given(expires_in=expires_in))
 
     def tokens(self) -> Call[Sequence[Token]]:
-        """List the tokens that were made, by name."""
+        """List all tokens except the owner's, by name."""
         return Call("GET", "/api/tokens", lambda answer: parse(TokenList, answer).tokens)
 
     def revoke_token(self, name: str) -> Call[Token]:
-        """Let a token be good no more, at once. Raises TokenNotFound."""
+        """Revoke a token immediately. Raises TokenNotFound."""
         try:
             path = f"/api/tokens/{server_name(name)}"
         except ValueError:
@@ -219,21 +219,21 @@ class Calls:
         return Call("DELETE", path, reading(Token))
 
     def me(self) -> Call[Caller]:
-        """Return who this client is to the keeper, and what it may."""
+        """Return who this client is to the keeper, and what it may do."""
         return Call("GET", "/api/me", reading(Caller))
 
     # Culling
 
     def idle(self, name: str) -> Call[Idle]:
-        """Explain whether a server would be stopped for want of use, why, and when; it is asked now. Raises ServerNotFound."""
+        """Poll a server's activity, and explain whether and when it will be stopped as idle. Raises ServerNotFound."""
         return Call("GET", _path(name, "/idle"), reading(Idle))
 
     def idle_all(self) -> Call[Sequence[Idle]]:
-        """Explain the same of all servers by the last look at each, those first that would be stopped first."""
+        """Explain the same for all servers by their last poll, the next to be stopped first."""
         return Call("GET", "/api/idle", lambda answer: parse(IdleList, answer).servers)
 
     def snooze(self, name: str, time: float | str) -> Call[Idle]:
-        """Put off the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
+        """Postpone the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
         return Call("POST", _path(name, "/snooze"), reading(Idle), body={"for": time})
 
     # The keeper
@@ -243,15 +243,15 @@ class Calls:
         return Call("GET", "/api/version", lambda answer: parse(Version, answer).version)
 
     def metrics(self) -> Call[str]:
-        """Return the keeper's metrics in the form of Prometheus."""
+        """Return the metrics in the format of Prometheus."""
         return Call("GET", "/metrics", text)
 
     def healthy(self) -> Call[bool]:
-        """Whether the keeper takes commands; where nothing answers, Unreachable is raised."""
+        """Whether the keeper accepts commands. Raises Unreachable if nothing answers."""
         return Call("GET", "/healthz", is_ok)
 
     def ready(self) -> Call[bool]:
-        """Whether the keeper takes commands, and watches all that it is to watch."""
+        """Whether the keeper accepts commands, and all its watchers work."""
         return Call("GET", "/readyz", is_ok)
 
     def page(self, *, state: Iterable[State | str], label: Iterable[str], cursor: str | None) -> Call[ServerList]:

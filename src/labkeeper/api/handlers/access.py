@@ -22,23 +22,23 @@ from labkeeper.schema.requests import TokenRequest
 
 
 def create_token(services: Services, body: TokenRequest) -> Answer:
-    """Make a token. What it is shown as stands in this answer alone: it is kept as a hash."""
+    """Create a token. Only this answer contains it: it is stored as a hash."""
     tokens = services.tokens
     token, text = tokens.make(body.name, body.scope, body.limits, lifetime=body.expires_in, origin=origin())
     return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
 
 
 def list_tokens(services: Services) -> Answer:
-    """List all tokens but the owner's, which the state directory or a setting has, and what they allow."""
+    """List all tokens except the owner's, with what they allow."""
     now = time.time()
     return json_answer(TokenList(tokens=[token_model(token, now) for token in services.tokens.all()]))
 
 
 def revoke_token(services: Services, path: TokenPath) -> Answer:
-    """Let a token be good no more, at once: answers that go on end, too."""
+    """Revoke a token immediately; its streams end."""
     return json_answer(token_model(services.tokens.revoke(path.name, origin=origin()), time.time()))
 
 
 def get_me(_: Services) -> Answer:
-    """Return who the caller is to the keeper, and what they may."""
+    """Return who the caller is, and what they may do."""
     return json_answer(me_model(caller()))

@@ -25,18 +25,18 @@ from labkeeper.schema.requests import SnoozeRequest
 
 
 def get_idle(services: Services, path: ServerPath) -> Answer:
-    """Ask a server how it is used, and explain whether it would be stopped for want of use, why, and when."""
+    """Poll a server's activity, and explain whether and when it will be stopped as idle."""
     return json_answer(idle_model(services.culler.refresh(find_server(services, path))))
 
 
 def list_idle(services: Services) -> Answer:
-    """Explain the same of all servers by the last look at each, those first that would be stopped first; stops nothing."""
+    """Explain the same for all servers by their last poll, the next to be stopped first."""
     listed = [idle_model(services.culler.cached(snapshot)) for snapshot in visible_servers(services)]
     return json_answer(IdleList(servers=sorted(listed, key=lambda one: (one.stops_at is None, one.stops_at, one.name))))
 
 
 def snooze_server(services: Services, path: ServerPath, body: SnoozeRequest) -> Answer:
-    """Put off the culling of a server from now; it holds over restarts of the server and of the keeper."""
+    """Postpone the culling of a server. Survives restarts of the server and of the keeper."""
     longest = services.max_snooze
     if body.time > longest:
         raise InvalidSpec.of("for", f"must be at most {format_duration(longest)} (LABKEEPER_MAX_SNOOZE)")

@@ -28,15 +28,15 @@ from labkeeper.schema.queries import (
 
 
 def list_events(services: Services, query: EventQuery) -> Answer | Response:
-    """Tell what happened, of all servers, also of those that are gone; or follow it, as Server-Sent Events.
+    """List the events of all servers, including deleted ones, or follow them as Server-Sent Events.
 
-    `Last-Event-ID` goes on where a connection broke.
+    `Last-Event-ID` resumes a stream.
     """
     return _events(services, None, query)
 
 
 def list_server_events(services: Services, path: ServerPath, query: EventQuery) -> Answer | Response:
-    """Tell the same of one server; its history is kept when it is deleted."""
+    """List or follow the events of one server. They are kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
     if not services.history.latest(server=name, limit=1, within=caller().limits):

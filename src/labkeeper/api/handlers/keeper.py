@@ -20,19 +20,19 @@ from labkeeper.schema.answers import (
 
 
 def list_orphaned_kernels(services: Services) -> Answer:
-    """List the kernels of servers that have ended which a gateway still has to end; that is done when it answers."""
+    """List kernels of ended servers that a gateway still has to end. They are ended as soon as it responds."""
     return json_answer(OrphanedKernelList(orphaned_kernels=[orphaned_kernel_model(orphan) for orphan in services.orphans()]))
 
 
 def health(services: Services) -> Answer:
-    """Whether the keeper takes commands; where it does not, only a new one would."""
+    """Check that the keeper accepts commands; if it does not, restart it."""
     if not services.keeper.alive:
         raise BackendUnavailable("cannot take commands: the keeper's fleet does not run")
     return json_answer(Health(status="ok"))
 
 
 def ready(services: Services) -> Answer:
-    """Whether the keeper takes commands, and watches all that it is to watch."""
+    """Check that the keeper accepts commands, and that all its watchers work."""
     health(services)
     if failing := services.failing():
         what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
@@ -41,11 +41,11 @@ def ready(services: Services) -> Answer:
 
 
 def metrics(services: Services) -> Response:
-    """Return the keeper's metrics in the form of Prometheus, or of OpenMetrics where that is asked for."""
+    """Return the metrics in the format of Prometheus, or of OpenMetrics if requested."""
     text, media_type = services.meter.exposition(request.headers.get("Accept", ""))
     return Response(text, content_type=media_type)
 
 
 def version(services: Services) -> Answer:
-    """Name this software and its version."""
+    """Return the name and version of this software."""
     return json_answer(Version(name="labkeeper", version=services.version))

@@ -35,7 +35,7 @@ _SPENT_LINK: Final = """<!doctype html>
 
 
 def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer:
-    """Make a link that opens a running server's Lab once, within a short time, and without the Lab's token in it."""
+    """Create a link that opens a running server's Lab once, within a short time, and does not contain the Lab's token."""
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
         raise Conflict(f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running")
@@ -47,7 +47,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
 
 
 def open_link(services: Services, path: TicketPath) -> Response:
-    """Open a Lab by a link that was made for it: sends the browser there, which keeps a cookie of the Lab's."""
+    """Open a Lab by a one-time link: redirects the browser there, which receives a cookie of the Lab."""
     link = services.links.use(path.ticket) if request.method == "GET" else None
     snapshot = None if link is None else services.keeper.get(link.server)
     if link is None or snapshot is None or snapshot.endpoint is None or snapshot.generation != link.generation:

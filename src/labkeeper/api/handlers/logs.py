@@ -25,9 +25,9 @@ _FEW_LINES: Final = 1000
 
 
 def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
-    """Return the log of a server, oldest line first; it is kept after the end of the server.
+    """Return a server's log, oldest line first. It is kept after the server ended.
 
-    An answer has the last 2 MiB at most; where more was asked for, its first line says how much was left out.
+    At most the last 2 MiB; if more was requested, the first line says how much was left out.
     """
     name = find_server(services, path).name
     if query.follow:

@@ -61,9 +61,9 @@ _RETRY_AFTER: Final = {"Retry-After": "1"}
 
 
 def create_server(services: Services, body: ServerRequest, query: StartQuery) -> Answer:
-    """Make a server and start it.
+    """Create a server and start it.
 
-    Idempotent: the same request finds the same server (200); 202 when `wait` ended before it was ready.
+    Idempotent: the same request finds the same server (200). 202 if `wait` ended before it was ready.
     """
     spec = body.spec(services.defaults, caller())
     return _start(services, spec.name, lambda: _create(services, spec), query)
@@ -79,7 +79,7 @@ def list_servers(services: Services, query: ListQuery) -> Answer:
 
 
 def get_server(services: Services, path: ServerPath, query: GetQuery) -> Answer:
-    """Tell of one server; with `wait_for`, when it is in that state, or at rest in another, or `wait` is over."""
+    """Return a server's current state; with `wait_for`, wait until it is in that state or at rest, or `wait` is over."""
     if query.wait_for is None:
         return json_answer(server_answer(services, find_server(services, path)))
     rest = AT_REST | {query.wait_for}
@@ -91,7 +91,7 @@ def get_server(services: Services, path: ServerPath, query: GetQuery) -> Answer:
 
 
 def delete_server(services: Services, path: ServerPath, query: StopQuery) -> Answer:
-    """Stop a server, then forget it; the answer is the last word on it, with its stop report."""
+    """Stop a server and delete it; the answer is its last state, with its stop report."""
     return _stop(services, path, query, Event.DELETE)
 
 
@@ -107,9 +107,9 @@ def start_server(services: Services, path: ServerPath, query: StartQuery) -> Ans
 
 
 def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answer:
-    """Make many servers of one kind and start them: each as if it were asked for alone, all within one wait.
+    """Create and start many servers of one kind, as if each were requested alone, within one wait.
 
-    200 when all are ready, 202 when some still start, 207 when any could not be started; what became of each is in `results`.
+    200 if all are ready, 202 if some are still starting, 207 if any could not be started; `results` has the outcome of each.
     """
     specs = body.specs(services.defaults, caller())
     seconds = services.start_wait if query.wait is None else query.wait
@@ -121,9 +121,9 @@ def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answ
 
 
 def restart_server(services: Services, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
-    """Stop a server if it runs, and start it, otherwise than before where the body says so.
+    """Restart a server, or start it if it is not running, with the changes that the body asks for.
 
-    With `keep_kernels` the kernels on its gateway live on, and are the new launch's, with their sessions.
+    With `keep_kernels`, its kernels on a gateway keep running, and the new launch takes them over with their sessions.
     """
     snapshot = find_server(services, path)
     revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
@@ -134,9 +134,9 @@ def restart_server(services: Services, path: ServerPath, body: RestartRequest, q
 
 
 def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Answer:
-    """Give a running server another Jupyter token: by a restart, since each launch has its own.
+    """Give a running server a new Jupyter token, by a restart.
 
-    Kernels on a gateway live on, with their sessions; those beside the server end with it.
+    Kernels on a gateway keep running, with their sessions; local kernels end.
     """
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
@@ -150,7 +150,7 @@ def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Ans
 
 
 def list_kernels(services: Services, path: ServerPath) -> Answer:
-    """List the kernels of a running server; asking does not count as activity."""
+    """List the kernels of a running server. Does not count as activity."""
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
         raise Conflict(f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running")
