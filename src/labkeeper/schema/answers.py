@@ -59,7 +59,7 @@ class Answer(BaseModel):
 
 
 class Exit(Answer):
-    """How a process ended; both are null when nobody could see it."""
+    """How a process ended; both are null if that is unknown."""
 
     code: int | None
     signal: str | None
@@ -78,52 +78,53 @@ class StopReport(Answer):
     """How a server was ended."""
 
     method: Annotated[StopMethod, _known(StopMethod)] = Field(
-        description="What it took: Jupyter's own shutdown, SIGTERM or SIGKILL."
+        description="The last means that was needed: Jupyter's own shutdown, SIGTERM or SIGKILL."
     )
-    seconds: float = Field(description="From the request until nothing of it was left.")
+    seconds: float = Field(description="From the request until nothing was left.")
     kernels_stopped: list[str]
-    kernels_left: list[str] = Field(description="Kernels that may still run on the gateway; ended as soon as it answers.")
+    kernels_left: list[str] = Field(
+        description="Kernels that may still run on the gateway; they are ended as soon as it responds."
+    )
 
 
 class Limit(Answer):
-    """What a server, with its kernels and terminals, may use of one thing."""
+    """A resource limit of a server with its kernels and terminals."""
 
     limit: int | float
-    used: int | float | None = Field(description="How much of it is used, by the last sample of `usage`; null without one.")
+    used: int | float | None = Field(description="Usage, from the last sample; null without one.")
     limited_by: str | None = Field(
-        description="What holds it: `cgroup2`, `cgroup1`, `rlimit` (for each process by itself) or `nothing`; "
-        "null unless it is running."
+        description="What enforces it: `cgroup2`, `cgroup1`, `rlimit` (for each process) or `nothing`; null unless it is running."
     )
 
 
 class Usage(Answer):
-    """What a server uses with its kernels and terminals, by the last sample."""
+    """Resource usage of a server with its kernels and terminals, from the last sample."""
 
     at: str = Field(description="When the sample was taken.")
-    memory: int = Field(description="Bytes: what its control group counts where one does, else what its processes have resident.")
+    memory: int = Field(description="Bytes: as counted by its control group, or else the resident memory of its processes.")
     memory_proportional: int | None = Field(
-        description="Bytes, with pages that it shares with others divided among them (PSS); looked at once a minute."
+        description="Bytes, with shared pages divided among the processes that share them (PSS); measured once a minute."
     )
-    cpu_seconds: float = Field(description="Seconds of processors since its launch, also of processes that have ended.")
-    cpus: float | None = Field(description="Processors that were busy with it since the sample before.")
+    cpu_seconds: float = Field(description="CPU seconds since its launch, including processes that have ended.")
+    cpus: float | None = Field(description="Average number of busy processors since the previous sample.")
     processes: int
-    threads: int = Field(description="Of all its processes; what `process_limit` counts.")
-    kernels: int | None = Field(description="As Jupyter tells it; null where it did not answer of late.")
-    connections: int | None = Field(description="Of browsers to its kernels, likewise.")
+    threads: int = Field(description="Threads of all its processes; the process limit counts these.")
+    kernels: int | None = Field(description="As reported by Jupyter; null if it has not responded recently.")
+    connections: int | None = Field(description="Connections of browsers to kernels, as reported by Jupyter.")
 
 
 class Gateway(Answer):
-    """A server's gateway, and whether it can be used."""
+    """A server's kernel gateway and its state."""
 
     url: str
-    required: bool = Field(description="Whether the server does not start without it.")
-    reachable: bool | None = Field(description="Null while the server does not run, or the gateway has not been asked yet.")
-    since: str | None = Field(description="Since when it has been so.")
-    error: Failure | None = Field(description="Why it cannot be used.")
-    kernelspecs: int | None = Field(description="How many kinds of kernels it offers.")
-    kernel_env_passed: list[str] = Field(description="Names of `kernel_env` that every gateway passes on to kernels.")
+    required: bool = Field(description="Whether the server fails to start without it.")
+    reachable: bool | None = Field(description="Null while the server is not running, or before the first check.")
+    since: str | None = Field(description="Since when it has been reachable or not.")
+    error: Failure | None = Field(description="Why it is not reachable.")
+    kernelspecs: int | None = Field(description="Number of kernelspecs that it offers.")
+    kernel_env_passed: list[str] = Field(description="Variables of `kernel_env` that every gateway passes to kernels.")
     kernel_env_if_allowed: list[str] = Field(
-        description="Names that it passes on only if its own configuration allows them; gateways do not tell whether it does."
+        description="Variables that it passes only if its configuration allows them; gateways do not report that."
     )
 
 
@@ -132,44 +133,42 @@ class Server(Answer):
 
     base_url: str | None = Field(description="Path prefix of the server (server_info).")
     hostname: str | None = Field(description="Address that it listens on (server_info).")
-    notebook_dir: str | None = Field(description="Directory that it shows (server_info; the older name of `root_dir`).")
+    notebook_dir: str | None = Field(description="Root directory (server_info's name for `root_dir`).")
     password: bool | None = Field(description="Whether it asks for a password (server_info).")
-    pid: int | None = Field(description="Its process (server_info).")
+    pid: int | None = Field(description="Process id (server_info).")
     port: int | None = Field(description="Its port (server_info).")
     secure: bool | None = Field(description="Whether it speaks TLS (server_info).")
-    token: str | None = Field(repr=False, description="Jupyter's token of this launch; null for who may not open it.")
-    url: str | None = Field(description="Its root URL, as Jupyter says it (server_info).")
+    token: str | None = Field(repr=False, description="Jupyter's token of this launch; null for callers who may not open it.")
+    url: str | None = Field(description="Root URL, as reported by Jupyter (server_info).")
     lab_url: str | None = Field(
-        repr=False, description="A link that works from where the caller asked; null for who may not open it."
+        repr=False, description="Link to the Lab that works for the caller; null for callers who may not open it."
     )
     version: str | None = Field(description="Version of jupyter_server.")
-    launched_by: str | None = Field(description="`fork` from a process that has loaded JupyterLab already, or `exec`.")
-    exec_reason: str | None = Field(description="Why it was not forked; null when it was.")
-    name: str = Field(description="Its name.")
-    state: Annotated[State, _known(State)] = Field(description="What is so; see the lifecycle.")
-    goal: Annotated[Goal, _known(Goal)] = Field(description="What its owner wants; see the lifecycle.")
-    since: str = Field(description="When it came to this state (RFC 3339, UTC).")
-    created_at: str = Field(description="When it was first asked for.")
+    launched_by: str | None = Field(description="`fork` (from a process that had loaded JupyterLab) or `exec`.")
+    exec_reason: str | None = Field(description="Why it was not forked; null if it was.")
+    name: str = Field(description="Name.")
+    state: Annotated[State, _known(State)] = Field(description="Current state; see the lifecycle.")
+    goal: Annotated[Goal, _known(Goal)] = Field(description="Requested state; see the lifecycle.")
+    since: str = Field(description="When it entered this state (RFC 3339, UTC).")
+    created_at: str = Field(description="When it was created.")
     started_at: str | None = Field(description="When it last became ready.")
-    generation: int = Field(description="Counts its launches.")
-    restarts: int = Field(description="Launches after a crash since the last start command.")
-    root_dir: str = Field(description="Directory that was asked for.")
-    default_url: str = Field(description="Page that it opens with.")
-    labels: dict[str, str] = Field(description="Labels that were given.")
-    description: str = Field(description="A line about it, for people; may be empty.")
-    limits: dict[str, Limit] = Field(description="By name: `memory` in bytes, `cpus`, `processes`.")
-    usage: Usage | None = Field(description="What it uses; null unless it is running, and until it was first measured.")
-    user: str | None = Field(description="User of the machine that it runs as; null for the keeper's own.")
-    idle_timeout: float | None = Field(description="Seconds without use after which it is stopped; null: never.")
-    max_age: float | None = Field(description="Seconds after which it is stopped, used or not; null: never.")
-    jupyter_options: dict[str, bool | int | float] = Field(description="Options of Jupyter's own that were asked for.")
-    snoozed_until: str | None = Field(description="Until when neither stops it; null when nobody has put that off.")
-    gateway: Gateway | None = Field(description="Its kernel gateway, and what is known of it; null when kernels run beside it.")
-    kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch is to have.")
-    queue_position: int | None = Field(
-        description="Its place among those that wait to start; 1 is the next. Null unless it is queued."
-    )
-    exit: Exit | None = Field(description="How it last ended: `code`, or `signal`, or neither when nobody could see it.")
+    generation: int = Field(description="Number of its last launch.")
+    restarts: int = Field(description="Restarts after a crash since the last start command.")
+    root_dir: str = Field(description="Root directory.")
+    default_url: str = Field(description="Page that it opens.")
+    labels: dict[str, str] = Field(description="Labels.")
+    description: str = Field(description="One line of text for people; may be empty.")
+    limits: dict[str, Limit] = Field(description="Limits by name: `memory` in bytes, `cpus`, `processes`.")
+    usage: Usage | None = Field(description="Resource usage; null unless it is running and has been measured.")
+    user: str | None = Field(description="User that it runs as; null for the keeper's own.")
+    idle_timeout: float | None = Field(description="Idle time, in seconds, after which it is stopped; null: never.")
+    max_age: float | None = Field(description="Age, in seconds, at which it is stopped; null: never.")
+    jupyter_options: dict[str, bool | int | float] = Field(description="Jupyter options.")
+    snoozed_until: str | None = Field(description="Until when culling is postponed; null if it is not.")
+    gateway: Gateway | None = Field(description="Kernel gateway and its state; null if kernels run locally.")
+    kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch will take over.")
+    queue_position: int | None = Field(description="Position in the start queue, from 1; null unless it is queued.")
+    exit: Exit | None = Field(description="How it last ended: `code` or `signal`; neither if that is unknown.")
     failure: Failure | None = Field(description="Why it failed: `failure_class`, `message`, `exit`, `log_tail`.")
     stop_report: StopReport | None = Field(
         description="How it was ended: `method`, `seconds`, `kernels_stopped`, `kernels_left`."
@@ -180,15 +179,17 @@ class ServerList(Answer):
     """One page of servers, by name."""
 
     servers: list[Server]
-    next: str | None = Field(description="Cursor of the next page; null on the last one.")
+    next: str | None = Field(description="Cursor of the next page; null on the last page.")
 
 
 class BulkResult(Answer):
-    """What became of one of many."""
+    """The outcome for one of many servers."""
 
     name: str
-    status: int = Field(description="As if it had been asked for alone: 201, 200, 202, or that of its problem.")
-    server: Server | None = Field(description="Null where there is a problem.")
+    status: int = Field(
+        description="The status that it would have had as a single request: 201, 200, 202, or that of its problem."
+    )
+    server: Server | None = Field(description="Null if there is a problem.")
     problem: dict[str, Any] | None = Field(repr=False, description="Why it could not be started (RFC 9457).")
 
     @property
@@ -203,13 +204,13 @@ class BulkResult(Answer):
 
 
 class BulkResults(Answer):
-    """What became of each, in the order of the names."""
+    """The outcome for each server, in the order of the names."""
 
     results: list[BulkResult]
 
 
 class Kernel(Answer):
-    """A kernel, as Jupyter tells it."""
+    """A kernel, as reported by Jupyter."""
 
     id: str
     name: str
@@ -224,7 +225,7 @@ class KernelList(Answer):
 
 
 class Holder(Answer):
-    """What keeps a server from being idle, as long as it is so."""
+    """What currently keeps a server from being idle."""
 
     kind: str = Field(description="`kernel`, `connection` or `terminal`.")
     id: str
@@ -232,149 +233,147 @@ class Holder(Answer):
 
 
 class IdleRule(Answer):
-    """What comes of one rule when nothing happens any more."""
+    """What a rule will lead to without further activity."""
 
     rule: Annotated[Rule, _known(Rule)]
-    limit: float = Field(description="Seconds that it allows.")
-    since: str | None = Field(description="From when it counts; null as long as something holds the server.")
+    limit: float = Field(description="Timeout, in seconds.")
+    since: str | None = Field(description="When the timeout began; null while the server is in use.")
     warns_at: str | None
     stops_at: str | None
 
 
 class Idle(Answer):
-    """How a server stands to the rules by which it would be stopped, and why."""
+    """Whether and when a server will be stopped as idle, and why."""
 
     name: str
     standing: Annotated[CullState, _known(CullState)]
-    reason: str = Field(description="Why, in a sentence.")
-    rule: Annotated[Rule, _known(Rule)] | None = Field(description="The rule that would be the first to stop it.")
-    warns_at: str | None = Field(description="When that is told beforehand.")
-    stops_at: str | None = Field(description="When it would be stopped, if nothing happens; null when it would not.")
+    reason: str = Field(description="Explanation, one sentence.")
+    rule: Annotated[Rule, _known(Rule)] | None = Field(description="The rule that would stop it first.")
+    warns_at: str | None = Field(description="When the warning is issued.")
+    stops_at: str | None = Field(description="When it will be stopped without further activity; null if it will not.")
     rules: list[IdleRule]
     held_by: list[Holder]
     last_used_at: str | None
-    last_used: str | None = Field(description="What was used last.")
+    last_used: str | None = Field(description="What was last active.")
     snoozed_until: str | None
-    looked_at: str | None = Field(description="When it last answered how it is used; null when it was not asked.")
+    looked_at: str | None = Field(description="When its activity was last polled; null if it is not polled.")
 
 
 class IdleList(Answer):
-    """All servers, those first that would be stopped first."""
+    """All servers, the next to be stopped first."""
 
     servers: list[Idle]
 
 
 class OrphanedKernel(Answer):
-    """A kernel of a server that ended, which its gateway still has to end."""
+    """A kernel of an ended server that its gateway still has to end."""
 
     kernel_id: str
     gateway_url: str
-    server: str = Field(description="The server that started it; it need not exist any more.")
+    server: str = Field(description="Server that started it; may have been deleted.")
     since: str
 
 
 class OrphanedKernelList(Answer):
-    """All of them, the oldest first."""
+    """Orphaned kernels, oldest first."""
 
     orphaned_kernels: list[OrphanedKernel]
 
 
 class Event(Answer):
-    """One thing that happened."""
+    """An event."""
 
-    id: int = Field(description="Grows; `after` and `Last-Event-ID` take it.")
+    id: int = Field(description="Increasing id, for `after` and `Last-Event-ID`.")
     at: str
     kind: Annotated[HistoryKind, _known(HistoryKind)]
     server: str | None
     generation: int | None
-    message: str = Field(description="What happened, for people.")
+    message: str = Field(description="Description for people.")
     actor: str = Field(
-        description="Who set it off: `token:NAME`, `user:NAME` of the keeper's machine, `anybody` where access control is off, "
-        "`culler`, or `keeper` where nobody did."
+        description="Who caused it: `token:NAME`, `user:NAME` of the keeper's machine, `anybody` if authentication is off, "
+        "`culler`, or `keeper` if no caller did."
     )
-    reason: str = Field(description="Why they did, where that does not go without saying.")
-    request_id: str | None = Field(description="The request by which they did.")
-    details: dict[str, Any] = Field(description="What a program wants to know of it.")
+    reason: str = Field(description="Why, unless obvious.")
+    request_id: str | None = Field(description="Id of the request that caused it.")
+    details: dict[str, Any] = Field(description="Details for programs.")
 
 
 class EventList(Answer):
-    """Some events, the oldest first."""
+    """Events, oldest first."""
 
     events: list[Event]
-    next: int | None = Field(description="`after` of the page that follows, if there is one by now.")
+    next: int | None = Field(description="`after` of the next page; null if there is none yet.")
 
 
 class Webhook(Answer):
-    """How a webhook fares."""
+    """The state of a webhook."""
 
-    place: str = Field(description="Its scheme and host.")
+    place: str = Field(description="Scheme and host of its URL.")
     delivered: int
-    dead: int = Field(description="Events that it did not take, and that were given up.")
+    dead: int = Field(description="Events that were given up after failed deliveries.")
     pending: int
-    error: str | None = Field(description="Why the last POST failed; null where it did not.")
+    error: str | None = Field(description="Why the last POST failed; null if it did not.")
 
 
 class WebhookList(Answer):
-    """All of them."""
+    """All webhooks."""
 
     webhooks: list[Webhook]
 
 
 class Token(Answer):
-    """A token, without what it is shown as."""
+    """A token, without its secret."""
 
     name: str
     scope: Annotated[Scope, _known(Scope)]
-    servers: list[str] = Field(description="Patterns of names; one must fit. Empty: all servers.")
-    labels: dict[str, str] = Field(description="Labels that a server must have, all of them.")
-    users: list[str] = Field(description="Users that its servers run as; empty: the keeper's choice.")
+    servers: list[str] = Field(description="Name patterns, one of which must match. Empty: all servers.")
+    labels: dict[str, str] = Field(description="Labels that a server must have.")
+    users: list[str] = Field(description="Users that its servers may run as. Empty: the keeper's default.")
     created_at: str
     created_by: str
     expires_at: str | None = Field(description="Null: never.")
     expired: bool
-    last_used_at: str | None = Field(description="To the minute; null: never.")
+    last_used_at: str | None = Field(description="Accurate to a minute; null: never.")
 
 
 class NewToken(Token):
-    """A token that was just made."""
+    """A new token, with its secret."""
 
-    token: str = Field(
-        repr=False, description="What is to be shown as `Authorization: Bearer`. It is told here, and never again."
-    )
+    token: str = Field(repr=False, description="Sent as `Authorization: Bearer`. Shown only in this answer.")
 
 
 class TokenList(Answer):
-    """All tokens but the owner's, by name."""
+    """All tokens except the owner's, by name."""
 
     tokens: list[Token]
 
 
 class Caller(Answer):
-    """Who asks, and what they may."""
+    """The caller, and what they may do."""
 
-    actor: str = Field(description="As events name them.")
+    actor: str = Field(description="Their name in events.")
     scope: Annotated[Scope, _known(Scope)]
-    servers: list[str] = Field(description="Patterns of names; empty: all servers.")
+    servers: list[str] = Field(description="Name patterns. Empty: all servers.")
     labels: dict[str, str] = Field(description="Labels that a server must have.")
-    users: list[str] = Field(description="Users that their servers run as; empty: the keeper's choice.")
+    users: list[str] = Field(description="Users that their servers may run as. Empty: the keeper's default.")
 
 
 class Link(Answer):
     """A link that opens a Lab once."""
 
-    url: str = Field(repr=False, description="To be opened in a browser; good for one time. Whoever has it has the Lab.")
+    url: str = Field(repr=False, description="To be opened in a browser, once. Grants access to the Lab.")
     expires_at: str
 
 
 class Version(Answer):
-    """What answers."""
+    """Name and version of this software."""
 
     name: Literal["labkeeper"]
     version: str
 
 
 class Health(Answer):
-    """Whether the keeper works."""
+    """The health of the keeper."""
 
     status: Literal["ok"]
 
@@ -394,7 +393,7 @@ class Problem(Answer):
     status: int = 0
     detail: str
     code: str = Field(description="Stable name of the error.")
-    request_id: str = Field("", description="The keeper's log has more under it.")
+    request_id: str = Field("", description="Id of the request, for looking it up in the keeper's log.")
 
     def error(self, status: int) -> LabkeeperError:
         """Return the error that became this answer; `status` is that of the answer."""
