@@ -1,4 +1,4 @@
-"""Users of this machine, as whom a server may run when the keeper is root."""
+"""Accounts of this machine that servers may run as when the keeper is root."""
 
 from __future__ import annotations
 
@@ -20,22 +20,25 @@ _FOR_EVERYBODY: Final = re.compile(
     r"|PYTHON|LD_|MALLOC_|GLIBC_|JUPYTER(?!_(CONFIG|DATA|RUNTIME)_DIR$)",
     re.IGNORECASE,
 )
-"""How the machine is set up, and what our fork server was started with anyway."""
+"""Variables that describe the machine, or that the fork server was started with anyway."""
 _PLACES: Final = re.compile(r"(HOME|USER|LOGNAME|SHELL|TMPDIR|XDG_\w+|JUPYTER_(CONFIG|DATA)_DIR)$")
-"""Where files of ours are, by which a fork server knows what to load."""
+"""Paths by which a fork server finds what to load."""
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One user."""
+    """One user account."""
 
     ids: User
     environment: dict[str, str]
-    """What a login would set."""
+    """The variables that a login would set."""
 
 
 def find_user(spec: ServerSpec) -> Account | None:
-    """Find the user that a server asks for; None when that is who we are. Raises BackendRefused."""
+    """Return the account that a server asks for, or None if that is the keeper's own.
+
+    Raises BackendRefused.
+    """
     if spec.user is None:
         return None
     try:
@@ -52,16 +55,19 @@ def find_user(spec: ServerSpec) -> Account | None:
 
 
 def own_environment(account: Account | None) -> Mapping[str, str]:
-    """Give of our environment what another user should have; what else is in it may be about us, and secret."""
+    """Return the part of the keeper's environment that another user may have.
+
+    The rest may describe the keeper, and hold secrets.
+    """
     if account is None:
         return os.environ
     return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name)} | account.environment
 
 
 def common_environment() -> Mapping[str, str]:
-    """Give of our environment what a fork server needs; the rest comes with each launch.
+    """Return the part of the keeper's environment that a fork server needs; launches add the rest.
 
-    All its servers have its memory. If we are root, those of other users are among them.
+    All servers of a fork server share its memory; if the keeper is root, other users' servers too.
     """
     if os.geteuid() != 0:
         return os.environ
@@ -69,7 +75,7 @@ def common_environment() -> Mapping[str, str]:
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
-    """Check that every user may traverse the path to server directories, as a server has to. Raises BackendRefused."""
+    """Raise BackendRefused unless every user may traverse the path to the server directories."""
     for directory in runtime_dir.parents:
         if not directory.stat().st_mode & 0o001:
             raise _refused(

@@ -1,8 +1,10 @@
-"""Whether a process stems from a server: such a one runs what its users want, under our own user as often as not.
+"""Ancestry of processes: whether a process descends from a server.
 
-What a server starts can clear its environment, leave its parents, and found a session of its own. It cannot leave its control
-group (unless it is root), nor the line below its fork server, which inherits all that is left behind; and no process can join a
-session that was there before it. Where none of this proves that a process is not of a server, it is taken for one.
+Such a process runs code of the server's users, often under the keeper's own user. It can clear its
+environment, leave its parents and start a session of its own. It cannot leave its control group
+(unless it is root), nor its fork server's descendants, since a fork server inherits its orphans;
+and no process can join a session that is older than itself. A process counts as a server's unless
+one of these rules proves otherwise.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from labkeeper.backends.local.processes import Process, carries, spared
 from labkeeper.forkserver.marks import MARK, stat
 
 _INIT: Final = 1
-"""The process that others are left to."""
+"""The process that inherits orphans."""
 _LONGEST_LINE: Final = 1000
-"""Ancestors that are gone through; what is read one after the other may even form a ring."""
+"""Maximum number of ancestors followed; separate reads could even form a ring."""
 
 
 class Ancestry:
-    """Knows the servers of some runtime directories: ours, and those of earlier keepers."""
+    """Processes of servers in the runtime directories of this keeper and of earlier ones."""
 
     def __init__(self, groups: Mapping[Path, ControlGroups]) -> None:
         """Take the control groups of each runtime directory."""
@@ -34,11 +36,11 @@ class Ancestry:
         self._forkservers = [runtime_dir / PLACE for runtime_dir in groups]
         self._groups = tuple(groups.values())
         self._first_loose: int | None = None
-        """When the first server started that neither a fork server nor a group holds together."""
+        """Start of the first server that has neither a fork server nor a control group."""
 
     def note_executed(self, process: Process) -> None:
-        """Know a server that was executed."""
-        with contextlib.suppress(OSError):  # When it has ended, it is not known where what it left is.
+        """Register a server that was executed."""
+        with contextlib.suppress(OSError):  # If it has ended, its orphans are unknown.
             if self._in_group(process.pid):
                 return
         if sys.platform == "linux":
@@ -46,23 +48,24 @@ class Ancestry:
             self._first_loose = min(started, self._first_loose or started)
 
     def is_of_server(self, pid: int, servers: Collection[int]) -> bool:
-        """Whether a process is one of these servers, or may stem from any server, also one that has ended.
+        """Whether a process is one of these servers or may descend from any, even an ended one.
 
-        One that has ended itself, or hides what it is, is taken for one, too.
+        A process that has ended or cannot be inspected counts as one too.
         """
         ours = spared()
         try:
             below = pid
             for one in _line(pid):
                 if one == os.getpid():
-                    # We start nothing but servers.
+                    # The keeper starts nothing but servers.
                     return one != pid
                 if one in ours or one == _INIT:
                     return self._may_be_adopted(below, one)
                 if one in servers or self._is_known(one):
                     return True
                 below = one
-            # Its parent is in a namespace around ours, as with `docker exec`: what a server leaves behind comes to process 1.
+            # Its parent is in an enclosing namespace, as with `docker exec`; a server's orphans go
+            # to process 1.
             return False
         except (OSError, IndexError, ValueError):
             return True
@@ -70,7 +73,7 @@ class Ancestry:
     def _is_known(self, pid: int) -> bool:
         if self._in_group(pid) or carries(pid, MARK).startswith(self._server_dirs):
             return True
-        with contextlib.suppress(PermissionError):  # Fork servers are of our own user, and let us look.
+        with contextlib.suppress(PermissionError):  # Fork servers are the keeper's user's.
             place = Path(f"/proc/{pid}/cwd").readlink()
             return any(place.is_relative_to(directory) for directory in self._forkservers)
         return False
@@ -79,17 +82,17 @@ class Ancestry:
         return any(groups.hold_any(pid) for groups in self._groups)
 
     def _may_be_adopted(self, pid: int, parent: int) -> bool:
-        """Whether this process may have come to its parent because a server had left it behind."""
+        """Whether this process may be an orphan of a server that its parent inherited."""
         if self._first_loose is None:
             return False
         if stat(pid)[3] == stat(parent)[3]:
-            # Servers found sessions of their own.
+            # Servers start sessions of their own.
             return False
         return int(stat(pid)[19]) >= self._first_loose
 
 
 def _line(pid: int) -> Iterator[int]:
-    """Return a process, its parent, and so on. Raises OSError when one of them has ended meanwhile."""
+    """Yield a process, its parent, and so on. Raises OSError if one of them has ended meanwhile."""
     for _ in range(_LONGEST_LINE):
         if pid <= 0:
             return

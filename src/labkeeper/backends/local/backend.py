@@ -1,7 +1,7 @@
-"""Servers as processes of this machine.
+"""Backend that runs servers as processes of this machine.
 
-Each server has a directory of its own, `<runtime_dir>/<name>/`, and while it lives a supervisor: a thread that waits until the
-server is ready, then until it ends, then removes what is left of it, and reports each of these.
+Each server has its own directory, `<runtime_dir>/<name>/`, and while it lives a supervisor: a
+thread that waits for its readiness and its end, cleans up after it, and reports each step.
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ _log = structlog.get_logger("labkeeper.backends.local.backend")
 
 
 class LocalBackend:
-    """Runs each server as a process that was forked from a fork server, or executed; see `core.ports.Backend` for the laws."""
+    """Runs each server as a process, forked from a fork server or executed.
+
+    See `core.ports.Backend` for the laws.
+    """
 
     def __init__(
         self,
@@ -71,13 +74,14 @@ class LocalBackend:
         earlier: Sequence[EarlierDir] = (),
         found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
-        """`found_orphans` is told of processes that an earlier keeper had left, and that were ended.
+        """`found_orphans` is called with processes of an earlier keeper that were ended.
 
-        With a certificate and its key servers speak TLS. What was left in `earlier` directories is ended, not taken over.
+        With a certificate and key, servers use TLS. Servers in `earlier` directories are ended, not
+        adopted.
         """
         self._report = report
         self._python = python
-        # One spelling, so that a server's mark is the same for every keeper that comes by another link.
+        # Resolved, so that a server's mark is the same for keepers that come by another link.
         self._runtime_dir = runtime_dir.resolve()
         self._log_dir = log_dir
         self._client = client
@@ -90,7 +94,7 @@ class LocalBackend:
         self._groups = ControlGroups(self._runtime_dir)
         self._ancestry = Ancestry({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
         self._earlier = {name: [left for left in earlier if name in left.names] for found in earlier for name in found.names}
-        """What is still to be ended in earlier runtime directories, by name."""
+        """Servers still to be ended in earlier runtime directories, by name."""
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._threads = ThreadGroup()
         self._forkserver: ForkServer | None = None
@@ -109,14 +113,14 @@ class LocalBackend:
             )
             self._forkserver.start()
         else:
-            # Else it looks after those before it.
+            # Otherwise the fork server does this.
             self._threads.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
         self._launcher = Launcher(python, self._forkserver, why_not)
 
     # The calls of the port
 
     def launch(self, spec: ServerSpec, generation: int) -> None:
-        """Create its directory and its process."""
+        """Create the server's directory and process."""
         supervisor = self._supervisors.get(spec.name)
         if supervisor is not None and supervisor.generation == generation and supervisor.process.alive():
             return
@@ -125,7 +129,7 @@ class LocalBackend:
             _unavailable(f"start server '{spec.name}'"),
             self._threads.standing_by(f"supervise-{spec.name}") as given,
         ):
-            # Here, and not when the fleet's thread logs that the launch has failed.
+            # Here, not in the fleet's thread when it logs that the launch has failed.
             of_server(spec.name).prepare()
             self._clear(spec.name)
             hold = hold_port(spec)
@@ -136,7 +140,7 @@ class LocalBackend:
                 raise
 
     def terminate(self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False) -> None:
-        """Ask by Jupyter's own API for half of the grace, then by SIGTERM."""
+        """Request shutdown through Jupyter's API for half of `grace`, then send SIGTERM."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
             self._end_unsupervised(name, generation)
@@ -145,7 +149,7 @@ class LocalBackend:
             try:
                 self._threads.start(f"ask-{name}", ask)
             except BackendUnavailable:
-                # Better its job waits for the answer than that the server is not asked.
+                # Blocking the job is better than not asking the server.
                 ask()
 
     def kill(self, name: ServerName, generation: int) -> None:
@@ -157,12 +161,13 @@ class LocalBackend:
             supervisor.kill()
 
     def observe(self, name: ServerName, generation: int) -> Fact:
-        """Look for the process, first among those attended, then in the record that an earlier keeper left."""
+        """Return the server's state, from its supervisor or an earlier keeper's record."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
             record = self._server_dir(name).read_record()
             if name in self._earlier or record is None or record.generation != generation or record.boot != boot_id():
-                # A server directory that is lost, or another runtime directory, does not prove that the server has ended.
+                # A lost server directory or another runtime directory does not prove that the
+                # server has ended.
                 self._end_orphans(name)
                 return Gone()
             with _unavailable(f"look at server '{name}'"), self._threads.standing_by(f"supervise-{name}") as given:
@@ -173,23 +178,23 @@ class LocalBackend:
         return Seen(answers=supervisor.look())
 
     def forget(self, name: ServerName) -> None:
-        """Remove the directory and the log."""
+        """Remove the server's directory and log."""
         self._clear(name)
         self._logfile(name).remove()
 
     def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
-        """Measure those that are attended."""
+        """Return the usage of the servers that have a supervisor."""
         if self._meter is None:
             return {}
         supervised = {name: supervisor for name in names if (supervisor := self._supervisors.get(name)) is not None}
         return self._meter.measure({name: supervisor.process for name, supervisor in supervised.items()})
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
-        """Look for server directories, for processes with the mark of one, and for control groups."""
+        """Return unknown servers with a directory, a marked process or a control group."""
         return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
 
     def sweep(self, name: ServerName) -> None:
-        """End what runs under the name, and remove its directory, where that is one, and its groups."""
+        """End all processes under the name; remove its control groups, and its directory if any."""
         report = None
         try:
             record = self._server_dir(name).read_record()
@@ -200,36 +205,39 @@ class LocalBackend:
             _log.error("cannot end what an earlier keeper left", server=name, error=error.message)
         finally:
             if report is not None:
-                # Its fork server would keep the end for the next keeper, were it not heard.
+                # An unread exit would be kept by its fork server for the next keeper.
                 report.exit()
                 report.close()
 
     def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
-        """Read the log file."""
+        """Return the last `tail` lines of the log, or all for None. Raises BackendUnavailable."""
         try:
             return self._logfile(name).tail(tail)
         except OSError as error:
             raise BackendUnavailable(f"cannot read the log of server '{name}': {error.strerror}") from error
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
-        """Look into the table of processes."""
+        """Return the foreground programs of the server's terminals, read from the process table."""
         supervisor = self._supervisors.get(name)
         return None if supervisor is None else foregrounds(supervisor.process)
 
     def capacity(self) -> Capacity | None:
-        """Read what the machine and our container have: a few short files."""
+        """Return the memory of the machine or the keeper's container; reads a few short files."""
         return free_memory()
 
     def is_server(self, pid: int) -> bool:
-        """Whether a process is a server, or may descend from one: then it speaks for the user of that server."""
+        """Whether a process is a server or may descend from one, and so acts for its user."""
         return self._ancestry.is_of_server(pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]})
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Read the log file as it grows."""
+        """Yield lines of the log file as it grows."""
         return self._logfile(name).follow(tail, live)
 
     def close(self) -> None:
-        """End all threads; servers live on for the next keeper to observe, and the fork server as long as it has any."""
+        """End all threads.
+
+        Servers live on for the next keeper to adopt, and the fork server while it has any.
+        """
         self._threads.close()
 
     # A launch
@@ -256,7 +264,7 @@ class LocalBackend:
             try:
                 server_dir.write_record(record)
             except OSError:
-                # It may not carry its mark yet.
+                # It may not have its mark yet.
                 supervisor.abort()
                 raise
         except BackendRefused:
@@ -265,7 +273,7 @@ class LocalBackend:
         except (OSError, ValueError, WireError) as error:
             self._clear(spec.name)
             if shortage.is_ours(error):
-                # It is no fault of the server's, and passes.
+                # Not the server's fault, and temporary.
                 raise BackendUnavailable(f"cannot start server '{spec.name}' now: {error}") from error
             kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
             raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
@@ -286,7 +294,7 @@ class LocalBackend:
             server_dir=str(server_dir.path),
             title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
             cwd=spec.root_dir,
-            # The mark comes last: readers of /proc that stop at an empty entry have read all others then.
+            # The mark comes last: readers of /proc that stop at an empty entry have read the rest.
             env={
                 **launch_environment(spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle),
                 MARK: str(server_dir.path),
@@ -297,7 +305,8 @@ class LocalBackend:
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
-            # Clients that attach to a kernel by its connection file know no such keys, so they are for those they protect.
+            # Clients that attach to a kernel by its connection file do not know these keys, so only
+            # kernels of other users get them.
             encrypt_kernels=user is not None,
         )
 
@@ -318,13 +327,13 @@ class LocalBackend:
     # Supervisors
 
     def _site(self, name: ServerName) -> Site:
-        """Return what a supervisor works with; what the log has already is not repeated."""
+        """Return the parts of a supervisor; the echo begins at the log's present end."""
         logfile = self._logfile(name)
         echo = Echo(name, logfile, logfile.size) if self._echo_logs else None
         return Site(name, self._server_dir(name), logfile, echo, self._groups, self._threads, self._client, self._report)
 
     def _attach(self, record: Record) -> ReportPipe | None:
-        """Let the fork server of a server tell us of its end; None where it has none, or none that lives.
+        """Have a server's fork server report its end; None if it has no fork server, or a dead one.
 
         Raises BackendUnavailable.
         """
@@ -341,7 +350,7 @@ class LocalBackend:
         return report if known else None
 
     def _supervise(self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]) -> None:
-        """Let the thread that stands by supervise it."""
+        """Start supervision in the thread standing by."""
         if supervisor.record.launched_by == "exec":
             self._ancestry.note_executed(supervisor.process)
         self._supervisors[supervisor.name] = supervisor
@@ -351,22 +360,26 @@ class LocalBackend:
         if self._supervisors.get(supervisor.name) is supervisor:
             del self._supervisors[supervisor.name]
 
-    # What is left of a server
+    # Cleanup
 
     def _end_unsupervised(self, name: ServerName, generation: int) -> None:
         found = self._end_all(name)
         self._report(Report(name, generation, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
 
     def _clear(self, name: ServerName) -> None:
-        """Remove what is left under a name where something tells that there is anything. Raises BackendUnavailable.
+        """End and remove what is left under a name, if there are signs of it.
 
-        For names of which nothing exists, as was proven by their end or a look: no start takes the time of another one.
+        Only for names proven to be free by an end or an observation: a start must not cost the time
+        of a full scan. Raises BackendUnavailable.
         """
         if name in self._supervisors or name in self._earlier or os.path.lexists(self._server_dir(name).path):
             self._end_all(name)
 
     def _end_orphans(self, name: ServerName) -> bool:
-        """End what an earlier keeper left under a name, and log that; return whether there was any. Raises BackendUnavailable."""
+        """End what an earlier keeper left under a name, and log it; return whether there was any.
+
+        Raises BackendUnavailable.
+        """
         ended = self._end_all(name)
         if ended:
             _log.warning("ended what an earlier keeper left", server=name, pids=sorted(ended))
@@ -374,7 +387,10 @@ class LocalBackend:
         return bool(ended)
 
     def _end_all(self, name: ServerName) -> set[int]:
-        """End whatever exists under a name, with or without a directory; return the pids. Raises BackendUnavailable."""
+        """End all processes under a name, with or without a directory; return their pids.
+
+        Raises BackendUnavailable.
+        """
         supervisor = self._supervisors.get(name)
         if supervisor is not None:
             supervisor.kill()
@@ -395,7 +411,7 @@ class LocalBackend:
 
 @contextmanager
 def _unavailable(what: str) -> Iterator[None]:
-    """Return what the backend cannot do now where the machine refuses it: whoever has asked waits for an answer."""
+    """Raise BackendUnavailable instead of OSError, so that the caller can be answered."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What a server leaves behind when it has ended: found by its control groups and by its mark, and ended too."""
+"""Cleanup after a server has ended: its leftover processes are found by control group and mark."""
 
 from __future__ import annotations
 
@@ -17,25 +17,27 @@ from labkeeper.core.spec import ServerName, server_name
 from labkeeper.forkserver.marks import MARK
 
 LIMIT: Final = 3.0
-"""Seconds after which what cannot be ended is reported as such."""
+"""Seconds after which a process that cannot be ended is reported."""
 _EMPTY_LOOKS: Final = 3
-"""Looks in a row that find nothing, before nothing is believed to be left."""
+"""Consecutive empty scans that prove that no process is left."""
 
 
 def end_leftovers(
     name: ServerName, server_dir: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
 ) -> set[int]:
-    """End all in a server's control groups, all that carries its directory's mark, and what is `known` of it; return the pids.
+    """End all processes in a server's control groups, with its mark or in `known`; return the pids.
 
-    A mark counts in processes of the server's user and of ours; where the directory is lost, which knows that user, in all.
-    `grace` is the time in seconds that it has between SIGTERM and SIGKILL. Raises BackendUnavailable when something lives on,
-    and OSError where no descriptor is free to look: nothing is called ended that was not looked for.
+    A mark counts in processes of the server's user and of the keeper's; if the directory, which
+    records that user, is lost, it counts in all. `grace` is the time in seconds between SIGTERM and
+    SIGKILL. Raises BackendUnavailable if a process survives, and OSError if no file descriptor is
+    free: without a scan, no process is reported as ended.
     """
     found: set[int] = set()
     users = ServerDir(server_dir).users
     until = time.monotonic() + LIMIT
     empty = 0
-    # What is ended last may have started something meanwhile, and a look may pass between a parent and its child.
+    # The last process ended may have started another meanwhile, and a scan may miss a child whose
+    # parent has just ended.
     while empty < _EMPTY_LOOKS:
         members = (Process.find(pid) for pid in groups.members(name)) if groups else ()
         carriers = (process for process in marked(MARK, str(server_dir), users=users) if sees(process.pid, server_dir.parent))
@@ -45,7 +47,8 @@ def end_leftovers(
             pids = ", ".join(str(process.pid) for process in left)
             raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} live on after SIGKILL")
         if groups and not grace:
-            # Also where nothing was found: what starts the next one and ends may live too briefly to be looked at.
+            # Even if none was found: a process that starts the next one and ends may be too
+            # short-lived for a scan.
             groups.kill(name)
         end_all(left, grace=grace, within=LIMIT)
         found, grace = found | {process.pid for process in left}, 0.0
@@ -54,7 +57,10 @@ def end_leftovers(
 
 @dataclass(frozen=True, slots=True)
 class EarlierDir:
-    """A runtime directory of earlier keepers, and the servers of which there was anything in it when this keeper started."""
+    """A runtime directory of earlier keepers.
+
+    `names` are the servers found in it when this keeper started.
+    """
 
     runtime_dir: Path
     groups: ControlGroups
@@ -62,19 +68,22 @@ class EarlierDir:
 
     @classmethod
     def look(cls, runtime_dir: Path) -> EarlierDir:
-        """Look for what was left there."""
+        """Return the directory with the servers found in it."""
         groups = ControlGroups(runtime_dir)
         return cls(runtime_dir, groups, strays(runtime_dir, groups))
 
     def clear(self, name: ServerName) -> set[int]:
-        """End what runs there under a name, and remove its directory; return the pids. Raises BackendUnavailable."""
+        """End all processes of a server and remove its directory; return the pids.
+
+        Raises BackendUnavailable.
+        """
         return clear(ServerDir(self.runtime_dir / name), self.groups)
 
 
 def clear(server_dir: ServerDir, groups: ControlGroups) -> set[int]:
     """End all processes of a server, and remove its directory and control groups; return the pids.
 
-    A directory that no keeper made stays. Raises BackendUnavailable when something lives on.
+    A directory that no keeper created stays. Raises BackendUnavailable if a process survives.
     """
     name = ServerName(server_dir.path.name)
     found = end_leftovers(name, server_dir.path, _recorded_processes(server_dir), grace=0.0, groups=groups)
@@ -85,7 +94,10 @@ def clear(server_dir: ServerDir, groups: ControlGroups) -> set[int]:
 
 
 def _recorded_processes(server_dir: ServerDir) -> set[Process]:
-    """Return the process that a server directory has on record, and those still linked to it. Raises BackendUnavailable."""
+    """Return the process recorded in a server directory, and its descendants.
+
+    Raises BackendUnavailable.
+    """
     record = server_dir.read_record()
     if record is None or record.boot != boot_id():
         return set()
@@ -94,7 +106,7 @@ def _recorded_processes(server_dir: ServerDir) -> set[Process]:
 
 
 def end_all_below(parent: Process) -> None:
-    """End all that stems from a process which inherits what loses its parent there, and which itself is suspended."""
+    """End all descendants of a suspended process that inherits the orphans among them."""
     until, empty = time.monotonic() + LIMIT, 0
     while empty < _EMPTY_LOOKS and time.monotonic() < until:
         below = [process for process in parent.descendants() if process.alive()]
@@ -103,9 +115,9 @@ def end_all_below(parent: Process) -> None:
 
 
 def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
-    """Name all servers of which there is anything: a directory, a process with its mark, a control group.
+    """Return all servers that have a directory, a marked process or a control group.
 
-    Raises BackendUnavailable where no descriptor is free to look.
+    Raises BackendUnavailable if no file descriptor is free.
     """
     try:
         server_dirs, found = server_dirs_marked(MARK, runtime_dir), groups.names()

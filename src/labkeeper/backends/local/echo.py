@@ -1,4 +1,4 @@
-"""What a server logs, repeated in the keeper's own log: of a container, that is the only one that is looked at."""
+"""Repeats servers' logs in the keeper's own; of a container, only that one is usually read."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import structlog
 from labkeeper.backends.local.logs import LogFile
 
 _RECORD: Final = re.compile(r"^\[([DIWEC]) \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ \w+\] ?")
-"""How Jupyter (traitlets) begins a record; what follows without it, such as a traceback, belongs to it."""
+"""Start of a Jupyter (traitlets) log record; lines without it, as in tracebacks, continue one."""
 _LEVELS: Final = {"D": logging.DEBUG, "I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "C": logging.CRITICAL}
 _MOST: Final = 256 * 1024
-"""Bytes that are repeated at a time; where a server logs more, the newest are."""
+"""Maximum bytes repeated at a time; of a longer log, the newest."""
 
 _log = structlog.get_logger("jupyter")
 
 
 class Echo:
-    """Repeats one server's log from a place on, each record as one."""
+    """Repeats one server's log from an offset on, record by record."""
 
     def __init__(self, server: str, log: LogFile, since: int) -> None:
         self._server = server
@@ -30,8 +30,8 @@ class Echo:
         self._since = since
 
     def repeat(self) -> None:
-        """Repeat what is new."""
-        with contextlib.suppress(OSError):  # It can be read later, or it is gone with its disk.
+        """Log what is new."""
+        with contextlib.suppress(OSError):  # It can be read later, or its disk is gone.
             lines, left_out, self._since = self._logfile.news(self._since, _MOST)
             if left_out:
                 _log.warning("it logs too much to be repeated; its log has it", server=self._server, bytes=left_out)
@@ -41,7 +41,10 @@ class Echo:
 
 
 def _records(lines: Sequence[str]) -> Iterator[tuple[int, str, list[str]]]:
-    """Put lines together: level, first line and the others of each record. A line before the first one is a record of its own."""
+    """Yield the level, first line and remaining lines of each record.
+
+    A line before the first record is a record of its own.
+    """
     record: tuple[int, str, list[str]] | None = None
     for line in lines:
         head = _RECORD.match(line)

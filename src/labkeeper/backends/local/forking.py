@@ -1,4 +1,4 @@
-"""The fork server that is asked for servers: one is kept ready, and replaced when it has aged or died."""
+"""The current fork server: one is kept ready, and replaced when it is stale or dies."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from labkeeper.forkserver import wire
 from labkeeper.threads import ThreadGroup
 
 _WARM_UP: Final = 3.0
-"""Seconds that a fork server takes to load, as long as none has told."""
+"""Estimated seconds that a fork server takes to load, until one has been measured."""
 _EXEC_SHARE: Final = 0.8
-"""What executing a server takes, as a share of loading: it imports the same, but initialises once."""
+"""Duration of executing a server as a share of loading: same imports, initialised once."""
 _PAUSES: Final = (0.2, 600.0)
-"""Seconds until the next one is started after one that failed: at first, and at most."""
+"""Seconds between a failure and the next start: initial and maximum."""
 _AT_START: Final = re.compile(r"^(PYTHON|JUPYTER(?!_(RUNTIME|CONFIG|DATA)_DIR$)|LD_|LC_|LANG|MALLOC_|GLIBC_)")
-"""Environment variables that are read when a program starts or a module is imported: too late for a forked server."""
+"""Variables read at program start or at import: too late for a forked server."""
 
 _log = structlog.get_logger("labkeeper.backends.local.forking")
 
 
 class CannotFork(Exception):  # noqa: N818 - no error: the server is executed instead
-    """A server has to be executed; its text says why."""
+    """The server must be executed; the message is the reason."""
 
 
 class ForkServer:
@@ -57,7 +57,7 @@ class ForkServer:
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        """`environment` and `config` (Jupyter's) are those of a server that asks for nothing in particular."""
+        """`environment` and `config` (Jupyter's) are those of a server without special requests."""
         self._threads = threads
         self._environment = dict(environment)
         self._processes = ForkServers(
@@ -72,20 +72,20 @@ class ForkServer:
         self._changed = threading.Condition()
         self._current: Instance | None = None
         self._why_not = ""
-        """Why there is none, and none is loading."""
+        """Why there is none and none is loading."""
         self._begun = time.monotonic()
         self._warm_up = _WARM_UP
 
     def start(self) -> None:
-        """Take over what an earlier keeper left, or begin to load."""
+        """Adopt an earlier keeper's fork server, or load a new one."""
         self._threads.start("forkserver", self._supervise)
 
-    # What servers need of it
+    # Requests for servers
 
     def launch(self, launch: wire.Launch, log: int, report: int) -> tuple[Process, str]:
-        """Fork a server; return its process and the name of its parent. Waits for one that loads where that is sooner than exec.
+        """Fork a server; return its process and the name of its parent.
 
-        Raises CannotFork.
+        Waits for a loading fork server if that is faster than exec. Raises CannotFork.
         """
         self._check(launch.env)
         server_dir = ServerDir(Path(launch.server_dir))
@@ -96,12 +96,12 @@ class ForkServer:
                     answer = self._processes.ask(instance.name, {"do": "launch"}, [file, log, report])
             except (OSError, EOFError, wire.WireError) as error:
                 if shortage.is_ours(error):
-                    # It has not heard of this.
+                    # It did not receive the request.
                     raise CannotFork(f"the keeper cannot ask the fork server now: {error}") from error
-                # Killed, since it may be stopped rather than gone; its servers live on without it.
+                # Killed, since it may be stopped rather than dead; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
-                # It may have forked all the same, and the child may already have written its files.
+                # It may have forked anyway, and the child may already have written its files.
                 with contextlib.suppress(BackendUnavailable):
                     end_leftovers(ServerName(server_dir.path.name), server_dir.path, set(), grace=0.0)
                 server_dir.reset()
@@ -115,9 +115,9 @@ class ForkServer:
             server_dir.reset()
 
     def attach(self, name: str, pid: int, report: int) -> bool:
-        """Let the end of a server be reported to us by the fork server of this name; return whether that is its parent.
+        """Have the fork server of this name report a server's end; return whether it is the parent.
 
-        Raises OSError where we lack what it takes to ask.
+        Raises OSError if the keeper lacks resources to ask.
         """
         with shortage.suppress_others(OSError, EOFError, wire.WireError):
             return self._processes.ask(name, {"do": "attach", "pid": pid}, [report]).get("known") is True
@@ -130,7 +130,10 @@ class ForkServer:
                 raise CannotFork(f"the environment variable {name} takes effect only when a program starts")
 
     def _await_ready(self) -> Instance:
-        """Return the one that serves; wait for one that loads, unless executing a server is sooner. Raises CannotFork."""
+        """Return the current fork server, waiting for a loading one if that is faster than exec.
+
+        Raises CannotFork.
+        """
         with self._changed:
             executed_by = time.monotonic() + _EXEC_SHARE * self._warm_up
             while self._current is None:
@@ -142,7 +145,7 @@ class ForkServer:
                     raise CannotFork("the fork server takes long to load")
             return self._current
 
-    # Which one serves
+    # Supervision
 
     def _supervise(self) -> None:
         pause, longest = _PAUSES
@@ -151,10 +154,11 @@ class ForkServer:
             try:
                 instance, find = find(), lambda: None
                 self._serve_by(instance or self._spawn())
-                # It was replaced in good order, and the next one is wanted at once.
+                # It was replaced as planned, and the next one is needed at once.
                 pause = _PAUSES[0]
             except (NoForkServerError, BackendUnavailable, OSError) as error:
-                # Also where we lack something ourselves: whatever it is, servers are executed, and it is tried again.
+                # Also if the keeper lacks resources: in any case servers are executed meanwhile,
+                # and it is retried.
                 if self._threads.closed:
                     return
                 _log.warning("there is no fork server; servers are executed", reason=str(error), next_in=pause)
@@ -165,7 +169,10 @@ class ForkServer:
                 self._set(None, "")
 
     def _serve_by(self, instance: Instance) -> None:
-        """Let one serve until it retires, or we end. Raises NoForkServerError when it dies."""
+        """Use an instance until it retires or the keeper closes.
+
+        Raises NoForkServerError if it dies.
+        """
         self._set(instance, "")
         begun = time.monotonic()
         try:
@@ -174,7 +181,7 @@ class ForkServer:
         except NoForkServerError:
             if self._threads.closed:
                 return
-            # One that has served for long died of something new.
+            # A long-lived one died of something new.
             if time.monotonic() - begun < _PAUSES[1]:
                 raise
         finally:
@@ -196,7 +203,7 @@ class ForkServer:
             self._changed.notify_all()
 
     def _give_up(self, instance: Instance) -> None:
-        """Ask this one for nothing more; the supervisor sees that by its connection."""
+        """Stop using this instance; its closed connection tells the supervisor."""
         with self._changed:
             if self._current is instance:
                 self._set(None, "")
@@ -206,7 +213,10 @@ class ForkServer:
 
 @contextlib.contextmanager
 def _only_for_the_child(launch: wire.Launch) -> Iterator[int]:
-    """Return an open file in memory that holds a launch; the fork server passes it on without reading it. Raises OSError."""
+    """Yield an open memory file that holds a launch; the fork server passes it on unread.
+
+    Raises OSError.
+    """
     file = os.memfd_create("launch")
     try:
         with os.fdopen(os.dup(file), "w") as stream:

@@ -1,7 +1,7 @@
-"""Fork servers as processes: started, found again, spoken to, buried. Which of them serves is decided in `forking`.
+"""Fork server processes: start, adoption, requests and cleanup. `forking` decides which one serves.
 
-Each has a directory, `<runtime_dir>/.forkservers/<key>-<n>/`; the key stands for all that it was made from. The process itself is
-`standalone/forkserver.py`, which also says how the two speak to each other.
+Each has a directory, `<runtime_dir>/.forkservers/<key>-<n>/`; the key identifies all that it was
+made from. The process itself is `forkserver/main.py`, which also documents the protocol.
 """
 
 from __future__ import annotations
@@ -37,28 +37,28 @@ from labkeeper.forkserver.preload import REHEARSAL
 from labkeeper.threads import ThreadGroup
 
 PROGRAM: Final = Path(wire.__file__).parent
-"""What runs in the servers' own interpreter; run as a program."""
+"""The program that runs in the servers' own interpreter."""
 
 PLACE: Final = ".forkservers"
-"""The directory of all fork servers in a runtime directory; no server has such a name."""
+"""Directory of all fork servers in a runtime directory; no server can have this name."""
 _LOG_NAME: Final = "_forkserver.log"
-"""The log of all fork servers in the log directory; no server has such a name either."""
+"""Log file of all fork servers in the log directory; no server can have this name either."""
 _LOG_BYTES: Final = 1024 * 1024
 _LOAD_LIMIT: Final = 120.0
-"""Seconds after which one that still loads is given up."""
+"""Seconds after which loading is abandoned."""
 _ANSWER_WITHIN: Final = 5.0
-"""Seconds in which a fork server answers a request, on however busy a machine."""
+"""Seconds in which a fork server must answer a request, even on a busy machine."""
 _END_WITHIN: Final = 1.0
-"""Seconds in which a fork server without servers ends when it is told to."""
+"""Seconds in which a fork server without servers must end when told to."""
 _LONGEST_NAME: Final = 63
-"""Characters of a server's name (RFC 1123)."""
+"""Maximum length of a server's name (RFC 1123)."""
 _REHEARSAL_DIR: Final = "rehearsal"
 _ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-"""Libraries that would start threads when they are imported are told not to; in the fork server only."""
+"""Keeps libraries from starting threads at import; in the fork server only."""
 
 
 class NoForkServerError(Exception):
-    """There is no fork server; its text says why."""
+    """There is no fork server; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +68,13 @@ class Instance:
     directory: Path
     process: Process
     connection: socket.socket
-    """Held as long as we live. What the fork server has to say unasked comes by it."""
+    """Held for the keeper's lifetime; carries the fork server's unsolicited messages."""
     child: subprocess.Popen[bytes] | None = None
-    """Set when it is a child of ours, which we have to reap."""
+    """Set if it is the keeper's child, which the keeper must reap."""
 
     @property
     def name(self) -> str:
-        """What a later keeper asks for it by."""
+        """The name by which a later keeper addresses it."""
         return self.directory.name
 
 
@@ -100,10 +100,10 @@ class ForkServers:
         self._environment = environment
         self._config = config
 
-    # How one comes
+    # Start and adoption
 
     def spawn(self) -> Instance:
-        """Start one, and wait until it is ready. Raises NoForkServerError."""
+        """Start a fork server and wait until it is ready. Raises NoForkServerError."""
         directory = self._place / f"{self._key()}-{secrets.token_hex(4)}"
         try:
             with self._threads.standing_by(f"forkserver-{directory.name}") as given:
@@ -125,9 +125,9 @@ class ForkServers:
         return instance
 
     def take_over(self) -> Instance | None:
-        """Find what an earlier keeper left: give one that is as we would start it, retire all others, remove what is dead.
+        """Return an earlier keeper's fork server if it equals a new one; retire or remove others.
 
-        Raises BackendUnavailable where there is no thread to wait for their ends.
+        Raises BackendUnavailable if there is no thread to wait for their ends.
         """
         chosen, key = None, self._key()
         for directory in sorted(self._place.glob("*")) if self._place.is_dir() else ():
@@ -144,7 +144,7 @@ class ForkServers:
         return chosen
 
     def _execute(self, directory: Path) -> Instance:
-        """Start its process; it answers on its connection when it has loaded. Raises OSError."""
+        """Start the process; it answers on its connection when it has loaded. Raises OSError."""
         server_dir = directory / _REHEARSAL_DIR
         for private in (self._place.parent, self._place, directory, server_dir):
             private.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ class ForkServers:
             child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
                 [self._python, PROGRAM, "fork", str(listener.fileno())],
                 cwd=directory,
-                # Of the mark only the place is made here: each child writes its own there.
+                # Only reserves the space of the mark: each child overwrites it with its own.
                 env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_room()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -166,7 +166,7 @@ class ForkServers:
             )
             try:
                 process = Process.find(child.pid)
-                if process is None:  # Only when it was reaped, and nobody but us does that.
+                if process is None:  # Possible only if it was reaped, which only the keeper does.
                     raise OSError("its process vanished")
                 connection = connect(directory)
                 wire.send(connection, {"do": "keep"})
@@ -188,19 +188,20 @@ class ForkServers:
             if process is None or "pid" not in self.receive(connection, within=_ANSWER_WITHIN):
                 raise NoForkServerError("it is none")
         except (OSError, NoForkServerError):
-            # It was still loading for a keeper that is dead, or is stopped: its servers live on without it.
+            # It was still loading for a keeper that is dead, or it is stopped: its servers live on
+            # without it.
             connection.close()
             if process is not None and process.pid != os.getpid():
                 process.send(signal.SIGKILL)
-                # What it rehearses ends after it.
+                # Its rehearsal ends after it.
                 wait_until_ended(process, timeout=_END_WITHIN)
             return None
         return Instance(directory, process, connection)
 
-    # What is said
+    # Requests
 
     def ask(self, name: str, request: Mapping[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
-        """Send one request, and give the answer. Raises OSError, EOFError, WireError."""
+        """Send one request and return the answer. Raises OSError, EOFError, WireError."""
         with connect(self._place / name) as connection:
             wire.send(connection, request, files)
             answer, unexpected = wire.receive(connection)
@@ -209,7 +210,10 @@ class ForkServers:
         return answer
 
     def receive(self, connection: socket.socket, *, within: float | None = None) -> dict[str, Any]:
-        """Wait for what a fork server says unasked. Raises NoForkServerError when it ends, is silent, or we end."""
+        """Return the next unsolicited message.
+
+        Raises NoForkServerError if the fork server ends, the time is up, or the keeper closes.
+        """
         poll = select.poll()
         poll.register(connection, select.POLLIN)
         poll.register(self._threads.wake, select.POLLIN)
@@ -221,10 +225,13 @@ class ForkServers:
         except (OSError, EOFError, wire.WireError) as error:
             raise NoForkServerError("the fork server has died") from error
 
-    # How one goes
+    # End
 
     def _until_gone(self, instance: Instance) -> None:
-        """Wait for the end of one, and remove what is left of it. When we end ourselves it ends, too, unless it has servers."""
+        """Wait for an instance's end and clean up.
+
+        When the keeper closes, an instance without servers ends too.
+        """
         ended = wait_until_ended(instance.process, or_readable=[self._threads.wake], timeout=None)
         if not ended:
             self._retire(instance, all_heard=True)
@@ -238,20 +245,20 @@ class ForkServers:
     def _part_with(self, instance: Instance, *, ended: bool) -> None:
         instance.connection.close()
         if instance.child is not None:
-            # A living one is left to the next keeper, without the warning that its handle would give.
+            # A live one is left to the next keeper, without the warning that its handle would emit.
             instance.child.returncode = instance.child.wait() if ended else 0
         if ended:
             self._remove(instance.directory)
 
     def _remove(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # Others are in there.
+        with contextlib.suppress(OSError):  # It holds other fork servers.
             self._place.rmdir()
 
-    # What one is made from
+    # Inputs
 
     def _key(self) -> str:
-        """Name all that a fork server is made from: one of the same name can be taken over."""
+        """Return a hash of a fork server's inputs; one with the same key can be adopted."""
         sources = [path.read_bytes() for path in sorted(PROGRAM.glob("*.py"))]
         settings = json.dumps([str(self._python), self._environment, self._config], sort_keys=True)
         return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
@@ -278,7 +285,7 @@ class ForkServers:
 
 
 def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
-    """Remove what is left of fork servers that have ended; one that lives ends by itself, when it has no servers any more."""
+    """Clean up after dead fork servers; a live one ends by itself when it has no more servers."""
     for directory in (runtime_dir / PLACE).glob("*"):
         try:
             connect(directory).close()
@@ -287,17 +294,17 @@ def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
             shutil.rmtree(directory, ignore_errors=True)
         except OSError:
             continue
-    with contextlib.suppress(OSError):  # Others are in there.
+    with contextlib.suppress(OSError):  # It holds other fork servers.
         (runtime_dir / PLACE).rmdir()
 
 
 def _rehearsal_name(directory: Path) -> ServerName:
-    """Return what stands for a server's name where its rehearsal has a control group; no server has such a name."""
+    """Return a name for a rehearsal's control group that no server can have."""
     return ServerName(f".{directory.name}")
 
 
 def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
-    """End what a rehearsal may have left running, and remove its directory and its group."""
+    """End the processes that a rehearsal left, and remove its directory and control group."""
     name = _rehearsal_name(directory)
     with contextlib.suppress(BackendUnavailable, OSError):
         end_leftovers(name, directory / _REHEARSAL_DIR, set(), grace=0.0, groups=groups)
@@ -306,9 +313,10 @@ def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
 
 
 def _end_with_all_below(loading: Process) -> None:
-    """End a fork server that has no server yet, with its rehearsal and all that either has started.
+    """End a fork server that has no servers yet, with its rehearsal and all their descendants.
 
-    As long as it lives it inherits what loses its parent below it, so nothing can hide. Suspended, it starts nothing more.
+    While it lives it inherits the orphans among its descendants, so none can hide. Suspended, it
+    cannot start more.
     """
     loading.send(signal.SIGSTOP)
     end_all_below(loading)
@@ -317,7 +325,7 @@ def _end_with_all_below(loading: Process) -> None:
 
 @contextlib.contextmanager
 def _socket_path(directory: Path) -> Iterator[str]:
-    """Return a path to the socket that is short enough: addresses of Unix sockets have at most 107 bytes."""
+    """Yield a path to the socket within the limit of Unix socket addresses, 107 bytes."""
     descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{descriptor}/socket"
@@ -326,13 +334,14 @@ def _socket_path(directory: Path) -> Iterator[str]:
 
 
 def _listener(directory: Path) -> socket.socket:
-    """Make the socket of a fork server, for its user only. Raises OSError."""
+    """Return a listening socket for a fork server, accessible to its user only. Raises OSError."""
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with _socket_path(directory) as path:
             listener.bind(path)
             Path(path).chmod(0o600)
-        # The fork server does so again. Until then its keeper can connect already, and waits for an answer.
+        # The fork server listens again. Until then its keeper can already connect, and waits for an
+        # answer.
         listener.listen()
     except OSError:
         listener.close()

@@ -1,4 +1,4 @@
-"""The hierarchies of control groups on this machine, of version 1 and 2, and where our groups are in them."""
+"""The cgroup hierarchies of this machine (versions 1 and 2), and the keeper's place in them."""
 
 from __future__ import annotations
 
@@ -15,36 +15,39 @@ import structlog
 from labkeeper import shortage
 
 _USED: Final = ("memory", "cpu", "pids", "freezer")
-"""The controllers of version 1 that we have a use for."""
+"""The version 1 controllers that the keeper uses."""
 
 
 LEAF: Final = "labkeeper-keeper"
-"""Where the keeper itself moves: under version 2 a group that limits its groups holds no process. In deploy/limits.conf, too."""
+"""The keeper's own group: in version 2, a group that limits subgroups holds no process.
+
+Also named in deploy/limits.conf.
+"""
 
 
 _log = structlog.get_logger("labkeeper.backends.local.hierarchies")
 
 
 class LimitedBy(StrEnum):
-    """What holds a limit."""
+    """The mechanism that enforces a limit."""
 
     CGROUP2 = "cgroup2"
     CGROUP1 = "cgroup1"
     RLIMIT = "rlimit"
-    """For each process by itself."""
+    """Enforced for each process separately."""
     NOTHING = "nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class Hierarchy:
-    """Where groups can be made for one controller."""
+    """The directory in which groups can be created for one controller."""
 
     version: LimitedBy
     base: Path
 
 
 def version_1(*ours: str) -> dict[str, Hierarchy]:
-    """Return the hierarchies of version 1 that we may use, by controller."""
+    """Return the usable version 1 hierarchies, by controller."""
     found = {}
     mounts = {option: mount for mount, kind, options in all_mounts() if kind == "cgroup" for option in options.split(",")}
     for controllers, path in _memberships():
@@ -55,7 +58,7 @@ def version_1(*ours: str) -> dict[str, Hierarchy]:
 
 
 def version_2(*ours: str) -> dict[str, Hierarchy]:
-    """Return the hierarchy of version 2 for each controller that we may use."""
+    """Return the version 2 hierarchy for each usable controller."""
     base = _base_2(*ours)
     if base is None:
         return {}
@@ -65,30 +68,36 @@ def version_2(*ours: str) -> dict[str, Hierarchy]:
         if missing := [controller for controller in controllers if controller not in enabled]:
             _divide(base, missing)
     except OSError as error:
-        # Other processes share our group, or it was not given to us to divide.
+        # Other processes share the keeper's group, or it was not delegated.
         _log.info("control groups of version 2 cannot be used", group=str(base), error=str(error))
         return {}
     return {controller: Hierarchy(LimitedBy.CGROUP2, base) for controller in controllers}
 
 
 def _base_2(*ours: str) -> Path | None:
-    """Return the group of version 2 that we run in."""
+    """Return the version 2 group that the keeper runs in."""
     mount = next((mount for mount, kind, _ in all_mounts() if kind == "cgroup2"), None)
     path = next((path for controllers, path in _memberships() if controllers == [""]), None)
     return None if mount is None or path is None else _own(mount, path, *ours)
 
 
 def base_of_all(older: Mapping[str, Hierarchy], *ours: str) -> Path | None:
-    """Return the group below which every server can have one: of version 2, also without a controller, else of version 1."""
+    """Return the group below which every server can have one, or None.
+
+    Prefers version 2, even without a controller, to version 1.
+    """
     base = _base_2(*ours)
     if base is not None and os.access(base, os.W_OK):
         return base
-    # By the first of these a group can be kept from growing.
+    # Of these, the first can keep a group from growing.
     return next((older[controller].base for controller in ("pids", "freezer") if controller in older), None)
 
 
 def _divide(base: Path, controllers: Sequence[str]) -> None:
-    """Let groups below ours be limited: we move out of it, into a leaf. Raises OSError, and then we are where we were."""
+    """Enable controllers for subgroups, moving the keeper into a leaf group.
+
+    If it raises OSError, the keeper is back in its old group.
+    """
     leaf = base / LEAF
     leaf.mkdir(exist_ok=True)
     try:
@@ -102,7 +111,10 @@ def _divide(base: Path, controllers: Sequence[str]) -> None:
 
 
 def _memberships() -> list[tuple[list[str], str]]:
-    """Read the groups that we are in: controllers (one empty name for version 2) and path. See cgroups(7)."""
+    """Return the keeper's groups: controllers and path. Version 2 has one empty controller name.
+
+    See cgroups(7).
+    """
     with contextlib.suppress(OSError):
         lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
         return [(controllers.split(","), path) for _, controllers, path in (line.split(":", 2) for line in lines)]
@@ -110,7 +122,7 @@ def _memberships() -> list[tuple[list[str], str]]:
 
 
 def all_mounts() -> list[tuple[Path, str, str]]:
-    """Read what is mounted: place, type, options of the file system. See proc(5)."""
+    """Return the mounts: mount point, file system type, superblock options. See proc(5)."""
     mounts = []
     with contextlib.suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
@@ -121,10 +133,10 @@ def all_mounts() -> list[tuple[Path, str, str]]:
 
 
 def _own(mount: Path, path: str, *ours: str) -> Path:
-    """Return the directory of the group that we run in; a container sees its own group as the root of the mount.
+    """Return the directory of the keeper's group; in a container that is the root of the mount.
 
-    From our leaf, and from a group whose name begins with one of `ours` (a keeper may be started in the terminal of one of its
-    servers), it is the one above.
+    If the group is the leaf, or its name begins with one of `ours` (a keeper may be started in a
+    terminal of one of its servers), return its parent.
     """
     base = mount / path.lstrip("/")
     if not base.is_dir():
@@ -133,7 +145,10 @@ def _own(mount: Path, path: str, *ours: str) -> Path:
 
 
 def move(pid: int, members: Path) -> None:
-    """Move a process into a group, and what it has started meanwhile. Raises OSError (ProcessLookupError: it is gone)."""
+    """Move a process and the children it has started meanwhile into a group.
+
+    Raises OSError (ProcessLookupError if it has ended).
+    """
     members.write_text(str(pid))
     with contextlib.suppress(ProcessLookupError, FileNotFoundError):
         for children in Path(f"/proc/{pid}/task").glob("*/children"):
@@ -142,21 +157,24 @@ def move(pid: int, members: Path) -> None:
 
 
 def is_own(group: Path) -> bool:
-    """Whether our user made a group: another one to whom some part of the hierarchy was given can make any of any name there."""
+    """Whether the keeper's user created a group.
+
+    A user with another part of the hierarchy delegated can create groups of any name there.
+    """
     with contextlib.suppress(OSError):
         return group.stat().st_uid == os.geteuid()
     return False
 
 
 def listed(group: Path) -> list[Path]:
-    """Return the groups that were made in a group. Raises OSError where no descriptor is free to look."""
+    """Return the subgroups of a group. Raises OSError if no file descriptor is free."""
     with shortage.suppress_others(OSError):
         return [path for path in group.iterdir() if path.is_dir()]
     return []
 
 
 def parts(group: Path) -> Iterator[Path]:
-    """Return a group and all below it, those below first."""
+    """Yield a group and all its subgroups, children first."""
     for part in listed(group):
         yield from parts(part)
     yield group

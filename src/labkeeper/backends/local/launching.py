@@ -1,4 +1,4 @@
-"""How the process of a server comes to be: forked from a fork server where that is possible, else executed."""
+"""Launching of server processes: forked from a fork server if possible, executed otherwise."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from labkeeper.forkserver import wire
 from labkeeper.forkserver.privileges import drop_bounding_set
 
 _STATUS_WITHIN: Final = 1.0
-"""Seconds in which a fork server tells the exit status of a child that has ended."""
+"""Seconds to wait for a fork server to report a child's exit status."""
 _TAKEN_WITHIN: Final = 10.0
-"""Seconds in which an executed process takes its launch."""
+"""Seconds in which an executed process must take its launch."""
 _LINE_LIMIT: Final = 64 * 1024
 
 
 class ReportPipe:
-    """What a launched process says of itself, and its fork server of its end: lines of JSON."""
+    """Pipe on which a launched process, and its fork server when it ends, send lines of JSON."""
 
     def __init__(self) -> None:
         reader, self.writer = os.pipe()
-        """The end for the process; ours only until it is handed over."""
+        """The process's end; held by the keeper only until it is handed over."""
         os.set_blocking(reader, False)
         self._reader: int | None = reader
         self._buffer = b""
@@ -44,16 +44,16 @@ class ReportPipe:
 
     @property
     def readable(self) -> list[int]:
-        """The descriptor to wait for; none once nobody holds the other end."""
+        """The descriptor to wait on; empty once every writer has closed its end."""
         return [] if self._reader is None else [self._reader]
 
     def said(self, key: str) -> Any:
-        """Return what was said under a key; None when nothing was, so far."""
+        """Return the latest value reported under a key, or None."""
         self._take_in()
         return self._said.get(key)
 
     def exit(self, *, within: float = _STATUS_WITHIN) -> Exit | None:
-        """Wait for the exit status; None when nobody tells it."""
+        """Wait for the exit status; return None if it is not reported in time."""
         poll = select.poll()
         for reader in self.readable:
             poll.register(reader, select.POLLIN)
@@ -63,7 +63,7 @@ class ReportPipe:
         return exit_of(os.waitstatus_to_exitcode(status)) if isinstance(status, int) else None
 
     def close_writer(self) -> None:
-        """Let go of the end that was handed over."""
+        """Close the end that was handed over."""
         if self.writer >= 0:
             os.close(self.writer)
             self.writer = -1
@@ -94,7 +94,7 @@ class ReportPipe:
 
 
 def exit_of(code: int) -> Exit:
-    """Read an exit code as `subprocess` gives it: negative for a signal."""
+    """Return the exit for a code in the style of `subprocess`, where negative means a signal."""
     if code >= 0:
         return Exit(code=code)
     try:
@@ -105,7 +105,7 @@ def exit_of(code: int) -> Exit:
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A process that is on its way to become a server."""
+    """A process that is becoming a server."""
 
     process: Process
     report: ReportPipe
@@ -113,14 +113,14 @@ class Launched:
     reason: str | None = None
     """Why it was not forked."""
     forkserver: str | None = None
-    """Which fork server is its parent."""
+    """The fork server that is its parent."""
     child: subprocess.Popen[bytes] | None = None
-    """Set when it is a child of ours, whose exit status we can read."""
+    """Set if it is the keeper's child, whose exit status the keeper can read."""
 
 
 @contextlib.contextmanager
 def _report() -> Iterator[ReportPipe]:
-    """Make a report whose writing end is handed over inside; it is closed when that fails."""
+    """Yield a pipe whose writing end is handed over in the block; an exception closes the pipe."""
     report = ReportPipe()
     try:
         yield report
@@ -132,18 +132,19 @@ def _report() -> Iterator[ReportPipe]:
 
 
 class Launcher:
-    """Launches servers in one way or the other; they are the same afterwards."""
+    """Launches servers by fork or exec; they do not differ afterwards."""
 
     def __init__(self, python: Path, forkserver: ForkServer | None, why_not: str = "") -> None:
-        """`why_not` says why there is no fork server."""
+        """`why_not` is the reason if there is no fork server."""
         self._python = python
         self._forkserver = forkserver
         self._why_not = why_not
 
     def launch(self, launch: wire.Launch, log: int, hold: Callable[[int], None] = lambda _: None) -> Launched:
-        """Make the process. Raises OSError, WireError, BackendUnavailable.
+        """Launch the process. Raises OSError, WireError, BackendUnavailable.
 
-        `hold` is called with the pid of one that is executed, while that still loads: in time for all that it will start.
+        For an executed process, `hold` is called with its pid while it still loads, before it can
+        start anything.
         """
         try:
             with _report() as report:
@@ -152,7 +153,8 @@ class Launcher:
                 process, parent = self._forkserver.launch(launch, log, report.writer)
                 return Launched(process, report, "fork", forkserver=parent)
         except CannotFork as because:
-            # With a report of its own: a child that was forked all the same, unknown to us, sees that nobody hears it, and ends.
+            # A pipe of its own: a child that was forked without the keeper's knowledge sees that
+            # the first pipe has no reader, and ends.
             with _report() as report:
                 return self._execute(launch, log, report, str(because), hold)
 
@@ -170,7 +172,7 @@ class Launcher:
                     hold(child.pid)
                     wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
                 process = Process.find(child.pid)
-                if process is None:  # Only when it was reaped, and nobody but us does that.
+                if process is None:  # Possible only if it was reaped, which only the keeper does.
                     raise BackendUnavailable("cannot start a server: its process vanished")
             except BaseException:
                 child.kill()
@@ -179,10 +181,11 @@ class Launcher:
         return Launched(process, report, "exec", reason, child=child)
 
     def _start(self, launch: wire.Launch, log: int, passed: int) -> subprocess.Popen[bytes]:
-        """Start a process that waits for its launch on a descriptor that it is given.
+        """Start a process that waits for its launch on an inherited descriptor.
 
-        It is its user's from the first instruction on: the user's own files and variables may hold code that Python runs at its
-        start. It does nothing before it has its launch, so what needs the keeper's rights is done from here.
+        It runs as its user from the first instruction, since the user's files and variables may
+        hold code that Python runs at startup. It does nothing before it has its launch, so the
+        keeper does from here what needs the keeper's rights.
         """
         user = launch.user
 
@@ -203,6 +206,6 @@ class Launcher:
 
         if user is None:
             return start()
-        # Capabilities are a thread's own: one that gives them up starts the process, and ends.
+        # Capabilities are per thread: a thread drops them, starts the process and ends.
         with shortage.told_of_threads(), ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
             return starter.submit(start).result()

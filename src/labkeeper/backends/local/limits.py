@@ -1,10 +1,12 @@
-"""What a server may use of the machine: limited by control groups where the host lets us, else by what a process can be told.
+"""Resource limits of servers: enforced by control groups where possible, otherwise by rlimits.
 
-Version 2 of control groups is used where it has the controller, version 1 where that has it. What neither has is limited with
-`setrlimit`, where there is such a limit; it then holds for each process, not for all of a server together.
+Version 2 of control groups is used for controllers that it has, version 1 for the others. Limits
+that neither has are set with `setrlimit` if it supports them, and then hold for each process, not
+for a whole server.
 
-A server without limits has a group too, where the host lets us make one. What it starts is born into its group, and stays there
-whatever it does to its environment and its parents, so all of it is found, and ended, by the group.
+A server without limits has a group too where the host allows one. All its processes are born into
+the group and stay there, whatever they do to their environment and parents, so the group finds and
+ends them all.
 """
 
 from __future__ import annotations
@@ -39,27 +41,27 @@ from labkeeper.backends.local.processes import sees, spared
 from labkeeper.core.spec import Limits, ServerName, server_name
 
 _PERIOD: Final = 100_000
-"""Microseconds over which processor time is counted; the kernel's own default."""
+"""Period of CPU quotas in microseconds; the kernel's default."""
 
 
 _GONE_WITHIN: Final = 1.0
-"""Seconds in which the kernel lets go of a group whose processes have ended."""
+"""Seconds in which the kernel releases a group whose processes have ended."""
 
 
 _KILL: Final = "cgroup.kill"
-"""The file by which Linux ends all of a group (version 2, since 5.14)."""
+"""The file that kills all processes of a group (version 2, Linux 5.14 or later)."""
 
 
 _STILL: Final = (("cgroup.freeze", "1"), ("pids.max", "0"))
-"""Files, and what to write there, by which a group without that one can at least start nothing any more."""
+"""Files and values that keep a group without that file from starting more processes."""
 
 
 _MEMORY_EVENTS: Final = ("memory.events", "memory.oom_control")
-"""Where a group counts its processes that were killed for want of memory: under version 2, and version 1."""
+"""Files with a group's count of OOM kills: version 2, and version 1."""
 
 
 _KILLED: Final = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
-"""How they, and `/proc/vmstat`, tell the number."""
+"""The count's form there and in `/proc/vmstat`."""
 
 
 _log = structlog.get_logger("labkeeper.backends.local.limits")
@@ -67,25 +69,25 @@ _log = structlog.get_logger("labkeeper.backends.local.limits")
 
 @dataclass(frozen=True, slots=True)
 class Enforced:
-    """What limits one server, and what its process has to do for it."""
+    """How one server is limited, and what its process has to do for it."""
 
     by: Mapping[str, LimitedBy] = field(default_factory=dict)
-    """By the name of the limit: `memory`, `cpus`, `processes`."""
+    """By name of the limit: `memory`, `cpus`, `processes`."""
     members: tuple[str, ...] = ()
-    """Files that its process writes its pid into."""
+    """Files that the process writes its pid to."""
     rlimits: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryKills:
-    """Where Linux counts the processes that it has killed for want of memory."""
+    """The file in which Linux counts OOM kills."""
 
     file: Path
     certain: bool
-    """Whether only those of one server are counted there, and not those of the whole machine."""
+    """Whether it counts those of one server only, not of the whole machine."""
 
     def count(self) -> int:
-        """Read how many there were; 0 where that cannot be told."""
+        """Return the count, or 0 if it cannot be read."""
         with contextlib.suppress(OSError):
             if (found := _KILLED.search(self.file.read_text())) is not None:
                 return int(found[1])
@@ -94,7 +96,7 @@ class MemoryKills:
 
 @dataclass(frozen=True, slots=True)
 class Counted:
-    """What the control groups of a server count; None where no group does."""
+    """What a server's control groups count; None for what no group counts."""
 
     members: frozenset[int]
     memory: int | None
@@ -108,17 +110,20 @@ class ControlGroups:
     def __init__(self, runtime_dir: Path) -> None:
         self._runtime_dir = runtime_dir
         self._prefix = f"labkeeper-{hashlib.sha256(os.fsencode(runtime_dir)).hexdigest()[:8]}-"
-        # At once: a group of version 2 can be divided only as long as we are alone in it.
+        # Immediately: a version 2 group can be divided only while the keeper is alone in it.
         older, newer = version_1(self._prefix), version_2(self._prefix)
         self._hierarchies = {**older, **newer}
         """By controller."""
         self._base = base_of_all(older, self._prefix)
-        """Where servers without limits have their groups; None where we cannot make any."""
+        """Parent of the groups of servers without limits; None if the keeper cannot create any."""
         self._earlier = self._left_elsewhere()
-        """Groups that an earlier keeper made, which ran in another group than we do."""
+        """Groups created by an earlier keeper that ran in another group."""
 
     def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> Enforced:
-        """Put the limits of a server in force, as far as the host lets us; `own_user`: whether it runs as another user."""
+        """Enforce a server's limits as far as the host allows.
+
+        `own_user` tells whether the server runs as another user than the keeper.
+        """
         by: dict[str, LimitedBy] = {}
         members: list[str] = []
         rlimits: dict[str, int] = {}
@@ -131,7 +136,7 @@ class ControlGroups:
                 by[what] = LimitedBy.RLIMIT
                 rlimits["RLIMIT_DATA"] = limits.memory
             elif what == "processes" and limits.processes is not None and own_user:
-                # It counts all processes of a user, so it would count those of other servers too.
+                # It counts all processes of a user, including those of other servers.
                 by[what] = LimitedBy.RLIMIT
                 rlimits["RLIMIT_NPROC"] = limits.processes
             else:
@@ -139,9 +144,9 @@ class ControlGroups:
         return Enforced(by, tuple(dict.fromkeys(members)), rlimits)
 
     def hold(self, name: ServerName, pid: int) -> None:
-        """Put a process into the group of its server, unless it is in one; where that cannot be, nothing changes.
+        """Move a process into its server's group unless it is in one; without a group, do nothing.
 
-        From outside, beside its start: Linux takes some ten milliseconds for it.
+        Done from outside, in parallel with its start, as Linux takes some ten milliseconds.
         """
         if self._base is None:
             return
@@ -157,7 +162,10 @@ class ControlGroups:
             _log.debug("a server has no control group", server=name, group=str(group), error=str(error))
 
     def door(self, name: ServerName) -> list[str]:
-        """Make the group of a process that enters it by itself; return the file for its pid, or none if no group can be made."""
+        """Create the group of a process that enters it by itself.
+
+        Return the file for its pid, or an empty list if no group can be created.
+        """
         if self._base is None:
             return []
         group = self._base / f"{self._prefix}{name}"
@@ -169,20 +177,24 @@ class ControlGroups:
         return [str(group / "cgroup.procs")]
 
     def members(self, name: ServerName) -> set[int]:
-        """Return the pids of all processes in the groups of a server, and in groups below them, but ourselves and our parents."""
+        """Return the pids in a server's groups and their subgroups.
+
+        The keeper and its ancestors are left out.
+        """
         pids = _pids(self._of(name))
-        # Most often there is none.
+        # Usually there are none.
         return pids - spared() if pids else pids
 
     def hold_any(self, pid: int) -> bool:
-        """Whether a process is in the group of any server, or below it. Raises OSError when it has ended."""
+        """Whether a process is in or below any server's group. Raises OSError if it has ended."""
         lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
         return any(part.startswith(self._prefix) for line in lines for part in line.split("/"))
 
     def kill(self, name: ServerName) -> None:
-        """End all processes in the groups of a server at once, with what they are just starting.
+        """Kill all processes in a server's groups at once, including those that are just starting.
 
-        Where Linux cannot do that, they start nothing more, as far as it can do that; each is then to be ended by itself.
+        Where Linux cannot do that, keep them from starting more if it can; the caller then has to
+        end each process.
         """
         for group in self._of(name):
             if not _pids([group]).isdisjoint(spared()):
@@ -198,7 +210,7 @@ class ControlGroups:
                             (part / setting).write_text(value)
 
     def memory_kills(self, name: ServerName) -> MemoryKills:
-        """Return where the processes of a server are counted that Linux kills for want of memory, or where nothing tells, all."""
+        """Return the OOM kill counter of a server, or of the machine if the server has none."""
         for file in (group / events for group in self._of(name) for events in _MEMORY_EVENTS):
             with contextlib.suppress(OSError):
                 if _KILLED.search(file.read_text()) is not None:
@@ -206,7 +218,7 @@ class ControlGroups:
         return MemoryKills(Path("/proc/vmstat"), certain=False)
 
     def counted(self, name: ServerName) -> Counted:
-        """Read what the groups of a server count."""
+        """Return the counters of a server's groups."""
         groups = self._of(name)
         return Counted(
             members=frozenset(_pids(groups)),
@@ -244,22 +256,28 @@ class ControlGroups:
         return {hierarchy.base for hierarchy in self._hierarchies.values()} | ({self._base} if self._base else set())
 
     def _of(self, name: ServerName) -> list[Path]:
-        """Return the groups of a server that exist."""
+        """Return the existing groups of a server."""
         full = f"{self._prefix}{name}"
         groups = {*(base / full for base in self._bases), *(group for group in self._earlier if group.name == full)}
         return [group for group in groups if group.is_dir()]
 
     def _left_elsewhere(self) -> AbstractSet[Path]:
-        """Find groups of ours anywhere on the machine: a keeper that was started from another shell ran in another group."""
+        """Return the keeper's groups elsewhere on the machine.
+
+        A keeper that was started from another shell ran in another group.
+        """
         mounts = {mount for mount, kind, _ in all_mounts() if kind in {"cgroup", "cgroup2"}}
         used = {mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)}
         found = {Path(place) for mount in used for place, _, _ in os.walk(mount) if Path(place).name.startswith(self._prefix)}
         found = {group for group in found if group.parent not in self._bases and is_own(group)}
-        # Of an empty one nobody can tell whose it is.
+        # The owner of an empty group cannot be determined.
         return {group for group in found if _pids([group]) and self._holds_ours(group)}
 
     def _holds_ours(self, group: Path) -> bool:
-        """Whether it is no group of a keeper in a container, whose runtime directory has the same path as ours."""
+        """Whether it belongs to this keeper.
+
+        A keeper in a container may have a runtime directory at the same path.
+        """
         return all(sees(pid, self._runtime_dir) for pid in _pids([group]))
 
     def _make(self, hierarchy: Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
@@ -275,7 +293,7 @@ class ControlGroups:
 
 
 def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str, str]]]]:
-    """Return each limit that is set: its name, its controller, and the files to write under each version."""
+    """Yield each limit that is set: name, controller, and the files to write under each version."""
     if limits.memory is not None:
         amount = str(limits.memory)
         yield (
@@ -293,7 +311,10 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
 
 
 def _pids(groups: Iterable[Path]) -> set[int]:
-    """Return the pids of all processes in groups, and below them. Raises OSError where no descriptor is free to look."""
+    """Return the pids in groups and their subgroups.
+
+    Raises OSError if no file descriptor is free.
+    """
     found: set[int] = set()
     for part in (part for group in groups for part in parts(group)):
         with shortage.suppress_others(OSError):
@@ -305,7 +326,7 @@ _N = TypeVar("_N", int, float)
 
 
 def _first(groups: Iterable[Path], files: Mapping[str, Callable[[str], _N]]) -> _N | None:
-    """Read the first of these files that tells what it should."""
+    """Return the first value that can be read from these files, or None."""
     for file, read in ((group / name, read) for group in groups for name, read in files.items()):
         with contextlib.suppress(OSError, KeyError, ValueError):
             return read(file.read_text())
@@ -313,5 +334,5 @@ def _first(groups: Iterable[Path], files: Mapping[str, Callable[[str], _N]]) -> 
 
 
 def _busy(stat: str) -> float:
-    """Read the seconds of processors out of `cpu.stat`; that of version 1 does not have them. Raises KeyError."""
+    """Return the CPU seconds in `cpu.stat`; version 1 raises KeyError."""
     return int(dict(line.split(maxsplit=1) for line in stat.splitlines())["usage_usec"]) / 1e6

@@ -1,4 +1,4 @@
-"""The memory of this machine, and of the container that the keeper may run in."""
+"""Memory of this machine, and of the container that the keeper may run in."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import psutil
 from labkeeper.core.ports import Capacity
 
 GROUPS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
-"""The group of a container, as it is seen inside: of version 2, and of version 1."""
+"""The container's own group as seen from inside: version 2, and version 1."""
 _FILES: Final = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
-"""What a group may use, and what it uses."""
+"""Limit and usage of a group."""
 _CACHE: Final = frozenset({"inactive_file", "total_inactive_file"})
-"""What of that Linux takes back before anybody has to end: files that were read and are not used."""
+"""Reclaimable part of the usage: cached files that are not in use."""
 
 
 def free_memory(groups: Sequence[Path] = GROUPS) -> Capacity | None:
-    """Return the lesser of what the machine has and what our container may have; None if that cannot be read."""
+    """Return the lesser of the machine's and the container's memory; None if it cannot be read."""
     try:
         machine = psutil.virtual_memory()
     except (psutil.Error, OSError):
@@ -32,7 +32,7 @@ def free_memory(groups: Sequence[Path] = GROUPS) -> Capacity | None:
 def _limited(groups: Sequence[Path], total: int) -> Iterator[Capacity]:
     for group in groups:
         for most, used in _FILES:
-            # Without a limit one says "max", the other a number that no machine has.
+            # Without a limit, version 2 has "max", version 1 a number that no machine has.
             with contextlib.suppress(OSError, ValueError):
                 limit = int((group / most).read_text())
                 if limit < total:

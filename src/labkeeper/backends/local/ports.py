@@ -1,4 +1,4 @@
-"""Holds the port of a server that starts, until the server listens there."""
+"""Reserves the port of a starting server until the server listens there."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _UNPRIVILEGED: Final = Path("/proc/sys/net/ipv4/ip_unprivileged_port_start")
 
 
 def hold_port(spec: ServerSpec) -> socket.socket:
-    """Bind the port without listening, so that it is given to no program that asks for a free one until Jupyter has it.
+    """Bind the port without listening, so that no program that asks for a free port receives it.
 
-    On Linux a bound socket that does not listen, with SO_REUSEADDR on both sides, lets the other one bind and listen: Jupyter,
-    and whoever else sets it. Elsewhere it would be in the way, and is closed again at once.
-    Raises BackendRefused where the port is taken, OSError where we can have no socket at all.
+    On Linux, a bound socket that does not listen, with SO_REUSEADDR on both sides, allows another
+    socket to bind and listen: Jupyter's, or that of any program that sets the option. Elsewhere it
+    would be in the way and is closed at once. Raises BackendRefused if the port is taken, OSError
+    if no socket can be created.
     """
     other = find_user(spec)
     family = socket.AF_INET6 if ":" in spec.ip else socket.AF_INET
@@ -30,7 +31,7 @@ def hold_port(spec: ServerSpec) -> socket.socket:
     try:
         hold.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if other is not None and spec.port is not None and spec.port < _first_free_for_all():
-            # The keeper is root, and has the right that the server's user has not.
+            # The keeper is root and may bind it, but the server's user may not.
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         hold.bind((spec.ip, spec.port or 0))
     except PermissionError as error:
@@ -53,7 +54,7 @@ def hold_port(spec: ServerSpec) -> socket.socket:
 
 
 def _first_free_for_all() -> int:
-    """Return the lowest port that everybody may listen on, as ip(7) has it."""
+    """Return the lowest port that any user may listen on (ip(7))."""
     with contextlib.suppress(OSError, ValueError):
         return int(_UNPRIVILEGED.read_text())
     return 1024

@@ -1,8 +1,8 @@
-"""Processes of this machine: who is who, who is left, who has ended.
+"""Processes of this machine: their identity, descendants and ends.
 
-A pid alone names nobody, since the kernel hands it out again. Here a process is its pid and the moment it started, which together
-are unique until the machine boots again. What a server started is found by a mark that its environment carries and
-all its children inherit, whatever session or parent they have moved to.
+A pid alone identifies no process, since the kernel reuses it. Together with its start time it is
+unique until the machine reboots. What a server started is found by a mark in its environment, which
+all its children inherit, even in another session or with another parent.
 """
 
 from __future__ import annotations
@@ -24,25 +24,28 @@ from labkeeper import shortage
 from labkeeper.forkserver import marks
 
 _LOOK_EVERY: Final = 0.1
-"""Seconds between two looks at a process where the system cannot tell us of its end (no pidfd)."""
+"""Polling interval in seconds where the system cannot report a process's end (no pidfd)."""
 _EXECUTED_WITHIN: Final = 0.5
-"""Seconds in which a program that is executed is taken to get its environment."""
+"""Seconds in which a program being executed is expected to have its environment."""
 _BETWEEN_READS: Final = 0.001
-"""Seconds between two of its reads; what is at the same place in both and empty is no environment."""
+"""Seconds between two reads of it; if it stays empty at the same address, there is none."""
 _LISTENS: Final = "0A"
-"""The state of a TCP socket that listens, as /proc/net/tcp writes it."""
+"""The state of a listening TCP socket in /proc/net/tcp."""
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process, past or present. `started` is opaque: equal for the same process on the same boot."""
+    """One process, past or present; `started` is opaque, and constant for a process and boot."""
 
     pid: int
     started: str
 
     @classmethod
     def find(cls, pid: int) -> Process | None:
-        """Identify the live process that has this pid now. Raises OSError where no descriptor is free to look."""
+        """Return the live process that has this pid now, or None.
+
+        Raises OSError if no file descriptor is free.
+        """
         with shortage.suppress_others(psutil.Error, OSError):
             return cls(pid, _started(pid))
         return None
@@ -54,11 +57,11 @@ class Process:
         except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             return False
         except (psutil.Error, OSError):
-            # It cannot be told (no descriptor is free, say): what is not proven dead is taken for alive.
+            # Unknown (no file descriptor is free, for example): not proven dead counts as alive.
             return True
 
     def is_current(self) -> bool:
-        """Whether it is the one that has its pid now, be it a zombie; also when that cannot be told."""
+        """Whether it still holds its pid, even as a zombie; also True if that is unknown."""
         try:
             return _started(self.pid) == self.started
         except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
@@ -67,12 +70,15 @@ class Process:
             return True
 
     def send(self, number: signal.Signals) -> bool:
-        """Send a signal to it, and to no other that may have its pid by now; return whether it was there."""
+        """Send it a signal, never to another process that reuses its pid.
+
+        Return whether the signal was sent.
+        """
         try:
             if sys.platform == "linux":
                 handle = os.pidfd_open(self.pid)
                 try:
-                    # The descriptor holds the pid: what is compared now is what is signalled.
+                    # The descriptor pins the pid: the process compared here is the one signalled.
                     if _started(self.pid) != self.started:
                         return False
                     signal.pidfd_send_signal(handle, number)
@@ -88,14 +94,17 @@ class Process:
         """Return its children and theirs, as far as they are still linked to it."""
         if not self.alive():
             return []
-        # Those that cannot be looked for now are found by their marks when it has ended.
+        # Those that cannot be listed now are found by their marks when it has ended.
         with contextlib.suppress(psutil.Error, OSError):
             children = psutil.Process(self.pid).children(recursive=True)
             return [found for child in children if (found := Process.find(child.pid)) is not None]
         return []
 
     def listens_on(self, port: int) -> bool:
-        """Whether it holds a listening socket on this TCP port; where its descriptors are closed to us, whether its user does."""
+        """Whether it holds a listening socket on this TCP port.
+
+        If its descriptors cannot be read, whether its user holds one.
+        """
         if sys.platform == "linux":
             return any(self._holds(socket) for socket in _listening(port))
         try:
@@ -108,7 +117,7 @@ class Process:
         try:
             return socket.name in _held(self.pid)
         except PermissionError:
-            # As for root without the capability to trace others, in a container.
+            # For example root in a container without the capability to trace other processes.
             return socket.uid == _uid(self.pid)
         except OSError:
             return False
@@ -116,15 +125,18 @@ class Process:
 
 @dataclass(frozen=True, slots=True)
 class _Listening:
-    """A socket that listens."""
+    """A listening socket."""
 
     name: str
-    """What links to it in /proc say."""
+    """The target of its links in /proc."""
     uid: int
 
 
 def _listening(port: int) -> Iterator[_Listening]:
-    """Find the sockets that listen on a TCP port. Read by the line: Linux names those that listen before all others."""
+    """Yield the sockets that listen on a TCP port.
+
+    Read line by line, because Linux lists listening sockets first.
+    """
     where = f":{port:04X}"
     for table in (Path("/proc/net/tcp"), Path("/proc/net/tcp6")):
         with contextlib.suppress(OSError), table.open(encoding="ascii") as lines:
@@ -135,14 +147,14 @@ def _listening(port: int) -> Iterator[_Listening]:
 
 
 def _held(pid: int) -> Iterator[str]:
-    """Name what a process holds open. Raises OSError."""
+    """Yield the link targets of a process's open descriptors. Raises OSError."""
     for descriptor in Path(f"/proc/{pid}/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # Closed meanwhile.
             yield str(descriptor.readlink())
 
 
 def _uid(pid: int) -> int | None:
-    """Return which user a process runs as; None when it is gone."""
+    """Return a process's effective user, or None if it has ended."""
     try:
         return psutil.Process(pid).uids().effective
     except psutil.Error:
@@ -150,29 +162,29 @@ def _uid(pid: int) -> int | None:
 
 
 def _started(pid: int) -> str:
-    """Return the moment a process started, in a form that no change of the clock alters."""
+    """Return a process's start time in a form that clock changes do not alter."""
     if sys.platform == "linux":
-        # As fork servers tell it of their children.
+        # The form in which fork servers report their children.
         return marks.started(pid)
     return repr(psutil.Process(pid).create_time())
 
 
 def boot_id() -> str:
-    """Name the present boot of this machine."""
+    """Return the identifier of the current boot."""
     if sys.platform == "linux":
         return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     return repr(psutil.boot_time())
 
 
 def spared() -> set[int]:
-    """Return the pids that are never ended as somebody's leftovers: ourselves, and those that started us."""
+    """Return the pids that are never killed as leftovers: the keeper's and its ancestors'."""
     return {os.getpid(), *(parent.pid for parent in psutil.Process().parents())}
 
 
 def marked(name: str, value: str, *, users: Collection[int] | None = None) -> list[Process]:
-    """Find every live process of some users, or of any, whose environment has `name` set to `value`.
+    """Return every live process of some users, or of any, whose environment sets `name` to `value`.
 
-    Ourselves and those that started us are not among them.
+    The keeper and its ancestors are left out.
     """
     ours = spared()
     found = []
@@ -186,7 +198,10 @@ def marked(name: str, value: str, *, users: Collection[int] | None = None) -> li
 
 
 def server_dirs_marked(name: str, directory: Path) -> set[Path]:
-    """Return the paths in a directory that `name` is set to in the environment of any process of our own user. Raises OSError."""
+    """Return the paths in a directory that processes of the keeper's user have as value of `name`.
+
+    Raises OSError.
+    """
     found: set[Path] = set()
     for pid in psutil.pids():
         with shortage.suppress_others(psutil.Error, OSError):
@@ -197,17 +212,19 @@ def server_dirs_marked(name: str, directory: Path) -> set[Path]:
 
 
 def is_of(pid: int, users: Collection[int] | None) -> bool:
-    """Whether a process runs for one of these users, or any if None: anybody can set any variable. Raises psutil.Error.
+    """Whether a process runs for one of these users; True for None. Raises psutil.Error.
 
-    It is the real user that counts. The effective one of a setuid program is root, whoever has started it.
+    Any user can set any variable. The real user counts: the effective user of a setuid program is
+    root, whoever started it.
     """
     return users is None or psutil.Process(pid).uids().real in users
 
 
 def sees(pid: int, directory: Path) -> bool:
-    """Whether a directory is the same to a process as to us; another one has that path in a container with a keeper of its own.
+    """Whether a process and the keeper see the same directory at a path.
 
-    Also where it has none of that path: what a server starts may be shut in somewhere. Where only it has one, that is another.
+    In a container with a keeper of its own, the path is another directory. Also True if the process
+    has no such path, since a server may confine what it starts; False if only the process has one.
     """
     try:
         theirs = Path(f"/proc/{pid}/root{directory}").stat()
@@ -222,9 +239,9 @@ def sees(pid: int, directory: Path) -> bool:
 
 
 def carries(pid: int, name: str) -> bytes:
-    """Return what a variable is set to in the environment of a process; b"" where it is not, or may not be read.
+    """Return a variable's value in a process's environment, or b"" if it is unset or unreadable.
 
-    Raises OSError where no descriptor is free to read it.
+    Raises OSError if no file descriptor is free.
     """
     with shortage.suppress_others(psutil.Error, OSError):
         return next((os.fsencode(value) for value in _values(pid, name)), b"")
@@ -232,9 +249,9 @@ def carries(pid: int, name: str) -> bytes:
 
 
 def _values(pid: int, name: str) -> set[str]:
-    """Return what a variable is set to in the environment of a process. Raises OSError, psutil.Error."""
+    """Return a variable's values in a process's environment. Raises OSError, psutil.Error."""
     if sys.platform == "linux":
-        # Read as it is: parsing it would take longer than a process may need to start another and end.
+        # Not parsed: that could take longer than a process needs to start another and end.
         environment = b"\0" + _environment(pid)
         _, *found = environment.split(b"\0" + os.fsencode(name) + b"=")
         return {os.fsdecode(rest.partition(b"\0")[0]) for rest in found}
@@ -242,15 +259,16 @@ def _values(pid: int, name: str) -> set[str]:
 
 
 def _environment(pid: int) -> bytes:
-    """Read the environment of a process, once it has one: while a program is executed there is none. Raises OSError.
+    """Return a process's environment, waiting while a program is being executed. Raises OSError.
 
-    That takes Linux a moment, which can be longer than several looks through all processes when the machine is busy.
+    Until then it is empty; on a busy machine that can outlast several scans of all processes.
     """
     until = time.monotonic() + _EXECUTED_WITHIN
     before = None
     while not (environment := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < until:
         place = _place_of_environment(pid)
-        # One that has taken its environment away is not waited for: anybody can do that, in any number of processes.
+        # Do not wait for a process that cleared its environment: users could start any number of
+        # these.
         if place is None or (place == before and place[1] != "0"):
             break
         before = place
@@ -259,7 +277,10 @@ def _environment(pid: int) -> bytes:
 
 
 def _place_of_environment(pid: int) -> tuple[str, str] | None:
-    """Return where it begins and ends: zeros in a program that is executed; None for a thread of Linux itself."""
+    """Return the addresses of its start and end: zeros while a program is being executed.
+
+    None for a kernel thread.
+    """
     with shortage.suppress_others(OSError):
         Path(f"/proc/{pid}/exe").readlink()
         fields = marks.stat(pid)
@@ -268,9 +289,9 @@ def _place_of_environment(pid: int) -> tuple[str, str] | None:
 
 
 def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:
-    """Wait for the end of a process; give up when a descriptor becomes readable, or after `timeout` seconds.
+    """Wait until a process ends, a descriptor becomes readable, or `timeout` seconds have passed.
 
-    Says whether the process has ended. Sleeps in the kernel where it can.
+    Return whether the process has ended. Blocks in the kernel where possible.
     """
     if sys.platform != "linux":
         return _look_until_ended(process, or_readable, timeout)
@@ -281,7 +302,7 @@ def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeo
     except OSError:
         return _look_until_ended(process, or_readable, timeout)
     try:
-        # The descriptor is of whoever has the pid now. It tells of a zombie by itself.
+        # The descriptor refers to the pid's present holder. It becomes readable for a zombie.
         if not process.is_current():
             return True
         poll = select.poll()
@@ -307,8 +328,9 @@ def _look_until_ended(process: Process, or_readable: Sequence[int], timeout: flo
 
 
 def end_all(processes: Iterable[Process], *, grace: float, within: float) -> list[Process]:
-    """End processes: SIGTERM, `grace` seconds, SIGKILL, until `within` seconds have passed; give those that still live.
+    """End processes and return those that still live.
 
+    Sends SIGTERM, then SIGKILL after `grace` seconds, and waits until `within` seconds have passed.
     A `grace` of 0 sends SIGKILL at once.
     """
     left = [p for p in processes if p.alive()]

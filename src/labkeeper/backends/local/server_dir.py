@@ -1,11 +1,11 @@
-"""The directory of one server, which goes when the server has ended.
+"""The directory of one server, removed when the server has ended.
 
-Only the keeper's user can enter it. Where the server runs as another user, others can pass through it (0711), but not list it,
-and one part belongs to that user.
+Only the keeper's user can enter it. If the server runs as another user, other users can traverse it
+(0711) but not list it, and that user owns one part.
 
-In it: `launch.json`, by which a later keeper knows the process again; `stop.json`, how the server is to end; and `jupyter/`,
-Jupyter's runtime directory, with `kernels.json`, the kernels that it has: the part that is the server's user's. Its path is
-the mark by which all that the server started is found.
+It holds `launch.json`, by which a later keeper recognises the process; `stop.json`, how the server
+is to end; and `jupyter/`, Jupyter's runtime directory with `kernels.json`, the list of its kernels:
+the part that the server's user owns. Its path is the mark that finds all that the server started.
 """
 
 from __future__ import annotations
@@ -33,20 +33,23 @@ _BUNDLE: Final = "gateway-ca.pem"
 
 
 class Asked(BaseModel):
-    """Where a server was told to listen. It runs its user's own code, so what it says of that itself is worth nothing."""
+    """The address that a server was launched to listen on.
+
+    A server runs its user's own code, so its own statements about this are not trusted.
+    """
 
     hostname: str
     port: int
     base_url: str
     secure: bool
-    """Whether it has to speak TLS; by its own configuration it may in any case."""
+    """Whether it must use TLS; its own configuration may enable TLS anyway."""
 
 
 class Record(BaseModel):
-    """`launch.json`: which process runs here, of which generation and boot."""
+    """`launch.json`: the process that runs here, with its generation and boot."""
 
     version: Literal[1, 2] = 2
-    """Of this format. Without it, or with 1, `generation` may still be called `launch`."""
+    """The format's version. Without it, or with 1, `generation` may still be called `launch`."""
     generation: int = Field(validation_alias=AliasChoices("generation", "launch"))
     pid: int
     started: str
@@ -55,16 +58,16 @@ class Record(BaseModel):
     launched_by: Literal["fork", "exec"] = "exec"
     exec_reason: str | None = None
     forkserver: str | None = None
-    """Which fork server is its parent."""
+    """The fork server that is its parent."""
     limited_by: dict[str, LimitedBy] = {}
     ready: bool = False
     asked: Asked | None = None
-    """None in one that an earlier release wrote."""
+    """None in a record of an earlier release."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServerDir:
-    """One server's directory, whether it exists or not."""
+    """One server's directory, which need not exist."""
 
     path: Path
 
@@ -75,33 +78,44 @@ class ServerDir:
 
     @property
     def users(self) -> frozenset[int] | None:
-        """The users that processes of its server run as: its own, and ours until it has become that one; None if unknown."""
+        """The users that the server's processes run as, or None if unknown.
+
+        Its own, and the keeper's until the process has switched.
+        """
         try:
             return frozenset({os.getuid(), self.jupyter.lstat().st_uid})
         except OSError:
             return None
 
     def prepare(self, spec: ServerSpec, user: User | None) -> Path | None:
-        """Create the directory and what a launch needs; return the file of certificates to trust, if any. Raises OSError."""
+        """Create the directory with what a launch needs; return the CA bundle, if any.
+
+        Raises OSError.
+        """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.path.mkdir(mode=0o700)
         self.jupyter.mkdir(mode=0o700)
         bundle = self._bundle(spec)
         if user is not None:
-            # It may pass through to its own part. Which process runs here it must not be able to write.
+            # The user may traverse to its own part, but must not be able to write which process
+            # runs here.
             for passed in (self.path.parent, self.path):
                 passed.chmod(0o711)
-            # The directory last: once it is the user's, a link may stand for anything in it, and we would give that away.
+            # The directory last: once the user owns it, any entry may be replaced by a link, whose
+            # target would be given away.
             for owned in filter(None, (bundle, self.jupyter)):
                 os.chown(owned, user.uid, user.gid, follow_symlinks=False)
         return bundle
 
     def write_record(self, record: Record) -> None:
-        """Write down which process runs here. Raises OSError."""
+        """Record which process runs here. Raises OSError."""
         write_private(self._record_path, record.model_dump_json())
 
     def read_record(self) -> Record | None:
-        """Read which process runs here; None when nothing that can be trusted is written. Raises BackendUnavailable."""
+        """Return which process runs here, or None without a valid record.
+
+        Raises BackendUnavailable.
+        """
         try:
             return Record.model_validate_json(self._record_path.read_bytes())
         except (FileNotFoundError, NotADirectoryError, ValidationError):
@@ -111,19 +125,22 @@ class ServerDir:
 
     @property
     def kernels(self) -> Path:
-        """Where the server writes down which kernels it has."""
+        """The file in which the server lists its kernels."""
         return self.jupyter / kernels.RECORD
 
     def write_stop_request(self, *, keep_kernels: bool, within: float) -> None:
-        """Tell the server how its kernels on a gateway are to end, and within how many seconds. Raises OSError."""
+        """Tell the server how, and within how many seconds, to end its kernels on a gateway.
+
+        Raises OSError.
+        """
         note = write_private(self.path / kernels.STOP_REQUEST, json.dumps({"keep_kernels": keep_kernels, "within": within}))
-        # Its user is to read it.
+        # The server's user must be able to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():
             os.chown(note, user.st_uid, user.st_gid, follow_symlinks=False)
 
     @property
     def recognised(self) -> bool:
-        """Whether a keeper made this directory: a user's own may have the same path."""
+        """Whether a keeper created this directory: a user's own may have the same path."""
         try:
             inside = {path.name for path in self.path.iterdir()}
         except OSError:
@@ -132,7 +149,7 @@ class ServerDir:
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def reset(self) -> None:
-        """Remove what an abandoned launch wrote, and keep what the next one needs. Raises OSError."""
+        """Remove what an abandoned launch wrote, except what the next one needs. Raises OSError."""
         for path in self.jupyter.iterdir():
             if path.name == _BUNDLE:
                 continue
@@ -142,10 +159,12 @@ class ServerDir:
                 path.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Remove the directory with all that is in it. Idempotent. Raises OSError where we lack what it takes to look into it.
+        """Remove the directory and its contents. Idempotent.
 
-        A keeper may be killed at any step, and what is left is recognised. The record goes first: a later keeper would take a
-        server whose own files are gone for one that has ended in good order. Then what may hold anything.
+        Raises OSError if the keeper lacks resources to read it. A keeper may be killed at any step,
+        and what is left is recognised. The record goes first, because a later keeper would take a
+        server without its own files for one that ended in good order; then the part with arbitrary
+        contents.
         """
         if self.path.is_symlink():
             return
@@ -159,7 +178,7 @@ class ServerDir:
         return self.path / RECORD
 
     def _bundle(self, spec: ServerSpec) -> Path | None:
-        """Write the certificates to trust: the system's and the gateway's own."""
+        """Write the CA bundle: the system's certificates and the gateway's own."""
         if spec.gateway is None or spec.gateway.ca_certs is None:
             return None
         system = ssl.get_default_verify_paths().cafile
@@ -172,9 +191,9 @@ _CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\s
 
 
 def _certificates(file: str, content: bytes) -> str:
-    """Return the certificates of a file, and nothing else: we may be able to read what the server's user may not.
+    """Return only the certificates of a file: the server's user may be unable to read the rest.
 
-    Raises ValueError where there is none.
+    Raises ValueError if there are none.
     """
     found = [match[0] for match in _CERTIFICATE.finditer(content.decode(errors="replace"))]
     if not found:

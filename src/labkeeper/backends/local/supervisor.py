@@ -1,4 +1,4 @@
-"""One launch of one server, attended: from its process, over the proof that it is ready, to the proof that nothing is left."""
+"""Supervision of one launch of one server, from its process to the proof that nothing is left."""
 
 from __future__ import annotations
 
@@ -36,35 +36,35 @@ from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_ke
 from labkeeper.threads import ThreadGroup
 
 _TAIL_LINES: Final = 30
-"""Lines of the log that a failure carries."""
+"""Number of log lines in a failure."""
 _LONGEST_LINE: Final = 2000
-"""Characters of each of them: they are kept with the server, and told in its history."""
+"""Maximum characters of each line: they are stored with the server and shown in its history."""
 _PROOF_PAUSES: Final = (0.005, 0.1)
-"""Seconds between two looks at a server that says that it is ready and does not answer yet: at first, and at most."""
+"""Seconds between probes of a server that reports readiness but does not answer: first, maximum."""
 _FOUND_PAUSES: Final = (0.02, 0.1)
-"""The same for a server that an earlier keeper launched, which has nobody to say so."""
+"""The same for a server of an earlier keeper, which cannot report readiness."""
 _ROTATE_EVERY: Final = 2.0
-"""Seconds between two looks at the size of a log."""
+"""Seconds between checks of a log's size."""
 _LEFTOVER_GRACE: Final = 0.3
-"""Seconds that what a server leaves behind has between SIGTERM and SIGKILL, after an end in good order."""
+"""Seconds between SIGTERM and SIGKILL for leftover processes, after a clean exit."""
 _FOR_KERNELS: Final = 0.75
-"""The part of the time that a server gets to end which its kernels on a gateway get."""
+"""Share of a server's grace period that its kernels on a gateway get."""
 _TRIED_AGAIN: Final = 0.2
-"""Seconds after which a step is taken again that we lacked a descriptor for, say."""
+"""Seconds before a step is retried that failed for lack of resources, such as descriptors."""
 _OUT_OF_MEMORY: Final = (
     "Linux killed it, because the memory that it may have had run out; ask for a higher memory_limit, or give the machine more",
     "most likely Linux killed it, because the machine's memory had run out; give it more, or limit what each server takes",
 )
-"""What a message says of a server that was killed for want of memory, for certain, and most likely."""
+"""Messages about a server that was OOM killed: certainly, and most likely."""
 _LOOK_LIMIT: Final = 1.5
-"""Seconds that a look at a running server may take, however slowly it answers; its next job waits meanwhile."""
+"""Maximum seconds of a probe of a running server; its next job waits meanwhile."""
 
 _log = structlog.get_logger("labkeeper.backends.local.supervisor")
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What a supervisor works with."""
+    """The collaborators of a supervisor."""
 
     name: ServerName
     server_dir: ServerDir
@@ -79,42 +79,45 @@ class Site:
 
 @dataclass(slots=True, eq=False)
 class ProcessSupervisor:
-    """Supervises one launch, in a thread of its own. Made by `launched` or `adopted`."""
+    """Supervises one launch in its own thread. Created by `launched` or `adopted`."""
 
     site: Site
     process: Process
     record: Record
     _pipe: ReportPipe | None
-    """What its fork server writes about its end, and the process about itself if we launched it."""
+    """Carries its fork server's report of its end, and its own messages if launched here."""
     _token: str | None = None
-    """The token that it was launched with, if we launched it."""
+    """Its token, if this keeper launched it."""
     _child: subprocess.Popen[bytes] | None = None
-    """Set if it is a child of ours, whose exit status we can read."""
+    """Set if it is the keeper's child, whose exit status the keeper can read."""
     _hold: socket.socket | None = None
-    """Keeps its port from others until it listens there itself."""
+    """Reserves its port until it listens there itself."""
     _endpoint: Endpoint | None = None
     _over: threading.Event = field(default_factory=threading.Event)
-    """Set when it is supervised no more."""
+    """Set when supervision has ended."""
     _method: StopMethod = StopMethod.NONE
     _kernels: tuple[OwnKernel, ...] = ()
-    """Those that it had when it was asked to end."""
+    """Its kernels when it was asked to end."""
     _looker: threading.Thread | None = None
-    """Takes the last look at it; one that never ends is not joined by another."""
+    """Runs the latest probe; while it hangs, no other is started."""
     _memory_kills: MemoryKills | None = None
-    """Where those of it are counted that were killed for want of memory."""
+    """Counter of its OOM kills."""
     _killed: tuple[int, ...] = ()
-    """What was counted in the last two looks: one that fell between a kill and the end that it led to must not hide it."""
+    """Counts of the last two checks: one between a kill and the end must not hide the kill."""
     _known: set[Process] = field(default_factory=set)
-    """Descendants seen before the end; beside the marked ones, for those that hide their environment."""
+    """Descendants seen before its end, including those that hide their environment."""
 
     @classmethod
     def launched(cls, site: Site, record: Record, launched: Launched, *, token: str, hold: socket.socket) -> ProcessSupervisor:
-        """Return the supervisor of a process that this keeper has launched; `hold` is its port, closed by the supervisor."""
+        """Return a supervisor for a process of this keeper. It closes `hold`, the reserved port."""
         return cls(site, launched.process, record, launched.report, token, launched.child, hold)
 
     @classmethod
     def adopted(cls, site: Site, record: Record, pipe: ReportPipe | None) -> ProcessSupervisor:
-        """Return the supervisor of a process that an earlier keeper launched; by `pipe` its fork server reports its end."""
+        """Return a supervisor for a process of an earlier keeper.
+
+        On `pipe` its fork server reports its end.
+        """
         return cls(site, Process(record.pid, record.started), record, pipe)
 
     @property
@@ -124,7 +127,7 @@ class ProcessSupervisor:
 
     @property
     def generation(self) -> int:
-        """The number of the launch."""
+        """The generation of the launch."""
         return self.record.generation
 
     @property
@@ -134,9 +137,10 @@ class ProcessSupervisor:
         return Instance(id_, record.pid, record.launched_by, record.exec_reason, dict(record.limited_by))
 
     def supervise(self, deregister: Callable[[], None]) -> None:
-        """Watch it until its end, or ours; report when it is ready, and what became of it.
+        """Watch the server until it ends or the keeper closes; report its readiness and its end.
 
-        `deregister` is called before the last report: what is asked for next must not go to a supervisor that has ended.
+        `deregister` is called before the last report, so that the next request does not reach a
+        supervisor that has ended.
         """
         last: Fact | None = Unreachable(f"nobody watches server '{self.name}'")
         try:
@@ -149,13 +153,13 @@ class ProcessSupervisor:
                 self.site.report(Report(self.name, self.generation, last))
 
     def wait(self, seconds: float) -> None:
-        """Wait until it is supervised no more."""
+        """Wait until supervision has ended."""
         self._over.wait(seconds)
 
     def finish(self) -> Ended:
-        """End what a process that has ended left, remove its directory, and return how it ended.
+        """End the leftovers of an ended process, remove its directory, and return how it ended.
 
-        Raises BackendUnavailable when something lives on.
+        Raises BackendUnavailable if a process survives.
         """
         try:
             return self._bury()
@@ -176,25 +180,26 @@ class ProcessSupervisor:
             return self._watch()
         except BackendError as error:
             return Unreachable(error.message)
-        except Exception as error:  # noqa: BLE001 - a bug: what became of the server has to be found out some other way
+        except Exception as error:  # noqa: BLE001 - a bug: the server's state is still unknown
             _log.exception("cannot watch a server")
             return Unreachable(f"cannot watch server '{self.name}': {error!r}")
         finally:
             self._close()
 
     def _close(self) -> None:
-        """Release what is held for it, but the process."""
+        """Release all resources but the process."""
         for held in (self._hold, self._pipe):
             if held is not None:
                 held.close()
         if self._child is not None and self._child.returncode is None:
-            # A living child is left to the next keeper, without the warning that its handle would give when it is collected.
+            # A live child is left to the next keeper, without the warning that its handle would
+            # emit.
             self._child.returncode = 0
 
     def look(self) -> bool | None:
-        """Return whether it answers; None if we had no thread or no descriptor to ask with.
+        """Return whether it answers; None if no thread or descriptor was available to ask.
 
-        However slowly it answers, this takes a limited time: a command to end it is queued behind it.
+        Takes limited time however slow the answer: a command to end the server is queued behind it.
         """
         if self._endpoint is None or (self._looker is not None and self._looker.is_alive()):
             return False
@@ -209,12 +214,12 @@ class ProcessSupervisor:
             return False
 
     def ask_to_end(self, patience: float, *, keep_kernels: bool) -> None:
-        """Ask by Jupyter's own API for `patience` seconds, then by SIGTERM."""
+        """Request shutdown through Jupyter's API for `patience` seconds, then send SIGTERM."""
         until = time.monotonic() + patience
         self._known.update(self.process.descendants())
         self._kernels = self._recorded()
         if self.record.gateway and not self._says_how(keep_kernels, patience):
-            # It would end them. Killed, it cannot.
+            # It would end kernels that have to survive. Killed, it cannot.
             self.kill()
             return
         if self._endpoint is not None:
@@ -226,17 +231,20 @@ class ProcessSupervisor:
             self.process.send(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Send SIGKILL to it; the attending thread ends the rest."""
+        """Send SIGKILL; the supervisor's thread ends the rest."""
         self._known.update(self.process.descendants())
         self._escalate(StopMethod.SIGKILL)
         self.process.send(signal.SIGKILL)
 
     def _bury(self) -> Ended:
-        """End what it left, remove its directory, and tell how it ended. Raises BackendUnavailable when something lives on."""
+        """End its leftovers, remove its directory, and return how it ended.
+
+        Raises BackendUnavailable if a process survives.
+        """
         end = self._exit()
         out_of_memory = self._out_of_memory(end)
         self._tend_log()
-        # After an end in good order its leftovers get the chance of one, too.
+        # After a clean exit its leftovers may end cleanly too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
         end_rest = functools.partial(
             end_leftovers, self.name, self.site.server_dir.path, self._known, grace=grace, groups=self.site.groups
@@ -273,7 +281,7 @@ class ProcessSupervisor:
         return self._bury()
 
     def _until_ready(self) -> Endpoint | None:
-        """Wait until it answers as itself; None when it ended before, or we are closing."""
+        """Wait until it answers as itself; None if it ends first or the keeper closes."""
         pause, slowest = _PROOF_PAUSES if self._token is not None else _FOUND_PAUSES
         self._count_memory_kills()
         while True:
@@ -282,7 +290,7 @@ class ProcessSupervisor:
                 if self._hold is not None:
                     self._hold.close()
                 return endpoint
-            # As long as it has said nothing there is nothing to look at: what it says wakes us.
+            # Until it reports there is nothing to probe; its report wakes this thread.
             silent = endpoint is None and self._will_say
             if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.site.threads.closed:
                 return None
@@ -291,22 +299,26 @@ class ProcessSupervisor:
 
     @property
     def _will_say(self) -> bool:
-        """Whether it can still say to us when it is ready: one that we have launched does."""
+        """Whether it can still report its readiness, as servers of this keeper do."""
         return self._token is not None and self._pipe is not None and bool(self._pipe.readable)
 
     def _announced(self) -> Endpoint | None:
-        """Return where it listens, once it says that it does: to us, when we launched it; else in Jupyter's file."""
+        """Return its endpoint once it reports that it listens.
+
+        Servers of this keeper report on the pipe, others in Jupyter's info file.
+        """
         said = self._pipe.said("ready") if self._pipe else None
         if said is None and self._will_say:
             return None
         pid = self.process.pid
         endpoint = read_info(self.site.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
         endpoint = endpoint and self._as_asked(endpoint)
-        # Before anything is sent there: our token is for its process alone. And Jupyter writes its file before it has the port.
+        # Checked before anything is sent there: the token is for this process alone, and Jupyter
+        # writes its file before it has the port.
         return endpoint if endpoint and self.process.listens_on(endpoint.port) else None
 
     def _as_asked(self, said: Endpoint) -> Endpoint:
-        """Let what the launch asked for go over what the process says of itself, which its user has a hand in."""
+        """Return the endpoint; the launch's values override those that the user can influence."""
         record = self.record
         told: dict[str, Any] = {}
         if (asked := record.asked) is not None:
@@ -319,7 +331,10 @@ class ProcessSupervisor:
         return wait_until_ended(self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds)
 
     def _exit(self) -> Exit:
-        """Return how its process ended, as its parent saw it. If none did, its info file tells whether it ended in good order."""
+        """Return how the process ended, as its parent saw it.
+
+        Without that, its info file shows whether it ended in good order.
+        """
         if self._child is not None:
             return exit_of(self._child.wait())
         seen = self._pipe.exit() if self._pipe else None
@@ -333,14 +348,17 @@ class ProcessSupervisor:
         self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:
-        """Return a sentence if Linux killed it for want of memory, "" otherwise."""
+        """Return a sentence if it was OOM killed, "" otherwise."""
         if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or self._memory_kills is None:
             return ""
         grown = self._memory_kills.count() > self._killed[0]
         return _OUT_OF_MEMORY[0 if self._memory_kills.certain else 1] if grown else ""
 
     def _when_possible(self, step: Callable[[], object]) -> None:
-        """Take a step as soon as we have what that takes: when an end is told, nothing is left. Raises OSError when we close."""
+        """Run a step, retrying while resources are lacking: a reported end leaves nothing behind.
+
+        Raises OSError when the keeper closes.
+        """
         while True:
             try:
                 step()
@@ -352,7 +370,7 @@ class ProcessSupervisor:
     # Small things
 
     def _write_record(self) -> bool:
-        """Write what is known of it; return whether that succeeded: a full disk may have space later."""
+        """Write the record; return whether that succeeded: a full disk may have space later."""
         try:
             self.site.server_dir.write_record(self.record)
         except OSError:
@@ -366,7 +384,7 @@ class ProcessSupervisor:
         return read_kernels(self.site.server_dir.kernels)
 
     def _says_how(self, keep_kernels: bool, patience: float) -> bool:
-        """Tell it how its kernels on a gateway are to end; return whether it will be so."""
+        """Tell the server how to end its kernels on a gateway; return whether it will comply."""
         try:
             self.site.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
         except OSError:
@@ -374,7 +392,7 @@ class ProcessSupervisor:
         return True
 
     def _escalate(self, method: StopMethod) -> None:
-        """Note what is used to end it; a gentler way that was slow does not take back a harder one."""
+        """Record the method used to end it; a slow gentle method does not replace a harsher one."""
         self._method = max(self._method, method, key=list(StopMethod).index)
 
     def _tend_log(self) -> None:
@@ -384,7 +402,7 @@ class ProcessSupervisor:
 
     def _tail_of_launch(self) -> tuple[str, ...]:
         lines: list[str] = []
-        with contextlib.suppress(OSError):  # A report is not held up by a log that cannot be read.
+        with contextlib.suppress(OSError):  # A report does not fail because its log cannot be read.
             lines = list(self.site.log.tail(_TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
         return tuple(line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines))

@@ -1,7 +1,8 @@
-"""What runs in the terminals of a server, as Linux sees it; Jupyter itself does not know.
+"""Programs in the terminals of a server, as Linux sees them; Jupyter does not know.
 
-The shell of a terminal is a child of the server that leads a session with a controlling terminal. A program runs there when the
-group of processes in the foreground is not the shell's own. What a shell has put into the background does not count.
+The shell of a terminal is a child of the server that leads a session with a controlling terminal.
+The terminal is busy when the foreground process group is not the shell's. Background jobs do not
+count.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from labkeeper.forkserver import marks
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
-    """What `/proc/PID/stat` says of a process, as far as terminals go (proc(5))."""
+    """The fields of `/proc/PID/stat` that concern terminals (proc(5))."""
 
     group: int
     session: int
@@ -29,9 +30,9 @@ class _Stat:
 
 
 def foregrounds(server: Process) -> list[str] | None:
-    """Name the program in the foreground of each terminal, the oldest terminal first; "" where there is none.
+    """Return the program in the foreground of each terminal, oldest terminal first; "" for none.
 
-    None where that cannot be known.
+    None if that is unknown.
     """
     if sys.platform != "linux":
         return None
@@ -47,14 +48,14 @@ def foregrounds(server: Process) -> list[str] | None:
 def _program(shell: _Stat) -> str:
     if shell.foreground <= 0 or shell.foreground == shell.group:
         return ""
-    # The first of a pipeline may have ended before the others.
+    # The first process of a pipeline may have ended before the others.
     with contextlib.suppress(OSError):
         return Path(f"/proc/{shell.foreground}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
     return "a program"
 
 
 def _stat(pid: int) -> _Stat | None:
-    """Read about a process; None where it has ended. Raises OSError, ValueError."""
+    """Return a process's fields, or None if it has ended. Raises OSError, ValueError."""
     with contextlib.suppress(FileNotFoundError, ProcessLookupError):
         _state, _parent, group, session, terminal, foreground, *rest = marks.stat(pid)
         return _Stat(int(group), int(session), int(terminal), int(foreground), int(rest[13]))

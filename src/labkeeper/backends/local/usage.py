@@ -1,7 +1,7 @@
-"""What servers use of this machine: read from their control groups where these count it, else summed over their processes.
+"""Resource usage of servers: read from their control groups, or summed over their processes.
 
-All servers are measured together. Only where one has no control group are the processes of the machine gone through, once
-for all.
+All servers are measured together. The machine's processes are scanned only if a server has no
+control group, and then once for all servers.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from labkeeper.core.spec import ServerName
 from labkeeper.forkserver import marks
 
 _PROPORTIONAL_EVERY: Final = 60.0
-"""Seconds between two looks at the shared memory of a server: Linux goes through all page tables for it."""
+"""Seconds between two readings of a server's shared memory, since Linux walks all page tables."""
 _PROPORTIONAL_WITHIN: Final = 0.05
-"""Seconds that these looks may take in one measurement; the others have their turn in the next."""
+"""Seconds that these readings may take in one measurement; the rest wait for the next."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Stat:
-    """What `/proc/PID/stat` says of a process, as far as it is measured (proc(5))."""
+    """The measured fields of `/proc/PID/stat` (proc(5))."""
 
     parent: int
     ticks: int
-    """Of itself, and of children that it has reaped."""
+    """Its own, and those of the children that it has reaped."""
     threads: int
     started: str
     pages: int
@@ -43,19 +43,19 @@ class _Stat:
 
 @dataclass(slots=True)
 class _Known:
-    """What is remembered of one launch between two measurements."""
+    """State of one launch between two measurements."""
 
     process: Process
     summed: float = 0.0
     """The last sum over processes."""
     lost: float = 0.0
-    """What processes had used that nobody of it has reaped."""
+    """Seconds used by processes that none of its processes has reaped."""
     proportional: int | None = None
     looked: float = float("-inf")
 
 
 class Meter:
-    """Measures servers; by one caller at a time."""
+    """Measures servers. Not thread-safe."""
 
     def __init__(self, groups: ControlGroups, runtime_dir: Path) -> None:
         self._groups = groups
@@ -63,12 +63,12 @@ class Meter:
         self._server_dirs = os.fsencode(runtime_dir) + b"/"
         self._known: dict[ServerName, _Known] = {}
         self._marks: dict[tuple[int, str], bytes] = {}
-        """What the processes that were there carry; a young one may not carry its mark yet."""
+        """Marks of the processes seen; a young one may not have its mark yet."""
         self._tick: int = os.sysconf("SC_CLK_TCK")
         self._page: int = os.sysconf("SC_PAGE_SIZE")
 
     def measure(self, servers: Mapping[ServerName, Process]) -> dict[ServerName, Usage]:
-        """Measure what these processes have started, each for its server; those that are gone are left out."""
+        """Return the usage of each server's processes; servers that have ended are left out."""
         self._known = {
             name: known if (known := self._known.get(name)) is not None and known.process == process else _Known(process)
             for name, process in servers.items()
@@ -102,7 +102,7 @@ class Meter:
         return ticks + known.lost
 
     def _found(self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]) -> dict[ServerName, frozenset[int]]:
-        """Find all that stems from servers, or carries their mark."""
+        """Return all processes that descend from servers or carry their mark."""
         owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
         server_dirs = {os.fsencode(self._runtime_dir / name): name for name in servers}
         marks = {pid: self._mark(pid, stat) for pid, stat in stats.items() if pid not in owners}
@@ -117,7 +117,7 @@ class Meter:
         return {name: frozenset(pids) for name, pids in found.items()}
 
     def _mark(self, pid: int, stat: _Stat) -> bytes:
-        """Return the mark of a process; b"" for none. Each is read twice: at first it may not have it yet."""
+        """Return a process's mark, or b"" for none. Read twice: it may be missing at first."""
         key = (pid, stat.started)
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
@@ -128,7 +128,7 @@ class Meter:
         return self._marks[key]
 
     def _look_at_shared(self, alive: Mapping[ServerName, Mapping[int, _Stat]]) -> None:
-        """Renew what is known of shared memory, the oldest first, as long as there is time."""
+        """Update shared memory, oldest reading first, until the time is used up."""
         begun = time.monotonic()
         for name in sorted(alive, key=lambda name: self._known[name].looked):
             known, now = self._known[name], time.monotonic()
@@ -140,9 +140,9 @@ class Meter:
 
 _UNCOUNTED: Final = Counted(frozenset(), None, None, None)
 _LONGEST_LINE: Final = 100
-"""Ancestors that are gone through; what is read one after the other may even form a ring."""
+"""Maximum number of ancestors followed; separate reads could even form a ring."""
 _NONE: Final = b"-"
-"""In place of a mark: it has none, and will not be asked again."""
+"""Stands for the mark of a process that has none and is not read again."""
 
 
 _Number = TypeVar("_Number", int, float)
@@ -153,7 +153,7 @@ def _or(counted: _Number | None, summed: _Number) -> _Number:
 
 
 def _may_carry(pid: int, mark: bytes) -> bool:
-    """Whether a process runs as who may have the mark of that directory: another user can only have forged it."""
+    """Whether a process's user may have that directory's mark; another user must have forged it."""
     with contextlib.suppress(psutil.Error):
         return is_of(pid, ServerDir(Path(os.fsdecode(mark))).users)
     return False
@@ -164,7 +164,7 @@ def _is(process: Process, stats: Mapping[int, _Stat]) -> bool:
 
 
 def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
-    """Return a process, its parent, and so on."""
+    """Yield a process, its parent, and so on."""
     for _ in range(_LONGEST_LINE):
         if pid not in stats:
             return
@@ -173,7 +173,7 @@ def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
 
 
 def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
-    """Read about processes; one that has ended, or is a zombie, is left out."""
+    """Return the fields of processes, except of ended ones and zombies."""
     found = {}
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -185,7 +185,7 @@ def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
 
 
 def _proportional(pids: Iterable[int]) -> int | None:
-    """Add up the memory of processes, shared pages divided; None where one of them may not be looked at."""
+    """Return the summed memory with shared pages divided, or None if a process cannot be read."""
     total = 0
     for pid in pids:
         try:
