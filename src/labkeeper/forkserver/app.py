@@ -1,7 +1,8 @@
-"""JupyterLab's server application with what is ours: managers that keep the record of kernels, and our extension.
+"""JupyterLab's server application with labkeeper's additions: kernel records and the extension.
 
-All of it comes in where Jupyter provides for it: by `ExtensionApp.serverapp_class`, the traits that name the classes of managers,
-and the extension manager. It imports Jupyter, so a process imports it when its log is open.
+All of it uses Jupyter's public seams: `ExtensionApp.serverapp_class`, the traits that name manager
+classes, and the extension manager. It imports Jupyter, so a process imports it once its log is
+open.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from .wire import Launch
 
 
 class ServerApp(serverapp.ServerApp):
-    """Jupyter's own, under its own name, so that configuration for it counts."""
+    """Jupyter's server application, under its own name so that configuration for it applies."""
 
     launch = traitlets.Instance(Launch)
     ready = traitlets.Any(help="Called with this application when its socket listens and its loop runs.")
     kernels = traitlets.Instance(Kernels, allow_none=True)
 
     def parse_command_line(self, argv: list[str] | None = None) -> None:
-        """Parse the command line; where there is none, none."""
+        """Parse the command line, if there is one."""
         if argv:
             super().parse_command_line(argv)
         else:
             self.argv, self.extra_args, self.cli_config = [], [], Config()
 
     def init_configurables(self) -> None:
-        """Make the managers: of the classes that the site has chosen, or else Jupyter, and such that they keep the record."""
-        # By this, which is made only once, Jupyter knows its own choice.
+        """Create managers with kernel records, of the classes that the site or Jupyter chose."""
+        # Jupyter's own choice depends on this object, which is created only once.
         self.gateway_config = GatewayClient.instance(parent=self)
         self.kernels = Kernels(self, self.launch.server_dir, self.launch.kernel_env)
         self.kernel_manager_class = self.kernels.recording_manager(self.kernel_manager_class)
@@ -43,16 +44,20 @@ class ServerApp(serverapp.ServerApp):
         self.kernels.attend()
 
     def load_server_extensions(self) -> None:
-        """Load all extensions, and ours as the last one: what it says of pages counts, and none runs the loop after it."""
+        """Load all extensions, labkeeper's last.
+
+        Its page settings thus take effect, and no extension runs the loop after it.
+        """
         super().load_server_extensions()
         manager: Any = self.extension_manager
         ours = extension.__name__
         manager.add_extension(ours, enabled=True)
-        # The manager's own method would log what goes wrong, and let a server run on that nobody protects or records.
+        # The manager's own method would log errors, and keep a server running without protection or
+        # records.
         manager.extensions[ours].load_all_points(self)
 
     async def cleanup_kernels(self) -> None:
-        """End the kernels as the keeper wishes, when extensions have ended, which may still use them."""
-        # There are none when it ends before it is initialised.
+        """End the kernels as the keeper requested, after extensions, which may still use them."""
+        # None if it ends before it is initialised.
         if self.kernels is not None:
             await self.kernels.end(super().cleanup_kernels)

@@ -1,4 +1,4 @@
-"""The servers that a fork server has forked, as their parent sees them: who lives, and who is told of each end."""
+"""The forked servers as their parent sees them: live children, and where to report their exit."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 
 
 class Children:
-    """Children, and for each a pipe to report its end to, once."""
+    """Children, each with a pipe to which its exit is reported once."""
 
     def __init__(self) -> None:
         self._reports: dict[int, int] = {}
-        """By the pid of each living child."""
+        """Report pipes, by the pid of each live child."""
         self._unheard: dict[int, int] = {}
-        """By pid: wait statuses that nobody was there to hear."""
+        """Wait statuses that could not be delivered, by pid."""
 
     def __bool__(self) -> bool:
-        """Whether one lives."""
+        """Whether a child lives."""
         return bool(self._reports)
 
     def add(self, pid: int, report: int) -> None:
-        """Take in a child; the pipe is ours to close."""
+        """Add a child; takes ownership of the pipe."""
         self._reports[pid] = report
-        # Of an earlier process that had this pid.
+        # Left by an earlier process with this pid.
         self._unheard.pop(pid, None)
 
     @property
     def unheard(self) -> bool:
-        """Whether there is an end that nobody was there to hear of."""
+        """Whether an exit could not be delivered."""
         return bool(self._unheard)
 
     def attach(self, pid: Any, report: int) -> bool:
-        """Report the end of a child to somebody else, also one that nobody has heard of; say whether it is ours."""
+        """Report a child's exit, even an undelivered one, to another pipe; False if unknown."""
         if not isinstance(pid, int) or pid not in {*self._reports, *self._unheard}:
             return False
         report = os.dup(report)
@@ -45,7 +45,7 @@ class Children:
         return True
 
     def reap(self) -> list[int]:
-        """Take in the ends of children, and of what they left behind; give the pids."""
+        """Reap children and inherited orphans; return their pids."""
         ended = []
         with contextlib.suppress(ChildProcessError):
             while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):
@@ -56,11 +56,11 @@ class Children:
         return ended
 
     def forget_unheard(self) -> None:
-        """Drop the ends that nobody has heard of."""
+        """Discard undelivered exits."""
         self._unheard.clear()
 
     def forget(self) -> None:
-        """Let go of all of them; for a child, whose siblings they are."""
+        """Close all pipes; for a child, whose siblings these are."""
         for report in self._reports.values():
             os.close(report)
         self._reports.clear()

@@ -1,7 +1,8 @@
-"""Our extension of a Jupyter server: it protects pages, encrypts kernels, begins the record of them, and reports readiness.
+"""Jupyter server extension: page protection, kernel encryption and records, readiness report.
 
-It needs neither an entry point nor a line of configuration: `app.ServerApp` gives it to the extension manager. It is no
-`ExtensionApp`, which would look for configuration files of its own, and parse a command line, at each start.
+It needs no entry point and no configuration: `app.ServerApp` adds it to the extension manager. It
+is no `ExtensionApp`, which would search for configuration files and parse a command line at each
+start.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 from typing import Any
 
 RECORD = "launch.json"
-"""The file in a server's directory in which its keeper notes which process it is."""
+"""The file in a server's directory that records its process; written by the keeper."""
 
 
 def _jupyter_server_extension_points() -> list[dict[str, Any]]:
@@ -23,22 +24,24 @@ def _load_jupyter_server_extension(app: Any) -> None:
     if app.launch.encrypt_kernels:
         _encrypt_kernels(app)
     app.kernels.record()
-    # Jupyter binds and listens in the first round of the loop, and is queued after us; so this is for the second one. The hook
-    # for what is to follow a start is not in every 2.x, and would let us wait for other extensions.
+    # Jupyter binds and listens in the first iteration of the loop, queued after this extension; so
+    # readiness is reported in the second. The hook for code after a start is missing in some 2.x
+    # releases, and would wait for other extensions.
     app.io_loop.add_callback(app.io_loop.add_callback, app.ready, app)
 
 
 def _protect_pages(settings: dict[str, Any]) -> None:
-    """Keep the token out of the Lab's own page, and let no address of ours be told to other sites."""
+    """Keep the token out of the Lab page, and this server's addresses from other sites."""
     settings.setdefault("page_config_data", {})["token"] = ""
-    # Where a site has chosen one it stays. Jupyter itself looks at who refers to its own files, so there has to be one.
+    # A site's choice stays. Jupyter checks the referrer for its own files, so there must be one.
     settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
 
 
 def _encrypt_kernels(app: Any) -> None:
-    """Let kernels that can do so encrypt what they say: every user of the machine can connect to their ports, and listen in.
+    """Make capable kernels encrypt their traffic: all users of the machine can reach their ports.
 
-    An older Jupyter cannot, and would warn of an option that it does not know; so it is none. Where a site has chosen it stays.
+    Older Jupyter releases lack the option and would warn about it, so it is not set there. A site's
+    choice stays.
     """
     import zmq
 
@@ -50,12 +53,13 @@ def _encrypt_kernels(app: Any) -> None:
 
 
 def report_ready(app: Any, report: int, server_dir: str) -> None:
-    """Tell the keeper, by the pipe that came with the launch, that the server listens, and where."""
+    """Report on the launch's pipe that the server listens, and where."""
     try:
         os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
     except OSError:
-        # Nobody listens. If a keeper has died, the next one finds us by its record. Where there is none of us, our launch was
-        # given up before its keeper knew of us, and may have been done in another way.
+        # The pipe has no reader. If a keeper has died, the next one finds this server by its
+        # record. Without a record, the launch was abandoned before the keeper knew of this process,
+        # and may have been repeated in another way.
         if not _is_recorded(server_dir):
             app.stop()
     os.close(report)

@@ -1,4 +1,4 @@
-"""Whether what a process has loaded is still what is on disk."""
+"""Detects whether loaded modules and configuration still match the disk."""
 
 from __future__ import annotations
 
@@ -10,30 +10,31 @@ _CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_",
 
 
 class Freshness:
-    """Whether what this process has loaded is still what a new process would load."""
+    """Whether this process has loaded what a new process would load."""
 
     def __init__(self) -> None:
-        """Look at what is there now; call `settle` when all is loaded."""
+        """Record the present state of the disk; call `settle` when all is loaded."""
         self._since = time.time_ns()
         self._known = {path: _stamp(path) for path in self._places()}
 
     def settle(self) -> str | None:
-        """Take in the files of all modules; name one that has changed while they were loaded, if any has."""
+        """Record the files of all modules; return one that changed during loading, or None."""
         changed = self.changed()
         files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
         stamps = {path: _stamp(path) for path in files if path}
         self._known = {**stamps, **self._known}
-        # It may have been written before it was loaded, or after. A time that is still to come says nothing.
+        # It may have been written before or after it was loaded. A time in the future proves
+        # nothing.
         young = (path for path, stamp in stamps.items() if stamp and self._since < stamp[0] <= time.time_ns())
         return changed or next(young, None)
 
     def changed(self) -> str | None:
-        """Name one place that has changed since; None when all is as it was. Takes about 4 ms."""
+        """Return a path that has changed since, or None. Takes about 4 ms."""
         return next((path for path, stamp in self._known.items() if _stamp(path) != stamp), None)
 
     @staticmethod
     def _places() -> list[str]:
-        """Name the directories in which packages and configuration are installed, and the interpreter."""
+        """Return the directories of packages and configuration, and the interpreter."""
         from jupyter_core.paths import jupyter_config_path
 
         config = [

@@ -1,9 +1,10 @@
-"""The kernels of a server, inside it: what they get, which there are, and how they end with it.
+"""A server's kernels, from inside: their environment, their record, and their end.
 
-The server writes down which kernels and sessions it has whenever that changes, so that its keeper knows them also after it was
-killed. A kernel on a gateway is written down before the gateway is asked for it: its id is chosen here (`KERNEL_ID`), which an
-Enterprise Gateway takes up and a Kernel Gateway does not. When the server ends, its kernels on a gateway are ended side by side
-and within a time, where Jupyter would wait for one after another, and for ever for a gateway that does not answer.
+The server records its kernels and sessions at each change, so that its keeper knows them even after
+a kill. A kernel on a gateway is recorded before the gateway is asked for it: its id is chosen here
+(`KERNEL_ID`), which an Enterprise Gateway uses and a Kernel Gateway ignores. When the server ends,
+its kernels on a gateway are ended in parallel and with a timeout; Jupyter would end them one after
+another, and wait forever for a gateway that does not answer.
 """
 
 from __future__ import annotations
@@ -19,28 +20,28 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 RECORD = "kernels.json"
-"""In Jupyter's runtime directory: the kernels that there are."""
+"""File with the list of kernels, in Jupyter's runtime directory."""
 STOP_REQUEST = "stop.json"
-"""In the server's directory: how its keeper wants it to end."""
+"""File in the server's directory: how its keeper wants it to end."""
 _PATIENCE = 30.0
-"""Seconds for the kernels on a gateway to end, when no keeper says otherwise."""
+"""Default seconds for the kernels on a gateway to end."""
 _COLUMNS = ("path", "name", "type", "kernel_id")
 
 
 class Kernels:
-    """The kernels of one ServerApp: classes for its managers, which keep the record, and how they end."""
+    """The kernels of one ServerApp: manager classes that keep the record, and their shutdown."""
 
     def __init__(self, app: Any, server_dir: str, kernel_env: Mapping[str, str]) -> None:
-        """Belong to an application that knows whether it has a gateway, and has no managers yet."""
+        """Take an application with a gateway configuration but without managers yet."""
         self._app = app
         self._server_dir = server_dir
         self._env = kernel_env
         self._remote = bool(app.gateway_config.gateway_enabled)
         self._starting: dict[str, asyncio.Future[Any]] = {}
-        """Those that the gateway was asked for, by the id that was chosen, as long as it has not answered."""
+        """Requests that the gateway has not answered yet, by the chosen id."""
 
     def recording_manager(self, kind: Any) -> Any:
-        """Give a class for the manager of kernels, which also gives them their environment, and an id on a gateway."""
+        """Return a kernel manager class that also sets the environment, and the id on a gateway."""
 
         async def start_kernel(manager: Any, **given: Any) -> Any:
             return await self._start(functools.partial(kind.start_kernel, manager), given)
@@ -48,21 +49,21 @@ class Kernels:
         return self._recording(kind, ("start_kernel", "shutdown_kernel"), start_kernel=start_kernel)
 
     def recording_sessions(self, kind: Any) -> Any:
-        """Give a class for the manager of sessions."""
+        """Return a session manager class."""
         return self._recording(kind, ("save_session", "update_session", "delete_session"))
 
     def attend(self) -> None:
-        """Go on when the managers have been made."""
+        """Finish the setup once the managers exist."""
         if self._remote:
-            # Of an adapter, the logger: that is what has filters.
+            # The logger of an adapter: only loggers have filters.
             getattr(self._app.log, "logger", self._app.log).addFilter(_without_environment)
             manager = self._app.kernel_manager
             manager.kernel_manager_class = _lasting(manager.kernel_manager_class)
 
     def record(self) -> None:
-        """Write down which kernels and sessions there are now."""
+        """Write the present kernels and sessions to the record."""
         sessions = []
-        with contextlib.suppress(Exception):  # A session manager of another make need not have a table.
+        with contextlib.suppress(Exception):  # Other session managers may have no such table.
             rows = self._app.session_manager.connection.execute("SELECT * FROM session").fetchall()
             sessions = [{column: str(row[column]) for column in _COLUMNS} for row in rows]
         there = {
@@ -80,13 +81,13 @@ class Kernels:
             self._app.log.warning("cannot write down which kernels there are: %s", error)
 
     async def end(self, by_default: Callable[[], Any]) -> None:
-        """End them, or leave those on the gateway, as the keeper wishes; the server is ending itself."""
+        """End the kernels, or leave those on the gateway, as the keeper requested."""
         if not self._remote:
             await by_default()
             return
         stop_request = _read_stop_request(self._server_dir)
         within = float(stop_request.get("within", _PATIENCE))
-        # One that arrives later would be nobody's.
+        # A kernel that arrives later would have no owner.
         await _wait(self._starting.values(), within / 2)
         ids = list(self._app.kernel_manager.list_kernel_ids())
         if stop_request.get("keep_kernels"):
@@ -116,7 +117,7 @@ class Kernels:
             del self._starting[chosen]
 
     def _recording(self, kind: Any, names: Iterable[str], **ours: Callable[..., Any]) -> Any:
-        """Derive a class whose methods of these names write the record when they end; Jupyter documents all of them."""
+        """Derive a class whose methods of these (documented) names then write the record."""
 
         def recording(do: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(do)
@@ -128,21 +129,22 @@ class Kernels:
 
             return and_record
 
-        # A class of a site may get its methods in another way, and then keeps them as they are.
+        # A site's class may define its methods differently, and then keeps them.
         methods = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
         return _derived(kind, {name: recording(do) for name, do in {**methods, **ours}.items()})
 
 
 def _derived(kind: Any, body: dict[str, Any]) -> Any:
-    """Derive a class with the name of the other one, by which configuration finds both."""
+    """Derive a class with the same name, by which configuration finds both."""
     return type(kind)(kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body})
 
 
 def _lasting(name: str) -> str:
-    """Derive a class of kernels on a gateway that keep what they know while it cannot be asked; gives and takes its full name.
+    """Derive a class of gateway kernels that keep their model while the gateway fails.
 
-    When Jupyter lists kernels, it drops each one that is missing from the list and cannot be queried. A kernel that was
-    started while the list was in transit is missing, too; if the gateway fails then, the kernel would leak unrecorded.
+    Takes and returns a full class name. When Jupyter lists kernels, it drops each one that is
+    missing from the list and cannot be queried. A kernel that was started while the list was in
+    transit is missing, too; if the gateway fails then, the kernel would leak unrecorded.
     """
     from traitlets.utils.importstring import import_item
 
@@ -156,14 +158,14 @@ def _lasting(name: str) -> str:
                 raise
             return kernel.kernel
 
-    # Jupyter takes a name, and looks it up.
+    # Jupyter takes a name and imports it.
     ours = f"_lasting_{kind.__name__}"
     globals()[ours] = _derived(kind, {"refresh_model": refresh_model})
     return f"{__name__}.{ours}"
 
 
 def _without_environment(record: logging.LogRecord) -> bool:
-    """Shorten the line in which Jupyter's gateway manager logs all that a kernel was started with, its whole environment too."""
+    """Cut a kernel's start arguments, such as its environment, from the gateway manager's log."""
     if isinstance(record.msg, str) and "started kernel: " in record.msg:
         record.msg = record.msg.partition(", args: ")[0]
     return True

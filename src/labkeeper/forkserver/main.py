@@ -1,19 +1,23 @@
-"""The fork server: a process that has loaded Jupyter once, and forks a server from itself whenever its keeper asks for one.
+"""The fork server: a process that loads Jupyter once, and forks a server at each keeper request.
 
-It holds no secret and runs one thread, no event loop, no server of its own. It is the parent of its servers, so it sees how they
-end; as a subreaper it inherits what they leave behind. It outlives a keeper that crashes, and serves the next one.
+It holds no secrets and runs one thread, without an event loop or a server of its own. As the parent
+of its servers it sees their exits; as a subreaper it inherits their orphans. It outlives a keeper
+that crashes, and serves the next one.
 
-A keeper connects to a Unix socket and sends one request for each connection (see `wire`):
+A keeper connects to a Unix socket and sends one request per connection (see `wire`):
 
-    {"do": "keep"}              answered when servers can be forked, or cannot; the connection then says that the keeper lives,
-                                and carries {"retired": why} when this process forks no more
-    {"do": "launch"}            with a file that holds the launch, a log, and a pipe to report to: answered with the pid, or with
-                                {"retired": why}; the file is for the child alone, so that no secret is ever in here
-    {"do": "attach", "pid": n}  with a pipe to report to, for a child of an earlier keeper
-    {"do": "retire"}            fork no more, and end when no child is left; with "all_heard", as a keeper says that ends: nobody
-                                will ask any more how those ended that have ended by now
+    {"do": "keep"}              answered when forking is possible or has failed; the connection
+                                then shows that the keeper lives, and carries {"retired": why}
+                                when this process forks no more
+    {"do": "launch"}            with a file that holds the launch, a log, and a report pipe:
+                                answered with the pid, or with {"retired": why}; only the child
+                                reads the file, so that this process never holds a secret
+    {"do": "attach", "pid": n}  with a report pipe, for a child of an earlier keeper
+    {"do": "retire"}            fork no more, and end when no child is left; with "all_heard",
+                                sent by a keeper that closes, past exits will not be asked for
 
-Lines of JSON come out of the pipe: {"ready": server_info} from the child, {"status": wait status} from here.
+The pipe carries lines of JSON: {"ready": server_info} from the child, {"status": wait status} from
+this process.
 """
 
 from __future__ import annotations
@@ -40,28 +44,31 @@ from .programs import end_programs
 from .wire import Launch, WireError
 
 _FRESH_EVERY = 5.0
-"""Seconds between two looks at whether anything has changed on disk, when nobody asks for a server."""
+"""Seconds between checks for changes on disk while no server is requested."""
 _QUIET = 0.25
-"""Seconds after a fork until the next child is forked ahead: a server that starts has the processors first."""
+"""Seconds between a fork and forking the next child ahead: a starting server has CPU priority."""
 _KEEPERLESS = 10.0
-"""Seconds without a keeper and without a server after which a fork server ends: so long it can be asked how servers ended."""
+"""Seconds without keeper and servers before it ends; until then exits can be asked for."""
 _REQUEST_SECONDS = 1.0
-"""Seconds that a keeper may take to send what it has begun."""
+"""Seconds in which a keeper must complete a request."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 
 
 def serve(descriptor: int) -> tuple[Launch, int, int]:
-    """Load, then serve on a bound Unix socket. Returns in children only: a child's launch, its log, and the pipe to report to."""
+    """Load, then serve on a bound Unix socket.
+
+    Returns in children only: a child's launch, its log, and its report pipe.
+    """
     listener = socket.socket(fileno=descriptor)
-    # Our keeper listens on it already. From here on whoever connects can ask for the pid of who listens, and is given ours.
+    # The keeper listens on it already. From here on SO_PEERCRED gives clients this process's pid.
     listener.listen(128)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     gc.disable()
     begun = time.monotonic()
     try:
         freshness = load(listener)
-        # What is alive now will not be looked at by any collector again, so that its pages stay shared.
+        # The garbage collector ignores present objects from here on, so their pages stay shared.
         gc.collect()
         gc.freeze()
         written = written_pages(listener)
@@ -74,7 +81,7 @@ def serve(descriptor: int) -> tuple[Launch, int, int]:
 
 
 def _refuse(listener: socket.socket, reason: str) -> NoReturn:
-    """Tell the keeper why there is no fork server, and end."""
+    """Report to the keeper why there is no fork server, and end."""
     end_programs()
     print(f"[labkeeper] cannot fork servers: {reason}", file=sys.stderr, flush=True)
     listener.settimeout(_KEEPERLESS)
@@ -88,7 +95,7 @@ def _refuse(listener: socket.socket, reason: str) -> NoReturn:
 
 @dataclass
 class _Spare:
-    """A child that waits for its launch, which comes by the connection."""
+    """A child that waits for its launch on the connection."""
 
     pid: int
     connection: socket.socket
@@ -111,7 +118,7 @@ class _Request:
 
 
 class _ForkServer:
-    """The one thread, and all that it holds open: everything of it is closed in a child."""
+    """The single thread and all its open files, which are closed in a child."""
 
     def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]]) -> None:
         self._listener = listener
@@ -120,16 +127,16 @@ class _ForkServer:
         """The pages that a server writes to."""
         self._looked_at = time.monotonic()
         self._keepers: set[socket.socket] = set()
-        """Connections that a keeper holds as long as it lives."""
+        """Connections that keepers hold while they live."""
         self._last_needed = time.monotonic()
-        """When a keeper was last seen, or a child ended."""
+        """When a keeper was last seen, or a child last ended."""
         self._children = Children()
         self._spare: _Spare | None = None
         """The child that was forked ahead."""
         self._busy_until = 0.0
         """When the machine is likely to be idle again."""
         self._retired = ""
-        """Why no server is forked any more."""
+        """Why it forks no more."""
         self._wakeup, self._wakeup_writer = socket.socketpair()
         self._wakeup.setblocking(False)
         self._wakeup_writer.setblocking(False)
@@ -140,8 +147,8 @@ class _ForkServer:
         self._selector.register(self._wakeup, selectors.EVENT_READ)
 
     def run(self) -> tuple[Launch, int, int]:
-        """Serve until nobody needs this any more, and end the process then; returns in children only."""
-        # What the rehearsal left behind may have ended before there was anybody to be told.
+        """Serve until no longer needed, then exit; returns in children only."""
+        # The rehearsal's orphans may have ended before SIGCHLD was handled.
         self._reap()
         while True:
             ready = {key.fileobj for key, _ in self._selector.select(self._patience())}
@@ -162,7 +169,7 @@ class _ForkServer:
                 _end()
 
     def _patience(self) -> float:
-        """Give the seconds until there is something to do that nobody asks for."""
+        """Return the seconds until the next work that is not requested."""
         if self._spare is None and not self._retired:
             return max(0.0, self._busy_until - time.monotonic())
         return _FRESH_EVERY
@@ -190,7 +197,7 @@ class _ForkServer:
             return None
 
     def _answer(self, request: _Request) -> bool:
-        """Answer a request; say whether it is one for a server that can be forked, which is not answered yet."""
+        """Answer a request, except a launch to be forked; return whether it is one."""
         what, count = request.message.get("do"), len(request.files)
         answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
         if what == "keep":
@@ -229,7 +236,7 @@ class _ForkServer:
     # Children
 
     def _fork(self, request: _Request) -> int:
-        """Fork for a request, and confirm it; gives the child's pid, or 0 in the child."""
+        """Fork for a request and confirm it; return the child's pid, or 0 in the child."""
         try:
             pid = _fork()
         except OSError as error:
@@ -241,7 +248,7 @@ class _ForkServer:
         return pid
 
     def _give_to_spare(self, request: _Request) -> bool:
-        """Let the child that was forked ahead take a request; say whether it did."""
+        """Pass a request to the child that was forked ahead; return whether it was accepted."""
         spare, self._spare = self._spare, None
         if spare is None:
             return False
@@ -249,16 +256,16 @@ class _ForkServer:
             try:
                 wire.send(spare.connection, {}, request.files)
             except (OSError, WireError):
-                # It has died, or takes nothing; it is reaped as any other.
+                # It has died or accepts nothing; it is reaped like any other.
                 os.kill(spare.pid, signal.SIGKILL)
                 return False
         self._confirm(request, spare.pid)
         return True
 
     def _confirm(self, request: _Request, pid: int) -> None:
-        """Tell the keeper who its server is, unless that was forked from what is no longer on disk."""
+        """Report the server's pid to the keeper, unless it was forked from outdated files."""
         self._busy_until = time.monotonic() + _QUIET
-        # Looked at while the child begins on another core, instead of before.
+        # Checked while the child starts on another core, instead of before.
         self._look()
         if self._retired:
             os.kill(pid, signal.SIGKILL)
@@ -273,7 +280,7 @@ class _ForkServer:
         return self._spare is None and not self._retired and time.monotonic() >= self._busy_until
 
     def _fork_spare(self) -> socket.socket | None:
-        """Fork a child ahead; gives, in the child only, the connection that its launch comes by."""
+        """Fork a child ahead; return, in the child only, the connection for its launch."""
         ours, its = socket.socketpair()
         try:
             pid = _fork()
@@ -299,7 +306,7 @@ class _ForkServer:
                 os.waitpid(spare.pid, 0)
 
     def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
-        """In a child: get ready, wait, and take the launch; end when the fork server is gone, or needs no child any more."""
+        """In a child: prepare, then wait for the launch; exit if the connection closes."""
         self._close()
         show("jupyter-lab (waits for its launch)")
         pages.copy(self._written)
@@ -311,7 +318,7 @@ class _ForkServer:
         return _take(files)
 
     def _close(self, *more: socket.socket) -> None:
-        """In a child: close all that is the fork server's."""
+        """In a child: close all files of the fork server."""
         self._selector.close()
         for connection in (self._listener, self._wakeup, self._wakeup_writer, *self._keepers, *more):
             connection.close()
@@ -320,10 +327,10 @@ class _ForkServer:
         self._children.forget()
         gc.enable()
 
-    # What happens
+    # Events
 
     def _look(self) -> None:
-        """Retire when what is loaded is not what is on disk."""
+        """Retire if loaded files have changed on disk."""
         self._looked_at = time.monotonic()
         changed = None if self._retired else self._freshness.changed()
         if changed is not None:
@@ -345,19 +352,19 @@ class _ForkServer:
         if self._spare is not None and self._spare.pid in ended:
             self._spare.connection.close()
             self._spare = None
-            # It was to live. Whatever ended it must not end one after the other.
+            # It should have lived. Do not let the cause end one child after another.
             self._busy_until = time.monotonic() + _FRESH_EVERY
 
 
 def _take(files: list[int]) -> tuple[Launch, int, int]:
-    """In a child: take the launch out of the files of its request. Raises WireError."""
+    """In a child: read the launch from a request's files. Raises WireError."""
     launch, log, report = files
     return Launch.read(launch), log, report
 
 
 def _fork() -> int:
-    """Fork; in the child nothing of this process's handling of signals is left. Raises OSError."""
-    # Until that is so, a child must not act on a signal as if it were this process.
+    """Fork; in the child, reset this process's signal handling. Raises OSError."""
+    # Until then, a child must not handle a signal as if it were this process.
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
         pid = os.fork()
@@ -370,9 +377,9 @@ def _fork() -> int:
 
 
 def _end() -> NoReturn:
-    """End this process and what runs below it, and leave nothing of it on disk."""
+    """Exit, ending all descendants and removing this process's files."""
     end_programs()
-    with contextlib.suppress(OSError):  # Somebody may have removed it.
+    with contextlib.suppress(OSError):  # It may have been removed by others.
         here = os.getcwd()
         for name in os.listdir(here):
             os.unlink(name)

@@ -1,6 +1,6 @@
-"""By what processes are known: the moment of their start, a mark in their environment, a title in the lists of processes.
+"""Identification of processes: start time, a mark in the environment, a title in process lists.
 
-A fork shows what its parent shows, until it writes over the memory that Linux shows.
+A fork shows its parent's until it overwrites the memory that Linux shows.
 """
 
 from __future__ import annotations
@@ -10,28 +10,28 @@ import os
 import sys
 
 MARK = "LABKEEPER_SERVER"
-"""The environment variable by which all that a server starts is known; it holds the path of the server's directory."""
+"""The variable that marks all that a server starts; its value is the server's directory."""
 _NAME = b"jupyter-lab"
 _PR_SET_NAME = 15
 """From linux/prctl.h."""
 
 
 def stat(pid: int) -> list[str]:
-    """Give the fields of proc(5) stat from the third one on; the name before them may hold spaces and parentheses."""
+    """Return the fields of proc(5) stat from the third on; the second may hold spaces and ")"."""
     with open(f"/proc/{pid}/stat", errors="replace") as stream:
         return stream.read().rpartition(")")[2].split()
 
 
 def started(pid: int) -> str:
-    """Give the moment a process started, in ticks since boot; with its pid that is its identity."""
+    """Return a process's start time in ticks since boot; together with the pid it is unique."""
     return stat(pid)[19]
 
 
 def show(title: str) -> None:
-    """Let the lists of processes show what this process is, as if it had been executed, where that is possible.
+    """Set the title in process lists, as if this process had been executed, where possible.
 
-    Linux shows the memory in which a program found its arguments; a fork keeps that of its parent. It is written over in place,
-    as `setproctitle` does.
+    Linux shows the memory of a program's arguments; a fork keeps its parent's. It is overwritten in
+    place, as `setproctitle` does.
     """
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
@@ -40,7 +40,7 @@ def show(title: str) -> None:
 
 
 def mark(server_dir: str) -> None:
-    """Let our environment, as others see it, carry the mark; its place was made when the program was started."""
+    """Set the mark in this process's visible environment, in space reserved at program start."""
     if sys.platform.startswith("linux"):
         first, end = _memory_of_program()[2:]
         found = ctypes.string_at(first, end - first).find(f"{MARK}=".encode())
@@ -50,7 +50,7 @@ def mark(server_dir: str) -> None:
 
 
 def _memory_of_program() -> list[int]:
-    """Give where our arguments and our environment begin and end; zeros where that is kept from us."""
+    """Return the start and end of arguments and environment; zeros if they are hidden."""
     return [int(address) for address in stat(os.getpid())[45:49]]
 
 

@@ -1,8 +1,9 @@
 """Copies of memory pages, made ahead of time.
 
-A forked process shares all pages with its parent until one of them writes to it; a page is copied then. After Jupyter's own code
-that costs a server that starts the most. Which pages it writes to is always the same, so a rehearsal can tell, and a process that
-waits for its launch can have them copied while nobody waits for it.
+A forked process shares each page with its parent until one of them writes to it; then it is copied.
+After Jupyter's own code, that is the largest cost of a starting server. The pages it writes to are
+always the same, so a rehearsal can find them, and a process that waits for its launch can have them
+copied while no client waits.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import struct
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _ENTRY = 8
-"""Bytes for each page in pagemap."""
+"""Bytes per page in pagemap."""
 _PRESENT = 1 << 63
 _MAPPED_ONCE = 1 << 56
 """Bits of a page; see the kernel's admin-guide/mm/pagemap."""
@@ -22,7 +23,7 @@ _MADV_POPULATE_WRITE = 23
 
 
 def writable() -> list[tuple[int, int]]:
-    """Give the memory that a fork shares until it is written to: first address, and the one after the last."""
+    """Return the memory that a fork shares until it is written to: start and end addresses."""
     found = []
     with open("/proc/self/maps") as maps:
         for line in maps:
@@ -34,7 +35,7 @@ def writable() -> list[tuple[int, int]]:
 
 
 def copied(shared: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give the parts of what was shared with our parent that are ours alone by now: address and size in bytes."""
+    """Return the parts of once shared memory that are private now: address and size in bytes."""
     runs: list[tuple[int, int]] = []
     try:
         with open("/proc/self/pagemap", "rb") as pagemap:
@@ -54,7 +55,7 @@ def copied(shared: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def copy(runs: list[tuple[int, int]]) -> None:
-    """Copy these pages now. Where the kernel cannot, they are copied when they are written to."""
+    """Copy these pages now. If the kernel cannot, they are copied when written to."""
     advise = ctypes.CDLL(None).madvise
     for address, size in runs:
         advise(ctypes.c_void_p(address), ctypes.c_size_t(size), _MADV_POPULATE_WRITE)

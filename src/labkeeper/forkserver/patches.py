@@ -1,6 +1,6 @@
-"""What is changed in Jupyter's own classes, because it offers no other way: each with its reason, and nothing elsewhere.
+"""All patches of Jupyter's own classes, for which there is no public seam; each with its reason.
 
-For each of them `tests/unit/forkserver/test_patches.py` has a test that fails when Jupyter needs it no more.
+For each, `tests/unit/forkserver/test_patches.py` has a test that fails once it is obsolete.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ _READING = {"GET", "HEAD", "OPTIONS"}
 
 
 def count_no_reading() -> None:
-    """Let no request that only reads count as activity: an open tab asks for the same lists all day, looked at or not.
+    """Keep read-only requests from counting as activity: an open tab polls the same lists all day.
 
-    Jupyter lets a handler say so of all its requests (`_track_activity`), and a caller of one (`no_track_activity`), but neither
-    a site nor an extension of all requests with a method. To add the caller's argument would show it to handlers that pass on
-    what they were asked. An identity provider sees each request as well, but with one of ours in its place Jupyter would not do
-    any more what it does only for its own ones, which it knows by their very class: it would ignore login handlers of a site.
+    Jupyter has a switch for all requests of a handler (`_track_activity`) and for one request
+    (`no_track_activity`), but none by which a site or an extension can select a method. Adding the
+    argument here would show it to handlers that forward their request. An identity provider sees
+    each request as well, but with a custom class Jupyter would drop what it does only for its own
+    classes, and ignore login handlers of a site.
     """
     from jupyter_server.base.handlers import APIHandler
 
@@ -32,10 +33,11 @@ def count_no_reading() -> None:
 
 
 def tell_no_page_the_token() -> None:
-    """Keep the token out of HTML, where all that runs in a page would read it: a browser is known by its cookie.
+    """Keep the token out of HTML, where all code in a page could read it: browsers use a cookie.
 
-    The page template writes it out for who has logged in. It takes it from the identity provider, which has to have it: servers
-    are found and asked by what that says. Variables that a site gives to templates must not have the name of one of Jupyter's.
+    The page template writes it out for authenticated users. It comes from the identity provider,
+    which must have it: servers are discovered and queried with its answers. Variables that a site
+    passes to templates must not have a name of Jupyter's own.
     """
     from jupyter_server.base.handlers import JupyterHandler
 
@@ -45,14 +47,15 @@ def tell_no_page_the_token() -> None:
 
 
 def hold_ports() -> None:
-    """Keep the ports that Jupyter chooses for kernels from everybody else who asks for a free one.
+    """Reserve the ports that Jupyter chooses for kernels.
 
-    A kernel listens a second or so after they were chosen. Where another program has been given one of them meanwhile, the kernel
-    ends; jupyter_client (8.10) starts it anew with the same ports, until it gives up: https://github.com/jupyter/jupyter_client/issues/276.
-    A provisioner of kernels could choose otherwise, but is found by an entry point only, and each kernelspec may name its own.
+    A kernel listens about a second after they were chosen. If another program has received one
+    meanwhile, the kernel ends; jupyter_client (8.10) restarts it with the same ports until it gives
+    up: https://github.com/jupyter/jupyter_client/issues/276. A kernel provisioner could choose
+    other ports, but is found by an entry point only, and each kernelspec may name its own.
 
-    On Linux a socket that is bound, and does not listen, lets whoever sets SO_REUSEADDR bind and listen, as ZeroMQ does;
-    elsewhere it would be in the way.
+    On Linux a bound socket that does not listen allows programs with SO_REUSEADDR, such as ZeroMQ,
+    to bind and listen; elsewhere it would be in the way.
     """
     from jupyter_client.connect import LocalPortCache
 
@@ -60,7 +63,7 @@ def hold_ports() -> None:
         return
 
     class HeldPorts(LocalPortCache):  # type: ignore[misc, unused-ignore]
-        """As Jupyter's own; each port that is in use has a socket of ours."""
+        """Jupyter's cache, with a reserving socket for each port in use."""
 
         def __init__(self, **given: Any) -> None:
             super().__init__(**given)

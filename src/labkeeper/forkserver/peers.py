@@ -1,4 +1,4 @@
-"""Who is at the other end of a connection, and whether it may ask."""
+"""Identity of the process at the other end of a connection, and its permission to ask."""
 
 from __future__ import annotations
 
@@ -12,23 +12,26 @@ from .marks import MARK, stat
 _CREDENTIALS = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
 _LARGEST = 8 * 1024 * 1024
-"""Bytes of an environment; Linux gives a program less, if its stack has the usual limit."""
+"""Maximum bytes of an environment; with the usual stack limit, Linux allows fewer."""
 
 
 def peer(connection: socket.socket) -> tuple[int, int]:
-    """Give the pid and the user of the process that has connected, or that listens."""
+    """Return the pid and user of the process that connected, or that listens."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     pid, uid, _ = _CREDENTIALS.unpack(credentials)
     return pid, uid
 
 
 def check(connection: socket.socket) -> None:
-    """Let only a keeper in: a process of our own user that does not stem from a server. Raises OSError (PermissionError)."""
+    """Raise PermissionError unless the peer is a keeper.
+
+    A keeper runs as the same user and does not descend from a server. May raise other OSErrors.
+    """
     pid, uid = peer(connection)
     if uid != os.geteuid():
         raise PermissionError(f"process {pid} belongs to user {uid}")
-    # What stems from a server that was forked here stays below us, since we are its subreaper; what stems from one that was
-    # executed carries the mark, or its parents do. A process that is gone already is not let in either.
+    # Descendants of a forked server stay below this process, their subreaper; those of an executed
+    # one carry the mark, or their parents do. An ended process is refused too.
     asks = pid
     while pid > 1:
         size, marked = _environment(pid)
@@ -40,14 +43,15 @@ def check(connection: socket.socket) -> None:
 
 
 def _environment(pid: int) -> tuple[int | None, bool]:
-    """Give the bytes of the environment of a process, and whether our mark is in it; None, and no, where it is closed to us.
+    """Return an environment's size in bytes and whether it has the mark; None, False if hidden.
 
-    A keeper closes its own (`privileges.hide`) to all but root, and who started it may be of another user. What is read is gone
-    afterwards: a copy in memory that is merely free would be our children's, and there are secrets in it.
+    A keeper hides its own from all but root (`privileges.hide`), and its parent may be another
+    user's. The bytes read do not stay: freed memory would be inherited by children, and they hold
+    secrets.
     """
     try:
         with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream, mmap.mmap(-1, _LARGEST) as memory:
-            # A NUL stands before each variable, before the first one too.
+            # A NUL precedes each variable, including the first.
             end = count = 1
             while count:
                 with memoryview(memory) as whole, whole[end:] as rest:
@@ -61,5 +65,5 @@ def _environment(pid: int) -> tuple[int | None, bool]:
 
 
 def _server_dirs() -> str:
-    """Give the keeper's runtime directory; a keeper may itself run in the server of another one."""
+    """Return the keeper's runtime directory; a keeper may itself run in another keeper's server."""
     return os.path.dirname(os.path.dirname(os.getcwd()))

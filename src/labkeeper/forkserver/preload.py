@@ -1,7 +1,7 @@
-"""What a fork server loads before it serves.
+"""Modules that a fork server loads before it serves.
 
-A rehearsal tells what to load: a child becomes a whole server, with the site's own configuration and extensions, reports every
-module that this took, and ends. Nothing has to be listed by anybody.
+A rehearsal finds them: a child becomes a complete server, with the site's own configuration and
+extensions, reports all modules it has loaded, and ends. No list has to be maintained.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ from .wire import Launch
 REHEARSAL = "rehearsal.json"
 """The launch to rehearse, in the working directory."""
 _REHEARSAL_SECONDS = 60
-"""Seconds after which a rehearsal that has not ended is given up."""
+"""Seconds after which a rehearsal is abandoned."""
 _PROOF_PATHS = ("api", "api/me")
-"""What a keeper asks before it calls a server running."""
+"""Requests by which a keeper verifies that a server runs."""
 _FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
-"""What a user's browser asks first; answering loads more modules."""
+"""A browser's first requests; answering them loads more modules."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 _MOST_PATTERNS = 400
-"""Regular expressions that are compiled ahead; Python keeps at most 512."""
+"""Maximum number of precompiled regular expressions; Python caches at most 512."""
 _MOST_SPOILERS = 6
-"""Modules that are left out because of what importing them does; each costs a new beginning."""
+"""Maximum number of modules excluded for their import side effects; each costs a restart."""
 _AVOID = "LABKEEPER_AVOID"
 """The environment variable that passes them on."""
 
 
 class PreloadError(Exception):
-    """Servers cannot be forked from this process; says why."""
+    """Servers cannot be forked from this process; the message is the reason."""
 
 
 def load(listener: socket.socket) -> Freshness:
-    """Load what servers take; give what knows whether that is still what is on disk. Raises PreloadError.
+    """Load what servers need; return a check of whether it is still current. Raises PreloadError.
 
-    Begins anew, as a fresh program with the same listener, when a module spoiled this process or the disk changed.
+    Restarts, as a fresh program with the same listener, if a module spoiled this process or the
+    disk changed.
     """
     avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
     try:
@@ -74,19 +75,24 @@ def load(listener: socket.socket) -> Freshness:
 
 
 def written_pages(listener: socket.socket) -> list[tuple[int, int]]:
-    """Give the pages of this process that a server writes to while it starts; a second rehearsal tells. Raises PreloadError."""
+    """Return the pages of this process that a starting server writes to, by a second rehearsal.
+
+    Raises PreloadError.
+    """
     return [(address, size) for address, size in _rehearse(listener)["pages"]]
 
 
 def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
-    """Import what a server takes, but the modules to `avoid` and those in them; give the one that must not be, if there is one.
+    """Import the modules of a server except those to `avoid`; return another to be avoided, if any.
 
-    This process is spoiled then: it has a thread, a program, or an open poll, socket or pipe that its children would share.
+    That one has spoiled this process, by a thread, a program, or an open poll, socket or pipe that
+    children would share.
     """
     importlib.import_module("jupyterlab.labapp")
     ours = _shared_things()
     told = _rehearse(listener)
-    # Packages before what is in them: importing a module imports its package, so the one that spoils is found by its own name.
+    # Packages before their modules: importing a module imports its package, so a spoiler is found
+    # by its own name.
     for name in sorted(told["modules"], key=lambda name: name.count(".")):
         if name in sys.modules or any(f"{name}.".startswith(f"{avoided}.") for avoided in avoid):
             continue
@@ -103,7 +109,7 @@ def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
 
 
 def _shared_things() -> set[str]:
-    """Name what a child would share with this process and must not: threads, programs, and open things that are no mere files."""
+    """Return what children must not share: threads, programs, open sockets, pipes and the like."""
     things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
     things.update(f"program {pid}" for pid in living())
     for descriptor in os.listdir("/proc/self/fd"):
@@ -117,7 +123,7 @@ def _shared_things() -> set[str]:
 
 
 def _rehearse(listener: socket.socket) -> dict[str, Any]:
-    """Run a whole server in a child, in a directory of its own; give what it took: modules, regular expressions, pages.
+    """Run a server in a child, in its own directory; return its modules, patterns and pages.
 
     Raises PreloadError.
     """
@@ -127,12 +133,12 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
     pid = os.fork()
     if pid == 0:
         os.close(reader)
-        # By its end a keeper knows that of the fork server, so no program may hold it.
+        # By its end a keeper detects that of the fork server, so no program may hold it.
         listener.close()
         _perform(launch, writer, parent)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
-        # Not to its end: what the rehearsal has forked may hold the other one open.
+        # Not to its end: forks of the rehearsal may hold the other end open.
         report = stream.readline()
     _, status = os.waitpid(pid, 0)
     end_programs()
@@ -149,13 +155,13 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
 def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
     code = 1
     try:
-        # It ends with its parent, which may have ended already, and in time.
+        # It ends with its parent, which may have ended already, and after a time limit.
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:
             sys.exit("the fork server has ended")
         signal.alarm(_REHEARSAL_SECONDS)
         shared = pages.writable()
-        # By its group all is found that it starts, also what hides. Where it cannot enter one, it goes on without.
+        # Its group finds all that it starts, even hidden processes. Without one, it continues.
         with contextlib.suppress(OSError):
             join(launch.cgroups)
         enter(replace(launch, cgroups=[]))
@@ -183,7 +189,7 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
     for path in _FIRST_PATHS:
         await _get(info, path, token)
     told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
-    # Where and how Python keeps what it has compiled is not promised: elsewhere there is nothing to take.
+    # Python does not specify its cache of patterns: without it there are none.
     told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
     with os.fdopen(writer, "w") as report:
         report.write(json.dumps(told) + "\n")

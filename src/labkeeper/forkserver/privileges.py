@@ -1,6 +1,6 @@
-"""What a process gives up for good: to be looked into, to gain rights by what it runs, to have root's rights once more.
+"""Privileges that a process drops for good: inspection, gains by executed programs, and root's.
 
-Each of these is one call of Linux's prctl(2). Elsewhere there is nothing of the kind, and nothing is done.
+Each is one call of Linux's prctl(2). On other systems these functions do nothing.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ _PR_CAPBSET_DROP = 24
 _PR_SET_NO_NEW_PRIVS = 38
 """From linux/prctl.h."""
 _CAPABILITIES = 64
-"""More than there are: they are bits of one number."""
+"""More than exist: they are bits of one number."""
 
 
 def hide() -> None:
-    """Close our environment, memory and open files in /proc to others of our own user, and leave no core dump.
+    """Hide environment, memory and open files in /proc from the same user, and disable core dumps.
 
-    Children of a fork are closed, too; what is executed is open again.
+    Forked children are hidden too; an executed program is not.
     """
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
 def gain_nothing() -> None:
-    """Let no program that we or our children run give us more rights than we have: no setuid bit, no capability of a file."""
+    """Keep executed programs, also of children, from gaining rights by setuid or capabilities."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
 def drop_bounding_set() -> None:
-    """Let this thread, and what it starts, never have a capability again that is lost when it becomes another user.
+    """Drop from this thread and its children, for good, all capabilities lost by a change of user.
 
-    Where we may not do that there is none to lose, or `gain_nothing` has to be enough.
+    Without permission to do so there is none to lose, or `gain_nothing` has to suffice.
     """
     for capability in range(_CAPABILITIES):
         if _prctl(_PR_CAPBSET_READ, capability) == 1:

@@ -1,4 +1,4 @@
-"""Programs that a fork server has started, or that lost their parent below it: found, and ended."""
+"""Finds and ends programs that a fork server started or inherited as orphans."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .marks import stat
 
 
 def living() -> list[int]:
-    """Give the pids of our children that live: what was started here, and what has lost its parent below us."""
+    """Return the pids of live children: started here, or orphaned below this process."""
     try:
-        # Most often there is none, and this is sooner told than by a look at every process of the machine.
+        # Usually there is none, and this is faster than scanning all processes of the machine.
         os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
         return []
@@ -26,7 +26,7 @@ def living() -> list[int]:
 
 
 def end_programs() -> None:
-    """End all that was started here or below, when no child is a server; what each of them leaves comes to us in its turn."""
+    """End all children and the orphans they leave; only while no child is a server."""
     while pids := living():
         for pid in pids:
             os.kill(pid, signal.SIGKILL)

@@ -1,7 +1,7 @@
-"""What modules made at their import of the environment, the user and the directory of that time, and secrets: made anew.
+"""Renewal of state that modules computed at import: environment, user, directories and secrets.
 
-A fork has all of this from its fork server, and so have its siblings. What is imported later sees what is the server's own.
-A test looks through all modules of a forked server for what is still the fork server's.
+A fork shares it with its fork server and its siblings. Modules imported later see the server's own.
+A test scans all modules of a forked server for remaining state of the fork server.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 
 
 def renew() -> None:
-    """Part from the fork server and from our siblings; environment, user and directory are our own already.
+    """Renew all such modules; environment, user and directory must already be the server's own.
 
-    In a fork `random` and OpenSSL do that by themselves.
+    `random` and OpenSSL reseed themselves in a fork.
     """
     for name, renew_module in _RENEWED.items():
         module = sys.modules.get(name)
@@ -29,7 +29,7 @@ def renew() -> None:
 
 
 def _renew_site(site: Any) -> None:
-    """Find packages where our own user has them; what was imported from elsewhere stays."""
+    """Use the server user's site packages; modules imported from elsewhere stay."""
     earlier = site.USER_SITE
     site.USER_BASE = site.USER_SITE = None
     if site.getusersitepackages() != earlier:
@@ -41,7 +41,7 @@ def _renew_site(site: Any) -> None:
 
 def _renew_processes(process: Any) -> None:
     process.ORIGINAL_DIR = os.getcwd()
-    # By this one a server knows the processes of its pools, and whoever else connects to them.
+    # Authenticates the server's process pools and clients that connect to them.
     process.current_process().authkey = secrets.token_bytes()
 
 
@@ -51,7 +51,7 @@ def _renew_random(random: Any) -> None:
 
 def _renew_trust(netutil: Any) -> None:
     context = getattr(netutil, "_client_ssl_defaults", None)
-    if isinstance(context, ssl.SSLContext):  # Of a tornado before 6.6.
+    if isinstance(context, ssl.SSLContext):  # tornado before 6.6.
         context.set_default_verify_paths()
 
 
@@ -71,7 +71,7 @@ def _renew_lab(labapp: Any) -> None:
 
 
 def _set_defaults(kind: Any, **defaults: Any) -> None:
-    """Set defaults of traits, which their class keeps beside them, too."""
+    """Set defaults of traits, including the copies in their class."""
     changed = {name: value for name, value in defaults.items() if getattr(kind, name).default_value != value}
     for name, value in changed.items():
         getattr(kind, name).default_value = value
@@ -83,11 +83,11 @@ _RENEWED: dict[str, Callable[[ModuleType], Any]] = {
     "site": _renew_site,
     "multiprocessing.process": _renew_processes,
     "numpy.random": _renew_random,
-    # Who uses this one has its function, which looks into the module, and so finds the new values.
+    # Its users hold its function, which reads the module's new values.
     "send2trash.plat_other": importlib.reload,
     "tornado.netutil": _renew_trust,
     "jupyter_client.session": _renew_sessions,
     "jupyter_server.gateway.gateway_client": _renew_gateway,
     "jupyterlab.labapp": _renew_lab,
 }
-"""By the name of each module that has something to be made once more."""
+"""By name of the module."""

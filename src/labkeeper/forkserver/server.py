@@ -1,6 +1,6 @@
-"""A process that becomes one JupyterLab server: after a fork, or after it was executed for that.
+"""A process that becomes one JupyterLab server, after a fork or an exec.
 
-All that is particular to a server comes with its `Launch`, and is put in force here, before Jupyter looks.
+All that is specific to a server comes with its `Launch`, and is applied here before Jupyter starts.
 """
 
 from __future__ import annotations
@@ -28,15 +28,14 @@ from .wire import receive as receive_frame
 
 _COOKIE_SECRET_BYTES = 32
 _OOM_SCORE = 300
-"""Added to what Linux makes of the memory that a process uses, of 1000 for all there is, when it looks for one to kill."""
+"""Added to the process's OOM badness, on a scale where 1000 is all memory."""
 _exit_code = 0
 
 
 def end_fast() -> None:
-    """Let this process end without taking the interpreter down, which would take longer than all the rest of a stop.
+    """Exit this process without finalising the interpreter, which is the slowest part of a stop.
 
-    To be called before anything else is imported: what registers first runs last, after threads were joined and every other
-    hook has run.
+    Call this before other imports: hooks registered first run last, after threads were joined.
     """
 
     def leave() -> None:
@@ -49,15 +48,15 @@ def end_fast() -> None:
 
 
 def receive(descriptor: int) -> tuple[Launch, int, int]:
-    """Take the launch out of a socket; give it with its log and the pipe to report to. Raises WireError, EOFError, OSError."""
+    """Return the launch, log and report pipe from a socket. Raises WireError, EOFError, OSError."""
     with socket.socket(fileno=descriptor) as connection:
         message, (log, report) = receive_frame(connection)
     return Launch.parse(message), log, report
 
 
 def become_server(launch: Launch, log: int, report: int) -> None:
-    """Put a launch in force in this process, and run JupyterLab until it ends; the process ends with its exit code."""
-    global _exit_code  # noqa: PLW0603 - the one thing that the hook at the exit has to know
+    """Apply a launch to this process and run JupyterLab; the process exits with its exit code."""
+    global _exit_code  # noqa: PLW0603 - the only state that the exit hook reads
     _exit_code = 1
     _open_streams(log)
     try:
@@ -82,7 +81,7 @@ def become_server(launch: Launch, log: int, report: int) -> None:
 
 
 def enter(launch: Launch) -> None:
-    """Put a launch in force in this process. What needs the keeper's rights comes before the change of user."""
+    """Apply a launch to this process; steps that need the keeper's rights come first."""
     if os.getsid(0) != os.getpid():
         os.setsid()
     join(launch.cgroups)
@@ -99,7 +98,7 @@ def enter(launch: Launch) -> None:
     os.environ.update(launch.env)
     time.tzset()
     sys.argv[:] = ["jupyter-lab"]
-    # The main module of a server is not ours: `multiprocessing` runs it once more in each process that it spawns.
+    # Not this program's: `multiprocessing` reruns the main module in each process that it spawns.
     sys.modules["__main__"] = types.ModuleType("__main__")
     if launch.user is not None:
         drop_bounding_set()
@@ -114,25 +113,25 @@ def enter(launch: Launch) -> None:
 
 
 def join(cgroups: list[str]) -> None:
-    """Move this process into control groups, each given by the file of its members. Raises OSError."""
+    """Move this process into control groups, given by their member files. Raises OSError."""
     for path in cgroups:
         with open(path, "w") as members:
             members.write(str(os.getpid()))
 
 
 def _go_to(directory: str) -> None:
-    """Enter the root directory as the server's user: one that this user can read, and the one that was allowed."""
+    """Enter the root directory as the server's user; it must be readable and unmoved."""
     here = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     os.fchdir(here)
     os.close(here)
     if os.getcwd() != directory:
-        # It was resolved when it was allowed; a part of it has become a link since, which may lead anywhere.
+        # It was resolved when it was allowed; since then part of it has become a link.
         raise NotADirectoryError(f"the root directory {directory} leads to another place now; ask for that one, if it is meant")
 
 
 def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
-    """Run JupyterLab until it ends; call `ready` with its ServerApp when its socket listens and its loop runs."""
-    # Imported here: the fork server has them already, and who is executed wants its log open first.
+    """Run JupyterLab until it ends; call `ready` with its ServerApp once it listens."""
+    # Imported late: the fork server has them, and an executed process needs its log open first.
     from jupyterlab.labapp import LabApp
     from traitlets.config import Config
 
@@ -146,9 +145,9 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
     app = LabApp.initialize_server(
         argv=[],
         config=chosen,
-        # It would write the token into a page that others can read; no option of its configuration.
+        # It would write the token into a file that others can read; not a configurable trait.
         no_browser_open_file=True,
-        # A configuration that cannot be read must not leave its server without the protection that it asks for.
+        # An unreadable configuration must not leave the server without its protection.
         raise_config_file_errors=True,
         launch=launch,
         ready=ready,
@@ -158,7 +157,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
 
 
 def _open_streams(log: int) -> None:
-    """Make the log our standard output and error; there is no input."""
+    """Make the log standard output and error, and standard input empty."""
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     os.dup2(log, 1)
@@ -168,8 +167,8 @@ def _open_streams(log: int) -> None:
 
 
 def _go_first_without_memory() -> None:
-    """Let Linux choose us and what we start, rather than the keeper and fork servers, when memory has run out."""
-    # There may be no /proc, or nothing there to write to.
+    """Make the OOM killer prefer this process and its children to the keeper and fork servers."""
+    # /proc may be missing or read-only.
     with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as score:
         ours = int(score.read())
         score.seek(0)
@@ -177,7 +176,7 @@ def _go_first_without_memory() -> None:
 
 
 def _broken_configuration(error: BaseException) -> str | None:
-    """Name the configuration file whose loading raised an error; None when it came from elsewhere."""
+    """Return the configuration file whose loading raised an error, or None."""
     frames = traceback.extract_tb(error.__traceback__)
     if not any(frame.name == "load_config_file" for frame in frames):
         return None

@@ -1,7 +1,7 @@
-"""Frames between a keeper and the processes that it launches: a JSON object each, with open files beside it.
+"""Frames between a keeper and the processes it launches: JSON objects with open files.
 
-A frame is four bytes with the length of the object (big-endian), and the object. Both ends belong to the same user; what comes is
-checked all the same, once, here.
+A frame is the object's length in four bytes (big-endian), then the object. Both ends belong to the
+same user; all input is validated nevertheless, once, here.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 LARGEST = 16 * 1024 * 1024
-"""Bytes of a frame; a request's environment is bounded by the largest body that the keeper takes."""
+"""Maximum bytes of a frame; the keeper's request body limit bounds the environment."""
 MOST_FILES = 4
-"""Open files beside a frame."""
+"""Maximum open files per frame."""
 _ALL_BITS = 0o777
 _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """What came is no frame, or not what was expected in it."""
+    """The input is not a frame, or not the expected one."""
 
 
 @dataclass(frozen=True)
 class User:
-    """Whom a server runs as."""
+    """The user that a server runs as."""
 
     uid: int
     gid: int
@@ -39,29 +39,29 @@ class User:
 
 @dataclass(frozen=True)
 class Launch:
-    """All that a process needs to know to become one server."""
+    """All that a process needs to become one server."""
 
     server_dir: str
-    """The server's private directory; also the mark by which all that it starts is known."""
+    """The server's private directory; also the mark of all that it starts."""
     title: str
-    """What lists of processes show."""
+    """Title in process lists."""
     cwd: str
     env: dict[str, str]
     kernel_env: dict[str, str]
-    """What its kernels have beyond that."""
+    """Additional variables of its kernels."""
     umask: int
     config: dict[str, dict[str, Any]]
-    """Jupyter's configuration by section, as the command line would give it: above every file."""
+    """Jupyter's configuration by section; takes precedence over files, like the command line."""
     user: User | None
     cgroups: list[str]
-    """Files that the process writes its pid into, in order to be limited."""
+    """Files that the process writes its pid to, in order to be limited."""
     rlimits: dict[str, int]
-    """Limits by their name in `resource`, as RLIMIT_DATA."""
+    """Limits by their name in `resource`, such as RLIMIT_DATA."""
     encrypt_kernels: bool
-    """Whether its kernels encrypt what they say, where they can, and its configuration does not say anything else."""
+    """Whether kernels that can encrypt their traffic do so, unless configured otherwise."""
 
     def message(self) -> dict[str, Any]:
-        """Give it as a frame's object."""
+        """Return it as a frame's object."""
         return asdict(self)
 
     @classmethod
@@ -118,7 +118,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 
 def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
-    """Send one frame, with open files. Raises OSError, and WireError when it is too large."""
+    """Send one frame with open files. Raises OSError, and WireError if it is too large."""
     body = json.dumps(message).encode()
     if len(body) > LARGEST:
         raise WireError(f"a frame of {len(body)} bytes is too large (at most {LARGEST})")
@@ -128,10 +128,10 @@ def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[
 
 
 def receive(connection: socket.socket, *, within: float | None = None) -> tuple[dict[str, Any], list[int]]:
-    """Receive one frame, and the open files that came with it; they are the caller's to close.
+    """Return one frame and its open files, which the caller must close.
 
-    All of it has to come within so many seconds, however slowly it is sent. Raises EOFError when the other end has closed,
-    WireError when what came is none, OSError (TimeoutError).
+    All of it must arrive within `within` seconds, however slowly it is sent. Raises EOFError if the
+    other end has closed, WireError if the frame is invalid, OSError (TimeoutError).
     """
     files: list[int] = []
     until = None if within is None else time.monotonic() + within
@@ -157,7 +157,7 @@ def receive(connection: socket.socket, *, within: float | None = None) -> tuple[
 
 
 def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
-    """Receive up to `size` bytes, and take the files beside them; none is passed on to a program that is executed."""
+    """Receive up to `size` bytes; append the attached files, which are close-on-exec."""
     server_dir = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
     data, ancillary, flags, _ = connection.recvmsg(size, server_dir, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
     for level, kind, payload in ancillary:
