@@ -1,7 +1,8 @@
-"""What is asked of a kernel gateway: whether it is one and lets us in, whether it has a kernel, and to end one.
+"""Client of kernel gateways: health checks, kernel queries and kernel deletion.
 
-It is asked as Jupyter would ask it: the same URL, headers, certificates. Sources of the rules: jupyter_server 2.x
-(`gateway/gateway_client.py`), the REST API of Jupyter Kernel Gateway and Enterprise Gateway, all three read and run.
+It sends what Jupyter would send: the same URL, headers, certificates. Sources of the rules:
+jupyter_server 2.x (`gateway/gateway_client.py`), the REST API of Jupyter Kernel Gateway and
+Enterprise Gateway, all three read and run.
 """
 
 from __future__ import annotations
@@ -28,17 +29,17 @@ from labkeeper.scrub import Secrets, of_gateway, scrub
 
 _KERNEL_PATH: Final = "/api/kernels/"
 _DELETE_WITHIN: Final = 20.0
-"""Seconds that a gateway gets to end a kernel, which may be a container in a cluster."""
+"""Seconds in which a gateway must end a kernel, which may be a container in a cluster."""
 _SERVER_ERRORS: Final = 500
 _NO_TLS: Final = "does not speak TLS; use http:// in gateway_url"
 _AT_ONCE: Final = 1.0
-"""Seconds in which what is no TLS says so."""
+"""Timeout in seconds of probes for the wrong protocol."""
 _MARGIN: Final = 0.5
-"""Seconds beyond its own timeout after which a question is given up: names are looked up without one."""
+"""Seconds added to a request's own timeout, since name resolution has none."""
 
 
 class _Specs(BaseModel):
-    """`GET /api/kernelspecs`, as far as it tells a gateway from other servers."""
+    """`GET /api/kernelspecs`, as far as it distinguishes a gateway from other servers."""
 
     model_config = ConfigDict(extra="ignore", defer_build=True)
 
@@ -46,7 +47,7 @@ class _Specs(BaseModel):
 
 
 class _UnfitError(Exception):
-    """A gateway cannot be used."""
+    """The gateway is unusable."""
 
     def __init__(self, kind: FailureClass, why: str) -> None:
         super().__init__(why)
@@ -54,17 +55,17 @@ class _UnfitError(Exception):
 
 
 class GatewayClient:
-    """Asks gateways. Thread-safe."""
+    """Client of gateways. Thread-safe."""
 
     def __init__(self, clock: Clock, *, timeout: float) -> None:
-        """`timeout` is in seconds, and holds for each question as a whole."""
+        """`timeout` is in seconds, for each request as a whole."""
         self._clock = clock
         self._timeout = timeout
 
     def check(self, gateway: Gateway) -> GatewayHealth:
-        """Find out whether it can be used: it answers, it lets us in, and it speaks as a gateway.
+        """Return a gateway's health: whether it answers, grants access, and acts as a gateway.
 
-        Raises BackendUnavailable where we could not ask it, for want of a thread or a descriptor.
+        Raises BackendUnavailable if the keeper lacks a thread or a descriptor to ask.
         """
         try:
             count = self._count_specs(gateway)
@@ -74,14 +75,17 @@ class GatewayClient:
         return GatewayHealth(self._clock.time(), kernelspecs=count)
 
     def has_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
-        """Whether a kernel of this id lives there. Raises BackendUnavailable when that cannot be known."""
+        """Whether the gateway has a kernel of this id. Raises BackendUnavailable if unknown."""
         status = self._ask_about(gateway, "GET", kernel_id)
         if status not in {http.client.OK, http.client.NOT_FOUND}:
             raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: it answered {status}")
         return status == http.client.OK
 
     def end_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
-        """End a kernel; it is gone when this returns. Says whether it was there. Raises BackendUnavailable."""
+        """End a kernel; it is gone on return. Return whether it existed.
+
+        Raises BackendUnavailable.
+        """
         status = self._ask_about(gateway, "DELETE", kernel_id, within=_DELETE_WITHIN)
         if status not in {http.client.OK, http.client.NO_CONTENT, http.client.NOT_FOUND}:
             raise BackendUnavailable(f"cannot end kernel {kernel_id} on the gateway {gateway.url}: it answered {status}")
@@ -95,7 +99,7 @@ class GatewayClient:
             raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: {why}") from error
 
     def _count_specs(self, gateway: Gateway) -> int:
-        """Ask for its kernelspecs; count them. Raises _UnfitError, BackendUnavailable."""
+        """Return the number of its kernelspecs. Raises _UnfitError, BackendUnavailable."""
         try:
             answer = self._ask(gateway, "GET", "/api/kernelspecs", self._timeout)
         except (OSError, http.client.HTTPException) as error:
@@ -116,7 +120,7 @@ class GatewayClient:
                 FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it does not work now; look at it, or try later"
             )
         if answer.location and answer.status != http.client.OK:
-            # It may repeat what it was shown.
+            # It may repeat credentials.
             place = scrub(answer.location, Secrets(*of_gateway(gateway)))[:200]
             raise _UnfitError(FailureClass.NOT_A_GATEWAY, f"points elsewhere ({place!r}); return the place itself as gateway_url")
         try:
@@ -131,7 +135,7 @@ class GatewayClient:
             ) from error
 
     def _diagnosis(self, gateway: Gateway, error: Exception) -> _UnfitError:
-        """Return why there was no answer, and what to do."""
+        """Return an error with the cause of a failed request and its remedy."""
         kind = FailureClass.GATEWAY_UNREACHABLE
         match error:
             case ssl.SSLError():
@@ -139,7 +143,7 @@ class GatewayClient:
             case socket.gaierror():
                 why = f"cannot be found: no host is called {urlsplit(gateway.url).hostname!r} here; check gateway_url"
             case TimeoutError() if self._speaks_http(gateway):
-                # What it waited for was not TLS.
+                # The gateway does not speak TLS, so the handshake timed out.
                 kind, why = FailureClass.GATEWAY_TLS, _NO_TLS
             case TimeoutError():
                 kind = FailureClass.GATEWAY_TIMEOUT
@@ -160,7 +164,7 @@ class GatewayClient:
         return _UnfitError(kind, why)
 
     def _speaks_http(self, gateway: Gateway) -> bool:
-        """Whether HTTP without TLS is spoken where the URL says that TLS is."""
+        """Whether the gateway speaks plain HTTP although the URL is https."""
         parts = urlsplit(gateway.url)
         if parts.scheme == "http":
             return False
@@ -170,10 +174,10 @@ class GatewayClient:
         return False
 
     def _alert(self, gateway: Gateway) -> ssl.SSLError | None:
-        """Return the alert by which TLS ends where nothing is asked, such as for want of a client certificate.
+        """Return the TLS alert of a refused connection, such as for a missing client certificate.
 
-        In TLS 1.3 it follows the handshake. If a request is on its way by then, the gateway may reset the connection, and the
-        alert is lost.
+        In TLS 1.3 it follows the handshake. If a request is on its way by then, the gateway may
+        reset the connection, and the alert is lost.
         """
         if urlsplit(gateway.url).scheme != "https":
             return None
@@ -188,7 +192,7 @@ class GatewayClient:
         return None
 
     def _speaks_tls(self, gateway: Gateway) -> bool:
-        """Whether TLS is spoken where the URL says that it is not."""
+        """Whether the gateway speaks TLS although the URL is http."""
         parts = urlsplit(gateway.url)
         if parts.scheme == "https":
             return False
@@ -201,7 +205,10 @@ class GatewayClient:
         return False
 
     def _ask(self, gateway: Gateway, method: str, path: str, within: float) -> Answer:
-        """Ask, and give up after so many seconds, whatever it waits for. Raises OSError, HTTPException, BackendUnavailable."""
+        """Return the answer to a request, within `within` seconds including name resolution.
+
+        Raises OSError, HTTPException, BackendUnavailable.
+        """
         outcome: Future[Answer] = Future()
         asked: list[socket.socket] = []
 
@@ -212,28 +219,28 @@ class GatewayClient:
                     asked.append(connection.sock)
                     prefix = urlsplit(gateway.url).path.rstrip("/")
                     outcome.set_result(exchange(connection, method, prefix + path, headers=_headers(gateway), within=within))
-            except Exception as error:  # noqa: BLE001 - handed over to who asked
+            except Exception as error:  # noqa: BLE001 - passed to the caller
                 outcome.set_exception(error)
 
-        # In a thread that nobody waits for: the look-up of a name has no timeout, and cannot be ended.
+        # In a thread that is not joined: name resolution has no timeout and cannot be cancelled.
         shortage.start(threading.Thread(target=ask, name="ask-gateway", daemon=True))
         try:
             return outcome.result(within + _MARGIN)
         except OSError:
-            # One that goes on answering, a byte at a time, would keep its thread for hours.
+            # An answer that trickles in would keep its thread for hours.
             for connected in asked:
                 with suppress(OSError):
                     socket.socket.shutdown(connected, socket.SHUT_RDWR)
             raise
         except ValueError as error:
-            # Of a name or header that cannot be sent; what Python says of it may hold a part of a secret.
+            # The name or a header cannot be encoded; Python's message may contain part of a secret.
             raise http.client.InvalidURL("its name, or a header, cannot be sent") from error
 
 
 def _tls_trouble(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"shows a certificate that is not trusted ({error.verify_message}); name its authority by gateway_ca_certs"
-    # An SSLError that is raised in Python, not in OpenSSL, has no reason.
+    # An SSLError raised in Python, not in OpenSSL, has no reason.
     reason = getattr(error, "reason", None)
     if reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}:
         return _NO_TLS
@@ -259,7 +266,10 @@ def _connection(gateway: Gateway, timeout: float) -> closing[http.client.HTTPCon
 
 
 def _context(gateway: Gateway) -> ssl.SSLContext:
-    """Make what TLS is spoken with: its files are read once, with care, and OpenSSL gets copies. Raises SSLError."""
+    """Return the TLS context; its files are read once, safely, and OpenSSL gets copies.
+
+    Raises SSLError.
+    """
     context = ssl.create_default_context()
     try:
         with ExitStack() as copies:
@@ -268,7 +278,8 @@ def _context(gateway: Gateway) -> ssl.SSLContext:
             mine = [read_named(file, gateway.user) for file in (gateway.client_cert, gateway.client_key) if file is not None]
             shown = [copies.enter_context(private_copy(content)) for content in mine]
             if shown:
-                # Asked for a password, OpenSSL would wait at our terminal. A key may stand beside its certificate.
+                # Without a password, OpenSSL would prompt on the terminal. A certificate file may
+                # hold its key.
                 context.load_cert_chain(shown[0], shown[-1], password="")
     except ssl.SSLError:
         raise

@@ -1,7 +1,7 @@
-"""The watch over gateways: those of running servers, and those that kernels are still to be ended on.
+"""Monitoring of gateways of running servers, and of those that have orphaned kernels.
 
-A gateway is asked seldom, by one caller for all its servers; one that does not answer, more and more seldom. What changes is
-told to each server. When one with orphaned kernels answers, they are ended.
+Each gateway is polled at intervals, once for all its servers; an unavailable one with increasing
+pauses. Changes are reported to each server. Orphaned kernels are ended once their gateway answers.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ from labkeeper.gateways.orphans import OrphanedKernels
 from labkeeper.threads import ThreadGroup
 
 _FIRST_PAUSE: Final = 2.0
-"""Seconds after which a gateway that did not answer is asked again; doubled each time."""
+"""Seconds before an unavailable gateway is asked again; doubled each time."""
 _LONGEST_PAUSES: Final = 4
-"""Times the period after which it is asked again at last."""
+"""Maximum pause as a multiple of the period."""
 _FAILURES: Final = 3
-"""Kernels that cannot be ended, after which a gateway is left alone for a while."""
+"""Failed kernel deletions after which a gateway is left alone for a while."""
 _MAY_COME: Final = 300.0
-"""Seconds in which a kernel may still come that a gateway was asked for and had not answered about."""
+"""Seconds in which a requested kernel may still appear on a gateway that did not answer."""
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at what is due."""
+"""Seconds between checks for due gateways."""
 
 _log = structlog.get_logger("labkeeper.gateways.monitor")
 
 
 @dataclass(slots=True, eq=False)
 class _Watched:
-    """One gateway, as one set of credentials sees it."""
+    """One gateway with one set of credentials."""
 
     gateway: Gateway
     due: float
     servers: dict[ServerName, tuple[int, GatewayHealth | None]] = field(default_factory=dict)
-    """The launches that hear of it, and what each knows."""
+    """The launches that get reports, with the last health of each."""
     misses: int = 0
-    """How often in a row it could not be used."""
+    """Number of consecutive failures."""
     asked: float = 0.0
     """When it was last asked; seconds since the epoch."""
     asker: threading.Thread | None = None
-    """Asks it, or was the last to do so."""
+    """The thread that asks it or last did."""
 
     @property
     def asking(self) -> bool:
@@ -60,7 +60,7 @@ class _Watched:
 
 
 class GatewayWatch:
-    """A listener of the fleet, with a thread of its own."""
+    """Subscriber of the fleet with its own thread."""
 
     def __init__(
         self,
@@ -83,11 +83,11 @@ class GatewayWatch:
         self._watched: list[_Watched] = []
 
     def start(self) -> None:
-        """Begin to watch."""
+        """Start the thread."""
         self._threads.watch("gateways", self._look, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
-        """Take in a server that runs, and leave out one that does not."""
+        """Add a running server, or remove one that does not run."""
         after = change.after
         with self._lock:
             for watched in self._watched:
@@ -97,7 +97,7 @@ class GatewayWatch:
                 return
             watched = self._find(after.spec.gateway)
             if after.name not in watched.servers and after.gateway is None:
-                # One that was taken over: nobody has asked its gateway yet.
+                # An adopted server, whose gateway has not been asked yet.
                 watched.due = self._clock.monotonic()
             watched.servers[after.name] = (after.generation, after.gateway)
 
@@ -116,7 +116,7 @@ class GatewayWatch:
             watched.asker = self._threads.start("ask-gateway", self._ask, watched)
 
     def _due(self) -> list[_Watched]:
-        """Return the gateways to be asked now, and leave out those that nobody needs."""
+        """Return the gateways to be asked now, and remove unused ones."""
         now = self._clock.monotonic()
         orphans = self._orphans.all()
         owing = [orphan.gateway for orphan in orphans]
@@ -133,7 +133,7 @@ class GatewayWatch:
         try:
             health = self._client.check(watched.gateway)
         except BackendError as error:
-            # That says nothing of it. It stays due.
+            # That is no evidence about the gateway. It stays due.
             _log.warning("a gateway cannot be asked", gateway=watched.gateway.url, error=error.message)
             return
         settled = self._collect(watched.gateway) if health.reachable else False
@@ -150,9 +150,9 @@ class GatewayWatch:
             self._tell(report)
 
     def _collect(self, gateway: Gateway) -> bool:
-        """End the kernels that are owed on a gateway that answers; return whether none is owed there any more."""
+        """End the orphaned kernels on a gateway that answers; return whether none are left."""
         orphans, failed = self._orphans.on(gateway), 0
-        # In another order each time: those that cannot be ended are not in the way of the others.
+        # In random order: kernels that cannot be ended must not block the others.
         for orphan in random.sample(orphans, len(orphans)):
             if self._threads.closed or failed >= _FAILURES:
                 return False
@@ -177,5 +177,5 @@ def _differs(known: GatewayHealth | None, health: GatewayHealth) -> bool:
 
 
 def _since(known: GatewayHealth | None, health: GatewayHealth) -> float:
-    """Say since when it has been so: a change of the error, or of the number of kernelspecs, is none of this."""
+    """Return when reachability last changed; other errors or kernelspec counts do not matter."""
     return known.since if known is not None and known.reachable is health.reachable else health.since

@@ -1,4 +1,4 @@
-"""Kernels of ours that live on a gateway and that nobody is to have any more: written down until they have been ended."""
+"""Kernels on gateways that have lost their server; recorded until they have been ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkeeper.core.server import OrphanedKernel
 from labkeeper.core.spec import Gateway
 
 _EXPIRE_AFTER: Final = 30 * 86400.0
-"""Seconds after which a kernel whose gateway never answered is given up; gateways end idle kernels themselves."""
+"""Seconds after which a kernel is given up; gateways end idle kernels themselves."""
 
 _log = structlog.get_logger("labkeeper.gateways.orphans")
 
@@ -23,16 +23,16 @@ class OrphanedKernels:
     """See `core.ports.OrphanedKernels`. Thread-safe."""
 
     def __init__(self, store: Store, clock: Clock) -> None:
-        """Take up what an earlier keeper owed. Raises StoreError."""
+        """Load the orphaned kernels of earlier keepers. Raises StoreError."""
         self._store = store
         self._clock = clock
         self._lock = threading.Lock()
         self._kernels = {orphan.kernel_id: orphan for orphan in store.orphans()}
         self._unsaved: set[str] = set()
-        """Ids of kernels whose row in the store is not what is so."""
+        """Ids of kernels whose row in the store is out of date."""
 
     def add(self, orphans: Sequence[OrphanedKernel]) -> None:
-        """Take in more."""
+        """Add orphaned kernels."""
         for orphan in orphans:
             _log.info(
                 "a kernel is to be ended on its gateway",
@@ -46,7 +46,7 @@ class OrphanedKernels:
         self.save()
 
     def discard(self, kernel_ids: Iterable[str]) -> None:
-        """Drop those that have been ended."""
+        """Remove kernels that have been ended."""
         with self._lock:
             for kernel_id in kernel_ids:
                 self._kernels.pop(kernel_id, None)
@@ -54,7 +54,7 @@ class OrphanedKernels:
         self.save()
 
     def save(self) -> None:
-        """Bring the store to what is so, now or, where it cannot be written, when this is called again."""
+        """Update the store; if that fails, the next call retries."""
         with self._lock:
             if not self._unsaved:
                 return
@@ -69,7 +69,7 @@ class OrphanedKernels:
             self._store.wipe()
 
     def expire(self) -> None:
-        """Give up what is too old ever to be ended."""
+        """Remove kernels that are too old."""
         limit = self._clock.time() - _EXPIRE_AFTER
         for orphan in [orphan for orphan in self.all() if orphan.since < limit]:
             _log.warning(
@@ -81,7 +81,7 @@ class OrphanedKernels:
             self.discard([orphan.kernel_id])
 
     def all(self) -> list[OrphanedKernel]:
-        """Return all, the oldest first."""
+        """Return all, oldest first."""
         with self._lock:
             return sorted(self._kernels.values(), key=lambda orphan: (orphan.since, orphan.kernel_id))
 

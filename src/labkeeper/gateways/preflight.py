@@ -1,7 +1,7 @@
-"""The gate that every start passes: a server with a gateway is ready when it answers *and* its gateway can be used.
+"""Preflight check of gateways: a server is ready when it answers *and* its gateway is usable.
 
-The gateway is asked while the server starts, so a good one costs nothing. A bad one ends the start, with its cause; unless the
-server does not require it.
+The check runs while the server starts, so a working gateway costs no time. A failed check ends the
+start with its cause, unless the server does not require the gateway.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _Start:
     gateway: Gateway
     kernels: tuple[OwnKernel, ...]
     health: GatewayHealth | None = None
-    """What was found out; None as long as the gateway has not answered."""
+    """Result of the check; None until the gateway has answered."""
     ready: Ready | None = None
-    """What the backend said, before the gateway had answered."""
+    """The backend's report, if it came before the gateway's answer."""
 
 
 class GatewayPreflight:
-    """See `core.ports.GatewayPreflight`. Stands between a backend and whoever hears its reports. Thread-safe."""
+    """See `core.ports.GatewayPreflight`. Filters a backend's reports. Thread-safe."""
 
     def __init__(self, tell: Callable[[Report], None], *, threads: ThreadGroup, client: GatewayClient, probe: Probe) -> None:
         self._tell = tell
@@ -48,19 +48,19 @@ class GatewayPreflight:
         self._lock = threading.Lock()
 
     def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
-        """Begin to ask the gateway of a launch. Raises BackendUnavailable where we cannot."""
+        """Start to check a launch's gateway. Raises BackendUnavailable if that is impossible."""
         with self._lock:
             self._starts.pop(spec.name, None)
         if spec.gateway is None:
             return
         start = _Start(generation, spec.gateway, tuple(kernels))
         self._threads.start(f"preflight-{spec.name}", self._check, spec.name, start)
-        # Nothing is launched yet, so nothing can be heard of it before it stands here.
+        # Nothing is launched yet, so no report can precede this entry.
         with self._lock:
             self._starts[spec.name] = start
 
     def receive(self, report: Report) -> None:
-        """Take a report of the backend, and pass it on: `Ready` only when the gateway has been found fit."""
+        """Pass on a report of the backend; hold back `Ready` until the gateway is found usable."""
         with self._lock:
             start = self._starts.get(report.name)
             if start is None or start.generation != report.generation:
@@ -94,7 +94,7 @@ class GatewayPreflight:
             self._admit(name, start)
 
     def _admit(self, name: ServerName, start: _Start) -> None:
-        """Let a server through that is ready, with the kernels that it is to have."""
+        """Report a ready server, after handing over the kernels of its earlier launch."""
         with self._lock:
             ready, health = start.ready, start.health
             if ready is None or health is None or self._starts.get(name) is not start:
@@ -108,10 +108,10 @@ class GatewayPreflight:
         self._tell(Report(name, start.generation, replace(ready, gateway=health, not_taken_over=missed)))
 
     def _hand_over(self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel) -> bool:
-        """Hand a server a kernel of its earlier launch; return whether it has the kernel, or the kernel is gone."""
+        """Hand a server an earlier launch's kernel; return whether it was taken or is gone."""
         try:
             if not self._client.has_kernel(start.gateway, kernel.id):
-                # One that was still starting may come yet, and would be nobody's.
+                # A kernel that was still starting may appear later, and would have no owner.
                 return not kernel.starting
             self._probe.take_over(endpoint, kernel)
         except BackendError as error:
