@@ -1,1 +1,1 @@
-"""What we know of Jupyter. Knows nothing of keepers, states or processes."""
+"""Knowledge about Jupyter. Knows nothing of keepers, states or processes."""

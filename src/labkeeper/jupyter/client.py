@@ -21,11 +21,14 @@ from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.server import Activity, Endpoint, Kernel, KernelUse, Load, OwnKernel, TerminalUse
 
 _LOOK_TIMEOUT: Final = 1.0
-"""Seconds for a look at whether a server answers; what is to end it may wait behind it, so it is shorter than any grace."""
+"""Timeout in seconds of a liveness probe.
+
+A termination may wait behind it, so it is shorter than any grace period.
+"""
 
 
 _END_KERNEL_TIMEOUT: Final = 10.0
-"""Seconds for a kernel to end; Jupyter gives one that does not listen five."""
+"""Seconds for a kernel to end; Jupyter gives an unresponsive one five."""
 
 
 class _KernelModel(BaseModel):
@@ -66,44 +69,59 @@ _STATUS: Final = TypeAdapter(_StatusModel)
 
 
 _UNTRACKED: Final = "?no_track_activity=1"
-"""With this a question is no activity."""
+"""Keeps a request from counting as activity."""
 
 
 class JupyterClient:
-    """Speaks to running servers over loopback or the address that they listen on. Thread-safe."""
+    """Client of running servers, over loopback or their listening address. Thread-safe."""
 
     def __init__(self, *, timeout: float = 3.0) -> None:
         self._timeout = timeout
 
     def answers(self, endpoint: Endpoint) -> bool | None:
-        """Whether it is alive, None where we could not ask: `GET api` needs no token and touches no gateway."""
+        """Whether the server is alive; None if it could not be asked.
+
+        `GET api` needs no token and involves no gateway.
+        """
         with _connection(endpoint) as connection:
             return _ok(connection, endpoint, "api", {})
 
     def proves(self, endpoint: Endpoint) -> bool:
-        """Whether it is alive and knows its token: `GET api/me` needs one, and touches no gateway either."""
+        """Whether the server is alive and knows its token.
+
+        `GET api/me` needs a token, and involves no gateway either.
+        """
         with _connection(endpoint) as connection:
             known = {"Authorization": f"token {endpoint.token}"}
             return bool(_ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known))
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
-        """List its kernels, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
+        """Return the server's kernels, without counting as activity.
+
+        Raises BackendUnavailable, BackendTimeout.
+        """
         with _failing(f"cannot list the kernels of the server on port {endpoint.port}"):
             found = _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
         return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
 
     def load(self, endpoint: Endpoint) -> Load:
-        """Return how many kernels and connections it has: `GET api/status`, which is no activity, and may wait for a gateway."""
+        """Return the number of kernels and connections, without counting as activity.
+
+        `GET api/status` may wait for a gateway. Raises BackendUnavailable, BackendTimeout.
+        """
         with _failing(f"cannot ask the server on port {endpoint.port} for its kernels and connections"):
             status = _STATUS.validate_json(self._told(endpoint, "api/status"))
         return Load(status.kernels, status.connections)
 
     def activity(self, endpoint: Endpoint) -> Activity:
-        """Ask how it is used, without counting as use. Raises BackendUnavailable, BackendTimeout."""
+        """Return the server's activity, without counting as activity.
+
+        Raises BackendUnavailable, BackendTimeout.
+        """
         with _failing(f"cannot ask the server on port {endpoint.port} how it is used"):
             status = _STATUS.validate_json(self._told(endpoint, "api/status"))
             kernels = _KERNELS.validate_json(self._told(endpoint, "api/kernels")) if status.kernels else []
-            # A server without terminals has no such page.
+            # A server without terminals lacks this route.
             terminals = _TERMINALS.validate_json(self._told(endpoint, "api/terminals", absent=b"[]"))
         return Activity(
             _epoch(status.last_activity),
@@ -112,7 +130,7 @@ class JupyterClient:
         )
 
     def end_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
-        """End one of its kernels, without counting as use. Raises BackendUnavailable, BackendTimeout."""
+        """End a kernel, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
         with _failing(f"cannot end kernel {kernel_id} of the server on port {endpoint.port}"):
             path = f"api/kernels/{kernel_id}{_UNTRACKED}"
             answer = self._ask("DELETE", endpoint, path, timeout=_END_KERNEL_TIMEOUT)
@@ -120,7 +138,7 @@ class JupyterClient:
                 raise BackendUnavailable(f"it answered {answer.status}")
 
     def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:
-        """Ask it to end with its kernels; it answers when that is done. Says whether it did."""
+        """Ask the server to end its kernels and itself; return whether it confirmed that."""
         try:
             answer = self._ask("POST", endpoint, "api/shutdown", timeout=timeout)
         except (OSError, http.client.HTTPException):
@@ -128,7 +146,10 @@ class JupyterClient:
         return answer.status == http.client.OK
 
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
-        """Hand over a kernel that already runs on its gateway, with its sessions. Raises BackendUnavailable, BackendTimeout."""
+        """Hand the server a kernel that already runs on its gateway, with its sessions.
+
+        Raises BackendUnavailable, BackendTimeout.
+        """
         asked: list[tuple[str, dict[str, Any]]] = [("api/kernels", {"kernel_id": kernel.id})]
         asked += [("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}}) for session in kernel.sessions]
         what = f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"
@@ -143,7 +164,10 @@ class JupyterClient:
                 raise BackendUnavailable(f"{what}: it answered {answer.status}")
 
     def _told(self, endpoint: Endpoint, path: str, *, absent: bytes | None = None) -> bytes:
-        """Return what a page says, or `absent` where there is no such page. Raises as `_ask` does, and BackendUnavailable."""
+        """Return the body of an answer, or `absent` for status 404.
+
+        Raises as `_ask` does, and BackendUnavailable.
+        """
         answer = self._ask("GET", endpoint, path + _UNTRACKED)
         if answer.status == http.client.NOT_FOUND and absent is not None:
             return absent
@@ -153,7 +177,7 @@ class JupyterClient:
         return answer.body
 
     def _ask(self, method: str, endpoint: Endpoint, path: str, *, timeout: float | None = None, body: Any = None) -> Answer:
-        """Show the token and ask. Raises OSError, of which TimeoutError is one, and HTTPException."""
+        """Send a request with the token. Raises OSError (or TimeoutError), HTTPException."""
         patience = self._timeout if timeout is None else timeout
         known = {"Authorization": f"token {endpoint.token}"}
         with _connection(endpoint, patience) as connection:
@@ -162,7 +186,7 @@ class JupyterClient:
 
 @contextmanager
 def _failing(what: str) -> Iterator[None]:
-    """Make of all that can go wrong with a question the error that says so."""
+    """Translate all failures of a request into BackendTimeout or BackendUnavailable."""
     try:
         yield
     except TimeoutError as error:
@@ -174,7 +198,7 @@ def _failing(what: str) -> Iterator[None]:
 
 
 def _epoch(instant: str) -> float | None:
-    """Read a time of Jupyter's; None where it is none."""
+    """Return a time of Jupyter's in seconds since the epoch; None if it is invalid."""
     try:
         return datetime.fromisoformat(instant).timestamp()
     except ValueError:
@@ -186,13 +210,13 @@ def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[h
     if not endpoint.secure:
         return closing(http.client.HTTPConnection(host, endpoint.port, timeout=timeout))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # It is known by its pid and its token; its certificate says nothing more.
+    # Pid and token identify the server; its certificate adds nothing.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return closing(http.client.HTTPSConnection(host, endpoint.port, timeout=timeout, context=context))
 
 
 def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool | None:
-    """Whether a page is given; None where we could not ask for it."""
+    """Whether the answer is 200; None if the keeper lacked resources to ask."""
     try:
         answer = exchange(connection, "GET", endpoint.base_url + path, headers=headers, within=_LOOK_TIMEOUT)
     except (OSError, http.client.HTTPException) as error:

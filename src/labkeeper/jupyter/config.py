@@ -1,6 +1,7 @@
-"""How a Jupyter server is configured: traits and environment of one launch.
+"""Configuration of a Jupyter server: traits and environment of one launch.
 
-Sources: jupyter_server 2.x (`serverapp.py`, `gateway/gateway_client.py`) and JupyterLab 4.x (`labapp.py`), read and run.
+Sources: jupyter_server 2.x (`serverapp.py`, `gateway/gateway_client.py`) and JupyterLab 4.x
+(`labapp.py`), read and run.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ PRIVATE_VARIABLES: Final = re.compile(
     r"|INVOCATION_ID$|JOURNAL_STREAM$|NOTIFY_SOCKET$|WATCHDOG_|LISTEN_|SYSTEMD_|MEMORY_PRESSURE_"
     r"|(CACHE|CONFIGURATION|CREDENTIALS|LOGS|RUNTIME|STATE)_DIRECTORY$)"
 )
-"""Variables of the keeper's own environment that a server must not inherit: ours, those that would configure Jupyter against the
-spec, and those by which systemd speaks to one service process."""
+"""Variables of the keeper that a server must not inherit.
+
+The keeper's own, those that would configure Jupyter against the spec, and those by which systemd
+addresses one service process.
+"""
 
 
 _LAUNCH_PAD: Final = 2.0
@@ -28,11 +32,11 @@ _LAUNCH_PAD: Final = 2.0
 
 
 def base_config() -> dict[str, dict[str, Any]]:
-    """Return the configuration that all servers have in common, by section."""
+    """Return the configuration common to all servers, by section."""
     return {
         # The other one builds an SSL context at each start, and lets users install packages from the Lab.
         "LabApp": {"extension_manager": "readonly"},
-        # A port is taken or not: Jupyter's silent search for another one would break every promise about it.
+        # Jupyter's silent search for another port would break every promise about it.
         "ServerApp": {"allow_root": True, "open_browser": False, "port_retries": 0},
     }
 
@@ -40,10 +44,11 @@ def base_config() -> dict[str, dict[str, Any]]:
 def launch_config(
     spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None, certificate: tuple[Path, Path] | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Return the configuration of one launch, by section: above every file of the user and the site. It holds secrets.
+    """Return the configuration of one launch, by section. It holds secrets.
 
-    What is ours to say goes over the options that were asked for. With a certificate and its key the server speaks TLS; Tornado
-    reads the files at each connection, so new ones count at once.
+    It takes precedence over all configuration files, and the keeper's own values over the requested
+    options. With a certificate and key the server uses TLS; Tornado reads the files at each
+    connection, so renewed ones take effect at once.
     """
     sections = _sections(spec.jupyter_options)
     for section, values in base_config().items():
@@ -79,7 +84,7 @@ def _gateway_settings(gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle
         "client_cert": gateway.client_cert,
         "client_key": gateway.client_key,
         "validate_cert": gateway.validate_cert,
-        # Those whose names begin with KERNEL_ are sent anyway.
+        # Variables with names that begin with KERNEL_ are sent anyway.
         "allowed_envs": ",".join(name for name in kernel_env if not name.startswith(KERNEL_PREFIX)) or None,
         "connect_timeout": gateway.connect_timeout,
         "request_timeout": gateway.request_timeout,
@@ -88,16 +93,17 @@ def _gateway_settings(gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle
 
 
 def base_environment(own: Mapping[str, str]) -> dict[str, str]:
-    """Make the environment that all servers have in common: our own, without what is private."""
+    """Return the environment common to all servers: the keeper's own without private variables."""
     return {name: value for name, value in own.items() if not PRIVATE_VARIABLES.match(name)}
 
 
 def launch_environment(spec: ServerSpec, own: Mapping[str, str], *, runtime_dir: Path, ca_bundle: Path | None) -> dict[str, str]:
-    """Make the environment of one launch from our own and the spec's."""
+    """Return the environment of one launch, from the keeper's own and the spec's."""
     env = {**base_environment(own), **spec.env}
     env["JUPYTER_RUNTIME_DIR"] = str(runtime_dir)
     if ca_bundle is not None:
-        # Jupyter hands `ca_certs` on only beside a client certificate; OpenSSL's own variable works without one.
+        # Jupyter uses `ca_certs` only with a client certificate; OpenSSL's variable works without
+        # one.
         env["SSL_CERT_FILE"] = str(ca_bundle)
     if spec.gateway is not None and spec.gateway.request_timeout is not None:
         # Jupyter would raise a shorter request timeout to its launch timeout of 40 s.

@@ -1,4 +1,4 @@
-"""Why a Jupyter server failed, by its exit and the last lines of its log."""
+"""Classifies failures of a Jupyter server by its exit and the last lines of its log."""
 
 from __future__ import annotations
 
@@ -26,7 +26,10 @@ _LEVEL: Final = re.compile(r"^\[([CEWID]) [^\]]*\]\s*")
 
 
 def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
-    """Name the class of an end, and the line of the log that says it best (without Jupyter's prefix); "" where none does."""
+    """Return the class of a failure and the log line that explains it best, or "".
+
+    Jupyter's prefix is removed from the line.
+    """
     if end.signal is not None:
         return FailureClass.KILLED, ""
     grave = [line for line in reversed(tail) if _level(line) not in {"D", "I"}]
@@ -34,12 +37,12 @@ def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
         for line in grave:
             if pattern.search(line):
                 return kind, _LEVEL.sub("", line).strip()
-    # Jupyter warns at each start of something, and what is indented belongs to a line above.
+    # Jupyter logs some warning at each start, and an indented line continues the one above.
     last_words = (_LEVEL.sub("", line).strip() for line in grave if _level(line) != "W" and not line[:1].isspace())
     return FailureClass.OTHER, next(filter(None, last_words), "")
 
 
 def _level(line: str) -> str:
-    """Return the level of a line of Jupyter's log; "" of what it has not logged, such as a traceback."""
+    """Return the level of a Jupyter log line; "" for other lines, such as of a traceback."""
     found = _LEVEL.match(line)
     return found[1] if found else ""

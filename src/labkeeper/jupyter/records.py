@@ -1,4 +1,4 @@
-"""What a server writes down: its server_info, and its kernels.
+"""Files that a server writes: its server_info, and its kernels.
 
 Source: jupyter_server 2.x (`serverapp.py`, `server_info`).
 """
@@ -34,12 +34,12 @@ class _Info(BaseModel):
 
 
 def info_path(runtime_dir: Path, pid: int) -> Path:
-    """Return where the server of this pid writes its server_info; it removes the file when it ends in good order."""
+    """Return the path of a server's server_info file; the server removes it at a clean exit."""
     return runtime_dir / f"jpserver-{pid}.json"
 
 
 def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
-    """Read the server_info of a process; None as long as it has written none, or only half of it."""
+    """Return the endpoint in a process's server_info; None if the file is missing or incomplete."""
     try:
         return endpoint_of(json.loads(read_foreign(info_path(runtime_dir, pid))), pid)
     except (OSError, ValueError, RecursionError):
@@ -47,7 +47,7 @@ def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
 
 
 def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
-    """Read what a process says of itself, in the form of a server_info; None where that is none of its."""
+    """Return the endpoint in a server_info that a process reports; None if it is not its own."""
     try:
         info = _Info.model_validate(server_info)
     except ValidationError:
@@ -70,7 +70,7 @@ def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
 
 
 def with_url(endpoint: Endpoint, **told: Any) -> Endpoint:
-    """Return an endpoint with what is told better, and the URL that follows from it all."""
+    """Return an endpoint with some fields replaced and its URL recomputed."""
     better = replace(endpoint, **told)
     return replace(better, url=url_of(better, better.hostname or "localhost"))
 
@@ -88,7 +88,7 @@ class _SessionRecord(BaseModel):
 
 
 class _KernelsRecord(BaseModel):
-    """`kernels.json`, as `standalone/kernels.py` writes it; the user of the server can write it, too."""
+    """`kernels.json`, as `forkserver/kernels.py` writes it; the server's user can write it, too."""
 
     model_config = ConfigDict(defer_build=True)
 
@@ -98,11 +98,14 @@ class _KernelsRecord(BaseModel):
 
 
 _MOST_KERNELS: Final = 500
-"""Kernels of one server that are believed: each may become an orphaned kernel, stored with its gateway's credentials."""
+"""Maximum kernels of one server that are accepted.
+
+Each may become an orphaned kernel, stored with its gateway's credentials.
+"""
 
 
 def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
-    """Read which kernels a server has written down to have, the first 500; none when it has written nothing that can be read."""
+    """Return the recorded kernels of a server, at most 500; none without a readable record."""
     try:
         found = _KernelsRecord.model_validate_json(read_foreign(path))
     except (OSError, ValidationError):
@@ -116,6 +119,6 @@ def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
 
 
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:
-    """Return the root URL of a server: as seen from this machine, or with the name by which others know it."""
+    """Return the root URL of a server, as seen from this machine or with a given host name."""
     host = host or addresses.from_here(endpoint.hostname)
     return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, endpoint.base_url)
