@@ -1,4 +1,4 @@
-"""Runs a keeper: settings in, then everything put together, then signals, and an orderly end."""
+"""Runs a keeper: from its settings through assembly and signals to an orderly end."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ _log = structlog.get_logger("labkeeper.serve")
 
 
 def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
-    """Run a keeper until SIGTERM or SIGINT, and stop its servers or leave them; return the exit code.
+    """Run a keeper until SIGTERM or SIGINT, then stop or leave its servers; return the exit code.
 
-    With `first`, the server named `default` is started too. `announce` gets lines for the person who started the keeper;
-    `at_terminal` says that nobody else reads them, and that nobody keeps them: its link, with its token, is told there only.
-    Raises SettingsError.
+    With `first`, the server named `default` is started too. `announce` receives lines for the
+    person who started the keeper. With `at_terminal` they are read only there and not stored; only
+    then do they include a link with its token. Raises SettingsError.
     """
-    # What is made from here on is for us alone; what others must reach is opened to them where it is made.
+    # New files are private; what others must reach is opened to them where it is created.
     os.umask(0o077)
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     announce = _unheard_is_no_harm(announce)
@@ -48,7 +48,8 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         make_private(chosen.state_dir)
         stack.enter_context(only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
         if is_usable(chosen.server_dirs):
-            # Also the default one: another keeper may be told to use it. It would end our servers, which its store does not know.
+            # Also the default one: another keeper that uses it would end these servers, unknown to
+            # its store.
             stack.enter_context(only_keeper(chosen.server_dirs, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
         allow_descriptors()
         token = _token(chosen)
@@ -56,7 +57,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         scrub.KEEPER.learn(lambda: own)
         certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
         if chosen.lab_certificate is not None:
-            # A mistake is told now, and not by each server that cannot start.
+            # A mistake is reported now, and not by each server that cannot start.
             tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
         listener = stack.enter_context(listen(chosen.host, chosen.port))
         url = url_of(listener, "http" if certificate is None else "https")
@@ -65,7 +66,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         try:
             keeper = assemble(chosen, token, stack, sockets=sockets, certificate=certificate, url=url)
         except StoreError as error:
-            # At boot it is for whoever runs the keeper to act, as for every other setting.
+            # At startup the keeper's administrator has to act, as for every other setting.
             raise SettingsError(error.message) from error
         except BackendUnavailable as error:
             raise SettingsError(f"cannot start a keeper: {error.message}") from error
@@ -76,7 +77,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         if first:
             connect = functools.partial(_own_client, url, path, token)
             shortage.start(threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True))
-        # What is there by now stays: later searches for garbage leave it out.
+        # Present objects stay: exclude them from later garbage collections.
         gc.freeze()
         tell_systemd("READY=1")
         _log.info("keeper is ready", url=url, state_dir=str(chosen.state_dir), pid=os.getpid())
@@ -86,7 +87,7 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
-    """Stop all servers, unless they are left for the next keeper; the API goes on answering meanwhile."""
+    """Stop all servers, or leave them for the next keeper; the API keeps answering meanwhile."""
     count = len([s for s in keeper.all() if s.endpoint is not None])
     if chosen.on_exit == "leave":
         _log.info("keeper ends; its servers are left for the next one", servers=count)
@@ -115,7 +116,7 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
 
 
 def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None]:
-    """Let it be no reason to end, nor to leave servers behind, that what is said goes to a full disk, or to nobody."""
+    """Ignore output errors, so that a full disk or a closed pipe does not end the keeper."""
 
     def say(line: str) -> None:
         with contextlib.suppress(OSError):
@@ -125,7 +126,7 @@ def _unheard_is_no_harm(announce: Callable[[str], None]) -> Callable[[str], None
 
 
 def _token(chosen: Settings) -> str | None:
-    """Return the API token: the one that was set, or the one in the state directory, made now if need be."""
+    """Return the API token: the configured one, or the state directory's, created if missing."""
     if chosen.auth == "none":
         return None
     if chosen.token is not None:
@@ -137,20 +138,23 @@ def _token(chosen: Settings) -> str | None:
 
 
 def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
-    """Return what this keeper must not tell; the URL of a webhook is often a secret by itself."""
+    """Return the keeper's secrets; the URL of a webhook is often a secret by itself."""
     set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
     return [*set_, *([] if token is None else [token])]
 
 
 def _own_client(url: str, path: Path | None, token: str | None) -> Client:
-    """Make a client of ourselves: by the Unix socket where there is one, since our certificate may be for another name."""
+    """Return a client of this keeper, over the Unix socket if there is one.
+
+    The keeper's certificate may be for another name.
+    """
     from labkeeper.client import Client  # noqa: PLC0415 - late: most keepers start no first server
 
     return Client(url, token=token) if path is None else Client(url, socket=str(path))
 
 
 def _start_first(connect: Callable[[], Client], announce: Callable[[str], None], ended: Ended, at_terminal: bool) -> None:
-    """Start the default server through our own API, as any caller would."""
+    """Start the default server through the keeper's own API, as any client would."""
     announce("starting JupyterLab ...")
     try:
         with connect() as client:

@@ -1,4 +1,4 @@
-"""What a keeper is made of, put together: the one place that knows every part."""
+"""Assembly of a keeper: the only module that knows every part."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ def assemble(
     certificate: Certificate | None,
     url: str,
 ) -> Keeper:
-    """Build everything, in the order in which it is closed backwards; it serves when this returns.
+    """Build all parts, in the reverse order of closing; on return the keeper serves.
 
-    Raises SettingsError, StoreError, and BackendUnavailable where threads cannot be started.
+    Raises SettingsError, StoreError, and BackendUnavailable if threads cannot be started.
     """
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
@@ -71,7 +71,8 @@ def assemble(
         period=chosen.gateway_period,
     )
     backend = _backend(chosen, base, history, preflight, _earlier(chosen, base.store, stack))
-    # After the keeper's: a launch that is under way comes to its end first. What is reported to nobody the next keeper finds out.
+    # Closed after the keeper, so that launches in progress finish first. The next keeper detects
+    # what is no longer reported.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
     executor = KeyedExecutor(base.mailbox.receive)
@@ -102,14 +103,14 @@ def assemble(
     culler.start()
     services = _services(chosen, base, history, backend, keeper=keeper, culler=culler, sampler=sampler, token=token, url=url)
     _serve(chosen, services, stack, sockets, certificate)
-    # Before the server's: that waits for answers that go on.
+    # Before the server, whose closing waits for streamed answers.
     stack.callback(history.event_log.close)
     return keeper
 
 
 @dataclass(frozen=True, slots=True)
 class _Base:
-    """What all others are made over."""
+    """The parts that all others depend on."""
 
     store: SqliteStore
     clock: SystemClock
@@ -129,14 +130,14 @@ def _base(chosen: Settings, stack: ExitStack) -> _Base:
 
 @dataclass(frozen=True, slots=True)
 class _History:
-    """What remembers, counts and tells."""
+    """Event log, metrics and webhooks."""
 
     event_log: EventLog
     metrics: Metrics
     webhooks: Callable[[], list[WebhookStatus]]
-    """Says how the webhooks fare."""
+    """Returns the status of the webhooks."""
     failing: Callable[[], Mapping[str, str]]
-    """Says why the last round of a webhook failed."""
+    """Returns the error of a webhook's last round."""
 
 
 def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
@@ -155,7 +156,7 @@ def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
 
 
 def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | None:
-    """Make the webhook that the settings ask for, if they do. Raises SettingsError."""
+    """Return the configured webhook, or None. Raises SettingsError."""
     if chosen.webhook_url is None:
         return None
     url = chosen.webhook_url.get_secret_value()
@@ -174,7 +175,7 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
 
 
 def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[EarlierDir]:
-    """Look into the runtime directories of earlier keepers, and note in which there may be servers from now on."""
+    """Return earlier runtime directories that hold servers; record these and the keeper's own."""
     own = chosen.server_dirs.resolve()
     looked = [EarlierDir.look(directory) for directory in earlier_dirs(store.runtime_dirs(), own, stack)]
     left = [earlier for earlier in looked if earlier.names]

@@ -1,4 +1,4 @@
-"""Where the keeper answers: its port, its Unix socket, and the file that says so."""
+"""The keeper's listening sockets: its port, its Unix socket, and the file that announces them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def url_of(listener: socket.socket, scheme: str) -> str:
 
 @contextmanager
 def local_socket(path: Path) -> Iterator[socket.socket | None]:
-    """Make the Unix socket by which our user reaches us; where that cannot be, such as by too long a path, we go on without."""
+    """Yield the Unix socket for the keeper's user, or None: its path may be too long."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix_socket:
         try:
-            path.unlink(missing_ok=True)  # Of a keeper that was killed.
+            path.unlink(missing_ok=True)  # Left by a killed keeper.
             _bind_private(unix_socket, path)
         except OSError as error:
             _log.warning("there is no Unix socket; callers on this machine use the port", path=str(path), error=str(error))
@@ -53,7 +53,7 @@ def local_socket(path: Path) -> Iterator[socket.socket | None]:
 
 
 def _bind_private(unix_socket: socket.socket, path: Path) -> None:
-    """Bind a socket that comes into being with mode 0600. Raises OSError."""
+    """Bind a socket that is created with mode 0600. Raises OSError."""
     before = os.umask(0o177)
     try:
         unix_socket.bind(os.fspath(path))
@@ -63,7 +63,7 @@ def _bind_private(unix_socket: socket.socket, path: Path) -> None:
 
 @contextmanager
 def address(state_dir: Path, url: str, unix_socket: Path | None) -> Iterator[None]:
-    """Say in the state directory where we answer, as long as that is so."""
+    """Announce the keeper's address in the state directory while the block runs."""
     try:
         discovery.write_address(state_dir, url, unix_socket)
     except OSError as error:
@@ -71,5 +71,5 @@ def address(state_dir: Path, url: str, unix_socket: Path | None) -> Iterator[Non
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):  # On a disk that has become read-only it stays, as that of a killed keeper.
+        with contextlib.suppress(OSError):  # Such as a disk that became read-only.
             discovery.remove_address(state_dir)

@@ -1,4 +1,4 @@
-"""The keeper as a process: signals that end it, directories that it holds alone, what it may open, who started it."""
+"""The keeper's process: termination signals, directory locks, descriptor limit, service manager."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Ended:
-    """Whether a signal asked us to end.
+    """Whether a termination signal was received.
 
-    It is waited for on a socket that the interpreter itself writes to when a signal comes: a lock would sleep through one that
-    another thread took just before the main thread slept.
+    The interpreter itself writes to the socket on which `wait` blocks: a lock would miss a signal
+    that another thread received just before the main thread blocked.
     """
 
     def __init__(self) -> None:
@@ -34,15 +34,15 @@ class Ended:
         self._wakeup_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def wait(self) -> None:
-        """Return when a signal has come; it may have come before."""
+        """Wait for a signal; returns at once if one was received before."""
         self._reader.recv(1, socket.MSG_PEEK)
 
     def is_set(self) -> bool:
-        """Whether one has come."""
+        """Whether a signal was received."""
         return bool(select.select([self._reader], [], [], 0)[0])
 
     def close(self) -> None:
-        """Put the signals back as they were."""
+        """Restore the earlier signal handlers."""
         signal.set_wakeup_fd(self._wakeup_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
@@ -51,7 +51,7 @@ class Ended:
 
 
 def make_private(directory: Path) -> None:
-    """Make the state directory; one that was there and is not empty keeps its mode: every secret in it is private by itself."""
+    """Create the state directory; a non-empty one keeps its mode: its secrets are private files."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not any(directory.iterdir()):
@@ -63,7 +63,7 @@ def make_private(directory: Path) -> None:
 
 
 def is_usable(directory: Path) -> bool:
-    """Make a directory if need be, and say whether it can be used."""
+    """Whether a directory, created if missing, is usable."""
     with contextlib.suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.access(directory, os.W_OK | os.X_OK)
@@ -86,9 +86,9 @@ def only_keeper(directory: Path, what: str, variable: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a directory. The kernel drops it with the process, so none is ever stale.
+    """Hold the lock of a directory; the kernel releases it with the process, so none is stale.
 
-    Raises OSError: a BlockingIOError with the pid of the keeper that holds it where another one does.
+    Raises OSError; if another keeper holds it, BlockingIOError with that keeper's pid.
     """
     descriptor = os.open(directory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -97,7 +97,7 @@ def _locked(directory: Path) -> Iterator[None]:
         except BlockingIOError as error:
             holder = os.read(descriptor, 20).decode("ascii", errors="replace") or "unknown"
             raise BlockingIOError(error.errno, holder) from None
-        with contextlib.suppress(OSError):  # On a full disk the lock holds all the same; it only does not say whose it is.
+        with contextlib.suppress(OSError):  # On a full disk, only the pid is missing.
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         yield
@@ -106,28 +106,28 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def earlier_dirs(known: Iterable[Path], own: Path, stack: ExitStack) -> list[Path]:
-    """Return the directories among the known ones that earlier keepers used, not we, and hold the lock of each that has one.
+    """Return the directories that earlier keepers used, without `own`, locking each that exists.
 
-    One that another keeper holds is left to it: it ends what it does not know.
+    Directories that another keeper holds are left out, since it ends servers that it does not know.
     """
     found = []
     for directory in known:
         if directory == own:
             continue
         try:
-            # By another path it may be our own, whose lock we hold.
+            # By another path it may be this keeper's own, which is locked already.
             if not directory.samefile(own):
                 stack.enter_context(_locked(directory))
         except BlockingIOError:
             continue
         except OSError:
-            pass  # It is gone, or on a disk that takes no lock; what runs from there is found all the same.
+            pass  # It is gone, or its disk has no locks; its processes are found anyway.
         found.append(directory)
     return found
 
 
 def allow_descriptors() -> None:
-    """Take as many descriptors as we may: each connection, each log and each server needs one."""
+    """Raise the descriptor limit: each connection, log and server needs a descriptor."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -135,7 +135,7 @@ def allow_descriptors() -> None:
 
 
 def tell_systemd(state: str) -> None:
-    """Tell the service manager, if one listens, as sd_notify(3) does."""
+    """Notify the service manager, if there is one, as sd_notify(3) does."""
     address = os.environ.get("NOTIFY_SOCKET", "")
     if address.startswith("@"):
         address = f"\0{address[1:]}"
