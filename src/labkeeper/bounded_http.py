@@ -1,6 +1,6 @@
-"""One HTTP request and its answer, within a time and a size that the other side has no say in.
+"""One HTTP request and its answer, with limits of time and size that the other side cannot exceed.
 
-Not by httpx: that takes five times as long for one request, and the keeper would have to load it at boot.
+Not with httpx, which takes five times as long per request and would have to be loaded at startup.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from dataclasses import dataclass
 from typing import Any, Final, cast
 
 _LARGEST_ANSWER: Final = 4 * 1024 * 1024
-"""Bytes of an answer that are read; the kernels of a busy server take some thousands."""
+"""Maximum bytes of an answer; the kernels of a busy server take some thousands."""
 _PIECE: Final = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came back."""
+    """An HTTP response."""
 
     status: int
     body: bytes
     location: str = ""
-    """Where a redirection points."""
+    """Target of a redirect."""
 
 
 def exchange(
@@ -39,19 +39,20 @@ def exchange(
     within: float,
     body: Any = None,
 ) -> Answer:
-    """Send a request, with a body as JSON if there is one, and read its answer within so many seconds.
+    """Send a request, with `body` as JSON if given, and return its answer within `within` seconds.
 
-    Raises OSError, of which TimeoutError is one, and HTTPException.
+    Raises OSError, including TimeoutError, and HTTPException.
     """
     until = time.monotonic() + within
     if within <= 0:
         raise TimeoutError(f"no time is left for {path}")
-    # Called to make a response, and nothing else.
+    # Only called to create a response.
     connection.response_class = cast("type[http.client.HTTPResponse]", functools.partial(_Response, until=until))
     content = None if body is None else json.dumps(body).encode()
     kind = {} if body is None else {"Content-Type": "application/json"}
     connection.request(method, path, body=content, headers={**headers, **kind})
-    # Closed also when all was read: Python before 3.13 does not notice that, and would take no further request here.
+    # Close it even when all was read: Python before 3.13 does not notice, and would refuse further
+    # requests on this connection.
     with connection.getresponse() as answer:
         whole, read = answer.length, bytearray()
         while piece := answer.read1(_PIECE):
@@ -59,13 +60,13 @@ def exchange(
             if len(read) > _LARGEST_ANSWER:
                 raise TimeoutError(f"{path} goes on for too long")
         if whole is not None and len(read) < whole:
-            # `read1` takes the end of the connection for that of the answer.
+            # `read1` takes the end of the connection for the end of the answer.
             raise http.client.IncompleteRead(bytes(read), whole - len(read))
     return Answer(answer.status, bytes(read), answer.headers.get("Location", ""))
 
 
 class _Response(http.client.HTTPResponse):
-    """Reads until a moment. A timeout of a socket holds for each read: who sends a byte at a time would be read for hours."""
+    """Reads until a deadline: a socket's timeout holds per read, so a trickle could take hours."""
 
     def __init__(self, sock: socket.socket, *given: Any, until: float, **named: Any) -> None:
         super().__init__(sock, *given, **named)
@@ -74,11 +75,11 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Until(io.RawIOBase):
-    """What comes over a socket until a moment."""
+    """A socket's stream with a deadline."""
 
     def __init__(self, sock: socket.socket, until: float) -> None:
         self._sock = sock
-        # Keeps the socket open as long as it is read from, also when its connection is closed.
+        # Keeps the socket open while it is read, even if its connection is closed.
         self._stream = cast("io.RawIOBase", sock.makefile("rb", buffering=0))
         self._until = until
 

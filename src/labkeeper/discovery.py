@@ -1,4 +1,4 @@
-"""What stands in a state directory for others to find: where its keeper answers, and the token that was generated for it."""
+"""Files in a state directory by which clients find its keeper: address, and generated token."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from labkeeper.files import write_private
 
 
 def read_address(state_dir: Path) -> str | None:
-    """Return the URL of the keeper that runs over a state directory, or was killed over it; None when there is none."""
+    """Return the URL of the keeper that runs or was killed on a state directory, or None."""
     return _said(state_dir, "url")
 
 
 def runs(state_dir: Path) -> bool:
-    """Whether the keeper that a state directory tells of is there: its process lives, and is of who wrote that, or of root."""
-    import psutil  # noqa: PLC0415 - late: few who look for a keeper need it
+    """Whether a state directory's keeper runs.
+
+    Its process must live, and belong to the file's owner or to root.
+    """
+    import psutil  # noqa: PLC0415 - late: few clients need it
 
     try:
         owner = _address(state_dir).stat().st_uid
@@ -28,24 +31,24 @@ def runs(state_dir: Path) -> bool:
 
 
 def read_socket(state_dir: Path) -> Path | None:
-    """Return the path of the Unix socket of such a keeper; None when there is none."""
+    """Return the path of that keeper's Unix socket, or None."""
     path = _said(state_dir, "socket")
     return None if path is None else Path(path)
 
 
 def write_address(state_dir: Path, url: str, socket: Path | None) -> None:
-    """Return where this process answers. Raises OSError."""
+    """Write the address of this process. Raises OSError."""
     said = {"url": url, "socket": None if socket is None else str(socket), "pid": os.getpid()}
     write_private(_address(state_dir), json.dumps(said))
 
 
 def remove_address(state_dir: Path) -> None:
-    """Return that nobody answers any more."""
+    """Remove the address. Raises OSError."""
     _address(state_dir).unlink(missing_ok=True)
 
 
 def read_token(state_dir: Path) -> str | None:
-    """Return the API token that was generated into a state directory; None when there is none, or it is not ours to read."""
+    """Return a state directory's generated API token; None if it is missing or unreadable."""
     try:
         return _token(state_dir).read_text(encoding="ascii").strip() or None
     except (OSError, UnicodeDecodeError):
@@ -60,7 +63,7 @@ def make_token(state_dir: Path) -> str:
 
 
 def _said(state_dir: Path, key: str) -> str | None:
-    """Return a text that a keeper has written into its address."""
+    """Return a text from the address file, or None."""
     value = _found(state_dir).get(key)
     return value if isinstance(value, str) else None
 
@@ -78,7 +81,7 @@ def _address(state_dir: Path) -> Path:
 
 
 def socket_path(state_dir: Path) -> Path:
-    """Return where a keeper makes its Unix socket."""
+    """Return the path of a keeper's Unix socket."""
     return state_dir / "keeper.sock"
 
 

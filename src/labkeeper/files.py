@@ -1,4 +1,4 @@
-"""Files that only their owner may read, and files that somebody else may have put there."""
+"""Private files, and safe access to files that others control."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from typing import Final
 from labkeeper import shortage
 
 _LARGEST: Final = 4 * 1024 * 1024
-"""Bytes that are read of a file of somebody else."""
+"""Maximum bytes read from a file that others control."""
 
 
 def write_private(path: Path, text: str) -> Path:
-    """Write a file with mode 0600, whole or not at all; return its path. Raises OSError."""
+    """Write a file atomically with mode 0600; return its path. Raises OSError."""
     spare = path.with_name(path.name + ".new")
     descriptor = os.open(spare, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
@@ -30,18 +30,19 @@ def write_private(path: Path, text: str) -> Path:
 
 
 def read_foreign(path: Path) -> bytes:
-    """Read a file in a directory that somebody else can write to: no link, no pipe that would be waited at, and not without end.
+    """Return the start of a file in a directory that others can write to. Raises OSError.
 
-    Raises OSError.
+    Links and pipes are refused, and the size is limited.
     """
     with _regular(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
         return stream.read(_LARGEST)
 
 
 def read_named(path: str, user: str | None = None) -> bytes:
-    """Read a file that a request named, links resolved; since then it may have become another, or a part of its path a link.
+    """Return the content of a file that a request named, by its resolved path.
 
-    Where it is read for another user of the machine, its mode has to let that user read it. Raises OSError.
+    Refused if the path now resolves to another file. If `user` is given, the file's mode must allow
+    that user to read it. Raises OSError.
     """
     with _regular(path) as descriptor, os.fdopen(descriptor, "rb", closefd=False) as stream:
         if _place_of(descriptor, path) != path:
@@ -56,8 +57,8 @@ def read_named(path: str, user: str | None = None) -> bytes:
 
 @contextlib.contextmanager
 def _regular(path: str | Path) -> Iterator[int]:
-    """Open a file for reading, and nothing else that may be there. Raises OSError."""
-    # On Linux it is looked at before it is opened: some devices do something at that.
+    """Open a regular file for reading; refuse anything else. Raises OSError."""
+    # On Linux it is checked before it is opened: some devices react to an open.
     looks = getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK)
     with _closing(os.open(path, looks | os.O_NOFOLLOW)) as found:
         if not stat.S_ISREG(os.fstat(found).st_mode):
@@ -65,18 +66,18 @@ def _regular(path: str | Path) -> Iterator[int]:
         if sys.platform != "linux":
             yield found
         else:
-            # Who holds a lease of the file would be waited for.
+            # Without O_NONBLOCK, this would wait for the holder of a lease.
             with _closing(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)) as descriptor:
                 yield descriptor
 
 
 def _place_of(descriptor: int, path: str) -> str:
-    """Return where an open file is; where the system does not tell, where its path leads now."""
+    """Return the path of an open file; on other systems than Linux, where its path leads now."""
     return str(Path(f"/proc/self/fd/{descriptor}").readlink()) if sys.platform == "linux" else os.path.realpath(path)
 
 
 def _may_read(user: str, file: os.stat_result) -> bool:
-    """Whether the mode of a file lets a user of the machine read it."""
+    """Whether the mode of a file allows a user of the machine to read it."""
     try:
         entry = pwd.getpwnam(user)
     except KeyError:
@@ -91,7 +92,10 @@ def _may_read(user: str, file: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def private_copy(content: bytes) -> Iterator[str]:
-    """Return a path by which only this process can read a content: for libraries that take a path. Raises OSError."""
+    """Yield a path by which only this process can read `content`, for libraries that take a path.
+
+    Raises OSError.
+    """
     with tempfile.TemporaryFile() as copy:
         copy.write(content)
         copy.seek(0)
@@ -99,12 +103,14 @@ def private_copy(content: bytes) -> Iterator[str]:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a directory with all that is in it, as far as that is possible; a link is left as it is. Idempotent.
+    """Remove a directory with its contents, as far as possible; a link is left alone. Idempotent.
 
-    Raises OSError where it is we who lack what it takes, such as a descriptor: later it is possible.
+    Raises OSError if the keeper itself lacks resources, such as descriptors, so that a retry may
+    help.
 
-    `shutil.rmtree` goes down and holds every level open: a thousand directories in each other would be there for ever. Here each
-    is moved to the top before it is looked into. It is known by its descriptor, so nobody can put a link in its place.
+    `shutil.rmtree` keeps every level open: it could never remove a thousand nested directories.
+    Here each is moved to the top before it is read. It is held by its descriptor, so it cannot be
+    replaced by a link.
     """
     with shortage.suppress_others(OSError):
         with _directory(path) as top:
@@ -119,13 +125,13 @@ def remove_tree(path: Path) -> None:
 
 
 def _empty(directory: int, *, into: int) -> list[str]:
-    """Remove all files of a directory, and move its directories into another one, with names that nobody knows; give these."""
+    """Remove a directory's files; move its directories to `into`, and return their random names."""
     moved = []
     for name in os.listdir(directory):
         with contextlib.suppress(OSError):
             try:
                 os.unlink(name, dir_fd=directory)
-            except (IsADirectoryError, PermissionError):  # The latter on macOS.
+            except (IsADirectoryError, PermissionError):  # PermissionError on macOS.
                 _unlock(name, directory)
                 os.rename(name, fresh := secrets.token_hex(16), src_dir_fd=directory, dst_dir_fd=into)
                 moved.append(fresh)
@@ -140,7 +146,7 @@ def _directory(path: Path | str, inside: int | None = None) -> Iterator[int]:
 
 
 def _unlock(directory: Path | str, inside: int | None) -> None:
-    """Open what its owner has closed to itself. Root needs no leave, and could be led elsewhere: this follows links."""
+    """Restore the owner's access to a directory. Not as root: unneeded, and this follows links."""
     if os.geteuid() != 0:
         with contextlib.suppress(OSError):
             os.chmod(directory, 0o700, dir_fd=inside)

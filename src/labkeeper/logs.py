@@ -1,4 +1,4 @@
-"""The keeper's own log: structured, on stderr; for people or for machines. A listener logs each change of a server."""
+"""The keeper's own log, structured, on stderr, for people or machines; logs state changes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _OWN: Final = frozenset(
     {"timestamp", "level", "logger", "server", "generation", "actor", "request_id", "on", "failure_class", "method"}
     | {parameter.value for parameter in structlog.processors.CallsiteParameter}
 )
-"""What the keeper itself says in an entry: a server that has a variable of that value must not blank it."""
+"""The keeper's own fields of an entry, which no server's variable of equal value may blank."""
 
 
 def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bool) -> None:
-    """Send all logs of this process, ours and the libraries', to stderr in one form."""
+    """Send all logs of this process, including libraries', to stderr in one format."""
     for_people = form == "console" or (form == "auto" and sys.stderr.isatty())
     shared: list[Any] = [
         structlog.contextvars.merge_contextvars,
@@ -36,7 +36,7 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     if debug:
         shared.append(structlog.processors.CallsiteParameterAdder())
     renderer: Any = (
-        # Told that traces are plain, it takes them as they are.
+        # With plain traces, it leaves them unchanged.
         _Console(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
         if for_people
         else structlog.processors.JSONRenderer()
@@ -68,17 +68,17 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
 
 
 class _Console(structlog.dev.ConsoleRenderer):
-    """For people, at whose terminal nothing is obeyed that a server has logged."""
+    """Renders for people; control characters that a server has logged have no effect."""
 
     def __call__(self, *given: Any) -> str:
-        """Write one entry."""
+        """Render one entry."""
         return visible(super().__call__(*given))
 
 
 def _scrub(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """The last processor: takes secrets out of every value, whoever wrote it, with the traces that have become text by then."""
+    """Remove secrets from every value; as the last processor, from rendered traces too."""
     about = of_server(str(entry.get("server")))
-    # What the keeper says is in its own words, whichever server it is about.
+    # The keeper's messages are its own words, whichever server they concern.
     known = {"event": (KEEPER,)} if str(entry.get("logger")).startswith("labkeeper.") else {}
     return {
         key: _own(value) if key in _OWN else _scrubbed(key, value, known.get(key, (KEEPER, about)))
@@ -87,7 +87,7 @@ def _scrub(_logger: Any, _method: str, entry: MutableMapping[str, Any]) -> Mutab
 
 
 def _own(value: Any) -> Any:
-    """Return a value that is the keeper's own: no server has a say in it, and what looks like a secret there is a name."""
+    """Scrub a value that no server influences: only the keeper's secrets count."""
     return KEEPER.hide(value) if isinstance(value, str) else value
 
 
@@ -106,7 +106,7 @@ def _scrubbed(key: Any, value: Any, known: Sequence[Secrets]) -> Any:
 
 
 class ChangeLog:
-    """A listener: one line for each change of a server's state, and of whether its gateway can be used."""
+    """Subscriber that logs each change of a server's state and of its gateway's availability."""
 
     def __init__(self) -> None:
         self._log = structlog.get_logger("labkeeper.servers")
@@ -120,7 +120,7 @@ class ChangeLog:
             return
         facts: dict[str, Any] = {
             **_about(change),
-            # "event" is structlog's own word for the message.
+            # "event" is structlog's own key for the message.
             "on": str(change.event),
         }
         if after.failure is not None:
@@ -138,7 +138,7 @@ class ChangeLog:
 
     def _level(self, change: Change) -> Any:
         state = change.after.state
-        if change.before is None:  # Nothing has happened but that a keeper has begun.
+        if change.before is None:  # Not an event: a keeper has started.
             return self._log.info
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
@@ -146,7 +146,7 @@ class ChangeLog:
 
 
 def _about(change: Change) -> dict[str, Any]:
-    """Return what every line on a change has: of which launch of which server it is, and who set it off."""
+    """Return the common fields of log lines on a change: server, generation, and origin."""
     origin = change.origin
     who = {"actor": origin.actor, "request_id": origin.request_id, "reason": origin.reason}
     return {"server": change.after.name, "generation": change.after.generation} | {

@@ -1,4 +1,4 @@
-"""The real clock and the threads around the core: mailbox, executor, and the board of snapshots."""
+"""The system clock and the threads around the core: mailbox, executor, and snapshot board."""
 
 from __future__ import annotations
 
@@ -25,33 +25,33 @@ from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
 
 EXECUTOR_THREADS: Final = 8
-"""How many servers' backend calls run beside each other; the calls are short."""
+"""Maximum number of servers with concurrent backend calls; the calls are short."""
 _BEAT: Final = 1.0
-"""Seconds that the fleet's thread sleeps at most while there is any timer, so that it sees whether it was suspended."""
+"""Maximum sleep in seconds of the fleet's thread while timers run, to detect suspension."""
 _OVERSLEPT: Final = 0.5
-"""Seconds that it wakes up too late by when the machine was not merely busy: the keeper was suspended."""
+"""Oversleep in seconds that means that the keeper was suspended; less means a busy machine."""
 _AWAKE_WITHIN: Final = 3.0
-"""Seconds in which all threads of a keeper that was suspended have had their turn, and told what they see."""
+"""Seconds after a suspension in which all threads have run and reported."""
 _ANSWER_WITHIN: Final = 30.0
-"""Seconds in which the fleet answers a command, however busy; beyond is a bug."""
+"""Seconds in which the fleet must answer a command, however busy; beyond is a bug."""
 
 _log = structlog.get_logger("labkeeper.runtime")
 
 
 class SystemClock:
-    """Time as the system has it."""
+    """The system's clocks."""
 
     def monotonic(self) -> float:
-        """Seconds that never go back."""
+        """Return seconds of a clock that never goes back."""
         return time.monotonic()
 
     def time(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
         return time.time()
 
 
 class SnapshotBoard:
-    """What is known of every server, for readers. A listener of the fleet: each change replaces one snapshot."""
+    """Snapshots of all servers, updated as a subscriber of the fleet."""
 
     def __init__(self) -> None:
         self._snapshots: dict[ServerName, Snapshot] = {}
@@ -59,10 +59,10 @@ class SnapshotBoard:
         self._watches: set[Watch] = set()
 
     def changed(self, change: Change) -> None:
-        """Take in one change."""
+        """Store one change."""
         after = change.after
         with self._changed:
-            # Readers hold the old mapping as long as they like: it is replaced, never altered.
+            # Readers may hold the old mapping for any time: it is replaced, never altered.
             others = {name: snap for name, snap in self._snapshots.items() if name != after.name}
             self._snapshots = others if after.forgotten else {**others, after.name: after}
             for watch in self._watches:
@@ -75,7 +75,7 @@ class SnapshotBoard:
         return [snapshots[name] for name in sorted(snapshots)]
 
     def get(self, name: ServerName) -> Snapshot | None:
-        """Return one server."""
+        """Return one server, or None."""
         return self._snapshots.get(name)
 
     def until(self, holds: Callable[[list[Snapshot]], bool], *, timeout: float) -> bool:
@@ -85,7 +85,7 @@ class SnapshotBoard:
 
     @contextmanager
     def watch(self, name: ServerName) -> Iterator[Watch]:
-        """Watch one server; begin before the command whose outcome is awaited, and nothing is missed."""
+        """Watch one server; begin before the awaited command, so that nothing is missed."""
         watch = Watch(name, self._changed)
         with self._changed:
             self._watches.add(watch)
@@ -105,14 +105,15 @@ class Watch:
         self._seen: deque[Snapshot] = deque()
 
     def take(self, snapshot: Snapshot) -> None:
-        """Note a change; called with the board's lock held."""
+        """Record a change; called with the board's lock held."""
         if snapshot.name == self._name:
             self._seen.append(snapshot)
 
     def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
-        """Wait for a snapshot, `first` or later, of which `holds` is true; return the last one looked at, and whether it was.
+        """Wait for a snapshot, `first` or later, of which `holds` is true.
 
-        `first` is the fleet's own answer: what the watch saw before it is passed over.
+        Return the last one examined, and whether `holds` was true of it.
+        `first` is the fleet's own answer: snapshots before it are skipped.
         """
         until = time.monotonic() + timeout
         last = first
@@ -129,13 +130,16 @@ class Watch:
 
 
 class KeyedExecutor:
-    """Runs jobs on a few threads: those of one server in order, those of different servers in parallel."""
+    """Runs jobs on a few threads: jobs of one server in order, of different servers in parallel."""
 
     def __init__(self, mailbox: Callable[[Report], None], *, threads: int = EXECUTOR_THREADS) -> None:
-        """All threads are there from the beginning: no job may wait for one that cannot be started. Raises BackendUnavailable."""
+        """Start all threads at once, so that no job waits for one that cannot be started.
+
+        Raises BackendUnavailable.
+        """
         self._mailbox = mailbox
         self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
-        """Names with a queue that no thread works on yet; None ends a thread."""
+        """Names with a queue that no thread processes yet; None ends a thread."""
         self._queues: dict[ServerName, deque[tuple[Callable[[], Report | None], Report | None]]] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -149,7 +153,7 @@ class KeyedExecutor:
             raise
 
     def submit(self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None) -> None:
-        """Queue a job; if it raises, that is logged, and `failed` reported."""
+        """Queue a job; if it raises, the exception is logged and `failed` reported."""
         with self._lock:
             queued = self._queues.get(name)
             if queued is not None:
@@ -159,7 +163,7 @@ class KeyedExecutor:
         self._waiting.put(name)
 
     def close(self) -> None:
-        """Finish what is queued, and end the threads."""
+        """Finish queued jobs, and end the threads."""
         for _ in self._threads:
             self._waiting.put(None)
         for thread in self._threads:
@@ -188,27 +192,27 @@ class KeyedExecutor:
 
 
 class Mailbox:
-    """Where messages to the fleet wait, from any thread."""
+    """Queue of messages to the fleet, from any thread."""
 
     def __init__(self) -> None:
         self._items: queue.SimpleQueue[tuple[Message, Future[Reply | None]] | None] = queue.SimpleQueue()
 
     def receive(self, report: Report) -> None:
-        """Take in a fact."""
+        """Queue a fact."""
         self._items.put((report, Future()))
 
     def post(self, message: Message) -> Future[Reply | None]:
-        """Take in a command; the fleet's answer comes in the future."""
+        """Queue a command; the future receives the fleet's answer."""
         answer: Future[Reply | None] = Future()
         self._items.put((message, answer))
         return answer
 
     def close(self) -> None:
-        """Let the reader end after what is already here."""
+        """End the reader once it has processed all queued messages."""
         self._items.put(None)
 
     def size(self) -> int:
-        """Count what waits."""
+        """Return the number of queued messages."""
         return self._items.qsize()
 
     def get(self, timeout: float | None) -> tuple[Message, Future[Reply | None]] | None:
@@ -217,10 +221,10 @@ class Mailbox:
 
 
 class Keeper:
-    """The fleet with its thread: commands come in from any thread, and are answered."""
+    """The fleet with its thread: accepts commands from any thread, and answers them."""
 
     def __init__(self, fleet: Fleet, mailbox: Mailbox, executor: KeyedExecutor, board: SnapshotBoard, clock: Clock) -> None:
-        """Take the clock that the fleet goes by."""
+        """`clock` must be the fleet's."""
         self._fleet = fleet
         self._mailbox = mailbox
         self._queues = executor
@@ -229,12 +233,12 @@ class Keeper:
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
 
     def start(self) -> None:
-        """Take up the servers of an earlier keeper, then listen. Raises StoreError."""
+        """Recover the servers of an earlier keeper, then start the thread. Raises StoreError."""
         self._fleet.recover()
         shortage.start(self._thread)
 
     def ask(self, message: Message) -> Reply | None:
-        """Send a command, and wait for the fleet's answer (not for its outcome). Raises LabkeeperError."""
+        """Send a command; return the fleet's answer (not its outcome). Raises LabkeeperError."""
         try:
             return self._mailbox.post(message).result(_ANSWER_WITHIN)
         except TimeoutError as error:
@@ -242,7 +246,7 @@ class Keeper:
 
     @property
     def alive(self) -> bool:
-        """Whether the fleet's thread listens."""
+        """Whether the fleet's thread runs."""
         return self._thread.is_alive()
 
     def all(self) -> list[Snapshot]:
@@ -250,7 +254,7 @@ class Keeper:
         return self._board.all()
 
     def get(self, name: ServerName) -> Snapshot | None:
-        """Return one server."""
+        """Return one server, or None."""
         return self._board.get(name)
 
     def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
@@ -258,18 +262,18 @@ class Keeper:
         return self._board.watch(name)
 
     def stop_all(self, *, within: float) -> bool:
-        """Stop every server and wait; return whether all were gone `within` seconds."""
+        """Stop every server; return whether all ended within `within` seconds."""
         try:
             self.ask(StopAll())
         except Exception:  # noqa: BLE001 - see the log
-            # Of one server; the others were told, and are waited for.
+            # One server's error; the others got the command, and are waited for.
             _log.exception("not every server could be told to stop")
         return self._board.until(lambda all_: not any(s.state in MAY_EXIST for s in all_), timeout=within)
 
     def close(self) -> None:
         """End the threads; servers live on."""
         self._mailbox.close()
-        if self._thread.ident is not None:  # It has begun.
+        if self._thread.ident is not None:  # It was started.
             self._thread.join()
         self._queues.close()
 
@@ -278,8 +282,8 @@ class Keeper:
         while True:
             due, now = self._fleet.next_deadline(), self._clock.monotonic()
             if now > expected + _OVERSLEPT and (due is None or due > looked):
-                # Those who watch servers were suspended, too: what a timer waits for they may tell only now. A timer that is
-                # held up already is not held up once more.
+                # Supervisors were suspended, too: an event that a timer waits for may be reported
+                # only now. A timer that is delayed already is not delayed again.
                 held_until = now + _AWAKE_WITHIN
             wait = None if due is None else min(max(due, held_until) - now, _BEAT)
             looked, expected = now, math.inf if wait is None else now + wait
@@ -287,13 +291,14 @@ class Keeper:
                 if not self._take(wait):
                     return
             else:
-                # Only what is here by now goes first: a busy mailbox must not hold up a timer.
+                # Only messages that are here by now go first: a busy mailbox must not delay a
+                # timer.
                 if not all(self._take(0) for _ in range(self._mailbox.size())):
                     return
                 self._step(Tick(), Future())
 
     def _take(self, timeout: float | None) -> bool:
-        """Take the next message, if one comes within some seconds; return whether we go on."""
+        """Process the next message within `timeout` seconds, if any; return False at the end."""
         with contextlib.suppress(queue.Empty):
             item = self._mailbox.get(timeout)
             if item is None:
@@ -306,6 +311,6 @@ class Keeper:
             answer.set_result(self._fleet.step(message))
         except LabkeeperError as error:
             answer.set_exception(error)
-        except Exception as error:  # noqa: BLE001 - a bug: whoever asked gets it, and the fleet goes on
+        except Exception as error:  # noqa: BLE001 - a bug: the caller gets it, the fleet continues
             _log.exception("a step of the fleet failed", message=type(message).__name__)
             answer.set_exception(error)

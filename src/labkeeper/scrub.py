@@ -1,7 +1,8 @@
-"""Takes secrets out of text that others may read: by what they look like, and by what they are.
+"""Removes secrets from text that others may read: those known, and those that look like one.
 
-What looks like a secret is hidden everywhere. What is known as one is hidden only in text about its owner, so each owner has its
-own `Secrets`: hidden in the text of others, it could be guessed by them, and it could blank what is none.
+What looks like a secret is hidden everywhere. A known secret is hidden only in text about its
+owner, so each owner has its own `Secrets`: hidden in the text of others, it could be guessed by
+them, and it could blank harmless words.
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ from labkeeper.core.messages import Change
 from labkeeper.core.spec import Gateway, ServerSpec
 
 TOKEN_BYTES: Final = 24
-"""Bytes of a server's token, which is written as twice as many hexadecimal digits: that is how it is known."""
+"""Bytes of a server's token, which is written as twice as many hexadecimal digits."""
 HIDDEN: Final = "[secret]"
 
 _SHORTEST: Final = 8
-"""Characters of a known secret. A shorter one would be found in the words of every line."""
+"""Minimum length of a known secret. A shorter one would match words of every line."""
 _NAMES: Final = r"(?:token|passw(?:or)?d|secret|api[_-]?key)"
 _LOOKS: Final = re.compile(
-    # No part begins with a repetition, and none is long that may fail: a line of a server may be hostile.
+    # No alternative begins with a repetition, and repetitions that may fail are short: lines of a
+    # server may be hostile.
     rf"""
       \b[0-9a-f]{{{2 * TOKEN_BYTES}}}\b
     | \blk_[0-9a-f]{{12}}_[\w-]{{43}}
@@ -38,28 +40,34 @@ _LOOKS: Final = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _WORDS: Final = ("token", "key", "passw", "secret", "authorization", "bearer", "lk_")
-"""One of these is in whatever looks like a secret, but for the next two; to look for them takes a tenth of the time."""
+"""All that looks like a secret contains one of these, except for hexadecimal tokens and URLs.
+
+Searching for them takes a tenth of the time.
+"""
 _DIGITS: Final = re.compile(rf"[0-9a-f]{{{2 * TOKEN_BYTES}}}")
 _SECRET_NAME: Final = re.compile(rf"(?:.*[_-])?(?:{_NAMES}|authorization)", re.IGNORECASE)
 
 _PATH: Final = r"/(?:[a-z][a-z_.-]*\d*|Users|Volumes|Library|Applications|System)(?:/[\w.@~ -]*)*"
 _PATHS: Final = re.compile(rf"{_PATH}(?::{_PATH})*:?")
-"""What looks like a path, or some: a password rarely begins with the name of a directory at the root."""
+"""Paths: a password rarely begins with the name of a directory at the root."""
 _SECRET_VARIABLE: Final = re.compile(
     r"(?!.*_(?:FILE|PATH|DIR|HOME|SOCK)$).*(?:TOKEN|PASSW|PASSPHRASE|_PWD|SECRET|KEY|CREDENTIAL|AUTH)", re.IGNORECASE
 )
-"""What a variable is called of which not even a path is shown."""
+"""Names of variables of which not even a path is shown."""
 _PIECES: Final = (64, 32, 16)
-"""Characters of a piece of a long secret. Each is a secret by itself, and there are few sizes: so to look for many secrets, and
-for long ones, takes no longer than for others."""
+"""Lengths of the pieces of a long secret.
+
+Each piece is a secret by itself, and there are few lengths, so a search for many or long secrets
+takes no more time.
+"""
 _HINT: Final = 4
-"""Characters of a hint: a part of the beginning of a piece."""
+"""Length of a hint: a part of the beginning of a piece."""
 _STRIDE: Final = _SHORTEST - _HINT + 1
 """Wherever a piece begins, one of its hints is at a multiple of the stride."""
 
 
 class _Finder:
-    """Finds secrets in text. What that costs depends on the text alone, however many secrets there are, and however long."""
+    """Finds secrets in time that depends only on the text, not on their number or length."""
 
     def __init__(self, values: Callable[[], Iterable[str]]) -> None:
         self._values = values
@@ -70,7 +78,7 @@ class _Finder:
 
     @cached_property
     def _sizes(self) -> Mapping[str, tuple[int, ...]]:
-        """The sizes of pieces, by how they begin, the longest first: a shorter one may be within it."""
+        """Lengths of pieces by their beginning, longest first: a shorter one may be within it."""
         sizes: dict[str, set[int]] = {}
         for piece in self._pieces:
             sizes.setdefault(piece[:_SHORTEST], set()).add(len(piece))
@@ -78,7 +86,7 @@ class _Finder:
 
     @cached_property
     def _hints(self) -> frozenset[str]:
-        """One of these is in each text that has a piece. Most texts have none, and are not looked through any further."""
+        """Substrings, one of which is in any text with a piece; other texts need no search."""
         return frozenset(beginning[at : at + _HINT] for beginning in self._sizes for at in range(_STRIDE))
 
     def hide(self, text: str) -> str:
@@ -90,7 +98,7 @@ class _Finder:
             sizes = self._sizes.get(text[at : at + _SHORTEST], ())
             size = next((size for size in sizes if text[at : at + size] in self._pieces), 0)
             if size:
-                # What follows a hidden piece without a gap, or overlaps it, is hidden with it.
+                # A piece that adjoins or overlaps a hidden one is hidden with it.
                 if at > end or not shown:
                     shown += [text[end:at], HIDDEN]
                 end = max(end, at + size)
@@ -98,17 +106,17 @@ class _Finder:
 
 
 class Secrets:
-    """What an owner must not be seen to have. Prepared when there is first a text to look through, and not before."""
+    """The secrets of one owner; search tables are built at first use."""
 
     def __init__(self, *values: str) -> None:
         self._finder = _Finder(lambda: values)
 
     def learn(self, values: Callable[[], Iterable[str]]) -> None:
-        """Know these, in place of those before; the call for them is made when they are needed, by any thread."""
+        """Replace the secrets; `values` is called when they are first needed, by any thread."""
         self._finder = _Finder(values)
 
     def prepare(self) -> None:
-        """Prepare to look for them, where the time that it takes holds up nobody."""
+        """Build the search tables now, where the time that it takes delays no caller."""
         self._finder.hide("")
 
     def hide(self, text: str) -> str:
@@ -117,44 +125,44 @@ class Secrets:
 
 
 KEEPER: Final = Secrets()
-"""Those of the keeper of this process."""
+"""Secrets of this process's keeper."""
 _servers: Final[dict[str, Secrets]] = {}
-"""Those of servers, by their names. Whoever holds some knows them for as long as they read, also when the server is gone."""
+"""Secrets by server name. Readers keep theirs, even when the server is gone."""
 
 
 def scrub(text: str, *known: Secrets) -> str:
-    """Return a text without these secrets, and without what looks like one."""
+    """Return a text without these secrets, and without anything that looks like one."""
     for secrets in known:
         text = secrets.hide(text)
     return _LOOKS.sub(_hide, text) if _may_look(text.casefold()) else text
 
 
 def of_server(name: str) -> Secrets:
-    """Return the secrets of a server; none where there is no server of this name."""
+    """Return the secrets of a server; empty if there is none of this name."""
     return _servers.get(name) or Secrets()
 
 
 def of_gateway(gateway: Gateway) -> Iterator[str]:
-    """Return what a gateway is shown that is for it alone."""
+    """Yield the secrets sent to a gateway."""
     yield from filter(None, [gateway.auth_token])
     for value in gateway.headers.values():
-        # Of one with a scheme, what follows it is as secret by itself.
+        # In a value with a scheme, the rest is a secret by itself.
         yield from (value, value.rpartition(" ")[2])
 
 
 def is_secret(name: str) -> bool:
-    """Whether what stands under a name is a secret, whatever it looks like."""
+    """Whether a field of this name holds a secret, whatever its value."""
     return _SECRET_NAME.fullmatch(name) is not None
 
 
 class SecretsOfServers:
-    """A listener: knows what servers were given to show to their gateways, and in variables, as long as they are there."""
+    """Subscriber that keeps the secrets of servers' gateways and variables while they exist."""
 
     def __init__(self) -> None:
         self._specs: dict[str, tuple[ServerSpec, ...]] = {}
 
     def changed(self, change: Change) -> None:
-        """Know the secrets of a server, or forget them with it."""
+        """Learn a server's secrets, or forget them with it."""
         after = change.after
         if after.forgotten:
             self._specs.pop(after.name, None)
@@ -168,7 +176,7 @@ class SecretsOfServers:
 
 def _of_spec(spec: ServerSpec) -> Iterator[str]:
     for name, value in (*spec.env.items(), *spec.kernel_env.items()):
-        # Nobody says which variable is secret. Paths are none, and a log without them would be hard to read.
+        # Variables are not declared secret. Paths are harmless, and logs without them hard to read.
         if _SECRET_VARIABLE.match(name) or not _PATHS.fullmatch(value):
             yield value
     if spec.gateway is not None:
@@ -176,7 +184,7 @@ def _of_spec(spec: ServerSpec) -> Iterator[str]:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """Return the ways in which a secret is written, as a whole and, where it has several lines, line by line."""
+    """Yield the spellings of a secret, as a whole and, if it has several lines, line by line."""
     for text in dict.fromkeys((secret, *map(str.strip, secret.splitlines()))):
         if len(text) >= _SHORTEST:
             yield from (text, json.dumps(text)[1:-1], quote(text, safe=""))
@@ -184,7 +192,7 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _cut(form: str) -> Iterator[str]:
-    """Cut what is long into pieces of one size, the last of which overlaps the one before."""
+    """Yield pieces of one length; the last overlaps the one before."""
     size = next((size for size in _PIECES if size <= len(form)), len(form))
     for start in (*range(0, len(form) - size, size), len(form) - size):
         yield form[start : start + size]

@@ -1,4 +1,4 @@
-"""What the keeper itself runs out of: threads, descriptors, memory. None of that is the fault of whom it looks at meanwhile."""
+"""Shortage of the keeper's own resources (threads, descriptors, memory), not others' faults."""
 
 from __future__ import annotations
 
@@ -11,24 +11,27 @@ from typing import Final
 from labkeeper.core.errors import BackendUnavailable
 
 _OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL})
-"""Errors of system calls by which we, or our machine, have run out of something: descriptors, memory, processes, ports."""
+"""Errors of system calls that mean a shortage of descriptors, memory, processes or ports."""
 _NO_THREAD: Final = "can't start new thread"
-"""What Python says where a thread is one too many; the error has no type of its own."""
+"""Python's message if a thread cannot be started; the error has no type of its own."""
 
 
 def is_ours(error: BaseException) -> bool:
-    """Whether an error tells of our own shortage, and not of the other side."""
+    """Whether an error means a shortage of the keeper's own, not a fault of the other side."""
     return isinstance(error, OSError) and error.errno in _OURS
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error tells that a disk has no room, or no more for this user."""
+    """Whether an error means that the disk or the user's quota is full."""
     return isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
 
 
 @contextmanager
 def suppress_others(*kinds: type[Exception]) -> Iterator[None]:
-    """Suppress errors of these kinds, but for those of our own shortage: what was not found then may be there all the same."""
+    """Suppress errors of these kinds, except the keeper's own shortages.
+
+    In a shortage, what was not found may exist nevertheless.
+    """
     try:
         yield
     except kinds as error:
@@ -38,7 +41,7 @@ def suppress_others(*kinds: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def told_of_threads() -> Iterator[None]:
-    """Raise BackendUnavailable where a thread cannot be started inside."""
+    """Raise BackendUnavailable if a thread cannot be started in the block."""
     try:
         yield
     except RuntimeError as error:
@@ -51,6 +54,6 @@ def told_of_threads() -> Iterator[None]:
 
 
 def start(thread: threading.Thread) -> None:
-    """Start a thread. Raises BackendUnavailable where that cannot be."""
+    """Start a thread. Raises BackendUnavailable if that fails."""
     with told_of_threads():
         thread.start()

@@ -1,4 +1,4 @@
-"""What may go to a terminal of text that others wrote: all that is to be seen, and nothing that a terminal obeys."""
+"""Makes text of others safe for a terminal: all is visible, and nothing is obeyed."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import re
 from typing import Final
 
 _COLOUR: Final = r"\x1b\[[0-9;:]{0,32}m"
-"""A sequence that sets colours and the like (SGR, ECMA-48 8.3.117), as Jupyter's log has them; no other is let through."""
+"""Colours and the like (SGR, ECMA-48 8.3.117), as in Jupyter's log; no other sequence passes."""
 _UNSEEN: Final = re.compile(rf"({_COLOUR}|\r(?=\n))|[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _LAST_COLOUR: Final = re.compile(rf"({_COLOUR})((?:(?!{_COLOUR}).)*)$", re.MULTILINE)
 _RESETS: Final = frozenset({"\x1b[m", "\x1b[0m"})
 
 
 def visible(text: str) -> str:
-    r"""Write control characters as `\x1b`, but for tabs, ends of lines, and colours, which end with their line."""
+    r"""Write control characters as `\x1b`, except tabs, line ends and colours (reset per line)."""
     if text.isprintable():
         return text
     shown = _UNSEEN.sub(lambda found: found[1] or f"\\x{ord(found[0]):02x}", text)
@@ -21,7 +21,7 @@ def visible(text: str) -> str:
 
 
 def visible_line(text: str) -> str:
-    r"""Write the same of what is to be one line: ends of lines and tabs as `\x0a` and `\x09`, too."""
+    r"""Write text as one line: like `visible`, but with line ends and tabs as `\x0a` and `\x09`."""
     return "".join(letter if letter not in "\t\r\n" else f"\\x{ord(letter):02x}" for letter in visible(text))
 
 

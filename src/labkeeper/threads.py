@@ -1,4 +1,4 @@
-"""Threads that all end when their owner is closed, whatever they wait for."""
+"""Threads that end when their owner is closed, whatever they wait for."""
 
 from __future__ import annotations
 
@@ -17,38 +17,41 @@ _log = structlog.get_logger("labkeeper.threads")
 
 
 class ThreadGroup:
-    """Threads that can be told to end, and waited for."""
+    """Threads that can be asked to end, and joined."""
 
     def __init__(self) -> None:
         self._threads: set[threading.Thread] = set()
         self._failing: dict[str, str] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        # Closing the writing end wakes everybody at once.
+        # Closing the writing end wakes all threads at once.
         self.wake, self._wake_writer = os.pipe()
-        """A descriptor that becomes readable when all are to end; to be waited for beside whatever else is waited for."""
+        """A descriptor that becomes readable when all threads must end; for use in polls."""
 
     @property
     def closed(self) -> bool:
-        """Whether all are to end."""
+        """Whether all threads must end."""
         return self._closed.is_set()
 
     @property
     def failing(self) -> Mapping[str, str]:
-        """Why the last round of a watcher failed, by the watcher's name."""
+        """Error of each watcher's last round, by the watcher's name."""
         return dict(self._failing)
 
     def sleep(self, seconds: float) -> bool:
-        """Wait; return whether all are to end instead."""
+        """Wait; return True early if all threads must end."""
         return self._closed.wait(seconds)
 
     def start(self, name: str, target: Callable[..., None], *args: object) -> threading.Thread:
-        """Run `target` in a thread of its own. Raises BackendUnavailable where none can be started: nothing has happened then."""
+        """Run `target` in a new thread.
+
+        Raises BackendUnavailable if none can be started; nothing has happened then.
+        """
 
         def body() -> None:
             try:
                 target(*args)
-            except Exception:  # noqa: BLE001 - a bug: it must be seen, and nobody waits for this thread
+            except Exception:  # noqa: BLE001 - a bug: it must be logged, without a caller
                 _log.exception("a thread failed", thread=name)
             finally:
                 with self._lock:
@@ -56,34 +59,35 @@ class ThreadGroup:
 
         thread = threading.Thread(target=body, name=name, daemon=True)
         with self._lock:
-            # Only one that runs can be waited for.
+            # Only a running thread can be joined.
             shortage.start(thread)
             self._threads.add(thread)
         return thread
 
     @contextmanager
     def standing_by(self, name: str) -> Iterator[Callable[[Callable[[], None]], None]]:
-        """Start a thread that does what it is given inside, if anything; so nothing is begun that no thread could attend.
+        """Yield a function that hands a job to a thread started beforehand.
 
-        Raises BackendUnavailable where none can be started.
+        Nothing is thus begun without a thread to supervise it; without a job the thread ends.
+        Raises BackendUnavailable if no thread can be started.
         """
         given: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.start(name, lambda: given.get()())  # noqa: PLW0108 - it waits, and is to do so in the thread
         try:
             yield given.put
         finally:
-            # Behind what it was given, this is never taken.
+            # Behind the handed job, this is never taken.
             given.put(lambda: None)
 
     def watch(self, name: str, look: Callable[[], None], *, every: Callable[[], float]) -> None:
-        """Call `look` again and again, with so many seconds in between. A round that fails is told, and is not the last."""
+        """Call `look` every `every()` seconds; a failed round is recorded, others follow."""
 
         def rounds() -> None:
             while not self.sleep(every()):
                 try:
                     look()
                     self._failing.pop(name, None)
-                except Exception as error:  # noqa: BLE001 - whatever it is: nobody else would do the next round
+                except Exception as error:  # noqa: BLE001 - the next round must follow in any case
                     if name not in self._failing:
                         _log.exception("a watcher cannot do its round", watcher=name)
                     self._failing[name] = error.message if isinstance(error, LabkeeperError) else repr(error)
@@ -91,7 +95,7 @@ class ThreadGroup:
         self.start(name, rounds)
 
     def close(self) -> None:
-        """Tell all to end, and wait until they have."""
+        """Ask all threads to end, and join them."""
         self._closed.set()
         os.close(self._wake_writer)
         while running := self._running():
