@@ -1,4 +1,4 @@
-"""Who may do what: scopes, the servers that a token is for, and the rules that both make. Decides; knows no secret."""
+"""Authorization: scopes, token limits, and the rules that combine them. Sees no secrets."""
 
 from __future__ import annotations
 
@@ -15,51 +15,51 @@ from labkeeper.core.spec import ServerName, ServerSpec
 
 
 class Scope(StrEnum):
-    """What a caller may do. Each covers those above it."""
+    """The permissions of a caller. Each scope includes those above it."""
 
     READ = "read"
-    """See servers, their logs and their history; never what opens a Lab."""
+    """List servers, logs and history; excludes anything that opens a Lab."""
     MANAGE = "manage"
-    """Make, start, stop and delete servers, and open them."""
+    """Create, start, stop, delete and open servers."""
     ADMIN = "admin"
-    """All: tokens, and what touches the machine beyond one server."""
+    """Everything: tokens, and operations on the machine beyond one server."""
 
     def covers(self, needed: Scope) -> bool:
-        """Whether who has this scope may do what needs the other."""
+        """Whether this scope includes `needed`."""
         order = list(Scope)
         return order.index(self) >= order.index(needed)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLimits:
-    """The servers that a caller's token is for; without any limit all of them, and the keeper itself."""
+    """The servers that a token may access; without limits, all of them and the keeper itself."""
 
     servers: tuple[str, ...] = ()
-    """Patterns of names, with `*` and `?`: one must fit."""
+    """Name patterns with `*` and `?`; one must match."""
     labels: Mapping[str, str] = field(default_factory=dict)
     """Labels that a server must have, all of them."""
     users: tuple[str, ...] = ()
-    """Users of the machine: one must be whom a server runs as; the first one where its request names none."""
+    """Users of the machine, one of which a server must run as; the first one is the default."""
 
     @property
     def unlimited(self) -> bool:
-        """Whether it holds everything."""
+        """Whether there are no limits."""
         return self == EVERYTHING
 
     def has_name(self, name: str) -> bool:
-        """Whether servers of this name are within it, as far as names tell."""
+        """Whether the name patterns allow this name."""
         return not self.servers or any(fnmatchcase(name, pattern) for pattern in self.servers)
 
     def has_labels(self, labels: Mapping[str, str]) -> bool:
-        """Whether servers with these labels are within it, as far as labels tell."""
+        """Whether the required labels are among these."""
         return self.labels.items() <= labels.items()
 
     def has_user(self, user: str | None) -> bool:
-        """Whether servers that run as this user are within it, as far as users tell."""
+        """Whether a server may run as this user."""
         return not self.users or user in self.users
 
     def holds(self, name: str, labels: Mapping[str, str], user: str | None) -> bool:
-        """Whether a server of this name, with these labels, that runs as this user is within it."""
+        """Whether the limits allow a server with this name, these labels and this user."""
         return self.has_name(name) and self.has_labels(labels) and self.has_user(user)
 
 
@@ -67,7 +67,10 @@ EVERYTHING: Final = TokenLimits()
 
 
 def concerns(entry: HistoryEntry, server: ServerName | None, within: TokenLimits) -> bool:
-    """Whether an entry is of one server, or of any, and within a reach; what is of no server is only for who sees all."""
+    """Whether an entry matches the server filter and the limits.
+
+    Entries without a server require unlimited access.
+    """
     if server not in {None, entry.server}:
         return False
     return within.unlimited or (entry.server is not None and within.holds(entry.server, entry.labels, entry.user))
@@ -75,32 +78,33 @@ def concerns(entry: HistoryEntry, server: ServerName | None, within: TokenLimits
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks."""
+    """An authenticated caller."""
 
     actor: str
-    """As the history names them: `token:NAME`, `user:NAME` of this machine, `anybody` where access control is off."""
+    """The actor in the history: `token:NAME`, `user:NAME` of this machine, or `anybody` if access
+    control is off."""
     scope: Scope
     limits: TokenLimits = EVERYTHING
 
     def needs(self, scope: Scope, what: str, **details: str) -> None:
-        """Raise NotAllowed unless the caller's scope covers this one; `what` ends the sentence "cannot ..."."""
+        """Raise NotAllowed unless the scope includes this one; `what` completes "cannot ..."."""
         if not self.scope.covers(scope):
             why = f"that needs the scope '{scope}', and yours is '{self.scope}'"
             raise NotAllowed(f"cannot {what}: {why}", scope=str(scope), **details)
 
     def needs_everything(self, what: str) -> None:
-        """Raise NotAllowed where the caller is limited to some servers."""
+        """Raise NotAllowed if the caller is limited to some servers."""
         if not self.limits.unlimited:
             raise NotAllowed(f"cannot {what}: that needs a token without limits, and yours is for some servers only")
 
     def needs_name(self, name: str) -> None:
-        """Raise NotAllowed where servers of this name are none of the caller's business, whether there is one or not."""
+        """Raise NotAllowed if the limits exclude this name, whether or not such a server exists."""
         if not self.limits.has_name(name):
             patterns = ", ".join(self.limits.servers)
             raise NotAllowed(f"cannot speak of server '{name[:63]}': your token is for servers named {patterns}")
 
     def needs_spec(self, spec: ServerSpec) -> None:
-        """Raise NotAllowed where the caller may not make such a server."""
+        """Raise NotAllowed if the caller may not create this server."""
         self.needs_name(spec.name)
         if not self.limits.has_labels(spec.labels):
             wanted = ", ".join(f"{key}={value}" for key, value in self.limits.labels.items())
@@ -111,7 +115,7 @@ class Caller:
             )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:
-        """Return the user of the machine that a server is to run as. Raises NotAllowed."""
+        """Return the user of the machine that a server runs as. Raises NotAllowed."""
         if not self.limits.users:
             if asked not in {None, default}:
                 self.needs(Scope.ADMIN, f"run a server as user '{asked}'")
@@ -121,23 +125,23 @@ class Caller:
         return asked or self.limits.users[0]
 
     def sees(self, snapshot: Snapshot) -> bool:
-        """Whether a server is within the caller's reach."""
+        """Whether the caller's limits include this server."""
         return self.limits.holds(snapshot.name, snapshot.spec.labels, snapshot.spec.user)
 
 
 ANYBODY: Final = Caller("anybody", Scope.ADMIN)
-"""Who asks where access control is off."""
+"""The caller if access control is off."""
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token as it is kept: what it allows, and by what it is known again. Times are seconds since the epoch."""
+    """A stored token: its permissions and its digest. Times are seconds since the epoch."""
 
     id: str
-    """Stands in the token itself, so that it is found without trying all of them."""
+    """Part of the token itself, for lookup by key."""
     name: str
     digest: str = field(repr=False)
-    """SHA-256 of the token, in hexadecimal digits; it is random enough for that to tell nothing of it."""
+    """SHA-256 of the token in hexadecimal; safe, since the token is random enough."""
     scope: Scope
     limits: TokenLimits
     created_at: float
@@ -149,9 +153,9 @@ class Token:
 
     @property
     def caller(self) -> Caller:
-        """Who shows it."""
+        """The caller that presents this token."""
         return Caller(f"token:{self.name}", self.scope, self.limits)
 
     def expired(self, now: float) -> bool:
-        """Whether its time is over."""
+        """Whether the token has expired."""
         return self.expires_at is not None and self.expires_at <= now

@@ -1,6 +1,6 @@
-"""One server: what each event leads to, by the table, the restart budget and the timers.
+"""One server: the outcome of each event, by the table, the restart budget and the timers.
 
-Nothing changes here, and nothing is done: `Controller.plan` returns a decision, with the controller that is to follow.
+Nothing changes or runs here: `Controller.plan` returns a decision with the successor controller.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ from labkeeper.core.spec import ServerSpec
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The numbers that rule every server. Times in seconds."""
+    """The numbers that apply to every server. Times in seconds."""
 
     start_timeout: float = 60.0
     stop_grace: float = 8.0
     kill_wait: float = 2.0
     look_again: float = 2.0
-    """Between two observations of a lost server."""
+    """Interval between observations of a lost server."""
     probe_period: float = 15.0
-    """Between two looks at a running server."""
+    """Interval between probes of a running server."""
     hung_after: float = 120.0
-    """A running server that has not answered for this long is ended and launched again; 0: never."""
+    """A running server that has not answered for this long is ended and relaunched; 0: never."""
     restart_delays: tuple[float, ...] = (0.5, 2.0, 8.0)
-    """The wait before each launch after a crash; as many as there are, so often is it tried."""
+    """The delay before each relaunch after a crash; their number is the number of attempts."""
     restart_window: float = 600.0
-    """Crashes that lie further back are forgiven."""
+    """Older crashes no longer count."""
     max_servers: int = 200
-    """How many servers may be anything but stopped or failed."""
+    """Maximum number of servers that are neither stopped nor failed."""
     max_starts: int = 200
-    """How many may be starting at a time; further ones queue."""
+    """Maximum number of concurrent starts; further ones queue."""
     min_free: Reserve = Reserve()  # noqa: RUF009 - frozen
-    """Memory that is to stay free; nothing is begun with less."""
+    """Memory to keep free; with less, no server is started."""
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Restarts after a crash. A server that was seen to end before it ever answered since its start command fails fast."""
+    """Restarts after a crash. A server that ends before it ever answered is not restarted."""
 
     earned: bool = False
-    """Whether it has answered since then."""
+    """Whether it has answered since its start command."""
     spent: tuple[float, ...] = ()
-    """When it was restarted, by the monotonic clock."""
+    """The times of its restarts, by the monotonic clock."""
 
     def left(self, policy: Policy, now: float, *, blameless: bool = False) -> bool:
-        """Whether one more launch is allowed; `blameless` is an end that says nothing against the server."""
+        """Whether one more launch is allowed; `blameless`: the end was not the server's fault."""
         return (self.earned or blameless) and len(self._recent(policy, now)) < len(policy.restart_delays)
 
     def spend(self, policy: Policy, now: float) -> tuple[Budget, float]:
-        """Return the budget after one more launch, and the seconds to wait before that."""
+        """Return the budget after one more launch, and the delay before it in seconds."""
         recent = self._recent(policy, now)
         return replace(self, spent=(*recent, now)), policy.restart_delays[len(recent)]
 
@@ -87,7 +87,7 @@ _KNOWN_CAUSES: Final = frozenset(
         FailureClass.NOT_A_GATEWAY,
     }
 )
-"""Classes for which we end a server; they are known before its end."""
+"""Failures for which the keeper ends a server, so that they are known before its end."""
 _EVENTS: Final[dict[type[Fact], Event]] = {
     Ready: Event.READY,
     Refused: Event.REFUSED,
@@ -96,7 +96,7 @@ _EVENTS: Final[dict[type[Fact], Event]] = {
     Unreachable: Event.UNREACHABLE,
     Gone: Event.GONE,
 }
-"""The events that facts are, whatever state they find; `Controller.plan_report` knows the others."""
+"""Events of facts that do not depend on the state; `Controller.plan_report` maps the others."""
 TIMERS: Final = {
     State.STARTING: "start_timeout",
     State.RUNNING: "probe_period",
@@ -104,12 +104,12 @@ TIMERS: Final = {
     State.KILLING: "kill_wait",
     State.LOST: "look_again",
 }
-"""The state's timer, by the name of its length in `Policy`; BACKOFF takes its from the budget."""
+"""The timer of each state, as a field of `Policy`; that of BACKOFF comes from the budget."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What an event leads to. Nothing of it has happened yet: the fleet saves it, then commits it, then does the jobs."""
+    """The outcome of an event. The fleet has yet to save it, commit it and run its jobs."""
 
     event: Event
     before: Snapshot | None
@@ -118,17 +118,17 @@ class Decision:
     """Who gave the command that this is, or follows from."""
     jobs: tuple[Job, ...] = ()
     orphans: tuple[OrphanedKernel, ...] = ()
-    """Kernels on its gateway that the server gives up."""
+    """Kernels on its gateway that the server abandons."""
 
     @property
     def launches(self) -> bool:
-        """Whether a process is to be made."""
+        """Whether a launch is among the jobs."""
         return any(job.action is Action.LAUNCH for job in self.jobs)
 
 
 @dataclass(frozen=True, slots=True)
 class Controller:
-    """One server: its snapshot, and what the keeper knows beside it. Immutable: `plan` returns its successor.
+    """One server: its snapshot and private state. Immutable: `plan` returns its successor.
 
     Times are seconds by the monotonic clock.
     """
@@ -137,26 +137,27 @@ class Controller:
     policy: Policy
     clock: Clock
     deadline: float | None = None
-    """When the timer of its state is due."""
+    """When the timer of its state expires."""
     save_due: float | None = None
-    """When to try again to save its snapshot; None while the store has it."""
+    """When to retry saving its snapshot; None if the store has it."""
     budget: Budget = Budget()
     origin: Origin = KEEPER
-    """Who gave the command that it is following."""
+    """The origin of the command in progress."""
     observing: bool = False
-    """Whether an observation is under way. A second one would wait behind it, and what is to end the server behind both."""
+    """Whether an observation is in progress. A second one would queue behind it, and any job that
+    ends the server behind both."""
     stop_began: float | None = None
     silent_since: float | None = None
 
     @classmethod
     def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, generation: int = 0) -> Controller:
-        """Return the controller of a server that was never launched; its generations count on from `generation`."""
+        """Return the controller of a server never launched, counting on from `generation`."""
         now = clock.time()
         return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation), policy, clock)
 
     @classmethod
     def recovered(cls, snapshot: Snapshot, policy: Policy, clock: Clock) -> Decision:
-        """Decide how to go on where an earlier keeper left a server. What may exist is lost until it has been observed."""
+        """Resume a server of an earlier keeper. If it may exist, it is lost until observed."""
         found = cls(snapshot, policy, clock, budget=Budget(earned=snapshot.started_at is not None))
         jobs: tuple[Job, ...] = ()
         if snapshot.state in MAY_EXIST:
@@ -175,10 +176,10 @@ class Controller:
         origin: Origin | None = None,
         may_start: bool = True,
     ) -> Decision:
-        """Decide what one event leads to.
+        """Decide the outcome of one event.
 
-        `revised` is the spec to use from the next launch on, `origin` who gave the command, if it is one. `may_start` says
-        whether a launch would be within the limit of concurrent starts.
+        `revised` is the spec for the next launch; `origin` is who gave the command, if it is one;
+        `may_start` is whether a launch would be within the limit of concurrent starts.
         """
         before, after = self.snapshot, self
         if revised is not None:
@@ -198,12 +199,12 @@ class Controller:
             after, orphans = after._sort_kernels(before, event, fact)
             after, jobs = after._acting(step.action)
         if after.snapshot.goal is Goal.UP and after.snapshot.state not in {State.QUEUED, State.STARTING}:
-            # The command has come about, or failed: from now on things happen by themselves.
+            # The command has succeeded or failed: what happens next is the keeper's doing.
             after = replace(after, origin=KEEPER)
         return Decision(event, before, after, following, jobs, orphans)
 
     def plan_report(self, report: Report, *, may_start: bool = True) -> Decision:
-        """Decide what a report of this launch leads to."""
+        """Decide the outcome of a report on this launch."""
         known = replace(self, observing=False) if report.observation else self
         match report.fact:
             case Ended():
@@ -220,34 +221,33 @@ class Controller:
         return known.plan(event, report.fact, may_start=may_start)
 
     def snoozed(self, until: float | None, origin: Origin) -> Decision:
-        """Decide to put off culling until a time, in seconds since the epoch; None ends that."""
+        """Decide to snooze culling until a time in seconds since the epoch; None ends it."""
         return Decision(Event.SNOOZE, self.snapshot, self._with(snoozed_until=until), origin)
 
     def _with(self, **changes: Any) -> Controller:
         return replace(self, snapshot=replace(self.snapshot, **changes))
 
     def _may_retry(self, fact: Fact | None) -> bool:
-        """Return whether the server may be relaunched automatically if this fact ends it."""
         snap, blameless = self.snapshot, False
         match fact:
             case Refused(failure=failure) if failure.kind is not FailureClass.DISK_FULL:
-                # Nothing was started, and that would be so again. Room on a disk comes back.
+                # Nothing was started, and a retry would fail alike. Only disks may be freed.
                 return False
             case Ended(failure=Failure(kind=FailureClass.PORT_IN_USE)):
                 # The keeper chose the port, and another program took it first.
                 blameless = snap.spec.port is None
             case Gone():
-                # Nobody saw how it ended.
+                # How it ended is unknown.
                 blameless = snap.failure is None or snap.failure.kind not in _KNOWN_CAUSES
         return self.budget.left(self.policy, self.clock.monotonic(), blameless=blameless)
 
     def _in_order(self, end: Ended) -> bool:
-        """Return whether it ended as somebody wished. What we ended while its goal was up was hung or late: nobody left it."""
+        """Whether it ended as intended. If we ended it while its goal was up, it was not."""
         return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
     def _looked(self, answers: bool | None) -> Controller:
         if answers is not False:
-            # A look that could not be made breaks the silence, too: who was not asked has not been silent.
+            # A probe that could not be made also breaks the silence: it proves no missing answer.
             return replace(self, silent_since=None)
         return self if self.silent_since is not None else replace(self, silent_since=self.clock.monotonic())
 
@@ -257,7 +257,6 @@ class Controller:
         return self.clock.monotonic() - self.silent_since >= self.policy.hung_after
 
     def _stepped(self, event: Event, fact: Fact | None, step: Step) -> Controller:
-        """Bring the snapshot to the step."""
         before, now = self.snapshot, self.clock.time()
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
@@ -269,7 +268,7 @@ class Controller:
         elif event is Event.DEADLINE and before.state is State.STARTING:
             snap = replace(snap, failure=self._timeout())
         if _begins(step, event):
-            # The only launch that nobody asked for is the one at the end of a wait after a crash.
+            # The only launch without a command is the one at the end of a backoff.
             if event is Event.DEADLINE:
                 snap = replace(snap, restarts=snap.restarts + 1)
             else:
@@ -294,7 +293,7 @@ class Controller:
         return replace(self, snapshot=snap)
 
     def _reported(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
-        """Bring what a fact says into the snapshot of the step that it led to."""
+        """Merge a fact into the snapshot of the step that it led to."""
         match fact:
             case Ready(endpoint=endpoint, instance=instance, gateway=gateway) if snap.state is State.RUNNING:
                 now = self.clock.time()
@@ -311,14 +310,14 @@ class Controller:
                 snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
             case Gone():
                 vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone, and nobody saw how it ended")
-                # Why it was lost sight of, or was to be ended, says more than that it is gone.
+                # The reason for losing or ending it explains more than its absence does.
                 snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
         return snap
 
     def _ended(self, snap: Snapshot, end: Ended) -> Snapshot:
         failure = end.failure
         if snap.failure is not None and snap.failure.kind in _KNOWN_CAUSES:
-            # Why we ended it is the cause; how it ended, and its last words, come with the end.
+            # Our reason for ending it is the cause; the end adds its exit and last log lines.
             failure = replace(snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ())
         report = None
         if end.method is not StopMethod.NONE:
@@ -328,7 +327,7 @@ class Controller:
         return replace(snap, exit=end.exit, failure=failure, stop_report=report)
 
     def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[Controller, tuple[OrphanedKernel, ...]]:
-        """Part the kernels on its gateway into those that its next launch takes over, and those that are given up."""
+        """Split the kernels on its gateway into those for its next launch, and orphans."""
         there = {kernel.id: kernel for kernel in before.kernels_kept}
         match fact:
             case Ready(not_taken_over=ids) if self.snapshot.state is State.RUNNING:
@@ -356,7 +355,7 @@ class Controller:
         )
 
     def _timed(self) -> Controller:
-        """Set the timer of a state that was just entered, or is to be waited in once more."""
+        """Set the timer of a state that was just entered, or whose wait begins again."""
         now, state = self.clock.monotonic(), self.snapshot.state
         stop_began = self.stop_began if state is State.LOST else None
         if state in {State.STOPPING, State.KILLING}:
@@ -371,7 +370,7 @@ class Controller:
     def _acting(self, action: Action) -> tuple[Controller, tuple[Job, ...]]:
         if action is Action.NONE or (action is Action.OBSERVE and self.observing):
             return self, ()
-        # No observation of an earlier launch counts for a new one.
+        # An observation of an earlier launch does not count for a new one.
         observing = action is Action.OBSERVE or (self.observing and action is not Action.LAUNCH)
         snap = self.snapshot
         kept = snap.goal in KEEPS_KERNELS
@@ -380,5 +379,5 @@ class Controller:
 
 
 def _begins(step: Step, event: Event) -> bool:
-    """Return whether a step decides on a launch, be it done now or queued; its turn in the queue was decided on before."""
+    """Whether a step decides on a launch, now or queued; ADMITTED was decided before."""
     return event is not Event.ADMITTED and (step.action is Action.LAUNCH or step.state is State.QUEUED)

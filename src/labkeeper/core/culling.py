@@ -1,13 +1,13 @@
-"""Whether a server is culled: a verdict that carries its explanation, made of facts and a policy.
+"""Whether a server is culled: a verdict with its explanation, derived from facts and a policy.
 
-All times here are seconds by the keeper's own monotonic clock. Jupyter's are by the wall clock; `ActivityHistory` converts them,
-so that a wall clock that jumps stops no server.
+All times are seconds by the keeper's monotonic clock. Jupyter uses the wall clock;
+`ActivityHistory` converts its times, so that a jump of the wall clock stops no server.
 
-Laws, held by the tests:
+Laws, checked by the tests:
 
-1. What is in use, or cannot be known, has no moment at which `idle_timeout` stops it.
-2. Nobody is stopped who has not been warned for as long as the policy says.
-3. More use, a longer grace, a longer snooze never bring the moment nearer.
+1. A server that is in use, or whose use is unknown, has no time at which `idle_timeout` stops it.
+2. No server is stopped before it has been warned for as long as the policy requires.
+3. More use, a longer grace or a longer snooze never bring the stop forward.
 """
 
 from __future__ import annotations
@@ -24,85 +24,85 @@ from labkeeper.core.spec import ServerSpec
 
 
 class Rule(StrEnum):
-    """What a server can be culled by."""
+    """The rules that can cull a server."""
 
     IDLE_TIMEOUT = "idle_timeout"
-    """Nobody has used it for so long."""
+    """It has been unused for this long."""
     MAX_AGE = "max_age"
-    """It has run for so long, used or not."""
+    """It has run for this long, used or not."""
 
 
 class Terminals(StrEnum):
-    """What of terminals is use."""
+    """Which terminals count as use."""
 
     PROGRAMS = "programs"
-    """A program that runs in one; a shell that waits for input is none."""
+    """Those that run a program; a shell at its prompt does not count."""
     OPEN = "open"
-    """That there is one."""
+    """All open ones."""
     IGNORE = "ignore"
-    """Nothing."""
+    """None."""
 
 
 class CullState(StrEnum):
-    """How a server stands to its rules."""
+    """The state of a server with respect to its rules."""
 
     OFF = "off"
-    """It has none."""
+    """It has no rules."""
     NOT_RUNNING = "not-running"
     """There is nothing to stop."""
     IN_USE = "in-use"
-    """Something holds it; nothing counts down."""
+    """A holder keeps it; nothing counts down."""
     UNKNOWN = "unknown"
-    """Whether it is used cannot be known, which counts as use."""
+    """Its use cannot be determined, which counts as use."""
     SNOOZED = "snoozed"
-    """Put off by somebody."""
+    """A user has postponed culling."""
     COUNTING = "counting"
-    """It will be stopped if nobody uses it."""
+    """It will be stopped if it stays unused."""
     WARNED = "warned"
-    """It is about to be."""
+    """It is about to be stopped."""
     DUE = "due"
-    """It is to be stopped now, unless a last look finds that anything has changed."""
+    """It is stopped now, unless a final check finds a change."""
 
 
 @dataclass(frozen=True, slots=True)
 class CullPolicy:
-    """What counts, for all servers. Durations in seconds."""
+    """The culling policy for all servers. Durations in seconds."""
 
     grace: float = 600.0
-    """After it became ready a server is not idle for so long."""
+    """Time after becoming ready during which a server does not count as idle."""
     warning: float = 300.0
-    """Between the warning and the stop, but no more than half of what the rule allows."""
+    """Time between the warning and the stop, at most half of the rule's limit."""
     cull_busy: bool = False
-    """Whether a busy kernel is none but by its last activity."""
+    """Whether a busy kernel counts as in use only by its last activity."""
     cull_connected: bool = True
-    """Whether an open connection to a kernel is no use by itself."""
+    """Whether an open connection to a kernel does not count as use."""
     terminals: Terminals = Terminals.PROGRAMS
     kernel_idle_timeout: float | None = None
-    """After so long idle kernels are ended, whatever becomes of their server."""
+    """Idle kernels are ended after this time, independently of their server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What is known of one running server."""
+    """What is known about one running server."""
 
     limits: Mapping[Rule, float]
-    """What each rule allows it, in seconds; a rule that is absent is off."""
+    """The limit of each rule in seconds; a missing rule is off."""
     up_since: float
     """When it first became ready since its last start command."""
     ready_at: float
-    """When it last did."""
+    """When it last became ready."""
     activity: Activity | None = None
-    """None where that cannot be known."""
+    """None if unknown."""
     unknown: str = "it has not been asked yet"
-    """Why it cannot."""
+    """Why the activity is unknown."""
     snoozed_until: float = -math.inf
     warned: Mapping[Rule, float] = field(default_factory=dict)
-    """When it was warned by each rule that it is about to be culled by."""
+    """When each rule issued its warning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """What keeps a server from being idle."""
+    """Something that keeps a server from being idle."""
 
     kind: str
     """`kernel`, `connection` or `terminal`."""
@@ -112,25 +112,25 @@ class Holder:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What comes of one rule when nothing happens any more."""
+    """The outcome of one rule if nothing else happens."""
 
     rule: Rule
     limit: float
     since: float | None
-    """From when it counts; None as long as something holds it."""
+    """Start of the count; None while a holder keeps the server."""
     stops_at: float | None
     warns_at: float | None
-    """None where nothing stops, or nobody is to be warned."""
+    """None if nothing stops it, or no warning is due."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a server stands, and why."""
+    """The cull state of a server, with its reasons."""
 
     state: CullState
     reason: str
     next: Outlook | None = None
-    """The outlook of the rule that would be the first to stop it."""
+    """The outlook of the rule that would stop it first."""
     outlooks: tuple[Outlook, ...] = ()
     holders: tuple[Holder, ...] = ()
     last_used_at: float | None = None
@@ -140,30 +140,31 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """A verdict, with what it takes to tell it to people."""
+    """A verdict with the data needed to present it."""
 
     snapshot: Snapshot
     verdict: Verdict
     offset: float
-    """What makes seconds since the epoch of the verdict's times."""
+    """Added to the verdict's times, gives seconds since the epoch."""
     looked_at: float | None
-    """When the server last answered, likewise by our clock."""
+    """When the server last answered, by our clock."""
 
 
 class ActivityHistory:
     """When each part of one server was last used, by our monotonic clock.
 
-    A time of Jupyter's is brought over once, when it is new. It must lie between the look before and this one: one that does not
-    was written by a wall clock that has jumped since, and then it counts from this look, which is the later.
+    A time of Jupyter's is converted once, when it is new. It must lie between the previous look
+    and this one; if not, the wall clock has jumped since, and the time of this look is used, which
+    is the later.
     """
 
     def __init__(self, floor: float = -math.inf) -> None:
-        """`floor` is when the server came to be, by our clock, where we saw it."""
+        """`floor` is when the server was created, by our clock, if known."""
         self._looked = floor
         self._known: dict[tuple[str, str], tuple[float, float]] = {}
 
     def take(self, seen: Activity, *, now: float, wall: float) -> Activity:
-        """Return what was seen, every time of it by our clock."""
+        """Return the activity with all times converted to our clock."""
         known: dict[tuple[str, str], tuple[float, float]] = {}
 
         def ours(kind: str, name: str, at: float | None) -> float | None:
@@ -188,13 +189,13 @@ class ActivityHistory:
 
 
 def limits_of(spec: ServerSpec) -> dict[Rule, float]:
-    """Return the rules of a server with what each allows."""
+    """Return the rules of a server with their limits."""
     given = {rule: getattr(spec, rule.value) for rule in Rule}
     return {rule: limit for rule, limit in given.items() if limit}
 
 
 def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
-    """Return how a server stands at this moment, and why."""
+    """Return the verdict on a server at this time."""
     holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
     used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
     since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
@@ -206,13 +207,13 @@ def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
 
 
 def warned_at(verdict: Verdict, before: Mapping[Rule, float], now: float) -> dict[Rule, float]:
-    """Return when each rule that is about to stop a server has warned; a rule that is not there `before` warns now."""
+    """Return when each rule about to stop a server warned; one missing in `before` warns now."""
     near = (o.rule for o in verdict.outlooks if o.warns_at is not None and o.warns_at <= now)
     return {rule: before.get(rule, now) for rule in near}
 
 
 def idle_kernels(facts: Facts, policy: CullPolicy, now: float) -> tuple[tuple[KernelUse, float], ...]:
-    """Return the kernels that are to be ended by themselves, and for how long each has been idle."""
+    """Return the kernels to end individually, with the idle time of each."""
     limit = policy.kernel_idle_timeout
     if not limit or facts.activity is None or now < facts.snoozed_until:
         return ()
@@ -225,7 +226,7 @@ _BUSY: Final = {"busy": "is busy", "unknown": "does not tell its state, which co
 
 
 def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
-    """Return what is in use at this moment."""
+    """Yield what is in use now."""
     for kernel in activity.kernels:
         if not policy.cull_busy and kernel.state in _BUSY:
             yield Holder("kernel", kernel.id, _BUSY[kernel.state])
@@ -239,11 +240,11 @@ def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
 
 
 def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
-    """Give when what was last used; where the server does not say, that it became ready counts."""
+    """Yield the times of last use; if the server reports none, becoming ready counts."""
     activity = facts.activity or Activity(None)
     if activity.last_activity is None:
         yield facts.ready_at, "its start"
-    # First those that say more: a tie goes to the first.
+    # The most specific first: a tie goes to the first.
     times = [(kernel.last_activity, f"kernel {kernel.id}") for kernel in activity.kernels]
     if policy.terminals is not Terminals.IGNORE:
         times += [(terminal.last_activity, f"terminal {terminal.name}") for terminal in activity.terminals]
@@ -292,4 +293,4 @@ def _reason(state: CullState, facts: Facts, holders: tuple[Holder, ...], first: 
 
 
 _SO_FAR: Final = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}
-"""What a rule counts."""
+"""What each rule counts."""

@@ -1,4 +1,4 @@
-"""Durations and moments as people write and read them."""
+"""Conversion of durations and times from and to text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from datetime import UTC, datetime
 from typing import Final
 
 LONGEST: Final = 366 * 86400.0
-"""Seconds; a longer duration is most likely a mistake of the unit."""
+"""Seconds; a longer duration is most likely in the wrong unit."""
 DURATION_RULE: Final = "must be seconds as a number, or a text such as '90m', '2h' or '1d12h', of at most 366 days"
 LONGEST_TEXT: Final = 64
-"""Characters of a text that is one."""
+"""Maximum length of a duration in characters."""
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
 def duration(given: object) -> float:
-    """Read seconds from a number, or from a text such as `90m`, `2h`, `1d12h`. Raises ValueError with the rule."""
+    """Parse a number of seconds, or text such as `90m`, `2h`, `1d12h`. Raises ValueError."""
     seconds = _read(given.replace(" ", "").lower()) if isinstance(given, str) else given
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (0 <= seconds <= LONGEST):
         raise ValueError(DURATION_RULE)
@@ -33,7 +33,7 @@ def _read(text: str) -> float:
 
 
 def format_duration(seconds: float) -> str:
-    """Return how long something is, in its two largest units: `2 h 3 min`."""
+    """Format a duration in its two largest units: `2 h 3 min`."""
     left, words = max(0, round(seconds)), list[str]()
     for size, unit in _UNITS:
         count, left = divmod(left, size)
@@ -47,5 +47,5 @@ _PLACES: Final = 2
 
 
 def format_time(at: float) -> str:
-    """Write a time, in seconds since the epoch, as RFC 3339, UTC, with milliseconds."""
+    """Format a time in seconds since the epoch as RFC 3339, UTC, with milliseconds."""
     return datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")

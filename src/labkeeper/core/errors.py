@@ -2,30 +2,30 @@
 
     LabkeeperError
       RequestError         the caller must act
-        InvalidSpec          the request breaks a rule; `errors` names each field
+        InvalidSpec          the request breaks a rule; `errors` lists each field
         ServerNotFound
         TokenNotFound
         Conflict             the name is taken, or the server is being deleted
-        CapacityReached      as many servers as allowed, or too little memory; try again later
-        NotAuthenticated     no token, or a wrong one
-        NotAllowed           the token may not do this; `scope` names the one that may
-        TooManyRequests      one token's in a short time; try again later
-        HostNotKnown         the request was sent to a name that is none of ours
-      ServerFailed         the server must be looked at; carries the cause, the exit and the last log lines
+        CapacityReached      the maximum of servers is reached, or memory is low; retry later
+        NotAuthenticated     the token is missing or wrong
+        NotAllowed           the token does not permit this; `scope` is the one required
+        TooManyRequests      rate limit of one token; retry later
+        HostNotKnown         the Host header is not one of the keeper's
+      ServerFailed         the server needs attention; carries the cause, exit and last log lines
         StartFailed
         StartTimeout
-      BackendError         whoever runs this machine must act
-        BackendRefused       permanent: asking again is of no use
+      BackendError         the machine's operator must act
+        BackendRefused       permanent: a retry is useless
         BackendUnavailable   temporary
         BackendTimeout
       StoreError           the state directory cannot be read or written
       SettingsError        at boot only
-      ClientError          raised by the client alone
+      ClientError          raised by the client only
         Unreachable          no keeper answered
-        BadAnswer            what answered is no keeper
+        BadAnswer            the answer is not a keeper's
 
-A message says what could not be done ("cannot ..."), to which server, why, and what to do next. `details` are values for
-programs: they travel in the problem body and come back in the client's exception.
+A message states what failed ("cannot ..."), for which server, why, and what to do next. `details`
+are values for programs: sent in the problem body and restored in the client's exception.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any, ClassVar, Self
 
 
 class LabkeeperError(Exception):
-    """Base of all; `code` is stable and part of the API."""
+    """Base of all errors; `code` is stable and part of the API."""
 
     code: ClassVar[str] = "labkeeper_error"
 
@@ -45,7 +45,7 @@ class LabkeeperError(Exception):
 
 
 class RequestError(LabkeeperError):
-    """The caller asked for something that cannot be given."""
+    """The request cannot be fulfilled."""
 
     code = "request_error"
 
@@ -57,23 +57,23 @@ class InvalidSpec(RequestError):
 
     @classmethod
     def of(cls, field: str, rule: str) -> Self:
-        """Make the error for one field that breaks one rule."""
+        """Return the error for one field that breaks one rule."""
         return cls(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
 
     @classmethod
     def twice(cls, field: str) -> Self:
-        """Make the error for one that the caller has given twice."""
+        """Return the error for a duplicate field."""
         return cls.of(field[:100], "must not stand there twice")
 
 
 class ServerNotFound(RequestError):
-    """No server has this name, or none that the caller's token is for."""
+    """No server has this name, or the caller's token excludes it."""
 
     code = "server_not_found"
 
     @classmethod
     def called(cls, name: str) -> Self:
-        """Make the error for a name, in the same words whether there is such a server or not."""
+        """Return the error for a name, worded alike whether or not such a server exists."""
         return cls(f"cannot find server '{name[:63]}'; the list of servers has the names there are")
 
 
@@ -90,31 +90,31 @@ class Conflict(RequestError):
 
 
 class CapacityReached(RequestError):
-    """As many servers as allowed, or too little memory; `details["retry_after"]` is in seconds."""
+    """Too many servers are active, or memory is low; `details["retry_after"]` is in seconds."""
 
     code = "capacity_reached"
 
 
 class NotAuthenticated(RequestError):
-    """No token was given, or a wrong one."""
+    """The token is missing or wrong."""
 
     code = "not_authenticated"
 
 
 class NotAllowed(RequestError):
-    """The token is right, but does not allow this; `details["scope"]` names the scope that does, where one would."""
+    """The token is valid but does not permit this; `details["scope"]` is the one needed, if any."""
 
     code = "not_allowed"
 
 
 class TooManyRequests(RequestError):
-    """One caller asks faster than it may; `details["retry_after"]` is in seconds."""
+    """The caller exceeds its request rate; `details["retry_after"]` is in seconds."""
 
     code = "too_many_requests"
 
 
 class HostNotKnown(RequestError):
-    """The request was sent to a host name that is none of the keeper's: a page elsewhere may have been made to send it."""
+    """The Host header is not one of the keeper's: another site's page may have sent the request."""
 
     code = "host_not_known"
 
@@ -126,31 +126,31 @@ class ServerFailed(LabkeeperError):
 
 
 class StartFailed(ServerFailed):
-    """The server ended, or could not be launched, before it was ready."""
+    """The server ended before it was ready, or could not be launched."""
 
     code = "start_failed"
 
 
 class StartTimeout(ServerFailed):
-    """The server was not ready within its start timeout, and was ended."""
+    """The server was not ready within its start timeout and was ended."""
 
     code = "start_timeout"
 
 
 class BackendError(LabkeeperError):
-    """The backend could not do what it was asked."""
+    """The backend could not carry out a call."""
 
     code = "backend_error"
 
 
 class BackendRefused(BackendError):
-    """Permanent: nothing was started, and asking again would not help."""
+    """Permanent: nothing was started, and a retry would not help."""
 
     code = "backend_refused"
 
 
 class BackendUnavailable(BackendError):
-    """Temporary: the backend cannot say; ask again."""
+    """Temporary: the backend cannot tell the outcome; retry."""
 
     code = "backend_unavailable"
 
@@ -174,7 +174,7 @@ class SettingsError(LabkeeperError):
 
 
 class ClientError(LabkeeperError):
-    """Raised by the client alone; never part of an answer."""
+    """Raised by the client only; never part of a response."""
 
     code = "client_error"
 
@@ -186,7 +186,7 @@ class Unreachable(ClientError):
 
 
 class BadAnswer(ClientError):
-    """What answered does not speak as a keeper does."""
+    """The answer does not come from a keeper."""
 
     code = "bad_answer"
 

@@ -1,7 +1,7 @@
-"""All servers. `Fleet.step` takes one message, and is never run by two threads at once.
+"""All servers. `Fleet.step` processes one message and is never run by two threads at once.
 
-Order within a step: decide, save, commit, notify subscribers, queue the jobs. A launch is saved before it is made, so that a
-keeper which dies in between finds the name again and observes it.
+Order within a step: decide, save, commit, notify subscribers, queue the jobs. A launch is saved
+before it is made, so that the next keeper finds the name and observes it if this one dies.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
 from labkeeper.core.spec import ServerName, ServerSpec
 
 RETRY_AFTER: Final = 5
-"""Seconds after which a caller may ask again when as many servers run as may."""
+"""`Retry-After` in seconds if the maximum of servers is reached."""
 KNOWN_FOR_EACH: Final = 10
-"""Servers that may be known, at rest or not, for each that may be active."""
+"""Maximum number of known servers, at rest or not, for each that may be active."""
 SAVE_AGAIN: Final = 5.0
-"""Seconds between two tries to store what could not be stored."""
+"""Seconds between retries of a failed save."""
 
 
 class Fleet:
@@ -77,28 +77,28 @@ class Fleet:
         self._subscribers = tuple(subscribers)
         self._servers: dict[ServerName, Controller] = {}
         self._deleted: dict[ServerName, float] = {}
-        """Deleted servers that the store still has, with when to try again to drop them."""
+        """Deleted servers still in the store, with when to retry removing them."""
         self._last_generation = 0
         self._closing = False
 
     def recover(self) -> None:
-        """Take up all servers of an earlier keeper, and sweep what else it left. To be called once, before the first step.
+        """Adopt an earlier keeper's servers and sweep its leftovers. Call once, before any step.
 
         Raises StoreError.
         """
         snapshots = self._store.load()
-        # Also under names that the store knows to be at rest: it may be an older one. Others are observed.
+        # Includes names that the store has at rest: it may be outdated. Others are observed.
         for name in self._backend.strays([snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]):
-            # Before all other jobs of the name: what is launched under it now is launched when nothing is left.
+            # Queued before all other jobs of the name: a launch under it finds nothing left.
             self._executor.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
             self._commit(Controller.recovered(snapshot, self._policy, self._clock))
         self._give_turns()
 
     def step(self, message: Message) -> Reply | None:
-        """Take one message; commands get a reply.
+        """Process one message; commands return a reply.
 
-        Raises RequestError where a command cannot be followed, StoreError where a launch could not be stored.
+        Raises RequestError if a command is rejected, StoreError if a launch cannot be stored.
         """
         try:
             return self._take(message)
@@ -123,10 +123,10 @@ class Fleet:
         return None
 
     def _stop_all(self, origin: Origin) -> None:
-        """Stop every server; what goes wrong with one is raised when all have been told."""
+        """Stop every server; raise the errors at the end."""
         wrong: list[Exception] = []
         for name, controller in list(self._servers.items()):
-            # One that failed has nothing to stop, and its cause is still to be read.
+            # A failed server has nothing to stop, and its cause must stay readable.
             if controller.snapshot.state is not State.FAILED:
                 try:
                     self._order(Order(name, Event.STOP, origin=origin))
@@ -145,7 +145,7 @@ class Fleet:
         known = self._servers.get(spec.name)
         if known is None:
             self._check_known(spec.name)
-            # A late fact of a deleted server must not be taken for one of its successor.
+            # A late fact of a deleted server must not be mistaken for its successor's.
             return self._command(Controller.new(spec, self._policy, self._clock, self._last_generation), start)
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
@@ -179,7 +179,7 @@ class Fleet:
         return Reply(after, created)
 
     def _snooze(self, command: Snooze) -> Reply:
-        """Keep until when a server is not culled: first on the disk, so that what is answered holds for the next keeper, too."""
+        """Snooze culling, saved before the reply, so that the next keeper honours it."""
         decision = self._find(command.name).snoozed(command.until, command.origin)
         self._store.save(decision.after.snapshot)
         self._commit(decision)
@@ -192,7 +192,7 @@ class Fleet:
         return controller
 
     def _admit(self, snapshot: Snapshot) -> None:
-        """Refuse a start while the keeper ends, and one more server where there is no room for it."""
+        """Reject a start during shutdown, and one that exceeds the capacity."""
         if self._closing:
             raise BackendUnavailable(f"cannot start server '{snapshot.name}': the keeper is shutting down")
         if snapshot.state not in AT_REST:
@@ -207,7 +207,7 @@ class Fleet:
         self._check_memory(snapshot.name)
 
     def _check_known(self, name: ServerName) -> None:
-        """Refuse one more name where too many are known: those that have failed take memory, too."""
+        """Reject a new name if too many are known: failed servers take memory, too."""
         most = KNOWN_FOR_EACH * self._policy.max_servers
         if len(self._servers) >= most:
             raise CapacityReached(
@@ -231,27 +231,27 @@ class Fleet:
             )
 
     def _give_turns(self) -> None:
-        """Launch those that are first in the queue, as many as there are places.
+        """Launch the first servers of the queue up to the concurrency limit.
 
-        The door for every launch: what was asked for, what a restart has stopped, and what has crashed queue alike. What is
-        found alive takes its place beside them, since it is starting already.
+        Every launch passes here: commands, restarts and crashes queue alike. A server found alive
+        takes a slot without queuing, since it is starting already.
         """
         while (queue := queue_of(c.snapshot for c in self._servers.values())) and self._starting() < self._policy.max_starts:
-            # One that cannot be stored does not start, and leaves its place to the one behind it.
+            # One that cannot be stored does not start and leaves its slot to the next.
             self._carry_out(self._servers[queue[0].name].plan(Event.ADMITTED))
 
     def _starting(self) -> int:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
 
     def _may_start(self) -> bool:
-        """Return whether a place to start in is free, and nobody waits for it."""
+        """Return whether a start slot is free and the queue is empty."""
         waits = any(c.snapshot.state is State.QUEUED for c in self._servers.values())
         return not waits and self._starting() < self._policy.max_starts
 
     def _report(self, report: Report) -> None:
         controller = self._servers.get(report.name)
         if controller is None:
-            # The backend has forgotten it.
+            # The backend has removed it.
             self._drop(report.name)
         elif report.generation == controller.snapshot.generation:
             self._carry_out(controller.plan_report(report, may_start=self._may_start()))
@@ -266,7 +266,7 @@ class Fleet:
             self._drop(name)
 
     def _carry_out(self, decision: Decision) -> Controller:
-        """Save what was decided, then commit it. Raises StoreError if nothing was started yet, and a caller can be told."""
+        """Save a decision, then commit it. Raises StoreError if a command would have launched."""
         if decision.after.snapshot != decision.before:
             try:
                 self._store.save(decision.after.snapshot)
@@ -276,19 +276,18 @@ class Fleet:
         return self._commit(decision)
 
     def _unsaved(self, decision: Decision, error: StoreError) -> Decision:
-        """Decide how to go on with what cannot be saved. Raises StoreError."""
+        """Decide how to proceed if a decision cannot be saved. Raises StoreError."""
         name = decision.after.snapshot.name
         if decision.event in COMMANDS and (decision.launches or decision.after.snapshot.state is State.QUEUED):
             raise error
         if decision.launches:
-            # The next keeper would not know of it: not launched either.
+            # The next keeper would not know the server: do not launch it either.
             refused = decision.after.plan(Event.REFUSED, _refused(error, f"cannot start server '{name}': {error.message}"))
             decision = replace(decision, after=refused.after, jobs=refused.jobs, orphans=decision.orphans + refused.orphans)
-        # A stop must go on even with a full disk.
+        # A stop must proceed even if the disk is full.
         return replace(decision, after=replace(decision.after, save_due=self._clock.monotonic() + SAVE_AGAIN))
 
     def _commit(self, decision: Decision) -> Controller:
-        """Let a decision hold, notify subscribers of it, and queue its jobs."""
         controller, snapshot = decision.after, decision.after.snapshot
         self._servers[snapshot.name] = controller
         self._deleted.pop(snapshot.name, None)
@@ -315,7 +314,7 @@ class Fleet:
         self._executor.submit(name, run, Report(name, job.generation, Unreachable(reason), is_observation))
 
     def _forget(self, snapshot: Snapshot) -> None:
-        """Remove what is kept of a server that was deleted."""
+        """Remove the data of a deleted server."""
         name = snapshot.name
         del self._servers[name]
         self._last_generation = max(self._last_generation, snapshot.generation)
@@ -324,7 +323,7 @@ class Fleet:
             self._backend.forget(name)
             return Report(name, snapshot.generation, Gone())
 
-        # Its row goes last: by that a keeper which comes after a kill in between knows what is still to be removed.
+        # Its row goes last: after a kill in between, it tells the next keeper what to remove.
         self._executor.submit(name, run)
 
     def _save_again(self, controller: Controller) -> None:
@@ -336,10 +335,10 @@ class Fleet:
         self._servers[controller.snapshot.name] = replace(controller, save_due=due)
 
     def _drop(self, name: ServerName) -> None:
-        """Drop a deleted server from the store, now or later."""
+        """Remove a deleted server from the store, now or later."""
         try:
             self._store.forget(name)
-            # Not here: no change of a server is to wait for a disk.
+            # As a job: no state change may wait for a disk.
             self._executor.submit(name, self._store.wipe)
             self._deleted.pop(name, None)
         except StoreError:
@@ -347,7 +346,7 @@ class Fleet:
 
 
 def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -> None:
-    """Raise Conflict where no kernel can outlive its server."""
+    """Raise Conflict if no kernel can outlive its server."""
     gateway = snapshot.spec.gateway
     if gateway is None:
         raise Conflict(
@@ -362,7 +361,7 @@ def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -
 
 
 def perform(backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float) -> Fact | None:
-    """Do one job on a backend, and make facts of its answer and of its errors."""
+    """Run one job on a backend; return its result or error as a fact."""
     name = job.spec.name
     try:
         match job.action:
@@ -385,6 +384,6 @@ def perform(backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: f
 
 
 def _refused(error: LabkeeperError, why: str) -> Refused:
-    """Make the fact of an error by which a launch was not done."""
+    """Return the fact for an error that prevented a launch."""
     kind = FailureClass(error.details.get("failure_class", FailureClass.OTHER))
     return Refused(Failure(kind, why, log_tail=tuple(error.details.get("log_tail", ()))))

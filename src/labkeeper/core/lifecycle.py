@@ -1,14 +1,14 @@
 """The life of one server, as a table.
 
-Two variables describe a server. Its *goal* is what its owner wants, and only a command sets it. Its *state* is what is so,
-and only this table moves it. Keeping them apart is what makes every command legal in every state: a command that has
-no row here still moves the goal, and the next fact then leads where the goal points.
+Two variables describe a server. Its *goal* is what its owner wants; only commands set it. Its
+*state* is what is true; only this table changes it. This separation makes every command legal in
+every state: a command without a row here still sets the goal, and the next fact leads towards it.
 
 Laws, held by the model check in the tests:
 
 1. `stopped`, `failed`, `backoff` and `queued` are entered only on proof that no process is left.
 2. Nothing is launched while a process may exist.
-3. When the world answers at last, every server comes to where its goal points, or to `failed` with a cause.
+3. Once the backend answers, every server reaches its goal, or `failed` with a cause.
 
 Precedents: Erlang/OTP supervisors for the restart budget, s6 for "up is not ready".
 """
@@ -21,43 +21,43 @@ from typing import Final
 
 
 class State(StrEnum):
-    """What is so."""
+    """The actual state of a server."""
 
     STOPPED = "stopped"
-    """Gone, and should be."""
+    """Not running, as intended."""
     QUEUED = "queued"
-    """To be launched as soon as fewer servers start; nothing of it exists."""
+    """Waiting for a start slot; no process exists."""
     STARTING = "starting"
     """Launched, not yet answering."""
     RUNNING = "running"
     """Has answered as itself."""
     BACKOFF = "backoff"
-    """Ended on its own; will be launched again."""
+    """Ended on its own; will be relaunched after a delay."""
     STOPPING = "stopping"
-    """Asked to end."""
+    """Asked to shut down."""
     KILLING = "killing"
-    """Told to end."""
+    """Being killed."""
     FAILED = "failed"
-    """Gave up; the snapshot carries the cause."""
+    """Given up; the snapshot carries the cause."""
     LOST = "lost"
-    """The backend cannot say; it will be asked again."""
+    """The backend cannot report its state and will be asked again."""
 
 
 class Goal(StrEnum):
-    """What the owner wants."""
+    """The state that the owner wants."""
 
     UP = "up"
     DOWN = "down"
     AGAIN = "again"
-    """Down first, then up: a restart, or a start that arrived while a stop was under way."""
+    """Down, then up: a restart, or a start during a stop."""
     RENEW = "renew"
-    """Down first, then up with the kernels that it has on its gateway."""
+    """Down, then up with the kernels that it has on its gateway."""
     ABSENT = "absent"
     """Down, then forgotten."""
 
 
 class Event(StrEnum):
-    """Whatever can happen to a server: commands, facts from the backend, its turn in the queue, one timer."""
+    """All that can happen to a server: commands, backend facts, a start slot, one timer."""
 
     START = "START"
     RESTART = "RESTART"
@@ -67,35 +67,35 @@ class Event(StrEnum):
     KILL = "KILL"
     DELETE = "DELETE"
     SNOOZE = "SNOOZE"
-    """Its culling was put off; that moves neither its goal nor its state."""
+    """Its culling was postponed; goal and state do not change."""
 
     READY = "READY"
     EXITED = "EXITED"
     """Ended by itself with code 0."""
     CRASHED = "CRASHED"
-    """Ended any other way."""
+    """Ended in any other way."""
     REFUSED = "REFUSED"
     """The backend will not launch it: nothing was started."""
     VETOED = "VETOED"
-    """Its gateway was found to be of no use while it started."""
+    """Its gateway was found unusable during the start."""
     HUNG = "HUNG"
     """Alive, but has not answered for too long."""
     UNREACHABLE = "UNREACHABLE"
-    """The backend cannot say what became of it."""
+    """The backend cannot determine its state."""
     SEEN = "SEEN"
-    """An observation found a process of it."""
+    """An observation found a process of the server."""
     GONE = "GONE"
-    """An observation found no process of it, nor how it ended."""
+    """An observation found neither a process nor how it ended."""
     GATEWAY = "GATEWAY"
-    """Its gateway can be reached, or cannot any more."""
+    """Its gateway has become reachable or unreachable."""
 
     ADMITTED = "ADMITTED"
-    """A place to start in is free, and it is the first that waits for one."""
+    """A start slot is free, and the server is first in the queue."""
     DEADLINE = "DEADLINE"
 
 
 class Action(StrEnum):
-    """What the backend is asked to do."""
+    """A request to the backend."""
 
     NONE = "nothing"
     LAUNCH = "launch"
@@ -105,33 +105,33 @@ class Action(StrEnum):
 
 
 class Junction(StrEnum):
-    """A step whose next state depends on more than the event; `advance` decides it."""
+    """A step whose next state depends on more than the event; `advance` resolves it."""
 
     BEGIN = "begin"
-    """It is to be launched: at once, or in its turn."""
+    """To be launched: at once, or queued."""
     SETTLE = "settle"
-    """Nothing is left of it: stopped, launched again, or given up."""
+    """No process is left: stopped, relaunched, or given up."""
     RESUME = "resume"
-    """It was found alive: taken over, or ended."""
+    """Found alive: adopted, or ended."""
     GREET = "greet"
-    """It was found alive and answering: running, or ended."""
+    """Found alive and answering: running, or ended."""
     LEAVE = "leave"
-    """It ended by itself in good order: somebody shut it down from inside."""
+    """Ended by itself with code 0: it was shut down from inside."""
 
 
 COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS, Event.STOP, Event.KILL, Event.DELETE})
 ENDINGS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
-"""The events after which nothing is left of a launch."""
+"""The events after which no process of a launch is left."""
 MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
 """The states in which a process of the server may exist."""
 AT_REST: Final = frozenset({State.STOPPED, State.FAILED})
-"""The states in which nothing is left to happen by itself."""
+"""The states that only a command ends."""
 COMES_BACK: Final = frozenset({Goal.AGAIN, Goal.RENEW})
-"""The goals of a server that is to end, and then to run once more."""
+"""The goals of a server that is to end and then run again."""
 RETURNS: Final = COMES_BACK | {Goal.UP}
-"""The goals of a server that is to run, now or in the end."""
+"""The goals of a server that is to run, now or eventually."""
 KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
-"""The goals of a server that is to have its kernels again when it ends now."""
+"""The goals of a server that keeps its kernels if it ends now."""
 
 TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.STOPPED, Event.START): (Junction.BEGIN, Action.NONE),
@@ -151,7 +151,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.BACKOFF, Event.KILL): (State.STOPPED, Action.NONE),
     (State.BACKOFF, Event.DELETE): (State.STOPPED, Action.NONE),
     (State.QUEUED, Event.ADMITTED): (State.STARTING, Action.LAUNCH),
-    # It keeps its place; the kernels that it was to have again are given up.
+    # It keeps its place; the kernels kept for it are abandoned.
     (State.QUEUED, Event.RESTART): (State.QUEUED, Action.NONE),
     (State.QUEUED, Event.STOP): (State.STOPPED, Action.NONE),
     (State.QUEUED, Event.KILL): (State.STOPPED, Action.NONE),
@@ -192,7 +192,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.KILLING, Event.DEADLINE): (State.LOST, Action.OBSERVE),
     (State.KILLING, Event.UNREACHABLE): (State.LOST, Action.OBSERVE),
     (State.LOST, Event.SEEN): (Junction.RESUME, Action.NONE),
-    # What an observation sets off may overtake its answer: dropped here, this READY would never come again.
+    # A READY that follows an observation may overtake its result; if dropped, it would be lost.
     (State.LOST, Event.READY): (Junction.GREET, Action.NONE),
     (State.LOST, Event.EXITED): (Junction.LEAVE, Action.NONE),
     (State.LOST, Event.CRASHED): (Junction.SETTLE, Action.NONE),
@@ -200,12 +200,13 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.LOST, Event.KILL): (State.KILLING, Action.KILL),
     (State.LOST, Event.DEADLINE): (State.LOST, Action.OBSERVE),
 }
-"""(state, event) -> (next state or junction, action). A pair that is absent changes no state; a command still moves the goal."""
+"""(state, event) -> (next state or junction, action). A missing pair changes no state; a command
+still sets the goal."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one event leads to."""
+    """The outcome of one event."""
 
     state: State
     goal: Goal
@@ -213,9 +214,9 @@ class Step:
 
 
 def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_start: bool = True) -> Step | None:
-    """Return the step that `event` leads to, or None where it changes nothing.
+    """Return the step that `event` leads to, or None if it changes nothing.
 
-    `may_retry` says whether the restart budget would allow one more launch, `may_start` whether a place to start in is free.
+    `may_retry`: the restart budget allows one more launch; `may_start`: a start slot is free.
     """
     aimed = aim(state, goal, event)
     row = TABLE.get((state, event))
@@ -228,7 +229,7 @@ def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_star
 
 
 def aim(state: State, goal: Goal, event: Event) -> Goal:
-    """Return the goal after `event`; only commands move it."""
+    """Return the goal after `event`; only commands change it."""
     if event in {Event.STOP, Event.KILL}:
         return Goal.ABSENT if goal is Goal.ABSENT else Goal.DOWN
     if event is Event.DELETE:
@@ -238,7 +239,7 @@ def aim(state: State, goal: Goal, event: Event) -> Goal:
     if event is Event.RESTART_KEEPING_KERNELS:
         return Goal.RENEW if state in MAY_EXIST else Goal.UP
     if event is Event.START and goal not in RETURNS:
-        # What still exists was told to end: a start can only mean "and then once more".
+        # The existing process is already ending: a start can only mean "then once more".
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP
     return goal
 

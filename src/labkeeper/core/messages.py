@@ -1,4 +1,4 @@
-"""What goes into the fleet and comes out of it: facts, commands, changes, and the events that are kept of them."""
+"""Messages into and out of the fleet: facts, commands, changes, and history entries."""
 
 from __future__ import annotations
 
@@ -14,67 +14,67 @@ from labkeeper.core.spec import ServerName, ServerSpec
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """It answers as itself."""
+    """The server answers as itself."""
 
     endpoint: Endpoint
     instance: Instance
     gateway: GatewayHealth | None = None
-    """What was found out about its gateway before, if it was asked."""
+    """Result of the check of its gateway, if there was one."""
     not_taken_over: tuple[str, ...] = ()
-    """Ids of kernels that it was to have, and that may live without it."""
+    """Ids of kernels it should have taken over; they may still run without it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """Its process and all that it started are proven gone."""
+    """The process and its descendants are proven gone."""
 
     exit: Exit
     method: StopMethod = StopMethod.NONE
     kernels_stopped: tuple[str, ...] = ()
     kernels_left: tuple[OwnKernel, ...] = ()
-    """Those that may still run on its gateway, whether they were meant to or not."""
+    """Kernels that may still run on its gateway, intended or not."""
     failure: Failure | None = None
-    """The cause, with the last log lines, unless it ended in good order."""
+    """The cause, with the last log lines; None after an orderly end."""
 
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """It was not launched; nothing of it exists."""
+    """The server was not launched; nothing of it exists."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
 class Vetoed:
-    """It must not start: what it depends on cannot be used."""
+    """The server must not start: a dependency is unusable."""
 
     failure: Failure
 
 
 @dataclass(frozen=True, slots=True)
 class GatewaySeen:
-    """Its gateway can be reached, or cannot any more."""
+    """Its gateway has become reachable or unreachable."""
 
     health: GatewayHealth
 
 
 @dataclass(frozen=True, slots=True)
 class Unreachable:
-    """The backend cannot say what became of it."""
+    """The backend cannot determine the server's state."""
 
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A process of it exists. `answers` is false where the server in it is silent, None where nobody could find that out."""
+    """A process exists. `answers` is false if the server in it is silent, None if unknown."""
 
     answers: bool | None
 
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """No process of it exists, and nobody saw how it ended."""
+    """No process exists, and how it ended is unknown."""
 
 
 Fact = Ready | Ended | Refused | Vetoed | GatewaySeen | Unreachable | Seen | Gone
@@ -82,37 +82,38 @@ Fact = Ready | Ended | Refused | Vetoed | GatewaySeen | Unreachable | Seen | Gon
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A fact with its address."""
+    """A fact about one launch of a server."""
 
     name: ServerName
     generation: int
     fact: Fact
     observation: bool = False
-    """Whether it is the result of an observation that was asked for."""
+    """Whether it is the result of a requested observation."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Who set something off, and why."""
+    """The actor and the reason of a command or change."""
 
     actor: str = "keeper"
-    """`keeper`, `culler`, or a caller: `token:NAME`, `user:NAME` of the machine, `anybody` where access control is off."""
+    """`keeper`, `culler`, or a caller: `token:NAME`, `user:NAME` of the machine, `anybody` if
+    access control is off."""
     request_id: str | None = None
-    """The request by which they did, where it was one."""
+    """The id of the request, if there was one."""
     reason: str = ""
-    """Why, where that does not go without saying."""
+    """The reason, unless obvious."""
 
 
 KEEPER: Final = Origin()
 
 
 CULLER: Final = "culler"
-"""The actor of what is stopped for want of use; its reason begins with the rule, as `core.culling` has it."""
+"""The actor that stops idle servers; its reason begins with the rule, as in `core.culling`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Create:
-    """Make a server of this spec and start it; idempotent for an equal spec."""
+    """Create and start a server of this spec; idempotent for an equal spec."""
 
     spec: ServerSpec
     origin: Origin = KEEPER
@@ -120,22 +121,22 @@ class Create:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """One of the lifecycle's commands to an existing server."""
+    """A lifecycle command to an existing server."""
 
     name: ServerName
     event: Event
     force: bool = False
-    """Kill it first: to be ended at once, and then what the event says."""
+    """Kill the server first, then apply the event."""
     revised: ServerSpec | None = None
-    """The spec that it is to have from the next launch on."""
+    """The spec from the next launch on."""
     origin: Origin = KEEPER
     seen: Snapshot | None = None
-    """What is so of it, as far as who gives the order knows; where it is not so any more, nothing is done."""
+    """Precondition: if the server no longer has this snapshot, nothing is done."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snooze:
-    """Put off the culling of a server. `until` is seconds since the epoch; None ends it."""
+    """Postpone culling. `until` is seconds since the epoch; None ends it."""
 
     name: ServerName
     until: float | None
@@ -151,7 +152,7 @@ class StopAll:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed; timers that are due fire."""
+    """Fire the timers that are due."""
 
 
 Message = Create | Order | Snooze | StopAll | Report | Tick
@@ -159,24 +160,24 @@ Message = Create | Order | Snooze | StopAll | Report | Tick
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What the fleet answers to a command."""
+    """The reply to a command."""
 
     snapshot: Snapshot
     created: bool = False
-    """Whether the command made a launch that was not under way before."""
+    """Whether the command caused a launch that was not in progress before."""
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One call of the backend; those for one server run in order."""
+    """One backend call; the jobs of one server run in order."""
 
     spec: ServerSpec
     generation: int
     action: Action
     keep_kernels: bool = False
-    """Whether the end that is asked for leaves its kernels on its gateway."""
+    """Whether this end leaves its kernels on its gateway."""
     kernels: tuple[OwnKernel, ...] = ()
-    """Kernels on its gateway that the launch is to have."""
+    """Kernels on its gateway that the launch takes over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,61 +190,61 @@ class Change:
     at: float
     """Seconds since the epoch."""
     origin: Origin = KEEPER
-    """Who gave the command that it is or follows from; the keeper where nobody did."""
+    """Who gave the command that it is or follows from; the keeper if there was none."""
 
 
 class HistoryKind(StrEnum):
-    """What an entry of the history tells of."""
+    """The kinds of history entries."""
 
     STATE = "state"
-    """A server came to another state."""
+    """A server changed its state."""
     GOAL = "goal"
-    """A server is to be something else, which changes nothing at once."""
+    """A server's goal changed, with no immediate effect."""
     GATEWAY = "gateway"
-    """A server's gateway can be used again, or cannot any more."""
+    """A server's gateway became usable or unusable."""
     CULL_WARNING = "cull-warning"
-    """A server is about to be stopped because nobody uses it."""
+    """A server is about to be stopped as idle."""
     KERNEL_CULLED = "kernel-culled"
-    """A kernel was ended because nobody uses it."""
+    """A kernel was ended as idle."""
     SNOOZED = "snoozed"
-    """The culling of a server was put off."""
+    """Culling of a server was postponed."""
     ORPHANS = "orphans"
-    """What an earlier keeper had left was found and ended."""
+    """Leftovers of an earlier keeper were found and ended."""
     TOKEN = "token"  # noqa: S105 - a kind
-    """A token of the API was made or revoked."""
+    """An API token was created or revoked."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryEntry:
-    """One thing that happened, as it is remembered and told; callers know it as an event."""
+    """One entry of the history; the API calls it an event."""
 
     id: int
-    """Grows, over all servers and all keepers of one store."""
+    """Increases across all servers and all keepers of one store."""
     at: float
     """Seconds since the epoch."""
     kind: HistoryKind
     server: ServerName | None
     message: str
-    """What happened, for people."""
+    """A description for people."""
     origin: Origin = KEEPER
     generation: int | None = None
     details: Mapping[str, object] = field(default_factory=dict)
-    """What a program wants to know of it: plain data, without secrets."""
+    """Plain data for programs, without secrets."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """Of the server, as they were then: by them, and by the next, it is decided whose business this is."""
+    """The server's labels at the time; with `user`, they decide who may see the entry."""
     user: str | None = None
-    """Whom it ran as, where that was not the keeper's own user."""
+    """The user that it ran as, if not the keeper's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class WebhookStatus:
-    """How a webhook fares."""
+    """The state of a webhook."""
 
     place: str
     """Its scheme and host; the rest of a URL is often a secret."""
     delivered: int
     dead: int
-    """Entries that were given up."""
+    """Entries dropped after failed deliveries."""
     pending: int
     error: str | None
-    """Why the last POST failed; None where it did not."""
+    """Why the last POST failed; None if it succeeded."""

@@ -1,4 +1,4 @@
-"""What is known of a server: its state, endpoint, kernels, usage and end."""
+"""What is known about a server: state, endpoint, kernels, usage and end."""
 
 from __future__ import annotations
 
@@ -25,37 +25,37 @@ class Endpoint:
     password: bool
     """Whether it asks for a password."""
     root_dir: str
-    """The directory that it shows."""
+    """Its root directory."""
     version: str = ""
     """The version of jupyter_server."""
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """What a backend has launched: the same as long as it is the same process, container or pod."""
+    """One launched process, container or pod; equal as long as it is the same one."""
 
     id: str
-    """Opaque to everyone but the backend."""
+    """Opaque except to the backend."""
     pid: int | None = None
-    """Its process, if it is one of the keeper's machine."""
+    """Its process id, if it is on the keeper's machine."""
     launched_by: str = "exec"
-    """`fork` from a process that had loaded Jupyter already, or `exec` of a new one."""
+    """`fork` from a process that had already loaded Jupyter, or `exec` of a new one."""
     exec_reason: str | None = None
     """Why it was not forked."""
     limited_by: Mapping[str, str] = field(default_factory=dict)
-    """What holds each of the spec's limits, by its name: `cgroup2`, `cgroup1`, `rlimit`, `nothing`."""
+    """What enforces each limit of the spec, by name: `cgroup2`, `cgroup1`, `rlimit`, `nothing`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How a process ended: an exit code, or the name of a signal, or neither when nobody could see it."""
+    """How a process ended: an exit code, or the name of a signal, or neither if unknown."""
 
     code: int | None = None
     signal: str | None = None
 
     @property
     def clean(self) -> bool:
-        """Whether it ended in good order."""
+        """Whether the exit code is 0."""
         return self.code == 0
 
     def __str__(self) -> str:
@@ -87,7 +87,7 @@ class FailureClass(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The cause of a failure, for a person and for a program."""
+    """The cause of a failure, for people and programs."""
 
     kind: FailureClass
     message: str
@@ -96,7 +96,7 @@ class Failure:
 
 
 class StopMethod(StrEnum):
-    """What it took to end a server; the last one that was used."""
+    """The last means that was used to end a server."""
 
     NONE = "none"
     """It ended without being asked."""
@@ -120,7 +120,7 @@ class StopReport:
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A kernel of a server, as Jupyter tells it; `last_activity` is RFC 3339."""
+    """A kernel of a server, as reported by Jupyter; `last_activity` is RFC 3339."""
 
     id: str
     name: str
@@ -130,40 +130,40 @@ class Kernel:
 
 @dataclass(frozen=True, slots=True)
 class KernelUse:
-    """How a kernel is used."""
+    """The activity of a kernel."""
 
     id: str
     state: str
     """Jupyter's execution_state: `idle`, `busy`, `starting`, ..."""
     last_activity: float | None
-    """None where it is not told."""
+    """None if not reported."""
     connections: int = 0
-    """Websockets that are open to it."""
+    """Number of open websockets."""
 
 
 @dataclass(frozen=True, slots=True)
 class TerminalUse:
-    """How a terminal is used."""
+    """The activity of a terminal."""
 
     name: str
     last_activity: float | None
     program: str | None = None
-    """What runs in its foreground: "" when its shell waits for input, None when that cannot be known."""
+    """Its foreground program: "" for a shell at its prompt, None if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """How a running server is used. Times are seconds since the epoch, as Jupyter tells them."""
+    """The activity of a running server, as reported by Jupyter. Times are seconds since the epoch."""
 
     last_activity: float | None
-    """When its API, its kernels beside it, or an open terminal were last used."""
+    """When its API, its local kernels or an open terminal were last used."""
     kernels: tuple[KernelUse, ...] = ()
     terminals: tuple[TerminalUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What a kernel is open in: a notebook or a console, in Jupyter's words."""
+    """A notebook or console that has a kernel open, in Jupyter's terms."""
 
     path: str
     name: str
@@ -172,22 +172,23 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a server uses at one moment, all its processes together."""
+    """Resource usage of a server at one time, all its processes together."""
 
     memory: int
-    """Bytes: what its control group counts where one does, else the sum of what each process has resident."""
+    """Bytes: as counted by its control group if it has one, else the sum of resident memory."""
     cpu_seconds: float
-    """Since its launch, also of processes that have ended; never less than before."""
+    """Since its launch, including ended processes; never decreases."""
     processes: int
     threads: int
-    """Threads of all of them; what a limit of processes counts."""
+    """Threads of all its processes, which a process limit counts."""
     proportional: int | None = None
-    """Bytes, with shared pages divided among those that share them (PSS); None where it is not known. Looked at seldom."""
+    """Bytes, with shared pages divided among their processes (PSS); None if unknown. Measured
+    rarely."""
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a server itself tells of its use."""
+    """What a server itself reports about its use."""
 
     kernels: int
     connections: int
@@ -195,30 +196,30 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What was found out about one launch of a server."""
+    """A measurement of one launch of a server."""
 
     generation: int
     at: float
     """Seconds since the epoch."""
     usage: Usage
     cpus: float | None = None
-    """Processors that were busy with it since the sample before."""
+    """Average number of busy processors since the previous sample."""
     load: Load | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class OwnKernel:
-    """A kernel that a server started, as it has written down."""
+    """A kernel that a server started, from the server's own record."""
 
     id: str
     sessions: tuple[Session, ...] = ()
     starting: bool = False
-    """Whether its gateway had not answered yet: it may be there, or come later, or never."""
+    """Whether its gateway had not answered yet: it may exist, appear later, or never."""
 
 
 @dataclass(frozen=True, slots=True)
 class OrphanedKernel:
-    """A kernel of ours that is still to be ended on its gateway. `since` is seconds since the epoch."""
+    """A kernel of ours still to be ended on its gateway. `since` is seconds since the epoch."""
 
     kernel_id: str
     gateway: Gateway
@@ -233,11 +234,11 @@ class GatewayHealth:
     """Whether a gateway can be used."""
 
     since: float
-    """When it came to be so; seconds since the epoch."""
+    """Start of this condition; seconds since the epoch."""
     error: Failure | None = None
-    """Why it cannot."""
+    """Why it cannot be used."""
     kernelspecs: int | None = None
-    """How many kinds of kernels it offers."""
+    """Number of kernelspecs that it offers."""
 
     @property
     def reachable(self) -> bool:
@@ -247,16 +248,17 @@ class GatewayHealth:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """All that is known of a server at one moment. Times are seconds since the epoch."""
+    """The public state of a server at one time. Times are seconds since the epoch."""
 
     spec: ServerSpec
     state: State
     goal: Goal
     since: float
-    """When it came to this state."""
+    """When it entered this state."""
     created_at: float
     generation: int = 0
-    """Grows with each launch under this name, also after a deletion; facts of an earlier launch are dropped."""
+    """Increases with each launch under this name, even after a deletion; facts of earlier launches
+    are dropped."""
     endpoint: Endpoint | None = None
     """Set exactly while it is running."""
     instance: Instance | None = None
@@ -270,15 +272,15 @@ class Snapshot:
     restarts: int = 0
     """Launches after a crash since the last start command."""
     revised: ServerSpec | None = None
-    """The spec of its next launch, where that is to be another."""
+    """The spec of its next launch, if different."""
     gateway: GatewayHealth | None = None
-    """What is known of its gateway while it is running."""
+    """The health of its gateway while it is running."""
     kernels_kept: tuple[OwnKernel, ...] = ()
-    """Kernels on its gateway that its next launch is to have."""
+    """Kernels on its gateway that its next launch takes over."""
     up_since: float | None = None
-    """When it first became ready since the last start command; neither a crash nor another keeper changes it."""
+    """When it first became ready since the last start command; not reset by crashes or keepers."""
     snoozed_until: float | None = None
-    """Until when it is not culled, where somebody has put that off."""
+    """Until when culling is postponed, if it is."""
 
     @property
     def name(self) -> ServerName:
@@ -287,10 +289,10 @@ class Snapshot:
 
     @property
     def forgotten(self) -> bool:
-        """Whether this is the last word on a deleted server."""
+        """Whether this is the final snapshot of a deleted server."""
         return self.state is State.STOPPED and self.goal is Goal.ABSENT
 
 
 def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
-    """Return the servers that wait for a place to start in, the next one first: who came first is first."""
+    """Return the servers that wait for a start slot, first in, first out."""
     return sorted((s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name))

@@ -1,4 +1,4 @@
-"""What a caller can ask of a server."""
+"""The specification of a server."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Final, NewType
 
 ServerName = NewType("ServerName", str)
-"""The name of a server: a DNS label (RFC 1123), so that it can be a host, container and pod name on every backend."""
+"""A DNS label (RFC 1123), so that it can name a host, container or pod on every backend."""
 
 
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -21,14 +21,11 @@ DEFAULT_NAME: Final = ServerName("default")
 
 
 KERNEL_PREFIX: Final = "KERNEL_"
-"""What the names of variables begin with that every gateway gives to its kernels; others only where it is configured to."""
+"""Prefix of the variables that every gateway passes to its kernels; others need configuration."""
 
 
 def server_name(text: str) -> ServerName:
-    """Check a name.
-
-    Raises ValueError with the rule when `text` breaks it.
-    """
+    """Return `text` as a name. Raises ValueError with the rule if `text` breaks it."""
     if re.fullmatch(NAME_PATTERN, text) is None:
         raise ValueError(NAME_RULE)
     return ServerName(text)
@@ -36,7 +33,7 @@ def server_name(text: str) -> ServerName:
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A Jupyter kernel gateway and how to speak to it. Times in seconds; None leaves Jupyter's default."""
+    """A Jupyter kernel gateway and its options. Times in seconds; None means Jupyter's default."""
 
     url: str
     ws_url: str
@@ -50,14 +47,15 @@ class Gateway:
     connect_timeout: float | None = None
     request_timeout: float | None = None
     required: bool = True
-    """Whether a server is not to start where this cannot be used."""
+    """Whether a server must not start without it."""
     user: str | None = None
-    """The user of the machine that has to be able to read the client's certificate and key; None for the keeper's own."""
+    """The user of the machine who must be able to read the client's certificate and key; None for
+    the keeper's own."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a server may use of its machine, all its kernels and terminals included; None leaves it unlimited."""
+    """Resource limits of a server with its kernels and terminals; None means unlimited."""
 
     memory: int | None = None
     """Bytes."""
@@ -72,21 +70,21 @@ UNLIMITED: Final = Limits()
 
 @dataclass(frozen=True, slots=True)
 class ServerSpec:
-    """All that a caller can ask of a server. Two equal specs ask for the same server."""
+    """Everything that a caller can specify. Two equal specs request the same server."""
 
     name: ServerName
     root_dir: str
-    """The directory that the Lab shows; absolute."""
+    """The root directory of the Lab; absolute."""
     base_url: str = "/"
     """The path prefix of the server; begins and ends with a slash."""
     default_url: str = "/lab"
     ip: str = "127.0.0.1"
     """The address that the server listens on."""
     port: int | None = None
-    """The port that it listens on, and no other; None lets the backend choose a free one."""
+    """The only port that it may listen on; None: the backend chooses a free one."""
     env: Mapping[str, str] = field(default_factory=dict, repr=False)
     kernel_env: Mapping[str, str] = field(default_factory=dict, repr=False)
-    """Variables for its kernels, wherever they run; the server itself does not have them."""
+    """Variables for its kernels, wherever they run; not for the server itself."""
     labels: Mapping[str, str] = field(default_factory=dict)
     description: str = ""
     """A line about the server, for people."""
@@ -95,17 +93,17 @@ class ServerSpec:
     user: str | None = None
     """The user of the machine that it runs as; None for the keeper's own."""
     idle_timeout: float | None = None
-    """Seconds without use after which it is stopped; None never."""
+    """Seconds without use after which it is stopped; None: never."""
     max_age: float | None = None
-    """Seconds after which it is stopped in any case; None never."""
+    """Seconds after which it is stopped in any case; None: never."""
     jupyter_options: Mapping[str, bool | int | float] = field(default_factory=dict)
-    """Options of Jupyter's own, by their names in its configuration: `ServerApp.terminals_enabled`."""
+    """Jupyter's own options, by their configuration names: `ServerApp.terminals_enabled`."""
 
     def __post_init__(self) -> None:
-        """Let its gateway be shown what the server's user can show, and no more."""
+        """Restrict the gateway's certificate files to those that the server's user can read."""
         if self.gateway is not None and self.gateway.user != self.user:
             object.__setattr__(self, "gateway", replace(self.gateway, user=self.user))
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
-        """Name the fields in which two specs differ; values may be secret and are not given."""
+        """Return the fields in which two specs differ; omits values, which may be secret."""
         return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name))
