@@ -1,1 +1,1 @@
-"""What callers send and what they get, as pydantic models."""
+"""Request and response bodies as pydantic models."""

@@ -1,7 +1,6 @@
 """Response bodies: the API writes them, the client reads them.
 
-The client reads in a second mode, `tolerant`, so that it understands a newer keeper: it also accepts values that an enumeration
-does not have yet.
+The client's `tolerant` mode understands a newer keeper: it accepts unknown enumeration values.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _TOLERANT: Final = object()
 
 
 def _known(kind: type[StrEnum]) -> WrapValidator:
-    """Return a validator of an enumeration: in tolerant mode a value that it does not have becomes a member without a name."""
+    """Return an enumeration validator; in tolerant mode an unknown value becomes a new member."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
         try:
@@ -49,12 +48,12 @@ def _known(kind: type[StrEnum]) -> WrapValidator:
 class Answer(BaseModel):
     """A response body."""
 
-    # Built when it is first needed, and not at boot. A newer keeper may answer with more fields.
+    # Deferred to keep boot fast. A newer keeper may answer with more fields.
     model_config = ConfigDict(defer_build=True, frozen=True, extra="allow")
 
     @classmethod
     def tolerant(cls, content: str | bytes) -> Self:
-        """Read JSON that a keeper of another version wrote. Raises ValidationError."""
+        """Parse JSON written by a keeper of another version. Raises ValidationError."""
         return cls.model_validate_json(content, context=_TOLERANT)
 
 
@@ -194,7 +193,7 @@ class BulkResult(Answer):
 
     @property
     def error(self) -> LabkeeperError | None:
-        """The problem, as the error that asking for this server alone would have raised. Raises BadAnswer."""
+        """The problem, as the error that a single request would have raised. Raises BadAnswer."""
         if self.problem is None:
             return None
         try:
@@ -225,7 +224,7 @@ class KernelList(Answer):
 
 
 class Holder(Answer):
-    """What currently keeps a server from being idle."""
+    """Something that currently keeps a server from being idle."""
 
     kind: str = Field(description="`kernel`, `connection` or `terminal`.")
     id: str
@@ -233,7 +232,7 @@ class Holder(Answer):
 
 
 class IdleRule(Answer):
-    """What a rule will lead to without further activity."""
+    """The outcome of a rule without further activity."""
 
     rule: Annotated[Rule, _known(Rule)]
     limit: float = Field(description="Timeout, in seconds.")
@@ -349,7 +348,7 @@ class TokenList(Answer):
 
 
 class Caller(Answer):
-    """The caller, and what they may do."""
+    """The caller and their permissions."""
 
     actor: str = Field(description="Their name in events.")
     scope: Annotated[Scope, _known(Scope)]
@@ -379,13 +378,13 @@ class Health(Answer):
 
 
 class Problem(Answer):
-    """What went wrong (RFC 9457).
+    """A problem (RFC 9457).
 
     More members may follow: `errors`, `differs`, `scope`, `variable`, `retry_after`, `available`, `reserve`, `name`,
     `failure_class`, `exit`, `log_tail`.
     """
 
-    # A proxy may leave out what RFC 9457 makes optional; the keeper does not.
+    # A proxy may omit members that RFC 9457 makes optional; the keeper does not.
     model_config = ConfigDict(json_schema_serialization_defaults_required=True)
 
     type: str = "about:blank"
@@ -396,11 +395,11 @@ class Problem(Answer):
     request_id: str = Field("", description="Id of the request, for looking it up in the keeper's log.")
 
     def error(self, status: int) -> LabkeeperError:
-        """Return the error that became this answer; `status` is that of the answer."""
+        """Return the error behind this response; `status` is the response's."""
         known = tree().get(self.code)
         details = dict(self.model_extra or {})
         if known is None or issubclass(known, ClientError):
-            # The framework's own refusals (405, 413, 415, ...) and bugs (500): what they say is all there is to know.
+            # The framework's errors (405, 413, 415, ...) and bugs (500) carry nothing else.
             known = RequestError if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR else LabkeeperError
             details |= {"code": self.code, "status": status, "request_id": self.request_id}
         error = known(self.detail)

@@ -1,8 +1,9 @@
-"""The options of Jupyter that callers may set, as a table: name, kind, bounds, and what it does.
+"""The Jupyter options that callers may set, as a table: name, type, bounds, description.
 
-Each is one that runs no code, names no file, program or address, and opens the server to nobody; each is a switch or a number, so
-that there is no text to put anything else into. They travel as configuration, never as pieces of a command line. What is the
-keeper's own to say (address, port, token, root directory) is not here, and nothing that a field of the request says already.
+None of them runs code, names a file, program or address, or opens the server to others. Each is a
+switch or a number, so that there is no text to inject anything into. They are passed as
+configuration, never on a command line. Options that the keeper sets (address, port, token, root
+directory) are missing, and so are those that a request field covers.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ def _option(name: str, about: str) -> Any:
 
 
 class JupyterOptions(BaseModel):
-    """Options of Jupyter's own, by their names in its configuration; one that is absent stays as the site or the user has it."""
+    """Jupyter options by their configuration names; missing ones keep the site's or user's."""
 
     model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
@@ -71,5 +72,5 @@ class JupyterOptions(BaseModel):
         return given
 
     def chosen(self) -> dict[str, bool | int | float]:
-        """Return those that are set, by their names."""
+        """Return the options that are set, by name."""
         return self.model_dump(by_alias=True, exclude_unset=True)

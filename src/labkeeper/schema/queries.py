@@ -1,4 +1,4 @@
-"""What callers say in the path of a request, and behind its `?`, as pydantic models."""
+"""Path and query parameters as pydantic models."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _ABSENT: Final[Any] = None
 
 
 class ServerPath(BaseModel):
-    """The server that a path names."""
+    """The server in a path."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    # A longer one is not refused, but the name of no server; the request line bounds it.
+    # A longer name is not rejected; it just matches no server. The request line bounds it.
     name: str = Field(
         description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, "examples": ["default"]}
     )
 
 
 class TokenPath(BaseModel):
-    """The token that a path names."""
+    """The token in a path."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
@@ -35,7 +35,7 @@ class TokenPath(BaseModel):
 
 
 class TicketPath(BaseModel):
-    """The ticket that a link holds."""
+    """The ticket in a link."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
@@ -43,18 +43,18 @@ class TicketPath(BaseModel):
 
 
 BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
-"""Methods of requests of which no body is read."""
+"""Request methods whose body is not read."""
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
 
 
 class _Query(BaseModel):
-    """What stands behind the `?`; unknown names are refused."""
+    """Query parameters; unknown names are rejected."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
-    """Return the query parameters: every value of a field that is a list, the only value of any other. Raises InvalidSpec."""
+    """Return the query parameters; only fields of list type may repeat. Raises InvalidSpec."""
     lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
     for name, values in args.lists():
         if len(values) > 1 and name not in lists:
@@ -96,7 +96,7 @@ class ListQuery(_Query):
 
 
 class EventQuery(_Query):
-    """Which events to give."""
+    """Which events to return."""
 
     after: Annotated[int, Field(ge=0, le=2**62)] = Field(
         _ABSENT, description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones."

@@ -1,4 +1,4 @@
-"""Request bodies: the border where input is checked, once. Those about servers are in `servers`."""
+"""Request bodies: the one place where input is validated. Those about servers are in `servers`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pydantic import AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field,
 from labkeeper.core.access import Scope, TokenLimits
 from labkeeper.schema.types import Duration, Labels, LandingPage, Name, Pattern, User
 
-# A field that is absent has its default; a field that is `null` breaks its type's rule. So the types below are not optional
-# where the default is None (pydantic does not check defaults), and a `"gateway-url": null` is told apart from none at all.
+# A missing field has its default; a `null` field breaks its type's rule. So these types are not
+# optional although the default is None (pydantic does not check defaults), and
+# `"gateway-url": null` differs from a missing field.
 ABSENT: Final[Any] = None
 
 
 def such_as(*bodies: Any) -> dict[str, Any]:
-    """Show callers how it may look."""
+    """Return examples for the JSON schema."""
     return {"examples": list(bodies)}
 
 
 class Request(BaseModel):
-    """Every field is taken in snake_case and in kebab-case; unknown ones are refused."""
+    """Accepts each field in snake_case and in kebab-case; rejects unknown ones."""
 
     model_config = ConfigDict(
         defer_build=True,
@@ -60,7 +61,7 @@ class TokenRequest(Request):
 
     @property
     def limits(self) -> TokenLimits:
-        """The servers that it is for."""
+        """The servers that the token may access."""
         return TokenLimits(tuple(self.servers), self.labels, tuple(self.users))
 
 
@@ -81,7 +82,7 @@ class LinkRequest(Request):
 
 
 class SnoozeRequest(Request):
-    """For how long a server is not to be culled."""
+    """How long to postpone culling."""
 
     model_config = ConfigDict(json_schema_extra=such_as({"for": "2h"}, {"for": 0}))
 

@@ -1,7 +1,7 @@
-"""Request bodies about servers. What is local to the keeper's machine is checked by `settled`.
+"""Request bodies about servers. Checks that depend on the keeper's machine are in `settled`.
 
-Fields of the gateway and of the limits are nested. The flat names that they had first (`gateway_url`, `memory_limit`, ...) are
-accepted as well, and errors name a field as it was sent.
+Gateway fields and limits are nested. Their original flat names (`gateway_url`, `memory_limit`,
+...) are accepted as well; errors name a field as it was sent.
 """
 
 from __future__ import annotations
@@ -55,10 +55,10 @@ from labkeeper.schema.variables import check_sizes, loading
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
-    """What a server gets that its request does not name."""
+    """Defaults for fields missing in a request."""
 
     notebook_dir: Path
-    """The directory of servers that name none; `%u` in it stands for a server's user, as in `allowed_roots`."""
+    """The default root directory; `%u` in it is the server's user, as in `allowed_roots`."""
     lab_ip: str
     lab_port: int
     """The port of the server named `default`."""
@@ -66,7 +66,7 @@ class Defaults:
     idle_timeout: float | None = None
     max_age: float | None = None
     allowed_roots: tuple[Path, ...] = ()
-    """Where the directories of servers may be; below the notebook directory alone when there is none."""
+    """Where root directories may be; if empty, only below the notebook directory."""
     user: str | None = None
     """The user of the machine that servers run as; None for the keeper's own."""
 
@@ -75,16 +75,17 @@ class Defaults:
         return resolved(self.notebook_dir, user)
 
     def roots_of(self, user: str | None) -> list[str]:
-        """Return the directories within which a user's may be."""
+        """Return the allowed roots of a user."""
         return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
 
 SECRET: Final[dict[str, Any]] = {"writeOnly": True}
-"""Marks a field that no command line takes, since other users could read it there; JSON Schema's own word."""
+"""Marks a field that is not a command-line option, since other users could read it there; the
+keyword is JSON Schema's."""
 
 
 class GatewayFields(Request):
-    """A Jupyter kernel gateway, and how to speak to it."""
+    """A Jupyter kernel gateway and its options."""
 
     url: HttpUrl = Field(ABSENT, description="Jupyter kernel gateway that runs the kernels.")
     ws_url: WebsocketUrl = Field(ABSENT, description="The gateway's websocket URL; made from its URL when not given.")
@@ -108,7 +109,7 @@ class GatewayFields(Request):
         headers, scheme, token = dict(self.headers), self.auth_scheme, self.auth_token
         given = next((header for header in headers if header.lower() == "authorization"), None)
         if given is not None and token is None:
-            # Jupyter puts its own Authorization header over a given one: it must get this one as scheme and token.
+            # Jupyter overwrites a given Authorization header; pass its value as scheme and token.
             scheme, _, token = headers.pop(given).partition(" ")
         own = {"url", "ws_url", "headers", "auth_scheme", "auth_token"}
         rest = {name: getattr(self, name) for name in type(self).model_fields.keys() - own}
@@ -116,7 +117,7 @@ class GatewayFields(Request):
 
 
 class LimitFields(Request):
-    """What a server may use, with all its kernels and terminals."""
+    """Resource limits of a server with its kernels and terminals."""
 
     memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
         ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
@@ -141,7 +142,7 @@ _GROUPS: Final = frozenset(group for group, _ in FLAT.values())
 
 
 class _Wanted(Request):
-    """What a server should be, but for its name. Everything has a default."""
+    """The fields of a server except its name. Each has a default."""
 
     root_dir: PathText = Field(
         ABSENT,
@@ -182,7 +183,7 @@ class _Wanted(Request):
     )
 
     _sent_as: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
-    """The flat name of each nested field that was sent by one."""
+    """The flat names of nested fields that were sent flat."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -197,11 +198,11 @@ class _Wanted(Request):
         return made
 
     def _check(self) -> None:
-        """Check what no field can check alone, with the names that fields were sent by. Raises ValueError."""
+        """Check rules across fields, using the names as sent. Raises ValueError."""
         check_sizes(self.env, self.kernel_env)
 
     def _name(self, group: str, field: str) -> str:
-        """Return what to call a nested field in an error: as it was sent, or else as others of its group were."""
+        """Return a nested field's name for errors: flat if a field of its group was sent flat."""
         siblings_are_flat = any(place[0] == group for place in self._sent_as)
         return _FLAT_NAMES[group, field] if siblings_are_flat else f"{group}.{field}"
 
@@ -209,7 +210,7 @@ class _Wanted(Request):
         return ", ".join(sorted(self._name(group, name) for name in names))
 
     def settled(self, defaults: Defaults, caller: Caller) -> Self:
-        """Return the same request as it comes to be on this machine, links resolved. Raises InvalidSpec, NotAllowed."""
+        """Return the request resolved for this machine. Raises InvalidSpec, NotAllowed."""
         for field in ("env", "kernel_env"):
             for variable in loading(getattr(self, field)):
                 what = f"set the variable '{variable}' in {field}, which changes what code is loaded"
@@ -233,7 +234,7 @@ class _Wanted(Request):
     def _file(self, field: str, given: str, roots: Sequence[str], caller: Caller) -> str:
         path, name = os.path.realpath(given), self._name("gateway", field)
         if not holds(roots, path):
-            # Before it is looked at: whether there is such a file is for an admin alone to know.
+            # Checked before the file: only an admin may learn whether it exists.
             caller.needs(Scope.ADMIN, f"use a file outside of {' and '.join(roots)} as {name}")
         if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
             raise InvalidSpec.of(name, "must be a file that the keeper can read")
@@ -257,14 +258,14 @@ class _Wanted(Request):
         )
 
     def _rule(self, field: str, defaults: Defaults) -> float | None:
-        """Return what a rule allows; here null is not the same as nothing: it turns the rule off."""
+        """Return a rule's limit; null, unlike a missing field, turns the rule off."""
         chosen: float | None = getattr(self if field in self.model_fields_set else defaults, field)
         return chosen or None
 
 
 _DERIVED: Final = frozenset({"port", "limits", "gateway", "idle_timeout", "max_age", "jupyter_options"})
 _PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields.keys()) - _DERIVED
-"""The fields of a request that a spec has as they are."""
+"""Request fields that a spec copies unchanged."""
 
 
 def is_secret(field: FieldInfo) -> bool:
@@ -273,7 +274,7 @@ def is_secret(field: FieldInfo) -> bool:
 
 
 def flat_fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the fields of a model, those that nest by their flat names."""
+    """Yield the fields of a model, nested ones by their flat names."""
     for name, field in model.model_fields.items():
         if name in _GROUPS:
             yield from ((_FLAT_NAMES[name, inner], one) for inner, one in cast("Any", field.annotation).model_fields.items())
@@ -282,7 +283,10 @@ def flat_fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
 
 
 def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one body made of several, later ones over earlier ones, field by field also where they nest. Raises ValueError."""
+    """Return one body merged from several, also within nested fields; later ones win.
+
+    Raises ValueError.
+    """
     whole: dict[str, Any] = {}
     for body in bodies:
         for key, value in nested({key.replace("-", "_"): value for key, value in body.items()})[0].items():
@@ -294,7 +298,7 @@ def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
-    """Return a body with its flat fields where they belong, and the flat name of each. Raises ValueError."""
+    """Return a body with flat fields nested, and their flat names. Raises ValueError."""
     if not isinstance(sent, dict):
         return sent, {}
     body, sent_as = dict(sent), dict[tuple[str, str], str]()
@@ -312,7 +316,7 @@ def nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
 
 
 def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> ValidationError:
-    """Return the error of a nested body with the names that its fields were sent by."""
+    """Return the error of a nested body with field names as sent."""
     found: list[InitErrorDetails] = []
     for one in error.errors(include_url=False):
         place, rest = one["loc"][:2], one["loc"][2:]
@@ -323,10 +327,10 @@ def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> 
 
 
 class _New(_Wanted):
-    """What servers should be that are to be made: nothing of them is there yet."""
+    """The fields of servers that are to be created."""
 
     def specs_of(self, names: Sequence[str], defaults: Defaults, caller: Caller) -> list[ServerSpec]:
-        """Return a spec for each name, paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        """Return a spec per name, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
         settled = self.settled(defaults, caller)
         specs = [settled.whole(server_name(name), defaults) for name in names]
         for spec in specs:
@@ -344,26 +348,26 @@ class _New(_Wanted):
 
 
 class _Named(Request):
-    """Whose field comes before all others."""
+    """A base class that puts the name first."""
 
     name: Name = DEFAULT_NAME
 
 
 class ServerRequest(_New, _Named):
-    """What a server should be. Everything has a default."""
+    """A server to create. Every field has a default."""
 
     model_config = ConfigDict(
         json_schema_extra=such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
     )
 
     def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
-        """Return the spec, its paths checked against the disk. Raises InvalidSpec, NotAllowed."""
+        """Return the spec, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
         (spec,) = self.specs_of([self.name], defaults, caller)
         return spec
 
 
 class BulkRequest(_New):
-    """Many servers of one kind."""
+    """Several servers with equal fields."""
 
     model_config = ConfigDict(json_schema_extra=such_as({"names": ["alice", "bob"], "idle_timeout": "2h"}))
 
@@ -377,12 +381,12 @@ class BulkRequest(_New):
             raise ValueError("port: only one server can have it; leave it out, and each takes a free one")
 
     def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
-        """Return the specs, in the order of the names. Raises InvalidSpec, NotAllowed."""
+        """Return the specs in the order of the names. Raises InvalidSpec, NotAllowed."""
         return self.specs_of(self.names, defaults, caller)
 
 
 class RestartRequest(_Wanted):
-    """What is to be otherwise from the next launch on. What is absent stays as it is."""
+    """Changes for the next launch. Missing fields stay as they are."""
 
     model_config = ConfigDict(json_schema_extra=such_as({}, {"labels": {"team": "chemistry"}}))
 
@@ -392,11 +396,11 @@ class RestartRequest(_Wanted):
     )
 
     def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
-        """Return the spec that is to follow another; None where nothing is given. Raises InvalidSpec, NotAllowed."""
+        """Return the revised spec; None if no field is given. Raises InvalidSpec, NotAllowed."""
         given = self.model_fields_set - {"keep_kernels"}
         if not given:
             return None
-        # What stays decides, too, whether it may be so: a server of another user, or in a directory that is allowed no more.
+        # Unchanged values are checked again: another user's server, or a root no longer allowed.
         stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
         request = self.model_copy(update=stays).settled(defaults, caller)
         whole = request.whole(spec.name, defaults)
@@ -408,19 +412,19 @@ class RestartRequest(_Wanted):
         return revised
 
     def revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
-        """Return the gateway from the next launch on: the old one as far as this says nothing of it. Raises InvalidSpec."""
+        """Return the gateway for the next launch, merged with the old one. Raises InvalidSpec."""
         touched = set(self.gateway.model_fields_set) if self.gateway is not None else set()
         if not touched:
             return old
         if new is not None and (old is None or old.url != new.url):
-            # Nothing is carried over: the token of one gateway is none of another's business.
+            # Nothing is carried over: one gateway must not receive another's token.
             return new
         if old is None:
             names, url = self._names("gateway", touched), self._name("gateway", "url")
             raise InvalidSpec.of(names, f"only together with {url}: the server has no gateway")
         given = self.gateway.at(old.url)
         if "auth_token" not in touched and given.auth_token is not None:
-            # It came as a header.
+            # The token was sent as a header.
             touched |= {"auth_token", "auth_scheme"}
         merged = replace(old, **{name: getattr(given, name) for name in touched})
         if merged.client_key is not None and merged.client_cert is None:
@@ -430,6 +434,6 @@ class RestartRequest(_Wanted):
 
 
 def ws_url_of(url: str) -> str:
-    """Return the websocket URL of a gateway: the scheme changed, and nothing else (Jupyter would change every "http" in it)."""
+    """Return a gateway's websocket URL: only the scheme differs (Jupyter replaces every "http")."""
     parts = urlsplit(url)
     return urlunsplit(parts._replace(scheme={"http": "ws", "https": "wss"}[parts.scheme]))

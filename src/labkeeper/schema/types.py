@@ -1,4 +1,4 @@
-"""What texts and mappings in a request may look like: each as a type, with its rule in words and its pattern for the document."""
+"""Types for text and mappings in requests: each with its rule in words and its JSON pattern."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from labkeeper.schema.variables import VARIABLE, check_env, check_kernel_env
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a text must look like: checked here, told to callers in the OpenAPI document, and said in words when it does not."""
+    """A text pattern: validated here, published in the OpenAPI document, explained in errors."""
 
     pattern: str
-    """All of the text; means the same in Python and in ECMA 262, which JSON Schema takes patterns from."""
+    """Matches the whole text; valid in Python and in ECMA 262, the dialect of JSON Schema."""
     rule: str
 
     def check(self, text: str) -> str:
-        """Return the text back. Raises ValueError with the rule."""
+        """Return the text. Raises ValueError with the rule."""
         if re.fullmatch(self.pattern, text) is None:
             raise ValueError(self.rule)
         return text
@@ -38,7 +38,7 @@ class Shape:
 
 
 def _of_names(pattern: str, longest: int) -> dict[str, Any]:
-    """Tell callers what the names in an object must look like."""
+    """Return a JSON schema for the property names of an object."""
     return {"propertyNames": {"pattern": f"^(?:{pattern})$", "maxLength": longest}}
 
 
@@ -88,7 +88,8 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
 
 
 _LARGEST_HEAD: Final = 16 * 1024
-"""Characters of all headers for a gateway: servers take no longer head, and each kernel that is owed is kept with them."""
+"""Characters of all headers for a gateway: servers accept no larger head, and each orphaned kernel
+is stored with them."""
 
 
 def _check_headers(headers: dict[str, str]) -> dict[str, str]:
@@ -141,4 +142,4 @@ Duration = Annotated[
         json_schema_input_type=Annotated[float, Field(ge=0, le=LONGEST)] | Annotated[str, Field(max_length=LONGEST_TEXT)],
     ),
 ]
-"""Seconds, or a text such as `90m`, `2h`, `1d12h`."""
+"""Seconds, or text such as `90m`, `2h`, `1d12h`."""
