@@ -1,1 +1,1 @@
-"""Speaks HTTP, and decides nothing: checks what comes in, asks the keeper, and says what it answered."""
+"""The HTTP interface: validate requests, ask the keeper, return its answers. Decides nothing."""

@@ -1,4 +1,4 @@
-"""The Flask application: `create_app` puts routes, access, problems and the OpenAPI document together."""
+"""The Flask application: `create_app` combines routes, authorization, problems and OpenAPI."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ from labkeeper.identity.peers import UNREAD
 from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
-"""What a caller's, or a proxy's, own id of a request may look like."""
+"""Pattern of a request id that the caller or a proxy may supply."""
 
 _SEND_AGAIN: Final = 10
-"""Seconds after which there may be room for a large body."""
+"""`Retry-After` in seconds if there is no room for a large body."""
 
 _log = structlog.get_logger("labkeeper.api")
 
 
 def create_app(services: Services) -> Flask:
-    """Make the application; it holds no state but what `services` hold."""
+    """Return the application; its only state is in `services`."""
     app = Flask("labkeeper", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = services.max_body
-    # Exceptions are ours to answer, in tests too.
+    # Exceptions are always answered here, in tests too.
     app.config["PROPAGATE_EXCEPTIONS"] = False
     app.json = _Json(app)
-    # Else what is almost a path of ours would be answered with a redirection, which few follow as it is meant.
+    # Otherwise werkzeug redirects near misses of a path, which few clients follow correctly.
     app.url_map.merge_slashes = False
     problems.register(app)
     guard = Guard(hosts=services.hosts, origins=services.origins)
@@ -67,12 +67,12 @@ def create_app(services: Services) -> Flask:
 
 
 class _Json(DefaultJSONProvider):
-    """Reads no object in which a name stands twice: of two readers one may see the first, and one the last."""
+    """Rejects objects with duplicate names: parsers differ on which one counts."""
 
     sort_keys = False
 
     def loads(self, s: str | bytes, **kwargs: Any) -> Any:
-        """Read JSON. Raises ValueError, InvalidSpec."""
+        """Parse JSON. Raises ValueError, InvalidSpec."""
         return super().loads(s, object_pairs_hook=_once_each, **kwargs)
 
 
@@ -85,7 +85,7 @@ def _once_each(members: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _enter(authorizer: Authorizer) -> None:
-    """Let a request in by the rule of its route; what fits no route is answered with that, to anybody."""
+    """Authorize a request by its route's rule; without a route, everyone gets the error."""
     if request.endpoint is not None:
         authorizer.authorize(_RULES[request.endpoint])
 
@@ -98,7 +98,7 @@ def _begin() -> None:
 
 
 def _check_body() -> None:
-    """Take a body only as a JSON object; none at all is an empty one."""
+    """Accept a body only as a JSON object; a missing body counts as an empty one."""
     if request.method in BODILESS:
         return
     if UNREAD in request.environ:
@@ -119,7 +119,7 @@ def _check_body() -> None:
     try:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        # JSON can write half of a character; nothing that a string is for (a file, a header, a store) can take it.
+        # JSON can encode half a character; no file, header or store accepts such a string.
         raise InvalidSpec.of("body", "must be of whole characters (it has a lone surrogate)") from None
 
 
@@ -130,7 +130,7 @@ def _finish(meter: Meter, answer: Response) -> Response:
     _log.debug(
         "request",
         method=request.method,
-        # Not the path itself: that of a link is a secret.
+        # Not the path: that of a link is secret.
         route=str(request.url_rule),
         server=problems.server_in_path(),
         status=answer.status_code,
@@ -160,13 +160,13 @@ _DOCS_POLICY: Final = (
     "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'"
 )
-"""What the page may load: its own parts, and the one script within it."""
+"""What the page may load: its own assets and its inline script."""
 _RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
-"""The rule of each endpoint; one without a rule answers nobody."""
+"""The rule of each endpoint; one without a rule is not served."""
 
 
 def _pages(version: str) -> Blueprint:
-    """The OpenAPI document and a page to read it; the page's scripts come with a package, so it works without internet."""
+    """Return the OpenAPI document and its viewer, whose packaged scripts need no internet."""
     pages = Blueprint("pages", "labkeeper.pages")
 
     @functools.cache
@@ -186,7 +186,7 @@ def _pages(version: str) -> Blueprint:
         content = assets().get(filename)
         if content is None:
             raise NotFound
-        # Out of memory that all answers share: no reader, however slow, holds an open file or a copy.
+        # Served from shared memory: a slow reader holds neither an open file nor a copy.
         shown = Response(wrap_file(request.environ, io.BytesIO(content)), direct_passthrough=True)
         shown.content_type = mimetypes.guess_type(filename)[0] or "application/octet-stream"
         shown.content_length = len(content)

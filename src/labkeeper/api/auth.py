@@ -1,4 +1,4 @@
-"""Who may call what. Each route carries one rule, and a route without one does not exist (see `routes.ROUTES`)."""
+"""Authorization. Every route carries a rule; none exists without one (see `routes.ROUTES`)."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from labkeeper.identity.authenticators import Authenticator, Credentials, authen
 from labkeeper.identity.peers import PEER
 
 _TELL_EVERY: Final = 60.0
-"""Seconds between two lines of the log about requests that were refused; each says how many."""
+"""Interval in seconds between log lines about rejected requests; each has their number."""
 
 _log = structlog.get_logger("labkeeper.api")
 
 
 class Extent(StrEnum):
-    """What a route speaks of, and so what becomes of a caller who is limited to some servers."""
+    """The subject of a route, which decides how limited callers are treated."""
 
     SERVER = "server"
-    """The server that its path names: refused where that is not within the caller's reach."""
+    """The server in its path: rejected if outside the caller's limits."""
     SERVERS = "servers"
-    """Any servers: the handler leaves out those beyond the caller's reach."""
+    """Any servers: the handler omits those outside the caller's limits."""
     KEEPER = "keeper"
-    """More than servers: refused to whoever is limited."""
+    """More than servers: limited callers are rejected."""
     CALLER = "caller"
-    """The caller alone."""
+    """Only the caller."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who may call a route."""
+    """The requirements for calling a route."""
 
     scope: Scope | None
-    """The scope that it takes; None: anybody may, also without a token."""
+    """The required scope; None: public, even without a token."""
     extent: Extent
 
 
@@ -60,7 +60,7 @@ ADMINISTER: Final = Rule(Scope.ADMIN, Extent.KEEPER)
 
 
 class Authorizer:
-    """Authenticates requests, and applies the rules of their routes. Thread-safe."""
+    """Authenticates requests and applies the rules of their routes. Thread-safe."""
 
     def __init__(self, authenticators: Sequence[Authenticator], keeper: Keeper, rates: Rates) -> None:
         self._authenticators = authenticators
@@ -69,7 +69,10 @@ class Authorizer:
         self._refused = _Refused()
 
     def authorize(self, rule: Rule) -> None:
-        """Apply a rule to the present request, and note its caller. Raises NotAuthenticated, NotAllowed, ServerNotFound."""
+        """Apply a rule to the current request and store its caller.
+
+        Raises NotAuthenticated, NotAllowed, ServerNotFound.
+        """
         if rule.scope is None:
             return
         try:
@@ -99,7 +102,7 @@ class Authorizer:
 
 
 def find(keeper: Keeper, caller: Caller, name: str) -> Snapshot:
-    """Return a server that the caller's token is for. Raises ServerNotFound, for another's as for one that does not exist."""
+    """Return a server that the caller may see. Raises ServerNotFound, alike if it exists or not."""
     snapshot = keeper.get(ServerName(name))
     if snapshot is None or not caller.sees(snapshot):
         raise ServerNotFound.called(name)
@@ -107,7 +110,7 @@ def find(keeper: Keeper, caller: Caller, name: str) -> Snapshot:
 
 
 class _Refused:
-    """Tells in the log how many were refused, and not of each: nobody is to fill a disk by knocking."""
+    """Logs the number of rejected requests instead of each, so that they cannot fill a disk."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -115,7 +118,7 @@ class _Refused:
         self._told_at = -_TELL_EVERY
 
     def count(self) -> None:
-        """Take in one."""
+        """Count a rejected request."""
         with self._lock:
             self._count += 1
             now = time.monotonic()

@@ -1,7 +1,8 @@
-"""What a browser could be made to do against its user: pages of other sites that ask us, and names that lead to us.
+"""Protection from other sites' pages and from host names that point here (DNS rebinding).
 
-A page cannot show a token that it does not have, so these checks matter most where access control is off; they cost nothing where
-it is on. Sources: fetch.spec.whatwg.org (CORS, Origin), OWASP on DNS rebinding.
+A page cannot send a token that it does not have, so these checks matter most if access control is
+off; otherwise they cost nothing. Sources: fetch.spec.whatwg.org (CORS, Origin), OWASP on DNS
+rebinding.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ HEADERS: Final = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Cache-Control": "no-store",
 }
-"""Of each answer, unless its handler sets another. No Strict-Transport-Security: it would hold for the Labs beside us, too."""
+"""Headers of every answer unless its handler sets another. No Strict-Transport-Security: it would
+also apply to the Labs on this host."""
 _CORS: Final = {
     "Access-Control-Allow-Methods": "GET, POST, DELETE",
     "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID, X-Request-Id",
@@ -36,17 +38,17 @@ _EXPOSED: Final = "Location, Retry-After, X-Request-Id"
 
 
 class Guard:
-    """Refuses requests that a browser was tricked into, and tells browsers what they may do with answers."""
+    """Rejects forged browser requests and sets the security and CORS headers of answers."""
 
     def __init__(self, *, hosts: Iterable[str] = (), origins: Collection[str] = ()) -> None:
-        """`hosts` are names that lead to us beside those that cannot be anybody else's; `origins` are sites that may ask us."""
+        """`hosts`: our names beyond those always safe; `origins`: sites with CORS access."""
         self._hosts = frozenset(host.lower() for host in (*hosts, socket.gethostname()))
         self._origins = frozenset(origins)
 
     def check(self) -> Response | None:
-        """Answer a browser's question whether it may ask, or let the present request pass. Raises HostNotKnown, NotAllowed."""
+        """Answer a CORS preflight, or accept the request. Raises HostNotKnown, NotAllowed."""
         if PEER in request.environ:
-            # No browser speaks to a Unix socket.
+            # Browsers cannot use a Unix socket.
             return None
         host = host_of(request.host)
         if host is None or not self._is_ours(host.strip("[]").rstrip(".").lower()):
@@ -64,7 +66,7 @@ class Guard:
         return Response(status=204) if "Access-Control-Request-Method" in request.headers else None
 
     def finish(self, answer: Response) -> Response:
-        """Put the headers on an answer."""
+        """Set the headers of an answer."""
         for name, value in HEADERS.items():
             answer.headers.setdefault(name, value)
         if self._origins:
@@ -78,7 +80,7 @@ class Guard:
         return answer
 
     def _is_ours(self, host: str) -> bool:
-        """Whether a host name leads to us. One that an attacker owns has a dot in it, and is no address."""
+        """Whether a host name is ours. An attacker's has a dot in it and is no address."""
         if not {".", ":"} & set(host) or host.endswith(".localhost") or _is_address(host):
             return True
         parents = {f"*{host[at:]}" for at in range(len(host)) if host[at] == "."}
@@ -86,7 +88,7 @@ class Guard:
 
 
 def host_of(header: str) -> str | None:
-    """Return the host name or address of a Host header, without the port; None where it is neither."""
+    """Return the name or address in a Host header, without the port; None if invalid."""
     found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?", header)
     return found[1] if found else None
 

@@ -1,4 +1,4 @@
-"""The limit of callers that wait or stream at once: each of them holds a thread, and some threads are kept for the others."""
+"""The limit of callers that wait or stream; each holds a thread, and some threads are reserved."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 def reserve(threads: int) -> int:
-    """Return how many of so many threads are kept for requests that are answered at once."""
+    """Return how many of `threads` are reserved for requests that do not wait."""
     return max(2, threads // 8)
 
 
@@ -19,18 +19,18 @@ class ConcurrencyLimit:
         self.resize(threads)
 
     def acquire(self) -> bool:
-        """Count one more caller, unless the limit is reached. Never blocks."""
+        """Take a slot unless the limit is reached. Never blocks."""
         with self._lock:
             free = self._held < self._limit
             self._held += free
             return free
 
     def release(self) -> None:
-        """Count one caller less."""
+        """Free a slot."""
         with self._lock:
             self._held -= 1
 
     def resize(self, threads: int) -> None:
-        """Fit the limit to a number of threads; callers that hold one keep it."""
+        """Adapt the limit to a number of threads; callers that hold a slot keep it."""
         with self._lock:
             self._limit = threads - reserve(threads)

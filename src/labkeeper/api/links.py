@@ -1,4 +1,4 @@
-"""Links that open a Lab once, and soon: what stands in them is worth nothing afterwards, and holds no token of the Lab."""
+"""One-time, short-lived links to a Lab. They do not contain the Lab's token."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _MOST: Final = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a link opens."""
+    """The target of a link."""
 
     server: ServerName
     generation: int
-    """It opens this launch, and no later one."""
+    """The only launch that it opens."""
     page: str
     """Below the server's base_url."""
     expires_at: float
@@ -29,16 +29,19 @@ class Link:
 
 
 class Links:
-    """Knows the links that are still good, by the hashes of their tickets. Thread-safe. They end with the keeper."""
+    """The valid links, by the hashes of their tickets. Thread-safe. They end with the keeper."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._good: dict[str, Link] = {}
-        """The oldest first."""
+        """Oldest first."""
 
     def make(self, server: ServerName, generation: int, page: str, *, lifetime: float) -> str:
-        """Return the ticket of a new link, good for `lifetime` seconds; where there are too many, the oldest is good no more."""
+        """Return the ticket of a new link, valid for `lifetime` seconds.
+
+        If there are too many links, the oldest one is dropped.
+        """
         ticket = secrets.token_urlsafe(32)
         now = self._clock()
         with self._lock:
@@ -49,7 +52,7 @@ class Links:
         return ticket
 
     def use(self, ticket: str) -> Link | None:
-        """Return what a ticket opens, once; None where it is not known, was used, or is too old."""
+        """Return the link of a ticket, once; None if it is unknown, used or expired."""
         with self._lock:
             link = self._good.pop(_hash(ticket), None)
         return link if link is not None and link.expires_at > self._clock() else None

@@ -1,6 +1,6 @@
-"""The OpenAPI document (spec.openapis.org/oas/v3.1.0), made of the table of routes and of the models that its handlers ask for.
+"""The OpenAPI document (spec.openapis.org/oas/v3.1.0), generated from the routes and their models.
 
-Schemas are pydantic's own. What takes them in takes long, so this module is imported when somebody asks for the document.
+Schemas are pydantic's own. Their generation is slow to import, so this module is imported late.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _LAST_EVENT_ID: Final = {
 
 
 def document(version: str) -> _Object:
-    """Write the document of the API of this version."""
+    """Return the OpenAPI document of this version."""
     schemas = _Schemas(ROUTES)
     paths: dict[str, _Object] = {}
     for route in ROUTES:
@@ -66,10 +66,10 @@ def document(version: str) -> _Object:
 
 
 class _Dialect(GenerateJsonSchema):
-    """JSON Schema as callers may rely on it: a field that has no default of its own shows none."""
+    """JSON Schema for callers: a field without a real default shows none."""
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
-        """Leave out the None by which a model tells that a field is absent."""
+        """Omit the default None, by which a model marks a missing field."""
         return self.generate_inner(schema["schema"]) if schema.get("default") is None else super().default_schema(schema)
 
 
@@ -90,7 +90,7 @@ class _Schemas:
         self._pieces = {name: self.components.pop(name) for name in in_pieces}
 
     def parameters(self, model: type[BaseModel], where: str) -> list[_Object]:
-        """Write the fields of a model, each as a parameter that stands there."""
+        """Return a model's fields as parameters at a place such as `query`."""
         schema = self._pieces[model.__name__]
         required = {*schema.get("required", ())} if where == "query" else {*schema["properties"]}
         return [
@@ -143,7 +143,7 @@ def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
 
 
 def _refusals(route: Route) -> list[int]:
-    """Return the status of each problem that a route can answer with: those of every route, and its own."""
+    """Return the status of each problem of a route: the common ones and its own."""
     found = {421, 422, 431, 500, *route.problems}
     found |= {401, 403, 429} if route.rule.scope is not None else set()
     found |= {400, 413, 415} if route.method not in BODILESS else set()
@@ -156,7 +156,7 @@ _UNREAD: Final = frozenset(
 
 
 def _refusal(status: int) -> _Object:
-    # What cannot be read as a request at all is refused before it has an id.
+    # An unreadable request is rejected before it gets an id.
     headers = [] if status in _UNREAD else ["X-Request-Id"]
     headers += ["WWW-Authenticate"] if status == HTTPStatus.UNAUTHORIZED else []
     headers += ["Retry-After"] if status == HTTPStatus.TOO_MANY_REQUESTS else []
@@ -168,7 +168,7 @@ def _refusal(status: int) -> _Object:
 
 
 def _links_by_name() -> Iterator[tuple[str, _Object]]:
-    """Return what can be asked next of a server that an answer is about: each operation on a server by its name."""
+    """Yield the operations on a server, as links from an answer about it."""
     for route in ROUTES:
         if "<name>" in route.path:
             name = route.handler.__name__

@@ -1,4 +1,4 @@
-"""Errors as HTTP answers: `application/problem+json` (RFC 9457). The only place that knows status codes and bodies of errors."""
+"""Errors as `application/problem+json` (RFC 9457): the only place with status codes and bodies."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STATUS: Final[dict[type[LabkeeperError], int]] = {
     errors.BackendError: 502,
     errors.StoreError: 503,
 }
-"""The status of each error that an answer can carry; those that are not here never reach one."""
+"""The status of each error that an answer can carry; the others never reach one."""
 
 MEDIA_TYPE: Final = "application/problem+json"
 
@@ -43,24 +43,24 @@ _log = structlog.get_logger("labkeeper.api")
 
 
 def register(app: Flask) -> None:
-    """Make every error of this application a problem."""
+    """Turn every error of this application into a problem."""
     app.register_error_handler(LabkeeperError, _known)
     app.register_error_handler(HTTPException, _http)
     app.register_error_handler(Exception, _unexpected)
 
 
 def problem(status: int, code: str, detail: str, **members: Any) -> Response:
-    """Write one problem."""
+    """Return a problem as a response."""
     return Response(json.dumps(_body(status, code, detail, members)), status, content_type=MEDIA_TYPE)
 
 
 def body_of(error: LabkeeperError) -> dict[str, Any]:
-    """Return the body of an error's problem, for an answer that has more than that to tell."""
+    """Return the body of an error's problem, to embed in another answer."""
     return _body(_status_of(error), error.code, error.message, error.details)
 
 
 def unread(status: int, title: str, detail: str) -> bytes:
-    """Write the body of a problem with what cannot be read as a request, which has no id therefore."""
+    """Return a problem body for an unreadable request, which therefore has no id."""
     code = title.lower().replace(" ", "_")
     members = {"type": f"urn:labkeeper:problem:{code}", "title": title, "status": status, "detail": detail}
     return json.dumps({**members, "code": code, "request_id": ""}).encode()
@@ -83,7 +83,7 @@ def _status_of(error: LabkeeperError) -> int:
 
 
 def invalid_request(error: ValidationError) -> InvalidSpec:
-    """Make our error of pydantic's finding: each field with the rule that it breaks, and never its value."""
+    """Return our error for pydantic's: each field with the rule it breaks, never its value."""
     mistakes = [
         {"field": ".".join(_snake(part) for part in mistake["loc"]) or "body", "rule": _rule(mistake["type"], mistake["msg"])}
         for mistake in error.errors(include_url=False, include_context=False, include_input=False)
@@ -106,9 +106,9 @@ def _rule(kind: str, message: str) -> str:
 
 
 def start_failed(snapshot: Snapshot) -> LabkeeperError:
-    """Make the error of a server that failed to start."""
+    """Return the error of a server that failed to start."""
     failure = snapshot.failure
-    if failure is None:  # A failed server always carries its cause; say so little rather than fall over it.
+    if failure is None:  # A failed server always has a cause; this is only a fallback.
         return StartFailed(f"cannot start server '{snapshot.name}'")
     cls = StartTimeout if failure.kind is FailureClass.START_TIMEOUT else StartFailed
     return cls(
@@ -134,14 +134,14 @@ _WORDS: Final = {
     405: "cannot {0} {1}; the Allow header has the methods that it takes",
     415: "cannot take the request: send its body as JSON, with the header 'Content-Type: application/json'",
 }
-"""What we say in place of werkzeug's words for browsers."""
+"""Messages that replace werkzeug's, which are meant for browsers."""
 
 
 def _http(error: HTTPException) -> Response:
     status = error.code or 500
     detail = _WORDS[status].format(request.method, request.path[:200]) if status in _WORDS else error.description or error.name
     answer = problem(status, error.name.lower().replace(" ", "_"), detail)
-    # Werkzeug's own headers, such as Allow, belong to the answer; its HTML does not.
+    # Werkzeug's own headers, such as Allow, are kept; its HTML is not.
     for name, value in error.get_headers():
         if name.lower() != "content-type":
             answer.headers[name] = value
@@ -149,7 +149,7 @@ def _http(error: HTTPException) -> Response:
 
 
 def server_in_path() -> str | None:
-    """Return the name of the server that a request is about, so that its secrets are kept out of what is logged of it."""
+    """Return the server of the current request, so that logging can scrub its secrets."""
     about = request.url_rule is not None and request.url_rule.rule.startswith("/api/servers/<name>")
     return (request.view_args or {}).get("name") if about else None
 

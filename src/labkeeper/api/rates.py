@@ -1,4 +1,4 @@
-"""How fast one caller may ask: a bucket of requests for each, which fills again at a steady rate."""
+"""Rate limit of each caller: a token bucket."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Final
 from labkeeper.core.errors import TooManyRequests
 
 _BURST: Final = 10.0
-"""Seconds of the rate that may come at once."""
+"""Size of a burst, in seconds of the rate."""
 
 
 class Rates:
-    """Counts requests, by caller. Thread-safe; it holds as much as there are callers, and those are bounded."""
+    """Counts requests by caller. Thread-safe; it grows with the bounded number of callers."""
 
     def __init__(self, per_second: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        """With a rate of 0 nothing is counted."""
+        """A rate of 0 disables the limit."""
         self._rate = per_second
         self._most = max(1.0, per_second * _BURST)
         self._clock = clock
         self._lock = threading.Lock()
         self._left: dict[str, tuple[float, float]] = {}
-        """What is left to each caller, and when that was so."""
+        """The remaining requests of each caller, and when they were computed."""
 
     def take(self, caller: str) -> None:
-        """Take one request. Raises TooManyRequests."""
+        """Count one request. Raises TooManyRequests."""
         if not self._rate:
             return
         with self._lock:

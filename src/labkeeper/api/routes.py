@@ -1,4 +1,4 @@
-"""The API as one table: method, path, who may, handler, answers."""
+"""The API as one table: method, path, access rule, handler, answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from labkeeper.schema.queries import of_query
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One line of the API."""
+    """One row of the table."""
 
     method: str
     path: str
@@ -56,13 +56,13 @@ class Route:
     handler: Callable[..., Answer | Response]
     tag: str
     answers: dict[int, type[BaseModel] | str]
-    """The model or the media type of each good answer."""
+    """The model or media type of each successful answer."""
     problems: tuple[int, ...] = ()
-    """Statuses of its own problems, beside those that each route has by its rule and its method."""
+    """Statuses of its own problems; those implied by its rule and method are added."""
 
     @property
     def models(self) -> dict[str, type[BaseModel]]:
-        """The models that the handler takes, by the part of the request that they validate: `path`, `query`, `body`."""
+        """The handler's models by the part of a request: `path`, `query`, `body`."""
         found = inspect.get_annotations(self.handler, eval_str=True)
         return {part: found[part] for part in ("path", "query", "body") if part in found}
 
@@ -112,13 +112,13 @@ RULES: Final[dict[str, Rule]] = {route.handler.__name__: route.rule for route in
 
 
 def install(app: Flask, services: Services) -> None:
-    """Put the table into an application."""
+    """Add the routes to an application."""
     for route in ROUTES:
         app.add_url_rule(route.path, route.handler.__name__, _view(route, services), methods=[route.method])
 
 
 def _view(route: Route, services: Services) -> Callable[..., Answer | Response]:
-    """Return a view that validates the parts of a request, and calls the handler with them."""
+    """Return a view that validates the request and calls the handler."""
     models = route.models
 
     def view(**in_path: str) -> Answer | Response:

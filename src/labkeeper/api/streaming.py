@@ -1,4 +1,4 @@
-"""Answers that go on: a log as it is written, and Server-Sent Events (html.spec.whatwg.org, "Server-sent events")."""
+"""Streaming answers: logs, and Server-Sent Events (html.spec.whatwg.org, "Server-sent events")."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ EVENT_STREAM: Final = "text/event-stream"
 _CHUNK: Final = 64 * 1024
 """Characters of a log that are sent together."""
 _MOST: Final = 2 * 1024 * 1024
-"""Bytes of a log in one answer that does not go on."""
+"""Bytes of a log in an answer that is not streamed."""
 _KEEP_ALIVE: Final = 8.0
-"""Seconds without an event after which a comment tells proxies that the connection is in use."""
+"""Seconds without an event after which a comment keeps proxies from closing the connection."""
 _RECONNECT: Final = 2000
-"""Milliseconds after which a browser asks again when the connection broke."""
+"""Milliseconds before a browser reconnects."""
 
 
 class LiveResponse(Response):
-    """Sends its headers at once: a WSGI server holds them back until the first line, which may be long in coming."""
+    """Sends its headers at once; a WSGI server delays them until the first line."""
 
     def __call__(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
-        """Answer."""
+        """Run the WSGI application."""
 
         def start(*given: Any) -> Any:
             write = start_response(*given)
             try:
                 write(b"")
             except BaseException:
-                # The caller has gone already: nobody will ask for the body, nor close it.
+                # The caller has disconnected; the server will neither read nor close the body.
                 self.close()
                 raise
             return write
@@ -43,14 +43,14 @@ class LiveResponse(Response):
 
 
 def gone() -> Callable[[], bool]:
-    """Return what says whether the caller of this request has gone, where that can be known, or is to be answered no more."""
+    """Return a check whether the caller has disconnected, if known, or lost its access."""
     disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
     still_valid: Callable[[], bool] = g.still_valid
     return lambda: disconnected() or not still_valid()
 
 
 def end_of(lines: Iterable[str]) -> bytes:
-    """Write lines, or as many of the last ones as fit into an answer, and before them how much was left out."""
+    """Return the last lines that fit into an answer, preceded by the size of the rest."""
     whole = "".join(f"{line}\n" for line in lines).encode()
     if len(whole) <= _MOST:
         return whole
@@ -59,7 +59,7 @@ def end_of(lines: Iterable[str]) -> bytes:
 
 
 def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
-    """Send lines in pieces; an empty text means that nothing new is there, and is the time to see whether the caller still is."""
+    """Yield lines in pieces; on "" (no new ones), check whether the caller is still there."""
     waiting: list[str] = []
     size = 0
     for line in lines:
@@ -77,9 +77,9 @@ def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[
 
 
 def server_sent(entries: Iterator[HistoryEntry | None], missed: int | None, gone: Callable[[], bool]) -> Iterator[str]:
-    """Write events as they come; None means that none has come, and is the time to see whether the caller is still there.
+    """Yield events as they arrive; on None, check whether the caller is still there.
 
-    `missed` is how many of the events that were asked for are no longer known; None if that cannot be told.
+    `missed` is the number of requested events that are no longer stored; None if unknown.
     """
     yield f"retry: {_RECONNECT}\n\n"
     if missed != 0:

@@ -1,4 +1,4 @@
-"""TLS for the server around the application: certificates that may change at any time, and sockets that never wait."""
+"""TLS for the WSGI server: certificates that may change at any time, sockets that never wait."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from labkeeper.api import problems
 from labkeeper.core.errors import SettingsError
 
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at whether the files have changed."""
+"""Interval in seconds between checks whether the files have changed."""
 _OTHERS: Final = 0o077
-"""Modes by which somebody else than its owner gets at a file."""
+"""Mode bits that grant access to others than the owner."""
 _SPEAKS_TLS: Final = problems.unread(400, "Bad Request", "cannot answer plain HTTP: this port speaks TLS; use https://")
 _REFUSAL: Final = (
     f"HTTP/1.1 400 Bad Request\r\nContent-Type: {problems.MEDIA_TYPE}\r\nConnection: close\r\n"
@@ -30,14 +30,14 @@ _log = structlog.get_logger("labkeeper.api.tls")
 
 
 class NotYet(Exception):  # noqa: N818 - no error: the loop asks again when the socket is ready
-    """Nothing has come that is whole; not an OSError, which for waitress is the end of a connection."""
+    """Nothing complete has arrived; not an OSError, which makes waitress close the connection."""
 
 
 class Certificate:
-    """A certificate and its key, as their files hold them now. For one thread, but for its making."""
+    """A certificate and its key, reloaded from their files. For one thread, except its creation."""
 
     def __init__(self, cert_file: Path, key_file: Path) -> None:
-        """Read both. Raises SettingsError."""
+        """Read both files. Raises SettingsError."""
         self._cert_file, self._key_file = cert_file, key_file
         self._seen = self._state()
         self._context = load(cert_file, key_file)
@@ -47,12 +47,12 @@ class Certificate:
                 _log.warning("the key can be read by others than its owner; `chmod 600` helps", file=str(key_file))
 
     def wrap(self, connection: socket.socket) -> TlsSocket:
-        """Make a connection that was just accepted one that speaks TLS. Raises OSError."""
+        """Return an accepted connection wrapped in TLS. Raises OSError."""
         self._renew()
         return TlsSocket(self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False))
 
     def _renew(self) -> None:
-        """Load what has changed; as long as that cannot be used, what was there goes on."""
+        """Reload changed files; while they are unusable, keep the old certificate."""
         now = time.monotonic()
         if now < self._look_at:
             return
@@ -69,7 +69,6 @@ class Certificate:
             _log.info("the certificate was renewed", file=str(self._cert_file))
 
     def _state(self) -> list[tuple[int, int, int] | None]:
-        """Return what the files look like from outside."""
         return [_look(path) for path in (self._cert_file, self._key_file)]
 
 
@@ -82,7 +81,7 @@ def _look(path: Path) -> tuple[int, int, int] | None:
 
 
 def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSLContext:
-    """Make what sockets are wrapped with, of the files that two settings of this prefix name. Raises SettingsError."""
+    """Return a context for the files of two settings with this prefix. Raises SettingsError."""
     names = f"{prefix}CERT_FILE", f"{prefix}KEY_FILE"
     for path, variable in zip((cert_file, key_file), names, strict=True):
         try:
@@ -113,15 +112,16 @@ class _EncryptedError(Exception):
 
 
 def _no_password() -> str:
-    # Else OpenSSL would ask for it on the terminal.
+    # Otherwise OpenSSL would prompt for it on the terminal.
     raise _EncryptedError
 
 
 class TlsSocket:
-    """What waitress needs of a socket, over TLS.
+    """The socket interface that waitress needs, over TLS.
 
-    The loop reads and a thread writes at the same time; OpenSSL must not do both for one connection, so each waits for its turn,
-    never for the peer. A read takes a whole record at most and leaves the rest in the socket, where poll(2) sees it.
+    The loop reads while a thread writes; OpenSSL must not do both for one connection, so each waits
+    for its turn, never for the peer. A read takes one record at most and leaves the rest in the
+    socket, where poll(2) sees it.
     """
 
     def __init__(self, connection: ssl.SSLSocket) -> None:
@@ -130,10 +130,10 @@ class TlsSocket:
         self.greeted = False
         """Whether the handshake is done."""
         self.wants_write = False
-        """Whether what was tried last waits until something can be sent."""
+        """Whether the last attempt waits until the socket is writable."""
 
     def recv(self, size: int) -> bytes:
-        """Read, after the handshake. Raises NotYet; OSError when it is over."""
+        """Read, after the handshake. Raises NotYet; OSError when the connection is over."""
         with self._turn:
             try:
                 self.wants_write = False
@@ -152,7 +152,7 @@ class TlsSocket:
                 raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
 
     def send(self, data: bytes) -> int:
-        """Write what can be written now, be it nothing. Raises OSError when it is over."""
+        """Write what is possible now, perhaps nothing. Raises OSError at the end."""
         with self._turn:
             try:
                 return self._connection.send(data)
@@ -162,7 +162,7 @@ class TlsSocket:
                 raise ConnectionResetError(errno.ECONNRESET, str(error)) from error
 
     def close(self) -> None:
-        """Say goodbye, if that is possible at once, and close."""
+        """Send a close notification, if possible without waiting, and close."""
         with self._turn:
             with contextlib.suppress(OSError, ValueError):
                 if self.greeted:
@@ -170,29 +170,29 @@ class TlsSocket:
             self._connection.close()
 
     def setblocking(self, flag: bool) -> None:
-        """As of a socket."""
+        """See `socket.socket`."""
         self._connection.setblocking(flag)
 
     def fileno(self) -> int:
-        """As of a socket."""
+        """See `socket.socket`."""
         return self._connection.fileno()
 
     def getsockopt(self, level: int, option: int) -> int:
-        """As of a socket."""
+        """See `socket.socket`."""
         return self._connection.getsockopt(level, option)
 
     def setsockopt(self, level: int, option: int, value: bytes) -> None:
-        """As of a socket."""
+        """See `socket.socket`."""
         self._connection.setsockopt(level, option, value)
 
     def shutdown(self, how: int) -> None:
-        """End the connection below TLS, which is not told."""
+        """End the connection below TLS, without a close notification."""
         socket.socket.shutdown(self._connection, how)
 
     def _refuse(self) -> None:
-        """Tell a caller that speaks plain HTTP what to speak."""
+        """Tell a caller that speaks plain HTTP to use TLS."""
         with contextlib.suppress(OSError):
-            # What is not read before the end would make of it a reset, by which the answer is lost.
+            # Unread data would turn the close into a reset, which loses the answer.
             socket.socket.recv(self._connection, 65536)
         with contextlib.suppress(OSError):
             socket.socket.send(self._connection, _REFUSAL)

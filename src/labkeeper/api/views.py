@@ -1,4 +1,4 @@
-"""How what is known is told to callers: snapshots, tokens, events and the like as answers."""
+"""Conversion of snapshots, tokens, events and the like into answers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from labkeeper.schema import answers
 
 _OF_ENDPOINT: Final = ("base_url", "hostname", "password", "port", "secure", "token", "url", "version")
 _OF_INSTANCE: Final = ("pid", "launched_by", "exec_reason")
-"""The fields of an answer that these have. With `notebook_dir`, nine of them are Jupyter's server_info."""
+"""The fields of an answer taken from these. With `notebook_dir`, nine of them are Jupyter's
+server_info."""
 
 
 _OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()) - {
@@ -25,13 +26,13 @@ _OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.S
     "limits",
     "gateway",
 }
-"""The fields of an answer that the spec has as they are."""
+"""The fields of an answer copied unchanged from the spec."""
 
 
 def server_model(
     snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
 ) -> answers.Server:
-    """Write a snapshot as callers see it; without a `lab_url` also without the token that opens the Lab."""
+    """Return the answer for a snapshot; without `lab_url`, it omits the Lab's token as well."""
     endpoint, instance, spec = snapshot.endpoint, snapshot.instance, snapshot.spec
     info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _OF_ENDPOINT}
     info |= {name: getattr(instance, name, None) for name in _OF_INSTANCE}
@@ -107,7 +108,7 @@ def _gateway_model(snapshot: Snapshot) -> answers.Gateway | None:
 
 
 def token_model(token: Token, now: float) -> answers.Token:
-    """Write a token as callers see it."""
+    """Return the answer for a token."""
     return answers.Token(
         name=token.name,
         scope=token.scope,
@@ -123,12 +124,12 @@ def token_model(token: Token, now: float) -> answers.Token:
 
 
 def new_token_model(token: Token, text: str) -> answers.NewToken:
-    """Write the same of one that was just made, with what it is shown as."""
+    """Return the answer for a new token, including its text."""
     return answers.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
 
 
 def me_model(caller: Caller) -> answers.Caller:
-    """Write who asks."""
+    """Return the answer for the caller."""
     limits = caller.limits
     return answers.Caller(
         actor=caller.actor,
@@ -140,14 +141,14 @@ def me_model(caller: Caller) -> answers.Caller:
 
 
 def orphaned_kernel_model(orphan: OrphanedKernel) -> answers.OrphanedKernel:
-    """Write a kernel that is still to be ended as callers see it."""
+    """Return the answer for an orphaned kernel."""
     return answers.OrphanedKernel(
         kernel_id=orphan.kernel_id, gateway_url=orphan.gateway.url, server=orphan.server, since=format_time(orphan.since)
     )
 
 
 def event_model(entry: HistoryEntry) -> answers.Event:
-    """Write an entry of the history as callers see it."""
+    """Return the answer for a history entry."""
     return answers.Event(
         id=entry.id,
         at=format_time(entry.at),
@@ -163,12 +164,12 @@ def event_model(entry: HistoryEntry) -> answers.Event:
 
 
 def webhook_model(status: WebhookStatus) -> answers.Webhook:
-    """Write how a webhook fares as callers see it."""
+    """Return the answer for a webhook's state."""
     return answers.Webhook(**asdict(status))
 
 
 def idle_model(told: Explanation) -> answers.Idle:
-    """Write how a server stands to its rules as callers see it."""
+    """Return the answer for an explanation of culling."""
     verdict, first = told.verdict, told.verdict.next
 
     def at(moment: float | None) -> str | None:
@@ -195,12 +196,12 @@ def idle_model(told: Explanation) -> answers.Idle:
 
 
 def exit_model(end: Exit | None) -> answers.Exit | None:
-    """Write an exit as callers see it."""
+    """Return the answer for an exit."""
     return None if end is None else answers.Exit(code=end.code, signal=end.signal)
 
 
 def kernel_model(kernel: Kernel) -> answers.Kernel:
-    """Write a kernel as callers see it."""
+    """Return the answer for a kernel."""
     return answers.Kernel(
         id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity
     )

@@ -1,7 +1,8 @@
-"""The WSGI server around the application: waitress, in one thread of this process, with problems as its own answers too.
+"""The WSGI server: waitress, in one thread of this process, with its own errors as problems, too.
 
-Waitress reads requests without a thread for each, so slow callers cost nothing; a thread is held only while an answer is made.
-Nor does it wait for slow readers: the next request of a connection is taken up when the answer before it has been taken.
+Waitress reads requests without a thread for each, so slow callers cost nothing; a thread is held
+only while an answer is produced. Nor does it wait for slow readers: the next request of a
+connection begins when the previous answer has been received.
 """
 
 from __future__ import annotations
@@ -37,46 +38,50 @@ from labkeeper.identity.peers import PEER, UNREAD, Peer, identify
 
 _CONNECTIONS: Final = 2000
 _RESERVE: Final = 512
-"""Descriptors that are kept for servers, their logs, and the store."""
+"""Descriptors reserved for servers, their logs, and the store."""
 _LARGE_BODIES: Final = 64
-"""Bodies that do not fit into memory, of all connections together: each has a file, which takes a descriptor."""
+"""Limit of bodies that do not fit into memory, over all connections: each has a file and thus a
+descriptor."""
 _IDLE_TIMEOUT: Final = 30.0
-"""Seconds after which a connection without a request, or whose caller takes less than `_LEAST` of what waits, is closed."""
+"""Seconds after which a connection is closed if it is without a request, or if its caller reads
+less than `_LEAST` of the pending data."""
 _LEAST: Final = 64 * 1024
 """Bytes: some 2 KiB a second."""
 _HEAD_WITHIN: Final = 15.0
-"""Seconds in which the head of a request comes, from its first byte on; before it, those of a TLS handshake."""
+"""Timeout in seconds of a request head from its first byte on; before it, of the TLS handshake."""
 _BODY_WITHIN: Final = 60.0
-"""Seconds in which a whole request comes, likewise. A caller that drips bytes gets no more."""
+"""Timeout in seconds of a whole request, likewise. Dripping bytes does not extend it."""
 _LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at who is too late."""
+"""Interval in seconds between checks for timeouts."""
 _AT_ONCE: Final = 32
-"""Connections that are taken in before those that are there have their turn."""
+"""Connections accepted before the existing ones get their turn."""
 _HEADER_LIMIT: Final = 16 * 1024
 _HEADERS: Final = 100
-"""Most headers of a request."""
+"""Maximum number of headers of a request."""
 _READ: Final = 32 * 1024
-"""Bytes that are read at a time: more than a TLS record holds, of which nothing may be left with OpenSSL."""
+"""Bytes per read: more than a TLS record holds, so that none stay behind in OpenSSL."""
 _AHEAD: Final = 8
-"""Requests of one connection that may wait for their answers; with one there, a stream notices that its reader has gone."""
+"""Pipelined requests of one connection; with one pending, a stream notices a closed connection."""
 _UNTAKEN: Final = 64 * 1024
-"""Bytes of an answer that may still wait for the caller when its next request is taken up."""
+"""Unsent bytes of an answer up to which the caller's next request begins."""
 _UNTAKEN_OF_ALL: Final = 256 * 1024 * 1024
-"""Bytes of answers that may wait for all callers together. Who has a MiB or more of them has a file, with its descriptor."""
+"""Unsent bytes of all answers together. A caller with a MiB or more of them has a file, with its
+descriptor."""
 _HIGH_WATER: Final = 2 * 1024 * 1024
-"""Bytes at which a thread waits for the caller, too, before it makes more of an answer that comes in pieces."""
+"""Unsent bytes at which a thread also waits before it produces more of a streamed answer."""
 _IN_MEMORY: Final = 64 * 1024
-"""Bytes of a body that are kept in memory; what is more is in a file."""
+"""Bytes of a body that are kept in memory; a larger one is in a file."""
 _UNSENT: Final = 128 * 1024
-"""Bytes that the kernel takes ahead of what it can send. With more of them nobody could tell who reads slowly."""
+"""Bytes that the kernel buffers beyond what it can send. With more, slow readers would not show."""
 _ABORT: Final = struct.pack("ii", 1, 0)
-"""How a connection is closed at once (SO_LINGER): nothing is kept for its caller, who cannot take it for a whole answer."""
+"""Closes a connection at once (SO_LINGER): unsent data is dropped, and the caller cannot mistake
+the answer for a complete one."""
 _FAREWELL: Final = 5
-"""Seconds that answers under way get to end, when the server closes."""
+"""Seconds for answers in progress to finish when the server closes."""
 _FIRST_THREADS: Final = 4
-"""Threads that are there before the first request is."""
+"""Threads started before the first request."""
 _DRAIN_LIMIT: Final = 256 * 1024 * 1024
-"""Bytes of an oversized body that are read and thrown away, so that its sender lives to read the answer."""
+"""Bytes of an oversized body that are read and discarded, so that its sender reads the answer."""
 
 _CODINGS: Final = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
 Knows = Callable[[str | None, Peer | None], bool]
@@ -98,10 +103,11 @@ class WsgiServer:
         knows: Knows = lambda _authorization, _peer: True,
         fit: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """With a certificate TLS is spoken, but for Unix sockets.
+        """With a certificate it speaks TLS, except on Unix sockets.
 
-        `knows` says, from the Authorization header and the peer, at once, whether a body is worth keeping; the application is
-        asked in any case. `fit` is told how many threads there can be, whenever that is found out to be another number.
+        `knows` decides without blocking, from the Authorization header and the peer, whether to keep
+        a body; the application is called in any case. `fit` is called with the possible number of
+        threads whenever that changes.
         """
         self._map: dict[int, Any] = {}
         self._threads = _Threads(threads, fit)
@@ -112,7 +118,7 @@ class WsgiServer:
         self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
 
     def start(self) -> None:
-        """Begin to answer. Raises BackendUnavailable when threads cannot be started."""
+        """Begin to serve. Raises BackendUnavailable if threads cannot be started."""
         try:
             with shortage.told_of_threads():
                 self._threads.begin()
@@ -122,11 +128,11 @@ class WsgiServer:
             raise
 
     def close(self) -> None:
-        """Let answers that are under way end, close every connection, and end all threads."""
-        # First the threads that answer: they wake the loop when they write, and must not find it closed.
+        """Finish answers in progress, close every connection, and end all threads."""
+        # First the worker threads: they wake the loop when they write, and must not find it closed.
         self._threads.shutdown(cancel_pending=True, timeout=_FAREWELL)
-        # What belongs to the loop may be closed in the loop's own thread only. `pull_trigger` lets its lock go before it
-        # writes: a loop that is awake by then would have closed what it writes to.
+        # The loop's objects may only be closed in its own thread. `pull_trigger` releases its lock
+        # before it writes: a loop already awake would have closed the trigger by then.
         trigger = self._doors[0].trigger
         with trigger.lock:
             trigger.thunks.append(lambda: wasyncore.close_all(self._map))
@@ -135,35 +141,35 @@ class WsgiServer:
 
 
 class _Threads(ThreadedTaskDispatcher):
-    """Starts threads as they are needed: some more than have work, up to a limit. None ends before the server does."""
+    """Starts threads on demand: a few more than are busy, up to a limit. They end together."""
 
     def __init__(self, most: int, fit: Callable[[int], None]) -> None:
         super().__init__()
         self._most = most
         self._fit = fit
         self._short = False
-        """Whether the last thread that was wanted could not be started."""
+        """Whether the last thread could not be started."""
         self._growing = threading.Lock()
 
     def begin(self) -> None:
-        """Start the first ones. Raises RuntimeError."""
+        """Start the first threads. Raises RuntimeError."""
         self.set_thread_count(min(_FIRST_THREADS, self._most))
 
     def add_task(self, task: Any) -> None:
-        """Take in a request."""
+        """Queue a request."""
         with self._growing:
             self._grow()
         super().add_task(task)
 
     def shutdown(self, cancel_pending: bool = True, timeout: float = _FAREWELL) -> bool:  # noqa: FBT002 - waitress' signature
-        """End all threads; give up on those that take longer."""
+        """End all threads; abandon those that exceed the timeout."""
         with self._growing:
             self._most = 0
         stopped: bool = super().shutdown(cancel_pending, timeout)
         return stopped
 
     def start_new_thread(self, target: Any, thread_no: int) -> None:
-        """Start one. Raises RuntimeError."""
+        """Start a thread. Raises RuntimeError."""
         try:
             super().start_new_thread(target, thread_no)
         except RuntimeError:
@@ -173,7 +179,7 @@ class _Threads(ThreadedTaskDispatcher):
     def _grow(self) -> None:
         with self.lock:
             there = len(self.threads)
-            # Kept ahead of need: when no more can be started, those who wait must not hold all there are.
+            # Ahead of need: if no more can be started, waiting callers must not hold all of them.
             wanted = self.active_count + len(self.queue) + 1 + reserve(there)
         if wanted <= there or there >= self._most:
             return
@@ -196,7 +202,7 @@ class _Threads(ThreadedTaskDispatcher):
 
 
 def _connection_limit() -> int:
-    """Return how many connections the descriptors of this process allow, with enough left for what it does itself."""
+    """Return how many connections the descriptor limit allows, minus those reserved."""
     allowed = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if allowed == resource.RLIM_INFINITY:
         return _CONNECTIONS
@@ -204,10 +210,11 @@ def _connection_limit() -> int:
 
 
 class _Door(BaseWSGIServer):
-    """One listening socket. All of them share the places, which nobody keeps by being slow.
+    """One listening socket. All share the connection limit, which slow callers cannot exhaust.
 
-    Everybody gets in, also when all places are taken: whoever has been waited for longest has to go, with a request that is not
-    whole, or an answer that is not taken. Both come at once, in most cases, so that is hardly ever somebody who means well.
+    New connections are accepted even at the limit: the one that has kept us waiting longest is
+    closed, with an incomplete request or an unread answer. Both mostly arrive at once, so this
+    hardly ever hits a well-behaved caller.
     """
 
     def __init__(
@@ -244,13 +251,13 @@ class _Door(BaseWSGIServer):
         super().__init__(app, map_, _sock=listener, dispatcher=threads, adj=adjustments, sockinfo=known, bind_socket=False)
 
     def getsockname(self) -> tuple[str, str]:
-        """Give host and port."""
+        """Return host and port."""
         if self._is_unix:
             return "localhost", ""
         return socket.getnameinfo(self.socket.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
 
     def readable(self) -> bool:
-        """Whether somebody may come in; this is asked in each round of the loop."""
+        """Whether to accept connections; called in each round of the loop."""
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY
@@ -260,7 +267,7 @@ class _Door(BaseWSGIServer):
         return self.accepting and self._to_give() > 0
 
     def handle_accept(self) -> None:
-        """Let those in who wait outside, and others out for them."""
+        """Accept waiting connections, and close others to make room."""
         for _ in range(min(_AT_ONCE, self._to_give())):
             try:
                 accepted = self.accept()
@@ -268,24 +275,24 @@ class _Door(BaseWSGIServer):
                     break
                 self._let_in(*accepted)
             except OSError as error:
-                # It has gone already, or no descriptor is free.
+                # The peer has disconnected, or no descriptor is free.
                 _log.debug("cannot take in a connection", error=str(error))
                 break
         channels = self._channels()
         surplus = len(channels) - sum(channel.will_close for channel in channels) - self._places
         if surplus > 0:
             for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[:surplus]:
-                # It is closed in the next round: until then nobody else gets its descriptor.
+                # It is closed in the next round: until then its descriptor is not reused.
                 channel.cut_off()
 
     def add_task(self, task: _Channel) -> None:
-        """Have a request answered that has come whole, when the answer before it is taken."""
+        """Process a complete request once the previous answer has been received."""
         task.note_request()
         if not task.hold():
             super().add_task(task)
 
     def _drop_answers(self) -> None:
-        """Cut off those who have taken nothing for longest, while too much waits for all callers."""
+        """Close the connections idle for longest while too many bytes are unsent in total."""
         slow = sorted((c for c in self._channels() if c.total_outbufs_len and c.is_waiting()), key=_Channel.patience)
         surplus = sum(channel.total_outbufs_len for channel in slow) - _UNTAKEN_OF_ALL
         for channel in slow:
@@ -295,7 +302,7 @@ class _Door(BaseWSGIServer):
             channel.cut_off()
 
     def has_room_for_a_large_body(self) -> bool:
-        """Whether another one may come, by any door."""
+        """Whether another large body is allowed, over all sockets."""
         return sum(request.is_large for channel in self._channels() for request in channel.under_way()) < _LARGE_BODIES
 
     def _let_in(self, connection: socket.socket, address: Any) -> None:
@@ -315,17 +322,17 @@ class _Door(BaseWSGIServer):
             channel.peer = identify(connection)
 
     def _to_give(self) -> int:
-        """Count the places that somebody can have: those that are free, else those of whom can be let out."""
+        """Return how many connections can be accepted: the free ones, else the closable ones."""
         channels = self._channels()
         return max(self._places - len(channels), 0) or sum(map(_Channel.is_waiting, channels))
 
     def _channels(self) -> list[_Channel]:
-        """Return the connections of all doors."""
+        """Return the connections of all sockets."""
         return [channel for channel in self._map.values() if isinstance(channel, _Channel)]
 
 
 class _Nothing:
-    """Takes in a body, and keeps nothing of it."""
+    """Receives a body and discards it."""
 
     def append(self, piece: bytes) -> None:
         pass
@@ -341,28 +348,29 @@ class _Nothing:
 
 
 class _Parser(HTTPRequestParser):
-    """Reads to its end also a body that is not kept: a caller that is cut off while it sends sees no answer.
+    """Also reads a discarded body to its end: a caller cut off while sending sees no answer.
 
-    A body is kept when whoever sends it is known, and there is room. So what has no token costs no more than its connection.
+    A body is kept if its sender is known and there is room. So a request without a token costs no
+    more than its connection.
     """
 
     expect_continue: bool
     body_rcv: Any
     is_head = False
-    """Whether its answer has no body; known also of what cannot be read otherwise."""
+    """Whether its answer has no body; known even for otherwise unreadable requests."""
     is_large = False
-    """Whether its body is kept, and may be too long for memory."""
+    """Whether its body is kept and may be too long for memory."""
     unread = False
-    """Whether its body is not kept."""
+    """Whether its body is discarded."""
     _left = 0
 
     def __init__(self, adj: Any, keeps: Callable[[str | None, bool], bool]) -> None:
-        """`keeps` says whether a body is kept, by the Authorization header, and by whether it may be large."""
+        """`keeps` decides by the Authorization header and whether the body may be large."""
         super().__init__(adj)
         self._keeps = keeps
 
     def received(self, data: bytes) -> int:
-        """Take bytes; return how many."""
+        """Consume bytes; return how many."""
         if self._left:
             taken = min(len(data), self._left)
             self._left -= taken
@@ -373,7 +381,7 @@ class _Parser(HTTPRequestParser):
         try:
             consumed: int = super().received(data)
         except ValueError:
-            # Of a URL or a length that Python cannot read.
+            # A URL or length that Python cannot parse.
             self.error, self.completed = BadRequest("the request line or a header cannot be read"), True
             return len(data)
         if isinstance(self.error, RequestEntityTooLarge):
@@ -381,16 +389,16 @@ class _Parser(HTTPRequestParser):
         return consumed
 
     def parse_header(self, header_plus: bytes) -> None:
-        """Read the head of a request. Raises ParsingError."""
+        """Parse the head of a request. Raises ParsingError."""
         if header_plus.count(b"\n") <= _HEADERS + 1:
             super().parse_header(header_plus)
         else:
-            # As waitress does where it is too long.
+            # As waitress does for a head that is too long.
             super().parse_header(b"GET / HTTP/1.0\r\n")
             self.error = RequestHeaderFieldsTooLarge(f"exceeds {_HEADERS} headers")
         self._check_length(_CODINGS.findall(header_plus))
         if "close" in {option.strip(" \t").lower() for option in self.headers.get("CONNECTION", "").split(",")}:
-            # Waitress looks at the header as a whole.
+            # Waitress compares only the whole header.
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is not None:
             may_be_large = self.chunked or self.content_length >= _IN_MEMORY
@@ -400,7 +408,7 @@ class _Parser(HTTPRequestParser):
                 self._throw_body_away()
 
     def _check_length(self, codings: list[bytes]) -> None:
-        """Refuse what another program on the way may read as a body of another length (RFC 9112, 6.1 and 6.3)."""
+        """Reject framing that another program may read differently (RFC 9112, 6.1 and 6.3)."""
         plain = self.version == "1.1" and [coding.lower() for coding in codings] == [b"chunked"]
         if codings and ("CONTENT_LENGTH" in self.headers or not plain):
             raise ParsingError("Transfer-Encoding must be 'chunked', once, in HTTP/1.1, and without Content-Length")
@@ -409,13 +417,13 @@ class _Parser(HTTPRequestParser):
         self.unread = True
         self.body_rcv.buf = _Nothing()
         if self.expect_continue:
-            # Its sender waits to be told to go on, and gets its answer instead. What it sends all the same is no request.
+            # The sender waits for 100 Continue and gets its answer instead; more data is no request.
             self.expect_continue, self.body_rcv = False, None
             self.headers["CONNECTION"] = "close"
 
     def _refuse_body(self) -> None:
         if self.expect_continue or self.body_rcv is None:
-            # Its sender waits to be told to go on, and is told no.
+            # The sender waits for 100 Continue and gets the error.
             self.expect_continue = False
         elif self.content_length < _DRAIN_LIMIT:
             self._left = self.content_length
@@ -423,7 +431,7 @@ class _Parser(HTTPRequestParser):
 
 
 class _Problem(ErrorTask):
-    """Answers what waitress itself refuses (a broken request line, an oversized body) as the application would."""
+    """Answers waitress's own errors (bad request line, oversized body) as the application would."""
 
     def execute(self) -> None:
         """Write the answer."""
@@ -436,12 +444,12 @@ class _Problem(ErrorTask):
         self.response_headers += [("Content-Type", problems.MEDIA_TYPE), *HEADERS.items()]
         self.set_close_on_finish()
         self.content_length = len(body)
-        # Not `self.request`: after an error of ours that is made up.
+        # Not `self.request`, which is a dummy after an error of ours.
         self.write(b"" if self.channel.requests[0].is_head else body)
 
 
 class _Task(WSGITask):
-    """Asks the application; tells it who has connected, where that is known, and whether there was a body that is not kept."""
+    """Calls the application; adds the peer, if known, and whether a body was discarded."""
 
     def get_environment(self) -> dict[str, Any]:
         """Return the WSGI environment."""
@@ -457,7 +465,7 @@ class _Task(WSGITask):
         super().write(b"" if self.request.is_head else data)
 
     def finish(self) -> None:
-        """Write the head if it is not yet, and the end of a body in chunks, if there is one."""
+        """Write the head if that is still to be done, and the end of a chunked body."""
         if not self.request.is_head:
             super().finish()
         elif not self.wrote_header:
@@ -470,26 +478,26 @@ class _Channel(HTTPChannel):
     task_class = _Task
     error_task_class = _Problem
     peer: Callable[[], Peer | None] | None = None
-    """Says who has connected; set for a Unix socket."""
+    """Returns the peer; set for a Unix socket."""
 
     def __init__(self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any) -> None:  # noqa: A002 - waitress' name
         self._tls = connection if isinstance(connection, TlsSocket) else None
         self._since = time.monotonic()
-        """Since when its caller is waited for: it came then, was last seen with a request, or last took something."""
+        """Start of the wait for its caller: its connection, last request, or last receipt."""
         self._begun: float | None = None
-        """When the first byte after the last whole request came; an empty line is a byte too."""
+        """When the first byte after the last complete request came; an empty line counts."""
         self._held = False
-        """Whether a request waits until what was answered before is taken."""
+        """Whether a request waits until the previous answer has been received."""
         self._taken = 0
-        """Bytes that the caller has taken."""
+        """Bytes that the caller has received."""
         self._writing = False
-        """Whether a thread writes what it has made to the socket itself."""
+        """Whether a thread writes its data to the socket itself."""
         self._keeping_up = self._since, 0
-        """When what waits for the caller was last known to be taken fast enough, and what had been taken by then."""
+        """When the caller last kept up with its unsent data, and the bytes received by then."""
         super().__init__(server, connection, address, adj, map=map)
 
     def parser_class(self, adj: Any) -> _Parser:
-        """Make what reads the next request; waitress takes this for a class."""
+        """Return the parser for the next request; waitress expects a class here."""
         return _Parser(adj, self._keeps)
 
     def _keeps(self, authorization: str | None, may_be_large: bool) -> bool:
@@ -497,20 +505,20 @@ class _Channel(HTTPChannel):
         return self.server.knows(authorization, peer) and (not may_be_large or self.server.has_room_for_a_large_body())
 
     def under_way(self) -> list[_Parser]:
-        """Return the requests that have come whole, and the one that is coming, if any."""
+        """Return the complete requests, and the incomplete one, if any."""
         coming = self.request
         return [*self.requests, *([] if coming is None else [coming])]
 
     def is_waiting(self) -> bool:
-        """Whether its caller is waited for. Only the loop, which asks, takes in requests."""
+        """Whether it waits for its caller. Only the loop, which calls this, receives requests."""
         return not self.will_close and (self._held or not self.requests)
 
     def patience(self) -> float:
-        """Order those who wait, the first to go first: the one that has been waited for longest."""
+        """Return a sort key: the connection that has waited longest is closed first."""
         return self._since
 
     def is_late(self, now: float) -> bool:
-        """Whether its caller has been waited for long enough. The loop asks this all the time."""
+        """Whether its caller has timed out. The loop calls this all the time."""
         if not self.total_outbufs_len or self._taken - self._keeping_up[1] >= _LEAST:
             self._keeping_up = now, self._taken
         if self.total_outbufs_len:
@@ -526,16 +534,16 @@ class _Channel(HTTPChannel):
         return now - max(self._begun, self._since) > (_BODY_WITHIN if has_head else _HEAD_WITHIN)
 
     def cut_off(self) -> None:
-        """Have the loop close it, which also lets a thread go on that waits for its caller."""
+        """Make the loop close it, which also releases a thread that waits for its caller."""
         self.will_close = True
         with contextlib.suppress(OSError):
             if self.total_outbufs_len:
                 self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
-            # The loop waits until it can write, which is never where nothing is read.
+            # The loop waits until the socket is writable: never, if the peer does not read.
             self.socket.shutdown(socket.SHUT_RDWR)
 
     def hold(self) -> bool:
-        """Return whether its next request has to wait; the loop then takes it up."""
+        """Return whether its next request has to wait; the loop then resumes it."""
         self._held = self.total_outbufs_len > _UNTAKEN
         return self._held
 
@@ -545,7 +553,7 @@ class _Channel(HTTPChannel):
             self.server.task_dispatcher.add_task(self)
 
     def readable(self) -> bool:
-        """Whether more may be read; this is asked in each round of the loop, and whenever a thread has done its work."""
+        """Whether to read more; called in each round of the loop and whenever a thread is done."""
         self._go_on()
         return bool(super().readable())
 
@@ -558,10 +566,10 @@ class _Channel(HTTPChannel):
         return sent
 
     def write_soon(self, data: Any) -> int:
-        """Take a piece of an answer, when there is room for it."""
+        """Queue a piece of an answer once there is room for it."""
         super()._flush_outbufs_below_high_watermark()
         if not self.total_outbufs_len:
-            # From here on there is something to take. What the loop saw last may be long ago, if there was something each time.
+            # Unsent data begins here. The loop's last check may be old if data was always pending.
             self._keeping_up = time.monotonic(), self._taken
         self._writing = True
         try:
@@ -569,40 +577,40 @@ class _Channel(HTTPChannel):
         finally:
             self._writing = False
         if self.total_outbufs_len:
-            # The loop may have looked before the flag was off.
+            # The loop may have checked before the flag was cleared.
             self.server.pull_trigger()
         return taken
 
     def _flush_outbufs_below_high_watermark(self) -> None:
-        """Do not wait between two answers either, as waitress would: see `hold`."""
+        """Do not wait between two answers, unlike waitress: see `hold`."""
 
     def del_channel(self, map: Any = None) -> None:  # noqa: A002 - waitress' name
-        """Leave the loop, and close what has come of a body: its file is not to wait for Python to find out."""
+        """Leave the loop, and close a partial body, whose file must not wait for a collection."""
         super().del_channel(map)
         if self.request is not None:
             self.request.close()
 
     def handle_close(self) -> None:
-        """Close it, and throw away what was asked for."""
+        """Close it, and discard its requests."""
         super().handle_close()
         self._go_on()
 
     def note_request(self) -> None:
-        """Know that a request is there; a thread may say so, too."""
+        """Record the arrival of a request; may be called from a thread."""
         self._since, self._begun = time.monotonic(), None
 
     def received(self, data: bytes) -> bool:
-        """Take in bytes of requests, and note when."""
+        """Receive bytes of requests, and record when."""
         self._begun = self._begun or time.monotonic()
         taken: bool = super().received(data)
         self._bound()
         if self.request is not None and self._begun is None:
-            # Behind a whole one.
+            # After a complete request.
             self._begun = time.monotonic()
         return taken
 
     def _bound(self) -> None:
-        """Keep no more requests than may wait: the last of them ends the connection, as any answer may (RFC 9112, 9.3.2)."""
+        """Drop surplus requests; the last one kept ends the connection (RFC 9112, 9.3.2)."""
         with self.requests_lock:
             surplus = self.requests[_AHEAD:]
             if surplus:
@@ -612,19 +620,19 @@ class _Channel(HTTPChannel):
             request.close()
 
     def handle_read(self) -> None:
-        """Read what has come, if it is enough to make something of it."""
+        """Read what has arrived, if it is enough to process."""
         with contextlib.suppress(NotYet):
             super().handle_read()
 
     def writable(self) -> bool:
-        """Whether there is something to write; TLS may have something of its own."""
+        """Whether there is something to write; TLS may have data of its own."""
         if self._tls is not None and self._tls.wants_write:
             return True
-        # While a thread writes, its loop could only ask for the lock, again and again, and take the interpreter from that thread.
+        # While a thread writes, the loop could only contend for the lock and slow that thread.
         return bool(self.will_close if self._writing else super().writable())
 
     def handle_write(self) -> None:
-        """Write it."""
+        """Write pending data."""
         if self._tls is not None and self._tls.wants_write:
             self.handle_read()
         if self.socket is not None:

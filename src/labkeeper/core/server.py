@@ -153,7 +153,7 @@ class TerminalUse:
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """The activity of a running server, as reported by Jupyter. Times are seconds since the epoch."""
+    """A running server's activity, as reported by Jupyter. Times are seconds since the epoch."""
 
     last_activity: float | None
     """When its API, its local kernels or an open terminal were last used."""

@@ -1,1 +1,1 @@
-"""What each route does: ask the keeper, wait, answer. Decides nothing; `api.routes` has the table."""
+"""The handlers of the routes: ask the keeper, wait, answer. The table is in `api.routes`."""

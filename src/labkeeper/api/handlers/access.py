@@ -1,4 +1,4 @@
-"""Tokens, and who the caller is."""
+"""Tokens, and the caller's identity."""
 
 from __future__ import annotations
 

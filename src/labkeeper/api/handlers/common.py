@@ -1,4 +1,4 @@
-"""What handlers share: the caller, waiting for a state, answers in JSON."""
+"""Helpers that handlers share: the caller, waiting for a state, JSON answers."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ _RETRY_AFTER: Final = 10
 
 
 LOOK_EVERY: Final = 1.0
-"""Seconds between two looks at whether a caller still waits."""
+"""Interval in seconds between checks whether a waiting caller is still connected."""
 
 
 @contextmanager
 def patience(services: Services, seconds: float) -> Iterator[float]:
-    """Return how long to wait: not at all when too many callers wait already, so that this one is answered 202 at once."""
+    """Yield how long to wait: 0 if too many callers already wait, so that this one gets a 202."""
     waits = seconds > 0 and services.concurrency.acquire()
     try:
         yield seconds if waits else 0.0
@@ -55,7 +55,7 @@ def patience(services: Services, seconds: float) -> Iterator[float]:
 
 
 def wait_until(watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
-    """Wait as `Watch.until` does, but no longer than the caller does."""
+    """Wait as `Watch.until` does, but no longer than the caller stays connected."""
     end = time.monotonic() + timeout
     caller_is_gone = gone()
     last, held = first, False
@@ -68,7 +68,10 @@ def wait_until(watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapsh
 
 
 def _still_theirs(snapshot: Snapshot) -> Snapshot:
-    """Check that the caller may be told of a server yet; they have waited. Raises NotAuthenticated, ServerNotFound."""
+    """Check after a wait that the caller may still see the server.
+
+    Raises NotAuthenticated, ServerNotFound.
+    """
     if not g.still_valid():
         raise NotAuthenticated("cannot answer: the token was revoked, or has expired, meanwhile")
     if not caller().sees(snapshot):
@@ -77,7 +80,7 @@ def _still_theirs(snapshot: Snapshot) -> Snapshot:
 
 
 def acquire_stream(services: Services, what: str, instead: str) -> None:
-    """Count a caller that is answered for long, until `concurrency.release`. Raises CapacityReached."""
+    """Take a slot for a long answer, until `concurrency.release`. Raises CapacityReached."""
     if not services.concurrency.acquire():
         raise CapacityReached(
             f"cannot {what}: too many callers are waiting or streaming; {instead}, or try later", retry_after=_RETRY_AFTER
@@ -85,14 +88,14 @@ def acquire_stream(services: Services, what: str, instead: str) -> None:
 
 
 def live_answer(services: Services, pieces: Iterator[str], content_type: str) -> Response:
-    """Return an answer that goes on; its end releases what `acquire_stream` took."""
+    """Return a streaming answer; its end releases the slot that `acquire_stream` took."""
     answer = LiveResponse(pieces, content_type=content_type)
     answer.call_on_close(services.concurrency.release)
     return answer
 
 
 def find_server(services: Services, path: ServerPath) -> Snapshot:
-    """Return the server that a path names. Raises ServerNotFound, also for one that the caller may not see."""
+    """Return the server in a path. Raises ServerNotFound, even if only hidden from the caller."""
     return find(services.keeper, caller(), path.name)
 
 
@@ -103,7 +106,7 @@ def visible_servers(services: Services) -> list[Snapshot]:
 
 
 def server_answer(services: Services, snapshot: Snapshot) -> Server:
-    """Return a server as its caller sees it: without a link to its Lab for those who may only read."""
+    """Return a server as its caller may see it: readers get no link to its Lab."""
     endpoint = snapshot.endpoint
     may_open = endpoint is not None and caller().scope.covers(Scope.MANAGE)
     lab_url = _lab_url(services, snapshot, endpoint) if may_open and endpoint is not None else None
@@ -113,7 +116,7 @@ def server_answer(services: Services, snapshot: Snapshot) -> Server:
 def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
     if snapshot.state is not State.QUEUED:
         return None
-    # Of an older snapshot: the place that it would have now.
+    # For an outdated snapshot: the position that it would have now.
     others = [other for other in services.keeper.all() if other.name != snapshot.name]
     return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
 
@@ -124,11 +127,11 @@ def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
 
 
 def lab_root(services: Services, endpoint: Endpoint) -> str:
-    """Return a URL that works from where the caller asked: by the name that reached us, if the Lab listens there too."""
+    """Return the Lab's URL, with the host name of the request if the Lab listens there too."""
     host = services.advertised_host
     if host is None:
         bound = endpoint.hostname
-        # Over the Unix socket a caller may have no name for us.
+        # Over the Unix socket the request may have no host name.
         host = host_of(request.host) or "127.0.0.1" if addresses.is_wildcard(bound) else bound
     path = f"{endpoint.base_url.rstrip('/')}/"
     return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, path)
@@ -138,23 +141,23 @@ _T = TypeVar("_T")
 
 
 def answered(reply: _T | None) -> _T:
-    """Return the reply of a command, which each command has."""
+    """Return the reply to a command; every command has one."""
     if reply is None:
         raise TypeError("a command was not answered")
     return reply
 
 
 def json_answer(model: BaseModel, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
-    """Return a model as the answer."""
+    """Return a model as a JSON answer."""
     return model.model_dump(mode="json"), int(status), headers or {}
 
 
 def caller() -> Caller:
-    """Return who makes the request that is being handled."""
+    """Return the caller of the current request."""
     found: Caller = g.caller
     return found
 
 
 def origin() -> Origin:
-    """Return who makes the request that is being handled, for the events that follow from it."""
+    """Return the origin for events that follow from the current request."""
     return Origin(caller().actor, g.request_id)

@@ -1,4 +1,4 @@
-"""Why and when servers are culled, and snoozing it."""
+"""Explaining and snoozing the culling of servers."""
 
 from __future__ import annotations
 

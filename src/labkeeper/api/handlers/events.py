@@ -52,7 +52,7 @@ def list_webhooks(services: Services) -> Answer:
 def _events(services: Services, server: ServerName | None, query: EventQuery) -> Answer | Response:
     history = services.history
     after = _last_event_id(query)
-    # Else it is an event of another history: ours was begun anew, or is an older copy. Then none of it can be left out.
+    # Otherwise the id is from another history: ours is new, or an older copy. Then send all of it.
     is_ours = after is None or after <= history.last_id
     after = after if is_ours else 0
     if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
@@ -68,14 +68,14 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
 def _follow_events(services: Services, server: ServerName | None, after: int | None, *, is_ours: bool) -> Response:
     acquire_stream(services, "follow events", "read them without follow")
     history = services.history
-    # From the first one on, nobody has missed any.
+    # A caller that starts from the first event has missed none.
     missed = (history.forgotten(after) if after else 0) if is_ours else None
     entries = history.follow(history.last_id if after is None else after, server=server, look=LOOK_EVERY, within=caller().limits)
     return live_answer(services, server_sent(entries, missed, gone()), EVENT_STREAM)
 
 
 def _last_event_id(query: EventQuery) -> int | None:
-    """Return the last event that the caller knows; None where they want new ones only. Raises InvalidSpec."""
+    """Return the last event that the caller has; None for new events only. Raises InvalidSpec."""
     given = request.headers.get("Last-Event-ID", "").strip()
     if not given:
         return query.after

@@ -52,9 +52,9 @@ def open_link(services: Services, path: TicketPath) -> Response:
     snapshot = None if link is None else services.keeper.get(link.server)
     if link is None or snapshot is None or snapshot.endpoint is None or snapshot.generation != link.generation:
         return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
-    # Jupyter takes the token, sets its cookie, and sends the browser on to a page without it.
+    # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
     root = lab_root(services, snapshot.endpoint)
-    # Jupyter would take what stands before a colon for a scheme.
+    # Jupyter would parse anything before a colon as a scheme.
     next_page = (snapshot.endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
     target = f"{root}login?token={snapshot.endpoint.token}&next={quote(next_page, safe='')}"
     return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})

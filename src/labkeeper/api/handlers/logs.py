@@ -1,4 +1,4 @@
-"""The log of a server, as a whole or as it is written."""
+"""The log of a server, complete or streamed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from labkeeper.schema.queries import (
 )
 
 _FEW_LINES: Final = 1000
-"""Lines of a log that are read at once, for any number of callers."""
+"""Lines of a log that are read immediately, for any number of callers."""
 
 
 def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
@@ -39,7 +39,7 @@ def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
 
 @contextmanager
 def _turn_to_read(services: Services, name: ServerName, tail: int) -> Iterator[None]:
-    """Wait, in a place, until it is our turn to read much of a log: that takes a processor, which all share."""
+    """Hold a slot until it is our turn to read a long log, which occupies a shared processor."""
     if tail <= _FEW_LINES:
         yield
         return
@@ -58,7 +58,7 @@ def _follow(services: Services, name: ServerName, tail: int) -> Response:
 
 
 def _begun_in_turn(services: Services, lines: Iterator[str]) -> Iterator[str]:
-    """Return the same lines; what is there already is read before the first of them is given."""
+    """Yield the same lines; read the existing ones in turn before the first is yielded."""
     with services.log_readers:
         first = next(lines, "")
     yield first

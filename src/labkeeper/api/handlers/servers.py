@@ -168,7 +168,7 @@ def _start(services: Services, name: ServerName, command: Callable[[], Reply | N
 
 
 def _create(services: Services, spec: ServerSpec) -> Reply | None:
-    """Ask for a server; of one that is none of the caller's business they hear no more than that its name is taken."""
+    """Create a server. Of a server hidden from the caller, only reveal that its name is taken."""
     known = services.keeper.get(spec.name)
     if known is not None and not caller().sees(known):
         raise Conflict(f"cannot start server '{spec.name}': the name is taken; choose another one")
@@ -176,7 +176,7 @@ def _create(services: Services, spec: ServerSpec) -> Reply | None:
 
 
 def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
-    """Ask for one of many, and wait for nothing but the fleet's word."""
+    """Create one of many servers, waiting only for the fleet's reply."""
     watch = watching.enter_context(services.keeper.watch(spec.name))
     try:
         return _Begun(watch, answered(_create(services, spec)))
@@ -185,7 +185,7 @@ def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun 
 
 
 def _result(services: Services, name: ServerName, begun: _Begun | LabkeeperError, end: float) -> BulkResult:
-    """Wait until `end` for one of many; what went wrong with it is told, and holds up nobody."""
+    """Wait until `end` for one of many; an error is returned, so that it delays no other."""
     if isinstance(begun, LabkeeperError):
         return _refused(name, begun)
     left = max(0.0, end - time.monotonic())
@@ -199,7 +199,7 @@ def _result(services: Services, name: ServerName, begun: _Begun | LabkeeperError
 
 
 def _outcome(services: Services, begun: _Begun, snapshot: Snapshot, settled: bool) -> tuple[Server, HTTPStatus]:
-    """Return what a start has come to. Raises ServerFailed, Conflict."""
+    """Return the outcome of a start. Raises ServerFailed, Conflict."""
     if snapshot.state is State.FAILED:
         raise problems.start_failed(snapshot)
     if settled and snapshot.state is State.STOPPED:
@@ -223,7 +223,7 @@ def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) 
 
 @dataclass(frozen=True, slots=True)
 class _Begun:
-    """A start that the fleet has taken."""
+    """A start that the fleet has accepted."""
 
     watch: Watch
     reply: Reply
@@ -235,7 +235,7 @@ def _refused(name: ServerName, error: LabkeeperError) -> BulkResult:
 
 
 def _overall(statuses: Collection[int]) -> HTTPStatus:
-    """Return the status of an answer about many."""
+    """Return the overall status of several results."""
     if any(status >= HTTPStatus.BAD_REQUEST for status in statuses):
         return HTTPStatus.MULTI_STATUS
     return HTTPStatus.ACCEPTED if HTTPStatus.ACCEPTED in statuses else HTTPStatus.OK
