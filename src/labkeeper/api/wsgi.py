@@ -105,9 +105,9 @@ class WsgiServer:
     ) -> None:
         """With a certificate it speaks TLS, except on Unix sockets.
 
-        `knows` decides without blocking, from the Authorization header and the peer, whether to keep
-        a body; the application is called in any case. `fit` is called with the possible number of
-        threads whenever that changes.
+        `knows` decides without blocking, from the Authorization header and the peer, whether to
+        keep a body; the application is called in any case. `fit` is called with the possible number
+        of threads whenever that changes.
         """
         self._map: dict[int, Any] = {}
         self._threads = _Threads(threads, fit)
@@ -141,7 +141,7 @@ class WsgiServer:
 
 
 class _Threads(ThreadedTaskDispatcher):
-    """Starts threads on demand: a few more than are busy, up to a limit. They end together."""
+    """Starts threads on demand, a few more than busy, up to a limit; none ends early."""
 
     def __init__(self, most: int, fit: Callable[[int], None]) -> None:
         super().__init__()
@@ -417,7 +417,7 @@ class _Parser(HTTPRequestParser):
         self.unread = True
         self.body_rcv.buf = _Nothing()
         if self.expect_continue:
-            # The sender waits for 100 Continue and gets its answer instead; more data is no request.
+            # The sender waits for 100 Continue and gets its answer instead. More data is dropped.
             self.expect_continue, self.body_rcv = False, None
             self.headers["CONNECTION"] = "close"
 
