@@ -1,1 +1,1 @@
-"""Who callers are, and what they may do."""
+"""Authentication: the identity of callers, and their permissions."""

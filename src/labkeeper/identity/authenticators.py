@@ -1,4 +1,4 @@
-"""Ways in which a caller can prove who they are. Each is an `Authenticator`; the keeper asks one after the other."""
+"""The ways to authenticate a caller. Each is an `Authenticator`; the keeper tries them in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labkeeper.identity.tokens import Tokens
 
 @dataclass(frozen=True, slots=True)
 class Credentials:
-    """What a request shows of its caller."""
+    """The credentials that a request presents."""
 
     authorization: str | None
     """The Authorization header."""
@@ -27,7 +27,7 @@ class Credentials:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """A caller who has been authenticated."""
+    """An authenticated caller."""
 
     caller: Caller
     still_valid: Callable[[], bool] = lambda: True
@@ -38,10 +38,10 @@ class Authenticator(Protocol):
     """One way to authenticate callers. Thread-safe."""
 
     def authenticate(self, shown: Credentials) -> Identity | None:
-        """Return the caller, or None for credentials of another kind. Raises NotAuthenticated if they are invalid."""
+        """Return the caller, or None for other kinds of credentials. Raises NotAuthenticated."""
 
     def may_accept(self, shown: Credentials) -> bool:
-        """Whether it may accept the credentials, as far as that can be told without blocking."""
+        """Whether it may accept the credentials, judged without blocking."""
 
 
 class OpenAuthenticator:
@@ -57,7 +57,7 @@ class OpenAuthenticator:
 
 
 class TokenAuthenticator:
-    """Accepts the owner's token, and scoped ones, as bearer tokens (RFC 6750)."""
+    """Accepts the owner's token and scoped tokens as bearer tokens (RFC 6750)."""
 
     def __init__(self, tokens: Tokens) -> None:
         self._tokens = tokens
@@ -74,10 +74,10 @@ class TokenAuthenticator:
 
 
 class PeerAuthenticator:
-    """Accepts the keeper's own user and root over the Unix socket, without a token; but no process of a server."""
+    """Accepts the keeper's own user and root over the Unix socket, except processes of servers."""
 
     def __init__(self, is_server: Callable[[int], bool]) -> None:
-        """`is_server` says whether a process belongs to one of the keeper's servers."""
+        """`is_server` returns whether a process belongs to one of the keeper's servers."""
         self._is_server = is_server
 
     def authenticate(self, shown: Credentials) -> Identity | None:
@@ -91,12 +91,12 @@ class PeerAuthenticator:
         return Identity(Caller(f"user:{name}", Scope.ADMIN))
 
     def may_accept(self, shown: Credentials) -> bool:
-        """See `Authenticator`. Whether the peer is a server is not checked: a process can block readers of its files in /proc."""
+        """See `Authenticator`. Not checked for servers: a process can block reads of its /proc."""
         return shown.authorization is None and shown.peer is not None and shown.peer.uid in {0, os.geteuid()}
 
 
 def authenticate(authenticators: Iterable[Authenticator], shown: Credentials) -> Identity:
-    """Return who is asking. Raises NotAuthenticated."""
+    """Return the caller's identity. Raises NotAuthenticated."""
     for authenticator in authenticators:
         if (identity := authenticator.authenticate(shown)) is not None:
             return identity

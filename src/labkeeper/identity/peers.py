@@ -1,4 +1,4 @@
-"""Who is at the other end of a Unix socket, as the kernel says, whatever the caller says."""
+"""The peer of a Unix socket, as reported by the kernel, regardless of the caller's claims."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Final
 import psutil
 
 PEER: Final = "labkeeper.peer"
-"""The key in the WSGI environment. Headers of a request have keys of their own, `HTTP_...`, so none can forge it."""
+"""The key in the WSGI environment. Request headers have `HTTP_...` keys, so none can forge it."""
 UNREAD: Final = "labkeeper.unread"
-"""Another one: it says that the request had a body, of which nothing was kept."""
+"""Another key: the request had a body, which was discarded."""
 _CREDENTIALS: Final = struct.Struct("3i")
 """pid, uid, gid: `struct ucred` of unix(7)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The process that has connected, and its user and group at that moment."""
+    """A connected process, with its user and group at the time of the connection."""
 
     pid: int
     uid: int
@@ -29,16 +29,16 @@ class Peer:
 
 
 def identify(connection: socket.socket) -> Callable[[], Peer | None]:
-    """Find out who has connected; what is given says it for each request, and None where nobody can be named.
+    """Return a function that returns the peer at each request, or None if it is unknown.
 
-    That is so where the system does not tell, and when the process has ended: its pid may be somebody else's by then, while
-    another process goes on with its connection.
+    It is unknown if the system does not report it, or once the process has ended: its pid may have
+    been reused while another process keeps the connection.
     """
     if sys.platform != "linux":
         return _nobody
     peer = Peer(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
     try:
-        # It remembers when the process started.
+        # It records the start time of the process.
         process = psutil.Process(peer.pid)
     except psutil.Error:
         return _nobody

@@ -1,7 +1,8 @@
-"""Tokens of the API: made, shown once, known again by their hashes, revoked.
+"""API tokens: created, shown once, recognised by their hashes, revoked.
 
-A token reads `lk_ID_SECRET`. By its id it is found, by its hash it is compared, in constant time; of the secret nothing is kept.
-The owner's token, from the state directory or the settings, stands beside them and may do everything.
+A token reads `lk_ID_SECRET`. The id finds its record, and the hash is compared in constant time;
+the secret is not stored. The owner's token, from the state directory or the settings, is kept apart
+and has every permission.
 """
 
 from __future__ import annotations
@@ -21,33 +22,33 @@ from labkeeper.core.messages import KEEPER, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, TokenStore
 
 OWNER: Final = Caller("token:owner", Scope.ADMIN)
-"""Whoever shows the owner's token."""
+"""The caller that presents the owner's token."""
 
 _FORM: Final = re.compile(r"lk_([0-9a-f]{12})_[A-Za-z0-9_-]{43}")
 _MOST: Final = 1000
 _USE_EVERY: Final = 60.0
-"""Seconds in which one use of a token is written down at most."""
+"""Minimum interval in seconds between records of a token's use."""
 _NO_TOKEN: Final = 64 * "-"
-"""The hash of nothing that anybody can show."""
+"""Matches the hash of no token."""
 
 
 class Tokens:
-    """Knows all of them. Thread-safe."""
+    """All API tokens. Thread-safe."""
 
     def __init__(self, store: TokenStore, clock: Clock, event_log: EventLog, *, owner: str | None) -> None:
-        """`owner` is the owner's token; with None there is none. Raises StoreError."""
+        """`owner` is the owner's token, or None for none. Raises StoreError."""
         self._store = store
         self._clock = clock
         self._event_log = event_log
         self._owner = _NO_TOKEN if owner is None else _digest(owner)
         self._changing = threading.Lock()
         self._known = {token.id: token for token in store.tokens()}
-        """By their ids. Replaced, never altered: it is read without the lock."""
+        """By id. Replaced, never modified: it is read without the lock."""
         self._to_forget: dict[str, Token] = {}
-        """Those that are good no more, and that the store still holds."""
+        """Revoked tokens that are still in the store."""
 
     def caller(self, shown: str) -> tuple[Caller, Callable[[], bool]]:
-        """Return who shows a token, and give what says whether it is still good. Raises NotAuthenticated."""
+        """Return a token's caller and a check of its validity. Raises NotAuthenticated."""
         token = self._recognise(shown)
         if token is None:
             return OWNER, lambda: True
@@ -55,7 +56,7 @@ class Tokens:
         return token.caller, lambda: self._is_good(token.id)
 
     def knows(self, shown: str) -> bool:
-        """Whether a token is good. Unlike `caller` this notes no use, so it waits for no disk."""
+        """Whether a token is valid. Unlike `caller`, records no use and never waits for a disk."""
         try:
             self._recognise(shown)
         except NotAuthenticated:
@@ -63,7 +64,7 @@ class Tokens:
         return True
 
     def _recognise(self, shown: str) -> Token | None:
-        """Return the token that is shown; None for the owner's. Raises NotAuthenticated."""
+        """Return the matching token; None for the owner's. Raises NotAuthenticated."""
         digest = _digest(shown)
         if hmac.compare_digest(digest, self._owner):
             return None
@@ -79,15 +80,15 @@ class Tokens:
         return token
 
     def all(self) -> list[Token]:
-        """Return all but the owner's, by name."""
+        """Return all tokens except the owner's, by name."""
         return sorted(self._listed(), key=lambda token: token.name)
 
     def make(
         self, name: str, scope: Scope, limits: TokenLimits, *, lifetime: float | None, origin: Origin = KEEPER
     ) -> tuple[Token, str]:
-        """Make a token that is good for `lifetime` seconds, or for ever; give it in words, too: they are not kept.
+        """Create a token, valid for `lifetime` seconds or forever; return it with its text.
 
-        Raises Conflict, CapacityReached, StoreError.
+        The text is not stored. Raises Conflict, CapacityReached, StoreError.
         """
         id_ = secrets.token_hex(6)
         text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
@@ -105,15 +106,15 @@ class Tokens:
         return token, text
 
     def revoke(self, name: str, *, origin: Origin = KEEPER) -> Token:
-        """Let a token be good no more, at once; give it.
+        """Revoke a token immediately; return it.
 
-        Raises TokenNotFound, and StoreError where the next keeper would know it again: then revoke it once more.
+        Raises TokenNotFound, and StoreError if the next keeper would accept it: revoke it again.
         """
         with self._changing:
             token = next((token for token in self._listed() if token.name == name), None)
             if token is None:
                 raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has the names there are")
-            # First here, then on the disk: that may be full.
+            # In memory first: the disk may be full.
             self._known = {id_: other for id_, other in self._known.items() if id_ != token.id}
             self._to_forget[token.id] = token
             self._store.forget_token(token.id)
@@ -139,7 +140,7 @@ class Tokens:
             try:
                 self._store.save_token(used)
             except StoreError:
-                return  # It has logged it; that a token was used is no reason to refuse it.
+                return  # The store has logged the error, which is no reason to reject the token.
 
     def _tell(self, message: str, token: Token, origin: Origin) -> None:
         self._event_log.record(
