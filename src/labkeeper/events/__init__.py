@@ -1,1 +1,1 @@
-"""What happened: written down as it happens, told to whoever follows, and posted to a webhook."""
+"""Events: recorded as they happen, streamed to callers, and posted to a webhook."""

@@ -1,6 +1,7 @@
-"""The event log: stores each change of a server, and whatever else happens, and lets callers follow.
+"""The event log: stores each server change and other events, and streams them to callers.
 
-Whoever follows reads at a pace of their own: the newest entries from memory, older ones from the store. Nobody waits for them.
+Callers read at their own pace: the newest entries from memory, older ones from the store. They
+delay no writer.
 """
 
 from __future__ import annotations
@@ -19,18 +20,21 @@ from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.events import messages
 
 _IN_MEMORY: Final = 1000
-"""Entries that are kept at hand: those that who follows reads, and all that are not stored yet."""
+"""Entries kept in memory: for streaming callers, and all that are not stored yet."""
 _PAGE: Final = 500
-"""Entries that are read from the store together, for whoever is further behind."""
+"""Entries read from the store at a time, for callers that are further behind."""
 
 
 class EventLog:
-    """See `core.ports.EventLog` and `core.ports.Listener`. Thread-safe."""
+    """See `core.ports.EventLog` and `core.ports.Subscriber`. Thread-safe."""
 
     def __init__(
         self, store: HistoryStore, clock: Clock, *, size: int, subscribers: Sequence[Callable[[HistoryEntry], None]] = ()
     ) -> None:
-        """`size` is how many entries are kept; subscribers, called with each, must not block or raise. Raises StoreError."""
+        """`size` is the number of entries to keep; subscribers must not block or raise.
+
+        Raises StoreError.
+        """
         self._store = store
         self._clock = clock
         self._size = size
@@ -39,10 +43,10 @@ class EventLog:
         self._last = store.last_id()
         self._recent: deque[HistoryEntry] = deque(maxlen=min(_IN_MEMORY, size))
         self._stored = self._last
-        """The id up to which all is in the store."""
+        """All entries up to this id are stored."""
         self._closed = False
         self._specs: dict[ServerName, ServerSpec] = {}
-        """Of the servers that there are, as the last change has them."""
+        """The specs of the existing servers as of their last change."""
 
     @property
     def last_id(self) -> int:
@@ -50,11 +54,11 @@ class EventLog:
         return self._last
 
     def forgotten(self, after: int) -> int:
-        """Count the entries newer than an id that are known no more. Raises StoreError."""
+        """Return the number of dropped entries newer than an id. Raises StoreError."""
         return self._store.forgotten(after)
 
     def changed(self, change: Change) -> None:
-        """Write down one change of a server."""
+        """Record a change of a server."""
         kind, after = messages.kind_of(change), change.after
         self._specs[after.name] = after.spec
         if kind is not None:
@@ -73,26 +77,26 @@ class EventLog:
         generation: int | None = None,
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """Write down something else."""
+        """Record another event."""
         self._add(HistoryEntry(0, self._clock.time(), kind, server, message, origin, generation, dict(details or {})))
 
     def orphans(self, server: ServerName, pids: Collection[int]) -> None:
-        """Write down what an earlier keeper had left."""
+        """Record the leftovers of an earlier keeper."""
         many = f"{len(pids)} process{'es' if len(pids) > 1 else ''}"
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Return the newest entries, the oldest of them first. Raises StoreError."""
+        """Return the newest entries, oldest first. Raises StoreError."""
         with self._news:
             unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, within)]
         return [*self._store.latest(server=server, limit=limit, within=within), *unsaved][-limit:]
 
     def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Return the oldest entries that are newer than an id. Raises StoreError."""
+        """Return the oldest entries newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
-        # Ids have no gaps: when the one that follows is at hand, all that follow are.
+        # Ids have no gaps: if the next one is in memory, so are all later ones.
         if after >= self._last or (recent and recent[0].id <= after + 1):
             return [e for e in recent if e.id > after and concerns(e, server, within)][:limit]
         return self._store.remembered(after=after, server=server, limit=limit, within=within)
@@ -100,15 +104,15 @@ class EventLog:
     def follow(
         self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
     ) -> Iterator[HistoryEntry | None]:
-        """Return entries newer than an id as they come; None each `look` seconds in which none does. Ends when this is closed.
+        """Yield entries newer than an id as they arrive; None after `look` seconds without one.
 
-        Raises StoreError.
+        Ends after `close`. Raises StoreError.
         """
         while True:
             newest = self._last
             page = self.after(after, server=server, limit=_PAGE, within=within)
             yield from page
-            # What is no newer than that, and not in the page, is somebody else's.
+            # Entries up to `newest` that are not in the page do not concern this caller.
             after = page[-1].id if len(page) == _PAGE else max(after, newest, *(entry.id for entry in page[-1:]))
             with self._news:
                 if self._last > after:
@@ -120,7 +124,7 @@ class EventLog:
                 yield None
 
     def close(self) -> None:
-        """Let all who follow come to their end."""
+        """End all streams."""
         with self._news:
             self._closed = True
             self._news.notify_all()
@@ -138,9 +142,9 @@ class EventLog:
             hear(entry)
 
     def _save(self) -> None:
-        """Bring the store up to date; what cannot be written now is written with the next entry."""
+        """Save new entries; those that cannot be written now are saved with the next entry."""
         try:
             self._store.remember([entry for entry in self._recent if entry.id > self._stored], keep=self._size)
         except StoreError:
-            return  # It has logged it; the change itself counts more than its story.
+            return  # The store has logged it; the change itself matters more than its record.
         self._stored = self._last

@@ -1,4 +1,4 @@
-"""What a change of a server is called in the history: for people a sentence, for programs its facts."""
+"""Server changes as history entries: a sentence for people, facts for programs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _GOALS: Final = {
 }
 
 _KINDS: Final = {Event.GATEWAY: HistoryKind.GATEWAY, Event.SNOOZE: HistoryKind.SNOOZED}
-"""What the events tell of that move neither the state nor the goal."""
+"""The kinds of events that change neither the state nor the goal."""
 
 
 def kind_of(change: Change) -> HistoryKind | None:
-    """Return what a change tells of; None where it is nothing to remember."""
+    """Return the kind of a change; None if it is not recorded."""
     before, after = change.before, change.after
     if before is None or before.state is not after.state:
         return HistoryKind.STATE
@@ -33,7 +33,7 @@ def kind_of(change: Change) -> HistoryKind | None:
 
 
 def sentence(change: Change) -> str:
-    """Return what happened, for people."""
+    """Return a description of the change for people."""
     match kind_of(change):
         case HistoryKind.GATEWAY:
             what = _gateway(change.after)
@@ -47,7 +47,7 @@ def sentence(change: Change) -> str:
 
 
 def facts(change: Change) -> dict[str, object]:
-    """Return what a program wants to know; what does not apply is left out."""
+    """Return the facts for programs, omitting those that do not apply."""
     before, after = change.before, change.after
     told: dict[str, object] = {
         "event": str(change.event),
@@ -81,12 +81,12 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 
 def _adopted(change: Change) -> bool:
-    """Whether it was found alive after it was lost sight of: by an earlier keeper, most often."""
+    """Whether it was found alive after being lost, mostly by a new keeper."""
     return change.before is not None and change.before.state is State.LOST and change.event in {Event.SEEN, Event.READY}
 
 
 def _seconds(change: Change) -> float:
-    """Return how long the state before lasted."""
+    """Return how long the previous state lasted, in seconds."""
     return 0.0 if change.before is None else round(max(0.0, change.after.since - change.before.since), 3)
 
 

@@ -1,7 +1,8 @@
-"""A webhook: each entry of the history is posted to a URL, signed, in order, until it is taken or given up.
+"""Webhooks: each history entry is posted to a URL, signed, in order, until accepted or given up.
 
-The form is that of the Standard Webhooks (standardwebhooks.com): the headers `webhook-id`, `webhook-timestamp` and
-`webhook-signature`, an HMAC-SHA256 over both and the body. An entry may come twice, and then with the same id.
+The format is Standard Webhooks (standardwebhooks.com): the headers `webhook-id`,
+`webhook-timestamp` and `webhook-signature`, an HMAC-SHA256 over both and the body. An entry may be
+delivered twice, then with the same id.
 """
 
 from __future__ import annotations
@@ -36,38 +37,38 @@ if TYPE_CHECKING:
 _TIMEOUT: Final = 10.0
 """Seconds for one POST."""
 _FIRST_PAUSE: Final = 1.0
-"""Seconds after a POST that failed until the next; doubled each time."""
+"""Delay in seconds after a failed POST; doubled each time."""
 _LONGEST_PAUSE: Final = 300.0
 _GIVEN_UP_AFTER: Final = 86400.0
-"""Seconds after which an entry that was never taken is dead."""
+"""Seconds after which an undelivered entry is dead."""
 _PIECES: Final = 3
-"""How many pieces of an answer's body are waited for, as they come over the network. What it says does not count."""
+"""Chunks of a response body to read. Its content does not matter."""
 _LOOK_EVERY: Final = 0.5
 _PAGE: Final = 100
 _LAST_WORDS: Final = 2.0
-"""Seconds for what is still to be told when the keeper ends, where the other side has answered well before."""
+"""Seconds for pending entries when the keeper ends, if the receiver was responsive before."""
 _LATER: Final = frozenset({408, 425, 429})
-"""Refusals that hold for this moment; another 4xx holds for good."""
+"""Temporary client errors; any other 4xx is permanent."""
 _KEY_BYTES: Final = range(24, 65)
-"""As the Standard Webhooks have it."""
+"""As required by Standard Webhooks."""
 _KEY_PREFIX: Final = "whsec_"
 
 _log = structlog.get_logger("labkeeper.events.webhooks")
 
 
 class WebhookStore(Protocol):
-    """Where a keeper notes how far it has told."""
+    """Where a keeper stores its progress."""
 
     def webhook(self, url: str) -> tuple[int, int, int] | None:
-        """Return the last entry that was told, how many were taken, how many are dead. Raises StoreError."""
+        """Return the last posted entry, and how many are delivered and dead. Raises StoreError."""
 
     def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
-        """Keep the same. Raises StoreError."""
+        """Store the same. Raises StoreError."""
 
 
 @dataclass(slots=True)
 class Webhook:
-    """Tells one URL, in a thread of its own."""
+    """Posts to one URL, in a thread of its own."""
 
     url: str
     key: bytes = field(repr=False)
@@ -75,7 +76,7 @@ class Webhook:
     store: WebhookStore
     clock: Clock
     body_of: Callable[[HistoryEntry], Mapping[str, Any]]
-    """Gives an entry as callers of the API see it."""
+    """Returns an entry as the API presents it."""
     _threads: ThreadGroup = field(default_factory=ThreadGroup)
     _client: httpx.Client | None = None
     _told: int = 0
@@ -85,17 +86,17 @@ class Webhook:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
-        """Go on where an earlier keeper ended; one that was never told begins with what comes now. Raises StoreError."""
+        """Resume where an earlier keeper ended, or begin with new entries. Raises StoreError."""
         known = self.store.webhook(self.url)
         told, self._delivered, self._dead = known or (self.event_log.last_id, 0, 0)
-        # The history may have lost its end, on a disk that was full: its next events have numbers that were told before.
+        # A full disk may have cost the end of the history, whose ids are then used again.
         self._told = min(told, self.event_log.last_id)
         if known is None:
             self._note()
         self._threads.watch("webhook", self._round, every=lambda: _LOOK_EVERY)
 
     def close(self) -> None:
-        """End; what could not be told yet is left for the next keeper."""
+        """Stop; pending entries are left to the next keeper."""
         self._threads.close()
         self._last_words()
         if self._client is not None:
@@ -107,7 +108,7 @@ class Webhook:
         return self._threads.failing
 
     def status(self) -> WebhookStatus:
-        """Return how it fares."""
+        """Return the state of the webhook."""
         with self._lock:
             pending = self.event_log.last_id - self._told
             return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
@@ -119,14 +120,14 @@ class Webhook:
                     return
 
     def _due(self) -> list[HistoryEntry]:
-        """Return the entries that are to be told next."""
+        """Return the next entries to post."""
         try:
             return self.event_log.after(self._told, server=None, limit=_PAGE)
         except StoreError:
-            return []  # It has logged it, and is asked again.
+            return []  # The store has logged it; the next round retries.
 
     def _last_words(self) -> None:
-        """Tell the rest, each once, while the other side takes it, and no longer than for a moment."""
+        """Post each pending entry once while the receiver accepts them, for a moment at most."""
         end = self.clock.monotonic() + _LAST_WORDS
         for entry in self._due():
             if self._error is not None or self.clock.monotonic() > end:
@@ -136,7 +137,7 @@ class Webhook:
                 self._over(entry, taken=True)
 
     def _tell_until_done(self, entry: HistoryEntry) -> bool:
-        """Post an entry until it is taken or dead; return whether it is one of these, and not the keeper's end."""
+        """Post an entry until it is accepted or dead; return False if the keeper ends before."""
         pause = _FIRST_PAUSE
         while (refused := self._post(entry)) is not None:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
@@ -155,7 +156,7 @@ class Webhook:
 
     def _over(self, entry: HistoryEntry, *, taken: bool) -> None:
         with self._lock:
-            # What has fallen out of the history before it is dead, too.
+            # Entries that were dropped from the history before this one are dead, too.
             self._dead += entry.id - self._told - taken
             self._told = entry.id
             self._delivered += taken
@@ -165,19 +166,19 @@ class Webhook:
         try:
             self.store.note_webhook(self.url, self._told, self._delivered, self._dead)
         except StoreError:
-            return  # It has logged it. An entry that is told twice has the same id.
+            return  # The store has logged it. A duplicate delivery has the same id.
 
     def _post(self, entry: HistoryEntry, *, within: float = _TIMEOUT) -> _Refused | None:
         import httpx  # noqa: PLC0415 - late: most keepers have no webhook, and it takes long to load
 
         body = json.dumps(self.body_of(entry), separators=(",", ":")).encode()
-        # With its moment: a history that was begun anew, or has lost its end, gives numbers a second time.
+        # Includes the time: a new or truncated history uses ids again.
         headers = signed(self.key, f"event_{entry.id}_{round(entry.at * 1000)}", self.clock.time(), body)
         try:
             self._client = self._client or httpx.Client(follow_redirects=False)
             with self._client.stream("POST", self.url, content=body, headers=headers, timeout=within) as answer:
                 refused = None if answer.is_success else _refusal(answer)
-                # A short body is taken in, so that the connection can be used again; of another one it is the end.
+                # Read a short body, so that the connection can be reused; a long one ends it.
                 with contextlib.suppress(httpx.HTTPError):
                     deque(islice(answer.iter_raw(), _PIECES), maxlen=0)
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -194,7 +195,7 @@ class _Refused:
     why: str
     for_good: bool = False
     not_before: float = 0.0
-    """Seconds that the other side asks to be left alone."""
+    """Seconds to wait, as requested by the receiver."""
 
 
 def _refusal(answer: httpx.Response) -> _Refused:
@@ -205,7 +206,7 @@ def _refusal(answer: httpx.Response) -> _Refused:
 
 
 def signed(key: bytes, message_id: str, at: float, body: bytes) -> dict[str, str]:
-    """Make the headers of a POST."""
+    """Return the headers of a POST."""
     moment = str(int(at))
     mac = hmac.digest(key, f"{message_id}.{moment}.".encode() + body, hashlib.sha256)
     return {
@@ -218,7 +219,7 @@ def signed(key: bytes, message_id: str, at: float, body: bytes) -> dict[str, str
 
 
 def key_of(secret: str) -> bytes:
-    """Read a secret. Raises ValueError with the rule where it is none."""
+    """Parse a secret. Raises ValueError with the rule."""
     try:
         key = base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)
     except (binascii.Error, ValueError):
@@ -230,6 +231,6 @@ def key_of(secret: str) -> bytes:
 
 
 def place_of(url: str) -> str:
-    """Return the part of a URL that can be shown."""
+    """Return the part of a URL that may be shown."""
     parts = urlsplit(url)
     return addresses.url(parts.scheme, parts.hostname or "", parts.port)
