@@ -1,11 +1,11 @@
-"""The Python client: one method for each route, typed answers, and the errors of `labkeeper.core.errors`.
+"""The Python client: one method per route, typed answers, the errors of `labkeeper.core.errors`.
 
     with Client("http://127.0.0.1:8000", token="...") as keeper:
         server = keeper.create(name="demo", gateway={"url": "http://gateway:8888"})
         print(server.lab_url)
 
-No exception of httpx or pydantic leaves this package. Foreign errors are translated in two places: `connection.Translated` for
-what goes wrong on the way, `answers.checked` for what comes back.
+No exception of httpx or pydantic leaves this package. They are translated in two places:
+`connection.Translated` for transport errors, `reading.checked` for answers.
 """
 
 from labkeeper.client.calls import LONGEST_WAIT

@@ -1,6 +1,7 @@
-"""Every route of the API as a request and how to read its answer; nothing is sent here.
+"""Every route of the API as a request and the parser of its answer; nothing is sent here.
 
-Each method of `Client` and of `AsyncClient` is made from one of these: it takes the same arguments, and returns what is read.
+Each method of `Client` and `AsyncClient` is made from one of these: it takes the same arguments and
+returns the parsed answer.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 LONGEST_WAIT: Final = 3600.0
-"""Seconds; the API refuses to wait longer."""
+"""Seconds; the API rejects a longer wait."""
 PathText = str | os.PathLike[str]
 
 
@@ -57,24 +58,24 @@ class Call(Generic[_T]):
     method: str
     path: str
     read: Callable[[httpx.Response], _T]
-    """Returns what the answer says, or raises its error."""
+    """Returns the parsed answer, or raises its error."""
     query: Mapping[str, Any] = field(default_factory=dict)
     body: Mapping[str, Any] | None = None
     patience: float | None = 0.0
-    """Seconds that the keeper may wait for a server before it answers; None: any number."""
+    """Seconds that the keeper may wait for a server before it answers; None: unlimited."""
 
 
 @dataclass(frozen=True, slots=True)
 class Stream(Generic[_T]):
-    """One request whose answer goes on."""
+    """One request with a streaming answer."""
 
     path: str
     item: Callable[[str], _T | None]
-    """Returns what a line says; None for one that says nothing."""
+    """Returns the parsed line; None to skip it."""
     query: Mapping[str, Any]
 
     def items(self, lines: Iterable[str]) -> Iterator[_T]:
-        """Return what lines say."""
+        """Return the parsed lines."""
         return (item for item in map(self.item, lines) if item is not None)
 
 
@@ -86,21 +87,25 @@ class Calls:
     def create(
         self, request: ServerRequest | Mapping[str, Any] | None = None, /, *, wait: float | None = None, **fields: Any
     ) -> Call[Server]:
-        """Create a server as `request` says, with `fields` over it, and start it; the same request finds the same server.
+        """Create a server from `request`, overridden by `fields`, and start it. Idempotent.
 
-        Waits at most `wait` seconds (default: until it is ready or has failed); `state` of the answer is where it stands.
-        Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout, BackendError.
+        Waits at most `wait` seconds (default: until it is ready or has failed); see `state` of the
+        answer. Raises InvalidSpec, Conflict, CapacityReached, StartFailed, StartTimeout,
+        BackendError.
         """
         return _server("POST", "/api/servers", wait, body=_merged(request, fields))
 
     def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
-        """Return a server; with `wait_for`, once it is in that state, or after `wait` seconds. Raises ServerNotFound."""
+        """Return a server; with `wait_for`, wait for that state up to `wait` seconds.
+
+        Raises ServerNotFound.
+        """
         if wait_for is None:
             return Call("GET", _path(name), reading(Server), query=_given(wait=wait))
         return _server("GET", _path(name), wait, query={"wait_for": str(wait_for)})
 
     def delete(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
-        """Stop a server and delete it; return its last state, with its stop report. Raises ServerNotFound, Conflict."""
+        """Stop and delete a server; return its last state. Raises ServerNotFound, Conflict."""
         return _server("DELETE", _path(name), wait, query=_force(force))
 
     def stop(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
@@ -112,10 +117,11 @@ class Calls:
         return _server("POST", _path(name, "/start"), wait)
 
     def start_many(self, /, names: Sequence[str], *, wait: float | None = None, **fields: Any) -> Call[Sequence[BulkResult]]:
-        """Create and start up to 200 servers of one kind; return the outcome of each, in the order of the names.
+        """Create and start up to 200 servers with equal fields; return their outcomes in order.
 
-        Each is started as if `create` had requested it; what `create` would have raised is the `error` of its result.
-        Waits at most `wait` seconds (default: until all are ready or have failed). Raises InvalidSpec.
+        Each is started as if by `create`; an error that `create` would raise is the `error` of
+        its result. Waits at most `wait` seconds (default: until all are ready or have failed).
+        Raises InvalidSpec.
         """
         return Call(
             "POST",
@@ -127,10 +133,10 @@ class Calls:
         )
 
     def restart(self, /, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Any) -> Call[Server]:
-        """Restart a server, or start it if it is not running, with `fields` changed; what is not given stays as it is.
+        """Restart a server with `fields` changed, or start it if it is not running.
 
-        With `keep_kernels`, the kernels on its gateway keep running, and the new launch takes them over with their sessions.
-        Raises as `start` does, and InvalidSpec.
+        With `keep_kernels`, the kernels on its gateway keep running, and the new launch takes them
+        over with their sessions. Raises as `start` does, and InvalidSpec.
         """
         body = {**fields, **({"keep_kernels": True} if keep_kernels else {})}
         return _server("POST", _path(name, "/restart"), wait, body=body or None)
@@ -143,18 +149,19 @@ class Calls:
         return _server("POST", _path(name, "/rotate-token"), wait)
 
     def link(self, name: str, *, expires_in: float | str | None = None, page: str | None = None) -> Call[Link]:
-        """Create a one-time link to a running server's Lab, valid for a minute or for `expires_in`: seconds, or a text as `10m`.
+        """Create a one-time link to a running server's Lab.
 
+        `expires_in`, by default a minute, is in seconds, or text such as `10m`.
         Raises ServerNotFound, Conflict (not running), InvalidSpec.
         """
         return Call("POST", _path(name, "/link"), reading(Link), body=_given(expires_in=expires_in, page=page))
 
     def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
-        """Return the last `tail` lines of a server's log (default: the keeper's choice). Raises ServerNotFound."""
+        """Return the last `tail` log lines (default: the keeper's). Raises ServerNotFound."""
         return Call("GET", _path(name, "/logs"), text, query=_given(tail=tail))
 
     def follow(self, name: str, *, tail: int | None = None) -> Stream[str]:
-        """Yield the last lines of a server's log, then each new one, without line ends, until the server has ended.
+        """Yield the last lines of a server's log, then new ones, without newlines, until its end.
 
         The request is sent when the first line is requested. Raises ServerNotFound.
         """
@@ -165,13 +172,13 @@ class Calls:
         return Call("GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels)
 
     def orphaned_kernels(self) -> Call[Sequence[OrphanedKernel]]:
-        """List kernels of ended servers that a gateway still has to end. They are ended as soon as it responds."""
+        """List kernels of ended servers that a gateway still has to end, once it responds."""
         return Call("GET", "/api/orphaned-kernels", lambda answer: parse(OrphanedKernelList, answer).orphaned_kernels)
 
     def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Call[Sequence[Event]]:
-        """Return events of one server or of all, oldest first: those after an event, or the newest ones.
+        """Return events of one server or all, oldest first: those after an event, or the newest.
 
-        Raises ServerNotFound if nothing is known of the name.
+        Raises ServerNotFound if the name is unknown.
         """
         query = {"limit": limit, **_given(after=after)}
         return Call("GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query)
@@ -199,7 +206,7 @@ class Calls:
         users: Sequence[str] = (),
         expires_in: float | str | None = None,
     ) -> Call[NewToken]:
-        """Create a token with a scope, limited to servers that match a pattern, have all labels, and run as one of the users.
+        """Create a token for servers matching a pattern, all labels, and one of the users.
 
         Only this answer contains the token, as `token`. Raises InvalidSpec, Conflict, NotAllowed.
         """
@@ -219,13 +226,13 @@ class Calls:
         return Call("DELETE", path, reading(Token))
 
     def me(self) -> Call[Caller]:
-        """Return who this client is to the keeper, and what it may do."""
+        """Return this client's identity and permissions."""
         return Call("GET", "/api/me", reading(Caller))
 
     # Culling
 
     def idle(self, name: str) -> Call[Idle]:
-        """Poll a server's activity, and explain whether and when it will be stopped as idle. Raises ServerNotFound."""
+        """Poll a server; explain if and when it will be stopped as idle. Raises ServerNotFound."""
         return Call("GET", _path(name, "/idle"), reading(Idle))
 
     def idle_all(self) -> Call[Sequence[Idle]]:
@@ -233,7 +240,7 @@ class Calls:
         return Call("GET", "/api/idle", lambda answer: parse(IdleList, answer).servers)
 
     def snooze(self, name: str, time: float | str) -> Call[Idle]:
-        """Postpone the culling of a server for `time`: seconds, or a text as `2h`; 0 ends it. Raises InvalidSpec."""
+        """Postpone culling for `time`: seconds, or such as `2h`; 0 ends it. Raises InvalidSpec."""
         return Call("POST", _path(name, "/snooze"), reading(Idle), body={"for": time})
 
     # The keeper
@@ -273,7 +280,7 @@ def _server(
 
 
 def _merged(request: ServerRequest | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the fields of a request that were given, with others over them. Raises InvalidSpec for one that is given twice."""
+    """Return a request's fields, overridden by others. Raises InvalidSpec for duplicates."""
     sent = request.model_dump(mode="json", by_alias=True, exclude_unset=True) if isinstance(request, BaseModel) else request
     if not sent or not fields:
         return sent or fields
@@ -297,12 +304,12 @@ def _path(name: str, below: str = "") -> str:
     try:
         return f"/api/servers/{server_name(name)}{below}"
     except ValueError:
-        # Asking would only put the text into a path; no server can have this name.
+        # Do not send the text as a path; no server can have this name.
         raise ServerNotFound(f"cannot find server {name!r}: a name {NAME_RULE}") from None
 
 
 def _given(**fields: Any) -> dict[str, Any]:
-    """Leave out what was not given."""
+    """Return the arguments that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -1,4 +1,4 @@
-"""The two clients: `Client`, and `AsyncClient` for asyncio. Every method is made from a call in `calls`."""
+"""The two clients: `Client`, and `AsyncClient` for asyncio. Their methods are made from `calls`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.schema.answers import Server
 
 TIMEOUT: Final = 35.0
-"""Seconds for an answer that need not wait for a server; the keeper itself answers a command within 30."""
+"""Seconds for an answer that does not wait for a server; the keeper takes at most 30."""
 _CONNECT_WITHIN: Final = 5.0
 
 _P = ParamSpec("_P")
@@ -67,7 +67,7 @@ _CALLS: Final = Calls()
 
 
 class _Connection:
-    """What both clients know of their keeper."""
+    """What both clients have in common."""
 
     def __init__(self, base_url: str, *, token: str | None, timeout: float) -> None:
         self.base_url = checked_url(base_url)
@@ -77,11 +77,11 @@ class _Connection:
             self._headers["Authorization"] = f"Bearer {checked_token(token)}"
 
     def _url(self, socket: str | None) -> str:
-        # Nobody listens in on a Unix socket: there is no TLS on it.
+        # A Unix socket cannot be eavesdropped on: it has no TLS.
         return self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
 
     def _request(self, call: Call[Any] | Stream[Any], build: Callable[..., httpx.Request]) -> httpx.Request:
-        """Return the request of a call. Raises InvalidSpec for what cannot be sent."""
+        """Return the request of a call. Raises InvalidSpec if it cannot be sent."""
         method, body, read = "GET", None, None
         if isinstance(call, Call):
             method, body = call.method, call.body
@@ -96,21 +96,22 @@ class _Connection:
 
 
 class Client(_Connection):
-    """Speaks to one keeper; to be closed, or used as a context manager. Threads may share it.
+    """A client of one keeper; close it, or use it as a context manager. Threads may share it.
 
-    `timeout` is in seconds, for connecting and for answers; where the keeper waits for a server, that wait comes on top.
-    Where the caller leaves that wait to the keeper it is not limited here: TCP notices when the keeper's machine is gone.
+    `timeout`, in seconds, applies to connecting and to answers; the keeper's wait for a server is
+    added. If the caller leaves that wait to the keeper, it is unlimited here: TCP detects a dead
+    machine.
 
-    Proxies of the environment are not used, so that a token for a keeper on this machine never passes through one; give an
-    `httpx.HTTPTransport(proxy=...)` as `transport` where one is needed.
+    Proxies from the environment are ignored, so that a token for a local keeper never passes
+    through one; pass an `httpx.HTTPTransport(proxy=...)` as `transport` if needed.
 
-    `socket` is the path of the keeper's Unix socket: over it the keeper's own user, and root, need no token; `token_if_asked` is
-    shown where the keeper refuses them all the same.
-    `ca_file` holds certificates of authorities to trust beside those of the system, for a keeper that speaks TLS.
+    `socket` is the path of the keeper's Unix socket, over which its own user and root need no
+    token; `token_if_asked` is sent if the keeper rejects them nevertheless.
+    `ca_file` contains certificate authorities to trust besides the system's, for a keeper with TLS.
 
-    Every method raises Unreachable when no keeper answers and BadAnswer when something else does; further errors are those
-    of the API. The constructor raises SettingsError for a URL or a token that can be none, and for
-    a `ca_file` that cannot be read.
+    Every method raises Unreachable if no keeper answers and BadAnswer if something else does; other
+    errors are the API's. The constructor raises SettingsError for an invalid URL or token, and for
+    an unreadable `ca_file`.
     """
 
     def __init__(
@@ -144,9 +145,9 @@ class Client(_Connection):
         self._http.close()
 
     def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> Iterator[Server]:
-        """Go through the servers by name: those in one of the states that have all the labels (`key=value`, or `key` alone).
+        """Yield the servers by name: those in one of the states with all of the labels.
 
-        Asks for one page at a time, as it goes.
+        A label is `key=value`, or `key` alone. Pages are requested one by one.
         """
         states, labels, cursor = [*state], [*label], None
         while True:
@@ -205,7 +206,7 @@ class Client(_Connection):
 
 
 class AsyncClient(_Connection):
-    """As `Client`, for asyncio: its methods are coroutines, and asynchronous iterators where those of `Client` are iterators."""
+    """As `Client`, for asyncio: methods are coroutines, and iterators are asynchronous."""
 
     def __init__(
         self,
@@ -238,7 +239,7 @@ class AsyncClient(_Connection):
         await self._http.aclose()
 
     async def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> AsyncIterator[Server]:
-        """Go through the servers by name, as `Client.list` does."""
+        """Yield the servers by name, as `Client.list` does."""
         states, labels, cursor = [*state], [*label], None
         while True:
             page = await self._do(_CALLS.page(state=states, label=labels, cursor=cursor))

@@ -1,4 +1,4 @@
-"""The way to a keeper: its URL, the token, the transport, and what can go wrong there."""
+"""The connection to a keeper: its URL, token, transport, and errors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from labkeeper.core.errors import BadAnswer, SettingsError, Unreachable
 
 
 class Translated(AbstractContextManager[None]):
-    """Makes our errors of httpx's: all of them, also those that stand beside `httpx.HTTPError`."""
+    """Translates all errors of httpx, including those that are no `httpx.HTTPError`, to ours."""
 
     def __init__(self, url: str) -> None:
         self._url = url
@@ -36,7 +36,7 @@ class Translated(AbstractContextManager[None]):
 
 
 def checked_url(text: str) -> str:
-    """Return the URL of a keeper in its plain form. Raises SettingsError for what can be none."""
+    """Return a keeper's URL without a trailing slash. Raises SettingsError if it is invalid."""
     try:
         parts = urlsplit(text)
         fits = parts.scheme in {"http", "https"} and bool(parts.hostname) and parts.port != 0
@@ -48,20 +48,20 @@ def checked_url(text: str) -> str:
 
 
 def checked_token(token: str) -> str:
-    """Return the token back. Raises SettingsError for what can be none."""
+    """Return the token. Raises SettingsError if it is invalid."""
     if not token or not all("!" <= letter <= "~" for letter in token):
         raise SettingsError("cannot use the API token: it must be visible ASCII characters")
     return token
 
 
 class IfAsked(httpx.Auth):
-    """Shows a token where the keeper does not know its caller without one."""
+    """Sends a token only if the keeper does not authenticate the caller without one."""
 
     def __init__(self, token: str) -> None:
         self._token = checked_token(token)
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        """Send a request, and again with the token if that was refused."""
+        """Send a request, and again with the token if it was rejected."""
         answer = yield request
         if answer.status_code == httpx.codes.UNAUTHORIZED:
             request.headers["Authorization"] = f"Bearer {self._token}"
@@ -69,7 +69,10 @@ class IfAsked(httpx.Auth):
 
 
 def make_transport(url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None) -> httpx.HTTPTransport:
-    """Return the real transport: over TCP, or over the keeper's Unix socket. Raises SettingsError if `ca_file` cannot be read."""
+    """Return the transport over TCP or the keeper's Unix socket.
+
+    Raises SettingsError if `ca_file` cannot be read.
+    """
     options = _KEEPALIVE if socket_path is None else None
     return httpx.HTTPTransport(verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options)
 
@@ -83,17 +86,17 @@ def make_async_transport(
 
 
 def _context(url: str, ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    # Plain HTTP needs no certificates, and loading them takes 40 ms; this context trusts nobody.
+    # Plain HTTP needs no certificates, which take 40 ms to load; this context trusts no one.
     return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
 
 
 def _trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
-    """Make a context that trusts the authorities of the system, and those in a file."""
+    """Return a context that trusts the system's authorities and those in a file."""
     context = ssl.create_default_context()
     if ca_file is not None:
         try:
             context.load_verify_locations(ca_file)
-        except OSError as error:  # Of which ssl.SSLError is one.
+        except OSError as error:  # Includes ssl.SSLError.
             raise SettingsError(f"cannot read certificates from the file {ca_file}: {error.strerror or error}") from error
     return context
 
@@ -108,4 +111,5 @@ _KEEPALIVE: Final = [
     )
     if option is not None
 ]
-"""A peer that vanished is noticed after a minute, however long an answer may take. Seconds, but for the count."""
+"""Detects a vanished peer after a minute, however long an answer may take. In seconds, except the
+count."""

@@ -1,4 +1,4 @@
-"""Reads what a keeper answers: its models, its problems as errors, its streams line by line."""
+"""Parses the keeper's answers: its models, its problems as errors, its streams line by line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from labkeeper.schema.answers import Answer, Event, Health, Problem
 
 _A = TypeVar("_A", bound=Answer)
 _EVENT: Final = 'data: {"id":'
-"""How the line of an event begins."""
+"""The beginning of an event's line."""
 
 
 def checked(answer: httpx.Response) -> httpx.Response:
-    """Return a good answer, and raise the error of a bad one."""
-    # As every keeper writes; what an answer names may be no encoding of text at all ("hex").
+    """Return a successful answer; raise the error of any other."""
+    # All keepers write it; the encoding that an answer names may not be one of text ("hex").
     answer.encoding = "utf-8"
     if answer.is_success:
         return answer
@@ -31,7 +31,7 @@ def checked(answer: httpx.Response) -> httpx.Response:
 
 
 def parse(model: type[_A], answer: httpx.Response) -> _A:
-    """Return the body of a good answer, and raise the error of a bad one. Raises BadAnswer for what is none of a keeper's."""
+    """Return the parsed body; raise the error of a failed answer, or BadAnswer."""
     try:
         return model.tolerant(checked(answer).content)
     except ValidationError as error:
@@ -39,17 +39,17 @@ def parse(model: type[_A], answer: httpx.Response) -> _A:
 
 
 def reading(model: type[_A]) -> Callable[[httpx.Response], _A]:
-    """Return what reads answers of a model."""
+    """Return a parser of answers with this model."""
     return functools.partial(parse, model)
 
 
 def text(answer: httpx.Response) -> str:
-    """Return the text of a good answer, and raise the error of a bad one."""
+    """Return the text of a successful answer; raise the error of any other."""
     return checked(answer).text
 
 
 def is_ok(answer: httpx.Response) -> bool:
-    """Whether a keeper says that it is well."""
+    """Whether a keeper reports itself healthy."""
     try:
         return parse(Health, answer).status == "ok"
     except BackendUnavailable:
@@ -57,7 +57,7 @@ def is_ok(answer: httpx.Response) -> bool:
 
 
 def event_of(line: str) -> Event | None:
-    """Return the event in a line of a stream; the other lines are for browsers, and for proxies. Raises BadAnswer."""
+    """Return the event in a line of a stream; None for any other line. Raises BadAnswer."""
     if not line.startswith(_EVENT):
         return None
     content = line.removeprefix("data: ")
@@ -77,7 +77,7 @@ def _bad(answer: httpx.Response) -> BadAnswer:
 
 
 class Lines:
-    """Cuts text at line feeds alone: `str.splitlines` would also cut at form feeds and carriage returns, which logs contain."""
+    """Splits only at line feeds; `str.splitlines` also splits at form feeds, which logs contain."""
 
     def __init__(self) -> None:
         self._rest = ""
@@ -88,5 +88,5 @@ class Lines:
         return lines
 
     def end(self) -> list[str]:
-        """Return the last line, if it has no end."""
+        """Return the last line if it is unterminated."""
         return [self._rest] if self._rest else []
