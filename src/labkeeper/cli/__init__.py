@@ -1,7 +1,8 @@
 """The command line: commands over the client, and `serve`.
 
-Data goes to stdout, messages go to stderr. Exit codes: 0 done; 1 the keeper or the server said no; 2 wrong usage or settings;
-3 no keeper reachable; 4 no such server; 130 interrupted. What takes long to import is imported where it is used.
+Data goes to stdout, messages go to stderr. Exit codes: 0 success; 1 rejected by the keeper or the
+server; 2 wrong usage or settings; 3 no keeper reachable; 4 no such server; 130 interrupted. Slow
+imports are made where they are used.
 """
 
 from __future__ import annotations
@@ -60,6 +61,6 @@ def main() -> None:
     """Run the command line."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            # A log line that the terminal's encoding lacks letters for is no reason to stop.
+            # A log line outside of the terminal's encoding must not end the command.
             stream.reconfigure(errors="backslashreplace")
     cli(prog_name="labkeeper")

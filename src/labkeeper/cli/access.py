@@ -1,4 +1,4 @@
-"""Commands about who may do what: `token` with `create`, `ls` and `revoke`; `whoami`."""
+"""Access commands: `token` with `create`, `ls` and `revoke`; `whoami`."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def whoami(where: Where, /, *, as_json: bool) -> None:
 
 
 def _limits(found: Caller | Token) -> str:
-    """Say for which servers somebody may do what their scope allows."""
+    """Return the limits of a caller or token as text."""
     labels = [f"{key}={value}" for key, value in found.labels.items()]
     parts = (*found.servers, *labels, *(f"as {user}" for user in found.users))
     return ", ".join(parts) or "all servers"

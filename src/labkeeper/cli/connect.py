@@ -1,4 +1,4 @@
-"""Finding the keeper, and the token to show it."""
+"""Finding the keeper and its token."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
 @contextmanager
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
-    """Find the keeper and speak to it; also say whether it is the one of this machine. Raises Unreachable."""
+    """Connect to the keeper; also yield whether it is on this machine. Raises Unreachable."""
     from labkeeper.client import Client  # noqa: PLC0415 - late
     from labkeeper.settings import ca_file, keeper_url  # noqa: PLC0415 - late
 
@@ -30,14 +30,14 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     url = named or _found_url(settings, unix_socket)
     own = _own_token(settings)
     shown = token_of(settings) if unix_socket is None and _is_ours(settings, url) else own
-    # Over its Unix socket the keeper knows us, unless it cannot tell us from what a server has left behind.
+    # Over its Unix socket the keeper knows us, unless it may mistake us for a leftover of a server.
     if_asked = token_of(settings) if unix_socket is not None and own is None else None
     with Client(url, token=shown, token_if_asked=if_asked, socket=unix_socket, ca_file=ca_file()) as client:
         yield client, is_here
 
 
 def read_settings(where: Where, **flags: Any) -> Settings:
-    """Read the settings; what the command line says wins."""
+    """Load the settings; the command line takes precedence."""
     from labkeeper.settings import load  # noqa: PLC0415 - late
 
     if where.state_dir is not None:
@@ -46,7 +46,10 @@ def read_settings(where: Where, **flags: Any) -> Settings:
 
 
 def _found_url(settings: Settings, unix_socket: str | None) -> str:
-    """Return the URL of the keeper over our state directory. Raises Unreachable if none runs: its port may be reused."""
+    """Return the URL of our state directory's keeper.
+
+    Raises Unreachable if none runs: its port may have been reused.
+    """
     from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     url = read_address(settings.state_dir)
@@ -59,14 +62,14 @@ def _found_url(settings: Settings, unix_socket: str | None) -> str:
 
 
 def _is_ours(settings: Settings, url: str) -> bool:
-    """Whether the keeper over our state directory answers there: to nobody else its generated token is shown."""
+    """Whether our state directory's keeper answers there; only it may see its generated token."""
     from labkeeper.discovery import read_address, runs  # noqa: PLC0415 - late
 
     return url.rstrip("/") == read_address(settings.state_dir) and runs(settings.state_dir)
 
 
 def _unix_socket(settings: Settings) -> str | None:
-    """Return the path of the Unix socket of the keeper over our state directory, where it has one."""
+    """Return the Unix socket of our state directory's keeper, if it has one."""
     from labkeeper.discovery import read_socket  # noqa: PLC0415 - late
 
     path = read_socket(settings.state_dir)
@@ -78,7 +81,7 @@ def _own_token(settings: Settings) -> str | None:
 
 
 def token_of(settings: Settings) -> str | None:
-    """Return the API token of the keeper on this machine: the one that was set, or the one that it generated."""
+    """Return the API token of the keeper on this machine, either configured or generated."""
     own = _own_token(settings)
     if own is not None:
         return own

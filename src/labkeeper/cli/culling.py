@@ -1,4 +1,4 @@
-"""Commands about the culling of servers: `idle`, `snooze`."""
+"""Culling commands: `idle`, `snooze`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Errors as lines on stderr, and as exit codes."""
+"""Errors as lines on stderr and as exit codes."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _INTERRUPTED: Final = 130
 
 
 class Group(click.Group):
-    """Makes exit codes and one line of text of every error."""
+    """Turns every error into an exit code and one line of text."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run a command, and end with its exit code."""
+        """Run a command, and exit with its exit code."""
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.Abort:
@@ -44,7 +44,7 @@ class Group(click.Group):
 
 
 def _drop_output() -> None:
-    """Let what could not be written go: the interpreter would try once more when it ends, and complain in its own words."""
+    """Discard unwritten output: the interpreter would retry at exit and print its own error."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
@@ -58,7 +58,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 def complain_of(error: LabkeeperError) -> int:
-    """Say on stderr what went wrong, with the last log lines of the server; return the exit code."""
+    """Print an error and the server's last log lines to stderr; return the exit code."""
     code = _complain(error.message, next(code for cls, code in _EXIT_CODES if isinstance(error, cls)))
     show_log_tail(error.details.get("log_tail") or ())
     if request_id := error.details.get("request_id"):

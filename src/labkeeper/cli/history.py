@@ -1,4 +1,4 @@
-"""Commands about what happened: logs, events."""
+"""History commands: `logs`, `events`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def events(where: Where, /, name: str | None, follow: bool, tail: int, as_json: 
         for event in newest:
             _show_event(event, as_json)
         if follow:
-            # Of all servers: what comes between the two questions belongs to the second one.
+            # Of all servers: events between the two requests belong to the second one.
             last = max((event.id for event in newest), default=0)
             for event in client.follow_events(name, after=last):
                 _show_event(event, as_json)

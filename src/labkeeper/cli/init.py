@@ -1,7 +1,8 @@
-"""Process 1 of a container, where nobody else is it: the keeper is its child, and it does what an init has to do.
+"""An init for a container in which the keeper would be process 1: the keeper becomes its child.
 
-Linux gives process 1 every process whose parent has ended, to be waited for. A keeper that waited for children it does not know
-would take their exit codes from those who do, so another process does it, which holds nothing and does nothing else.
+Linux reparents orphaned processes to process 1, which must reap them. A keeper that reaped unknown
+children would take their exit codes from the code that waits for them, so a separate process does
+it, which holds nothing and does nothing else.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ _SIGNALS: Final = _HANDED_ON | {signal.SIGCHLD}
 
 
 def stay_behind() -> None:
-    """As process 1, go on in a child, and stay behind as its init; end with its exit code. Before any thread runs."""
+    """As process 1, continue in a child and act as its init. Call before any thread runs."""
     if os.getpid() != 1:
         return
-    # To process 1 a signal comes only when it has asked for it; one that is blocked waits until it is looked for.
+    # Process 1 only gets signals that it handles; a blocked one stays pending until sigwait.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     keeper = os.fork()
     if keeper == 0:
@@ -29,18 +30,18 @@ def stay_behind() -> None:
 
 
 def _tend(keeper: int) -> int:
-    """Hand signals on, and wait for whatever ends, until the keeper does; return its exit code, as a shell would."""
+    """Forward signals and reap processes until the keeper ends; return a shell's exit code."""
     while True:
         number = signal.sigwait(_SIGNALS)
         if number in _HANDED_ON:
-            # Nobody but us waits for it, so its pid is its own.
+            # Only we reap it, so its pid cannot have been reused.
             os.kill(keeper, number)
         elif (code := _reap(keeper)) is not None:
             return code if code >= 0 else 128 - code
 
 
 def _reap(keeper: int) -> int | None:
-    """Wait for all that has ended; return the exit code of the keeper, negative for a signal, when it is among them."""
+    """Reap all ended processes; return the keeper's exit code, if any; negative: a signal."""
     code = None
     with contextlib.suppress(ChildProcessError):
         while (end := os.waitpid(-1, os.WNOHANG)) != (0, 0):

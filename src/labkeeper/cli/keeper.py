@@ -1,4 +1,4 @@
-"""Commands about the keeper itself: `serve`, `version`."""
+"""Commands for the keeper itself: `serve`, `version`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from labkeeper.forkserver.privileges import gain_nothing, hide
 
 
 class _Serve(click.Command):
-    """Has one flag for each setting; they are made when the command is used, since the settings take long to import."""
+    """Has one flag per setting; created on use, since the settings are slow to import."""
 
     def make_context(
         self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
     ) -> click.Context:
-        # Before all else: our environment may hold the token, and servers that an earlier keeper left have our own user.
+        # First: our environment may hold the token, and an earlier keeper's servers have our user.
         hide()
-        # Inherited by all that we start, before a line of theirs runs.
+        # Inherited by all child processes, before they run any code.
         gain_nothing()
-        # Before anything is loaded that the keeper alone needs.
+        # Before anything is loaded that only the keeper needs.
         stay_behind()
         return super().make_context(info_name, args, parent, **extra)
 
@@ -38,7 +38,7 @@ class _Serve(click.Command):
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Look for no garbage while modules are loaded: they make none, and the search would take a tenth of the time."""
+    """Disable garbage collection during imports: a tenth of the time, for no garbage."""
     gc.disable()
     try:
         yield

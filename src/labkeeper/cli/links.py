@@ -1,4 +1,4 @@
-"""Commands that open a Lab: link, open."""
+"""Commands that open a Lab: `link`, `open`."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
             server = client.get(name, wait_for=State.RUNNING)
         if server.lab_url is None:
             raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))
-        # A browser is told what to open on its command line, which all users of the machine can read: no token there.
+        # A browser gets its URL as an argument, which all users can read: no token there.
         once = None if print_only else client.link(name).url
     if once is None or not _browse(once):
         put(server.lab_url)

@@ -1,4 +1,4 @@
-"""What commands share: their options, and how their examples are written."""
+"""Options and example texts that commands share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from labkeeper.core.spec import DEFAULT_NAME
 
 @dataclass(slots=True)
 class Where:
-    """Where the command line looks for its keeper, as far as it was told."""
+    """The options that locate the keeper."""
 
     url: str | None = None
     state_dir: str | None = None
@@ -29,7 +29,7 @@ _Function = Callable[..., Any]
 
 
 def where_options(command: _Function) -> _Function:
-    """Add the options that say where the keeper is; they are taken before and after the name of a command."""
+    """Add the options that locate the keeper; they may come before or after a command's name."""
     url = click.option(
         "--url", metavar="URL", expose_value=False, callback=_note, help="The keeper's URL.  [env: LABKEEPER_URL; default: found]"
     )
@@ -49,7 +49,7 @@ class Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Read it, or complain."""
+        """Return the size in bytes, or fail."""
         found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(?:i?b)?", str(value).strip().lower())
         if found is None:
             self.fail(f"{value!r} is no size; write it as 512M or 2GiB", param, ctx)
@@ -67,7 +67,7 @@ name_argument = click.argument("name", default=DEFAULT_NAME)
 
 
 def pairs_of(option: str, texts: Sequence[str]) -> dict[str, str]:
-    """Read `KEY=VALUE`, once for each time that an option was given."""
+    """Return the `KEY=VALUE` pairs of a repeated option."""
     pairs = {}
     for text in texts:
         key, is_pair, value = text.partition("=")
@@ -78,5 +78,5 @@ def pairs_of(option: str, texts: Sequence[str]) -> dict[str, str]:
 
 
 def examples(*lines: str) -> str:
-    """Write the end of a help text; the first line tells click to leave the others as they are."""
+    """Return the examples of a help text; the first line stops click from rewrapping the others."""
     return "\n".join(("\b", "Examples:", *(f"  {line}" for line in lines)))

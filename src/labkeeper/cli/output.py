@@ -1,6 +1,6 @@
-"""What people and pipes get to see: JSON, tables, ages, colours, and a spinner for what takes long.
+"""Output for people and pipes: JSON, tables, ages, colours, and a spinner for slow operations.
 
-Data goes to stdout, messages go to stderr. What takes long to import is imported where it is used.
+Data goes to stdout, messages go to stderr. Slow imports are made where they are used.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _COLOURS: Final = {
     State.LOST: "red",
     State.STOPPED: "bright_black",
 }
-"""The colour of each state; all others are on their way to one of these, and yellow."""
+"""The colour of each state; the others are transitional, and yellow."""
 
 
 def say(text: str) -> None:
-    """Say something to the person at the terminal."""
+    """Print a message for the user."""
     click.echo(_shown(text, sys.stderr), err=True, color=True)
 
 
 def put(text: str, *, nl: bool = True) -> None:
-    """Put data out: byte for byte where no terminal is, which would obey what servers have put into it."""
-    # What we colour was asked whether it may be: click is to take nothing out.
+    """Print data: unchanged unless to a terminal, which would obey control codes of servers."""
+    # Our colours are already conditional: click must not strip anything.
     click.echo(_shown(text, sys.stdout), nl=nl, color=True)
 
 
@@ -45,29 +45,29 @@ def _shown(text: str, stream: IO[str] | None) -> str:
 
 
 def styled(text: str, stream: IO[str] | None, **style: Any) -> str:
-    """Colour a text for a terminal, unless NO_COLOR (no-color.org) is set."""
+    """Return the text, coloured for a terminal unless NO_COLOR (no-color.org) is set."""
     return click.style(text, **style) if is_terminal(stream) and not os.environ.get("NO_COLOR") else text
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
-    """Whether somebody reads this at a terminal."""
+    """Whether the stream is a terminal."""
     return stream is not None and stream.isatty()
 
 
 def show_log_tail(lines: Sequence[str]) -> None:
-    """Show the last log lines of a server, as a quotation."""
+    """Print the last log lines of a server, as a quotation."""
     for line in lines:
         say(f"  {styled('|', sys.stderr, fg='bright_black')} {line}")
 
 
 def print_json(data: Any) -> None:
-    """Print an answer of the API, or what is made of one."""
+    """Print an answer of the API, or data made from one."""
     plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
     put(json.dumps(plain, indent=2))
 
 
 def print_facts(facts: Mapping[str, str]) -> None:
-    """Print what is said of one thing, a line for each fact."""
+    """Print the facts about one thing, one per line."""
     width = max(map(len, facts))
     show = visible_line if is_terminal(sys.stdout) else str
     for key, value in facts.items():
@@ -75,7 +75,7 @@ def print_facts(facts: Mapping[str, str]) -> None:
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print aligned columns: cut to the width of a terminal and coloured there, whole and plain elsewhere."""
+    """Print aligned columns: cut to fit and coloured on a terminal, whole and plain elsewhere."""
     if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
@@ -103,12 +103,12 @@ def _colour(state: str) -> str:
 
 
 def coloured(state: str, stream: IO[str] | None) -> str:
-    """Write a state in its colour."""
+    """Return a state in its colour."""
     return styled(str(state), stream, fg=_colour(state) or None)
 
 
 def ago(format_time: str) -> str:
-    """Return how long ago something was, in one unit."""
+    """Return the age of a time in one unit."""
     try:
         seconds = (datetime.now(UTC) - datetime.fromisoformat(format_time)).total_seconds()
     except (TypeError, ValueError):
@@ -121,9 +121,9 @@ def ago(format_time: str) -> str:
 
 @contextmanager
 def waiting(what: str | Callable[[], str], *, after: float = 1.0) -> Iterator[None]:
-    """Show on a terminal that something takes time, and how long, once it took `after` seconds.
+    """Show on a terminal, after `after` seconds, what takes time and how long.
 
-    What is no text gives one, each second.
+    A callable is called for its text every second.
     """
     if not is_terminal(sys.stderr):
         yield

@@ -1,4 +1,4 @@
-"""Commands about servers: ls, show, stop, restart, rotate-token."""
+"""Server commands: `ls`, `show`, `stop`, `restart`, `rotate-token`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
 
 
 _WIDE: Final = 120
-"""Columns of a terminal on which a list tells of memory and processors, too."""
+"""Minimum columns of a terminal for a list to include memory and processors."""
 
 
 def _is_wide() -> bool:
@@ -75,7 +75,7 @@ def _columns(server: Server) -> tuple[str, str]:
     usage = server.usage
     if usage is None:
         return "-", "-"
-    # Divided, since what a group counts and what processes have resident are not alike, and a list is to be compared.
+    # With shared memory divided, as group counts and resident sizes are not comparable.
     memory = usage.memory if usage.memory_proportional is None else usage.memory_proportional
     return _mib(memory), "-" if usage.cpus is None else f"{usage.cpus:.2f}"
 
@@ -119,7 +119,7 @@ def _mib(size: int) -> str:
 
 
 def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
-    """Ask, and once more where what runs was not measured yet: that begins when somebody asks."""
+    """Request servers, again if a running one has no sample yet: requests start sampling."""
     servers = ask()
     if any(server.state == State.RUNNING and server.usage is None for server in servers):
         time.sleep(_MEASURED_WITHIN)
@@ -144,7 +144,7 @@ def _gateway(gateway: Gateway) -> str:
 
 
 def _facts(server: Server) -> dict[str, str]:
-    """Name what there is to say of a server; what is not so is left out."""
+    """Return the facts about a server, omitting those that do not apply."""
     facts = {
         "name": server.name,
         "state": coloured(server.state, sys.stdout),
@@ -215,7 +215,7 @@ def stop(
 
 
 def _ask_to_stop(client: Client, names: Sequence[str], force: bool) -> None:
-    """Ask all at once, and wait for none: they end beside each other, and are then reported on in the order given."""
+    """Send all requests without waiting: the servers stop in parallel and are reported in order."""
     with waiting("asking"):
         for name in names:
             try:
@@ -223,7 +223,7 @@ def _ask_to_stop(client: Client, names: Sequence[str], force: bool) -> None:
             except ClientError:
                 raise
             except LabkeeperError:
-                # The keeper says it again when this one's turn to be reported on has come.
+                # The keeper repeats the error when this server's turn to be reported comes.
                 continue
 
 

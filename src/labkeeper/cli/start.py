@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Start(click.Command):
-    """Has an option for each field of a request; they are made when the command is used, since the models take long to import."""
+    """Has one option per request field; created on use, since the models are slow to import."""
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         own = super().get_params(ctx)
@@ -53,7 +53,7 @@ _SPECIAL: Final[dict[str, dict[str, Any]]] = {
         "help": "Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
     },
 }
-"""What the option of a field has in place of what follows from its model."""
+"""Overrides of an option's attributes, which otherwise follow from the model."""
 
 
 @functools.cache
@@ -137,7 +137,7 @@ def start(
 
 
 def _progress(client: Client, names: Sequence[str]) -> str:
-    """Return how far a start has come."""
+    """Return the progress of a start as text."""
     try:
         found = [server for server in client.list() if server.name in names]
     except LabkeeperError:
@@ -152,7 +152,7 @@ def _progress(client: Client, names: Sequence[str]) -> str:
 def _start_many(
     client: Client, names: Sequence[str], fields: dict[str, Any], wait: float | None, *, as_it_was: bool, as_json: bool
 ) -> int:
-    """Start all, those that are there already as they are where nothing else is asked for; return the exit code."""
+    """Start all servers, existing ones unchanged if no fields are given; return the exit code."""
     with waiting(lambda: _progress(client, names)):
         there = {server.name for server in client.list()} & {*names} if as_it_was else set()
         results: dict[str, Server | LabkeeperError] = {name: _asked(client, name) for name in names if name in there}
@@ -174,15 +174,15 @@ def _start_many(
 
 
 _MOST_AT_ONCE: Final = 200
-"""Names in one request; the API takes no more."""
+"""Maximum number of names in one request of the API."""
 
 
 _LONGEST_WAIT: Final = 3600.0
-"""Seconds; the same."""
+"""Maximum wait of the API in seconds."""
 
 
 def _asked(client: Client, name: str) -> Server | LabkeeperError:
-    """Ask for one that is there already, and do not wait."""
+    """Start an existing server without waiting."""
     try:
         return client.start(name, wait=0)
     except ClientError:
@@ -192,7 +192,7 @@ def _asked(client: Client, name: str) -> Server | LabkeeperError:
 
 
 def _ready(client: Client, asked: Server | LabkeeperError, wait: float | None) -> Server | LabkeeperError:
-    """Wait for one that was asked for."""
+    """Wait for a server that is starting."""
     if isinstance(asked, LabkeeperError) or asked.state == State.RUNNING:
         return asked
     server = client.get(asked.name, wait_for=State.RUNNING, wait=_LONGEST_WAIT if wait is None else wait)
@@ -249,14 +249,14 @@ def _value(text: str) -> Any:
 
 def _start(client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool) -> Server:
     if as_it_was:
-        # Only its name was given: whatever it was made of is to be started again, not compared with the defaults.
+        # Only the name was given: start the server as it is, instead of comparing defaults.
         with suppress(ServerNotFound):
             return client.start(fields.get("name", DEFAULT_NAME), wait=wait)
     return client.create(fields, wait=wait)
 
 
 def show_started(server: Server, as_json: bool) -> None:
-    """Print a server that was started: its link, or that it starts yet."""
+    """Print a started server: its link, or that it is still starting."""
     if as_json:
         print_json(server)
     elif server.lab_url is not None:
