@@ -1,4 +1,5 @@
-"""For the tests of labkeeper, and of whoever builds on it or adds a backend.
+"""Test support for labkeeper, for dependent projects, and for new backends.
 
-`fakes` implements the core's ports in memory and needs nothing; `contract` holds a backend to its laws and needs pytest.
+`fakes` and `world` implement the core's ports in memory and need nothing; `contract` checks the
+laws of a backend and needs pytest.
 """

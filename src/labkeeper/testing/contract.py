@@ -1,13 +1,13 @@
-"""What every backend must do, as tests: the laws of `core.ports.Backend` in executable form. Needs pytest.
+"""The contract of every backend, as tests: the laws of `core.ports.Backend` in executable form.
 
-To hold a backend to it, return its rig:
+Needs pytest. To test a backend, return its rig:
 
     class TestMyBackend(BackendContract):
         @pytest.fixture
         def rig(self, tmp_path):
             return MyRig(tmp_path)      # implements Rig
 
-Nothing here sleeps in order to wait: each test waits for a report, at most `Rig.patience` seconds. A server is started
+No test sleeps to wait: each waits for a report, at most `Rig.patience` seconds. A server is started
 sixteen times in all.
 """
 
@@ -28,24 +28,24 @@ from labkeeper.core.server import Instance, StopMethod
 from labkeeper.core.spec import ServerName, ServerSpec
 
 _FEW: Final = 50
-"""Lines that come before the end of a log at most, and looks in vain."""
+"""Upper bound of the lines before the end of a log, including empty ones."""
 _FENCE: Final = 1_000_000
-"""A launch number that no test gives to a server."""
+"""A generation that no test uses for a server."""
 _F = TypeVar("_F", bound=Fact)
 
 
 class Rig(Protocol):
-    """What the contract needs of an implementation: a world for its backends, and hands outside of them."""
+    """The interface to an implementation: its world of backends, and control from outside."""
 
     @property
     def patience(self) -> float:
         """Seconds to wait for a report before a test fails; be generous."""
 
     def backend(self, report: Callable[[Report], None]) -> Backend:
-        """Make a backend. A second call makes a second one over the same world, as a keeper does after a crash."""
+        """Create a backend. A second call adds one over the same world, as after a crash."""
 
     def abandon(self, backend: Backend) -> None:
-        """Let a backend do and report nothing any more, as if its keeper had crashed; its servers live on."""
+        """Make a backend inactive, as if its keeper had crashed; its servers keep running."""
 
     def spec(self) -> ServerSpec:
         """Return a spec that can be launched; the same name each time."""
@@ -54,14 +54,14 @@ class Rig(Protocol):
         """Return a spec whose launch is refused."""
 
     def strike(self, instance: Instance) -> None:
-        """End the main process of a server from outside, as by `kill -9`; return when it is dead."""
+        """Kill a server's main process from outside, as by `kill -9`; return once it is dead."""
 
     def exists(self, instance: Instance) -> bool:
-        """Return whether the main process of a server exists; one that waits to be reaped does not."""
+        """Return whether the main process of a server exists; a zombie does not."""
 
 
 class Stage:
-    """One backend of a rig at a time, and the reports that it gave."""
+    """One backend of a rig at a time, with its reports."""
 
     def __init__(self, rig: Rig) -> None:
         self.rig = rig
@@ -82,7 +82,7 @@ class Stage:
             self.rig.abandon(self.backend)
 
     def succeed(self) -> Backend:
-        """Put a second backend over the same world in the place of the first, whose keeper has crashed."""
+        """Crash the keeper, and replace its backend by a second one over the same world."""
         self.crash()
         self._reports, self._crashed = queue.SimpleQueue(), False
         self.backend = self.rig.backend(self._reports.put)
@@ -94,7 +94,7 @@ class Stage:
         return self.wait(Ready, generation)
 
     def wait(self, kind: type[_F], generation: int) -> _F:
-        """Wait for the next report, which must be of this kind and launch."""
+        """Wait for the next report, which must be of this kind and generation."""
         try:
             report = self._reports.get(timeout=self.rig.patience)
         except queue.Empty:
@@ -104,16 +104,16 @@ class Stage:
         return report.fact
 
     def quiet(self) -> None:
-        """Prove that no report was under way: what is asked of nothing is answered, and nothing comes before it."""
+        """Prove that no report was pending: the one caused here arrives first."""
         self.backend.kill(self.name, _FENCE)
         self.wait(Ended, _FENCE)
 
     def clear(self) -> None:
-        """Leave nothing behind."""
+        """Clean up."""
         until = time.monotonic() + self.rig.patience
         try:
             self.backend.kill(self.name, _FENCE)
-            # Of what lives, the end is reported under the number of its launch; of nothing, under this one.
+            # The end of a living server has the generation of its launch; of none, this one.
             while not isinstance(self._reports.get(timeout=max(0.0, until - time.monotonic())).fact, Ended):
                 pass
             self.backend.forget(self.name)
@@ -122,7 +122,7 @@ class Stage:
 
 
 class BackendContract:
-    """The laws; a subclass gives the fixture `rig`."""
+    """The laws; a subclass provides the fixture `rig`."""
 
     @pytest.fixture
     def rig(self) -> Rig:
@@ -137,7 +137,7 @@ class BackendContract:
         stage.clear()
 
     def test_launch_makes_a_server_ready(self, stage: Stage) -> None:
-        """A launch is followed by one Ready, whose endpoint is that of a process that exists and can be observed."""
+        """A launch is followed by one Ready, whose endpoint is that of an observable process."""
         ready = stage.launch()
         assert stage.rig.exists(ready.instance)
         endpoint = ready.endpoint
@@ -149,7 +149,7 @@ class BackendContract:
         assert stage.backend.observe(stage.name, 1) == Seen(answers=True)
 
     def test_launch_is_idempotent(self, stage: Stage) -> None:
-        """A launch that is asked for twice makes one process, and has one end."""
+        """A repeated launch makes one process, with one end."""
         ready = stage.launch()
         stage.backend.launch(stage.spec, 1)
         assert stage.rig.exists(ready.instance)
@@ -159,7 +159,7 @@ class BackendContract:
         stage.quiet()
 
     def test_a_new_launch_ends_the_earlier_one_first(self, stage: Stage) -> None:
-        """A launch with a higher number ends what an earlier one left, and reports that end before its own Ready."""
+        """A higher generation ends an earlier one, and reports that before its own Ready."""
         first = stage.launch(1).instance
         stage.backend.launch(stage.spec, 2)
         stage.wait(Ended, 1)
@@ -169,7 +169,7 @@ class BackendContract:
         assert stage.rig.exists(second)
 
     def test_terminate_ends_it_in_good_order(self, stage: Stage) -> None:
-        """After terminate exactly one Ended follows: in good order, with the means used, and nothing is left."""
+        """After terminate exactly one Ended follows, orderly, with its method; nothing is left."""
         ready = stage.launch()
         stage.backend.terminate(stage.name, 1, stage.rig.patience)
         ended = stage.wait(Ended, 1)
@@ -190,19 +190,19 @@ class BackendContract:
         stage.quiet()
 
     def test_ending_nothing_ends(self, stage: Stage) -> None:
-        """After terminate or kill an Ended follows also when nothing existed."""
+        """After terminate or kill an Ended follows even if nothing existed."""
         stage.backend.terminate(stage.name, 3, 1.0)
         assert stage.wait(Ended, 3).method is StopMethod.NONE
         stage.backend.kill(stage.name, 4)
         assert stage.wait(Ended, 4).method is StopMethod.NONE
 
     def test_nothing_is_observed_as_gone(self, stage: Stage) -> None:
-        """An observation of what never was answers Gone, and sets off no report."""
+        """An observation of an unknown server returns Gone and causes no report."""
         assert stage.backend.observe(stage.name, 1) == Gone()
         stage.quiet()
 
     def test_death_from_outside_is_reported(self, stage: Stage) -> None:
-        """A server that is killed from outside has exactly one Ended: with a cause, and not of our doing."""
+        """A server killed from outside has exactly one Ended, with a cause and no stop method."""
         ready = stage.launch()
         stage.rig.strike(ready.instance)
         ended = stage.wait(Ended, 1)
@@ -214,7 +214,7 @@ class BackendContract:
         assert not isinstance(stage.backend.observe(stage.name, 1), Seen)
 
     def test_a_second_backend_takes_over(self, stage: Stage) -> None:
-        """After a second backend has answered Seen, it reports Ready once more, the same process, and later its end."""
+        """After a second backend has returned Seen, it reports Ready again, and later the end."""
         ready = stage.launch()
         successor = stage.succeed()
         assert isinstance(successor.observe(stage.name, 1), Seen)
@@ -226,7 +226,7 @@ class BackendContract:
         stage.quiet()
 
     def test_a_death_between_two_backends_is_found(self, stage: Stage) -> None:
-        """Of a server that died unwatched an observation tells the end, or Gone; of another launch of it, Gone."""
+        """Observing a server that died unwatched returns its end or Gone; another launch, Gone."""
         ready = stage.launch()
         stage.crash()
         stage.rig.strike(ready.instance)
@@ -238,7 +238,7 @@ class BackendContract:
         stage.quiet()
 
     def test_the_log_outlives_the_server(self, stage: Stage) -> None:
-        """The log is there after the end, to read and to follow; to forget it is idempotent and leaves none."""
+        """The log remains after the end, to read and follow; forgetting it is idempotent."""
         ready = stage.launch()
         stage.backend.kill(stage.name, 1)
         stage.wait(Ended, 1)
@@ -254,7 +254,7 @@ class BackendContract:
         assert not list(stage.backend.log(stage.name, None))
 
     def test_following_ends_with_the_server(self, stage: Stage) -> None:
-        """Who follows a log gets "" while there is nothing new, and comes to an end when the server does."""
+        """Following a log yields "" while nothing is new, and ends with the server."""
         stage.launch()
         lives = True
         lines = stage.backend.follow(stage.name, 1, lambda: lives)
@@ -265,7 +265,7 @@ class BackendContract:
         assert not any(line == "" for line in list(lines)[1:])
 
     def test_following_ends_when_the_log_is_forgotten(self, stage: Stage) -> None:
-        """Whoever follows a log comes to an end with it, and does not wait for lines of a server that now has its name."""
+        """Following a log ends with it, and does not continue with a later server of that name."""
         stage.launch()
         lines = stage.backend.follow(stage.name, 1, lambda: True)
         assert any(line == "" for line in lines)
@@ -276,7 +276,7 @@ class BackendContract:
         assert len(list(itertools.islice(lines, _FEW))) < _FEW
 
     def test_what_lives_is_measured_and_nothing_else(self, stage: Stage) -> None:
-        """Of a server that lives its use can be told, with a clock that never goes back; of an ended or unknown one it is not."""
+        """A living server's usage is reported, and CPU time never decreases; others have none."""
         stage.launch()
         first = stage.backend.usage([stage.name, ServerName("unknown")])
         assert set(first) == {stage.name}
@@ -288,7 +288,7 @@ class BackendContract:
         assert not stage.backend.usage([stage.name])
 
     def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
-        """After a crash a server that is not known any more is named; swept it is gone, and its name can be launched again."""
+        """After a crash an unknown server is a stray; sweeping it frees its name and keeps its log."""
         ready = stage.launch()
         successor = stage.succeed()
         assert stage.name not in successor.strays([stage.name])
@@ -303,7 +303,7 @@ class BackendContract:
         stage.launch(2)
 
     def test_a_refused_launch_leaves_nothing(self, stage: Stage) -> None:
-        """A launch that is refused starts nothing and reports nothing."""
+        """A refused launch starts nothing and reports nothing."""
         spec = stage.rig.refused()
         with pytest.raises(BackendRefused, match=r"^cannot "):
             stage.backend.launch(spec, 1)

@@ -1,13 +1,13 @@
-"""The core's ports in memory: a clock that jumps, a store, an executor run by hand, a backend without processes.
+"""The core's ports in memory: a clock that jumps, a store, a manual executor, and others.
 
-A test steers the *world*: `World` is the machine, `FakeBackend` is what a keeper has on it. A second `FakeBackend` over
-the same world is a second keeper after the first one crashed.
+A test controls the *world*: `World` is the machine, `FakeBackend` a keeper's access to it. A second
+`FakeBackend` over the same world is a second keeper after a crash of the first.
 
     world, store, clock = World(), MemoryStore(), FakeClock()
     executor = InlineExecutor(lambda report: fleet.step(report))
     fleet = Fleet(
-        backend=FakeBackend(executor.receive, world), preflight=PassingPreflight(), orphans=MemoryOrphans(),
-        store=store, executor=executor, clock=clock, policy=Policy(),
+        backend=FakeBackend(executor.receive, world), preflight=PassingPreflight(),
+        orphans=MemoryOrphans(), store=store, executor=executor, clock=clock, policy=Policy(),
     )
     fleet.step(Create(a_spec("lab")))
     executor.run_all()
@@ -35,38 +35,38 @@ def a_spec(name: str = "default", *, root_dir: str = "/notebooks", port: int | N
 
 
 class FakeClock:
-    """A clock that jumps: it stands still until `advance`."""
+    """A clock that stands still until `advance`."""
 
     def __init__(self, *, monotonic: float = 0.0, time: float = 1_000_000.0) -> None:
         self._monotonic = monotonic
         self._time = time
 
     def monotonic(self) -> float:
-        """Seconds that never go back."""
+        """Return seconds that never go back."""
         return self._monotonic
 
     def time(self) -> float:
-        """Seconds since the epoch."""
+        """Return seconds since the epoch."""
         return self._time
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass at once."""
+        """Advance by `seconds` at once."""
         self._monotonic += seconds
         self._time += seconds
 
 
 class MemoryStore:
-    """A store that forgets with the test, and fails when told to."""
+    """A store in memory that can be made to fail."""
 
     def __init__(self) -> None:
         self.snapshots: dict[ServerName, Snapshot] = {}
         self.kernels: dict[str, OrphanedKernel] = {}
-        """By the kernel's id."""
+        """By kernel id."""
         self.history: list[HistoryEntry] = []
         self.kept_tokens: dict[str, Token] = {}
-        """By their ids."""
+        """By id."""
         self.failing = False
-        """While true every call raises StoreError."""
+        """While true, every call raises StoreError."""
 
     def load(self) -> list[Snapshot]:
         """Return all servers."""
@@ -74,12 +74,12 @@ class MemoryStore:
         return list(self.snapshots.values())
 
     def save(self, snapshot: Snapshot) -> None:
-        """Keep one server."""
+        """Save one server."""
         self._check("write")
         self.snapshots[snapshot.name] = snapshot
 
     def forget(self, name: ServerName) -> None:
-        """Drop one server."""
+        """Remove one server."""
         self._check("write")
         self.snapshots.pop(name, None)
 
@@ -89,21 +89,21 @@ class MemoryStore:
         return list(self.kernels.values())
 
     def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
-        """Keep some more."""
+        """Add kernels."""
         self._check("write")
         self.kernels |= {orphan.kernel_id: orphan for orphan in orphans}
 
     def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
-        """Drop some."""
+        """Remove kernels."""
         self._check("write")
         for kernel_id in kernel_ids:
             self.kernels.pop(kernel_id, None)
 
     def wipe(self) -> None:
-        """Nothing is on any disk."""
+        """Do nothing: there is no disk."""
 
     def forgotten(self, after: int) -> int:
-        """Count the entries newer than an id that are known no more."""
+        """Return the number of dropped entries newer than an id."""
         self._check("read")
         return max(0, self.last_id() - after) - sum(entry.id > after for entry in self.history)
 
@@ -113,7 +113,7 @@ class MemoryStore:
         return self.history[-1].id if self.history else 0
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
-        """Keep some more."""
+        """Add entries."""
         self._check("write")
         self.history = [*self.history, *entries]
         while len(self.history) > keep:
@@ -123,26 +123,26 @@ class MemoryStore:
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Return the oldest that are newer than an id."""
+        """Return the oldest entries newer than an id."""
         self._check("read")
         return [entry for entry in self.history if entry.id > after and concerns(entry, server, within)][:limit]
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Return the newest ones, the oldest of them first."""
+        """Return the newest entries, oldest first."""
         return self.remembered(after=0, server=server, limit=len(self.history), within=within)[-limit:]
 
     def tokens(self) -> list[Token]:
-        """Return all."""
+        """Return all tokens."""
         self._check("read")
         return list(self.kept_tokens.values())
 
     def save_token(self, token: Token) -> None:
-        """Keep one."""
+        """Save a token."""
         self._check("write")
         self.kept_tokens[token.id] = token
 
     def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
-        """Drop one."""
+        """Remove a token."""
         self._check("write")
         self.kept_tokens.pop(id, None)
 
@@ -152,36 +152,36 @@ class MemoryStore:
 
 
 class PassingPreflight:
-    """A gate that finds every gateway fit, and remembers what it was asked to expect."""
+    """A preflight that passes every gateway and records its calls."""
 
     def __init__(self) -> None:
         self.begun: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
 
     def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
-        """Remember a launch, and the kernels that it is to take over."""
+        """Record a launch, and the kernels that it is to take over."""
         self.begun.append((spec.name, generation, tuple(kernels)))
 
 
 class MemoryOrphans:
-    """Orphaned kernels that are kept."""
+    """Orphaned kernels in memory."""
 
     def __init__(self) -> None:
         self.orphans: list[OrphanedKernel] = []
 
     def add(self, orphans: Sequence[OrphanedKernel]) -> None:
-        """Take in more."""
+        """Add kernels."""
         self.orphans.extend(orphans)
 
     def all(self) -> list[OrphanedKernel]:
-        """Return all."""
+        """Return all kernels."""
         return list(self.orphans)
 
 
 class NoCulling:
-    """An explainer that has looked at no server, by a clock that stands still."""
+    """A `CullStatus` that polls no server, by a clock that stands still."""
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Return how a server stands to its rules."""
+        """Return the explanation for a server."""
         facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
         return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
 
@@ -189,7 +189,7 @@ class NoCulling:
 
 
 class Notes:
-    """An event log that remembers."""
+    """An event log in memory."""
 
     def __init__(self) -> None:
         self.taken: list[tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]] = []
@@ -204,12 +204,12 @@ class Notes:
         generation: int | None = None,  # noqa: ARG002 - nobody asks for it
         details: Mapping[str, object] | None = None,
     ) -> None:
-        """Remember one thing."""
+        """Record one event."""
         self.taken.append((kind, server, message, origin, details or {}))
 
 
 class InlineExecutor:
-    """Queues jobs, and runs them when told to, in the caller's thread. Reports, also those to `hear`, go to `mailbox`."""
+    """Queues jobs and runs them on request in the caller's thread. Reports go to `mailbox`."""
 
     def __init__(self, mailbox: Callable[[Report], object]) -> None:
         self._mailbox = mailbox
@@ -217,27 +217,27 @@ class InlineExecutor:
         self._reports: deque[Report] = deque()
 
     def submit(self, name: ServerName, job: Callable[[], Report | None], _failed: Report | None = None) -> None:
-        """Queue a job; what it raises is raised to whoever runs it."""
+        """Queue a job; its exceptions are raised by the method that runs it."""
         self._queues[name].append(job)
 
     def receive(self, report: Report) -> None:
-        """Queue a report, as the mailbox of a real keeper does; `deliver` hands it over."""
+        """Queue a report, like the mailbox of a real keeper; `deliver` passes it on."""
         self._reports.append(report)
 
     @property
     def waiting(self) -> list[ServerName]:
-        """The names that have jobs queued."""
+        """The names with queued jobs."""
         return [name for name, queued in self._queues.items() if queued]
 
     def deliver(self) -> bool:
-        """Hand over the oldest report; return whether there was one."""
+        """Deliver the oldest report; return whether there was one."""
         if not self._reports:
             return False
         self._mailbox(self._reports.popleft())
         return True
 
     def run_next(self, name: ServerName | str) -> bool:
-        """Run the oldest job of one server, and queue the report that it returns; return whether there was one."""
+        """Run the oldest job of a server and queue its report; return whether there was a job."""
         queued = self._queues[ServerName(name)]
         if not queued:
             return False
@@ -247,28 +247,28 @@ class InlineExecutor:
         return True
 
     def run_all(self) -> None:
-        """Run jobs and deliver reports until neither is left."""
+        """Run jobs and deliver reports until none are left."""
         while self.deliver() or any(self.run_next(name) for name in self.waiting):
             pass
 
     def drop(self) -> None:
-        """Lose all jobs and reports, as a keeper does that crashes."""
+        """Drop all jobs and reports, as a crash does."""
         self._queues.clear()
         self._reports.clear()
 
 
 class Recorder:
-    """A listener that remembers."""
+    """A subscriber that records changes."""
 
     def __init__(self) -> None:
         self.changes: list[Change] = []
 
     def changed(self, change: Change) -> None:
-        """Hear of one change."""
+        """Record one change."""
         self.changes.append(change)
 
     def states(self, name: ServerName | str) -> list[State]:
-        """Return the states that a server came to, in order, each stay once."""
+        """Return the states that a server entered, in order, each stay once."""
         states: list[State] = []
         for change in self.changes:
             if change.after.name == name and (not states or states[-1] is not change.after.state):

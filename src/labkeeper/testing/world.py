@@ -1,4 +1,4 @@
-"""A backend without processes: tests steer the `World`, its machine, and `FakeBackend` is what a keeper has on it."""
+"""A backend without processes: `World` is the machine that tests control, `FakeBackend` uses it."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ _FIRST_PORT: Final = 49152
 
 @dataclass(slots=True)
 class Temper:
-    """How the processes under one name behave, and how well the machine answers about them."""
+    """The behaviour of the processes under one name, and of calls about them."""
 
     boots: bool = True
-    """Ready as soon as it is launched; else when the test calls `World.answer`."""
+    """Whether it is ready as soon as it is launched, or only on `World.answer`."""
     obeys: bool = True
-    """Ends when it is asked to; else only when it is told to."""
+    """Whether it ends on terminate."""
     killable: bool = True
-    """Ends when it is told to; else only when the test lets it."""
+    """Whether it ends on kill; if not, only the test can end it."""
     refusal: BackendRefused | None = None
     """Raised by each launch."""
     reachable: bool = True
-    """While false every call raises BackendUnavailable, and does nothing."""
+    """While false, every call raises BackendUnavailable and does nothing."""
     answers_lost: bool = False
-    """While true every call does its work, and then raises BackendUnavailable; nobody watches what it left."""
+    """While true, every call works but then raises BackendUnavailable; its outcome is unwatched."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,14 +48,14 @@ class FakeProcess:
     port: int
     answers: bool = False
     kernels: tuple[OwnKernel, ...] = ()
-    """Kernels on its gateway; they end with it only when it is asked to end, and not told to keep them."""
+    """Kernels on its gateway; they only end with it on a terminate without `keep_kernels`."""
     method: StopMethod = StopMethod.NONE
     """The last means that was used to end it."""
     watcher: FakeBackend | None = None
     watched_as: int = 0
-    """The launch number under which its watcher reports."""
+    """The generation under which its watcher reports."""
     greeted: bool = False
-    """Whether its watcher has been told that it is ready."""
+    """Whether its readiness was reported to its watcher."""
 
     @property
     def name(self) -> ServerName:
@@ -64,7 +64,7 @@ class FakeProcess:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Where it would answer."""
+        """The endpoint at which it would answer."""
         return Endpoint(
             url=f"http://{self.spec.ip}:{self.port}{self.spec.base_url}",
             token=f"token-of-{self.pid}",
@@ -79,60 +79,60 @@ class FakeProcess:
 
     @property
     def instance(self) -> Instance:
-        """What the backend knows it by."""
+        """Its reference in the backend."""
         return Instance(id=f"fake-{self.pid}", pid=self.pid, launched_by="fake")
 
 
 @dataclass(slots=True)
 class World:
-    """A machine: its processes, logs and memory of ends outlive any one backend. Any thread may use it."""
+    """A machine whose processes, logs and ends outlive any one backend. Thread-safe."""
 
     processes: list[FakeProcess] = field(default_factory=list)
-    """Those that live."""
+    """The living processes."""
     launched: list[tuple[ServerName, int]] = field(default_factory=list)
-    """Each process that ever began: its name and launch number, in order."""
+    """All processes ever started, as name and generation, in order."""
     ends: dict[ServerName, tuple[int, Ended]] = field(default_factory=dict)
-    """How the last process under a name ended; empty it, and nobody knows."""
+    """The end of the last process of each name; clear it to make the ends unknown."""
     logs: dict[ServerName, list[str]] = field(default_factory=dict)
     kernels_ended: set[str] = field(default_factory=set)
-    """Ids of the kernels that servers ended on their gateway when they were asked to end."""
+    """Ids of the kernels that servers ended on their gateway when they shut down."""
     programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
-    """What runs in the terminals of a server; of one that is not here it cannot be known."""
+    """The programs in the terminals of each server; unknown for a missing one."""
     capacity: Capacity | None = None
-    """How much memory there is; None if that is unknown."""
+    """The memory capacity; None if unknown."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
     _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
 
     def temper(self, name: ServerName | str) -> Temper:
-        """Return the temper of a name, to be changed in place."""
+        """Return the temper of a name, to be modified in place."""
         return self._tempers.setdefault(name, Temper())
 
     def living(self, name: ServerName | str) -> list[FakeProcess]:
-        """Return the processes under a name; more than one is a bug of whoever launched them."""
+        """Return the processes under a name; more than one is a bug of their launcher."""
         with self.lock:
             return [process for process in self.processes if process.name == name]
 
     def answer(self, name: ServerName | str) -> None:
-        """Let what lives under a name answer from now on."""
+        """Make the processes under a name answer from now on."""
         with self.lock:
             for process in self.living(name):
                 process.answers = True
                 _greet(process)
 
     def silence(self, name: ServerName | str) -> None:
-        """Let what lives under a name answer no more."""
+        """Make the processes under a name stop answering."""
         with self.lock:
             for process in self.living(name):
                 process.answers = False
 
     def leave(self, name: ServerName | str) -> None:
-        """Let it end by itself in good order, as when its user shuts it down from inside."""
+        """End the processes in good order, as a user's shutdown from inside does."""
         self.crash(name, Exit(code=0))
 
     def crash(self, name: ServerName | str, end: Exit = Exit(signal="SIGKILL")) -> None:  # noqa: B008 - frozen
-        """Let what lives under a name end."""
+        """End the processes under a name."""
         for process in self.living(name):
             self.end(process, end)
 
@@ -147,7 +147,7 @@ class World:
             return process
 
     def end(self, process: FakeProcess, end: Exit) -> None:
-        """End a process, and tell its watcher."""
+        """End a process, and report to its watcher."""
         with self.lock:
             if process not in self.processes:
                 return
@@ -178,16 +178,16 @@ class FakeBackend:
         self._measured = 0
 
     def abandon(self) -> None:
-        """Report nothing any more, as the backend of a keeper that crashed; its processes live on."""
+        """Stop reporting, like the backend of a crashed keeper; the processes keep running."""
         self._report = None
 
     def say(self, name: ServerName, generation: int, fact: Fact) -> None:
-        """Report a fact; the world calls it for the processes that are watched from here."""
+        """Report a fact; called by the world for the processes watched from here."""
         if self._report is not None:
             self._report(Report(name, generation, fact))
 
     def launch(self, spec: ServerSpec, generation: int) -> None:
-        """Start a process, unless this launch has one already; what an earlier launch left is ended first."""
+        """Start a process unless this launch has one; earlier launches are ended first."""
         with self.world.lock:
             temper = self._reach(spec.name)
             if temper.refusal is not None:
@@ -207,7 +207,7 @@ class FakeBackend:
         *,
         keep_kernels: bool = False,
     ) -> None:
-        """Ask what lives under a name to end."""
+        """Terminate the processes under a name."""
         with self.world.lock:
             temper = self._reach(name)
             if temper.obeys and not keep_kernels:
@@ -218,7 +218,7 @@ class FakeBackend:
             self._lose(temper)
 
     def kill(self, name: ServerName, generation: int) -> None:
-        """End what lives under a name."""
+        """Kill the processes under a name."""
         with self.world.lock:
             temper = self._reach(name)
             self._end(name, generation, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
@@ -237,25 +237,25 @@ class FakeBackend:
             return ended if ended is not None and known == generation else Gone()
 
     def forget(self, name: ServerName) -> None:
-        """Remove the log, and the memory of how it ended."""
+        """Remove the log and the recorded end."""
         with self.world.lock:
             self.world.logs.pop(name, None)
             self.world.ends.pop(name, None)
 
     def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
-        """Return the same for all that live; the clock of their processors does not stand still."""
+        """Return equal usage for all living servers, with increasing CPU time."""
         with self.world.lock:
             self._measured += 1
             living = {process.name for process in self.world.processes} & {*names}
             return {name: Usage(2**27, float(self._measured), processes=1, threads=2, proportional=2**26) for name in living}
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
-        """Name what lives under names that are not known."""
+        """Return the living servers that are not known."""
         with self.world.lock:
             return {process.name for process in self.world.processes} - set(known)
 
     def sweep(self, name: ServerName) -> None:
-        """End what lives under a name, and tell nobody."""
+        """End the processes under a name without a report."""
         with self.world.lock:
             for process in self.world.living(name):
                 process.watcher = None
@@ -268,27 +268,27 @@ class FakeBackend:
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
 
     def capacity(self) -> Capacity | None:
-        """Return what the test said that the machine has."""
+        """Return the capacity set by the test."""
         return self.world.capacity
 
     def is_server(self, _pid: int) -> bool:
-        """Return False: its servers are no processes."""
+        """Return False: no real process is a server."""
         return False
 
     def close(self) -> None:
-        """Have nothing to end."""
+        """Do nothing: there are no threads."""
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
-        """Return what the test said that runs in its terminals."""
+        """Return the terminal programs set by the test."""
         return self.world.programs.get(name)
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
-        """Return lines as they are written; it never waits, so a reader that is too fast gets many empty texts."""
+        """Yield lines as they are written; never waits, so a fast reader gets many empty texts."""
         log = self.world.logs.get(name, [])
         given = len(log) - len(self.log(name, tail))
         more = True
         while more:
-            # Asked before reading: what was written before the end is still read after it.
+            # Checked before reading: lines written before the end are still read after it.
             more = live() and self.world.logs.get(name) is log
             lines = log[given:]
             given += len(lines)
@@ -313,7 +313,7 @@ class FakeBackend:
             _greet(process)
 
     def _clear(self, spec: ServerSpec, generation: int) -> FakeProcess | None:
-        """End all of other launches; return the process of this one."""
+        """End all other launches; return the process of this one."""
         for process in self.world.living(spec.name):
             if process.generation == generation:
                 return process
@@ -324,7 +324,7 @@ class FakeBackend:
         return None
 
     def _end(self, name: ServerName, generation: int, method: StopMethod, end: Exit | None) -> None:
-        """Use one means to end what lives under a name; it has worked where `end` says how."""
+        """Apply one means of ending to a name's processes; `end` is the exit if it works."""
         living = self.world.living(name)
         if not living:
             self.say(name, generation, Ended(Exit()))
@@ -336,7 +336,7 @@ class FakeBackend:
 
 
 def _greet(process: FakeProcess) -> None:
-    """Report that a process is ready: once to each watcher, and once more after each observation."""
+    """Report readiness once to each watcher, and again after each observation."""
     if process.watcher is not None and not process.greeted:
         process.greeted = True
         process.watcher.say(process.name, process.watched_as, Ready(process.endpoint, process.instance))
