@@ -1,7 +1,7 @@
-"""The culler: asks running servers how they are used, warns of those that nobody uses, and stops them.
+"""The culler: polls the activity of running servers, warns about idle ones, and stops them.
 
-A server is asked once a period, and when something is due, by a thread of its own, so that one that hangs holds up no other. One
-that no rule is about is never asked.
+A server is polled once per period, and when a deadline is due, in a thread of its own, so that a
+hung one delays no other. A server without rules is never polled.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from labkeeper.core.spec import ServerName
 from labkeeper.threads import ThreadGroup
 
 _LOOK_EVERY: Final = 0.5
-"""Seconds between two looks at what is due."""
+"""Interval in seconds between checks for due servers."""
 
 _log = structlog.get_logger("labkeeper.culler")
 
 
 @dataclass(slots=True, eq=False)
 class _Watched:
-    """One launch that a rule is about."""
+    """One launch to which a rule applies."""
 
     snapshot: Snapshot
     endpoint: Endpoint
@@ -53,14 +53,14 @@ class _Watched:
     memory: ActivityHistory
     due: float
     seen: Activity | None = None
-    """What the server said last, in its own words; None where it did not answer."""
+    """The server's last answer, unconverted; None if it did not answer."""
     looked_at: float | None = None
     asker: threading.Thread | None = None
-    """Takes the look that was due, or did the last time."""
+    """The thread of the current or last poll."""
 
 
 class Culler:
-    """A listener of the fleet, with a thread of its own; see `core.ports.CullStatus`, too."""
+    """A subscriber of the fleet, with a thread of its own; see also `core.ports.CullStatus`."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Culler:
         policy: CullPolicy,
         period: float,
     ) -> None:
-        """`give` takes a command to the fleet, and does not wait. `period` is in seconds."""
+        """`give` passes a command to the fleet without waiting. `period` is in seconds."""
         self._give = give
         self._backend = backend
         self._probe = probe
@@ -87,11 +87,11 @@ class Culler:
         self._watched: dict[ServerName, _Watched] = {}
 
     def start(self) -> None:
-        """Begin to look."""
+        """Start the thread."""
         self._threads.watch("culler", self._round, every=lambda: _LOOK_EVERY)
 
     def changed(self, change: Change) -> None:
-        """Take in a server that runs, and leave out one that does not."""
+        """Watch a running server, or stop watching one that does not run."""
         after = change.after
         with self._lock:
             known = self._watched.get(after.name)
@@ -103,14 +103,14 @@ class Culler:
                 self._renew(known, after)
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Return how one server stands, after a look at it."""
+        """Poll a server and return its explanation."""
         watched = self._watched.get(snapshot.name)
         if watched is not None:
             self._ask(watched)
         return self.cached(snapshot)
 
     def cached(self, snapshot: Snapshot) -> Explanation:
-        """Return how one server stands, by the last look at it."""
+        """Return the explanation from the last poll."""
         now = self._clock.monotonic()
         watched = self._watched.get(snapshot.name)
         if snapshot.state is not State.RUNNING:
@@ -121,7 +121,7 @@ class Culler:
             verdict = decide(watched.facts, self._policy, now)
         return Explanation(snapshot, verdict, self._clock.time() - now, None if watched is None else watched.looked_at)
 
-    # What is watched
+    # Watching
 
     def _concerns(self, snapshot: Snapshot) -> bool:
         return bool(limits_of(snapshot.spec) or self._policy.kernel_idle_timeout)
@@ -129,7 +129,7 @@ class Culler:
     def _watch(self, snapshot: Snapshot, endpoint: Endpoint) -> _Watched:
         now = self._clock.monotonic()
         ready_at = self._ours(snapshot.started_at)
-        # Only of a first launch that we saw become ready is it known that it cannot have been used before.
+        # Only a first launch that we saw become ready is known to be unused before.
         floor = {"floor": ready_at} if snapshot.up_since == snapshot.started_at else {}
         facts = Facts(limits_of(snapshot.spec), self._ours(snapshot.up_since), ready_at)
         watched = _Watched(snapshot, endpoint, facts, ActivityHistory(**floor), now + random.uniform(0, self._period))  # noqa: S311
@@ -142,18 +142,18 @@ class Culler:
             self._snooze(watched)
 
     def _snooze(self, watched: _Watched) -> None:
-        """Take over until when it is snoozed: brought over to our clock once, it holds however the wall clock jumps."""
+        """Convert the end of its snooze to our clock once, so that clock jumps do not matter."""
         until = watched.snapshot.snoozed_until
         watched.facts = replace(watched.facts, snoozed_until=float("-inf") if until is None else self._ahead(until))
 
     def _ours(self, at: float | None) -> float:
-        """Bring a time of the past over to our clock."""
+        """Return a past time by our clock."""
         return min(self._clock.monotonic(), self._ahead(self._clock.time() if at is None else at))
 
     def _ahead(self, at: float) -> float:
         return self._clock.monotonic() + at - self._clock.time()
 
-    # A look
+    # Polling
 
     def _round(self) -> None:
         for watched in self._due():
@@ -166,7 +166,7 @@ class Culler:
             return [w for w in watched if w.due <= now and not (w.asker is not None and w.asker.is_alive())]
 
     def _look(self, watched: _Watched) -> None:
-        """Ask one server, and do what follows."""
+        """Poll one server and act on the verdict."""
         watched.due = self._clock.monotonic() + self._period
         self._ask(watched)
         verdict = self._judge(watched)
@@ -179,7 +179,7 @@ class Culler:
         watched.due = min([watched.due, *(at for at in moments if at is not None and at > now)])
 
     def _ask(self, watched: _Watched) -> None:
-        """Bring what is known of a server to what is so; one that does not answer is known no more."""
+        """Update the facts about a server; without an answer, its activity is unknown."""
         try:
             seen = self._with_programs(watched.snapshot.name, self._probe.activity(watched.endpoint))
         except BackendError as error:
@@ -192,7 +192,7 @@ class Culler:
             watched.facts = replace(watched.facts, activity=watched.memory.take(seen, now=now, wall=wall))
 
     def _with_programs(self, name: ServerName, seen: Activity) -> Activity:
-        """Add what runs in the terminals; Jupyter lists them as it made them, the oldest first."""
+        """Add the programs in the terminals, which Jupyter lists in order of creation."""
         if not seen.terminals:
             return seen
         programs = self._backend.programs(name)
@@ -202,7 +202,7 @@ class Culler:
         return replace(seen, terminals=tuple(replace(terminal, program=program) for terminal, program in pairs))
 
     def _judge(self, watched: _Watched) -> Verdict:
-        """Return how it stands, and warn where that is due."""
+        """Return the verdict; issue a warning if due."""
         with self._lock:
             now = self._clock.monotonic()
             verdict = decide(watched.facts, self._policy, now)
@@ -213,7 +213,7 @@ class Culler:
                 self._warn(watched.snapshot, outlook, now)
         return verdict
 
-    # What follows
+    # Acting
 
     def _warn(self, snapshot: Snapshot, outlook: Outlook, now: float) -> None:
         ahead = (outlook.stops_at or now) - now
@@ -228,7 +228,7 @@ class Culler:
         )
 
     def _stop(self, watched: _Watched, rule: Rule) -> None:
-        """Stop it, unless a last look finds that anything has changed."""
+        """Stop it, unless a final check finds a change."""
         snapshot, before = watched.snapshot, watched.seen
         self._ask(watched)
         again = self._judge(watched)
@@ -240,7 +240,7 @@ class Culler:
         self._give(Order(snapshot.name, Event.STOP, origin=Origin(CULLER, reason=again.reason), seen=snapshot))
 
     def _end_kernels(self, watched: _Watched) -> None:
-        """End the kernels that nobody uses, unless a last look finds that they have changed."""
+        """End idle kernels, unless a final check finds them changed."""
         if not self._idle_kernels(watched):
             return
         before = set(watched.seen.kernels) if watched.seen is not None else set()

@@ -1,7 +1,7 @@
-"""Metrics for Prometheus: what happens is counted as it happens, what is so is looked at when it is asked for.
+"""Prometheus metrics: events are counted as they happen; states are read at each scrape.
 
-Counted in plain numbers: prometheus_client, which writes them, takes longer to load than a boot has to spare, so that is done at
-the first scrape. Labels take their values from closed lists, never from callers: no name of a server, no path.
+Plain numbers, since prometheus_client is too slow to import at boot; it is loaded at the first
+scrape. Label values come from closed lists, never from callers: no server names, no paths.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 Labels = tuple[str, ...]
 
 NONE: Final = "none"
-"""The label of what has no failure class, or no rule."""
+"""The label value without a failure class or rule."""
 _WAYS: Final = ("fork", "exec")
 _UNKNOWN_WAY: Final = "unknown"
-"""Of a start that failed: only a server that is ready says how it was launched."""
+"""For failed starts: only a server that is ready reports how it was launched."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _NOT_BEGUN: Final = AT_REST | {State.BACKOFF}
 _DECIDED: Final = _NOT_BEGUN | {State.RUNNING, State.STOPPING, State.KILLING}
-"""States that end a start, one way or the other; a server that is lost may still come."""
+"""States that end a start, successful or not; a lost server may still become ready."""
 
 
 class Kind(StrEnum):
-    """What a family of metrics is, in Prometheus' words."""
+    """The types of metric families, in Prometheus' terms."""
 
     COUNTER = "counter"
     GAUGE = "gauge"
@@ -57,7 +57,7 @@ class Family:
     about: str
     labels: Labels = ()
     known: tuple[Labels, ...] = ((),)
-    """The labels that are there from the beginning: an alert sees the first of what it waits for only if it saw none before."""
+    """Labels present from the beginning: an alert only sees an increase if it saw 0 before."""
     buckets: tuple[float, ...] = ()
 
 
@@ -168,12 +168,12 @@ FAMILIES: Final = (
     HTTP_REQUESTS,
     HTTP_DURATION,
 )
-"""All of ours, in the order in which they are written; those of Python and of the process come with prometheus_client."""
+"""Our families, in output order; prometheus_client adds those of Python and the process."""
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """What is looked at when metrics are asked for. Each is quick, and safe to call from any thread."""
+    """Sources read at each scrape. All of them are quick and thread-safe."""
 
     servers: Callable[[], Sequence[Snapshot]] = tuple
     orphans: Callable[[], Sequence[OrphanedKernel]] = tuple
@@ -181,7 +181,7 @@ class World:
 
 
 class _Histogram:
-    """How many values fell into each bucket, and their sum."""
+    """The number of values in each bucket, and their sum."""
 
     def __init__(self, buckets: Sequence[float]) -> None:
         self._bounds = buckets
@@ -189,18 +189,18 @@ class _Histogram:
         self._sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Take in a value."""
+        """Add a value."""
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
     def written(self) -> tuple[list[tuple[str, float]], float]:
-        """Return the buckets as Prometheus wants them, each with all below it, and the sum."""
+        """Return Prometheus' cumulative buckets, and the sum."""
         bounds = [*map(str, self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
 
 class Metrics:
-    """A listener of the fleet and of the history, and a collector of prometheus_client. Thread-safe."""
+    """A subscriber of fleet and history, and a collector of prometheus_client. Thread-safe."""
 
     def __init__(self, clock: Clock, world: World | None = None, *, version: str = "") -> None:
         self._clock = clock
@@ -216,17 +216,17 @@ class Metrics:
             if family.kind is Kind.HISTOGRAM
         }
         self._begun: dict[ServerName, float] = {}
-        """When the starts that are not decided yet began."""
+        """Begin of each start whose outcome is open."""
         self._up: set[ServerName] = set()
-        """Servers that have been ready, and whose end was not seen yet."""
+        """Servers that have been ready and whose end was not seen yet."""
 
-    # What happens
+    # Events
 
     def changed(self, change: Change) -> None:
-        """Take in a change of a server."""
+        """Count a change of a server."""
         with self._lock:
             if change.before is None:
-                # Taken over: only its end will be news.
+                # Adopted: the next event that counts is its end.
                 self._up.update({change.after.name} if change.after.started_at is not None else ())
                 return
             self._take_start(change, change.before)
@@ -237,7 +237,7 @@ class Metrics:
                 self._count(CULLS, next((rule for rule in Rule if change.origin.reason.startswith(rule)), NONE))
 
     def heard(self, entry: HistoryEntry) -> None:
-        """Take in what was remembered."""
+        """Count a history entry."""
         with self._lock:
             if entry.kind is HistoryKind.KERNEL_CULLED:
                 self._count(KERNEL_CULLS)
@@ -246,7 +246,7 @@ class Metrics:
                 self._count(ORPHANS, by=pids if isinstance(pids, int) else 0)
 
     def answered(self, route: str | None, method: str, status: int, seconds: float) -> None:
-        """Take in an answered request; `route` is the pattern of its path, None where it fits none."""
+        """Count an answered request; `route` is its path pattern, None if it matches none."""
         where = (route or NONE, method if method in _METHODS else "other")
         with self._lock:
             self._count(HTTP_REQUESTS, *where, str(status))
@@ -283,25 +283,25 @@ class Metrics:
     def _observe(self, family: Family, value: float, *labels: str) -> None:
         self._histograms[family].setdefault(labels, _Histogram(family.buckets)).observe(value)
 
-    # What is asked for
+    # Scrapes
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Write everything in the form that fits an `Accept` header best; return its media type, too."""
+        """Return all metrics in the best format for an `Accept` header, and its media type."""
         from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - late: see above
 
         try:
             encode, media_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # It asks for a version that is no number.
+        except (TypeError, ValueError):  # The requested version is not a number.
             encode, media_type = choose_encoder("")
         return encode(self._registry), media_type
 
     def collect(self) -> Iterator[Metric]:
-        """Return all of ours as prometheus_client wants them."""
+        """Yield all our metrics for prometheus_client."""
         from prometheus_client import core  # noqa: PLC0415 - late: see above
 
         values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
         with self._lock:
-            # Only this is done under the lock: the fleet waits for it.
+            # Nothing else is done under the lock, for which the fleet waits.
             values = {family: dict(counted) for family, counted in self._counts.items()} | values
             for family, histograms in self._histograms.items():
                 written[family] = {labels: histogram.written() for labels, histogram in histograms.items()}
@@ -332,7 +332,7 @@ class Metrics:
         return registry
 
     def _looked_at(self) -> dict[Family, Mapping[Labels, float]]:
-        """Return the gauges."""
+        """Return the values read at each scrape."""
         servers, webhooks = self._world.servers(), self._world.webhooks()
         states = Counter(str(server.state) for server in servers)
         health = _healths(servers)
@@ -348,7 +348,7 @@ class Metrics:
 
 
 def _healths(servers: Sequence[Snapshot]) -> dict[str, bool]:
-    """Say of each gateway of running servers whether it could be used by all that looked."""
+    """Return whether each gateway of running servers is usable by all of them."""
     found: dict[str, bool] = {}
     for server in servers:
         if server.gateway is not None and server.spec.gateway is not None:

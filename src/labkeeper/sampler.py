@@ -1,7 +1,7 @@
-"""Samples of what servers use: taken by one thread, as long as somebody has asked of late; whoever asks gets the last one.
+"""Resource usage samples, taken by one thread while they are requested; requests get the last one.
 
-Processes are measured in each period. The servers themselves are asked for their kernels and connections by another thread,
-so that one that is silent, or waits for its gateway, holds up no measurement.
+Processes are measured in each period. The servers are asked for their kernels and connections by
+another thread, so that one that hangs, or waits for its gateway, delays no measurement.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from labkeeper.core.spec import ServerName
 from labkeeper.threads import ThreadGroup
 
 _WANTED_FOR: Final = 60.0
-"""Seconds that samples are taken for after somebody has asked."""
+"""Seconds of sampling after a request."""
 _LOOK_EVERY: Final = 0.2
-"""Seconds between two looks at whether somebody has asked, while nobody had."""
+"""Interval in seconds between checks for a request, while there is none."""
 _LOADS_EVERY: Final = 3
-"""Periods between two rounds through the servers."""
+"""Periods between two rounds of requests to the servers."""
 
 _log = structlog.get_logger("labkeeper.sampler")
 
 
 class Sampler:
-    """Takes samples, and gives the last ones to any thread."""
+    """Takes samples, and returns the last ones to any thread."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class Sampler:
         clock: Clock,
         period: float,
     ) -> None:
-        """`servers` gives those that there are; `period` is in seconds, 0 for no samples at all."""
+        """`servers` returns all servers; `period` is in seconds, 0 disables sampling."""
         self._backend = backend
         self._probe = probe
         self._servers = servers
@@ -55,15 +55,15 @@ class Sampler:
         self._loads: dict[ServerName, tuple[int, Load]] = {}
         self._asking: threading.Thread | None = None
         self._rounds = 0
-        """How often was measured since somebody asked for the first time."""
+        """Number of measurements since the first request."""
 
     def start(self) -> None:
-        """Begin."""
+        """Start the thread."""
         if self._period:
             self._threads.watch("usage", self._round, every=self._pause)
 
     def of(self, snapshot: Snapshot) -> Sample | None:
-        """Return the last sample of a running server, at once; None where there is none of this launch."""
+        """Return a running server's last sample without waiting; None if this launch has none."""
         self._asked = self._clock.monotonic()
         sample = self._samples.get(snapshot.name)
         if snapshot.state is not State.RUNNING or sample is None or sample.generation != snapshot.generation:
@@ -71,12 +71,12 @@ class Sampler:
         return sample
 
     def _pause(self) -> float:
-        # The first sample comes as soon as somebody asks, and a second one soon after it: a share of a processor takes two.
+        # Sample soon after the first request, and again soon: CPU usage takes two samples.
         return self._period if self._rounds > 1 else _LOOK_EVERY
 
     def _round(self) -> None:
         if not self._wanted:
-            # An old sample would be taken for a new one.
+            # An outdated sample could be mistaken for a new one.
             self._samples, self._rounds = {}, 0
             return
         self._sample()
@@ -100,7 +100,7 @@ class Sampler:
         self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
 
     def _completed(self, name: ServerName, sample: Sample) -> Sample:
-        """Add what can be told only together with what was known before."""
+        """Add the values that depend on earlier data."""
         before = self._samples.get(name)
         generation, load = self._loads.get(name, (None, None))
         cpus = None
@@ -109,7 +109,6 @@ class Sampler:
         return replace(sample, cpus=cpus, load=load if generation == sample.generation else None)
 
     def _ask(self) -> None:
-        """Ask each running server once."""
         loads: dict[ServerName, tuple[int, Load]] = {}
         for snapshot in self._servers():
             if self._threads.closed:
@@ -118,6 +117,6 @@ class Sampler:
                 try:
                     loads[snapshot.name] = (snapshot.generation, self._probe.load(snapshot.endpoint))
                 except BackendError:
-                    # Whether it answers at all is found out, and told, elsewhere.
+                    # Unresponsive servers are detected and reported elsewhere.
                     continue
         self._loads = loads

@@ -1,7 +1,8 @@
-"""Every setting, defined once: its type, default, unit and reason. The only reader of our environment variables.
+"""Every setting, defined once, and the only reader of our environment variables.
 
-A setting comes from, in this order: the command line, the environment (`LABKEEPER_` and the name in capitals), the TOML file that
-`LABKEEPER_CONFIG` names, the default. Flags of `labkeeper serve`, the table in the documentation and the checks come from here.
+Sources, in order of precedence: the command line, the environment (`LABKEEPER_` and the name in
+capitals), the TOML file named by `LABKEEPER_CONFIG`, the default. The flags of `labkeeper serve`,
+the table in the documentation and the checks are derived from here.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from labkeeper.terminal import visible_line
 PREFIX: Final = "LABKEEPER_"
 CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
 URL_VARIABLE: Final = PREFIX + "URL"
-"""Where the command line finds the keeper, when not by its state directory."""
+"""The keeper's URL for the command line, instead of the one in its state directory."""
 CA_VARIABLE: Final = PREFIX + "CA_FILE"
-"""Which authorities the command line trusts, beside those of the system."""
+"""Certificate authorities that the command line trusts besides the system's."""
 _OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX + "SERVER"})
-"""Variables of ours that are no settings."""
+"""Our variables that are not settings."""
 _MARGIN: Final = 5.0
 """Seconds."""
 
@@ -63,14 +64,14 @@ def _names(given: Any) -> Any:
 
 
 def _check_umask(text: str) -> str:
-    # What its owner may do is nobody else's affair: a server that cannot read its own files does not start.
+    # The owner keeps all rights: a server that cannot read its own files does not start.
     if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
         raise ValueError("must be octal and leave the owner's own rights, such as 077, 027 or 022")
     return text
 
 
 def _check_user_last(root: Path) -> Path:
-    # It would also be asked for as root, wherever the link leads.
+    # Otherwise root would follow a link that the user controls.
     if any("%u" in part for part in root.parts[:-1]):
         raise ValueError("must end with the part that has '%u': what is below is that user's, who can make a link of it")
     return root
@@ -79,17 +80,17 @@ def _check_user_last(root: Path) -> Path:
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Root = Annotated[Directory, AfterValidator(_check_user_last)]
 Directories = Annotated[tuple[Root, ...], BeforeValidator(_split)]
-"""In the environment and on the command line separated as in PATH."""
+"""Separated as in PATH, in the environment and on the command line."""
 Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-"""Texts: a list of them, or one text with commas between them."""
+"""A list of texts, or one text separated by commas."""
 Duration = Annotated[float, BeforeValidator(duration)]
-"""Seconds, or a text such as `90m`, `2h`, `1d12h`."""
+"""Seconds, or text such as `90m`, `2h`, `1d12h`."""
 
 
 class Settings(BaseModel):
-    """What whoever runs a keeper may choose. Frozen. Durations are in seconds, sizes in bytes."""
+    """The settings of a keeper. Frozen. Durations are in seconds, sizes in bytes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
@@ -298,19 +299,19 @@ class Settings(BaseModel):
 
     @property
     def min_free(self) -> Reserve:
-        """The memory that is to stay free."""
+        """The memory to keep free."""
         if self.min_free_memory.endswith("%"):
             return Reserve(share=float(self.min_free_memory[:-1]) / 100)
         return Reserve(amount=int(self.min_free_memory))
 
     @property
     def umask_of_servers(self) -> int:
-        """The mask as a number."""
+        """The umask as a number."""
         return int(self.umask, 8)
 
     @property
     def cull_policy(self) -> CullPolicy:
-        """What counts as use, for all servers."""
+        """The culling policy for all servers."""
         return CullPolicy(
             grace=self.cull_grace,
             warning=self.cull_warning,
@@ -322,7 +323,7 @@ class Settings(BaseModel):
 
     @property
     def policy(self) -> Policy:
-        """The numbers that rule every server."""
+        """The numbers that apply to every server."""
         return Policy(
             start_timeout=self.start_timeout,
             stop_grace=self.stop_grace,
@@ -336,17 +337,17 @@ class Settings(BaseModel):
 
     @property
     def longest_stop(self) -> float:
-        """Seconds after which the end of a server is waited for no longer: beyond the sum of all timers."""
+        """Seconds to wait for the end of a server: more than the sum of all timers."""
         return self.stop_grace + self.kill_wait + _MARGIN
 
     @property
     def limits(self) -> Limits:
-        """What servers may use whose request does not say."""
+        """The default limits of servers."""
         return Limits(memory=self.memory_limit, cpus=self.cpu_limit, processes=self.process_limit)
 
     @property
     def certificate(self) -> tuple[Path, Path] | None:
-        """The files of the API's certificate and of its key."""
+        """The files of the API's certificate and key."""
         return (self.cert_file, self.key_file) if self.cert_file and self.key_file else None
 
     @property
@@ -361,11 +362,11 @@ class Settings(BaseModel):
 
 
 def load(**flags: Any) -> Settings:
-    """Read all settings; `flags` are those of the command line. Raises SettingsError, in one line for all mistakes."""
+    """Return the settings; `flags` are the command line's. Raises one SettingsError for all."""
     try:
         return _load(flags)
     except SettingsError as error:
-        # Names and paths may hold anything.
+        # Names and paths may contain control characters.
         raise SettingsError(visible_line(error.message)) from error
 
 
@@ -394,7 +395,7 @@ def _check_pair(settings: Settings, *names: str) -> None:
 
 
 def _with_secret(settings: Settings, name: str) -> Settings:
-    """Read a secret where a file is named for it."""
+    """Return the settings with a secret read from its file, if one is named."""
     path, variable = getattr(settings, f"{name}_file"), PREFIX + name.upper()
     if path is None:
         return settings
@@ -404,18 +405,18 @@ def _with_secret(settings: Settings, name: str) -> Settings:
 
 
 def keeper_url() -> str | None:
-    """Return the URL of the keeper that the environment names for the command line."""
+    """Return the keeper URL for the command line from the environment."""
     return os.environ.get(URL_VARIABLE) or None
 
 
 def ca_file() -> Path | None:
-    """Return the file of the authorities that the environment names for the command line."""
+    """Return the certificate authorities' file for the command line from the environment."""
     named = os.environ.get(CA_VARIABLE)
     return Path(named).expanduser() if named else None
 
 
 def unknown_variables() -> list[str]:
-    """Name the variables in the environment that look like settings and are none: most likely misspelled."""
+    """Return environment variables that look like settings but are none: likely misspelled."""
     known = {PREFIX + name.upper() for name in Settings.model_fields} | _OUTSIDE
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
 
@@ -423,13 +424,13 @@ def unknown_variables() -> list[str]:
 SECRETS: Final = frozenset(
     name for name, field in Settings.model_fields.items() if SecretStr in {field.annotation, *get_args(field.annotation)}
 )
-"""Settings that no command line has, which others can read, and no message."""
+"""Settings excluded from the command line, which others can read, and from messages."""
 _SHORTEST_TOKEN: Final = 16
 _LONGEST_TOKEN: Final = 4096
 
 
 def _secret_in(path: Path, variable: str) -> str:
-    """Read a secret from a file, which most editors end with a newline."""
+    """Read a secret from a file, without the newline that most editors add."""
     try:
         with path.open("rb") as stream:
             return stream.read(_LONGEST_TOKEN).decode("utf-8", errors="replace").strip("\r\n")
@@ -438,7 +439,7 @@ def _secret_in(path: Path, variable: str) -> str:
 
 
 def _from_environment() -> dict[str, Any]:
-    """Return the settings that the environment has; an empty one counts as none."""
+    """Return the settings in the environment; an empty one counts as unset."""
     found = {name: os.environ.get(PREFIX + name.upper()) for name in Settings.model_fields}
     return {name: value for name, value in found.items() if value}
 
@@ -451,7 +452,7 @@ def _from_file() -> dict[str, Any]:
         with Path(path).expanduser().open("rb") as stream:
             return tomllib.load(stream)
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError, RuntimeError) as error:
-        # RuntimeError is of a '~' without a home; tomllib goes down into what it reads.
+        # RuntimeError: a '~' without a home directory; RecursionError: deep nesting in tomllib.
         raise SettingsError(f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}") from error
 
 

@@ -1,10 +1,10 @@
 """Snapshots, orphaned kernels, events and API tokens in SQLite, in the state directory.
 
-One row for each server, its snapshot as JSON; for each kernel that is still to be ended; for each event; for each webhook, with
-the last event that it has received; for each token, as a hash alone; for each runtime directory in which servers may run.
+One row per server, with its snapshot as JSON; per orphaned kernel; per event; per webhook, with its
+last delivered event; per token, only as a hash; per runtime directory in which servers may run.
 
-`PRAGMA user_version` is the version of the schema. A newer keeper copies the file, and migrates it in one transaction; an older
-keeper refuses a newer file.
+`PRAGMA user_version` is the schema version. A newer keeper copies the file and migrates it in one
+transaction; an older keeper rejects a newer file.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _log = structlog.get_logger("labkeeper.store")
 
 
 def _renamed(table: str, column: str, old: str, new: str) -> str:
-    """Return the SQL that renames a member of the JSON objects in a column; what is no JSON stays, and is reported when read."""
+    """Return SQL that renames a JSON member in a column; invalid JSON is reported when read."""
     value = f"json_set(json_remove({column}, '$.{old}'), '$.{new}', json_extract({column}, '$.{old}'))"
     where = f"json_valid({column}) AND json_type({column}, '$.{old}') IS NOT NULL"
     return f"UPDATE {table} SET {column} = {value} WHERE {where}"  # noqa: S608 - of our own names
@@ -48,7 +48,7 @@ _MIGRATIONS: Final = (
     "; ".join(
         (
             _renamed("servers", "snapshot", "launch", "generation"),
-            # Whoever takes a server up asks it again how it is reached.
+            # The next keeper asks each server for its endpoint again.
             "UPDATE servers SET snapshot = json_set(snapshot, '$.endpoint', NULL) WHERE json_valid(snapshot)",
             _renamed("history", "entry", "launch", "generation"),
             _renamed("tokens", "token", "reach", "limits"),
@@ -57,29 +57,31 @@ _MIGRATIONS: Final = (
         )
     ),
 )
-"""What leads from each version to the next. The first table may be there without a version: a keeper was killed in between."""
+"""The migration from each version to the next. The first table may exist without a version, after a
+kill in between."""
 _VERSION: Final = len(_MIGRATIONS)
 _FORGET_EVERY: Final = 100
-"""New entries of the history after which old ones are removed, in a small history; in a large one, a hundredth of it."""
+"""New history entries between removals of old ones; a hundredth of the size of a large history."""
 _ACTOR: Final = "CASE WHEN json_valid(entry) THEN json_extract(entry, '$.origin.actor') END"
-"""Whose entry of the history it is; the words of an index that serves a query are the same in both."""
+"""The actor of a history entry; an index only serves a query with the same expression."""
 _PROBE: Final = 64 * 1024
-"""Bytes that are written to hear of a disk whether it takes any; more than one of its blocks."""
+"""Bytes written to test whether the disk accepts any; more than one of its blocks."""
 
 
 _form: Final[Callable[[Any], TypeAdapter[Any]]] = functools.cache(TypeAdapter)
-"""Reads and writes a kind of thing; made when there is the first one, since the making takes its time."""
+"""Returns the (de)serializer of a type, created on first use since that is slow."""
 _T = TypeVar("_T")
 
 
 class SqliteStore:
-    """The stores of `core.ports` (`Store`, `HistoryStore`, `TokenStore`), and `history.webhooks.WebhookStore`.
+    """The stores of `core.ports` (`Store`, `HistoryStore`, `TokenStore`), and `WebhookStore`.
 
-    Any thread may call it. What is read has a connection of its own: a long look into the history holds up no change of a server.
+    Any thread may call it. Reads have a connection of their own: a long query of the history
+    delays no change of a server.
     """
 
     def __init__(self, path: Path) -> None:
-        """Open or make the file, readable by its owner alone. Raises StoreError; a damaged file is left as it is."""
+        """Open or create the file, mode 0600. Raises StoreError; a damaged file is unchanged."""
         self._path = path
         self._writing, self._reading, self._wipe_waits = threading.Lock(), threading.Lock(), threading.Lock()
         self._examine()
@@ -97,7 +99,7 @@ class SqliteStore:
 
     def close(self) -> None:
         """Close the file."""
-        # The one that wrote comes last: it puts what is in the log beside the file into it.
+        # The writer is last: it merges the write-ahead log into the file.
         for connection in (self._reader, self._db):
             connection.close()
 
@@ -106,7 +108,7 @@ class SqliteStore:
         return self._read(Snapshot, "SELECT snapshot FROM servers ORDER BY name")
 
     def save(self, snapshot: Snapshot) -> None:
-        """Keep one server; on the disk when this returns."""
+        """Save one server, durably before returning."""
         try:
             text = _text(snapshot)
         except ValueError as error:
@@ -119,7 +121,7 @@ class SqliteStore:
             )
 
     def forget(self, name: ServerName) -> None:
-        """Drop one server."""
+        """Remove one server."""
         with self._doing("write"):
             self._db.execute("DELETE FROM servers WHERE name = ?", (name,))
 
@@ -128,7 +130,7 @@ class SqliteStore:
         return self._read(OrphanedKernel, "SELECT kernel FROM orphans ORDER BY kernel_id")
 
     def add_orphans(self, orphans: Sequence[OrphanedKernel]) -> None:
-        """Keep some more; on the disk when this returns."""
+        """Add kernels, durably before returning."""
         rows = [(orphan.kernel_id, _text(orphan)) for orphan in orphans]
         with self._doing("write"):
             self._db.executemany(
@@ -138,26 +140,26 @@ class SqliteStore:
             )
 
     def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
-        """Drop some."""
+        """Remove kernels."""
         with self._doing("write"):
             self._db.executemany("DELETE FROM orphans WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
 
     def wipe(self) -> None:
-        """Leave nothing on the disk of what was dropped, which the log beside the file has yet. Does not raise."""
+        """Erase removed data from the disk, where the log still has it. Does not raise."""
         if not self._wipe_waits.acquire(blocking=False):
-            return  # Another call has not begun, and does it for both.
+            return  # Another call is waiting and does it for both.
         with self._reading:
             self._wipe_waits.release()
-            # Other programs that look into the file are not waited for: all changes of servers would wait, too. What is left
-            # then, and where the disk is full, goes with the next call.
+            # Do not wait for other readers of the file, as all server changes would wait, too. What
+            # remains then, or on a full disk, is erased by the next call.
             with suppress(StoreError), self._doing("write"), closing(self._connect(timeout=0.0)) as db:
                 _wipe(db)
 
-    # The history
+    # History
 
     def forgotten(self, after: int) -> int:
-        """Count the entries newer than an id that are known no more."""
-        # Ids have no gaps but these, and the newest one stays.
+        """Return the number of dropped entries newer than an id."""
+        # Ids have no other gaps, and the newest entry is never dropped.
         return int(self._rows("SELECT coalesce(max(id) - ? - count(*), 0) FROM history WHERE id > ?", after, after)[0][0])
 
     def last_id(self) -> int:
@@ -165,7 +167,7 @@ class SqliteStore:
         return int(self._rows("SELECT coalesce(max(id), 0) FROM history")[0][0])
 
     def remember(self, entries: Sequence[HistoryEntry], *, keep: int) -> None:
-        """Keep some more; on the disk when this returns."""
+        """Add entries, durably before returning."""
         rows = [(entry.id, entry.server, _text(entry)) for entry in entries]
         with self._doing("write"):
             self._db.executemany("INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows)
@@ -173,7 +175,7 @@ class SqliteStore:
                 self._forget_entries(keep)
 
     def _forget_entries(self, keep: int) -> None:
-        """Drop the oldest entries of those who have most: nobody fills the history at the cost of others."""
+        """Drop the oldest entries of the most active actors, so that none displaces the others."""
         counts = dict(self._db.execute(f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1").fetchall())  # noqa: S608 - ours
         share = _fair_share(counts.values(), keep)
         excess = [(actor, count - share) for actor, count in counts.items() if count > share]
@@ -183,11 +185,11 @@ class SqliteStore:
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
-        """Return the oldest that are newer than an id."""
+        """Return the oldest entries newer than an id."""
         return self._select("id", after, server, within, limit)
 
     def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
-        """Return the newest ones, the oldest of them first."""
+        """Return the newest entries, oldest first."""
         return self._select("id DESC", 0, server, within, limit)[::-1]
 
     def _select(self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int) -> list[HistoryEntry]:
@@ -202,7 +204,7 @@ class SqliteStore:
             where.append(f"({' OR '.join('server GLOB ?' for _ in within.servers)})")
             given.extend(within.servers)
         for label in within.labels.items():
-            # By its name and its value at once: a key may hold what has a meaning in a path of JSON.
+            # Compare key and value: a key may contain characters with a meaning in JSON paths.
             where.append("EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)")
             given.extend(label)
         if within.users:
@@ -214,24 +216,27 @@ class SqliteStore:
     # Tokens
 
     def tokens(self) -> list[Token]:
-        """Return all."""
+        """Return all tokens."""
         return self._read(Token, "SELECT token FROM tokens ORDER BY id")
 
     def save_token(self, token: Token) -> None:
-        """Keep one; on the disk when this returns."""
+        """Save a token, durably before returning."""
         row = (token.id, _text(token))
         with self._doing("write"):
             self._db.execute("INSERT OR REPLACE INTO tokens (id, token) VALUES (?, ?)", row)
 
     def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
-        """Drop one."""
+        """Remove a token."""
         with self._doing("write"):
             self._db.execute("DELETE FROM tokens WHERE id = ?", (id,))
 
     # Webhooks
 
     def webhook(self, url: str) -> tuple[int, int, int] | None:
-        """Return the last entry that a webhook was told, how many it took, and how many are dead. Raises StoreError."""
+        """Return a webhook's last posted entry and its counts of delivered and dead ones.
+
+        Raises StoreError.
+        """
         rows = self._rows("SELECT told, delivered, dead FROM webhooks WHERE url = ?", url)
         if not rows:
             return None
@@ -241,7 +246,7 @@ class SqliteStore:
         return told, delivered, dead
 
     def note_webhook(self, url: str, told: int, delivered: int, dead: int) -> None:
-        """Keep the same; of no other webhook any more. Raises StoreError."""
+        """Store the same, dropping all other webhooks. Raises StoreError."""
         with self._doing("write"):
             self._db.execute("DELETE FROM webhooks WHERE url != ?", (url,))
             self._db.execute("INSERT OR REPLACE INTO webhooks VALUES (?, ?, ?, ?)", (url, told, delivered, dead))
@@ -249,27 +254,27 @@ class SqliteStore:
     # Runtime directories
 
     def runtime_dirs(self) -> list[Path]:
-        """Return those in which servers may run. Raises StoreError."""
+        """Return the directories in which servers may run. Raises StoreError."""
         paths = [path for (path,) in self._rows("SELECT path FROM runtime_dirs ORDER BY path")]
         if not all(path.startswith(b"/") and b"\0" not in path for path in paths):
             raise self._damaged("a runtime directory has no path")
         return [Path(os.fsdecode(path)) for path in paths]
 
     def note_runtime_dirs(self, directories: Sequence[Path]) -> None:
-        """Keep these, and no others; on the disk when this returns. Raises StoreError."""
+        """Replace these directories, durably before returning. Raises StoreError."""
         rows, known = ({(os.fsencode(path),) for path in paths} for paths in (directories, self.runtime_dirs()))
         if rows == known:
-            # Nothing is written: a keeper comes back to its servers also on a full disk.
+            # Without a write, a keeper can return to its servers even if the disk is full.
             return
         with self._doing("write"):
-            # In this order: a keeper that is killed in between leaves one too many.
+            # In this order: a keeper killed in between leaves one too many.
             self._db.executemany("INSERT OR IGNORE INTO runtime_dirs (path) VALUES (?)", rows)
             self._db.executemany("DELETE FROM runtime_dirs WHERE path = ?", known - rows)
 
     def _examine(self) -> None:
-        """Refuse a file that is damaged, or newer than we are.
+        """Reject a file that is damaged or newer than this version.
 
-        Read by a connection that cannot write: as it closes, any other would carry its log over into the file.
+        Uses a read-only connection: any other would merge the log into the file when it closes.
         """
         if not self._path.exists():
             return
@@ -290,26 +295,26 @@ class SqliteStore:
 
     def _prepare(self) -> None:
         with self._doing("open"):
-            # WAL survives a kill at any moment, and NORMAL a crash of this process; only a crash of the machine may cost
-            # the last transitions, and no process of ours outlives that.
+            # WAL survives a kill at any time, and NORMAL a crash of this process; only a crash of
+            # the machine may lose the last transitions, and no process of ours outlives that.
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
-            # What is dropped is overwritten: specs hold secrets.
+            # Overwrites removed data: specs contain secrets.
             self._db.execute("PRAGMA secure_delete = ON")
-            # A full disk has no room for it, and keeps no keeper from its servers: the next wipe makes up for it.
+            # A full disk must not keep a keeper from its servers: the next wipe makes up for it.
             with suppress(sqlite3.OperationalError):
                 _wipe(self._db)
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             if 0 < version < _VERSION:
                 self._copy(version)
             for number, change in enumerate(_MIGRATIONS[version:], start=version + 1):
-                # One step at a time, each whole or not at all.
+                # One step at a time, each atomic.
                 self._db.executescript(f"BEGIN IMMEDIATE; {change}; PRAGMA user_version = {number}; COMMIT;")
-            # No layout of its own: nothing is read by it that could not be read without.
+            # Not part of the schema: every query works without it.
             self._db.execute(f"CREATE INDEX IF NOT EXISTS history_by_actor ON history ({_ACTOR})")
 
     def _copy(self, version: int) -> None:
-        """Copy the file before it is migrated, for those who want to go back to the labkeeper that wrote it."""
+        """Copy the file before its migration, to allow a downgrade."""
         copy = self._path.with_name(f"{self._path.name}.v{version}")
         half = copy.with_name(f"{copy.name}.half")
         try:
@@ -326,7 +331,7 @@ class SqliteStore:
         return sqlite3.connect(self._path, timeout=timeout, check_same_thread=False, isolation_level=None)
 
     def _read(self, kind: type[_T], query: str, *given: object) -> list[_T]:
-        """Return what rows of one column hold. Raises StoreError."""
+        """Return the objects in a column of JSON. Raises StoreError."""
         rows = self._rows(query, *given)
         try:
             return [_form(kind).validate_json(text) for (text,) in rows]
@@ -343,18 +348,18 @@ class SqliteStore:
             try:
                 yield
             except sqlite3.DatabaseError as error:
-                if verb != "open":  # That one ends the keeper, which says so.
+                if verb != "open":  # The error on opening ends the keeper, which reports it.
                     _log.error("the store failed", verb=verb, error=str(error))
                 if isinstance(error, sqlite3.OperationalError):
                     raise self._failed(verb, error) from error
                 raise self._damaged(str(error)) from error
             except UnicodeDecodeError as error:
-                # Of SQLite's own words, which quote what the file holds.
+                # From SQLite's message, which quotes the file's content.
                 raise self._damaged("it holds what is no text") from error
 
     def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:
-        """Return the error that says why, in the disk's own words where SQLite has only seen that something failed."""
-        # Errors that Python finds in what SQLite gives have no code.
+        """Return the error with its cause, from a test write if SQLite knows none."""
+        # Errors that Python finds in SQLite's results have no code.
         why, full = str(error), getattr(error, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
         probe = self._path.with_name(f"{self._path.name}.probe")
         try:
@@ -375,7 +380,7 @@ class SqliteStore:
 
 
 def _fair_share(counts: Iterable[int], keep: int) -> int:
-    """Return how many entries each may have, at least one, so that all have about `keep`; those who have fewer lose none."""
+    """Return each actor's share, at least 1, for about `keep` in all; smaller ones lose none."""
     left, waiting = keep, sorted(counts)
     while waiting and waiting[0] <= left // len(waiting):
         left -= waiting.pop(0)
@@ -383,7 +388,7 @@ def _fair_share(counts: Iterable[int], keep: int) -> int:
 
 
 def _wipe(db: sqlite3.Connection) -> None:
-    """Put what is in the log beside the file into it, and empty the log."""
+    """Merge the write-ahead log into the file, and empty it."""
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
