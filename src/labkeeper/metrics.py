@@ -216,7 +216,7 @@ class Metrics:
             if family.kind is Kind.HISTOGRAM
         }
         self._begun: dict[ServerName, float] = {}
-        """Begin of each start whose outcome is open."""
+        """The beginning of each start whose outcome is open."""
         self._up: set[ServerName] = set()
         """Servers that have been ready and whose end was not seen yet."""
 

@@ -362,7 +362,7 @@ class Settings(BaseModel):
 
 
 def load(**flags: Any) -> Settings:
-    """Return the settings; `flags` are the command line's. Raises one SettingsError for all."""
+    """Return the settings; `flags` are the command line's. Raises SettingsError, in one line."""
     try:
         return _load(flags)
     except SettingsError as error:

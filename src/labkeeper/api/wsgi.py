@@ -417,7 +417,7 @@ class _Parser(HTTPRequestParser):
         self.unread = True
         self.body_rcv.buf = _Nothing()
         if self.expect_continue:
-            # The sender waits for 100 Continue and gets its answer instead. More data is dropped.
+            # The sender awaits 100 Continue and gets its answer instead; more data is no request.
             self.expect_continue, self.body_rcv = False, None
             self.headers["CONNECTION"] = "close"
 

@@ -56,7 +56,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Restarts after a crash. A server that ends before it ever answered is not restarted."""
+    """Restarts after a crash. A server that is seen to end before its first answer fails at once."""
 
     earned: bool = False
     """Whether it has answered since its start command."""
@@ -231,7 +231,7 @@ class Controller:
         snap, blameless = self.snapshot, False
         match fact:
             case Refused(failure=failure) if failure.kind is not FailureClass.DISK_FULL:
-                # Nothing was started, and a retry would fail alike. Only disks may be freed.
+                # Nothing was started, and a retry would fail alike. Disk space may be freed.
                 return False
             case Ended(failure=Failure(kind=FailureClass.PORT_IN_USE)):
                 # The keeper chose the port, and another program took it first.
@@ -242,7 +242,7 @@ class Controller:
         return self.budget.left(self.policy, self.clock.monotonic(), blameless=blameless)
 
     def _in_order(self, end: Ended) -> bool:
-        """Whether it ended as intended. If we ended it while its goal was up, it was not."""
+        """Whether it ended as intended. If we ended it with the goal up, it was hung or late."""
         return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
 
     def _looked(self, answers: bool | None) -> Controller:

@@ -150,7 +150,7 @@ class BackendRefused(BackendError):
 
 
 class BackendUnavailable(BackendError):
-    """Temporary: the backend cannot tell the outcome; retry."""
+    """Temporary: the backend cannot determine the outcome; retry."""
 
     code = "backend_unavailable"
 

@@ -130,7 +130,7 @@ class Fleet:
             if controller.snapshot.state is not State.FAILED:
                 try:
                     self._order(Order(name, Event.STOP, origin=origin))
-                except Exception as error:  # noqa: BLE001 - whatever it is, the next one is to be stopped, too
+                except Exception as error:  # noqa: BLE001 - any error: the next server must be stopped, too
                     wrong.append(error)
         if wrong:
             raise ExceptionGroup("cannot stop every server", wrong)

@@ -127,9 +127,9 @@ MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, Sta
 AT_REST: Final = frozenset({State.STOPPED, State.FAILED})
 """The states that only a command ends."""
 COMES_BACK: Final = frozenset({Goal.AGAIN, Goal.RENEW})
-"""The goals of a server that is to end and then run again."""
+"""The goals of a server that ends and then runs again."""
 RETURNS: Final = COMES_BACK | {Goal.UP}
-"""The goals of a server that is to run, now or eventually."""
+"""The goals of a server that runs, now or eventually."""
 KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
 """The goals of a server that keeps its kernels if it ends now."""
 

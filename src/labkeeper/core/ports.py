@@ -75,7 +75,7 @@ class Backend(Protocol):
     * `strays` returns the names of earlier keepers' leftovers except the known names, and changes
       nothing; it is called before the first launch. `sweep` ends and removes everything left under
       one name except its log, and reports nothing. It never touches anything that was not made by a
-      keeper with the same state directory.
+      keeper over the same place, such as a runtime directory.
     """
 
     def launch(self, spec: ServerSpec, generation: int) -> None:
@@ -102,7 +102,7 @@ class Backend(Protocol):
     def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
         """Return the usage of those servers that exist and can be measured.
 
-        May run beside other calls, but from one caller only.
+        May run concurrently with other calls, but from one caller only.
         """
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
@@ -165,7 +165,7 @@ class GatewayPreflight(Protocol):
     """Checks a server's gateway during its start; passes `Ready` on only if both are fit."""
 
     def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
-        """Start the check, ahead of a launch; `kernels` are those that the launch is to take over.
+        """Start the check, parallel to a launch; `kernels` are those that the launch takes over.
 
         If the gateway is required and unusable, `Vetoed` is reported instead of `Ready`.
         """

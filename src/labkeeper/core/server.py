@@ -248,7 +248,7 @@ class GatewayHealth:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """The public state of a server at one time. Times are seconds since the epoch."""
+    """Everything known about a server at one time. Times are seconds since the epoch."""
 
     spec: ServerSpec
     state: State

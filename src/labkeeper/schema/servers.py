@@ -327,7 +327,7 @@ def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> 
 
 
 class _New(_Wanted):
-    """The fields of servers that are to be created."""
+    """The fields of new servers."""
 
     def specs_of(self, names: Sequence[str], defaults: Defaults, caller: Caller) -> list[ServerSpec]:
         """Return a spec per name, with paths checked on disk. Raises InvalidSpec, NotAllowed."""

@@ -288,7 +288,7 @@ class BackendContract:
         assert not stage.backend.usage([stage.name])
 
     def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
-        """After a crash an unknown server is a stray; sweeping it frees its name and keeps its log."""
+        """After a crash an unknown server is a stray; sweeping frees its name and keeps its log."""
         ready = stage.launch()
         successor = stage.succeed()
         assert stage.name not in successor.strays([stage.name])

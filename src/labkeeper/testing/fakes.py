@@ -201,7 +201,7 @@ class Notes:
         message: str,
         *,
         origin: Origin = KEEPER,
-        generation: int | None = None,  # noqa: ARG002 - nobody asks for it
+        generation: int | None = None,  # noqa: ARG002 - not needed here
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Record one event."""
