@@ -56,7 +56,7 @@ class Policy:
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """Restarts after a crash. A server that is seen to end before its first answer fails at once."""
+    """Restarts after a crash. A server seen to end before its first answer fails at once."""
 
     earned: bool = False
     """Whether it has answered since its start command."""
