@@ -58,7 +58,7 @@ def exchange(
         while piece := answer.read1(_PIECE):
             read += piece
             if len(read) > _LARGEST_ANSWER:
-                raise TimeoutError(f"{path} goes on for too long")
+                raise TimeoutError(f"{path} takes too long")
         if whole is not None and len(read) < whole:
             # `read1` takes the end of the connection for the end of the answer.
             raise http.client.IncompleteRead(bytes(read), whole - len(read))
@@ -89,7 +89,7 @@ class _Until(io.RawIOBase):
     def readinto(self, buffer: Any) -> int | None:
         left = self._until - time.monotonic()
         if left <= 0:
-            raise TimeoutError("the answer goes on for too long")
+            raise TimeoutError("the answer takes too long")
         self._sock.settimeout(left)
         return self._stream.readinto(buffer)
 

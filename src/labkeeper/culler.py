@@ -248,7 +248,7 @@ class Culler:
         unchanged = {kernel.id for kernel in before & set(watched.seen.kernels if watched.seen is not None else ())}
         for kernel, seconds in self._idle_kernels(watched):
             if kernel.id in unchanged and not self._threads.closed:
-                self._end_kernel(watched, kernel.id, f"kernel_idle_timeout: nobody used it for {format_duration(seconds)}")
+                self._end_kernel(watched, kernel.id, f"kernel_idle_timeout: unused for {format_duration(seconds)}")
 
     def _idle_kernels(self, watched: _Watched) -> Sequence[tuple[KernelUse, float]]:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
@@ -261,7 +261,7 @@ class Culler:
             _log.warning("a kernel cannot be culled", server=name, kernel=kernel_id, error=error.message)
             return
         _log.info("a kernel is culled", server=name, kernel=kernel_id, reason=reason)
-        message = f"kernel {kernel_id} of server '{name}' was ended, because nobody uses it"
+        message = f"kernel {kernel_id} of server '{name}' was ended because it was not used"
         origin = Origin(CULLER, reason=reason)
         self._event_log.record(
             HistoryKind.KERNEL_CULLED, name, message, origin=origin, generation=generation, details={"kernel": kernel_id}

@@ -62,7 +62,7 @@ def _regular(path: str | Path) -> Iterator[int]:
     looks = getattr(os, "O_PATH", os.O_RDONLY | os.O_NONBLOCK)
     with _closing(os.open(path, looks | os.O_NOFOLLOW)) as found:
         if not stat.S_ISREG(os.fstat(found).st_mode):
-            raise OSError(errno.EINVAL, "it is no file", str(path))
+            raise OSError(errno.EINVAL, "it is not a regular file", str(path))
         if sys.platform != "linux":
             yield found
         else:

@@ -101,7 +101,7 @@ STOP_DURATION: Final = Family(
 ENDS: Final = Family(
     "labkeeper_unrequested_ends_total",
     Kind.COUNTER,
-    "Ends of servers that had been ready and that nobody had asked to end, by class of the cause; none: shut down from inside.",
+    "Ends of servers that had been ready and were not asked to end, by class of the cause; none: shut down from inside.",
     ("failure_class",),
     known=tuple((kind,) for kind in (*_CLASSES, NONE)),
 )
@@ -109,11 +109,11 @@ RESTARTS: Final = Family("labkeeper_restarts_total", Kind.COUNTER, "Launches aft
 CULLS: Final = Family(
     "labkeeper_culls_total",
     Kind.COUNTER,
-    "Servers that were stopped because nobody used them, by rule.",
+    "Servers that were stopped because they were not used, by rule.",
     ("rule",),
     known=tuple((str(rule),) for rule in Rule),
 )
-KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kernels that were ended because nobody used them.")
+KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kernels that were ended because they were not used.")
 ORPHANS: Final = Family(
     "labkeeper_orphan_processes_total", Kind.COUNTER, "Processes that an earlier keeper had left, found and ended."
 )

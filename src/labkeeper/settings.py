@@ -73,7 +73,7 @@ def _check_umask(text: str) -> str:
 def _check_user_last(root: Path) -> Path:
     # Otherwise root would follow a link that the user controls.
     if any("%u" in part for part in root.parts[:-1]):
-        raise ValueError("must end with the part that has '%u': what is below is that user's, who can make a link of it")
+        raise ValueError("must end with the part that has '%u': that user owns what is below, and could replace it with a link")
     return root
 
 
@@ -391,7 +391,7 @@ def _load(flags: dict[str, Any]) -> Settings:
 def _check_pair(settings: Settings, *names: str) -> None:
     for one, other in (names, reversed(names)):
         if getattr(settings, one) is not None and getattr(settings, other) is None:
-            raise SettingsError(f"{PREFIX}{one.upper()} is set, and no {PREFIX}{other.upper()}; set both or neither")
+            raise SettingsError(f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; set both or neither")
 
 
 def _with_secret(settings: Settings, name: str) -> Settings:

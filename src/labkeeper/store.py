@@ -355,7 +355,7 @@ class SqliteStore:
                 raise self._damaged(str(error)) from error
             except UnicodeDecodeError as error:
                 # From SQLite's message, which quotes the file's content.
-                raise self._damaged("it holds what is no text") from error
+                raise self._damaged("it holds a value that is not text") from error
 
     def _failed(self, verb: str, error: sqlite3.Error) -> StoreError:
         """Return the error with its cause, from a test write if SQLite knows none."""

@@ -83,7 +83,7 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
             assert stopped["goal"] == "down"
             assert [line["rule"] for line in said(keeper, "a server is about to be culled") if line["server"] == name]
             assert [
-                line["reason"].startswith("idle_timeout: nobody used it for")
+                line["reason"].startswith("idle_timeout: unused for")
                 for line in said(keeper, "a server is culled")
                 if line["server"] == name
             ] == [True]

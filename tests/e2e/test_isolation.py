@@ -373,7 +373,7 @@ def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root,
 
 
 def test_a_keeper_of_root_warns_of_servers_that_name_no_user(of_root, of_user):
-    warning = "LABKEEPER_USER names another one"
+    warning = "set LABKEEPER_USER to run it as another user"
     # They answer before they have said all.
     said = [
         until(lambda keeper=keeper: "keeper is ready" in (log := keeper.log.read_text()) and log) for keeper in (of_root, of_user)

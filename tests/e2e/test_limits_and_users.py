@@ -433,5 +433,5 @@ def test_a_user_is_told_that_a_low_port_takes_a_right(shared, user):
     refused = shared.post(name="low", port=81, user=user.pw_name)
     assert (refused.status_code, refused.json().get("failure_class")) == (502, "config-error"), refused.text
     assert "no right to listen on port 81" in refused.json()["detail"]
-    assert "from 1024 on" in refused.json()["detail"]
+    assert "choose port 1024 or higher" in refused.json()["detail"]
     shared.delete("low")

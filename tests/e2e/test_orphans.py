@@ -293,8 +293,8 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     assert all(os.path.lexists(path) for path in strangers)
     assert (keeper.state_dir / "logs" / "one.log").stat().st_size > 0
     said = keeper.log.read_text()
-    assert said.count("ended what an earlier keeper left") == 2
-    assert said.count("removed what an earlier keeper left") == 1
+    assert said.count("ended processes of an earlier keeper") == 2
+    assert said.count("removed the directory of a server of an earlier keeper") == 1
     assert str(one["pid"]) in said
     told = [event for event in keeper.http.get("/api/events").json()["events"] if event["kind"] == "orphans"]
     assert {event["server"] for event in told} == {"one", "other"}
@@ -312,7 +312,7 @@ def test_servers_that_the_store_knows_are_not_swept(make_keeper):
     keeper.kill()
     keeper.start()
     assert keeper.wait_for("running")["pid"] == server["pid"]
-    assert "an earlier keeper left" not in keeper.log.read_text()
+    assert "of an earlier keeper" not in keeper.log.read_text()
 
 
 @pytest.mark.parametrize("lost", ["its room", "the runtime directory"])
@@ -329,7 +329,7 @@ def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(
     assert not alive(server["pid"])
     assert not alive(kernel)
     assert alive(again["pid"])
-    assert "ended what an earlier keeper left" in keeper.log.read_text()
+    assert "ended processes of an earlier keeper" in keeper.log.read_text()
 
 
 def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp_path):
@@ -351,7 +351,7 @@ def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp
     until(lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])), what="their end")
     assert alive(again["pid"])
     until(lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"], what="the rooms are removed")
-    assert keeper.log.read_text().count("ended what an earlier keeper left") == 2
+    assert keeper.log.read_text().count("ended processes of an earlier keeper") == 2
     assert keeper.stop() == 0
     assert keeper.start().stop() == 0
     other = make_keeper(runtime_dir=earlier).start()

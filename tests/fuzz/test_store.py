@@ -97,7 +97,7 @@ def test_what_sqlite_says_of_damage_may_be_no_text(path):
     """It quotes the file."""
     other = path.with_name("other.sqlite")
     other.write_bytes(path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY"))
-    with pytest.raises(StoreError, match="no text"), contextlib.closing(SqliteStore(other)) as store:
+    with pytest.raises(StoreError, match="not text"), contextlib.closing(SqliteStore(other)) as store:
         store.webhook("https://hook")
 
 

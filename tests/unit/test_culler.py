@@ -128,7 +128,7 @@ def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
     culled.after(1)
     (order,) = culled.given
     assert (order.name, order.event, order.seen) == ("lab", Event.STOP, snapshot)
-    assert order.origin == Origin("culler", reason="idle_timeout: nobody used it for 2 h")
+    assert order.origin == Origin("culler", reason="idle_timeout: unused for 2 h")
 
 
 def test_activity_between_the_look_and_the_stop_is_seen(culled):
@@ -253,7 +253,7 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     assert culled.probe.ended == ["old"]
     kind, name, _, origin, details = culled.notes.taken[0]
     assert (kind, name, details) == (HistoryKind.KERNEL_CULLED, "lab", {"kernel": "old"})
-    assert origin.reason.startswith("kernel_idle_timeout: nobody used it for 10 min")
+    assert origin.reason.startswith("kernel_idle_timeout: unused for 10 min")
     assert culled.standing() is CullState.OFF
     culled.probe.stubborn = True
     culled.after(PERIOD)
@@ -312,4 +312,4 @@ def test_an_idle_time_goes_on_under_another_keeper_which_warns_again(culled):
     culled.after(269)
     assert culled.given == []
     culled.after(2 * PERIOD)
-    assert culled.given[0].origin.reason.startswith("idle_timeout: nobody used it for 2 h")
+    assert culled.given[0].origin.reason.startswith("idle_timeout: unused for 2 h")

@@ -151,7 +151,7 @@ def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock
 
 @pytest.mark.parametrize(
     ("reason", "rule"),
-    [("idle_timeout: nobody used it for 1h", "idle_timeout"), ("max_age: it has run for 9h", "max_age"), ("", "none")],
+    [("idle_timeout: unused for 1h", "idle_timeout"), ("max_age: it has run for 9h", "max_age"), ("", "none")],
 )
 def test_a_cull_is_counted_by_its_rule(metrics, server, reason, rule):
     server.runs().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN, origin=Origin("culler", reason=reason))

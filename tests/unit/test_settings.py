@@ -180,7 +180,7 @@ def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
 @pytest.mark.parametrize(("one", "other"), [("CERT", "KEY"), ("KEY", "CERT")])
 def test_a_certificate_and_its_key_are_set_both_or_neither(monkeypatch, which, one, other):
     monkeypatch.setenv(f"LABKEEPER_{which}{one}_FILE", "/some/where.pem")
-    with pytest.raises(SettingsError, match=rf"^LABKEEPER_{which}{one}_FILE is set, and no LABKEEPER_{which}{other}_FILE"):
+    with pytest.raises(SettingsError, match=rf"^LABKEEPER_{which}{one}_FILE is set, but LABKEEPER_{which}{other}_FILE is not"):
         settings.load()
     monkeypatch.setenv(f"LABKEEPER_{which}{other}_FILE", "/else/where.pem")
     chosen = settings.load()

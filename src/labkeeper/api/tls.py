@@ -44,7 +44,7 @@ class Certificate:
         self._look_at = time.monotonic() + _LOOK_EVERY
         with contextlib.suppress(OSError):
             if key_file.stat().st_mode & _OTHERS:
-                _log.warning("the key can be read by others than its owner; `chmod 600` helps", file=str(key_file))
+                _log.warning("other users can read the key; run `chmod 600` on it", file=str(key_file))
 
     def wrap(self, connection: socket.socket) -> TlsSocket:
         """Return an accepted connection wrapped in TLS. Raises OSError."""
@@ -64,7 +64,7 @@ class Certificate:
         try:
             self._context = load(self._cert_file, self._key_file)
         except SettingsError as error:
-            _log.warning("the new certificate cannot be used; the one before it goes on", reason=error.message)
+            _log.warning("the new certificate cannot be used; the previous one stays in use", reason=error.message)
         else:
             _log.info("the certificate was renewed", file=str(self._cert_file))
 

@@ -276,7 +276,7 @@ class _Door(BaseWSGIServer):
                 self._let_in(*accepted)
             except OSError as error:
                 # The peer has disconnected, or no descriptor is free.
-                _log.debug("cannot take in a connection", error=str(error))
+                _log.debug("cannot accept a connection", error=str(error))
                 break
         channels = self._channels()
         surplus = len(channels) - sum(channel.will_close for channel in channels) - self._places

@@ -38,7 +38,9 @@ def token(context: click.Context, /) -> None:
     settings = read_settings(context.ensure_object(Where))
     found = token_of(settings)
     if found is None:
-        raise SettingsError(f"cannot find a token in {settings.state_dir}; `labkeeper serve` makes one when it first runs there")
+        raise SettingsError(
+            f"cannot find a token in {settings.state_dir}; `labkeeper serve` creates one at its first start there"
+        )
     put(found)
 
 

@@ -25,7 +25,7 @@ class Translated(AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         match error:
             case httpx.DecodingError() | httpx.TooManyRedirects() | httpx.InvalidURL() | httpx.CookieConflict():
-                raise BadAnswer(f"cannot understand what answers at {self._url}: {error}") from error
+                raise BadAnswer(f"cannot understand the answer of {self._url}: {error}") from error
             case httpx.TimeoutException():
                 why = "no answer in time"
             case httpx.HTTPError() | httpx.StreamError():
@@ -43,7 +43,7 @@ def checked_url(text: str) -> str:
     except ValueError:
         fits = False
     if not fits or "@" in parts.netloc or parts.query or parts.fragment:
-        raise SettingsError(f"cannot use {text!r} as the URL of a keeper: it must be such as http://host:port")
+        raise SettingsError(f"cannot use {text!r} as the URL of a keeper: it must look like http://host:port")
     return text.rstrip("/")
 
 

@@ -64,7 +64,7 @@ def event_of(line: str) -> Event | None:
     try:
         return Event.tolerant(content)
     except ValidationError as error:
-        raise BadAnswer(f"cannot understand what the keeper sends: {content[:80]!r}") from error
+        raise BadAnswer(f"cannot understand the keeper's answer: {content[:80]!r}") from error
 
 
 def _bad(answer: httpx.Response) -> BadAnswer:

@@ -95,23 +95,23 @@ class Caller:
     def needs_everything(self, what: str) -> None:
         """Raise NotAllowed if the caller is limited to some servers."""
         if not self.limits.unlimited:
-            raise NotAllowed(f"cannot {what}: that needs a token without limits, and yours is for some servers only")
+            raise NotAllowed(f"cannot {what}: that needs a token for all servers, and yours is limited to some")
 
     def needs_name(self, name: str) -> None:
         """Raise NotAllowed if the limits exclude this name, whether or not such a server exists."""
         if not self.limits.has_name(name):
             patterns = ", ".join(self.limits.servers)
-            raise NotAllowed(f"cannot speak of server '{name[:63]}': your token is for servers named {patterns}")
+            raise NotAllowed(f"cannot access server '{name[:63]}': your token is for servers named {patterns}")
 
     def needs_spec(self, spec: ServerSpec) -> None:
         """Raise NotAllowed if the caller may not create this server."""
         self.needs_name(spec.name)
         if not self.limits.has_labels(spec.labels):
             wanted = ", ".join(f"{key}={value}" for key, value in self.limits.labels.items())
-            raise NotAllowed(f"cannot make server '{spec.name}': your token is for servers with the labels {wanted}")
+            raise NotAllowed(f"cannot create server '{spec.name}': your token is for servers with the labels {wanted}")
         if not self.limits.has_user(spec.user):
             raise NotAllowed(
-                f"cannot make server '{spec.name}': your token is for those that run as {', '.join(self.limits.users)}"
+                f"cannot create server '{spec.name}': your token is for servers that run as {', '.join(self.limits.users)}"
             )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:

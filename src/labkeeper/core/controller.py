@@ -309,7 +309,7 @@ class Controller:
             case Unreachable(reason=reason):
                 snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
             case Gone():
-                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone, and nobody saw how it ended")
+                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone; how it ended is unknown")
                 # The reason for losing or ending it explains more than its absence does.
                 snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
         return snap

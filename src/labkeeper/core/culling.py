@@ -292,5 +292,5 @@ def _reason(state: CullState, facts: Facts, holders: tuple[Holder, ...], first: 
     )
 
 
-_SO_FAR: Final = {Rule.IDLE_TIMEOUT: "nobody used it for", Rule.MAX_AGE: "it has run for"}
+_SO_FAR: Final = {Rule.IDLE_TIMEOUT: "unused for", Rule.MAX_AGE: "it has run for"}
 """What each rule counts."""

@@ -165,7 +165,7 @@ class Fleet:
             return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
             if snapshot.goal is Goal.ABSENT:
-                raise Conflict(f"cannot start server '{name}': it is being deleted; ask again when it is gone")
+                raise Conflict(f"cannot start server '{name}': it is being deleted; retry when it is gone")
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
             _check_kernels_can_be_kept(snapshot, order.revised)
@@ -224,7 +224,7 @@ class Fleet:
         if memory.available < reserve:
             raise CapacityReached(
                 f"cannot start server '{name}': {memory.available >> 20} MiB of memory are available, and {reserve >> 20} MiB "
-                "are to stay free (LABKEEPER_MIN_FREE_MEMORY); stop a server, or try later",
+                "must stay free (LABKEEPER_MIN_FREE_MEMORY); stop a server, or try later",
                 retry_after=RETRY_AFTER,
                 available=memory.available,
                 reserve=reserve,

@@ -63,7 +63,7 @@ class Exit:
             return f"killed by {self.signal}"
         if self.code is not None:
             return f"exit code {self.code}"
-        return "ended, nobody saw how"
+        return "ended, cause unknown"
 
 
 class FailureClass(StrEnum):

@@ -151,7 +151,7 @@ def _lost(change: Change) -> str:
 
 def _cause(change: Change) -> str:
     after = change.after
-    return after.failure.message if after.failure is not None else str(after.exit or "nobody knows why")
+    return after.failure.message if after.failure is not None else str(after.exit or "the cause is unknown")
 
 
 def _queued(_change: Change) -> str:

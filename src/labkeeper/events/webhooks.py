@@ -143,11 +143,11 @@ class Webhook:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
             if refused.for_good or late:
                 place = place_of(self.url)
-                _log.error("a webhook did not take an event, which is given up", id=entry.id, place=place, error=refused.why)
+                _log.error("a webhook did not accept an event; it is dropped", id=entry.id, place=place, error=refused.why)
                 self._over(entry, taken=False)
                 return True
             if pause == _FIRST_PAUSE:
-                _log.warning("a webhook cannot be told", id=entry.id, place=place_of(self.url), error=refused.why)
+                _log.warning("a webhook cannot be called", id=entry.id, place=place_of(self.url), error=refused.why)
             if self._threads.sleep(max(pause, refused.not_before)):
                 return False
             pause = min(pause * 2, _LONGEST_PAUSE)

@@ -78,7 +78,7 @@ class Kernels:
                 json.dump(there, file)
             os.replace(half, path)
         except OSError as error:
-            self._app.log.warning("cannot write down which kernels there are: %s", error)
+            self._app.log.warning("cannot record the kernels: %s", error)
 
     async def end(self, by_default: Callable[[], Any]) -> None:
         """End the kernels, or leave those on the gateway, as the keeper requested."""

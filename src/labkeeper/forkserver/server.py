@@ -108,7 +108,7 @@ def enter(launch: Launch) -> None:
     _go_to(launch.cwd)
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to where it can")
+        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to one that it can use")
     renew()
 
 

@@ -117,12 +117,14 @@ class GatewayClient:
             )
         if answer.status >= _SERVER_ERRORS:
             raise _UnfitError(
-                FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it does not work now; look at it, or try later"
+                FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it is out of order; check it, or try later"
             )
         if answer.location and answer.status != http.client.OK:
             # It may repeat credentials.
             place = scrub(answer.location, Secrets(*of_gateway(gateway)))[:200]
-            raise _UnfitError(FailureClass.NOT_A_GATEWAY, f"points elsewhere ({place!r}); return the place itself as gateway_url")
+            raise _UnfitError(
+                FailureClass.NOT_A_GATEWAY, f"redirects to {place!r}; if that is the gateway, use it as gateway_url"
+            )
         try:
             if answer.status != http.client.OK:
                 raise ValueError(f"status {answer.status}")

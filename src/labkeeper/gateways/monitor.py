@@ -134,7 +134,7 @@ class GatewayWatch:
             health = self._client.check(watched.gateway)
         except BackendError as error:
             # That is no evidence about the gateway. It stays due.
-            _log.warning("a gateway cannot be asked", gateway=watched.gateway.url, error=error.message)
+            _log.warning("a gateway cannot be reached", gateway=watched.gateway.url, error=error.message)
             return
         settled = self._collect(watched.gateway) if health.reachable else False
         with self._lock:
@@ -159,13 +159,13 @@ class GatewayWatch:
             try:
                 was_there = self._client.end_kernel(gateway, orphan.kernel_id)
             except BackendError as error:
-                _log.warning("a kernel cannot be ended", kernel=orphan.kernel_id, server=orphan.server, error=error.message)
+                _log.warning(
+                    "an orphaned kernel cannot be ended", kernel=orphan.kernel_id, server=orphan.server, error=error.message
+                )
                 failed += 1
                 continue
             if was_there:
-                _log.info(
-                    "a kernel that was left has been ended", kernel=orphan.kernel_id, gateway=gateway.url, server=orphan.server
-                )
+                _log.info("an orphaned kernel was ended", kernel=orphan.kernel_id, gateway=gateway.url, server=orphan.server)
             elif orphan.starting and self._clock.time() - orphan.since < _MAY_COME:
                 continue
             self._orphans.discard([orphan.kernel_id])

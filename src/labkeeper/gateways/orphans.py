@@ -73,7 +73,7 @@ class OrphanedKernels:
         limit = self._clock.time() - _EXPIRE_AFTER
         for orphan in [orphan for orphan in self.all() if orphan.since < limit]:
             _log.warning(
-                "a kernel is given up: its gateway has not ended it",
+                "an orphaned kernel is given up: its gateway has not ended it",
                 kernel=orphan.kernel_id,
                 gateway=orphan.gateway.url,
                 server=orphan.server,

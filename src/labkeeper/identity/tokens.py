@@ -95,9 +95,9 @@ class Tokens:
         now = self._clock.time()
         with self._changing:
             if name == "owner" or any(token.name == name for token in self._listed()):
-                raise Conflict(f"cannot make token '{name}': the name is taken; revoke that one first, or choose another name")
+                raise Conflict(f"cannot create token '{name}': the name is taken; revoke that one first, or choose another name")
             if len(self._listed()) >= _MOST:
-                raise CapacityReached(f"cannot make token '{name}': there are {_MOST}; revoke those that nobody uses")
+                raise CapacityReached(f"cannot create token '{name}': there are {_MOST} already; revoke some that are not in use")
             expires_at = None if lifetime is None else now + lifetime
             token = Token(id_, name, _digest(text), scope, limits, now, origin.actor, expires_at)
             self._store.save_token(token)
@@ -113,7 +113,7 @@ class Tokens:
         with self._changing:
             token = next((token for token in self._listed() if token.name == name), None)
             if token is None:
-                raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has the names there are")
+                raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has all names")
             # In memory first: the disk may be full.
             self._known = {id_: other for id_, other in self._known.items() if id_ != token.id}
             self._to_forget[token.id] = token

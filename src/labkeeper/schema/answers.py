@@ -199,7 +199,7 @@ class BulkResult(Answer):
         try:
             return Problem.model_validate(self.problem, context=_TOLERANT).error(self.status)
         except ValidationError as error:
-            raise BadAnswer(f"cannot understand what the keeper says of server {self.name[:63]!r}") from error
+            raise BadAnswer(f"cannot understand the keeper's answer about server {self.name[:63]!r}") from error
 
 
 class BulkResults(Answer):

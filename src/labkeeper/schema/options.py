@@ -68,7 +68,7 @@ class JupyterOptions(BaseModel):
     def _all_are_known(cls, given: Any) -> Any:
         known = {field.alias for field in cls.model_fields.values()}
         if isinstance(given, dict) and not given.keys() <= known:
-            raise ValueError(f"there are no others to set than {', '.join(sorted(filter(None, known)))}")
+            raise ValueError(f"only these can be set: {', '.join(sorted(filter(None, known)))}")
         return given
 
     def chosen(self) -> dict[str, bool | int | float]:

@@ -223,7 +223,7 @@ class _Wanted(Request):
         if re.fullmatch(ONE_LINE.pattern, root) is None:
             raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
         if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
-            raise InvalidSpec.of("root_dir", f"must be a directory that the keeper can read; {root} is none")
+            raise InvalidSpec.of("root_dir", f"must be a directory that the keeper can read; {root} is not")
         changed: dict[str, Any] = {"user": user, "root_dir": root}
         if self.gateway is not None:
             paths = {name: path for name in GatewayFields.FILES if (path := getattr(self.gateway, name)) is not None}

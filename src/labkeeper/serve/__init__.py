@@ -106,11 +106,11 @@ def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> 
 def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
     if chosen.auth == "none":
         where = f"{chosen.host} port {chosen.port}"
-        text = f"access control is OFF (LABKEEPER_AUTH=none): whoever reaches {where} can run code as this user"
+        text = f"access control is OFF (LABKEEPER_AUTH=none): anyone who reaches {where} can run code as this user"
         announce(f"WARNING: {text}")
         _log.warning(text)
     if os.geteuid() == 0 and chosen.user is None:
-        _log.warning("a server whose request names no user runs as root; LABKEEPER_USER names another one for those")
+        _log.warning("a server whose request names no user runs as root; set LABKEEPER_USER to run it as another user")
     for name in settings.unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 
@@ -134,7 +134,7 @@ def _token(chosen: Settings) -> str | None:
     try:
         return discovery.read_token(chosen.state_dir) or discovery.make_token(chosen.state_dir)
     except OSError as error:
-        raise SettingsError(f"cannot make a token in the state directory {chosen.state_dir}: {error.strerror}") from error
+        raise SettingsError(f"cannot create a token in the state directory {chosen.state_dir}: {error.strerror}") from error
 
 
 def _own_secrets(chosen: Settings, token: str | None) -> list[str]:

@@ -67,7 +67,7 @@ def address(state_dir: Path, url: str, unix_socket: Path | None) -> Iterator[Non
     try:
         discovery.write_address(state_dir, url, unix_socket)
     except OSError as error:
-        _log.warning("cannot write where this keeper answers; the command line needs --url", error=str(error))
+        _log.warning("cannot record this keeper's address; the command line needs --url", error=str(error))
     try:
         yield
     finally:

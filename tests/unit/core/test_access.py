@@ -49,7 +49,7 @@ def test_what_is_not_allowed_names_the_scope_that_is():
     with pytest.raises(NotAllowed, match="that needs the scope 'admin', and yours is 'read'") as caught:
         Caller("token:t", Scope.READ).needs(Scope.ADMIN, "do it", variable="X")
     assert caught.value.details == {"scope": "admin", "variable": "X"}
-    with pytest.raises(NotAllowed, match="without limits"):
+    with pytest.raises(NotAllowed, match="limited to some"):
         Caller("token:t", Scope.READ, TokenLimits(servers=("x",))).needs_everything("do it")
     ANYBODY.needs(Scope.ADMIN, "do it")
     ANYBODY.needs_everything("do it")

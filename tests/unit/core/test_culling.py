@@ -85,7 +85,7 @@ def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once(
     again = decide(facts(warned=warned), POLICY, 7000.0)
     assert warned_at(again, warned, 7000.0) == warned
     due = decide(facts(warned=warned), POLICY, 7380.0)
-    assert (due.state, due.reason) == (CullState.DUE, "idle_timeout: nobody used it for 2 h 3 min")
+    assert (due.state, due.reason) == (CullState.DUE, "idle_timeout: unused for 2 h 3 min")
     used = decide(facts(Activity(7000.0), warned=warned), POLICY, 7001.0)
     assert warned_at(used, warned, 7001.0) == {}
 

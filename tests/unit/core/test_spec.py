@@ -45,7 +45,7 @@ def test_specs_differ_by_the_names_of_fields():
         (Exit(code=0), True, "exit code 0"),
         (Exit(code=1), False, "exit code 1"),
         (Exit(signal="SIGKILL"), False, "killed by SIGKILL"),
-        (Exit(), False, "ended, nobody saw how"),
+        (Exit(), False, "ended, cause unknown"),
     ],
 )
 def test_an_exit_says_how_it_ended(end, clean, text):

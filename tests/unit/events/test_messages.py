@@ -53,7 +53,7 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
         (change(Event.CRASHED, State.STARTING, State.FAILED, failure=CRASH), f"has failed: {CRASH.message}"),
         (change(Event.CRASHED, State.STARTING, State.FAILED, exit=Exit(code=3)), "has failed: exit code 3"),
         (change(Event.UNREACHABLE, State.RUNNING, State.LOST, failure=CRASH), f"cannot be seen: {CRASH.message}"),
-        (change(Event.UNREACHABLE, State.RUNNING, State.LOST), "cannot be seen: nobody knows why"),
+        (change(Event.UNREACHABLE, State.RUNNING, State.LOST), "cannot be seen: the cause is unknown"),
         (change(Event.UNREACHABLE, None, State.LOST), "is looked for by a new keeper"),
     ],
 )

@@ -27,9 +27,9 @@ CHECKS = {
     "403": ("gateway-refused", "(403)"),
     "404": ("not-a-gateway", "(404); check the host, port and path of gateway_url"),
     "400": ("not-a-gateway", "(400)"),
-    "500": ("gateway-unreachable", "answers 500: it does not work now"),
+    "500": ("gateway-unreachable", "answers 500: it is out of order"),
     "503": ("gateway-unreachable", "answers 503"),
-    "redirect": ("not-a-gateway", "points elsewhere ('https://login.example/?next=here')"),
+    "redirect": ("not-a-gateway", "redirects to 'https://login.example/?next=here'"),
     "html": ("not-a-gateway", "not as a Jupyter kernel gateway does; check"),
     "other json": ("not-a-gateway", "not as a Jupyter kernel gateway does"),
     "json list": ("not-a-gateway", "not as a Jupyter kernel gateway does"),
@@ -100,7 +100,9 @@ def test_a_token_that_is_refused_is_told_from_none(client, hostile):
 
 def test_a_gateway_that_repeats_what_it_was_shown_tells_it_to_nobody(client, hostile):
     hostile.mode = "redirect"
-    assert_fails(client, at(hostile.url, auth_token="login.example"), "not-a-gateway", "('https://[secret]/?next=here')")
+    assert_fails(
+        client, at(hostile.url, auth_token="login.example"), "not-a-gateway", "redirects to 'https://[secret]/?next=here'"
+    )
 
 
 def test_a_host_that_does_not_exist_is_named(client):
@@ -216,7 +218,9 @@ def test_a_file_that_has_become_something_else_since_holds_nobody_up(client, sec
     """A pipe that nobody writes to, and what has no end."""
     path = tmp_path / "file.pem"
     make(path)
-    assert_fails(client, at(secure.url, **{field: str(path)}), "gateway-tls", "its files cannot be read: it is no file")
+    assert_fails(
+        client, at(secure.url, **{field: str(path)}), "gateway-tls", "its files cannot be read: it is not a regular file"
+    )
 
 
 @pytest.mark.root

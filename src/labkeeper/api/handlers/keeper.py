@@ -36,7 +36,7 @@ def ready(services: Services) -> Answer:
     health(services)
     if failing := services.failing():
         what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
-        raise BackendUnavailable(f"commands are taken, but not everything is watched: {what}", watchers=sorted(failing))
+        raise BackendUnavailable(f"commands are accepted, but not everything is watched: {what}", watchers=sorted(failing))
     return json_answer(Health(status="ok"))
 
 

@@ -142,7 +142,7 @@ def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Ans
     if snapshot.endpoint is None:
         raise Conflict(
             f"cannot rotate the token of server '{snapshot.name}': it is {snapshot.state}, "
-            "and its next launch has another one anyway"
+            "and its next launch gets a new one anyway"
         )
     event = Event.RESTART if snapshot.spec.gateway is None else Event.RESTART_KEEPING_KERNELS
     order = Order(snapshot.name, event, origin=replace(origin(), reason="its token is rotated"))
@@ -263,5 +263,5 @@ def _decode_cursor(cursor: str) -> str:
     try:
         name = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
     except (binascii.Error, UnicodeError, ValueError):
-        raise InvalidSpec.of("cursor", "must be the `next` of a page before") from None
+        raise InvalidSpec.of("cursor", "must be the `next` of an earlier page") from None
     return name

@@ -200,9 +200,9 @@ class LocalBackend:
             record = self._server_dir(name).read_record()
             report = self._attach(record) if record is not None else None
             if not self._end_orphans(name):
-                _log.info("removed what an earlier keeper left", server=name)
+                _log.info("removed the directory of a server of an earlier keeper", server=name)
         except BackendUnavailable as error:
-            _log.error("cannot end what an earlier keeper left", server=name, error=error.message)
+            _log.error("cannot end processes of an earlier keeper", server=name, error=error.message)
         finally:
             if report is not None:
                 # An unread exit would be kept by its fork server for the next keeper.
@@ -382,7 +382,7 @@ class LocalBackend:
         """
         ended = self._end_all(name)
         if ended:
-            _log.warning("ended what an earlier keeper left", server=name, pids=sorted(ended))
+            _log.warning("ended processes of an earlier keeper", server=name, pids=sorted(ended))
             self._found_orphans(name, ended)
         return bool(ended)
 

@@ -45,7 +45,7 @@ def end_leftovers(
         empty = 0 if left else empty + 1
         if left and time.monotonic() > until:
             pids = ", ".join(str(process.pid) for process in left)
-            raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} live on after SIGKILL")
+            raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} survive SIGKILL")
         if groups and not grace:
             # Even if none was found: a process that starts the next one and ends may be too
             # short-lived for a scan.
@@ -122,7 +122,7 @@ def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
     try:
         server_dirs, found = server_dirs_marked(MARK, runtime_dir), groups.names()
     except OSError as error:
-        raise BackendUnavailable(f"cannot look for what earlier keepers left: {error}") from error
+        raise BackendUnavailable(f"cannot look for processes of earlier keepers: {error}") from error
     with contextlib.suppress(OSError):
         server_dirs.update(path for path in runtime_dir.iterdir() if ServerDir(path).recognised)
     for server_dir in server_dirs:

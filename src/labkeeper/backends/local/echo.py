@@ -34,7 +34,7 @@ class Echo:
         with contextlib.suppress(OSError):  # It can be read later, or its disk is gone.
             lines, left_out, self._since = self._logfile.news(self._since, _MOST)
             if left_out:
-                _log.warning("it logs too much to be repeated; its log has it", server=self._server, bytes=left_out)
+                _log.warning("it logs too much to be repeated here; read its log", server=self._server, bytes=left_out)
             for level, first, rest in _records(lines):
                 more = {"exception": "\n".join(rest)} if rest else {}
                 _log.log(level, first, server=self._server, **more)

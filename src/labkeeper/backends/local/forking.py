@@ -109,7 +109,7 @@ class ForkServer:
             if "pid" in answer:
                 return Process(answer["pid"], answer["started"]), instance.name
             if "retired" not in answer:
-                raise CannotFork(f"the fork server could not: {answer.get('error')}")
+                raise CannotFork(f"the fork server failed: {answer.get('error')}")
             self._give_up(instance)
             # It may have killed a child that had already written its files.
             server_dir.reset()

@@ -39,15 +39,15 @@ def hold_port(spec: ServerSpec) -> socket.socket:
         who = "the keeper's user" if other is None else f"user '{spec.user}'"
         raise BackendRefused(
             f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
-            f"ask for a port from {_first_free_for_all()} on",
+            f"choose port {_first_free_for_all()} or higher",
             failure_class=FailureClass.CONFIG_ERROR,
         ) from error
     except OSError as error:
         hold.close()
         kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
         raise BackendRefused(
-            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not to be had ({error.strerror}); "
-            "end what holds it, or ask for another port",
+            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not available ({error.strerror}); "
+            "end the program that holds it, or choose another port",
             failure_class=kind,
         ) from error
     return hold

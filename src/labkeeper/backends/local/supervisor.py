@@ -142,7 +142,7 @@ class ProcessSupervisor:
         `deregister` is called before the last report, so that the next request does not reach a
         supervisor that has ended.
         """
-        last: Fact | None = Unreachable(f"nobody watches server '{self.name}'")
+        last: Fact | None = Unreachable(f"no thread watches server '{self.name}'")
         try:
             with bound_contextvars(server=self.name, generation=self.generation):
                 last = self._supervise()

@@ -93,6 +93,8 @@ def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_star
 def test_a_runtime_directory_that_others_cannot_reach_is_refused_by_the_directory_in_the_way(tmp_path):
     (tmp_path / "closed" / "inner").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o700)
-    with pytest.raises(BackendRefused, match=r"cannot pass through .*; set LABKEEPER_RUNTIME_DIR to where everybody can"):
+    with pytest.raises(
+        BackendRefused, match=r"cannot traverse .*; set LABKEEPER_RUNTIME_DIR to a directory that all users can reach"
+    ):
         check_passage(spec(OTHER), tmp_path / "closed" / "inner" / "run")
     check_passage(spec(OTHER), Path("/run/labkeeper"))

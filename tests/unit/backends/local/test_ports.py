@@ -22,7 +22,7 @@ def spec(port):
 def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
     os.seteuid(65534)
     try:
-        with pytest.raises(BackendRefused, match=r"no right to listen on port 81 on .*; ask for a port from") as refused:
+        with pytest.raises(BackendRefused, match=r"no right to listen on port 81 on .*; choose port") as refused:
             hold_port(spec(81))
     finally:
         os.seteuid(0)

@@ -218,7 +218,7 @@ def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
     try:
         with pytest.raises(OSError, match="Too many open files"):
             end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups)
-        with pytest.raises(BackendUnavailable, match="cannot look for what earlier keepers left"):
+        with pytest.raises(BackendUnavailable, match="cannot look for processes of earlier keepers"):
             strays(tmp_path / "run", groups)
         with pytest.raises(OSError, match="Too many open files"):
             carries(child.pid, "LABKEEPER_SERVER")

@@ -64,7 +64,7 @@ def test_a_file_without_a_certificate_is_named(tmp_path):
 def test_a_file_that_has_become_something_else_since_holds_no_launch_up(tmp_path, make):
     make(tmp_path / "ca.pem")
     gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))
-    with pytest.raises(OSError, match="it is no file"):
+    with pytest.raises(OSError, match="it is not a regular file"):
         ServerDir(tmp_path / "a").prepare(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
 
 
