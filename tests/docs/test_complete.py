@@ -111,6 +111,16 @@ def test_the_layout_lists_every_file_of_the_code_and_no_other():
     assert listed == {str(path.relative_to(CODE)) for path in CODE.rglob("*.py")} - EXPLAINED_BY_THEIR_PACKAGE
 
 
+def test_every_file_of_the_code_that_an_explanation_names_exists():
+    named = {
+        name
+        for explanation in (ROOT / "docs/explanation").glob("*.md")
+        for name in re.findall(r"`([a-z_]+(?:/[a-z_]+)*\.py)`", explanation.read_text())
+    }
+    assert "core/fleet.py" in named
+    assert [name for name in sorted(named) if not (CODE / name).is_file()] == []
+
+
 def test_every_relative_link_resolves():
     broken = []
     for path in PAGES:
