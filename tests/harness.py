@@ -465,7 +465,11 @@ def forked(keeper, name="default", **body):
             return answer.json()
         assert keeper.delete(name, force="true").status_code == 200
         # Executed servers would only slow down what is waited for.
-        until(lambda before=before: ready() > before, what=f"a fork server ({answer.json()['exec_reason']})")
+        reason = answer.json()["exec_reason"]
+        until(
+            lambda before=before: ready() > before,
+            what=lambda before=before, reason=reason: f"fork server {before + 1} ({reason}):\n{keeper.log.read_text()[-6000:]}",
+        )
 
 
 def parent_of(server):
