@@ -503,6 +503,18 @@ def test_what_runs_in_a_server_can_ask_a_fork_server_for_nothing(shared, servers
 # The fork server ends
 
 
+def test_a_rehearsal_with_an_error_ends_at_once(make_keeper):
+    """Else servers would be executed until its time is over, and so would all that wait for a fork server."""
+    keeper = make_keeper()
+    keeper.configure_jupyter(
+        "import asyncio\nasync def broken(*_, **__):\n    raise OSError('broken')\nasyncio.open_connection = broken"
+    )
+    keeper.start()
+    until(lambda: "the rehearsal of a server failed" in keeper.log.read_text(), what="it has failed")
+    server = keeper.post().json()
+    assert (server["state"], server["launched_by"]) == ("running", "exec")
+
+
 @pytest.mark.promise
 def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
     keeper = make_keeper().start()

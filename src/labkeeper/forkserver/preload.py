@@ -182,18 +182,21 @@ def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
 
 
 async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], writer: int) -> None:
-    info = app.server_info()
-    for path in _PROOF_PATHS:
-        await _get(info, path, token)
-    told: dict[str, Any] = {"pages": pages.copied(shared)}
-    for path in _FIRST_PATHS:
-        await _get(info, path, token)
-    told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
-    # Python does not specify its cache of patterns: without it there are none.
-    told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
-    with os.fdopen(writer, "w") as report:
-        report.write(json.dumps(told) + "\n")
-    app.stop()
+    try:
+        info = app.server_info()
+        for path in _PROOF_PATHS:
+            await _get(info, path, token)
+        told: dict[str, Any] = {"pages": pages.copied(shared)}
+        for path in _FIRST_PATHS:
+            await _get(info, path, token)
+        told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
+        # Python does not specify its cache of patterns: without it there are none.
+        told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
+        with os.fdopen(writer, "w") as report:
+            report.write(json.dumps(told) + "\n")
+    finally:
+        # After an error too: the fork server waits for the end of its rehearsal.
+        app.stop()
 
 
 async def _get(info: dict[str, Any], path: str, token: str) -> None:
