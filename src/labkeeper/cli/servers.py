@@ -271,9 +271,9 @@ def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, 
 @where_options
 @click.pass_obj
 def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: bool) -> None:
-    """Give a running server a new token, and print its new link.
+    """Restart a server with a new token, and print its new link.
 
-    The server is restarted: kernels on a gateway keep running, local kernels end. Open browsers must sign in again.
+    Kernels on a gateway keep running, local kernels end. Open browsers must sign in again.
     """
     with connected(where) as (client, _), waiting(f"launching '{name}' again"):
         server = client.rotate_token(name, wait=wait)

@@ -142,7 +142,7 @@ class Calls:
         return _server("POST", _path(name, "/restart"), wait, body=body or None)
 
     def rotate_token(self, name: str, *, wait: float | None = None) -> Call[Server]:
-        """Give a running server a new Jupyter token, by a restart; kernels on a gateway keep running.
+        """Restart a server with a new Jupyter token; kernels on a gateway keep running.
 
         Raises as `start` does, and Conflict if it is not running.
         """

@@ -50,7 +50,7 @@ class TokenRequest(Request):
         [], description="Users of the machine that its servers run as; the first one where their request names none."
     )
     expires_in: Annotated[Duration, Field(gt=0)] = Field(
-        ABSENT, description="Time from now until it is good no more, as `30d`. Default: never."
+        ABSENT, description="Time until it expires, such as `30d`. Default: never."
     )
 
     @model_validator(mode="after")
@@ -69,7 +69,7 @@ class LinkRequest(Request):
     """A link that opens a Lab."""
 
     expires_in: Annotated[Duration, Field(gt=0, le=3600)] = Field(
-        60.0, description="Time from now until it is good no more, used or not; at most `1h`."
+        60.0, description="Time until it expires, used or not; at most `1h`."
     )
     page: LandingPage = Field(
         ABSENT, description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url."

@@ -134,7 +134,7 @@ def restart_server(services: Services, path: ServerPath, body: RestartRequest, q
 
 
 def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Answer:
-    """Give a running server a new Jupyter token, by a restart.
+    """Restart a running server with a new Jupyter token.
 
     Kernels on a gateway keep running, with their sessions; local kernels end.
     """
