@@ -231,6 +231,20 @@ def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_s
     assert "ask for a higher memory_limit" in cause
 
 
+@needs_groups
+def test_a_server_killed_while_a_neighbour_runs_out_of_memory_is_not_taken_for_out_of_memory(make_keeper):
+    keeper = make_keeper(launch_by="fork").start()
+    server = forked(keeper)
+    neighbour = forked(keeper, "neighbour", memory_limit=400 * 2**20)
+    kernel = start_kernel(neighbour)
+    victim = int(run_cell(neighbour, kernel, "import os; os.getpid()"))
+    run_cell(neighbour, kernel, GRAB)
+    until(lambda: not alive(victim), what="the neighbour's kernel is killed")
+    psutil.Process(server["pid"]).kill()
+    launched_again(keeper, server)
+    assert [kind for kind, _ in ends_of(keeper)] == ["killed"]
+
+
 @pytest.mark.skipif(
     "memory" not in FOUND or FOUND["memory"].version is not limits.LimitedBy.CGROUP1,
     reason="needs control groups of version 1 that can be written",

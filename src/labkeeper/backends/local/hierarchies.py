@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import structlog
 
@@ -110,13 +110,25 @@ def _divide(base: Path, controllers: Sequence[str]) -> None:
         raise
 
 
-def _memberships() -> list[tuple[list[str], str]]:
-    """Return the keeper's groups: controllers and path. Version 2 has one empty controller name.
+def memory_groups(pid: int) -> Iterator[Path]:
+    """Yield the groups that may be charged for the memory of a process, the closest first."""
+    memberships = _memberships(pid)
+    for mount, kind, options in all_mounts():
+        controller = {"cgroup": "memory", "cgroup2": ""}.get(kind)
+        if kind == "cgroup" and controller not in options.split(","):
+            continue
+        for path in (path for controllers, path in memberships if controller in controllers):
+            group = _own(mount, path)
+            yield from (part for part in (group, *group.parents) if part.is_relative_to(mount))
+
+
+def _memberships(pid: int | Literal["self"] = "self") -> list[tuple[list[str], str]]:
+    """Return a process's groups: controllers and path. Version 2 has one empty controller name.
 
     See cgroups(7).
     """
     with contextlib.suppress(OSError):
-        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
         return [(controllers.split(","), path) for _, controllers, path in (line.split(":", 2) for line in lines)]
     return []
 

@@ -32,6 +32,7 @@ from labkeeper.backends.local.hierarchies import (
     base_of_all,
     is_own,
     listed,
+    memory_groups,
     move,
     parts,
     version_1,
@@ -60,6 +61,10 @@ _MEMORY_EVENTS: Final = ("memory.events", "memory.oom_control")
 """Files with a group's count of OOM kills: version 2, and version 1."""
 
 
+_OWN_MEMORY_EVENTS: Final = ("memory.events.local", "memory.oom_control")
+"""The same without its subgroups."""
+
+
 _KILLED: Final = re.compile(r"^oom_kill (\d+)$", re.MULTILINE)
 """The count's form there and in `/proc/vmstat`."""
 
@@ -84,14 +89,18 @@ class MemoryKills:
 
     file: Path
     certain: bool
-    """Whether it counts those of one server only, not of the whole machine."""
+    """Whether it counts those of one server only, not those of other processes as well."""
 
     def count(self) -> int:
         """Return the count, or 0 if it cannot be read."""
-        with contextlib.suppress(OSError):
-            if (found := _KILLED.search(self.file.read_text())) is not None:
-                return int(found[1])
-        return 0
+        return _oom_kills(self.file) or 0
+
+
+def _oom_kills(file: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        if (found := _KILLED.search(file.read_text())) is not None:
+            return int(found[1])
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,12 +218,18 @@ class ControlGroups:
                         with contextlib.suppress(OSError):
                             (part / setting).write_text(value)
 
-    def memory_kills(self, name: ServerName) -> MemoryKills:
-        """Return the OOM kill counter of a server, or of the machine if the server has none."""
-        for file in (group / events for group in self._of(name) for events in _MEMORY_EVENTS):
-            with contextlib.suppress(OSError):
-                if _KILLED.search(file.read_text()) is not None:
-                    return MemoryKills(file, certain=True)
+    def memory_kills(self, name: ServerName, pid: int) -> MemoryKills:
+        """Return the most specific OOM kill counter of a running server.
+
+        It is that of its own group, of the group that it shares with others, or of the machine. A
+        kill in another group, such as a neighbour's that reached its limit, counts only in the last.
+        """
+        own = (group / events for group in self._of(name) for events in _MEMORY_EVENTS)
+        shared = (group / events for group in memory_groups(pid) for events in _OWN_MEMORY_EVENTS)
+        for files, certain in ((own, True), (shared, False)):
+            for file in files:
+                if _oom_kills(file) is not None:
+                    return MemoryKills(file, certain)
         return MemoryKills(Path("/proc/vmstat"), certain=False)
 
     def counted(self, name: ServerName) -> Counted:

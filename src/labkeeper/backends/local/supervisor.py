@@ -344,7 +344,7 @@ class ProcessSupervisor:
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:
-        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(self.name)
+        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(self.name, self.process.pid)
         self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:

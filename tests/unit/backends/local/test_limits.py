@@ -288,15 +288,37 @@ def test_what_has_died_is_not_held(groups, spawn):
     assert groups.members(NAME) == set()
 
 
-def test_kills_for_want_of_memory_are_counted_for_a_server_where_it_has_a_group_for_that(groups):
-    whole = groups.memory_kills(NAME)
-    lines = dict(line.split() for line in Path("/proc/vmstat").read_text().splitlines())
-    assert (whole, whole.count()) == (MemoryKills(Path("/proc/vmstat"), certain=False), int(lines["oom_kill"]))
-    if "cgroup" in groups.limit(NAME, ALL, own_user=False).by["memory"]:
-        its_own = groups.memory_kills(NAME)
-        assert (its_own.certain, its_own.count()) == (True, 0)
+def oom_kills(file):
+    return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
+
+
+def test_oom_kills_are_counted_by_the_machine_if_no_group_counts_them(groups, monkeypatch):
+    monkeypatch.setattr(limits, "memory_groups", lambda pid: [])
+    machine = Path("/proc/vmstat")
+    kills = groups.memory_kills(NAME, os.getpid())
+    assert (kills, kills.count()) == (MemoryKills(machine, certain=False), oom_kills(machine))
+
+
+@version_1
+def test_oom_kills_are_counted_by_the_group_that_a_server_shares_or_by_its_own(groups, spawn):
+    (memory,) = {mount for mount, kind, options in limits.all_mounts() if kind == "cgroup" and options.endswith("memory")}
+    shared = memory / f"test-{os.getpid()}"
+    shared.mkdir()
+    server = spawn()
+    try:
+        (shared / "cgroup.procs").write_text(str(server.pid))
+        kills = groups.memory_kills(NAME, server.pid)
+        assert (kills, kills.count()) == (MemoryKills(shared / "memory.oom_control", certain=False), 0)
+        assert groups.limit(NAME, ALL, own_user=False).by["memory"] == "cgroup1"
+        own = groups.memory_kills(NAME, server.pid)
+        assert (own.certain, own.count()) == (True, 0)
         groups.remove(NAME)
-        assert its_own.count() == 0
+        assert own.count() == 0
+    finally:
+        server.kill()
+        server.wait()
+        until(lambda: not (shared / "cgroup.procs").read_text())
+        shared.rmdir()
 
 
 SETTINGS = {"memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "pids.max"}
