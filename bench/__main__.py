@@ -54,7 +54,9 @@ def main() -> int:
         _tell(results.load(chosen.show), chosen.show.with_suffix(".svg"))
         return 0
     if sys.platform != "linux":
-        parser.error("the bench runs on Linux only: it reads /proc and waits on descriptors of processes")
+        parser.error(
+            "the bench runs on Linux only: it reads /proc and waits on descriptors of processes"
+        )
     if chosen.quick:
         chosen.repeats, chosen.burst_repeats, chosen.warmups = _QUICK, 1, 1
     if not chosen.only:
@@ -79,12 +81,18 @@ class Bench:
         self._chosen = chosen
         self._server_dir = server_dir
         self._classes = [each for each in contenders.ALL if each.key in chosen.contenders]
-        self._environments = environments.prepare(chosen.source, server_dir, with_hub=JupyterHub in self._classes)
+        self._environments = environments.prepare(
+            chosen.source, server_dir, with_hub=JupyterHub in self._classes
+        )
         told = ("repeats", "burst_repeats", "warmups", "cycles", "only")
         options = {name: getattr(chosen, name) for name in told}
         self._results = results.begin(self._environments.versions(), options)
         # A full run makes the results that are shown; any other is a trial, and does not overwrite them.
-        full = not chosen.quick and set(chosen.only) == set(MEASUREMENTS) and len(self._classes) == len(contenders.ALL)
+        full = (
+            not chosen.quick
+            and set(chosen.only) == set(MEASUREMENTS)
+            and len(self._classes) == len(contenders.ALL)
+        )
         self._path = chosen.output / ("bench.json" if full else "trial.json")
 
     def run(self) -> results.Results:
@@ -96,11 +104,24 @@ class Bench:
                 self._keep(lives.measure(all_of_them, chosen.only, chosen.repeats, chosen.warmups))
         if "burst" in only:
             with self._open(self._classes) as all_of_them:
-                self._keep({"burst": crowd.burst(all_of_them, chosen.burst_repeats, min(1, chosen.warmups))})
+                self._keep(
+                    {
+                        "burst": crowd.burst(
+                            all_of_them, chosen.burst_repeats, min(1, chosen.warmups)
+                        )
+                    }
+                )
         if "memory" in only:
             self._keep({"memory": self._each(crowd.memory, self._classes)})
         if "idle" in only:
-            self._keep({"idle": self._each(crowd.idle, [each for each in self._classes if each is not contenders.JupyterLab])})
+            self._keep(
+                {
+                    "idle": self._each(
+                        crowd.idle,
+                        [each for each in self._classes if each is not contenders.JupyterLab],
+                    )
+                }
+            )
         if "api" in only:
             self._keep({"api": self._each(load.api, self._keepers())})
         if "strangers" in only:
@@ -108,7 +129,9 @@ class Bench:
         if "scrub" in only:
             self._keep({"scrub": logs.scrub(self._environments)})
         if chosen.cycles:
-            for found in self._each(lambda keeper: cycles.cycles(keeper, chosen.cycles), self._keepers()).values():
+            for found in self._each(
+                lambda keeper: cycles.cycles(keeper, chosen.cycles), self._keepers()
+            ).values():
                 self._keep({"cycles": found})
         _tell(self._results, self._path.with_suffix(".svg"))
         say(f"raw results: {self._path.name}")
@@ -132,7 +155,9 @@ class Bench:
         """Give labkeeper as it is by default; by exec where that is all there is."""
         return [each for each in (LabkeeperFork, LabkeeperExec) if each in self._classes][:1]
 
-    def _each(self, measure: Callable[[Any], dict[str, Any]], classes: Sequence[type[Contender]]) -> dict[str, Any]:
+    def _each(
+        self, measure: Callable[[Any], dict[str, Any]], classes: Sequence[type[Contender]]
+    ) -> dict[str, Any]:
         """Measure one contender after another, nothing of the others running: they would share memory with it."""
         found = {}
         for each in classes:
@@ -167,18 +192,35 @@ def _tell(found: results.Results, picture: Path) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:<14}{text}" for name, text in MEASUREMENTS.items())
-    keys = "\n".join(f"  {each.key:<16}{(each.__doc__ or '').splitlines()[0]}" for each in contenders.ALL)
+    keys = "\n".join(
+        f"  {each.key:<16}{(each.__doc__ or '').splitlines()[0]}" for each in contenders.ALL
+    )
     parser = argparse.ArgumentParser(
         prog="bench",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"measurements:\n{names}\n\ncontenders:\n{keys}",
     )
-    parser.add_argument("--repeats", type=_count, default=15, help="rounds that count (default: %(default)s)")
-    parser.add_argument("--burst-repeats", type=_count, default=3, help="the same for bursts (default: %(default)s)")
-    parser.add_argument("--warmups", type=int, default=2, help="rounds that are thrown away (default: %(default)s; bursts: 1)")
-    parser.add_argument("--quick", action="store_true", help=f"{_QUICK} repeats, 1 burst, 1 warm-up: a look, no result")
-    parser.add_argument("--only", type=_among(MEASUREMENTS), metavar="NAME,...", help="only these measurements")
+    parser.add_argument(
+        "--repeats", type=_count, default=15, help="rounds that count (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--burst-repeats", type=_count, default=3, help="the same for bursts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warmups",
+        type=int,
+        default=2,
+        help="rounds that are thrown away (default: %(default)s; bursts: 1)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help=f"{_QUICK} repeats, 1 burst, 1 warm-up: a look, no result",
+    )
+    parser.add_argument(
+        "--only", type=_among(MEASUREMENTS), metavar="NAME,...", help="only these measurements"
+    )
     parser.add_argument(
         "--contenders",
         type=_among({each.key for each in contenders.ALL}),
@@ -186,13 +228,34 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME,...",
         help="only these contenders",
     )
-    parser.add_argument("--cycles", type=_count, default=0, metavar="N", help="start and stop N servers, and look for leaks")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
-    parser.add_argument("--output", type=Path, default=_HERE / "results", metavar="DIR", help="where results go (bench/results)")
     parser.add_argument(
-        "--source", type=Path, default=_HERE.parent, metavar="DIR", help="checkout to measure (default: this one)"
+        "--cycles",
+        type=_count,
+        default=0,
+        metavar="N",
+        help="start and stop N servers, and look for leaks",
     )
-    parser.add_argument("--show", type=Path, metavar="FILE", help="tell of an earlier run from its JSON, and draw it anew")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=_HERE / "results",
+        metavar="DIR",
+        help="where results go (bench/results)",
+    )
+    parser.add_argument(
+        "--source",
+        type=Path,
+        default=_HERE.parent,
+        metavar="DIR",
+        help="checkout to measure (default: this one)",
+    )
+    parser.add_argument(
+        "--show",
+        type=Path,
+        metavar="FILE",
+        help="tell of an earlier run from its JSON, and draw it anew",
+    )
     return parser
 
 
@@ -208,7 +271,9 @@ def _among(names: Any) -> Callable[[str], list[str]]:
         given = text.split(",")
         unknown = [name for name in given if name not in names]
         if unknown:
-            raise argparse.ArgumentTypeError(f"unknown: {', '.join(unknown)}; choose among {', '.join(sorted(names))}")
+            raise argparse.ArgumentTypeError(
+                f"unknown: {', '.join(unknown)}; choose among {', '.join(sorted(names))}"
+            )
         return given
 
     return choose

@@ -35,7 +35,9 @@ class Caller:
         head = bytes(data[:end]).lower()
         if not head.startswith(b"http/1.1 200"):
             raise RuntimeError(head.decode(errors="replace"))
-        left = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]) - (len(data) - end - 4)
+        left = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]) - (
+            len(data) - end - 4
+        )
         while left > 0:
             left -= len(self._receive())
 
@@ -96,7 +98,13 @@ def main() -> None:
         thread.join()
     seconds = time.perf_counter() - begin
     json.dump(
-        {"seconds": seconds, "own_share": (time.process_time() - used) / seconds, "seen": seen, "failed": failed}, sys.stdout
+        {
+            "seconds": seconds,
+            "own_share": (time.process_time() - used) / seconds,
+            "seen": seen,
+            "failed": failed,
+        },
+        sys.stdout,
     )
 
 

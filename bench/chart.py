@@ -80,7 +80,9 @@ def svg(results: Results) -> str:
         x, y = _MARGIN + (number % 2) * (_PANEL + _GAP), _TOP + (number // 2) * height_of_row
         parts += _draw(panel, x, y)
     for number, line in enumerate(_notes(results)):
-        parts.append(f'<text x="{_MARGIN}" y="{height - 30 + 17 * number}" class="note">{escape(line)}</text>')
+        parts.append(
+            f'<text x="{_MARGIN}" y="{height - 30 + 17 * number}" class="note">{escape(line)}</text>'
+        )
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -91,7 +93,8 @@ def _panels(results: Results) -> Iterator[_Panel]:
             yield _panel(results, title, "s", measured[name])
     if "memory" in measured:
         sizes = {
-            key: [server["uss"] / _MIB for server in seen[str(CROWD)]["servers"]] for key, seen in measured["memory"].items()
+            key: [server["uss"] / _MIB for server in seen[str(CROWD)]["servers"]]
+            for key, seen in measured["memory"].items()
         }
         yield _panel(results, f"Memory of its own, each of {CROWD} idle servers", "MiB", sizes)
 
@@ -125,16 +128,27 @@ def _notes(results: Results) -> tuple[str, str]:
     machine, packages = results["machine"], results["packages"]
     repeats = len(next(iter(results["measurements"].get("start", {"": [0]}).values())))
     lab, hub = packages["lab"], packages.get("hub", {})
-    versions = [f"JupyterLab {lab['jupyterlab']}", *([f"JupyterHub {hub['jupyterhub']}"] if hub else [])]
+    versions = [
+        f"JupyterLab {lab['jupyterlab']}",
+        *([f"JupyterHub {hub['jupyterhub']}"] if hub else []),
+    ]
     return (
         f"Bars: medians ({repeats} repeats, in turns). Thin lines: to the 95th percentile; of fewer than 10, to the slowest.",
-        ", ".join([f"{machine['cores']} cores", machine["kernel"].split("-")[0], f"Python {machine['python']}", *versions]),
+        ", ".join(
+            [
+                f"{machine['cores']} cores",
+                machine["kernel"].split("-")[0],
+                f"Python {machine['python']}",
+                *versions,
+            ]
+        ),
     )
 
 
 def _in_words(panels: Sequence[_Panel]) -> str:
     return " ".join(
-        f"{panel.title}: {', '.join(f'{bar.label} {_number(bar.value)} {panel.unit}' for bar in panel.bars)}." for panel in panels
+        f"{panel.title}: {', '.join(f'{bar.label} {_number(bar.value)} {panel.unit}' for bar in panel.bars)}."
+        for panel in panels
     )
 
 

@@ -28,12 +28,20 @@ _WARM_UPS: Final = 2
 
 def main() -> int:
     """Run the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", default="jupyter-server", help="image to measure (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=15, help="rounds that count (default: %(default)s)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--image", default="jupyter-server", help="image to measure (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=15, help="rounds that count (default: %(default)s)"
+    )
     chosen = parser.parse_args()
     image = json.loads(_docker("inspect", chosen.image))[0]
-    print(f"size of the image: {image['Size'] / 1e6:.0f} MB, of which its base {_base_size(chosen.image) / 1e6:.0f} MB")
+    print(
+        f"size of the image: {image['Size'] / 1e6:.0f} MB, of which its base {_base_size(chosen.image) / 1e6:.0f} MB"
+    )
 
     say("from docker run to the API, and to a POST that is served by a fork")
     answering, served = [], []
@@ -52,7 +60,9 @@ def main() -> int:
     with container(chosen.image) as (api, key, _), keeper() as (other, other_key):
         for where in ((api, key), (other, other_key)):
             _wait_for_fork(*where)
-        print(f"memory of the container at rest: {_memory(api.rpartition(':')[2]):.0f} MiB (keeper and fork server)")
+        print(
+            f"memory of the container at rest: {_memory(api.rpartition(':')[2]):.0f} MiB (keeper and fork server)"
+        )
         inside, outside = [], []
         for number in range(chosen.repeats + _WARM_UPS):
             inside.append(_start(api, key))
@@ -73,7 +83,17 @@ def container(image: str) -> Iterator[tuple[str, str, float]]:
     name = f"labkeeper-bench-{port}"
     begun = time.perf_counter()
     try:
-        _docker("run", "-d", "--name", name, "-p", f"127.0.0.1:{port}:80", "-e", f"LABKEEPER_TOKEN={token}", image)
+        _docker(
+            "run",
+            "-d",
+            "--name",
+            name,
+            "-p",
+            f"127.0.0.1:{port}:80",
+            "-e",
+            f"LABKEEPER_TOKEN={token}",
+            image,
+        )
         api = f"http://127.0.0.1:{port}"
         _until_answering(api)
         yield api, f"Bearer {token}", begun
@@ -93,7 +113,11 @@ def keeper() -> Iterator[tuple[str, str]]:
             "STATE_DIR": f"{home}/state",
             "NOTEBOOK_DIR": home,
         }
-        env = os.environ | {"HOME": home} | {f"LABKEEPER_{setting}": value for setting, value in ours.items()}
+        env = (
+            os.environ
+            | {"HOME": home}
+            | {f"LABKEEPER_{setting}": value for setting, value in ours.items()}
+        )
         command = [sys.executable, "-m", "labkeeper", "serve", "--log-level", "error"]
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
         try:
@@ -149,9 +173,15 @@ def _memory(port: str) -> float:
 
 def _base_size(image: str) -> int:
     """Give the size of what lies below our own layers."""
-    history = _docker("history", "--no-trunc", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image).splitlines()
+    history = _docker(
+        "history", "--no-trunc", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image
+    ).splitlines()
     sizes = [entry.split("\t") for entry in history]
-    ours = next(number for number, (_, by) in enumerate(sizes) if "LABEL org.opencontainers.image.title" in by)
+    ours = next(
+        number
+        for number, (_, by) in enumerate(sizes)
+        if "LABEL org.opencontainers.image.title" in by
+    )
     return sum(int(size) for size, _ in sizes[ours + 1 :])
 
 
@@ -163,7 +193,9 @@ def _docker(*arguments: str) -> str:
 
 
 def _print(what: str, seconds: list[Any]) -> None:
-    print(f"{what}: median {median(seconds):.3f} s, slow end {slow_end(seconds):.3f} s, of {len(seconds)}")
+    print(
+        f"{what}: median {median(seconds):.3f} s, slow end {slow_end(seconds):.3f} s, of {len(seconds)}"
+    )
 
 
 if __name__ == "__main__":

@@ -63,7 +63,11 @@ class Contender:
 
     def environment(self, *places: Path | None) -> dict[str, str]:
         """Give the environment of a login that has just begun."""
-        kept = {name: os.environ[name] for name in ("LANG", "LC_ALL", "TZ", "USER") if name in os.environ}
+        kept = {
+            name: os.environ[name]
+            for name in ("LANG", "LC_ALL", "TZ", "USER")
+            if name in os.environ
+        }
         return kept | {"HOME": str(self.home), "PATH": self.environments.path(*places)}
 
     def open(self) -> None:
@@ -113,7 +117,9 @@ class Labkeeper(Contender):
             "LABKEEPER_LAUNCH_BY": self.launch_by,
         }
         command = [str(self.environments.lab / "bin/labkeeper"), "serve", "--log-format", "json"]
-        self._keeper = spawn(command, self.environment(self.environments.lab) | settings, self.home, self.log)
+        self._keeper = spawn(
+            command, self.environment(self.environments.lab) | settings, self.home, self.log
+        )
         wait_until_answering_once(f"{self.url}/readyz", self._keeper, self.log)
         self._check()
 
@@ -137,7 +143,9 @@ class Labkeeper(Contender):
         if answer["state"] != "running":
             raise BenchError(f"a server is {answer['state']}, not running")
         if answer["launched_by"] != self.launch_by:
-            raise BenchError(f"a server was launched by {answer['launched_by']}, not by {self.launch_by}:\n{tail(self.log)}")
+            raise BenchError(
+                f"a server was launched by {answer['launched_by']}, not by {self.launch_by}:\n{tail(self.log)}"
+            )
         server = Server(name, answer["url"], f"token {answer['token']}", answer["pid"])
         wait_until_answering(server.url, server.authorization, poll=poll)
         return server
@@ -155,7 +163,9 @@ class Labkeeper(Contender):
 
     def _fork_server(self) -> int:
         """Find it: forked servers show its command line, too, but it alone has a parent that does not."""
-        named = {process.pid: process for process in started_by_us() if _mentions(process, "forkserver")}
+        named = {
+            process.pid: process for process in started_by_us() if _mentions(process, "forkserver")
+        }
         tops = [pid for pid, process in named.items() if process.ppid() not in named]
         if len(tops) != 1:
             raise BenchError(f"cannot tell which process is the fork server: found {len(tops)}")
@@ -170,12 +180,16 @@ class Labkeeper(Contender):
             raise Skipped("this labkeeper does not know LABKEEPER_LAUNCH_BY: it cannot fork")
         until = time.monotonic() + _OPENING
         while True:
-            answer = ask_json("POST", f"{self.url}/api/servers", self._authorization, {"name": "trial"})
+            answer = ask_json(
+                "POST", f"{self.url}/api/servers", self._authorization, {"name": "trial"}
+            )
             ask_json("DELETE", f"{self.url}/api/servers/trial", self._authorization, good=(OK,))
             if answer["launched_by"] == self.launch_by:
                 return
             if time.monotonic() > until:
-                raise BenchError(f"the keeper has not forked a server within {_OPENING:.0f} s:\n{tail(self.log)}")
+                raise BenchError(
+                    f"the keeper has not forked a server within {_OPENING:.0f} s:\n{tail(self.log)}"
+                )
             time.sleep(0.2)
 
 
@@ -212,7 +226,9 @@ class JupyterLab(Contender):
         process = spawn(command, env, self.notebooks, self.log)
         server = Server(name, f"http://127.0.0.1:{port}/", f"token {token}", process.pid, process)
         try:
-            wait_until_answering(server.url, server.authorization, poll=poll, alive=lambda: process.poll() is None)
+            wait_until_answering(
+                server.url, server.authorization, poll=poll, alive=lambda: process.poll() is None
+            )
         except BenchError as error:
             raise BenchError(f"{error}:\n{tail(self.log)}") from None
         return server
@@ -269,10 +285,20 @@ class JupyterHub(Contender):
         self._authorization = f"token {token}"
         args = ["--allow-root"] if os.geteuid() == 0 else []
         config = self.home / "jupyterhub_config.py"
-        config.write_text(_HUB_CONFIG.format(public=self._public, hub=hub, api=api, args=args, long=_LONG))
-        env = self.environment(self.environments.hub) | {"BENCH_HOME": str(self.home), "BENCH_TOKEN": token}
+        config.write_text(
+            _HUB_CONFIG.format(public=self._public, hub=hub, api=api, args=args, long=_LONG)
+        )
+        env = self.environment(self.environments.hub) | {
+            "BENCH_HOME": str(self.home),
+            "BENCH_TOKEN": token,
+        }
         assert self.environments.hub is not None
-        self._hub = spawn([self.environments.hub / "bin/jupyterhub", f"--config={config}"], env, self.home, self.log)
+        self._hub = spawn(
+            [self.environments.hub / "bin/jupyterhub", f"--config={config}"],
+            env,
+            self.home,
+            self.log,
+        )
         wait_until_answering_once(f"{self.url}/hub/api/", self._hub, self.log)
 
     def close(self) -> None:
@@ -317,7 +343,10 @@ class JupyterHub(Contender):
         status, body = ask("DELETE", f"{self._user(server.name)}/server", self._authorization)
         if status not in {_ACCEPTED, _NO_CONTENT}:
             raise BenchError(f"the hub answered {status}: {body!r}")
-        while status == _ACCEPTED and ask_json("GET", self._user(server.name), self._authorization)["servers"]:
+        while (
+            status == _ACCEPTED
+            and ask_json("GET", self._user(server.name), self._authorization)["servers"]
+        ):
             time.sleep(POLL)
 
     def beside(self) -> dict[str, int]:

@@ -44,7 +44,9 @@ def at_once(tasks: Sequence[Callable[[], T]]) -> list[T]:
     for thread in threads:
         thread.join()
     if errors:
-        raise BenchError(f"{len(errors)} of {len(tasks)} failed; the first: {errors[0]}") from errors[0]
+        raise BenchError(
+            f"{len(errors)} of {len(tasks)} failed; the first: {errors[0]}"
+        ) from errors[0]
     return [results[number] for number in range(len(tasks))]
 
 
@@ -70,7 +72,9 @@ def burst(contenders: Sequence[Contender], repeats: int, warmups: int) -> dict[s
         seconds = time.perf_counter() - begin
         if number >= 0:
             samples[contender.key].append(seconds)
-        say(f"{'warm-up' if number < 0 else f'{number + 1} of {repeats}'}: {contender.label}: {CROWD} at once {seconds:.2f} s")
+        say(
+            f"{'warm-up' if number < 0 else f'{number + 1} of {repeats}'}: {contender.label}: {CROWD} at once {seconds:.2f} s"
+        )
         stop_all(contender, servers)
     return samples
 
@@ -82,7 +86,9 @@ def memory(contender: Contender) -> dict[str, Any]:
         with crowd(contender, count) as servers:
             found[str(count)] = {
                 "servers": [asdict(memory_of(server.pid)) for server in servers],
-                "beside": {name: asdict(memory_of(pid)) for name, pid in contender.beside().items()},
+                "beside": {
+                    name: asdict(memory_of(pid)) for name, pid in contender.beside().items()
+                },
             }
     return found
 
@@ -91,11 +97,17 @@ def idle(contender: Contender) -> dict[str, Any]:
     """Read what keeping twenty idle servers costs those beside them: per cent of one core, and bytes."""
     with crowd(contender, CROWD):
         beside = contender.beside()
-        before, begin = {name: processor_seconds(pid) for name, pid in beside.items()}, time.perf_counter()
+        before, begin = (
+            {name: processor_seconds(pid) for name, pid in beside.items()},
+            time.perf_counter(),
+        )
         time.sleep(_IDLE)
         seconds = time.perf_counter() - begin
         used = {name: processor_seconds(pid) - before[name] for name, pid in beside.items()}
-        return {name: {"cpu_percent": 100 * used[name] / seconds} | asdict(memory_of(pid)) for name, pid in beside.items()}
+        return {
+            name: {"cpu_percent": 100 * used[name] / seconds} | asdict(memory_of(pid))
+            for name, pid in beside.items()
+        }
 
 
 @contextmanager

@@ -37,14 +37,25 @@ def cycles(keeper: Labkeeper, count: int) -> dict[str, Any]:
     _turn(keeper, count - count // 2)
     after = _count(keeper)
     counts = {"before": before, "middle": middle, "after": after}
-    return {"cycles": count, "launched_by": keeper.launch_by, "counts": counts, "leaks": _leaks(before, middle, after, count)}
+    return {
+        "cycles": count,
+        "launched_by": keeper.launch_by,
+        "counts": counts,
+        "leaks": _leaks(before, middle, after, count),
+    }
 
 
-def _leaks(before: dict[str, int], middle: dict[str, int], after: dict[str, int], count: int) -> list[str]:
+def _leaks(
+    before: dict[str, int], middle: dict[str, int], after: dict[str, int], count: int
+) -> list[str]:
     """Name what has grown: memory by more than its allowance, anything else at all."""
     found = []
     for name, last in after.items():
-        first, allowed = (middle[name], allowance(count - count // 2)) if name.endswith("RSS") else (before[name], 0)
+        first, allowed = (
+            (middle[name], allowance(count - count // 2))
+            if name.endswith("RSS")
+            else (before[name], 0)
+        )
         if last > first + allowed:
             found.append(f"{name}: {first} -> {last}")
     return found
@@ -60,7 +71,10 @@ def _turn(keeper: Labkeeper, count: int) -> None:
 def _count(keeper: Labkeeper) -> dict[str, int]:
     time.sleep(_SETTLE)
     server_dirs = keeper.state / "run"
-    found = {"processes": len(started_by_us()), "files in the runtime directory": len(list(server_dirs.rglob("*")))}
+    found = {
+        "processes": len(started_by_us()),
+        "files in the runtime directory": len(list(server_dirs.rglob("*"))),
+    }
     for name, pid in keeper.beside().items():
         process = psutil.Process(pid)
         found |= {

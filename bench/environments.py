@@ -42,8 +42,13 @@ class Environments:
         """Say what is measured."""
         told = {"lab": _versions(self.lab)}
         if self.hub is not None and self.proxy is not None:
-            package = json.loads((self.proxy / "node_modules/configurable-http-proxy/package.json").read_bytes())
-            told["hub"] = _versions(self.hub) | {"configurable-http-proxy": package["version"], "node": _node_version(self)}
+            package = json.loads(
+                (self.proxy / "node_modules/configurable-http-proxy/package.json").read_bytes()
+            )
+            told["hub"] = _versions(self.hub) | {
+                "configurable-http-proxy": package["version"],
+                "node": _node_version(self),
+            }
         return told
 
     def path(self, *environments: Path | None) -> str:
@@ -58,7 +63,9 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
     """Make what is missing, and put the labkeeper of this checkout in. Needs the network the first time only."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "labkeeper-bench"
     if _in_checkout(cache):
-        raise BenchError(f"cannot measure in {cache}: it lies in a git checkout, which would slow Jupyter down")
+        raise BenchError(
+            f"cannot measure in {cache}: it lies in a git checkout, which would slow Jupyter down"
+        )
     pins = _pins(source)
     constraints = server_dir / "constraints.txt"
     constraints.write_text(pins)
@@ -77,7 +84,17 @@ def _lab(cache: Path, pins: str, constraints: Path, wheel: Path, dependencies: s
     if not _is_complete(lab):
         _make(lab, "labkeeper and JupyterLab", constraints, f"labkeeper[lab] @ {wheel.as_uri()}")
     say("installing labkeeper from the checkout")
-    _run(lab / "bin/python", "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--force-reinstall", wheel)
+    _run(
+        lab / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        "--force-reinstall",
+        wheel,
+    )
     return lab
 
 
@@ -97,7 +114,16 @@ def _proxy(cache: Path, hub: Path) -> Path:
         npm = shutil.which("npm") or hub / "bin/npm"
         search = os.pathsep.join([str(hub / "bin"), os.environ.get("PATH", "")])
         options = ("--no-audit", "--no-fund", "--loglevel=error")
-        _run(npm, "install", "--prefix", proxy, *options, PROXY, env={**os.environ, "PATH": search}, cwd=proxy)
+        _run(
+            npm,
+            "install",
+            "--prefix",
+            proxy,
+            *options,
+            PROXY,
+            env={**os.environ, "PATH": search},
+            cwd=proxy,
+        )
         (proxy / ".complete").touch()
     return proxy
 
@@ -107,13 +133,24 @@ def _make(place: Path, what: str, constraints: Path, *requirements: str) -> None
     shutil.rmtree(place, ignore_errors=True)
     _run(sys.executable, "-m", "venv", place)
     # pip compiles all bytecode as it installs, so no contender pays for that at its first start.
-    _run(place / "bin/python", "-m", "pip", "install", "--quiet", "--constraint", constraints, *requirements)
+    _run(
+        place / "bin/python",
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--constraint",
+        constraints,
+        *requirements,
+    )
     (place / ".complete").touch()
 
 
 def _place(cache: Path, kind: str, *depends_on: str) -> Path:
     """Name a directory after all that decides what is in it: another lock, or another Python, is another environment."""
-    digest = hashlib.sha256("\0".join([platform.python_version(), *depends_on]).encode()).hexdigest()[:10]
+    digest = hashlib.sha256(
+        "\0".join([platform.python_version(), *depends_on]).encode()
+    ).hexdigest()[:10]
     return cache / f"{kind}-{digest}"
 
 
@@ -124,7 +161,11 @@ def _is_complete(place: Path) -> bool:
 def _pins(source: Path) -> str:
     """Give the locked versions without their hashes: pip takes no hashes in constraints without demanding them of everything."""
     lock = (source / "requirements/dev.lock").read_text()
-    return "".join(f"{line.removesuffix(chr(92)).strip()}\n" for line in lock.splitlines() if line[:1].isalnum())
+    return "".join(
+        f"{line.removesuffix(chr(92)).strip()}\n"
+        for line in lock.splitlines()
+        if line[:1].isalnum()
+    )
 
 
 def _dependencies(source: Path) -> str:
@@ -137,7 +178,9 @@ def _wheel(source: Path, server_dir: Path) -> Path:
     say("building labkeeper")
     target = server_dir / "wheel"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    _run(*pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source)
+    _run(
+        *pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source
+    )
     (wheel,) = target.glob("labkeeper-*.whl")
     return wheel
 
@@ -169,9 +212,13 @@ def _node_version(made: Environments) -> str:
     return _run(node, "--version").strip().removeprefix("v")
 
 
-def _run(*command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None) -> str:
+def _run(
+    *command: str | Path, env: Mapping[str, str] | None = None, cwd: Path | None = None
+) -> str:
     environment = {**(os.environ if env is None else env), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise BenchError(f"cannot run {' '.join(map(str, command))}:\n{done.stdout}{done.stderr}")
     return done.stdout

@@ -47,7 +47,9 @@ def guarded(work: Callable[[Path], int]) -> int:
 
 def started_by_us() -> list[psutil.Process]:
     """Give every live process that the bench has started, itself left out; to be called in the guard's child."""
-    return [p for p in psutil.Process(os.getppid()).children(recursive=True) if p.pid != os.getpid()]
+    return [
+        p for p in psutil.Process(os.getppid()).children(recursive=True) if p.pid != os.getpid()
+    ]
 
 
 def _be_the_child(work: Callable[[Path], int], server_dir: Path) -> NoReturn:
@@ -90,9 +92,15 @@ def _wait_for(child: int) -> int:
 
 def _sweep() -> bool:
     """End what is left, and prove that nothing is."""
-    left = [process for process in psutil.Process().children(recursive=True) if process.status() != psutil.STATUS_ZOMBIE]
+    left = [
+        process
+        for process in psutil.Process().children(recursive=True)
+        if process.status() != psutil.STATUS_ZOMBIE
+    ]
     if left:
-        print(f"ending what is left: {', '.join(_name(process) for process in left)}", file=sys.stderr)
+        print(
+            f"ending what is left: {', '.join(_name(process) for process in left)}", file=sys.stderr
+        )
     until = time.monotonic() + _PATIENCE
     while time.monotonic() < until:
         children = psutil.Process().children(recursive=True)

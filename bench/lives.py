@@ -23,7 +23,9 @@ _PAUSE: Final = 0.5
 """Seconds after a stop in which a contender may tidy up at its own cost, not at the next one's."""
 
 
-def rounds(contenders: Sequence[Contender], repeats: int, warmups: int) -> Iterator[tuple[int, Contender]]:
+def rounds(
+    contenders: Sequence[Contender], repeats: int, warmups: int
+) -> Iterator[tuple[int, Contender]]:
     """Give who is next, and in which round; those below 0 are to be thrown away."""
     for number in range(-warmups, repeats):
         order = list(contenders)
@@ -32,9 +34,13 @@ def rounds(contenders: Sequence[Contender], repeats: int, warmups: int) -> Itera
             yield number, contender
 
 
-def measure(contenders: Sequence[Contender], wanted: Sequence[str], repeats: int, warmups: int) -> Samples:
+def measure(
+    contenders: Sequence[Contender], wanted: Sequence[str], repeats: int, warmups: int
+) -> Samples:
     """Let servers live: one without a kernel, one with two."""
-    samples: Samples = {name: {contender.key: [] for contender in contenders} for name in NAMES if name in wanted}
+    samples: Samples = {
+        name: {contender.key: [] for contender in contenders} for name in NAMES if name in wanted
+    }
     for contender in contenders:
         contender.prepare(["plain", "busy"])
     for number, contender in rounds(contenders, repeats, warmups):
@@ -47,7 +53,9 @@ def measure(contenders: Sequence[Contender], wanted: Sequence[str], repeats: int
             for name in samples:
                 samples[name][contender.key].append(seen[name])
         told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in seen.items())
-        say(f"{'warm-up' if number < 0 else f'{number + 1} of {repeats}'}: {contender.label}: {told}")
+        say(
+            f"{'warm-up' if number < 0 else f'{number + 1} of {repeats}'}: {contender.label}: {told}"
+        )
     return samples
 
 
@@ -61,12 +69,16 @@ def _plain_life(contender: Contender) -> dict[str, float]:
 def _busy_life(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("busy")
-    result = run_cell(server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1")
+    result = run_cell(
+        server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1"
+    )
     seen = time.perf_counter()
     if result != "2":
         raise BenchError(f"a cell gave {result}, not 2")
     # The second kernel has run a cell, too, so that no stop meets one that is only half there.
-    run_cell(server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1")
+    run_cell(
+        server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1"
+    )
     return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}
 
 

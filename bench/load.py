@@ -43,7 +43,14 @@ def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
             "one": _measure(keeper, f"/api/servers/{servers[0].name}", seconds),
             "list": _measure(keeper, "/api/servers", seconds),
         }
-        if len(ask_json("GET", f"{keeper.url}/api/servers", keeper.authorization, good=(OK,))["servers"]) != SERVERS:
+        if (
+            len(
+                ask_json("GET", f"{keeper.url}/api/servers", keeper.authorization, good=(OK,))[
+                    "servers"
+                ]
+            )
+            != SERVERS
+        ):
             raise BenchError("the list has not all servers")
         if followers.lost:
             raise BenchError(f"{followers.lost} of {FOLLOWERS} followers were cut off")
@@ -64,16 +71,30 @@ def _measure(keeper: Labkeeper, path: str, seconds: float) -> dict[str, Any]:
 def call(keeper: Labkeeper, path: str, seconds: float, rate: float | None) -> dict[str, Any]:
     """Run the caller, on a schedule or, without a rate, as fast as it can; return what it saw."""
     port = urlsplit(keeper.url).port
-    job = {"port": port, "path": path, "authorization": keeper.authorization, "seconds": seconds, "rate": rate}
+    job = {
+        "port": port,
+        "path": path,
+        "authorization": keeper.authorization,
+        "seconds": seconds,
+        "rate": rate,
+    }
     program = Path(__file__).with_name("caller.py")
-    done = subprocess.run([sys.executable, program], input=json.dumps(job), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, program],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise BenchError(f"the caller broke: {done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout)
     if answer["failed"]:
         raise BenchError(f"a request failed: {answer['failed'][0]}")
     if answer["own_share"] > _BUSY:
-        shout(f"the caller used {answer['own_share']:.0%} of a core: the figures for {path} are in part its own")
+        shout(
+            f"the caller used {answer['own_share']:.0%} of a core: the figures for {path} are in part its own"
+        )
     return answer
 
 

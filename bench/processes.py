@@ -17,11 +17,19 @@ from progress import BenchError
 from web import PATIENCE
 
 
-def spawn(command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, log: Path) -> subprocess.Popen[bytes]:
+def spawn(
+    command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, log: Path
+) -> subprocess.Popen[bytes]:
     """Start a program in a session of its own, so that Ctrl-C at the terminal reaches the bench alone."""
     with log.open("ab") as stream:
         return subprocess.Popen(
-            command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, start_new_session=True
+            command,
+            env=env,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            start_new_session=True,
         )
 
 
@@ -89,7 +97,9 @@ def memory_of(pid: int) -> ActivityHistory:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         found[name] = int(rest.split()[0]) * 1024
-    return ActivityHistory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
+    return ActivityHistory(
+        found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"]
+    )
 
 
 def processor_seconds(pid: int) -> float:

@@ -32,7 +32,12 @@ def text(results: Results) -> str:
 def _machine(results: Results) -> Iterator[str]:
     machine, packages = results["machine"], results["packages"]
     yield f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}, Python {machine['python']}"
-    known = {name: version for each in packages.values() for name, version in each.items() if name != "python"}
+    known = {
+        name: version
+        for each in packages.values()
+        for name, version in each.items()
+        if name != "python"
+    }
     yield ", ".join(f"{name} {version}" for name, version in known.items())
     for key, why in results["skipped"].items():
         yield f"NOT MEASURED: {key}: {why}"
@@ -54,9 +59,14 @@ def _timings(results: Results) -> Iterator[str]:
         middle = {key: median(samples[key]) for key in contenders}
         yield _row(f"{TITLES[name]} ({len(some)})", [])
         yield _row("  median", [f"{middle[key]:.3f} s" for key in contenders])
-        yield _row(f"  {slow_end_name(some)}", [f"{slow_end(samples[key]):.3f} s" for key in contenders])
+        yield _row(
+            f"  {slow_end_name(some)}", [f"{slow_end(samples[key]):.3f} s" for key in contenders]
+        )
         if first in contenders:
-            yield _row(f"  times {contenders[first]}'s", [f"{middle[key] / middle[first]:.1f}" for key in contenders])
+            yield _row(
+                f"  times {contenders[first]}'s",
+                [f"{middle[key] / middle[first]:.1f}" for key in contenders],
+            )
     yield ""
 
 
@@ -87,7 +97,9 @@ def _idle(results: Results) -> Iterator[str]:
     for key, processes in found.items():
         for name, seen in processes.items():
             sizes = [_mib(seen[kind]) for kind in ("rss", "uss", "pss")]
-            yield _row(f"  {results['contenders'][key]}: {name}", [f"{seen['cpu_percent']:.2f} %", *sizes])
+            yield _row(
+                f"  {results['contenders'][key]}: {name}", [f"{seen['cpu_percent']:.2f} %", *sizes]
+            )
     yield ""
 
 
@@ -108,7 +120,9 @@ def _strangers(results: Results) -> Iterator[str]:
         yield f"GET all servers of {results['contenders'][key]}, none there, at {found['rate']:.0f} requests a second"
         yield _row("", ["p50", "p95", "p99"])
         yield _row("  quiet", _latency(found["quiet"]["latency"]))
-        yield _row(f"  among {found['strangers']} with wrong tokens", _latency(found["knocked"]["latency"]))
+        yield _row(
+            f"  among {found['strangers']} with wrong tokens", _latency(found["knocked"]["latency"])
+        )
         rate, share = found["refused_per_second"], found["strangers_share_of_a_core"]
         yield f"  {rate:.0f} wrong tokens a second were refused; those who showed them used {share:.0%} of a core"
         yield ""
@@ -127,7 +141,10 @@ def _scrub(results: Results) -> Iterator[str]:
     yield _row("taking secrets out of a log", ["processor"])
     yield _row("  a line without secrets", [f"{found['line_microseconds']:.1f} µs"])
     yield _row("  the rule alone, on the same line", [f"{found['rule_microseconds']:.1f} µs"])
-    yield _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"]) + f"   ({worst!r}, repeated)"
+    yield (
+        _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"])
+        + f"   ({worst!r}, repeated)"
+    )
     yield ""
 
 
@@ -139,7 +156,9 @@ def _cycles(results: Results) -> Iterator[str]:
     yield _row(f"{found['cycles']} cycles, launched by {found['launched_by']}", list(counts))
     for name in counts["before"]:
         values = [each[name] for each in counts.values()]
-        yield _row(f"  {name}", [_mib(value) if name.endswith("RSS") else str(value) for value in values])
+        yield _row(
+            f"  {name}", [_mib(value) if name.endswith("RSS") else str(value) for value in values]
+        )
     yield f"  leaks: {'; '.join(found['leaks']) or 'none'}"
     yield ""
 

@@ -16,12 +16,21 @@ from labkeeper import scrub
 
 _ROUNDS: Final = 5
 _SECRET: Final = "kE7f-abcdefghijklmnopqrstuvwxyz0123456789"
-_LINE: Final = (
-    "[I 2026-11-23 22:19:20.559 ServerApp] 101 GET /api/kernels/5f1c92c4-443a/channels?session_id=abc (127.0.0.1) 3.5ms"
-)
+_LINE: Final = "[I 2026-11-23 22:19:20.559 ServerApp] 101 GET /api/kernels/5f1c92c4-443a/channels?session_id=abc (127.0.0.1) 3.5ms"
 """Without a secret, as most lines of a log are."""
 _LINES: Final = 2000
-_HOSTILE: Final = ("token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":")
+_HOSTILE: Final = (
+    "token",
+    "a-",
+    "://a:",
+    "authorization:",
+    "bearer ",
+    "0a",
+    'token"',
+    "://",
+    'secret\\"',
+    ":",
+)
 """Beginnings of what looks like a secret: repeated, they make a careless rule look again and again."""
 _SIZE: Final = 2**16
 

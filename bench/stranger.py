@@ -26,18 +26,22 @@ class Stranger:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answers = self._socket.makefile("rb")
-        self._request = (
-            f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer lk_0123456789ab_{number}".encode()
-        )
+        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer lk_0123456789ab_{number}".encode()
         self.refused = 0
 
     def knock(self) -> None:
         """Send some requests in one write, and read that each is refused."""
-        self._socket.sendall(b"".join(b"%b%042d\r\n\r\n" % (self._request, self.refused + at) for at in range(_AT_ONCE)))
+        self._socket.sendall(
+            b"".join(
+                b"%b%042d\r\n\r\n" % (self._request, self.refused + at) for at in range(_AT_ONCE)
+            )
+        )
         for _ in range(_AT_ONCE):
             status = self._read()
             if not status.startswith(b"HTTP/1.1 401"):
-                raise RuntimeError(f"a wrong token was answered {status.decode(errors='replace').strip() or 'by hanging up'}")
+                raise RuntimeError(
+                    f"a wrong token was answered {status.decode(errors='replace').strip() or 'by hanging up'}"
+                )
             self.refused += 1
 
     def _read(self) -> bytes:
@@ -68,7 +72,11 @@ def main() -> None:
     for stranger in strangers:
         stranger.knock()
     threads = [threading.Thread(target=run, args=(stranger,)) for stranger in strangers]
-    before, begin, used = sum(each.refused for each in strangers), time.perf_counter(), time.process_time()
+    before, begin, used = (
+        sum(each.refused for each in strangers),
+        time.perf_counter(),
+        time.process_time(),
+    )
     for thread in threads:
         thread.start()
     print("ready", flush=True)
@@ -79,7 +87,12 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     refused = sum(each.refused for each in strangers) - before
     json.dump(
-        {"seconds": seconds, "own_share": (time.process_time() - used) / seconds, "refused": refused, "failed": failed},
+        {
+            "seconds": seconds,
+            "own_share": (time.process_time() - used) / seconds,
+            "refused": refused,
+            "failed": failed,
+        },
         sys.stdout,
     )
 

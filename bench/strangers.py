@@ -52,7 +52,9 @@ def _knocking(keeper: Labkeeper) -> Iterator[dict[str, Any]]:
     """Have strangers knock; what they saw is there when they have stopped."""
     program = Path(__file__).with_name("stranger.py")
     pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, program], stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    process = subprocess.Popen(
+        [sys.executable, program], stdin=pipe, stdout=pipe, stderr=pipe, text=True
+    )
     assert process.stdin is not None
     assert process.stdout is not None
     process.stdin.write(json.dumps({"port": urlsplit(keeper.url).port, "path": _PATH}) + "\n")

@@ -51,13 +51,19 @@ def main() -> None:
         groups = ControlGroups(base)
         time.sleep(2)
         try:
-            processes = {name: found for name, child in children.items() if (found := Process.find(child.pid)) is not None}
+            processes = {
+                name: found
+                for name, child in children.items()
+                if (found := Process.find(child.pid)) is not None
+            }
             told = {"without groups": cost(usage.Meter(_NoGroups(base), base), processes)}
             for name, child in children.items():
                 groups.hold(name, child.pid)
             told["with groups"] = cost(usage.Meter(groups, base), processes)
             for what, spent in told.items():
-                sys.stdout.write(f"{what}: first {spent[0]:.0f} ms, then {median(spent[2:]):.1f} ms for {SERVERS} servers\n")
+                sys.stdout.write(
+                    f"{what}: first {spent[0]:.0f} ms, then {median(spent[2:]):.1f} ms for {SERVERS} servers\n"
+                )
         finally:
             for child in children.values():
                 os.killpg(child.pid, 9)
@@ -67,7 +73,9 @@ def main() -> None:
                 groups.remove(name)
         before = time.process_time()
         usage._proportional([os.getpid()] * 100)  # noqa: SLF001
-        sys.stdout.write(f"shared memory of one Python process: {(time.process_time() - before) * 10:.2f} ms\n")
+        sys.stdout.write(
+            f"shared memory of one Python process: {(time.process_time() - before) * 10:.2f} ms\n"
+        )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def free_port() -> int:
     raise AssertionError
 
 
-def ask(method: str, url: str, authorization: str = "", body: Any = None, timeout: float = PATIENCE) -> tuple[int, bytes]:
+def ask(
+    method: str, url: str, authorization: str = "", body: Any = None, timeout: float = PATIENCE
+) -> tuple[int, bytes]:
     """Send one request; give status and body. Raises OSError and HTTPException where there is no answer."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
@@ -48,18 +50,28 @@ def ask(method: str, url: str, authorization: str = "", body: Any = None, timeou
     if data is not None:
         headers["Content-Type"] = "application/json"
     try:
-        connection.request(method, f"{parts.path}?{parts.query}" if parts.query else parts.path, data, headers)
+        connection.request(
+            method, f"{parts.path}?{parts.query}" if parts.query else parts.path, data, headers
+        )
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
         connection.close()
 
 
-def ask_json(method: str, url: str, authorization: str = "", body: Any = None, good: tuple[int, ...] = (OK, CREATED)) -> Any:
+def ask_json(
+    method: str,
+    url: str,
+    authorization: str = "",
+    body: Any = None,
+    good: tuple[int, ...] = (OK, CREATED),
+) -> Any:
     """Send one request that must succeed; give what it answered."""
     status, data = ask(method, url, authorization, body)
     if status not in good:
-        raise BenchError(f"{method} {urlsplit(url).path} answered {status}: {data[:2000].decode(errors='replace')}")
+        raise BenchError(
+            f"{method} {urlsplit(url).path} answered {status}: {data[:2000].decode(errors='replace')}"
+        )
     return json.loads(data) if data else None
 
 
@@ -68,13 +80,19 @@ def lines(url: str, authorization: str) -> Iterator[bytes]:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
     try:
-        connection.request("GET", parts.path, headers={"Authorization": authorization, "Accept": "text/event-stream"})
+        connection.request(
+            "GET",
+            parts.path,
+            headers={"Authorization": authorization, "Accept": "text/event-stream"},
+        )
         yield from connection.getresponse()
     finally:
         connection.close()
 
 
-def wait_until_answering(url: str, authorization: str, *, poll: float, alive: Callable[[], bool] = lambda: True) -> None:
+def wait_until_answering(
+    url: str, authorization: str, *, poll: float, alive: Callable[[], bool] = lambda: True
+) -> None:
     """Wait for what counts as ready, for all alike: `api` answers 200, and then `api/me`, which wants the token, too."""
     until = time.monotonic() + PATIENCE
     for path, key in (("api", ""), ("api/me", authorization)):
@@ -101,12 +119,33 @@ def start_kernel(url: str, authorization: str) -> str:
 def run_cell(url: str, authorization: str, kernel: str, code: str) -> str:
     """Run code in a kernel over the websocket, as the Lab does; give its result as soon as that is there."""
     channel = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
-    stream = websocket.create_connection(channel, header=[f"Authorization: {authorization}"], timeout=PATIENCE)
+    stream = websocket.create_connection(
+        channel, header=[f"Authorization: {authorization}"], timeout=PATIENCE
+    )
     try:
         message = uuid.uuid4().hex
-        header = {"msg_id": message, "msg_type": "execute_request", "username": "", "session": uuid.uuid4().hex, "version": "5.3"}
-        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-        request = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+        header = {
+            "msg_id": message,
+            "msg_type": "execute_request",
+            "username": "",
+            "session": uuid.uuid4().hex,
+            "version": "5.3",
+        }
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": False,
+            "user_expressions": {},
+            "allow_stdin": False,
+        }
+        request = {
+            "header": header,
+            "parent_header": {},
+            "metadata": {},
+            "content": content,
+            "channel": "shell",
+            "buffers": [],
+        }
         stream.send(json.dumps(request))
         while True:
             answer = json.loads(stream.recv())

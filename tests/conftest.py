@@ -33,7 +33,9 @@ EXPECTED_SKIPS = ("needs control groups", "needs ports that take a right")
 def _seed_of_commit():
     """Return a number that changes with every commit, so that each tries something else and can be tried again."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
+        head = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
         return int(head.stdout[:7], 16)
     return 0
 
@@ -81,9 +83,15 @@ def expected(reason):
 
 def pytest_sessionfinish(session):
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    skipped = [report for report in (reporter.stats.get("skipped", []) if reporter else []) if not expected(report.longrepr)]
+    skipped = [
+        report
+        for report in (reporter.stats.get("skipped", []) if reporter else [])
+        if not expected(report.longrepr)
+    ]
     if skipped and os.environ.get("CI"):
-        reporter.write_line(f"{len(skipped)} tests were skipped that CI does not expect to be", red=True)
+        reporter.write_line(
+            f"{len(skipped)} tests were skipped that CI does not expect to be", red=True
+        )
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 

@@ -22,7 +22,12 @@ FORK = {"LABKEEPER_LAUNCH_BY": "fork"}
 def docker(*arguments, check=True, timeout=PATIENCE, **options):
     """Run the Docker command line as a user would; give what it did."""
     done = subprocess.run(
-        ["docker", *map(str, arguments)], capture_output=True, text=True, timeout=timeout, check=False, **options
+        ["docker", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        **options,
     )
     assert not check or done.returncode == 0, (arguments, done.stdout, done.stderr)
     return done
@@ -36,17 +41,26 @@ class Container:
         self.port, self.lab_port = free_port(), free_port()
         volume = () if notebooks is None else ("-v", f"{notebooks}:/notebooks")
         # A fork server takes seconds to load: those tests have one that are about it.
-        variables = {"LABKEEPER_LAB_PORT": self.lab_port, "LABKEEPER_LAUNCH_BY": "exec"} | (environment or {})
+        variables = {"LABKEEPER_LAB_PORT": self.lab_port, "LABKEEPER_LAUNCH_BY": "exec"} | (
+            environment or {}
+        )
         self.arguments = (
             *("run", "-d", "--name", self.name),
-            *("-p", f"127.0.0.1:{self.port}:80", "-p", f"127.0.0.1:{self.lab_port}:{self.lab_port}"),
+            *(
+                "-p",
+                f"127.0.0.1:{self.port}:80",
+                "-p",
+                f"127.0.0.1:{self.lab_port}:{self.lab_port}",
+            ),
             *(part for name, value in variables.items() for part in ("-e", f"{name}={value}")),
             *volume,
             *options,
             image,
             *command,
         )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False)
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
+        )
 
     def run(self):
         """Start it, whatever becomes of it."""

@@ -50,7 +50,9 @@ class FakeKeeper:
 
 
 @contextmanager
-def fake_keeper(notebook_dir, *, policy: Policy | None = None, is_server=lambda _pid: False, **services) -> Iterator[FakeKeeper]:
+def fake_keeper(
+    notebook_dir, *, policy: Policy | None = None, is_server=lambda _pid: False, **services
+) -> Iterator[FakeKeeper]:
     """Run one; `services` are what its API is to speak for otherwise."""
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
     mailbox, board = Mailbox(), SnapshotBoard()
@@ -94,7 +96,27 @@ def fake_keeper(notebook_dir, *, policy: Policy | None = None, is_server=lambda 
 
 def a_server(**changed) -> Server:
     """Return a server as a keeper answers it: running, with nothing that is optional."""
-    optional = {name: None for name, field in Server.model_fields.items() if type(None) in get_args(field.annotation)}
-    fields = {"name": "x", "state": "running", "goal": "up", "since": "", "created_at": "", "generation": 1, "restarts": 0}
-    collections = {"labels": {}, "description": "", "limits": {}, "jupyter_options": {}, "kernels_kept": []}
-    return Server(**optional | fields | collections | {"root_dir": "/", "default_url": "/lab"} | changed)
+    optional = {
+        name: None
+        for name, field in Server.model_fields.items()
+        if type(None) in get_args(field.annotation)
+    }
+    fields = {
+        "name": "x",
+        "state": "running",
+        "goal": "up",
+        "since": "",
+        "created_at": "",
+        "generation": 1,
+        "restarts": 0,
+    }
+    collections = {
+        "labels": {},
+        "description": "",
+        "limits": {},
+        "jupyter_options": {},
+        "kernels_kept": [],
+    }
+    return Server(
+        **optional | fields | collections | {"root_dir": "/", "default_url": "/lab"} | changed
+    )

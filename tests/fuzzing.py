@@ -19,7 +19,9 @@ FUZZ = settings(
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=12), inner, max_size=4)
+    ),
     max_leaves=12,
 )
 DEPTHS = st.integers(1, 200_000)
@@ -33,7 +35,9 @@ def nested(depth):
 
 def fields_of(**fields):
     """An object that has about the right fields, with about the right values."""
-    return st.fixed_dictionaries({}, optional={name: right | JSON for name, right in fields.items()})
+    return st.fixed_dictionaries(
+        {}, optional={name: right | JSON for name, right in fields.items()}
+    )
 
 
 HEADER_LINES = st.lists(
@@ -57,7 +61,11 @@ def answers(draw, bodies=BODIES):
     """All that may come back over a connection: an answer that is fine, or nearly, or noise."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=200))
-    status = draw(st.sampled_from([b"200", b"100", b"204", b"302", b"401", b"404", b"503", b"999", b"-1", b"abc"]))
+    status = draw(
+        st.sampled_from(
+            [b"200", b"100", b"204", b"302", b"401", b"404", b"503", b"999", b"-1", b"abc"]
+        )
+    )
     lines = [b"HTTP/1.1 " + status + b" OK", *draw(HEADER_LINES), b"", draw(bodies)]
     return b"\r\n".join(lines)
 
@@ -94,7 +102,11 @@ class Speaker:
                 connection.settimeout(5)
                 asked = b""
                 # Who speaks TLS, which begins so, asks nothing before it is answered.
-                while b"\r\n\r\n" not in asked and not asked.startswith(b"\x16") and (piece := connection.recv(65536)):
+                while (
+                    b"\r\n\r\n" not in asked
+                    and not asked.startswith(b"\x16")
+                    and (piece := connection.recv(65536))
+                ):
                     asked += piece
                 self._speak(connection)
 

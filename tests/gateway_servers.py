@@ -76,7 +76,9 @@ class RealGateway:
         for _ in range(3):
             self.port = free_port()
             with log.open("wb") as stream:
-                self.process = subprocess.Popen(self.command(), env=env, cwd=base, stdout=stream, stderr=stream)
+                self.process = subprocess.Popen(
+                    self.command(), env=env, cwd=base, stdout=stream, stderr=stream
+                )
             until(lambda: self.process.poll() is not None or self._answers(), what="gateway ready")
             # A port that was free a moment ago may be somebody else's by now.
             if self.process.poll() is None or "already in use" not in log.read_text():
@@ -95,7 +97,13 @@ class RealGateway:
         return {"gateway_url": self.url, "gateway_auth_token": self.token}
 
     def get(self, path):
-        return httpx.get(f"{self.url}{path}", headers=self.headers, trust_env=False, verify=False, timeout=PATIENCE)
+        return httpx.get(
+            f"{self.url}{path}",
+            headers=self.headers,
+            trust_env=False,
+            verify=False,
+            timeout=PATIENCE,
+        )
 
     def kernels(self):
         answer = self.get("/api/kernels")
@@ -105,13 +113,22 @@ class RealGateway:
     def start_kernel(self):
         """Start one that no server of ours has anything to do with."""
         answer = httpx.post(
-            f"{self.url}/api/kernels", headers=self.headers, json={"name": "python3"}, trust_env=False, timeout=PATIENCE
+            f"{self.url}/api/kernels",
+            headers=self.headers,
+            json={"name": "python3"},
+            trust_env=False,
+            timeout=PATIENCE,
         )
         assert answer.status_code == 201, answer.text
         return answer.json()["id"]
 
     def end_kernel(self, kernel_id):
-        httpx.delete(f"{self.url}/api/kernels/{kernel_id}", headers=self.headers, trust_env=False, timeout=PATIENCE)
+        httpx.delete(
+            f"{self.url}/api/kernels/{kernel_id}",
+            headers=self.headers,
+            trust_env=False,
+            timeout=PATIENCE,
+        )
 
     def children(self):
         return {child.pid for child in psutil.Process(self.process.pid).children(recursive=True)}
@@ -149,12 +166,19 @@ class KernelGateway(RealGateway):
             issued = self.authority.issue_cert("127.0.0.1")
             issued.private_key_and_cert_chain_pem.write_to_path(self.base / "gateway.pem")
             self.authority.cert_pem.write_to_path(self.base / "ca.pem")
-            options["KernelGatewayApp.certfile"] = options["KernelGatewayApp.keyfile"] = self.base / "gateway.pem"
+            options["KernelGatewayApp.certfile"] = options["KernelGatewayApp.keyfile"] = (
+                self.base / "gateway.pem"
+            )
         python = plain_python(self.base / "bin")
         configuration = self.base / ".jupyter" / "jupyter_kernel_gateway_config.py"
         configuration.parent.mkdir(exist_ok=True)
         configuration.write_text(HOLD_PORTS)
-        return [python, "-m", "kernel_gateway", *(f"--{name}={value}" for name, value in options.items())]
+        return [
+            python,
+            "-m",
+            "kernel_gateway",
+            *(f"--{name}={value}" for name, value in options.items()),
+        ]
 
     def variables(self):
         return {"KG_AUTH_TOKEN": self.token}
@@ -168,7 +192,10 @@ class EnterpriseGateway(RealGateway):
         with VENV.with_name(f"{VENV.name}.lock").open("w") as making:
             fcntl.flock(making, fcntl.LOCK_EX)
             subprocess.run(
-                [ROOT / "scripts" / "setup-gateway", VENV], cwd=ROOT, env=os.environ | {"PYTHON": sys.executable}, check=True
+                [ROOT / "scripts" / "setup-gateway", VENV],
+                cwd=ROOT,
+                env=os.environ | {"PYTHON": sys.executable},
+                check=True,
             )
         # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
@@ -187,7 +214,11 @@ class EnterpriseGateway(RealGateway):
 
     def variables(self):
         # It refuses kernels to root by default, which tests in a container run as.
-        return {"EG_AUTH_TOKEN": self.token, "EG_UNAUTHORIZED_USERS": "nobody", "EG_CLIENT_ENVS": "FOO"}
+        return {
+            "EG_AUTH_TOKEN": self.token,
+            "EG_UNAUTHORIZED_USERS": "nobody",
+            "EG_CLIENT_ENVS": "FOO",
+        }
 
 
 REAL = {"kernel-gateway": KernelGateway, "enterprise-gateway": EnterpriseGateway}
@@ -205,7 +236,13 @@ class Asked:
 
 SPEC = {
     "name": "python3",
-    "spec": {"argv": ["python"], "display_name": "Python 3", "language": "python", "env": {}, "metadata": {}},
+    "spec": {
+        "argv": ["python"],
+        "display_name": "Python 3",
+        "language": "python",
+        "env": {},
+        "metadata": {},
+    },
     "resources": {},
 }
 
@@ -272,7 +309,9 @@ class HostileGateway:
 
     def count(self, method, path):
         """Say how often it was asked for something; the path may be the beginning of one."""
-        return sum(asked.method == method and asked.path.startswith(path) for asked in list(self.asked))
+        return sum(
+            asked.method == method and asked.path.startswith(path) for asked in list(self.asked)
+        )
 
     def _run(self, target, *args):
         thread = threading.Thread(target=target, args=args)
@@ -332,7 +371,12 @@ class HostileGateway:
         if path.endswith("/api/kernelspecs"):
             self.send(stream, 200, {"default": "python3", "kernelspecs": {"python3": SPEC}})
         elif path.endswith("/api/kernels") and asked.method == "POST":
-            model = {"id": str(uuid.uuid4()), "name": "python3", "execution_state": "idle", "connections": 0}
+            model = {
+                "id": str(uuid.uuid4()),
+                "name": "python3",
+                "execution_state": "idle",
+                "connections": 0,
+            }
             self.kernels[model["id"]] = model | {
                 "last_activity": "2026-01-01T00:00:00.000000Z",
                 "asked": json.loads(body or b"{}"),
@@ -349,7 +393,13 @@ class HostileGateway:
             self.send(stream, 200, self.kernels[kernel_id])
 
     def send(self, stream, status, content=None, *, kind="application/json", more=""):
-        body = b"" if content is None else content.encode() if isinstance(content, str) else json.dumps(content).encode()
+        body = (
+            b""
+            if content is None
+            else content.encode()
+            if isinstance(content, str)
+            else json.dumps(content).encode()
+        )
         length = "" if status == 204 else f"Content-Length: {len(body)}\r\n"
         head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\n{more}{length}"
         stream.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
@@ -363,12 +413,16 @@ class HostileGateway:
         self._ending.wait()
 
     def hang_after_headers(self, stream, *_):
-        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n")
+        stream.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        )
         self._ending.wait()
 
     def drip(self, stream, *_):
         """Answer byte by byte, each well within every timeout."""
-        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n")
+        stream.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
+        )
         while not self._ending.wait(0.05):
             stream.sendall(b" ")
 
@@ -379,12 +433,16 @@ class HostileGateway:
 
     def drip_chunk(self, stream, *_):
         """Never come to the end of saying how long the next piece is."""
-        stream.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n")
+        stream.sendall(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
+        )
         while not self._ending.wait(0.05):
             stream.sendall(b"0")
 
     def endless(self, stream, *_):
-        stream.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
+        stream.sendall(
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+        )
         chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
         while not self._ending.is_set():
             stream.sendall(chunk)
@@ -397,7 +455,9 @@ class HostileGateway:
 
     def break_off_chunks(self, stream, *_):
         body = json.dumps({"default": "python3", "kernelspecs": {"python3": SPEC}}).encode()
-        stream.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body))
+        stream.sendall(
+            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n" % (len(body), body)
+        )
 
     def die(self, stream, *_):
         """Be gone for good, with the connection that asked."""

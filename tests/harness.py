@@ -37,7 +37,9 @@ def until(condition, *, what="condition"):
         if value:
             return value
         waited = time.monotonic() - begun
-        assert waited < PATIENCE, f"{what() if callable(what) else what}: not met within {PATIENCE} s"
+        assert waited < PATIENCE, (
+            f"{what() if callable(what) else what}: not met within {PATIENCE} s"
+        )
         # To ask is work, too, and what has not come for long does not come a moment later.
         time.sleep(min(max(0.02, waited / 20), 0.2))
 
@@ -122,7 +124,9 @@ def working_in(directory):
 
 
 def fork_servers_of(keeper):
-    return processes_where(lambda process: Path(process.cwd()).parent == keeper.server_dirs / ".forkservers")
+    return processes_where(
+        lambda process: Path(process.cwd()).parent == keeper.server_dirs / ".forkservers"
+    )
 
 
 def servers_in(prefix):
@@ -152,7 +156,13 @@ def everything_below(directory):
             with contextlib.suppress(FileNotFoundError):
                 mode = path.lstat().st_mode
                 if not stat.S_ISLNK(mode):
-                    found.append(Found(path, stat.S_IMODE(mode), path.read_bytes() if stat.S_ISREG(mode) else b""))
+                    found.append(
+                        Found(
+                            path,
+                            stat.S_IMODE(mode),
+                            path.read_bytes() if stat.S_ISREG(mode) else b"",
+                        )
+                    )
     return found
 
 
@@ -191,7 +201,9 @@ def plain_python(directory: Path):
     directory.mkdir(parents=True, exist_ok=True)
     python = directory / "python3"
     if not python.exists():
-        python.write_text(f'#!/bin/sh\nunset COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START\nexec "{sys.executable}" "$@"\n')
+        python.write_text(
+            f'#!/bin/sh\nunset COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START\nexec "{sys.executable}" "$@"\n'
+        )
         python.chmod(0o755)
         (directory / "jupyter-lab").symlink_to(Path(sys.executable).parent / "jupyter-lab")
     return python
@@ -219,7 +231,9 @@ class KeeperProcess:
         for directory in (self.notebook_dir, self.config_dir):
             directory.mkdir(parents=True, exist_ok=True)
         # JupyterLab would ask npm where language servers are, by a process at each start.
-        (self.config_dir / "jupyter_server_config.json").write_text('{"LanguageServerManager": {"node_roots": []}}')
+        (self.config_dir / "jupyter_server_config.json").write_text(
+            '{"LanguageServerManager": {"node_roots": []}}'
+        )
         self.port = free_port()
         self.lab_port = free_port()
         self.settings = settings
@@ -240,7 +254,11 @@ class KeeperProcess:
 
     def in_server_dirs(self):
         """The names of what is in the runtime directory: rooms and fork servers, but not its lock, which stays."""
-        return sorted({path.name for path in self.server_dirs.iterdir()} - {"keeper.lock"}) if self.server_dirs.exists() else []
+        return (
+            sorted({path.name for path in self.server_dirs.iterdir()} - {"keeper.lock"})
+            if self.server_dirs.exists()
+            else []
+        )
 
     @property
     def environment(self):
@@ -256,7 +274,11 @@ class KeeperProcess:
             "PATH": f"{quiet_node(self.base / 'bin' / 'quiet')}:{os.environ['PATH']}",
         }
         ours.update({f"LABKEEPER_{name.upper()}": value for name, value in self.settings.items()})
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_"))}
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("LABKEEPER_", "PYTEST_"))
+        }
         return clean | {name: str(value) for name, value in (ours | self.variables).items()}
 
     def command(self, *arguments):
@@ -276,8 +298,12 @@ class KeeperProcess:
 
     def start(self):
         with self.log.open("ab") as log:
-            self.process = subprocess.Popen(self.command("serve"), env=self.environment, stdout=log, stderr=log)
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE, trust_env=False, verify=self.verify)
+            self.process = subprocess.Popen(
+                self.command("serve"), env=self.environment, stdout=log, stderr=log
+            )
+        self.http = httpx.Client(
+            base_url=self.url, timeout=PATIENCE, trust_env=False, verify=self.verify
+        )
         until(self._ready, what="keeper ready")
         if self.settings.get("auth") != "none":
             self.http.headers["Authorization"] = f"Bearer {self.token}"
@@ -310,7 +336,9 @@ class KeeperProcess:
         return self.http.delete(f"/api/servers/{name}", params=query)
 
     def wait_for(self, state, name="default"):
-        server = self.http.get(f"/api/servers/{name}", params={"wait_for": state, "wait": PATIENCE}).json()
+        server = self.http.get(
+            f"/api/servers/{name}", params={"wait_for": state, "wait": PATIENCE}
+        ).json()
         assert server["state"] == state, server
         return server
 
@@ -391,15 +419,34 @@ class PassableKeeper(KeeperProcess):
 
     @property
     def environment(self):
-        return {name: value for name, value in super().environment.items() if name != "JUPYTER_CONFIG_DIR"}
+        return {
+            name: value
+            for name, value in super().environment.items()
+            if name != "JUPYTER_CONFIG_DIR"
+        }
 
     def command(self, *arguments):
         plain = super().command(*arguments)
         if self.runs_as is not None:
-            plain = ["setpriv", "--reuid", self.runs_as, "--regid", self.runs_as, "--clear-groups", *plain]
+            plain = [
+                "setpriv",
+                "--reuid",
+                self.runs_as,
+                "--regid",
+                self.runs_as,
+                "--clear-groups",
+                *plain,
+            ]
         prefix = Path(sys.base_prefix)
-        closed = next((parent for parent in reversed(prefix.parents) if not parent.stat().st_mode & 0o001), None)
-        return ["unshare", "-m", "sh", "-c", REACHABLE, "sh", self.base, closed, prefix, *plain] if closed else plain
+        closed = next(
+            (parent for parent in reversed(prefix.parents) if not parent.stat().st_mode & 0o001),
+            None,
+        )
+        return (
+            ["unshare", "-m", "sh", "-c", REACHABLE, "sh", self.base, closed, prefix, *plain]
+            if closed
+            else plain
+        )
 
     def start(self):
         if self.runs_as is not None:
@@ -438,14 +485,18 @@ def give_hands(keeper):
     place.mkdir()
     place.chmod(0o755)
     (place / "hands.py").write_text(HANDS)
-    keeper.variables["PYTHONPATH"] = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    keeper.variables["PYTHONPATH"] = os.pathsep.join(
+        [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     keeper.configure_jupyter("c.ServerApp.jpserver_extensions = {'hands': True}")
 
 
 def run_in_server(server, code):
     """Run code in the process of a server itself."""
     known = {"Authorization": f"token {server['token']}"}
-    answer = httpx.post(f"{server['url']}hands", headers=known, content=code, timeout=PATIENCE, trust_env=False)
+    answer = httpx.post(
+        f"{server['url']}hands", headers=known, content=code, timeout=PATIENCE, trust_env=False
+    )
     assert answer.status_code == 200, answer.text
 
 
@@ -468,7 +519,9 @@ def forked(keeper, name="default", **body):
         reason = answer.json()["exec_reason"]
         until(
             lambda before=before: ready() > before,
-            what=lambda before=before, reason=reason: f"fork server {before + 1} ({reason}):\n{keeper.log.read_text()[-6000:]}",
+            what=lambda before=before, reason=reason: (
+                f"fork server {before + 1} ({reason}):\n{keeper.log.read_text()[-6000:]}"
+            ),
         )
 
 
@@ -493,7 +546,9 @@ def start_kernel(server, name="python3", path=""):
 def run_cell(server, kernel_id, code):
     """Run code in a kernel over the server's websocket, as the Lab does; give the text of its result and what it printed."""
     channel = f"{server['url']}api/kernels/{kernel_id}/channels".replace("http", "ws", 1)
-    socket_ = websocket.create_connection(channel, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+    socket_ = websocket.create_connection(
+        channel, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
+    )
     try:
         message_id = uuid.uuid4().hex
         header = {
@@ -503,10 +558,23 @@ def run_cell(server, kernel_id, code):
             "session": uuid.uuid4().hex,
             "version": "5.3",
         }
-        content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
+        content = {
+            "code": code,
+            "silent": False,
+            "store_history": False,
+            "user_expressions": {},
+            "allow_stdin": False,
+        }
         socket_.send(
             json.dumps(
-                {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+                {
+                    "header": header,
+                    "parent_header": {},
+                    "metadata": {},
+                    "content": content,
+                    "channel": "shell",
+                    "buffers": [],
+                }
             )
         )
         return _collect(socket_, message_id)

@@ -49,7 +49,11 @@ class Reachable:
 
 
 def pytest_collection_modifyitems(items):
-    items[:] = [item for item in items if _speaks_from_outside(item) and not item.get_closest_marker("flaky")]
+    items[:] = [
+        item
+        for item in items
+        if _speaks_from_outside(item) and not item.get_closest_marker("flaky")
+    ]
     for item in items:
         # Theirs are for a machine that does nothing else.
         item.add_marker(pytest.mark.timeout(TIMEOUT), append=False)
@@ -63,7 +67,9 @@ def _speaks_from_outside(item):
 
 def pytest_configure(config):
     for marker in ("asyncio", "flaky"):
-        config.addinivalue_line("markers", f"{marker}: of plugins that the suites have, and we have not")
+        config.addinivalue_line(
+            "markers", f"{marker}: of plugins that the suites have, and we have not"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -134,7 +140,9 @@ def jp_serverapp(jp_base_url):
 def jp_fetch(_fresh_server):
     def fetch(*parts, headers=None, params=None, **options):
         options = {"request_timeout": TIMEOUT} | options
-        return AsyncHTTPClient().fetch(_url(parts, params), headers=_known() | (headers or {}), **options)
+        return AsyncHTTPClient().fetch(
+            _url(parts, params), headers=_known() | (headers or {}), **options
+        )
 
     return fetch
 
@@ -145,7 +153,9 @@ def jp_ws_fetch(_fresh_server):
         url = _url(parts, params).replace("http", "ws", 1)
         allowed = inspect.signature(websocket_connect).parameters
         request = HTTPRequest(url, headers=_known() | (headers or {}), connect_timeout=TIMEOUT)
-        return websocket_connect(request, **{name: value for name, value in options.items() if name in allowed})
+        return websocket_connect(
+            request, **{name: value for name, value in options.items() if name in allowed}
+        )
 
     return fetch
 
@@ -160,7 +170,9 @@ def jp_kernelspecs(jp_data_dir):
     for name, program in (("sample", "cat"), ("sample2", "cat"), ("bad", "non_existent_path")):
         place = jp_data_dir / "kernels" / name
         place.mkdir(parents=True)
-        (place / "kernel.json").write_text(json.dumps({"argv": [program, "{connection_file}"], "display_name": "Test kernel"}))
+        (place / "kernel.json").write_text(
+            json.dumps({"argv": [program, "{connection_file}"], "display_name": "Test kernel"})
+        )
         (place / "resource.txt").write_text("The very model of a modern major general")
 
 

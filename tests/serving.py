@@ -79,18 +79,30 @@ def application(environ, start_response):
     elif path == "/events":
         body = (b"data: %d\n\n" % number for number in range(5))
     else:
-        known = {name: environ.get(name) for name in ("wsgi.url_scheme", "REMOTE_ADDR", "HTTP_LABKEEPER_PEER")}
+        known = {
+            name: environ.get(name)
+            for name in ("wsgi.url_scheme", "REMOTE_ADDR", "HTTP_LABKEEPER_PEER")
+        }
         peer = environ.get("labkeeper.peer")
         sent = environ["wsgi.input"].read()
         known["unread"] = environ.get(UNREAD, False)
-        known |= {"peer": peer and [peer.pid, peer.uid, peer.gid], "size": len(sent), "digest": hashlib.sha256(sent).hexdigest()}
+        known |= {
+            "peer": peer and [peer.pid, peer.uid, peer.gid],
+            "size": len(sent),
+            "digest": hashlib.sha256(sent).hexdigest(),
+        }
         body = [json.dumps(known).encode()]
     start_response("200 OK", [("Content-Type", "application/octet-stream")])
     return body
 
 
 def ask(connection, path="/", headers=(), method="GET", body=b""):
-    head = [f"{method} {path} HTTP/1.1", "Host: x", *headers, *([f"Content-Length: {len(body)}"] if body else [])]
+    head = [
+        f"{method} {path} HTTP/1.1",
+        "Host: x",
+        *headers,
+        *([f"Content-Length: {len(body)}"] if body else []),
+    ]
     connection.sendall("\r\n".join([*head, "", ""]).encode() + body)
     answer = http.client.HTTPResponse(connection)
     answer.begin()

@@ -12,8 +12,14 @@ import pytest
 from harness import KeeperProcess, until
 from labkeeper.backends.local import hierarchies
 
-PIDS = {**hierarchies.version_1(), **hierarchies.version_2()}.get("pids") if sys.platform == "linux" else None
-needs_group = pytest.mark.skipif(PIDS is None, reason="needs control groups, and one for processes that can be written")
+PIDS = (
+    {**hierarchies.version_1(), **hierarchies.version_2()}.get("pids")
+    if sys.platform == "linux"
+    else None
+)
+needs_group = pytest.mark.skipif(
+    PIDS is None, reason="needs control groups, and one for processes that can be written"
+)
 
 
 class Group:
@@ -54,7 +60,9 @@ class Disk:
     def __init__(self, path):
         self.path = path
         path.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs", path], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=16m,mode=700", "tmpfs", path], check=True
+        )
 
     def fill(self):
         """Leave no room, not even in the last block of the files that there are."""
@@ -72,4 +80,10 @@ class Disk:
 
     def remove(self):
         # Whoever was killed may take a moment to let go of it.
-        until(lambda: subprocess.run(["umount", self.path], check=False, capture_output=True).returncode == 0, what="umount")
+        until(
+            lambda: (
+                subprocess.run(["umount", self.path], check=False, capture_output=True).returncode
+                == 0
+            ),
+            what="umount",
+        )

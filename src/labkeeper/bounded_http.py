@@ -47,7 +47,9 @@ def exchange(
     if within <= 0:
         raise TimeoutError(f"no time is left for {path}")
     # Only called to create a response.
-    connection.response_class = cast("type[http.client.HTTPResponse]", functools.partial(_Response, until=until))
+    connection.response_class = cast(
+        "type[http.client.HTTPResponse]", functools.partial(_Response, until=until)
+    )
     content = None if body is None else json.dumps(body).encode()
     kind = {} if body is None else {"Content-Type": "application/json"}
     connection.request(method, path, body=content, headers={**headers, **kind})

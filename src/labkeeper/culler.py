@@ -95,7 +95,11 @@ class Culler:
         after = change.after
         with self._lock:
             known = self._watched.get(after.name)
-            if after.state is not State.RUNNING or after.endpoint is None or not self._concerns(after):
+            if (
+                after.state is not State.RUNNING
+                or after.endpoint is None
+                or not self._concerns(after)
+            ):
                 self._watched.pop(after.name, None)
             elif known is None or known.snapshot.generation != after.generation:
                 self._watched[after.name] = self._watch(after, after.endpoint)
@@ -119,7 +123,12 @@ class Culler:
             verdict = decide(Facts(limits_of(snapshot.spec), now, now), self._policy, now)
         else:
             verdict = decide(watched.facts, self._policy, now)
-        return Explanation(snapshot, verdict, self._clock.time() - now, None if watched is None else watched.looked_at)
+        return Explanation(
+            snapshot,
+            verdict,
+            self._clock.time() - now,
+            None if watched is None else watched.looked_at,
+        )
 
     # Watching
 
@@ -132,7 +141,13 @@ class Culler:
         # Only a first launch that we saw become ready is known to be unused before.
         floor = {"floor": ready_at} if snapshot.up_since == snapshot.started_at else {}
         facts = Facts(limits_of(snapshot.spec), self._ours(snapshot.up_since), ready_at)
-        watched = _Watched(snapshot, endpoint, facts, ActivityHistory(**floor), now + random.uniform(0, self._period))  # noqa: S311
+        watched = _Watched(
+            snapshot,
+            endpoint,
+            facts,
+            ActivityHistory(**floor),
+            now + random.uniform(0, self._period),
+        )  # noqa: S311
         self._snooze(watched)
         return watched
 
@@ -144,7 +159,9 @@ class Culler:
     def _snooze(self, watched: _Watched) -> None:
         """Convert the end of its snooze to our clock once, so that clock jumps do not matter."""
         until = watched.snapshot.snoozed_until
-        watched.facts = replace(watched.facts, snoozed_until=float("-inf") if until is None else self._ahead(until))
+        watched.facts = replace(
+            watched.facts, snoozed_until=float("-inf") if until is None else self._ahead(until)
+        )
 
     def _ours(self, at: float | None) -> float:
         """Return a past time by our clock."""
@@ -157,13 +174,19 @@ class Culler:
 
     def _round(self) -> None:
         for watched in self._due():
-            watched.asker = self._threads.start(f"cull-{watched.snapshot.name}", self._look, watched)
+            watched.asker = self._threads.start(
+                f"cull-{watched.snapshot.name}", self._look, watched
+            )
 
     def _due(self) -> list[_Watched]:
         now = self._clock.monotonic()
         with self._lock:
             watched = self._watched.values()
-            return [w for w in watched if w.due <= now and not (w.asker is not None and w.asker.is_alive())]
+            return [
+                w
+                for w in watched
+                if w.due <= now and not (w.asker is not None and w.asker.is_alive())
+            ]
 
     def _look(self, watched: _Watched) -> None:
         """Poll one server and act on the verdict."""
@@ -181,15 +204,22 @@ class Culler:
     def _ask(self, watched: _Watched) -> None:
         """Update the facts about a server; without an answer, its activity is unknown."""
         try:
-            seen = self._with_programs(watched.snapshot.name, self._probe.activity(watched.endpoint))
+            seen = self._with_programs(
+                watched.snapshot.name, self._probe.activity(watched.endpoint)
+            )
         except BackendError as error:
             with self._lock:
-                watched.seen, watched.facts = None, replace(watched.facts, activity=None, unknown=error.message)
+                watched.seen, watched.facts = (
+                    None,
+                    replace(watched.facts, activity=None, unknown=error.message),
+                )
             return
         with self._lock:
             now, wall = self._clock.monotonic(), self._clock.time()
             watched.seen, watched.looked_at = seen, now
-            watched.facts = replace(watched.facts, activity=watched.memory.take(seen, now=now, wall=wall))
+            watched.facts = replace(
+                watched.facts, activity=watched.memory.take(seen, now=now, wall=wall)
+            )
 
     def _with_programs(self, name: ServerName, seen: Activity) -> Activity:
         """Add the programs in the terminals, which Jupyter lists in order of creation."""
@@ -199,7 +229,9 @@ class Culler:
         if programs is None or len(programs) != len(seen.terminals):
             return seen
         pairs = zip(seen.terminals, programs, strict=True)
-        return replace(seen, terminals=tuple(replace(terminal, program=program) for terminal, program in pairs))
+        return replace(
+            seen, terminals=tuple(replace(terminal, program=program) for terminal, program in pairs)
+        )
 
     def _judge(self, watched: _Watched) -> Verdict:
         """Return the verdict; issue a warning if due."""
@@ -220,11 +252,21 @@ class Culler:
         moment = format_time(self._clock.time() + ahead)
         message = f"server '{snapshot.name}' will be stopped in {format_duration(ahead)}, by {outlook.rule}, unless it is snoozed"
         message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
-        _log.info("a server is about to be culled", server=snapshot.name, rule=str(outlook.rule), stops_at=moment)
+        _log.info(
+            "a server is about to be culled",
+            server=snapshot.name,
+            rule=str(outlook.rule),
+            stops_at=moment,
+        )
         details = {"rule": str(outlook.rule), "stops_at": moment}
         origin = Origin(CULLER, reason=str(outlook.rule))
         self._event_log.record(
-            HistoryKind.CULL_WARNING, snapshot.name, message, origin=origin, generation=snapshot.generation, details=details
+            HistoryKind.CULL_WARNING,
+            snapshot.name,
+            message,
+            origin=origin,
+            generation=snapshot.generation,
+            details=details,
         )
 
     def _stop(self, watched: _Watched, rule: Rule) -> None:
@@ -232,12 +274,22 @@ class Culler:
         snapshot, before = watched.snapshot, watched.seen
         self._ask(watched)
         again = self._judge(watched)
-        still_due = again.state is CullState.DUE and again.next is not None and again.next.rule is rule
+        still_due = (
+            again.state is CullState.DUE and again.next is not None and again.next.rule is rule
+        )
         if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.seen != before):
-            _log.info("a server is not culled: it has changed at the last moment", server=snapshot.name, now=again.reason)
+            _log.info(
+                "a server is not culled: it has changed at the last moment",
+                server=snapshot.name,
+                now=again.reason,
+            )
             return
         _log.info("a server is culled", server=snapshot.name, reason=again.reason)
-        self._give(Order(snapshot.name, Event.STOP, origin=Origin(CULLER, reason=again.reason), seen=snapshot))
+        self._give(
+            Order(
+                snapshot.name, Event.STOP, origin=Origin(CULLER, reason=again.reason), seen=snapshot
+            )
+        )
 
     def _end_kernels(self, watched: _Watched) -> None:
         """End idle kernels, unless a final check finds them changed."""
@@ -245,10 +297,17 @@ class Culler:
             return
         before = set(watched.seen.kernels) if watched.seen is not None else set()
         self._ask(watched)
-        unchanged = {kernel.id for kernel in before & set(watched.seen.kernels if watched.seen is not None else ())}
+        unchanged = {
+            kernel.id
+            for kernel in before & set(watched.seen.kernels if watched.seen is not None else ())
+        }
         for kernel, seconds in self._idle_kernels(watched):
             if kernel.id in unchanged and not self._threads.closed:
-                self._end_kernel(watched, kernel.id, f"kernel_idle_timeout: unused for {format_duration(seconds)}")
+                self._end_kernel(
+                    watched,
+                    kernel.id,
+                    f"kernel_idle_timeout: unused for {format_duration(seconds)}",
+                )
 
     def _idle_kernels(self, watched: _Watched) -> Sequence[tuple[KernelUse, float]]:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
@@ -258,11 +317,18 @@ class Culler:
         try:
             self._probe.end_kernel(watched.endpoint, kernel_id)
         except BackendError as error:
-            _log.warning("a kernel cannot be culled", server=name, kernel=kernel_id, error=error.message)
+            _log.warning(
+                "a kernel cannot be culled", server=name, kernel=kernel_id, error=error.message
+            )
             return
         _log.info("a kernel is culled", server=name, kernel=kernel_id, reason=reason)
         message = f"kernel {kernel_id} of server '{name}' was ended because it was not used"
         origin = Origin(CULLER, reason=reason)
         self._event_log.record(
-            HistoryKind.KERNEL_CULLED, name, message, origin=origin, generation=generation, details={"kernel": kernel_id}
+            HistoryKind.KERNEL_CULLED,
+            name,
+            message,
+            origin=origin,
+            generation=generation,
+            details={"kernel": kernel_id},
         )

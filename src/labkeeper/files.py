@@ -67,13 +67,19 @@ def _regular(path: str | Path) -> Iterator[int]:
             yield found
         else:
             # Without O_NONBLOCK, this would wait for the holder of a lease.
-            with _closing(os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)) as descriptor:
+            with _closing(
+                os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)
+            ) as descriptor:
                 yield descriptor
 
 
 def _place_of(descriptor: int, path: str) -> str:
     """Return the path of an open file; on other systems than Linux, where its path leads now."""
-    return str(Path(f"/proc/self/fd/{descriptor}").readlink()) if sys.platform == "linux" else os.path.realpath(path)
+    return (
+        str(Path(f"/proc/self/fd/{descriptor}").readlink())
+        if sys.platform == "linux"
+        else os.path.realpath(path)
+    )
 
 
 def _may_read(user: str, file: os.stat_result) -> bool:
@@ -133,7 +139,9 @@ def _empty(directory: int, *, into: int) -> list[str]:
                 os.unlink(name, dir_fd=directory)
             except (IsADirectoryError, PermissionError):  # PermissionError on macOS.
                 _unlock(name, directory)
-                os.rename(name, fresh := secrets.token_hex(16), src_dir_fd=directory, dst_dir_fd=into)
+                os.rename(
+                    name, fresh := secrets.token_hex(16), src_dir_fd=directory, dst_dir_fd=into
+                )
                 moved.append(fresh)
     return moved
 
@@ -141,7 +149,9 @@ def _empty(directory: int, *, into: int) -> list[str]:
 @contextlib.contextmanager
 def _directory(path: Path | str, inside: int | None = None) -> Iterator[int]:
     _unlock(path, inside)
-    with _closing(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=inside)) as descriptor:
+    with _closing(
+        os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=inside)
+    ) as descriptor:
         yield descriptor
 
 

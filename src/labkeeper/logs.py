@@ -18,7 +18,18 @@ from labkeeper.terminal import visible
 _QUIET: Final = ("httpx", "httpcore", "waitress.queue")
 """Libraries that log each request, or each time that all threads are busy."""
 _OWN: Final = frozenset(
-    {"timestamp", "level", "logger", "server", "generation", "actor", "request_id", "on", "failure_class", "method"}
+    {
+        "timestamp",
+        "level",
+        "logger",
+        "server",
+        "generation",
+        "actor",
+        "request_id",
+        "on",
+        "failure_class",
+        "method",
+    }
     | {parameter.value for parameter in structlog.processors.CallsiteParameter}
 )
 """The keeper's own fields of an entry, which no server's variable of equal value may blank."""
@@ -58,9 +69,15 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else level.upper())
     for name in _QUIET:
-        logging.getLogger(name).setLevel(logging.WARNING if name != "waitress.queue" else logging.ERROR)
+        logging.getLogger(name).setLevel(
+            logging.WARNING if name != "waitress.queue" else logging.ERROR
+        )
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
@@ -99,7 +116,10 @@ def _scrubbed(key: Any, value: Any, known: Sequence[Secrets]) -> Any:
     if isinstance(value, str):
         return scrub(value, *known)
     if isinstance(value, Mapping):
-        return {scrub(str(inner), *known): _scrubbed(inner, each, known) for inner, each in value.items()}
+        return {
+            scrub(str(inner), *known): _scrubbed(inner, each, known)
+            for inner, each in value.items()
+        }
     if isinstance(value, list | tuple | set | frozenset):
         return [_scrubbed(None, each, known) for each in value]
     return scrub(repr(value), *known)
@@ -126,7 +146,10 @@ class ChangeLog:
         if after.failure is not None:
             facts["failure_class"], facts["cause"] = str(after.failure.kind), after.failure.message
         if after.stop_report is not None:
-            facts["method"], facts["seconds"] = str(after.stop_report.method), after.stop_report.seconds
+            facts["method"], facts["seconds"] = (
+                str(after.stop_report.method),
+                after.stop_report.seconds,
+            )
         self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
 
     def _tell_of(self, change: Change, gateway: GatewayHealth) -> None:
@@ -134,7 +157,12 @@ class ChangeLog:
             self._log.info("gateway answers", **_about(change), kernelspecs=gateway.kernelspecs)
         else:
             error = gateway.error
-            self._log.warning("gateway cannot be used", **_about(change), failure_class=str(error.kind), cause=error.message)
+            self._log.warning(
+                "gateway cannot be used",
+                **_about(change),
+                failure_class=str(error.kind),
+                cause=error.message,
+            )
 
     def _level(self, change: Change) -> Any:
         state = change.after.state
@@ -142,7 +170,11 @@ class ChangeLog:
             return self._log.info
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
-        return self._log.warning if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING} else self._log.info
+        return (
+            self._log.warning
+            if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING}
+            else self._log.info
+        )
 
 
 def _about(change: Change) -> dict[str, Any]:

@@ -63,12 +63,31 @@ class Family:
 
 _START_BUCKETS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
 _STOP_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 60.0)
-_HTTP_BUCKETS: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0)
+_HTTP_BUCKETS: Final = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    60.0,
+)
 _CLASSES: Final = tuple(str(kind) for kind in FailureClass)
 
 INFO: Final = Family("labkeeper_info", Kind.INFO, "The keeper's version.", ("version",))
 SERVERS: Final = Family(
-    "labkeeper_servers", Kind.GAUGE, "Servers by state.", ("state",), known=tuple((str(state),) for state in State)
+    "labkeeper_servers",
+    Kind.GAUGE,
+    "Servers by state.",
+    ("state",),
+    known=tuple((str(state),) for state in State),
 )
 STARTS: Final = Family(
     "labkeeper_starts_total",
@@ -113,11 +132,19 @@ CULLS: Final = Family(
     ("rule",),
     known=tuple((str(rule),) for rule in Rule),
 )
-KERNEL_CULLS: Final = Family("labkeeper_kernel_culls_total", Kind.COUNTER, "Kernels that were ended because they were not used.")
-ORPHANS: Final = Family(
-    "labkeeper_orphan_processes_total", Kind.COUNTER, "Processes that an earlier keeper had left, found and ended."
+KERNEL_CULLS: Final = Family(
+    "labkeeper_kernel_culls_total",
+    Kind.COUNTER,
+    "Kernels that were ended because they were not used.",
 )
-ORPHANED_KERNELS: Final = Family("labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end.")
+ORPHANS: Final = Family(
+    "labkeeper_orphan_processes_total",
+    Kind.COUNTER,
+    "Processes that an earlier keeper had left, found and ended.",
+)
+ORPHANED_KERNELS: Final = Family(
+    "labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end."
+)
 GATEWAYS: Final = Family(
     "labkeeper_gateways",
     Kind.GAUGE,
@@ -133,7 +160,10 @@ WEBHOOK_EVENTS: Final = Family(
     known=(),
 )
 WEBHOOK_PENDING: Final = Family(
-    "labkeeper_webhook_pending_events", Kind.GAUGE, "Events that the webhook is still to be told.", known=()
+    "labkeeper_webhook_pending_events",
+    Kind.GAUGE,
+    "Events that the webhook is still to be told.",
+    known=(),
 )
 HTTP_REQUESTS: Final = Family(
     "labkeeper_http_requests_total",
@@ -208,7 +238,9 @@ class Metrics:
         self._version = version
         self._lock = threading.Lock()
         self._counts: dict[Family, Counter[Labels]] = {
-            family: Counter(dict.fromkeys(family.known, 0)) for family in FAMILIES if family.kind is Kind.COUNTER
+            family: Counter(dict.fromkeys(family.known, 0))
+            for family in FAMILIES
+            if family.kind is Kind.COUNTER
         }
         self._histograms: dict[Family, dict[Labels, _Histogram]] = {
             family: {labels: _Histogram(family.buckets) for labels in family.known}
@@ -234,7 +266,10 @@ class Metrics:
             if change.after.restarts > change.before.restarts:
                 self._count(RESTARTS)
             if change.event is Event.STOP and change.origin.actor == CULLER:
-                self._count(CULLS, next((rule for rule in Rule if change.origin.reason.startswith(rule)), NONE))
+                self._count(
+                    CULLS,
+                    next((rule for rule in Rule if change.origin.reason.startswith(rule)), NONE),
+                )
 
     def heard(self, entry: HistoryEntry) -> None:
         """Count a history entry."""
@@ -254,13 +289,17 @@ class Metrics:
 
     def _take_start(self, change: Change, before: Snapshot) -> None:
         after = change.after
-        if after.generation != before.generation or (before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN):
+        if after.generation != before.generation or (
+            before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN
+        ):
             self._begun.setdefault(after.name, self._clock.monotonic())
         if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
             return
         if after.instance is not None:
             self._count(STARTS, "ready", NONE, after.instance.launched_by)
-            self._observe(START_DURATION, self._clock.monotonic() - begun, after.instance.launched_by)
+            self._observe(
+                START_DURATION, self._clock.monotonic() - begun, after.instance.launched_by
+            )
         elif after.goal is Goal.UP:
             self._count(STARTS, "failed", _class_of(after), _UNKNOWN_WAY)
         else:
@@ -299,23 +338,36 @@ class Metrics:
         """Yield all our metrics for prometheus_client."""
         from prometheus_client import core  # noqa: PLC0415 - late: see above
 
-        values, written = self._looked_at(), dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]]()
+        values, written = (
+            self._looked_at(),
+            dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]](),
+        )
         with self._lock:
             # Nothing else is done under the lock, for which the fleet waits.
             values = {family: dict(counted) for family, counted in self._counts.items()} | values
             for family, histograms in self._histograms.items():
-                written[family] = {labels: histogram.written() for labels, histogram in histograms.items()}
+                written[family] = {
+                    labels: histogram.written() for labels, histogram in histograms.items()
+                }
         for family in FAMILIES:
             match family.kind:
                 case Kind.INFO:
-                    yield core.InfoMetricFamily(family.name.removesuffix("_info"), family.about, {"version": self._version})
+                    yield core.InfoMetricFamily(
+                        family.name.removesuffix("_info"), family.about, {"version": self._version}
+                    )
                 case Kind.HISTOGRAM:
-                    histogram = core.HistogramMetricFamily(family.name, family.about, labels=family.labels)
+                    histogram = core.HistogramMetricFamily(
+                        family.name, family.about, labels=family.labels
+                    )
                     for labels, (buckets, sum_) in written[family].items():
                         histogram.add_metric(labels, buckets, sum_)
                     yield histogram
                 case Kind.COUNTER | Kind.GAUGE:  # pragma: no branch - the last kinds
-                    cls = core.CounterMetricFamily if family.kind is Kind.COUNTER else core.GaugeMetricFamily
+                    cls = (
+                        core.CounterMetricFamily
+                        if family.kind is Kind.COUNTER
+                        else core.GaugeMetricFamily
+                    )
                     simple = cls(family.name, family.about, labels=family.labels)
                     for labels, value in values[family].items():
                         simple.add_metric(labels, value)
@@ -323,7 +375,12 @@ class Metrics:
 
     @cached_property
     def _registry(self) -> CollectorRegistry:
-        from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector  # noqa: PLC0415
+        from prometheus_client import (
+            CollectorRegistry,
+            GCCollector,
+            PlatformCollector,
+            ProcessCollector,
+        )  # noqa: PLC0415
 
         registry = CollectorRegistry()
         registry.register(self)
@@ -339,9 +396,14 @@ class Metrics:
         return {
             SERVERS: {labels: states[labels[0]] for labels in SERVERS.known},
             ORPHANED_KERNELS: {(): len(self._world.orphans())},
-            GATEWAYS: {("reachable",): sum(health.values()), ("unreachable",): len(health) - sum(health.values())},
+            GATEWAYS: {
+                ("reachable",): sum(health.values()),
+                ("unreachable",): len(health) - sum(health.values()),
+            },
             WEBHOOK_EVENTS: {
-                labels: count for hook in webhooks for labels, count in ((("delivered",), hook.delivered), (("dead",), hook.dead))
+                labels: count
+                for hook in webhooks
+                for labels, count in ((("delivered",), hook.delivered), (("dead",), hook.dead))
             },
             WEBHOOK_PENDING: {(): sum(hook.pending for hook in webhooks)} if webhooks else {},
         }
@@ -352,7 +414,9 @@ def _healths(servers: Sequence[Snapshot]) -> dict[str, bool]:
     found: dict[str, bool] = {}
     for server in servers:
         if server.gateway is not None and server.spec.gateway is not None:
-            found[server.spec.gateway.url] = found.get(server.spec.gateway.url, True) and server.gateway.reachable
+            found[server.spec.gateway.url] = (
+                found.get(server.spec.gateway.url, True) and server.gateway.reachable
+            )
     return found
 
 

@@ -109,7 +109,9 @@ class Watch:
         if snapshot.name == self._name:
             self._seen.append(snapshot)
 
-    def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+    def until(
+        self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
+    ) -> tuple[Snapshot, bool]:
         """Wait for a snapshot, `first` or later, of which `holds` is true.
 
         Return the last one examined, and whether `holds` was true of it.
@@ -132,7 +134,9 @@ class Watch:
 class KeyedExecutor:
     """Runs jobs on a few threads: jobs of one server in order, of different servers in parallel."""
 
-    def __init__(self, mailbox: Callable[[Report], None], *, threads: int = EXECUTOR_THREADS) -> None:
+    def __init__(
+        self, mailbox: Callable[[Report], None], *, threads: int = EXECUTOR_THREADS
+    ) -> None:
         """Start all threads at once, so that no job waits for one that cannot be started.
 
         Raises BackendUnavailable.
@@ -140,7 +144,9 @@ class KeyedExecutor:
         self._mailbox = mailbox
         self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
         """Names with a queue that no thread processes yet; None ends a thread."""
-        self._queues: dict[ServerName, deque[tuple[Callable[[], Report | None], Report | None]]] = {}
+        self._queues: dict[
+            ServerName, deque[tuple[Callable[[], Report | None], Report | None]]
+        ] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
         try:
@@ -152,7 +158,9 @@ class KeyedExecutor:
             self.close()
             raise
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None) -> None:
+    def submit(
+        self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None
+    ) -> None:
         """Queue a job; if it raises, the exception is logged and `failed` reported."""
         with self._lock:
             queued = self._queues.get(name)
@@ -195,7 +203,9 @@ class Mailbox:
     """Queue of messages to the fleet, from any thread."""
 
     def __init__(self) -> None:
-        self._items: queue.SimpleQueue[tuple[Message, Future[Reply | None]] | None] = queue.SimpleQueue()
+        self._items: queue.SimpleQueue[tuple[Message, Future[Reply | None]] | None] = (
+            queue.SimpleQueue()
+        )
 
     def receive(self, report: Report) -> None:
         """Queue a fact."""
@@ -223,7 +233,14 @@ class Mailbox:
 class Keeper:
     """The fleet with its thread: accepts commands from any thread, and answers them."""
 
-    def __init__(self, fleet: Fleet, mailbox: Mailbox, executor: KeyedExecutor, board: SnapshotBoard, clock: Clock) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        mailbox: Mailbox,
+        executor: KeyedExecutor,
+        board: SnapshotBoard,
+        clock: Clock,
+    ) -> None:
         """`clock` must be the fleet's."""
         self._fleet = fleet
         self._mailbox = mailbox
@@ -242,7 +259,9 @@ class Keeper:
         try:
             return self._mailbox.post(message).result(_ANSWER_WITHIN)
         except TimeoutError as error:
-            raise BackendUnavailable("cannot take the command: the keeper is busy; try again") from error
+            raise BackendUnavailable(
+                "cannot take the command: the keeper is busy; try again"
+            ) from error
 
     @property
     def alive(self) -> bool:
@@ -268,7 +287,9 @@ class Keeper:
         except Exception:  # noqa: BLE001 - see the log
             # One server's error; the others got the command, and are waited for.
             _log.exception("not every server could be told to stop")
-        return self._board.until(lambda all_: not any(s.state in MAY_EXIST for s in all_), timeout=within)
+        return self._board.until(
+            lambda all_: not any(s.state in MAY_EXIST for s in all_), timeout=within
+        )
 
     def close(self) -> None:
         """End the threads; servers live on."""

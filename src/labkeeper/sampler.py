@@ -66,7 +66,11 @@ class Sampler:
         """Return a running server's last sample without waiting; None if this launch has none."""
         self._asked = self._clock.monotonic()
         sample = self._samples.get(snapshot.name)
-        if snapshot.state is not State.RUNNING or sample is None or sample.generation != snapshot.generation:
+        if (
+            snapshot.state is not State.RUNNING
+            or sample is None
+            or sample.generation != snapshot.generation
+        ):
             return None
         return sample
 
@@ -80,7 +84,9 @@ class Sampler:
             self._samples, self._rounds = {}, 0
             return
         self._sample()
-        if self._rounds % _LOADS_EVERY == 0 and (self._asking is None or not self._asking.is_alive()):
+        if self._rounds % _LOADS_EVERY == 0 and (
+            self._asking is None or not self._asking.is_alive()
+        ):
             self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
 
@@ -96,7 +102,9 @@ class Sampler:
             _log.warning("cannot measure what servers use", error=error.message)
             return
         now = self._clock.time()
-        fresh = {name: Sample(running[name].generation, now, usage) for name, usage in usages.items()}
+        fresh = {
+            name: Sample(running[name].generation, now, usage) for name, usage in usages.items()
+        }
         self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
 
     def _completed(self, name: ServerName, sample: Sample) -> Sample:
@@ -105,7 +113,11 @@ class Sampler:
         generation, load = self._loads.get(name, (None, None))
         cpus = None
         if before is not None and before.generation == sample.generation and sample.at > before.at:
-            cpus = round(max(0.0, sample.usage.cpu_seconds - before.usage.cpu_seconds) / (sample.at - before.at), 3)
+            cpus = round(
+                max(0.0, sample.usage.cpu_seconds - before.usage.cpu_seconds)
+                / (sample.at - before.at),
+                3,
+            )
         return replace(sample, cpus=cpus, load=load if generation == sample.generation else None)
 
     def _ask(self) -> None:
@@ -115,7 +127,10 @@ class Sampler:
                 return
             if snapshot.endpoint is not None:
                 try:
-                    loads[snapshot.name] = (snapshot.generation, self._probe.load(snapshot.endpoint))
+                    loads[snapshot.name] = (
+                        snapshot.generation,
+                        self._probe.load(snapshot.endpoint),
+                    )
                 except BackendError:
                     # Unresponsive servers are detected and reported elsewhere.
                     continue

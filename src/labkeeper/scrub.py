@@ -51,7 +51,8 @@ _PATH: Final = r"/(?:[a-z][a-z_.-]*\d*|Users|Volumes|Library|Applications|System
 _PATHS: Final = re.compile(rf"{_PATH}(?::{_PATH})*:?")
 """Paths: a password rarely begins with the name of a directory at the root."""
 _SECRET_VARIABLE: Final = re.compile(
-    r"(?!.*_(?:FILE|PATH|DIR|HOME|SOCK)$).*(?:TOKEN|PASSW|PASSPHRASE|_PWD|SECRET|KEY|CREDENTIAL|AUTH)", re.IGNORECASE
+    r"(?!.*_(?:FILE|PATH|DIR|HOME|SOCK)$).*(?:TOKEN|PASSW|PASSPHRASE|_PWD|SECRET|KEY|CREDENTIAL|AUTH)",
+    re.IGNORECASE,
 )
 """Names of variables of which not even a path is shown."""
 _PIECES: Final = (64, 32, 16)
@@ -74,7 +75,9 @@ class _Finder:
 
     @cached_property
     def _pieces(self) -> frozenset[str]:
-        return frozenset(piece for value in self._values() for form in _forms(value) for piece in _cut(form))
+        return frozenset(
+            piece for value in self._values() for form in _forms(value) for piece in _cut(form)
+        )
 
     @cached_property
     def _sizes(self) -> Mapping[str, tuple[int, ...]]:
@@ -87,10 +90,14 @@ class _Finder:
     @cached_property
     def _hints(self) -> frozenset[str]:
         """Substrings, one of which is in any text with a piece; other texts need no search."""
-        return frozenset(beginning[at : at + _HINT] for beginning in self._sizes for at in range(_STRIDE))
+        return frozenset(
+            beginning[at : at + _HINT] for beginning in self._sizes for at in range(_STRIDE)
+        )
 
     def hide(self, text: str) -> str:
-        if self._hints.isdisjoint([text[at : at + _HINT] for at in range(0, len(text) - _HINT + 1, _STRIDE)]):
+        if self._hints.isdisjoint(
+            [text[at : at + _HINT] for at in range(0, len(text) - _HINT + 1, _STRIDE)]
+        ):
             return text
         shown: list[str] = []
         end = 0
@@ -171,7 +178,9 @@ class SecretsOfServers:
         specs = (after.spec,) if after.revised is None else (after.spec, after.revised)
         if specs != self._specs.get(after.name):
             self._specs[after.name] = specs
-            _servers.setdefault(after.name, Secrets()).learn(lambda: (secret for spec in specs for secret in _of_spec(spec)))
+            _servers.setdefault(after.name, Secrets()).learn(
+                lambda: (secret for spec in specs for secret in _of_spec(spec))
+            )
 
 
 def _of_spec(spec: ServerSpec) -> Iterator[str]:
@@ -200,7 +209,11 @@ def _cut(form: str) -> Iterator[str]:
 
 def _may_look(folded: str) -> bool:
     """Whether anything in a text may look like a secret."""
-    return ("@" in folded and "://" in folded) or any(map(folded.__contains__, _WORDS)) or bool(_DIGITS.search(folded))
+    return (
+        ("@" in folded and "://" in folded)
+        or any(map(folded.__contains__, _WORDS))
+        or bool(_DIGITS.search(folded))
+    )
 
 
 def _hide(found: re.Match[str]) -> str:

@@ -14,7 +14,15 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+)
 
 from labkeeper.core.controller import Policy
 from labkeeper.core.culling import CullPolicy, Terminals
@@ -42,7 +50,9 @@ def _absolute(path: Path) -> Path:
     try:
         return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
     except RuntimeError:
-        raise ValueError("must not begin with the '~' of a user who has no home directory") from None
+        raise ValueError(
+            "must not begin with the '~' of a user who has no home directory"
+        ) from None
 
 
 def _split(given: object) -> object:
@@ -60,7 +70,11 @@ def _check_reserve(text: str) -> str:
 
 
 def _names(given: Any) -> Any:
-    return tuple(filter(None, (name.strip() for name in given.split(",")))) if isinstance(given, str) else given
+    return (
+        tuple(filter(None, (name.strip() for name in given.split(","))))
+        if isinstance(given, str)
+        else given
+    )
 
 
 def _check_umask(text: str) -> str:
@@ -73,7 +87,9 @@ def _check_umask(text: str) -> str:
 def _check_user_last(root: Path) -> Path:
     # Otherwise root would follow a link that the user controls.
     if any("%u" in part for part in root.parts[:-1]):
-        raise ValueError("must end with the part that has '%u': that user owns what is below, and could replace it with a link")
+        raise ValueError(
+            "must end with the part that has '%u': that user owns what is below, and could replace it with a link"
+        )
     return root
 
 
@@ -96,12 +112,16 @@ class Settings(BaseModel):
 
     host: str = Field(
         "127.0.0.1",
-        description=("Address that the API listens on. The default is loopback, so that the API is not exposed by accident."),
+        description=(
+            "Address that the API listens on. The default is loopback, so that the API is not exposed by accident."
+        ),
     )
     port: Port = Field(8000, description="Port of the API.")
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
-        description=("Directory of what outlives the keeper: its database, logs, and the owner's token. Created with mode 0700."),
+        description=(
+            "Directory of what outlives the keeper: its database, logs, and the owner's token. Created with mode 0700."
+        ),
     )
     runtime_dir: Directory | None = Field(
         None,
@@ -128,10 +148,12 @@ class Settings(BaseModel):
     )
     lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
     lab_port: Port = Field(
-        8888, description="Port of the server named `default`. Other servers use a free port unless they request one."
+        8888,
+        description="Port of the server named `default`. Other servers use a free port unless they request one.",
     )
     advertised_host: str | None = Field(
-        None, description="Host name in `lab_url`. Default: the one by which the caller reached the API."
+        None,
+        description="Host name in `lab_url`. Default: the one by which the caller reached the API.",
     )
     jupyter_python: Directory = Field(
         default_factory=lambda: Path(sys.executable),
@@ -145,7 +167,9 @@ class Settings(BaseModel):
     )
     user: str | None = Field(
         None,
-        description=("User of the machine that servers run as if their request names none. Default: the keeper's own."),
+        description=(
+            "User of the machine that servers run as if their request names none. Default: the keeper's own."
+        ),
     )
     umask: Annotated[str, AfterValidator(_check_umask)] = Field(
         "077",
@@ -156,7 +180,9 @@ class Settings(BaseModel):
     )
     auth: Literal["token", "none"] = Field(
         "token",
-        description=("`none` turns authentication off: everyone who can reach the API can run code here as the keeper's user."),
+        description=(
+            "`none` turns authentication off: everyone who can reach the API can run code here as the keeper's user."
+        ),
     )
     token: SecretStr | None = Field(
         None,
@@ -165,17 +191,25 @@ class Settings(BaseModel):
             "The command line sends this token."
         ),
     )
-    token_file: Directory | None = Field(None, description="File that contains the token, such as a container secret.")
-    cert_file: Directory | None = Field(
-        None, description="TLS certificate of the API, with its chain, as PEM. Reloaded when it changes."
+    token_file: Directory | None = Field(
+        None, description="File that contains the token, such as a container secret."
     )
-    key_file: Directory | None = Field(None, description="Private key of that certificate, unencrypted.")
+    cert_file: Directory | None = Field(
+        None,
+        description="TLS certificate of the API, with its chain, as PEM. Reloaded when it changes.",
+    )
+    key_file: Directory | None = Field(
+        None, description="Private key of that certificate, unencrypted."
+    )
     lab_cert_file: Directory | None = Field(
         None,
-        description=("TLS certificate of JupyterLab, as PEM. The users that servers run as must be able to read it."),
+        description=(
+            "TLS certificate of JupyterLab, as PEM. The users that servers run as must be able to read it."
+        ),
     )
     lab_key_file: Directory | None = Field(
-        None, description="Private key of that certificate. The users that servers run as must be able to read it."
+        None,
+        description="Private key of that certificate. The users that servers run as must be able to read it.",
     )
     allowed_hosts: Names = Field(
         (),
@@ -197,44 +231,75 @@ class Settings(BaseModel):
     )
     on_exit: Literal["stop", "leave"] = Field(
         "stop",
-        description=("What to do with servers when the keeper is asked to exit; with `leave` the next keeper takes them over."),
+        description=(
+            "What to do with servers when the keeper is asked to exit; with `leave` the next keeper takes them over."
+        ),
     )
-    start_timeout: Seconds = Field(60.0, description="Seconds within which a server must become ready.")
+    start_timeout: Seconds = Field(
+        60.0, description="Seconds within which a server must become ready."
+    )
     stop_grace: Seconds = Field(
-        8.0, description=("Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM.")
+        8.0,
+        description=(
+            "Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
+        ),
     )
-    kill_wait: Seconds = Field(2.0, description="Seconds after SIGKILL until a server that still exists counts as lost.")
-    probe_period: Seconds = Field(15.0, description="Seconds between two health checks of a running server.")
+    kill_wait: Seconds = Field(
+        2.0, description="Seconds after SIGKILL until a server that still exists counts as lost."
+    )
+    probe_period: Seconds = Field(
+        15.0, description="Seconds between two health checks of a running server."
+    )
     hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
-        120.0, description="Seconds without a response after which a running server is restarted. 0: never."
+        120.0,
+        description="Seconds without a response after which a running server is restarted. 0: never.",
     )
     gateway_timeout: Seconds = Field(
-        5.0, description=("Timeout, in seconds, of requests to a kernel gateway when a server starts and while it is monitored.")
+        5.0,
+        description=(
+            "Timeout, in seconds, of requests to a kernel gateway when a server starts and while it is monitored."
+        ),
     )
     gateway_period: Seconds = Field(
-        30.0, description="Seconds between two checks of a running server's gateway; longer when it does not respond."
+        30.0,
+        description="Seconds between two checks of a running server's gateway; longer when it does not respond.",
     )
     # Culling
     idle_timeout: Duration | None = Field(
-        None, description=("Idle time after which a server is stopped if its request sets none, such as `2h`. 0: never.")
+        None,
+        description=(
+            "Idle time after which a server is stopped if its request sets none, such as `2h`. 0: never."
+        ),
     )
     max_age: Duration | None = Field(
-        None, description="Age at which a server is stopped, used or not, if its request sets none. 0: never."
+        None,
+        description="Age at which a server is stopped, used or not, if its request sets none. 0: never.",
     )
     kernel_idle_timeout: Duration | None = Field(
-        None, description="Idle time after which a kernel is shut down, independently of its server. 0: never."
+        None,
+        description="Idle time after which a kernel is shut down, independently of its server. 0: never.",
     )
-    cull_grace: Duration = Field(600.0, description="Time after a server became ready during which it does not count as idle.")
-    cull_warning: Duration = Field(300.0, description="Time between the warning and the stop, at most half of the timeout.")
+    cull_grace: Duration = Field(
+        600.0,
+        description="Time after a server became ready during which it does not count as idle.",
+    )
+    cull_warning: Duration = Field(
+        300.0, description="Time between the warning and the stop, at most half of the timeout."
+    )
     cull_period: Annotated[Duration, Field(gt=0)] = Field(
         30.0, description="Activity polling interval. Servers without a timeout are not polled."
     )
     cull_busy: bool = Field(
         False,
-        description=("`false`: a busy kernel counts as activity, even without output; `true`: only its last activity counts."),
+        description=(
+            "`false`: a busy kernel counts as activity, even without output; `true`: only its last activity counts."
+        ),
     )
     cull_connected: bool = Field(
-        True, description=("`true`: an open notebook does not count as activity; `false`: every connection to a kernel does.")
+        True,
+        description=(
+            "`true`: an open notebook does not count as activity; `false`: every connection to a kernel does."
+        ),
     )
     cull_terminals: Literal["programs", "open", "ignore"] = Field(
         "programs",
@@ -244,18 +309,28 @@ class Settings(BaseModel):
     )
     max_snooze: Duration = Field(86400.0, description="Maximum duration of a snooze.")
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(
-        200, description=("Maximum number of active servers. Ten times as many may be known, including stopped and failed ones.")
+        200,
+        description=(
+            "Maximum number of active servers. Ten times as many may be known, including stopped and failed ones."
+        ),
     )
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
-        5.0, description="Seconds between two measurements of resource usage while it is being requested. 0: never."
+        5.0,
+        description="Seconds between two measurements of resource usage while it is being requested. 0: never.",
     )
     max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
-        default_factory=lambda: 2 * len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2 * (os.cpu_count() or 1),
+        default_factory=lambda: (
+            2 * len(os.sched_getaffinity(0))
+            if sys.platform == "linux"
+            else 2 * (os.cpu_count() or 1)
+        ),
         description="Maximum number of servers that start at once. Others are queued, first in, first out.",
     )
     min_free_memory: Annotated[str, AfterValidator(_check_reserve)] = Field(
         "5%",
-        description=("Memory to keep free, in bytes or as a percentage. Below it no server is started. 0: no check."),
+        description=(
+            "Memory to keep free, in bytes or as a percentage. Below it no server is started. 0: no check."
+        ),
     )
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
         None, description="Default memory limit of a server with its kernels, in bytes."
@@ -268,16 +343,23 @@ class Settings(BaseModel):
     )
     history_size: Annotated[int, Field(ge=100, le=10_000_000)] = Field(
         20_000,
-        description=("Approximate number of events to keep. Beyond it the oldest events of the most active actor are removed."),
+        description=(
+            "Approximate number of events to keep. Beyond it the oldest events of the most active actor are removed."
+        ),
     )
     webhook_url: SecretStr | None = Field(
-        None, description="URL to post every event to, in the form of Standard Webhooks. Requires a secret."
+        None,
+        description="URL to post every event to, in the form of Standard Webhooks. Requires a secret.",
     )
     webhook_secret: SecretStr | None = Field(
         None,
-        description=("Secret that signs the posts: 24 to 64 bytes in base64, such as the output of `openssl rand -base64 32`."),
+        description=(
+            "Secret that signs the posts: 24 to 64 bytes in base64, such as the output of `openssl rand -base64 32`."
+        ),
     )
-    webhook_secret_file: Directory | None = Field(None, description="File that contains the webhook secret.")
+    webhook_secret_file: Directory | None = Field(
+        None, description="File that contains the webhook secret."
+    )
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
         description=(
@@ -288,14 +370,22 @@ class Settings(BaseModel):
         1024 * 1024, description="Maximum size of a request body, in bytes."
     )
     log_max_bytes: Annotated[int, Field(ge=1024)] = Field(
-        10 * 1024 * 1024, description="Size, in bytes, at which a server's log is rotated; one older file is kept."
+        10 * 1024 * 1024,
+        description="Size, in bytes, at which a server's log is rotated; one older file is kept.",
     )
-    echo_logs: bool = Field(False, description="Copy the logs of servers to the keeper's own log, for containers.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Minimum log level.")
+    echo_logs: bool = Field(
+        False, description="Copy the logs of servers to the keeper's own log, for containers."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Minimum log level."
+    )
     log_format: Literal["auto", "console", "json"] = Field(
-        "auto", description="Format of the keeper's log; `auto` is `console` on a terminal and `json` elsewhere."
+        "auto",
+        description="Format of the keeper's log; `auto` is `console` on a terminal and `json` elsewhere.",
     )
-    debug: bool = Field(False, description="Log at level `debug`, with source locations. Responses are unchanged.")
+    debug: bool = Field(
+        False, description="Log at level `debug`, with source locations. Responses are unchanged."
+    )
 
     @property
     def min_free(self) -> Reserve:
@@ -353,7 +443,11 @@ class Settings(BaseModel):
     @property
     def lab_certificate(self) -> tuple[Path, Path] | None:
         """The same for servers."""
-        return (self.lab_cert_file, self.lab_key_file) if self.lab_cert_file and self.lab_key_file else None
+        return (
+            (self.lab_cert_file, self.lab_key_file)
+            if self.lab_cert_file and self.lab_key_file
+            else None
+        )
 
     @property
     def server_dirs(self) -> Path:
@@ -374,24 +468,35 @@ def _load(flags: dict[str, Any]) -> Settings:
     try:
         settings = Settings(**(_from_file() | _from_environment() | flags))
     except ValidationError as error:
-        raise SettingsError("; ".join(_sentence(dict(mistake)) for mistake in error.errors())) from error
+        raise SettingsError(
+            "; ".join(_sentence(dict(mistake)) for mistake in error.errors())
+        ) from error
     for which in ("", "lab_"):
         _check_pair(settings, f"{which}cert_file", f"{which}key_file")
     for name in ("token", "webhook_secret"):
         settings = _with_secret(settings, name)
     secret = settings.token.get_secret_value() if settings.token is not None else None
     if secret is not None and (
-        len(secret) < _SHORTEST_TOKEN or not secret.isascii() or not secret.isprintable() or " " in secret
+        len(secret) < _SHORTEST_TOKEN
+        or not secret.isascii()
+        or not secret.isprintable()
+        or " " in secret
     ):
-        source = f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
-        raise SettingsError(f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters")
+        source = (
+            f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
+        )
+        raise SettingsError(
+            f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters"
+        )
     return settings
 
 
 def _check_pair(settings: Settings, *names: str) -> None:
     for one, other in (names, reversed(names)):
         if getattr(settings, one) is not None and getattr(settings, other) is None:
-            raise SettingsError(f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; set both or neither")
+            raise SettingsError(
+                f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; set both or neither"
+            )
 
 
 def _with_secret(settings: Settings, name: str) -> Settings:
@@ -422,7 +527,9 @@ def unknown_variables() -> list[str]:
 
 
 SECRETS: Final = frozenset(
-    name for name, field in Settings.model_fields.items() if SecretStr in {field.annotation, *get_args(field.annotation)}
+    name
+    for name, field in Settings.model_fields.items()
+    if SecretStr in {field.annotation, *get_args(field.annotation)}
 )
 """Settings excluded from the command line, which others can read, and from messages."""
 _SHORTEST_TOKEN: Final = 16
@@ -435,7 +542,9 @@ def _secret_in(path: Path, variable: str) -> str:
         with path.open("rb") as stream:
             return stream.read(_LONGEST_TOKEN).decode("utf-8", errors="replace").strip("\r\n")
     except OSError as error:
-        raise SettingsError(f"cannot read the file {path} ({variable}): {error.strerror}") from error
+        raise SettingsError(
+            f"cannot read the file {path} ({variable}): {error.strerror}"
+        ) from error
 
 
 def _from_environment() -> dict[str, Any]:
@@ -451,9 +560,17 @@ def _from_file() -> dict[str, Any]:
     try:
         with Path(path).expanduser().open("rb") as stream:
             return tomllib.load(stream)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError, RuntimeError) as error:
+    except (
+        OSError,
+        UnicodeDecodeError,
+        tomllib.TOMLDecodeError,
+        RecursionError,
+        RuntimeError,
+    ) as error:
         # RuntimeError: a '~' without a home directory; RecursionError: deep nesting in tomllib.
-        raise SettingsError(f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}") from error
+        raise SettingsError(
+            f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}"
+        ) from error
 
 
 def _sentence(mistake: dict[str, Any]) -> str:

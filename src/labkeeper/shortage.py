@@ -10,7 +10,9 @@ from typing import Final
 
 from labkeeper.core.errors import BackendUnavailable
 
-_OURS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL})
+_OURS: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.EAGAIN, errno.EADDRNOTAVAIL}
+)
 """Errors of system calls that mean a shortage of descriptors, memory, processes or ports."""
 _NO_THREAD: Final = "can't start new thread"
 """Python's message if a thread cannot be started; the error has no type of its own."""

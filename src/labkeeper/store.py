@@ -33,7 +33,9 @@ _log = structlog.get_logger("labkeeper.store")
 
 def _renamed(table: str, column: str, old: str, new: str) -> str:
     """Return SQL that renames a JSON member in a column; invalid JSON is reported when read."""
-    value = f"json_set(json_remove({column}, '$.{old}'), '$.{new}', json_extract({column}, '$.{old}'))"
+    value = (
+        f"json_set(json_remove({column}, '$.{old}'), '$.{new}', json_extract({column}, '$.{old}'))"
+    )
     where = f"json_valid({column}) AND json_type({column}, '$.{old}') IS NOT NULL"
     return f"UPDATE {table} SET {column} = {value} WHERE {where}"  # noqa: S608 - of our own names
 
@@ -83,12 +85,18 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         """Open or create the file, mode 0600. Raises StoreError; a damaged file is unchanged."""
         self._path = path
-        self._writing, self._reading, self._wipe_waits = threading.Lock(), threading.Lock(), threading.Lock()
+        self._writing, self._reading, self._wipe_waits = (
+            threading.Lock(),
+            threading.Lock(),
+            threading.Lock(),
+        )
         self._examine()
         with ExitStack() as opened:
             try:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._db, self._reader = (opened.enter_context(closing(self._connect())) for _ in range(2))
+                self._db, self._reader = (
+                    opened.enter_context(closing(self._connect())) for _ in range(2)
+                )
             except OSError as error:
                 raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
             except sqlite3.Error as error:
@@ -112,7 +120,9 @@ class SqliteStore:
         try:
             text = _text(snapshot)
         except ValueError as error:
-            raise StoreError(f"cannot write server '{snapshot.name}' to the store: {error}") from error
+            raise StoreError(
+                f"cannot write server '{snapshot.name}' to the store: {error}"
+            ) from error
         with self._doing("write"):
             self._db.execute(
                 "INSERT INTO servers (name, snapshot) VALUES (?, ?)"
@@ -142,7 +152,10 @@ class SqliteStore:
     def discard_orphans(self, kernel_ids: Sequence[str]) -> None:
         """Remove kernels."""
         with self._doing("write"):
-            self._db.executemany("DELETE FROM orphans WHERE kernel_id = ?", [(kernel_id,) for kernel_id in kernel_ids])
+            self._db.executemany(
+                "DELETE FROM orphans WHERE kernel_id = ?",
+                [(kernel_id,) for kernel_id in kernel_ids],
+            )
 
     def wipe(self) -> None:
         """Erase removed data from the disk, where the log still has it. Does not raise."""
@@ -152,7 +165,11 @@ class SqliteStore:
             self._wipe_waits.release()
             # Do not wait for other readers of the file, as all server changes would wait, too. What
             # remains then, or on a full disk, is erased by the next call.
-            with suppress(StoreError), self._doing("write"), closing(self._connect(timeout=0.0)) as db:
+            with (
+                suppress(StoreError),
+                self._doing("write"),
+                closing(self._connect(timeout=0.0)) as db,
+            ):
                 _wipe(db)
 
     # History
@@ -160,7 +177,11 @@ class SqliteStore:
     def forgotten(self, after: int) -> int:
         """Return the number of dropped entries newer than an id."""
         # Ids have no other gaps, and the newest entry is never dropped.
-        return int(self._rows("SELECT coalesce(max(id) - ? - count(*), 0) FROM history WHERE id > ?", after, after)[0][0])
+        return int(
+            self._rows(
+                "SELECT coalesce(max(id) - ? - count(*), 0) FROM history WHERE id > ?", after, after
+            )[0][0]
+        )
 
     def last_id(self) -> int:
         """Return the id of the newest entry."""
@@ -170,13 +191,17 @@ class SqliteStore:
         """Add entries, durably before returning."""
         rows = [(entry.id, entry.server, _text(entry)) for entry in entries]
         with self._doing("write"):
-            self._db.executemany("INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows)
+            self._db.executemany(
+                "INSERT OR REPLACE INTO history (id, server, entry) VALUES (?, ?, ?)", rows
+            )
             if any(entry.id % max(_FORGET_EVERY, keep // 100) == 0 for entry in entries):
                 self._forget_entries(keep)
 
     def _forget_entries(self, keep: int) -> None:
         """Drop the oldest entries of the most active actors, so that none displaces the others."""
-        counts = dict(self._db.execute(f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1").fetchall())  # noqa: S608 - ours
+        counts = dict(
+            self._db.execute(f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1").fetchall()
+        )  # noqa: S608 - ours
         share = _fair_share(counts.values(), keep)
         excess = [(actor, count - share) for actor, count in counts.items() if count > share]
         oldest = f"SELECT id FROM history WHERE {_ACTOR} IS ? ORDER BY id LIMIT ?"  # noqa: S608 - ours
@@ -188,11 +213,15 @@ class SqliteStore:
         """Return the oldest entries newer than an id."""
         return self._select("id", after, server, within, limit)
 
-    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(
+        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
         return self._select("id DESC", 0, server, within, limit)[::-1]
 
-    def _select(self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int) -> list[HistoryEntry]:
+    def _select(
+        self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int
+    ) -> list[HistoryEntry]:
         where = ["id > ?"]
         given: list[object] = [after]
         if server is not None:
@@ -205,10 +234,14 @@ class SqliteStore:
             given.extend(within.servers)
         for label in within.labels.items():
             # Compare key and value: a key may contain characters with a meaning in JSON paths.
-            where.append("EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)")
+            where.append(
+                "EXISTS (SELECT 1 FROM json_each(entry, '$.labels') WHERE key = ? AND value = ?)"
+            )
             given.extend(label)
         if within.users:
-            where.append(f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in within.users)})")
+            where.append(
+                f"json_extract(entry, '$.user') IN ({', '.join('?' for _ in within.users)})"
+            )
             given.extend(within.users)
         query = f"SELECT entry FROM history WHERE {' AND '.join(where)} ORDER BY {order} LIMIT ?"  # noqa: S608 - ours, above
         return self._read(HistoryEntry, query, *given, limit)
@@ -249,7 +282,9 @@ class SqliteStore:
         """Store the same, dropping all other webhooks. Raises StoreError."""
         with self._doing("write"):
             self._db.execute("DELETE FROM webhooks WHERE url != ?", (url,))
-            self._db.execute("INSERT OR REPLACE INTO webhooks VALUES (?, ?, ?, ?)", (url, told, delivered, dead))
+            self._db.execute(
+                "INSERT OR REPLACE INTO webhooks VALUES (?, ?, ?, ?)", (url, told, delivered, dead)
+            )
 
     # Runtime directories
 
@@ -262,7 +297,9 @@ class SqliteStore:
 
     def note_runtime_dirs(self, directories: Sequence[Path]) -> None:
         """Replace these directories, durably before returning. Raises StoreError."""
-        rows, known = ({(os.fsencode(path),) for path in paths} for paths in (directories, self.runtime_dirs()))
+        rows, known = (
+            {(os.fsencode(path),) for path in paths} for paths in (directories, self.runtime_dirs())
+        )
         if rows == known:
             # Without a write, a keeper can return to its servers even if the disk is full.
             return
@@ -283,11 +320,18 @@ class SqliteStore:
             if log.exists() and log.stat().st_size:
                 raise self._damaged("it is empty, and the log beside it is not")
             return
-        with self._doing("open"), closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db:
+        with (
+            self._doing("open"),
+            closing(sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True)) as db,
+        ):
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
         if found != "ok" or version < 0:
-            raise self._damaged(" ".join(found.split()) if found != "ok" else f"its schema has the version {version}")
+            raise self._damaged(
+                " ".join(found.split())
+                if found != "ok"
+                else f"its schema has the version {version}"
+            )
         if version > _VERSION:
             raise StoreError(
                 f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
@@ -309,7 +353,9 @@ class SqliteStore:
                 self._copy(version)
             for number, change in enumerate(_MIGRATIONS[version:], start=version + 1):
                 # One step at a time, each atomic.
-                self._db.executescript(f"BEGIN IMMEDIATE; {change}; PRAGMA user_version = {number}; COMMIT;")
+                self._db.executescript(
+                    f"BEGIN IMMEDIATE; {change}; PRAGMA user_version = {number}; COMMIT;"
+                )
             # Not part of the schema: every query works without it.
             self._db.execute(f"CREATE INDEX IF NOT EXISTS history_by_actor ON history ({_ACTOR})")
 
@@ -324,11 +370,15 @@ class SqliteStore:
                 self._db.backup(target)
             half.replace(copy)
         except OSError as error:
-            raise StoreError(f"cannot copy the store {self._path} before it is migrated: {error.strerror}") from error
+            raise StoreError(
+                f"cannot copy the store {self._path} before it is migrated: {error.strerror}"
+            ) from error
         _log.info("the store is migrated", version=_VERSION, copy=str(copy))
 
     def _connect(self, *, timeout: float = 5.0) -> sqlite3.Connection:
-        return sqlite3.connect(self._path, timeout=timeout, check_same_thread=False, isolation_level=None)
+        return sqlite3.connect(
+            self._path, timeout=timeout, check_same_thread=False, isolation_level=None
+        )
 
     def _read(self, kind: type[_T], query: str, *given: object) -> list[_T]:
         """Return the objects in a column of JSON. Raises StoreError."""

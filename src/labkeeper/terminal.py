@@ -22,7 +22,9 @@ def visible(text: str) -> str:
 
 def visible_line(text: str) -> str:
     r"""Write text as one line: like `visible`, but with line ends and tabs as `\x0a` and `\x09`."""
-    return "".join(letter if letter not in "\t\r\n" else f"\\x{ord(letter):02x}" for letter in visible(text))
+    return "".join(
+        letter if letter not in "\t\r\n" else f"\\x{ord(letter):02x}" for letter in visible(text)
+    )
 
 
 def _closed(found: re.Match[str]) -> str:

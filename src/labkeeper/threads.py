@@ -90,7 +90,9 @@ class ThreadGroup:
                 except Exception as error:  # noqa: BLE001 - the next round must follow in any case
                     if name not in self._failing:
                         _log.exception("a watcher's round failed", watcher=name)
-                    self._failing[name] = error.message if isinstance(error, LabkeeperError) else repr(error)
+                    self._failing[name] = (
+                        error.message if isinstance(error, LabkeeperError) else repr(error)
+                    )
 
         self.start(name, rounds)
 

@@ -62,7 +62,14 @@ def another_site():
 
 
 def notebook(code):
-    cell = {"cell_type": "code", "id": "a", "metadata": {}, "outputs": [], "execution_count": None, "source": code}
+    cell = {
+        "cell_type": "code",
+        "id": "a",
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+        "source": code,
+    }
     spec = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     return json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": spec, "cells": [cell]})
 
@@ -107,7 +114,9 @@ def test_a_link_leads_to_a_cell_that_runs_and_no_page_learns_the_token(keeper, p
 def test_the_page_of_the_api_is_drawn_by_what_it_may_load(keeper, page):
     """Its Content-Security-Policy forbids nothing that it needs."""
     said = []
-    page.on("console", lambda message: said.append(message.text) if message.type == "error" else None)
+    page.on(
+        "console", lambda message: said.append(message.text) if message.type == "error" else None
+    )
     page.goto(f"{keeper.url}/api/docs")
     page.locator(".opblock-summary-path").get_by_text("/api/servers/{name}/link").wait_for()
     assert said == []

@@ -35,10 +35,23 @@ SEED = os.environ["SEED"]
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "10"))
 """Of each kind."""
 MIXES = {
-    "everything": {"keeper": 0.35, "forkserver": 0.06, "spare": 0.2, "server": 0.6, "kernel": 0.3, "rehearsal": 0.1},
+    "everything": {
+        "keeper": 0.35,
+        "forkserver": 0.06,
+        "spare": 0.2,
+        "server": 0.6,
+        "kernel": 0.3,
+        "rehearsal": 0.1,
+    },
     "keepers": {"keeper": 1.0, "server": 0.3, "kernel": 0.1},
     "servers": {"server": 1.0, "kernel": 0.5, "spare": 0.3, "forkserver": 0.03},
-    "forkservers": {"forkserver": 0.16, "spare": 0.5, "rehearsal": 0.3, "keeper": 0.4, "server": 0.3},
+    "forkservers": {
+        "forkserver": 0.16,
+        "spare": 0.5,
+        "rehearsal": 0.3,
+        "keeper": 0.4,
+        "server": 0.3,
+    },
 }
 """How likely a round has kills of each kind. In `servers` the keeper lives on, so that what it gathers is seen."""
 SHORTAGE = {"shortage": 1.0, "server": 0.4, "kernel": 0.2}
@@ -160,7 +173,10 @@ class World:
         return found
 
     def servers(self):
-        return {server["name"]: server for server in self.keeper.http.get("/api/servers").raise_for_status().json()["servers"]}
+        return {
+            server["name"]: server
+            for server in self.keeper.http.get("/api/servers").raise_for_status().json()["servers"]
+        }
 
     # What is done to it
 
@@ -172,7 +188,9 @@ class World:
         if kind == "keeper":
             self.kill_keeper(rng)
             return
-        there = sorted({seen.pid for seen in self.processes() if seen.kind == kind and seen.name != STILL})
+        there = sorted(
+            {seen.pid for seen in self.processes() if seen.kind == kind and seen.name != STILL}
+        )
         chosen = rng.sample(there, rng.randint(1, len(there))) if there else []
         for pid in chosen:
             with contextlib.suppress(ProcessLookupError):
@@ -185,7 +203,12 @@ class World:
         while rng.random() < 0.25:
             # Also while it boots.
             with self.keeper.log.open("ab") as log:
-                keeper = subprocess.Popen(self.keeper.command("serve"), env=self.keeper.environment, stdout=log, stderr=log)
+                keeper = subprocess.Popen(
+                    self.keeper.command("serve"),
+                    env=self.keeper.environment,
+                    stdout=log,
+                    stderr=log,
+                )
             time.sleep(rng.uniform(0.0, 0.8))
             assert keeper.poll() is None, "the keeper would not start"
             keeper.kill()
@@ -204,13 +227,20 @@ class World:
         rng = random.Random(f"{self.seed}/{number}")
         self.tell(f"round {number}")
         load = rng.uniform(*LOAD_SECONDS)
-        plan = [(rng.uniform(0.0, load), kind) for kind, chance in self.mix.items() if rng.random() < chance]
+        plan = [
+            (rng.uniform(0.0, load), kind)
+            for kind, chance in self.mix.items()
+            if rng.random() < chance
+        ]
         over = threading.Event()
         names = [*OWNED, (SHARED,), (SHARED,)]
         if not any(seen.kind == "spare" for seen in self.processes()):
             # Without a fork server each start takes a processor for more than a second: fewer orders say as much.
             names = rng.sample(names, 2)
-        callers = [Caller(self, each, random.Random(f"{self.seed}/{number}/{at}"), over) for at, each in enumerate(names)]
+        callers = [
+            Caller(self, each, random.Random(f"{self.seed}/{number}/{at}"), over)
+            for at, each in enumerate(names)
+        ]
         watcher = threading.Thread(target=self.watch, args=(over,))
         begun = time.monotonic()
         for thread in (*callers, watcher):
@@ -308,7 +338,9 @@ class World:
             yield f"'{name}' has port {server['port']}, and asked for {self.ports[name]}"
         with contextlib.suppress(psutil.Error):
             sockets = psutil.Process(pid).net_connections("tcp")
-            if server["port"] not in {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}:
+            if server["port"] not in {
+                s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN
+            }:
                 yield f"'{name}' does not listen on its port {server['port']}"
         try:
             answer = httpx.get(
@@ -330,16 +362,26 @@ class World:
         except OSError as error:
             yield f"no record: {error}"
             return
-        facts = {key: record[key] for key in ("pid", "generation", "launched_by", "exec_reason", "ready")}
-        told = {key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")} | {"ready": True}
+        facts = {
+            key: record[key] for key in ("pid", "generation", "launched_by", "exec_reason", "ready")
+        }
+        told = {key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")} | {
+            "ready": True
+        }
         if facts != told:
             yield f"recorded is {facts}, told is {told}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
             yield f"'{server['name']}' was launched by {server['launched_by']}, and its fork server is {record['forkserver']}"
-        allowed = re.compile(rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?")
+        allowed = re.compile(
+            rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?"
+        )
         known = {"launch.json", "jupyter"}
         left = [path.name for path in server_dir.iterdir() if path.name not in known]
-        left += [path.name for path in (server_dir / "jupyter").iterdir() if not allowed.fullmatch(path.name)]
+        left += [
+            path.name
+            for path in (server_dir / "jupyter").iterdir()
+            if not allowed.fullmatch(path.name)
+        ]
         if left:
             yield f"in the room of '{server['name']}' is {left}"
 
@@ -349,14 +391,22 @@ class World:
             server = servers.get(name)
             if belief.exists is not None and belief.exists != (server is not None):
                 yield f"'{name}' {'is lost' if belief.exists else 'was deleted, and is there'}"
-            elif server is not None and belief.up is not None and (server["goal"] == "up") != belief.up:
+            elif (
+                server is not None
+                and belief.up is not None
+                and (server["goal"] == "up") != belief.up
+            ):
                 yield f"'{name}' should be {'up' if belief.up else 'down'}, and its goal is {server['goal']}"
         for name, server in servers.items():
             up = server["state"] in {"running", "backoff", "failed"}
             if (server["goal"] == "up") != up:
                 yield f"'{name}' is {server['state']}, and its goal is {server['goal']}"
             log = self.keeper.state_dir / "logs" / f"{name}.log"
-            launches = re.findall(r"^\[labkeeper\] launch (\d+) of", log.read_text() if log.exists() else "", re.MULTILINE)
+            launches = re.findall(
+                r"^\[labkeeper\] launch (\d+) of",
+                log.read_text() if log.exists() else "",
+                re.MULTILINE,
+            )
             if len(launches) != len(set(launches)):
                 yield f"'{name}' was launched twice under one number: {launches}"
 
@@ -371,7 +421,9 @@ class World:
         yield from _left(server_dirs / ".forkservers", places)
         yield from _left(self.keeper.notebook_dir, set())
         for place in places:
-            yield from _left(server_dirs / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"})
+            yield from _left(
+                server_dirs / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"}
+            )
 
     def unwanted_forkservers(self, processes):
         forkservers = [seen for seen in processes if seen.kind == "forkserver"]
@@ -399,10 +451,16 @@ class World:
     def describe(self):
         keeper = self.keeper
         try:
-            listed = json.dumps(keeper.http.get("/api/servers", timeout=5).json()["servers"], indent=1)
+            listed = json.dumps(
+                keeper.http.get("/api/servers", timeout=5).json()["servers"], indent=1
+            )
         except (httpx.HTTPError, ValueError, AttributeError, RuntimeError) as error:
             listed = repr(error)
-        log = keeper.log.read_text(errors="replace").splitlines()[-150:] if keeper.log.exists() else []
+        log = (
+            keeper.log.read_text(errors="replace").splitlines()[-150:]
+            if keeper.log.exists()
+            else []
+        )
         return "\n".join(
             [
                 f"seed {self.seed}",
@@ -454,12 +512,17 @@ class PoorWorld(World):
     def settle(self, *, wholly=False):
         assert self.keeper.process.poll() is None, "the keeper has ended"
         super().settle(wholly=wholly)
-        until(lambda: self.keeper.http.get("/readyz").status_code == 200, what="the keeper is ready again")
+        until(
+            lambda: self.keeper.http.get("/readyz").status_code == 200,
+            what="the keeper is ready again",
+        )
         # Whatever failed for want of room starts now that there is some.
         for name, server in self.servers().items():
             if server["state"] == "failed":
                 answer = self.keeper.post(f"/{name}/start")
-                assert answer.status_code in GOOD, f"start {name}: {answer.status_code} {answer.text}"
+                assert answer.status_code in GOOD, (
+                    f"start {name}: {answer.status_code} {answer.text}"
+                )
                 if name in self.beliefs:
                     self.beliefs[name].up = True
 
@@ -541,7 +604,10 @@ class Caller(threading.Thread):
     def run(self):
         token = self.world.keeper.token
         with httpx.Client(
-            base_url=self.world.keeper.url, headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=PATIENCE
+            base_url=self.world.keeper.url,
+            headers={"Authorization": f"Bearer {token}"},
+            trust_env=False,
+            timeout=PATIENCE,
         ) as self.http:
             while not self.over.is_set():
                 try:
@@ -571,7 +637,9 @@ class Caller(threading.Thread):
 
     def send(self, order, name):
         """Give an order; None where nobody knows what came of it, False where nobody heard it."""
-        body = {"name": name} | ({"port": self.world.ports[name]} if name in self.world.ports else {})
+        body = {"name": name} | (
+            {"port": self.world.ports[name]} if name in self.world.ports else {}
+        )
         query = {"wait": 0} if self.rng.random() < 0.3 else {}
         if order in {"stop", "delete"} and self.rng.random() < 0.2:
             query["force"] = "true"
@@ -581,14 +649,18 @@ class Caller(threading.Thread):
                 answer = self.http.delete(f"/api/servers/{name}", params=query)
             else:
                 path = "" if order == "create" else f"/{name}/{order}"
-                answer = self.http.post(f"/api/servers{path}", params=query, json=body if order == "create" else {})
+                answer = self.http.post(
+                    f"/api/servers{path}", params=query, json=body if order == "create" else {}
+                )
         except httpx.ConnectError:
             time.sleep(0.1)
             return False
         except httpx.TransportError as error:
             self.world.tell(f"{order} {name}: {error!r}")
             return None
-        self.world.tell(f"{order} {name}: {answer.status_code} {answer.text[:300] if answer.status_code >= 400 else ''}")
+        self.world.tell(
+            f"{order} {name}: {answer.status_code} {answer.text[:300] if answer.status_code >= 400 else ''}"
+        )
         return answer
 
     def take_in(self, order, name, belief, answer):
@@ -641,21 +713,37 @@ def _seen(pid, server_dirs, place):
     mark = re.search(rb"(?:^|\0)LABKEEPER_SERVER=([^\0]*)", (root / "environ").read_bytes())
     server_dir = mark[1] if mark else b""
     if server_dir.startswith(server_dirs + b"/.forkservers/"):
-        return Seen(pid, int(parent), "rehearsal", server_dir.split(b"/")[-2].decode(), state == "Z")
+        return Seen(
+            pid, int(parent), "rehearsal", server_dir.split(b"/")[-2].decode(), state == "Z"
+        )
     if server_dir.startswith(server_dirs + b"/"):
         server = command.startswith(b"jupyter-lab") or b" exec " in command
-        return Seen(pid, int(parent), "server" if server else "kernel", server_dir.split(b"/")[-1].decode(), state == "Z")
+        return Seen(
+            pid,
+            int(parent),
+            "server" if server else "kernel",
+            server_dir.split(b"/")[-1].decode(),
+            state == "Z",
+        )
     here = str((root / "cwd").readlink()).removesuffix(" (deleted)")
     if server_dir.strip() or not here.startswith(place):
         return None
     spare = command.startswith(b"jupyter-lab")
-    return Seen(pid, int(parent), "spare" if spare else "forkserver", here.removeprefix(place).split("/")[0], state == "Z")
+    return Seen(
+        pid,
+        int(parent),
+        "spare" if spare else "forkserver",
+        here.removeprefix(place).split("/")[0],
+        state == "Z",
+    )
 
 
 def _quiet_port():
     """Find a free port that no connection of anybody is given by chance, so that it is free again when its owner is killed."""
     return next(
-        port for port in random.Random(os.getpid() + time.time_ns()).sample(range(15000, 32000), 1000) if port_is_free(port)
+        port
+        for port in random.Random(os.getpid() + time.time_ns()).sample(range(15000, 32000), 1000)
+        if port_is_free(port)
     )
 
 
@@ -667,7 +755,9 @@ def _is_zombie(process):
 
 def _rests(server, wholly):
     # The second wait after a crash is longer than a round: that is at rest, too, until the end.
-    return server["state"] in REST or (server["state"] == "backoff" and server["restarts"] >= 1 and not wholly)
+    return server["state"] in REST or (
+        server["state"] == "backoff" and server["restarts"] >= 1 and not wholly
+    )
 
 
 def _left(directory, known):
@@ -689,7 +779,10 @@ def survive(world):
     number = 0
     try:
         world.keeper.start()
-        until(lambda: any(seen.kind == "spare" for seen in world.processes()), what="a fork server is ready")
+        until(
+            lambda: any(seen.kind == "spare" for seen in world.processes()),
+            what="a fork server is ready",
+        )
         world.begin()
         for number in range(ROUNDS):
             world.round(number)
@@ -697,7 +790,10 @@ def survive(world):
     except BaseException as error:
         if not isinstance(error, Exception):
             raise
-        pytest.fail(f"round {number}: {error}\n{world.describe()}", pytrace=not isinstance(error, AssertionError))
+        pytest.fail(
+            f"round {number}: {error}\n{world.describe()}",
+            pytrace=not isinstance(error, AssertionError),
+        )
     finally:
         if world.keeper.process is not None and sys.exc_info()[0] is not None:
             world.keeper.process.kill()
@@ -713,7 +809,9 @@ def test_whatever_is_killed_under_load_the_api_tells_what_is_so(tmp_path, kills)
 
 @pytest.mark.root
 @pytest.mark.timeout(max(600, ROUNDS * 60))
-@pytest.mark.parametrize("poor", [pytest.param(FewPids, marks=needs_group), FewDescriptors, FullDisk])
+@pytest.mark.parametrize(
+    "poor", [pytest.param(FewPids, marks=needs_group), FewDescriptors, FullDisk]
+)
 def test_whatever_runs_out_under_load_the_api_tells_what_is_so(tmp_path, poor):
     world = poor(tmp_path / "keeper", f"{SEED}/{poor.__name__}", SHORTAGE)
     try:

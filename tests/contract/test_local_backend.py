@@ -39,7 +39,12 @@ class LocalRig:
         backend.close()
 
     def spec(self):
-        return ServerSpec(ServerName("contract"), str(self._base / "notebooks"), base_url="/some/where/", port=free_port())
+        return ServerSpec(
+            ServerName("contract"),
+            str(self._base / "notebooks"),
+            base_url="/some/where/",
+            port=free_port(),
+        )
 
     def refused(self):
         return ServerSpec(ServerName("refused"), "/no/such/directory")
@@ -86,7 +91,12 @@ def test_a_call_for_which_no_descriptor_is_left_says_so(tmp_path, call):
     """Whoever has called learns it at once, and does not wait for something that has never begun."""
     rig = LocalRig(tmp_path, "exec")
     backend, spec = rig.backend(lambda _report: None), rig.spec()
-    arguments = {"launch": (spec, 1), "terminate": (spec.name, 1, 1.0), "kill": (spec.name, 1), "observe": (spec.name, 1)}
+    arguments = {
+        "launch": (spec, 1),
+        "terminate": (spec.name, 1, 1.0),
+        "kill": (spec.name, 1),
+        "observe": (spec.name, 1),
+    }
     try:
         with no_descriptors(), pytest.raises(BackendUnavailable, match="Too many open files"):
             getattr(backend, call)(*arguments[call])

@@ -20,7 +20,10 @@ from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts)]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for page in sorted(DOCS.rglob("*.md")) if "_build" not in page.parts),
+]
 
 
 CODE = ROOT / "src" / "labkeeper"
@@ -37,7 +40,10 @@ def missing(names, text):
 
 
 def test_every_setting_is_documented():
-    assert not missing([f"LABKEEPER_{name.upper()}" for name in Settings.model_fields], page("docs/reference/settings.md"))
+    assert not missing(
+        [f"LABKEEPER_{name.upper()}" for name in Settings.model_fields],
+        page("docs/reference/settings.md"),
+    )
 
 
 def test_every_variable_in_the_pages_exists():
@@ -47,16 +53,34 @@ def test_every_variable_in_the_pages_exists():
         "LABKEEPER_CA_FILE",
         "LABKEEPER_SERVER",
     }
-    found = {name for text in map(Path.read_text, PAGES) for name in re.findall(r"\bLABKEEPER_[A-Z_]*[A-Z]\b", text)}
+    found = {
+        name
+        for text in map(Path.read_text, PAGES)
+        for name in re.findall(r"\bLABKEEPER_[A-Z_]*[A-Z]\b", text)
+    }
     assert found <= known
 
 
 def test_every_route_with_its_parameters_is_documented():
     text = page("docs/reference/api.md")
-    paths = [(route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES]
+    paths = [
+        (route.method, route.path.replace("<", "{").replace(">", "}")) for route in routes.ROUTES
+    ]
     assert [pair for pair in paths if f"| `{pair[0]}` | `{pair[1]}` |" not in text] == []
-    of_queries = (queries.StartQuery, queries.StopQuery, queries.GetQuery, queries.ListQuery, queries.LogQuery)
-    models = (servers.ServerRequest, answers.Server, answers.Failure, answers.StopReport, *of_queries)
+    of_queries = (
+        queries.StartQuery,
+        queries.StopQuery,
+        queries.GetQuery,
+        queries.ListQuery,
+        queries.LogQuery,
+    )
+    models = (
+        servers.ServerRequest,
+        answers.Server,
+        answers.Failure,
+        answers.StopReport,
+        *of_queries,
+    )
     assert not missing([name for model in models for name in model.model_fields], text)
     assert not missing(["/api/openapi.json", "/api/docs"], text)
 
@@ -64,7 +88,9 @@ def test_every_route_with_its_parameters_is_documented():
 def test_every_error_code_is_documented_with_its_status():
     text = page("docs/reference/errors.md")
     assert not missing(errors.tree(), text)
-    assert [cls for cls, status in problems.STATUS.items() if f"| `{cls.code}` | {status} |" not in text] == []
+    assert [
+        cls for cls, status in problems.STATUS.items() if f"| `{cls.code}` | {status} |" not in text
+    ] == []
 
 
 def test_every_failure_class_has_its_advice():
@@ -97,18 +123,27 @@ def test_every_command_and_option_is_documented():
 
 def test_every_method_of_the_client_is_documented():
     text = page("docs/reference/client.md")
-    assert [name for name in vars(Client) if not name.startswith("_") and name != "close" and f"`{name}(" not in text] == []
+    assert [
+        name
+        for name in vars(Client)
+        if not name.startswith("_") and name != "close" and f"`{name}(" not in text
+    ] == []
 
 
 def test_the_layout_lists_every_file_of_the_code_and_no_other():
-    layout = page("CONTRIBUTING.md").partition("```text\nsrc/labkeeper/\n")[2].partition("\ntests/\n")[0]
+    layout = (
+        page("CONTRIBUTING.md").partition("```text\nsrc/labkeeper/\n")[2].partition("\ntests/\n")[0]
+    )
     listed, above = set(), []
     for line in layout.splitlines():
         depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         above[depth - 1 :] = [name]
         if name.endswith(".py"):
             listed.add("".join(above))
-    assert listed == {str(path.relative_to(CODE)) for path in CODE.rglob("*.py")} - EXPLAINED_BY_THEIR_PACKAGE
+    assert (
+        listed
+        == {str(path.relative_to(CODE)) for path in CODE.rglob("*.py")} - EXPLAINED_BY_THEIR_PACKAGE
+    )
 
 
 def test_every_file_of_the_code_that_an_explanation_names_exists():
@@ -125,7 +160,9 @@ def test_every_relative_link_resolves():
     broken = []
     for path in PAGES:
         text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.DOTALL | re.MULTILINE)
-        links = [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)]
+        links = [
+            link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)
+        ]
         broken += [(path.name, link) for link in links if not leads_somewhere(path, link)]
     assert broken == []
 
@@ -136,15 +173,21 @@ def leads_somewhere(page, link):
     if not anchor:
         return there.exists()
     headings = re.findall(r"^#+ (.+)$", there.read_text(), re.MULTILINE)
-    return anchor in {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    return anchor in {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings
+    }
 
 
 def test_every_page_can_be_reached():
     listed = set()
     for index in DOCS.rglob("index.md"):
-        for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.DOTALL | re.MULTILINE):
+        for tree in re.findall(
+            r"^```\{toctree\}\n(.*?)^```", index.read_text(), re.DOTALL | re.MULTILINE
+        ):
             listed |= {
-                (index.parent / f"{entry}.md").resolve() for entry in tree.split("\n") if entry and not entry.startswith(":")
+                (index.parent / f"{entry}.md").resolve()
+                for entry in tree.split("\n")
+                if entry and not entry.startswith(":")
             }
     assert {page for page in PAGES if DOCS in page.parents} - {DOCS / "index.md"} == listed
 

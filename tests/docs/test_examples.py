@@ -21,7 +21,10 @@ from labkeeper.client import Client
 from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [*sorted(ROOT.glob("*.md")), *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts)]
+PAGES = [
+    *sorted(ROOT.glob("*.md")),
+    *(page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts),
+]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -30,7 +33,10 @@ def examples(kind):
     found = {}
     for page in PAGES:
         blocks = [text for language, text in FENCE.findall(page.read_text()) if language == kind]
-        found |= {f"{page.relative_to(ROOT)} {kind} {number}": text for number, text in enumerate(blocks, 1)}
+        found |= {
+            f"{page.relative_to(ROOT)} {kind} {number}": text
+            for number, text in enumerate(blocks, 1)
+        }
     return found
 
 
@@ -60,7 +66,13 @@ def run(keeper):
     def run(lines):
         script = "".join(f"{line}\nprintf '\\0'\n" for line in lines)
         done = subprocess.run(
-            ["sh", "-eu"], input=script, env=env, capture_output=True, text=True, timeout=2 * PATIENCE, check=False
+            ["sh", "-eu"],
+            input=script,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=2 * PATIENCE,
+            check=False,
         )
         assert done.returncode == 0, (done.stdout, done.stderr)
         return done.stdout.split("\0")[:-1]
@@ -96,7 +108,10 @@ def test_the_tour_does_what_the_readme_says(keeper, run):
 
     link, listed, log, ended = run(tour("cli"))
     assert link.strip() == default["lab_url"]
-    assert [line.split()[:2] for line in listed.splitlines()] == [["NAME", "STATE"], ["default", "running"]]
+    assert [line.split()[:2] for line in listed.splitlines()] == [
+        ["NAME", "STATE"],
+        ["default", "running"],
+    ]
     assert len(log.splitlines()) == 5
     assert re.fullmatch(r"default: (shut down|ended by SIG\w+) in [\d.]+ s\n", ended)
     assert not alive(default["pid"])
@@ -105,7 +120,9 @@ def test_the_tour_does_what_the_readme_says(keeper, run):
 
 def test_shell_examples_are_good_shell():
     for where, text in examples("sh").items():
-        checked = subprocess.run(["sh", "-n"], input=text, capture_output=True, text=True, check=False)
+        checked = subprocess.run(
+            ["sh", "-n"], input=text, capture_output=True, text=True, check=False
+        )
         assert checked.returncode == 0, (where, checked.stderr)
 
 

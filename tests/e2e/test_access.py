@@ -36,7 +36,11 @@ def test_a_link_opens_the_lab_and_leaves_no_token_behind(keeper):
         opened = browser.get(link, follow_redirects=True)
         assert opened.status_code == 200
         assert [answer.status_code for answer in opened.history] == [303, 302]
-        assert [server["token"] in str(answer.url) for answer in (*opened.history, opened)] == [False, True, False]
+        assert [server["token"] in str(answer.url) for answer in (*opened.history, opened)] == [
+            False,
+            True,
+            False,
+        ]
         assert opened.url.path == "/lab/tree/notes.txt"
         assert server["token"] not in opened.text
         # The cookie is all that it needs from now on.
@@ -55,7 +59,11 @@ def test_a_rotated_token_opens_nothing_and_the_new_one_does(keeper):
     assert (after["generation"], after["port"]) == (before["generation"] + 1, before["port"])
     assert len(bytes.fromhex(after["token"])) == 24
     told = [
-        httpx.get(f"{after['url']}api/kernels", headers={"Authorization": f"token {token}"}, trust_env=False).status_code
+        httpx.get(
+            f"{after['url']}api/kernels",
+            headers={"Authorization": f"token {token}"},
+            trust_env=False,
+        ).status_code
         for token in (before["token"], after["token"])
     ]
     assert told == [403, 200]
@@ -82,7 +90,9 @@ def test_tokens_outlive_the_keeper_and_revoking_them_ends_what_goes_on(make_keep
 
 
 def test_the_command_line_makes_lists_and_revokes_tokens(keeper):
-    made = keeper.cli("token", "create", "ci", "--scope", "read", "--label", "team=blue", "--expires", "1d")
+    made = keeper.cli(
+        "token", "create", "ci", "--scope", "read", "--label", "team=blue", "--expires", "1d"
+    )
     assert made.returncode == 0, made.stderr
     shown = {"Authorization": f"Bearer {made.stdout.strip()}"}
     assert keeper.http.get("/api/me", headers=shown).json()["labels"] == {"team": "blue"}
@@ -98,7 +108,9 @@ def test_large_bodies_without_a_token_cost_no_more_than_their_connections(make_k
     process = psutil.Process(keeper.process.pid)
     assert keeper.http.get("/api/me").status_code == 200
     before = process.num_fds()
-    crowd = [send_half(keeper, shown) for shown in ("", "wrong", "lk_0123456789ab_" + 43 * "x") * 10]
+    crowd = [
+        send_half(keeper, shown) for shown in ("", "wrong", "lk_0123456789ab_" + 43 * "x") * 10
+    ]
     try:
         # Half of each has been read when the keeper has nothing more to read: it is asked behind them all.
         until(lambda: not any(unread(keeper, one) for one in crowd), what="all halves are read")
@@ -128,7 +140,11 @@ def unread(keeper, connection):
     """Whether the keeper has yet to read what a connection has sent."""
     ours = connection.getsockname()[1]
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    (queues,) = [line[4] for line in lines if line[1].endswith(f":{keeper.port:04X}") and line[2].endswith(f":{ours:04X}")]
+    (queues,) = [
+        line[4]
+        for line in lines
+        if line[1].endswith(f":{keeper.port:04X}") and line[2].endswith(f":{ours:04X}")
+    ]
     return int(queues.partition(":")[2], 16) > 0
 
 

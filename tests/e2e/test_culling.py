@@ -17,7 +17,9 @@ QUICK = {"cull_period": 0.5, "cull_grace": 0, "cull_warning": 1}
 
 def said(keeper, event):
     """What the keeper logged under one event."""
-    lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
+    ]
     return [line for line in lines if line["event"] == event]
 
 
@@ -33,7 +35,14 @@ def next_look(keeper, name):
 
 def ask(server, method, path, **body):
     known = {"Authorization": f"token {server['token']}"}
-    answer = httpx.request(method, server["url"] + path, headers=known, json=body or None, timeout=PATIENCE, trust_env=False)
+    answer = httpx.request(
+        method,
+        server["url"] + path,
+        headers=known,
+        json=body or None,
+        timeout=PATIENCE,
+        trust_env=False,
+    )
     assert answer.is_success, answer.text
     return answer.json() if answer.content else None
 
@@ -42,7 +51,9 @@ def terminal(server, *commands):
     """Open a terminal, and type commands; give its socket."""
     name = ask(server, "POST", "api/terminals")["name"]
     url = f"{server['url']}terminals/websocket/{name}".replace("http", "ws", 1)
-    socket = websocket.create_connection(url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+    socket = websocket.create_connection(
+        url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
+    )
     for command in commands:
         socket.send(json.dumps(["stdin", f"{command}\n"]))
     return socket
@@ -50,21 +61,47 @@ def terminal(server, *commands):
 
 def channel(server, kernel):
     url = f"{server['url']}api/kernels/{kernel}/channels".replace("http", "ws", 1)
-    return websocket.create_connection(url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE)
+    return websocket.create_connection(
+        url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
+    )
 
 
 def make_busy(server, kernel, code):
     """Run code in a kernel, and do not wait for it."""
     socket = channel(server, kernel)
-    header = {"msg_id": "m", "msg_type": "execute_request", "username": "", "session": "s", "version": "5.3"}
-    content = {"code": code, "silent": False, "store_history": False, "user_expressions": {}, "allow_stdin": False}
-    message = {"header": header, "parent_header": {}, "metadata": {}, "content": content, "channel": "shell", "buffers": []}
+    header = {
+        "msg_id": "m",
+        "msg_type": "execute_request",
+        "username": "",
+        "session": "s",
+        "version": "5.3",
+    }
+    content = {
+        "code": code,
+        "silent": False,
+        "store_history": False,
+        "user_expressions": {},
+        "allow_stdin": False,
+    }
+    message = {
+        "header": header,
+        "parent_header": {},
+        "metadata": {},
+        "content": content,
+        "channel": "shell",
+        "buffers": [],
+    }
     socket.send(json.dumps(message))
-    until(lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy", what="the kernel is busy")
+    until(
+        lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy",
+        what="the kernel is busy",
+    )
     socket.close()
 
 
-def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_explained(make_keeper):
+def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_explained(
+    make_keeper,
+):
     keeper = make_keeper(**QUICK, launch_by="fork").start_to_fork()
 
     def start(name):
@@ -81,7 +118,11 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
         for name in ("silent", "shell"):
             stopped = keeper.wait_for("stopped", name)
             assert stopped["goal"] == "down"
-            assert [line["rule"] for line in said(keeper, "a server is about to be culled") if line["server"] == name]
+            assert [
+                line["rule"]
+                for line in said(keeper, "a server is about to be culled")
+                if line["server"] == name
+            ]
             assert [
                 line["reason"].startswith("idle_timeout: unused for")
                 for line in said(keeper, "a server is culled")
@@ -92,8 +133,14 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
             next_look(keeper, name)
         assert {keeper.get(name)["state"] for name in ("busy", "program", "deaf")} == {"running"}
         held = idle(keeper, "busy")
-        assert (held["standing"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == ("in-use", "kernel", "is busy")
-        assert idle(keeper, "program")["held_by"] == [{"kind": "terminal", "id": "1", "reason": "runs sleep"}]
+        assert (held["standing"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == (
+            "in-use",
+            "kernel",
+            "is busy",
+        )
+        assert idle(keeper, "program")["held_by"] == [
+            {"kind": "terminal", "id": "1", "reason": "runs sleep"}
+        ]
         assert idle(keeper, "deaf")["standing"] == "unknown"
         assert "did not answer in time" in idle(keeper, "deaf")["reason"]
         assert idle(keeper, "shell")["standing"] == "not-running"
@@ -154,21 +201,36 @@ def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make
     keeper.wait_for("stopped", "aged")
     assert said(keeper, "a server is culled")[-1]["reason"].startswith("max_age: it has run for")
     listed = keeper.http.get("/api/idle").json()["servers"]
-    assert [(one["name"], one["standing"]) for one in listed] == [("snoozed", "snoozed"), ("aged", "not-running")]
+    assert [(one["name"], one["standing"]) for one in listed] == [
+        ("snoozed", "snoozed"),
+        ("aged", "not-running"),
+    ]
     assert keeper.get("snoozed")["state"] == "running"
-    assert keeper.http.post("/api/servers/snoozed/snooze", json={"for": 0}).json()["snoozed_until"] is None
+    assert (
+        keeper.http.post("/api/servers/snoozed/snooze", json={"for": 0}).json()["snoozed_until"]
+        is None
+    )
     keeper.wait_for("stopped", "snoozed")
 
 
 def test_idle_kernels_end_before_their_server_beside_it_and_on_a_gateway(make_keeper, gateway):
     keeper = make_keeper(**QUICK, kernel_idle_timeout=2).start()
     beside = keeper.post(name="beside", idle_timeout="1h").json()
-    remote = keeper.post(name="remote", gateway_url=gateway.url, gateway_auth_token=gateway.token).json()
+    remote = keeper.post(
+        name="remote", gateway_url=gateway.url, gateway_auth_token=gateway.token
+    ).json()
     kernels = {start_kernel(server) for server in (beside, remote)}
-    until(lambda: {line["kernel"] for line in said(keeper, "a kernel is culled")} == kernels, what="both were culled")
+    until(
+        lambda: {line["kernel"] for line in said(keeper, "a kernel is culled")} == kernels,
+        what="both were culled",
+    )
     assert ask(beside, "GET", "api/kernels") == []
     assert not gateway.kernels() & kernels
     # To end one is no use of its server.
-    (ended,) = (line["timestamp"] for line in said(keeper, "a kernel is culled") if line["server"] == "beside")
+    (ended,) = (
+        line["timestamp"]
+        for line in said(keeper, "a kernel is culled")
+        if line["server"] == "beside"
+    )
     used = datetime.fromisoformat(ask(beside, "GET", "api/status")["last_activity"])
     assert (datetime.fromisoformat(ended) - used).total_seconds() > 1

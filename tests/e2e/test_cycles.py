@@ -27,8 +27,15 @@ def turn(keeper, count):
 def held(keeper, forkserver):
     """Count what a keeper and its fork server hold."""
     places = (keeper.server_dirs, keeper.state_dir / "logs")
-    counts = {"files": sum(len(names) + len(files) for place in places for _, names, files in os.walk(place))}
-    for name, process in (("keeper", psutil.Process(keeper.process.pid)), ("fork server", psutil.Process(forkserver))):
+    counts = {
+        "files": sum(
+            len(names) + len(files) for place in places for _, names, files in os.walk(place)
+        )
+    }
+    for name, process in (
+        ("keeper", psutil.Process(keeper.process.pid)),
+        ("fork server", psutil.Process(forkserver)),
+    ):
         counts[f"{name}: children"] = len(process.children())
         counts[f"{name}: descriptors"] = process.num_fds()
         counts[f"{name}: threads"] = process.num_threads()
@@ -53,7 +60,9 @@ def test_after_many_servers_a_keeper_holds_as_much_as_before(make_keeper):
     assert alive(forkserver)
 
     def grown():
-        return {name: count for name, count in held(keeper, forkserver).items() if count > before[name]}
+        return {
+            name: count for name, count in held(keeper, forkserver).items() if count > before[name]
+        }
 
     until(lambda: not grown(), what=lambda: f"no more than {before}, but {grown()}")
     assert memory(keeper.process.pid, forkserver) - size < BREATH + PER_CYCLE * CYCLES

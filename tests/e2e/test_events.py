@@ -22,7 +22,11 @@ def events(keeper, path="/api/events", **query):
 
 
 def steps(told):
-    return [(event["server"], event["details"].get("to"), event["actor"]) for event in told if event["kind"] == "state"]
+    return [
+        (event["server"], event["details"].get("to"), event["actor"])
+        for event in told
+        if event["kind"] == "state"
+    ]
 
 
 class Stream:
@@ -39,8 +43,14 @@ class Stream:
         until(lambda: self.lines, what="the stream has begun")
 
     def _read(self):
-        headers = {"Accept": "text/event-stream", "Authorization": f"Bearer {self._token}", **self._headers}
-        with httpx.stream("GET", self._url, headers=headers, timeout=30, trust_env=False) as self._answer:
+        headers = {
+            "Accept": "text/event-stream",
+            "Authorization": f"Bearer {self._token}",
+            **self._headers,
+        }
+        with httpx.stream(
+            "GET", self._url, headers=headers, timeout=30, trust_env=False
+        ) as self._answer:
             assert self._answer.status_code == 200
             assert self._answer.headers["content-type"].startswith("text/event-stream")
             with contextlib.suppress(httpx.TransportError, httpx.StreamError):
@@ -50,7 +60,11 @@ class Stream:
 
     @property
     def events(self):
-        return [json.loads(line.removeprefix("data: ")) for line in list(self.lines) if line.startswith("data: ")]
+        return [
+            json.loads(line.removeprefix("data: "))
+            for line in list(self.lines)
+            if line.startswith("data: ")
+        ]
 
     @property
     def ids(self):
@@ -69,7 +83,10 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
     created = keeper.http.post("/api/servers", json={"name": "lab"})
     pid = created.json()["pid"]
     os.kill(pid, signal.SIGKILL)
-    until(lambda: (now := keeper.get("lab"))["state"] == "running" and now["pid"] != pid, what="it runs again")
+    until(
+        lambda: (now := keeper.get("lab"))["state"] == "running" and now["pid"] != pid,
+        what="it runs again",
+    )
     deleted = keeper.delete("lab")
     keeper.post(name="bad", root_dir="/nowhere")
 
@@ -92,7 +109,9 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
     assert [event["generation"] for event in told] == [1, 1, 1, 2, 2, 2, 2]
     moments = [datetime.fromisoformat(event["at"]) for event in told]
     assert moments == sorted(moments)
-    assert not [secret for secret in (created.json()["token"], keeper.token) if secret in json.dumps(told)]
+    assert not [
+        secret for secret in (created.json()["token"], keeper.token) if secret in json.dumps(told)
+    ]
 
     everything = events(keeper)
     assert [event["id"] for event in everything] == [*range(1, len(everything) + 1)]
@@ -100,11 +119,16 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
     assert events(keeper, limit=2) == everything[-2:]
     page = keeper.http.get("/api/events", params={"after": 0, "limit": 4}).json()
     assert page["next"] == 4
-    assert keeper.http.get("/api/events", params={"after": len(everything)}).json() == {"events": [], "next": None}
+    assert keeper.http.get("/api/events", params={"after": len(everything)}).json() == {
+        "events": [],
+        "next": None,
+    }
     assert keeper.http.get("/api/servers/nobody/events").status_code == 404
     for query in ({"after": -1}, {"after": "x"}, {"limit": 0}, {"kind": "state"}):
         assert keeper.http.get("/api/events", params=query).status_code == 422
-    wrong = keeper.http.get("/api/events", headers={"Last-Event-ID": "x", "Accept": "text/event-stream"})
+    wrong = keeper.http.get(
+        "/api/events", headers={"Last-Event-ID": "x", "Accept": "text/event-stream"}
+    )
     assert (wrong.status_code, "Last-Event-ID" in wrong.text) == (422, True)
 
     said = keeper.cli("events", "lab", "-n", "2")
@@ -131,17 +155,25 @@ def test_a_stream_replays_what_was_missed_and_goes_on_over_the_death_of_a_keeper
     assert first.ended.wait(PATIENCE)
     keeper.start()
     again = Stream(keeper, **{"Last-Event-ID": str(seen)})
-    until(lambda: sum(event["details"].get("adopted", False) for event in again.events) == 2, what="both are taken over")
+    until(
+        lambda: sum(event["details"].get("adopted", False) for event in again.events) == 2,
+        what="both are taken over",
+    )
     assert again.ids == [*range(seen + 1, seen + 1 + len(again.ids))]
     assert again.events[0]["message"].endswith("is looked for by a new keeper")
     assert {event["server"] for event in only_one.events} == {"one"}
 
     # A reader that gets each event at once, and hears the end of the servers when the keeper ends in good order.
     keeper.http.post("/api/servers/one/stop?wait=0", json={})
-    until(lambda: again.events[-1]["details"].get("to") in {"stopping", "stopped"}, what="the stop is told")
+    until(
+        lambda: again.events[-1]["details"].get("to") in {"stopping", "stopped"},
+        what="the stop is told",
+    )
     keeper.stop()
     assert again.ended.wait(PATIENCE)
-    assert {event["server"] for event in again.events if event["details"].get("to") == "stopped"} == {"one", "two"}
+    assert {
+        event["server"] for event in again.events if event["details"].get("to") == "stopped"
+    } == {"one", "two"}
     for stream in (first, only_one, again):
         stream.close()
 
@@ -165,9 +197,15 @@ def test_a_quiet_stream_is_kept_alive_and_a_slow_reader_holds_nobody_up(make_kee
 def test_a_limited_token_cannot_push_what_others_did_out_of_the_history(make_keeper):
     keeper = make_keeper(history_size=100).start()
     keeper.post(name="mine", port=keeper.port)
-    limited = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage", "servers": ["its-*"]}).json()
+    limited = keeper.http.post(
+        "/api/tokens", json={"name": "ada", "scope": "manage", "servers": ["its-*"]}
+    ).json()
     before = events(keeper, after=0, limit=50)
-    with httpx.Client(base_url=keeper.url, headers={"Authorization": f"Bearer {limited['token']}"}, trust_env=False) as ada:
+    with httpx.Client(
+        base_url=keeper.url,
+        headers={"Authorization": f"Bearer {limited['token']}"},
+        trust_env=False,
+    ) as ada:
         ada.post("/api/servers", json={"name": "its-one", "port": keeper.port})
         for _ in range(300):
             assert ada.post("/api/servers/its-one/snooze", json={"for": "1h"}).status_code == 200
@@ -208,16 +246,28 @@ def test_events_are_posted_to_a_webhook_also_those_of_the_keepers_end(make_keepe
         bodies = [json.loads(body) for _, _, body in receiver.came]
         assert bodies == events(keeper)
         (webhook,) = keeper.http.get("/api/webhooks").json()["webhooks"]
-        assert webhook == {"place": receiver.url.partition("/hook")[0], "delivered": 2, "dead": 0, "pending": 0, "error": None}
+        assert webhook == {
+            "place": receiver.url.partition("/hook")[0],
+            "delivered": 2,
+            "dead": 0,
+            "pending": 0,
+            "error": None,
+        }
 
         receiver.status = 503
         keeper.http.post("/api/servers/lab/restart", json={})
-        until(lambda: keeper.http.get("/api/webhooks").json()["webhooks"][0]["error"], what="it is said")
+        until(
+            lambda: keeper.http.get("/api/webhooks").json()["webhooks"][0]["error"],
+            what="it is said",
+        )
         keeper.kill()
         receiver.status = 200
         keeper.start()
         keeper.wait_for("running", "lab")
-        until(lambda: len(receiver.taken) > 6 and receiver.taken[-1] == events(keeper)[-1]["id"], what="all were told")
+        until(
+            lambda: len(receiver.taken) > 6 and receiver.taken[-1] == events(keeper)[-1]["id"],
+            what="all were told",
+        )
         assert receiver.taken == [*range(1, len(receiver.taken) + 1)]
         assert keeper.stop() == 0
         assert "keeper ends" in json.loads(receiver.came[-1][2])["reason"]

@@ -37,7 +37,10 @@ def test_a_lab_that_dies_at_start_fails_the_post_with_its_cause(make_keeper, cau
     assert problem["failure_class"] == cause
     assert problem["exit"]["code"] == (3 if cause == "other" else 1)
     assert problem["log_tail"]
-    assert any("no_such_thing" in line or "my own mistake" in line or "last words" in line for line in problem["log_tail"])
+    assert any(
+        "no_such_thing" in line or "my own mistake" in line or "last words" in line
+        for line in problem["log_tail"]
+    )
     server = keeper.get()
     assert (server["state"], server["failure"]["failure_class"]) == ("failed", cause)
     assert not processes_marked(keeper.server_dirs)
@@ -54,12 +57,17 @@ def test_a_lab_that_ends_without_a_word_is_explained_by_its_exit_code_alone(make
     extension = keeper.base / "extensions" / "zz_quits.py"
     extension.parent.mkdir()
     extension.write_text("import os\n\ndef _load_jupyter_server_extension(app):\n    os._exit(7)\n")
-    keeper.variables["PYTHONPATH"] = os.pathsep.join([str(extension.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    keeper.variables["PYTHONPATH"] = os.pathsep.join(
+        [str(extension.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     keeper.configure_jupyter("c.ServerApp.jpserver_extensions = {'zz_quits': True}")
     problem = keeper.start().post().json()
     assert any("successfully loaded" in line for line in problem["log_tail"])
     assert (problem["failure_class"], problem["exit"]["code"]) == ("other", 7)
-    assert problem["detail"] == "cannot start server 'default': JupyterLab ended before it was ready (exit code 7)"
+    assert (
+        problem["detail"]
+        == "cannot start server 'default': JupyterLab ended before it was ready (exit code 7)"
+    )
 
 
 def test_a_runtime_directory_that_cannot_be_written_is_named(make_keeper):
@@ -82,14 +90,18 @@ def test_an_interpreter_without_jupyterlab_is_named(make_keeper, tmp_path):
     assert "LABKEEPER_JUPYTER_PYTHON" in answer.json()["detail"]
 
 
-def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_budget_lasts(make_keeper):
+def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_budget_lasts(
+    make_keeper,
+):
     # It is not asked whether it answers: its end is seen by itself.
     keeper = make_keeper(probe_period=3600).start()
     server = keeper.post().json()
     kernel = start_kernel(server)
     kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
     os.kill(server["pid"], signal.SIGKILL)
-    after = until(lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running")
+    after = until(
+        lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running"
+    )
     # It may be running again by the time we look.
     assert after["state"] in {"backoff", "starting"} or after["generation"] > server["generation"]
     assert not alive(kernel_pid)
@@ -103,7 +115,13 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: keeper.get()["pid"] != pid, what="no longer called running")
         # The third wait is 8 s; a start command gives a fresh budget, so the last crash is the fourth.
-        if until(lambda: (s := keeper.get()["state"]) in {"running", "failed"} and s, what="it is up, or given up") == "failed":
+        if (
+            until(
+                lambda: (s := keeper.get()["state"]) in {"running", "failed"} and s,
+                what="it is up, or given up",
+            )
+            == "failed"
+        ):
             break
     failed = keeper.wait_for("failed")
     assert failed["failure"]["failure_class"] == "killed"
@@ -140,7 +158,9 @@ def test_a_server_whose_answer_never_ends_is_ended_all_the_same(make_keeper, tmp
     """However slowly or much it answers, it holds up neither its own stop nor the keeper's memory."""
     keeper = make_keeper(probe_period=0.3, stop_grace=3, kill_wait=1).start()
     flag, looks = tmp_path / "flag", tmp_path / "looks"
-    keeper.configure_jupyter(DRIPPING.format(flag=str(flag), looks=str(looks), size=size, pause=pause))
+    keeper.configure_jupyter(
+        DRIPPING.format(flag=str(flag), looks=str(looks), size=size, pause=pause)
+    )
     assert keeper.post().status_code == 201
     flag.touch()
     before = looks.stat().st_size
@@ -154,7 +174,11 @@ def test_a_server_whose_answer_never_ends_is_ended_all_the_same(make_keeper, tmp
 @pytest.mark.promise
 def test_a_server_shut_down_from_inside_stays_stopped(keeper):
     server = keeper.post().json()
-    httpx.post(f"{server['url']}api/shutdown", headers={"Authorization": f"token {server['token']}"}, trust_env=False)
+    httpx.post(
+        f"{server['url']}api/shutdown",
+        headers={"Authorization": f"token {server['token']}"},
+        trust_env=False,
+    )
     stopped = keeper.wait_for("stopped")
     assert stopped["exit"] == {"code": 0, "signal": None}
     assert stopped["goal"] == "down"
@@ -175,14 +199,22 @@ def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(make_kee
     keeper.kill()
     assert alive(lives["pid"])
     os.kill(dies["pid"], signal.SIGKILL)
-    httpx.post(f"{leaves['url']}api/shutdown", headers={"Authorization": f"token {leaves['token']}"}, trust_env=False)
+    httpx.post(
+        f"{leaves['url']}api/shutdown",
+        headers={"Authorization": f"token {leaves['token']}"},
+        trust_env=False,
+    )
     until(lambda: not alive(dies["pid"]) and not alive(leaves["pid"]))
     keeper.start()
 
     names = [server["name"] for server in keeper.http.get("/api/servers").json()["servers"]]
     assert names == ["dies", "leaves", "lives", "rests"]
     after = keeper.wait_for("running", "lives")
-    assert (after["pid"], after["token"], after["generation"]) == (lives["pid"], lives["token"], lives["generation"])
+    assert (after["pid"], after["token"], after["generation"]) == (
+        lives["pid"],
+        lives["token"],
+        lives["generation"],
+    )
     assert run_cell(after, kernel, "x") == "42"
     assert keeper.wait_for("stopped", "leaves")["exit"] == {"code": 0, "signal": None}
     assert keeper.get("rests")["state"] == "stopped"
@@ -210,7 +242,11 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
     keeper.start()
 
     after = keeper.wait_for("running")
-    assert (after["pid"], after["token"], after["generation"]) == (server["pid"], server["token"], server["generation"])
+    assert (after["pid"], after["token"], after["generation"]) == (
+        server["pid"],
+        server["token"],
+        server["generation"],
+    )
     assert run_cell(after, kernel, "x") == "42"
     assert keeper.wait_for("running", "begun")["generation"] == begun["generation"]
     assert keeper.stop() == 0
@@ -218,7 +254,9 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
 
 
 @pytest.mark.parametrize("moment", ["its process is there", "its process is on record"])
-def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(make_keeper, moment):
+def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(
+    make_keeper, moment
+):
     keeper = make_keeper().start()
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
     record = keeper.server_dirs / "default" / "launch.json"
@@ -243,7 +281,9 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper
     try:
         record = keeper.server_dirs / "default" / "launch.json"
         jupyter = record.parent / "jupyter"
-        (jupyter / f"jpserver-{server['pid']}.json").rename(jupyter / f"jpserver-{stranger.pid}.json")
+        (jupyter / f"jpserver-{server['pid']}.json").rename(
+            jupyter / f"jpserver-{stranger.pid}.json"
+        )
         record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": stranger.pid}))
         keeper.start()
         again = keeper.wait_for("running")
@@ -256,7 +296,9 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper
 
 
 def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothing_up(make_keeper):
-    keeper = make_keeper(launch_by="fork", start_timeout=6, stop_grace=2, kill_wait=1, max_request_rate=0)
+    keeper = make_keeper(
+        launch_by="fork", start_timeout=6, stop_grace=2, kill_wait=1, max_request_rate=0
+    )
     hangs = keeper.base / "hangs"
     keeper.configure_jupyter(
         f"import os, time\nif os.path.exists({str(hangs)!r}):\n    print('I wait', flush=True); time.sleep(1000)"
@@ -293,7 +335,9 @@ def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
     assert not processes_marked(keeper.server_dirs)
 
 
-def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_that_may_be_left(make_keeper, tmp_path):
+def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_that_may_be_left(
+    make_keeper, tmp_path
+):
     keeper = make_keeper(stop_grace=4, kill_wait=1).start()
     gateway = KernelGateway(tmp_path / "gateway").start()
     try:
@@ -329,7 +373,9 @@ def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_kee
     assert sum(path.stat().st_size for path in log.parent.iterdir()) < 60_000_000
     assert log.with_name("default.log.1").stat().st_mode & 0o077 == 0
     assert keeper.delete(force="true").status_code == 200
-    until(lambda: not list(log.parent.glob("default*")), what="the log is forgotten with its server")
+    until(
+        lambda: not list(log.parent.glob("default*")), what="the log is forgotten with its server"
+    )
 
 
 def test_a_suspended_server_is_stopped_all_the_same(make_keeper):
@@ -358,8 +404,12 @@ def test_followers_get_each_line_until_the_end_and_leave_no_thread(make_keeper):
     until(lambda: "Skipped non-installed" in keeper.http.get("/api/servers/default/logs").text)
     lines = []
     with (
-        httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False, timeout=30) as other,
-        other.stream("GET", "/api/servers/default/logs", params={"follow": "true", "tail": 0}) as stream,
+        httpx.Client(
+            base_url=keeper.url, headers=keeper.http.headers, trust_env=False, timeout=30
+        ) as other,
+        other.stream(
+            "GET", "/api/servers/default/logs", params={"follow": "true", "tail": 0}
+        ) as stream,
     ):
         kernel = start_kernel(server)
         reader = stream.iter_lines()
@@ -378,8 +428,12 @@ def test_followers_get_each_line_until_the_end_and_leave_no_thread(make_keeper):
         before = process.num_threads()
         with contextlib.ExitStack() as stack:
             for _ in range(20):
-                client = stack.enter_context(httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False))
-                stack.enter_context(client.stream("GET", "/api/servers/other/logs", params={"follow": "true"}))
+                client = stack.enter_context(
+                    httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False)
+                )
+                stack.enter_context(
+                    client.stream("GET", "/api/servers/other/logs", params={"follow": "true"})
+                )
             assert keeper.http.get("/healthz").status_code == 200
             return process.num_threads() - before
 

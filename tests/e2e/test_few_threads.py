@@ -37,11 +37,18 @@ class ConfinedKeeper(GroupedKeeper):
 
 @pytest.mark.parametrize("launch_by", ["exec", "fork"])
 @pytest.mark.parametrize("allowed", [1, 2, 3, 5])
-def test_too_few_threads_to_begin_with_are_one_line_and_an_exit_code_of_2(tmp_path, group, allowed, launch_by):
+def test_too_few_threads_to_begin_with_are_one_line_and_an_exit_code_of_2(
+    tmp_path, group, allowed, launch_by
+):
     keeper = ConfinedKeeper(tmp_path, group, launch_by=launch_by)
     group.allow(allowed)
     ended = subprocess.run(
-        keeper.command("serve"), env=keeper.environment, capture_output=True, text=True, timeout=PATIENCE, check=False
+        keeper.command("serve"),
+        env=keeper.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert ended.returncode == 2, ended.stderr
     said = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
@@ -66,7 +73,9 @@ def test_where_threads_run_out_fewer_callers_wait_and_quick_requests_stay_quick(
 
         def wait():
             with contextlib.suppress(httpx.HTTPError):
-                answers.append(httpx.get(url, headers=keeper.http.headers, timeout=PATIENCE, trust_env=False))
+                answers.append(
+                    httpx.get(url, headers=keeper.http.headers, timeout=PATIENCE, trust_env=False)
+                )
 
         url = f"{keeper.url}/api/servers/default?wait_for=running&wait={PATIENCE}"
         callers = [threading.Thread(target=wait) for _ in range(30)]
@@ -121,7 +130,9 @@ def without_descriptors(keeper):
 @pytest.fixture
 def real(tmp_path, group):
     """A keeper with JupyterLab, which looks at its servers all the time."""
-    keeper = GroupedKeeper(tmp_path, group, probe_period=0.1, hung_after=0.2, cull_period=0.1, idle_timeout="1h").start_to_fork()
+    keeper = GroupedKeeper(
+        tmp_path, group, probe_period=0.1, hung_after=0.2, cull_period=0.1, idle_timeout="1h"
+    ).start_to_fork()
     yield keeper
     group.allow("max")
     keeper.close()
@@ -132,7 +143,9 @@ def test_what_the_keeper_itself_lacks_is_not_taken_for_the_silence_of_a_server(r
     server = real.wait_for("running") if real.post().status_code == 201 else None
     with shortage(real):
         time.sleep(SPELL)
-    until(lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything")
+    until(
+        lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything"
+    )
     after = real.get()
     assert (after["state"], after["pid"], after["restarts"]) == ("running", server["pid"], 0)
 
@@ -140,10 +153,15 @@ def test_what_the_keeper_itself_lacks_is_not_taken_for_the_silence_of_a_server(r
 def test_while_threads_cannot_be_started_it_is_told_what_is_not_watched_and_made_up_for_later(real):
     real.post().raise_for_status()
     with without_threads(real):
-        told = until(lambda: "culler: " in (said := real.http.get("/readyz").text) and said, what="a culler that cannot look")
+        told = until(
+            lambda: "culler: " in (said := real.http.get("/readyz").text) and said,
+            what="a culler that cannot look",
+        )
         assert real.http.get("/healthz").status_code == 200
     assert "no more processes are allowed" in told
-    until(lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything")
+    until(
+        lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything"
+    )
 
 
 def test_a_start_for_which_there_is_no_thread_wedges_nothing(real):

@@ -129,7 +129,14 @@ jupyter_server.serverapp.ServerApp.start_ioloop = start_ioloop
 c.ServerApp.jpserver_extensions = {"hands": True}
 """
 SETTINGS = "settings/@jupyterlab/notebook-extension:tracker"
-PLACES = ("HOME", "XDG_DATA_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME", "XDG_RUNTIME_DIR")
+PLACES = (
+    "HOME",
+    "XDG_DATA_HOME",
+    "XDG_CONFIG_HOME",
+    "XDG_CACHE_HOME",
+    "XDG_STATE_HOME",
+    "XDG_RUNTIME_DIR",
+)
 """Variables that name places of a user."""
 OF_THE_KEEPER = {"USER": "earlier-user", "LOGNAME": "earlier-user", "TZ": "America/Lima"}
 OF_A_REQUEST = {"USER": "another", "LOGNAME": "another", "TZ": "Asia/Kathmandu"}
@@ -183,7 +190,12 @@ def servers(shared):
 
 @pytest.fixture(scope="module")
 def told(shared, servers):
-    return {name: json.loads(until(lambda name=name: said(shared.server_dirs / name / "jupyter" / "told"))) for name in servers}
+    return {
+        name: json.loads(
+            until(lambda name=name: said(shared.server_dirs / name / "jupyter" / "told"))
+        )
+        for name in servers
+    }
 
 
 def said(path):
@@ -208,14 +220,18 @@ def test_siblings_share_no_random_number_and_no_secret(servers, told):
         assert len(values) == 3, what
     for secret in ("cookie", "token"):
         assert len({each[secret] for each in told.values()}) == 3
-    assert {name: each["token"] for name, each in told.items()} == {name: server["token"] for name, server in servers.items()}
+    assert {name: each["token"] for name, each in told.items()} == {
+        name: server["token"] for name, server in servers.items()
+    }
 
 
 def test_kernels_and_pages_of_siblings_have_keys_of_their_own(servers):
     kernels = {name: start_kernel(server) for name, server in servers.items()}
     assert len(set(kernels.values())) == 3
     keys = {
-        run_cell(server, kernels[name], "import ipykernel; open(ipykernel.get_connection_file()).read()")
+        run_cell(
+            server, kernels[name], "import ipykernel; open(ipykernel.get_connection_file()).read()"
+        )
         for name, server in servers.items()
     }
     assert len(keys) == 3
@@ -231,13 +247,19 @@ def test_the_login_to_one_server_is_none_to_its_sibling(servers):
     with httpx.Client(trust_env=False) as browser:
         browser.get(servers["one"]["lab_url"], follow_redirects=True).raise_for_status()
         names = {"one": servers["one"]["port"], "two": servers["two"]["port"]}
-        stolen = {cookie.name.replace(str(names["one"]), str(names["two"])): cookie.value for cookie in browser.cookies.jar}
+        stolen = {
+            cookie.name.replace(str(names["one"]), str(names["two"])): cookie.value
+            for cookie in browser.cookies.jar
+        }
     asked = httpx.get(f"{servers['two']['url']}api/status", cookies=stolen, trust_env=False)
     assert asked.status_code == 403
 
 
 def test_no_server_has_the_environment_of_another(shared, servers, told):
-    same = [{name: value for name, value in each["environ"].items() if name not in MUST_DIFFER} for each in told.values()]
+    same = [
+        {name: value for name, value in each["environ"].items() if name not in MUST_DIFFER}
+        for each in told.values()
+    ]
     assert same[0] == same[1] == same[2]
     for name, each in told.items():
         text = json.dumps(each["environ"])
@@ -262,14 +284,18 @@ def test_a_forked_server_has_the_groups_that_an_executed_one_has(servers):
     until(lambda: groups("one") == groups("executed"), what="they have the same groups")
 
 
-def test_without_memory_servers_and_kernels_go_before_the_keeper_and_the_fork_server(shared, servers):
+def test_without_memory_servers_and_kernels_go_before_the_keeper_and_the_fork_server(
+    shared, servers
+):
     def score(pid):
         return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
     kernel = int(run_cell(servers["one"], start_kernel(servers["one"]), "import os; os.getpid()"))
     ours = score(shared.process.pid)
     assert score(parent_of(servers["one"])) == ours
-    assert {score(pid) for pid in (kernel, *(server["pid"] for server in servers.values()))} == {max(ours, 300)}
+    assert {score(pid) for pid in (kernel, *(server["pid"] for server in servers.values()))} == {
+        max(ours, 300)
+    }
 
 
 def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
@@ -286,7 +312,10 @@ def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
 def test_an_answer_has_the_same_fields_either_way(servers):
     one, executed = servers["one"], servers["executed"]
     assert one.keys() == executed.keys()
-    kinds = [{field: type(value) for field, value in each.items() if field != "exec_reason"} for each in (one, executed)]
+    kinds = [
+        {field: type(value) for field, value in each.items() if field != "exec_reason"}
+        for each in (one, executed)
+    ]
     assert kinds[0] == kinds[1]
 
 
@@ -366,7 +395,12 @@ def test_a_console_speaks_to_a_kernel_of_a_server(shared, servers, name, command
     connection = str(shared.server_dirs / name / "jupyter" / f"kernel-{kernel}.json")
     arguments, said = ATTACHED[command]
     answer = subprocess.run(
-        [sys.executable, "-m", "jupyter", *(piece.replace("@connection@", connection) for piece in arguments)],
+        [
+            sys.executable,
+            "-m",
+            "jupyter",
+            *(piece.replace("@connection@", connection) for piece in arguments),
+        ],
         env=shared.environment,
         input=said,
         capture_output=True,
@@ -402,7 +436,10 @@ def test_the_lab_keeps_its_things_where_the_servers_own_environment_says(shared,
     """Its fork server has computed these places before, from another environment."""
     other = forked(shared, "elsewhere", env={"JUPYTER_CONFIG_DIR": str(tmp_path)})
     for server, directory in ((servers["one"], shared.config_dir), (other, tmp_path)):
-        for what, content in (("workspaces/mine", {"data": {}, "metadata": {"id": "mine"}}), (SETTINGS, {"raw": "{}"})):
+        for what, content in (
+            ("workspaces/mine", {"data": {}, "metadata": {"id": "mine"}}),
+            (SETTINGS, {"raw": "{}"}),
+        ):
             answer = httpx.put(
                 f"{server['url']}lab/api/{what}",
                 headers={"Authorization": f"token {server['token']}"},
@@ -431,13 +468,17 @@ UNUSED = {"rich", "wsgiref.handlers"}
 def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(shared, tmp_path):
     """What a module makes of these at its import has to be made once more: see standalone/renewal.py."""
     (tmp_path / "HOME").mkdir()
-    elsewhere = forked(shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES})
+    elsewhere = forked(
+        shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES}
+    )
     run_in_server(elsewhere, LOOK)
     found = json.loads((shared.notebook_dir / "found").read_text())
     assert {name: text for name, text in found.items() if name not in UNUSED} == {}
     # One that matters most: a file that is deleted goes to the trash of the server's user.
     answer = httpx.delete(
-        f"{elsewhere['url']}api/contents/found", headers={"Authorization": f"token {elsewhere['token']}"}, trust_env=False
+        f"{elsewhere['url']}api/contents/found",
+        headers={"Authorization": f"token {elsewhere['token']}"},
+        trust_env=False,
     )
     assert answer.status_code == 204, answer.text
     assert (tmp_path / "XDG_DATA_HOME" / "Trash" / "files" / "found").exists()
@@ -447,7 +488,9 @@ def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(
 # Safety
 
 
-def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_seen(shared, servers):
+def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_seen(
+    shared, servers
+):
     place = next((shared.server_dirs / ".forkservers").iterdir())
     for path in (place, *place.parents[:2]):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
@@ -460,7 +503,10 @@ def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_
         for shown in ("cmdline", "environ"):
             text = Path(f"/proc/{pid}/{shown}").read_text(errors="replace")
             assert not [secret for secret in secrets if secret in text], (pid, shown)
-    for found in (*everything_below(shared.server_dirs), *everything_below(shared.state_dir / "logs")):
+    for found in (
+        *everything_below(shared.server_dirs),
+        *everything_below(shared.state_dir / "logs"),
+    ):
         if any(secret.encode() in found.content for secret in secrets):
             assert found.mode & 0o077 == 0, found.path
             assert found.path.suffix != ".log", found.path
@@ -510,7 +556,9 @@ def test_a_rehearsal_with_an_error_ends_at_once(make_keeper):
         "import asyncio\nasync def broken(*_, **__):\n    raise OSError('broken')\nasyncio.open_connection = broken"
     )
     keeper.start()
-    until(lambda: "the rehearsal of a server failed" in keeper.log.read_text(), what="it has failed")
+    until(
+        lambda: "the rehearsal of a server failed" in keeper.log.read_text(), what="it has failed"
+    )
     server = keeper.post().json()
     assert (server["state"], server["launched_by"]) == ("running", "exec")
 
@@ -518,7 +566,9 @@ def test_a_rehearsal_with_an_error_ends_at_once(make_keeper):
 @pytest.mark.promise
 def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
     keeper = make_keeper().start()
-    keeper.configure_jupyter("import os, signal\nsignal.signal(signal.SIGUSR2, lambda *_: os._exit(7))")
+    keeper.configure_jupyter(
+        "import os, signal\nsignal.signal(signal.SIGUSR2, lambda *_: os._exit(7))"
+    )
     old = forked(keeper, "old")
     kernel = start_kernel(old)
     run_cell(old, kernel, "x = 42")
@@ -546,9 +596,13 @@ def ended(keeper, server):
     generation = (server["name"], server["generation"])
 
     def cause():
-        lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+        lines = [
+            json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
+        ]
         causes = [
-            line["cause"] for line in lines if (line.get("server"), line.get("generation")) == generation and "cause" in line
+            line["cause"]
+            for line in lines
+            if (line.get("server"), line.get("generation")) == generation and "cause" in line
         ]
         return causes and causes[0]
 
@@ -580,8 +634,13 @@ def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp
     assert [answer.status_code for answer in answers] == [201, 201]
     assert [answer.json()["launched_by"] for answer in answers] == ["exec", "exec"]
     # What it is said to do depends on the moment: it is tried again and again.
-    assert re.match("the fork server (has died|has only begun to load|takes long to load)", answers[0].json()["exec_reason"])
-    assert "the fork server has died" in until(lambda: "there is no fork server" in (log := broken.log.read_text()) and log)
+    assert re.match(
+        "the fork server (has died|has only begun to load|takes long to load)",
+        answers[0].json()["exec_reason"],
+    )
+    assert "the fork server has died" in until(
+        lambda: "there is no fork server" in (log := broken.log.read_text()) and log
+    )
     assert answers[1].json()["exec_reason"] == "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
     assert "it is broken" in (broken.state_dir / "logs" / "_forkserver.log").read_text()
     assert not (off.server_dirs / ".forkservers").exists()
@@ -616,7 +675,10 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     for name in ("lives", "dies", "gone", "new"):
         assert keeper.delete(name).status_code == 200
     until(lambda: not alive(parent), what="it ends with its last server")
-    until(lambda: len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1, what="its directory is removed")
+    until(
+        lambda: len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1,
+        what="its directory is removed",
+    )
 
 
 def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
@@ -660,13 +722,18 @@ def test_a_fork_server_without_keeper_and_servers_ends_by_itself(abandoned):
 def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(abandoned):
     """Its fork server goes when the last one has ended, but not before somebody could ask it how."""
     _, pid, busy, servers = abandoned
-    until(lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper")
+    until(
+        lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper"
+    )
     for server, number in zip(servers.values(), (signal.SIGSEGV, signal.SIGABRT), strict=True):
         os.kill(server["pid"], number)
         until(lambda server=server: not alive(server["pid"]))
     busy.start()
     try:
-        assert [ended(busy, server) for server in servers.values()] == ["killed by SIGSEGV", "killed by SIGABRT"]
+        assert [ended(busy, server) for server in servers.values()] == [
+            "killed by SIGSEGV",
+            "killed by SIGABRT",
+        ]
     finally:
         busy.stop()
 
@@ -705,18 +772,26 @@ class Site:
         package.mkdir(exist_ok=True)
         for module in modules:
             (package / f"{module}.py").write_text("")
-        source = EXTENSION.format(version=version, imports=str(self.keeper.base / "imports"), more=more)
-        (package / "new").write_text(source + "".join(f"from . import {module}\n" for module in modules))
+        source = EXTENSION.format(
+            version=version, imports=str(self.keeper.base / "imports"), more=more
+        )
+        (package / "new").write_text(
+            source + "".join(f"from . import {module}\n" for module in modules)
+        )
         (package / "new").replace(package / "__init__.py")
 
     def enable(self, name):
-        (self.enabled / f"{name}.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {name: True}}}))
+        (self.enabled / f"{name}.json").write_text(
+            json.dumps({"ServerApp": {"jpserver_extensions": {name: True}}})
+        )
 
     def loaded(self, server, extension):
         return until(lambda: said(self.keeper.server_dirs / server["name"] / "jupyter" / extension))
 
     def imported_by(self):
-        return [tuple(line.split()) for line in (self.keeper.base / "imports").read_text().splitlines()]
+        return [
+            tuple(line.split()) for line in (self.keeper.base / "imports").read_text().splitlines()
+        ]
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,16 @@ import httpx
 import pytest
 
 from gateway_servers import REAL, EnterpriseGateway, HostileGateway, KernelGateway
-from harness import PATIENCE, KeeperProcess, alive, free_port, processes_marked, run_cell, start_kernel, until
+from harness import (
+    PATIENCE,
+    KeeperProcess,
+    alive,
+    free_port,
+    processes_marked,
+    run_cell,
+    start_kernel,
+    until,
+)
 
 pytestmark = pytest.mark.gateways
 GRACE = 4.0
@@ -43,12 +52,20 @@ def own(request, tmp_path):
     running.stop()
 
 
-QUICK = {"gateway_timeout": TRIED_WITHIN, "gateway_period": 1, "stop_grace": GRACE, "kill_wait": 1, "probe_period": 0.5}
+QUICK = {
+    "gateway_timeout": TRIED_WITHIN,
+    "gateway_period": 1,
+    "stop_grace": GRACE,
+    "kill_wait": 1,
+    "probe_period": 0.5,
+}
 
 
 @pytest.fixture(scope="module")
 def _shared(tmp_path_factory):
-    running = KeeperProcess(tmp_path_factory.mktemp("quick") / "keeper", hung_after=4, **QUICK).start_to_fork()
+    running = KeeperProcess(
+        tmp_path_factory.mktemp("quick") / "keeper", hung_after=4, **QUICK
+    ).start_to_fork()
     yield running
     running.close()
 
@@ -69,7 +86,9 @@ def own_quick(make_keeper):
 def ask(server, method, path, **given):
     """Ask a JupyterLab as its own pages do."""
     known = {"Authorization": f"token {server['token']}"}
-    answer = httpx.request(method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given)
+    answer = httpx.request(
+        method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
+    )
     answer.raise_for_status()
     return answer.json()
 
@@ -81,7 +100,9 @@ def start_session(server, path="work.ipynb"):
 
 
 def sessions(server):
-    return {(session["path"], session["kernel"]["id"]) for session in ask(server, "GET", "api/sessions")}
+    return {
+        (session["path"], session["kernel"]["id"]) for session in ask(server, "GET", "api/sessions")
+    }
 
 
 def disposed(report):
@@ -90,19 +111,26 @@ def disposed(report):
 
 
 def orphans(keeper):
-    return [orphan["kernel_id"] for orphan in keeper.http.get("/api/orphaned-kernels").json()["orphaned_kernels"]]
+    return [
+        orphan["kernel_id"]
+        for orphan in keeper.http.get("/api/orphaned-kernels").json()["orphaned_kernels"]
+    ]
 
 
 def told(keeper, events):
     """What the keeper's log tells of some events, in its order."""
-    lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
+    ]
     return [line["event"] for line in lines if line["event"] in events]
 
 
 def unread(port):
     """How many bytes wait at a port for its owner to read them."""
     connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    established = [fields for fields in connections if fields[1].endswith(f":{port:04X}") and fields[3] == "01"]
+    established = [
+        fields for fields in connections if fields[1].endswith(f":{port:04X}") and fields[3] == "01"
+    ]
     return sum(int(fields[4].partition(":")[2], 16) for fields in established)
 
 
@@ -123,7 +151,9 @@ def unread(port):
         ("garbage", "not-a-gateway", "port of gateway_url"),
     ],
 )
-def test_a_gateway_that_cannot_be_used_fails_the_start_with_its_class_and_what_to_do(quick, mode, kind, advice):
+def test_a_gateway_that_cannot_be_used_fails_the_start_with_its_class_and_what_to_do(
+    quick, mode, kind, advice
+):
     with HostileGateway(mode) as gateway:
         answer = quick.post(**gateway.options)
         assert answer.status_code == 502, answer.text
@@ -131,18 +161,29 @@ def test_a_gateway_that_cannot_be_used_fails_the_start_with_its_class_and_what_t
         assert gateway.url in answer.json()["detail"]
         assert advice in answer.json()["detail"]
         failed = quick.get()
-        assert (failed["state"], failed["failure"]["failure_class"], failed["pid"]) == ("failed", kind, None)
+        assert (failed["state"], failed["failure"]["failure_class"], failed["pid"]) == (
+            "failed",
+            kind,
+            None,
+        )
         assert not processes_marked(quick.server_dirs, rehearsals=False)
 
 
 def test_a_port_without_a_gateway_and_the_wrong_scheme_are_told_apart(quick, real):
     nobody = quick.post(name="one", gateway_url=f"http://127.0.0.1:{free_port()}").json()
-    assert (nobody["failure_class"], "start it" in nobody["detail"]) == ("gateway-unreachable", True)
-    tls = quick.post(name="two", gateway_url=real.url.replace("http:", "https:"), gateway_auth_token=real.token).json()
+    assert (nobody["failure_class"], "start it" in nobody["detail"]) == (
+        "gateway-unreachable",
+        True,
+    )
+    tls = quick.post(
+        name="two", gateway_url=real.url.replace("http:", "https:"), gateway_auth_token=real.token
+    ).json()
     assert (tls["failure_class"], "use http://" in tls["detail"]) == ("gateway-tls", True)
 
 
-def test_a_wrong_token_is_refused_by_a_real_gateway_before_the_start_and_not_by_a_right_one(quick, real):
+def test_a_wrong_token_is_refused_by_a_real_gateway_before_the_start_and_not_by_a_right_one(
+    quick, real
+):
     answer = quick.post(name="one", gateway_url=real.url, gateway_auth_token="wrong")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "gateway-refused")
     answer = quick.post(name="two", **real.options)
@@ -156,8 +197,13 @@ def test_a_gateway_that_is_not_required_may_come_later(quick, own):
     own.process.wait()
     answer = quick.post(**own.options, require_gateway=False)
     assert answer.status_code == 201, answer.text
-    gateway = until(lambda: (g := quick.get()["gateway"])["reachable"] is False and g, what="it was tried")
-    assert (gateway["required"], gateway["error"]["failure_class"]) == (False, "gateway-unreachable")
+    gateway = until(
+        lambda: (g := quick.get()["gateway"])["reachable"] is False and g, what="it was tried"
+    )
+    assert (gateway["required"], gateway["error"]["failure_class"]) == (
+        False,
+        "gateway-unreachable",
+    )
 
 
 # While it runs
@@ -170,16 +216,25 @@ def test_the_health_of_a_gateway_is_told_while_a_server_runs(own_quick):
         assert (healthy["reachable"], healthy["kernelspecs"]) == (True, 1)
 
         gateway.mode = "500"
-        ill = until(lambda: (g := own_quick.get()["gateway"])["reachable"] is False and g, what="it is told to be ill")
+        ill = until(
+            lambda: (g := own_quick.get()["gateway"])["reachable"] is False and g,
+            what="it is told to be ill",
+        )
         assert ill["since"] > healthy["since"]
         assert "500" in ill["error"]["message"]
         gateway.mode = "well"
-        well = until(lambda: (g := own_quick.get()["gateway"])["reachable"] and g, what="it is told to be well")
+        well = until(
+            lambda: (g := own_quick.get()["gateway"])["reachable"] and g,
+            what="it is told to be well",
+        )
         assert well["since"] > ill["since"]
         assert (well["error"], well["kernelspecs"]) == (None, 1)
 
         assert own_quick.get()["state"] == "running"
-        assert told(own_quick, {"gateway cannot be used", "gateway answers"}) == ["gateway cannot be used", "gateway answers"]
+        assert told(own_quick, {"gateway cannot be used", "gateway answers"}) == [
+            "gateway cannot be used",
+            "gateway answers",
+        ]
 
 
 def test_a_gateway_is_looked_at_once_for_all_its_servers_and_less_often_while_it_is_away(quick):
@@ -211,7 +266,9 @@ def test_a_gateway_is_looked_at_once_for_all_its_servers_and_less_often_while_it
 
 
 @pytest.mark.parametrize("trouble", ["gone", "hangs", "answers 500"])
-def test_a_stop_takes_no_longer_than_its_grace_and_names_the_kernels_that_may_be_left(quick, trouble):
+def test_a_stop_takes_no_longer_than_its_grace_and_names_the_kernels_that_may_be_left(
+    quick, trouble
+):
     with HostileGateway() as gateway:
         server = quick.post(**gateway.options).json()
         kernels = {start_kernel(server) for _ in range(3)}
@@ -266,7 +323,9 @@ def test_what_a_hanging_gateway_keeps_is_ended_by_a_later_keeper_when_it_answers
         assert set(orphans(own_quick)) == kernels
         listed = own_quick.http.get("/api/orphaned-kernels").text
         assert own.token not in listed
-        assert {orphan["server"] for orphan in json.loads(listed)["orphaned_kernels"]} == {"default"}
+        assert {orphan["server"] for orphan in json.loads(listed)["orphaned_kernels"]} == {
+            "default"
+        }
         assert all(alive(pid) for pid in pids)
     until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
     assert own.kernels() == {stranger}
@@ -319,7 +378,10 @@ def test_a_restart_keeps_the_kernels_with_their_variables_and_notebooks(quick, r
     run_cell(before, kernel, "x = 42")
     run_cell(before, other, "y = 43")
 
-    answer = quick.post("/default/restart", **{"keep-kernels": True, "default_url": "/tree", "kernel-env": {"KERNEL_NEW": "1"}})
+    answer = quick.post(
+        "/default/restart",
+        **{"keep-kernels": True, "default_url": "/tree", "kernel-env": {"KERNEL_NEW": "1"}},
+    )
     assert answer.status_code == 201, answer.text
     after = answer.json()
     assert after["pid"] != before["pid"]
@@ -423,7 +485,10 @@ def test_kernel_env_reaches_the_kernels_and_no_more_than_that_is_promised(quick,
             gateway = REAL[where](tmp_path / "gateway").start()
             stack.callback(gateway.stop)
             options = gateway.options
-        server = quick.post(kernel_env={"KERNEL_USERNAME": "ada", "KERNEL_X": "1", "FOO": "2", "BAR": "3"}, **options).json()
+        server = quick.post(
+            kernel_env={"KERNEL_USERNAME": "ada", "KERNEL_X": "1", "FOO": "2", "BAR": "3"},
+            **options,
+        ).json()
         kernel = start_kernel(server)
         code = "import os; print([os.environ.get(name) for name in ('KERNEL_USERNAME', 'KERNEL_X', 'FOO', 'BAR')])"
         # An Enterprise Gateway is told by the fixture to let FOO pass.
@@ -441,12 +506,22 @@ def test_kernel_env_reaches_the_kernels_and_no_more_than_that_is_promised(quick,
 
 def test_the_secrets_of_a_gateway_are_in_no_answer_and_no_log(own_quick, real):
     headers = {"X-Secret": "swordfish-of-headers"}
-    server = own_quick.post(**real.options, gateway_headers=headers, kernel_env={"KERNEL_SECRET": "swordfish-of-kernels"}).json()
+    server = own_quick.post(
+        **real.options,
+        gateway_headers=headers,
+        kernel_env={"KERNEL_SECRET": "swordfish-of-kernels"},
+    ).json()
     start_kernel(server)
     with real.suspended():
         own_quick.delete()
-        said = [own_quick.http.get(path).text for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")]
+        said = [
+            own_quick.http.get(path).text
+            for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")
+        ]
     until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
-    said += [own_quick.log.read_text(), *(path.read_text() for path in (own_quick.state_dir / "logs").iterdir())]
+    said += [
+        own_quick.log.read_text(),
+        *(path.read_text() for path in (own_quick.state_dir / "logs").iterdir()),
+    ]
     for secret in (real.token, *headers.values(), "swordfish-of-kernels"):
         assert not [text for text in said if secret in text]

@@ -16,7 +16,9 @@ from harness import PATIENCE, forked, free_port, give_hands, run_in_server, unti
 def asked(server, path):
     """Ask a server something; give the status of its answer."""
     known = {"Authorization": f"token {server['token']}"}
-    return httpx.get(f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False).status_code
+    return httpx.get(
+        f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False
+    ).status_code
 
 
 OPTIONS = {
@@ -48,11 +50,15 @@ found = {
 
 
 @pytest.mark.parametrize("how", ["exec", "fork"])
-def test_options_are_in_force_over_those_of_the_user_until_a_restart_takes_them_away(make_keeper, how):
+def test_options_are_in_force_over_those_of_the_user_until_a_restart_takes_them_away(
+    make_keeper, how
+):
     keeper = make_keeper(launch_by=how)
     give_hands(keeper)
     config = keeper.config_dir / "jupyter_server_config.py"
-    config.write_text(f"{config.read_text()}\nc.ContentsManager.allow_hidden = False\nc.ServerApp.quit_button = True\n")
+    config.write_text(
+        f"{config.read_text()}\nc.ContentsManager.allow_hidden = False\nc.ServerApp.quit_button = True\n"
+    )
     keeper.start()
     (keeper.notebook_dir / ".hidden").touch()
     start = forked if how == "fork" else lambda keeper, **body: keeper.post(**body).json()
@@ -85,11 +91,23 @@ def test_a_server_works_in_any_allowed_root_and_in_no_other(make_keeper, tmp_pat
     (tmp_path / "one" / "out").symlink_to(tmp_path / "three")
     keeper = make_keeper(allowed_roots=f"{tmp_path / 'one'}{os.pathsep}{tmp_path / 'two'}").start()
     server = keeper.post(root_dir=str(tmp_path / "two")).json()
-    assert (server["root_dir"], server["notebook_dir"]) == (str(tmp_path / "two"), str(tmp_path / "two"))
-    for outside in (tmp_path / "three", tmp_path / "one" / "out", keeper.notebook_dir, "../../three", tmp_path / "none"):
+    assert (server["root_dir"], server["notebook_dir"]) == (
+        str(tmp_path / "two"),
+        str(tmp_path / "two"),
+    )
+    for outside in (
+        tmp_path / "three",
+        tmp_path / "one" / "out",
+        keeper.notebook_dir,
+        "../../three",
+        tmp_path / "none",
+    ):
         answer = keeper.post(name="other", root_dir=str(outside))
         assert answer.status_code == 422, answer.text
-        assert f"must be within {tmp_path / 'one'} or {tmp_path / 'two'} (LABKEEPER_ALLOWED_ROOTS)" in answer.json()["detail"]
+        assert (
+            f"must be within {tmp_path / 'one'} or {tmp_path / 'two'} (LABKEEPER_ALLOWED_ROOTS)"
+            in answer.json()["detail"]
+        )
 
 
 def test_a_root_that_has_become_a_link_since_is_not_entered(keeper, tmp_path):
@@ -104,7 +122,10 @@ def test_a_root_that_has_become_a_link_since_is_not_entered(keeper, tmp_path):
     for what in ("start", "restart"):
         answer = keeper.post(f"/default/{what}")
         assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
-        assert f"the root directory {root / 'deep'} leads to another place now" in answer.json()["detail"]
+        assert (
+            f"the root directory {root / 'deep'} leads to another place now"
+            in answer.json()["detail"]
+        )
     root.unlink()
     (tmp_path / "moved").rename(root)
     assert keeper.post("/default/start").json()["root_dir"] == str(root / "deep")
@@ -125,8 +146,14 @@ def test_a_server_has_no_say_in_where_it_is_reached(make_keeper):
     keeper.configure_jupyter(LIES)
     keeper.start()
     server = keeper.post(base_url="/base/").json()
-    assert server["lab_url"] == f"http://127.0.0.1:{keeper.lab_port}/base/lab?token={server['token']}"
-    place = {"url": f"http://127.0.0.1:{keeper.lab_port}/base/", "hostname": "127.0.0.1", "port": keeper.lab_port}
+    assert (
+        server["lab_url"] == f"http://127.0.0.1:{keeper.lab_port}/base/lab?token={server['token']}"
+    )
+    place = {
+        "url": f"http://127.0.0.1:{keeper.lab_port}/base/",
+        "hostname": "127.0.0.1",
+        "port": keeper.lab_port,
+    }
     assert server | place == server
     assert asked(server, "api/me") == 200
     keeper.configure_jupyter(LIES.replace('"token": "evil",', ""))
@@ -165,7 +192,12 @@ def test_no_token_is_sent_to_who_listens_in_the_place_of_a_server(make_keeper):
     with http.server.HTTPServer(("127.0.0.1", free_port()), Spy, bind_and_activate=False) as spy:
         spy.told = []
         spy.server_bind()
-        assert keeper.http.post("/api/servers", params={"wait": 0}, json={"port": spy.server_port}).status_code == 202
+        assert (
+            keeper.http.post(
+                "/api/servers", params={"wait": 0}, json={"port": spy.server_port}
+            ).status_code
+            == 202
+        )
         until(log.exists, what="the port was checked")
         spy.server_activate()
         threading.Thread(target=spy.serve_forever).start()

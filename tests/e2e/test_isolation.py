@@ -20,7 +20,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import PATIENCE, PassableKeeper, everything_below, forked, run_cell, start_kernel, until
+from harness import (
+    PATIENCE,
+    PassableKeeper,
+    everything_below,
+    forked,
+    run_cell,
+    start_kernel,
+    until,
+)
 from memory import OWN_MEMORY, hidden
 
 USER = f"labkeeper-s{os.getpid()}"
@@ -42,7 +50,17 @@ def passable():
 def user(passable):
     """A user of this machine, for this module only."""
     subprocess.run(
-        ["useradd", "--create-home", "--home-dir", passable / "home", "--user-group", "--groups", "users", USER], check=True
+        [
+            "useradd",
+            "--create-home",
+            "--home-dir",
+            passable / "home",
+            "--user-group",
+            "--groups",
+            "users",
+            USER,
+        ],
+        check=True,
     )
     yield pwd.getpwnam(USER)
     subprocess.run(["userdel", "--force", USER], check=True)
@@ -60,7 +78,9 @@ OF_ROOT = {"AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(24)}
 
 def secretive(base, **settings):
     """A keeper with secrets in its environment."""
-    keeper = PassableKeeper(base, launch_by="fork", webhook_url="http://127.0.0.1:9/", **SECRETS | settings)
+    keeper = PassableKeeper(
+        base, launch_by="fork", webhook_url="http://127.0.0.1:9/", **SECRETS | settings
+    )
     keeper.base.chmod(0o755)
     keeper.notebook_dir.chmod(0o777)
     return keeper
@@ -152,7 +172,9 @@ def found_by_a_notebook(keeper, server, wanted):
     """Let a notebook look for secrets wherever it can; give what it found, and where."""
     places = [keeper.state_dir, keeper.base, keeper.server_dirs, "/tmp", server["root_dir"]]
     told = {
-        "wanted": {name: text[::-1] for name, text in {**wanted, "control": secrets.token_hex(16)}.items()},
+        "wanted": {
+            name: text[::-1] for name, text in {**wanted, "control": secrets.token_hex(16)}.items()
+        },
         "places": [*map(str, places)],
         "since": time.time() - 600,
         "keeper": keeper_of(keeper),
@@ -177,7 +199,12 @@ def test_a_notebook_finds_no_secret_of_a_keeper_of_its_own_user(of_user, launch_
     kernel = start_kernel(server)
     for part in ("environ", "mem", "maps"):
         assert run_cell(server, kernel, OPEN.format(keeper_of(of_user), part)).strip() == "13", part
-    assert run_cell(server, kernel, f"import os; print(os.access('/proc/{keeper_of(of_user)}/fd', os.R_OK))").strip() == "False"
+    assert (
+        run_cell(
+            server, kernel, f"import os; print(os.access('/proc/{keeper_of(of_user)}/fd', os.R_OK))"
+        ).strip()
+        == "False"
+    )
     assert of_user.delete("curious").status_code == 200
 
 
@@ -189,7 +216,9 @@ def test_a_token_that_was_generated_is_in_its_own_file_and_nowhere_else(passable
     keeper.start()
     try:
         server = keeper.post().json()
-        assert found_by_a_notebook(keeper, server, {"token": keeper.token}) == [("token", str(keeper.state_dir / "token"))]
+        assert found_by_a_notebook(keeper, server, {"token": keeper.token}) == [
+            ("token", str(keeper.state_dir / "token"))
+        ]
     finally:
         keeper.close()
 
@@ -221,11 +250,17 @@ for line, content in own_memory():
 
 
 @BY
-def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(of_root, user, passable, launch_by):
+def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
+    of_root, user, passable, launch_by
+):
     """Its user's configuration is run in it, and reads what was there before the fork as well."""
     control = secrets.token_hex(16)
-    wanted = {name: hidden(text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()}
-    source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace("@control@", control.encode().hex())
+    wanted = {
+        name: hidden(text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()
+    }
+    source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace(
+        "@control@", control.encode().hex()
+    )
     place = passable / "home" / ".jupyter"
     place.mkdir(exist_ok=True)
     shutil.chown(place, USER)
@@ -241,12 +276,16 @@ def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
 
 
 @BY
-def test_a_file_that_a_user_deletes_goes_to_the_trash_of_that_user(of_root, user, passable, launch_by):
+def test_a_file_that_a_user_deletes_goes_to_the_trash_of_that_user(
+    of_root, user, passable, launch_by
+):
     """A fork has what was made of the keeper's user before."""
     server = launched(of_root, "tidy", launch_by, user=USER)
     run_cell(server, start_kernel(server), f"open('of-{launch_by}', 'w').close()")
     answer = httpx.delete(
-        f"{server['url']}api/contents/of-{launch_by}", headers={"Authorization": f"token {server['token']}"}, trust_env=False
+        f"{server['url']}api/contents/of-{launch_by}",
+        headers={"Authorization": f"token {server['token']}"},
+        trust_env=False,
     )
     assert answer.status_code == 204, answer.text
     thrown_away = passable / "home" / ".local" / "share" / "Trash" / "files" / f"of-{launch_by}"
@@ -289,7 +328,10 @@ def heard_by_another_user(server, kernel):
     """Let a cell run while somebody listens at the port of its output, as everybody can; say whether that is heard."""
     port = json.loads(connection_of(server, kernel).read_text())["iopub_port"]
     with subprocess.Popen(
-        [sys.executable, "-c", LISTEN, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", LISTEN, str(port)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as listener:
         assert listener.stdout.readline() == "there\n"
         for _ in range(5):
@@ -300,13 +342,19 @@ def heard_by_another_user(server, kernel):
 
 def connection_of(server, kernel):
     variables = Path(f"/proc/{server['pid']}/environ").read_bytes().split(b"\0")
-    (server_dir,) = (value for name, _, value in (line.partition(b"=") for line in variables) if name == b"LABKEEPER_SERVER")
+    (server_dir,) = (
+        value
+        for name, _, value in (line.partition(b"=") for line in variables)
+        if name == b"LABKEEPER_SERVER"
+    )
     return Path(os.fsdecode(server_dir).rstrip()) / "jupyter" / f"kernel-{kernel}.json"
 
 
 def asked(server, path):
     known = {"Authorization": f"token {server['token']}"}
-    answer = httpx.post(f"{server['url']}api/{path}", headers=known, trust_env=False, timeout=PATIENCE)
+    answer = httpx.post(
+        f"{server['url']}api/{path}", headers=known, trust_env=False, timeout=PATIENCE
+    )
     assert answer.is_success, answer.text
 
 
@@ -318,7 +366,9 @@ def test_no_other_user_hears_what_a_kernel_of_a_user_says(of_root, launch_by):
     asked(server, f"kernels/{kernels[0]}/restart")
     begun = of_root.notebook_dir / f"begun-{launch_by}"
     with ThreadPoolExecutor() as beside:
-        endless = beside.submit(run_cell, server, kernels[0], f"open({str(begun)!r}, 'w').close()\nwhile True: pass")
+        endless = beside.submit(
+            run_cell, server, kernels[0], f"open({str(begun)!r}, 'w').close()\nwhile True: pass"
+        )
         until(begun.exists, what="the cell runs")
         asked(server, f"kernels/{kernels[0]}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
@@ -351,17 +401,24 @@ def launched(keeper, name, launch_by, **body):
 
 def status_in(server):
     said = run_cell(server, start_kernel(server), "print(open('/proc/self/status').read())")
-    return {name: value.split() for name, _, value in (line.partition(":") for line in said.splitlines())}
+    return {
+        name: value.split()
+        for name, _, value in (line.partition(":") for line in said.splitlines())
+    }
 
 
 @BY
-def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(of_root, user, passable, launch_by):
+def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(
+    of_root, user, passable, launch_by
+):
     server = launched(of_root, "low", launch_by, user=USER)
     status = status_in(server)
     assert status["Uid"] == [str(user.pw_uid)] * 4
     assert status["Gid"] == [str(user.pw_gid)] * 4
     assert sorted(map(int, status["Groups"])) == sorted(os.getgrouplist(USER, user.pw_gid))
-    assert [int(value[0], 16) for name, value in status.items() if name.startswith("Cap")] == [0] * 5
+    assert [int(value[0], 16) for name, value in status.items() if name.startswith("Cap")] == [
+        0
+    ] * 5
     assert status["NoNewPrivs"] == ["1"]
     # A program that would run as root runs as whoever starts it.
     program = passable / "id"
@@ -376,7 +433,8 @@ def test_a_keeper_of_root_warns_of_servers_that_name_no_user(of_root, of_user):
     warning = "set LABKEEPER_USER to run it as another user"
     # They answer before they have said all.
     said = [
-        until(lambda keeper=keeper: "keeper is ready" in (log := keeper.log.read_text()) and log) for keeper in (of_root, of_user)
+        until(lambda keeper=keeper: "keeper is ready" in (log := keeper.log.read_text()) and log)
+        for keeper in (of_root, of_user)
     ]
     assert [log.count(warning) for log in said] == [1, 0]
 
@@ -392,7 +450,9 @@ def test_no_server_gains_rights_by_what_it_runs(of_user, launch_by):
         timeout=PATIENCE,
     )
     assert terminal.status_code == 200
-    (shell,) = (pid for pid in children(server["pid"]) if "sh" in Path(f"/proc/{pid}/comm").read_text())
+    (shell,) = (
+        pid for pid in children(server["pid"]) if "sh" in Path(f"/proc/{pid}/comm").read_text()
+    )
     assert "NoNewPrivs:\t1" in Path(f"/proc/{shell}/status").read_text()
     assert of_user.delete("plain").status_code == 200
 
@@ -403,7 +463,11 @@ def children(pid):
 
 def open_to_others(place, *, but=()):
     """Name what anybody but its owner has any right to."""
-    found = [each for each in everything_below(place) if not any(each.path.is_relative_to(own) for own in but)]
+    found = [
+        each
+        for each in everything_below(place)
+        if not any(each.path.is_relative_to(own) for own in but)
+    ]
     assert found
     return [f"{each.path} {each.mode:o}" for each in found if each.mode & 0o077]
 
@@ -420,9 +484,25 @@ def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_k
     until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log is rotated")
     assert open_to_others(keeper.base, but=others) == []
     assert open_to_others(keeper.notebook_dir) == []
-    kinds = {each.path.name.partition("-")[0].partition(".")[0] for each in everything_below(keeper.state_dir)}
-    assert {"labkeeper", "keeper", "token", "launch", "kernels", "jpserver", "kernel", "default", "logs", "run"} <= kinds
-    assert {"labkeeper.sqlite-wal", "labkeeper.sqlite-shm"} <= {path.name for path in keeper.state_dir.iterdir()}
+    kinds = {
+        each.path.name.partition("-")[0].partition(".")[0]
+        for each in everything_below(keeper.state_dir)
+    }
+    assert {
+        "labkeeper",
+        "keeper",
+        "token",
+        "launch",
+        "kernels",
+        "jpserver",
+        "kernel",
+        "default",
+        "logs",
+        "run",
+    } <= kinds
+    assert {"labkeeper.sqlite-wal", "labkeeper.sqlite-shm"} <= {
+        path.name for path in keeper.state_dir.iterdir()
+    }
     assert keeper.post("/default/restart").status_code in {200, 201}
     start_kernel(keeper.get())
     assert open_to_others(keeper.base, but=others) == []
@@ -431,7 +511,13 @@ def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_k
 def unmasked(keeper):
     """Let a keeper be started by somebody who masks nothing."""
     command = keeper.command
-    keeper.command = lambda *arguments: ["sh", "-c", 'umask 000; exec "$@"', "sh", *command(*arguments)]
+    keeper.command = lambda *arguments: [
+        "sh",
+        "-c",
+        'umask 000; exec "$@"',
+        "sh",
+        *command(*arguments),
+    ]
     return keeper
 
 
@@ -458,7 +544,14 @@ def test_process_1_of_a_container_is_closed_too(passable, user):
     keeper.runs_as = USER
     keeper.base.chmod(0o755)
     command = keeper.command
-    keeper.command = lambda *arguments: ["unshare", "--pid", "--fork", "--mount-proc", "--kill-child", *command(*arguments)]
+    keeper.command = lambda *arguments: [
+        "unshare",
+        "--pid",
+        "--fork",
+        "--mount-proc",
+        "--kill-child",
+        *command(*arguments),
+    ]
     keeper.start()
     try:
         init = children(keeper.process.pid)[0]

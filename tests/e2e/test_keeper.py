@@ -12,7 +12,16 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import PATIENCE, KeeperProcess, alive, free_port, processes_marked, servers_in, start_kernel, until
+from harness import (
+    PATIENCE,
+    KeeperProcess,
+    alive,
+    free_port,
+    processes_marked,
+    servers_in,
+    start_kernel,
+    until,
+)
 
 GOOD_URL = "http://127.0.0.1:1"
 BAD_BODIES = {
@@ -24,8 +33,14 @@ BAD_BODIES = {
     "gateway-url with user": ({"gateway-url": "http://me:secret@gateway"}, "gateway_url"),
     "gateway-url bad port": ({"gateway-url": "http://gateway:99999"}, "gateway_url"),
     "gateway option alone": ({"gateway-auth-token": "x"}, "body"),
-    "gateway CA missing": ({"gateway-url": GOOD_URL, "gateway-ca-certs": "/no/such/file"}, "gateway_ca_certs"),
-    "header injection": ({"gateway-url": GOOD_URL, "gateway-headers": {"X": "a\r\nB: c"}}, "gateway_headers.X"),
+    "gateway CA missing": (
+        {"gateway-url": GOOD_URL, "gateway-ca-certs": "/no/such/file"},
+        "gateway_ca_certs",
+    ),
+    "header injection": (
+        {"gateway-url": GOOD_URL, "gateway-headers": {"X": "a\r\nB: c"}},
+        "gateway_headers.X",
+    ),
     "unknown field": ({"colour": "blue"}, "colour"),
     "name with slash": ({"name": "a/b"}, "name"),
     "name of dots": ({"name": ".."}, "name"),
@@ -37,7 +52,10 @@ BAD_BODIES = {
     "root with NUL": ({"root_dir": "a\0b"}, "root_dir"),
     "port too big": ({"port": 70000}, "port"),
     "port as text": ({"port": "8888"}, "port"),
-    "timeout negative": ({"gateway-url": GOOD_URL, "gateway-request-timeout": -1}, "gateway_request_timeout"),
+    "timeout negative": (
+        {"gateway-url": GOOD_URL, "gateway-request-timeout": -1},
+        "gateway_request_timeout",
+    ),
     "base_url upwards": ({"base_url": "/a/../b"}, "base_url"),
     "default_url elsewhere": ({"default_url": "//evil.example"}, "default_url"),
     "env of wrong type": ({"env": {"A": 1}}, "env.A"),
@@ -46,7 +64,10 @@ BAD_BODIES = {
     "label with a bad key": ({"labels": {"": "x"}}, "labels"),
     "half a character in a label": ({"labels": {"a": "\ud800"}}, "body"),
     "half a character in env": ({"env": {"A": "\udfff"}}, "body"),
-    "gateway CA is a directory": ({"gateway-url": GOOD_URL, "gateway-ca-certs": "/etc"}, "gateway_ca_certs"),
+    "gateway CA is a directory": (
+        {"gateway-url": GOOD_URL, "gateway-ca-certs": "/etc"},
+        "gateway_ca_certs",
+    ),
     "both spellings": ({"root_dir": ".", "root-dir": "."}, "root-dir"),
 }
 
@@ -67,7 +88,10 @@ def unharmed(settled):
 
     def servers():
         # What it uses is its own affair.
-        return [server | {"usage": None, "limits": None} for server in settled.http.get("/api/servers").json()["servers"]]
+        return [
+            server | {"usage": None, "limits": None}
+            for server in settled.http.get("/api/servers").json()["servers"]
+        ]
 
     before = servers()
     yield settled
@@ -79,7 +103,9 @@ def unharmed(settled):
 @pytest.mark.promise
 @pytest.mark.parametrize(("body", "field"), BAD_BODIES.values(), ids=BAD_BODIES)
 def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
-    answer = unharmed.http.post("/api/servers", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    answer = unharmed.http.post(
+        "/api/servers", content=json.dumps(body), headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 422, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     problem = answer.json()
@@ -111,7 +137,9 @@ def test_a_body_that_is_no_json_object_is_refused(unharmed, content, kind, statu
 
 @pytest.mark.promise
 def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
-    answer = unharmed.http.post("/api/servers", content=b"x" * 100_000_000, headers={"Content-Type": "application/json"})
+    answer = unharmed.http.post(
+        "/api/servers", content=b"x" * 100_000_000, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code == 413
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert "body" in answer.json()["detail"]
@@ -128,7 +156,14 @@ def test_a_bad_query_is_named(unharmed, query):
 
 @pytest.mark.promise
 @pytest.mark.parametrize(
-    "path", ["/api/servers/a%2Fb", "/api/servers/..%2f..", "/api/servers/" + "a" * 3000, "/api/servers/sp%C3%A4ter", "/nope"]
+    "path",
+    [
+        "/api/servers/a%2Fb",
+        "/api/servers/..%2f..",
+        "/api/servers/" + "a" * 3000,
+        "/api/servers/sp%C3%A4ter",
+        "/nope",
+    ],
 )
 def test_a_path_that_names_nothing_is_404(unharmed, path):
     answer = unharmed.http.get(path)
@@ -137,11 +172,22 @@ def test_a_path_that_names_nothing_is_404(unharmed, path):
 
 
 @pytest.mark.promise
-@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", "Basic wrong", "Bearer \xff", "token {token}"])
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer wrong", "Basic wrong", "Bearer \xff", "token {token}"]
+)
 def test_without_the_token_nothing_is_told(unharmed, header):
-    headers = {} if header is None else {"Authorization": header.format(token=unharmed.token).encode("latin-1")}
+    headers = (
+        {}
+        if header is None
+        else {"Authorization": header.format(token=unharmed.token).encode("latin-1")}
+    )
     with httpx.Client(base_url=unharmed.url, trust_env=False, headers=headers) as nobody:
-        for path in ("/api/servers", "/api/servers/settled", "/api/servers/none", "/api/servers/settled/logs"):
+        for path in (
+            "/api/servers",
+            "/api/servers/settled",
+            "/api/servers/none",
+            "/api/servers/settled/logs",
+        ):
             answer = nobody.get(path)
             assert answer.status_code == 401
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
@@ -168,7 +214,11 @@ def test_a_caller_who_asks_first_is_told_that_its_body_is_too_large(unharmed):
 
 
 @pytest.mark.parametrize(
-    "line", [b"GET http://[ HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n"]
+    "line",
+    [
+        b"GET http://[ HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
+    ],
 )
 def test_what_cannot_be_read_is_answered(unharmed, line):
     assert b"400 Bad Request" in speak(unharmed, line)
@@ -195,14 +245,18 @@ def test_sigterm_stops_every_server_in_good_order(make_keeper):
     assert keeper.stop() == 0
     assert not processes_marked(keeper.server_dirs)
     assert not any(alive(server["pid"]) for server in servers)
-    entries = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    entries = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
+    ]
     assert {entry["server"]: entry["method"] for entry in entries if entry.get("method")} == {
         "one": "shutdown",
         "two": "shutdown",
     }
     # They were stopped by their owner: the next keeper knows them, and starts none.
     keeper.start()
-    assert {server["state"] for server in keeper.http.get("/api/servers").json()["servers"]} == {"stopped"}
+    assert {server["state"] for server in keeper.http.get("/api/servers").json()["servers"]} == {
+        "stopped"
+    }
 
 
 def test_systemd_is_told_when_the_keeper_answers_and_when_it_ends(make_keeper, tmp_path):
@@ -237,16 +291,25 @@ def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(make
     assert keeper.http.get("/readyz").status_code == 200
 
 
-@pytest.mark.parametrize("own", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"])
+@pytest.mark.parametrize(
+    "own", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"]
+)
 def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_path, own):
     """Whatever their state directories, and however it is spelled: each would end the other's servers."""
     keeper = make_keeper(**{name: tmp_path / value for name, value in own.items()}).start()
     link = tmp_path / "link"
     link.symlink_to(keeper.server_dirs)
-    for spelling in (keeper.server_dirs, link, f"{keeper.server_dirs}/../{keeper.server_dirs.name}"):
+    for spelling in (
+        keeper.server_dirs,
+        link,
+        f"{keeper.server_dirs}/../{keeper.server_dirs.name}",
+    ):
         said = make_keeper(runtime_dir=spelling).cli("serve")
         assert said.returncode == 2
-        assert f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in said.stderr
+        assert (
+            f"another keeper (pid {keeper.process.pid}) runs on the runtime directory"
+            in said.stderr
+        )
         assert len(said.stderr.strip().splitlines()) == 1
 
 
@@ -344,7 +407,10 @@ def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(
 def answers(port):
     """Whether a server answers there."""
     try:
-        return httpx.get(f"http://127.0.0.1:{port}/api", timeout=PATIENCE, trust_env=False).status_code == 200
+        return (
+            httpx.get(f"http://127.0.0.1:{port}/api", timeout=PATIENCE, trust_env=False).status_code
+            == 200
+        )
     except httpx.HTTPError:
         return False
 
@@ -353,7 +419,9 @@ def test_a_second_signal_does_not_make_the_end_less_orderly(make_keeper):
     keeper = make_keeper().start()
     server = keeper.post().json()
     keeper.process.send_signal(signal.SIGINT)
-    until(lambda: "running -> stopping" in keeper.log.read_text(), what="it has heard the first one")
+    until(
+        lambda: "running -> stopping" in keeper.log.read_text(), what="it has heard the first one"
+    )
     keeper.process.send_signal(signal.SIGTERM)
     assert keeper.process.wait(PATIENCE) == 0
     until(lambda: not alive(server["pid"]))

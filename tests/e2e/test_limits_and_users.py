@@ -54,7 +54,10 @@ def passable():
 def user(passable):
     """A user of this machine, for this module only."""
     home = passable / "home"
-    subprocess.run(["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER], check=True)
+    subprocess.run(
+        ["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER],
+        check=True,
+    )
     yield pwd.getpwnam(USER)
     subprocess.run(["userdel", "--force", USER], check=True)
 
@@ -81,7 +84,9 @@ def shared(passable):
 def groups(keeper, name="*"):
     """The control groups of a keeper's server, or of all."""
     prefix = limits.ControlGroups(keeper.server_dirs.resolve())._prefix
-    return sorted({path for hierarchy in FOUND.values() for path in hierarchy.base.glob(f"{prefix}{name}")})
+    return sorted(
+        {path for hierarchy in FOUND.values() for path in hierarchy.base.glob(f"{prefix}{name}")}
+    )
 
 
 def cell(server, source):
@@ -115,7 +120,11 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
     cell(server, f"import subprocess, sys; {loops}")
 
     def times_held_back():
-        (counts,) = {path.read_text() for group in groups(shared, "limited") for path in group.glob("cpu.stat")}
+        (counts,) = {
+            path.read_text()
+            for group in groups(shared, "limited")
+            for path in group.glob("cpu.stat")
+        }
         return int(dict(line.split() for line in counts.splitlines())["nr_throttled"])
 
     until(times_held_back, what="they are held back")
@@ -130,7 +139,9 @@ def test_a_kernel_that_takes_too_much_memory_dies_and_nothing_else_does(shared):
     victim = int(run_cell(server, kernel, "import os; os.getpid()"))
     source = "import threading; threading.Thread(target=lambda: [bytearray(b'x') * 2**20 for _ in range(2000)]).start()"
     run_cell(
-        server, kernel, f"keep = []; import threading\n{source.replace('[byte', 'keep.extend(byte').replace('2000)]', '2000))')}"
+        server,
+        kernel,
+        f"keep = []; import threading\n{source.replace('[byte', 'keep.extend(byte').replace('2000)]', '2000))')}",
     )
     until(lambda: not alive(victim), what="the kernel is killed")
     now = shared.get("greedy")
@@ -169,7 +180,13 @@ def test_a_kernel_that_starts_too_many_processes_is_refused_more(shared):
 def test_the_groups_of_a_killed_server_are_removed_and_those_of_its_next_launch_hold(shared):
     server = forked(shared, "killed", process_limit=100)
     psutil.Process(server["pid"]).kill()
-    again = until(lambda: (s := shared.get("killed"))["generation"] > server["generation"] and s["state"] == "running" and s)
+    again = until(
+        lambda: (
+            (s := shared.get("killed"))["generation"] > server["generation"]
+            and s["state"] == "running"
+            and s
+        )
+    )
     (group,) = groups(shared, "killed")
     assert str(again["pid"]) in (group / "cgroup.procs").read_text().split()
     assert shared.delete("killed", force="true").status_code == 200
@@ -198,19 +215,31 @@ GRAB = "import threading; threading.Thread(target=lambda: [bytearray(b'x') * 2**
 
 def ends_of(keeper, name="default"):
     """What the keeper's log says of each crash of a server: its class and its cause."""
-    entries = [json.loads(line) for line in keeper.log.read_text().splitlines() if '"CRASHED"' in line]
-    return [(entry["failure_class"], entry["cause"]) for entry in entries if entry["server"] == name and "cause" in entry]
+    entries = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if '"CRASHED"' in line
+    ]
+    return [
+        (entry["failure_class"], entry["cause"])
+        for entry in entries
+        if entry["server"] == name and "cause" in entry
+    ]
 
 
 def launched_again(keeper, server):
     return until(
-        lambda: (s := keeper.get(server["name"]))["generation"] > server["generation"] and s["state"] == "running" and s,
+        lambda: (
+            (s := keeper.get(server["name"]))["generation"] > server["generation"]
+            and s["state"] == "running"
+            and s
+        ),
         what="it was launched again",
     )
 
 
 @needs_groups
-def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_somebody_kills_is_not(make_keeper):
+def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_somebody_kills_is_not(
+    make_keeper,
+):
     keeper = make_keeper(launch_by="fork")
     give_hands(keeper)
     keeper.start()
@@ -232,7 +261,9 @@ def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_s
 
 
 @needs_groups
-def test_a_server_killed_while_a_neighbour_runs_out_of_memory_is_not_taken_for_out_of_memory(make_keeper):
+def test_a_server_killed_while_a_neighbour_runs_out_of_memory_is_not_taken_for_out_of_memory(
+    make_keeper,
+):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
     neighbour = forked(keeper, "neighbour", memory_limit=400 * 2**20)
@@ -249,7 +280,9 @@ def test_a_server_killed_while_a_neighbour_runs_out_of_memory_is_not_taken_for_o
     "memory" not in FOUND or FOUND["memory"].version is not limits.LimitedBy.CGROUP1,
     reason="needs control groups of version 1 that can be written",
 )
-def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_left_most_likely_was(make_keeper):
+def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_left_most_likely_was(
+    make_keeper,
+):
     """What the machine is here is a group around the keeper."""
     machine = FOUND["memory"].base / f"test-{os.getpid()}"
     machine.mkdir()
@@ -274,13 +307,23 @@ def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_
         machine.rmdir()
 
 
-def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said_to_be(make_keeper, tmp_path):
+def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said_to_be(
+    make_keeper, tmp_path
+):
     """Where the keeper sees none, in a mount namespace of its own."""
     keeper = make_keeper(launch_by="fork")
     command = keeper.command
     # A shell that waits would be in the way of signals.
     hidden = 'while umount -l /sys/fs/cgroup 2>/dev/null; do :; done; grep -q cgroup /proc/self/mounts && exit 9; exec "$@"'
-    keeper.command = lambda *arguments: ["unshare", "-m", "sh", "-c", hidden, "sh", *command(*arguments)]
+    keeper.command = lambda *arguments: [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        hidden,
+        "sh",
+        *command(*arguments),
+    ]
     keeper.start()
     server = forked(keeper, memory_limit=600 * 2**20, cpu_limit=0.5, process_limit=100)
     assert {name: limit["limited_by"] for name, limit in server["limits"].items()} == {
@@ -307,12 +350,15 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     process = psutil.Process(server["pid"])
     assert set(process.uids()) == {user.pw_uid}
     assert set(process.gids()) == {user.pw_gid}
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+    status = dict(
+        line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    )
     assert sorted(map(int, status["Groups"].split())) == sorted(os.getgrouplist(USER, user.pw_gid))
     assert int(status["CapEff"], 16) == 0
 
     said = cell(
-        server, "import os, pathlib; pathlib.Path('mine').touch(); print(os.getuid(), os.environ['HOME'], os.environ['USER'])"
+        server,
+        "import os, pathlib; pathlib.Path('mine').touch(); print(os.getuid(), os.environ['HOME'], os.environ['USER'])",
     )
     assert said.split() == [str(user.pw_uid), user.pw_dir, USER]
     assert (shared.notebook_dir / "mine").stat().st_uid == user.pw_uid
@@ -331,9 +377,16 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
         f"import os; print(os.access({str(server_dir / 'generation.json')!r}, os.W_OK), os.access({str(server_dir)!r}, os.W_OK))",
     ) == ("False False")
     # Neither its own log nor what others have is open to it.
-    closed = [server_dir.parent / ".forkservers", shared.state_dir / "logs" / "theirs.log", shared.state_dir / "token"]
+    closed = [
+        server_dir.parent / ".forkservers",
+        shared.state_dir / "logs" / "theirs.log",
+        shared.state_dir / "token",
+    ]
     assert (
-        cell(server, f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, closed))}])")
+        cell(
+            server,
+            f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, closed))}])",
+        )
         == "[False, False, False]"
     )
     assert shared.delete("theirs").json()["stop_report"]["method"] == "shutdown"
@@ -360,31 +413,50 @@ def test_settings_of_a_user_are_kept_in_its_own_home(shared, user):
 def test_what_root_has_in_its_environment_is_not_given_to_a_user(shared, user):
     """As a password for the keeper's proxy, or directories that only root can use."""
     server = forked(shared, "poor", user=USER)
-    assert cell(server, "import os; print(os.environ.get('SECRET_OF_ROOT'), os.environ.get('XDG_RUNTIME_DIR'))") == "None None"
+    assert (
+        cell(
+            server,
+            "import os; print(os.environ.get('SECRET_OF_ROOT'), os.environ.get('XDG_RUNTIME_DIR'))",
+        )
+        == "None None"
+    )
     assert shared.delete("poor").status_code == 200
 
 
 def test_an_executed_server_runs_as_its_user_too(shared, user):
     server = shared.post(name="slow", user=USER, env={"LC_LABKEEPER": "1"}).json()
     assert (server["state"], server["launched_by"]) == ("running", "exec")
-    assert cell(server, "import os; print(os.getuid(), os.getgroups() != [])").split()[0] == str(user.pw_uid)
+    assert cell(server, "import os; print(os.getuid(), os.getgroups() != [])").split()[0] == str(
+        user.pw_uid
+    )
     assert shared.delete("slow").status_code == 200
 
 
 @needs_groups
 def test_a_server_of_a_user_is_limited_as_any_other(shared, user):
     server = forked(shared, "both", user=USER, process_limit=100, memory_limit=2**30)
-    assert all(str(server["pid"]) in (group / "cgroup.procs").read_text().split() for group in groups(shared, "both"))
+    assert all(
+        str(server["pid"]) in (group / "cgroup.procs").read_text().split()
+        for group in groups(shared, "both")
+    )
     assert len(groups(shared, "both")) == 2
     made = list(map(str, groups(shared, "both")))
-    assert cell(server, f"import os; print([os.access(path, os.W_OK) for path in {made}])") == "[False, False]"
+    assert (
+        cell(server, f"import os; print([os.access(path, os.W_OK) for path in {made}])")
+        == "[False, False]"
+    )
     assert shared.delete("both").status_code == 200
     assert not groups(shared, "both")
 
 
 def test_a_user_s_servers_are_in_its_own_directory_and_in_no_other(user, passable):
     homes = passable / "homes"
-    keeper = PassableKeeper(passable / "own", runtime_dir=passable / "own-run", launch_by="exec", notebook_dir=homes / "%u")
+    keeper = PassableKeeper(
+        passable / "own",
+        runtime_dir=passable / "own-run",
+        launch_by="exec",
+        notebook_dir=homes / "%u",
+    )
     keeper.base.chmod(0o755)
     for name in (USER, "root"):
         (homes / name).mkdir(parents=True)
@@ -397,7 +469,10 @@ def test_a_user_s_servers_are_in_its_own_directory_and_in_no_other(user, passabl
         for other in ("../root", str(homes), "/root"):
             answer = keeper.post(name="c", user=USER, root_dir=other)
             assert answer.status_code == 422
-            assert f"must be within {homes / USER} (LABKEEPER_ALLOWED_ROOTS)" in answer.json()["detail"]
+            assert (
+                f"must be within {homes / USER} (LABKEEPER_ALLOWED_ROOTS)"
+                in answer.json()["detail"]
+            )
     finally:
         keeper.close()
 
@@ -410,7 +485,9 @@ def test_a_user_that_does_not_exist_fails_the_start(shared):
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o711])
-def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_named(shared, user, mode):
+def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_named(
+    shared, user, mode
+):
     (shared.notebook_dir / "closed").mkdir(exist_ok=True)
     (shared.notebook_dir / "closed").chmod(mode)
     answer = shared.post(name="shut-out", user=USER, root_dir="closed")
@@ -419,7 +496,9 @@ def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_nam
     assert shared.delete("shut-out").status_code == 200
 
 
-def test_a_runtime_directory_that_a_user_cannot_reach_fails_the_start_with_what_to_do(make_keeper, user):
+def test_a_runtime_directory_that_a_user_cannot_reach_fails_the_start_with_what_to_do(
+    make_keeper, user
+):
     keeper = make_keeper(launch_by="exec").start()
     answer = keeper.post(user=USER)
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
@@ -431,7 +510,15 @@ def test_a_keeper_that_is_not_root_says_that_it_cannot(passable, user):
     keeper.environment  # noqa: B018 - makes its interpreter, as root
     subprocess.run(["chown", "-R", USER, keeper.base], check=True)
     command = keeper.command
-    keeper.command = lambda *arguments: ["setpriv", "--reuid", USER, "--regid", USER, "--clear-groups", *command(*arguments)]
+    keeper.command = lambda *arguments: [
+        "setpriv",
+        "--reuid",
+        USER,
+        "--regid",
+        USER,
+        "--clear-groups",
+        *command(*arguments),
+    ]
     keeper.start()
     try:
         answer = keeper.post(user="root")
@@ -445,7 +532,9 @@ def test_a_keeper_that_is_not_root_says_that_it_cannot(passable, user):
 def test_a_user_is_told_that_a_low_port_takes_a_right(shared, user):
     """Though the keeper itself has it."""
     refused = shared.post(name="low", port=81, user=user.pw_name)
-    assert (refused.status_code, refused.json().get("failure_class")) == (502, "config-error"), refused.text
+    assert (refused.status_code, refused.json().get("failure_class")) == (502, "config-error"), (
+        refused.text
+    )
     assert "no right to listen on port 81" in refused.json()["detail"]
     assert "choose port 1024 or higher" in refused.json()["detail"]
     shared.delete("low")

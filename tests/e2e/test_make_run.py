@@ -14,7 +14,15 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import PATIENCE, free_port, kill_all, plain_python, processes_marked, processes_where, until
+from harness import (
+    PATIENCE,
+    free_port,
+    kill_all,
+    plain_python,
+    processes_marked,
+    processes_where,
+    until,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -29,7 +37,9 @@ class Run:
         self.temporary = base / "tmp"
         self.notebooks = base / "notebooks"
         self.temporary.mkdir()
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("LABKEEPER_")}
+        clean = {
+            name: value for name, value in os.environ.items() if not name.startswith("LABKEEPER_")
+        }
         env = clean | {
             "TMPDIR": str(self.temporary),
             "HOME": str(base),
@@ -41,7 +51,9 @@ class Run:
         self.said = ""
         self.reading, writing = os.openpty() if at_terminal else os.pipe()
         # The first terminal that the leader of a session opens is the one whose Ctrl-C reaches it.
-        command = ["sh", "-c", 'exec <"$0" >"$0" 2>&1 "$@"', os.ttyname(writing)] if at_terminal else []
+        command = (
+            ["sh", "-c", 'exec <"$0" >"$0" 2>&1 "$@"', os.ttyname(writing)] if at_terminal else []
+        )
         self.process = subprocess.Popen(
             [*command, ROOT / "scripts" / "run", BIN],
             cwd=ROOT,
@@ -62,7 +74,9 @@ class Run:
 
     def hears(self, text):
         """Wait until it has said something."""
-        until(lambda: text in self.said or self.process.poll() is not None, what=f"{text!r} is said")
+        until(
+            lambda: text in self.said or self.process.poll() is not None, what=f"{text!r} is said"
+        )
         assert text in self.said, self.said
 
     def ends(self):
@@ -108,7 +122,9 @@ def test_at_a_terminal_the_link_opens_the_lab_and_ctrl_c_leaves_nothing(make_run
     page = httpx.get(link[0], follow_redirects=True, trust_env=False)
     assert page.status_code == 200
     assert "JupyterLab" in page.text
-    assert httpx.get(link[0].partition("?")[0], follow_redirects=True, trust_env=False).url.path.endswith("/login")
+    assert httpx.get(
+        link[0].partition("?")[0], follow_redirects=True, trust_env=False
+    ).url.path.endswith("/login")
 
     os.write(running.reading, CTRL_C)
     assert running.ends() == 0, running.said
@@ -133,7 +149,13 @@ def test_without_a_terminal_no_secret_is_said_but_how_to_get_the_link(make_run):
     script = f'{export}\necho "$LABKEEPER_STATE_DIR"; labkeeper token; labkeeper open --print\n'
     elsewhere = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"]}
     pasted = subprocess.run(
-        ["sh", "-eu"], input=script, env=elsewhere, capture_output=True, text=True, timeout=PATIENCE, check=True
+        ["sh", "-eu"],
+        input=script,
+        env=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=True,
     )
     state, owners, link = pasted.stdout.splitlines()
     assert Path(state).parent == running.temporary

@@ -41,10 +41,14 @@ class Onlooker:
 
     def _look(self):
         headers = dict(self._keeper.http.headers)
-        with httpx.Client(base_url=self._keeper.url, headers=headers, timeout=PATIENCE, trust_env=False) as http:
+        with httpx.Client(
+            base_url=self._keeper.url, headers=headers, timeout=PATIENCE, trust_env=False
+        ) as http:
             while not self._over.is_set():
                 servers = http.get("/api/servers").json()["servers"]
-                self.most_starting = max(self.most_starting, sum(server["state"] == "starting" for server in servers))
+                self.most_starting = max(
+                    self.most_starting, sum(server["state"] == "starting" for server in servers)
+                )
                 self.places |= {server["queue_position"] for server in servers} - {None}
 
 
@@ -56,9 +60,9 @@ def test_thirty_at_once_queue_come_up_and_go(keeper):
         answer = keeper.http.post("/api/bulk/start", json={"names": names})
     assert answer.status_code == 200, answer.text
     results = answer.json()["results"]
-    assert [(result["name"], result["status"], result["server"]["state"]) for result in results] == [
-        (name, 201, "running") for name in names
-    ]
+    assert [
+        (result["name"], result["status"], result["server"]["state"]) for result in results
+    ] == [(name, 201, "running") for name in names]
     assert 1 <= seen.most_starting <= PLACES
     assert 1 in seen.places
 
@@ -85,7 +89,12 @@ def test_who_queues_keeps_the_place_over_a_restart_of_the_keeper(tmp_path):
     keeper = KeeperProcess(tmp_path, launch_by="exec", max_starts=1).start()
     try:
         for name in ("b", "a", "c"):
-            assert keeper.http.post("/api/servers", json={"name": name}, params={"wait": 0}).status_code == 202
+            assert (
+                keeper.http.post(
+                    "/api/servers", json={"name": name}, params={"wait": 0}
+                ).status_code
+                == 202
+            )
         assert [keeper.get(name)["queue_position"] for name in ("b", "a", "c")] == [None, 1, 2]
         keeper.kill()
         keeper.start()

@@ -15,7 +15,11 @@ def scraped(keeper):
     assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"].startswith("text/plain")
     families = text_string_to_metric_families(answer.text)
-    return {(s.name.removeprefix("labkeeper_"), *sorted(s.labels.values())): s.value for f in families for s in f.samples}
+    return {
+        (s.name.removeprefix("labkeeper_"), *sorted(s.labels.values())): s.value
+        for f in families
+        for s in f.samples
+    }
 
 
 def test_a_start_a_crash_and_a_stop_are_counted(make_keeper):

@@ -34,7 +34,8 @@ from labkeeper.serve.process import earlier_dirs, only_keeper
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 needs_groups = pytest.mark.skipif(
-    sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None, reason="needs control groups that can be written"
+    sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None,
+    reason="needs control groups that can be written",
 )
 
 HIDE = """
@@ -114,12 +115,16 @@ def start(keeper, launch_by):
 def groups_of(keeper):
     """The control groups of a keeper's servers; a fork server that loads has one of its own, whose name goes on with a dot."""
     groups = ControlGroups(keeper.server_dirs.resolve())
-    return sorted(group.name for base in groups._bases for group in base.glob(f"{groups._prefix}[!.]*"))
+    return sorted(
+        group.name for base in groups._bases for group in base.glob(f"{groups._prefix}[!.]*")
+    )
 
 
 @needs_groups
 @pytest.mark.parametrize(
-    ("launch_by", "place"), [("fork", in_cell), ("exec", in_child_of_server)], ids=["forked, in a cell", "executed, in a child"]
+    ("launch_by", "place"),
+    [("fork", in_cell), ("exec", in_child_of_server)],
+    ids=["forked, in a cell", "executed, in a child"],
 )
 def test_what_hides_ends_with_its_server(make_keeper, hide, launch_by, place):
     keeper = make_keeper(launch_by="fork")
@@ -151,7 +156,13 @@ def test_what_hides_ends_with_a_server_that_is_killed(make_keeper, hide):
     in_cell(server, source)
     pid = int(noted(note))
     os.kill(server["pid"], signal.SIGKILL)
-    again = until(lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s)
+    again = until(
+        lambda: (
+            (s := keeper.get())["generation"] > server["generation"]
+            and s["state"] == "running"
+            and s
+        )
+    )
     assert not alive(pid)
     assert len(groups_of(keeper)) == 1
     assert alive(again["pid"])
@@ -195,14 +206,24 @@ def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_
     """As in most containers."""
     keeper = make_keeper(launch_by="exec")
     command = keeper.command
-    keeper.command = lambda *arguments: ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", *command(*arguments)]
+    keeper.command = lambda *arguments: [
+        "unshare",
+        "-m",
+        "sh",
+        "-c",
+        READ_ONLY,
+        "sh",
+        *command(*arguments),
+    ]
     server = keeper.start().post().json()
     assert (server["state"], server["limits"]) == ("running", {})
     kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
     assert groups_of(keeper) == []
     assert keeper.delete().status_code == 200
     assert not alive(kernel)
-    warnings = [line for line in keeper.log.read_text().splitlines() if '"level": "warning"' in line]
+    warnings = [
+        line for line in keeper.log.read_text().splitlines() if '"level": "warning"' in line
+    ]
     assert [line for line in warnings if "names no user runs as root" not in line] == []
 
 
@@ -215,9 +236,14 @@ def test_no_other_user_holds_a_server_by_its_mark(keeper):
     server = keeper.post().json()
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
     server_dir = keeper.server_dirs.resolve() / "default"
-    with subprocess.Popen(["sh", "-c", FORGED.format(server_dir)], **nobody, start_new_session=True) as forger:
+    with subprocess.Popen(
+        ["sh", "-c", FORGED.format(server_dir)], **nobody, start_new_session=True
+    ) as forger:
         try:
-            until(lambda: [p for p in processes_marked(server_dir) if p.uids().real == 65534], what="a forged mark")
+            until(
+                lambda: [p for p in processes_marked(server_dir) if p.uids().real == 65534],
+                what="a forged mark",
+            )
             answer = keeper.post("/default/restart")
             assert answer.status_code == 201, answer.text
             assert answer.json()["state"] == "running", answer.text
@@ -252,10 +278,18 @@ def make_strangers(server_dirs, elsewhere):
     (server_dirs / "notes" / "draft").write_text("mine")
     (server_dirs / "file").write_text("mine")
     (server_dirs / "link").symlink_to(elsewhere)
-    return [*made, server_dirs / "notes" / "draft", server_dirs / "notes", server_dirs / "file", server_dirs / "link"]
+    return [
+        *made,
+        server_dirs / "notes" / "draft",
+        server_dirs / "notes",
+        server_dirs / "file",
+        server_dirs / "link",
+    ]
 
 
-def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_keeper, tmp_path, hide):
+def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(
+    make_keeper, tmp_path, hide
+):
     keeper = make_keeper(launch_by="fork").start()
     one, other = forked(keeper, "one"), keeper.post(name="other", env={"LC_LABKEEPER": "1"}).json()
     assert (one["state"], other["state"]) == ("running", "running")
@@ -270,7 +304,9 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     (half_made / "jupyter").mkdir(parents=True)
     (half_made / "launch.json.new").write_text("{")
     strangers = make_strangers(keeper.server_dirs, tmp_path / "elsewhere")
-    with subprocess.Popen(["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.server_dirs}-of-another/one"}) as stranger:
+    with subprocess.Popen(
+        ["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.server_dirs}-of-another/one"}
+    ) as stranger:
         try:
             keeper.start()
             assert keeper.http.get("/api/servers").json()["servers"] == []
@@ -282,10 +318,19 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
             if grouped:
                 assert not alive(hidden)
                 assert len(groups_of(keeper)) == 1
-            until(lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(), what="the rooms are removed")
-            here, marked = str(keeper.server_dirs / "other"), processes_marked(keeper.server_dirs / "other")
+            until(
+                lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(),
+                what="the rooms are removed",
+            )
+            here, marked = (
+                str(keeper.server_dirs / "other"),
+                processes_marked(keeper.server_dirs / "other"),
+            )
             assert marked
-            assert processes_where(lambda p: p in marked and p.environ()["LABKEEPER_SERVER"] != here) == []
+            assert (
+                processes_where(lambda p: p in marked and p.environ()["LABKEEPER_SERVER"] != here)
+                == []
+            )
             assert stranger.poll() is None
             assert alive(again["pid"])
         finally:
@@ -296,7 +341,11 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(make_ke
     assert said.count("ended processes of an earlier keeper") == 2
     assert said.count("removed the directory of a server of an earlier keeper") == 1
     assert str(one["pid"]) in said
-    told = [event for event in keeper.http.get("/api/events").json()["events"] if event["kind"] == "orphans"]
+    told = [
+        event
+        for event in keeper.http.get("/api/events").json()["events"]
+        if event["kind"] == "orphans"
+    ]
     assert {event["server"] for event in told} == {"one", "other"}
     count = sum(event["details"]["pids"] for event in told)
     assert count >= 3
@@ -324,7 +373,12 @@ def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(
     shutil.rmtree(keeper.server_dirs / "default" if lost == "its room" else keeper.server_dirs)
     keeper.start()
     again = until(
-        lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s, what=keeper.get
+        lambda: (
+            (s := keeper.get())["generation"] > server["generation"]
+            and s["state"] == "running"
+            and s
+        ),
+        what=keeper.get,
     )
     assert not alive(server["pid"])
     assert not alive(kernel)
@@ -346,11 +400,19 @@ def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp
     said = make_keeper(runtime_dir=earlier).cli("serve")
     assert (said.returncode, "runs on the runtime directory" in said.stderr) == (2, True)
     again = until(
-        lambda: (s := keeper.get())["generation"] > server["generation"] and s["state"] == "running" and s, what=keeper.get
+        lambda: (
+            (s := keeper.get())["generation"] > server["generation"]
+            and s["state"] == "running"
+            and s
+        ),
+        what=keeper.get,
     )
     until(lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])), what="their end")
     assert alive(again["pid"])
-    until(lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"], what="the rooms are removed")
+    until(
+        lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"],
+        what="the rooms are removed",
+    )
     assert keeper.log.read_text().count("ended processes of an earlier keeper") == 2
     assert keeper.stop() == 0
     assert keeper.start().stop() == 0
@@ -373,7 +435,9 @@ def test_an_earlier_runtime_directory_that_cannot_be_locked_is_looked_into(tmp_p
             pass
 
 
-def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alone(make_keeper, tmp_path):
+def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alone(
+    make_keeper, tmp_path
+):
     earlier = tmp_path / "earlier"
     keeper = make_keeper(runtime_dir=earlier).start()
     assert keeper.stop() == 0
@@ -442,7 +506,9 @@ class Programs:
         place = keeper.base / "extensions"
         place.mkdir()
         self.notes, self.hold = keeper.base / "notes", keeper.base / "hold"
-        (place / "programs.py").write_text(PROGRAMS.format(notes=str(self.notes), hold=str(self.hold)))
+        (place / "programs.py").write_text(
+            PROGRAMS.format(notes=str(self.notes), hold=str(self.hold))
+        )
         keeper.variables["PYTHONPATH"] = place
         enabled = keeper.config_dir / "jupyter_server_config.d" / "programs.json"
         enabled.parent.mkdir()
@@ -478,7 +544,10 @@ def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(
     before = len(started.started)
     # Changed on disk: another fork server loads.
     (keeper.config_dir / "jupyter_server_config.json").write_text("{}")
-    until(lambda: keeper.log.read_text().count("the fork server is ready") > 1, what="another fork server")
+    until(
+        lambda: keeper.log.read_text().count("the fork server is ready") > 1,
+        what="another fork server",
+    )
     assert (len(started.started) > before, started.left()) == (True, [])
     assert keeper.stop() == 0
     assert started.left() == []

@@ -48,7 +48,9 @@ c.OwnKernels.greeting = "hello"
 
 def ask(server, method, path, **given):
     known = {"Authorization": f"token {server['token']}"}
-    answer = httpx.request(method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given)
+    answer = httpx.request(
+        method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
+    )
     answer.raise_for_status()
     return answer
 
@@ -76,7 +78,11 @@ def test_a_sites_own_managers_and_users_are_used(make_keeper, launch_by):
     assert f"own kernels: started {kernel}" in log
     assert "own sessions: saved own.ipynb" in log
     (session,) = recorded(keeper)["sessions"]
-    assert (recorded(keeper)["kernels"], session["path"], session["kernel_id"]) == ([kernel], "own.ipynb", kernel)
+    assert (recorded(keeper)["kernels"], session["path"], session["kernel_id"]) == (
+        [kernel],
+        "own.ipynb",
+        kernel,
+    )
     assert server["token"] not in ask(server, "GET", "lab").text
     ask(server, "DELETE", f"api/kernels/{kernel}")
     assert recorded(keeper)["kernels"] == []
@@ -118,7 +124,9 @@ def test_a_sites_own_managers_of_kernels_on_a_gateway_are_used(make_keeper, gate
     place = keeper.base / "own"
     place.mkdir()
     (place / "own_gateway.py").write_text(OWN_GATEWAY)
-    keeper.variables["PYTHONPATH"] = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    keeper.variables["PYTHONPATH"] = os.pathsep.join(
+        [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+    )
     keeper.configure_jupyter(CHOICE)
     keeper.start()
     server = keeper.post(**gateway.options).json()

@@ -29,23 +29,33 @@ class ContainedKeeper(KeeperProcess):
     def inside(self):
         """The keeper's own process."""
         init = self.init.pid
-        (keeper,) = processes_where(lambda process: process.ppid() == init and "labkeeper" in process.cmdline())
+        (keeper,) = processes_where(
+            lambda process: process.ppid() == init and "labkeeper" in process.cmdline()
+        )
         return keeper
 
     def contained(self):
         """All live processes of the namespace."""
         space = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
-        return processes_where(lambda process: Path(f"/proc/{process.pid}/ns/pid").readlink() == space)
+        return processes_where(
+            lambda process: Path(f"/proc/{process.pid}/ns/pid").readlink() == space
+        )
 
     def zombies(self):
-        return [child for child in self.init.children(recursive=True) if not alive(child.pid) and child.is_running()]
+        return [
+            child
+            for child in self.init.children(recursive=True)
+            if not alive(child.pid) and child.is_running()
+        ]
 
     def ended(self, number, who):
         """Send a signal; wait for the end of all, and give its exit code."""
         everything = self.contained()
         who.send_signal(number)
         code = self.process.wait(30)
-        until(lambda: not any(process.is_running() for process in everything), what="nothing is left")
+        until(
+            lambda: not any(process.is_running() for process in everything), what="nothing is left"
+        )
         return code
 
     def close(self):
@@ -82,7 +92,10 @@ def test_orphans_of_a_server_are_waited_for_and_a_stop_ends_all(contained):
     assert len(orphans) == 20
     assert {process.ppid() for process in orphans} == {contained.init.pid}
     kill_all(orphans)
-    until(lambda: not any(process.is_running() for process in orphans), what="the orphans are waited for")
+    until(
+        lambda: not any(process.is_running() for process in orphans),
+        what="the orphans are waited for",
+    )
     until(lambda: not contained.zombies(), what="no zombie is left")
     # It holds little, and above all nothing that the keeper loads.
     assert contained.init.memory_info().rss < contained.inside.memory_info().rss / 2
@@ -105,4 +118,9 @@ def test_a_keeper_that_is_killed_ends_its_container(contained):
 
 def test_the_exit_code_is_the_keepers(contained):
     contained.settings["log_level"] = "no-such-level"
-    assert subprocess.run(contained.command("serve"), env=contained.environment, capture_output=True, check=False).returncode == 2
+    assert (
+        subprocess.run(
+            contained.command("serve"), env=contained.environment, capture_output=True, check=False
+        ).returncode
+        == 2
+    )

@@ -17,7 +17,17 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import KeeperProcess, alive, forked, parent_of, processes_marked, run_cell, servers_in, start_kernel, until
+from harness import (
+    KeeperProcess,
+    alive,
+    forked,
+    parent_of,
+    processes_marked,
+    run_cell,
+    servers_in,
+    start_kernel,
+    until,
+)
 from shortages import Disk
 
 pytestmark = pytest.mark.timeout(300)
@@ -52,7 +62,9 @@ def as_before_generations(keeper):
             for row, text in db.execute(f"SELECT rowid, {column} FROM {table}").fetchall():
                 fields = json.loads(text)
                 fields[then] = fields.pop(now)
-                db.execute(f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (json.dumps(fields), row))
+                db.execute(
+                    f"UPDATE {table} SET {column} = ? WHERE rowid = ?", (json.dumps(fields), row)
+                )
         db.execute("ALTER TABLE orphans RENAME COLUMN kernel TO debt")
         db.execute("ALTER TABLE orphans RENAME TO debts")
         db.execute("PRAGMA user_version = 6")
@@ -70,11 +82,20 @@ def test_servers_of_the_version_before_are_taken_over(make_keeper):
     as_before_generations(keeper)
     keeper.start()
     now = keeper.wait_for("running", "lives")
-    assert (now["pid"], now["token"], now["generation"]) == (lives["pid"], lives["token"], lives["generation"])
+    assert (now["pid"], now["token"], now["generation"]) == (
+        lives["pid"],
+        lives["token"],
+        lives["generation"],
+    )
     again = keeper.post(name="lives", env={"A": "b"})
     assert (again.status_code, again.json()["pid"]) == (200, lives["pid"])
-    assert [token["servers"] for token in keeper.http.get("/api/tokens").json()["tokens"]] == [["l*"]]
-    assert {event["generation"] for event in keeper.http.get("/api/servers/lives/events").json()["events"]} == {1}
+    assert [token["servers"] for token in keeper.http.get("/api/tokens").json()["tokens"]] == [
+        ["l*"]
+    ]
+    assert {
+        event["generation"]
+        for event in keeper.http.get("/api/servers/lives/events").json()["events"]
+    } == {1}
     assert json.loads((keeper.server_dirs / "lives" / "launch.json").read_text())["version"] == 2
     assert keeper.stop() == 0
 
@@ -106,12 +127,19 @@ def keeper_on(make_keeper, request):
 
 
 def states(keeper):
-    return {server["name"]: (server["state"], server["goal"]) for server in keeper.http.get("/api/servers").json()["servers"]}
+    return {
+        server["name"]: (server["state"], server["goal"])
+        for server in keeper.http.get("/api/servers").json()["servers"]
+    }
 
 
 def stored(keeper):
-    with contextlib.closing(sqlite3.connect(f"file:{keeper.state_dir / 'labkeeper.sqlite'}?mode=ro", uri=True)) as store:
-        rows = store.execute("SELECT name, json_extract(snapshot, '$.state'), json_extract(snapshot, '$.goal') FROM servers")
+    with contextlib.closing(
+        sqlite3.connect(f"file:{keeper.state_dir / 'labkeeper.sqlite'}?mode=ro", uri=True)
+    ) as store:
+        rows = store.execute(
+            "SELECT name, json_extract(snapshot, '$.state'), json_extract(snapshot, '$.goal') FROM servers"
+        )
         return {name: (state, goal) for name, state, goal in rows}
 
 
@@ -125,12 +153,16 @@ def refused(answer, keeper):
 
 
 @pytest.mark.root
-def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_there_is_room(disk, keeper_on):
+def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_there_is_room(
+    disk, keeper_on
+):
     keeper = keeper_on(disk)
     # Its own log and what it says are on the full disk, too.
     keeper.log = disk.path / "keeper.log"
     keeper.start()
-    servers = {name: keeper.post(name=name).json() for name in ("stays", "stops", "crashes", "rests")}
+    servers = {
+        name: keeper.post(name=name).json() for name in ("stays", "stops", "crashes", "rests")
+    }
     assert keeper.post("/rests/stop").status_code == 200
 
     disk.fill()
@@ -143,8 +175,13 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
     assert not alive(servers["stops"]["pid"])
     os.kill(servers["crashes"]["pid"], signal.SIGKILL)
     # Each end leaves some room.
-    crashed = until(lambda: disk.fill() or ((s := keeper.get("crashes"))["state"] == "failed" and s), what="it is given up")
-    assert "full" in crashed["failure"]["message"] or "No space left" in crashed["failure"]["message"]
+    crashed = until(
+        lambda: disk.fill() or ((s := keeper.get("crashes"))["state"] == "failed" and s),
+        what="it is given up",
+    )
+    assert (
+        "full" in crashed["failure"]["message"] or "No space left" in crashed["failure"]["message"]
+    )
     assert states(keeper)["stays"] == ("running", "up")
     assert keeper.get("stays")["pid"] == servers["stays"]["pid"]
     assert servers_in(keeper.server_dirs) == [servers["stays"]["pid"]]
@@ -167,11 +204,15 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
 
 
 @pytest.mark.root
-def test_a_server_that_became_ready_on_a_full_disk_is_noted_as_such_when_there_is_room(disk, keeper_on):
+def test_a_server_that_became_ready_on_a_full_disk_is_noted_as_such_when_there_is_room(
+    disk, keeper_on
+):
     """Else the next keeper would take it for one that has never been ready."""
     keeper = keeper_on(disk)
     go = keeper.base / "go"
-    keeper.configure_jupyter(f"import pathlib, time\nwhile not pathlib.Path('{go}').exists():\n    time.sleep(0.02)")
+    keeper.configure_jupyter(
+        f"import pathlib, time\nwhile not pathlib.Path('{go}').exists():\n    time.sleep(0.02)"
+    )
     keeper.start()
     assert keeper.post("?wait=0").status_code == 202
     record = keeper.server_dirs / "default" / "launch.json"
@@ -266,7 +307,9 @@ class FailingDisk(Disk):
     def make_read_only(self):
         # What is not on the disk by now will never be, as with a machine that crashes; that is not what is looked at here.
         subprocess.run(["sync", "-f", self.path], check=True)
-        found = subprocess.run(["findmnt", "-no", "SOURCE", self.path], check=True, capture_output=True, text=True)
+        found = subprocess.run(
+            ["findmnt", "-no", "SOURCE", self.path], check=True, capture_output=True, text=True
+        )
         Path(f"/sys/fs/ext4/{Path(found.stdout.strip()).name}/trigger_fs_error").write_text("1")
 
     def repair(self):
@@ -277,7 +320,14 @@ class FailingDisk(Disk):
     def remove(self):
         super().remove()
         # The kernel lets go of the device with the last one who has something open there.
-        until(lambda: str(self.image) not in subprocess.run(["losetup", "-a"], capture_output=True, text=True, check=True).stdout)
+        until(
+            lambda: (
+                str(self.image)
+                not in subprocess.run(
+                    ["losetup", "-a"], capture_output=True, text=True, check=True
+                ).stdout
+            )
+        )
 
 
 @pytest.fixture
@@ -290,7 +340,9 @@ def failing_disk(tmp_path):
 @pytest.mark.root
 @pytest.mark.programs("mkfs.ext4")
 @pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="needs loop devices")
-def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until_it_is_repaired(failing_disk, keeper_on):
+def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until_it_is_repaired(
+    failing_disk, keeper_on
+):
     keeper = keeper_on(failing_disk).start()
     servers = {name: keeper.post(name=name).json() for name in ("stays", "stops", "rests")}
     assert keeper.post("/rests/stop").status_code == 200
@@ -304,7 +356,11 @@ def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until
     stopped = keeper.post("/stops/stop")
     assert (stopped.status_code, stopped.json()["state"]) == (200, "stopped"), stopped.text
     assert not alive(servers["stops"]["pid"])
-    assert states(keeper) == {"stays": ("running", "up"), "stops": ("stopped", "down"), "rests": ("stopped", "down")}
+    assert states(keeper) == {
+        "stays": ("running", "up"),
+        "stops": ("stopped", "down"),
+        "rests": ("stopped", "down"),
+    }
     assert keeper.get("stays")["pid"] == servers["stays"]["pid"]
 
     assert keeper.stop() == 0
@@ -363,7 +419,12 @@ MANY = {f"s{number}" for number in range(20)}
 def order(keeper, names=MANY):
     """Order servers that fail, so that none has to run; their store is as long as any."""
     for name in names:
-        assert keeper.post(name=name, env={"FILLER": "x" * 2000}, port=keeper.port).json()["failure_class"] == "port-in-use"
+        assert (
+            keeper.post(name=name, env={"FILLER": "x" * 2000}, port=keeper.port).json()[
+                "failure_class"
+            ]
+            == "port-in-use"
+        )
 
 
 @pytest.fixture(scope="module")
@@ -394,7 +455,9 @@ def stores(tmp_path_factory):
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(make_keeper, stores, damage, ended):
+def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(
+    make_keeper, stores, damage, ended
+):
     keeper = make_keeper()
     shutil.copytree(stores / ended, keeper.state_dir)
     store = keeper.state_dir / "labkeeper.sqlite"
@@ -409,7 +472,9 @@ def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(make_keep
     # What SQLite keeps in shared memory holds nothing of ours.
     for parts in (before, after):
         parts.pop(f"{store.name}-shm", None)
-    assert {name for name, content in after.items() if content} == {name for name, content in before.items() if content}
+    assert {name for name, content in after.items() if content} == {
+        name for name, content in before.items() if content
+    }
     assert all(content == before[name] for name, content in after.items() if content)
 
 
@@ -484,12 +549,17 @@ def shown(format_time):
 @pytest.mark.programs("faketime")
 @pytest.mark.parametrize("jumps", [(DAY, -DAY), (-DAY, DAY)], ids=["forward", "back"])
 def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_path, jumps):
-    keeper = make_keeper(launch_by="fork", probe_period=0.3, hung_after=30, start_timeout=50, stop_grace=6)
+    keeper = make_keeper(
+        launch_by="fork", probe_period=0.3, hung_after=30, start_timeout=50, stop_grace=6
+    )
     clock = FakedClock(tmp_path / "faked", keeper)
     keeper.variables.update(clock.variables)
     keeper.start()
     # A kernel waits for its threads by calls in which libfaketime hangs now and then; no time of its is looked at.
-    servers = {name: forked(keeper, name, kernel_env={"LD_PRELOAD": ""}) for name in ("lives", "crashes", "stops")}
+    servers = {
+        name: forked(keeper, name, kernel_env={"LD_PRELOAD": ""})
+        for name in ("lives", "crashes", "stops")
+    }
     kernel = start_kernel(servers["lives"])
     run_cell(servers["lives"], kernel, "x = 42")
     assert abs(shown(keeper.get("lives")["since"])) < 60
@@ -520,7 +590,9 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
     clock.jump(jumps[1])
     # There is a wait after a crash, and each server is looked at several times meanwhile.
     os.kill(again["pid"], signal.SIGKILL)
-    thrice = until(lambda: (s := keeper.wait_for("running", "crashes"))["pid"] != again["pid"] and s)
+    thrice = until(
+        lambda: (s := keeper.wait_for("running", "crashes"))["pid"] != again["pid"] and s
+    )
     assert thrice["generation"] == again["generation"] + 1
     for known in (servers["lives"], started):
         assert keeper.get(known["name"])["pid"] == known["pid"]
@@ -532,7 +604,9 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
 
 @pytest.mark.programs("faketime")
 @pytest.mark.parametrize("jump", [DAY, -DAY], ids=["forward", "back"])
-def test_a_start_that_is_late_is_ended_at_its_timeout_whatever_the_clock_does(make_keeper, tmp_path, jump):
+def test_a_start_that_is_late_is_ended_at_its_timeout_whatever_the_clock_does(
+    make_keeper, tmp_path, jump
+):
     keeper = make_keeper(start_timeout=6, stop_grace=1, kill_wait=1)
     clock = FakedClock(tmp_path / "faked", keeper)
     keeper.variables.update(clock.variables)

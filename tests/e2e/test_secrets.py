@@ -15,7 +15,16 @@ import httpx
 import psutil
 import pytest
 
-from harness import PATIENCE, everything_below, give_hands, processes_marked, processes_where, run_in_server, start_kernel, until
+from harness import (
+    PATIENCE,
+    everything_below,
+    give_hands,
+    processes_marked,
+    processes_where,
+    run_in_server,
+    start_kernel,
+    until,
+)
 
 HOLD_SECRETS = ("token", "labkeeper.sqlite", "jpserver-", "kernel-", "jupyter_cookie_secret")
 """Files that must hold some, by how their names begin."""
@@ -35,12 +44,20 @@ class Secrets:
         """Name those that a content has, in any form."""
         raw = content if isinstance(content, bytes) else content.encode()
         wanted = {name: value for name, value in self.values.items() if name not in but}
-        return sorted(name for name, value in wanted.items() if any(form in raw for form in forms(value)))
+        return sorted(
+            name for name, value in wanted.items() if any(form in raw for form in forms(value))
+        )
 
 
 def forms(value):
     """The ways in which a secret can be written."""
-    written = {value, quote(value), quote(value, safe=""), json.dumps(value)[1:-1], value.encode().hex()}
+    written = {
+        value,
+        quote(value),
+        quote(value, safe=""),
+        json.dumps(value)[1:-1],
+        value.encode().hex(),
+    }
     # At each place within what is encoded; the characters at its ends depend on what stands beside them.
     for shift in range(3):
         code = base64.b64encode(b"x" * shift + value.encode()).decode()
@@ -55,7 +72,12 @@ def known():
 
 def test_the_search_finds_what_was_planted(known, tmp_path):
     value = known.make("planted")
-    for form in (value, quote(value, safe=""), base64.b64encode(f"a:{value}".encode()).decode(), json.dumps({"a": value})):
+    for form in (
+        value,
+        quote(value, safe=""),
+        base64.b64encode(f"a:{value}".encode()).decode(),
+        json.dumps({"a": value}),
+    ):
         assert known.within(f"before {form} after") == ["planted"], form
     assert known.within(f"before {value[:-6]} after") == []
     assert known.within(value, but=["planted"]) == []
@@ -90,13 +112,19 @@ def found_by_others(place, known):
 
 def use_everything(keeper, gateway, known):
     """Do all that the API can do; give each answer."""
-    kernel_secret, env_secret, header = (known.make(name) for name in ("kernel_env", "env", "header"))
+    kernel_secret, env_secret, header = (
+        known.make(name) for name in ("kernel_env", "env", "header")
+    )
     known.values["gateway"] = gateway.token
     answers = []
 
     def ask(method, path, **given):
         answer = keeper.http.request(method, path, **given)
-        found = json.loads(answer.text) if answer.headers.get("Content-Type") == "application/json" else {}
+        found = (
+            json.loads(answer.text)
+            if answer.headers.get("Content-Type") == "application/json"
+            else {}
+        )
         if found.get("token"):
             known.values[f"server token {len(known.values)}"] = found["token"]
         answers.append((method, path, answer))
@@ -125,7 +153,9 @@ def use_everything(keeper, gateway, known):
     assert "password=[secret]" in until(lambda: _said(ask), what="the server's words in its log")
     # Wrong tokens, in a URL and in a header, at the server and at the keeper.
     wrong = known.make("wrong")
-    httpx.get(f"{server['url']}api/status", params={"token": wrong}, trust_env=False, timeout=PATIENCE)
+    httpx.get(
+        f"{server['url']}api/status", params={"token": wrong}, trust_env=False, timeout=PATIENCE
+    )
     for where in (
         {"params": {"token": wrong}, "headers": {"Authorization": ""}},
         {"headers": {"Authorization": f"Bearer {wrong}"}},
@@ -134,25 +164,48 @@ def use_everything(keeper, gateway, known):
     os.kill(server["pid"], signal.SIGKILL)
     until(lambda: keeper.get("behind")["restarts"] == 1, what="the restart after a crash")
     ask("GET", "/api/servers/behind", params={"wait_for": "running", "wait": PATIENCE})
-    assert ask("POST", "/api/servers/behind/restart", json={"keep_kernels": True}).status_code in {200, 201}
+    assert ask("POST", "/api/servers/behind/restart", json={"keep_kernels": True}).status_code in {
+        200,
+        201,
+    }
     assert ask("POST", "/api/servers/behind/stop").status_code == 200
 
     # Bodies that are none, or wrong.
-    for body in (f'{{"name": "{wrong}', f'["{wrong}"]', json.dumps({"name": "x", "gateway_auth_token": wrong})):
-        answer = ask("POST", "/api/servers", content=body, headers={"Content-Type": "application/json"})
+    for body in (
+        f'{{"name": "{wrong}',
+        f'["{wrong}"]',
+        json.dumps({"name": "x", "gateway_auth_token": wrong}),
+    ):
+        answer = ask(
+            "POST", "/api/servers", content=body, headers={"Content-Type": "application/json"}
+        )
         assert answer.status_code in {400, 422}, answer.text
     ask("POST", "/api/servers", json={"name": "x", "env": {"A": known.make("bad") + "\0"}})
 
     # A gateway that refuses, and one that is dead.
-    refused = ask("POST", "/api/servers", json=behind | {"name": "refused", "gateway_auth_token": wrong})
+    refused = ask(
+        "POST", "/api/servers", json=behind | {"name": "refused", "gateway_auth_token": wrong}
+    )
     assert refused.status_code == 502, refused.text
     gateway.stop()
     dead = ask("POST", "/api/servers/behind/start")
     assert dead.status_code == 502, dead.text
     assert dead.json()["failure_class"] == "gateway-unreachable"
-    for path in ("/api/servers", "/api/events", "/api/orphaned-kernels", "/api/webhooks", "/metrics", "/api/openapi.json"):
+    for path in (
+        "/api/servers",
+        "/api/events",
+        "/api/orphaned-kernels",
+        "/api/webhooks",
+        "/metrics",
+        "/api/openapi.json",
+    ):
         assert ask("GET", path).status_code == 200
-    assert ask("POST", "/api/servers", json={"name": "beside", "env": {"MY_KEY": env_secret}}).status_code == 201
+    assert (
+        ask(
+            "POST", "/api/servers", json={"name": "beside", "env": {"MY_KEY": env_secret}}
+        ).status_code
+        == 201
+    )
     return answers
 
 
@@ -164,18 +217,30 @@ def _said(ask):
 def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     api_token = known.make("api")
     keeper = make_keeper(
-        token=api_token, debug="true", log_level="debug", echo_logs="true", gateway_timeout=3, stop_grace=4, gateway_period=1
+        token=api_token,
+        debug="true",
+        log_level="debug",
+        echo_logs="true",
+        gateway_timeout=3,
+        stop_grace=4,
+        gateway_period=1,
     )
     give_hands(keeper)
     keeper.start()
     answers = use_everything(keeper, gateway, known)
-    everything = {process.pid for process in processes_marked(keeper.server_dirs)} | {keeper.process.pid}
+    everything = {process.pid for process in processes_marked(keeper.server_dirs)} | {
+        keeper.process.pid
+    }
     assert len(everything) > 1
 
     # Argument lists are everybody's; an environment is its owner's, and is where a server's own variables belong.
     shown = set()
-    for process in processes_where(lambda process: everything & {process.pid, *(each.pid for each in process.parents())}):
-        with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # It has ended meanwhile.
+    for process in processes_where(
+        lambda process: everything & {process.pid, *(each.pid for each in process.parents())}
+    ):
+        with contextlib.suppress(
+            psutil.NoSuchProcess, FileNotFoundError
+        ):  # It has ended meanwhile.
             assert known.within("\0".join(process.cmdline())) == [], process
             assert Path(f"/proc/{process.pid}/environ").stat().st_mode & 0o077 == 0
             shown.add(process.pid)
@@ -186,25 +251,44 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     servers = [name for name in known.values if name.startswith("server token")]
     assert len(servers) >= 2
     for method, path, answer in answers:
-        tells = path.startswith("/api/servers") and answer.headers.get("Content-Type") == "application/json"
-        assert known.within(answer.text, but=servers if tells else ()) == [], (method, path, answer.text[:2000])
+        tells = (
+            path.startswith("/api/servers")
+            and answer.headers.get("Content-Type") == "application/json"
+        )
+        assert known.within(answer.text, but=servers if tells else ()) == [], (
+            method,
+            path,
+            answer.text[:2000],
+        )
 
     # Files: private, and only those that must have any.
     assert found_by_others(keeper.state_dir, known) == []
     for found in files_that_hold(keeper.state_dir, known):
         assert is_private(found, keeper.state_dir), found.path
         # A server's own words are in its own log, which is its owner's.
-        assert found.path.name.startswith(HOLD_SECRETS) or found.path.parent.name == "logs", found.path
+        assert found.path.name.startswith(HOLD_SECRETS) or found.path.parent.name == "logs", (
+            found.path
+        )
     assert (keeper.state_dir / "labkeeper.sqlite").is_file()
 
-    lines = [json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")]
+    lines = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
+    ]
     assert {"labkeeper.api", "labkeeper.servers", "jupyter"} <= {line["logger"] for line in lines}
     assert known.within(keeper.log.read_bytes()) == []
     assert "[secret]" in keeper.log.read_text()
-    about = [line for line in lines if "server" in line and line["logger"].startswith(("jupyter", "labkeeper.servers"))]
+    about = [
+        line
+        for line in lines
+        if "server" in line and line["logger"].startswith(("jupyter", "labkeeper.servers"))
+    ]
     assert about
     assert [line for line in about if not line.get("generation")] == []
-    echoed = {line["generation"] for line in about if (line["logger"], line["server"]) == ("jupyter", "behind")}
+    echoed = {
+        line["generation"]
+        for line in about
+        if (line["logger"], line["server"]) == ("jupyter", "behind")
+    }
     assert len(echoed) >= 3, "the first launch, the one after the crash, the restart"
     ids = {answer.headers["X-Request-Id"] for _, _, answer in answers}
     assert {line["request_id"] for line in about if "request_id" in line} <= ids
@@ -213,26 +297,46 @@ def test_a_secret_is_read_nowhere_by_who_is_not_to(make_keeper, gateway, known):
     assert known.within(keeper.log.read_bytes()) == []
 
 
-BLANKING = ("token:owner", "a-request-id", "labkeeper.servers", "starting -> running", "prober-1", "elsewhere")
+BLANKING = (
+    "token:owner",
+    "a-request-id",
+    "labkeeper.servers",
+    "starting -> running",
+    "prober-1",
+    "elsewhere",
+)
 """What a server would blank in the keeper's log, or in those of others, if its own secrets were looked for there."""
 
 
-def test_a_log_hides_the_secrets_of_its_own_server_and_tells_nothing_of_those_of_others(make_keeper):
+def test_a_log_hides_the_secrets_of_its_own_server_and_tells_nothing_of_those_of_others(
+    make_keeper,
+):
     """A server that writes its guesses into its log learns from none of them, and blanks nothing that others have written."""
     owners, others, key, password = (secrets.token_urlsafe(18) for _ in range(4))
     keeper = make_keeper(token=owners, echo_logs="true").start()
     keeper.http.headers["X-Request-Id"] = "a-request-id"
     env = {f"V{number}": value for number, value in enumerate(BLANKING)}
-    env |= {"PEM": f"-----BEGIN KEY-----\n{key}\n-----END KEY-----\n", "DB_PASSWORD": f"/{password}"}
+    env |= {
+        "PEM": f"-----BEGIN KEY-----\n{key}\n-----END KEY-----\n",
+        "DB_PASSWORD": f"/{password}",
+    }
     for name, variables in (("other", {"KEY": others}), ("prober-1", env)):
         assert keeper.post("?wait=0", name=name, env=variables).status_code == 202
     servers = [keeper.wait_for("running", name) for name in ("other", "prober-1")]
     for server in servers:
-        with httpx.Client(base_url=server["url"], params={"token": server["token"]}, timeout=PATIENCE, trust_env=False) as http:
+        with httpx.Client(
+            base_url=server["url"],
+            params={"token": server["token"]},
+            timeout=PATIENCE,
+            trust_env=False,
+        ) as http:
             for word in (others, owners, key, password, "prober-1", "last"):
                 http.get(f"elsewhere//{word}")
     in_other, in_prober = (
-        until(lambda url=f"/api/servers/{server['name']}/logs": _if_last(keeper.http.get(url).text), what="the last words")
+        until(
+            lambda url=f"/api/servers/{server['name']}/logs": _if_last(keeper.http.get(url).text),
+            what="the last words",
+        )
         for server in servers
     )
     assert others not in in_other
@@ -246,7 +350,9 @@ def test_a_log_hides_the_secrets_of_its_own_server_and_tells_nothing_of_those_of
     lines = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert not [line for line in lines if line.get("server") == "other" and others in line["event"]]
     begun = [line for line in lines if line["event"] == "starting -> running"]
-    assert sorted((line["server"], line["actor"], line["request_id"], line["logger"]) for line in begun) == [
+    assert sorted(
+        (line["server"], line["actor"], line["request_id"], line["logger"]) for line in begun
+    ) == [
         (name, "token:owner", "a-request-id", "labkeeper.servers") for name in ("other", "prober-1")
     ]
 
@@ -257,16 +363,32 @@ def test_of_a_server_that_is_deleted_no_secret_stays_on_the_disk(keeper, known):
     asked = {"name": "forgotten", "env": {"KEY": secret}, "kernel_env": {"KERNEL_KEY": kernels}}
     assert keeper.post(**asked).status_code == 201
     assert keeper.post("/forgotten/restart", idle_timeout="1h").status_code in {200, 201}
-    assert any(found.path.name.startswith("labkeeper.sqlite") for found in files_that_hold(keeper.state_dir, known))
+    assert any(
+        found.path.name.startswith("labkeeper.sqlite")
+        for found in files_that_hold(keeper.state_dir, known)
+    )
     assert keeper.delete("forgotten").status_code == 200
-    until(lambda: not files_that_hold(keeper.state_dir, known), what=lambda: str(names(files_that_hold(keeper.state_dir, known))))
+    until(
+        lambda: not files_that_hold(keeper.state_dir, known),
+        what=lambda: str(names(files_that_hold(keeper.state_dir, known))),
+    )
 
 
 def _if_last(text, times=1):
     return text if text.count("/last") >= times else None
 
 
-PAGES = ("lab", "lab/tree/x", "lab/workspaces/a", "doc/tree/x", "tree", "login", "logout", "nowhere", "files/x")
+PAGES = (
+    "lab",
+    "lab/tree/x",
+    "lab/workspaces/a",
+    "doc/tree/x",
+    "tree",
+    "login",
+    "logout",
+    "nowhere",
+    "files/x",
+)
 ASKED = tuple(f"api/{what}" for what in ("me", "status", "contents", "kernelspecs", "sessions"))
 ASKED += tuple(f"lab/api/{what}" for what in ("settings", "workspaces", "translations"))
 
@@ -298,7 +420,9 @@ def test_no_page_of_the_lab_holds_its_token_and_no_address_goes_to_other_sites(m
 
 def test_a_referrer_policy_and_other_headers_of_the_sites_own_stay(make_keeper):
     keeper = make_keeper(launch_by="exec")
-    keeper.configure_jupyter("c.ServerApp.tornado_settings = {'headers': {'Referrer-Policy': 'no-referrer', 'X-Own': '1'}}")
+    keeper.configure_jupyter(
+        "c.ServerApp.tornado_settings = {'headers': {'Referrer-Policy': 'no-referrer', 'X-Own': '1'}}"
+    )
     server = keeper.start().post().json()
     headers = httpx.get(f"{server['url']}login", trust_env=False, timeout=PATIENCE).headers
     assert (headers["Referrer-Policy"], headers["X-Own"]) == ("no-referrer", "1")

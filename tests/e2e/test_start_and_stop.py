@@ -12,9 +12,28 @@ import pytest
 import trustme
 
 from gateway_servers import KernelGateway
-from harness import alive, everything_below, free_port, port_is_free, processes_marked, run_cell, servers_in, start_kernel
+from harness import (
+    alive,
+    everything_below,
+    free_port,
+    port_is_free,
+    processes_marked,
+    run_cell,
+    servers_in,
+    start_kernel,
+)
 
-SERVER_INFO = {"base_url", "hostname", "notebook_dir", "password", "pid", "port", "secure", "token", "url"}
+SERVER_INFO = {
+    "base_url",
+    "hostname",
+    "notebook_dir",
+    "password",
+    "pid",
+    "port",
+    "secure",
+    "token",
+    "url",
+}
 
 
 def assert_gone(keeper, server):
@@ -27,7 +46,12 @@ def assert_gone(keeper, server):
 @pytest.mark.promise
 def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(keeper, gateway):
     answer = keeper.http.post(
-        "/api/servers", json={"gateway-url": gateway.url, "gateway-auth-token": gateway.token, "gateway-request-timeout": 20}
+        "/api/servers",
+        json={
+            "gateway-url": gateway.url,
+            "gateway-auth-token": gateway.token,
+            "gateway-request-timeout": 20,
+        },
     )
     assert answer.status_code == 201, answer.text
     server = answer.json()
@@ -46,19 +70,27 @@ def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(ke
     answer = keeper.delete()
     assert answer.status_code == 200, answer.text
     report = answer.json()["stop_report"]
-    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == ("shutdown", [kernel], [])
+    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == (
+        "shutdown",
+        [kernel],
+        [],
+    )
     assert kernel not in gateway.kernels()
     assert not alive(kernel_pid)
     assert_gone(keeper, server)
     assert keeper.http.get("/api/servers/default").status_code == 404
 
 
-def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and_not_without(keeper, tmp_path):
+def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and_not_without(
+    keeper, tmp_path
+):
     """Also without a client certificate, where Jupyter's own option would be without effect; the websocket too."""
     gateway = KernelGateway(tmp_path / "gateway", authority=trustme.CA()).start()
     try:
         options = {"gateway_url": gateway.url, "gateway_auth_token": gateway.token}
-        trusting = keeper.post(gateway_ca_certs=str(tmp_path / "gateway" / "ca.pem"), **options).json()
+        trusting = keeper.post(
+            gateway_ca_certs=str(tmp_path / "gateway" / "ca.pem"), **options
+        ).json()
         kernel = start_kernel(trusting)
         assert run_cell(trusting, kernel, "1+1") == "2"
         assert keeper.delete().json()["stop_report"]["kernels_stopped"] == [kernel]
@@ -72,7 +104,9 @@ def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and
 
 def test_certificates_that_cannot_be_read_fail_the_start_at_once(keeper, tmp_path):
     (tmp_path / "ca.der").write_bytes(b"\x30\x82\xff\xfe")
-    answer = keeper.post(gateway_url="https://127.0.0.1:1", gateway_ca_certs=str(tmp_path / "ca.der"))
+    answer = keeper.post(
+        gateway_url="https://127.0.0.1:1", gateway_ca_certs=str(tmp_path / "ca.der")
+    )
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
 
 
@@ -98,7 +132,13 @@ def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(kee
     )
 
     # So is one that hides its environment, as long as it has not left the tree.
-    hidden = int(run_cell(server, kernel, "print(subprocess.Popen(['/bin/sleep', '1000'], start_new_session=True, env={}).pid)"))
+    hidden = int(
+        run_cell(
+            server,
+            kernel,
+            "print(subprocess.Popen(['/bin/sleep', '1000'], start_new_session=True, env={}).pid)",
+        )
+    )
 
     report = keeper.delete().json()["stop_report"]
     assert (report["method"], report["kernels_stopped"]) == ("shutdown", [kernel])
@@ -122,7 +162,12 @@ def test_the_link_opens_the_lab_without_a_login(keeper):
 def test_a_server_is_what_its_request_asked_for(keeper):
     (keeper.notebook_dir / "class").mkdir()
     answer = keeper.post(
-        name="alice", root_dir="class", base_url="/hub/alice", default_url="/tree", env={"COLOUR": "blue"}, labels={"team": "a"}
+        name="alice",
+        root_dir="class",
+        base_url="/hub/alice",
+        default_url="/tree",
+        env={"COLOUR": "blue"},
+        labels={"team": "a"},
     )
     assert answer.status_code == 201, answer.text
     server = answer.json()

@@ -43,7 +43,10 @@ SUITES = {
     "jupyter-server": Suite(
         ROOT / "requirements" / "dev.lock",
         (
-            *(f"tests/services/{part}/test_api.py" for part in ("api", "config", "contents", "kernels", "kernelspecs")),
+            *(
+                f"tests/services/{part}/test_api.py"
+                for part in ("api", "config", "contents", "kernels", "kernelspecs")
+            ),
             *(f"tests/services/{part}/test_api.py" for part in ("nbconvert", "sessions")),
             "tests/services/kernels/test_restart_error.py",
             *("tests/test_files.py", "tests/test_terminal.py", "tests/test_view.py"),
@@ -65,7 +68,9 @@ SUITES = {
 
 def pinned(name):
     """Return a requirement as its lock has it, with the hashes."""
-    found = re.search(rf"^{name}==(?:[^\n]*\\\n)+[^\n]*", SUITES[name].lock.read_text(), re.MULTILINE)
+    found = re.search(
+        rf"^{name}==(?:[^\n]*\\\n)+[^\n]*", SUITES[name].lock.read_text(), re.MULTILINE
+    )
     return found[0]
 
 
@@ -80,10 +85,31 @@ def source_of(name):
     with tempfile.TemporaryDirectory(dir=CACHE) as place:
         wanted = Path(place) / "requirements.txt"
         wanted.write_text(requirement)
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--disable-pip-version-check",
+            "--retries",
+            "1",
+        ]
         # Its metadata are read by the build backend that is installed; else an environment would be made for that.
-        which = ["--no-deps", "--no-binary", ":all:", "--no-build-isolation", "--require-hashes", "-r", wanted, "-d", place]
-        done = subprocess.run([*pip, *which], capture_output=True, text=True, timeout=4 * PATIENCE, check=False)
+        which = [
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--no-build-isolation",
+            "--require-hashes",
+            "-r",
+            wanted,
+            "-d",
+            place,
+        ]
+        done = subprocess.run(
+            [*pip, *which], capture_output=True, text=True, timeout=4 * PATIENCE, check=False
+        )
         assert "DO NOT MATCH" not in done.stderr, done.stderr
         if done.returncode:
             pytest.skip(f"needs {name} from PyPI: {done.stderr.strip()[-300:]}")
@@ -112,7 +138,12 @@ def directories(base):
 
 def asked(base, url, token):
     """Return what the plugin has to know of a server."""
-    return {"url": url, "token": token, "root_dir": str(base / "root"), "data_dir": str(base / "data")}
+    return {
+        "url": url,
+        "token": token,
+        "root_dir": str(base / "root"),
+        "data_dir": str(base / "data"),
+    }
 
 
 @contextlib.contextmanager
@@ -121,12 +152,25 @@ def plain_lab(base):
     port, token = free_port(), uuid.uuid4().hex
     variables = directories(base)
     (base / "config" / "jupyter_server_config.py").write_text(HOLD_PORTS)
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("LABKEEPER_", "PYTEST_", "JUPYTER_"))}
-    command = [sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "--ServerApp.port_retries=0"]
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("LABKEEPER_", "PYTEST_", "JUPYTER_"))
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--allow-root",
+        "--no-browser",
+        "--ServerApp.port_retries=0",
+    ]
     with (base / "log").open("wb") as log:
         process = subprocess.Popen(
             [*command, f"--port={port}", f"--ServerApp.root_dir={base / 'root'}"],
-            env=clean | variables | {"HOME": str(base), "JUPYTER_RUNTIME_DIR": str(base / "run"), "JUPYTER_TOKEN": token},
+            env=clean
+            | variables
+            | {"HOME": str(base), "JUPYTER_RUNTIME_DIR": str(base / "run"), "JUPYTER_TOKEN": token},
             stdout=log,
             stderr=log,
         )
@@ -163,16 +207,31 @@ def run(suite, source, servers, tests, reports):
     """Run tests of a suite against each of the servers at once; return what became of each test there, and what pytest said."""
     plugins = ["-p", "outside", "-p", "no:randomly", "-p", "no:cacheprovider"]
     options = ["-c", os.devnull, "--rootdir", ".", "--noconftest", *suite.options]
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "LABKEEPER_"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTEST_", "LABKEEPER_"))
+    }
     ours = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{source}"}
     running = {}
     # Their temporary files are removed with this directory. Its path is short because they create Unix sockets in it.
     with tempfile.TemporaryDirectory() as scratch:
         for side, server in servers.items():
-            command = [sys.executable, "-m", "pytest", *plugins, *options, "--junitxml", reports / f"{side}.xml", *tests]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                *plugins,
+                *options,
+                "--junitxml",
+                reports / f"{side}.xml",
+                *tests,
+            ]
             with (reports / f"{side}.log").open("wb") as log:
                 env = clean | ours | {"SUITE_SERVER": json.dumps(server), "TMPDIR": scratch}
-                running[side] = subprocess.Popen(command, cwd=source, env=env, stdout=log, stderr=log)
+                running[side] = subprocess.Popen(
+                    command, cwd=source, env=env, stdout=log, stderr=log
+                )
         for child in running.values():
             child.wait()
     said = "\n".join((reports / f"{side}.log").read_text() for side in servers)
@@ -194,7 +253,9 @@ def outcomes(report):
 @pytest.mark.suites
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_of_others_find_a_forked_server_as_they_find_a_plain_one(name, source, servers, tmp_path):
+def test_suites_of_others_find_a_forked_server_as_they_find_a_plain_one(
+    name, source, servers, tmp_path
+):
     suite = SUITES[name]
     tests, first = suite.files, None
     # Some of these tests have a limit of time that a busy machine does not keep: a difference counts when it is there again.
@@ -207,8 +268,12 @@ def test_suites_of_others_find_a_forked_server_as_they_find_a_plain_one(name, so
         if not different:
             break
         tests = different
-    assert not different, f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n{said}"
+    assert not different, (
+        f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n{said}"
+    )
     passed = [test for test, outcome in first.items() if outcome == "passed"]
     assert len(passed) >= suite.least, said
     failed = [test for test, outcome in first.items() if outcome in {"failure", "error"}]
-    logging.getLogger(__name__).info("%s: %d pass, and these fail on both: %s", name, len(passed), failed)
+    logging.getLogger(__name__).info(
+        "%s: %d pass, and these fail on both: %s", name, len(passed), failed
+    )

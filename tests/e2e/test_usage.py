@@ -23,11 +23,19 @@ def test_what_a_kernel_takes_is_seen_beside_the_limits(keeper):
     before = until(lambda: keeper.get()["usage"], what="a sample")
     assert before["memory"] > 30 * MIB
     kernel = start_kernel(server)
-    run_cell(server, kernel, "data = bytearray(300 << 20); import time; end = time.time() + 1\nwhile time.time() < end: pass")
+    run_cell(
+        server,
+        kernel,
+        "data = bytearray(300 << 20); import time; end = time.time() + 1\nwhile time.time() < end: pass",
+    )
 
     def grown():
         usage = keeper.get()["usage"]
-        return usage if usage["memory"] > before["memory"] + 280 * MIB and usage["kernels"] == 1 else None
+        return (
+            usage
+            if usage["memory"] > before["memory"] + 280 * MIB and usage["kernels"] == 1
+            else None
+        )
 
     after = until(grown, what="the kernel is seen")
     assert after["processes"] >= 2

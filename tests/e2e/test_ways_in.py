@@ -59,10 +59,14 @@ def serial(address, authority):
 
 def local(keeper):
     path = discovery.read_socket(keeper.state_dir)
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keeper", timeout=PATIENCE)
+    return httpx.Client(
+        transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keeper", timeout=PATIENCE
+    )
 
 
-def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_with_the_keeper(make_keeper):
+def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_with_the_keeper(
+    make_keeper,
+):
     keeper = make_keeper().start()
     path = discovery.read_socket(keeper.state_dir)
     assert path == keeper.state_dir / "keeper.sock"
@@ -79,16 +83,22 @@ def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_
     assert discovery.read_socket(keeper.state_dir) is None
 
 
-def test_where_no_unix_socket_can_be_made_the_keeper_says_so_once_and_goes_on(make_keeper, tmp_path):
+def test_where_no_unix_socket_can_be_made_the_keeper_says_so_once_and_goes_on(
+    make_keeper, tmp_path
+):
     keeper = make_keeper()
     keeper.state_dir = tmp_path / ("long" * 30)
     keeper.start()
     assert discovery.read_socket(keeper.state_dir) is None
-    said = [json.loads(line) for line in keeper.log.read_text().splitlines() if "Unix socket" in line]
+    said = [
+        json.loads(line) for line in keeper.log.read_text().splitlines() if "Unix socket" in line
+    ]
     assert [entry["level"] for entry in said] == ["warning"]
 
 
-def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(make_keeper, authority, ca_file, issue):
+def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(
+    make_keeper, authority, ca_file, issue
+):
     keeper = make_keeper(**issue())
     keeper.verify = ssl.create_default_context(cafile=ca_file)
     keeper.start()
@@ -101,7 +111,9 @@ def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(make_
     del keeper.variables["LABKEEPER_CA_FILE"]
     assert keeper.cli("ls", "--url", keeper.url).returncode == 3
     # What has happened is told as it happens.
-    with keeper.http.stream("GET", "/api/events", headers={"Accept": "text/event-stream"}) as stream:
+    with keeper.http.stream(
+        "GET", "/api/events", headers={"Accept": "text/event-stream"}
+    ) as stream:
         lines = stream.iter_lines()
         assert next(lines).startswith("retry:")
         assert keeper.http.post("/api/servers", params={"wait": 0}, json={}).status_code == 202
@@ -118,7 +130,14 @@ HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck"
 def health(keeper):
     """Look as the engine of a container does; give the exit code, and what was said."""
     command = [sys.executable, HEALTHCHECK]
-    done = subprocess.run(command, env=keeper.environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    done = subprocess.run(
+        command,
+        env=keeper.environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
     return done.returncode, done.stdout
 
 
@@ -150,7 +169,9 @@ def test_a_certificate_that_cannot_be_used_ends_the_start_in_one_line(make_keepe
     assert "absent.pem (LABKEEPER_KEY_FILE)" in ended.stderr
 
 
-def test_servers_speak_tls_and_take_a_new_certificate_without_a_restart(make_keeper, authority, ca_file, issue, monkeypatch):
+def test_servers_speak_tls_and_take_a_new_certificate_without_a_restart(
+    make_keeper, authority, ca_file, issue, monkeypatch
+):
     keeper = make_keeper(**issue("lab_"), launch_by="fork").start()
     answer = keeper.post()
     assert answer.status_code == 201, answer.text
@@ -160,12 +181,16 @@ def test_servers_speak_tls_and_take_a_new_certificate_without_a_restart(make_kee
     assert server["secure"] is True
     known = {"Authorization": f"token {server['token']}"}
     trusting = ssl.create_default_context(cafile=ca_file)
-    with httpx.Client(base_url=server["url"], headers=known, verify=trusting, trust_env=False, timeout=PATIENCE) as lab:
+    with httpx.Client(
+        base_url=server["url"], headers=known, verify=trusting, trust_env=False, timeout=PATIENCE
+    ) as lab:
         kernel = lab.post("api/kernels", json={"name": "python3"}).json()["id"]
     monkeypatch.setenv("WEBSOCKET_CLIENT_CA_BUNDLE", str(ca_file))
     assert run_cell(server, kernel, "6 * 7") == "42"
     # What the keeper asks it passes, too.
-    assert [one["id"] for one in keeper.http.get("/api/servers/default/kernels").json()["kernels"]] == [kernel]
+    assert [
+        one["id"] for one in keeper.http.get("/api/servers/default/kernels").json()["kernels"]
+    ] == [kernel]
     address = ("127.0.0.1", server["port"])
     before = serial(address, authority)
     issue("lab_")
@@ -178,19 +203,30 @@ def test_a_crowd_that_only_connects_keeps_nobody_out(make_keeper):
     known = {"Authorization": f"Bearer {keeper.token}"}
     with contextlib.ExitStack() as crowd:
         for _ in range(2500):
-            crowd.enter_context(socket.create_connection(("127.0.0.1", keeper.port), timeout=PATIENCE))
-        assert httpx.get(f"{keeper.url}/api/servers", headers=known, timeout=PATIENCE, trust_env=False).status_code == 200
+            crowd.enter_context(
+                socket.create_connection(("127.0.0.1", keeper.port), timeout=PATIENCE)
+            )
+        assert (
+            httpx.get(
+                f"{keeper.url}/api/servers", headers=known, timeout=PATIENCE, trust_env=False
+            ).status_code
+            == 200
+        )
         with local(keeper) as client:
             assert client.get("/readyz").status_code == 200
 
 
-def test_the_first_server_starts_also_where_the_certificate_is_for_another_name(make_keeper, authority, tmp_path):
+def test_the_first_server_starts_also_where_the_certificate_is_for_another_name(
+    make_keeper, authority, tmp_path
+):
     leaf = authority.issue_cert("notebooks.example.org")
     leaf.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
     leaf.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
     keeper = make_keeper(cert_file=tmp_path / "cert.pem", key_file=tmp_path / "key.pem")
     with keeper.log.open("ab") as log:
-        keeper.process = subprocess.Popen(keeper.command("serve", "--start"), env=keeper.environment, stdout=log, stderr=log)
+        keeper.process = subprocess.Popen(
+            keeper.command("serve", "--start"), env=keeper.environment, stdout=log, stderr=log
+        )
     until(lambda: "JupyterLab is ready" in keeper.log.read_text(), what="a first server")
     assert keeper.process.poll() is None
     keeper.process.terminate()

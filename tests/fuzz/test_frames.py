@@ -30,14 +30,19 @@ LAUNCHES = fields_of(
     kernel_env=TEXTS,
     umask=st.integers(0, 0o777),
     config=st.dictionaries(st.text(max_size=5), TEXTS, max_size=2),
-    user=st.none() | fields_of(uid=st.integers(0), gid=st.integers(0), groups=st.lists(st.integers(0), max_size=2)),
+    user=st.none()
+    | fields_of(
+        uid=st.integers(0), gid=st.integers(0), groups=st.lists(st.integers(0), max_size=2)
+    ),
     cgroups=st.lists(st.text(), max_size=2),
     rlimits=st.dictionaries(st.text(max_size=5), st.integers(0), max_size=2),
 )
 IDS = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 SESSIONS = fields_of(path=st.text(), name=st.text(), type=st.text(), kernel_id=IDS)
 KERNELS = fields_of(
-    kernels=st.lists(IDS, max_size=3), starting=st.lists(IDS, max_size=3), sessions=st.lists(SESSIONS, max_size=3)
+    kernels=st.lists(IDS, max_size=3),
+    starting=st.lists(IDS, max_size=3),
+    sessions=st.lists(SESSIONS, max_size=3),
 )
 INFOS = fields_of(
     base_url=st.text(), hostname=st.text(), password=st.booleans(), pid=st.just(7), port=st.integers(), root_dir=st.text(),
@@ -51,7 +56,11 @@ RECORDS = fields_of(
 
 def files_of(about):
     """The bytes of a file that should hold such JSON."""
-    return about.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=200) | DEPTHS.map(nested)
+    return (
+        about.map(lambda value: json.dumps(value).encode())
+        | st.binary(max_size=200)
+        | DEPTHS.map(nested)
+    )
 
 
 def descriptors():
@@ -115,7 +124,9 @@ def test_what_is_sent_is_what_is_received(message):
 def test_a_launch_is_read_whole_or_refused(content):
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as stream:
-        sender = threading.Thread(target=lambda: (contextlib.suppress(OSError), stream.write(content), stream.close()))
+        sender = threading.Thread(
+            target=lambda: (contextlib.suppress(OSError), stream.write(content), stream.close())
+        )
         sender.start()
         try:
             generation = Launch.read(reading)

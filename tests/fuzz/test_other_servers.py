@@ -21,10 +21,25 @@ from labkeeper.testing.fakes import FakeClock
 SLOWLY = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000
 """The beginning of an answer that goes on for longer than a test may take, a byte at a time."""
 TIMES = (
-    st.sampled_from(["2026-01-01T00:00:00Z", "9999-12-31T23:59:59.999999-23:59", "0001-01-01T00:00:00+23:59", "-1"]) | st.text()
+    st.sampled_from(
+        [
+            "2026-01-01T00:00:00Z",
+            "9999-12-31T23:59:59.999999-23:59",
+            "0001-01-01T00:00:00+23:59",
+            "-1",
+        ]
+    )
+    | st.text()
 )
 KERNELS = st.lists(
-    fields_of(id=st.text(), name=st.text(), execution_state=st.text(), last_activity=TIMES, connections=st.integers()), max_size=3
+    fields_of(
+        id=st.text(),
+        name=st.text(),
+        execution_state=st.text(),
+        last_activity=TIMES,
+        connections=st.integers(),
+    ),
+    max_size=3,
 )
 STATUS = fields_of(last_activity=TIMES, kernels=st.integers(), connections=st.integers())
 EVENTS = fields_of(
@@ -33,7 +48,9 @@ EVENTS = fields_of(
 )  # fmt: skip
 TEXT_IN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
 PROBLEMS = fields_of(
-    code=st.sampled_from(["server_not_found", "start_failed", "unreachable", "nonsense"]), detail=st.text(), status=st.integers()
+    code=st.sampled_from(["server_not_found", "start_failed", "unreachable", "nonsense"]),
+    detail=st.text(),
+    status=st.integers(),
 )
 
 
@@ -47,7 +64,16 @@ def gateway(port):
 
 def endpoint(port):
     url = f"http://127.0.0.1:{port}/"
-    return Endpoint(url, "t", base_url="/", hostname="127.0.0.1", port=port, secure=False, password=False, root_dir="/")
+    return Endpoint(
+        url,
+        "t",
+        base_url="/",
+        hostname="127.0.0.1",
+        port=port,
+        secure=False,
+        password=False,
+        root_dir="/",
+    )
 
 
 @FUZZ
@@ -71,14 +97,24 @@ def test_a_server_may_answer_anything(speaker, answer):
     assert isinstance(client.answers(asked), bool)
     assert isinstance(client.proves(asked), bool)
     assert isinstance(client.shutdown(asked, timeout=2), bool)
-    for question in (client.kernels, client.load, client.activity, lambda to: client.end_kernel(to, "1")):
+    for question in (
+        client.kernels,
+        client.load,
+        client.activity,
+        lambda to: client.end_kernel(to, "1"),
+    ):
         with contextlib.suppress(BackendError):
             question(asked)
 
 
 @pytest.mark.parametrize(
     "question",
-    [JupyterClient.answers, JupyterClient.proves, JupyterClient.kernels, lambda client, to: client.shutdown(to, timeout=1)],
+    [
+        JupyterClient.answers,
+        JupyterClient.proves,
+        JupyterClient.kernels,
+        lambda client, to: client.shutdown(to, timeout=1),
+    ],
 )
 def test_a_server_that_answers_a_byte_at_a_time_holds_nobody_up(question):
     with Speaker() as slow:
@@ -92,7 +128,10 @@ def test_a_server_that_answers_a_byte_at_a_time_holds_nobody_up(question):
 @example(answer=TEXT_IN + b"text/plain; charset=hex\r\n\r\nab")
 @example(answer=TEXT_IN + b"text/plain; charset=rot13\r\n\r\nab")
 @example(answer=TEXT_IN + b"text/plain\r\nContent-Encoding: gzip\r\n\r\nab")
-@example(answer=TEXT_IN + b'application/json\r\n\r\n{"results": [{"name": "a", "status": 502, "problem": {"code": 1}}]}')
+@example(
+    answer=TEXT_IN
+    + b'application/json\r\n\r\n{"results": [{"name": "a", "status": 502, "problem": {"code": 1}}]}'
+)
 def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
     speaker.answer = answer
     with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client:
@@ -113,7 +152,9 @@ def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
 LINES = st.one_of(
     EVENTS.map(lambda event: f"data: {json.dumps(event)}"),
     st.text(),
-    st.sampled_from(['data: {"id":', 'data: {"id":1}', ": keep-alive", "event: gap", "retry: 1", ""]),
+    st.sampled_from(
+        ['data: {"id":', 'data: {"id":1}', ": keep-alive", "event: gap", "retry: 1", ""]
+    ),
 )
 
 
@@ -121,6 +162,11 @@ LINES = st.one_of(
 @given(lines=st.lists(LINES, max_size=5))
 def test_events_come_as_events_or_as_an_error_whatever_the_lines(speaker, lines):
     body = "\n".join(lines).encode(errors="replace")
-    speaker.answer = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + body
-    with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client, contextlib.suppress(LabkeeperError):
+    speaker.answer = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + body
+    )
+    with (
+        Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client,
+        contextlib.suppress(LabkeeperError),
+    ):
         assert all(isinstance(event.id, int) for event in client.follow_events())

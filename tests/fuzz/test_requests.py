@@ -19,13 +19,22 @@ from labkeeper.core.errors import InvalidSpec
 from labkeeper.schema.servers import RestartRequest
 
 REFUSED = range(400, 500)
-IN_A_HEADER = st.text(st.characters(min_codepoint=32, max_codepoint=255, blacklist_characters="\x7f"), max_size=100).map(
-    str.strip
-)
+IN_A_HEADER = st.text(
+    st.characters(min_codepoint=32, max_codepoint=255, blacklist_characters="\x7f"), max_size=100
+).map(str.strip)
 """What a client can send as the value of a header; the server below gets the rest, too."""
 METHODS = st.sampled_from([b"GET", b"POST", b"TRACE", b"OPTIONS", b"GE T", b""])
 TARGETS = st.sampled_from(
-    [b"/api/servers", b"//", b"http://[", b"*", b"/%", b"/\xff", b"/api/servers/%2e%2e/..", b"/?" + b"a" * 9000]
+    [
+        b"/api/servers",
+        b"//",
+        b"http://[",
+        b"*",
+        b"/%",
+        b"/\xff",
+        b"/api/servers/%2e%2e/..",
+        b"/?" + b"a" * 9000,
+    ]
 )
 LINES = st.lists(
     st.sampled_from(
@@ -52,7 +61,9 @@ def keeper(tmp_path_factory):
 @given(
     data=st.binary(max_size=200)
     | st.builds(
-        lambda method, target, lines, body: b"\r\n".join([method + b" " + target + b" HTTP/1.1", *lines, b"", body]),
+        lambda method, target, lines, body: b"\r\n".join(
+            [method + b" " + target + b" HTTP/1.1", *lines, b"", body]
+        ),
         METHODS,
         TARGETS,
         LINES,
@@ -61,7 +72,10 @@ def keeper(tmp_path_factory):
 )
 def test_noise_instead_of_a_request_is_refused(keeper, data):
     """Nobody without a token gets more than a refusal, whatever they send; nor does a keeper fall silent."""
-    with socket.create_connection(("127.0.0.1", keeper.port), timeout=10) as caller, contextlib.suppress(ConnectionError):
+    with (
+        socket.create_connection(("127.0.0.1", keeper.port), timeout=10) as caller,
+        contextlib.suppress(ConnectionError),
+    ):
         caller.sendall(data.replace(b"<long>", b"a" * 70_000))
         with contextlib.suppress(OSError):  # The keeper may have had enough, and closed it already.
             caller.shutdown(socket.SHUT_WR)
@@ -74,7 +88,13 @@ def test_noise_instead_of_a_request_is_refused(keeper, data):
 
 
 @FUZZ
-@given(query=st.dictionaries(st.sampled_from(["cursor", "label", "state", "limit", "x"]), st.text(max_size=40), max_size=3))
+@given(
+    query=st.dictionaries(
+        st.sampled_from(["cursor", "label", "state", "limit", "x"]),
+        st.text(max_size=40),
+        max_size=3,
+    )
+)
 def test_a_list_may_be_asked_for_in_any_way(keeper, query):
     assert keeper.http.get("/api/servers", params=query).status_code in {200, 422}
 
@@ -100,7 +120,10 @@ def test_a_last_event_id_is_a_number_or_refused(keeper, last):
 
 @FUZZ
 @given(
-    headers=st.fixed_dictionaries({}, optional=dict.fromkeys(("X-Request-Id", "Host", "Accept", "Origin", "Cookie"), IN_A_HEADER))
+    headers=st.fixed_dictionaries(
+        {},
+        optional=dict.fromkeys(("X-Request-Id", "Host", "Accept", "Origin", "Cookie"), IN_A_HEADER),
+    )
 )
 def test_headers_may_hold_anything(keeper, headers):
     sent = {name: value.encode("latin-1") for name, value in headers.items()}
@@ -110,18 +133,29 @@ def test_headers_may_hold_anything(keeper, headers):
 
 
 BODIES = (
-    fields_of(**{name: st.text() | st.dictionaries(st.text(), st.text(), max_size=2) for name in RestartRequest.model_fields})
+    fields_of(
+        **{
+            name: st.text() | st.dictionaries(st.text(), st.text(), max_size=2)
+            for name in RestartRequest.model_fields
+        }
+    )
     | st.dictionaries(st.text(), JSON, max_size=2)
     | JSON
 )
 
 
 @FUZZ
-@given(body=BODIES.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100) | DEPTHS.map(nested))
+@given(
+    body=BODIES.map(lambda value: json.dumps(value).encode())
+    | st.binary(max_size=100)
+    | DEPTHS.map(nested)
+)
 @example(body=b'{"env": {"A": "\\ud800"}}')
 @example(body=b'{"idle_timeout": ' + b"9" * 5000 + b"}")
 def test_a_body_may_be_anything(keeper, body):
     """Of a server that there is none of, so that what is right asks for nothing."""
-    answer = keeper.http.post("/api/servers/nobody/restart", content=body, headers={"Content-Type": "application/json"})
+    answer = keeper.http.post(
+        "/api/servers/nobody/restart", content=body, headers={"Content-Type": "application/json"}
+    )
     assert answer.status_code in {400, 404, 422}, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"

@@ -20,7 +20,9 @@ VALUES = st.text(st.characters(blacklist_characters="\0", codec="utf-8")) | st.s
 NAMES = st.sampled_from(sorted(Settings.model_fields))
 TOML = st.recursive(
     st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2),
+    lambda inner: (
+        st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+    ),
     max_leaves=4,
 )
 
@@ -47,12 +49,18 @@ def settled(environment):
 @example(given_={"LABKEEPER_WEBHOOK_SECRET_FILE": "\n"})
 def test_the_environment_may_hold_anything(tmp_path, given_):
     settled(
-        {"HOME": str(tmp_path)} | {name: os.fsencode(value).decode(errors="surrogateescape") for name, value in given_.items()}
+        {"HOME": str(tmp_path)}
+        | {
+            name: os.fsencode(value).decode(errors="surrogateescape")
+            for name, value in given_.items()
+        }
     )
 
 
 @FUZZ
-@given(content=st.dictionaries(NAMES, TOML, max_size=3) | st.dictionaries(st.text(), TOML, max_size=2))
+@given(
+    content=st.dictionaries(NAMES, TOML, max_size=3) | st.dictionaries(st.text(), TOML, max_size=2)
+)
 @example(content={"state_dir": "\0"})
 @example(content={"token_file": "\0"})
 @example(content={"\n": True})
@@ -66,7 +74,11 @@ def test_a_file_may_set_anything_to_anything(tmp_path, content):
 
 def as_toml(value):
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(name)} = {as_toml(inner)}" for name, inner in value.items()) + "}"
+        return (
+            "{"
+            + ", ".join(f"{json.dumps(name)} = {as_toml(inner)}" for name, inner in value.items())
+            + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(map(as_toml, value)) + "]"
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)

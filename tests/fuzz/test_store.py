@@ -18,7 +18,11 @@ from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
-TABLES = {"servers": ("name", "snapshot"), "orphans": ("kernel_id", "kernel"), "history": ("server", "entry")}
+TABLES = {
+    "servers": ("name", "snapshot"),
+    "orphans": ("kernel_id", "kernel"),
+    "history": ("server", "entry"),
+}
 CELLS = JSON.map(json.dumps) | st.text() | DEPTHS.map(nested).map(bytes.decode)
 
 
@@ -59,7 +63,11 @@ def test_a_row_may_hold_any_text(path, table, cell, as_bytes):
     key, column = TABLES[table]
     value = "CAST(? AS TEXT)"  # Of bytes it makes a text that is none.
     with written_into(path) as db:
-        given_ = cell.encode(errors="surrogatepass") + b"\xff" if as_bytes else cell.encode(errors="replace")
+        given_ = (
+            cell.encode(errors="surrogatepass") + b"\xff"
+            if as_bytes
+            else cell.encode(errors="replace")
+        )
         db.execute(f"INSERT INTO {table} ({key}, {column}) VALUES ('a', {value})", (given_,))
     read_all(path)
 
@@ -96,8 +104,13 @@ def test_any_byte_of_the_file_may_be_another(path, data):
 def test_what_sqlite_says_of_damage_may_be_no_text(path):
     """It quotes the file."""
     other = path.with_name("other.sqlite")
-    other.write_bytes(path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY"))
-    with pytest.raises(StoreError, match="not text"), contextlib.closing(SqliteStore(other)) as store:
+    other.write_bytes(
+        path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY")
+    )
+    with (
+        pytest.raises(StoreError, match="not text"),
+        contextlib.closing(SqliteStore(other)) as store,
+    ):
         store.webhook("https://hook")
 
 

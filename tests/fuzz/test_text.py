@@ -40,7 +40,11 @@ PIECES = st.sampled_from(
         "=",
     ]
 )
-HOSTILE = st.lists(PIECES, max_size=8).map("".join).flatmap(lambda text: st.integers(1, 3000).map(lambda times: text * times))
+HOSTILE = (
+    st.lists(PIECES, max_size=8)
+    .map("".join)
+    .flatmap(lambda text: st.integers(1, 3000).map(lambda times: text * times))
+)
 LONG = 200_000
 
 
@@ -90,7 +94,10 @@ COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 
 @FUZZ
 @given(
-    st.lists(st.sampled_from(["\x1b", "\x1b[", "m", "0", ";", "31", "\n", "\r", "\x9b", "]52;", "\x07"]) | st.text()).map("".join)
+    st.lists(
+        st.sampled_from(["\x1b", "\x1b[", "m", "0", ";", "31", "\n", "\r", "\x9b", "]52;", "\x07"])
+        | st.text()
+    ).map("".join)
 )
 @example("\x1b[" * 50_000)
 @example("\x1b[1m" * 50_000 + "\r")
@@ -98,13 +105,21 @@ def test_no_text_gives_a_terminal_orders(text):
     """But for colours, and those end with their line; what has no control characters stays as it is."""
     shown = visible(text)
     plain = COLOUR.sub("", shown).replace("\r\n", "\n")
-    assert [letter for letter in plain if unicodedata.category(letter) == "Cc" and letter not in "\t\n"] == []
-    assert all(found[-1] in {"\x1b[m", "\x1b[0m"} for line in shown.split("\n") if (found := COLOUR.findall(line)))
+    assert [
+        letter for letter in plain if unicodedata.category(letter) == "Cc" and letter not in "\t\n"
+    ] == []
+    assert all(
+        found[-1] in {"\x1b[m", "\x1b[0m"}
+        for line in shown.split("\n")
+        if (found := COLOUR.findall(line))
+    )
     assert shown == text or any(unicodedata.category(letter) == "Cc" for letter in text)
     assert visible_line(text).count("\n") == 0
 
 
-SECRETS = st.sampled_from(["KEY", "SeCrEt", "lk_" + "0a" * 6 + "_" + "w" * 43, "Bearer ", "kE7f-abcd", "kE7f", "variable"])
+SECRETS = st.sampled_from(
+    ["KEY", "SeCrEt", "lk_" + "0a" * 6 + "_" + "w" * 43, "Bearer ", "kE7f-abcd", "kE7f", "variable"]
+)
 
 
 @FUZZ
@@ -115,13 +130,22 @@ def test_to_pass_by_what_has_no_secret_changes_nothing(text):
 
 
 @FUZZ
-@given(st.text(), st.text(st.characters(codec="utf-8", blacklist_categories=["Cc"]), min_size=8, max_size=40), st.text())
+@given(
+    st.text(),
+    st.text(st.characters(codec="utf-8", blacklist_categories=["Cc"]), min_size=8, max_size=40),
+    st.text(),
+)
 def test_what_is_known_as_a_secret_is_in_no_line(before, secret, after):
-    assert secret in HIDDEN or secret not in scrub(f"{before}{secret}{after}", Secrets(secret)).replace(HIDDEN, "\0")
+    assert secret in HIDDEN or secret not in scrub(
+        f"{before}{secret}{after}", Secrets(secret)
+    ).replace(HIDDEN, "\0")
 
 
 @FUZZ
-@given(st.builds(Exit, code=st.none() | st.integers(), signal=st.none() | st.text()), st.lists(st.text() | HOSTILE, max_size=3))
+@given(
+    st.builds(Exit, code=st.none() | st.integers(), signal=st.none() | st.text()),
+    st.lists(st.text() | HOSTILE, max_size=3),
+)
 def test_every_end_has_a_cause(end, tail):
     kind, line = cause_of(end, tail)
     assert isinstance(kind, FailureClass)

@@ -40,8 +40,12 @@ BOOT = """
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    code = textwrap.dedent(BOOT).format(late=sorted(LATE), port=free_port(), state_dir=str(tmp_path_factory.mktemp("state")))
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = textwrap.dedent(BOOT).format(
+        late=sorted(LATE), port=free_port(), state_dir=str(tmp_path_factory.mktemp("state"))
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
     assert ended.returncode == 0, ended.stderr
     names, threads = ended.stdout.split("|")
     return names.split(), int(threads)

@@ -64,7 +64,10 @@ def serving(notebook_dir):
 @pytest.fixture(autouse=True)
 def state_dir(tmp_path, monkeypatch):
     """A state directory of this test, and an environment that says nothing else."""
-    for name in [name for name in os.environ if name.startswith("LABKEEPER_")] + ["NO_COLOR", "FORCE_COLOR"]:
+    for name in [name for name in os.environ if name.startswith("LABKEEPER_")] + [
+        "NO_COLOR",
+        "FORCE_COLOR",
+    ]:
         monkeypatch.delenv(name, raising=False)
     directory = tmp_path / "state"
     directory.mkdir()
@@ -102,7 +105,11 @@ def at_terminal(*arguments, code=0):
     primary, secondary = os.openpty()
     termios.tcsetwinsize(secondary, (40, 100))
     try:
-        with os.fdopen(secondary, "w") as terminal, contextlib.redirect_stdout(terminal), contextlib.redirect_stderr(terminal):
+        with (
+            os.fdopen(secondary, "w") as terminal,
+            contextlib.redirect_stdout(terminal),
+            contextlib.redirect_stderr(terminal),
+        ):
             with pytest.raises(SystemExit) as ended:
                 cli.main(list(arguments), prog_name="labkeeper")
             # What is written comes through in pieces, and is lost when the terminal is closed too early.
@@ -121,7 +128,9 @@ def at_terminal(*arguments, code=0):
 def process(*arguments, **options):
     """Start the command line as a user does."""
     command = [sys.executable, "-m", "labkeeper", *arguments]
-    return subprocess.Popen(command, text=True, stderr=subprocess.PIPE, **({"stdout": subprocess.PIPE} | options))
+    return subprocess.Popen(
+        command, text=True, stderr=subprocess.PIPE, **({"stdout": subprocess.PIPE} | options)
+    )
 
 
 # Help
@@ -160,7 +169,9 @@ def test_every_setting_but_a_secret_is_a_flag():
     for name, field in Settings.model_fields.items():
         flag = f" --{name.replace('_', '-')} "
         assert (flag in text) is (name not in SECRETS), name
-        assert (f"LABKEEPER_{name.upper()};" in text or f"LABKEEPER_{name.upper()}]" in text) is (name not in SECRETS), name
+        assert (f"LABKEEPER_{name.upper()};" in text or f"LABKEEPER_{name.upper()}]" in text) is (
+            name not in SECRETS
+        ), name
         assert name in SECRETS or field.description in text, name
         assert ("SecretStr" in str(field.annotation)) is (name in SECRETS), name
 
@@ -169,7 +180,9 @@ def test_every_setting_but_a_secret_is_a_flag():
 def chosen(monkeypatch):
     """What `serve` was called with, instead of serving."""
     calls = []
-    monkeypatch.setattr(serve, "run", lambda settings, **others: calls.append((settings, others)) or 0)
+    monkeypatch.setattr(
+        serve, "run", lambda settings, **others: calls.append((settings, others)) or 0
+    )
     return calls
 
 
@@ -191,7 +204,12 @@ def test_flags_win_over_the_environment(chosen, monkeypatch, tmp_path):
         "--start",
     )
     settings, others = chosen[0]
-    assert (settings.port, settings.lab_port, settings.debug, settings.log_format) == (8003, 8002, True, "json")
+    assert (settings.port, settings.lab_port, settings.debug, settings.log_format) == (
+        8003,
+        8002,
+        True,
+        "json",
+    )
     assert (settings.stop_grace, settings.state_dir, others["first"]) == (2.5, tmp_path / "x", True)
     run("--state-dir", "/before", "serve", "--state-dir", "/after", "--no-debug")
     settings, others = chosen[1]
@@ -237,14 +255,39 @@ def test_start_prints_the_link_and_nothing_else(served):
 def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
     """Each option reaches the server; `~` and relative directories mean the caller's."""
     (tmp_path / "here").mkdir()
-    options = ["--gateway-url", "http://gw:1", "--port", "9000", "--base-url", "/a", "--default-url", "/lab/tree/x"]
+    options = [
+        "--gateway-url",
+        "http://gw:1",
+        "--port",
+        "9000",
+        "--base-url",
+        "/a",
+        "--default-url",
+        "/lab/tree/x",
+    ]
     options += ["--description", "for the course", "--json"]
-    options += ["--env", "A=1=2", "--label", "team=blue", "--label", "empty=", "-o", "ServerApp.quit_button=false"]
+    options += [
+        "--env",
+        "A=1=2",
+        "--label",
+        "team=blue",
+        "--label",
+        "empty=",
+        "-o",
+        "ServerApp.quit_button=false",
+    ]
     with contextlib.chdir(tmp_path):
         server = json.loads(run("start", "demo", "--root-dir", "here", *options).stdout)
     assert (server["name"], server["root_dir"]) == ("demo", str(tmp_path / "here"))
-    assert (server["gateway"]["url"], server["port"], server["base_url"]) == ("http://gw:1", 9000, "/a/")
-    assert (server["default_url"], server["labels"]) == ("/lab/tree/x", {"team": "blue", "empty": ""})
+    assert (server["gateway"]["url"], server["port"], server["base_url"]) == (
+        "http://gw:1",
+        9000,
+        "/a/",
+    )
+    assert (server["default_url"], server["labels"]) == (
+        "/lab/tree/x",
+        {"team": "blue", "empty": ""},
+    )
     assert server["jupyter_options"] == {"ServerApp.quit_button": False}
     assert server["description"] == "for the course"
     assert re.search("description +for the course", run("show", "demo").stdout)
@@ -260,16 +303,25 @@ def test_an_option_of_jupyter_is_json(served):
 def test_the_whole_request_may_come_as_json(served, tmp_path):
     """A file, or stdin, gives every field; options win over it."""
     spec = tmp_path / "spec.json"
-    spec.write_text('{"name": "x", "gateway-url": "http://gw:1", "gateway_headers": {"X-Team": "blue"}}')
-    server = json.loads(run("start", "--json-spec", str(spec), "--gateway-url", "http://gw:2", "--json").stdout)
+    spec.write_text(
+        '{"name": "x", "gateway-url": "http://gw:1", "gateway_headers": {"X-Team": "blue"}}'
+    )
+    server = json.loads(
+        run("start", "--json-spec", str(spec), "--gateway-url", "http://gw:2", "--json").stdout
+    )
     assert (server["name"], server["gateway"]["url"]) == ("x", "http://gw:2")
-    server = json.loads(run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout)
+    server = json.loads(
+        run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout
+    )
     assert (server["name"], server["port"]) == ("y", 9001)
     nested = '{"name": "n", "gateway": {"url": "http://gw:1", "required": false}, "limits": {"memory": 1073741824}}'
     options = ["--gateway-url", "http://gw:3", "--memory-limit", "512M", "--cpu-limit", "2"]
     server = json.loads(run("start", "--json-spec", "-", *options, "--json", input=nested).stdout)
     assert (server["gateway"]["url"], server["gateway"]["required"]) == ("http://gw:3", False)
-    assert {name: limit["limit"] for name, limit in server["limits"].items()} == {"memory": 512 * 2**20, "cpus": 2.0}
+    assert {name: limit["limit"] for name, limit in server["limits"].items()} == {
+        "memory": 512 * 2**20,
+        "cpus": 2.0,
+    }
     twice = '{"gateway_url": "http://gw:1", "gateway": {"url": "http://gw:1"}}'
     assert (
         "gateway_url: is gateway.url by another name"
@@ -279,11 +331,25 @@ def test_the_whole_request_may_come_as_json(served, tmp_path):
 
 def test_start_has_an_option_for_each_field_of_a_request_but_for_secrets():
     """What stands on a command line can be read by other users of the machine."""
-    flags = {flag for option in start._request_options() for flag in (*option.opts, *option.secondary_opts)}
-    fields = {name for name, _ in flat_fields(ServerRequest)} - {"name", "labels", "jupyter_options"}
+    flags = {
+        flag
+        for option in start._request_options()
+        for flag in (*option.opts, *option.secondary_opts)
+    }
+    fields = {name for name, _ in flat_fields(ServerRequest)} - {
+        "name",
+        "labels",
+        "jupyter_options",
+    }
     secret = {"gateway_auth_token", "gateway_headers"}
     expected = {f"--{name.replace('_', '-')}" for name in fields - secret}
-    assert flags == expected | {"--label", "--option", "-o", "--no-require-gateway", "--no-gateway-validate-cert"}
+    assert flags == expected | {
+        "--label",
+        "--option",
+        "-o",
+        "--no-require-gateway",
+        "--no-gateway-validate-cert",
+    }
 
 
 @pytest.mark.parametrize(
@@ -317,7 +383,9 @@ def test_start_need_not_wait(served):
 
 def test_a_failed_start_shows_the_last_log_lines(served):
     """The cause and the end of the log are on stderr, and the exit code is 1."""
-    served.world.temper("default").refusal = BackendRefused("cannot start: boom", log_tail=["one", "two"])
+    served.world.temper("default").refusal = BackendRefused(
+        "cannot start: boom", log_tail=["one", "two"]
+    )
     result = run("start", code=1)
     assert result.stdout == ""
     assert result.stderr.splitlines() == ["labkeeper: cannot start: boom", "  | one", "  | two"]
@@ -334,7 +402,9 @@ def test_ls_in_a_pipe_is_plain_aligned_columns(served, tmp_path):
     run("start", "a-much-longer-name", "--gateway-url", "http://gw:1")
     run("stop", "a-much-longer-name")
     lines = run("ls").stdout.splitlines()
-    assert {line.index(word) for line, word in zip(lines, ["STATE", "stopped", "running"], strict=True)} == {20}
+    assert {
+        line.index(word) for line, word in zip(lines, ["STATE", "stopped", "running"], strict=True)
+    } == {20}
     assert lines[1].split()[-3:] == ["-", str(tmp_path), "http://gw:1"]
     assert ":8888/lab " in lines[2]
     assert "token" not in "".join(lines)
@@ -347,7 +417,9 @@ def test_ls_filters(served):
     run("stop", "b")
 
     def names(*filters):
-        return [server["name"] for server in json.loads(run("ls", "--json", *filters).stdout)["servers"]]
+        return [
+            server["name"] for server in json.loads(run("ls", "--json", *filters).stdout)["servers"]
+        ]
 
     assert names() == ["a", "b"]
     assert names("--label", "team=blue") == names("--state", "running") == ["a"]
@@ -358,7 +430,9 @@ def test_ls_filters(served):
 def test_ls_json_is_the_apis(served):
     """`--json` prints what the API answers, secrets included."""
     run("start")
-    api = served.app.test_client().get("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, base_url=served.url)
+    api = served.app.test_client().get(
+        "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, base_url=served.url
+    )
     assert json.loads(run("ls", "--json").stdout) == api.get_json()
 
 
@@ -474,7 +548,12 @@ def test_stop_need_not_wait(served):
 
 def test_kernels_that_may_be_left_are_named(capsys):
     """What may still run on a gateway is told on stderr."""
-    report = {"method": "shutdown", "seconds": 0.25, "kernels_stopped": ["k1", "k2"], "kernels_left": ["k3"]}
+    report = {
+        "method": "shutdown",
+        "seconds": 0.25,
+        "kernels_stopped": ["k1", "k2"],
+        "kernels_left": ["k3"],
+    }
     servers._show_stopped(a_server(state="stopped", goal="down", stop_report=report), as_json=False)
     said = capsys.readouterr()
     assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
@@ -502,7 +581,16 @@ def test_kernels_are_kept_or_it_is_said_why_not(served):
 
 
 def test_a_server_shows_its_gateway_and_what_waits_for_it(served):
-    made = run("start", "x", "--gateway-url", "http://g:1", "--kernel-env", "KERNEL_A=1", "--no-require-gateway", "--json")
+    made = run(
+        "start",
+        "x",
+        "--gateway-url",
+        "http://g:1",
+        "--kernel-env",
+        "KERNEL_A=1",
+        "--no-require-gateway",
+        "--json",
+    )
     gateway = json.loads(made.stdout)["gateway"]
     assert (gateway["required"], gateway["kernel_env_passed"]) == (False, ["KERNEL_A"])
     assert re.search(r"^gateway +http://g:1$", run("show", "x").stdout, re.MULTILINE)
@@ -519,14 +607,25 @@ HEALTH = {
     "kernel_env_passed": [],
     "kernel_env_if_allowed": [],
 }
-REFUSED = {"failure_class": "gateway-refused", "message": "the gateway http://g:1 refuses", "exit": None, "log_tail": []}
+REFUSED = {
+    "failure_class": "gateway-refused",
+    "message": "the gateway http://g:1 refuses",
+    "exit": None,
+    "log_tail": [],
+}
 
 
 @pytest.mark.parametrize(
     ("health", "said"),
     [
-        ({"reachable": True, "error": None, "kernelspecs": 1}, "http://g:1 (answers, 1 kernelspec)"),
-        ({"reachable": True, "error": None, "kernelspecs": 2}, "http://g:1 (answers, 2 kernelspecs)"),
+        (
+            {"reachable": True, "error": None, "kernelspecs": 1},
+            "http://g:1 (answers, 1 kernelspec)",
+        ),
+        (
+            {"reachable": True, "error": None, "kernelspecs": 2},
+            "http://g:1 (answers, 2 kernelspecs)",
+        ),
         (
             {"reachable": False, "error": REFUSED, "kernelspecs": None},
             "http://g:1 (not usable since 2026-01-01T00:00:00Z: the gateway http://g:1 refuses)",
@@ -557,9 +656,14 @@ def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(served, monkeypatch):
     """Not in logs, facts, lists, events and errors, whatever a server's log, its failure, or its directory says."""
     # As a keeper has it that took it before such text was refused.
     monkeypatch.setattr(Server, "root_dir", property(lambda _: f"/x{EVIL}\nforged"), raising=False)
-    served.world.temper("default").refusal = BackendRefused(f"cannot start: {EVIL}", log_tail=[EVIL])
+    served.world.temper("default").refusal = BackendRefused(
+        f"cannot start: {EVIL}", log_tail=[EVIL]
+    )
     served.world.write("default", f"\x1b[31mred\x1b[0m {EVIL}")
-    shown = [at_terminal("start", code=1), *(at_terminal(command) for command in ("logs", "show", "ls", "events"))]
+    shown = [
+        at_terminal("start", code=1),
+        *(at_terminal(command) for command in ("logs", "show", "ls", "events")),
+    ]
     for text in shown:
         assert r"\x1b]52;c;eA==\x07\x9b2J" in text.replace("\r\n", "")
         assert not {"\x07", "\x9b"} & set(text)
@@ -578,7 +682,9 @@ def test_logs_follow_until_the_server_has_ended(served):
     assert (out, err, following.returncode) == ("pid 1000 ended: exit code 0\n", "", 0)
 
 
-def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_know_its_user(tmp_path, state_dir):
+def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_know_its_user(
+    tmp_path, state_dir
+):
     """It may not be able to tell them from what a server has left behind; who can read the token is no such thing."""
     path = os.path.relpath(state_dir / "keeper.sock")
     with (
@@ -589,7 +695,9 @@ def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_
         door.bind(path)
         server = WsgiServer(create_app(made.services), [door], threads=4, max_body=2**20)
         server.start()
-        (state_dir / "keeper.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "pid": os.getpid(), "socket": path}))
+        (state_dir / "keeper.json").write_text(
+            json.dumps({"url": "http://127.0.0.1:1", "pid": os.getpid(), "socket": path})
+        )
         assert "without a token" in run("whoami", code=1).stderr
         (state_dir / "token").write_text(TOKEN + "\n")
         assert run("whoami").stdout.startswith("token:owner")
@@ -634,7 +742,11 @@ def test_open_opens_the_link(served, monkeypatch):
     assert run("open").stdout == ""
     (once,) = opened
     assert re.fullmatch(rf"{served.url}/open/[\w-]{{43}}", once)
-    assert httpx.get(once).headers["Location"].startswith("http://127.0.0.1:8888/login?token=token-of-")
+    assert (
+        httpx.get(once)
+        .headers["Location"]
+        .startswith("http://127.0.0.1:8888/login?token=token-of-")
+    )
     assert httpx.get(once).status_code == 410
     assert run("open", "--print").stdout == link
     monkeypatch.setattr(webbrowser, "open", lambda _link: False)
@@ -671,14 +783,27 @@ def test_token_prints_the_token_alone(served, monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
     assert run("token").stdout == "another-token-of-the-tests\n"
     monkeypatch.delenv("LABKEEPER_TOKEN")
-    assert "cannot find a token in /nowhere" in run("token", "--state-dir", "/nowhere", code=2).stderr
+    assert (
+        "cannot find a token in /nowhere" in run("token", "--state-dir", "/nowhere", code=2).stderr
+    )
 
 
 def test_tokens_are_made_listed_and_revoked(served):
     """A new token is the one line on stdout, to be put into a variable; it is shown this once."""
     empty = run("token", "ls").stdout
     assert empty.split() == ["NAME", "SCOPE", "FOR", "EXPIRES", "LAST", "USED"]
-    options = ["--scope", "manage", "--server", "ci-*", "--label", "team=blue", "--user", "ada", "--expires", "30d"]
+    options = [
+        "--scope",
+        "manage",
+        "--server",
+        "ci-*",
+        "--label",
+        "team=blue",
+        "--user",
+        "ada",
+        "--expires",
+        "30d",
+    ]
     (text,) = run("token", "create", "ci", *options).stdout.splitlines()
     assert text.startswith("lk_")
     me = run("whoami", env={"LABKEEPER_TOKEN": text}).stdout
@@ -689,11 +814,17 @@ def test_tokens_are_made_listed_and_revoked(served):
     rows = run("token", "ls").stdout.splitlines()
     assert re.fullmatch(r"all +read +all servers +never +never", rows[1])
     assert re.fullmatch(r"ci +manage +ci-\*, team=blue, as ada +20\S+Z +0 s ago|ci .* ago", rows[2])
-    assert [one["name"] for one in json.loads(run("token", "ls", "--json").stdout)["tokens"]] == ["all", "ci"]
+    assert [one["name"] for one in json.loads(run("token", "ls", "--json").stdout)["tokens"]] == [
+        "all",
+        "ci",
+    ]
     assert run("token", "revoke", "ci").stdout == ""
     assert "cannot find token 'ci'" in run("token", "revoke", "ci", code=1).stderr
     assert "cannot find token 'No Name'" in run("token", "revoke", "No Name", code=1).stderr
-    assert "is not KEY=VALUE" in run("token", "create", "x", "--scope", "read", "--label", "team", code=2).stderr
+    assert (
+        "is not KEY=VALUE"
+        in run("token", "create", "x", "--scope", "read", "--label", "team", code=2).stderr
+    )
 
 
 def test_at_a_terminal_commands_about_tokens_say_what_they_did(served):
@@ -773,7 +904,9 @@ def ended_pid():
 ANOTHER = "another-token-of-the-tests"
 
 
-@pytest.mark.parametrize("said", [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}])
+@pytest.mark.parametrize(
+    "said", [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}]
+)
 def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, monkeypatch, said):
     """Not to the default port, nor to where a keeper that was killed has answered; with a token of one's own neither."""
     url, sent = squatter
@@ -783,7 +916,10 @@ def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, mo
         (state_dir / "keeper.json").write_text(json.dumps({"url": url} | pid))
     for _ in range(2):
         told = run("ls", code=3).stderr
-        assert f"cannot find a keeper: none runs on the state directory {state_dir}; `labkeeper serve` starts one" in told
+        assert (
+            f"cannot find a keeper: none runs on the state directory {state_dir}; `labkeeper serve` starts one"
+            in told
+        )
         monkeypatch.setenv("LABKEEPER_TOKEN", ANOTHER)
     assert sent == []
 
@@ -822,7 +958,10 @@ def test_the_generated_token_is_shown_to_the_keeper_that_made_it_only(served, sq
 def test_without_a_keeper_each_command_ends_with_3(command):
     """One line says which address was tried and how a keeper is started."""
     result = run(command, "--url", "http://127.0.0.1:1", code=3)
-    assert re.fullmatch(r"labkeeper: cannot reach a keeper at http://127\.0\.0\.1:1: .*`labkeeper serve`\n", result.stderr)
+    assert re.fullmatch(
+        r"labkeeper: cannot reach a keeper at http://127\.0\.0\.1:1: .*`labkeeper serve`\n",
+        result.stderr,
+    )
 
 
 @pytest.mark.parametrize(
@@ -879,7 +1018,9 @@ def test_a_name_that_cannot_be_is_not_found():
 
 def test_errors_at_a_terminal_are_coloured():
     """The word that begins the line is red there."""
-    assert at_terminal("--url", "ftp://x", "ls", code=2).startswith("\x1b[31m\x1b[1mlabkeeper:\x1b[0m cannot use")
+    assert at_terminal("--url", "ftp://x", "ls", code=2).startswith(
+        "\x1b[31m\x1b[1mlabkeeper:\x1b[0m cannot use"
+    )
 
 
 def test_a_full_disk_is_one_line_too():
@@ -918,7 +1059,9 @@ def test_what_is_quick_shows_nothing(served):
 
 def test_an_unreachable_backend_is_told_in_the_keepers_words(served):
     """A 503 is a no of the keeper, not a missing keeper."""
-    served.app.view_functions["list_servers"] = lambda **_: (_ for _ in ()).throw(BackendUnavailable("cannot list: later"))
+    served.app.view_functions["list_servers"] = lambda **_: (_ for _ in ()).throw(
+        BackendUnavailable("cannot list: later")
+    )
     assert run("ls", code=1).stderr == "labkeeper: cannot list: later\n"
 
 
@@ -927,17 +1070,22 @@ def test_an_unreachable_backend_is_told_in_the_keepers_words(served):
 
 def test_help_and_ls_import_no_more_than_they_need():
     """Help is there before anything heavy is imported."""
-    code = (
-        "import sys, labkeeper.cli; print(sorted({'rich', 'httpx', 'flask', 'pydantic', 'labkeeper.serve'} & set(sys.modules)))"
+    code = "import sys, labkeeper.cli; print(sorted({'rich', 'httpx', 'flask', 'pydantic', 'labkeeper.serve'} & set(sys.modules)))"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+        == "[]\n"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_letters_that_the_terminal_lacks_do_no_harm(served):
     """A log line that cannot be written in the terminal's encoding is written with escapes."""
     run("start")
     served.world.write("default", "ż")
-    with process("logs", "-n", "1", env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"}) as reading:
+    with process(
+        "logs", "-n", "1", env={**os.environ, "PYTHONIOENCODING": "iso-8859-1"}
+    ) as reading:
         out, _ = reading.communicate(timeout=30)
     assert (out, reading.returncode) == ("\\u017c\n", 0)
 
@@ -953,7 +1101,10 @@ def test_idle_explains_all_servers_or_one(served):
     assert [line.split()[0] for line in told[1:]] == ["a", "b"]
     assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
     assert json.loads(run("idle", "b", "--json").stdout)["standing"] == "off"
-    assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == ["a", "b"]
+    assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == [
+        "a",
+        "b",
+    ]
     assert re.search(r"^idle timeout +2 h$", run("show", "a").stdout, re.MULTILINE)
 
 

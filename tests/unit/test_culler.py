@@ -79,7 +79,12 @@ class Culled:
         spec = replace(a_spec(name), **rules)
         up_since = now if up_since is None else up_since
         endpoint = replace(ENDPOINT, port=port)
-        more = {"generation": generation, "endpoint": endpoint, "started_at": now, "up_since": up_since}
+        more = {
+            "generation": generation,
+            "endpoint": endpoint,
+            "started_at": now,
+            "up_since": up_since,
+        }
         return self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=now, created_at=now, **more))
 
     def be(self, snapshot, event=Event.READY):
@@ -121,8 +126,15 @@ def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
     assert (culled.kinds(), culled.given) == ([], [])
     culled.after(300)
     ((kind, name, message, origin, details),) = culled.notes.taken
-    assert (kind, name, origin) == (HistoryKind.CULL_WARNING, "lab", Origin("culler", reason="idle_timeout"))
-    assert message == "server 'lab' will be stopped in 5 min, by idle_timeout, unless it is snoozed or used"
+    assert (kind, name, origin) == (
+        HistoryKind.CULL_WARNING,
+        "lab",
+        Origin("culler", reason="idle_timeout"),
+    )
+    assert (
+        message
+        == "server 'lab' will be stopped in 5 min, by idle_timeout, unless it is snoozed or used"
+    )
     assert details == {"rule": "idle_timeout", "stops_at": "1970-01-12T15:46:40.000Z"}
     assert culled.given == []
     culled.after(1)
@@ -230,7 +242,9 @@ def test_one_that_stopped_or_was_launched_again_is_another(culled):
     assert (culled.given, culled.standing()) == ([], CullState.NOT_RUNNING)
 
 
-def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(culled):
+def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(
+    culled,
+):
     two = Activity(culled.clock.time(), (), (TerminalUse("3", 0.0), TerminalUse("1", 0.0)))
     snapshot = culled.run(answer=two, idle_timeout=600.0)
     assert culled.culler.refresh(snapshot).verdict.holders == ()
@@ -245,7 +259,10 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     culled = Culled(threads, kernel_idle_timeout=600.0)
     begun = culled.clock.time()
     old, other = KernelUse("old", "idle", begun), KernelUse("other", "idle", begun)
-    both, later = Activity(begun, (old, other)), Activity(begun, (old, replace(other, last_activity=begun + 600)))
+    both, later = (
+        Activity(begun, (old, other)),
+        Activity(begun, (old, replace(other, last_activity=begun + 600))),
+    )
     culled.run(answer=both)
     culled.after(599)
     culled.probe.answers[1] = [both, later]
@@ -293,7 +310,9 @@ def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(threads):
     assert culled.probe.ended == []
 
 
-def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(culled):
+def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(
+    culled,
+):
     assert culled.culler.refresh(culled.run("free", port=2)).verdict.state is CullState.OFF
     assert culled.probe.asked == []
     snapshot = culled.run(idle_timeout=600.0)

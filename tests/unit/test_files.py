@@ -33,7 +33,10 @@ def zeros(path):
         path.symlink_to("/dev/zero")
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), zeros, lambda _: None])
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), zeros, lambda _: None],
+)
 def test_what_is_no_file_is_refused_at_once(tmp_path, make):
     make(tmp_path / "file")
     for read in (read_foreign, read_named):
@@ -90,13 +93,19 @@ NOBODY = pwd.getpwuid(65534).pw_name
         (65534, 0, 0o044, False),
     ],
 )
-def test_for_another_user_nothing_is_read_that_is_not_for_that_user(tmp_path, owner, group, mode, readable):
+def test_for_another_user_nothing_is_read_that_is_not_for_that_user(
+    tmp_path, owner, group, mode, readable
+):
     path = tmp_path / "key"
     path.write_text("secret")
     os.chown(path, owner, group)
     path.chmod(mode)
     assert read_named(str(path)) == read_named(str(path), "root") == b"secret"
-    with contextlib.nullcontext() if readable else pytest.raises(PermissionError, match=f"user '{NOBODY}' may not read it"):
+    with (
+        contextlib.nullcontext()
+        if readable
+        else pytest.raises(PermissionError, match=f"user '{NOBODY}' may not read it")
+    ):
         assert read_named(str(path), NOBODY) == b"secret"
     with pytest.raises(PermissionError):
         read_named(str(path), "no-such-user")

@@ -13,7 +13,14 @@ import structlog
 from labkeeper import logs, scrub
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, Origin
-from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Snapshot, StopMethod, StopReport
+from labkeeper.core.server import (
+    Failure,
+    FailureClass,
+    GatewayHealth,
+    Snapshot,
+    StopMethod,
+    StopReport,
+)
 from labkeeper.testing.fakes import a_spec
 
 
@@ -36,7 +43,12 @@ def test_json_is_one_object_a_line_also_for_libraries(capsys):
     logging.getLogger("somebody").warning("else %s", "said")
     structlog.get_logger("labkeeper.x").debug("not said")
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    assert (first["event"], first["port"], first["level"], first["logger"]) == ("said", 1, "info", "labkeeper.x")
+    assert (first["event"], first["port"], first["level"], first["logger"]) == (
+        "said",
+        1,
+        "info",
+        "labkeeper.x",
+    )
     assert second["event"] == "else said"
 
 
@@ -67,8 +79,18 @@ def test_a_trace_shows_no_values(capsys, form):
     ("before", "after", "event", "level"),
     [
         (State.STARTING, snapshot(State.RUNNING), Event.READY, "info"),
-        (State.STARTING, snapshot(State.FAILED, failure=Failure(FailureClass.OTHER, "why")), Event.CRASHED, "warning"),
-        (State.STOPPING, snapshot(State.STOPPED, stop_report=StopReport(StopMethod.SIGTERM, 1.5)), Event.EXITED, "info"),
+        (
+            State.STARTING,
+            snapshot(State.FAILED, failure=Failure(FailureClass.OTHER, "why")),
+            Event.CRASHED,
+            "warning",
+        ),
+        (
+            State.STOPPING,
+            snapshot(State.STOPPED, stop_report=StopReport(StopMethod.SIGTERM, 1.5)),
+            Event.EXITED,
+            "info",
+        ),
         (State.KILLING, snapshot(State.LOST), Event.DEADLINE, "error"),
         (None, snapshot(State.LOST), Event.UNREACHABLE, "info"),
     ],
@@ -85,13 +107,18 @@ def test_each_change_of_state_is_one_entry(before, after, event, level):
 
 def test_what_changes_no_state_is_not_logged():
     with structlog.testing.capture_logs() as log:
-        logs.ChangeLog().changed(Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0))
+        logs.ChangeLog().changed(
+            Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0)
+        )
     assert log == []
 
 
 @pytest.mark.parametrize(
     ("error", "level", "cause"),
-    [(None, "info", None), (Failure(FailureClass.GATEWAY_REFUSED, "it refuses"), "warning", "it refuses")],
+    [
+        (None, "info", None),
+        (Failure(FailureClass.GATEWAY_REFUSED, "it refuses"), "warning", "it refuses"),
+    ],
 )
 def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
     running = snapshot(State.RUNNING)
@@ -105,10 +132,16 @@ def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
 def test_a_line_says_who_set_a_change_off(capsys):
     logs.configure(level="info", form="json", debug=False)
     before, after = snapshot(State.RUNNING), snapshot(State.STOPPING)
-    logs.ChangeLog().changed(Change(Event.STOP, before, after, 0.0, Origin("culler", "r-1", "idle for 1 h")))
+    logs.ChangeLog().changed(
+        Change(Event.STOP, before, after, 0.0, Origin("culler", "r-1", "idle for 1 h"))
+    )
     logs.ChangeLog().changed(Change(Event.CRASHED, after, snapshot(State.STOPPED), 0.0))
     ordered, followed = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    assert (ordered["actor"], ordered["request_id"], ordered["reason"]) == ("culler", "r-1", "idle for 1 h")
+    assert (ordered["actor"], ordered["request_id"], ordered["reason"]) == (
+        "culler",
+        "r-1",
+        "idle for 1 h",
+    )
     assert (followed["actor"], followed["generation"]) == ("keeper", 3)
     assert {"request_id", "reason"}.isdisjoint(followed)
 
@@ -116,7 +149,9 @@ def test_a_line_says_who_set_a_change_off(capsys):
 @pytest.mark.parametrize("form", ["console", "json"])
 def test_nothing_that_a_server_logs_is_obeyed_by_the_terminal(capsys, form):
     logs.configure(level="info", form=form, debug=False)
-    structlog.get_logger("jupyter").info("\x1b]52;c;eA==\x07 said", server="\x9b2J", exception="\x1b[2J")
+    structlog.get_logger("jupyter").info(
+        "\x1b]52;c;eA==\x07 said", server="\x9b2J", exception="\x1b[2J"
+    )
     said = capsys.readouterr().err
     assert said.isascii()
     assert not set(said) & {"\x1b", "\x07"}
@@ -128,7 +163,11 @@ def test_no_line_has_a_secret_whoever_wrote_it(capsys, form):
     logs.configure(level="info", form=form, debug=True)
     log = structlog.get_logger("labkeeper.x")
     log.info("asked http://h/?token=hunter2", count=1, none=None, place=Path("/p/token=hunter2"))
-    log.info("nested", sent={"password": "hunter2", "inner": ["Authorization: Bearer hunter2hunter2", 7]}, token="hunter2")
+    log.info(
+        "nested",
+        sent={"password": "hunter2", "inner": ["Authorization: Bearer hunter2hunter2", 7]},
+        token="hunter2",
+    )
     logging.getLogger("somebody").warning("else %s", "token=hunter2")
     for fail in (log.exception, logging.getLogger("somebody").exception):
         try:
@@ -160,28 +199,50 @@ def known():
 
 
 def test_what_a_server_was_given_is_hidden_in_what_others_say_of_it_and_nowhere_else(capsys, known):
-    own = ("token:ada", "a-request", "labkeeper.servers", "starting -> failed", "import-error", "lab-1234")
+    own = (
+        "token:ada",
+        "a-request",
+        "labkeeper.servers",
+        "starting -> failed",
+        "import-error",
+        "lab-1234",
+    )
     before = known(A="its-own-secret", **{f"V{number}": value for number, value in enumerate(own)})
     logs.configure(level="info", form="json", debug=True)
-    failed = replace(before, state=State.FAILED, failure=Failure(FailureClass.IMPORT_ERROR, "no its-own-secret for token:ada"))
-    logs.ChangeLog().changed(Change(Event.CRASHED, before, failed, 0.0, Origin("token:ada", "a-request")))
+    failed = replace(
+        before,
+        state=State.FAILED,
+        failure=Failure(FailureClass.IMPORT_ERROR, "no its-own-secret for token:ada"),
+    )
+    logs.ChangeLog().changed(
+        Change(Event.CRASHED, before, failed, 0.0, Origin("token:ada", "a-request"))
+    )
     with structlog.contextvars.bound_contextvars(server="lab-1"):
         logging.getLogger("somebody").warning("its-own-secret")
     for about in ({"server": "lab-2"}, {}):
         structlog.get_logger("labkeeper.x").info("said", text="its-own-secret", **about)
     changed, said, *others = (json.loads(line) for line in capsys.readouterr().err.splitlines())
-    facts = {"actor": "token:ada", "request_id": "a-request", "logger": "labkeeper.servers", "failure_class": "import-error"}
+    facts = {
+        "actor": "token:ada",
+        "request_id": "a-request",
+        "logger": "labkeeper.servers",
+        "failure_class": "import-error",
+    }
     assert changed.items() >= (facts | {"event": "starting -> failed", "server": "lab-1"}).items()
     assert changed["cause"] == "no [secret] for [secret]"
     assert said["event"] == "[secret]"
     assert [entry["text"] for entry in others] == ["its-own-secret"] * 2
 
 
-def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secrets_are_nowhere(capsys, known):
+def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secrets_are_nowhere(
+    capsys, known
+):
     logs.configure(level="info", form="json", debug=False)
     scrub.KEEPER.learn(lambda: ["owners-token"])
     structlog.get_logger("labkeeper.x").info("said", server="0a" * scrub.TOKEN_BYTES)
-    structlog.get_logger("labkeeper.x").info("owners-token", server="owners-token", text="owners-token")
+    structlog.get_logger("labkeeper.x").info(
+        "owners-token", server="owners-token", text="owners-token"
+    )
     first, second = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert first["server"] == "0a" * scrub.TOKEN_BYTES
     assert {second[key] for key in ("event", "server", "text")} == {"[secret]"}
@@ -189,7 +250,14 @@ def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secre
 
 def test_what_is_no_secret_is_written_as_before(capsys):
     logs.configure(level="info", form="json", debug=False)
-    structlog.get_logger("labkeeper.x").info("said", servers=["a"], seconds=0.1, found=True, none=None, at=Path("/x"))
+    structlog.get_logger("labkeeper.x").info(
+        "said", servers=["a"], seconds=0.1, found=True, none=None, at=Path("/x")
+    )
     entry = json.loads(capsys.readouterr().err)
-    assert (entry["servers"], entry["seconds"], entry["found"], entry["none"]) == (["a"], 0.1, True, None)
+    assert (entry["servers"], entry["seconds"], entry["found"], entry["none"]) == (
+        ["a"],
+        0.1,
+        True,
+        None,
+    )
     assert "/x" in entry["at"]

@@ -27,7 +27,9 @@ from labkeeper.metrics import FAMILIES, Kind, Metrics, World
 from labkeeper.testing.fakes import FakeClock, a_spec
 
 LAB = Snapshot(a_spec("lab"), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
-ENDPOINT = Endpoint("http://127.0.0.1:8888/", "t", "/", "127.0.0.1", 8888, False, False, "/notebooks")
+ENDPOINT = Endpoint(
+    "http://127.0.0.1:8888/", "t", "/", "127.0.0.1", 8888, False, False, "/notebooks"
+)
 INSTANCE = Instance("4711", 4711, launched_by="fork")
 GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
 CRASH = Failure(FailureClass.KILLED, "it was killed")
@@ -50,10 +52,19 @@ class Server:
         return self
 
     def starts(self):
-        return self.goes(Event.START, State.STARTING, goal=Goal.UP, generation=self.snapshot.generation + 1)
+        return self.goes(
+            Event.START, State.STARTING, goal=Goal.UP, generation=self.snapshot.generation + 1
+        )
 
     def runs(self, *, after=0.12):
-        return self.starts().goes(Event.READY, State.RUNNING, after=after, endpoint=ENDPOINT, instance=INSTANCE, started_at=1.0)
+        return self.starts().goes(
+            Event.READY,
+            State.RUNNING,
+            after=after,
+            endpoint=ENDPOINT,
+            instance=INSTANCE,
+            started_at=1.0,
+        )
 
 
 @pytest.fixture
@@ -76,7 +87,9 @@ def samples(metrics):
     text, media_type = metrics.exposition("")
     assert media_type.startswith("text/plain")
     families = text_string_to_metric_families(text.decode())
-    return {(s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples}
+    return {
+        (s.name, *sorted(s.labels.items())): s.value for family in families for s in family.samples
+    }
 
 
 def value(metrics, name, **labels):
@@ -98,13 +111,20 @@ def test_a_start_that_is_ready_is_counted_and_timed_by_its_way(metrics, server):
 
 
 def test_a_start_that_fails_is_counted_with_its_class(metrics, server):
-    server.starts().goes(Event.CRASHED, State.FAILED, failure=replace(CRASH, kind=FailureClass.PORT_IN_USE))
+    server.starts().goes(
+        Event.CRASHED, State.FAILED, failure=replace(CRASH, kind=FailureClass.PORT_IN_USE)
+    )
     assert starts(metrics, "failed", failure_class="port-in-use") == 1
-    assert sum(value(metrics, "unrequested_ends_total", failure_class=kind) for kind in FailureClass) == 0
+    assert (
+        sum(value(metrics, "unrequested_ends_total", failure_class=kind) for kind in FailureClass)
+        == 0
+    )
 
 
 def test_a_start_that_is_stopped_meanwhile_has_not_failed(metrics, server):
-    server.starts().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN).goes(Event.EXITED, State.STOPPED)
+    server.starts().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN).goes(
+        Event.EXITED, State.STOPPED
+    )
     assert starts(metrics, "stopped") == 1
     assert sum(starts(metrics, "failed", failure_class=kind) for kind in FailureClass) == 0
 
@@ -143,7 +163,9 @@ def test_a_server_that_was_shut_down_from_inside_ended_without_a_cause(metrics, 
 def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock):
     known = replace(LAB, state=State.LOST, goal=Goal.UP, generation=4, started_at=1.0)
     metrics.changed(Change(Event.UNREACHABLE, None, known, 0.0))
-    server = Server(metrics, clock, known).goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE)
+    server = Server(metrics, clock, known).goes(
+        Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE
+    )
     assert starts(metrics, "ready", "fork") == 0
     server.goes(Event.CRASHED, State.BACKOFF, failure=CRASH)
     assert value(metrics, "unrequested_ends_total", failure_class="killed") == 1
@@ -151,10 +173,16 @@ def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock
 
 @pytest.mark.parametrize(
     ("reason", "rule"),
-    [("idle_timeout: unused for 1h", "idle_timeout"), ("max_age: it has run for 9h", "max_age"), ("", "none")],
+    [
+        ("idle_timeout: unused for 1h", "idle_timeout"),
+        ("max_age: it has run for 9h", "max_age"),
+        ("", "none"),
+    ],
 )
 def test_a_cull_is_counted_by_its_rule(metrics, server, reason, rule):
-    server.runs().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN, origin=Origin("culler", reason=reason))
+    server.runs().goes(
+        Event.STOP, State.STOPPING, goal=Goal.DOWN, origin=Origin("culler", reason=reason)
+    )
     server.goes(Event.EXITED, State.STOPPED, origin=Origin("culler", reason=reason))
     assert value(metrics, "culls_total", rule=rule) == 1
 
@@ -175,7 +203,9 @@ def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
     bad = GatewayHealth(1.0, Failure(FailureClass.GATEWAY_UNREACHABLE, "it is gone"))
     running = replace(LAB, state=State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE)
     behind = [
-        replace(running, spec=replace(a_spec(name), gateway=replace(GATEWAY, url=url)), gateway=health)
+        replace(
+            running, spec=replace(a_spec(name), gateway=replace(GATEWAY, url=url)), gateway=health
+        )
         for name, url, health in (
             ("a", "http://one", GatewayHealth(1.0)),
             ("b", "http://one", GatewayHealth(1.0)),
@@ -192,7 +222,10 @@ def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
     metrics = Metrics(clock, world)
     states = {state: value(metrics, "servers", state=state) for state in State}
     assert states == dict.fromkeys(State, 0) | {State.STOPPED: 1, State.RUNNING: 4}
-    assert (value(metrics, "gateways", health="reachable"), value(metrics, "gateways", health="unreachable")) == (1, 1)
+    assert (
+        value(metrics, "gateways", health="reachable"),
+        value(metrics, "gateways", health="unreachable"),
+    ) == (1, 1)
     assert value(metrics, "kernel_debts") == 2
     assert value(metrics, "webhook_events_total", outcome="delivered") == 5
     assert value(metrics, "webhook_events_total", outcome="dead") == 2
@@ -204,8 +237,21 @@ def test_requests_are_counted_by_pattern_and_no_caller_makes_labels(metrics):
     metrics.answered("/api/servers/<name>", "GET", 404, 0.003)
     metrics.answered(None, "GET", 404, 0.001)
     metrics.answered(None, "BREW", 405, 0.001)
-    assert value(metrics, "http_requests_total", route="/api/servers/<name>", method="GET", status="404") == 1
-    assert value(metrics, "http_request_duration_seconds_count", route="/api/servers/<name>", method="GET") == 2
+    assert (
+        value(
+            metrics, "http_requests_total", route="/api/servers/<name>", method="GET", status="404"
+        )
+        == 1
+    )
+    assert (
+        value(
+            metrics,
+            "http_request_duration_seconds_count",
+            route="/api/servers/<name>",
+            method="GET",
+        )
+        == 2
+    )
     assert value(metrics, "http_requests_total", route="none", method="other", status="405") == 1
 
 
@@ -220,12 +266,17 @@ def test_openmetrics_is_written_for_whom_asks_for_it(metrics, server):
     server.runs()
     text, media_type = metrics.exposition("application/openmetrics-text; version=1.0.0")
     assert media_type.startswith("application/openmetrics-text")
-    assert "labkeeper_starts" in {family.name for family in openmetrics.text_string_to_metric_families(text.decode())}
+    assert "labkeeper_starts" in {
+        family.name for family in openmetrics.text_string_to_metric_families(text.decode())
+    }
     assert metrics.exposition("application/openmetrics-text; version=nonsense")[0]
 
 
 def test_every_family_is_named_by_the_conventions_and_written(metrics):
-    written = {family.name: family for family in text_string_to_metric_families(metrics.exposition("")[0].decode())}
+    written = {
+        family.name: family
+        for family in text_string_to_metric_families(metrics.exposition("")[0].decode())
+    }
     for family in FAMILIES:
         assert re.fullmatch(r"labkeeper(_[a-z]+)+", family.name), family.name
         assert family.about.endswith("."), family.name
@@ -235,5 +286,8 @@ def test_every_family_is_named_by_the_conventions_and_written(metrics):
         assert not {"server", "name", "path", "le", "quantile"} & set(family.labels), family.name
         assert list(family.buckets) == sorted(family.buckets), family.name
         found = written[family.name.removesuffix("_total")]
-        assert (found.documentation, found.type) == (family.about, "gauge" if family.kind is Kind.INFO else family.kind)
+        assert (found.documentation, found.type) == (
+            family.about,
+            "gauge" if family.kind is Kind.INFO else family.kind,
+        )
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)

@@ -116,7 +116,12 @@ class TestExecutor:
 
 class Rig:
     def __init__(self, clock, policy):
-        self.world, self.store, self.board, self.clock = World(), MemoryStore(), SnapshotBoard(), clock
+        self.world, self.store, self.board, self.clock = (
+            World(),
+            MemoryStore(),
+            SnapshotBoard(),
+            clock,
+        )
         mailbox = Mailbox()
         self.mailbox = mailbox
         executor = KeyedExecutor(mailbox.receive, threads=2)
@@ -170,7 +175,9 @@ class TestKeeper:
         with keeper.watch(ONE) as watch:
             reply = keeper.ask(Create(a_spec(ONE)))
             assert reply.created
-            last, held = watch.until(lambda s: s.state is State.RUNNING, first=reply.snapshot, timeout=10)
+            last, held = watch.until(
+                lambda s: s.state is State.RUNNING, first=reply.snapshot, timeout=10
+            )
         assert held
         assert keeper.get(ONE) == last
         assert keeper.all() == [last]
@@ -194,7 +201,9 @@ class TestKeeper:
         until(lambda: rig.keeper.get(ONE).state is not State.STARTING)
         assert rig.keeper.get(ONE).state is State.RUNNING
 
-    def test_who_has_overslept_a_timer_waits_for_what_those_report_who_slept_too(self, make_rig, monkeypatch):
+    def test_who_has_overslept_a_timer_waits_for_what_those_report_who_slept_too(
+        self, make_rig, monkeypatch
+    ):
         rig = make_rig(FakeClock(), start_timeout=10)
         with held_up(rig, monkeypatch) as looks:
             rig.clock.advance(60)
@@ -228,7 +237,9 @@ class TestKeeper:
         rig.world.temper(ONE).obeys = rig.world.temper(ONE).killable = False
         assert not rig.keeper.stop_all(within=0.3)
 
-    def test_a_bug_in_a_step_reaches_whoever_asked_and_stops_nobody_else(self, make_rig, monkeypatch):
+    def test_a_bug_in_a_step_reaches_whoever_asked_and_stops_nobody_else(
+        self, make_rig, monkeypatch
+    ):
         rig = make_rig()
         monkeypatch.setattr(rig.store, "save", lambda _: 1 / 0)
         with structlog.testing.capture_logs() as log, pytest.raises(ZeroDivisionError):
@@ -255,7 +266,9 @@ class TestKeeper:
             until(lambda: states)
             until(lambda: rig.keeper.get(ONE).state is State.RUNNING)
         assert (failures, states[0]) == ([ONE], State.LOST)
-        assert [entry["event"] for entry in log if entry["log_level"] == "error"] == ["a job failed"]
+        assert [entry["event"] for entry in log if entry["log_level"] == "error"] == [
+            "a job failed"
+        ]
 
     def test_a_fleet_that_does_not_answer_is_called_busy(self, make_rig, monkeypatch):
         monkeypatch.setattr("labkeeper.runtime._ANSWER_WITHIN", 0.05)

@@ -32,10 +32,17 @@ class Site:
     def __init__(self, period=0.02):
         self.world, self.probe = World(), Probe()
         process = self.world.begin(a_spec("lab"), 1)
-        self.snapshot = Snapshot(process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, generation=1, endpoint=process.endpoint)
+        self.snapshot = Snapshot(
+            process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, generation=1, endpoint=process.endpoint
+        )
         self.backend, self.threads = FakeBackend(lambda report: None, self.world), ThreadGroup()
         self.sampler = sampler.Sampler(
-            self.backend, self.probe, lambda: [self.snapshot], threads=self.threads, clock=SystemClock(), period=period
+            self.backend,
+            self.probe,
+            lambda: [self.snapshot],
+            threads=self.threads,
+            clock=SystemClock(),
+            period=period,
         )
         self.sampler.start()
 
@@ -50,7 +57,10 @@ def site():
 def test_who_asks_gets_the_last_sample_of_this_launch(site):
     """At first there is none; then come memory, a share of processors, and what the server tells; a launch later, none again."""
     assert site.sampler.of(site.snapshot) is None
-    sample = until(lambda: (s := site.sampler.of(site.snapshot)) and s.load and s.cpus is not None and s, what="a whole sample")
+    sample = until(
+        lambda: (s := site.sampler.of(site.snapshot)) and s.load and s.cpus is not None and s,
+        what="a whole sample",
+    )
     assert sample.usage.memory == 2**27
     assert sample.load == Load(2, 1)
     assert sample.cpus > 0

@@ -39,8 +39,14 @@ def change(event=Event.READY, **fields):
         (f"at {SERVER_TOKEN}.", "at [secret]."),
         ("http://h:1/lab?token=abc&x=1", "http://h:1/lab?token=[secret]&x=1"),
         ("/lab?a=1&token%3Dabc", "/lab?a=1&token%3D[secret]"),
-        ("--ServerApp.password='x' password=hunter2, next", "--ServerApp.password='x' password=[secret], next"),
-        ('{"gateway_auth_token": "a b", "name": "x"}', '{"gateway_auth_token": "[secret]", "name": "x"}'),
+        (
+            "--ServerApp.password='x' password=hunter2, next",
+            "--ServerApp.password='x' password=[secret], next",
+        ),
+        (
+            '{"gateway_auth_token": "a b", "name": "x"}',
+            '{"gateway_auth_token": "[secret]", "name": "x"}',
+        ),
         ("{'secret': 'abc'}", "{'secret': '[secret]'}"),
         (r"{\"token\": \"abc\"}", r"{\"token\": \"[secret]\"}"),
         ("Authorization: Bearer abcdefgh", "Authorization: Bearer [secret]"),
@@ -69,7 +75,9 @@ def test_what_is_none_stays(text):
     assert scrub.scrub(text) == text
 
 
-@pytest.mark.parametrize("name", ["token", "auth_token", "X-Api-Key", "Authorization", "password", "webhook_secret"])
+@pytest.mark.parametrize(
+    "name", ["token", "auth_token", "X-Api-Key", "Authorization", "password", "webhook_secret"]
+)
 def test_a_name_says_that_a_value_is_secret(name):
     assert scrub.is_secret(name)
 
@@ -82,7 +90,11 @@ def test_another_name_does_not(name):
 def test_what_is_known_is_hidden_however_it_is_written():
     secret = "p/ss wörd+1"
     known = scrub.Secrets(secret, "short")
-    for form in (secret, quote(secret, safe=""), base64.b64encode(secret.encode()).decode().rstrip("=")):
+    for form in (
+        secret,
+        quote(secret, safe=""),
+        base64.b64encode(secret.encode()).decode().rstrip("="),
+    ):
         assert scrub.scrub(f"<{form}>", known) == "<[secret]>"
     assert scrub.scrub("a short one", known) == "a short one"
     known.learn(tuple)
@@ -90,19 +102,32 @@ def test_what_is_known_is_hidden_however_it_is_written():
 
 
 def test_a_server_is_known_by_all_that_it_was_given(servers):
-    gateway = Gateway("http://g", "ws://g", auth_token="first-token", headers={"Authorization": "Custom its-own-secret"})
-    variables = {"env": {"KEY": "variable-one", "HOME": "/home/somebody"}, "kernel_env": {"KERNEL_KEY": "variable-two"}}
+    gateway = Gateway(
+        "http://g",
+        "ws://g",
+        auth_token="first-token",
+        headers={"Authorization": "Custom its-own-secret"},
+    )
+    variables = {
+        "env": {"KEY": "variable-one", "HOME": "/home/somebody"},
+        "kernel_env": {"KERNEL_KEY": "variable-two"},
+    }
     spec = replace(a_spec("lab"), gateway=gateway, **variables)
     servers.changed(change(spec=spec))
     lab = scrub.of_server("lab")
     assert scrub.scrub("first-token its-own-secret", lab) == "[secret] [secret]"
-    assert scrub.scrub("variable-one variable-two /home/somebody", lab) == "[secret] [secret] /home/somebody"
+    assert (
+        scrub.scrub("variable-one variable-two /home/somebody", lab)
+        == "[secret] [secret] /home/somebody"
+    )
     revised = replace(spec, gateway=replace(gateway, auth_token="second-token"))
     servers.changed(change(Event.RESTART, spec=spec, revised=revised))
     assert scrub.scrub("first-token second-token", lab) == "[secret] [secret]"
 
 
-KEY_FILE = "-----BEGIN KEY-----\r\nMIIEvQIBADANBgkq\r\n  hkiG9w0BAQEFAASC\r\nQ==\r\n-----END KEY-----\r\n"
+KEY_FILE = (
+    "-----BEGIN KEY-----\r\nMIIEvQIBADANBgkq\r\n  hkiG9w0BAQEFAASC\r\nQ==\r\n-----END KEY-----\r\n"
+)
 
 
 def test_of_a_secret_of_several_lines_each_line_is_one():
@@ -155,7 +180,9 @@ def test_who_reads_the_last_words_of_a_server_does_not_see_its_secrets(servers):
     assert scrub.scrub("variable-one", scrub.of_server("lab")) == "variable-one"
     servers.changed(change(spec=replace(LAB.spec, env={"A": "variable-two"})))
     assert scrub.scrub("variable-one variable-two", reader) == "[secret] variable-two"
-    assert scrub.scrub("variable-one variable-two", scrub.of_server("lab")) == "variable-one [secret]"
+    assert (
+        scrub.scrub("variable-one variable-two", scrub.of_server("lab")) == "variable-one [secret]"
+    )
 
 
 class Untouchable(dict):
@@ -167,11 +194,16 @@ class Untouchable(dict):
     values = items
 
 
-def test_neither_the_fleet_nor_who_reads_the_log_of_one_server_looks_through_the_variables_of_others(servers):
+def test_neither_the_fleet_nor_who_reads_the_log_of_one_server_looks_through_the_variables_of_others(
+    servers,
+):
     for name in ("one", "two"):
         servers.changed(change(spec=replace(a_spec(name), env=Untouchable({"A": "others-secret"}))))
     servers.changed(change(spec=replace(LAB.spec, env={"A": "its-own-secret"})))
-    assert scrub.scrub("its-own-secret others-secret", scrub.of_server("lab")) == "[secret] others-secret"
+    assert (
+        scrub.scrub("its-own-secret others-secret", scrub.of_server("lab"))
+        == "[secret] others-secret"
+    )
     with pytest.raises(AssertionError, match="looked at"):
         scrub.of_server("one").hide("a text")
 
@@ -197,13 +229,18 @@ def test_a_long_secret_is_found_as_a_whole(size):
     assert scrub.scrub(f"<{secret}>", scrub.Secrets(secret)) == "<[secret]>"
 
 
-@pytest.mark.parametrize("piece", ["token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":"])
+@pytest.mark.parametrize(
+    "piece",
+    ["token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":"],
+)
 def test_a_hostile_line_costs_little(piece):
     # Were it more than a few steps for each character, it would take longer than a test may.
     scrub.scrub(piece * (2**21 // len(piece)))
 
 
-MANY = ["A" * 8 + f"{number:05}" for number in range(20_000)] + ["A" * size for size in range(8, 700)]
+MANY = ["A" * 8 + f"{number:05}" for number in range(20_000)] + [
+    "A" * size for size in range(8, 700)
+]
 
 
 @pytest.mark.parametrize("line", ["A" * 79 + "z", "A" * 1000, "AAAAAAAA19999"])

@@ -21,7 +21,12 @@ def _clean(monkeypatch, tmp_path):
 
 def test_the_defaults_let_nobody_in_from_elsewhere(tmp_path):
     chosen = settings.load()
-    assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == ("127.0.0.1", 8000, "127.0.0.1", 8888)
+    assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == (
+        "127.0.0.1",
+        8000,
+        "127.0.0.1",
+        8888,
+    )
     assert chosen.auth == "token"
     assert chosen.state_dir == tmp_path / ".local/state/labkeeper"
     assert chosen.server_dirs == chosen.state_dir / "run"
@@ -97,7 +102,8 @@ def test_a_wrong_value_names_its_variable_and_never_a_token(monkeypatch, variabl
 
 
 @pytest.mark.parametrize(
-    ("text", "word"), [("colour = 1", "colour"), ("port = ", "labkeeper.toml"), ("port = 'x'", "LABKEEPER_PORT")]
+    ("text", "word"),
+    [("colour = 1", "colour"), ("port = ", "labkeeper.toml"), ("port = 'x'", "LABKEEPER_PORT")],
 )
 def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, word):
     file = tmp_path / "labkeeper.toml"
@@ -138,12 +144,16 @@ def test_a_token_may_stand_in_a_file(tmp_path, monkeypatch, end):
     assert settings.load().token.get_secret_value() == "a-long-enough-token"
 
 
-@pytest.mark.parametrize("held", [b"", b"short", b"two lines in it\nare not good", b"\xff" * 20, b"x y" * 20])
+@pytest.mark.parametrize(
+    "held", [b"", b"short", b"two lines in it\nare not good", b"\xff" * 20, b"x y" * 20]
+)
 def test_a_file_without_a_token_is_named_and_not_shown(tmp_path, monkeypatch, held):
     file = tmp_path / "the-file"
     file.write_bytes(held)
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
-    with pytest.raises(SettingsError, match=r"LABKEEPER_TOKEN_FILE.*the-file.*16 visible") as caught:
+    with pytest.raises(
+        SettingsError, match=r"LABKEEPER_TOKEN_FILE.*the-file.*16 visible"
+    ) as caught:
         settings.load()
     assert "two lines" not in caught.value.message
     assert "x y" not in caught.value.message
@@ -172,7 +182,9 @@ def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
     policy = chosen.cull_policy
     assert (policy.grace, policy.kernel_idle_timeout, policy.terminals) == (90, None, "open")
     monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "soon")
-    with pytest.raises(SettingsError, match=r"LABKEEPER_IDLE_TIMEOUT: .*must be seconds as a number"):
+    with pytest.raises(
+        SettingsError, match=r"LABKEEPER_IDLE_TIMEOUT: .*must be seconds as a number"
+    ):
         settings.load()
 
 
@@ -180,7 +192,10 @@ def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
 @pytest.mark.parametrize(("one", "other"), [("CERT", "KEY"), ("KEY", "CERT")])
 def test_a_certificate_and_its_key_are_set_both_or_neither(monkeypatch, which, one, other):
     monkeypatch.setenv(f"LABKEEPER_{which}{one}_FILE", "/some/where.pem")
-    with pytest.raises(SettingsError, match=rf"^LABKEEPER_{which}{one}_FILE is set, but LABKEEPER_{which}{other}_FILE is not"):
+    with pytest.raises(
+        SettingsError,
+        match=rf"^LABKEEPER_{which}{one}_FILE is set, but LABKEEPER_{which}{other}_FILE is not",
+    ):
         settings.load()
     monkeypatch.setenv(f"LABKEEPER_{which}{other}_FILE", "/else/where.pem")
     chosen = settings.load()

@@ -44,14 +44,18 @@ FULL = Snapshot(
         env={"A": "1"},
         labels={"team": "ä"},
         jupyter_options={"A.switch": False, "A.count": 1, "A.rate": 1.5},
-        gateway=Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5),
+        gateway=Gateway(
+            "http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5
+        ),
     ),
     state=State.FAILED,
     goal=Goal.UP,
     since=2.5,
     created_at=1.5,
     generation=7,
-    endpoint=Endpoint("http://h:8888/x/", "token", "/x/", "h", 8888, False, False, "/notebooks", "2.0"),
+    endpoint=Endpoint(
+        "http://h:8888/x/", "token", "/x/", "h", 8888, False, False, "/notebooks", "2.0"
+    ),
     instance=Instance("boot/12/345", 12, "exec", "why", {"memory": "cgroup2"}),
     started_at=2.0,
     exit=Exit(signal="SIGKILL"),
@@ -64,7 +68,13 @@ FULL = Snapshot(
     up_since=1.75,
     snoozed_until=9.5,
 )
-BARE = Snapshot(ServerSpec(ServerName("bare"), "/notebooks"), State.STOPPED, Goal.DOWN, since=1.0, created_at=1.0)
+BARE = Snapshot(
+    ServerSpec(ServerName("bare"), "/notebooks"),
+    State.STOPPED,
+    Goal.DOWN,
+    since=1.0,
+    created_at=1.0,
+)
 
 
 @pytest.fixture
@@ -156,7 +166,12 @@ def test_a_write_that_fails_says_so(store, path):
 
 
 ORPHANS = [
-    OrphanedKernel("k1", Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}), ServerName("lab"), 1.5),
+    OrphanedKernel(
+        "k1",
+        Gateway("http://g", "ws://g", auth_token="secret", headers={"X": "y"}),
+        ServerName("lab"),
+        1.5,
+    ),
     OrphanedKernel("k2", Gateway("http://h", "ws://h"), ServerName("lab"), 2.5),
 ]
 
@@ -186,7 +201,9 @@ def rests(path):
     """Say which files beside each other hold a text."""
 
     def rests(text):
-        return sorted(file.name for file in path.parent.iterdir() if text.encode() in file.read_bytes())
+        return sorted(
+            file.name for file in path.parent.iterdir() if text.encode() in file.read_bytes()
+        )
 
     return rests
 
@@ -198,16 +215,31 @@ def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "first-secret"})))
     store.save(replace(BARE, spec=bare))
     store.save(FULL)
-    store.add_orphans([OrphanedKernel("k1", Gateway("http://g", "ws://g", auth_token="gateway-secret"), ServerName("bare"), 1.5)])
+    store.add_orphans(
+        [
+            OrphanedKernel(
+                "k1",
+                Gateway("http://g", "ws://g", auth_token="gateway-secret"),
+                ServerName("bare"),
+                1.5,
+            )
+        ]
+    )
     store.forget(ServerName("bare"))
     store.discard_orphans(["k1"])
     store.wipe()
-    assert not [text for text in ("first-secret", "a-secret", "another-secret", "gateway-secret") if rests(text)]
+    assert not [
+        text
+        for text in ("first-secret", "a-secret", "another-secret", "gateway-secret")
+        if rests(text)
+    ]
     assert rests('"token":"token"')
     assert store.load() == [FULL]
 
 
-def test_who_looks_into_the_file_is_not_waited_for_and_what_stays_goes_the_next_time(store, path, rests):
+def test_who_looks_into_the_file_is_not_waited_for_and_what_stays_goes_the_next_time(
+    store, path, rests
+):
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN")
@@ -226,7 +258,9 @@ def test_of_many_who_wipe_behind_a_long_look_into_the_history_one_waits(store, r
         threads = [threading.Thread(target=store.wipe) for _ in range(4)]
         for thread in threads:
             thread.start()
-        until(lambda: sum(thread.is_alive() for thread in threads) == 1, what="all but one are done")
+        until(
+            lambda: sum(thread.is_alive() for thread in threads) == 1, what="all but one are done"
+        )
         store.forget(ServerName("bare"))
     for thread in threads:
         thread.join()
@@ -268,9 +302,16 @@ def test_a_file_of_an_older_version_is_migrated(path):
         (orphan,), (token,), events = before[1], before[3], before[2]
         assert (running.name, running.generation, running.endpoint) == ("running", 7, None)
         assert running.spec.env == {"A": 'ü "quoted"'}
-        assert (running.since, running.kernels_kept[0].sessions[0].path) == (1764000000.25, "a.ipynb")
+        assert (running.since, running.kernels_kept[0].sessions[0].path) == (
+            1764000000.25,
+            "a.ipynb",
+        )
         assert (stopped.generation, stopped.stop_report.seconds) == (3, 0.25)
-        assert (orphan.kernel_id, orphan.gateway.auth_token, orphan.starting) == ("k9", "gateway-token", True)
+        assert (orphan.kernel_id, orphan.gateway.auth_token, orphan.starting) == (
+            "k9",
+            "gateway-token",
+            True,
+        )
         assert [(event.id, event.generation, event.origin.actor) for event in events] == [
             (1, 7, "token:ci"),
             (2, None, "user:root"),
@@ -289,7 +330,10 @@ def test_before_it_is_migrated_a_file_is_copied(path):
         pass
     copy = path.with_name(f"{path.name}.v6")
     assert copy.stat().st_mode & 0o777 == 0o600
-    with contextlib.closing(sqlite3.connect(copy)) as ours, contextlib.closing(sqlite3.connect(":memory:")) as theirs:
+    with (
+        contextlib.closing(sqlite3.connect(copy)) as ours,
+        contextlib.closing(sqlite3.connect(":memory:")) as theirs,
+    ):
         theirs.deserialize(was)
         assert [*ours.iterdump()] == [*theirs.iterdump()]
         assert ours.execute("PRAGMA user_version").fetchone() == (6,)
@@ -333,7 +377,12 @@ def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path):
     while True:
         path = tmp_path / f"{moment}.sqlite"
         older_file(path)
-        done = subprocess.run([sys.executable, "-c", KILLED, path, str(moment)], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, path, str(moment)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         with contextlib.closing(SqliteStore(path)) as store:
             assert everything(store) == expected
         if done.returncode == 0:

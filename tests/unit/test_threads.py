@@ -50,7 +50,11 @@ def test_one_that_is_given_nothing_ends(threads):
 
 
 def test_a_watcher_goes_on_after_a_round_that_failed_which_is_told_until_one_succeeds(threads):
-    errors = [BackendUnavailable("no thread"), BackendUnavailable("no thread"), ZeroDivisionError("a bug")]
+    errors = [
+        BackendUnavailable("no thread"),
+        BackendUnavailable("no thread"),
+        ZeroDivisionError("a bug"),
+    ]
     seen, rounds = [], []
 
     def look():

@@ -54,7 +54,9 @@ def create_app(services: Services) -> Flask:
     app.url_map.merge_slashes = False
     problems.register(app)
     guard = Guard(hosts=services.hosts, origins=services.origins)
-    authorizer = Authorizer(services.authenticators, services.keeper, Rates(services.max_request_rate))
+    authorizer = Authorizer(
+        services.authenticators, services.keeper, Rates(services.max_request_rate)
+    )
     app.before_request(_begin)
     app.before_request(guard.check)
     app.before_request(functools.partial(_enter, authorizer))
@@ -120,12 +122,19 @@ def _check_body() -> None:
         json.dumps(body, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         # JSON can encode half a character; no file, header or store accepts such a string.
-        raise InvalidSpec.of("body", "must be of whole characters (it has a lone surrogate)") from None
+        raise InvalidSpec.of(
+            "body", "must be of whole characters (it has a lone surrogate)"
+        ) from None
 
 
 def _finish(meter: Meter, answer: Response) -> Response:
     seconds = time.monotonic() - g.began
-    meter.answered(request.url_rule.rule if request.url_rule else None, request.method, answer.status_code, seconds)
+    meter.answered(
+        request.url_rule.rule if request.url_rule else None,
+        request.method,
+        answer.status_code,
+        seconds,
+    )
     answer.headers["X-Request-Id"] = g.request_id
     _log.debug(
         "request",
@@ -155,13 +164,17 @@ _DOCS_PAGE: Final = """<!doctype html>
 </body>
 </html>
 """
-_DOCS_SCRIPT: Final = 'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})'
+_DOCS_SCRIPT: Final = (
+    'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})'
+)
 _DOCS_POLICY: Final = (
     "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "connect-src 'self'; frame-ancestors 'none'"
 )
 """What the page may load: its own assets and its inline script."""
-_RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
+_RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(
+    ("pages.openapi", "pages.docs", "pages.static"), PUBLIC
+)
 """The rule of each endpoint; one without a rule is not served."""
 
 
@@ -180,7 +193,11 @@ def _pages(version: str) -> Blueprint:
         import flask_openapi3_swagger  # noqa: PLC0415 - late, as above
 
         root = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
-        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+        return {
+            str(path.relative_to(root)): path.read_bytes()
+            for path in root.rglob("*")
+            if path.is_file()
+        }
 
     def asset(filename: str) -> Response:
         content = assets().get(filename)
@@ -200,7 +217,9 @@ def _pages(version: str) -> Blueprint:
     pages.add_url_rule("/api/openapi.json", "openapi", written)
 
     def page() -> Response:
-        shown = Response(_DOCS_PAGE.replace("{script}", _DOCS_SCRIPT), content_type="text/html; charset=utf-8")
+        shown = Response(
+            _DOCS_PAGE.replace("{script}", _DOCS_SCRIPT), content_type="text/html; charset=utf-8"
+        )
         script = base64.b64encode(hashlib.sha256(_DOCS_SCRIPT.encode()).digest()).decode()
         shown.headers["Content-Security-Policy"] = _DOCS_POLICY.format(hash=script)
         return shown

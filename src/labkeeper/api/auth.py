@@ -62,7 +62,9 @@ ADMINISTER: Final = Rule(Scope.ADMIN, Extent.KEEPER)
 class Authorizer:
     """Authenticates requests and applies the rules of their routes. Thread-safe."""
 
-    def __init__(self, authenticators: Sequence[Authenticator], keeper: Keeper, rates: Rates) -> None:
+    def __init__(
+        self, authenticators: Sequence[Authenticator], keeper: Keeper, rates: Rates
+    ) -> None:
         self._authenticators = authenticators
         self._keeper = keeper
         self._rates = rates
@@ -77,7 +79,8 @@ class Authorizer:
             return
         try:
             identity = authenticate(
-                self._authenticators, Credentials(request.headers.get("Authorization"), request.environ.get(PEER))
+                self._authenticators,
+                Credentials(request.headers.get("Authorization"), request.environ.get(PEER)),
             )
         except NotAuthenticated:
             self._refused.count()
@@ -125,4 +128,6 @@ class _Refused:
             if now - self._told_at < _TELL_EVERY:
                 return
             told, self._count, self._told_at = self._count, 0, now
-        _log.warning("requests without a valid token were refused", count=told, address=request.remote_addr)
+        _log.warning(
+            "requests without a valid token were refused", count=told, address=request.remote_addr
+        )

@@ -59,7 +59,9 @@ class Guard:
         if origin is None or _netloc(origin) == request.host:
             return None
         if origin not in self._origins:
-            raise NotAllowed(f"cannot answer a page of '{origin[:255]}'; to allow that, add it to LABKEEPER_ALLOWED_ORIGINS")
+            raise NotAllowed(
+                f"cannot answer a page of '{origin[:255]}'; to allow that, add it to LABKEEPER_ALLOWED_ORIGINS"
+            )
         return Response(status=204) if "Access-Control-Request-Method" in request.headers else None
 
     def finish(self, answer: Response) -> Response:

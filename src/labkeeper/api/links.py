@@ -45,7 +45,9 @@ class Links:
         ticket = secrets.token_urlsafe(32)
         now = self._clock()
         with self._lock:
-            self._good = {known: link for known, link in self._good.items() if link.expires_at > now}
+            self._good = {
+                known: link for known, link in self._good.items() if link.expires_at > now
+            }
             if len(self._good) >= _MOST:
                 del self._good[next(iter(self._good))]
             self._good[_hash(ticket)] = Link(server, generation, page, now + lifetime)

@@ -35,7 +35,9 @@ _HEADERS: Final = {
     "Retry-After": "Seconds after which to ask again.",
     "WWW-Authenticate": "What is asked for: a bearer token.",
 }
-_SCHEME: Final = "`labkeeper token` on the keeper's machine prints the owner's; `POST /api/tokens` makes others."
+_SCHEME: Final = (
+    "`labkeeper token` on the keeper's machine prints the owner's; `POST /api/tokens` makes others."
+)
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
@@ -53,14 +55,20 @@ def document(version: str) -> _Object:
         paths.setdefault(_path(route), {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
-        "info": {"title": "labkeeper", "version": version, "description": "JupyterLab servers on demand."},
+        "info": {
+            "title": "labkeeper",
+            "version": version,
+            "description": "JupyterLab servers on demand.",
+        },
         "tags": [{"name": name, "description": about} for name, about in _TAGS.items()],
         "paths": paths,
         "components": {
             "schemas": schemas.components,
             "headers": {name: _header(name) for name in _HEADERS},
             "links": dict(_links_by_name()),
-            "securitySchemes": {"token": {"type": "http", "scheme": "bearer", "description": _SCHEME}},
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "description": _SCHEME}
+            },
         },
     }
 
@@ -70,7 +78,11 @@ class _Dialect(GenerateJsonSchema):
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         """Omit the default None, by which a model marks a missing field."""
-        return self.generate_inner(schema["schema"]) if schema.get("default") is None else super().default_schema(schema)
+        return (
+            self.generate_inner(schema["schema"])
+            if schema.get("default") is None
+            else super().default_schema(schema)
+        )
 
 
 class _Schemas:
@@ -78,15 +90,28 @@ class _Schemas:
 
     def __init__(self, routes: Iterable[Route]) -> None:
         asked = {model for route in routes for model in route.models.values()}
-        given = {model for route in routes for model in route.answers.values() if not isinstance(model, str)} | {Problem}
+        given = {
+            model
+            for route in routes
+            for model in route.answers.values()
+            if not isinstance(model, str)
+        } | {Problem}
         modes: list[tuple[type[BaseModel], Any]] = [(model, "validation") for model in asked]
         modes += [(model, "serialization") for model in given]
         modes.sort(key=lambda one: one[0].__name__)
         _, written = models_json_schema(
-            modes, ref_template="#/components/schemas/{model}", schema_generator=_Dialect, by_alias=True
+            modes,
+            ref_template="#/components/schemas/{model}",
+            schema_generator=_Dialect,
+            by_alias=True,
         )
         self.components: _Object = written["$defs"]
-        in_pieces = {model.__name__ for route in routes for part, model in route.models.items() if part != "body"}
+        in_pieces = {
+            model.__name__
+            for route in routes
+            for part, model in route.models.items()
+            if part != "body"
+        }
         self._pieces = {name: self.components.pop(name) for name in in_pieces}
 
     def parameters(self, model: type[BaseModel], where: str) -> list[_Object]:
@@ -108,7 +133,12 @@ class _Schemas:
 def _operation(route: Route, schemas: _Schemas) -> _Object:
     asked = route.models
     summary, _, description = inspect.cleandoc(route.handler.__doc__ or "").partition("\n\n")
-    parameters = [one for part in ("path", "query") if part in asked for one in schemas.parameters(asked[part], part)]
+    parameters = [
+        one
+        for part in ("path", "query")
+        if part in asked
+        for one in schemas.parameters(asked[part], part)
+    ]
     if asked.get("query") is EventQuery:
         parameters.append(_LAST_EVENT_ID)
     written = {
@@ -117,13 +147,17 @@ def _operation(route: Route, schemas: _Schemas) -> _Object:
         "summary": " ".join(summary.split()),
         "description": description,
         "parameters": parameters,
-        "responses": {str(status): _good(route, status, what) for status, what in route.answers.items()}
+        "responses": {
+            str(status): _good(route, status, what) for status, what in route.answers.items()
+        }
         | {str(status): _refusal(status) for status in _refusals(route)},
         "security": [{"token": []}] if route.rule.scope is not None else [],
     }
     if "body" in asked:
         written["requestBody"] = {
-            "content": {"application/json": {"schema": _reference("schemas", asked["body"].__name__)}},
+            "content": {
+                "application/json": {"schema": _reference("schemas", asked["body"].__name__)}
+            },
             "required": any(field.is_required() for field in asked["body"].model_fields.values()),
         }
     return written
@@ -151,7 +185,11 @@ def _refusals(route: Route) -> list[int]:
 
 
 _UNREAD: Final = frozenset(
-    {HTTPStatus.BAD_REQUEST, HTTPStatus.REQUEST_ENTITY_TOO_LARGE, HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE}
+    {
+        HTTPStatus.BAD_REQUEST,
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+    }
 )
 
 
@@ -183,7 +221,11 @@ def _json_of(model: type[BaseModel]) -> _Object:
 
 
 def _header(name: str) -> Mapping[str, Any]:
-    kind = {"type": "integer", "minimum": 0} if name == "Retry-After" else {"type": "string", "minLength": 1}
+    kind = (
+        {"type": "integer", "minimum": 0}
+        if name == "Retry-After"
+        else {"type": "string", "minLength": 1}
+    )
     return {"description": _HEADERS[name], "required": True, "schema": kind}
 
 

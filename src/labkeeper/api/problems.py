@@ -51,7 +51,9 @@ def register(app: Flask) -> None:
 
 def problem(status: int, code: str, detail: str, **members: Any) -> Response:
     """Return a problem as a response."""
-    return Response(json.dumps(_body(status, code, detail, members)), status, content_type=MEDIA_TYPE)
+    return Response(
+        json.dumps(_body(status, code, detail, members)), status, content_type=MEDIA_TYPE
+    )
 
 
 def body_of(error: LabkeeperError) -> dict[str, Any]:
@@ -62,7 +64,12 @@ def body_of(error: LabkeeperError) -> dict[str, Any]:
 def unread(status: int, title: str, detail: str) -> bytes:
     """Return a problem body for an unreadable request, which therefore has no id."""
     code = title.lower().replace(" ", "_")
-    members = {"type": f"urn:labkeeper:problem:{code}", "title": title, "status": status, "detail": detail}
+    members = {
+        "type": f"urn:labkeeper:problem:{code}",
+        "title": title,
+        "status": status,
+        "detail": detail,
+    }
     return json.dumps({**members, "code": code, "request_id": ""}).encode()
 
 
@@ -85,7 +92,10 @@ def _status_of(error: LabkeeperError) -> int:
 def invalid_request(error: ValidationError) -> InvalidSpec:
     """Return our error for pydantic's: each field with the rule it breaks, never its value."""
     mistakes = [
-        {"field": ".".join(_snake(part) for part in mistake["loc"]) or "body", "rule": _rule(mistake["type"], mistake["msg"])}
+        {
+            "field": ".".join(_snake(part) for part in mistake["loc"]) or "body",
+            "rule": _rule(mistake["type"], mistake["msg"]),
+        }
         for mistake in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     sentences = "; ".join(f"{mistake['field']}: {mistake['rule']}" for mistake in mistakes[:10])
@@ -93,7 +103,11 @@ def invalid_request(error: ValidationError) -> InvalidSpec:
 
 
 def _snake(part: int | str) -> str:
-    return str(part).replace("-", "_") if len(str(part)) < _LONGEST_FIELD else str(part)[:_LONGEST_FIELD] + "..."
+    return (
+        str(part).replace("-", "_")
+        if len(str(part)) < _LONGEST_FIELD
+        else str(part)[:_LONGEST_FIELD] + "..."
+    )
 
 
 _LONGEST_FIELD: Final = 100
@@ -115,7 +129,9 @@ def start_failed(snapshot: Snapshot) -> LabkeeperError:
         failure.message,
         name=snapshot.name,
         failure_class=str(failure.kind),
-        exit=None if failure.exit is None else {"code": failure.exit.code, "signal": failure.exit.signal},
+        exit=None
+        if failure.exit is None
+        else {"code": failure.exit.code, "signal": failure.exit.signal},
         log_tail=list(failure.log_tail),
     )
 
@@ -139,7 +155,11 @@ _WORDS: Final = {
 
 def _http(error: HTTPException) -> Response:
     status = error.code or 500
-    detail = _WORDS[status].format(request.method, request.path[:200]) if status in _WORDS else error.description or error.name
+    detail = (
+        _WORDS[status].format(request.method, request.path[:200])
+        if status in _WORDS
+        else error.description or error.name
+    )
     answer = problem(status, error.name.lower().replace(" ", "_"), detail)
     # Werkzeug's own headers, such as Allow, are kept; its HTML is not.
     for name, value in error.get_headers():
@@ -155,5 +175,14 @@ def server_in_path() -> str | None:
 
 
 def _unexpected(error: Exception) -> Response:
-    _log.exception("unexpected error", exc_info=error, request_id=g.get("request_id", ""), server=server_in_path())
-    return problem(500, "internal_error", "something went wrong inside the keeper; its log has the cause under the request id")
+    _log.exception(
+        "unexpected error",
+        exc_info=error,
+        request_id=g.get("request_id", ""),
+        server=server_in_path(),
+    )
+    return problem(
+        500,
+        "internal_error",
+        "something went wrong inside the keeper; its log has the cause under the request id",
+    )

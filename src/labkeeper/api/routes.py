@@ -114,7 +114,9 @@ RULES: Final[dict[str, Rule]] = {route.handler.__name__: route.rule for route in
 def install(app: Flask, services: Services) -> None:
     """Add the routes to an application."""
     for route in ROUTES:
-        app.add_url_rule(route.path, route.handler.__name__, _view(route, services), methods=[route.method])
+        app.add_url_rule(
+            route.path, route.handler.__name__, _view(route, services), methods=[route.method]
+        )
 
 
 def _view(route: Route, services: Services) -> Callable[..., Answer | Response]:
@@ -128,7 +130,9 @@ def _view(route: Route, services: Services) -> Callable[..., Answer | Response]:
             "body": lambda _: request.get_json(silent=True),
         }
         try:
-            given = {name: model.model_validate(sent[name](model)) for name, model in models.items()}
+            given = {
+                name: model.model_validate(sent[name](model)) for name, model in models.items()
+            }
         except ValidationError as error:
             raise problems.invalid_request(error) from error
         return route.handler(services, **given)

@@ -56,7 +56,9 @@ class Services:
     stop_wait: float = 15.0
     concurrency: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
     """Limit of callers that wait or stream; the WSGI server has more threads for others."""
-    log_readers: threading.BoundedSemaphore = field(default_factory=lambda: threading.BoundedSemaphore(2))
+    log_readers: threading.BoundedSemaphore = field(
+        default_factory=lambda: threading.BoundedSemaphore(2)
+    )
     """Limit of long logs read concurrently: each occupies a processor that callers share."""
     max_snooze: float = 86400.0
     """Longest postponement of culling by one call."""

@@ -44,7 +44,9 @@ class LiveResponse(Response):
 
 def gone() -> Callable[[], bool]:
     """Return a check whether the caller has disconnected, if known, or lost its access."""
-    disconnected: Callable[[], bool] = request.environ.get("waitress.client_disconnected", lambda: False)
+    disconnected: Callable[[], bool] = request.environ.get(
+        "waitress.client_disconnected", lambda: False
+    )
     still_valid: Callable[[], bool] = g.still_valid
     return lambda: disconnected() or not still_valid()
 
@@ -55,7 +57,11 @@ def end_of(lines: Iterable[str]) -> bytes:
     if len(whole) <= _MOST:
         return whole
     begin = whole.index(b"\n", len(whole) - _MOST) + 1
-    return b"[labkeeper] left out: the first %d bytes of what was asked for; an answer has %d\n" % (begin, _MOST) + whole[begin:]
+    return (
+        b"[labkeeper] left out: the first %d bytes of what was asked for; an answer has %d\n"
+        % (begin, _MOST)
+        + whole[begin:]
+    )
 
 
 def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[str]:
@@ -76,7 +82,9 @@ def lines_in_pieces(lines: Iterator[str], gone: Callable[[], bool]) -> Iterator[
     yield "".join(waiting)
 
 
-def server_sent(entries: Iterator[HistoryEntry | None], missed: int | None, gone: Callable[[], bool]) -> Iterator[str]:
+def server_sent(
+    entries: Iterator[HistoryEntry | None], missed: int | None, gone: Callable[[], bool]
+) -> Iterator[str]:
     """Yield events as they arrive; on None, check whether the caller is still there.
 
     `missed` is the number of requested events that are no longer stored; None if unknown.

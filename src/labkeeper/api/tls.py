@@ -20,7 +20,9 @@ _LOOK_EVERY: Final = 1.0
 """Interval in seconds between checks whether the files have changed."""
 _OTHERS: Final = 0o077
 """Mode bits that grant access to others than the owner."""
-_SPEAKS_TLS: Final = problems.unread(400, "Bad Request", "cannot answer plain HTTP: this port speaks TLS; use https://")
+_SPEAKS_TLS: Final = problems.unread(
+    400, "Bad Request", "cannot answer plain HTTP: this port speaks TLS; use https://"
+)
 _REFUSAL: Final = (
     f"HTTP/1.1 400 Bad Request\r\nContent-Type: {problems.MEDIA_TYPE}\r\nConnection: close\r\n"
     f"Content-Length: {len(_SPEAKS_TLS)}\r\n\r\n"
@@ -44,12 +46,16 @@ class Certificate:
         self._look_at = time.monotonic() + _LOOK_EVERY
         with contextlib.suppress(OSError):
             if key_file.stat().st_mode & _OTHERS:
-                _log.warning("other users can read the key; run `chmod 600` on it", file=str(key_file))
+                _log.warning(
+                    "other users can read the key; run `chmod 600` on it", file=str(key_file)
+                )
 
     def wrap(self, connection: socket.socket) -> TlsSocket:
         """Return an accepted connection wrapped in TLS. Raises OSError."""
         self._renew()
-        return TlsSocket(self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False))
+        return TlsSocket(
+            self._context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False)
+        )
 
     def _renew(self) -> None:
         """Reload changed files; while they are unusable, keep the old certificate."""
@@ -64,7 +70,10 @@ class Certificate:
         try:
             self._context = load(self._cert_file, self._key_file)
         except SettingsError as error:
-            _log.warning("the new certificate cannot be used; the previous one stays in use", reason=error.message)
+            _log.warning(
+                "the new certificate cannot be used; the previous one stays in use",
+                reason=error.message,
+            )
         else:
             _log.info("the certificate was renewed", file=str(self._cert_file))
 
@@ -87,7 +96,9 @@ def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSL
         try:
             path.open("rb").close()
         except OSError as error:
-            raise SettingsError(f"cannot read the file {path} ({variable}): {error.strerror}") from error
+            raise SettingsError(
+                f"cannot read the file {path} ({variable}): {error.strerror}"
+            ) from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # So that a write never has to wait for a read.
@@ -100,7 +111,11 @@ def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSL
             f"cannot use the key {key_file} ({names[1]}): it is encrypted; `openssl pkey -in ... -out ...` writes it in the clear"
         ) from error
     except ssl.SSLError as error:
-        why = "they do not belong together" if error.reason == "KEY_VALUES_MISMATCH" else "they must be PEM"
+        why = (
+            "they do not belong together"
+            if error.reason == "KEY_VALUES_MISMATCH"
+            else "they must be PEM"
+        )
         raise SettingsError(
             f"cannot use the certificate {cert_file} ({names[0]}) with the key {key_file} ({names[1]}): {why}"
         ) from error

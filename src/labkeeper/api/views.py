@@ -10,17 +10,36 @@ from labkeeper.core.access import Caller, Token
 from labkeeper.core.culling import Explanation
 from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry, WebhookStatus
-from labkeeper.core.server import Exit, Failure, Kernel, OrphanedKernel, Sample, Snapshot, StopReport
+from labkeeper.core.server import (
+    Exit,
+    Failure,
+    Kernel,
+    OrphanedKernel,
+    Sample,
+    Snapshot,
+    StopReport,
+)
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
 from labkeeper.schema import answers
 
-_OF_ENDPOINT: Final = ("base_url", "hostname", "password", "port", "secure", "token", "url", "version")
+_OF_ENDPOINT: Final = (
+    "base_url",
+    "hostname",
+    "password",
+    "port",
+    "secure",
+    "token",
+    "url",
+    "version",
+)
 _OF_INSTANCE: Final = ("pid", "launched_by", "exec_reason")
 """The fields of an answer taken from these. With `notebook_dir`, nine of them are Jupyter's
 server_info."""
 
 
-_OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()) - {
+_OF_SPEC: Final = frozenset(
+    {one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()
+) - {
     *_OF_ENDPOINT,
     "name",
     "limits",
@@ -30,7 +49,10 @@ _OF_SPEC: Final = frozenset({one.name for one in fields(ServerSpec)} & answers.S
 
 
 def server_model(
-    snapshot: Snapshot, lab_url: str | None, queue_position: int | None = None, sample: Sample | None = None
+    snapshot: Snapshot,
+    lab_url: str | None,
+    queue_position: int | None = None,
+    sample: Sample | None = None,
 ) -> answers.Server:
     """Return the answer for a snapshot; without `lab_url`, it omits the Lab's token as well."""
     endpoint, instance, spec = snapshot.endpoint, snapshot.instance, snapshot.spec
@@ -53,7 +75,9 @@ def server_model(
         **{field: getattr(spec, field) for field in _OF_SPEC},
         limits=_limit_models(spec.limits, instance.limited_by if instance else {}, sample),
         usage=_usage_model(sample),
-        snoozed_until=None if snapshot.snoozed_until is None else format_time(snapshot.snoozed_until),
+        snoozed_until=None
+        if snapshot.snoozed_until is None
+        else format_time(snapshot.snoozed_until),
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
         queue_position=queue_position,
@@ -63,13 +87,20 @@ def server_model(
     )
 
 
-def _limit_models(limits: Limits, limited_by: Mapping[str, str], sample: Sample | None) -> dict[str, answers.Limit]:
+def _limit_models(
+    limits: Limits, limited_by: Mapping[str, str], sample: Sample | None
+) -> dict[str, answers.Limit]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
     used: dict[str, float | None] = {}
     if sample is not None:
-        used = {"memory": sample.usage.memory, "cpus": sample.cpus, "processes": sample.usage.threads}
+        used = {
+            "memory": sample.usage.memory,
+            "cpus": sample.cpus,
+            "processes": sample.usage.threads,
+        }
     return {
-        name: answers.Limit(limit=limit, limited_by=limited_by.get(name), used=used.get(name)) for name, limit in given.items()
+        name: answers.Limit(limit=limit, limited_by=limited_by.get(name), used=used.get(name))
+        for name, limit in given.items()
     }
 
 
@@ -143,7 +174,10 @@ def me_model(caller: Caller) -> answers.Caller:
 def orphaned_kernel_model(orphan: OrphanedKernel) -> answers.OrphanedKernel:
     """Return the answer for an orphaned kernel."""
     return answers.OrphanedKernel(
-        kernel_id=orphan.kernel_id, gateway_url=orphan.gateway.url, server=orphan.server, since=format_time(orphan.since)
+        kernel_id=orphan.kernel_id,
+        gateway_url=orphan.gateway.url,
+        server=orphan.server,
+        since=format_time(orphan.since),
     )
 
 
@@ -184,10 +218,19 @@ def idle_model(told: Explanation) -> answers.Idle:
         warns_at=at(first.warns_at if first else None),
         stops_at=at(first.stops_at if first else None),
         rules=[
-            answers.IdleRule(rule=o.rule, limit=o.limit, since=at(o.since), warns_at=at(o.warns_at), stops_at=at(o.stops_at))
+            answers.IdleRule(
+                rule=o.rule,
+                limit=o.limit,
+                since=at(o.since),
+                warns_at=at(o.warns_at),
+                stops_at=at(o.stops_at),
+            )
             for o in verdict.outlooks
         ],
-        held_by=[answers.Holder(kind=holder.kind, id=holder.id, reason=holder.reason) for holder in verdict.holders],
+        held_by=[
+            answers.Holder(kind=holder.kind, id=holder.id, reason=holder.reason)
+            for holder in verdict.holders
+        ],
         last_used_at=at(verdict.last_used_at),
         last_used=verdict.last_used,
         snoozed_until=None if until is None else format_time(until),
@@ -203,7 +246,10 @@ def exit_model(end: Exit | None) -> answers.Exit | None:
 def kernel_model(kernel: Kernel) -> answers.Kernel:
     """Return the answer for a kernel."""
     return answers.Kernel(
-        id=kernel.id, name=kernel.name, execution_state=kernel.execution_state, last_activity=kernel.last_activity
+        id=kernel.id,
+        name=kernel.name,
+        execution_state=kernel.execution_state,
+        last_activity=kernel.last_activity,
     )
 
 

@@ -83,7 +83,9 @@ _FIRST_THREADS: Final = 4
 _DRAIN_LIMIT: Final = 256 * 1024 * 1024
 """Bytes of an oversized body that are read and discarded, so that its sender reads the answer."""
 
-_CODINGS: Final = re.compile(rb"^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE)
+_CODINGS: Final = re.compile(
+    rb"^transfer-encoding:[ \t]*(.*?)[ \t]*\r?$", re.IGNORECASE | re.MULTILINE
+)
 Knows = Callable[[str | None, Peer | None], bool]
 
 _log = structlog.get_logger("labkeeper.api")
@@ -112,7 +114,15 @@ class WsgiServer:
         self._map: dict[int, Any] = {}
         self._threads = _Threads(threads, fit)
         self._doors = [
-            _Door(app, self._map, listener, self._threads, certificate=certificate, knows=knows, max_body=max_body)
+            _Door(
+                app,
+                self._map,
+                listener,
+                self._threads,
+                certificate=certificate,
+                knows=knows,
+                max_body=max_body,
+            )
             for listener in sockets
         ]
         self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
@@ -248,20 +258,32 @@ class _Door(BaseWSGIServer):
             ident=None,
         )
         known = (listener.family, listener.type, listener.proto, listener.getsockname())
-        super().__init__(app, map_, _sock=listener, dispatcher=threads, adj=adjustments, sockinfo=known, bind_socket=False)
+        super().__init__(
+            app,
+            map_,
+            _sock=listener,
+            dispatcher=threads,
+            adj=adjustments,
+            sockinfo=known,
+            bind_socket=False,
+        )
 
     def getsockname(self) -> tuple[str, str]:
         """Return host and port."""
         if self._is_unix:
             return "localhost", ""
-        return socket.getnameinfo(self.socket.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV)
+        return socket.getnameinfo(
+            self.socket.getsockname(), socket.NI_NUMERICHOST | socket.NI_NUMERICSERV
+        )
 
     def readable(self) -> bool:
         """Whether to accept connections; called in each round of the loop."""
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY
-            for channel in filter(lambda channel: channel.is_late(now), self.active_channels.values()):
+            for channel in filter(
+                lambda channel: channel.is_late(now), self.active_channels.values()
+            ):
                 channel.cut_off()
             self._drop_answers()
         return self.accepting and self._to_give() > 0
@@ -281,7 +303,9 @@ class _Door(BaseWSGIServer):
         channels = self._channels()
         surplus = len(channels) - sum(channel.will_close for channel in channels) - self._places
         if surplus > 0:
-            for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[:surplus]:
+            for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[
+                :surplus
+            ]:
                 # It is closed in the next round: until then its descriptor is not reused.
                 channel.cut_off()
 
@@ -293,7 +317,10 @@ class _Door(BaseWSGIServer):
 
     def _drop_answers(self) -> None:
         """Close the connections idle for longest while too many bytes are unsent in total."""
-        slow = sorted((c for c in self._channels() if c.total_outbufs_len and c.is_waiting()), key=_Channel.patience)
+        slow = sorted(
+            (c for c in self._channels() if c.total_outbufs_len and c.is_waiting()),
+            key=_Channel.patience,
+        )
         surplus = sum(channel.total_outbufs_len for channel in slow) - _UNTAKEN_OF_ALL
         for channel in slow:
             if surplus <= 0:
@@ -303,7 +330,10 @@ class _Door(BaseWSGIServer):
 
     def has_room_for_a_large_body(self) -> bool:
         """Whether another large body is allowed, over all sockets."""
-        return sum(request.is_large for channel in self._channels() for request in channel.under_way()) < _LARGE_BODIES
+        return (
+            sum(request.is_large for channel in self._channels() for request in channel.under_way())
+            < _LARGE_BODIES
+        )
 
     def _let_in(self, connection: socket.socket, address: Any) -> None:
         try:
@@ -382,7 +412,10 @@ class _Parser(HTTPRequestParser):
             consumed: int = super().received(data)
         except ValueError:
             # A URL or length that Python cannot parse.
-            self.error, self.completed = BadRequest("the request line or a header cannot be read"), True
+            self.error, self.completed = (
+                BadRequest("the request line or a header cannot be read"),
+                True,
+            )
             return len(data)
         if isinstance(self.error, RequestEntityTooLarge):
             self._refuse_body()
@@ -397,7 +430,9 @@ class _Parser(HTTPRequestParser):
             super().parse_header(b"GET / HTTP/1.0\r\n")
             self.error = RequestHeaderFieldsTooLarge(f"exceeds {_HEADERS} headers")
         self._check_length(_CODINGS.findall(header_plus))
-        if "close" in {option.strip(" \t").lower() for option in self.headers.get("CONNECTION", "").split(",")}:
+        if "close" in {
+            option.strip(" \t").lower() for option in self.headers.get("CONNECTION", "").split(",")
+        }:
             # Waitress compares only the whole header.
             self.headers["CONNECTION"] = "close"
         if self.body_rcv is not None:
@@ -411,7 +446,9 @@ class _Parser(HTTPRequestParser):
         """Reject framing that another program may read differently (RFC 9112, 6.1 and 6.3)."""
         plain = self.version == "1.1" and [coding.lower() for coding in codings] == [b"chunked"]
         if codings and ("CONTENT_LENGTH" in self.headers or not plain):
-            raise ParsingError("Transfer-Encoding must be 'chunked', once, in HTTP/1.1, and without Content-Length")
+            raise ParsingError(
+                "Transfer-Encoding must be 'chunked', once, in HTTP/1.1, and without Content-Length"
+            )
 
     def _throw_body_away(self) -> None:
         self.unread = True
@@ -480,7 +517,9 @@ class _Channel(HTTPChannel):
     peer: Callable[[], Peer | None] | None = None
     """Returns the peer; set for a Unix socket."""
 
-    def __init__(self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any) -> None:  # noqa: A002 - waitress' name
+    def __init__(
+        self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any
+    ) -> None:  # noqa: A002 - waitress' name
         self._tls = connection if isinstance(connection, TlsSocket) else None
         self._since = time.monotonic()
         """Start of the wait for its caller: its connection, last request, or last receipt."""
@@ -502,7 +541,9 @@ class _Channel(HTTPChannel):
 
     def _keeps(self, authorization: str | None, may_be_large: bool) -> bool:
         peer = None if self.peer is None else self.peer()
-        return self.server.knows(authorization, peer) and (not may_be_large or self.server.has_room_for_a_large_body())
+        return self.server.knows(authorization, peer) and (
+            not may_be_large or self.server.has_room_for_a_large_body()
+        )
 
     def under_way(self) -> list[_Parser]:
         """Return the complete requests, and the incomplete one, if any."""

@@ -52,13 +52,39 @@ def token(context: click.Context, /) -> None:
     )
 )
 @click.argument("name")
-@click.option("--scope", type=click.Choice([str(scope) for scope in Scope]), required=True, help="What the token allows.")
 @click.option(
-    "--server", "servers", multiple=True, metavar="PATTERN", help="Limit it to servers with matching names; repeatable."
+    "--scope",
+    type=click.Choice([str(scope) for scope in Scope]),
+    required=True,
+    help="What the token allows.",
 )
-@click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Limit it to servers with this label; repeatable.")
-@click.option("--user", "users", multiple=True, metavar="NAME", help="Limit it to servers that run as this user; repeatable.")
-@click.option("--expires", "expires_in", metavar="TIME", help="Lifetime, such as 12h or 30d.  [default: never]")
+@click.option(
+    "--server",
+    "servers",
+    multiple=True,
+    metavar="PATTERN",
+    help="Limit it to servers with matching names; repeatable.",
+)
+@click.option(
+    "--label",
+    "labels",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Limit it to servers with this label; repeatable.",
+)
+@click.option(
+    "--user",
+    "users",
+    multiple=True,
+    metavar="NAME",
+    help="Limit it to servers that run as this user; repeatable.",
+)
+@click.option(
+    "--expires",
+    "expires_in",
+    metavar="TIME",
+    help="Lifetime, such as 12h or 30d.  [default: never]",
+)
 @as_json_option
 @where_options
 @click.pass_obj
@@ -77,7 +103,9 @@ def create(
     """Create a token and print it. It is not shown again."""
     chosen = pairs_of("--label", labels)
     with connected(where) as (client, _), waiting("asking"):
-        made = client.create_token(name, scope, servers=servers, labels=chosen, users=users, expires_in=expires_in)
+        made = client.create_token(
+            name, scope, servers=servers, labels=chosen, users=users, expires_in=expires_in
+        )
     if as_json:
         print_json(made)
         return
@@ -86,7 +114,9 @@ def create(
         say("keep it now: it is not shown again")
 
 
-@token.command(epilog=examples("labkeeper token ls", "labkeeper token ls --json | jq -r '.tokens[].name'"))
+@token.command(
+    epilog=examples("labkeeper token ls", "labkeeper token ls --json | jq -r '.tokens[].name'")
+)
 @as_json_option
 @where_options
 @click.pass_obj
@@ -124,7 +154,11 @@ def revoke(where: Where, /, name: str) -> None:
         say(f"token '{name}' is revoked")
 
 
-@click.command(epilog=examples("labkeeper whoami", "LABKEEPER_TOKEN=lk_... labkeeper whoami --url https://labs.example.org"))
+@click.command(
+    epilog=examples(
+        "labkeeper whoami", "LABKEEPER_TOKEN=lk_... labkeeper whoami --url https://labs.example.org"
+    )
+)
 @as_json_option
 @where_options
 @click.pass_obj

@@ -32,7 +32,9 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     shown = token_of(settings) if unix_socket is None and _is_ours(settings, url) else own
     # Over its Unix socket the keeper knows us, unless it may mistake us for a leftover of a server.
     if_asked = token_of(settings) if unix_socket is not None and own is None else None
-    with Client(url, token=shown, token_if_asked=if_asked, socket=unix_socket, ca_file=ca_file()) as client:
+    with Client(
+        url, token=shown, token_if_asked=if_asked, socket=unix_socket, ca_file=ca_file()
+    ) as client:
         yield client, is_here
 
 

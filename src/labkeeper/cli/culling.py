@@ -9,13 +9,25 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
-from labkeeper.cli.output import is_terminal, print_facts, print_json, print_table, put, say, waiting
+from labkeeper.cli.output import (
+    is_terminal,
+    print_facts,
+    print_json,
+    print_table,
+    put,
+    say,
+    waiting,
+)
 
 if TYPE_CHECKING:
     from labkeeper.client import Idle
 
 
-@click.command(epilog=examples("labkeeper idle", "labkeeper idle demo", "labkeeper idle --json | jq '.servers[0]'"))
+@click.command(
+    epilog=examples(
+        "labkeeper idle", "labkeeper idle demo", "labkeeper idle --json | jq '.servers[0]'"
+    )
+)
 @click.argument("name", required=False)
 @as_json_option
 @where_options
@@ -33,7 +45,10 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
     elif name:
         _explain(found[0])
     else:
-        rows = [(one.name, one.standing, one.stops_at or "-", one.rule or "-", one.reason) for one in found]
+        rows = [
+            (one.name, one.standing, one.stops_at or "-", one.rule or "-", one.reason)
+            for one in found
+        ]
         print_table(("NAME", "STANDING", "STOPS AT", "RULE", "WHY"), rows)
         if not found and is_terminal(sys.stderr):
             say("no servers; `labkeeper start` starts one")
@@ -41,7 +56,13 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
 
 @click.command(epilog=examples("labkeeper snooze demo --for 2h", "labkeeper snooze demo --for 0"))
 @name_argument
-@click.option("--for", "time", required=True, metavar="TIME", help="Duration, such as 90m or 2h; 0 ends the snooze.")
+@click.option(
+    "--for",
+    "time",
+    required=True,
+    metavar="TIME",
+    help="Duration, such as 90m or 2h; 0 ends the snooze.",
+)
 @as_json_option
 @where_options
 @click.pass_obj
@@ -52,7 +73,11 @@ def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        put(f"{told.name}: snoozed until {told.snoozed_until}" if told.snoozed_until else f"{told.name}: not snoozed")
+        put(
+            f"{told.name}: snoozed until {told.snoozed_until}"
+            if told.snoozed_until
+            else f"{told.name}: not snoozed"
+        )
 
 
 def _explain(told: Idle) -> None:
@@ -62,7 +87,9 @@ def _explain(told: Idle) -> None:
         "why": told.reason,
         "stops at": told.stops_at and f"{told.stops_at} ({told.rule})",
         "warns at": told.warns_at,
-        "held by": ", ".join(f"{holder.kind} {holder.id} ({holder.reason})" for holder in told.held_by),
+        "held by": ", ".join(
+            f"{holder.kind} {holder.id} ({holder.reason})" for holder in told.held_by
+        ),
         "last used": told.last_used_at and f"{told.last_used_at} ({told.last_used})",
         "snoozed until": told.snoozed_until,
         "looked at": told.looked_at,

@@ -59,7 +59,9 @@ def _usage(error: click.ClickException) -> str:
 
 def complain_of(error: LabkeeperError) -> int:
     """Print an error and the server's last log lines to stderr; return the exit code."""
-    code = _complain(error.message, next(code for cls, code in _EXIT_CODES if isinstance(error, cls)))
+    code = _complain(
+        error.message, next(code for cls, code in _EXIT_CODES if isinstance(error, cls))
+    )
     show_log_tail(error.details.get("log_tail") or ())
     if request_id := error.details.get("request_id"):
         say(f"  request id: {request_id}")

@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 @name_argument
 @click.option("-f", "--follow", is_flag=True, help="Follow the log until the server has ended.")
 @click.option(
-    "-n", "--tail", type=click.IntRange(0, 1_000_000), metavar="N", help="Number of lines from the end.  [default: 200]"
+    "-n",
+    "--tail",
+    type=click.IntRange(0, 1_000_000),
+    metavar="N",
+    help="Number of lines from the end.  [default: 200]",
 )
 @where_options
 @click.pass_obj
@@ -36,7 +40,9 @@ def logs(where: Where, /, name: str, follow: bool, tail: int | None) -> None:
             put(client.logs(name, tail=tail), nl=False)
 
 
-@click.command(epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json"))
+@click.command(
+    epilog=examples("labkeeper events", "labkeeper events demo -f", "labkeeper events --json")
+)
 @click.argument("name", required=False)
 @click.option("-f", "--follow", is_flag=True, help="Follow events until the keeper exits.")
 @click.option(
@@ -71,5 +77,9 @@ def _show_event(event: Event, as_json: bool) -> None:
     if as_json:
         put(event.model_dump_json())
         return
-    by = "" if event.actor == "keeper" else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
+    by = (
+        ""
+        if event.actor == "keeper"
+        else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
+    )
     put(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")

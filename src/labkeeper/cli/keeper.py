@@ -22,7 +22,11 @@ class _Serve(click.Command):
     """Has one flag per setting; created on use, since the settings are slow to import."""
 
     def make_context(
-        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
     ) -> click.Context:
         # First: our environment may hold the token, and an earlier keeper's servers have our user.
         hide()
@@ -52,14 +56,20 @@ def _settings_flags() -> tuple[click.Option, ...]:
         from labkeeper.settings import PREFIX, SECRETS, Settings  # noqa: PLC0415 - late
 
     return tuple(
-        _settings_flag(name, field, PREFIX + name.upper()) for name, field in Settings.model_fields.items() if name not in SECRETS
+        _settings_flag(name, field, PREFIX + name.upper())
+        for name, field in Settings.model_fields.items()
+        if name not in SECRETS
     )
 
 
 def _settings_flag(name: str, field: Any, variable: str) -> click.Option:
     kind, flag = field.annotation, f"--{name.replace('_', '-')}"
     default = field.get_default(call_default_factory=True)
-    shown = "" if default in {None, ()} else f"; default: {str(default).lower() if kind is bool else default}"
+    shown = (
+        ""
+        if default in {None, ()}
+        else f"; default: {str(default).lower() if kind is bool else default}"
+    )
     about = f"{field.description}  [env: {variable}{shown}]"
     if kind is bool:
         return click.Option([f"{flag}/--no-{flag[2:]}", name], default=None, help=about)
@@ -78,9 +88,18 @@ def _metavar(kind: Any) -> str:
 
 
 @click.command(
-    cls=_Serve, epilog=examples("labkeeper serve --start", "labkeeper serve --host 0.0.0.0 --port 80 --notebook-dir /notebooks")
+    cls=_Serve,
+    epilog=examples(
+        "labkeeper serve --start",
+        "labkeeper serve --host 0.0.0.0 --port 80 --notebook-dir /notebooks",
+    ),
 )
-@click.option("--start", "first", is_flag=True, help="Also start the server named `default`, and print its link on a terminal.")
+@click.option(
+    "--start",
+    "first",
+    is_flag=True,
+    help="Also start the server named `default`, and print its link on a terminal.",
+)
 @click.pass_obj
 def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
     """Run the keeper until Ctrl-C or SIGTERM.
@@ -114,6 +133,8 @@ def version(where: Where, /, as_json: bool) -> None:
     with connected(where) as (client, _), waiting("asking"):
         theirs = client.version()
     if as_json:
-        print_json({"name": "labkeeper", "version": theirs, "client_version": ours, "url": client.base_url})
+        print_json(
+            {"name": "labkeeper", "version": theirs, "client_version": ours, "url": client.base_url}
+        )
     else:
         put(f"keeper at {client.base_url}: {theirs}")

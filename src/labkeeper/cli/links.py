@@ -21,14 +21,25 @@ if TYPE_CHECKING:
     pass
 
 
-@click.command(epilog=examples("labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"))
+@click.command(
+    epilog=examples(
+        "labkeeper link demo", "labkeeper link demo --expires 10m --page /lab/tree/report.ipynb"
+    )
+)
 @name_argument
-@click.option("--expires", "expires_in", metavar="TIME", help="Lifetime of the link, at most 1h.  [default: 60s]")
+@click.option(
+    "--expires",
+    "expires_in",
+    metavar="TIME",
+    help="Lifetime of the link, at most 1h.  [default: 60s]",
+)
 @click.option("--page", metavar="PATH", help="Page to open.  [default: the server's own]")
 @as_json_option
 @where_options
 @click.pass_obj
-def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool) -> None:
+def link(
+    where: Where, /, name: str, *, expires_in: str | None, page: str | None, as_json: bool
+) -> None:
     """Print a one-time link to a running Lab.
 
     It does not contain the Lab's token, and is worthless once it was used or has expired.
@@ -43,7 +54,12 @@ def link(where: Where, /, name: str, *, expires_in: str | None, page: str | None
 
 @click.command("open", epilog=examples("labkeeper open", "labkeeper open demo --print"))
 @name_argument
-@click.option("--print", "print_only", is_flag=True, help="Print the link, with the token, and do not open it.")
+@click.option(
+    "--print",
+    "print_only",
+    is_flag=True,
+    help="Print the link, with the token, and do not open it.",
+)
 @where_options
 @click.pass_obj
 def open_(where: Where, /, name: str, print_only: bool) -> None:

@@ -31,7 +31,11 @@ _Function = Callable[..., Any]
 def where_options(command: _Function) -> _Function:
     """Add the options that locate the keeper; they may come before or after a command's name."""
     url = click.option(
-        "--url", metavar="URL", expose_value=False, callback=_note, help="The keeper's URL.  [env: LABKEEPER_URL; default: found]"
+        "--url",
+        metavar="URL",
+        expose_value=False,
+        callback=_note,
+        help="The keeper's URL.  [env: LABKEEPER_URL; default: found]",
     )
     state_dir = click.option(
         "--state-dir",

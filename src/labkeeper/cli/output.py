@@ -46,7 +46,11 @@ def _shown(text: str, stream: IO[str] | None) -> str:
 
 def styled(text: str, stream: IO[str] | None, **style: Any) -> str:
     """Return the text, coloured for a terminal unless NO_COLOR (no-color.org) is set."""
-    return click.style(text, **style) if is_terminal(stream) and not os.environ.get("NO_COLOR") else text
+    return (
+        click.style(text, **style)
+        if is_terminal(stream) and not os.environ.get("NO_COLOR")
+        else text
+    )
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
@@ -79,7 +83,11 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not is_terminal(sys.stdout):
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         for row in (head, *rows):
-            put("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+            put(
+                "  ".join(
+                    f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)
+                ).rstrip()
+            )
         return
     from rich.console import Console  # noqa: PLC0415 - late
     from rich.table import Table  # noqa: PLC0415 - late
@@ -91,7 +99,10 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(
             *(
-                Text(visible_line(cell), style=_colour(cell).replace("bright_black", "dim") if i == 1 else "")
+                Text(
+                    visible_line(cell),
+                    style=_colour(cell).replace("bright_black", "dim") if i == 1 else "",
+                )
                 for i, cell in enumerate(row)
             )
         )
@@ -148,6 +159,8 @@ def _spin(what: str | Callable[[], str], done: threading.Event, after: float) ->
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None, seconds=after)
         for passed in itertools.count():
-            progress.update(task, description=what if isinstance(what, str) else what(), seconds=after + passed)
+            progress.update(
+                task, description=what if isinstance(what, str) else what(), seconds=after + passed
+            )
             if done.wait(1.0):
                 return

@@ -13,7 +13,14 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
-from labkeeper.cli.options import Where, as_json_option, examples, name_argument, wait_option, where_options
+from labkeeper.cli.options import (
+    Where,
+    as_json_option,
+    examples,
+    name_argument,
+    wait_option,
+    where_options,
+)
 from labkeeper.cli.output import (
     ago,
     coloured,
@@ -36,31 +43,61 @@ if TYPE_CHECKING:
     from labkeeper.client import Client, Gateway, Limit, Server, Usage
 
 
-@click.command(epilog=examples("labkeeper ls --state running --label team=blue", "labkeeper ls --json | jq -r '.servers[].name'"))
-@click.option(
-    "--state", multiple=True, type=click.Choice([str(state) for state in State]), help="Only servers in this state; repeatable."
+@click.command(
+    epilog=examples(
+        "labkeeper ls --state running --label team=blue",
+        "labkeeper ls --json | jq -r '.servers[].name'",
+    )
 )
-@click.option("--label", multiple=True, metavar="KEY[=VALUE]", help="Only servers with this label; repeatable, all must match.")
+@click.option(
+    "--state",
+    multiple=True,
+    type=click.Choice([str(state) for state in State]),
+    help="Only servers in this state; repeatable.",
+)
+@click.option(
+    "--label",
+    multiple=True,
+    metavar="KEY[=VALUE]",
+    help="Only servers with this label; repeatable, all must match.",
+)
 @as_json_option
 @where_options
 @click.pass_obj
 def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json: bool) -> None:
     """List servers."""
     with connected(where) as (client, _), waiting("asking"):
-        servers = (_measured if as_json or _is_wide() else _as_it_is)(lambda: list(client.list(state=state, label=label)))
+        servers = (_measured if as_json or _is_wide() else _as_it_is)(
+            lambda: list(client.list(state=state, label=label))
+        )
     if as_json:
-        print_json({"servers": [server.model_dump(mode="json") for server in servers], "next": None})
+        print_json(
+            {"servers": [server.model_dump(mode="json") for server in servers], "next": None}
+        )
         return
     head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
     rows: list[tuple[str, ...]] = [
-        (s.name, str(s.state), ago(s.since), _address(s), s.root_dir, s.gateway.url if s.gateway else "-") for s in servers
+        (
+            s.name,
+            str(s.state),
+            ago(s.since),
+            _address(s),
+            s.root_dir,
+            s.gateway.url if s.gateway else "-",
+        )
+        for s in servers
     ]
     if _is_wide():
         head = (*head[:3], "MEMORY", "CPUS", *head[3:])
-        rows = [(*row[:3], *_columns(server), *row[3:]) for row, server in zip(rows, servers, strict=True)]
+        rows = [
+            (*row[:3], *_columns(server), *row[3:])
+            for row, server in zip(rows, servers, strict=True)
+        ]
     print_table(head, rows)
     if not servers and is_terminal(sys.stderr):
-        say("no servers; `labkeeper start` starts one" if not (state or label) else "no servers fit")
+        say(
+            "no servers; `labkeeper start` starts one" if not (state or label) else "no servers fit"
+        )
 
 
 _WIDE: Final = 120
@@ -108,7 +145,11 @@ def _limit(name: str, limit: Limit) -> str:
 
 
 def _usage(usage: Usage) -> str:
-    shared = f" ({_mib(usage.memory_proportional)} with shared pages divided)" if usage.memory_proportional is not None else ""
+    shared = (
+        f" ({_mib(usage.memory_proportional)} with shared pages divided)"
+        if usage.memory_proportional is not None
+        else ""
+    )
     busy = f", {usage.cpus:.2f} now" if usage.cpus is not None else ""
     processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
     return f"memory {_mib(usage.memory)}{shared}, {usage.cpu_seconds:.1f} s of processors{busy}, {processes}"
@@ -162,9 +203,12 @@ def _facts(server: Server) -> dict[str, str]:
         "max age": server.max_age and format_duration(server.max_age),
         "snoozed until": server.snoozed_until,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
-        "launched by": server.launched_by and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
+        "launched by": server.launched_by
+        and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
         "jupyter server": server.version,
-        "options": ", ".join(f"{name}={json.dumps(value)}" for name, value in sorted(server.jupyter_options.items())),
+        "options": ", ".join(
+            f"{name}={json.dumps(value)}" for name, value in sorted(server.jupyter_options.items())
+        ),
         "description": server.description,
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(server.labels.items())),
         "created": server.created_at,
@@ -176,7 +220,9 @@ def _facts(server: Server) -> dict[str, str]:
     return {key: str(value) for key, value in facts.items() if value}
 
 
-@click.command(epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete", "labkeeper stop --all"))
+@click.command(
+    epilog=examples("labkeeper stop", "labkeeper stop demo spark --delete", "labkeeper stop --all")
+)
 @click.argument("names", nargs=-1, metavar="[NAME]...")
 @click.option("--all", "every", is_flag=True, help="All servers.")
 @click.option("--force", is_flag=True, help="Kill immediately, without a graceful shutdown.")
@@ -186,7 +232,15 @@ def _facts(server: Server) -> dict[str, str]:
 @where_options
 @click.pass_obj
 def stop(
-    where: Where, /, *, names: tuple[str, ...], every: bool, force: bool, delete: bool, wait: float | None, as_json: bool
+    where: Where,
+    /,
+    *,
+    names: tuple[str, ...],
+    every: bool,
+    force: bool,
+    delete: bool,
+    wait: float | None,
+    as_json: bool,
 ) -> int:
     """Stop servers, together with their kernels.
 
@@ -198,13 +252,17 @@ def stop(
         raise click.UsageError("--all takes no names")
     codes = []
     with connected(where) as (client, _):
-        names = tuple(server.name for server in client.list()) if every else names or (DEFAULT_NAME,)
+        names = (
+            tuple(server.name for server in client.list()) if every else names or (DEFAULT_NAME,)
+        )
         if len(names) > 1:
             _ask_to_stop(client, names, force)
         for name in names:
             try:
                 with waiting(f"stopping '{name}'"):
-                    server = (client.delete if delete else client.stop)(name, force=force, wait=wait)
+                    server = (client.delete if delete else client.stop)(
+                        name, force=force, wait=wait
+                    )
             except ClientError:
                 raise
             except LabkeeperError as error:
@@ -234,7 +292,9 @@ def _show_stopped(server: Server, as_json: bool) -> None:
         put(f"{server.name}: {_stopped(server)}")
     left = server.stop_report.kernels_left if server.stop_report else ()
     if left:
-        say(f"{server.name}: kernels may be left on its gateway, and are ended when it answers: {', '.join(left)}")
+        say(
+            f"{server.name}: kernels may be left on its gateway, and are ended when it answers: {', '.join(left)}"
+        )
 
 
 def _stopped(server: Server) -> str:
@@ -243,18 +303,27 @@ def _stopped(server: Server) -> str:
         return str(server.state)
     count = len(report.kernels_stopped)
     kernels = f", with {count} kernel{'s' if count > 1 else ''}" if count else ""
-    means = {"none": "had ended by itself", "shutdown": "shut down", "sigterm": "ended by SIGTERM", "sigkill": "ended by SIGKILL"}
+    means = {
+        "none": "had ended by itself",
+        "shutdown": "shut down",
+        "sigterm": "ended by SIGTERM",
+        "sigkill": "ended by SIGKILL",
+    }
     return f"{means.get(report.method, report.method)} in {report.seconds:.1f} s{kernels}"
 
 
 @click.command(epilog=examples("labkeeper restart demo", "labkeeper restart spark --keep-kernels"))
 @name_argument
-@click.option("--keep-kernels", is_flag=True, help="Keep kernels on the gateway running, and take them over.")
+@click.option(
+    "--keep-kernels", is_flag=True, help="Keep kernels on the gateway running, and take them over."
+)
 @wait_option
 @as_json_option
 @where_options
 @click.pass_obj
-def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, as_json: bool) -> None:
+def restart(
+    where: Where, /, name: str, keep_kernels: bool, wait: float | None, as_json: bool
+) -> None:
     """Restart a server, and print its new link.
 
     A server that is not running is started.
@@ -264,7 +333,10 @@ def restart(where: Where, /, name: str, keep_kernels: bool, wait: float | None, 
     show_started(server, as_json)
 
 
-@click.command("rotate-token", epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"))
+@click.command(
+    "rotate-token",
+    epilog=examples("labkeeper rotate-token demo", "labkeeper rotate-token demo --wait 0"),
+)
 @name_argument
 @wait_option
 @as_json_option

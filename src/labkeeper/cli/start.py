@@ -15,7 +15,15 @@ import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.errors import complain_of
-from labkeeper.cli.options import Size, Where, as_json_option, examples, pairs_of, wait_option, where_options
+from labkeeper.cli.options import (
+    Size,
+    Where,
+    as_json_option,
+    examples,
+    pairs_of,
+    wait_option,
+    where_options,
+)
 from labkeeper.cli.output import print_json, put, say, waiting
 from labkeeper.core.errors import ClientError, LabkeeperError, ServerNotFound, StartFailed
 from labkeeper.core.lifecycle import State
@@ -45,7 +53,11 @@ _SPECIAL: Final[dict[str, dict[str, Any]]] = {
     "user": {"metavar": "NAME"},
     "default_url": {"metavar": "PATH"},
     "labels": {"flags": ["--label"]},
-    "memory_limit": {"type": Size(), "metavar": "SIZE", "help": "Memory for the Lab with its kernels, as 2G or 512MiB."},
+    "memory_limit": {
+        "type": Size(),
+        "metavar": "SIZE",
+        "help": "Memory for the Lab with its kernels, as 2G or 512MiB.",
+    },
     "jupyter_options": {
         "flags": ["-o", "--option"],
         "multiple": True,
@@ -61,7 +73,9 @@ def _request_options() -> tuple[click.Option, ...]:
     from labkeeper.schema.servers import ServerRequest, flat_fields, is_secret  # noqa: PLC0415 - late
 
     return tuple(
-        _request_option(name, field) for name, field in flat_fields(ServerRequest) if name != "name" and not is_secret(field)
+        _request_option(name, field)
+        for name, field in flat_fields(ServerRequest)
+        if name != "name" and not is_secret(field)
     )
 
 
@@ -73,13 +87,25 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
     if kind is bool:
         return click.Option([f"--{dashed}/--no-{dashed}", name], default=None, **about)
     if get_origin(kind) is dict:
-        about |= {"multiple": True, "metavar": "KEY=VALUE", "help": f"{str(field.description).rstrip('.')}; repeatable."}
+        about |= {
+            "multiple": True,
+            "metavar": "KEY=VALUE",
+            "help": f"{str(field.description).rstrip('.')}; repeatable.",
+        }
         return click.Option([*flags, name], **about)
     if kind in {int, float}:
-        bounds = {edge: getattr(one, edge) for one in field.metadata for edge in ("ge", "gt", "le") if hasattr(one, edge)}
+        bounds = {
+            edge: getattr(one, edge)
+            for one in field.metadata
+            for edge in ("ge", "gt", "le")
+            if hasattr(one, edge)
+        }
         ranges = click.IntRange if kind is int else click.FloatRange
         at_least = bounds.get("ge", bounds.get("gt"))
-        about |= {"type": ranges(at_least, bounds.get("le"), min_open="gt" in bounds), "metavar": "N"}
+        about |= {
+            "type": ranges(at_least, bounds.get("le"), min_open="gt" in bounds),
+            "metavar": "N",
+        }
     elif name.endswith("url"):
         about |= {"metavar": "URL"}
     elif name.endswith(("certs", "cert", "key")):
@@ -113,7 +139,14 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
 @where_options
 @click.pass_obj
 def start(
-    where: Where, /, names: tuple[str, ...], *, wait: float | None, as_json: bool, json_spec: IO[str] | None, **options: Any
+    where: Where,
+    /,
+    names: tuple[str, ...],
+    *,
+    wait: float | None,
+    as_json: bool,
+    json_spec: IO[str] | None,
+    **options: Any,
 ) -> int:
     """Start servers, new or stopped, and print their links. NAME defaults to `default`.
 
@@ -122,13 +155,22 @@ def start(
     Several servers of one kind start in parallel, as the keeper allows; the exit code is that of the first that could not be
     started, and 1 if some were not ready in time.
     """
-    fields = _merged(_spec(json_spec), _fields(options)) | ({"name": names[0]} if len(names) == 1 else {})
+    fields = _merged(_spec(json_spec), _fields(options)) | (
+        {"name": names[0]} if len(names) == 1 else {}
+    )
     as_it_was = json_spec is None and not fields.keys() - {"name"}
     with connected(where) as (client, is_here):
         if is_here and options["root_dir"]:
             fields["root_dir"] = os.path.abspath(Path(options["root_dir"]).expanduser())  # noqa: PTH100 - links are kept as given
         if len(names) > 1:
-            return _start_many(client, tuple(dict.fromkeys(names)), fields, wait, as_it_was=as_it_was, as_json=as_json)
+            return _start_many(
+                client,
+                tuple(dict.fromkeys(names)),
+                fields,
+                wait,
+                as_it_was=as_it_was,
+                as_json=as_json,
+            )
         name = fields.get("name", DEFAULT_NAME)
         with waiting(lambda: _progress(client, [name])):
             server = _start(client, fields, wait, as_it_was=as_it_was)
@@ -143,23 +185,36 @@ def _progress(client: Client, names: Sequence[str]) -> str:
     except LabkeeperError:
         found = []
     if len(names) > 1:
-        ready, queued = (sum(server.state == state for server in found) for state in (State.RUNNING, State.QUEUED))
+        ready, queued = (
+            sum(server.state == state for server in found)
+            for state in (State.RUNNING, State.QUEUED)
+        )
         return f"starting {len(names)} servers: {ready} ready, {queued} queued"
     place = next((server.queue_position for server in found), None)
     return f"starting '{names[0]}'" + (f", number {place} in the queue" if place else "")
 
 
 def _start_many(
-    client: Client, names: Sequence[str], fields: dict[str, Any], wait: float | None, *, as_it_was: bool, as_json: bool
+    client: Client,
+    names: Sequence[str],
+    fields: dict[str, Any],
+    wait: float | None,
+    *,
+    as_it_was: bool,
+    as_json: bool,
 ) -> int:
     """Start all servers, existing ones unchanged if no fields are given; return the exit code."""
     with waiting(lambda: _progress(client, names)):
         there = {server.name for server in client.list()} & {*names} if as_it_was else set()
-        results: dict[str, Server | LabkeeperError] = {name: _asked(client, name) for name in names if name in there}
+        results: dict[str, Server | LabkeeperError] = {
+            name: _asked(client, name) for name in names if name in there
+        }
         new = [name for name in names if name not in there]
         for at in range(0, len(new), _MOST_AT_ONCE):
             for one in client.start_many(new[at : at + _MOST_AT_ONCE], wait=wait, **fields):
-                results[one.name] = one.server or one.error or LabkeeperError(f"cannot start server '{one.name}'")
+                results[one.name] = (
+                    one.server or one.error or LabkeeperError(f"cannot start server '{one.name}'")
+                )
         for name in there:
             results[name] = _ready(client, results[name], wait)
     codes = []
@@ -191,11 +246,15 @@ def _asked(client: Client, name: str) -> Server | LabkeeperError:
         return error
 
 
-def _ready(client: Client, asked: Server | LabkeeperError, wait: float | None) -> Server | LabkeeperError:
+def _ready(
+    client: Client, asked: Server | LabkeeperError, wait: float | None
+) -> Server | LabkeeperError:
     """Wait for a server that is starting."""
     if isinstance(asked, LabkeeperError) or asked.state == State.RUNNING:
         return asked
-    server = client.get(asked.name, wait_for=State.RUNNING, wait=_LONGEST_WAIT if wait is None else wait)
+    server = client.get(
+        asked.name, wait_for=State.RUNNING, wait=_LONGEST_WAIT if wait is None else wait
+    )
     if server.failure is None or server.state != State.FAILED:
         return server
     return StartFailed(server.failure.message, log_tail=server.failure.log_tail)
@@ -244,10 +303,14 @@ def _value(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError as error:
-        raise click.BadParameter(f"{text!r} is not JSON, such as true, 10 or 0.5", param_hint="'--option'") from error
+        raise click.BadParameter(
+            f"{text!r} is not JSON, such as true, 10 or 0.5", param_hint="'--option'"
+        ) from error
 
 
-def _start(client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool) -> Server:
+def _start(
+    client: Client, fields: dict[str, Any], wait: float | None, *, as_it_was: bool
+) -> Server:
     if as_it_was:
         # Only the name was given: start the server as it is, instead of comparing defaults.
         with suppress(ServerNotFound):

@@ -85,7 +85,12 @@ class Calls:
     # Servers
 
     def create(
-        self, request: ServerRequest | Mapping[str, Any] | None = None, /, *, wait: float | None = None, **fields: Any
+        self,
+        request: ServerRequest | Mapping[str, Any] | None = None,
+        /,
+        *,
+        wait: float | None = None,
+        **fields: Any,
     ) -> Call[Server]:
         """Create a server from `request`, overridden by `fields`, and start it. Idempotent.
 
@@ -95,7 +100,9 @@ class Calls:
         """
         return _server("POST", "/api/servers", wait, body=_merged(request, fields))
 
-    def get(self, name: str, *, wait_for: State | str | None = None, wait: float | None = None) -> Call[Server]:
+    def get(
+        self, name: str, *, wait_for: State | str | None = None, wait: float | None = None
+    ) -> Call[Server]:
         """Return a server; with `wait_for`, wait for that state up to `wait` seconds.
 
         Raises ServerNotFound.
@@ -116,7 +123,9 @@ class Calls:
         """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
         return _server("POST", _path(name, "/start"), wait)
 
-    def start_many(self, /, names: Sequence[str], *, wait: float | None = None, **fields: Any) -> Call[Sequence[BulkResult]]:
+    def start_many(
+        self, /, names: Sequence[str], *, wait: float | None = None, **fields: Any
+    ) -> Call[Sequence[BulkResult]]:
         """Create and start up to 200 servers with equal fields; return their outcomes in order.
 
         Each is started as if by `create`; an error that `create` would raise is the `error` of
@@ -132,7 +141,9 @@ class Calls:
             patience=_patience(wait),
         )
 
-    def restart(self, /, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Any) -> Call[Server]:
+    def restart(
+        self, /, name: str, *, keep_kernels: bool = False, wait: float | None = None, **fields: Any
+    ) -> Call[Server]:
         """Restart a server with `fields` changed, or start it if it is not running.
 
         With `keep_kernels`, the kernels on its gateway keep running, and the new launch takes them
@@ -148,13 +159,20 @@ class Calls:
         """
         return _server("POST", _path(name, "/rotate-token"), wait)
 
-    def link(self, name: str, *, expires_in: float | str | None = None, page: str | None = None) -> Call[Link]:
+    def link(
+        self, name: str, *, expires_in: float | str | None = None, page: str | None = None
+    ) -> Call[Link]:
         """Create a one-time link to a running server's Lab.
 
         `expires_in`, by default a minute, is in seconds, or text such as `10m`.
         Raises ServerNotFound, Conflict (not running), InvalidSpec.
         """
-        return Call("POST", _path(name, "/link"), reading(Link), body=_given(expires_in=expires_in, page=page))
+        return Call(
+            "POST",
+            _path(name, "/link"),
+            reading(Link),
+            body=_given(expires_in=expires_in, page=page),
+        )
 
     def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
         """Return the last `tail` log lines (default: the keeper's). Raises ServerNotFound."""
@@ -169,19 +187,29 @@ class Calls:
 
     def kernels(self, name: str) -> Call[Sequence[Kernel]]:
         """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
-        return Call("GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels)
+        return Call(
+            "GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels
+        )
 
     def orphaned_kernels(self) -> Call[Sequence[OrphanedKernel]]:
         """List kernels of ended servers that a gateway still has to end, once it responds."""
-        return Call("GET", "/api/orphaned-kernels", lambda answer: parse(OrphanedKernelList, answer).orphaned_kernels)
+        return Call(
+            "GET",
+            "/api/orphaned-kernels",
+            lambda answer: parse(OrphanedKernelList, answer).orphaned_kernels,
+        )
 
-    def events(self, name: str | None = None, *, after: int | None = None, limit: int = 100) -> Call[Sequence[Event]]:
+    def events(
+        self, name: str | None = None, *, after: int | None = None, limit: int = 100
+    ) -> Call[Sequence[Event]]:
         """Return events of one server or all, oldest first: those after an event, or the newest.
 
         Raises ServerNotFound if the name is unknown.
         """
         query = {"limit": limit, **_given(after=after)}
-        return Call("GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query)
+        return Call(
+            "GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query
+        )
 
     def follow_events(self, name: str | None = None, *, after: int | None = None) -> Stream[Event]:
         """Yield events as they happen, first those after a given one. Ends when the keeper does.
@@ -210,8 +238,16 @@ class Calls:
 
         Only this answer contains the token, as `token`. Raises InvalidSpec, Conflict, NotAllowed.
         """
-        body = {"name": name, "scope": scope, "servers": [*servers], "labels": {**(labels or {})}, "users": [*users]}
-        return Call("POST", "/api/tokens", reading(NewToken), body=body | _given(expires_in=expires_in))
+        body = {
+            "name": name,
+            "scope": scope,
+            "servers": [*servers],
+            "labels": {**(labels or {})},
+            "users": [*users],
+        }
+        return Call(
+            "POST", "/api/tokens", reading(NewToken), body=body | _given(expires_in=expires_in)
+        )
 
     def tokens(self) -> Call[Sequence[Token]]:
         """List all tokens except the owner's, by name."""
@@ -261,7 +297,9 @@ class Calls:
         """Whether the keeper accepts commands, and all its watchers work."""
         return Call("GET", "/readyz", is_ok)
 
-    def page(self, *, state: Iterable[State | str], label: Iterable[str], cursor: str | None) -> Call[ServerList]:
+    def page(
+        self, *, state: Iterable[State | str], label: Iterable[str], cursor: str | None
+    ) -> Call[ServerList]:
         """List one page of servers."""
         query = {"state": [str(one) for one in state], "label": [*label], **_given(cursor=cursor)}
         return Call("GET", "/api/servers", reading(ServerList), query=query)
@@ -276,12 +314,20 @@ def _server(
     body: Mapping[str, Any] | None = None,
 ) -> Call[Server]:
     """Return a call whose answer is a server, for which the keeper may wait."""
-    return Call(method, path, reading(Server), {**(query or {}), **_given(wait=wait)}, body, _patience(wait))
+    return Call(
+        method, path, reading(Server), {**(query or {}), **_given(wait=wait)}, body, _patience(wait)
+    )
 
 
-def _merged(request: ServerRequest | Mapping[str, Any] | None, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+def _merged(
+    request: ServerRequest | Mapping[str, Any] | None, fields: Mapping[str, Any]
+) -> Mapping[str, Any]:
     """Return a request's fields, overridden by others. Raises InvalidSpec for duplicates."""
-    sent = request.model_dump(mode="json", by_alias=True, exclude_unset=True) if isinstance(request, BaseModel) else request
+    sent = (
+        request.model_dump(mode="json", by_alias=True, exclude_unset=True)
+        if isinstance(request, BaseModel)
+        else request
+    )
     if not sent or not fields:
         return sent or fields
     from labkeeper.schema.servers import merged  # noqa: PLC0415 - late: most callers give one or the other

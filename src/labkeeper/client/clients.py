@@ -12,7 +12,14 @@ from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
 import httpx
 
 from labkeeper.client.calls import Call, Calls, PathText, Stream
-from labkeeper.client.connection import IfAsked, Translated, checked_token, checked_url, make_async_transport, make_transport
+from labkeeper.client.connection import (
+    IfAsked,
+    Translated,
+    checked_token,
+    checked_url,
+    make_async_transport,
+    make_transport,
+)
 from labkeeper.client.reading import Lines, checked
 from labkeeper.core.errors import InvalidSpec, SettingsError
 from labkeeper.core.lifecycle import State
@@ -26,7 +33,9 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _method(call: Callable[Concatenate[Calls, _P], Call[_T]]) -> Callable[Concatenate[Client, _P], _T]:
+def _method(
+    call: Callable[Concatenate[Calls, _P], Call[_T]],
+) -> Callable[Concatenate[Client, _P], _T]:
     @functools.wraps(call)
     def method(client: Client, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         return client._do(call(_CALLS, *args, **kwargs))
@@ -34,7 +43,9 @@ def _method(call: Callable[Concatenate[Calls, _P], Call[_T]]) -> Callable[Concat
     return method
 
 
-def _stream(call: Callable[Concatenate[Calls, _P], Stream[_T]]) -> Callable[Concatenate[Client, _P], Iterator[_T]]:
+def _stream(
+    call: Callable[Concatenate[Calls, _P], Stream[_T]],
+) -> Callable[Concatenate[Client, _P], Iterator[_T]]:
     @functools.wraps(call)
     def method(client: Client, /, *args: _P.args, **kwargs: _P.kwargs) -> Iterator[_T]:
         yield from client._follow(call(_CALLS, *args, **kwargs))
@@ -56,7 +67,9 @@ def _async_stream(
     call: Callable[Concatenate[Calls, _P], Stream[_T]],
 ) -> Callable[Concatenate[AsyncClient, _P], AsyncIterator[_T]]:
     @functools.wraps(call)
-    async def method(client: AsyncClient, /, *args: _P.args, **kwargs: _P.kwargs) -> AsyncIterator[_T]:
+    async def method(
+        client: AsyncClient, /, *args: _P.args, **kwargs: _P.kwargs
+    ) -> AsyncIterator[_T]:
         async for item in client._follow(call(_CALLS, *args, **kwargs)):
             yield item
 
@@ -80,17 +93,28 @@ class _Connection:
         # A Unix socket cannot be eavesdropped on: it has no TLS.
         return self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
 
-    def _request(self, call: Call[Any] | Stream[Any], build: Callable[..., httpx.Request]) -> httpx.Request:
+    def _request(
+        self, call: Call[Any] | Stream[Any], build: Callable[..., httpx.Request]
+    ) -> httpx.Request:
         """Return the request of a call. Raises InvalidSpec if it cannot be sent."""
         method, body, read = "GET", None, None
         if isinstance(call, Call):
             method, body = call.method, call.body
             read = None if call.patience is None else self._timeout + call.patience
-        timeout = httpx.Timeout(self._timeout, read=read, connect=min(self._timeout, _CONNECT_WITHIN))
+        timeout = httpx.Timeout(
+            self._timeout, read=read, connect=min(self._timeout, _CONNECT_WITHIN)
+        )
         try:
             content = None if body is None else json.dumps(body, default=os.fspath, allow_nan=False)
             headers = None if body is None else {"Content-Type": "application/json"}
-            return build(method, call.path, params=call.query, content=content, headers=headers, timeout=timeout)
+            return build(
+                method,
+                call.path,
+                params=call.query,
+                content=content,
+                headers=headers,
+                timeout=timeout,
+            )
         except (TypeError, ValueError, RecursionError) as error:
             raise InvalidSpec(f"cannot send the request: {error}") from error
 
@@ -130,21 +154,30 @@ class Client(_Connection):
             url = self._url(socket)
             transport = transport or make_transport(url, ca_file=ca_file, socket_path=socket)
             auth = None if token_if_asked is None else IfAsked(token_if_asked)
-            self._http = httpx.Client(base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False)
+            self._http = httpx.Client(
+                base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False
+            )
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
         """Close the connections. Idempotent."""
         self._http.close()
 
-    def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> Iterator[Server]:
+    def list(
+        self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()
+    ) -> Iterator[Server]:
         """Yield the servers by name: those in one of the states with all of the labels.
 
         A label is `key=value`, or `key` alone. Pages are requested one by one.
@@ -224,21 +257,30 @@ class AsyncClient(_Connection):
             url = self._url(socket)
             transport = transport or make_async_transport(url, ca_file=ca_file, socket_path=socket)
             auth = None if token_if_asked is None else IfAsked(token_if_asked)
-            self._http = httpx.AsyncClient(base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False)
+            self._http = httpx.AsyncClient(
+                base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False
+            )
         except (httpx.InvalidURL, OSError, ValueError) as error:
             raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def close(self) -> None:
         """Close the connections. Idempotent."""
         await self._http.aclose()
 
-    async def list(self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()) -> AsyncIterator[Server]:
+    async def list(
+        self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()
+    ) -> AsyncIterator[Server]:
         """Yield the servers by name, as `Client.list` does."""
         states, labels, cursor = [*state], [*label], None
         while True:

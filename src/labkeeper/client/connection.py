@@ -22,9 +22,19 @@ class Translated(AbstractContextManager[None]):
     def __init__(self, url: str) -> None:
         self._url = url
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         match error:
-            case httpx.DecodingError() | httpx.TooManyRedirects() | httpx.InvalidURL() | httpx.CookieConflict():
+            case (
+                httpx.DecodingError()
+                | httpx.TooManyRedirects()
+                | httpx.InvalidURL()
+                | httpx.CookieConflict()
+            ):
                 raise BadAnswer(f"cannot understand the answer of {self._url}: {error}") from error
             case httpx.TimeoutException():
                 why = "no answer in time"
@@ -32,7 +42,9 @@ class Translated(AbstractContextManager[None]):
                 why = str(error) or type(error).__name__
             case _:
                 return
-        raise Unreachable(f"cannot reach a keeper at {self._url}: {why}; start one with `labkeeper serve`") from error
+        raise Unreachable(
+            f"cannot reach a keeper at {self._url}: {why}; start one with `labkeeper serve`"
+        ) from error
 
 
 def checked_url(text: str) -> str:
@@ -43,7 +55,9 @@ def checked_url(text: str) -> str:
     except ValueError:
         fits = False
     if not fits or "@" in parts.netloc or parts.query or parts.fragment:
-        raise SettingsError(f"cannot use {text!r} as the URL of a keeper: it must look like http://host:port")
+        raise SettingsError(
+            f"cannot use {text!r} as the URL of a keeper: it must look like http://host:port"
+        )
     return text.rstrip("/")
 
 
@@ -68,13 +82,17 @@ class IfAsked(httpx.Auth):
             yield request
 
 
-def make_transport(url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None) -> httpx.HTTPTransport:
+def make_transport(
+    url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None
+) -> httpx.HTTPTransport:
     """Return the transport over TCP or the keeper's Unix socket.
 
     Raises SettingsError if `ca_file` cannot be read.
     """
     options = _KEEPALIVE if socket_path is None else None
-    return httpx.HTTPTransport(verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options)
+    return httpx.HTTPTransport(
+        verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options
+    )
 
 
 def make_async_transport(
@@ -82,12 +100,16 @@ def make_async_transport(
 ) -> httpx.AsyncHTTPTransport:
     """Return the same for asyncio."""
     options = _KEEPALIVE if socket_path is None else None
-    return httpx.AsyncHTTPTransport(verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options)
+    return httpx.AsyncHTTPTransport(
+        verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options
+    )
 
 
 def _context(url: str, ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
     # Plain HTTP needs no certificates, which take 40 ms to load; this context trusts no one.
-    return ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
+    return (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT) if url.startswith("http:") else _trusting(ca_file)
+    )
 
 
 def _trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
@@ -97,7 +119,9 @@ def _trusting(ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
         try:
             context.load_verify_locations(ca_file)
         except OSError as error:  # Includes ssl.SSLError.
-            raise SettingsError(f"cannot read certificates from the file {ca_file}: {error.strerror or error}") from error
+            raise SettingsError(
+                f"cannot read certificates from the file {ca_file}: {error.strerror or error}"
+            ) from error
     return context
 
 

@@ -73,7 +73,9 @@ def concerns(entry: HistoryEntry, server: ServerName | None, within: TokenLimits
     """
     if server not in {None, entry.server}:
         return False
-    return within.unlimited or (entry.server is not None and within.holds(entry.server, entry.labels, entry.user))
+    return within.unlimited or (
+        entry.server is not None and within.holds(entry.server, entry.labels, entry.user)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,20 +97,26 @@ class Caller:
     def needs_everything(self, what: str) -> None:
         """Raise NotAllowed if the caller is limited to some servers."""
         if not self.limits.unlimited:
-            raise NotAllowed(f"cannot {what}: that needs a token for all servers, and yours is limited to some")
+            raise NotAllowed(
+                f"cannot {what}: that needs a token for all servers, and yours is limited to some"
+            )
 
     def needs_name(self, name: str) -> None:
         """Raise NotAllowed if the limits exclude this name, whether or not such a server exists."""
         if not self.limits.has_name(name):
             patterns = ", ".join(self.limits.servers)
-            raise NotAllowed(f"cannot access server '{name[:63]}': your token is for servers named {patterns}")
+            raise NotAllowed(
+                f"cannot access server '{name[:63]}': your token is for servers named {patterns}"
+            )
 
     def needs_spec(self, spec: ServerSpec) -> None:
         """Raise NotAllowed if the caller may not create this server."""
         self.needs_name(spec.name)
         if not self.limits.has_labels(spec.labels):
             wanted = ", ".join(f"{key}={value}" for key, value in self.limits.labels.items())
-            raise NotAllowed(f"cannot create server '{spec.name}': your token is for servers with the labels {wanted}")
+            raise NotAllowed(
+                f"cannot create server '{spec.name}': your token is for servers with the labels {wanted}"
+            )
         if not self.limits.has_user(spec.user):
             raise NotAllowed(
                 f"cannot create server '{spec.name}': your token is for servers that run as {', '.join(self.limits.users)}"
@@ -121,7 +129,9 @@ class Caller:
                 self.needs(Scope.ADMIN, f"run a server as user '{asked}'")
             return asked or default
         if asked is not None and asked not in self.limits.users:
-            raise NotAllowed(f"cannot run a server as user '{asked}': your token is for {', '.join(self.limits.users)}")
+            raise NotAllowed(
+                f"cannot run a server as user '{asked}': your token is for {', '.join(self.limits.users)}"
+            )
         return asked or self.limits.users[0]
 
     def sees(self, snapshot: Snapshot) -> bool:

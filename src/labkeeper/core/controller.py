@@ -8,7 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from labkeeper.core.lifecycle import ENDINGS, KEEPS_KERNELS, MAY_EXIST, Action, Event, Goal, State, Step, advance
+from labkeeper.core.lifecycle import (
+    ENDINGS,
+    KEEPS_KERNELS,
+    MAY_EXIST,
+    Action,
+    Event,
+    Goal,
+    State,
+    Step,
+    advance,
+)
 from labkeeper.core.messages import (
     KEEPER,
     Ended,
@@ -25,7 +35,16 @@ from labkeeper.core.messages import (
     Vetoed,
 )
 from labkeeper.core.ports import Clock, Reserve
-from labkeeper.core.server import Exit, Failure, FailureClass, OrphanedKernel, OwnKernel, Snapshot, StopMethod, StopReport
+from labkeeper.core.server import (
+    Exit,
+    Failure,
+    FailureClass,
+    OrphanedKernel,
+    OwnKernel,
+    Snapshot,
+    StopMethod,
+    StopReport,
+)
 from labkeeper.core.spec import ServerSpec
 
 
@@ -65,7 +84,9 @@ class Budget:
 
     def left(self, policy: Policy, now: float, *, blameless: bool = False) -> bool:
         """Whether one more launch is allowed; `blameless`: the end was not the server's fault."""
-        return (self.earned or blameless) and len(self._recent(policy, now)) < len(policy.restart_delays)
+        return (self.earned or blameless) and len(self._recent(policy, now)) < len(
+            policy.restart_delays
+        )
 
     def spend(self, policy: Policy, now: float) -> tuple[Budget, float]:
         """Return the budget after one more launch, and the delay before it in seconds."""
@@ -153,7 +174,13 @@ class Controller:
     def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, generation: int = 0) -> Controller:
         """Return the controller of a server never launched, counting on from `generation`."""
         now = clock.time()
-        return cls(Snapshot(spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation), policy, clock)
+        return cls(
+            Snapshot(
+                spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation
+            ),
+            policy,
+            clock,
+        )
 
     @classmethod
     def recovered(cls, snapshot: Snapshot, policy: Policy, clock: Clock) -> Decision:
@@ -161,7 +188,9 @@ class Controller:
         found = cls(snapshot, policy, clock, budget=Budget(earned=snapshot.started_at is not None))
         jobs: tuple[Job, ...] = ()
         if snapshot.state in MAY_EXIST:
-            lost = found._with(state=State.LOST, since=clock.time(), endpoint=None, instance=None, gateway=None)
+            lost = found._with(
+                state=State.LOST, since=clock.time(), endpoint=None, instance=None, gateway=None
+            )
             found, jobs = lost._timed()._acting(Action.OBSERVE)
         elif snapshot.state is State.BACKOFF:
             found = replace(found, deadline=clock.monotonic())
@@ -189,7 +218,9 @@ class Controller:
         following = after.origin
         jobs: tuple[Job, ...] = ()
         orphans: tuple[OrphanedKernel, ...] = ()
-        step = advance(before.state, before.goal, event, may_retry=self._may_retry(fact), may_start=may_start)
+        step = advance(
+            before.state, before.goal, event, may_retry=self._may_retry(fact), may_start=may_start
+        )
         if step is not None:
             if _begins(step, event) and event is not Event.DEADLINE:
                 after = replace(after, budget=Budget())
@@ -198,7 +229,10 @@ class Controller:
                 after = after._timed()
             after, orphans = after._sort_kernels(before, event, fact)
             after, jobs = after._acting(step.action)
-        if after.snapshot.goal is Goal.UP and after.snapshot.state not in {State.QUEUED, State.STARTING}:
+        if after.snapshot.goal is Goal.UP and after.snapshot.state not in {
+            State.QUEUED,
+            State.STARTING,
+        }:
             # The command has succeeded or failed: what happens next is the keeper's doing.
             after = replace(after, origin=KEEPER)
         return Decision(event, before, after, following, jobs, orphans)
@@ -243,13 +277,19 @@ class Controller:
 
     def _in_order(self, end: Ended) -> bool:
         """Whether it ended as intended. If we ended it with the goal up, it was hung or late."""
-        return end.exit.clean and (end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP)
+        return end.exit.clean and (
+            end.method is StopMethod.NONE or self.snapshot.goal is not Goal.UP
+        )
 
     def _looked(self, answers: bool | None) -> Controller:
         if answers is not False:
             # A probe that could not be made also breaks the silence: it proves no missing answer.
             return replace(self, silent_since=None)
-        return self if self.silent_since is not None else replace(self, silent_since=self.clock.monotonic())
+        return (
+            self
+            if self.silent_since is not None
+            else replace(self, silent_since=self.clock.monotonic())
+        )
 
     def _is_hung(self) -> bool:
         if self.silent_since is None or not self.policy.hung_after:
@@ -289,16 +329,27 @@ class Controller:
             early = f"cannot start server '{snap.name}': it ended before it was ready ({snap.exit or Exit()})"
             snap = replace(snap, failure=Failure(FailureClass.OTHER, early, snap.exit))
         if isinstance(fact, Ready) and snap.state is State.RUNNING:
-            return replace(self, snapshot=snap, budget=replace(self.budget, earned=True), silent_since=None)
+            return replace(
+                self, snapshot=snap, budget=replace(self.budget, earned=True), silent_since=None
+            )
         return replace(self, snapshot=snap)
 
     def _reported(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
         """Merge a fact into the snapshot of the step that it led to."""
         match fact:
-            case Ready(endpoint=endpoint, instance=instance, gateway=gateway) if snap.state is State.RUNNING:
+            case Ready(endpoint=endpoint, instance=instance, gateway=gateway) if (
+                snap.state is State.RUNNING
+            ):
                 now = self.clock.time()
                 up_since = now if snap.up_since is None else snap.up_since
-                snap = replace(snap, endpoint=endpoint, instance=instance, gateway=gateway, started_at=now, up_since=up_since)
+                snap = replace(
+                    snap,
+                    endpoint=endpoint,
+                    instance=instance,
+                    gateway=gateway,
+                    started_at=now,
+                    up_since=up_since,
+                )
                 snap = replace(snap, failure=None)
             case Ended():
                 snap = self._ended(snap, fact)
@@ -309,24 +360,36 @@ class Controller:
             case Unreachable(reason=reason):
                 snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
             case Gone():
-                vanished = Failure(FailureClass.KILLED, f"server '{snap.name}' is gone; how it ended is unknown")
+                vanished = Failure(
+                    FailureClass.KILLED, f"server '{snap.name}' is gone; how it ended is unknown"
+                )
                 # The reason for losing or ending it explains more than its absence does.
-                snap = replace(snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit()))
+                snap = replace(
+                    snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit())
+                )
         return snap
 
     def _ended(self, snap: Snapshot, end: Ended) -> Snapshot:
         failure = end.failure
         if snap.failure is not None and snap.failure.kind in _KNOWN_CAUSES:
             # Our reason for ending it is the cause; the end adds its exit and last log lines.
-            failure = replace(snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ())
+            failure = replace(
+                snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ()
+            )
         report = None
         if end.method is not StopMethod.NONE:
             seconds = 0.0 if self.stop_began is None else self.clock.monotonic() - self.stop_began
-            left = () if snap.goal in KEEPS_KERNELS else tuple(kernel.id for kernel in end.kernels_left)
+            left = (
+                ()
+                if snap.goal in KEEPS_KERNELS
+                else tuple(kernel.id for kernel in end.kernels_left)
+            )
             report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, left)
         return replace(snap, exit=end.exit, failure=failure, stop_report=report)
 
-    def _sort_kernels(self, before: Snapshot, event: Event, fact: Fact | None) -> tuple[Controller, tuple[OrphanedKernel, ...]]:
+    def _sort_kernels(
+        self, before: Snapshot, event: Event, fact: Fact | None
+    ) -> tuple[Controller, tuple[OrphanedKernel, ...]]:
         """Split the kernels on its gateway into those for its next launch, and orphans."""
         there = {kernel.id: kernel for kernel in before.kernels_kept}
         match fact:
@@ -345,7 +408,9 @@ class Controller:
         if not unwanted or before.spec.gateway is None:
             return after, ()
         now, gateway = self.clock.time(), before.spec.gateway
-        return after, tuple(OrphanedKernel(k.id, gateway, before.name, now, k.starting) for k in there.values())
+        return after, tuple(
+            OrphanedKernel(k.id, gateway, before.name, now, k.starting) for k in there.values()
+        )
 
     def _timeout(self) -> Failure:
         return Failure(
@@ -380,4 +445,6 @@ class Controller:
 
 def _begins(step: Step, event: Event) -> bool:
     """Whether a step decides on a launch, now or queued; ADMITTED was decided before."""
-    return event is not Event.ADMITTED and (step.action is Action.LAUNCH or step.state is State.QUEUED)
+    return event is not Event.ADMITTED and (
+        step.action is Action.LAUNCH or step.state is State.QUEUED
+    )

@@ -171,14 +171,24 @@ class ActivityHistory:
             if at is None:
                 return None
             before = self._known.get((kind, name))
-            moment = before[1] if before is not None and before[0] == at else self._bring_over(at, now, wall)
+            moment = (
+                before[1]
+                if before is not None and before[0] == at
+                else self._bring_over(at, now, wall)
+            )
             known[kind, name] = at, moment
             return moment
 
         taken = Activity(
             ours("server", "", seen.last_activity),
-            tuple(replace(one, last_activity=ours("kernel", one.id, one.last_activity)) for one in seen.kernels),
-            tuple(replace(one, last_activity=ours("terminal", one.name, one.last_activity)) for one in seen.terminals),
+            tuple(
+                replace(one, last_activity=ours("kernel", one.id, one.last_activity))
+                for one in seen.kernels
+            ),
+            tuple(
+                replace(one, last_activity=ours("terminal", one.name, one.last_activity))
+                for one in seen.terminals
+            ),
         )
         self._known, self._looked = known, now
         return taken
@@ -198,9 +208,16 @@ def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
     """Return the verdict on a server at this time."""
     holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
     used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
-    since = {Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at, Rule.MAX_AGE: facts.up_since}
+    since = {
+        Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at,
+        Rule.MAX_AGE: facts.up_since,
+    }
     outlooks = tuple(_outlook(rule, since[rule], facts, policy, now) for rule in facts.limits)
-    first = min((o for o in outlooks if o.stops_at is not None), key=lambda o: o.stops_at or 0.0, default=None)
+    first = min(
+        (o for o in outlooks if o.stops_at is not None),
+        key=lambda o: o.stops_at or 0.0,
+        default=None,
+    )
     state = _state_of(facts, outlooks, first, now)
     reason = _reason(state, facts, holders, first, now)
     return Verdict(state, reason, first, outlooks, holders, used_at, used)
@@ -212,14 +229,22 @@ def warned_at(verdict: Verdict, before: Mapping[Rule, float], now: float) -> dic
     return {rule: before.get(rule, now) for rule in near}
 
 
-def idle_kernels(facts: Facts, policy: CullPolicy, now: float) -> tuple[tuple[KernelUse, float], ...]:
+def idle_kernels(
+    facts: Facts, policy: CullPolicy, now: float
+) -> tuple[tuple[KernelUse, float], ...]:
     """Return the kernels to end individually, with the idle time of each."""
     limit = policy.kernel_idle_timeout
     if not limit or facts.activity is None or now < facts.snoozed_until:
         return ()
     held = {holder.id for holder in _holders(replace(facts.activity, terminals=()), policy)}
-    idle = ((kernel, now - kernel.last_activity) for kernel in facts.activity.kernels if kernel.last_activity is not None)
-    return tuple((kernel, seconds) for kernel, seconds in idle if kernel.id not in held and seconds >= limit)
+    idle = (
+        (kernel, now - kernel.last_activity)
+        for kernel in facts.activity.kernels
+        if kernel.last_activity is not None
+    )
+    return tuple(
+        (kernel, seconds) for kernel, seconds in idle if kernel.id not in held and seconds >= limit
+    )
 
 
 _BUSY: Final = {"busy": "is busy", "unknown": "does not tell its state, which counts as busy"}
@@ -231,7 +256,9 @@ def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
         if not policy.cull_busy and kernel.state in _BUSY:
             yield Holder("kernel", kernel.id, _BUSY[kernel.state])
         if not policy.cull_connected and kernel.connections:
-            yield Holder("connection", kernel.id, f"{kernel.connections} open to kernel {kernel.id}")
+            yield Holder(
+                "connection", kernel.id, f"{kernel.connections} open to kernel {kernel.id}"
+            )
     for terminal in activity.terminals:
         if policy.terminals is Terminals.OPEN:
             yield Holder("terminal", terminal.name, "is open")
@@ -247,13 +274,17 @@ def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
     # The most specific first: a tie goes to the first.
     times = [(kernel.last_activity, f"kernel {kernel.id}") for kernel in activity.kernels]
     if policy.terminals is not Terminals.IGNORE:
-        times += [(terminal.last_activity, f"terminal {terminal.name}") for terminal in activity.terminals]
+        times += [
+            (terminal.last_activity, f"terminal {terminal.name}") for terminal in activity.terminals
+        ]
     for at, what in (*times, (activity.last_activity, "its API")):
         if at is not None:
             yield at, what
 
 
-def _outlook(rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, now: float) -> Outlook:
+def _outlook(
+    rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, now: float
+) -> Outlook:
     limit = facts.limits[rule]
     if since is None:
         return Outlook(rule, limit, None, None, None)
@@ -263,7 +294,9 @@ def _outlook(rule: Rule, since: float | None, facts: Facts, policy: CullPolicy, 
     return Outlook(rule, limit, since, stops_at, stops_at - ahead if ahead else None)
 
 
-def _state_of(facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float) -> CullState:
+def _state_of(
+    facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float
+) -> CullState:
     if not outlooks:
         return CullState.OFF
     if first is None or first.stops_at is None:
@@ -275,14 +308,18 @@ def _state_of(facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None
     return CullState.SNOOZED if now < facts.snoozed_until else CullState.COUNTING
 
 
-def _reason(state: CullState, facts: Facts, holders: tuple[Holder, ...], first: Outlook | None, now: float) -> str:
+def _reason(
+    state: CullState, facts: Facts, holders: tuple[Holder, ...], first: Outlook | None, now: float
+) -> str:
     match state:
         case CullState.OFF:
             return "it has neither idle_timeout nor max_age"
         case CullState.UNKNOWN:
             return f"whether it is used cannot be known, which counts as use: {facts.unknown}"
         case CullState.IN_USE:
-            return "it is in use: " + ", ".join(f"{holder.kind} {holder.id} {holder.reason}" for holder in holders)
+            return "it is in use: " + ", ".join(
+                f"{holder.kind} {holder.id} {holder.reason}" for holder in holders
+            )
         case CullState.SNOOZED:
             return f"it is snoozed for another {format_duration(facts.snoozed_until - now)}"
     return (

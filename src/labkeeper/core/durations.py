@@ -9,7 +9,9 @@ from typing import Final
 
 LONGEST: Final = 366 * 86400.0
 """Seconds; a longer duration is most likely in the wrong unit."""
-DURATION_RULE: Final = "must be seconds as a number, or a text such as '90m', '2h' or '1d12h', of at most 366 days"
+DURATION_RULE: Final = (
+    "must be seconds as a number, or a text such as '90m', '2h' or '1d12h', of at most 366 days"
+)
 LONGEST_TEXT: Final = 64
 """Maximum length of a duration in characters."""
 _DURATION: Final = re.compile(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?")
@@ -19,7 +21,11 @@ _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 def duration(given: object) -> float:
     """Parse a number of seconds, or text such as `90m`, `2h`, `1d12h`. Raises ValueError."""
     seconds = _read(given.replace(" ", "").lower()) if isinstance(given, str) else given
-    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not (0 <= seconds <= LONGEST):
+    if (
+        isinstance(seconds, bool)
+        or not isinstance(seconds, int | float)
+        or not (0 <= seconds <= LONGEST)
+    ):
         raise ValueError(DURATION_RULE)
     return float(seconds)
 
@@ -29,7 +35,9 @@ def _read(text: str) -> float:
     if found is None:
         return math.nan
     sizes = (size for size, _ in _UNITS)
-    return sum(float(number) * size for number, size in zip(found.groups(), sizes, strict=True) if number)
+    return sum(
+        float(number) * size for number, size in zip(found.groups(), sizes, strict=True) if number
+    )
 
 
 def format_duration(seconds: float) -> str:

@@ -58,7 +58,9 @@ class InvalidSpec(RequestError):
     @classmethod
     def of(cls, field: str, rule: str) -> Self:
         """Return the error for one field that breaks one rule."""
-        return cls(f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}])
+        return cls(
+            f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}]
+        )
 
     @classmethod
     def twice(cls, field: str) -> Self:

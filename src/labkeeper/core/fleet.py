@@ -22,7 +22,16 @@ from labkeeper.core.errors import (
     ServerNotFound,
     StoreError,
 )
-from labkeeper.core.lifecycle import AT_REST, COMES_BACK, COMMANDS, MAY_EXIST, Action, Event, Goal, State
+from labkeeper.core.lifecycle import (
+    AT_REST,
+    COMES_BACK,
+    COMMANDS,
+    MAY_EXIST,
+    Action,
+    Event,
+    Goal,
+    State,
+)
 from labkeeper.core.messages import (
     Change,
     Create,
@@ -40,7 +49,15 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
-from labkeeper.core.ports import Backend, Clock, Executor, GatewayPreflight, OrphanedKernels, Store, Subscriber
+from labkeeper.core.ports import (
+    Backend,
+    Clock,
+    Executor,
+    GatewayPreflight,
+    OrphanedKernels,
+    Store,
+    Subscriber,
+)
 from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
 from labkeeper.core.spec import ServerName, ServerSpec
 
@@ -88,7 +105,9 @@ class Fleet:
         """
         snapshots = self._store.load()
         # Includes names that the store has at rest: it may be outdated. Others are observed.
-        for name in self._backend.strays([snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]):
+        for name in self._backend.strays(
+            [snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]
+        ):
             # Queued before all other jobs of the name: a launch under it finds nothing left.
             self._executor.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
@@ -137,7 +156,9 @@ class Fleet:
 
     def next_deadline(self) -> float | None:
         """Return when the next timer is due, by the monotonic clock."""
-        due = [at for c in self._servers.values() for at in (c.deadline, c.save_due) if at is not None]
+        due = [
+            at for c in self._servers.values() for at in (c.deadline, c.save_due) if at is not None
+        ]
         return min([*due, *self._deleted.values()], default=None)
 
     def _create(self, command: Create) -> Reply:
@@ -146,7 +167,9 @@ class Fleet:
         if known is None:
             self._check_known(spec.name)
             # A late fact of a deleted server must not be mistaken for its successor's.
-            return self._command(Controller.new(spec, self._policy, self._clock, self._last_generation), start)
+            return self._command(
+                Controller.new(spec, self._policy, self._clock, self._last_generation), start
+            )
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
             raise Conflict(
@@ -165,13 +188,19 @@ class Fleet:
             return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
             if snapshot.goal is Goal.ABSENT:
-                raise Conflict(f"cannot start server '{name}': it is being deleted; retry when it is gone")
+                raise Conflict(
+                    f"cannot start server '{name}': it is being deleted; retry when it is gone"
+                )
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
             _check_kernels_can_be_kept(snapshot, order.revised)
         if order.force:
-            controller = self._carry_out(controller.plan(Event.KILL, origin=order.origin, may_start=self._may_start()))
-        decision = controller.plan(event, revised=order.revised, origin=order.origin, may_start=self._may_start())
+            controller = self._carry_out(
+                controller.plan(Event.KILL, origin=order.origin, may_start=self._may_start())
+            )
+        decision = controller.plan(
+            event, revised=order.revised, origin=order.origin, may_start=self._may_start()
+        )
         after = self._carry_out(decision).snapshot
         queued = after.state is State.QUEUED and snapshot.state is not State.QUEUED
         turned = after.goal in COMES_BACK and snapshot.goal not in COMES_BACK
@@ -194,7 +223,9 @@ class Fleet:
     def _admit(self, snapshot: Snapshot) -> None:
         """Reject a start during shutdown, and one that exceeds the capacity."""
         if self._closing:
-            raise BackendUnavailable(f"cannot start server '{snapshot.name}': the keeper is shutting down")
+            raise BackendUnavailable(
+                f"cannot start server '{snapshot.name}': the keeper is shutting down"
+            )
         if snapshot.state not in AT_REST:
             return
         active = sum(c.snapshot.state not in AT_REST for c in self._servers.values())
@@ -236,7 +267,9 @@ class Fleet:
         Every launch passes here: commands, restarts and crashes queue alike. A server found alive
         takes a slot without queuing, since it is starting already.
         """
-        while (queue := queue_of(c.snapshot for c in self._servers.values())) and self._starting() < self._policy.max_starts:
+        while (
+            queue := queue_of(c.snapshot for c in self._servers.values())
+        ) and self._starting() < self._policy.max_starts:
             # One that cannot be stored does not start and leaves its slot to the next.
             self._carry_out(self._servers[queue[0].name].plan(Event.ADMITTED))
 
@@ -258,9 +291,13 @@ class Fleet:
 
     def _tick(self) -> None:
         now = self._clock.monotonic()
-        for controller in [c for c in self._servers.values() if c.deadline is not None and c.deadline <= now]:
+        for controller in [
+            c for c in self._servers.values() if c.deadline is not None and c.deadline <= now
+        ]:
             self._carry_out(controller.plan(Event.DEADLINE, may_start=self._may_start()))
-        for controller in [c for c in self._servers.values() if c.save_due is not None and c.save_due <= now]:
+        for controller in [
+            c for c in self._servers.values() if c.save_due is not None and c.save_due <= now
+        ]:
             self._save_again(controller)
         for name in [name for name, due in self._deleted.items() if due <= now]:
             self._drop(name)
@@ -278,14 +315,25 @@ class Fleet:
     def _unsaved(self, decision: Decision, error: StoreError) -> Decision:
         """Decide how to proceed if a decision cannot be saved. Raises StoreError."""
         name = decision.after.snapshot.name
-        if decision.event in COMMANDS and (decision.launches or decision.after.snapshot.state is State.QUEUED):
+        if decision.event in COMMANDS and (
+            decision.launches or decision.after.snapshot.state is State.QUEUED
+        ):
             raise error
         if decision.launches:
             # The next keeper would not know the server: do not launch it either.
-            refused = decision.after.plan(Event.REFUSED, _refused(error, f"cannot start server '{name}': {error.message}"))
-            decision = replace(decision, after=refused.after, jobs=refused.jobs, orphans=decision.orphans + refused.orphans)
+            refused = decision.after.plan(
+                Event.REFUSED, _refused(error, f"cannot start server '{name}': {error.message}")
+            )
+            decision = replace(
+                decision,
+                after=refused.after,
+                jobs=refused.jobs,
+                orphans=decision.orphans + refused.orphans,
+            )
         # A stop must proceed even if the disk is full.
-        return replace(decision, after=replace(decision.after, save_due=self._clock.monotonic() + SAVE_AGAIN))
+        return replace(
+            decision, after=replace(decision.after, save_due=self._clock.monotonic() + SAVE_AGAIN)
+        )
 
     def _commit(self, decision: Decision) -> Controller:
         controller, snapshot = decision.after, decision.after.snapshot
@@ -294,7 +342,9 @@ class Fleet:
         if decision.orphans:
             self._orphans.add(decision.orphans)
         if snapshot != decision.before:
-            change = Change(decision.event, decision.before, snapshot, self._clock.time(), decision.origin)
+            change = Change(
+                decision.event, decision.before, snapshot, self._clock.time(), decision.origin
+            )
             for subscriber in self._subscribers:
                 subscriber.changed(change)
         for job in decision.jobs:
@@ -311,7 +361,9 @@ class Fleet:
             return None if fact is None else Report(name, job.generation, fact, is_observation)
 
         reason = f"cannot {job.action} server '{name}': the keeper failed; its log has the cause"
-        self._executor.submit(name, run, Report(name, job.generation, Unreachable(reason), is_observation))
+        self._executor.submit(
+            name, run, Report(name, job.generation, Unreachable(reason), is_observation)
+        )
 
     def _forget(self, snapshot: Snapshot) -> None:
         """Remove the data of a deleted server."""
@@ -360,7 +412,9 @@ def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -
         )
 
 
-def perform(backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float) -> Fact | None:
+def perform(
+    backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float
+) -> Fact | None:
     """Run one job on a backend; return its result or error as a fact."""
     name = job.spec.name
     try:

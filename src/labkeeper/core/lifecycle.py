@@ -119,10 +119,21 @@ class Junction(StrEnum):
     """Ended by itself with code 0: it was shut down from inside."""
 
 
-COMMANDS: Final = frozenset({Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS, Event.STOP, Event.KILL, Event.DELETE})
+COMMANDS: Final = frozenset(
+    {
+        Event.START,
+        Event.RESTART,
+        Event.RESTART_KEEPING_KERNELS,
+        Event.STOP,
+        Event.KILL,
+        Event.DELETE,
+    }
+)
 ENDINGS: Final = frozenset({Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE})
 """The events after which no process of a launch is left."""
-MAY_EXIST: Final = frozenset({State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST})
+MAY_EXIST: Final = frozenset(
+    {State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST}
+)
 """The states in which a process of the server may exist."""
 AT_REST: Final = frozenset({State.STOPPED, State.FAILED})
 """The states that only a command ends."""
@@ -213,7 +224,9 @@ class Step:
     action: Action = Action.NONE
 
 
-def advance(state: State, goal: Goal, event: Event, *, may_retry: bool, may_start: bool = True) -> Step | None:
+def advance(
+    state: State, goal: Goal, event: Event, *, may_retry: bool, may_start: bool = True
+) -> Step | None:
     """Return the step that `event` leads to, or None if it changes nothing.
 
     `may_retry`: the restart budget allows one more launch; `may_start`: a start slot is free.

@@ -8,7 +8,16 @@ from enum import StrEnum
 from typing import Final
 
 from labkeeper.core.lifecycle import Action, Event
-from labkeeper.core.server import Endpoint, Exit, Failure, GatewayHealth, Instance, OwnKernel, Snapshot, StopMethod
+from labkeeper.core.server import (
+    Endpoint,
+    Exit,
+    Failure,
+    GatewayHealth,
+    Instance,
+    OwnKernel,
+    Snapshot,
+    StopMethod,
+)
 from labkeeper.core.spec import ServerName, ServerSpec
 
 

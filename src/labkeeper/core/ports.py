@@ -13,8 +13,27 @@ from typing import Protocol
 
 from labkeeper.core.access import EVERYTHING, Token, TokenLimits
 from labkeeper.core.culling import Explanation
-from labkeeper.core.messages import KEEPER, Change, Fact, HistoryEntry, HistoryKind, Message, Origin, Reply, Report
-from labkeeper.core.server import Activity, Endpoint, Kernel, Load, OrphanedKernel, OwnKernel, Snapshot, Usage
+from labkeeper.core.messages import (
+    KEEPER,
+    Change,
+    Fact,
+    HistoryEntry,
+    HistoryKind,
+    Message,
+    Origin,
+    Reply,
+    Report,
+)
+from labkeeper.core.server import (
+    Activity,
+    Endpoint,
+    Kernel,
+    Load,
+    OrphanedKernel,
+    OwnKernel,
+    Snapshot,
+    Usage,
+)
 from labkeeper.core.spec import ServerName, ServerSpec
 
 
@@ -84,7 +103,9 @@ class Backend(Protocol):
         Raises BackendRefused (nothing was started), BackendUnavailable or BackendTimeout (unknown).
         """
 
-    def terminate(self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False) -> None:
+    def terminate(
+        self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False
+    ) -> None:
         """Shut the server down in good order within `grace` seconds. Raises BackendUnavailable.
 
         With `keep_kernels`, its kernels on a gateway keep running; local ones end in any case.
@@ -236,14 +257,18 @@ class HistoryStore(Protocol):
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id, of one server or all. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(
+        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
 
 
 class Executor(Protocol):
     """Runs jobs: those of one server in order, those of different servers concurrently."""
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None) -> None:
+    def submit(
+        self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None
+    ) -> None:
         """Queue a job. Its report goes to the fleet's mailbox, or `failed` if it raises."""
 
 
@@ -280,14 +305,23 @@ class History(Protocol):
     def forgotten(self, after: int) -> int:
         """Return the number of dropped entries newer than an id. Raises StoreError."""
 
-    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(
+        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the newest entries of one server or all, oldest first. Raises StoreError."""
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def after(
+        self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
+        self,
+        after: int,
+        *,
+        server: ServerName | None,
+        look: float,
+        within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
         """Yield entries newer than an id as they arrive; None after `look` seconds without one.
 
@@ -318,7 +352,9 @@ class CullStatus(Protocol):
 class Watch(Protocol):
     """The snapshots of one server since the watch began."""
 
-    def until(self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+    def until(
+        self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
+    ) -> tuple[Snapshot, bool]:
         """Wait up to `timeout` seconds for a snapshot, from `first` on, for which `holds` is true.
 
         Returns the last snapshot and whether the condition was met.

@@ -295,4 +295,6 @@ class Snapshot:
 
 def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
     """Return the servers that wait for a start slot, first in, first out."""
-    return sorted((s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name))
+    return sorted(
+        (s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name)
+    )

@@ -14,7 +14,9 @@ ServerName = NewType("ServerName", str)
 NAME_PATTERN: Final = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 
 
-NAME_RULE: Final = "must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+NAME_RULE: Final = (
+    "must be 1 to 63 of a-z, 0-9 and '-', beginning and ending with a letter or digit"
+)
 
 
 DEFAULT_NAME: Final = ServerName("default")
@@ -106,4 +108,6 @@ class ServerSpec:
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Return the fields in which two specs differ; omits values, which may be secret."""
-        return tuple(f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name))
+        return tuple(
+            f.name for f in fields(self) if getattr(self, f.name) != getattr(other, f.name)
+        )

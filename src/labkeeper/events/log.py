@@ -29,7 +29,12 @@ class EventLog:
     """See `core.ports.EventLog` and `core.ports.Subscriber`. Thread-safe."""
 
     def __init__(
-        self, store: HistoryStore, clock: Clock, *, size: int, subscribers: Sequence[Callable[[HistoryEntry], None]] = ()
+        self,
+        store: HistoryStore,
+        clock: Clock,
+        *,
+        size: int,
+        subscribers: Sequence[Callable[[HistoryEntry], None]] = (),
     ) -> None:
         """`size` is the number of entries to keep; subscribers must not block or raise.
 
@@ -62,7 +67,15 @@ class EventLog:
         kind, after = messages.kind_of(change), change.after
         self._specs[after.name] = after.spec
         if kind is not None:
-            told = HistoryEntry(0, change.at, kind, after.name, messages.sentence(change), change.origin, after.generation)
+            told = HistoryEntry(
+                0,
+                change.at,
+                kind,
+                after.name,
+                messages.sentence(change),
+                change.origin,
+                after.generation,
+            )
             self._add(replace(told, details=messages.facts(change)))
         if after.forgotten:
             del self._specs[after.name]
@@ -78,7 +91,18 @@ class EventLog:
         details: Mapping[str, object] | None = None,
     ) -> None:
         """Record another event."""
-        self._add(HistoryEntry(0, self._clock.time(), kind, server, message, origin, generation, dict(details or {})))
+        self._add(
+            HistoryEntry(
+                0,
+                self._clock.time(),
+                kind,
+                server,
+                message,
+                origin,
+                generation,
+                dict(details or {}),
+            )
+        )
 
     def orphans(self, server: ServerName, pids: Collection[int]) -> None:
         """Record the leftovers of an earlier keeper."""
@@ -86,13 +110,19 @@ class EventLog:
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
-    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(
+        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
         with self._news:
-            unsaved = [e for e in self._recent if e.id > self._stored and concerns(e, server, within)]
+            unsaved = [
+                e for e in self._recent if e.id > self._stored and concerns(e, server, within)
+            ]
         return [*self._store.latest(server=server, limit=limit, within=within), *unsaved][-limit:]
 
-    def after(self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def after(
+        self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
@@ -102,7 +132,12 @@ class EventLog:
         return self._store.remembered(after=after, server=server, limit=limit, within=within)
 
     def follow(
-        self, after: int, *, server: ServerName | None, look: float, within: TokenLimits = EVERYTHING
+        self,
+        after: int,
+        *,
+        server: ServerName | None,
+        look: float,
+        within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
         """Yield entries newer than an id as they arrive; None after `look` seconds without one.
 
@@ -113,7 +148,11 @@ class EventLog:
             page = self.after(after, server=server, limit=_PAGE, within=within)
             yield from page
             # Entries up to `newest` that are not in the page do not concern this caller.
-            after = page[-1].id if len(page) == _PAGE else max(after, newest, *(entry.id for entry in page[-1:]))
+            after = (
+                page[-1].id
+                if len(page) == _PAGE
+                else max(after, newest, *(entry.id for entry in page[-1:]))
+            )
             with self._news:
                 if self._last > after:
                     continue
@@ -144,7 +183,9 @@ class EventLog:
     def _save(self) -> None:
         """Save new entries; those that cannot be written now are saved with the next entry."""
         try:
-            self._store.remember([entry for entry in self._recent if entry.id > self._stored], keep=self._size)
+            self._store.remember(
+                [entry for entry in self._recent if entry.id > self._stored], keep=self._size
+            )
         except StoreError:
             return  # The store has logged it; the change itself matters more than its record.
         self._stored = self._last

@@ -59,7 +59,11 @@ def facts(change: Change) -> dict[str, object]:
     if _adopted(change):
         told["adopted"] = True
     if after.endpoint is not None and after.instance is not None:
-        told |= {"launched_by": after.instance.launched_by, "pid": after.instance.pid, "port": after.endpoint.port}
+        told |= {
+            "launched_by": after.instance.launched_by,
+            "pid": after.instance.pid,
+            "port": after.endpoint.port,
+        }
     if change.event is Event.READY:
         told["seconds"] = _seconds(change)
     if change.event is Event.SNOOZE:
@@ -72,7 +76,10 @@ def facts(change: Change) -> dict[str, object]:
         told["stop_report"] = asdict(after.stop_report)
     if after.gateway is not None:
         error = after.gateway.error
-        told["gateway"] = {"reachable": after.gateway.reachable, "error": None if error is None else _failure(error)}
+        told["gateway"] = {
+            "reachable": after.gateway.reachable,
+            "error": None if error is None else _failure(error),
+        }
     return told
 
 
@@ -82,12 +89,20 @@ def _failure(failure: Failure) -> dict[str, str]:
 
 def _adopted(change: Change) -> bool:
     """Whether it was found alive after being lost, mostly by a new keeper."""
-    return change.before is not None and change.before.state is State.LOST and change.event in {Event.SEEN, Event.READY}
+    return (
+        change.before is not None
+        and change.before.state is State.LOST
+        and change.event in {Event.SEEN, Event.READY}
+    )
 
 
 def _seconds(change: Change) -> float:
     """Return how long the previous state lasted, in seconds."""
-    return 0.0 if change.before is None else round(max(0.0, change.after.since - change.before.since), 3)
+    return (
+        0.0
+        if change.before is None
+        else round(max(0.0, change.after.since - change.before.since), 3)
+    )
 
 
 def _gateway(after: Snapshot) -> str:
@@ -112,7 +127,11 @@ def _starting(change: Change) -> str:
 
 
 def _running(change: Change) -> str:
-    return "was found alive, and is taken over" if _adopted(change) else f"is ready after {_seconds(change):g} s"
+    return (
+        "was found alive, and is taken over"
+        if _adopted(change)
+        else f"is ready after {_seconds(change):g} s"
+    )
 
 
 def _backoff(change: Change) -> str:
@@ -124,7 +143,11 @@ def _stopping(change: Change) -> str:
 
 
 def _killing(change: Change) -> str:
-    if change.event is Event.DEADLINE and change.before is not None and change.before.state is State.STOPPING:
+    if (
+        change.event is Event.DEADLINE
+        and change.before is not None
+        and change.before.state is State.STOPPING
+    ):
         return "did not end within its grace, and is killed"
     return f"is killed: {_cause(change)}" if change.after.failure is not None else "is killed"
 
@@ -137,7 +160,11 @@ def _stopped(change: Change) -> str:
         return f"was shut down from inside{deleted}"
     if report is None or report.method is StopMethod.NONE:
         return f"has stopped{deleted}"
-    left = f"; kernels that may be left: {', '.join(report.kernels_left)}" if report.kernels_left else ""
+    left = (
+        f"; kernels that may be left: {', '.join(report.kernels_left)}"
+        if report.kernels_left
+        else ""
+    )
     return f"has ended by {report.method} in {report.seconds:g} s{left}{deleted}"
 
 
@@ -146,12 +173,20 @@ def _failed(change: Change) -> str:
 
 
 def _lost(change: Change) -> str:
-    return "is looked for by a new keeper" if change.before is None else f"cannot be seen: {_cause(change)}"
+    return (
+        "is looked for by a new keeper"
+        if change.before is None
+        else f"cannot be seen: {_cause(change)}"
+    )
 
 
 def _cause(change: Change) -> str:
     after = change.after
-    return after.failure.message if after.failure is not None else str(after.exit or "the cause is unknown")
+    return (
+        after.failure.message
+        if after.failure is not None
+        else str(after.exit or "the cause is unknown")
+    )
 
 
 def _queued(_change: Change) -> str:

@@ -111,7 +111,9 @@ class Webhook:
         """Return the state of the webhook."""
         with self._lock:
             pending = self.event_log.last_id - self._told
-            return WebhookStatus(place_of(self.url), self._delivered, self._dead, pending, self._error)
+            return WebhookStatus(
+                place_of(self.url), self._delivered, self._dead, pending, self._error
+            )
 
     def _round(self) -> None:
         while entries := self._due():
@@ -143,11 +145,21 @@ class Webhook:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
             if refused.for_good or late:
                 place = place_of(self.url)
-                _log.error("a webhook did not accept an event; it is dropped", id=entry.id, place=place, error=refused.why)
+                _log.error(
+                    "a webhook did not accept an event; it is dropped",
+                    id=entry.id,
+                    place=place,
+                    error=refused.why,
+                )
                 self._over(entry, taken=False)
                 return True
             if pause == _FIRST_PAUSE:
-                _log.warning("a webhook cannot be called", id=entry.id, place=place_of(self.url), error=refused.why)
+                _log.warning(
+                    "a webhook cannot be called",
+                    id=entry.id,
+                    place=place_of(self.url),
+                    error=refused.why,
+                )
             if self._threads.sleep(max(pause, refused.not_before)):
                 return False
             pause = min(pause * 2, _LONGEST_PAUSE)
@@ -173,10 +185,14 @@ class Webhook:
 
         body = json.dumps(self.body_of(entry), separators=(",", ":")).encode()
         # Includes the time: a new or truncated history uses ids again.
-        headers = signed(self.key, f"event_{entry.id}_{round(entry.at * 1000)}", self.clock.time(), body)
+        headers = signed(
+            self.key, f"event_{entry.id}_{round(entry.at * 1000)}", self.clock.time(), body
+        )
         try:
             self._client = self._client or httpx.Client(follow_redirects=False)
-            with self._client.stream("POST", self.url, content=body, headers=headers, timeout=within) as answer:
+            with self._client.stream(
+                "POST", self.url, content=body, headers=headers, timeout=within
+            ) as answer:
                 refused = None if answer.is_success else _refusal(answer)
                 # Read a short body, so that the connection can be reused; a long one ends it.
                 with contextlib.suppress(httpx.HTTPError):
@@ -200,9 +216,15 @@ class _Refused:
 
 def _refusal(answer: httpx.Response) -> _Refused:
     status = answer.status_code
-    lasting = HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
+    lasting = (
+        HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
+    )
     wait = answer.headers.get("Retry-After", "")
-    return _Refused(f"it answered {status}", lasting, min(float(wait), _LONGEST_PAUSE) if wait.isdecimal() else 0.0)
+    return _Refused(
+        f"it answered {status}",
+        lasting,
+        min(float(wait), _LONGEST_PAUSE) if wait.isdecimal() else 0.0,
+    )
 
 
 def signed(key: bytes, message_id: str, at: float, body: bytes) -> dict[str, str]:
@@ -226,7 +248,9 @@ def key_of(secret: str) -> bytes:
         key = b""
     if len(key) not in _KEY_BYTES:
         size = f"{_KEY_BYTES.start} to {_KEY_BYTES.stop - 1}"
-        raise ValueError(f"must be {size} bytes in base64, such as `openssl rand -base64 32` prints")
+        raise ValueError(
+            f"must be {size} bytes in base64, such as `openssl rand -base64 32` prints"
+        )
     return key
 
 

@@ -21,4 +21,6 @@ if __name__ == "__main__":
     server.end_fast()
     _descriptor = int(sys.argv[2])
     # The fork server returns only in its children; each becomes a server with a clean stack.
-    server.become_server(*(main.serve(_descriptor) if sys.argv[1] == "fork" else server.receive(_descriptor)))
+    server.become_server(
+        *(main.serve(_descriptor) if sys.argv[1] == "fork" else server.receive(_descriptor))
+    )

@@ -23,7 +23,9 @@ class ServerApp(serverapp.ServerApp):
     """Jupyter's server application, under its own name so that configuration for it applies."""
 
     launch = traitlets.Instance(Launch)
-    ready = traitlets.Any(help="Called with this application when its socket listens and its loop runs.")
+    ready = traitlets.Any(
+        help="Called with this application when its socket listens and its loop runs."
+    )
     kernels = traitlets.Instance(Kernels, allow_none=True)
 
     def parse_command_line(self, argv: list[str] | None = None) -> None:

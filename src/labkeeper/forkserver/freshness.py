@@ -6,7 +6,9 @@ import os
 import sys
 import time
 
-_CONFIG_FILES = tuple(f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json"))
+_CONFIG_FILES = tuple(
+    f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json")
+)
 
 
 class Freshness:
@@ -25,7 +27,11 @@ class Freshness:
         self._known = {**stamps, **self._known}
         # It may have been written before or after it was loaded. A time in the future proves
         # nothing.
-        young = (path for path, stamp in stamps.items() if stamp and self._since < stamp[0] <= time.time_ns())
+        young = (
+            path
+            for path, stamp in stamps.items()
+            if stamp and self._since < stamp[0] <= time.time_ns()
+        )
         return changed or next(young, None)
 
     def changed(self) -> str | None:

@@ -94,13 +94,20 @@ class Kernels:
             self._app.log.info("Leaving %d kernels on the gateway", len(ids))
             return
         self._app.log.info("Shutting down %d kernels on the gateway", len(ids))
-        ends = {kernel_id: asyncio.ensure_future(self._app.kernel_manager.shutdown_kernel(kernel_id)) for kernel_id in ids}
+        ends = {
+            kernel_id: asyncio.ensure_future(self._app.kernel_manager.shutdown_kernel(kernel_id))
+            for kernel_id in ids
+        }
         await _wait(ends.values(), within / 2)
         for kernel_id, ended in ends.items():
             if not ended.done():
-                self._app.log.warning("Kernel %s may be left on the gateway: it did not answer in time", kernel_id)
+                self._app.log.warning(
+                    "Kernel %s may be left on the gateway: it did not answer in time", kernel_id
+                )
             elif ended.exception() is not None:
-                self._app.log.warning("Kernel %s may be left on the gateway: %s", kernel_id, ended.exception())
+                self._app.log.warning(
+                    "Kernel %s may be left on the gateway: %s", kernel_id, ended.exception()
+                )
         self.record()
 
     async def _start(self, start: Callable[..., Any], given: dict[str, Any]) -> Any:
@@ -136,7 +143,9 @@ class Kernels:
 
 def _derived(kind: Any, body: dict[str, Any]) -> Any:
     """Derive a class with the same name, by which configuration finds both."""
-    return type(kind)(kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body})
+    return type(kind)(
+        kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body}
+    )
 
 
 def _lasting(name: str) -> str:

@@ -76,7 +76,11 @@ def serve(descriptor: int) -> tuple[Launch, int, int]:
         traceback.print_exc()
         _refuse(listener, str(error))
     seconds = time.monotonic() - begun
-    print(f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s", file=sys.stderr, flush=True)
+    print(
+        f"[labkeeper] fork server {os.getpid()} is ready after {seconds:.1f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     return _ForkServer(listener, freshness, written).run()
 
 
@@ -120,7 +124,9 @@ class _Request:
 class _ForkServer:
     """The single thread and all its open files, which are closed in a child."""
 
-    def __init__(self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]]) -> None:
+    def __init__(
+        self, listener: socket.socket, freshness: Freshness, written: list[tuple[int, int]]
+    ) -> None:
         self._listener = listener
         self._freshness = freshness
         self._written = written
@@ -157,7 +163,11 @@ class _ForkServer:
             for keeper in self._keepers & ready:
                 self._part_from(keeper)
             if self._listener in ready and (request := self._accept()) is not None:
-                if self._answer(request) and not self._give_to_spare(request) and self._fork(request) == 0:
+                if (
+                    self._answer(request)
+                    and not self._give_to_spare(request)
+                    and self._fork(request) == 0
+                ):
                     self._close(request.connection)
                     return _take(request.files)
             elif self._wants_spare() and (connection := self._fork_spare()) is not None:
@@ -320,7 +330,13 @@ class _ForkServer:
     def _close(self, *more: socket.socket) -> None:
         """In a child: close all files of the fork server."""
         self._selector.close()
-        for connection in (self._listener, self._wakeup, self._wakeup_writer, *self._keepers, *more):
+        for connection in (
+            self._listener,
+            self._wakeup,
+            self._wakeup_writer,
+            *self._keepers,
+            *more,
+        ):
             connection.close()
         if self._spare is not None:
             self._spare.connection.close()
@@ -339,7 +355,9 @@ class _ForkServer:
     def _retire(self, reason: str) -> None:
         self._retired = reason
         self._dismiss_spare()
-        print(f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True)
+        print(
+            f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True
+        )
         for keeper in self._keepers:
             with contextlib.suppress(OSError, WireError):
                 wire.send(keeper, {"retired": reason})

@@ -50,7 +50,10 @@ def _environment(pid: int) -> tuple[int | None, bool]:
     secrets.
     """
     try:
-        with open(f"/proc/{pid}/environ", "rb", buffering=0) as stream, mmap.mmap(-1, _LARGEST) as memory:
+        with (
+            open(f"/proc/{pid}/environ", "rb", buffering=0) as stream,
+            mmap.mmap(-1, _LARGEST) as memory,
+        ):
             # A NUL precedes each variable, including the first.
             end = count = 1
             while count:

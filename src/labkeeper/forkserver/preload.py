@@ -63,13 +63,16 @@ def load(listener: socket.socket) -> Freshness:
     except Exception as error:
         raise PreloadError(f"loading JupyterLab failed: {error}") from error
     if len(avoid | spoilers) > _MOST_SPOILERS:
-        raise PreloadError(f"importing {', '.join(sorted(avoid | spoilers))} starts threads or programs, or opens sockets")
+        raise PreloadError(
+            f"importing {', '.join(sorted(avoid | spoilers))} starts threads or programs, or opens sockets"
+        )
     if spoilers or freshness.settle() is not None:
         os.environ[_AVOID] = ",".join(avoid | spoilers)
         listener.set_inheritable(True)
         end_programs()
         os.execv(  # noqa: S606 - the interpreter that runs already
-            sys.executable, [sys.executable, os.path.dirname(__file__), "fork", str(listener.fileno())]
+            sys.executable,
+            [sys.executable, os.path.dirname(__file__), "fork", str(listener.fileno())],
         )
     return freshness
 
@@ -191,7 +194,11 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
             await _get(info, path, token)
         told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
         # Python does not specify its cache of patterns: without it there are none.
-        told["patterns"] = [key[1:] for key in getattr(re, "_cache", ()) if isinstance(key, tuple) and key[:1] == (str,)]
+        told["patterns"] = [
+            key[1:]
+            for key in getattr(re, "_cache", ())
+            if isinstance(key, tuple) and key[:1] == (str,)
+        ]
         with os.fdopen(writer, "w") as report:
             report.write(json.dumps(told) + "\n")
     finally:
@@ -201,6 +208,8 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
 
 async def _get(info: dict[str, Any], path: str, token: str) -> None:
     reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
-    stream.write(f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode())
+    stream.write(
+        f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode()
+    )
     await reader.read()
     stream.close()

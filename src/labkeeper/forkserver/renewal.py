@@ -60,7 +60,9 @@ def _renew_sessions(session: Any) -> None:
 
 
 def _renew_gateway(gateway_client: Any) -> None:
-    gateway_client.GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40"))
+    gateway_client.GatewayClient.KERNEL_LAUNCH_TIMEOUT = int(
+        os.environ.get("KERNEL_LAUNCH_TIMEOUT", "40")
+    )
 
 
 def _renew_lab(labapp: Any) -> None:
@@ -72,7 +74,11 @@ def _renew_lab(labapp: Any) -> None:
 
 def _set_defaults(kind: Any, **defaults: Any) -> None:
     """Set defaults of traits, including the copies in their class."""
-    changed = {name: value for name, value in defaults.items() if getattr(kind, name).default_value != value}
+    changed = {
+        name: value
+        for name, value in defaults.items()
+        if getattr(kind, name).default_value != value
+    }
     for name, value in changed.items():
         getattr(kind, name).default_value = value
     if changed:

@@ -71,7 +71,10 @@ def become_server(launch: Launch, log: int, report: int) -> None:
         raise
     except Exception as error:
         traceback.print_exc()
-        if isinstance(error, ModuleNotFoundError) and error.name in {"jupyterlab", "jupyter_server"}:
+        if isinstance(error, ModuleNotFoundError) and error.name in {
+            "jupyterlab",
+            "jupyter_server",
+        }:
             sys.exit(
                 f"No module named '{error.name}': install jupyterlab for {sys.executable}, "
                 "or name an interpreter that has it by LABKEEPER_JUPYTER_PYTHON"
@@ -108,7 +111,9 @@ def enter(launch: Launch) -> None:
     _go_to(launch.cwd)
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
-        raise PermissionError(f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to one that it can use")
+        raise PermissionError(
+            f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to one that it can use"
+        )
     renew()
 
 
@@ -126,7 +131,9 @@ def _go_to(directory: str) -> None:
     os.close(here)
     if os.getcwd() != directory:
         # It was resolved when it was allowed; since then part of it has become a link.
-        raise NotADirectoryError(f"the root directory {directory} leads to another place now; ask for that one, if it is meant")
+        raise NotADirectoryError(
+            f"the root directory {directory} leads to another place now; ask for that one, if it is meant"
+        )
 
 
 def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:

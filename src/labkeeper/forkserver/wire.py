@@ -101,7 +101,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "env": _texts,
     "kernel_env": _texts,
     "umask": lambda value: type(value) is int and 0 <= value <= _ALL_BITS,
-    "config": lambda value: isinstance(value, dict) and all(isinstance(section, dict) for section in value.values()),
+    "config": lambda value: (
+        isinstance(value, dict) and all(isinstance(section, dict) for section in value.values())
+    ),
     "user": lambda value: (
         value is None
         or (
@@ -111,7 +113,9 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
             and _numbers([value["uid"], value["gid"], *value["groups"]])
         )
     ),
-    "cgroups": lambda value: isinstance(value, list) and all(isinstance(path, str) for path in value),
+    "cgroups": lambda value: (
+        isinstance(value, list) and all(isinstance(path, str) for path in value)
+    ),
     "rlimits": lambda value: isinstance(value, dict) and _numbers(value.values()),
     "encrypt_kernels": lambda value: isinstance(value, bool),
 }
@@ -127,7 +131,9 @@ def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[
     connection.sendall(body)
 
 
-def receive(connection: socket.socket, *, within: float | None = None) -> tuple[dict[str, Any], list[int]]:
+def receive(
+    connection: socket.socket, *, within: float | None = None
+) -> tuple[dict[str, Any], list[int]]:
     """Return one frame and its open files, which the caller must close.
 
     All of it must arrive within `within` seconds, however slowly it is sent. Raises EOFError if the
@@ -159,7 +165,9 @@ def receive(connection: socket.socket, *, within: float | None = None) -> tuple[
 def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
     """Receive up to `size` bytes; append the attached files, which are close-on-exec."""
     server_dir = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
-    data, ancillary, flags, _ = connection.recvmsg(size, server_dir, getattr(socket, "MSG_CMSG_CLOEXEC", 0))
+    data, ancillary, flags, _ = connection.recvmsg(
+        size, server_dir, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    )
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers = array.array("i")

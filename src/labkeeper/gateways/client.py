@@ -78,7 +78,9 @@ class GatewayClient:
         """Whether the gateway has a kernel of this id. Raises BackendUnavailable if unknown."""
         status = self._ask_about(gateway, "GET", kernel_id)
         if status not in {http.client.OK, http.client.NOT_FOUND}:
-            raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: it answered {status}")
+            raise BackendUnavailable(
+                f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: it answered {status}"
+            )
         return status == http.client.OK
 
     def end_kernel(self, gateway: Gateway, kernel_id: str) -> bool:
@@ -88,15 +90,23 @@ class GatewayClient:
         """
         status = self._ask_about(gateway, "DELETE", kernel_id, within=_DELETE_WITHIN)
         if status not in {http.client.OK, http.client.NO_CONTENT, http.client.NOT_FOUND}:
-            raise BackendUnavailable(f"cannot end kernel {kernel_id} on the gateway {gateway.url}: it answered {status}")
+            raise BackendUnavailable(
+                f"cannot end kernel {kernel_id} on the gateway {gateway.url}: it answered {status}"
+            )
         return status != http.client.NOT_FOUND
 
-    def _ask_about(self, gateway: Gateway, method: str, kernel_id: str, within: float | None = None) -> int:
+    def _ask_about(
+        self, gateway: Gateway, method: str, kernel_id: str, within: float | None = None
+    ) -> int:
         try:
-            return self._ask(gateway, method, _KERNEL_PATH + kernel_id, within or self._timeout).status
+            return self._ask(
+                gateway, method, _KERNEL_PATH + kernel_id, within or self._timeout
+            ).status
         except (OSError, http.client.HTTPException) as error:
             why = str(error) or type(error).__name__
-            raise BackendUnavailable(f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: {why}") from error
+            raise BackendUnavailable(
+                f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: {why}"
+            ) from error
 
     def _count_specs(self, gateway: Gateway) -> int:
         """Return the number of its kernelspecs. Raises _UnfitError, BackendUnavailable."""
@@ -104,26 +114,32 @@ class GatewayClient:
             answer = self._ask(gateway, "GET", "/api/kernelspecs", self._timeout)
         except (OSError, http.client.HTTPException) as error:
             if shortage.is_ours(error):
-                raise BackendUnavailable(f"the keeper cannot ask the gateway {gateway.url}: {error}") from error
+                raise BackendUnavailable(
+                    f"the keeper cannot ask the gateway {gateway.url}: {error}"
+                ) from error
             alert = self._alert(gateway) if isinstance(error, ConnectionError) else None
             raise self._diagnosis(gateway, alert or error) from error
         if answer.status == http.client.BAD_REQUEST and self._speaks_tls(gateway):
             raise _speaks_only_tls()
         if answer.status in {http.client.UNAUTHORIZED, http.client.FORBIDDEN}:
-            given = "the token that it was shown" if gateway.auth_token else "a caller without a token"
+            given = (
+                "the token that it was shown" if gateway.auth_token else "a caller without a token"
+            )
             raise _UnfitError(
                 FailureClass.GATEWAY_REFUSED,
                 f"refuses {given} ({answer.status}); check gateway_auth_token, gateway_auth_scheme and gateway_headers",
             )
         if answer.status >= _SERVER_ERRORS:
             raise _UnfitError(
-                FailureClass.GATEWAY_UNREACHABLE, f"answers {answer.status}: it is out of order; check it, or try later"
+                FailureClass.GATEWAY_UNREACHABLE,
+                f"answers {answer.status}: it is out of order; check it, or try later",
             )
         if answer.location and answer.status != http.client.OK:
             # It may repeat credentials.
             place = scrub(answer.location, Secrets(*of_gateway(gateway)))[:200]
             raise _UnfitError(
-                FailureClass.NOT_A_GATEWAY, f"redirects to {place!r}; if that is the gateway, use it as gateway_url"
+                FailureClass.NOT_A_GATEWAY,
+                f"redirects to {place!r}; if that is the gateway, use it as gateway_url",
             )
         try:
             if answer.status != http.client.OK:
@@ -170,7 +186,12 @@ class GatewayClient:
         parts = urlsplit(gateway.url)
         if parts.scheme == "http":
             return False
-        with suppress(OSError), socket.create_connection((parts.hostname or "", parts.port or 443), timeout=_AT_ONCE) as plain:
+        with (
+            suppress(OSError),
+            socket.create_connection(
+                (parts.hostname or "", parts.port or 443), timeout=_AT_ONCE
+            ) as plain,
+        ):
             plain.sendall(b"GET / HTTP/1.0\r\n\r\n")
             return plain.recv(5).startswith(b"HTTP")
         return False
@@ -201,7 +222,9 @@ class GatewayClient:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         with suppress(OSError):
-            plain = socket.create_connection((parts.hostname or "", parts.port or 80), timeout=self._timeout)
+            plain = socket.create_connection(
+                (parts.hostname or "", parts.port or 80), timeout=self._timeout
+            )
             with plain, context.wrap_socket(plain):
                 return True
         return False
@@ -220,7 +243,15 @@ class GatewayClient:
                     connection.connect()
                     asked.append(connection.sock)
                     prefix = urlsplit(gateway.url).path.rstrip("/")
-                    outcome.set_result(exchange(connection, method, prefix + path, headers=_headers(gateway), within=within))
+                    outcome.set_result(
+                        exchange(
+                            connection,
+                            method,
+                            prefix + path,
+                            headers=_headers(gateway),
+                            within=within,
+                        )
+                    )
             except Exception as error:  # noqa: BLE001 - passed to the caller
                 outcome.set_exception(error)
 
@@ -246,7 +277,9 @@ def _tls_trouble(error: ssl.SSLError) -> str:
     reason = getattr(error, "reason", None)
     if reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}:
         return _NO_TLS
-    return f"cannot agree on TLS ({reason or error}); check gateway_client_cert and gateway_ca_certs"
+    return (
+        f"cannot agree on TLS ({reason or error}); check gateway_client_cert and gateway_ca_certs"
+    )
 
 
 def _speaks_only_tls() -> _UnfitError:
@@ -257,14 +290,23 @@ def _headers(gateway: Gateway) -> dict[str, str]:
     """Return the headers that Jupyter would send."""
     if gateway.auth_token is None:
         return dict(gateway.headers)
-    return {**gateway.headers, "Authorization": f"{gateway.auth_scheme or 'token'} {gateway.auth_token}"}
+    return {
+        **gateway.headers,
+        "Authorization": f"{gateway.auth_scheme or 'token'} {gateway.auth_token}",
+    }
 
 
 def _connection(gateway: Gateway, timeout: float) -> closing[http.client.HTTPConnection]:
     parts = urlsplit(gateway.url)
     if parts.scheme == "http":
-        return closing(http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout))
-    return closing(http.client.HTTPSConnection(parts.hostname or "", parts.port, timeout=timeout, context=_context(gateway)))
+        return closing(
+            http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
+        )
+    return closing(
+        http.client.HTTPSConnection(
+            parts.hostname or "", parts.port, timeout=timeout, context=_context(gateway)
+        )
+    )
 
 
 def _context(gateway: Gateway) -> ssl.SSLContext:
@@ -276,8 +318,14 @@ def _context(gateway: Gateway) -> ssl.SSLContext:
     try:
         with ExitStack() as copies:
             if gateway.ca_certs is not None:
-                context.load_verify_locations(copies.enter_context(private_copy(read_named(gateway.ca_certs))))
-            mine = [read_named(file, gateway.user) for file in (gateway.client_cert, gateway.client_key) if file is not None]
+                context.load_verify_locations(
+                    copies.enter_context(private_copy(read_named(gateway.ca_certs)))
+                )
+            mine = [
+                read_named(file, gateway.user)
+                for file in (gateway.client_cert, gateway.client_key)
+                if file is not None
+            ]
             shown = [copies.enter_context(private_copy(content)) for content in mine]
             if shown:
                 # Without a password, OpenSSL would prompt on the terminal. A certificate file may

@@ -125,7 +125,9 @@ class GatewayWatch:
                 watched = self._find(orphan.gateway)
                 if orphan.since > watched.asked:
                     watched.due = min(watched.due, now)
-            self._watched = [w for w in self._watched if w.servers or w.asking or w.gateway in owing]
+            self._watched = [
+                w for w in self._watched if w.servers or w.asking or w.gateway in owing
+            ]
             return [w for w in self._watched if w.due <= now and not w.asking]
 
     def _ask(self, watched: _Watched) -> None:
@@ -134,7 +136,9 @@ class GatewayWatch:
             health = self._client.check(watched.gateway)
         except BackendError as error:
             # That is no evidence about the gateway. It stays due.
-            _log.warning("a gateway cannot be reached", gateway=watched.gateway.url, error=error.message)
+            _log.warning(
+                "a gateway cannot be reached", gateway=watched.gateway.url, error=error.message
+            )
             return
         settled = self._collect(watched.gateway) if health.reachable else False
         with self._lock:
@@ -160,12 +164,20 @@ class GatewayWatch:
                 was_there = self._client.end_kernel(gateway, orphan.kernel_id)
             except BackendError as error:
                 _log.warning(
-                    "an orphaned kernel cannot be ended", kernel=orphan.kernel_id, server=orphan.server, error=error.message
+                    "an orphaned kernel cannot be ended",
+                    kernel=orphan.kernel_id,
+                    server=orphan.server,
+                    error=error.message,
                 )
                 failed += 1
                 continue
             if was_there:
-                _log.info("an orphaned kernel was ended", kernel=orphan.kernel_id, gateway=gateway.url, server=orphan.server)
+                _log.info(
+                    "an orphaned kernel was ended",
+                    kernel=orphan.kernel_id,
+                    gateway=gateway.url,
+                    server=orphan.server,
+                )
             elif orphan.starting and self._clock.time() - orphan.since < _MAY_COME:
                 continue
             self._orphans.discard([orphan.kernel_id])
@@ -178,4 +190,6 @@ def _differs(known: GatewayHealth | None, health: GatewayHealth) -> bool:
 
 def _since(known: GatewayHealth | None, health: GatewayHealth) -> float:
     """Return when reachability last changed; other errors or kernelspec counts do not matter."""
-    return known.since if known is not None and known.reachable is health.reachable else health.since
+    return (
+        known.since if known is not None and known.reachable is health.reachable else health.since
+    )

@@ -59,8 +59,12 @@ class OrphanedKernels:
             if not self._unsaved:
                 return
             try:
-                self._store.add_orphans([self._kernels[id_] for id_ in self._unsaved if id_ in self._kernels])
-                self._store.discard_orphans([id_ for id_ in self._unsaved if id_ not in self._kernels])
+                self._store.add_orphans(
+                    [self._kernels[id_] for id_ in self._unsaved if id_ in self._kernels]
+                )
+                self._store.discard_orphans(
+                    [id_ for id_ in self._unsaved if id_ not in self._kernels]
+                )
             except StoreError:
                 return
             settled = any(id_ not in self._kernels for id_ in self._unsaved)
@@ -83,7 +87,9 @@ class OrphanedKernels:
     def all(self) -> list[OrphanedKernel]:
         """Return all, oldest first."""
         with self._lock:
-            return sorted(self._kernels.values(), key=lambda orphan: (orphan.since, orphan.kernel_id))
+            return sorted(
+                self._kernels.values(), key=lambda orphan: (orphan.since, orphan.kernel_id)
+            )
 
     def on(self, gateway: Gateway) -> list[OrphanedKernel]:
         """Return those on one gateway."""

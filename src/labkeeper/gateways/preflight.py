@@ -39,7 +39,14 @@ class _Start:
 class GatewayPreflight:
     """See `core.ports.GatewayPreflight`. Filters a backend's reports. Thread-safe."""
 
-    def __init__(self, tell: Callable[[Report], None], *, threads: ThreadGroup, client: GatewayClient, probe: Probe) -> None:
+    def __init__(
+        self,
+        tell: Callable[[Report], None],
+        *,
+        threads: ThreadGroup,
+        client: GatewayClient,
+        probe: Probe,
+    ) -> None:
         self._tell = tell
         self._threads = threads
         self._client = client
@@ -81,7 +88,9 @@ class GatewayPreflight:
             health = self._client.check(start.gateway)
         except BackendError as error:
             sentence = f"cannot start server '{name}': {error.message}"
-            self._tell(Report(name, start.generation, Vetoed(Failure(FailureClass.OTHER, sentence))))
+            self._tell(
+                Report(name, start.generation, Vetoed(Failure(FailureClass.OTHER, sentence)))
+            )
             return
         if health.error is not None and start.gateway.required:
             sentence = f"cannot start server '{name}': {health.error.message} (require_gateway: false starts it all the same)"
@@ -105,9 +114,13 @@ class GatewayPreflight:
             for kernel in start.kernels
             if not (health.reachable and self._hand_over(name, start, ready.endpoint, kernel))
         )
-        self._tell(Report(name, start.generation, replace(ready, gateway=health, not_taken_over=missed)))
+        self._tell(
+            Report(name, start.generation, replace(ready, gateway=health, not_taken_over=missed))
+        )
 
-    def _hand_over(self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel) -> bool:
+    def _hand_over(
+        self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel
+    ) -> bool:
         """Hand a server an earlier launch's kernel; return whether it was taken or is gone."""
         try:
             if not self._client.has_kernel(start.gateway, kernel.id):

@@ -92,7 +92,11 @@ class PeerAuthenticator:
 
     def may_accept(self, shown: Credentials) -> bool:
         """See `Authenticator`. Not checked for servers: a process can block reads of its /proc."""
-        return shown.authorization is None and shown.peer is not None and shown.peer.uid in {0, os.geteuid()}
+        return (
+            shown.authorization is None
+            and shown.peer is not None
+            and shown.peer.uid in {0, os.geteuid()}
+        )
 
 
 def authenticate(authenticators: Iterable[Authenticator], shown: Credentials) -> Identity:

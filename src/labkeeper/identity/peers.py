@@ -36,7 +36,11 @@ def identify(connection: socket.socket) -> Callable[[], Peer | None]:
     """
     if sys.platform != "linux":
         return _nobody
-    peer = Peer(*_CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)))
+    peer = Peer(
+        *_CREDENTIALS.unpack(
+            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        )
+    )
     try:
         # It records the start time of the process.
         process = psutil.Process(peer.pid)

@@ -17,7 +17,13 @@ from dataclasses import replace
 from typing import Final
 
 from labkeeper.core.access import Caller, Scope, Token, TokenLimits
-from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
+from labkeeper.core.errors import (
+    CapacityReached,
+    Conflict,
+    NotAuthenticated,
+    StoreError,
+    TokenNotFound,
+)
 from labkeeper.core.messages import KEEPER, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, TokenStore
 
@@ -35,7 +41,9 @@ _NO_TOKEN: Final = 64 * "-"
 class Tokens:
     """All API tokens. Thread-safe."""
 
-    def __init__(self, store: TokenStore, clock: Clock, event_log: EventLog, *, owner: str | None) -> None:
+    def __init__(
+        self, store: TokenStore, clock: Clock, event_log: EventLog, *, owner: str | None
+    ) -> None:
         """`owner` is the owner's token, or None for none. Raises StoreError."""
         self._store = store
         self._clock = clock
@@ -84,7 +92,13 @@ class Tokens:
         return sorted(self._listed(), key=lambda token: token.name)
 
     def make(
-        self, name: str, scope: Scope, limits: TokenLimits, *, lifetime: float | None, origin: Origin = KEEPER
+        self,
+        name: str,
+        scope: Scope,
+        limits: TokenLimits,
+        *,
+        lifetime: float | None,
+        origin: Origin = KEEPER,
     ) -> tuple[Token, str]:
         """Create a token, valid for `lifetime` seconds or forever; return it with its text.
 
@@ -95,9 +109,13 @@ class Tokens:
         now = self._clock.time()
         with self._changing:
             if name == "owner" or any(token.name == name for token in self._listed()):
-                raise Conflict(f"cannot create token '{name}': the name is taken; revoke that one first, or choose another name")
+                raise Conflict(
+                    f"cannot create token '{name}': the name is taken; revoke that one first, or choose another name"
+                )
             if len(self._listed()) >= _MOST:
-                raise CapacityReached(f"cannot create token '{name}': there are {_MOST} already; revoke some that are not in use")
+                raise CapacityReached(
+                    f"cannot create token '{name}': there are {_MOST} already; revoke some that are not in use"
+                )
             expires_at = None if lifetime is None else now + lifetime
             token = Token(id_, name, _digest(text), scope, limits, now, origin.actor, expires_at)
             self._store.save_token(token)
@@ -144,7 +162,11 @@ class Tokens:
 
     def _tell(self, message: str, token: Token, origin: Origin) -> None:
         self._event_log.record(
-            HistoryKind.TOKEN, None, message, origin=origin, details={"name": token.name, "scope": str(token.scope)}
+            HistoryKind.TOKEN,
+            None,
+            message,
+            origin=origin,
+            details={"name": token.name, "scope": str(token.scope)},
         )
 
 

@@ -18,7 +18,15 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from labkeeper import addresses, shortage
 from labkeeper.bounded_http import Answer, exchange
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.server import Activity, Endpoint, Kernel, KernelUse, Load, OwnKernel, TerminalUse
+from labkeeper.core.server import (
+    Activity,
+    Endpoint,
+    Kernel,
+    KernelUse,
+    Load,
+    OwnKernel,
+    TerminalUse,
+)
 
 _LOOK_TIMEOUT: Final = 1.0
 """Timeout in seconds of a liveness probe.
@@ -93,7 +101,9 @@ class JupyterClient:
         """
         with _connection(endpoint) as connection:
             known = {"Authorization": f"token {endpoint.token}"}
-            return bool(_ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known))
+            return bool(
+                _ok(connection, endpoint, "api", {}) and _ok(connection, endpoint, "api/me", known)
+            )
 
     def kernels(self, endpoint: Endpoint) -> list[Kernel]:
         """Return the server's kernels, without counting as activity.
@@ -109,7 +119,9 @@ class JupyterClient:
 
         `GET api/status` may wait for a gateway. Raises BackendUnavailable, BackendTimeout.
         """
-        with _failing(f"cannot ask the server on port {endpoint.port} for its kernels and connections"):
+        with _failing(
+            f"cannot ask the server on port {endpoint.port} for its kernels and connections"
+        ):
             status = _STATUS.validate_json(self._told(endpoint, "api/status"))
         return Load(status.kernels, status.connections)
 
@@ -120,12 +132,21 @@ class JupyterClient:
         """
         with _failing(f"cannot ask the server on port {endpoint.port} how it is used"):
             status = _STATUS.validate_json(self._told(endpoint, "api/status"))
-            kernels = _KERNELS.validate_json(self._told(endpoint, "api/kernels")) if status.kernels else []
+            kernels = (
+                _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
+                if status.kernels
+                else []
+            )
             # A server without terminals lacks this route.
-            terminals = _TERMINALS.validate_json(self._told(endpoint, "api/terminals", absent=b"[]"))
+            terminals = _TERMINALS.validate_json(
+                self._told(endpoint, "api/terminals", absent=b"[]")
+            )
         return Activity(
             _epoch(status.last_activity),
-            tuple(KernelUse(k.id, k.execution_state, _epoch(k.last_activity), k.connections) for k in kernels),
+            tuple(
+                KernelUse(k.id, k.execution_state, _epoch(k.last_activity), k.connections)
+                for k in kernels
+            ),
             tuple(TerminalUse(t.name, _epoch(t.last_activity)) for t in terminals),
         )
 
@@ -151,7 +172,10 @@ class JupyterClient:
         Raises BackendUnavailable, BackendTimeout.
         """
         asked: list[tuple[str, dict[str, Any]]] = [("api/kernels", {"kernel_id": kernel.id})]
-        asked += [("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}}) for session in kernel.sessions]
+        asked += [
+            ("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}})
+            for session in kernel.sessions
+        ]
         what = f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"
         for path, body in asked:
             try:
@@ -172,16 +196,35 @@ class JupyterClient:
         if answer.status == http.client.NOT_FOUND and absent is not None:
             return absent
         if answer.status != http.client.OK:
-            because = "its gateway is not reachable" if answer.status == http.client.SERVICE_UNAVAILABLE else ""
+            because = (
+                "its gateway is not reachable"
+                if answer.status == http.client.SERVICE_UNAVAILABLE
+                else ""
+            )
             raise BackendUnavailable(f"it answered {answer.status} {because}".rstrip())
         return answer.body
 
-    def _ask(self, method: str, endpoint: Endpoint, path: str, *, timeout: float | None = None, body: Any = None) -> Answer:
+    def _ask(
+        self,
+        method: str,
+        endpoint: Endpoint,
+        path: str,
+        *,
+        timeout: float | None = None,
+        body: Any = None,
+    ) -> Answer:
         """Send a request with the token. Raises OSError (or TimeoutError), HTTPException."""
         patience = self._timeout if timeout is None else timeout
         known = {"Authorization": f"token {endpoint.token}"}
         with _connection(endpoint, patience) as connection:
-            return exchange(connection, method, endpoint.base_url + path, headers=known, within=patience, body=body)
+            return exchange(
+                connection,
+                method,
+                endpoint.base_url + path,
+                headers=known,
+                within=patience,
+                body=body,
+            )
 
 
 @contextmanager
@@ -205,20 +248,31 @@ def _epoch(instant: str) -> float | None:
         return None
 
 
-def _connection(endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT) -> closing[http.client.HTTPConnection]:
+def _connection(
+    endpoint: Endpoint, timeout: float = _LOOK_TIMEOUT
+) -> closing[http.client.HTTPConnection]:
     host = addresses.from_here(endpoint.hostname)
     if not endpoint.secure:
         return closing(http.client.HTTPConnection(host, endpoint.port, timeout=timeout))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # Pid and token identify the server; its certificate adds nothing.
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return closing(http.client.HTTPSConnection(host, endpoint.port, timeout=timeout, context=context))
+    return closing(
+        http.client.HTTPSConnection(host, endpoint.port, timeout=timeout, context=context)
+    )
 
 
-def _ok(connection: http.client.HTTPConnection, endpoint: Endpoint, path: str, headers: Mapping[str, str]) -> bool | None:
+def _ok(
+    connection: http.client.HTTPConnection,
+    endpoint: Endpoint,
+    path: str,
+    headers: Mapping[str, str],
+) -> bool | None:
     """Whether the answer is 200; None if the keeper lacked resources to ask."""
     try:
-        answer = exchange(connection, "GET", endpoint.base_url + path, headers=headers, within=_LOOK_TIMEOUT)
+        answer = exchange(
+            connection, "GET", endpoint.base_url + path, headers=headers, within=_LOOK_TIMEOUT
+        )
     except (OSError, http.client.HTTPException) as error:
         return None if shortage.is_ours(error) else False
     return answer.status == http.client.OK

@@ -42,7 +42,12 @@ def base_config() -> dict[str, dict[str, Any]]:
 
 
 def launch_config(
-    spec: ServerSpec, *, token: str, port: int, ca_bundle: Path | None, certificate: tuple[Path, Path] | None = None
+    spec: ServerSpec,
+    *,
+    token: str,
+    port: int,
+    ca_bundle: Path | None,
+    certificate: tuple[Path, Path] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the configuration of one launch, by section. It holds secrets.
 
@@ -56,7 +61,11 @@ def launch_config(
     sections["IdentityProvider"] = {"token": token}
     sections["LabApp"]["default_url"] = spec.default_url
     sections["ServerApp"].update(
-        ip=spec.ip, port=port, root_dir=spec.root_dir, base_url=spec.base_url, default_url=spec.default_url
+        ip=spec.ip,
+        port=port,
+        root_dir=spec.root_dir,
+        base_url=spec.base_url,
+        default_url=spec.default_url,
     )
     if certificate is not None:
         sections["ServerApp"].update(certfile=str(certificate[0]), keyfile=str(certificate[1]))
@@ -73,7 +82,9 @@ def _sections(options: Mapping[str, Any]) -> defaultdict[str, dict[str, Any]]:
     return sections
 
 
-def _gateway_settings(gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle: Path | None) -> dict[str, Any]:
+def _gateway_settings(
+    gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle: Path | None
+) -> dict[str, Any]:
     chosen = {
         "url": gateway.url,
         "ws_url": gateway.ws_url,
@@ -85,7 +96,8 @@ def _gateway_settings(gateway: Gateway, kernel_env: Mapping[str, str], ca_bundle
         "client_key": gateway.client_key,
         "validate_cert": gateway.validate_cert,
         # Variables with names that begin with KERNEL_ are sent anyway.
-        "allowed_envs": ",".join(name for name in kernel_env if not name.startswith(KERNEL_PREFIX)) or None,
+        "allowed_envs": ",".join(name for name in kernel_env if not name.startswith(KERNEL_PREFIX))
+        or None,
         "connect_timeout": gateway.connect_timeout,
         "request_timeout": gateway.request_timeout,
     }
@@ -97,7 +109,9 @@ def base_environment(own: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in own.items() if not PRIVATE_VARIABLES.match(name)}
 
 
-def launch_environment(spec: ServerSpec, own: Mapping[str, str], *, runtime_dir: Path, ca_bundle: Path | None) -> dict[str, str]:
+def launch_environment(
+    spec: ServerSpec, own: Mapping[str, str], *, runtime_dir: Path, ca_bundle: Path | None
+) -> dict[str, str]:
     """Return the environment of one launch, from the keeper's own and the spec's."""
     env = {**base_environment(own), **spec.env}
     env["JUPYTER_RUNTIME_DIR"] = str(runtime_dir)

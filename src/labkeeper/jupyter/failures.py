@@ -9,8 +9,16 @@ from typing import Final
 from labkeeper.core.server import Exit, FailureClass
 
 _CAUSES: Final = (
-    (FailureClass.PORT_IN_USE, re.compile(r"port \d+ is (already in use|not available)|Address already in use", re.IGNORECASE)),
-    (FailureClass.DISK_FULL, re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE)),
+    (
+        FailureClass.PORT_IN_USE,
+        re.compile(
+            r"port \d+ is (already in use|not available)|Address already in use", re.IGNORECASE
+        ),
+    ),
+    (
+        FailureClass.DISK_FULL,
+        re.compile(r"No space left on device|Disk quota exceeded", re.IGNORECASE),
+    ),
     (FailureClass.IMPORT_ERROR, re.compile(r"ModuleNotFoundError|ImportError|No module named")),
     (
         FailureClass.CONFIG_ERROR,
@@ -38,7 +46,11 @@ def cause_of(end: Exit, tail: Sequence[str]) -> tuple[FailureClass, str]:
             if pattern.search(line):
                 return kind, _LEVEL.sub("", line).strip()
     # Jupyter logs some warning at each start, and an indented line continues the one above.
-    last_words = (_LEVEL.sub("", line).strip() for line in grave if _level(line) != "W" and not line[:1].isspace())
+    last_words = (
+        _LEVEL.sub("", line).strip()
+        for line in grave
+        if _level(line) != "W" and not line[:1].isspace()
+    )
     return FailureClass.OTHER, next(filter(None, last_words), "")
 
 

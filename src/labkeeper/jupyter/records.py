@@ -112,7 +112,9 @@ def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
         return ()
     sessions = found.sessions[:_MOST_KERNELS]
     there = (
-        OwnKernel(id_, tuple(Session(s.path, s.name, s.type) for s in sessions if s.kernel_id == id_))
+        OwnKernel(
+            id_, tuple(Session(s.path, s.name, s.type) for s in sessions if s.kernel_id == id_)
+        )
         for id_ in dict.fromkeys(found.kernels[:_MOST_KERNELS])
     )
     return (*there, *(OwnKernel(id_, starting=True) for id_ in found.starting))[:_MOST_KERNELS]
@@ -121,4 +123,6 @@ def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
 def url_of(endpoint: Endpoint, host: str | None = None) -> str:
     """Return the root URL of a server, as seen from this machine or with a given host name."""
     host = host or addresses.from_here(endpoint.hostname)
-    return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, endpoint.base_url)
+    return addresses.url(
+        "https" if endpoint.secure else "http", host, endpoint.port, endpoint.base_url
+    )

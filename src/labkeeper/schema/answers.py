@@ -100,16 +100,28 @@ class Usage(Answer):
     """Resource usage of a server with its kernels and terminals, from the last sample."""
 
     at: str = Field(description="When the sample was taken.")
-    memory: int = Field(description="Bytes: as counted by its control group, or else the resident memory of its processes.")
+    memory: int = Field(
+        description="Bytes: as counted by its control group, or else the resident memory of its processes."
+    )
     memory_proportional: int | None = Field(
         description="Bytes, with shared pages divided among the processes that share them (PSS); measured once a minute."
     )
-    cpu_seconds: float = Field(description="CPU seconds since its launch, including processes that have ended.")
-    cpus: float | None = Field(description="Average number of busy processors since the previous sample.")
+    cpu_seconds: float = Field(
+        description="CPU seconds since its launch, including processes that have ended."
+    )
+    cpus: float | None = Field(
+        description="Average number of busy processors since the previous sample."
+    )
     processes: int
-    threads: int = Field(description="Threads of all its processes; the process limit counts these.")
-    kernels: int | None = Field(description="As reported by Jupyter; null if it has not responded recently.")
-    connections: int | None = Field(description="Connections of browsers to kernels, as reported by Jupyter.")
+    threads: int = Field(
+        description="Threads of all its processes; the process limit counts these."
+    )
+    kernels: int | None = Field(
+        description="As reported by Jupyter; null if it has not responded recently."
+    )
+    connections: int | None = Field(
+        description="Connections of browsers to kernels, as reported by Jupyter."
+    )
 
 
 class Gateway(Answer):
@@ -117,11 +129,15 @@ class Gateway(Answer):
 
     url: str
     required: bool = Field(description="Whether the server fails to start without it.")
-    reachable: bool | None = Field(description="Null while the server is not running, or before the first check.")
+    reachable: bool | None = Field(
+        description="Null while the server is not running, or before the first check."
+    )
     since: str | None = Field(description="Since when it has been reachable or not.")
     error: Failure | None = Field(description="Why it is not reachable.")
     kernelspecs: int | None = Field(description="Number of kernelspecs that it offers.")
-    kernel_env_passed: list[str] = Field(description="Variables of `kernel_env` that every gateway passes to kernels.")
+    kernel_env_passed: list[str] = Field(
+        description="Variables of `kernel_env` that every gateway passes to kernels."
+    )
     kernel_env_if_allowed: list[str] = Field(
         description="Variables that it passes only if its configuration allows them; gateways do not report that."
     )
@@ -132,18 +148,26 @@ class Server(Answer):
 
     base_url: str | None = Field(description="Path prefix of the server (server_info).")
     hostname: str | None = Field(description="Address that it listens on (server_info).")
-    notebook_dir: str | None = Field(description="Root directory (server_info's name for `root_dir`).")
+    notebook_dir: str | None = Field(
+        description="Root directory (server_info's name for `root_dir`)."
+    )
     password: bool | None = Field(description="Whether it asks for a password (server_info).")
     pid: int | None = Field(description="Process id (server_info).")
     port: int | None = Field(description="Its port (server_info).")
     secure: bool | None = Field(description="Whether it speaks TLS (server_info).")
-    token: str | None = Field(repr=False, description="Jupyter's token of this launch; null for callers who may not open it.")
+    token: str | None = Field(
+        repr=False,
+        description="Jupyter's token of this launch; null for callers who may not open it.",
+    )
     url: str | None = Field(description="Root URL, as reported by Jupyter (server_info).")
     lab_url: str | None = Field(
-        repr=False, description="Link to the Lab that works for the caller; null for callers who may not open it."
+        repr=False,
+        description="Link to the Lab that works for the caller; null for callers who may not open it.",
     )
     version: str | None = Field(description="Version of jupyter_server.")
-    launched_by: str | None = Field(description="`fork` (from a process that had loaded JupyterLab) or `exec`.")
+    launched_by: str | None = Field(
+        description="`fork` (from a process that had loaded JupyterLab) or `exec`."
+    )
     exec_reason: str | None = Field(description="Why it was not forked; null if it was.")
     name: str = Field(description="Name.")
     state: Annotated[State, _known(State)] = Field(description="Current state; see the lifecycle.")
@@ -157,18 +181,38 @@ class Server(Answer):
     default_url: str = Field(description="Page that it opens.")
     labels: dict[str, str] = Field(description="Labels.")
     description: str = Field(description="One line of text for people; may be empty.")
-    limits: dict[str, Limit] = Field(description="Limits by name: `memory` in bytes, `cpus`, `processes`.")
-    usage: Usage | None = Field(description="Resource usage; null unless it is running and has been measured.")
+    limits: dict[str, Limit] = Field(
+        description="Limits by name: `memory` in bytes, `cpus`, `processes`."
+    )
+    usage: Usage | None = Field(
+        description="Resource usage; null unless it is running and has been measured."
+    )
     user: str | None = Field(description="User that it runs as; null for the keeper's own.")
-    idle_timeout: float | None = Field(description="Idle time, in seconds, after which it is stopped; null: never.")
-    max_age: float | None = Field(description="Age, in seconds, at which it is stopped; null: never.")
+    idle_timeout: float | None = Field(
+        description="Idle time, in seconds, after which it is stopped; null: never."
+    )
+    max_age: float | None = Field(
+        description="Age, in seconds, at which it is stopped; null: never."
+    )
     jupyter_options: dict[str, bool | int | float] = Field(description="Jupyter options.")
-    snoozed_until: str | None = Field(description="Until when culling is postponed; null if it is not.")
-    gateway: Gateway | None = Field(description="Kernel gateway and its state; null if kernels run locally.")
-    kernels_kept: list[str] = Field(description="Ids of kernels on its gateway that its next launch will take over.")
-    queue_position: int | None = Field(description="Position in the start queue, from 1; null unless it is queued.")
-    exit: Exit | None = Field(description="How it last ended: `code` or `signal`; neither if that is unknown.")
-    failure: Failure | None = Field(description="Why it failed: `failure_class`, `message`, `exit`, `log_tail`.")
+    snoozed_until: str | None = Field(
+        description="Until when culling is postponed; null if it is not."
+    )
+    gateway: Gateway | None = Field(
+        description="Kernel gateway and its state; null if kernels run locally."
+    )
+    kernels_kept: list[str] = Field(
+        description="Ids of kernels on its gateway that its next launch will take over."
+    )
+    queue_position: int | None = Field(
+        description="Position in the start queue, from 1; null unless it is queued."
+    )
+    exit: Exit | None = Field(
+        description="How it last ended: `code` or `signal`; neither if that is unknown."
+    )
+    failure: Failure | None = Field(
+        description="Why it failed: `failure_class`, `message`, `exit`, `log_tail`."
+    )
     stop_report: StopReport | None = Field(
         description="How it was ended: `method`, `seconds`, `kernels_stopped`, `kernels_left`."
     )
@@ -189,7 +233,9 @@ class BulkResult(Answer):
         description="The status that it would have had as a single request: 201, 200, 202, or that of its problem."
     )
     server: Server | None = Field(description="Null if there is a problem.")
-    problem: dict[str, Any] | None = Field(repr=False, description="Why it could not be started (RFC 9457).")
+    problem: dict[str, Any] | None = Field(
+        repr=False, description="Why it could not be started (RFC 9457)."
+    )
 
     @property
     def error(self) -> LabkeeperError | None:
@@ -199,7 +245,9 @@ class BulkResult(Answer):
         try:
             return Problem.model_validate(self.problem, context=_TOLERANT).error(self.status)
         except ValidationError as error:
-            raise BadAnswer(f"cannot understand the keeper's answer about server {self.name[:63]!r}") from error
+            raise BadAnswer(
+                f"cannot understand the keeper's answer about server {self.name[:63]!r}"
+            ) from error
 
 
 class BulkResults(Answer):
@@ -236,7 +284,9 @@ class IdleRule(Answer):
 
     rule: Annotated[Rule, _known(Rule)]
     limit: float = Field(description="Timeout, in seconds.")
-    since: str | None = Field(description="When the timeout began; null while the server is in use.")
+    since: str | None = Field(
+        description="When the timeout began; null while the server is in use."
+    )
     warns_at: str | None
     stops_at: str | None
 
@@ -247,15 +297,21 @@ class Idle(Answer):
     name: str
     standing: Annotated[CullState, _known(CullState)]
     reason: str = Field(description="Explanation, one sentence.")
-    rule: Annotated[Rule, _known(Rule)] | None = Field(description="The rule that would stop it first.")
+    rule: Annotated[Rule, _known(Rule)] | None = Field(
+        description="The rule that would stop it first."
+    )
     warns_at: str | None = Field(description="When the warning is issued.")
-    stops_at: str | None = Field(description="When it will be stopped without further activity; null if it will not.")
+    stops_at: str | None = Field(
+        description="When it will be stopped without further activity; null if it will not."
+    )
     rules: list[IdleRule]
     held_by: list[Holder]
     last_used_at: str | None
     last_used: str | None = Field(description="What was last active.")
     snoozed_until: str | None
-    looked_at: str | None = Field(description="When its activity was last polled; null if it is not polled.")
+    looked_at: str | None = Field(
+        description="When its activity was last polled; null if it is not polled."
+    )
 
 
 class IdleList(Answer):
@@ -325,9 +381,13 @@ class Token(Answer):
 
     name: str
     scope: Annotated[Scope, _known(Scope)]
-    servers: list[str] = Field(description="Name patterns, one of which must match. Empty: all servers.")
+    servers: list[str] = Field(
+        description="Name patterns, one of which must match. Empty: all servers."
+    )
     labels: dict[str, str] = Field(description="Labels that a server must have.")
-    users: list[str] = Field(description="Users that its servers may run as. Empty: the keeper's default.")
+    users: list[str] = Field(
+        description="Users that its servers may run as. Empty: the keeper's default."
+    )
     created_at: str
     created_by: str
     expires_at: str | None = Field(description="Null: never.")
@@ -338,7 +398,9 @@ class Token(Answer):
 class NewToken(Token):
     """A new token, with its secret."""
 
-    token: str = Field(repr=False, description="Sent as `Authorization: Bearer`. Shown only in this answer.")
+    token: str = Field(
+        repr=False, description="Sent as `Authorization: Bearer`. Shown only in this answer."
+    )
 
 
 class TokenList(Answer):
@@ -354,13 +416,17 @@ class Caller(Answer):
     scope: Annotated[Scope, _known(Scope)]
     servers: list[str] = Field(description="Name patterns. Empty: all servers.")
     labels: dict[str, str] = Field(description="Labels that a server must have.")
-    users: list[str] = Field(description="Users that their servers may run as. Empty: the keeper's default.")
+    users: list[str] = Field(
+        description="Users that their servers may run as. Empty: the keeper's default."
+    )
 
 
 class Link(Answer):
     """A link that opens a Lab once."""
 
-    url: str = Field(repr=False, description="To be opened in a browser, once. Grants access to the Lab.")
+    url: str = Field(
+        repr=False, description="To be opened in a browser, once. Grants access to the Lab."
+    )
     expires_at: str
 
 
@@ -392,7 +458,9 @@ class Problem(Answer):
     status: int = 0
     detail: str
     code: str = Field(description="Stable name of the error.")
-    request_id: str = Field("", description="Id of the request, for looking it up in the keeper's log.")
+    request_id: str = Field(
+        "", description="Id of the request, for looking it up in the keeper's log."
+    )
 
     def error(self, status: int) -> LabkeeperError:
         """Return the error behind this response; `status` is the response's."""
@@ -400,7 +468,11 @@ class Problem(Answer):
         details = dict(self.model_extra or {})
         if known is None or issubclass(known, ClientError):
             # The framework's errors (405, 413, 415, ...) and bugs (500) carry nothing else.
-            known = RequestError if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR else LabkeeperError
+            known = (
+                RequestError
+                if HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR
+                else LabkeeperError
+            )
             details |= {"code": self.code, "status": status, "request_id": self.request_id}
         error = known(self.detail)
         error.details = details

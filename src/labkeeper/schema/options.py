@@ -28,40 +28,72 @@ class JupyterOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, defer_build=True)
 
-    terminals_enabled: bool = _option("ServerApp.terminals_enabled", "Whether the Lab offers terminals.")
-    quit_button: bool = _option("ServerApp.quit_button", "Whether the Lab shows how to shut the server down.")
-    max_body_size: _Bytes = _option("ServerApp.max_body_size", "Bytes of the largest request, such as an upload or a notebook.")
-    max_buffer_size: _Bytes = _option("ServerApp.max_buffer_size", "Bytes of the largest request that is held in memory.")
-    allow_hidden: bool = _option("ContentsManager.allow_hidden", "Whether hidden files can be opened.")
-    delete_to_trash: bool = _option("FileContentsManager.delete_to_trash", "Whether what is deleted goes to the trash.")
-    always_delete_dir: bool = _option("FileContentsManager.always_delete_dir", "Whether directories with files can be deleted.")
+    terminals_enabled: bool = _option(
+        "ServerApp.terminals_enabled", "Whether the Lab offers terminals."
+    )
+    quit_button: bool = _option(
+        "ServerApp.quit_button", "Whether the Lab shows how to shut the server down."
+    )
+    max_body_size: _Bytes = _option(
+        "ServerApp.max_body_size", "Bytes of the largest request, such as an upload or a notebook."
+    )
+    max_buffer_size: _Bytes = _option(
+        "ServerApp.max_buffer_size", "Bytes of the largest request that is held in memory."
+    )
+    allow_hidden: bool = _option(
+        "ContentsManager.allow_hidden", "Whether hidden files can be opened."
+    )
+    delete_to_trash: bool = _option(
+        "FileContentsManager.delete_to_trash", "Whether what is deleted goes to the trash."
+    )
+    always_delete_dir: bool = _option(
+        "FileContentsManager.always_delete_dir", "Whether directories with files can be deleted."
+    )
     use_atomic_writing: bool = _option(
-        "FileContentsManager.use_atomic_writing", "Whether a file is written beside the old one first; not all file systems can."
+        "FileContentsManager.use_atomic_writing",
+        "Whether a file is written beside the old one first; not all file systems can.",
     )
     max_copy_folder_size_mb: Annotated[int, Field(ge=0, le=2**20)] = _option(
-        "FileContentsManager.max_copy_folder_size_mb", "MB of the largest directory that can be copied in the Lab."
+        "FileContentsManager.max_copy_folder_size_mb",
+        "MB of the largest directory that can be copied in the Lab.",
     )
     cull_kernels_after: _Days = _option(
-        "MappingKernelManager.cull_idle_timeout", "Seconds without use after which Jupyter itself ends a kernel; 0: never."
+        "MappingKernelManager.cull_idle_timeout",
+        "Seconds without use after which Jupyter itself ends a kernel; 0: never.",
     )
-    cull_kernels_every: _Interval = _option("MappingKernelManager.cull_interval", "Seconds between two looks for such kernels.")
-    cull_connected: bool = _option("MappingKernelManager.cull_connected", "Whether those of open notebooks are ended, too.")
+    cull_kernels_every: _Interval = _option(
+        "MappingKernelManager.cull_interval", "Seconds between two looks for such kernels."
+    )
+    cull_connected: bool = _option(
+        "MappingKernelManager.cull_connected", "Whether those of open notebooks are ended, too."
+    )
     cull_busy: bool = _option("MappingKernelManager.cull_busy", "Whether busy ones are ended, too.")
     buffer_offline_messages: bool = _option(
-        "MappingKernelManager.buffer_offline_messages", "Whether output is kept for a notebook that is closed for a while."
+        "MappingKernelManager.buffer_offline_messages",
+        "Whether output is kept for a notebook that is closed for a while.",
     )
     cull_terminals_after: _Days = _option(
-        "TerminalManager.cull_inactive_timeout", "Seconds without use after which Jupyter itself ends a terminal; 0: never."
+        "TerminalManager.cull_inactive_timeout",
+        "Seconds without use after which Jupyter itself ends a terminal; 0: never.",
     )
-    cull_terminals_every: _Interval = _option("TerminalManager.cull_interval", "Seconds between two looks for such terminals.")
-    limit_rate: bool = _option("ZMQChannelsWebsocketConnection.limit_rate", "Whether the output of kernels is held to a rate.")
+    cull_terminals_every: _Interval = _option(
+        "TerminalManager.cull_interval", "Seconds between two looks for such terminals."
+    )
+    limit_rate: bool = _option(
+        "ZMQChannelsWebsocketConnection.limit_rate",
+        "Whether the output of kernels is held to a rate.",
+    )
     iopub_data_rate_limit: _Rate = _option(
-        "ZMQChannelsWebsocketConnection.iopub_data_rate_limit", "Bytes of output a second, of kernels beside the server."
+        "ZMQChannelsWebsocketConnection.iopub_data_rate_limit",
+        "Bytes of output a second, of kernels beside the server.",
     )
     iopub_msg_rate_limit: _Rate = _option(
-        "ZMQChannelsWebsocketConnection.iopub_msg_rate_limit", "Messages of output a second, likewise."
+        "ZMQChannelsWebsocketConnection.iopub_msg_rate_limit",
+        "Messages of output a second, likewise.",
     )
-    notebook_starts_kernel: bool = _option("LabApp.notebook_starts_kernel", "Whether a notebook that is opened starts a kernel.")
+    notebook_starts_kernel: bool = _option(
+        "LabApp.notebook_starts_kernel", "Whether a notebook that is opened starts a kernel."
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -22,7 +22,8 @@ class ServerPath(BaseModel):
 
     # A longer name is not rejected; it just matches no server. The request line bounds it.
     name: str = Field(
-        description="Name of the server.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, "examples": ["default"]}
+        description="Name of the server.",
+        json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63, "examples": ["default"]},
     )
 
 
@@ -31,7 +32,10 @@ class TokenPath(BaseModel):
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
 
-    name: str = Field(description="Name of the token.", json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63})
+    name: str = Field(
+        description="Name of the token.",
+        json_schema_extra={"pattern": NAME_PATTERN, "maxLength": 63},
+    )
 
 
 class TicketPath(BaseModel):
@@ -55,7 +59,9 @@ class _Query(BaseModel):
 
 def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
     """Return the query parameters; only fields of list type may repeat. Raises InvalidSpec."""
-    lists = {name for name, field in model.model_fields.items() if get_origin(field.annotation) is list}
+    lists = {
+        name for name, field in model.model_fields.items() if get_origin(field.annotation) is list
+    }
     for name, values in args.lists():
         if len(values) > 1 and name not in lists:
             raise InvalidSpec.twice(name)
@@ -66,44 +72,58 @@ class StartQuery(_Query):
     """How long to wait for a server to be ready."""
 
     wait: Wait = Field(
-        _ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
+        _ABSENT,
+        description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed.",
     )
 
 
 class StopQuery(_Query):
     """How to stop, and how long to wait for the end."""
 
-    wait: Wait = Field(_ABSENT, description="Seconds to wait at most; 0: answer at once. Default: until it has ended.")
+    wait: Wait = Field(
+        _ABSENT,
+        description="Seconds to wait at most; 0: answer at once. Default: until it has ended.",
+    )
     force: bool = Field(default=False, description="Kill at once instead of asking.")
 
 
 class GetQuery(_Query):
     """What to wait for before answering."""
 
-    wait_for: State = Field(_ABSENT, description="Answer when the server is in this state, or stopped or failed.")
+    wait_for: State = Field(
+        _ABSENT, description="Answer when the server is in this state, or stopped or failed."
+    )
     wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
 
 
 class ListQuery(_Query):
     """Which servers to list."""
 
-    state: list[State] = Field([], max_length=32, description="Only servers in one of these states.")
+    state: list[State] = Field(
+        [], max_length=32, description="Only servers in one of these states."
+    )
     label: list[Annotated[str, Field(max_length=320)]] = Field(
-        [], max_length=16, description="Only servers with all of these labels: `key=value`, or `key` alone."
+        [],
+        max_length=16,
+        description="Only servers with all of these labels: `key=value`, or `key` alone.",
     )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
-    cursor: Annotated[str, Field(max_length=200)] = Field("", description="`next` of the page before.")
+    cursor: Annotated[str, Field(max_length=200)] = Field(
+        "", description="`next` of the page before."
+    )
 
 
 class EventQuery(_Query):
     """Which events to return."""
 
     after: Annotated[int, Field(ge=0, le=2**62)] = Field(
-        _ABSENT, description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones."
+        _ABSENT,
+        description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones.",
     )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
     follow: bool = Field(
-        default=False, description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`."
+        default=False,
+        description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`.",
     )
 
 
@@ -111,4 +131,6 @@ class LogQuery(_Query):
     """Which part of a log."""
 
     tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
-    follow: bool = Field(default=False, description="Go on with each new line until the server has ended.")
+    follow: bool = Field(
+        default=False, description="Go on with each new line until the server has ended."
+    )

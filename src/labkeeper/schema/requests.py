@@ -43,11 +43,13 @@ class TokenRequest(Request):
         "stop and open them; `admin`: everything.",
     )
     servers: Annotated[list[Pattern], Field(max_length=100)] = Field(
-        [], description="Patterns of names, as `team-*`: only for servers of which one fits. Default: all."
+        [],
+        description="Patterns of names, as `team-*`: only for servers of which one fits. Default: all.",
     )
     labels: Labels = Field({}, description="Only for servers with all of these labels.")
     users: Annotated[list[User], Field(max_length=100)] = Field(
-        [], description="Users of the machine that its servers run as; the first one where their request names none."
+        [],
+        description="Users of the machine that its servers run as; the first one where their request names none.",
     )
     expires_in: Annotated[Duration, Field(gt=0)] = Field(
         ABSENT, description="Time until it expires, such as `30d`. Default: never."
@@ -56,7 +58,9 @@ class TokenRequest(Request):
     @model_validator(mode="after")
     def _admins_are_not_limited(self) -> TokenRequest:
         if self.scope is Scope.ADMIN and not self.limits.unlimited:
-            raise ValueError("scope: an admin's token cannot be limited to some servers; choose `manage`")
+            raise ValueError(
+                "scope: an admin's token cannot be limited to some servers; choose `manage`"
+            )
         return self
 
     @property
@@ -72,7 +76,8 @@ class LinkRequest(Request):
         60.0, description="Time until it expires, used or not; at most `1h`."
     )
     page: LandingPage = Field(
-        ABSENT, description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url."
+        ABSENT,
+        description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url.",
     )
 
     @model_validator(mode="before")
@@ -87,5 +92,6 @@ class SnoozeRequest(Request):
     model_config = ConfigDict(json_schema_extra=such_as({"for": "2h"}, {"for": 0}))
 
     time: Duration = Field(
-        validation_alias="for", description="Time from now, as `2h`; 0 ends it. At most what the keeper allows."
+        validation_alias="for",
+        description="Time from now, as `2h`; 0 ends it. At most what the keeper allows.",
     )

@@ -29,7 +29,15 @@ from pydantic_core import InitErrorDetails
 
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import InvalidSpec
-from labkeeper.core.spec import DEFAULT_NAME, UNLIMITED, Gateway, Limits, ServerName, ServerSpec, server_name
+from labkeeper.core.spec import (
+    DEFAULT_NAME,
+    UNLIMITED,
+    Gateway,
+    Limits,
+    ServerName,
+    ServerSpec,
+    server_name,
+)
 from labkeeper.schema.options import JupyterOptions
 from labkeeper.schema.requests import ABSENT, Request, such_as
 from labkeeper.schema.roots import holds, resolved
@@ -88,18 +96,33 @@ class GatewayFields(Request):
     """A Jupyter kernel gateway and its options."""
 
     url: HttpUrl = Field(ABSENT, description="Jupyter kernel gateway that runs the kernels.")
-    ws_url: WebsocketUrl = Field(ABSENT, description="The gateway's websocket URL; made from its URL when not given.")
-    auth_token: Line = Field(ABSENT, description="Token that the gateway asks for.", json_schema_extra=SECRET)
-    auth_scheme: Line = Field(ABSENT, description="Authentication scheme of the gateway's token; `token` when not given.")
-    headers: Headers = Field({}, description="HTTP headers of each request to the gateway.", json_schema_extra=SECRET)
-    ca_certs: PathText = Field(ABSENT, description="File with certificates to trust beside the system's.")
-    client_cert: PathText = Field(ABSENT, description="File with the certificate to show to the gateway.")
-    client_key: PathText = Field(ABSENT, description="File with the key of the certificate that is shown to the gateway.")
+    ws_url: WebsocketUrl = Field(
+        ABSENT, description="The gateway's websocket URL; made from its URL when not given."
+    )
+    auth_token: Line = Field(
+        ABSENT, description="Token that the gateway asks for.", json_schema_extra=SECRET
+    )
+    auth_scheme: Line = Field(
+        ABSENT, description="Authentication scheme of the gateway's token; `token` when not given."
+    )
+    headers: Headers = Field(
+        {}, description="HTTP headers of each request to the gateway.", json_schema_extra=SECRET
+    )
+    ca_certs: PathText = Field(
+        ABSENT, description="File with certificates to trust beside the system's."
+    )
+    client_cert: PathText = Field(
+        ABSENT, description="File with the certificate to show to the gateway."
+    )
+    client_key: PathText = Field(
+        ABSENT, description="File with the key of the certificate that is shown to the gateway."
+    )
     validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
     connect_timeout: Seconds = Field(ABSENT, description="Seconds to connect to the gateway.")
     request_timeout: Seconds = Field(ABSENT, description="Seconds for a request to the gateway.")
     required: bool = Field(
-        True, description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so."
+        True,
+        description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so.",
     )
 
     FILES: ClassVar = ("ca_certs", "client_cert", "client_key")
@@ -113,24 +136,38 @@ class GatewayFields(Request):
             scheme, _, token = headers.pop(given).partition(" ")
         own = {"url", "ws_url", "headers", "auth_scheme", "auth_token"}
         rest = {name: getattr(self, name) for name in type(self).model_fields.keys() - own}
-        return Gateway(url, self.ws_url or ws_url_of(url), headers=headers, auth_scheme=scheme, auth_token=token, **rest)
+        return Gateway(
+            url,
+            self.ws_url or ws_url_of(url),
+            headers=headers,
+            auth_scheme=scheme,
+            auth_token=token,
+            **rest,
+        )
 
 
 class LimitFields(Request):
     """Resource limits of a server with its kernels and terminals."""
 
     memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
-        ABSENT, description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
+        ABSENT,
+        description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB.",
     )
     cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
-        ABSENT, description="Processors for the server with all its kernels and terminals; 1.5 is one and a half."
+        ABSENT,
+        description="Processors for the server with all its kernels and terminals; 1.5 is one and a half.",
     )
     processes: Annotated[int, Field(ge=16, le=2**22)] = Field(
-        ABSENT, description="Processes and threads of the server with all its kernels and terminals."
+        ABSENT,
+        description="Processes and threads of the server with all its kernels and terminals.",
     )
 
 
-FLAT: Final = {f"gateway_{name}": ("gateway", name) for name in GatewayFields.model_fields if name != "required"} | {
+FLAT: Final = {
+    f"gateway_{name}": ("gateway", name)
+    for name in GatewayFields.model_fields
+    if name != "required"
+} | {
     "require_gateway": ("gateway", "required"),
     "memory_limit": ("limits", "memory"),
     "cpu_limit": ("limits", "cpus"),
@@ -151,26 +188,36 @@ class _Wanted(Request):
         "from its notebook directory.",
     )
     base_url: BaseUrl = Field("/", description="Path prefix of the server.")
-    default_url: LandingPage = Field("/lab", description="Page that the server opens with, below its base_url.")
+    default_url: LandingPage = Field(
+        "/lab", description="Page that the server opens with, below its base_url."
+    )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         ABSENT,
         description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
     )
-    env: Environment = Field({}, description="Environment variables for the server and its local kernels.")
+    env: Environment = Field(
+        {}, description="Environment variables for the server and its local kernels."
+    )
     labels: Labels = Field({}, description="Labels for the caller's own use, to filter lists by.")
-    description: Annotated[str, Field(max_length=256), ONE_LINE] = Field("", description="A line about it, for people.")
+    description: Annotated[str, Field(max_length=256), ONE_LINE] = Field(
+        "", description="A line about it, for people."
+    )
     limits: LimitFields = Field(ABSENT, description="What it may use. Default: the keeper's.")
     user: User = Field(
-        ABSENT, description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`."
+        ABSENT,
+        description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`.",
     )
     idle_timeout: Duration | None = Field(
         ABSENT,
         description="Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, `1d12h`; 0 or null: never. "
         "Default: the keeper's.",
     )
-    max_age: Duration | None = Field(ABSENT, description="Time after which it is stopped, used or not; 0 or null: never.")
+    max_age: Duration | None = Field(
+        ABSENT, description="Time after which it is stopped, used or not; 0 or null: never."
+    )
     gateway: GatewayFields = Field(
-        ABSENT, description="Jupyter kernel gateway that runs the kernels; without one they run beside the server."
+        ABSENT,
+        description="Jupyter kernel gateway that runs the kernels; without one they run beside the server.",
     )
     kernel_env: KernelEnvironment = Field(
         {},
@@ -213,20 +260,31 @@ class _Wanted(Request):
         """Return the request resolved for this machine. Raises InvalidSpec, NotAllowed."""
         for field in ("env", "kernel_env"):
             for variable in loading(getattr(self, field)):
-                what = f"set the variable '{variable}' in {field}, which changes what code is loaded"
+                what = (
+                    f"set the variable '{variable}' in {field}, which changes what code is loaded"
+                )
                 caller.needs(Scope.ADMIN, what, variable=variable)
         user = caller.user(self.user, defaults.user)
         roots = defaults.roots_of(user)
         root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
         if not holds(roots, root):
-            raise InvalidSpec.of("root_dir", f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved")
+            raise InvalidSpec.of(
+                "root_dir",
+                f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved",
+            )
         if re.fullmatch(ONE_LINE.pattern, root) is None:
             raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
         if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
-            raise InvalidSpec.of("root_dir", f"must be a directory that the keeper can read; {root} is not")
+            raise InvalidSpec.of(
+                "root_dir", f"must be a directory that the keeper can read; {root} is not"
+            )
         changed: dict[str, Any] = {"user": user, "root_dir": root}
         if self.gateway is not None:
-            paths = {name: path for name in GatewayFields.FILES if (path := getattr(self.gateway, name)) is not None}
+            paths = {
+                name: path
+                for name in GatewayFields.FILES
+                if (path := getattr(self.gateway, name)) is not None
+            }
             files = {name: self._file(name, path, roots, caller) for name, path in paths.items()}
             changed["gateway"] = self.gateway.model_copy(update=files)
         return self.model_copy(update=changed)
@@ -249,8 +307,15 @@ class _Wanted(Request):
             name=name,
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else default_port,
-            limits=Limits(**{one: getattr(defaults.limits, one) if value is None else value for one, value in asked.items()}),
-            gateway=None if self.gateway is None or self.gateway.url is None else self.gateway.at(self.gateway.url),
+            limits=Limits(
+                **{
+                    one: getattr(defaults.limits, one) if value is None else value
+                    for one, value in asked.items()
+                }
+            ),
+            gateway=None
+            if self.gateway is None or self.gateway.url is None
+            else self.gateway.at(self.gateway.url),
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
             jupyter_options=self.jupyter_options.chosen(),
@@ -263,21 +328,29 @@ class _Wanted(Request):
         return chosen or None
 
 
-_DERIVED: Final = frozenset({"port", "limits", "gateway", "idle_timeout", "max_age", "jupyter_options"})
+_DERIVED: Final = frozenset(
+    {"port", "limits", "gateway", "idle_timeout", "max_age", "jupyter_options"}
+)
 _PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields.keys()) - _DERIVED
 """Request fields that a spec copies unchanged."""
 
 
 def is_secret(field: FieldInfo) -> bool:
     """Whether a field must not be given on a command line."""
-    return isinstance(field.json_schema_extra, dict) and SECRET.items() <= field.json_schema_extra.items()
+    return (
+        isinstance(field.json_schema_extra, dict)
+        and SECRET.items() <= field.json_schema_extra.items()
+    )
 
 
 def flat_fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
     """Yield the fields of a model, nested ones by their flat names."""
     for name, field in model.model_fields.items():
         if name in _GROUPS:
-            yield from ((_FLAT_NAMES[name, inner], one) for inner, one in cast("Any", field.annotation).model_fields.items())
+            yield from (
+                (_FLAT_NAMES[name, inner], one)
+                for inner, one in cast("Any", field.annotation).model_fields.items()
+            )
         else:
             yield name, field
 
@@ -289,10 +362,14 @@ def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     for body in bodies:
-        for key, value in nested({key.replace("-", "_"): value for key, value in body.items()})[0].items():
+        for key, value in nested({key.replace("-", "_"): value for key, value in body.items()})[
+            0
+        ].items():
             old = whole.get(key)
             is_group = key in _GROUPS and isinstance(value, Mapping)
-            new = {name.replace("-", "_"): one for name, one in value.items()} if is_group else value
+            new = (
+                {name.replace("-", "_"): one for name, one in value.items()} if is_group else value
+            )
             whole[key] = {**old, **new} if is_group and isinstance(old, Mapping) else new
     return whole
 
@@ -308,7 +385,11 @@ def nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
             continue
         group, field = place = FLAT[flat]
         inside = body.get(group, {})
-        if place in sent_as or not isinstance(inside, Mapping) or {field, field.replace("_", "-")} & inside.keys():
+        if (
+            place in sent_as
+            or not isinstance(inside, Mapping)
+            or {field, field.replace("_", "-")} & inside.keys()
+        ):
             raise ValueError(f"{flat}: is {group}.{field} by another name; give it once")
         body[group] = {**inside, field: body.pop(key)}
         sent_as[place] = flat
@@ -320,16 +401,24 @@ def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> 
     found: list[InitErrorDetails] = []
     for one in error.errors(include_url=False):
         place, rest = one["loc"][:2], one["loc"][2:]
-        flat = sent_as.get((str(place[0]), str(place[1]).replace("-", "_"))) if len(place) > 1 else None
+        flat = (
+            sent_as.get((str(place[0]), str(place[1]).replace("-", "_")))
+            if len(place) > 1
+            else None
+        )
         loc = one["loc"] if flat is None else (flat, *rest)
-        found.append(InitErrorDetails(type=one["type"], loc=loc, input=one["input"], ctx=one.get("ctx", {})))
+        found.append(
+            InitErrorDetails(type=one["type"], loc=loc, input=one["input"], ctx=one.get("ctx", {}))
+        )
     return ValidationError.from_exception_data(error.title, found)
 
 
 class _New(_Wanted):
     """The fields of new servers."""
 
-    def specs_of(self, names: Sequence[str], defaults: Defaults, caller: Caller) -> list[ServerSpec]:
+    def specs_of(
+        self, names: Sequence[str], defaults: Defaults, caller: Caller
+    ) -> list[ServerSpec]:
         """Return a spec per name, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
         settled = self.settled(defaults, caller)
         specs = [settled.whole(server_name(name), defaults) for name in names]
@@ -342,9 +431,13 @@ class _New(_Wanted):
         gateway = self.gateway
         if gateway is not None and gateway.url is None:
             options = self._names("gateway", gateway.model_fields_set)
-            raise ValueError(f"{options or 'gateway'}: only together with {self._name('gateway', 'url')}")
+            raise ValueError(
+                f"{options or 'gateway'}: only together with {self._name('gateway', 'url')}"
+            )
         if gateway is not None and gateway.client_key is not None and gateway.client_cert is None:
-            raise ValueError(f"{self._name('gateway', 'client_key')}: only together with {self._name('gateway', 'client_cert')}")
+            raise ValueError(
+                f"{self._name('gateway', 'client_key')}: only together with {self._name('gateway', 'client_cert')}"
+            )
 
 
 class _Named(Request):
@@ -357,7 +450,9 @@ class ServerRequest(_New, _Named):
     """A server to create. Every field has a default."""
 
     model_config = ConfigDict(
-        json_schema_extra=such_as({}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"})
+        json_schema_extra=such_as(
+            {}, {"name": "analysis", "labels": {"team": "physics"}, "idle_timeout": "2h"}
+        )
     )
 
     def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
@@ -369,16 +464,23 @@ class ServerRequest(_New, _Named):
 class BulkRequest(_New):
     """Several servers with equal fields."""
 
-    model_config = ConfigDict(json_schema_extra=such_as({"names": ["alice", "bob"], "idle_timeout": "2h"}))
+    model_config = ConfigDict(
+        json_schema_extra=such_as({"names": ["alice", "bob"], "idle_timeout": "2h"})
+    )
 
-    names: Annotated[list[Name], Field(min_length=1, max_length=200, description="Names of the servers, each once.")]
+    names: Annotated[
+        list[Name],
+        Field(min_length=1, max_length=200, description="Names of the servers, each once."),
+    ]
 
     def _check(self) -> None:
         super()._check()
         if len(set(self.names)) < len(self.names):
             raise ValueError("names: each must be given once")
         if self.port is not None and len(self.names) > 1:
-            raise ValueError("port: only one server can have it; leave it out, and each takes a free one")
+            raise ValueError(
+                "port: only one server can have it; leave it out, and each takes a free one"
+            )
 
     def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
         """Return the specs in the order of the names. Raises InvalidSpec, NotAllowed."""
@@ -404,7 +506,10 @@ class RestartRequest(_Wanted):
         stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
         request = self.model_copy(update=stays).settled(defaults, caller)
         whole = request.whole(spec.name, defaults)
-        limits = {name: getattr(whole.limits, name) for name in (self.limits.model_fields_set if self.limits else ())}
+        limits = {
+            name: getattr(whole.limits, name)
+            for name in (self.limits.model_fields_set if self.limits else ())
+        }
         plain = {name: getattr(whole, name) for name in given - {"limits", "gateway"}}
         gateway = request.revised_gateway(spec.gateway, whole.gateway)
         revised = replace(spec, **plain, limits=replace(spec.limits, **limits), gateway=gateway)

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Final
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler, GetJsonSchemaHandler
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, core_schema
 
@@ -30,10 +36,14 @@ class Shape:
             raise ValueError(self.rule)
         return text
 
-    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self.check, handler(source))
 
-    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
         return {**handler(schema), "pattern": f"^(?:{self.pattern})$"}
 
 
@@ -46,11 +56,18 @@ _PATH_PREFIX: Final = Shape(
     r"/((?!\.\./)[A-Za-z0-9._~@-]+/)*((?!\.\.$)[A-Za-z0-9._~@-]+)?",
     "must begin with '/' and be made of path segments of A-Z a-z 0-9 . _ ~ @ -",
 )
-_LANDING_PAGE: Final = Shape(r"/(?!/)[!-~]*", "must be a path that begins with one '/', of visible ASCII characters")
+_LANDING_PAGE: Final = Shape(
+    r"/(?!/)[!-~]*", "must be a path that begins with one '/', of visible ASCII characters"
+)
 ONE_LINE: Final = Shape(r"[^\x00-\x1f\x7f-\x9f]*", "must be one line, without control characters")
 _NO_NUL: Final = Shape(r"[^\x00]*", "must not contain NUL")
-_USER: Final = Shape(r"[a-z_][a-z0-9_.-]*", "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'")
-_URL: Final = Shape(r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters")
+_USER: Final = Shape(
+    r"[a-z_][a-z0-9_.-]*",
+    "must be the name of a user: a-z 0-9 _ . -, beginning with a letter or '_'",
+)
+_URL: Final = Shape(
+    r"[A-Za-z]+://[!-~]+", "must be a URL such as http://host:port, of visible ASCII characters"
+)
 _LABEL: Final = r"[A-Za-z0-9][A-Za-z0-9._/-]{0,62}"
 _HEADER: Final = r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,128}"
 
@@ -83,7 +100,9 @@ def _check_url(text: str, schemes: tuple[str, str]) -> str:
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key in labels:
         if not re.fullmatch(_LABEL, key):
-            raise ValueError(f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit")
+            raise ValueError(
+                f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit"
+            )
     return labels
 
 
@@ -119,7 +138,9 @@ Labels = Annotated[
     AfterValidator(_check_labels),
 ]
 Pattern = Annotated[str, Field(pattern=r"^[a-z0-9*?-]{1,63}$", max_length=63)]
-BaseUrl = Annotated[str, Field(min_length=1, max_length=512), _PATH_PREFIX, AfterValidator(_closed_by_slash)]
+BaseUrl = Annotated[
+    str, Field(min_length=1, max_length=512), _PATH_PREFIX, AfterValidator(_closed_by_slash)
+]
 LandingPage = Annotated[str, Field(max_length=1024), _LANDING_PAGE]
 HttpUrl = Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_http_url)]
 WebsocketUrl = Annotated[str, Field(max_length=2048), _URL, AfterValidator(_check_ws_url)]
@@ -139,7 +160,8 @@ Duration = Annotated[
     float,
     BeforeValidator(
         duration,
-        json_schema_input_type=Annotated[float, Field(ge=0, le=LONGEST)] | Annotated[str, Field(max_length=LONGEST_TEXT)],
+        json_schema_input_type=Annotated[float, Field(ge=0, le=LONGEST)]
+        | Annotated[str, Field(max_length=LONGEST_TEXT)],
     ),
 ]
 """Seconds, or text such as `90m`, `2h`, `1d12h`."""

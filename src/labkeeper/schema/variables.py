@@ -35,9 +35,13 @@ def check_env(env: dict[str, str]) -> dict[str, str]:
     """Return a server's variables. Raises ValueError with the rule that a name breaks."""
     for name in env:
         if not re.fullmatch(VARIABLE, name):
-            raise ValueError(f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit")
+            raise ValueError(
+                f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit"
+            )
         if _OURS.match(name):
-            raise ValueError(f"name {name!r} belongs to labkeeper; use the fields of the request instead")
+            raise ValueError(
+                f"name {name!r} belongs to labkeeper; use the fields of the request instead"
+            )
     return env
 
 
@@ -55,7 +59,11 @@ def loading(names: Iterable[str]) -> list[str]:
 
 def check_sizes(*environments: Mapping[str, str]) -> None:
     """Check that a process can be started with all of these. Raises ValueError with the rule."""
-    sizes = [len(f"{name}={value}".encode()) + 1 for variables in environments for name, value in variables.items()]
+    sizes = [
+        len(f"{name}={value}".encode()) + 1
+        for variables in environments
+        for name, value in variables.items()
+    ]
     if max(sizes, default=0) > _LARGEST or sum(sizes) > _LARGEST_OF_ALL:
         raise ValueError(
             f"env and kernel_env: must be at most {_LARGEST_OF_ALL} bytes together, and each variable at most {_LARGEST}"

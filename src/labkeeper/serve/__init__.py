@@ -23,7 +23,14 @@ from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import assemble
 from labkeeper.serve.listening import address, listen, local_socket, url_of
-from labkeeper.serve.process import Ended, allow_descriptors, is_usable, make_private, only_keeper, tell_systemd
+from labkeeper.serve.process import (
+    Ended,
+    allow_descriptors,
+    is_usable,
+    make_private,
+    only_keeper,
+    tell_systemd,
+)
 from labkeeper.settings import Settings
 
 if TYPE_CHECKING:
@@ -32,7 +39,13 @@ if TYPE_CHECKING:
 _log = structlog.get_logger("labkeeper.serve")
 
 
-def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None] = print, at_terminal: bool = False) -> int:
+def run(
+    chosen: Settings,
+    *,
+    first: bool = False,
+    announce: Callable[[str], None] = print,
+    at_terminal: bool = False,
+) -> int:
     """Run a keeper until SIGTERM or SIGINT, then stop or leave its servers; return the exit code.
 
     With `first`, the server named `default` is started too. `announce` receives lines for the
@@ -50,7 +63,9 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         if is_usable(chosen.server_dirs):
             # Also the default one: another keeper that uses it would end these servers, unknown to
             # its store.
-            stack.enter_context(only_keeper(chosen.server_dirs, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
+            stack.enter_context(
+                only_keeper(chosen.server_dirs, "runtime directory", "LABKEEPER_RUNTIME_DIR")
+            )
         allow_descriptors()
         token = _token(chosen)
         own = _own_secrets(chosen, token)
@@ -64,7 +79,9 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
         unix_socket = stack.enter_context(local_socket(discovery.socket_path(chosen.state_dir)))
         sockets = [listener] if unix_socket is None else [listener, unix_socket]
         try:
-            keeper = assemble(chosen, token, stack, sockets=sockets, certificate=certificate, url=url)
+            keeper = assemble(
+                chosen, token, stack, sockets=sockets, certificate=certificate, url=url
+            )
         except StoreError as error:
             # At startup the keeper's administrator has to act, as for every other setting.
             raise SettingsError(error.message) from error
@@ -72,11 +89,17 @@ def run(chosen: Settings, *, first: bool = False, announce: Callable[[str], None
             raise SettingsError(f"cannot start a keeper: {error.message}") from error
         path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
-        announce(f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)")
+        announce(
+            f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)"
+        )
         _warn(chosen, announce)
         if first:
             connect = functools.partial(_own_client, url, path, token)
-            shortage.start(threading.Thread(target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True))
+            shortage.start(
+                threading.Thread(
+                    target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True
+                )
+            )
         # Present objects stay: exclude them from later garbage collections.
         gc.freeze()
         tell_systemd("READY=1")
@@ -110,7 +133,9 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
         announce(f"WARNING: {text}")
         _log.warning(text)
     if os.geteuid() == 0 and chosen.user is None:
-        _log.warning("a server whose request names no user runs as root; set LABKEEPER_USER to run it as another user")
+        _log.warning(
+            "a server whose request names no user runs as root; set LABKEEPER_USER to run it as another user"
+        )
     for name in settings.unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 
@@ -134,12 +159,18 @@ def _token(chosen: Settings) -> str | None:
     try:
         return discovery.read_token(chosen.state_dir) or discovery.make_token(chosen.state_dir)
     except OSError as error:
-        raise SettingsError(f"cannot create a token in the state directory {chosen.state_dir}: {error.strerror}") from error
+        raise SettingsError(
+            f"cannot create a token in the state directory {chosen.state_dir}: {error.strerror}"
+        ) from error
 
 
 def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
     """Return the keeper's secrets; the URL of a webhook is often a secret by itself."""
-    set_ = (secret.get_secret_value() for secret in (chosen.webhook_url, chosen.webhook_secret) if secret is not None)
+    set_ = (
+        secret.get_secret_value()
+        for secret in (chosen.webhook_url, chosen.webhook_secret)
+        if secret is not None
+    )
     return [*set_, *([] if token is None else [token])]
 
 
@@ -153,13 +184,17 @@ def _own_client(url: str, path: Path | None, token: str | None) -> Client:
     return Client(url, token=token) if path is None else Client(url, socket=str(path))
 
 
-def _start_first(connect: Callable[[], Client], announce: Callable[[str], None], ended: Ended, at_terminal: bool) -> None:
+def _start_first(
+    connect: Callable[[], Client], announce: Callable[[str], None], ended: Ended, at_terminal: bool
+) -> None:
     """Start the default server through the keeper's own API, as any client would."""
     announce("starting JupyterLab ...")
     try:
         with connect() as client:
             link = client.create().lab_url
-            announce(f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}")
+            announce(
+                f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}"
+            )
     except LabkeeperError as error:
         if ended.is_set():
             return

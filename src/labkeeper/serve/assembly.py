@@ -30,7 +30,12 @@ from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.monitor import GatewayWatch
 from labkeeper.gateways.orphans import OrphanedKernels
 from labkeeper.gateways.preflight import GatewayPreflight
-from labkeeper.identity.authenticators import Authenticator, OpenAuthenticator, PeerAuthenticator, TokenAuthenticator
+from labkeeper.identity.authenticators import (
+    Authenticator,
+    OpenAuthenticator,
+    PeerAuthenticator,
+    TokenAuthenticator,
+)
 from labkeeper.identity.tokens import Tokens
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics import Metrics, World
@@ -61,7 +66,9 @@ def assemble(
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
     gateways = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
-    preflight = GatewayPreflight(base.mailbox.receive, threads=base.threads, client=gateways, probe=base.jupyter)
+    preflight = GatewayPreflight(
+        base.mailbox.receive, threads=base.threads, client=gateways, probe=base.jupyter
+    )
     watch = GatewayWatch(
         base.mailbox.receive,
         threads=base.threads,
@@ -98,10 +105,27 @@ def assemble(
     stack.callback(keeper.close)
     keeper.start()
     watch.start()
-    sampler = Sampler(backend, base.jupyter, keeper.all, threads=base.threads, clock=base.clock, period=chosen.usage_period)
+    sampler = Sampler(
+        backend,
+        base.jupyter,
+        keeper.all,
+        threads=base.threads,
+        clock=base.clock,
+        period=chosen.usage_period,
+    )
     sampler.start()
     culler.start()
-    services = _services(chosen, base, history, backend, keeper=keeper, culler=culler, sampler=sampler, token=token, url=url)
+    services = _services(
+        chosen,
+        base,
+        history,
+        backend,
+        keeper=keeper,
+        culler=culler,
+        sampler=sampler,
+        token=token,
+        url=url,
+    )
     _serve(chosen, services, stack, sockets, certificate)
     # Before the server, whose closing waits for streamed answers.
     stack.callback(history.event_log.close)
@@ -122,10 +146,22 @@ class _Base:
 
 
 def _base(chosen: Settings, stack: ExitStack) -> _Base:
-    store, clock, threads = SqliteStore(chosen.state_dir / "labkeeper.sqlite"), SystemClock(), ThreadGroup()
+    store, clock, threads = (
+        SqliteStore(chosen.state_dir / "labkeeper.sqlite"),
+        SystemClock(),
+        ThreadGroup(),
+    )
     stack.callback(store.close)
     stack.callback(threads.close)
-    return _Base(store, clock, threads, JupyterClient(), Mailbox(), SnapshotBoard(), OrphanedKernels(store, clock))
+    return _Base(
+        store,
+        clock,
+        threads,
+        JupyterClient(),
+        Mailbox(),
+        SnapshotBoard(),
+        OrphanedKernels(store, clock),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,12 +183,16 @@ def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
         return [webhook.status() for webhook in webhooks]
 
     metrics = Metrics(base.clock, World(base.board.all, base.orphans.all, statuses), version=_OURS)
-    event_log = EventLog(base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard])
+    event_log = EventLog(
+        base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard]
+    )
     if (webhook := _webhook(chosen, event_log, base)) is not None:
         webhooks.append(webhook)
         stack.callback(webhook.close)
         webhook.start()
-    return _History(event_log, metrics, statuses, dict if webhook is None else lambda: webhook.failing)
+    return _History(
+        event_log, metrics, statuses, dict if webhook is None else lambda: webhook.failing
+    )
 
 
 def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | None:
@@ -171,20 +211,33 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
         key = key_of(chosen.webhook_secret.get_secret_value())
     except ValueError as error:
         raise SettingsError(f"bad setting LABKEEPER_WEBHOOK_SECRET: {error}") from error
-    return Webhook(url, key, event_log, base.store, base.clock, lambda entry: event_model(entry).model_dump(mode="json"))
+    return Webhook(
+        url,
+        key,
+        event_log,
+        base.store,
+        base.clock,
+        lambda entry: event_model(entry).model_dump(mode="json"),
+    )
 
 
 def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[EarlierDir]:
     """Return earlier runtime directories that hold servers; record these and the keeper's own."""
     own = chosen.server_dirs.resolve()
-    looked = [EarlierDir.look(directory) for directory in earlier_dirs(store.runtime_dirs(), own, stack)]
+    looked = [
+        EarlierDir.look(directory) for directory in earlier_dirs(store.runtime_dirs(), own, stack)
+    ]
     left = [earlier for earlier in looked if earlier.names]
     store.note_runtime_dirs([own, *(earlier.runtime_dir for earlier in left)])
     return left
 
 
 def _backend(
-    chosen: Settings, base: _Base, history: _History, preflight: GatewayPreflight, earlier: Sequence[EarlierDir]
+    chosen: Settings,
+    base: _Base,
+    history: _History,
+    preflight: GatewayPreflight,
+    earlier: Sequence[EarlierDir],
 ) -> Backend:
     return LocalBackend(
         preflight.receive,

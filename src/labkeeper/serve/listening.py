@@ -42,7 +42,11 @@ def local_socket(path: Path) -> Iterator[socket.socket | None]:
             path.unlink(missing_ok=True)  # Left by a killed keeper.
             _bind_private(unix_socket, path)
         except OSError as error:
-            _log.warning("there is no Unix socket; callers on this machine use the port", path=str(path), error=str(error))
+            _log.warning(
+                "there is no Unix socket; callers on this machine use the port",
+                path=str(path),
+                error=str(error),
+            )
             yield None
             return
         try:
@@ -67,7 +71,9 @@ def address(state_dir: Path, url: str, unix_socket: Path | None) -> Iterator[Non
     try:
         discovery.write_address(state_dir, url, unix_socket)
     except OSError as error:
-        _log.warning("cannot record this keeper's address; the command line needs --url", error=str(error))
+        _log.warning(
+            "cannot record this keeper's address; the command line needs --url", error=str(error)
+        )
     try:
         yield
     finally:

@@ -57,7 +57,9 @@ def make_private(directory: Path) -> None:
         if not any(directory.iterdir()):
             directory.chmod(0o700)
     except OSError as error:
-        raise SettingsError(f"cannot use the state directory {directory}: {error.strerror}") from error
+        raise SettingsError(
+            f"cannot use the state directory {directory}: {error.strerror}"
+        ) from error
     if not os.access(directory, os.W_OK | os.X_OK):
         raise SettingsError(f"cannot use the state directory {directory}: it is not writable")
 
@@ -140,5 +142,8 @@ def tell_systemd(state: str) -> None:
     if address.startswith("@"):
         address = f"\0{address[1:]}"
     if address:
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify:
+        with (
+            contextlib.suppress(OSError),
+            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notify,
+        ):
             notify.sendto(state.encode(), address)

@@ -98,9 +98,13 @@ class Stage:
         try:
             report = self._reports.get(timeout=self.rig.patience)
         except queue.Empty:
-            raise AssertionError(f"no {kind.__name__} was reported in {self.rig.patience:g} s") from None
+            raise AssertionError(
+                f"no {kind.__name__} was reported in {self.rig.patience:g} s"
+            ) from None
         assert isinstance(report.fact, kind), f"{kind.__name__} was due, but {report} came"
-        assert (report.name, report.generation) == (self.name, generation), f"not of launch {generation}: {report}"
+        assert (report.name, report.generation) == (self.name, generation), (
+            f"not of launch {generation}: {report}"
+        )
         return report.fact
 
     def quiet(self) -> None:
@@ -114,7 +118,9 @@ class Stage:
         try:
             self.backend.kill(self.name, _FENCE)
             # The end of a living server has the generation of its launch; of none, this one.
-            while not isinstance(self._reports.get(timeout=max(0.0, until - time.monotonic())).fact, Ended):
+            while not isinstance(
+                self._reports.get(timeout=max(0.0, until - time.monotonic())).fact, Ended
+            ):
                 pass
             self.backend.forget(self.name)
         finally:
@@ -282,7 +288,11 @@ class BackendContract:
         assert set(first) == {stage.name}
         assert first[stage.name].memory > 0
         assert first[stage.name].threads >= first[stage.name].processes >= 1
-        assert 0 <= first[stage.name].cpu_seconds <= stage.backend.usage([stage.name])[stage.name].cpu_seconds
+        assert (
+            0
+            <= first[stage.name].cpu_seconds
+            <= stage.backend.usage([stage.name])[stage.name].cpu_seconds
+        )
         stage.backend.kill(stage.name, 1)
         stage.wait(Ended, 1)
         assert not stage.backend.usage([stage.name])

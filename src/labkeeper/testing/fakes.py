@@ -29,7 +29,9 @@ from labkeeper.core.server import OrphanedKernel, OwnKernel, Snapshot
 from labkeeper.core.spec import ServerName, ServerSpec
 
 
-def a_spec(name: str = "default", *, root_dir: str = "/notebooks", port: int | None = None) -> ServerSpec:
+def a_spec(
+    name: str = "default", *, root_dir: str = "/notebooks", port: int | None = None
+) -> ServerSpec:
     """Return a spec of which only the name matters."""
     return ServerSpec(ServerName(name), root_dir, port=port)
 
@@ -118,18 +120,26 @@ class MemoryStore:
         self.history = [*self.history, *entries]
         while len(self.history) > keep:
             ((actor, _),) = Counter(entry.origin.actor for entry in self.history).most_common(1)
-            self.history.remove(next(entry for entry in self.history if entry.origin.actor == actor))
+            self.history.remove(
+                next(entry for entry in self.history if entry.origin.actor == actor)
+            )
 
     def remembered(
         self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id."""
         self._check("read")
-        return [entry for entry in self.history if entry.id > after and concerns(entry, server, within)][:limit]
+        return [
+            entry for entry in self.history if entry.id > after and concerns(entry, server, within)
+        ][:limit]
 
-    def latest(self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING) -> list[HistoryEntry]:
+    def latest(
+        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+    ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
-        return self.remembered(after=0, server=server, limit=len(self.history), within=within)[-limit:]
+        return self.remembered(after=0, server=server, limit=len(self.history), within=within)[
+            -limit:
+        ]
 
     def tokens(self) -> list[Token]:
         """Return all tokens."""
@@ -182,7 +192,9 @@ class NoCulling:
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
         """Return the explanation for a server."""
-        facts = Facts(limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf)
+        facts = Facts(
+            limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf
+        )
         return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
 
     cached = refresh
@@ -192,7 +204,9 @@ class Notes:
     """An event log in memory."""
 
     def __init__(self) -> None:
-        self.taken: list[tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]] = []
+        self.taken: list[
+            tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]
+        ] = []
 
     def record(
         self,
@@ -213,10 +227,14 @@ class InlineExecutor:
 
     def __init__(self, mailbox: Callable[[Report], object]) -> None:
         self._mailbox = mailbox
-        self._queues: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(deque)
+        self._queues: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(
+            deque
+        )
         self._reports: deque[Report] = deque()
 
-    def submit(self, name: ServerName, job: Callable[[], Report | None], _failed: Report | None = None) -> None:
+    def submit(
+        self, name: ServerName, job: Callable[[], Report | None], _failed: Report | None = None
+    ) -> None:
         """Queue a job; its exceptions are raised by the method that runs it."""
         self._queues[name].append(job)
 

@@ -11,7 +11,16 @@ from typing import Final
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Capacity
-from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, Instance, OwnKernel, StopMethod, Usage
+from labkeeper.core.server import (
+    Endpoint,
+    Exit,
+    Failure,
+    FailureClass,
+    Instance,
+    OwnKernel,
+    StopMethod,
+    Usage,
+)
 from labkeeper.core.spec import ServerName, ServerSpec
 
 _FIRST_PID: Final = 1000
@@ -139,7 +148,9 @@ class World:
     def begin(self, spec: ServerSpec, generation: int) -> FakeProcess:
         """Start a process."""
         with self.lock:
-            process = FakeProcess(spec, generation, next(self._pids), spec.port or next(self._ports))
+            process = FakeProcess(
+                spec, generation, next(self._pids), spec.port or next(self._ports)
+            )
             self.processes.append(process)
             self.launched.append((spec.name, generation))
             self.ends.pop(spec.name, None)
@@ -153,7 +164,9 @@ class World:
                 return
             self.processes.remove(process)
             self.write(process.name, f"pid {process.pid} ended: {end}")
-            ended = Ended(end, process.method, kernels_left=process.kernels, failure=self._cause(process, end))
+            ended = Ended(
+                end, process.method, kernels_left=process.kernels, failure=self._cause(process, end)
+            )
             self.ends[process.name] = (process.generation, ended)
             if process.watcher is not None:
                 process.watcher.say(process.name, process.watched_as, ended)
@@ -166,7 +179,9 @@ class World:
         if end.clean:
             return None
         kind = FailureClass.KILLED if end.signal else FailureClass.OTHER
-        return Failure(kind, f"server '{process.name}' ended ({end})", end, tuple(self.logs[process.name][-3:]))
+        return Failure(
+            kind, f"server '{process.name}' ended ({end})", end, tuple(self.logs[process.name][-3:])
+        )
 
 
 class FakeBackend:
@@ -221,7 +236,12 @@ class FakeBackend:
         """Kill the processes under a name."""
         with self.world.lock:
             temper = self._reach(name)
-            self._end(name, generation, StopMethod.SIGKILL, Exit(signal="SIGKILL") if temper.killable else None)
+            self._end(
+                name,
+                generation,
+                StopMethod.SIGKILL,
+                Exit(signal="SIGKILL") if temper.killable else None,
+            )
             self._lose(temper)
 
     def observe(self, name: ServerName, generation: int) -> Fact:
@@ -247,7 +267,12 @@ class FakeBackend:
         with self.world.lock:
             self._measured += 1
             living = {process.name for process in self.world.processes} & {*names}
-            return {name: Usage(2**27, float(self._measured), processes=1, threads=2, proportional=2**26) for name in living}
+            return {
+                name: Usage(
+                    2**27, float(self._measured), processes=1, threads=2, proportional=2**26
+                )
+                for name in living
+            }
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Return the living servers that are not known."""
@@ -299,7 +324,9 @@ class FakeBackend:
     def _reach(self, name: ServerName) -> Temper:
         temper = self.world.temper(name)
         if not temper.reachable:
-            raise BackendUnavailable(f"cannot reach the machine of server '{name}': it was told not to answer")
+            raise BackendUnavailable(
+                f"cannot reach the machine of server '{name}': it was told not to answer"
+            )
         return temper
 
     def _lose(self, temper: Temper) -> None:
@@ -339,4 +366,6 @@ def _greet(process: FakeProcess) -> None:
     """Report readiness once to each watcher, and again after each observation."""
     if process.watcher is not None and not process.greeted:
         process.greeted = True
-        process.watcher.say(process.name, process.watched_as, Ready(process.endpoint, process.instance))
+        process.watcher.say(
+            process.name, process.watched_as, Ready(process.endpoint, process.instance)
+        )

@@ -18,10 +18,18 @@ class Composition:
 
     def __init__(self, name):
         self.port, self.lab_port = free_port(), free_port()
-        self._program = ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+        self._program = (
+            ["docker-compose"] if shutil.which("docker-compose") else ["docker", "compose"]
+        )
         self._options = ["-f", str(ROOT / "compose.yaml"), "-p", name]
-        self._env = os.environ | {"TAG": TAG, "API_PORT": str(self.port), "LAB_PORT": str(self.lab_port)}
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False)
+        self._env = os.environ | {
+            "TAG": TAG,
+            "API_PORT": str(self.port),
+            "LAB_PORT": str(self.lab_port),
+        }
+        self.http = httpx.Client(
+            base_url=f"http://127.0.0.1:{self.port}", timeout=PATIENCE, trust_env=False
+        )
 
     def __call__(self, *arguments, check=True):
         done = subprocess.run(
@@ -69,7 +77,12 @@ def test_kernels_run_in_the_gateway_with_their_environment_and_the_notebooks(com
     composition.up()
     server = composition.server(kernel_env={"KERNEL_TEAM": "blue"})
     channel = {"Authorization": f"token {server['token']}"}
-    made = httpx.put(f"{server['url']}api/contents/team", headers=channel, json={"type": "directory"}, trust_env=False)
+    made = httpx.put(
+        f"{server['url']}api/contents/team",
+        headers=channel,
+        json={"type": "directory"},
+        trust_env=False,
+    )
     assert made.status_code == 201
     kernel = start_kernel(server, path="team/notebook.ipynb")
     code = "import os, socket; open('made', 'w').close(); print(socket.gethostname(), os.getcwd(), os.environ['KERNEL_TEAM'])"
@@ -78,12 +91,18 @@ def test_kernels_run_in_the_gateway_with_their_environment_and_the_notebooks(com
     assert host != composition("exec", "-T", "jupyter-server", "hostname").strip()
     assert (directory, team) == ("/notebooks/team", "blue")
     # What a kernel writes, the Lab shows.
-    listed = httpx.get(f"{server['url']}api/contents/team", headers=channel, trust_env=False).json()["content"]
+    listed = httpx.get(
+        f"{server['url']}api/contents/team", headers=channel, trust_env=False
+    ).json()["content"]
     assert [entry["name"] for entry in listed] == ["made"]
     assert kernel in composition.kernels_of_the_gateway()
 
     report = composition.http.delete("/api/servers/default").json()["stop_report"]
-    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == ("shutdown", [kernel], [])
+    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == (
+        "shutdown",
+        [kernel],
+        [],
+    )
     assert composition.kernels_of_the_gateway() == "[]"
 
 

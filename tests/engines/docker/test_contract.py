@@ -8,21 +8,37 @@ import pytest
 from engine import FORK, docker
 from harness import run_cell, start_kernel, until
 
-SERVER_INFO = ("base_url", "hostname", "notebook_dir", "password", "pid", "port", "secure", "token", "url")
+SERVER_INFO = (
+    "base_url",
+    "hostname",
+    "notebook_dir",
+    "password",
+    "pid",
+    "port",
+    "secure",
+    "token",
+    "url",
+)
 GRACE = 10
 """Seconds that `docker stop` gives by itself."""
 
 
 def test_a_lab_starts_on_request_runs_a_cell_and_ends(make_container, notebooks):
     owner = notebooks.stat().st_uid
-    container = make_container("--user", f"{owner}:{owner}", notebooks=notebooks, environment=FORK).start()
+    container = make_container(
+        "--user", f"{owner}:{owner}", notebooks=notebooks, environment=FORK
+    ).start()
     nobody = httpx.get(f"http://127.0.0.1:{container.port}/api/servers", trust_env=False)
     assert nobody.status_code == 401
     assert not reachable(container.lab_port)
 
     server = container.server()
     assert all(server[name] is not None for name in SERVER_INFO), server
-    assert (server["hostname"], server["port"], server["notebook_dir"]) == ("0.0.0.0", container.lab_port, "/notebooks")
+    assert (server["hostname"], server["port"], server["notebook_dir"]) == (
+        "0.0.0.0",
+        container.lab_port,
+        "/notebooks",
+    )
     assert server["lab_url"] == f"http://127.0.0.1:{container.lab_port}/lab?token={server['token']}"
     page = httpx.get(server["lab_url"], trust_env=False, follow_redirects=True)
     assert page.status_code == 200
@@ -35,20 +51,29 @@ def test_a_lab_starts_on_request_runs_a_cell_and_ends(make_container, notebooks)
     assert made.stat().st_uid == owner
 
     report = container.delete().json()["stop_report"]
-    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == ("shutdown", [kernel], [])
+    assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == (
+        "shutdown",
+        [kernel],
+        [],
+    )
     assert not reachable(container.lab_port)
     assert [file.name for file in notebooks.iterdir()] == ["of-a-cell.txt"]
     assert container.stop() == 0
 
 
-def test_a_stop_of_the_container_ends_every_server_and_kernel_in_good_order(make_container, notebooks):
+def test_a_stop_of_the_container_ends_every_server_and_kernel_in_good_order(
+    make_container, notebooks
+):
     owner = notebooks.stat().st_uid
     container = make_container("--user", f"{owner}:{owner}", notebooks=notebooks).start()
     idle, busy = container.server(), container.server(name="busy", port=9999)
     start_kernel(idle)
     start_kernel(busy | {"url": f"http://{container.address}:9999/"})
     terminal = httpx.post(
-        f"{idle['url']}api/terminals", headers={"Authorization": f"token {idle['token']}"}, json={}, trust_env=False
+        f"{idle['url']}api/terminals",
+        headers={"Authorization": f"token {idle['token']}"},
+        json={},
+        trust_env=False,
     )
     assert terminal.status_code == 200
 
@@ -73,7 +98,9 @@ def test_a_container_that_was_killed_tells_the_truth_when_it_starts_again(make_c
     container.wait()
 
     assert container.get("was-running")["state"] == "stopped"
-    server = container.http.get("/api/servers/default", params={"wait_for": "running", "wait": 60}).json()
+    server = container.http.get(
+        "/api/servers/default", params={"wait_for": "running", "wait": 60}
+    ).json()
     # It was to be up, and its process is gone: it was started again, and is the one that it says to be.
     assert server["state"] == "running"
     assert server["restarts"] == 1
@@ -86,11 +113,17 @@ def test_nothing_is_left_undead(make_container):
     server = container.forked()
     kernel = start_kernel(server)
     # A grandchild whose parent has ended comes to the init of the container.
-    run_cell(server, kernel, "import subprocess; subprocess.run(['sh', '-c', 'setsid sleep 0.3 &'])")
+    run_cell(
+        server, kernel, "import subprocess; subprocess.run(['sh', '-c', 'setsid sleep 0.3 &'])"
+    )
     container.delete()
-    until(lambda: all(state != "Z" for state, _ in container.processes().values()), what="no zombie")
+    until(
+        lambda: all(state != "Z" for state, _ in container.processes().values()), what="no zombie"
+    )
     commands = [command for _, command in container.processes().values()]
-    assert not [command for command in commands if "sleep" in command or "ipykernel" in command], commands
+    assert not [command for command in commands if "sleep" in command or "ipykernel" in command], (
+        commands
+    )
 
 
 @pytest.mark.parametrize("signal", ["TERM", "INT", "HUP"])

@@ -47,11 +47,17 @@ def test_every_setting_of_the_image_is_one(config):
 
 def test_nothing_of_the_build_is_in_it(container):
     left = container.exec(
-        "sh", "-c", "ls -d /build /root/.cache /var/lib/labkeeper/.cache /opt/*/share/jupyter/lab/static/*.map", check=False
+        "sh",
+        "-c",
+        "ls -d /build /root/.cache /var/lib/labkeeper/.cache /opt/*/share/jupyter/lab/static/*.map",
+        check=False,
     )
     assert left.stdout == ""
     for stage in ("jupyter-server", "jupyter-gateway"):
-        assert "BEGIN CERTIFICATE" not in docker("history", "--no-trunc", f"{stage}:{IMAGE.partition(':')[2]}").stdout
+        assert (
+            "BEGIN CERTIFICATE"
+            not in docker("history", "--no-trunc", f"{stage}:{IMAGE.partition(':')[2]}").stdout
+        )
 
 
 def test_every_module_that_a_server_loads_is_compiled(container):
@@ -66,10 +72,16 @@ def test_every_module_that_a_server_loads_is_compiled(container):
 
 
 def test_docker_sees_that_it_is_well_and_that_it_is_not(make_container):
-    container = make_container("--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "2").start()
+    container = make_container(
+        "--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "2"
+    ).start()
     until(lambda: container.state()["Health"]["Status"] == "healthy", what="healthy")
     # A keeper that does not answer, with a process that lives.
-    keeper = next(pid for pid, (_, command) in container.processes().items() if command.endswith("labkeeper serve") and pid != 1)
+    keeper = next(
+        pid
+        for pid, (_, command) in container.processes().items()
+        if command.endswith("labkeeper serve") and pid != 1
+    )
     container.python(f"import os, signal; os.kill({keeper}, signal.SIGSTOP)")
     until(lambda: container.state()["Health"]["Status"] == "unhealthy", what="unhealthy")
 
@@ -82,7 +94,9 @@ def test_our_configuration_is_in_force(make_container, notebooks):
     kernel = start_kernel(server)
     run_cell(server, kernel, "open('unwanted.txt', 'w').close()")
     gone = httpx.delete(
-        f"{server['url']}api/contents/unwanted.txt", headers={"Authorization": f"token {server['token']}"}, trust_env=False
+        f"{server['url']}api/contents/unwanted.txt",
+        headers={"Authorization": f"token {server['token']}"},
+        trust_env=False,
     )
     assert gone.status_code == 204, gone.text
     # Jupyter's own checkpoints stay beside their notebooks.
@@ -93,9 +107,15 @@ def test_our_configuration_is_in_force(make_container, notebooks):
 
 def test_packages_and_extensions_of_ones_own_get_in_and_are_preloaded(make_container, tmp_path):
     page = (ROOT / "docs/how-to/run-in-a-container.md").read_text()
-    base, install = re.search(r"^```dockerfile\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[1].splitlines()
+    base, install = re.search(r"^```dockerfile\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[
+        1
+    ].splitlines()
     wheel = slow_extension(tmp_path)
-    recipe = [base.replace("jupyter-server", IMAGE), f"COPY {wheel.name} /tmp/", re.sub("numpy.*", f"/tmp/{wheel.name}", install)]
+    recipe = [
+        base.replace("jupyter-server", IMAGE),
+        f"COPY {wheel.name} /tmp/",
+        re.sub("numpy.*", f"/tmp/{wheel.name}", install),
+    ]
     (tmp_path / "Dockerfile").write_text("\n".join(recipe))
     image = "labkeeper-test-extended"
     docker("build", "-q", "-t", image, tmp_path)
@@ -107,7 +127,9 @@ def test_packages_and_extensions_of_ones_own_get_in_and_are_preloaded(make_conta
         container.delete()
         server = container.server()
         assert server["launched_by"] == "fork"
-        begun, ready = (datetime.fromisoformat(server[name]) for name in ("created_at", "started_at"))
+        begun, ready = (
+            datetime.fromisoformat(server[name]) for name in ("created_at", "started_at")
+        )
         # Loading it takes longer than the whole start: it was there already.
         assert (ready - begun).total_seconds() < SLOW
     finally:
@@ -124,7 +146,9 @@ def slow_extension(directory):
         "def _jupyter_server_extension_points(): return [{'module': 'slow_extension'}]\n"
         "def _load_jupyter_server_extension(app): app.log.info('the slow extension is there')\n"
     )
-    (package / "enabled.json").write_text(json.dumps({"ServerApp": {"jpserver_extensions": {"slow_extension": True}}}))
+    (package / "enabled.json").write_text(
+        json.dumps({"ServerApp": {"jpserver_extensions": {"slow_extension": True}}})
+    )
     (package / "pyproject.toml").write_text(
         "[build-system]\nrequires = ['hatchling']\nbuild-backend = 'hatchling.build'\n"
         "[project]\nname = 'slow-extension'\nversion = '1'\n"

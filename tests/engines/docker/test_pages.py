@@ -15,17 +15,30 @@ from harness import PATIENCE
 PAGE = ROOT / "docs/how-to/run-in-a-container.md"
 
 
-@pytest.mark.skipif(os.environ["TEST_DOCKER"] != "own", reason="needs an engine of its own: names and ports are fixed")
+@pytest.mark.skipif(
+    os.environ["TEST_DOCKER"] != "own",
+    reason="needs an engine of its own: names and ports are fixed",
+)
 @pytest.mark.timeout(300)
 def test_the_tour_of_the_container(tmp_path):
     script = re.search(r"<!-- tour: docker -->\n\n```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     try:
         done = subprocess.run(
-            ["sh", "-eu"], input=script, cwd=ROOT, capture_output=True, text=True, timeout=4 * PATIENCE, check=False
+            ["sh", "-eu"],
+            input=script,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=4 * PATIENCE,
+            check=False,
         )
         assert done.returncode == 0, (done.stdout, done.stderr)
         server = json.loads(next(line for line in done.stdout.splitlines() if '"lab_url"' in line))
-        assert (server["state"], server["port"], server["root_dir"]) == ("running", 8888, "/notebooks")
+        assert (server["state"], server["port"], server["root_dir"]) == (
+            "running",
+            8888,
+            "/notebooks",
+        )
         assert server["lab_url"].startswith("http://127.0.0.1:8888/lab?token=")
         assert json.loads(docker("inspect", "mytest").stdout)[0]["State"]["ExitCode"] == 0
         assert "no server is left" in docker("logs", "mytest").stderr
@@ -35,7 +48,9 @@ def test_the_tour_of_the_container(tmp_path):
 
 def test_the_page_tells_the_settings_of_the_image():
     """The table is the Dockerfile's."""
-    recipe = dict(re.findall(r"^ +(LABKEEPER_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE))
+    recipe = dict(
+        re.findall(r"^ +(LABKEEPER_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    )
     rows = re.findall(r"^\| (`LABKEEPER_.*?) \| (.*?) \|$", PAGE.read_text(), re.MULTILINE)
     told = {}
     for row in rows:

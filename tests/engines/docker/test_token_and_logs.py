@@ -13,14 +13,18 @@ from harness import run_cell, start_kernel, until
 GIVEN = "a-token-that-was-given"
 
 
-def test_the_token_is_told_to_whoever_may_run_commands_in_the_container_and_is_in_no_log(make_container):
+def test_the_token_is_told_to_whoever_may_run_commands_in_the_container_and_is_in_no_log(
+    make_container,
+):
     container = make_container().start()
     server = container.server()
     assert len(container.token) == 43
     logs = container.logs()
     assert container.token not in logs
     assert server["token"] not in logs
-    assert container.exec("stat", "-c", "%a %U", "/var/lib/labkeeper/state/token").stdout.split() == ["600", "labkeeper"]
+    assert container.exec(
+        "stat", "-c", "%a %U", "/var/lib/labkeeper/state/token"
+    ).stdout.split() == ["600", "labkeeper"]
     listed = container.exec("labkeeper", "ls").stdout
     assert listed.splitlines()[1].split()[:2] == ["default", "running"]
 
@@ -35,21 +39,34 @@ def test_the_token_may_be_given(make_container, tmp_path, way):
         for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
             parent.chmod(0o755)
         mount = ("-v", f"{tmp_path}/secret:/run/secrets/labkeeper:ro")
-        container = make_container(*mount, environment={"LABKEEPER_TOKEN_FILE": "/run/secrets/labkeeper"})
+        container = make_container(
+            *mount, environment={"LABKEEPER_TOKEN_FILE": "/run/secrets/labkeeper"}
+        )
     container.start()
     assert container.token == GIVEN
-    answer = httpx.get(f"{container.http.base_url}/api/servers", headers={"Authorization": f"Bearer {GIVEN}"}, trust_env=False)
+    answer = httpx.get(
+        f"{container.http.base_url}/api/servers",
+        headers={"Authorization": f"Bearer {GIVEN}"},
+        trust_env=False,
+    )
     assert answer.json() == {"servers": [], "next": None}
     # It is nothing that a notebook inherits.
     kernel = start_kernel(server := container.server())
     assert (
-        run_cell(server, kernel, f"import os; [n for n, v in os.environ.items() if {GIVEN!r} in v or 'LABKEEPER_T' in n]") == "[]"
+        run_cell(
+            server,
+            kernel,
+            f"import os; [n for n, v in os.environ.items() if {GIVEN!r} in v or 'LABKEEPER_T' in n]",
+        )
+        == "[]"
     )
     assert GIVEN not in container.logs()
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_lines_of_a_server_are_told_apart_from_the_keepers_and_its_traces_are_whole(make_container, form):
+def test_lines_of_a_server_are_told_apart_from_the_keepers_and_its_traces_are_whole(
+    make_container, form
+):
     container = make_container(environment={"LABKEEPER_LOG_FORMAT": form}).start()
     server = container.server()
     # What a handler of Jupyter's own cannot take: its trace has many lines.
@@ -70,7 +87,12 @@ def test_lines_of_a_server_are_told_apart_from_the_keepers_and_its_traces_are_wh
         assert re.search(r"\w+Error|Exception", trace["exception"].splitlines()[-1])
         assert {"labkeeper.servers", "jupyter"} <= {entry["logger"] for entry in entries}
     else:
-        assert any("[labkeeper.servers]" in line and "starting -> running" in line for line in lines)
-        assert any("[jupyter]" in line and "server=default" in line and "is running at" in line for line in lines)
+        assert any(
+            "[labkeeper.servers]" in line and "starting -> running" in line for line in lines
+        )
+        assert any(
+            "[jupyter]" in line and "server=default" in line and "is running at" in line
+            for line in lines
+        )
         begin = next(number for number, line in enumerate(lines) if "Traceback" in line)
         assert any(line.strip().startswith("File ") for line in lines[begin + 1 : begin + 4])

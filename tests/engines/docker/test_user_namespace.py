@@ -14,7 +14,9 @@ import pytest
 from engine import IMAGE
 from harness import PATIENCE, until
 
-pytestmark = pytest.mark.skipif(os.environ["TEST_DOCKER"] != "own", reason="needs to start an engine of its own, as root")
+pytestmark = pytest.mark.skipif(
+    os.environ["TEST_DOCKER"] != "own", reason="needs to start an engine of its own, as root"
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +32,19 @@ def docker():
     places = ["--data-root", f"{place}/data", "--exec-root", f"{place}/exec", "-p", f"{place}/pid"]
     with (place / "log").open("wb") as log:
         engine = subprocess.Popen(
-            ["unshare", "--net", "dockerd", *options, *places], stdout=log, stderr=log, start_new_session=True
+            ["unshare", "--net", "dockerd", *options, *places],
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
 
     def docker(*arguments, check=True):
         done = subprocess.run(
-            ["docker", "-H", socket, *map(str, arguments)], capture_output=True, text=True, timeout=PATIENCE, check=False
+            ["docker", "-H", socket, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=PATIENCE,
+            check=False,
         )
         assert not check or done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout + done.stderr
@@ -43,7 +52,12 @@ def docker():
     try:
         until(lambda: docker("ps", "-q", check=False) == "", what="the engine")
         with subprocess.Popen(["docker", "save", IMAGE], stdout=subprocess.PIPE) as saved:
-            subprocess.run(["docker", "-H", socket, "load", "-q"], stdin=saved.stdout, stdout=subprocess.DEVNULL, check=True)
+            subprocess.run(
+                ["docker", "-H", socket, "load", "-q"],
+                stdin=saved.stdout,
+                stdout=subprocess.DEVNULL,
+                check=True,
+            )
         yield docker
     finally:
         engine.terminate()
@@ -54,7 +68,11 @@ def docker():
 @pytest.mark.timeout(300)
 def test_the_container_works_and_its_root_is_nobody_outside(docker, tmp_path):
     first = int(
-        next(line for line in Path("/etc/subuid").read_text().splitlines() if line.startswith("dockremap:")).split(":")[1]
+        next(
+            line
+            for line in Path("/etc/subuid").read_text().splitlines()
+            if line.startswith("dockremap:")
+        ).split(":")[1]
     )
     notebooks = tmp_path / "notebooks"
     notebooks.mkdir()
@@ -62,11 +80,18 @@ def test_the_container_works_and_its_root_is_nobody_outside(docker, tmp_path):
     for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
         parent.chmod(0o755)
     docker("run", "-d", "--name", "mapped", "-v", f"{notebooks}:/notebooks", IMAGE)
-    until(lambda: "/lab?token=" in docker("exec", "mapped", "labkeeper", "start", check=False), what="a server")
+    until(
+        lambda: "/lab?token=" in docker("exec", "mapped", "labkeeper", "start", check=False),
+        what="a server",
+    )
     docker("exec", "mapped", "touch", "/notebooks/made")
     assert (notebooks / "made").stat().st_uid == first + 1000
     state = json.loads(docker("inspect", "mapped"))[0]["State"]
-    uids = next(line for line in Path(f"/proc/{state['Pid']}/status").read_text().splitlines() if line.startswith("Uid:"))
+    uids = next(
+        line
+        for line in Path(f"/proc/{state['Pid']}/status").read_text().splitlines()
+        if line.startswith("Uid:")
+    )
     assert uids.split()[1:] == [str(first + 1000)] * 4
     docker("stop", "mapped")
     assert json.loads(docker("inspect", "mapped"))[0]["State"]["ExitCode"] == 0

@@ -20,7 +20,10 @@ def test_nothing_runs_as_root_unless_told_to(make_container):
     assert container.exec("id", "-u").stdout.strip() == "1000"
     kernel = start_kernel(server := container.server())
     assert run_cell(server, kernel, "import os; os.getuid()") == "1000"
-    assert run_cell(server, kernel, "import pathlib; pathlib.Path.home()") == "PosixPath('/var/lib/labkeeper/home')"
+    assert (
+        run_cell(server, kernel, "import pathlib; pathlib.Path.home()")
+        == "PosixPath('/var/lib/labkeeper/home')"
+    )
 
 
 def test_as_root_it_becomes_the_owner_of_the_notebooks(make_container, notebooks):
@@ -28,7 +31,12 @@ def test_as_root_it_becomes_the_owner_of_the_notebooks(make_container, notebooks
     container = make_container("--user", "root", notebooks=notebooks).start()
     server = container.server()
     kernel = start_kernel(server)
-    assert run_cell(server, kernel, "import os; open('mine', 'w').close(); (os.getuid(), os.getgroups())") == f"({owner}, [])"
+    assert (
+        run_cell(
+            server, kernel, "import os; open('mine', 'w').close(); (os.getuid(), os.getgroups())"
+        )
+        == f"({owner}, [])"
+    )
     assert (notebooks / "mine").stat().st_uid == owner
     assert container.stop() == 0
 
@@ -49,7 +57,9 @@ def test_notebooks_that_are_not_there_are_named(make_container):
 def test_everything_at_once_that_hardens_a_container(make_container, notebooks):
     owner = notebooks.stat().st_uid
     limits = ("--memory", "1g", "--cpus", "1.5", "--pids-limit", "300")
-    container = make_container("--user", f"{owner}:{owner}", *STRICT, *limits, notebooks=notebooks, environment=FORK).start()
+    container = make_container(
+        "--user", f"{owner}:{owner}", *STRICT, *limits, notebooks=notebooks, environment=FORK
+    ).start()
     server = container.forked()
     kernel = start_kernel(server)
     assert run_cell(server, kernel, "open('mine', 'w').write('1')") == "1"
@@ -73,7 +83,9 @@ def test_a_root_without_capabilities_says_what_it_needs(make_container, notebook
 
 
 def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_container):
-    container = make_container("--memory", "600m", "--memory-swap", "600m", environment=FORK).start()
+    container = make_container(
+        "--memory", "600m", "--memory-swap", "600m", environment=FORK
+    ).start()
     server = container.forked()
     other = container.server(name="other", port=9999)
     kernel = start_kernel(server)
@@ -82,14 +94,21 @@ def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_containe
     run_cell(server, kernel, "threading.Timer(0.5, lambda: b'x' * 2**31).start()")
 
     def kernels():
-        return [pid for pid, (_, command) in container.processes().items() if "ipykernel_launcher" in command]
+        return [
+            pid
+            for pid, (_, command) in container.processes().items()
+            if "ipykernel_launcher" in command
+        ]
 
     # Jupyter restarts it, and no other process is affected. The kernel's state does not show that: until a client connects,
     # JupyterLab may report the dead kernel as idle and the new one as starting.
     until(lambda: kernels() not in ([], [victim]), what="a new kernel")
     assert run_cell(server, kernel, "'x' in globals()") == "False"
     assert container.state()["Running"]
-    assert [(s["name"], s["state"], s["pid"]) for s in container.http.get("/api/servers").json()["servers"]] == [
+    assert [
+        (s["name"], s["state"], s["pid"])
+        for s in container.http.get("/api/servers").json()["servers"]
+    ] == [
         ("default", "running", server["pid"]),
         ("other", "running", other["pid"]),
     ]
@@ -104,5 +123,8 @@ def test_too_few_processes_are_named(make_container):
 
 def test_processors_are_what_the_container_was_given(make_container):
     container = make_container("--cpus", "0.5").start()
-    assert docker("inspect", "-f", "{{.HostConfig.NanoCpus}}", container.name).stdout.strip() == "500000000"
+    assert (
+        docker("inspect", "-f", "{{.HostConfig.NanoCpus}}", container.name).stdout.strip()
+        == "500000000"
+    )
     assert container.server()["state"] == "running"

@@ -23,7 +23,9 @@ PATIENCE = 120
 
 def instructions(name):
     """The commands that a part of the page gives."""
-    found = re.search(rf"<!-- service: {name} -->\n+```sh\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
+    found = re.search(
+        rf"<!-- service: {name} -->\n+```sh\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
+    )
     return found[1]
 
 
@@ -36,7 +38,13 @@ class Machine:
 
     def start_up(self):
         # SYS_ADMIN: systemd mounts its control groups. SYS_PTRACE: a keeper that is root looks at processes of others.
-        rights = ("--cgroupns=private", "--cap-add=SYS_ADMIN", "--cap-add=SYS_PTRACE", "--tmpfs=/run:exec", "--tmpfs=/run/lock")
+        rights = (
+            "--cgroupns=private",
+            "--cap-add=SYS_ADMIN",
+            "--cap-add=SYS_PTRACE",
+            "--tmpfs=/run:exec",
+            "--tmpfs=/run/lock",
+        )
         rights += ("--security-opt=seccomp=unconfined", "--security-opt=apparmor=unconfined")
         docker("run", "-d", "--name", self.name, *rights, self.image)
         self.boot()
@@ -54,7 +62,10 @@ class Machine:
         asked = "systemctl is-system-running; systemctl list-jobs; systemctl --failed; journalctl --no-pager -n 100"
         return [
             (done.stdout, done.stderr)
-            for done in (docker("logs", self.name, check=False), docker("exec", self.name, "sh", "-c", asked, check=False))
+            for done in (
+                docker("logs", self.name, check=False),
+                docker("exec", self.name, "sh", "-c", asked, check=False),
+            )
         ]
 
     def reboot(self):
@@ -68,8 +79,15 @@ class Machine:
     def run(self, commands, *, check=True, timeout=PATIENCE):
         """Run commands as root; give what they print."""
         environment = "export LABKEEPER_STATE_DIR=/var/lib/labkeeper\n"
-        done = docker("exec", self.name, "bash", "-euc", environment + commands, check=False, timeout=timeout)
-        assert not check or done.returncode == 0, (commands, done.stdout, done.stderr, self.journal())
+        done = docker(
+            "exec", self.name, "bash", "-euc", environment + commands, check=False, timeout=timeout
+        )
+        assert not check or done.returncode == 0, (
+            commands,
+            done.stdout,
+            done.stderr,
+            self.journal(),
+        )
         return done.stdout.strip()
 
     def follow(self, name, **options):
@@ -77,7 +95,17 @@ class Machine:
         return self.run(instructions(name), **options)
 
     def journal(self):
-        return docker("exec", self.name, "journalctl", "-u", "labkeeper", "--no-pager", "-n", "40", check=False).stdout
+        return docker(
+            "exec",
+            self.name,
+            "journalctl",
+            "-u",
+            "labkeeper",
+            "--no-pager",
+            "-n",
+            "40",
+            check=False,
+        ).stdout
 
     # The service
 
@@ -97,7 +125,9 @@ class Machine:
 
         def ready():
             pid = self.keeper
-            return pid not in {0, after} and self.run("curl -sf http://127.0.0.1:8000/readyz", check=False)
+            return pid not in {0, after} and self.run(
+                "curl -sf http://127.0.0.1:8000/readyz", check=False
+            )
 
         until(ready, what="the keeper")
 
@@ -128,7 +158,9 @@ class Machine:
         """Run code in the server's kernel; give what it prints."""
         runtime_dir = f"/run/labkeeper/{name}/jupyter"
         link = self.server(name)["lab_url"]
-        return self.run(f"/opt/labkeeper/bin/python /usr/local/libexec/cell.py '{link}' {runtime_dir} '{code}'")
+        return self.run(
+            f"/opt/labkeeper/bin/python /usr/local/libexec/cell.py '{link}' {runtime_dir} '{code}'"
+        )
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +184,9 @@ def bare(tmp_path_factory):
     if trusted.exists():
         shutil.copy2(trusted, certificates / "test.crt")
     tag = f"labkeeper-test-systemd:{uuid.uuid4().hex[:8]}"
-    docker("build", "-q", "--build-arg", f"BASE={os.environ['BASE']}", "-t", tag, context, timeout=600)
+    docker(
+        "build", "-q", "--build-arg", f"BASE={os.environ['BASE']}", "-t", tag, context, timeout=600
+    )
     yield tag
     docker("rmi", "-f", tag, check=False)
 

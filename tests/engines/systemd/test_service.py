@@ -26,7 +26,9 @@ def test_systemd_understands_the_unit(machine):
 
 def test_the_service_is_as_the_page_says(machine):
     assert machine.service("ActiveState", "UnitFileState") == ["active", "enabled"]
-    assert machine.run("stat -c '%U %a' /var/lib/labkeeper /run/labkeeper /srv/notebooks").splitlines() == [
+    assert machine.run(
+        "stat -c '%U %a' /var/lib/labkeeper /run/labkeeper /srv/notebooks"
+    ).splitlines() == [
         "labkeeper 700",
         "labkeeper 700",
         "labkeeper 750",
@@ -35,7 +37,9 @@ def test_the_service_is_as_the_page_says(machine):
     assert len(said[0]) >= 16
     assert "/lab?token=" in said[1]
     assert said[3].split()[:2] == ["demo", "running"]
-    environment = machine.run(f"tr '\\0' '\\n' < /proc/{machine.server()['pid']}/environ").splitlines()
+    environment = machine.run(
+        f"tr '\\0' '\\n' < /proc/{machine.server()['pid']}/environ"
+    ).splitlines()
     assert {"HOME=/var/lib/labkeeper/home", "SHELL=/bin/bash", "USER=labkeeper"} <= set(environment)
     machine.cell('import pathlib; pathlib.Path("made").touch()')
     assert machine.run("stat -c %U /srv/notebooks/made") == "labkeeper"
@@ -84,7 +88,10 @@ def test_stopping_everything_leaves_nothing(machine):
     machine.run("systemctl start labkeeper")
     machine.wait()
     servers = json.loads(machine.run("labkeeper ls --json"))["servers"]
-    assert {server["name"]: server["state"] for server in servers} == {"another": "stopped", "demo": "stopped"}
+    assert {server["name"]: server["state"] for server in servers} == {
+        "another": "stopped",
+        "demo": "stopped",
+    }
 
 
 def test_after_the_machine_was_down_servers_that_ran_are_started_again(machine):
@@ -102,8 +109,13 @@ def test_after_the_machine_was_down_servers_that_ran_are_started_again(machine):
 def test_settings_are_read_and_wrong_ones_are_not_tried_again(machine):
     machine.follow("settings")
     machine.wait()
-    assert "LABKEEPER_START_TIMEOUT=120" in machine.run(f"tr '\\0' '\\n' < /proc/{machine.keeper}/environ").splitlines()
-    machine.run("echo LABKEEPER_PORT=wrong >> /etc/labkeeper/labkeeper.env; ! systemctl restart labkeeper")
+    assert (
+        "LABKEEPER_START_TIMEOUT=120"
+        in machine.run(f"tr '\\0' '\\n' < /proc/{machine.keeper}/environ").splitlines()
+    )
+    machine.run(
+        "echo LABKEEPER_PORT=wrong >> /etc/labkeeper/labkeeper.env; ! systemctl restart labkeeper"
+    )
     # `failed`, and not `activating`, as it would be before another try.
     until(lambda: machine.service("ActiveState") == ["failed"], what="the end of the keeper")
     assert machine.service("Result", "ExecMainStatus", "NRestarts") == ["exit-code", "2", "0"]
@@ -112,8 +124,12 @@ def test_settings_are_read_and_wrong_ones_are_not_tried_again(machine):
 
 def test_a_keeper_that_keeps_failing_is_given_up(machine):
     machine.run("systemctl stop labkeeper; mkdir -p /etc/systemd/system/labkeeper.service.d")
-    machine.run("printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > /etc/systemd/system/labkeeper.service.d/fails.conf")
-    machine.run("systemctl daemon-reload; systemctl reset-failed labkeeper; ! systemctl start labkeeper")
+    machine.run(
+        "printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > /etc/systemd/system/labkeeper.service.d/fails.conf"
+    )
+    machine.run(
+        "systemctl daemon-reload; systemctl reset-failed labkeeper; ! systemctl start labkeeper"
+    )
     until(lambda: machine.service("ActiveState") == ["failed"], what="systemd to give up")
     assert machine.service("NRestarts") == ["5"]
 
@@ -124,14 +140,19 @@ def test_a_token_can_be_a_credential(machine):
     machine.wait(after=keeper)
     token = machine.run("cat /etc/labkeeper/token")
     assert machine.run("stat -c %a /etc/labkeeper/token") == "600"
-    assert machine.run(f"curl -sf -H 'Authorization: Bearer {token}' http://127.0.0.1:8000/api/servers")
+    assert machine.run(
+        f"curl -sf -H 'Authorization: Bearer {token}' http://127.0.0.1:8000/api/servers"
+    )
     assert machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper ls")
     # It is there for the next keeper, too.
     machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper start demo")
     keeper = machine.keeper
     machine.run("systemctl restart labkeeper")
     machine.wait(after=keeper)
-    until(lambda: "running" in machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper ls"), what="the server")
+    until(
+        lambda: "running" in machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper ls"),
+        what="the server",
+    )
 
 
 def test_limits_hold_for_the_next_keeper_too(machine):
@@ -140,14 +161,18 @@ def test_limits_hold_for_the_next_keeper_too(machine):
     machine.follow("stop everything")
     machine.follow("limits")
     machine.wait()
-    if "memory" not in machine.run("cat /sys/fs/cgroup/system.slice/labkeeper.service/cgroup.controllers"):
+    if "memory" not in machine.run(
+        "cat /sys/fs/cgroup/system.slice/labkeeper.service/cgroup.controllers"
+    ):
         pytest.skip("needs control groups of version 2 with their controllers")
     server, keeper = machine.start("demo", "--memory-limit 1G"), machine.keeper
     assert server["limits"]["memory"]["limited_by"] == "cgroup2"
     machine.run("systemctl restart labkeeper")
     machine.wait(after=keeper)
     assert machine.running()["pid"] == server["pid"]
-    assert machine.run("cat /sys/fs/cgroup/system.slice/labkeeper.service/labkeeper-*-demo/memory.max") == str(2**30)
+    assert machine.run(
+        "cat /sys/fs/cgroup/system.slice/labkeeper.service/labkeeper-*-demo/memory.max"
+    ) == str(2**30)
 
 
 def test_servers_can_run_as_users(machine):
@@ -169,7 +194,12 @@ def test_uninstalled_nothing_is_left(machine):
     machine.follow("stop everything")
     machine.follow("uninstall")
     assert machine.run("getent passwd labkeeper", check=False) == ""
-    assert machine.run("find / -xdev -iname '*labkeeper*' -not -path '/root/*' -not -path '/usr/local/libexec/*'") == ""
+    assert (
+        machine.run(
+            "find / -xdev -iname '*labkeeper*' -not -path '/root/*' -not -path '/usr/local/libexec/*'"
+        )
+        == ""
+    )
     assert machine.run("ls -A /run | grep labkeeper", check=False) == ""
     assert machine.run("pgrep -f '[l]abkeeper|[j]upyter' -a", check=False) == ""
     assert machine.run("systemctl list-unit-files labkeeper.service --no-legend", check=False) == ""

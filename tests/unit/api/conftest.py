@@ -30,7 +30,14 @@ def serve(tmp_path):
         path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # A path of pytest may be too long.
         door = socket.socket(socket.AF_UNIX)
         door.bind(str(path))
-        server = WsgiServer(application, [listener, door], threads=8, max_body=max_body, certificate=certificate, **options)
+        server = WsgiServer(
+            application,
+            [listener, door],
+            threads=8,
+            max_body=max_body,
+            certificate=certificate,
+            **options,
+        )
         server.start()
         made.append(Served(server, listener, path))
         return made[-1]

@@ -31,7 +31,15 @@ from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.server import Failure, FailureClass, GatewayHealth, Kernel, OrphanedKernel, OwnKernel, Snapshot
+from labkeeper.core.server import (
+    Failure,
+    FailureClass,
+    GatewayHealth,
+    Kernel,
+    OrphanedKernel,
+    OwnKernel,
+    Snapshot,
+)
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.schema.servers import Defaults, RestartRequest, ServerRequest, ws_url_of
 
@@ -83,7 +91,9 @@ def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the
     assert "a secret detail" in str(entry["exc_info"])
 
 
-@pytest.mark.parametrize(("path", "server"), [("/api/servers/x", "x"), ("/api/tokens/x", None), ("/api/nowhere", None)])
+@pytest.mark.parametrize(
+    ("path", "server"), [("/api/servers/x", "x"), ("/api/tokens/x", None), ("/api/nowhere", None)]
+)
 def test_a_line_about_a_request_names_the_server_that_it_is_about(client, path, server):
     with structlog.testing.capture_logs() as log:
         client.delete(path)
@@ -117,15 +127,33 @@ def test_errors_of_http_itself_are_problems_too(client):
         (client.get("/nope"), 404, "not_found"),
         (client.put("/api/servers"), 405, "method_not_allowed"),
         (client.post("/api/servers", data="x"), 415, "unsupported_media_type"),
-        (client.post("/api/servers", data="{", content_type="application/json"), 400, "bad_request"),
-        (client.post("/api/servers", data=b"x" * 2_000_000, content_type="application/json"), 413, "request_entity_too_large"),
+        (
+            client.post("/api/servers", data="{", content_type="application/json"),
+            400,
+            "bad_request",
+        ),
+        (
+            client.post("/api/servers", data=b"x" * 2_000_000, content_type="application/json"),
+            413,
+            "request_entity_too_large",
+        ),
     ]:
         assert (answer.status_code, answer.json["code"]) == (status, code)
         assert answer.content_type == "application/problem+json"
     assert "POST" in client.put("/api/servers").headers["Allow"]
 
 
-@pytest.mark.parametrize("path", ["/api//servers", "/api/servers//x", "/api/servers/", "/api/docs/static//css", "/open//x", "//"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api//servers",
+        "/api/servers//x",
+        "/api/servers/",
+        "/api/docs/static//css",
+        "/open//x",
+        "//",
+    ],
+)
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
 def test_a_path_that_is_almost_one_of_ours_leads_nowhere(client, path, method):
     """Neither to where it may have been meant to lead: a redirection would be followed without the body, or the token."""
@@ -150,20 +178,28 @@ def test_a_part_of_the_page_that_is_not_the_one_that_was_meant_is_a_problem(clie
 def test_a_name_that_stands_in_a_body_twice_is_refused(client, body, field):
     """Who checks a request on its way may see the other one."""
     answer = client.post("/api/servers", data=body, content_type="application/json")
-    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": field, "rule": "must not stand there twice"}])
+    assert (answer.status_code, answer.json["errors"]) == (
+        422,
+        [{"field": field, "rule": "must not stand there twice"}],
+    )
     assert client.get("/api/servers").json["servers"] == []
 
 
 def test_a_parameter_that_stands_there_twice_is_refused_unless_it_is_a_list(client):
     answer = client.post("/api/servers?wait=0&wait=5", json={})
-    assert (answer.status_code, answer.json["errors"]) == (422, [{"field": "wait", "rule": "must not stand there twice"}])
+    assert (answer.status_code, answer.json["errors"]) == (
+        422,
+        [{"field": "wait", "rule": "must not stand there twice"}],
+    )
     assert client.get("/api/servers?label=a&label=b&state=failed&state=running").status_code == 200
 
 
 def test_the_document_describes_every_route_and_each_answer_fits_it(client):
     document = client.get("/api/openapi.json").json
     assert document["openapi"].startswith("3.1")
-    described = {(method.upper(), path) for path, methods in document["paths"].items() for method in methods}
+    described = {
+        (method.upper(), path) for path, methods in document["paths"].items() for method in methods
+    }
     assert described == {(route.method, re.sub("<(.*?)>", r"{\1}", route.path)) for route in ROUTES}
     for route in ROUTES:
         operation = document["paths"][re.sub("<(.*?)>", r"{\1}", route.path)][route.method.lower()]
@@ -195,15 +231,23 @@ def test_a_lab_on_loopback_is_linked_by_loopback(services, host, link):
     ],
 )
 def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, world, host, link):
-    services = replace(services, defaults=replace(services.defaults, lab_ip="0.0.0.0"), hosts=["keeper.example"])
+    services = replace(
+        services, defaults=replace(services.defaults, lab_ip="0.0.0.0"), hosts=["keeper.example"]
+    )
     client = create_app(services).test_client()
-    answer = client.post("/api/servers", json={}, headers={"Authorization": f"Bearer {TOKEN}", "Host": host})
+    answer = client.post(
+        "/api/servers", json={}, headers={"Authorization": f"Bearer {TOKEN}", "Host": host}
+    )
     assert answer.json["lab_url"].startswith(link), answer.json
 
 
 def test_an_advertised_host_goes_before_all(services):
     client = create_app(replace(services, advertised_host="labs.example")).test_client()
-    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": "/lab?reset"})
+    answer = client.post(
+        "/api/servers",
+        headers={"Authorization": f"Bearer {TOKEN}"},
+        json={"default_url": "/lab?reset"},
+    )
     assert answer.json["lab_url"].startswith("http://labs.example:")
     assert "/lab?reset&token=" in answer.json["lab_url"]
 
@@ -219,19 +263,31 @@ def test_an_advertised_host_goes_before_all(services):
         ("/lab//tree/a:b@c\\d", "/lab//tree/a:b@c\\d", "token={}", ""),
     ],
 )
-def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(services, page, path, query, fragment):
+def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(
+    services, page, path, query, fragment
+):
     """In a fragment no server would be sent it."""
     client = create_app(services).test_client()
-    server = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}).json
+    server = client.post(
+        "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}
+    ).json
     parts = urlsplit(server["lab_url"])
-    assert (parts.path, parts.query, parts.fragment) == (path, query.format(server["token"]), fragment)
+    assert (parts.path, parts.query, parts.fragment) == (
+        path,
+        query.format(server["token"]),
+        fragment,
+    )
     assert (parts.hostname, parts.port) == (server["hostname"], server["port"])
 
 
-@pytest.mark.parametrize("page", ["//evil.example", "/a b", "/a\nb", "/a\tb", "/a\x7f", "/\u00e9", "lab", ""])
+@pytest.mark.parametrize(
+    "page", ["//evil.example", "/a b", "/a\nb", "/a\tb", "/a\x7f", "/\u00e9", "lab", ""]
+)
 def test_a_page_that_a_link_cannot_hold_is_refused(services, page):
     client = create_app(services).test_client()
-    answer = client.post("/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page})
+    answer = client.post(
+        "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}
+    )
     assert answer.status_code == 422, answer.text
 
 
@@ -248,7 +304,9 @@ def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client
     assert client.get("/api/docs/static/js/../../__init__.py").status_code == 404
 
 
-def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(services):
+def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(
+    services,
+):
     """More callers than there are threads, without a token; the others are answered all the while."""
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
         server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
@@ -258,7 +316,12 @@ def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread
             reader = opened.enter_context(socket.create_connection(listener.getsockname()))
             reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 40)
         channels = server._doors[0].active_channels
-        until(lambda: sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12, what="all answered")
+        until(
+            lambda: (
+                sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12
+            ),
+            what="all answered",
+        )
         until(lambda: server._threads.active_count == 0, what="no thread waits for them")
         assert not [path for path in opened_files() if "swagger" in path]
         asking = http.client.HTTPConnection(*listener.getsockname(), timeout=PATIENCE)
@@ -273,7 +336,10 @@ def opened_files():
 
 def test_the_list_comes_in_pages(client):
     for name in ("a", "b", "c"):
-        assert client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code == 201
+        assert (
+            client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code
+            == 201
+        )
     names, cursor = [], ""
     while cursor is not None:
         page = client.get(f"/api/servers?limit=2&cursor={cursor}").json
@@ -303,7 +369,9 @@ def test_a_server_that_is_started_again_meanwhile_did_not_stop(client, world):
     assert client.delete("/api/servers/default?wait=0").json["state"] == "stopping"
     refused = client.post("/api/servers/default/start?wait=0")
     assert (refused.status_code, "being deleted" in refused.json["detail"]) == (409, True)
-    assert client.delete("/api/servers/default?force=true").json["stop_report"]["method"] == "sigkill"
+    assert (
+        client.delete("/api/servers/default?force=true").json["stop_report"]["method"] == "sigkill"
+    )
     assert client.get("/api/servers/default").status_code == 404
 
 
@@ -331,7 +399,11 @@ def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running
         assert client.get(f"/api/events?after={newest}").json["events"] == []
         return
     shown = {"Last-Event-ID": str(newest + 1)} if way == "browser" else {}
-    asked = "/api/events?follow=true" if way == "browser" else f"/api/events?follow=true&after={newest + 1}"
+    asked = (
+        "/api/events?follow=true"
+        if way == "browser"
+        else f"/api/events?follow=true&after={newest + 1}"
+    )
     with client.get(asked, headers=shown, buffered=False) as stream:
         running.services.history.close()
         pieces = stream.text.split("\n\n")
@@ -387,7 +459,10 @@ def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, q
     headers = {"Authorization": f"Bearer {TOKEN}"}
     client.post("/api/servers", json={}, headers=headers)
     with ThreadPoolExecutor(4) as pool:
-        asked = [pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers) for _ in range(4)]
+        asked = [
+            pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers)
+            for _ in range(4)
+        ]
         until(lambda: limit._held == 4, what="all are counted")
         until(lambda: len(reading) >= 2, what="two read")
         at_a_time = len(reading)
@@ -404,7 +479,11 @@ def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, 
     whole = sum(len(line.encode()) + 1 for line in world.logs["default"])
     answer = client.get("/api/servers/default/logs?tail=100000").data
     note, _, rest = answer.partition(b"\n")
-    left_out = int(re.fullmatch(rb"\[labkeeper\] left out: the first (\d+) bytes of what was asked for; .*", note)[1])
+    left_out = int(
+        re.fullmatch(
+            rb"\[labkeeper\] left out: the first (\d+) bytes of what was asked for; .*", note
+        )[1]
+    )
     assert len(rest) == whole - left_out
     assert 2**21 - 1100 < len(rest) <= 2**21
     assert rest.decode().endswith("\n")
@@ -417,7 +496,9 @@ def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(servi
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers", json={})
-    asking = EnvironBuilder("/api/servers/default/logs?follow=true", headers={"Authorization": f"Bearer {TOKEN}"})
+    asking = EnvironBuilder(
+        "/api/servers/default/logs?follow=true", headers={"Authorization": f"Bearer {TOKEN}"}
+    )
 
     def gone(*_):
         def write(_):
@@ -465,7 +546,9 @@ def test_a_keeper_that_does_not_run_is_not_ready(services):
     assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
     services.keeper.close()
     assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {503}
-    services.keeper._thread = type("Ended", (), {"is_alive": lambda self: False, "join": lambda self: None})()
+    services.keeper._thread = type(
+        "Ended", (), {"is_alive": lambda self: False, "join": lambda self: None}
+    )()
 
 
 def test_the_version_is_told(client):
@@ -493,10 +576,17 @@ def test_the_websocket_url_of_a_gateway_changes_its_scheme_alone(url, ws_url):
 def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
     """Jupyter would put its own Authorization header over it."""
     request = ServerRequest.model_validate(
-        {"gateway-url": "http://g", "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"}}
+        {
+            "gateway-url": "http://g",
+            "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"},
+        }
     )
     gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888), ANYBODY).gateway
-    assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == ("Bearer", "abc", {"X-Team": "a"})
+    assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == (
+        "Bearer",
+        "abc",
+        {"X-Team": "a"},
+    )
 
 
 def test_a_key_without_its_certificate_is_refused():
@@ -556,8 +646,19 @@ def test_a_restart_without_fields_changes_nothing(tmp_path):
 
 
 def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
-    before = {"name": "x", "env": {"A": "b"}, "port": 9000, "memory_limit": 2**27, "cpu_limit": 2.0, **FULL_GATEWAY}
-    old, new = revised(tmp_path, before, {"labels": {"a": "b"}, "kernel-env": {"KERNEL_A": "1"}, "memory-limit": 2**28})
+    before = {
+        "name": "x",
+        "env": {"A": "b"},
+        "port": 9000,
+        "memory_limit": 2**27,
+        "cpu_limit": 2.0,
+        **FULL_GATEWAY,
+    }
+    old, new = revised(
+        tmp_path,
+        before,
+        {"labels": {"a": "b"}, "kernel-env": {"KERNEL_A": "1"}, "memory-limit": 2**28},
+    )
     limits = replace(old.limits, memory=2**28)
     assert new == replace(old, labels={"a": "b"}, kernel_env={"KERNEL_A": "1"}, limits=limits)
 
@@ -568,8 +669,14 @@ def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
         ({"gateway_auth_token": "u"}, {"auth_token": "u"}),
         ({"gateway_url": "http://g:1/team", "gateway_auth_token": "u"}, {"auth_token": "u"}),
         ({"gateway_headers": {"Z": "z"}}, {"headers": {"Z": "z"}}),
-        ({"gateway_headers": {"Authorization": "Basic abc"}}, {"headers": {}, "auth_scheme": "Basic", "auth_token": "abc"}),
-        ({"require_gateway": False, "gateway_validate_cert": False}, {"required": False, "validate_cert": False}),
+        (
+            {"gateway_headers": {"Authorization": "Basic abc"}},
+            {"headers": {}, "auth_scheme": "Basic", "auth_token": "abc"},
+        ),
+        (
+            {"require_gateway": False, "gateway_validate_cert": False},
+            {"required": False, "validate_cert": False},
+        ),
     ],
 )
 def test_options_of_a_gateway_change_alone(tmp_path, options, changes):
@@ -594,7 +701,9 @@ def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
     for name in ("cert", "key"):
         (tmp_path / name).write_text("")
     key = {"gateway_client_key": str(tmp_path / "key")}
-    with pytest.raises(InvalidSpec, match="gateway_client_key only together with gateway_client_cert"):
+    with pytest.raises(
+        InvalidSpec, match="gateway_client_key only together with gateway_client_cert"
+    ):
         revised(tmp_path, FULL_GATEWAY, key)
     _, new = revised(tmp_path, {**FULL_GATEWAY, "gateway_client_cert": str(tmp_path / "cert")}, key)
     assert new.gateway.client_key == str(tmp_path / "key")
@@ -602,8 +711,14 @@ def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
 
 def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
     client.post("/api/servers", json={"name": "x"})
-    answer = client.post("/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}})
-    assert (answer.status_code, answer.json["labels"], answer.json["generation"]) == (201, {"team": "blue"}, 2)
+    answer = client.post(
+        "/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}}
+    )
+    assert (answer.status_code, answer.json["labels"], answer.json["generation"]) == (
+        201,
+        {"team": "blue"},
+        2,
+    )
     assert client.post("/api/servers/x/restart").json["labels"] == {"team": "blue"}
 
 
@@ -631,21 +746,43 @@ def test_orphaned_kernels_are_listed(services):
     orphan = OrphanedKernel("k1", Gateway("http://g", "ws://g", "secret"), ServerName("x"), 0.0)
     client = create_app(replace(services, orphans=lambda: [orphan])).test_client()
     answer = client.get("/api/orphaned-kernels", headers={"Authorization": f"Bearer {TOKEN}"})
-    listed = {"kernel_id": "k1", "gateway_url": "http://g", "server": "x", "since": "1970-01-01T00:00:00.000Z"}
+    listed = {
+        "kernel_id": "k1",
+        "gateway_url": "http://g",
+        "server": "x",
+        "since": "1970-01-01T00:00:00.000Z",
+    }
     assert answer.json == {"orphaned_kernels": [listed]}
 
 
 def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
-    _, spec = revised(tmp_path, {}, {**FULL_GATEWAY, "kernel_env": {"KERNEL_B": "1", "KERNEL_A": "2", "FOO": "3"}})
+    _, spec = revised(
+        tmp_path, {}, {**FULL_GATEWAY, "kernel_env": {"KERNEL_B": "1", "KERNEL_A": "2", "FOO": "3"}}
+    )
     snapshot = Snapshot(spec, State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
     told = server_model(snapshot, None).gateway
-    assert (told.url, told.required, told.reachable, told.since, told.error) == ("http://g:1/team", True, None, None, None)
-    assert (told.kernel_env_passed, told.kernel_env_if_allowed) == (["KERNEL_A", "KERNEL_B"], ["FOO"])
+    assert (told.url, told.required, told.reachable, told.since, told.error) == (
+        "http://g:1/team",
+        True,
+        None,
+        None,
+        None,
+    )
+    assert (told.kernel_env_passed, told.kernel_env_if_allowed) == (
+        ["KERNEL_A", "KERNEL_B"],
+        ["FOO"],
+    )
     ill = replace(
-        snapshot, gateway=GatewayHealth(1.0, Failure(FailureClass.GATEWAY_REFUSED, "no")), kernels_kept=(OwnKernel("k"),)
+        snapshot,
+        gateway=GatewayHealth(1.0, Failure(FailureClass.GATEWAY_REFUSED, "no")),
+        kernels_kept=(OwnKernel("k"),),
     )
     told = server_model(ill, None)
-    assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (False, "no", ["k"])
+    assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (
+        False,
+        "no",
+        ["k"],
+    )
     well = server_model(replace(snapshot, gateway=GatewayHealth(1.0, kernelspecs=3)), None).gateway
     assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)
 
@@ -658,7 +795,10 @@ def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world)
     world.temper("a").boots = False
     for name in ("a", "b", "c"):
         assert client.post("/api/servers?wait=0", json={"name": name}).status_code == 202
-    listed = {s["name"]: (s["state"], s["queue_position"]) for s in client.get("/api/servers").json["servers"]}
+    listed = {
+        s["name"]: (s["state"], s["queue_position"])
+        for s in client.get("/api/servers").json["servers"]
+    }
     assert listed == {"a": ("starting", None), "b": ("queued", 1), "c": ("queued", 2)}
     answer = client.post("/api/servers?wait=0.05", json={"name": "b"})
     assert (answer.status_code, answer.json["queue_position"]) == (202, 1)
@@ -672,18 +812,30 @@ def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world)
 def test_many_start_each_with_a_result_of_its_own(client, world):
     """What fails, or has no room, holds up nobody; the same request again finds what runs."""
     world.temper("bad").refusal = BackendRefused("cannot start server 'bad': told to refuse")
-    answer = client.post("/api/bulk/start", json={"names": ["one", "bad", "two"], "labels": {"of": "many"}})
+    answer = client.post(
+        "/api/bulk/start", json={"names": ["one", "bad", "two"], "labels": {"of": "many"}}
+    )
     assert answer.status_code == 207
     results = {result["name"]: result for result in answer.json["results"]}
     assert [result["name"] for result in answer.json["results"]] == ["one", "bad", "two"]
-    assert {name: result["status"] for name, result in results.items()} == {"one": 201, "bad": 502, "two": 201}
+    assert {name: result["status"] for name, result in results.items()} == {
+        "one": 201,
+        "bad": 502,
+        "two": 201,
+    }
     assert results["one"]["server"]["labels"] == {"of": "many"}
     assert results["one"]["problem"] is None
     assert results["bad"]["problem"]["code"] == "start_failed"
     again = client.post("/api/bulk/start", json={"names": ["one", "two"], "labels": {"of": "many"}})
-    assert (again.status_code, [result["status"] for result in again.json["results"]]) == (200, [200, 200])
+    assert (again.status_code, [result["status"] for result in again.json["results"]]) == (
+        200,
+        [200, 200],
+    )
     other = client.post("/api/bulk/start", json={"names": ["one", "two"]})
-    assert [result["problem"]["code"] for result in other.json["results"]] == ["conflict", "conflict"]
+    assert [result["problem"]["code"] for result in other.json["results"]] == [
+        "conflict",
+        "conflict",
+    ]
 
 
 def test_many_that_still_start_are_said_to(client, world):
@@ -725,9 +877,16 @@ def test_a_wrong_body_for_many_starts_none(client, body):
 
 @pytest.mark.parametrize(
     ("field", "value", "kept"),
-    [("idle_timeout", "1h30m", 5400), ("max-age", 60, 60), ("idle_timeout", None, None), ("max_age", 0, None)],
+    [
+        ("idle_timeout", "1h30m", 5400),
+        ("max-age", 60, 60),
+        ("idle_timeout", None, None),
+        ("max_age", 0, None),
+    ],
 )
-def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(services, field, value, kept):
+def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(
+    services, field, value, kept
+):
     defaults = replace(services.defaults, idle_timeout=7200.0, max_age=9000.0)
     client = create_app(replace(services, defaults=defaults)).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
@@ -768,4 +927,8 @@ def test_those_that_would_be_stopped_first_are_listed_first(client):
     for name, rule in (("a", {}), ("b", {"max_age": "2h"}), ("c", {"max_age": "1h"})):
         client.post("/api/servers", json={"name": name, **rule})
     listed = client.get("/api/idle").json["servers"]
-    assert [(one["name"], one["rule"]) for one in listed] == [("c", "max_age"), ("b", "max_age"), ("a", None)]
+    assert [(one["name"], one["rule"]) for one in listed] == [
+        ("c", "max_age"),
+        ("b", "max_age"),
+        ("a", None),
+    ]

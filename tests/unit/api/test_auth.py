@@ -19,10 +19,16 @@ from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Scope, TokenLimits
 from labkeeper.core.server import OwnKernel
 from labkeeper.core.spec import ServerName
-from labkeeper.identity.authenticators import OpenAuthenticator, PeerAuthenticator, TokenAuthenticator
+from labkeeper.identity.authenticators import (
+    OpenAuthenticator,
+    PeerAuthenticator,
+    TokenAuthenticator,
+)
 from labkeeper.identity.peers import PEER, UNREAD, Peer
 
-EVERY_ROUTE = pytest.mark.parametrize("route", ROUTES, ids=lambda route: f"{route.method} {route.path}")
+EVERY_ROUTE = pytest.mark.parametrize(
+    "route", ROUTES, ids=lambda route: f"{route.method} {route.path}"
+)
 PROBLEM = "application/problem+json"
 
 
@@ -56,7 +62,9 @@ class Callers:
 
     def with_scope(self, scope, **limits):
         name = f"t{len(self.tokens.all())}"
-        reach = TokenLimits(limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ()))
+        reach = TokenLimits(
+            limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ())
+        )
         return self.showing(self.tokens.make(name, Scope(scope), reach, lifetime=None)[1])
 
 
@@ -74,7 +82,11 @@ def test_where_nothing_was_kept_of_a_body_it_is_to_be_sent_again(callers):
     """Whether there was no room for it, or its token was made while it came: it never counts as an empty one."""
     unread = {"environ_overrides": {UNREAD: True}}
     answer = callers.owner.post("/api/servers", json={"name": "x"}, **unread)
-    assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (429, "capacity_reached", "10")
+    assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (
+        429,
+        "capacity_reached",
+        "10",
+    )
     assert callers.owner.get("/api/servers", **unread).json["servers"] == []
     assert callers.nobody.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
 
@@ -85,15 +97,30 @@ def test_whether_a_body_is_worth_reading_is_known_without_a_wait(callers, monkey
     for name in ("save_token", "tokens"):
         monkeypatch.setattr(type(callers.running.services.tokens._store), name, forbidden)
     token = "Bearer " + TOKEN
-    strangers = [(None, None), ("Bearer wrong", None), (TOKEN, None), (None, Peer(77, os.geteuid() + 1, 0))]
-    known = [(token, None), (token, Peer(77, os.geteuid() + 1, 0)), (None, Peer(77, os.geteuid(), 0)), (None, Peer(77, 0, 0))]
+    strangers = [
+        (None, None),
+        ("Bearer wrong", None),
+        (TOKEN, None),
+        (None, Peer(77, os.geteuid() + 1, 0)),
+    ]
+    known = [
+        (token, None),
+        (token, Peer(77, os.geteuid() + 1, 0)),
+        (None, Peer(77, os.geteuid(), 0)),
+        (None, Peer(77, 0, 0)),
+    ]
     closed = with_peers(services, forbidden)
     assert [closed.may_know(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
-    assert all(replace(services, authenticators=[OpenAuthenticator()]).may_know(*shown) for shown in strangers)
+    assert all(
+        replace(services, authenticators=[OpenAuthenticator()]).may_know(*shown)
+        for shown in strangers
+    )
 
 
 def with_peers(services, is_server):
-    return replace(services, authenticators=[TokenAuthenticator(services.tokens), PeerAuthenticator(is_server)])
+    return replace(
+        services, authenticators=[TokenAuthenticator(services.tokens), PeerAuthenticator(is_server)]
+    )
 
 
 def forbidden(*_):
@@ -110,7 +137,11 @@ def test_no_route_is_without_a_rule(callers):
 
 @EVERY_ROUTE
 def test_without_a_token_only_public_routes_answer(callers, route):
-    for client in (callers.nobody, callers.showing("wrong"), callers.showing("lk_000000000000_" + 43 * "x")):
+    for client in (
+        callers.nobody,
+        callers.showing("wrong"),
+        callers.showing("lk_000000000000_" + 43 * "x"),
+    ):
         answer = call(client, route)
         assert (answer.status_code == 401) == (route.rule.scope is not None)
         if answer.status_code == 401:
@@ -143,7 +174,9 @@ def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
         return
     named = callers.with_scope("manage", servers=("mine-*",))
     labelled = callers.with_scope("manage", labels={"team": "blue"})
-    told = [[call(client, route, name) for name in ("theirs", "gone")] for client in (named, labelled)]
+    told = [
+        [call(client, route, name) for name in ("theirs", "gone")] for client in (named, labelled)
+    ]
     statuses = [[answer.status_code for answer in answers] for answers in told]
     match route.rule.extent:
         case Extent.SERVER:
@@ -163,7 +196,14 @@ def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
 def test_a_token_for_reading_never_sees_what_opens_a_lab(callers):
     secret = callers.owner.post("/api/servers", json={}).json["token"]
     reader = callers.with_scope("read")
-    for path in ("/api/servers/default", "/api/servers", "/api/events", "/api/servers/default/logs", "/api/idle", "/metrics"):
+    for path in (
+        "/api/servers/default",
+        "/api/servers",
+        "/api/events",
+        "/api/servers/default/logs",
+        "/api/idle",
+        "/metrics",
+    ):
         answer = reader.get(path)
         assert answer.status_code == 200
         assert secret not in answer.text
@@ -179,8 +219,13 @@ def test_lists_hold_what_is_within_reach(callers):
     for client, names in ((both, ["mine-1"]), (labelled, ["mine-1", "other"])):
         assert [server["name"] for server in client.get("/api/servers").json["servers"]] == names
         assert sorted(server["name"] for server in client.get("/api/idle").json["servers"]) == names
-        assert sorted({event["server"] for event in client.get("/api/events?after=0").json["events"]}) == names
-        assert sorted({event["server"] for event in client.get("/api/events").json["events"]}) == names
+        assert (
+            sorted({event["server"] for event in client.get("/api/events?after=0").json["events"]})
+            == names
+        )
+        assert (
+            sorted({event["server"] for event in client.get("/api/events").json["events"]}) == names
+        )
 
 
 def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(callers):
@@ -189,7 +234,10 @@ def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(call
     callers.owner.delete("/api/servers/lab")
     callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "red"}})
     blue, red = (callers.with_scope("read", labels={"team": team}) for team in ("blue", "red"))
-    seen = [[event["generation"] for event in client.get("/api/servers/lab/events").json["events"]] for client in (blue, red)]
+    seen = [
+        [event["generation"] for event in client.get("/api/servers/lab/events").json["events"]]
+        for client in (blue, red)
+    ]
     assert set(seen[0]) == {1}
     assert set(seen[1]) == {2}
     assert blue.get("/api/servers/lab").status_code == 404
@@ -202,7 +250,12 @@ def test_who_waits_hears_nothing_of_a_server_that_is_no_longer_theirs(callers):
     blue = callers.with_scope("manage", labels={"team": "blue"})
     waits = "/api/servers/default?wait_for=queued&wait=20"
     for end, told in (
-        (lambda: callers.owner.post("/api/servers/default/restart", json={"labels": {"team": "red"}}), 404),
+        (
+            lambda: callers.owner.post(
+                "/api/servers/default/restart", json={"labels": {"team": "red"}}
+            ),
+            404,
+        ),
         (lambda: callers.owner.delete("/api/tokens/t0"), 401),
     ):
         with ThreadPoolExecutor(1) as pool:
@@ -222,8 +275,14 @@ def test_a_limited_token_makes_only_its_own_servers(callers):
     assert results.status_code == 403
     labelled = callers.with_scope("manage", labels={"team": "blue"})
     assert "team=blue" in labelled.post("/api/servers", json={"name": "lab"}).json["detail"]
-    assert labelled.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}}).status_code == 201
-    assert labelled.post("/api/servers/lab/restart", json={"labels": {"team": "red"}}).status_code == 403
+    assert (
+        labelled.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}}).status_code
+        == 201
+    )
+    assert (
+        labelled.post("/api/servers/lab/restart", json={"labels": {"team": "red"}}).status_code
+        == 403
+    )
 
 
 def test_of_anothers_server_they_learn_that_the_name_is_taken_and_no_more(callers):
@@ -238,7 +297,10 @@ def test_of_anothers_server_they_learn_that_the_name_is_taken_and_no_more(caller
 
 
 def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
-    made = callers.owner.post("/api/tokens", json={"name": "ci", "scope": "manage", "servers": ["ci-*"], "expires-in": "30d"})
+    made = callers.owner.post(
+        "/api/tokens",
+        json={"name": "ci", "scope": "manage", "servers": ["ci-*"], "expires-in": "30d"},
+    )
     assert made.status_code == 201
     text = made.json["token"]
     assert re.fullmatch(r"lk_[0-9a-f]{12}_[\w-]{43}", text)
@@ -248,7 +310,10 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
     listed = callers.owner.get("/api/tokens")
     assert text not in listed.text
     (token,) = listed.json["tokens"]
-    assert token.items() >= {"name": "ci", "scope": "manage", "created_by": "token:owner", "expired": False}.items()
+    assert (
+        token.items()
+        >= {"name": "ci", "scope": "manage", "created_by": "token:owner", "expired": False}.items()
+    )
     assert token["last_used_at"] is not None
     assert text not in repr(callers.running.store.__dict__)
 
@@ -256,7 +321,9 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
 def test_who_did_what_stands_in_the_events(callers):
     callers.with_scope("manage").post("/api/servers", json={})
     callers.owner.delete("/api/servers/default")
-    told = [(event["kind"], event["actor"]) for event in callers.owner.get("/api/events").json["events"]]
+    told = [
+        (event["kind"], event["actor"]) for event in callers.owner.get("/api/events").json["events"]
+    ]
     assert told[0] == ("token", "keeper")
     assert ("state", "token:t0") in told
     assert told[-1] == ("state", "token:owner")
@@ -295,7 +362,9 @@ def test_a_token_that_cannot_be_is_refused(callers, body, words):
 
 
 def test_where_access_is_open_everybody_may(running):
-    client = create_app(replace(running.services, authenticators=[OpenAuthenticator()])).test_client()
+    client = create_app(
+        replace(running.services, authenticators=[OpenAuthenticator()])
+    ).test_client()
     assert client.post("/api/servers", json={}).status_code == 201
     assert client.get("/api/me").json["actor"] == "anybody"
     assert client.get("/api/events").json["events"][-1]["actor"] == "anybody"
@@ -305,7 +374,9 @@ def test_requests_without_a_valid_token_are_counted_in_the_log_and_not_told_one_
     with structlog.testing.capture_logs() as log:
         for _ in range(500):
             assert callers.showing("wrong").get("/api/servers").status_code == 401
-    assert [line["event"] for line in log if line["log_level"] == "warning"] == ["requests without a valid token were refused"]
+    assert [line["event"] for line in log if line["log_level"] == "warning"] == [
+        "requests without a valid token were refused"
+    ]
 
 
 def test_each_caller_may_ask_so_often(running):
@@ -323,9 +394,12 @@ def test_each_caller_may_ask_so_often(running):
 
 
 @pytest.mark.parametrize(
-    ("uid", "is_server", "gets_in"), [(os.geteuid(), False, True), (0, False, True), (4242, False, False), (0, True, False)]
+    ("uid", "is_server", "gets_in"),
+    [(os.geteuid(), False, True), (0, False, True), (4242, False, False), (0, True, False)],
 )
-def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(running, uid, is_server, gets_in):
+def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(
+    running, uid, is_server, gets_in
+):
     app = create_app(with_peers(running.services, lambda pid: is_server and pid == 77))
     answer = app.test_client().get("/api/me", environ_overrides={PEER: Peer(77, uid, 0)})
     assert answer.status_code == (200 if gets_in else 401)
@@ -335,7 +409,10 @@ def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(running, u
 
 def test_a_token_that_is_shown_counts_also_over_the_unix_socket(callers):
     reader = callers.with_scope("read")
-    assert reader.get("/api/me", environ_overrides={PEER: Peer(77, os.geteuid(), 0)}).json["scope"] == "read"
+    assert (
+        reader.get("/api/me", environ_overrides={PEER: Peer(77, os.geteuid(), 0)}).json["scope"]
+        == "read"
+    )
 
 
 def test_no_header_makes_a_peer(callers):
@@ -347,7 +424,9 @@ def test_no_header_makes_a_peer(callers):
 
 
 def test_a_link_opens_a_lab_once(callers):
-    server = callers.owner.post("/api/servers", json={"base_url": "/ada", "default_url": "/lab/tree/a:b.ipynb"}).json
+    server = callers.owner.post(
+        "/api/servers", json={"base_url": "/ada", "default_url": "/lab/tree/a:b.ipynb"}
+    ).json
     made = callers.owner.post("/api/servers/default/link", json={})
     assert made.status_code == 201
     assert server["token"] not in made.text
@@ -357,7 +436,10 @@ def test_a_link_opens_a_lab_once(callers):
     assert answer.status_code == 303
     expected = f"{server['lab_url'].partition('/lab')[0]}/login?token={server['token']}&next=%2Fada%2Flab%2Ftree%2Fa%253Ab.ipynb"
     assert answer.headers["Location"] == expected
-    assert (answer.headers["Referrer-Policy"], answer.headers["Cache-Control"]) == ("no-referrer", "no-store")
+    assert (answer.headers["Referrer-Policy"], answer.headers["Cache-Control"]) == (
+        "no-referrer",
+        "no-store",
+    )
     spent = callers.nobody.get(path)
     assert spent.status_code == 410
     assert "ask for another" in spent.text
@@ -366,7 +448,9 @@ def test_a_link_opens_a_lab_once(callers):
 def test_a_link_opens_the_launch_that_it_was_made_for(callers):
     callers.owner.post("/api/servers", json={})
     paths = [
-        callers.owner.post("/api/servers/default/link", json={"page": "/lab/tree/x"}).json["url"].removeprefix("http://localhost")
+        callers.owner.post("/api/servers/default/link", json={"page": "/lab/tree/x"})
+        .json["url"]
+        .removeprefix("http://localhost")
         for _ in range(2)
     ]
     assert "x" in callers.nobody.get(paths[0]).headers["Location"]
@@ -383,7 +467,11 @@ def test_a_link_asked_for_over_the_unix_socket_leads_to_the_keepers_own_url(runn
     client = create_app(services).test_client()
     client.environ_base[PEER] = Peer(1, 0, 0)
     client.post("/api/servers", json={})
-    assert client.post("/api/servers/default/link").json["url"].startswith("http://127.0.0.1:4321/open/")
+    assert (
+        client.post("/api/servers/default/link")
+        .json["url"]
+        .startswith("http://127.0.0.1:4321/open/")
+    )
 
 
 def test_the_keepers_own_log_has_no_ticket(callers):

@@ -20,7 +20,11 @@ SHOWN = {"Authorization": f"Bearer {TOKEN}"}
 @pytest.fixture
 def services(tmp_path):
     with fake_keeper(tmp_path) as made:
-        yield replace(made.services, hosts=["labs.example.org", "*.internal.example.org"], origins=["https://hub.example.org"])
+        yield replace(
+            made.services,
+            hosts=["labs.example.org", "*.internal.example.org"],
+            origins=["https://hub.example.org"],
+        )
 
 
 @pytest.fixture
@@ -56,25 +60,45 @@ def test_a_star_stands_for_any_name(services):
 
 
 @pytest.mark.parametrize(
-    "origin", ["https://evil.example", "null", "https://hub.example.org.evil.com", "http://hub.example.org", "http://["]
+    "origin",
+    [
+        "https://evil.example",
+        "null",
+        "https://hub.example.org.evil.com",
+        "http://hub.example.org",
+        "http://[",
+    ],
 )
 def test_pages_of_other_sites_get_nothing(services, origin):
     """Also where access control is off, which is where that matters: nothing is done, and nothing can be read."""
     client = create_app(replace(services, authenticators=[OpenAuthenticator()])).test_client()
-    for method, path in (("GET", "/api/servers"), ("POST", "/api/servers"), ("OPTIONS", "/api/servers")):
-        answer = client.open(path, method=method, headers={"Origin": origin, "Access-Control-Request-Method": "POST"})
+    for method, path in (
+        ("GET", "/api/servers"),
+        ("POST", "/api/servers"),
+        ("OPTIONS", "/api/servers"),
+    ):
+        answer = client.open(
+            path, method=method, headers={"Origin": origin, "Access-Control-Request-Method": "POST"}
+        )
         assert (answer.status_code, answer.json["code"]) == (403, "not_allowed")
         assert "Access-Control-Allow-Origin" not in answer.headers
     assert client.get("/api/servers").json["servers"] == []
 
 
 def test_our_own_pages_may_ask(client):
-    assert client.get("/api/servers", headers=SHOWN | {"Origin": "http://localhost", "Host": "localhost"}).status_code == 200
+    assert (
+        client.get(
+            "/api/servers", headers=SHOWN | {"Origin": "http://localhost", "Host": "localhost"}
+        ).status_code
+        == 200
+    )
 
 
 def test_a_site_that_is_allowed_may_ask_as_browsers_do(client):
     origin = {"Origin": "https://hub.example.org"}
-    asked = client.options("/api/servers", headers=origin | {"Access-Control-Request-Method": "POST"})
+    asked = client.options(
+        "/api/servers", headers=origin | {"Access-Control-Request-Method": "POST"}
+    )
     assert asked.status_code == 204
     assert asked.headers["Access-Control-Allow-Origin"] == "https://hub.example.org"
     assert "Authorization" in asked.headers["Access-Control-Allow-Headers"]
@@ -94,10 +118,17 @@ def test_without_origins_nothing_is_said_of_them(services):
 
 def test_the_unix_socket_is_no_browser(client):
     overrides = {PEER: Peer(1, 0, 0)}
-    assert client.get("/healthz", headers={"Host": "whatever.example.com"}, environ_overrides=overrides).status_code == 200
+    assert (
+        client.get(
+            "/healthz", headers={"Host": "whatever.example.com"}, environ_overrides=overrides
+        ).status_code
+        == 200
+    )
 
 
-@pytest.mark.parametrize("path", ["/healthz", "/api/servers", "/api/docs", "/api/openapi.json", "/nothing", "/open/x"])
+@pytest.mark.parametrize(
+    "path", ["/healthz", "/api/servers", "/api/docs", "/api/openapi.json", "/nothing", "/open/x"]
+)
 def test_every_answer_tells_browsers_to_be_careful(client, path):
     headers = client.get(path).headers
     assert headers["X-Content-Type-Options"] == "nosniff"

@@ -20,7 +20,9 @@ class Hand:
 def test_a_ticket_is_good_once_and_for_its_time(monkeypatch):
     clock = Hand()
     known = links.Links(clock=clock)
-    first, second, third = (known.make("lab", 3, "/lab", lifetime=seconds) for seconds in (10.0, 10.0, 20.0))
+    first, second, third = (
+        known.make("lab", 3, "/lab", lifetime=seconds) for seconds in (10.0, 10.0, 20.0)
+    )
     assert (known.use(first).server, known.use(first)) == ("lab", None)
     clock.now += 10.0
     assert known.use(second) is None

@@ -22,7 +22,14 @@ PHASES = {"examples", "coverage", "fuzzing", "stateful"}
 @pytest.fixture
 def keeper(tmp_path):
     """Few servers, so that most starts are refused with 429, and those that are not are soon ready or given up."""
-    keeper = KeeperProcess(tmp_path, launch_by="fork", max_servers=8, start_timeout=20, max_request_rate=0, stop_grace=3)
+    keeper = KeeperProcess(
+        tmp_path,
+        launch_by="fork",
+        max_servers=8,
+        start_timeout=20,
+        max_request_rate=0,
+        stop_grace=3,
+    )
     yield keeper.start()
     keeper.close()
 
@@ -44,10 +51,14 @@ def test_the_api_keeps_what_its_document_says(keeper, tmp_path):
         timeout=900,
         check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr  # The seed is in it, and each request as a line for curl.
+    assert ended.returncode == 0, (
+        ended.stdout + ended.stderr
+    )  # The seed is in it, and each request as a line for curl.
     told = json.loads(report.read_text())
     assert told["operations"]["tested"] == len(ROUTES)
-    assert {name for name, phase in told["phases"].items() if phase["status"] == "success"} == PHASES
+    assert {
+        name for name, phase in told["phases"].items() if phase["status"] == "success"
+    } == PHASES
     log = keeper.log.read_text()
     assert "unexpected error" not in log
     # Else it would have been proven of refusals alone.

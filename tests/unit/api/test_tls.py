@@ -33,7 +33,10 @@ def issue(authority, tmp_path):
 
     def write():
         leaf = authority.issue_cert("127.0.0.1")
-        for path, content in ((key, leaf.private_key_pem.bytes()), (cert, leaf.cert_chain_pems[0].bytes())):
+        for path, content in (
+            (key, leaf.private_key_pem.bytes()),
+            (cert, leaf.cert_chain_pems[0].bytes()),
+        ):
             fresh = path.with_suffix(".new")
             fresh.write_bytes(content)
             fresh.chmod(0o600)
@@ -69,7 +72,10 @@ def test_requests_and_answers_of_any_size_pass(serve, issue, greet):
     assert (found["size"], found["digest"]) == (len(upload), hashlib.sha256(upload).hexdigest())
     # Answers of unknown length are the last ones of their connections.
     assert ask(greet(served.connect()), path="/large") == (200, bytes(40 * 2**20))
-    assert ask(connection, path="/events") == (200, b"".join(b"data: %d\n\n" % number for number in range(5)))
+    assert ask(connection, path="/events") == (
+        200,
+        b"".join(b"data: %d\n\n" % number for number in range(5)),
+    )
     # The Unix socket needs none.
     assert said(served.connect_locally())["wsgi.url_scheme"] == "http"
 
@@ -132,7 +138,10 @@ def test_files_are_looked_at_no_more_than_once_a_second(serve, issue, greet):
     served = serve(Certificate(*issue()))
     first = greet(served.connect()).getpeercert()["serialNumber"]
     issue()
-    until(lambda: greet(served.connect()).getpeercert()["serialNumber"] != first, what="the new certificate")
+    until(
+        lambda: greet(served.connect()).getpeercert()["serialNumber"] != first,
+        what="the new certificate",
+    )
 
 
 def test_a_pair_that_cannot_be_used_is_told_once_and_the_one_before_goes_on(issue, monkeypatch):
@@ -161,12 +170,16 @@ def test_what_cannot_be_used_at_boot_is_refused_in_one_line(issue, authority, tm
     with pytest.raises(SettingsError, match="they do not belong together"):
         Certificate(cert, other)
     secret = serialization.load_pem_private_key(key.read_bytes(), None).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.BestAvailableEncryption(b"word")
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.BestAvailableEncryption(b"word"),
     )
     other.write_bytes(secret)
     with pytest.raises(SettingsError, match=r"\(LABKEEPER_KEY_FILE\): it is encrypted"):
         Certificate(cert, other)
-    with pytest.raises(SettingsError, match=r"cannot read the file .*absent.pem \(LABKEEPER_LAB_CERT_FILE\)"):
+    with pytest.raises(
+        SettingsError, match=r"cannot read the file .*absent.pem \(LABKEEPER_LAB_CERT_FILE\)"
+    ):
         tls.load(tmp_path / "absent.pem", key, prefix="LABKEEPER_LAB_")
     with pytest.raises(SettingsError, match="must be PEM"):
         Certificate(key, cert)
@@ -215,7 +228,9 @@ def fill(connection):
             sent = 0
 
 
-def test_a_handshake_that_does_not_fit_into_the_buffers_goes_on_when_its_caller_reads(serve, issue, authority):
+def test_a_handshake_that_does_not_fit_into_the_buffers_goes_on_when_its_caller_reads(
+    serve, issue, authority
+):
     cert, key = issue()
     cert.write_bytes(cert.read_bytes() + authority.cert_pem.bytes() * 100)
     served = serve(Certificate(cert, key))
@@ -231,7 +246,12 @@ def test_a_handshake_that_does_not_fit_into_the_buffers_goes_on_when_its_caller_
         with pytest.raises(ssl.SSLWantReadError):
             caller.do_handshake()
         plain.sendall(outgoing.read())
-        until(lambda: any(one._tls.wants_write for one in served.server._doors[0].active_channels.values()), what="full")
+        until(
+            lambda: any(
+                one._tls.wants_write for one in served.server._doors[0].active_channels.values()
+            ),
+            what="full",
+        )
         greeted = False
         while not greeted:
             incoming.write(plain.recv(65536))

@@ -101,7 +101,9 @@ def test_threads_that_have_no_work_are_used_again(threads):
     assert len(threads.threads) == _FIRST_THREADS
 
 
-def test_where_no_more_can_be_had_it_is_said_once_and_the_rest_goes_on(threads, work, fits, monkeypatch):
+def test_where_no_more_can_be_had_it_is_said_once_and_the_rest_goes_on(
+    threads, work, fits, monkeypatch
+):
     threads.begin()
     with monkeypatch.context() as none_left, structlog.testing.capture_logs() as log:
         none_left.setattr(threading.Thread, "start", out_of_threads)
@@ -179,7 +181,9 @@ def test_a_connection_that_outlives_its_process_names_nobody(serve):
     )
     with ours, its:
         child = subprocess.Popen(
-            [sys.executable, "-c", code, str(served.door), str(its.fileno())], pass_fds=[its.fileno()], stdin=subprocess.PIPE
+            [sys.executable, "-c", code, str(served.door), str(its.fileno())],
+            pass_fds=[its.fileno()],
+            stdin=subprocess.PIPE,
         )
         ((descriptor,), uid) = socket.recv_fds(ours, 1, 1)[1], os.getuid()
     with socket.socket(fileno=descriptor) as connection:
@@ -206,7 +210,12 @@ def test_whoever_is_answered_keeps_the_place(serve, few_places):
     asked = [served.connect() for _ in range(few_places - 1)]
     for connection in asked:
         connection.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
-    until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()) and served.inside == few_places - 1)
+    until(
+        lambda: (
+            all(c.requests for c in served.server._doors[0].active_channels.values())
+            and served.inside == few_places - 1
+        )
+    )
     last = served.connect()
     served.settle(few_places)
     for _ in range(3):
@@ -324,12 +333,17 @@ def ask_much(served, count, path, *, by=""):
     crowd = [served.connect_locally() if by == "socket" else served.connect() for _ in range(count)]
     for connection in crowd:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 40)
-    until(lambda: sum(bool(channel.total_outbufs_len) for channel in channels(served)) == count, what="all are answered")
+    until(
+        lambda: sum(bool(channel.total_outbufs_len) for channel in channels(served)) == count,
+        what="all are answered",
+    )
     return crowd
 
 
 def channels(served):
-    return [channel for door in served.server._doors for channel in list(door.active_channels.values())]
+    return [
+        channel for door in served.server._doors for channel in list(door.active_channels.values())
+    ]
 
 
 @pytest.mark.parametrize("by", ["port", "socket"])
@@ -349,7 +363,9 @@ def test_who_reads_in_the_end_gets_all_that_may_be_asked_for_ahead(serve):
     with connection.makefile("rb") as stream:
         _, *answers = stream.read().split(b"HTTP/1.1 200 OK\r\n")
     assert [len(answer.partition(b"\r\n\r\n")[2]) for answer in answers] == [FILE] * wsgi._AHEAD
-    assert [b"Connection: close" in answer for answer in answers] == [False] * (wsgi._AHEAD - 1) + [True]
+    assert [b"Connection: close" in answer for answer in answers] == [False] * (wsgi._AHEAD - 1) + [
+        True
+    ]
 
 
 def test_thousands_of_requests_at_once_are_not_kept(serve):
@@ -358,7 +374,14 @@ def test_thousands_of_requests_at_once_are_not_kept(serve):
     connection = served.connect()
     connection.sendall(b"GET /hold HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 1500)
     until(
-        lambda: [channel.requests[-1].headers.get("CONNECTION") for channel in channels(served) if channel.requests] == ["close"]
+        lambda: (
+            [
+                channel.requests[-1].headers.get("CONNECTION")
+                for channel in channels(served)
+                if channel.requests
+            ]
+            == ["close"]
+        )
     )
     assert len(channels(served)[0].requests) == wsgi._AHEAD
 
@@ -510,7 +533,9 @@ def test_a_length_that_can_be_read_in_two_ways_is_refused(serve, headers):
 
 
 def test_chunks_in_an_old_version_of_the_protocol_are_refused(serve):
-    status, _, rest = sends(serve(), "POST / HTTP/1.0", "Transfer-Encoding: chunked", body=b"0\r\n\r\n")
+    status, _, rest = sends(
+        serve(), "POST / HTTP/1.0", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
+    )
     assert (status, json.loads(rest)["code"]) == (400, "bad_request")
 
 
@@ -567,7 +592,13 @@ def begin_body(served, *headers, chunked=False):
     size = f"{BODY:x}\r\n" if chunked else ""
     head = "\r\n".join(["POST / HTTP/1.1", "Host: x", length, *headers, "", size])
     connection.sendall(head.encode() + b"x" * (BODY - 1))
-    until(lambda: any(body_of(channel) >= BODY - 1 for channel in channels(served) if channel.addr[1] == port_of(connection)))
+    until(
+        lambda: any(
+            body_of(channel) >= BODY - 1
+            for channel in channels(served)
+            if channel.addr[1] == port_of(connection)
+        )
+    )
     return connection
 
 
@@ -589,14 +620,23 @@ def end_body(connection, *, chunked=False):
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 def test_the_body_of_who_is_not_known_is_read_and_not_kept(serve, chunked):
     served = serve(knows=know_the_right_one)
-    unknown = [begin_body(served, *proof, chunked=chunked) for proof in ([], ["Authorization: wrong"])]
+    unknown = [
+        begin_body(served, *proof, chunked=chunked) for proof in ([], ["Authorization: wrong"])
+    ]
     known = begin_body(served, "Authorization: right", chunked=chunked)
-    assert [len(channel.request.body_rcv.getbuf()) for channel in channels(served)] == [0, 0, BODY - 1]
+    assert [len(channel.request.body_rcv.getbuf()) for channel in channels(served)] == [
+        0,
+        0,
+        BODY - 1,
+    ]
     for connection in unknown:
         told = end_body(connection, chunked=chunked)
         assert (told["unread"], told["size"]) == (True, 0)
         # The connection goes on behind it.
-        assert said(connection, headers=["Authorization: right"], method="POST", body=b"abc")["size"] == 3
+        assert (
+            said(connection, headers=["Authorization: right"], method="POST", body=b"abc")["size"]
+            == 3
+        )
     told = end_body(known, chunked=chunked)
     assert (told["unread"], told["size"]) == (False, BODY)
     # Over the Unix socket it is the peer who is known.
@@ -605,9 +645,14 @@ def test_the_body_of_who_is_not_known_is_read_and_not_kept(serve, chunked):
 
 def test_who_is_not_known_is_answered_before_a_body_that_waits_for_a_word(serve):
     served = serve(knows=know_the_right_one)
-    for proof, status in ("Authorization: right", b"100 Continue"), ("Authorization: wrong", b"200 OK"):
+    for proof, status in (
+        ("Authorization: right", b"100 Continue"),
+        ("Authorization: wrong", b"200 OK"),
+    ):
         connection = served.connect()
-        connection.sendall(f"POST / HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n{proof}\r\n\r\n".encode())
+        connection.sendall(
+            f"POST / HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n{proof}\r\n\r\n".encode()
+        )
         with connection.makefile("rb") as stream:
             assert stream.readline() == b"HTTP/1.1 %s\r\n" % status
             if status != b"100 Continue":

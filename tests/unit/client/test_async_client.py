@@ -28,14 +28,21 @@ def url(tmp_path):
 
 
 def methods(client):
-    return {name: member for name, member in vars(client).items() if not name.startswith("_") and callable(member)}
+    return {
+        name: member
+        for name, member in vars(client).items()
+        if not name.startswith("_") and callable(member)
+    }
 
 
 def test_it_has_the_methods_of_the_other_one():
     ours, theirs = methods(AsyncClient), methods(Client)
     assert ours.keys() == theirs.keys()
     for name, member in ours.items():
-        assert inspect.signature(member).parameters.keys() == inspect.signature(theirs[name]).parameters.keys()
+        assert (
+            inspect.signature(member).parameters.keys()
+            == inspect.signature(theirs[name]).parameters.keys()
+        )
         assert inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
 
 
@@ -51,7 +58,9 @@ def test_a_server_lives_through_its_methods(url):
             assert (await client.stop("a")).state is State.STOPPED
             rest = [line async for line in follower]
             assert [first, *rest] == (await client.logs("a")).splitlines()
-            assert [event.server async for event in _some(client.follow_events("a", after=0), 2)] == ["a", "a"]
+            assert [
+                event.server async for event in _some(client.follow_events("a", after=0), 2)
+            ] == ["a", "a"]
             await client.delete("a")
             with pytest.raises(ServerNotFound):
                 await client.get("a")
@@ -101,7 +110,9 @@ def test_errors_are_those_of_the_other_client():
 
 
 def test_what_is_no_stream_is_an_error_too():
-    transport = httpx.MockTransport(lambda _: httpx.Response(404, json={"code": "server_not_found", "detail": "cannot find it"}))
+    transport = httpx.MockTransport(
+        lambda _: httpx.Response(404, json={"code": "server_not_found", "detail": "cannot find it"})
+    )
 
     async def follow():
         async with AsyncClient("http://keeper", transport=transport) as client:

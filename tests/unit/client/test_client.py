@@ -102,9 +102,17 @@ def answering(answer):
 def test_a_server_lives_through_all_methods(client, tmp_path):
     """Each verb of the API is one method, and its answer says where the server stands."""
     made = client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"})
-    assert (made.state, made.goal, made.name, made.labels) == (State.RUNNING, Goal.UP, "demo", {"team": "blue"})
+    assert (made.state, made.goal, made.name, made.labels) == (
+        State.RUNNING,
+        Goal.UP,
+        "demo",
+        {"team": "blue"},
+    )
     assert made.lab_url.endswith(f"/lab?token={made.token}")
-    assert client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"}).generation == made.generation
+    assert (
+        client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"}).generation
+        == made.generation
+    )
     stopped = client.stop("demo")
     assert (stopped.state, stopped.stop_report.method) == (State.STOPPED, "shutdown")
     assert client.start("demo").generation > made.generation
@@ -140,10 +148,14 @@ def test_a_spec_may_be_the_model_of_the_request(client):
 
 
 def test_fields_go_over_those_of_the_request_also_within_the_gateway(client):
-    server = client.create({"gateway": {"url": "http://one:1", "required": False}}, gateway_url="http://two:2")
+    server = client.create(
+        {"gateway": {"url": "http://one:1", "required": False}}, gateway_url="http://two:2"
+    )
     assert (server.gateway.url, server.gateway.required) == ("http://two:2", False)
     with pytest.raises(InvalidSpec, match=r"gateway_url: is gateway\.url by another name"):
-        client.create({"gateway": {"url": "http://one:1"}, "gateway-url": "http://one:1"}, labels={})
+        client.create(
+            {"gateway": {"url": "http://one:1"}, "gateway-url": "http://one:1"}, labels={}
+        )
 
 
 def test_no_wait_answers_while_the_server_is_starting(running):
@@ -164,7 +176,11 @@ def test_lists_go_over_all_pages(running, client, tmp_path):
 
     def one_by_one(request):
         asked.append(request)
-        return real.handle_request(httpx.Request("GET", request.url.copy_merge_params({"limit": 1}), headers=request.headers))
+        return real.handle_request(
+            httpx.Request(
+                "GET", request.url.copy_merge_params({"limit": 1}), headers=request.headers
+            )
+        )
 
     with Client(URL, token=TOKEN, transport=Recorder(one_by_one)) as small:
         assert [server.name for server in small.list()] == ["a", "b", "c"]
@@ -189,7 +205,9 @@ def test_logs_are_text_and_can_be_followed_to_the_end(running, client):
 
 def test_following_copes_with_pieces_and_a_last_line_without_end():
     """Lines come out whole however the network cuts them."""
-    with answering(httpx.Response(200, content=iter([b"on", b"e\ntwo\n", b"", b"thr", b"ee"]))) as client:
+    with answering(
+        httpx.Response(200, content=iter([b"on", b"e\ntwo\n", b"", b"thr", b"ee"]))
+    ) as client:
         assert list(client.follow("x")) == ["one", "two", "three"]
 
 
@@ -206,7 +224,9 @@ def test_kernels_are_typed(running, client):
     """Kernels come as the API tells them."""
     running.probe.kernels_there = (Kernel("1", "python3", "idle", "2026-01-01T00:00:00Z"),)
     client.create()
-    assert [(kernel.id, kernel.execution_state) for kernel in client.kernels("default")] == [("1", "idle")]
+    assert [(kernel.id, kernel.execution_state) for kernel in client.kernels("default")] == [
+        ("1", "idle")
+    ]
     client.stop("default")
     with pytest.raises(Conflict):
         client.kernels("default")
@@ -268,7 +288,12 @@ def test_every_route_has_a_method(running):
 @pytest.mark.parametrize("cls", problems.STATUS, ids=lambda cls: cls.__name__)
 def test_errors_come_back_as_they_were_raised(running, cls):
     """What a handler raises is what the client raises: class, message and details."""
-    details = {"name": "demo", "errors": [{"field": "a", "rule": "b"}], "exit": {"code": 1, "signal": None}, "log_tail": ["last"]}
+    details = {
+        "name": "demo",
+        "errors": [{"field": "a", "rule": "b"}],
+        "exit": {"code": 1, "signal": None},
+        "log_tail": ["last"],
+    }
 
     def fail(*_):
         raise cls("cannot do it: zażółć", **details)
@@ -297,7 +322,10 @@ def test_a_failed_start_carries_its_last_log_lines(running):
     )
     with pytest.raises(StartFailed, match="port taken") as caught:
         running.client.create()
-    assert (caught.value.details["failure_class"], caught.value.details["log_tail"]) == ("port-in-use", ["bind"])
+    assert (caught.value.details["failure_class"], caught.value.details["log_tail"]) == (
+        "port-in-use",
+        ["bind"],
+    )
 
 
 def test_mistakes_in_a_request_are_named(client):
@@ -319,15 +347,35 @@ def test_a_wrong_token_is_told_apart(running):
 
 @pytest.mark.parametrize(
     ("status", "code", "cls"),
-    [(418, "im_a_teapot", RequestError), (500, "internal_error", LabkeeperError), (400, "unreachable", RequestError)],
+    [
+        (418, "im_a_teapot", RequestError),
+        (500, "internal_error", LabkeeperError),
+        (400, "unreachable", RequestError),
+    ],
 )
 def test_codes_that_are_no_class_become_the_nearest_base(status, code, cls):
     """A code that this client does not know, or that no keeper may use, still gives one of our errors, with all that was said."""
-    body = {"status": status, "detail": "no", "code": code, "request_id": "r1", "message": "more", "self": 1}
-    with answering(httpx.Response(status, json=body)) as client, pytest.raises(LabkeeperError, match=r"^no$") as caught:
+    body = {
+        "status": status,
+        "detail": "no",
+        "code": code,
+        "request_id": "r1",
+        "message": "more",
+        "self": 1,
+    }
+    with (
+        answering(httpx.Response(status, json=body)) as client,
+        pytest.raises(LabkeeperError, match=r"^no$") as caught,
+    ):
         client.get("x")
     assert type(caught.value) is cls
-    assert caught.value.details == {"message": "more", "self": 1, "code": code, "status": status, "request_id": "r1"}
+    assert caught.value.details == {
+        "message": "more",
+        "self": 1,
+        "code": code,
+        "status": status,
+        "request_id": "r1",
+    }
 
 
 @pytest.mark.parametrize(
@@ -346,11 +394,16 @@ def test_codes_that_are_no_class_become_the_nearest_base(status, code, cls):
 )
 def test_what_is_no_keepers_answer_is_a_bad_answer(answer):
     """HTML of a proxy, redirects, other JSON: BadAnswer, which names the address and the status."""
-    with answering(answer) as client, pytest.raises(BadAnswer, match=r"http://keeper/api/servers/x.*is it a keeper"):
+    with (
+        answering(answer) as client,
+        pytest.raises(BadAnswer, match=r"http://keeper/api/servers/x.*is it a keeper"),
+    ):
         client.get("x")
 
 
-@pytest.mark.parametrize("body", [{"name": "jupyter", "version": "1"}, {"version": "1"}, {"name": "labkeeper"}])
+@pytest.mark.parametrize(
+    "body", [{"name": "jupyter", "version": "1"}, {"version": "1"}, {"name": "labkeeper"}]
+)
 def test_a_stranger_is_not_taken_for_a_keeper(body):
     """Something else that has a version is no keeper."""
     with answering(httpx.Response(200, json=body)) as client, pytest.raises(BadAnswer):
@@ -366,7 +419,12 @@ def foreign_errors():
         waiting.extend(cls.__subclasses__())
         if cls is httpx.HTTPStatusError:
             made[cls] = cls("x", request=request, response=httpx.Response(500, request=request))
-        elif cls in {httpx.StreamConsumed, httpx.StreamClosed, httpx.ResponseNotRead, httpx.RequestNotRead}:
+        elif cls in {
+            httpx.StreamConsumed,
+            httpx.StreamClosed,
+            httpx.ResponseNotRead,
+            httpx.RequestNotRead,
+        }:
             made[cls] = cls()
         else:
             made[cls] = cls("it broke")
@@ -389,8 +447,14 @@ def test_no_exception_of_httpx_escapes(error):
 
     for answer in (fail, fail_later):
         with answering(answer) as client:
-            for use in (client.get, client.logs, lambda name, client=client: list(client.follow(name))):
-                with pytest.raises((Unreachable, BadAnswer), match=r"(at|of) http://keeper") as caught:
+            for use in (
+                client.get,
+                client.logs,
+                lambda name, client=client: list(client.follow(name)),
+            ):
+                with pytest.raises(
+                    (Unreachable, BadAnswer), match=r"(at|of) http://keeper"
+                ) as caught:
                     use("x")
                 assert caught.value.__cause__ is error
 
@@ -431,11 +495,16 @@ LOOP = {}
 LOOP["again"] = LOOP
 
 
-@pytest.mark.parametrize("fields", [{"env": {"A": object()}}, {"port": float("nan")}, {"env": LOOP}])
+@pytest.mark.parametrize(
+    "fields", [{"env": {"A": object()}}, {"port": float("nan")}, {"env": LOOP}]
+)
 def test_fields_that_are_no_json_are_refused_here(fields):
     """What cannot be written as JSON is InvalidSpec, before anything is sent."""
     recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
-    with Client(URL, transport=recorder) as client, pytest.raises(InvalidSpec, match="cannot send the request"):
+    with (
+        Client(URL, transport=recorder) as client,
+        pytest.raises(InvalidSpec, match="cannot send the request"),
+    ):
         client.create(fields)
     assert recorder.requests == []
 
@@ -475,7 +544,12 @@ def test_reading_is_more_patient_than_the_keeper_waits(use, longest):
     recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
     with Client(URL, transport=recorder, timeout=5) as client:
         use(client)
-    assert recorder.requests[0].extensions["timeout"] == {"connect": 5, "read": longest, "write": 5, "pool": 5}
+    assert recorder.requests[0].extensions["timeout"] == {
+        "connect": 5,
+        "read": longest,
+        "write": 5,
+        "pool": 5,
+    }
 
 
 def test_a_base_url_may_have_a_path():
@@ -521,16 +595,26 @@ def test_the_environments_proxy_never_sees_a_token(url, monkeypatch):
 
 def test_answers_of_a_newer_keeper_are_understood():
     """New fields are kept and new states are text: an old client goes on working."""
-    with answering(httpx.Response(200, json=as_json(a_server()) | {"state": "paused", "colour": "blue"})) as client:
+    with answering(
+        httpx.Response(200, json=as_json(a_server()) | {"state": "paused", "colour": "blue"})
+    ) as client:
         server = client.get("x")
-    assert (server.state, server.colour, server.model_dump(mode="json")["colour"]) == ("paused", "blue", "blue")
+    assert (server.state, server.colour, server.model_dump(mode="json")["colour"]) == (
+        "paused",
+        "blue",
+        "blue",
+    )
 
 
 def test_the_json_of_a_server_is_that_of_the_api(running, client):
     """Nothing is lost or renamed between the API's answer and `model_dump`."""
     client.create(labels={"a": "b"})
     client.stop("default")
-    api = running.app.test_client().get("/api/servers/default", headers={"Authorization": f"Bearer {TOKEN}"}).get_json()
+    api = (
+        running.app.test_client()
+        .get("/api/servers/default", headers={"Authorization": f"Bearer {TOKEN}"})
+        .get_json()
+    )
     ours = client.get("default").model_dump(mode="json")
     assert ours == api
     assert list(ours) == list(api)
@@ -544,7 +628,9 @@ ENUMERATIONS = [
 ]
 
 
-@pytest.mark.parametrize(("model", "name", "kind"), ENUMERATIONS, ids=lambda one: getattr(one, "__name__", str(one)))
+@pytest.mark.parametrize(
+    ("model", "name", "kind"), ENUMERATIONS, ids=lambda one: getattr(one, "__name__", str(one))
+)
 def test_a_value_of_a_newer_enumeration_is_kept(model, name, kind):
     """It compares and prints as its text, and is none of the members; what this keeper itself writes has to be one."""
     adapter = TypeAdapter(Annotated[kind, *model.model_fields[name].metadata])
@@ -556,7 +642,16 @@ def test_a_value_of_a_newer_enumeration_is_kept(model, name, kind):
 
 
 def test_there_are_enumerations_to_be_tolerant_of():
-    assert {kind for _, _, kind in ENUMERATIONS} >= {State, Goal, CullState, HistoryKind, FailureClass, StopMethod, Scope, Rule}
+    assert {kind for _, _, kind in ENUMERATIONS} >= {
+        State,
+        Goal,
+        CullState,
+        HistoryKind,
+        FailureClass,
+        StopMethod,
+        Scope,
+        Rule,
+    }
 
 
 def test_secrets_are_not_in_the_repr():

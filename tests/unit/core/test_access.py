@@ -46,7 +46,9 @@ def test_limits_cover_a_server_when_all_of_them_do(limits, held):
 
 
 def test_what_is_not_allowed_names_the_scope_that_is():
-    with pytest.raises(NotAllowed, match="that needs the scope 'admin', and yours is 'read'") as caught:
+    with pytest.raises(
+        NotAllowed, match="that needs the scope 'admin', and yours is 'read'"
+    ) as caught:
         Caller("token:t", Scope.READ).needs(Scope.ADMIN, "do it", variable="X")
     assert caught.value.details == {"scope": "admin", "variable": "X"}
     with pytest.raises(NotAllowed, match="limited to some"):
@@ -59,8 +61,16 @@ def test_whom_a_server_runs_as():
     """Only an admin chooses freely; a token for some users chooses among them, and the first one is its default."""
     manager = Caller("token:t", Scope.MANAGE)
     limited = Caller("token:t", Scope.MANAGE, TokenLimits(users=("ada", "bob")))
-    assert [manager.user(None), manager.user(None, "lab"), manager.user("lab", "lab")] == [None, "lab", "lab"]
-    assert [limited.user(None, "lab"), limited.user("bob", "lab"), ANYBODY.user("eve", "lab")] == ["ada", "bob", "eve"]
+    assert [manager.user(None), manager.user(None, "lab"), manager.user("lab", "lab")] == [
+        None,
+        "lab",
+        "lab",
+    ]
+    assert [limited.user(None, "lab"), limited.user("bob", "lab"), ANYBODY.user("eve", "lab")] == [
+        "ada",
+        "bob",
+        "eve",
+    ]
     for caller, asked in ((manager, "eve"), (limited, "lab")):
         with pytest.raises(NotAllowed, match=f"as user '{asked}'"):
             caller.user(asked, "lab")

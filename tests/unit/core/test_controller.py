@@ -8,7 +8,17 @@ import pytest
 
 from labkeeper.core.controller import Budget, Controller, Policy
 from labkeeper.core.lifecycle import Action, Event, Goal, State
-from labkeeper.core.messages import Ended, GatewaySeen, Gone, Ready, Refused, Report, Seen, Unreachable, Vetoed
+from labkeeper.core.messages import (
+    Ended,
+    GatewaySeen,
+    Gone,
+    Ready,
+    Refused,
+    Report,
+    Seen,
+    Unreachable,
+    Vetoed,
+)
 from labkeeper.core.server import (
     Exit,
     Failure,
@@ -26,7 +36,12 @@ from labkeeper.testing.world import FakeProcess
 
 PROCESS = FakeProcess(a_spec("lab"), generation=1, pid=7, port=8888)
 ENDPOINT, INSTANCE = PROCESS.endpoint, PROCESS.instance
-OOPS = Failure(FailureClass.IMPORT_ERROR, "no module named jupyterlab", Exit(code=1), ("Traceback", "ImportError"))
+OOPS = Failure(
+    FailureClass.IMPORT_ERROR,
+    "no module named jupyterlab",
+    Exit(code=1),
+    ("Traceback", "ImportError"),
+)
 CRASH = Ended(Exit(code=1), failure=OOPS)
 POLICY = Policy()
 
@@ -34,7 +49,10 @@ POLICY = Policy()
 def report(controller, fact):
     """Of this launch; what only an observation finds out is of one."""
     return Report(
-        ServerName("lab"), controller.snapshot.generation, fact, observation=isinstance(fact, Seen | Gone | Unreachable)
+        ServerName("lab"),
+        controller.snapshot.generation,
+        fact,
+        observation=isinstance(fact, Seen | Gone | Unreachable),
     )
 
 
@@ -58,7 +76,9 @@ class Bench:
 
     def order(self, *events):
         """Give commands; tell the actions that they led to."""
-        return [job.action for event in events for job in self.commit(self.controller.plan(event)).jobs]
+        return [
+            job.action for event in events for job in self.commit(self.controller.plan(event)).jobs
+        ]
 
     def commit(self, decision):
         self.controller = decision.after
@@ -66,7 +86,10 @@ class Bench:
 
     def recover(self):
         """Take up what an earlier keeper left; tell the actions that this led to."""
-        return [job.action for job in self.commit(Controller.recovered(self.saved, self.policy, self.clock)).jobs]
+        return [
+            job.action
+            for job in self.commit(Controller.recovered(self.saved, self.policy, self.clock)).jobs
+        ]
 
     def receive(self, *facts):
         """Report facts; tell the actions that they led to."""
@@ -120,7 +143,11 @@ def test_since_is_when_the_state_began():
     began = bench.clock.time()
     bench.clock.advance(1)
     bench.order(Event.DELETE)
-    assert (bench.state, bench.snapshot.goal, bench.snapshot.since) == (State.STOPPING, Goal.ABSENT, began)
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.since) == (
+        State.STOPPING,
+        Goal.ABSENT,
+        began,
+    )
 
 
 # Restart budget
@@ -208,10 +235,20 @@ def test_the_start_timeout_is_the_cause_also_after_the_kill():
     bench.order(Event.START)
     assert bench.wait() == (POLICY.start_timeout, [Action.KILL])
     killed = Exit(signal="SIGKILL")
-    bench.receive(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
+    bench.receive(
+        Ended(
+            killed,
+            StopMethod.SIGKILL,
+            failure=Failure(FailureClass.KILLED, "killed", killed, ("last",)),
+        )
+    )
     failure = bench.snapshot.failure
     assert bench.state is State.FAILED
-    assert (failure.kind, failure.exit, failure.log_tail) == (FailureClass.START_TIMEOUT, killed, ("last",))
+    assert (failure.kind, failure.exit, failure.log_tail) == (
+        FailureClass.START_TIMEOUT,
+        killed,
+        ("last",),
+    )
     assert "60 s" in failure.message
 
 
@@ -224,7 +261,10 @@ def test_the_start_timeout_is_the_cause_also_without_last_words():
         bench.wait()
         assert bench.state is State.LOST
         bench.receive(fact)
-        assert (bench.state, bench.snapshot.failure.kind) == (State.FAILED, FailureClass.START_TIMEOUT)
+        assert (bench.state, bench.snapshot.failure.kind) == (
+            State.FAILED,
+            FailureClass.START_TIMEOUT,
+        )
         assert bench.snapshot.failure.exit == bench.snapshot.exit
 
 
@@ -236,7 +276,10 @@ def test_a_refused_launch_fails_with_the_reason_of_the_backend():
     assert (bench.state, bench.snapshot.failure, bench.snapshot.exit) == (State.FAILED, OOPS, None)
 
 
-@pytest.mark.parametrize(("kind", "then"), [(FailureClass.DISK_FULL, State.BACKOFF), (FailureClass.CONFIG_ERROR, State.FAILED)])
+@pytest.mark.parametrize(
+    ("kind", "then"),
+    [(FailureClass.DISK_FULL, State.BACKOFF), (FailureClass.CONFIG_ERROR, State.FAILED)],
+)
 def test_after_a_crash_a_full_disk_is_waited_for_and_no_other_refusal(kind, then):
     bench = Bench().run()
     bench.receive(CRASH)
@@ -261,8 +304,14 @@ def test_a_full_disk_is_not_waited_for_without_end():
 
 @pytest.mark.parametrize(("port", "then"), [(None, State.BACKOFF), (8888, State.FAILED)])
 def test_a_port_that_somebody_takes_first_is_given_up_only_where_it_was_asked_for(port, then):
-    taken = Ended(Exit(code=1), failure=Failure(FailureClass.PORT_IN_USE, "port 8888 is not available"))
-    bench = Bench(snapshot=Snapshot(a_spec("lab", port=port), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0))
+    taken = Ended(
+        Exit(code=1), failure=Failure(FailureClass.PORT_IN_USE, "port 8888 is not available")
+    )
+    bench = Bench(
+        snapshot=Snapshot(
+            a_spec("lab", port=port), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0
+        )
+    )
     bench.order(Event.START)
     bench.receive(taken)
     assert (bench.state, bench.snapshot.failure.kind) == (then, FailureClass.PORT_IN_USE)
@@ -284,7 +333,11 @@ def test_a_new_start_forgets_the_failure():
     bench.order(Event.START)
     bench.receive(CRASH)
     bench.order(Event.START)
-    assert (bench.snapshot.failure, bench.snapshot.exit, bench.snapshot.stop_report) == (None, None, None)
+    assert (bench.snapshot.failure, bench.snapshot.exit, bench.snapshot.stop_report) == (
+        None,
+        None,
+        None,
+    )
 
 
 def test_a_stopped_server_has_no_failure():
@@ -388,7 +441,11 @@ def test_why_it_was_lost_is_kept_until_it_is_found():
     bench.receive(Seen(answers=True))
     assert bench.state is State.STARTING
     bench.receive(Ready(ENDPOINT, INSTANCE))
-    assert (bench.state, bench.snapshot.failure, bench.snapshot.endpoint) == (State.RUNNING, None, ENDPOINT)
+    assert (bench.state, bench.snapshot.failure, bench.snapshot.endpoint) == (
+        State.RUNNING,
+        None,
+        ENDPOINT,
+    )
 
 
 def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
@@ -433,7 +490,11 @@ def test_an_end_without_being_asked_has_no_stop_report():
     """Who leaves by itself was not stopped."""
     bench = Bench().run()
     bench.receive(Ended(Exit(code=0)))
-    assert (bench.state, bench.snapshot.goal, bench.snapshot.stop_report) == (State.STOPPED, Goal.DOWN, None)
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.stop_report) == (
+        State.STOPPED,
+        Goal.DOWN,
+        None,
+    )
 
 
 def test_an_end_that_an_earlier_keeper_asked_for_took_unknown_time():
@@ -450,19 +511,29 @@ def test_a_restart_launches_when_the_end_is_proven():
     assert bench.order(Event.RESTART) == [Action.TERMINATE]
     assert bench.snapshot.goal is Goal.AGAIN
     assert bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN)) == [Action.LAUNCH]
-    assert (bench.state, bench.snapshot.goal, bench.snapshot.generation) == (State.STARTING, Goal.UP, 2)
+    assert (bench.state, bench.snapshot.goal, bench.snapshot.generation) == (
+        State.STARTING,
+        Goal.UP,
+        2,
+    )
     assert (bench.snapshot.stop_report, bench.snapshot.restarts) == (None, 0)
 
 
 # Recovery
 
 
-@pytest.mark.parametrize("state", [State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST])
+@pytest.mark.parametrize(
+    "state", [State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST]
+)
 def test_what_may_exist_is_lost_until_it_was_observed(state):
     """Whatever an earlier keeper said of it, nothing is done before the backend was asked."""
     bench = Bench(snapshot=saved(state, endpoint=ENDPOINT))
     assert bench.recover() == [Action.OBSERVE]
-    assert (bench.state, bench.snapshot.endpoint, bench.snapshot.generation) == (State.LOST, None, 3)
+    assert (bench.state, bench.snapshot.endpoint, bench.snapshot.generation) == (
+        State.LOST,
+        None,
+        3,
+    )
     bench.receive(Unreachable("the daemon is away"))
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
 
@@ -472,7 +543,9 @@ def test_an_observation_is_not_repeated_before_its_result_is_there():
     bench = Bench(snapshot=saved(State.RUNNING))
     assert bench.recover() == [Action.OBSERVE]
     assert bench.wait() == (POLICY.look_again, [])
-    bench.commit(bench.controller.plan_report(Report(ServerName("lab"), 3, Unreachable("of another call"))))
+    bench.commit(
+        bench.controller.plan_report(Report(ServerName("lab"), 3, Unreachable("of another call")))
+    )
     assert bench.wait() == (POLICY.look_again, [])
     bench.receive(Unreachable("of the observation"))
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
@@ -547,7 +620,9 @@ class GatewayBench(Bench):
     def __init__(self, **values):
         spec = replace(a_spec("lab"), gateway=GATEWAY)
         state, goal = values.pop("state", State.STOPPED), values.pop("goal", Goal.DOWN)
-        super().__init__(snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, generation=3, **values))
+        super().__init__(
+            snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, generation=3, **values)
+        )
         self.orphans = []
 
     def order(self, *events, revised=None):
@@ -574,8 +649,17 @@ def test_a_veto_ends_the_start_with_its_cause():
     bench.order(Event.START)
     assert [job.action for job in bench.receive(Vetoed(UNFIT))] == [Action.KILL]
     killed = Exit(signal="SIGKILL")
-    bench.receive(Ended(killed, StopMethod.SIGKILL, failure=Failure(FailureClass.KILLED, "killed", killed, ("last",))))
-    assert (bench.state, bench.snapshot.failure) == (State.FAILED, replace(UNFIT, exit=killed, log_tail=("last",)))
+    bench.receive(
+        Ended(
+            killed,
+            StopMethod.SIGKILL,
+            failure=Failure(FailureClass.KILLED, "killed", killed, ("last",)),
+        )
+    )
+    assert (bench.state, bench.snapshot.failure) == (
+        State.FAILED,
+        replace(UNFIT, exit=killed, log_tail=("last",)),
+    )
 
 
 def test_what_is_known_of_the_gateway_is_known_while_it_runs():
@@ -587,7 +671,11 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
     bench.receive(Ready(ENDPOINT, INSTANCE, gateway=well))
     assert bench.snapshot.gateway == well
     assert bench.receive(GatewaySeen(ill)) == []
-    assert (bench.state, bench.snapshot.gateway, bench.snapshot.failure) == (State.RUNNING, ill, None)
+    assert (bench.state, bench.snapshot.gateway, bench.snapshot.failure) == (
+        State.RUNNING,
+        ill,
+        None,
+    )
     bench.order(Event.STOP)
     assert bench.snapshot.gateway is None
     assert [ill.reachable, well.reachable] == [False, True]
@@ -596,7 +684,11 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
 def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.RESTART_KEEPING_KERNELS)
-    assert (job.action, job.keep_kernels, bench.snapshot.goal) == (Action.TERMINATE, True, Goal.RENEW)
+    assert (job.action, job.keep_kernels, bench.snapshot.goal) == (
+        Action.TERMINATE,
+        True,
+        Goal.RENEW,
+    )
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
     assert (job.action, job.kernels, job.generation) == (Action.LAUNCH, (K1, K2), 5)
     assert bench.kept == (K1, K2)
@@ -637,7 +729,9 @@ def test_kernels_that_wait_are_owed_when_nobody_wants_them(state, event):
     assert (bench.kept, bench.orphans) == ((), ["k1"])
 
 
-@pytest.mark.parametrize(("event", "keeps"), [(Event.STOP, False), (Event.KILL, False), (Event.DELETE, False)])
+@pytest.mark.parametrize(
+    ("event", "keeps"), [(Event.STOP, False), (Event.KILL, False), (Event.DELETE, False)]
+)
 def test_a_stop_owes_what_is_left_and_reports_it(event, keeps):
     bench = GatewayBench().run()
     (job,) = bench.order(event)
@@ -675,7 +769,9 @@ def test_a_debt_says_where_and_whose_the_kernel_is():
     bench.order(Event.STOP)
     end = Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,))
     decision = bench.controller.plan_report(report(bench.controller, end))
-    assert decision.orphans == (OrphanedKernel("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),)
+    assert decision.orphans == (
+        OrphanedKernel("k1", GATEWAY, bench.snapshot.name, bench.clock.time()),
+    )
 
 
 def test_a_revised_spec_holds_from_the_next_launch_on():

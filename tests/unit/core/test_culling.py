@@ -30,7 +30,12 @@ QUIET = Activity(0.0)
 
 
 def facts(activity=QUIET, **more):
-    return Facts(**({"limits": {IDLE: 7200.0}, "up_since": 0.0, "ready_at": 0.0, "activity": activity} | more))
+    return Facts(
+        **(
+            {"limits": {IDLE: 7200.0}, "up_since": 0.0, "ready_at": 0.0, "activity": activity}
+            | more
+        )
+    )
 
 
 def kernel(state="idle", at=0.0, connections=0):
@@ -43,16 +48,32 @@ def kernel(state="idle", at=0.0, connections=0):
         (QUIET, {}, ""),
         (Activity(0.0, (kernel("busy"),)), {}, "kernel k is busy"),
         (Activity(0.0, (kernel("busy"),)), {"cull_busy": True}, ""),
-        (Activity(0.0, (kernel("unknown"),)), {}, "kernel k does not tell its state, which counts as busy"),
+        (
+            Activity(0.0, (kernel("unknown"),)),
+            {},
+            "kernel k does not tell its state, which counts as busy",
+        ),
         (Activity(0.0, (kernel("starting"),)), {}, ""),
         (Activity(0.0, (kernel(connections=2),)), {}, ""),
-        (Activity(0.0, (kernel(connections=2),)), {"cull_connected": False}, "connection k 2 open to kernel k"),
+        (
+            Activity(0.0, (kernel(connections=2),)),
+            {"cull_connected": False},
+            "connection k 2 open to kernel k",
+        ),
         (Activity(0.0, (kernel(),)), {"cull_connected": False}, ""),
         (Activity(0.0, terminals=(TerminalUse("1", 0.0, "sleep"),)), {}, "terminal 1 runs sleep"),
         (Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)), {}, ""),
         (Activity(0.0, terminals=(TerminalUse("1", 0.0, None),)), {}, ""),
-        (Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)), {"terminals": Terminals.OPEN}, "terminal 1 is open"),
-        (Activity(0.0, terminals=(TerminalUse("1", 0.0, "sleep"),)), {"terminals": Terminals.IGNORE}, ""),
+        (
+            Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)),
+            {"terminals": Terminals.OPEN},
+            "terminal 1 is open",
+        ),
+        (
+            Activity(0.0, terminals=(TerminalUse("1", 0.0, "sleep"),)),
+            {"terminals": Terminals.IGNORE},
+            "",
+        ),
     ],
 )
 def test_what_is_use_by_each_policy(activity, policy, held):
@@ -60,7 +81,11 @@ def test_what_is_use_by_each_policy(activity, policy, held):
     assert verdict.state is (CullState.IN_USE if held else CullState.COUNTING)
     if held:
         assert verdict.reason == f"it is in use: {held}"
-        assert (verdict.next, verdict.outlooks[0].stops_at, verdict.outlooks[0].since) == (None, None, None)
+        assert (verdict.next, verdict.outlooks[0].stops_at, verdict.outlooks[0].since) == (
+            None,
+            None,
+            None,
+        )
     else:
         assert verdict.next.stops_at == 7200.0
 
@@ -112,8 +137,13 @@ def test_the_grace_counts_from_ready_and_is_none_of_max_age():
 
 def test_an_age_stops_also_what_is_in_use_or_does_not_answer():
     for activity in (None, Activity(0.0, (kernel("busy"),))):
-        verdict = decide(facts(activity, limits={IDLE: 10.0, AGE: 3600.0}), replace(POLICY, warning=0.0), 3700.0)
-        assert (verdict.state, verdict.reason) == (CullState.DUE, "max_age: it has run for 1 h 1 min")
+        verdict = decide(
+            facts(activity, limits={IDLE: 10.0, AGE: 3600.0}), replace(POLICY, warning=0.0), 3700.0
+        )
+        assert (verdict.state, verdict.reason) == (
+            CullState.DUE,
+            "max_age: it has run for 1 h 1 min",
+        )
 
 
 def test_what_cannot_be_known_counts_as_use_and_says_why():
@@ -143,7 +173,11 @@ def test_without_a_rule_it_is_off():
         (Activity(3.0), {}, (3.0, "its API")),
         (Activity(9.0, (kernel(at=9.0),)), {}, (9.0, "kernel k")),
         (Activity(9.0, (kernel(at=None),), (TerminalUse("1", 11.0),)), {}, (11.0, "terminal 1")),
-        (Activity(9.0, (), (TerminalUse("1", 11.0),)), {"terminals": Terminals.IGNORE}, (9.0, "its API")),
+        (
+            Activity(9.0, (), (TerminalUse("1", 11.0),)),
+            {"terminals": Terminals.IGNORE},
+            (9.0, "its API"),
+        ),
     ],
 )
 def test_the_last_use_is_named(activity, policy, used):
@@ -186,7 +220,11 @@ def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothin
     memory = ActivityHistory()
     seen = Activity(WALL - 60, (kernel(at=WALL - 50),), (TerminalUse("1", WALL - 40, ""),))
     first = memory.take(seen, now=100.0, wall=WALL)
-    assert (first.last_activity, first.kernels[0].last_activity, first.terminals[0].last_activity) == (40.0, 50.0, 60.0)
+    assert (
+        first.last_activity,
+        first.kernels[0].last_activity,
+        first.terminals[0].last_activity,
+    ) == (40.0, 50.0, 60.0)
     for jump in (86400.0, -86400.0):
         assert memory.take(seen, now=130.0, wall=WALL + jump) == first
 
@@ -207,7 +245,10 @@ def test_a_new_time_lies_between_two_looks_and_else_counts_from_the_later(at, wa
 
 
 def test_nothing_was_used_before_it_was_there():
-    assert ActivityHistory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity == 100.0
+    assert (
+        ActivityHistory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity
+        == 100.0
+    )
 
 
 # Laws
@@ -217,9 +258,17 @@ activities = st.none() | st.builds(
     Activity,
     st.none() | times,
     st.lists(
-        st.builds(KernelUse, st.just("k"), st.sampled_from(["idle", "busy", "unknown"]), st.none() | times, st.integers(0, 2))
+        st.builds(
+            KernelUse,
+            st.just("k"),
+            st.sampled_from(["idle", "busy", "unknown"]),
+            st.none() | times,
+            st.integers(0, 2),
+        )
     ).map(tuple),
-    st.lists(st.builds(TerminalUse, st.just("1"), times, st.sampled_from([None, "", "vi"]))).map(tuple),
+    st.lists(st.builds(TerminalUse, st.just("1"), times, st.sampled_from([None, "", "vi"]))).map(
+        tuple
+    ),
 )
 policies = st.builds(
     CullPolicy,
@@ -260,9 +309,14 @@ def test_none_is_due_that_was_not_warned_long_enough(known, policy, now):
 
 
 @given(many_facts, policies, st.floats(0, 2e5), st.floats(0, 1e5))
-def test_more_use_a_longer_grace_and_a_longer_snooze_never_bring_the_end_nearer(known, policy, now, more):
+def test_more_use_a_longer_grace_and_a_longer_snooze_never_bring_the_end_nearer(
+    known, policy, now, more
+):
     def ends(facts, policy):
-        return [math.inf if o.stops_at is None else o.stops_at for o in decide(facts, policy, now).outlooks]
+        return [
+            math.inf if o.stops_at is None else o.stops_at
+            for o in decide(facts, policy, now).outlooks
+        ]
 
     before = ends(known, policy)
     used = known.activity

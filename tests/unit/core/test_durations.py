@@ -27,7 +27,23 @@ def test_a_duration_is_seconds_or_a_text(given, seconds):
 
 
 @pytest.mark.parametrize(
-    "given", ["", " ", "h", "2x", "12h1d", "-1h", -1, float("nan"), float("inf"), True, None, [], "367d", "1e3"]
+    "given",
+    [
+        "",
+        " ",
+        "h",
+        "2x",
+        "12h1d",
+        "-1h",
+        -1,
+        float("nan"),
+        float("inf"),
+        True,
+        None,
+        [],
+        "367d",
+        "1e3",
+    ],
 )
 def test_what_is_no_duration_is_refused_with_the_rule(given):
     with pytest.raises(ValueError, match="must be seconds as a number, or a text such as '90m'"):

@@ -8,7 +8,9 @@ import re
 from labkeeper.core import errors
 from labkeeper.core.errors import LabkeeperError, tree
 
-CLASSES = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, LabkeeperError)]
+CLASSES = [
+    cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, LabkeeperError)
+]
 
 
 def drawn():

@@ -36,7 +36,15 @@ from labkeeper.core.messages import (
 from labkeeper.core.ports import Capacity, Reserve
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
 from labkeeper.core.spec import Gateway
-from labkeeper.testing.fakes import FakeClock, InlineExecutor, MemoryOrphans, MemoryStore, PassingPreflight, Recorder, a_spec
+from labkeeper.testing.fakes import (
+    FakeClock,
+    InlineExecutor,
+    MemoryOrphans,
+    MemoryStore,
+    PassingPreflight,
+    Recorder,
+    a_spec,
+)
 from labkeeper.testing.world import FakeBackend, World
 
 
@@ -117,7 +125,11 @@ def bench():
 def test_create_launches_and_tells_each_change(bench):
     """A new server goes from nothing to starting to running; listeners hear each change after it was stored."""
     reply = bench.create()
-    assert (reply.created, reply.snapshot.state, reply.snapshot.generation) == (True, State.STARTING, 1)
+    assert (reply.created, reply.snapshot.state, reply.snapshot.generation) == (
+        True,
+        State.STARTING,
+        1,
+    )
     assert bench.store.snapshots["lab"] == reply.snapshot
     bench.executor.run_all()
     assert bench.recorder.states("lab") == [State.STARTING, State.RUNNING]
@@ -151,7 +163,9 @@ def test_create_starts_a_stopped_server_again(bench):
     assert (reply.created, reply.snapshot.generation) == (True, 2)
 
 
-@pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE])
+@pytest.mark.parametrize(
+    "event", [Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE]
+)
 def test_a_command_to_nobody_is_not_found(bench, event):
     """A name that was never created has no commands."""
     with pytest.raises(ServerNotFound, match="cannot find server 'lab'"):
@@ -181,10 +195,18 @@ def test_a_start_during_a_stop_comes_up_again(bench):
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.STOP)
     reply = bench.order(Event.START)
-    assert (reply.created, reply.snapshot.goal, reply.snapshot.state) == (True, Goal.AGAIN, State.STOPPING)
+    assert (reply.created, reply.snapshot.goal, reply.snapshot.state) == (
+        True,
+        Goal.AGAIN,
+        State.STOPPING,
+    )
     assert bench.order(Event.START).created is False
     bench.wait()
-    assert (bench.state(), bench.last().generation, bench.last().goal) == (State.RUNNING, 2, Goal.UP)
+    assert (bench.state(), bench.last().generation, bench.last().goal) == (
+        State.RUNNING,
+        2,
+        Goal.UP,
+    )
 
 
 def test_restart_is_a_new_launch(bench):
@@ -328,7 +350,11 @@ def test_a_launch_that_cannot_be_stored_is_not_done(bench):
     bench.store.failing = True
     with pytest.raises(StoreError):
         bench.create()
-    assert (bench.executor.waiting, bench.recorder.changes, bench.fleet.next_deadline()) == ([], [], None)
+    assert (bench.executor.waiting, bench.recorder.changes, bench.fleet.next_deadline()) == (
+        [],
+        [],
+        None,
+    )
     bench.store.failing = False
     with pytest.raises(ServerNotFound):
         bench.order(Event.START)
@@ -384,7 +410,9 @@ def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
     bench.store.failing = True
     bench.wait()
     assert bench.state() is State.FAILED
-    assert bench.last().failure.message.startswith("cannot start server 'lab': cannot write the store")
+    assert bench.last().failure.message.startswith(
+        "cannot start server 'lab': cannot write the store"
+    )
     assert bench.world.launched == [("lab", 1)]
 
 
@@ -489,7 +517,11 @@ def test_the_next_keeper_takes_over_what_runs(bench, moment):
 
 def test_the_next_keeper_finds_how_it_ended(bench):
     """What ended between two keepers is settled by the observation: left, crashed, or gone unseen."""
-    for end, state in ((Exit(code=0), State.STOPPED), (Exit(code=1), State.BACKOFF), (None, State.BACKOFF)):
+    for end, state in (
+        (Exit(code=0), State.STOPPED),
+        (Exit(code=1), State.BACKOFF),
+        (None, State.BACKOFF),
+    ):
         bench = Bench().run()
         bench.backend.abandon()
         bench.world.crash("lab", end or Exit(code=1))
@@ -552,7 +584,9 @@ def test_a_job_calls_the_backend():
     heard = []
     backend = FakeBackend(heard.append)
     assert perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0) is None
-    assert perform(backend, PassingPreflight(), job(Action.OBSERVE), grace=1.0) == Seen(answers=True)
+    assert perform(backend, PassingPreflight(), job(Action.OBSERVE), grace=1.0) == Seen(
+        answers=True
+    )
     assert perform(backend, PassingPreflight(), job(Action.TERMINATE), grace=1.0) is None
     assert perform(backend, PassingPreflight(), job(Action.KILL), grace=1.0) is None
     assert perform(backend, PassingPreflight(), job(Action.NONE), grace=1.0) is None
@@ -562,13 +596,18 @@ def test_a_job_calls_the_backend():
 def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
     """The class and the last log lines of a refusal go into the failure."""
     backend = FakeBackend(list)
-    backend.world.temper("lab").refusal = BackendRefused("no", failure_class="port-in-use", log_tail=["a", "b"])
+    backend.world.temper("lab").refusal = BackendRefused(
+        "no", failure_class="port-in-use", log_tail=["a", "b"]
+    )
     fact = perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0)
     assert isinstance(fact, Refused)
     assert (fact.failure.kind, fact.failure.message) == (FailureClass.PORT_IN_USE, "no")
     assert fact.failure.log_tail == ("a", "b")
     backend.world.temper("lab").refusal = BackendRefused("no")
-    assert perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0).failure.kind is FailureClass.OTHER
+    assert (
+        perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0).failure.kind
+        is FailureClass.OTHER
+    )
 
 
 class Broken(FakeBackend):
@@ -580,7 +619,9 @@ class Broken(FakeBackend):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [BackendTimeout("why"), BackendUnavailable("why"), BackendRefused("why")])
+@pytest.mark.parametrize(
+    "error", [BackendTimeout("why"), BackendUnavailable("why"), BackendRefused("why")]
+)
 @pytest.mark.parametrize("action", [Action.TERMINATE, Action.KILL, Action.OBSERVE])
 def test_any_other_error_of_the_backend_means_unknown(action, error):
     """Only a launch can be refused; of anything else that fails the outcome is unknown."""
@@ -641,7 +682,9 @@ def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
 
 
 @pytest.mark.parametrize("rests", [State.STOPPED, State.QUEUED])
-def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_launched(bench, rests):
+def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_launched(
+    bench, rests
+):
     """The store is an older one."""
     bench.run("lab")
     (stray,) = bench.world.living("lab")
@@ -700,7 +743,9 @@ def test_the_gate_expects_each_launch_with_the_kernels_that_it_is_to_have(workin
 
 def test_what_a_stop_leaves_is_owed(working):
     working.order(Event.STOP, force=True)
-    assert [(orphan.kernel_id, orphan.gateway, orphan.server) for orphan in working.orphans.orphans] == [("k1", GATEWAY, "lab")]
+    assert [
+        (orphan.kernel_id, orphan.gateway, orphan.server) for orphan in working.orphans.orphans
+    ] == [("k1", GATEWAY, "lab")]
 
 
 def test_kernels_cannot_be_kept_where_they_end_with_their_server():
@@ -713,7 +758,9 @@ def test_kernels_cannot_be_kept_where_they_end_with_their_server():
 @pytest.mark.parametrize("gateway", [None, replace(GATEWAY, url="http://elsewhere")])
 def test_kernels_cannot_move_to_another_gateway(working, gateway):
     with pytest.raises(Conflict, match="another gateway"):
-        working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS, revised=with_gateway(gateway=gateway)))
+        working.fleet.step(
+            Order("lab", Event.RESTART_KEEPING_KERNELS, revised=with_gateway(gateway=gateway))
+        )
     # Without them it can.
     working.fleet.step(Order("lab", Event.RESTART, revised=with_gateway(gateway=gateway)))
     working.executor.run_all()
@@ -743,7 +790,9 @@ def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
 # Who did it
 
 
-def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_itself_is_not(bench):
+def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_itself_is_not(
+    bench,
+):
     """Each change names who set it off: the caller until the command has come about, then the keeper."""
     ada, bob = Origin("ada", "1"), Origin("bob", "2", "no more need")
     bench.fleet.step(Create(a_spec("lab"), ada))
@@ -778,10 +827,18 @@ def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
     bench.run("runs").run("rests")
     bench.order(Event.STOP, "rests")
     bench.world.capacity = Capacity(1000, 100)
-    for command in (Create(a_spec("new")), Order("rests", Event.START), Order("rests", Event.RESTART)):
+    for command in (
+        Create(a_spec("new")),
+        Order("rests", Event.START),
+        Order("rests", Event.RESTART),
+    ):
         with pytest.raises(CapacityReached, match="LABKEEPER_MIN_FREE_MEMORY") as caught:
             bench.fleet.step(command)
-        assert caught.value.details == {"retry_after": RETRY_AFTER, "available": 100, "reserve": reserve.of(1000)}
+        assert caught.value.details == {
+            "retry_after": RETRY_AFTER,
+            "available": 100,
+            "reserve": reserve.of(1000),
+        }
     assert bench.order(Event.START, "runs").created is False
     bench.order(Event.RESTART, "runs")
     assert bench.state("runs") is State.RUNNING
@@ -862,7 +919,9 @@ def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
         bench.create("second")
     bench.store.failing = False
     bench.executor.run_all()
-    assert [change.after.name for change in bench.recorder.changes if change.after.name == "second"] == []
+    assert [
+        change.after.name for change in bench.recorder.changes if change.after.name == "second"
+    ] == []
     bench.run("second")
 
 
@@ -877,7 +936,12 @@ def test_a_snooze_is_stored_and_told_and_changes_nothing_else(bench):
     reply = bench.fleet.step(Snooze("lab", 5.0, ada))
     assert reply.snapshot == bench.store.snapshots["lab"] == replace(before, snoozed_until=5.0)
     change = bench.recorder.changes[-1]
-    assert (change.event, change.before, change.after, change.origin) == (Event.SNOOZE, before, reply.snapshot, ada)
+    assert (change.event, change.before, change.after, change.origin) == (
+        Event.SNOOZE,
+        before,
+        reply.snapshot,
+        ada,
+    )
     bench.fleet.step(Order("lab", Event.RESTART))
     bench.executor.run_all()
     assert bench.store.snapshots["lab"].snoozed_until == 5.0

@@ -19,7 +19,15 @@ from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, Goal, State
 from labkeeper.core.messages import Create, Order, Tick
 from labkeeper.core.server import Exit, OwnKernel
 from labkeeper.core.spec import Gateway
-from labkeeper.testing.fakes import FakeClock, InlineExecutor, MemoryOrphans, MemoryStore, PassingPreflight, Recorder, a_spec
+from labkeeper.testing.fakes import (
+    FakeClock,
+    InlineExecutor,
+    MemoryOrphans,
+    MemoryStore,
+    PassingPreflight,
+    Recorder,
+    a_spec,
+)
 from labkeeper.testing.world import FakeBackend, Temper, World
 
 EVERY = ("one", "two", "three")
@@ -45,11 +53,15 @@ class HandingBackend(FakeBackend):
     def launch(self, spec, generation):
         launched = len(self.world.launched)
         # What is in the way of a launch ends unheard.
-        self.unknown |= {kernel.id for process in self.world.living(spec.name) for kernel in process.kernels}
+        self.unknown |= {
+            kernel.id for process in self.world.living(spec.name) for kernel in process.kernels
+        }
         try:
             super().launch(spec, generation)
         finally:
-            for process in self.world.living(spec.name) if len(self.world.launched) > launched else ():
+            for process in (
+                self.world.living(spec.name) if len(self.world.launched) > launched else ()
+            ):
                 process.kernels = self.preflight.begun[-1][2]
 
 
@@ -71,7 +83,9 @@ class FleetMachine(RuleBasedStateMachine):
 
     def begin(self):
         self.recorder = Recorder()
-        self.backend = HandingBackend(self.executor.receive, self.world, self.preflight, self.unknown)
+        self.backend = HandingBackend(
+            self.executor.receive, self.world, self.preflight, self.unknown
+        )
         self.fleet = Fleet(
             backend=self.backend,
             preflight=self.preflight,
@@ -129,7 +143,9 @@ class FleetMachine(RuleBasedStateMachine):
     @rule()
     def crash_keeper(self):
         self.store.failing = False
-        if self.fleet._deleted or any(controller.save_due is not None for controller in self.fleet._servers.values()):
+        if self.fleet._deleted or any(
+            controller.save_due is not None for controller in self.fleet._servers.values()
+        ):
             self.unknown |= set(self.kernels)
         self.executor.drop()
         self.backend.abandon()
@@ -137,13 +153,19 @@ class FleetMachine(RuleBasedStateMachine):
 
     # The world
 
-    @rule(name=NAMES, what=st.sampled_from(["boots", "obeys", "killable", "reachable", "answers_lost"]), on=st.booleans())
+    @rule(
+        name=NAMES,
+        what=st.sampled_from(["boots", "obeys", "killable", "reachable", "answers_lost"]),
+        on=st.booleans(),
+    )
     def change_temper(self, name, what, on):
         setattr(self.world.temper(name), what, on)
 
     @rule(name=NAMES, refuses=st.booleans())
     def change_mind(self, name, refuses):
-        self.world.temper(name).refusal = BackendRefused("cannot start: told to refuse") if refuses else None
+        self.world.temper(name).refusal = (
+            BackendRefused("cannot start: told to refuse") if refuses else None
+        )
 
     @rule(name=NAMES)
     def answer(self, name):
@@ -168,7 +190,9 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule()
     def forget_ends(self):
-        self.unknown |= {kernel.id for _, end in self.world.ends.values() for kernel in end.kernels_left}
+        self.unknown |= {
+            kernel.id for _, end in self.world.ends.values() for kernel in end.kernels_left
+        }
         self.world.ends.clear()
 
     # The laws
@@ -206,7 +230,11 @@ class FleetMachine(RuleBasedStateMachine):
         for change in self.recorder.changes:
             before = change.before
             if before is not None and change.after.generation > before.generation:
-                starting = [name for name, state in states.items() if state is State.STARTING and name != change.after.name]
+                starting = [
+                    name
+                    for name, state in states.items()
+                    if state is State.STARTING and name != change.after.name
+                ]
                 assert len(starting) < POLICY.max_starts
             states[change.after.name] = change.after.state
 
@@ -254,7 +282,9 @@ class FleetMachine(RuleBasedStateMachine):
             assert snapshot.state in AT_REST[snapshot.goal]
             living = self.world.living(snapshot.name)
             assert bool(living) == (snapshot.state is State.RUNNING)
-            assert [process.endpoint for process in living] == ([snapshot.endpoint] if living else [])
+            assert [process.endpoint for process in living] == (
+                [snapshot.endpoint] if living else []
+            )
             if snapshot.state is State.STOPPED:
                 assert snapshot.kernels_kept == ()
         assert {snapshot.name: snapshot for snapshot in self.known} == self.store.snapshots
@@ -262,7 +292,11 @@ class FleetMachine(RuleBasedStateMachine):
 
     def no_kernel_is_lost(self):
         """Each has a server, or waits for one, or is to be ended, or has been."""
-        accounted = {orphan.kernel_id for orphan in self.orphans.orphans} | self.world.kernels_ended | self.unknown
+        accounted = (
+            {orphan.kernel_id for orphan in self.orphans.orphans}
+            | self.world.kernels_ended
+            | self.unknown
+        )
         accounted |= {kernel.id for process in self.world.processes for kernel in process.kernels}
         accounted |= {kernel.id for snapshot in self.known for kernel in snapshot.kernels_kept}
         assert set(self.kernels) <= accounted

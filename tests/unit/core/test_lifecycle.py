@@ -6,7 +6,19 @@ from itertools import product
 
 import pytest
 
-from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, TABLE, Action, Event, Goal, Junction, State, Step, advance, aim
+from labkeeper.core.lifecycle import (
+    COMMANDS,
+    MAY_EXIST,
+    TABLE,
+    Action,
+    Event,
+    Goal,
+    Junction,
+    State,
+    Step,
+    advance,
+    aim,
+)
 
 
 def test_no_event_is_illegal_and_facts_never_move_the_goal():
@@ -59,7 +71,9 @@ def test_a_start_during_a_stop_means_once_more(goal):
     """START while stopping turns the goal to AGAIN; the end then leads to a launch, and the goal is up."""
     step = advance(State.STOPPING, goal, Event.START, may_retry=False)
     assert step in {None, Step(State.STOPPING, Goal.AGAIN)}
-    assert advance(State.STOPPING, Goal.AGAIN, Event.EXITED, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    assert advance(State.STOPPING, Goal.AGAIN, Event.EXITED, may_retry=False) == Step(
+        State.STARTING, Goal.UP, Action.LAUNCH
+    )
 
 
 def test_a_start_of_what_runs_changes_nothing():
@@ -70,7 +84,9 @@ def test_a_start_of_what_runs_changes_nothing():
 def test_a_stop_takes_back_a_restart():
     """The last command counts: STOP after RESTART leads to stopped."""
     assert aim(State.STOPPING, Goal.AGAIN, Event.STOP) is Goal.DOWN
-    assert advance(State.STOPPING, Goal.DOWN, Event.CRASHED, may_retry=True) == Step(State.STOPPED, Goal.DOWN)
+    assert advance(State.STOPPING, Goal.DOWN, Event.CRASHED, may_retry=True) == Step(
+        State.STOPPED, Goal.DOWN
+    )
 
 
 @pytest.mark.parametrize("event", [Event.STOP, Event.KILL])
@@ -82,21 +98,31 @@ def test_a_stop_does_not_take_back_a_deletion(event):
 @pytest.mark.parametrize(("may_retry", "state"), [(True, State.BACKOFF), (False, State.FAILED)])
 def test_a_crash_leads_to_backoff_while_there_is_budget(may_retry, state):
     """The restart budget alone decides between another launch and giving up."""
-    assert advance(State.RUNNING, Goal.UP, Event.CRASHED, may_retry=may_retry) == Step(state, Goal.UP)
+    assert advance(State.RUNNING, Goal.UP, Event.CRASHED, may_retry=may_retry) == Step(
+        state, Goal.UP
+    )
 
 
 def test_who_shuts_it_down_from_inside_is_not_contradicted():
     """EXITED while running turns the goal down."""
-    assert advance(State.RUNNING, Goal.UP, Event.EXITED, may_retry=True) == Step(State.STOPPED, Goal.DOWN)
-    assert advance(State.LOST, Goal.UP, Event.EXITED, may_retry=True) == Step(State.STOPPED, Goal.DOWN)
-    assert advance(State.LOST, Goal.AGAIN, Event.EXITED, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    assert advance(State.RUNNING, Goal.UP, Event.EXITED, may_retry=True) == Step(
+        State.STOPPED, Goal.DOWN
+    )
+    assert advance(State.LOST, Goal.UP, Event.EXITED, may_retry=True) == Step(
+        State.STOPPED, Goal.DOWN
+    )
+    assert advance(State.LOST, Goal.AGAIN, Event.EXITED, may_retry=False) == Step(
+        State.STARTING, Goal.UP, Action.LAUNCH
+    )
 
 
 @pytest.mark.parametrize("event", [Event.SEEN, Event.READY])
 @pytest.mark.parametrize("goal", [Goal.DOWN, Goal.AGAIN, Goal.ABSENT])
 def test_what_is_found_alive_but_unwanted_is_ended(event, goal):
     """RESUME and GREET ask to end what nobody wants."""
-    assert advance(State.LOST, goal, event, may_retry=True) == Step(State.STOPPING, goal, Action.TERMINATE)
+    assert advance(State.LOST, goal, event, may_retry=True) == Step(
+        State.STOPPING, goal, Action.TERMINATE
+    )
 
 
 def test_what_is_found_alive_and_wanted_is_taken_over():
@@ -107,13 +133,17 @@ def test_what_is_found_alive_and_wanted_is_taken_over():
 
 def test_what_survives_a_kill_is_lost_not_stopped():
     """The keeper never says "stopped" of what it could not end."""
-    assert advance(State.KILLING, Goal.DOWN, Event.DEADLINE, may_retry=True) == Step(State.LOST, Goal.DOWN, Action.OBSERVE)
+    assert advance(State.KILLING, Goal.DOWN, Event.DEADLINE, may_retry=True) == Step(
+        State.LOST, Goal.DOWN, Action.OBSERVE
+    )
 
 
 @pytest.mark.parametrize("event", [Event.START, Event.RESTART])
 def test_a_start_in_backoff_does_not_wait(event):
     """Who asks for it gets it now."""
-    assert advance(State.BACKOFF, Goal.UP, event, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    assert advance(State.BACKOFF, Goal.UP, event, may_retry=False) == Step(
+        State.STARTING, Goal.UP, Action.LAUNCH
+    )
 
 
 @pytest.mark.parametrize("goal", [Goal.UP, Goal.AGAIN, Goal.RENEW])
@@ -126,10 +156,15 @@ def test_every_launch_queues_where_no_place_is_free(goal):
             unhindered = advance(state, goal, event, may_retry=True)
             assert (step == unhindered) == (unhindered.action is not Action.LAUNCH)
             assert step.state is State.QUEUED or unhindered.action is not Action.LAUNCH
-    assert advance(State.QUEUED, Goal.UP, Event.ADMITTED, may_retry=False) == Step(State.STARTING, Goal.UP, Action.LAUNCH)
+    assert advance(State.QUEUED, Goal.UP, Event.ADMITTED, may_retry=False) == Step(
+        State.STARTING, Goal.UP, Action.LAUNCH
+    )
 
 
-@pytest.mark.parametrize(("event", "goal"), [(Event.STOP, Goal.DOWN), (Event.KILL, Goal.DOWN), (Event.DELETE, Goal.ABSENT)])
+@pytest.mark.parametrize(
+    ("event", "goal"),
+    [(Event.STOP, Goal.DOWN), (Event.KILL, Goal.DOWN), (Event.DELETE, Goal.ABSENT)],
+)
 def test_what_queues_is_stopped_at_once(event, goal):
     """Nothing of it exists, so nothing is to be ended."""
     assert advance(State.QUEUED, Goal.UP, event, may_retry=True) == Step(State.STOPPED, goal)

@@ -18,7 +18,17 @@ from typing import NamedTuple
 
 import pytest
 
-from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, TABLE, Action, Event, Goal, Junction, State, advance
+from labkeeper.core.lifecycle import (
+    COMMANDS,
+    MAY_EXIST,
+    TABLE,
+    Action,
+    Event,
+    Goal,
+    Junction,
+    State,
+    advance,
+)
 
 PROVEN_GONE = frozenset(State) - MAY_EXIST
 WANTED = frozenset({State.QUEUED, State.STARTING, State.RUNNING, State.BACKOFF, State.FAILED})
@@ -31,7 +41,14 @@ DEAD = frozenset({NONE, LEFT, DIED, ENDED})
 """LEFT: by itself, in good order. DIED: by itself, otherwise. ENDED: by us."""
 
 # Facts beside LEFT, DIED and ENDED. A silent process that is found again owes a READY: it counts as BOOTING.
-READY, REFUSED, UNREACHABLE, GONE, ANSWERS, HUSH = "ready", "refused", "unreachable", "gone", "seen", "seen silent"
+READY, REFUSED, UNREACHABLE, GONE, ANSWERS, HUSH = (
+    "ready",
+    "refused",
+    "unreachable",
+    "gone",
+    "seen",
+    "seen silent",
+)
 NOW, LATE = 0, 1
 """Of this launch, or of an earlier one."""
 
@@ -79,7 +96,9 @@ class Model:
                 raise LawError(f"launched while a process may exist: {config} {event}")
             process = Process()
             jobs = tuple((action, LATE) for action, _ in jobs)
-            facts = frozenset((kind, LATE) for kind, _ in facts) if self.late_believed else frozenset()
+            facts = (
+                frozenset((kind, LATE) for kind, _ in facts) if self.late_believed else frozenset()
+            )
         if step.action is not Action.NONE:
             jobs = (*jobs, (step.action, NOW))
         return Config(step.state, step.goal, process, jobs, facts)
@@ -93,7 +112,11 @@ class Model:
         event = self.event_of(config, kind)
         if event is None:
             return [rest]
-        return [self.take(rest, event, retry=retry, free=free, why=kind) for retry in retries for free in (True, False)]
+        return [
+            self.take(rest, event, retry=retry, free=free, why=kind)
+            for retry in retries
+            for free in (True, False)
+        ]
 
     def event_of(self, config, kind):
         """As `Controller.event_of`."""
@@ -111,7 +134,12 @@ class Model:
             if again and config.goal is Goal.ABSENT and not forgotten:
                 continue  # Refused: it is being deleted.
             # Under a forgotten name a new server may be created.
-            yield self.take(config._replace(goal=Goal.DOWN) if forgotten and again else config, event, retry=True, free=free)
+            yield self.take(
+                config._replace(goal=Goal.DOWN) if forgotten and again else config,
+                event,
+                retry=True,
+                free=free,
+            )
 
     def crash(self, config):
         """The keeper ends without a word, and starts again."""
@@ -129,7 +157,9 @@ class Model:
         for process, facts in _OUTCOMES[action](config.process, fair):
             found = config.facts | {(kind, age) for kind in facts}
             # An answer to an old question says nothing about the launch of today.
-            yield after._replace(process=process, facts=found if self.late_believed or age == NOW else config.facts)
+            yield after._replace(
+                process=process, facts=found if self.late_believed or age == NOW else config.facts
+            )
 
     # The world
 
@@ -139,9 +169,14 @@ class Model:
         if shape in DEAD:
             return
         for end in (ENDED,) if told else (LEFT, DIED) if shape in {BOOTING, UP} else (DIED,):
-            yield config._replace(process=Process(end), facts=config.facts | ({(end, NOW)} if watched else set()))
+            yield config._replace(
+                process=Process(end), facts=config.facts | ({(end, NOW)} if watched else set())
+            )
         if shape == BOOTING:
-            yield config._replace(process=process._replace(shape=UP), facts=config.facts | ({(READY, NOW)} if watched else set()))
+            yield config._replace(
+                process=process._replace(shape=UP),
+                facts=config.facts | ({(READY, NOW)} if watched else set()),
+            )
         if shape == SILENT:
             yield config._replace(process=process._replace(shape=UP))
         if fair:
@@ -164,7 +199,11 @@ class Model:
             every += [*self.deliver(config, fact, (True, False)), *self.unstored(config, fact)]
         if config.jobs:
             every += self.run(config, fair=False)
-        return [after for after in every if len(after.jobs) <= self.most_jobs and len(after.facts) <= self.most_facts]
+        return [
+            after
+            for after in every
+            if len(after.jobs) <= self.most_jobs and len(after.facts) <= self.most_facts
+        ]
 
     def unstored(self, config, fact):
         """A fact leads to a launch that cannot be stored: it is not done."""
@@ -185,7 +224,9 @@ class Model:
                 after.add((then, retry and then.state is not State.BACKOFF))
         if not config.jobs and not config.facts:
             due = Event.ADMITTED if config.state is State.QUEUED else Event.DEADLINE
-            after |= {(self.take(config, due, retry=retry, free=free), retry) for free in (True, False)}
+            after |= {
+                (self.take(config, due, retry=retry, free=free), retry) for free in (True, False)
+            }
         if after <= {(config, retry)}:
             raise LawError(f"stuck: {config}")
         return after
@@ -218,7 +259,11 @@ def _kill(process, fair):
         return _terminate(process, fair)
     outcomes = [(Process(ENDED), (ENDED,))]
     # What survives a kill is watched, and may yet end.
-    return outcomes if fair else [*outcomes, (Process(ENDED), (ENDED, UNREACHABLE)), *_terminate(process, fair)]
+    return (
+        outcomes
+        if fair
+        else [*outcomes, (Process(ENDED), (ENDED, UNREACHABLE)), *_terminate(process, fair)]
+    )
 
 
 def _observe(process, fair):
@@ -234,7 +279,12 @@ def _observe(process, fair):
             return [(process._replace(shape=BOOTING, watched=True), (HUSH,)), *lost]
 
 
-_OUTCOMES = {Action.LAUNCH: _launch, Action.TERMINATE: _terminate, Action.KILL: _kill, Action.OBSERVE: _observe}
+_OUTCOMES = {
+    Action.LAUNCH: _launch,
+    Action.TERMINATE: _terminate,
+    Action.KILL: _kill,
+    Action.OBSERVE: _observe,
+}
 _EVENTS = {
     READY: Event.READY,
     LEFT: Event.EXITED,
@@ -335,7 +385,13 @@ def test_a_healthy_server_outlives_its_keeper(state):
     """When only the keeper crashes, or only an answer of the backend is lost, the server is never touched."""
     model = Model()
     assert rests(model, model.crash(Config(state, Goal.UP, HEALTHY))) == RUNNING
-    assert rests(model, Config(state, Goal.UP, HEALTHY, facts=frozenset({(UNREACHABLE, NOW), (READY, NOW)}))) == RUNNING
+    assert (
+        rests(
+            model,
+            Config(state, Goal.UP, HEALTHY, facts=frozenset({(UNREACHABLE, NOW), (READY, NOW)})),
+        )
+        == RUNNING
+    )
 
 
 def _without(*key):
@@ -379,7 +435,9 @@ def _without(*key):
         _without(State.LOST, Event.EXITED),
         _without(State.LOST, Event.DEADLINE),
     ],
-    ids=lambda change: " ".join(change[0]) + (" removed" if change[1] is None else f" to {change[1][0]}"),
+    ids=lambda change: (
+        " ".join(change[0]) + (" removed" if change[1] is None else f" to {change[1][0]}")
+    ),
 )
 def test_the_check_finds_a_wrong_row(change, monkeypatch):
     """Each of these rows is needed as it is: the check fails without it."""
@@ -392,7 +450,9 @@ def test_the_check_finds_a_wrong_row(change, monkeypatch):
         check(Model(jobs=1))
 
 
-@pytest.mark.parametrize("key", [(State.STARTING, Event.READY), (State.LOST, Event.READY)], ids=" ".join)
+@pytest.mark.parametrize(
+    "key", [(State.STARTING, Event.READY), (State.LOST, Event.READY)], ids=" ".join
+)
 def test_the_check_finds_a_healthy_server_ended(key, monkeypatch):
     """Without these rows all laws hold, but servers that answer are taken for silent."""
     monkeypatch.delitem(TABLE, key)

@@ -20,7 +20,9 @@ def test_a_dns_label_is_a_name(name):
     assert server_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "Lab", "-lab", "lab-", "la_b", "la.b", "x" * 64, "lab\n", "lab/..", "läb"])
+@pytest.mark.parametrize(
+    "name", ["", "Lab", "-lab", "lab-", "la_b", "la.b", "x" * 64, "lab\n", "lab/..", "läb"]
+)
 def test_anything_else_is_no_name(name):
     """A name that could leave its directory, or be refused by a backend, is refused with the rule."""
     with pytest.raises(ValueError, match="1 to 63"):
@@ -29,7 +31,9 @@ def test_anything_else_is_no_name(name):
 
 def test_equal_specs_do_not_differ():
     """Two specs with the same values ask for the same server."""
-    spec = ServerSpec(server_name("lab"), "/notebooks", env={"A": "1"}, gateway=Gateway("http://g", "ws://g"))
+    spec = ServerSpec(
+        server_name("lab"), "/notebooks", env={"A": "1"}, gateway=Gateway("http://g", "ws://g")
+    )
     assert spec.differs(replace(spec, env={"A": "1"})) == ()
 
 

@@ -36,7 +36,13 @@ def test_what_is_noted_is_kept_with_all_that_was_said(event_log, store, clock):
     origin = Origin("ada", "r1", "a reason")
     event_log.record(KIND, "lab", "put off", origin=origin, generation=3, details={"until": 5})
     (entry,) = store.history
-    assert (entry.id, entry.at, entry.kind, entry.server, entry.message) == (1, clock.time(), KIND, "lab", "put off")
+    assert (entry.id, entry.at, entry.kind, entry.server, entry.message) == (
+        1,
+        clock.time(),
+        KIND,
+        "lab",
+        "put off",
+    )
     assert (entry.origin, entry.generation, entry.details) == (origin, 3, {"until": 5})
 
 
@@ -96,7 +102,9 @@ def test_who_follows_one_server_misses_nothing_among_those_of_others(event_log):
     seen = []
 
     def follow():
-        seen.extend(entry for entry in event_log.follow(0, server="lab", look=0.05) if entry is not None)
+        seen.extend(
+            entry for entry in event_log.follow(0, server="lab", look=0.05) if entry is not None
+        )
 
     follower = threading.Thread(target=follow)
     follower.start()
@@ -104,7 +112,9 @@ def test_who_follows_one_server_misses_nothing_among_those_of_others(event_log):
         event_log.record(KIND, "lab" if number % 7 == 0 else "other", str(number))
     event_log.close()
     follower.join(5)
-    assert [entry.message for entry in seen] == [str(number) for number in range(2000) if number % 7 == 0]
+    assert [entry.message for entry in seen] == [
+        str(number) for number in range(2000) if number % 7 == 0
+    ]
 
 
 def test_hearers_hear_each_entry_with_its_number(store, clock):
@@ -144,12 +154,21 @@ def by(event_log):
 
 def test_who_fills_the_history_pushes_nobody_else_out(any_store, clock):
     event_log = EventLog(any_store, clock, size=1000)
-    for actor, count in (("keeper", 30), ("ada", 200), ("bob", 5000), ("ada", 1), ("cy", 600), ("bob", 199)):
+    for actor, count in (
+        ("keeper", 30),
+        ("ada", 200),
+        ("bob", 5000),
+        ("ada", 1),
+        ("cy", 600),
+        ("bob", 199),
+    ):
         for number in range(count):
             event_log.record(KIND, "lab", str(number), origin=Origin(actor))
     kept = by(event_log)
     assert (kept["keeper"], kept["ada"]) == (30, 201)
-    assert {actor: 370 <= count <= 484 for actor, count in kept.items() if actor in {"bob", "cy"}} == {"bob": True, "cy": True}
+    assert {
+        actor: 370 <= count <= 484 for actor, count in kept.items() if actor in {"bob", "cy"}
+    } == {"bob": True, "cy": True}
     assert sum(kept.values()) <= 1100
     newest = event_log.latest(server=None, limit=199)
     assert [entry.message for entry in newest] == [str(number) for number in range(199)]
@@ -186,7 +205,10 @@ LIMITS = {
     "everything": (EVERYTHING, [1, 2, 3, 4, 5, 6]),
     "by name": (TokenLimits(("a-?", "c*")), [2, 3, 4]),
     "by a label": (TokenLimits(labels={"team": "blue"}), [2, 5]),
-    "by labels with what a path of JSON would take for its own": (TokenLimits(labels={'o."dd': "it's", "team": "red"}), [3]),
+    "by labels with what a path of JSON would take for its own": (
+        TokenLimits(labels={'o."dd': "it's", "team": "red"}),
+        [3],
+    ),
     "by a user": (TokenLimits(users=("ada", "bob")), [3, 5]),
     "by both": (TokenLimits(("a-*",), {"team": "blue"}), [2]),
     "nothing": (TokenLimits(("zz",)), []),
@@ -195,11 +217,20 @@ LIMITS = {
 
 @pytest.mark.parametrize(("limits", "expected"), LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_limits_leave_out_what_is_none_of_the_readers_business(tmp_path, clock, kind, limits, expected):
+def test_limits_leave_out_what_is_none_of_the_readers_business(
+    tmp_path, clock, kind, limits, expected
+):
     """Alike in the store and in memory; what is of no server is only for who sees all, and of no server's history."""
     store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
     names = [None, "a-1", "a-2", "c", "b", None]
-    labels = [{}, {"team": "blue"}, {"team": "red", 'o."dd': "it's"}, {"team": "green"}, {"team": "blue"}, {}]
+    labels = [
+        {},
+        {"team": "blue"},
+        {"team": "red", 'o."dd': "it's"},
+        {"team": "green"},
+        {"team": "blue"},
+        {},
+    ]
     users = [None, None, "ada", "eve", "bob", None]
     known = [
         HistoryEntry(number, 1.0, KIND, name, "m", labels=of, user=user)
@@ -209,10 +240,14 @@ def test_limits_leave_out_what_is_none_of_the_readers_business(tmp_path, clock, 
     event_log = EventLog(store, clock, size=100)
     assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
     assert ids(event_log.latest(server=None, limit=2, within=limits)) == expected[-2:]
-    assert ids(event_log.latest(server="a-1", limit=9, within=limits)) == [number for number in expected if number == 2]
+    assert ids(event_log.latest(server="a-1", limit=9, within=limits)) == [
+        number for number in expected if number == 2
+    ]
     event_log._recent.extend(known)
     assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
-    assert ids(event_log.after(0, server="b", limit=10, within=limits)) == [number for number in expected if number == 5]
+    assert ids(event_log.after(0, server="b", limit=10, within=limits)) == [
+        number for number in expected if number == 5
+    ]
     if kind == "sqlite":
         store.close()
 
@@ -223,6 +258,12 @@ def test_an_entry_has_the_labels_that_its_server_had_then(event_log, store):
     snapshot = Snapshot(spec, State.STARTING, Goal.UP, 1.0, 1.0)
     event_log.changed(Change(Event.START, None, snapshot, 1.0))
     noted(event_log, 1, "lab")
-    event_log.changed(Change(Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0))
+    event_log.changed(
+        Change(
+            Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0
+        )
+    )
     noted(event_log, 1, "lab")
-    assert [(dict(entry.labels), entry.user) for entry in store.history] == [({"team": "blue"}, "ada")] * 3 + [({}, None)]
+    assert [(dict(entry.labels), entry.user) for entry in store.history] == [
+        ({"team": "blue"}, "ada")
+    ] * 3 + [({}, None)]

@@ -101,9 +101,14 @@ def world(tmp_path, monkeypatch):
 
 def test_a_signature_is_that_of_the_standard():
     """The example of the reference implementation."""
-    headers = signed(key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.4, b'{"test": 2432232314}')
+    headers = signed(
+        key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.4, b'{"test": 2432232314}'
+    )
     assert headers["webhook-signature"] == "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE="
-    assert (headers["webhook-id"], headers["webhook-timestamp"]) == ("msg_p5jXN8AQM9LWM0D4loKWxJek", "1614265330")
+    assert (headers["webhook-id"], headers["webhook-timestamp"]) == (
+        "msg_p5jXN8AQM9LWM0D4loKWxJek",
+        "1614265330",
+    )
     assert key_of(SECRET) == key_of(SECRET.removeprefix("whsec_"))
 
 
@@ -134,7 +139,9 @@ def test_each_event_is_posted_signed_and_in_order(world, receiver):
     assert receiver.taken == [*range(4, 54)]
     for _, headers, body in receiver.came:
         given = {name.lower(): value for name, value in headers.items()}
-        expected = signed(key_of(SECRET), given["webhook-id"], float(given["webhook-timestamp"]), body)
+        expected = signed(
+            key_of(SECRET), given["webhook-id"], float(given["webhook-timestamp"]), body
+        )
         assert given["webhook-signature"] == expected["webhook-signature"]
         assert given["webhook-id"].startswith(f"event_{json.loads(body)['id']}_")
         assert abs(float(given["webhook-timestamp"]) - time.time()) < 60
@@ -145,10 +152,14 @@ def test_each_event_is_posted_signed_and_in_order(world, receiver):
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408, 302])
-def test_what_is_not_taken_is_posted_again_more_and_more_seldom(world, receiver, status, monkeypatch):
+def test_what_is_not_taken_is_posted_again_more_and_more_seldom(
+    world, receiver, status, monkeypatch
+):
     webhook = world.begin(receiver.url)
     sleep, pauses = webhook._threads.sleep, []
-    monkeypatch.setattr(webhook._threads, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds))
+    monkeypatch.setattr(
+        webhook._threads, "sleep", lambda seconds: pauses.append(seconds) or sleep(seconds)
+    )
     receiver.status = status
     world.record(2)
     until(lambda: len(receiver.came) >= 4, what="it was tried again")
@@ -209,7 +220,9 @@ def test_a_later_keeper_goes_on_where_this_one_ended(world, receiver, tmp_path):
     later.store.close()
 
 
-def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_twice(receiver, tmp_path, monkeypatch):
+def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_twice(
+    receiver, tmp_path, monkeypatch
+):
     """The state directory may have come back from a backup between them."""
     monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
     for directory in ("before", "restored"):
@@ -220,7 +233,15 @@ def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_
         webhook.close()
         world.store.close()
     assert receiver.taken == [1, 1]
-    assert len({{name.lower(): value for name, value in headers.items()}["webhook-id"] for _, headers, _ in receiver.came}) == 2
+    assert (
+        len(
+            {
+                {name.lower(): value for name, value in headers.items()}["webhook-id"]
+                for _, headers, _ in receiver.came
+            }
+        )
+        == 2
+    )
 
 
 def test_a_history_that_has_lost_its_end_is_told_from_there_on(world, receiver):
@@ -348,12 +369,18 @@ def packed(size):
     [
         pytest.param(b"Content-Length: 1000000", lambda: drops(0.01), id="drips"),
         pytest.param(b"Connection: close", lambda: itertools.repeat(bytes(65536)), id="endless"),
-        pytest.param(b"Content-Encoding: gzip\r\nConnection: close", lambda: packed(2**30), id="bomb"),
-        pytest.param(b"Content-Encoding: gzip\r\nConnection: close", lambda: [b"no gzip"], id="garbage"),
+        pytest.param(
+            b"Content-Encoding: gzip\r\nConnection: close", lambda: packed(2**30), id="bomb"
+        ),
+        pytest.param(
+            b"Content-Encoding: gzip\r\nConnection: close", lambda: [b"no gzip"], id="garbage"
+        ),
         pytest.param(b"Content-Length: 10", lambda: [b"x"], id="cut off"),
     ],
 )
-def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(world, monkeypatch, headers, pieces):
+def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(
+    world, monkeypatch, headers, pieces
+):
     monkeypatch.setattr(webhooks, "_TIMEOUT", 0.5)
     liar = Liar(headers, pieces)
     try:

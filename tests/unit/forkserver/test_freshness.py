@@ -33,7 +33,11 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     # The working directory is on the path, and other tests' processes write into that one.
-    monkeypatch.setattr(sys, "path", [str(directory), *(place for place in sys.path if place not in {"", str(Path.cwd())})])
+    monkeypatch.setattr(
+        sys,
+        "path",
+        [str(directory), *(place for place in sys.path if place not in {"", str(Path.cwd())})],
+    )
     importlib.invalidate_caches()
     yield directory
     for name in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
@@ -56,11 +60,15 @@ def edited(path):
 
 CHANGES = {
     "a module edited": lambda site: edited(site / PACKAGE / "inner.py"),
-    "a module removed": lambda site: (site / PACKAGE / "inner.py").unlink() or site / PACKAGE / "inner.py",
+    "a module removed": lambda site: (
+        (site / PACKAGE / "inner.py").unlink() or site / PACKAGE / "inner.py"
+    ),
     "a package installed": lambda site: (site / "other").mkdir() or site,
     "a list of paths added": lambda site: (site / "new.pth").write_text("/x") and site,
     "a list of paths edited": lambda site: edited(site / "old.pth"),
-    "a configuration edited": lambda site: edited(site.parent / "config" / "jupyter_server_config.py"),
+    "a configuration edited": lambda site: edited(
+        site.parent / "config" / "jupyter_server_config.py"
+    ),
     "a configuration added": lambda site: (
         (site.parent / "config" / "jupyter_server_config.json").write_text("{}")
         and site.parent / "config" / "jupyter_server_config.json"
@@ -69,7 +77,9 @@ CHANGES = {
         (site.parent / "config" / "jupyter_server_config.d" / "b.json").write_text("{}")
         and site.parent / "config" / "jupyter_server_config.d"
     ),
-    "an extension's settings edited": lambda site: edited(site.parent / "config" / "jupyter_server_config.d" / "a.json"),
+    "an extension's settings edited": lambda site: edited(
+        site.parent / "config" / "jupyter_server_config.d" / "a.json"
+    ),
 }
 
 

@@ -73,9 +73,15 @@ def see(tmp_path_factory):
     def see(*chosen):
         place = tmp_path_factory.mktemp("jupyter")
         env = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
-        env |= {"HOME": str(place), "JUPYTER_CONFIG_DIR": str(place), "JUPYTER_RUNTIME_DIR": str(place)}
+        env |= {
+            "HOME": str(place),
+            "JUPYTER_CONFIG_DIR": str(place),
+            "JUPYTER_RUNTIME_DIR": str(place),
+        }
         command = [sys.executable, "-c", LOOK, *(patch.__name__ for patch in chosen)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env, cwd=place)
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=env, cwd=place
+        )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

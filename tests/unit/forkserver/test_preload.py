@@ -77,7 +77,9 @@ def test_a_file_that_is_only_open_is_no_harm():
         assert not preload._shared_things() - before
 
 
-@pytest.mark.parametrize(("parent", "code"), [(os.getpid, 7), (os.getppid, 1)], ids=["lives", "has ended"])
+@pytest.mark.parametrize(
+    ("parent", "code"), [(os.getpid, 7), (os.getppid, 1)], ids=["lives", "has ended"]
+)
 def test_a_rehearsal_goes_on_only_as_long_as_its_fork_server_lives(monkeypatch, parent, code):
     """Also where that ended before it could ask to be told."""
     monkeypatch.setattr(preload, "enter", lambda _: os._exit(7))

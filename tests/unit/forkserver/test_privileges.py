@@ -17,13 +17,13 @@ SHOW = "import sys; print(open('/proc/self/status').read())"
 def after(calls, then=f"exec({SHOW!r})"):
     """Run calls in a process of its own; give what that says afterwards."""
     code = f"from labkeeper.forkserver.privileges import *\n{calls}\n{then}"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
 
 
 def test_no_rights_are_gained_any_more_not_by_children_either():
-    started = (
-        f"import subprocess; print(subprocess.run([{sys.executable!r}, '-c', {SHOW!r}], capture_output=True, text=True).stdout)"
-    )
+    started = f"import subprocess; print(subprocess.run([{sys.executable!r}, '-c', {SHOW!r}], capture_output=True, text=True).stdout)"
     assert "NoNewPrivs:\t1" in after("gain_nothing()")
     assert "NoNewPrivs:\t1" in after("gain_nothing()", started)
 
@@ -36,7 +36,10 @@ def test_what_is_hidden_is_closed_to_others_of_its_user_and_open_again_in_what_i
 
     assert owner("hide()") == "0"
     assert (
-        owner("hide()", "import subprocess; print(subprocess.check_output(['stat', '-c', '%u', '/proc/self/environ']))")
+        owner(
+            "hide()",
+            "import subprocess; print(subprocess.check_output(['stat', '-c', '%u', '/proc/self/environ']))",
+        )
         == "b'1\\n'"
     )
 

@@ -9,11 +9,15 @@ import pytest
 from labkeeper.forkserver import server
 
 
-def test_it_goes_to_the_place_that_was_allowed_and_to_none_that_a_link_leads_to(tmp_path, monkeypatch):
+def test_it_goes_to_the_place_that_was_allowed_and_to_none_that_a_link_leads_to(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")
     server._go_to(str(tmp_path / "real" / "deep"))
     assert Path.cwd() == tmp_path / "real" / "deep"
-    with pytest.raises(NotADirectoryError, match=f"{tmp_path / 'link' / 'deep'} leads to another place now"):
+    with pytest.raises(
+        NotADirectoryError, match=f"{tmp_path / 'link' / 'deep'} leads to another place now"
+    ):
         server._go_to(str(tmp_path / "link" / "deep"))

@@ -132,12 +132,24 @@ def test_a_frame_that_is_too_large_is_neither_sent_nor_read(pair):
         (frame(b'{"a": 1}')[:-1], "closed within a frame"),
         (b"\0\0", "closed within a frame"),
     ],
-    ids=["text", "empty", "bytes", "deep", "number", "list", "null", "half a body", "half a length"],
+    ids=[
+        "text",
+        "empty",
+        "bytes",
+        "deep",
+        "number",
+        "list",
+        "null",
+        "half a body",
+        "half a length",
+    ],
 )
 def test_what_is_no_frame_is_refused_and_its_files_are_closed(pair, sent, because):
     ours, theirs = pair
     with NOTHING.open() as file:
-        ours.sendmsg([sent], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()] * 2))])
+        ours.sendmsg(
+            [sent], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()] * 2))]
+        )
     ours.shutdown(socket.SHUT_WR)
     with pytest.raises(WireError, match=because):
         wire.receive(theirs)
@@ -153,7 +165,10 @@ def test_the_end_of_the_other_side_is_told_from_a_frame(pair):
 def test_one_that_sends_nothing_more_is_waited_for_no_longer_than_was_said(pair):
     ours, theirs = pair
     with NOTHING.open() as file:
-        ours.sendmsg([frame(b"{}")[:5]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+        ours.sendmsg(
+            [frame(b"{}")[:5]],
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))],
+        )
     with pytest.raises(TimeoutError):
         wire.receive(theirs)
 
@@ -171,7 +186,10 @@ def test_files_that_come_within_a_frame_are_not_taken(pair):
     ours, theirs = pair
     with NOTHING.open() as file:
         ours.sendall(frame(b"{}")[:4])
-        ours.sendmsg([frame(b"{}")[4:]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))])
+        ours.sendmsg(
+            [frame(b"{}")[4:]],
+            [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file.fileno()]))],
+        )
     assert wire.receive(theirs) == ({}, [])
 
 
@@ -180,14 +198,19 @@ PIECES = st.one_of(
     st.binary(max_size=40).map(frame),
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+        lambda inner: (
+            st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        ),
         max_leaves=5,
     ).map(lambda value: frame(json.dumps(value).encode())),
 )
 
 
 @settings(max_examples=300, deadline=None)
-@given(pieces=st.lists(st.tuples(PIECES, st.integers(0, MOST_FILES + 2)), max_size=4), closes=st.booleans())
+@given(
+    pieces=st.lists(st.tuples(PIECES, st.integers(0, MOST_FILES + 2)), max_size=4),
+    closes=st.booleans(),
+)
 def test_whatever_comes_is_a_frame_or_is_refused(pieces, closes):
     before = descriptors()
     ours, theirs = socket.socketpair()
@@ -196,7 +219,9 @@ def test_whatever_comes_is_a_frame_or_is_refused(pieces, closes):
         for piece, files in pieces:
             rights = array.array("i", [file.fileno()] * files)
             if piece:
-                ours.sendmsg([piece], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if files else [])
+                ours.sendmsg(
+                    [piece], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)] if files else []
+                )
         if closes:
             ours.shutdown(socket.SHUT_WR)
         with contextlib.suppress(WireError, EOFError, TimeoutError):
@@ -217,7 +242,9 @@ def test_a_launch_is_read_as_it_was_written():
     assert Launch.parse({**LAUNCH, "user": None, "do": "launch"}).user is None
 
 
-@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
+)
 def test_a_launch_with_a_wrong_field_is_refused_by_its_name(field, value):
     with pytest.raises(WireError, match=f"bad launch: {field} does not fit"):
         Launch.parse({**LAUNCH, field: value})

@@ -31,7 +31,8 @@ class StubClient:
         self.before_check()
         if gateway.url in self.down:
             return GatewayHealth(
-                self.clock.time(), Failure(FailureClass.GATEWAY_UNREACHABLE, f"the gateway {gateway.url} is down")
+                self.clock.time(),
+                Failure(FailureClass.GATEWAY_UNREACHABLE, f"the gateway {gateway.url} is down"),
             )
         return GatewayHealth(self.clock.time(), kernelspecs=self.specs)
 

@@ -39,7 +39,10 @@ CHECKS = {
     "break off": ("gateway-unreachable", "without a whole answer"),
     "break off chunks": ("gateway-unreachable", "without a whole answer"),
     "garbage": ("not-a-gateway", "does not speak HTTP"),
-    "hang": ("gateway-timeout", "did not answer within 1 s; look at it, or raise LABKEEPER_GATEWAY_TIMEOUT"),
+    "hang": (
+        "gateway-timeout",
+        "did not answer within 1 s; look at it, or raise LABKEEPER_GATEWAY_TIMEOUT",
+    ),
     "hang after headers": ("gateway-timeout", "did not answer within 1 s"),
     "drip": ("gateway-timeout", "did not answer within 1 s"),
     "drip chunk": ("gateway-timeout", "did not answer within 1 s"),
@@ -90,18 +93,29 @@ def test_a_question_that_was_given_up_holds_no_thread_and_no_connection(client, 
     """A gateway that never ends its answer would get one more of each with every look at it."""
     hostile.mode = mode
     client.check(at(hostile.url))
-    until(lambda: not [t for t in threading.enumerate() if t.name == "ask-gateway"], what="its thread has ended")
+    until(
+        lambda: not [t for t in threading.enumerate() if t.name == "ask-gateway"],
+        what="its thread has ended",
+    )
 
 
 def test_a_token_that_is_refused_is_told_from_none(client, hostile):
     hostile.mode = "403"
-    assert_fails(client, at(hostile.url, auth_token="wrong"), "gateway-refused", "refuses the token that it was shown (403)")
+    assert_fails(
+        client,
+        at(hostile.url, auth_token="wrong"),
+        "gateway-refused",
+        "refuses the token that it was shown (403)",
+    )
 
 
 def test_a_gateway_that_repeats_what_it_was_shown_tells_it_to_nobody(client, hostile):
     hostile.mode = "redirect"
     assert_fails(
-        client, at(hostile.url, auth_token="login.example"), "not-a-gateway", "redirects to 'https://[secret]/?next=here'"
+        client,
+        at(hostile.url, auth_token="login.example"),
+        "not-a-gateway",
+        "redirects to 'https://[secret]/?next=here'",
     )
 
 
@@ -127,14 +141,21 @@ def test_a_look_up_of_a_name_that_hangs_is_given_up(client, monkeypatch):
 
 def test_a_port_that_nobody_listens_on_is_told(client, hostile):
     hostile.stop()
-    assert_fails(client, at(hostile.url), "gateway-unreachable", "connection was refused; start it, or check the port")
+    assert_fails(
+        client,
+        at(hostile.url),
+        "gateway-unreachable",
+        "connection was refused; start it, or check the port",
+    )
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["accepts nothing", "is full"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_a_port_that_swallows_everything_is_given_up(client, scheme, full):
     with black_hole(full=full) as url:
-        assert_fails(client, at(url.replace("http", scheme)), "gateway-timeout", "did not answer within 1 s")
+        assert_fails(
+            client, at(url.replace("http", scheme)), "gateway-timeout", "did not answer within 1 s"
+        )
 
 
 def test_a_network_that_cannot_be_reached_is_told(client, monkeypatch):
@@ -142,7 +163,12 @@ def test_a_network_that_cannot_be_reached_is_told(client, monkeypatch):
         raise OSError(101, "Network is unreachable")
 
     monkeypatch.setattr("socket.create_connection", unreachable)
-    assert_fails(client, at("http://gateway.example"), "gateway-unreachable", "cannot be reached: Network is unreachable")
+    assert_fails(
+        client,
+        at("http://gateway.example"),
+        "gateway-unreachable",
+        "cannot be reached: Network is unreachable",
+    )
 
 
 # TLS
@@ -172,24 +198,37 @@ def test_https_where_no_tls_is_spoken_is_told(client, hostile, mode):
     hostile.mode = mode
     gateway = at(hostile.url.replace("http", "https"))
     if mode == "well":
-        assert_fails(client, gateway, "gateway-tls", "does not speak TLS; use http:// in gateway_url")
+        assert_fails(
+            client, gateway, "gateway-tls", "does not speak TLS; use http:// in gateway_url"
+        )
     else:
         assert not client.check(gateway).reachable
 
 
 def test_https_where_something_else_is_spoken_is_told(client, hostile):
     hostile.mode = "garbage"
-    assert_fails(client, at(hostile.url.replace("http", "https")), "gateway-tls", "does not speak TLS")
+    assert_fails(
+        client, at(hostile.url.replace("http", "https")), "gateway-tls", "does not speak TLS"
+    )
 
 
 def test_http_where_tls_is_spoken_is_told(client, secure):
-    assert_fails(client, at(secure.url.replace("https", "http")), "gateway-tls", "speaks TLS; use https:// in gateway_url")
+    assert_fails(
+        client,
+        at(secure.url.replace("https", "http")),
+        "gateway-tls",
+        "speaks TLS; use https:// in gateway_url",
+    )
 
 
-def test_a_certificate_is_trusted_by_its_authority_or_by_choice_and_not_else(client, secure, trusted):
+def test_a_certificate_is_trusted_by_its_authority_or_by_choice_and_not_else(
+    client, secure, trusted
+):
     assert client.check(at(secure.url, ca_certs=trusted)).reachable
     assert client.check(at(secure.url, validate_cert=False)).reachable
-    assert_fails(client, at(secure.url), "gateway-tls", "certificate that is not trusted", "gateway_ca_certs")
+    assert_fails(
+        client, at(secure.url), "gateway-tls", "certificate that is not trusted", "gateway_ca_certs"
+    )
 
 
 def test_a_certificate_for_another_host_is_not_trusted(client, secure, trusted):
@@ -205,31 +244,44 @@ def test_a_gateway_that_wants_a_certificate_is_shown_it(client, authority, trust
     with HostileGateway(context=server_context(authority, wants_client=True)) as gateway:
         shown = at(gateway.url, ca_certs=trusted, client_cert=str(cert), client_key=str(key))
         assert client.check(shown).reachable
-        assert_fails(client, at(gateway.url, ca_certs=trusted), "gateway-tls", "check gateway_client_cert")
+        assert_fails(
+            client, at(gateway.url, ca_certs=trusted), "gateway-tls", "check gateway_client_cert"
+        )
 
 
 def test_certificates_that_have_gone_since_the_start_are_told(client, secure, tmp_path):
-    assert_fails(client, at(secure.url, ca_certs=str(tmp_path / "gone")), "gateway-tls", "gateway_ca_certs")
+    assert_fails(
+        client, at(secure.url, ca_certs=str(tmp_path / "gone")), "gateway-tls", "gateway_ca_certs"
+    )
 
 
 @pytest.mark.parametrize("field", ["ca_certs", "client_cert"])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_a_file_that_has_become_something_else_since_holds_nobody_up(client, secure, tmp_path, field, make):
+def test_a_file_that_has_become_something_else_since_holds_nobody_up(
+    client, secure, tmp_path, field, make
+):
     """A pipe that nobody writes to, and what has no end."""
     path = tmp_path / "file.pem"
     make(path)
     assert_fails(
-        client, at(secure.url, **{field: str(path)}), "gateway-tls", "its files cannot be read: it is not a regular file"
+        client,
+        at(secure.url, **{field: str(path)}),
+        "gateway-tls",
+        "its files cannot be read: it is not a regular file",
     )
 
 
 @pytest.mark.root
-def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(client, authority, trusted, tmp_path):
+def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(
+    client, authority, trusted, tmp_path
+):
     cert = tmp_path / "me.pem"
     authority.issue_cert("me.example").private_key_and_cert_chain_pem.write_to_path(cert)
     with HostileGateway(context=server_context(authority, wants_client=True)) as gateway:
         plain = at(gateway.url, ca_certs=trusted, client_cert=str(cert))
-        others = ServerSpec(ServerName("a"), "/", gateway=plain, user=pwd.getpwuid(65534).pw_name).gateway
+        others = ServerSpec(
+            ServerName("a"), "/", gateway=plain, user=pwd.getpwuid(65534).pw_name
+        ).gateway
         cert.chmod(0o600)
         assert client.check(plain).reachable
         assert_fails(client, others, "gateway-tls", "may not read it")
@@ -239,7 +291,12 @@ def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(client,
 
 def test_a_certificate_that_is_none_is_told(client, secure, tmp_path):
     (tmp_path / "none.pem").write_text("nothing")
-    assert_fails(client, at(secure.url, ca_certs=str(tmp_path / "none.pem")), "gateway-tls", "gateway_ca_certs")
+    assert_fails(
+        client,
+        at(secure.url, ca_certs=str(tmp_path / "none.pem")),
+        "gateway-tls",
+        "gateway_ca_certs",
+    )
 
 
 def test_a_port_that_says_400_and_has_no_tls_is_no_gateway(client, hostile):
@@ -261,14 +318,23 @@ def test_a_port_that_answers_400_to_whoever_does_not_speak_tls_is_told(client, a
     context = Polite(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     with HostileGateway(context=context) as gateway:
-        assert_fails(client, at(gateway.url.replace("https", "http")), "gateway-tls", "use https://")
+        assert_fails(
+            client, at(gateway.url.replace("https", "http")), "gateway-tls", "use https://"
+        )
 
 
 # What is sent
 
 
-def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyter_would_send(client, hostile):
-    gateway = at(f"{hostile.url}/deep/below/", auth_token="secret", auth_scheme="Bearer", headers={"X-Team": "blue"})
+def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyter_would_send(
+    client, hostile
+):
+    gateway = at(
+        f"{hostile.url}/deep/below/",
+        auth_token="secret",
+        auth_scheme="Bearer",
+        headers={"X-Team": "blue"},
+    )
     assert client.check(gateway).reachable
     client.check(at(hostile.url, auth_token="other", headers={"authorization": "overruled"}))
     client.check(at(hostile.url, headers={"X-Team": "red"}))
@@ -283,7 +349,12 @@ def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyte
 
 def test_a_header_that_cannot_be_sent_is_told_without_its_value(client, hostile):
     gateway = at(hostile.url, headers={"X-Name": "Žofie"})
-    assert_fails(client, gateway, "gateway-unreachable", "check gateway_url, gateway_auth_token and gateway_headers")
+    assert_fails(
+        client,
+        gateway,
+        "gateway-unreachable",
+        "check gateway_url, gateway_auth_token and gateway_headers",
+    )
     assert "017d" not in client.check(gateway).error.message
 
 
@@ -320,7 +391,10 @@ def test_a_kernel_is_ended_also_when_it_had_ended(client, hostile):
 @pytest.mark.parametrize("mode", STATUSES)
 def test_a_kernel_that_cannot_be_ended_is_told(client, hostile, mode):
     hostile.on_delete = mode
-    with pytest.raises(BackendUnavailable, match=f"cannot end kernel k1 on the gateway {hostile.url}: {STATUSES[mode]}"):
+    with pytest.raises(
+        BackendUnavailable,
+        match=f"cannot end kernel k1 on the gateway {hostile.url}: {STATUSES[mode]}",
+    ):
         client.end_kernel(at(hostile.url), "k1")
 
 

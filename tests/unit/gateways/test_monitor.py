@@ -28,7 +28,14 @@ class Watched:
     def __init__(self, clock, threads, client, store, told):
         self.clock, self.client, self.told = clock, client, told
         self.orphans = OrphanedKernels(store, clock)
-        self.watch = GatewayWatch(self.receive, threads=threads, client=client, orphans=self.orphans, clock=clock, period=PERIOD)
+        self.watch = GatewayWatch(
+            self.receive,
+            threads=threads,
+            client=client,
+            orphans=self.orphans,
+            clock=clock,
+            period=PERIOD,
+        )
         self.servers = {}
 
     def receive(self, report):
@@ -43,13 +50,28 @@ class Watched:
     def run(self, name="lab", gateway=None, *, known=True, generation=1):
         health = GatewayHealth(self.clock.time(), kernelspecs=1) if known else None
         spec = replace(a_spec(name), gateway=gateway)
-        self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=0.0, created_at=0.0, generation=generation, gateway=health))
+        self.be(
+            Snapshot(
+                spec,
+                State.RUNNING,
+                Goal.UP,
+                since=0.0,
+                created_at=0.0,
+                generation=generation,
+                gateway=health,
+            )
+        )
 
     def end(self, name="lab"):
         self.be(replace(self.servers[name], state=State.STOPPING, gateway=None))
 
     def orphan(self, *ids, gateway=None):
-        self.orphans.add([OrphanedKernel(id_, gateway or a_gateway(), ServerName("lab"), self.clock.time()) for id_ in ids])
+        self.orphans.add(
+            [
+                OrphanedKernel(id_, gateway or a_gateway(), ServerName("lab"), self.clock.time())
+                for id_ in ids
+            ]
+        )
 
     def look(self):
         """Do what the loop does once a second; give the URLs that were asked."""
@@ -86,7 +108,9 @@ def test_many_servers_are_one_question_and_other_credentials_another(watched):
     assert watched.told == []
 
 
-def test_a_gateway_that_answers_is_asked_once_a_period_and_one_that_does_not_more_and_more_seldom(watched):
+def test_a_gateway_that_answers_is_asked_once_a_period_and_one_that_does_not_more_and_more_seldom(
+    watched,
+):
     watched.run(gateway=a_gateway())
     assert watched.pauses(3) == [30, 30, 30]
     watched.client.down.add("http://one")
@@ -115,7 +139,9 @@ def test_another_number_of_kernelspecs_is_told_and_is_no_new_beginning(watched):
     watched.run(gateway=a_gateway())
     watched.client.specs = 5
     watched.pauses(2)
-    assert [(r.fact.health.kernelspecs, r.fact.health.since) for r in watched.told] == [(5, 1_000_000.0)]
+    assert [(r.fact.health.kernelspecs, r.fact.health.since) for r in watched.told] == [
+        (5, 1_000_000.0)
+    ]
 
 
 def test_a_server_that_was_taken_over_has_its_gateway_asked_at_once(watched):
@@ -159,7 +185,9 @@ def test_a_gateway_that_is_being_asked_is_not_asked_beside_that(watched):
     assert watched.client.checked == ["http://one"]
 
 
-def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for(watched, no_threads):
+def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for(
+    watched, no_threads
+):
     """For want of a thread of the watch's, or of what its client needs: the last word on the gateway stays."""
     watched.run(gateway=a_gateway())
     watched.clock.advance(PERIOD)
@@ -178,7 +206,9 @@ def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for
     assert [report.fact.health.reachable for report in watched.told] == [False]
 
 
-def test_orphaned_kernels_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(watched, store):
+def test_orphaned_kernels_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(
+    watched, store
+):
     watched.orphan("k1", "k2")
     assert watched.look() == ["http://one"]
     assert sorted(watched.client.ended) == ["k1", "k2"]
@@ -203,7 +233,8 @@ def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watch
     """Its gateway had not answered about it: it may be started yet; after five minutes it is not."""
     watched.client.gone |= {"late", "never"}
     starting = [
-        OrphanedKernel(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True) for id_ in ("late", "never")
+        OrphanedKernel(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True)
+        for id_ in ("late", "never")
     ]
     watched.orphans.add(starting)
     watched.pauses(1)
@@ -225,12 +256,17 @@ def test_orphaned_kernels_of_a_gateway_that_others_use_are_collected_soon(watche
     assert watched.told == []
 
 
-def test_one_that_cannot_be_ended_is_in_nobodys_way_and_is_tried_again_more_and_more_seldom(watched):
+def test_one_that_cannot_be_ended_is_in_nobodys_way_and_is_tried_again_more_and_more_seldom(
+    watched,
+):
     watched.run(gateway=a_gateway())
     watched.client.stubborn |= {f"stubborn{number}" for number in range(5)}
     watched.orphan(*watched.client.stubborn, *(f"k{number}" for number in range(20)))
     watched.clock.advance(PERIOD)
-    until(lambda: watched.pauses(1) and len(watched.client.ended) == 20, what="all others have been ended")
+    until(
+        lambda: watched.pauses(1) and len(watched.client.ended) == 20,
+        what="all others have been ended",
+    )
     assert {orphan.kernel_id for orphan in watched.orphans.all()} == watched.client.stubborn
     assert watched.pauses(8)[-1] == PERIOD * 4
     # The gateway itself can be used all the while.
@@ -250,7 +286,9 @@ def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watc
     assert len(tried) == 3
 
 
-def test_orphaned_kernels_are_left_to_the_next_keeper_when_this_one_ends(watched, threads, monkeypatch):
+def test_orphaned_kernels_are_left_to_the_next_keeper_when_this_one_ends(
+    watched, threads, monkeypatch
+):
     monkeypatch.setattr(type(threads), "closed", True)
     watched.orphan("k1")
     watched.look()

@@ -34,7 +34,9 @@ def test_the_token_of_a_gateway_goes_from_the_disk_with_the_last_debt_there(cloc
         orphans = OrphanedKernels(store, clock)
         orphans.add([orphan("k1", gateway=replace(ONE, auth_token="gateway-secret"))])
         orphans.discard(["k1"])
-        assert [path.name for path in tmp_path.iterdir() if b"gateway-secret" in path.read_bytes()] == []
+        assert [
+            path.name for path in tmp_path.iterdir() if b"gateway-secret" in path.read_bytes()
+        ] == []
 
 
 def test_a_full_disk_loses_no_debt_and_brings_none_back(store, clock):
@@ -59,7 +61,9 @@ def test_a_disk_that_fills_up_between_two_writes_loses_nothing(store, clock, mon
     orphans.discard(["old"])
     store.failing = False
     real = store.add_orphans
-    monkeypatch.setattr(store, "add_orphans", lambda orphans: (real(orphans), setattr(store, "failing", True)))
+    monkeypatch.setattr(
+        store, "add_orphans", lambda orphans: (real(orphans), setattr(store, "failing", True))
+    )
     orphans.save()
     assert set(store.kernels) == {"old", "new"}
     store.failing = False
@@ -90,4 +94,6 @@ def test_a_debt_is_given_up_after_30_days_and_that_is_told(store, clock):
         orphans.expire()
     assert [orphans.kernel_id for orphans in orphans.all()] == ["new"]
     assert set(store.kernels) == {"new"}
-    assert [(line["log_level"], line["kernel"], line["server"]) for line in logs] == [("warning", "old", "lab")]
+    assert [(line["log_level"], line["kernel"], line["server"]) for line in logs] == [
+        ("warning", "old", "lab")
+    ]

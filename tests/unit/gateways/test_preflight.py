@@ -100,14 +100,18 @@ def test_the_gateway_may_be_sooner(preflight, told, threads):
     assert [r.fact.gateway.reachable for r in told] == [True]
 
 
-def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(preflight, told, threads, client):
+def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(
+    preflight, told, threads, client
+):
     client.down.add("http://one")
     preflight.begin(SPEC, 1, (KERNEL,))
     quiet(threads)
     assert [type(r.fact) for r in told] == [Vetoed]
     assert told[0].generation == 1
     assert told[0].fact.failure.kind == "gateway-unreachable"
-    assert told[0].fact.failure.message.startswith("cannot start server 'lab': the gateway http://one is down")
+    assert told[0].fact.failure.message.startswith(
+        "cannot start server 'lab': the gateway http://one is down"
+    )
     assert "require_gateway: false" in told[0].fact.failure.message
     # It may have become ready all the same, before it could be ended; nobody is told.
     preflight.receive(report(READY))
@@ -116,7 +120,9 @@ def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(preflight, 
     assert [type(r.fact) for r in told] == [Vetoed, Ended]
 
 
-def test_one_that_is_not_required_lets_the_server_pass_and_gives_it_no_kernels(preflight, told, threads, client, probe):
+def test_one_that_is_not_required_lets_the_server_pass_and_gives_it_no_kernels(
+    preflight, told, threads, client, probe
+):
     client.down.add("http://one")
     preflight.begin(replace(SPEC, gateway=a_gateway(required=False)), 1, (KERNEL,))
     preflight.receive(report(READY))
@@ -162,10 +168,14 @@ def test_a_kernel_that_cannot_be_handed_over_is_named(preflight, told, client, p
         until(lambda: told)
     assert told[0].fact.not_taken_over == ("k1",)
     assert told[0].fact.gateway.reachable
-    assert [(line["server"], line["generation"], line["kernel"]) for line in log] == [("lab", 1, "k1")]
+    assert [(line["server"], line["generation"], line["kernel"]) for line in log] == [
+        ("lab", 1, "k1")
+    ]
 
 
-def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(preflight, told, threads, client, held):
+def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(
+    preflight, told, threads, client, held
+):
     preflight.begin(SPEC, 1, (KERNEL,))
     assert held.asked.wait(60)
     preflight.begin(SPEC, 2, ())
@@ -202,7 +212,9 @@ def test_a_gateway_that_could_not_be_asked_is_not_blamed(preflight, told, client
     )
 
 
-def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(preflight, told, no_threads):
+def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(
+    preflight, told, no_threads
+):
     with no_threads(), pytest.raises(BackendUnavailable):
         preflight.begin(SPEC, 1, ())
     preflight.receive(report(READY))

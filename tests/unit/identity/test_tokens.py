@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 
 from labkeeper.core.access import EVERYTHING, Scope, TokenLimits
-from labkeeper.core.errors import CapacityReached, Conflict, NotAuthenticated, StoreError, TokenNotFound
+from labkeeper.core.errors import (
+    CapacityReached,
+    Conflict,
+    NotAuthenticated,
+    StoreError,
+    TokenNotFound,
+)
 from labkeeper.core.messages import Origin
 from labkeeper.events.log import EventLog
 from labkeeper.identity import tokens as server_dir
@@ -52,7 +58,9 @@ def test_a_token_outlives_the_keeper(tmp_path, clock):
     path = tmp_path / "labkeeper.sqlite"
     reach = TokenLimits(("a-*",), {"team": "blue", 'o"dd': "'"}, ("ada",))
     store = SqliteStore(path)
-    made, text = over(store, clock).make("ci", Scope.MANAGE, reach, lifetime=60.0, origin=Origin("token:owner"))
+    made, text = over(store, clock).make(
+        "ci", Scope.MANAGE, reach, lifetime=60.0, origin=Origin("token:owner")
+    )
     store.close()
     assert text.encode() not in b"".join(file.read_bytes() for file in tmp_path.iterdir())
     store = SqliteStore(path)

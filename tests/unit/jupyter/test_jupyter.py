@@ -14,7 +14,16 @@ import pytest
 
 from harness import free_port
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
-from labkeeper.core.server import Activity, Endpoint, Exit, FailureClass, KernelUse, OwnKernel, Session, TerminalUse
+from labkeeper.core.server import (
+    Activity,
+    Endpoint,
+    Exit,
+    FailureClass,
+    KernelUse,
+    OwnKernel,
+    Session,
+    TerminalUse,
+)
 from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import base_config, launch_config, launch_environment
@@ -54,8 +63,15 @@ def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
 
 
 def test_options_stand_beside_what_is_ours_to_say_and_never_over_it():
-    options = {"ServerApp.terminals_enabled": False, "ServerApp.port_retries": 9, "LabApp.extension_manager": 0, "New.trait": 1.5}
-    config = launch_config(replace(SPEC, jupyter_options=options), token="t", port=1, ca_bundle=None)
+    options = {
+        "ServerApp.terminals_enabled": False,
+        "ServerApp.port_retries": 9,
+        "LabApp.extension_manager": 0,
+        "New.trait": 1.5,
+    }
+    config = launch_config(
+        replace(SPEC, jupyter_options=options), token="t", port=1, ca_bundle=None
+    )
     assert config["ServerApp"]["terminals_enabled"] is False
     assert config["ServerApp"]["port_retries"] == 0
     assert config["LabApp"]["extension_manager"] == "readonly"
@@ -87,7 +103,12 @@ def test_the_environment_is_ours_without_what_is_private(tmp_path):
         "JUPYTER_PATH": "/kept",
     }
     env = launch_environment(SPEC, own, runtime_dir=tmp_path, ca_bundle=None)
-    assert env == {"PATH": "/bin", "JUPYTER_PATH": "/kept", "A": "1", "JUPYTER_RUNTIME_DIR": str(tmp_path)}
+    assert env == {
+        "PATH": "/bin",
+        "JUPYTER_PATH": "/kept",
+        "A": "1",
+        "JUPYTER_RUNTIME_DIR": str(tmp_path),
+    }
 
 
 def test_a_gateway_s_options_that_jupyter_takes_from_the_environment_only_are_there(tmp_path):
@@ -96,7 +117,9 @@ def test_a_gateway_s_options_that_jupyter_takes_from_the_environment_only_are_th
     assert env["KERNEL_LAUNCH_TIMEOUT"] == "8"
 
 
-@pytest.mark.parametrize("content", [None, "", "{", "{}", '{"pid": 8}', json.dumps({"pid": 7, "base_url": "/"})])
+@pytest.mark.parametrize(
+    "content", [None, "", "{", "{}", '{"pid": 8}', json.dumps({"pid": 7, "base_url": "/"})]
+)
 def test_half_an_info_file_is_none(tmp_path, content):
     if content is not None:
         (tmp_path / "jpserver-7.json").write_text(content)
@@ -145,7 +168,10 @@ def test_a_server_is_asked_where_it_listens(hostname, host, url):
         ("ModuleNotFoundError: No module named 'x'", "import-error"),
         ("traitlets.traitlets.TraitError: The 'port' trait", "config-error"),
         ("bad configuration: cannot load /x", "config-error"),
-        ("[C 2026 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is not available.", "port-in-use"),
+        (
+            "[C 2026 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is not available.",
+            "port-in-use",
+        ),
         ("something else", "other"),
     ],
 )
@@ -159,13 +185,44 @@ def test_the_cause_of_an_early_end_is_read_from_its_last_words(line, kind):
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        (["[I 2026-01-01 00:00:00.000 ServerApp] notebook_shim | extension was successfully loaded."], ""),
-        (["[D 2026-01-01 00:00:00.000 LabApp] Paths used", "", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], ""),
-        (["[C 2026-01-01 00:00:00.000 ServerApp] ", "    To access the server, open", "        http://127.0.0.1:1/lab"], ""),
-        (["[E 2026-01-01 00:00:00.000 LabApp] it broke", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], "it broke"),
-        (["[W 2026-01-01 00:00:00.000 LabApp] odd", "[I 2026-01-01 00:00:00.000 LabApp] loaded"], ""),
+        (
+            [
+                "[I 2026-01-01 00:00:00.000 ServerApp] notebook_shim | extension was successfully loaded."
+            ],
+            "",
+        ),
+        (
+            [
+                "[D 2026-01-01 00:00:00.000 LabApp] Paths used",
+                "",
+                "[I 2026-01-01 00:00:00.000 LabApp] loaded",
+            ],
+            "",
+        ),
+        (
+            [
+                "[C 2026-01-01 00:00:00.000 ServerApp] ",
+                "    To access the server, open",
+                "        http://127.0.0.1:1/lab",
+            ],
+            "",
+        ),
+        (
+            [
+                "[E 2026-01-01 00:00:00.000 LabApp] it broke",
+                "[I 2026-01-01 00:00:00.000 LabApp] loaded",
+            ],
+            "it broke",
+        ),
+        (
+            ["[W 2026-01-01 00:00:00.000 LabApp] odd", "[I 2026-01-01 00:00:00.000 LabApp] loaded"],
+            "",
+        ),
         (["[I 2026-01-01 00:00:00.000 LabApp] Permission denied: no matter"], ""),
-        (["[I 2026-01-01 00:00:00.000 LabApp] loaded", "Fatal Python error: Aborted"], "Fatal Python error: Aborted"),
+        (
+            ["[I 2026-01-01 00:00:00.000 LabApp] loaded", "Fatal Python error: Aborted"],
+            "Fatal Python error: Aborted",
+        ),
     ],
 )
 def test_what_jupyter_says_by_the_way_is_no_cause(tail, said):
@@ -188,7 +245,11 @@ def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(RECORDED))
     session = Session("x.ipynb", "x.ipynb", "notebook")
-    assert read_kernels(path) == (OwnKernel("a-1"), OwnKernel("b-2", (session,)), OwnKernel("c-3", starting=True))
+    assert read_kernels(path) == (
+        OwnKernel("a-1"),
+        OwnKernel("b-2", (session,)),
+        OwnKernel("c-3", starting=True),
+    )
 
 
 def test_of_a_long_record_no_more_is_believed_than_a_server_can_have(tmp_path):
@@ -252,7 +313,9 @@ def answering():
     thread.join()
 
 
-@pytest.mark.parametrize(("status", "body"), [(200, "no json"), (200, "[{}]"), (403, ""), (503, "")])
+@pytest.mark.parametrize(
+    ("status", "body"), [(200, "no json"), (200, "[{}]"), (403, ""), (503, "")]
+)
 def test_kernels_that_cannot_be_told_are_not_made_up(answering, status, body):
     client, where, answers = answering
     answers["/api/kernels"] = (status, body)
@@ -262,7 +325,10 @@ def test_kernels_that_cannot_be_told_are_not_made_up(answering, status, body):
 
 def test_kernels_are_read(answering):
     client, where, answers = answering
-    answers["/api/kernels"] = (200, json.dumps([{"id": "k", "name": "python3", "execution_state": "busy", "more": 1}]))
+    answers["/api/kernels"] = (
+        200,
+        json.dumps([{"id": "k", "name": "python3", "execution_state": "busy", "more": 1}]),
+    )
     assert [(k.id, k.execution_state) for k in client.kernels(where)] == [("k", "busy")]
 
 
@@ -302,7 +368,13 @@ def test_how_a_server_is_used_is_put_together_from_three_pages(answering):
         200,
         json.dumps(
             [
-                {"id": "k", "name": "n", "execution_state": "busy", "last_activity": "1970-01-01T00:00:02Z", "connections": 3},
+                {
+                    "id": "k",
+                    "name": "n",
+                    "execution_state": "busy",
+                    "last_activity": "1970-01-01T00:00:02Z",
+                    "connections": 3,
+                },
                 {"id": "l", "name": "n"},
             ]
         ),
@@ -321,12 +393,18 @@ def test_a_server_without_kernels_and_terminals_is_asked_for_neither(answering):
 
 @pytest.mark.parametrize(
     ("status", "word"),
-    [((503, ""), "its gateway is not reachable"), ((200, "{}"), "ValidationError"), ((404, ""), "answered 404")],
+    [
+        ((503, ""), "its gateway is not reachable"),
+        ((200, "{}"), "ValidationError"),
+        ((404, ""), "answered 404"),
+    ],
 )
 def test_use_that_cannot_be_told_is_not_made_up(answering, status, word):
     client, there, answers = answering
     answers["/api/status"] = status
-    with pytest.raises(BackendUnavailable, match=rf"cannot ask the server on port \d+ how it is used: .*{word}"):
+    with pytest.raises(
+        BackendUnavailable, match=rf"cannot ask the server on port \d+ how it is used: .*{word}"
+    ):
         client.activity(there)
 
 

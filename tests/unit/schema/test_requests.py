@@ -23,7 +23,15 @@ from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.schema import options, queries, requests
 from labkeeper.schema.options import JupyterOptions
 from labkeeper.schema.roots import resolved
-from labkeeper.schema.servers import FLAT, BulkRequest, Defaults, GatewayFields, LimitFields, RestartRequest, ServerRequest
+from labkeeper.schema.servers import (
+    FLAT,
+    BulkRequest,
+    Defaults,
+    GatewayFields,
+    LimitFields,
+    RestartRequest,
+    ServerRequest,
+)
 
 MANAGER = Caller("token:m", Scope.MANAGE)
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
@@ -58,8 +66,12 @@ def test_a_root_is_within_the_notebook_directory_unless_others_are_allowed(defau
 
 
 @pytest.mark.parametrize("caller", [MANAGER, ANYBODY])
-@pytest.mark.parametrize("root", ["..", "inner/../..", "/", "/etc", "out", "/no/such/place", "../notebooks-of-another"])
-def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(defaults, root, caller):
+@pytest.mark.parametrize(
+    "root", ["..", "inner/../..", "/", "/etc", "out", "/no/such/place", "../notebooks-of-another"]
+)
+def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(
+    defaults, root, caller
+):
     """The rule names what is allowed, and never where a link leads."""
     (defaults.notebook_dir.parent / "notebooks-of-another").mkdir()
     with pytest.raises(InvalidSpec) as caught:
@@ -90,7 +102,9 @@ ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
 def test_what_is_one_line_has_no_control_characters(fields, letter):
     ServerRequest.model_validate_json(json.dumps(fields))
     with pytest.raises(ValidationError, match="must be one line, without control characters"):
-        ServerRequest.model_validate_json(json.dumps(fields).replace("<>", json.dumps(letter)[1:-1]))
+        ServerRequest.model_validate_json(
+            json.dumps(fields).replace("<>", json.dumps(letter)[1:-1])
+        )
 
 
 def test_nor_has_a_root_that_a_link_leads_to(defaults):
@@ -103,9 +117,9 @@ def test_nor_has_a_root_that_a_link_leads_to(defaults):
 def test_a_spec_has_its_root_without_links(defaults, tmp_path):
     assert made(defaults, root_dir="about").root_dir == str(defaults.notebook_dir / "inner")
     (tmp_path / "link").symlink_to(defaults.notebook_dir)
-    assert made(replace(defaults, notebook_dir=tmp_path / "link"), root_dir="inner").root_dir == str(
-        defaults.notebook_dir / "inner"
-    )
+    assert made(
+        replace(defaults, notebook_dir=tmp_path / "link"), root_dir="inner"
+    ).root_dir == str(defaults.notebook_dir / "inner")
 
 
 def test_each_user_has_a_root_of_its_own(tmp_path):
@@ -142,7 +156,9 @@ def test_a_spec_must_be_within_its_caller_s_reach(defaults):
         with pytest.raises(NotAllowed):
             made(defaults, blue, **fields)
     with pytest.raises(NotAllowed):
-        BulkRequest.model_validate({"names": ["b-1", "a"], "labels": {"team": "blue"}}).specs(defaults, blue)
+        BulkRequest.model_validate({"names": ["b-1", "a"], "labels": {"team": "blue"}}).specs(
+            defaults, blue
+        )
 
 
 # Files
@@ -150,13 +166,22 @@ def test_a_spec_must_be_within_its_caller_s_reach(defaults):
 
 def test_a_file_of_the_roots_is_anybody_s_and_its_links_are_resolved(defaults):
     (defaults.notebook_dir / "link.pem").symlink_to(defaults.notebook_dir / "ca.pem")
-    spec = made(defaults, MANAGER, gateway_url=GATEWAY, gateway_ca_certs=str(defaults.notebook_dir / "link.pem"))
+    spec = made(
+        defaults,
+        MANAGER,
+        gateway_url=GATEWAY,
+        gateway_ca_certs=str(defaults.notebook_dir / "link.pem"),
+    )
     assert spec.gateway.ca_certs == str(defaults.notebook_dir / "ca.pem")
 
 
-@pytest.mark.parametrize("path", ["{}/other/key.pem", "{}/notebooks/out/key.pem", "{}/no-such-file", "/etc/passwd"])
+@pytest.mark.parametrize(
+    "path", ["{}/other/key.pem", "{}/notebooks/out/key.pem", "{}/no-such-file", "/etc/passwd"]
+)
 @pytest.mark.parametrize("field", ["gateway_ca_certs", "gateway_client_cert"])
-def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists(defaults, tmp_path, field, path):
+def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists(
+    defaults, tmp_path, field, path
+):
     asked = {"gateway_url": GATEWAY, field: path.format(tmp_path)}
     with pytest.raises(NotAllowed) as caught:
         made(defaults, MANAGER, **asked)
@@ -194,13 +219,25 @@ def test_a_variable_by_which_code_is_loaded_needs_an_admin(defaults, field, name
 
 
 def test_other_variables_are_the_caller_s_own(defaults):
-    names = ["TZ", "LANG", "DATABASE_URL", "GIT_AUTHOR_NAME", "KERNEL_USERNAME", "ENVIRONMENT", "HOMEPAGE", "MY_PATH", "no_proxy"]
+    names = [
+        "TZ",
+        "LANG",
+        "DATABASE_URL",
+        "GIT_AUTHOR_NAME",
+        "KERNEL_USERNAME",
+        "ENVIRONMENT",
+        "HOMEPAGE",
+        "MY_PATH",
+        "no_proxy",
+    ]
     for field in ("env", "kernel_env"):
         asked = dict.fromkeys(names, "x")
         assert getattr(made(defaults, MANAGER, **{field: asked}), field) == asked
 
 
-@pytest.mark.parametrize("name", ["LABKEEPER_SERVER", "JUPYTER_RUNTIME_DIR", "JUPYTER_TOKEN", "JUPYTER_GATEWAY_URL"])
+@pytest.mark.parametrize(
+    "name", ["LABKEEPER_SERVER", "JUPYTER_RUNTIME_DIR", "JUPYTER_TOKEN", "JUPYTER_GATEWAY_URL"]
+)
 def test_what_is_the_keeper_s_own_to_say_no_admin_can_set_either(name):
     with pytest.raises(ValidationError, match="belongs to labkeeper"):
         ServerRequest.model_validate({"env": {name: "x"}})
@@ -211,11 +248,16 @@ def test_what_is_the_keeper_s_own_to_say_no_admin_can_set_either(name):
     [
         {"env": {"A": "é" * 32768, "B" * 128: "\U0001f600" * 32768}},
         {"env": {str("A" * n): "x" * 32768 for n in range(1, 9)}},
-        {"env": {str("A" * n): "x" * 32768 for n in range(1, 5)}, "kernel_env": {str("B" * n): "x" * 32768 for n in range(1, 5)}},
+        {
+            "env": {str("A" * n): "x" * 32768 for n in range(1, 5)},
+            "kernel_env": {str("B" * n): "x" * 32768 for n in range(1, 5)},
+        },
     ],
 )
 def test_more_variables_than_a_process_can_be_started_with_are_refused_at_once(asked):
-    with pytest.raises(ValidationError, match="env and kernel_env: must be at most 262144 bytes together"):
+    with pytest.raises(
+        ValidationError, match="env and kernel_env: must be at most 262144 bytes together"
+    ):
         ServerRequest.model_validate(asked)
 
 
@@ -223,7 +265,9 @@ def test_a_process_can_be_started_with_as_much_as_is_taken():
     """One variable to the byte, and all of them nearly."""
     largest = {"ABCDEF": "\U0001f600" * 32766}
     assert len(f"ABCDEF={largest['ABCDEF']}\0".encode()) == 128 * 1024
-    env = ServerRequest.model_validate({"env": largest | {f"V{n}": "x" * 32000 for n in range(4)}}).env
+    env = ServerRequest.model_validate(
+        {"env": largest | {f"V{n}": "x" * 32000 for n in range(4)}}
+    ).env
     pid = os.posix_spawn("/bin/true", ["true"], env)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
@@ -232,7 +276,10 @@ def test_a_process_can_be_started_with_as_much_as_is_taken():
 
 
 def test_headers_for_a_gateway_are_bounded_together():
-    given = {"gateway_url": "http://gateway", "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)}}
+    given = {
+        "gateway_url": "http://gateway",
+        "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)},
+    }
     assert ServerRequest.model_validate(given).gateway.headers == given["gateway_headers"]
     given["gateway_headers"]["X-2"] = "x" * 8000
     with pytest.raises(ValidationError, match="at most 16384 characters together"):
@@ -240,7 +287,10 @@ def test_headers_for_a_gateway_are_bounded_together():
 
 
 def test_options_come_into_the_spec_by_their_names(defaults):
-    asked = {"ServerApp.terminals_enabled": False, "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8}
+    asked = {
+        "ServerApp.terminals_enabled": False,
+        "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8,
+    }
     spec = made(defaults, MANAGER, **{"jupyter-options": asked})
     assert spec.jupyter_options == asked
     assert made(defaults).jupyter_options == {}
@@ -267,7 +317,9 @@ def test_options_come_into_the_spec_by_their_names(defaults):
     ],
 )
 def test_an_option_that_is_not_in_the_table_is_refused_and_the_table_is_told(asked):
-    with pytest.raises(ValidationError, match=r"only these can be set: ContentsManager\.allow_hidden, .*limit_rate") as caught:
+    with pytest.raises(
+        ValidationError, match=r"only these can be set: ContentsManager\.allow_hidden, .*limit_rate"
+    ) as caught:
         ServerRequest.model_validate({"jupyter_options": asked})
     assert len(str(caught.value)) < 4000
 
@@ -301,7 +353,13 @@ def test_no_option_takes_a_text():
 
 def test_an_option_is_one_of_jupyter_s_own_and_of_its_kind():
     """Read from the code of the Jupyter that is here."""
-    ends = (AsyncLargeFileManager, ZMQChannelsWebsocketConnection, AsyncMappingKernelManager, TerminalManager, LabApp)
+    ends = (
+        AsyncLargeFileManager,
+        ZMQChannelsWebsocketConnection,
+        AsyncMappingKernelManager,
+        TerminalManager,
+        LabApp,
+    )
     classes = {cls.__name__: cls for end in (*ends, LabApp.serverapp_class) for cls in end.__mro__}
     kinds = {"boolean": "Bool", "integer": "Int", "number": "Float"}
     for name, field in JupyterOptions.model_json_schema()["properties"].items():
@@ -325,7 +383,9 @@ def test_a_restart_is_held_to_the_same_rules(defaults):
         revised(defaults, old, MANAGER, env={"LD_PRELOAD": "x"})
     with pytest.raises(NotAllowed, match="gateway_ca_certs"):
         revised(defaults, old, MANAGER, gateway_url=GATEWAY, gateway_ca_certs="/etc/passwd")
-    new = revised(defaults, old, MANAGER, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"})
+    new = revised(
+        defaults, old, MANAGER, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"}
+    )
     assert new == replace(old, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"})
 
 
@@ -343,7 +403,9 @@ def test_a_restart_leaves_a_server_in_its_place_or_is_refused(tmp_path):
     assert revised(defaults, old, labels={"a": "b"}).root_dir == str(tmp_path / "alice" / "deep")
     with pytest.raises(InvalidSpec, match=f"must be within {tmp_path / 'bob'} "):
         revised(defaults, old, user="bob")
-    assert revised(defaults, old, user="bob", root_dir="deep").root_dir == str(tmp_path / "bob" / "deep")
+    assert revised(defaults, old, user="bob", root_dir="deep").root_dir == str(
+        tmp_path / "bob" / "deep"
+    )
     with pytest.raises(NotAllowed, match="run a server as user 'alice'"):
         revised(defaults, old, MANAGER, labels={"a": "b"})
 
@@ -383,7 +445,11 @@ def unbounded(schema, path=""):
     for key in ("properties", "$defs"):
         for name, below in schema.get(key, {}).items():
             yield from unbounded(below, f"{path}.{name}")
-    for below in (schema.get("items"), schema.get("additionalProperties"), *schema.get("anyOf", ())):
+    for below in (
+        schema.get("items"),
+        schema.get("additionalProperties"),
+        *schema.get("anyOf", ()),
+    ):
         if isinstance(below, dict):
             yield from unbounded(below, path)
 
@@ -417,7 +483,12 @@ def test_a_duration_is_not_read_without_end():
 
 FLAT_AND_NESTED = {
     "gateway": (
-        {"gateway-url": GATEWAY, "gateway_auth_token": "t", "gateway-headers": {"X": "y"}, "require-gateway": False},
+        {
+            "gateway-url": GATEWAY,
+            "gateway_auth_token": "t",
+            "gateway-headers": {"X": "y"},
+            "require-gateway": False,
+        },
         {"gateway": {"url": GATEWAY, "auth-token": "t", "headers": {"X": "y"}, "required": False}},
     ),
     "limits": (
@@ -441,7 +512,9 @@ def test_flat_names_mean_the_nested_fields(defaults, flat, nested):
 
 
 def test_every_nested_field_has_a_flat_name():
-    nested = {("gateway", name) for name in GatewayFields.model_fields} | {("limits", name) for name in LimitFields.model_fields}
+    nested = {("gateway", name) for name in GatewayFields.model_fields} | {
+        ("limits", name) for name in LimitFields.model_fields
+    }
     assert {*FLAT.values()} == nested
 
 
@@ -467,14 +540,29 @@ def test_mistakes_are_named_as_the_fields_were_sent(fields, mistakes):
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"gateway_url": GATEWAY, "gateway": {"url": GATEWAY}}, "gateway_url: is gateway.url by another name; give it once"),
-        ({"gateway_url": GATEWAY, "gateway-url": GATEWAY}, "gateway_url: is gateway.url by another name; give it once"),
-        ({"gateway_url": GATEWAY, "gateway": 1}, "gateway_url: is gateway.url by another name; give it once"),
+        (
+            {"gateway_url": GATEWAY, "gateway": {"url": GATEWAY}},
+            "gateway_url: is gateway.url by another name; give it once",
+        ),
+        (
+            {"gateway_url": GATEWAY, "gateway-url": GATEWAY},
+            "gateway_url: is gateway.url by another name; give it once",
+        ),
+        (
+            {"gateway_url": GATEWAY, "gateway": 1},
+            "gateway_url: is gateway.url by another name; give it once",
+        ),
         ({"gateway_auth_token": "t"}, "gateway_auth_token: only together with gateway_url"),
         ({"gateway": {"auth_token": "t"}}, "gateway.auth_token: only together with gateway.url"),
         ({"gateway": {}}, "gateway: only together with gateway.url"),
-        ({"gateway": {"url": GATEWAY, "client_key": "k"}}, "gateway.client_key: only together with gateway.client_cert"),
-        ({"gateway_url": GATEWAY, "gateway_client_key": "k"}, "gateway_client_key: only together with gateway_client_cert"),
+        (
+            {"gateway": {"url": GATEWAY, "client_key": "k"}},
+            "gateway.client_key: only together with gateway.client_cert",
+        ),
+        (
+            {"gateway_url": GATEWAY, "gateway_client_key": "k"},
+            "gateway_client_key: only together with gateway_client_cert",
+        ),
     ],
 )
 def test_what_cannot_go_together_is_named_as_it_was_sent(fields, said):

@@ -24,14 +24,18 @@ from labkeeper.schema.requests import TokenRequest
 def create_token(services: Services, body: TokenRequest) -> Answer:
     """Create a token. Only this answer contains it: it is stored as a hash."""
     tokens = services.tokens
-    token, text = tokens.make(body.name, body.scope, body.limits, lifetime=body.expires_in, origin=origin())
+    token, text = tokens.make(
+        body.name, body.scope, body.limits, lifetime=body.expires_in, origin=origin()
+    )
     return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
 
 
 def list_tokens(services: Services) -> Answer:
     """List all tokens except the owner's, with what they allow."""
     now = time.time()
-    return json_answer(TokenList(tokens=[token_model(token, now) for token in services.tokens.all()]))
+    return json_answer(
+        TokenList(tokens=[token_model(token, now) for token in services.tokens.all()])
+    )
 
 
 def revoke_token(services: Services, path: TokenPath) -> Answer:

@@ -54,7 +54,9 @@ def patience(services: Services, seconds: float) -> Iterator[float]:
             services.concurrency.release()
 
 
-def wait_until(watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float) -> tuple[Snapshot, bool]:
+def wait_until(
+    watch: Watch, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
+) -> tuple[Snapshot, bool]:
     """Wait as `Watch.until` does, but no longer than the caller stays connected."""
     end = time.monotonic() + timeout
     caller_is_gone = gone()
@@ -83,7 +85,8 @@ def acquire_stream(services: Services, what: str, instead: str) -> None:
     """Take a slot for a long answer, until `concurrency.release`. Raises CapacityReached."""
     if not services.concurrency.acquire():
         raise CapacityReached(
-            f"cannot {what}: too many callers are waiting or streaming; {instead}, or try later", retry_after=_RETRY_AFTER
+            f"cannot {what}: too many callers are waiting or streaming; {instead}, or try later",
+            retry_after=_RETRY_AFTER,
         )
 
 
@@ -110,7 +113,9 @@ def server_answer(services: Services, snapshot: Snapshot) -> Server:
     endpoint = snapshot.endpoint
     may_open = endpoint is not None and caller().scope.covers(Scope.MANAGE)
     lab_url = _lab_url(services, snapshot, endpoint) if may_open and endpoint is not None else None
-    return server_model(snapshot, lab_url, _queue_position(services, snapshot), services.usage(snapshot))
+    return server_model(
+        snapshot, lab_url, _queue_position(services, snapshot), services.usage(snapshot)
+    )
 
 
 def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
@@ -147,7 +152,9 @@ def answered(reply: _T | None) -> _T:
     return reply
 
 
-def json_answer(model: BaseModel, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None) -> Answer:
+def json_answer(
+    model: BaseModel, status: int = HTTPStatus.OK, headers: dict[str, str] | None = None
+) -> Answer:
     """Return a model as a JSON answer."""
     return model.model_dump(mode="json"), int(status), headers or {}
 

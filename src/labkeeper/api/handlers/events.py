@@ -6,7 +6,15 @@ import re
 
 from flask import Response, request
 
-from labkeeper.api.handlers.common import LOOK_EVERY, Answer, acquire_stream, caller, find_server, json_answer, live_answer
+from labkeeper.api.handlers.common import (
+    LOOK_EVERY,
+    Answer,
+    acquire_stream,
+    caller,
+    find_server,
+    json_answer,
+    live_answer,
+)
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent
 from labkeeper.api.views import (
@@ -35,7 +43,9 @@ def list_events(services: Services, query: EventQuery) -> Answer | Response:
     return _events(services, None, query)
 
 
-def list_server_events(services: Services, path: ServerPath, query: EventQuery) -> Answer | Response:
+def list_server_events(
+    services: Services, path: ServerPath, query: EventQuery
+) -> Answer | Response:
     """List or follow the events of one server. They are kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
@@ -46,7 +56,9 @@ def list_server_events(services: Services, path: ServerPath, query: EventQuery) 
 
 def list_webhooks(services: Services) -> Answer:
     """List the webhooks that events are posted to, and their state."""
-    return json_answer(WebhookList(webhooks=[webhook_model(status) for status in services.webhooks()]))
+    return json_answer(
+        WebhookList(webhooks=[webhook_model(status) for status in services.webhooks()])
+    )
 
 
 def _events(services: Services, server: ServerName | None, query: EventQuery) -> Answer | Response:
@@ -62,15 +74,24 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
     else:
         page = history.after(after, server=server, limit=query.limit, within=caller().limits)
     more = bool(page) and page[-1].id < history.last_id
-    return json_answer(EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None))
+    return json_answer(
+        EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None)
+    )
 
 
-def _follow_events(services: Services, server: ServerName | None, after: int | None, *, is_ours: bool) -> Response:
+def _follow_events(
+    services: Services, server: ServerName | None, after: int | None, *, is_ours: bool
+) -> Response:
     acquire_stream(services, "follow events", "read them without follow")
     history = services.history
     # A caller that starts from the first event has missed none.
     missed = (history.forgotten(after) if after else 0) if is_ours else None
-    entries = history.follow(history.last_id if after is None else after, server=server, look=LOOK_EVERY, within=caller().limits)
+    entries = history.follow(
+        history.last_id if after is None else after,
+        server=server,
+        look=LOOK_EVERY,
+        within=caller().limits,
+    )
     return live_answer(services, server_sent(entries, missed, gone()), EVENT_STREAM)
 
 

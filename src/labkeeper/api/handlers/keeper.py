@@ -21,7 +21,11 @@ from labkeeper.schema.answers import (
 
 def list_orphaned_kernels(services: Services) -> Answer:
     """List kernels of ended servers that a gateway still has to end. They are ended as soon as it responds."""
-    return json_answer(OrphanedKernelList(orphaned_kernels=[orphaned_kernel_model(orphan) for orphan in services.orphans()]))
+    return json_answer(
+        OrphanedKernelList(
+            orphaned_kernels=[orphaned_kernel_model(orphan) for orphan in services.orphans()]
+        )
+    )
 
 
 def health(services: Services) -> Answer:
@@ -36,7 +40,10 @@ def ready(services: Services) -> Answer:
     health(services)
     if failing := services.failing():
         what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
-        raise BackendUnavailable(f"commands are accepted, but not everything is watched: {what}", watchers=sorted(failing))
+        raise BackendUnavailable(
+            f"commands are accepted, but not everything is watched: {what}",
+            watchers=sorted(failing),
+        )
     return json_answer(Health(status="ok"))
 
 

@@ -38,7 +38,9 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     """Create a link that opens a running server's Lab once, within a short time, and does not contain the Lab's token."""
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
-        raise Conflict(f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running")
+        raise Conflict(
+            f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running"
+        )
     page = snapshot.spec.default_url if body.page is None else body.page
     ticket = services.links.make(snapshot.name, snapshot.generation, page, lifetime=body.expires_in)
     base = services.url if PEER in request.environ else request.host_url.rstrip("/")
@@ -50,7 +52,12 @@ def open_link(services: Services, path: TicketPath) -> Response:
     """Open a Lab by a one-time link: redirects the browser there, which receives a cookie of the Lab."""
     link = services.links.use(path.ticket) if request.method == "GET" else None
     snapshot = None if link is None else services.keeper.get(link.server)
-    if link is None or snapshot is None or snapshot.endpoint is None or snapshot.generation != link.generation:
+    if (
+        link is None
+        or snapshot is None
+        or snapshot.endpoint is None
+        or snapshot.generation != link.generation
+    ):
         return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
     root = lab_root(services, snapshot.endpoint)

@@ -43,7 +43,11 @@ def _turn_to_read(services: Services, name: ServerName, tail: int) -> Iterator[N
     if tail <= _FEW_LINES:
         yield
         return
-    acquire_stream(services, f"read so much of the log of server '{name}'", f"ask for {_FEW_LINES} lines at most")
+    acquire_stream(
+        services,
+        f"read so much of the log of server '{name}'",
+        f"ask for {_FEW_LINES} lines at most",
+    )
     try:
         with services.log_readers:
             yield
@@ -53,8 +57,14 @@ def _turn_to_read(services: Services, name: ServerName, tail: int) -> Iterator[N
 
 def _follow(services: Services, name: ServerName, tail: int) -> Response:
     acquire_stream(services, f"follow the log of server '{name}'", "read it without follow")
-    lines = services.backend.follow(name, tail, functools.partial(_is_live, services, name, caller()))
-    return live_answer(services, lines_in_pieces(_begun_in_turn(services, lines), gone()), "text/plain; charset=utf-8")
+    lines = services.backend.follow(
+        name, tail, functools.partial(_is_live, services, name, caller())
+    )
+    return live_answer(
+        services,
+        lines_in_pieces(_begun_in_turn(services, lines), gone()),
+        "text/plain; charset=utf-8",
+    )
 
 
 def _begun_in_turn(services: Services, lines: Iterator[str]) -> Iterator[str]:

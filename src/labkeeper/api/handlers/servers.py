@@ -74,7 +74,10 @@ def list_servers(services: Services, query: ListQuery) -> Answer:
     after = _decode_cursor(query.cursor)
     found = [s for s in visible_servers(services) if s.name > after and _matches(s, query)]
     page, more = found[: query.limit], len(found) > query.limit
-    listed = ServerList(servers=[server_answer(services, s) for s in page], next=_encode_cursor(page[-1].name) if more else None)
+    listed = ServerList(
+        servers=[server_answer(services, s) for s in page],
+        next=_encode_cursor(page[-1].name) if more else None,
+    )
     return json_answer(listed)
 
 
@@ -103,7 +106,12 @@ def stop_server(services: Services, path: ServerPath, query: StopQuery) -> Answe
 def start_server(services: Services, path: ServerPath, query: StartQuery) -> Answer:
     """Start a server that was stopped or has failed."""
     name = ServerName(path.name)
-    return _start(services, name, lambda: services.keeper.ask(Order(name, Event.START, origin=origin())), query)
+    return _start(
+        services,
+        name,
+        lambda: services.keeper.ask(Order(name, Event.START, origin=origin())),
+        query,
+    )
 
 
 def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answer:
@@ -116,11 +124,18 @@ def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answ
     with ExitStack() as watching, patience(services, seconds) as wait:
         end = time.monotonic() + wait
         begun = [_begun(services, spec, watching) for spec in specs]
-        results = [_result(services, spec.name, start, end) for spec, start in zip(specs, begun, strict=True)]
-    return json_answer(BulkResults(results=results), _overall([result.status for result in results]))
+        results = [
+            _result(services, spec.name, start, end)
+            for spec, start in zip(specs, begun, strict=True)
+        ]
+    return json_answer(
+        BulkResults(results=results), _overall([result.status for result in results])
+    )
 
 
-def restart_server(services: Services, path: ServerPath, body: RestartRequest, query: StartQuery) -> Answer:
+def restart_server(
+    services: Services, path: ServerPath, body: RestartRequest, query: StartQuery
+) -> Answer:
     """Restart a server, or start it if it is not running, with the changes that the body asks for.
 
     With `keep_kernels`, its kernels on a gateway keep running, and the new launch takes them over with their sessions.
@@ -128,7 +143,10 @@ def restart_server(services: Services, path: ServerPath, body: RestartRequest, q
     snapshot = find_server(services, path)
     revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
     order = Order(
-        snapshot.name, Event.RESTART_KEEPING_KERNELS if body.keep_kernels else Event.RESTART, revised=revised, origin=origin()
+        snapshot.name,
+        Event.RESTART_KEEPING_KERNELS if body.keep_kernels else Event.RESTART,
+        revised=revised,
+        origin=origin(),
     )
     return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
 
@@ -153,18 +171,28 @@ def list_kernels(services: Services, path: ServerPath) -> Answer:
     """List the kernels of a running server. Does not count as activity."""
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
-        raise Conflict(f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running")
+        raise Conflict(
+            f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running"
+        )
     kernels = services.probe.kernels(snapshot.endpoint)
     return json_answer(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))
 
 
-def _start(services: Services, name: ServerName, command: Callable[[], Reply | None], query: StartQuery) -> Answer:
+def _start(
+    services: Services, name: ServerName, command: Callable[[], Reply | None], query: StartQuery
+) -> Answer:
     seconds = services.start_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
         begun = _Begun(watch, answered(command()))
-        server, status = _outcome(services, begun, *wait_until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait))
+        server, status = _outcome(
+            services,
+            begun,
+            *wait_until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait),
+        )
     location = {"Location": f"/api/servers/{name}"}
-    return json_answer(server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location)
+    return json_answer(
+        server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location
+    )
 
 
 def _create(services: Services, spec: ServerSpec) -> Reply | None:
@@ -184,21 +212,27 @@ def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun 
         return error
 
 
-def _result(services: Services, name: ServerName, begun: _Begun | LabkeeperError, end: float) -> BulkResult:
+def _result(
+    services: Services, name: ServerName, begun: _Begun | LabkeeperError, end: float
+) -> BulkResult:
     """Wait until `end` for one of many; an error is returned, so that it delays no other."""
     if isinstance(begun, LabkeeperError):
         return _refused(name, begun)
     left = max(0.0, end - time.monotonic())
     try:
         server, status = _outcome(
-            services, begun, *wait_until(begun.watch, _is_settled, first=begun.reply.snapshot, timeout=left)
+            services,
+            begun,
+            *wait_until(begun.watch, _is_settled, first=begun.reply.snapshot, timeout=left),
         )
     except LabkeeperError as error:
         return _refused(name, error)
     return BulkResult(name=name, status=status, server=server, problem=None)
 
 
-def _outcome(services: Services, begun: _Begun, snapshot: Snapshot, settled: bool) -> tuple[Server, HTTPStatus]:
+def _outcome(
+    services: Services, begun: _Begun, snapshot: Snapshot, settled: bool
+) -> tuple[Server, HTTPStatus]:
     """Return the outcome of a start. Raises ServerFailed, Conflict."""
     if snapshot.state is State.FAILED:
         raise problems.start_failed(snapshot)
@@ -212,12 +246,21 @@ def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) 
     name = ServerName(path.name)
     seconds = services.stop_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
-        first = answered(services.keeper.ask(Order(name, event, force=query.force, origin=origin()))).snapshot
-        snapshot, ended = wait_until(watch, lambda s: s.state is State.STOPPED or s.goal in RETURNS, first=first, timeout=wait)
+        first = answered(
+            services.keeper.ask(Order(name, event, force=query.force, origin=origin()))
+        ).snapshot
+        snapshot, ended = wait_until(
+            watch,
+            lambda s: s.state is State.STOPPED or s.goal in RETURNS,
+            first=first,
+            timeout=wait,
+        )
     if snapshot.goal in RETURNS:
         raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
     return json_answer(
-        server_answer(services, snapshot), HTTPStatus.OK if ended else HTTPStatus.ACCEPTED, {} if ended else _RETRY_AFTER
+        server_answer(services, snapshot),
+        HTTPStatus.OK if ended else HTTPStatus.ACCEPTED,
+        {} if ended else _RETRY_AFTER,
     )
 
 
@@ -261,7 +304,9 @@ def _encode_cursor(name: ServerName) -> str:
 
 def _decode_cursor(cursor: str) -> str:
     try:
-        name = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode("ascii")
+        name = base64.b64decode(
+            cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True
+        ).decode("ascii")
     except (binascii.Error, UnicodeError, ValueError):
         raise InvalidSpec.of("cursor", "must be the `next` of an earlier page") from None
     return name

@@ -50,7 +50,12 @@ def find_user(spec: ServerSpec) -> Account | None:
     if os.geteuid() != 0:
         raise _refused(spec, "only a keeper that runs as root can start servers as other users")
     ids = User(entry.pw_uid, entry.pw_gid, os.getgrouplist(entry.pw_name, entry.pw_gid))
-    login = {"HOME": entry.pw_dir, "USER": entry.pw_name, "LOGNAME": entry.pw_name, "SHELL": entry.pw_shell}
+    login = {
+        "HOME": entry.pw_dir,
+        "USER": entry.pw_name,
+        "LOGNAME": entry.pw_name,
+        "SHELL": entry.pw_shell,
+    }
     return Account(ids, login)
 
 
@@ -61,7 +66,9 @@ def own_environment(account: Account | None) -> Mapping[str, str]:
     """
     if account is None:
         return os.environ
-    return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name)} | account.environment
+    return {
+        name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name)
+    } | account.environment
 
 
 def common_environment() -> Mapping[str, str]:
@@ -71,7 +78,11 @@ def common_environment() -> Mapping[str, str]:
     """
     if os.geteuid() != 0:
         return os.environ
-    return {name: value for name, value in os.environ.items() if _FOR_EVERYBODY.match(name) or _PLACES.match(name)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if _FOR_EVERYBODY.match(name) or _PLACES.match(name)
+    }
 
 
 def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
@@ -87,5 +98,6 @@ def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
 
 def _refused(spec: ServerSpec, why: str) -> BackendRefused:
     return BackendRefused(
-        f"cannot start server '{spec.name}' as user '{spec.user}': {why}", failure_class=FailureClass.CONFIG_ERROR
+        f"cannot start server '{spec.name}' as user '{spec.user}': {why}",
+        failure_class=FailureClass.CONFIG_ERROR,
     )

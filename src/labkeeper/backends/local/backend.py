@@ -21,7 +21,13 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from labkeeper import shortage
-from labkeeper.backends.local.accounts import Account, check_passage, common_environment, find_user, own_environment
+from labkeeper.backends.local.accounts import (
+    Account,
+    check_passage,
+    common_environment,
+    find_user,
+    own_environment,
+)
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.cleanup import LIMIT, EarlierDir, clear, strays
 from labkeeper.backends.local.echo import Echo
@@ -45,7 +51,12 @@ from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.wire import Launch, WireError
 from labkeeper.jupyter.client import JupyterClient
-from labkeeper.jupyter.config import base_config, base_environment, launch_config, launch_environment
+from labkeeper.jupyter.config import (
+    base_config,
+    base_environment,
+    launch_config,
+    launch_environment,
+)
 from labkeeper.scrub import TOKEN_BYTES, of_server
 from labkeeper.threads import ThreadGroup
 
@@ -92,8 +103,14 @@ class LocalBackend:
         self._found_orphans = found_orphans
         self._supervisors: dict[ServerName, ProcessSupervisor] = {}
         self._groups = ControlGroups(self._runtime_dir)
-        self._ancestry = Ancestry({self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier})
-        self._earlier = {name: [left for left in earlier if name in left.names] for found in earlier for name in found.names}
+        self._ancestry = Ancestry(
+            {self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier}
+        )
+        self._earlier = {
+            name: [left for left in earlier if name in left.names]
+            for found in earlier
+            for name in found.names
+        }
         """Servers still to be ended in earlier runtime directories, by name."""
         self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
         self._threads = ThreadGroup()
@@ -122,7 +139,11 @@ class LocalBackend:
     def launch(self, spec: ServerSpec, generation: int) -> None:
         """Create the server's directory and process."""
         supervisor = self._supervisors.get(spec.name)
-        if supervisor is not None and supervisor.generation == generation and supervisor.process.alive():
+        if (
+            supervisor is not None
+            and supervisor.generation == generation
+            and supervisor.process.alive()
+        ):
             return
         with (
             bound_contextvars(server=spec.name, generation=generation),
@@ -139,7 +160,9 @@ class LocalBackend:
                 hold.close()
                 raise
 
-    def terminate(self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False) -> None:
+    def terminate(
+        self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False
+    ) -> None:
         """Request shutdown through Jupyter's API for half of `grace`, then send SIGTERM."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
@@ -165,13 +188,23 @@ class LocalBackend:
         supervisor = self._supervisors.get(name)
         if supervisor is None:
             record = self._server_dir(name).read_record()
-            if name in self._earlier or record is None or record.generation != generation or record.boot != boot_id():
+            if (
+                name in self._earlier
+                or record is None
+                or record.generation != generation
+                or record.boot != boot_id()
+            ):
                 # A lost server directory or another runtime directory does not prove that the
                 # server has ended.
                 self._end_orphans(name)
                 return Gone()
-            with _unavailable(f"look at server '{name}'"), self._threads.standing_by(f"supervise-{name}") as given:
-                supervisor = ProcessSupervisor.adopted(self._site(name), record, self._attach(record))
+            with (
+                _unavailable(f"look at server '{name}'"),
+                self._threads.standing_by(f"supervise-{name}") as given,
+            ):
+                supervisor = ProcessSupervisor.adopted(
+                    self._site(name), record, self._attach(record)
+                )
                 if not supervisor.process.alive():
                     return supervisor.finish()
                 self._supervise(supervisor, given)
@@ -186,8 +219,14 @@ class LocalBackend:
         """Return the usage of the servers that have a supervisor."""
         if self._meter is None:
             return {}
-        supervised = {name: supervisor for name in names if (supervisor := self._supervisors.get(name)) is not None}
-        return self._meter.measure({name: supervisor.process for name, supervisor in supervised.items()})
+        supervised = {
+            name: supervisor
+            for name in names
+            if (supervisor := self._supervisors.get(name)) is not None
+        }
+        return self._meter.measure(
+            {name: supervisor.process for name, supervisor in supervised.items()}
+        )
 
     def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
         """Return unknown servers with a directory, a marked process or a control group."""
@@ -202,7 +241,9 @@ class LocalBackend:
             if not self._end_orphans(name):
                 _log.info("removed the directory of a server of an earlier keeper", server=name)
         except BackendUnavailable as error:
-            _log.error("cannot end processes of an earlier keeper", server=name, error=error.message)
+            _log.error(
+                "cannot end processes of an earlier keeper", server=name, error=error.message
+            )
         finally:
             if report is not None:
                 # An unread exit would be kept by its fork server for the next keeper.
@@ -214,7 +255,9 @@ class LocalBackend:
         try:
             return self._logfile(name).tail(tail)
         except OSError as error:
-            raise BackendUnavailable(f"cannot read the log of server '{name}': {error.strerror}") from error
+            raise BackendUnavailable(
+                f"cannot read the log of server '{name}': {error.strerror}"
+            ) from error
 
     def programs(self, name: ServerName) -> Sequence[str] | None:
         """Return the foreground programs of the server's terminals, read from the process table."""
@@ -227,7 +270,9 @@ class LocalBackend:
 
     def is_server(self, pid: int) -> bool:
         """Whether a process is a server or may descend from one, and so acts for its user."""
-        return self._ancestry.is_of_server(pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]})
+        return self._ancestry.is_of_server(
+            pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]}
+        )
 
     def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
         """Yield lines of the log file as it grows."""
@@ -253,12 +298,16 @@ class LocalBackend:
             bundle = server_dir.prepare(spec, user.ids if user else None)
             limited = self._groups.limit(spec.name, spec.limits, own_user=user is not None)
             port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
-            request = self._request(spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited)
+            request = self._request(
+                spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited
+            )
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
                 site = self._site(spec.name)
-                launched = self._launcher.launch(request, log.fileno(), functools.partial(self._groups.hold, spec.name))
+                launched = self._launcher.launch(
+                    request, log.fileno(), functools.partial(self._groups.hold, spec.name)
+                )
             record = self._record(spec, generation, launched, limited, port)
             supervisor = ProcessSupervisor.launched(site, record, launched, token=token, hold=hold)
             try:
@@ -274,9 +323,13 @@ class LocalBackend:
             self._clear(spec.name)
             if shortage.is_ours(error):
                 # Not the server's fault, and temporary.
-                raise BackendUnavailable(f"cannot start server '{spec.name}' now: {error}") from error
+                raise BackendUnavailable(
+                    f"cannot start server '{spec.name}' now: {error}"
+                ) from error
             kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
-            raise BackendRefused(f"cannot start server '{spec.name}': {error}", failure_class=kind) from error
+            raise BackendRefused(
+                f"cannot start server '{spec.name}': {error}", failure_class=kind
+            ) from error
         return supervisor
 
     def _request(
@@ -296,12 +349,16 @@ class LocalBackend:
             cwd=spec.root_dir,
             # The mark comes last: readers of /proc that stop at an empty entry have read the rest.
             env={
-                **launch_environment(spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle),
+                **launch_environment(
+                    spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
+                ),
                 MARK: str(server_dir.path),
             },
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
-            config=launch_config(spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate),
+            config=launch_config(
+                spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate
+            ),
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),
@@ -310,7 +367,9 @@ class LocalBackend:
             encrypt_kernels=user is not None,
         )
 
-    def _record(self, spec: ServerSpec, generation: int, launched: Launched, limited: Enforced, port: int) -> Record:
+    def _record(
+        self, spec: ServerSpec, generation: int, launched: Launched, limited: Enforced, port: int
+    ) -> Record:
         return Record(
             generation=generation,
             pid=launched.process.pid,
@@ -321,7 +380,12 @@ class LocalBackend:
             exec_reason=launched.reason,
             forkserver=launched.forkserver,
             limited_by=dict(limited.by),
-            asked=Asked(hostname=spec.ip, port=port, base_url=spec.base_url, secure=self._certificate is not None),
+            asked=Asked(
+                hostname=spec.ip,
+                port=port,
+                base_url=spec.base_url,
+                secure=self._certificate is not None,
+            ),
         )
 
     # Supervisors
@@ -330,7 +394,16 @@ class LocalBackend:
         """Return the parts of a supervisor; the echo begins at the log's present end."""
         logfile = self._logfile(name)
         echo = Echo(name, logfile, logfile.size) if self._echo_logs else None
-        return Site(name, self._server_dir(name), logfile, echo, self._groups, self._threads, self._client, self._report)
+        return Site(
+            name,
+            self._server_dir(name),
+            logfile,
+            echo,
+            self._groups,
+            self._threads,
+            self._client,
+            self._report,
+        )
 
     def _attach(self, record: Record) -> ReportPipe | None:
         """Have a server's fork server report its end; None if it has no fork server, or a dead one.
@@ -349,12 +422,16 @@ class LocalBackend:
                     report.close()
         return report if known else None
 
-    def _supervise(self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]) -> None:
+    def _supervise(
+        self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]
+    ) -> None:
         """Start supervision in the thread standing by."""
         if supervisor.record.launched_by == "exec":
             self._ancestry.note_executed(supervisor.process)
         self._supervisors[supervisor.name] = supervisor
-        given(functools.partial(supervisor.supervise, functools.partial(self._deregister, supervisor)))
+        given(
+            functools.partial(supervisor.supervise, functools.partial(self._deregister, supervisor))
+        )
 
     def _deregister(self, supervisor: ProcessSupervisor) -> None:
         if self._supervisors.get(supervisor.name) is supervisor:
@@ -364,7 +441,11 @@ class LocalBackend:
 
     def _end_unsupervised(self, name: ServerName, generation: int) -> None:
         found = self._end_all(name)
-        self._report(Report(name, generation, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)))
+        self._report(
+            Report(
+                name, generation, Ended(Exit(), StopMethod.SIGKILL if found else StopMethod.NONE)
+            )
+        )
 
     def _clear(self, name: ServerName) -> None:
         """End and remove what is left under a name, if there are signs of it.
@@ -372,7 +453,11 @@ class LocalBackend:
         Only for names proven to be free by an end or an observation: a start must not cost the time
         of a full scan. Raises BackendUnavailable.
         """
-        if name in self._supervisors or name in self._earlier or os.path.lexists(self._server_dir(name).path):
+        if (
+            name in self._supervisors
+            or name in self._earlier
+            or os.path.lexists(self._server_dir(name).path)
+        ):
             self._end_all(name)
 
     def _end_orphans(self, name: ServerName) -> bool:
@@ -406,7 +491,9 @@ class LocalBackend:
         return ServerDir(self._runtime_dir / name)
 
     def _logfile(self, name: ServerName) -> LogFile:
-        return LogFile(self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name))
+        return LogFile(
+            self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name)
+        )
 
 
 @contextmanager

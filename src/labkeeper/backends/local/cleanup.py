@@ -10,7 +10,14 @@ from pathlib import Path
 from typing import Final
 
 from labkeeper.backends.local.limits import ControlGroups
-from labkeeper.backends.local.processes import Process, boot_id, end_all, marked, sees, server_dirs_marked
+from labkeeper.backends.local.processes import (
+    Process,
+    boot_id,
+    end_all,
+    marked,
+    sees,
+    server_dirs_marked,
+)
 from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName, server_name
@@ -23,7 +30,12 @@ _EMPTY_LOOKS: Final = 3
 
 
 def end_leftovers(
-    name: ServerName, server_dir: Path, known: AbstractSet[Process], *, grace: float, groups: ControlGroups | None = None
+    name: ServerName,
+    server_dir: Path,
+    known: AbstractSet[Process],
+    *,
+    grace: float,
+    groups: ControlGroups | None = None,
 ) -> set[int]:
     """End all processes in a server's control groups, with its mark or in `known`; return the pids.
 
@@ -40,12 +52,22 @@ def end_leftovers(
     # parent has just ended.
     while empty < _EMPTY_LOOKS:
         members = (Process.find(pid) for pid in groups.members(name)) if groups else ()
-        carriers = (process for process in marked(MARK, str(server_dir), users=users) if sees(process.pid, server_dir.parent))
-        left = {*filter(None, members), *carriers, *(process for process in known if process.alive())}
+        carriers = (
+            process
+            for process in marked(MARK, str(server_dir), users=users)
+            if sees(process.pid, server_dir.parent)
+        )
+        left = {
+            *filter(None, members),
+            *carriers,
+            *(process for process in known if process.alive()),
+        }
         empty = 0 if left else empty + 1
         if left and time.monotonic() > until:
             pids = ", ".join(str(process.pid) for process in left)
-            raise BackendUnavailable(f"cannot end all processes of server '{name}': {pids} survive SIGKILL")
+            raise BackendUnavailable(
+                f"cannot end all processes of server '{name}': {pids} survive SIGKILL"
+            )
         if groups and not grace:
             # Even if none was found: a process that starts the next one and ends may be too
             # short-lived for a scan.
@@ -86,7 +108,9 @@ def clear(server_dir: ServerDir, groups: ControlGroups) -> set[int]:
     A directory that no keeper created stays. Raises BackendUnavailable if a process survives.
     """
     name = ServerName(server_dir.path.name)
-    found = end_leftovers(name, server_dir.path, _recorded_processes(server_dir), grace=0.0, groups=groups)
+    found = end_leftovers(
+        name, server_dir.path, _recorded_processes(server_dir), grace=0.0, groups=groups
+    )
     groups.remove(name)
     if server_dir.recognised:
         server_dir.remove()
@@ -122,7 +146,9 @@ def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
     try:
         server_dirs, found = server_dirs_marked(MARK, runtime_dir), groups.names()
     except OSError as error:
-        raise BackendUnavailable(f"cannot look for processes of earlier keepers: {error}") from error
+        raise BackendUnavailable(
+            f"cannot look for processes of earlier keepers: {error}"
+        ) from error
     with contextlib.suppress(OSError):
         server_dirs.update(path for path in runtime_dir.iterdir() if ServerDir(path).recognised)
     for server_dir in server_dirs:

@@ -14,7 +14,13 @@ from labkeeper.backends.local.logs import LogFile
 
 _RECORD: Final = re.compile(r"^\[([DIWEC]) \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d+ \w+\] ?")
 """Start of a Jupyter (traitlets) log record; lines without it, as in tracebacks, continue one."""
-_LEVELS: Final = {"D": logging.DEBUG, "I": logging.INFO, "W": logging.WARNING, "E": logging.ERROR, "C": logging.CRITICAL}
+_LEVELS: Final = {
+    "D": logging.DEBUG,
+    "I": logging.INFO,
+    "W": logging.WARNING,
+    "E": logging.ERROR,
+    "C": logging.CRITICAL,
+}
 _MOST: Final = 256 * 1024
 """Maximum bytes repeated at a time; of a longer log, the newest."""
 
@@ -34,7 +40,11 @@ class Echo:
         with contextlib.suppress(OSError):  # It can be read later, or its disk is gone.
             lines, left_out, self._since = self._logfile.news(self._since, _MOST)
             if left_out:
-                _log.warning("it logs too much to be repeated here; read its log", server=self._server, bytes=left_out)
+                _log.warning(
+                    "it logs too much to be repeated here; read its log",
+                    server=self._server,
+                    bytes=left_out,
+                )
             for level, first, rest in _records(lines):
                 more = {"exception": "\n".join(rest)} if rest else {}
                 _log.log(level, first, server=self._server, **more)

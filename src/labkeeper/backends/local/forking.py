@@ -33,7 +33,9 @@ _EXEC_SHARE: Final = 0.8
 """Duration of executing a server as a share of loading: same imports, initialised once."""
 _PAUSES: Final = (0.2, 600.0)
 """Seconds between a failure and the next start: initial and maximum."""
-_AT_START: Final = re.compile(r"^(PYTHON|JUPYTER(?!_(RUNTIME|CONFIG|DATA)_DIR$)|LD_|LC_|LANG|MALLOC_|GLIBC_)")
+_AT_START: Final = re.compile(
+    r"^(PYTHON|JUPYTER(?!_(RUNTIME|CONFIG|DATA)_DIR$)|LD_|LC_|LANG|MALLOC_|GLIBC_)"
+)
 """Variables read at program start or at import: too late for a forked server."""
 
 _log = structlog.get_logger("labkeeper.backends.local.forking")
@@ -93,19 +95,27 @@ class ForkServer:
             instance = self._await_ready()
             try:
                 with _only_for_the_child(launch) as file:
-                    answer = self._processes.ask(instance.name, {"do": "launch"}, [file, log, report])
+                    answer = self._processes.ask(
+                        instance.name, {"do": "launch"}, [file, log, report]
+                    )
             except (OSError, EOFError, wire.WireError) as error:
                 if shortage.is_ours(error):
                     # It did not receive the request.
-                    raise CannotFork(f"the keeper cannot ask the fork server now: {error}") from error
+                    raise CannotFork(
+                        f"the keeper cannot ask the fork server now: {error}"
+                    ) from error
                 # Killed, since it may be stopped rather than dead; its servers live on without it.
                 instance.process.send(signal.SIGKILL)
                 self._give_up(instance)
                 # It may have forked anyway, and the child may already have written its files.
                 with contextlib.suppress(BackendUnavailable):
-                    end_leftovers(ServerName(server_dir.path.name), server_dir.path, set(), grace=0.0)
+                    end_leftovers(
+                        ServerName(server_dir.path.name), server_dir.path, set(), grace=0.0
+                    )
                 server_dir.reset()
-                raise CannotFork(f"the fork server did not answer ({type(error).__name__})") from error
+                raise CannotFork(
+                    f"the fork server did not answer ({type(error).__name__})"
+                ) from error
             if "pid" in answer:
                 return Process(answer["pid"], answer["started"]), instance.name
             if "retired" not in answer:
@@ -120,14 +130,19 @@ class ForkServer:
         Raises OSError if the keeper lacks resources to ask.
         """
         with shortage.suppress_others(OSError, EOFError, wire.WireError):
-            return self._processes.ask(name, {"do": "attach", "pid": pid}, [report]).get("known") is True
+            return (
+                self._processes.ask(name, {"do": "attach", "pid": pid}, [report]).get("known")
+                is True
+            )
         return False
 
     def _check(self, environment: Mapping[str, str]) -> None:
         for name in sorted(environment.keys() | self._environment.keys()):
             differs = environment.get(name) != self._environment.get(name)
             if differs and _AT_START.match(name):
-                raise CannotFork(f"the environment variable {name} takes effect only when a program starts")
+                raise CannotFork(
+                    f"the environment variable {name} takes effect only when a program starts"
+                )
 
     def _await_ready(self) -> Instance:
         """Return the current fork server, waiting for a loading one if that is faster than exec.
@@ -161,7 +176,11 @@ class ForkServer:
                 # and it is retried.
                 if self._threads.closed:
                     return
-                _log.warning("there is no fork server; servers are executed", reason=str(error), next_in=pause)
+                _log.warning(
+                    "there is no fork server; servers are executed",
+                    reason=str(error),
+                    next_in=pause,
+                )
                 self._set(None, str(error))
                 if self._threads.sleep(pause):
                     return
@@ -192,7 +211,9 @@ class ForkServer:
         instance = self._processes.spawn()
         with self._changed:
             self._warm_up = time.monotonic() - self._begun
-        _log.info("the fork server is ready", pid=instance.process.pid, seconds=round(self._warm_up, 2))
+        _log.info(
+            "the fork server is ready", pid=instance.process.pid, seconds=round(self._warm_up, 2)
+        )
         return instance
 
     def _set(self, instance: Instance | None, why_not: str) -> None:

@@ -53,7 +53,9 @@ _END_WITHIN: Final = 1.0
 _LONGEST_NAME: Final = 63
 """Maximum length of a server's name (RFC 1123)."""
 _REHEARSAL_DIR: Final = "rehearsal"
-_ONE_THREAD: Final = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+_ONE_THREAD: Final = dict.fromkeys(
+    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"
+)
 """Keeps libraries from starting threads at import; in the fork server only."""
 
 
@@ -200,7 +202,9 @@ class ForkServers:
 
     # Requests
 
-    def ask(self, name: str, request: Mapping[str, Any], files: Sequence[int] = ()) -> dict[str, Any]:
+    def ask(
+        self, name: str, request: Mapping[str, Any], files: Sequence[int] = ()
+    ) -> dict[str, Any]:
         """Send one request and return the answer. Raises OSError, EOFError, WireError."""
         with connect(self._place / name) as connection:
             wire.send(connection, request, files)
@@ -273,7 +277,11 @@ class ForkServers:
             server_dir=str(server_dir),
             title="jupyter-lab (rehearsal)",
             cwd=os.path.realpath(server_dir),
-            env={**self._environment, "JUPYTER_RUNTIME_DIR": str(server_dir), MARK: str(server_dir)},
+            env={
+                **self._environment,
+                "JUPYTER_RUNTIME_DIR": str(server_dir),
+                MARK: str(server_dir),
+            },
             kernel_env={},
             umask=0o077,
             config=config,

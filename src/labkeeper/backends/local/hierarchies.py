@@ -49,10 +49,19 @@ class Hierarchy:
 def version_1(*ours: str) -> dict[str, Hierarchy]:
     """Return the usable version 1 hierarchies, by controller."""
     found = {}
-    mounts = {option: mount for mount, kind, options in all_mounts() if kind == "cgroup" for option in options.split(",")}
+    mounts = {
+        option: mount
+        for mount, kind, options in all_mounts()
+        if kind == "cgroup"
+        for option in options.split(",")
+    }
     for controllers, path in _memberships():
         for controller in controllers:
-            if controller in _USED and controller in mounts and os.access(base := _own(mounts[controller], path, *ours), os.W_OK):
+            if (
+                controller in _USED
+                and controller in mounts
+                and os.access(base := _own(mounts[controller], path, *ours), os.W_OK)
+            ):
                 found[controller] = Hierarchy(LimitedBy.CGROUP1, base)
     return found
 
@@ -63,7 +72,11 @@ def version_2(*ours: str) -> dict[str, Hierarchy]:
     if base is None:
         return {}
     try:
-        controllers = [c for c in ("memory", "cpu", "pids") if c in (base / "cgroup.controllers").read_text().split()]
+        controllers = [
+            c
+            for c in ("memory", "cpu", "pids")
+            if c in (base / "cgroup.controllers").read_text().split()
+        ]
         enabled = (base / "cgroup.subtree_control").read_text().split()
         if missing := [controller for controller in controllers if controller not in enabled]:
             _divide(base, missing)
@@ -90,7 +103,9 @@ def base_of_all(older: Mapping[str, Hierarchy], *ours: str) -> Path | None:
     if base is not None and os.access(base, os.W_OK):
         return base
     # Of these, the first can keep a group from growing.
-    return next((older[controller].base for controller in ("pids", "freezer") if controller in older), None)
+    return next(
+        (older[controller].base for controller in ("pids", "freezer") if controller in older), None
+    )
 
 
 def _divide(base: Path, controllers: Sequence[str]) -> None:
@@ -102,7 +117,9 @@ def _divide(base: Path, controllers: Sequence[str]) -> None:
     leaf.mkdir(exist_ok=True)
     try:
         (leaf / "cgroup.procs").write_text(str(os.getpid()))
-        (base / "cgroup.subtree_control").write_text(" ".join(f"+{controller}" for controller in controllers))
+        (base / "cgroup.subtree_control").write_text(
+            " ".join(f"+{controller}" for controller in controllers)
+        )
     except OSError:
         with contextlib.suppress(OSError):
             (base / "cgroup.procs").write_text(str(os.getpid()))
@@ -129,7 +146,10 @@ def _memberships(pid: int | Literal["self"] = "self") -> list[tuple[list[str], s
     """
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8").splitlines()
-        return [(controllers.split(","), path) for _, controllers, path in (line.split(":", 2) for line in lines)]
+        return [
+            (controllers.split(","), path)
+            for _, controllers, path in (line.split(":", 2) for line in lines)
+        ]
     return []
 
 

@@ -140,7 +140,9 @@ class Launcher:
         self._forkserver = forkserver
         self._why_not = why_not
 
-    def launch(self, launch: wire.Launch, log: int, hold: Callable[[int], None] = lambda _: None) -> Launched:
+    def launch(
+        self, launch: wire.Launch, log: int, hold: Callable[[int], None] = lambda _: None
+    ) -> Launched:
         """Launch the process. Raises OSError, WireError, BackendUnavailable.
 
         For an executed process, `hold` is called with its pid while it still loads, before it can
@@ -158,7 +160,14 @@ class Launcher:
             with _report() as report:
                 return self._execute(launch, log, report, str(because), hold)
 
-    def _execute(self, launch: wire.Launch, log: int, report: ReportPipe, reason: str, hold: Callable[[int], None]) -> Launched:
+    def _execute(
+        self,
+        launch: wire.Launch,
+        log: int,
+        report: ReportPipe,
+        reason: str,
+        hold: Callable[[int], None],
+    ) -> Launched:
         ours, its = socket.socketpair()
         with ours, its:
             ours.settimeout(_TAKEN_WITHIN)
@@ -170,7 +179,9 @@ class Launcher:
                     for members in launch.cgroups:
                         Path(members).write_text(str(child.pid))
                     hold(child.pid)
-                    wire.send(ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer])
+                    wire.send(
+                        ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer]
+                    )
                 process = Process.find(child.pid)
                 if process is None:  # Possible only if it was reaped, which only the keeper does.
                     raise BackendUnavailable("cannot start a server: its process vanished")
@@ -207,5 +218,8 @@ class Launcher:
         if user is None:
             return start()
         # Capabilities are per thread: a thread drops them, starts the process and ends.
-        with shortage.told_of_threads(), ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter:
+        with (
+            shortage.told_of_threads(),
+            ThreadPoolExecutor(1, f"start-{user.uid}", drop_bounding_set) as starter,
+        ):
             return starter.submit(start).result()

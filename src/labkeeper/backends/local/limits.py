@@ -138,7 +138,10 @@ class ControlGroups:
         rlimits: dict[str, int] = {}
         for what, controller, settings in _wanted(limits):
             hierarchy = self._hierarchies.get(controller)
-            if hierarchy is not None and (group := self._make(hierarchy, name, settings[hierarchy.version])) is not None:
+            if (
+                hierarchy is not None
+                and (group := self._make(hierarchy, name, settings[hierarchy.version])) is not None
+            ):
                 by[what] = hierarchy.version
                 members.append(str(group / "cgroup.procs"))
             elif what == "memory" and limits.memory is not None:
@@ -162,13 +165,17 @@ class ControlGroups:
         group = self._base / f"{self._prefix}{name}"
         try:
             hierarchy = self._base.stat().st_dev
-            if pid not in _pids(group for group in self._of(name) if group.stat().st_dev == hierarchy):
+            if pid not in _pids(
+                group for group in self._of(name) if group.stat().st_dev == hierarchy
+            ):
                 group.mkdir(exist_ok=True)
                 move(pid, group / "cgroup.procs")
         except ProcessLookupError:
             pass  # It has died already.
         except OSError as error:
-            _log.debug("a server has no control group", server=name, group=str(group), error=str(error))
+            _log.debug(
+                "a server has no control group", server=name, group=str(group), error=str(error)
+            )
 
     def door(self, name: ServerName) -> list[str]:
         """Create the group of a process that enters it by itself.
@@ -196,7 +203,9 @@ class ControlGroups:
 
     def hold_any(self, pid: int) -> bool:
         """Whether a process is in or below any server's group. Raises OSError if it has ended."""
-        lines = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = (
+            Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
+        )
         return any(part.startswith(self._prefix) for line in lines for part in line.split("/"))
 
     def kill(self, name: ServerName) -> None:
@@ -238,7 +247,9 @@ class ControlGroups:
         return Counted(
             members=frozenset(_pids(groups)),
             memory=_first(groups, {"memory.current": int, "memory.usage_in_bytes": int}),
-            cpu_seconds=_first(groups, {"cpu.stat": _busy, "cpuacct.usage": lambda text: int(text) / 1e9}),
+            cpu_seconds=_first(
+                groups, {"cpu.stat": _busy, "cpuacct.usage": lambda text: int(text) / 1e9}
+            ),
             tasks=_first(groups, {"pids.current": int}),
         )
 
@@ -268,12 +279,17 @@ class ControlGroups:
 
     @property
     def _bases(self) -> set[Path]:
-        return {hierarchy.base for hierarchy in self._hierarchies.values()} | ({self._base} if self._base else set())
+        return {hierarchy.base for hierarchy in self._hierarchies.values()} | (
+            {self._base} if self._base else set()
+        )
 
     def _of(self, name: ServerName) -> list[Path]:
         """Return the existing groups of a server."""
         full = f"{self._prefix}{name}"
-        groups = {*(base / full for base in self._bases), *(group for group in self._earlier if group.name == full)}
+        groups = {
+            *(base / full for base in self._bases),
+            *(group for group in self._earlier if group.name == full),
+        }
         return [group for group in groups if group.is_dir()]
 
     def _left_elsewhere(self) -> AbstractSet[Path]:
@@ -282,8 +298,15 @@ class ControlGroups:
         A keeper that was started from another shell ran in another group.
         """
         mounts = {mount for mount, kind, _ in all_mounts() if kind in {"cgroup", "cgroup2"}}
-        used = {mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)}
-        found = {Path(place) for mount in used for place, _, _ in os.walk(mount) if Path(place).name.startswith(self._prefix)}
+        used = {
+            mount for mount in mounts if any(base.is_relative_to(mount) for base in self._bases)
+        }
+        found = {
+            Path(place)
+            for mount in used
+            for place, _, _ in os.walk(mount)
+            if Path(place).name.startswith(self._prefix)
+        }
         found = {group for group in found if group.parent not in self._bases and is_own(group)}
         # The owner of an empty group cannot be determined.
         return {group for group in found if _pids([group]) and self._holds_ours(group)}
@@ -295,14 +318,21 @@ class ControlGroups:
         """
         return all(sees(pid, self._runtime_dir) for pid in _pids([group]))
 
-    def _make(self, hierarchy: Hierarchy, name: ServerName, settings: Mapping[str, str]) -> Path | None:
+    def _make(
+        self, hierarchy: Hierarchy, name: ServerName, settings: Mapping[str, str]
+    ) -> Path | None:
         group = hierarchy.base / f"{self._prefix}{name}"
         try:
             group.mkdir(exist_ok=True)
             for setting, value in settings.items():
                 (group / setting).write_text(value)
         except OSError as error:
-            _log.warning("cannot limit a server by a control group", server=name, group=str(group), error=str(error))
+            _log.warning(
+                "cannot limit a server by a control group",
+                server=name,
+                group=str(group),
+                error=str(error),
+            )
             return None
         return group
 
@@ -314,12 +344,19 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
         yield (
             "memory",
             "memory",
-            {LimitedBy.CGROUP2: {"memory.max": amount}, LimitedBy.CGROUP1: {"memory.limit_in_bytes": amount}},
+            {
+                LimitedBy.CGROUP2: {"memory.max": amount},
+                LimitedBy.CGROUP1: {"memory.limit_in_bytes": amount},
+            },
         )
     if limits.cpus is not None:
         quota = str(int(limits.cpus * _PERIOD))
         older = {"cpu.cfs_period_us": str(_PERIOD), "cpu.cfs_quota_us": quota}
-        yield "cpus", "cpu", {LimitedBy.CGROUP2: {"cpu.max": f"{quota} {_PERIOD}"}, LimitedBy.CGROUP1: older}
+        yield (
+            "cpus",
+            "cpu",
+            {LimitedBy.CGROUP2: {"cpu.max": f"{quota} {_PERIOD}"}, LimitedBy.CGROUP1: older},
+        )
     if limits.processes is not None:
         files = {"pids.max": str(limits.processes)}
         yield "processes", "pids", {LimitedBy.CGROUP2: files, LimitedBy.CGROUP1: files}

@@ -13,7 +13,10 @@ from labkeeper.core.ports import Capacity
 
 GROUPS: Final = (Path("/sys/fs/cgroup"), Path("/sys/fs/cgroup/memory"))
 """The container's own group as seen from inside: version 2, and version 1."""
-_FILES: Final = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
+_FILES: Final = (
+    ("memory.max", "memory.current"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+)
 """Limit and usage of a group."""
 _CACHE: Final = frozenset({"inactive_file", "total_inactive_file"})
 """Reclaimable part of the usage: cached files that are not in use."""

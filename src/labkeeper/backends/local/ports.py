@@ -44,7 +44,11 @@ def hold_port(spec: ServerSpec) -> socket.socket:
         ) from error
     except OSError as error:
         hold.close()
-        kind = FailureClass.PORT_IN_USE if error.errno == errno.EADDRINUSE else FailureClass.CONFIG_ERROR
+        kind = (
+            FailureClass.PORT_IN_USE
+            if error.errno == errno.EADDRINUSE
+            else FailureClass.CONFIG_ERROR
+        )
         raise BackendRefused(
             f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not available ({error.strerror}); "
             "end the program that holds it, or choose another port",

@@ -53,7 +53,10 @@ class Process:
     def alive(self) -> bool:
         """Whether it still runs. A zombie does not."""
         try:
-            return _started(self.pid) == self.started and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+            return (
+                _started(self.pid) == self.started
+                and psutil.Process(self.pid).status() != psutil.STATUS_ZOMBIE
+            )
         except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError):
             return False
         except (psutil.Error, OSError):
@@ -192,7 +195,11 @@ def marked(name: str, value: str, *, users: Collection[int] | None = None) -> li
         if pid in ours:
             continue
         with shortage.suppress_others(psutil.Error, OSError):
-            if value in _values(pid, name) and is_of(pid, users) and (known := Process.find(pid)) is not None:
+            if (
+                value in _values(pid, name)
+                and is_of(pid, users)
+                and (known := Process.find(pid)) is not None
+            ):
                 found.append(known)
     return found
 
@@ -205,7 +212,9 @@ def server_dirs_marked(name: str, directory: Path) -> set[Path]:
     found: set[Path] = set()
     for pid in psutil.pids():
         with shortage.suppress_others(psutil.Error, OSError):
-            paths = {path for value in _values(pid, name) if (path := Path(value)).parent == directory}
+            paths = {
+                path for value in _values(pid, name) if (path := Path(value)).parent == directory
+            }
             if paths and is_of(pid, {os.getuid()}) and sees(pid, directory):
                 found |= paths
     return found
@@ -265,7 +274,9 @@ def _environment(pid: int) -> bytes:
     """
     until = time.monotonic() + _EXECUTED_WITHIN
     before = None
-    while not (environment := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < until:
+    while (
+        not (environment := Path(f"/proc/{pid}/environ").read_bytes()) and time.monotonic() < until
+    ):
         place = _place_of_environment(pid)
         # Do not wait for a process that cleared its environment: users could start any number of
         # these.
@@ -288,7 +299,9 @@ def _place_of_environment(pid: int) -> tuple[str, str] | None:
     return None
 
 
-def wait_until_ended(process: Process, *, or_readable: Sequence[int] = (), timeout: float | None) -> bool:
+def wait_until_ended(
+    process: Process, *, or_readable: Sequence[int] = (), timeout: float | None
+) -> bool:
     """Wait until a process ends, a descriptor becomes readable, or `timeout` seconds have passed.
 
     Return whether the process has ended. Blocks in the kernel where possible.

@@ -121,7 +121,9 @@ class ServerDir:
         except (FileNotFoundError, NotADirectoryError, ValidationError):
             return None
         except OSError as error:
-            raise BackendUnavailable(f"cannot read {self._record_path}: {error.strerror}") from error
+            raise BackendUnavailable(
+                f"cannot read {self._record_path}: {error.strerror}"
+            ) from error
 
     @property
     def kernels(self) -> Path:
@@ -133,7 +135,10 @@ class ServerDir:
 
         Raises OSError.
         """
-        note = write_private(self.path / kernels.STOP_REQUEST, json.dumps({"keep_kernels": keep_kernels, "within": within}))
+        note = write_private(
+            self.path / kernels.STOP_REQUEST,
+            json.dumps({"keep_kernels": keep_kernels, "within": within}),
+        )
         # The server's user must be able to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():
             os.chown(note, user.st_uid, user.st_gid, follow_symlinks=False)
@@ -145,7 +150,12 @@ class ServerDir:
             inside = {path.name for path in self.path.iterdir()}
         except OSError:
             return False
-        half_there = inside <= {self.jupyter.name, f"{RECORD}.new", kernels.STOP_REQUEST, f"{kernels.STOP_REQUEST}.new"}
+        half_there = inside <= {
+            self.jupyter.name,
+            f"{RECORD}.new",
+            kernels.STOP_REQUEST,
+            f"{kernels.STOP_REQUEST}.new",
+        }
         return not self.path.is_symlink() and (RECORD in inside or half_there)
 
     def reset(self) -> None:
@@ -187,7 +197,9 @@ class ServerDir:
         return write_private(self.jupyter / _BUNDLE, "\n".join(sources))
 
 
-_CERTIFICATE: Final = re.compile(r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----")
+_CERTIFICATE: Final = re.compile(
+    r"-----BEGIN ((?:TRUSTED )?CERTIFICATE)-----[\sA-Za-z0-9+/=]+-----END \1-----"
+)
 
 
 def _certificates(file: str, content: bytes) -> str:

@@ -28,7 +28,15 @@ from labkeeper.backends.local.processes import Process, wait_until_ended
 from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
-from labkeeper.core.server import Endpoint, Exit, Failure, FailureClass, Instance, OwnKernel, StopMethod
+from labkeeper.core.server import (
+    Endpoint,
+    Exit,
+    Failure,
+    FailureClass,
+    Instance,
+    OwnKernel,
+    StopMethod,
+)
 from labkeeper.core.spec import ServerName
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.failures import cause_of
@@ -108,7 +116,9 @@ class ProcessSupervisor:
     """Descendants seen before its end, including those that hide their environment."""
 
     @classmethod
-    def launched(cls, site: Site, record: Record, launched: Launched, *, token: str, hold: socket.socket) -> ProcessSupervisor:
+    def launched(
+        cls, site: Site, record: Record, launched: Launched, *, token: str, hold: socket.socket
+    ) -> ProcessSupervisor:
         """Return a supervisor for a process of this keeper. It closes `hold`, the reserved port."""
         return cls(site, launched.process, record, launched.report, token, launched.child, hold)
 
@@ -134,7 +144,9 @@ class ProcessSupervisor:
     def _instance(self) -> Instance:
         record = self.record
         id_ = f"{record.boot}/{record.pid}/{record.started}"
-        return Instance(id_, record.pid, record.launched_by, record.exec_reason, dict(record.limited_by))
+        return Instance(
+            id_, record.pid, record.launched_by, record.exec_reason, dict(record.limited_by)
+        )
 
     def supervise(self, deregister: Callable[[], None]) -> None:
         """Watch the server until it ends or the keeper closes; report its readiness and its end.
@@ -205,7 +217,9 @@ class ProcessSupervisor:
             return False
         answers: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
         try:
-            self._looker = self.site.threads.start(f"look-{self.name}", self._look, self._endpoint, answers)
+            self._looker = self.site.threads.start(
+                f"look-{self.name}", self._look, self._endpoint, answers
+            )
         except BackendUnavailable:
             return None
         try:
@@ -247,15 +261,30 @@ class ProcessSupervisor:
         # After a clean exit its leftovers may end cleanly too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
         end_rest = functools.partial(
-            end_leftovers, self.name, self.site.server_dir.path, self._known, grace=grace, groups=self.site.groups
+            end_leftovers,
+            self.name,
+            self.site.server_dir.path,
+            self._known,
+            grace=grace,
+            groups=self.site.groups,
         )
         self._when_possible(end_rest)
         failure = None
         if not (end.clean and self.record.ready):
             tail = self._tail_of_launch()
-            kind, line = (FailureClass.OUT_OF_MEMORY, out_of_memory) if out_of_memory else cause_of(end, tail)
-            what = "server '{}' ended" if self.record.ready else "cannot start server '{}': JupyterLab ended before it was ready"
-            failure = Failure(kind, f"{what.format(self.name)} ({end})" + (f": {line}" if line else ""), end, tail)
+            kind, line = (
+                (FailureClass.OUT_OF_MEMORY, out_of_memory)
+                if out_of_memory
+                else cause_of(end, tail)
+            )
+            what = (
+                "server '{}' ended"
+                if self.record.ready
+                else "cannot start server '{}': JupyterLab ended before it was ready"
+            )
+            failure = Failure(
+                kind, f"{what.format(self.name)} ({end})" + (f": {line}" if line else ""), end, tail
+            )
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
@@ -271,7 +300,9 @@ class ProcessSupervisor:
         if self._endpoint is not None:
             self.record = self.record.model_copy(update={"ready": True})
             written = self._write_record()
-            self.site.report(Report(self.name, self.generation, Ready(self._endpoint, self._instance)))
+            self.site.report(
+                Report(self.name, self.generation, Ready(self._endpoint, self._instance))
+            )
         while not self._ended_within(_ROTATE_EVERY):
             if self.site.threads.closed:
                 return None
@@ -292,7 +323,10 @@ class ProcessSupervisor:
                 return endpoint
             # Until it reports there is nothing to probe; its report wakes this thread.
             silent = endpoint is None and self._will_say
-            if self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent) or self.site.threads.closed:
+            if (
+                self._ended_within(_ROTATE_EVERY if silent else pause, or_says=silent)
+                or self.site.threads.closed
+            ):
                 return None
             self._tend_log()
             pause = min(pause * 1.2, slowest)
@@ -311,7 +345,9 @@ class ProcessSupervisor:
         if said is None and self._will_say:
             return None
         pid = self.process.pid
-        endpoint = read_info(self.site.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
+        endpoint = (
+            read_info(self.site.server_dir.jupyter, pid) if said is None else endpoint_of(said, pid)
+        )
         endpoint = endpoint and self._as_asked(endpoint)
         # Checked before anything is sent there: the token is for this process alone, and Jupyter
         # writes its file before it has the port.
@@ -328,7 +364,9 @@ class ProcessSupervisor:
 
     def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
         said = self._pipe.readable if or_says and self._pipe else []
-        return wait_until_ended(self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds)
+        return wait_until_ended(
+            self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds
+        )
 
     def _exit(self) -> Exit:
         """Return how the process ended, as its parent saw it.
@@ -344,12 +382,18 @@ class ProcessSupervisor:
         return Exit(code=0) if self.record.ready and not left_it else Exit()
 
     def _count_memory_kills(self) -> None:
-        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(self.name, self.process.pid)
+        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(
+            self.name, self.process.pid
+        )
         self._killed = (*self._killed[-1:], self._memory_kills.count())
 
     def _out_of_memory(self, end: Exit) -> str:
         """Return a sentence if it was OOM killed, "" otherwise."""
-        if end.signal != signal.SIGKILL.name or self._method is StopMethod.SIGKILL or self._memory_kills is None:
+        if (
+            end.signal != signal.SIGKILL.name
+            or self._method is StopMethod.SIGKILL
+            or self._memory_kills is None
+        ):
             return ""
         grown = self._memory_kills.count() > self._killed[0]
         return _OUT_OF_MEMORY[0 if self._memory_kills.certain else 1] if grown else ""
@@ -386,7 +430,9 @@ class ProcessSupervisor:
     def _says_how(self, keep_kernels: bool, patience: float) -> bool:
         """Tell the server how to end its kernels on a gateway; return whether it will comply."""
         try:
-            self.site.server_dir.write_stop_request(keep_kernels=keep_kernels, within=patience * _FOR_KERNELS)
+            self.site.server_dir.write_stop_request(
+                keep_kernels=keep_kernels, within=patience * _FOR_KERNELS
+            )
         except OSError:
             return not keep_kernels
         return True
@@ -405,4 +451,6 @@ class ProcessSupervisor:
         with contextlib.suppress(OSError):  # A report does not fail because its log cannot be read.
             lines = list(self.site.log.tail(_TAIL_LINES))
         starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
-        return tuple(line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines))
+        return tuple(
+            line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines)
+        )

@@ -50,7 +50,11 @@ def _program(shell: _Stat) -> str:
         return ""
     # The first process of a pipeline may have ended before the others.
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{shell.foreground}/comm").read_text(encoding="utf-8", errors="replace").rstrip("\n")
+        return (
+            Path(f"/proc/{shell.foreground}/comm")
+            .read_text(encoding="utf-8", errors="replace")
+            .rstrip("\n")
+        )
     return "a program"
 
 

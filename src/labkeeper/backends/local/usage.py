@@ -70,18 +70,36 @@ class Meter:
     def measure(self, servers: Mapping[ServerName, Process]) -> dict[ServerName, Usage]:
         """Return the usage of each server's processes; servers that have ended are left out."""
         self._known = {
-            name: known if (known := self._known.get(name)) is not None and known.process == process else _Known(process)
+            name: known
+            if (known := self._known.get(name)) is not None and known.process == process
+            else _Known(process)
             for name, process in servers.items()
         }
         counted = {name: self._groups.counted(name) for name in servers}
-        grouped = {name: found.members for name, found in counted.items() if servers[name].pid in found.members}
+        grouped = {
+            name: found.members
+            for name, found in counted.items()
+            if servers[name].pid in found.members
+        }
         free = [name for name in servers if name not in grouped]
-        stats = _stats(psutil.pids() if free else {pid for members in grouped.values() for pid in members})
-        members = {**grouped, **self._found({name: servers[name] for name in free}, stats)} if free else grouped
-        alive = {name: {pid: stats[pid] for pid in pids if pid in stats} for name, pids in members.items()}
+        stats = _stats(
+            psutil.pids() if free else {pid for members in grouped.values() for pid in members}
+        )
+        members = (
+            {**grouped, **self._found({name: servers[name] for name in free}, stats)}
+            if free
+            else grouped
+        )
+        alive = {
+            name: {pid: stats[pid] for pid in pids if pid in stats}
+            for name, pids in members.items()
+        }
         alive = {name: found for name, found in alive.items() if found}
         self._look_at_shared(alive)
-        return {name: self._usage(name, found, counted[name] if name in grouped else _UNCOUNTED) for name, found in alive.items()}
+        return {
+            name: self._usage(name, found, counted[name] if name in grouped else _UNCOUNTED)
+            for name, found in alive.items()
+        }
 
     def _usage(self, name: ServerName, stats: Mapping[int, _Stat], counted: Counted) -> Usage:
         resident = sum(stat.pages for stat in stats.values()) * self._page
@@ -101,7 +119,9 @@ class Meter:
         known.summed = ticks
         return ticks + known.lost
 
-    def _found(self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]) -> dict[ServerName, frozenset[int]]:
+    def _found(
+        self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]
+    ) -> dict[ServerName, frozenset[int]]:
         """Return all processes that descend from servers or carry their mark."""
         owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
         server_dirs = {os.fsencode(self._runtime_dir / name): name for name in servers}
@@ -113,7 +133,11 @@ class Meter:
                 if ancestor in owners:
                     found[owners[ancestor]].add(pid)
                     break
-        self._marks = {key: mark for key, mark in self._marks.items() if key[0] in stats and stats[key[0]].started == key[1]}
+        self._marks = {
+            key: mark
+            for key, mark in self._marks.items()
+            if key[0] in stats and stats[key[0]].started == key[1]
+        }
         return {name: frozenset(pids) for name, pids in found.items()}
 
     def _mark(self, pid: int, stat: _Stat) -> bytes:
@@ -180,7 +204,9 @@ def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
             fields = marks.stat(pid)
             if fields[0] != "Z":
                 ticks = sum(map(int, fields[11:15]))
-                found[pid] = _Stat(int(fields[1]), ticks, int(fields[17]), fields[19], int(fields[21]))
+                found[pid] = _Stat(
+                    int(fields[1]), ticks, int(fields[17]), fields[19], int(fields[21])
+                )
     return found
 
 
@@ -194,7 +220,9 @@ def _proportional(pids: Iterable[int]) -> int | None:
             continue
         except OSError:
             return None
-        total += next((int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:")), 0)
+        total += next(
+            (int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:")), 0
+        )
     return total
 
 

@@ -31,7 +31,10 @@ def test_whoever_asks_for_us_or_for_nobody_gets_us(user):
 
 
 def test_a_user_that_does_not_exist_is_named():
-    with pytest.raises(BackendRefused, match=r"cannot start server 'a' as user 'no-such-user': there is no such user") as caught:
+    with pytest.raises(
+        BackendRefused,
+        match=r"cannot start server 'a' as user 'no-such-user': there is no such user",
+    ) as caught:
         find_user(spec("no-such-user"))
     assert caught.value.details["failure_class"] is FailureClass.CONFIG_ERROR
 
@@ -63,12 +66,15 @@ def test_one_who_is_not_root_cannot_start_servers_as_others():
     )
     assert said.returncode == 1
     assert (
-        "cannot start server 'a' as user 'root': only a keeper that runs as root can start servers as other users" in said.stderr
+        "cannot start server 'a' as user 'root': only a keeper that runs as root can start servers as other users"
+        in said.stderr
     )
 
 
 @pytest.mark.parametrize("euid", [0, 1])
-def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_start(monkeypatch, euid):
+def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_start(
+    monkeypatch, euid
+):
     """All its servers have it in their memory. The rest comes with the launch, but for what would come too late then."""
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     early = {
@@ -90,11 +96,14 @@ def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_star
     assert secret & given == (set() if euid == 0 else secret)
 
 
-def test_a_runtime_directory_that_others_cannot_reach_is_refused_by_the_directory_in_the_way(tmp_path):
+def test_a_runtime_directory_that_others_cannot_reach_is_refused_by_the_directory_in_the_way(
+    tmp_path,
+):
     (tmp_path / "closed" / "inner").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o700)
     with pytest.raises(
-        BackendRefused, match=r"cannot traverse .*; set LABKEEPER_RUNTIME_DIR to a directory that all users can reach"
+        BackendRefused,
+        match=r"cannot traverse .*; set LABKEEPER_RUNTIME_DIR to a directory that all users can reach",
     ):
         check_passage(spec(OTHER), tmp_path / "closed" / "inner" / "run")
     check_passage(spec(OTHER), Path("/run/labkeeper"))

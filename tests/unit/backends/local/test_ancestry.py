@@ -83,12 +83,23 @@ class Keeper:
         ready = self.facts.get(timeout=60).fact
         assert isinstance(ready, Ready), ready
         assert ready.instance.launched_by == launch_by
-        return {"url": url_of(ready.endpoint), "token": ready.endpoint.token, "pid": ready.instance.pid}
+        return {
+            "url": url_of(ready.endpoint),
+            "token": ready.endpoint.token,
+            "pid": ready.instance.pid,
+        }
 
     def command(self, how):
         self.count += 1
         out = self.base / f"answer{self.count}"
-        return [sys.executable, "-I", str(self.base / "ask.py"), os.path.relpath(self.door, "/"), str(out), how], out
+        return [
+            sys.executable,
+            "-I",
+            str(self.base / "ask.py"),
+            os.path.relpath(self.door, "/"),
+            str(out),
+            how,
+        ], out
 
     def said(self, out):
         until(out.exists, what="an answer")
@@ -133,11 +144,22 @@ def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
     assert keeper.backend.is_server(server["pid"])
     kernel = start_kernel(server)
     command, out = keeper.command("itself")
-    run_cell(server, kernel, f"import sys; sys.argv = {command[2:]!r}; exec(open(sys.argv[0]).read())")
+    run_cell(
+        server, kernel, f"import sys; sys.argv = {command[2:]!r}; exec(open(sys.argv[0]).read())"
+    )
     assert keeper.said(out) is True
-    for how, environment in (("itself", "None"), ("daemon", "None"), ("daemon", "{'HOME': '/'}"), ("daemon", "{}")):
+    for how, environment in (
+        ("itself", "None"),
+        ("daemon", "None"),
+        ("daemon", "{'HOME': '/'}"),
+        ("daemon", "{}"),
+    ):
         command, out = keeper.command(how)
-        run_cell(server, kernel, f"import subprocess; subprocess.run({command!r}, env={environment}, check=True)")
+        run_cell(
+            server,
+            kernel,
+            f"import subprocess; subprocess.run({command!r}, env={environment}, check=True)",
+        )
         assert keeper.said(out) is True
     # Whoever comes later from elsewhere is no server's where there is a line to tell by.
     outside, out = keeper.command("daemon")
@@ -152,7 +174,9 @@ def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper)
         pytest.skip("needs control groups")
     kernel = start_kernel(server)
     command, out = keeper.command("daemon")
-    run_cell(server, kernel, f"import subprocess; subprocess.run({command!r}, env={{}}, check=True)")
+    run_cell(
+        server, kernel, f"import subprocess; subprocess.run({command!r}, env={{}}, check=True)"
+    )
     assert keeper.said(out) is True
     outside, out = keeper.command("daemon")
     subprocess.run(outside, check=True)
@@ -172,12 +196,23 @@ def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
     assert not kin.is_of_server(os.getppid(), set())
 
 
-@pytest.mark.parametrize(("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)])
+@pytest.mark.parametrize(
+    ("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)]
+)
 def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, place, known):
-    kin = Ancestry({directory: ControlGroups(directory) for directory in (tmp_path / "run", tmp_path / "earlier")})
+    kin = Ancestry(
+        {
+            directory: ControlGroups(directory)
+            for directory in (tmp_path / "run", tmp_path / "earlier")
+        }
+    )
     environment = {**os.environ, MARK: str(tmp_path / place / "one")}
     shell = ["sh", "-c", "sleep 1000 > /dev/null & echo $!"]
-    pid = int(subprocess.run(shell, env=environment, stdout=subprocess.PIPE, check=True, start_new_session=True).stdout)
+    pid = int(
+        subprocess.run(
+            shell, env=environment, stdout=subprocess.PIPE, check=True, start_new_session=True
+        ).stdout
+    )
     try:
         assert kin.is_of_server(pid, set()) is known
     finally:
@@ -188,7 +223,9 @@ def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, pl
 def terminal():
     """A shell as a keeper would be started from, with a child of its session and one that has left that."""
     line = f"{sys.executable} -c 'import time; time.sleep(1000)' & echo $!; setsid sleep 1000 & echo $!; exec sleep 1000"
-    with subprocess.Popen(["sh", "-c", line], stdout=subprocess.PIPE, text=True, start_new_session=True) as shell:
+    with subprocess.Popen(
+        ["sh", "-c", line], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as shell:
         inside, outside = (int(shell.stdout.readline()) for _ in range(2))
         until(lambda: os.getsid(outside) == outside, what="a session of its own")
         yield shell.pid, inside, outside
@@ -196,7 +233,9 @@ def terminal():
             os.kill(pid, 9)
 
 
-def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that_one_is_of_none(kin, terminal, monkeypatch):
+def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that_one_is_of_none(
+    kin, terminal, monkeypatch
+):
     shell, inside, outside = terminal
     monkeypatch.setattr(ancestry, "spared", lambda: {os.getpid(), shell})
     assert not kin.is_of_server(inside, set())
@@ -242,7 +281,9 @@ def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
         left_behind = around.stdout.readline()
         inside = int(Path(f"/proc/{around.pid}/task/{around.pid}/children").read_text())
         enter = ["nsenter", "-t", str(inside), "-p", "-m", "sh", "-c", "echo $$; read line"]
-        with subprocess.Popen(enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as stranger:
+        with subprocess.Popen(
+            enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as stranger:
             told = []
             for pid in (left_behind, stranger.stdout.readline()):
                 around.stdin.write(pid)

@@ -51,7 +51,11 @@ def test_each_record_is_repeated_once_with_its_level(log, said):
 def test_a_trace_stays_whole(log, said):
     write(log, "printed by a kernel\n" + TRACE + "[I 2026-11-23 22:19:20.561 ServerApp] after\n")
     Echo("x", log, 0).repeat()
-    assert told(said) == [("info", "printed by a kernel"), ("error", "Uncaught exception GET /api"), ("info", "after")]
+    assert told(said) == [
+        ("info", "printed by a kernel"),
+        ("error", "Uncaught exception GET /api"),
+        ("info", "after"),
+    ]
     assert said[1]["exception"].splitlines() == TRACE.splitlines()[1:]
 
 
@@ -76,7 +80,9 @@ def test_too_much_is_left_out_and_said(log, said, line):
     echo = Echo("x", log, 0)
     write(log, line * (2**20 // len(line)))
     echo.repeat()
-    repeated = sum(len(entry["event"]) for entry in said[1:]) + sum(len(entry.get("exception", "")) for entry in said[1:])
+    repeated = sum(len(entry["event"]) for entry in said[1:]) + sum(
+        len(entry.get("exception", "")) for entry in said[1:]
+    )
     assert said[0]["log_level"] == "warning"
     assert said[0]["bytes"] >= log.path.stat().st_size - 2**18
     assert 0 < repeated <= 2**18

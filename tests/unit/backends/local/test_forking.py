@@ -51,7 +51,10 @@ def _nothing_left_behind():
     """As for all tests, but once for all of this module: they share a fork server, which is replaced now and then."""
     threads, processes = set(threading.enumerate()), children()
     yield
-    until(lambda: set(threading.enumerate()) <= threads and children() <= processes, what="all is gone")
+    until(
+        lambda: set(threading.enumerate()) <= threads and children() <= processes,
+        what="all is gone",
+    )
 
 
 class Nursery:
@@ -62,7 +65,10 @@ class Nursery:
         (base / "config" / "jupyter_server_config.d").mkdir(parents=True)
         (base / "config" / "jupyter_server_config.py").write_text(CONFIG)
         self.threads = ThreadGroup()
-        self.environment = base_environment(os.environ) | {"JUPYTER_CONFIG_DIR": str(base / "config"), "HOME": str(base)}
+        self.environment = base_environment(os.environ) | {
+            "JUPYTER_CONFIG_DIR": str(base / "config"),
+            "HOME": str(base),
+        }
         self.forkserver = ForkServer(
             self.threads,
             python=sys.executable,
@@ -173,7 +179,9 @@ def nursery(tmp_path_factory):
     made = Nursery(tmp_path_factory.mktemp("nursery"))
     yield made
     made.close()
-    until(lambda: not (made.base / "run" / ".forkservers").exists(), what="its directory is removed")
+    until(
+        lambda: not (made.base / "run" / ".forkservers").exists(), what="its directory is removed"
+    )
 
 
 def test_a_child_is_forked_from_it_and_its_end_is_told_exactly(nursery):
@@ -188,7 +196,9 @@ def test_a_child_is_forked_from_it_and_its_end_is_told_exactly(nursery):
 
 
 def test_its_socket_is_for_its_user_alone(nursery):
-    modes = {path: path.stat().st_mode & 0o777 for path in (nursery.directory, nursery.directory.parent)}
+    modes = {
+        path: path.stat().st_mode & 0o777 for path in (nursery.directory, nursery.directory.parent)
+    }
     assert set(modes.values()) == {0o700}, modes
     files = {path.name: path.stat().st_mode & 0o777 for path in nursery.directory.iterdir()}
     assert files == {"socket": 0o600, "rehearsal.json": 0o600}
@@ -260,7 +270,9 @@ def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
         ({"do": ["launch"]}, 1, "with 1 files"),
     ],
 )
-def test_a_request_that_cannot_be_is_answered_so_and_leaves_nothing_open(nursery, beside, message, files, answer):
+def test_a_request_that_cannot_be_is_answered_so_and_leaves_nothing_open(
+    nursery, beside, message, files, answer
+):
     with beside.open() as file:
         assert answer in nursery.ask(message, [file.fileno()] * files)["error"]
     until(lambda: not nursery.holds(beside), what="it is closed again")
@@ -291,7 +303,11 @@ def test_a_child_holds_nothing_of_its_parents(nursery):
         for child, request in zip(children, requests, strict=True):
             at_its_gate(request)
             files = open_files(child.pid)
-            assert (files[0], files[1], files[2]) == (os.devnull, str(nursery.base / "log"), str(nursery.base / "log"))
+            assert (files[0], files[1], files[2]) == (
+                os.devnull,
+                str(nursery.base / "log"),
+                str(nursery.base / "log"),
+            )
             # Its own pipe to report to, and no socket, poll or pipe of others.
             kinds = [file.partition(":")[0] for file in files.values() if not file.startswith("/")]
             assert kinds == ["pipe"], files
@@ -343,7 +359,10 @@ def test_nothing_of_a_launch_stays_in_its_memory_for_the_next_server(nursery):
 
 def in_memory(pid, text):
     found = 0
-    with Path(f"/proc/{pid}/maps").open() as maps, Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory:
+    with (
+        Path(f"/proc/{pid}/maps").open() as maps,
+        Path(f"/proc/{pid}/mem").open("rb", buffering=0) as memory,
+    ):
         for line in maps:
             addresses, rights = line.split(" ")[:2]
             if rights.startswith("rw"):
@@ -367,7 +386,9 @@ def test_a_program_that_is_executed_is_asked_for_by_what_takes_effect_only_when_
     ):
         request = nursery.request()
         request.env[name] = "/elsewhere"
-        with pytest.raises(CannotFork, match=f"environment variable {name} takes effect only when a program starts"):
+        with pytest.raises(
+            CannotFork, match=f"environment variable {name} takes effect only when a program starts"
+        ):
             nursery.forkserver.launch(request, 1, 1)
 
 
@@ -392,7 +413,10 @@ def test_one_that_is_killed_is_replaced_and_its_children_live_on(nursery):
         old = nursery.process
         old.send(signal.SIGKILL)
         until(lambda: not old.alive())
-        until(lambda: nursery.forkserver._current is not None and nursery.process != old, what="another one")
+        until(
+            lambda: nursery.forkserver._current is not None and nursery.process != old,
+            what="another one",
+        )
         assert process.alive()
         process.send(signal.SIGKILL)
         until(lambda: not process.alive())
@@ -403,7 +427,11 @@ def test_one_that_is_killed_is_replaced_and_its_children_live_on(nursery):
 def test_it_is_not_killed_for_what_its_keeper_lacks(nursery):
     process, report = nursery.process, ReportPipe()
     try:
-        with (nursery.base / "log").open("ab") as log, no_descriptors(), pytest.raises(CannotFork, match="Too many open files"):
+        with (
+            (nursery.base / "log").open("ab") as log,
+            no_descriptors(),
+            pytest.raises(CannotFork, match="Too many open files"),
+        ):
             nursery.forkserver.launch(nursery.request(), log.fileno(), report.writer)
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
             nursery.forkserver.attach(nursery.directory.name, process.pid, report.writer)
@@ -431,14 +459,29 @@ def test_no_server_is_forked_from_what_has_changed_a_moment_ago(nursery):
 
 
 @pytest.mark.programs("strace")  # holds up one call of the fork server
-def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_the_one_that_is_executed(nursery):
+def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_the_one_that_is_executed(
+    nursery,
+):
     old = nursery.process
     tracer = subprocess.Popen(
-        ["strace", "-f", "-q", "-p", str(old.pid), "-e", "inject=clone,clone3,fork,vfork:delay_exit=7000000", "-o", "/dev/null"],
+        [
+            "strace",
+            "-f",
+            "-q",
+            "-p",
+            str(old.pid),
+            "-e",
+            "inject=clone,clone3,fork,vfork:delay_exit=7000000",
+            "-o",
+            "/dev/null",
+        ],
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: "TracerPid:\t0" not in Path(f"/proc/{old.pid}/status").read_text(), what="it is traced")
+        until(
+            lambda: "TracerPid:\t0" not in Path(f"/proc/{old.pid}/status").read_text(),
+            what="it is traced",
+        )
         request = nursery.lasting()
         # The first one may take the child that was forked ahead; the next one has to be forked now.
         with pytest.raises(CannotFork, match="did not answer"):
@@ -470,7 +513,9 @@ def local(tmp_path):
         backend.close()
 
 
-def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_instead(local, tmp_path, monkeypatch):
+def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_instead(
+    local, tmp_path, monkeypatch
+):
     """The fork server is lost between the fork and its answer, and the child is quicker than the keeper."""
     backend, facts = local
     name, forked = ServerName("lost"), []
@@ -488,16 +533,24 @@ def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_inste
         ready = facts.get(timeout=60).fact
         assert (ready.instance.launched_by, ready.instance.pid not in forked) == ("exec", True)
         assert not any(alive(pid) for pid in forked)
-        assert [path.name for path in server_dir.glob("jupyter/jpserver-*")] == [f"jpserver-{ready.instance.pid}.json"]
+        assert [path.name for path in server_dir.glob("jupyter/jpserver-*")] == [
+            f"jpserver-{ready.instance.pid}.json"
+        ]
     finally:
         backend.kill(name, 1)
     assert facts.get(timeout=60).fact.exit == Exit(signal="SIGKILL")
     assert not server_dir.exists()
 
 
-def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(local, tmp_path, monkeypatch):
+def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(
+    local, tmp_path, monkeypatch
+):
     looks, (backend, facts) = [], local
-    monkeypatch.setattr(supervisor, "read_info", lambda *arguments, real=read_info: looks.append(arguments) or real(*arguments))
+    monkeypatch.setattr(
+        supervisor,
+        "read_info",
+        lambda *arguments, real=read_info: looks.append(arguments) or real(*arguments),
+    )
     name = ServerName("silent")
     backend.launch(ServerSpec(name, str(tmp_path)), 1)
     ready = facts.get(timeout=60).fact

@@ -42,7 +42,9 @@ def test_what_is_said_is_known_under_its_key_as_soon_as_its_line_is_whole(report
     assert report.said("ready") == {"port": 1}
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b"\xff\xfe\n", b'"status"\n', b'{"status": "exit"}\n'])
+@pytest.mark.parametrize(
+    "line", [b"nonsense\n", b"[1]\n", b"\xff\xfe\n", b'"status"\n', b'{"status": "exit"}\n']
+)
 def test_a_line_that_means_nothing_is_no_exit_and_hides_none(report, line):
     os.write(report.writer, line)
     assert report.exit(within=0.0) is None
@@ -65,7 +67,10 @@ def test_a_line_without_end_fills_no_memory(report):
     report.close_writer()
     thread = threading.Thread(target=shout)
     thread.start()
-    until(lambda: report.said("ready") is None and not report.readable, what="it is listened to no longer")
+    until(
+        lambda: report.said("ready") is None and not report.readable,
+        what="it is listened to no longer",
+    )
     thread.join()
     assert report.exit() is None
 
@@ -115,7 +120,11 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
     )
     with (tmp_path / "log").open("wb") as log:
         launched = Launcher(python, None, "forking is turned off here").launch(launch, log.fileno())
-    assert (launched.by, launched.reason, launched.forkserver) == ("exec", "forking is turned off here", None)
+    assert (launched.by, launched.reason, launched.forkserver) == (
+        "exec",
+        "forking is turned off here",
+        None,
+    )
     assert launched.child.wait(60) == 1
     assert launched.process.pid == launched.child.pid
     assert "cannot start the server" in (tmp_path / "log").read_text()
@@ -129,8 +138,16 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
 ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {}, False)
 FAILURES = {
     "an interpreter that does not exist": ("/no-python", ANY, FileNotFoundError),
-    "a control group that does not exist": (sys.executable, replace(ANY, cgroups=["/no/group/cgroup.procs"]), FileNotFoundError),
-    "a launch that is too large": (sys.executable, replace(ANY, config={"A": {"b": "x" * LARGEST}}), WireError),
+    "a control group that does not exist": (
+        sys.executable,
+        replace(ANY, cgroups=["/no/group/cgroup.procs"]),
+        FileNotFoundError,
+    ),
+    "a launch that is too large": (
+        sys.executable,
+        replace(ANY, config={"A": {"b": "x" * LARGEST}}),
+        WireError,
+    ),
 }
 
 
@@ -147,6 +164,8 @@ def test_a_process_that_dies_before_it_has_its_launch_is_known_by_its_end(tmp_pa
     """The launch is larger than what the kernel keeps for somebody who does not read."""
     launch = replace(ANY, config={"A": {"b": "x" * (LARGEST // 2)}})
     with (tmp_path / "log").open("wb") as log:
-        launched = Launcher(Path(shutil.which("false")), None, "it is turned off").launch(launch, log.fileno())
+        launched = Launcher(Path(shutil.which("false")), None, "it is turned off").launch(
+            launch, log.fileno()
+        )
     assert launched.child.wait(60) == 1
     launched.report.close()

@@ -25,7 +25,10 @@ ALL = Limits(memory=2**28, cpus=1.5, processes=50)
 
 def can_limit(by):
     return (
-        all(hierarchy.version is by for hierarchy in {**hierarchies.version_1(), **hierarchies.version_2()}.values())
+        all(
+            hierarchy.version is by
+            for hierarchy in {**hierarchies.version_1(), **hierarchies.version_2()}.values()
+        )
         and {
             "memory",
             "cpu",
@@ -35,11 +38,14 @@ def can_limit(by):
     )
 
 
-version_1 = pytest.mark.skipif(not can_limit(LimitedBy.CGROUP1), reason="needs control groups of version 1 that can be written")
+version_1 = pytest.mark.skipif(
+    not can_limit(LimitedBy.CGROUP1), reason="needs control groups of version 1 that can be written"
+)
 
 
 holds = pytest.mark.skipif(
-    sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None, reason="needs control groups that can be written"
+    sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None,
+    reason="needs control groups that can be written",
 )
 
 
@@ -77,14 +83,18 @@ def groups(tmp_path):
     made.remove(NAME)
 
 
-def test_without_control_groups_memory_is_limited_for_each_process_and_processors_not_at_all(nothing_mounted, groups):
+def test_without_control_groups_memory_is_limited_for_each_process_and_processors_not_at_all(
+    nothing_mounted, groups
+):
     enforced = groups.limit(NAME, ALL, own_user=False)
     assert enforced.by == {"memory": "rlimit", "cpus": "nothing", "processes": "nothing"}
     assert enforced.rlimits == {"RLIMIT_DATA": 2**28}
     assert enforced.members == ()
 
 
-def test_without_control_groups_processes_are_limited_only_where_nobody_else_runs_as_that_user(nothing_mounted, groups):
+def test_without_control_groups_processes_are_limited_only_where_nobody_else_runs_as_that_user(
+    nothing_mounted, groups
+):
     enforced = groups.limit(NAME, Limits(processes=50), own_user=True)
     assert (enforced.by, enforced.rlimits) == ({"processes": "rlimit"}, {"RLIMIT_NPROC": 50})
 
@@ -109,7 +119,12 @@ def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
     assert enforced.rlimits == {}
     made = [Path(members).parent for members in enforced.members]
     assert len(made) == 3
-    values = {path.name: path.read_text().strip() for group in made for path in group.iterdir() if path.name in SETTINGS}
+    values = {
+        path.name: path.read_text().strip()
+        for group in made
+        for path in group.iterdir()
+        if path.name in SETTINGS
+    }
     assert values == {
         "memory.limit_in_bytes": str(2**28),
         "cpu.cfs_period_us": "100000",
@@ -129,7 +144,9 @@ def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
 
 
 @holds
-def test_a_server_without_limits_has_a_group_which_ends_what_it_starts_and_goes(groups, spawn, tmp_path):
+def test_a_server_without_limits_has_a_group_which_ends_what_it_starts_and_goes(
+    groups, spawn, tmp_path
+):
     """Also what was started before it came to the group, what hides, and what made groups of its own."""
     server = spawn("sh", "-c", "sleep 1000 & setsid env -i sleep 1000 & wait")
     until(lambda: len(psutil.Process(server.pid).children()) == 2)
@@ -154,7 +171,9 @@ CHAIN = "import os, time\nos.read(0, 1)\nfor _ in range(3000):\n time.sleep(0.00
 
 @holds
 @pytest.mark.parametrize("means", ["kill", "freeze", "pids"])
-def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(monkeypatch, spawn, tmp_path, means):
+def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(
+    monkeypatch, spawn, tmp_path, means
+):
     if means != "kill":
         monkeypatch.setattr(limits, "_KILL", "cgroup.no-such-file")
     if means == "pids":
@@ -212,7 +231,9 @@ def test_groups_that_a_keeper_made_from_another_shell_are_found(groups, spawn, t
         end(later, tmp_path)
         later.remove(NAME)
         assert server.wait() == -signal.SIGKILL
-        assert [path.name for path in shell.iterdir() if path.is_dir()] == [f"{groups._prefix}empty"]
+        assert [path.name for path in shell.iterdir() if path.is_dir()] == [
+            f"{groups._prefix}empty"
+        ]
     finally:
         for path in (*filter(Path.is_dir, shell.iterdir()), shell):
             path.rmdir()
@@ -241,7 +262,9 @@ def test_a_group_that_another_user_made_is_no_server_s(groups, spawn, tmp_path):
 
 
 @holds
-def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(groups, spawn, tmp_path):
+def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(
+    groups, spawn, tmp_path
+):
     code = (
         "import os, sys; from pathlib import Path; from labkeeper.backends.local.cleanup import end_leftovers\n"
         "from labkeeper.backends.local.limits import ControlGroups\n"
@@ -301,14 +324,21 @@ def test_oom_kills_are_counted_by_the_machine_if_no_group_counts_them(groups, mo
 
 @version_1
 def test_oom_kills_are_counted_by_the_group_that_a_server_shares_or_by_its_own(groups, spawn):
-    (memory,) = {mount for mount, kind, options in limits.all_mounts() if kind == "cgroup" and options.endswith("memory")}
+    (memory,) = {
+        mount
+        for mount, kind, options in limits.all_mounts()
+        if kind == "cgroup" and options.endswith("memory")
+    }
     shared = memory / f"test-{os.getpid()}"
     shared.mkdir()
     server = spawn()
     try:
         (shared / "cgroup.procs").write_text(str(server.pid))
         kills = groups.memory_kills(NAME, server.pid)
-        assert (kills, kills.count()) == (MemoryKills(shared / "memory.oom_control", certain=False), 0)
+        assert (kills, kills.count()) == (
+            MemoryKills(shared / "memory.oom_control", certain=False),
+            0,
+        )
         assert groups.limit(NAME, ALL, own_user=False).by["memory"] == "cgroup1"
         own = groups.memory_kills(NAME, server.pid)
         assert (own.certain, own.count()) == (True, 0)
@@ -351,10 +381,14 @@ def test_memberships_and_mounts_are_those_of_this_machine():
     """The controllers that the kernel names for us are those that it has, and each mount is a directory."""
     memberships = hierarchies._memberships()
     lines = Path("/proc/self/cgroup").read_text().splitlines()
-    assert [f"{','.join(controllers)}:{path}" for controllers, path in memberships] == [line.partition(":")[2] for line in lines]
+    assert [f"{','.join(controllers)}:{path}" for controllers, path in memberships] == [
+        line.partition(":")[2] for line in lines
+    ]
     places = {mount for mount, kind, _ in hierarchies.all_mounts() if kind.startswith("cgroup")}
     assert places == {
-        Path(line.split()[1]) for line in Path("/proc/mounts").read_text().splitlines() if line.split()[2].startswith("cgroup")
+        Path(line.split()[1])
+        for line in Path("/proc/mounts").read_text().splitlines()
+        if line.split()[2].startswith("cgroup")
     }
     assert all(os.path.ismount(place) for place in places)
 

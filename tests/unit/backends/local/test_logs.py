@@ -128,7 +128,9 @@ def within_limits():
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of_another(log, within_limits):
+def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of_another(
+    log, within_limits
+):
     """It holds the file open, so it can make it a terabyte long, of which nothing is on any disk."""
     with log.open("[labkeeper] launch") as stream:
         lines = log.follow(1, lambda: True)

@@ -26,7 +26,11 @@ def test_without_a_container_it_is_that_of_the_machine(tmp_path):
 @pytest.mark.parametrize(
     "files",
     [
-        {"memory.max": "67108864\n", "memory.current": "62914560\n", "memory.stat": "anon 1\ninactive_file 10485760\n"},
+        {
+            "memory.max": "67108864\n",
+            "memory.current": "62914560\n",
+            "memory.stat": "anon 1\ninactive_file 10485760\n",
+        },
         {
             "memory.limit_in_bytes": "67108864\n",
             "memory.usage_in_bytes": "62914560\n",
@@ -43,5 +47,7 @@ def test_a_container_may_have_less(tmp_path, files):
 
 @pytest.mark.parametrize("most", ["max", str(2**62)])
 def test_a_group_without_a_limit_says_nothing(tmp_path, most):
-    found = free_memory([group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})])
+    found = free_memory(
+        [group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})]
+    )
     assert found.total == psutil.virtual_memory().total

@@ -22,7 +22,9 @@ def spec(port):
 def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
     os.seteuid(65534)
     try:
-        with pytest.raises(BackendRefused, match=r"no right to listen on port 81 on .*; choose port") as refused:
+        with pytest.raises(
+            BackendRefused, match=r"no right to listen on port 81 on .*; choose port"
+        ) as refused:
             hold_port(spec(81))
     finally:
         os.seteuid(0)
@@ -30,6 +32,9 @@ def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
 
 
 def test_a_port_that_is_taken_is_said_to_be():
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(BackendRefused, match="in use") as refused:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(BackendRefused, match="in use") as refused,
+    ):
         hold_port(spec(taken.getsockname()[1]))
     assert refused.value.details["failure_class"] == "port-in-use"

@@ -103,7 +103,9 @@ def test_a_mark_is_found_wherever_it_was_inherited(spawn):
     assert marked("A_MARK", mark) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows a program without its environment")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux shows a program without its environment"
+)
 def test_a_mark_is_found_while_a_program_is_executed(spawn, tmp_path):
     """As when a server is ended that has just run another program."""
     program = tmp_path / "again"
@@ -124,12 +126,19 @@ signal.pause()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux is asked for environments in this way")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux is asked for environments in this way"
+)
 def test_nobody_who_hides_an_environment_holds_up_a_look(spawn):
-    hidden = spawn(sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    hidden = spawn(
+        sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE
+    )
     assert hidden.stdout.readline() == b"hidden\n"
     without = spawn("sleep", "1000", env={})
-    for spawned in (hidden, without) * 400:  # At half a second a look it would take longer than a test may.
+    for spawned in (
+        hidden,
+        without,
+    ) * 400:  # At half a second a look it would take longer than a test may.
         carries(spawned.pid, "A_MARK")
 
 
@@ -143,16 +152,25 @@ def test_a_mark_in_a_process_of_another_user_is_no_mark(spawn):
     # Of this run alone: it is looked for on the whole machine.
     mine = f"x{os.getpid()}"
     mark = {**os.environ, "A_MARK": mine}
-    ours, theirs, lent = (spawn(env=mark, preexec_fn=become(*ids)) for ids in ((0, 0, 0), (1234,) * 3, (1234, 0, 0)))
+    ours, theirs, lent = (
+        spawn(env=mark, preexec_fn=become(*ids)) for ids in ((0, 0, 0), (1234,) * 3, (1234, 0, 0))
+    )
     until(lambda: all(carries(child.pid, "A_MARK") for child in (ours, theirs, lent)))
     assert {found.pid for found in marked("A_MARK", mine, users={0})} == {ours.pid}
-    assert {found.pid for found in marked("A_MARK", mine, users={0, 1234})} == {ours.pid, theirs.pid, lent.pid}
+    assert {found.pid for found in marked("A_MARK", mine, users={0, 1234})} == {
+        ours.pid,
+        theirs.pid,
+        lent.pid,
+    }
     assert {found.pid for found in marked("A_MARK", mine)} == {ours.pid, theirs.pid, lent.pid}
 
 
 @pytest.mark.root
 def test_no_other_user_names_rooms(spawn, tmp_path):
-    theirs = spawn(env={**os.environ, "A_MARK": str(tmp_path / "one")}, preexec_fn=lambda: os.setresuid(1234, 1234, 1234))
+    theirs = spawn(
+        env={**os.environ, "A_MARK": str(tmp_path / "one")},
+        preexec_fn=lambda: os.setresuid(1234, 1234, 1234),
+    )
     until(lambda: carries(theirs.pid, "A_MARK"))
     assert server_dirs_marked("A_MARK", tmp_path) == set()
 
@@ -181,7 +199,14 @@ def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(s
     def behind(place):
         """Start a process of that mark to which another directory is in this place."""
         hidden = f"mount -t tmpfs tmpfs {place} && touch {place}/ready && exec sleep 1000"
-        child = spawn("unshare", "-m", "sh", "-c", hidden, env={**os.environ, "A_MARK": str(server_dirs / "one")})
+        child = spawn(
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            hidden,
+            env={**os.environ, "A_MARK": str(server_dirs / "one")},
+        )
         until(Path(f"/proc/{child.pid}/root{place}/ready").exists)
         return child
 
@@ -218,13 +243,17 @@ def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
     try:
         with pytest.raises(OSError, match="Too many open files"):
             end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups)
-        with pytest.raises(BackendUnavailable, match="cannot look for processes of earlier keepers"):
+        with pytest.raises(
+            BackendUnavailable, match="cannot look for processes of earlier keepers"
+        ):
             strays(tmp_path / "run", groups)
         with pytest.raises(OSError, match="Too many open files"):
             carries(child.pid, "LABKEEPER_SERVER")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups) == {child.pid}
+    assert end_leftovers(ServerName("one"), server_dir, set(), grace=0.0, groups=groups) == {
+        child.pid
+    }
 
 
 def test_what_ignores_sigterm_gets_sigkill(spawn):
@@ -302,8 +331,13 @@ LOOKS = "import sys; from labkeeper.backends.local.processes import Process; pri
 @pytest.mark.programs("setpriv")
 def test_where_no_process_of_others_can_be_looked_into_the_user_of_a_socket_counts(spawn):
     """As for root in a container: it sees neither that a server of another user holds a socket, nor that it holds none."""
-    one, other = (spawn(sys.executable, "-c", LISTENS, uid, stdout=subprocess.PIPE) for uid in ("65534", "65533"))
+    one, other = (
+        spawn(sys.executable, "-c", LISTENS, uid, stdout=subprocess.PIPE)
+        for uid in ("65534", "65533")
+    )
     ports = [int(child.stdout.readline()) for child in (one, other)]
     blind = ["setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-c"]
-    assert [subprocess.check_output([*blind, LOOKS.format(one.pid, port)]).strip() for port in ports] == [b"True", b"False"]
+    assert [
+        subprocess.check_output([*blind, LOOKS.format(one.pid, port)]).strip() for port in ports
+    ] == [b"True", b"False"]
     assert [Process.find(one.pid).listens_on(port) for port in ports] == [True, False]

@@ -24,9 +24,12 @@ def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(t
     """Not the key beside them, nor a line of a file that is none, such as one that has become a link to another."""
     ca = tmp_path / "ca.pem"
     ca.write_bytes(
-        f"root:hash\n{KEY}\n{CERTIFICATE}\nmore\n{TRUSTED}\n".encode() + b"\xff\n-----BEGIN CERTIFICATE-----\nroot:x\n"
+        f"root:hash\n{KEY}\n{CERTIFICATE}\nmore\n{TRUSTED}\n".encode()
+        + b"\xff\n-----BEGIN CERTIFICATE-----\nroot:x\n"
     )
-    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    spec = ServerSpec(
+        ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca))
+    )
     bundle = ServerDir(tmp_path / "run" / "a").prepare(spec, None).read_text()
     assert bundle.endswith(f"{CERTIFICATE}\n{TRUSTED}")
     assert bundle.count("MIIBaGVsbG8") == 2
@@ -38,7 +41,12 @@ def test_a_reset_removes_what_an_abandoned_launch_wrote_and_keeps_the_certificat
     (tmp_path / "ca.pem").write_text(CERTIFICATE)
     server_dir = ServerDir(tmp_path / "a")
     bundle = server_dir.prepare(
-        ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))), None
+        ServerSpec(
+            ServerName("a"),
+            "/",
+            gateway=Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem")),
+        ),
+        None,
     )
     (server_dir.jupyter / "jpserver-1.json").touch()
     (server_dir.jupyter / "outside").symlink_to(tmp_path)
@@ -92,15 +100,26 @@ def test_so_it_is_to_the_server_of_another_user(tmp_path):
 
 
 @pytest.mark.root
-def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(tmp_path, monkeypatch):
+def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(
+    tmp_path, monkeypatch
+):
     """A link in place of a file would be given away, with what it leads to; so the directory that holds it is given last."""
     ca = tmp_path / "ca.pem"
     ca.write_text(CERTIFICATE)
-    spec = ServerSpec(ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca)))
+    spec = ServerSpec(
+        ServerName("a"), "/", gateway=Gateway("https://g", "wss://g", ca_certs=str(ca))
+    )
     server_dir, real, given = ServerDir(tmp_path / "run" / "a"), os.chown, []
 
     def chown(path, uid, gid, **how):
-        given.append((path.name, server_dir.jupyter.stat().st_uid, stat.S_IMODE(server_dir.jupyter.stat().st_mode), how))
+        given.append(
+            (
+                path.name,
+                server_dir.jupyter.stat().st_uid,
+                stat.S_IMODE(server_dir.jupyter.stat().st_mode),
+                how,
+            )
+        )
         real(path, uid, gid, **how)
 
     monkeypatch.setattr(os, "chown", chown)
@@ -111,7 +130,9 @@ def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_i
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(tmp_path, monkeypatch, at):
+def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(
+    tmp_path, monkeypatch, at
+):
     """Else the next one takes a server that was killed for one that has shut itself down; and it goes on where this one ended."""
     record = Record(generation=1, pid=1, started="1", boot="b", gateway=False, ready=True)
     server_dir = ServerDir(tmp_path / "run" / "a")

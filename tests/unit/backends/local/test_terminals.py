@@ -56,7 +56,10 @@ def test_each_terminal_tells_its_program_the_oldest_first(shells):
     until(lambda: ours() == [*before, "", "sleep"], what="one runs a program")
     os.write(first, b"sleep 60 &\n")
     os.write(second, b"\x03")
-    until(lambda: ours() == [*before, "", ""], what="it was ended; what is in the background does not count")
+    until(
+        lambda: ours() == [*before, "", ""],
+        what="it was ended; what is in the background does not count",
+    )
 
 
 def test_it_cannot_be_known_of_a_process_that_is_gone_nor_on_another_system(monkeypatch):

@@ -44,7 +44,13 @@ def server(tmp_path):
     )
     assert running.stdout.readline().strip() == str(64 * MIB)
     yield running
-    kill_all(processes_where(lambda process: process.environ().get(MARK) == str(server_dir) and process.pid != os.getpid()))
+    kill_all(
+        processes_where(
+            lambda process: (
+                process.environ().get(MARK) == str(server_dir) and process.pid != os.getpid()
+            )
+        )
+    )
     running.wait()
     running.stdin.close()
     running.stdout.close()
@@ -91,7 +97,9 @@ def test_without_groups_processes_are_found_by_their_parents_and_by_their_mark(s
 def test_a_server_does_not_use_what_carries_its_mark_as_another_user(server, tmp_path):
     (tmp_path / NAME / "jupyter").mkdir(parents=True)
     mark = {MARK: str(tmp_path / NAME)}
-    forged = subprocess.Popen(["sleep", "600"], env={**os.environ, **mark}, user=1234, group=1234, extra_groups=[])
+    forged = subprocess.Popen(
+        ["sleep", "600"], env={**os.environ, **mark}, user=1234, group=1234, extra_groups=[]
+    )
     try:
         until(lambda: carries(forged.pid, MARK))
         meter = usage.Meter(NoGroups(tmp_path), tmp_path)
@@ -119,7 +127,9 @@ def test_with_a_group_its_members_are_measured(server, tmp_path):
         groups.remove(NAME)
 
 
-def test_shared_memory_is_looked_at_seldom_and_the_clock_never_goes_back(server, tmp_path, monkeypatch):
+def test_shared_memory_is_looked_at_seldom_and_the_clock_never_goes_back(
+    server, tmp_path, monkeypatch
+):
     looks = []
     monkeypatch.setattr(usage, "_proportional", lambda pids: looks.append(1) or 5)
     meter = usage.Meter(NoGroups(tmp_path), tmp_path)
