@@ -103,6 +103,7 @@ def a_server(**changed) -> Server:
     }
     fields = {
         "name": "x",
+        "owner": "local",
         "state": "running",
         "goal": "up",
         "since": "",

@@ -34,7 +34,7 @@ from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.messages import CULLER, Change, HistoryKind, Message, Order, Origin
 from labkeeper.core.ports import Backend, Clock, EventLog, Probe
 from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.threads import ThreadGroup
 
 _LOOK_EVERY: Final = 0.5
@@ -84,7 +84,7 @@ class Culler:
         self._policy = policy
         self._period = period
         self._lock = threading.Lock()
-        self._watched: dict[ServerName, _Watched] = {}
+        self._watched: dict[QualifiedName, _Watched] = {}
 
     def start(self) -> None:
         """Start the thread."""
@@ -94,21 +94,21 @@ class Culler:
         """Watch a running server, or stop watching one that does not run."""
         after = change.after
         with self._lock:
-            known = self._watched.get(after.name)
+            known = self._watched.get(after.qualified_name)
             if (
                 after.state is not State.RUNNING
                 or after.endpoint is None
                 or not self._concerns(after)
             ):
-                self._watched.pop(after.name, None)
+                self._watched.pop(after.qualified_name, None)
             elif known is None or known.snapshot.generation != after.generation:
-                self._watched[after.name] = self._watch(after, after.endpoint)
+                self._watched[after.qualified_name] = self._watch(after, after.endpoint)
             else:
                 self._renew(known, after)
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
         """Poll a server and return its explanation."""
-        watched = self._watched.get(snapshot.name)
+        watched = self._watched.get(snapshot.qualified_name)
         if watched is not None:
             self._ask(watched)
         return self.cached(snapshot)
@@ -116,7 +116,7 @@ class Culler:
     def cached(self, snapshot: Snapshot) -> Explanation:
         """Return the explanation from the last poll."""
         now = self._clock.monotonic()
-        watched = self._watched.get(snapshot.name)
+        watched = self._watched.get(snapshot.qualified_name)
         if snapshot.state is not State.RUNNING:
             verdict = Verdict(CullState.NOT_RUNNING, f"it is {snapshot.state}")
         elif watched is None:
@@ -147,7 +147,7 @@ class Culler:
             facts,
             ActivityHistory(**floor),
             now + random.uniform(0, self._period),
-        )  # noqa: S311
+        )
         self._snooze(watched)
         return watched
 
@@ -175,7 +175,7 @@ class Culler:
     def _round(self) -> None:
         for watched in self._due():
             watched.asker = self._threads.start(
-                f"cull-{watched.snapshot.name}", self._look, watched
+                f"cull-{watched.snapshot.qualified_name}", self._look, watched
             )
 
     def _due(self) -> list[_Watched]:
@@ -205,7 +205,7 @@ class Culler:
         """Update the facts about a server; without an answer, its activity is unknown."""
         try:
             seen = self._with_programs(
-                watched.snapshot.name, self._probe.activity(watched.endpoint)
+                watched.snapshot.qualified_name, self._probe.activity(watched.endpoint)
             )
         except BackendError as error:
             with self._lock:
@@ -221,7 +221,7 @@ class Culler:
                 watched.facts, activity=watched.memory.take(seen, now=now, wall=wall)
             )
 
-    def _with_programs(self, name: ServerName, seen: Activity) -> Activity:
+    def _with_programs(self, name: QualifiedName, seen: Activity) -> Activity:
         """Add the programs in the terminals, which Jupyter lists in order of creation."""
         if not seen.terminals:
             return seen
@@ -254,7 +254,7 @@ class Culler:
         message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
         _log.info(
             "a server is about to be culled",
-            server=snapshot.name,
+            server=snapshot.qualified_name,
             rule=str(outlook.rule),
             stops_at=moment,
         )
@@ -262,7 +262,7 @@ class Culler:
         origin = Origin(CULLER, reason=str(outlook.rule))
         self._event_log.record(
             HistoryKind.CULL_WARNING,
-            snapshot.name,
+            snapshot.qualified_name,
             message,
             origin=origin,
             generation=snapshot.generation,
@@ -280,14 +280,17 @@ class Culler:
         if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.seen != before):
             _log.info(
                 "a server is not culled: it has changed at the last moment",
-                server=snapshot.name,
+                server=snapshot.qualified_name,
                 now=again.reason,
             )
             return
-        _log.info("a server is culled", server=snapshot.name, reason=again.reason)
+        _log.info("a server is culled", server=snapshot.qualified_name, reason=again.reason)
         self._give(
             Order(
-                snapshot.name, Event.STOP, origin=Origin(CULLER, reason=again.reason), seen=snapshot
+                snapshot.qualified_name,
+                Event.STOP,
+                origin=Origin(CULLER, reason=again.reason),
+                seen=snapshot,
             )
         )
 
@@ -313,7 +316,7 @@ class Culler:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
 
     def _end_kernel(self, watched: _Watched, kernel_id: str, reason: str) -> None:
-        name, generation = watched.snapshot.name, watched.snapshot.generation
+        name, generation = watched.snapshot.qualified_name, watched.snapshot.generation
         try:
             self._probe.end_kernel(watched.endpoint, kernel_id)
         except BackendError as error:

@@ -181,6 +181,6 @@ def _about(change: Change) -> dict[str, Any]:
     """Return the common fields of log lines on a change: server, generation, and origin."""
     origin = change.origin
     who = {"actor": origin.actor, "request_id": origin.request_id, "reason": origin.reason}
-    return {"server": change.after.name, "generation": change.after.generation} | {
+    return {"server": change.after.qualified_name, "generation": change.after.generation} | {
         key: value for key, value in who.items() if value
     }

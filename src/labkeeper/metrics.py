@@ -21,7 +21,7 @@ from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, WebhookStatus
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot, StopMethod
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry, Metric
@@ -247,9 +247,9 @@ class Metrics:
             for family in FAMILIES
             if family.kind is Kind.HISTOGRAM
         }
-        self._begun: dict[ServerName, float] = {}
+        self._begun: dict[QualifiedName, float] = {}
         """The beginning of each start whose outcome is open."""
-        self._up: set[ServerName] = set()
+        self._up: set[QualifiedName] = set()
         """Servers that have been ready and whose end was not seen yet."""
 
     # Events
@@ -259,7 +259,9 @@ class Metrics:
         with self._lock:
             if change.before is None:
                 # Adopted: the next event that counts is its end.
-                self._up.update({change.after.name} if change.after.started_at is not None else ())
+                self._up.update(
+                    {change.after.qualified_name} if change.after.started_at is not None else ()
+                )
                 return
             self._take_start(change, change.before)
             self._take_end(change, change.before)
@@ -292,8 +294,11 @@ class Metrics:
         if after.generation != before.generation or (
             before.state in _NOT_BEGUN and after.state not in _NOT_BEGUN
         ):
-            self._begun.setdefault(after.name, self._clock.monotonic())
-        if after.state not in _DECIDED or (begun := self._begun.pop(after.name, None)) is None:
+            self._begun.setdefault(after.qualified_name, self._clock.monotonic())
+        if (
+            after.state not in _DECIDED
+            or (begun := self._begun.pop(after.qualified_name, None)) is None
+        ):
             return
         if after.instance is not None:
             self._count(STARTS, "ready", NONE, after.instance.launched_by)
@@ -310,9 +315,9 @@ class Metrics:
         if report is not None and report != before.stop_report:
             self._observe(STOP_DURATION, report.seconds, str(report.method))
         if after.state is State.RUNNING:
-            self._up.add(after.name)
-        elif change.event in ENDINGS and after.name in self._up:
-            self._up.remove(after.name)
+            self._up.add(after.qualified_name)
+        elif change.event in ENDINGS and after.qualified_name in self._up:
+            self._up.remove(after.qualified_name)
             if before.goal is Goal.UP:
                 self._count(ENDS, _class_of(after))
 
@@ -380,7 +385,7 @@ class Metrics:
             GCCollector,
             PlatformCollector,
             ProcessCollector,
-        )  # noqa: PLC0415
+        )
 
         registry = CollectorRegistry()
         registry.register(self)

@@ -22,7 +22,7 @@ from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.core.messages import Change, Message, Reply, Report, StopAll, Tick
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import Snapshot
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 
 EXECUTOR_THREADS: Final = 8
 """Maximum number of servers with concurrent backend calls; the calls are short."""
@@ -54,7 +54,7 @@ class SnapshotBoard:
     """Snapshots of all servers, updated as a subscriber of the fleet."""
 
     def __init__(self) -> None:
-        self._snapshots: dict[ServerName, Snapshot] = {}
+        self._snapshots: dict[QualifiedName, Snapshot] = {}
         self._changed = threading.Condition()
         self._watches: set[Watch] = set()
 
@@ -63,18 +63,19 @@ class SnapshotBoard:
         after = change.after
         with self._changed:
             # Readers may hold the old mapping for any time: it is replaced, never altered.
-            others = {name: snap for name, snap in self._snapshots.items() if name != after.name}
-            self._snapshots = others if after.forgotten else {**others, after.name: after}
+            others = {
+                name: snap for name, snap in self._snapshots.items() if name != after.qualified_name
+            }
+            self._snapshots = others if after.forgotten else {**others, after.qualified_name: after}
             for watch in self._watches:
                 watch.take(after)
             self._changed.notify_all()
 
     def all(self) -> list[Snapshot]:
         """Return all servers, by name."""
-        snapshots = self._snapshots
-        return [snapshots[name] for name in sorted(snapshots)]
+        return sorted(self._snapshots.values(), key=lambda s: (s.name, s.spec.owner))
 
-    def get(self, name: ServerName) -> Snapshot | None:
+    def get(self, name: QualifiedName) -> Snapshot | None:
         """Return one server, or None."""
         return self._snapshots.get(name)
 
@@ -84,7 +85,7 @@ class SnapshotBoard:
             return self._changed.wait_for(lambda: holds(self.all()), timeout)
 
     @contextmanager
-    def watch(self, name: ServerName) -> Iterator[Watch]:
+    def watch(self, name: QualifiedName) -> Iterator[Watch]:
         """Watch one server; begin before the awaited command, so that nothing is missed."""
         watch = Watch(name, self._changed)
         with self._changed:
@@ -99,14 +100,14 @@ class SnapshotBoard:
 class Watch:
     """The snapshots of one server since the watch began."""
 
-    def __init__(self, name: ServerName, changed: threading.Condition) -> None:
+    def __init__(self, name: QualifiedName, changed: threading.Condition) -> None:
         self._name = name
         self._changed = changed
         self._seen: deque[Snapshot] = deque()
 
     def take(self, snapshot: Snapshot) -> None:
         """Record a change; called with the board's lock held."""
-        if snapshot.name == self._name:
+        if snapshot.qualified_name == self._name:
             self._seen.append(snapshot)
 
     def until(
@@ -142,10 +143,10 @@ class KeyedExecutor:
         Raises BackendUnavailable.
         """
         self._mailbox = mailbox
-        self._waiting: queue.SimpleQueue[ServerName | None] = queue.SimpleQueue()
+        self._waiting: queue.SimpleQueue[QualifiedName | None] = queue.SimpleQueue()
         """Names with a queue that no thread processes yet; None ends a thread."""
         self._queues: dict[
-            ServerName, deque[tuple[Callable[[], Report | None], Report | None]]
+            QualifiedName, deque[tuple[Callable[[], Report | None], Report | None]]
         ] = {}
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -159,7 +160,7 @@ class KeyedExecutor:
             raise
 
     def submit(
-        self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None
+        self, name: QualifiedName, job: Callable[[], Report | None], failed: Report | None = None
     ) -> None:
         """Queue a job; if it raises, the exception is logged and `failed` reported."""
         with self._lock:
@@ -181,7 +182,7 @@ class KeyedExecutor:
         while (name := self._waiting.get()) is not None:
             self._run(name)
 
-    def _run(self, name: ServerName) -> None:
+    def _run(self, name: QualifiedName) -> None:
         """Run the jobs of one server until none is queued."""
         while True:
             with self._lock:
@@ -272,11 +273,11 @@ class Keeper:
         """Return all servers, by name."""
         return self._board.all()
 
-    def get(self, name: ServerName) -> Snapshot | None:
+    def get(self, name: QualifiedName) -> Snapshot | None:
         """Return one server, or None."""
         return self._board.get(name)
 
-    def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
+    def watch(self, name: QualifiedName) -> AbstractContextManager[Watch]:
         """Watch one server."""
         return self._board.watch(name)
 

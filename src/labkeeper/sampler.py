@@ -17,7 +17,7 @@ from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.ports import Backend, Clock, Probe
 from labkeeper.core.server import Load, Sample, Snapshot
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.threads import ThreadGroup
 
 _WANTED_FOR: Final = 60.0
@@ -51,8 +51,8 @@ class Sampler:
         self._clock = clock
         self._period = period
         self._asked = float("-inf")
-        self._samples: dict[ServerName, Sample] = {}
-        self._loads: dict[ServerName, tuple[int, Load]] = {}
+        self._samples: dict[QualifiedName, Sample] = {}
+        self._loads: dict[QualifiedName, tuple[int, Load]] = {}
         self._asking: threading.Thread | None = None
         self._rounds = 0
         """Number of measurements since the first request."""
@@ -65,7 +65,7 @@ class Sampler:
     def of(self, snapshot: Snapshot) -> Sample | None:
         """Return a running server's last sample without waiting; None if this launch has none."""
         self._asked = self._clock.monotonic()
-        sample = self._samples.get(snapshot.name)
+        sample = self._samples.get(snapshot.qualified_name)
         if (
             snapshot.state is not State.RUNNING
             or sample is None
@@ -95,7 +95,7 @@ class Sampler:
         return self._clock.monotonic() - self._asked < _WANTED_FOR
 
     def _sample(self) -> None:
-        running = {s.name: s for s in self._servers() if s.state is State.RUNNING}
+        running = {s.qualified_name: s for s in self._servers() if s.state is State.RUNNING}
         try:
             usages = self._backend.usage(running)
         except BackendError as error:
@@ -107,7 +107,7 @@ class Sampler:
         }
         self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
 
-    def _completed(self, name: ServerName, sample: Sample) -> Sample:
+    def _completed(self, name: QualifiedName, sample: Sample) -> Sample:
         """Add the values that depend on earlier data."""
         before = self._samples.get(name)
         generation, load = self._loads.get(name, (None, None))
@@ -121,13 +121,13 @@ class Sampler:
         return replace(sample, cpus=cpus, load=load if generation == sample.generation else None)
 
     def _ask(self) -> None:
-        loads: dict[ServerName, tuple[int, Load]] = {}
+        loads: dict[QualifiedName, tuple[int, Load]] = {}
         for snapshot in self._servers():
             if self._threads.closed:
                 return
             if snapshot.endpoint is not None:
                 try:
-                    loads[snapshot.name] = (
+                    loads[snapshot.qualified_name] = (
                         snapshot.generation,
                         self._probe.load(snapshot.endpoint),
                     )

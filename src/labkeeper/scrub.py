@@ -134,7 +134,7 @@ class Secrets:
 KEEPER: Final = Secrets()
 """Secrets of this process's keeper."""
 _servers: Final[dict[str, Secrets]] = {}
-"""Secrets by server name. Readers keep theirs, even when the server is gone."""
+"""Secrets by qualified name. Readers keep theirs, even when the server is gone."""
 
 
 def scrub(text: str, *known: Secrets) -> str:
@@ -172,13 +172,13 @@ class SecretsOfServers:
         """Learn a server's secrets, or forget them with it."""
         after = change.after
         if after.forgotten:
-            self._specs.pop(after.name, None)
-            _servers.pop(after.name, None)
+            self._specs.pop(after.qualified_name, None)
+            _servers.pop(after.qualified_name, None)
             return
         specs = (after.spec,) if after.revised is None else (after.spec, after.revised)
-        if specs != self._specs.get(after.name):
-            self._specs[after.name] = specs
-            _servers.setdefault(after.name, Secrets()).learn(
+        if specs != self._specs.get(after.qualified_name):
+            self._specs[after.qualified_name] = specs
+            _servers.setdefault(after.qualified_name, Secrets()).learn(
                 lambda: (secret for spec in specs for secret in _of_spec(spec))
             )
 

@@ -1,6 +1,6 @@
 """Snapshots, orphaned kernels, events and API tokens in SQLite, in the state directory.
 
-One row per server, with its snapshot as JSON; per orphaned kernel; per event; per webhook, with its
+One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event; per webhook, with its
 last delivered event; per token, only as a hash; per runtime directory in which servers may run.
 
 `PRAGMA user_version` is the schema version. A newer keeper copies the file and migrates it in one
@@ -26,7 +26,7 @@ from labkeeper.core.access import EVERYTHING, Token, TokenLimits
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerName
 
 _log = structlog.get_logger("labkeeper.store")
 
@@ -127,10 +127,10 @@ class SqliteStore:
             self._db.execute(
                 "INSERT INTO servers (name, snapshot) VALUES (?, ?)"
                 " ON CONFLICT (name) DO UPDATE SET snapshot = excluded.snapshot",
-                (snapshot.name, text),
+                (snapshot.qualified_name, text),
             )
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove one server."""
         with self._doing("write"):
             self._db.execute("DELETE FROM servers WHERE name = ?", (name,))
@@ -199,34 +199,55 @@ class SqliteStore:
 
     def _forget_entries(self, keep: int) -> None:
         """Drop the oldest entries of the most active actors, so that none displaces the others."""
-        counts = dict(
-            self._db.execute(f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1").fetchall()
-        )  # noqa: S608 - ours
+        by_actor = f"SELECT {_ACTOR}, count(*) FROM history GROUP BY 1"  # noqa: S608 - ours
+        counts = dict(self._db.execute(by_actor).fetchall())
         share = _fair_share(counts.values(), keep)
         excess = [(actor, count - share) for actor, count in counts.items() if count > share]
         oldest = f"SELECT id FROM history WHERE {_ACTOR} IS ? ORDER BY id LIMIT ?"  # noqa: S608 - ours
         self._db.executemany(f"DELETE FROM history WHERE id IN ({oldest})", excess)  # noqa: S608 - ours
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        after: int,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id."""
-        return self._select("id", after, server, within, limit)
+        return self._select("id", after, limit, server=server, owner=owner, within=within)
 
     def latest(
-        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
-        return self._select("id DESC", 0, server, within, limit)[::-1]
+        return self._select("id DESC", 0, limit, server=server, owner=owner, within=within)[::-1]
 
     def _select(
-        self, order: str, after: int, server: ServerName | None, within: TokenLimits, limit: int
+        self,
+        order: str,
+        after: int,
+        limit: int,
+        *,
+        server: ServerName | None,
+        owner: Owner | None,
+        within: TokenLimits,
     ) -> list[HistoryEntry]:
         where = ["id > ?"]
         given: list[object] = [after]
         if server is not None:
             where.append("server = ?")
             given.append(server)
+        if owner is not None:
+            # An entry from before there were owners has none.
+            where.append("coalesce(json_extract(entry, '$.owner'), ?) = ?")
+            given.extend((LOCAL, owner))
         if not within.unlimited:
             where.append("server IS NOT NULL")
         if within.servers:

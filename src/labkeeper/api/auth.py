@@ -17,7 +17,6 @@ from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound
 from labkeeper.core.ports import Keeper
 from labkeeper.core.server import Snapshot
-from labkeeper.core.spec import ServerName
 from labkeeper.identity.authenticators import Authenticator, Credentials, authenticate
 from labkeeper.identity.peers import PEER
 
@@ -106,7 +105,7 @@ class Authorizer:
 
 def find(keeper: Keeper, caller: Caller, name: str) -> Snapshot:
     """Return a server that the caller may see. Raises ServerNotFound, alike if it exists or not."""
-    snapshot = keeper.get(ServerName(name))
+    snapshot = keeper.get(caller.qualified(name))
     if snapshot is None or not caller.sees(snapshot):
         raise ServerNotFound.called(name)
     return snapshot

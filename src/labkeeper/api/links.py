@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 
 _MOST: Final = 10_000
 
@@ -19,7 +19,7 @@ _MOST: Final = 10_000
 class Link:
     """The target of a link."""
 
-    server: ServerName
+    server: QualifiedName
     generation: int
     """The only launch that it opens."""
     page: str
@@ -37,7 +37,7 @@ class Links:
         self._good: dict[str, Link] = {}
         """Oldest first."""
 
-    def make(self, server: ServerName, generation: int, page: str, *, lifetime: float) -> str:
+    def make(self, server: QualifiedName, generation: int, page: str, *, lifetime: float) -> str:
         """Return the ticket of a new link, valid for `lifetime` seconds.
 
         If there are too many links, the oldest one is dropped.

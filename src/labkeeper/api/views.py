@@ -142,6 +142,7 @@ def token_model(token: Token, now: float) -> answers.Token:
     """Return the answer for a token."""
     return answers.Token(
         name=token.name,
+        owner=token.owner,
         scope=token.scope,
         servers=list(token.limits.servers),
         labels=dict(token.limits.labels),
@@ -164,6 +165,7 @@ def me_model(caller: Caller) -> answers.Caller:
     limits = caller.limits
     return answers.Caller(
         actor=caller.actor,
+        owner=caller.owner,
         scope=caller.scope,
         servers=list(limits.servers),
         labels=dict(limits.labels),
@@ -188,6 +190,7 @@ def event_model(entry: HistoryEntry) -> answers.Event:
         at=format_time(entry.at),
         kind=entry.kind,
         server=entry.server,
+        owner=entry.owner,
         generation=entry.generation,
         message=entry.message,
         actor=entry.origin.actor,

@@ -519,7 +519,7 @@ class _Channel(HTTPChannel):
 
     def __init__(
         self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any
-    ) -> None:  # noqa: A002 - waitress' name
+    ) -> None:
         self._tls = connection if isinstance(connection, TlsSocket) else None
         self._since = time.monotonic()
         """Start of the wait for its caller: its connection, last request, or last receipt."""

@@ -8,10 +8,18 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from typing import Final
 
-from labkeeper.core.errors import NotAllowed
+from labkeeper.core.errors import NotAllowed, ServerNotFound
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import Snapshot
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import (
+    LOCAL,
+    Owner,
+    QualifiedName,
+    ServerName,
+    ServerSpec,
+    qualified_name,
+    server_name,
+)
 
 
 class Scope(StrEnum):
@@ -66,12 +74,14 @@ class TokenLimits:
 EVERYTHING: Final = TokenLimits()
 
 
-def concerns(entry: HistoryEntry, server: ServerName | None, within: TokenLimits) -> bool:
-    """Whether an entry matches the server filter and the limits.
+def concerns(
+    entry: HistoryEntry, server: ServerName | None, owner: Owner | None, within: TokenLimits
+) -> bool:
+    """Whether an entry matches the filters for server and owner, and the limits.
 
     Entries without a server require unlimited access.
     """
-    if server not in {None, entry.server}:
+    if server not in {None, entry.server} or owner not in {None, entry.owner}:
         return False
     return within.unlimited or (
         entry.server is not None and within.holds(entry.server, entry.labels, entry.user)
@@ -87,6 +97,18 @@ class Caller:
     control is off."""
     scope: Scope
     limits: TokenLimits = EVERYTHING
+    owner: Owner = LOCAL
+    """The owner whose servers they manage."""
+
+    def qualified(self, name: str) -> QualifiedName:
+        """Return the qualified name of a server of theirs. Raises ServerNotFound.
+
+        Any other text names no server: "NAME.OWNER" would be another owner's.
+        """
+        try:
+            return qualified_name(server_name(name), self.owner)
+        except ValueError:
+            raise ServerNotFound.called(name) from None
 
     def needs(self, scope: Scope, what: str, **details: str) -> None:
         """Raise NotAllowed unless the scope includes this one; `what` completes "cannot ..."."""
@@ -135,8 +157,9 @@ class Caller:
         return asked or self.limits.users[0]
 
     def sees(self, snapshot: Snapshot) -> bool:
-        """Whether the caller's limits include this server."""
-        return self.limits.holds(snapshot.name, snapshot.spec.labels, snapshot.spec.user)
+        """Whether this server is theirs, and within their limits."""
+        spec = snapshot.spec
+        return spec.owner == self.owner and self.limits.holds(spec.name, spec.labels, spec.user)
 
 
 ANYBODY: Final = Caller("anybody", Scope.ADMIN)
@@ -160,11 +183,13 @@ class Token:
     """None: never."""
     last_used_at: float | None = None
     """To the minute; None: never."""
+    owner: Owner = LOCAL
+    """The owner of the servers that it is for."""
 
     @property
     def caller(self) -> Caller:
         """The caller that presents this token."""
-        return Caller(f"token:{self.name}", self.scope, self.limits)
+        return Caller(f"token:{self.name}", self.scope, self.limits, self.owner)
 
     def expired(self, now: float) -> bool:
         """Whether the token has expired."""

@@ -59,7 +59,7 @@ from labkeeper.core.ports import (
     Subscriber,
 )
 from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
 
 RETRY_AFTER: Final = 5
 """`Retry-After` in seconds if the maximum of servers is reached."""
@@ -92,8 +92,8 @@ class Fleet:
         self._clock = clock
         self._policy = policy
         self._subscribers = tuple(subscribers)
-        self._servers: dict[ServerName, Controller] = {}
-        self._deleted: dict[ServerName, float] = {}
+        self._servers: dict[QualifiedName, Controller] = {}
+        self._deleted: dict[QualifiedName, float] = {}
         """Deleted servers still in the store, with when to retry removing them."""
         self._last_generation = 0
         self._closing = False
@@ -106,7 +106,7 @@ class Fleet:
         snapshots = self._store.load()
         # Includes names that the store has at rest: it may be outdated. Others are observed.
         for name in self._backend.strays(
-            [snapshot.name for snapshot in snapshots if snapshot.state in MAY_EXIST]
+            [snapshot.qualified_name for snapshot in snapshots if snapshot.state in MAY_EXIST]
         ):
             # Queued before all other jobs of the name: a launch under it finds nothing left.
             self._executor.submit(name, functools.partial(self._backend.sweep, name))
@@ -162,8 +162,11 @@ class Fleet:
         return min([*due, *self._deleted.values()], default=None)
 
     def _create(self, command: Create) -> Reply:
-        spec, start = command.spec, Order(command.spec.name, Event.START, origin=command.origin)
-        known = self._servers.get(spec.name)
+        spec, start = (
+            command.spec,
+            Order(command.spec.qualified_name, Event.START, origin=command.origin),
+        )
+        known = self._servers.get(spec.qualified_name)
         if known is None:
             self._check_known(spec.name)
             # A late fact of a deleted server must not be mistaken for its successor's.
@@ -183,13 +186,13 @@ class Fleet:
         return self._command(self._find(order.name), order)
 
     def _command(self, controller: Controller, order: Order) -> Reply:
-        snapshot, name, event = controller.snapshot, order.name, order.event
+        snapshot, event = controller.snapshot, order.event
         if order.seen is not None and order.seen != snapshot:
             return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(
-                    f"cannot start server '{name}': it is being deleted; retry when it is gone"
+                    f"cannot start server '{snapshot.name}': it is being deleted; retry when it is gone"
                 )
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
@@ -214,7 +217,7 @@ class Fleet:
         self._commit(decision)
         return Reply(decision.after.snapshot)
 
-    def _find(self, name: ServerName) -> Controller:
+    def _find(self, name: QualifiedName) -> Controller:
         controller = self._servers.get(name)
         if controller is None:
             raise ServerNotFound.called(name)
@@ -271,7 +274,7 @@ class Fleet:
             queue := queue_of(c.snapshot for c in self._servers.values())
         ) and self._starting() < self._policy.max_starts:
             # One that cannot be stored does not start and leaves its slot to the next.
-            self._carry_out(self._servers[queue[0].name].plan(Event.ADMITTED))
+            self._carry_out(self._servers[queue[0].qualified_name].plan(Event.ADMITTED))
 
     def _starting(self) -> int:
         return sum(c.snapshot.state is State.STARTING for c in self._servers.values())
@@ -337,8 +340,8 @@ class Fleet:
 
     def _commit(self, decision: Decision) -> Controller:
         controller, snapshot = decision.after, decision.after.snapshot
-        self._servers[snapshot.name] = controller
-        self._deleted.pop(snapshot.name, None)
+        self._servers[snapshot.qualified_name] = controller
+        self._deleted.pop(snapshot.qualified_name, None)
         if decision.orphans:
             self._orphans.add(decision.orphans)
         if snapshot != decision.before:
@@ -354,20 +357,20 @@ class Fleet:
         return controller
 
     def _submit(self, job: Job) -> None:
-        name, is_observation = job.spec.name, job.action is Action.OBSERVE
+        name, is_observation = job.spec.qualified_name, job.action is Action.OBSERVE
 
         def run() -> Report | None:
             fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
             return None if fact is None else Report(name, job.generation, fact, is_observation)
 
-        reason = f"cannot {job.action} server '{name}': the keeper failed; its log has the cause"
+        reason = f"cannot {job.action} server '{job.spec.name}': the keeper failed; its log has the cause"
         self._executor.submit(
             name, run, Report(name, job.generation, Unreachable(reason), is_observation)
         )
 
     def _forget(self, snapshot: Snapshot) -> None:
         """Remove the data of a deleted server."""
-        name = snapshot.name
+        name = snapshot.qualified_name
         del self._servers[name]
         self._last_generation = max(self._last_generation, snapshot.generation)
 
@@ -384,9 +387,9 @@ class Fleet:
             self._store.save(controller.snapshot)
         except StoreError:
             due = self._clock.monotonic() + SAVE_AGAIN
-        self._servers[controller.snapshot.name] = replace(controller, save_due=due)
+        self._servers[controller.snapshot.qualified_name] = replace(controller, save_due=due)
 
-    def _drop(self, name: ServerName) -> None:
+    def _drop(self, name: QualifiedName) -> None:
         """Remove a deleted server from the store, now or later."""
         try:
             self._store.forget(name)
@@ -416,7 +419,7 @@ def perform(
     backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float
 ) -> Fact | None:
     """Run one job on a backend; return its result or error as a fact."""
-    name = job.spec.name
+    name = job.spec.qualified_name
     try:
         match job.action:
             case Action.LAUNCH:

@@ -18,7 +18,7 @@ from labkeeper.core.server import (
     Snapshot,
     StopMethod,
 )
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerName, ServerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ Fact = Ready | Ended | Refused | Vetoed | GatewaySeen | Unreachable | Seen | Gon
 class Report:
     """A fact about one launch of a server."""
 
-    name: ServerName
+    name: QualifiedName
     generation: int
     fact: Fact
     observation: bool = False
@@ -132,7 +132,7 @@ class Create:
 class Order:
     """A lifecycle command to an existing server."""
 
-    name: ServerName
+    name: QualifiedName
     event: Event
     force: bool = False
     """Kill the server first, then apply the event."""
@@ -147,7 +147,7 @@ class Order:
 class Snooze:
     """Postpone culling. `until` is seconds since the epoch; None ends it."""
 
-    name: ServerName
+    name: QualifiedName
     until: float | None
     origin: Origin = KEEPER
 
@@ -243,6 +243,8 @@ class HistoryEntry:
     """The server's labels at the time; with `user`, they decide who may see the entry."""
     user: str | None = None
     """The user that it ran as, if not the keeper's own."""
+    owner: Owner = LOCAL
+    """The owner of the server, or of the token that the entry is about."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ from labkeeper.core.server import (
     Snapshot,
     Usage,
 )
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerName, ServerSpec
 
 
 class Clock(Protocol):
@@ -104,44 +104,46 @@ class Backend(Protocol):
         """
 
     def terminate(
-        self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False
+        self, name: QualifiedName, generation: int, grace: float, *, keep_kernels: bool = False
     ) -> None:
         """Shut the server down in good order within `grace` seconds. Raises BackendUnavailable.
 
         With `keep_kernels`, its kernels on a gateway keep running; local ones end in any case.
         """
 
-    def kill(self, name: ServerName, generation: int) -> None:
+    def kill(self, name: QualifiedName, generation: int) -> None:
         """End the server and its descendants at once. Raises BackendUnavailable."""
 
-    def observe(self, name: ServerName, generation: int) -> Fact:
+    def observe(self, name: QualifiedName, generation: int) -> Fact:
         """Return `Seen`, `Ended` or `Gone`. Raises BackendUnavailable if that is unknown."""
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove the logs and directories of a server that has ended. Idempotent."""
 
-    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+    def usage(self, names: Collection[QualifiedName]) -> Mapping[QualifiedName, Usage]:
         """Return the usage of those servers that exist and can be measured.
 
         May run concurrently with other calls, but from one caller only.
         """
 
-    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+    def strays(self, known: Collection[QualifiedName]) -> Collection[QualifiedName]:
         """Return the servers of which earlier keepers left anything, except those in `known`."""
 
-    def sweep(self, name: ServerName) -> None:
+    def sweep(self, name: QualifiedName) -> None:
         """End and remove earlier keepers' leftovers of a name. What cannot be ended is logged."""
 
-    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+    def log(self, name: QualifiedName, tail: int | None) -> Sequence[str]:
         """Return the last `tail` log lines, or all; also after the end. Secrets are scrubbed."""
 
-    def programs(self, name: ServerName) -> Sequence[str] | None:
+    def programs(self, name: QualifiedName) -> Sequence[str] | None:
         """Return each terminal's foreground program, oldest first; "" for a shell at its prompt.
 
         None if that is unknown. Does not raise.
         """
 
-    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+    def follow(
+        self, name: QualifiedName, tail: int | None, live: Callable[[], bool]
+    ) -> Iterator[str]:
         """Yield lines as they are written, each with its newline; "" means that none is new yet.
 
         Ends once `live` returns false or the log is removed.
@@ -208,7 +210,7 @@ class Store(Protocol):
     def save(self, snapshot: Snapshot) -> None:
         """Save one server, durably before returning. Raises StoreError."""
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove one server. Raises StoreError."""
 
     def orphans(self) -> list[OrphanedKernel]:
@@ -253,12 +255,26 @@ class HistoryStore(Protocol):
         """
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        after: int,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
-        """Return the oldest entries newer than an id, of one server or all. Raises StoreError."""
+        """Return the oldest entries newer than an id, of one server or all, and of one owner or all.
+
+        Raises StoreError.
+        """
 
     def latest(
-        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
 
@@ -267,7 +283,7 @@ class Executor(Protocol):
     """Runs jobs: those of one server in order, those of different servers concurrently."""
 
     def submit(
-        self, name: ServerName, job: Callable[[], Report | None], failed: Report | None = None
+        self, name: QualifiedName, job: Callable[[], Report | None], failed: Report | None = None
     ) -> None:
         """Queue a job. Its report goes to the fleet's mailbox, or `failed` if it raises."""
 
@@ -285,14 +301,18 @@ class EventLog(Protocol):
     def record(
         self,
         kind: HistoryKind,
-        server: ServerName | None,
+        server: QualifiedName | None,
         message: str,
         *,
         origin: Origin = KEEPER,
         generation: int | None = None,
         details: Mapping[str, object] | None = None,
+        owner: Owner = LOCAL,
     ) -> None:
-        """Record one event. Quick, from any thread; does not raise."""
+        """Record one event. Quick, from any thread; does not raise.
+
+        `owner` is that of an event without a server.
+        """
 
 
 class History(Protocol):
@@ -306,12 +326,23 @@ class History(Protocol):
         """Return the number of dropped entries newer than an id. Raises StoreError."""
 
     def latest(
-        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the newest entries of one server or all, oldest first. Raises StoreError."""
 
     def after(
-        self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        after: int,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
 
@@ -320,6 +351,7 @@ class History(Protocol):
         after: int,
         *,
         server: ServerName | None,
+        owner: Owner | None = None,
         look: float,
         within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
@@ -374,8 +406,8 @@ class Keeper(Protocol):
     def all(self) -> list[Snapshot]:
         """Return all servers, by name."""
 
-    def get(self, name: ServerName) -> Snapshot | None:
+    def get(self, name: QualifiedName) -> Snapshot | None:
         """Return one server."""
 
-    def watch(self, name: ServerName) -> AbstractContextManager[Watch]:
+    def watch(self, name: QualifiedName) -> AbstractContextManager[Watch]:
         """Watch one server; begin before the command whose outcome is awaited, to miss nothing."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from labkeeper.core.lifecycle import Goal, State
-from labkeeper.core.spec import Gateway, ServerName, ServerSpec
+from labkeeper.core.spec import Gateway, QualifiedName, ServerName, ServerSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,6 +288,11 @@ class Snapshot:
         return self.spec.name
 
     @property
+    def qualified_name(self) -> QualifiedName:
+        """The name that is unique among all owners."""
+        return self.spec.qualified_name
+
+    @property
     def forgotten(self) -> bool:
         """Whether this is the final snapshot of a deleted server."""
         return self.state is State.STOPPED and self.goal is Goal.ABSENT
@@ -296,5 +301,5 @@ class Snapshot:
 def queue_of(snapshots: Iterable[Snapshot]) -> list[Snapshot]:
     """Return the servers that wait for a start slot, first in, first out."""
     return sorted(
-        (s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.name)
+        (s for s in snapshots if s.state is State.QUEUED), key=lambda s: (s.since, s.qualified_name)
     )

@@ -22,6 +22,19 @@ NAME_RULE: Final = (
 DEFAULT_NAME: Final = ServerName("default")
 
 
+Owner = NewType("Owner", str)
+"""Whom a server, a token or an event belongs to; spelt as a server's name is."""
+
+
+LOCAL: Final = Owner("local")
+"""The only owner until people sign in."""
+
+
+QualifiedName = NewType("QualifiedName", str)
+"""A server's name that is unique among all owners: "NAME" of the owner `local`, "NAME.OWNER" of
+another. It can name a directory, control group, container or pod."""
+
+
 KERNEL_PREFIX: Final = "KERNEL_"
 """Prefix of the variables that every gateway passes to its kernels; others need configuration."""
 
@@ -31,6 +44,19 @@ def server_name(text: str) -> ServerName:
     if re.fullmatch(NAME_PATTERN, text) is None:
         raise ValueError(NAME_RULE)
     return ServerName(text)
+
+
+def qualified_name(name: ServerName, owner: Owner = LOCAL) -> QualifiedName:
+    """Return the qualified name of an owner's server."""
+    return QualifiedName(name if owner == LOCAL else f"{name}.{owner}")
+
+
+def parse_qualified_name(text: str) -> tuple[ServerName, Owner]:
+    """Return the name and the owner in a qualified name. Raises ValueError if `text` is not one."""
+    name, dot, owner = text.partition(".")
+    if dot and owner == LOCAL:
+        raise ValueError(f"the owner '{LOCAL}' is not written")
+    return server_name(name), Owner(server_name(owner)) if dot else LOCAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +103,7 @@ class ServerSpec:
     name: ServerName
     root_dir: str
     """The root directory of the Lab; absolute."""
+    owner: Owner = LOCAL
     base_url: str = "/"
     """The path prefix of the server; begins and ends with a slash."""
     default_url: str = "/lab"
@@ -105,6 +132,11 @@ class ServerSpec:
         """Restrict the gateway's certificate files to those that the server's user can read."""
         if self.gateway is not None and self.gateway.user != self.user:
             object.__setattr__(self, "gateway", replace(self.gateway, user=self.user))
+
+    @property
+    def qualified_name(self) -> QualifiedName:
+        """The name that is unique among all owners."""
+        return qualified_name(self.name, self.owner)
 
     def differs(self, other: ServerSpec) -> tuple[str, ...]:
         """Return the fields in which two specs differ; omits values, which may be secret."""

@@ -16,7 +16,15 @@ from labkeeper.core.access import EVERYTHING, TokenLimits, concerns
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.ports import Clock, HistoryStore
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import (
+    LOCAL,
+    Owner,
+    QualifiedName,
+    ServerName,
+    ServerSpec,
+    parse_qualified_name,
+    qualified_name,
+)
 from labkeeper.events import messages
 
 _IN_MEMORY: Final = 1000
@@ -50,7 +58,7 @@ class EventLog:
         self._stored = self._last
         """All entries up to this id are stored."""
         self._closed = False
-        self._specs: dict[ServerName, ServerSpec] = {}
+        self._specs: dict[QualifiedName, ServerSpec] = {}
         """The specs of the existing servers as of their last change."""
 
     @property
@@ -65,7 +73,7 @@ class EventLog:
     def changed(self, change: Change) -> None:
         """Record a change of a server."""
         kind, after = messages.kind_of(change), change.after
-        self._specs[after.name] = after.spec
+        self._specs[after.qualified_name] = after.spec
         if kind is not None:
             told = HistoryEntry(
                 0,
@@ -76,66 +84,90 @@ class EventLog:
                 change.origin,
                 after.generation,
             )
-            self._add(replace(told, details=messages.facts(change)))
+            self._add(replace(told, details=messages.facts(change), owner=after.spec.owner))
         if after.forgotten:
-            del self._specs[after.name]
+            del self._specs[after.qualified_name]
 
     def record(
         self,
         kind: HistoryKind,
-        server: ServerName | None,
+        server: QualifiedName | None,
         message: str,
         *,
         origin: Origin = KEEPER,
         generation: int | None = None,
         details: Mapping[str, object] | None = None,
+        owner: Owner = LOCAL,
     ) -> None:
         """Record another event."""
+        name, owner = (None, owner) if server is None else parse_qualified_name(server)
         self._add(
             HistoryEntry(
                 0,
                 self._clock.time(),
                 kind,
-                server,
+                name,
                 message,
                 origin,
                 generation,
                 dict(details or {}),
+                owner=owner,
             )
         )
 
-    def orphans(self, server: ServerName, pids: Collection[int]) -> None:
+    def orphans(self, server: QualifiedName, pids: Collection[int]) -> None:
         """Record the leftovers of an earlier keeper."""
         many = f"{len(pids)} process{'es' if len(pids) > 1 else ''}"
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
     def latest(
-        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
         with self._news:
             unsaved = [
-                e for e in self._recent if e.id > self._stored and concerns(e, server, within)
+                e
+                for e in self._recent
+                if e.id > self._stored and concerns(e, server, owner, within)
             ]
-        return [*self._store.latest(server=server, limit=limit, within=within), *unsaved][-limit:]
+        return [
+            *self._store.latest(server=server, owner=owner, limit=limit, within=within),
+            *unsaved,
+        ][-limit:]
 
     def after(
-        self, after: int, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        after: int,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
         # Ids have no gaps: if the next one is in memory, so are all later ones.
         if after >= self._last or (recent and recent[0].id <= after + 1):
-            return [e for e in recent if e.id > after and concerns(e, server, within)][:limit]
-        return self._store.remembered(after=after, server=server, limit=limit, within=within)
+            return [e for e in recent if e.id > after and concerns(e, server, owner, within)][
+                :limit
+            ]
+        return self._store.remembered(
+            after=after, server=server, owner=owner, limit=limit, within=within
+        )
 
     def follow(
         self,
         after: int,
         *,
         server: ServerName | None,
+        owner: Owner | None = None,
         look: float,
         within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
@@ -145,7 +177,7 @@ class EventLog:
         """
         while True:
             newest = self._last
-            page = self.after(after, server=server, limit=_PAGE, within=within)
+            page = self.after(after, server=server, owner=owner, limit=_PAGE, within=within)
             yield from page
             # Entries up to `newest` that are not in the page do not concern this caller.
             after = (
@@ -171,8 +203,10 @@ class EventLog:
     def _add(self, entry: HistoryEntry) -> None:
         with self._news:
             entry = replace(entry, id=self._last + 1)
-            if entry.server is not None and (spec := self._specs.get(entry.server)) is not None:
-                entry = replace(entry, labels=spec.labels, user=spec.user)
+            if entry.server is not None:
+                spec = self._specs.get(qualified_name(entry.server, entry.owner))
+                if spec is not None:
+                    entry = replace(entry, labels=spec.labels, user=spec.user)
             self._last = entry.id
             self._recent.append(entry)
             self._save()

@@ -19,7 +19,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change, GatewaySeen, Report
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import GatewayHealth
-from labkeeper.core.spec import Gateway, ServerName
+from labkeeper.core.spec import Gateway, QualifiedName
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.gateways.orphans import OrphanedKernels
 from labkeeper.threads import ThreadGroup
@@ -44,7 +44,7 @@ class _Watched:
 
     gateway: Gateway
     due: float
-    servers: dict[ServerName, tuple[int, GatewayHealth | None]] = field(default_factory=dict)
+    servers: dict[QualifiedName, tuple[int, GatewayHealth | None]] = field(default_factory=dict)
     """The launches that get reports, with the last health of each."""
     misses: int = 0
     """Number of consecutive failures."""
@@ -92,14 +92,14 @@ class GatewayWatch:
         with self._lock:
             for watched in self._watched:
                 if watched.gateway != after.spec.gateway or after.state is not State.RUNNING:
-                    watched.servers.pop(after.name, None)
+                    watched.servers.pop(after.qualified_name, None)
             if after.state is not State.RUNNING or after.spec.gateway is None:
                 return
             watched = self._find(after.spec.gateway)
-            if after.name not in watched.servers and after.gateway is None:
+            if after.qualified_name not in watched.servers and after.gateway is None:
                 # An adopted server, whose gateway has not been asked yet.
                 watched.due = self._clock.monotonic()
-            watched.servers[after.name] = (after.generation, after.gateway)
+            watched.servers[after.qualified_name] = (after.generation, after.gateway)
 
     def _find(self, gateway: Gateway) -> _Watched:
         for watched in self._watched:

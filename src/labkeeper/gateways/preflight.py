@@ -16,7 +16,7 @@ from labkeeper.core.errors import BackendError
 from labkeeper.core.messages import Ended, Ready, Report, Vetoed
 from labkeeper.core.ports import Probe
 from labkeeper.core.server import Endpoint, Failure, FailureClass, GatewayHealth, OwnKernel
-from labkeeper.core.spec import Gateway, ServerName, ServerSpec
+from labkeeper.core.spec import Gateway, QualifiedName, ServerSpec
 from labkeeper.gateways.client import GatewayClient
 from labkeeper.threads import ThreadGroup
 
@@ -51,20 +51,22 @@ class GatewayPreflight:
         self._threads = threads
         self._client = client
         self._probe = probe
-        self._starts: dict[ServerName, _Start] = {}
+        self._starts: dict[QualifiedName, _Start] = {}
         self._lock = threading.Lock()
 
     def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
         """Start to check a launch's gateway. Raises BackendUnavailable if that is impossible."""
         with self._lock:
-            self._starts.pop(spec.name, None)
+            self._starts.pop(spec.qualified_name, None)
         if spec.gateway is None:
             return
         start = _Start(generation, spec.gateway, tuple(kernels))
-        self._threads.start(f"preflight-{spec.name}", self._check, spec.name, start)
+        self._threads.start(
+            f"preflight-{spec.qualified_name}", self._check, spec.qualified_name, start
+        )
         # Nothing is launched yet, so no report can precede this entry.
         with self._lock:
-            self._starts[spec.name] = start
+            self._starts[spec.qualified_name] = start
 
     def receive(self, report: Report) -> None:
         """Pass on a report of the backend; hold back `Ready` until the gateway is found usable."""
@@ -83,7 +85,7 @@ class GatewayPreflight:
         else:
             self._tell(report)
 
-    def _check(self, name: ServerName, start: _Start) -> None:
+    def _check(self, name: QualifiedName, start: _Start) -> None:
         try:
             health = self._client.check(start.gateway)
         except BackendError as error:
@@ -102,7 +104,7 @@ class GatewayPreflight:
         if waited:
             self._admit(name, start)
 
-    def _admit(self, name: ServerName, start: _Start) -> None:
+    def _admit(self, name: QualifiedName, start: _Start) -> None:
         """Report a ready server, after handing over the kernels of its earlier launch."""
         with self._lock:
             ready, health = start.ready, start.health
@@ -119,7 +121,7 @@ class GatewayPreflight:
         )
 
     def _hand_over(
-        self, name: ServerName, start: _Start, endpoint: Endpoint, kernel: OwnKernel
+        self, name: QualifiedName, start: _Start, endpoint: Endpoint, kernel: OwnKernel
     ) -> bool:
         """Hand a server an earlier launch's kernel; return whether it was taken or is gone."""
         try:

@@ -26,6 +26,7 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.messages import KEEPER, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, TokenStore
+from labkeeper.core.spec import LOCAL, Owner
 
 OWNER: Final = Caller("token:owner", Scope.ADMIN)
 """The caller that presents the owner's token."""
@@ -87,9 +88,9 @@ class Tokens:
             raise NotAuthenticated("cannot answer: the token has expired")
         return token
 
-    def all(self) -> list[Token]:
-        """Return all tokens except the owner's, by name."""
-        return sorted(self._listed(), key=lambda token: token.name)
+    def all(self, owner: Owner = LOCAL) -> list[Token]:
+        """Return all tokens of an owner of servers, by name; the keeper's owner's is not listed."""
+        return sorted(self._listed(owner), key=lambda token: token.name)
 
     def make(
         self,
@@ -98,6 +99,7 @@ class Tokens:
         limits: TokenLimits,
         *,
         lifetime: float | None,
+        owner: Owner = LOCAL,
         origin: Origin = KEEPER,
     ) -> tuple[Token, str]:
         """Create a token, valid for `lifetime` seconds or forever; return it with its text.
@@ -108,28 +110,38 @@ class Tokens:
         text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
         now = self._clock.time()
         with self._changing:
-            if name == "owner" or any(token.name == name for token in self._listed()):
+            if name == "owner" or any(token.name == name for token in self._listed(owner)):
                 raise Conflict(
                     f"cannot create token '{name}': the name is taken; revoke that one first, or choose another name"
                 )
-            if len(self._listed()) >= _MOST:
+            if len(self._known) + len(self._to_forget) >= _MOST:
                 raise CapacityReached(
                     f"cannot create token '{name}': there are {_MOST} already; revoke some that are not in use"
                 )
             expires_at = None if lifetime is None else now + lifetime
-            token = Token(id_, name, _digest(text), scope, limits, now, origin.actor, expires_at)
+            token = Token(
+                id_,
+                name,
+                _digest(text),
+                scope,
+                limits,
+                now,
+                origin.actor,
+                expires_at,
+                owner=owner,
+            )
             self._store.save_token(token)
             self._known = {**self._known, id_: token}
         self._tell(f"token '{name}' was made, with the scope '{scope}'", token, origin)
         return token, text
 
-    def revoke(self, name: str, *, origin: Origin = KEEPER) -> Token:
+    def revoke(self, name: str, *, owner: Owner = LOCAL, origin: Origin = KEEPER) -> Token:
         """Revoke a token immediately; return it.
 
         Raises TokenNotFound, and StoreError if the next keeper would accept it: revoke it again.
         """
         with self._changing:
-            token = next((token for token in self._listed() if token.name == name), None)
+            token = next((token for token in self._listed(owner) if token.name == name), None)
             if token is None:
                 raise TokenNotFound(f"cannot find token '{name}'; the list of tokens has all names")
             # In memory first: the disk may be full.
@@ -140,8 +152,9 @@ class Tokens:
         self._tell(f"token '{name}' was revoked", token, origin)
         return token
 
-    def _listed(self) -> list[Token]:
-        return [*self._known.values(), *self._to_forget.values()]
+    def _listed(self, owner: Owner) -> list[Token]:
+        known = (*self._known.values(), *self._to_forget.values())
+        return [token for token in known if token.owner == owner]
 
     def _is_good(self, id_: str) -> bool:
         token = self._known.get(id_)
@@ -167,6 +180,7 @@ class Tokens:
             message,
             origin=origin,
             details={"name": token.name, "scope": str(token.scope)},
+            owner=token.owner,
         )
 
 

@@ -169,7 +169,8 @@ class Server(Answer):
         description="`fork` (from a process that had loaded JupyterLab) or `exec`."
     )
     exec_reason: str | None = Field(description="Why it was not forked; null if it was.")
-    name: str = Field(description="Name.")
+    name: str = Field(description="Name; unique for each owner.")
+    owner: str = Field(description="Whom it belongs to; `local` until people sign in.")
     state: Annotated[State, _known(State)] = Field(description="Current state; see the lifecycle.")
     goal: Annotated[Goal, _known(Goal)] = Field(description="Requested state; see the lifecycle.")
     since: str = Field(description="When it entered this state (RFC 3339, UTC).")
@@ -342,6 +343,7 @@ class Event(Answer):
     at: str
     kind: Annotated[HistoryKind, _known(HistoryKind)]
     server: str | None
+    owner: str = Field(description="Owner of the server, or of the token that it is about.")
     generation: int | None
     message: str = Field(description="Description for people.")
     actor: str = Field(
@@ -380,6 +382,7 @@ class Token(Answer):
     """A token, without its secret."""
 
     name: str
+    owner: str = Field(description="Owner of the servers that it is for.")
     scope: Annotated[Scope, _known(Scope)]
     servers: list[str] = Field(
         description="Name patterns, one of which must match. Empty: all servers."
@@ -413,6 +416,7 @@ class Caller(Answer):
     """The caller and their permissions."""
 
     actor: str = Field(description="Their name in events.")
+    owner: str = Field(description="Owner of the servers that they manage.")
     scope: Annotated[Scope, _known(Scope)]
     servers: list[str] = Field(description="Name patterns. Empty: all servers.")
     labels: dict[str, str] = Field(description="Labels that a server must have.")

@@ -10,6 +10,7 @@ from werkzeug.datastructures import MultiDict
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import NAME_PATTERN
+from labkeeper.schema.types import OwnerName
 
 _ABSENT: Final[Any] = None
 """See `requests`."""
@@ -107,6 +108,9 @@ class ListQuery(_Query):
         max_length=16,
         description="Only servers with all of these labels: `key=value`, or `key` alone.",
     )
+    owner: OwnerName = Field(
+        _ABSENT, description="Only servers of this owner, among those that the caller may see."
+    )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(200, description="Servers in one page.")
     cursor: Annotated[str, Field(max_length=200)] = Field(
         "", description="`next` of the page before."
@@ -119,6 +123,9 @@ class EventQuery(_Query):
     after: Annotated[int, Field(ge=0, le=2**62)] = Field(
         _ABSENT,
         description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones.",
+    )
+    owner: OwnerName = Field(
+        _ABSENT, description="Only events of this owner, among those that the caller may see."
     )
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
     follow: bool = Field(

@@ -31,9 +31,11 @@ from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.core.spec import (
     DEFAULT_NAME,
+    LOCAL,
     UNLIMITED,
     Gateway,
     Limits,
+    Owner,
     ServerName,
     ServerSpec,
     server_name,
@@ -298,13 +300,15 @@ class _Wanted(Request):
             raise InvalidSpec.of(name, "must be a file that the keeper can read")
         return path
 
-    def whole(self, name: ServerName, defaults: Defaults) -> ServerSpec:
-        """Return the spec of a server of this name from a settled request."""
+    def whole(self, name: ServerName, owner: Owner, defaults: Defaults) -> ServerSpec:
+        """Return the spec of a server of this name and owner from a settled request."""
         limits = self.limits or LimitFields()
         asked = {one.name: getattr(limits, one.name) for one in fields(Limits)}
-        default_port = defaults.lab_port if name == DEFAULT_NAME else None
+        is_default = (name, owner) == (DEFAULT_NAME, LOCAL)
+        default_port = defaults.lab_port if is_default else None
         return ServerSpec(
             name=name,
+            owner=owner,
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else default_port,
             limits=Limits(
@@ -421,7 +425,7 @@ class _New(_Wanted):
     ) -> list[ServerSpec]:
         """Return a spec per name, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
         settled = self.settled(defaults, caller)
-        specs = [settled.whole(server_name(name), defaults) for name in names]
+        specs = [settled.whole(server_name(name), caller.owner, defaults) for name in names]
         for spec in specs:
             caller.needs_spec(spec)
         return specs
@@ -505,7 +509,7 @@ class RestartRequest(_Wanted):
         # Unchanged values are checked again: another user's server, or a root no longer allowed.
         stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
         request = self.model_copy(update=stays).settled(defaults, caller)
-        whole = request.whole(spec.name, defaults)
+        whole = request.whole(spec.name, spec.owner, defaults)
         limits = {
             name: getattr(whole.limits, name)
             for name in (self.limits.model_fields_set if self.limits else ())

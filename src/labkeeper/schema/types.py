@@ -126,6 +126,9 @@ Name = Annotated[
     Shape(NAME_PATTERN, NAME_RULE),
     Field(description=f"Name of the server: {NAME_RULE}."),
 ]
+OwnerName = Annotated[
+    str, Field(json_schema_extra={"maxLength": 63}), Shape(NAME_PATTERN, NAME_RULE)
+]
 PathText = Annotated[str, Field(min_length=1, max_length=4096), ONE_LINE]
 Line = Annotated[str, Field(min_length=1, max_length=8192), ONE_LINE]
 Seconds = Annotated[float, Field(gt=0, le=3600, allow_inf_nan=False)]

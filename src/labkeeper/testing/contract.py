@@ -8,7 +8,7 @@ Needs pytest. To test a backend, return its rig:
             return MyRig(tmp_path)      # implements Rig
 
 No test sleeps to wait: each waits for a report, at most `Rig.patience` seconds. A server is started
-sixteen times in all.
+eighteen times in all.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import itertools
 import queue
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
 import pytest
@@ -25,7 +26,7 @@ from labkeeper.core.errors import BackendRefused
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Backend
 from labkeeper.core.server import Instance, StopMethod
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import Owner, QualifiedName, ServerSpec
 
 _FEW: Final = 50
 """Upper bound of the lines before the end of a log, including empty ones."""
@@ -71,9 +72,9 @@ class Stage:
         self._crashed = False
 
     @property
-    def name(self) -> ServerName:
+    def name(self) -> QualifiedName:
         """The name of the server on this stage."""
-        return self.spec.name
+        return self.spec.qualified_name
 
     def crash(self) -> None:
         """Crash the keeper."""
@@ -284,7 +285,7 @@ class BackendContract:
     def test_what_lives_is_measured_and_nothing_else(self, stage: Stage) -> None:
         """A living server's usage is reported, and CPU time never decreases; others have none."""
         stage.launch()
-        first = stage.backend.usage([stage.name, ServerName("unknown")])
+        first = stage.backend.usage([stage.name, QualifiedName("unknown")])
         assert set(first) == {stage.name}
         assert first[stage.name].memory > 0
         assert first[stage.name].threads >= first[stage.name].processes >= 1
@@ -312,10 +313,25 @@ class BackendContract:
         stage.quiet()
         stage.launch(2)
 
+    def test_servers_of_two_owners_share_a_name(self, stage: Stage) -> None:
+        """The end of one owner's server does not affect another owner's server of that name."""
+        mine, ready = stage.spec, stage.launch()
+        stage.spec = replace(mine, owner=Owner("other"), port=None)
+        other = stage.launch(2)
+        assert stage.rig.exists(ready.instance)
+        assert other.instance != ready.instance
+        stage.backend.kill(stage.name, 2)
+        stage.wait(Ended, 2)
+        assert not stage.rig.exists(other.instance)
+        stage.backend.forget(stage.name)
+        stage.spec = mine
+        assert stage.backend.observe(stage.name, 1) == Seen(answers=True)
+        assert list(stage.backend.log(stage.name, None))
+
     def test_a_refused_launch_leaves_nothing(self, stage: Stage) -> None:
         """A refused launch starts nothing and reports nothing."""
         spec = stage.rig.refused()
         with pytest.raises(BackendRefused, match=r"^cannot "):
             stage.backend.launch(spec, 1)
-        assert stage.backend.observe(spec.name, 1) == Gone()
+        assert stage.backend.observe(spec.qualified_name, 1) == Gone()
         stage.quiet()

@@ -26,7 +26,7 @@ from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin, Report
 from labkeeper.core.server import OrphanedKernel, OwnKernel, Snapshot
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import Owner, QualifiedName, ServerName, ServerSpec
 
 
 def a_spec(
@@ -61,7 +61,7 @@ class MemoryStore:
     """A store in memory that can be made to fail."""
 
     def __init__(self) -> None:
-        self.snapshots: dict[ServerName, Snapshot] = {}
+        self.snapshots: dict[QualifiedName, Snapshot] = {}
         self.kernels: dict[str, OrphanedKernel] = {}
         """By kernel id."""
         self.history: list[HistoryEntry] = []
@@ -78,9 +78,9 @@ class MemoryStore:
     def save(self, snapshot: Snapshot) -> None:
         """Save one server."""
         self._check("write")
-        self.snapshots[snapshot.name] = snapshot
+        self.snapshots[snapshot.qualified_name] = snapshot
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove one server."""
         self._check("write")
         self.snapshots.pop(name, None)
@@ -125,21 +125,34 @@ class MemoryStore:
             )
 
     def remembered(
-        self, *, after: int, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        after: int,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id."""
         self._check("read")
         return [
-            entry for entry in self.history if entry.id > after and concerns(entry, server, within)
+            entry
+            for entry in self.history
+            if entry.id > after and concerns(entry, server, owner, within)
         ][:limit]
 
     def latest(
-        self, *, server: ServerName | None, limit: int, within: TokenLimits = EVERYTHING
+        self,
+        *,
+        server: ServerName | None,
+        owner: Owner | None = None,
+        limit: int,
+        within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
-        return self.remembered(after=0, server=server, limit=len(self.history), within=within)[
-            -limit:
-        ]
+        return self.remembered(
+            after=0, server=server, owner=owner, limit=len(self.history), within=within
+        )[-limit:]
 
     def tokens(self) -> list[Token]:
         """Return all tokens."""
@@ -165,11 +178,11 @@ class PassingPreflight:
     """A preflight that passes every gateway and records its calls."""
 
     def __init__(self) -> None:
-        self.begun: list[tuple[ServerName, int, tuple[OwnKernel, ...]]] = []
+        self.begun: list[tuple[QualifiedName, int, tuple[OwnKernel, ...]]] = []
 
     def begin(self, spec: ServerSpec, generation: int, kernels: Sequence[OwnKernel]) -> None:
         """Record a launch, and the kernels that it is to take over."""
-        self.begun.append((spec.name, generation, tuple(kernels)))
+        self.begun.append((spec.qualified_name, generation, tuple(kernels)))
 
 
 class MemoryOrphans:
@@ -205,13 +218,13 @@ class Notes:
 
     def __init__(self) -> None:
         self.taken: list[
-            tuple[HistoryKind, ServerName | None, str, Origin, Mapping[str, object]]
+            tuple[HistoryKind, QualifiedName | None, str, Origin, Mapping[str, object]]
         ] = []
 
     def record(
         self,
         kind: HistoryKind,
-        server: ServerName | None,
+        server: QualifiedName | None,
         message: str,
         *,
         origin: Origin = KEEPER,
@@ -227,13 +240,13 @@ class InlineExecutor:
 
     def __init__(self, mailbox: Callable[[Report], object]) -> None:
         self._mailbox = mailbox
-        self._queues: defaultdict[ServerName, deque[Callable[[], Report | None]]] = defaultdict(
+        self._queues: defaultdict[QualifiedName, deque[Callable[[], Report | None]]] = defaultdict(
             deque
         )
         self._reports: deque[Report] = deque()
 
     def submit(
-        self, name: ServerName, job: Callable[[], Report | None], _failed: Report | None = None
+        self, name: QualifiedName, job: Callable[[], Report | None], _failed: Report | None = None
     ) -> None:
         """Queue a job; its exceptions are raised by the method that runs it."""
         self._queues[name].append(job)
@@ -243,7 +256,7 @@ class InlineExecutor:
         self._reports.append(report)
 
     @property
-    def waiting(self) -> list[ServerName]:
+    def waiting(self) -> list[QualifiedName]:
         """The names with queued jobs."""
         return [name for name, queued in self._queues.items() if queued]
 
@@ -254,9 +267,9 @@ class InlineExecutor:
         self._mailbox(self._reports.popleft())
         return True
 
-    def run_next(self, name: ServerName | str) -> bool:
+    def run_next(self, name: QualifiedName | str) -> bool:
         """Run the oldest job of a server and queue its report; return whether there was a job."""
-        queued = self._queues[ServerName(name)]
+        queued = self._queues[QualifiedName(name)]
         if not queued:
             return False
         report = queued.popleft()()
@@ -285,10 +298,12 @@ class Recorder:
         """Record one change."""
         self.changes.append(change)
 
-    def states(self, name: ServerName | str) -> list[State]:
+    def states(self, name: QualifiedName | str) -> list[State]:
         """Return the states that a server entered, in order, each stay once."""
         states: list[State] = []
         for change in self.changes:
-            if change.after.name == name and (not states or states[-1] is not change.after.state):
+            if change.after.qualified_name == name and (
+                not states or states[-1] is not change.after.state
+            ):
                 states.append(change.after.state)
         return states

@@ -21,7 +21,7 @@ from labkeeper.core.server import (
     StopMethod,
     Usage,
 )
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import QualifiedName, ServerSpec
 
 _FIRST_PID: Final = 1000
 
@@ -67,9 +67,9 @@ class FakeProcess:
     """Whether its readiness was reported to its watcher."""
 
     @property
-    def name(self) -> ServerName:
+    def name(self) -> QualifiedName:
         """The name of its server."""
-        return self.spec.name
+        return self.spec.qualified_name
 
     @property
     def endpoint(self) -> Endpoint:
@@ -98,14 +98,14 @@ class World:
 
     processes: list[FakeProcess] = field(default_factory=list)
     """The living processes."""
-    launched: list[tuple[ServerName, int]] = field(default_factory=list)
+    launched: list[tuple[QualifiedName, int]] = field(default_factory=list)
     """All processes ever started, as name and generation, in order."""
-    ends: dict[ServerName, tuple[int, Ended]] = field(default_factory=dict)
+    ends: dict[QualifiedName, tuple[int, Ended]] = field(default_factory=dict)
     """The end of the last process of each name; clear it to make the ends unknown."""
-    logs: dict[ServerName, list[str]] = field(default_factory=dict)
+    logs: dict[QualifiedName, list[str]] = field(default_factory=dict)
     kernels_ended: set[str] = field(default_factory=set)
     """Ids of the kernels that servers ended on their gateway when they shut down."""
-    programs: dict[ServerName, tuple[str, ...]] = field(default_factory=dict)
+    programs: dict[QualifiedName, tuple[str, ...]] = field(default_factory=dict)
     """The programs in the terminals of each server; unknown for a missing one."""
     capacity: Capacity | None = None
     """The memory capacity; None if unknown."""
@@ -114,33 +114,33 @@ class World:
     _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
     _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
 
-    def temper(self, name: ServerName | str) -> Temper:
+    def temper(self, name: QualifiedName | str) -> Temper:
         """Return the temper of a name, to be modified in place."""
         return self._tempers.setdefault(name, Temper())
 
-    def living(self, name: ServerName | str) -> list[FakeProcess]:
+    def living(self, name: QualifiedName | str) -> list[FakeProcess]:
         """Return the processes under a name; more than one is a bug of their launcher."""
         with self.lock:
             return [process for process in self.processes if process.name == name]
 
-    def answer(self, name: ServerName | str) -> None:
+    def answer(self, name: QualifiedName | str) -> None:
         """Make the processes under a name answer from now on."""
         with self.lock:
             for process in self.living(name):
                 process.answers = True
                 _greet(process)
 
-    def silence(self, name: ServerName | str) -> None:
+    def silence(self, name: QualifiedName | str) -> None:
         """Make the processes under a name stop answering."""
         with self.lock:
             for process in self.living(name):
                 process.answers = False
 
-    def leave(self, name: ServerName | str) -> None:
+    def leave(self, name: QualifiedName | str) -> None:
         """End the processes in good order, as a user's shutdown from inside does."""
         self.crash(name, Exit(code=0))
 
-    def crash(self, name: ServerName | str, end: Exit = Exit(signal="SIGKILL")) -> None:  # noqa: B008 - frozen
+    def crash(self, name: QualifiedName | str, end: Exit = Exit(signal="SIGKILL")) -> None:  # noqa: B008 - frozen
         """End the processes under a name."""
         for process in self.living(name):
             self.end(process, end)
@@ -152,9 +152,12 @@ class World:
                 spec, generation, next(self._pids), spec.port or next(self._ports)
             )
             self.processes.append(process)
-            self.launched.append((spec.name, generation))
-            self.ends.pop(spec.name, None)
-            self.write(spec.name, f"launch {generation} of server '{spec.name}', pid {process.pid}")
+            self.launched.append((spec.qualified_name, generation))
+            self.ends.pop(spec.qualified_name, None)
+            self.write(
+                spec.qualified_name,
+                f"launch {generation} of server '{spec.name}', pid {process.pid}",
+            )
             return process
 
     def end(self, process: FakeProcess, end: Exit) -> None:
@@ -171,7 +174,7 @@ class World:
             if process.watcher is not None:
                 process.watcher.say(process.name, process.watched_as, ended)
 
-    def write(self, name: ServerName, line: str) -> None:
+    def write(self, name: QualifiedName, line: str) -> None:
         """Add a line to a server's log."""
         self.logs.setdefault(name, []).append(line)
 
@@ -196,7 +199,7 @@ class FakeBackend:
         """Stop reporting, like the backend of a crashed keeper; the processes keep running."""
         self._report = None
 
-    def say(self, name: ServerName, generation: int, fact: Fact) -> None:
+    def say(self, name: QualifiedName, generation: int, fact: Fact) -> None:
         """Report a fact; called by the world for the processes watched from here."""
         if self._report is not None:
             self._report(Report(name, generation, fact))
@@ -204,19 +207,19 @@ class FakeBackend:
     def launch(self, spec: ServerSpec, generation: int) -> None:
         """Start a process unless this launch has one; earlier launches are ended first."""
         with self.world.lock:
-            temper = self._reach(spec.name)
+            temper = self._reach(spec.qualified_name)
             if temper.refusal is not None:
                 raise temper.refusal
             process = self._clear(spec, generation) or self.world.begin(spec, generation)
             if not temper.answers_lost:
                 self._watch(process, generation)
             if temper.boots:
-                self.world.answer(spec.name)
+                self.world.answer(spec.qualified_name)
             self._lose(temper)
 
     def terminate(
         self,
-        name: ServerName,
+        name: QualifiedName,
         generation: int,
         grace: float,  # noqa: ARG002 - nothing here takes time
         *,
@@ -232,7 +235,7 @@ class FakeBackend:
             self._end(name, generation, StopMethod.SHUTDOWN, Exit(code=0) if temper.obeys else None)
             self._lose(temper)
 
-    def kill(self, name: ServerName, generation: int) -> None:
+    def kill(self, name: QualifiedName, generation: int) -> None:
         """Kill the processes under a name."""
         with self.world.lock:
             temper = self._reach(name)
@@ -244,7 +247,7 @@ class FakeBackend:
             )
             self._lose(temper)
 
-    def observe(self, name: ServerName, generation: int) -> Fact:
+    def observe(self, name: QualifiedName, generation: int) -> Fact:
         """Look for a process, and watch it from here on."""
         with self.world.lock:
             temper = self._reach(name)
@@ -256,13 +259,13 @@ class FakeBackend:
             known, ended = self.world.ends.get(name, (None, None))
             return ended if ended is not None and known == generation else Gone()
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove the log and the recorded end."""
         with self.world.lock:
             self.world.logs.pop(name, None)
             self.world.ends.pop(name, None)
 
-    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+    def usage(self, names: Collection[QualifiedName]) -> Mapping[QualifiedName, Usage]:
         """Return equal usage for all living servers, with increasing CPU time."""
         with self.world.lock:
             self._measured += 1
@@ -274,12 +277,12 @@ class FakeBackend:
                 for name in living
             }
 
-    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+    def strays(self, known: Collection[QualifiedName]) -> Collection[QualifiedName]:
         """Return the living servers that are not known."""
         with self.world.lock:
             return {process.name for process in self.world.processes} - set(known)
 
-    def sweep(self, name: ServerName) -> None:
+    def sweep(self, name: QualifiedName) -> None:
         """End the processes under a name without a report."""
         with self.world.lock:
             for process in self.world.living(name):
@@ -287,7 +290,7 @@ class FakeBackend:
                 self.world.end(process, Exit(signal="SIGKILL"))
             self.world.ends.pop(name, None)
 
-    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+    def log(self, name: QualifiedName, tail: int | None) -> Sequence[str]:
         """Return the last `tail` lines, or all."""
         lines = self.world.logs.get(name, [])
         return lines[:] if tail is None else lines[max(0, len(lines) - tail) :]
@@ -303,11 +306,13 @@ class FakeBackend:
     def close(self) -> None:
         """Do nothing: there are no threads."""
 
-    def programs(self, name: ServerName) -> Sequence[str] | None:
+    def programs(self, name: QualifiedName) -> Sequence[str] | None:
         """Return the terminal programs set by the test."""
         return self.world.programs.get(name)
 
-    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+    def follow(
+        self, name: QualifiedName, tail: int | None, live: Callable[[], bool]
+    ) -> Iterator[str]:
         """Yield lines as they are written; never waits, so a fast reader gets many empty texts."""
         log = self.world.logs.get(name, [])
         given = len(log) - len(self.log(name, tail))
@@ -321,7 +326,7 @@ class FakeBackend:
             if more:
                 yield ""
 
-    def _reach(self, name: ServerName) -> Temper:
+    def _reach(self, name: QualifiedName) -> Temper:
         temper = self.world.temper(name)
         if not temper.reachable:
             raise BackendUnavailable(
@@ -341,16 +346,20 @@ class FakeBackend:
 
     def _clear(self, spec: ServerSpec, generation: int) -> FakeProcess | None:
         """End all other launches; return the process of this one."""
-        for process in self.world.living(spec.name):
+        for process in self.world.living(spec.qualified_name):
             if process.generation == generation:
                 return process
-            if not self.world.temper(spec.name).killable:
+            if not self.world.temper(spec.qualified_name).killable:
                 why = f"launch {process.generation} of it cannot be ended"
                 raise BackendUnavailable(f"cannot start server '{spec.name}': {why}")
-            self._end(spec.name, process.watched_as, StopMethod.SIGKILL, Exit(signal="SIGKILL"))
+            self._end(
+                spec.qualified_name, process.watched_as, StopMethod.SIGKILL, Exit(signal="SIGKILL")
+            )
         return None
 
-    def _end(self, name: ServerName, generation: int, method: StopMethod, end: Exit | None) -> None:
+    def _end(
+        self, name: QualifiedName, generation: int, method: StopMethod, end: Exit | None
+    ) -> None:
         """Apply one means of ending to a name's processes; `end` is the exit if it works."""
         living = self.world.living(name)
         if not living:

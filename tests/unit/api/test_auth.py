@@ -305,7 +305,7 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
     text = made.json["token"]
     assert re.fullmatch(r"lk_[0-9a-f]{12}_[\w-]{43}", text)
     assert callers.showing(text).get("/api/me").json == {
-        "actor": "token:ci", "scope": "manage", "servers": ["ci-*"], "labels": {}, "users": [],
+        "actor": "token:ci", "owner": "local", "scope": "manage", "servers": ["ci-*"], "labels": {}, "users": [],
     }  # fmt: skip
     listed = callers.owner.get("/api/tokens")
     assert text not in listed.text

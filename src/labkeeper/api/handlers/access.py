@@ -25,7 +25,12 @@ def create_token(services: Services, body: TokenRequest) -> Answer:
     """Create a token. Only this answer contains it: it is stored as a hash."""
     tokens = services.tokens
     token, text = tokens.make(
-        body.name, body.scope, body.limits, lifetime=body.expires_in, origin=origin()
+        body.name,
+        body.scope,
+        body.limits,
+        lifetime=body.expires_in,
+        owner=caller().owner,
+        origin=origin(),
     )
     return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
 
@@ -34,13 +39,14 @@ def list_tokens(services: Services) -> Answer:
     """List all tokens except the owner's, with what they allow."""
     now = time.time()
     return json_answer(
-        TokenList(tokens=[token_model(token, now) for token in services.tokens.all()])
+        TokenList(tokens=[token_model(token, now) for token in services.tokens.all(caller().owner)])
     )
 
 
 def revoke_token(services: Services, path: TokenPath) -> Answer:
     """Revoke a token immediately; its streams end."""
-    return json_answer(token_model(services.tokens.revoke(path.name, origin=origin()), time.time()))
+    token = services.tokens.revoke(path.name, owner=caller().owner, origin=origin())
+    return json_answer(token_model(token, time.time()))
 
 
 def get_me(_: Services) -> Answer:

@@ -29,10 +29,14 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Origin
 from labkeeper.core.ports import Watch
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
+from labkeeper.core.spec import Owner
 from labkeeper.schema.answers import Server
 from labkeeper.schema.queries import ServerPath
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]
+
+
+_NO_OWNER: Final = Owner("")
 
 
 _RETRY_AFTER: Final = 10
@@ -102,6 +106,11 @@ def find_server(services: Services, path: ServerPath) -> Snapshot:
     return find(services.keeper, caller(), path.name)
 
 
+def visible_owner(asked: str | None) -> Owner:
+    """Return the owner to filter by: the caller's, or for another's an owner of nothing."""
+    return caller().owner if asked in {None, caller().owner} else _NO_OWNER
+
+
 def visible_servers(services: Services) -> list[Snapshot]:
     """Return the servers that the caller may see, by name."""
     sees = caller().sees
@@ -122,8 +131,10 @@ def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
     if snapshot.state is not State.QUEUED:
         return None
     # For an outdated snapshot: the position that it would have now.
-    others = [other for other in services.keeper.all() if other.name != snapshot.name]
-    return [queued.name for queued in queue_of([*others, snapshot])].index(snapshot.name) + 1
+    others = [
+        other for other in services.keeper.all() if other.qualified_name != snapshot.qualified_name
+    ]
+    return queue_of([*others, snapshot]).index(snapshot) + 1
 
 
 def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:

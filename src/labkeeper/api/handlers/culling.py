@@ -7,6 +7,7 @@ import time
 from labkeeper.api.handlers.common import (
     Answer,
     answered,
+    caller,
     find_server,
     json_answer,
     origin,
@@ -21,7 +22,6 @@ from labkeeper.core.errors import (
     InvalidSpec,
 )
 from labkeeper.core.messages import Snooze
-from labkeeper.core.spec import ServerName
 from labkeeper.schema.answers import (
     IdleList,
 )
@@ -56,5 +56,5 @@ def snooze_server(services: Services, path: ServerPath, body: SnoozeRequest) -> 
             "for", f"must be at most {format_duration(longest)} (LABKEEPER_MAX_SNOOZE)"
         )
     until = time.time() + body.time if body.time else None
-    reply = answered(services.keeper.ask(Snooze(ServerName(path.name), until, origin())))
+    reply = answered(services.keeper.ask(Snooze(caller().qualified(path.name), until, origin())))
     return json_answer(idle_model(services.culler.cached(reply.snapshot)))

@@ -14,6 +14,7 @@ from labkeeper.api.handlers.common import (
     find_server,
     json_answer,
     live_answer,
+    visible_owner,
 )
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent
@@ -24,7 +25,7 @@ from labkeeper.api.views import (
 from labkeeper.core.errors import (
     InvalidSpec,
 )
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import Owner, ServerName
 from labkeeper.schema.answers import (
     EventList,
     WebhookList,
@@ -49,7 +50,9 @@ def list_server_events(
     """List or follow the events of one server. They are kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
-    if not services.history.latest(server=name, limit=1, within=caller().limits):
+    if not services.history.latest(
+        server=name, owner=caller().owner, limit=1, within=caller().limits
+    ):
         find_server(services, path)
     return _events(services, name, query)
 
@@ -67,12 +70,13 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
     # Otherwise the id is from another history: ours is new, or an older copy. Then send all of it.
     is_ours = after is None or after <= history.last_id
     after = after if is_ours else 0
+    owner, within = visible_owner(query.owner), caller().limits
     if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
-        return _follow_events(services, server, after, is_ours=is_ours)
+        return _follow_events(services, server, owner, after, is_ours=is_ours)
     if after is None:
-        page = history.latest(server=server, limit=query.limit, within=caller().limits)
+        page = history.latest(server=server, owner=owner, limit=query.limit, within=within)
     else:
-        page = history.after(after, server=server, limit=query.limit, within=caller().limits)
+        page = history.after(after, server=server, owner=owner, limit=query.limit, within=within)
     more = bool(page) and page[-1].id < history.last_id
     return json_answer(
         EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None)
@@ -80,7 +84,12 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
 
 
 def _follow_events(
-    services: Services, server: ServerName | None, after: int | None, *, is_ours: bool
+    services: Services,
+    server: ServerName | None,
+    owner: Owner,
+    after: int | None,
+    *,
+    is_ours: bool,
 ) -> Response:
     acquire_stream(services, "follow events", "read them without follow")
     history = services.history
@@ -89,6 +98,7 @@ def _follow_events(
     entries = history.follow(
         history.last_id if after is None else after,
         server=server,
+        owner=owner,
         look=LOOK_EVERY,
         within=caller().limits,
     )

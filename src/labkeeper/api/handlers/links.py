@@ -42,7 +42,9 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
             f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running"
         )
     page = snapshot.spec.default_url if body.page is None else body.page
-    ticket = services.links.make(snapshot.name, snapshot.generation, page, lifetime=body.expires_in)
+    ticket = services.links.make(
+        snapshot.qualified_name, snapshot.generation, page, lifetime=body.expires_in
+    )
     base = services.url if PEER in request.environ else request.host_url.rstrip("/")
     expires_at = format_time(time.time() + body.expires_in)
     return json_answer(Link(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)

@@ -14,7 +14,7 @@ from labkeeper.api.services import Services
 from labkeeper.api.streaming import end_of, gone, lines_in_pieces
 from labkeeper.core.access import Caller
 from labkeeper.core.lifecycle import AT_REST
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.schema.queries import (
     LogQuery,
     ServerPath,
@@ -29,7 +29,7 @@ def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
 
     At most the last 2 MiB; if more was requested, the first line says how much was left out.
     """
-    name = find_server(services, path).name
+    name = find_server(services, path).qualified_name
     if query.follow:
         return _follow(services, name, query.tail)
     with _turn_to_read(services, name, query.tail):
@@ -38,7 +38,7 @@ def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
 
 
 @contextmanager
-def _turn_to_read(services: Services, name: ServerName, tail: int) -> Iterator[None]:
+def _turn_to_read(services: Services, name: QualifiedName, tail: int) -> Iterator[None]:
     """Hold a slot until it is our turn to read a long log, which occupies a shared processor."""
     if tail <= _FEW_LINES:
         yield
@@ -55,7 +55,7 @@ def _turn_to_read(services: Services, name: ServerName, tail: int) -> Iterator[N
         services.concurrency.release()
 
 
-def _follow(services: Services, name: ServerName, tail: int) -> Response:
+def _follow(services: Services, name: QualifiedName, tail: int) -> Response:
     acquire_stream(services, f"follow the log of server '{name}'", "read it without follow")
     lines = services.backend.follow(
         name, tail, functools.partial(_is_live, services, name, caller())
@@ -75,6 +75,6 @@ def _begun_in_turn(services: Services, lines: Iterator[str]) -> Iterator[str]:
     yield from lines
 
 
-def _is_live(services: Services, name: ServerName, reader: Caller) -> bool:
+def _is_live(services: Services, name: QualifiedName, reader: Caller) -> bool:
     snapshot = services.keeper.get(name)
     return snapshot is not None and snapshot.state not in AT_REST and reader.sees(snapshot)

@@ -21,6 +21,7 @@ from labkeeper.api.handlers.common import (
     origin,
     patience,
     server_answer,
+    visible_owner,
     visible_servers,
     wait_until,
 )
@@ -37,7 +38,7 @@ from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
 from labkeeper.core.messages import Create, Order, Reply
 from labkeeper.core.ports import Watch
 from labkeeper.core.server import Snapshot
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
 from labkeeper.schema.answers import (
     BulkResult,
     BulkResults,
@@ -66,7 +67,7 @@ def create_server(services: Services, body: ServerRequest, query: StartQuery) ->
     Idempotent: the same request finds the same server (200). 202 if `wait` ended before it was ready.
     """
     spec = body.spec(services.defaults, caller())
-    return _start(services, spec.name, lambda: _create(services, spec), query)
+    return _start(services, spec.qualified_name, lambda: _create(services, spec), query)
 
 
 def list_servers(services: Services, query: ListQuery) -> Answer:
@@ -86,7 +87,7 @@ def get_server(services: Services, path: ServerPath, query: GetQuery) -> Answer:
     if query.wait_for is None:
         return json_answer(server_answer(services, find_server(services, path)))
     rest = AT_REST | {query.wait_for}
-    with services.keeper.watch(ServerName(path.name)) as watch:
+    with services.keeper.watch(caller().qualified(path.name)) as watch:
         snapshot = find_server(services, path)
         with patience(services, query.wait) as wait:
             snapshot, _ = wait_until(watch, lambda s: s.state in rest, first=snapshot, timeout=wait)
@@ -105,7 +106,7 @@ def stop_server(services: Services, path: ServerPath, query: StopQuery) -> Answe
 
 def start_server(services: Services, path: ServerPath, query: StartQuery) -> Answer:
     """Start a server that was stopped or has failed."""
-    name = ServerName(path.name)
+    name = caller().qualified(path.name)
     return _start(
         services,
         name,
@@ -143,12 +144,12 @@ def restart_server(
     snapshot = find_server(services, path)
     revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
     order = Order(
-        snapshot.name,
+        snapshot.qualified_name,
         Event.RESTART_KEEPING_KERNELS if body.keep_kernels else Event.RESTART,
         revised=revised,
         origin=origin(),
     )
-    return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
+    return _start(services, snapshot.qualified_name, lambda: services.keeper.ask(order), query)
 
 
 def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Answer:
@@ -163,8 +164,10 @@ def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Ans
             "and its next launch gets a new one anyway"
         )
     event = Event.RESTART if snapshot.spec.gateway is None else Event.RESTART_KEEPING_KERNELS
-    order = Order(snapshot.name, event, origin=replace(origin(), reason="its token is rotated"))
-    return _start(services, snapshot.name, lambda: services.keeper.ask(order), query)
+    order = Order(
+        snapshot.qualified_name, event, origin=replace(origin(), reason="its token is rotated")
+    )
+    return _start(services, snapshot.qualified_name, lambda: services.keeper.ask(order), query)
 
 
 def list_kernels(services: Services, path: ServerPath) -> Answer:
@@ -179,7 +182,7 @@ def list_kernels(services: Services, path: ServerPath) -> Answer:
 
 
 def _start(
-    services: Services, name: ServerName, command: Callable[[], Reply | None], query: StartQuery
+    services: Services, name: QualifiedName, command: Callable[[], Reply | None], query: StartQuery
 ) -> Answer:
     seconds = services.start_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
@@ -189,7 +192,7 @@ def _start(
             begun,
             *wait_until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait),
         )
-    location = {"Location": f"/api/servers/{name}"}
+    location = {"Location": f"/api/servers/{server.name}"}
     return json_answer(
         server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location
     )
@@ -197,7 +200,7 @@ def _start(
 
 def _create(services: Services, spec: ServerSpec) -> Reply | None:
     """Create a server. Of a server hidden from the caller, only reveal that its name is taken."""
-    known = services.keeper.get(spec.name)
+    known = services.keeper.get(spec.qualified_name)
     if known is not None and not caller().sees(known):
         raise Conflict(f"cannot start server '{spec.name}': the name is taken; choose another one")
     return services.keeper.ask(Create(spec, origin()))
@@ -205,7 +208,7 @@ def _create(services: Services, spec: ServerSpec) -> Reply | None:
 
 def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
     """Create one of many servers, waiting only for the fleet's reply."""
-    watch = watching.enter_context(services.keeper.watch(spec.name))
+    watch = watching.enter_context(services.keeper.watch(spec.qualified_name))
     try:
         return _Begun(watch, answered(_create(services, spec)))
     except LabkeeperError as error:
@@ -243,7 +246,7 @@ def _outcome(
 
 
 def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) -> Answer:
-    name = ServerName(path.name)
+    name = caller().qualified(path.name)
     seconds = services.stop_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
         first = answered(
@@ -256,7 +259,7 @@ def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) 
             timeout=wait,
         )
     if snapshot.goal in RETURNS:
-        raise Conflict(f"cannot stop server '{name}': it was started again meanwhile")
+        raise Conflict(f"cannot stop server '{snapshot.name}': it was started again meanwhile")
     return json_answer(
         server_answer(services, snapshot),
         HTTPStatus.OK if ended else HTTPStatus.ACCEPTED,
@@ -289,6 +292,8 @@ def _is_settled(snapshot: Snapshot) -> bool:
 
 
 def _matches(snapshot: Snapshot, query: ListQuery) -> bool:
+    if snapshot.spec.owner != visible_owner(query.owner):
+        return False
     if query.state and snapshot.state not in query.state:
         return False
     for wanted in query.label:

@@ -47,7 +47,7 @@ from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
 from labkeeper.core.ports import Capacity
 from labkeeper.core.server import Exit, FailureClass, StopMethod, Usage
-from labkeeper.core.spec import ServerName, ServerSpec
+from labkeeper.core.spec import QualifiedName, ServerSpec
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.wire import Launch, WireError
 from labkeeper.jupyter.client import JupyterClient
@@ -83,7 +83,7 @@ class LocalBackend:
         echo_logs: bool = False,
         certificate: tuple[Path, Path] | None = None,
         earlier: Sequence[EarlierDir] = (),
-        found_orphans: Callable[[ServerName, Collection[int]], None] = lambda _name, _pids: None,
+        found_orphans: Callable[[QualifiedName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
         """`found_orphans` is called with processes of an earlier keeper that were ended.
 
@@ -101,7 +101,7 @@ class LocalBackend:
         self._echo_logs = echo_logs
         self._certificate = certificate
         self._found_orphans = found_orphans
-        self._supervisors: dict[ServerName, ProcessSupervisor] = {}
+        self._supervisors: dict[QualifiedName, ProcessSupervisor] = {}
         self._groups = ControlGroups(self._runtime_dir)
         self._ancestry = Ancestry(
             {self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier}
@@ -138,7 +138,7 @@ class LocalBackend:
 
     def launch(self, spec: ServerSpec, generation: int) -> None:
         """Create the server's directory and process."""
-        supervisor = self._supervisors.get(spec.name)
+        supervisor = self._supervisors.get(spec.qualified_name)
         if (
             supervisor is not None
             and supervisor.generation == generation
@@ -146,13 +146,13 @@ class LocalBackend:
         ):
             return
         with (
-            bound_contextvars(server=spec.name, generation=generation),
+            bound_contextvars(server=spec.qualified_name, generation=generation),
             _unavailable(f"start server '{spec.name}'"),
-            self._threads.standing_by(f"supervise-{spec.name}") as given,
+            self._threads.standing_by(f"supervise-{spec.qualified_name}") as given,
         ):
             # Here, not in the fleet's thread when it logs that the launch has failed.
-            of_server(spec.name).prepare()
-            self._clear(spec.name)
+            of_server(spec.qualified_name).prepare()
+            self._clear(spec.qualified_name)
             hold = hold_port(spec)
             try:
                 self._supervise(self._launch(spec, generation, hold), given)
@@ -161,7 +161,7 @@ class LocalBackend:
                 raise
 
     def terminate(
-        self, name: ServerName, generation: int, grace: float, *, keep_kernels: bool = False
+        self, name: QualifiedName, generation: int, grace: float, *, keep_kernels: bool = False
     ) -> None:
         """Request shutdown through Jupyter's API for half of `grace`, then send SIGTERM."""
         supervisor = self._supervisors.get(name)
@@ -175,7 +175,7 @@ class LocalBackend:
                 # Blocking the job is better than not asking the server.
                 ask()
 
-    def kill(self, name: ServerName, generation: int) -> None:
+    def kill(self, name: QualifiedName, generation: int) -> None:
         """Send SIGKILL to the server; its supervisor ends the rest."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
@@ -183,7 +183,7 @@ class LocalBackend:
         else:
             supervisor.kill()
 
-    def observe(self, name: ServerName, generation: int) -> Fact:
+    def observe(self, name: QualifiedName, generation: int) -> Fact:
         """Return the server's state, from its supervisor or an earlier keeper's record."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
@@ -210,12 +210,12 @@ class LocalBackend:
                 self._supervise(supervisor, given)
         return Seen(answers=supervisor.look())
 
-    def forget(self, name: ServerName) -> None:
+    def forget(self, name: QualifiedName) -> None:
         """Remove the server's directory and log."""
         self._clear(name)
         self._logfile(name).remove()
 
-    def usage(self, names: Collection[ServerName]) -> Mapping[ServerName, Usage]:
+    def usage(self, names: Collection[QualifiedName]) -> Mapping[QualifiedName, Usage]:
         """Return the usage of the servers that have a supervisor."""
         if self._meter is None:
             return {}
@@ -228,11 +228,11 @@ class LocalBackend:
             {name: supervisor.process for name, supervisor in supervised.items()}
         )
 
-    def strays(self, known: Collection[ServerName]) -> Collection[ServerName]:
+    def strays(self, known: Collection[QualifiedName]) -> Collection[QualifiedName]:
         """Return unknown servers with a directory, a marked process or a control group."""
         return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
 
-    def sweep(self, name: ServerName) -> None:
+    def sweep(self, name: QualifiedName) -> None:
         """End all processes under the name; remove its control groups, and its directory if any."""
         report = None
         try:
@@ -250,7 +250,7 @@ class LocalBackend:
                 report.exit()
                 report.close()
 
-    def log(self, name: ServerName, tail: int | None) -> Sequence[str]:
+    def log(self, name: QualifiedName, tail: int | None) -> Sequence[str]:
         """Return the last `tail` lines of the log, or all for None. Raises BackendUnavailable."""
         try:
             return self._logfile(name).tail(tail)
@@ -259,7 +259,7 @@ class LocalBackend:
                 f"cannot read the log of server '{name}': {error.strerror}"
             ) from error
 
-    def programs(self, name: ServerName) -> Sequence[str] | None:
+    def programs(self, name: QualifiedName) -> Sequence[str] | None:
         """Return the foreground programs of the server's terminals, read from the process table."""
         supervisor = self._supervisors.get(name)
         return None if supervisor is None else foregrounds(supervisor.process)
@@ -274,7 +274,9 @@ class LocalBackend:
             pid, {supervisor.process.pid for supervisor in [*self._supervisors.values()]}
         )
 
-    def follow(self, name: ServerName, tail: int | None, live: Callable[[], bool]) -> Iterator[str]:
+    def follow(
+        self, name: QualifiedName, tail: int | None, live: Callable[[], bool]
+    ) -> Iterator[str]:
         """Yield lines of the log file as it grows."""
         return self._logfile(name).follow(tail, live)
 
@@ -288,7 +290,10 @@ class LocalBackend:
     # A launch
 
     def _launch(self, spec: ServerSpec, generation: int, hold: socket.socket) -> ProcessSupervisor:
-        server_dir, logfile = self._server_dir(spec.name), self._logfile(spec.name)
+        server_dir, logfile = (
+            self._server_dir(spec.qualified_name),
+            self._logfile(spec.qualified_name),
+        )
         headline = f"[labkeeper] launch {generation} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         try:
             Path(spec.root_dir).stat()
@@ -296,7 +301,9 @@ class LocalBackend:
             if user is not None:
                 check_passage(spec, self._runtime_dir)
             bundle = server_dir.prepare(spec, user.ids if user else None)
-            limited = self._groups.limit(spec.name, spec.limits, own_user=user is not None)
+            limited = self._groups.limit(
+                spec.qualified_name, spec.limits, own_user=user is not None
+            )
             port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
             request = self._request(
                 spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited
@@ -304,9 +311,9 @@ class LocalBackend:
             if sys.platform != "linux":
                 hold.close()
             with logfile.open(headline) as log:
-                site = self._site(spec.name)
+                site = self._site(spec.qualified_name)
                 launched = self._launcher.launch(
-                    request, log.fileno(), functools.partial(self._groups.hold, spec.name)
+                    request, log.fileno(), functools.partial(self._groups.hold, spec.qualified_name)
                 )
             record = self._record(spec, generation, launched, limited, port)
             supervisor = ProcessSupervisor.launched(site, record, launched, token=token, hold=hold)
@@ -317,10 +324,10 @@ class LocalBackend:
                 supervisor.abort()
                 raise
         except BackendRefused:
-            self._clear(spec.name)
+            self._clear(spec.qualified_name)
             raise
         except (OSError, ValueError, WireError) as error:
-            self._clear(spec.name)
+            self._clear(spec.qualified_name)
             if shortage.is_ours(error):
                 # Not the server's fault, and temporary.
                 raise BackendUnavailable(
@@ -390,7 +397,7 @@ class LocalBackend:
 
     # Supervisors
 
-    def _site(self, name: ServerName) -> Site:
+    def _site(self, name: QualifiedName) -> Site:
         """Return the parts of a supervisor; the echo begins at the log's present end."""
         logfile = self._logfile(name)
         echo = Echo(name, logfile, logfile.size) if self._echo_logs else None
@@ -439,7 +446,7 @@ class LocalBackend:
 
     # Cleanup
 
-    def _end_unsupervised(self, name: ServerName, generation: int) -> None:
+    def _end_unsupervised(self, name: QualifiedName, generation: int) -> None:
         found = self._end_all(name)
         self._report(
             Report(
@@ -447,7 +454,7 @@ class LocalBackend:
             )
         )
 
-    def _clear(self, name: ServerName) -> None:
+    def _clear(self, name: QualifiedName) -> None:
         """End and remove what is left under a name, if there are signs of it.
 
         Only for names proven to be free by an end or an observation: a start must not cost the time
@@ -460,7 +467,7 @@ class LocalBackend:
         ):
             self._end_all(name)
 
-    def _end_orphans(self, name: ServerName) -> bool:
+    def _end_orphans(self, name: QualifiedName) -> bool:
         """End what an earlier keeper left under a name, and log it; return whether there was any.
 
         Raises BackendUnavailable.
@@ -471,7 +478,7 @@ class LocalBackend:
             self._found_orphans(name, ended)
         return bool(ended)
 
-    def _end_all(self, name: ServerName) -> set[int]:
+    def _end_all(self, name: QualifiedName) -> set[int]:
         """End all processes under a name, with or without a directory; return their pids.
 
         Raises BackendUnavailable.
@@ -487,10 +494,10 @@ class LocalBackend:
         self._earlier.pop(name, None)
         return found
 
-    def _server_dir(self, name: ServerName) -> ServerDir:
+    def _server_dir(self, name: QualifiedName) -> ServerDir:
         return ServerDir(self._runtime_dir / name)
 
-    def _logfile(self, name: ServerName) -> LogFile:
+    def _logfile(self, name: QualifiedName) -> LogFile:
         return LogFile(
             self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name)
         )

@@ -20,7 +20,7 @@ from labkeeper.backends.local.processes import (
 )
 from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.spec import ServerName, server_name
+from labkeeper.core.spec import QualifiedName, parse_qualified_name, qualified_name
 from labkeeper.forkserver.marks import MARK
 
 LIMIT: Final = 3.0
@@ -30,7 +30,7 @@ _EMPTY_LOOKS: Final = 3
 
 
 def end_leftovers(
-    name: ServerName,
+    name: QualifiedName,
     server_dir: Path,
     known: AbstractSet[Process],
     *,
@@ -86,7 +86,7 @@ class EarlierDir:
 
     runtime_dir: Path
     groups: ControlGroups
-    names: AbstractSet[ServerName]
+    names: AbstractSet[QualifiedName]
 
     @classmethod
     def look(cls, runtime_dir: Path) -> EarlierDir:
@@ -94,7 +94,7 @@ class EarlierDir:
         groups = ControlGroups(runtime_dir)
         return cls(runtime_dir, groups, strays(runtime_dir, groups))
 
-    def clear(self, name: ServerName) -> set[int]:
+    def clear(self, name: QualifiedName) -> set[int]:
         """End all processes of a server and remove its directory; return the pids.
 
         Raises BackendUnavailable.
@@ -107,7 +107,7 @@ def clear(server_dir: ServerDir, groups: ControlGroups) -> set[int]:
 
     A directory that no keeper created stays. Raises BackendUnavailable if a process survives.
     """
-    name = ServerName(server_dir.path.name)
+    name = QualifiedName(server_dir.path.name)
     found = end_leftovers(
         name, server_dir.path, _recorded_processes(server_dir), grace=0.0, groups=groups
     )
@@ -138,7 +138,7 @@ def end_all_below(parent: Process) -> None:
         end_all(below, grace=0.0, within=LIMIT)
 
 
-def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
+def strays(runtime_dir: Path, groups: ControlGroups) -> set[QualifiedName]:
     """Return all servers that have a directory, a marked process or a control group.
 
     Raises BackendUnavailable if no file descriptor is free.
@@ -153,5 +153,5 @@ def strays(runtime_dir: Path, groups: ControlGroups) -> set[ServerName]:
         server_dirs.update(path for path in runtime_dir.iterdir() if ServerDir(path).recognised)
     for server_dir in server_dirs:
         with contextlib.suppress(ValueError):
-            found.add(server_name(server_dir.name))
+            found.add(qualified_name(*parse_qualified_name(server_dir.name)))
     return found

@@ -23,7 +23,7 @@ from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.processes import Process
 from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.forkserver import wire
 from labkeeper.threads import ThreadGroup
 
@@ -110,7 +110,7 @@ class ForkServer:
                 # It may have forked anyway, and the child may already have written its files.
                 with contextlib.suppress(BackendUnavailable):
                     end_leftovers(
-                        ServerName(server_dir.path.name), server_dir.path, set(), grace=0.0
+                        QualifiedName(server_dir.path.name), server_dir.path, set(), grace=0.0
                     )
                 server_dir.reset()
                 raise CannotFork(

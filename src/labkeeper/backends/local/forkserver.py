@@ -28,7 +28,7 @@ from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import Process, wait_until_ended
 from labkeeper.core.errors import BackendUnavailable
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.files import write_private
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.marks import MARK
@@ -306,9 +306,9 @@ def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
         (runtime_dir / PLACE).rmdir()
 
 
-def _rehearsal_name(directory: Path) -> ServerName:
+def _rehearsal_name(directory: Path) -> QualifiedName:
     """Return a name for a rehearsal's control group that no server can have."""
-    return ServerName(f".{directory.name}")
+    return QualifiedName(f".{directory.name}")
 
 
 def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:

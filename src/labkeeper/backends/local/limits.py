@@ -39,7 +39,7 @@ from labkeeper.backends.local.hierarchies import (
     version_2,
 )
 from labkeeper.backends.local.processes import sees, spared
-from labkeeper.core.spec import Limits, ServerName, server_name
+from labkeeper.core.spec import Limits, QualifiedName, parse_qualified_name, qualified_name
 
 _PERIOD: Final = 100_000
 """Period of CPU quotas in microseconds; the kernel's default."""
@@ -128,7 +128,7 @@ class ControlGroups:
         self._earlier = self._left_elsewhere()
         """Groups created by an earlier keeper that ran in another group."""
 
-    def limit(self, name: ServerName, limits: Limits, *, own_user: bool) -> Enforced:
+    def limit(self, name: QualifiedName, limits: Limits, *, own_user: bool) -> Enforced:
         """Enforce a server's limits as far as the host allows.
 
         `own_user` tells whether the server runs as another user than the keeper.
@@ -155,7 +155,7 @@ class ControlGroups:
                 by[what] = LimitedBy.NOTHING
         return Enforced(by, tuple(dict.fromkeys(members)), rlimits)
 
-    def hold(self, name: ServerName, pid: int) -> None:
+    def hold(self, name: QualifiedName, pid: int) -> None:
         """Move a process into its server's group unless it is in one; without a group, do nothing.
 
         Done from outside, in parallel with its start, as Linux takes some ten milliseconds.
@@ -177,7 +177,7 @@ class ControlGroups:
                 "a server has no control group", server=name, group=str(group), error=str(error)
             )
 
-    def door(self, name: ServerName) -> list[str]:
+    def door(self, name: QualifiedName) -> list[str]:
         """Create the group of a process that enters it by itself.
 
         Return the file for its pid, or an empty list if no group can be created.
@@ -192,7 +192,7 @@ class ControlGroups:
             return []
         return [str(group / "cgroup.procs")]
 
-    def members(self, name: ServerName) -> set[int]:
+    def members(self, name: QualifiedName) -> set[int]:
         """Return the pids in a server's groups and their subgroups.
 
         The keeper and its ancestors are left out.
@@ -208,7 +208,7 @@ class ControlGroups:
         )
         return any(part.startswith(self._prefix) for line in lines for part in line.split("/"))
 
-    def kill(self, name: ServerName) -> None:
+    def kill(self, name: QualifiedName) -> None:
         """Kill all processes in a server's groups at once, including those that are just starting.
 
         Where Linux cannot do that, keep them from starting more if it can; the caller then has to
@@ -227,7 +227,7 @@ class ControlGroups:
                         with contextlib.suppress(OSError):
                             (part / setting).write_text(value)
 
-    def memory_kills(self, name: ServerName, pid: int) -> MemoryKills:
+    def memory_kills(self, name: QualifiedName, pid: int) -> MemoryKills:
         """Return the most specific OOM kill counter of a running server.
 
         It is that of its own group, of the group that it shares with others, or of the machine. A
@@ -241,7 +241,7 @@ class ControlGroups:
                     return MemoryKills(file, certain)
         return MemoryKills(Path("/proc/vmstat"), certain=False)
 
-    def counted(self, name: ServerName) -> Counted:
+    def counted(self, name: QualifiedName) -> Counted:
         """Return the counters of a server's groups."""
         groups = self._of(name)
         return Counted(
@@ -253,17 +253,18 @@ class ControlGroups:
             tasks=_first(groups, {"pids.current": int}),
         )
 
-    def names(self) -> set[ServerName]:
+    def names(self) -> set[QualifiedName]:
         """Return the names of all servers that have a group."""
         groups = (*self._earlier, *(group for base in self._bases for group in listed(base)))
         found = set()
         for group in groups:
             with contextlib.suppress(ValueError):
                 if group.name.startswith(self._prefix) and self._holds_ours(group):
-                    found.add(server_name(group.name.removeprefix(self._prefix)))
+                    name = parse_qualified_name(group.name.removeprefix(self._prefix))
+                    found.add(qualified_name(*name))
         return found
 
-    def remove(self, name: ServerName) -> None:
+    def remove(self, name: QualifiedName) -> None:
         """Remove the groups of a server whose processes have ended. Idempotent."""
         for group in self._of(name):
             until = time.monotonic() + _GONE_WITHIN
@@ -283,7 +284,7 @@ class ControlGroups:
             {self._base} if self._base else set()
         )
 
-    def _of(self, name: ServerName) -> list[Path]:
+    def _of(self, name: QualifiedName) -> list[Path]:
         """Return the existing groups of a server."""
         full = f"{self._prefix}{name}"
         groups = {
@@ -319,7 +320,7 @@ class ControlGroups:
         return all(sees(pid, self._runtime_dir) for pid in _pids([group]))
 
     def _make(
-        self, hierarchy: Hierarchy, name: ServerName, settings: Mapping[str, str]
+        self, hierarchy: Hierarchy, name: QualifiedName, settings: Mapping[str, str]
     ) -> Path | None:
         group = hierarchy.base / f"{self._prefix}{name}"
         try:

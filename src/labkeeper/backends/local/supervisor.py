@@ -37,7 +37,7 @@ from labkeeper.core.server import (
     OwnKernel,
     StopMethod,
 )
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.failures import cause_of
 from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_kernels, with_url
@@ -74,7 +74,7 @@ _log = structlog.get_logger("labkeeper.backends.local.supervisor")
 class Site:
     """The collaborators of a supervisor."""
 
-    name: ServerName
+    name: QualifiedName
     server_dir: ServerDir
     log: LogFile
     echo: Echo | None
@@ -131,7 +131,7 @@ class ProcessSupervisor:
         return cls(site, Process(record.pid, record.started), record, pipe)
 
     @property
-    def name(self) -> ServerName:
+    def name(self) -> QualifiedName:
         """The name of the server."""
         return self.site.name
 

@@ -20,7 +20,7 @@ from labkeeper.backends.local.limits import ControlGroups, Counted
 from labkeeper.backends.local.processes import Process, carries, is_of
 from labkeeper.backends.local.server_dir import ServerDir
 from labkeeper.core.server import Usage
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.forkserver import marks
 
 _PROPORTIONAL_EVERY: Final = 60.0
@@ -61,13 +61,13 @@ class Meter:
         self._groups = groups
         self._runtime_dir = runtime_dir
         self._server_dirs = os.fsencode(runtime_dir) + b"/"
-        self._known: dict[ServerName, _Known] = {}
+        self._known: dict[QualifiedName, _Known] = {}
         self._marks: dict[tuple[int, str], bytes] = {}
         """Marks of the processes seen; a young one may not have its mark yet."""
         self._tick: int = os.sysconf("SC_CLK_TCK")
         self._page: int = os.sysconf("SC_PAGE_SIZE")
 
-    def measure(self, servers: Mapping[ServerName, Process]) -> dict[ServerName, Usage]:
+    def measure(self, servers: Mapping[QualifiedName, Process]) -> dict[QualifiedName, Usage]:
         """Return the usage of each server's processes; servers that have ended are left out."""
         self._known = {
             name: known
@@ -101,7 +101,7 @@ class Meter:
             for name, found in alive.items()
         }
 
-    def _usage(self, name: ServerName, stats: Mapping[int, _Stat], counted: Counted) -> Usage:
+    def _usage(self, name: QualifiedName, stats: Mapping[int, _Stat], counted: Counted) -> Usage:
         resident = sum(stat.pages for stat in stats.values()) * self._page
         summed = self._summed(name, sum(stat.ticks for stat in stats.values()) / self._tick)
         threads = sum(stat.threads for stat in stats.values())
@@ -113,21 +113,21 @@ class Meter:
             proportional=self._known[name].proportional,
         )
 
-    def _summed(self, name: ServerName, ticks: float) -> float:
+    def _summed(self, name: QualifiedName, ticks: float) -> float:
         known = self._known[name]
         known.lost += max(0.0, known.summed - ticks)
         known.summed = ticks
         return ticks + known.lost
 
     def _found(
-        self, servers: Mapping[ServerName, Process], stats: Mapping[int, _Stat]
-    ) -> dict[ServerName, frozenset[int]]:
+        self, servers: Mapping[QualifiedName, Process], stats: Mapping[int, _Stat]
+    ) -> dict[QualifiedName, frozenset[int]]:
         """Return all processes that descend from servers or carry their mark."""
         owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
         server_dirs = {os.fsencode(self._runtime_dir / name): name for name in servers}
         marks = {pid: self._mark(pid, stat) for pid, stat in stats.items() if pid not in owners}
         owners |= {pid: server_dirs[mark] for pid, mark in marks.items() if mark in server_dirs}
-        found: dict[ServerName, set[int]] = {name: set() for name in servers}
+        found: dict[QualifiedName, set[int]] = {name: set() for name in servers}
         for pid in stats:
             for ancestor in _line(pid, stats):
                 if ancestor in owners:
@@ -151,7 +151,7 @@ class Meter:
             self._marks[key] = mark or (_NONE if again else b"")
         return self._marks[key]
 
-    def _look_at_shared(self, alive: Mapping[ServerName, Mapping[int, _Stat]]) -> None:
+    def _look_at_shared(self, alive: Mapping[QualifiedName, Mapping[int, _Stat]]) -> None:
         """Update shared memory, oldest reading first, until the time is used up."""
         begun = time.monotonic()
         for name in sorted(alive, key=lambda name: self._known[name].looked):
