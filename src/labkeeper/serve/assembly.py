@@ -93,11 +93,12 @@ def assemble(
         policy=chosen.policy,
         subscribers=(
             scrub.SecretsOfServers(),
+            # Before the board, which wakes waiting callers: the next scrape counts their answers.
+            history.metrics,
             base.board,
             logs.ChangeLog(),
             watch,
             history.event_log,
-            history.metrics,
             culler,
         ),
     )
