@@ -102,10 +102,12 @@ def processes_where(condition):
 
 
 def kill_all(processes):
-    """Kill processes, some of which may have ended by now."""
-    for process in processes:
+    """Kill processes, some of which may have ended by now; return when none is alive."""
+    killed = list(processes)
+    for process in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+    until(lambda: not any(alive(process.pid) for process in killed), what="the killed end")
 
 
 def processes_marked(prefix, *, rehearsals=True):
