@@ -1,6 +1,7 @@
-"""Configuration of every JupyterLab server in the image; labkeeper's own for a launch stands above it.
+"""Configuration of every JupyterLab server in the image.
 
-Yours goes beside it, with a name of Jupyter's choosing: `jupyter_server_config.json`, or `jupyter_server_config.d/*.json`.
+What labkeeper sets for a launch overrides it. Put your own configuration beside it, in
+`jupyter_server_config.json` or `jupyter_server_config.d/*.json`.
 """
 
 c = get_config()  # noqa: F821 - Jupyter provides it
