@@ -146,7 +146,7 @@ class Culler:
             endpoint,
             facts,
             ActivityHistory(**floor),
-            now + random.uniform(0, self._period),
+            now + random.uniform(0, self._period),  # noqa: S311
         )
         self._snooze(watched)
         return watched
@@ -250,7 +250,10 @@ class Culler:
     def _warn(self, snapshot: Snapshot, outlook: Outlook, now: float) -> None:
         ahead = (outlook.stops_at or now) - now
         moment = format_time(self._clock.time() + ahead)
-        message = f"server '{snapshot.name}' will be stopped in {format_duration(ahead)}, by {outlook.rule}, unless it is snoozed"
+        message = (
+            f"server '{snapshot.name}' will be stopped in {format_duration(ahead)}, "
+            f"by {outlook.rule}, unless it is snoozed"
+        )
         message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
         _log.info(
             "a server is about to be culled",

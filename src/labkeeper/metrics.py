@@ -92,7 +92,8 @@ SERVERS: Final = Family(
 STARTS: Final = Family(
     "labkeeper_starts_total",
     Kind.COUNTER,
-    "Starts that were decided: ready, failed (by class), or stopped before either; by the way of launching where it is known.",
+    "Starts that were decided: ready, failed (by class), or stopped before either; "
+    "by the way of launching where it is known.",
     ("outcome", "failure_class", "way"),
     known=(
         *(("ready", NONE, way) for way in _WAYS),
@@ -103,7 +104,8 @@ STARTS: Final = Family(
 START_DURATION: Final = Family(
     "labkeeper_start_duration_seconds",
     Kind.HISTOGRAM,
-    "From the command to the server's being ready, by the way of launching; of a restart, from the end of the launch before.",
+    "From the command to the server's being ready, by the way of launching; "
+    "of a restart, from the end of the launch before.",
     ("way",),
     known=tuple((way,) for way in _WAYS),
     buckets=_START_BUCKETS,
@@ -111,8 +113,8 @@ START_DURATION: Final = Family(
 STOP_DURATION: Final = Family(
     "labkeeper_stop_duration_seconds",
     Kind.HISTOGRAM,
-    "From the request to end a server to the proof that nothing is left, by the hardest method used; stops within a restart "
-    "are not counted.",
+    "From the request to end a server to the proof that nothing is left, "
+    "by the hardest method used; stops within a restart are not counted.",
     ("method",),
     known=tuple((str(method),) for method in StopMethod if method is not StopMethod.NONE),
     buckets=_STOP_BUCKETS,
@@ -120,7 +122,8 @@ STOP_DURATION: Final = Family(
 ENDS: Final = Family(
     "labkeeper_unrequested_ends_total",
     Kind.COUNTER,
-    "Ends of servers that had been ready and were not asked to end, by class of the cause; none: shut down from inside.",
+    "Ends of servers that had been ready and were not asked to end, by class of the cause; "
+    "none: shut down from inside.",
     ("failure_class",),
     known=tuple((kind,) for kind in (*_CLASSES, NONE)),
 )
@@ -155,7 +158,8 @@ GATEWAYS: Final = Family(
 WEBHOOK_EVENTS: Final = Family(
     "labkeeper_webhook_events_total",
     Kind.COUNTER,
-    "Events that the webhook took, and that were given up, by outcome; over all keepers of one state directory.",
+    "Events that the webhook took, and that were given up, by outcome; "
+    "over all keepers of one state directory.",
     ("outcome",),
     known=(),
 )
@@ -175,7 +179,8 @@ HTTP_REQUESTS: Final = Family(
 HTTP_DURATION: Final = Family(
     "labkeeper_http_request_duration_seconds",
     Kind.HISTOGRAM,
-    "From a request to its answer, or the first of it where it is a stream; what waits for a server is in it.",
+    "From a request to its answer, or the first of it where it is a stream; "
+    "what waits for a server is in it.",
     ("route", "method"),
     known=(),
     buckets=_HTTP_BUCKETS,
@@ -380,7 +385,7 @@ class Metrics:
 
     @cached_property
     def _registry(self) -> CollectorRegistry:
-        from prometheus_client import (
+        from prometheus_client import (  # noqa: PLC0415
             CollectorRegistry,
             GCCollector,
             PlatformCollector,

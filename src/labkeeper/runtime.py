@@ -227,7 +227,10 @@ class Mailbox:
         return self._items.qsize()
 
     def get(self, timeout: float | None) -> tuple[Message, Future[Reply | None]] | None:
-        """Return the next message, or None at the end; raise queue.Empty after `timeout` seconds."""
+        """Return the next message, or None at the end.
+
+        Raises queue.Empty after `timeout` seconds.
+        """
         return self._items.get(timeout=timeout)
 
 

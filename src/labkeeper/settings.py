@@ -88,7 +88,8 @@ def _check_user_last(root: Path) -> Path:
     # Otherwise root would follow a link that the user controls.
     if any("%u" in part for part in root.parts[:-1]):
         raise ValueError(
-            "must end with the part that has '%u': that user owns what is below, and could replace it with a link"
+            "must end with the part that has '%u': that user owns what is below, "
+            "and could replace it with a link"
         )
     return root
 
@@ -113,43 +114,48 @@ class Settings(BaseModel):
     host: str = Field(
         "127.0.0.1",
         description=(
-            "Address that the API listens on. The default is loopback, so that the API is not exposed by accident."
+            "Address that the API listens on. The default is loopback, "
+            "so that the API is not exposed by accident."
         ),
     )
     port: Port = Field(8000, description="Port of the API.")
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
         description=(
-            "Directory of what outlives the keeper: its database, logs, and the owner's token. Created with mode 0700."
+            "Directory of what outlives the keeper: its database, logs, and the owner's token. "
+            "Created with mode 0700."
         ),
     )
     runtime_dir: Directory | None = Field(
         None,
         description=(
-            "Directory of what lives as long as a server: Jupyter's runtime files, and the record of its "
-            "process. Default: `run` in the state directory. A keeper with a new runtime directory ends the "
-            "servers that run in the earlier one."
+            "Directory of what lives as long as a server: Jupyter's runtime files, "
+            "and the record of its process. Default: `run` in the state directory. "
+            "A keeper with a new runtime directory ends the servers that run in the earlier one."
         ),
     )
     notebook_dir: Root = Field(
         default_factory=Path,
         description=(
-            "Root directory of servers whose request names none, and the base of relative ones. `%u` stands for "
-            "the server's user."
+            "Root directory of servers whose request names none, and the base of relative ones. "
+            "`%u` stands for the server's user."
         ),
     )
     allowed_roots: Directories | None = Field(
         None,
         description=(
-            "Directories, separated as in `PATH`, that must contain the root directories of servers and the "
-            "files that requests name. `%u` as above. Default: the notebook directory. If set, one of them must "
-            "contain the notebook directory."
+            "Directories, separated as in `PATH`, that must contain the root directories "
+            "of servers and the files that requests name. `%u` as above. Default: the notebook "
+            "directory. If set, one of them must contain the notebook directory."
         ),
     )
     lab_ip: str = Field("127.0.0.1", description="Address that JupyterLab listens on.")
     lab_port: Port = Field(
         8888,
-        description="Port of the server named `default`. Other servers use a free port unless they request one.",
+        description=(
+            "Port of the server named `default`. "
+            "Other servers use a free port unless they request one."
+        ),
     )
     advertised_host: str | None = Field(
         None,
@@ -157,38 +163,43 @@ class Settings(BaseModel):
     )
     jupyter_python: Directory = Field(
         default_factory=lambda: Path(sys.executable),
-        description="Python interpreter that runs JupyterLab; its environment may differ from the keeper's.",
+        description=(
+            "Python interpreter that runs JupyterLab; its environment may differ from the keeper's."
+        ),
     )
     launch_by: Literal["fork", "exec"] = Field(
         "fork",
         description=(
-            "`fork`: fork servers from a process that has loaded JupyterLab, where possible; `exec`: load JupyterLab in each."
+            "`fork`: fork servers from a process that has loaded JupyterLab, where possible; "
+            "`exec`: load JupyterLab in each."
         ),
     )
     user: str | None = Field(
         None,
         description=(
-            "User of the machine that servers run as if their request names none. Default: the keeper's own."
+            "User of the machine that servers run as if their request names none. "
+            "Default: the keeper's own."
         ),
     )
     umask: Annotated[str, AfterValidator(_check_umask)] = Field(
         "077",
         description=(
-            "Umask, in octal, of files that servers create, notebooks included: `077` keeps them private, `027` "
-            "lets the group read them, `022` everyone."
+            "Umask, in octal, of files that servers create, notebooks included: "
+            "`077` keeps them private, `027` lets the group read them, `022` everyone."
         ),
     )
     auth: Literal["token", "none"] = Field(
         "token",
         description=(
-            "`none` turns authentication off: everyone who can reach the API can run code here as the keeper's user."
+            "`none` turns authentication off: "
+            "everyone who can reach the API can run code here as the keeper's user."
         ),
     )
     token: SecretStr | None = Field(
         None,
         description=(
-            "The owner's API token, at least 16 characters. Default: one is generated into the state directory. "
-            "The command line sends this token."
+            "The owner's API token, at least 16 characters. "
+            "Default: one is generated into the state directory. The command line sends this token."
         ),
     )
     token_file: Directory | None = Field(
@@ -204,19 +215,23 @@ class Settings(BaseModel):
     lab_cert_file: Directory | None = Field(
         None,
         description=(
-            "TLS certificate of JupyterLab, as PEM. The users that servers run as must be able to read it."
+            "TLS certificate of JupyterLab, as PEM. "
+            "The users that servers run as must be able to read it."
         ),
     )
     lab_key_file: Directory | None = Field(
         None,
-        description="Private key of that certificate. The users that servers run as must be able to read it.",
+        description=(
+            "Private key of that certificate. "
+            "The users that servers run as must be able to read it."
+        ),
     )
     allowed_hosts: Names = Field(
         (),
         description=(
-            "Host names of the API, separated by commas, in addition to addresses, names without a dot, and the "
-            "machine's own: `*.example.org` matches every name below it, `*` any name. Protects against DNS "
-            "rebinding."
+            "Host names of the API, separated by commas, in addition to addresses, names "
+            "without a dot, and the machine's own: `*.example.org` matches every name below it, "
+            "`*` any name. Protects against DNS rebinding."
         ),
     )
     allowed_origins: Names = Field(
@@ -227,12 +242,15 @@ class Settings(BaseModel):
     )
     max_request_rate: Annotated[float, Field(ge=0, le=1e6)] = Field(
         100.0,
-        description="Requests per second for each token, with bursts of ten seconds' worth. 0: unlimited.",
+        description=(
+            "Requests per second for each token, with bursts of ten seconds' worth. 0: unlimited."
+        ),
     )
     on_exit: Literal["stop", "leave"] = Field(
         "stop",
         description=(
-            "What to do with servers when the keeper is asked to exit; with `leave` the next keeper takes them over."
+            "What to do with servers when the keeper is asked to exit; "
+            "with `leave` the next keeper takes them over."
         ),
     )
     start_timeout: Seconds = Field(
@@ -241,7 +259,8 @@ class Settings(BaseModel):
     stop_grace: Seconds = Field(
         8.0,
         description=(
-            "Seconds from the request to stop to SIGKILL: half for Jupyter's own shutdown, half for SIGTERM."
+            "Seconds from the request to stop to SIGKILL: "
+            "half for Jupyter's own shutdown, half for SIGTERM."
         ),
     )
     kill_wait: Seconds = Field(
@@ -252,32 +271,43 @@ class Settings(BaseModel):
     )
     hung_after: Annotated[float, Field(ge=0, le=86400)] = Field(
         120.0,
-        description="Seconds without a response after which a running server is restarted. 0: never.",
+        description=(
+            "Seconds without a response after which a running server is restarted. 0: never."
+        ),
     )
     gateway_timeout: Seconds = Field(
         5.0,
         description=(
-            "Timeout, in seconds, of requests to a kernel gateway when a server starts and while it is monitored."
+            "Timeout, in seconds, of requests to a kernel gateway when a server starts "
+            "and while it is monitored."
         ),
     )
     gateway_period: Seconds = Field(
         30.0,
-        description="Seconds between two checks of a running server's gateway; longer when it does not respond.",
+        description=(
+            "Seconds between two checks of a running server's gateway; "
+            "longer when it does not respond."
+        ),
     )
     # Culling
     idle_timeout: Duration | None = Field(
         None,
         description=(
-            "Idle time after which a server is stopped if its request sets none, such as `2h`. 0: never."
+            "Idle time after which a server is stopped if its request sets none, such as `2h`. "
+            "0: never."
         ),
     )
     max_age: Duration | None = Field(
         None,
-        description="Age at which a server is stopped, used or not, if its request sets none. 0: never.",
+        description=(
+            "Age at which a server is stopped, used or not, if its request sets none. 0: never."
+        ),
     )
     kernel_idle_timeout: Duration | None = Field(
         None,
-        description="Idle time after which a kernel is shut down, independently of its server. 0: never.",
+        description=(
+            "Idle time after which a kernel is shut down, independently of its server. 0: never."
+        ),
     )
     cull_grace: Duration = Field(
         600.0,
@@ -292,31 +322,38 @@ class Settings(BaseModel):
     cull_busy: bool = Field(
         False,
         description=(
-            "`false`: a busy kernel counts as activity, even without output; `true`: only its last activity counts."
+            "`false`: a busy kernel counts as activity, even without output; "
+            "`true`: only its last activity counts."
         ),
     )
     cull_connected: bool = Field(
         True,
         description=(
-            "`true`: an open notebook does not count as activity; `false`: every connection to a kernel does."
+            "`true`: an open notebook does not count as activity; "
+            "`false`: every connection to a kernel does."
         ),
     )
     cull_terminals: Literal["programs", "open", "ignore"] = Field(
         "programs",
         description=(
-            "What counts as activity of terminals: `programs` that run in them, every `open` terminal, or nothing (`ignore`)."
+            "What counts as activity of terminals: `programs` that run in them, "
+            "every `open` terminal, or nothing (`ignore`)."
         ),
     )
     max_snooze: Duration = Field(86400.0, description="Maximum duration of a snooze.")
     max_servers: Annotated[int, Field(ge=1, le=10000)] = Field(
         200,
         description=(
-            "Maximum number of active servers. Ten times as many may be known, including stopped and failed ones."
+            "Maximum number of active servers. Ten times as many may be known, "
+            "including stopped and failed ones."
         ),
     )
     usage_period: Annotated[float, Field(ge=0, le=3600)] = Field(
         5.0,
-        description="Seconds between two measurements of resource usage while it is being requested. 0: never.",
+        description=(
+            "Seconds between two measurements of resource usage while it is being requested. "
+            "0: never."
+        ),
     )
     max_starts: Annotated[int, Field(ge=1, le=10000)] = Field(
         default_factory=lambda: (
@@ -324,12 +361,15 @@ class Settings(BaseModel):
             if sys.platform == "linux"
             else 2 * (os.cpu_count() or 1)
         ),
-        description="Maximum number of servers that start at once. Others are queued, first in, first out.",
+        description=(
+            "Maximum number of servers that start at once. Others are queued, first in, first out."
+        ),
     )
     min_free_memory: Annotated[str, AfterValidator(_check_reserve)] = Field(
         "5%",
         description=(
-            "Memory to keep free, in bytes or as a percentage. Below it no server is started. 0: no check."
+            "Memory to keep free, in bytes or as a percentage. "
+            "Below it no server is started. 0: no check."
         ),
     )
     memory_limit: Annotated[int, Field(ge=2**26)] | None = Field(
@@ -344,17 +384,21 @@ class Settings(BaseModel):
     history_size: Annotated[int, Field(ge=100, le=10_000_000)] = Field(
         20_000,
         description=(
-            "Approximate number of events to keep. Beyond it the oldest events of the most active actor are removed."
+            "Approximate number of events to keep. "
+            "Beyond it the oldest events of the most active actor are removed."
         ),
     )
     webhook_url: SecretStr | None = Field(
         None,
-        description="URL to post every event to, in the form of Standard Webhooks. Requires a secret.",
+        description=(
+            "URL to post every event to, in the form of Standard Webhooks. Requires a secret."
+        ),
     )
     webhook_secret: SecretStr | None = Field(
         None,
         description=(
-            "Secret that signs the posts: 24 to 64 bytes in base64, such as the output of `openssl rand -base64 32`."
+            "Secret that signs the posts: 24 to 64 bytes in base64, "
+            "such as the output of `openssl rand -base64 32`."
         ),
     )
     webhook_secret_file: Directory | None = Field(
@@ -363,7 +407,8 @@ class Settings(BaseModel):
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
         256,
         description=(
-            "Maximum number of threads that answer requests. A caller that waits or streams holds one; an eighth is kept free."
+            "Maximum number of threads that answer requests. "
+            "A caller that waits or streams holds one; an eighth is kept free."
         ),
     )
     max_body: Annotated[int, Field(ge=1024, le=2**30)] = Field(
@@ -381,7 +426,9 @@ class Settings(BaseModel):
     )
     log_format: Literal["auto", "console", "json"] = Field(
         "auto",
-        description="Format of the keeper's log; `auto` is `console` on a terminal and `json` elsewhere.",
+        description=(
+            "Format of the keeper's log; `auto` is `console` on a terminal and `json` elsewhere."
+        ),
     )
     debug: bool = Field(
         False, description="Log at level `debug`, with source locations. Responses are unchanged."
@@ -486,7 +533,8 @@ def _load(flags: dict[str, Any]) -> Settings:
             f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
         )
         raise SettingsError(
-            f"bad setting LABKEEPER_{source} must be at least {_SHORTEST_TOKEN} visible ASCII characters"
+            f"bad setting LABKEEPER_{source} "
+            f"must be at least {_SHORTEST_TOKEN} visible ASCII characters"
         )
     return settings
 
@@ -495,7 +543,8 @@ def _check_pair(settings: Settings, *names: str) -> None:
     for one, other in (names, reversed(names)):
         if getattr(settings, one) is not None and getattr(settings, other) is None:
             raise SettingsError(
-                f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; set both or neither"
+                f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; "
+                "set both or neither"
             )
 
 

@@ -50,8 +50,8 @@ def told_of_threads() -> Iterator[None]:
         if str(error) != _NO_THREAD:
             raise
         raise BackendUnavailable(
-            "the keeper cannot start a thread, as no more processes are allowed; end some, or raise the limit (ulimit -u, "
-            "or the container's --pids-limit)"
+            "the keeper cannot start a thread, as no more processes are allowed; "
+            "end some, or raise the limit (ulimit -u, or the container's --pids-limit)"
         ) from error
 
 

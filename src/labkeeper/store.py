@@ -43,15 +43,24 @@ def _renamed(table: str, column: str, old: str, new: str) -> str:
 _MIGRATIONS: Final = (
     "CREATE TABLE IF NOT EXISTS servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
-    "CREATE TABLE IF NOT EXISTS history (id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT",
-    "CREATE TABLE IF NOT EXISTS webhooks (url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT",
+    (
+        "CREATE TABLE IF NOT EXISTS history "
+        "(id INTEGER PRIMARY KEY, server TEXT, entry TEXT NOT NULL) STRICT"
+    ),
+    (
+        "CREATE TABLE IF NOT EXISTS webhooks "
+        "(url TEXT PRIMARY KEY, told INTEGER, delivered INTEGER, dead INTEGER) STRICT"
+    ),
     "CREATE TABLE IF NOT EXISTS tokens (id TEXT PRIMARY KEY, token TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS runtime_dirs (path BLOB PRIMARY KEY) STRICT",
     "; ".join(
         (
             _renamed("servers", "snapshot", "launch", "generation"),
             # The next keeper asks each server for its endpoint again.
-            "UPDATE servers SET snapshot = json_set(snapshot, '$.endpoint', NULL) WHERE json_valid(snapshot)",
+            (
+                "UPDATE servers SET snapshot = json_set(snapshot, '$.endpoint', NULL) "
+                "WHERE json_valid(snapshot)"
+            ),
             _renamed("history", "entry", "launch", "generation"),
             _renamed("tokens", "token", "reach", "limits"),
             "ALTER TABLE debts RENAME TO orphans",
@@ -355,7 +364,8 @@ class SqliteStore:
             )
         if version > _VERSION:
             raise StoreError(
-                f"cannot open the store {self._path}: a newer labkeeper wrote it; use that version, or another state directory"
+                f"cannot open the store {self._path}: a newer labkeeper wrote it; "
+                "use that version, or another state directory"
             )
 
     def _prepare(self) -> None:
@@ -445,8 +455,8 @@ class SqliteStore:
 
     def _damaged(self, why: str) -> StoreError:
         return StoreError(
-            f"cannot read the store {self._path}: it is damaged ({why}); it was left as it is: move it away to begin without it, "
-            "and end its servers by hand"
+            f"cannot read the store {self._path}: it is damaged ({why}); it was left as it is: "
+            "move it away to begin without it, and end its servers by hand"
         )
 
 

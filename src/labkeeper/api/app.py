@@ -105,7 +105,8 @@ def _check_body() -> None:
         return
     if UNREAD in request.environ:
         raise CapacityReached(
-            "cannot take the request: too many large bodies are being received; send it again later",
+            "cannot take the request: too many large bodies are being received; "
+            "send it again later",
             retry_after=_SEND_AGAIN,
         )
     if not request.get_data(cache=True):
@@ -168,8 +169,8 @@ _DOCS_SCRIPT: Final = (
     'SwaggerUIBundle({url: "openapi.json", dom_id: "#swagger-ui", deepLinking: true})'
 )
 _DOCS_POLICY: Final = (
-    "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
-    "connect-src 'self'; frame-ancestors 'none'"
+    "default-src 'none'; script-src 'self' 'sha256-{hash}'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
 )
 """What the page may load: its own assets and its inline script."""
 _RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(

@@ -53,14 +53,16 @@ class Guard:
         host = host_of(request.host)
         if host is None or not self._is_ours(host.strip("[]").rstrip(".").lower()):
             raise HostNotKnown(
-                f"cannot answer to the host name '{request.host[:255]}'; if it is the keeper's, add it to LABKEEPER_ALLOWED_HOSTS"
+                f"cannot answer to the host name '{request.host[:255]}'; "
+                "if it is the keeper's, add it to LABKEEPER_ALLOWED_HOSTS"
             )
         origin = request.headers.get("Origin")
         if origin is None or _netloc(origin) == request.host:
             return None
         if origin not in self._origins:
             raise NotAllowed(
-                f"cannot answer a page of '{origin[:255]}'; to allow that, add it to LABKEEPER_ALLOWED_ORIGINS"
+                f"cannot answer a page of '{origin[:255]}'; "
+                "to allow that, add it to LABKEEPER_ALLOWED_ORIGINS"
             )
         return Response(status=204) if "Access-Control-Request-Method" in request.headers else None
 

@@ -30,7 +30,10 @@ _TAGS: Final = {
     "keeper": "This service",
 }
 _HEADERS: Final = {
-    "X-Request-Id": "The id under which the keeper's log has more of the request; the caller's own where it sent one.",
+    "X-Request-Id": (
+        "The id under which the keeper's log has more of the request; "
+        "the caller's own where it sent one."
+    ),
     "Location": "Path of the server.",
     "Retry-After": "Seconds after which to ask again.",
     "WWW-Authenticate": "What is asked for: a bearer token.",
@@ -41,7 +44,10 @@ _SCHEME: Final = (
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
-    "description": "Id of the last event that the caller knows: only those that came after it; goes before `after`.",
+    "description": (
+        "Id of the last event that the caller knows: only those that came after it; "
+        "goes before `after`."
+    ),
     "required": False,
     "schema": {"type": "string", "pattern": "^[0-9]{0,18}$"},
 }

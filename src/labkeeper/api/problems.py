@@ -148,7 +148,10 @@ def _known(error: LabkeeperError) -> Response:
 _WORDS: Final = {
     404: "cannot find {1}; /api/docs lists what there is",
     405: "cannot {0} {1}; the Allow header has the methods that it takes",
-    415: "cannot take the request: send its body as JSON, with the header 'Content-Type: application/json'",
+    415: (
+        "cannot take the request: send its body as JSON, "
+        "with the header 'Content-Type: application/json'"
+    ),
 }
 """Messages that replace werkzeug's, which are meant for browsers."""
 

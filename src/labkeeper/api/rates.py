@@ -38,7 +38,7 @@ class Rates:
             self._left[caller] = (left - enough, now)
         if not enough:
             raise TooManyRequests(
-                f"cannot answer: '{caller}' may ask {self._rate:g} times a second (LABKEEPER_MAX_REQUEST_RATE), "
-                f"and {self._most:g} times at once; ask again later",
+                f"cannot answer: '{caller}' may ask {self._rate:g} times a second "
+                f"(LABKEEPER_MAX_REQUEST_RATE), and {self._most:g} times at once; ask again later",
                 retry_after=max(1, math.ceil((1.0 - left) / self._rate)),
             )

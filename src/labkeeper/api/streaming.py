@@ -97,7 +97,10 @@ def server_sent(
         if gone():
             return
         if entry is not None:
-            yield f"id: {entry.id}\nevent: {entry.kind}\ndata: {event_model(entry).model_dump_json()}\n\n"
+            yield (
+                f"id: {entry.id}\nevent: {entry.kind}\n"
+                f"data: {event_model(entry).model_dump_json()}\n\n"
+            )
         elif time.monotonic() - last >= _KEEP_ALIVE:
             yield ": keep-alive\n\n"
         else:

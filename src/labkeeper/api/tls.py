@@ -108,7 +108,8 @@ def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSL
         context.load_cert_chain(cert_file, key_file, password=_no_password)
     except _EncryptedError as error:
         raise SettingsError(
-            f"cannot use the key {key_file} ({names[1]}): it is encrypted; `openssl pkey -in ... -out ...` writes it in the clear"
+            f"cannot use the key {key_file} ({names[1]}): it is encrypted; "
+            "`openssl pkey -in ... -out ...` writes it in the clear"
         ) from error
     except ssl.SSLError as error:
         why = (
@@ -117,7 +118,8 @@ def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSL
             else "they must be PEM"
         )
         raise SettingsError(
-            f"cannot use the certificate {cert_file} ({names[0]}) with the key {key_file} ({names[1]}): {why}"
+            f"cannot use the certificate {cert_file} ({names[0]}) "
+            f"with the key {key_file} ({names[1]}): {why}"
         ) from error
     return context
 

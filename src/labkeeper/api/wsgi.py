@@ -16,6 +16,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
+from http import HTTPStatus
 from typing import Any, Final
 
 import structlog
@@ -198,8 +199,9 @@ class _Threads(ThreadedTaskDispatcher):
         except RuntimeError:
             if not self._short:
                 _log.warning(
-                    "no more threads can be started, so fewer callers can wait at a time; raise the limit of processes"
-                    " (ulimit -u, or the container's --pids-limit), or lower LABKEEPER_THREADS",
+                    "no more threads can be started, so fewer callers can wait at a time; "
+                    "raise the limit of processes (ulimit -u, or the container's --pids-limit), "
+                    "or lower LABKEEPER_THREADS",
                     threads=there,
                     wanted=self._most,
                 )
@@ -473,10 +475,14 @@ class _Problem(ErrorTask):
     def execute(self) -> None:
         """Write the answer."""
         error = self.request.error
-        detail = f"cannot take the request: {error.body.removeprefix('exceeds ') if error.code == 400 else error.reason}"  # noqa: PLR2004
         if isinstance(error, RequestEntityTooLarge):
-            detail = f"cannot take the request: body must be at most {self.channel.server.adj.max_request_body_size - 1} bytes"
-        body = problems.unread(error.code, error.reason, detail)
+            largest = self.channel.server.adj.max_request_body_size - 1
+            why = f"body must be at most {largest} bytes"
+        elif error.code == HTTPStatus.BAD_REQUEST:
+            why = error.body.removeprefix("exceeds ")
+        else:
+            why = error.reason
+        body = problems.unread(error.code, error.reason, f"cannot take the request: {why}")
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", problems.MEDIA_TYPE), *HEADERS.items()]
         self.set_close_on_finish()
@@ -518,7 +524,12 @@ class _Channel(HTTPChannel):
     """Returns the peer; set for a Unix socket."""
 
     def __init__(
-        self, server: _Door, connection: socket.socket | TlsSocket, address: Any, adj: Any, map: Any
+        self,
+        server: _Door,
+        connection: socket.socket | TlsSocket,
+        address: Any,
+        adj: Any,
+        map: Any,  # noqa: A002 - waitress' name
     ) -> None:
         self._tls = connection if isinstance(connection, TlsSocket) else None
         self._since = time.monotonic()

@@ -1,1 +1,1 @@
-"""Ways to run a server; one module for each. Does what the core decides, and reports what it sees."""
+"""Ways to run a server, one module each: they do what the core decides and report what they see."""

@@ -52,7 +52,8 @@ from labkeeper.cli.options import Where, examples, where_options
 def cli(context: click.Context, /) -> None:
     """JupyterLab servers on demand.
 
-    A keeper starts, watches and stops them; these commands speak to the keeper of this machine, or to the one at --url.
+    A keeper starts, watches and stops them; these commands speak to the keeper of this machine,
+    or to the one at --url.
     """
     context.ensure_object(Where)
 

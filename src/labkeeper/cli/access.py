@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def token(context: click.Context, /) -> None:
     """Print the owner's token; create, list and revoke others.
 
-    The owner's token of the keeper on this machine may do everything. Others have a scope, and can be limited to some servers.
+    The owner's token of the keeper on this machine may do everything. Others have a scope, and can
+    be limited to some servers.
     """
     if context.invoked_subcommand is not None:
         return
@@ -39,7 +40,8 @@ def token(context: click.Context, /) -> None:
     found = token_of(settings)
     if found is None:
         raise SettingsError(
-            f"cannot find a token in {settings.state_dir}; `labkeeper serve` creates one at its first start there"
+            f"cannot find a token in {settings.state_dir}; "
+            "`labkeeper serve` creates one at its first start there"
         )
     put(found)
 

@@ -106,7 +106,8 @@ def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
 
     Its servers are stopped with it, unless LABKEEPER_ON_EXIT=leave.
 
-    Each flag is a setting; flags win over the environment, and that over the file that LABKEEPER_CONFIG names.
+    Each flag is a setting; flags win over the environment, and that over the file that
+    LABKEEPER_CONFIG names.
     """
     with _loading():
         from labkeeper import serve as keeper  # noqa: PLC0415 - late: it imports everything

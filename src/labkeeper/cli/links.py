@@ -78,7 +78,10 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
 
 _CLOSED: Final = {
     False: "cannot open server '{0.name}': it is {0.state}; `labkeeper start {0.name}` starts it",
-    True: "cannot open server '{0.name}': your token is for reading; one with the scope 'manage' opens it",
+    True: (
+        "cannot open server '{0.name}': your token is for reading; "
+        "one with the scope 'manage' opens it"
+    ),
 }
 
 

@@ -152,7 +152,8 @@ def _usage(usage: Usage) -> str:
     )
     busy = f", {usage.cpus:.2f} now" if usage.cpus is not None else ""
     processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
-    return f"memory {_mib(usage.memory)}{shared}, {usage.cpu_seconds:.1f} s of processors{busy}, {processes}"
+    processors = f"{usage.cpu_seconds:.1f} s of processors{busy}"
+    return f"memory {_mib(usage.memory)}{shared}, {processors}, {processes}"
 
 
 def _mib(size: int) -> str:
@@ -181,7 +182,8 @@ def _gateway(gateway: Gateway) -> str:
         return gateway.url
     if gateway.error is not None:
         return f"{gateway.url} (not usable since {gateway.since}: {gateway.error.message})"
-    return f"{gateway.url} (answers, {gateway.kernelspecs} kernelspec{'' if gateway.kernelspecs == 1 else 's'})"
+    plural = "" if gateway.kernelspecs == 1 else "s"
+    return f"{gateway.url} (answers, {gateway.kernelspecs} kernelspec{plural})"
 
 
 def _facts(server: Server) -> dict[str, str]:
@@ -293,7 +295,8 @@ def _show_stopped(server: Server, as_json: bool) -> None:
     left = server.stop_report.kernels_left if server.stop_report else ()
     if left:
         say(
-            f"{server.name}: kernels may be left on its gateway, and are ended when it answers: {', '.join(left)}"
+            f"{server.name}: kernels may be left on its gateway, "
+            f"and are ended when it answers: {', '.join(left)}"
         )
 
 

@@ -46,8 +46,10 @@ class _Start(click.Command):
 _SPECIAL: Final[dict[str, dict[str, Any]]] = {
     "root_dir": {
         "metavar": "PATH",
-        "help": "Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, if the keeper is on this "
-        "machine, else from its notebook directory.",
+        "help": (
+            "Directory that the Lab shows, within the keeper's allowed roots. Relative: from here, "
+            "if the keeper is on this machine, else from its notebook directory."
+        ),
     },
     "base_url": {"metavar": "PATH"},
     "user": {"metavar": "NAME"},
@@ -62,7 +64,10 @@ _SPECIAL: Final[dict[str, dict[str, Any]]] = {
         "flags": ["-o", "--option"],
         "multiple": True,
         "metavar": "NAME=VALUE",
-        "help": "Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; repeatable.",
+        "help": (
+            "Option of Jupyter, its value as JSON, as ServerApp.terminals_enabled=false; "
+            "repeatable."
+        ),
     },
 }
 """Overrides of an option's attributes, which otherwise follow from the model."""
@@ -121,10 +126,16 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
     cls=_Start,
     epilog=examples(
         "labkeeper start",
-        "labkeeper start demo --root-dir courses/demo --label team=blue -o ServerApp.terminals_enabled=false",
+        (
+            "labkeeper start demo --root-dir courses/demo --label team=blue "
+            "-o ServerApp.terminals_enabled=false"
+        ),
         "labkeeper start ada bob eve --label course=5",
         "labkeeper start spark --gateway-url http://gateway:8888 --kernel-env KERNEL_USERNAME=ada",
-        'echo \'{"name": "x", "gateway": {"headers": {"X-Team": "blue"}}}\' | labkeeper start --json-spec -',
+        (
+            """echo '{"name": "x", "gateway": {"headers": {"X-Team": "blue"}}}' """
+            "| labkeeper start --json-spec -"
+        ),
     ),
 )
 @click.argument("names", nargs=-1, metavar="[NAME]...")
@@ -152,8 +163,8 @@ def start(
 
     A server that is already running is no error.
 
-    Several servers of one kind start in parallel, as the keeper allows; the exit code is that of the first that could not be
-    started, and 1 if some were not ready in time.
+    Several servers of one kind start in parallel, as the keeper allows; the exit code is that of
+    the first that could not be started, and 1 if some were not ready in time.
     """
     fields = _merged(_spec(json_spec), _fields(options)) | (
         {"name": names[0]} if len(names) == 1 else {}

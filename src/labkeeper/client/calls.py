@@ -116,11 +116,17 @@ class Calls:
         return _server("DELETE", _path(name), wait, query=_force(force))
 
     def stop(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
-        """Stop a server and keep its spec; `force` kills it immediately. Raises ServerNotFound, Conflict."""
+        """Stop a server and keep its spec; `force` kills it immediately.
+
+        Raises ServerNotFound, Conflict.
+        """
         return _server("POST", _path(name, "/stop"), wait, query=_force(force))
 
     def start(self, name: str, *, wait: float | None = None) -> Call[Server]:
-        """Start a server that was stopped or has failed. Raises as `create` does, and ServerNotFound."""
+        """Start a server that was stopped or has failed.
+
+        Raises as `create` does, and ServerNotFound.
+        """
         return _server("POST", _path(name, "/start"), wait)
 
     def start_many(
@@ -186,7 +192,10 @@ class Calls:
         return Stream(_path(name, "/logs"), str, query={"follow": "true", **_given(tail=tail)})
 
     def kernels(self, name: str) -> Call[Sequence[Kernel]]:
-        """List the kernels of a running server. Raises ServerNotFound, Conflict (not running), BackendError."""
+        """List the kernels of a running server.
+
+        Raises ServerNotFound, Conflict (not running), BackendError.
+        """
         return Call(
             "GET", _path(name, "/kernels"), lambda answer: parse(KernelList, answer).kernels
         )

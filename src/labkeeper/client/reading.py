@@ -71,7 +71,8 @@ def _bad(answer: httpx.Response) -> BadAnswer:
     url = answer.request.url.copy_with(query=None)
     kind = answer.headers.get("Content-Type", "no content type")
     return BadAnswer(
-        f"cannot understand what answers at {url}: status {answer.status_code}, {kind}; is it a keeper?",
+        f"cannot understand what answers at {url}: status {answer.status_code}, {kind}; "
+        "is it a keeper?",
         status=answer.status_code,
     )
 

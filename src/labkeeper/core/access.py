@@ -137,11 +137,13 @@ class Caller:
         if not self.limits.has_labels(spec.labels):
             wanted = ", ".join(f"{key}={value}" for key, value in self.limits.labels.items())
             raise NotAllowed(
-                f"cannot create server '{spec.name}': your token is for servers with the labels {wanted}"
+                f"cannot create server '{spec.name}': "
+                f"your token is for servers with the labels {wanted}"
             )
         if not self.limits.has_user(spec.user):
             raise NotAllowed(
-                f"cannot create server '{spec.name}': your token is for servers that run as {', '.join(self.limits.users)}"
+                f"cannot create server '{spec.name}': "
+                f"your token is for servers that run as {', '.join(self.limits.users)}"
             )
 
     def user(self, asked: str | None, default: str | None = None) -> str | None:
@@ -152,7 +154,8 @@ class Caller:
             return asked or default
         if asked is not None and asked not in self.limits.users:
             raise NotAllowed(
-                f"cannot run a server as user '{asked}': your token is for {', '.join(self.limits.users)}"
+                f"cannot run a server as user '{asked}': "
+                f"your token is for {', '.join(self.limits.users)}"
             )
         return asked or self.limits.users[0]
 

@@ -326,7 +326,10 @@ class Controller:
         elif step.state is State.STOPPED:
             snap = replace(snap, failure=None)
         elif step.state is State.FAILED and snap.failure is None:
-            early = f"cannot start server '{snap.name}': it ended before it was ready ({snap.exit or Exit()})"
+            early = (
+                f"cannot start server '{snap.name}': "
+                f"it ended before it was ready ({snap.exit or Exit()})"
+            )
             snap = replace(snap, failure=Failure(FailureClass.OTHER, early, snap.exit))
         if isinstance(fact, Ready) and snap.state is State.RUNNING:
             return replace(
@@ -415,8 +418,9 @@ class Controller:
     def _timeout(self) -> Failure:
         return Failure(
             FailureClass.START_TIMEOUT,
-            f"cannot start server '{self.snapshot.name}': it was not ready within {self.policy.start_timeout:g} s and "
-            "was ended; its last log lines say what it was doing (LABKEEPER_START_TIMEOUT gives it longer)",
+            f"cannot start server '{self.snapshot.name}': "
+            f"it was not ready within {self.policy.start_timeout:g} s and was ended; "
+            "its last log lines say what it was doing (LABKEEPER_START_TIMEOUT gives it longer)",
         )
 
     def _timed(self) -> Controller:

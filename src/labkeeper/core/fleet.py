@@ -176,7 +176,8 @@ class Fleet:
         differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
         if differs:
             raise Conflict(
-                f"cannot start server '{spec.name}': the name is taken by a server that differs in {', '.join(differs)}; "
+                f"cannot start server '{spec.name}': "
+                f"the name is taken by a server that differs in {', '.join(differs)}; "
                 "DELETE that one first, or choose another name",
                 differs=list(differs),
             )
@@ -234,7 +235,8 @@ class Fleet:
         active = sum(c.snapshot.state not in AT_REST for c in self._servers.values())
         if active >= self._policy.max_servers:
             raise CapacityReached(
-                f"cannot start server '{snapshot.name}': {active} of at most {self._policy.max_servers} are active; "
+                f"cannot start server '{snapshot.name}': "
+                f"{active} of at most {self._policy.max_servers} are active; "
                 "stop one, or try later",
                 retry_after=RETRY_AFTER,
             )
@@ -245,8 +247,8 @@ class Fleet:
         most = KNOWN_FOR_EACH * self._policy.max_servers
         if len(self._servers) >= most:
             raise CapacityReached(
-                f"cannot start server '{name}': {most} servers are known, running or not ({KNOWN_FOR_EACH} for each of "
-                "LABKEEPER_MAX_SERVERS); DELETE some",
+                f"cannot start server '{name}': {most} servers are known, running or not "
+                f"({KNOWN_FOR_EACH} for each of LABKEEPER_MAX_SERVERS); DELETE some",
                 retry_after=RETRY_AFTER,
             )
 
@@ -257,8 +259,10 @@ class Fleet:
         reserve = self._policy.min_free.of(memory.total)
         if memory.available < reserve:
             raise CapacityReached(
-                f"cannot start server '{name}': {memory.available >> 20} MiB of memory are available, and {reserve >> 20} MiB "
-                "must stay free (LABKEEPER_MIN_FREE_MEMORY); stop a server, or try later",
+                f"cannot start server '{name}': "
+                f"{memory.available >> 20} MiB of memory are available, "
+                f"and {reserve >> 20} MiB must stay free (LABKEEPER_MIN_FREE_MEMORY); "
+                "stop a server, or try later",
                 retry_after=RETRY_AFTER,
                 available=memory.available,
                 reserve=reserve,
@@ -405,13 +409,13 @@ def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -
     gateway = snapshot.spec.gateway
     if gateway is None:
         raise Conflict(
-            f"cannot keep the kernels of server '{snapshot.name}': they run beside it, not on a gateway, and end with it; "
-            "restart without keep_kernels"
+            f"cannot keep the kernels of server '{snapshot.name}': they run beside it, "
+            "not on a gateway, and end with it; restart without keep_kernels"
         )
     if revised is not None and (revised.gateway is None or revised.gateway.url != gateway.url):
         raise Conflict(
-            f"cannot keep the kernels of server '{snapshot.name}': they cannot move from {gateway.url} to another gateway; "
-            "restart without keep_kernels"
+            f"cannot keep the kernels of server '{snapshot.name}': "
+            f"they cannot move from {gateway.url} to another gateway; restart without keep_kernels"
         )
 
 

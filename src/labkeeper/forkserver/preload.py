@@ -64,7 +64,8 @@ def load(listener: socket.socket) -> Freshness:
         raise PreloadError(f"loading JupyterLab failed: {error}") from error
     if len(avoid | spoilers) > _MOST_SPOILERS:
         raise PreloadError(
-            f"importing {', '.join(sorted(avoid | spoilers))} starts threads or programs, or opens sockets"
+            f"importing {', '.join(sorted(avoid | spoilers))} "
+            "starts threads or programs, or opens sockets"
         )
     if spoilers or freshness.settle() is not None:
         os.environ[_AVOID] = ",".join(avoid | spoilers)
@@ -148,10 +149,12 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
     try:
         return dict(json.loads(report))
     except ValueError:
+        if os.WIFSIGNALED(status):
+            end = f"signal {os.WTERMSIG(status)}"
+        else:
+            end = f"exit code {os.WEXITSTATUS(status)}"
         raise PreloadError(
-            "the rehearsal of a server failed "
-            f"({'signal' if os.WIFSIGNALED(status) else 'exit code'} "
-            f"{os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)}); see the fork server's log"
+            f"the rehearsal of a server failed ({end}); see the fork server's log"
         ) from None
 
 
@@ -208,8 +211,10 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
 
 async def _get(info: dict[str, Any], path: str, token: str) -> None:
     reader, stream = await asyncio.open_connection("127.0.0.1", info["port"])
-    stream.write(
-        f"GET {info['base_url']}{path} HTTP/1.0\r\nHost: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n".encode()
+    head = (
+        f"GET {info['base_url']}{path} HTTP/1.0\r\n"
+        f"Host: 127.0.0.1\r\nAuthorization: token {token}\r\n\r\n"
     )
+    stream.write(head.encode())
     await reader.read()
     stream.close()

@@ -112,7 +112,8 @@ def enter(launch: Launch) -> None:
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
         raise PermissionError(
-            f"user {os.getuid()} cannot use {runtime_dir}; set LABKEEPER_RUNTIME_DIR to one that it can use"
+            f"user {os.getuid()} cannot use {runtime_dir}; "
+            "set LABKEEPER_RUNTIME_DIR to one that it can use"
         )
     renew()
 
@@ -132,7 +133,8 @@ def _go_to(directory: str) -> None:
     if os.getcwd() != directory:
         # It was resolved when it was allowed; since then part of it has become a link.
         raise NotADirectoryError(
-            f"the root directory {directory} leads to another place now; ask for that one, if it is meant"
+            f"the root directory {directory} leads to another place now; "
+            "ask for that one, if it is meant"
         )
 
 

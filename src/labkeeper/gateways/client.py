@@ -79,7 +79,8 @@ class GatewayClient:
         status = self._ask_about(gateway, "GET", kernel_id)
         if status not in {http.client.OK, http.client.NOT_FOUND}:
             raise BackendUnavailable(
-                f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: it answered {status}"
+                f"cannot ask the gateway {gateway.url} about kernel {kernel_id}: "
+                f"it answered {status}"
             )
         return status == http.client.OK
 
@@ -127,7 +128,8 @@ class GatewayClient:
             )
             raise _UnfitError(
                 FailureClass.GATEWAY_REFUSED,
-                f"refuses {given} ({answer.status}); check gateway_auth_token, gateway_auth_scheme and gateway_headers",
+                f"refuses {given} ({answer.status}); "
+                "check gateway_auth_token, gateway_auth_scheme and gateway_headers",
             )
         if answer.status >= _SERVER_ERRORS:
             raise _UnfitError(
@@ -149,7 +151,8 @@ class GatewayClient:
             status = f" ({answer.status})" if answer.status != http.client.OK else ""
             raise _UnfitError(
                 FailureClass.NOT_A_GATEWAY,
-                f"answers, but not as a Jupyter kernel gateway does{status}; check the host, port and path of gateway_url",
+                f"answers, but not as a Jupyter kernel gateway does{status}; "
+                "check the host, port and path of gateway_url",
             ) from error
 
     def _diagnosis(self, gateway: Gateway, error: Exception) -> _UnfitError:
@@ -159,21 +162,36 @@ class GatewayClient:
             case ssl.SSLError():
                 kind, why = FailureClass.GATEWAY_TLS, _tls_trouble(error)
             case socket.gaierror():
-                why = f"cannot be found: no host is called {urlsplit(gateway.url).hostname!r} here; check gateway_url"
+                why = (
+                    f"cannot be found: no host is called {urlsplit(gateway.url).hostname!r} here; "
+                    "check gateway_url"
+                )
             case TimeoutError() if self._speaks_http(gateway):
                 # The gateway does not speak TLS, so the handshake timed out.
                 kind, why = FailureClass.GATEWAY_TLS, _NO_TLS
             case TimeoutError():
                 kind = FailureClass.GATEWAY_TIMEOUT
-                why = f"did not answer within {self._timeout:g} s; look at it, or raise LABKEEPER_GATEWAY_TIMEOUT"
+                why = (
+                    f"did not answer within {self._timeout:g} s; "
+                    "look at it, or raise LABKEEPER_GATEWAY_TIMEOUT"
+                )
             case ConnectionRefusedError():
-                why = "cannot be reached: the connection was refused; start it, or check the port of gateway_url"
+                why = (
+                    "cannot be reached: the connection was refused; "
+                    "start it, or check the port of gateway_url"
+                )
             case http.client.InvalidURL():
-                why = f"cannot be asked: {error}; check gateway_url, gateway_auth_token and gateway_headers"
+                why = (
+                    f"cannot be asked: {error}; "
+                    "check gateway_url, gateway_auth_token and gateway_headers"
+                )
             case http.client.HTTPException() | ConnectionError() if self._speaks_tls(gateway):
                 return _speaks_only_tls()
             case ConnectionError() | http.client.IncompleteRead():
-                why = "breaks the connection off without a whole answer; look at it, or check the port of gateway_url"
+                why = (
+                    "breaks the connection off without a whole answer; "
+                    "look at it, or check the port of gateway_url"
+                )
             case http.client.HTTPException():
                 kind = FailureClass.NOT_A_GATEWAY
                 why = f"does not speak HTTP ({type(error).__name__}); check the port of gateway_url"
@@ -272,7 +290,10 @@ class GatewayClient:
 
 def _tls_trouble(error: ssl.SSLError) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"shows a certificate that is not trusted ({error.verify_message}); name its authority by gateway_ca_certs"
+        return (
+            f"shows a certificate that is not trusted ({error.verify_message}); "
+            "name its authority by gateway_ca_certs"
+        )
     # An SSLError raised in Python, not in OpenSSL, has no reason.
     reason = getattr(error, "reason", None)
     if reason in {"WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE"}:

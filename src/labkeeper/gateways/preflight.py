@@ -95,7 +95,10 @@ class GatewayPreflight:
             )
             return
         if health.error is not None and start.gateway.required:
-            sentence = f"cannot start server '{name}': {health.error.message} (require_gateway: false starts it all the same)"
+            sentence = (
+                f"cannot start server '{name}': {health.error.message} "
+                "(require_gateway: false starts it all the same)"
+            )
             self._tell(Report(name, start.generation, Vetoed(Failure(health.error.kind, sentence))))
             return
         with self._lock:

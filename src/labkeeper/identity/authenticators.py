@@ -105,8 +105,8 @@ def authenticate(authenticators: Iterable[Authenticator], shown: Credentials) ->
         if (identity := authenticator.authenticate(shown)) is not None:
             return identity
     raise NotAuthenticated(
-        "cannot answer without a token: send 'Authorization: Bearer TOKEN'; `labkeeper token` shows the owner's on the "
-        "keeper's machine"
+        "cannot answer without a token: send 'Authorization: Bearer TOKEN'; "
+        "`labkeeper token` shows the owner's on the keeper's machine"
     )
 
 

@@ -81,8 +81,8 @@ class Tokens:
         token = self._known.get(found[1]) if found else None
         if not hmac.compare_digest(digest, token.digest if token else _NO_TOKEN) or token is None:
             raise NotAuthenticated(
-                "cannot answer: the token is not known here, or was revoked; `labkeeper token` shows the owner's on the keeper's "
-                "machine"
+                "cannot answer: the token is not known here, or was revoked; "
+                "`labkeeper token` shows the owner's on the keeper's machine"
             )
         if token.expired(self._clock.time()):
             raise NotAuthenticated("cannot answer: the token has expired")
@@ -112,11 +112,13 @@ class Tokens:
         with self._changing:
             if name == "owner" or any(token.name == name for token in self._listed(owner)):
                 raise Conflict(
-                    f"cannot create token '{name}': the name is taken; revoke that one first, or choose another name"
+                    f"cannot create token '{name}': the name is taken; "
+                    "revoke that one first, or choose another name"
                 )
             if len(self._known) + len(self._to_forget) >= _MOST:
                 raise CapacityReached(
-                    f"cannot create token '{name}': there are {_MOST} already; revoke some that are not in use"
+                    f"cannot create token '{name}': there are {_MOST} already; "
+                    "revoke some that are not in use"
                 )
             expires_at = None if lifetime is None else now + lifetime
             token = Token(

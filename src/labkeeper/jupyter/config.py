@@ -34,7 +34,8 @@ _LAUNCH_PAD: Final = 2.0
 def base_config() -> dict[str, dict[str, Any]]:
     """Return the configuration common to all servers, by section."""
     return {
-        # The other one builds an SSL context at each start, and lets users install packages from the Lab.
+        # The default manager builds an SSL context at each start, and lets users install packages
+        # from the Lab.
         "LabApp": {"extension_manager": "readonly"},
         # Jupyter's silent search for another port would break every promise about it.
         "ServerApp": {"allow_root": True, "open_browser": False, "port_retries": 0},

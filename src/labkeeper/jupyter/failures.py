@@ -23,8 +23,8 @@ _CAUSES: Final = (
     (
         FailureClass.CONFIG_ERROR,
         re.compile(
-            r"Bad config|bad configuration|TraitError|ConfigError|Permission denied|Read-only file system"
-            r"|\[labkeeper\] cannot start the server"
+            r"Bad config|bad configuration|TraitError|ConfigError"
+            r"|Permission denied|Read-only file system|\[labkeeper\] cannot start the server"
         ),
     ),
 )

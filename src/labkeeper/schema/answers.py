@@ -82,7 +82,9 @@ class StopReport(Answer):
     seconds: float = Field(description="From the request until nothing was left.")
     kernels_stopped: list[str]
     kernels_left: list[str] = Field(
-        description="Kernels that may still run on the gateway; they are ended as soon as it responds."
+        description=(
+            "Kernels that may still run on the gateway; they are ended as soon as it responds."
+        )
     )
 
 
@@ -92,7 +94,10 @@ class Limit(Answer):
     limit: int | float
     used: int | float | None = Field(description="Usage, from the last sample; null without one.")
     limited_by: str | None = Field(
-        description="What enforces it: `cgroup2`, `cgroup1`, `rlimit` (for each process) or `nothing`; null unless it is running."
+        description=(
+            "What enforces it: `cgroup2`, `cgroup1`, `rlimit` (for each process) or `nothing`; "
+            "null unless it is running."
+        )
     )
 
 
@@ -101,10 +106,15 @@ class Usage(Answer):
 
     at: str = Field(description="When the sample was taken.")
     memory: int = Field(
-        description="Bytes: as counted by its control group, or else the resident memory of its processes."
+        description=(
+            "Bytes: as counted by its control group, or else the resident memory of its processes."
+        )
     )
     memory_proportional: int | None = Field(
-        description="Bytes, with shared pages divided among the processes that share them (PSS); measured once a minute."
+        description=(
+            "Bytes, with shared pages divided among the processes that share them (PSS); "
+            "measured once a minute."
+        )
     )
     cpu_seconds: float = Field(
         description="CPU seconds since its launch, including processes that have ended."
@@ -139,12 +149,18 @@ class Gateway(Answer):
         description="Variables of `kernel_env` that every gateway passes to kernels."
     )
     kernel_env_if_allowed: list[str] = Field(
-        description="Variables that it passes only if its configuration allows them; gateways do not report that."
+        description=(
+            "Variables that it passes only if its configuration allows them; "
+            "gateways do not report that."
+        )
     )
 
 
 class Server(Answer):
-    """A server. The first nine fields are Jupyter's server_info; they are null unless it is running."""
+    """A server.
+
+    The first nine fields are Jupyter's server_info; they are null unless it is running.
+    """
 
     base_url: str | None = Field(description="Path prefix of the server (server_info).")
     hostname: str | None = Field(description="Address that it listens on (server_info).")
@@ -162,7 +178,9 @@ class Server(Answer):
     url: str | None = Field(description="Root URL, as reported by Jupyter (server_info).")
     lab_url: str | None = Field(
         repr=False,
-        description="Link to the Lab that works for the caller; null for callers who may not open it.",
+        description=(
+            "Link to the Lab that works for the caller; null for callers who may not open it."
+        ),
     )
     version: str | None = Field(description="Version of jupyter_server.")
     launched_by: str | None = Field(
@@ -231,7 +249,10 @@ class BulkResult(Answer):
 
     name: str
     status: int = Field(
-        description="The status that it would have had as a single request: 201, 200, 202, or that of its problem."
+        description=(
+            "The status that it would have had as a single request: 201, 200, "
+            "202, or that of its problem."
+        )
     )
     server: Server | None = Field(description="Null if there is a problem.")
     problem: dict[str, Any] | None = Field(
@@ -347,8 +368,10 @@ class Event(Answer):
     generation: int | None
     message: str = Field(description="Description for people.")
     actor: str = Field(
-        description="Who caused it: `token:NAME`, `user:NAME` of the keeper's machine, `anybody` if authentication is off, "
-        "`culler`, or `keeper` if no caller did."
+        description=(
+            "Who caused it: `token:NAME`, `user:NAME` of the keeper's machine, "
+            "`anybody` if authentication is off, `culler`, or `keeper` if no caller did."
+        )
     )
     reason: str = Field(description="Why, unless obvious.")
     request_id: str | None = Field(description="Id of the request that caused it.")
@@ -450,8 +473,8 @@ class Health(Answer):
 class Problem(Answer):
     """A problem (RFC 9457).
 
-    More members may follow: `errors`, `differs`, `scope`, `variable`, `retry_after`, `available`, `reserve`, `name`,
-    `failure_class`, `exit`, `log_tail`.
+    More members may follow: `errors`, `differs`, `scope`, `variable`, `retry_after`, `available`,
+    `reserve`, `name`, `failure_class`, `exit`, `log_tail`.
     """
 
     # A proxy may omit members that RFC 9457 makes optional; the keeper does not.

@@ -74,7 +74,9 @@ class StartQuery(_Query):
 
     wait: Wait = Field(
         _ABSENT,
-        description="Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed.",
+        description=(
+            "Seconds to wait at most; 0: answer at once. Default: until it is ready or has failed."
+        ),
     )
 
 
@@ -122,7 +124,10 @@ class EventQuery(_Query):
 
     after: Annotated[int, Field(ge=0, le=2**62)] = Field(
         _ABSENT,
-        description="Only events that came after this one; 0 for all. Default: the newest ones; with `follow`, new ones.",
+        description=(
+            "Only events that came after this one; 0 for all. "
+            "Default: the newest ones; with `follow`, new ones."
+        ),
     )
     owner: OwnerName = Field(
         _ABSENT, description="Only events of this owner, among those that the caller may see."
@@ -130,7 +135,9 @@ class EventQuery(_Query):
     limit: Annotated[int, Field(ge=1, le=1000)] = Field(100, description="Events in one page.")
     follow: bool = Field(
         default=False,
-        description="Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`.",
+        description=(
+            "Go on with each new event, as Server-Sent Events; so does `Accept: text/event-stream`."
+        ),
     )
 
 

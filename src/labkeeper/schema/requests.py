@@ -39,17 +39,24 @@ class TokenRequest(Request):
     name: Name
     scope: Scope = Field(
         strict=False,
-        description="What it allows, each with those before: `read`: to see servers, not to open them; `manage`: to make, "
-        "stop and open them; `admin`: everything.",
+        description=(
+            "What it allows, each with those before: `read`: to see servers, not to open them; "
+            "`manage`: to make, stop and open them; `admin`: everything."
+        ),
     )
     servers: Annotated[list[Pattern], Field(max_length=100)] = Field(
         [],
-        description="Patterns of names, as `team-*`: only for servers of which one fits. Default: all.",
+        description=(
+            "Patterns of names, as `team-*`: only for servers of which one fits. Default: all."
+        ),
     )
     labels: Labels = Field({}, description="Only for servers with all of these labels.")
     users: Annotated[list[User], Field(max_length=100)] = Field(
         [],
-        description="Users of the machine that its servers run as; the first one where their request names none.",
+        description=(
+            "Users of the machine that its servers run as; "
+            "the first one where their request names none."
+        ),
     )
     expires_in: Annotated[Duration, Field(gt=0)] = Field(
         ABSENT, description="Time until it expires, such as `30d`. Default: never."
@@ -77,7 +84,10 @@ class LinkRequest(Request):
     )
     page: LandingPage = Field(
         ABSENT,
-        description="Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. Default: its default_url.",
+        description=(
+            "Page to open, below the server's base_url, as `/lab/tree/a.ipynb`. "
+            "Default: its default_url."
+        ),
     )
 
     @model_validator(mode="before")

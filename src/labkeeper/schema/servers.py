@@ -124,7 +124,10 @@ class GatewayFields(Request):
     request_timeout: Seconds = Field(ABSENT, description="Seconds for a request to the gateway.")
     required: bool = Field(
         True,
-        description="Whether the start fails when the gateway cannot be used; if not, `gateway` of the answer says so.",
+        description=(
+            "Whether the start fails when the gateway cannot be used; "
+            "if not, `gateway` of the answer says so."
+        ),
     )
 
     FILES: ClassVar = ("ca_certs", "client_cert", "client_key")
@@ -153,11 +156,15 @@ class LimitFields(Request):
 
     memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
         ABSENT,
-        description="Bytes of memory for the server with all its kernels and terminals; at least 64 MiB.",
+        description=(
+            "Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
+        ),
     )
     cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
         ABSENT,
-        description="Processors for the server with all its kernels and terminals; 1.5 is one and a half.",
+        description=(
+            "Processors for the server with all its kernels and terminals; 1.5 is one and a half."
+        ),
     )
     processes: Annotated[int, Field(ge=16, le=2**22)] = Field(
         ABSENT,
@@ -186,8 +193,10 @@ class _Wanted(Request):
     root_dir: PathText = Field(
         ABSENT,
         validation_alias=AliasChoices("root_dir", "root-dir", "notebook_dir", "notebook-dir"),
-        description="Directory that the Lab shows; it must exist, within the keeper's allowed roots. A relative one is taken "
-        "from its notebook directory.",
+        description=(
+            "Directory that the Lab shows; it must exist, within the keeper's allowed roots. "
+            "A relative one is taken from its notebook directory."
+        ),
     )
     base_url: BaseUrl = Field("/", description="Path prefix of the server.")
     default_url: LandingPage = Field(
@@ -195,7 +204,10 @@ class _Wanted(Request):
     )
     port: Annotated[int, Field(ge=1, le=65535)] = Field(
         ABSENT,
-        description="Port of the server, and no other. Default: the keeper's Lab port for `default`, a free one for others.",
+        description=(
+            "Port of the server, and no other. "
+            "Default: the keeper's Lab port for `default`, a free one for others."
+        ),
     )
     env: Environment = Field(
         {}, description="Environment variables for the server and its local kernels."
@@ -207,28 +219,41 @@ class _Wanted(Request):
     limits: LimitFields = Field(ABSENT, description="What it may use. Default: the keeper's.")
     user: User = Field(
         ABSENT,
-        description="User of the machine to run as; needs a keeper that runs as root. Default: `LABKEEPER_USER`.",
+        description=(
+            "User of the machine to run as; needs a keeper that runs as root. "
+            "Default: `LABKEEPER_USER`."
+        ),
     )
     idle_timeout: Duration | None = Field(
         ABSENT,
-        description="Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, `1d12h`; 0 or null: never. "
-        "Default: the keeper's.",
+        description=(
+            "Time without use after which it is stopped: seconds, or a text as `90m`, `2h`, "
+            "`1d12h`; 0 or null: never. Default: the keeper's."
+        ),
     )
     max_age: Duration | None = Field(
         ABSENT, description="Time after which it is stopped, used or not; 0 or null: never."
     )
     gateway: GatewayFields = Field(
         ABSENT,
-        description="Jupyter kernel gateway that runs the kernels; without one they run beside the server.",
+        description=(
+            "Jupyter kernel gateway that runs the kernels; without one they run beside the server."
+        ),
     )
     kernel_env: KernelEnvironment = Field(
         {},
-        description="Environment variables for the kernels, also on a gateway, and not for the server itself. A gateway "
-        "passes on names that begin with `KERNEL_`, and others only if its own configuration allows them.",
+        description=(
+            "Environment variables for the kernels, also on a gateway, "
+            "and not for the server itself. A gateway passes on names that begin with `KERNEL_`, "
+            "and others only if its own configuration allows them."
+        ),
     )
     jupyter_options: JupyterOptions = Field(
         default_factory=JupyterOptions,
-        description="Options of Jupyter's own, by their names in its configuration; see the schema `JupyterOptions`.",
+        description=(
+            "Options of Jupyter's own, by their names in its configuration; "
+            "see the schema `JupyterOptions`."
+        ),
     )
 
     _sent_as: dict[tuple[str, str], str] = PrivateAttr(default_factory=dict)
@@ -440,7 +465,8 @@ class _New(_Wanted):
             )
         if gateway is not None and gateway.client_key is not None and gateway.client_cert is None:
             raise ValueError(
-                f"{self._name('gateway', 'client_key')}: only together with {self._name('gateway', 'client_cert')}"
+                f"{self._name('gateway', 'client_key')}: "
+                f"only together with {self._name('gateway', 'client_cert')}"
             )
 
 
@@ -498,7 +524,10 @@ class RestartRequest(_Wanted):
 
     keep_kernels: bool = Field(
         default=False,
-        description="Whether the kernels on the server's gateway live on, and are the next launch's with their sessions.",
+        description=(
+            "Whether the kernels on the server's gateway live on, "
+            "and are the next launch's with their sessions."
+        ),
     )
 
     def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:

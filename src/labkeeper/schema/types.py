@@ -101,7 +101,8 @@ def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key in labels:
         if not re.fullmatch(_LABEL, key):
             raise ValueError(
-                f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, beginning with a letter or digit"
+                f"bad key {key[:40]!r}: must be 1 to 63 of A-Z a-z 0-9 . _ / -, "
+                "beginning with a letter or digit"
             )
     return labels
 

@@ -36,7 +36,8 @@ def check_env(env: dict[str, str]) -> dict[str, str]:
     for name in env:
         if not re.fullmatch(VARIABLE, name):
             raise ValueError(
-                f"bad name {name[:40]!r}: must be letters, digits and '_', not beginning with a digit"
+                f"bad name {name[:40]!r}: must be letters, digits and '_', "
+                "not beginning with a digit"
             )
         if _OURS.match(name):
             raise ValueError(
@@ -66,5 +67,6 @@ def check_sizes(*environments: Mapping[str, str]) -> None:
     ]
     if max(sizes, default=0) > _LARGEST or sum(sizes) > _LARGEST_OF_ALL:
         raise ValueError(
-            f"env and kernel_env: must be at most {_LARGEST_OF_ALL} bytes together, and each variable at most {_LARGEST}"
+            f"env and kernel_env: must be at most {_LARGEST_OF_ALL} bytes together, "
+            f"and each variable at most {_LARGEST}"
         )

@@ -129,12 +129,16 @@ def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> 
 def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
     if chosen.auth == "none":
         where = f"{chosen.host} port {chosen.port}"
-        text = f"access control is OFF (LABKEEPER_AUTH=none): anyone who reaches {where} can run code as this user"
+        text = (
+            "access control is OFF (LABKEEPER_AUTH=none): "
+            f"anyone who reaches {where} can run code as this user"
+        )
         announce(f"WARNING: {text}")
         _log.warning(text)
     if os.geteuid() == 0 and chosen.user is None:
         _log.warning(
-            "a server whose request names no user runs as root; set LABKEEPER_USER to run it as another user"
+            "a server whose request names no user runs as root; "
+            "set LABKEEPER_USER to run it as another user"
         )
     for name in settings.unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
@@ -193,7 +197,8 @@ def _start_first(
         with connect() as client:
             link = client.create().lab_url
             announce(
-                f"JupyterLab is ready: {link if at_terminal else '`labkeeper open --print` gives its link'}"
+                "JupyterLab is ready: "
+                f"{link if at_terminal else '`labkeeper open --print` gives its link'}"
             )
     except LabkeeperError as error:
         if ended.is_set():

@@ -206,7 +206,8 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
         raise SettingsError("bad setting LABKEEPER_WEBHOOK_URL: must be such as https://host/path")
     if chosen.webhook_secret is None:
         raise SettingsError(
-            "LABKEEPER_WEBHOOK_URL is set, but no LABKEEPER_WEBHOOK_SECRET to sign with; `openssl rand -base64 32` makes one"
+            "LABKEEPER_WEBHOOK_URL is set, but no LABKEEPER_WEBHOOK_SECRET to sign with; "
+            "`openssl rand -base64 32` makes one"
         )
     try:
         key = key_of(chosen.webhook_secret.get_secret_value())

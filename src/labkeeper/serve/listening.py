@@ -24,7 +24,8 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=512)
     except OSError as error:
         raise SettingsError(
-            f"cannot listen on {host} port {port}: {error.strerror}; choose another LABKEEPER_HOST or LABKEEPER_PORT"
+            f"cannot listen on {host} port {port}: {error.strerror}; "
+            "choose another LABKEEPER_HOST or LABKEEPER_PORT"
         ) from error
 
 

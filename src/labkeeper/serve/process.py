@@ -79,7 +79,8 @@ def only_keeper(directory: Path, what: str, variable: str) -> Iterator[None]:
             stack.enter_context(_locked(directory))
         except BlockingIOError as held:
             raise SettingsError(
-                f"another keeper (pid {held.strerror}) runs on the {what} {directory}; stop it, or choose another {variable}"
+                f"another keeper (pid {held.strerror}) runs on the {what} {directory}; "
+                f"stop it, or choose another {variable}"
             ) from None
         except OSError as error:
             raise SettingsError(f"cannot use the {what} {directory}: {error.strerror}") from error

@@ -139,7 +139,8 @@ def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
 
 def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
     page, mark, fragment = snapshot.spec.default_url.lstrip("/").partition("#")
-    return f"{lab_root(services, endpoint)}{page}{'&' if '?' in page else '?'}token={endpoint.token}{mark}{fragment}"
+    query = f"{'&' if '?' in page else '?'}token={endpoint.token}"
+    return f"{lab_root(services, endpoint)}{page}{query}{mark}{fragment}"
 
 
 def lab_root(services: Services, endpoint: Endpoint) -> str:

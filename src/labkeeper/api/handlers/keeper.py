@@ -20,7 +20,10 @@ from labkeeper.schema.answers import (
 
 
 def list_orphaned_kernels(services: Services) -> Answer:
-    """List kernels of ended servers that a gateway still has to end. They are ended as soon as it responds."""
+    """List kernels of ended servers that a gateway still has to end.
+
+    They are ended as soon as it responds.
+    """
     return json_answer(
         OrphanedKernelList(
             orphaned_kernels=[orphaned_kernel_model(orphan) for orphan in services.orphans()]

@@ -29,13 +29,17 @@ _SPENT_LINK: Final = """<!doctype html>
 <html lang="en">
 <title>This link opens nothing any more</title>
 <h1>This link opens nothing any more</h1>
-<p>It was used, or it is too old, or its server was launched again. Go back to where it came from, and ask for another.</p>
+<p>It was used, or it is too old, or its server was launched again.
+Go back to where it came from, and ask for another.</p>
 </html>
 """
 
 
 def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer:
-    """Create a link that opens a running server's Lab once, within a short time, and does not contain the Lab's token."""
+    """Create a link that opens a running server's Lab once, within a short time.
+
+    The link does not contain the Lab's token.
+    """
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
         raise Conflict(
@@ -51,7 +55,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
 
 
 def open_link(services: Services, path: TicketPath) -> Response:
-    """Open a Lab by a one-time link: redirects the browser there, which receives a cookie of the Lab."""
+    """Open a Lab by a one-time link: redirect the browser to the Lab, which sets its cookie."""
     link = services.links.use(path.ticket) if request.method == "GET" else None
     snapshot = None if link is None else services.keeper.get(link.server)
     if (

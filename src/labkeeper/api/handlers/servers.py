@@ -64,7 +64,8 @@ _RETRY_AFTER: Final = {"Retry-After": "1"}
 def create_server(services: Services, body: ServerRequest, query: StartQuery) -> Answer:
     """Create a server and start it.
 
-    Idempotent: the same request finds the same server (200). 202 if `wait` ended before it was ready.
+    Idempotent: the same request finds the same server (200). 202 if `wait` ended before it was
+    ready.
     """
     spec = body.spec(services.defaults, caller())
     return _start(services, spec.qualified_name, lambda: _create(services, spec), query)
@@ -83,7 +84,10 @@ def list_servers(services: Services, query: ListQuery) -> Answer:
 
 
 def get_server(services: Services, path: ServerPath, query: GetQuery) -> Answer:
-    """Return a server's current state; with `wait_for`, wait until it is in that state or at rest, or `wait` is over."""
+    """Return a server's current state.
+
+    With `wait_for`, wait until it is in that state or at rest, but no longer than `wait`.
+    """
     if query.wait_for is None:
         return json_answer(server_answer(services, find_server(services, path)))
     rest = AT_REST | {query.wait_for}
@@ -118,7 +122,8 @@ def start_server(services: Services, path: ServerPath, query: StartQuery) -> Ans
 def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answer:
     """Create and start many servers of one kind, as if each were requested alone, within one wait.
 
-    200 if all are ready, 202 if some are still starting, 207 if any could not be started; `results` has the outcome of each.
+    200 if all are ready, 202 if some are still starting, 207 if any could not be started;
+    `results` has the outcome of each.
     """
     specs = body.specs(services.defaults, caller())
     seconds = services.start_wait if query.wait is None else query.wait
@@ -139,7 +144,8 @@ def restart_server(
 ) -> Answer:
     """Restart a server, or start it if it is not running, with the changes that the body asks for.
 
-    With `keep_kernels`, its kernels on a gateway keep running, and the new launch takes them over with their sessions.
+    With `keep_kernels`, its kernels on a gateway keep running, and the new launch takes them over
+    with their sessions.
     """
     snapshot = find_server(services, path)
     revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
@@ -175,7 +181,8 @@ def list_kernels(services: Services, path: ServerPath) -> Answer:
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
         raise Conflict(
-            f"cannot list the kernels of server '{snapshot.name}': it is {snapshot.state}, not running"
+            f"cannot list the kernels of server '{snapshot.name}': "
+            f"it is {snapshot.state}, not running"
         )
     kernels = services.probe.kernels(snapshot.endpoint)
     return json_answer(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))

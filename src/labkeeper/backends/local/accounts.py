@@ -91,8 +91,8 @@ def check_passage(spec: ServerSpec, runtime_dir: Path) -> None:
         if not directory.stat().st_mode & 0o001:
             raise _refused(
                 spec,
-                f"that user cannot traverse {directory}; set LABKEEPER_RUNTIME_DIR to a directory that "
-                "all users can reach, such as /run/labkeeper",
+                f"that user cannot traverse {directory}; set LABKEEPER_RUNTIME_DIR to a directory "
+                "that all users can reach, such as /run/labkeeper",
             )
 
 

@@ -290,11 +290,12 @@ class LocalBackend:
     # A launch
 
     def _launch(self, spec: ServerSpec, generation: int, hold: socket.socket) -> ProcessSupervisor:
-        server_dir, logfile = (
-            self._server_dir(spec.qualified_name),
-            self._logfile(spec.qualified_name),
+        name = spec.qualified_name
+        server_dir, logfile = self._server_dir(name), self._logfile(name)
+        headline = (
+            f"[labkeeper] launch {generation} of server '{spec.name}', "
+            f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         )
-        headline = f"[labkeeper] launch {generation} of server '{spec.name}', {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         try:
             Path(spec.root_dir).stat()
             user = find_user(spec)

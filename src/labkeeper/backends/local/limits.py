@@ -230,8 +230,8 @@ class ControlGroups:
     def memory_kills(self, name: QualifiedName, pid: int) -> MemoryKills:
         """Return the most specific OOM kill counter of a running server.
 
-        It is that of its own group, of the group that it shares with others, or of the machine. A
-        kill in another group, such as a neighbour's that reached its limit, counts only in the last.
+        It is that of its own group, of the group that it shares with others, or of the machine.
+        A kill in another group, such as a neighbour's at its limit, counts only in the last.
         """
         own = (group / events for group in self._of(name) for events in _MEMORY_EVENTS)
         shared = (group / events for group in memory_groups(pid) for events in _OWN_MEMORY_EVENTS)

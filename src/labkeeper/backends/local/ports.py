@@ -38,8 +38,8 @@ def hold_port(spec: ServerSpec) -> socket.socket:
         hold.close()
         who = "the keeper's user" if other is None else f"user '{spec.user}'"
         raise BackendRefused(
-            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} on {spec.ip}; "
-            f"choose port {_first_free_for_all()} or higher",
+            f"cannot start server '{spec.name}': {who} has no right to listen on port {spec.port} "
+            f"on {spec.ip}; choose port {_first_free_for_all()} or higher",
             failure_class=FailureClass.CONFIG_ERROR,
         ) from error
     except OSError as error:
@@ -50,8 +50,8 @@ def hold_port(spec: ServerSpec) -> socket.socket:
             else FailureClass.CONFIG_ERROR
         )
         raise BackendRefused(
-            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not available ({error.strerror}); "
-            "end the program that holds it, or choose another port",
+            f"cannot start server '{spec.name}': port {spec.port} on {spec.ip} is not available "
+            f"({error.strerror}); end the program that holds it, or choose another port",
             failure_class=kind,
         ) from error
     return hold

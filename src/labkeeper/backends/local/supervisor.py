@@ -60,8 +60,14 @@ _FOR_KERNELS: Final = 0.75
 _TRIED_AGAIN: Final = 0.2
 """Seconds before a step is retried that failed for lack of resources, such as descriptors."""
 _OUT_OF_MEMORY: Final = (
-    "Linux killed it, because the memory that it may have had run out; ask for a higher memory_limit, or give the machine more",
-    "most likely Linux killed it, because the machine's memory had run out; give it more, or limit what each server takes",
+    (
+        "Linux killed it, because the memory that it may have had run out; "
+        "ask for a higher memory_limit, or give the machine more"
+    ),
+    (
+        "most likely Linux killed it, because the machine's memory had run out; "
+        "give it more, or limit what each server takes"
+    ),
 )
 """Messages about a server that was OOM killed: certainly, and most likely."""
 _LOOK_LIMIT: Final = 1.5
