@@ -34,10 +34,10 @@ _STYLE: Final = """\
 text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
 .head { font-size: 17px; font-weight: 600 } .title { font-size: 14px; font-weight: 600 } .note { font-size: 12px; fill: #59636e }
 .value { font-variant-numeric: tabular-nums } .ours { font-weight: 600 }
-rect { fill: #afb8c1 } rect.ours { fill: #0969da } .limits { stroke: #59636e; stroke-width: 1.5 } .zero { stroke: #d1d9e0 }
+rect { fill: #afb8c1 } rect.ours { fill: #0969da } .reach { stroke: #59636e; stroke-width: 1.5 } .zero { stroke: #d1d9e0 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .note { fill: #9198a1 }
-  rect { fill: #59636e } rect.ours { fill: #4493f8 } .limits { stroke: #9198a1 } .zero { stroke: #3d444d }
+  rect { fill: #59636e } rect.ours { fill: #4493f8 } .reach { stroke: #9198a1 } .zero { stroke: #3d444d }
 }"""
 
 
@@ -111,11 +111,11 @@ def _panel(results: Results, title: str, unit: str, samples: dict[str, list[floa
 
 def _draw(panel: _Panel, x: float, y: float) -> Iterator[str]:
     yield f'<text x="{x:g}" y="{y + 18:g}" class="title">{escape(panel.title)}</text>'
-    left, scale = x + _LABEL, (_PANEL - _LABEL - _VALUE) / max(bar.limits for bar in panel.bars)
+    left, scale = x + _LABEL, (_PANEL - _LABEL - _VALUE) / max(bar.reach for bar in panel.bars)
     top = y + _TITLE
     for number, bar in enumerate(panel.bars):
         line, mark = top + number * _STEP, ' class="ours"' if bar.ours else ""
-        middle, base, reach = line + _BAR / 2, line + _BAR - 4, left + bar.limits * scale
+        middle, base, reach = line + _BAR / 2, line + _BAR - 4, left + bar.reach * scale
         yield f'<text x="{left - 8:g}" y="{base:g}" text-anchor="end"{mark}>{escape(bar.label)}</text>'
         yield f'<rect x="{left:g}" y="{line:g}" width="{bar.value * scale:.1f}" height="{_BAR}" rx="2"{mark}/>'
         yield f'<path class="reach" d="M{left + bar.value * scale:.1f} {middle:g}H{reach:.1f}m0 -4v8"/>'
