@@ -1,8 +1,9 @@
 """Compare labkeeper with `jupyter lab` and JupyterHub on this machine.
 
-Contenders take turns; warm-up rounds are thrown away. Medians, 95th percentiles and ratios go to stdout, raw results and a chart
-into files. The first run installs what is compared into a cache ($XDG_CACHE_HOME/labkeeper-bench, which may be deleted at any
-time); later runs need no network. Linux only. A full run takes about half an hour.
+Contenders take turns, and warm-up rounds are discarded. Medians, 95th percentiles and ratios go to
+stdout, raw results and a chart to files. The first run installs the contenders into a cache
+($XDG_CACHE_HOME/labkeeper-bench, which may be deleted at any time); later runs need no network.
+Linux only. A full run takes about half an hour.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import contenders
 import crowd
 import cycles
 import environments
-import lives
+import lifecycle
 import load
 import logs
 import report
@@ -28,7 +29,7 @@ import results
 import strangers
 from contenders import Contender, JupyterHub, Labkeeper, LabkeeperExec, LabkeeperFork
 from guard import guarded
-from progress import BenchError, say, shout
+from progress import BenchError, say, warn
 
 MEASUREMENTS: Final = {
     "start": "request to ready: it answers, and takes its token",
@@ -38,7 +39,10 @@ MEASUREMENTS: Final = {
     "burst": f"{crowd.CROWD} servers at once until all are ready",
     "memory": f"USS and PSS of idle servers, with 1 and with {crowd.CROWD}",
     "idle": f"processor and memory of what runs beside {crowd.CROWD} idle servers",
-    "api": f"requests to a keeper with {load.SERVERS} servers and {load.FOLLOWERS} callers that follow logs",
+    "api": (
+        f"requests to a keeper with {load.SERVERS} servers "
+        f"and {load.FOLLOWERS} callers that follow logs"
+    ),
     "strangers": "requests to a keeper while others knock with wrong tokens",
     "scrub": "processor that taking secrets out of lines of a log costs",
 }
@@ -51,7 +55,7 @@ def main() -> int:
     parser = _parser()
     chosen = parser.parse_args()
     if chosen.show:
-        _tell(results.load(chosen.show), chosen.show.with_suffix(".svg"))
+        _report(results.load(chosen.show), chosen.show.with_suffix(".svg"))
         return 0
     if sys.platform != "linux":
         parser.error(
@@ -75,7 +79,7 @@ def _run(chosen: argparse.Namespace, server_dir: Path) -> int:
 
 
 class Bench:
-    """One run."""
+    """One run of the benchmarks."""
 
     def __init__(self, chosen: argparse.Namespace, server_dir: Path) -> None:
         self._chosen = chosen
@@ -84,10 +88,10 @@ class Bench:
         self._environments = environments.prepare(
             chosen.source, server_dir, with_hub=JupyterHub in self._classes
         )
-        told = ("repeats", "burst_repeats", "warmups", "cycles", "only")
-        options = {name: getattr(chosen, name) for name in told}
+        recorded = ("repeats", "burst_repeats", "warmups", "cycles", "only")
+        options = {name: getattr(chosen, name) for name in recorded}
         self._results = results.begin(self._environments.versions(), options)
-        # A full run makes the results that are shown; any other is a trial, and does not overwrite them.
+        # Only a full run replaces the published results.
         full = (
             not chosen.quick
             and set(chosen.only) == set(MEASUREMENTS)
@@ -96,55 +100,47 @@ class Bench:
         self._path = chosen.output / ("bench.json" if full else "trial.json")
 
     def run(self) -> results.Results:
-        """Measure what was chosen, telling and keeping each result as soon as it is there."""
-        self._look_who_can()
+        """Run the chosen measurements, and save each result as soon as it is known."""
+        self._skip_unavailable()
         chosen, only = self._chosen, set(self._chosen.only)
-        if only & set(lives.NAMES):
-            with self._open(self._classes) as all_of_them:
-                self._keep(lives.measure(all_of_them, chosen.only, chosen.repeats, chosen.warmups))
-        if "burst" in only:
-            with self._open(self._classes) as all_of_them:
-                self._keep(
-                    {
-                        "burst": crowd.burst(
-                            all_of_them, chosen.burst_repeats, min(1, chosen.warmups)
-                        )
-                    }
+        if only & set(lifecycle.NAMES):
+            with self._running(self._classes) as running:
+                self._record(
+                    lifecycle.measure(running, chosen.only, chosen.repeats, chosen.warmups)
                 )
+        if "burst" in only:
+            with self._running(self._classes) as running:
+                times = crowd.burst(running, chosen.burst_repeats, min(1, chosen.warmups))
+            self._record({"burst": times})
         if "memory" in only:
-            self._keep({"memory": self._each(crowd.memory, self._classes)})
+            self._record({"memory": self._measure_each(crowd.memory, self._classes)})
         if "idle" in only:
-            self._keep(
-                {
-                    "idle": self._each(
-                        crowd.idle,
-                        [each for each in self._classes if each is not contenders.JupyterLab],
-                    )
-                }
-            )
+            with_services = [each for each in self._classes if each is not contenders.JupyterLab]
+            self._record({"idle": self._measure_each(crowd.idle, with_services)})
         if "api" in only:
-            self._keep({"api": self._each(load.api, self._keepers())})
+            self._record({"api": self._measure_each(load.api, self._keepers())})
         if "strangers" in only:
-            self._keep({"strangers": self._each(strangers.strangers, self._keepers())})
+            self._record({"strangers": self._measure_each(strangers.strangers, self._keepers())})
         if "scrub" in only:
-            self._keep({"scrub": logs.scrub(self._environments)})
+            self._record({"scrub": logs.scrub(self._environments)})
         if chosen.cycles:
-            for found in self._each(
+            leaks = self._measure_each(
                 lambda keeper: cycles.cycles(keeper, chosen.cycles), self._keepers()
-            ).values():
-                self._keep({"cycles": found})
-        _tell(self._results, self._path.with_suffix(".svg"))
+            )
+            for found in leaks.values():
+                self._record({"cycles": found})
+        _report(self._results, self._path.with_suffix(".svg"))
         say(f"raw results: {self._path.name}")
         return self._results
 
-    def _look_who_can(self) -> None:
-        """Leave out who cannot take part, and say so."""
+    def _skip_unavailable(self) -> None:
+        """Start each contender once; record and drop those that cannot take part."""
         for each in tuple(self._classes):
             contender = each(self._environments, self._server_dir)
             try:
                 contender.open()
             except contenders.Skipped as why:
-                shout(f"{each.label} IS NOT MEASURED: {why}")
+                warn(f"{each.label} IS NOT MEASURED: {why}")
                 self._results["skipped"][each.key] = str(why)
                 self._classes.remove(each)
             else:
@@ -152,22 +148,22 @@ class Bench:
             contender.close()
 
     def _keepers(self) -> Sequence[type[Labkeeper]]:
-        """Give labkeeper as it is by default; by exec where that is all there is."""
+        """Return labkeeper in its default mode, or in exec mode if only that was chosen."""
         return [each for each in (LabkeeperFork, LabkeeperExec) if each in self._classes][:1]
 
-    def _each(
+    def _measure_each(
         self, measure: Callable[[Any], dict[str, Any]], classes: Sequence[type[Contender]]
     ) -> dict[str, Any]:
-        """Measure one contender after another, nothing of the others running: they would share memory with it."""
+        """Measure contenders one at a time, because running together they would share memory."""
         found = {}
         for each in classes:
-            with self._open([each]) as (contender,):
+            with self._running([each]) as (contender,):
                 found[each.key] = measure(contender)
         return found
 
     @contextmanager
-    def _open(self, classes: Sequence[type[Contender]]) -> Iterator[list[Contender]]:
-        """Have contenders running. Where something fails they are left to the guard, which ends them faster."""
+    def _running(self, classes: Sequence[type[Contender]]) -> Iterator[list[Contender]]:
+        """Run contenders. After an error they are left to the guard, which kills them faster."""
         opened = []
         for each in classes:
             say(f"opening {each.label}")
@@ -178,12 +174,12 @@ class Bench:
         for contender in opened:
             contender.close()
 
-    def _keep(self, found: dict[str, Any]) -> None:
+    def _record(self, found: dict[str, Any]) -> None:
         self._results["measurements"] |= found
         results.save(self._results, self._path)
 
 
-def _tell(found: results.Results, picture: Path) -> None:
+def _report(found: results.Results, picture: Path) -> None:
     print(report.text(found))
     if chart.can_draw(found):
         picture.write_text(chart.svg(found))
@@ -202,10 +198,13 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"measurements:\n{names}\n\ncontenders:\n{keys}",
     )
     parser.add_argument(
-        "--repeats", type=_count, default=15, help="rounds that count (default: %(default)s)"
+        "--repeats", type=_positive, default=15, help="rounds that count (default: %(default)s)"
     )
     parser.add_argument(
-        "--burst-repeats", type=_count, default=3, help="the same for bursts (default: %(default)s)"
+        "--burst-repeats",
+        type=_positive,
+        default=3,
+        help="the same for bursts (default: %(default)s)",
     )
     parser.add_argument(
         "--warmups",
@@ -219,18 +218,18 @@ def _parser() -> argparse.ArgumentParser:
         help=f"{_QUICK} repeats, 1 burst, 1 warm-up: a look, no result",
     )
     parser.add_argument(
-        "--only", type=_among(MEASUREMENTS), metavar="NAME,...", help="only these measurements"
+        "--only", type=_subset_of(MEASUREMENTS), metavar="NAME,...", help="only these measurements"
     )
     parser.add_argument(
         "--contenders",
-        type=_among({each.key for each in contenders.ALL}),
+        type=_subset_of({each.key for each in contenders.ALL}),
         default=[each.key for each in contenders.ALL],
         metavar="NAME,...",
         help="only these contenders",
     )
     parser.add_argument(
         "--cycles",
-        type=_count,
+        type=_positive,
         default=0,
         metavar="N",
         help="start and stop N servers, and look for leaks",
@@ -259,14 +258,14 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
+def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError("must be at least 1")
     return number
 
 
-def _among(names: Any) -> Callable[[str], list[str]]:
+def _subset_of(names: Any) -> Callable[[str], list[str]]:
     def choose(text: str) -> list[str]:
         given = text.split(",")
         unknown = [name for name in given if name not in names]

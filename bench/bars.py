@@ -1,10 +1,10 @@
-"""What labkeeper sets itself: each bar with its limit, the measured figure, and whether it is met."""
+"""labkeeper's performance targets ("bars"), and whether the results meet them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from crowd import CROWD
 from figures import median, percentile
@@ -16,7 +16,7 @@ Figure = Callable[[Results], float]
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`figure` raises KeyError where it was not measured."""
+    """A target. `figure` raises KeyError if its measurement is missing."""
 
     text: str
     figure: Figure
@@ -27,17 +27,19 @@ class Bar:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`value` and `met` are None where it was not measured."""
+    """The result of one target. `value` and `met` are None if it was not measured."""
 
     text: str
     value: str | None
     met: bool | None
 
 
-def _faster(name: str, other: str) -> Figure:
-    return lambda results: (
-        median(_samples(results, name, other)) / median(_samples(results, name, ours(results)))
-    )
+def _speedup(name: str, other: str) -> Figure:
+    def ratio(results: Results) -> float:
+        own = median(_samples(results, name, ours(results)))
+        return median(_samples(results, name, other)) / own
+
+    return ratio
 
 
 def _spread(results: Results) -> float:
@@ -46,25 +48,27 @@ def _spread(results: Results) -> float:
 
 
 def _memory_share(other: str) -> Figure:
-    return lambda results: (
-        own_memory(results, ours(results), CROWD) / own_memory(results, other, CROWD)
-    )
+    def share(results: Results) -> float:
+        own = median_memory(results, ours(results), CROWD)
+        return own / median_memory(results, other, CROWD)
+
+    return share
 
 
 def _stop_share(results: Results) -> float:
     return median(_samples(results, "stop", ours(results))) / median(_samples(results, "stop", LAB))
 
 
-def _api(what: str) -> Figure:
-    return lambda results: (
-        1000 * float(results["measurements"]["api"][ours(results)][what]["latency"]["p99"])
-    )
+def _api_latency(what: str) -> Figure:
+    return lambda results: _milliseconds(results["measurements"]["api"][ours(results)][what])
 
 
-def _among_strangers(results: Results) -> float:
-    return 1000 * float(
-        results["measurements"]["strangers"][ours(results)]["knocked"]["latency"]["p99"]
-    )
+def _latency_with_strangers(results: Results) -> float:
+    return _milliseconds(results["measurements"]["strangers"][ours(results)]["knocked"])
+
+
+def _milliseconds(found: dict[str, Any]) -> float:
+    return 1000 * float(found["latency"]["p99"])
 
 
 def _scrub_share(results: Results) -> float:
@@ -73,7 +77,7 @@ def _scrub_share(results: Results) -> float:
 
 
 def _hostile_line(results: Results) -> float:
-    return max(results["measurements"]["scrub"]["hostile_milliseconds"].values()) / 1000
+    return float(max(results["measurements"]["scrub"]["hostile_milliseconds"].values())) / 1000
 
 
 def _keeper_idle(results: Results) -> float:
@@ -92,27 +96,23 @@ def _samples(results: Results, name: str, contender: str) -> list[float]:
     return list(results["measurements"][name][contender])
 
 
-def own_memory(results: Results, contender: str, count: int, kind: str = "uss") -> float:
-    """Give the median over the servers of one contender, in bytes."""
-    return median(
-        [
-            server[kind]
-            for server in results["measurements"]["memory"][contender][str(count)]["servers"]
-        ]
-    )
+def median_memory(results: Results, contender: str, count: int, kind: str = "uss") -> float:
+    """Return the median memory of a contender's servers, in bytes, with `count` running."""
+    servers = results["measurements"]["memory"][contender][str(count)]["servers"]
+    return median([server[kind] for server in servers])
 
 
 BARS: Final = (
     Bar(
         "start at least 25 times faster than jupyter lab",
-        _faster("start", LAB),
+        _speedup("start", LAB),
         25,
         "times",
         more_is_better=True,
     ),
     Bar(
         "start at least 50 times faster than JupyterHub",
-        _faster("start", HUB),
+        _speedup("start", HUB),
         50,
         "times",
         more_is_better=True,
@@ -120,7 +120,7 @@ BARS: Final = (
     Bar("start: 95th percentile at most twice the median", _spread, 2, "times"),
     Bar(
         "20 at once at least 15 times faster than JupyterHub",
-        _faster("burst", HUB),
+        _speedup("burst", HUB),
         15,
         "times",
         more_is_better=True,
@@ -128,11 +128,11 @@ BARS: Final = (
     Bar("memory of its own at most 1/3 of jupyter lab's", _memory_share(LAB), 1 / 3, "of it"),
     Bar("memory of its own at most 1/4 of JupyterHub's server", _memory_share(HUB), 1 / 4, "of it"),
     Bar("stop in at most half the time of jupyter lab", _stop_share, 1 / 2, "of it"),
-    Bar("GET one server: 99th percentile at most 20 ms", _api("one"), 20, "ms"),
-    Bar("GET all servers: 99th percentile at most 20 ms", _api("list"), 20, "ms"),
+    Bar("GET one server: 99th percentile at most 20 ms", _api_latency("one"), 20, "ms"),
+    Bar("GET all servers: 99th percentile at most 20 ms", _api_latency("list"), 20, "ms"),
     Bar(
         "GET all servers among wrong tokens: 99th percentile at most 50 ms",
-        _among_strangers,
+        _latency_with_strangers,
         50,
         "ms",
     ),
@@ -150,7 +150,7 @@ BARS: Final = (
 
 
 def verdicts(results: Results) -> list[Verdict]:
-    """Hold the results against every bar."""
+    """Compare the results with every target."""
     return [_verdict(bar, results) for bar in BARS]
 
 
@@ -160,6 +160,5 @@ def _verdict(bar: Bar, results: Results) -> Verdict:
     except KeyError:
         return Verdict(bar.text, None, None)
     met = value >= bar.limit if bar.more_is_better else value <= bar.limit
-    return Verdict(
-        bar.text, f"{value:.2f} {bar.unit}" if value % 1 else f"{value:.0f} {bar.unit}", met
-    )
+    number = f"{value:.2f}" if value % 1 else f"{value:.0f}"
+    return Verdict(bar.text, f"{number} {bar.unit}", met)

@@ -1,8 +1,9 @@
-"""Calls an API as fast as it can, or on a schedule; a program of its own, so that nothing else shares its interpreter lock.
+"""Send requests to an API as fast as possible, or on a schedule.
 
-It reads what to do as JSON from stdin and writes what it saw to stdout. Four threads, each with one kept connection: raw sockets,
-a request that was put together beforehand, and of the answer only status and length are looked at. It says which share of a core
-it used itself: far below 1, the figures are those of the server.
+This is a program of its own, so that nothing else holds its interpreter lock. It reads a job from
+stdin and writes its results to stdout, both as JSON. To cost little, it has four threads, each with
+a persistent raw socket and a prepared request, and parses only the status and length of a response.
+It reports the share of a core that it used: if that is far below 1, it did not limit the rate.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ CALLERS: Final = 4
 
 
 class Caller:
-    """One connection."""
+    """A persistent connection that repeats one request."""
 
     def __init__(self, port: int, path: str, authorization: str) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: {authorization}\r\n\r\n".encode()
+        self._request = (
+            f"GET {path} HTTP/1.1\r\n"
+            f"Host: 127.0.0.1:{port}\r\nAuthorization: {authorization}\r\n\r\n"
+        ).encode()
 
     def call(self) -> None:
-        """Ask, and read the whole answer."""
+        """Send the request and read the whole response."""
         self._socket.sendall(self._request)
         data = bytearray()
         while (end := data.find(b"\r\n\r\n")) < 0:
@@ -35,9 +39,8 @@ class Caller:
         head = bytes(data[:end]).lower()
         if not head.startswith(b"http/1.1 200"):
             raise RuntimeError(head.decode(errors="replace"))
-        left = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0]) - (
-            len(data) - end - 4
-        )
+        length = int(head.partition(b"content-length:")[2].split(b"\r\n", 1)[0])
+        left = length - (len(data) - end - 4)
         while left > 0:
             left -= len(self._receive())
 
@@ -49,7 +52,7 @@ class Caller:
 
 
 def flood(caller: Caller, seconds: float) -> list[float]:
-    """Ask again as soon as there is an answer. Gives seconds of each."""
+    """Send a request after each response; return their latencies in seconds."""
     seen: list[float] = []
     until = time.perf_counter() + seconds
     while (begin := time.perf_counter()) < until:
@@ -59,7 +62,11 @@ def flood(caller: Caller, seconds: float) -> list[float]:
 
 
 def pace(caller: Caller, seconds: float, *, number: int, rate: float) -> list[float]:
-    """Ask on schedule, every fourth time. A wait counts from when the request was due: a slow answer delays none in secret."""
+    """Send this caller's share of the scheduled requests; return their latencies in seconds.
+
+    A latency counts from when its request was due, so a slow response also counts against the
+    requests that it delays.
+    """
     seen: list[float] = []
     begin = time.perf_counter()
     for place in range(number, int(seconds * rate), CALLERS):
@@ -71,7 +78,7 @@ def pace(caller: Caller, seconds: float, *, number: int, rate: float) -> list[fl
 
 
 def main() -> None:
-    """Do one job."""
+    """Run the job on stdin."""
     job = json.load(sys.stdin)
     callers = [Caller(job["port"], job["path"], job["authorization"]) for _ in range(CALLERS)]
     seen: list[float] = []
@@ -89,7 +96,7 @@ def main() -> None:
         return lambda: pace(callers[number], job["seconds"], number=number, rate=job["rate"])
 
     for caller in callers:
-        caller.call()  # The first request of a connection pays for the connection.
+        caller.call()  # Set up the connection before the clock starts.
     threads = [threading.Thread(target=run, args=(work_of(number),)) for number in range(CALLERS)]
     begin, used = time.perf_counter(), time.process_time()
     for thread in threads:

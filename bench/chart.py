@@ -1,4 +1,7 @@
-"""The results as a picture for the README: bars on linear scales that begin at zero, readable on light and on dark pages."""
+"""Draw the results as an SVG for the README.
+
+The bars have linear scales that begin at zero, and colors for light and for dark pages.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +34,17 @@ _TIMED: Final = {
 }
 
 _STYLE: Final = """\
-text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif; fill: #1f2328 }
-.head { font-size: 17px; font-weight: 600 } .title { font-size: 14px; font-weight: 600 } .note { font-size: 12px; fill: #59636e }
+text { font: 13px system-ui, -apple-system, "Segoe UI", Helvetica, Arial, sans-serif }
+text { fill: #1f2328 }
+.head { font-size: 17px; font-weight: 600 } .title { font-size: 14px; font-weight: 600 }
+.note { font-size: 12px; fill: #59636e }
 .value { font-variant-numeric: tabular-nums } .ours { font-weight: 600 }
-rect { fill: #afb8c1 } rect.ours { fill: #0969da } .reach { stroke: #59636e; stroke-width: 1.5 } .zero { stroke: #d1d9e0 }
+rect { fill: #afb8c1 } rect.ours { fill: #0969da }
+.reach { stroke: #59636e; stroke-width: 1.5 } .zero { stroke: #d1d9e0 }
 @media (prefers-color-scheme: dark) {
   text { fill: #e6edf3 } .note { fill: #9198a1 }
-  rect { fill: #59636e } rect.ours { fill: #4493f8 } .reach { stroke: #9198a1 } .zero { stroke: #3d444d }
+  rect { fill: #59636e } rect.ours { fill: #4493f8 }
+  .reach { stroke: #9198a1 } .zero { stroke: #3d444d }
 }"""
 
 
@@ -57,32 +64,31 @@ class _Panel:
 
 
 def can_draw(results: Results) -> bool:
-    """Return whether anything was measured that the picture shows."""
+    """Return whether the results have anything that the chart shows."""
     return not results["measurements"].keys().isdisjoint((*_TIMED, "memory"))
 
 
 def svg(results: Results) -> str:
-    """Draw it."""
+    """Return the chart as SVG."""
     panels = list(_panels(results))
     rows = (len(panels) + 1) // 2
     height_of_row = _TITLE + _STEP * len(results["contenders"]) + 16
     height = _TOP + rows * height_of_row + _FOOT
+    size = f'width="{_WIDTH}" height="{height}" role="img"'
     title = "labkeeper, jupyter lab and JupyterHub on one machine"
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" width="{_WIDTH}" height="{height}" role="img">',
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" {size}>',
         f"<title>{escape(title)}</title>",
         f"<desc>{escape(_in_words(panels))}</desc>",
         f"<style>{_STYLE}</style>",
-        f'<text x="{_MARGIN}" y="26" class="head">{escape(title)}</text>',
-        f'<text x="{_MARGIN}" y="45" class="note">Shorter is better. Each scale is linear and begins at zero.</text>',
+        _text(_MARGIN, 26, title, "head"),
+        _text(_MARGIN, 45, "Shorter is better. Each scale is linear and begins at zero.", "note"),
     ]
     for number, panel in enumerate(panels):
         x, y = _MARGIN + (number % 2) * (_PANEL + _GAP), _TOP + (number // 2) * height_of_row
         parts += _draw(panel, x, y)
     for number, line in enumerate(_notes(results)):
-        parts.append(
-            f'<text x="{_MARGIN}" y="{height - 30 + 17 * number}" class="note">{escape(line)}</text>'
-        )
+        parts.append(_text(_MARGIN, height - 30 + 17 * number, line, "note"))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -110,18 +116,23 @@ def _panel(results: Results, title: str, unit: str, samples: dict[str, list[floa
 
 
 def _draw(panel: _Panel, x: float, y: float) -> Iterator[str]:
-    yield f'<text x="{x:g}" y="{y + 18:g}" class="title">{escape(panel.title)}</text>'
+    yield _text(x, y + 18, panel.title, "title")
     left, scale = x + _LABEL, (_PANEL - _LABEL - _VALUE) / max(bar.reach for bar in panel.bars)
     top = y + _TITLE
     for number, bar in enumerate(panel.bars):
         line, mark = top + number * _STEP, ' class="ours"' if bar.ours else ""
         middle, base, reach = line + _BAR / 2, line + _BAR - 4, left + bar.reach * scale
-        yield f'<text x="{left - 8:g}" y="{base:g}" text-anchor="end"{mark}>{escape(bar.label)}</text>'
-        yield f'<rect x="{left:g}" y="{line:g}" width="{bar.value * scale:.1f}" height="{_BAR}" rx="2"{mark}/>'
-        yield f'<path class="reach" d="M{left + bar.value * scale:.1f} {middle:g}H{reach:.1f}m0 -4v8"/>'
-        kind = "value ours" if bar.ours else "value"
-        yield f'<text x="{reach + 7:.1f}" y="{base:g}" class="{kind}">{_number(bar.value)} {panel.unit}</text>'
+        width, label = bar.value * scale, escape(bar.label)
+        yield f'<text x="{left - 8:g}" y="{base:g}" text-anchor="end"{mark}>{label}</text>'
+        yield f'<rect x="{left:g}" y="{line:g}" width="{width:.1f}" height="{_BAR}" rx="2"{mark}/>'
+        yield f'<path class="reach" d="M{left + width:.1f} {middle:g}H{reach:.1f}m0 -4v8"/>'
+        kind, value = "value ours" if bar.ours else "value", f"{_number(bar.value)} {panel.unit}"
+        yield f'<text x="{reach + 7:.1f}" y="{base:g}" class="{kind}">{value}</text>'
     yield f'<path class="zero" d="M{left:g} {top - 4:g}v{_STEP * len(panel.bars):g}"/>'
+
+
+def _text(x: float, y: float, text: str, kind: str) -> str:
+    return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>'
 
 
 def _notes(results: Results) -> tuple[str, str]:
@@ -132,26 +143,22 @@ def _notes(results: Results) -> tuple[str, str]:
         f"JupyterLab {lab['jupyterlab']}",
         *([f"JupyterHub {hub['jupyterhub']}"] if hub else []),
     ]
-    return (
-        f"Bars: medians ({repeats} repeats, in turns). Thin lines: to the 95th percentile; of fewer than 10, to the slowest.",
-        ", ".join(
-            [
-                f"{machine['cores']} cores",
-                machine["kernel"].split("-")[0],
-                f"Python {machine['python']}",
-                *versions,
-            ]
-        ),
+    cores, kernel = f"{machine['cores']} cores", machine["kernel"].split("-")[0]
+    legend = (
+        f"Bars: medians ({repeats} repeats, in turns). "
+        "Thin lines: to the 95th percentile; of fewer than 10, to the slowest."
     )
+    return legend, ", ".join([cores, kernel, f"Python {machine['python']}", *versions])
 
 
 def _in_words(panels: Sequence[_Panel]) -> str:
-    return " ".join(
-        f"{panel.title}: {', '.join(f'{bar.label} {_number(bar.value)} {panel.unit}' for bar in panel.bars)}."
-        for panel in panels
-    )
+    sentences = []
+    for panel in panels:
+        values = [f"{bar.label} {_number(bar.value)} {panel.unit}" for bar in panel.bars]
+        sentences.append(f"{panel.title}: {', '.join(values)}.")
+    return " ".join(sentences)
 
 
 def _number(value: float) -> str:
-    """Give three figures, so that small and large ones are told equally well."""
+    """Return a number with three significant digits."""
     return f"{value:#.3g}" if value < 100 else f"{value:.0f}"  # noqa: PLR2004

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Measure the image on the Docker Engine that `docker` reaches, beside a keeper of this checkout outside of it.
+"""Compare the Docker image with a keeper of this checkout that runs outside of it.
 
-Both take turns. Usage: .venv/bin/python bench/container.py [--image jupyter-server] [--repeats 15]
+It uses the Docker Engine that `docker` reaches; the two take turns. Usage:
+
+    .venv/bin/python bench/container.py [--image jupyter-server] [--repeats 15]
 """
 
 from __future__ import annotations
@@ -20,9 +22,9 @@ from typing import Any, Final
 
 from figures import median, slow_end
 from progress import BenchError, say
-from web import ask, ask_json, free_port
+from web import free_port, request, request_json
 
-_PATIENCE: Final = 120.0
+_TIMEOUT: Final = 120.0
 _WARM_UPS: Final = 2
 
 
@@ -39,9 +41,8 @@ def main() -> int:
     )
     chosen = parser.parse_args()
     image = json.loads(_docker("inspect", chosen.image))[0]
-    print(
-        f"size of the image: {image['Size'] / 1e6:.0f} MB, of which its base {_base_size(chosen.image) / 1e6:.0f} MB"
-    )
+    size, base = image["Size"] / 1e6, _base_size(chosen.image) / 1e6
+    print(f"size of the image: {size:.0f} MB, of which its base {base:.0f} MB")
 
     say("from docker run to the API, and to a POST that is served by a fork")
     answering, served = [], []
@@ -60,9 +61,8 @@ def main() -> int:
     with container(chosen.image) as (api, key, _), keeper() as (other, other_key):
         for where in ((api, key), (other, other_key)):
             _wait_for_fork(*where)
-        print(
-            f"memory of the container at rest: {_memory(api.rpartition(':')[2]):.0f} MiB (keeper and fork server)"
-        )
+        memory = _memory(api.rpartition(":")[2])
+        print(f"memory of the container at rest: {memory:.0f} MiB (keeper and fork server)")
         inside, outside = [], []
         for number in range(chosen.repeats + _WARM_UPS):
             inside.append(_start(api, key))
@@ -78,22 +78,13 @@ def main() -> int:
 
 @contextmanager
 def container(image: str) -> Iterator[tuple[str, str, float]]:
-    """Run the image; give its API, the authorization, and when it was asked for, as soon as the API answers."""
+    """Run the image until its API responds; yield API, authorization and time of `docker run`."""
     port, token = free_port(), secrets.token_urlsafe(24)
     name = f"labkeeper-bench-{port}"
     begun = time.perf_counter()
     try:
-        _docker(
-            "run",
-            "-d",
-            "--name",
-            name,
-            "-p",
-            f"127.0.0.1:{port}:80",
-            "-e",
-            f"LABKEEPER_TOKEN={token}",
-            image,
-        )
+        options = ["--name", name, "-p", f"127.0.0.1:{port}:80", "-e", f"LABKEEPER_TOKEN={token}"]
+        _docker("run", "-d", *options, image)
         api = f"http://127.0.0.1:{port}"
         _until_answering(api)
         yield api, f"Bearer {token}", begun
@@ -103,7 +94,7 @@ def container(image: str) -> Iterator[tuple[str, str, float]]:
 
 @contextmanager
 def keeper() -> Iterator[tuple[str, str]]:
-    """Run a keeper of this checkout."""
+    """Run a keeper of this checkout; yield its API and authorization."""
     port, token = free_port(), secrets.token_urlsafe(24)
     with tempfile.TemporaryDirectory() as home:
         ours = {
@@ -129,10 +120,10 @@ def keeper() -> Iterator[tuple[str, str]]:
 
 
 def _until_answering(api: str) -> None:
-    until = time.monotonic() + _PATIENCE
+    until = time.monotonic() + _TIMEOUT
     while time.monotonic() < until:
         try:
-            if ask("GET", f"{api}/readyz", timeout=5)[0] == 200:  # noqa: PLR2004 - HTTP's own
+            if request("GET", f"{api}/readyz", timeout=5)[0] == 200:  # noqa: PLR2004 - HTTP's own
                 return
         except OSError:
             time.sleep(0.005)
@@ -141,7 +132,7 @@ def _until_answering(api: str) -> None:
 
 def _wait_for_fork(api: str, key: str) -> None:
     while True:
-        server = ask_json("POST", f"{api}/api/servers", key, {})
+        server = request_json("POST", f"{api}/api/servers", key, {})
         _end(api, key)
         if server["launched_by"] == "fork":
             return
@@ -149,40 +140,36 @@ def _wait_for_fork(api: str, key: str) -> None:
 
 def _start(api: str, key: str) -> float:
     begun = time.perf_counter()
-    server = ask_json("POST", f"{api}/api/servers", key, {})
+    server = request_json("POST", f"{api}/api/servers", key, {})
     seconds = time.perf_counter() - begun
     _end(api, key)
     if server["launched_by"] != "fork":
         raise BenchError(f"a server was not forked: {server['exec_reason']}")
-    # The spare child of the next start is made meanwhile.
+    # Meanwhile the fork server prepares a child for the next start.
     time.sleep(0.5)
     return seconds
 
 
 def _end(api: str, key: str) -> None:
-    ask_json("DELETE", f"{api}/api/servers/default", key)
+    request_json("DELETE", f"{api}/api/servers/default", key)
 
 
 def _memory(port: str) -> float:
-    """Give what Docker counts for the container, without what could be dropped."""
+    """Return the container's memory in MiB, as Docker counts it: without reclaimable cache."""
     time.sleep(3)
-    said = _docker("stats", "--no-stream", "--format", "{{.MemUsage}}", f"labkeeper-bench-{port}")
-    number, unit = said.split("/")[0].strip()[:-3], said.split("/")[0].strip()[-3:]
-    return float(number) * {"MiB": 1, "GiB": 1024, "KiB": 1 / 1024}[unit]
+    stats = _docker("stats", "--no-stream", "--format", "{{.MemUsage}}", f"labkeeper-bench-{port}")
+    used = stats.split("/")[0].strip()
+    return float(used[:-3]) * {"MiB": 1, "GiB": 1024, "KiB": 1 / 1024}[used[-3:]]
 
 
 def _base_size(image: str) -> int:
-    """Give the size of what lies below our own layers."""
-    history = _docker(
-        "history", "--no-trunc", "--human=false", "--format", "{{.Size}}\t{{.CreatedBy}}", image
-    ).splitlines()
-    sizes = [entry.split("\t") for entry in history]
-    ours = next(
-        number
-        for number, (_, by) in enumerate(sizes)
-        if "LABEL org.opencontainers.image.title" in by
-    )
-    return sum(int(size) for size, _ in sizes[ours + 1 :])
+    """Return the size of the layers below our own, in bytes."""
+    columns = "{{.Size}}\t{{.CreatedBy}}"
+    history = _docker("history", "--no-trunc", "--human=false", "--format", columns, image)
+    layers = [entry.split("\t") for entry in history.splitlines()]
+    label = "LABEL org.opencontainers.image.title"
+    ours = next(number for number, (_, by) in enumerate(layers) if label in by)
+    return sum(int(size) for size, _ in layers[ours + 1 :])
 
 
 def _docker(*arguments: str) -> str:
@@ -193,9 +180,8 @@ def _docker(*arguments: str) -> str:
 
 
 def _print(what: str, seconds: list[Any]) -> None:
-    print(
-        f"{what}: median {median(seconds):.3f} s, slow end {slow_end(seconds):.3f} s, of {len(seconds)}"
-    )
+    middle, slow = median(seconds), slow_end(seconds)
+    print(f"{what}: median {middle:.3f} s, slow end {slow:.3f} s, of {len(seconds)}")
 
 
 if __name__ == "__main__":

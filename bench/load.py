@@ -1,7 +1,7 @@
-"""The keeper's API while much goes on: fifty servers, a hundred callers that follow a log, and requests.
+"""Measure the keeper's API under load: 50 servers, 100 callers that follow a log, and requests.
 
-Latency is measured on a schedule well below what the keeper can do: measured under flood it would say nothing that the rate does
-not say. The rate is measured under flood.
+Throughput is measured with callers that send as fast as they can. Latency is measured at a rate far
+below that: at full load it would only restate the throughput.
 """
 
 from __future__ import annotations
@@ -22,35 +22,30 @@ from urllib.parse import urlsplit
 from contenders import Labkeeper, Server
 from crowd import crowd
 from figures import percentiles
-from progress import BenchError, say, shout
-from web import OK, ask_json
+from progress import BenchError, say, warn
+from web import OK, request_json
 
 SERVERS: Final = 50
 FOLLOWERS: Final = 100
 RATE: Final = 100.0
-"""Requests a second on schedule."""
+"""Requests per second for measurements of latency."""
 _SECONDS: Final = 10.0
 _AT_A_TIME: Final = 10
-"""Servers that are asked for together; this measures no burst."""
-_BUSY: Final = 0.8
-"""Share of a core from which on the caller would measure itself."""
+"""Servers to start at the same time; this does not measure a burst."""
+_MAX_CALLER_SHARE: Final = 0.8
+"""Share of a core above which the caller limits its own rate."""
 
 
 def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
-    """Ask for one server, and for the list of all."""
+    """Measure requests for one server, and for the list of all."""
     with crowd(keeper, SERVERS, _AT_A_TIME) as servers, _followers(keeper, servers) as followers:
         found = {
             "one": _measure(keeper, f"/api/servers/{servers[0].name}", seconds),
             "list": _measure(keeper, "/api/servers", seconds),
         }
-        if (
-            len(
-                ask_json("GET", f"{keeper.url}/api/servers", keeper.authorization, good=(OK,))[
-                    "servers"
-                ]
-            )
-            != SERVERS
-        ):
+        url = f"{keeper.url}/api/servers"
+        listed = request_json("GET", url, keeper.authorization, good=(OK,))["servers"]
+        if len(listed) != SERVERS:
             raise BenchError("the list has not all servers")
         if followers.lost:
             raise BenchError(f"{followers.lost} of {FOLLOWERS} followers were cut off")
@@ -59,7 +54,8 @@ def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
 
 def _measure(keeper: Labkeeper, path: str, seconds: float) -> dict[str, Any]:
     say(f"{keeper.label}: GET {path}")
-    paced, flooded = call(keeper, path, seconds, RATE), call(keeper, path, seconds, None)
+    paced = run_caller(keeper, path, seconds, RATE)
+    flooded = run_caller(keeper, path, seconds, None)
     return {
         "requests": len(paced["seen"]),
         "latency": percentiles(paced["seen"]),
@@ -68,38 +64,32 @@ def _measure(keeper: Labkeeper, path: str, seconds: float) -> dict[str, Any]:
     }
 
 
-def call(keeper: Labkeeper, path: str, seconds: float, rate: float | None) -> dict[str, Any]:
-    """Run the caller, on a schedule or, without a rate, as fast as it can; return what it saw."""
-    port = urlsplit(keeper.url).port
+def run_caller(keeper: Labkeeper, path: str, seconds: float, rate: float | None) -> dict[str, Any]:
+    """Run `caller.py` at a rate, or as fast as it can without one; return its results."""
     job = {
-        "port": port,
+        "port": urlsplit(keeper.url).port,
         "path": path,
         "authorization": keeper.authorization,
         "seconds": seconds,
         "rate": rate,
     }
-    program = Path(__file__).with_name("caller.py")
+    command = [sys.executable, str(Path(__file__).with_name("caller.py"))]
     done = subprocess.run(
-        [sys.executable, program],
-        input=json.dumps(job),
-        capture_output=True,
-        text=True,
-        check=False,
+        command, input=json.dumps(job), capture_output=True, text=True, check=False
     )
     if done.returncode:
         raise BenchError(f"the caller broke: {done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout)
     if answer["failed"]:
         raise BenchError(f"a request failed: {answer['failed'][0]}")
-    if answer["own_share"] > _BUSY:
-        shout(
-            f"the caller used {answer['own_share']:.0%} of a core: the figures for {path} are in part its own"
-        )
+    if answer["own_share"] > _MAX_CALLER_SHARE:
+        share = f"{answer['own_share']:.0%}"
+        warn(f"the caller used {share} of a core: the figures for {path} are in part its own")
     return answer
 
 
 class _Followers:
-    """Callers that hold a log's stream open, and read what comes."""
+    """Callers that each follow the log of a server."""
 
     def __init__(self, keeper: Labkeeper, servers: Sequence[Server]) -> None:
         self.lost = 0
@@ -114,7 +104,7 @@ class _Followers:
         self._thread.start()
 
     def close(self) -> None:
-        """Hang up."""
+        """Close all streams."""
         self._over.set()
         self._thread.join()
         self._poll.close()
@@ -126,7 +116,10 @@ class _Followers:
         port = urlsplit(keeper.url).port
         stream = socket.create_connection(("127.0.0.1", port or 0), timeout=30)
         path = f"/api/servers/{server.name}/logs?follow=true"
-        head = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: {keeper.authorization}\r\n\r\n"
+        head = (
+            f"GET {path} HTTP/1.1\r\n"
+            f"Host: 127.0.0.1:{port}\r\nAuthorization: {keeper.authorization}\r\n\r\n"
+        )
         stream.sendall(head.encode())
         if b" 200 " not in stream.recv(65536):
             raise BenchError("cannot follow a log")
@@ -143,7 +136,7 @@ class _Followers:
 @contextlib.contextmanager
 def _followers(keeper: Labkeeper, servers: Sequence[Server]) -> Iterator[_Followers]:
     followers = _Followers(keeper, servers)
-    time.sleep(1)  # All streams have sent what was there already.
+    time.sleep(1)  # The streams first send the existing lines.
     try:
         yield followers
     finally:

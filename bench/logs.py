@@ -1,4 +1,4 @@
-"""What it costs to take secrets out of the lines of a log."""
+"""Measure the cost of removing secrets from a log."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from progress import BenchError, say
 
 
 def scrub(environments: Environments) -> dict[str, Any]:
-    """Time it with the labkeeper that is measured, which the bench itself may lack."""
+    """Run `scrubber.py` in the environment of the measured labkeeper; return its results."""
     say("labkeeper: taking secrets out of lines of a log")
-    program = Path(__file__).with_name("scrubber.py")
-    # Isolated (-I): neither modules of the bench nor PYTHONPATH come before what is installed there.
-    command = [environments.lab / "bin/python", "-I", program]
+    program = str(Path(__file__).with_name("scrubber.py"))
+    # -I, so that neither modules of the bench nor PYTHONPATH shadow what is installed there.
+    command = [str(environments.lab / "bin/python"), "-I", program]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BenchError(f"cannot time the rule for secrets:\n{done.stderr}")

@@ -1,4 +1,4 @@
-"""Processes: starting one, proving that some are gone, and what they hold of memory and processor."""
+"""Start and stop processes, wait until a tree of them has ended, and read their resource usage."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pathlib import Path
 import psutil
 
 from progress import BenchError
-from web import PATIENCE
+from web import TIMEOUT
 
 
 def spawn(
     command: Sequence[str | Path], env: Mapping[str, str], cwd: Path, log: Path
 ) -> subprocess.Popen[bytes]:
-    """Start a program in a session of its own, so that Ctrl-C at the terminal reaches the bench alone."""
+    """Start a program in its own session, so that Ctrl-C at the terminal reaches only the bench."""
     with log.open("ab") as stream:
         return subprocess.Popen(
             command,
@@ -34,7 +34,7 @@ def spawn(
 
 
 def end(process: subprocess.Popen[bytes], log: Path, patience: float = 60.0) -> None:
-    """Ask a program to end, and wait for it."""
+    """Send SIGTERM to a program, and wait until it has ended."""
     process.terminate()
     try:
         process.wait(patience)
@@ -43,66 +43,67 @@ def end(process: subprocess.Popen[bytes], log: Path, patience: float = 60.0) -> 
 
 
 def tail(log: Path, count: int = 30) -> str:
-    """Give the last lines of a log."""
+    """Return the last lines of a log."""
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
 
 
-class Family:
-    """A server and all that it has started, held by descriptors: the kernel tells of each end, so nothing is polled."""
+class ProcessTree:
+    """A server and its descendants, held by pidfds, which report their end without polling."""
 
     def __init__(self, pid: int) -> None:
         children = psutil.Process(pid).children(recursive=True)
-        self._held = [os.pidfd_open(each) for each in (pid, *(child.pid for child in children))]
+        self._pidfds = [os.pidfd_open(each) for each in (pid, *(child.pid for child in children))]
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._pidfds)
 
     def wait_until_gone(self) -> None:
-        """Return when all have ended."""
-        until = time.monotonic() + PATIENCE
-        for held in self._held:
+        """Return when all processes have ended."""
+        until = time.monotonic() + TIMEOUT
+        for pidfd in self._pidfds:
             poll = select.poll()
-            poll.register(held, select.POLLIN)
+            poll.register(pidfd, select.POLLIN)
             if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
                 raise BenchError("a server, or a kernel of it, did not end")
 
     def close(self) -> None:
-        """Let go of them."""
-        for held in self._held:
-            os.close(held)
+        """Close the pidfds."""
+        for pidfd in self._pidfds:
+            os.close(pidfd)
 
 
 @contextlib.contextmanager
-def family_of(pid: int) -> Iterator[Family]:
-    """Hold a server and all that it has started."""
-    family = Family(pid)
+def process_tree_of(pid: int) -> Iterator[ProcessTree]:
+    """Hold a server and its descendants, as of now."""
+    tree = ProcessTree(pid)
     try:
-        yield family
+        yield tree
     finally:
-        family.close()
+        tree.close()
 
 
 @dataclass(frozen=True, slots=True)
-class ActivityHistory:
-    """In bytes. USS: what would be free if it ended. PSS: that, and its share of what it shares."""
+class Memory:
+    """Memory of a process, in bytes.
+
+    USS is what would be free if it ended; PSS adds its share of shared memory.
+    """
 
     rss: int
     pss: int
     uss: int
 
 
-def memory_of(pid: int) -> ActivityHistory:
-    """Read /proc/PID/smaps_rollup (proc_pid_smaps_rollup(5))."""
+def memory_of(pid: int) -> Memory:
+    """Return the memory of a process, from smaps_rollup (proc_pid_smaps_rollup(5))."""
     found: dict[str, int] = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         name, _, rest = line.partition(":")
         found[name] = int(rest.split()[0]) * 1024
-    return ActivityHistory(
-        found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"]
-    )
+    return Memory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
 
 
 def processor_seconds(pid: int) -> float:
-    """Say how much processor time a process has used; its children do not count."""
+    """Return the processor time of a process, without its children."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)

@@ -1,4 +1,4 @@
-"""What the bench says while it works: on stderr, so that stdout has the results alone."""
+"""Report progress on stderr, so that stdout has only the results."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ class BenchError(Exception):
 
 
 def say(text: str) -> None:
-    """Tell where we are."""
+    """Print a line, with the time since the start."""
     seconds = int(time.monotonic() - _BEGIN)
     print(f"[{seconds // 60:02d}:{seconds % 60:02d}] {text}", file=sys.stderr, flush=True)
 
 
-def shout(text: str) -> None:
-    """Tell what must not be overlooked."""
+def warn(text: str) -> None:
+    """Print a line that stands out."""
     print(f"\n!!! {text}\n", file=sys.stderr, flush=True)

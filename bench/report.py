@@ -1,11 +1,11 @@
-"""The results as text for a terminal."""
+"""Format the results as text for a terminal."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from bars import BARS, own_memory, verdicts
+from bars import BARS, median_memory, verdicts
 from crowd import CROWD
 from figures import median, slow_end, slow_end_name
 from results import Results, ours
@@ -24,25 +24,23 @@ TITLES: Final = {
 
 
 def text(results: Results) -> str:
-    """Put it all together."""
+    """Return the whole report."""
     parts = (_machine, _timings, _memory, _idle, _api, _strangers, _scrub, _cycles, _verdicts)
     return "\n".join(line for part in parts for line in part(results))
 
 
 def _machine(results: Results) -> Iterator[str]:
     machine, packages = results["machine"], results["packages"]
-    yield f"{machine['cores']} cores, {machine['memory_gib']} GiB, {machine['kernel']}, Python {machine['python']}"
-    known = {
-        name: version
-        for each in packages.values()
-        for name, version in each.items()
-        if name != "python"
-    }
-    yield ", ".join(f"{name} {version}" for name, version in known.items())
+    size = f"{machine['cores']} cores, {machine['memory_gib']} GiB"
+    yield f"{size}, {machine['kernel']}, Python {machine['python']}"
+    versions = {name: version for each in packages.values() for name, version in each.items()}
+    versions.pop("python", None)
+    yield ", ".join(f"{name} {version}" for name, version in versions.items())
     for key, why in results["skipped"].items():
         yield f"NOT MEASURED: {key}: {why}"
-    if machine["busy_percent_before"] > 10:  # noqa: PLR2004
-        yield f"THE MACHINE WAS BUSY before the run ({machine['busy_percent_before']} %): the figures are noisy"
+    busy = machine["busy_percent_before"]
+    if busy > 10:  # noqa: PLR2004
+        yield f"THE MACHINE WAS BUSY before the run ({busy} %): the figures are noisy"
     yield ""
 
 
@@ -59,14 +57,11 @@ def _timings(results: Results) -> Iterator[str]:
         middle = {key: median(samples[key]) for key in contenders}
         yield _row(f"{TITLES[name]} ({len(some)})", [])
         yield _row("  median", [f"{middle[key]:.3f} s" for key in contenders])
-        yield _row(
-            f"  {slow_end_name(some)}", [f"{slow_end(samples[key]):.3f} s" for key in contenders]
-        )
+        slow = [f"{slow_end(samples[key]):.3f} s" for key in contenders]
+        yield _row(f"  {slow_end_name(some)}", slow)
         if first in contenders:
-            yield _row(
-                f"  times {contenders[first]}'s",
-                [f"{middle[key] / middle[first]:.1f}" for key in contenders],
-            )
+            ratios = [f"{middle[key] / middle[first]:.1f}" for key in contenders]
+            yield _row(f"  times {contenders[first]}'s", ratios)
     yield ""
 
 
@@ -78,7 +73,7 @@ def _memory(results: Results) -> Iterator[str]:
     yield _row("memory of an idle server", list(contenders.values()))
     for count in (1, CROWD):
         for kind, title in (("uss", "its own (USS)"), ("pss", "with its share (PSS)")):
-            values = [own_memory(results, key, count, kind) for key in contenders]
+            values = [median_memory(results, key, count, kind) for key in contenders]
             yield _row(f"  {title}, {count} running", [_mib(value) for value in values])
     totals = [_total_pss(found[key][str(CROWD)]) / CROWD for key in contenders]
     yield _row(f"  all processes / {CROWD} (PSS)", [_mib(value) for value in totals])
@@ -97,34 +92,36 @@ def _idle(results: Results) -> Iterator[str]:
     for key, processes in found.items():
         for name, seen in processes.items():
             sizes = [_mib(seen[kind]) for kind in ("rss", "uss", "pss")]
-            yield _row(
-                f"  {results['contenders'][key]}: {name}", [f"{seen['cpu_percent']:.2f} %", *sizes]
-            )
+            label = f"  {results['contenders'][key]}: {name}"
+            yield _row(label, [f"{seen['cpu_percent']:.2f} %", *sizes])
     yield ""
 
 
 def _api(results: Results) -> Iterator[str]:
     for key, found in results["measurements"].get("api", {}).items():
         what = f"{found['servers']} servers, {found['followers']} followers"
-        yield f"API of {results['contenders'][key]} with {what}; latency at {found['rate']:.0f} requests a second"
+        rate = f"latency at {found['rate']:.0f} requests a second"
+        yield f"API of {results['contenders'][key]} with {what}; {rate}"
         yield _row("", ["p50", "p95", "p99", "requests/s", "caller's core"])
         for name, title in (("one", "GET one server"), ("list", "GET all servers")):
             seen = found[name]
-            rate, share = seen["requests_per_second"], seen["caller_share_of_a_core"]
-            yield _row(f"  {title}", [*_latency(seen["latency"]), f"{rate:.0f}", f"{share:.0%}"])
+            most = f"{seen['requests_per_second']:.0f}"
+            share = f"{seen['caller_share_of_a_core']:.0%}"
+            yield _row(f"  {title}", [*_latency(seen["latency"]), most, share])
         yield ""
 
 
 def _strangers(results: Results) -> Iterator[str]:
     for key, found in results["measurements"].get("strangers", {}).items():
-        yield f"GET all servers of {results['contenders'][key]}, none there, at {found['rate']:.0f} requests a second"
+        label, rate = results["contenders"][key], f"{found['rate']:.0f} requests a second"
+        yield f"GET all servers of {label}, none there, at {rate}"
         yield _row("", ["p50", "p95", "p99"])
         yield _row("  quiet", _latency(found["quiet"]["latency"]))
-        yield _row(
-            f"  among {found['strangers']} with wrong tokens", _latency(found["knocked"]["latency"])
-        )
-        rate, share = found["refused_per_second"], found["strangers_share_of_a_core"]
-        yield f"  {rate:.0f} wrong tokens a second were refused; those who showed them used {share:.0%} of a core"
+        among = _latency(found["knocked"]["latency"])
+        yield _row(f"  among {found['strangers']} with wrong tokens", among)
+        refused = f"{found['refused_per_second']:.0f} wrong tokens a second were refused"
+        share = f"{found['strangers_share_of_a_core']:.0%} of a core"
+        yield f"  {refused}; those who showed them used {share}"
         yield ""
 
 
@@ -141,10 +138,8 @@ def _scrub(results: Results) -> Iterator[str]:
     yield _row("taking secrets out of a log", ["processor"])
     yield _row("  a line without secrets", [f"{found['line_microseconds']:.1f} µs"])
     yield _row("  the rule alone, on the same line", [f"{found['rule_microseconds']:.1f} µs"])
-    yield (
-        _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"])
-        + f"   ({worst!r}, repeated)"
-    )
+    row = _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"])
+    yield f"{row}   ({worst!r}, repeated)"
     yield ""
 
 
@@ -155,10 +150,8 @@ def _cycles(results: Results) -> Iterator[str]:
     counts = found["counts"]
     yield _row(f"{found['cycles']} cycles, launched by {found['launched_by']}", list(counts))
     for name in counts["before"]:
-        values = [each[name] for each in counts.values()]
-        yield _row(
-            f"  {name}", [_mib(value) if name.endswith("RSS") else str(value) for value in values]
-        )
+        show = _mib if name.endswith("RSS") else str
+        yield _row(f"  {name}", [show(each[name]) for each in counts.values()])
     yield f"  leaks: {'; '.join(found['leaks']) or 'none'}"
     yield ""
 

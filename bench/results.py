@@ -1,4 +1,4 @@
-"""The results of one run: plain data, as it is kept in JSON. Holds no name and no path of the machine."""
+"""The results of one run, as plain data for JSON, without names or paths of the machine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUB: Final = "jupyterhub"
 
 
 def begin(versions: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
-    """Note what is so before anything is measured."""
+    """Return the results of a run that has not measured anything yet."""
     return {
         "schema": 1,
         "when": dt.datetime.now(dt.UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -41,12 +41,12 @@ def begin(versions: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
 
 
 def ours(results: Results) -> str:
-    """Name the contender that the others are held against: labkeeper as it is by default, or what there is of it."""
+    """Return the key of labkeeper: of its default mode, if that took part."""
     return next((key for key in (FORK, EXEC) if key in results["contenders"]), FORK)
 
 
 def save(results: Results, path: Path) -> None:
-    """Write them, the old ones there until the new ones are whole."""
+    """Write the results, replacing the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_suffix(".new")
     new.write_text(json.dumps(_rounded(results), indent=1) + "\n")
@@ -54,12 +54,12 @@ def save(results: Results, path: Path) -> None:
 
 
 def load(path: Path) -> Results:
-    """Read them."""
+    """Read the results of an earlier run."""
     return dict(json.loads(path.read_text()))
 
 
 def _rounded(value: Any) -> Any:
-    """Keep tens of microseconds; what lies below is noise, and hard to read."""
+    """Round to tens of microseconds; anything finer is noise."""
     if isinstance(value, float):
         return round(value, 5)
     if isinstance(value, dict):

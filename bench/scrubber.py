@@ -1,7 +1,8 @@
-"""Times the rule that takes secrets out of lines of a log; a program of its own, for the interpreter that has labkeeper.
+"""Time the removal of secrets from lines of a log.
 
-It writes what it saw as JSON to stdout. Processor time of its thread counts, and of some rounds the fastest: whatever else the
-machine does only adds to it.
+This is a program of its own, for the interpreter that has the measured labkeeper. It writes its
+results as JSON to stdout. It takes the thread's processor time in the fastest of several rounds,
+because other load on the machine only adds to that.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from labkeeper import scrub
 
 _ROUNDS: Final = 5
 _SECRET: Final = "kE7f-abcdefghijklmnopqrstuvwxyz0123456789"
-_LINE: Final = "[I 2026-11-23 22:19:20.559 ServerApp] 101 GET /api/kernels/5f1c92c4-443a/channels?session_id=abc (127.0.0.1) 3.5ms"
-"""Without a secret, as most lines of a log are."""
+_LINE: Final = (
+    "[I 2026-11-23 22:19:20.559 ServerApp] 101 GET "
+    "/api/kernels/5f1c92c4-443a/channels?session_id=abc (127.0.0.1) 3.5ms"
+)
+"""A typical line, without a secret."""
 _LINES: Final = 2000
 _HOSTILE: Final = (
     "token",
@@ -31,12 +35,12 @@ _HOSTILE: Final = (
     'secret\\"',
     ":",
 )
-"""Beginnings of what looks like a secret: repeated, they make a careless rule look again and again."""
+"""Prefixes of secrets: repeated, they make a careless pattern backtrack."""
 _SIZE: Final = 2**16
 
 
 def fastest(work: Callable[[str], Any], lines: Sequence[str]) -> float:
-    """Return the seconds of the fastest round over all lines."""
+    """Return the seconds for all lines, in the fastest round."""
     return min(_round(work, lines) for _ in range(_ROUNDS))
 
 
@@ -48,7 +52,7 @@ def _round(work: Callable[[str], Any], lines: Sequence[str]) -> float:
 
 
 def main() -> None:
-    """Time plain lines, the rule alone on the same, and hostile lines."""
+    """Time plain lines, the pattern alone on the same lines, and hostile lines."""
     known = scrub.Secrets(_SECRET)
     lines = [_LINE] * _LINES
 

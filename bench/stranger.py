@@ -1,7 +1,8 @@
-"""Knocks at an API with wrong tokens, as fast as it is refused; a program of its own, as `caller.py` is.
+"""Send requests with wrong tokens to an API, as fast as it refuses them.
 
-It reads where to knock as one line of JSON from stdin, says "ready" on stdout once every connection was refused once, and goes on
-until its stdin ends. Then it writes what it saw. No token is shown twice.
+Like `caller.py`, this is a program of its own. It reads its target as one line of JSON from stdin,
+prints "ready" once every connection was refused, and continues until stdin ends. Then it writes its
+results as JSON. No token is sent twice.
 """
 
 from __future__ import annotations
@@ -14,38 +15,37 @@ import time
 from typing import Any, Final
 
 STRANGERS: Final = 2
-"""Each with one kept connection."""
+"""Number of persistent connections."""
 _AT_ONCE: Final = 4
-"""Requests in one write; a connection on which more than eight wait is closed."""
+"""Requests in one write; the keeper closes a connection with more than eight unanswered."""
 
 
 class Stranger:
-    """One connection."""
+    """A persistent connection without a valid token."""
 
     def __init__(self, port: int, path: str, number: int) -> None:
         self._socket = socket.create_connection(("127.0.0.1", port), timeout=60)
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answers = self._socket.makefile("rb")
-        self._request = f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nAuthorization: Bearer lk_0123456789ab_{number}".encode()
+        self._request = (
+            f"GET {path} HTTP/1.1\r\n"
+            f"Host: 127.0.0.1:{port}\r\nAuthorization: Bearer lk_0123456789ab_{number}"
+        ).encode()
         self.refused = 0
 
-    def knock(self) -> None:
-        """Send some requests in one write, and read that each is refused."""
-        self._socket.sendall(
-            b"".join(
-                b"%b%042d\r\n\r\n" % (self._request, self.refused + at) for at in range(_AT_ONCE)
-            )
-        )
-        for _ in range(_AT_ONCE):
+    def send_batch(self) -> None:
+        """Send several requests in one write; raise RuntimeError unless each is refused."""
+        numbers = range(self.refused, self.refused + _AT_ONCE)
+        self._socket.sendall(b"".join(b"%b%042d\r\n\r\n" % (self._request, n) for n in numbers))
+        for _ in numbers:
             status = self._read()
             if not status.startswith(b"HTTP/1.1 401"):
-                raise RuntimeError(
-                    f"a wrong token was answered {status.decode(errors='replace').strip() or 'by hanging up'}"
-                )
+                answer = status.decode(errors="replace").strip() or "by hanging up"
+                raise RuntimeError(f"a wrong token was answered {answer}")
             self.refused += 1
 
     def _read(self) -> bytes:
-        """Return the first line of an answer, and read the rest."""
+        """Read a response; return its status line."""
         status, length = self._answers.readline(), 0
         while line := self._answers.readline().strip():
             name, _, value = line.partition(b":")
@@ -56,7 +56,7 @@ class Stranger:
 
 
 def main() -> None:
-    """Knock until told to stop."""
+    """Send requests until stdin ends."""
     job: dict[str, Any] = json.loads(sys.stdin.readline())
     strangers = [Stranger(job["port"], job["path"], number) for number in range(STRANGERS)]
     over = threading.Event()
@@ -65,18 +65,15 @@ def main() -> None:
     def run(stranger: Stranger) -> None:
         try:
             while not over.is_set():
-                stranger.knock()
+                stranger.send_batch()
         except (OSError, RuntimeError) as error:
             failed.append(str(error))
 
     for stranger in strangers:
-        stranger.knock()
+        stranger.send_batch()
     threads = [threading.Thread(target=run, args=(stranger,)) for stranger in strangers]
-    before, begin, used = (
-        sum(each.refused for each in strangers),
-        time.perf_counter(),
-        time.process_time(),
-    )
+    before = sum(each.refused for each in strangers)
+    begin, used = time.perf_counter(), time.process_time()
     for thread in threads:
         thread.start()
     print("ready", flush=True)

@@ -1,7 +1,7 @@
-"""How long a caller with a token waits while strangers knock with wrong ones.
+"""Measure the latency of a caller while others send wrong tokens.
 
-The caller comes on a schedule, as in `load.py`; the strangers come again as soon as they are refused. The keeper has no server:
-what it does for the caller is little, and what the caller waits for is the strangers.
+The caller sends at a fixed rate, as in `load.py`; the others as fast as they are refused. The
+keeper has no servers, so its own work is small, and the others cause most of the latency.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ from stranger import STRANGERS
 
 _PATH: Final = "/api/servers"
 _SECONDS: Final = 20.0
-"""With `load.RATE` requests a second, twenty lie above the 99th percentile."""
+"""At `load.RATE`, this is 2000 requests: 20 are above the 99th percentile."""
 
 
 def strangers(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
-    """Measure requests for the list of servers, first without strangers, then with them."""
+    """Measure requests for the list of servers, without and with wrong tokens."""
     say(f"{keeper.label}: GET {_PATH} while it is quiet")
     quiet = _latency(keeper, seconds)
     say(f"{keeper.label}: GET {_PATH} while {STRANGERS} strangers knock")
-    with _knocking(keeper) as told:
+    with _strangers_running(keeper) as found:
         knocked = _latency(keeper, seconds)
     return {
         "strangers": STRANGERS,
         "rate": load.RATE,
         "quiet": {"latency": quiet},
         "knocked": {"latency": knocked},
-        "refused_per_second": told["refused"] / told["seconds"],
-        "strangers_share_of_a_core": told["own_share"],
+        "refused_per_second": found["refused"] / found["seconds"],
+        "strangers_share_of_a_core": found["own_share"],
     }
 
 
 def _latency(keeper: Labkeeper, seconds: float) -> dict[str, float]:
-    return percentiles(load.call(keeper, _PATH, seconds, load.RATE)["seen"])
+    return percentiles(load.run_caller(keeper, _PATH, seconds, load.RATE)["seen"])
 
 
 @contextmanager
-def _knocking(keeper: Labkeeper) -> Iterator[dict[str, Any]]:
-    """Have strangers knock; what they saw is there when they have stopped."""
+def _strangers_running(keeper: Labkeeper) -> Iterator[dict[str, Any]]:
+    """Run `stranger.py`; the yielded dict has its results after the block."""
     program = Path(__file__).with_name("stranger.py")
     pipe = subprocess.PIPE
     process = subprocess.Popen(
@@ -61,11 +61,11 @@ def _knocking(keeper: Labkeeper) -> Iterator[dict[str, Any]]:
     process.stdin.flush()
     if process.stdout.readline() != "ready\n":
         raise BenchError(f"the strangers broke: {process.communicate()[1]}")
-    told: dict[str, Any] = {}
-    yield told
+    found: dict[str, Any] = {}
+    yield found
     answer, complaint = process.communicate()
     if process.returncode:
         raise BenchError(f"the strangers broke: {complaint}")
-    told |= json.loads(answer)
-    if told["failed"]:
-        raise BenchError(f"a stranger was not refused as it should be: {told['failed'][0]}")
+    found |= json.loads(answer)
+    if found["failed"]:
+        raise BenchError(f"a stranger was not refused as it should be: {found['failed'][0]}")

@@ -1,10 +1,12 @@
-"""What it costs to measure 200 servers: `.venv/bin/python bench/usage.py`. Each is a shell with three children that sleep."""
+"""Measure the cost of measuring 200 servers: `.venv/bin/python bench/usage.py`.
+
+Each "server" is a shell with three children that sleep.
+"""
 
 from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +27,7 @@ class _NoGroups(ControlGroups):
 
 
 def cost(meter: usage.Meter, processes: dict[ServerName, Process]) -> list[float]:
-    """Give the milliseconds of a processor that each measurement took."""
+    """Return the processor time of each measurement, in milliseconds."""
     spent = []
     for _ in range(ROUNDS):
         before = time.process_time()
@@ -36,7 +38,7 @@ def cost(meter: usage.Meter, processes: dict[ServerName, Process]) -> list[float
 
 
 def main() -> None:
-    """Measure with control groups and without, and the dear part by itself."""
+    """Measure with control groups and without, and the most expensive part by itself."""
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
         names = [ServerName(f"s{number}") for number in range(SERVERS)]
@@ -56,14 +58,13 @@ def main() -> None:
                 for name, child in children.items()
                 if (found := Process.find(child.pid)) is not None
             }
-            told = {"without groups": cost(usage.Meter(_NoGroups(base), base), processes)}
+            costs = {"without groups": cost(usage.Meter(_NoGroups(base), base), processes)}
             for name, child in children.items():
                 groups.hold(name, child.pid)
-            told["with groups"] = cost(usage.Meter(groups, base), processes)
-            for what, spent in told.items():
-                sys.stdout.write(
-                    f"{what}: first {spent[0]:.0f} ms, then {median(spent[2:]):.1f} ms for {SERVERS} servers\n"
-                )
+            costs["with groups"] = cost(usage.Meter(groups, base), processes)
+            for what, spent in costs.items():
+                first, later = f"{spent[0]:.0f} ms", f"{median(spent[2:]):.1f} ms"
+                print(f"{what}: first {first}, then {later} for {SERVERS} servers")
         finally:
             for child in children.values():
                 os.killpg(child.pid, 9)
@@ -73,9 +74,8 @@ def main() -> None:
                 groups.remove(name)
         before = time.process_time()
         usage._proportional([os.getpid()] * 100)  # noqa: SLF001
-        sys.stdout.write(
-            f"shared memory of one Python process: {(time.process_time() - before) * 10:.2f} ms\n"
-        )
+        spent_on_one = (time.process_time() - before) * 1000 / 100
+        print(f"shared memory of one Python process: {spent_on_one:.2f} ms")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The little HTTP and websocket that the bench speaks, the same for every contender.
+"""A small HTTP and websocket client, the same for every contender.
 
-Each request has a connection of its own, on the standard library: about 0.2 ms, in nobody's favour.
+Each request opens a connection with the standard library, which costs all of them about 0.2 ms.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import websocket
 
 from progress import BenchError
 
-PATIENCE: Final = 600.0
-"""Seconds for anything at all; whoever takes longer has failed, and the bench with it."""
+TIMEOUT: Final = 600.0
+"""Seconds for any single step; after that the bench fails."""
 OK: Final = 200
 CREATED: Final = 201
 _PORTS: Final = itertools.cycle(range(20000, 30000))
-"""Below the ports that Linux gives to outgoing connections, so that none of those can take one between choice and use."""
+"""Below Linux's ephemeral ports, so that no outgoing connection takes a port before its use."""
 
 
 def free_port() -> int:
-    """Choose a port that nobody listens on, and that was not chosen just before."""
+    """Return a free port that was not returned recently."""
     for port in _PORTS:
         with socket.socket() as probe:
             try:
@@ -39,10 +39,13 @@ def free_port() -> int:
     raise AssertionError
 
 
-def ask(
-    method: str, url: str, authorization: str = "", body: Any = None, timeout: float = PATIENCE
+def request(
+    method: str, url: str, authorization: str = "", body: Any = None, timeout: float = TIMEOUT
 ) -> tuple[int, bytes]:
-    """Send one request; give status and body. Raises OSError and HTTPException where there is no answer."""
+    """Send a request; return status and body.
+
+    Raises OSError or HTTPException if there is no response.
+    """
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=timeout)
     headers = {"Authorization": authorization} if authorization else {}
@@ -50,77 +53,72 @@ def ask(
     if data is not None:
         headers["Content-Type"] = "application/json"
     try:
-        connection.request(
-            method, f"{parts.path}?{parts.query}" if parts.query else parts.path, data, headers
-        )
+        target = f"{parts.path}?{parts.query}" if parts.query else parts.path
+        connection.request(method, target, data, headers)
         answer = connection.getresponse()
         return answer.status, answer.read()
     finally:
         connection.close()
 
 
-def ask_json(
+def request_json(
     method: str,
     url: str,
     authorization: str = "",
     body: Any = None,
     good: tuple[int, ...] = (OK, CREATED),
 ) -> Any:
-    """Send one request that must succeed; give what it answered."""
-    status, data = ask(method, url, authorization, body)
+    """Send a request that must succeed; return the JSON of its response."""
+    status, data = request(method, url, authorization, body)
     if status not in good:
-        raise BenchError(
-            f"{method} {urlsplit(url).path} answered {status}: {data[:2000].decode(errors='replace')}"
-        )
+        answer = data[:2000].decode(errors="replace")
+        raise BenchError(f"{method} {urlsplit(url).path} answered {status}: {answer}")
     return json.loads(data) if data else None
 
 
 def lines(url: str, authorization: str) -> Iterator[bytes]:
-    """Read a stream line by line until its sender ends it."""
+    """Yield the lines of a streamed response."""
     parts = urlsplit(url)
-    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=PATIENCE)
+    connection = http.client.HTTPConnection(parts.hostname or "", parts.port, timeout=TIMEOUT)
     try:
-        connection.request(
-            "GET",
-            parts.path,
-            headers={"Authorization": authorization, "Accept": "text/event-stream"},
-        )
+        headers = {"Authorization": authorization, "Accept": "text/event-stream"}
+        connection.request("GET", parts.path, headers=headers)
         yield from connection.getresponse()
     finally:
         connection.close()
 
 
-def wait_until_answering(
+def wait_until_ready(
     url: str, authorization: str, *, poll: float, alive: Callable[[], bool] = lambda: True
 ) -> None:
-    """Wait for what counts as ready, for all alike: `api` answers 200, and then `api/me`, which wants the token, too."""
-    until = time.monotonic() + PATIENCE
+    """Wait until a server is ready: `api` returns 200, and so does `api/me`, with the token."""
+    until = time.monotonic() + TIMEOUT
     for path, key in (("api", ""), ("api/me", authorization)):
         while not _answers(url + path, key):
             if not alive():
                 raise BenchError("a server ended before it answered")
             if time.monotonic() > until:
-                raise BenchError(f"a server did not answer within {PATIENCE:.0f} s")
+                raise BenchError(f"a server did not answer within {TIMEOUT:.0f} s")
             time.sleep(poll)
 
 
 def _answers(url: str, authorization: str) -> bool:
     try:
-        return ask("GET", url, authorization, timeout=5)[0] == OK
+        return request("GET", url, authorization, timeout=5)[0] == OK
     except (OSError, http.client.HTTPException):
         return False
 
 
 def start_kernel(url: str, authorization: str) -> str:
-    """Start a kernel; give its id."""
-    return str(ask_json("POST", f"{url}api/kernels", authorization, {"name": "python3"})["id"])
+    """Start a kernel; return its id."""
+    return str(request_json("POST", f"{url}api/kernels", authorization, {"name": "python3"})["id"])
 
 
 def run_cell(url: str, authorization: str, kernel: str, code: str) -> str:
-    """Run code in a kernel over the websocket, as the Lab does; give its result as soon as that is there."""
+    """Run code in a kernel over the websocket, as the Lab does; return its result."""
     channel = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
     stream = websocket.create_connection(
-        channel, header=[f"Authorization: {authorization}"], timeout=PATIENCE
+        channel, header=[f"Authorization: {authorization}"], timeout=TIMEOUT
     )
     try:
         message = uuid.uuid4().hex

@@ -1,7 +1,7 @@
-"""One server at a time, from the request to the end: start, first cell, stop.
+"""Time the start, first cell and stop of one server at a time.
 
-Contenders take turns within each repeat, in an order that is shuffled anew each time (with a fixed seed), so that whatever else
-the machine does falls on all alike, and nobody always comes after the same one.
+Contenders take turns in each round, in an order that is shuffled with a fixed seed. So other load
+on the machine affects all of them equally, and none always follows the same one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from contenders import Contender, Server
-from processes import family_of
+from processes import process_tree_of
 from progress import BenchError, say
 from web import run_cell, start_kernel
 
@@ -20,13 +20,13 @@ NAMES: Final = ("start", "stop", "first_cell", "stop_kernels")
 Samples = dict[str, dict[str, list[float]]]
 """Seconds, by measurement and contender."""
 _PAUSE: Final = 0.5
-"""Seconds after a stop in which a contender may tidy up at its own cost, not at the next one's."""
+"""Seconds after a stop for a contender to clean up before the next one's turn."""
 
 
 def rounds(
     contenders: Sequence[Contender], repeats: int, warmups: int
 ) -> Iterator[tuple[int, Contender]]:
-    """Give who is next, and in which round; those below 0 are to be thrown away."""
+    """Yield the number of the round and the next contender; rounds below 0 are warm-ups."""
     for number in range(-warmups, repeats):
         order = list(contenders)
         random.Random(number).shuffle(order)
@@ -37,7 +37,7 @@ def rounds(
 def measure(
     contenders: Sequence[Contender], wanted: Sequence[str], repeats: int, warmups: int
 ) -> Samples:
-    """Let servers live: one without a kernel, one with two."""
+    """Start and stop servers, one without kernels and one with two; return the wanted times."""
     samples: Samples = {
         name: {contender.key: [] for contender in contenders} for name in NAMES if name in wanted
     }
@@ -46,51 +46,51 @@ def measure(
     for number, contender in rounds(contenders, repeats, warmups):
         seen: dict[str, float] = {}
         if {"start", "stop"} & samples.keys():
-            seen |= _plain_life(contender)
+            seen |= _without_kernels(contender)
         if {"first_cell", "stop_kernels"} & samples.keys():
-            seen |= _busy_life(contender)
+            seen |= _with_kernels(contender)
         if number >= 0:
             for name in samples:
                 samples[name][contender.key].append(seen[name])
-        told = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in seen.items())
-        say(
-            f"{'warm-up' if number < 0 else f'{number + 1} of {repeats}'}: {contender.label}: {told}"
-        )
+        turn = "warm-up" if number < 0 else f"{number + 1} of {repeats}"
+        times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in seen.items())
+        say(f"{turn}: {contender.label}: {times}")
     return samples
 
 
-def _plain_life(contender: Contender) -> dict[str, float]:
+def _without_kernels(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("plain")
     ready = time.perf_counter()
     return {"start": ready - begin, "stop": _stop(contender, server)}
 
 
-def _busy_life(contender: Contender) -> dict[str, float]:
+def _with_kernels(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("busy")
-    result = run_cell(
-        server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1"
-    )
+    result = _first_cell(server)
     seen = time.perf_counter()
     if result != "2":
         raise BenchError(f"a cell gave {result}, not 2")
-    # The second kernel has run a cell, too, so that no stop meets one that is only half there.
-    run_cell(
-        server.url, server.authorization, start_kernel(server.url, server.authorization), "1+1"
-    )
+    # A cell in the second kernel too, so that both have fully started when they are stopped.
+    _first_cell(server)
     return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}
 
 
+def _first_cell(server: Server) -> str:
+    kernel = start_kernel(server.url, server.authorization)
+    return run_cell(server.url, server.authorization, kernel, "1+1")
+
+
 def _stop(contender: Contender, server: Server, *, kernels: int = 0) -> float:
-    """Stop a server; give the seconds until all that it had started was gone."""
+    """Stop a server; return the seconds until it and all its children have ended."""
     contender.identify(server)
-    with family_of(server.pid) as family:
-        if len(family) <= kernels:
+    with process_tree_of(server.pid) as tree:
+        if len(tree) <= kernels:
             raise BenchError("cannot find the kernels of a server among its children")
         asked = time.perf_counter()
         contender.stop(server)
-        family.wait_until_gone()
+        tree.wait_until_gone()
         gone = time.perf_counter()
     time.sleep(_PAUSE)
     return gone - asked
