@@ -204,22 +204,18 @@ class Culler:
     def _ask(self, watched: _Watched) -> None:
         """Update the facts about a server; without an answer, its activity is unknown."""
         try:
-            seen = self._with_programs(
-                watched.snapshot.qualified_name, self._probe.activity(watched.endpoint)
-            )
+            found = self._probe.activity(watched.endpoint)
+            seen = self._with_programs(watched.snapshot.qualified_name, found)
         except BackendError as error:
             with self._lock:
-                watched.seen, watched.facts = (
-                    None,
-                    replace(watched.facts, activity=None, unknown=error.message),
-                )
+                watched.seen = None
+                watched.facts = replace(watched.facts, activity=None, unknown=error.message)
             return
         with self._lock:
             now, wall = self._clock.monotonic(), self._clock.time()
             watched.seen, watched.looked_at = seen, now
-            watched.facts = replace(
-                watched.facts, activity=watched.memory.take(seen, now=now, wall=wall)
-            )
+            activity = watched.memory.take(seen, now=now, wall=wall)
+            watched.facts = replace(watched.facts, activity=activity)
 
     def _with_programs(self, name: QualifiedName, seen: Activity) -> Activity:
         """Add the programs in the terminals, which Jupyter lists in order of creation."""

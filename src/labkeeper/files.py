@@ -67,9 +67,8 @@ def _regular(path: str | Path) -> Iterator[int]:
             yield found
         else:
             # Without O_NONBLOCK, this would wait for the holder of a lease.
-            with _closing(
-                os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)
-            ) as descriptor:
+            again = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_NONBLOCK)
+            with _closing(again) as descriptor:
                 yield descriptor
 
 
@@ -149,9 +148,8 @@ def _empty(directory: int, *, into: int) -> list[str]:
 @contextlib.contextmanager
 def _directory(path: Path | str, inside: int | None = None) -> Iterator[int]:
     _unlock(path, inside)
-    with _closing(
-        os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=inside)
-    ) as descriptor:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+    with _closing(os.open(path, flags, dir_fd=inside)) as descriptor:
         yield descriptor
 
 

@@ -146,10 +146,8 @@ class ChangeLog:
         if after.failure is not None:
             facts["failure_class"], facts["cause"] = str(after.failure.kind), after.failure.message
         if after.stop_report is not None:
-            facts["method"], facts["seconds"] = (
-                str(after.stop_report.method),
-                after.stop_report.seconds,
-            )
+            facts["method"] = str(after.stop_report.method)
+            facts["seconds"] = after.stop_report.seconds
         self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
 
     def _tell_of(self, change: Change, gateway: GatewayHealth) -> None:
@@ -170,11 +168,9 @@ class ChangeLog:
             return self._log.info
         if state is State.LOST and change.event is Event.DEADLINE:
             return self._log.error
-        return (
-            self._log.warning
-            if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING}
-            else self._log.info
-        )
+        if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING}:
+            return self._log.warning
+        return self._log.info
 
 
 def _about(change: Change) -> dict[str, Any]:

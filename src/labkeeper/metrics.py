@@ -348,10 +348,8 @@ class Metrics:
         """Yield all our metrics for prometheus_client."""
         from prometheus_client import core  # noqa: PLC0415 - late: see above
 
-        values, written = (
-            self._looked_at(),
-            dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]](),
-        )
+        values = self._looked_at()
+        written: dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]] = {}
         with self._lock:
             # Nothing else is done under the lock, for which the fleet waits.
             values = {family: dict(counted) for family, counted in self._counts.items()} | values
@@ -373,11 +371,8 @@ class Metrics:
                         histogram.add_metric(labels, buckets, sum_)
                     yield histogram
                 case Kind.COUNTER | Kind.GAUGE:  # pragma: no branch - the last kinds
-                    cls = (
-                        core.CounterMetricFamily
-                        if family.kind is Kind.COUNTER
-                        else core.GaugeMetricFamily
-                    )
+                    counts = family.kind is Kind.COUNTER
+                    cls = core.CounterMetricFamily if counts else core.GaugeMetricFamily
                     simple = cls(family.name, family.about, labels=family.labels)
                     for labels, value in values[family].items():
                         simple.add_metric(labels, value)

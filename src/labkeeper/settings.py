@@ -70,11 +70,9 @@ def _check_reserve(text: str) -> str:
 
 
 def _names(given: Any) -> Any:
-    return (
-        tuple(filter(None, (name.strip() for name in given.split(","))))
-        if isinstance(given, str)
-        else given
-    )
+    if not isinstance(given, str):
+        return given
+    return tuple(filter(None, (name.strip() for name in given.split(","))))
 
 
 def _check_umask(text: str) -> str:
@@ -490,11 +488,8 @@ class Settings(BaseModel):
     @property
     def lab_certificate(self) -> tuple[Path, Path] | None:
         """The same for servers."""
-        return (
-            (self.lab_cert_file, self.lab_key_file)
-            if self.lab_cert_file and self.lab_key_file
-            else None
-        )
+        cert, key = self.lab_cert_file, self.lab_key_file
+        return (cert, key) if cert and key else None
 
     @property
     def server_dirs(self) -> Path:

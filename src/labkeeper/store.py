@@ -94,18 +94,15 @@ class SqliteStore:
     def __init__(self, path: Path) -> None:
         """Open or create the file, mode 0600. Raises StoreError; a damaged file is unchanged."""
         self._path = path
-        self._writing, self._reading, self._wipe_waits = (
-            threading.Lock(),
-            threading.Lock(),
-            threading.Lock(),
-        )
+        self._writing = threading.Lock()
+        self._reading = threading.Lock()
+        self._wipe_waits = threading.Lock()
         self._examine()
         with ExitStack() as opened:
             try:
                 os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-                self._db, self._reader = (
-                    opened.enter_context(closing(self._connect())) for _ in range(2)
-                )
+                self._db = opened.enter_context(closing(self._connect()))
+                self._reader = opened.enter_context(closing(self._connect()))
             except OSError as error:
                 raise StoreError(f"cannot open the store {path}: {error.strerror}") from error
             except sqlite3.Error as error:
@@ -327,9 +324,8 @@ class SqliteStore:
 
     def note_runtime_dirs(self, directories: Sequence[Path]) -> None:
         """Replace these directories, durably before returning. Raises StoreError."""
-        rows, known = (
-            {(os.fsencode(path),) for path in paths} for paths in (directories, self.runtime_dirs())
-        )
+        rows = {(os.fsencode(path),) for path in directories}
+        known = {(os.fsencode(path),) for path in self.runtime_dirs()}
         if rows == known:
             # Without a write, a keeper can return to its servers even if the disk is full.
             return
@@ -356,12 +352,10 @@ class SqliteStore:
         ):
             (version,) = db.execute("PRAGMA user_version").fetchone()
             (found,) = db.execute("PRAGMA quick_check(1)").fetchone()
-        if found != "ok" or version < 0:
-            raise self._damaged(
-                " ".join(found.split())
-                if found != "ok"
-                else f"its schema has the version {version}"
-            )
+        if found != "ok":
+            raise self._damaged(" ".join(found.split()))
+        if version < 0:
+            raise self._damaged(f"its schema has the version {version}")
         if version > _VERSION:
             raise StoreError(
                 f"cannot open the store {self._path}: a newer labkeeper wrote it; "

@@ -84,11 +84,9 @@ class _Dialect(GenerateJsonSchema):
 
     def default_schema(self, schema: core_schema.WithDefaultSchema) -> JsonSchemaValue:
         """Omit the default None, by which a model marks a missing field."""
-        return (
-            self.generate_inner(schema["schema"])
-            if schema.get("default") is None
-            else super().default_schema(schema)
-        )
+        if schema.get("default") is None:
+            return self.generate_inner(schema["schema"])
+        return super().default_schema(schema)
 
 
 class _Schemas:
@@ -227,11 +225,9 @@ def _json_of(model: type[BaseModel]) -> _Object:
 
 
 def _header(name: str) -> Mapping[str, Any]:
-    kind = (
-        {"type": "integer", "minimum": 0}
-        if name == "Retry-After"
-        else {"type": "string", "minLength": 1}
-    )
+    kind: _Object = {"type": "string", "minLength": 1}
+    if name == "Retry-After":
+        kind = {"type": "integer", "minimum": 0}
     return {"description": _HEADERS[name], "required": True, "schema": kind}
 
 

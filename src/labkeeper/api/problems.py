@@ -103,11 +103,10 @@ def invalid_request(error: ValidationError) -> InvalidSpec:
 
 
 def _snake(part: int | str) -> str:
-    return (
-        str(part).replace("-", "_")
-        if len(str(part)) < _LONGEST_FIELD
-        else str(part)[:_LONGEST_FIELD] + "..."
-    )
+    name = str(part)
+    if len(name) < _LONGEST_FIELD:
+        return name.replace("-", "_")
+    return name[:_LONGEST_FIELD] + "..."
 
 
 _LONGEST_FIELD: Final = 100
@@ -125,13 +124,12 @@ def start_failed(snapshot: Snapshot) -> LabkeeperError:
     if failure is None:  # A failed server always has a cause; this is only a fallback.
         return StartFailed(f"cannot start server '{snapshot.name}'")
     cls = StartTimeout if failure.kind is FailureClass.START_TIMEOUT else StartFailed
+    end = failure.exit
     return cls(
         failure.message,
         name=snapshot.name,
         failure_class=str(failure.kind),
-        exit=None
-        if failure.exit is None
-        else {"code": failure.exit.code, "signal": failure.exit.signal},
+        exit=None if end is None else {"code": end.code, "signal": end.signal},
         log_tail=list(failure.log_tail),
     )
 

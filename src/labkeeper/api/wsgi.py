@@ -283,10 +283,9 @@ class _Door(BaseWSGIServer):
         now = time.monotonic()
         if now >= self._look_at:
             self._look_at = now + _LOOK_EVERY
-            for channel in filter(
-                lambda channel: channel.is_late(now), self.active_channels.values()
-            ):
-                channel.cut_off()
+            for channel in self.active_channels.values():
+                if channel.is_late(now):
+                    channel.cut_off()
             self._drop_answers()
         return self.accepting and self._to_give() > 0
 
@@ -305,9 +304,8 @@ class _Door(BaseWSGIServer):
         channels = self._channels()
         surplus = len(channels) - sum(channel.will_close for channel in channels) - self._places
         if surplus > 0:
-            for channel in sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)[
-                :surplus
-            ]:
+            waiting = sorted(filter(_Channel.is_waiting, channels), key=_Channel.patience)
+            for channel in waiting[:surplus]:
                 # It is closed in the next round: until then its descriptor is not reused.
                 channel.cut_off()
 
@@ -414,10 +412,8 @@ class _Parser(HTTPRequestParser):
             consumed: int = super().received(data)
         except ValueError:
             # A URL or length that Python cannot parse.
-            self.error, self.completed = (
-                BadRequest("the request line or a header cannot be read"),
-                True,
-            )
+            self.error = BadRequest("the request line or a header cannot be read")
+            self.completed = True
             return len(data)
         if isinstance(self.error, RequestEntityTooLarge):
             self._refuse_body()

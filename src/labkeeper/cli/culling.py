@@ -73,11 +73,8 @@ def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
     if as_json:
         print_json(told)
     else:
-        put(
-            f"{told.name}: snoozed until {told.snoozed_until}"
-            if told.snoozed_until
-            else f"{told.name}: not snoozed"
-        )
+        until = f"snoozed until {told.snoozed_until}" if told.snoozed_until else "not snoozed"
+        put(f"{told.name}: {until}")
 
 
 def _explain(told: Idle) -> None:

@@ -77,9 +77,6 @@ def _show_event(event: Event, as_json: bool) -> None:
     if as_json:
         put(event.model_dump_json())
         return
-    by = (
-        ""
-        if event.actor == "keeper"
-        else f" [{event.actor}{f': {event.reason}' if event.reason else ''}]"
-    )
+    reason = f": {event.reason}" if event.reason else ""
+    by = "" if event.actor == "keeper" else f" [{event.actor}{reason}]"
     put(f"{styled(event.at, sys.stdout, fg='bright_black')}  {event.message}{by}")

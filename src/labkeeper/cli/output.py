@@ -46,11 +46,9 @@ def _shown(text: str, stream: IO[str] | None) -> str:
 
 def styled(text: str, stream: IO[str] | None, **style: Any) -> str:
     """Return the text, coloured for a terminal unless NO_COLOR (no-color.org) is set."""
-    return (
-        click.style(text, **style)
-        if is_terminal(stream) and not os.environ.get("NO_COLOR")
-        else text
-    )
+    if not is_terminal(stream) or os.environ.get("NO_COLOR"):
+        return text
+    return click.style(text, **style)
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
@@ -97,15 +95,9 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for column in table.columns[:3]:
         column.no_wrap = True
     for row in rows:
-        table.add_row(
-            *(
-                Text(
-                    visible_line(cell),
-                    style=_colour(cell).replace("bright_black", "dim") if i == 1 else "",
-                )
-                for i, cell in enumerate(row)
-            )
-        )
+        cells = [Text(visible_line(cell)) for cell in row]
+        cells[1].style = _colour(row[1]).replace("bright_black", "dim")
+        table.add_row(*cells)
     Console(file=sys.stdout).print(table)
 
 

@@ -174,13 +174,10 @@ class Controller:
     def new(cls, spec: ServerSpec, policy: Policy, clock: Clock, generation: int = 0) -> Controller:
         """Return the controller of a server never launched, counting on from `generation`."""
         now = clock.time()
-        return cls(
-            Snapshot(
-                spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation
-            ),
-            policy,
-            clock,
+        first = Snapshot(
+            spec, State.STOPPED, Goal.DOWN, since=now, created_at=now, generation=generation
         )
+        return cls(first, policy, clock)
 
     @classmethod
     def recovered(cls, snapshot: Snapshot, policy: Policy, clock: Clock) -> Decision:
@@ -229,10 +226,8 @@ class Controller:
                 after = after._timed()
             after, orphans = after._sort_kernels(before, event, fact)
             after, jobs = after._acting(step.action)
-        if after.snapshot.goal is Goal.UP and after.snapshot.state not in {
-            State.QUEUED,
-            State.STARTING,
-        }:
+        begins = after.snapshot.state in {State.QUEUED, State.STARTING}
+        if after.snapshot.goal is Goal.UP and not begins:
             # The command has succeeded or failed: what happens next is the keeper's doing.
             after = replace(after, origin=KEEPER)
         return Decision(event, before, after, following, jobs, orphans)
@@ -285,11 +280,9 @@ class Controller:
         if answers is not False:
             # A probe that could not be made also breaks the silence: it proves no missing answer.
             return replace(self, silent_since=None)
-        return (
-            self
-            if self.silent_since is not None
-            else replace(self, silent_since=self.clock.monotonic())
-        )
+        if self.silent_since is not None:
+            return self
+        return replace(self, silent_since=self.clock.monotonic())
 
     def _is_hung(self) -> bool:
         if self.silent_since is None or not self.policy.hung_after:

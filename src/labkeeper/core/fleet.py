@@ -105,9 +105,8 @@ class Fleet:
         """
         snapshots = self._store.load()
         # Includes names that the store has at rest: it may be outdated. Others are observed.
-        for name in self._backend.strays(
-            [snapshot.qualified_name for snapshot in snapshots if snapshot.state in MAY_EXIST]
-        ):
+        known = [snapshot.qualified_name for snapshot in snapshots if snapshot.state in MAY_EXIST]
+        for name in self._backend.strays(known):
             # Queued before all other jobs of the name: a launch under it finds nothing left.
             self._executor.submit(name, functools.partial(self._backend.sweep, name))
         for snapshot in snapshots:
@@ -298,14 +297,12 @@ class Fleet:
 
     def _tick(self) -> None:
         now = self._clock.monotonic()
-        for controller in [
-            c for c in self._servers.values() if c.deadline is not None and c.deadline <= now
-        ]:
-            self._carry_out(controller.plan(Event.DEADLINE, may_start=self._may_start()))
-        for controller in [
-            c for c in self._servers.values() if c.save_due is not None and c.save_due <= now
-        ]:
-            self._save_again(controller)
+        for controller in list(self._servers.values()):
+            if controller.deadline is not None and controller.deadline <= now:
+                self._carry_out(controller.plan(Event.DEADLINE, may_start=self._may_start()))
+        for controller in list(self._servers.values()):
+            if controller.save_due is not None and controller.save_due <= now:
+                self._save_again(controller)
         for name in [name for name, due in self._deleted.items() if due <= now]:
             self._drop(name)
 

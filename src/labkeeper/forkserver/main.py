@@ -330,13 +330,8 @@ class _ForkServer:
     def _close(self, *more: socket.socket) -> None:
         """In a child: close all files of the fork server."""
         self._selector.close()
-        for connection in (
-            self._listener,
-            self._wakeup,
-            self._wakeup_writer,
-            *self._keepers,
-            *more,
-        ):
+        own = (self._listener, self._wakeup, self._wakeup_writer)
+        for connection in (*own, *self._keepers, *more):
             connection.close()
         if self._spare is not None:
             self._spare.connection.close()

@@ -260,16 +260,10 @@ class GatewayClient:
                 with _connection(gateway, within) as connection:
                     connection.connect()
                     asked.append(connection.sock)
-                    prefix = urlsplit(gateway.url).path.rstrip("/")
-                    outcome.set_result(
-                        exchange(
-                            connection,
-                            method,
-                            prefix + path,
-                            headers=_headers(gateway),
-                            within=within,
-                        )
-                    )
+                    target = urlsplit(gateway.url).path.rstrip("/") + path
+                    headers = _headers(gateway)
+                    answer = exchange(connection, method, target, headers=headers, within=within)
+                    outcome.set_result(answer)
             except Exception as error:  # noqa: BLE001 - passed to the caller
                 outcome.set_exception(error)
 

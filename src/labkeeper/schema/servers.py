@@ -331,20 +331,20 @@ class _Wanted(Request):
         asked = {one.name: getattr(limits, one.name) for one in fields(Limits)}
         is_default = (name, owner) == (DEFAULT_NAME, LOCAL)
         default_port = defaults.lab_port if is_default else None
+        limited = {
+            one: getattr(defaults.limits, one) if value is None else value
+            for one, value in asked.items()
+        }
+        gateway = None
+        if self.gateway is not None and self.gateway.url is not None:
+            gateway = self.gateway.at(self.gateway.url)
         return ServerSpec(
             name=name,
             owner=owner,
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else default_port,
-            limits=Limits(
-                **{
-                    one: getattr(defaults.limits, one) if value is None else value
-                    for one, value in asked.items()
-                }
-            ),
-            gateway=None
-            if self.gateway is None or self.gateway.url is None
-            else self.gateway.at(self.gateway.url),
+            limits=Limits(**limited),
+            gateway=gateway,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
             jupyter_options=self.jupyter_options.chosen(),
@@ -391,9 +391,8 @@ def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
     """
     whole: dict[str, Any] = {}
     for body in bodies:
-        for key, value in nested({key.replace("-", "_"): value for key, value in body.items()})[
-            0
-        ].items():
+        grouped, _ = nested({key.replace("-", "_"): value for key, value in body.items()})
+        for key, value in grouped.items():
             old = whole.get(key)
             is_group = key in _GROUPS and isinstance(value, Mapping)
             new = (
@@ -430,11 +429,9 @@ def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> 
     found: list[InitErrorDetails] = []
     for one in error.errors(include_url=False):
         place, rest = one["loc"][:2], one["loc"][2:]
-        flat = (
-            sent_as.get((str(place[0]), str(place[1]).replace("-", "_")))
-            if len(place) > 1
-            else None
-        )
+        flat = None
+        if len(place) > 1:
+            flat = sent_as.get((str(place[0]), str(place[1]).replace("-", "_")))
         loc = one["loc"] if flat is None else (flat, *rest)
         found.append(
             InitErrorDetails(type=one["type"], loc=loc, input=one["input"], ctx=one.get("ctx", {}))

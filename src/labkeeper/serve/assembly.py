@@ -147,11 +147,8 @@ class _Base:
 
 
 def _base(chosen: Settings, stack: ExitStack) -> _Base:
-    store, clock, threads = (
-        SqliteStore(chosen.state_dir / "labkeeper.sqlite"),
-        SystemClock(),
-        ThreadGroup(),
-    )
+    store = SqliteStore(chosen.state_dir / "labkeeper.sqlite")
+    clock, threads = SystemClock(), ThreadGroup()
     stack.callback(store.close)
     stack.callback(threads.close)
     return _Base(

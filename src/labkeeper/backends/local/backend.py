@@ -351,22 +351,21 @@ class LocalBackend:
         user: Account | None,
         limited: Enforced,
     ) -> Launch:
+        env = launch_environment(
+            spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
+        )
+        config = launch_config(
+            spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate
+        )
         return Launch(
             server_dir=str(server_dir.path),
             title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
             cwd=spec.root_dir,
             # The mark comes last: readers of /proc that stop at an empty entry have read the rest.
-            env={
-                **launch_environment(
-                    spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
-                ),
-                MARK: str(server_dir.path),
-            },
+            env={**env, MARK: str(server_dir.path)},
             kernel_env=dict(spec.kernel_env),
             umask=self._umask,
-            config=launch_config(
-                spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate
-            ),
+            config=config,
             user=user.ids if user else None,
             cgroups=list(limited.members),
             rlimits=dict(limited.rlimits),

@@ -342,22 +342,13 @@ def _wanted(limits: Limits) -> Iterator[tuple[str, str, dict[LimitedBy, dict[str
     """Yield each limit that is set: name, controller, and the files to write under each version."""
     if limits.memory is not None:
         amount = str(limits.memory)
-        yield (
-            "memory",
-            "memory",
-            {
-                LimitedBy.CGROUP2: {"memory.max": amount},
-                LimitedBy.CGROUP1: {"memory.limit_in_bytes": amount},
-            },
-        )
+        newer, older = {"memory.max": amount}, {"memory.limit_in_bytes": amount}
+        yield "memory", "memory", {LimitedBy.CGROUP2: newer, LimitedBy.CGROUP1: older}
     if limits.cpus is not None:
         quota = str(int(limits.cpus * _PERIOD))
+        newer = {"cpu.max": f"{quota} {_PERIOD}"}
         older = {"cpu.cfs_period_us": str(_PERIOD), "cpu.cfs_quota_us": quota}
-        yield (
-            "cpus",
-            "cpu",
-            {LimitedBy.CGROUP2: {"cpu.max": f"{quota} {_PERIOD}"}, LimitedBy.CGROUP1: older},
-        )
+        yield "cpus", "cpu", {LimitedBy.CGROUP2: newer, LimitedBy.CGROUP1: older}
     if limits.processes is not None:
         files = {"pids.max": str(limits.processes)}
         yield "processes", "pids", {LimitedBy.CGROUP2: files, LimitedBy.CGROUP1: files}

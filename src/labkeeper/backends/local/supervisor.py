@@ -278,19 +278,13 @@ class ProcessSupervisor:
         failure = None
         if not (end.clean and self.record.ready):
             tail = self._tail_of_launch()
-            kind, line = (
-                (FailureClass.OUT_OF_MEMORY, out_of_memory)
-                if out_of_memory
-                else cause_of(end, tail)
-            )
-            what = (
-                "server '{}' ended"
-                if self.record.ready
-                else "cannot start server '{}': JupyterLab ended before it was ready"
-            )
-            failure = Failure(
-                kind, f"{what.format(self.name)} ({end})" + (f": {line}" if line else ""), end, tail
-            )
+            kind, line = cause_of(end, tail)
+            if out_of_memory:
+                kind, line = FailureClass.OUT_OF_MEMORY, out_of_memory
+            what = f"cannot start server '{self.name}': JupyterLab ended before it was ready"
+            if self.record.ready:
+                what = f"server '{self.name}' ended"
+            failure = Failure(kind, f"{what} ({end})" + (f": {line}" if line else ""), end, tail)
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}

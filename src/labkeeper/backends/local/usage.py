@@ -85,11 +85,9 @@ class Meter:
         stats = _stats(
             psutil.pids() if free else {pid for members in grouped.values() for pid in members}
         )
-        members = (
-            {**grouped, **self._found({name: servers[name] for name in free}, stats)}
-            if free
-            else grouped
-        )
+        members = grouped
+        if free:
+            members = grouped | self._found({name: servers[name] for name in free}, stats)
         alive = {
             name: {pid: stats[pid] for pid in pids if pid in stats}
             for name, pids in members.items()
