@@ -192,7 +192,8 @@ class Fleet:
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
             if snapshot.goal is Goal.ABSENT:
                 raise Conflict(
-                    f"cannot start server '{snapshot.name}': it is being deleted; retry when it is gone"
+                    f"cannot start server '{snapshot.name}': it is being deleted; "
+                    "retry when it is gone"
                 )
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
@@ -364,7 +365,10 @@ class Fleet:
             fact = perform(self._backend, self._preflight, job, grace=self._policy.stop_grace)
             return None if fact is None else Report(name, job.generation, fact, is_observation)
 
-        reason = f"cannot {job.action} server '{job.spec.name}': the keeper failed; its log has the cause"
+        reason = (
+            f"cannot {job.action} server '{job.spec.name}': the keeper failed; "
+            "its log has the cause"
+        )
         self._executor.submit(
             name, run, Report(name, job.generation, Unreachable(reason), is_observation)
         )

@@ -263,7 +263,7 @@ class HistoryStore(Protocol):
         limit: int,
         within: TokenLimits = EVERYTHING,
     ) -> list[HistoryEntry]:
-        """Return the oldest entries newer than an id, of one server or all, and of one owner or all.
+        """Return the oldest entries newer than an id, of one server or all, one owner or all.
 
         Raises StoreError.
         """

@@ -164,10 +164,9 @@ def receive(
 
 def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:
     """Receive up to `size` bytes; append the attached files, which are close-on-exec."""
-    server_dir = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
-    data, ancillary, flags, _ = connection.recvmsg(
-        size, server_dir, getattr(socket, "MSG_CMSG_CLOEXEC", 0)
-    )
+    room = socket.CMSG_SPACE(MOST_FILES * array.array("i").itemsize)
+    close_on_exec = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
+    data, ancillary, flags, _ = connection.recvmsg(size, room, close_on_exec)
     for level, kind, payload in ancillary:
         if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
             numbers = array.array("i")
