@@ -133,7 +133,7 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
             next_look(keeper, name)
         assert {keeper.get(name)["state"] for name in ("busy", "program", "deaf")} == {"running"}
         held = idle(keeper, "busy")
-        assert (held["standing"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == (
+        assert (held["state"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == (
             "in-use",
             "kernel",
             "is busy",
@@ -141,9 +141,9 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
         assert idle(keeper, "program")["held_by"] == [
             {"kind": "terminal", "id": "1", "reason": "runs sleep"}
         ]
-        assert idle(keeper, "deaf")["standing"] == "unknown"
+        assert idle(keeper, "deaf")["state"] == "unknown"
         assert "did not answer in time" in idle(keeper, "deaf")["reason"]
-        assert idle(keeper, "shell")["standing"] == "not-running"
+        assert idle(keeper, "shell")["state"] == "not-running"
     finally:
         os.kill(deaf["pid"], signal.SIGCONT)
     told = keeper.cli("idle")
@@ -201,7 +201,7 @@ def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make
     keeper.wait_for("stopped", "aged")
     assert said(keeper, "a server is culled")[-1]["reason"].startswith("max_age: it has run for")
     listed = keeper.http.get("/api/idle").json()["servers"]
-    assert [(one["name"], one["standing"]) for one in listed] == [
+    assert [(one["name"], one["state"]) for one in listed] == [
         ("snoozed", "snoozed"),
         ("aged", "not-running"),
     ]

@@ -1097,10 +1097,10 @@ def test_idle_explains_all_servers_or_one(served):
     run("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
     run("start", "b")
     told = run("idle").stdout.splitlines()
-    assert told[0].split() == ["NAME", "STANDING", "STOPS", "AT", "RULE", "WHY"]
+    assert told[0].split() == ["NAME", "STATE", "STOPS", "AT", "RULE", "WHY"]
     assert [line.split()[0] for line in told[1:]] == ["a", "b"]
     assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
-    assert json.loads(run("idle", "b", "--json").stdout)["standing"] == "off"
+    assert json.loads(run("idle", "b", "--json").stdout)["state"] == "off"
     assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == [
         "a",
         "b",

@@ -105,7 +105,7 @@ class Culled:
     def kinds(self):
         return [kind for kind, *_ in self.notes.taken]
 
-    def standing(self, name="lab"):
+    def state(self, name="lab"):
         return self.culler.cached(self.servers[name]).verdict.state
 
 
@@ -150,7 +150,7 @@ def test_activity_between_the_look_and_the_stop_is_seen(culled):
     culled.probe.answers[1] = [idle, used]
     culled.after(1)
     assert culled.given == []
-    assert culled.standing() is CullState.COUNTING
+    assert culled.state() is CullState.COUNTING
 
 
 def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culled):
@@ -162,7 +162,7 @@ def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culle
     culled.probe.answers[1] = [idle, BackendUnavailable("gone silent")]
     culled.after(PERIOD)
     assert culled.given == []
-    assert culled.standing() is CullState.UNKNOWN
+    assert culled.state() is CullState.UNKNOWN
 
 
 def test_a_wall_clock_that_jumps_stops_nobody(culled):
@@ -193,7 +193,7 @@ def test_a_snooze_puts_it_off_and_holds_over_a_jump(culled):
     culled.be(snoozed, Event.SNOOZE)
     culled.clock.jump(86400.0)
     culled.after(3200)
-    assert (culled.given, culled.standing()) == ([], CullState.SNOOZED)
+    assert (culled.given, culled.state()) == ([], CullState.SNOOZED)
     culled.be(replace(snoozed, snoozed_until=None), Event.SNOOZE)
     culled.after(330)
     assert len(culled.given) > 0
@@ -221,7 +221,7 @@ def test_none_is_asked_without_a_rule_and_others_once_a_period(culled):
     culled.after(PERIOD * 10)
     assert set(culled.probe.asked) == {1}
     assert 9 <= len(culled.probe.asked) <= 11
-    assert culled.standing("free") is CullState.OFF
+    assert culled.state("free") is CullState.OFF
 
 
 def test_many_are_spread_over_the_period(culled):
@@ -239,7 +239,7 @@ def test_one_that_stopped_or_was_launched_again_is_another(culled):
     assert culled.given == []
     culled.be(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)
     culled.after(100)
-    assert (culled.given, culled.standing()) == ([], CullState.NOT_RUNNING)
+    assert (culled.given, culled.state()) == ([], CullState.NOT_RUNNING)
 
 
 def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(
@@ -271,7 +271,7 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     kind, name, _, origin, details = culled.notes.taken[0]
     assert (kind, name, details) == (HistoryKind.KERNEL_CULLED, "lab", {"kernel": "old"})
     assert origin.reason.startswith("kernel_idle_timeout: unused for 10 min")
-    assert culled.standing() is CullState.OFF
+    assert culled.state() is CullState.OFF
     culled.probe.stubborn = True
     culled.after(PERIOD)
     culled.probe.answers[1] = [later, BackendUnavailable("silent")]

@@ -215,7 +215,7 @@ def idle_model(told: Explanation) -> answers.Idle:
     until = told.snapshot.snoozed_until
     return answers.Idle(
         name=told.snapshot.name,
-        standing=verdict.state,
+        state=verdict.state,
         reason=verdict.reason,
         rule=first.rule if first else None,
         warns_at=at(first.warns_at if first else None),

@@ -46,10 +46,9 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
         _explain(found[0])
     else:
         rows = [
-            (one.name, one.standing, one.stops_at or "-", one.rule or "-", one.reason)
-            for one in found
+            (one.name, one.state, one.stops_at or "-", one.rule or "-", one.reason) for one in found
         ]
-        print_table(("NAME", "STANDING", "STOPS AT", "RULE", "WHY"), rows)
+        print_table(("NAME", "STATE", "STOPS AT", "RULE", "WHY"), rows)
         if not found and is_terminal(sys.stderr):
             say("no servers; `labkeeper start` starts one")
 
@@ -80,7 +79,7 @@ def snooze(where: Where, /, name: str, time: str, as_json: bool) -> None:
 def _explain(told: Idle) -> None:
     facts = {
         "name": told.name,
-        "standing": told.standing,
+        "state": told.state,
         "why": told.reason,
         "stops at": told.stops_at and f"{told.stops_at} ({told.rule})",
         "warns at": told.warns_at,

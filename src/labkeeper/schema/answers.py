@@ -317,7 +317,7 @@ class Idle(Answer):
     """Whether and when a server will be stopped as idle, and why."""
 
     name: str
-    standing: Annotated[CullState, _known(CullState)]
+    state: Annotated[CullState, _known(CullState)]
     reason: str = Field(description="Explanation, one sentence.")
     rule: Annotated[Rule, _known(Rule)] | None = Field(
         description="The rule that would stop it first."
