@@ -146,7 +146,7 @@ ORPHANS: Final = Family(
     "Processes that an earlier keeper had left, found and ended.",
 )
 ORPHANED_KERNELS: Final = Family(
-    "labkeeper_kernel_debts", Kind.GAUGE, "Kernels that gateways still have to end."
+    "labkeeper_orphaned_kernels", Kind.GAUGE, "Kernels that gateways still have to end."
 )
 GATEWAYS: Final = Family(
     "labkeeper_gateways",

@@ -226,7 +226,7 @@ def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
         value(metrics, "gateways", health="reachable"),
         value(metrics, "gateways", health="unreachable"),
     ) == (1, 1)
-    assert value(metrics, "kernel_debts") == 2
+    assert value(metrics, "orphaned_kernels") == 2
     assert value(metrics, "webhook_events_total", outcome="delivered") == 5
     assert value(metrics, "webhook_events_total", outcome="dead") == 2
     assert value(metrics, "webhook_pending_events") == 1
