@@ -41,6 +41,13 @@ def _renamed(table: str, column: str, old: str, new: str) -> str:
     return f"UPDATE {table} SET {column} = {value} WHERE {where}"  # noqa: S608 - of our own names
 
 
+def _replaced(table: str, column: str, member: str, old: str, new: str) -> str:
+    """Return SQL that replaces one value of a JSON member in a column, as `_renamed` does."""
+    value = f"json_set({column}, '$.{member}', '{new}')"
+    where = f"json_valid({column}) AND json_extract({column}, '$.{member}') = '{old}'"
+    return f"UPDATE {table} SET {column} = {value} WHERE {where}"  # noqa: S608 - of our own names
+
+
 _MIGRATIONS: Final = (
     "CREATE TABLE IF NOT EXISTS servers (name TEXT PRIMARY KEY, snapshot TEXT NOT NULL) STRICT",
     "CREATE TABLE IF NOT EXISTS debts (kernel_id TEXT PRIMARY KEY, debt TEXT NOT NULL) STRICT",
@@ -66,6 +73,12 @@ _MIGRATIONS: Final = (
             _renamed("tokens", "token", "reach", "limits"),
             "ALTER TABLE debts RENAME TO orphans",
             "ALTER TABLE orphans RENAME COLUMN debt TO kernel",
+        )
+    ),
+    "; ".join(
+        (
+            _replaced("servers", "snapshot", "goal", "renew", "again-keeping-kernels"),
+            _replaced("history", "entry", "details.goal", "renew", "again-keeping-kernels"),
         )
     ),
 )

@@ -275,10 +275,13 @@ def test_what_a_keeper_that_was_killed_had_dropped_goes_with_the_next_one(store,
         assert not rests("a-secret")
 
 
-def older_file(path):
-    """Make the store that a keeper of the schema's version 6 had."""
+of_each_older_version = pytest.mark.parametrize("version", [6, 7])
+
+
+def older_file(path, version):
+    """Make the store that a keeper of an older version of the schema had."""
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.executescript((Path(__file__).parent / "data" / "store-v6.sql").read_text())
+        db.executescript((Path(__file__).parent / "data" / f"store-v{version}.sql").read_text())
     path.chmod(0o600)
 
 
@@ -293,14 +296,18 @@ def everything(store):
     )
 
 
-def test_a_file_of_an_older_version_is_migrated(path):
+@of_each_older_version
+def test_a_file_of_an_older_version_is_migrated(path, version):
     """Nothing is lost, and what was renamed has its new name; what is read back is what is written."""
-    older_file(path)
+    older_file(path, version)
     with contextlib.closing(SqliteStore(path)) as store:
         before = everything(store)
-        running, stopped = before[0]
+        restarts, running, stopped = before[0]
         (orphan,), (token,), events = before[1], before[3], before[2]
-        assert (running.name, running.generation, running.endpoint) == ("running", 7, None)
+        assert (restarts.name, restarts.goal) == ("restarts", Goal.AGAIN_KEEPING_KERNELS)
+        assert (running.name, running.generation, running.goal) == ("running", 7, Goal.UP)
+        # That of version 6 has other fields, and the server is asked again.
+        assert (running.endpoint and running.endpoint.port) == (None if version == 6 else 8888)
         assert running.spec.env == {"A": 'ü "quoted"'}
         assert (running.since, running.kernels_kept[0].sessions[0].path) == (
             1764000000.25,
@@ -315,6 +322,12 @@ def test_a_file_of_an_older_version_is_migrated(path):
         assert [(event.id, event.generation, event.origin.actor) for event in events] == [
             (1, 7, "token:ci"),
             (2, None, "user:root"),
+            (3, 2, "token:ci"),
+        ]
+        assert [event.details.get("goal") for event in events] == [
+            None,
+            None,
+            "again-keeping-kernels",
         ]
         assert token.limits == TokenLimits(("team-*",), {"team": "physics"}, ("ada",))
         assert before[4:] == ((2, 1, 0), [Path("/run/labkeeper")])
@@ -323,12 +336,13 @@ def test_a_file_of_an_older_version_is_migrated(path):
         assert everything(store) == before
 
 
-def test_before_it_is_migrated_a_file_is_copied(path):
-    older_file(path)
+@of_each_older_version
+def test_before_it_is_migrated_a_file_is_copied(path, version):
+    older_file(path, version)
     was = path.read_bytes()
     with contextlib.closing(SqliteStore(path)):
         pass
-    copy = path.with_name(f"{path.name}.v6")
+    copy = path.with_name(f"{path.name}.v{version}")
     assert copy.stat().st_mode & 0o777 == 0o600
     with (
         contextlib.closing(sqlite3.connect(copy)) as ours,
@@ -336,7 +350,7 @@ def test_before_it_is_migrated_a_file_is_copied(path):
     ):
         theirs.deserialize(was)
         assert [*ours.iterdump()] == [*theirs.iterdump()]
-        assert ours.execute("PRAGMA user_version").fetchone() == (6,)
+        assert ours.execute("PRAGMA user_version").fetchone() == (version,)
     assert [file.name for file in path.parent.iterdir()] == [path.name, copy.name]
 
 
@@ -367,16 +381,17 @@ print(left)
 """
 
 
-def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path):
+@of_each_older_version
+def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path, version):
     """Before each statement, and every few steps within them."""
     whole = tmp_path / "whole.sqlite"
-    older_file(whole)
+    older_file(whole, version)
     with contextlib.closing(SqliteStore(whole)) as store:
         expected = everything(store)
     killed, moment = 0, 1
     while True:
         path = tmp_path / f"{moment}.sqlite"
-        older_file(path)
+        older_file(path, version)
         done = subprocess.run(
             [sys.executable, "-c", KILLED, path, str(moment)],
             capture_output=True,
@@ -388,17 +403,18 @@ def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path):
         if done.returncode == 0:
             break
         assert done.returncode == -signal.SIGKILL, done.stderr
-        killed, moment = killed + 1, moment + 5
+        killed, moment = killed + 1, moment + 3
     assert killed > 5
 
 
-def test_what_cannot_be_copied_is_not_migrated(path):
-    older_file(path)
-    path.with_name(f"{path.name}.v6.half").mkdir()
+@of_each_older_version
+def test_what_cannot_be_copied_is_not_migrated(path, version):
+    older_file(path, version)
+    path.with_name(f"{path.name}.v{version}.half").mkdir()
     with pytest.raises(StoreError, match=r"cannot copy the store .* before it is migrated"):
         SqliteStore(path)
     with contextlib.closing(sqlite3.connect(path)) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (6,)
+        assert db.execute("PRAGMA user_version").fetchone() == (version,)
 
 
 def test_the_runtime_directories_are_those_that_were_noted_last(path):

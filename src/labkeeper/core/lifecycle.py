@@ -50,7 +50,7 @@ class Goal(StrEnum):
     DOWN = "down"
     AGAIN = "again"
     """Down, then up: a restart, or a start during a stop."""
-    RENEW = "renew"
+    AGAIN_KEEPING_KERNELS = "again-keeping-kernels"
     """Down, then up with the kernels that it has on its gateway."""
     ABSENT = "absent"
     """Down, then forgotten."""
@@ -137,11 +137,11 @@ MAY_EXIST: Final = frozenset(
 """The states in which a process of the server may exist."""
 AT_REST: Final = frozenset({State.STOPPED, State.FAILED})
 """The states that only a command ends."""
-COMES_BACK: Final = frozenset({Goal.AGAIN, Goal.RENEW})
+COMES_BACK: Final = frozenset({Goal.AGAIN, Goal.AGAIN_KEEPING_KERNELS})
 """The goals of a server that ends and then runs again."""
 RETURNS: Final = COMES_BACK | {Goal.UP}
 """The goals of a server that runs, now or eventually."""
-KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.RENEW})
+KEEPS_KERNELS: Final = frozenset({Goal.UP, Goal.AGAIN_KEEPING_KERNELS})
 """The goals of a server that keeps its kernels if it ends now."""
 
 TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
@@ -250,7 +250,7 @@ def aim(state: State, goal: Goal, event: Event) -> Goal:
     if event is Event.RESTART:
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP
     if event is Event.RESTART_KEEPING_KERNELS:
-        return Goal.RENEW if state in MAY_EXIST else Goal.UP
+        return Goal.AGAIN_KEEPING_KERNELS if state in MAY_EXIST else Goal.UP
     if event is Event.START and goal not in RETURNS:
         # The existing process is already ending: a start can only mean "then once more".
         return Goal.AGAIN if state in MAY_EXIST else Goal.UP

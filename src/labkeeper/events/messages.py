@@ -14,7 +14,7 @@ _GOALS: Final = {
     Goal.UP: "is to run",
     Goal.DOWN: "is to stop",
     Goal.AGAIN: "is to be started when it has ended",
-    Goal.RENEW: "is to be started with its kernels when it has ended",
+    Goal.AGAIN_KEEPING_KERNELS: "is to be started with its kernels when it has ended",
     Goal.ABSENT: "is to be deleted",
 }
 

@@ -687,7 +687,7 @@ def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     assert (job.action, job.keep_kernels, bench.snapshot.goal) == (
         Action.TERMINATE,
         True,
-        Goal.RENEW,
+        Goal.AGAIN_KEEPING_KERNELS,
     )
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1, K2)))
     assert (job.action, job.kernels, job.generation) == (Action.LAUNCH, (K1, K2), 5)

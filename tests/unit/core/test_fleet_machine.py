@@ -219,7 +219,7 @@ class FleetMachine(RuleBasedStateMachine):
         orphans = {orphan.kernel_id for orphan in self.orphans.orphans} - self.unknown
         for snapshot in self.known:
             assert not orphans & {kernel.id for kernel in snapshot.kernels_kept}
-            if snapshot.goal in {Goal.UP, Goal.RENEW}:
+            if snapshot.goal in {Goal.UP, Goal.AGAIN_KEEPING_KERNELS}:
                 for process in self.world.living(snapshot.name):
                     assert not orphans & {kernel.id for kernel in process.kernels}
 

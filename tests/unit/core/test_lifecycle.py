@@ -29,7 +29,7 @@ def test_no_event_is_illegal_and_facts_never_move_the_goal():
         assert step.goal is goal or (goal, step.goal) in {
             (Goal.UP, Goal.DOWN),
             (Goal.AGAIN, Goal.UP),
-            (Goal.RENEW, Goal.UP),
+            (Goal.AGAIN_KEEPING_KERNELS, Goal.UP),
         }
 
 
@@ -40,7 +40,7 @@ def test_a_command_given_twice_aims_where_it_aimed_at_first():
         twice = advance(once.state, once.goal, event, may_retry=True) or once
         assert twice.goal is once.goal or (event, twice.goal) in {
             (Event.RESTART, Goal.AGAIN),
-            (Event.RESTART_KEEPING_KERNELS, Goal.RENEW),
+            (Event.RESTART_KEEPING_KERNELS, Goal.AGAIN_KEEPING_KERNELS),
         }
 
 
@@ -62,8 +62,10 @@ def test_what_is_in_the_table_may_hold():
 
 
 def test_a_start_does_not_take_back_that_kernels_are_to_be_kept():
-    assert aim(State.STOPPING, Goal.RENEW, Event.START) is Goal.RENEW
-    assert aim(State.STOPPING, Goal.RENEW, Event.RESTART) is Goal.AGAIN
+    assert (
+        aim(State.STOPPING, Goal.AGAIN_KEEPING_KERNELS, Event.START) is Goal.AGAIN_KEEPING_KERNELS
+    )
+    assert aim(State.STOPPING, Goal.AGAIN_KEEPING_KERNELS, Event.RESTART) is Goal.AGAIN
 
 
 @pytest.mark.parametrize("goal", [Goal.DOWN, Goal.AGAIN])
@@ -146,7 +148,7 @@ def test_a_start_in_backoff_does_not_wait(event):
     )
 
 
-@pytest.mark.parametrize("goal", [Goal.UP, Goal.AGAIN, Goal.RENEW])
+@pytest.mark.parametrize("goal", [Goal.UP, Goal.AGAIN, Goal.AGAIN_KEEPING_KERNELS])
 def test_every_launch_queues_where_no_place_is_free(goal):
     """Asked for, after a crash, after a restart's stop: each waits for its turn, and nothing but that launches it."""
     for state, event in product(State, Event):
