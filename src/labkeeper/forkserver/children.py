@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 from typing import Any
+
+from . import wire
 
 
 class Children:
@@ -67,7 +68,7 @@ class Children:
 
     def _tell(self, report: int, pid: int, status: int) -> None:
         try:
-            os.write(report, json.dumps({"status": status}).encode() + b"\n")
+            os.write(report, wire.line({"status": status}))
         except OSError:
             # The keeper has died. The next one asks.
             self._unheard[pid] = status

@@ -11,6 +11,8 @@ import json
 import os
 from typing import Any
 
+from . import wire
+
 RECORD = "launch.json"
 """The file in a server's directory that records its process; written by the keeper."""
 
@@ -55,7 +57,7 @@ def _encrypt_kernels(app: Any) -> None:
 def report_ready(app: Any, report: int, server_dir: str) -> None:
     """Report on the launch's pipe that the server listens, and where."""
     try:
-        os.write(report, json.dumps({"ready": app.server_info()}).encode() + b"\n")
+        os.write(report, wire.line({"ready": app.server_info()}))
     except OSError:
         # The pipe has no reader. If a keeper has died, the next one finds this server by its
         # record. Without a record, the launch was abandoned before the keeper knew of this process,

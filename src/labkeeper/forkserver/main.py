@@ -17,7 +17,7 @@ A keeper connects to a Unix socket and sends one request per connection (see `wi
                                 sent by a keeper that closes, past exits will not be asked for
 
 The pipe carries lines of JSON: {"ready": server_info} from the child, {"status": wait status} from
-this process.
+this process. Requests, answers and lines also have a `version`, which `wire` adds and checks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,11 @@
 """Frames between a keeper and the processes it launches: JSON objects with open files.
 
-A frame is the object's length in four bytes (big-endian), then the object. Both ends belong to the
-same user; all input is validated nevertheless, once, here.
+A frame is the object's length in four bytes (big-endian), then the object. A report pipe carries
+objects as lines. Both ends belong to the same user; all input is validated nevertheless, once,
+here.
+
+Each object has a `version`. Processes outlive their keeper, and one may be started from newer
+files: without a version it is 1, and any other than ours is refused.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+VERSION = 1
+"""Version of frames, the files that come with them, and lines."""
 LARGEST = 16 * 1024 * 1024
 """Maximum bytes of a frame; the keeper's request body limit bounds the environment."""
 MOST_FILES = 4
@@ -25,7 +31,7 @@ _LENGTH = struct.Struct("!I")
 
 
 class WireError(Exception):
-    """The input is not a frame, or not the expected one."""
+    """The input is not a frame, not the expected one, or of another version."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +129,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
 
 def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[int] = ()) -> None:
     """Send one frame with open files. Raises OSError, and WireError if it is too large."""
-    body = json.dumps(message).encode()
+    body = _written(message)
     if len(body) > LARGEST:
         raise WireError(f"a frame of {len(body)} bytes is too large (at most {LARGEST})")
     ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
@@ -149,17 +155,38 @@ def receive(
         (length,) = _LENGTH.unpack(header + _exactly(connection, _LENGTH.size - len(header), until))
         if length > LARGEST:
             raise WireError(f"a frame of {length} bytes is too large (at most {LARGEST})")
-        try:
-            message = json.loads(_exactly(connection, length, until))
-        except (ValueError, RecursionError) as error:
-            raise WireError(f"a frame holds no JSON: {error}") from error
-        if not isinstance(message, dict):
-            raise WireError(f"a frame holds no object, but {type(message).__name__}")
+        message = _read(_exactly(connection, length, until), "a frame")
     except BaseException:
         for file in files:
             os.close(file)
         raise
     return message, files
+
+
+def line(message: Mapping[str, Any]) -> bytes:
+    """Return an object as a line for a report pipe."""
+    return _written(message) + b"\n"
+
+
+def read_line(text: bytes) -> dict[str, Any]:
+    """Return the object in a line. Raises WireError."""
+    return _read(text, "a line")
+
+
+def _written(message: Mapping[str, Any]) -> bytes:
+    return json.dumps({**message, "version": VERSION}).encode()
+
+
+def _read(text: bytes, what: str) -> dict[str, Any]:
+    try:
+        message = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"{what} holds no JSON: {error}") from error
+    if not isinstance(message, dict):
+        raise WireError(f"{what} holds no object, but {type(message).__name__}")
+    if (version := message.pop("version", 1)) != VERSION:
+        raise WireError(f"{what} has version {str(version)[:20]}, not {VERSION}")
+    return message
 
 
 def _files_and(connection: socket.socket, size: int, files: list[int]) -> bytes:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from labkeeper.forkserver import wire
-from labkeeper.forkserver.wire import LARGEST, MOST_FILES, Launch, User, WireError
+from labkeeper.forkserver.wire import LARGEST, MOST_FILES, VERSION, Launch, User, WireError
 
 NOTHING = Path(os.devnull)
 LAUNCH = {
@@ -153,6 +153,33 @@ def test_what_is_no_frame_is_refused_and_its_files_are_closed(pair, sent, becaus
     ours.shutdown(socket.SHUT_WR)
     with pytest.raises(WireError, match=because):
         wire.receive(theirs)
+
+
+def test_a_frame_and_a_line_carry_the_version(pair):
+    ours, theirs = pair
+    wire.send(ours, {"do": "keep"})
+    assert json.loads(theirs.recv(100)[4:]) == {"do": "keep", "version": VERSION}
+    assert json.loads(wire.line({"status": 0})) == {"status": 0, "version": VERSION}
+    assert wire.read_line(wire.line({"status": 0})) == {"status": 0}
+
+
+def test_without_a_version_it_is_the_first(pair):
+    """Fork servers outlive their keepers, and earlier ones send none."""
+    ours, theirs = pair
+    ours.sendall(frame(b'{"pid": 1}') + frame(b'{"pid": 1, "version": 1}'))
+    assert [wire.receive(theirs), wire.receive(theirs)] == [({"pid": 1}, [])] * 2
+    assert wire.read_line(b'{"status": 9}') == {"status": 9}
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, 0, "1", None, [1], "x" * 1000])
+def test_another_version_is_refused(pair, version):
+    ours, theirs = pair
+    text = json.dumps({"pid": 1, "version": version}).encode()
+    ours.sendall(frame(text))
+    with pytest.raises(WireError, match=r"a frame has version .{1,20}, not 1"):
+        wire.receive(theirs)
+    with pytest.raises(WireError, match=r"a line has version"):
+        wire.read_line(text)
 
 
 def test_the_end_of_the_other_side_is_told_from_a_frame(pair):

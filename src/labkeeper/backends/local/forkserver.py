@@ -23,6 +23,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
+import structlog
+
 from labkeeper.backends.local.cleanup import end_all_below, end_leftovers
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
@@ -57,6 +59,8 @@ _ONE_THREAD: Final = dict.fromkeys(
     ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"
 )
 """Keeps libraries from starting threads at import; in the fork server only."""
+
+_log = structlog.get_logger("labkeeper.backends.local.forkserver")
 
 
 class NoForkServerError(Exception):
@@ -189,10 +193,11 @@ class ForkServers:
             wire.send(connection, {"do": "keep"})
             if process is None or "pid" not in self.receive(connection, within=_ANSWER_WITHIN):
                 raise NoForkServerError("it is none")
-        except (OSError, NoForkServerError):
-            # It was still loading for a keeper that is dead, or it is stopped: its servers live on
-            # without it.
+        except (OSError, NoForkServerError) as error:
+            # It was still loading for a keeper that is dead, or it is stopped, or of another
+            # version: its servers live on without it.
             connection.close()
+            _log.warning("cannot take over a fork server", name=directory.name, reason=str(error))
             if process is not None and process.pid != os.getpid():
                 process.send(signal.SIGKILL)
                 # Its rehearsal ends after it.
@@ -226,7 +231,9 @@ class ForkServers:
             raise NoForkServerError("the fork server takes too long")
         try:
             return wire.receive(connection)[0]
-        except (OSError, EOFError, wire.WireError) as error:
+        except wire.WireError as error:
+            raise NoForkServerError(f"cannot understand the fork server: {error}") from error
+        except (OSError, EOFError) as error:
             raise NoForkServerError("the fork server has died") from error
 
     # End

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import select
 import signal
@@ -87,10 +86,8 @@ class ReportPipe:
                 return
             *lines, self._buffer = (self._buffer + piece).split(b"\n")
             for line in lines:
-                with contextlib.suppress(ValueError):
-                    message = json.loads(line)
-                    if isinstance(message, dict):
-                        self._said.update(message)
+                with contextlib.suppress(wire.WireError):
+                    self._said.update(wire.read_line(line))
 
 
 def exit_of(code: int) -> Exit:

@@ -43,7 +43,16 @@ def test_what_is_said_is_known_under_its_key_as_soon_as_its_line_is_whole(report
 
 
 @pytest.mark.parametrize(
-    "line", [b"nonsense\n", b"[1]\n", b"\xff\xfe\n", b'"status"\n', b'{"status": "exit"}\n']
+    "line",
+    [
+        b"nonsense\n",
+        b"[1]\n",
+        b"\xff\xfe\n",
+        b'"status"\n',
+        b'{"status": "exit"}\n',
+        b"[" * 50_000 + b"\n",
+        b'{"status": 9, "version": 2}\n',
+    ],
 )
 def test_a_line_that_means_nothing_is_no_exit_and_hides_none(report, line):
     os.write(report.writer, line)
