@@ -6,9 +6,12 @@ import json
 import os
 import secrets
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from labkeeper.files import write_private
+
+_VERSION: Final = 1
+"""Version of the address file; without one it is 1."""
 
 
 def read_address(state_dir: Path) -> str | None:
@@ -38,7 +41,12 @@ def read_socket(state_dir: Path) -> Path | None:
 
 def write_address(state_dir: Path, url: str, socket: Path | None) -> None:
     """Write the address of this process. Raises OSError."""
-    said = {"url": url, "socket": None if socket is None else str(socket), "pid": os.getpid()}
+    said = {
+        "version": _VERSION,
+        "url": url,
+        "socket": None if socket is None else str(socket),
+        "pid": os.getpid(),
+    }
     write_private(_address(state_dir), json.dumps(said))
 
 
@@ -69,11 +77,13 @@ def _said(state_dir: Path, key: str) -> str | None:
 
 
 def _found(state_dir: Path) -> dict[str, Any]:
+    """Return the content of the address file; nothing if it is unreadable or of a newer version."""
     try:
         found = json.loads(_address(state_dir).read_bytes())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
+    known = isinstance(found, dict) and found.get("version", 1) == _VERSION
+    return found if known else {}
 
 
 def _address(state_dir: Path) -> Path:

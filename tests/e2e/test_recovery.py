@@ -72,6 +72,13 @@ def as_before_generations(keeper):
         record = json.loads(path.read_text())
         del record["version"]
         path.write_text(json.dumps({"launch": record.pop("generation")} | record))
+    for path in (
+        keeper.state_dir / "keeper.json",
+        *keeper.server_dirs.glob("*/jupyter/kernels.json"),
+    ):
+        record = json.loads(path.read_text())
+        del record["version"]
+        path.write_text(json.dumps(record))
 
 
 def test_servers_of_the_version_before_are_taken_over(make_keeper):

@@ -21,8 +21,12 @@ from typing import Any
 
 RECORD = "kernels.json"
 """File with the list of kernels, in Jupyter's runtime directory."""
+RECORD_VERSION = 1
+"""Version of that file; without one it is 1."""
 STOP_REQUEST = "stop.json"
 """File in the server's directory: how its keeper wants it to end."""
+STOP_REQUEST_VERSION = 1
+"""Version of that file; without one it is 1."""
 _PATIENCE = 30.0
 """Default seconds for the kernels on a gateway to end."""
 _COLUMNS = ("path", "name", "type", "kernel_id")
@@ -67,6 +71,7 @@ class Kernels:
             rows = self._app.session_manager.connection.execute("SELECT * FROM session").fetchall()
             sessions = [{column: str(row[column]) for column in _COLUMNS} for row in rows]
         there = {
+            "version": RECORD_VERSION,
             "kernels": list(self._app.kernel_manager.list_kernel_ids()),
             "starting": list(self._starting),
             "sessions": sessions,
@@ -85,7 +90,7 @@ class Kernels:
         if not self._remote:
             await by_default()
             return
-        stop_request = _read_stop_request(self._server_dir)
+        stop_request = self._read_stop_request()
         within = float(stop_request.get("within", _PATIENCE))
         # A kernel that arrives later would have no owner.
         await _wait(self._starting.values(), within / 2)
@@ -122,6 +127,19 @@ class Kernels:
             return await started
         finally:
             del self._starting[chosen]
+
+    def _read_stop_request(self) -> dict[str, Any]:
+        try:
+            with open(os.path.join(self._server_dir, STOP_REQUEST)) as file:
+                stop_request = json.load(file)
+        except (OSError, ValueError):
+            return {}
+        if not isinstance(stop_request, dict):
+            return {}
+        if (version := stop_request.get("version", 1)) != STOP_REQUEST_VERSION:
+            self._app.log.warning("cannot read %s of version %s", STOP_REQUEST, version)
+            return {}
+        return stop_request
 
     def _recording(self, kind: Any, names: Iterable[str], **ours: Callable[..., Any]) -> Any:
         """Derive a class whose methods of these (documented) names then write the record."""
@@ -184,12 +202,3 @@ async def _wait(tasks: Iterable[asyncio.Future[Any]], seconds: float) -> None:
     waited_for = list(tasks)
     if waited_for:
         await asyncio.wait(waited_for, timeout=seconds)
-
-
-def _read_stop_request(server_dir: str) -> dict[str, Any]:
-    try:
-        with open(os.path.join(server_dir, STOP_REQUEST)) as file:
-            stop_request = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return stop_request if isinstance(stop_request, dict) else {}

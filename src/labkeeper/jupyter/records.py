@@ -10,11 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import structlog
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from labkeeper import addresses
 from labkeeper.core.server import Endpoint, OwnKernel, Session
 from labkeeper.files import read_foreign
+from labkeeper.forkserver.kernels import RECORD_VERSION
+
+_log = structlog.get_logger("labkeeper.jupyter.records")
 
 
 class _Info(BaseModel):
@@ -92,6 +96,7 @@ class _KernelsRecord(BaseModel):
 
     model_config = ConfigDict(defer_build=True)
 
+    version: int = 1
     kernels: list[_KernelId]
     starting: list[_KernelId]
     sessions: list[_SessionRecord]
@@ -109,6 +114,9 @@ def read_kernels(path: Path) -> tuple[OwnKernel, ...]:
     try:
         found = _KernelsRecord.model_validate_json(read_foreign(path))
     except (OSError, ValidationError):
+        return ()
+    if found.version != RECORD_VERSION:
+        _log.warning("cannot read a record of kernels", path=str(path), version=found.version)
         return ()
     sessions = found.sessions[:_MOST_KERNELS]
     there = (

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import structlog
 
 from harness import free_port
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
@@ -241,9 +242,11 @@ RECORDED = {
 }
 
 
-def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions(tmp_path):
+@pytest.mark.parametrize("version", [{}, {"version": 1}])
+def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions(tmp_path, version):
+    """A server that was started by an earlier keeper writes no version."""
     path = tmp_path / "kernels.json"
-    path.write_text(json.dumps(RECORDED))
+    path.write_text(json.dumps(version | RECORDED))
     session = Session("x.ipynb", "x.ipynb", "notebook")
     assert read_kernels(path) == (
         OwnKernel("a-1"),
@@ -279,6 +282,16 @@ def test_a_record_that_is_none_names_no_kernel(tmp_path, text):
     if text is not None:
         path.write_text(text)
     assert read_kernels(path) == ()
+
+
+def test_a_record_of_a_newer_version_names_no_kernel_and_is_logged(tmp_path):
+    path = tmp_path / "kernels.json"
+    path.write_text(json.dumps(RECORDED | {"version": 2}))
+    with structlog.testing.capture_logs() as log:
+        assert read_kernels(path) == ()
+    assert [(line["event"], line["version"]) for line in log] == [
+        ("cannot read a record of kernels", 2)
+    ]
 
 
 class Answers(http.server.BaseHTTPRequestHandler):

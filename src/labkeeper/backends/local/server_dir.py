@@ -137,7 +137,13 @@ class ServerDir:
         """
         note = write_private(
             self.path / kernels.STOP_REQUEST,
-            json.dumps({"keep_kernels": keep_kernels, "within": within}),
+            json.dumps(
+                {
+                    "version": kernels.STOP_REQUEST_VERSION,
+                    "keep_kernels": keep_kernels,
+                    "within": within,
+                }
+            ),
         )
         # The server's user must be able to read it.
         if (user := self.jupyter.stat()).st_uid != os.geteuid():

@@ -86,7 +86,11 @@ def test_how_it_is_to_end_is_told_to_the_server_alone(tmp_path):
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
     server_dir.write_stop_request(keep_kernels=True, within=2.0)
-    assert told(server_dir) == (os.geteuid(), 0o600, {"keep_kernels": True, "within": 2.0})
+    assert told(server_dir) == (
+        os.geteuid(),
+        0o600,
+        {"version": 1, "keep_kernels": True, "within": 2.0},
+    )
 
 
 @pytest.mark.root
@@ -94,7 +98,11 @@ def test_so_it_is_to_the_server_of_another_user(tmp_path):
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, User(1, 1, []))
     server_dir.write_stop_request(keep_kernels=False, within=2.0)
-    assert told(server_dir) == (1, 0o600, {"keep_kernels": False, "within": 2.0})
+    assert told(server_dir) == (
+        1,
+        0o600,
+        {"version": 1, "keep_kernels": False, "within": 2.0},
+    )
     # To be written to by its user is no way to anything else.
     assert stat.S_IMODE(server_dir.path.stat().st_mode) & 0o022 == 0
 
