@@ -1,8 +1,8 @@
 """Snapshots, orphaned kernels, events and API tokens in SQLite, in the state directory.
 
-One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event; per
-webhook, with its last delivered event; per token, only as a hash; per runtime directory in which
-servers may run.
+One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event;
+per webhook, with its last delivered event; per token, only as a hash; per runtime directory in
+which servers may run.
 
 `PRAGMA user_version` is the schema version. A newer keeper copies the file and migrates it in one
 transaction; an older keeper rejects a newer file.
