@@ -1,4 +1,4 @@
-"""What holds for every test: its kind, its seed, that it leaves nothing behind, and that CI skips only what it expects to."""
+"""Rules for every test: kinds, seeds, no leaks, and the skips that CI accepts."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ pytest_plugins = ["keepers"]
 
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["engines"]
-"""Tests that need an engine and images: `make test-docker` says that there are."""
+"""Tests that need a Docker Engine and images; `make test-docker` sets the variable."""
 
 KINDS = {"browser": "e2e", "chaos": "e2e", "e2e": "e2e", "fuzz": "fuzz"}
 """The kind of every test below a directory."""
 EXPECTED_SKIPS = ("needs control groups", "needs ports that take a right")
-"""Reasons that lie in the kernel of the machine, which no test and no CI script can change."""
+"""Skips that depend on the machine's kernel, which no test and no CI script can change."""
 
 
 # Seeds
 
 
 def _seed_of_commit():
-    """Return a number that changes with every commit, so that each tries something else and can be tried again."""
+    """Return a seed that changes with every commit, so that each one tries other input."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         head = subprocess.run(
             ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -41,7 +41,7 @@ def _seed_of_commit():
 
 
 SEED = int(os.environ.setdefault("SEED", str(_seed_of_commit())))
-"""Of the order of tests, of hypothesis, of schemathesis and of the chaos. Workers inherit it by the environment."""
+"""Seeds the order of tests, hypothesis, schemathesis and the chaos tests; workers inherit it."""
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -89,18 +89,16 @@ def pytest_sessionfinish(session):
         if not expected(report.longrepr)
     ]
     if skipped and os.environ.get("CI"):
-        reporter.write_line(
-            f"{len(skipped)} tests were skipped that CI does not expect to be", red=True
-        )
+        reporter.write_line(f"{len(skipped)} tests were skipped unexpectedly", red=True)
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-# What a test may do to the process
+# Faults in this process
 
 
 @pytest.fixture
 def no_threads(monkeypatch):
-    """A context in which Python can start no thread, as where no more processes are allowed."""
+    """A context in which Python cannot start threads, as at the process limit."""
 
     def cannot(_thread):
         raise RuntimeError("can't start new thread")
@@ -114,7 +112,7 @@ def no_threads(monkeypatch):
     return lacking
 
 
-# Nothing is left behind
+# Leaks
 
 
 @pytest.fixture(autouse=True)

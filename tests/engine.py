@@ -1,4 +1,7 @@
-"""Containers of the image under test, on a real engine; `make test-docker` builds the image, and says where the engine is."""
+"""Containers of the image under test, on a real Docker Engine.
+
+`make test-docker` builds the image and says where the engine is.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ FORK = {"LABKEEPER_LAUNCH_BY": "fork"}
 
 
 def docker(*arguments, check=True, timeout=PATIENCE, **options):
-    """Run the Docker command line as a user would; give what it did."""
+    """Run the Docker command line as a user would, and return the completed process."""
     done = subprocess.run(
         ["docker", *map(str, arguments)],
         capture_output=True,
@@ -40,7 +43,7 @@ class Container:
         self.name = f"labkeeper-test-{uuid.uuid4().hex[:8]}"
         self.port, self.lab_port = free_port(), free_port()
         volume = () if notebooks is None else ("-v", f"{notebooks}:/notebooks")
-        # A fork server takes seconds to load: those tests have one that are about it.
+        # A fork server takes seconds to load, so only tests about forking have one.
         variables = {"LABKEEPER_LAB_PORT": self.lab_port, "LABKEEPER_LAUNCH_BY": "exec"} | (
             environment or {}
         )
@@ -63,12 +66,12 @@ class Container:
         )
 
     def run(self):
-        """Start it, whatever becomes of it."""
+        """Start it without waiting for its API."""
         docker(*self.arguments)
         return self
 
     def start(self):
-        """Start it, and wait until its API answers to its token."""
+        """Start it, and wait until its API is ready."""
         self.run()
         self.wait()
         self.http.headers["Authorization"] = f"Bearer {self.token}"
@@ -103,7 +106,7 @@ class Container:
         return self.http.get(f"/api/servers/{name}").json()
 
     def server(self, **body):
-        """Start a server; give it as the host reaches it."""
+        """Start a server, and return it with the URL that the host reaches it by."""
         answer = self.post(**body)
         assert answer.status_code == 201, (answer.text, self.logs())
         return self.seen_from_here(answer.json())
@@ -112,7 +115,7 @@ class Container:
         return server | {"url": f"http://127.0.0.1:{server['port']}{server['base_url']}"}
 
     def forked(self, **body):
-        """Start a server that is forked; as long as no fork server is ready it is executed, and asked for again."""
+        """Start servers until one is forked: without a ready fork server, they are executed."""
 
         def start():
             server = self.server(**body)
@@ -124,7 +127,10 @@ class Container:
         return until(start, what="a forked server")
 
     def processes(self):
-        """Command lines of what runs inside, by pid: read by the container's own Python, the image has no ps."""
+        """Return the command lines of the processes inside, by pid.
+
+        The container's own Python reads them, since the image has no ps.
+        """
         code = (
             "import json, pathlib\n"
             "found = {}\n"
@@ -145,19 +151,19 @@ class Container:
 
     @property
     def address(self):
-        """Its own address, where ports are reached that are not published."""
+        """Its own address, for ports that are not published."""
         return self.inspect()["NetworkSettings"]["IPAddress"]
 
     def state(self):
         return self.inspect()["State"]
 
     def stop(self):
-        """`docker stop`, with Docker's own grace; give the exit code."""
+        """Run `docker stop` with Docker's default grace period, and return the exit code."""
         docker("stop", self.name)
         return self.state()["ExitCode"]
 
     def ended(self):
-        """Wait until it has ended by itself; give the exit code."""
+        """Wait until it has exited by itself, and return the exit code."""
         until(lambda: not self.state()["Running"], what="the end of the container")
         return self.state()["ExitCode"]
 

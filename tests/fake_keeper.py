@@ -1,4 +1,4 @@
-"""A keeper over the fake backend, for tests of what speaks to it: everything but the servers is real."""
+"""A keeper over the fake backend, for tests of its callers: only the servers are not real."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, NoCulling, Passi
 from labkeeper.testing.world import FakeBackend, World
 
 TOKEN = "a-token-of-the-tests"
-"""The owner's."""
+"""The owner token."""
 
 
 @dataclass
 class FixedProbe:
-    """Knows the kernels that it was told of, unless told that it cannot know."""
+    """Returns the kernels it was given, or raises the error it was given."""
 
     kernels_there: Sequence[Kernel] = ()
     error: Exception | None = None
@@ -40,7 +40,7 @@ class FixedProbe:
 
 @dataclass
 class FakeKeeper:
-    """A keeper over a world that the test steers, and what an API of it speaks for."""
+    """A keeper over a world that the test controls, with the services of its API."""
 
     keeper: Keeper
     services: Services
@@ -53,7 +53,7 @@ class FakeKeeper:
 def fake_keeper(
     notebook_dir, *, policy: Policy | None = None, is_server=lambda _pid: False, **services
 ) -> Iterator[FakeKeeper]:
-    """Run one; `services` are what its API is to speak for otherwise."""
+    """Run one; `services` replace the defaults of its API."""
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
     mailbox, board = Mailbox(), SnapshotBoard()
     executor = KeyedExecutor(mailbox.receive)
@@ -95,7 +95,7 @@ def fake_keeper(
 
 
 def a_server(**changed) -> Server:
-    """Return a server as a keeper answers it: running, with nothing that is optional."""
+    """Return a running server as a response describes it, without optional fields."""
     optional = {
         name: None
         for name, field in Server.model_fields.items()

@@ -1,4 +1,4 @@
-"""What the fuzz tests share: how long they try, what they try with, and a server that answers with whatever it is told to."""
+"""Shared by the fuzz tests: limits, strategies, and a server that answers with given bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FUZZ = settings(
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-"""What is tried depends on the seed alone (tests/conftest.py): each commit tries something else, and `make soak` many seeds."""
+"""The input depends on the seed alone, which changes with every commit (tests/conftest.py)."""
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -25,16 +25,16 @@ JSON = st.recursive(
     max_leaves=12,
 )
 DEPTHS = st.integers(1, 200_000)
-"""How deep brackets are nested; from some thousands on no parser follows."""
+"""Nesting depths of brackets; no parser follows beyond some thousands."""
 
 
 def nested(depth):
-    """JSON that goes so deep, and is not closed."""
+    """Return unclosed JSON that is nested this deep."""
     return b'{"a":' * depth
 
 
 def fields_of(**fields):
-    """An object that has about the right fields, with about the right values."""
+    """An object with roughly the right fields and roughly the right values."""
     return st.fixed_dictionaries(
         {}, optional={name: right | JSON for name, right in fields.items()}
     )
@@ -42,13 +42,23 @@ def fields_of(**fields):
 
 HEADER_LINES = st.lists(
     st.sampled_from(
-        [b"Content-Type: application/json", b"Content-Length: 2", b"Content-Length: -1", b"Content-Length: " + b"9" * 30,
-         b"Transfer-Encoding: chunked", b"Content-Encoding: gzip", b"Content-Type: text/plain; charset=hex",
-         b"Location: //\xff", b"Connection: keep-alive", b": ", b"\x00"]
+        [
+            b"Content-Type: application/json",
+            b"Content-Length: 2",
+            b"Content-Length: -1",
+            b"Content-Length: " + b"9" * 30,
+            b"Transfer-Encoding: chunked",
+            b"Content-Encoding: gzip",
+            b"Content-Type: text/plain; charset=hex",
+            b"Location: //\xff",
+            b"Connection: keep-alive",
+            b": ",
+            b"\x00",
+        ]
     )
     | st.binary(max_size=40).filter(lambda line: b"\n" not in line),
     max_size=5,
-)  # fmt: skip
+)
 BODIES = (
     st.binary(max_size=200)
     | DEPTHS.map(nested)
@@ -58,7 +68,7 @@ BODIES = (
 
 @st.composite
 def answers(draw, bodies=BODIES):
-    """All that may come back over a connection: an answer that is fine, or nearly, or noise."""
+    """Anything a connection may return: a valid response, a nearly valid one, or noise."""
     if draw(st.booleans()):
         return draw(st.binary(max_size=200))
     status = draw(
@@ -71,7 +81,7 @@ def answers(draw, bodies=BODIES):
 
 
 class Speaker:
-    """A server that answers each request with `answer`, byte by byte where it is to take its time, and closes."""
+    """Answers each request with `answer`, byte by byte if `pause` is set, and closes."""
 
     def __init__(self):
         self.answer = b""
@@ -101,7 +111,7 @@ class Speaker:
             with connection, contextlib.suppress(OSError):
                 connection.settimeout(5)
                 asked = b""
-                # Who speaks TLS, which begins so, asks nothing before it is answered.
+                # A TLS client, whose first byte is 0x16, sends no request before a response.
                 while (
                     b"\r\n\r\n" not in asked
                     and not asked.startswith(b"\x16")

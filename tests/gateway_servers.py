@@ -1,4 +1,4 @@
-"""Gateways for tests: two real ones as processes of their own, and one of ours that misbehaves as it is told."""
+"""Gateways for tests: two real ones as processes, and a fake one that misbehaves on request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from labkeeper.core.spec import Gateway
 
 ROOT = Path(__file__).parents[1]
 VENV = ROOT / ".venv-gateway"
-"""Where the Enterprise Gateway lives: it wants an older jupyter_server than JupyterLab does."""
+"""The Enterprise Gateway's environment: it needs an older jupyter_server than JupyterLab."""
 PORTS_IN_TURN = """
 from itertools import cycle
 from enterprise_gateway.services.processproxies.processproxy import BaseProcessProxyABC
@@ -35,18 +35,18 @@ BaseProcessProxyABC._get_candidate_port = lambda self: next(ports)
 """
 """A configuration file for an Enterprise Gateway.
 
-By default it draws the ports of a kernel at random, so a second kernel may get one of them before the first one listens there. A
-restart keeps the ports, so it does not help.
+By default it draws a kernel's ports at random, so a second kernel may get one of them before the
+first one listens. Restarting the kernel keeps the ports, so that does not help.
 """
 _blocks = itertools.cycle(range(5))
 """Blocks of 200 ports, one for each start of a gateway in this process."""
 
 
 class RealGateway:
-    """What runs kernels in a process of its own, and can be asked without a server in between."""
+    """A gateway in a process of its own, which tests also call directly."""
 
     def __init__(self, base: Path, *, authority=None):
-        """With a certificate authority (of trustme) it speaks TLS."""
+        """Create it; with a certificate authority (of trustme) it speaks TLS."""
         self.base = base
         self.authority = authority
         self.port = None
@@ -68,7 +68,7 @@ class RealGateway:
         base = self.base
         base.mkdir(parents=True, exist_ok=True)
         ours = {"JUPYTER_RUNTIME_DIR": base / "runtime", "HOME": base, **self.variables()}
-        # What stands for us is not to reach its kernels by inheritance.
+        # Our own variables must not reach its kernels by inheritance.
         foreign = ("LABKEEPER_", "KERNEL_", "EG_", "KG_")
         clean = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         env = clean | {name: str(value) for name, value in ours.items()}
@@ -80,7 +80,7 @@ class RealGateway:
                     self.command(), env=env, cwd=base, stdout=stream, stderr=stream
                 )
             until(lambda: self.process.poll() is not None or self._answers(), what="gateway ready")
-            # A port that was free a moment ago may be somebody else's by now.
+            # Another process may have taken a port that was free a moment ago.
             if self.process.poll() is None or "already in use" not in log.read_text():
                 break
         assert self.process.poll() is None, log.read_text()
@@ -111,7 +111,7 @@ class RealGateway:
         return {kernel["id"] for kernel in answer.json()}
 
     def start_kernel(self):
-        """Start one that no server of ours has anything to do with."""
+        """Start a kernel that belongs to no server of ours."""
         answer = httpx.post(
             f"{self.url}/api/kernels",
             headers=self.headers,
@@ -135,7 +135,7 @@ class RealGateway:
 
     @contextlib.contextmanager
     def suspended(self):
-        """Let it hang; its kernels live on."""
+        """Suspend it; its kernels live on."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -185,10 +185,11 @@ class KernelGateway(RealGateway):
 
 
 class EnterpriseGateway(RealGateway):
-    """A Jupyter Enterprise Gateway whose kernels run beside it; it lets servers choose the variable FOO."""
+    """A Jupyter Enterprise Gateway with local kernels; it lets servers choose the variable FOO."""
 
     def command(self):
-        # `scripts/test` has made it already; a test that is run alone makes it now, and no two workers at once.
+        # `scripts/test` has created it already; a test that runs alone creates it now, under a lock
+        # because of other workers.
         with VENV.with_name(f"{VENV.name}.lock").open("w") as making:
             fcntl.flock(making, fcntl.LOCK_EX)
             subprocess.run(
@@ -197,7 +198,8 @@ class EnterpriseGateway(RealGateway):
                 env=os.environ | {"PYTHON": sys.executable},
                 check=True,
             )
-        # Ports for its kernels that nothing else is given: `free_port` begins at 12000, and Linux at 32768.
+        # Ports for its kernels that are not used otherwise: `free_port` begins at 12000, and Linux
+        # at 32768.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
         first = 3_000 + 1_000 * worker + 200 * next(_blocks)
         configuration = self.base / ".jupyter" / "jupyter_enterprise_gateway_config.py"
@@ -213,7 +215,7 @@ class EnterpriseGateway(RealGateway):
         ]
 
     def variables(self):
-        # It refuses kernels to root by default, which tests in a container run as.
+        # It refuses kernels for root by default, and tests in a container run as root.
         return {
             "EG_AUTH_TOKEN": self.token,
             "EG_UNAUTHORIZED_USERS": "nobody",
@@ -226,12 +228,12 @@ REAL = {"kernel-gateway": KernelGateway, "enterprise-gateway": EnterpriseGateway
 
 @dataclass(frozen=True)
 class Asked:
-    """One request that came in."""
+    """A request that it received."""
 
     method: str
     path: str
     headers: dict[str, str] = field(repr=False)
-    """By their names in small letters."""
+    """By lower-case name."""
 
 
 SPEC = {
@@ -248,19 +250,19 @@ SPEC = {
 
 
 class HostileGateway:
-    """A gateway without real kernels that answers as its `mode` says, which may change at any time.
+    """A gateway without real kernels that misbehaves as its current `mode` says.
 
-    `mode` is a key of `ANSWERS`; `on_delete` is another one for the end of kernels, where that is to be different.
+    `mode` is a key of `ANSWERS`; `on_delete` is another one, for requests that delete kernels.
     """
 
     def __init__(self, mode="well", *, context=None):
-        """With an SSL context its port speaks TLS."""
+        """Create it; with an SSL context its port speaks TLS."""
         self.mode = mode
         self.on_delete = None
         self.kernels = {}
         self.asked = []
         self.port = 0
-        """One that is free, from its first start on."""
+        """A free port, chosen by the first start."""
         self._context = context
         self._ending = threading.Event()
         self._threads = []
@@ -284,7 +286,7 @@ class HostileGateway:
         return {"gateway_url": self.url}
 
     def start(self):
-        """Listen, again if need be, on the port that it always has; what kernels it has stays."""
+        """Listen, on the same port each time; its kernels are kept across restarts."""
         self._ending.clear()
         self._listener = socket.create_server(("127.0.0.1", self.port))
         self.port = self._listener.getsockname()[1]
@@ -292,13 +294,13 @@ class HostileGateway:
         return self
 
     def stop(self):
-        """End as a process does that is killed: with every connection, and so that the port is refused."""
+        """Close every connection and the port, as when its process is killed."""
         self.vanish()
         while self._threads:
             self._threads.pop().join()
 
     def vanish(self):
-        """Do so without waiting for it, so that an answer can."""
+        """Do the same without waiting, so that a response can call it."""
         self._ending.set()
         with self._lock:
             listener, self._listener = self._listener, None
@@ -308,7 +310,7 @@ class HostileGateway:
                 socket_.shutdown(socket.SHUT_RDWR)
 
     def count(self, method, path):
-        """Say how often it was asked for something; the path may be the beginning of one."""
+        """Return how many requests it received for paths with this prefix."""
         return sum(
             asked.method == method and asked.path.startswith(path) for asked in list(self.asked)
         )
@@ -331,7 +333,7 @@ class HostileGateway:
 
     def _serve(self, connection):
         try:
-            # It goes away in the middle, or whoever asked does: both are what the tests are about.
+            # Either side may disconnect in the middle: the tests are about that.
             with contextlib.suppress(OSError), self._wrapped(connection) as stream:
                 self._answer(stream)
         finally:
@@ -349,7 +351,7 @@ class HostileGateway:
 
     def _answer(self, stream):
         if self.mode == "garbage":
-            # Before anything was asked, as ssh and mail servers do.
+            # Before any request, as SSH and mail servers do.
             stream.sendall(b"SSH-2.0-OpenSSH_9.2\r\n")
         with stream.makefile("rb") as lines:
             first = lines.readline().decode(errors="replace").split()
@@ -363,7 +365,7 @@ class HostileGateway:
         mode = self.on_delete if self.on_delete and asked.method == "DELETE" else self.mode
         ANSWERS[mode](self, stream, asked, body)
 
-    # Ways to answer
+    # Modes
 
     def well(self, stream, asked, body):
         path = asked.path.partition("?")[0]
@@ -401,11 +403,14 @@ class HostileGateway:
             else json.dumps(content).encode()
         )
         length = "" if status == 204 else f"Content-Length: {len(body)}\r\n"
-        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\nContent-Type: {kind}\r\n{more}{length}"
+        head = (
+            f"HTTP/1.1 {status} {http.client.responses[status]}\r\n"
+            f"Content-Type: {kind}\r\n{more}{length}"
+        )
         stream.sendall(f"{head}Connection: close\r\n\r\n".encode() + body)
 
     def forget(self, stream, asked, _):
-        """List no kernels, and be unable to say anything about a single one."""
+        """List no kernels, and fail on requests for a single one."""
         listing = asked.method == "GET" and asked.path.partition("?")[0].endswith("/api/kernels")
         self.send(stream, *((200, []) if listing else (503, {"reason": "busy"})))
 
@@ -419,7 +424,7 @@ class HostileGateway:
         self._ending.wait()
 
     def drip(self, stream, *_):
-        """Answer byte by byte, each well within every timeout."""
+        """Answer byte by byte, each one well within any read timeout."""
         stream.sendall(
             b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 1000000\r\n\r\n"
         )
@@ -432,7 +437,7 @@ class HostileGateway:
             stream.sendall(b"x")
 
     def drip_chunk(self, stream, *_):
-        """Never come to the end of saying how long the next piece is."""
+        """Never finish the chunk size."""
         stream.sendall(
             b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
         )
@@ -441,16 +446,20 @@ class HostileGateway:
 
     def endless(self, stream, *_):
         stream.sendall(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            b"Transfer-Encoding: chunked\r\n\r\n"
         )
         chunk = b"10000\r\n" + b" " * 65536 + b"\r\n"
         while not self._ending.is_set():
             stream.sendall(chunk)
 
     def break_off(self, stream, *_):
-        """Say that more comes than does, of an answer that can be read without it."""
+        """Announce one byte more than it sends, of a response that is otherwise complete."""
         body = json.dumps({"default": "python3", "kernelspecs": {"python3": SPEC}}).encode()
-        head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {len(body) + 1}\r\n\r\n"
+        head = (
+            "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body) + 1}\r\n\r\n"
+        )
         stream.sendall(head.encode() + body)
 
     def break_off_chunks(self, stream, *_):
@@ -460,7 +469,7 @@ class HostileGateway:
         )
 
     def die(self, stream, *_):
-        """Be gone for good, with the connection that asked."""
+        """Close the connection and the port for good."""
         stream.close()
         self.vanish()
 
@@ -498,12 +507,12 @@ ANSWERS = {
 
 
 def a_gateway(host="one", **options):
-    """Give what is known of a gateway that need not exist."""
+    """Return a gateway of the spec; it need not exist."""
     return Gateway(f"http://{host}", f"ws://{host}", **options)
 
 
 def server_context(authority, *, wants_client=False):
-    """Make what a TLS port needs, with a certificate of this authority (of trustme) for 127.0.0.1."""
+    """Return a server's SSL context, with a certificate of this trustme authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     if wants_client:
@@ -514,7 +523,7 @@ def server_context(authority, *, wants_client=False):
 
 @contextlib.contextmanager
 def black_hole(*, full):
-    """Give the URL of a port that nobody ever accepts on; a full one does not even complete a connection."""
+    """Yield the URL of a port that never accepts; a full one completes no handshake."""
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""What the end-to-end tests share: a real keeper as a process of its own, and cells that are really run."""
+"""Shared by the end-to-end tests: a keeper as a process, and kernels that run real cells."""
 
 from __future__ import annotations
 
@@ -26,11 +26,14 @@ import websocket
 from labkeeper.backends.local.limits import ControlGroups
 
 PATIENCE = 60.0
-"""Seconds after which a condition counts as never met; generous, since machines are slow sometimes."""
+"""Seconds until a condition counts as never met; generous, for slow machines."""
 
 
 def until(condition, *, what="condition"):
-    """Wait until `condition()` is true, and return its value. No test sets the limit: how long a thing takes is for bench/."""
+    """Wait until `condition()` is true, and return its value.
+
+    Tests set no limit of their own: bench/ measures durations.
+    """
     begun = time.monotonic()
     while True:
         value = condition()
@@ -40,12 +43,12 @@ def until(condition, *, what="condition"):
         assert waited < PATIENCE, (
             f"{what() if callable(what) else what}: not met within {PATIENCE} s"
         )
-        # To ask is work, too, and what has not come for long does not come a moment later.
+        # Polling costs time as well, so it slows down the longer the condition has not been met.
         time.sleep(min(max(0.02, waited / 20), 0.2))
 
 
 def _own_ports():
-    """Return ports that no connection of another test is given (Linux gives those from 32768 on), and no other worker takes."""
+    """Return ports that neither another worker nor the kernel hands out (Linux begins at 32768)."""
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     first = 12_000 + worker % 8 * 2_500
     begin = random.Random(os.getpid()).randrange(2_500)
@@ -58,15 +61,15 @@ HOLD_PORTS = """
 from labkeeper.forkserver.patches import hold_ports
 hold_ports()
 """
-"""A configuration file for a Jupyter program that is not a server of ours.
+"""A configuration file for Jupyter programs that are not servers of ours.
 
-Its kernels listen half a second after their ports were chosen. Another test was given such a port meanwhile, and the kernel could
-not start, so tests of gateways failed now and then.
+Their kernels listen half a second after their ports were chosen. Without this, another test was
+given such a port in the meantime, the kernel could not start, and tests of gateways were flaky.
 """
 
 
 def free_port():
-    """Return a port that stays free, while nothing listens there, for whoever was given it."""
+    """Return a free port that is not handed out again soon."""
     while True:
         port = next(_ports)
         with socket.socket() as probe, contextlib.suppress(OSError):
@@ -92,7 +95,7 @@ def port_is_free(port):
 
 
 def processes_where(condition):
-    """Every live process that meets a condition; a process that ends while it is looked at does not count."""
+    """Return the live processes that meet a condition, without those that end meanwhile."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -111,7 +114,10 @@ def kill_all(processes):
 
 
 def processes_marked(prefix, *, rehearsals=True):
-    """Every live process that a server of this runtime directory started; a fork server rehearses one whenever it loads anew."""
+    """Return the live processes that servers of this runtime directory started.
+
+    A fork server rehearses one whenever it loads anew.
+    """
 
     def is_of_server(process):
         mark = process.environ().get("LABKEEPER_SERVER", "")
@@ -121,7 +127,10 @@ def processes_marked(prefix, *, rehearsals=True):
 
 
 def working_in(directory):
-    """Every live process whose working directory is below this one: with a runtime directory, its fork servers and servers."""
+    """Return the live processes whose working directory is below this one.
+
+    For a runtime directory, those are its fork servers and servers.
+    """
     return processes_where(lambda process: process.cwd().startswith(f"{directory}/"))
 
 
@@ -132,7 +141,7 @@ def fork_servers_of(keeper):
 
 
 def servers_in(prefix):
-    """The pids of the JupyterLab servers among them: not their kernels, nor what extensions run for a moment."""
+    """Return the pids of JupyterLab servers, without kernels and programs of extensions."""
     found = []
     for process in processes_marked(prefix, rehearsals=False):
         with contextlib.suppress(psutil.Error):
@@ -142,16 +151,16 @@ def servers_in(prefix):
 
 
 class Found(NamedTuple):
-    """What was at a place when it was looked at."""
+    """A file or directory, as it was when it was looked at."""
 
     path: Path
     mode: int
     content: bytes
-    """Of a directory: nothing."""
+    """Empty for a directory."""
 
 
 def everything_below(directory):
-    """Files and directories with their modes and contents, links left out; what goes while it is looked at does not count."""
+    """Return files and directories with modes and contents; links are left out."""
     found = []
     for parent, directories, files in os.walk(directory):
         for path in (Path(parent, name) for name in (*directories, *files)):
@@ -169,13 +178,13 @@ def everything_below(directory):
 
 
 def children():
-    """The processes that this one started, as the kernel lists them (psutil would look at every process of the machine)."""
+    """Return this process's children from the kernel's lists; psutil would scan all processes."""
     lists = list(Path("/proc/self/task").glob("*/children"))
     if not lists:
         return {child.pid for child in psutil.Process().children()}
     found = set()
     for path in lists:
-        with contextlib.suppress(OSError):  # A thread that has ended meanwhile has no list.
+        with contextlib.suppress(OSError):  # The thread has ended meanwhile.
             found.update(int(pid) for pid in path.read_text().split())
     return found
 
@@ -189,7 +198,7 @@ def alive(pid):
 
 @contextlib.contextmanager
 def no_descriptors():
-    """Let this process open nothing for a while."""
+    """Let this process open no descriptors."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -199,12 +208,13 @@ def no_descriptors():
 
 
 def plain_python(directory: Path):
-    """Make an interpreter that runs JupyterLab as ours does, but is not measured: that would double the time of each start."""
+    """Make an interpreter that runs JupyterLab without coverage, which doubles start times."""
     directory.mkdir(parents=True, exist_ok=True)
     python = directory / "python3"
     if not python.exists():
         python.write_text(
-            f'#!/bin/sh\nunset COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START\nexec "{sys.executable}" "$@"\n'
+            "#!/bin/sh\nunset COVERAGE_PROCESS_CONFIG COVERAGE_PROCESS_START\n"
+            f'exec "{sys.executable}" "$@"\n'
         )
         python.chmod(0o755)
         (directory / "jupyter-lab").symlink_to(Path(sys.executable).parent / "jupyter-lab")
@@ -212,7 +222,10 @@ def plain_python(directory: Path):
 
 
 def quiet_node(directory: Path):
-    """Make a `node` that does nothing: each start of JupyterLab runs one to ask for a registry that no test needs."""
+    """Make a `node` that does nothing.
+
+    At each start JupyterLab runs one to query a registry that no test needs.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     node = directory / "node"
     if not node.exists():
@@ -232,7 +245,7 @@ class KeeperProcess:
         self.log = base / "keeper.log"
         for directory in (self.notebook_dir, self.config_dir):
             directory.mkdir(parents=True, exist_ok=True)
-        # JupyterLab would ask npm where language servers are, by a process at each start.
+        # Otherwise JupyterLab runs npm at each start, to find language servers.
         (self.config_dir / "jupyter_server_config.json").write_text(
             '{"LanguageServerManager": {"node_roots": []}}'
         )
@@ -240,9 +253,9 @@ class KeeperProcess:
         self.lab_port = free_port()
         self.settings = settings
         self.variables = {}
-        """More of its environment, which its servers inherit."""
+        """Further environment variables, which its servers inherit."""
         self.verify = True
-        """What to trust when it speaks TLS, as httpx takes it."""
+        """What to trust if it speaks TLS: httpx's `verify`."""
         self.process = None
         self.http = None
 
@@ -255,7 +268,7 @@ class KeeperProcess:
         return Path(self.settings.get("runtime_dir", self.state_dir / "run"))
 
     def in_server_dirs(self):
-        """The names of what is in the runtime directory: rooms and fork servers, but not its lock, which stays."""
+        """Return the names in the runtime directory, except that of the lock file."""
         return (
             sorted({path.name for path in self.server_dirs.iterdir()} - {"keeper.lock"})
             if self.server_dirs.exists()
@@ -287,7 +300,7 @@ class KeeperProcess:
         return [sys.executable, "-m", "labkeeper", *arguments]
 
     def cli(self, *arguments, **options):
-        """Run the command line against this keeper, and give what it said."""
+        """Run the command line against this keeper, and return the completed process."""
         return subprocess.run(
             self.command(*arguments),
             env=self.environment,
@@ -312,7 +325,7 @@ class KeeperProcess:
         return self
 
     def start_to_fork(self):
-        """Start it, and wait until its fork server is ready, so that it executes no server for want of one."""
+        """Start it, and wait for its fork server, so that no server is executed for lack of one."""
         self.start()
         until(lambda: "the fork server is ready" in self.log.read_text(), what="a fork server")
         return self
@@ -345,24 +358,24 @@ class KeeperProcess:
         return server
 
     def configure_jupyter(self, source):
-        """Put a configuration where the user's own would be."""
+        """Write a configuration where the user's own would be."""
         (self.config_dir / "jupyter_server_config.py").write_text(source)
 
     def kill(self):
-        """End the keeper as a crash would."""
+        """Kill the keeper, as a crash would."""
         self.process.kill()
         self.process.wait()
         self.http.close()
 
     def stop(self):
-        """End the keeper as its owner would; give its exit code."""
+        """Stop the keeper with SIGTERM, and return its exit code."""
         self.process.send_signal(signal.SIGTERM)
         code = self.process.wait(PATIENCE)
         self.http.close()
         return code
 
     def clear(self):
-        """Delete every server and token, and prove that only the keeper and its fork server are left."""
+        """Delete servers and tokens, and check that only the keeper and its fork server stay."""
         assert self.process.poll() is None, self.log.read_text()
         for server in self.http.get("/api/servers").json()["servers"]:
             assert self.delete(server["name"], force="true").status_code in {200, 404}
@@ -377,7 +390,7 @@ class KeeperProcess:
         assert not (self.config_dir / "jupyter_server_config.py").exists()
 
     def close(self):
-        """End whatever is left, and prove that nothing is."""
+        """Stop it if it runs, and check that nothing is left."""
         if self.process is not None and self.process.poll() is None:
             assert self.stop() == 0, self.log.read_text()
             left = processes_marked(self.server_dirs)
@@ -392,7 +405,7 @@ class KeeperProcess:
     def sweep(self):
         kill_all(processes_marked(self.server_dirs))
         groups = ControlGroups(self.server_dirs.resolve())
-        # Those of rehearsals, which are no servers, have names that begin with a dot.
+        # Names of rehearsals, which are not servers, begin with a dot.
         found = (group.name for base in groups._bases for group in base.glob(f"{groups._prefix}.*"))
         rehearsals = {name.removeprefix(groups._prefix) for name in found}
         for name in groups.names() | rehearsals:
@@ -410,14 +423,16 @@ mount --move "$1/kept" "$3"
 shift 3
 exec "$@"
 """
-"""Hides a directory that others cannot pass through, but for one in it; in the mount namespace of one keeper only."""
+"""In a keeper's mount namespace, hides a directory that other users cannot traverse, but for one
+inside it.
+"""
 
 
 class PassableKeeper(KeeperProcess):
-    """A keeper that other users can use, or that is itself of another user: nothing that it needs is root's alone."""
+    """A keeper that other users can use, or that runs as one: root owns none of its files alone."""
 
     runs_as = None
-    """A user of the machine; root if none."""
+    """A user of the machine; root if None."""
 
     @property
     def environment(self):
@@ -452,7 +467,7 @@ class PassableKeeper(KeeperProcess):
 
     def start(self):
         if self.runs_as is not None:
-            self.environment  # noqa: B018 - makes its interpreter, as root
+            self.environment  # noqa: B018 - creates its interpreter, as root
             subprocess.run(["chown", "-R", f"{self.runs_as}:", self.base], check=True)
         return super().start()
 
@@ -482,7 +497,7 @@ def _load_jupyter_server_extension(app):
 
 
 def give_hands(keeper):
-    """Let the servers of a keeper that is not started yet run code in their own process, by an extension of theirs."""
+    """Configure a keeper, before its start, so that `run_in_server` works in its servers."""
     place = keeper.base / "extensions"
     place.mkdir()
     place.chmod(0o755)
@@ -494,7 +509,7 @@ def give_hands(keeper):
 
 
 def run_in_server(server, code):
-    """Run code in the process of a server itself."""
+    """Run code in the server's own process."""
     known = {"Authorization": f"token {server['token']}"}
     answer = httpx.post(
         f"{server['url']}hands", headers=known, content=code, timeout=PATIENCE, trust_env=False
@@ -503,10 +518,10 @@ def run_in_server(server, code):
 
 
 def forked(keeper, name="default", **body):
-    """Start a server that is forked. Until the right fork server is ready it is executed, and asked for again then."""
+    """Start servers until one is forked: without the right fork server, they are executed."""
 
     def ready():
-        """How many fork servers have become ready so far."""
+        """Return how many times a fork server has become ready."""
         return keeper.log.read_text().count("the fork server is ready")
 
     until(ready, what="a fork server")
@@ -517,7 +532,7 @@ def forked(keeper, name="default", **body):
         if answer.json()["launched_by"] == "fork":
             return answer.json()
         assert keeper.delete(name, force="true").status_code == 200
-        # Executed servers would only slow down what is waited for.
+        # Executed servers would only slow down the fork server.
         reason = answer.json()["exec_reason"]
         until(
             lambda before=before: ready() > before,
@@ -528,12 +543,12 @@ def forked(keeper, name="default", **body):
 
 
 def parent_of(server):
-    """The fork server that a server stems from."""
+    """Return the pid of the fork server that a server was forked from."""
     return psutil.Process(server["pid"]).ppid()
 
 
 def start_kernel(server, name="python3", path=""):
-    """Start a kernel through a server, for a notebook where one is named; give its id."""
+    """Start a kernel through a server, for a notebook if `path` is set, and return its id."""
     answer = httpx.post(
         f"{server['url']}api/kernels",
         headers={"Authorization": f"token {server['token']}"},
@@ -546,7 +561,7 @@ def start_kernel(server, name="python3", path=""):
 
 
 def run_cell(server, kernel_id, code):
-    """Run code in a kernel over the server's websocket, as the Lab does; give the text of its result and what it printed."""
+    """Run code over the server's websocket, as the Lab does, and return its result and output."""
     channel = f"{server['url']}api/kernels/{kernel_id}/channels".replace("http", "ws", 1)
     socket_ = websocket.create_connection(
         channel, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE

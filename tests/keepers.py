@@ -17,17 +17,17 @@ def _shared(tmp_path_factory):
 
 @pytest.fixture
 def keeper(_shared):
-    """A keeper as users have it, which forks; all tests of a worker share it, so none may end or configure it."""
+    """A forking keeper; all tests of a worker share it, so none may stop or configure it."""
     yield _shared
     _shared.clear()
 
 
 @pytest.fixture
 def make_keeper(tmp_path):
-    """Make keepers on a directory of this test; whatever is left of them is ended, and what a clean end leaves fails the test.
+    """Create keepers below the test's directory; they must leave nothing behind.
 
-    They execute their servers unless a test asks for more: a fork server takes seconds to load, which are lost on a keeper that
-    has one or two servers, and ends.
+    They execute servers unless a test sets `launch_by`: a fork server takes seconds to load, which
+    does not pay off for one or two servers.
     """
     made = []
 
@@ -43,7 +43,7 @@ def make_keeper(tmp_path):
 
 @pytest.fixture
 def gateway(tmp_path):
-    """A Jupyter Kernel Gateway that runs."""
+    """A running Jupyter Kernel Gateway."""
     running = KernelGateway(tmp_path / "gateway").start()
     yield running
     running.stop()

@@ -1,4 +1,4 @@
-"""What a process finds in its own memory, be it in use or only free: code for it to run, and patterns to look for."""
+"""Search a process's own memory, in use or freed: code that it runs, and patterns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ def own_memory():
             yield line, content
 
 """
-"""Defines `own_memory`, which gives each mapping with what is in it."""
+"""Defines `own_memory`, which yields each mapping with its content."""
 
 OWN_STATE = """
 import gc, sys, types
 
 def own_state():
-    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
+    modules = [
+        module
+        for module in list(sys.modules.values())
+        if isinstance(module, types.ModuleType)
+    ]
     seen = {id(sys.modules), *map(id, modules), *(id(vars(module)) for module in modules)}
     for module in modules:
         waiting = list(vars(module).values())
@@ -38,9 +42,9 @@ def own_state():
                 waiting += gc.get_referents(thing)
 
 """
-"""Defines `own_state`, which gives each text that a module has, at whatever depth, with the name of that module."""
+"""Defines `own_state`, which yields each string reachable from a module, with the module's name."""
 
 
 def hidden(text):
-    """Write a text as a pattern that finds it, and does not hold it: the pattern is in that memory itself."""
+    """Return a pattern that matches the text without containing it, since memory has it, too."""
     return "".join(f"[{letter}]" for letter in text)

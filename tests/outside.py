@@ -1,9 +1,10 @@
-"""A pytest plugin by which test suites of others speak to a server that runs already, in another process.
+"""A pytest plugin by which other projects' test suites use a running server.
 
-It replaces the fixtures by which `pytest_jupyter` and the suites' own `conftest.py` start a server, and chooses the tests for
-which that is enough: a test that configures or patches its server is not run, nor is one that its authors call flaky, and a test
-that reaches into the process of its server is skipped when it does. `SUITE_SERVER` is a JSON object: URL and token of the server,
-its root and its data directory, which are for these tests alone.
+It replaces the fixtures that start a server in `pytest_jupyter` and in the suites' own
+`conftest.py`, and selects the tests for which that is enough. Tests that configure or patch their
+server, and tests that their authors marked as flaky, are deselected; a test that reaches into its
+server's process is skipped when it does so. `SUITE_SERVER` is a JSON object with the server's URL,
+token, root directory and data directory; these tests alone use that server.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from tornado.httpclient import AsyncHTTPClient, HTTPRequest
 from tornado.websocket import websocket_connect
 
 TIMEOUT = 60.0
-"""Seconds for one answer."""
+"""Seconds for one response."""
 GIVEN = SimpleNamespace(**json.loads(os.environ["SUITE_SERVER"]))
 FROM_OUTSIDE = {"jp_fetch", "jp_ws_fetch", "jupyter_server"}
-"""Fixtures by which tests speak to a server."""
+"""Fixtures by which tests talk to a server."""
 FROM_INSIDE = {"jp_configurable_serverapp", "jp_server_config", "jp_argv", "monkeypatch"}
 """Fixtures of tests that configure or patch it."""
 
 
 class Reachable:
-    """What is known from outside of an object in the server's process; a test that wants more of it is skipped."""
+    """Known attributes of an object in the server's process; any other one skips the test."""
 
     def __init__(self, **known):
         self.__dict__.update(known)
@@ -45,7 +46,7 @@ class Reachable:
         pytest.skip(f"sets .{name} in the server's process")
 
 
-# The choice
+# Selection
 
 
 def pytest_collection_modifyitems(items):
@@ -55,7 +56,7 @@ def pytest_collection_modifyitems(items):
         if _speaks_from_outside(item) and not item.get_closest_marker("flaky")
     ]
     for item in items:
-        # Theirs are for a machine that does nothing else.
+        # Their own timeouts assume an otherwise idle machine.
         item.add_marker(pytest.mark.timeout(TIMEOUT), append=False)
 
 
@@ -68,7 +69,7 @@ def _speaks_from_outside(item):
 def pytest_configure(config):
     for marker in ("asyncio", "flaky"):
         config.addinivalue_line(
-            "markers", f"{marker}: of plugins that the suites have, and we have not"
+            "markers", f"{marker}: from a plugin that the suites use and we do not"
         )
 
 
@@ -82,12 +83,12 @@ def pytest_pyfunc_call(pyfuncitem):
     return True
 
 
-# What jupyter_server's tests begin with: a server that has just been started, as far as they can tell
+# jupyter_server's tests expect a server that has just been started
 
 
 @pytest.fixture
 def _fresh_server():
-    # The rest of its data directory is the server's own: it has a database of signatures open there.
+    # The rest of its data directory stays: the server has a database of signatures open there.
     shutil.rmtree(Path(GIVEN.data_dir) / "kernels", ignore_errors=True)
     for path in Path(GIVEN.root_dir).iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -182,7 +183,7 @@ def contents_dir(jp_root_dir):
 
 
 if Path("tests/conftest.py").exists():
-    from tests.conftest import contents, folders  # noqa: F401 - theirs; they need no server
+    from tests.conftest import contents, folders  # noqa: F401 - fixtures of the suite that need no server
 
 
 # The fixture of jupyter_kernel_client

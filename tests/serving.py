@@ -1,4 +1,4 @@
-"""A real server around an application of the tests, and callers that speak to it by hand."""
+"""A real WSGI server around a test application, and clients that talk to it over raw sockets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labkeeper.identity.peers import UNREAD
 
 
 class StandingClock:
-    """The clock by which a server's callers are late. It stands until a test lets it jump."""
+    """The clock behind a server's timeouts. It stands still until a test advances it."""
 
     def __init__(self):
         self._now = time.monotonic()
@@ -29,7 +29,7 @@ class StandingClock:
 
 
 class Served:
-    """An application that a real server answers for, and what tests do to it."""
+    """A test application behind a real server, with the connections that tests open to it."""
 
     def __init__(self, server, listener, door):
         self.server, self.door = server, door
@@ -68,7 +68,7 @@ FILE = 3 * 2**20
 
 
 def application(environ, start_response):
-    """Say who asks; hold back an answer; give a large one, in pieces or from a file; take an upload; send events."""
+    """Block, send a large response or events, or report the caller and its upload, by path."""
     path = environ["PATH_INFO"]
     if path == "/hold":
         HOLD.wait(PATIENCE)

@@ -1,4 +1,4 @@
-"""What a test takes from a keeper: room for processes and threads, and on its disk."""
+"""Resources that a test takes from a keeper: processes and threads, and disk space."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Group:
 
 
 class GroupedKeeper(KeeperProcess):
-    """A keeper in a control group of its own, with its servers."""
+    """A keeper in a control group of its own, together with its servers."""
 
     def __init__(self, base, group, **settings):
         super().__init__(base, **settings)
@@ -55,7 +55,7 @@ class GroupedKeeper(KeeperProcess):
 
 
 class Disk:
-    """A small disk of a test, with room for the history and the write-ahead log of 200 rounds of chaos."""
+    """A small disk, with space for the history and the write-ahead log of 200 chaos rounds."""
 
     def __init__(self, path):
         self.path = path
@@ -65,7 +65,7 @@ class Disk:
         )
 
     def fill(self):
-        """Leave no room, not even in the last block of the files that there are."""
+        """Leave no space, not even in the last block of existing files."""
         for path in (self.path / "filler", *self.path.glob("*.log")):
             for size in (4096, 1):
                 with contextlib.suppress(OSError), path.open("ab", buffering=0) as file:
@@ -79,7 +79,7 @@ class Disk:
         subprocess.run(["mount", "-o", "remount,ro", self.path], check=True)
 
     def remove(self):
-        # Whoever was killed may take a moment to let go of it.
+        # A killed process may take a moment to release it.
         until(
             lambda: (
                 subprocess.run(["umount", self.path], check=False, capture_output=True).returncode
