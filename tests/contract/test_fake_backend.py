@@ -1,4 +1,4 @@
-"""The fake backend keeps the contract that real ones are held to."""
+"""The fake backend passes the contract for backends."""
 
 from __future__ import annotations
 
@@ -62,8 +62,7 @@ def facts(heard):
     return [type(report.fact) for report in heard]
 
 
-def test_a_process_answers_when_the_test_says_so(backend, heard):
-    """A server that does not boot by itself is seen silent, and ready once the test lets it answer."""
+def test_a_server_becomes_ready_when_the_test_lets_it_answer(backend, heard):
     backend.world.temper("lab").boots = False
     backend.launch(a_spec("lab"), 1)
     assert backend.observe("lab", 1) == Seen(answers=False)
@@ -73,8 +72,8 @@ def test_a_process_answers_when_the_test_says_so(backend, heard):
     assert facts(heard) == [Ready]
 
 
-def test_what_ignores_its_end_ends_when_the_test_says_so(backend, heard):
-    """Neither asked nor told, it lives on, also before the next launch; its end then names the last means used."""
+def test_a_process_that_ignores_signals_ends_when_the_test_ends_it(backend, heard):
+    """It outlives SIGTERM, SIGKILL and the next launch; its end names the last method used."""
     temper = backend.world.temper("lab")
     temper.obeys = temper.killable = False
     backend.launch(a_spec("lab"), 1)
@@ -89,8 +88,7 @@ def test_what_ignores_its_end_ends_when_the_test_says_so(backend, heard):
     assert heard[-1].fact.method is StopMethod.SIGKILL
 
 
-def test_a_machine_out_of_reach_does_nothing(backend, heard):
-    """Every call raises while the machine is out of reach, and changes nothing."""
+def test_calls_to_an_unreachable_machine_fail_and_change_nothing(backend, heard):
     backend.world.temper("lab").reachable = False
     calls = [
         lambda: backend.launch(a_spec("lab"), 1),
@@ -104,8 +102,8 @@ def test_a_machine_out_of_reach_does_nothing(backend, heard):
     assert (heard, backend.world.processes) == ([], [])
 
 
-def test_a_lost_answer_leaves_an_unwatched_process(backend, heard):
-    """The launch was done, nobody knows, and nobody is told of its end."""
+def test_a_lost_response_leaves_an_unsupervised_process(backend, heard):
+    """The launch took place, but neither the call nor a report says so."""
     backend.world.temper("lab").answers_lost = True
     with pytest.raises(BackendUnavailable):
         backend.launch(a_spec("lab"), 1)
@@ -114,8 +112,8 @@ def test_a_lost_answer_leaves_an_unwatched_process(backend, heard):
     assert heard == []
 
 
-def test_a_follower_gets_new_lines_while_it_lasts(backend):
-    """Lines written meanwhile come in order, between the empty texts."""
+def test_a_follower_receives_new_lines_while_it_is_active(backend):
+    """New lines arrive in order, between empty strings."""
     backend.launch(a_spec("lab"), 1)
     lines = backend.follow("lab", 0, lambda: len(backend.world.logs["lab"]) < 3)
     assert next(lines) == ""

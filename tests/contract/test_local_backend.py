@@ -1,4 +1,4 @@
-"""The local backend keeps the contract, with real JupyterLab servers."""
+"""The local backend passes the contract for backends, with real JupyterLab servers."""
 
 from __future__ import annotations
 
@@ -59,14 +59,14 @@ class LocalRig:
 
 @pytest.fixture
 def _reaped():
-    """A keeper that crashed has no children any more; this process has, and reaps those of the test."""
+    """This process reaps a test's servers, which init would do for a keeper that crashed."""
     before = children()
     yield
     until(lambda: not any(_lives(pid) for pid in children() - before), what="every child is reaped")
 
 
 def _lives(pid):
-    """Reap a child; one that was killed can be reaped only when all its threads have ended, too."""
+    """Reap a child; a killed one can be reaped only once all its threads have ended."""
     with contextlib.suppress(ChildProcessError):
         return os.waitpid(pid, os.WNOHANG) == (0, 0)
     return False
@@ -87,8 +87,8 @@ class TestForkedServers(BackendContract):
 
 
 @pytest.mark.parametrize("call", ["launch", "terminate", "kill", "observe"])
-def test_a_call_for_which_no_descriptor_is_left_says_so(tmp_path, call):
-    """Whoever has called learns it at once, and does not wait for something that has never begun."""
+def test_a_call_without_free_descriptors_fails_immediately(tmp_path, call):
+    """The caller does not wait for a launch that never begins."""
     rig = LocalRig(tmp_path, "exec")
     backend, spec = rig.backend(lambda _report: None), rig.spec()
     arguments = {

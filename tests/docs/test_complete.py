@@ -1,4 +1,4 @@
-"""Everything that callers and owners can use is documented; every link leads somewhere; the pages build."""
+"""The docs are complete: all public names are documented, all links resolve, the pages build."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def page(name):
 
 
 def missing(names, text):
-    """Those that do not stand in the text as code."""
+    """Return the names that the text does not contain as code."""
     return [name for name in names if f"`{name}`" not in text]
 
 
@@ -103,7 +103,7 @@ def test_every_state_goal_and_event_is_documented():
 
 
 def options_of(command):
-    """Also those that a command makes when it is used; but for `serve`, whose flags stand in the table of settings."""
+    """Return a command's options, which `start` creates on use; settings document `serve`'s."""
     made = command.get_params(click.Context(command)) if command.name == "start" else command.params
     return [option for option in made if "--help" not in option.opts]
 
@@ -130,7 +130,7 @@ def test_every_method_of_the_client_is_documented():
     ] == []
 
 
-def test_the_layout_lists_every_file_of_the_code_and_no_other():
+def test_the_layout_in_contributing_lists_exactly_the_source_files():
     layout = (
         page("CONTRIBUTING.md").partition("```text\nsrc/labkeeper/\n")[2].partition("\ntests/\n")[0]
     )
@@ -146,7 +146,7 @@ def test_the_layout_lists_every_file_of_the_code_and_no_other():
     )
 
 
-def test_every_file_of_the_code_that_an_explanation_names_exists():
+def test_source_files_named_in_explanations_exist():
     named = {
         name
         for explanation in (ROOT / "docs/explanation").glob("*.md")
@@ -163,11 +163,11 @@ def test_every_relative_link_resolves():
         links = [
             link for link in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"[a-z]+:", link)
         ]
-        broken += [(path.name, link) for link in links if not leads_somewhere(path, link)]
+        broken += [(path.name, link) for link in links if not link_resolves(path, link)]
     assert broken == []
 
 
-def leads_somewhere(page, link):
+def link_resolves(page, link):
     target, _, anchor = link.partition("#")
     there = (page.parent / target).resolve() if target else page
     if not anchor:
@@ -178,7 +178,7 @@ def leads_somewhere(page, link):
     }
 
 
-def test_every_page_can_be_reached():
+def test_every_page_is_in_a_table_of_contents():
     listed = set()
     for index in DOCS.rglob("index.md"):
         for tree in re.findall(
@@ -192,7 +192,7 @@ def test_every_page_can_be_reached():
     assert {page for page in PAGES if DOCS in page.parents} - {DOCS / "index.md"} == listed
 
 
-def test_the_pages_build_without_a_warning(tmp_path):
+def test_the_pages_build_without_warnings(tmp_path):
     command = [
         sys.executable,
         "-m",

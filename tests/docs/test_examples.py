@@ -1,4 +1,4 @@
-"""The tour in README.md, word for word, against a real keeper; and every other example as far as it can be read by a machine."""
+"""The README's tour runs as printed on a real keeper; other examples are checked statically."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def examples(kind):
-    """Every fenced block of a kind, by where it stands."""
+    """Return the fenced blocks of a language, by page and number."""
     found = {}
     for page in PAGES:
         blocks = [text for language, text in FENCE.findall(page.read_text()) if language == kind]
@@ -41,7 +41,7 @@ def examples(kind):
 
 
 def tour(name):
-    """The lines of one tour in README.md."""
+    """Return the lines of one tour in README.md."""
     _, _, rest = (ROOT / "README.md").read_text().partition(f"<!-- tour: {name} -->\n")
     return [line for line in FENCE.search(rest)[2].splitlines() if line]
 
@@ -55,7 +55,7 @@ def keeper(tmp_path):
 
 @pytest.fixture
 def run(keeper):
-    """Run lines in one shell, as somebody at the keeper's machine would; give what each of them printed."""
+    """Run lines in one shell on the keeper's machine, and return what each of them printed."""
     bin_dir = Path(sys.executable).parent
     env = keeper.environment | {
         "LABKEEPER_URL": keeper.url,
@@ -81,7 +81,7 @@ def run(keeper):
 
 
 def has_curl():
-    """Whether there is a curl that knows `--json` (7.82 and later)."""
+    """Return whether curl supports `--json` (7.82 and later)."""
     if shutil.which("curl") is None:
         return False
     said = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
@@ -90,7 +90,7 @@ def has_curl():
 
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(not has_curl(), reason="the tour needs curl 7.82 or later")
-def test_the_tour_does_what_the_readme_says(keeper, run):
+def test_the_readme_tour_works_as_printed(keeper, run):
     nothing, default, demo, shown, log, deleted = run(tour("curl"))
     default, demo, shown, deleted = map(json.loads, (default, demo, shown, deleted))
     assert nothing == ""
@@ -98,7 +98,7 @@ def test_the_tour_does_what_the_readme_says(keeper, run):
     assert default["port"] == keeper.lab_port
     assert default["lab_url"].endswith(f"/lab?token={default['token']}")
     assert (demo["name"], demo["state"]) == ("demo", "running")
-    # What it uses may have been measured in between.
+    # Its usage may have been measured in between.
     assert shown | {"usage": None} == demo | {"usage": None}
     assert len(log.splitlines()) == 5
     assert demo["token"] not in log
@@ -118,7 +118,7 @@ def test_the_tour_does_what_the_readme_says(keeper, run):
     assert keeper.http.get("/api/servers").json()["servers"] == []
 
 
-def test_shell_examples_are_good_shell():
+def test_shell_examples_parse():
     for where, text in examples("sh").items():
         checked = subprocess.run(
             ["sh", "-n"], input=text, capture_output=True, text=True, check=False
@@ -126,7 +126,7 @@ def test_shell_examples_are_good_shell():
         assert checked.returncode == 0, (where, checked.stderr)
 
 
-def test_commands_in_shell_examples_are_understood(tmp_path, monkeypatch):
+def test_commands_in_shell_examples_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "spark.json").write_text("{}")
     understood = []
@@ -142,7 +142,7 @@ def test_commands_in_shell_examples_are_understood(tmp_path, monkeypatch):
     assert set(understood) == set(cli.commands)
 
 
-def test_json_examples_are_json():
+def test_json_examples_parse():
     for text in examples("json").values():
         json.loads(text)
 
@@ -152,7 +152,7 @@ def test_settings_examples_have_only_known_settings():
         assert tomllib.loads(text).keys() <= Settings.model_fields.keys(), where
 
 
-def test_python_examples_import_and_call_what_exists():
+def test_python_examples_import_and_call_existing_names():
     for where, text in examples("python").items():
         compile(text, where, "exec")
         exec("\n".join(re.findall(r"^from labkeeper.*|^import .*", text, re.MULTILINE)), {})

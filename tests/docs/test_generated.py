@@ -1,4 +1,4 @@
-"""What the documentation takes from the code is what the code says now."""
+"""The generated parts of the documentation match the code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def generate(*arguments):
 
 @pytest.fixture
 def copy(tmp_path):
-    """The pages, to be altered."""
+    """A copy of the pages, to change."""
     shutil.copy(ROOT / "README.md", tmp_path)
     shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("_build"))
     return tmp_path
@@ -31,7 +31,7 @@ def test_no_block_is_stale():
     assert checked.returncode == 0, checked.stderr
 
 
-def test_an_altered_block_is_found_and_what_to_run_is_said_and_repairs_it(copy):
+def test_an_outdated_block_is_reported_and_regenerated(copy):
     page = copy / "docs" / "reference" / "settings.md"
     good = page.read_text()
     page.write_text(good.replace("| `LABKEEPER_PORT` | `8000` |", STALE))
@@ -47,7 +47,7 @@ def test_an_altered_block_is_found_and_what_to_run_is_said_and_repairs_it(copy):
     assert page.read_text() == good
 
 
-def test_a_block_that_no_page_holds_is_named(copy):
+def test_a_block_that_is_missing_from_the_pages_is_named(copy):
     page = copy / "docs" / "reference" / "cli.md"
     page.write_text(page.read_text().replace("<!-- begin: commands -->", ""))
     checked = generate("--check", "--root", copy)

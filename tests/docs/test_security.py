@@ -1,4 +1,4 @@
-"""Each threat in SECURITY.md is stopped by something, and a test that exists proves it."""
+"""Each threat in SECURITY.md has a countermeasure, and an existing test that proves it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ROWS = re.findall(r"^\| (?!threat|---)(.+?) \| (.+?) \| (.+?) \|$", PAGE, re.MUL
 
 
 @pytest.mark.parametrize(("threat", "stopped_by", "proved_by"), ROWS, ids=[row[0] for row in ROWS])
-def test_a_threat_has_a_test_that_exists(threat, stopped_by, proved_by):
+def test_each_threat_names_existing_tests(threat, stopped_by, proved_by):
     named = re.findall(r"`([\w/]+\.py)::(\w+)`", proved_by)
     assert named
     assert proved_by == ", ".join(f"`{file}::{test}`" for file, test in named)
@@ -21,5 +21,5 @@ def test_a_threat_has_a_test_that_exists(threat, stopped_by, proved_by):
         assert re.search(rf"^def {test}\(", (TESTS / file).read_text(), re.MULTILINE), (file, test)
 
 
-def test_the_tables_are_read_whole():
+def test_no_row_of_the_tables_is_missed():
     assert len(ROWS) == PAGE.count("\n| ") - 2 * PAGE.count("| threat |")
