@@ -1,4 +1,4 @@
-"""What a keeper does not need until its API answers, it has not loaded by then: that is most of the time that a boot takes."""
+"""A keeper is ready before it has loaded modules it does not need yet, which speeds up booting."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ BOOT = """
 
     def ready(said):
         if " answers on " in said:
-            print(*sorted(set({late!r}) & set(sys.modules)), "|", len(__import__("threading").enumerate()))
+            threads = __import__("threading").enumerate()
+            print(*sorted(set({late!r}) & set(sys.modules)), "|", len(threads))
             os.kill(os.getpid(), signal.SIGTERM)
 
     keeper._settings_flags()
     from labkeeper import serve
-    sys.exit(serve.run(load(port={port}, state_dir={state_dir!r}, launch_by="exec"), announce=ready))
+    settings = load(port={port}, state_dir={state_dir!r}, launch_by="exec")
+    sys.exit(serve.run(settings, announce=ready))
 """
 
 
@@ -51,15 +53,15 @@ def loaded(tmp_path_factory):
     return names.split(), int(threads)
 
 
-def test_what_is_needed_later_is_loaded_later(loaded):
+def test_modules_that_booting_does_not_need_are_not_loaded(loaded):
     assert loaded[0] == []
 
 
-def test_threads_for_callers_are_started_when_there_are_callers(loaded):
+def test_request_threads_are_not_started_before_requests_arrive(loaded):
     assert loaded[1] < 20
 
 
 @pytest.mark.parametrize("name", sorted(LATE - {"labkeeper.testing"}))
 def test_what_is_late_is_there(name):
-    """A module that was renamed would make the test above pass for nothing."""
+    """A renamed module would make the first test pass for the wrong reason."""
     __import__(name)

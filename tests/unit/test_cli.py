@@ -1,4 +1,4 @@
-"""The command line against a running application: what it prints where, and with which exit code it ends."""
+"""The command line against a running application: output, streams and exit codes."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ from labkeeper.testing.world import World
 
 COMMANDS = sorted(cli.commands)
 ASKING = ["start", "ls", "show", "stop", "restart", "logs", "open", "version"]
-"""The commands that ask a keeper."""
+"""The commands that call a keeper."""
 LINK = re.compile(r"http://[\w.]+:8888/lab\?token=token-of-\d+\s+")
-"""The link to the default server, as the fake backend has it, and the end of its line."""
+"""The default server's link from the fake backend, with the end of its line."""
 
 
 @dataclass
 class Served:
-    """A keeper over a world that the test steers, and where it answers."""
+    """A keeper over a world that the test controls, with its application and URL."""
 
     world: World
     app: object
@@ -63,7 +63,7 @@ def serving(notebook_dir):
 
 @pytest.fixture(autouse=True)
 def state_dir(tmp_path, monkeypatch):
-    """A state directory of this test, and an environment that says nothing else."""
+    """A state directory of the test, and an environment without our variables."""
     for name in [name for name in os.environ if name.startswith("LABKEEPER_")] + [
         "NO_COLOR",
         "FORCE_COLOR",
@@ -76,16 +76,16 @@ def state_dir(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _stay_as_we_are(monkeypatch):
-    """What a keeper gives up it gives up for good; here that would be all tests."""
+def _privileges_kept(monkeypatch):
+    """Keep `serve` from dropping privileges for good, since it runs in the test's own process."""
     for name in ("hide", "gain_nothing"):
         monkeypatch.setattr(f"labkeeper.cli.keeper.{name}", lambda: None)
 
 
 @pytest.fixture
 def served(tmp_path, state_dir):
-    """A keeper that the command line finds by its state directory, as `serve` leaves it."""
-    # The keeper's own log would end up between what is tested.
+    """A keeper that commands find through the state directory, as `serve` leaves it."""
+    # The keeper's own log would mix with the output under test.
     with structlog.testing.capture_logs(), serving(tmp_path) as there:
         (state_dir / "keeper.json").write_text(json.dumps({"url": there.url, "pid": os.getpid()}))
         (state_dir / "token").write_text(TOKEN + "\n")
@@ -93,7 +93,7 @@ def served(tmp_path, state_dir):
 
 
 def run(*arguments, code=0, **options):
-    """Run one command; give what it said, after a look at its exit code."""
+    """Run a command, check its exit code, and return the result."""
     result = CliRunner().invoke(cli, arguments, prog_name="labkeeper", **options)
     assert result.exit_code == code, result.output
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
@@ -101,7 +101,7 @@ def run(*arguments, code=0, **options):
 
 
 def at_terminal(*arguments, code=0):
-    """Run one command at a terminal of 100 columns; give what appeared there."""
+    """Run a command at a terminal of 100 columns, and return the terminal's content."""
     primary, secondary = os.openpty()
     termios.tcsetwinsize(secondary, (40, 100))
     try:
@@ -112,7 +112,7 @@ def at_terminal(*arguments, code=0):
         ):
             with pytest.raises(SystemExit) as ended:
                 cli.main(list(arguments), prog_name="labkeeper")
-            # What is written comes through in pieces, and is lost when the terminal is closed too early.
+            # Output arrives in pieces, and is lost if the terminal is closed too early.
             mark = "<the end>"
             terminal.write(mark)
             terminal.flush()
@@ -126,7 +126,7 @@ def at_terminal(*arguments, code=0):
 
 
 def process(*arguments, **options):
-    """Start the command line as a user does."""
+    """Start the command line as a process."""
     command = [sys.executable, "-m", "labkeeper", *arguments]
     return subprocess.Popen(
         command, text=True, stderr=subprocess.PIPE, **({"stdout": subprocess.PIPE} | options)
@@ -138,7 +138,7 @@ def process(*arguments, **options):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command):
-    """`--help` of each command fits its purpose in one line, and shows how it is used."""
+    """The short help fits into one line."""
     text = run(command, "--help").stdout
     assert text.startswith(f"Usage: labkeeper {command}")
     assert f"  labkeeper {command}" in text or f"$(labkeeper {command})" in text
@@ -146,14 +146,13 @@ def test_every_command_has_help_with_an_example(command):
     assert "..." not in cli.commands[command].get_short_help_str(limit=64)
 
 
-def test_alone_it_shows_what_there_is():
-    """Without a command, all commands are listed; that is a usage error all the same."""
+def test_without_a_command_all_commands_are_listed():
+    """It is a usage error all the same."""
     text = run(code=2).stderr
     assert all(re.search(rf"^  {command}  ", text, re.MULTILINE) for command in COMMANDS)
 
 
 def test_version_needs_no_keeper():
-    """`--version` prints the installed version."""
     assert re.fullmatch(r"labkeeper \d+\.\d+.*\n", run("--version").stdout)
 
 
@@ -163,8 +162,8 @@ def test_version_needs_no_keeper():
 SECRETS = {"token", "webhook_url", "webhook_secret"}
 
 
-def test_every_setting_but_a_secret_is_a_flag():
-    """Flags come from the settings, with all that is said of them there; a secret on a command line would be public."""
+def test_serve_has_a_flag_for_every_setting_that_is_not_secret():
+    """Flags and their help come from the settings; secrets on a command line would be public."""
     text = " ".join(run("serve", "--help").stdout.split())
     for name, field in Settings.model_fields.items():
         flag = f" --{name.replace('_', '-')} "
@@ -178,7 +177,7 @@ def test_every_setting_but_a_secret_is_a_flag():
 
 @pytest.fixture
 def chosen(monkeypatch):
-    """What `serve` was called with, instead of serving."""
+    """The arguments that `serve` was called with; nothing is served."""
     calls = []
     monkeypatch.setattr(
         serve, "run", lambda settings, **others: calls.append((settings, others)) or 0
@@ -187,7 +186,7 @@ def chosen(monkeypatch):
 
 
 def test_flags_win_over_the_environment(chosen, monkeypatch, tmp_path):
-    """A flag is a setting; what is not given comes from the environment, and from the options before the command."""
+    """Other settings come from the environment, or from options before the command."""
     monkeypatch.setenv("LABKEEPER_PORT", "8001")
     monkeypatch.setenv("LABKEEPER_LAB_PORT", "8002")
     run(
@@ -216,21 +215,21 @@ def test_flags_win_over_the_environment(chosen, monkeypatch, tmp_path):
     assert (settings.state_dir, settings.debug, others["first"]) == (Path("/after"), False, False)
 
 
-def test_the_keeper_knows_whether_somebody_reads_it_at_a_terminal(chosen):
-    """Elsewhere its lines may be kept, so no secret may be among them."""
+def test_serve_tells_the_keeper_whether_it_runs_at_a_terminal(chosen):
+    """Other output may be stored, so it must not contain secrets."""
     run("serve", "--start")
     at_terminal("serve", "--start")
     assert [others["at_terminal"] for _, others in chosen] == [False, True]
 
 
-def test_the_exit_code_of_serve_is_that_of_the_keeper(monkeypatch):
-    """A keeper that could not stop its servers does not end with 0."""
+def test_serve_exits_with_the_keepers_exit_code(monkeypatch):
+    """It is not 0 if servers could not be stopped."""
     monkeypatch.setattr(serve, "run", lambda *_, **__: 1)
     run("serve", code=1)
 
 
-def test_serve_runs_until_it_is_told_to_end():
-    """As a process it says where it answers, is found by the other commands, and ends with 0."""
+def test_serve_runs_until_sigterm():
+    """It prints its URL, other commands find it, and it exits with 0."""
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     with process("serve", "--port", str(port)) as keeper:
@@ -245,15 +244,15 @@ def test_serve_runs_until_it_is_told_to_end():
 
 
 def test_start_prints_the_link_and_nothing_else(served):
-    """The link, with its token, is the one line on stdout; the name is `default` when none is given."""
+    """Stdout is one line, the link with its token; the default name is `default`."""
     result = run("start")
     assert LINK.fullmatch(result.stdout)
     assert result.stderr == ""
     assert run("start", "default").stdout == result.stdout
 
 
-def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
-    """Each option reaches the server; `~` and relative directories mean the caller's."""
+def test_options_of_start_are_fields_of_the_request(served, tmp_path):
+    """`~` and relative directories are resolved on the caller's side."""
     (tmp_path / "here").mkdir()
     options = [
         "--gateway-url",
@@ -295,13 +294,13 @@ def test_the_options_of_start_are_fields_of_the_request(served, tmp_path):
     assert dict(served.world.processes[0].spec.env) == {"A": "1=2"}
 
 
-def test_an_option_of_jupyter_is_json(served):
+def test_an_option_of_jupyter_must_be_json(served):
     result = run("start", "--option", "ServerApp.quit_button=no", code=2)
     assert "'no' is not JSON, such as true, 10 or 0.5" in result.stderr
 
 
-def test_the_whole_request_may_come_as_json(served, tmp_path):
-    """A file, or stdin, gives every field; options win over it."""
+def test_the_request_may_be_given_as_json(served, tmp_path):
+    """From a file or stdin; options override its fields."""
     spec = tmp_path / "spec.json"
     spec.write_text(
         '{"name": "x", "gateway-url": "http://gw:1", "gateway_headers": {"X-Team": "blue"}}'
@@ -314,7 +313,10 @@ def test_the_whole_request_may_come_as_json(served, tmp_path):
         run("start", "y", "--json-spec", "-", "--json", input='{"name": "z", "port": 9001}').stdout
     )
     assert (server["name"], server["port"]) == ("y", 9001)
-    nested = '{"name": "n", "gateway": {"url": "http://gw:1", "required": false}, "limits": {"memory": 1073741824}}'
+    nested = (
+        '{"name": "n", "gateway": {"url": "http://gw:1", "required": false},'
+        ' "limits": {"memory": 1073741824}}'
+    )
     options = ["--gateway-url", "http://gw:3", "--memory-limit", "512M", "--cpu-limit", "2"]
     server = json.loads(run("start", "--json-spec", "-", *options, "--json", input=nested).stdout)
     assert (server["gateway"]["url"], server["gateway"]["required"]) == ("http://gw:3", False)
@@ -329,8 +331,8 @@ def test_the_whole_request_may_come_as_json(served, tmp_path):
     )
 
 
-def test_start_has_an_option_for_each_field_of_a_request_but_for_secrets():
-    """What stands on a command line can be read by other users of the machine."""
+def test_start_has_an_option_for_each_field_of_a_request_except_secrets():
+    """Other users of the machine can read command lines."""
     flags = {
         flag
         for option in start._request_options()
@@ -362,27 +364,27 @@ def test_start_has_an_option_for_each_field_of_a_request_but_for_secrets():
         ("--memory-limit", "x"),
     ],
 )
-def test_an_option_that_no_request_can_have_is_wrong_usage(option, value):
+def test_an_option_with_an_invalid_value_is_a_usage_error(option, value):
     assert option in run("start", option, value, code=2).stderr
 
 
-def test_start_starts_a_stopped_server_as_it_was(served):
-    """With a name alone, the server is started again from its own spec; there is nothing to compare it with."""
+def test_start_with_a_name_alone_starts_a_stopped_server_unchanged(served):
+    """Its stored spec is used; other options are compared with it."""
     run("start", "demo", "--label", "team=blue")
     run("stop", "demo")
     assert json.loads(run("start", "demo", "--json").stdout)["labels"] == {"team": "blue"}
     assert "differs in labels" in run("start", "demo", "--label", "team=red", code=1).stderr
 
 
-def test_start_need_not_wait(served):
-    """With `--wait 0` a server that is not ready yet is no failure: stdout stays empty, and stderr says where it stands."""
+def test_start_does_not_wait_with_wait_zero(served):
+    """A server that is not ready yet is not an error: stdout is empty, and stderr has its state."""
     served.world.temper("default").boots = False
     result = run("start", "--wait", "0")
     assert (result.stdout, "server 'default' is starting" in result.stderr) == ("", True)
 
 
 def test_a_failed_start_shows_the_last_log_lines(served):
-    """The cause and the end of the log are on stderr, and the exit code is 1."""
+    """Cause and log are on stderr, and the exit code is 1."""
     served.world.temper("default").refusal = BackendRefused(
         "cannot start: boom", log_tail=["one", "two"]
     )
@@ -396,8 +398,8 @@ def test_a_failed_start_shows_the_last_log_lines(served):
 # Ls and show
 
 
-def test_ls_in_a_pipe_is_plain_aligned_columns(served, tmp_path):
-    """Columns line up, nothing is coloured, nothing is secret."""
+def test_ls_prints_plain_aligned_columns_to_a_pipe(served, tmp_path):
+    """Without colours and secrets."""
     run("start")
     run("start", "a-much-longer-name", "--gateway-url", "http://gw:1")
     run("stop", "a-much-longer-name")
@@ -410,8 +412,7 @@ def test_ls_in_a_pipe_is_plain_aligned_columns(served, tmp_path):
     assert "token" not in "".join(lines)
 
 
-def test_ls_filters(served):
-    """States and labels choose servers."""
+def test_ls_filters_by_state_and_label(served):
     run("start", "a", "--label", "team=blue")
     run("start", "b")
     run("stop", "b")
@@ -427,8 +428,8 @@ def test_ls_filters(served):
     assert names("--label", "team=red") == []
 
 
-def test_ls_json_is_the_apis(served):
-    """`--json` prints what the API answers, secrets included."""
+def test_ls_json_prints_the_response_of_the_api(served):
+    """Including secrets."""
     run("start")
     api = served.app.test_client().get(
         "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, base_url=served.url
@@ -436,8 +437,8 @@ def test_ls_json_is_the_apis(served):
     assert json.loads(run("ls", "--json").stdout) == api.get_json()
 
 
-def test_ls_at_a_terminal_has_colours_and_fits(served, monkeypatch):
-    """At a terminal states are coloured and lines are no wider than it; with NO_COLOR set nothing is coloured."""
+def test_ls_at_a_terminal_is_coloured_and_fits_its_width(served, monkeypatch):
+    """NO_COLOR disables colours."""
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("COLUMNS", raising=False)
     run("start", "demo", "--gateway-url", f"http://gw:1/{'x' * 200}")
@@ -451,15 +452,15 @@ def test_ls_at_a_terminal_has_colours_and_fits(served, monkeypatch):
     assert "\x1b" not in at_terminal("show", "nope", code=4)
 
 
-def test_an_empty_list_says_how_to_go_on(served):
-    """Somebody at a terminal is told the next step; a pipe gets the head alone."""
+def test_an_empty_list_suggests_the_next_step_at_a_terminal(served):
+    """A pipe gets the header alone."""
     assert "`labkeeper start` starts one" in at_terminal("ls")
     assert "no servers fit" in at_terminal("ls", "--state", "failed")
     assert run("ls").stderr == ""
 
 
-def test_show_tells_all_but_secrets(served):
-    """Facts that are not so are left out; the token is only in `--json`."""
+def test_show_prints_a_server_without_secrets(served):
+    """Unset fields are left out; the token is in `--json` only."""
     run("start", "--label", "team=blue")
     text = run("show").stdout
     assert re.search(r"^state +running$", text, re.MULTILINE)
@@ -480,16 +481,16 @@ def test_show_tells_all_but_secrets(served):
         ("2000-01-01", "2000-01-01"),
     ],
 )
-def test_ages_are_told_in_one_unit(instant, told):
-    """A time is told as its age; clocks that differ and times that are none do no harm."""
+def test_ages_have_a_single_unit(instant, told):
+    """Clock differences give 0 seconds, and other text stays as it is."""
     assert re.fullmatch(told, output.ago(instant))
 
 
 # Stop and restart
 
 
-def test_stop_says_how_each_server_ended(served):
-    """One line for each server on stdout; those that cannot be stopped do not hold up the others, and decide the exit code."""
+def test_stop_prints_how_each_server_ended(served):
+    """One line on stdout for each; an error sets the exit code, and other servers still stop."""
     run("start", "a")
     run("start", "b")
     result = run("stop", "a", "nope", "b", code=4)
@@ -499,8 +500,8 @@ def test_stop_says_how_each_server_ended(served):
 
 
 @pytest.mark.parametrize("options", [[], ["--delete"]])
-def test_servers_are_stopped_beside_each_other(served, options):
-    """All are asked before one is waited for, and told of in the order given: here the first ends only once the last is asked."""
+def test_stop_ends_servers_concurrently(served, options):
+    """It sends all requests before it waits: here the first server ends after the last one."""
     for name in ("a", "b", "c"):
         run("start", name)
     served.world.temper("a").obeys = False
@@ -518,8 +519,8 @@ def test_servers_are_stopped_beside_each_other(served, options):
     assert "SIGKILL" not in told
 
 
-def test_stop_can_be_for_all(served):
-    """`--all` needs no names and takes none; where there is nothing to stop it says nothing, and is content."""
+def test_stop_all_stops_every_server(served):
+    """`--all` takes no names; without servers it prints nothing and succeeds."""
     assert run("stop", "--all").stdout == ""
     for name in ("a", "b"):
         run("start", name)
@@ -530,7 +531,7 @@ def test_stop_can_be_for_all(served):
 
 
 def test_stop_can_force_and_delete(served):
-    """`--force` kills; `--delete` forgets; `--json` prints the API's answer for each."""
+    """`--force` kills, `--delete` deletes, `--json` prints the response for each server."""
     run("start")
     assert json.loads(run("stop", "--force", "--json").stdout)["stop_report"]["method"] == "sigkill"
     assert re.fullmatch(r"default: ended by SIGKILL in \d\.\d s\n", run("stop").stdout)
@@ -539,15 +540,14 @@ def test_stop_can_force_and_delete(served):
     run("show", code=4)
 
 
-def test_stop_need_not_wait(served):
-    """With `--wait 0` the line tells the state in between."""
+def test_stop_does_not_wait_with_wait_zero(served):
+    """It prints the current state."""
     served.world.temper("default").obeys = False
     run("start")
     assert run("stop", "--wait", "0").stdout == "default: stopping\n"
 
 
-def test_kernels_that_may_be_left_are_named(capsys):
-    """What may still run on a gateway is told on stderr."""
+def test_stop_reports_kernels_that_may_be_left_on_a_gateway(capsys):
     report = {
         "method": "shutdown",
         "seconds": 0.25,
@@ -560,13 +560,12 @@ def test_kernels_that_may_be_left_are_named(capsys):
     assert said.err == "x: kernels may be left on its gateway, and are ended when it answers: k3\n"
 
 
-def test_stop_gives_up_when_the_keeper_is_gone():
-    """Without a keeper there is one message, not one for each name."""
+def test_stop_without_a_keeper_prints_a_single_error():
     assert run("stop", "a", "b", "--url", "http://127.0.0.1:1", code=3).stderr.count("\n") == 1
 
 
 def test_restart_prints_the_new_link(served):
-    """A restart gives a new token, so it prints the link."""
+    """The restarted server has a new token."""
     before = run("start").stdout
     after = run("restart").stdout
     assert LINK.fullmatch(after)
@@ -574,13 +573,13 @@ def test_restart_prints_the_new_link(served):
     run("restart", "nope", code=4)
 
 
-def test_kernels_are_kept_or_it_is_said_why_not(served):
+def test_restart_that_cannot_keep_kernels_says_why(served):
     run("start")
     result = run("restart", "--keep-kernels", code=1)
     assert "not on a gateway" in result.stderr
 
 
-def test_a_server_shows_its_gateway_and_what_waits_for_it(served):
+def test_show_prints_the_gateway_and_kept_kernels(served):
     made = run(
         "start",
         "x",
@@ -632,15 +631,15 @@ REFUSED = {
         ),
     ],
 )
-def test_the_health_of_a_gateway_is_said_in_words(health, said):
+def test_a_gateways_health_is_described(health, said):
     assert servers._gateway(Gateway(**HEALTH, **health)) == said
 
 
 # Logs, open, token, version
 
 
-def test_logs_are_printed_as_they_are(served):
-    """The last lines go to stdout; a pipe gets each byte of them."""
+def test_logs_are_printed_unchanged_to_a_pipe(served):
+    """Escape sequences included."""
     run("start")
     served.world.write("default", "\x1b[31mred\x1b[0m\x1b[2J")
     assert run("logs", "-n", "1").stdout == "\x1b[31mred\x1b[0m\x1b[2J\n"
@@ -652,9 +651,9 @@ EVIL = "\x1b]52;c;eA==\x07\x9b2J"
 """Sets the clipboard, and clears the screen."""
 
 
-def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(served, monkeypatch):
-    """Not in logs, facts, lists, events and errors, whatever a server's log, its failure, or its directory says."""
-    # As a keeper has it that took it before such text was refused.
+def test_escape_sequences_of_others_are_escaped_at_a_terminal(served, monkeypatch):
+    """In logs, details, lists, events and errors."""
+    # A keeper may have stored such text before it was refused.
     monkeypatch.setattr(Server, "root_dir", property(lambda _: f"/x{EVIL}\nforged"), raising=False)
     served.world.temper("default").refusal = BackendRefused(
         f"cannot start: {EVIL}", log_tail=[EVIL]
@@ -672,8 +671,8 @@ def test_nothing_that_others_wrote_is_obeyed_by_a_terminal(served, monkeypatch):
     assert r"\x9b2J\x0aforged" in shown[2]
 
 
-def test_logs_follow_until_the_server_has_ended(served):
-    """`-f` goes on until there is no more to come, and then ends with 0."""
+def test_logs_follow_prints_until_the_server_ends(served):
+    """`-f` then exits with 0."""
     run("start")
     with process("logs", "-f", "-n", "1") as following:
         assert following.stdout.readline() == "launch 1 of server 'default', pid 1000\n"
@@ -682,10 +681,10 @@ def test_logs_follow_until_the_server_has_ended(served):
     assert (out, err, following.returncode) == ("pid 1000 ended: exit code 0\n", "", 0)
 
 
-def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_know_its_user(
+def test_over_the_unix_socket_the_generated_token_is_sent_if_the_keeper_demands_one(
     tmp_path, state_dir
 ):
-    """It may not be able to tell them from what a server has left behind; who can read the token is no such thing."""
+    """A keeper that cannot tell its own user from a server's processes asks for a token."""
     path = os.path.relpath(state_dir / "keeper.sock")
     with (
         structlog.testing.capture_logs(),
@@ -705,16 +704,15 @@ def test_the_generated_token_is_shown_over_the_socket_to_a_keeper_that_does_not_
 
 
 @pytest.fixture
-def _heeds_ctrl_c():
-    """A shell has what it runs in the background ignore this signal, and each program inherits that."""
+def _sigint_handled():
+    """Handle SIGINT, which background jobs of a shell ignore, as do their children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.usefixtures("_heeds_ctrl_c")
-def test_ctrl_c_ends_with_130_and_no_traceback(served):
-    """Somebody who has seen enough is not told about exceptions."""
+@pytest.mark.usefixtures("_sigint_handled")
+def test_ctrl_c_exits_with_130_without_a_traceback(served):
     run("start")
     with process("logs", "-f") as following:
         following.stdout.readline()
@@ -724,8 +722,8 @@ def test_ctrl_c_ends_with_130_and_no_traceback(served):
     run("stop")
 
 
-def test_a_closed_pipe_is_silent(served):
-    """`labkeeper ls | head -0` says nothing on stderr."""
+def test_a_closed_pipe_is_not_an_error(served):
+    """As in `labkeeper ls | head -0`."""
     reading, writing = os.pipe()
     os.close(reading)
     with process("ls", stdout=writing) as listing:
@@ -734,8 +732,8 @@ def test_a_closed_pipe_is_silent(served):
     assert err == ""
 
 
-def test_open_opens_the_link(served, monkeypatch):
-    """The browser gets a link that is good once; with `--print`, or where there is no browser, stdout has that with the token."""
+def test_open_opens_a_one_time_link(served, monkeypatch):
+    """`--print`, or a missing browser, prints the lasting link with the token instead."""
     opened = []
     monkeypatch.setattr(webbrowser, "open", lambda link: opened.append(link) or True)
     link = run("start").stdout
@@ -754,8 +752,7 @@ def test_open_opens_the_link(served, monkeypatch):
     assert (result.stdout, "cannot find a browser" in result.stderr) == (link, True)
 
 
-def test_open_waits_for_what_is_on_its_way(served):
-    """A server that is starting when it is asked for is waited for, not refused."""
+def test_open_waits_for_a_server_that_is_starting(served):
     served.world.temper("default").boots = False
     run("start", "--wait", "0")
     until(lambda: served.world.living("default"), what="its process")
@@ -770,15 +767,15 @@ def test_open_waits_for_what_is_on_its_way(served):
     assert LINK.fullmatch(run("open", "--print").stdout)
 
 
-def test_a_stopped_server_is_not_opened(served):
-    """The message says what it is, and how to start it."""
+def test_open_refuses_a_stopped_server(served):
+    """The message says how to start it."""
     run("start")
     run("stop")
     assert "it is stopped; `labkeeper start default` starts it" in run("open", code=1).stderr
 
 
 def test_token_prints_the_token_alone(served, monkeypatch):
-    """The generated token needs no keeper to be read; one in the environment wins; where there is none, that is said."""
+    """The generated one is read without a keeper; the environment overrides it."""
     assert run("token").stdout == f"{TOKEN}\n"
     monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
     assert run("token").stdout == "another-token-of-the-tests\n"
@@ -788,8 +785,8 @@ def test_token_prints_the_token_alone(served, monkeypatch):
     )
 
 
-def test_tokens_are_made_listed_and_revoked(served):
-    """A new token is the one line on stdout, to be put into a variable; it is shown this once."""
+def test_tokens_are_created_listed_and_revoked(served):
+    """A new token is the only line on stdout, and is not shown again."""
     empty = run("token", "ls").stdout
     assert empty.split() == ["NAME", "SCOPE", "FOR", "EXPIRES", "LAST", "USED"]
     options = [
@@ -827,13 +824,13 @@ def test_tokens_are_made_listed_and_revoked(served):
     )
 
 
-def test_at_a_terminal_commands_about_tokens_say_what_they_did(served):
+def test_token_commands_confirm_at_a_terminal(served):
     assert "no tokens but the owner's" in at_terminal("token", "ls")
     assert "not shown again" in at_terminal("token", "create", "ci", "--scope", "read")
     assert "token 'ci' is revoked" in at_terminal("token", "revoke", "ci")
 
 
-def test_a_token_for_reading_opens_nothing(served):
+def test_a_read_only_token_cannot_open_a_lab(served):
     run("start")
     text = run("token", "create", "eye", "--scope", "read").stdout.strip()
     env = {"LABKEEPER_TOKEN": text}
@@ -842,7 +839,7 @@ def test_a_token_for_reading_opens_nothing(served):
     assert "running" in run("ls", env=env).stdout
 
 
-def test_a_link_and_a_rotated_token(served):
+def test_rotating_a_token_invalidates_one_time_links(served):
     first = run("start").stdout
     (link,) = run("link", "--expires", "10m", "--page", "/lab/tree/a.ipynb").stdout.splitlines()
     assert link.startswith(f"{served.url}/open/")
@@ -853,8 +850,8 @@ def test_a_link_and_a_rotated_token(served):
     assert httpx.get(link).status_code == 410
 
 
-def test_version_tells_of_both_sides(served):
-    """The command's version and the keeper's; without a keeper the first is printed still."""
+def test_version_prints_the_versions_of_command_and_keeper(served):
+    """Without a keeper the first is still printed."""
     ours, theirs = run("version").stdout.splitlines()
     assert (ours, theirs) == (run("--version").stdout.strip(), f"keeper at {served.url}: 1.2.3")
     data = json.loads(run("version", "--json").stdout)
@@ -865,8 +862,8 @@ def test_version_tells_of_both_sides(served):
 # Finding the keeper
 
 
-def test_the_keeper_is_found_by_url_before_all_else(served, state_dir, monkeypatch):
-    """The order is: `--url`, LABKEEPER_URL, the state directory."""
+def test_the_url_overrides_the_state_directory(served, state_dir, monkeypatch):
+    """The order is `--url`, LABKEEPER_URL, the state directory."""
     assert served.url in run("version").stdout
     monkeypatch.setenv("LABKEEPER_URL", "http://127.0.0.1:1")
     run("version", code=3)
@@ -876,7 +873,7 @@ def test_the_keeper_is_found_by_url_before_all_else(served, state_dir, monkeypat
 
 @pytest.fixture
 def squatter(monkeypatch):
-    """Somebody else on the port that the settings name: where they listen, and what they were sent."""
+    """Another program on the port of the settings: its URL, and what it has received."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         sent = []
         monkeypatch.setenv("LABKEEPER_PORT", str(listener.getsockname()[1]))
@@ -907,8 +904,8 @@ ANOTHER = "another-token-of-the-tests"
 @pytest.mark.parametrize(
     "said", [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}]
 )
-def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, monkeypatch, said):
-    """Not to the default port, nor to where a keeper that was killed has answered; with a token of one's own neither."""
+def test_without_a_running_keeper_nothing_is_sent(squatter, state_dir, monkeypatch, said):
+    """Neither to the default port nor to a killed keeper's address, even with a token given."""
     url, sent = squatter
     (state_dir / "token").write_text(TOKEN + "\n")
     if said is not None:
@@ -917,16 +914,16 @@ def test_where_no_keeper_runs_nothing_is_sent_to_anybody(squatter, state_dir, mo
     for _ in range(2):
         told = run("ls", code=3).stderr
         assert (
-            f"cannot find a keeper: none runs on the state directory {state_dir}; `labkeeper serve` starts one"
-            in told
+            f"cannot find a keeper: none runs on the state directory {state_dir};"
+            " `labkeeper serve` starts one" in told
         )
         monkeypatch.setenv("LABKEEPER_TOKEN", ANOTHER)
     assert sent == []
 
 
 @pytest.mark.root
-def test_a_process_of_another_user_is_no_keeper_of_ours(squatter, state_dir):
-    """Root's is, and that of who wrote the address, who need not be the one that asks."""
+def test_a_process_of_an_unrelated_user_is_not_a_keeper(squatter, state_dir):
+    """Root and the owner of the address file are trusted, whoever calls."""
     url, sent = squatter
     (state_dir / "token").write_text(TOKEN + "\n")
     with subprocess.Popen(["sleep", "60"], user=65534) as other:
@@ -939,8 +936,8 @@ def test_a_process_of_another_user_is_no_keeper_of_ours(squatter, state_dir):
     assert TOKEN in sent[0]
 
 
-def test_the_generated_token_is_shown_to_the_keeper_that_made_it_only(served, squatter):
-    """Who else answers at a URL that was named gets none, on this machine either; one's own goes where one says."""
+def test_the_generated_token_is_sent_only_to_the_keeper_that_created_it(served, squatter):
+    """Another URL gets none, even on this machine; a token from the environment is always sent."""
     url, sent = squatter
     for name in (url, url.replace("127.0.0.1", "localhost")):
         run("ls", "--url", name, code=3)
@@ -955,8 +952,8 @@ def test_the_generated_token_is_shown_to_the_keeper_that_made_it_only(served, sq
 
 
 @pytest.mark.parametrize("command", ASKING)
-def test_without_a_keeper_each_command_ends_with_3(command):
-    """One line says which address was tried and how a keeper is started."""
+def test_without_a_keeper_every_command_exits_with_3(command):
+    """The message has the URL and says how to start a keeper."""
     result = run(command, "--url", "http://127.0.0.1:1", code=3)
     assert re.fullmatch(
         r"labkeeper: cannot reach a keeper at http://127\.0\.0\.1:1: .*`labkeeper serve`\n",
@@ -979,52 +976,48 @@ def test_without_a_keeper_each_command_ends_with_3(command):
         (["serve", "--max-servers", "0"], "bad setting LABKEEPER_MAX_SERVERS"),
     ],
 )
-def test_wrong_usage_is_one_line_and_ends_with_2(arguments, said):
-    """Whoever mistypes gets one line that names the mistake."""
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, said):
     result = run(*arguments, code=2)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
     assert said in result.stderr
 
 
-def test_a_spec_must_be_an_object():
-    """A JSON list is no request."""
+def test_a_json_spec_must_be_an_object():
     assert "not a JSON object" in run("start", "--json-spec", "-", input="[]", code=2).stderr
 
 
-def test_a_wrong_setting_ends_with_2(monkeypatch):
-    """A mistake in the environment is one line too, for every command."""
+def test_a_wrong_setting_exits_with_2(monkeypatch):
+    """For every command, with a one-line message."""
     monkeypatch.setenv("LABKEEPER_PORT", "x")
     assert "LABKEEPER_PORT" in run("ls", code=2).stderr
 
 
-def test_what_the_keeper_refuses_ends_with_1(served, monkeypatch):
-    """A refused request and a wrong token are told in the keeper's words."""
+def test_a_refusal_of_the_keeper_exits_with_1(served, monkeypatch):
+    """The message is the keeper's own."""
     assert "base_url" in run("start", "--base-url", "nope", code=1).stderr
     monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
     assert "the token is not known" in run("ls", code=1).stderr
 
 
-def test_a_bug_in_the_keeper_is_told_with_its_request_id(served):
-    """Whoever runs the keeper finds the traceback in its log under this id."""
+def test_a_bug_in_the_keeper_is_reported_with_its_request_id(served):
+    """The keeper's log has the traceback under this id."""
     served.app.view_functions["version"] = lambda **_: 1 / 0
     assert re.search(r"^  request id: [0-9a-f]{32}$", run("version", code=1).stderr, re.MULTILINE)
 
 
-def test_a_name_that_cannot_be_is_not_found():
-    """Such a name ends like any other that is not there; no keeper has to be asked."""
+def test_an_invalid_name_is_not_found():
+    """No request is sent."""
     assert "must be 1 to 63" in run("show", "../x", "--url", "http://127.0.0.1:1", code=4).stderr
 
 
 def test_errors_at_a_terminal_are_coloured():
-    """The word that begins the line is red there."""
     assert at_terminal("--url", "ftp://x", "ls", code=2).startswith(
         "\x1b[31m\x1b[1mlabkeeper:\x1b[0m cannot use"
     )
 
 
-def test_a_full_disk_is_one_line_too():
-    """What the system refuses is no traceback."""
+def test_a_full_disk_is_a_one_line_error():
     with Path("/dev/full").open("w") as full, process("--version", stdout=full) as asking:
         _, err = asking.communicate(timeout=30)
     assert (asking.returncode, err.count("\n")) == (1, 1)
@@ -1034,8 +1027,8 @@ def test_a_full_disk_is_one_line_too():
 # Waiting
 
 
-def test_a_terminal_is_told_when_something_takes_long(monkeypatch):
-    """A spinner with the seconds appears, counts, and leaves nothing behind."""
+def test_a_spinner_is_shown_while_waiting_at_a_terminal(monkeypatch):
+    """It counts seconds, and erases itself."""
     monkeypatch.setenv("TERM", "xterm-256color")
     primary, secondary = os.openpty()
     shown = ""
@@ -1051,26 +1044,27 @@ def test_a_terminal_is_told_when_something_takes_long(monkeypatch):
     assert "starting 'x' 0 s" in shown
 
 
-def test_what_is_quick_shows_nothing(served):
-    """At a terminal, too, a quick command prints its data alone."""
+def test_a_quick_command_shows_no_spinner(served):
     run("start")
     assert LINK.fullmatch(at_terminal("open", "--print"))
 
 
-def test_an_unreachable_backend_is_told_in_the_keepers_words(served):
-    """A 503 is a no of the keeper, not a missing keeper."""
+def test_an_unavailable_backend_is_reported_in_the_keepers_words(served):
+    """A 503 is an error of the keeper, not a missing keeper."""
     served.app.view_functions["list_servers"] = lambda **_: (_ for _ in ()).throw(
         BackendUnavailable("cannot list: later")
     )
     assert run("ls", code=1).stderr == "labkeeper: cannot list: later\n"
 
 
-# The start of the program
+# Startup
 
 
-def test_help_and_ls_import_no_more_than_they_need():
-    """Help is there before anything heavy is imported."""
-    code = "import sys, labkeeper.cli; print(sorted({'rich', 'httpx', 'flask', 'pydantic', 'labkeeper.serve'} & set(sys.modules)))"
+def test_importing_the_command_line_loads_no_heavy_modules():
+    code = (
+        "import sys, labkeeper.cli; print(sorted("
+        "{'rich', 'httpx', 'flask', 'pydantic', 'labkeeper.serve'} & set(sys.modules)))"
+    )
     assert (
         subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
@@ -1079,8 +1073,7 @@ def test_help_and_ls_import_no_more_than_they_need():
     )
 
 
-def test_letters_that_the_terminal_lacks_do_no_harm(served):
-    """A log line that cannot be written in the terminal's encoding is written with escapes."""
+def test_characters_outside_the_terminals_encoding_are_escaped(served):
     run("start")
     served.world.write("default", "ż")
     with process(
@@ -1108,12 +1101,12 @@ def test_idle_explains_all_servers_or_one(served):
     assert re.search(r"^idle timeout +2 h$", run("show", "a").stdout, re.MULTILINE)
 
 
-def test_snooze_says_until_when(served):
+def test_snooze_prints_the_time_until_which_it_applies(served):
     run("start", "a")
     assert re.fullmatch(r"a: snoozed until \S+Z\n", run("snooze", "a", "--for", "2h").stdout)
     assert "snoozed_until" in run("snooze", "a", "--for", "1h", "--json").stdout
     assert run("snooze", "a", "--for", "0").stdout == "a: not snoozed\n"
 
 
-def test_idle_says_to_a_person_that_there_are_none(served):
+def test_idle_without_servers_suggests_the_next_step_at_a_terminal(served):
     assert "no servers; `labkeeper start` starts one" in at_terminal("idle")

@@ -1,4 +1,4 @@
-"""Servers are asked seldom, warned of once, looked at once more and then stopped; what changes in between is kept."""
+"""The culler: how often it polls servers, its warnings, the last check, and the stop."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENDPOINT = Endpoint("http://h:1/", "t", "/", "h", 1, False, False, "/n")
 
 
 class JumpingClock(FakeClock):
-    """Its wall can jump."""
+    """A clock whose wall time can jump."""
 
     def jump(self, seconds):
         self._time += seconds
@@ -34,7 +34,7 @@ class JumpingClock(FakeClock):
 class StubProbe:
     def __init__(self):
         self.answers = {}
-        """By the server's port: an activity, or an error; a list is used up, but for its last."""
+        """By port: an activity, an error, or a list of them whose last item repeats."""
         self.asked = []
         self.ended = []
         self.stubborn = False
@@ -55,7 +55,7 @@ class StubProbe:
 
 
 class Culled:
-    """A culler whose thread does not run: the test is its loop, and the fleet that it tells."""
+    """A culler without its thread, whose loop the test runs, and the orders it gives."""
 
     def __init__(self, threads, **policy):
         self.clock, self.probe, self.notes, self.given = JumpingClock(), StubProbe(), Notes(), []
@@ -97,7 +97,7 @@ class Culled:
             self.culler._look(watched)
 
     def after(self, seconds):
-        """Let time pass, a second at a time, and look whenever that is due."""
+        """Advance the clock second by second, and check the servers that are due."""
         for _ in range(int(seconds)):
             self.clock.advance(1.0)
             self.look()
@@ -120,7 +120,7 @@ def culled(threads):
     return Culled(threads)
 
 
-def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
+def test_an_idle_server_is_warned_about_once_and_then_stopped(culled):
     snapshot = culled.run(idle_timeout=7200.0)
     culled.after(6899)
     assert (culled.kinds(), culled.given) == ([], [])
@@ -143,7 +143,7 @@ def test_an_idle_server_is_warned_of_once_and_stopped_with_the_reason(culled):
     assert order.origin == Origin("culler", reason="idle_timeout: unused for 2 h")
 
 
-def test_activity_between_the_look_and_the_stop_is_seen(culled):
+def test_activity_seen_by_the_last_check_prevents_the_stop(culled):
     culled.run(idle_timeout=600.0)
     culled.after(599)
     idle, used = Activity(culled.clock.time() - 599), Activity(culled.clock.time())
@@ -153,7 +153,7 @@ def test_activity_between_the_look_and_the_stop_is_seen(culled):
     assert culled.state() is CullState.COUNTING
 
 
-def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culled):
+def test_a_change_or_a_failure_during_the_last_check_postpones_the_stop(culled):
     culled.run(idle_timeout=600.0)
     culled.after(599)
     idle = culled.probe.answers[1]
@@ -165,7 +165,7 @@ def test_any_change_at_the_last_look_puts_the_stop_off_and_so_does_silence(culle
     assert culled.state() is CullState.UNKNOWN
 
 
-def test_a_wall_clock_that_jumps_stops_nobody(culled):
+def test_a_jump_of_the_wall_clock_stops_no_server(culled):
     culled.run("idle", idle_timeout=7200.0)
     culled.run("aged", port=2, max_age=7200.0)
     culled.run("fresh", port=3, idle_timeout=7200.0)
@@ -178,7 +178,7 @@ def test_a_wall_clock_that_jumps_stops_nobody(culled):
     assert {order.name for order in culled.given} == {"idle", "aged", "fresh"}
 
 
-def test_an_age_counts_from_the_first_ready_also_when_it_crashed_or_its_keeper_is_another(culled):
+def test_max_age_counts_from_the_first_ready_across_crashes_and_keepers(culled):
     culled.run(max_age=3600.0, generation=2, up_since=culled.clock.time() - 3000.0)
     culled.after(599)
     assert culled.kinds() == [HistoryKind.CULL_WARNING]
@@ -186,7 +186,7 @@ def test_an_age_counts_from_the_first_ready_also_when_it_crashed_or_its_keeper_i
     assert culled.given[0].origin.reason.startswith("max_age: it has run for 1 h")
 
 
-def test_a_snooze_puts_it_off_and_holds_over_a_jump(culled):
+def test_a_snooze_postpones_the_stop_and_survives_a_clock_jump(culled):
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(400)
     snoozed = replace(snapshot, snoozed_until=culled.clock.time() + 3600.0)
@@ -199,7 +199,7 @@ def test_a_snooze_puts_it_off_and_holds_over_a_jump(culled):
     assert len(culled.given) > 0
 
 
-def test_one_that_is_snoozed_during_the_last_look_is_not_stopped(culled):
+def test_a_server_snoozed_during_the_last_check_is_not_stopped(culled):
     snapshot = culled.run(max_age=600.0)
     culled.after(599)
     ask, asked = culled.probe.activity, []
@@ -215,7 +215,7 @@ def test_one_that_is_snoozed_during_the_last_look_is_not_stopped(culled):
     assert (len(asked), culled.given) == (2, [])
 
 
-def test_none_is_asked_without_a_rule_and_others_once_a_period(culled):
+def test_servers_without_a_rule_are_not_polled_and_others_once_per_period(culled):
     culled.run("free", port=2)
     culled.run(idle_timeout=86400.0)
     culled.after(PERIOD * 10)
@@ -224,14 +224,14 @@ def test_none_is_asked_without_a_rule_and_others_once_a_period(culled):
     assert culled.state("free") is CullState.OFF
 
 
-def test_many_are_spread_over_the_period(culled):
+def test_polls_are_spread_over_the_period(culled):
     for port in range(1, 201):
         culled.run(f"lab{port}", port=port, idle_timeout=86400.0)
     culled.after(PERIOD / 2)
     assert 50 < len(culled.probe.asked) < 150
 
 
-def test_one_that_stopped_or_was_launched_again_is_another(culled):
+def test_a_stop_or_a_new_launch_discards_the_idle_time(culled):
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(500)
     culled.run(idle_timeout=600.0, generation=2)
@@ -242,7 +242,7 @@ def test_one_that_stopped_or_was_launched_again_is_another(culled):
     assert (culled.given, culled.state()) == ([], CullState.NOT_RUNNING)
 
 
-def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_two_do_not_fit(
+def test_foreground_programs_of_terminals_come_from_the_backend_if_the_counts_match(
     culled,
 ):
     two = Activity(culled.clock.time(), (), (TerminalUse("3", 0.0), TerminalUse("1", 0.0)))
@@ -255,7 +255,7 @@ def test_what_runs_in_terminals_is_asked_of_the_backend_and_unknown_where_the_tw
     assert culled.culler.refresh(snapshot).verdict.holders == ()
 
 
-def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_moment_is_not(threads):
+def test_idle_kernels_are_culled_unless_the_last_check_sees_activity(threads):
     culled = Culled(threads, kernel_idle_timeout=600.0)
     begun = culled.clock.time()
     old, other = KernelUse("old", "idle", begun), KernelUse("other", "idle", begun)
@@ -279,7 +279,7 @@ def test_idle_kernels_are_ended_and_noted_and_one_that_is_used_at_the_last_momen
     assert len(culled.notes.taken) == 1
 
 
-def test_one_that_hangs_holds_up_no_other(threads, monkeypatch):
+def test_a_server_that_hangs_does_not_delay_others(threads, monkeypatch):
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.01)
     culled, free = Culled(threads), threading.Event()
     ask = culled.probe.activity
@@ -299,7 +299,7 @@ def test_one_that_hangs_holds_up_no_other(threads, monkeypatch):
     until(lambda: sorted(culled.probe.asked) == [1, 2], what="both were")
 
 
-def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(threads):
+def test_a_kernel_opened_during_the_last_check_is_not_culled(threads):
     culled = Culled(threads, kernel_idle_timeout=600.0)
     one = KernelUse("one", "idle", culled.clock.time())
     idle = Activity(culled.clock.time(), (one,))
@@ -310,7 +310,7 @@ def test_a_kernel_that_was_opened_at_the_last_moment_is_not_ended(threads):
     assert culled.probe.ended == []
 
 
-def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_server_count_nothing_anew(
+def test_without_a_rule_no_request_is_sent_and_unrelated_changes_keep_the_idle_time(
     culled,
 ):
     assert culled.culler.refresh(culled.run("free", port=2)).verdict.state is CullState.OFF
@@ -322,8 +322,8 @@ def test_one_without_a_rule_is_explained_without_a_question_and_other_news_of_a_
     assert culled.given[0].seen.restarts == 1
 
 
-def test_an_idle_time_goes_on_under_another_keeper_which_warns_again(culled):
-    """The server became ready for this keeper just now, and says when it was used last."""
+def test_idle_time_counts_across_keepers_and_the_new_keeper_warns_again(culled):
+    """For the new keeper the server became ready just now; its last activity is older."""
     begun = culled.clock.time() - 7000.0
     culled.run(answer=Activity(begun), up_since=begun, idle_timeout=7200.0)
     culled.after(PERIOD)

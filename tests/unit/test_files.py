@@ -1,4 +1,4 @@
-"""What somebody else may have put there is read, and removed, with care."""
+"""Reading and removing files that another user may have put there."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from harness import no_descriptors
 from labkeeper.files import _LARGEST, private_copy, read_foreign, read_named, remove_tree
 
 
-def test_a_file_is_read_up_to_a_size(tmp_path):
+def test_read_foreign_truncates_large_files(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"text")
     assert read_foreign(path) == b"text"
@@ -25,8 +25,8 @@ def test_a_file_is_read_up_to_a_size(tmp_path):
     assert len(read_foreign(path)) == _LARGEST
 
 
-def zeros(path):
-    """A device that can be read without end; of the system, where we may make none."""
+def endless(path):
+    """Make a device that can be read endlessly, or a link to one where that needs root."""
     try:
         os.mknod(path, stat.S_IFCHR | 0o666, os.makedev(1, 5))
     except PermissionError:
@@ -35,16 +35,16 @@ def zeros(path):
 
 @pytest.mark.parametrize(
     "make",
-    [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), zeros, lambda _: None],
+    [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/etc/passwd"), endless, lambda _: None],
 )
-def test_what_is_no_file_is_refused_at_once(tmp_path, make):
+def test_anything_but_a_regular_file_is_refused_without_blocking(tmp_path, make):
     make(tmp_path / "file")
     for read in (read_foreign, read_named):
         with pytest.raises(OSError, match=r"not a regular file|No such file|symbolic links"):
             read(str(tmp_path / "file"))
 
 
-def test_a_file_that_was_named_is_read_whole_or_refused(tmp_path):
+def test_a_named_file_is_read_completely_or_refused(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"text")
     assert read_named(str(path)) == b"text"
@@ -53,8 +53,8 @@ def test_a_file_that_was_named_is_read_whole_or_refused(tmp_path):
         read_named(str(path))
 
 
-def test_a_file_that_was_named_is_not_read_by_way_of_a_link_that_came_later(tmp_path):
-    """Not even one that leads from a directory to another, where the file is no link itself."""
+def test_a_named_file_is_not_read_through_a_symbolic_link_in_its_path(tmp_path):
+    """Such a link may be created after the path was checked; the file itself is not a link."""
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "key").write_text("secret")
     (tmp_path / "mine").symlink_to("theirs")
@@ -63,8 +63,8 @@ def test_a_file_that_was_named_is_not_read_by_way_of_a_link_that_came_later(tmp_
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_nobody_who_holds_a_lease_of_a_file_is_waited_for(tmp_path):
-    """Linux would let an open wait three quarters of a minute for its holder."""
+def test_a_file_with_a_lease_is_refused_without_blocking(tmp_path):
+    """By default, Linux blocks such an open for up to 45 seconds."""
     path = tmp_path / "file"
     path.write_text("text")
     before = signal.signal(signal.SIGIO, signal.SIG_IGN)
@@ -93,7 +93,7 @@ NOBODY = pwd.getpwuid(65534).pw_name
         (65534, 0, 0o044, False),
     ],
 )
-def test_for_another_user_nothing_is_read_that_is_not_for_that_user(
+def test_for_another_user_only_files_that_this_user_may_read_are_read(
     tmp_path, owner, group, mode, readable
 ):
     path = tmp_path / "key"
@@ -111,8 +111,8 @@ def test_for_another_user_nothing_is_read_that_is_not_for_that_user(
         read_named(str(path), "no-such-user")
 
 
-def test_a_copy_is_opened_by_its_path_as_often_as_somebody_likes(tmp_path, monkeypatch):
-    """It has no name, so nothing of it is left, and nobody else finds it."""
+def test_a_private_copy_can_be_opened_repeatedly_and_has_no_name(tmp_path, monkeypatch):
+    """Without a name, nothing is left behind and no other process finds it."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with private_copy(b"secret") as path:
         assert [Path(path).read_bytes() for _ in range(2)] == [b"secret"] * 2
@@ -120,7 +120,7 @@ def test_a_copy_is_opened_by_its_path_as_often_as_somebody_likes(tmp_path, monke
 
 
 def nested(directory, depth):
-    """Make directories in each other, deeper than a path can say; give the innermost one as it is open."""
+    """Nest directories deeper than the longest path, and return a descriptor of the innermost."""
     here = os.open(directory, os.O_RDONLY)
     for _ in range(depth):
         os.mkdir("d", dir_fd=here)
@@ -130,8 +130,8 @@ def nested(directory, depth):
     return here
 
 
-def test_directories_are_removed_however_deep_they_are_and_no_link_is_followed(tmp_path):
-    """Deeper than Python recurses, than a process may hold descriptors, and than a path may be long."""
+def test_remove_tree_removes_deep_trees_and_follows_no_links(tmp_path):
+    """Deeper than Python's recursion limit, the descriptor limit, and the longest path."""
     kept, tree = tmp_path / "kept", tmp_path / "tree"
     kept.mkdir()
     (kept / "file").touch()
@@ -145,15 +145,15 @@ def test_directories_are_removed_however_deep_they_are_and_no_link_is_followed(t
     assert (kept / "file").exists()
 
 
-def test_a_link_to_a_directory_is_no_directory_to_remove(tmp_path):
+def test_remove_tree_leaves_a_link_to_a_directory_alone(tmp_path):
     (tmp_path / "kept").mkdir()
     (tmp_path / "link").symlink_to("kept")
     remove_tree(tmp_path / "link")
     assert {path.name for path in tmp_path.iterdir()} == {"kept", "link"}
 
 
-def test_what_its_owner_has_closed_to_itself_is_removed_too(tmp_path):
-    """As a user who is not root, since nothing is closed to root."""
+def test_remove_tree_removes_directories_without_permissions(tmp_path):
+    """As a user other than root, which ignores permissions."""
     inner = tmp_path / "tree" / "closed" / "inner"
     inner.mkdir(parents=True)
     (inner / "file").touch()
@@ -174,7 +174,7 @@ def test_what_its_owner_has_closed_to_itself_is_removed_too(tmp_path):
     assert os.waitpid(child, 0)[1] == 0
 
 
-def test_a_directory_that_no_descriptor_is_left_for_is_not_taken_for_removed(tmp_path):
+def test_remove_tree_fails_without_free_descriptors(tmp_path):
     (tmp_path / "room" / "inner").mkdir(parents=True)
     with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
         remove_tree(tmp_path / "room")

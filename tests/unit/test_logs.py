@@ -1,4 +1,4 @@
-"""The keeper's own log: one form for all, told apart by level, and without values of variables."""
+"""The keeper's own log: its formats and levels, the entry for each change, and scrubbing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def snapshot(state, **more):
     return Snapshot(a_spec("lab"), state, Goal.UP, since=0.0, created_at=0.0, generation=3, **more)
 
 
-def test_json_is_one_object_a_line_also_for_libraries(capsys):
+def test_json_is_one_object_per_line_also_from_libraries(capsys):
     logs.configure(level="info", form="auto", debug=False)
     structlog.get_logger("labkeeper.x").info("said", port=1)
     logging.getLogger("somebody").warning("else %s", "said")
@@ -52,14 +52,14 @@ def test_json_is_one_object_a_line_also_for_libraries(capsys):
     assert second["event"] == "else said"
 
 
-def test_debug_names_the_line_that_spoke(capsys):
+def test_debug_adds_line_numbers(capsys):
     logs.configure(level="error", form="json", debug=True)
     structlog.get_logger("labkeeper.x").debug("said")
     assert json.loads(capsys.readouterr().err)["lineno"] > 0
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_a_trace_shows_no_values(capsys, form):
+def test_a_traceback_shows_no_values(capsys, form):
     logs.configure(level="info", form=form, debug=False)
     held = "hun" + "ter2"
 
@@ -105,7 +105,7 @@ def test_each_change_of_state_is_one_entry(before, after, event, level):
     assert entry.get("method") == (after.stop_report.method if after.stop_report else None)
 
 
-def test_what_changes_no_state_is_not_logged():
+def test_a_change_that_keeps_the_state_is_not_logged():
     with structlog.testing.capture_logs() as log:
         logs.ChangeLog().changed(
             Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0)
@@ -120,7 +120,7 @@ def test_what_changes_no_state_is_not_logged():
         (Failure(FailureClass.GATEWAY_REFUSED, "it refuses"), "warning", "it refuses"),
     ],
 )
-def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
+def test_changes_of_a_gateways_health_are_logged(error, level, cause):
     running = snapshot(State.RUNNING)
     seen = replace(running, gateway=GatewayHealth(1.0, error))
     with structlog.testing.capture_logs() as log:
@@ -129,7 +129,7 @@ def test_a_gateway_that_comes_or_goes_is_logged(error, level, cause):
     assert (entry["log_level"], entry["server"], entry.get("cause")) == (level, "lab", cause)
 
 
-def test_a_line_says_who_set_a_change_off(capsys):
+def test_an_entry_names_the_actor_request_and_reason(capsys):
     logs.configure(level="info", form="json", debug=False)
     before, after = snapshot(State.RUNNING), snapshot(State.STOPPING)
     logs.ChangeLog().changed(
@@ -147,7 +147,7 @@ def test_a_line_says_who_set_a_change_off(capsys):
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_nothing_that_a_server_logs_is_obeyed_by_the_terminal(capsys, form):
+def test_escape_sequences_that_servers_log_are_escaped(capsys, form):
     logs.configure(level="info", form=form, debug=False)
     structlog.get_logger("jupyter").info(
         "\x1b]52;c;eA==\x07 said", server="\x9b2J", exception="\x1b[2J"
@@ -159,7 +159,7 @@ def test_nothing_that_a_server_logs_is_obeyed_by_the_terminal(capsys, form):
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_no_line_has_a_secret_whoever_wrote_it(capsys, form):
+def test_secrets_are_scrubbed_from_every_entry(capsys, form):
     logs.configure(level="info", form=form, debug=True)
     log = structlog.get_logger("labkeeper.x")
     log.info("asked http://h/?token=hunter2", count=1, none=None, place=Path("/p/token=hunter2"))
@@ -198,7 +198,7 @@ def known():
     scrub.KEEPER.learn(tuple)
 
 
-def test_what_a_server_was_given_is_hidden_in_what_others_say_of_it_and_nowhere_else(capsys, known):
+def test_a_servers_secrets_are_hidden_in_entries_about_it_and_nowhere_else(capsys, known):
     own = (
         "token:ada",
         "a-request",
@@ -234,7 +234,7 @@ def test_what_a_server_was_given_is_hidden_in_what_others_say_of_it_and_nowhere_
     assert [entry["text"] for entry in others] == ["its-own-secret"] * 2
 
 
-def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secrets_are_nowhere(
+def test_a_server_name_may_look_like_a_token_but_the_keepers_secrets_are_hidden_anywhere(
     capsys, known
 ):
     logs.configure(level="info", form="json", debug=False)
@@ -248,7 +248,7 @@ def test_a_server_that_is_called_like_a_token_is_named_and_the_keepers_own_secre
     assert {second[key] for key in ("event", "server", "text")} == {"[secret]"}
 
 
-def test_what_is_no_secret_is_written_as_before(capsys):
+def test_values_that_are_not_secret_are_unchanged(capsys):
     logs.configure(level="info", form="json", debug=False)
     structlog.get_logger("labkeeper.x").info(
         "said", servers=["a"], seconds=0.1, found=True, none=None, at=Path("/x")

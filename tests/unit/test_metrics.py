@@ -1,4 +1,4 @@
-"""Metrics: each counts what it says, all are named as Prometheus wants, and no label grows with use."""
+"""Metrics: values, Prometheus naming conventions, and labels of bounded cardinality."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ BASE_UNITS = ("_seconds", "_bytes")
 
 
 class Server:
-    """Goes through changes, and tells metrics of each."""
+    """Goes through changes, and passes each to the metrics."""
 
     def __init__(self, metrics, clock, snapshot=LAB):
         self.metrics = metrics
@@ -83,7 +83,7 @@ def server(metrics, clock):
 
 
 def samples(metrics):
-    """What a Prometheus reads: values by name and labels."""
+    """Return the values that Prometheus scrapes, by name and labels."""
     text, media_type = metrics.exposition("")
     assert media_type.startswith("text/plain")
     families = text_string_to_metric_families(text.decode())
@@ -100,7 +100,7 @@ def starts(metrics, outcome, way="unknown", failure_class="none"):
     return value(metrics, "starts_total", outcome=outcome, way=way, failure_class=failure_class)
 
 
-def test_a_start_that_is_ready_is_counted_and_timed_by_its_way(metrics, server):
+def test_a_successful_start_is_counted_and_timed_by_launch_method(metrics, server):
     server.runs(after=0.12)
     assert starts(metrics, "ready", "fork") == 1
     assert starts(metrics, "ready", "exec") == 0
@@ -110,7 +110,7 @@ def test_a_start_that_is_ready_is_counted_and_timed_by_its_way(metrics, server):
     assert value(metrics, "start_duration_seconds_bucket", way="fork", le="0.15") == 1
 
 
-def test_a_start_that_fails_is_counted_with_its_class(metrics, server):
+def test_a_failed_start_is_counted_by_failure_class(metrics, server):
     server.starts().goes(
         Event.CRASHED, State.FAILED, failure=replace(CRASH, kind=FailureClass.PORT_IN_USE)
     )
@@ -121,7 +121,7 @@ def test_a_start_that_fails_is_counted_with_its_class(metrics, server):
     )
 
 
-def test_a_start_that_is_stopped_meanwhile_has_not_failed(metrics, server):
+def test_a_start_that_is_stopped_has_not_failed(metrics, server):
     server.starts().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN).goes(
         Event.EXITED, State.STOPPED
     )
@@ -129,7 +129,7 @@ def test_a_start_that_is_stopped_meanwhile_has_not_failed(metrics, server):
     assert sum(starts(metrics, "failed", failure_class=kind) for kind in FailureClass) == 0
 
 
-def test_one_that_is_lost_while_it_starts_is_counted_when_it_is_decided(metrics, server):
+def test_a_start_that_gets_lost_is_counted_once_its_outcome_is_known(metrics, server):
     server.starts().goes(Event.UNREACHABLE, State.LOST)
     assert starts(metrics, "ready", "fork") == 0
     server.goes(Event.READY, State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE, after=3)
@@ -137,7 +137,7 @@ def test_one_that_is_lost_while_it_starts_is_counted_when_it_is_decided(metrics,
     assert value(metrics, "start_duration_seconds_sum", way="fork") == 3
 
 
-def test_a_stop_is_timed_by_its_method_and_no_end_of_its_own(metrics, server):
+def test_a_stop_is_timed_by_method_and_is_not_an_unrequested_end(metrics, server):
     server.runs().goes(Event.STOP, State.STOPPING, goal=Goal.DOWN)
     server.goes(Event.EXITED, State.STOPPED, stop_report=StopReport(StopMethod.SIGTERM, 1.5))
     assert value(metrics, "stop_duration_seconds_sum", method="sigterm") == 1.5
@@ -155,12 +155,12 @@ def test_a_crash_and_the_restart_after_it_are_counted(metrics, server):
     assert starts(metrics, "ready", "fork") == 2
 
 
-def test_a_server_that_was_shut_down_from_inside_ended_without_a_cause(metrics, server):
+def test_a_shutdown_from_inside_is_an_unrequested_end_without_failure_class(metrics, server):
     server.runs().goes(Event.EXITED, State.STOPPED, goal=Goal.DOWN)
     assert value(metrics, "unrequested_ends_total", failure_class="none") == 1
 
 
-def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock):
+def test_an_adopted_server_is_not_a_start_but_its_crash_counts(metrics, clock):
     known = replace(LAB, state=State.LOST, goal=Goal.UP, generation=4, started_at=1.0)
     metrics.changed(Change(Event.UNREACHABLE, None, known, 0.0))
     server = Server(metrics, clock, known).goes(
@@ -179,7 +179,7 @@ def test_one_that_was_taken_over_is_no_start_but_its_crash_is_one(metrics, clock
         ("", "none"),
     ],
 )
-def test_a_cull_is_counted_by_its_rule(metrics, server, reason, rule):
+def test_a_cull_is_counted_by_rule(metrics, server, reason, rule):
     server.runs().goes(
         Event.STOP, State.STOPPING, goal=Goal.DOWN, origin=Origin("culler", reason=reason)
     )
@@ -187,7 +187,7 @@ def test_a_cull_is_counted_by_its_rule(metrics, server, reason, rule):
     assert value(metrics, "culls_total", rule=rule) == 1
 
 
-def test_what_the_history_tells_is_counted(metrics):
+def test_history_entries_are_counted(metrics):
     for kind, details in (
         (HistoryKind.ORPHANS, {"pids": 3}),
         (HistoryKind.ORPHANS, {}),
@@ -199,7 +199,7 @@ def test_what_the_history_tells_is_counted(metrics):
     assert value(metrics, "kernel_culls_total") == 1
 
 
-def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
+def test_gauges_are_computed_at_each_scrape(clock):
     bad = GatewayHealth(1.0, Failure(FailureClass.GATEWAY_UNREACHABLE, "it is gone"))
     running = replace(LAB, state=State.RUNNING, endpoint=ENDPOINT, instance=INSTANCE)
     behind = [
@@ -232,7 +232,7 @@ def test_what_is_so_is_looked_at_when_it_is_asked_for(clock):
     assert value(metrics, "webhook_pending_events") == 1
 
 
-def test_requests_are_counted_by_pattern_and_no_caller_makes_labels(metrics):
+def test_requests_are_counted_by_route_and_callers_cannot_create_labels(metrics):
     metrics.answered("/api/servers/<name>", "GET", 200, 0.003)
     metrics.answered("/api/servers/<name>", "GET", 404, 0.003)
     metrics.answered(None, "GET", 404, 0.001)
@@ -255,14 +255,14 @@ def test_requests_are_counted_by_pattern_and_no_caller_makes_labels(metrics):
     assert value(metrics, "http_requests_total", route="none", method="other", status="405") == 1
 
 
-def test_the_keeper_its_process_and_its_garbage_are_told_of(metrics):
+def test_version_process_and_garbage_collector_are_reported(metrics):
     found = samples(metrics)
     assert found[("labkeeper_info", ("version", "1.2.3"))] == 1
     assert found[("process_resident_memory_bytes",)] > 0
     assert ("python_gc_collections_total", ("generation", "0")) in found
 
 
-def test_openmetrics_is_written_for_whom_asks_for_it(metrics, server):
+def test_openmetrics_is_sent_to_clients_that_accept_it(metrics, server):
     server.runs()
     text, media_type = metrics.exposition("application/openmetrics-text; version=1.0.0")
     assert media_type.startswith("application/openmetrics-text")
@@ -272,7 +272,7 @@ def test_openmetrics_is_written_for_whom_asks_for_it(metrics, server):
     assert metrics.exposition("application/openmetrics-text; version=nonsense")[0]
 
 
-def test_every_family_is_named_by_the_conventions_and_written(metrics):
+def test_every_family_follows_the_naming_conventions_and_is_exposed(metrics):
     written = {
         family.name: family
         for family in text_string_to_metric_families(metrics.exposition("")[0].decode())

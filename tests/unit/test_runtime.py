@@ -1,4 +1,4 @@
-"""The threads around the core: order of a server's jobs, answers to commands, and a board that misses nothing."""
+"""Threads around the core: job order per server, replies to commands, the snapshot board."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from labkeeper.testing.world import FakeBackend, World
 
 ONE, TWO = ServerName("one"), ServerName("two")
 OF_NOBODY = Report(ServerName("nobody"), 1, Ready(None, None))
-"""News of no server that there is."""
+"""A report about an unknown server."""
 
 
 def snapshot(name=ONE, state=State.STARTING, goal=Goal.UP, generation=1):
@@ -40,20 +40,20 @@ def board():
 
 
 class TestSnapshotBoard:
-    def test_it_shows_the_last_snapshot_of_each_server_by_name(self, board):
+    def test_it_returns_the_last_snapshot_of_each_server_sorted_by_name(self, board):
         for after in (snapshot(TWO), snapshot(ONE), snapshot(ONE, State.RUNNING)):
             board.changed(change(after))
         assert board.all() == [snapshot(ONE, State.RUNNING), snapshot(TWO)]
         assert board.get(TWO) == snapshot(TWO)
         assert board.get(ServerName("none")) is None
 
-    def test_a_deleted_server_leaves_it(self, board):
+    def test_a_deleted_server_is_removed(self, board):
         board.changed(change(snapshot()))
         board.changed(change(snapshot(state=State.STOPPED, goal=Goal.ABSENT)))
         assert board.all() == []
 
-    def test_a_watch_sees_what_happened_between_command_and_wait(self, board):
-        """Also when it is over, and the server forgotten, before anybody waits."""
+    def test_a_watch_sees_changes_between_the_command_and_the_wait(self, board):
+        """Even if the server has already been deleted when the wait begins."""
         with board.watch(ONE) as watch:
             first = snapshot(state=State.STOPPING)
             for after in (first, snapshot(TWO), snapshot(state=State.STOPPED, goal=Goal.ABSENT)):
@@ -62,7 +62,7 @@ class TestSnapshotBoard:
         assert held
         assert last.forgotten
 
-    def test_a_watch_passes_over_what_was_before_the_answer(self, board):
+    def test_a_watch_skips_changes_from_before_the_reply(self, board):
         with board.watch(ONE) as watch:
             board.changed(change(snapshot(state=State.RUNNING)))
             first = snapshot(state=State.STOPPING)
@@ -70,7 +70,7 @@ class TestSnapshotBoard:
             last, held = watch.until(lambda s: s.state is State.RUNNING, first=first, timeout=0.01)
         assert (last, held) == (first, False)
 
-    def test_a_watch_wakes_when_it_happens(self, board):
+    def test_a_watch_wakes_up_at_a_change(self, board):
         with board.watch(ONE) as watch:
             timer = threading.Timer(0.05, board.changed, [change(snapshot(state=State.RUNNING))])
             timer.start()
@@ -78,13 +78,13 @@ class TestSnapshotBoard:
             timer.join()
         assert held
 
-    def test_all_servers_can_be_waited_for(self, board):
+    def test_it_can_wait_for_all_servers(self, board):
         assert board.until(lambda all_: not all_, timeout=0)
         assert not board.until(bool, timeout=0.01)
 
 
 class TestExecutor:
-    def test_jobs_of_one_server_run_in_order_and_those_of_two_beside_each_other(self):
+    def test_jobs_of_one_server_run_in_order_and_those_of_others_concurrently(self):
         executor = KeyedExecutor(lambda report: None, threads=2)
         done, gate, passed = [], threading.Event(), threading.Event()
 
@@ -101,7 +101,7 @@ class TestExecutor:
         executor.close()
         assert done == ["first", "second"]
 
-    def test_a_job_that_fails_is_logged_and_reported_and_the_next_one_runs(self):
+    def test_a_failing_job_is_logged_and_reported_and_the_next_one_runs(self):
         received = []
         executor = KeyedExecutor(received.append, threads=1)
         report, failed = Report(ONE, 1, Ready(None, None)), Report(ONE, 1, Unreachable("why"))
@@ -155,7 +155,7 @@ def make_rig():
 
 @contextlib.contextmanager
 def held_up(rig, monkeypatch):
-    """Start a server that does not answer, and hold the fleet's thread up; it looks at its timers again after that."""
+    """Start a silent server and block the fleet's thread; yield what its next timer check sets."""
     rig.world.temper(ONE).boots = False
     rig.keeper.ask(Create(a_spec(ONE)))
     until(lambda: rig.world.living(ONE))
@@ -170,7 +170,7 @@ def held_up(rig, monkeypatch):
 
 
 class TestKeeper:
-    def test_commands_are_answered_and_their_outcome_follows(self, make_rig):
+    def test_a_command_gets_a_reply_and_a_watch_its_outcome(self, make_rig):
         keeper = make_rig().keeper
         with keeper.watch(ONE) as watch:
             reply = keeper.ask(Create(a_spec(ONE)))
@@ -183,17 +183,19 @@ class TestKeeper:
         assert keeper.all() == [last]
         assert keeper.alive
 
-    def test_a_refused_command_raises_where_it_was_given(self, make_rig):
+    def test_a_refused_command_raises_in_the_calling_thread(self, make_rig):
         with pytest.raises(ServerNotFound):
             make_rig().keeper.ask(Order(ONE, Event.STOP))
 
-    def test_timers_fire_also_while_messages_keep_coming(self, make_rig):
+    def test_timers_fire_while_messages_keep_arriving(self, make_rig):
         rig = make_rig(start_timeout=0.2)
         rig.world.temper(ONE).boots = False
         rig.keeper.ask(Create(a_spec(ONE)))
         until(lambda: rig.keeper.ask(Tick()) or rig.keeper.get(ONE).state is State.FAILED)
 
-    def test_what_had_come_when_a_timer_was_due_goes_before_it(self, make_rig, monkeypatch):
+    def test_messages_received_before_a_timer_was_due_are_handled_first(
+        self, make_rig, monkeypatch
+    ):
         rig = make_rig(FakeClock(), start_timeout=1)
         with held_up(rig, monkeypatch):
             rig.world.answer(ONE)
@@ -201,7 +203,7 @@ class TestKeeper:
         until(lambda: rig.keeper.get(ONE).state is not State.STARTING)
         assert rig.keeper.get(ONE).state is State.RUNNING
 
-    def test_who_has_overslept_a_timer_waits_for_what_those_report_who_slept_too(
+    def test_after_a_suspension_reports_are_awaited_before_overdue_timers_fire(
         self, make_rig, monkeypatch
     ):
         rig = make_rig(FakeClock(), start_timeout=10)
@@ -212,17 +214,17 @@ class TestKeeper:
         rig.world.answer(ONE)
         until(lambda: rig.keeper.get(ONE).state is State.RUNNING)
 
-    def test_a_timer_that_was_overslept_goes_in_the_end(self, make_rig, monkeypatch):
+    def test_an_overdue_timer_fires_eventually(self, make_rig, monkeypatch):
         rig = make_rig(FakeClock(), start_timeout=10)
         with held_up(rig, monkeypatch) as looks:
             rig.clock.advance(60)
         until(looks.is_set)
         rig.clock.advance(60)
-        # What wakes it is no news of the server.
+        # A report about an unknown server wakes the fleet.
         rig.mailbox.receive(OF_NOBODY)
         until(lambda: rig.keeper.get(ONE).state is State.FAILED)
 
-    def test_stopping_all_waits_for_the_last(self, make_rig):
+    def test_stop_all_waits_for_the_last_server(self, make_rig):
         rig = make_rig(stop_grace=0.1)
         rig.keeper.ask(Create(a_spec(ONE)))
         rig.world.temper(ONE).obeys = False
@@ -231,13 +233,13 @@ class TestKeeper:
         with pytest.raises(BackendUnavailable, match="shutting down"):
             rig.keeper.ask(Create(a_spec(TWO)))
 
-    def test_stopping_all_says_when_something_is_left(self, make_rig):
+    def test_stop_all_returns_false_if_a_server_is_left(self, make_rig):
         rig = make_rig(stop_grace=0.05, kill_wait=0.05)
         rig.keeper.ask(Create(a_spec(ONE)))
         rig.world.temper(ONE).obeys = rig.world.temper(ONE).killable = False
         assert not rig.keeper.stop_all(within=0.3)
 
-    def test_a_bug_in_a_step_reaches_whoever_asked_and_stops_nobody_else(
+    def test_a_bug_in_a_step_raises_in_the_caller_and_affects_no_one_else(
         self, make_rig, monkeypatch
     ):
         rig = make_rig()
@@ -248,7 +250,7 @@ class TestKeeper:
         monkeypatch.undo()
         assert rig.keeper.ask(Create(a_spec(TWO))).created
 
-    def test_a_bug_in_an_observation_loses_no_server(self, make_rig, monkeypatch):
+    def test_a_bug_while_observing_a_server_does_not_lose_it(self, make_rig, monkeypatch):
         rig = make_rig(probe_period=0.02, look_again=0.02)
         failures, states = [], []
         observe = FakeBackend.observe
@@ -270,7 +272,7 @@ class TestKeeper:
             "a job failed"
         ]
 
-    def test_a_fleet_that_does_not_answer_is_called_busy(self, make_rig, monkeypatch):
+    def test_a_fleet_that_does_not_reply_in_time_is_busy(self, make_rig, monkeypatch):
         monkeypatch.setattr("labkeeper.runtime._ANSWER_WITHIN", 0.05)
         rig = make_rig()
         held = threading.Event()
@@ -280,7 +282,7 @@ class TestKeeper:
         held.set()
 
 
-def test_the_clock_goes_on():
+def test_the_system_clock_advances():
     clock = SystemClock()
     assert clock.monotonic() <= clock.monotonic()
     assert clock.time() > 1_700_000_000

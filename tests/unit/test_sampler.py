@@ -1,4 +1,4 @@
-"""The sampler over the fake backend: it measures while somebody asks, and gives what it has."""
+"""The sampler over the fake backend: it measures while samples are in demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Probe:
 
 
 class Site:
-    """A running server in a world, and a sampler over it."""
+    """A running server in a fake world, and a sampler of it."""
 
     def __init__(self, period=0.02):
         self.world, self.probe = World(), Probe()
@@ -54,8 +54,8 @@ def site():
     site.threads.close()
 
 
-def test_who_asks_gets_the_last_sample_of_this_launch(site):
-    """At first there is none; then come memory, a share of processors, and what the server tells; a launch later, none again."""
+def test_the_last_sample_of_the_current_generation_is_returned(site):
+    """None at first; then memory, CPU share and load; None again for another generation."""
     assert site.sampler.of(site.snapshot) is None
     sample = until(
         lambda: (s := site.sampler.of(site.snapshot)) and s.load and s.cpus is not None and s,
@@ -68,13 +68,13 @@ def test_who_asks_gets_the_last_sample_of_this_launch(site):
     assert site.sampler.of(replace(site.snapshot, state=State.STOPPING)) is None
 
 
-def test_a_server_that_does_not_answer_is_measured_all_the_same(site):
+def test_a_server_that_does_not_respond_is_measured_without_its_load(site):
     site.probe.silent = True
     site.sampler.of(site.snapshot)
     assert until(lambda: site.sampler.of(site.snapshot), what="a sample").load is None
 
 
-def test_nothing_is_measured_while_nobody_asks(site, monkeypatch):
+def test_nothing_is_measured_without_demand(site, monkeypatch):
     site.sampler.of(site.snapshot)
     until(lambda: site.sampler._samples, what="a sample")
     monkeypatch.setattr(sampler, "_WANTED_FOR", -1.0)
@@ -84,7 +84,7 @@ def test_nothing_is_measured_while_nobody_asks(site, monkeypatch):
     assert site.backend._measured == before
 
 
-def test_a_period_of_zero_turns_it_off():
+def test_a_period_of_zero_disables_sampling():
     site = Site(period=0)
     assert site.sampler.of(site.snapshot) is None
     assert not site.threads._threads

@@ -1,4 +1,4 @@
-"""Secrets are taken out of text, by their looks and by name; what is none stays."""
+"""Scrubbing: secrets are recognized by form, by name and by value; other text is unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LAB = Snapshot(a_spec("lab"), State.RUNNING, Goal.UP, since=0.0, created_at=0.0)
 
 @pytest.fixture
 def servers():
-    """What hears of servers; they are gone after the test."""
+    """The subscriber that learns secrets of servers; they are forgotten after the test."""
     listener = scrub.SecretsOfServers()
     yield listener
     for name in list(scrub._servers):
@@ -56,7 +56,7 @@ def change(event=Event.READY, **fields):
         ("at http://me:hunter2@gateway:8888/x", "at http://[secret]@gateway:8888/x"),
     ],
 )
-def test_what_looks_like_a_secret_is_hidden(text, left):
+def test_text_that_looks_like_a_secret_is_hidden(text, left):
     assert scrub.scrub(text) == left
     assert scrub.scrub(left) == left
 
@@ -64,30 +64,33 @@ def test_what_looks_like_a_secret_is_hidden(text, left):
 @pytest.mark.parametrize(
     "text",
     [
-        "cannot answer without a valid token: send 'Authorization: Bearer TOKEN'; `labkeeper token` shows it",
+        (
+            "cannot answer without a valid token: send 'Authorization: Bearer TOKEN';"
+            " `labkeeper token` shows it"
+        ),
         "server 'demo' is ready after 0.105 s",
         "http://127.0.0.1:8888/lab and 5f1c92c4443a8d924169b107b99b4112",
         "/tmp/state/token was not found",
         "",
     ],
 )
-def test_what_is_none_stays(text):
+def test_other_text_is_unchanged(text):
     assert scrub.scrub(text) == text
 
 
 @pytest.mark.parametrize(
     "name", ["token", "auth_token", "X-Api-Key", "Authorization", "password", "webhook_secret"]
 )
-def test_a_name_says_that_a_value_is_secret(name):
+def test_names_of_secrets_are_recognized(name):
     assert scrub.is_secret(name)
 
 
 @pytest.mark.parametrize("name", ["event", "tokens_seen", "server", "authorized"])
-def test_another_name_does_not(name):
+def test_other_names_are_not_secret(name):
     assert not scrub.is_secret(name)
 
 
-def test_what_is_known_is_hidden_however_it_is_written():
+def test_a_known_secret_is_hidden_in_every_encoding():
     secret = "p/ss wörd+1"
     known = scrub.Secrets(secret, "short")
     for form in (
@@ -101,7 +104,7 @@ def test_what_is_known_is_hidden_however_it_is_written():
     assert scrub.scrub(secret, known) == secret
 
 
-def test_a_server_is_known_by_all_that_it_was_given(servers):
+def test_variables_and_gateway_credentials_of_a_server_are_hidden(servers):
     gateway = Gateway(
         "http://g",
         "ws://g",
@@ -130,8 +133,10 @@ KEY_FILE = (
 )
 
 
-def test_of_a_secret_of_several_lines_each_line_is_one():
-    """A log has them one by one, as a rule; one that is too short to be known is hidden where the whole stands in one."""
+def test_each_line_of_a_multiline_secret_is_hidden():
+    """Logs usually contain single lines. Lines too short to be secrets are hidden within the
+    whole.
+    """
     known = scrub.Secrets(KEY_FILE)
     for line in KEY_FILE.split()[2:4]:
         assert scrub.scrub(f"key: {line}", known) == "key: [secret]"
@@ -151,7 +156,7 @@ def test_of_a_secret_of_several_lines_each_line_is_one():
         ("SALT", "/usr/bin:Xy9Hk2mQ"),
     ],
 )
-def test_a_secret_may_begin_as_a_path_does(servers, name, value):
+def test_a_secret_may_begin_like_a_path(servers, name, value):
     servers.changed(change(spec=replace(LAB.spec, env={name: value})))
     assert scrub.scrub(f"<{value}>", scrub.of_server("lab")) == "<[secret]>"
 
@@ -167,13 +172,15 @@ def test_a_secret_may_begin_as_a_path_does(servers, name, value):
         ("SSH_AUTH_SOCK", "/tmp/ssh-Xy9Hk2mQ/agent.42"),
     ],
 )
-def test_a_path_is_no_secret(servers, name, value):
+def test_a_path_is_not_a_secret(servers, name, value):
     servers.changed(change(spec=replace(LAB.spec, env={name: value})))
     assert scrub.scrub(f"<{value}>", scrub.of_server("lab")) == f"<{value}>"
 
 
-def test_who_reads_the_last_words_of_a_server_does_not_see_its_secrets(servers):
-    """Nor those of one of the same name that has come after it; who asks anew then knows those alone."""
+def test_a_deleted_servers_secrets_stay_hidden_for_those_who_read_its_log(servers):
+    """A new server of the same name has its own secrets; only readers that begin later know
+    them.
+    """
     servers.changed(change(spec=replace(LAB.spec, env={"A": "variable-one"})))
     reader = scrub.of_server("lab")
     servers.changed(change(Event.DELETE, state=State.STOPPED, goal=Goal.ABSENT))
@@ -186,7 +193,7 @@ def test_who_reads_the_last_words_of_a_server_does_not_see_its_secrets(servers):
 
 
 class Untouchable(dict):
-    """Variables that nobody is to look at."""
+    """Variables that must not be read."""
 
     def items(self):
         raise AssertionError("they were looked at")
@@ -194,7 +201,7 @@ class Untouchable(dict):
     values = items
 
 
-def test_neither_the_fleet_nor_who_reads_the_log_of_one_server_looks_through_the_variables_of_others(
+def test_only_the_secrets_of_the_server_in_question_are_read(
     servers,
 ):
     for name in ("one", "two"):
@@ -208,15 +215,17 @@ def test_neither_the_fleet_nor_who_reads_the_log_of_one_server_looks_through_the
         scrub.of_server("one").hide("a text")
 
 
-def test_a_secret_is_found_wherever_it_stands():
-    """At each distance from the places that are looked at first, whatever is before and behind."""
+def test_a_secret_is_found_at_any_position():
+    """At each offset from the positions that are searched first, whatever precedes or follows
+    it.
+    """
     known = scrub.Secrets("kE7f-abc", "longer-than-that-one")
     for at in range(12):
         assert scrub.scrub("-" * at + "kE7f-abc", known) == "-" * at + "[secret]"
         assert scrub.scrub("-" * at + "longer-than-that-one.", known) == "-" * at + "[secret]."
 
 
-def test_a_secret_is_found_beside_and_within_others():
+def test_adjacent_and_overlapping_secrets_are_found():
     known = scrub.Secrets("kE7f-abc", "kE7f-abcdefgh", "abcdefgh-xyz", "defg-beside")
     assert scrub.scrub("<kE7f-abcdefgh-xyz>", known) == "<[secret]>"
     assert scrub.scrub("<kE7f-abcdefg->", known) == "<[secret]defg->"
@@ -224,7 +233,7 @@ def test_a_secret_is_found_beside_and_within_others():
 
 
 @pytest.mark.parametrize("size", [8, 15, 16, 17, 31, 32, 63, 64, 65, 128, 1000, 100_000])
-def test_a_long_secret_is_found_as_a_whole(size):
+def test_a_long_secret_is_hidden_as_a_whole(size):
     secret = "".join(f"{number:x}." for number in range(size))[:size]
     assert scrub.scrub(f"<{secret}>", scrub.Secrets(secret)) == "<[secret]>"
 
@@ -233,8 +242,8 @@ def test_a_long_secret_is_found_as_a_whole(size):
     "piece",
     ["token", "a-", "://a:", "authorization:", "bearer ", "0a", 'token"', "://", 'secret\\"', ":"],
 )
-def test_a_hostile_line_costs_little(piece):
-    # Were it more than a few steps for each character, it would take longer than a test may.
+def test_scrubbing_hostile_text_takes_linear_time(piece):
+    # More than a few steps per character would exceed the test's timeout.
     scrub.scrub(piece * (2**21 // len(piece)))
 
 
@@ -244,6 +253,6 @@ MANY = ["A" * 8 + f"{number:05}" for number in range(20_000)] + [
 
 
 @pytest.mark.parametrize("line", ["A" * 79 + "z", "A" * 1000, "AAAAAAAA19999"])
-def test_many_secrets_cost_little_more_than_one(line):
-    """As above, also where all begin alike, and the line is made of their beginnings."""
+def test_scrubbing_with_many_secrets_takes_linear_time(line):
+    """As above, even if all secrets share a prefix and the text consists of such prefixes."""
     scrub.scrub(line * (2**18 // len(line)), scrub.Secrets(*MANY))

@@ -1,4 +1,4 @@
-"""Settings come from one place, in one order, and a wrong one is one clear line."""
+"""Settings: their sources and precedence, and one-line errors for wrong values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _clean(monkeypatch, tmp_path):
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
 
 
-def test_the_defaults_let_nobody_in_from_elsewhere(tmp_path):
+def test_by_default_nothing_is_reachable_from_other_machines(tmp_path):
     chosen = settings.load()
     assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == (
         "127.0.0.1",
@@ -33,7 +33,7 @@ def test_the_defaults_let_nobody_in_from_elsewhere(tmp_path):
     assert not chosen.debug
 
 
-def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path, monkeypatch):
+def test_flags_override_the_environment_which_overrides_the_file(tmp_path, monkeypatch):
     file = tmp_path / "labkeeper.toml"
     file.write_text("port = 1001\nlab_port = 1002\nmax_servers = 3\n")
     monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
@@ -43,12 +43,12 @@ def test_a_flag_goes_before_the_environment_and_that_before_the_file(tmp_path, m
     assert (chosen.port, chosen.lab_port, chosen.max_servers) == (3001, 2002, 3)
 
 
-def test_an_empty_variable_is_none(monkeypatch):
+def test_an_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "")
     assert settings.load().token is None
 
 
-def test_paths_become_absolute_and_homes_are_found(tmp_path, monkeypatch):
+def test_paths_are_made_absolute_and_tildes_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LABKEEPER_STATE_DIR", "here")
     monkeypatch.setenv("LABKEEPER_RUNTIME_DIR", "~/there")
@@ -57,7 +57,7 @@ def test_paths_become_absolute_and_homes_are_found(tmp_path, monkeypatch):
     assert chosen.notebook_dir == tmp_path
 
 
-def test_directories_are_separated_as_in_a_path_or_a_list_of_the_file(tmp_path, monkeypatch):
+def test_lists_of_directories_are_colon_separated_or_toml_arrays(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_ALLOWED_ROOTS", "/srv:~/there::/home/%u")
     assert settings.load().allowed_roots == (Path("/srv"), tmp_path / "there", Path("/home/%u"))
     monkeypatch.delenv("LABKEEPER_ALLOWED_ROOTS")
@@ -69,8 +69,8 @@ def test_directories_are_separated_as_in_a_path_or_a_list_of_the_file(tmp_path, 
 
 
 @pytest.mark.parametrize("variable", ["LABKEEPER_NOTEBOOK_DIR", "LABKEEPER_ALLOWED_ROOTS"])
-def test_nothing_below_what_is_a_users_own_is_a_root(monkeypatch, variable):
-    """That user could make a link of it, to where others' servers would be allowed."""
+def test_a_root_ends_with_the_part_that_contains_the_user_name(monkeypatch, variable):
+    """Below it, that user could create a symbolic link to a directory of another user."""
     monkeypatch.setenv(variable, "/home/of-%u")
     settings.load()
     monkeypatch.setenv(variable, "/home/%u/notebooks")
@@ -92,7 +92,7 @@ def test_nothing_below_what_is_a_users_own_is_a_root(monkeypatch, variable):
         ("LABKEEPER_TOKEN", "with a blank in it ..."),
     ],
 )
-def test_a_wrong_value_names_its_variable_and_never_a_token(monkeypatch, variable, value):
+def test_a_wrong_value_names_its_variable_and_never_shows_a_token(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError) as caught:
         settings.load()
@@ -105,7 +105,7 @@ def test_a_wrong_value_names_its_variable_and_never_a_token(monkeypatch, variabl
     ("text", "word"),
     [("colour = 1", "colour"), ("port = ", "labkeeper.toml"), ("port = 'x'", "LABKEEPER_PORT")],
 )
-def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, word):
+def test_an_error_in_the_file_names_its_cause(tmp_path, monkeypatch, text, word):
     file = tmp_path / "labkeeper.toml"
     file.write_text(text)
     monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
@@ -113,31 +113,31 @@ def test_a_wrong_file_is_named(tmp_path, monkeypatch, text, word):
         settings.load()
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path, monkeypatch):
+def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_CONFIG", str(tmp_path / "none.toml"))
     with pytest.raises(SettingsError, match=r"none\.toml"):
         settings.load()
 
 
-def test_a_misspelled_variable_is_found(monkeypatch):
+def test_a_misspelled_variable_is_reported(monkeypatch):
     monkeypatch.setenv("LABKEEPER_PROT", "1")
     monkeypatch.setenv("LABKEEPER_PORT", "1")
     assert settings.unknown_variables() == ["LABKEEPER_PROT"]
 
 
-def test_the_token_does_not_show_itself(monkeypatch):
+def test_the_token_is_not_in_the_repr(monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
     assert "a-long-enough-token" not in repr(settings.load())
 
 
-def test_every_setting_says_what_it_is_for():
+def test_every_setting_has_a_description():
     for name, field in settings.Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n"])
-def test_a_token_may_stand_in_a_file(tmp_path, monkeypatch, end):
+def test_the_token_may_come_from_a_file(tmp_path, monkeypatch, end):
     file = tmp_path / "token"
     file.write_text("a-long-enough-token" + end, newline="")
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
@@ -147,7 +147,7 @@ def test_a_token_may_stand_in_a_file(tmp_path, monkeypatch, end):
 @pytest.mark.parametrize(
     "held", [b"", b"short", b"two lines in it\nare not good", b"\xff" * 20, b"x y" * 20]
 )
-def test_a_file_without_a_token_is_named_and_not_shown(tmp_path, monkeypatch, held):
+def test_a_file_without_a_valid_token_is_named_and_not_shown(tmp_path, monkeypatch, held):
     file = tmp_path / "the-file"
     file.write_bytes(held)
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
@@ -160,20 +160,20 @@ def test_a_file_without_a_token_is_named_and_not_shown(tmp_path, monkeypatch, he
 
 
 @pytest.mark.parametrize("name", ["none", "."])
-def test_a_token_file_that_cannot_be_read_is_named(tmp_path, monkeypatch, name):
+def test_an_unreadable_token_file_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / name))
     with pytest.raises(SettingsError, match="cannot read the file"):
         settings.load()
 
 
-def test_two_tokens_are_one_too_many(tmp_path, monkeypatch):
+def test_token_and_token_file_are_mutually_exclusive(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / "token"))
     with pytest.raises(SettingsError, match="both set"):
         settings.load()
 
 
-def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
+def test_durations_are_numbers_or_texts_and_zero_disables_a_rule(monkeypatch):
     monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "2h")
     monkeypatch.setenv("LABKEEPER_CULL_GRACE", "90")
     monkeypatch.setenv("LABKEEPER_KERNEL_IDLE_TIMEOUT", "0")
@@ -190,7 +190,7 @@ def test_durations_are_seconds_or_texts_and_zero_turns_a_rule_off(monkeypatch):
 
 @pytest.mark.parametrize("which", ["", "LAB_"])
 @pytest.mark.parametrize(("one", "other"), [("CERT", "KEY"), ("KEY", "CERT")])
-def test_a_certificate_and_its_key_are_set_both_or_neither(monkeypatch, which, one, other):
+def test_certificate_and_key_must_be_set_together(monkeypatch, which, one, other):
     monkeypatch.setenv(f"LABKEEPER_{which}{one}_FILE", "/some/where.pem")
     with pytest.raises(
         SettingsError,
@@ -204,7 +204,7 @@ def test_a_certificate_and_its_key_are_set_both_or_neither(monkeypatch, which, o
     assert (chosen.certificate if which else chosen.lab_certificate) is None
 
 
-def test_the_authorities_of_the_command_line_are_no_setting(monkeypatch, tmp_path):
+def test_the_ca_file_of_the_command_line_is_not_a_setting(monkeypatch, tmp_path):
     assert settings.ca_file() is None
     monkeypatch.setenv("LABKEEPER_CA_FILE", "~/ca.pem")
     assert settings.ca_file() == tmp_path / "ca.pem"

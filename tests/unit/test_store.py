@@ -1,4 +1,4 @@
-"""Snapshots outlive the keeper, whole; a file that cannot be trusted is refused and kept."""
+"""The SQLite store: what it keeps, migrates and wipes, and the damaged files it refuses."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def store(path):
     opened.close()
 
 
-def test_what_is_saved_is_loaded_the_same_by_the_next_keeper(store, path):
+def test_saved_snapshots_are_loaded_unchanged_by_the_next_keeper(store, path):
     for snapshot in (FULL, BARE):
         store.save(snapshot)
     store.save(replace(BARE, state=State.RUNNING))
@@ -98,27 +98,27 @@ def test_what_is_saved_is_loaded_the_same_by_the_next_keeper(store, path):
     other.close()
 
 
-def test_what_is_forgotten_is_gone(store):
+def test_a_forgotten_server_is_gone(store):
     store.save(BARE)
     store.forget(BARE.name)
     store.forget(BARE.name)
     assert store.load() == []
 
 
-def test_the_file_is_private(store, path):
+def test_the_files_are_private(store, path):
     store.save(FULL)
     for part in path.parent.iterdir():
         assert part.stat().st_mode & 0o077 == 0, part
 
 
-def test_a_file_that_is_no_database_is_refused_and_kept(path):
+def test_a_file_that_is_not_a_database_is_refused_and_kept(path):
     path.write_bytes(b"something else " * 100)
     with pytest.raises(StoreError, match="damaged"):
         SqliteStore(path)
     assert path.read_bytes() == b"something else " * 100
 
 
-def test_a_row_that_is_no_snapshot_is_refused(store, path):
+def test_a_row_that_is_not_a_snapshot_is_refused(store, path):
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("INSERT INTO servers VALUES ('x', '{\"state\": 7}')")
     other.close()
@@ -126,7 +126,7 @@ def test_a_row_that_is_no_snapshot_is_refused(store, path):
         store.load()
 
 
-def test_a_newer_file_is_refused(store, path):
+def test_a_newer_schema_is_refused(store, path):
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("PRAGMA user_version = 99")
     other.close()
@@ -134,12 +134,12 @@ def test_a_newer_file_is_refused(store, path):
         SqliteStore(path)
 
 
-def test_a_directory_that_is_not_there_is_named(tmp_path):
+def test_a_missing_directory_is_named(tmp_path):
     with pytest.raises(StoreError, match="nowhere"):
         SqliteStore(tmp_path / "nowhere" / "x.sqlite")
 
 
-def test_a_full_disk_is_told_from_what_else_goes_wrong(store):
+def test_a_full_disk_is_distinguished_from_other_errors(store):
     store._db.execute("PRAGMA max_page_count = 1")
     with pytest.raises(StoreError, match=r"cannot write the store .*full") as caught:
         store.save(replace(BARE, spec=replace(BARE.spec, root_dir="/" + "x" * 100_000)))
@@ -150,13 +150,13 @@ def test_a_full_disk_is_told_from_what_else_goes_wrong(store):
     assert caught.value.details == {}
 
 
-def test_a_row_that_is_no_text_is_an_error_of_the_store(store):
+def test_a_row_that_is_not_text_is_a_store_error(store):
     store._db.execute("INSERT INTO servers VALUES ('lab', CAST(x'ff' AS TEXT))")
     with pytest.raises(StoreError, match="cannot read the store"):
         store.load()
 
 
-def test_a_write_that_fails_says_so(store, path):
+def test_a_failed_statement_is_a_store_error(store, path):
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("DROP TABLE servers")
     other.close()
@@ -176,7 +176,7 @@ ORPHANS = [
 ]
 
 
-def test_orphaned_kernels_outlive_the_keeper_until_they_are_discarded(path):
+def test_orphaned_kernels_are_kept_across_keepers_until_discarded(path):
     store = SqliteStore(path)
     store.add_orphans(ORPHANS)
     store.add_orphans(ORPHANS[:1])
@@ -188,7 +188,7 @@ def test_orphaned_kernels_outlive_the_keeper_until_they_are_discarded(path):
     store.close()
 
 
-def test_a_debt_that_cannot_be_read_is_damage(path, store):
+def test_an_unreadable_orphaned_kernel_is_reported_as_damage(path, store):
     store.add_orphans(ORPHANS)
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("UPDATE orphans SET kernel = '{}'")
@@ -197,19 +197,19 @@ def test_a_debt_that_cannot_be_read_is_damage(path, store):
 
 
 @pytest.fixture
-def rests(path):
-    """Say which files beside each other hold a text."""
+def files_with(path):
+    """Return the names of the store's files that contain a text."""
 
-    def rests(text):
+    def files_with(text):
         return sorted(
             file.name for file in path.parent.iterdir() if text.encode() in file.read_bytes()
         )
 
-    return rests
+    return files_with
 
 
-def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store, rests):
-    """A row of many pages, one that was shorter before, and an orphaned kernel; beside one that stays."""
+def test_wiping_removes_every_trace_of_dropped_rows_from_the_disk(store, files_with):
+    """A row of many pages, its shorter predecessor, and an orphaned kernel; another row stays."""
     bare = replace(BARE.spec, env={"A": "a-secret", "B": "x" * 20_000, "C": "another-secret"})
     store.save(BARE)
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "first-secret"})))
@@ -231,15 +231,13 @@ def test_of_what_was_dropped_nothing_is_left_on_the_disk_when_it_was_wiped(store
     assert not [
         text
         for text in ("first-secret", "a-secret", "another-secret", "gateway-secret")
-        if rests(text)
+        if files_with(text)
     ]
-    assert rests('"token":"token"')
+    assert files_with('"token":"token"')
     assert store.load() == [FULL]
 
 
-def test_who_looks_into_the_file_is_not_waited_for_and_what_stays_goes_the_next_time(
-    store, path, rests
-):
+def test_wiping_does_not_wait_for_readers_and_is_completed_later(store, path, files_with):
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN")
@@ -248,11 +246,11 @@ def test_who_looks_into_the_file_is_not_waited_for_and_what_stays_goes_the_next_
         store.wipe()
         assert len(other.execute("SELECT * FROM servers").fetchall()) == 1
     store.wipe()
-    assert not rests("a-secret")
+    assert not files_with("a-secret")
 
 
-def test_of_many_who_wipe_behind_a_long_look_into_the_history_one_waits(store, rests):
-    """Each would hold a thread that servers start in."""
+def test_of_concurrent_wipes_only_one_waits_for_a_long_read(store, files_with):
+    """Each one occupies a thread that starts servers."""
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
     with store._reading:
         threads = [threading.Thread(target=store.wipe) for _ in range(4)]
@@ -264,22 +262,22 @@ def test_of_many_who_wipe_behind_a_long_look_into_the_history_one_waits(store, r
         store.forget(ServerName("bare"))
     for thread in threads:
         thread.join()
-    assert not rests("a-secret")
+    assert not files_with("a-secret")
 
 
-def test_what_a_keeper_that_was_killed_had_dropped_goes_with_the_next_one(store, path, rests):
+def test_the_next_keeper_wipes_what_a_killed_one_had_dropped(store, path, files_with):
     store.save(replace(BARE, spec=replace(BARE.spec, env={"A": "a-secret"})))
     store.forget(ServerName("bare"))
-    assert rests("a-secret")
+    assert files_with("a-secret")
     with contextlib.closing(SqliteStore(path)):
-        assert not rests("a-secret")
+        assert not files_with("a-secret")
 
 
 of_each_older_version = pytest.mark.parametrize("version", [6, 7])
 
 
 def older_file(path, version):
-    """Make the store that a keeper of an older version of the schema had."""
+    """Create a store of an older schema version."""
     with contextlib.closing(sqlite3.connect(path)) as db:
         db.executescript((Path(__file__).parent / "data" / f"store-v{version}.sql").read_text())
     path.chmod(0o600)
@@ -297,8 +295,8 @@ def everything(store):
 
 
 @of_each_older_version
-def test_a_file_of_an_older_version_is_migrated(path, version):
-    """Nothing is lost, and what was renamed has its new name; what is read back is what is written."""
+def test_an_older_store_is_migrated(path, version):
+    """Nothing is lost, renamed fields have their new names, and saving changes nothing."""
     older_file(path, version)
     with contextlib.closing(SqliteStore(path)) as store:
         before = everything(store)
@@ -337,7 +335,7 @@ def test_a_file_of_an_older_version_is_migrated(path, version):
 
 
 @of_each_older_version
-def test_before_it_is_migrated_a_file_is_copied(path, version):
+def test_a_store_is_copied_before_it_is_migrated(path, version):
     older_file(path, version)
     was = path.read_bytes()
     with contextlib.closing(SqliteStore(path)):
@@ -382,8 +380,8 @@ print(left)
 
 
 @of_each_older_version
-def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path, version):
-    """Before each statement, and every few steps within them."""
+def test_a_migration_that_is_killed_at_any_point_loses_nothing(tmp_path, version):
+    """Killed before each statement, and every few steps within them."""
     whole = tmp_path / "whole.sqlite"
     older_file(whole, version)
     with contextlib.closing(SqliteStore(whole)) as store:
@@ -408,7 +406,7 @@ def test_a_keeper_that_is_killed_while_it_migrates_loses_nothing(tmp_path, versi
 
 
 @of_each_older_version
-def test_what_cannot_be_copied_is_not_migrated(path, version):
+def test_without_a_copy_a_store_is_not_migrated(path, version):
     older_file(path, version)
     path.with_name(f"{path.name}.v{version}.half").mkdir()
     with pytest.raises(StoreError, match=r"cannot copy the store .* before it is migrated"):
@@ -417,7 +415,7 @@ def test_what_cannot_be_copied_is_not_migrated(path, version):
         assert db.execute("PRAGMA user_version").fetchone() == (version,)
 
 
-def test_the_runtime_directories_are_those_that_were_noted_last(path):
+def test_the_last_recorded_runtime_directories_are_returned(path):
     store = SqliteStore(path)
     assert store.runtime_dirs() == []
     store.note_runtime_dirs([Path("/two"), Path("/one"), Path(os.fsdecode(b"/\xff"))])
@@ -429,7 +427,7 @@ def test_the_runtime_directories_are_those_that_were_noted_last(path):
     store.close()
 
 
-def test_a_runtime_directory_without_a_path_is_damage(path, store):
+def test_a_runtime_directory_that_is_not_a_path_is_damage(path, store):
     with contextlib.closing(sqlite3.connect(path)) as other, other:
         other.execute("INSERT INTO runtime_dirs VALUES (x'612f62')")
     with pytest.raises(StoreError, match="damaged"):

@@ -1,4 +1,4 @@
-"""What others wrote is shown at a terminal, and not obeyed there."""
+"""Foreign text is shown at a terminal without its control sequences taking effect."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from labkeeper.terminal import visible, visible_line
         ("\x1b[?25l", r"\x1b[?25l"),
     ],
 )
-def test_a_terminal_gets_colours_and_no_other_orders(text, shown):
+def test_colours_are_kept_and_other_control_sequences_escaped(text, shown):
     assert visible(text) == shown
     assert visible(shown) == shown
 
 
-def test_what_is_one_line_stays_one():
+def test_visible_line_returns_a_single_line():
     assert visible_line("a\n\tb\r\nc\x1b[2J") == r"a\x0a\x09b\x0d\x0ac\x1b[2J"

@@ -1,4 +1,4 @@
-"""Threads that end with their owner; one that cannot be started has begun nothing, and no watcher stops watching for it."""
+"""Thread groups: they end with their owner, cope with a lack of threads, and run watchers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def threads():
         yield threads
 
 
-def test_where_no_thread_can_be_started_the_error_says_what_to_do(threads, no_threads):
+def test_without_free_threads_the_error_says_what_to_do(threads, no_threads):
     with no_threads(), pytest.raises(BackendUnavailable, match="ulimit -u"):
         threads.start("one", print)
     with no_threads(), pytest.raises(BackendUnavailable), threads.standing_by("one"):
         pytest.fail("nothing may be begun")  # pragma: no cover
 
 
-def test_another_error_of_a_thread_is_none_of_this(threads, monkeypatch):
+def test_other_errors_of_thread_start_are_not_translated(threads, monkeypatch):
     def broken(thread):
         raise RuntimeError("threads can only be started once")
 
@@ -35,7 +35,7 @@ def test_another_error_of_a_thread_is_none_of_this(threads, monkeypatch):
         threads.start("one", print)
 
 
-def test_a_thread_that_stands_by_does_what_it_is_given(threads):
+def test_a_standby_thread_runs_the_function_it_is_given(threads):
     done = threading.Event()
     with threads.standing_by("one") as given:
         given(done.set)
@@ -43,13 +43,13 @@ def test_a_thread_that_stands_by_does_what_it_is_given(threads):
     until(lambda: not threads._threads, what="its end")
 
 
-def test_one_that_is_given_nothing_ends(threads):
+def test_a_standby_thread_that_is_given_nothing_ends(threads):
     with pytest.raises(ValueError, match="no launch"), threads.standing_by("one"):
         raise ValueError("no launch")
     until(lambda: not threads._threads, what="its end")
 
 
-def test_a_watcher_goes_on_after_a_round_that_failed_which_is_told_until_one_succeeds(threads):
+def test_a_watcher_survives_failed_rounds_which_are_reported_until_one_succeeds(threads):
     errors = [
         BackendUnavailable("no thread"),
         BackendUnavailable("no thread"),

@@ -1,4 +1,4 @@
-"""Scopes, and the servers that a token is for."""
+"""Scopes, and the servers that a token is limited to."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def spec(name="lab", **fields):
     return ServerSpec(name=name, root_dir="/", **fields)
 
 
-def test_each_scope_covers_those_below_it():
+def test_each_scope_includes_the_scopes_below_it():
     covered = [[scope.covers(needed) for needed in Scope] for scope in Scope]
     assert covered == [[True, False, False], [True, True, False], [True, True, True]]
 
@@ -34,7 +34,7 @@ def test_each_scope_covers_those_below_it():
         (TokenLimits(("*",), {"team": "red"}), False),
     ],
 )
-def test_limits_cover_a_server_when_all_of_them_do(limits, held):
+def test_a_server_is_covered_if_all_limits_cover_it(limits, held):
     made = spec(labels={"team": "blue", "x": "y"}, user="ada")
     caller = Caller("token:t", Scope.MANAGE, limits)
     assert caller.sees(Snapshot(made, State.RUNNING, Goal.UP, 1.0, 1.0)) is held
@@ -45,7 +45,7 @@ def test_limits_cover_a_server_when_all_of_them_do(limits, held):
             caller.needs_spec(made)
 
 
-def test_what_is_not_allowed_names_the_scope_that_is():
+def test_a_refusal_names_the_required_scope():
     with pytest.raises(
         NotAllowed, match="that needs the scope 'admin', and yours is 'read'"
     ) as caught:
@@ -57,8 +57,8 @@ def test_what_is_not_allowed_names_the_scope_that_is():
     ANYBODY.needs_everything("do it")
 
 
-def test_whom_a_server_runs_as():
-    """Only an admin chooses freely; a token for some users chooses among them, and the first one is its default."""
+def test_the_user_that_a_server_runs_as():
+    """Only admins may choose any user; a token's users are its choice, the first its default."""
     manager = Caller("token:t", Scope.MANAGE)
     limited = Caller("token:t", Scope.MANAGE, TokenLimits(users=("ada", "bob")))
     assert [manager.user(None), manager.user(None, "lab"), manager.user("lab", "lab")] == [

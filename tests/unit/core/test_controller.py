@@ -1,4 +1,4 @@
-"""One server: budget, timers, causes and reports."""
+"""One server's controller: restart budget, timers, failures, stop reports and kernels."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ POLICY = Policy()
 
 
 def report(controller, fact):
-    """Of this launch; what only an observation finds out is of one."""
+    """Report a fact of the current generation; some facts only come from observations."""
     return Report(
         ServerName("lab"),
         controller.snapshot.generation,
@@ -57,7 +57,7 @@ def report(controller, fact):
 
 
 class Bench:
-    """A controller, and hands to move it as the fleet does."""
+    """A controller, moved by the test as the fleet would."""
 
     def __init__(self, policy=POLICY, snapshot=None):
         self.clock = FakeClock()
@@ -75,7 +75,7 @@ class Bench:
         return self.snapshot.state
 
     def order(self, *events):
-        """Give commands; tell the actions that they led to."""
+        """Give commands, and return the actions they lead to."""
         return [
             job.action for event in events for job in self.commit(self.controller.plan(event)).jobs
         ]
@@ -85,14 +85,14 @@ class Bench:
         return decision
 
     def recover(self):
-        """Take up what an earlier keeper left; tell the actions that this led to."""
+        """Recover what an earlier keeper left, and return the actions that this leads to."""
         return [
             job.action
             for job in self.commit(Controller.recovered(self.saved, self.policy, self.clock)).jobs
         ]
 
     def receive(self, *facts):
-        """Report facts; tell the actions that they led to."""
+        """Report facts, and return the actions they lead to."""
         actions = []
         for fact in facts:
             decision = self.commit(self.controller.plan_report(report(self.controller, fact)))
@@ -100,33 +100,33 @@ class Bench:
         return actions
 
     def wait(self):
-        """Let the time pass until the timer fires; tell how long it was, and the actions."""
+        """Advance the clock until the timer fires; return the seconds and the actions."""
         seconds = self.controller.deadline - self.clock.monotonic()
         self.clock.advance(seconds)
         return seconds, self.order(Event.DEADLINE)
 
     def run(self):
-        """Start it, and let it become ready."""
+        """Start it, and report it as ready."""
         self.order(Event.START)
         self.receive(Ready(ENDPOINT, INSTANCE))
         return self
 
 
 def saved(state, goal=Goal.UP, **values):
-    """A snapshot that an earlier keeper left."""
+    """Return a snapshot that an earlier keeper left."""
     return Snapshot(a_spec("lab"), state, goal, since=1.0, created_at=1.0, generation=3, **values)
 
 
-def test_a_new_server_counts_its_launches_on():
-    """The first launch has the number after the one given: a predecessor's late facts are not taken for its own."""
+def test_generations_continue_after_a_predecessor():
+    """So late facts about the predecessor are not mistaken for the new server's own."""
     controller = Controller.new(a_spec("lab"), POLICY, FakeClock(), generation=4)
     decision = controller.plan(Event.START)
     assert [(job.action, job.generation) for job in decision.jobs] == [(Action.LAUNCH, 5)]
     assert (decision.after.snapshot.generation, controller.snapshot.generation) == (5, 4)
 
 
-def test_the_endpoint_is_set_while_it_runs_and_no_longer():
-    """READY brings endpoint and start time; whatever ends running takes the endpoint away."""
+def test_there_is_an_endpoint_only_while_the_server_runs():
+    """READY sets endpoint and start time; leaving the state clears the endpoint."""
     bench = Bench().run()
     assert bench.snapshot.endpoint == ENDPOINT
     assert bench.snapshot.started_at == bench.clock.time()
@@ -134,8 +134,8 @@ def test_the_endpoint_is_set_while_it_runs_and_no_longer():
     assert bench.snapshot.endpoint is None
 
 
-def test_since_is_when_the_state_began():
-    """A command that only moves the goal does not restart the clock of the state."""
+def test_since_is_the_time_of_the_last_change_of_state():
+    """A command that only changes the goal does not affect it."""
     bench = Bench()
     bench.order(Event.START)
     bench.clock.advance(5)
@@ -153,8 +153,8 @@ def test_since_is_when_the_state_began():
 # Restart budget
 
 
-def test_a_server_that_never_answered_fails_at_once():
-    """The budget is for those that ran; the cause is kept as the backend told it."""
+def test_a_server_that_never_became_ready_fails_without_a_restart():
+    """The failure is the backend's."""
     bench = Bench()
     bench.order(Event.START)
     bench.receive(CRASH)
@@ -164,8 +164,8 @@ def test_a_server_that_never_answered_fails_at_once():
     assert bench.controller.deadline is None
 
 
-def test_each_crash_waits_longer_until_the_budget_is_spent():
-    """Three delays: three restarts, then it is given up with its cause."""
+def test_each_restart_is_delayed_longer_until_the_budget_is_exhausted():
+    """Three delays allow three restarts; after that the server has failed."""
     bench = Bench().run()
     for restarts, delay in enumerate(POLICY.restart_delays, start=1):
         bench.receive(CRASH)
@@ -178,8 +178,7 @@ def test_each_crash_waits_longer_until_the_budget_is_spent():
     assert (bench.state, bench.snapshot.failure) == (State.FAILED, OOPS)
 
 
-def test_a_crash_during_a_restart_counts_too():
-    """A server that ran once and then dies while starting gets the next, longer delay."""
+def test_a_crash_during_a_restart_uses_up_budget():
     bench = Bench().run()
     bench.receive(CRASH)
     bench.wait()
@@ -187,8 +186,7 @@ def test_a_crash_during_a_restart_counts_too():
     assert bench.wait()[0] == POLICY.restart_delays[1]
 
 
-def test_crashes_of_long_ago_are_forgiven():
-    """Only crashes within the window count."""
+def test_crashes_outside_of_the_window_do_not_count():
     bench = Bench().run()
     for _ in range(5):
         bench.receive(CRASH)
@@ -197,8 +195,8 @@ def test_crashes_of_long_ago_are_forgiven():
         bench.clock.advance(POLICY.restart_window)
 
 
-def test_a_start_command_gives_a_fresh_budget():
-    """START in backoff forgets earlier crashes, and that it ever ran."""
+def test_a_start_command_resets_the_budget():
+    """It also forgets that the server ever ran."""
     bench = Bench().run()
     bench.receive(CRASH)
     assert bench.order(Event.START) == [Action.LAUNCH]
@@ -207,15 +205,14 @@ def test_a_start_command_gives_a_fresh_budget():
     assert bench.state is State.FAILED
 
 
-def test_without_delays_nothing_is_launched_twice():
-    """An empty list of delays turns restarts off."""
+def test_without_delays_there_are_no_restarts():
     bench = Bench(Policy(restart_delays=())).run()
     bench.receive(CRASH)
     assert bench.state is State.FAILED
 
 
-def test_the_budget_alone():
-    """It must be earned, is spent in order, and comes back with time."""
+def test_the_budget():
+    """It must be earned, is spent in order, and recovers over time."""
     policy = Policy(restart_delays=(1.0, 2.0), restart_window=10.0)
     assert not Budget().left(policy, 0.0)
     budget, first = Budget(earned=True).spend(policy, 0.0)
@@ -229,8 +226,8 @@ def test_the_budget_alone():
 # Starting
 
 
-def test_the_start_timeout_is_the_cause_also_after_the_kill():
-    """What killed it is the keeper; why it did stays the cause, with the exit and the last words of the killed."""
+def test_a_start_timeout_stays_the_cause_after_the_kill():
+    """Exit and log tail are added from the killed process."""
     bench = Bench()
     bench.order(Event.START)
     assert bench.wait() == (POLICY.start_timeout, [Action.KILL])
@@ -252,8 +249,8 @@ def test_the_start_timeout_is_the_cause_also_after_the_kill():
     assert "60 s" in failure.message
 
 
-def test_the_start_timeout_is_the_cause_also_without_last_words():
-    """An end in good order brings no failure of its own; that of the timeout stays, also when nobody saw the end."""
+def test_a_start_timeout_stays_the_cause_if_the_end_brings_no_failure():
+    """After a clean exit, and after an end without a known exit."""
     for fact in (Ended(Exit(code=0), StopMethod.SIGTERM), Gone()):
         bench = Bench()
         bench.order(Event.START)
@@ -268,8 +265,8 @@ def test_the_start_timeout_is_the_cause_also_without_last_words():
         assert bench.snapshot.failure.exit == bench.snapshot.exit
 
 
-def test_a_refused_launch_fails_with_the_reason_of_the_backend():
-    """REFUSED is no crash: nothing ran, nothing is tried again."""
+def test_a_refused_launch_fails_with_the_backends_failure():
+    """Nothing ran, so nothing is retried."""
     bench = Bench()
     bench.order(Event.START)
     bench.receive(Refused(OOPS))
@@ -280,7 +277,7 @@ def test_a_refused_launch_fails_with_the_reason_of_the_backend():
     ("kind", "then"),
     [(FailureClass.DISK_FULL, State.BACKOFF), (FailureClass.CONFIG_ERROR, State.FAILED)],
 )
-def test_after_a_crash_a_full_disk_is_waited_for_and_no_other_refusal(kind, then):
+def test_a_restart_is_retried_on_a_full_disk_and_on_no_other_refusal(kind, then):
     bench = Bench().run()
     bench.receive(CRASH)
     bench.wait()
@@ -288,8 +285,8 @@ def test_after_a_crash_a_full_disk_is_waited_for_and_no_other_refusal(kind, then
     assert (bench.state, bench.snapshot.failure.kind) == (then, kind)
 
 
-def test_a_full_disk_is_not_waited_for_without_end():
-    """A first start is not retried at all: its caller is told at once."""
+def test_retries_on_a_full_disk_are_limited():
+    """A first start is not retried, so that its caller gets an immediate answer."""
     full = Refused(Failure(FailureClass.DISK_FULL, "no room"))
     bench = Bench()
     bench.order(Event.START)
@@ -303,7 +300,7 @@ def test_a_full_disk_is_not_waited_for_without_end():
 
 
 @pytest.mark.parametrize(("port", "then"), [(None, State.BACKOFF), (8888, State.FAILED)])
-def test_a_port_that_somebody_takes_first_is_given_up_only_where_it_was_asked_for(port, then):
+def test_a_start_is_retried_if_a_port_is_taken_unless_it_was_requested(port, then):
     taken = Ended(
         Exit(code=1), failure=Failure(FailureClass.PORT_IN_USE, "port 8888 is not available")
     )
@@ -317,8 +314,8 @@ def test_a_port_that_somebody_takes_first_is_given_up_only_where_it_was_asked_fo
     assert (bench.state, bench.snapshot.failure.kind) == (then, FailureClass.PORT_IN_USE)
 
 
-def test_a_server_that_leaves_before_it_was_ready_has_failed():
-    """Exit code 0 without ever answering is a failure, and says so."""
+def test_an_exit_before_ready_is_a_failure():
+    """Even with exit code 0."""
     bench = Bench()
     bench.order(Event.START)
     bench.receive(Ended(Exit(code=0)))
@@ -327,8 +324,8 @@ def test_a_server_that_leaves_before_it_was_ready_has_failed():
     assert "exit code 0" in bench.snapshot.failure.message
 
 
-def test_a_new_start_forgets_the_failure():
-    """Cause, exit and stop report belong to one launch."""
+def test_a_start_clears_failure_exit_and_stop_report():
+    """They belong to one generation."""
     bench = Bench()
     bench.order(Event.START)
     bench.receive(CRASH)
@@ -341,7 +338,7 @@ def test_a_new_start_forgets_the_failure():
 
 
 def test_a_stopped_server_has_no_failure():
-    """STOP of a failed server, and the end of one that is being stopped, leave nothing to complain of."""
+    """Neither one that had failed before nor one that crashes while stopping."""
     bench = Bench()
     bench.order(Event.START)
     bench.receive(CRASH)
@@ -355,8 +352,8 @@ def test_a_stopped_server_has_no_failure():
 # Running
 
 
-def test_a_running_server_is_looked_at_again_and_again():
-    """Each probe period asks for an observation; an answer is no news."""
+def test_a_running_server_is_observed_periodically():
+    """An answer changes nothing."""
     bench = Bench().run()
     for _ in range(3):
         assert bench.wait() == (POLICY.probe_period, [Action.OBSERVE])
@@ -364,8 +361,8 @@ def test_a_running_server_is_looked_at_again_and_again():
         assert bench.state is State.RUNNING
 
 
-def test_a_server_that_is_silent_for_too_long_is_ended_and_comes_back():
-    """HUNG after `hung_after` seconds of silence; its cause stays until it is launched again."""
+def test_a_server_that_is_silent_for_too_long_is_terminated_and_restarted():
+    """HUNG comes after `hung_after` seconds; the failure stays until the next launch."""
     bench = Bench().run()
     bench.receive(Seen(answers=False))
     bench.clock.advance(POLICY.hung_after - 1)
@@ -378,8 +375,8 @@ def test_a_server_that_is_silent_for_too_long_is_ended_and_comes_back():
     assert bench.wait()[1] == [Action.LAUNCH]
 
 
-def test_one_answer_ends_the_silence():
-    """Silence counts from its beginning, and an answer, or a new READY, begins anew."""
+def test_an_answer_resets_the_silence():
+    """So does a new READY."""
     for answer in (Seen(answers=True), Unreachable("?")):
         bench = Bench().run()
         bench.receive(Seen(answers=False))
@@ -389,8 +386,8 @@ def test_one_answer_ends_the_silence():
         assert bench.state is State.RUNNING
 
 
-def test_a_look_that_could_not_be_made_is_no_silence():
-    """However long it lasts, and it breaks a silence that had begun: nobody asked the server meanwhile."""
+def test_a_failed_observation_is_not_silence():
+    """However often it fails; it also resets a silence that had begun."""
     bench = Bench().run()
     bench.receive(Seen(answers=False))
     for _ in range(3):
@@ -400,8 +397,8 @@ def test_a_look_that_could_not_be_made_is_no_silence():
     assert bench.state is State.RUNNING
 
 
-def test_hung_servers_may_be_left_alone():
-    """`hung_after` 0 turns it off."""
+def test_detection_of_hung_servers_can_be_disabled():
+    """By a `hung_after` of 0."""
     bench = Bench(Policy(hung_after=0)).run()
     for _ in range(3):
         bench.receive(Seen(answers=False))
@@ -409,8 +406,10 @@ def test_hung_servers_may_be_left_alone():
     assert bench.state is State.RUNNING
 
 
-def test_the_end_of_a_hung_server_is_not_its_users_wish():
-    """It may end in good order after all, seen only when it was lost: by our doing, so it comes back."""
+def test_the_end_of_a_hung_server_is_not_a_shutdown_by_its_user():
+    """It was the keeper's doing, so the server restarts, even after a clean exit seen while
+    lost.
+    """
     bench = Bench().run()
     bench.receive(Seen(answers=False))
     bench.clock.advance(POLICY.hung_after)
@@ -421,16 +420,16 @@ def test_the_end_of_a_hung_server_is_not_its_users_wish():
     assert bench.snapshot.failure.kind is FailureClass.HUNG
 
 
-def test_an_end_that_nobody_saw_has_a_cause():
-    """GONE while running is a crash with a failure of its own."""
+def test_an_end_without_known_exit_is_a_crash():
+    """GONE has a failure of its own."""
     bench = Bench().run()
     bench.receive(Gone())
     assert bench.state is State.BACKOFF
     assert (bench.snapshot.exit, bench.snapshot.failure.kind) == (Exit(), FailureClass.KILLED)
 
 
-def test_why_it_was_lost_is_kept_until_it_is_found():
-    """The first reason of the backend stays; READY clears it."""
+def test_the_reason_why_a_server_is_lost_is_kept_until_it_is_found():
+    """The backend's first reason stays; READY clears it."""
     bench = Bench().run()
     assert bench.receive(Unreachable("the daemon is away")) == [Action.OBSERVE]
     assert bench.snapshot.failure.message == "the daemon is away"
@@ -448,8 +447,8 @@ def test_why_it_was_lost_is_kept_until_it_is_found():
     )
 
 
-def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
-    """READY in lost with the goal down leads to stopping, and is not shown to anybody."""
+def test_an_unwanted_server_that_becomes_ready_gets_no_endpoint():
+    """READY while lost, with the goal DOWN, leads to stopping."""
     bench = Bench().run()
     bench.receive(Unreachable("?"))
     bench.order(Event.STOP)
@@ -460,8 +459,8 @@ def test_a_ready_of_what_nobody_wants_brings_no_endpoint():
 # Stopping
 
 
-def test_the_stop_report_counts_from_the_request_to_the_proof():
-    """Through stopping, killing and being lost, the seconds run on; the means and the kernels come from the backend."""
+def test_the_stop_report_covers_the_time_from_request_to_proven_end():
+    """Across stopping, killing and lost; method and kernels come from the backend."""
     bench = Bench().run()
     bench.order(Event.STOP)
     assert bench.wait() == (POLICY.stop_grace, [Action.KILL])
@@ -475,8 +474,7 @@ def test_the_stop_report_counts_from_the_request_to_the_proof():
     assert bench.state is State.STOPPED
 
 
-def test_the_next_stop_counts_anew():
-    """The time of one stop is not added to that of the next."""
+def test_each_stop_report_starts_from_zero():
     bench = Bench().run()
     for seconds in (3.0, 1.0):
         bench.order(Event.STOP)
@@ -486,8 +484,7 @@ def test_the_next_stop_counts_anew():
         bench.run()
 
 
-def test_an_end_without_being_asked_has_no_stop_report():
-    """Who leaves by itself was not stopped."""
+def test_an_end_without_a_stop_command_has_no_stop_report():
     bench = Bench().run()
     bench.receive(Ended(Exit(code=0)))
     assert (bench.state, bench.snapshot.goal, bench.snapshot.stop_report) == (
@@ -497,16 +494,16 @@ def test_an_end_without_being_asked_has_no_stop_report():
     )
 
 
-def test_an_end_that_an_earlier_keeper_asked_for_took_unknown_time():
-    """The report of a stop whose beginning this keeper did not see says 0 seconds."""
+def test_a_stop_begun_by_an_earlier_keeper_is_reported_with_zero_seconds():
+    """This keeper does not know when it began."""
     bench = Bench(snapshot=saved(State.STOPPING, Goal.DOWN))
     bench.recover()
     bench.receive(Ended(Exit(code=0), StopMethod.SIGTERM))
     assert bench.snapshot.stop_report == StopReport(StopMethod.SIGTERM, 0.0)
 
 
-def test_a_restart_launches_when_the_end_is_proven():
-    """RESTART of a running server: terminate, and only after the end launch, with a fresh budget and no old report."""
+def test_a_restart_launches_after_the_proven_end():
+    """With a fresh budget, and without the old stop report."""
     bench = Bench().run()
     assert bench.order(Event.RESTART) == [Action.TERMINATE]
     assert bench.snapshot.goal is Goal.AGAIN
@@ -525,8 +522,8 @@ def test_a_restart_launches_when_the_end_is_proven():
 @pytest.mark.parametrize(
     "state", [State.STARTING, State.RUNNING, State.STOPPING, State.KILLING, State.LOST]
 )
-def test_what_may_exist_is_lost_until_it_was_observed(state):
-    """Whatever an earlier keeper said of it, nothing is done before the backend was asked."""
+def test_after_recovery_a_server_that_may_exist_is_lost_until_observed(state):
+    """Whatever its recorded state; nothing else is done before the observation."""
     bench = Bench(snapshot=saved(state, endpoint=ENDPOINT))
     assert bench.recover() == [Action.OBSERVE]
     assert (bench.state, bench.snapshot.endpoint, bench.snapshot.generation) == (
@@ -538,8 +535,8 @@ def test_what_may_exist_is_lost_until_it_was_observed(state):
     assert bench.wait() == (POLICY.look_again, [Action.OBSERVE])
 
 
-def test_an_observation_is_not_repeated_before_its_result_is_there():
-    """The second one would wait behind the first, and what is to end the server behind both."""
+def test_an_observation_is_not_repeated_before_its_result():
+    """A second one would only delay the jobs behind it."""
     bench = Bench(snapshot=saved(State.RUNNING))
     assert bench.recover() == [Action.OBSERVE]
     assert bench.wait() == (POLICY.look_again, [])
@@ -552,16 +549,16 @@ def test_an_observation_is_not_repeated_before_its_result_is_there():
 
 
 @pytest.mark.parametrize("state", [State.STOPPED, State.FAILED])
-def test_what_is_gone_stays_as_it_was(state):
-    """A server proven gone needs no observation and no timer."""
+def test_a_server_that_was_gone_is_recovered_unchanged(state):
+    """Without an observation or a timer."""
     snapshot = saved(state, Goal.DOWN)
     bench = Bench(snapshot=snapshot)
     assert bench.recover() == []
     assert (bench.snapshot, bench.controller.deadline) == (snapshot, None)
 
 
-def test_what_waited_to_be_launched_again_waits_no_longer():
-    """BACKOFF is taken up at once, and keeps the right to restart that it had earned."""
+def test_recovery_ends_a_backoff():
+    """The right to restart is kept."""
     bench = Bench(snapshot=saved(State.BACKOFF, started_at=1.0))
     assert bench.recover() == []
     assert bench.wait() == (0.0, [Action.LAUNCH])
@@ -570,16 +567,16 @@ def test_what_waited_to_be_launched_again_waits_no_longer():
 
 
 @pytest.mark.parametrize(("started_at", "state"), [(None, State.FAILED), (5.0, State.BACKOFF)])
-def test_what_ran_under_an_earlier_keeper_has_a_budget(started_at, state):
-    """Found crashed: launched again if it ever ran since its start command, else failed."""
+def test_recovery_keeps_the_restart_budget_of_a_server_that_ran(started_at, state):
+    """Otherwise a crash is a failure."""
     bench = Bench(snapshot=saved(State.RUNNING, started_at=started_at))
     bench.recover()
     bench.receive(CRASH)
     assert bench.state is state
 
 
-def test_a_start_that_was_cut_off_is_begun_again():
-    """Found gone, and nobody saw how: that says nothing against it, though not for ever."""
+def test_an_interrupted_start_is_retried_a_limited_number_of_times():
+    """How the process ended is not known, so it does not count as a failure."""
     bench = Bench(snapshot=saved(State.STARTING))
     bench.recover()
     bench.receive(Gone())
@@ -589,8 +586,7 @@ def test_a_start_that_was_cut_off_is_begun_again():
     assert bench.state is State.FAILED
 
 
-def test_a_stop_goes_on_under_the_next_keeper():
-    """Found alive with the goal down: asked to end once more."""
+def test_recovery_continues_a_stop():
     bench = Bench(snapshot=saved(State.KILLING, Goal.ABSENT))
     bench.recover()
     assert bench.receive(Seen(answers=True)) == [Action.TERMINATE]
@@ -599,7 +595,7 @@ def test_a_stop_goes_on_under_the_next_keeper():
 
 
 def test_an_event_without_a_row_changes_nothing():
-    """What is no news leaves snapshot and timer alone."""
+    """Snapshot and timer stay as they are."""
     bench = Bench().run()
     before, deadline = bench.snapshot, bench.controller.deadline
     assert bench.receive(Ready(replace(ENDPOINT, port=1), INSTANCE)) == []
@@ -615,7 +611,7 @@ K1, K2, K3 = OwnKernel("k1"), OwnKernel("k2"), OwnKernel("k3")
 
 
 class GatewayBench(Bench):
-    """A bench whose server has a gateway; what its kernels are owed is collected."""
+    """A bench whose server has a gateway; it collects orphaned kernels."""
 
     def __init__(self, **values):
         spec = replace(a_spec("lab"), gateway=GATEWAY)
@@ -643,8 +639,8 @@ class GatewayBench(Bench):
         return self.snapshot.kernels_kept
 
 
-def test_a_veto_ends_the_start_with_its_cause():
-    """The server is killed; that it was is not why it failed. It had not answered yet, so it is not launched again."""
+def test_a_veto_ends_the_start_with_its_failure():
+    """Not the kill's. It had not been ready yet, so there is no restart."""
     bench = GatewayBench()
     bench.order(Event.START)
     assert [job.action for job in bench.receive(Vetoed(UNFIT))] == [Action.KILL]
@@ -662,7 +658,7 @@ def test_a_veto_ends_the_start_with_its_cause():
     )
 
 
-def test_what_is_known_of_the_gateway_is_known_while_it_runs():
+def test_gateway_health_is_known_while_the_server_runs():
     bench = GatewayBench()
     well, ill = GatewayHealth(1.0, kernelspecs=2), GatewayHealth(2.0, UNFIT)
     bench.order(Event.START)
@@ -681,7 +677,7 @@ def test_what_is_known_of_the_gateway_is_known_while_it_runs():
     assert [ill.reachable, well.reachable] == [False, True]
 
 
-def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
+def test_a_restart_that_keeps_kernels_passes_them_to_the_next_launch():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.RESTART_KEEPING_KERNELS)
     assert (job.action, job.keep_kernels, bench.snapshot.goal) == (
@@ -694,13 +690,13 @@ def test_a_restart_that_keeps_kernels_hands_them_to_the_next_launch():
     assert bench.kept == (K1, K2)
     bench.receive(Ready(ENDPOINT, INSTANCE, not_taken_over=("k2",)))
     assert (bench.kept, bench.orphans) == ((K2,), [])
-    # It is still ours when the server ends.
+    # The kernel is still recorded when the server ends.
     bench.order(Event.STOP)
     bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
     assert (bench.kept, bench.orphans) == ((), ["k2"])
 
 
-def test_a_restart_that_does_not_keep_kernels_owes_what_is_left_of_them():
+def test_a_restart_that_does_not_keep_kernels_orphans_those_left():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.RESTART)
     assert not job.keep_kernels
@@ -708,7 +704,7 @@ def test_a_restart_that_does_not_keep_kernels_owes_what_is_left_of_them():
     assert (job.kernels, bench.kept, bench.orphans) == ((), (), ["k2"])
 
 
-def test_a_crash_keeps_the_kernels_through_every_wait_and_also_when_it_is_given_up():
+def test_kernels_of_a_crashed_server_are_kept_during_backoff_and_after_failure():
     bench = GatewayBench().run()
     bench.receive(Ended(Exit(signal="SIGSEGV"), kernels_left=(K1,)))
     assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
@@ -723,7 +719,7 @@ def test_a_crash_keeps_the_kernels_through_every_wait_and_also_when_it_is_given_
 
 @pytest.mark.parametrize("event", [Event.STOP, Event.DELETE, Event.KILL, Event.RESTART])
 @pytest.mark.parametrize("state", [State.FAILED, State.BACKOFF])
-def test_kernels_that_wait_are_owed_when_nobody_wants_them(state, event):
+def test_kept_kernels_are_orphaned_when_the_server_is_no_longer_wanted(state, event):
     bench = GatewayBench(state=state, goal=Goal.UP, kernels_kept=(K1,))
     bench.order(event)
     assert (bench.kept, bench.orphans) == ((), ["k1"])
@@ -732,7 +728,7 @@ def test_kernels_that_wait_are_owed_when_nobody_wants_them(state, event):
 @pytest.mark.parametrize(
     ("event", "keeps"), [(Event.STOP, False), (Event.KILL, False), (Event.DELETE, False)]
 )
-def test_a_stop_owes_what_is_left_and_reports_it(event, keeps):
+def test_a_stop_orphans_and_reports_the_kernels_left(event, keeps):
     bench = GatewayBench().run()
     (job,) = bench.order(event)
     assert job.keep_kernels is keeps
@@ -741,30 +737,30 @@ def test_a_stop_owes_what_is_left_and_reports_it(event, keeps):
     assert bench.snapshot.stop_report.kernels_left == ("k2", "k3")
 
 
-def test_a_stop_takes_back_that_kernels_are_kept():
+def test_a_stop_cancels_keeping_kernels():
     bench = GatewayBench().run()
     bench.order(Event.RESTART_KEEPING_KERNELS, Event.STOP)
     bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,)))
     assert (bench.state, bench.orphans) == (State.STOPPED, ["k1"])
 
 
-def test_a_server_that_hangs_is_ended_and_its_kernels_are_not():
+def test_the_kernels_of_a_hung_server_are_kept():
     bench = GatewayBench().run()
     (job,) = bench.order(Event.HUNG)
     assert (job.action, job.keep_kernels) == (Action.TERMINATE, True)
     bench.receive(Ended(Exit(signal="SIGKILL"), StopMethod.SIGKILL, kernels_left=(K1,)))
     assert (bench.state, bench.kept) == (State.BACKOFF, (K1,))
-    # Nothing is left of what somebody wanted to be ended.
+    # No kernel is left that was supposed to end.
     assert bench.snapshot.stop_report.kernels_left == ()
 
 
-def test_who_shuts_it_down_from_inside_owes_what_is_left():
+def test_a_shutdown_from_inside_orphans_the_kernels_left():
     bench = GatewayBench().run()
     bench.receive(Ended(Exit(code=0), kernels_left=(K1,)))
     assert (bench.state, bench.orphans) == (State.STOPPED, ["k1"])
 
 
-def test_a_debt_says_where_and_whose_the_kernel_is():
+def test_an_orphaned_kernel_has_its_gateway_server_and_time():
     bench = GatewayBench().run()
     bench.order(Event.STOP)
     end = Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K1,))
@@ -774,13 +770,13 @@ def test_a_debt_says_where_and_whose_the_kernel_is():
     )
 
 
-def test_a_revised_spec_holds_from_the_next_launch_on():
+def test_a_revised_spec_applies_from_the_next_launch():
     bench = GatewayBench().run()
     old, new = bench.snapshot.spec, replace(bench.snapshot.spec, env={"A": "b"})
     bench.order(Event.RESTART_KEEPING_KERNELS, revised=new)
     assert (bench.snapshot.spec, bench.snapshot.revised) == (old, new)
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN))
     assert (job.spec, bench.snapshot.spec, bench.snapshot.revised) == (new, new, None)
-    # What is as it was is no revision.
+    # An equal spec is not a revision.
     bench.order(Event.RESTART, revised=new)
     assert bench.snapshot.revised is None

@@ -1,4 +1,4 @@
-"""The decision: what is use, when a rule stops a server, and what is said of it."""
+"""Cull decisions: what counts as use, when a rule stops a server, and the reasons given."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def kernel(state="idle", at=0.0, connections=0):
         ),
     ],
 )
-def test_what_is_use_by_each_policy(activity, policy, held):
+def test_what_counts_as_use_depends_on_the_policy(activity, policy, held):
     verdict = decide(facts(activity), replace(POLICY, **policy), 10.0)
     assert verdict.state is (CullState.IN_USE if held else CullState.COUNTING)
     if held:
@@ -99,12 +99,12 @@ def test_what_is_use_by_each_policy(activity, policy, held):
         (7300.0, CullState.WARNED, 7600.0, 7300.0),
     ],
 )
-def test_nobody_is_stopped_who_has_not_been_warned(now, state, stops, warns):
+def test_no_server_is_stopped_without_a_warning(now, state, stops, warns):
     verdict = decide(facts(), POLICY, now)
     assert (verdict.state, verdict.next.stops_at, verdict.next.warns_at) == (state, stops, warns)
 
 
-def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once():
+def test_a_warned_server_is_due_after_the_warning_and_is_warned_once():
     warned = warned_at(decide(facts(), POLICY, 6900.0), {}, 6900.0)
     assert warned == {IDLE: 6900.0}
     again = decide(facts(warned=warned), POLICY, 7000.0)
@@ -116,18 +116,18 @@ def test_one_that_was_warned_is_due_when_the_warning_is_over_and_is_warned_once(
 
 
 @pytest.mark.parametrize(("limit", "ahead"), [(7200.0, 300.0), (60.0, 30.0)])
-def test_the_warning_takes_no_more_than_half_of_what_a_rule_allows(limit, ahead):
+def test_the_warning_takes_at_most_half_of_the_limit(limit, ahead):
     outlook = decide(facts(limits={IDLE: limit}), POLICY, 0.0).next
     assert outlook.stops_at - outlook.warns_at == ahead
 
 
-def test_without_a_warning_it_is_due_at_once():
+def test_without_a_warning_a_server_is_due_immediately():
     verdict = decide(facts(), replace(POLICY, warning=0.0), 7200.0)
     assert (verdict.state, verdict.next.warns_at) == (CullState.DUE, None)
     assert warned_at(verdict, {}, 7200.0) == {}
 
 
-def test_the_grace_counts_from_ready_and_is_none_of_max_age():
+def test_the_grace_period_counts_from_ready_and_does_not_apply_to_max_age():
     grace = replace(POLICY, grace=600.0, warning=0.0)
     short = facts(limits={IDLE: 10.0, AGE: 300.0}, ready_at=100.0, up_since=50.0)
     verdict = decide(short, grace, 200.0)
@@ -135,7 +135,7 @@ def test_the_grace_counts_from_ready_and_is_none_of_max_age():
     assert verdict.next.rule is AGE
 
 
-def test_an_age_stops_also_what_is_in_use_or_does_not_answer():
+def test_max_age_applies_to_servers_in_use_and_to_silent_ones():
     for activity in (None, Activity(0.0, (kernel("busy"),))):
         verdict = decide(
             facts(activity, limits={IDLE: 10.0, AGE: 3600.0}), replace(POLICY, warning=0.0), 3700.0
@@ -146,19 +146,19 @@ def test_an_age_stops_also_what_is_in_use_or_does_not_answer():
         )
 
 
-def test_what_cannot_be_known_counts_as_use_and_says_why():
+def test_unknown_activity_counts_as_use_and_the_reason_is_given():
     verdict = decide(facts(None, unknown="it hangs"), POLICY, 99999.0)
     assert (verdict.state, verdict.next) == (CullState.UNKNOWN, None)
     assert verdict.reason.endswith("which counts as use: it hangs")
 
 
-def test_a_snooze_puts_off_both_rules_and_is_said():
+def test_a_snooze_postpones_both_rules():
     verdict = decide(facts(limits={IDLE: 10.0, AGE: 10.0}, snoozed_until=5000.0), POLICY, 1400.0)
     assert {o.stops_at for o in verdict.outlooks} == {5000.0}
     assert (verdict.state, verdict.reason) == (CullState.SNOOZED, "it is snoozed for another 1 h")
 
 
-def test_without_a_rule_it_is_off():
+def test_without_rules_culling_is_off():
     assert decide(facts(limits={}), POLICY, 1.0).state is CullState.OFF
     assert limits_of(a_spec()) == {}
     assert limits_of(replace(a_spec(), idle_timeout=5.0)) == {IDLE: 5.0}
@@ -180,7 +180,7 @@ def test_without_a_rule_it_is_off():
         ),
     ],
 )
-def test_the_last_use_is_named(activity, policy, used):
+def test_the_source_of_the_last_activity_is_named(activity, policy, used):
     verdict = decide(facts(activity, ready_at=5.0), replace(POLICY, **policy), 20.0)
     assert (verdict.last_used_at, verdict.last_used) == used
 
@@ -198,25 +198,25 @@ def test_the_last_use_is_named(activity, policy, used):
         (kernel(), {"kernel_idle_timeout": None}, False),
     ],
 )
-def test_idle_kernels_are_ended_by_themselves(one, policy, ended):
+def test_idle_kernels_are_culled_independently_of_their_server(one, policy, ended):
     rule = replace(POLICY, **({"kernel_idle_timeout": 60.0} | policy))
     terminal = TerminalUse("k", 0.0, "sleep")
     found = idle_kernels(facts(Activity(0.0, (one,), (terminal,)), limits={}), rule, 100.0)
     assert found == (((one, 100.0),) if ended else ())
 
 
-def test_no_kernel_is_ended_where_nothing_is_known_or_it_is_snoozed():
+def test_no_kernel_is_culled_while_activity_is_unknown_or_the_server_snoozed():
     rule = replace(POLICY, kernel_idle_timeout=60.0)
     assert idle_kernels(facts(None), rule, 100.0) == ()
     assert idle_kernels(facts(Activity(0.0, (kernel(),)), snoozed_until=101.0), rule, 100.0) == ()
 
 
-# The clock
+# Clocks
 
 WALL = 1_000_000.0
 
 
-def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothing():
+def test_timestamps_are_converted_once_so_wall_clock_jumps_do_not_matter():
     memory = ActivityHistory()
     seen = Activity(WALL - 60, (kernel(at=WALL - 50),), (TerminalUse("1", WALL - 40, ""),))
     first = memory.take(seen, now=100.0, wall=WALL)
@@ -238,20 +238,20 @@ def test_a_time_is_brought_over_once_and_a_jump_of_the_wall_clock_changes_nothin
         (None, WALL + 30, None),
     ],
 )
-def test_a_new_time_lies_between_two_looks_and_else_counts_from_the_later(at, wall, ours):
+def test_new_activity_lies_between_two_polls_or_counts_from_the_later_one(at, wall, ours):
     memory = ActivityHistory()
     memory.take(Activity(WALL - 60), now=100.0, wall=WALL)
     assert memory.take(Activity(at), now=130.0, wall=wall).last_activity == ours
 
 
-def test_nothing_was_used_before_it_was_there():
+def test_activity_from_before_the_launch_is_ignored():
     assert (
         ActivityHistory(floor=90.0).take(Activity(WALL - 60), now=100.0, wall=WALL).last_activity
         == 100.0
     )
 
 
-# Laws
+# Properties
 
 times = st.floats(0, 1e5)
 activities = st.none() | st.builds(
@@ -291,7 +291,7 @@ many_facts = st.builds(
 
 
 @given(many_facts, policies, st.floats(0, 2e5))
-def test_what_is_held_or_unknown_is_never_stopped_as_idle(known, policy, now):
+def test_a_server_in_use_or_with_unknown_activity_is_never_culled_as_idle(known, policy, now):
     verdict = decide(known, policy, now)
     if verdict.holders or known.activity is None:
         assert all(o.stops_at is None for o in verdict.outlooks if o.rule is IDLE)
@@ -299,7 +299,7 @@ def test_what_is_held_or_unknown_is_never_stopped_as_idle(known, policy, now):
 
 
 @given(many_facts, policies, st.floats(0, 2e5))
-def test_none_is_due_that_was_not_warned_long_enough(known, policy, now):
+def test_no_server_is_due_before_its_warning_is_over(known, policy, now):
     verdict = decide(known, policy, now)
     if verdict.state is CullState.DUE:
         first = verdict.next
@@ -309,9 +309,7 @@ def test_none_is_due_that_was_not_warned_long_enough(known, policy, now):
 
 
 @given(many_facts, policies, st.floats(0, 2e5), st.floats(0, 1e5))
-def test_more_use_a_longer_grace_and_a_longer_snooze_never_bring_the_end_nearer(
-    known, policy, now, more
-):
+def test_more_activity_grace_or_snooze_never_brings_the_stop_forward(known, policy, now, more):
     def ends(facts, policy):
         return [
             math.inf if o.stops_at is None else o.stops_at

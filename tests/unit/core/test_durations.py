@@ -1,4 +1,4 @@
-"""Durations as people write and read them."""
+"""Durations and times as text."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from labkeeper.core.durations import duration, format_duration, format_time
         ("0", 0),
     ],
 )
-def test_a_duration_is_seconds_or_a_text(given, seconds):
+def test_a_duration_is_a_number_of_seconds_or_text(given, seconds):
     assert duration(given) == seconds
 
 
@@ -45,7 +45,7 @@ def test_a_duration_is_seconds_or_a_text(given, seconds):
         "1e3",
     ],
 )
-def test_what_is_no_duration_is_refused_with_the_rule(given):
+def test_an_invalid_duration_is_refused_with_the_rule(given):
     with pytest.raises(ValueError, match="must be seconds as a number, or a text such as '90m'"):
         duration(given)
 
@@ -63,9 +63,9 @@ def test_what_is_no_duration_is_refused_with_the_rule(given):
         (3601, "1 h"),
     ],
 )
-def test_a_duration_is_said_in_its_two_largest_units(seconds, told):
+def test_a_duration_is_formatted_in_its_two_largest_units(seconds, told):
     assert format_duration(seconds) == told
 
 
-def test_a_moment_is_written_in_utc():
+def test_a_time_is_formatted_in_utc():
     assert format_time(1.5) == "1970-01-01T00:00:01.500Z"

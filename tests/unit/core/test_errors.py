@@ -1,4 +1,4 @@
-"""The tree of errors is whole, and its drawing true."""
+"""The tree of errors, and its drawing in the module's docstring."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ CLASSES = [
 
 
 def drawn():
-    """Read the drawing at the head of the module: (indent, name) of each line."""
+    """Return (indentation, name) for each line of the drawing."""
     block = errors.__doc__.split("\n\n")[1]
     return [(len(line) - len(line.lstrip()), line.split()[0]) for line in block.splitlines()]
 
 
 def test_the_tree_has_every_class():
-    """No error class is missing where the client and the API look classes up by code."""
+    """The client and the API look classes up by code."""
     assert set(CLASSES) <= set(tree().values())
 
 
-def test_codes_are_unique_and_stable_words():
-    """A code names one class, in snake case, made of the class's own name."""
+def test_codes_are_unique_and_derived_from_class_names():
     codes = [cls.code for cls in CLASSES]
     assert len(set(codes)) == len(codes)
     for cls in CLASSES:
@@ -33,8 +32,7 @@ def test_codes_are_unique_and_stable_words():
         assert tree()[cls.code] is cls
 
 
-def test_the_drawing_names_each_class_under_its_parent():
-    """The drawing in the docstring has each class once, indented below the class that it inherits from."""
+def test_the_drawing_shows_each_class_below_its_parent():
     names = [name for _, name in drawn()]
     assert sorted(names) == sorted(cls.__name__ for cls in CLASSES)
     path = []
@@ -45,8 +43,8 @@ def test_the_drawing_names_each_class_under_its_parent():
         path.append((indent, name))
 
 
-def test_an_error_carries_message_and_details():
-    """What is said to a person and what is said to a program travel together."""
+def test_an_error_has_a_message_and_details():
+    """The message is for people, the details are for programs."""
     for cls in CLASSES:
         error = cls("cannot do this", field="port")
         assert str(error) == error.message == "cannot do this"

@@ -1,4 +1,4 @@
-"""All servers: commands, capacity, the store, recovery, and how backend errors become facts."""
+"""The fleet: commands, capacity, the store, recovery, and translating backend errors to facts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ from labkeeper.testing.world import FakeBackend, World
 
 
 class Bench:
-    """A fleet in a world of fakes; `crash` puts the next keeper over the same world and store."""
+    """A fleet in a fake world; `crash` replaces the keeper, over the same world and store."""
 
     def __init__(self, **policy):
         self.policy = Policy(**policy)
@@ -74,40 +74,40 @@ class Bench:
         self.fleet.recover()
 
     def receive(self, report):
-        """Hand a report to the keeper of the day."""
+        """Hand a report to the current keeper."""
         self.fleet.step(report)
 
     def crash(self):
-        """End the keeper without a word, and start the next one."""
+        """Crash the keeper, and start the next one."""
         self.executor.drop()
         self.backend.abandon()
         self.begin()
 
     def create(self, name="lab", **spec):
-        """Create a server; nothing runs yet."""
+        """Create a server without running its jobs."""
         return self.fleet.step(Create(a_spec(name, **spec)))
 
     def run(self, name="lab"):
-        """Create a server, and let it become ready."""
+        """Create a server, and wait until it is ready."""
         self.create(name)
         self.executor.run_all()
         assert self.state(name) is State.RUNNING
         return self
 
     def order(self, event, name="lab", *, force=False):
-        """Give a command, and let everything happen that follows at once."""
+        """Give a command, and run the jobs that follow."""
         reply = self.fleet.step(Order(name, event, force=force))
         self.executor.run_all()
         return reply
 
     def wait(self):
-        """Let the time pass until the next timer, and everything happen that follows at once."""
+        """Advance the clock to the next timer, and run the jobs that follow."""
         self.clock.advance(self.fleet.next_deadline() - self.clock.monotonic())
         self.fleet.step(Tick())
         self.executor.run_all()
 
     def last(self, name="lab"):
-        """The newest snapshot that listeners were told."""
+        """Return the last snapshot that subscribers received."""
         return [change.after for change in self.recorder.changes if change.after.name == name][-1]
 
     def state(self, name="lab"):
@@ -122,8 +122,8 @@ def bench():
 # Commands
 
 
-def test_create_launches_and_tells_each_change(bench):
-    """A new server goes from nothing to starting to running; listeners hear each change after it was stored."""
+def test_create_launches_and_publishes_each_change(bench):
+    """Subscribers hear of a change after it was stored."""
     reply = bench.create()
     assert (reply.created, reply.snapshot.state, reply.snapshot.generation) == (
         True,
@@ -138,16 +138,15 @@ def test_create_launches_and_tells_each_change(bench):
     assert bench.last().instance.pid == bench.world.living("lab")[0].pid
 
 
-def test_create_is_idempotent_for_an_equal_spec(bench):
-    """The same spec again answers with what there is, and launches nothing."""
+def test_create_with_an_equal_spec_is_idempotent(bench):
     bench.run()
     reply = bench.create()
     assert (reply.created, reply.snapshot) == (False, bench.last())
     assert bench.executor.waiting == []
 
 
-def test_create_of_another_spec_is_a_conflict(bench):
-    """The fields that differ are named; what runs is not touched."""
+def test_create_with_another_spec_is_a_conflict(bench):
+    """The fields that differ are named; the running server is unaffected."""
     bench.run()
     with pytest.raises(Conflict, match="differs in root_dir, port") as caught:
         bench.create(root_dir="/elsewhere", port=9)
@@ -155,8 +154,7 @@ def test_create_of_another_spec_is_a_conflict(bench):
     assert bench.state() is State.RUNNING
 
 
-def test_create_starts_a_stopped_server_again(bench):
-    """The spec of a stopped server is kept, and a POST of it is a start."""
+def test_create_starts_a_stopped_server(bench):
     bench.run().order(Event.STOP)
     assert bench.state() is State.STOPPED
     reply = bench.create()
@@ -166,22 +164,20 @@ def test_create_starts_a_stopped_server_again(bench):
 @pytest.mark.parametrize(
     "event", [Event.START, Event.RESTART, Event.STOP, Event.KILL, Event.DELETE]
 )
-def test_a_command_to_nobody_is_not_found(bench, event):
-    """A name that was never created has no commands."""
+def test_a_command_for_an_unknown_server_is_not_found(bench, event):
     with pytest.raises(ServerNotFound, match="cannot find server 'lab'"):
         bench.order(event)
 
 
-def test_stop_ends_in_good_order_and_reports(bench):
-    """STOP leads through stopping to stopped, with a report of the means."""
+def test_a_stop_ends_cleanly_with_a_report(bench):
     bench.run().order(Event.STOP)
     assert bench.recorder.states("lab")[-2:] == [State.STOPPING, State.STOPPED]
     assert bench.last().stop_report.method is StopMethod.SHUTDOWN
     assert bench.world.living("lab") == []
 
 
-def test_a_server_that_ignores_a_stop_is_killed(bench):
-    """After the grace comes the kill."""
+def test_a_server_that_ignores_sigterm_is_killed(bench):
+    """After the grace period."""
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.STOP)
     assert bench.state() is State.STOPPING
@@ -190,8 +186,8 @@ def test_a_server_that_ignores_a_stop_is_killed(bench):
     assert bench.last().stop_report.seconds == bench.policy.stop_grace
 
 
-def test_a_start_during_a_stop_comes_up_again(bench):
-    """START while stopping is taken at once (goal AGAIN), counts as a launch to come, and happens after the end."""
+def test_a_start_while_stopping_launches_again_after_the_end(bench):
+    """It is accepted (goal AGAIN), and reported as a new start."""
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.STOP)
     reply = bench.order(Event.START)
@@ -209,8 +205,7 @@ def test_a_start_during_a_stop_comes_up_again(bench):
     )
 
 
-def test_restart_is_a_new_launch(bench):
-    """RESTART ends one process, then begins another."""
+def test_restart_launches_a_new_process_after_the_end_of_the_old_one(bench):
     bench.run()
     first = bench.world.living("lab")[0].pid
     assert bench.order(Event.RESTART).created is True
@@ -218,8 +213,7 @@ def test_restart_is_a_new_launch(bench):
     assert [process.pid for process in bench.world.living("lab")] != [first]
 
 
-def test_force_ends_it_at_once(bench):
-    """With force there is no grace: killed, then deleted or launched again."""
+def test_force_kills_without_a_grace_period(bench):
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.RESTART, force=True)
     assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
@@ -232,8 +226,8 @@ def test_force_ends_it_at_once(bench):
 # Deletion
 
 
-def test_a_deleted_server_leaves_nothing(bench):
-    """After DELETE there is no process, no log, no row in the store, and no such name."""
+def test_delete_leaves_nothing_behind(bench):
+    """No process, log, stored row or name."""
     bench.run().order(Event.DELETE)
     assert bench.last().forgotten
     assert (bench.world.processes, bench.world.logs, bench.store.snapshots) == ([], {}, {})
@@ -241,8 +235,8 @@ def test_a_deleted_server_leaves_nothing(bench):
         bench.order(Event.START)
 
 
-def test_what_is_being_deleted_cannot_be_started(bench):
-    """DELETE while stopping, then any start, is a conflict until it is gone; a stop does not take the deletion back."""
+def test_a_server_being_deleted_cannot_be_started(bench):
+    """A start is a conflict until it is gone; a stop does not cancel the deletion."""
     bench.world.temper("lab").obeys = False
     bench.run().order(Event.STOP)
     bench.order(Event.DELETE)
@@ -254,15 +248,16 @@ def test_what_is_being_deleted_cannot_be_started(bench):
     assert bench.last().forgotten
 
 
-def test_a_stopped_server_is_deleted_at_once(bench):
-    """There is nothing to wait for."""
+def test_a_stopped_server_is_deleted_immediately(bench):
     bench.run().order(Event.STOP)
     assert bench.order(Event.DELETE).snapshot.forgotten
     assert bench.store.snapshots == {}
 
 
-def test_late_facts_are_dropped_by_launch_number(bench):
-    """A fact of an earlier launch, of a deleted predecessor, or of nobody, changes nothing."""
+def test_late_facts_are_dropped_by_generation(bench):
+    """Facts of an earlier generation, a deleted predecessor, or an unknown server change
+    nothing.
+    """
     bench.run().order(Event.DELETE)
     bench.run()
     assert bench.last().generation == 2
@@ -275,8 +270,8 @@ def test_late_facts_are_dropped_by_launch_number(bench):
 # Capacity
 
 
-def test_capacity_counts_what_is_active(bench):
-    """Stopped and failed servers take no room; one more than allowed is refused, and leaves no trace."""
+def test_only_active_servers_count_against_the_limit(bench):
+    """One more start is refused, and leaves no trace."""
     bench = Bench(max_servers=1)
     bench.run("one")
     with pytest.raises(CapacityReached, match="1 of at most 1") as caught:
@@ -290,8 +285,8 @@ def test_capacity_counts_what_is_active(bench):
         bench.order(Event.START, "one")
 
 
-def test_only_so_many_servers_are_known_at_rest_or_not(bench):
-    """Each takes memory, and a row; one more is refused until one is deleted. What is there can be started again."""
+def test_the_number_of_known_servers_is_limited_too(bench):
+    """Each takes memory and a row. Known servers can still be started."""
     bench = Bench(max_servers=1)
     for number in range(KNOWN_FOR_EACH):
         bench.run(f"s{number}")
@@ -303,17 +298,16 @@ def test_only_so_many_servers_are_known_at_rest_or_not(bench):
     bench.run("more")
 
 
-def test_what_is_active_may_be_restarted_in_a_full_house(bench):
-    """A restart needs no second room."""
+def test_an_active_server_can_be_restarted_at_the_limit(bench):
     bench = Bench(max_servers=1).run()
     assert bench.order(Event.RESTART).created is True
 
 
-# The keeper ends
+# Shutdown of the keeper
 
 
-def test_stop_all_stops_everything_and_takes_no_new_start(bench):
-    """After StopAll no start is taken, a pending restart is off, and all end."""
+def test_stop_all_stops_every_server_and_refuses_new_starts(bench):
+    """A pending restart is cancelled."""
     bench.run("one").run("two")
     bench.world.temper("one").obeys = False
     bench.order(Event.RESTART, "one")
@@ -328,7 +322,7 @@ def test_stop_all_stops_everything_and_takes_no_new_start(bench):
     assert bench.world.processes == []
 
 
-def test_stop_all_leaves_a_failed_server_its_cause(bench):
+def test_stop_all_keeps_the_failure_of_a_failed_server(bench):
     bench.run("one")
     bench.world.crash("one")
     bench.executor.run_all()
@@ -345,8 +339,8 @@ def test_stop_all_leaves_a_failed_server_its_cause(bench):
 # The store
 
 
-def test_a_launch_that_cannot_be_stored_is_not_done(bench):
-    """Create with a broken store: an error, nothing launched, nothing remembered."""
+def test_a_launch_that_cannot_be_stored_does_not_happen(bench):
+    """Create raises the error, and no trace is left."""
     bench.store.failing = True
     with pytest.raises(StoreError):
         bench.create()
@@ -361,8 +355,7 @@ def test_a_launch_that_cannot_be_stored_is_not_done(bench):
     assert bench.create().snapshot.generation == 1
 
 
-def test_a_start_that_cannot_be_stored_leaves_the_server_as_it_was(bench):
-    """START of a stopped server with a broken store: an error, and it is stopped as before."""
+def test_a_start_that_cannot_be_stored_leaves_the_server_unchanged(bench):
     bench.run().order(Event.STOP)
     before = bench.last()
     bench.store.failing = True
@@ -373,8 +366,8 @@ def test_a_start_that_cannot_be_stored_leaves_the_server_as_it_was(bench):
     assert bench.order(Event.START).snapshot.generation == 2
 
 
-def test_a_stop_goes_on_with_a_broken_store_and_is_stored_later(bench):
-    """A full disk keeps nobody from stopping; the store is brought up to date when it works again."""
+def test_a_stop_continues_without_the_store_and_is_saved_later(bench):
+    """A full disk must not prevent a stop."""
     bench.run()
     bench.store.failing = True
     bench.order(Event.STOP)
@@ -388,8 +381,7 @@ def test_a_stop_goes_on_with_a_broken_store_and_is_stored_later(bench):
     assert bench.fleet.next_deadline() is None
 
 
-def test_a_deletion_goes_on_with_a_broken_store(bench):
-    """The row of a deleted server is removed when the store works again."""
+def test_a_deletion_continues_without_the_store_and_is_saved_later(bench):
     bench.run()
     bench.store.failing = True
     bench.order(Event.DELETE)
@@ -401,8 +393,8 @@ def test_a_deletion_goes_on_with_a_broken_store(bench):
     assert bench.store.snapshots == {}
 
 
-def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
-    """Nobody waits for a launch after a crash: it is not done, and the server says why."""
+def test_a_restart_that_cannot_be_stored_fails(bench):
+    """No caller waits for the restart after a crash, so the failure has the error."""
     bench.run()
     bench.world.crash("lab")
     bench.executor.run_all()
@@ -416,7 +408,7 @@ def test_a_restart_that_cannot_be_stored_fails_with_the_reason(bench):
     assert bench.world.launched == [("lab", 1)]
 
 
-def test_a_restart_that_cannot_be_stored_for_want_of_room_is_tried_again(bench):
+def test_a_restart_that_cannot_be_stored_for_lack_of_disk_space_is_retried(bench):
     bench.run()
     bench.world.crash("lab")
     bench.executor.run_all()
@@ -435,18 +427,17 @@ def test_a_restart_that_cannot_be_stored_for_want_of_room_is_tried_again(bench):
     assert bench.store.snapshots["lab"] == bench.last()
 
 
-def test_a_keeper_with_an_unreadable_store_does_not_begin(bench):
-    """Without knowing what there is, nothing may be started."""
+def test_a_keeper_does_not_start_with_an_unreadable_store(bench):
+    """It would not know which servers exist."""
     bench.store.failing = True
     with pytest.raises(StoreError):
         bench.crash()
 
 
-# Facts of life
+# Crashes, hangs and lost answers
 
 
-def test_a_crash_comes_back_after_its_delay(bench):
-    """The server is launched again when its time has come, and not before."""
+def test_a_crashed_server_restarts_after_its_delay(bench):
     bench.run()
     bench.world.crash("lab", Exit(signal="SIGSEGV"))
     bench.executor.run_all()
@@ -457,8 +448,8 @@ def test_a_crash_comes_back_after_its_delay(bench):
     assert (bench.state(), bench.last().restarts) == (State.RUNNING, 1)
 
 
-def test_what_cannot_be_killed_is_never_called_stopped(bench):
-    """A process that survives SIGKILL is lost, observed, told again; when it ends at last, it is stopped."""
+def test_a_server_that_cannot_be_killed_is_never_reported_as_stopped(bench):
+    """It is lost until its process ends after all."""
     temper = bench.world.temper("lab")
     temper.obeys = temper.killable = False
     bench.run().order(Event.STOP)
@@ -470,8 +461,7 @@ def test_what_cannot_be_killed_is_never_called_stopped(bench):
     assert bench.state() is State.STOPPED
 
 
-def test_a_silent_server_is_ended_and_launched_again(bench):
-    """A server that hangs for longer than allowed is replaced by a new one."""
+def test_a_hung_server_is_terminated_and_restarted(bench):
     bench.run()
     bench.world.silence("lab")
     while bench.state() is State.RUNNING:
@@ -482,8 +472,8 @@ def test_a_silent_server_is_ended_and_launched_again(bench):
     assert (bench.state(), bench.last().generation) == (State.RUNNING, 2)
 
 
-def test_a_launch_whose_answer_is_lost_is_found_again(bench):
-    """Unknown is not failed: the server is lost, observed, taken over, and there is one process."""
+def test_a_server_whose_launch_answer_was_lost_is_found_and_adopted(bench):
+    """An unknown outcome is not a failure: the server is lost, then observed."""
     bench.world.temper("lab").answers_lost = True
     bench.create()
     bench.executor.run_next("lab")
@@ -499,8 +489,8 @@ def test_a_launch_whose_answer_is_lost_is_found_again(bench):
 
 
 @pytest.mark.parametrize("moment", ["stored", "launched", "ready"])
-def test_the_next_keeper_takes_over_what_runs(bench, moment):
-    """A keeper that crashes around a launch leaves one process at most; the next one knows it, or launches it."""
+def test_the_next_keeper_adopts_a_running_server(bench, moment):
+    """A keeper that crashes around a launch leaves at most one process."""
     bench.create()
     if moment != "stored":
         bench.executor.run_next("lab")
@@ -515,8 +505,8 @@ def test_the_next_keeper_takes_over_what_runs(bench, moment):
     assert len(bench.world.living("lab")) == len(bench.world.launched) == 1
 
 
-def test_the_next_keeper_finds_how_it_ended(bench):
-    """What ended between two keepers is settled by the observation: left, crashed, or gone unseen."""
+def test_the_next_keeper_finds_out_how_a_server_ended(bench):
+    """It exited cleanly, crashed, or left no trace."""
     for end, state in (
         (Exit(code=0), State.STOPPED),
         (Exit(code=1), State.BACKOFF),
@@ -532,8 +522,7 @@ def test_the_next_keeper_finds_how_it_ended(bench):
         assert (bench.state(), bench.last().exit) == (state, end or Exit())
 
 
-def test_the_next_keeper_finishes_a_deletion(bench):
-    """A row that says deleted is removed, whether the end was already proven or not."""
+def test_the_next_keeper_completes_a_deletion(bench):
     bench.run()
     gone = replace(bench.last(), state=State.STOPPED, goal=Goal.ABSENT, endpoint=None)
     bench.order(Event.STOP)
@@ -543,8 +532,8 @@ def test_the_next_keeper_finishes_a_deletion(bench):
     assert (bench.store.snapshots, bench.world.logs) == ({}, {})
 
 
-def test_a_keeper_that_dies_while_it_forgets_a_server_leaves_the_rest_to_the_next(bench):
-    """Its row goes last: without it nobody would know of the log that is still there."""
+def test_a_crash_while_forgetting_a_server_is_completed_by_the_next_keeper(bench):
+    """The row goes last: without it the log would never be deleted."""
     bench.run().order(Event.STOP)
     assert bench.fleet.step(Order("lab", Event.DELETE)).snapshot.forgotten
     assert bench.world.logs
@@ -553,16 +542,15 @@ def test_a_keeper_that_dies_while_it_forgets_a_server_leaves_the_rest_to_the_nex
     assert (bench.store.snapshots, bench.world.logs) == ({}, {})
 
 
-def test_a_name_that_is_used_again_keeps_its_row_when_its_predecessor_is_forgotten(bench):
-    """The order of the two is not the one in which they were asked for."""
+def test_a_new_server_keeps_its_row_when_a_deleted_predecessor_is_forgotten(bench):
+    """Forgetting may happen after the new server was created."""
     bench.run().order(Event.STOP)
     bench.fleet.step(Order("lab", Event.DELETE))
     bench.run()
     assert [snapshot.state for snapshot in bench.store.snapshots.values()] == [State.RUNNING]
 
 
-def test_the_next_keeper_launches_what_waited(bench):
-    """BACKOFF is taken up with the first tick."""
+def test_the_next_keeper_launches_a_server_in_backoff(bench):
     bench.run()
     bench.world.crash("lab")
     bench.executor.run_all()
@@ -580,7 +568,7 @@ def job(action):
 
 
 def test_a_job_calls_the_backend():
-    """Each action is one call; only an observation has an answer of its own."""
+    """Only an observation returns a fact."""
     heard = []
     backend = FakeBackend(heard.append)
     assert perform(backend, PassingPreflight(), job(Action.LAUNCH), grace=1.0) is None
@@ -593,8 +581,8 @@ def test_a_job_calls_the_backend():
     assert [type(report.fact).__name__ for report in heard] == ["Ready", "Ready", "Ended", "Ended"]
 
 
-def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
-    """The class and the last log lines of a refusal go into the failure."""
+def test_a_refused_launch_is_a_fact_with_the_backends_failure_class():
+    """The last log lines are included."""
     backend = FakeBackend(list)
     backend.world.temper("lab").refusal = BackendRefused(
         "no", failure_class="port-in-use", log_tail=["a", "b"]
@@ -611,7 +599,7 @@ def test_a_refused_launch_is_a_fact_with_the_class_of_the_backend():
 
 
 class Broken(FakeBackend):
-    """A backend whose every call raises."""
+    """A backend whose calls all raise."""
 
     error = BackendTimeout("it took too long")
 
@@ -623,23 +611,22 @@ class Broken(FakeBackend):
     "error", [BackendTimeout("why"), BackendUnavailable("why"), BackendRefused("why")]
 )
 @pytest.mark.parametrize("action", [Action.TERMINATE, Action.KILL, Action.OBSERVE])
-def test_any_other_error_of_the_backend_means_unknown(action, error):
-    """Only a launch can be refused; of anything else that fails the outcome is unknown."""
+def test_other_backend_errors_mean_an_unknown_outcome(action, error):
+    """Only a launch can be refused."""
     backend = Broken(list)
     backend.error = error
     assert perform(backend, PassingPreflight(), job(action), grace=1.0) == Unreachable("why")
 
 
-def test_a_ready_of_a_running_server_is_no_news(bench):
-    """A backend may say it twice; listeners hear it once."""
+def test_a_repeated_ready_is_not_published(bench):
     bench.run()
     changes = len(bench.recorder.changes)
     bench.fleet.step(Report("lab", 1, Ready(bench.last().endpoint, bench.last().instance)))
     assert len(bench.recorder.changes) == changes
 
 
-def test_one_server_that_cannot_be_told_does_not_keep_the_others(bench, monkeypatch):
-    """StopAll tells every server, and raises afterwards what went wrong with one."""
+def test_stop_all_reaches_the_other_servers_despite_an_error(bench, monkeypatch):
+    """It raises the error afterwards."""
     bench.run("one").run("two")
     save = bench.store.save
 
@@ -656,8 +643,8 @@ def test_one_server_that_cannot_be_told_does_not_keep_the_others(bench, monkeypa
     assert bench.state("two") is State.STOPPED
 
 
-def test_a_bug_while_a_server_is_made_leaves_no_server(bench, monkeypatch):
-    """Not only a store that says no: whatever is raised, the name is free as before."""
+def test_a_bug_while_creating_a_server_leaves_no_server(bench, monkeypatch):
+    """Any exception, not only one of the store."""
     with monkeypatch.context() as broken:
         broken.setattr(bench.store, "save", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -667,10 +654,10 @@ def test_a_bug_while_a_server_is_made_leaves_no_server(bench, monkeypatch):
     assert bench.create().created
 
 
-# What an earlier keeper left
+# Processes unknown to the store
 
 
-def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
+def test_processes_unknown_to_the_store_are_swept_and_others_are_not(bench):
     bench.run("known").run("stray")
     bench.store.forget("stray")
     (known,) = bench.world.living("known")
@@ -682,10 +669,8 @@ def test_what_no_store_knows_is_swept_and_what_it_knows_is_not(bench):
 
 
 @pytest.mark.parametrize("rests", [State.STOPPED, State.QUEUED])
-def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_launched(
-    bench, rests
-):
-    """The store is an older one."""
+def test_a_process_of_a_stopped_or_queued_server_is_swept_before_a_launch(bench, rests):
+    """Such a store is a restored backup, for instance."""
     bench.run("lab")
     (stray,) = bench.world.living("lab")
     goal = Goal.DOWN if rests is State.STOPPED else Goal.UP
@@ -697,8 +682,8 @@ def test_what_the_store_knows_to_be_gone_and_is_not_is_swept_before_anything_is_
     assert bench.state("lab") is (State.STOPPED if rests is State.STOPPED else State.RUNNING)
 
 
-def test_a_server_under_the_name_of_a_stray_is_launched_when_that_is_gone(bench):
-    """The sweep is queued under the name, before any launch."""
+def test_a_server_named_like_a_stray_process_is_launched_after_the_sweep(bench):
+    """The sweep is queued under the name, ahead of the launch."""
     bench.run("stray")
     (stray,) = bench.world.living("stray")
     bench.store.forget("stray")
@@ -724,7 +709,7 @@ def with_gateway(name="lab", gateway=GATEWAY, **values):
 
 @pytest.fixture
 def working():
-    """A rig whose server has a kernel on its gateway."""
+    """A bench whose server has a kernel on its gateway."""
     rig = Bench()
     rig.fleet.step(Create(with_gateway()))
     rig.executor.run_all()
@@ -732,7 +717,7 @@ def working():
     return rig
 
 
-def test_the_gate_expects_each_launch_with_the_kernels_that_it_is_to_have(working):
+def test_the_preflight_begins_for_each_launch_with_its_kernels(working):
     reply = working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS))
     assert reply.created
     working.executor.run_all()
@@ -741,14 +726,14 @@ def test_the_gate_expects_each_launch_with_the_kernels_that_it_is_to_have(workin
     assert working.orphans.orphans == []
 
 
-def test_what_a_stop_leaves_is_owed(working):
+def test_kernels_left_by_a_stop_are_orphaned(working):
     working.order(Event.STOP, force=True)
     assert [
         (orphan.kernel_id, orphan.gateway, orphan.server) for orphan in working.orphans.orphans
     ] == [("k1", GATEWAY, "lab")]
 
 
-def test_kernels_cannot_be_kept_where_they_end_with_their_server():
+def test_local_kernels_cannot_be_kept():
     rig = Bench().run()
     with pytest.raises(Conflict, match="not on a gateway"):
         rig.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS))
@@ -756,18 +741,18 @@ def test_kernels_cannot_be_kept_where_they_end_with_their_server():
 
 
 @pytest.mark.parametrize("gateway", [None, replace(GATEWAY, url="http://elsewhere")])
-def test_kernels_cannot_move_to_another_gateway(working, gateway):
+def test_kernels_cannot_be_kept_across_gateways(working, gateway):
     with pytest.raises(Conflict, match="another gateway"):
         working.fleet.step(
             Order("lab", Event.RESTART_KEEPING_KERNELS, revised=with_gateway(gateway=gateway))
         )
-    # Without them it can.
+    # A restart without them is possible.
     working.fleet.step(Order("lab", Event.RESTART, revised=with_gateway(gateway=gateway)))
     working.executor.run_all()
     assert working.last().spec.gateway == gateway
 
 
-def test_a_revised_server_is_found_by_what_it_will_be(working):
+def test_a_server_with_a_revised_spec_is_compared_by_that_spec(working):
     revised = with_gateway(env={"A": "b"})
     working.fleet.step(Order("lab", Event.RESTART_KEEPING_KERNELS, revised=revised))
     assert working.last().revised == revised
@@ -776,7 +761,7 @@ def test_a_revised_server_is_found_by_what_it_will_be(working):
         working.fleet.step(Create(with_gateway()))
 
 
-def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
+def test_kernels_are_orphaned_even_if_the_launch_cannot_be_stored(working):
     working.fleet.step(Order("lab", Event.RESTART))
     working.world.temper("lab").obeys = False
     working.executor.run_all()
@@ -787,13 +772,13 @@ def test_what_is_owed_is_owed_also_when_the_launch_cannot_be_stored(working):
     assert [orphan.kernel_id for orphan in working.orphans.orphans] == ["k1"]
 
 
-# Who did it
+# Origins
 
 
-def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_itself_is_not(
+def test_changes_caused_by_a_command_have_its_origin_and_others_the_keepers(
     bench,
 ):
-    """Each change names who set it off: the caller until the command has come about, then the keeper."""
+    """A command's origin applies until it has been carried out."""
     ada, bob = Origin("ada", "1"), Origin("bob", "2", "no more need")
     bench.fleet.step(Create(a_spec("lab"), ada))
     bench.executor.run_all()
@@ -816,12 +801,12 @@ def test_what_follows_from_a_command_is_told_as_its_callers_and_what_happens_by_
     ]
 
 
-# Memory of the machine
+# Free memory
 
 
 @pytest.mark.parametrize("reserve", [Reserve(amount=101), Reserve(share=0.11)])
-def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
-    """A start is refused with the figures; what runs may restart; when memory is there again, so may the others."""
+def test_starts_are_refused_while_too_little_memory_is_free(reserve):
+    """The error has the figures; active servers can be restarted."""
     bench = Bench(min_free=reserve)
     bench.world.capacity = Capacity(1000, 500)
     bench.run("runs").run("rests")
@@ -849,7 +834,7 @@ def test_nothing_is_begun_while_too_little_memory_is_free(reserve):
 # The queue
 
 
-def test_launches_queue_and_start_in_the_order_in_which_they_came():
+def test_launches_queue_first_in_first_out():
     bench = Bench(max_starts=1)
     for name in ("c", "a", "b"):
         bench.clock.advance(1)
@@ -866,8 +851,8 @@ def test_launches_queue_and_start_in_the_order_in_which_they_came():
     assert bench.fleet.next_deadline() is not None
 
 
-def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
-    """After a crash and after a restart's stop it queues as well; a restart in the queue begins a new count."""
+def test_position_and_failure_of_a_queued_server_survive_the_keeper():
+    """Restarts after crashes and commands queue as well; a restart command resets the count."""
     bench = Bench(max_starts=1).run("crashes").run("restarts")
     bench.world.temper("slow").boots = False
     bench.create("slow")
@@ -889,7 +874,7 @@ def test_who_queues_keeps_the_place_and_the_cause_under_the_next_keeper():
     assert {bench.state(name) for name in ("crashes", "restarts", "slow")} == {State.RUNNING}
 
 
-def test_a_turn_that_cannot_be_stored_goes_to_the_one_behind():
+def test_if_a_queued_launch_cannot_be_stored_the_next_in_the_queue_starts():
     bench = Bench(max_starts=1)
     bench.world.temper("first").boots = False
     for name in ("first", "second", "third"):
@@ -911,7 +896,7 @@ def test_a_turn_that_cannot_be_stored_goes_to_the_one_behind():
     assert bench.state("third") is State.RUNNING
 
 
-def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
+def test_a_start_that_would_queue_is_refused_if_it_cannot_be_stored():
     bench = Bench(max_starts=1)
     bench.create("first")
     bench.store.failing = True
@@ -928,7 +913,7 @@ def test_a_place_in_the_queue_that_cannot_be_stored_is_refused():
 # Culling
 
 
-def test_a_snooze_is_stored_and_told_and_changes_nothing_else(bench):
+def test_a_snooze_is_stored_and_published_and_changes_nothing_else(bench):
     ada = Origin("ada", "1")
     bench.fleet.step(Create(a_spec("lab")))
     bench.executor.run_all()
@@ -948,7 +933,7 @@ def test_a_snooze_is_stored_and_told_and_changes_nothing_else(bench):
     assert bench.fleet.step(Snooze("lab", None)).snapshot.snoozed_until is None
 
 
-def test_a_snooze_that_cannot_be_kept_is_refused_and_is_none(bench):
+def test_a_snooze_that_cannot_be_stored_is_refused(bench):
     bench.fleet.step(Create(a_spec("lab")))
     bench.executor.run_all()
     told = len(bench.recorder.changes)
@@ -962,7 +947,7 @@ def test_a_snooze_that_cannot_be_kept_is_refused_and_is_none(bench):
         bench.fleet.step(Snooze("nobody", 5.0))
 
 
-def test_an_order_that_rests_on_what_is_not_so_any_more_does_nothing(bench):
+def test_an_order_based_on_an_outdated_snapshot_is_ignored(bench):
     bench.fleet.step(Create(a_spec("lab")))
     bench.executor.run_all()
     seen = bench.store.snapshots["lab"]
@@ -975,7 +960,7 @@ def test_an_order_that_rests_on_what_is_not_so_any_more_does_nothing(bench):
     assert bench.fleet.step(Order("lab", Event.STOP, seen=now)).snapshot.state is State.STOPPING
 
 
-def test_its_age_goes_on_over_a_crash_and_another_keeper_and_begins_anew_with_a_command(bench):
+def test_up_since_survives_crashes_and_keepers_and_is_reset_by_a_command(bench):
     bench.fleet.step(Create(a_spec("lab")))
     bench.executor.run_all()
     begun = bench.store.snapshots["lab"].up_since

@@ -1,6 +1,7 @@
-"""The fleet in a hostile world, by chance: commands, jobs, reports, time, a failing store and crashing keepers in any order.
+"""The fleet in a hostile world, at random: commands, jobs, reports, time, a failing store, crashes.
 
-test_model_check proves the table; this holds what is around it (launch numbers, timers, budget, store, recovery) to its laws.
+test_model_check proves the transition table; this checks what surrounds it (generations, timers,
+restart budget, store, recovery) against the laws.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ NAMES = st.sampled_from(EVERY)
 POLICY = Policy(max_servers=3, max_starts=1, restart_delays=(1.0, 2.0))
 GATEWAY = Gateway("http://gateway:8888", "ws://gateway:8888")
 PATIENCE = 60
-"""Rounds of jobs and timers in which a fair world must have brought everything to rest."""
+"""Rounds of jobs and timers after which a fair world must be at rest."""
 AT_REST = {
     Goal.UP: {State.RUNNING, State.FAILED},
     Goal.DOWN: {State.STOPPED},
@@ -43,7 +44,7 @@ AT_REST = {
 
 
 class HandingBackend(FakeBackend):
-    """Its servers take over the kernels that the gate expects them to have."""
+    """Its servers take over the kernels that the preflight was told about."""
 
     def __init__(self, report, world, preflight, unknown):
         super().__init__(report, world)
@@ -52,7 +53,7 @@ class HandingBackend(FakeBackend):
 
     def launch(self, spec, generation):
         launched = len(self.world.launched)
-        # What is in the way of a launch ends unheard.
+        # A process that is in the way of a launch ends without a report.
         self.unknown |= {
             kernel.id for process in self.world.living(spec.name) for kernel in process.kernels
         }
@@ -69,16 +70,16 @@ class FleetMachine(RuleBasedStateMachine):
     def __init__(self):
         super().__init__()
         self.kernels = []
-        """The ids of all that were ever started."""
+        """The ids of all kernels ever started."""
         self.unknown = set()
-        """Those of which somebody has forgotten something; for them nothing is promised."""
+        """Kernels about which a record was lost; nothing is guaranteed for them."""
         self.world, self.store, self.clock = World(), MemoryStore(), FakeClock()
         self.executor = InlineExecutor(self.receive)
         self.preflight, self.orphans = PassingPreflight(), MemoryOrphans()
         self.begin()
 
     def receive(self, report):
-        """Hand a report to the keeper of the day."""
+        """Hand a report to the current keeper."""
         self.fleet.step(report)
 
     def begin(self):
@@ -100,7 +101,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @property
     def known(self):
-        """What listeners were told last of each server."""
+        """The last snapshot of each server that subscribers received."""
         last = {change.after.name: change.after for change in self.recorder.changes}
         return [snapshot for snapshot in last.values() if not snapshot.forgotten]
 
@@ -181,7 +182,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @rule(name=NAMES)
     def start_kernel(self, name):
-        """Somebody who works: chance alone would seldom bring a server so far."""
+        """Start a kernel in a running server, which random steps alone would seldom reach."""
         self.create(name)
         self.executor.run_all()
         for process in self.world.living(name):
@@ -195,7 +196,7 @@ class FleetMachine(RuleBasedStateMachine):
         }
         self.world.ends.clear()
 
-    # The laws
+    # Invariants
 
     @invariant()
     def never_two_processes(self):
@@ -210,12 +211,12 @@ class FleetMachine(RuleBasedStateMachine):
             assert known.get(name) in MAY_EXIST
 
     @invariant()
-    def subscribers_know_what_is_so(self):
+    def subscribers_are_up_to_date(self):
         held = {name: controller.snapshot for name, controller in self.fleet._servers.items()}
         assert {snapshot.name: snapshot for snapshot in self.known} == held
 
     @invariant()
-    def no_kernel_that_somebody_has_is_to_be_ended(self):
+    def no_kernel_in_use_is_orphaned(self):
         orphans = {orphan.kernel_id for orphan in self.orphans.orphans} - self.unknown
         for snapshot in self.known:
             assert not orphans & {kernel.id for kernel in snapshot.kernels_kept}
@@ -224,8 +225,10 @@ class FleetMachine(RuleBasedStateMachine):
                     assert not orphans & {kernel.id for kernel in process.kernels}
 
     @invariant()
-    def never_more_launches_than_places(self):
-        """What was found alive starts beside those that were launched; but nothing is launched beside as many as may."""
+    def never_more_starts_than_slots(self):
+        """Adopted servers may be starting, too, but nothing is launched while all slots are
+        taken.
+        """
         states = {}
         for change in self.recorder.changes:
             before = change.before
@@ -239,7 +242,7 @@ class FleetMachine(RuleBasedStateMachine):
             states[change.after.name] = change.after.state
 
     @invariant()
-    def nobody_waits_for_a_place_that_is_free(self):
+    def no_server_queues_while_a_slot_is_free(self):
         states = [snapshot.state for snapshot in self.known]
         assert State.QUEUED not in states or states.count(State.STARTING) >= POLICY.max_starts
 
@@ -254,14 +257,14 @@ class FleetMachine(RuleBasedStateMachine):
             assert snapshot.state is not State.FAILED or snapshot.failure is not None
 
     @invariant()
-    def what_exists_is_stored(self):
-        """The next keeper would look for every process that there is."""
+    def every_process_is_stored(self):
+        """The next keeper would look for every process that exists."""
         for process in self.world.processes:
             assert self.store.snapshots[process.name].state in MAY_EXIST
             assert self.store.snapshots[process.name].generation >= process.generation
 
     def teardown(self):
-        """Let the world be fair: everything comes to where its goal points."""
+        """Make the world fair: every server must reach its goal."""
         self.store.failing = False
         for name in EVERY:
             temper, fair = self.world.temper(name), Temper()
@@ -291,7 +294,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.no_kernel_is_lost()
 
     def no_kernel_is_lost(self):
-        """Each has a server, or waits for one, or is to be ended, or has been."""
+        """Each one has a server, is kept for one, is orphaned, or has ended."""
         accounted = (
             {orphan.kernel_id for orphan in self.orphans.orphans}
             | self.world.kernels_ended

@@ -1,4 +1,4 @@
-"""Single steps of the table; its laws are proven in test_model_check."""
+"""Single rows of the transition table; test_model_check proves its laws."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from labkeeper.core.lifecycle import (
 )
 
 
-def test_no_event_is_illegal_and_facts_never_move_the_goal():
-    """Any event in any state leads to a step or to nothing; without a command the goal only goes where a junction leads."""
+def test_every_event_is_legal_and_facts_do_not_change_the_goal():
+    """Without a command, the goal changes only where a junction changes it."""
     for state, event, goal in product(State, set(Event) - COMMANDS, Goal):
         step = advance(state, goal, event, may_retry=True) or Step(state, goal)
         assert aim(state, goal, event) is goal
@@ -33,8 +33,8 @@ def test_no_event_is_illegal_and_facts_never_move_the_goal():
         }
 
 
-def test_a_command_given_twice_aims_where_it_aimed_at_first():
-    """Callers may repeat themselves: two stops are one, and a second restart still leads up."""
+def test_repeated_commands_have_the_same_goal():
+    """Two stops equal one, and a second restart still leads to goal up."""
     for state, event, goal in product(State, COMMANDS, set(Goal) - {Goal.ABSENT}):
         once = advance(state, goal, event, may_retry=True) or Step(state, goal)
         twice = advance(once.state, once.goal, event, may_retry=True) or once
@@ -44,8 +44,8 @@ def test_a_command_given_twice_aims_where_it_aimed_at_first():
         }
 
 
-def test_what_is_in_the_table_may_hold():
-    """Only states in which a process may exist hear facts; terminate and kill come from those alone; a launch from the others."""
+def test_rows_of_the_table_match_whether_a_process_may_exist():
+    """Facts, terminate and kill need a process that may exist; a launch needs the opposite."""
     for (state, event), (target, action) in TABLE.items():
         if event not in COMMANDS and event not in {Event.DEADLINE, Event.ADMITTED}:
             assert state in MAY_EXIST
@@ -61,7 +61,7 @@ def test_what_is_in_the_table_may_hold():
             assert event in {Event.EXITED, Event.CRASHED, Event.REFUSED, Event.GONE}
 
 
-def test_a_start_does_not_take_back_that_kernels_are_to_be_kept():
+def test_a_start_does_not_cancel_keeping_kernels():
     assert (
         aim(State.STOPPING, Goal.AGAIN_KEEPING_KERNELS, Event.START) is Goal.AGAIN_KEEPING_KERNELS
     )
@@ -69,8 +69,8 @@ def test_a_start_does_not_take_back_that_kernels_are_to_be_kept():
 
 
 @pytest.mark.parametrize("goal", [Goal.DOWN, Goal.AGAIN])
-def test_a_start_during_a_stop_means_once_more(goal):
-    """START while stopping turns the goal to AGAIN; the end then leads to a launch, and the goal is up."""
+def test_a_start_while_stopping_launches_again_after_the_end(goal):
+    """The goal becomes AGAIN, and UP when the launch begins."""
     step = advance(State.STOPPING, goal, Event.START, may_retry=False)
     assert step in {None, Step(State.STOPPING, Goal.AGAIN)}
     assert advance(State.STOPPING, Goal.AGAIN, Event.EXITED, may_retry=False) == Step(
@@ -78,13 +78,12 @@ def test_a_start_during_a_stop_means_once_more(goal):
     )
 
 
-def test_a_start_of_what_runs_changes_nothing():
-    """START is idempotent."""
+def test_a_start_of_a_running_server_changes_nothing():
     assert advance(State.RUNNING, Goal.UP, Event.START, may_retry=True) is None
 
 
-def test_a_stop_takes_back_a_restart():
-    """The last command counts: STOP after RESTART leads to stopped."""
+def test_a_stop_cancels_a_restart():
+    """The last command counts."""
     assert aim(State.STOPPING, Goal.AGAIN, Event.STOP) is Goal.DOWN
     assert advance(State.STOPPING, Goal.DOWN, Event.CRASHED, may_retry=True) == Step(
         State.STOPPED, Goal.DOWN
@@ -92,21 +91,18 @@ def test_a_stop_takes_back_a_restart():
 
 
 @pytest.mark.parametrize("event", [Event.STOP, Event.KILL])
-def test_a_stop_does_not_take_back_a_deletion(event):
-    """What is being deleted stays so."""
+def test_a_stop_does_not_cancel_a_deletion(event):
     assert aim(State.STOPPING, Goal.ABSENT, event) is Goal.ABSENT
 
 
 @pytest.mark.parametrize(("may_retry", "state"), [(True, State.BACKOFF), (False, State.FAILED)])
-def test_a_crash_leads_to_backoff_while_there_is_budget(may_retry, state):
-    """The restart budget alone decides between another launch and giving up."""
+def test_a_crash_leads_to_backoff_while_restarts_are_left(may_retry, state):
     assert advance(State.RUNNING, Goal.UP, Event.CRASHED, may_retry=may_retry) == Step(
         state, Goal.UP
     )
 
 
-def test_who_shuts_it_down_from_inside_is_not_contradicted():
-    """EXITED while running turns the goal down."""
+def test_a_shutdown_from_inside_changes_the_goal_to_down():
     assert advance(State.RUNNING, Goal.UP, Event.EXITED, may_retry=True) == Step(
         State.STOPPED, Goal.DOWN
     )
@@ -120,37 +116,34 @@ def test_who_shuts_it_down_from_inside_is_not_contradicted():
 
 @pytest.mark.parametrize("event", [Event.SEEN, Event.READY])
 @pytest.mark.parametrize("goal", [Goal.DOWN, Goal.AGAIN, Goal.ABSENT])
-def test_what_is_found_alive_but_unwanted_is_ended(event, goal):
-    """RESUME and GREET ask to end what nobody wants."""
+def test_a_server_found_alive_but_unwanted_is_terminated(event, goal):
     assert advance(State.LOST, goal, event, may_retry=True) == Step(
         State.STOPPING, goal, Action.TERMINATE
     )
 
 
-def test_what_is_found_alive_and_wanted_is_taken_over():
-    """RESUME adopts without a launch; GREET does not wait for an answer that already came."""
+def test_a_server_found_alive_and_wanted_is_adopted():
+    """SEEN waits for READY; READY alone is enough."""
     assert advance(State.LOST, Goal.UP, Event.SEEN, may_retry=True) == Step(State.STARTING, Goal.UP)
     assert advance(State.LOST, Goal.UP, Event.READY, may_retry=True) == Step(State.RUNNING, Goal.UP)
 
 
-def test_what_survives_a_kill_is_lost_not_stopped():
-    """The keeper never says "stopped" of what it could not end."""
+def test_a_server_that_survives_a_kill_is_lost_not_stopped():
     assert advance(State.KILLING, Goal.DOWN, Event.DEADLINE, may_retry=True) == Step(
         State.LOST, Goal.DOWN, Action.OBSERVE
     )
 
 
 @pytest.mark.parametrize("event", [Event.START, Event.RESTART])
-def test_a_start_in_backoff_does_not_wait(event):
-    """Who asks for it gets it now."""
+def test_a_start_in_backoff_launches_immediately(event):
     assert advance(State.BACKOFF, Goal.UP, event, may_retry=False) == Step(
         State.STARTING, Goal.UP, Action.LAUNCH
     )
 
 
 @pytest.mark.parametrize("goal", [Goal.UP, Goal.AGAIN, Goal.AGAIN_KEEPING_KERNELS])
-def test_every_launch_queues_where_no_place_is_free(goal):
-    """Asked for, after a crash, after a restart's stop: each waits for its turn, and nothing but that launches it."""
+def test_every_launch_queues_while_no_start_slot_is_free(goal):
+    """Also after a crash and after the stop of a restart; only ADMITTED launches it then."""
     for state, event in product(State, Event):
         step = advance(state, goal, event, may_retry=True, may_start=False)
         if step is not None and event is not Event.ADMITTED:
@@ -167,12 +160,12 @@ def test_every_launch_queues_where_no_place_is_free(goal):
     ("event", "goal"),
     [(Event.STOP, Goal.DOWN), (Event.KILL, Goal.DOWN), (Event.DELETE, Goal.ABSENT)],
 )
-def test_what_queues_is_stopped_at_once(event, goal):
-    """Nothing of it exists, so nothing is to be ended."""
+def test_a_queued_server_stops_immediately(event, goal):
+    """No process exists that would have to end."""
     assert advance(State.QUEUED, Goal.UP, event, may_retry=True) == Step(State.STOPPED, goal)
 
 
 @pytest.mark.parametrize("event", [Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS])
-def test_who_asks_again_keeps_the_place(event):
+def test_a_repeated_start_keeps_its_position_in_the_queue(event):
     step = advance(State.QUEUED, Goal.UP, event, may_retry=True)
     assert step in {None, Step(State.QUEUED, Goal.UP)}

@@ -1,13 +1,13 @@
-"""The laws at the head of `core.lifecycle`, proven over every course of events in a small, hostile world.
+"""The laws of `core.lifecycle`, proven for every sequence of events in a small hostile world.
 
-Breadth-first over `advance`, with the queued jobs, the facts on their way to it, and one process. The world may
-refuse, lose answers, and let the process crash, hang, leave or survive a kill; the keeper may crash anywhere. Bounds
-keep the world small: so many jobs may be queued, so many facts be on their way.
+A breadth-first search over `advance`, with queued jobs, facts in transit, and one process. The
+world may refuse, lose answers, and let the process crash, hang, exit or survive a kill; the keeper
+may crash at any time. Bounds on queued jobs and facts in transit keep the world small.
 
-The third law ("when the world answers at last ...") is proven over a second, fair world, entered from each
-configuration that the hostile one can reach: every path through it must end, and end well. A timer fires there only
-when nothing else is due. The rows that the check could do without are those whose facts may also be lost: a timer
-leads there too, later.
+The third law ("when the world answers at last ...") is proven for a second, fair world, entered
+from each configuration that the hostile one can reach: every path through it must end, and end
+well. There, a timer fires only when nothing else is due. The rows that the check does not need are
+those whose facts may also be lost: a timer leads to the same state, later.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from labkeeper.core.lifecycle import (
 
 PROVEN_GONE = frozenset(State) - MAY_EXIST
 WANTED = frozenset({State.QUEUED, State.STARTING, State.RUNNING, State.BACKOFF, State.FAILED})
-"""The states that are left at once when the goal is no longer up."""
+"""States that a server leaves immediately when its goal is no longer UP."""
 
-# What there is of the process. Of a dead one the world may remember how it ended.
+# States of the process. The world may remember how a dead one ended.
 NONE, LEFT, DIED, ENDED = "none", "left", "died", "ended"
 BOOTING, UP, SILENT, HALF = "booting", "up", "silent", "half-dead"
 DEAD = frozenset({NONE, LEFT, DIED, ENDED})
-"""LEFT: by itself, in good order. DIED: by itself, otherwise. ENDED: by us."""
+"""LEFT: exited by itself, cleanly. DIED: ended by itself otherwise. ENDED: ended by us."""
 
-# Facts beside LEFT, DIED and ENDED. A silent process that is found again owes a READY: it counts as BOOTING.
+# Facts besides LEFT, DIED and ENDED. A silent process that is found again has yet to report READY,
+# so it counts as BOOTING.
 READY, REFUSED, UNREACHABLE, GONE, ANSWERS, HUSH = (
     "ready",
     "refused",
@@ -50,13 +51,13 @@ READY, REFUSED, UNREACHABLE, GONE, ANSWERS, HUSH = (
     "seen silent",
 )
 NOW, LATE = 0, 1
-"""Of this launch, or of an earlier one."""
+"""Of the current generation, or of an earlier one."""
 
 
 class Process(NamedTuple):
     shape: str = NONE
     told: bool = False
-    """Asked or told to end."""
+    """Has received SIGTERM or SIGKILL."""
     watched: bool = False
     """Its end and its first answer will be reported."""
 
@@ -74,7 +75,7 @@ class LawError(Exception):
 
 
 class Model:
-    """The successors of a configuration; `fair` says in which of the two worlds."""
+    """Computes the successors of a configuration; `fair` selects the world."""
 
     def __init__(self, *, jobs=2, facts=2, late_believed=False, ended_by_us=Event.CRASHED):
         self.most_jobs, self.most_facts = jobs, facts
@@ -84,7 +85,9 @@ class Model:
     # The keeper
 
     def take(self, config, event, *, retry, free=True, why=None):
-        """One event, as `Fleet` and `Controller` take it; `free` says whether a place to start in is."""
+        """Handle an event as the fleet and a controller do; `free` is whether a start slot is
+        free.
+        """
         step = advance(config.state, config.goal, event, may_retry=retry, may_start=free)
         if step is None:
             return config
@@ -104,7 +107,7 @@ class Model:
         return Config(step.state, step.goal, process, jobs, facts)
 
     def deliver(self, config, fact, retries):
-        """One fact: late ones are dropped, the others are events."""
+        """Deliver a fact: late ones are dropped, the others become events."""
         kind, age = fact
         rest = config._replace(facts=config.facts - {fact})
         if age == LATE and not self.late_believed:
@@ -127,7 +130,7 @@ class Model:
         return _EVENTS[kind]
 
     def orders(self, config):
-        """What callers, timers and the queue may do at any moment."""
+        """What callers, timers and the queue may do at any time."""
         forgotten = config.state is State.STOPPED and config.goal is Goal.ABSENT
         for event, free in product((*COMMANDS, Event.DEADLINE, Event.ADMITTED), (True, False)):
             again = event in {Event.START, Event.RESTART}
@@ -142,7 +145,7 @@ class Model:
             )
 
     def crash(self, config):
-        """The keeper ends without a word, and starts again."""
+        """Crash the keeper, and start the next one."""
         process = config.process._replace(watched=False, told=False)
         if config.state in MAY_EXIST:
             return Config(State.LOST, config.goal, process, ((Action.OBSERVE, NOW),))
@@ -151,12 +154,12 @@ class Model:
     # The backend
 
     def run(self, config, *, fair):
-        """The oldest queued job, with each outcome that it may have."""
+        """Run the oldest queued job, with each possible outcome."""
         (action, age), rest = config.jobs[0], config.jobs[1:]
         after = config._replace(jobs=rest)
         for process, facts in _OUTCOMES[action](config.process, fair):
             found = config.facts | {(kind, age) for kind in facts}
-            # An answer to an old question says nothing about the launch of today.
+            # The result of an earlier observation says nothing about the current generation.
             yield after._replace(
                 process=process, facts=found if self.late_believed or age == NOW else config.facts
             )
@@ -164,7 +167,7 @@ class Model:
     # The world
 
     def drift(self, config, *, fair):
-        """What the process does by itself. In the fair world it may end, but what answers goes on answering."""
+        """What the process does by itself. In the fair world it may end but not fall silent."""
         shape, told, watched = process = config.process
         if shape in DEAD:
             return
@@ -206,15 +209,16 @@ class Model:
         ]
 
     def unstored(self, config, fact):
-        """A fact leads to a launch that cannot be stored: it is not done."""
+        """A fact leads to a launch that cannot be stored, so it does not happen."""
         for after in self.deliver(config, fact, (True,)):
             if after.jobs[-1:] == ((Action.LAUNCH, NOW),) and config.jobs != after.jobs:
                 yield self.take(after._replace(jobs=after.jobs[:-1]), Event.REFUSED, retry=True)
 
     def due(self, config, *, retry):
-        """What comes next in the fair world, with the restart that may be left: jobs and facts, then its turn, or the timer.
+        """Next steps in the fair world: jobs and facts first, then its turn in the queue, or a
+        timer.
 
-        That every turn comes is the fleet's to see to: see test_fleet_machine.
+        The fleet ensures that its turn comes: see test_fleet_machine.
         """
         if _settled(config):
             return set()
@@ -232,7 +236,7 @@ class Model:
         return after
 
     def fair(self, config, *, retry):
-        """Every successor in the fair world. What the process does by itself alone leads nowhere: it need not do it."""
+        """Every successor in the fair world. The process may act by itself, but need not."""
         after = self.due(config, retry=retry)
         return after | {(then, retry) for then in self.drift(config, fair=True)} if after else after
 
@@ -250,7 +254,7 @@ def _terminate(process, fair):
     if process.shape in DEAD:
         return [(process, (ENDED,))] if fair else [(process, (ENDED,)), (process, (UNREACHABLE,))]
     told = process._replace(told=True, watched=True)
-    outcomes = [(told, ())]  # It ends, or does not: see `drift`.
+    outcomes = [(told, ())]  # It may or may not end: see `drift`.
     return outcomes if fair else [*outcomes, (told, (UNREACHABLE,)), (process, (UNREACHABLE,))]
 
 
@@ -258,7 +262,7 @@ def _kill(process, fair):
     if process.shape in DEAD:
         return _terminate(process, fair)
     outcomes = [(Process(ENDED), (ENDED,))]
-    # What survives a kill is watched, and may yet end.
+    # A process that survives a kill is supervised, and may still end.
     return (
         outcomes
         if fair
@@ -299,7 +303,7 @@ _START = Config(State.STOPPED, Goal.DOWN)
 
 
 def _settled(config):
-    """Whether nothing is under way, and the server is where its goal points, or given up."""
+    """Return whether nothing is in progress, and the server is at its goal or has failed."""
     if config.jobs or config.facts:
         return False
     if config.state is State.RUNNING:
@@ -310,7 +314,7 @@ def _settled(config):
 
 
 def explore(model):
-    """Give every configuration that the hostile world can reach. Raises LawError for the first and second law."""
+    """Return the configurations that the hostile world reaches, or raise LawError (laws 1, 2)."""
     seen, waiting = {_START}, deque([_START])
     while waiting:
         config = waiting.popleft()
@@ -327,7 +331,7 @@ def explore(model):
 
 
 def converge(model, configs):
-    """Prove that each path through the fair world ends well; give the number of configurations seen in it."""
+    """Prove that each path through the fair world ends well; return its configurations' number."""
     done, on_path = set(), set()
     for config in configs:
         path = [((config, True), None)]
@@ -351,7 +355,7 @@ def converge(model, configs):
 
 
 def rests(model, config):
-    """Give where a server comes to rest in the fair world when its process does nothing but live on."""
+    """Return where a server comes to rest in the fair world if its process just lives on."""
     found, waiting, seen = set(), [(config, True)], set()
     while waiting:
         node = waiting.pop()
@@ -364,13 +368,13 @@ def rests(model, config):
 
 
 def check(model):
-    """Prove all three laws; give the number of configurations of either world."""
+    """Prove all three laws; return the number of configurations of either world."""
     reached = explore(model)
     return len(reached), converge(model, reached)
 
 
-def test_the_laws_hold_in_every_course_of_events():
-    """Nothing is said to be gone, or launched, while it may exist; and all comes to rest where its goal points."""
+def test_the_laws_hold_for_every_sequence_of_events():
+    """Nothing that may exist is reported as gone or launched; every server reaches its goal."""
     hostile, fair = check(Model(jobs=3, facts=2))
     assert hostile > 10_000
     assert fair > hostile
@@ -381,8 +385,8 @@ RUNNING = {(State.RUNNING, UP)}
 
 
 @pytest.mark.parametrize("state", [State.STARTING, State.RUNNING, State.LOST])
-def test_a_healthy_server_outlives_its_keeper(state):
-    """When only the keeper crashes, or only an answer of the backend is lost, the server is never touched."""
+def test_a_healthy_server_survives_a_crash_of_the_keeper(state):
+    """Nor is it touched when only an answer of the backend is lost."""
     model = Model()
     assert rests(model, model.crash(Config(state, Goal.UP, HEALTHY))) == RUNNING
     assert (
@@ -401,7 +405,7 @@ def _without(*key):
 @pytest.mark.parametrize(
     "change",
     [
-        # First law: said to be gone without proof.
+        # First law: reported as gone without proof.
         [(State.KILLING, Event.DEADLINE), (State.STOPPED, Action.NONE)],
         [(State.STARTING, Event.DEADLINE), (State.BACKOFF, Action.KILL)],
         [(State.STARTING, Event.UNREACHABLE), (State.FAILED, Action.NONE)],
@@ -439,8 +443,8 @@ def _without(*key):
         " ".join(change[0]) + (" removed" if change[1] is None else f" to {change[1][0]}")
     ),
 )
-def test_the_check_finds_a_wrong_row(change, monkeypatch):
-    """Each of these rows is needed as it is: the check fails without it."""
+def test_the_check_detects_each_wrong_row(change, monkeypatch):
+    """Each of these rows is needed as it is."""
     key, row = change
     if row is None:
         monkeypatch.delitem(TABLE, key)
@@ -453,20 +457,20 @@ def test_the_check_finds_a_wrong_row(change, monkeypatch):
 @pytest.mark.parametrize(
     "key", [(State.STARTING, Event.READY), (State.LOST, Event.READY)], ids=" ".join
 )
-def test_the_check_finds_a_healthy_server_ended(key, monkeypatch):
-    """Without these rows all laws hold, but servers that answer are taken for silent."""
+def test_the_check_detects_that_a_healthy_server_is_ended(key, monkeypatch):
+    """Without these rows all laws hold, but servers that respond are considered silent."""
     monkeypatch.delitem(TABLE, key)
     model = Model()
     assert rests(model, model.crash(Config(State.RUNNING, Goal.UP, HEALTHY))) != RUNNING
 
 
 def test_late_facts_must_be_dropped():
-    """A keeper that believes facts of an earlier launch breaks the laws."""
+    """A keeper that accepts facts of an earlier generation breaks the laws."""
     with pytest.raises(LawError, match="launched while"):
         check(Model(late_believed=True))
 
 
-def test_an_end_of_our_making_is_not_its_users_wish():
-    """A keeper that takes the end of a hung server, its own doing, for its user's leaving, lets it stay down."""
+def test_an_end_caused_by_the_keeper_is_not_a_shutdown_by_the_user():
+    """Otherwise a server that hung, and was ended for it, would stay down."""
     with pytest.raises(LawError, match="taken for its user's wish"):
         check(Model(ended_by_us=Event.EXITED))
