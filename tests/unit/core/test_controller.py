@@ -407,9 +407,7 @@ def test_detection_of_hung_servers_can_be_disabled():
 
 
 def test_the_end_of_a_hung_server_is_not_a_shutdown_by_its_user():
-    """It was the keeper's doing, so the server restarts, even after a clean exit seen while
-    lost.
-    """
+    """The keeper ended it, so it restarts, even after a clean exit seen while lost."""
     bench = Bench().run()
     bench.receive(Seen(answers=False))
     bench.clock.advance(POLICY.hung_after)

@@ -255,9 +255,7 @@ def test_a_stopped_server_is_deleted_immediately(bench):
 
 
 def test_late_facts_are_dropped_by_generation(bench):
-    """Facts of an earlier generation, a deleted predecessor, or an unknown server change
-    nothing.
-    """
+    """Facts of another generation, a deleted predecessor or an unknown server change nothing."""
     bench.run().order(Event.DELETE)
     bench.run()
     assert bench.last().generation == 2

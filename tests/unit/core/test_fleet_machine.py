@@ -226,9 +226,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     @invariant()
     def never_more_starts_than_slots(self):
-        """Adopted servers may be starting, too, but nothing is launched while all slots are
-        taken.
-        """
+        """Adopted servers may be starting, too; nothing is launched while all slots are taken."""
         states = {}
         for change in self.recorder.changes:
             before = change.before

@@ -85,9 +85,7 @@ class Model:
     # The keeper
 
     def take(self, config, event, *, retry, free=True, why=None):
-        """Handle an event as the fleet and a controller do; `free` is whether a start slot is
-        free.
-        """
+        """Handle an event as a controller does; `free` is whether a start slot is free."""
         step = advance(config.state, config.goal, event, may_retry=retry, may_start=free)
         if step is None:
             return config
