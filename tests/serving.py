@@ -109,7 +109,7 @@ def ask(connection, path="/", headers=(), method="GET", body=b""):
     return answer.status, answer.read()
 
 
-def said(connection, **options):
+def ask_json(connection, **options):
     status, body = ask(connection, **options)
     assert status == 200
     return json.loads(body)

@@ -13,7 +13,7 @@ from serving import HOLD, Served, StandingClock, application
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock of servers that are made after it."""
+    """The clock of servers created after it."""
     made = StandingClock()
     monkeypatch.setattr(wsgi, "time", made)
     return made
@@ -21,18 +21,18 @@ def clock(monkeypatch):
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serve on a TCP and a Unix socket."""
+    """Serve the test application on a TCP and a Unix socket."""
     made = []
 
     def make(certificate=None, max_body=2**20, **options):
         HOLD.clear()
         listener = socket.create_server(("127.0.0.1", 0))
-        path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # A path of pytest may be too long.
-        door = socket.socket(socket.AF_UNIX)
-        door.bind(str(path))
+        path = Path(os.path.relpath(tmp_path / "keeper.sock"))  # pytest's path may be too long.
+        unix_listener = socket.socket(socket.AF_UNIX)
+        unix_listener.bind(str(path))
         server = WsgiServer(
             application,
-            [listener, door],
+            [listener, unix_listener],
             threads=8,
             max_body=max_body,
             certificate=certificate,

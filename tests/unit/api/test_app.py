@@ -1,4 +1,4 @@
-"""The application by itself, over the fake backend: routes, access, problems."""
+"""The application over the fake backend: routes, responses, problem documents."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ def client(services):
     return client
 
 
-def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the_trace(services):
-    """Nothing of the cause is in the answer; everything is in the log."""
+def test_an_unexpected_error_is_a_problem_whose_id_is_in_the_log_with_the_traceback(services):
+    """The response does not reveal the cause."""
 
     class Broken:
         def kernels(self, endpoint):
@@ -94,14 +94,14 @@ def test_an_unexpected_error_is_a_problem_with_an_id_under_which_the_log_has_the
 @pytest.mark.parametrize(
     ("path", "server"), [("/api/servers/x", "x"), ("/api/tokens/x", None), ("/api/nowhere", None)]
 )
-def test_a_line_about_a_request_names_the_server_that_it_is_about(client, path, server):
+def test_a_log_line_about_a_request_names_its_server(client, path, server):
     with structlog.testing.capture_logs() as log:
         client.delete(path)
     (entry,) = [entry for entry in log if entry["event"] == "request"]
     assert entry["server"] == server
 
 
-def test_a_callers_own_request_id_is_taken_over_where_it_is_sane(client):
+def test_a_valid_request_id_from_the_caller_is_used(client):
     def answered(sent):
         return client.get("/healthz", headers={"X-Request-Id": sent}).headers["X-Request-Id"]
 
@@ -111,7 +111,7 @@ def test_a_callers_own_request_id_is_taken_over_where_it_is_sane(client):
         assert re.fullmatch("[0-9a-f]{32}", answered(other))
 
 
-def test_each_request_is_counted_by_its_pattern_and_metrics_need_the_token(client):
+def test_requests_are_counted_by_route_and_metrics_require_a_token(client):
     client.get("/api/servers/stranger")
     client.get("/nowhere/at/all")
     found = client.get("/metrics", headers={"Accept": "application/openmetrics-text"})
@@ -122,7 +122,7 @@ def test_each_request_is_counted_by_its_pattern_and_metrics_need_the_token(clien
     assert "nowhere" not in found.text
 
 
-def test_errors_of_http_itself_are_problems_too(client):
+def test_http_errors_are_problem_documents(client):
     for answer, status, code in [
         (client.get("/nope"), 404, "not_found"),
         (client.put("/api/servers"), 405, "method_not_allowed"),
@@ -155,14 +155,14 @@ def test_errors_of_http_itself_are_problems_too(client):
     ],
 )
 @pytest.mark.parametrize("method", ["GET", "POST", "OPTIONS"])
-def test_a_path_that_is_almost_one_of_ours_leads_nowhere(client, path, method):
-    """Neither to where it may have been meant to lead: a redirection would be followed without the body, or the token."""
+def test_a_path_that_is_almost_a_route_is_not_found(client, path, method):
+    """It is not redirected: clients would drop the body or the token."""
     answer = client.open(f"http://localhost{path}", method=method)
     assert (answer.status_code, answer.json["code"]) == (404, "not_found")
     assert answer.content_type == "application/problem+json"
 
 
-def test_a_part_of_the_page_that_is_not_the_one_that_was_meant_is_a_problem(client):
+def test_a_failed_precondition_of_a_static_file_is_a_problem_document(client):
     answer = client.get(BUNDLE, headers={"If-Match": '"another"'})
     assert (answer.status_code, answer.json["code"]) == (412, "precondition_failed")
 
@@ -175,8 +175,8 @@ def test_a_part_of_the_page_that_is_not_the_one_that_was_meant_is_a_problem(clie
         ('{"port": 1, "port": null}', "port"),
     ],
 )
-def test_a_name_that_stands_in_a_body_twice_is_refused(client, body, field):
-    """Who checks a request on its way may see the other one."""
+def test_duplicate_names_in_a_body_are_refused(client, body, field):
+    """A proxy that checks requests may see the other value."""
     answer = client.post("/api/servers", data=body, content_type="application/json")
     assert (answer.status_code, answer.json["errors"]) == (
         422,
@@ -185,7 +185,7 @@ def test_a_name_that_stands_in_a_body_twice_is_refused(client, body, field):
     assert client.get("/api/servers").json["servers"] == []
 
 
-def test_a_parameter_that_stands_there_twice_is_refused_unless_it_is_a_list(client):
+def test_a_duplicate_query_parameter_is_refused_unless_it_is_a_list(client):
     answer = client.post("/api/servers?wait=0&wait=5", json={})
     assert (answer.status_code, answer.json["errors"]) == (
         422,
@@ -194,7 +194,7 @@ def test_a_parameter_that_stands_there_twice_is_refused_unless_it_is_a_list(clie
     assert client.get("/api/servers?label=a&label=b&state=failed&state=running").status_code == 200
 
 
-def test_the_document_describes_every_route_and_each_answer_fits_it(client):
+def test_the_openapi_document_describes_every_route_and_the_server_model(client):
     document = client.get("/api/openapi.json").json
     assert document["openapi"].startswith("3.1")
     described = {
@@ -217,7 +217,7 @@ def test_the_document_describes_every_route_and_each_answer_fits_it(client):
         (None, "http://127.0.0.1:"),
     ],
 )
-def test_a_lab_on_loopback_is_linked_by_loopback(services, host, link):
+def test_the_link_of_a_lab_on_loopback_uses_the_loopback_address(services, host, link):
     headers = {"Authorization": f"Bearer {TOKEN}"} | ({"Host": host} if host else {})
     client = create_app(replace(services, hosts=["keeper.example"])).test_client()
     assert client.post("/api/servers", json={}, headers=headers).json["lab_url"].startswith(link)
@@ -230,7 +230,9 @@ def test_a_lab_on_loopback_is_linked_by_loopback(services, host, link):
         ("[::1]:8000", "http://[::1]:"),
     ],
 )
-def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, world, host, link):
+def test_the_link_of_a_lab_on_all_addresses_uses_the_host_of_the_request(
+    services, world, host, link
+):
     services = replace(
         services, defaults=replace(services.defaults, lab_ip="0.0.0.0"), hosts=["keeper.example"]
     )
@@ -241,7 +243,7 @@ def test_a_lab_on_every_address_is_linked_by_the_name_that_reached_us(services, 
     assert answer.json["lab_url"].startswith(link), answer.json
 
 
-def test_an_advertised_host_goes_before_all(services):
+def test_the_advertised_host_takes_precedence(services):
     client = create_app(replace(services, advertised_host="labs.example")).test_client()
     answer = client.post(
         "/api/servers",
@@ -263,10 +265,10 @@ def test_an_advertised_host_goes_before_all(services):
         ("/lab//tree/a:b@c\\d", "/lab//tree/a:b@c\\d", "token={}", ""),
     ],
 )
-def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(
+def test_the_token_is_in_the_query_of_the_link_whatever_the_page(
     services, page, path, query, fragment
 ):
-    """In a fragment no server would be sent it."""
+    """A fragment is not sent to the server."""
     client = create_app(services).test_client()
     server = client.post(
         "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}
@@ -283,7 +285,7 @@ def test_a_labs_token_is_in_the_query_of_its_link_wherever_it_leads(
 @pytest.mark.parametrize(
     "page", ["//evil.example", "/a b", "/a\nb", "/a\tb", "/a\x7f", "/\u00e9", "lab", ""]
 )
-def test_a_page_that_a_link_cannot_hold_is_refused(services, page):
+def test_a_page_that_cannot_be_part_of_a_link_is_refused(services, page):
     client = create_app(services).test_client()
     answer = client.post(
         "/api/servers", headers={"Authorization": f"Bearer {TOKEN}"}, json={"default_url": page}
@@ -294,8 +296,8 @@ def test_a_page_that_a_link_cannot_hold_is_refused(services, page):
 BUNDLE = "/api/docs/static/js/swagger-ui-bundle.js"
 
 
-def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client):
-    """With type, length and a mark by which a browser keeps them; there is nothing beside them."""
+def test_static_files_of_the_documentation_have_type_length_and_etag(client):
+    """No other files are served."""
     shown = client.get(BUNDLE)
     assert (shown.status_code, shown.content_length) == (200, len(shown.data))
     assert shown.mimetype.endswith("/javascript")
@@ -304,10 +306,10 @@ def test_parts_of_the_page_are_named_for_what_they_are_and_asked_for_once(client
     assert client.get("/api/docs/static/js/../../__init__.py").status_code == 404
 
 
-def test_who_asks_for_a_large_part_of_the_page_and_reads_nothing_costs_no_thread_and_no_open_file(
+def test_clients_that_do_not_read_static_files_occupy_no_threads_and_descriptors(
     services,
 ):
-    """More callers than there are threads, without a token; the others are answered all the while."""
+    """More clients than threads, without a token; other requests are answered."""
     with socket.create_server(("127.0.0.1", 0)) as listener, contextlib.ExitStack() as opened:
         server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
         server.start()
@@ -334,7 +336,7 @@ def opened_files():
     return [file.path for file in psutil.Process().open_files()]
 
 
-def test_the_list_comes_in_pages(client):
+def test_lists_are_paginated_and_filtered(client):
     for name in ("a", "b", "c"):
         assert (
             client.post("/api/servers", json={"name": name, "labels": {"of": name}}).status_code
@@ -352,7 +354,7 @@ def test_the_list_comes_in_pages(client):
     assert client.get("/api/servers?state=asleep").status_code == 422
 
 
-def test_a_server_that_was_stopped_meanwhile_did_not_start(client, world):
+def test_a_start_that_was_stopped_meanwhile_is_a_conflict(client, world):
     world.temper("default").boots = False
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(client.post, "/api/servers", json={})
@@ -363,7 +365,7 @@ def test_a_server_that_was_stopped_meanwhile_did_not_start(client, world):
     assert "stopped meanwhile" in answer.json["detail"]
 
 
-def test_a_server_that_is_started_again_meanwhile_did_not_stop(client, world):
+def test_a_server_being_deleted_cannot_be_started(client, world):
     assert client.post("/api/servers", json={}).status_code == 201
     world.temper("default").obeys = False
     assert client.delete("/api/servers/default?wait=0").json["state"] == "stopping"
@@ -375,7 +377,7 @@ def test_a_server_that_is_started_again_meanwhile_did_not_stop(client, world):
     assert client.get("/api/servers/default").status_code == 404
 
 
-def test_a_stop_gives_way_to_a_later_start(client, world):
+def test_a_start_during_a_stop_makes_the_stop_a_conflict(client, world):
     assert client.post("/api/servers", json={}).status_code == 201
     world.temper("default").obeys = False
     with ThreadPoolExecutor(1) as pool:
@@ -388,14 +390,14 @@ def test_a_stop_gives_way_to_a_later_start(client, world):
 
 
 @pytest.mark.parametrize("way", ["follow", "browser", "page"])
-def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running, client, way):
-    """Its number is of another history: ours was begun anew, or is an older copy."""
+def test_an_event_id_from_the_future_returns_all_events_after_a_gap(running, client, way):
+    """It belongs to another event log: ours was reset, or restored from a backup."""
     client.post("/api/servers", json={"name": "a"})
-    told = client.get("/api/events?after=0").json["events"]
-    newest = told[-1]["id"]
+    events = client.get("/api/events?after=0").json["events"]
+    newest = events[-1]["id"]
     if way == "page":
-        assert client.get(f"/api/events?after={newest + 1}").json["events"] == told
-        assert client.get(f"/api/servers/a/events?after={2**62}").json["events"] == told
+        assert client.get(f"/api/events?after={newest + 1}").json["events"] == events
+        assert client.get(f"/api/servers/a/events?after={2**62}").json["events"] == events
         assert client.get(f"/api/events?after={newest}").json["events"] == []
         return
     shown = {"Last-Event-ID": str(newest + 1)} if way == "browser" else {}
@@ -408,11 +410,11 @@ def test_who_knows_an_event_that_has_not_come_yet_hears_all_behind_a_gap(running
         running.services.history.close()
         pieces = stream.text.split("\n\n")
     assert pieces[1] == 'event: gap\ndata: {"missed": null}'
-    assert [json.loads(piece.partition("data: ")[2]) for piece in pieces[2:-1]] == told
+    assert [json.loads(piece.partition("data: ")[2]) for piece in pieces[2:-1]] == events
 
 
-def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(services, world):
-    """A start is not lost then: it is answered 202; and quick requests are as quick as ever."""
+def test_at_the_concurrency_limit_callers_are_answered_without_waiting(services, world):
+    """A start is still accepted, with 202, and requests that do not wait are not affected."""
     world.temper("default").boots = False
     client = create_app(replace(services, concurrency=ConcurrencyLimit(3))).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
@@ -428,7 +430,7 @@ def test_where_all_places_to_wait_are_taken_callers_get_their_answer_now(service
     assert client.post("/api/servers", json={}).status_code == 200
 
 
-def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
+def test_reading_a_large_part_of_a_log_counts_against_the_concurrency_limit(services):
     client = create_app(replace(services, concurrency=ConcurrencyLimit(3))).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
     client.post("/api/servers", json={})
@@ -441,8 +443,8 @@ def test_much_of_a_log_is_read_in_a_place_and_little_without(services):
 
 
 @pytest.mark.parametrize("query", ["tail=100000", "tail=0&follow=true"])
-def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, query):
-    """However many places there are: the third waits until one of the others has its lines."""
+def test_large_reads_of_logs_are_limited_to_two_at_a_time(services, monkeypatch, query):
+    """Whatever the concurrency limit: a third read waits until another has its lines."""
     backend, limit, reading, go_on = services.backend, ConcurrencyLimit(8), [], threading.Event()
 
     def read(*_):
@@ -471,8 +473,8 @@ def test_much_is_read_of_logs_for_two_callers_at_a_time(services, monkeypatch, q
         assert [answer.result().status_code for answer in asked] == [200] * 4
 
 
-def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, world):
-    """Whole lines, as many as fit into 2 MiB."""
+def test_a_long_log_is_truncated_to_its_end_with_a_note(client, world):
+    """To as many whole lines as fit into 2 MiB."""
     client.post("/api/servers", json={})
     for number in range(3000):
         world.write("default", f"{number} {'ö' * 500}")
@@ -491,7 +493,7 @@ def test_an_answer_has_the_end_of_a_long_log_and_says_what_was_left_out(client, 
     assert client.get("/api/servers/default/logs?tail=1000").data.count(b"\n") == 1000
 
 
-def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(services):
+def test_a_follower_that_disconnects_before_the_first_byte_releases_its_slot(services):
     app = create_app(replace(services, concurrency=ConcurrencyLimit(3)))
     client = app.test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
@@ -513,8 +515,8 @@ def test_a_follower_that_leaves_before_the_first_byte_gives_its_place_back(servi
         assert follower.status_code == 200
 
 
-def test_who_has_gone_is_not_waited_for(services, world):
-    """A caller that left gives its place back within a second, however long it wanted to wait."""
+def test_a_wait_ends_when_its_caller_disconnects(services, world):
+    """Within a second, however long it was supposed to last."""
     world.temper("default").boots = False
     client = create_app(services).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
@@ -522,7 +524,7 @@ def test_who_has_gone_is_not_waited_for(services, world):
     assert client.post("/api/servers?wait=3600", json={}, environ_overrides=left).status_code == 202
 
 
-def test_a_follower_gets_the_log_until_the_server_ends(client):
+def test_a_follower_receives_the_log_until_the_server_ends(client):
     client.post("/api/servers", json={})
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(client.get, "/api/servers/default/logs?follow=true")
@@ -531,7 +533,7 @@ def test_a_follower_gets_the_log_until_the_server_ends(client):
     assert client.get("/api/servers/default/logs?tail=1").text.count("\n") == 1
 
 
-def test_kernels_are_told_of_running_servers_only(client, services):
+def test_kernels_are_listed_for_running_servers_only(client, services):
     assert client.get("/api/servers/none/kernels").status_code == 404
     client.post("/api/servers", json={})
     assert client.get("/api/servers/default/kernels").json["kernels"][0]["id"] == "k-1"
@@ -541,7 +543,7 @@ def test_kernels_are_told_of_running_servers_only(client, services):
     assert client.get("/api/servers/default/kernels").status_code == 409
 
 
-def test_a_keeper_that_does_not_run_is_not_ready(services):
+def test_a_keeper_that_has_stopped_is_neither_healthy_nor_ready(services):
     client = create_app(services).test_client()
     assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
     services.keeper.close()
@@ -551,12 +553,12 @@ def test_a_keeper_that_does_not_run_is_not_ready(services):
     )()
 
 
-def test_the_version_is_told(client):
+def test_version(client):
     assert client.get("/api/version").json == {"name": "labkeeper", "version": "1.2.3"}
 
 
-def test_requests_take_both_spellings_of_every_field():
-    """The document names each field in snake_case; the same in kebab-case means the same."""
+def test_request_fields_are_accepted_in_snake_case_and_kebab_case():
+    """The document has snake_case only."""
     for name, field in ServerRequest.model_fields.items():
         assert name in field.validation_alias.choices
         assert name.replace("_", "-") in field.validation_alias.choices
@@ -569,12 +571,12 @@ def test_requests_take_both_spellings_of_every_field():
         ("https://gateway:8443", "wss://gateway:8443"),
     ],
 )
-def test_the_websocket_url_of_a_gateway_changes_its_scheme_alone(url, ws_url):
+def test_the_websocket_url_of_a_gateway_differs_in_its_scheme_only(url, ws_url):
     assert ws_url_of(url) == ws_url
 
 
 def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
-    """Jupyter would put its own Authorization header over it."""
+    """Otherwise Jupyter would overwrite it with its own Authorization header."""
     request = ServerRequest.model_validate(
         {
             "gateway-url": "http://g",
@@ -589,32 +591,31 @@ def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
     )
 
 
-def test_a_key_without_its_certificate_is_refused():
+def test_a_client_key_without_a_certificate_is_refused():
     with pytest.raises(ValueError, match="gateway_client_cert"):
         ServerRequest.model_validate({"gateway_url": "http://g", "gateway_client_key": "k"})
 
 
-def test_only_the_default_server_has_the_default_port(tmp_path):
+def test_only_the_default_server_gets_the_default_port(tmp_path):
     defaults = Defaults(tmp_path, "127.0.0.1", 8888)
     assert ServerRequest().spec(defaults, ANYBODY).port == 8888
     assert ServerRequest(name="other").spec(defaults, ANYBODY).port is None
     assert ServerRequest(port=9999).spec(defaults, ANYBODY).port == 9999
 
 
-def test_a_server_runs_as_whom_its_request_names_or_else_as_the_default_user(tmp_path):
+def test_a_server_runs_as_the_requested_or_the_default_user(tmp_path):
     defaults = Defaults(tmp_path, "127.0.0.1", 8888, user="alice")
     assert ServerRequest().spec(defaults, ANYBODY).user == "alice"
     assert ServerRequest(user="bob").spec(defaults, ANYBODY).user == "bob"
 
 
-def test_a_root_that_is_gone_is_refused(tmp_path):
+def test_a_missing_root_directory_is_refused(tmp_path):
     with pytest.raises(InvalidSpec) as caught:
         ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888), ANYBODY)
     assert caught.value.details["errors"][0]["field"] == "root_dir"
 
 
-def test_models_of_answers_are_serialised_as_they_are_documented(client):
-    """What the document calls required is there, and nothing else."""
+def test_a_problem_document_has_all_required_fields(client):
     document = client.get("/api/openapi.json").json
     problem = client.get("/api/servers/none").json
     assert set(document["components"]["schemas"]["Problem"]["required"]) <= set(problem)
@@ -622,7 +623,7 @@ def test_models_of_answers_are_serialised_as_they_are_documented(client):
     assert issubclass(ServerRequest, BaseModel)
 
 
-# What a restart changes
+# Restarts with changes
 
 FULL_GATEWAY = {
     "gateway_url": "http://g:1/team",
@@ -634,18 +635,18 @@ FULL_GATEWAY = {
 
 
 def revised(tmp_path, before, after):
-    """What a server becomes that was made by one request, and restarted by another."""
+    """Return the spec of a request, and its revision by the fields of a restart."""
     defaults = Defaults(tmp_path, "127.0.0.1", 8888)
     spec = ServerRequest.model_validate(before).spec(defaults, ANYBODY)
     return spec, RestartRequest.model_validate(after).revise(spec, defaults, ANYBODY)
 
 
-def test_a_restart_without_fields_changes_nothing(tmp_path):
+def test_a_restart_without_fields_revises_nothing(tmp_path):
     assert revised(tmp_path, {"name": "x", "env": {"A": "b"}}, {"keep-kernels": True})[1] is None
     assert revised(tmp_path, {}, None)[1] is None
 
 
-def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
+def test_a_restart_revises_only_the_fields_it_names(tmp_path):
     before = {
         "name": "x",
         "env": {"A": "b"},
@@ -679,25 +680,24 @@ def test_a_restart_changes_what_it_names_and_nothing_else(tmp_path):
         ),
     ],
 )
-def test_options_of_a_gateway_change_alone(tmp_path, options, changes):
+def test_gateway_options_can_be_revised_individually(tmp_path, options, changes):
     old, new = revised(tmp_path, FULL_GATEWAY, options)
     assert new == replace(old, gateway=replace(old.gateway, **changes))
 
 
-def test_nothing_of_one_gateway_is_given_to_another(tmp_path):
-    """Above all not its token."""
+def test_credentials_of_one_gateway_are_not_sent_to_another(tmp_path):
     _, new = revised(tmp_path, FULL_GATEWAY, {"gateway_url": "http://h:1"})
     assert new.gateway == Gateway("http://h:1", "ws://h:1")
 
 
-def test_options_of_a_gateway_need_one(tmp_path):
+def test_gateway_options_require_a_gateway(tmp_path):
     with pytest.raises(InvalidSpec, match="gateway_auth_token only together with gateway_url"):
         revised(tmp_path, {}, {"gateway_auth_token": "u"})
     _, new = revised(tmp_path, {}, {"gateway_url": "http://h:1", "gateway_auth_token": "u"})
     assert new.gateway == Gateway("http://h:1", "ws://h:1", "u")
 
 
-def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
+def test_a_client_key_requires_a_certificate_after_a_restart_too(tmp_path):
     for name in ("cert", "key"):
         (tmp_path / name).write_text("")
     key = {"gateway_client_key": str(tmp_path / "key")}
@@ -709,7 +709,7 @@ def test_a_key_needs_a_certificate_after_a_restart_too(tmp_path):
     assert new.gateway.client_key == str(tmp_path / "key")
 
 
-def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
+def test_a_restart_accepts_changes_over_the_api(client, tmp_path):
     client.post("/api/servers", json={"name": "x"})
     answer = client.post(
         "/api/servers/x/restart", json={"env": {"A": "b"}, "labels": {"team": "blue"}}
@@ -734,7 +734,7 @@ def test_a_restart_takes_its_changes_over_the_api(client, tmp_path):
         ({"keep_kernels": True}, 409, "not on a gateway"),
     ],
 )
-def test_a_restart_that_cannot_be_is_refused_and_changes_nothing(client, body, status, word):
+def test_an_invalid_restart_is_refused_and_changes_nothing(client, body, status, word):
     before = client.post("/api/servers", json={"name": "x"}).json
     answer = client.post("/api/servers/x/restart", json=body)
     assert answer.status_code == status
@@ -755,20 +755,20 @@ def test_orphaned_kernels_are_listed(services):
     assert answer.json == {"orphaned_kernels": [listed]}
 
 
-def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
+def test_a_response_has_the_health_of_the_gateway(tmp_path):
     _, spec = revised(
         tmp_path, {}, {**FULL_GATEWAY, "kernel_env": {"KERNEL_B": "1", "KERNEL_A": "2", "FOO": "3"}}
     )
     snapshot = Snapshot(spec, State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)
-    told = server_model(snapshot, None).gateway
-    assert (told.url, told.required, told.reachable, told.since, told.error) == (
+    shown = server_model(snapshot, None).gateway
+    assert (shown.url, shown.required, shown.reachable, shown.since, shown.error) == (
         "http://g:1/team",
         True,
         None,
         None,
         None,
     )
-    assert (told.kernel_env_passed, told.kernel_env_if_allowed) == (
+    assert (shown.kernel_env_passed, shown.kernel_env_if_allowed) == (
         ["KERNEL_A", "KERNEL_B"],
         ["FOO"],
     )
@@ -777,8 +777,8 @@ def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
         gateway=GatewayHealth(1.0, Failure(FailureClass.GATEWAY_REFUSED, "no")),
         kernels_kept=(OwnKernel("k"),),
     )
-    told = server_model(ill, None)
-    assert (told.gateway.reachable, told.gateway.error.message, told.kernels_kept) == (
+    shown = server_model(ill, None)
+    assert (shown.gateway.reachable, shown.gateway.error.message, shown.kernels_kept) == (
         False,
         "no",
         ["k"],
@@ -787,8 +787,8 @@ def test_the_answer_tells_of_the_gateway_what_is_known(tmp_path):
     assert (well.reachable, well.since, well.kernelspecs) == (True, "1970-01-01T00:00:01.000Z", 3)
 
 
-def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world):
-    """One place: the second and third wait, are told so when their callers' wait is over, and go on when the first is ready."""
+def test_a_queued_server_has_its_position_and_starts_in_turn(services, world):
+    """One start slot: the others queue, which callers learn when their wait ends."""
     services.keeper._fleet._policy = replace(services.keeper._fleet._policy, max_starts=1)
     client = create_app(services).test_client()
     client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
@@ -809,8 +809,8 @@ def test_a_queued_server_tells_its_place_and_starts_in_its_turn(services, world)
     assert client.get("/api/servers/c?wait_for=running&wait=5").json["state"] == "running"
 
 
-def test_many_start_each_with_a_result_of_its_own(client, world):
-    """What fails, or has no room, holds up nobody; the same request again finds what runs."""
+def test_a_bulk_start_has_a_result_for_each_server(client, world):
+    """A failure does not affect the others, and the request can be repeated."""
     world.temper("bad").refusal = BackendRefused("cannot start server 'bad': told to refuse")
     answer = client.post(
         "/api/bulk/start", json={"names": ["one", "bad", "two"], "labels": {"of": "many"}}
@@ -838,7 +838,7 @@ def test_many_start_each_with_a_result_of_its_own(client, world):
     ]
 
 
-def test_many_that_still_start_are_said_to(client, world):
+def test_a_bulk_start_reports_servers_that_are_still_starting(client, world):
     world.temper("slow").boots = False
     client.post("/api/servers", json={"name": "runs"})
     answer = client.post("/api/bulk/start?wait=0.2", json={"names": ["runs", "slow"]})
@@ -846,7 +846,7 @@ def test_many_that_still_start_are_said_to(client, world):
     assert [result["status"] for result in answer.json["results"]] == [200, 202]
 
 
-def test_of_many_those_without_room_are_refused(client):
+def test_a_bulk_start_beyond_capacity_refuses_the_rest(client):
     answer = client.post("/api/bulk/start", json={"names": ["one", "two", "three", "four"]})
     assert answer.status_code == 207
     assert [result["status"] for result in answer.json["results"]] == [201, 201, 201, 429]
@@ -866,7 +866,7 @@ def test_of_many_those_without_room_are_refused(client):
         {"names": [f"n{i}" for i in range(201)]},
     ],
 )
-def test_a_wrong_body_for_many_starts_none(client, body):
+def test_an_invalid_bulk_start_starts_no_server(client, body):
     answer = client.post("/api/bulk/start", json=body)
     assert answer.status_code == 422
     assert client.get("/api/servers").json["servers"] == []
@@ -884,7 +884,7 @@ def test_a_wrong_body_for_many_starts_none(client, body):
         ("max_age", 0, None),
     ],
 )
-def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_off(
+def test_cull_rules_are_returned_in_seconds_and_null_disables_the_default(
     services, field, value, kept
 ):
     defaults = replace(services.defaults, idle_timeout=7200.0, max_age=9000.0)
@@ -907,23 +907,23 @@ def test_a_rule_of_a_request_is_answered_in_seconds_and_null_turns_the_default_o
         ("/x/snooze", {"for": None}, "for: must be seconds"),
     ],
 )
-def test_a_time_that_is_none_is_refused_with_its_rule(client, path, body, word):
+def test_an_invalid_duration_is_refused_with_the_rule(client, path, body, word):
     client.post("/api/servers", json={"name": "x"})
     answer = client.post(f"/api/servers{path}", json=body)
     assert answer.status_code == 422
     assert word in answer.json["detail"]
 
 
-def test_a_snooze_is_answered_with_its_moment_and_zero_ends_it(client):
+def test_a_snooze_returns_its_end_and_zero_cancels_it(client):
     client.post("/api/servers", json={"name": "x", "idle_timeout": 60})
-    told = client.post("/api/servers/x/snooze", json={"for": "1h"}).json
-    assert told["snoozed_until"] == client.get("/api/servers/x").json["snoozed_until"]
-    assert told["snoozed_until"] == client.get("/api/servers/x/idle").json["snoozed_until"]
+    snoozed = client.post("/api/servers/x/snooze", json={"for": "1h"}).json
+    assert snoozed["snoozed_until"] == client.get("/api/servers/x").json["snoozed_until"]
+    assert snoozed["snoozed_until"] == client.get("/api/servers/x/idle").json["snoozed_until"]
     assert client.post("/api/servers/x/snooze", json={"for": 0}).json["snoozed_until"] is None
     assert client.post("/api/servers/nobody/snooze", json={"for": 0}).status_code == 404
 
 
-def test_those_that_would_be_stopped_first_are_listed_first(client):
+def test_idle_lists_the_servers_that_stop_first_first(client):
     for name, rule in (("a", {}), ("b", {"max_age": "2h"}), ("c", {"max_age": "1h"})):
         client.post("/api/servers", json={"name": name, **rule})
     listed = client.get("/api/idle").json["servers"]

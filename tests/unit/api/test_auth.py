@@ -1,4 +1,4 @@
-"""Who gets in, and to what: each route by its rule, tokens with their scopes and limits, the Unix socket, links."""
+"""Authentication and authorization: rules of routes, tokens, the Unix socket, one-time links."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ def running(tmp_path):
 
 
 class Callers:
-    """Clients of one application, by what they show."""
+    """Clients of one application, by the token they send."""
 
     def __init__(self, running):
         self.running = running
         self.app = create_app(running.services)
         self.tokens = running.services.tokens
 
-    def showing(self, token):
+    def with_token(self, token):
         client = self.app.test_client()
         if token is not None:
             client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {token}"
         return client
 
     @property
-    def nobody(self):
-        return self.showing(None)
+    def anonymous(self):
+        return self.with_token(None)
 
     @property
     def owner(self):
-        return self.showing(TOKEN)
+        return self.with_token(TOKEN)
 
     def with_scope(self, scope, **limits):
         name = f"t{len(self.tokens.all())}"
         reach = TokenLimits(
             limits.get("servers", ()), limits.get("labels", {}), limits.get("users", ())
         )
-        return self.showing(self.tokens.make(name, Scope(scope), reach, lifetime=None)[1])
+        return self.with_token(self.tokens.make(name, Scope(scope), reach, lifetime=None)[1])
 
 
 @pytest.fixture
@@ -78,8 +78,8 @@ def call(client, route, name="x"):
     return client.open(path, method=route.method, json=None if route.method == "GET" else {})
 
 
-def test_where_nothing_was_kept_of_a_body_it_is_to_be_sent_again(callers):
-    """Whether there was no room for it, or its token was made while it came: it never counts as an empty one."""
+def test_a_request_whose_body_was_not_kept_must_be_repeated(callers):
+    """Even if its token was created while the body arrived; it must not count as an empty body."""
     unread = {"environ_overrides": {UNREAD: True}}
     answer = callers.owner.post("/api/servers", json={"name": "x"}, **unread)
     assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (
@@ -88,11 +88,11 @@ def test_where_nothing_was_kept_of_a_body_it_is_to_be_sent_again(callers):
         "10",
     )
     assert callers.owner.get("/api/servers", **unread).json["servers"] == []
-    assert callers.nobody.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
+    assert callers.anonymous.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
 
 
-def test_whether_a_body_is_worth_reading_is_known_without_a_wait(callers, monkeypatch):
-    """By what is in memory: no use is noted, and no process looked into."""
+def test_whether_to_keep_a_body_is_decided_from_memory(callers, monkeypatch):
+    """No token use is recorded, and no process inspected."""
     services = callers.running.services
     for name in ("save_token", "tokens"):
         monkeypatch.setattr(type(callers.running.services.tokens._store), name, forbidden)
@@ -130,17 +130,17 @@ def forbidden(*_):
 # The table
 
 
-def test_no_route_is_without_a_rule(callers):
-    """Each endpoint of the application, its pages included, has one; what has none would answer nobody."""
+def test_every_route_has_an_access_rule(callers):
+    """Pages included; a route without a rule would answer no request."""
     assert {rule.endpoint for rule in callers.app.url_map.iter_rules()} == set(_RULES)
 
 
 @EVERY_ROUTE
 def test_without_a_token_only_public_routes_answer(callers, route):
     for client in (
-        callers.nobody,
-        callers.showing("wrong"),
-        callers.showing("lk_000000000000_" + 43 * "x"),
+        callers.anonymous,
+        callers.with_token("wrong"),
+        callers.with_token("lk_000000000000_" + 43 * "x"),
     ):
         answer = call(client, route)
         assert (answer.status_code == 401) == (route.rule.scope is not None)
@@ -151,8 +151,8 @@ def test_without_a_token_only_public_routes_answer(callers, route):
 
 @EVERY_ROUTE
 @pytest.mark.parametrize("scope", Scope)
-def test_each_route_takes_its_scope_and_those_that_cover_it(callers, route, scope):
-    """What is not allowed is a 403 that names the scope that is needed; it does not depend on whether the server exists."""
+def test_each_route_accepts_its_scope_and_the_scopes_that_include_it(callers, route, scope):
+    """A 403 names the required scope, and does not reveal whether the server exists."""
     callers.owner.post("/api/servers", json={"name": "there"})
     answers = [call(callers.with_scope(scope), route, name) for name in ("there", "gone")]
     allowed = route.rule.scope is None or scope.covers(route.rule.scope)
@@ -167,17 +167,17 @@ def test_each_route_takes_its_scope_and_those_that_cover_it(callers, route, scop
 
 
 @EVERY_ROUTE
-def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
-    """By name it is refused alike for what exists and what does not; by labels neither is found; the keeper itself is closed."""
+def test_a_limited_token_cannot_use_other_servers(callers, route):
+    """A limit by name gives 403 and one by labels 404, whether the server exists or not."""
     callers.owner.post("/api/servers", json={"name": "theirs", "labels": {"team": "red"}})
     if route.rule.scope in {None, Scope.ADMIN}:
         return
     named = callers.with_scope("manage", servers=("mine-*",))
     labelled = callers.with_scope("manage", labels={"team": "blue"})
-    told = [
+    responses = [
         [call(client, route, name) for name in ("theirs", "gone")] for client in (named, labelled)
     ]
-    statuses = [[answer.status_code for answer in answers] for answers in told]
+    statuses = [[answer.status_code for answer in answers] for answers in responses]
     match route.rule.extent:
         case Extent.SERVER:
             assert statuses == [[403, 403], [404, 404]]
@@ -185,7 +185,7 @@ def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
             assert statuses == [[403, 403], [403, 403]]
         case _:
             assert [one == other for one, other in statuses] == [True, True]
-    for answers in told:
+    for answers in responses:
         one, other = (answer.text.replace("theirs", "?").replace("gone", "?") for answer in answers)
         assert re.sub(r'"request_id": "\w+"', "", one) == re.sub(r'"request_id": "\w+"', "", other)
 
@@ -193,7 +193,7 @@ def test_a_limited_token_does_not_reach_beyond_its_servers(callers, route):
 # What each scope sees
 
 
-def test_a_token_for_reading_never_sees_what_opens_a_lab(callers):
+def test_a_read_only_token_never_receives_what_opens_a_lab(callers):
     secret = callers.owner.post("/api/servers", json={}).json["token"]
     reader = callers.with_scope("read")
     for path in (
@@ -211,7 +211,7 @@ def test_a_token_for_reading_never_sees_what_opens_a_lab(callers):
     assert (shown["token"], shown["lab_url"], shown["state"]) == (None, None, "running")
 
 
-def test_lists_hold_what_is_within_reach(callers):
+def test_lists_contain_only_servers_within_the_limits(callers):
     for name, team in (("mine-1", "blue"), ("mine-2", "red"), ("other", "blue")):
         callers.owner.post("/api/servers", json={"name": name, "labels": {"team": team}})
     both = callers.with_scope("read", servers=("mine-?",), labels={"team": "blue"})
@@ -228,8 +228,8 @@ def test_lists_hold_what_is_within_reach(callers):
         )
 
 
-def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(callers):
-    """Also when its name is another's by now."""
+def test_the_history_of_a_deleted_server_stays_visible_to_the_same_tokens(callers):
+    """Also when another server has its name."""
     callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}})
     callers.owner.delete("/api/servers/lab")
     callers.owner.post("/api/servers", json={"name": "lab", "labels": {"team": "red"}})
@@ -243,13 +243,13 @@ def test_the_history_of_a_deleted_server_stays_with_those_whom_it_concerned(call
     assert blue.get("/api/servers/lab").status_code == 404
 
 
-def test_who_waits_hears_nothing_of_a_server_that_is_no_longer_theirs(callers):
-    """It was made another team's meanwhile; or the token was revoked."""
+def test_a_wait_ends_without_a_response_if_permission_is_lost_meanwhile(callers):
+    """The server got another team's label, or the token was revoked."""
     labels = {"labels": {"team": "blue"}}
     callers.owner.post("/api/servers", json=labels)
     blue = callers.with_scope("manage", labels={"team": "blue"})
     waits = "/api/servers/default?wait_for=queued&wait=20"
-    for end, told in (
+    for end, status in (
         (
             lambda: callers.owner.post(
                 "/api/servers/default/restart", json={"labels": {"team": "red"}}
@@ -263,11 +263,11 @@ def test_who_waits_hears_nothing_of_a_server_that_is_no_longer_theirs(callers):
             until(lambda: callers.running.services.concurrency._held, what="the wait")
             assert end().status_code < 300
             answer = waiting.result()
-        assert answer.status_code == told
+        assert answer.status_code == status
         callers.owner.post("/api/servers/default/restart", json=labels)
 
 
-def test_a_limited_token_makes_only_its_own_servers(callers):
+def test_a_limited_token_can_only_create_servers_within_its_limits(callers):
     named = callers.with_scope("manage", servers=("mine-*",))
     assert named.post("/api/servers", json={"name": "mine-1"}).status_code == 201
     assert "named mine-*" in named.post("/api/servers", json={"name": "other"}).json["detail"]
@@ -285,7 +285,7 @@ def test_a_limited_token_makes_only_its_own_servers(callers):
     )
 
 
-def test_of_anothers_server_they_learn_that_the_name_is_taken_and_no_more(callers):
+def test_a_conflict_with_a_server_outside_of_the_limits_has_no_details(callers):
     callers.owner.post("/api/servers", json={"name": "lab"})
     labelled = callers.with_scope("manage", labels={"team": "blue"})
     answer = labelled.post("/api/servers", json={"name": "lab", "labels": {"team": "blue"}})
@@ -296,7 +296,7 @@ def test_of_anothers_server_they_learn_that_the_name_is_taken_and_no_more(caller
 # Tokens
 
 
-def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
+def test_a_token_is_shown_once_and_stored_as_a_hash(callers):
     made = callers.owner.post(
         "/api/tokens",
         json={"name": "ci", "scope": "manage", "servers": ["ci-*"], "expires-in": "30d"},
@@ -304,8 +304,9 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
     assert made.status_code == 201
     text = made.json["token"]
     assert re.fullmatch(r"lk_[0-9a-f]{12}_[\w-]{43}", text)
-    assert callers.showing(text).get("/api/me").json == {
-        "actor": "token:ci", "owner": "local", "scope": "manage", "servers": ["ci-*"], "labels": {}, "users": [],
+    assert callers.with_token(text).get("/api/me").json == {
+        "actor": "token:ci", "owner": "local", "scope": "manage",
+        "servers": ["ci-*"], "labels": {}, "users": [],
     }  # fmt: skip
     listed = callers.owner.get("/api/tokens")
     assert text not in listed.text
@@ -318,26 +319,26 @@ def test_a_token_is_shown_once_and_kept_as_a_hash(callers):
     assert text not in repr(callers.running.store.__dict__)
 
 
-def test_who_did_what_stands_in_the_events(callers):
+def test_events_have_their_actor(callers):
     callers.with_scope("manage").post("/api/servers", json={})
     callers.owner.delete("/api/servers/default")
-    told = [
+    actors = [
         (event["kind"], event["actor"]) for event in callers.owner.get("/api/events").json["events"]
     ]
-    assert told[0] == ("token", "keeper")
-    assert ("state", "token:t0") in told
-    assert told[-1] == ("state", "token:owner")
+    assert actors[0] == ("token", "keeper")
+    assert ("state", "token:t0") in actors
+    assert actors[-1] == ("state", "token:owner")
 
 
-def test_a_revoked_token_is_good_no_more(callers):
+def test_a_revoked_token_is_refused_and_ends_streams(callers):
     text = callers.owner.post("/api/tokens", json={"name": "ci", "scope": "read"}).json["token"]
-    follower = callers.showing(text).get("/api/events?follow=true", buffered=False)
+    follower = callers.with_token(text).get("/api/events?follow=true", buffered=False)
     pieces = iter(follower.response)
     assert b"retry" in next(filter(None, pieces))
     assert callers.owner.delete("/api/tokens/ci").json["name"] == "ci"
     callers.owner.post("/api/servers", json={})
     assert b"".join(pieces) == b""
-    answer = callers.showing(text).get("/api/me")
+    answer = callers.with_token(text).get("/api/me")
     assert answer.status_code == 401
     assert callers.owner.delete("/api/tokens/ci").json["code"] == "token_not_found"
 
@@ -354,14 +355,14 @@ def test_a_revoked_token_is_good_no_more(callers):
         ({"name": "x", "scope": "read", "users": ["no user"]}, "users.0"),
     ],
 )
-def test_a_token_that_cannot_be_is_refused(callers, body, words):
+def test_an_invalid_token_request_is_refused(callers, body, words):
     answer = callers.owner.post("/api/tokens", json=body)
     assert answer.status_code == 422
     assert words in answer.json["detail"]
     assert callers.tokens.all() == []
 
 
-def test_where_access_is_open_everybody_may(running):
+def test_without_access_control_every_request_is_allowed(running):
     client = create_app(
         replace(running.services, authenticators=[OpenAuthenticator()])
     ).test_client()
@@ -370,16 +371,16 @@ def test_where_access_is_open_everybody_may(running):
     assert client.get("/api/events").json["events"][-1]["actor"] == "anybody"
 
 
-def test_requests_without_a_valid_token_are_counted_in_the_log_and_not_told_one_by_one(callers):
+def test_refused_requests_are_summarized_in_one_log_line(callers):
     with structlog.testing.capture_logs() as log:
         for _ in range(500):
-            assert callers.showing("wrong").get("/api/servers").status_code == 401
+            assert callers.with_token("wrong").get("/api/servers").status_code == 401
     assert [line["event"] for line in log if line["log_level"] == "warning"] == [
         "requests without a valid token were refused"
     ]
 
 
-def test_each_caller_may_ask_so_often(running):
+def test_each_caller_has_its_own_rate_limit(running):
     callers = Callers(replace(running, services=replace(running.services, max_request_rate=0.1)))
     reader = callers.with_scope("read")
     assert reader.get("/api/servers").status_code == 200
@@ -397,7 +398,7 @@ def test_each_caller_may_ask_so_often(running):
     ("uid", "is_server", "gets_in"),
     [(os.geteuid(), False, True), (0, False, True), (4242, False, False), (0, True, False)],
 )
-def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(
+def test_on_the_unix_socket_the_keepers_user_and_root_need_no_token(
     running, uid, is_server, gets_in
 ):
     app = create_app(with_peers(running.services, lambda pid: is_server and pid == 77))
@@ -407,7 +408,7 @@ def test_over_the_unix_socket_the_keepers_user_and_root_need_no_token(
         assert answer.json["actor"] == f"user:{pwd.getpwuid(uid).pw_name}"
 
 
-def test_a_token_that_is_shown_counts_also_over_the_unix_socket(callers):
+def test_a_token_takes_precedence_over_the_peer_of_the_unix_socket(callers):
     reader = callers.with_scope("read")
     assert (
         reader.get("/api/me", environ_overrides={PEER: Peer(77, os.geteuid(), 0)}).json["scope"]
@@ -415,15 +416,15 @@ def test_a_token_that_is_shown_counts_also_over_the_unix_socket(callers):
     )
 
 
-def test_no_header_makes_a_peer(callers):
+def test_headers_cannot_forge_a_peer(callers):
     for header in (PEER, "Labkeeper.Peer", "labkeeper_peer"):
-        assert callers.nobody.get("/api/me", headers={header: "x"}).status_code == 401
+        assert callers.anonymous.get("/api/me", headers={header: "x"}).status_code == 401
 
 
 # Links
 
 
-def test_a_link_opens_a_lab_once(callers):
+def test_a_one_time_link_opens_a_lab_once(callers):
     server = callers.owner.post(
         "/api/servers", json={"base_url": "/ada", "default_url": "/lab/tree/a:b.ipynb"}
     ).json
@@ -431,21 +432,24 @@ def test_a_link_opens_a_lab_once(callers):
     assert made.status_code == 201
     assert server["token"] not in made.text
     path = made.json["url"].removeprefix("http://localhost")
-    assert callers.nobody.head(path).status_code == 410
-    answer = callers.nobody.get(path)
+    assert callers.anonymous.head(path).status_code == 410
+    answer = callers.anonymous.get(path)
     assert answer.status_code == 303
-    expected = f"{server['lab_url'].partition('/lab')[0]}/login?token={server['token']}&next=%2Fada%2Flab%2Ftree%2Fa%253Ab.ipynb"
+    expected = (
+        f"{server['lab_url'].partition('/lab')[0]}/login?token={server['token']}"
+        "&next=%2Fada%2Flab%2Ftree%2Fa%253Ab.ipynb"
+    )
     assert answer.headers["Location"] == expected
     assert (answer.headers["Referrer-Policy"], answer.headers["Cache-Control"]) == (
         "no-referrer",
         "no-store",
     )
-    spent = callers.nobody.get(path)
+    spent = callers.anonymous.get(path)
     assert spent.status_code == 410
     assert "ask for another" in spent.text
 
 
-def test_a_link_opens_the_launch_that_it_was_made_for(callers):
+def test_a_one_time_link_is_valid_for_one_generation(callers):
     callers.owner.post("/api/servers", json={})
     paths = [
         callers.owner.post("/api/servers/default/link", json={"page": "/lab/tree/x"})
@@ -453,16 +457,16 @@ def test_a_link_opens_the_launch_that_it_was_made_for(callers):
         .removeprefix("http://localhost")
         for _ in range(2)
     ]
-    assert "x" in callers.nobody.get(paths[0]).headers["Location"]
+    assert "x" in callers.anonymous.get(paths[0]).headers["Location"]
     assert callers.owner.post("/api/servers/default/rotate-token").status_code == 201
-    assert callers.nobody.get(paths[1]).status_code == 410
+    assert callers.anonymous.get(paths[1]).status_code == 410
     callers.owner.post("/api/servers/default/stop")
     for below in ("link", "rotate-token"):
         answer = callers.owner.post(f"/api/servers/default/{below}", json={})
         assert (answer.status_code, "stopped" in answer.json["detail"]) == (409, True)
 
 
-def test_a_link_asked_for_over_the_unix_socket_leads_to_the_keepers_own_url(running):
+def test_a_link_requested_over_the_unix_socket_has_the_keepers_url(running):
     services = replace(running.services, url="http://127.0.0.1:4321")
     client = create_app(services).test_client()
     client.environ_base[PEER] = Peer(1, 0, 0)
@@ -474,16 +478,16 @@ def test_a_link_asked_for_over_the_unix_socket_leads_to_the_keepers_own_url(runn
     )
 
 
-def test_the_keepers_own_log_has_no_ticket(callers):
+def test_the_keepers_log_does_not_contain_tickets(callers):
     callers.owner.post("/api/servers", json={})
     url = callers.owner.post("/api/servers/default/link").json["url"]
     with structlog.testing.capture_logs() as log:
-        callers.nobody.get(url.removeprefix("http://localhost"))
+        callers.anonymous.get(url.removeprefix("http://localhost"))
     assert log
     assert url.rpartition("/")[2] not in repr(log)
 
 
-def test_rotating_keeps_kernels_on_a_gateway(callers):
+def test_rotating_a_token_keeps_kernels_on_a_gateway(callers):
     body = {"gateway_url": "http://gateway:8888"}
     before = callers.owner.post("/api/servers", json=body).json
     for process in callers.running.world.living(ServerName("default")):

@@ -1,4 +1,4 @@
-"""What a browser cannot be made to do: other names for the keeper, pages of other sites, scripts in its own pages."""
+"""Protection of browsers: DNS rebinding, cross-origin requests, and security headers."""
 
 from __future__ import annotations
 
@@ -34,27 +34,52 @@ def client(services):
 
 @pytest.mark.parametrize(
     "host",
-    ["localhost", "localhost:8000", "LOCALHOST.", "a.localhost", "127.0.0.1:80", "10.1.2.3", "[::1]:8000", "[fe80::1]", "keeper",
-     "labs.example.org", "Labs.Example.Org:443", "a.internal.example.org", "a.b.internal.example.org"],
-)  # fmt: skip
-def test_names_that_can_be_nobody_elses_are_answered(client, host):
+    [
+        "localhost",
+        "localhost:8000",
+        "LOCALHOST.",
+        "a.localhost",
+        "127.0.0.1:80",
+        "10.1.2.3",
+        "[::1]:8000",
+        "[fe80::1]",
+        "keeper",
+        "labs.example.org",
+        "Labs.Example.Org:443",
+        "a.internal.example.org",
+        "a.b.internal.example.org",
+    ],
+)
+def test_host_names_of_the_keeper_are_accepted(client, host):
     assert client.get("/healthz", headers={"Host": host}).status_code == 200
 
 
 @pytest.mark.parametrize(
     "host",
-    ["evil.example.com", "labs.example.org.evil.com", "example.org", "xlabs.example.org", "127.0.0.1.evil.com", "bad host", "a<b",
-     "[zz]", "localhost@evil.com", "internal.example.org", "evil.com:80:80", "999.1.1.1"],
-)  # fmt: skip
-def test_other_names_are_refused_whatever_the_token(client, host):
-    """A page elsewhere can make its own name lead here, and then read what it may not (DNS rebinding)."""
+    [
+        "evil.example.com",
+        "labs.example.org.evil.com",
+        "example.org",
+        "xlabs.example.org",
+        "127.0.0.1.evil.com",
+        "bad host",
+        "a<b",
+        "[zz]",
+        "localhost@evil.com",
+        "internal.example.org",
+        "evil.com:80:80",
+        "999.1.1.1",
+    ],
+)
+def test_other_host_names_are_refused_with_any_token(client, host):
+    """A page could resolve its own name to the keeper and read the response (DNS rebinding)."""
     for path in ("/healthz", "/api/servers", "/api/openapi.json", "/open/x", "/nothing"):
         answer = client.get(path, headers={"Host": host} | SHOWN)
         assert (answer.status_code, answer.json["code"]) == (421, "host_not_known")
         assert "LABKEEPER_ALLOWED_HOSTS" in answer.json["detail"]
 
 
-def test_a_star_stands_for_any_name(services):
+def test_a_wildcard_allows_every_host_name(services):
     client = create_app(replace(services, hosts=["*"])).test_client()
     assert client.get("/healthz", headers={"Host": "whatever.example.com"}).status_code == 200
 
@@ -69,8 +94,8 @@ def test_a_star_stands_for_any_name(services):
         "http://[",
     ],
 )
-def test_pages_of_other_sites_get_nothing(services, origin):
-    """Also where access control is off, which is where that matters: nothing is done, and nothing can be read."""
+def test_cross_origin_requests_are_refused(services, origin):
+    """Without access control, too, where it matters: nothing is done, and nothing can be read."""
     client = create_app(replace(services, authenticators=[OpenAuthenticator()])).test_client()
     for method, path in (
         ("GET", "/api/servers"),
@@ -85,7 +110,7 @@ def test_pages_of_other_sites_get_nothing(services, origin):
     assert client.get("/api/servers").json["servers"] == []
 
 
-def test_our_own_pages_may_ask(client):
+def test_same_origin_requests_are_accepted(client):
     assert (
         client.get(
             "/api/servers", headers=SHOWN | {"Origin": "http://localhost", "Host": "localhost"}
@@ -94,7 +119,7 @@ def test_our_own_pages_may_ask(client):
     )
 
 
-def test_a_site_that_is_allowed_may_ask_as_browsers_do(client):
+def test_an_allowed_origin_may_send_cors_requests(client):
     origin = {"Origin": "https://hub.example.org"}
     asked = client.options(
         "/api/servers", headers=origin | {"Access-Control-Request-Method": "POST"}
@@ -111,12 +136,12 @@ def test_a_site_that_is_allowed_may_ask_as_browsers_do(client):
     assert client.post("/api/servers", json={}, headers=origin).status_code == 401
 
 
-def test_without_origins_nothing_is_said_of_them(services):
+def test_without_allowed_origins_there_are_no_cors_headers(services):
     answer = create_app(replace(services, origins=())).test_client().get("/healthz")
     assert not {"Vary", "Access-Control-Allow-Origin"} & set(answer.headers.keys())
 
 
-def test_the_unix_socket_is_no_browser(client):
+def test_the_unix_socket_accepts_any_host_name(client):
     overrides = {PEER: Peer(1, 0, 0)}
     assert (
         client.get(
@@ -129,7 +154,7 @@ def test_the_unix_socket_is_no_browser(client):
 @pytest.mark.parametrize(
     "path", ["/healthz", "/api/servers", "/api/docs", "/api/openapi.json", "/nothing", "/open/x"]
 )
-def test_every_answer_tells_browsers_to_be_careful(client, path):
+def test_every_response_has_security_headers(client, path):
     headers = client.get(path).headers
     assert headers["X-Content-Type-Options"] == "nosniff"
     assert headers["X-Frame-Options"] == "DENY"
@@ -140,7 +165,7 @@ def test_every_answer_tells_browsers_to_be_careful(client, path):
     assert "Set-Cookie" not in headers
 
 
-def test_the_documentation_runs_its_one_script_alone(client):
+def test_the_csp_of_the_api_documentation_allows_its_one_script(client):
     page = client.get("/api/docs")
     (script,) = re.findall(r"<script>(.+?)</script>", page.text)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -1,4 +1,4 @@
-"""Tickets that are good once, and buckets that fill again."""
+"""One-time links, and rate limits."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from labkeeper.api import links, rates
 from labkeeper.core.errors import TooManyRequests
 
 
-class Hand:
-    """A clock that is moved by hand."""
+class ManualClock:
+    """A clock that the test moves."""
 
     now = 100.0
 
@@ -17,8 +17,8 @@ class Hand:
         return self.now
 
 
-def test_a_ticket_is_good_once_and_for_its_time(monkeypatch):
-    clock = Hand()
+def test_a_ticket_can_be_used_once_and_expires(monkeypatch):
+    clock = ManualClock()
     known = links.Links(clock=clock)
     first, second, third = (
         known.make("lab", 3, "/lab", lifetime=seconds) for seconds in (10.0, 10.0, 20.0)
@@ -33,8 +33,8 @@ def test_a_ticket_is_good_once_and_for_its_time(monkeypatch):
     assert [known.use(ticket) is not None for ticket in tickets] == [False, True, True]
 
 
-def test_a_caller_has_so_many_requests_at_once_and_then_so_many_a_second():
-    clock = Hand()
+def test_a_caller_may_send_a_burst_and_then_a_limited_rate():
+    clock = ManualClock()
     known = rates.Rates(2.0, clock=clock)
     for _ in range(20):
         known.take("ada")
@@ -54,7 +54,7 @@ def test_a_caller_has_so_many_requests_at_once_and_then_so_many_a_second():
         known.take("ada")
 
 
-def test_without_a_rate_nothing_is_counted():
+def test_a_rate_of_zero_disables_the_limit():
     known = rates.Rates(0.0)
     for _ in range(1000):
         known.take("ada")

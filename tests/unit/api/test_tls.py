@@ -1,4 +1,4 @@
-"""TLS of the server around the application: with real sockets, handshakes and files."""
+"""TLS of the WSGI server, with real sockets, handshakes and files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness import PATIENCE, until
 from labkeeper.api import tls, wsgi
 from labkeeper.api.tls import Certificate
 from labkeeper.core.errors import SettingsError
-from serving import ask, is_closed, said
+from serving import ask, ask_json, is_closed
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def authority():
 
 @pytest.fixture
 def issue(authority, tmp_path):
-    """Write a new certificate and its key over the ones before; give the paths."""
+    """Write a new certificate and key over the previous ones, and return their paths."""
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
 
     def write():
@@ -48,7 +48,7 @@ def issue(authority, tmp_path):
 
 @pytest.fixture
 def greet(authority):
-    """Speak TLS on a connection, as a caller that trusts the authority."""
+    """Wrap a connection in TLS, trusting the authority."""
     context = ssl.create_default_context()
     authority.configure_trust(context)
     made = []
@@ -62,25 +62,25 @@ def greet(authority):
         connection.close()
 
 
-def test_requests_and_answers_of_any_size_pass(serve, issue, greet):
+def test_requests_and_responses_of_any_size_pass(serve, issue, greet):
     served = serve(Certificate(*issue()), max_body=2**22)
     connection = greet(served.connect())
     assert connection.version() in {"TLSv1.2", "TLSv1.3"}
-    assert said(connection)["wsgi.url_scheme"] == "https"
+    assert ask_json(connection)["wsgi.url_scheme"] == "https"
     upload = os.urandom(2**22)
-    found = said(connection, method="POST", body=upload)
+    found = ask_json(connection, method="POST", body=upload)
     assert (found["size"], found["digest"]) == (len(upload), hashlib.sha256(upload).hexdigest())
-    # Answers of unknown length are the last ones of their connections.
+    # Responses of unknown length end their connections.
     assert ask(greet(served.connect()), path="/large") == (200, bytes(40 * 2**20))
     assert ask(connection, path="/events") == (
         200,
         b"".join(b"data: %d\n\n" % number for number in range(5)),
     )
-    # The Unix socket needs none.
-    assert said(served.connect_locally())["wsgi.url_scheme"] == "http"
+    # The Unix socket has no TLS.
+    assert ask_json(served.connect_locally())["wsgi.url_scheme"] == "http"
 
 
-def test_a_caller_that_reads_slowly_gets_all(serve, issue, greet):
+def test_a_slow_reader_receives_everything(serve, issue, greet):
     served = serve(Certificate(*issue()))
     connection = greet(served.connect())
     connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
@@ -91,7 +91,7 @@ def test_a_caller_that_reads_slowly_gets_all(serve, issue, greet):
     assert received > 40 * 2**20
 
 
-def test_an_old_protocol_is_refused(serve, issue, authority):
+def test_old_protocol_versions_are_refused(serve, issue, authority):
     served = serve(Certificate(*issue()))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     authority.configure_trust(context)
@@ -102,8 +102,8 @@ def test_an_old_protocol_is_refused(serve, issue, authority):
         context.wrap_socket(served.connect(), server_hostname="127.0.0.1")
 
 
-def test_plain_http_is_told_to_speak_tls(serve, issue):
-    """By a problem, as of all that is refused."""
+def test_plain_http_is_refused_with_a_hint_to_use_https(serve, issue):
+    """As a problem document."""
     connection = serve(Certificate(*issue())).connect()
     status, body = ask(connection)
     problem = json.loads(body)
@@ -112,29 +112,29 @@ def test_plain_http_is_told_to_speak_tls(serve, issue):
     assert is_closed(connection)
 
 
-def test_handshakes_that_stall_stop_nobody_and_are_cut_off(clock, serve, issue, greet):
+def test_stalled_handshakes_block_no_one_and_time_out(clock, serve, issue, greet):
     served = serve(Certificate(*issue()))
     stalled = [served.connect() for _ in range(50)]
     for connection in stalled[:25]:
-        # The head of a record that never comes.
+        # The header of a record that never arrives.
         connection.sendall(b"\x16\x03\x01\x02\x00\x01")
-    assert said(greet(served.connect()))["size"] == 0
+    assert ask_json(greet(served.connect()))["size"] == 0
     clock.jump(wsgi._HEAD_WITHIN + 1)
     for connection in stalled:
         assert is_closed(connection)
 
 
-def test_a_new_certificate_counts_at_the_next_connection(serve, issue, greet, monkeypatch):
+def test_a_renewed_certificate_applies_to_new_connections(serve, issue, greet, monkeypatch):
     monkeypatch.setattr(tls, "_LOOK_EVERY", 0.0)
     served = serve(Certificate(*issue()))
     before = greet(served.connect())
     issue()
     after = greet(served.connect())
     assert before.getpeercert()["serialNumber"] != after.getpeercert()["serialNumber"]
-    assert said(before)["size"] == said(after)["size"] == 0
+    assert ask_json(before)["size"] == ask_json(after)["size"] == 0
 
 
-def test_files_are_looked_at_no_more_than_once_a_second(serve, issue, greet):
+def test_a_renewed_certificate_is_noticed_at_the_next_check(serve, issue, greet):
     served = serve(Certificate(*issue()))
     first = greet(served.connect()).getpeercert()["serialNumber"]
     issue()
@@ -144,7 +144,7 @@ def test_files_are_looked_at_no_more_than_once_a_second(serve, issue, greet):
     )
 
 
-def test_a_pair_that_cannot_be_used_is_told_once_and_the_one_before_goes_on(issue, monkeypatch):
+def test_an_unusable_pair_is_reported_once_and_the_previous_one_stays_in_use(issue, monkeypatch):
     monkeypatch.setattr(tls, "_LOOK_EVERY", 0.0)
     cert, key = issue()
     certificate = Certificate(cert, key)
@@ -163,7 +163,7 @@ def test_a_pair_that_cannot_be_used_is_told_once_and_the_one_before_goes_on(issu
     assert "cannot read the file" in log[1]["reason"]
 
 
-def test_what_cannot_be_used_at_boot_is_refused_in_one_line(issue, authority, tmp_path):
+def test_an_unusable_pair_at_startup_is_a_settings_error(issue, authority, tmp_path):
     cert, key = issue()
     other = tmp_path / "other.pem"
     other.write_bytes(authority.issue_cert("127.0.0.1").private_key_pem.bytes())
@@ -186,7 +186,7 @@ def test_what_cannot_be_used_at_boot_is_refused_in_one_line(issue, authority, tm
 
 
 @pytest.mark.parametrize(("mode", "warnings"), [(0o600, 0), (0o640, 1), (0o604, 1)])
-def test_a_key_that_others_can_read_is_warned_of(issue, mode, warnings):
+def test_a_key_readable_by_others_causes_a_warning(issue, mode, warnings):
     cert, key = issue()
     key.chmod(mode)
     with structlog.testing.capture_logs() as log:
@@ -194,8 +194,8 @@ def test_a_key_that_others_can_read_is_warned_of(issue, mode, warnings):
     assert len(log) == warnings
 
 
-def test_a_socket_says_when_it_waits_to_write(issue):
-    """A peer that reads nothing leaves no room for what a handshake has to say."""
+def test_a_socket_reports_that_it_waits_for_writing(issue):
+    """A peer that does not read leaves no buffer space for the handshake's response."""
     ours, its = socket.socketpair()
     with its:
         ours.setblocking(False)
@@ -219,7 +219,7 @@ def test_a_socket_says_when_it_waits_to_write(issue):
 
 
 def fill(connection):
-    """Write until nothing more goes in."""
+    """Write until the buffer is full."""
     sent = 1
     while sent:
         try:
@@ -228,7 +228,7 @@ def fill(connection):
             sent = 0
 
 
-def test_a_handshake_that_does_not_fit_into_the_buffers_goes_on_when_its_caller_reads(
+def test_a_handshake_larger_than_the_buffers_continues_when_the_client_reads(
     serve, issue, authority
 ):
     cert, key = issue()
@@ -273,7 +273,7 @@ def answered(caller, incoming, plain):
         return False
 
 
-def test_a_write_to_a_broken_connection_is_its_end(issue):
+def test_writing_to_a_broken_connection_raises_connection_reset(issue):
     ours, its = socket.socketpair()
     with its:
         connection = Certificate(*issue()).wrap(ours)

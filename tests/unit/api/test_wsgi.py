@@ -1,4 +1,4 @@
-"""The server around the application: its threads, as many as there is work for and some more, and its connections."""
+"""The WSGI server: threads, connection limits, timeouts, slow readers, HTTP parsing, bodies."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from labkeeper.api.browser import HEADERS
 from labkeeper.api.concurrency import ConcurrencyLimit, reserve
 from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
 from labkeeper.identity.peers import identify
-from serving import FILE, HOLD, ask, is_closed, said
+from serving import FILE, HOLD, ask, ask_json, is_closed
 
 
 class Task:
-    """Work that lasts until it is told to end."""
+    """A task that lasts until the test ends it."""
 
     def __init__(self):
         self.begun, self.end = threading.Event(), threading.Event()
@@ -39,20 +39,20 @@ class Task:
 
 
 @pytest.fixture
-def fits():
+def capacities():
     return []
 
 
 @pytest.fixture
-def threads(fits):
-    made = _Threads(20, fits.append)
+def threads(capacities):
+    made = _Threads(20, capacities.append)
     yield made
     made.shutdown()
 
 
 @pytest.fixture
 def work(threads):
-    """Give a thread work that lasts to the end of the test."""
+    """Give a thread a task that lasts until the end of the test."""
     given = []
 
     def give():
@@ -66,7 +66,7 @@ def work(threads):
         task.end.set()
 
 
-def test_threads_come_with_the_work_up_to_the_setting(threads, work):
+def test_threads_are_started_with_the_load_up_to_the_limit(threads, work):
     threads.begin()
     assert len(threads.threads) == _FIRST_THREADS
     tasks = []
@@ -81,16 +81,16 @@ def test_threads_come_with_the_work_up_to_the_setting(threads, work):
     assert more[-1].begun.wait(60)
 
 
-def test_a_setting_below_the_first_number_is_kept_to(fits):
-    few = _Threads(2, fits.append)
+def test_a_limit_below_the_initial_number_is_respected(capacities):
+    few = _Threads(2, capacities.append)
     few.begin()
     assert len(few.threads) == 2
     assert few.shutdown()
 
 
-def test_threads_that_have_no_work_are_used_again(threads):
+def test_idle_threads_are_reused(threads):
     threads.begin()
-    # One that was only just started counts as at work until it has looked for some.
+    # A new thread counts as active until it has looked for a task.
     until(lambda: threads.active_count == 0, what="the first threads wait for work")
     for _ in range(50):
         task = Task()
@@ -101,24 +101,28 @@ def test_threads_that_have_no_work_are_used_again(threads):
     assert len(threads.threads) == _FIRST_THREADS
 
 
-def test_where_no_more_can_be_had_it_is_said_once_and_the_rest_goes_on(
-    threads, work, fits, monkeypatch
+def test_without_more_threads_the_pool_warns_once_and_continues(
+    threads, work, capacities, monkeypatch
 ):
     threads.begin()
     with monkeypatch.context() as none_left, structlog.testing.capture_logs() as log:
         none_left.setattr(threading.Thread, "start", out_of_threads)
         tasks = [work() for _ in range(_FIRST_THREADS)]
         assert all(task.begun.wait(60) for task in tasks)
-    (said,) = log
-    assert (said["log_level"], said["threads"], said["wanted"]) == ("warning", _FIRST_THREADS, 20)
-    assert set(fits) == {_FIRST_THREADS}
+    (entry,) = log
+    assert (entry["log_level"], entry["threads"], entry["wanted"]) == (
+        "warning",
+        _FIRST_THREADS,
+        20,
+    )
+    assert set(capacities) == {_FIRST_THREADS}
     assert len(threads.threads) == _FIRST_THREADS
-    # They may be had again later.
+    # More threads may be available later.
     assert work().begun.wait(60)
-    assert fits[-1] == 20
+    assert capacities[-1] == 20
 
 
-def test_no_thread_to_begin_with_is_an_error(threads, monkeypatch):
+def test_without_any_thread_starting_fails(threads, monkeypatch):
     monkeypatch.setattr(threading.Thread, "start", out_of_threads)
     with pytest.raises(RuntimeError):
         threads.begin()
@@ -129,7 +133,7 @@ def out_of_threads(_):
     raise RuntimeError("can't start new thread")
 
 
-def test_no_thread_is_started_after_the_end(threads):
+def test_no_thread_is_started_after_shutdown(threads):
     threads.begin()
     assert threads.shutdown()
     threads.add_task(Task())
@@ -137,12 +141,12 @@ def test_no_thread_is_started_after_the_end(threads):
 
 
 @pytest.mark.parametrize(("threads_", "count"), [(1, 0), (3, 1), (4, 2), (256, 224)])
-def test_some_threads_are_kept_for_those_who_do_not_wait(threads_, count):
+def test_some_threads_are_reserved_for_requests_that_do_not_wait(threads_, count):
     limit = ConcurrencyLimit(threads_)
     assert [limit.acquire() for _ in range(count + 1)] == [True] * count + [False]
 
 
-def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
+def test_shrinking_the_limit_does_not_affect_current_holders():
     limit = ConcurrencyLimit(5)
     assert [limit.acquire() for _ in range(3)] == [True] * 3
     limit.resize(4)
@@ -152,32 +156,35 @@ def test_whoever_has_a_place_keeps_it_when_there_are_fewer():
     assert limit.acquire()
 
 
-# The server with real connections
+# With real connections
 
 
 @pytest.fixture
-def few_places(monkeypatch):
+def few_connections(monkeypatch):
     monkeypatch.setattr(wsgi, "_connection_limit", lambda: 6)
     return 6
 
 
-def test_both_sockets_are_served_and_the_kernel_says_who_is_at_the_other_end_of_one(serve):
+def test_tcp_and_unix_socket_are_served_and_unix_peers_identified_by_the_kernel(serve):
     served = serve()
     forged = ["labkeeper.peer: 1", "Labkeeper-Peer: root", "labkeeper_peer: 1"]
-    over_tcp = said(served.connect(), headers=forged)
+    over_tcp = ask_json(served.connect(), headers=forged)
     assert over_tcp["peer"] is None
     assert over_tcp["HTTP_LABKEEPER_PEER"] == "root"
-    local = said(served.connect_locally(), headers=forged)
+    local = ask_json(served.connect_locally(), headers=forged)
     assert local["peer"] == [os.getpid(), os.getuid(), os.getgid()]
     assert (local["wsgi.url_scheme"], local["REMOTE_ADDR"]) == ("http", "localhost")
 
 
-def test_a_connection_that_outlives_its_process_names_nobody(serve):
+def test_a_connection_that_outlives_its_process_has_no_peer(serve):
     served = serve()
     ours, its = socket.socketpair()
     code = (
-        "import socket, sys\nconnection = socket.socket(socket.AF_UNIX)\nconnection.connect(sys.argv[1])\n"
-        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b'x'], [connection.fileno()])\nsys.stdin.read()\n"
+        "import socket, sys\n"
+        "connection = socket.socket(socket.AF_UNIX)\n"
+        "connection.connect(sys.argv[1])\n"
+        "socket.send_fds(socket.socket(fileno=int(sys.argv[2])), [b'x'], [connection.fileno()])\n"
+        "sys.stdin.read()\n"
     )
     with ours, its:
         child = subprocess.Popen(
@@ -187,45 +194,47 @@ def test_a_connection_that_outlives_its_process_names_nobody(serve):
         )
         ((descriptor,), uid) = socket.recv_fds(ours, 1, 1)[1], os.getuid()
     with socket.socket(fileno=descriptor) as connection:
-        assert said(connection)["peer"] == [child.pid, uid, os.getgid()]
+        assert ask_json(connection)["peer"] == [child.pid, uid, os.getgid()]
         child.communicate()
-        assert said(connection)["peer"] is None
+        assert ask_json(connection)["peer"] is None
 
 
-def test_whoever_comes_gets_in_when_all_places_are_taken_by_those_who_only_wait(serve, few_places):
+def test_at_the_connection_limit_an_idle_connection_is_closed_for_a_new_one(serve, few_connections):
     served = serve()
-    idle = [served.connect() for _ in range(few_places)]
-    served.settle(few_places)
-    assert said(served.connect())["size"] == 0
-    # Who has waited longest had to go; the others stay.
+    idle = [served.connect() for _ in range(few_connections)]
+    served.settle(few_connections)
+    assert ask_json(served.connect())["size"] == 0
+    # The one that has waited longest is closed; the others stay.
     assert is_closed(idle[0])
-    assert said(idle[-1])["size"] == 0
-    # By the other door, too.
-    assert said(served.connect_locally())["peer"] is not None
+    assert ask_json(idle[-1])["size"] == 0
+    # On the Unix socket, too.
+    assert ask_json(served.connect_locally())["peer"] is not None
     assert is_closed(idle[1])
 
 
-def test_whoever_is_answered_keeps_the_place(serve, few_places):
+def test_a_connection_with_a_request_in_progress_is_not_closed_for_a_new_one(
+    serve, few_connections
+):
     served = serve()
-    asked = [served.connect() for _ in range(few_places - 1)]
+    asked = [served.connect() for _ in range(few_connections - 1)]
     for connection in asked:
         connection.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
     until(
         lambda: (
             all(c.requests for c in served.server._doors[0].active_channels.values())
-            and served.inside == few_places - 1
+            and served.inside == few_connections - 1
         )
     )
     last = served.connect()
-    served.settle(few_places)
+    served.settle(few_connections)
     for _ in range(3):
         newer = served.connect()
-        assert said(newer)["size"] == 0
+        assert ask_json(newer)["size"] == 0
         assert is_closed(last)
         last = newer
     last.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\n")
     until(lambda: all(c.requests for c in served.server._doors[0].active_channels.values()))
-    # There is no place to be had: one waits outside, and comes in when another goes.
+    # No connection can be closed: a new one waits until another ends.
     outside = served.connect()
     outside.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     assert not select.select([outside], [], [], 0.3)[0]
@@ -235,26 +244,26 @@ def test_whoever_is_answered_keeps_the_place(serve, few_places):
     assert answer.status == 200
 
 
-def test_thousands_who_only_connect_are_no_hindrance(serve):
-    """As many as there are places, and as many again all the while."""
+def test_thousands_of_idle_connections_do_not_block_requests(serve):
+    """As many as the limit allows, and more all the time."""
     served = serve()
-    places = wsgi._connection_limit()
-    crowd = [served.connect() for _ in range(min(places, 1500))]
+    connection_limit = wsgi._connection_limit()
+    crowd = [served.connect() for _ in range(min(connection_limit, 1500))]
     ended = threading.Event()
 
     def press():
         while not ended.is_set():
             crowd.append(served.connect())
-            if len(crowd) > places + 500:
+            if len(crowd) > connection_limit + 500:
                 crowd.pop(0).close()
 
     pressing = threading.Thread(target=press)
     pressing.start()
     try:
-        until(lambda: served.inside >= places - 50, what="all places taken")
+        until(lambda: served.inside >= connection_limit - 50, what="the limit is reached")
         for _ in range(20):
             with socket.create_connection(served.address, timeout=PATIENCE) as connection:
-                assert said(connection)["size"] == 0
+                assert ask_json(connection)["size"] == 0
     finally:
         ended.set()
         pressing.join()
@@ -271,8 +280,8 @@ def test_thousands_who_only_connect_are_no_hindrance(serve):
     ],
     ids=["line", "nothing", "head", "body", "silent"],
 )
-def test_a_request_that_drips_is_cut_off(clock, serve, first, next_, limit):
-    """However often something comes: by the time since its first byte."""
+def test_a_slow_request_is_cut_off(clock, serve, first, next_, limit):
+    """By the time since its first byte, however often bytes arrive."""
     served = serve()
     connection = served.connect()
     served.settle(1)
@@ -282,42 +291,42 @@ def test_a_request_that_drips_is_cut_off(clock, serve, first, next_, limit):
     for _ in range(3):
         clock.jump(limit * 0.3)
         connection.sendall(next_)
-        assert said(served.connect())["size"] == 0  # The server has looked around since.
+        assert ask_json(served.connect())["size"] == 0  # The server has checked its timeouts since.
     assert not select.select([connection], [], [], 0)[0]
     clock.jump(limit * 0.2)
     assert is_closed(connection)
 
 
-def test_a_connection_that_is_used_is_not_cut_off(clock, serve):
-    """Neither between requests, nor while a long one is answered, nor by what comes behind it."""
+def test_a_connection_in_use_is_not_cut_off(clock, serve):
+    """Neither between requests, nor during a long response, nor by a pipelined request."""
     served = serve()
     used, slow = served.connect(), served.connect()
     slow.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n")
     for _ in range(20):
-        said(used)
+        ask_json(used)
         clock.jump(wsgi._HEAD_WITHIN * 0.6)
     HOLD.set()
     answer = http.client.HTTPResponse(slow)
     answer.begin()
     assert (answer.status, bool(answer.read())) == (200, True)
-    assert said_behind(slow)["size"] == 0
+    assert said_next(slow)["size"] == 0
 
 
-def test_who_takes_each_answer_is_not_behind_however_seldom_that_is_seen(clock, serve, monkeypatch):
-    """The loop may look each time just when an answer was made and not yet taken."""
+def test_a_client_that_reads_each_response_never_counts_as_slow(clock, serve, monkeypatch):
+    """Even if each check happens just when a response is complete but not yet read."""
     served = serve()
     connection = served.connect()
-    said(connection)
+    ask_json(connection)
     (channel,) = channels(served)
     monkeypatch.setattr(wsgi, "_LOOK_EVERY", 1e9)
     clock.jump(wsgi._IDLE_TIMEOUT / 2)
-    said(connection)  # The loop has looked for the last time.
+    ask_json(connection)  # The loop has checked for the last time.
     clock.jump(2 * wsgi._IDLE_TIMEOUT)
-    said(connection)
+    ask_json(connection)
     assert channel._keeping_up[0] == clock.monotonic()
 
 
-def said_behind(connection):
+def said_next(connection):
     connection.sendall(b"Host: x\r\n\r\n")
     answer = http.client.HTTPResponse(connection)
     answer.begin()
@@ -325,11 +334,11 @@ def said_behind(connection):
 
 
 THREADS = 8
-"""Of the server of these tests."""
+"""Of the server under test."""
 
 
 def ask_much(served, count, path, *, by=""):
-    """Open so many connections, each with forty requests, of which nothing is read."""
+    """Open connections, each with forty requests, and read no response."""
     crowd = [served.connect_locally() if by == "socket" else served.connect() for _ in range(count)]
     for connection in crowd:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 40)
@@ -347,18 +356,18 @@ def channels(served):
 
 
 @pytest.mark.parametrize("by", ["port", "socket"])
-def test_slow_readers_hold_no_thread(serve, by):
-    """More of them than there are threads ask for files and read nothing: others are answered all the while."""
+def test_slow_readers_occupy_no_thread(serve, by):
+    """More of them than threads request files and read nothing; other requests are answered."""
     served = serve()
     ask_much(served, 3 * THREADS, "/file", by=by)
     until(lambda: served.server._threads.active_count == 0, what="no thread waits for them")
-    assert said(served.connect())["size"] == 0
-    # What they have asked for beyond the first answer is not made before that is taken.
+    assert ask_json(served.connect())["size"] == 0
+    # Further responses are not produced before the first is read.
     assert all(channel.total_outbufs_len <= FILE + 1024 for channel in channels(served))
 
 
-def test_who_reads_in_the_end_gets_all_that_may_be_asked_for_ahead(serve):
-    """Eight answers, each whole, and the end: the connection keeps no more requests than that."""
+def test_a_late_reader_receives_all_pipelined_responses(serve):
+    """The connection accepts only `_AHEAD` requests, and is closed after the last response."""
     (connection,) = ask_much(serve(), 1, "/file")
     with connection.makefile("rb") as stream:
         _, *answers = stream.read().split(b"HTTP/1.1 200 OK\r\n")
@@ -368,8 +377,8 @@ def test_who_reads_in_the_end_gets_all_that_may_be_asked_for_ahead(serve):
     ]
 
 
-def test_thousands_of_requests_at_once_are_not_kept(serve):
-    """They come in one read, and would take a hundred times the memory of their bytes."""
+def test_thousands_of_pipelined_requests_are_not_kept(serve):
+    """They arrive in one read, and would take a hundred times the memory of their bytes."""
     served = serve()
     connection = served.connect()
     connection.sendall(b"GET /hold HTTP/1.1\r\n\r\n" + b"GET / HTTP/1.1\r\n\r\n" * 1500)
@@ -386,27 +395,29 @@ def test_thousands_of_requests_at_once_are_not_kept(serve):
     assert len(channels(served)[0].requests) == wsgi._AHEAD
 
 
-def test_slow_readers_make_room_when_all_places_are_taken(serve, few_places):
-    """Though requests of theirs wait."""
+def test_slow_readers_are_closed_at_the_connection_limit(serve, few_connections):
+    """Despite their pending requests."""
     served = serve()
-    crowd = ask_much(served, few_places, "/file")
-    assert said(served.connect())["size"] == 0
-    until(lambda: served.inside <= few_places, what="one had to go")
-    assert len(crowd) == few_places
+    crowd = ask_much(served, few_connections, "/file")
+    assert ask_json(served.connect())["size"] == 0
+    until(lambda: served.inside <= few_connections, what="one had to go")
+    assert len(crowd) == few_connections
 
 
-def test_a_caller_that_does_not_take_its_answer_is_left(clock, serve):
-    """Also when no thread works on it any more, since the rest of the answer is in a buffer of the server."""
+def test_a_client_that_never_reads_is_disconnected(clock, serve):
+    """Even if its thread has finished because the server buffers the rest of the response."""
     served = serve()
     ask_much(served, 1, "/file")
     (channel,) = channels(served)
     until(lambda: channel._held, what="no thread works on it")
-    # What the sockets have taken counts at the first check; after that it takes nothing.
+    # Bytes in the sockets' buffers count as read at the first check; after that, nothing is read.
     until(lambda: clock.jump(wsgi._IDLE_TIMEOUT + 1) or not served.inside, what="it is cut off")
 
 
-def test_slow_readers_go_when_too_much_waits_for_all_of_them(clock, serve, monkeypatch):
-    """Those first who have taken nothing for longest. What waits takes memory, and files with a descriptor each."""
+def test_slow_readers_are_disconnected_if_too_much_output_is_unread_in_total(
+    clock, serve, monkeypatch
+):
+    """Those idle for longest first. Unread output takes memory and descriptors."""
     served = serve()
     ask_much(served, 1, "/file")
     clock.jump(wsgi._LOOK_EVERY + 1)
@@ -416,19 +427,19 @@ def test_slow_readers_go_when_too_much_waits_for_all_of_them(clock, serve, monke
     first, *others = channels(served)
     until(lambda: all(channel._held for channel in (first, *others)), what="all are answered")
     clock.jump(wsgi._LOOK_EVERY + 1)
-    assert said(served.connect())["size"] == 0  # The server has looked around since.
+    assert ask_json(served.connect())["size"] == 0  # The server has checked since.
     assert not any(channel.will_close for channel in (first, *others))
     most = sum(channel.total_outbufs_len for channel in others) + first.total_outbufs_len // 2
     monkeypatch.setattr(wsgi, "_UNTAKEN_OF_ALL", most)
     clock.jump(wsgi._LOOK_EVERY + 1)
     until(lambda: not first.connected, what="the first is cut off")
-    assert said(served.connect())["size"] == 0
+    assert ask_json(served.connect())["size"] == 0
     assert all(channel.connected for channel in others)
 
 
 @pytest.mark.parametrize("taken", [0, 100], ids=["nothing", "little"])
-def test_slow_readers_let_go_of_their_threads_in_time(clock, serve, taken):
-    """As many as there are threads wait within an answer; whoever comes is answered when they are cut off."""
+def test_slow_readers_release_their_threads_in_time(clock, serve, taken):
+    """All threads stall within a response; a new request is answered after the cut-off."""
     served = serve()
     crowd = ask_much(served, THREADS, "/large")
     newcomer = served.connect()
@@ -444,7 +455,7 @@ def test_slow_readers_let_go_of_their_threads_in_time(clock, serve, taken):
 
 
 def test_a_reader_that_keeps_up_is_not_cut_off(clock, serve):
-    """However long it takes in all: here, twice as long as a caller has that takes nothing."""
+    """Here it takes twice as long as a client that reads nothing may."""
     connection = serve().connect()
     connection.sendall(b"GET /large HTTP/1.0\r\n\r\n")
     answer, size = http.client.HTTPResponse(connection), 0
@@ -455,14 +466,14 @@ def test_a_reader_that_keeps_up_is_not_cut_off(clock, serve):
     assert size == 40 * 2**20
 
 
-def test_the_loop_leaves_a_connection_alone_while_a_thread_writes_to_it(serve, monkeypatch):
-    """It would ask for it again and again, and slow down the very thread that it waits for."""
+def test_the_loop_ignores_a_connection_while_a_thread_writes_to_it(serve, monkeypatch):
+    """It would poll it constantly, and slow down that thread."""
     rounds, writes = [], threading.Event()
 
     def send(channel, data, do_close=True):
         rounds.clear()
         writes.set()
-        # Others come meanwhile, so the loop is awake.
+        # Other connections keep the loop awake.
         until(lambda: served.inside == 3, what="others are inside")
         asked.append(len(rounds))
         return plain_send(channel, data, do_close)
@@ -495,18 +506,18 @@ def test_the_loop_leaves_a_connection_alone_while_a_thread_writes_to_it(serve, m
         (["X: " + "y" * 17000], 431),
     ],
 )
-def test_heads_are_bounded(serve, headers, status):
+def test_headers_are_limited_in_number_and_size(serve, headers, status):
     answered, body = ask(serve().connect(), headers=headers)
     assert answered == status
     if status != 200:
         assert json.loads(body)["code"] == "request_header_fields_too_large"
 
 
-# The protocol
+# HTTP
 
 
 def sends(served, *lines, body=b""):
-    """Send a request by hand; give its status and all that comes back behind the head, to the end of the connection."""
+    """Send a raw request; return the status, the headers, and the rest until the end."""
     connection = served.connect()
     connection.sendall("\r\n".join([*lines, "", ""]).encode() + body)
     with connection.makefile("rb") as stream:
@@ -524,15 +535,15 @@ def sends(served, *lines, body=b""):
         ["Transfer-Encoding: chunked, chunked"],
     ],
 )
-def test_a_length_that_can_be_read_in_two_ways_is_refused(serve, headers):
-    """Another program on the way may read it otherwise, and take what is a body here for the next request (RFC 9112, 6.1)."""
+def test_an_ambiguous_length_is_refused(serve, headers):
+    """A proxy could read it differently, and take the body for a request (RFC 9112, 6.1)."""
     body = b"0\r\n\r\nGET /smuggled HTTP/1.1\r\n\r\n"
     status, head, rest = sends(serve(), "POST / HTTP/1.1", "Host: x", *headers, body=body)
     assert (status, json.loads(rest)["code"]) == (400, "bad_request")
     assert "Connection: close" in head
 
 
-def test_chunks_in_an_old_version_of_the_protocol_are_refused(serve):
+def test_chunks_in_http_1_0_are_refused(serve):
     status, _, rest = sends(
         serve(), "POST / HTTP/1.0", "Transfer-Encoding: chunked", body=b"0\r\n\r\n"
     )
@@ -550,15 +561,15 @@ def test_chunks_in_an_old_version_of_the_protocol_are_refused(serve):
         (["HEAD / HTTP/1.1", "Transfer-Encoding: gzip"], 501),
     ],
 )
-def test_a_refusal_of_a_head_has_no_body(serve, lines, status):
+def test_an_error_response_to_head_has_no_body(serve, lines, status):
     refused, head, rest = sends(serve(), *lines)
     assert (refused, rest) == (status, b"")
     assert "Content-Type: application/problem+json" in head
 
 
 @pytest.mark.parametrize("path", ["/", "/events", "/large"])
-def test_an_answer_to_head_has_no_body(serve, path):
-    """Not even the end of one that comes in chunks."""
+def test_a_response_to_head_has_no_body(serve, path):
+    """Not even the final chunk."""
     status, head, rest = sends(serve(), f"HEAD {path} HTTP/1.1", "Host: x", "Connection: close")
     assert (status, rest) == (200, b"")
     assert ("Transfer-Encoding: chunked" in head) == (path != "/")
@@ -566,8 +577,8 @@ def test_an_answer_to_head_has_no_body(serve, path):
 
 @pytest.mark.parametrize("value", ["close", "Upgrade, close", "close,keep-alive", "Close , x"])
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
-def test_a_connection_is_closed_when_its_caller_says_so(serve, value, version):
-    """Whatever else the header says."""
+def test_a_connection_is_closed_on_request(serve, value, version):
+    """Whatever else the Connection header contains."""
     connection = serve().connect()
     connection.sendall(f"GET / HTTP/{version}\r\nHost: x\r\nConnection: {value}\r\n\r\n".encode())
     with connection.makefile("rb") as stream:
@@ -581,12 +592,12 @@ BODY = 3 * wsgi._IN_MEMORY
 """Bytes."""
 
 
-def know_the_right_one(authorization, peer):
+def knows_right_token(authorization, peer):
     return authorization == "right" or peer is not None
 
 
-def begin_body(served, *headers, chunked=False):
-    """Send the head of a request, and more of its body than is kept in memory, but not all."""
+def start_body(served, *headers, chunked=False):
+    """Send the headers, and more of the body than is kept in memory, but not all of it."""
     connection = served.connect()
     length = "Transfer-Encoding: chunked" if chunked else f"Content-Length: {BODY}"
     size = f"{BODY:x}\r\n" if chunked else ""
@@ -610,7 +621,7 @@ def body_of(channel):
     return channel.request.body_bytes_received if channel.request is not None else 0
 
 
-def end_body(connection, *, chunked=False):
+def finish_body(connection, *, chunked=False):
     connection.sendall(b"x\r\n0\r\n\r\n" if chunked else b"x")
     answer = http.client.HTTPResponse(connection)
     answer.begin()
@@ -618,40 +629,44 @@ def end_body(connection, *, chunked=False):
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-def test_the_body_of_who_is_not_known_is_read_and_not_kept(serve, chunked):
-    served = serve(knows=know_the_right_one)
+def test_the_body_of_an_unauthenticated_request_is_read_and_discarded(serve, chunked):
+    served = serve(knows=knows_right_token)
     unknown = [
-        begin_body(served, *proof, chunked=chunked) for proof in ([], ["Authorization: wrong"])
+        start_body(served, *proof, chunked=chunked) for proof in ([], ["Authorization: wrong"])
     ]
-    known = begin_body(served, "Authorization: right", chunked=chunked)
+    known = start_body(served, "Authorization: right", chunked=chunked)
     assert [len(channel.request.body_rcv.getbuf()) for channel in channels(served)] == [
         0,
         0,
         BODY - 1,
     ]
     for connection in unknown:
-        told = end_body(connection, chunked=chunked)
-        assert (told["unread"], told["size"]) == (True, 0)
-        # The connection goes on behind it.
+        answer = finish_body(connection, chunked=chunked)
+        assert (answer["unread"], answer["size"]) == (True, 0)
+        # The connection can be used for further requests.
         assert (
-            said(connection, headers=["Authorization: right"], method="POST", body=b"abc")["size"]
+            ask_json(connection, headers=["Authorization: right"], method="POST", body=b"abc")[
+                "size"
+            ]
             == 3
         )
-    told = end_body(known, chunked=chunked)
-    assert (told["unread"], told["size"]) == (False, BODY)
-    # Over the Unix socket it is the peer who is known.
-    assert said(served.connect_locally(), method="POST", body=b"abc")["size"] == 3
+    answer = finish_body(known, chunked=chunked)
+    assert (answer["unread"], answer["size"]) == (False, BODY)
+    # On the Unix socket the peer is authenticated.
+    assert ask_json(served.connect_locally(), method="POST", body=b"abc")["size"] == 3
 
 
-def test_who_is_not_known_is_answered_before_a_body_that_waits_for_a_word(serve):
-    served = serve(knows=know_the_right_one)
+def test_expect_100_continue_without_authentication_is_answered_at_once(serve):
+    served = serve(knows=knows_right_token)
     for proof, status in (
         ("Authorization: right", b"100 Continue"),
         ("Authorization: wrong", b"200 OK"),
     ):
         connection = served.connect()
         connection.sendall(
-            f"POST / HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n{proof}\r\n\r\n".encode()
+            (
+                f"POST / HTTP/1.1\r\nContent-Length: 9\r\nExpect: 100-continue\r\n{proof}\r\n\r\n"
+            ).encode()
         )
         with connection.makefile("rb") as stream:
             assert stream.readline() == b"HTTP/1.1 %s\r\n" % status
@@ -660,22 +675,22 @@ def test_who_is_not_known_is_answered_before_a_body_that_waits_for_a_word(serve)
 
 
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
-def test_so_many_large_bodies_come_at_a_time(serve, monkeypatch, chunked):
-    """Those that are small, or in memory anyway, come all the same."""
+def test_the_number_of_concurrent_large_bodies_is_limited(serve, monkeypatch, chunked):
+    """Small ones, and those in memory, are not affected."""
     monkeypatch.setattr(wsgi, "_LARGE_BODIES", 2)
     served = serve()
-    first, second, third = (begin_body(served, chunked=chunked) for _ in range(3))
-    assert said(served.connect(), method="POST", body=b"x" * 1000)["size"] == 1000
-    assert end_body(third, chunked=chunked)["unread"]
-    assert end_body(first, chunked=chunked)["size"] == BODY
+    first, second, third = (start_body(served, chunked=chunked) for _ in range(3))
+    assert ask_json(served.connect(), method="POST", body=b"x" * 1000)["size"] == 1000
+    assert finish_body(third, chunked=chunked)["unread"]
+    assert finish_body(first, chunked=chunked)["size"] == BODY
     until(lambda: not channels(served)[0].requests, what="the first is answered")
-    assert end_body(begin_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
+    assert finish_body(start_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
     second.close()
     served.settle(4)
-    assert end_body(begin_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
+    assert finish_body(start_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
 
 
-def test_what_is_refused_before_it_is_read_tells_browsers_to_be_careful_too(serve):
+def test_a_response_from_the_http_parser_has_security_headers_too(serve):
     connection = serve().connect()
     connection.sendall(b"GET / HTTP/1.1\r\nno header\r\n\r\n")
     answer = http.client.HTTPResponse(connection)
@@ -684,20 +699,20 @@ def test_what_is_refused_before_it_is_read_tells_browsers_to_be_careful_too(serv
     assert dict(answer.getheaders()).items() >= HEADERS.items()
 
 
-def test_a_connection_that_went_before_it_was_taken_in_is_no_matter(serve, monkeypatch):
+def test_a_connection_that_is_gone_before_it_is_accepted_is_ignored(serve, monkeypatch):
     served = serve()
     refused = OSError("gone")
     with monkeypatch.context() as broken:
         broken.setattr(wsgi._Channel, "__init__", lambda *_, **__: raise_(refused))
         assert is_closed(served.connect())
-    assert said(served.connect())["size"] == 0
+    assert ask_json(served.connect())["size"] == 0
 
 
 def raise_(error):
     raise error
 
 
-def test_who_has_ended_before_it_was_let_in_is_nobody(tmp_path):
+def test_a_process_that_ended_before_it_was_accepted_is_not_a_peer(tmp_path):
     path = os.path.relpath(tmp_path / "door")
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(path)
