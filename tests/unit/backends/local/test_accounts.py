@@ -1,4 +1,4 @@
-"""A server runs as the user that was asked for, or its start says why it cannot."""
+"""The users that servers run as, and their environments."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def spec(user):
 
 
 @pytest.mark.parametrize("user", [None, OURSELVES])
-def test_whoever_asks_for_us_or_for_nobody_gets_us(user):
+def test_the_keepers_own_user_and_none_need_no_account(user):
     assert find_user(spec(user)) is None
 
 
-def test_a_user_that_does_not_exist_is_named():
+def test_an_unknown_user_is_refused():
     with pytest.raises(
         BackendRefused,
         match=r"cannot start server 'a' as user 'no-such-user': there is no such user",
@@ -40,7 +40,7 @@ def test_a_user_that_does_not_exist_is_named():
 
 
 @root_only
-def test_another_user_comes_with_its_groups_and_what_a_login_sets():
+def test_another_user_has_its_groups_and_login_environment():
     entry = pwd.getpwnam(OTHER)
     account = find_user(spec(OTHER))
     assert (account.ids.uid, account.ids.gid) == (entry.pw_uid, entry.pw_gid)
@@ -51,31 +51,31 @@ def test_another_user_comes_with_its_groups_and_what_a_login_sets():
 
 
 @root_only
-def test_one_who_is_not_root_cannot_start_servers_as_others():
+def test_a_keeper_without_root_cannot_start_servers_as_other_users():
     source = (
         "from labkeeper.backends.local.accounts import find_user\n"
         "from labkeeper.core.spec import ServerName, ServerSpec\n"
         "find_user(ServerSpec(ServerName('a'), '/', user='root'))"
     )
-    said = subprocess.run(
+    done = subprocess.run(
         ["setpriv", "--reuid", OTHER, "--clear-groups", sys.executable, "-c", source],
         capture_output=True,
         text=True,
         check=False,
         cwd="/",
     )
-    assert said.returncode == 1
+    assert done.returncode == 1
     assert (
-        "cannot start server 'a' as user 'root': only a keeper that runs as root can start servers as other users"
-        in said.stderr
+        "cannot start server 'a' as user 'root':"
+        " only a keeper that runs as root can start servers as other users" in done.stderr
     )
 
 
 @pytest.mark.parametrize("euid", [0, 1])
-def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_start(
+def test_a_fork_server_of_root_gets_only_common_variables_and_those_read_at_startup(
     monkeypatch, euid
 ):
-    """All its servers have it in their memory. The rest comes with the launch, but for what would come too late then."""
+    """All its servers inherit its memory. Other variables come with a launch."""
     monkeypatch.setattr(os, "geteuid", lambda: euid)
     early = {
         "PYTHONPATH",
@@ -96,14 +96,15 @@ def test_a_fork_server_of_root_gets_what_all_may_have_and_what_is_read_at_a_star
     assert secret & given == (set() if euid == 0 else secret)
 
 
-def test_a_runtime_directory_that_others_cannot_reach_is_refused_by_the_directory_in_the_way(
+def test_a_runtime_directory_that_users_cannot_reach_is_refused_naming_the_obstacle(
     tmp_path,
 ):
     (tmp_path / "closed" / "inner").mkdir(parents=True)
     (tmp_path / "closed").chmod(0o700)
     with pytest.raises(
         BackendRefused,
-        match=r"cannot traverse .*; set LABKEEPER_RUNTIME_DIR to a directory that all users can reach",
+        match=r"cannot traverse .*; set LABKEEPER_RUNTIME_DIR to a directory"
+        r" that all users can reach",
     ):
         check_passage(spec(OTHER), tmp_path / "closed" / "inner" / "run")
     check_passage(spec(OTHER), Path("/run/labkeeper"))

@@ -1,4 +1,4 @@
-"""Who comes by a Unix socket is known to stem from a server, whatever it does about it: real servers, real kernels."""
+"""Peers of the Unix socket that descend from a server are recognized: real servers and kernels."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ os.rename(out + ".new", out)
 
 
 class Keeper:
-    """A backend with one server, and a socket that says of who comes whether it belongs to a server."""
+    """A backend with one server, and a socket that tells peers whether they descend from it."""
 
     def __init__(self, base, launch_by):
         self.base = base
@@ -101,7 +101,7 @@ class Keeper:
             how,
         ], out
 
-    def said(self, out):
+    def answer_in(self, out):
         until(out.exists, what="an answer")
         return json.loads(out.read_text())
 
@@ -128,18 +128,18 @@ def make_keeper(tmp_path):
 
 @pytest.fixture
 def _no_groups(monkeypatch):
-    """As on a host where no control group can be made."""
+    """A host on which no control groups can be created."""
     monkeypatch.setattr(ControlGroups, "hold_any", lambda *_: False)
     monkeypatch.setattr(ControlGroups, "hold", lambda *_: None)
 
 
 @pytest.mark.usefixtures("_no_groups")
 @pytest.mark.parametrize("launch_by", ["fork", "exec"])
-def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
+def test_processes_of_a_kernel_are_recognized_whatever_they_do(make_keeper, launch_by):
     keeper = make_keeper(launch_by)
     outside, out = keeper.command("daemon")
     subprocess.run(outside, check=True)
-    assert keeper.said(out) is False
+    assert keeper.answer_in(out) is False
     server = keeper.launch(launch_by)
     assert keeper.backend.is_server(server["pid"])
     kernel = start_kernel(server)
@@ -147,7 +147,7 @@ def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
     run_cell(
         server, kernel, f"import sys; sys.argv = {command[2:]!r}; exec(open(sys.argv[0]).read())"
     )
-    assert keeper.said(out) is True
+    assert keeper.answer_in(out) is True
     for how, environment in (
         ("itself", "None"),
         ("daemon", "None"),
@@ -160,14 +160,14 @@ def test_a_kernel_is_known_whatever_it_does(make_keeper, launch_by):
             kernel,
             f"import subprocess; subprocess.run({command!r}, env={environment}, check=True)",
         )
-        assert keeper.said(out) is True
-    # Whoever comes later from elsewhere is no server's where there is a line to tell by.
+        assert keeper.answer_in(out) is True
+    # A later process from elsewhere is only cleared by a chain of parents to a known ancestor.
     outside, out = keeper.command("daemon")
     subprocess.run(outside, check=True)
-    assert keeper.said(out) is (launch_by == "exec")
+    assert keeper.answer_in(out) is (launch_by == "exec")
 
 
-def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper):
+def test_a_control_group_identifies_processes_without_parents(make_keeper):
     keeper = make_keeper("exec")
     server = keeper.launch("exec")
     if not keeper.backend._groups.members(ServerName("lab")):
@@ -177,30 +177,30 @@ def test_a_control_group_tells_also_of_what_has_no_parents_any_more(make_keeper)
     run_cell(
         server, kernel, f"import subprocess; subprocess.run({command!r}, env={{}}, check=True)"
     )
-    assert keeper.said(out) is True
+    assert keeper.answer_in(out) is True
     outside, out = keeper.command("daemon")
     subprocess.run(outside, check=True)
-    assert keeper.said(out) is False
+    assert keeper.answer_in(out) is False
 
 
 @pytest.fixture
-def kin(tmp_path):
+def ancestry_(tmp_path):
     return Ancestry({tmp_path: ControlGroups(tmp_path)})
 
 
-def test_the_keeper_is_no_server_and_what_has_ended_is_not_trusted(kin):
+def test_the_keeper_is_not_of_a_server_and_an_ended_process_is_not_trusted(ancestry_):
     child = subprocess.Popen(["true"])
     child.wait()
-    assert kin.is_of_server(child.pid, set())
-    assert not kin.is_of_server(os.getpid(), set())
-    assert not kin.is_of_server(os.getppid(), set())
+    assert ancestry_.is_of_server(child.pid, set())
+    assert not ancestry_.is_of_server(os.getpid(), set())
+    assert not ancestry_.is_of_server(os.getppid(), set())
 
 
 @pytest.mark.parametrize(
     ("place", "known"), [("run", True), ("earlier", True), ("of-another-keeper", False)]
 )
-def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, place, known):
-    kin = Ancestry(
+def test_processes_of_an_earlier_runtime_directory_are_recognized(tmp_path, place, known):
+    ancestry_ = Ancestry(
         {
             directory: ControlGroups(directory)
             for directory in (tmp_path / "run", tmp_path / "earlier")
@@ -214,15 +214,18 @@ def test_what_runs_from_an_earlier_runtime_directory_is_of_a_server(tmp_path, pl
         ).stdout
     )
     try:
-        assert kin.is_of_server(pid, set()) is known
+        assert ancestry_.is_of_server(pid, set()) is known
     finally:
         os.kill(pid, 9)
 
 
 @pytest.fixture
 def terminal():
-    """A shell as a keeper would be started from, with a child of its session and one that has left that."""
-    line = f"{sys.executable} -c 'import time; time.sleep(1000)' & echo $!; setsid sleep 1000 & echo $!; exec sleep 1000"
+    """A shell like one that starts a keeper, with a child inside and one outside its session."""
+    line = (
+        f"{sys.executable} -c 'import time; time.sleep(1000)' & echo $!;"
+        " setsid sleep 1000 & echo $!; exec sleep 1000"
+    )
     with subprocess.Popen(
         ["sh", "-c", line], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as shell:
@@ -233,18 +236,18 @@ def terminal():
             os.kill(pid, 9)
 
 
-def test_where_servers_may_leave_something_behind_only_age_or_session_prove_that_one_is_of_none(
-    kin, terminal, monkeypatch
+def test_without_a_known_parent_only_age_or_session_clear_a_process(
+    ancestry_, terminal, monkeypatch
 ):
     shell, inside, outside = terminal
     monkeypatch.setattr(ancestry, "spared", lambda: {os.getpid(), shell})
-    assert not kin.is_of_server(inside, set())
-    assert not kin.is_of_server(outside, set())
-    kin.note_executed(Process(2**22, Process.find(outside).started))
-    assert not kin.is_of_server(inside, set())
-    assert kin.is_of_server(outside, set())
-    kin._first_loose += 1
-    assert not kin.is_of_server(outside, set())
+    assert not ancestry_.is_of_server(inside, set())
+    assert not ancestry_.is_of_server(outside, set())
+    ancestry_.note_executed(Process(2**22, Process.find(outside).started))
+    assert not ancestry_.is_of_server(inside, set())
+    assert ancestry_.is_of_server(outside, set())
+    ancestry_._first_loose += 1
+    assert not ancestry_.is_of_server(outside, set())
 
 
 INSIDE = """
@@ -269,8 +272,8 @@ for line in sys.stdin:
 
 
 @pytest.mark.root
-def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
-    """As `docker exec` does: its parent is out of sight, and what a server leaves behind is never a child of that."""
+def test_a_process_that_entered_our_pid_namespace_is_not_of_a_server(tmp_path):
+    """As by `docker exec`: its parent is invisible, and never adopts orphans of a server."""
     around = subprocess.Popen(
         ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", INSIDE, tmp_path],
         stdin=subprocess.PIPE,
@@ -284,25 +287,25 @@ def test_who_comes_from_outside_of_our_namespace_is_of_no_server(tmp_path):
         with subprocess.Popen(
             enter, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as stranger:
-            told = []
+            results = []
             for pid in (left_behind, stranger.stdout.readline()):
                 around.stdin.write(pid)
                 around.stdin.flush()
-                told.append(around.stdout.readline().strip())
+                results.append(around.stdout.readline().strip())
             stranger.stdin.write("\n")
-    assert told == ["True", "False"]
+    assert results == ["True", "False"]
 
 
-def test_a_line_without_end_is_not_trusted(kin, monkeypatch):
+def test_an_endless_chain_of_parents_is_not_trusted(ancestry_, monkeypatch):
     monkeypatch.setattr(ancestry, "stat", lambda _: ["S", "7", "1", "1"])
     monkeypatch.setattr(ancestry, "spared", set)
     monkeypatch.setattr(Ancestry, "_is_known", lambda *_: False)
-    assert kin.is_of_server(7, set())
+    assert ancestry_.is_of_server(7, set())
 
 
-def test_a_process_that_may_not_be_looked_at_is_no_fork_server(kin, monkeypatch):
+def test_a_process_that_cannot_be_inspected_is_not_a_fork_server(ancestry_, monkeypatch):
     def refuse(_):
         raise PermissionError
 
     monkeypatch.setattr(Path, "readlink", refuse)
-    assert not kin._is_known(os.getpid())
+    assert not ancestry_._is_known(os.getpid())

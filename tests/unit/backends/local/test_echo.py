@@ -1,4 +1,4 @@
-"""What servers log, repeated in the keeper's log: each record once and whole, and never too much."""
+"""Echoing server logs to the keeper's log: each record once, tracebacks whole, and limited."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def log(tmp_path):
 
 
 @pytest.fixture
-def said():
+def entries():
     with structlog.testing.capture_logs() as entries:
         yield entries
 
@@ -32,11 +32,11 @@ def write(log, data):
         stream.write(data.encode() if isinstance(data, str) else data)
 
 
-def told(said):
-    return [(entry["log_level"], entry["event"]) for entry in said]
+def echoed(entries):
+    return [(entry["log_level"], entry["event"]) for entry in entries]
 
 
-def test_each_record_is_repeated_once_with_its_level(log, said):
+def test_each_record_is_echoed_once_with_its_level(log, entries):
     write(log, "[I 2026-11-23 22:19:20.559 ServerApp] old\n")
     echo = Echo("x", log, log.path.stat().st_size)
     write(log, "[I 2026-11-23 22:19:20.559 ServerApp] a\n[W 2026-11-23 22:19:20.560 LabApp] b\n")
@@ -44,61 +44,61 @@ def test_each_record_is_repeated_once_with_its_level(log, said):
     echo.repeat()
     write(log, "[C 2026-11-23 22:19:20.561 ServerApp] c\n[D 2026-11-23 22:19:20.561 ServerApp] \n")
     echo.repeat()
-    assert told(said) == [("info", "a"), ("warning", "b"), ("critical", "c"), ("debug", "")]
-    assert {entry["server"] for entry in said} == {"x"}
+    assert echoed(entries) == [("info", "a"), ("warning", "b"), ("critical", "c"), ("debug", "")]
+    assert {entry["server"] for entry in entries} == {"x"}
 
 
-def test_a_trace_stays_whole(log, said):
+def test_a_traceback_is_a_single_record(log, entries):
     write(log, "printed by a kernel\n" + TRACE + "[I 2026-11-23 22:19:20.561 ServerApp] after\n")
     Echo("x", log, 0).repeat()
-    assert told(said) == [
+    assert echoed(entries) == [
         ("info", "printed by a kernel"),
         ("error", "Uncaught exception GET /api"),
         ("info", "after"),
     ]
-    assert said[1]["exception"].splitlines() == TRACE.splitlines()[1:]
+    assert entries[1]["exception"].splitlines() == TRACE.splitlines()[1:]
 
 
-def test_a_line_waits_for_its_end(log, said):
+def test_an_incomplete_line_is_echoed_once_it_is_complete(log, entries):
     echo = Echo("x", log, 0)
     write(log, "half")
     echo.repeat()
-    assert said == []
+    assert entries == []
     write(log, " and half\n")
     echo.repeat()
-    assert told(said) == [("info", "half and half")]
+    assert echoed(entries) == [("info", "half and half")]
 
 
-def test_tokens_are_not_repeated(log, said):
+def test_tokens_are_scrubbed(log, entries):
     write(log, f"[I 2026-11-23 22:19:20.559 ServerApp] /lab?token={'0a' * 24}\n")
     Echo("x", log, 0).repeat()
-    assert told(said) == [("info", "/lab?token=[secret]")]
+    assert echoed(entries) == [("info", "/lab?token=[secret]")]
 
 
 @pytest.mark.parametrize("line", [b"x" * 99 + b"\n", b"x" * 2**20, b"\xff\n"])
-def test_too_much_is_left_out_and_said(log, said, line):
+def test_excess_output_is_dropped_and_its_size_reported(log, entries, line):
     echo = Echo("x", log, 0)
     write(log, line * (2**20 // len(line)))
     echo.repeat()
-    repeated = sum(len(entry["event"]) for entry in said[1:]) + sum(
-        len(entry.get("exception", "")) for entry in said[1:]
+    repeated = sum(len(entry["event"]) for entry in entries[1:]) + sum(
+        len(entry.get("exception", "")) for entry in entries[1:]
     )
-    assert said[0]["log_level"] == "warning"
-    assert said[0]["bytes"] >= log.path.stat().st_size - 2**18
+    assert entries[0]["log_level"] == "warning"
+    assert entries[0]["bytes"] >= log.path.stat().st_size - 2**18
     assert 0 < repeated <= 2**18
     echo.repeat()
-    assert sum(entry["log_level"] == "warning" for entry in said) == 1
+    assert sum(entry["log_level"] == "warning" for entry in entries) == 1
 
 
-def test_a_log_that_was_rotated_is_read_from_its_beginning(log, said):
+def test_a_rotated_log_is_read_from_its_beginning(log, entries):
     write(log, "before the rotation\n")
     echo = Echo("x", log, 0)
     echo.repeat()
     log.path.write_text("after\n")
     echo.repeat()
-    assert told(said) == [("info", "before the rotation"), ("info", "after")]
+    assert echoed(entries) == [("info", "before the rotation"), ("info", "after")]
 
 
-def test_a_log_that_is_gone_is_no_trouble(log, said):
+def test_a_missing_log_is_ignored(log, entries):
     Echo("x", log, 0).repeat()
-    assert said == []
+    assert entries == []

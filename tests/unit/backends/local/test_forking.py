@@ -1,4 +1,4 @@
-"""A fork server answers its keeper, bears all that others send, and parts from what it cannot serve."""
+"""A fork server in use: launches, exits, requests from others, staleness and replacement."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ if os.path.exists(room + "/gate"):
     open(room + "/here", "w").close()
     open(room + "/gate").read()
 """
-"""Of Jupyter: holds a server up for as long as its test wants, when it has become a process of its own."""
+"""A configuration of Jupyter that blocks a new server for as long as its test wants."""
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _nothing_left_behind():
-    """As for all tests, but once for all of this module: they share a fork server, which is replaced now and then."""
+    """Checks leaks once for the module, since its tests share a fork server."""
     threads, processes = set(threading.enumerate()), children()
     yield
     until(
@@ -58,8 +58,8 @@ def _nothing_left_behind():
     )
 
 
-class Nursery:
-    """One fork server, as the keeper sees it and as its socket does."""
+class Rig:
+    """A fork server, with access to the keeper's side and to its socket."""
 
     def __init__(self, base: Path):
         self.base = base
@@ -96,7 +96,7 @@ class Nursery:
         return (self.base / "logs" / "_forkserver.log").read_text()
 
     def request(self, name=None):
-        """A launch that ends at once, with exit code 1: its directory does not exist."""
+        """Return a launch that ends at once with exit code 1: its directory does not exist."""
         self.count += 1
         server_dir = self.base / "run" / (name or f"server{self.count}")
         (server_dir / "jupyter").mkdir(parents=True)
@@ -115,7 +115,7 @@ class Nursery:
         )
 
     def lasting(self):
-        """A launch that is held up when it reads its configuration."""
+        """Return a launch that blocks when it reads its configuration."""
         request = self.request()
         os.mkfifo(Path(request.server_dir) / "gate")
         request.env["JUPYTER_RUNTIME_DIR"] = request.server_dir
@@ -147,16 +147,16 @@ class Nursery:
             if "load" not in str(because):
                 report.close()
                 raise
-            return None  # It was replaced just now.
+            return None  # It has just been replaced.
 
     def ask(self, message, files=()):
-        """Ask as another process of the same user would."""
+        """Send a request as another process of the same user would."""
         with connect(self.directory) as connection:
             wire.send(connection, message, files)
             return wire.receive(connection)[0]
 
     def holds(self, path):
-        """Whether the fork server has a file open."""
+        """Return whether the fork server has a file open."""
         return str(path) in open_files(self.process.pid).values()
 
     def close(self):
@@ -171,13 +171,13 @@ def open_files(pid):
     return files
 
 
-def at_its_gate(request):
+def wait_for_gate(request):
     return until((Path(request.server_dir) / "here").exists, what="it reads its configuration")
 
 
 @pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    made = Nursery(tmp_path_factory.mktemp("nursery"))
+def rig(tmp_path_factory):
+    made = Rig(tmp_path_factory.mktemp("rig"))
     yield made
     made.close()
     until(
@@ -185,34 +185,32 @@ def nursery(tmp_path_factory):
     )
 
 
-def test_a_child_is_forked_from_it_and_its_end_is_told_exactly(nursery):
-    with nursery.launched(nursery.lasting()) as (process, parent, report):
-        assert parent == nursery.directory.name
-        assert psutil.Process(process.pid).ppid() == nursery.process.pid
+def test_a_server_is_forked_and_its_exit_reported_exactly(rig):
+    with rig.launched(rig.lasting()) as (process, parent, report):
+        assert parent == rig.directory.name
+        assert psutil.Process(process.pid).ppid() == rig.process.pid
         process.send(signal.SIGSEGV)
         assert report.exit(within=10) == Exit(signal="SIGSEGV")
-    with nursery.launched(nursery.request()) as (process, _, report):
+    with rig.launched(rig.request()) as (process, _, report):
         assert report.exit(within=10) == Exit(code=1)
-    assert "nowhere" in (nursery.base / "log").read_text()
+    assert "nowhere" in (rig.base / "log").read_text()
 
 
-def test_its_socket_is_for_its_user_alone(nursery):
-    modes = {
-        path: path.stat().st_mode & 0o777 for path in (nursery.directory, nursery.directory.parent)
-    }
+def test_its_socket_is_private(rig):
+    modes = {path: path.stat().st_mode & 0o777 for path in (rig.directory, rig.directory.parent)}
     assert set(modes.values()) == {0o700}, modes
-    files = {path.name: path.stat().st_mode & 0o777 for path in nursery.directory.iterdir()}
+    files = {path.name: path.stat().st_mode & 0o777 for path in rig.directory.iterdir()}
     assert files == {"socket": 0o600, "rehearsal.json": 0o600}
 
 
-def test_it_has_one_thread_and_nothing_open_that_a_server_could_take_for_its_own(nursery):
-    assert len(list(Path(f"/proc/{nursery.process.pid}/task").iterdir())) == 1
+def test_it_has_a_single_thread(rig):
+    assert len(list(Path(f"/proc/{rig.process.pid}/task").iterdir())) == 1
 
 
 @pytest.fixture
-def beside(tmp_path):
-    """A file to send beside a request."""
-    path = tmp_path / "beside"
+def attachment(tmp_path):
+    """A file to send with a request."""
+    path = tmp_path / "attachment"
     path.touch()
     return path
 
@@ -229,18 +227,18 @@ GARBAGE = {
 
 
 @pytest.mark.parametrize("what", GARBAGE)
-def test_garbage_neither_ends_it_nor_holds_it_up_for_long(nursery, what):
-    pid = nursery.process.pid
-    with connect(nursery.directory) as connection:
+def test_garbage_neither_ends_nor_blocks_it(rig, what):
+    pid = rig.process.pid
+    with connect(rig.directory) as connection:
         connection.sendall(GARBAGE[what])
-        with nursery.launched(nursery.request()) as (_, _, report):
+        with rig.launched(rig.request()) as (_, _, report):
             assert report.exit(within=10) == Exit(code=1)
-    assert nursery.process.pid == pid
+    assert rig.process.pid == pid
 
 
-def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
-    """Each drop comes in time; all of them together must not take for ever."""
-    pid = nursery.process.pid
+def test_a_client_that_sends_byte_by_byte_does_not_block_it(rig):
+    """Each byte arrives in time, but the whole request must as well."""
+    pid = rig.process.pid
     end = threading.Event()
 
     def drip(connection):
@@ -248,17 +246,17 @@ def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
             while not end.wait(0.3):
                 connection.sendall(b" ")
 
-    with connect(nursery.directory) as connection:
+    with connect(rig.directory) as connection:
         connection.sendall(struct.pack("!I", 1000))
         dripping = threading.Thread(target=drip, args=(connection,))
         dripping.start()
         try:
-            with nursery.launched(nursery.request()) as (_, _, report):
+            with rig.launched(rig.request()) as (_, _, report):
                 assert report.exit(within=10) == Exit(code=1)
         finally:
             end.set()
             dripping.join()
-    assert nursery.process.pid == pid
+    assert rig.process.pid == pid
 
 
 @pytest.mark.parametrize(
@@ -271,45 +269,45 @@ def test_one_that_sends_drop_by_drop_does_not_hold_it_up(nursery):
         ({"do": ["launch"]}, 1, "with 1 files"),
     ],
 )
-def test_a_request_that_cannot_be_is_answered_so_and_leaves_nothing_open(
-    nursery, beside, message, files, answer
+def test_an_invalid_request_gets_an_error_and_leaves_no_descriptor(
+    rig, attachment, message, files, answer
 ):
-    with beside.open() as file:
-        assert answer in nursery.ask(message, [file.fileno()] * files)["error"]
-    until(lambda: not nursery.holds(beside), what="it is closed again")
+    with attachment.open() as file:
+        assert answer in rig.ask(message, [file.fileno()] * files)["error"]
+    until(lambda: not rig.holds(attachment), what="it is closed again")
 
 
 @pytest.mark.parametrize("pid", [1, -1, 2**40, "1", None, True, 1.5])
-def test_it_tells_the_end_of_its_own_children_only(nursery, beside, pid):
-    with beside.open() as file:
-        assert nursery.ask({"do": "attach", "pid": pid}, [file.fileno()]) == {"known": False}
-    until(lambda: not nursery.holds(beside), what="it is closed again")
+def test_it_reports_exits_of_its_own_children_only(rig, attachment, pid):
+    with attachment.open() as file:
+        assert rig.ask({"do": "attach", "pid": pid}, [file.fileno()]) == {"known": False}
+    until(lambda: not rig.holds(attachment), what="it is closed again")
 
 
-def test_a_keeper_that_sends_files_for_no_reason_leaves_none_open(nursery, beside):
-    with connect(nursery.directory) as connection, beside.open() as file:
+def test_unexpected_descriptors_from_a_keeper_are_closed(rig, attachment):
+    with connect(rig.directory) as connection, attachment.open() as file:
         wire.send(connection, {"do": "keep"}, [file.fileno()])
-        assert wire.receive(connection)[0]["pid"] == nursery.process.pid
-    until(lambda: not nursery.holds(beside), what="it is closed again")
+        assert wire.receive(connection)[0]["pid"] == rig.process.pid
+    until(lambda: not rig.holds(attachment), what="it is closed again")
 
 
-def test_a_child_holds_nothing_of_its_parents(nursery):
-    requests = [nursery.lasting() for _ in range(3)]
+def test_a_forked_server_inherits_no_descriptors_or_blocked_signals(rig):
+    requests = [rig.lasting() for _ in range(3)]
     with contextlib.ExitStack() as stack:
-        children = [stack.enter_context(nursery.launched(request))[0] for request in requests[:2]]
-        keeper = stack.enter_context(connect(nursery.directory))
+        children = [stack.enter_context(rig.launched(request))[0] for request in requests[:2]]
+        keeper = stack.enter_context(connect(rig.directory))
         wire.send(keeper, {"do": "keep"})
         wire.receive(keeper)
-        children.append(stack.enter_context(nursery.launched(requests[2]))[0])
+        children.append(stack.enter_context(rig.launched(requests[2]))[0])
         for child, request in zip(children, requests, strict=True):
-            at_its_gate(request)
+            wait_for_gate(request)
             files = open_files(child.pid)
             assert (files[0], files[1], files[2]) == (
                 os.devnull,
-                str(nursery.base / "log"),
-                str(nursery.base / "log"),
+                str(rig.base / "log"),
+                str(rig.base / "log"),
             )
-            # Its own pipe to report to, and no socket, poll or pipe of others.
+            # Only its own report pipe: no sockets, epoll descriptors or other pipes.
             kinds = [file.partition(":")[0] for file in files.values() if not file.startswith("/")]
             assert kinds == ["pipe"], files
             status = Path(f"/proc/{child.pid}/status").read_text()
@@ -317,26 +315,26 @@ def test_a_child_holds_nothing_of_its_parents(nursery):
             assert "Threads:\t1" in status
 
 
-def test_an_end_that_no_keeper_heard_is_told_to_the_next_one_that_asks(nursery):
-    with nursery.launched(nursery.lasting()) as (process, parent, report):
+def test_an_exit_that_no_keeper_received_is_reported_to_the_next_one(rig):
+    with rig.launched(rig.lasting()) as (process, parent, report):
         report.close()
         process.send(signal.SIGTERM)
         until(lambda: not Path(f"/proc/{process.pid}").exists(), what="it was reaped")
         later = ReportPipe()
-        assert nursery.forkserver.attach(parent, process.pid, later.writer)
+        assert rig.forkserver.attach(parent, process.pid, later.writer)
         later.close_writer()
         assert later.exit(within=10) == Exit(signal="SIGTERM")
         later.close()
         again = ReportPipe()
-        assert not nursery.forkserver.attach(parent, process.pid, again.writer)
-        assert not nursery.forkserver.attach("no-such-fork-server", process.pid, again.writer)
+        assert not rig.forkserver.attach(parent, process.pid, again.writer)
+        assert not rig.forkserver.attach("no-such-fork-server", process.pid, again.writer)
         again.close()
 
 
-def test_a_living_child_tells_its_end_to_whoever_asked_last(nursery):
-    with nursery.launched(nursery.lasting()) as (process, parent, first):
+def test_the_exit_of_a_child_is_reported_to_the_last_keeper_that_attached(rig):
+    with rig.launched(rig.lasting()) as (process, parent, first):
         second = ReportPipe()
-        assert nursery.forkserver.attach(parent, process.pid, second.writer)
+        assert rig.forkserver.attach(parent, process.pid, second.writer)
         second.close_writer()
         process.send(signal.SIGKILL)
         assert second.exit(within=10) == Exit(signal="SIGKILL")
@@ -344,17 +342,17 @@ def test_a_living_child_tells_its_end_to_whoever_asked_last(nursery):
         second.close()
 
 
-def test_nothing_of_a_launch_stays_in_its_memory_for_the_next_server(nursery):
-    """What one server is told is secret, and the memory of the fork server is the next one's."""
+def test_no_secret_of_a_launch_stays_in_memory_for_the_next_server(rig):
+    """The next server inherits the fork server's memory."""
     secret = f"secret-{os.urandom(8).hex()}"
-    first = nursery.lasting()
+    first = rig.lasting()
     first.config["IdentityProvider"] = {"token": secret}
     first.env.update({f"MINE_{number}": f"{secret}-{number}" for number in range(100)})
-    other = nursery.lasting()
-    with nursery.launched(first), nursery.launched(other) as (second, _, _):
-        at_its_gate(first)
-        at_its_gate(other)
-        for pid in (nursery.process.pid, second.pid):
+    other = rig.lasting()
+    with rig.launched(first), rig.launched(other) as (second, _, _):
+        wait_for_gate(first)
+        wait_for_gate(other)
+        for pid in (rig.process.pid, second.pid):
             assert not in_memory(pid, secret.encode())
 
 
@@ -374,7 +372,7 @@ def in_memory(pid, text):
     return found
 
 
-def test_a_program_that_is_executed_is_asked_for_by_what_takes_effect_only_when_one_starts(nursery):
+def test_variables_that_take_effect_at_program_start_prevent_forking(rig):
     for name in (
         "PYTHONPATH",
         "LANG",
@@ -385,85 +383,85 @@ def test_a_program_that_is_executed_is_asked_for_by_what_takes_effect_only_when_
         "MALLOC_ARENA_MAX",
         "PYTHONHASHSEED",
     ):
-        request = nursery.request()
+        request = rig.request()
         request.env[name] = "/elsewhere"
         with pytest.raises(
             CannotFork, match=f"environment variable {name} takes effect only when a program starts"
         ):
-            nursery.forkserver.launch(request, 1, 1)
+            rig.forkserver.launch(request, 1, 1)
 
 
-def test_a_burst_gets_a_server_each(nursery):
-    pid = nursery.process.pid
+def test_a_burst_of_launches_gets_a_server_each(rig):
+    pid = rig.process.pid
     with contextlib.ExitStack() as stack:
-        requests = [nursery.lasting() for _ in range(12)]
-        children = [stack.enter_context(nursery.launched(request))[0] for request in requests]
+        requests = [rig.lasting() for _ in range(12)]
+        children = [stack.enter_context(rig.launched(request))[0] for request in requests]
         assert len({child.pid for child in children}) == 12
         assert {psutil.Process(child.pid).ppid() for child in children} == {pid}
-        # Each shows its own room, by which it is found, and its own name.
+        # Each one shows its own server directory, by which it is found, and its own name.
         for child, request in zip(children, requests, strict=True):
             shown = psutil.Process(child.pid)
-            at_its_gate(request)
+            wait_for_gate(request)
             assert shown.environ()[MARK] == request.server_dir
             assert shown.cmdline()[0].startswith("jupyter-lab (server")
             assert shown.name() == "jupyter-lab"
 
 
-def test_one_that_is_killed_is_replaced_and_its_children_live_on(nursery):
-    with nursery.launched(nursery.lasting()) as (process, _, report):
-        old = nursery.process
+def test_a_killed_fork_server_is_replaced_and_its_children_live_on(rig):
+    with rig.launched(rig.lasting()) as (process, _, report):
+        old = rig.process
         old.send(signal.SIGKILL)
         until(lambda: not old.alive())
         until(
-            lambda: nursery.forkserver._current is not None and nursery.process != old,
+            lambda: rig.forkserver._current is not None and rig.process != old,
             what="another one",
         )
         assert process.alive()
         process.send(signal.SIGKILL)
         until(lambda: not process.alive())
         assert report.exit() is None
-    assert not old_directories(nursery)
+    assert not old_directories(rig)
 
 
-def test_it_is_not_killed_for_what_its_keeper_lacks(nursery):
-    process, report = nursery.process, ReportPipe()
+def test_it_is_not_killed_if_the_keeper_lacks_descriptors(rig):
+    process, report = rig.process, ReportPipe()
     try:
         with (
-            (nursery.base / "log").open("ab") as log,
+            (rig.base / "log").open("ab") as log,
             no_descriptors(),
             pytest.raises(CannotFork, match="Too many open files"),
         ):
-            nursery.forkserver.launch(nursery.request(), log.fileno(), report.writer)
+            rig.forkserver.launch(rig.request(), log.fileno(), report.writer)
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
-            nursery.forkserver.attach(nursery.directory.name, process.pid, report.writer)
+            rig.forkserver.attach(rig.directory.name, process.pid, report.writer)
     finally:
         report.close()
-    assert nursery.process == process
+    assert rig.process == process
     assert process.alive()
 
 
-def old_directories(nursery):
-    return [path for path in nursery.directory.parent.iterdir() if path != nursery.directory]
+def old_directories(rig):
+    return [path for path in rig.directory.parent.iterdir() if path != rig.directory]
 
 
-def test_no_server_is_forked_from_what_has_changed_a_moment_ago(nursery):
-    """Not even the second of two in one burst: its caller may have made the change."""
-    change = nursery.base / "config" / "jupyter_server_config.d" / f"{os.urandom(4).hex()}.json"
-    old = nursery.process
-    with nursery.launched(nursery.lasting()):
+def test_no_server_is_forked_after_a_change_of_configuration(rig):
+    """Not even the second of two in quick succession, whose caller may have made the change."""
+    change = rig.base / "config" / "jupyter_server_config.d" / f"{os.urandom(4).hex()}.json"
+    old = rig.process
+    with rig.launched(rig.lasting()):
         change.write_text("{}")
-        with nursery.launched(nursery.lasting()) as (process, _, _):
+        with rig.launched(rig.lasting()) as (process, _, _):
             assert psutil.Process(process.pid).ppid() != old.pid
-    until(lambda: nursery.process != old, what="another one")
+    until(lambda: rig.process != old, what="another one")
     until(lambda: not alive(old.pid), what="it ends when it has no child left")
-    until(lambda: not old_directories(nursery), what="its directory is removed")
+    until(lambda: not old_directories(rig), what="its directory is removed")
 
 
-@pytest.mark.programs("strace")  # holds up one call of the fork server
-def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_the_one_that_is_executed(
-    nursery,
+@pytest.mark.programs("strace")  # delays a system call of the fork server
+def test_a_launch_that_was_not_confirmed_in_time_leaves_no_forked_server(
+    rig,
 ):
-    old = nursery.process
+    old = rig.process
     tracer = subprocess.Popen(
         [
             "strace",
@@ -483,10 +481,10 @@ def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_th
             lambda: "TracerPid:\t0" not in Path(f"/proc/{old.pid}/status").read_text(),
             what="it is traced",
         )
-        request = nursery.lasting()
-        # The first one may take the child that was forked ahead; the next one has to be forked now.
+        request = rig.lasting()
+        # The first launch may use a child that was forked in advance; the second has to fork.
         with pytest.raises(CannotFork, match="did not answer"):
-            nursery.launch_twice(request)
+            rig.launch_twice(request)
         left = [process.pid for process in processes_marked(request.server_dir)]
     finally:
         tracer.kill()
@@ -497,7 +495,7 @@ def test_a_server_whose_launch_was_not_confirmed_in_time_does_not_live_beside_th
 
 @pytest.fixture
 def local(tmp_path):
-    """A backend with its fork server, and the queue of what it reports."""
+    """A backend with its fork server, and the queue of its reports."""
     facts = queue.SimpleQueue()
     (tmp_path / "logs").mkdir()
     backend = LocalBackend(
@@ -514,10 +512,8 @@ def local(tmp_path):
         backend.close()
 
 
-def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_instead(
-    local, tmp_path, monkeypatch
-):
-    """The fork server is lost between the fork and its answer, and the child is quicker than the keeper."""
+def test_an_abandoned_child_leaves_no_files_for_the_executed_server(local, tmp_path, monkeypatch):
+    """The fork server's answer is lost after the fork, and the child is faster than the keeper."""
     backend, facts = local
     name, forked = ServerName("lost"), []
     server_dir = tmp_path / "run" / name
@@ -543,9 +539,7 @@ def test_an_abandoned_child_leaves_no_files_to_the_server_that_is_executed_inste
     assert not server_dir.exists()
 
 
-def test_a_forked_server_is_not_looked_for_it_says_itself_when_it_is_ready(
-    local, tmp_path, monkeypatch
-):
+def test_a_forked_server_reports_itself_as_ready(local, tmp_path, monkeypatch):
     looks, (backend, facts) = [], local
     monkeypatch.setattr(
         supervisor,

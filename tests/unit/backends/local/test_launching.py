@@ -1,4 +1,4 @@
-"""What a launched process says, and how it ended, is heard whole, whoever says it; and who cannot be forked is executed."""
+"""Launching: reports and exits through the pipe, and executing servers that cannot be forked."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def say(report, message):
     os.write(report.writer, json.dumps(message).encode() + b"\n")
 
 
-def test_what_is_said_is_known_under_its_key_as_soon_as_its_line_is_whole(report):
+def test_a_message_is_available_under_its_key_once_its_line_is_complete(report):
     assert report.said("ready") is None
     os.write(report.writer, b'{"ready": {"po')
     assert report.said("ready") is None
@@ -54,14 +54,14 @@ def test_what_is_said_is_known_under_its_key_as_soon_as_its_line_is_whole(report
         b'{"status": 9, "version": 2}\n',
     ],
 )
-def test_a_line_that_means_nothing_is_no_exit_and_hides_none(report, line):
+def test_an_invalid_line_is_not_an_exit_and_hides_no_later_one(report, line):
     os.write(report.writer, line)
     assert report.exit(within=0.0) is None
     say(report, {"status": 9})
     assert report.exit() == Exit(signal="SIGKILL")
 
 
-def test_a_line_without_end_fills_no_memory(report):
+def test_an_endless_line_is_not_kept_in_memory(report):
     pieces = [b"x" * 4096] * 32
     writer = os.dup(report.writer)
 
@@ -84,7 +84,7 @@ def test_a_line_without_end_fills_no_memory(report):
     assert report.exit() is None
 
 
-def test_an_exit_that_is_told_late_is_waited_for_and_one_that_nobody_can_tell_is_not(report):
+def test_a_late_exit_is_awaited_unless_no_writer_is_left(report):
     teller = threading.Timer(0.05, say, (report, {"status": 7 << 8}))
     teller.start()
     assert report.exit(within=10.0) == Exit(code=7)
@@ -105,13 +105,13 @@ def test_an_exit_that_is_told_late_is_waited_for_and_one_that_nobody_can_tell_is
         (-(signal.SIGRTMIN + 6), Exit(signal=f"signal {signal.SIGRTMIN + 6}")),
     ],
 )
-def test_an_exit_code_is_read_as_subprocess_gives_it(code, end):
+def test_an_exit_code_is_interpreted_as_by_subprocess(code, end):
     assert exit_of(code) == end
 
 
 @pytest.mark.parametrize("interpreter", ["its own", "one without Jupyter"])
-def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, interpreter):
-    """The launch that it gets is wrong on purpose: what ends at once shows all that is to be shown here."""
+def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_path, interpreter):
+    """Its launch is invalid on purpose, so that it ends at once."""
     python = sys.executable if interpreter == "its own" else "/usr/bin/python3"
     server_dir = tmp_path / "room"
     launch = Launch(
@@ -138,7 +138,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_says_why(tmp_path, inter
     assert launched.process.pid == launched.child.pid
     assert "cannot start the server" in (tmp_path / "log").read_text()
     assert str(tmp_path / "nowhere") in (tmp_path / "log").read_text()
-    # Nobody but the process had the other end.
+    # Only the process had the other end.
     assert launched.report.said("ready") is None
     assert launched.report.readable == []
     launched.report.close()
@@ -161,7 +161,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("what", FAILURES)
-def test_what_cannot_be_executed_leaves_no_process_and_nothing_open(tmp_path, what):
+def test_a_failed_execution_leaves_no_process_and_no_descriptor(tmp_path, what):
     python, launch, error = FAILURES[what]
     before = len(list(Path("/proc/self/fd").iterdir()))
     with (tmp_path / "log").open("wb") as log, pytest.raises(error):
@@ -169,8 +169,8 @@ def test_what_cannot_be_executed_leaves_no_process_and_nothing_open(tmp_path, wh
     assert len(list(Path("/proc/self/fd").iterdir())) == before
 
 
-def test_a_process_that_dies_before_it_has_its_launch_is_known_by_its_end(tmp_path):
-    """The launch is larger than what the kernel keeps for somebody who does not read."""
+def test_a_process_that_dies_before_it_reads_its_launch_has_an_exit(tmp_path):
+    """The launch exceeds the pipe's buffer."""
     launch = replace(ANY, config={"A": {"b": "x" * (LARGEST // 2)}})
     with (tmp_path / "log").open("wb") as log:
         launched = Launcher(Path(shutil.which("false")), None, "it is turned off").launch(

@@ -1,4 +1,4 @@
-"""Limits are held by control groups where this machine lets us, by rlimits where not, and what holds each is said truly."""
+"""Limits by control groups, or else by rlimits, and a truthful report of what enforces them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ version_1 = pytest.mark.skipif(
 )
 
 
-holds = pytest.mark.skipif(
+needs_groups = pytest.mark.skipif(
     sys.platform != "linux" or ControlGroups(Path("/no/such"))._base is None,
     reason="needs control groups that can be written",
 )
@@ -77,13 +77,13 @@ def nothing_mounted(monkeypatch):
 
 @pytest.fixture
 def groups(tmp_path):
-    """Control groups of a runtime directory that no keeper has."""
+    """Control groups of a runtime directory that no keeper uses."""
     made = ControlGroups(tmp_path)
     yield made
     made.remove(NAME)
 
 
-def test_without_control_groups_memory_is_limited_for_each_process_and_processors_not_at_all(
+def test_without_control_groups_memory_is_limited_per_process_and_cpus_not_at_all(
     nothing_mounted, groups
 ):
     enforced = groups.limit(NAME, ALL, own_user=False)
@@ -92,18 +92,18 @@ def test_without_control_groups_memory_is_limited_for_each_process_and_processor
     assert enforced.members == ()
 
 
-def test_without_control_groups_processes_are_limited_only_where_nobody_else_runs_as_that_user(
+def test_without_control_groups_processes_are_limited_if_the_user_runs_one_server(
     nothing_mounted, groups
 ):
     enforced = groups.limit(NAME, Limits(processes=50), own_user=True)
     assert (enforced.by, enforced.rlimits) == ({"processes": "rlimit"}, {"RLIMIT_NPROC": 50})
 
 
-def test_what_is_not_limited_makes_no_group(groups):
+def test_without_limits_no_group_is_created(groups):
     assert groups.limit(NAME, UNLIMITED, own_user=True) == Enforced()
 
 
-def test_a_hierarchy_that_cannot_be_written_is_not_used(monkeypatch, tmp_path):
+def test_a_hierarchy_that_is_not_writable_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "memory").touch()
     found = {"memory": hierarchies.Hierarchy(LimitedBy.CGROUP1, tmp_path / "memory")}
     monkeypatch.setattr(limits, "version_1", lambda *_: found)
@@ -113,7 +113,7 @@ def test_a_hierarchy_that_cannot_be_written_is_not_used(monkeypatch, tmp_path):
 
 
 @version_1
-def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
+def test_a_server_has_a_group_in_each_version_1_hierarchy_until_it_ends(groups):
     enforced = groups.limit(NAME, ALL, own_user=False)
     assert set(enforced.by.values()) == {"cgroup1"}
     assert enforced.rlimits == {}
@@ -134,7 +134,7 @@ def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
     with subprocess.Popen(["sleep", "1000"]) as child:
         for members in enforced.members:
             Path(members).write_text(str(child.pid))
-        # As long as it lives its groups stay, and nobody waits for ever.
+        # While it lives its groups stay, and removing them does not block.
         groups.remove(NAME)
         assert all(group.exists() for group in made)
         child.kill()
@@ -143,11 +143,11 @@ def test_a_group_of_each_controller_holds_the_process_and_goes_with_it(groups):
     groups.remove(NAME)
 
 
-@holds
-def test_a_server_without_limits_has_a_group_which_ends_what_it_starts_and_goes(
+@needs_groups
+def test_a_server_without_limits_has_a_group_by_which_its_descendants_are_killed(
     groups, spawn, tmp_path
 ):
-    """Also what was started before it came to the group, what hides, and what made groups of its own."""
+    """Also those started before it joined, without its mark, or in nested groups."""
     server = spawn("sh", "-c", "sleep 1000 & setsid env -i sleep 1000 & wait")
     until(lambda: len(psutil.Process(server.pid).children()) == 2)
     children = {child.pid for child in psutil.Process(server.pid).children()}
@@ -166,14 +166,19 @@ def test_a_server_without_limits_has_a_group_which_ends_what_it_starts_and_goes(
     assert not group.exists()
 
 
-CHAIN = "import os, time\nos.read(0, 1)\nfor _ in range(3000):\n time.sleep(0.001)\n if os.fork(): os._exit(0)"
+CHAIN = """
+import os, time
+os.read(0, 1)
+for _ in range(3000):
+    time.sleep(0.001)
+    if os.fork():
+        os._exit(0)
+"""
 
 
-@holds
+@needs_groups
 @pytest.mark.parametrize("means", ["kill", "freeze", "pids"])
-def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(
-    monkeypatch, spawn, tmp_path, means
-):
+def test_a_chain_of_forks_is_ended_by_every_available_means(monkeypatch, spawn, tmp_path, means):
     if means != "kill":
         monkeypatch.setattr(limits, "_KILL", "cgroup.no-such-file")
     if means == "pids":
@@ -195,9 +200,9 @@ def test_a_chain_of_short_lives_is_ended_whatever_the_host_can_do(
     assert not group.exists()
 
 
-@holds
-def test_what_others_made_is_neither_named_nor_touched(groups, spawn, tmp_path):
-    """A group of another keeper, and one of a name like ours that no server could have."""
+@needs_groups
+def test_groups_of_other_keepers_and_with_invalid_names_are_left_alone(groups, spawn, tmp_path):
+    """One of another keeper, and one with our prefix but a name that no server can have."""
     other, stranger = ControlGroups(tmp_path / "other"), spawn()
     other.hold(NAME, stranger.pid)
     odd = groups._base / f"{groups._prefix}No_Name"
@@ -215,9 +220,9 @@ def test_what_others_made_is_neither_named_nor_touched(groups, spawn, tmp_path):
         other.remove(NAME)
 
 
-@holds
-def test_groups_that_a_keeper_made_from_another_shell_are_found(groups, spawn, tmp_path):
-    """Where that has a group of its own, in which its keeper made others; of an empty one nobody knows whose it is."""
+@needs_groups
+def test_groups_that_a_keeper_created_from_another_shell_are_found(groups, spawn, tmp_path):
+    """Such a shell may have had a group of its own. The owner of an empty group is unknown."""
     shell, name = groups._base / f"test-{os.getpid()}", f"{groups._prefix}{NAME}"
     (shell / name).mkdir(parents=True)
     (shell / f"{groups._prefix}empty").mkdir()
@@ -239,10 +244,10 @@ def test_groups_that_a_keeper_made_from_another_shell_are_found(groups, spawn, t
             path.rmdir()
 
 
-@holds
+@needs_groups
 @pytest.mark.root
-def test_a_group_that_another_user_made_is_no_server_s(groups, spawn, tmp_path):
-    """As below a group that was given to that user, who knows the names of ours."""
+def test_a_group_created_by_another_user_does_not_count(groups, spawn, tmp_path):
+    """A user with a delegated group could create one with the name of ours."""
     theirs = groups._base / f"test-{os.getpid()}" / f"{groups._prefix}{NAME}"
     theirs.mkdir(parents=True)
     for group in (theirs.parent, theirs):
@@ -261,12 +266,11 @@ def test_a_group_that_another_user_made_is_no_server_s(groups, spawn, tmp_path):
             group.rmdir()
 
 
-@holds
-def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_that(
-    groups, spawn, tmp_path
-):
+@needs_groups
+def test_a_keeper_started_in_its_servers_terminal_does_not_end_itself(groups, spawn, tmp_path):
     code = (
-        "import os, sys; from pathlib import Path; from labkeeper.backends.local.cleanup import end_leftovers\n"
+        "import os, sys; from pathlib import Path\n"
+        "from labkeeper.backends.local.cleanup import end_leftovers\n"
         "from labkeeper.backends.local.limits import ControlGroups\n"
         "sys.stdin.readline(); groups = ControlGroups(Path(sys.argv[1]))\n"
         "end_leftovers('a', Path(sys.argv[1]) / 'a', set(), grace=0.0, groups=groups)\n"
@@ -278,14 +282,14 @@ def test_a_keeper_that_was_started_in_its_servers_terminal_is_not_ended_with_tha
     groups.hold(NAME, shell.pid)
     other = spawn()
     groups.hold(NAME, other.pid)
-    said, _ = shell.communicate(b"go\n")
+    output, _ = shell.communicate(b"go\n")
     assert other.wait() == -signal.SIGKILL
     assert shell.returncode == 0
-    # It makes groups where the keeper before it did.
-    assert said.decode().strip() == str(groups._base)
+    # It creates groups where the previous keeper did.
+    assert output.decode().strip() == str(groups._base)
 
 
-def test_where_no_group_can_be_made_nothing_changes(nothing_mounted, tmp_path, spawn):
+def test_without_control_groups_every_call_does_nothing(nothing_mounted, tmp_path, spawn):
     groups, server = ControlGroups(tmp_path), spawn()
     groups.hold(NAME, server.pid)
     groups.kill(NAME)
@@ -294,8 +298,8 @@ def test_where_no_group_can_be_made_nothing_changes(nothing_mounted, tmp_path, s
     assert server.poll() is None
 
 
-def test_where_a_group_cannot_be_made_after_all_nothing_changes(monkeypatch, tmp_path, spawn):
-    """Its place is a file, say; or what is to be held has died already."""
+def test_a_group_that_cannot_be_created_is_ignored(monkeypatch, tmp_path, spawn):
+    """Here because its parent is a file."""
     place, server = tmp_path / "place", spawn()
     place.touch()
     monkeypatch.setattr(limits, "base_of_all", lambda *_: place)
@@ -303,8 +307,8 @@ def test_where_a_group_cannot_be_made_after_all_nothing_changes(monkeypatch, tmp
     assert server.poll() is None
 
 
-@holds
-def test_what_has_died_is_not_held(groups, spawn):
+@needs_groups
+def test_an_ended_process_is_not_added_to_a_group(groups, spawn):
     dead = spawn("true")
     dead.wait()
     groups.hold(NAME, dead.pid)
@@ -315,7 +319,7 @@ def oom_kills(file):
     return int(dict(line.split() for line in file.read_text().splitlines())["oom_kill"])
 
 
-def test_oom_kills_are_counted_by_the_machine_if_no_group_counts_them(groups, monkeypatch):
+def test_oom_kills_of_the_machine_are_counted_if_no_group_counts_them(groups, monkeypatch):
     monkeypatch.setattr(limits, "memory_groups", lambda pid: [])
     machine = Path("/proc/vmstat")
     kills = groups.memory_kills(NAME, os.getpid())
@@ -323,7 +327,7 @@ def test_oom_kills_are_counted_by_the_machine_if_no_group_counts_them(groups, mo
 
 
 @version_1
-def test_oom_kills_are_counted_by_the_group_that_a_server_shares_or_by_its_own(groups, spawn):
+def test_oom_kills_are_counted_in_a_shared_group_or_in_the_servers_own(groups, spawn):
     (memory,) = {
         mount
         for mount, kind, options in limits.all_mounts()
@@ -355,21 +359,21 @@ SETTINGS = {"memory.limit_in_bytes", "cpu.cfs_period_us", "cpu.cfs_quota_us", "p
 
 
 @version_1
-def test_a_group_that_is_still_there_is_used_again_with_the_new_limit(groups):
+def test_an_existing_group_is_reused_with_the_new_limit(groups):
     groups.limit(NAME, Limits(processes=50), own_user=False)
     (members,) = groups.limit(NAME, Limits(processes=60), own_user=False).members
     assert Path(members).with_name("pids.max").read_text().strip() == "60"
 
 
 @version_1
-def test_groups_that_an_earlier_keeper_made_are_removed_too(groups, tmp_path):
+def test_groups_of_an_earlier_keeper_are_removed(groups, tmp_path):
     enforced = groups.limit(NAME, ALL, own_user=False)
     ControlGroups(tmp_path).remove(NAME)
     assert not any(Path(members).exists() for members in enforced.members)
 
 
 @version_1
-def test_servers_of_one_name_under_two_keepers_have_groups_of_their_own(groups, tmp_path):
+def test_servers_with_the_same_name_under_two_keepers_have_separate_groups(groups, tmp_path):
     other = ControlGroups(tmp_path / "other")
     ours, theirs = (each.limit(NAME, ALL, own_user=False).members for each in (groups, other))
     assert not set(ours) & set(theirs)
@@ -377,8 +381,7 @@ def test_servers_of_one_name_under_two_keepers_have_groups_of_their_own(groups, 
     assert all(Path(members).exists() for members in ours)
 
 
-def test_memberships_and_mounts_are_those_of_this_machine():
-    """The controllers that the kernel names for us are those that it has, and each mount is a directory."""
+def test_memberships_and_mounts_match_those_of_the_machine():
     memberships = hierarchies._memberships()
     lines = Path("/proc/self/cgroup").read_text().splitlines()
     assert [f"{','.join(controllers)}:{path}" for controllers, path in memberships] == [
@@ -393,8 +396,8 @@ def test_memberships_and_mounts_are_those_of_this_machine():
     assert all(os.path.ismount(place) for place in places)
 
 
-@holds
-def test_a_group_that_cannot_be_looked_into_is_not_taken_for_empty(groups, spawn):
+@needs_groups
+def test_a_group_that_cannot_be_read_does_not_count_as_empty(groups, spawn):
     child = spawn()
     groups.hold(NAME, child.pid)
     with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
@@ -404,11 +407,11 @@ def test_a_group_that_cannot_be_looked_into_is_not_taken_for_empty(groups, spawn
     child.wait()
 
 
-def test_a_process_can_enter_a_group_that_is_no_servers(groups, spawn):
+def test_a_process_can_join_a_group_that_belongs_to_no_server(groups, spawn):
     name = ServerName(".rehearsal")
-    (door,) = groups.door(name)
+    (procs_file,) = groups.door(name)
     try:
-        inside = spawn("sh", "-c", f"echo $$ > {door}; exec sleep 1000")
+        inside = spawn("sh", "-c", f"echo $$ > {procs_file}; exec sleep 1000")
         until(lambda: groups.members(name) == {inside.pid}, what="it is in there")
         assert groups.names() == set()
         groups.kill(name)
@@ -416,8 +419,8 @@ def test_a_process_can_enter_a_group_that_is_no_servers(groups, spawn):
         inside.wait()
     finally:
         groups.remove(name)
-    assert not Path(door).exists()
+    assert not Path(procs_file).exists()
 
 
-def test_without_control_groups_there_is_none_to_enter(nothing_mounted, tmp_path):
+def test_without_control_groups_there_is_none_to_join(nothing_mounted, tmp_path):
     assert ControlGroups(tmp_path).door(NAME) == []

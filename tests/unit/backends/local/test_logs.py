@@ -1,4 +1,4 @@
-"""A server's log file: rotated, tailed, followed, and never more open than its owner's."""
+"""A server's log file: rotation, tail, followers, permissions and limits."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_a_log_is_private_and_begins_with_a_headline(log):
     assert log.tail(None) == ["[labkeeper] launch", "one"]
 
 
-def test_a_tail_reaches_back_into_the_older_part(log):
+def test_a_tail_includes_the_rotated_part(log):
     write(log, "x" * 120 + "\n")
     log.rotate()
     write(log, "new\n")
@@ -38,13 +38,13 @@ def test_a_tail_reaches_back_into_the_older_part(log):
     assert (log.path.parent / "x.log.1").stat().st_mode & 0o077 == 0
 
 
-def test_a_log_within_its_limit_is_not_rotated(log):
+def test_a_log_below_its_limit_is_not_rotated(log):
     write(log, "short\n")
     log.rotate()
     assert not (log.path.parent / "x.log.1").exists()
 
 
-def test_a_writer_goes_on_after_a_rotation(log):
+def test_a_writer_continues_after_a_rotation(log):
     with log.open("[labkeeper] launch") as stream:
         stream.write(b"x" * 120 + b"\n")
         log.rotate()
@@ -52,20 +52,20 @@ def test_a_writer_goes_on_after_a_rotation(log):
     assert log.path.read_text() == "after\n"
 
 
-def test_without_room_for_the_older_part_the_newest_lines_win(log, tmp_path):
+def test_if_the_old_part_cannot_be_kept_new_lines_take_precedence(log, tmp_path):
     write(log, "x" * 120 + "\n")
     (log.path.parent / "x.log.tmp").mkdir()
     log.rotate()
     assert log.path.read_text() == ""
 
 
-def test_no_log_has_no_lines_and_no_followers(log):
+def test_a_missing_log_has_no_lines_and_followers_end(log):
     log.rotate()
     assert log.tail(None) == []
     assert list(log.follow(None, lambda: True)) == []
 
 
-def test_a_follower_gets_old_lines_then_new_ones_then_the_end(log):
+def test_a_follower_receives_old_lines_then_new_ones_until_the_end(log):
     write(log, "old\n")
     alive = [True]
     lines = log.follow(1, lambda: alive[0])
@@ -78,7 +78,7 @@ def test_a_follower_gets_old_lines_then_new_ones_then_the_end(log):
     assert [line for line in lines if line][-1] == "last\n"
 
 
-def test_a_follower_outlives_a_rotation(log):
+def test_a_follower_continues_after_a_rotation(log):
     write(log, "x" * 120 + "\n")
     lines = log.follow(0, lambda: True)
     assert next(lines) == ""
@@ -89,7 +89,7 @@ def test_a_follower_outlives_a_rotation(log):
     lines.close()
 
 
-def test_a_follower_ends_when_the_log_is_removed_and_reads_nothing_of_the_next_one(log):
+def test_a_follower_ends_when_the_log_is_removed_and_ignores_its_successor(log):
     write(log, "old\n")
     lines = log.follow(0, lambda: True)
     assert next(lines) == ""
@@ -99,7 +99,7 @@ def test_a_follower_ends_when_the_log_is_removed_and_reads_nothing_of_the_next_o
     assert list(itertools.islice(lines, 5)) == ["[labkeeper] launch\n", "last\n"]
 
 
-def test_bytes_that_are_no_text_are_shown_and_long_lines_come_in_pieces(log):
+def test_invalid_utf_8_is_replaced_and_long_lines_come_in_pieces(log):
     log.open("h").close()
     with log.path.open("ab") as stream:
         stream.write(b"\xff\n" + b"y" * 100_000 + b"\n")
@@ -108,7 +108,7 @@ def test_bytes_that_are_no_text_are_shown_and_long_lines_come_in_pieces(log):
     assert "".join(lines[2:]) == "y" * 100_000
 
 
-def test_a_log_that_cannot_be_written_says_so(log):
+def test_a_log_that_cannot_be_written_raises(log):
     log.path.parent.mkdir()
     os.mkfifo(log.path.parent / "pipe")
     full = LogFile(log.path.parent / "full", max_bytes=1)
@@ -122,16 +122,14 @@ MIB = 1024 * 1024
 
 @pytest.fixture
 def within_limits():
-    """Let no file of this process grow beyond some size from a moment on."""
+    """Limit the size of this process's files from a call on."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of_another(
-    log, within_limits
-):
-    """It holds the file open, so it can make it a terabyte long, of which nothing is on any disk."""
+def test_of_a_sparse_log_of_a_terabyte_only_the_end_is_read_and_kept(log, within_limits):
+    """A server has its log open, so it can extend it without using disk space."""
     with log.open("[labkeeper] launch") as stream:
         lines = log.follow(1, lambda: True)
         assert next(lines) == "[labkeeper] launch\n"
@@ -152,8 +150,8 @@ def test_of_a_log_that_a_server_has_made_endless_no_more_is_read_or_kept_than_of
     lines.close()
 
 
-def test_a_copy_that_fails_halfway_leaves_nothing(log, within_limits):
-    """As on a disk that is full."""
+def test_a_rotation_that_fails_halfway_leaves_no_copy(log, within_limits):
+    """As on a full disk."""
     write(log, "x" * 50 + "\n" + "y" * 70 + "\n")
     within_limits(60)
     log.rotate()
@@ -161,7 +159,7 @@ def test_a_copy_that_fails_halfway_leaves_nothing(log, within_limits):
     assert log.size == 0
 
 
-def test_what_a_keeper_that_was_killed_left_of_a_copy_goes_with_the_log(log):
+def test_the_copy_of_a_rotation_that_was_killed_is_removed_with_the_log(log):
     write(log, "one\n")
     (log.path.parent / "x.log.tmp").touch()
     log.remove()

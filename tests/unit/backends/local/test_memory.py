@@ -1,4 +1,4 @@
-"""How much memory is left, here and in groups that are written by hand."""
+"""Free memory of the machine, and of handmade control groups."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def group(place, files):
     return place
 
 
-def test_without_a_container_it_is_that_of_the_machine(tmp_path):
+def test_without_a_container_the_machines_memory_counts(tmp_path):
     found = free_memory([tmp_path / "none"])
     assert found.total == psutil.virtual_memory().total
     assert 0 < found.available < found.total
@@ -39,14 +39,14 @@ def test_without_a_container_it_is_that_of_the_machine(tmp_path):
     ],
     ids=["version 2", "version 1"],
 )
-def test_a_container_may_have_less(tmp_path, files):
-    """Of what is used, files that Linux takes back when it has to are no use."""
+def test_a_containers_limit_counts_if_it_is_lower(tmp_path, files):
+    """Reclaimable file cache counts as free."""
     found = free_memory([group(tmp_path / "group", files)])
     assert (found.total, found.available) == (64 * MIB, 14 * MIB)
 
 
 @pytest.mark.parametrize("most", ["max", str(2**62)])
-def test_a_group_without_a_limit_says_nothing(tmp_path, most):
+def test_a_group_without_a_limit_is_ignored(tmp_path, most):
     found = free_memory(
         [group(tmp_path / "group", {"memory.max": most, "memory.current": "1", "memory.stat": ""})]
     )

@@ -1,4 +1,4 @@
-"""What is refused before anything is launched."""
+"""Ports are checked before a launch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def spec(port):
 
 @pytest.mark.root
 @pytest.mark.skipif(not low_ports_take_a_right(), reason="needs ports that take a right")
-def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
+def test_a_privileged_port_is_not_reported_as_in_use():
     os.seteuid(65534)
     try:
         with pytest.raises(
@@ -31,7 +31,7 @@ def test_a_port_that_takes_a_right_is_not_said_to_be_taken():
     assert refused.value.details["failure_class"] == "config-error"
 
 
-def test_a_port_that_is_taken_is_said_to_be():
+def test_a_port_in_use_is_refused():
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(BackendRefused, match="in use") as refused,

@@ -1,4 +1,4 @@
-"""Processes are known by pid and start, found by their mark, and ended for certain."""
+"""Processes: identified by pid and start time, found by their mark, and ended reliably."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from labkeeper.backends.local.processes import (
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName
 
-STUBBORN = "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); signal.pause()"
+STUBBORN = (
+    "import signal, sys; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+    " print('up', flush=True); signal.pause()"
+)
 
 
 @pytest.fixture
@@ -57,7 +60,7 @@ def pipe():
     os.close(writer)
 
 
-def test_a_process_is_known_by_its_pid_and_its_start(spawn):
+def test_a_process_is_identified_by_pid_and_start_time(spawn):
     child = spawn()
     process = Process.find(child.pid)
     assert process.alive()
@@ -67,7 +70,7 @@ def test_a_process_is_known_by_its_pid_and_its_start(spawn):
     assert child.poll() is None
 
 
-def test_a_process_that_has_ended_is_neither_alive_nor_found(spawn):
+def test_an_ended_process_is_neither_alive_nor_found(spawn):
     child = spawn("true")
     until(lambda: not Process(child.pid, "").alive() and child.poll() is not None)
     assert Process.find(child.pid) is None
@@ -86,14 +89,14 @@ def test_a_zombie_is_not_alive(spawn):
     assert child.returncode is None
 
 
-def test_descendants_are_children_and_theirs(spawn):
+def test_descendants_include_grandchildren(spawn):
     child = spawn("sh", "-c", "sh -c 'sleep 1000 & wait' & wait")
     process = Process.find(child.pid)
     until(lambda: len(process.descendants()) == 2)
     assert end_all(process.descendants(), grace=1, within=2) == []
 
 
-def test_a_mark_is_found_wherever_it_was_inherited(spawn):
+def test_a_mark_is_found_in_processes_that_inherited_it(spawn):
     mark = f"test-{os.getpid()}"
     child = spawn("sh", "-c", "setsid sleep 1000 & wait", env={**os.environ, "A_MARK": mark})
     until(lambda: len(marked("A_MARK", mark)) == 2)
@@ -106,8 +109,8 @@ def test_a_mark_is_found_wherever_it_was_inherited(spawn):
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux shows a program without its environment"
 )
-def test_a_mark_is_found_while_a_program_is_executed(spawn, tmp_path):
-    """As when a server is ended that has just run another program."""
+def test_a_mark_is_found_during_an_exec(spawn, tmp_path):
+    """A server may be ended while it executes another program."""
     program = tmp_path / "again"
     program.write_text("#!/bin/sh\nexec $0\n")
     program.chmod(0o755)
@@ -121,7 +124,8 @@ import ctypes, os, signal
 fields = open("/proc/self/stat").read().rpartition(")")[2].split()
 page, end = int(fields[47]) & ~4095, int(fields[48])
 print("hidden", flush=True)
-ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(-(-(end - page) // 4096) * 4096), 0)
+size = -(-(end - page) // 4096) * 4096
+ctypes.CDLL(None).mprotect(ctypes.c_void_p(page), ctypes.c_size_t(size), 0)
 signal.pause()
 """
 
@@ -129,27 +133,25 @@ signal.pause()
 @pytest.mark.skipif(
     sys.platform != "linux", reason="only Linux is asked for environments in this way"
 )
-def test_nobody_who_hides_an_environment_holds_up_a_look(spawn):
+def test_a_process_that_hides_its_environment_does_not_slow_down_the_search(spawn):
     hidden = spawn(
         sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE
     )
     assert hidden.stdout.readline() == b"hidden\n"
     without = spawn("sleep", "1000", env={})
-    for spawned in (
-        hidden,
-        without,
-    ) * 400:  # At half a second a look it would take longer than a test may.
+    # At half a second each, this would exceed the test's timeout.
+    for spawned in (hidden, without) * 400:
         carries(spawned.pid, "A_MARK")
 
 
 @pytest.mark.root
-def test_a_mark_in_a_process_of_another_user_is_no_mark(spawn):
-    """Whoever started it counts, not the rights that it got by a program: anybody can start those with any environment."""
+def test_a_mark_of_another_users_process_is_ignored(spawn):
+    """The real user counts: any user can start setuid programs with any environment."""
 
     def become(*ids):
         return lambda: os.setresuid(*ids)
 
-    # Of this run alone: it is looked for on the whole machine.
+    # Unique to this run, since the whole machine is searched.
     mine = f"x{os.getpid()}"
     mark = {**os.environ, "A_MARK": mine}
     ours, theirs, lent = (
@@ -166,7 +168,7 @@ def test_a_mark_in_a_process_of_another_user_is_no_mark(spawn):
 
 
 @pytest.mark.root
-def test_no_other_user_names_rooms(spawn, tmp_path):
+def test_marks_of_other_users_name_no_server_directories(spawn, tmp_path):
     theirs = spawn(
         env={**os.environ, "A_MARK": str(tmp_path / "one")},
         preexec_fn=lambda: os.setresuid(1234, 1234, 1234),
@@ -175,15 +177,18 @@ def test_no_other_user_names_rooms(spawn, tmp_path):
     assert server_dirs_marked("A_MARK", tmp_path) == set()
 
 
-def test_who_looks_is_not_found_nor_who_started_it(spawn):
-    """A keeper that is started from a server's own terminal carries the mark, and must not end itself."""
-    code = "from labkeeper.backends.local.processes import marked; print([p.pid for p in marked('A_MARK', 'x')])"
+def test_the_search_excludes_the_searching_process_and_its_parents(spawn):
+    """A keeper started in a server's terminal inherits the mark, and must not end itself."""
+    code = (
+        "from labkeeper.backends.local.processes import marked;"
+        " print([p.pid for p in marked('A_MARK', 'x')])"
+    )
     command = f'{sys.executable} -c "{code}"; true'
     shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
     assert shell.stdout.read() == b"[]\n"
 
 
-def test_rooms_are_found_by_the_marks_that_processes_carry(spawn, tmp_path):
+def test_server_directories_are_found_by_marks_of_processes(spawn, tmp_path):
     for value in ("one", "two/deeper", "three"):
         spawn(env={"A_MARK": str(tmp_path / value)})
     spawn(env={"A_MARK": f"{tmp_path}-of-another/four"})
@@ -191,13 +196,13 @@ def test_rooms_are_found_by_the_marks_that_processes_carry(spawn, tmp_path):
 
 
 @pytest.mark.root
-def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(spawn, tmp_path):
-    """As one in a container, whose keeper has its runtime directory in the same place."""
+def test_a_process_that_sees_another_directory_at_the_path_has_a_different_mark(spawn, tmp_path):
+    """As in a container, whose keeper uses the same path."""
     server_dirs = tmp_path / "rooms"
     server_dirs.mkdir()
 
     def behind(place):
-        """Start a process of that mark to which another directory is in this place."""
+        """Start a marked process in whose mount namespace another directory is mounted there."""
         hidden = f"mount -t tmpfs tmpfs {place} && touch {place}/ready && exec sleep 1000"
         child = spawn(
             "unshare",
@@ -213,14 +218,14 @@ def test_a_process_to_which_the_path_is_another_directory_carries_another_mark(s
     other = behind(server_dirs)
     assert not sees(other.pid, server_dirs)
     assert server_dirs_marked("A_MARK", server_dirs) == set()
-    # One that is shut in, where there is no such path, is still ours.
+    # A process in a chroot-like mount without that path is still ours.
     shut_in = behind(tmp_path)
     assert sees(shut_in.pid, server_dirs)
     assert server_dirs_marked("A_MARK", server_dirs) == {server_dirs / "one"}
 
 
-def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
-    """With no descriptor left nothing is known, and what is not proven dead is not called dead."""
+def test_a_process_whose_state_is_unknown_counts_as_alive(spawn, pipe, monkeypatch):
+    """Without free descriptors nothing is known, and that proves no end."""
     child = spawn()
     process = Process.find(child.pid)
 
@@ -233,8 +238,8 @@ def test_what_cannot_be_told_is_taken_for_alive(spawn, pipe, monkeypatch):
     assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
 
 
-def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
-    """With no descriptor left a process with a mark cannot be told from one without."""
+def test_a_search_that_fails_does_not_report_processes_as_ended(spawn, tmp_path):
+    """Without free descriptors, marked processes cannot be recognized."""
     server_dir = tmp_path / "run" / "one"
     child = spawn(env={**os.environ, "LABKEEPER_SERVER": str(server_dir)})
     groups = ControlGroups(tmp_path / "run")
@@ -256,22 +261,22 @@ def test_nothing_is_called_ended_that_could_not_be_looked_for(spawn, tmp_path):
     }
 
 
-def test_what_ignores_sigterm_gets_sigkill(spawn):
+def test_a_process_that_ignores_sigterm_gets_sigkill(spawn):
     child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
     child.stdout.readline()
     assert end_all([Process.find(child.pid)], grace=0.1, within=5) == []
     assert child.wait() == -signal.SIGKILL
 
 
-def test_what_cannot_be_ended_in_time_is_given_back(spawn):
+def test_processes_that_did_not_end_in_time_are_returned(spawn):
     child = spawn(sys.executable, "-c", STUBBORN, stdout=subprocess.PIPE)
     child.stdout.readline()
     process = Process.find(child.pid)
-    # Its time is over before SIGKILL can have worked, unless the kernel was quicker than the look that follows.
+    # Time is up before SIGKILL can take effect, unless the kernel is faster than the check.
     assert end_all([process], grace=0.05, within=0.0) in ([process], [])
 
 
-def test_waiting_ends_with_the_process(spawn, pipe):
+def test_waiting_returns_when_the_process_ends(spawn, pipe):
     child = spawn()
     process = Process.find(child.pid)
     threading.Timer(0.05, child.kill).start()
@@ -281,15 +286,15 @@ def test_waiting_ends_with_the_process(spawn, pipe):
     assert wait_until_ended(process, or_readable=[pipe[0]], timeout=10)
 
 
-def test_waiting_ends_with_its_time_or_when_called_off(spawn, pipe):
+def test_waiting_returns_at_its_timeout_or_when_cancelled(spawn, pipe):
     process = Process.find(spawn().pid)
     assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=0.01)
     os.write(pipe[1], b"x")
     assert not wait_until_ended(process, or_readable=[pipe[0]], timeout=None)
 
 
-def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, monkeypatch):
-    """As on macOS, which has no pidfd: the same answers, by looking."""
+def test_without_pidfd_ends_are_polled(spawn, pipe, monkeypatch):
+    """As on macOS."""
     monkeypatch.setattr(processes.sys, "platform", "darwin")
     child = spawn()
     process = Process.find(child.pid)
@@ -303,12 +308,13 @@ def test_where_the_system_cannot_tell_of_an_end_it_is_looked_for(spawn, pipe, mo
     assert boot_id()
 
 
-def test_a_listening_socket_tells_its_owner(spawn):
+def test_listens_on_finds_the_owner_of_a_listening_socket(spawn):
     port = free_port()
     child = spawn(
         sys.executable,
         "-c",
-        f"import socket; s = socket.create_server(('127.0.0.1', {port})); print('up', flush=True); s.accept()",
+        f"import socket; s = socket.create_server(('127.0.0.1', {port}));"
+        " print('up', flush=True); s.accept()",
         stdout=subprocess.PIPE,
     )
     child.stdout.readline()
@@ -324,13 +330,16 @@ listener = socket.create_server(("127.0.0.1", 0))
 print(listener.getsockname()[1], flush=True)
 listener.accept()
 """
-LOOKS = "import sys; from labkeeper.backends.local.processes import Process; print(Process.find({}).listens_on({}))"
+LOOKS = (
+    "import sys; from labkeeper.backends.local.processes import Process;"
+    " print(Process.find({}).listens_on({}))"
+)
 
 
 @pytest.mark.root
 @pytest.mark.programs("setpriv")
-def test_where_no_process_of_others_can_be_looked_into_the_user_of_a_socket_counts(spawn):
-    """As for root in a container: it sees neither that a server of another user holds a socket, nor that it holds none."""
+def test_if_processes_cannot_be_inspected_the_user_of_the_socket_decides(spawn):
+    """As for root in a container without SYS_PTRACE, which cannot see other users' descriptors."""
     one, other = (
         spawn(sys.executable, "-c", LISTENS, uid, stdout=subprocess.PIPE)
         for uid in ("65534", "65533")

@@ -1,4 +1,4 @@
-"""What a server finds in its room, and who else may look."""
+"""A server's directory: contents, permissions, stop requests, and its removal."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ TRUSTED = CERTIFICATE.replace(" CERT", " TRUSTED CERT")
 KEY = "-----BEGIN PRIVATE KEY-----\nc2VjcmV0\n-----END PRIVATE KEY-----"
 
 
-def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(tmp_path):
-    """Not the key beside them, nor a line of a file that is none, such as one that has become a link to another."""
+def test_only_certificates_of_a_file_that_the_keeper_can_read_reach_the_server(tmp_path):
+    """Neither keys nor other lines, such as those of a file that a symbolic link now leads to."""
     ca = tmp_path / "ca.pem"
     ca.write_bytes(
         f"root:hash\n{KEY}\n{CERTIFICATE}\nmore\n{TRUSTED}\n".encode()
@@ -37,7 +37,7 @@ def test_of_a_file_that_the_keeper_can_read_the_server_gets_certificates_alone(t
     assert "root:" not in bundle
 
 
-def test_a_reset_removes_what_an_abandoned_launch_wrote_and_keeps_the_certificates(tmp_path):
+def test_a_reset_removes_files_of_an_abandoned_launch_and_keeps_the_certificates(tmp_path):
     (tmp_path / "ca.pem").write_text(CERTIFICATE)
     server_dir = ServerDir(tmp_path / "a")
     bundle = server_dir.prepare(
@@ -56,11 +56,11 @@ def test_a_reset_removes_what_an_abandoned_launch_wrote_and_keeps_the_certificat
     assert (tmp_path / "ca.pem").exists()
 
 
-def test_without_certificates_of_its_own_a_gateway_needs_no_file(tmp_path):
+def test_a_gateway_without_own_certificates_needs_no_bundle(tmp_path):
     assert ServerDir(tmp_path / "a").prepare(ServerSpec(ServerName("a"), "/"), None) is None
 
 
-def test_a_file_without_a_certificate_is_named(tmp_path):
+def test_a_file_without_a_certificate_is_refused_without_quoting_it(tmp_path):
     (tmp_path / "shadow").write_text("root:hash")
     gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "shadow"))
     with pytest.raises(ValueError, match="shadow holds no certificate in PEM") as caught:
@@ -69,24 +69,24 @@ def test_a_file_without_a_certificate_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_a_file_that_has_become_something_else_since_holds_no_launch_up(tmp_path, make):
+def test_a_certificate_file_replaced_by_something_else_does_not_block_the_launch(tmp_path, make):
     make(tmp_path / "ca.pem")
     gateway = Gateway("https://g", "wss://g", ca_certs=str(tmp_path / "ca.pem"))
     with pytest.raises(OSError, match="it is not a regular file"):
         ServerDir(tmp_path / "a").prepare(ServerSpec(ServerName("a"), "/", gateway=gateway), None)
 
 
-def told(server_dir):
-    """Whose the note is, with which mode, and what it says."""
+def stop_request_of(server_dir):
+    """Return owner, mode and content of the stop request."""
     note = server_dir.path / "stop.json"
     return note.stat().st_uid, stat.S_IMODE(note.stat().st_mode), json.loads(note.read_text())
 
 
-def test_how_it_is_to_end_is_told_to_the_server_alone(tmp_path):
+def test_the_stop_request_is_readable_by_the_server_only(tmp_path):
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
     server_dir.write_stop_request(keep_kernels=True, within=2.0)
-    assert told(server_dir) == (
+    assert stop_request_of(server_dir) == (
         os.geteuid(),
         0o600,
         {"version": 1, "keep_kernels": True, "within": 2.0},
@@ -94,24 +94,22 @@ def test_how_it_is_to_end_is_told_to_the_server_alone(tmp_path):
 
 
 @pytest.mark.root
-def test_so_it_is_to_the_server_of_another_user(tmp_path):
+def test_the_stop_request_belongs_to_the_servers_user(tmp_path):
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, User(1, 1, []))
     server_dir.write_stop_request(keep_kernels=False, within=2.0)
-    assert told(server_dir) == (
+    assert stop_request_of(server_dir) == (
         1,
         0o600,
         {"version": 1, "keep_kernels": False, "within": 2.0},
     )
-    # To be written to by its user is no way to anything else.
+    # Its user cannot write to anything else in the directory.
     assert stat.S_IMODE(server_dir.path.stat().st_mode) & 0o022 == 0
 
 
 @pytest.mark.root
-def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_it(
-    tmp_path, monkeypatch
-):
-    """A link in place of a file would be given away, with what it leads to; so the directory that holds it is given last."""
+def test_ownership_changes_while_the_servers_user_cannot_reach_the_directory(tmp_path, monkeypatch):
+    """A symbolic link in place of a file would hand over its target; so the directory is last."""
     ca = tmp_path / "ca.pem"
     ca.write_text(CERTIFICATE)
     spec = ServerSpec(
@@ -138,10 +136,10 @@ def test_what_is_given_to_a_servers_user_is_given_while_that_user_cannot_reach_i
 
 
 @pytest.mark.parametrize("at", [1, 2])
-def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tells_of_a_server(
+def test_a_removal_interrupted_by_a_crash_leaves_no_record_and_is_completed_later(
     tmp_path, monkeypatch, at
 ):
-    """Else the next one takes a server that was killed for one that has shut itself down; and it goes on where this one ended."""
+    """A remaining stop request would make a killed server look as if it had shut down by itself."""
     record = Record(generation=1, pid=1, started="1", boot="b", gateway=False, ready=True)
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
@@ -163,8 +161,8 @@ def test_a_keeper_that_is_killed_while_it_removes_a_room_leaves_nothing_that_tel
     assert not server_dir.path.exists()
 
 
-def test_a_room_goes_whatever_a_server_has_made_in_it(tmp_path):
-    """More directories in each other than Python recurses, or a process may hold open."""
+def test_a_directory_is_removed_whatever_a_server_created_in_it(tmp_path):
+    """Nested deeper than Python's recursion limit and the descriptor limit."""
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
     here = server_dir.jupyter

@@ -1,4 +1,4 @@
-"""What runs in the foreground of a terminal, by the table of processes."""
+"""Foreground programs of terminals, from the process table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ticks():
 
 @pytest.fixture
 def shells():
-    """Give terminals with an interactive shell, as children of this process."""
+    """Open terminals with an interactive shell, as children of this process."""
     opened = []
 
     def open_one():
@@ -32,7 +32,7 @@ def shells():
         if pid == 0:
             os.execv("/bin/sh", ["sh", "-i"])
         opened.append((pid, master))
-        # Linux tells ages by ticks: the next one has to be younger.
+        # Linux counts ages in ticks, and the next shell must be younger.
         born = ticks()
         until(lambda: ticks() > born, what="the next tick")
         return master
@@ -48,7 +48,7 @@ def ours():
     return foregrounds(Process.find(os.getpid()))
 
 
-def test_each_terminal_tells_its_program_the_oldest_first(shells):
+def test_each_terminal_has_its_foreground_program_oldest_first(shells):
     before = ours()
     first, second = shells(), shells()
     until(lambda: ours() == [*before, "", ""], what="both shells wait")
@@ -62,12 +62,12 @@ def test_each_terminal_tells_its_program_the_oldest_first(shells):
     )
 
 
-def test_it_cannot_be_known_of_a_process_that_is_gone_nor_on_another_system(monkeypatch):
+def test_the_programs_of_an_ended_process_or_on_another_system_are_unknown(monkeypatch):
     assert foregrounds(Process(2**22 + 1, "never")) is None
     monkeypatch.setattr(terminals.sys, "platform", "darwin")
     assert ours() is None
 
 
-def test_a_program_whose_first_process_has_ended_is_one_all_the_same():
+def test_a_program_whose_first_process_has_ended_still_counts():
     gone = terminals._Stat(group=1, session=1, terminal=5, foreground=2**22 + 1, started=0)
     assert terminals._program(gone) == "a program"

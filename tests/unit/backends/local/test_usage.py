@@ -1,4 +1,4 @@
-"""What real processes use, by their control group and without one."""
+"""Usage of real processes, with a control group and without one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ time.sleep(600)
 
 @pytest.fixture
 def server(tmp_path):
-    """A process with a child that holds memory, and one that has left it."""
+    """A process with a child that holds memory, and another one that has been orphaned."""
     server_dir = tmp_path / NAME
     running = subprocess.Popen(
         [sys.executable, "-c", PARENT],
@@ -57,7 +57,7 @@ def server(tmp_path):
 
 
 class NoGroups(ControlGroups):
-    """As on a machine that lets us make none."""
+    """A machine on which we cannot create control groups."""
 
     def _of(self, name):
         return []
@@ -75,8 +75,8 @@ def settled_as(meter, process, count):
     return until(measured, what=f"{count} processes are found")
 
 
-def test_without_groups_processes_are_found_by_their_parents_and_by_their_mark(server, tmp_path):
-    """Memory, processes and threads are those of all; the clock goes on when one ends; what it leaves is its own."""
+def test_without_groups_processes_are_found_by_parent_and_by_mark(server, tmp_path):
+    """All processes are added up, and CPU time stays monotonic when one ends."""
     meter = usage.Meter(NoGroups(tmp_path), tmp_path)
     before = settled(meter, server, 3)
     assert 64 * MIB < before.memory < 200 * MIB
@@ -94,7 +94,7 @@ def test_without_groups_processes_are_found_by_their_parents_and_by_their_mark(s
 
 
 @pytest.mark.root
-def test_a_server_does_not_use_what_carries_its_mark_as_another_user(server, tmp_path):
+def test_a_process_of_another_user_with_the_servers_mark_is_not_counted(server, tmp_path):
     (tmp_path / NAME / "jupyter").mkdir(parents=True)
     mark = {MARK: str(tmp_path / NAME)}
     forged = subprocess.Popen(
@@ -104,7 +104,7 @@ def test_a_server_does_not_use_what_carries_its_mark_as_another_user(server, tmp
         until(lambda: carries(forged.pid, MARK))
         meter = usage.Meter(NoGroups(tmp_path), tmp_path)
         settled(meter, server, 3)
-        # What is young is looked at twice.
+        # Young processes are inspected a second time.
         assert settled(meter, server, 3)
     finally:
         forged.kill()
@@ -127,9 +127,7 @@ def test_with_a_group_its_members_are_measured(server, tmp_path):
         groups.remove(NAME)
 
 
-def test_shared_memory_is_looked_at_seldom_and_the_clock_never_goes_back(
-    server, tmp_path, monkeypatch
-):
+def test_shared_memory_is_rarely_measured_and_cpu_time_is_monotonic(server, tmp_path, monkeypatch):
     looks = []
     monkeypatch.setattr(usage, "_proportional", lambda pids: looks.append(1) or 5)
     meter = usage.Meter(NoGroups(tmp_path), tmp_path)
