@@ -1,4 +1,4 @@
-"""The client for asyncio: the same calls as those of `Client`, against a keeper that is served over TCP."""
+"""The asyncio client: the same calls as `Client`, against a keeper served over TCP."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def methods(client):
     }
 
 
-def test_it_has_the_methods_of_the_other_one():
+def test_it_has_the_same_methods_as_the_synchronous_client():
     ours, theirs = methods(AsyncClient), methods(Client)
     assert ours.keys() == theirs.keys()
     for name, member in ours.items():
@@ -46,8 +46,8 @@ def test_it_has_the_methods_of_the_other_one():
         assert inspect.iscoroutinefunction(member) or inspect.isasyncgenfunction(member)
 
 
-def test_a_server_lives_through_its_methods(url):
-    async def life():
+def test_methods_cover_the_life_of_a_server(url):
+    async def whole_life():
         async with AsyncClient(url, token=TOKEN) as client:
             assert (await client.create(name="a")).state is State.RUNNING
             await client.create(name="b")
@@ -66,11 +66,11 @@ def test_a_server_lives_through_its_methods(url):
                 await client.get("a")
             assert await client.healthy()
 
-    asyncio.run(life())
+    asyncio.run(whole_life())
 
 
 async def _some(items, count):
-    """Yield so many, and let the others be."""
+    """Yield some items, and close the iterator."""
     async for item in items:
         yield item
         count -= 1
@@ -79,7 +79,7 @@ async def _some(items, count):
             return
 
 
-def test_calls_may_run_at_the_same_time(url):
+def test_calls_can_run_concurrently(url):
     async def create_five():
         async with AsyncClient(url, token=TOKEN) as client:
             made = await asyncio.gather(*(client.create(name=f"s{number}") for number in range(5)))
@@ -88,7 +88,7 @@ def test_calls_may_run_at_the_same_time(url):
     assert asyncio.run(create_five()) == [f"s{number}" for number in range(5)]
 
 
-def test_pages_are_asked_for_one_by_one(url):
+def test_lists_cover_all_pages(url):
     async def names():
         async with AsyncClient(url, token=TOKEN) as client:
             names = [f"s{number:03}" for number in range(120)]
@@ -98,7 +98,7 @@ def test_pages_are_asked_for_one_by_one(url):
     assert asyncio.run(names())
 
 
-def test_errors_are_those_of_the_other_client():
+def test_errors_equal_those_of_the_synchronous_client():
     async def ask():
         async with AsyncClient("http://127.0.0.1:1") as client:
             await client.version()
@@ -109,7 +109,7 @@ def test_errors_are_those_of_the_other_client():
         AsyncClient("ftp://keeper")
 
 
-def test_what_is_no_stream_is_an_error_too():
+def test_an_error_response_to_a_stream_raises():
     transport = httpx.MockTransport(
         lambda _: httpx.Response(404, json={"code": "server_not_found", "detail": "cannot find it"})
     )

@@ -1,4 +1,4 @@
-"""The client against the real application: same names, same errors, no foreign exceptions. No sockets."""
+"""The client against the real application, without sockets: methods, errors, requests, answers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ URL = "http://keeper"
 
 @dataclass
 class Running:
-    """A keeper over a world that the test steers, its application, and a client to it."""
+    """A keeper over a world that the test controls, its application, and a client of it."""
 
     world: World
     probe: FixedProbe
@@ -75,8 +75,8 @@ def client(running):
     return running.client
 
 
-class Recorder(httpx.BaseTransport):
-    """Keeps what was asked, and answers what it was told to."""
+class RecordingTransport(httpx.BaseTransport):
+    """Records requests, and responds as it is told."""
 
     def __init__(self, answer):
         self.requests = []
@@ -93,14 +93,13 @@ def as_json(server):
 
 
 def answering(answer):
-    return Client(URL, transport=Recorder(answer))
+    return Client(URL, transport=RecordingTransport(answer))
 
 
-# Life of a server
+# Lifecycle of a server
 
 
-def test_a_server_lives_through_all_methods(client, tmp_path):
-    """Each verb of the API is one method, and its answer says where the server stands."""
+def test_methods_cover_the_life_of_a_server(client, tmp_path):
     made = client.create(name="demo", root_dir=tmp_path, labels={"team": "blue"})
     assert (made.state, made.goal, made.name, made.labels) == (
         State.RUNNING,
@@ -123,14 +122,14 @@ def test_a_server_lives_through_all_methods(client, tmp_path):
         client.get("demo")
 
 
-def test_a_spec_may_be_a_mapping_with_names_as_the_api_takes_them(client):
-    """A JSON file with kebab-case names can be handed on as it is, and keyword arguments win over it."""
+def test_a_spec_may_be_a_mapping_with_names_of_the_api(client):
+    """Kebab-case names are accepted; keyword arguments take precedence."""
     server = client.create({"name": "other", "gateway-url": "http://gateway:8888"}, name="demo")
     assert (server.name, server.gateway.url) == ("demo", "http://gateway:8888")
 
 
-def test_a_spec_may_be_the_model_of_the_request(client):
-    """Only what was given is sent; fields that are named go over it."""
+def test_a_spec_may_be_a_request_model(client):
+    """Only fields that were set are sent; keyword arguments take precedence."""
     request = ServerRequest(
         name="demo",
         gateway=GatewayFields(url="http://gateway:8888"),
@@ -147,7 +146,7 @@ def test_a_spec_may_be_the_model_of_the_request(client):
     assert server.jupyter_options == {"ServerApp.terminals_enabled": False}
 
 
-def test_fields_go_over_those_of_the_request_also_within_the_gateway(client):
+def test_keyword_arguments_also_override_nested_gateway_fields(client):
     server = client.create(
         {"gateway": {"url": "http://one:1", "required": False}}, gateway_url="http://two:2"
     )
@@ -158,8 +157,8 @@ def test_fields_go_over_those_of_the_request_also_within_the_gateway(client):
         )
 
 
-def test_no_wait_answers_while_the_server_is_starting(running):
-    """`wait=0` comes back at once, and `wait_for` finds out later."""
+def test_without_waiting_the_server_is_still_starting(running):
+    """`wait=0` returns immediately, and `wait_for` waits later."""
     running.world.temper("default").boots = False
     assert running.client.create(wait=0).state is State.STARTING
     assert running.client.get("default", wait_for=State.RUNNING, wait=0).state is State.STARTING
@@ -168,8 +167,8 @@ def test_no_wait_answers_while_the_server_is_starting(running):
     assert running.client.get("default", wait_for="running").state is State.RUNNING
 
 
-def test_lists_go_over_all_pages(running, client, tmp_path):
-    """A list is complete however many pages it takes, and asks for them one by one."""
+def test_lists_cover_all_pages(running, client, tmp_path):
+    """Pages are requested as they are needed."""
     for name in ("a", "b", "c"):
         client.create(name=name, labels={"odd": str(name != "b")})
     real, asked = httpx.WSGITransport(app=running.app), []
@@ -182,7 +181,7 @@ def test_lists_go_over_all_pages(running, client, tmp_path):
             )
         )
 
-    with Client(URL, token=TOKEN, transport=Recorder(one_by_one)) as small:
+    with Client(URL, token=TOKEN, transport=RecordingTransport(one_by_one)) as small:
         assert [server.name for server in small.list()] == ["a", "b", "c"]
     assert len(asked) == 3
     assert [server.name for server in client.list(label=["odd=True"])] == ["a", "c"]
@@ -191,7 +190,7 @@ def test_lists_go_over_all_pages(running, client, tmp_path):
 
 
 def test_logs_are_text_and_can_be_followed_to_the_end(running, client):
-    """`logs` gives the tail; `follow` gives lines without their ends, cut at line feeds alone, until the server has ended."""
+    """`follow` yields lines without line feeds, and splits at line feeds alone."""
     client.create()
     running.world.write("default", "50 %\r100 %\fdone")
     assert client.logs("default", tail=1) == "50 %\r100 %\fdone\n"
@@ -203,16 +202,15 @@ def test_logs_are_text_and_can_be_followed_to_the_end(running, client):
     assert next(client.follow("default")).startswith("launch")
 
 
-def test_following_copes_with_pieces_and_a_last_line_without_end():
-    """Lines come out whole however the network cuts them."""
+def test_follow_reassembles_lines_from_chunks():
+    """The last line may lack a line feed."""
     with answering(
         httpx.Response(200, content=iter([b"on", b"e\ntwo\n", b"", b"thr", b"ee"]))
     ) as client:
         assert list(client.follow("x")) == ["one", "two", "three"]
 
 
-def test_a_follower_may_leave_early(client):
-    """Closing the iterator closes the answer; nothing is left open."""
+def test_closing_a_follower_closes_the_response(client):
     client.create()
     lines = client.follow("default")
     next(lines)
@@ -220,8 +218,7 @@ def test_a_follower_may_leave_early(client):
     assert list(lines) == []
 
 
-def test_kernels_are_typed(running, client):
-    """Kernels come as the API tells them."""
+def test_kernels_are_models(running, client):
     running.probe.kernels_there = (Kernel("1", "python3", "idle", "2026-01-01T00:00:00Z"),)
     client.create()
     assert [(kernel.id, kernel.execution_state) for kernel in client.kernels("default")] == [
@@ -232,16 +229,15 @@ def test_kernels_are_typed(running, client):
         client.kernels("default")
 
 
-def test_the_keeper_tells_of_itself(running, client):
-    """Health, readiness and version need no servers; a keeper that takes no commands is neither ready nor healthy."""
+def test_version_health_and_readiness(running, client):
+    """A keeper that has stopped is neither ready nor healthy."""
     assert (client.version(), client.healthy(), client.ready()) == ("1.2.3", True, True)
     running.keeper.close()
     assert (client.healthy(), client.ready()) == (False, False)
 
 
 def test_every_route_has_a_method(running):
-    """The client reaches each line of the API's table."""
-    recorder = Recorder(httpx.WSGITransport(app=running.app).handle_request)
+    recorder = RecordingTransport(httpx.WSGITransport(app=running.app).handle_request)
     with Client(URL, token=TOKEN, transport=recorder) as client:
         client.create()
         client.snooze("default", "1h")
@@ -278,7 +274,7 @@ def test_every_route_has_a_method(running):
         assert list(client.list()) == []
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}
-    # A link is for browsers.
+    # A one-time link is opened by browsers.
     assert reached == {route.handler.__name__ for route in ROUTES} - {"open_link"}
 
 
@@ -286,8 +282,8 @@ def test_every_route_has_a_method(running):
 
 
 @pytest.mark.parametrize("cls", problems.STATUS, ids=lambda cls: cls.__name__)
-def test_errors_come_back_as_they_were_raised(running, cls):
-    """What a handler raises is what the client raises: class, message and details."""
+def test_errors_are_raised_as_they_were_in_the_handler(running, cls):
+    """With class, message and details."""
     details = {
         "name": "demo",
         "errors": [{"field": "a", "rule": "b"}],
@@ -308,15 +304,14 @@ def test_errors_come_back_as_they_were_raised(running, cls):
     assert type(caught.value) is cls
 
 
-def test_every_error_is_either_answered_or_never_leaves_its_side():
-    """A class that is added to the tree must be given a status, or be one that no answer carries."""
+def test_every_error_has_a_status_or_stays_on_its_side():
+    """A new class needs a status, unless no response carries it."""
     at_home = {LabkeeperError, errors.ClientError, Unreachable, BadAnswer, SettingsError}
     ours = {cls for cls in errors.tree().values() if cls.__module__ == errors.__name__}
     assert ours - at_home == set(problems.STATUS)
 
 
-def test_a_failed_start_carries_its_last_log_lines(running):
-    """The exception of a failed start says why, for a person and for a program."""
+def test_a_failed_start_has_its_failure_class_and_log_tail(running):
     running.world.temper("default").refusal = errors.BackendRefused(
         "cannot: port taken", failure_class="port-in-use", log_tail=["bind"]
     )
@@ -328,15 +323,13 @@ def test_a_failed_start_carries_its_last_log_lines(running):
     )
 
 
-def test_mistakes_in_a_request_are_named(client):
-    """A field that the API does not know comes back by its name."""
+def test_unknown_fields_are_named(client):
     with pytest.raises(InvalidSpec) as caught:
         client.create({"colour": "blue"})
     assert caught.value.details["errors"] == [{"field": "colour", "rule": "is not known here"}]
 
 
-def test_a_wrong_token_is_told_apart(running):
-    """Without the right token, NotAuthenticated; never a foreign error."""
+def test_a_wrong_token_raises_not_authenticated(running):
     for token in (None, "wrong"):
         with (
             Client(URL, token=token, transport=httpx.WSGITransport(app=running.app)) as client,
@@ -353,8 +346,8 @@ def test_a_wrong_token_is_told_apart(running):
         (400, "unreachable", RequestError),
     ],
 )
-def test_codes_that_are_no_class_become_the_nearest_base(status, code, cls):
-    """A code that this client does not know, or that no keeper may use, still gives one of our errors, with all that was said."""
+def test_an_unknown_code_raises_the_nearest_base_class(status, code, cls):
+    """Also a code that responses never carry; all of the problem's fields become details."""
     body = {
         "status": status,
         "detail": "no",
@@ -392,8 +385,8 @@ def test_codes_that_are_no_class_become_the_nearest_base(status, code, cls):
         httpx.Response(500, json="text"),
     ],
 )
-def test_what_is_no_keepers_answer_is_a_bad_answer(answer):
-    """HTML of a proxy, redirects, other JSON: BadAnswer, which names the address and the status."""
+def test_a_response_that_no_keeper_sends_raises_bad_answer(answer):
+    """HTML of a proxy, redirects, other JSON: the message has URL and status."""
     with (
         answering(answer) as client,
         pytest.raises(BadAnswer, match=r"http://keeper/api/servers/x.*is it a keeper"),
@@ -404,14 +397,13 @@ def test_what_is_no_keepers_answer_is_a_bad_answer(answer):
 @pytest.mark.parametrize(
     "body", [{"name": "jupyter", "version": "1"}, {"version": "1"}, {"name": "labkeeper"}]
 )
-def test_a_stranger_is_not_taken_for_a_keeper(body):
-    """Something else that has a version is no keeper."""
+def test_another_service_with_a_version_is_not_a_keeper(body):
     with answering(httpx.Response(200, json=body)) as client, pytest.raises(BadAnswer):
         client.version()
 
 
 def foreign_errors():
-    """Every exception that httpx can raise, made as it makes them."""
+    """Return an instance of every exception class of httpx."""
     request = httpx.Request("GET", URL)
     made, waiting = {}, [httpx.HTTPError, httpx.StreamError, httpx.InvalidURL, httpx.CookieConflict]
     while waiting:
@@ -433,7 +425,7 @@ def foreign_errors():
 
 @pytest.mark.parametrize("error", foreign_errors().values(), ids=lambda error: type(error).__name__)
 def test_no_exception_of_httpx_escapes(error):
-    """Whatever httpx raises, before an answer or in the middle of one, comes out as Unreachable or BadAnswer, with its cause."""
+    """Before or during a response, they become the cause of Unreachable or BadAnswer."""
 
     def fail(_request):
         raise error
@@ -459,8 +451,7 @@ def test_no_exception_of_httpx_escapes(error):
                 assert caught.value.__cause__ is error
 
 
-def test_a_refused_connection_says_what_to_do():
-    """The message of Unreachable names the address and the command that starts a keeper."""
+def test_a_refused_connection_says_how_to_start_a_keeper():
     with Client("http://127.0.0.1:1") as client, pytest.raises(Unreachable) as caught:
         client.version()
     assert "cannot reach a keeper at http://127.0.0.1:1:" in caught.value.message
@@ -468,7 +459,7 @@ def test_a_refused_connection_says_what_to_do():
 
 
 def test_other_exceptions_pass_through():
-    """Ctrl-C in the middle of a request stays Ctrl-C."""
+    """Ctrl-C during a request, for example."""
 
     def interrupt(_request):
         raise KeyboardInterrupt
@@ -477,13 +468,13 @@ def test_other_exceptions_pass_through():
         client.version()
 
 
-# What is sent
+# Requests
 
 
 @pytest.mark.parametrize("name", ["", "..", "a/b", "A", "x?y", "x" * 64, "\udcff", "a\n"])
-def test_a_name_that_no_server_can_have_is_never_sent(name):
-    """A bad name cannot become another path; it is simply not found."""
-    recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
+def test_an_invalid_name_is_not_found_without_a_request(name):
+    """It cannot become a different path."""
+    recorder = RecordingTransport(httpx.Response(200, json=as_json(a_server())))
     with Client(URL, transport=recorder) as client:
         for use in (client.get, client.stop, client.delete, client.logs, client.kernels):
             with pytest.raises(ServerNotFound, match="must be 1 to 63"):
@@ -498,9 +489,8 @@ LOOP["again"] = LOOP
 @pytest.mark.parametrize(
     "fields", [{"env": {"A": object()}}, {"port": float("nan")}, {"env": LOOP}]
 )
-def test_fields_that_are_no_json_are_refused_here(fields):
-    """What cannot be written as JSON is InvalidSpec, before anything is sent."""
-    recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
+def test_fields_that_are_not_json_are_refused_before_a_request(fields):
+    recorder = RecordingTransport(httpx.Response(200, json=as_json(a_server())))
     with (
         Client(URL, transport=recorder) as client,
         pytest.raises(InvalidSpec, match="cannot send the request"),
@@ -509,15 +499,14 @@ def test_fields_that_are_no_json_are_refused_here(fields):
     assert recorder.requests == []
 
 
-def test_text_that_is_no_unicode_is_refused_here():
-    """A surrogate from a command line cannot travel in a query; it is InvalidSpec, no encoding error."""
+def test_text_with_surrogates_is_refused_before_a_request():
+    """The command line may contain surrogates, which a query cannot."""
     with answering(httpx.Response(200, json={"servers": []})) as client, pytest.raises(InvalidSpec):
         next(client.list(label=["\udcff"]))
 
 
 def test_paths_are_sent_as_text():
-    """A pathlib.Path is as good as its text."""
-    recorder = Recorder(httpx.Response(201, json=as_json(a_server())))
+    recorder = RecordingTransport(httpx.Response(201, json=as_json(a_server())))
     with Client(URL, transport=recorder) as client:
         client.create(root_dir=Path("/data"), name="x")
     assert json.loads(recorder.requests[0].content) == {"root_dir": "/data", "name": "x"}
@@ -539,9 +528,9 @@ def test_paths_are_sent_as_text():
         (lambda c: list(c.follow("x")), None),
     ],
 )
-def test_reading_is_more_patient_than_the_keeper_waits(use, longest):
-    """The read timeout is the keeper's wait and a margin; where the keeper chooses the wait there is none."""
-    recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
+def test_the_read_timeout_exceeds_the_keepers_wait(use, longest):
+    """By a margin; there is none if the keeper chooses the wait."""
+    recorder = RecordingTransport(httpx.Response(200, json=as_json(a_server())))
     with Client(URL, transport=recorder, timeout=5) as client:
         use(client)
     assert recorder.requests[0].extensions["timeout"] == {
@@ -553,8 +542,8 @@ def test_reading_is_more_patient_than_the_keeper_waits(use, longest):
 
 
 def test_a_base_url_may_have_a_path():
-    """A keeper may live below a path of a reverse proxy."""
-    recorder = Recorder(httpx.Response(200, json=as_json(a_server())))
+    """As behind a reverse proxy."""
+    recorder = RecordingTransport(httpx.Response(200, json=as_json(a_server())))
     with Client("https://host/keeper/", token="t", transport=recorder) as client:
         client.get("x")
     assert str(recorder.requests[0].url) == "https://host/keeper/api/servers/x"
@@ -568,33 +557,32 @@ def test_a_base_url_may_have_a_path():
         *("http://u:p@host", "http://h/?q=1", "http://h/#f", "http://[::1", "http://h\x00st"),
     ],
 )
-def test_a_bad_url_is_refused_at_once(url):
-    """A URL that cannot be a keeper's is a SettingsError, when the client is made."""
+def test_an_invalid_url_is_refused_by_the_constructor(url):
     with pytest.raises(SettingsError, match="cannot use"):
         Client(url)
 
 
 @pytest.mark.parametrize("token", ["", "with space", "new\nline", "zażółć"])
-def test_a_bad_token_is_refused_at_once_and_not_shown(token):
-    """A token that cannot be a header is a SettingsError which does not repeat it."""
+def test_an_invalid_token_is_refused_and_not_shown(token):
+    """It could not be sent in a header."""
     with pytest.raises(SettingsError) as caught:
         Client(URL, token=token)
     assert not token or token not in caught.value.message
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1", "https://127.0.0.1:1"])
-def test_the_environments_proxy_never_sees_a_token(url, monkeypatch):
-    """A proxy in the environment is not used: the keeper's own address is tried, with and without TLS."""
+def test_proxies_of_the_environment_are_ignored(url, monkeypatch):
+    """They would receive the token."""
     monkeypatch.setenv("ALL_PROXY", "http://proxy.invalid:3128")
     with Client(url, token=TOKEN) as client, pytest.raises(Unreachable, match=r"127\.0\.0\.1:1"):
         client.version()
 
 
-# Answers
+# Responses
 
 
-def test_answers_of_a_newer_keeper_are_understood():
-    """New fields are kept and new states are text: an old client goes on working."""
+def test_responses_of_a_newer_keeper_are_accepted():
+    """New fields are kept, and new states are strings."""
     with answering(
         httpx.Response(200, json=as_json(a_server()) | {"state": "paused", "colour": "blue"})
     ) as client:
@@ -606,8 +594,7 @@ def test_answers_of_a_newer_keeper_are_understood():
     )
 
 
-def test_the_json_of_a_server_is_that_of_the_api(running, client):
-    """Nothing is lost or renamed between the API's answer and `model_dump`."""
+def test_a_dumped_server_equals_the_response_of_the_api(running, client):
     client.create(labels={"a": "b"})
     client.stop("default")
     api = (
@@ -631,8 +618,8 @@ ENUMERATIONS = [
 @pytest.mark.parametrize(
     ("model", "name", "kind"), ENUMERATIONS, ids=lambda one: getattr(one, "__name__", str(one))
 )
-def test_a_value_of_a_newer_enumeration_is_kept(model, name, kind):
-    """It compares and prints as its text, and is none of the members; what this keeper itself writes has to be one."""
+def test_an_unknown_enumeration_value_of_a_newer_keeper_is_kept(model, name, kind):
+    """As a string that is not a member; the keeper itself still validates what it writes."""
     adapter = TypeAdapter(Annotated[kind, *model.model_fields[name].metadata])
     with pytest.raises(ValidationError):
         adapter.validate_python("newer")
@@ -641,7 +628,7 @@ def test_a_value_of_a_newer_enumeration_is_kept(model, name, kind):
     assert adapter.dump_json(newer) == b'"newer"'
 
 
-def test_there_are_enumerations_to_be_tolerant_of():
+def test_the_tested_enumerations_include_all_in_responses():
     assert {kind for _, _, kind in ENUMERATIONS} >= {
         State,
         Goal,
@@ -655,15 +642,14 @@ def test_there_are_enumerations_to_be_tolerant_of():
 
 
 def test_secrets_are_not_in_the_repr():
-    """Printing a server in a log shows no token."""
     server = a_server(token="s3cret", lab_url="http://h/lab?token=s3cret")
     assert "s3cret" not in repr(server)
 
 
-def test_authorities_that_cannot_be_read_are_named(tmp_path):
+def test_an_unreadable_ca_file_is_named(tmp_path):
     (tmp_path / "bad.pem").write_text("no certificate")
     for name in ("bad.pem", "absent.pem"):
         with pytest.raises(SettingsError, match=f"cannot read certificates from the file .*{name}"):
             Client("https://keeper", ca_file=tmp_path / name)
-    # Plain HTTP trusts nobody, and looks at no file.
+    # Plain HTTP needs no CA file.
     Client("http://keeper", ca_file=tmp_path / "absent.pem").close()

@@ -1,4 +1,4 @@
-"""The event log: numbers without gaps, nothing lost to a disk that is full for a while, nobody held up by who follows."""
+"""The event log: ids without gaps, buffering while the disk is full, followers, and its bounds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from labkeeper.testing.fakes import MemoryStore
 KIND = HistoryKind.SNOOZED
 
 
-def noted(event_log, count, server=None):
+def record_many(event_log, count, server=None):
     for number in range(count):
         event_log.record(KIND, server, f"{number}")
 
@@ -32,7 +32,7 @@ def ids(entries):
     return [entry.id for entry in entries]
 
 
-def test_what_is_noted_is_kept_with_all_that_was_said(event_log, store, clock):
+def test_a_recorded_entry_is_stored_completely(event_log, store, clock):
     origin = Origin("ada", "r1", "a reason")
     event_log.record(KIND, "lab", "put off", origin=origin, generation=3, details={"until": 5})
     (entry,) = store.history
@@ -46,27 +46,27 @@ def test_what_is_noted_is_kept_with_all_that_was_said(event_log, store, clock):
     assert (entry.origin, entry.generation, entry.details) == (origin, 3, {"until": 5})
 
 
-def test_a_later_keeper_counts_on(event_log, store, clock):
-    noted(event_log, 3)
-    noted(EventLog(store, clock, size=100), 2)
+def test_ids_continue_under_the_next_keeper(event_log, store, clock):
+    record_many(event_log, 3)
+    record_many(EventLog(store, clock, size=100), 2)
     assert ids(store.history) == [1, 2, 3, 4, 5]
 
 
-def test_what_a_full_disk_does_not_take_is_told_all_the_same_and_stored_later(event_log, store):
-    noted(event_log, 1)
+def test_entries_that_a_full_disk_refuses_are_published_and_stored_later(event_log, store):
+    record_many(event_log, 1)
     store.failing = True
-    noted(event_log, 3)
+    record_many(event_log, 3)
     assert ids(event_log.after(1, server=None, limit=10)) == [2, 3, 4]
     store.failing = False
     assert ids(event_log.latest(server=None, limit=10)) == [1, 2, 3, 4]
-    noted(event_log, 1)
+    record_many(event_log, 1)
     assert ids(store.history) == [1, 2, 3, 4, 5]
 
 
-def test_pages_are_the_same_from_memory_and_from_the_store(store, clock):
-    noted(EventLog(store, clock, size=10_000), 700, "old")
+def test_pages_from_memory_and_from_the_store_are_the_same(store, clock):
+    record_many(EventLog(store, clock, size=10_000), 700, "old")
     event_log = EventLog(store, clock, size=10_000)
-    noted(event_log, 5, "new")
+    record_many(event_log, 5, "new")
     assert ids(event_log.after(0, server=None, limit=1000)) == [*range(1, 706)]
     assert ids(event_log.after(698, server=None, limit=3)) == [699, 700, 701]
     assert ids(event_log.after(702, server=None, limit=2)) == [703, 704]
@@ -76,9 +76,9 @@ def test_pages_are_the_same_from_memory_and_from_the_store(store, clock):
     assert event_log.forgotten(0) == 0
 
 
-def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock):
+def test_a_slow_follower_receives_each_entry_once_and_in_order(store, clock):
     event_log = EventLog(store, clock, size=10_000)
-    noted(event_log, 5)
+    record_many(event_log, 5)
     seen, quiet, begun = [], [], threading.Event()
 
     def follow():
@@ -89,8 +89,8 @@ def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock
     follower = threading.Thread(target=follow)
     follower.start()
     begun.wait()
-    # More than is kept at hand.
-    noted(event_log, 3000)
+    # More than is kept in memory.
+    record_many(event_log, 3000)
     until(lambda: quiet, what="nothing is new")
     event_log.close()
     follower.join(5)
@@ -98,7 +98,7 @@ def test_who_follows_gets_each_entry_once_and_in_order_however_slow(store, clock
     assert ids(seen) == [*range(3, 3006)]
 
 
-def test_who_follows_one_server_misses_nothing_among_those_of_others(event_log):
+def test_a_follower_of_one_server_misses_nothing_among_other_entries(event_log):
     seen = []
 
     def follow():
@@ -117,17 +117,17 @@ def test_who_follows_one_server_misses_nothing_among_those_of_others(event_log):
     ]
 
 
-def test_hearers_hear_each_entry_with_its_number(store, clock):
+def test_subscribers_receive_each_entry_with_its_id(store, clock):
     heard = []
-    noted(EventLog(store, clock, size=10, subscribers=[heard.append]), 2)
+    record_many(EventLog(store, clock, size=10, subscribers=[heard.append]), 2)
     assert ids(heard) == [1, 2]
 
 
-def test_the_history_is_bounded_and_survives_in_the_file(tmp_path, clock):
+def test_the_history_is_bounded_and_survives_the_keeper(tmp_path, clock):
     path = tmp_path / "store.sqlite"
     store = SqliteStore(path)
     event_log = EventLog(store, clock, size=150)
-    noted(event_log, 1000, "lab")
+    record_many(event_log, 1000, "lab")
     store.close()
     store = SqliteStore(path)
     event_log = EventLog(store, clock, size=150)
@@ -152,7 +152,7 @@ def by(event_log):
     return Counter(entry.origin.actor for entry in event_log.latest(server=None, limit=10_000))
 
 
-def test_who_fills_the_history_pushes_nobody_else_out(any_store, clock):
+def test_an_actor_with_many_entries_does_not_displace_others(any_store, clock):
     event_log = EventLog(any_store, clock, size=1000)
     for actor, count in (
         ("keeper", 30),
@@ -174,14 +174,14 @@ def test_who_fills_the_history_pushes_nobody_else_out(any_store, clock):
     assert [entry.message for entry in newest] == [str(number) for number in range(199)]
 
 
-def test_where_more_act_than_are_kept_the_newest_word_of_each_stays(any_store, clock):
+def test_with_more_actors_than_entries_the_newest_entry_stays(any_store, clock):
     event_log = EventLog(any_store, clock, size=100)
     for number in range(1000):
         event_log.record(KIND, "lab", str(number), origin=Origin(f"actor {number % 150}"))
     assert event_log.latest(server=None, limit=1)[0].message == "999"
 
 
-def test_what_is_missing_in_between_is_counted(any_store, clock):
+def test_dropped_entries_are_counted(any_store, clock):
     event_log = EventLog(any_store, clock, size=100)
     assert event_log.forgotten(0) == 0
     for number in range(1000):
@@ -193,7 +193,7 @@ def test_what_is_missing_in_between_is_counted(any_store, clock):
 
 
 @pytest.mark.parametrize("broken", ['{"id": 1}', "none"])
-def test_a_row_that_cannot_be_read_is_said_to_be_damage(tmp_path, broken):
+def test_an_unreadable_row_is_reported_as_damage(tmp_path, broken):
     store = SqliteStore(tmp_path / "store.sqlite")
     store._db.execute("INSERT INTO history VALUES (1, NULL, ?)", (broken,))
     with pytest.raises(StoreError, match="damaged"):
@@ -217,10 +217,10 @@ LIMITS = {
 
 @pytest.mark.parametrize(("limits", "expected"), LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
-def test_limits_leave_out_what_is_none_of_the_readers_business(
+def test_token_limits_restrict_the_entries_that_are_returned(
     tmp_path, clock, kind, limits, expected
 ):
-    """Alike in the store and in memory; what is of no server is only for who sees all, and of no server's history."""
+    """In memory as in the store; entries without a server require an unlimited token."""
     store = MemoryStore() if kind == "memory" else SqliteStore(tmp_path / "labkeeper.sqlite")
     names = [None, "a-1", "a-2", "c", "b", None]
     labels = [
@@ -252,18 +252,18 @@ def test_limits_leave_out_what_is_none_of_the_readers_business(
         store.close()
 
 
-def test_an_entry_has_the_labels_that_its_server_had_then(event_log, store):
-    """They come with the changes of the server; a note about one that is gone has none."""
+def test_an_entry_has_the_labels_of_its_server_at_that_time(event_log, store):
+    """An entry about a server that is gone has none."""
     spec = ServerSpec(name="lab", root_dir="/", labels={"team": "blue"}, user="ada")
     snapshot = Snapshot(spec, State.STARTING, Goal.UP, 1.0, 1.0)
     event_log.changed(Change(Event.START, None, snapshot, 1.0))
-    noted(event_log, 1, "lab")
+    record_many(event_log, 1, "lab")
     event_log.changed(
         Change(
             Event.EXITED, snapshot, replace(snapshot, state=State.STOPPED, goal=Goal.ABSENT), 2.0
         )
     )
-    noted(event_log, 1, "lab")
+    record_many(event_log, 1, "lab")
     assert [(dict(entry.labels), entry.user) for entry in store.history] == [
         ({"team": "blue"}, "ada")
     ] * 3 + [({}, None)]

@@ -1,4 +1,4 @@
-"""What a change is called: each step of a life has its sentence, and its facts without secrets."""
+"""Messages of events: a sentence for each change, and details without secrets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ REACHED = {"endpoint": PROCESS.endpoint, "instance": PROCESS.instance}
 
 
 def change(event, before, after, **values):
-    """From a state (None: none that is known) to another one, half a second later."""
+    """Return a change, half a second after the first state (None: unknown before)."""
     last = None if before is None else replace(BASE, state=before)
     return Change(event, last, replace(BASE, state=after, since=10.5, **values), at=10.5)
 
@@ -43,7 +43,7 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
 
 
 @pytest.mark.parametrize(
-    ("told", "sentence"),
+    ("changed", "sentence"),
     [
         (change(Event.START, State.STOPPED, State.STARTING), "is launched"),
         (change(Event.START, State.STOPPED, State.QUEUED), "waits for its turn to be launched"),
@@ -109,49 +109,51 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
         (change(Event.UNREACHABLE, None, State.LOST), "is looked for by a new keeper"),
     ],
 )
-def test_each_step_has_its_sentence(told, sentence):
-    assert messages.kind_of(told) is HistoryKind.STATE
-    assert messages.sentence(told).startswith("server 'lab' ")
-    assert messages.sentence(told).endswith(sentence)
+def test_each_change_has_its_sentence(changed, sentence):
+    assert messages.kind_of(changed) is HistoryKind.STATE
+    assert messages.sentence(changed).startswith("server 'lab' ")
+    assert messages.sentence(changed).endswith(sentence)
 
 
 @pytest.mark.parametrize("goal", Goal)
-def test_a_goal_that_changes_nothing_at_once_is_told_too(goal):
+def test_a_change_of_the_goal_alone_has_its_own_kind(goal):
     before = replace(BASE, state=State.STOPPING, goal=Goal.DOWN)
-    told = Change(Event.START, before, replace(before, goal=goal), at=1.0)
+    changed = Change(Event.START, before, replace(before, goal=goal), at=1.0)
     if goal is Goal.DOWN:
-        assert messages.kind_of(told) is None
+        assert messages.kind_of(changed) is None
     else:
-        assert messages.kind_of(told) is HistoryKind.GOAL
-        assert "is to" in messages.sentence(told)
+        assert messages.kind_of(changed) is HistoryKind.GOAL
+        assert "is to" in messages.sentence(changed)
 
 
 @pytest.mark.parametrize(
-    ("until", "said", "sentence"),
+    ("until", "expected", "sentence"),
     [
         (60.0, "1970-01-01T00:01:00.000Z", "is snoozed until 1970-01-01T00:01:00.000Z"),
         (None, None, "is snoozed no more"),
     ],
 )
-def test_a_snooze_is_told_with_its_end(until, said, sentence):
-    told = change(Event.SNOOZE, State.RUNNING, State.RUNNING, snoozed_until=until)
-    assert messages.kind_of(told) is HistoryKind.SNOOZED
-    assert messages.sentence(told) == f"server 'lab' {sentence}"
-    assert messages.facts(told)["until"] == said
+def test_a_snooze_has_its_end(until, expected, sentence):
+    changed = change(Event.SNOOZE, State.RUNNING, State.RUNNING, snoozed_until=until)
+    assert messages.kind_of(changed) is HistoryKind.SNOOZED
+    assert messages.sentence(changed) == f"server 'lab' {sentence}"
+    assert messages.facts(changed)["until"] == expected
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"), [(None, "can use its gateway"), (CRASH, f"its gateway: {CRASH.message}")]
 )
-def test_a_gateway_that_comes_and_goes_is_told(error, sentence):
+def test_a_change_of_a_gateways_health_has_its_own_kind(error, sentence):
     before = replace(BASE, state=State.RUNNING)
-    told = Change(Event.GATEWAY, before, replace(before, gateway=GatewayHealth(1.0, error)), at=1.0)
-    assert messages.kind_of(told) is HistoryKind.GATEWAY
-    assert messages.sentence(told).endswith(sentence)
-    assert messages.facts(told)["gateway"]["reachable"] is (error is None)
+    changed = Change(
+        Event.GATEWAY, before, replace(before, gateway=GatewayHealth(1.0, error)), at=1.0
+    )
+    assert messages.kind_of(changed) is HistoryKind.GATEWAY
+    assert messages.sentence(changed).endswith(sentence)
+    assert messages.facts(changed)["gateway"]["reachable"] is (error is None)
 
 
-def test_facts_are_for_programs_and_hold_no_secret():
+def test_details_contain_no_secrets():
     ready = messages.facts(change(Event.READY, State.STARTING, State.RUNNING, **REACHED))
     assert (ready["from"], ready["to"], "adopted" in ready, ready["seconds"]) == (
         "starting",

@@ -1,4 +1,4 @@
-"""Webhooks: signed as the standard says, in order, again and again until taken, never in anybody's way."""
+"""Webhooks: standard signatures, order, retries, and no effect on the keeper."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 
 
 class Receiver:
-    """A real HTTP server that answers as it is told, and remembers what came."""
+    """An HTTP server that responds as it is told, and records requests."""
 
     def __init__(self):
         self.status = 200
         self.headers = {}
-        self.came = []
-        self.taken = []
+        self.received = []
+        self.accepted = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_POST(self):
                 body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.came.append((time.monotonic(), dict(self.headers), body))
+                outer.received.append((time.monotonic(), dict(self.headers), body))
                 if outer.status < 300:
-                    outer.taken.append(json.loads(body)["id"])
+                    outer.accepted.append(json.loads(body)["id"])
                 self.send_response(outer.status)
                 for name, value in outer.headers.items():
                     self.send_header(name, value)
@@ -70,7 +70,7 @@ def receiver():
 
 
 class World:
-    """An event log over a real store, and a webhook, which may come again as that of a later keeper."""
+    """An event log over a real store, with a webhook, which a later keeper can continue."""
 
     def __init__(self, path, size=10_000):
         self.store = SqliteStore(path)
@@ -99,8 +99,8 @@ def world(tmp_path, monkeypatch):
     world.store.close()
 
 
-def test_a_signature_is_that_of_the_standard():
-    """The example of the reference implementation."""
+def test_a_signature_matches_the_standard():
+    """An example of the reference implementation."""
     headers = signed(
         key_of(SECRET), "msg_p5jXN8AQM9LWM0D4loKWxJek", 1614265330.4, b'{"test": 2432232314}'
     )
@@ -113,31 +113,31 @@ def test_a_signature_is_that_of_the_standard():
 
 
 @pytest.mark.parametrize("secret", ["", "short", "whsec_", "ü" * 40, "QUJD", "!" * 44, "A" * 200])
-def test_what_is_no_secret_is_refused(secret):
+def test_an_invalid_secret_is_refused(secret):
     with pytest.raises(ValueError, match="24 to 64 bytes in base64"):
         key_of(secret)
 
 
 @pytest.mark.parametrize(
-    ("url", "place"),
+    ("url", "origin"),
     [
         ("https://hooks.example/services/T0/B0/x?k=1", "https://hooks.example"),
         ("http://user:pass@h:8080/", "http://h:8080"),
         ("http://[::1]:9/x", "http://[::1]:9"),
     ],
 )
-def test_of_a_url_only_the_place_is_shown(url, place):
-    assert place_of(url) == place
+def test_only_scheme_host_and_port_of_a_url_are_shown(url, origin):
+    assert place_of(url) == origin
 
 
-def test_each_event_is_posted_signed_and_in_order(world, receiver):
+def test_events_are_posted_in_order_with_a_signature(world, receiver):
     world.record(3)
     webhook = world.begin(receiver.url)
-    # What was before is not told to one that is new.
+    # A new webhook does not receive earlier events.
     world.record(50)
-    until(lambda: len(receiver.taken) == 50, what="all were taken")
-    assert receiver.taken == [*range(4, 54)]
-    for _, headers, body in receiver.came:
+    until(lambda: len(receiver.accepted) == 50, what="all were taken")
+    assert receiver.accepted == [*range(4, 54)]
+    for _, headers, body in receiver.received:
         given = {name.lower(): value for name, value in headers.items()}
         expected = signed(
             key_of(SECRET), given["webhook-id"], float(given["webhook-timestamp"]), body
@@ -152,9 +152,7 @@ def test_each_event_is_posted_signed_and_in_order(world, receiver):
 
 
 @pytest.mark.parametrize("status", [500, 503, 429, 408, 302])
-def test_what_is_not_taken_is_posted_again_more_and_more_seldom(
-    world, receiver, status, monkeypatch
-):
+def test_failed_deliveries_are_retried_with_growing_delays(world, receiver, status, monkeypatch):
     webhook = world.begin(receiver.url)
     sleep, pauses = webhook._threads.sleep, []
     monkeypatch.setattr(
@@ -162,17 +160,17 @@ def test_what_is_not_taken_is_posted_again_more_and_more_seldom(
     )
     receiver.status = status
     world.record(2)
-    until(lambda: len(receiver.came) >= 4, what="it was tried again")
+    until(lambda: len(receiver.received) >= 4, what="it was tried again")
     assert [pause for pause in pauses if pause != webhooks._LOOK_EVERY][:3] == [0.05, 0.1, 0.2]
-    assert {json.loads(body)["id"] for _, _, body in receiver.came} == {1}
+    assert {json.loads(body)["id"] for _, _, body in receiver.received} == {1}
     assert str(status) in webhook.status().error
     assert webhook.status().pending == 2
     receiver.status = 204
-    until(lambda: receiver.taken == [1, 2], what="they were taken")
+    until(lambda: receiver.accepted == [1, 2], what="they were taken")
     assert (webhook.status().dead, webhook.status().error) == (0, None)
 
 
-def test_what_is_refused_for_good_is_given_up_and_counted(world, receiver):
+def test_rejected_events_are_dropped_and_counted(world, receiver):
     webhook = world.begin(receiver.url)
     receiver.status = 410
     world.record(2)
@@ -180,50 +178,48 @@ def test_what_is_refused_for_good_is_given_up_and_counted(world, receiver):
     receiver.status = 200
     world.record(1)
     until(lambda: webhook.status().delivered == 1)
-    assert (receiver.taken, webhook.status().pending) == ([3], 0)
+    assert (receiver.accepted, webhook.status().pending) == ([3], 0)
 
 
-def test_it_waits_as_long_as_it_is_asked_to(world, receiver):
+def test_retry_after_is_honoured(world, receiver):
     receiver.status, receiver.headers = 429, {"Retry-After": "1"}
     world.begin(receiver.url)
     world.record(1)
-    until(lambda: len(receiver.came) >= 2)
-    assert receiver.came[1][0] - receiver.came[0][0] >= 1.0
+    until(lambda: len(receiver.received) >= 2)
+    assert receiver.received[1][0] - receiver.received[0][0] >= 1.0
 
 
-def test_what_is_too_old_is_given_up(world, receiver, monkeypatch):
+def test_expired_events_are_dropped(world, receiver, monkeypatch):
     monkeypatch.setattr(webhooks, "_GIVEN_UP_AFTER", 2.0)
     receiver.status = 500
     webhook = world.begin(receiver.url)
     world.record(1)
     until(lambda: webhook.status().dead == 1, what="it is dead")
-    assert len(receiver.came) > 1
+    assert len(receiver.received) > 1
 
 
-def test_a_later_keeper_goes_on_where_this_one_ended(world, receiver, tmp_path):
+def test_a_later_keeper_continues_with_the_next_event(world, receiver, tmp_path):
     world.begin(receiver.url)
     world.record(3)
-    until(lambda: receiver.taken == [1, 2, 3])
+    until(lambda: receiver.accepted == [1, 2, 3])
     until(lambda: world.webhook.status().pending == 0)
     receiver.status = 500
     world.record(2)
-    until(lambda: len(receiver.came) > 4)
+    until(lambda: len(receiver.received) > 4)
     world.webhook.close()
     world.store.close()
     receiver.status = 200
     later = World(tmp_path / "store.sqlite")
     later.record(1)
     webhook = later.begin(receiver.url)
-    until(lambda: receiver.taken == [1, 2, 3, 4, 5, 6], what="all were taken")
+    until(lambda: receiver.accepted == [1, 2, 3, 4, 5, 6], what="all were taken")
     until(lambda: webhook.status().delivered == 6)
     webhook.close()
     later.store.close()
 
 
-def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_twice(
-    receiver, tmp_path, monkeypatch
-):
-    """The state directory may have come back from a backup between them."""
+def test_two_events_with_the_same_id_have_different_webhook_ids(receiver, tmp_path, monkeypatch):
+    """The state directory may have been restored from a backup in between."""
     monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
     for directory in ("before", "restored"):
         world = World(tmp_path / f"{directory}.sqlite")
@@ -232,29 +228,29 @@ def test_two_events_that_have_one_number_are_told_apart_by_who_drops_what_comes_
         until(lambda: webhook.status().delivered == 1)  # noqa: B023 - called at once
         webhook.close()
         world.store.close()
-    assert receiver.taken == [1, 1]
+    assert receiver.accepted == [1, 1]
     assert (
         len(
             {
                 {name.lower(): value for name, value in headers.items()}["webhook-id"]
-                for _, headers, _ in receiver.came
+                for _, headers, _ in receiver.received
             }
         )
         == 2
     )
 
 
-def test_a_history_that_has_lost_its_end_is_told_from_there_on(world, receiver):
-    """A disk that was full kept how far was told, but not the events themselves."""
+def test_delivery_continues_if_the_end_of_the_history_was_lost(world, receiver):
+    """A full disk may have stored the position, but not the events."""
     world.record(3)
     world.store.note_webhook(receiver.url, 5, 5, 0)
     webhook = world.begin(receiver.url)
     assert webhook.status().pending == 0
     world.record(3)
-    until(lambda: receiver.taken == [4, 5, 6], what="all new ones were taken")
+    until(lambda: receiver.accepted == [4, 5, 6], what="all new ones were taken")
 
 
-def test_what_fell_out_in_between_is_dead_too(tmp_path, receiver, monkeypatch):
+def test_events_dropped_in_the_middle_of_the_history_count_as_dead(tmp_path, receiver, monkeypatch):
     monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
     world = World(tmp_path / "store.sqlite", size=100)
     world.begin(receiver.url)
@@ -265,13 +261,13 @@ def test_what_fell_out_in_between_is_dead_too(tmp_path, receiver, monkeypatch):
     world = World(tmp_path / "store.sqlite", size=100)
     webhook = world.begin(receiver.url)
     until(lambda: webhook.status().pending == 0)
-    assert receiver.taken == [1, *range(202, 301)]
+    assert receiver.accepted == [1, *range(202, 301)]
     assert (webhook.status().delivered, webhook.status().dead) == (100, 200)
     webhook.close()
     world.store.close()
 
 
-def test_what_fell_out_of_the_history_is_dead(tmp_path, receiver, monkeypatch):
+def test_events_dropped_from_the_history_count_as_dead(tmp_path, receiver, monkeypatch):
     monkeypatch.setattr(webhooks, "_FIRST_PAUSE", 0.05)
     world = World(tmp_path / "store.sqlite", size=100)
     world.begin(receiver.url)
@@ -283,22 +279,22 @@ def test_what_fell_out_of_the_history_is_dead(tmp_path, receiver, monkeypatch):
     until(lambda: webhook.status().pending == 0)
     status = webhook.status()
     assert (status.delivered, status.dead) == (100, 200)
-    assert receiver.taken == [*range(201, 301)]
+    assert receiver.accepted == [*range(201, 301)]
     webhook.close()
     world.store.close()
 
 
-def test_the_end_of_the_keeper_is_told_while_there_is_somebody_to_hear_it(world, receiver):
+def test_pending_events_are_delivered_at_shutdown(world, receiver):
     world.begin(receiver.url)
     world.record(1)
-    until(lambda: receiver.taken == [1])
+    until(lambda: receiver.accepted == [1])
     world.record(2)
     world.webhook.close()
-    assert receiver.taken == [1, 2, 3]
+    assert receiver.accepted == [1, 2, 3]
 
 
 @pytest.mark.parametrize("trouble", ["nobody listens", "it hangs", "no URL that can be asked"])
-def test_one_that_cannot_be_told_is_in_nobodys_way(world, tmp_path, trouble):
+def test_an_unreachable_receiver_does_not_block_the_keeper(world, tmp_path, trouble):
     with contextlib.ExitStack() as stack:
         silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         port = silent.getsockname()[1]
@@ -316,11 +312,11 @@ def test_one_that_cannot_be_told_is_in_nobodys_way(world, tmp_path, trouble):
 
 
 class Liar:
-    """Takes each POST with 200, and then sends a body that nobody should wait for."""
+    """Accepts each POST with 200, then sends a body that must not be awaited."""
 
     def __init__(self, headers, pieces):
         self.headers, self.pieces = headers, pieces
-        self.taken = 0
+        self.accepted = 0
         self.listening = socket.create_server(("127.0.0.1", 0))
         self.thread = threading.Thread(target=self.serve)
         self.over = threading.Event()
@@ -336,7 +332,7 @@ class Liar:
                 connection.settimeout(PATIENCE)
                 connection.recv(65536)
                 connection.sendall(b"HTTP/1.1 200 OK\r\n" + self.headers + b"\r\n\r\n")
-                self.taken += 1
+                self.accepted += 1
                 for piece in self.pieces():
                     connection.sendall(piece)
                     if self.over.is_set():
@@ -350,14 +346,14 @@ class Liar:
         self.listening.close()
 
 
-def drops(pause):
+def drip(pause):
     while True:
         time.sleep(pause)
         yield b"x"
 
 
-def packed(size):
-    """What becomes so many bytes when it is unpacked."""
+def gzipped(size):
+    """Yield gzip data that decompresses to this size."""
     packer = zlib.compressobj(wbits=31)
     for _ in range(size // 2**20):
         yield packer.compress(bytes(2**20))
@@ -367,10 +363,10 @@ def packed(size):
 @pytest.mark.parametrize(
     ("headers", "pieces"),
     [
-        pytest.param(b"Content-Length: 1000000", lambda: drops(0.01), id="drips"),
+        pytest.param(b"Content-Length: 1000000", lambda: drip(0.01), id="drips"),
         pytest.param(b"Connection: close", lambda: itertools.repeat(bytes(65536)), id="endless"),
         pytest.param(
-            b"Content-Encoding: gzip\r\nConnection: close", lambda: packed(2**30), id="bomb"
+            b"Content-Encoding: gzip\r\nConnection: close", lambda: gzipped(2**30), id="bomb"
         ),
         pytest.param(
             b"Content-Encoding: gzip\r\nConnection: close", lambda: [b"no gzip"], id="garbage"
@@ -378,9 +374,7 @@ def packed(size):
         pytest.param(b"Content-Length: 10", lambda: [b"x"], id="cut off"),
     ],
 )
-def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(
-    world, monkeypatch, headers, pieces
-):
+def test_the_body_of_a_response_is_neither_awaited_nor_kept(world, monkeypatch, headers, pieces):
     monkeypatch.setattr(webhooks, "_TIMEOUT", 0.5)
     liar = Liar(headers, pieces)
     try:
@@ -388,6 +382,6 @@ def test_what_a_receiver_says_beyond_its_status_is_neither_waited_for_nor_kept(
         world.record(3)
         until(lambda: webhook.status().delivered == 3, what="all is told")
         webhook.close()
-        assert liar.taken == 3
+        assert liar.accepted == 3
     finally:
         liar.close()

@@ -1,4 +1,4 @@
-"""Tokens over a store: made, known again, used, expired, revoked."""
+"""API tokens over a store: create, verify, expire, revoke."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.messages import Origin
 from labkeeper.events.log import EventLog
-from labkeeper.identity import tokens as server_dir
+from labkeeper.identity import tokens as module
 from labkeeper.identity.tokens import OWNER, Tokens
 from labkeeper.store import SqliteStore
 from labkeeper.testing.fakes import FakeClock, MemoryStore
@@ -43,18 +43,18 @@ def tokens(store, clock):
     return over(store, clock)
 
 
-def test_the_owners_token_may_do_everything(tokens, store, clock):
+def test_the_owner_token_has_every_scope(tokens, store, clock):
     assert tokens.caller(OWNERS)[0] is OWNER
     for shown in ("", "wrong", OWNERS + "x", "lk_000000000000_" + "x" * 43, "zażółć", "\ud800"):
         with pytest.raises(NotAuthenticated):
             tokens.caller(shown)
-    nobody = over(store, clock, owner=None)
+    without_owner = over(store, clock, owner=None)
     with pytest.raises(NotAuthenticated):
-        nobody.caller("")
+        without_owner.caller("")
 
 
-def test_a_token_outlives_the_keeper(tmp_path, clock):
-    """In SQLite, with its limits, and not in words."""
+def test_tokens_are_stored_across_keepers_as_hashes(tmp_path, clock):
+    """In SQLite, with their limits."""
     path = tmp_path / "labkeeper.sqlite"
     reach = TokenLimits(("a-*",), {"team": "blue", 'o"dd': "'"}, ("ada",))
     store = SqliteStore(path)
@@ -87,13 +87,13 @@ def test_a_token_expires(tokens, clock):
     assert made.expired(clock.time())
 
 
-def test_the_secret_counts_and_not_the_id(tokens):
+def test_a_wrong_secret_with_a_known_id_is_refused(tokens):
     _, text = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     with pytest.raises(NotAuthenticated):
         tokens.caller(text[:-1] + ("a" if text[-1] != "a" else "b"))
 
 
-def test_its_last_use_is_kept_to_the_minute(tokens, store, clock):
+def test_the_last_use_is_stored_once_a_minute(tokens, store, clock):
     _, text = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     first = clock.time()
     for _ in range(3):
@@ -105,7 +105,7 @@ def test_its_last_use_is_kept_to_the_minute(tokens, store, clock):
     assert store.tokens()[0].last_used_at == first + 60.0
 
 
-def test_a_full_disk_keeps_nobody_out(tokens, store):
+def test_tokens_remain_valid_on_a_full_disk(tokens, store):
     _, text = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     store.failing = True
     assert tokens.caller(text)[0].actor == "token:ci"
@@ -113,8 +113,8 @@ def test_a_full_disk_keeps_nobody_out(tokens, store):
         tokens.make("other", Scope.READ, EVERYTHING, lifetime=None)
 
 
-def test_a_full_disk_lets_no_revoked_token_in(tokens, store):
-    """It is listed, and its name taken, until the store has forgotten it, which is to be asked for again."""
+def test_a_token_revoked_on_a_full_disk_is_refused(tokens, store):
+    """It stays listed until a repeated revocation is stored."""
     _, text = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     store.failing = True
     for _ in range(2):
@@ -130,12 +130,12 @@ def test_a_full_disk_lets_no_revoked_token_in(tokens, store):
     assert (tokens.all(), store.tokens()) == ([], [])
 
 
-def test_names_are_taken_once(tokens, monkeypatch):
+def test_names_are_unique_and_the_number_of_tokens_is_limited(tokens, monkeypatch):
     tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     for name in ("ci", "owner"):
         with pytest.raises(Conflict, match="taken"):
             tokens.make(name, Scope.READ, EVERYTHING, lifetime=None)
-    monkeypatch.setattr(server_dir, "_MOST", 1)
+    monkeypatch.setattr(module, "_MOST", 1)
     with pytest.raises(CapacityReached, match="revoke"):
         tokens.make("other", Scope.READ, EVERYTHING, lifetime=None)
     tokens.revoke("ci")
@@ -143,7 +143,7 @@ def test_names_are_taken_once(tokens, monkeypatch):
         tokens.revoke("ci")
 
 
-def test_a_use_beside_a_revocation_does_not_bring_it_back(tokens, store):
+def test_recording_a_use_does_not_restore_a_revoked_token(tokens, store):
     made, _ = tokens.make("ci", Scope.READ, EVERYTHING, lifetime=None)
     tokens.revoke("ci")
     tokens._note_use(made, 5.0)
