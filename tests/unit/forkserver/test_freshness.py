@@ -1,4 +1,4 @@
-"""A fork server knows when what it has loaded is not what is on disk any more."""
+"""A fork server detects that the files it has loaded have changed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PACKAGE = "labkeeper_test_package"
 
 @pytest.fixture
 def site(tmp_path, monkeypatch):
-    """A directory on the path, with a package that was installed long ago and is loaded; and a directory of configuration."""
+    """A directory on the path with an old, loaded package, beside a configuration directory."""
     directory = tmp_path / "site"
     (directory / PACKAGE).mkdir(parents=True)
     (directory / PACKAGE / "__init__.py").write_text("from . import inner")
@@ -32,7 +32,7 @@ def site(tmp_path, monkeypatch):
         os.utime(path, (LONG_AGO, LONG_AGO))
     monkeypatch.setenv("JUPYTER_CONFIG_DIR", str(tmp_path / "config"))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    # The working directory is on the path, and other tests' processes write into that one.
+    # The working directory is on the path, and processes of other tests write there.
     monkeypatch.setattr(
         sys,
         "path",
@@ -84,13 +84,13 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_whatever_a_new_process_would_load_otherwise_is_noticed_by_its_place(fresh, site, change):
+def test_every_change_that_affects_a_new_process_is_detected(fresh, site, change):
     place = CHANGES[change](site)
     assert fresh.changed() == str(place)
 
 
-def test_a_change_that_keeps_size_and_time_is_noticed_too(fresh, site):
-    """As when a package is replaced by an archive's version of the same second."""
+def test_a_change_that_keeps_size_and_time_is_detected(fresh, site):
+    """As when a package is replaced by an archived version of the same second."""
     inner = site / PACKAGE / "inner.py"
     (site.parent / "new").write_text("version = 2")
     os.utime(site.parent / "new", (LONG_AGO, LONG_AGO))
@@ -98,8 +98,8 @@ def test_a_change_that_keeps_size_and_time_is_noticed_too(fresh, site):
     assert fresh.changed() == str(inner)
 
 
-def test_a_module_that_was_written_while_it_was_loaded_is_not_trusted(site):
-    """Nobody can say whether it was read before or after."""
+def test_a_module_written_while_it_was_loaded_is_not_trusted(site):
+    """It may have been read before or after the change."""
     freshness = Freshness()
     importlib.import_module(PACKAGE)
     now = time.time_ns()
@@ -107,13 +107,13 @@ def test_a_module_that_was_written_while_it_was_loaded_is_not_trusted(site):
     assert freshness.settle() == str(site / PACKAGE / "inner.py")
 
 
-def test_a_module_from_the_future_does_not_keep_a_fork_server_from_serving(site):
+def test_a_module_with_a_time_in_the_future_is_accepted(site):
     os.utime(site / PACKAGE / "inner.py", (2**32, 2**32))
     freshness = Freshness()
     importlib.import_module(PACKAGE)
     assert freshness.settle() is None
 
 
-def test_a_look_costs_less_than_a_start_would_notice(fresh):
-    """Every server waits for one. The best of many says what it costs when nothing else runs."""
+def test_a_check_is_fast_enough_for_every_start(fresh):
+    """Every server waits for one. The minimum of many runs is not affected by other processes."""
     assert min(timeit.repeat(fresh.changed, number=1, repeat=20)) < 0.05

@@ -1,6 +1,6 @@
-"""Each patch of Jupyter is still needed: without it the Jupyter that is installed does what the patch is against.
+"""Each patch of Jupyter is still needed: without it, the installed version has the problem.
 
-Where a test fails because a plain Jupyter behaves by now, the patch can go.
+If a test fails because plain Jupyter behaves correctly, remove the patch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from tornado.httpclient import AsyncHTTPClient
 from traitlets.config import Config
 
 TOKEN = "a-token-that-is-told-to-nobody"
-config = Config({"IdentityProvider": {"token": TOKEN}, "ServerApp": {"allow_root": True, "open_browser": False}})
-config.ServerApp.update({"ip": "127.0.0.1", "port": 0, "no_browser_open_file": True})
+config = Config({"IdentityProvider": {"token": TOKEN}})
+config.ServerApp.update({"allow_root": True, "open_browser": False, "no_browser_open_file": True})
+config.ServerApp.update({"ip": "127.0.0.1", "port": 0})
 for patch in sys.argv[1:]:
     getattr(patches, patch)()
 app = ServerApp.instance(config=config)
@@ -33,7 +34,8 @@ app.initialize(argv=[], find_extensions=False)
 async def ask(path, **how):
     (listener,) = app.http_server._sockets.values()
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/{path}"
-    return await AsyncHTTPClient().fetch(url, headers={"Authorization": f"token {TOKEN}"}, raise_error=False, **how)
+    headers = {"Authorization": f"token {TOKEN}"}
+    return await AsyncHTTPClient().fetch(url, headers=headers, raise_error=False, **how)
 
 async def counts(path, **how):
     app.web_app.settings.pop("api_last_activity", None)
@@ -52,11 +54,12 @@ def is_free(port):
 async def look():
     page = await ask("nowhere")
     assert (page.code, "<html" in page.body.decode()) == (404, True), page.body
+    port = LocalPortCache.instance().find_available_port("127.0.0.1")
     seen = {
         "reading counts": await counts("api/kernelspecs"),
         "changes count": await counts("api/contents", method="POST", body="{}"),
         "a page has the token": TOKEN in page.body.decode(),
-        "a kernel's port is free": is_free(LocalPortCache.instance().find_available_port("127.0.0.1")),
+        "a kernel's port is free": is_free(port),
     }
     print(json.dumps(seen), flush=True)
     app.stop()
@@ -68,7 +71,7 @@ app.start()
 
 @pytest.fixture(scope="module")
 def see(tmp_path_factory):
-    """Run a server of the Jupyter that is installed, with some patches only; give what is seen of it."""
+    """Run the installed Jupyter server with some patches, and return what was observed."""
 
     def see(*chosen):
         place = tmp_path_factory.mktemp("jupyter")
@@ -93,18 +96,18 @@ def plain(see):
     return see()
 
 
-def test_reading_counts_as_activity_without_its_patch_and_changes_do_in_any_case(see, plain):
+def test_without_its_patch_reading_counts_as_activity(see, plain):
     patched = see(patches.count_no_reading)
     assert (plain["reading counts"], patched["reading counts"]) == (True, False)
     assert (plain["changes count"], patched["changes count"]) == (True, True)
 
 
-def test_a_page_has_the_token_without_its_patch(see, plain):
+def test_without_its_patch_a_page_contains_the_token(see, plain):
     patched = see(patches.tell_no_page_the_token)
     assert (plain["a page has the token"], patched["a page has the token"]) == (True, False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
-def test_a_port_of_a_kernel_can_be_taken_by_another_program_without_its_patch(see, plain):
+def test_without_its_patch_a_kernels_port_can_be_taken_by_another_program(see, plain):
     patched = see(patches.hold_ports)
     assert (plain["a kernel's port is free"], patched["a kernel's port is free"]) == (True, False)

@@ -1,4 +1,4 @@
-"""Who asks the fork server for servers is looked at, and nothing of what is seen stays."""
+"""The fork server checks its peers, and keeps nothing of their environments in memory."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ print([any(pattern.search(content) for _, content in own_memory()) for pattern i
 ASK = "import socket, sys; s = socket.socket(socket.AF_UNIX); s.connect(sys.argv[1]); s.recv(1)"
 
 
-def test_of_the_environments_of_who_asks_nothing_stays_in_memory(tmp_path):
-    """A keeper of root has secrets there, and whatever stays is in each server that is forked."""
+def test_nothing_of_a_peers_environment_stays_in_memory(tmp_path):
+    """The environment of a root keeper has secrets, and forked servers inherit this memory."""
     path = os.path.relpath(tmp_path / "door")
     secret, control = secrets.token_hex(16), secrets.token_hex(16)
     listening = [sys.executable, "-c", LISTEN, path, hidden(secret), hidden(control)]
@@ -43,5 +43,5 @@ def test_of_the_environments_of_who_asks_nothing_stays_in_memory(tmp_path):
         assert server.stdout.readline() == "listening\n"
         many = {f"SECRET{number}": f"{number}-{secret}" for number in range(100)}
         with subprocess.Popen([sys.executable, "-c", ASK, path], env=os.environ | many):
-            # What it has in its own environment shows that the search finds what is there.
+            # The process's own environment shows that the search works.
             assert server.communicate(timeout=PATIENCE)[0] == "[False, True]\n"

@@ -1,4 +1,4 @@
-"""A fork server sees what it must not share with the servers that it forks."""
+"""A fork server detects what its servers must not share."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def programs():
 
 
 @pytest.mark.parametrize("made", [loops, polls, sockets, pipes, threads, programs])
-def test_what_a_fork_would_share_is_seen(made):
+def test_resources_that_a_fork_would_share_are_detected(made):
     before = preload._shared_things()
     end = made()
     assert preload._shared_things() - before
     end()
-    # A thread leaves the kernel's list a moment after it was joined.
+    # A joined thread stays in the kernel's list for a moment.
     until(lambda: not preload._shared_things() - before)
 
 
-def test_a_file_that_is_only_open_is_no_harm():
+def test_an_open_file_is_harmless():
     before = preload._shared_things()
     with Path(__file__).open():
         assert not preload._shared_things() - before
@@ -80,8 +80,8 @@ def test_a_file_that_is_only_open_is_no_harm():
 @pytest.mark.parametrize(
     ("parent", "code"), [(os.getpid, 7), (os.getppid, 1)], ids=["lives", "has ended"]
 )
-def test_a_rehearsal_goes_on_only_as_long_as_its_fork_server_lives(monkeypatch, parent, code):
-    """Also where that ended before it could ask to be told."""
+def test_a_rehearsal_ends_with_its_fork_server(monkeypatch, parent, code):
+    """Also if that ended before the rehearsal could subscribe to its end."""
     monkeypatch.setattr(preload, "enter", lambda _: os._exit(7))
     expected = parent()
     pid = os.fork()

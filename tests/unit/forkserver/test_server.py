@@ -1,4 +1,4 @@
-"""Where a process goes before it becomes a server."""
+"""How a process becomes a server."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import pytest
 from labkeeper.forkserver import server
 
 
-def test_it_goes_to_the_place_that_was_allowed_and_to_none_that_a_link_leads_to(
-    tmp_path, monkeypatch
-):
+def test_a_server_enters_its_directory_but_not_through_a_symbolic_link(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real")

@@ -1,4 +1,4 @@
-"""Frames come through whole, with their files, or not at all; and nothing that comes instead leaves a file open."""
+"""Frames arrive complete with their descriptors or not at all, and no descriptor leaks."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ WRONG = {
 
 @pytest.fixture
 def pair():
-    """Both ends; the one that receives waits for a moment only."""
+    """Both ends; the receiving one has a short timeout."""
     ours, theirs = socket.socketpair()
     theirs.settimeout(0.2)
     with ours, theirs:
@@ -71,20 +71,20 @@ def frame(body):
 
 
 def descriptors():
-    """Every one that is open; that by which they are listed is closed again."""
+    """Return the open descriptors, without the one that lists them."""
     listed = list(Path("/proc/self/fd").iterdir())
     return {int(entry.name) for entry in listed if os.path.lexists(entry)}
 
 
 @pytest.fixture(autouse=True)
-def _no_descriptor_left(pair):
-    """What a test leaves open, beside both ends, fails it."""
+def _no_descriptor_leaks(pair):
+    """Fail a test that leaks descriptors."""
     before = descriptors()
     yield
     assert descriptors() == before
 
 
-def test_a_frame_comes_through_with_its_files_which_no_program_inherits(pair, tmp_path):
+def test_a_frame_arrives_with_its_descriptors_which_are_not_inheritable(pair, tmp_path):
     ours, theirs = pair
     (tmp_path / "file").write_text("what is in it")
     message = {"do": "launch", "text": "ü€\0", "deep": [{"a": None}] * 3}
@@ -99,7 +99,7 @@ def test_a_frame_comes_through_with_its_files_which_no_program_inherits(pair, tm
         os.close(file)
 
 
-def test_frames_come_one_by_one_whatever_their_size(pair):
+def test_frames_of_any_size_arrive_one_by_one(pair):
     ours, theirs = pair
     theirs.settimeout(10)
     messages = [{}, {"large": "x" * 1_000_000}, {"number": 1}]
@@ -144,7 +144,7 @@ def test_a_frame_that_is_too_large_is_neither_sent_nor_read(pair):
         "half a length",
     ],
 )
-def test_what_is_no_frame_is_refused_and_its_files_are_closed(pair, sent, because):
+def test_an_invalid_frame_is_refused_and_its_descriptors_are_closed(pair, sent, because):
     ours, theirs = pair
     with NOTHING.open() as file:
         ours.sendmsg(
@@ -182,14 +182,14 @@ def test_another_version_is_refused(pair, version):
         wire.read_line(text)
 
 
-def test_the_end_of_the_other_side_is_told_from_a_frame(pair):
+def test_the_end_of_the_connection_raises_eof_error(pair):
     ours, theirs = pair
     ours.shutdown(socket.SHUT_WR)
     with pytest.raises(EOFError):
         wire.receive(theirs)
 
 
-def test_one_that_sends_nothing_more_is_waited_for_no_longer_than_was_said(pair):
+def test_an_incomplete_frame_times_out(pair):
     ours, theirs = pair
     with NOTHING.open() as file:
         ours.sendmsg(
@@ -201,7 +201,7 @@ def test_one_that_sends_nothing_more_is_waited_for_no_longer_than_was_said(pair)
 
 
 @pytest.mark.parametrize("count", [MOST_FILES + 1, 100])
-def test_more_files_than_are_allowed_are_all_closed(pair, count):
+def test_too_many_descriptors_are_all_closed(pair, count):
     ours, theirs = pair
     with NOTHING.open() as file:
         wire.send(ours, {}, [file.fileno()] * count)
@@ -209,7 +209,7 @@ def test_more_files_than_are_allowed_are_all_closed(pair, count):
         wire.receive(theirs)
 
 
-def test_files_that_come_within_a_frame_are_not_taken(pair):
+def test_descriptors_within_a_frame_are_ignored(pair):
     ours, theirs = pair
     with NOTHING.open() as file:
         ours.sendall(frame(b"{}")[:4])
@@ -238,7 +238,7 @@ PIECES = st.one_of(
     pieces=st.lists(st.tuples(PIECES, st.integers(0, MOST_FILES + 2)), max_size=4),
     closes=st.booleans(),
 )
-def test_whatever_comes_is_a_frame_or_is_refused(pieces, closes):
+def test_random_input_is_a_frame_or_is_refused(pieces, closes):
     before = descriptors()
     ours, theirs = socket.socketpair()
     theirs.settimeout(0.001)
@@ -261,7 +261,7 @@ def test_whatever_comes_is_a_frame_or_is_refused(pieces, closes):
         assert descriptors() == before | {ours.fileno(), theirs.fileno(), file.fileno()}
 
 
-def test_a_launch_is_read_as_it_was_written():
+def test_a_launch_survives_a_round_trip():
     launch = Launch.parse(LAUNCH)
     assert launch.user == User(1, 2, [2, 3])
     assert launch.message() == LAUNCH
@@ -272,20 +272,20 @@ def test_a_launch_is_read_as_it_was_written():
 @pytest.mark.parametrize(
     ("field", "value"), [(field, value) for field, values in WRONG.items() for value in values]
 )
-def test_a_launch_with_a_wrong_field_is_refused_by_its_name(field, value):
+def test_a_launch_with_an_invalid_field_is_refused_by_name(field, value):
     with pytest.raises(WireError, match=f"bad launch: {field} does not fit"):
         Launch.parse({**LAUNCH, field: value})
 
 
 @pytest.mark.parametrize("field", sorted(LAUNCH.keys() - {"user"}))
-def test_a_launch_without_a_field_is_refused_by_its_name(field):
+def test_a_launch_with_a_missing_field_is_refused_by_name(field):
     with pytest.raises(WireError, match=f"bad launch: {field} does not fit"):
         Launch.parse({name: value for name, value in LAUNCH.items() if name != field})
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other system has the flag")
-def test_no_moment_passes_between_the_arrival_of_a_file_and_its_protection(pair, monkeypatch):
-    """It arrives protected; a flag that is set later would let a program through that is started in between."""
+def test_received_descriptors_are_never_inheritable(pair, monkeypatch):
+    """Setting the flag later would leave a moment in which a program could inherit them."""
     ours, theirs = pair
     monkeypatch.setattr(os, "set_inheritable", None)
     monkeypatch.setattr(fcntl, "fcntl", None)
