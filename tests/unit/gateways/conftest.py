@@ -11,16 +11,16 @@ from labkeeper.threads import ThreadGroup
 
 
 class StubClient:
-    """Knows of each gateway what the test says, and remembers what it was asked."""
+    """Returns what the test says about gateways and kernels, and records calls."""
 
     def __init__(self, clock):
         self.clock = clock
         self.down = set()
-        """URLs of gateways that cannot be used."""
+        """URLs of gateways that are unreachable."""
         self.stubborn = set()
-        """Kernels that cannot be ended, and of which it cannot be known whether they live."""
+        """Kernels that cannot be deleted, and whose existence is unknown."""
         self.gone = set()
-        """Kernels that do not live any more."""
+        """Kernels that no longer exist."""
         self.specs = 1
         self.checked = []
         self.ended = []
@@ -70,6 +70,6 @@ def threads():
 
 
 @pytest.fixture
-def told():
-    """The reports that were made."""
+def reports():
+    """The reports received."""
     return []

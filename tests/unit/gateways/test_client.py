@@ -1,4 +1,4 @@
-"""What a gateway is found to be, whatever it does; and never later than it may take."""
+"""The gateway client: a diagnosis within its time limit, whatever the gateway does."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from labkeeper.testing.fakes import FakeClock
 
 TIMEOUT = 1.0
 LATEST = 4 * TIMEOUT + 2.0
-"""Seconds after which no check may still be under way: its own time, what is looked at to tell the cause, and a slow machine."""
+"""Seconds after which no check may be running: its timeout, the diagnosis, and a slow machine."""
 
 CHECKS = {
     "401": ("gateway-refused", "a caller without a token (401); check gateway_auth_token"),
@@ -76,21 +76,21 @@ def assert_fails(client, gateway, kind, *texts):
     assert health.kernelspecs is None
 
 
-def test_a_gateway_that_answers_as_one_is_fit(client, hostile):
+def test_a_gateway_that_responds_correctly_is_usable(client, hostile):
     health = client.check(at(hostile.url))
     assert (health.reachable, health.kernelspecs, health.since) == (True, 1, 5000.0)
 
 
 @pytest.mark.parametrize("mode", CHECKS)
-def test_what_is_wrong_with_a_gateway_is_told_in_time_with_what_to_do(client, hostile, mode):
+def test_each_problem_of_a_gateway_is_diagnosed_with_advice(client, hostile, mode):
     hostile.mode = mode
     kind, text = CHECKS[mode]
     assert_fails(client, at(hostile.url), kind, text)
 
 
 @pytest.mark.parametrize("mode", ["drip", "drip head", "drip chunk", "endless"])
-def test_a_question_that_was_given_up_holds_no_thread_and_no_connection(client, hostile, mode):
-    """A gateway that never ends its answer would get one more of each with every look at it."""
+def test_a_check_that_timed_out_leaves_no_thread(client, hostile, mode):
+    """Otherwise an endless response would cost one more with each check."""
     hostile.mode = mode
     client.check(at(hostile.url))
     until(
@@ -99,7 +99,7 @@ def test_a_question_that_was_given_up_holds_no_thread_and_no_connection(client, 
     )
 
 
-def test_a_token_that_is_refused_is_told_from_none(client, hostile):
+def test_a_refused_token_is_distinguished_from_a_missing_one(client, hostile):
     hostile.mode = "403"
     assert_fails(
         client,
@@ -109,7 +109,7 @@ def test_a_token_that_is_refused_is_told_from_none(client, hostile):
     )
 
 
-def test_a_gateway_that_repeats_what_it_was_shown_tells_it_to_nobody(client, hostile):
+def test_a_message_does_not_repeat_a_token_that_the_gateway_echoes(client, hostile):
     hostile.mode = "redirect"
     assert_fails(
         client,
@@ -119,18 +119,18 @@ def test_a_gateway_that_repeats_what_it_was_shown_tells_it_to_nobody(client, hos
     )
 
 
-def test_a_host_that_does_not_exist_is_named(client):
+def test_an_unknown_host_is_named(client):
     gateway = at("http://no-such-host.invalid:8888")
     assert_fails(client, gateway, "gateway-unreachable", "no host is called 'no-such-host.invalid'")
 
 
 @pytest.mark.parametrize("host", ["a" * 70, "a..b"])
-def test_a_host_name_that_cannot_be_one_is_told_at_once(client, host):
+def test_an_invalid_host_name_is_diagnosed(client, host):
     assert_fails(client, at(f"http://{host}:8888"), "gateway-unreachable", "check gateway_url")
 
 
-def test_a_look_up_of_a_name_that_hangs_is_given_up(client, monkeypatch):
-    """The resolver of the machine has no timeout that we could set."""
+def test_a_name_resolution_that_hangs_times_out(client, monkeypatch):
+    """The resolver has no timeout of its own that could be set."""
     over = threading.Event()
     monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: over.wait())
     try:
@@ -139,7 +139,7 @@ def test_a_look_up_of_a_name_that_hangs_is_given_up(client, monkeypatch):
         over.set()
 
 
-def test_a_port_that_nobody_listens_on_is_told(client, hostile):
+def test_a_refused_connection_is_diagnosed(client, hostile):
     hostile.stop()
     assert_fails(
         client,
@@ -151,14 +151,14 @@ def test_a_port_that_nobody_listens_on_is_told(client, hostile):
 
 @pytest.mark.parametrize("full", [False, True], ids=["accepts nothing", "is full"])
 @pytest.mark.parametrize("scheme", ["http", "https"])
-def test_a_port_that_swallows_everything_is_given_up(client, scheme, full):
+def test_a_port_that_never_responds_times_out(client, scheme, full):
     with black_hole(full=full) as url:
         assert_fails(
             client, at(url.replace("http", scheme)), "gateway-timeout", "did not answer within 1 s"
         )
 
 
-def test_a_network_that_cannot_be_reached_is_told(client, monkeypatch):
+def test_an_unreachable_network_is_diagnosed(client, monkeypatch):
     def unreachable(*_, **__):
         raise OSError(101, "Network is unreachable")
 
@@ -193,8 +193,8 @@ def secure(authority):
 
 
 @pytest.mark.parametrize("mode", ["well", "hang", "close"])
-def test_https_where_no_tls_is_spoken_is_told(client, hostile, mode):
-    """One that reads on, waiting for an end of the line in what is no HTTP, does not say so by itself."""
+def test_https_to_a_plain_http_port_is_diagnosed(client, hostile, mode):
+    """A server that waits for the end of a line, or closes, gives no evidence of that."""
     hostile.mode = mode
     gateway = at(hostile.url.replace("http", "https"))
     if mode == "well":
@@ -205,14 +205,14 @@ def test_https_where_no_tls_is_spoken_is_told(client, hostile, mode):
         assert not client.check(gateway).reachable
 
 
-def test_https_where_something_else_is_spoken_is_told(client, hostile):
+def test_https_to_another_protocol_is_diagnosed(client, hostile):
     hostile.mode = "garbage"
     assert_fails(
         client, at(hostile.url.replace("http", "https")), "gateway-tls", "does not speak TLS"
     )
 
 
-def test_http_where_tls_is_spoken_is_told(client, secure):
+def test_http_to_a_tls_port_is_diagnosed(client, secure):
     assert_fails(
         client,
         at(secure.url.replace("https", "http")),
@@ -221,9 +221,7 @@ def test_http_where_tls_is_spoken_is_told(client, secure):
     )
 
 
-def test_a_certificate_is_trusted_by_its_authority_or_by_choice_and_not_else(
-    client, secure, trusted
-):
+def test_a_certificate_is_trusted_by_its_ca_or_without_validation(client, secure, trusted):
     assert client.check(at(secure.url, ca_certs=trusted)).reachable
     assert client.check(at(secure.url, validate_cert=False)).reachable
     assert_fails(
@@ -236,7 +234,7 @@ def test_a_certificate_for_another_host_is_not_trusted(client, secure, trusted):
     assert_fails(client, gateway, "gateway-tls", "certificate that is not trusted")
 
 
-def test_a_gateway_that_wants_a_certificate_is_shown_it(client, authority, trusted, tmp_path):
+def test_a_client_certificate_is_sent(client, authority, trusted, tmp_path):
     mine = authority.issue_cert("me.example")
     cert, key = tmp_path / "me.pem", tmp_path / "me.key"
     cert.write_bytes(b"".join(blob.bytes() for blob in mine.cert_chain_pems))
@@ -249,7 +247,7 @@ def test_a_gateway_that_wants_a_certificate_is_shown_it(client, authority, trust
         )
 
 
-def test_certificates_that_have_gone_since_the_start_are_told(client, secure, tmp_path):
+def test_a_missing_ca_file_is_diagnosed(client, secure, tmp_path):
     assert_fails(
         client, at(secure.url, ca_certs=str(tmp_path / "gone")), "gateway-tls", "gateway_ca_certs"
     )
@@ -257,10 +255,10 @@ def test_certificates_that_have_gone_since_the_start_are_told(client, secure, tm
 
 @pytest.mark.parametrize("field", ["ca_certs", "client_cert"])
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-def test_a_file_that_has_become_something_else_since_holds_nobody_up(
+def test_a_certificate_file_replaced_by_something_else_does_not_block_the_check(
     client, secure, tmp_path, field, make
 ):
-    """A pipe that nobody writes to, and what has no end."""
+    """A pipe without a writer, and an endless device."""
     path = tmp_path / "file.pem"
     make(path)
     assert_fails(
@@ -272,9 +270,7 @@ def test_a_file_that_has_become_something_else_since_holds_nobody_up(
 
 
 @pytest.mark.root
-def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(
-    client, authority, trusted, tmp_path
-):
+def test_a_key_that_the_servers_user_cannot_read_is_not_used(client, authority, trusted, tmp_path):
     cert = tmp_path / "me.pem"
     authority.issue_cert("me.example").private_key_and_cert_chain_pem.write_to_path(cert)
     with HostileGateway(context=server_context(authority, wants_client=True)) as gateway:
@@ -289,7 +285,7 @@ def test_a_key_of_the_keepers_is_shown_for_no_user_who_could_not_show_it(
         assert client.check(others).reachable
 
 
-def test_a_certificate_that_is_none_is_told(client, secure, tmp_path):
+def test_an_invalid_ca_file_is_diagnosed(client, secure, tmp_path):
     (tmp_path / "none.pem").write_text("nothing")
     assert_fails(
         client,
@@ -299,12 +295,12 @@ def test_a_certificate_that_is_none_is_told(client, secure, tmp_path):
     )
 
 
-def test_a_port_that_says_400_and_has_no_tls_is_no_gateway(client, hostile):
+def test_a_400_from_a_plain_port_means_not_a_gateway(client, hostile):
     hostile.mode = "400"
     assert_fails(client, at(hostile.url), "not-a-gateway", "(400)")
 
 
-def test_a_port_that_answers_400_to_whoever_does_not_speak_tls_is_told(client, authority):
+def test_a_tls_port_that_responds_to_plain_http_with_400_is_diagnosed(client, authority):
     """As nginx does."""
 
     class Polite(ssl.SSLContext):
@@ -323,12 +319,10 @@ def test_a_port_that_answers_400_to_whoever_does_not_speak_tls_is_told(client, a
         )
 
 
-# What is sent
+# Requests
 
 
-def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyter_would_send(
-    client, hostile
-):
+def test_path_token_and_headers_equal_those_that_jupyter_sends(client, hostile):
     gateway = at(
         f"{hostile.url}/deep/below/",
         auth_token="secret",
@@ -347,7 +341,7 @@ def test_the_path_the_token_and_the_headers_of_the_request_are_those_that_jupyte
     assert third.headers["x-team"] == "red"
 
 
-def test_a_header_that_cannot_be_sent_is_told_without_its_value(client, hostile):
+def test_a_header_that_cannot_be_sent_is_reported_without_its_value(client, hostile):
     gateway = at(hostile.url, headers={"X-Name": "Žofie"})
     assert_fails(
         client,
@@ -358,26 +352,26 @@ def test_a_header_that_cannot_be_sent_is_told_without_its_value(client, hostile)
     assert "017d" not in client.check(gateway).error.message
 
 
-# One kernel
+# Kernels
 
 
 STATUSES = {"500": "it answered 500", "401": "it answered 401", "redirect": "it answered 302"}
 
 
-def test_a_kernel_is_there_or_not(client, hostile):
+def test_has_kernel(client, hostile):
     hostile.kernels["k1"] = {}
     assert client.has_kernel(at(hostile.url), "k1")
     assert not client.has_kernel(at(hostile.url), "k2")
 
 
 @pytest.mark.parametrize("mode", STATUSES)
-def test_whether_a_kernel_is_there_may_not_be_known(client, hostile, mode):
+def test_has_kernel_raises_if_the_response_is_inconclusive(client, hostile, mode):
     hostile.mode = mode
     with pytest.raises(BackendUnavailable, match=f"about kernel k1: {STATUSES[mode]}"):
         client.has_kernel(at(hostile.url), "k1")
 
 
-def test_a_kernel_is_ended_also_when_it_had_ended(client, hostile):
+def test_ending_a_kernel_is_idempotent(client, hostile):
     hostile.kernels["k1"] = {}
     client.end_kernel(at(f"{hostile.url}/prefix"), "k1")
     assert not hostile.kernels
@@ -389,7 +383,7 @@ def test_a_kernel_is_ended_also_when_it_had_ended(client, hostile):
 
 
 @pytest.mark.parametrize("mode", STATUSES)
-def test_a_kernel_that_cannot_be_ended_is_told(client, hostile, mode):
+def test_a_kernel_that_cannot_be_ended_raises(client, hostile, mode):
     hostile.on_delete = mode
     with pytest.raises(
         BackendUnavailable,
@@ -399,13 +393,13 @@ def test_a_kernel_that_cannot_be_ended_is_told(client, hostile, mode):
 
 
 @pytest.mark.parametrize("mode", ["die", "close", "garbage", "hang"])
-def test_an_end_that_is_not_answered_counts_as_none(client, hostile, mode, monkeypatch):
+def test_ending_a_kernel_without_a_response_raises(client, hostile, mode, monkeypatch):
     monkeypatch.setattr("labkeeper.gateways.client._DELETE_WITHIN", TIMEOUT)
     hostile.on_delete = hostile.mode = mode
     with pytest.raises(BackendUnavailable, match=r"cannot ask the gateway .* about kernel k1: ."):
         client.end_kernel(at(hostile.url), "k1")
 
 
-def test_every_class_of_trouble_is_met_here():
+def test_every_gateway_failure_class_is_tested():
     met = {kind for kind, _ in CHECKS.values()} | {"gateway-tls"}
     assert met == {kind.value for kind in FailureClass if "gateway" in kind.value}

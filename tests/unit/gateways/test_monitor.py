@@ -1,4 +1,4 @@
-"""Gateways are looked at seldom, told about once, and freed of what is owed there as soon as they answer."""
+"""The gateway monitor: check intervals, reports of changes, and ending orphaned kernels."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PERIOD = 30.0
 
 
 class Watched:
-    """A watch whose thread does not run: the test is its loop, and the fleet that it tells."""
+    """A monitor without its thread, whose loop the test runs, and the reports it makes."""
 
-    def __init__(self, clock, threads, client, store, told):
-        self.clock, self.client, self.told = clock, client, told
+    def __init__(self, clock, threads, client, store, reports):
+        self.clock, self.client, self.reports = clock, client, reports
         self.orphans = OrphanedKernels(store, clock)
         self.watch = GatewayWatch(
             self.receive,
@@ -39,18 +39,18 @@ class Watched:
         self.servers = {}
 
     def receive(self, report):
-        self.told.append(report)
+        self.reports.append(report)
         snapshot = self.servers[report.name]
-        self.be(replace(snapshot, gateway=report.fact.health))
+        self.update(replace(snapshot, gateway=report.fact.health))
 
-    def be(self, snapshot):
+    def update(self, snapshot):
         self.servers[snapshot.name] = snapshot
         self.watch.changed(Change(Event.READY, None, snapshot, self.clock.time()))
 
     def run(self, name="lab", gateway=None, *, known=True, generation=1):
         health = GatewayHealth(self.clock.time(), kernelspecs=1) if known else None
         spec = replace(a_spec(name), gateway=gateway)
-        self.be(
+        self.update(
             Snapshot(
                 spec,
                 State.RUNNING,
@@ -63,7 +63,7 @@ class Watched:
         )
 
     def end(self, name="lab"):
-        self.be(replace(self.servers[name], state=State.STOPPING, gateway=None))
+        self.update(replace(self.servers[name], state=State.STOPPING, gateway=None))
 
     def orphan(self, *ids, gateway=None):
         self.orphans.add(
@@ -74,14 +74,14 @@ class Watched:
         )
 
     def look(self):
-        """Do what the loop does once a second; give the URLs that were asked."""
+        """Run one round of the loop, and return the URLs that were checked."""
         before = len(self.client.checked)
         for watched in self.watch._due():
             self.watch._ask(watched)
         return self.client.checked[before:]
 
     def pauses(self, count):
-        """Give the seconds between one question and the next, so many times."""
+        """Return the seconds between this many checks."""
         found = []
         for _ in range(count):
             seconds = 0
@@ -93,11 +93,11 @@ class Watched:
 
 
 @pytest.fixture
-def watched(clock, threads, client, store, told):
-    return Watched(clock, threads, client, store, told)
+def watched(clock, threads, client, store, reports):
+    return Watched(clock, threads, client, store, reports)
 
 
-def test_many_servers_are_one_question_and_other_credentials_another(watched):
+def test_servers_with_the_same_gateway_and_credentials_share_a_check(watched):
     for number in range(50):
         watched.run(f"lab{number}", a_gateway())
     watched.run("other", a_gateway(auth_token="another"))
@@ -105,10 +105,10 @@ def test_many_servers_are_one_question_and_other_credentials_another(watched):
     assert watched.look() == []
     watched.clock.advance(PERIOD)
     assert watched.look() == ["http://one", "http://one"]
-    assert watched.told == []
+    assert watched.reports == []
 
 
-def test_a_gateway_that_answers_is_asked_once_a_period_and_one_that_does_not_more_and_more_seldom(
+def test_a_reachable_gateway_is_checked_once_a_period_and_others_with_backoff(
     watched,
 ):
     watched.run(gateway=a_gateway())
@@ -121,59 +121,59 @@ def test_a_gateway_that_answers_is_asked_once_a_period_and_one_that_does_not_mor
     assert watched.pauses(3) == [30, 4, 8]
 
 
-def test_a_change_is_told_once_to_each_server_with_the_time_since_when_it_is_so(watched):
+def test_a_change_is_reported_once_to_each_server_with_its_time(watched):
     watched.run("a", a_gateway())
     watched.run("b", a_gateway(), generation=7)
     watched.client.down.add("http://one")
     watched.pauses(3)
-    assert [(r.name, r.generation) for r in watched.told] == [("a", 1), ("b", 7)]
-    assert {r.fact.health.since for r in watched.told} == {1_000_030.0}
-    assert not watched.told[0].fact.health.reachable
+    assert [(r.name, r.generation) for r in watched.reports] == [("a", 1), ("b", 7)]
+    assert {r.fact.health.since for r in watched.reports} == {1_000_030.0}
+    assert not watched.reports[0].fact.health.reachable
     watched.client.down.clear()
     watched.pauses(2)
-    assert [r.fact.health.reachable for r in watched.told] == [False, False, True, True]
-    assert watched.told[2].fact.health.since == watched.clock.time() - 30
+    assert [r.fact.health.reachable for r in watched.reports] == [False, False, True, True]
+    assert watched.reports[2].fact.health.since == watched.clock.time() - 30
 
 
-def test_another_number_of_kernelspecs_is_told_and_is_no_new_beginning(watched):
+def test_a_new_number_of_kernelspecs_is_reported_without_a_new_time(watched):
     watched.run(gateway=a_gateway())
     watched.client.specs = 5
     watched.pauses(2)
-    assert [(r.fact.health.kernelspecs, r.fact.health.since) for r in watched.told] == [
+    assert [(r.fact.health.kernelspecs, r.fact.health.since) for r in watched.reports] == [
         (5, 1_000_000.0)
     ]
 
 
-def test_a_server_that_was_taken_over_has_its_gateway_asked_at_once(watched):
+def test_the_gateway_of_an_adopted_server_is_checked_immediately(watched):
     watched.run("known", a_gateway())
     watched.run("taken", a_gateway(), known=False)
     assert watched.look() == ["http://one"]
-    assert [r.name for r in watched.told] == ["taken"]
+    assert [r.name for r in watched.reports] == ["taken"]
 
 
-def test_a_gateway_that_nobody_needs_any_more_is_not_asked(watched):
+def test_a_gateway_without_servers_is_not_checked(watched):
     watched.run("a", a_gateway())
     watched.run("b", a_gateway("two"))
     watched.end("a")
     watched.clock.advance(PERIOD)
     assert watched.look() == ["http://two"]
-    # A server that was started again with another gateway needs its first one no more.
+    # After a restart with another gateway, the first one is no longer needed.
     watched.run("b", a_gateway("three"))
     watched.clock.advance(PERIOD)
     assert watched.look() == ["http://three"]
     assert [w.gateway.url for w in watched.watch._watched] == ["http://three"]
 
 
-def test_a_server_that_ends_while_its_gateway_is_asked_hears_nothing(watched):
+def test_a_server_that_ends_during_the_check_gets_no_report(watched):
     watched.run(gateway=a_gateway())
     watched.client.down.add("http://one")
     watched.client.before_check = watched.end
     watched.clock.advance(PERIOD)
     watched.look()
-    assert watched.told == []
+    assert watched.reports == []
 
 
-def test_a_gateway_that_is_being_asked_is_not_asked_beside_that(watched):
+def test_checks_of_a_gateway_do_not_overlap(watched):
     watched.run(gateway=a_gateway())
     watched.clock.advance(PERIOD)
     answers = threading.Event()
@@ -185,10 +185,8 @@ def test_a_gateway_that_is_being_asked_is_not_asked_beside_that(watched):
     assert watched.client.checked == ["http://one"]
 
 
-def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for(
-    watched, no_threads
-):
-    """For want of a thread of the watch's, or of what its client needs: the last word on the gateway stays."""
+def test_a_check_that_could_not_be_made_is_repeated_and_not_reported(watched, no_threads):
+    """Without a thread, or without a descriptor: the last known health stays."""
     watched.run(gateway=a_gateway())
     watched.clock.advance(PERIOD)
     with no_threads(), pytest.raises(BackendUnavailable):
@@ -199,16 +197,14 @@ def test_a_look_that_cannot_be_made_says_nothing_of_a_gateway_and_is_made_up_for
 
     watched.client.before_check = cannot
     assert watched.look() == ["http://one"]
-    assert watched.told == []
+    assert watched.reports == []
     watched.client.before_check = lambda: None
     watched.client.down.add("http://one")
     assert watched.look() == ["http://one"]
-    assert [report.fact.health.reachable for report in watched.told] == [False]
+    assert [report.fact.health.reachable for report in watched.reports] == [False]
 
 
-def test_orphaned_kernels_are_collected_at_once_where_the_gateway_answers_and_then_it_is_left_alone(
-    watched, store
-):
+def test_orphaned_kernels_are_ended_immediately_if_the_gateway_is_reachable(watched, store):
     watched.orphan("k1", "k2")
     assert watched.look() == ["http://one"]
     assert sorted(watched.client.ended) == ["k1", "k2"]
@@ -218,7 +214,7 @@ def test_orphaned_kernels_are_collected_at_once_where_the_gateway_answers_and_th
     assert watched.watch._watched == []
 
 
-def test_orphaned_kernels_wait_for_a_gateway_that_does_not_answer(watched):
+def test_orphaned_kernels_wait_for_an_unreachable_gateway(watched):
     watched.client.down.add("http://one")
     watched.orphan("k1")
     assert watched.pauses(3) == [0, 4, 8]
@@ -229,8 +225,8 @@ def test_orphaned_kernels_wait_for_a_gateway_that_does_not_answer(watched):
     assert watched.orphans.all() == []
 
 
-def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watched):
-    """Its gateway had not answered about it: it may be started yet; after five minutes it is not."""
+def test_a_kernel_that_may_still_start_is_awaited_and_ended(watched):
+    """A request to start it was not answered; after five minutes it is given up."""
     watched.client.gone |= {"late", "never"}
     starting = [
         OrphanedKernel(id_, a_gateway(), ServerName("lab"), watched.clock.time(), starting=True)
@@ -247,16 +243,16 @@ def test_a_kernel_that_may_still_come_is_waited_for_and_ended_when_it_does(watch
     assert watched.orphans.all() == []
 
 
-def test_orphaned_kernels_of_a_gateway_that_others_use_are_collected_soon(watched):
+def test_orphaned_kernels_on_a_gateway_in_use_are_ended_at_its_next_check(watched):
     watched.run(gateway=a_gateway())
     watched.orphan("k1")
     watched.clock.advance(PERIOD)
     watched.look()
     assert watched.client.ended == ["k1"]
-    assert watched.told == []
+    assert watched.reports == []
 
 
-def test_one_that_cannot_be_ended_is_in_nobodys_way_and_is_tried_again_more_and_more_seldom(
+def test_kernels_that_cannot_be_ended_are_retried_with_backoff_and_delay_no_others(
     watched,
 ):
     watched.run(gateway=a_gateway())
@@ -269,14 +265,14 @@ def test_one_that_cannot_be_ended_is_in_nobodys_way_and_is_tried_again_more_and_
     )
     assert {orphan.kernel_id for orphan in watched.orphans.all()} == watched.client.stubborn
     assert watched.pauses(8)[-1] == PERIOD * 4
-    # The gateway itself can be used all the while.
-    assert watched.told == []
+    # The gateway itself stays usable.
+    assert watched.reports == []
     watched.client.stubborn.clear()
     watched.pauses(1)
     assert watched.orphans.all() == []
 
 
-def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watched):
+def test_after_several_failures_a_gateways_other_kernels_wait(watched):
     watched.client.stubborn |= {f"k{number}" for number in range(100)}
     watched.orphan(*watched.client.stubborn)
     tried = []
@@ -286,9 +282,7 @@ def test_a_gateway_with_many_that_cannot_be_ended_is_left_alone_for_a_while(watc
     assert len(tried) == 3
 
 
-def test_orphaned_kernels_are_left_to_the_next_keeper_when_this_one_ends(
-    watched, threads, monkeypatch
-):
+def test_orphaned_kernels_are_left_to_the_next_keeper_at_shutdown(watched, threads, monkeypatch):
     monkeypatch.setattr(type(threads), "closed", True)
     watched.orphan("k1")
     watched.look()
@@ -296,7 +290,9 @@ def test_orphaned_kernels_are_left_to_the_next_keeper_when_this_one_ends(
     assert len(watched.orphans.all()) == 1
 
 
-def test_its_thread_looks_by_itself_and_keeps_the_book(watched, threads, store, monkeypatch):
+def test_the_thread_checks_gateways_and_saves_and_expires_orphaned_kernels(
+    watched, threads, store, monkeypatch
+):
     monkeypatch.setattr(module, "_LOOK_EVERY", 0.01)
     store.failing = True
     watched.orphan("k1")

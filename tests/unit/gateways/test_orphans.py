@@ -1,4 +1,4 @@
-"""A kernel that is owed an end is not forgotten, whatever the disk does and whoever keeps the book."""
+"""Orphaned kernels are remembered until they have ended, across full disks and keepers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def orphan(kernel_id, since=1_000_000.0, gateway=ONE):
     return OrphanedKernel(kernel_id, gateway, ServerName("lab"), since)
 
 
-def test_what_is_owed_is_kept_and_taken_up_by_the_next(store, clock):
+def test_orphaned_kernels_are_stored_for_the_next_keeper(store, clock):
     orphans = OrphanedKernels(store, clock)
     orphans.add([orphan("k2", 20.0), orphan("k1", 10.0), orphan("k3", 10.0, OTHER)])
     after = OrphanedKernels(store, clock)
@@ -29,7 +29,7 @@ def test_what_is_owed_is_kept_and_taken_up_by_the_next(store, clock):
     assert [orphans.kernel_id for orphans in OrphanedKernels(store, clock).all()] == ["k2"]
 
 
-def test_the_token_of_a_gateway_goes_from_the_disk_with_the_last_debt_there(clock, tmp_path):
+def test_a_gateways_token_is_wiped_with_its_last_orphaned_kernel(clock, tmp_path):
     with contextlib.closing(SqliteStore(tmp_path / "store.sqlite")) as store:
         orphans = OrphanedKernels(store, clock)
         orphans.add([orphan("k1", gateway=replace(ONE, auth_token="gateway-secret"))])
@@ -39,7 +39,7 @@ def test_the_token_of_a_gateway_goes_from_the_disk_with_the_last_debt_there(cloc
         ] == []
 
 
-def test_a_full_disk_loses_no_debt_and_brings_none_back(store, clock):
+def test_a_full_disk_neither_loses_nor_restores_orphaned_kernels(store, clock):
     orphans = OrphanedKernels(store, clock)
     orphans.add([orphan("settled later")])
     store.failing = True
@@ -72,10 +72,10 @@ def test_a_disk_that_fills_up_between_two_writes_loses_nothing(store, clock, mon
     assert set(store.kernels) == {"new"}
 
 
-def test_a_book_that_is_in_order_is_not_written_again(store, clock):
+def test_an_unchanged_list_is_not_saved_again(store, clock):
     orphans = OrphanedKernels(store, clock)
     orphans.add([orphan("k1")])
-    store.failing = True  # Whatever is tried now would be tried again and again.
+    store.failing = True  # A pending write would now be retried later.
     orphans.save()
     store.kernels.clear()
     store.failing = False
@@ -83,7 +83,7 @@ def test_a_book_that_is_in_order_is_not_written_again(store, clock):
     assert store.kernels == {}
 
 
-def test_a_debt_is_given_up_after_30_days_and_that_is_told(store, clock):
+def test_an_orphaned_kernel_is_given_up_after_30_days_with_a_warning(store, clock):
     orphans = OrphanedKernels(store, clock)
     orphans.add([orphan("old", clock.time()), orphan("new", clock.time() + 60)])
     clock.advance(30 * 86400)

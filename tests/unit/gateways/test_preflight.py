@@ -1,4 +1,4 @@
-"""A server is ready when it answers and its gateway can be used, in whatever order that is found out."""
+"""Preflight: a server is ready once it responds and its gateway is usable, in either order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StubProbe:
 
 
 class Answering:
-    """Holds up the answer of a gateway until the test lets it come."""
+    """Holds back a gateway's response until the test releases it."""
 
     def __init__(self, client):
         self.asked, self.go_on = threading.Event(), threading.Event()
@@ -52,13 +52,13 @@ def probe():
 
 
 @pytest.fixture
-def preflight(told, threads, client, probe):
-    return GatewayPreflight(told.append, threads=threads, client=client, probe=probe)
+def preflight(reports, threads, client, probe):
+    return GatewayPreflight(reports.append, threads=threads, client=client, probe=probe)
 
 
 @pytest.fixture
 def held(client, threads):
-    """The gateway's answer is held up."""
+    """A gateway whose response is held back."""
     answering = Answering(client)
     yield answering
     answering.go_on.set()
@@ -68,143 +68,145 @@ def report(fact, generation=1):
     return Report(SPEC.name, generation, fact)
 
 
-def quiet(threads):
+def wait_until_idle(threads):
     until(lambda: not threads._running(), what="the gate has nothing under way")
 
 
-def test_a_server_without_a_gateway_passes_at_once(preflight, told, client):
+def test_a_server_without_a_gateway_passes_immediately(preflight, reports, client):
     preflight.begin(a_spec("lab"), 1, ())
     preflight.receive(report(READY))
-    assert told == [report(READY)]
+    assert reports == [report(READY)]
     assert client.checked == []
 
 
-def test_ready_waits_for_the_gateway(preflight, told, threads, held):
+def test_ready_waits_for_the_gateway(preflight, reports, threads, held):
     preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
     preflight.receive(report(READY))
-    assert told == []
+    assert reports == []
     held.go_on.set()
-    until(lambda: told)
-    fact = told[0].fact
+    until(lambda: reports)
+    fact = reports[0].fact
     assert (fact.endpoint, fact.gateway.kernelspecs, fact.not_taken_over) == (READY.endpoint, 1, ())
-    quiet(threads)
-    assert len(told) == 1
+    wait_until_idle(threads)
+    assert len(reports) == 1
 
 
-def test_the_gateway_may_be_sooner(preflight, told, threads):
+def test_the_gateway_may_respond_before_the_server(preflight, reports, threads):
     preflight.begin(SPEC, 1, ())
-    quiet(threads)
-    assert told == []
+    wait_until_idle(threads)
+    assert reports == []
     preflight.receive(report(READY))
-    assert [r.fact.gateway.reachable for r in told] == [True]
+    assert [r.fact.gateway.reachable for r in reports] == [True]
 
 
-def test_a_gateway_that_cannot_be_used_ends_the_start_with_its_cause(
-    preflight, told, threads, client
-):
+def test_an_unusable_gateway_vetoes_the_start(preflight, reports, threads, client):
     client.down.add("http://one")
     preflight.begin(SPEC, 1, (KERNEL,))
-    quiet(threads)
-    assert [type(r.fact) for r in told] == [Vetoed]
-    assert told[0].generation == 1
-    assert told[0].fact.failure.kind == "gateway-unreachable"
-    assert told[0].fact.failure.message.startswith(
+    wait_until_idle(threads)
+    assert [type(r.fact) for r in reports] == [Vetoed]
+    assert reports[0].generation == 1
+    assert reports[0].fact.failure.kind == "gateway-unreachable"
+    assert reports[0].fact.failure.message.startswith(
         "cannot start server 'lab': the gateway http://one is down"
     )
-    assert "require_gateway: false" in told[0].fact.failure.message
-    # It may have become ready all the same, before it could be ended; nobody is told.
+    assert "require_gateway: false" in reports[0].fact.failure.message
+    # The server may become ready before it is killed; that is not reported.
     preflight.receive(report(READY))
-    assert len(told) == 1
+    assert len(reports) == 1
     preflight.receive(report(Ended(Exit(signal="SIGKILL"))))
-    assert [type(r.fact) for r in told] == [Vetoed, Ended]
+    assert [type(r.fact) for r in reports] == [Vetoed, Ended]
 
 
-def test_one_that_is_not_required_lets_the_server_pass_and_gives_it_no_kernels(
-    preflight, told, threads, client, probe
+def test_an_optional_unreachable_gateway_lets_the_server_pass_without_kernels(
+    preflight, reports, threads, client, probe
 ):
     client.down.add("http://one")
     preflight.begin(replace(SPEC, gateway=a_gateway(required=False)), 1, (KERNEL,))
     preflight.receive(report(READY))
-    until(lambda: told)
-    assert not told[0].fact.gateway.reachable
-    assert told[0].fact.not_taken_over == ("k1",)
+    until(lambda: reports)
+    assert not reports[0].fact.gateway.reachable
+    assert reports[0].fact.not_taken_over == ("k1",)
     assert probe.given == []
 
 
-def test_a_server_that_ended_first_is_not_ready_any_more(preflight, told, threads, held):
+def test_a_server_that_has_ended_is_not_reported_as_ready(preflight, reports, threads, held):
     preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
     preflight.receive(report(READY))
     preflight.receive(report(Ended(Exit(code=0))))
     held.go_on.set()
-    quiet(threads)
-    assert [type(r.fact) for r in told] == [Ended]
+    wait_until_idle(threads)
+    assert [type(r.fact) for r in reports] == [Ended]
 
 
-def test_kernels_are_handed_over_before_anybody_hears_of_the_server(preflight, told, probe):
+def test_kernels_are_handed_over_before_ready_is_reported(preflight, reports, probe):
     preflight.begin(SPEC, 1, (KERNEL,))
     preflight.receive(report(READY))
-    until(lambda: told)
+    until(lambda: reports)
     assert probe.given == [(8, KERNEL)]
-    assert told[0].fact.not_taken_over == ()
+    assert reports[0].fact.not_taken_over == ()
 
 
-def test_a_kernel_that_has_gone_meanwhile_is_nobodys_any_more(preflight, told, client, probe):
+def test_a_kept_kernel_that_no_longer_exists_is_forgotten(preflight, reports, client, probe):
     client.gone.add("k1")
     preflight.begin(SPEC, 1, (KERNEL,))
     preflight.receive(report(READY))
-    until(lambda: told)
-    assert (probe.given, told[0].fact.not_taken_over) == ([], ())
+    until(lambda: reports)
+    assert (probe.given, reports[0].fact.not_taken_over) == ([], ())
 
 
 @pytest.mark.parametrize("culprit", ["gateway", "server"])
-def test_a_kernel_that_cannot_be_handed_over_is_named(preflight, told, client, probe, culprit):
+def test_a_kernel_that_cannot_be_handed_over_is_reported(
+    preflight, reports, client, probe, culprit
+):
     client.stubborn |= {"k1"} if culprit == "gateway" else set()
     probe.failing = culprit == "server"
     with structlog.testing.capture_logs() as log:
         preflight.begin(SPEC, 1, (KERNEL,))
         preflight.receive(report(READY))
-        until(lambda: told)
-    assert told[0].fact.not_taken_over == ("k1",)
-    assert told[0].fact.gateway.reachable
+        until(lambda: reports)
+    assert reports[0].fact.not_taken_over == ("k1",)
+    assert reports[0].fact.gateway.reachable
     assert [(line["server"], line["generation"], line["kernel"]) for line in log] == [
         ("lab", 1, "k1")
     ]
 
 
-def test_the_answer_of_an_earlier_launch_is_not_taken_for_that_of_this(
-    preflight, told, threads, client, held
+def test_the_response_for_an_earlier_generation_is_not_used(
+    preflight, reports, threads, client, held
 ):
     preflight.begin(SPEC, 1, (KERNEL,))
     assert held.asked.wait(60)
     preflight.begin(SPEC, 2, ())
     preflight.receive(report(READY, generation=1))
-    # It passes: nobody waits for it any more, and the fleet knows by its number that it is old.
-    assert told == [report(READY, generation=1)]
+    # It passes: the fleet drops it by its generation.
+    assert reports == [report(READY, generation=1)]
     preflight.receive(report(READY, generation=2))
     held.go_on.set()
-    quiet(threads)
-    assert [r.generation for r in told] == [1, 2]
-    assert told[1].fact.not_taken_over == ()
+    wait_until_idle(threads)
+    assert [r.generation for r in reports] == [1, 2]
+    assert reports[1].fact.not_taken_over == ()
 
 
-def test_another_server_does_not_wait(preflight, told, threads, held):
+def test_another_server_does_not_wait(preflight, reports, threads, held):
     preflight.begin(SPEC, 1, ())
     assert held.asked.wait(60)
     other = Report(a_spec("other").name, 1, READY)
     preflight.receive(other)
-    assert told == [other]
+    assert reports == [other]
 
 
-def test_a_gateway_that_could_not_be_asked_is_not_blamed(preflight, told, client, threads):
+def test_a_check_that_could_not_be_made_does_not_blame_the_gateway(
+    preflight, reports, client, threads
+):
     def cannot():
         raise BackendUnavailable("no descriptor is free")
 
     client.before_check = cannot
     preflight.begin(SPEC, 1, ())
-    quiet(threads)
-    ((_, _, fact),) = [(r.name, r.generation, r.fact) for r in told]
+    wait_until_idle(threads)
+    ((_, _, fact),) = [(r.name, r.generation, r.fact) for r in reports]
     assert isinstance(fact, Vetoed)
     assert (fact.failure.kind, fact.failure.message) == (
         FailureClass.OTHER,
@@ -212,10 +214,10 @@ def test_a_gateway_that_could_not_be_asked_is_not_blamed(preflight, told, client
     )
 
 
-def test_a_start_for_whose_gateway_there_is_no_thread_is_not_waited_for(
-    preflight, told, no_threads
+def test_a_start_without_a_free_thread_for_its_check_raises_and_passes(
+    preflight, reports, no_threads
 ):
     with no_threads(), pytest.raises(BackendUnavailable):
         preflight.begin(SPEC, 1, ())
     preflight.receive(report(READY))
-    assert told == [report(READY)]
+    assert reports == [report(READY)]

@@ -1,4 +1,4 @@
-"""What we tell Jupyter, and how its answers and last words are read."""
+"""What the keeper configures in Jupyter, and how it interprets responses, records and logs."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def endpoint(port, hostname="127.0.0.1"):
     return Endpoint(f"http://127.0.0.1:{port}/", "t", "/", hostname, port, False, False, "/n")
 
 
-def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
+def test_the_configuration_has_the_settings_of_the_keeper_and_the_spec(tmp_path):
     config = launch_config(GATED, token="own secret", port=8888, ca_bundle=tmp_path / "ca.pem")
     assert config["ServerApp"]["port_retries"] == 0
     assert config["ServerApp"]["port"] == 8888
@@ -63,7 +63,7 @@ def test_the_configuration_holds_the_contract_and_what_was_asked(tmp_path):
     assert "GatewayClient" not in launch_config(SPEC, token="t", port=1, ca_bundle=None)
 
 
-def test_options_stand_beside_what_is_ours_to_say_and_never_over_it():
+def test_options_are_added_but_cannot_override_the_keepers_settings():
     options = {
         "ServerApp.terminals_enabled": False,
         "ServerApp.port_retries": 9,
@@ -80,21 +80,21 @@ def test_options_stand_beside_what_is_ours_to_say_and_never_over_it():
     assert type(config) is dict
 
 
-def test_a_certificate_makes_a_server_speak_tls():
+def test_a_certificate_enables_tls():
     files = Path("/etc/lab.pem"), Path("/etc/lab.key")
     chosen = launch_config(SPEC, token="t", port=1, ca_bundle=None, certificate=files)["ServerApp"]
     assert (chosen["certfile"], chosen["keyfile"]) == ("/etc/lab.pem", "/etc/lab.key")
     assert "certfile" not in launch_config(SPEC, token="t", port=1, ca_bundle=None)["ServerApp"]
 
 
-def test_what_all_servers_have_in_common_holds_no_secret_and_is_not_altered_by_one():
+def test_the_base_configuration_has_no_secrets_and_is_not_modified():
     before = base_config()
     launch_config(GATED, token="own secret", port=8888, ca_bundle=None)
     assert base_config() == before
     assert "secret" not in str(before)
 
 
-def test_the_environment_is_ours_without_what_is_private(tmp_path):
+def test_the_environment_is_inherited_without_private_variables(tmp_path):
     own = {
         "PATH": "/bin",
         "LABKEEPER_TOKEN": "secret",
@@ -112,7 +112,7 @@ def test_the_environment_is_ours_without_what_is_private(tmp_path):
     }
 
 
-def test_a_gateway_s_options_that_jupyter_takes_from_the_environment_only_are_there(tmp_path):
+def test_gateway_options_that_jupyter_reads_from_the_environment_are_set(tmp_path):
     env = launch_environment(GATED, {}, runtime_dir=tmp_path, ca_bundle=tmp_path / "ca.pem")
     assert env["SSL_CERT_FILE"] == str(tmp_path / "ca.pem")
     assert env["KERNEL_LAUNCH_TIMEOUT"] == "8"
@@ -121,13 +121,13 @@ def test_a_gateway_s_options_that_jupyter_takes_from_the_environment_only_are_th
 @pytest.mark.parametrize(
     "content", [None, "", "{", "{}", '{"pid": 8}', json.dumps({"pid": 7, "base_url": "/"})]
 )
-def test_half_an_info_file_is_none(tmp_path, content):
+def test_an_incomplete_info_file_is_ignored(tmp_path, content):
     if content is not None:
         (tmp_path / "jpserver-7.json").write_text(content)
     assert read_info(tmp_path, 7) is None
 
 
-def test_an_info_file_of_another_pid_is_none(tmp_path):
+def test_an_info_file_of_another_pid_is_ignored(tmp_path):
     info = {
         "base_url": "/",
         "hostname": "h",
@@ -154,7 +154,7 @@ def test_an_info_file_of_another_pid_is_none(tmp_path):
         ("0.0.0.0", "lab.example", "http://lab.example:1/"),
     ],
 )
-def test_a_server_is_asked_where_it_listens(hostname, host, url):
+def test_the_url_of_a_server_uses_a_reachable_address(hostname, host, url):
     assert url_of(endpoint(1, hostname), host) == url
 
 
@@ -162,7 +162,10 @@ def test_a_server_is_asked_where_it_listens(hostname, host, url):
     ("line", "kind"),
     [
         (
-            "[C 2026-01-01 00:00:00.000 ServerApp] ERROR: could not be started because port 8888 is already in use",
+            (
+                "[C 2026-01-01 00:00:00.000 ServerApp] ERROR: could not be started"
+                " because port 8888 is already in use"
+            ),
             "port-in-use",
         ),
         ("OSError: [Errno 28] No space left on device", "disk-full"),
@@ -170,25 +173,31 @@ def test_a_server_is_asked_where_it_listens(hostname, host, url):
         ("traitlets.traitlets.TraitError: The 'port' trait", "config-error"),
         ("bad configuration: cannot load /x", "config-error"),
         (
-            "[C 2026 ServerApp] ERROR: the Jupyter server could not be started because port 8888 is not available.",
+            (
+                "[C 2026 ServerApp] ERROR: the Jupyter server could not be started"
+                " because port 8888 is not available."
+            ),
             "port-in-use",
         ),
         ("something else", "other"),
     ],
 )
-def test_the_cause_of_an_early_end_is_read_from_its_last_words(line, kind):
-    found, said = cause_of(Exit(code=1), ["a line before", line])
+def test_the_failure_class_comes_from_the_last_log_lines(line, kind):
+    found, message = cause_of(Exit(code=1), ["a line before", line])
     assert found == kind
-    assert said
-    assert not said.startswith("[C")
+    assert message
+    assert not message.startswith("[C")
 
 
 @pytest.mark.parametrize(
-    ("tail", "said"),
+    ("tail", "message"),
     [
         (
             [
-                "[I 2026-01-01 00:00:00.000 ServerApp] notebook_shim | extension was successfully loaded."
+                (
+                    "[I 2026-01-01 00:00:00.000 ServerApp] notebook_shim |"
+                    " extension was successfully loaded."
+                )
             ],
             "",
         ),
@@ -226,11 +235,11 @@ def test_the_cause_of_an_early_end_is_read_from_its_last_words(line, kind):
         ),
     ],
 )
-def test_what_jupyter_says_by_the_way_is_no_cause(tail, said):
-    assert cause_of(Exit(code=7), tail) == (FailureClass.OTHER, said)
+def test_routine_log_lines_are_not_a_cause(tail, message):
+    assert cause_of(Exit(code=7), tail) == (FailureClass.OTHER, message)
 
 
-def test_who_was_killed_did_not_say_why():
+def test_the_log_of_a_killed_server_has_no_cause():
     assert cause_of(Exit(signal="SIGKILL"), ["Address already in use"]) == (FailureClass.KILLED, "")
     assert cause_of(Exit(code=1), []) == (FailureClass.OTHER, "")
 
@@ -243,8 +252,8 @@ RECORDED = {
 
 
 @pytest.mark.parametrize("version", [{}, {"version": 1}])
-def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions(tmp_path, version):
-    """A server that was started by an earlier keeper writes no version."""
+def test_recorded_kernels_are_read_with_their_sessions(tmp_path, version):
+    """A server that an earlier keeper started writes no version."""
     path = tmp_path / "kernels.json"
     path.write_text(json.dumps(version | RECORDED))
     session = Session("x.ipynb", "x.ipynb", "notebook")
@@ -255,8 +264,8 @@ def test_the_kernels_that_a_server_has_written_down_are_read_with_their_sessions
     )
 
 
-def test_of_a_long_record_no_more_is_believed_than_a_server_can_have(tmp_path):
-    """Its user can write it; each kernel in it may be kept until its gateway has ended it."""
+def test_the_number_of_recorded_kernels_is_limited(tmp_path):
+    """The server's user can write the record, and each kernel is kept until it has ended."""
     path = tmp_path / "kernels.json"
     ids = [f"k-{number}" for number in range(20_000)]
     sessions = [RECORDED["sessions"][0] | {"kernel_id": "k-0"}] * 20_000
@@ -277,7 +286,7 @@ def test_of_a_long_record_no_more_is_believed_than_a_server_can_have(tmp_path):
         '{"kernels": []}',
     ],
 )
-def test_a_record_that_is_none_names_no_kernel(tmp_path, text):
+def test_an_invalid_record_has_no_kernels(tmp_path, text):
     path = tmp_path / "kernels.json"
     if text is not None:
         path.write_text(text)
@@ -295,7 +304,7 @@ def test_a_record_of_a_newer_version_names_no_kernel_and_is_logged(tmp_path):
 
 
 class Answers(http.server.BaseHTTPRequestHandler):
-    """A server whose every answer the test chooses."""
+    """A server whose responses the test chooses."""
 
     answers: dict
 
@@ -329,7 +338,7 @@ def answering():
 @pytest.mark.parametrize(
     ("status", "body"), [(200, "no json"), (200, "[{}]"), (403, ""), (503, "")]
 )
-def test_kernels_that_cannot_be_told_are_not_made_up(answering, status, body):
+def test_invalid_kernel_lists_raise(answering, status, body):
     client, where, answers = answering
     answers["/api/kernels"] = (status, body)
     with pytest.raises(BackendUnavailable, match="cannot list the kernels"):
@@ -345,7 +354,7 @@ def test_kernels_are_read(answering):
     assert [(k.id, k.execution_state) for k in client.kernels(where)] == [("k", "busy")]
 
 
-def test_where_no_descriptor_is_free_it_cannot_be_told_whether_a_server_answers():
+def test_without_free_descriptors_it_is_unknown_whether_a_server_responds():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
     try:
@@ -354,7 +363,7 @@ def test_where_no_descriptor_is_free_it_cannot_be_told_whether_a_server_answers(
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_nobody_there_answers_nothing():
+def test_a_server_that_is_not_there_does_not_respond():
     client = JupyterClient(timeout=1.0)
     nowhere = endpoint(free_port())
     assert not client.answers(nowhere)
@@ -364,17 +373,20 @@ def test_nobody_there_answers_nothing():
         client.kernels(nowhere)
 
 
-def test_a_server_that_is_silent_times_out():
+def test_a_silent_server_times_out():
 
     client = JupyterClient(timeout=0.1)
     with socket.create_server(("127.0.0.1", 0)) as deaf, pytest.raises(BackendTimeout):
         client.kernels(endpoint(deaf.getsockname()[1]))
 
 
-STATUS = '{"last_activity": "1970-01-01T00:01:40.500000Z", "started": "x", "kernels": %d, "connections": 1}'
+STATUS = (
+    '{"last_activity": "1970-01-01T00:01:40.500000Z", "started": "x",'
+    ' "kernels": %d, "connections": 1}'
+)
 
 
-def test_how_a_server_is_used_is_put_together_from_three_pages(answering):
+def test_activity_combines_status_kernels_and_terminals(answering):
     client, there, answers = answering
     answers["/api/status"] = (200, STATUS % 1)
     answers["/api/kernels"] = (
@@ -397,7 +409,7 @@ def test_how_a_server_is_used_is_put_together_from_three_pages(answering):
     assert client.activity(there) == Activity(100.5, kernels, (TerminalUse("1", 3.0),))
 
 
-def test_a_server_without_kernels_and_terminals_is_asked_for_neither(answering):
+def test_without_kernels_and_terminals_only_the_status_is_requested(answering):
     client, there, answers = answering
     answers["/api/status"] = (200, STATUS % 0)
     answers["/api/kernels"] = (500, "")
@@ -412,7 +424,7 @@ def test_a_server_without_kernels_and_terminals_is_asked_for_neither(answering):
         ((404, ""), "answered 404"),
     ],
 )
-def test_use_that_cannot_be_told_is_not_made_up(answering, status, word):
+def test_unknown_activity_raises(answering, status, word):
     client, there, answers = answering
     answers["/api/status"] = status
     with pytest.raises(
@@ -421,7 +433,7 @@ def test_use_that_cannot_be_told_is_not_made_up(answering, status, word):
         client.activity(there)
 
 
-def test_a_kernel_that_is_there_no_more_has_been_ended(answering):
+def test_ending_a_kernel_that_is_gone_succeeds(answering):
     client, there, answers = answering
     client.end_kernel(there, "gone")
     answers["/api/kernels/k"] = (500, "")

@@ -1,4 +1,4 @@
-"""What callers may ask of the host: roots, files, variables, options of Jupyter, and how much of everything."""
+"""Request validation: root directories, files, variables, Jupyter options, and bounds."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ GATEWAY = "http://g:1"
 
 @pytest.fixture
 def defaults(tmp_path):
-    """A keeper whose notebook directory holds a directory, a file, and links that lead out of it and about in it."""
+    """A keeper's defaults: its notebook directory has a directory, a file, and two links."""
     root = tmp_path / "notebooks"
     (root / "inner").mkdir(parents=True)
     (root / "ca.pem").touch()
@@ -58,7 +58,7 @@ def made(defaults, caller=ANYBODY, **fields):
 # Roots
 
 
-def test_a_root_is_within_the_notebook_directory_unless_others_are_allowed(defaults, tmp_path):
+def test_a_root_must_be_within_the_notebook_directory_or_the_allowed_roots(defaults, tmp_path):
     assert made(defaults).root_dir == str(defaults.notebook_dir)
     assert made(defaults, root_dir="inner").root_dir == str(defaults.notebook_dir / "inner")
     both = replace(defaults, allowed_roots=(defaults.notebook_dir, tmp_path / "other"))
@@ -69,10 +69,8 @@ def test_a_root_is_within_the_notebook_directory_unless_others_are_allowed(defau
 @pytest.mark.parametrize(
     "root", ["..", "inner/../..", "/", "/etc", "out", "/no/such/place", "../notebooks-of-another"]
 )
-def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(
-    defaults, root, caller
-):
-    """The rule names what is allowed, and never where a link leads."""
+def test_a_root_outside_is_refused_whether_it_exists_and_whoever_asks(defaults, root, caller):
+    """The error names the allowed roots, and does not reveal a link's target."""
     (defaults.notebook_dir.parent / "notebooks-of-another").mkdir()
     with pytest.raises(InvalidSpec) as caught:
         made(defaults, caller, root_dir=root)
@@ -81,11 +79,11 @@ def test_a_root_outside_is_refused_whether_it_exists_or_not_and_whoever_asks(
     assert mistake == {"field": "root_dir", "rule": rule}
 
 
-ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
-"""Letters that a terminal, or whoever reads lines, takes for more than text."""
+CONTROL_CHARACTERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
+"""Characters that have an effect on terminals or on line-based readers."""
 
 
-@pytest.mark.parametrize("letter", ORDERS)
+@pytest.mark.parametrize("letter", CONTROL_CHARACTERS)
 @pytest.mark.parametrize(
     "fields",
     [
@@ -99,7 +97,7 @@ ORDERS = ["\t", "\n", "\r", "\x1b", "\x7f", "\x80", "\x9b", "\x9f"]
     ],
     ids=lambda fields: list(fields)[-1],
 )
-def test_what_is_one_line_has_no_control_characters(fields, letter):
+def test_single_line_fields_cannot_contain_control_characters(fields, letter):
     ServerRequest.model_validate_json(json.dumps(fields))
     with pytest.raises(ValidationError, match="must be one line, without control characters"):
         ServerRequest.model_validate_json(
@@ -107,14 +105,14 @@ def test_what_is_one_line_has_no_control_characters(fields, letter):
         )
 
 
-def test_nor_has_a_root_that_a_link_leads_to(defaults):
+def test_the_target_of_a_linked_root_cannot_contain_control_characters(defaults):
     (defaults.notebook_dir / "a\x1b]0;b").mkdir()
     (defaults.notebook_dir / "plain").symlink_to(defaults.notebook_dir / "a\x1b]0;b")
     with pytest.raises(InvalidSpec, match="without control characters, links resolved"):
         made(defaults, root_dir="plain")
 
 
-def test_a_spec_has_its_root_without_links(defaults, tmp_path):
+def test_links_in_a_root_are_resolved(defaults, tmp_path):
     assert made(defaults, root_dir="about").root_dir == str(defaults.notebook_dir / "inner")
     (tmp_path / "link").symlink_to(defaults.notebook_dir)
     assert made(
@@ -122,7 +120,7 @@ def test_a_spec_has_its_root_without_links(defaults, tmp_path):
     ).root_dir == str(defaults.notebook_dir / "inner")
 
 
-def test_each_user_has_a_root_of_its_own(tmp_path):
+def test_each_user_has_its_own_root(tmp_path):
     for name in ("alice", "bob", OURSELVES):
         (tmp_path / name).mkdir()
     defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
@@ -133,12 +131,12 @@ def test_each_user_has_a_root_of_its_own(tmp_path):
             made(defaults, user="alice", root_dir=str(root))
 
 
-def test_a_user_that_has_no_name_is_known_by_its_number(tmp_path, monkeypatch):
+def test_a_user_without_a_name_is_represented_by_its_uid(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "geteuid", lambda: 2**31 - 7)
     assert resolved(tmp_path / "%u", None) == str(tmp_path / str(2**31 - 7))
 
 
-def test_a_token_for_one_user_reaches_no_root_of_another(tmp_path):
+def test_a_token_limited_to_a_user_cannot_use_another_users_root(tmp_path):
     for name in ("alice", "bob"):
         (tmp_path / name).mkdir()
     defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
@@ -149,7 +147,7 @@ def test_a_token_for_one_user_reaches_no_root_of_another(tmp_path):
         made(defaults, alice, user="bob")
 
 
-def test_a_spec_must_be_within_its_caller_s_reach(defaults):
+def test_a_spec_must_be_within_the_limits_of_the_token(defaults):
     blue = Caller("token:b", Scope.MANAGE, TokenLimits(servers=("b-*",), labels={"team": "blue"}))
     assert made(defaults, blue, name="b-1", labels={"team": "blue"}).name == "b-1"
     for fields in ({"name": "a", "labels": {"team": "blue"}}, {"name": "b-1"}):
@@ -164,7 +162,7 @@ def test_a_spec_must_be_within_its_caller_s_reach(defaults):
 # Files
 
 
-def test_a_file_of_the_roots_is_anybody_s_and_its_links_are_resolved(defaults):
+def test_every_caller_may_use_files_within_the_roots_and_links_are_resolved(defaults):
     (defaults.notebook_dir / "link.pem").symlink_to(defaults.notebook_dir / "ca.pem")
     spec = made(
         defaults,
@@ -179,7 +177,7 @@ def test_a_file_of_the_roots_is_anybody_s_and_its_links_are_resolved(defaults):
     "path", ["{}/other/key.pem", "{}/notebooks/out/key.pem", "{}/no-such-file", "/etc/passwd"]
 )
 @pytest.mark.parametrize("field", ["gateway_ca_certs", "gateway_client_cert"])
-def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists(
+def test_other_files_require_admin_and_others_do_not_learn_whether_they_exist(
     defaults, tmp_path, field, path
 ):
     asked = {"gateway_url": GATEWAY, field: path.format(tmp_path)}
@@ -187,7 +185,8 @@ def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists
         made(defaults, MANAGER, **asked)
     assert caught.value.details == {"scope": "admin"}
     assert caught.value.message == (
-        f"cannot use a file outside of {defaults.notebook_dir} as {field}: that needs the scope 'admin', and yours is 'manage'"
+        f"cannot use a file outside of {defaults.notebook_dir} as {field}:"
+        " that needs the scope 'admin', and yours is 'manage'"
     )
     if "no-such" in path:
         with pytest.raises(InvalidSpec, match="must be a file that the keeper can read"):
@@ -199,16 +198,37 @@ def test_a_file_elsewhere_needs_an_admin_and_none_other_learns_whether_it_exists
 # Variables
 
 LOADING = [
-    "LD_PRELOAD", "LD_LIBRARY_PATH", "LD_AUDIT", "DYLD_INSERT_LIBRARIES", "GCONV_PATH", "GLIBC_TUNABLES", "OPENSSL_CONF",
-    "PYTHONPATH", "PYTHONSTARTUP", "PYTHONHOME", "IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_PATH", "JUPYTERLAB_DIR",
-    "BASH_ENV", "ENV", "NODE_OPTIONS", "PERL5LIB", "RUBYOPT", "JAVA_TOOL_OPTIONS", "PATH", "HOME", "SHELL", "XDG_CONFIG_HOME",
+    "LD_PRELOAD",
+    "LD_LIBRARY_PATH",
+    "LD_AUDIT",
+    "DYLD_INSERT_LIBRARIES",
+    "GCONV_PATH",
+    "GLIBC_TUNABLES",
+    "OPENSSL_CONF",
+    "PYTHONPATH",
+    "PYTHONSTARTUP",
+    "PYTHONHOME",
+    "IPYTHONDIR",
+    "JUPYTER_CONFIG_DIR",
+    "JUPYTER_PATH",
+    "JUPYTERLAB_DIR",
+    "BASH_ENV",
+    "ENV",
+    "NODE_OPTIONS",
+    "PERL5LIB",
+    "RUBYOPT",
+    "JAVA_TOOL_OPTIONS",
+    "PATH",
+    "HOME",
+    "SHELL",
+    "XDG_CONFIG_HOME",
     "GIT_SSH_COMMAND",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("field", ["env", "kernel_env"])
 @pytest.mark.parametrize("name", LOADING)
-def test_a_variable_by_which_code_is_loaded_needs_an_admin(defaults, field, name):
+def test_a_variable_that_loads_code_requires_admin(defaults, field, name):
     asked = {field: {"HARMLESS": "1", name: "/tmp/x"}}
     with pytest.raises(NotAllowed) as caught:
         made(defaults, MANAGER, **asked)
@@ -218,7 +238,7 @@ def test_a_variable_by_which_code_is_loaded_needs_an_admin(defaults, field, name
     assert getattr(made(defaults, **asked), field)[name] == "/tmp/x"
 
 
-def test_other_variables_are_the_caller_s_own(defaults):
+def test_other_variables_may_be_set_by_every_caller(defaults):
     names = [
         "TZ",
         "LANG",
@@ -238,7 +258,7 @@ def test_other_variables_are_the_caller_s_own(defaults):
 @pytest.mark.parametrize(
     "name", ["LABKEEPER_SERVER", "JUPYTER_RUNTIME_DIR", "JUPYTER_TOKEN", "JUPYTER_GATEWAY_URL"]
 )
-def test_what_is_the_keeper_s_own_to_say_no_admin_can_set_either(name):
+def test_variables_of_the_keeper_cannot_be_set_even_by_an_admin(name):
     with pytest.raises(ValidationError, match="belongs to labkeeper"):
         ServerRequest.model_validate({"env": {name: "x"}})
 
@@ -254,15 +274,15 @@ def test_what_is_the_keeper_s_own_to_say_no_admin_can_set_either(name):
         },
     ],
 )
-def test_more_variables_than_a_process_can_be_started_with_are_refused_at_once(asked):
+def test_variables_that_exceed_the_limits_of_exec_are_refused(asked):
     with pytest.raises(
         ValidationError, match="env and kernel_env: must be at most 262144 bytes together"
     ):
         ServerRequest.model_validate(asked)
 
 
-def test_a_process_can_be_started_with_as_much_as_is_taken():
-    """One variable to the byte, and all of them nearly."""
+def test_the_largest_accepted_environment_can_be_executed():
+    """With one variable of the maximum length."""
     largest = {"ABCDEF": "\U0001f600" * 32766}
     assert len(f"ABCDEF={largest['ABCDEF']}\0".encode()) == 128 * 1024
     env = ServerRequest.model_validate(
@@ -272,10 +292,10 @@ def test_a_process_can_be_started_with_as_much_as_is_taken():
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
-# Options of Jupyter
+# Jupyter options
 
 
-def test_headers_for_a_gateway_are_bounded_together():
+def test_gateway_headers_have_a_total_limit():
     given = {
         "gateway_url": "http://gateway",
         "gateway_headers": {f"X-{number}": "x" * 8000 for number in range(2)},
@@ -286,7 +306,7 @@ def test_headers_for_a_gateway_are_bounded_together():
         ServerRequest.model_validate(given)
 
 
-def test_options_come_into_the_spec_by_their_names(defaults):
+def test_options_are_part_of_the_spec(defaults):
     asked = {
         "ServerApp.terminals_enabled": False,
         "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8,
@@ -316,7 +336,7 @@ def test_options_come_into_the_spec_by_their_names(defaults):
         {f"ServerApp.x{n}": True for n in range(10_000)},
     ],
 )
-def test_an_option_that_is_not_in_the_table_is_refused_and_the_table_is_told(asked):
+def test_an_unknown_option_is_refused_and_the_known_ones_are_listed(asked):
     with pytest.raises(
         ValidationError, match=r"only these can be set: ContentsManager\.allow_hidden, .*limit_rate"
     ) as caught:
@@ -341,18 +361,18 @@ def test_an_option_that_is_not_in_the_table_is_refused_and_the_table_is_told(ask
         ("ZMQChannelsWebsocketConnection.iopub_msg_rate_limit", [1]),
     ],
 )
-def test_an_option_takes_a_switch_or_a_number_within_its_bounds_and_no_text(name, value):
+def test_an_option_is_a_boolean_or_a_number_within_its_bounds(name, value):
     with pytest.raises(ValidationError, match=name.replace(".", r"\.")):
         ServerRequest.model_validate({"jupyter_options": {name: value}})
 
 
-def test_no_option_takes_a_text():
+def test_no_option_accepts_text():
     kinds = {field["type"] for field in JupyterOptions.model_json_schema()["properties"].values()}
     assert kinds == {"boolean", "integer", "number"}
 
 
-def test_an_option_is_one_of_jupyter_s_own_and_of_its_kind():
-    """Read from the code of the Jupyter that is here."""
+def test_every_option_is_a_trait_of_jupyter_with_the_same_type():
+    """Checked against the installed Jupyter."""
     ends = (
         AsyncLargeFileManager,
         ZMQChannelsWebsocketConnection,
@@ -375,7 +395,7 @@ def revised(defaults, old, caller=ANYBODY, **fields):
     return RestartRequest.model_validate(fields).revise(old, defaults, caller)
 
 
-def test_a_restart_is_held_to_the_same_rules(defaults):
+def test_a_restart_is_validated_like_a_start(defaults):
     old = made(defaults)
     with pytest.raises(InvalidSpec, match="root_dir must be within"):
         revised(defaults, old, root_dir="/etc")
@@ -389,13 +409,13 @@ def test_a_restart_is_held_to_the_same_rules(defaults):
     assert new == replace(old, jupyter_options={"ServerApp.quit_button": False}, env={"A": "b"})
 
 
-def test_what_an_admin_has_set_stays_when_others_change_something_else(defaults):
+def test_settings_of_an_admin_survive_a_restart_by_another_caller(defaults):
     old = made(defaults, env={"LD_PRELOAD": "x"})
     assert revised(defaults, old, MANAGER, labels={"a": "b"}) == replace(old, labels={"a": "b"})
 
 
-def test_a_restart_leaves_a_server_in_its_place_or_is_refused(tmp_path):
-    """With its root as it is, not with the default one; which another user could not have."""
+def test_a_restart_keeps_the_root_directory_or_is_refused(tmp_path):
+    """It does not return to the default one. Another user may not use the directory."""
     for name in ("alice", "bob"):
         (tmp_path / name / "deep").mkdir(parents=True)
     defaults = Defaults(tmp_path / "%u", "127.0.0.1", 8888)
@@ -410,7 +430,7 @@ def test_a_restart_leaves_a_server_in_its_place_or_is_refused(tmp_path):
         revised(defaults, old, MANAGER, labels={"a": "b"})
 
 
-def test_a_restart_must_not_lead_out_of_its_caller_s_reach(defaults):
+def test_a_restart_cannot_move_a_server_out_of_the_tokens_limits(defaults):
     blue = Caller("token:b", Scope.MANAGE, TokenLimits(labels={"team": "blue"}))
     old = made(defaults, blue, labels={"team": "blue"})
     assert revised(defaults, old, blue, env={"A": "b"}).labels == {"team": "blue"}
@@ -431,7 +451,7 @@ MODELS = [
 
 
 def unbounded(schema, path=""):
-    """Every text, list and mapping of a schema that may be of any size."""
+    """Yield every string, array and object of a schema without a size limit."""
     kind = schema.get("type")
     if kind == "string" and not {"enum", "const", "maxLength"} & schema.keys():
         yield path
@@ -459,7 +479,7 @@ def test_every_text_list_and_mapping_of_a_request_has_a_bound(model):
     assert list(unbounded(model.model_json_schema(mode="validation"))) == []
 
 
-def test_the_walk_finds_what_has_no_bound():
+def test_unbounded_finds_missing_bounds():
     class Loose(BaseModel, extra="forbid"):
         text: str
         texts: list[str]
@@ -474,12 +494,12 @@ def test_the_walk_finds_what_has_no_bound():
     ]
 
 
-def test_a_duration_is_not_read_without_end():
+def test_an_overlong_duration_is_refused():
     with pytest.raises(ValidationError, match="must be seconds as a number"):
         ServerRequest.model_validate({"idle_timeout": "9" * 1_000_000})
 
 
-# Nested fields, and their flat names
+# Nested fields and their flat names
 
 FLAT_AND_NESTED = {
     "gateway": (
@@ -503,7 +523,7 @@ FLAT_AND_NESTED = {
 
 
 @pytest.mark.parametrize(("flat", "nested"), FLAT_AND_NESTED.values(), ids=FLAT_AND_NESTED)
-def test_flat_names_mean_the_nested_fields(defaults, flat, nested):
+def test_flat_names_are_equivalent_to_nested_fields(defaults, flat, nested):
     sent = json.dumps(flat)
     assert made(defaults, **flat) == made(defaults, **nested)
     assert json.dumps(flat) == sent
@@ -530,7 +550,7 @@ def test_every_nested_field_has_a_flat_name():
         ({"gateway": None, "limits": 1}, ["limits", "gateway"]),
     ],
 )
-def test_mistakes_are_named_as_the_fields_were_sent(fields, mistakes):
+def test_errors_name_fields_as_they_were_sent(fields, mistakes):
     with pytest.raises(ValidationError) as caught:
         ServerRequest.model_validate(fields)
     found = [mistake["field"] for mistake in invalid_request(caught.value).details["errors"]]
@@ -538,7 +558,7 @@ def test_mistakes_are_named_as_the_fields_were_sent(fields, mistakes):
 
 
 @pytest.mark.parametrize(
-    ("fields", "said"),
+    ("fields", "message"),
     [
         (
             {"gateway_url": GATEWAY, "gateway": {"url": GATEWAY}},
@@ -565,7 +585,7 @@ def test_mistakes_are_named_as_the_fields_were_sent(fields, mistakes):
         ),
     ],
 )
-def test_what_cannot_go_together_is_named_as_it_was_sent(fields, said):
+def test_contradictory_fields_are_named_as_they_were_sent(fields, message):
     with pytest.raises(ValidationError) as caught:
         ServerRequest.model_validate(fields)
-    assert invalid_request(caught.value).message == f"cannot take the request: body: {said}"
+    assert invalid_request(caught.value).message == f"cannot take the request: body: {message}"
