@@ -140,7 +140,7 @@ class Container:
             "    except OSError: pass\n"
             "print(json.dumps(found))"
         )
-        return {int(pid): tuple(said) for pid, said in json.loads(self.python(code)).items()}
+        return {int(pid): tuple(state) for pid, state in json.loads(self.python(code)).items()}
 
     def logs(self):
         done = docker("logs", self.name, check=False)

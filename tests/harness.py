@@ -600,7 +600,7 @@ def run_cell(server, kernel_id, code):
 
 
 def _collect(socket_, message_id):
-    said = []
+    output = []
     while True:
         message = json.loads(socket_.recv())
         if message["parent_header"].get("msg_id") != message_id:
@@ -608,8 +608,8 @@ def _collect(socket_, message_id):
         kind, content = message["header"]["msg_type"], message["content"]
         assert kind != "error", content
         if kind == "execute_result":
-            said.append(content["data"]["text/plain"])
+            output.append(content["data"]["text/plain"])
         elif kind == "stream":
-            said.append(content["text"])
+            output.append(content["text"])
         elif kind == "status" and content["execution_state"] == "idle":
-            return "".join(said)
+            return "".join(output)

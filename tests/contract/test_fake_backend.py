@@ -49,30 +49,30 @@ class TestFakeBackend(BackendContract):
 
 
 @pytest.fixture
-def heard():
+def reports():
     return []
 
 
 @pytest.fixture
-def backend(heard):
-    return FakeBackend(heard.append)
+def backend(reports):
+    return FakeBackend(reports.append)
 
 
-def facts(heard):
-    return [type(report.fact) for report in heard]
+def facts(reports):
+    return [type(report.fact) for report in reports]
 
 
-def test_a_server_becomes_ready_when_the_test_lets_it_answer(backend, heard):
+def test_a_server_becomes_ready_when_the_test_lets_it_answer(backend, reports):
     backend.world.temper("lab").boots = False
     backend.launch(a_spec("lab"), 1)
     assert backend.observe("lab", 1) == Seen(answers=False)
-    assert heard == []
+    assert reports == []
     backend.world.answer("lab")
     backend.world.answer("lab")
-    assert facts(heard) == [Ready]
+    assert facts(reports) == [Ready]
 
 
-def test_a_process_that_ignores_signals_ends_when_the_test_ends_it(backend, heard):
+def test_a_process_that_ignores_signals_ends_when_the_test_ends_it(backend, reports):
     """It outlives SIGTERM, SIGKILL and the next launch; its end names the last method used."""
     temper = backend.world.temper("lab")
     temper.obeys = temper.killable = False
@@ -84,11 +84,11 @@ def test_a_process_that_ignores_signals_ends_when_the_test_ends_it(backend, hear
     (process,) = backend.world.living("lab")
     backend.world.crash("lab")
     backend.world.end(process, Exit())
-    assert facts(heard) == [Ready, Ended]
-    assert heard[-1].fact.method is StopMethod.SIGKILL
+    assert facts(reports) == [Ready, Ended]
+    assert reports[-1].fact.method is StopMethod.SIGKILL
 
 
-def test_calls_to_an_unreachable_machine_fail_and_change_nothing(backend, heard):
+def test_calls_to_an_unreachable_machine_fail_and_change_nothing(backend, reports):
     backend.world.temper("lab").reachable = False
     calls = [
         lambda: backend.launch(a_spec("lab"), 1),
@@ -99,17 +99,17 @@ def test_calls_to_an_unreachable_machine_fail_and_change_nothing(backend, heard)
     for call in calls:
         with pytest.raises(BackendUnavailable):
             call()
-    assert (heard, backend.world.processes) == ([], [])
+    assert (reports, backend.world.processes) == ([], [])
 
 
-def test_a_lost_response_leaves_an_unsupervised_process(backend, heard):
+def test_a_lost_response_leaves_an_unsupervised_process(backend, reports):
     """The launch took place, but neither the call nor a report says so."""
     backend.world.temper("lab").answers_lost = True
     with pytest.raises(BackendUnavailable):
         backend.launch(a_spec("lab"), 1)
     assert len(backend.world.living("lab")) == 1
     backend.world.leave("lab")
-    assert heard == []
+    assert reports == []
 
 
 def test_a_follower_receives_new_lines_while_it_is_active(backend):

@@ -84,8 +84,10 @@ def has_curl():
     """Return whether curl supports `--json` (7.82 and later)."""
     if shutil.which("curl") is None:
         return False
-    said = subprocess.run(["curl", "--version"], capture_output=True, text=True, check=True).stdout
-    return tuple(map(int, said.split()[1].split(".")[:2])) >= (7, 82)
+    version = subprocess.run(
+        ["curl", "--version"], capture_output=True, text=True, check=True
+    ).stdout
+    return tuple(map(int, version.split()[1].split(".")[:2])) >= (7, 82)
 
 
 @pytest.mark.timeout(300)

@@ -473,7 +473,7 @@ def test_show_prints_a_server_without_secrets(served):
 
 
 @pytest.mark.parametrize(
-    ("instant", "told"),
+    ("time", "expected"),
     [
         ("2000-01-01T00:00:00.000Z", r"\d+ d ago"),
         ("2999-01-01T00:00:00Z", "0 s ago"),
@@ -481,9 +481,9 @@ def test_show_prints_a_server_without_secrets(served):
         ("2000-01-01", "2000-01-01"),
     ],
 )
-def test_ages_have_a_single_unit(instant, told):
+def test_ages_have_a_single_unit(time, expected):
     """Clock differences give 0 seconds, and other text stays as it is."""
-    assert re.fullmatch(told, output.ago(instant))
+    assert re.fullmatch(expected, output.ago(time))
 
 
 # Stop and restart
@@ -508,15 +508,15 @@ def test_stop_ends_servers_concurrently(served, options):
     stop_server = served.app.view_functions["stop_server"]
 
     def stop_then_end_the_first(**given):
-        told = stop_server(**given)
+        response = stop_server(**given)
         if given["name"] == "c":
             served.world.leave("a")
-        return told
+        return response
 
     served.app.view_functions["stop_server"] = stop_then_end_the_first
-    told = run("stop", "a", "b", "c", *options).stdout
-    assert [line[:2] for line in told.splitlines()] == ["a:", "b:", "c:"]
-    assert "SIGKILL" not in told
+    printed = run("stop", "a", "b", "c", *options).stdout
+    assert [line[:2] for line in printed.splitlines()] == ["a:", "b:", "c:"]
+    assert "SIGKILL" not in printed
 
 
 def test_stop_all_stops_every_server(served):
@@ -555,9 +555,11 @@ def test_stop_reports_kernels_that_may_be_left_on_a_gateway(capsys):
         "kernels_left": ["k3"],
     }
     servers._show_stopped(a_server(state="stopped", goal="down", stop_report=report), as_json=False)
-    said = capsys.readouterr()
-    assert said.out == "x: shut down in 0.2 s, with 2 kernels\n"
-    assert said.err == "x: kernels may be left on its gateway, and are ended when it answers: k3\n"
+    printed = capsys.readouterr()
+    assert printed.out == "x: shut down in 0.2 s, with 2 kernels\n"
+    assert (
+        printed.err == "x: kernels may be left on its gateway, and are ended when it answers: k3\n"
+    )
 
 
 def test_stop_without_a_keeper_prints_a_single_error():
@@ -615,7 +617,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    ("health", "said"),
+    ("health", "description"),
     [
         (
             {"reachable": True, "error": None, "kernelspecs": 1},
@@ -631,8 +633,8 @@ REFUSED = {
         ),
     ],
 )
-def test_a_gateways_health_is_described(health, said):
-    assert servers._gateway(Gateway(**HEALTH, **health)) == said
+def test_a_gateways_health_is_described(health, description):
+    assert servers._gateway(Gateway(**HEALTH, **health)) == description
 
 
 # Logs, open, token, version
@@ -759,9 +761,9 @@ def test_open_waits_for_a_server_that_is_starting(served):
     get_server = served.app.view_functions["get_server"]
 
     def get_then_answer(**given):
-        told = get_server(**given)
+        response = get_server(**given)
         served.world.answer("default")
-        return told
+        return response
 
     served.app.view_functions["get_server"] = get_then_answer
     assert LINK.fullmatch(run("open", "--print").stdout)
@@ -902,20 +904,21 @@ ANOTHER = "another-token-of-the-tests"
 
 
 @pytest.mark.parametrize(
-    "said", [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}]
+    "record",
+    [None, {}, {"pid": "one"}, {"pid": 2**80}, {"pid": -5}, {"pid": True}, {"pid": "ended"}],
 )
-def test_without_a_running_keeper_nothing_is_sent(squatter, state_dir, monkeypatch, said):
+def test_without_a_running_keeper_nothing_is_sent(squatter, state_dir, monkeypatch, record):
     """Neither to the default port nor to a killed keeper's address, even with a token given."""
     url, sent = squatter
     (state_dir / "token").write_text(TOKEN + "\n")
-    if said is not None:
-        pid = {"pid": ended_pid()} if said == {"pid": "ended"} else said
+    if record is not None:
+        pid = {"pid": ended_pid()} if record == {"pid": "ended"} else record
         (state_dir / "keeper.json").write_text(json.dumps({"url": url} | pid))
     for _ in range(2):
-        told = run("ls", code=3).stderr
+        printed = run("ls", code=3).stderr
         assert (
             f"cannot find a keeper: none runs on the state directory {state_dir};"
-            " `labkeeper serve` starts one" in told
+            " `labkeeper serve` starts one" in printed
         )
         monkeypatch.setenv("LABKEEPER_TOKEN", ANOTHER)
     assert sent == []
@@ -962,7 +965,7 @@ def test_without_a_keeper_every_command_exits_with_3(command):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["frobnicate"], "No such command 'frobnicate'; see labkeeper --help"),
         (["ls", "--colour"], "No such option"),
@@ -976,11 +979,11 @@ def test_without_a_keeper_every_command_exits_with_3(command):
         (["serve", "--max-servers", "0"], "bad setting LABKEEPER_MAX_SERVERS"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exits_with_2(arguments, said):
+def test_wrong_usage_is_one_line_and_exits_with_2(arguments, message):
     result = run(*arguments, code=2)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1
-    assert said in result.stderr
+    assert message in result.stderr
 
 
 def test_a_json_spec_must_be_an_object():
@@ -1089,9 +1092,9 @@ def test_characters_outside_the_terminals_encoding_are_escaped(served):
 def test_idle_explains_all_servers_or_one(served):
     run("start", "a", "--idle-timeout", "2h", "--max-age", "12h")
     run("start", "b")
-    told = run("idle").stdout.splitlines()
-    assert told[0].split() == ["NAME", "STATE", "STOPS", "AT", "RULE", "WHY"]
-    assert [line.split()[0] for line in told[1:]] == ["a", "b"]
+    printed = run("idle").stdout.splitlines()
+    assert printed[0].split() == ["NAME", "STATE", "STOPS", "AT", "RULE", "WHY"]
+    assert [line.split()[0] for line in printed[1:]] == ["a", "b"]
     assert re.search(r"^stops at +\S+Z \(max_age\)$", run("idle", "a").stdout, re.MULTILINE)
     assert json.loads(run("idle", "b", "--json").stdout)["state"] == "off"
     assert [one["name"] for one in json.loads(run("idle", "--json").stdout)["servers"]] == [

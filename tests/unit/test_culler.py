@@ -85,9 +85,11 @@ class Culled:
             "started_at": now,
             "up_since": up_since,
         }
-        return self.be(Snapshot(spec, State.RUNNING, Goal.UP, since=now, created_at=now, **more))
+        return self.update(
+            Snapshot(spec, State.RUNNING, Goal.UP, since=now, created_at=now, **more)
+        )
 
-    def be(self, snapshot, event=Event.READY):
+    def update(self, snapshot, event=Event.READY):
         self.servers[snapshot.name] = snapshot
         self.culler.changed(Change(event, None, snapshot, self.clock.time()))
         return snapshot
@@ -190,11 +192,11 @@ def test_a_snooze_postpones_the_stop_and_survives_a_clock_jump(culled):
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(400)
     snoozed = replace(snapshot, snoozed_until=culled.clock.time() + 3600.0)
-    culled.be(snoozed, Event.SNOOZE)
+    culled.update(snoozed, Event.SNOOZE)
     culled.clock.jump(86400.0)
     culled.after(3200)
     assert (culled.given, culled.state()) == ([], CullState.SNOOZED)
-    culled.be(replace(snoozed, snoozed_until=None), Event.SNOOZE)
+    culled.update(replace(snoozed, snoozed_until=None), Event.SNOOZE)
     culled.after(330)
     assert len(culled.given) > 0
 
@@ -207,7 +209,7 @@ def test_a_server_snoozed_during_the_last_check_is_not_stopped(culled):
     def snooze(endpoint):
         asked.append(endpoint)
         if len(asked) == 2:
-            culled.be(replace(snapshot, snoozed_until=culled.clock.time() + 60.0), Event.SNOOZE)
+            culled.update(replace(snapshot, snoozed_until=culled.clock.time() + 60.0), Event.SNOOZE)
         return ask(endpoint)
 
     culled.probe.activity = snooze
@@ -237,7 +239,7 @@ def test_a_stop_or_a_new_launch_discards_the_idle_time(culled):
     culled.run(idle_timeout=600.0, generation=2)
     culled.after(599)
     assert culled.given == []
-    culled.be(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)
+    culled.update(replace(snapshot, state=State.STOPPING, endpoint=None), Event.STOP)
     culled.after(100)
     assert (culled.given, culled.state()) == ([], CullState.NOT_RUNNING)
 
@@ -317,7 +319,7 @@ def test_without_a_rule_no_request_is_sent_and_unrelated_changes_keep_the_idle_t
     assert culled.probe.asked == []
     snapshot = culled.run(idle_timeout=600.0)
     culled.after(400)
-    culled.be(replace(snapshot, restarts=1), Event.GATEWAY)
+    culled.update(replace(snapshot, restarts=1), Event.GATEWAY)
     culled.after(201)
     assert culled.given[0].seen.restarts == 1
 

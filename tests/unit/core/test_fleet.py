@@ -787,8 +787,8 @@ def test_changes_caused_by_a_command_have_its_origin_and_others_the_keepers(
     bench.executor.run_all()
     bench.fleet.step(Order("lab", Event.DELETE, origin=bob))
     bench.executor.run_all()
-    told = [(change.after.state, change.origin) for change in bench.recorder.changes]
-    assert told == [
+    origins = [(change.after.state, change.origin) for change in bench.recorder.changes]
+    assert origins == [
         (State.STARTING, ada),
         (State.RUNNING, ada),
         (State.BACKOFF, KEEPER),
@@ -934,13 +934,13 @@ def test_a_snooze_is_stored_and_published_and_changes_nothing_else(bench):
 def test_a_snooze_that_cannot_be_stored_is_refused(bench):
     bench.fleet.step(Create(a_spec("lab")))
     bench.executor.run_all()
-    told = len(bench.recorder.changes)
+    count = len(bench.recorder.changes)
     bench.store.failing = True
     with pytest.raises(StoreError):
         bench.fleet.step(Snooze("lab", 5.0))
     bench.store.failing = False
     bench.fleet.step(Order("lab", Event.STOP))
-    assert {change.after.snoozed_until for change in bench.recorder.changes[told:]} == {None}
+    assert {change.after.snoozed_until for change in bench.recorder.changes[count:]} == {None}
     with pytest.raises(ServerNotFound):
         bench.fleet.step(Snooze("nobody", 5.0))
 

@@ -43,7 +43,7 @@ AT_REST = {
 }
 
 
-class HandingBackend(FakeBackend):
+class HandoverBackend(FakeBackend):
     """Its servers take over the kernels that the preflight was told about."""
 
     def __init__(self, report, world, preflight, unknown):
@@ -84,7 +84,7 @@ class FleetMachine(RuleBasedStateMachine):
 
     def begin(self):
         self.recorder = Recorder()
-        self.backend = HandingBackend(
+        self.backend = HandoverBackend(
             self.executor.receive, self.world, self.preflight, self.unknown
         )
         self.fleet = Fleet(

@@ -56,7 +56,7 @@ NOW, LATE = 0, 1
 
 class Process(NamedTuple):
     shape: str = NONE
-    told: bool = False
+    signalled: bool = False
     """Has received SIGTERM or SIGKILL."""
     watched: bool = False
     """Its end and its first answer will be reported."""
@@ -144,7 +144,7 @@ class Model:
 
     def crash(self, config):
         """Crash the keeper, and start the next one."""
-        process = config.process._replace(watched=False, told=False)
+        process = config.process._replace(watched=False, signalled=False)
         if config.state in MAY_EXIST:
             return Config(State.LOST, config.goal, process, ((Action.OBSERVE, NOW),))
         return Config(config.state, config.goal, process)
@@ -166,10 +166,10 @@ class Model:
 
     def drift(self, config, *, fair):
         """What the process does by itself. In the fair world it may end but not fall silent."""
-        shape, told, watched = process = config.process
+        shape, signalled, watched = process = config.process
         if shape in DEAD:
             return
-        for end in (ENDED,) if told else (LEFT, DIED) if shape in {BOOTING, UP} else (DIED,):
+        for end in (ENDED,) if signalled else (LEFT, DIED) if shape in {BOOTING, UP} else (DIED,):
             yield config._replace(
                 process=Process(end), facts=config.facts | ({(end, NOW)} if watched else set())
             )
@@ -251,9 +251,9 @@ def _launch(process, fair):
 def _terminate(process, fair):
     if process.shape in DEAD:
         return [(process, (ENDED,))] if fair else [(process, (ENDED,)), (process, (UNREACHABLE,))]
-    told = process._replace(told=True, watched=True)
-    outcomes = [(told, ())]  # It may or may not end: see `drift`.
-    return outcomes if fair else [*outcomes, (told, (UNREACHABLE,)), (process, (UNREACHABLE,))]
+    signalled = process._replace(signalled=True, watched=True)
+    outcomes = [(signalled, ())]  # It may or may not end: see `drift`.
+    return outcomes if fair else [*outcomes, (signalled, (UNREACHABLE,)), (process, (UNREACHABLE,))]
 
 
 def _kill(process, fair):
@@ -320,7 +320,7 @@ def explore(model):
             if after in seen:
                 continue
             if after.state in PROVEN_GONE and after.process.shape not in DEAD:
-                raise LawError(f"said to be gone, but exists: {config} -> {after}")
+                raise LawError(f"reported as gone, but exists: {config} -> {after}")
             if after.state in WANTED and after.goal is not Goal.UP:
                 raise LawError(f"kept though unwanted: {config} -> {after}")
             seen.add(after)
