@@ -183,7 +183,7 @@ def contents_dir(jp_root_dir):
 
 
 if Path("tests/conftest.py").exists():
-    from tests.conftest import contents, folders  # noqa: F401 - fixtures of the suite that need no server
+    from tests.conftest import contents, folders  # noqa: F401 - fixtures of the suite
 
 
 # The fixture of jupyter_kernel_client
