@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 from labkeeper.api.services import Services
+from labkeeper.backends.local.paths import Paths
 from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.server import Kernel
@@ -57,7 +58,7 @@ def fake_keeper(
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
     mailbox, board = Mailbox(), SnapshotBoard()
     executor = KeyedExecutor(mailbox.receive)
-    backend = FakeBackend(mailbox.receive, world)
+    backend = FakeBackend(mailbox.receive, world, validate=Paths(notebook_dir).validate)
     event_log = EventLog(store, clock, size=1000)
     fleet = Fleet(
         backend=backend,
@@ -80,7 +81,7 @@ def fake_keeper(
         "history": event_log,
         "meter": Metrics(clock),
         "culler": NoCulling(),
-        "defaults": Defaults(notebook_dir, "127.0.0.1", 8888),
+        "defaults": Defaults("127.0.0.1", 8888),
         "version": "1.2.3",
         "tokens": tokens,
         "authenticators": [TokenAuthenticator(tokens), PeerAuthenticator(is_server)],

@@ -30,6 +30,8 @@ are values for programs: sent in the problem body and restored in the client's e
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 
@@ -48,6 +50,18 @@ class RequestError(LabkeeperError):
     """The request cannot be fulfilled."""
 
     code = "request_error"
+
+    def renamed(self, fields: Mapping[str, str]) -> Self:
+        """Return the error with other names for the fields that it is about."""
+
+        def rename(text: str) -> str:
+            return re.sub(r"\b[\w.]+\b", lambda word: fields.get(word[0], word[0]), text)
+
+        error = type(self)(rename(self.message), **self.details)
+        if "errors" in self.details:
+            errors = self.details["errors"]
+            error.details["errors"] = [{**one, "field": rename(one["field"])} for one in errors]
+        return error
 
 
 class InvalidSpec(RequestError):

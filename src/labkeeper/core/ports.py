@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkeeper.core.access import EVERYTHING, Token, TokenLimits
+from labkeeper.core.access import EVERYTHING, Caller, Token, TokenLimits
 from labkeeper.core.culling import Explanation
 from labkeeper.core.messages import (
     KEEPER,
@@ -97,8 +97,15 @@ class Backend(Protocol):
       keeper over the same place, such as a runtime directory.
     """
 
+    def validate(self, spec: ServerSpec, caller: Caller) -> ServerSpec:
+        """Return a spec as it can be launched: paths resolved, defaults filled in.
+
+        May read a disk or ask an engine. Errors name nested fields in full: `gateway.ca_certs`.
+        Raises InvalidSpec, and NotAllowed if only another caller may have such a server.
+        """
+
     def launch(self, spec: ServerSpec, generation: int) -> None:
-        """Start a server.
+        """Start a server of a valid spec.
 
         Raises BackendRefused (nothing was started), BackendUnavailable or BackendTimeout (unknown).
         """

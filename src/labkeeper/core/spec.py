@@ -102,7 +102,8 @@ class ServerSpec:
 
     name: ServerName
     root_dir: str
-    """The root directory of the Lab; absolute."""
+    """The root directory of the Lab: absolute once a backend has validated the spec, and before
+    that as it was requested, "" for the default."""
     owner: Owner = LOCAL
     base_url: str = "/"
     """The path prefix of the server; begins and ends with a slash."""

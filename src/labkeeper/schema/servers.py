@@ -1,4 +1,4 @@
-"""Request bodies about servers. Checks that depend on the keeper's machine are in `settled`.
+"""Request bodies about servers. Checks that depend on where servers run are the backend's.
 
 Gateway fields and limits are nested. Their original flat names (`gateway_url`, `memory_limit`,
 ...) are accepted as well; errors name a field as it was sent.
@@ -6,12 +6,9 @@ Gateway fields and limits are nested. Their original flat names (`gateway_url`, 
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Final, Self, cast
+from typing import Annotated, Any, Final, Self, cast
 from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import (
@@ -28,21 +25,19 @@ from pydantic.fields import FieldInfo
 from pydantic_core import InitErrorDetails
 
 from labkeeper.core.access import Caller, Scope
-from labkeeper.core.errors import InvalidSpec
+from labkeeper.core.errors import InvalidSpec, NotAllowed
 from labkeeper.core.spec import (
     DEFAULT_NAME,
     LOCAL,
     UNLIMITED,
     Gateway,
     Limits,
-    Owner,
     ServerName,
     ServerSpec,
     server_name,
 )
 from labkeeper.schema.options import JupyterOptions
 from labkeeper.schema.requests import ABSENT, Request, such_as
-from labkeeper.schema.roots import holds, resolved
 from labkeeper.schema.types import (
     ONE_LINE,
     BaseUrl,
@@ -62,31 +57,22 @@ from labkeeper.schema.types import (
 )
 from labkeeper.schema.variables import check_sizes, loading
 
+Validate = Callable[[ServerSpec, Caller], ServerSpec]
+"""See `core.ports.Backend.validate`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Defaults:
     """Defaults for fields missing in a request."""
 
-    notebook_dir: Path
-    """The default root directory; `%u` in it is the server's user, as in `allowed_roots`."""
     lab_ip: str
     lab_port: int
     """The port of the server named `default`."""
     limits: Limits = UNLIMITED
     idle_timeout: float | None = None
     max_age: float | None = None
-    allowed_roots: tuple[Path, ...] = ()
-    """Where root directories may be; if empty, only below the notebook directory."""
     user: str | None = None
     """The user of the machine that servers run as; None for the keeper's own."""
-
-    def notebooks_of(self, user: str | None) -> str:
-        """Return the notebook directory of a user."""
-        return resolved(self.notebook_dir, user)
-
-    def roots_of(self, user: str | None) -> list[str]:
-        """Return the allowed roots of a user."""
-        return [resolved(root, user) for root in self.allowed_roots or (self.notebook_dir,)]
 
 
 SECRET: Final[dict[str, Any]] = {"writeOnly": True}
@@ -129,8 +115,6 @@ class GatewayFields(Request):
             "if not, `gateway` of the answer says so."
         ),
     )
-
-    FILES: ClassVar = ("ca_certs", "client_cert", "client_key")
 
     def at(self, url: str) -> Gateway:
         """Return the gateway at a URL, with these options."""
@@ -283,64 +267,47 @@ class _Wanted(Request):
     def _names(self, group: str, names: Iterable[str]) -> str:
         return ", ".join(sorted(self._name(group, name) for name in names))
 
-    def settled(self, defaults: Defaults, caller: Caller) -> Self:
-        """Return the request resolved for this machine. Raises InvalidSpec, NotAllowed."""
+    def _check_variables(self, caller: Caller) -> None:
+        """Raise NotAllowed if the caller may not set one of the variables."""
         for field in ("env", "kernel_env"):
             for variable in loading(getattr(self, field)):
                 what = (
                     f"set the variable '{variable}' in {field}, which changes what code is loaded"
                 )
                 caller.needs(Scope.ADMIN, what, variable=variable)
-        user = caller.user(self.user, defaults.user)
-        roots = defaults.roots_of(user)
-        root = os.path.realpath(Path(defaults.notebooks_of(user)) / (self.root_dir or ""))
-        if not holds(roots, root):
-            raise InvalidSpec.of(
-                "root_dir",
-                f"must be within {' or '.join(roots)} (LABKEEPER_ALLOWED_ROOTS), links resolved",
-            )
-        if re.fullmatch(ONE_LINE.pattern, root) is None:
-            raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
-        if not os.path.isdir(root) or not os.access(root, os.R_OK | os.X_OK):  # noqa: PTH112
-            raise InvalidSpec.of(
-                "root_dir", f"must be a directory that the keeper can read; {root} is not"
-            )
-        changed: dict[str, Any] = {"user": user, "root_dir": root}
-        if self.gateway is not None:
-            paths = {
-                name: path
-                for name in GatewayFields.FILES
-                if (path := getattr(self.gateway, name)) is not None
-            }
-            files = {name: self._file(name, path, roots, caller) for name, path in paths.items()}
-            changed["gateway"] = self.gateway.model_copy(update=files)
-        return self.model_copy(update=changed)
 
-    def _file(self, field: str, given: str, roots: Sequence[str], caller: Caller) -> str:
-        path, name = os.path.realpath(given), self._name("gateway", field)
-        if not holds(roots, path):
-            # Checked before the file: only an admin may learn whether it exists.
-            caller.needs(Scope.ADMIN, f"use a file outside of {' and '.join(roots)} as {name}")
-        if not (os.path.isfile(path) and os.access(path, os.R_OK)):  # noqa: PTH113
-            raise InvalidSpec.of(name, "must be a file that the keeper can read")
-        return path
+    def _validated(self, spec: ServerSpec, caller: Caller, validate: Validate) -> ServerSpec:
+        """Return the spec as the backend resolves it. Raises InvalidSpec, NotAllowed."""
+        try:
+            return validate(spec, caller)
+        except (InvalidSpec, NotAllowed) as error:
+            names = {f"{group}.{name}": self._name(group, name) for group, name in _FLAT_NAMES}
+            raise error.renamed(names) from None
 
-    def whole(self, name: ServerName, owner: Owner, defaults: Defaults) -> ServerSpec:
-        """Return the spec of a server of this name and owner from a settled request."""
+    def _whole(
+        self, name: ServerName, defaults: Defaults, caller: Caller, old: Gateway | None = None
+    ) -> ServerSpec:
+        """Return the spec of a server of this name. Raises NotAllowed.
+
+        Gateway options without a URL are for the `old` gateway, if there is one.
+        """
         limits = self.limits or LimitFields()
         asked = {one.name: getattr(limits, one.name) for one in fields(Limits)}
-        is_default = (name, owner) == (DEFAULT_NAME, LOCAL)
+        is_default = (name, caller.owner) == (DEFAULT_NAME, LOCAL)
         default_port = defaults.lab_port if is_default else None
         limited = {
             one: getattr(defaults.limits, one) if value is None else value
             for one, value in asked.items()
         }
         gateway = None
-        if self.gateway is not None and self.gateway.url is not None:
-            gateway = self.gateway.at(self.gateway.url)
+        if self.gateway is not None:
+            url = self.gateway.url or (old.url if old is not None else None)
+            gateway = self.gateway.at(url) if url is not None else None
         return ServerSpec(
             name=name,
-            owner=owner,
+            owner=caller.owner,
+            root_dir=self.root_dir or "",
+            user=caller.user(self.user, defaults.user),
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else default_port,
             limits=Limits(**limited),
@@ -358,7 +325,16 @@ class _Wanted(Request):
 
 
 _DERIVED: Final = frozenset(
-    {"port", "limits", "gateway", "idle_timeout", "max_age", "jupyter_options"}
+    {
+        "root_dir",
+        "user",
+        "port",
+        "limits",
+        "gateway",
+        "idle_timeout",
+        "max_age",
+        "jupyter_options",
+    }
 )
 _PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields.keys()) - _DERIVED
 """Request fields that a spec copies unchanged."""
@@ -443,11 +419,14 @@ class _New(_Wanted):
     """The fields of new servers."""
 
     def specs_of(
-        self, names: Sequence[str], defaults: Defaults, caller: Caller
+        self, names: Sequence[str], defaults: Defaults, caller: Caller, validate: Validate
     ) -> list[ServerSpec]:
-        """Return a spec per name, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
-        settled = self.settled(defaults, caller)
-        specs = [settled.whole(server_name(name), caller.owner, defaults) for name in names]
+        """Return a valid spec per name. Raises InvalidSpec, NotAllowed."""
+        self._check_variables(caller)
+        specs = [self._whole(server_name(name), defaults, caller) for name in names]
+        # They differ in name and port only: one look at the disk is enough.
+        valid = self._validated(specs[0], caller, validate)
+        specs = [replace(valid, name=spec.name, port=spec.port) for spec in specs]
         for spec in specs:
             caller.needs_spec(spec)
         return specs
@@ -482,9 +461,9 @@ class ServerRequest(_New, _Named):
         )
     )
 
-    def spec(self, defaults: Defaults, caller: Caller) -> ServerSpec:
-        """Return the spec, with paths checked on disk. Raises InvalidSpec, NotAllowed."""
-        (spec,) = self.specs_of([self.name], defaults, caller)
+    def spec(self, defaults: Defaults, caller: Caller, validate: Validate) -> ServerSpec:
+        """Return the valid spec. Raises InvalidSpec, NotAllowed."""
+        (spec,) = self.specs_of([self.name], defaults, caller, validate)
         return spec
 
 
@@ -509,9 +488,9 @@ class BulkRequest(_New):
                 "port: only one server can have it; leave it out, and each takes a free one"
             )
 
-    def specs(self, defaults: Defaults, caller: Caller) -> list[ServerSpec]:
-        """Return the specs in the order of the names. Raises InvalidSpec, NotAllowed."""
-        return self.specs_of(self.names, defaults, caller)
+    def specs(self, defaults: Defaults, caller: Caller, validate: Validate) -> list[ServerSpec]:
+        """Return the valid specs in the order of the names. Raises InvalidSpec, NotAllowed."""
+        return self.specs_of(self.names, defaults, caller, validate)
 
 
 class RestartRequest(_Wanted):
@@ -527,37 +506,40 @@ class RestartRequest(_Wanted):
         ),
     )
 
-    def revise(self, spec: ServerSpec, defaults: Defaults, caller: Caller) -> ServerSpec | None:
+    def revise(
+        self, spec: ServerSpec, defaults: Defaults, caller: Caller, validate: Validate
+    ) -> ServerSpec | None:
         """Return the revised spec; None if no field is given. Raises InvalidSpec, NotAllowed."""
         given = self.model_fields_set - {"keep_kernels"}
         if not given:
             return None
         # Unchanged values are checked again: another user's server, or a root no longer allowed.
         stays = {name: getattr(spec, name) for name in {"user", "root_dir"} - given}
-        request = self.model_copy(update=stays).settled(defaults, caller)
-        whole = request.whole(spec.name, spec.owner, defaults)
+        request = self.model_copy(update=stays)
+        request._check_variables(caller)
+        whole = request._whole(spec.name, defaults, caller, spec.gateway)
+        whole = request._validated(whole, caller, validate)
         limits = {
             name: getattr(whole.limits, name)
             for name in (self.limits.model_fields_set if self.limits else ())
         }
         plain = {name: getattr(whole, name) for name in given - {"limits", "gateway"}}
-        gateway = request.revised_gateway(spec.gateway, whole.gateway)
+        gateway = self._revised_gateway(spec.gateway, whole.gateway)
         revised = replace(spec, **plain, limits=replace(spec.limits, **limits), gateway=gateway)
         caller.needs_spec(revised)
         return revised
 
-    def revised_gateway(self, old: Gateway | None, new: Gateway | None) -> Gateway | None:
+    def _revised_gateway(self, old: Gateway | None, given: Gateway | None) -> Gateway | None:
         """Return the gateway for the next launch, merged with the old one. Raises InvalidSpec."""
         touched = set(self.gateway.model_fields_set) if self.gateway is not None else set()
         if not touched:
             return old
-        if new is not None and (old is None or old.url != new.url):
-            # Nothing is carried over: one gateway must not receive another's token.
-            return new
-        if old is None:
+        if given is None:
             names, url = self._names("gateway", touched), self._name("gateway", "url")
             raise InvalidSpec.of(names, f"only together with {url}: the server has no gateway")
-        given = self.gateway.at(old.url)
+        if old is None or old.url != given.url:
+            # Nothing is carried over: one gateway must not receive another's token.
+            return given
         if "auth_token" not in touched and given.auth_token is not None:
             # The token was sent as a header.
             touched |= {"auth_token", "auth_scheme"}

@@ -19,6 +19,7 @@ from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
+from labkeeper.backends.local.paths import Paths
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
@@ -243,6 +244,7 @@ def _backend(
         python=chosen.jupyter_python,
         runtime_dir=chosen.server_dirs,
         log_dir=chosen.state_dir / "logs",
+        paths=Paths(chosen.notebook_dir, chosen.allowed_roots or ()),
         client=base.jupyter,
         launch_by=chosen.launch_by,
         umask=chosen.umask_of_servers,
@@ -316,13 +318,11 @@ def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Seque
 
 def _defaults(chosen: Settings) -> Defaults:
     return Defaults(
-        chosen.notebook_dir,
         chosen.lab_ip,
         chosen.lab_port,
         chosen.limits,
         chosen.idle_timeout,
         chosen.max_age,
-        chosen.allowed_roots or (),
         chosen.user,
     )
 

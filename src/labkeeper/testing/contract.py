@@ -22,6 +22,7 @@ from typing import Final, Protocol, TypeVar
 
 import pytest
 
+from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Backend
@@ -142,6 +143,11 @@ class BackendContract:
         stage = Stage(rig)
         yield stage
         stage.clear()
+
+    def test_a_valid_spec_stays_as_it_is(self, stage: Stage) -> None:
+        """What a backend made of a spec is valid: stored specs are validated again."""
+        valid = stage.backend.validate(stage.spec, ANYBODY)
+        assert stage.backend.validate(valid, ANYBODY) == valid
 
     def test_launch_makes_a_server_ready(self, stage: Stage) -> None:
         """A launch is followed by one Ready, whose endpoint is that of an observable process."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Final
 
+from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Capacity
@@ -190,8 +191,15 @@ class World:
 class FakeBackend:
     """`core.ports.Backend` over a `World`; see there for the laws."""
 
-    def __init__(self, report: Callable[[Report], object], world: World | None = None) -> None:
+    def __init__(
+        self,
+        report: Callable[[Report], object],
+        world: World | None = None,
+        *,
+        validate: Callable[[ServerSpec, Caller], ServerSpec] = lambda spec, _: spec,
+    ) -> None:
         self.world = World() if world is None else world
+        self.validate = validate
         self._report: Callable[[Report], object] | None = report
         self._measured = 0
 

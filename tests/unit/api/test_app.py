@@ -27,6 +27,7 @@ from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
 from labkeeper.api.views import server_model
 from labkeeper.api.wsgi import WsgiServer
+from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
@@ -575,6 +576,12 @@ def test_the_websocket_url_of_a_gateway_differs_in_its_scheme_only(url, ws_url):
     assert ws_url_of(url) == ws_url
 
 
+def spec_of(request, notebook_dir, **defaults):
+    """Return the spec of a request to a keeper with this notebook directory."""
+    chosen = Defaults("127.0.0.1", 8888, **defaults)
+    return request.spec(chosen, ANYBODY, Paths(notebook_dir).validate)
+
+
 def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
     """Otherwise Jupyter would overwrite it with its own Authorization header."""
     request = ServerRequest.model_validate(
@@ -583,7 +590,7 @@ def test_an_authorization_header_for_the_gateway_becomes_its_token(tmp_path):
             "gateway-headers": {"authorization": "Bearer abc", "X-Team": "a"},
         }
     )
-    gateway = request.spec(Defaults(tmp_path, "127.0.0.1", 8888), ANYBODY).gateway
+    gateway = spec_of(request, tmp_path).gateway
     assert (gateway.auth_scheme, gateway.auth_token, gateway.headers) == (
         "Bearer",
         "abc",
@@ -597,21 +604,19 @@ def test_a_client_key_without_a_certificate_is_refused():
 
 
 def test_only_the_default_server_gets_the_default_port(tmp_path):
-    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
-    assert ServerRequest().spec(defaults, ANYBODY).port == 8888
-    assert ServerRequest(name="other").spec(defaults, ANYBODY).port is None
-    assert ServerRequest(port=9999).spec(defaults, ANYBODY).port == 9999
+    assert spec_of(ServerRequest(), tmp_path).port == 8888
+    assert spec_of(ServerRequest(name="other"), tmp_path).port is None
+    assert spec_of(ServerRequest(port=9999), tmp_path).port == 9999
 
 
 def test_a_server_runs_as_the_requested_or_the_default_user(tmp_path):
-    defaults = Defaults(tmp_path, "127.0.0.1", 8888, user="alice")
-    assert ServerRequest().spec(defaults, ANYBODY).user == "alice"
-    assert ServerRequest(user="bob").spec(defaults, ANYBODY).user == "bob"
+    assert spec_of(ServerRequest(), tmp_path, user="alice").user == "alice"
+    assert spec_of(ServerRequest(user="bob"), tmp_path, user="alice").user == "bob"
 
 
 def test_a_missing_root_directory_is_refused(tmp_path):
     with pytest.raises(InvalidSpec) as caught:
-        ServerRequest().spec(Defaults(tmp_path / "gone", "127.0.0.1", 8888), ANYBODY)
+        spec_of(ServerRequest(), tmp_path / "gone")
     assert caught.value.details["errors"][0]["field"] == "root_dir"
 
 
@@ -636,9 +641,9 @@ FULL_GATEWAY = {
 
 def revised(tmp_path, before, after):
     """Return the spec of a request, and its revision by the fields of a restart."""
-    defaults = Defaults(tmp_path, "127.0.0.1", 8888)
-    spec = ServerRequest.model_validate(before).spec(defaults, ANYBODY)
-    return spec, RestartRequest.model_validate(after).revise(spec, defaults, ANYBODY)
+    spec = spec_of(ServerRequest.model_validate(before), tmp_path)
+    request, validate = RestartRequest.model_validate(after), Paths(tmp_path).validate
+    return spec, request.revise(spec, Defaults("127.0.0.1", 8888), ANYBODY, validate)
 
 
 def test_a_restart_without_fields_revises_nothing(tmp_path):

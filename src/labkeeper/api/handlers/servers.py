@@ -67,7 +67,7 @@ def create_server(services: Services, body: ServerRequest, query: StartQuery) ->
     Idempotent: the same request finds the same server (200). 202 if `wait` ended before it was
     ready.
     """
-    spec = body.spec(services.defaults, caller())
+    spec = body.spec(services.defaults, caller(), services.backend.validate)
     return _start(services, spec.qualified_name, lambda: _create(services, spec), query)
 
 
@@ -125,7 +125,7 @@ def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answ
     200 if all are ready, 202 if some are still starting, 207 if any could not be started;
     `results` has the outcome of each.
     """
-    specs = body.specs(services.defaults, caller())
+    specs = body.specs(services.defaults, caller(), services.backend.validate)
     seconds = services.start_wait if query.wait is None else query.wait
     with ExitStack() as watching, patience(services, seconds) as wait:
         end = time.monotonic() + wait
@@ -148,7 +148,8 @@ def restart_server(
     with their sessions.
     """
     snapshot = find_server(services, path)
-    revised = body.revise(snapshot.revised or snapshot.spec, services.defaults, caller())
+    known = snapshot.revised or snapshot.spec
+    revised = body.revise(known, services.defaults, caller(), services.backend.validate)
     order = Order(
         snapshot.qualified_name,
         Event.RESTART_KEEPING_KERNELS if body.keep_kernels else Event.RESTART,

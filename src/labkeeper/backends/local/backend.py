@@ -37,12 +37,14 @@ from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
 from labkeeper.backends.local.limits import ControlGroups, Enforced
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.memory import free_memory
+from labkeeper.backends.local.paths import Paths
 from labkeeper.backends.local.ports import hold_port
 from labkeeper.backends.local.processes import boot_id
 from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
 from labkeeper.backends.local.supervisor import ProcessSupervisor, Site
 from labkeeper.backends.local.terminals import foregrounds
 from labkeeper.backends.local.usage import Meter
+from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
 from labkeeper.core.ports import Capacity
@@ -76,6 +78,7 @@ class LocalBackend:
         python: Path,
         runtime_dir: Path,
         log_dir: Path,
+        paths: Paths,
         client: JupyterClient,
         launch_by: Literal["fork", "exec"] = "fork",
         umask: int = 0o077,
@@ -92,6 +95,7 @@ class LocalBackend:
         """
         self._report = report
         self._python = python
+        self._paths = paths
         # Resolved, so that a server's mark is the same for keepers that come by another link.
         self._runtime_dir = runtime_dir.resolve()
         self._log_dir = log_dir
@@ -135,6 +139,10 @@ class LocalBackend:
         self._launcher = Launcher(python, self._forkserver, why_not)
 
     # The calls of the port
+
+    def validate(self, spec: ServerSpec, caller: Caller) -> ServerSpec:
+        """Return the spec with all links in its paths resolved."""
+        return self._paths.validate(spec, caller)
 
     def launch(self, spec: ServerSpec, generation: int) -> None:
         """Create the server's directory and process."""

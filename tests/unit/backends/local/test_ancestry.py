@@ -18,6 +18,7 @@ from labkeeper.backends.local import ancestry
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.paths import Paths
 from labkeeper.backends.local.processes import Process
 from labkeeper.core.messages import Ready
 from labkeeper.core.spec import ServerName, ServerSpec
@@ -61,6 +62,7 @@ class Keeper:
             python=plain_python(base / "bin"),
             runtime_dir=base / "run",
             log_dir=base / "logs",
+            paths=Paths(base),
             client=JupyterClient(),
             launch_by=launch_by,
         )
