@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import asdict
 from typing import Any, Final, Literal
 
 import structlog
@@ -136,6 +137,8 @@ class ChangeLog:
         before, after = change.before, change.after
         if change.event is Event.GATEWAY and after.gateway is not None:
             self._tell_of(change, after.gateway)
+        if change.event is Event.PROGRESS and after.progress is not None:
+            self._log.info("a start takes longer", **_about(change), **asdict(after.progress))
         if before is not None and before.state is after.state:
             return
         facts: dict[str, Any] = {

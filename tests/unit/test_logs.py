@@ -17,7 +17,9 @@ from labkeeper.core.server import (
     Failure,
     FailureClass,
     GatewayHealth,
+    Progress,
     Snapshot,
+    Stage,
     StopMethod,
     StopReport,
 )
@@ -111,6 +113,20 @@ def test_a_change_that_keeps_the_state_is_not_logged():
             Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0)
         )
     assert log == []
+
+
+def test_the_progress_of_a_start_is_logged():
+    before = snapshot(State.STARTING)
+    after = replace(before, progress=Progress(Stage.PULLING, "pulling the image"))
+    with structlog.testing.capture_logs() as log:
+        logs.ChangeLog().changed(Change(Event.PROGRESS, before, after, 0.0))
+    (entry,) = log
+    assert (entry["log_level"], entry["server"], entry["stage"], entry["message"]) == (
+        "info",
+        "lab",
+        "pulling",
+        "pulling the image",
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from labkeeper.core.server import (
     Failure,
     Kernel,
     OrphanedKernel,
+    Progress,
     Sample,
     Snapshot,
     StopReport,
@@ -81,6 +82,7 @@ def server_model(
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
         queue_position=queue_position,
+        progress=None if snapshot.progress is None else _progress_model(snapshot.progress),
         exit=exit_model(snapshot.exit),
         failure=_failure_model(snapshot.failure),
         stop_report=_stop_report_model(snapshot.stop_report),
@@ -254,6 +256,10 @@ def kernel_model(kernel: Kernel) -> answers.Kernel:
         execution_state=kernel.execution_state,
         last_activity=kernel.last_activity,
     )
+
+
+def _progress_model(progress: Progress) -> answers.Progress:
+    return answers.Progress(stage=progress.stage, message=progress.message)
 
 
 def _failure_model(failure: Failure | None) -> answers.Failure | None:

@@ -193,6 +193,7 @@ def _facts(server: Server) -> dict[str, str]:
         "state": coloured(server.state, sys.stdout),
         "goal": server.goal,
         "place in queue": server.queue_position,
+        "progress": server.progress and server.progress.message,
         "since": f"{server.since} ({ago(server.since)})",
         "address": _address(server),
         "root": server.root_dir,

@@ -201,8 +201,13 @@ def _progress(client: Client, names: Sequence[str]) -> str:
             for state in (State.RUNNING, State.QUEUED)
         )
         return f"starting {len(names)} servers: {ready} ready, {queued} queued"
-    place = next((server.queue_position for server in found), None)
-    return f"starting '{names[0]}'" + (f", number {place} in the queue" if place else "")
+    told = f"starting '{names[0]}'"
+    for server in found:
+        if server.queue_position:
+            told += f", number {server.queue_position} in the queue"
+        elif server.progress:
+            told += f": {server.progress.message}"
+    return told
 
 
 def _start_many(

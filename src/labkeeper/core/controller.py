@@ -41,6 +41,7 @@ from labkeeper.core.server import (
     FailureClass,
     OrphanedKernel,
     OwnKernel,
+    Progress,
     Snapshot,
     StopMethod,
     StopReport,
@@ -113,11 +114,14 @@ _EVENTS: Final[dict[type[Fact], Event]] = {
     Ready: Event.READY,
     Refused: Event.REFUSED,
     Vetoed: Event.VETOED,
+    Progress: Event.PROGRESS,
     GatewaySeen: Event.GATEWAY,
     Unreachable: Event.UNREACHABLE,
     Gone: Event.GONE,
 }
 """Events of facts that do not depend on the state; `Controller.plan_report` maps the others."""
+_UNKNOWN: Final[dict[str, Any]] = dict.fromkeys(("endpoint", "instance", "progress", "gateway"))
+"""What is known in one state only, as it is on entering another."""
 TIMERS: Final = {
     State.STARTING: "start_timeout",
     State.RUNNING: "probe_period",
@@ -185,9 +189,7 @@ class Controller:
         found = cls(snapshot, policy, clock, budget=Budget(earned=snapshot.started_at is not None))
         jobs: tuple[Job, ...] = ()
         if snapshot.state in MAY_EXIST:
-            lost = found._with(
-                state=State.LOST, since=clock.time(), endpoint=None, instance=None, gateway=None
-            )
+            lost = found._with(state=State.LOST, since=clock.time(), **_UNKNOWN)
             found, jobs = lost._timed()._acting(Action.OBSERVE)
         elif snapshot.state is State.BACKOFF:
             found = replace(found, deadline=clock.monotonic())
@@ -293,7 +295,7 @@ class Controller:
         before, now = self.snapshot, self.clock.time()
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
-            snap = replace(snap, since=now, endpoint=None, instance=None, gateway=None)
+            snap = replace(snap, since=now, **_UNKNOWN)
         snap = self._reported(snap, fact)
         if event is Event.HUNG:
             silent = f"server '{snap.name}' had not answered for {self.policy.hung_after:g} s"
@@ -351,6 +353,8 @@ class Controller:
                 snap = self._ended(snap, fact)
             case Refused(failure=failure) | Vetoed(failure=failure):
                 snap = replace(snap, failure=failure)
+            case Progress() if snap.state is State.STARTING:
+                snap = replace(snap, progress=fact)
             case GatewaySeen(health=health):
                 snap = replace(snap, gateway=health)
             case Unreachable(reason=reason):

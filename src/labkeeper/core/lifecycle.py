@@ -74,6 +74,8 @@ class Event(StrEnum):
     """Ended by itself with code 0."""
     CRASHED = "CRASHED"
     """Ended in any other way."""
+    PROGRESS = "PROGRESS"
+    """Its start has come further."""
     REFUSED = "REFUSED"
     """The backend will not launch it: nothing was started."""
     VETOED = "VETOED"
@@ -167,6 +169,7 @@ TABLE: Final[dict[tuple[State, Event], tuple[State | Junction, Action]]] = {
     (State.QUEUED, Event.STOP): (State.STOPPED, Action.NONE),
     (State.QUEUED, Event.KILL): (State.STOPPED, Action.NONE),
     (State.QUEUED, Event.DELETE): (State.STOPPED, Action.NONE),
+    (State.STARTING, Event.PROGRESS): (State.STARTING, Action.NONE),
     (State.STARTING, Event.READY): (State.RUNNING, Action.NONE),
     (State.STARTING, Event.EXITED): (Junction.SETTLE, Action.NONE),
     (State.STARTING, Event.CRASHED): (Junction.SETTLE, Action.NONE),

@@ -15,6 +15,7 @@ from labkeeper.core.server import (
     GatewayHealth,
     Instance,
     OwnKernel,
+    Progress,
     Snapshot,
     StopMethod,
 )
@@ -86,7 +87,7 @@ class Gone:
     """No process exists, and how it ended is unknown."""
 
 
-Fact = Ready | Ended | Refused | Vetoed | GatewaySeen | Unreachable | Seen | Gone
+Fact = Ready | Ended | Refused | Vetoed | Progress | GatewaySeen | Unreachable | Seen | Gone
 
 
 @dataclass(frozen=True, slots=True)

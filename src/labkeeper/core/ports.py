@@ -83,6 +83,7 @@ class Backend(Protocol):
     * `launch`, `terminate` and `kill` return without waiting for the outcome. `Ready` and `Ended`
       arrive through the `report` that the backend was built with, with the generation, from any
       thread.
+    * `Progress` may be reported between a launch and its `Ready` or `Ended`.
     * Exactly one `Ended` follows every launch that did not raise, and only once nothing of it is
       left.
     * After `terminate` or `kill` an `Ended` follows even if nothing existed.

@@ -246,6 +246,28 @@ class GatewayHealth:
         return self.error is None
 
 
+class Stage(StrEnum):
+    """The stages of a start."""
+
+    QUEUED = "queued"
+    """The backend has no room yet."""
+    PULLING = "pulling"
+    """An image is pulled."""
+    SCHEDULING = "scheduling"
+    """A machine is chosen."""
+    STARTING = "starting"
+    """The server is loaded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a start has come. Only starts that take longer than a fork report it."""
+
+    stage: Stage
+    message: str
+    """For people: what is being done, and why that takes longer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """Everything known about a server at one time. Times are seconds since the epoch."""
@@ -263,6 +285,8 @@ class Snapshot:
     """Set exactly while it is running."""
     instance: Instance | None = None
     """Likewise."""
+    progress: Progress | None = None
+    """The last progress reported while it is starting."""
     started_at: float | None = None
     """When it last became ready since the last start command."""
     exit: Exit | None = None

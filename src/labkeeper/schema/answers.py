@@ -24,7 +24,7 @@ from labkeeper.core.culling import CullState, Rule
 from labkeeper.core.errors import BadAnswer, ClientError, LabkeeperError, RequestError, tree
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryKind
-from labkeeper.core.server import FailureClass, StopMethod
+from labkeeper.core.server import FailureClass, Stage, StopMethod
 
 _TOLERANT: Final = object()
 
@@ -71,6 +71,15 @@ class Failure(Answer):
     message: str
     exit: Exit | None
     log_tail: list[str]
+
+
+class Progress(Answer):
+    """How far a start has come."""
+
+    stage: Annotated[Stage, _known(Stage)] = Field(
+        description="`queued`, `pulling` or `scheduling` on an engine, or `starting`."
+    )
+    message: str = Field(description="What is being done, for people.")
 
 
 class StopReport(Answer):
@@ -225,6 +234,9 @@ class Server(Answer):
     )
     queue_position: int | None = Field(
         description="Position in the start queue, from 1; null unless it is queued."
+    )
+    progress: Progress | None = Field(
+        description="How far its start has come; null unless it is starting and takes longer."
     )
     exit: Exit | None = Field(
         description="How it last ended: `code` or `signal`; neither if that is unknown."

@@ -26,7 +26,7 @@ from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendRefused
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
 from labkeeper.core.ports import Backend
-from labkeeper.core.server import Instance, StopMethod
+from labkeeper.core.server import Instance, Progress, StopMethod
 from labkeeper.core.spec import Owner, QualifiedName, ServerSpec
 
 _FEW: Final = 50
@@ -96,13 +96,15 @@ class Stage:
         return self.wait(Ready, generation)
 
     def wait(self, kind: type[_F], generation: int) -> _F:
-        """Wait for the next report, which must be of this kind and generation."""
-        try:
-            report = self._reports.get(timeout=self.rig.patience)
-        except queue.Empty:
-            raise AssertionError(
-                f"no {kind.__name__} was reported in {self.rig.patience:g} s"
-            ) from None
+        """Wait for the next report but progress; it must be of this kind and generation."""
+        report = None
+        while report is None or isinstance(report.fact, Progress):
+            try:
+                report = self._reports.get(timeout=self.rig.patience)
+            except queue.Empty:
+                raise AssertionError(
+                    f"no {kind.__name__} was reported in {self.rig.patience:g} s"
+                ) from None
         assert isinstance(report.fact, kind), f"{kind.__name__} was due, but {report} came"
         assert (report.name, report.generation) == (self.name, generation), (
             f"not of launch {generation}: {report}"

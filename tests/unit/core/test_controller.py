@@ -26,7 +26,9 @@ from labkeeper.core.server import (
     GatewayHealth,
     OrphanedKernel,
     OwnKernel,
+    Progress,
     Snapshot,
+    Stage,
     StopMethod,
     StopReport,
 )
@@ -654,6 +656,21 @@ def test_a_veto_ends_the_start_with_its_failure():
         State.FAILED,
         replace(UNFIT, exit=killed, log_tail=("last",)),
     )
+
+
+def test_progress_is_known_while_the_server_starts():
+    bench = Bench()
+    pulling, starting = Progress(Stage.PULLING, "pulling"), Progress(Stage.STARTING, "loading")
+    bench.order(Event.START)
+    deadline = bench.controller.deadline
+    for progress in (pulling, starting):
+        assert bench.receive(progress) == []
+        assert (bench.state, bench.snapshot.progress) == (State.STARTING, progress)
+    assert bench.controller.deadline == deadline
+    bench.receive(Ready(ENDPOINT, INSTANCE))
+    assert bench.snapshot.progress is None
+    bench.receive(pulling)
+    assert (bench.state, bench.snapshot.progress) == (State.RUNNING, None)
 
 
 def test_gateway_health_is_known_while_the_server_runs():

@@ -48,7 +48,7 @@ from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
 from labkeeper.core.ports import Capacity
-from labkeeper.core.server import Exit, FailureClass, StopMethod, Usage
+from labkeeper.core.server import Exit, FailureClass, Progress, Stage, StopMethod, Usage
 from labkeeper.core.spec import QualifiedName, ServerSpec
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.wire import Launch, WireError
@@ -332,6 +332,10 @@ class LocalBackend:
                 # It may not have its mark yet.
                 supervisor.abort()
                 raise
+            if launched.reason is not None:
+                message = f"JupyterLab is loaded by a new process: {launched.reason}"
+                progress = Progress(Stage.STARTING, message)
+                self._report(Report(spec.qualified_name, generation, progress))
         except BackendRefused:
             self._clear(spec.qualified_name)
             raise

@@ -43,9 +43,7 @@ def made(paths, caller=ANYBODY, **fields):
 # Roots
 
 
-def test_a_root_must_be_within_the_notebook_directory_or_allowed_roots(
-    notebooks, paths, tmp_path
-):
+def test_a_root_must_be_within_the_notebook_directory_or_allowed_roots(notebooks, paths, tmp_path):
     assert made(paths).root_dir == str(notebooks)
     assert made(paths, root_dir="inner").root_dir == str(notebooks / "inner")
     both = Paths(notebooks, (notebooks, tmp_path / "other"))
@@ -56,9 +54,7 @@ def test_a_root_must_be_within_the_notebook_directory_or_allowed_roots(
 @pytest.mark.parametrize(
     "root", ["..", "inner/../..", "/", "/etc", "out", "/no/such/place", "../notebooks-of-another"]
 )
-def test_a_root_outside_is_refused_whether_or_not_it_exists(
-    notebooks, paths, root, caller
-):
+def test_a_root_outside_is_refused_whether_or_not_it_exists(notebooks, paths, root, caller):
     """The error names the allowed roots, and does not reveal a link's target."""
     (notebooks.parent / "notebooks-of-another").mkdir()
     with pytest.raises(InvalidSpec) as caught:
