@@ -1,4 +1,4 @@
-"""Tokens, links and strangers, against a real keeper and real Labs."""
+"""Tokens, one-time links and unauthenticated callers, against a real keeper and real Labs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import pytest
 
 from harness import PATIENCE, start_kernel, until
 
-STRANGERS = int(os.environ.get("WRONG_TOKENS", "2000"))
-"""Requests with a wrong token."""
-AT_ONCE = 4
-"""Requests in one write; a connection on which more than eight wait is closed."""
+WRONG_TOKENS = int(os.environ.get("WRONG_TOKENS", "2000"))
+"""Number of requests with a wrong token."""
+PIPELINED = 4
+"""Requests per write. A connection with more than eight pending requests is closed."""
 
 
-def with_token(keeper, **fields):
-    """Give a client that shows a new token."""
+def client_with_token(keeper, **fields):
+    """Return a client that authenticates with a new token."""
     made = keeper.http.post("/api/tokens", json=fields)
     assert made.status_code == 201, made.text
     shown = {"Authorization": f"Bearer {made.json()['token']}"}
@@ -28,8 +28,8 @@ def with_token(keeper, **fields):
 
 
 @pytest.mark.promise
-def test_a_link_opens_the_lab_and_leaves_no_token_behind(keeper):
-    """One redirect has the token; the page that the browser stays on, and all that it holds, do not."""
+def test_link_opens_the_lab_without_exposing_its_token(keeper):
+    """Only one redirect contains the token, not the final page or its URL."""
     server = keeper.post(default_url="/lab/tree/notes.txt").json()
     link = keeper.http.post("/api/servers/default/link", json={}).json()["url"]
     with httpx.Client(timeout=PATIENCE, trust_env=False) as browser:
@@ -43,14 +43,14 @@ def test_a_link_opens_the_lab_and_leaves_no_token_behind(keeper):
         ]
         assert opened.url.path == "/lab/tree/notes.txt"
         assert server["token"] not in opened.text
-        # The cookie is all that it needs from now on.
+        # From here on the cookie suffices.
         assert browser.get(f"{server['url']}api/kernels").status_code == 200
         assert browser.get(link).status_code == 410
     assert link.rpartition("/")[2] not in keeper.log.read_text()
 
 
 @pytest.mark.promise
-def test_a_rotated_token_opens_nothing_and_the_new_one_does(keeper):
+def test_rotated_token_is_refused_and_the_new_one_is_accepted(keeper):
     before = keeper.post().json()
     start_kernel(before)
     answer = keeper.http.post("/api/servers/default/rotate-token")
@@ -70,9 +70,9 @@ def test_a_rotated_token_opens_nothing_and_the_new_one_does(keeper):
 
 
 @pytest.mark.promise
-def test_tokens_outlive_the_keeper_and_revoking_them_ends_what_goes_on(make_keeper):
+def test_tokens_survive_a_restart_and_revocation_ends_open_streams(make_keeper):
     keeper = make_keeper(launch_by="fork").start_to_fork()
-    with with_token(keeper, name="ci", scope="manage", servers=["ci-*"]) as ci:
+    with client_with_token(keeper, name="ci", scope="manage", servers=["ci-*"]) as ci:
         assert ci.post("/api/servers", json={"name": "ci-1"}, params={"wait": 0}).status_code == 202
         assert ci.post("/api/servers", json={"name": "other"}).status_code == 403
         keeper.kill()
@@ -89,7 +89,7 @@ def test_tokens_outlive_the_keeper_and_revoking_them_ends_what_goes_on(make_keep
     assert {"token:ci", "token:owner"} <= {event["actor"] for event in events}
 
 
-def test_the_command_line_makes_lists_and_revokes_tokens(keeper):
+def test_cli_creates_lists_and_revokes_tokens(keeper):
     made = keeper.cli(
         "token", "create", "ci", "--scope", "read", "--label", "team=blue", "--expires", "1d"
     )
@@ -102,8 +102,8 @@ def test_the_command_line_makes_lists_and_revokes_tokens(keeper):
     assert (again.returncode, "cannot find token 'ci'" in again.stderr) == (1, True)
 
 
-def test_large_bodies_without_a_token_cost_no_more_than_their_connections(make_keeper):
-    """A body that is kept has a file, and so takes one more descriptor: servers need those."""
+def test_large_bodies_without_a_valid_token_use_no_extra_descriptors(make_keeper):
+    """A buffered body would take a file, and so another descriptor."""
     keeper = make_keeper().start()
     process = psutil.Process(keeper.process.pid)
     assert keeper.http.get("/api/me").status_code == 200
@@ -112,8 +112,11 @@ def test_large_bodies_without_a_token_cost_no_more_than_their_connections(make_k
         send_half(keeper, shown) for shown in ("", "wrong", "lk_0123456789ab_" + 43 * "x") * 10
     ]
     try:
-        # Half of each has been read when the keeper has nothing more to read: it is asked behind them all.
-        until(lambda: not any(unread(keeper, one) for one in crowd), what="all halves are read")
+        # The keeper has read the first half of every body once its socket buffers are empty.
+        until(
+            lambda: not any(has_unread_bytes(keeper, one) for one in crowd),
+            what="all halves are read",
+        )
         assert process.num_fds() - before <= len(crowd)
         for one in crowd:
             one.sendall(b" " * (LARGE // 2))
@@ -124,11 +127,11 @@ def test_large_bodies_without_a_token_cost_no_more_than_their_connections(make_k
 
 
 LARGE = 400_000
-"""Bytes of a body: more than are kept in memory."""
+"""Size of a body in bytes: more than is buffered in memory."""
 
 
 def send_half(keeper, shown):
-    """Begin a request with a large body."""
+    """Send the head of a request and half of its large body."""
     connection = socket.create_connection(("127.0.0.1", keeper.port), PATIENCE)
     proof = [f"Authorization: Bearer {shown}"] if shown else []
     head = ["POST /api/servers HTTP/1.1", "Host: localhost", f"Content-Length: {LARGE}", *proof]
@@ -136,8 +139,8 @@ def send_half(keeper, shown):
     return connection
 
 
-def unread(keeper, connection):
-    """Whether the keeper has yet to read what a connection has sent."""
+def has_unread_bytes(keeper, connection):
+    """Return whether the keeper has not yet read everything that was sent on a connection."""
     ours = connection.getsockname()[1]
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     (queues,) = [
@@ -149,32 +152,35 @@ def unread(keeper, connection):
 
 
 @pytest.mark.soak
-def test_wrong_tokens_keep_nobody_out_and_fill_neither_disk_nor_memory(make_keeper):
-    """Who belongs is answered meanwhile; afterwards log, store and memory are as large as before."""
+def test_flood_of_wrong_tokens_does_not_deny_service_or_fill_disk_or_memory(make_keeper):
+    """Valid requests succeed meanwhile, and log, store and memory do not grow noticeably."""
     keeper = make_keeper(max_request_rate=0).start()
     keeper.http.get("/api/servers")
     files = [keeper.log, *keeper.state_dir.glob("labkeeper.sqlite*")]
     process = psutil.Process(keeper.process.pid)
     sizes, memory = sum(file.stat().st_size for file in files), process.memory_info().rss
-    request = b"GET /api/servers HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer lk_0123456789ab_%043d\r\n\r\n"
+    request = (
+        b"GET /api/servers HTTP/1.1\r\nHost: localhost\r\n"
+        b"Authorization: Bearer lk_0123456789ab_%043d\r\n\r\n"
+    )
     refused = [0, 0]
 
-    def knock(which):
+    def send_wrong_tokens(which):
         with socket.create_connection(("127.0.0.1", keeper.port), PATIENCE) as stranger:
-            for first in range(0, STRANGERS // 2, AT_ONCE):
-                stranger.sendall(b"".join(request % (first + at) for at in range(AT_ONCE)))
+            for first in range(0, WRONG_TOKENS // 2, PIPELINED):
+                stranger.sendall(b"".join(request % (first + at) for at in range(PIPELINED)))
                 came = b""
-                while came.count(b"HTTP/1.1 401") < AT_ONCE or not came.endswith(b"}"):
+                while came.count(b"HTTP/1.1 401") < PIPELINED or not came.endswith(b"}"):
                     piece = stranger.recv(2**16)
                     assert piece, f"closed after {refused[which]} answers"
                     came += piece
                 refused[which] += came.count(b"HTTP/1.1 401")
 
-    threads = [threading.Thread(target=knock, args=(which,)) for which in (0, 1)]
+    threads = [threading.Thread(target=send_wrong_tokens, args=(which,)) for which in (0, 1)]
     for thread in threads:
         thread.start()
     while any(thread.is_alive() for thread in threads):
         assert keeper.http.get("/api/servers").status_code == 200
-    assert refused == [STRANGERS // 2] * 2
+    assert refused == [WRONG_TOKENS // 2] * 2
     assert sum(file.stat().st_size for file in files) - sizes < 20_000
     assert process.memory_info().rss - memory < 50 * 2**20

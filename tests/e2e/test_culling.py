@@ -1,4 +1,4 @@
-"""Culling on real JupyterLab, with real kernels and terminals: what nobody uses is stopped, and nothing else."""
+"""Culling with real JupyterLab, kernels and terminals: only what is idle is stopped."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from harness import PATIENCE, forked, run_cell, start_kernel, until
 QUICK = {"cull_period": 0.5, "cull_grace": 0, "cull_warning": 1}
 
 
-def said(keeper, event):
-    """What the keeper logged under one event."""
+def log_entries(keeper, event):
+    """Return what the keeper logged for one kind of event."""
     lines = [
         json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
     ]
@@ -27,13 +27,13 @@ def idle(keeper, name):
     return keeper.http.get(f"/api/servers/{name}/idle").json()
 
 
-def next_look(keeper, name):
-    """Wait until a server has been asked again how it is used."""
+def wait_for_next_poll(keeper, name):
+    """Wait until the activity of a server has been polled again."""
     before = idle(keeper, name)["looked_at"]
     until(lambda: idle(keeper, name)["looked_at"] != before, what="it is looked at again")
 
 
-def ask(server, method, path, **body):
+def jupyter_request(server, method, path, **body):
     known = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
         method,
@@ -47,9 +47,9 @@ def ask(server, method, path, **body):
     return answer.json() if answer.content else None
 
 
-def terminal(server, *commands):
-    """Open a terminal, and type commands; give its socket."""
-    name = ask(server, "POST", "api/terminals")["name"]
+def open_terminal(server, *commands):
+    """Open a open_terminal, type commands, and return its websocket."""
+    name = jupyter_request(server, "POST", "api/terminals")["name"]
     url = f"{server['url']}terminals/websocket/{name}".replace("http", "ws", 1)
     socket = websocket.create_connection(
         url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
@@ -59,7 +59,7 @@ def terminal(server, *commands):
     return socket
 
 
-def channel(server, kernel):
+def open_channels(server, kernel):
     url = f"{server['url']}api/kernels/{kernel}/channels".replace("http", "ws", 1)
     return websocket.create_connection(
         url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
@@ -67,8 +67,8 @@ def channel(server, kernel):
 
 
 def make_busy(server, kernel, code):
-    """Run code in a kernel, and do not wait for it."""
-    socket = channel(server, kernel)
+    """Run code in a kernel without waiting for the result."""
+    socket = open_channels(server, kernel)
     header = {
         "msg_id": "m",
         "msg_type": "execute_request",
@@ -93,13 +93,15 @@ def make_busy(server, kernel, code):
     }
     socket.send(json.dumps(message))
     until(
-        lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy",
+        lambda: (
+            jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy"
+        ),
         what="the kernel is busy",
     )
     socket.close()
 
 
-def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_explained(
+def test_idle_servers_are_stopped_after_a_warning_and_busy_ones_are_kept(
     make_keeper,
 ):
     keeper = make_keeper(**QUICK, launch_by="fork").start_to_fork()
@@ -112,25 +114,25 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
     try:
         busy = start("busy")
         make_busy(busy, start_kernel(busy), "import time; time.sleep(600)")
-        terminal(start("program"), "sleep 600").close()
-        terminal(start("shell")).close()
+        open_terminal(start("program"), "sleep 600").close()
+        open_terminal(start("shell")).close()
         start_kernel(start("silent"))
         for name in ("silent", "shell"):
             stopped = keeper.wait_for("stopped", name)
             assert stopped["goal"] == "down"
             assert [
                 line["rule"]
-                for line in said(keeper, "a server is about to be culled")
+                for line in log_entries(keeper, "a server is about to be culled")
                 if line["server"] == name
             ]
             assert [
                 line["reason"].startswith("idle_timeout: unused for")
-                for line in said(keeper, "a server is culled")
+                for line in log_entries(keeper, "a server is culled")
                 if line["server"] == name
             ] == [True]
-        # These were started before the ones that were stopped, and have been polled once more since.
+        # These were started before the stopped ones, and have been polled once more since.
         for name in ("busy", "program"):
-            next_look(keeper, name)
+            wait_for_next_poll(keeper, name)
         assert {keeper.get(name)["state"] for name in ("busy", "program", "deaf")} == {"running"}
         held = idle(keeper, "busy")
         assert (held["state"], held["held_by"][0]["kind"], held["held_by"][0]["reason"]) == (
@@ -149,41 +151,43 @@ def test_what_nobody_uses_is_warned_and_stopped_and_what_is_in_use_is_kept_and_e
     told = keeper.cli("idle")
     assert "runs sleep" in told.stdout, (told.stdout, told.stderr)
     assert "in-use" in keeper.cli("idle", "busy").stdout
-    # It is as it was: a start brings it back.
+    # The spec is unchanged: a start brings the server back.
     assert keeper.http.post("/api/servers/silent/start").json()["idle_timeout"] == 6
 
 
-def test_our_own_questions_and_those_of_an_open_tab_are_no_use(make_keeper):
+def test_polls_by_the_keeper_and_by_open_tabs_are_not_activity(make_keeper):
     keeper = make_keeper(**QUICK, probe_period=0.2, launch_by="fork").start()
     server = forked(keeper, "lab", idle_timeout="1h")
     kernel = start_kernel(server)
     assert run_cell(server, kernel, "1+1") == "2"
-    until(lambda: ask(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "idle")
-    socket = channel(server, kernel)
-    first = ask(server, "GET", "api/status")["last_activity"]
+    until(
+        lambda: jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "idle"
+    )
+    socket = open_channels(server, kernel)
+    first = jupyter_request(server, "GET", "api/status")["last_activity"]
     for _ in range(3):
         assert idle(keeper, "lab")["last_used"] == f"kernel {kernel}"
         assert keeper.http.get("/api/servers/lab/kernels").status_code == 200
         for path in ("kernels", "sessions", "terminals", "contents", "kernelspecs"):
-            ask(server, "GET", f"api/{path}")
-        next_look(keeper, "lab")
-    assert ask(server, "GET", "api/status")["last_activity"] == first
+            jupyter_request(server, "GET", f"api/{path}")
+        wait_for_next_poll(keeper, "lab")
+    assert jupyter_request(server, "GET", "api/status")["last_activity"] == first
     socket.close()
-    ask(server, "PUT", "api/contents/a.txt", type="file", format="text", content="x")
-    assert ask(server, "GET", "api/status")["last_activity"] > first
+    jupyter_request(server, "PUT", "api/contents/a.txt", type="file", format="text", content="x")
+    assert jupyter_request(server, "GET", "api/status")["last_activity"] > first
 
 
-def test_an_open_connection_counts_where_the_policy_says_so(make_keeper):
+def test_open_connection_is_activity_if_cull_connected_is_off(make_keeper):
     keeper = make_keeper(**QUICK, cull_connected="false").start()
     server = keeper.post(name="lab", idle_timeout="2s").json()
-    socket = channel(server, start_kernel(server))
+    socket = open_channels(server, start_kernel(server))
     until(lambda: idle(keeper, "lab")["held_by"], what="it is held")
     assert idle(keeper, "lab")["held_by"][0]["kind"] == "connection"
     socket.close()
     keeper.wait_for("stopped", "lab")
 
 
-def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make_keeper):
+def test_snooze_and_max_age_survive_a_restart_of_the_keeper(make_keeper):
     keeper = make_keeper(**QUICK, max_snooze="1h").start()
     for name, rule in (("aged", {"max_age": 9}), ("snoozed", {"idle_timeout": 2})):
         assert keeper.post(name=name, **rule).status_code == 201
@@ -199,7 +203,9 @@ def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make
     keeper.wait_for("running", "snoozed")
     assert idle(keeper, "aged")["rules"][0]["since"][:19] <= before[:19]
     keeper.wait_for("stopped", "aged")
-    assert said(keeper, "a server is culled")[-1]["reason"].startswith("max_age: it has run for")
+    assert log_entries(keeper, "a server is culled")[-1]["reason"].startswith(
+        "max_age: it has run for"
+    )
     listed = keeper.http.get("/api/idle").json()["servers"]
     assert [(one["name"], one["state"]) for one in listed] == [
         ("snoozed", "snoozed"),
@@ -213,7 +219,7 @@ def test_a_snooze_and_an_age_outlive_the_keeper_and_a_dry_run_stops_nothing(make
     keeper.wait_for("stopped", "snoozed")
 
 
-def test_idle_kernels_end_before_their_server_beside_it_and_on_a_gateway(make_keeper, gateway):
+def test_idle_kernels_are_culled_both_locally_and_on_a_gateway(make_keeper, gateway):
     keeper = make_keeper(**QUICK, kernel_idle_timeout=2).start()
     beside = keeper.post(name="beside", idle_timeout="1h").json()
     remote = keeper.post(
@@ -221,16 +227,16 @@ def test_idle_kernels_end_before_their_server_beside_it_and_on_a_gateway(make_ke
     ).json()
     kernels = {start_kernel(server) for server in (beside, remote)}
     until(
-        lambda: {line["kernel"] for line in said(keeper, "a kernel is culled")} == kernels,
+        lambda: {line["kernel"] for line in log_entries(keeper, "a kernel is culled")} == kernels,
         what="both were culled",
     )
-    assert ask(beside, "GET", "api/kernels") == []
+    assert jupyter_request(beside, "GET", "api/kernels") == []
     assert not gateway.kernels() & kernels
-    # To end one is no use of its server.
+    # Culling a kernel does not count as activity of its server.
     (ended,) = (
         line["timestamp"]
-        for line in said(keeper, "a kernel is culled")
+        for line in log_entries(keeper, "a kernel is culled")
         if line["server"] == "beside"
     )
-    used = datetime.fromisoformat(ask(beside, "GET", "api/status")["last_activity"])
+    used = datetime.fromisoformat(jupyter_request(beside, "GET", "api/status")["last_activity"])
     assert (datetime.fromisoformat(ended) - used).total_seconds() > 1

@@ -1,4 +1,7 @@
-"""What happened, as callers see it: pages, streams with replay, webhooks; across deletions, crashes and keepers."""
+"""The event log as callers see it: pages, streams with replay, and webhooks.
+
+Events survive deletions, crashes and restarts of the keeper.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def events(keeper, path="/api/events", **query):
     return keeper.http.get(path, params=query).raise_for_status().json()["events"]
 
 
-def steps(told):
+def state_changes(told):
     return [
         (event["server"], event["details"].get("to"), event["actor"])
         for event in told
@@ -30,7 +33,7 @@ def steps(told):
 
 
 class Stream:
-    """Follows events as a browser does."""
+    """Follow events as a browser does."""
 
     def __init__(self, keeper, path="/api/events", **headers):
         self.lines = []
@@ -78,7 +81,7 @@ class Stream:
         self._thread.join()
 
 
-def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_keeper):
+def test_event_log_records_each_state_change_with_its_actor_and_cause(make_keeper):
     keeper = make_keeper(probe_period=0.5).start()
     created = keeper.http.post("/api/servers", json={"name": "lab"})
     pid = created.json()["pid"]
@@ -91,7 +94,7 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
     keeper.post(name="bad", root_dir="/nowhere")
 
     told = events(keeper, "/api/servers/lab/events")
-    assert steps(told) == [
+    assert state_changes(told) == [
         ("lab", "starting", "token:owner"),
         ("lab", "running", "token:owner"),
         ("lab", "backoff", "keeper"),
@@ -140,7 +143,7 @@ def test_the_life_of_a_server_is_told_with_its_causes_and_who_set_them_off(make_
 
 
 @pytest.mark.promise
-def test_a_stream_replays_what_was_missed_and_goes_on_over_the_death_of_a_keeper(make_keeper):
+def test_event_stream_resumes_after_the_keeper_was_killed(make_keeper):
     keeper = make_keeper(launch_by="fork").start_to_fork()
     keeper.post(name="one")
     first = Stream(keeper)
@@ -163,7 +166,8 @@ def test_a_stream_replays_what_was_missed_and_goes_on_over_the_death_of_a_keeper
     assert again.events[0]["message"].endswith("is looked for by a new keeper")
     assert {event["server"] for event in only_one.events} == {"one"}
 
-    # A reader that gets each event at once, and hears the end of the servers when the keeper ends in good order.
+    # This reader gets each event at once,
+    # including the end of the servers when the keeper shuts down.
     keeper.http.post("/api/servers/one/stop?wait=0", json={})
     until(
         lambda: again.events[-1]["details"].get("to") in {"stopping", "stopped"},
@@ -178,12 +182,15 @@ def test_a_stream_replays_what_was_missed_and_goes_on_over_the_death_of_a_keeper
         stream.close()
 
 
-def test_a_quiet_stream_is_kept_alive_and_a_slow_reader_holds_nobody_up(make_keeper):
+def test_idle_stream_gets_keepalives_and_a_slow_reader_blocks_no_other(make_keeper):
     keeper = make_keeper().start()
     quiet = Stream(keeper)
     with socket.create_connection(("127.0.0.1", keeper.port)) as slow:
-        # One that asks for everything, again and again, and reads nothing.
-        ask = f"GET /api/events?follow=true&after=0 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {keeper.token}\r\n\r\n"
+        # This reader requests all events and never reads the response.
+        ask = (
+            "GET /api/events?follow=true&after=0 HTTP/1.1\r\nHost: x\r\n"
+            f"Authorization: Bearer {keeper.token}\r\n\r\n"
+        )
         slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
         slow.sendall(ask.encode())
         keeper.post(name="lab")
@@ -194,7 +201,7 @@ def test_a_quiet_stream_is_kept_alive_and_a_slow_reader_holds_nobody_up(make_kee
     quiet.close()
 
 
-def test_a_limited_token_cannot_push_what_others_did_out_of_the_history(make_keeper):
+def test_limited_token_cannot_evict_the_events_of_others(make_keeper):
     keeper = make_keeper(history_size=100).start()
     keeper.post(name="mine", port=keeper.port)
     limited = keeper.http.post(
@@ -218,7 +225,7 @@ def test_a_limited_token_cannot_push_what_others_did_out_of_the_history(make_kee
     stream.close()
 
 
-def test_what_no_stream_can_tell_any_more_is_said_to_be_missing(make_keeper):
+def test_stream_reports_how_many_events_have_expired(make_keeper):
     keeper = make_keeper(history_size=100).start()
     root = keeper.notebook_dir / "gone"
     root.mkdir()
@@ -236,7 +243,7 @@ def test_what_no_stream_can_tell_any_more_is_said_to_be_missing(make_keeper):
     stream.close()
 
 
-def test_events_are_posted_to_a_webhook_also_those_of_the_keepers_end(make_keeper):
+def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper):
     receiver = Receiver()
     try:
         keeper = make_keeper(webhook_url=receiver.url, webhook_secret=SECRET).start()
@@ -286,7 +293,7 @@ def test_events_are_posted_to_a_webhook_also_those_of_the_keepers_end(make_keepe
         ({"webhook_url": "http://x", "webhook_secret": "short"}, "24 to 64 bytes in base64"),
     ],
 )
-def test_a_webhook_that_cannot_be_is_refused_at_boot(make_keeper, settings, why):
+def test_invalid_webhook_settings_are_rejected_at_startup(make_keeper, settings, why):
     keeper = make_keeper(**settings)
     said = keeper.cli("serve", "--port", str(free_port()))
     assert said.returncode == 2

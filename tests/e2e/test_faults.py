@@ -1,4 +1,4 @@
-"""What goes wrong, goes wrong in the open: at once, with its cause, and with nothing left."""
+"""Failures of servers, keepers and gateways are reported at once, with cause, and cleaned up."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ BROKEN = {
 
 @pytest.mark.promise
 @pytest.mark.parametrize("cause", BROKEN)
-def test_a_lab_that_dies_at_start_fails_the_post_with_its_cause(make_keeper, cause):
+def test_post_returns_502_with_the_cause_if_the_lab_exits_during_startup(make_keeper, cause):
     keeper = make_keeper(start_timeout=600).start()
     keeper.configure_jupyter(BROKEN[cause])
-    # Its timeout is longer than anybody waits here: it is its end that is answered with.
+    # The start timeout is longer than the test waits: the response has to come from the exit.
     answer = keeper.post()
     assert answer.status_code == 502, answer.text
     problem = answer.json()
@@ -45,14 +45,14 @@ def test_a_lab_that_dies_at_start_fails_the_post_with_its_cause(make_keeper, cau
     assert (server["state"], server["failure"]["failure_class"]) == ("failed", cause)
     assert not processes_marked(keeper.server_dirs)
     assert not (keeper.server_dirs / "default").exists()
-    # The log is still there, and a repaired configuration needs no more than the same request.
+    # The log is kept, and once the configuration is repaired, the same request succeeds.
     assert keeper.http.get("/api/servers/default/logs").text.strip()
     keeper.configure_jupyter("")
     assert keeper.post().status_code == 201
 
 
-def test_a_lab_that_ends_without_a_word_is_explained_by_its_exit_code_alone(make_keeper):
-    """And not by what another extension has logged before, which is in order."""
+def test_silent_exit_during_startup_is_reported_with_the_exit_code_only(make_keeper):
+    """Log lines of another extension that loaded successfully are not mistaken for the cause."""
     keeper = make_keeper(start_timeout=600)
     extension = keeper.base / "extensions" / "zz_quits.py"
     extension.parent.mkdir()
@@ -70,7 +70,7 @@ def test_a_lab_that_ends_without_a_word_is_explained_by_its_exit_code_alone(make
     )
 
 
-def test_a_runtime_directory_that_cannot_be_written_is_named(make_keeper):
+def test_unwritable_runtime_directory_is_named_in_the_error(make_keeper):
     keeper = make_keeper(runtime_dir="/proc/labkeeper").start()
     answer = keeper.post()
     assert answer.status_code == 502
@@ -79,7 +79,7 @@ def test_a_runtime_directory_that_cannot_be_written_is_named(make_keeper):
     assert keeper.get()["state"] == "failed"
 
 
-def test_an_interpreter_without_jupyterlab_is_named(make_keeper, tmp_path):
+def test_interpreter_without_jupyterlab_is_reported(make_keeper, tmp_path):
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.symlink_to("/usr/bin/python3")
@@ -90,10 +90,10 @@ def test_an_interpreter_without_jupyterlab_is_named(make_keeper, tmp_path):
     assert "LABKEEPER_JUPYTER_PYTHON" in answer.json()["detail"]
 
 
-def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_budget_lasts(
+def test_killed_server_is_restarted_until_its_restart_budget_is_used_up(
     make_keeper,
 ):
-    # It is not asked whether it answers: its end is seen by itself.
+    # With probes practically off, only the exit of the process can be noticed.
     keeper = make_keeper(probe_period=3600).start()
     server = keeper.post().json()
     kernel = start_kernel(server)
@@ -102,7 +102,7 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
     after = until(
         lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running"
     )
-    # It may be running again by the time we look.
+    # It may already be running again.
     assert after["state"] in {"backoff", "starting"} or after["generation"] > server["generation"]
     assert not alive(kernel_pid)
     again = keeper.wait_for("running")
@@ -114,7 +114,8 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
         pid = keeper.wait_for("running")["pid"]
         os.kill(pid, signal.SIGKILL)
         until(lambda pid=pid: keeper.get()["pid"] != pid, what="no longer called running")
-        # The third wait is 8 s; a start command gives a fresh budget, so the last crash is the fourth.
+        # The third backoff takes 8 s. A start request resets the budget,
+        # so the last crash is the fourth.
         if (
             until(
                 lambda: (s := keeper.get()["state"]) in {"running", "failed"} and s,
@@ -131,7 +132,7 @@ def test_a_killed_server_is_not_called_running_and_comes_back_as_long_as_its_bud
 
 
 @pytest.mark.promise
-def test_a_server_killed_by_a_signal_without_a_name_is_known_dead(keeper):
+def test_server_killed_by_an_unnamed_signal_is_restarted(keeper):
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGRTMIN + 6)
     until(lambda: keeper.get()["generation"] > server["generation"], what="it is launched again")
@@ -154,8 +155,8 @@ handlers.APIVersionHandler.get = get
 
 
 @pytest.mark.parametrize(("size", "pause"), [(1, 0.3), (2**20, 0.0)], ids=["slow", "endless"])
-def test_a_server_whose_answer_never_ends_is_ended_all_the_same(make_keeper, tmp_path, size, pause):
-    """However slowly or much it answers, it holds up neither its own stop nor the keeper's memory."""
+def test_server_whose_response_never_ends_can_be_stopped(make_keeper, tmp_path, size, pause):
+    """Neither a slow nor an endless response delays the stop or fills the keeper's memory."""
     keeper = make_keeper(probe_period=0.3, stop_grace=3, kill_wait=1).start()
     flag, looks = tmp_path / "flag", tmp_path / "looks"
     keeper.configure_jupyter(
@@ -172,7 +173,7 @@ def test_a_server_whose_answer_never_ends_is_ended_all_the_same(make_keeper, tmp
 
 
 @pytest.mark.promise
-def test_a_server_shut_down_from_inside_stays_stopped(keeper):
+def test_server_shut_down_through_its_own_api_stays_stopped(keeper):
     server = keeper.post().json()
     httpx.post(
         f"{server['url']}api/shutdown",
@@ -186,7 +187,7 @@ def test_a_server_shut_down_from_inside_stays_stopped(keeper):
 
 
 @pytest.mark.promise
-def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(make_keeper):
+def test_servers_survive_a_killed_keeper_and_are_adopted_by_the_next(make_keeper):
     keeper = make_keeper(launch_by="fork").start_to_fork()
     lives = keeper.post(name="lives").json()
     dies = keeper.post(name="dies").json()
@@ -218,18 +219,18 @@ def test_servers_outlive_a_killed_keeper_and_are_taken_over_by_the_next(make_kee
     assert run_cell(after, kernel, "x") == "42"
     assert keeper.wait_for("stopped", "leaves")["exit"] == {"code": 0, "signal": None}
     assert keeper.get("rests")["state"] == "stopped"
-    # It was running when we looked away: its crash is paid from its budget.
+    # It was running when the keeper was killed, so its crash counts against the budget.
     again = keeper.wait_for("running", "dies")
     assert again["pid"] != dies["pid"]
     assert again["restarts"] == 1
-    # What was taken over is ended as well as what was launched, and its end is seen as soon.
+    # An adopted server's exit is noticed as fast as that of a launched one, and it can be stopped.
     os.kill(after["pid"], signal.SIGKILL)
     until(lambda: keeper.get("lives")["pid"] != after["pid"], what="no longer called running")
     assert keeper.delete("lives").status_code == 200
 
 
 @pytest.mark.parametrize("launch_by", ["exec", "fork"])
-def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_keeper, launch_by):
+def test_servers_left_running_at_shutdown_are_adopted_by_the_next_keeper(make_keeper, launch_by):
     keeper = make_keeper(on_exit="leave", launch_by=launch_by).start()
     server = forked(keeper) if launch_by == "fork" else keeper.post().json()
     kernel = start_kernel(server)
@@ -254,9 +255,7 @@ def test_servers_that_are_left_by_one_keeper_are_taken_over_by_the_next(make_kee
 
 
 @pytest.mark.parametrize("moment", ["its process is there", "its process is on record"])
-def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice(
-    make_keeper, moment
-):
+def test_keeper_killed_during_a_start_neither_loses_nor_duplicates_the_server(make_keeper, moment):
     keeper = make_keeper().start()
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
     record = keeper.server_dirs / "default" / "launch.json"
@@ -266,12 +265,12 @@ def test_a_keeper_killed_during_a_start_loses_nothing_and_launches_nothing_twice
     keeper.start()
     until(lambda: keeper.get()["state"] == "running", what="it runs")
     server = keeper.get()
-    # What was not on record yet is begun anew.
+    # A start that was not recorded yet is begun again.
     assert server["generation"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
     assert servers_in(keeper.server_dirs) == [server["pid"]]
 
 
-def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper):
+def test_reused_pid_is_not_mistaken_for_the_server(make_keeper):
     keeper = make_keeper().start()
     server = keeper.post().json()
     keeper.kill()
@@ -295,13 +294,14 @@ def test_a_pid_that_another_program_has_by_now_is_not_taken_for_ours(make_keeper
         stranger.wait()
 
 
-def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothing_up(make_keeper):
+def test_start_timeout_ends_a_hanging_lab_without_blocking_other_requests(make_keeper):
     keeper = make_keeper(
         launch_by="fork", start_timeout=6, stop_grace=2, kill_wait=1, max_request_rate=0
     )
     hangs = keeper.base / "hangs"
     keeper.configure_jupyter(
-        f"import os, time\nif os.path.exists({str(hangs)!r}):\n    print('I wait', flush=True); time.sleep(1000)"
+        f"import os, time\nif os.path.exists({str(hangs)!r}):\n"
+        "    print('I wait', flush=True); time.sleep(1000)"
     )
     keeper.start_to_fork()
     hangs.touch()
@@ -312,7 +312,7 @@ def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothin
             keeper.http.get("/api/servers").raise_for_status()
             answered += 1
         answer = waiting.result()
-    # None of them waited for the start.
+    # None of these requests waited for the start.
     assert answered > 10
     assert answer.status_code == 504, answer.text
     assert answer.json()["code"] == "start_timeout"
@@ -321,10 +321,11 @@ def test_a_lab_that_never_becomes_ready_is_ended_at_its_timeout_and_holds_nothin
     assert not processes_marked(keeper.server_dirs / "default")
 
 
-def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
+def test_lab_that_ignores_sigterm_is_killed_after_the_grace_period(make_keeper):
     keeper = make_keeper(stop_grace=2, kill_wait=1).start()
     keeper.configure_jupyter(
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); time.sleep(1000)"
+        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "print('deaf', flush=True); time.sleep(1000)"
     )
     keeper.http.post("/api/servers?wait=0", json={})
     until(lambda: "deaf" in keeper.http.get("/api/servers/default/logs").text)
@@ -335,9 +336,7 @@ def test_a_lab_that_ignores_sigterm_is_killed_after_its_grace(make_keeper):
     assert not processes_marked(keeper.server_dirs)
 
 
-def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_that_may_be_left(
-    make_keeper, tmp_path
-):
+def test_stop_with_an_unresponsive_gateway_lists_the_kernels_left_behind(make_keeper, tmp_path):
     keeper = make_keeper(stop_grace=4, kill_wait=1).start()
     gateway = KernelGateway(tmp_path / "gateway").start()
     try:
@@ -355,7 +354,7 @@ def test_a_stop_with_a_dead_gateway_ends_within_its_grace_and_names_the_kernels_
     assert not processes_marked(keeper.server_dirs)
 
 
-def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_keeper):
+def test_endless_log_output_is_rotated(make_keeper):
     keeper = make_keeper(log_max_bytes=1_000_000).start()
     keeper.configure_jupyter(
         "import sys, threading, time\n"
@@ -369,7 +368,7 @@ def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_kee
     until(lambda: log.with_name("default.log.1").exists(), what="a rotation")
     tail = keeper.http.get("/api/servers/default/logs", params={"tail": 10}).text
     assert len(tail.splitlines()) == 10
-    # 10 MB a second at most, looked at every 2 s, and one older part.
+    # At most 10 MB/s, checked every 2 s, plus one rotated file.
     assert sum(path.stat().st_size for path in log.parent.iterdir()) < 60_000_000
     assert log.with_name("default.log.1").stat().st_mode & 0o077 == 0
     assert keeper.delete(force="true").status_code == 200
@@ -378,7 +377,7 @@ def test_a_lab_that_logs_without_end_fills_no_disk_and_holds_nothing_up(make_kee
     )
 
 
-def test_a_suspended_server_is_stopped_all_the_same(make_keeper):
+def test_suspended_server_is_killed_on_stop(make_keeper):
     keeper = make_keeper(stop_grace=2, kill_wait=1).start()
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGSTOP)
@@ -387,7 +386,7 @@ def test_a_suspended_server_is_stopped_all_the_same(make_keeper):
     assert answer.json()["stop_report"]["method"] == "sigkill"
 
 
-def test_a_server_that_hangs_is_replaced(make_keeper):
+def test_hung_server_is_restarted(make_keeper):
     keeper = make_keeper(hung_after=0.5, probe_period=0.5, stop_grace=2).start()
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGSTOP)
@@ -397,10 +396,10 @@ def test_a_server_that_hangs_is_replaced(make_keeper):
     assert not alive(server["pid"])
 
 
-def test_followers_get_each_line_until_the_end_and_leave_no_thread(make_keeper):
+def test_log_followers_get_every_line_and_release_their_threads(make_keeper):
     keeper = make_keeper().start()
     server = keeper.post().json()
-    # What Jupyter says of itself after its start comes late: the follower begins when all is quiet.
+    # Jupyter logs some lines late after its start: follow only once they have been written.
     until(lambda: "Skipped non-installed" in keeper.http.get("/api/servers/default/logs").text)
     lines = []
     with (
@@ -423,8 +422,7 @@ def test_followers_get_each_line_until_the_end_and_leave_no_thread(make_keeper):
     keeper.http.post("/api/servers?wait=0", json={"name": "other"})
     process = psutil.Process(keeper.process.pid)
 
-    def threads_for_a_crowd():
-        """How many threads have to be added for 20 followers who then go."""
+    def threads_added_by_20_followers():
         before = process.num_threads()
         with contextlib.ExitStack() as stack:
             for _ in range(20):
@@ -437,8 +435,8 @@ def test_followers_get_each_line_until_the_end_and_leave_no_thread(make_keeper):
             assert keeper.http.get("/healthz").status_code == 200
             return process.num_threads() - before
 
-    assert threads_for_a_crowd() > 0
-    # Threads stay; those of followers who have gone are there for the next ones.
-    until(lambda: threads_for_a_crowd() == 0, what="followers' threads are free")
+    assert threads_added_by_20_followers() > 0
+    # Threads are kept: those of disconnected followers are reused.
+    until(lambda: threads_added_by_20_followers() == 0, what="followers' threads are free")
     assert process.num_threads() < 100
     keeper.delete("other")

@@ -1,4 +1,4 @@
-"""A machine, or a container, that lets a keeper have few processes and threads: it says so, and does what it can."""
+"""The keeper with a low limit on processes and threads: it reports the shortage and carries on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def group():
 
 
 class ConfinedKeeper(GroupedKeeper):
-    """One whose servers only sleep."""
+    """A keeper whose servers only sleep."""
 
     @property
     def environment(self):
@@ -37,7 +37,7 @@ class ConfinedKeeper(GroupedKeeper):
 
 @pytest.mark.parametrize("launch_by", ["exec", "fork"])
 @pytest.mark.parametrize("allowed", [1, 2, 3, 5])
-def test_too_few_threads_to_begin_with_are_one_line_and_an_exit_code_of_2(
+def test_startup_with_too_few_threads_fails_with_one_line_and_exit_code_2(
     tmp_path, group, allowed, launch_by
 ):
     keeper = ConfinedKeeper(tmp_path, group, launch_by=launch_by)
@@ -56,14 +56,14 @@ def test_too_few_threads_to_begin_with_are_one_line_and_an_exit_code_of_2(
     assert "--pids-limit" in said[0]
 
 
-def test_a_container_with_a_hundred_processes_is_enough(tmp_path, group):
+def test_keeper_runs_with_a_limit_of_100_processes(tmp_path, group):
     group.allow(100)
     keeper = ConfinedKeeper(tmp_path, group, launch_by="exec").start()
     assert group.count < 25
     assert keeper.stop() == 0
 
 
-def test_where_threads_run_out_fewer_callers_wait_and_quick_requests_stay_quick(tmp_path, group):
+def test_short_requests_succeed_while_waiting_callers_use_up_all_threads(tmp_path, group):
     keeper = ConfinedKeeper(tmp_path, group, launch_by="exec").start()
     callers, answers = [], []
     try:
@@ -81,7 +81,7 @@ def test_where_threads_run_out_fewer_callers_wait_and_quick_requests_stay_quick(
         callers = [threading.Thread(target=wait) for _ in range(30)]
         for caller in callers:
             caller.start()
-        # Those for whom there is no place have their answer at once.
+        # Callers who cannot get a thread are answered at once.
         until(lambda: len(answers) > 15, what="answers to those who have no place")
         for _ in range(20):
             assert keeper.http.get("/healthz").status_code == 200
@@ -94,20 +94,20 @@ def test_where_threads_run_out_fewer_callers_wait_and_quick_requests_stay_quick(
             caller.join()
         code = keeper.stop()
     assert code == 0
-    # A caller whose request came late, on a busy machine, finds the server deleted.
+    # On a busy machine, a caller whose request arrives late finds the server already deleted.
     assert {answer.status_code for answer in answers} <= {200, 404}
     said = [line for line in keeper.log.read_text().splitlines() if "no more threads" in line]
     assert len(said) == 1
     assert "LABKEEPER_THREADS" in said[0]
 
 
-SPELL = 2.0
-"""Seconds for which something is short: many looks, and ten times what a server may be silent."""
+SHORTAGE_SECONDS = 2.0
+"""Duration of a shortage: many probes, and ten times `hung_after`."""
 
 
 @contextlib.contextmanager
 def without_threads(keeper):
-    """Nobody in the group can start a process or a thread, as when one notebook has used them up."""
+    """Forbid new processes and threads in the group, as if a notebook had used them up."""
     keeper.group.allow(1)
     try:
         yield
@@ -119,7 +119,7 @@ def without_threads(keeper):
 def without_descriptors(keeper):
     process = psutil.Process(keeper.process.pid)
     _, hard = before = process.rlimit(psutil.RLIMIT_NOFILE)
-    # Not below the number of those that it waits for together, or Linux would not let it wait.
+    # poll() fails if it is given more descriptors than the limit, so do not go below that.
     process.rlimit(psutil.RLIMIT_NOFILE, (process.num_fds() // 2, hard))
     try:
         yield
@@ -128,8 +128,8 @@ def without_descriptors(keeper):
 
 
 @pytest.fixture
-def real(tmp_path, group):
-    """A keeper with JupyterLab, which looks at its servers all the time."""
+def jupyter_keeper(tmp_path, group):
+    """A keeper with JupyterLab that probes and polls its servers continuously."""
     keeper = GroupedKeeper(
         tmp_path, group, probe_period=0.1, hung_after=0.2, cull_period=0.1, idle_timeout="1h"
     ).start_to_fork()
@@ -139,36 +139,45 @@ def real(tmp_path, group):
 
 
 @pytest.mark.parametrize("shortage", [without_threads, without_descriptors])
-def test_what_the_keeper_itself_lacks_is_not_taken_for_the_silence_of_a_server(real, shortage):
-    server = real.wait_for("running") if real.post().status_code == 201 else None
-    with shortage(real):
-        time.sleep(SPELL)
-    until(
-        lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything"
+def test_keeper_short_of_resources_does_not_restart_a_healthy_server(jupyter_keeper, shortage):
+    server = (
+        jupyter_keeper.wait_for("running") if jupyter_keeper.post().status_code == 201 else None
     )
-    after = real.get()
+    with shortage(jupyter_keeper):
+        time.sleep(SHORTAGE_SECONDS)
+    until(
+        lambda: jupyter_keeper.http.get("/readyz").status_code == 200,
+        what="a keeper that watches everything",
+    )
+    after = jupyter_keeper.get()
     assert (after["state"], after["pid"], after["restarts"]) == ("running", server["pid"], 0)
 
 
-def test_while_threads_cannot_be_started_it_is_told_what_is_not_watched_and_made_up_for_later(real):
-    real.post().raise_for_status()
-    with without_threads(real):
+def test_readyz_reports_checks_that_cannot_run_for_lack_of_threads(jupyter_keeper):
+    jupyter_keeper.post().raise_for_status()
+    with without_threads(jupyter_keeper):
         told = until(
-            lambda: "culler: " in (said := real.http.get("/readyz").text) and said,
+            lambda: "culler: " in (said := jupyter_keeper.http.get("/readyz").text) and said,
             what="a culler that cannot look",
         )
-        assert real.http.get("/healthz").status_code == 200
+        assert jupyter_keeper.http.get("/healthz").status_code == 200
     assert "no more processes are allowed" in told
     until(
-        lambda: real.http.get("/readyz").status_code == 200, what="a keeper that watches everything"
+        lambda: jupyter_keeper.http.get("/readyz").status_code == 200,
+        what="a keeper that watches everything",
     )
 
 
-def test_a_start_for_which_there_is_no_thread_wedges_nothing(real):
-    """It comes about as soon as there is one again; or is deleted, then and there."""
-    with without_threads(real):
+def test_start_without_a_free_thread_is_retried_and_can_be_deleted(jupyter_keeper):
+    with without_threads(jupyter_keeper):
         for name in ("kept", "deleted"):
-            assert real.http.post("/api/servers?wait=0", json={"name": name}).status_code == 202
-        until(lambda: real.get("deleted")["state"] != "starting", what="the start has failed once")
-        assert real.delete("deleted").status_code == 200
-    real.wait_for("running", name="kept")
+            assert (
+                jupyter_keeper.http.post("/api/servers?wait=0", json={"name": name}).status_code
+                == 202
+            )
+        until(
+            lambda: jupyter_keeper.get("deleted")["state"] != "starting",
+            what="the start has failed once",
+        )
+        assert jupyter_keeper.delete("deleted").status_code == 200
+    jupyter_keeper.wait_for("running", name="kept")

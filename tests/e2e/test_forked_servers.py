@@ -1,4 +1,4 @@
-"""Servers that are forked are as good as those that are executed: as separate, as fresh, as safe, and as well looked after."""
+"""Forked servers are equivalent to executed ones: as isolated, up to date and supervised."""
 
 from __future__ import annotations
 
@@ -35,16 +35,17 @@ from memory import OWN_STATE, hidden
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
-TELL_ALL = """
-import atexit, ctypes, gc, hashlib, json, logging, multiprocessing, os, pathlib, random, resource, secrets, signal, ssl, sys
+REPORT_STATE = """
+import atexit, ctypes, gc, hashlib, json, logging, multiprocessing, os, pathlib, random, resource
+import secrets, signal, ssl, sys
 import tempfile, threading, uuid
 import jupyter_server.serverapp
 
-room, here = pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"]), pathlib.Path(__file__).parent
+runtime_dir, here = pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"]), pathlib.Path(__file__).parent
 signal.signal(signal.SIGUSR2, lambda *_: os._exit(7))
 
 
-def end(path=here / "ends" / room.parent.name):
+def end(path=here / "ends" / runtime_dir.parent.name):
     with path.open("a") as ends:
         ends.write("ended\\n")
 
@@ -68,7 +69,9 @@ if "numpy" in sys.modules:
 
 def kind(path):
     target = os.readlink(path)
-    return target.replace(room.parent.name + ".log", "ITS.log") if target.startswith("/") else target.partition(":")[0]
+    if target.startswith("/"):
+        return target.replace(runtime_dir.parent.name + ".log", "ITS.log")
+    return target.partition(":")[0]
 
 
 def named(handler):
@@ -84,25 +87,30 @@ def state():
     signal.set_wakeup_fd(wakeup)
     return {
         "status": {name: status[name] for name in
-                   ("Name", "Umask", "Uid", "Gid", "Groups", "Threads", "SigPnd", "ShdPnd", "SigBlk", "SigIgn", "SigCgt",
-                    "CapEff", "NoNewPrivs", "Seccomp")},
-        "handlers": {str(number): named(signal.getsignal(number)) for number in signal.valid_signals()},
+                   ("Name", "Umask", "Uid", "Gid", "Groups", "Threads", "SigPnd", "ShdPnd",
+                    "SigBlk", "SigIgn", "SigCgt", "CapEff", "NoNewPrivs", "Seccomp")},
+        "handlers": {str(number): named(signal.getsignal(number))
+                     for number in signal.valid_signals()},
         "wakeup": wakeup >= 0,
         "timer": signal.getitimer(signal.ITIMER_REAL),
         "subreaper": flag.value,
         "tasks": len(os.listdir("/proc/self/task")),
         "threads": [thread.name for thread in threading.enumerate()],
-        "files": sorted(kind(fd) for fd in list(pathlib.Path("/proc/self/fd").iterdir()) if os.path.lexists(fd)),
-        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource) if name.startswith("RLIMIT")},
+        "files": sorted(kind(fd) for fd in list(pathlib.Path("/proc/self/fd").iterdir())
+                        if os.path.lexists(fd)),
+        "limits": {name: resource.getrlimit(getattr(resource, name)) for name in dir(resource)
+                   if name.startswith("RLIMIT")},
         "session": os.getsid(0) == os.getpid() == os.getpgrp(),
         "cwd": os.getcwd(),
         "argv": sys.argv,
         "path": sys.path,
         "flags": str(sys.flags),
         "gc": [gc.isenabled(), gc.get_threshold()],
-        "streams": [(stream.encoding, stream.errors, stream.line_buffering) for stream in (sys.stdin, sys.stdout, sys.stderr)],
+        "streams": [(stream.encoding, stream.errors, stream.line_buffering)
+                    for stream in (sys.stdin, sys.stdout, sys.stderr)],
         "handlers of logs": {name: [type(handler).__name__ for handler in logger.handlers]
-                             for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]
+                             for name, logger in [("", logging.root),
+                                                  *logging.root.manager.loggerDict.items()]
                              if getattr(logger, "handlers", None)},
         "level": logging.root.level,
         "nice": os.nice(0),
@@ -116,11 +124,13 @@ early = state()
 
 def start_ioloop(app, start=jupyter_server.serverapp.ServerApp.start_ioloop):
     def tell():
-        told = {"early": early, "late": state(), "random": random_things, "environ": dict(os.environ),
-                "cookie": hashlib.sha256(app.cookie_secret).hexdigest(), "token": app.identity_provider.token}
-        os.close(os.open(room / "told.new", os.O_CREAT, 0o600))
-        (room / "told.new").write_text(json.dumps(told))
-        (room / "told.new").rename(room / "told")
+        told = {"early": early, "late": state(), "random": random_things,
+                "environ": dict(os.environ),
+                "cookie": hashlib.sha256(app.cookie_secret).hexdigest(),
+                "token": app.identity_provider.token}
+        os.close(os.open(runtime_dir / "told.new", os.O_CREAT, 0o600))
+        (runtime_dir / "told.new").write_text(json.dumps(told))
+        (runtime_dir / "told.new").rename(runtime_dir / "told")
     app.io_loop.add_callback(tell)
     start(app)
 
@@ -129,7 +139,7 @@ jupyter_server.serverapp.ServerApp.start_ioloop = start_ioloop
 c.ServerApp.jpserver_extensions = {"hands": True}
 """
 SETTINGS = "settings/@jupyterlab/notebook-extension:tracker"
-PLACES = (
+USER_DIRECTORIES = (
     "HOME",
     "XDG_DATA_HOME",
     "XDG_CONFIG_HOME",
@@ -137,15 +147,15 @@ PLACES = (
     "XDG_STATE_HOME",
     "XDG_RUNTIME_DIR",
 )
-"""Variables that name places of a user."""
-OF_THE_KEEPER = {"USER": "earlier-user", "LOGNAME": "earlier-user", "TZ": "America/Lima"}
-OF_A_REQUEST = {"USER": "another", "LOGNAME": "another", "TZ": "Asia/Kathmandu"}
+"""Variables that name directories of a user."""
+KEEPER_ENV = {"USER": "earlier-user", "LOGNAME": "earlier-user", "TZ": "America/Lima"}
+REQUEST_ENV = {"USER": "another", "LOGNAME": "another", "TZ": "Asia/Kathmandu"}
 MUST_DIFFER = {"JUPYTER_RUNTIME_DIR", "LABKEEPER_SERVER", "LC_LABKEEPER", "JUPYTER_SERVER_URL"}
 
 
 @contextlib.contextmanager
 def keepers(base):
-    """Makes keepers; what is left of them at the end is ended, and what a clean end leaves fails the test."""
+    """Yield a factory of keepers that are closed at the end; files left after a clean exit fail."""
     made = []
 
     def make(name, **settings):
@@ -166,46 +176,47 @@ def make_keeper(make_keeper):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """A keeper whose servers tell all about themselves, and are not harmed by any test."""
+    """A keeper whose servers report their own state; no test may harm it."""
     with keepers(tmp_path_factory.mktemp("shared")) as make:
         keeper = make("keeper")
         (keeper.config_dir / "ends").mkdir()
         give_hands(keeper)
-        keeper.configure_jupyter(TELL_ALL)
-        places = {name: keeper.base / f"earlier-{name}" for name in PLACES}
+        keeper.configure_jupyter(REPORT_STATE)
+        places = {name: keeper.base / f"earlier-{name}" for name in USER_DIRECTORIES}
         for place in places.values():
-            # Without a home directory, IPython creates a temporary one for each kernel and never removes it.
+            # Without a home directory, IPython creates a temporary one for each kernel
+            # and never removes it.
             place.mkdir()
-        keeper.variables.update(OF_THE_KEEPER | places)
+        keeper.variables.update(KEEPER_ENV | places)
         yield keeper.start()
 
 
 @pytest.fixture(scope="module")
 def servers(shared):
-    """Two that were forked from the same fork server, and one that was executed."""
+    """Two servers forked from the same fork server, and one executed server."""
     found = {name: forked(shared, name) for name in ("one", "two")}
     found["executed"] = shared.post(name="executed", env={"LC_LABKEEPER": "1"}).json()
     return found
 
 
 @pytest.fixture(scope="module")
-def told(shared, servers):
+def reports(shared, servers):
     return {
         name: json.loads(
-            until(lambda name=name: said(shared.server_dirs / name / "jupyter" / "told"))
+            until(lambda name=name: read_if_present(shared.server_dirs / name / "jupyter" / "told"))
         )
         for name in servers
     }
 
 
-def said(path):
+def read_if_present(path):
     return path.exists() and path.read_text()
 
 
 # Siblings
 
 
-def test_siblings_stem_from_one_fork_server_and_say_so(servers):
+def test_servers_report_whether_they_were_forked(servers):
     assert parent_of(servers["one"]) == parent_of(servers["two"])
     assert [(server["launched_by"], server["exec_reason"]) for server in servers.values()] == [
         ("fork", None),
@@ -214,18 +225,18 @@ def test_siblings_stem_from_one_fork_server_and_say_so(servers):
     ]
 
 
-def test_siblings_share_no_random_number_and_no_secret(servers, told):
-    for what in told["one"]["random"]:
-        values = {json.dumps(each["random"][what]) for each in told.values()}
+def test_forked_siblings_share_no_random_numbers_or_secrets(servers, reports):
+    for what in reports["one"]["random"]:
+        values = {json.dumps(each["random"][what]) for each in reports.values()}
         assert len(values) == 3, what
     for secret in ("cookie", "token"):
-        assert len({each[secret] for each in told.values()}) == 3
-    assert {name: each["token"] for name, each in told.items()} == {
+        assert len({each[secret] for each in reports.values()}) == 3
+    assert {name: each["token"] for name, each in reports.items()} == {
         name: server["token"] for name, server in servers.items()
     }
 
 
-def test_kernels_and_pages_of_siblings_have_keys_of_their_own(servers):
+def test_siblings_have_their_own_kernel_keys_and_xsrf_cookies(servers):
     kernels = {name: start_kernel(server) for name, server in servers.items()}
     assert len(set(kernels.values())) == 3
     keys = {
@@ -243,7 +254,7 @@ def test_kernels_and_pages_of_siblings_have_keys_of_their_own(servers):
     assert len(cookies) == 3
 
 
-def test_the_login_to_one_server_is_none_to_its_sibling(servers):
+def test_login_cookie_is_not_accepted_by_a_sibling(servers):
     with httpx.Client(trust_env=False) as browser:
         browser.get(servers["one"]["lab_url"], follow_redirects=True).raise_for_status()
         names = {"one": servers["one"]["port"], "two": servers["two"]["port"]}
@@ -255,13 +266,13 @@ def test_the_login_to_one_server_is_none_to_its_sibling(servers):
     assert asked.status_code == 403
 
 
-def test_no_server_has_the_environment_of_another(shared, servers, told):
+def test_each_server_has_its_own_environment(shared, servers, reports):
     same = [
         {name: value for name, value in each["environ"].items() if name not in MUST_DIFFER}
-        for each in told.values()
+        for each in reports.values()
     ]
     assert same[0] == same[1] == same[2]
-    for name, each in told.items():
+    for name, each in reports.items():
         text = json.dumps(each["environ"])
         assert not [other for other in servers.values() if other["token"] in text]
         assert shared.token not in text
@@ -269,24 +280,22 @@ def test_no_server_has_the_environment_of_another(shared, servers, told):
 
 
 @pytest.mark.parametrize("moment", ["early", "late"])
-def test_a_forked_server_is_the_process_that_an_executed_one_is(told, moment):
-    one, executed = dict(told["one"][moment]), dict(told["executed"][moment])
+def test_forked_server_has_the_same_process_state_as_an_executed_one(reports, moment):
+    one, executed = dict(reports["one"][moment]), dict(reports["executed"][moment])
     assert {what: value for what, value in one.items() if value != executed[what]} == {}
     assert one["session"]
     assert one["argv"] == ["jupyter-lab"]
 
 
-def test_a_forked_server_has_the_groups_that_an_executed_one_has(servers):
+def test_forked_server_is_in_the_same_control_groups_as_an_executed_one(servers):
     def groups(name):
         return Path(f"/proc/{servers[name]['pid']}/cgroup").read_text().replace(name, "NAME")
 
-    # It comes to its group beside its start.
+    # A server is moved to its group while it starts.
     until(lambda: groups("one") == groups("executed"), what="they have the same groups")
 
 
-def test_without_memory_servers_and_kernels_go_before_the_keeper_and_the_fork_server(
-    shared, servers
-):
+def test_servers_and_kernels_are_oom_killed_before_keeper_and_fork_server(shared, servers):
     def score(pid):
         return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
@@ -298,18 +307,18 @@ def test_without_memory_servers_and_kernels_go_before_the_keeper_and_the_fork_se
     }
 
 
-def test_a_hook_at_the_exit_runs_once_and_in_its_own_server_only(shared):
+def test_atexit_hook_runs_once_and_only_in_its_own_server(shared):
     server = forked(shared, "ends")
     ends = shared.config_dir / "ends"
     assert shared.delete("ends").json()["stop_report"]["method"] == "shutdown"
     assert (ends / "ends").read_text() == "ended\n"
     assert not alive(server["pid"])
-    # Neither the rehearsal nor the fork server has run it.
+    # Neither the rehearsal nor the fork server ran it.
     place = next((shared.server_dirs / ".forkservers").iterdir())
     assert not (ends / place.name).exists()
 
 
-def test_an_answer_has_the_same_fields_either_way(servers):
+def test_response_has_the_same_fields_for_forked_and_executed_servers(servers):
     one, executed = servers["one"], servers["executed"]
     assert one.keys() == executed.keys()
     kinds = [
@@ -328,8 +337,8 @@ for method in ("spawn", "forkserver"):
 
 
 @pytest.mark.parametrize("name", ["one", "executed"])
-def test_an_extension_can_run_a_pool_of_processes(servers, name):
-    """Each of these runs the main module once more."""
+def test_extension_can_use_a_process_pool(servers, name):
+    """Both start methods run the main module again."""
     run_in_server(servers[name], POOL)
 
 
@@ -354,26 +363,28 @@ ports.return_port(given)
 
 
 @pytest.mark.parametrize("name", ["one", "executed"])
-def test_a_port_that_was_chosen_for_a_kernel_is_given_to_nobody_else(servers, name):
-    """Else another program may have it before the kernel listens there, and the kernel ends."""
+def test_port_chosen_for_a_kernel_stays_reserved(servers, name):
+    """Otherwise another program may bind it before the kernel does, and the kernel exits."""
     run_in_server(servers[name], PORTS)
 
 
-OURS = """
+FIND_LATE_MODULES = """
 import gc, sys
 
-# What was frozen before the fork is in no list of the collector.
+# Objects that were frozen before the fork are in no generation of the collector.
 since = {id(found) for found in gc.get_objects()}
-ours = {name: module for name, module in sys.modules.items() if name.startswith("labkeeper_forkserver.")}
-assert {f"labkeeper_forkserver.{name}" for name in ("app", "extension", "kernels", "patches")} <= ours.keys(), list(ours)
+ours = {name: module for name, module in sys.modules.items()
+        if name.startswith("labkeeper_forkserver.")}
+expected = {f"labkeeper_forkserver.{name}" for name in ("app", "extension", "kernels", "patches")}
+assert expected <= ours.keys(), list(ours)
 late = [name for name, module in ours.items() if id(vars(module)) in since]
 assert (late != []) is @late@, late
 """
 
 
 @pytest.mark.parametrize(("name", "late"), [("one", False), ("executed", True)])
-def test_what_is_ours_in_a_server_is_loaded_before_the_fork_too(servers, name, late):
-    run_in_server(servers[name], OURS.replace("@late@", str(late)))
+def test_fork_server_preloads_the_modules_of_labkeeper_too(servers, name, late):
+    run_in_server(servers[name], FIND_LATE_MODULES.replace("@late@", str(late)))
 
 
 ATTACHED = {
@@ -383,17 +394,18 @@ ATTACHED = {
         "print('6 * 7 =', 6 * 7)\nexit\n",
     ),
 }
-"""Commands that attach to a kernel which runs, and what to say to them."""
+"""Commands that attach to a running kernel, and their input."""
 
 
 @pytest.mark.parametrize("name", ["one", "executed"])
 @pytest.mark.parametrize("command", ATTACHED)
-def test_a_console_speaks_to_a_kernel_of_a_server(shared, servers, name, command):
+def test_console_can_attach_to_a_kernel(shared, servers, name, command):
     kernel = start_kernel(servers[name])
-    # A console that attaches while the kernel starts may miss the word that its cell is done, and waits for it.
+    # A console that attaches while the kernel starts may miss the "idle" status of its cell,
+    # and wait for it forever.
     assert run_cell(servers[name], kernel, "1 + 1") == "2"
     connection = str(shared.server_dirs / name / "jupyter" / f"kernel-{kernel}.json")
-    arguments, said = ATTACHED[command]
+    arguments, read_if_present = ATTACHED[command]
     answer = subprocess.run(
         [
             sys.executable,
@@ -402,38 +414,42 @@ def test_a_console_speaks_to_a_kernel_of_a_server(shared, servers, name, command
             *(piece.replace("@connection@", connection) for piece in arguments),
         ],
         env=shared.environment,
-        input=said,
+        input=read_if_present,
         capture_output=True,
         text=True,
         timeout=PATIENCE,
         check=False,
     )
     assert "6 * 7 = 42" in answer.stdout, answer.stderr
-    # It left the kernel as it was.
+    # The kernel is still usable.
     assert run_cell(servers[name], kernel, "1 + 1") == "2"
 
 
 @pytest.mark.parametrize("name", ["PYTHONPATH", "LC_ALL"])
-def test_what_takes_effect_only_when_a_program_starts_is_executed_and_has_effect(shared, name):
+def test_variables_read_at_interpreter_startup_force_an_exec(shared, name):
     value = {"PYTHONPATH": "/some/where", "LC_ALL": "C"}[name]
     server = shared.post(name="other", env={name: value}).json()
     assert server["launched_by"] == "exec"
     assert name in server["exec_reason"]
-    facts = json.loads(until(lambda: said(shared.server_dirs / "other" / "jupyter" / "told")))
+    facts = json.loads(
+        until(lambda: read_if_present(shared.server_dirs / "other" / "jupyter" / "told"))
+    )
     assert facts["environ"][name] == value
     assert name != "PYTHONPATH" or value in facts["early"]["path"]
     assert shared.delete("other").status_code == 200
 
 
-def test_a_directory_for_temporary_files_is_taken_from_the_request(shared, tmp_path):
+def test_tmpdir_of_the_request_is_used(shared, tmp_path):
     forked(shared, "temporary", env={"TMPDIR": str(tmp_path), "TZ": "Asia/Kathmandu"})
-    facts = json.loads(until(lambda: said(shared.server_dirs / "temporary" / "jupyter" / "told")))
+    facts = json.loads(
+        until(lambda: read_if_present(shared.server_dirs / "temporary" / "jupyter" / "told"))
+    )
     assert facts["early"]["temporary"] == str(tmp_path)
     assert shared.delete("temporary").status_code == 200
 
 
-def test_the_lab_keeps_its_things_where_the_servers_own_environment_says(shared, servers, tmp_path):
-    """Its fork server has computed these places before, from another environment."""
+def test_lab_workspaces_and_settings_follow_the_servers_environment(shared, servers, tmp_path):
+    """The fork server determined these directories earlier, from a different environment."""
     other = forked(shared, "elsewhere", env={"JUPYTER_CONFIG_DIR": str(tmp_path)})
     for server, directory in ((servers["one"], shared.config_dir), (other, tmp_path)):
         for what, content in (
@@ -452,7 +468,7 @@ def test_the_lab_keeps_its_things_where_the_servers_own_environment_says(shared,
     assert shared.delete("elsewhere").status_code == 200
 
 
-LOOK = (
+FIND_EARLIER_VALUES = (
     OWN_STATE
     + """
 import json, re
@@ -461,20 +477,22 @@ with open("found", "w") as file:
     json.dump(found, file)
 """
 ).replace("@earlier@", "|".join(map(hidden, ("earlier-", "America/Lima", "/.forkservers/"))))
-UNUSED = {"rich", "wsgiref.handlers"}
-"""Modules that keep from their import a directory for traces, and the environment of a server that nobody runs."""
+EXPECTED_MODULES = {"rich", "wsgiref.handlers"}
+"""Modules that store a directory for tracebacks, or the environment of an unused WSGI server."""
 
 
-def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(shared, tmp_path):
-    """What a module makes of these at its import has to be made once more: see standalone/renewal.py."""
+def test_no_module_keeps_the_user_or_directories_of_the_fork_server(shared, tmp_path):
+    """Whatever a module derives from these at import must be recomputed: standalone/renewal.py."""
     (tmp_path / "HOME").mkdir()
     elsewhere = forked(
-        shared, "elsewhere", env=OF_A_REQUEST | {name: str(tmp_path / name) for name in PLACES}
+        shared,
+        "elsewhere",
+        env=REQUEST_ENV | {name: str(tmp_path / name) for name in USER_DIRECTORIES},
     )
-    run_in_server(elsewhere, LOOK)
+    run_in_server(elsewhere, FIND_EARLIER_VALUES)
     found = json.loads((shared.notebook_dir / "found").read_text())
-    assert {name: text for name, text in found.items() if name not in UNUSED} == {}
-    # One that matters most: a file that is deleted goes to the trash of the server's user.
+    assert {name: text for name, text in found.items() if name not in EXPECTED_MODULES} == {}
+    # The most important case: a deleted file goes to the trash of the server's user.
     answer = httpx.delete(
         f"{elsewhere['url']}api/contents/found",
         headers={"Authorization": f"token {elsewhere['token']}"},
@@ -488,9 +506,7 @@ def test_no_module_of_a_server_knows_the_places_and_the_user_of_its_fork_server(
 # Safety
 
 
-def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_seen(
-    shared, servers
-):
+def test_fork_server_files_are_private_and_tokens_are_not_exposed(shared, servers):
     place = next((shared.server_dirs / ".forkservers").iterdir())
     for path in (place, *place.parents[:2]):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
@@ -512,7 +528,7 @@ def test_only_their_owner_can_read_what_a_fork_server_has_and_no_token_is_to_be_
             assert found.path.suffix != ".log", found.path
 
 
-INTRUDE = """
+CONNECT_TO_FORK_SERVER = """
 import json, os, socket, struct, sys
 place = [entry.path for entry in os.scandir({place!r})][0]
 connection = socket.socket(socket.AF_UNIX)
@@ -525,35 +541,43 @@ try:
 except ConnectionError:
     print(b"")
 """
-WAYS = {
+INTRUDERS = {
     "a cell": "exec({source!r})",
     "a program": "import subprocess, sys\n"
-    "print(subprocess.run([sys.executable, '-c', {source!r}], capture_output=True).stdout.decode())",
+    "print(subprocess.run([sys.executable, '-c', {source!r}],"
+    " capture_output=True).stdout.decode())",
     "a program that hides": "import subprocess, sys\n"
-    "print(subprocess.run(['/usr/bin/setsid', sys.executable, '-c', {source!r}], env={{}}, capture_output=True).stdout.decode())",
+    "print(subprocess.run(['/usr/bin/setsid', sys.executable, '-c', {source!r}],"
+    " env={{}}, capture_output=True).stdout.decode())",
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("intruder", INTRUDERS)
 @pytest.mark.parametrize("name", ["one", "executed"])
-def test_what_runs_in_a_server_can_ask_a_fork_server_for_nothing(shared, servers, name, way):
+def test_fork_server_rejects_requests_from_inside_a_server(shared, servers, name, intruder):
     parent = parent_of(servers["one"])
     kernel = start_kernel(servers[name])
     for message in ({"do": "keep"}, {"do": "retire"}):
-        source = INTRUDE.format(place=str(shared.server_dirs / ".forkservers"), message=message)
-        assert run_cell(servers[name], kernel, WAYS[way].format(source=source)).strip() == "b''"
+        source = CONNECT_TO_FORK_SERVER.format(
+            place=str(shared.server_dirs / ".forkservers"), message=message
+        )
+        assert (
+            run_cell(servers[name], kernel, INTRUDERS[intruder].format(source=source)).strip()
+            == "b''"
+        )
     assert parent_of(forked(shared, "after")) == parent
     assert shared.delete("after").status_code == 200
 
 
-# The fork server ends
+# End of the fork server
 
 
-def test_a_rehearsal_with_an_error_ends_at_once(make_keeper):
-    """Else servers would be executed until its time is over, and so would all that wait for a fork server."""
+def test_failed_rehearsal_ends_at_once(make_keeper):
+    """Otherwise all servers would be executed until the rehearsal times out."""
     keeper = make_keeper()
     keeper.configure_jupyter(
-        "import asyncio\nasync def broken(*_, **__):\n    raise OSError('broken')\nasyncio.open_connection = broken"
+        "import asyncio\nasync def broken(*_, **__):\n    raise OSError('broken')\n"
+        "asyncio.open_connection = broken"
     )
     keeper.start()
     until(
@@ -564,7 +588,7 @@ def test_a_rehearsal_with_an_error_ends_at_once(make_keeper):
 
 
 @pytest.mark.promise
-def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
+def test_servers_survive_a_killed_fork_server(make_keeper):
     keeper = make_keeper().start()
     keeper.configure_jupyter(
         "import os, signal\nsignal.signal(signal.SIGUSR2, lambda *_: os._exit(7))"
@@ -583,16 +607,18 @@ def test_a_fork_server_that_is_killed_takes_no_server_with_it(make_keeper):
 
     new = forked(keeper, "new")
     assert parent_of(new) != killed
-    # How a server ends is known exactly.
+    # The exit status of each server is known.
     for number, end in ((signal.SIGSEGV, "killed by SIGSEGV"), (signal.SIGUSR2, "exit code 7")):
         running = keeper.wait_for("running", "new")
         os.kill(running["pid"], number)
-        assert ended(keeper, running) == end
+        assert exit_cause(keeper, running) == end
 
 
-def ended(keeper, server):
-    """How a launch ended, as the keeper logs it; the answer forgets it when the server is launched again."""
+def exit_cause(keeper, server):
+    """Return how a launch ended according to the keeper's log.
 
+    The API no longer reports it once the server has been launched again.
+    """
     generation = (server["name"], server["generation"])
 
     def cause():
@@ -609,7 +635,7 @@ def ended(keeper, server):
     return re.search(r"\((.*?)\)", until(cause, what="its end is known"))[1]
 
 
-def test_a_fork_server_that_is_suspended_is_replaced_and_the_server_executed(make_keeper):
+def test_suspended_fork_server_is_replaced_and_the_server_executed(make_keeper):
     keeper = make_keeper().start()
     server = forked(keeper)
     suspended = parent_of(server)
@@ -622,10 +648,13 @@ def test_a_fork_server_that_is_suspended_is_replaced_and_the_server_executed(mak
     assert parent_of(forked(keeper, "third")) != suspended
 
 
-BROKEN = '#!/bin/sh\ncase "$*" in *" fork "*) echo it is broken >&2; exit 3;; esac\nexec "{python}" "$@"\n'
+BROKEN = (
+    '#!/bin/sh\ncase "$*" in *" fork "*) echo it is broken >&2; exit 3;; esac\n'
+    'exec "{python}" "$@"\n'
+)
 
 
-def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp_path):
+def test_servers_are_executed_with_a_reason_if_there_is_no_fork_server(make_keeper, tmp_path):
     python = tmp_path / "python3"
     python.write_text(BROKEN.format(python=sys.executable))
     python.chmod(0o755)
@@ -633,7 +662,7 @@ def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp
     answers = [keeper.post() for keeper in (broken, off)]
     assert [answer.status_code for answer in answers] == [201, 201]
     assert [answer.json()["launched_by"] for answer in answers] == ["exec", "exec"]
-    # What it is said to do depends on the moment: it is tried again and again.
+    # The reason depends on the moment, since the fork server is started again and again.
     assert re.match(
         "the fork server (has died|has only begun to load|takes long to load)",
         answers[0].json()["exec_reason"],
@@ -646,10 +675,10 @@ def test_without_a_fork_server_servers_are_executed_and_say_why(make_keeper, tmp
     assert not (off.server_dirs / ".forkservers").exists()
 
 
-# The keeper ends
+# End of the keeper
 
 
-def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_end(make_keeper):
+def test_next_keeper_adopts_a_current_fork_server_and_retires_a_stale_one(make_keeper):
     keeper = make_keeper().start()
     servers = {name: forked(keeper, name) for name in ("lives", "dies", "gone")}
     parent = parent_of(servers["lives"])
@@ -659,13 +688,13 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     keeper.start()
     assert keeper.wait_for("running", "lives")["pid"] == servers["lives"]["pid"]
     assert keeper.get("lives")["launched_by"] == "fork"
-    assert ended(keeper, servers["gone"]) == "killed by SIGABRT"
+    assert exit_cause(keeper, servers["gone"]) == "killed by SIGABRT"
     os.kill(servers["dies"]["pid"], signal.SIGSEGV)
-    assert ended(keeper, servers["dies"]) == "killed by SIGSEGV"
+    assert exit_cause(keeper, servers["dies"]) == "killed by SIGSEGV"
     assert parent_of(forked(keeper, "new")) == parent
     assert len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1
 
-    # Made from something else by now, it serves no more, and ends with the last of its servers.
+    # Now stale, it forks no more servers and exits with the last of its own.
     keeper.kill()
     keeper.variables["JUPYTER_COLOUR"] = "blue"
     keeper.start()
@@ -681,8 +710,8 @@ def test_the_next_keeper_takes_over_a_fork_server_with_its_servers_or_lets_it_en
     )
 
 
-def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
-    """Also not the one that had retired, whose last server ends when the keeper does."""
+def test_shutdown_leaves_no_fork_server_behind(make_keeper):
+    """Not even a retired one, whose last server ends during the shutdown."""
     keeper = make_keeper().start()
     server = forked(keeper)
     (keeper.config_dir / "jupyter_server_config.json").write_text("{}")
@@ -696,7 +725,7 @@ def test_a_keeper_leaves_no_fork_server_behind_that_has_served(make_keeper):
 
 @pytest.fixture(scope="module")
 def abandoned(tmp_path_factory):
-    """Two keepers that were killed: one without servers, one with two; they stay alone while other tests run."""
+    """Two killed keepers, one without servers and one with two, left alone during other tests."""
     with keepers(tmp_path_factory.mktemp("abandoned")) as make:
         idle, busy = make("idle").start(), make("busy").start()
         servers = {name: forked(busy, name) for name in ("first", "last")}
@@ -709,18 +738,18 @@ def abandoned(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _abandoned_early(abandoned):
-    """What has to be waited for passes meanwhile."""
+def _start_abandoned_early(abandoned):
+    """Start the keepers first, so that their fork servers time out while other tests run."""
 
 
-def test_a_fork_server_without_keeper_and_servers_ends_by_itself(abandoned):
+def test_fork_server_without_keeper_or_servers_exits(abandoned):
     idle, pid, *_ = abandoned
     until(lambda: not alive(pid), what="it ends")
     assert not list((idle.server_dirs / ".forkservers").iterdir())
 
 
-def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(abandoned):
-    """Its fork server goes when the last one has ended, but not before somebody could ask it how."""
+def test_exit_cause_of_a_server_is_known_long_after_the_keeper_was_killed(abandoned):
+    """The fork server exits with its last server, but only after a keeper asked for the cause."""
     _, pid, busy, servers = abandoned
     until(
         lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper"
@@ -730,7 +759,7 @@ def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(
         until(lambda server=server: not alive(server["pid"]))
     busy.start()
     try:
-        assert [ended(busy, server) for server in servers.values()] == [
+        assert [exit_cause(busy, server) for server in servers.values()] == [
             "killed by SIGSEGV",
             "killed by SIGABRT",
         ]
@@ -738,7 +767,7 @@ def test_a_server_that_dies_long_after_its_keeper_has_an_exact_end_all_the_same(
         busy.stop()
 
 
-# What is on disk
+# Changes on disk
 
 EXTENSION = """
 import os, pathlib, threading
@@ -749,19 +778,21 @@ with open({imports!r}, "a") as imports:
 def _jupyter_server_extension_points():
     return [{{"module": __name__}}]
 def _load_jupyter_server_extension(app):
-    pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"], __name__).write_text(f"{{version}} {{threading.active_count()}}")
+    pathlib.Path(os.environ["JUPYTER_RUNTIME_DIR"], __name__).write_text(
+        f"{{version}} {{threading.active_count()}}"
+    )
 """
 
 
 class Site:
-    """A keeper with a directory for packages of its own."""
+    """A keeper with its own directory of packages."""
 
     def __init__(self, keeper):
         self.keeper = keeper
         self.packages = keeper.base / "site"
         self.packages.mkdir()
         keeper.variables["PYTHONPATH"] = self.packages
-        # As packages are installed: what is compiled has a time of its own, and is not looked at here.
+        # Without bytecode, which has its own modification time and is not the subject here.
         keeper.variables["PYTHONDONTWRITEBYTECODE"] = "1"
         self.enabled = keeper.config_dir / "jupyter_server_config.d"
         self.enabled.mkdir()
@@ -786,7 +817,11 @@ class Site:
         )
 
     def loaded(self, server, extension):
-        return until(lambda: said(self.keeper.server_dirs / server["name"] / "jupyter" / extension))
+        return until(
+            lambda: read_if_present(
+                self.keeper.server_dirs / server["name"] / "jupyter" / extension
+            )
+        )
 
     def imported_by(self):
         return [
@@ -804,7 +839,7 @@ def site(tmp_path_factory):
         yield found
 
 
-def test_the_next_server_has_what_is_on_disk_now_and_has_it_from_its_fork_server(site):
+def test_installed_changes_take_effect_in_the_next_server(site):
     keeper = site.keeper
     before = forked(keeper, "before")
     assert site.loaded(before, "alpha").startswith("1 ")
@@ -818,7 +853,7 @@ def test_the_next_server_has_what_is_on_disk_now_and_has_it_from_its_fork_server
     assert (str(parent_of(before)), "1") in importers
     assert (str(parent_of(later)), "2") in importers
     assert not {str(before["pid"]), str(later["pid"])} & {pid for pid, _ in importers}
-    # An extension that is enabled now is in the next server, loaded by its fork server, too.
+    # A newly enabled extension is in the next server, and preloaded by the next fork server.
     site.install("beta", 1)
     site.enable("beta")
     assert site.loaded(keeper.post(name="enabled").json(), "beta").startswith("1 ")
@@ -827,7 +862,7 @@ def test_the_next_server_has_what_is_on_disk_now_and_has_it_from_its_fork_server
     assert str(last["pid"]) not in {pid for pid, _ in site.imported_by()}
 
 
-SPOILERS = {
+UNSAFE_EXTENSIONS = {
     "thread": ("threading.Thread(target=threading.Event().wait, daemon=True).start()", ()),
     "program": ("import subprocess; own = subprocess.Popen(['sleep', '300'])", ()),
     "loop": ("import asyncio; loop = asyncio.new_event_loop()", ("inner",)),
@@ -835,21 +870,21 @@ SPOILERS = {
 }
 
 
-@pytest.mark.parametrize("name", SPOILERS)
-def test_an_extension_that_must_not_be_loaded_before_a_fork_is_loaded_by_each_server(site, name):
+@pytest.mark.parametrize("name", UNSAFE_EXTENSIONS)
+def test_extension_that_is_unsafe_to_fork_is_loaded_by_each_server(site, name):
     keeper = site.keeper
-    more, modules = SPOILERS[name]
+    more, modules = UNSAFE_EXTENSIONS[name]
     site.install(name, 1, more, modules)
     site.enable(name)
     try:
-        # Changed on disk: until the next fork server is ready, servers are executed.
+        # The disk has changed: until the next fork server is ready, servers are executed.
         server = forked(keeper, f"s-{name}")
         assert site.loaded(server, name) == ("1 2" if name == "thread" else "1 1")
         parent = parent_of(server)
         assert len(list(Path(f"/proc/{parent}/task").iterdir())) == 1
         kernel = start_kernel(server)
         assert run_cell(server, kernel, "1+1") == "2"
-        # It has imported the module itself; its fork server has tried, and begun anew without it.
+        # The server imported the module itself: the fork server tried, then restarted without it.
         assert str(server["pid"]) in {pid for pid, _ in site.imported_by()}
     finally:
         (site.enabled / f"{name}.json").unlink()

@@ -1,4 +1,4 @@
-"""Gateways that are right, wrong, dead, slow and lying, and what a server of ours makes of them."""
+"""Servers with working, broken, slow and hostile gateways."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from harness import (
 
 pytestmark = pytest.mark.gateways
 GRACE = 4.0
-TRIED_WITHIN = 1.5
+GATEWAY_TIMEOUT = 1.5
 
 
 @pytest.fixture(scope="module", params=REAL)
@@ -37,23 +37,23 @@ def _shared_real(request, tmp_path_factory):
 
 
 @pytest.fixture
-def real(_shared_real):
-    """Each of the real gateways, which the tests of this module share; it has no kernels."""
-    # Kernels of servers force-deleted after the previous test end a moment later.
+def real_gateway(_shared_real):
+    """Each of the real gateways, without kernels; shared by the tests of this module."""
+    # Kernels of servers that the previous test force-deleted end a moment later.
     until(lambda: not _shared_real.kernels(), what="a gateway without kernels")
     return _shared_real
 
 
 @pytest.fixture
-def own(request, tmp_path):
-    """A real gateway that a test may do anything to."""
+def own_gateway(request, tmp_path):
+    """A real gateway for one test, which may do anything to it."""
     running = REAL[getattr(request, "param", "kernel-gateway")](tmp_path / "gateway").start()
     yield running
     running.stop()
 
 
 QUICK = {
-    "gateway_timeout": TRIED_WITHIN,
+    "gateway_timeout": GATEWAY_TIMEOUT,
     "gateway_period": 1,
     "stop_grace": GRACE,
     "kill_wait": 1,
@@ -71,20 +71,20 @@ def _shared(tmp_path_factory):
 
 
 @pytest.fixture
-def quick(_shared):
-    """A keeper that looks at gateways often, and does not wait for them long; the tests of this module share it."""
+def shared_keeper(_shared):
+    """A keeper that probes gateways often, with a short timeout; shared by this module's tests."""
     yield _shared
     _shared.clear()
 
 
 @pytest.fixture
-def own_quick(make_keeper):
-    """Another one, which its test may end."""
+def own_keeper(make_keeper):
+    """A keeper for one test, which may stop it."""
     return make_keeper(hung_after=4, **QUICK).start()
 
 
-def ask(server, method, path, **given):
-    """Ask a JupyterLab as its own pages do."""
+def jupyter_request(server, method, path, **given):
+    """Send a request to a JupyterLab as its own pages do."""
     known = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
         method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
@@ -94,19 +94,23 @@ def ask(server, method, path, **given):
 
 
 def start_session(server, path="work.ipynb"):
-    """Open a notebook; give the id of its kernel."""
+    """Open a notebook, and return the id of its kernel."""
     body = {"path": path, "name": path, "type": "notebook", "kernel": {"name": "python3"}}
-    return ask(server, "POST", "api/sessions", json=body)["kernel"]["id"]
+    return jupyter_request(server, "POST", "api/sessions", json=body)["kernel"]["id"]
 
 
 def sessions(server):
     return {
-        (session["path"], session["kernel"]["id"]) for session in ask(server, "GET", "api/sessions")
+        (session["path"], session["kernel"]["id"])
+        for session in jupyter_request(server, "GET", "api/sessions")
     }
 
 
-def disposed(report):
-    """The kernels that a stop was about: those that a slow gateway has not ended within the grace are owed an end."""
+def stopped_or_left(report):
+    """Return the kernels that a stop was responsible for.
+
+    Those that a slow gateway did not end within the grace period become orphaned kernels.
+    """
     return {*report["kernels_stopped"], *report["kernels_left"]}
 
 
@@ -117,16 +121,16 @@ def orphans(keeper):
     ]
 
 
-def told(keeper, events):
-    """What the keeper's log tells of some events, in its order."""
+def logged_events(keeper, events):
+    """Return those of the given events that the keeper logged, in order."""
     lines = [
         json.loads(line) for line in keeper.log.read_text().splitlines() if line.startswith("{")
     ]
     return [line["event"] for line in lines if line["event"] in events]
 
 
-def unread(port):
-    """How many bytes wait at a port for its owner to read them."""
+def unread_bytes(port):
+    """Return the number of bytes that the owner of a port has yet to read."""
     connections = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     established = [
         fields for fields in connections if fields[1].endswith(f":{port:04X}") and fields[3] == "01"
@@ -134,7 +138,7 @@ def unread(port):
     return sum(int(fields[4].partition(":")[2], 16) for fields in established)
 
 
-# Before the start
+# Before a start
 
 
 @pytest.mark.parametrize(
@@ -151,54 +155,59 @@ def unread(port):
         ("garbage", "not-a-gateway", "port of gateway_url"),
     ],
 )
-def test_a_gateway_that_cannot_be_used_fails_the_start_with_its_class_and_what_to_do(
-    quick, mode, kind, advice
+def test_unusable_gateway_fails_the_start_with_a_class_and_advice(
+    shared_keeper, mode, kind, advice
 ):
     with HostileGateway(mode) as gateway:
-        answer = quick.post(**gateway.options)
+        answer = shared_keeper.post(**gateway.options)
         assert answer.status_code == 502, answer.text
         assert answer.json()["failure_class"] == kind
         assert gateway.url in answer.json()["detail"]
         assert advice in answer.json()["detail"]
-        failed = quick.get()
+        failed = shared_keeper.get()
         assert (failed["state"], failed["failure"]["failure_class"], failed["pid"]) == (
             "failed",
             kind,
             None,
         )
-        assert not processes_marked(quick.server_dirs, rehearsals=False)
+        assert not processes_marked(shared_keeper.server_dirs, rehearsals=False)
 
 
-def test_a_port_without_a_gateway_and_the_wrong_scheme_are_told_apart(quick, real):
-    nobody = quick.post(name="one", gateway_url=f"http://127.0.0.1:{free_port()}").json()
-    assert (nobody["failure_class"], "start it" in nobody["detail"]) == (
+def test_closed_port_and_wrong_scheme_are_distinguished(shared_keeper, real_gateway):
+    unreachable = shared_keeper.post(
+        name="one", gateway_url=f"http://127.0.0.1:{free_port()}"
+    ).json()
+    assert (unreachable["failure_class"], "start it" in unreachable["detail"]) == (
         "gateway-unreachable",
         True,
     )
-    tls = quick.post(
-        name="two", gateway_url=real.url.replace("http:", "https:"), gateway_auth_token=real.token
+    tls = shared_keeper.post(
+        name="two",
+        gateway_url=real_gateway.url.replace("http:", "https:"),
+        gateway_auth_token=real_gateway.token,
     ).json()
     assert (tls["failure_class"], "use http://" in tls["detail"]) == ("gateway-tls", True)
 
 
-def test_a_wrong_token_is_refused_by_a_real_gateway_before_the_start_and_not_by_a_right_one(
-    quick, real
-):
-    answer = quick.post(name="one", gateway_url=real.url, gateway_auth_token="wrong")
+def test_wrong_gateway_token_fails_the_start(shared_keeper, real_gateway):
+    answer = shared_keeper.post(
+        name="one", gateway_url=real_gateway.url, gateway_auth_token="wrong"
+    )
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "gateway-refused")
-    answer = quick.post(name="two", **real.options)
+    answer = shared_keeper.post(name="two", **real_gateway.options)
     assert answer.status_code == 201, answer.text
     health = answer.json()["gateway"]
     assert (health["reachable"], health["error"], health["kernelspecs"]) == (True, None, 1)
 
 
-def test_a_gateway_that_is_not_required_may_come_later(quick, own):
-    own.process.terminate()
-    own.process.wait()
-    answer = quick.post(**own.options, require_gateway=False)
+def test_server_starts_without_a_gateway_that_is_not_required(shared_keeper, own_gateway):
+    own_gateway.process.terminate()
+    own_gateway.process.wait()
+    answer = shared_keeper.post(**own_gateway.options, require_gateway=False)
     assert answer.status_code == 201, answer.text
     gateway = until(
-        lambda: (g := quick.get()["gateway"])["reachable"] is False and g, what="it was tried"
+        lambda: (g := shared_keeper.get()["gateway"])["reachable"] is False and g,
+        what="it was tried",
     )
     assert (gateway["required"], gateway["error"]["failure_class"]) == (
         False,
@@ -206,179 +215,188 @@ def test_a_gateway_that_is_not_required_may_come_later(quick, own):
     )
 
 
-# While it runs
+# While a server runs
 
 
-def test_the_health_of_a_gateway_is_told_while_a_server_runs(own_quick):
+def test_gateway_health_is_reported_while_a_server_runs(own_keeper):
     with HostileGateway() as gateway:
-        own_quick.post(**gateway.options)
-        healthy = own_quick.get()["gateway"]
+        own_keeper.post(**gateway.options)
+        healthy = own_keeper.get()["gateway"]
         assert (healthy["reachable"], healthy["kernelspecs"]) == (True, 1)
 
         gateway.mode = "500"
         ill = until(
-            lambda: (g := own_quick.get()["gateway"])["reachable"] is False and g,
+            lambda: (g := own_keeper.get()["gateway"])["reachable"] is False and g,
             what="it is told to be ill",
         )
         assert ill["since"] > healthy["since"]
         assert "500" in ill["error"]["message"]
         gateway.mode = "well"
         well = until(
-            lambda: (g := own_quick.get()["gateway"])["reachable"] and g,
+            lambda: (g := own_keeper.get()["gateway"])["reachable"] and g,
             what="it is told to be well",
         )
         assert well["since"] > ill["since"]
         assert (well["error"], well["kernelspecs"]) == (None, 1)
 
-        assert own_quick.get()["state"] == "running"
-        assert told(own_quick, {"gateway cannot be used", "gateway answers"}) == [
+        assert own_keeper.get()["state"] == "running"
+        assert logged_events(own_keeper, {"gateway cannot be used", "gateway answers"}) == [
             "gateway cannot be used",
             "gateway answers",
         ]
 
 
-def test_a_gateway_is_looked_at_once_for_all_its_servers_and_less_often_while_it_is_away(quick):
+def test_gateway_is_probed_once_for_all_of_its_servers(shared_keeper):
     with HostileGateway() as gateway, HostileGateway() as other:
 
         def looks(at=gateway):
             return at.count("GET", "/api/kernelspecs")
 
         def pass_time(seconds):
-            """Wait until the other gateway was looked at so often, once a second."""
+            """Wait until the other gateway has been probed that often, once a second."""
             end = looks(other) + seconds
             until(lambda: looks(other) >= end, what="looks at the other gateway")
 
-        assert quick.post(name="other", **other.options).status_code == 201
+        assert shared_keeper.post(name="other", **other.options).status_code == 201
         for name in ("one", "two", "three"):
-            assert quick.post(name=name, **gateway.options).status_code == 201
+            assert shared_keeper.post(name=name, **gateway.options).status_code == 201
         before = looks() - looks(other)
         pass_time(5)
-        # As often as the one that only one server has, but for a look that is just going on.
+        # The shared gateway is probed as often as the other one, give or take a probe in progress.
         assert abs(looks() - looks(other) - before) <= 2
         for name in ("one", "two", "three"):
-            quick.delete(name)
+            shared_keeper.delete(name)
         before = looks()
         pass_time(3)
         assert looks() == before
 
 
-# A stop
+# Stop
 
 
 @pytest.mark.parametrize("trouble", ["gone", "hangs", "answers 500"])
-def test_a_stop_takes_no_longer_than_its_grace_and_names_the_kernels_that_may_be_left(
-    quick, trouble
+def test_stop_with_an_unusable_gateway_reports_and_later_ends_orphaned_kernels(
+    shared_keeper, trouble
 ):
     with HostileGateway() as gateway:
-        server = quick.post(**gateway.options).json()
+        server = shared_keeper.post(**gateway.options).json()
         kernels = {start_kernel(server) for _ in range(3)}
         if trouble == "gone":
             gateway.stop()
         else:
             gateway.mode = {"hangs": "hang", "answers 500": "500"}[trouble]
-        # A gateway that hangs does so for longer than anybody waits here.
-        answer = quick.delete()
+        # A hanging gateway hangs for longer than the test waits.
+        answer = shared_keeper.delete()
         assert answer.status_code == 200, answer.text
         report = answer.json()["stop_report"]
         assert set(report["kernels_left"]) == kernels
         assert report["kernels_stopped"] == []
         assert not alive(server["pid"])
-        assert set(orphans(quick)) == kernels
+        assert set(orphans(shared_keeper)) == kernels
 
-        # It is better again, and there is one that was never ours.
+        # The gateway recovers; it also has a kernel that was never ours.
         gateway.kernels["stranger"] = {"id": "stranger", "name": "python3"}
         gateway.mode = "well"
         if trouble == "gone":
             gateway.start()
-        until(lambda: not orphans(quick), what="the orphaned kernels are ended")
+        until(lambda: not orphans(shared_keeper), what="the orphaned kernels are ended")
         assert set(gateway.kernels) == {"stranger"}
 
 
-def test_a_kernel_that_a_gateway_could_not_be_asked_about_is_not_forgotten(quick):
-    """Jupyter takes one that is not listed for ended, also when it was started while the list was on its way."""
+def test_kernel_missing_from_a_gateways_list_is_not_forgotten(shared_keeper):
+    """Jupyter takes an unlisted kernel for ended, even if it started after the list was made."""
     with HostileGateway() as gateway:
-        server = quick.post(**gateway.options).json()
+        server = shared_keeper.post(**gateway.options).json()
         kernel = start_kernel(server)
         gateway.mode = "forget"
-        assert [listed["id"] for listed in ask(server, "GET", "api/kernels")] == [kernel]
+        assert [listed["id"] for listed in jupyter_request(server, "GET", "api/kernels")] == [
+            kernel
+        ]
         gateway.stop()
-        assert quick.delete().json()["stop_report"]["kernels_left"] == [kernel]
+        assert shared_keeper.delete().json()["stop_report"]["kernels_left"] == [kernel]
         gateway.mode = "well"
         gateway.start()
-        until(lambda: not orphans(quick), what="the orphaned kernel is ended")
+        until(lambda: not orphans(shared_keeper), what="the orphaned kernel is ended")
         assert gateway.kernels == {}
 
 
-@pytest.mark.parametrize("own", REAL, indirect=True)
-def test_what_a_hanging_gateway_keeps_is_ended_by_a_later_keeper_when_it_answers(own_quick, own):
-    server = own_quick.post(**own.options).json()
+@pytest.mark.parametrize("own_gateway", REAL, indirect=True)
+def test_next_keeper_ends_orphaned_kernels_once_a_hung_gateway_responds(own_keeper, own_gateway):
+    server = own_keeper.post(**own_gateway.options).json()
     kernels = {start_kernel(server), start_kernel(server)}
     pids = {int(run_cell(server, kernel, "import os; os.getpid()")) for kernel in kernels}
-    stranger = own.start_kernel()
-    with own.suspended():
-        report = own_quick.delete().json()["stop_report"]
+    stranger = own_gateway.start_kernel()
+    with own_gateway.suspended():
+        report = own_keeper.delete().json()["stop_report"]
         assert set(report["kernels_left"]) == kernels
-        own_quick.kill()
-        own_quick.start()
-        assert set(orphans(own_quick)) == kernels
-        listed = own_quick.http.get("/api/orphaned-kernels").text
-        assert own.token not in listed
+        own_keeper.kill()
+        own_keeper.start()
+        assert set(orphans(own_keeper)) == kernels
+        listed = own_keeper.http.get("/api/orphaned-kernels").text
+        assert own_gateway.token not in listed
         assert {orphan["server"] for orphan in json.loads(listed)["orphaned_kernels"]} == {
             "default"
         }
         assert all(alive(pid) for pid in pids)
-    until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
-    assert own.kernels() == {stranger}
+    until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
+    assert own_gateway.kernels() == {stranger}
     assert not any(alive(pid) for pid in pids)
 
 
-def test_a_gateway_that_two_servers_share_keeps_the_kernels_of_the_other(quick, real):
-    one, two = (quick.post(name=name, **real.options).json() for name in ("one", "two"))
-    of_one, of_two, of_nobody = start_kernel(one), start_kernel(two), real.start_kernel()
+def test_stop_and_kill_end_only_the_servers_own_kernels_on_a_shared_gateway(
+    shared_keeper, real_gateway
+):
+    one, two = (
+        shared_keeper.post(name=name, **real_gateway.options).json() for name in ("one", "two")
+    )
+    of_one, of_two, of_nobody = start_kernel(one), start_kernel(two), real_gateway.start_kernel()
     try:
         run_cell(two, of_two, "x = 42")
-        report = quick.delete("one").json()["stop_report"]
-        assert disposed(report) == {of_one}
-        until(lambda: real.kernels() == {of_two, of_nobody}, what="the kernel of one was ended")
+        report = shared_keeper.delete("one").json()["stop_report"]
+        assert stopped_or_left(report) == {of_one}
+        until(
+            lambda: real_gateway.kernels() == {of_two, of_nobody},
+            what="the kernel of one was ended",
+        )
         assert run_cell(two, of_two, "x") == "42"
-        # Nor does a kill end more than its own.
-        quick.delete("two", force="true")
-        until(lambda: real.kernels() == {of_nobody}, what="the kernel of two was ended")
+        # A forced delete does not end the kernels of others, either.
+        shared_keeper.delete("two", force="true")
+        until(lambda: real_gateway.kernels() == {of_nobody}, what="the kernel of two was ended")
     finally:
-        real.end_kernel(of_nobody)
+        real_gateway.end_kernel(of_nobody)
 
 
-@pytest.mark.parametrize("own", ["enterprise-gateway"], indirect=True)
-def test_a_kernel_that_was_only_asked_for_when_its_server_was_killed_is_ended(quick, own):
-    server = quick.post(**own.options).json()
-    record = quick.server_dirs / "default" / "jupyter" / "kernels.json"
+@pytest.mark.parametrize("own_gateway", ["enterprise-gateway"], indirect=True)
+def test_kernel_requested_just_before_its_server_was_killed_is_ended(shared_keeper, own_gateway):
+    server = shared_keeper.post(**own_gateway.options).json()
+    record = shared_keeper.server_dirs / "default" / "jupyter" / "kernels.json"
 
     def begin():
         with contextlib.suppress(httpx.HTTPError, AssertionError):
             start_kernel(server)
 
     asking = threading.Thread(target=begin)
-    with own.suspended():
+    with own_gateway.suspended():
         asking.start()
-        until(lambda: unread(own.port), what="the gateway was asked")
+        until(lambda: unread_bytes(own_gateway.port), what="the gateway was asked")
         (starting,) = json.loads(record.read_text())["starting"]
-        quick.delete(force="true")
+        shared_keeper.delete(force="true")
         asking.join()
-        assert orphans(quick) == [starting]
-    until(lambda: not orphans(quick), what="the orphaned kernel is ended")
-    assert own.kernels() == set()
+        assert orphans(shared_keeper) == [starting]
+    until(lambda: not orphans(shared_keeper), what="the orphaned kernel is ended")
+    assert own_gateway.kernels() == set()
 
 
-# A restart that keeps kernels
+# Restarts that keep kernels
 
 
-def test_a_restart_keeps_the_kernels_with_their_variables_and_notebooks(quick, real):
-    before = quick.post(**real.options).json()
+def test_restart_can_keep_kernels_with_their_variables_and_sessions(shared_keeper, real_gateway):
+    before = shared_keeper.post(**real_gateway.options).json()
     kernel, other = start_session(before), start_kernel(before)
     run_cell(before, kernel, "x = 42")
     run_cell(before, other, "y = 43")
 
-    answer = quick.post(
+    answer = shared_keeper.post(
         "/default/restart",
         **{"keep-kernels": True, "default_url": "/tree", "kernel-env": {"KERNEL_NEW": "1"}},
     )
@@ -388,110 +406,115 @@ def test_a_restart_keeps_the_kernels_with_their_variables_and_notebooks(quick, r
     assert after["token"] != before["token"]
     assert after["default_url"] == "/tree"
     assert (after["kernels_kept"], after["gateway"]["kernel_env_passed"]) == ([], ["KERNEL_NEW"])
-    assert real.kernels() == {kernel, other}
+    assert real_gateway.kernels() == {kernel, other}
     assert sessions(after) == {("work.ipynb", kernel)}
     assert (run_cell(after, kernel, "x"), run_cell(after, other, "y")) == ("42", "43")
     with pytest.raises(httpx.HTTPStatusError, match="403"):
-        ask(before | {"url": after["url"]}, "GET", "api/kernels")
+        jupyter_request(before | {"url": after["url"]}, "GET", "api/kernels")
 
-    # What was taken over is as much its own as what it starts.
-    assert disposed(quick.delete().json()["stop_report"]) == {kernel, other}
-    until(lambda: not real.kernels(), what="they are ended")
+    # A server owns the kernels that it kept as much as those that it starts.
+    assert stopped_or_left(shared_keeper.delete().json()["stop_report"]) == {kernel, other}
+    until(lambda: not real_gateway.kernels(), what="they are ended")
 
 
-def test_a_restart_without_asking_ends_them(quick, real):
-    server = quick.post(**real.options).json()
+def test_restart_ends_kernels_by_default(shared_keeper, real_gateway):
+    server = shared_keeper.post(**real_gateway.options).json()
     kernel = start_kernel(server)
-    after = quick.post("/default/restart").json()
-    assert (after["state"], ask(after, "GET", "api/kernels")) == ("running", [])
-    until(lambda: not real.kernels(), what="the kernel is ended")
-    until(lambda: kernel not in orphans(quick), what="nothing is owed")
+    after = shared_keeper.post("/default/restart").json()
+    assert (after["state"], jupyter_request(after, "GET", "api/kernels")) == ("running", [])
+    until(lambda: not real_gateway.kernels(), what="the kernel is ended")
+    until(lambda: kernel not in orphans(shared_keeper), what="nothing is owed")
 
 
-def test_the_command_line_keeps_kernels_too(quick, real):
-    server = quick.post(**real.options).json()
+def test_cli_restart_can_keep_kernels(shared_keeper, real_gateway):
+    server = shared_keeper.post(**real_gateway.options).json()
     kernel = start_kernel(server)
     run_cell(server, kernel, "x = 42")
-    said = quick.cli("restart", "default", "--keep-kernels", "--json")
+    said = shared_keeper.cli("restart", "default", "--keep-kernels", "--json")
     assert said.returncode == 0, said.stderr
     after = json.loads(said.stdout)
     assert run_cell(after, kernel, "x") == "42"
 
 
 @pytest.mark.parametrize("how", ["crashes", "hangs", "crashes while the keeper is dead"])
-def test_a_server_that_fails_has_its_kernels_again(own_quick, real, how):
-    before = own_quick.post(**real.options).json()
+def test_server_restarted_after_a_failure_keeps_its_kernels(own_keeper, real_gateway, how):
+    before = own_keeper.post(**real_gateway.options).json()
     kernel = start_session(before)
     run_cell(before, kernel, "x = 42")
     if "keeper" in how:
-        own_quick.kill()
+        own_keeper.kill()
     os.kill(before["pid"], signal.SIGSTOP if how == "hangs" else signal.SIGKILL)
     if "keeper" in how:
-        own_quick.start()
+        own_keeper.start()
 
     def again():
-        server = own_quick.get()
+        server = own_keeper.get()
         return server["state"] == "running" and server["pid"] != before["pid"] and server
 
     after = until(again, what="it is launched again")
     assert after["restarts"] == 1
     assert sessions(after) == {("work.ipynb", kernel)}
     assert run_cell(after, kernel, "x") == "42"
-    assert orphans(own_quick) == []
-    assert disposed(own_quick.delete().json()["stop_report"]) == {kernel}
-    until(lambda: not real.kernels(), what="it is ended")
+    assert orphans(own_keeper) == []
+    assert stopped_or_left(own_keeper.delete().json()["stop_report"]) == {kernel}
+    until(lambda: not real_gateway.kernels(), what="it is ended")
 
 
-def test_kernels_are_kept_for_a_server_whose_gateway_refuses_it_until_it_is_deleted(own_quick, own):
-    server = own_quick.post(**own.options).json()
+def test_kept_kernels_survive_a_restart_refused_by_the_gateway(own_keeper, own_gateway):
+    server = own_keeper.post(**own_gateway.options).json()
     kernel = start_kernel(server)
     run_cell(server, kernel, "x = 42")
-    answer = own_quick.post("/default/restart", keep_kernels=True, gateway_auth_token="wrong")
+    answer = own_keeper.post("/default/restart", keep_kernels=True, gateway_auth_token="wrong")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "gateway-refused")
-    failed = own_quick.get()
+    failed = own_keeper.get()
     assert (failed["state"], failed["kernels_kept"]) == ("failed", [kernel])
-    right = own_quick.post("/default/restart", keep_kernels=True, gateway_auth_token=own.token)
+    right = own_keeper.post(
+        "/default/restart", keep_kernels=True, gateway_auth_token=own_gateway.token
+    )
     assert right.status_code == 201, right.text
     assert run_cell(right.json(), kernel, "x") == "42"
 
-    own_quick.post("/default/restart", keep_kernels=True, gateway_auth_token="wrong")
-    assert own_quick.get()["kernels_kept"] == [kernel]
-    assert own.kernels() == {kernel}
-    own_quick.delete()
-    # With the token that was wrong nobody can end it; it is owed until somebody can.
-    assert orphans(own_quick) == [kernel]
+    own_keeper.post("/default/restart", keep_kernels=True, gateway_auth_token="wrong")
+    assert own_keeper.get()["kernels_kept"] == [kernel]
+    assert own_gateway.kernels() == {kernel}
+    own_keeper.delete()
+    # They cannot be ended with the wrong token, and stay orphaned kernels until they can be.
+    assert orphans(own_keeper) == [kernel]
 
 
-def test_kernels_cannot_be_kept_where_there_is_no_gateway_or_another(quick):
-    local = quick.post(name="local").json()
-    refused = quick.post("/local/restart", keep_kernels=True)
+def test_keeping_kernels_requires_the_same_gateway(shared_keeper):
+    local = shared_keeper.post(name="local").json()
+    refused = shared_keeper.post("/local/restart", keep_kernels=True)
     assert (refused.status_code, "gateway" in refused.json()["detail"]) == (409, True)
-    assert quick.get("local")["pid"] == local["pid"]
+    assert shared_keeper.get("local")["pid"] == local["pid"]
     with HostileGateway() as one, HostileGateway() as other:
-        remote = quick.post(name="remote", **one.options).json()
-        moved = quick.post("/remote/restart", keep_kernels=True, **other.options)
+        remote = shared_keeper.post(name="remote", **one.options).json()
+        moved = shared_keeper.post("/remote/restart", keep_kernels=True, **other.options)
         assert (moved.status_code, "gateway" in moved.json()["detail"]) == (409, True)
-        assert quick.get("remote")["pid"] == remote["pid"]
+        assert shared_keeper.get("remote")["pid"] == remote["pid"]
 
 
-# What kernels get
+# The environment of kernels
 
 
 @pytest.mark.parametrize("where", [*REAL, "beside the server"])
-def test_kernel_env_reaches_the_kernels_and_no_more_than_that_is_promised(quick, tmp_path, where):
+def test_kernel_env_reaches_kernels_as_reported(shared_keeper, tmp_path, where):
     with contextlib.ExitStack() as stack:
         options = {}
         if where in REAL:
             gateway = REAL[where](tmp_path / "gateway").start()
             stack.callback(gateway.stop)
             options = gateway.options
-        server = quick.post(
+        server = shared_keeper.post(
             kernel_env={"KERNEL_USERNAME": "ada", "KERNEL_X": "1", "FOO": "2", "BAR": "3"},
             **options,
         ).json()
         kernel = start_kernel(server)
-        code = "import os; print([os.environ.get(name) for name in ('KERNEL_USERNAME', 'KERNEL_X', 'FOO', 'BAR')])"
-        # An Enterprise Gateway is told by the fixture to let FOO pass.
+        code = (
+            "import os; print([os.environ.get(name)"
+            " for name in ('KERNEL_USERNAME', 'KERNEL_X', 'FOO', 'BAR')])"
+        )
+        # The fixture configures Enterprise Gateway to pass FOO on.
         foo = {KernelGateway: "None", EnterpriseGateway: "'2'"}.get(REAL.get(where), "'2'")
         bar = "None" if where in REAL else "'3'"
         assert run_cell(server, kernel, code).strip() == f"['ada', '1', {foo}, {bar}]"
@@ -499,29 +522,29 @@ def test_kernel_env_reaches_the_kernels_and_no_more_than_that_is_promised(quick,
             health = server["gateway"]
             assert health["kernel_env_passed"] == ["KERNEL_USERNAME", "KERNEL_X"]
             assert health["kernel_env_if_allowed"] == ["BAR", "FOO"]
-        # They are for kernels, not for the server.
+        # The variables are for kernels, not for the server.
         assert "KERNEL_X" not in Path(f"/proc/{server['pid']}/environ").read_text()
-        quick.delete()
+        shared_keeper.delete()
 
 
-def test_the_secrets_of_a_gateway_are_in_no_answer_and_no_log(own_quick, real):
+def test_gateway_secrets_are_in_no_response_and_no_log(own_keeper, real_gateway):
     headers = {"X-Secret": "swordfish-of-headers"}
-    server = own_quick.post(
-        **real.options,
+    server = own_keeper.post(
+        **real_gateway.options,
         gateway_headers=headers,
         kernel_env={"KERNEL_SECRET": "swordfish-of-kernels"},
     ).json()
     start_kernel(server)
-    with real.suspended():
-        own_quick.delete()
+    with real_gateway.suspended():
+        own_keeper.delete()
         said = [
-            own_quick.http.get(path).text
+            own_keeper.http.get(path).text
             for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")
         ]
-    until(lambda: not orphans(own_quick), what="the orphaned kernels are ended")
+    until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
     said += [
-        own_quick.log.read_text(),
-        *(path.read_text() for path in (own_quick.state_dir / "logs").iterdir()),
+        own_keeper.log.read_text(),
+        *(path.read_text() for path in (own_keeper.state_dir / "logs").iterdir()),
     ]
-    for secret in (real.token, *headers.values(), "swordfish-of-kernels"):
+    for secret in (real_gateway.token, *headers.values(), "swordfish-of-kernels"):
         assert not [text for text in said if secret in text]

@@ -1,4 +1,4 @@
-"""Real servers in roots that are allowed, with options of Jupyter that are in force."""
+"""Allowed root directories and Jupyter options, with real servers."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from harness import PATIENCE, forked, free_port, give_hands, run_in_server, until
 
 
-def asked(server, path):
-    """Ask a server something; give the status of its answer."""
+def request_status(server, path):
+    """Return the status code of a response of a server."""
     known = {"Authorization": f"token {server['token']}"}
     return httpx.get(
         f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False
@@ -31,7 +31,7 @@ OPTIONS = {
     "MappingKernelManager.cull_connected": True,
     "ZMQChannelsWebsocketConnection.iopub_data_rate_limit": 1e8,
 }
-LOOK = """
+COLLECT_OPTIONS = """
 import json
 from jupyter_server.serverapp import ServerApp
 app = ServerApp.instance()
@@ -49,32 +49,37 @@ found = {
 """
 
 
-@pytest.mark.parametrize("how", ["exec", "fork"])
-def test_options_are_in_force_over_those_of_the_user_until_a_restart_takes_them_away(
-    make_keeper, how
-):
-    keeper = make_keeper(launch_by=how)
+@pytest.mark.parametrize("launch_by", ["exec", "fork"])
+def test_jupyter_options_override_user_configuration_until_removed(make_keeper, launch_by):
+    keeper = make_keeper(launch_by=launch_by)
     give_hands(keeper)
     config = keeper.config_dir / "jupyter_server_config.py"
     config.write_text(
-        f"{config.read_text()}\nc.ContentsManager.allow_hidden = False\nc.ServerApp.quit_button = True\n"
+        f"{config.read_text()}\nc.ContentsManager.allow_hidden = False\n"
+        "c.ServerApp.quit_button = True\n"
     )
     keeper.start()
     (keeper.notebook_dir / ".hidden").touch()
-    start = forked if how == "fork" else lambda keeper, **body: keeper.post(**body).json()
+    start = forked if launch_by == "fork" else lambda keeper, **body: keeper.post(**body).json()
     server = start(keeper, jupyter_options=OPTIONS)
-    assert (server["jupyter_options"], server["launched_by"]) == (OPTIONS, how)
+    assert (server["jupyter_options"], server["launched_by"]) == (OPTIONS, launch_by)
     seen = keeper.base / "seen.json"
-    run_in_server(server, f"{LOOK}\nopen({str(seen)!r}, 'w').write(json.dumps(found))")
+    run_in_server(server, f"{COLLECT_OPTIONS}\nopen({str(seen)!r}, 'w').write(json.dumps(found))")
     assert json.loads(seen.read_text()) == OPTIONS
-    assert (asked(server, "api/terminals"), asked(server, "api/contents/.hidden")) == (404, 200)
+    assert (
+        request_status(server, "api/terminals"),
+        request_status(server, "api/contents/.hidden"),
+    ) == (404, 200)
 
     plain = keeper.post("/default/restart", jupyter_options={}).json()
     assert plain["jupyter_options"] == {}
-    assert (asked(plain, "api/terminals"), asked(plain, "api/contents/.hidden")) == (200, 404)
+    assert (
+        request_status(plain, "api/terminals"),
+        request_status(plain, "api/contents/.hidden"),
+    ) == (200, 404)
 
 
-def test_an_option_that_is_none_of_the_table_starts_nothing(keeper):
+def test_unsupported_jupyter_options_are_rejected(keeper):
     for options in (
         {"ServerApp.token": ""},
         {"ServerApp.quit_button": "x\nc.ServerApp.token = ''"},
@@ -85,7 +90,7 @@ def test_an_option_that_is_none_of_the_table_starts_nothing(keeper):
     assert keeper.http.get("/api/servers").json()["servers"] == []
 
 
-def test_a_server_works_in_any_allowed_root_and_in_no_other(make_keeper, tmp_path):
+def test_root_dir_must_be_within_the_allowed_roots(make_keeper, tmp_path):
     for name in ("one", "two", "three"):
         (tmp_path / name).mkdir()
     (tmp_path / "one" / "out").symlink_to(tmp_path / "three")
@@ -110,8 +115,8 @@ def test_a_server_works_in_any_allowed_root_and_in_no_other(make_keeper, tmp_pat
         )
 
 
-def test_a_root_that_has_become_a_link_since_is_not_entered(keeper, tmp_path):
-    """Neither by a new start nor by a restart; and the way out is told."""
+def test_root_dir_replaced_by_a_symbolic_link_is_not_entered(keeper, tmp_path):
+    """Neither a start nor a restart enters it, and the error says how to repair it."""
     root, elsewhere = keeper.notebook_dir / "inner", tmp_path / "elsewhere"
     (root / "deep").mkdir(parents=True)
     (elsewhere / "deep").mkdir(parents=True)
@@ -131,19 +136,23 @@ def test_a_root_that_has_become_a_link_since_is_not_entered(keeper, tmp_path):
     assert keeper.post("/default/start").json()["root_dir"] == str(root / "deep")
 
 
-LIES = """
+FALSE_SERVER_INFO = """
 from jupyter_server.serverapp import ServerApp
 told = ServerApp.server_info
 ServerApp.server_info = lambda self: told(self) | {
-    "hostname": "evil.example", "port": 1, "base_url": "/evil/", "url": "http://evil.example/", "token": "evil",
+    "hostname": "evil.example", "port": 1, "base_url": "/evil/", "url": "http://evil.example/",
+    "token": "evil",
 }
 """
 
 
-def test_a_server_has_no_say_in_where_it_is_reached(make_keeper):
-    """It runs its user's own code. A later keeper, too, goes by what the launch asked for; of the token it has no record."""
+def test_server_cannot_change_the_address_it_is_reached_at(make_keeper):
+    """A server runs its user's code, so its own record is not trusted with its address.
+
+    The next keeper uses the address of the launch, too. It does read the token from that record.
+    """
     keeper = make_keeper()
-    keeper.configure_jupyter(LIES)
+    keeper.configure_jupyter(FALSE_SERVER_INFO)
     keeper.start()
     server = keeper.post(base_url="/base/").json()
     assert (
@@ -155,16 +164,16 @@ def test_a_server_has_no_say_in_where_it_is_reached(make_keeper):
         "port": keeper.lab_port,
     }
     assert server | place == server
-    assert asked(server, "api/me") == 200
-    keeper.configure_jupyter(LIES.replace('"token": "evil",', ""))
+    assert request_status(server, "api/me") == 200
+    keeper.configure_jupyter(FALSE_SERVER_INFO.replace('"token": "evil",', ""))
     assert keeper.post("/default/restart").json()["state"] == "running"
     keeper.kill()
     later = keeper.start().wait_for("running")
     assert later | place == later
 
 
-class Spy(http.server.BaseHTTPRequestHandler):
-    """Says yes to everything, and notes what it was told."""
+class RecordingHandler(http.server.BaseHTTPRequestHandler):
+    """Answer every request with 200, and record it."""
 
     def do_GET(self):
         self.server.told.append(f"{self.path} {self.headers}")
@@ -183,13 +192,15 @@ ServerApp._bind_http_server = lambda self: self.log.warning("it listens, says it
 """
 
 
-def test_no_token_is_sent_to_who_listens_in_the_place_of_a_server(make_keeper):
-    """As another user of the machine might, between the check of the port and the start."""
+def test_no_token_is_sent_to_another_process_on_the_servers_port(make_keeper):
+    """Another user may listen on the port between its check and the start of the server."""
     keeper = make_keeper(start_timeout=20)
     keeper.configure_jupyter(NEVER_LISTENS)
     keeper.start()
     log = keeper.state_dir / "logs" / "default.log"
-    with http.server.HTTPServer(("127.0.0.1", free_port()), Spy, bind_and_activate=False) as spy:
+    with http.server.HTTPServer(
+        ("127.0.0.1", free_port()), RecordingHandler, bind_and_activate=False
+    ) as spy:
         spy.told = []
         spy.server_bind()
         assert (

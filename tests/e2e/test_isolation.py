@@ -1,4 +1,4 @@
-"""A server gains no rights, and learns nothing of its keeper: neither from /proc, nor from files, nor by what it runs."""
+"""A server gains no privileges, and finds no keeper secrets in /proc, files or its own memory."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from harness import (
 from memory import OWN_MEMORY, hidden
 
 USER = f"labkeeper-s{os.getpid()}"
-BY = pytest.mark.parametrize("launch_by", ["fork", "exec"])
+both_launch_methods = pytest.mark.parametrize("launch_by", ["fork", "exec"])
 
 pytestmark = pytest.mark.root
 
 
 @pytest.fixture(scope="module")
 def passable():
-    """A directory that everybody can pass through; those of pytest are for their owner."""
+    """A directory that all users can traverse, unlike those of pytest."""
     directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
     directory.chmod(0o755)
     yield directory
@@ -48,7 +48,7 @@ def passable():
 
 @pytest.fixture(scope="module")
 def user(passable):
-    """A user of this machine, for this module only."""
+    """A temporary system user for this module."""
     subprocess.run(
         [
             "useradd",
@@ -66,20 +66,20 @@ def user(passable):
     subprocess.run(["userdel", "--force", USER], check=True)
 
 
-SECRETS = {
+KEEPER_SECRETS = {
     "token": secrets.token_urlsafe(24),
     "webhook_secret": base64.b64encode(secrets.token_bytes(32)).decode(),
     "foo_secret": secrets.token_urlsafe(24),
 }
-"""What a keeper has in its environment; the last one is no setting, as if its name were misspelled."""
-OF_ROOT = {"AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(24)}
-"""What a keeper of root has there besides, for its own use; its servers that run as root have it, too."""
+"""Variables of the keeper's environment; `foo_secret` is not a setting, like a misspelled one."""
+ROOT_ENV = {"AWS_SECRET_ACCESS_KEY": secrets.token_urlsafe(24)}
+"""Additional variables of a root keeper; servers that run as root inherit them."""
 
 
-def secretive(base, **settings):
-    """A keeper with secrets in its environment."""
+def keeper_with_secrets(base, **settings):
+    """Return a keeper with secrets in its environment."""
     keeper = PassableKeeper(
-        base, launch_by="fork", webhook_url="http://127.0.0.1:9/", **SECRETS | settings
+        base, launch_by="fork", webhook_url="http://127.0.0.1:9/", **KEEPER_SECRETS | settings
     )
     keeper.base.chmod(0o755)
     keeper.notebook_dir.chmod(0o777)
@@ -87,28 +87,28 @@ def secretive(base, **settings):
 
 
 @pytest.fixture(scope="module")
-def of_root(passable, user):
-    """A keeper of root, whose servers run as somebody else."""
-    keeper = secretive(passable / "of-root", runtime_dir=passable / "run")
-    keeper.variables.update(OF_ROOT)
+def root_keeper(passable, user):
+    """A root keeper whose servers run as another user."""
+    keeper = keeper_with_secrets(passable / "of-root", runtime_dir=passable / "run")
+    keeper.variables.update(ROOT_ENV)
     yield keeper.start()
     keeper.close()
 
 
 @pytest.fixture(scope="module")
-def of_user(passable, user):
-    """A keeper of an ordinary user, as whom its servers run, too."""
-    keeper = secretive(passable / "of-user")
+def user_keeper(passable, user):
+    """A keeper that runs as an ordinary user, and so do its servers."""
+    keeper = keeper_with_secrets(passable / "of-user")
     keeper.runs_as = USER
     yield keeper.start()
     keeper.close()
 
 
-LOOK = """
+SEARCH_SECRETS = """
     import contextlib, os, subprocess, sys
     from pathlib import Path
 
-    # Written backwards: this cell itself is in files and in memory.
+    # Reversed, because this cell itself is in files and in memory.
     WANTED = {name: text[::-1].encode() for name, text in @wanted@.items()}
     PLACES, SINCE = @places@, @since@
     LARGEST = 1 << 22
@@ -147,20 +147,25 @@ LOOK = """
         for directory, _, names in os.walk(place):
             for path in (Path(directory, name) for name in names):
                 with contextlib.suppress(OSError):
-                    if path.is_file() and SINCE <= path.stat().st_mtime and path.stat().st_size <= LARGEST:
+                    stat = path.stat()
+                    if path.is_file() and SINCE <= stat.st_mtime and stat.st_size <= LARGEST:
                         look(path.read_bytes(), path)
     beside.kill()
     beside.wait()
     planted.unlink()
     found = {(name, where.replace(f"/{beside.pid}/", "/beside/")) for name, where in found}
-    # The search is proved by what was planted, which it must find in each of these ways.
-    control = {("control", str(planted)), ("control", "/proc/beside/environ"), ("control", "/proc/beside/mem")}
+    # To prove that the search works, it must find each of the planted secrets.
+    control = {
+        ("control", str(planted)),
+        ("control", "/proc/beside/environ"),
+        ("control", "/proc/beside/mem"),
+    }
     print(sorted(found - control))
     print(control <= found, os.access("/proc/@keeper@/stat", os.R_OK))
 """
 
 
-OPEN = """
+OPEN_PROC_FILE = """
 try:
     open("/proc/{}/{}", "rb").read(1)
 except OSError as error:
@@ -168,71 +173,81 @@ except OSError as error:
 """
 
 
-def found_by_a_notebook(keeper, server, wanted):
-    """Let a notebook look for secrets wherever it can; give what it found, and where."""
+def secrets_found_by_notebook(keeper, server, wanted):
+    """Search for secrets from a notebook, and return which were found, and where."""
     places = [keeper.state_dir, keeper.base, keeper.server_dirs, "/tmp", server["root_dir"]]
-    told = {
+    values = {
         "wanted": {
             name: text[::-1] for name, text in {**wanted, "control": secrets.token_hex(16)}.items()
         },
         "places": [*map(str, places)],
         "since": time.time() - 600,
-        "keeper": keeper_of(keeper),
+        "keeper": keeper_pid(keeper),
     }
-    source = textwrap.dedent(LOOK)
-    for name, value in told.items():
+    source = textwrap.dedent(SEARCH_SECRETS)
+    for name, value in values.items():
         source = source.replace(f"@{name}@", repr(value))
     found, control = run_cell(server, start_kernel(server), source).strip().splitlines()
     assert control == "True True"
     return eval(found)
 
 
-def keeper_of(keeper):
-    """The pid of the keeper itself."""
+def keeper_pid(keeper):
+    """Return the pid of the keeper itself."""
     return json.loads((keeper.state_dir / "keeper.json").read_text())["pid"]
 
 
-@BY
-def test_a_notebook_finds_no_secret_of_a_keeper_of_its_own_user(of_user, launch_by):
-    server = launched(of_user, "curious", launch_by)
-    assert found_by_a_notebook(of_user, server, SECRETS) == []
+@both_launch_methods
+def test_notebook_finds_no_secrets_of_a_keeper_running_as_the_same_user(user_keeper, launch_by):
+    server = launch(user_keeper, "curious", launch_by)
+    assert secrets_found_by_notebook(user_keeper, server, KEEPER_SECRETS) == []
     kernel = start_kernel(server)
     for part in ("environ", "mem", "maps"):
-        assert run_cell(server, kernel, OPEN.format(keeper_of(of_user), part)).strip() == "13", part
+        assert (
+            run_cell(server, kernel, OPEN_PROC_FILE.format(keeper_pid(user_keeper), part)).strip()
+            == "13"
+        ), part
     assert (
         run_cell(
-            server, kernel, f"import os; print(os.access('/proc/{keeper_of(of_user)}/fd', os.R_OK))"
+            server,
+            kernel,
+            f"import os; print(os.access('/proc/{keeper_pid(user_keeper)}/fd', os.R_OK))",
         ).strip()
         == "False"
     )
-    assert of_user.delete("curious").status_code == 200
+    assert user_keeper.delete("curious").status_code == 200
 
 
-def test_a_token_that_was_generated_is_in_its_own_file_and_nowhere_else(passable, user):
-    """Whoever runs as the keeper's user can read what that user can: this is what separate users are for."""
+def test_generated_token_is_only_in_the_token_file(passable, user):
+    """A process of the keeper's user can read that user's files; separate users prevent that."""
     keeper = PassableKeeper(passable / "generated", launch_by="exec")
     keeper.runs_as = USER
     keeper.base.chmod(0o755)
     keeper.start()
     try:
         server = keeper.post().json()
-        assert found_by_a_notebook(keeper, server, {"token": keeper.token}) == [
+        assert secrets_found_by_notebook(keeper, server, {"token": keeper.token}) == [
             ("token", str(keeper.state_dir / "token"))
         ]
     finally:
         keeper.close()
 
 
-@BY
-def test_a_notebook_of_another_user_finds_nothing_of_its_keeper_at_all(of_root, user, launch_by):
-    server = launched(of_root, "stranger", launch_by, user=USER)
-    assert found_by_a_notebook(of_root, server, SECRETS | OF_ROOT) == []
-    cell = f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, of_root.state_dir.iterdir()))}])"
+@both_launch_methods
+def test_notebook_of_another_user_finds_no_secrets_or_files_of_the_keeper(
+    root_keeper, user, launch_by
+):
+    server = launch(root_keeper, "stranger", launch_by, user=USER)
+    assert secrets_found_by_notebook(root_keeper, server, KEEPER_SECRETS | ROOT_ENV) == []
+    cell = (
+        "import os; print([os.access(path, os.R_OK) for path in"
+        f" {list(map(str, root_keeper.state_dir.iterdir()))}])"
+    )
     assert "True" not in run_cell(server, start_kernel(server), cell)
-    assert of_root.delete("stranger").status_code == 200
+    assert root_keeper.delete("stranger").status_code == 200
 
 
-LOOK_INTO_ITSELF = (
+SEARCH_OWN_MEMORY = (
     OWN_MEMORY
     + """
 import json
@@ -249,16 +264,17 @@ for line, content in own_memory():
 )
 
 
-@BY
-def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
-    of_root, user, passable, launch_by
+@both_launch_methods
+def test_server_of_another_user_inherits_no_keeper_secrets_in_memory(
+    root_keeper, user, passable, launch_by
 ):
-    """Its user's configuration is run in it, and reads what was there before the fork as well."""
+    """The search runs in the user's Jupyter configuration, and covers inherited memory, too."""
     control = secrets.token_hex(16)
     wanted = {
-        name: hidden(text) for name, text in (SECRETS | OF_ROOT | {"control": control}).items()
+        name: hidden(text)
+        for name, text in (KEEPER_SECRETS | ROOT_ENV | {"control": control}).items()
     }
-    source = LOOK_INTO_ITSELF.replace("@wanted@", repr(wanted)).replace(
+    source = SEARCH_OWN_MEMORY.replace("@wanted@", repr(wanted)).replace(
         "@control@", control.encode().hex()
     )
     place = passable / "home" / ".jupyter"
@@ -266,21 +282,19 @@ def test_a_server_of_another_user_has_no_secret_of_its_keeper_in_its_own_memory(
     shutil.chown(place, USER)
     (place / "jupyter_server_config.py").write_text(source)
     try:
-        server = launched(of_root, "introspective", launch_by, user=USER)
+        server = launch(root_keeper, "introspective", launch_by, user=USER)
         assert server["user"] == USER
         found = json.loads((passable / "home" / "found.json").read_text())
         assert list(found) == ["control"], found
     finally:
-        of_root.delete("introspective")
+        root_keeper.delete("introspective")
         shutil.rmtree(place)
 
 
-@BY
-def test_a_file_that_a_user_deletes_goes_to_the_trash_of_that_user(
-    of_root, user, passable, launch_by
-):
-    """A fork has what was made of the keeper's user before."""
-    server = launched(of_root, "tidy", launch_by, user=USER)
+@both_launch_methods
+def test_deleted_file_goes_to_the_trash_of_the_servers_user(root_keeper, user, passable, launch_by):
+    """The fork server was preloaded as the keeper's user."""
+    server = launch(root_keeper, "tidy", launch_by, user=USER)
     run_cell(server, start_kernel(server), f"open('of-{launch_by}', 'w').close()")
     answer = httpx.delete(
         f"{server['url']}api/contents/of-{launch_by}",
@@ -290,17 +304,17 @@ def test_a_file_that_a_user_deletes_goes_to_the_trash_of_that_user(
     assert answer.status_code == 204, answer.text
     thrown_away = passable / "home" / ".local" / "share" / "Trash" / "files" / f"of-{launch_by}"
     assert thrown_away.stat().st_uid == user.pw_uid
-    assert of_root.delete("tidy").status_code == 200
+    assert root_keeper.delete("tidy").status_code == 200
 
 
-def test_a_server_of_roots_own_is_forked_and_has_all_that_its_keeper_has(of_root):
-    server = forked(of_root, "own")
-    cell = f"import os; print(os.environ.get({next(iter(OF_ROOT))!r}))"
-    assert run_cell(server, start_kernel(server), cell).strip() == next(iter(OF_ROOT.values()))
-    assert of_root.delete("own").status_code == 200
+def test_server_running_as_root_inherits_the_keepers_environment(root_keeper):
+    server = forked(root_keeper, "own")
+    cell = f"import os; print(os.environ.get({next(iter(ROOT_ENV))!r}))"
+    assert run_cell(server, start_kernel(server), cell).strip() == next(iter(ROOT_ENV.values()))
+    assert root_keeper.delete("own").status_code == 200
 
 
-LISTEN = """
+LISTEN_TO_KERNEL = """
 import os, sys, zmq
 from zmq.utils.monitor import recv_monitor_message
 
@@ -309,8 +323,13 @@ listener = zmq.Context().socket(zmq.SUB)
 monitor = listener.get_monitor_socket()
 listener.subscribe(b"")
 listener.connect(f"tcp://127.0.0.1:{sys.argv[1]}")
-settled = {zmq.EVENT_HANDSHAKE_SUCCEEDED, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
-           zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_DISCONNECTED}
+settled = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH,
+    zmq.EVENT_DISCONNECTED,
+}
 while recv_monitor_message(monitor)["event"] not in settled:
     pass
 print("there", flush=True)
@@ -324,11 +343,11 @@ print(b"whispered" in heard)
 """
 
 
-def heard_by_another_user(server, kernel):
-    """Let a cell run while somebody listens at the port of its output, as everybody can; say whether that is heard."""
-    port = json.loads(connection_of(server, kernel).read_text())["iopub_port"]
+def output_is_readable_by_another_user(server, kernel):
+    """Run a cell while another user subscribes to its output; return whether that user sees it."""
+    port = json.loads(connection_file(server, kernel).read_text())["iopub_port"]
     with subprocess.Popen(
-        [sys.executable, "-c", LISTEN, str(port)],
+        [sys.executable, "-c", LISTEN_TO_KERNEL, str(port)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -340,7 +359,7 @@ def heard_by_another_user(server, kernel):
     return said.strip() == "True"
 
 
-def connection_of(server, kernel):
+def connection_file(server, kernel):
     variables = Path(f"/proc/{server['pid']}/environ").read_bytes().split(b"\0")
     (server_dir,) = (
         value
@@ -350,7 +369,7 @@ def connection_of(server, kernel):
     return Path(os.fsdecode(server_dir).rstrip()) / "jupyter" / f"kernel-{kernel}.json"
 
 
-def asked(server, path):
+def post_to_server(server, path):
     known = {"Authorization": f"token {server['token']}"}
     answer = httpx.post(
         f"{server['url']}api/{path}", headers=known, trust_env=False, timeout=PATIENCE
@@ -358,48 +377,53 @@ def asked(server, path):
     assert answer.is_success, answer.text
 
 
-@BY
-def test_no_other_user_hears_what_a_kernel_of_a_user_says(of_root, launch_by):
-    """Its ports are open to all users of the machine. Restarted, interrupted and beside another one, too."""
-    server = launched(of_root, "private", launch_by, user=USER)
+@both_launch_methods
+def test_kernel_output_is_not_readable_by_other_users(root_keeper, launch_by):
+    """Any local user can connect to its ports; also after a restart and an interrupt."""
+    server = launch(root_keeper, "private", launch_by, user=USER)
     kernels = [start_kernel(server) for _ in range(2)]
-    asked(server, f"kernels/{kernels[0]}/restart")
-    begun = of_root.notebook_dir / f"begun-{launch_by}"
+    post_to_server(server, f"kernels/{kernels[0]}/restart")
+    begun = root_keeper.notebook_dir / f"begun-{launch_by}"
     with ThreadPoolExecutor() as beside:
         endless = beside.submit(
             run_cell, server, kernels[0], f"open({str(begun)!r}, 'w').close()\nwhile True: pass"
         )
         until(begun.exists, what="the cell runs")
-        asked(server, f"kernels/{kernels[0]}/interrupt")
+        post_to_server(server, f"kernels/{kernels[0]}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
-    assert [heard_by_another_user(server, kernel) for kernel in kernels] == [False, False]
-    assert "transport_encryption" not in (of_root.state_dir / "logs" / "private.log").read_text()
-    assert of_root.delete("private").status_code == 200
+    assert [output_is_readable_by_another_user(server, kernel) for kernel in kernels] == [
+        False,
+        False,
+    ]
+    assert (
+        "transport_encryption" not in (root_keeper.state_dir / "logs" / "private.log").read_text()
+    )
+    assert root_keeper.delete("private").status_code == 200
 
 
-CHOICES = {"": True, "c.KernelManager.transport_encryption = 'auto'": False}
-"""Of a site, for servers of the keeper's own user: whether kernels are heard then."""
+SITE_CONFIGS = {"": True, "c.KernelManager.transport_encryption = 'auto'": False}
+"""Jupyter configurations, and whether output of the keeper's own user's kernels is readable."""
 
 
-@pytest.mark.parametrize("choice", CHOICES, ids=["none", "auto"])
-def test_a_site_may_choose_whether_its_kernels_are_heard(make_keeper, choice):
-    """This also proves that who listens would hear."""
+@pytest.mark.parametrize("config", SITE_CONFIGS, ids=["none", "auto"])
+def test_site_can_enable_kernel_transport_encryption(make_keeper, config):
+    """Without encryption the output is readable, which also proves that the listener works."""
     keeper = make_keeper()
-    keeper.configure_jupyter(choice)
+    keeper.configure_jupyter(config)
     server = keeper.start().post().json()
-    assert heard_by_another_user(server, start_kernel(server)) is CHOICES[choice]
+    assert output_is_readable_by_another_user(server, start_kernel(server)) is SITE_CONFIGS[config]
 
 
-def launched(keeper, name, launch_by, **body):
+def launch(keeper, name, launch_by, **body):
     if launch_by == "fork":
         return forked(keeper, name, **body)
-    # That takes effect only when a program starts.
+    # This variable takes effect only at interpreter startup, so the server must be executed.
     server = keeper.post(name=name, env={"LC_LABKEEPER": "1"}, **body).json()
     assert (server["state"], server["launched_by"]) == ("running", "exec"), server
     return server
 
 
-def status_in(server):
+def process_status(server):
     said = run_cell(server, start_kernel(server), "print(open('/proc/self/status').read())")
     return {
         name: value.split()
@@ -407,12 +431,10 @@ def status_in(server):
     }
 
 
-@BY
-def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(
-    of_root, user, passable, launch_by
-):
-    server = launched(of_root, "low", launch_by, user=USER)
-    status = status_in(server)
+@both_launch_methods
+def test_server_of_another_user_cannot_regain_root(root_keeper, user, passable, launch_by):
+    server = launch(root_keeper, "low", launch_by, user=USER)
+    status = process_status(server)
     assert status["Uid"] == [str(user.pw_uid)] * 4
     assert status["Gid"] == [str(user.pw_gid)] * 4
     assert sorted(map(int, status["Groups"])) == sorted(os.getgrouplist(USER, user.pw_gid))
@@ -420,29 +442,32 @@ def test_a_server_of_another_user_has_that_users_rights_and_no_way_back(
         0
     ] * 5
     assert status["NoNewPrivs"] == ["1"]
-    # A program that would run as root runs as whoever starts it.
+    # A setuid program runs as the user who starts it.
     program = passable / "id"
     shutil.copyfile("/usr/bin/id", program)
     program.chmod(0o4755)
-    cell = f"import subprocess; print(subprocess.run([{str(program)!r}, '-u'], capture_output=True, text=True).stdout)"
+    cell = (
+        f"import subprocess; print(subprocess.run([{str(program)!r}, '-u'],"
+        " capture_output=True, text=True).stdout)"
+    )
     assert run_cell(server, start_kernel(server), cell).split() == [str(user.pw_uid)]
-    assert of_root.delete("low").status_code == 200
+    assert root_keeper.delete("low").status_code == 200
 
 
-def test_a_keeper_of_root_warns_of_servers_that_name_no_user(of_root, of_user):
+def test_root_keeper_warns_about_servers_without_a_user(root_keeper, user_keeper):
     warning = "set LABKEEPER_USER to run it as another user"
-    # They answer before they have said all.
+    # The API responds before everything is logged.
     said = [
         until(lambda keeper=keeper: "keeper is ready" in (log := keeper.log.read_text()) and log)
-        for keeper in (of_root, of_user)
+        for keeper in (root_keeper, user_keeper)
     ]
     assert [log.count(warning) for log in said] == [1, 0]
 
 
-@BY
-def test_no_server_gains_rights_by_what_it_runs(of_user, launch_by):
-    server = launched(of_user, "plain", launch_by)
-    assert status_in(server)["NoNewPrivs"] == ["1"]
+@both_launch_methods
+def test_servers_and_terminals_run_with_no_new_privs(user_keeper, launch_by):
+    server = launch(user_keeper, "plain", launch_by)
+    assert process_status(server)["NoNewPrivs"] == ["1"]
     terminal = httpx.post(
         f"{server['url']}api/terminals",
         headers={"Authorization": f"token {server['token']}"},
@@ -454,15 +479,15 @@ def test_no_server_gains_rights_by_what_it_runs(of_user, launch_by):
         pid for pid in children(server["pid"]) if "sh" in Path(f"/proc/{pid}/comm").read_text()
     )
     assert "NoNewPrivs:\t1" in Path(f"/proc/{shell}/status").read_text()
-    assert of_user.delete("plain").status_code == 200
+    assert user_keeper.delete("plain").status_code == 200
 
 
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-def open_to_others(place, *, but=()):
-    """Name what anybody but its owner has any right to."""
+def accessible_by_others(place, *, but=()):
+    """Return the files and directories that others than their owner can access."""
     found = [
         each
         for each in everything_below(place)
@@ -472,18 +497,21 @@ def open_to_others(place, *, but=()):
     return [f"{each.path} {each.mode:o}" for each in found if each.mode & 0o077]
 
 
-@BY
-def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_keeper, launch_by):
-    keeper = unmasked(make_keeper(launch_by=launch_by, log_max_bytes=1024, probe_period=1)).start()
-    # What the test made, and what IPython copies with the mode that it was installed with, into a directory that is closed.
+@both_launch_methods
+def test_files_of_keeper_and_servers_are_private_to_their_owner(make_keeper, launch_by):
+    keeper = with_umask_000(
+        make_keeper(launch_by=launch_by, log_max_bytes=1024, probe_period=1)
+    ).start()
+    # Except what the test created, and what IPython copies with its installed mode,
+    # into a directory that is private.
     ipython = keeper.base / ".ipython" / "profile_default"
     others = {keeper.notebook_dir, keeper.config_dir, keeper.base / "bin", keeper.log, ipython}
-    server = launched_any(keeper, launch_by)
+    server = start_server(keeper, launch_by)
     kernel = start_kernel(server)
     run_cell(server, kernel, "open('made', 'w').close()")
     until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log is rotated")
-    assert open_to_others(keeper.base, but=others) == []
-    assert open_to_others(keeper.notebook_dir) == []
+    assert accessible_by_others(keeper.base, but=others) == []
+    assert accessible_by_others(keeper.notebook_dir) == []
     kinds = {
         each.path.name.partition("-")[0].partition(".")[0]
         for each in everything_below(keeper.state_dir)
@@ -505,11 +533,11 @@ def test_all_that_a_keeper_and_its_servers_write_is_for_their_owner_alone(make_k
     }
     assert keeper.post("/default/restart").status_code in {200, 201}
     start_kernel(keeper.get())
-    assert open_to_others(keeper.base, but=others) == []
+    assert accessible_by_others(keeper.base, but=others) == []
 
 
-def unmasked(keeper):
-    """Let a keeper be started by somebody who masks nothing."""
+def with_umask_000(keeper):
+    """Start a keeper from a shell with umask 000."""
     command = keeper.command
     keeper.command = lambda *arguments: [
         "sh",
@@ -521,26 +549,26 @@ def unmasked(keeper):
     return keeper
 
 
-def launched_any(keeper, launch_by):
+def start_server(keeper, launch_by):
     return forked(keeper) if launch_by == "fork" else keeper.post().json()
 
 
-@BY
-def test_what_servers_make_is_open_to_whom_the_setting_lets_in(make_keeper, launch_by):
-    keeper = unmasked(make_keeper(launch_by=launch_by, umask="022")).start()
-    server = launched_any(keeper, launch_by)
+@both_launch_methods
+def test_umask_setting_applies_to_files_that_servers_create(make_keeper, launch_by):
+    keeper = with_umask_000(make_keeper(launch_by=launch_by, umask="022")).start()
+    server = start_server(keeper, launch_by)
     kernel = start_kernel(server)
     run_cell(server, kernel, "import os; open('made', 'w').close(); os.mkdir('directory')")
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in keeper.notebook_dir.iterdir()}
     assert modes == {"made": 0o644, "directory": 0o755}
     assert run_cell(server, kernel, "print(oct(os.umask(0o022)))").strip() == "0o22"
-    # What has secrets in it is not.
-    assert open_to_others(keeper.state_dir) == []
+    # Files that contain secrets stay private.
+    assert accessible_by_others(keeper.state_dir) == []
 
 
-def test_process_1_of_a_container_is_closed_too(passable, user):
-    """Its environment is the keeper's: that of the container, with the token."""
-    keeper = PassableKeeper(passable / "contained", launch_by="exec", token=SECRETS["token"])
+def test_process_1_of_a_container_is_not_readable(passable, user):
+    """Its environment is that of the container, including the token."""
+    keeper = PassableKeeper(passable / "contained", launch_by="exec", token=KEEPER_SECRETS["token"])
     keeper.runs_as = USER
     keeper.base.chmod(0o755)
     command = keeper.command
@@ -558,7 +586,7 @@ def test_process_1_of_a_container_is_closed_too(passable, user):
         below = children(init)
         assert "serve" in Path(f"/proc/{below[0]}/cmdline").read_text()
         for pid in (init, below[0]):
-            # Only of a process that is closed does /proc give the files to root.
+            # /proc shows these files as root's only if the process is not dumpable.
             assert Path(f"/proc/{pid}/environ").stat().st_uid == 0
             assert f"Uid:\t{user.pw_uid}" in Path(f"/proc/{pid}/status").read_text()
     finally:

@@ -1,4 +1,4 @@
-"""The keeper itself: bad input, its own end, a second one beside it."""
+"""The keeper itself: invalid input, shutdown, and a second keeper beside it."""
 
 from __future__ import annotations
 
@@ -73,8 +73,8 @@ BAD_BODIES = {
 
 
 @pytest.fixture(scope="module")
-def settled(tmp_path_factory):
-    """One keeper with one server, which no bad request may touch."""
+def keeper_with_server(tmp_path_factory):
+    """A keeper with one server."""
     keeper = KeeperProcess(tmp_path_factory.mktemp("settled"), launch_by="exec").start()
     (keeper.notebook_dir / "a-file").touch()
     keeper.post(name="settled").raise_for_status()
@@ -83,27 +83,27 @@ def settled(tmp_path_factory):
 
 
 @pytest.fixture
-def unharmed(settled):
-    """After the test the list of servers is what it was, and so is the server."""
+def shared_keeper(keeper_with_server):
+    """The keeper that the tests of this module share; its server must not change."""
 
     def servers():
-        # What it uses is its own affair.
+        # Usage changes all the time.
         return [
             server | {"usage": None, "limits": None}
-            for server in settled.http.get("/api/servers").json()["servers"]
+            for server in keeper_with_server.http.get("/api/servers").json()["servers"]
         ]
 
     before = servers()
-    yield settled
+    yield keeper_with_server
     assert servers() == before
     assert alive(before[0]["pid"])
-    assert len(servers_in(settled.server_dirs)) == 1
+    assert len(servers_in(keeper_with_server.server_dirs)) == 1
 
 
 @pytest.mark.promise
 @pytest.mark.parametrize(("body", "field"), BAD_BODIES.values(), ids=BAD_BODIES)
-def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
-    answer = unharmed.http.post(
+def test_invalid_field_is_reported_with_the_rule_it_breaks(shared_keeper, body, field):
+    answer = shared_keeper.http.post(
         "/api/servers", content=json.dumps(body), headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 422, answer.text
@@ -128,16 +128,18 @@ def test_a_bad_field_is_named_with_its_rule(unharmed, body, field):
         (b"[" * 100_000, "application/json", 422),
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(unharmed, content, kind, status):
-    answer = unharmed.http.post("/api/servers", content=content, headers={"Content-Type": kind})
+def test_body_that_is_not_a_json_object_is_rejected(shared_keeper, content, kind, status):
+    answer = shared_keeper.http.post(
+        "/api/servers", content=content, headers={"Content-Type": kind}
+    )
     assert answer.status_code == status, answer.text
     assert answer.headers["Content-Type"] == "application/problem+json"
     assert answer.json()["detail"]
 
 
 @pytest.mark.promise
-def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
-    answer = unharmed.http.post(
+def test_body_of_100_mb_is_rejected_with_a_readable_413(shared_keeper):
+    answer = shared_keeper.http.post(
         "/api/servers", content=b"x" * 100_000_000, headers={"Content-Type": "application/json"}
     )
     assert answer.status_code == 413
@@ -148,8 +150,8 @@ def test_a_body_of_100_mb_is_refused_and_its_sender_sees_why(unharmed):
 
 @pytest.mark.promise
 @pytest.mark.parametrize("query", ["wait=-1", "wait=nan", "wait=soon", "wait=1e9", "colour=blue"])
-def test_a_bad_query_is_named(unharmed, query):
-    answer = unharmed.http.post(f"/api/servers?{query}", json={})
+def test_invalid_query_parameter_is_reported(shared_keeper, query):
+    answer = shared_keeper.http.post(f"/api/servers?{query}", json={})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == query.partition("=")[0]
 
@@ -165,8 +167,8 @@ def test_a_bad_query_is_named(unharmed, query):
         "/nope",
     ],
 )
-def test_a_path_that_names_nothing_is_404(unharmed, path):
-    answer = unharmed.http.get(path)
+def test_unknown_path_returns_404(shared_keeper, path):
+    answer = shared_keeper.http.get(path)
     assert answer.status_code == 404
     assert answer.json()["code"] in {"server_not_found", "not_found"}
 
@@ -175,40 +177,44 @@ def test_a_path_that_names_nothing_is_404(unharmed, path):
 @pytest.mark.parametrize(
     "header", [None, "", "Bearer", "Bearer wrong", "Basic wrong", "Bearer \xff", "token {token}"]
 )
-def test_without_the_token_nothing_is_told(unharmed, header):
+def test_request_without_a_valid_token_reveals_nothing(shared_keeper, header):
     headers = (
         {}
         if header is None
-        else {"Authorization": header.format(token=unharmed.token).encode("latin-1")}
+        else {"Authorization": header.format(token=shared_keeper.token).encode("latin-1")}
     )
-    with httpx.Client(base_url=unharmed.url, trust_env=False, headers=headers) as nobody:
+    with httpx.Client(
+        base_url=shared_keeper.url, trust_env=False, headers=headers
+    ) as unauthenticated:
         for path in (
             "/api/servers",
             "/api/servers/settled",
             "/api/servers/none",
             "/api/servers/settled/logs",
         ):
-            answer = nobody.get(path)
+            answer = unauthenticated.get(path)
             assert answer.status_code == 401
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
             assert "settled" not in answer.text.replace(path, "")
-        assert nobody.post("/api/servers", json={}).status_code == 401
-        assert nobody.delete("/api/servers/settled").status_code == 401
+        assert unauthenticated.post("/api/servers", json={}).status_code == 401
+        assert unauthenticated.delete("/api/servers/settled").status_code == 401
         for path in ("/healthz", "/readyz", "/api/version", "/api/openapi.json", "/api/docs"):
-            assert nobody.get(path).status_code == 200
+            assert unauthenticated.get(path).status_code == 200
 
 
-def speak(keeper, text):
-    """Say something to the keeper's port, and give all that it answers until it closes."""
+def exchange(keeper, text):
+    """Send bytes to the keeper's port, and return its response up to the end of the connection."""
     with socket.create_connection(("127.0.0.1", keeper.port), timeout=PATIENCE) as wire:
         wire.sendall(text)
         return wire.makefile("rb").read()
 
 
-def test_a_caller_who_asks_first_is_told_that_its_body_is_too_large(unharmed):
-    """As curl does before it sends more than a megabyte: told to go on, it would have waited for ever."""
+def test_expect_100_continue_with_a_large_body_returns_413(shared_keeper):
+    """Curl sends this for bodies over a megabyte; answered with "100 Continue" it would hang."""
     head = b"POST /api/servers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    said = speak(unharmed, head + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n")
+    said = exchange(
+        shared_keeper, head + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n"
+    )
     assert b"100 Continue" not in said
     assert b"413 Request Entity Too Large" in said
 
@@ -220,25 +226,25 @@ def test_a_caller_who_asks_first_is_told_that_its_body_is_too_large(unharmed):
         b"GET / HTTP/1.1\r\nContent-Length: " + b"9" * 5000 + b"\r\n\r\n",
     ],
 )
-def test_what_cannot_be_read_is_answered(unharmed, line):
-    assert b"400 Bad Request" in speak(unharmed, line)
+def test_malformed_request_returns_400(shared_keeper, line):
+    assert b"400 Bad Request" in exchange(shared_keeper, line)
 
 
-def test_a_broken_request_line_gets_a_problem(unharmed):
-    said = speak(unharmed, b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
+def test_invalid_content_length_returns_a_problem_document(shared_keeper):
+    said = exchange(shared_keeper, b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
     assert b"400 Bad Request" in said
     assert b"application/problem+json" in said
 
 
-def test_pages_of_the_list_hold_every_server_once(settled):
-    first = settled.http.get("/api/servers", params={"limit": 1}).json()
+def test_server_list_is_paginated(keeper_with_server):
+    first = keeper_with_server.http.get("/api/servers", params={"limit": 1}).json()
     assert [server["name"] for server in first["servers"]] == ["settled"]
     assert first["next"] is None
-    assert settled.http.get("/api/servers", params={"cursor": "!!"}).status_code == 422
+    assert keeper_with_server.http.get("/api/servers", params={"cursor": "!!"}).status_code == 422
 
 
 @pytest.mark.promise
-def test_sigterm_stops_every_server_in_good_order(make_keeper):
+def test_sigterm_shuts_every_server_down_gracefully(make_keeper):
     keeper = make_keeper(launch_by="fork").start_to_fork()
     servers = [keeper.post(name=name).json() for name in ("one", "two")]
     start_kernel(servers[0])
@@ -252,14 +258,14 @@ def test_sigterm_stops_every_server_in_good_order(make_keeper):
         "one": "shutdown",
         "two": "shutdown",
     }
-    # They were stopped by their owner: the next keeper knows them, and starts none.
+    # The shutdown stopped them on purpose: the next keeper lists them, and starts none.
     keeper.start()
     assert {server["state"] for server in keeper.http.get("/api/servers").json()["servers"]} == {
         "stopped"
     }
 
 
-def test_systemd_is_told_when_the_keeper_answers_and_when_it_ends(make_keeper, tmp_path):
+def test_systemd_is_notified_when_the_keeper_is_ready_and_when_it_stops(make_keeper, tmp_path):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
         systemd.bind(str(tmp_path / "notify"))
         systemd.settimeout(PATIENCE)
@@ -274,7 +280,7 @@ def test_systemd_is_told_when_the_keeper_answers_and_when_it_ends(make_keeper, t
 
 
 @pytest.mark.promise
-def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(make_keeper):
+def test_second_keeper_on_the_same_state_directory_is_refused(make_keeper):
     keeper = make_keeper().start()
     second = subprocess.run(
         keeper.command("serve", "--port", str(free_port())),
@@ -292,11 +298,11 @@ def test_a_second_keeper_on_the_same_state_directory_is_refused_in_one_line(make
 
 
 @pytest.mark.parametrize(
-    "own", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"]
+    "settings", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"]
 )
-def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_path, own):
-    """Whatever their state directories, and however it is spelled: each would end the other's servers."""
-    keeper = make_keeper(**{name: tmp_path / value for name, value in own.items()}).start()
+def test_second_keeper_on_the_same_runtime_directory_is_refused(make_keeper, tmp_path, settings):
+    """However the directory is spelled: each keeper would end the other's servers."""
+    keeper = make_keeper(**{name: tmp_path / value for name, value in settings.items()}).start()
     link = tmp_path / "link"
     link.symlink_to(keeper.server_dirs)
     for spelling in (
@@ -314,7 +320,7 @@ def test_two_keepers_with_one_runtime_directory_are_refused(make_keeper, tmp_pat
 
 
 @pytest.mark.root
-def test_a_bind_mount_of_a_runtime_directory_is_the_same_one(make_keeper, tmp_path):
+def test_second_keeper_on_a_bind_mount_of_the_runtime_directory_is_refused(make_keeper, tmp_path):
     keeper = make_keeper().start()
     mount = tmp_path / "mount"
     mount.mkdir()
@@ -338,7 +344,7 @@ def test_a_bind_mount_of_a_runtime_directory_is_the_same_one(make_keeper, tmp_pa
         ({"state_dir": "/proc/nowhere"}, "/proc/nowhere"),
     ],
 )
-def test_a_bad_setting_is_one_line_and_exit_code_2(make_keeper, settings, word):
+def test_invalid_setting_is_reported_in_one_line_with_exit_code_2(make_keeper, settings, word):
     keeper = make_keeper(**settings)
     said = keeper.cli("serve")
     assert said.returncode == 2
@@ -346,7 +352,7 @@ def test_a_bad_setting_is_one_line_and_exit_code_2(make_keeper, settings, word):
     assert len(said.stderr.strip().splitlines()) == 1
 
 
-def test_a_port_of_the_api_that_is_taken_is_one_line(make_keeper):
+def test_api_port_in_use_is_reported_in_one_line(make_keeper):
     keeper = make_keeper().start()
     other = make_keeper()
     other.port = keeper.port
@@ -356,17 +362,17 @@ def test_a_port_of_the_api_that_is_taken_is_one_line(make_keeper):
     assert len(said.stderr.strip().splitlines()) == 1
 
 
-def test_access_control_can_be_turned_off_and_says_so_loudly(make_keeper):
+def test_disabled_access_control_is_logged(make_keeper):
     keeper = make_keeper(auth="none")
     (keeper.state_dir).mkdir()
     (keeper.state_dir / "token").write_text("unused")
     keeper.start()
-    with httpx.Client(base_url=keeper.url, trust_env=False) as anybody:
-        assert anybody.get("/api/servers").status_code == 200
+    with httpx.Client(base_url=keeper.url, trust_env=False) as unauthenticated_client:
+        assert unauthenticated_client.get("/api/servers").status_code == 200
     until(lambda: "access control is OFF" in keeper.log.read_text(), what="it says so")
 
 
-def test_a_damaged_store_is_refused_and_kept(make_keeper):
+def test_damaged_store_is_refused_and_left_unchanged(make_keeper):
     keeper = make_keeper().start()
     assert keeper.stop() == 0
     store = keeper.state_dir / "labkeeper.sqlite"
@@ -379,7 +385,7 @@ def test_a_damaged_store_is_refused_and_kept(make_keeper):
     assert store.read_bytes().startswith(b"no database at all")
 
 
-def test_a_full_house_says_when_to_come_again(make_keeper):
+def test_start_beyond_max_servers_returns_429_with_retry_after(make_keeper):
     keeper = make_keeper(max_servers=1).start()
     keeper.http.post("/api/servers?wait=0", json={}).raise_for_status()
     answer = keeper.post(name="other")
@@ -388,7 +394,7 @@ def test_a_full_house_says_when_to_come_again(make_keeper):
     assert keeper.http.get("/api/servers/other").status_code == 404
 
 
-def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(make_keeper):
+def test_server_that_became_ready_while_the_keeper_was_suspended_is_kept(make_keeper):
     start_timeout = 4
     keeper = make_keeper(start_timeout=start_timeout).start()
     begun = time.monotonic()
@@ -396,7 +402,7 @@ def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(
     until((keeper.server_dirs / "default" / "launch.json").exists, what="its process")
     keeper.process.send_signal(signal.SIGSTOP)
     try:
-        until(lambda: answers(keeper.lab_port), what="it answers")
+        until(lambda: responds(keeper.lab_port), what="it answers")
         until(lambda: time.monotonic() > begun + start_timeout, what="its start is late")
     finally:
         keeper.process.send_signal(signal.SIGCONT)
@@ -404,8 +410,8 @@ def test_a_keeper_that_was_suspended_ends_no_server_that_became_ready_meanwhile(
     assert (server["generation"], server["restarts"]) == (1, 0)
 
 
-def answers(port):
-    """Whether a server answers there."""
+def responds(port):
+    """Return whether a server responds at a port."""
     try:
         return (
             httpx.get(f"http://127.0.0.1:{port}/api", timeout=PATIENCE, trust_env=False).status_code
@@ -415,7 +421,7 @@ def answers(port):
         return False
 
 
-def test_a_second_signal_does_not_make_the_end_less_orderly(make_keeper):
+def test_second_signal_does_not_interrupt_a_graceful_shutdown(make_keeper):
     keeper = make_keeper().start()
     server = keeper.post().json()
     keeper.process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""A server uses no more of the machine than it may, and runs as whom it was asked to; where that cannot be, it is said."""
+"""Resource limits, and servers that run as other users."""
 
 from __future__ import annotations
 
@@ -33,17 +33,20 @@ from harness import (
 from labkeeper.backends.local import hierarchies, limits
 
 USER = f"labkeeper-{os.getpid()}"
-FOUND = {**hierarchies.version_1(), **hierarchies.version_2()} if sys.platform == "linux" else {}
+CONTROLLERS = (
+    {**hierarchies.version_1(), **hierarchies.version_2()} if sys.platform == "linux" else {}
+)
 
 pytestmark = pytest.mark.root
 needs_groups = pytest.mark.skipif(
-    not {"memory", "cpu", "pids"} <= FOUND.keys(), reason="needs control groups that can be written"
+    not {"memory", "cpu", "pids"} <= CONTROLLERS.keys(),
+    reason="needs control groups that can be written",
 )
 
 
 @pytest.fixture(scope="module")
 def passable():
-    """A directory that everybody can pass through; those of pytest are for their owner."""
+    """A directory that all users can traverse, unlike those of pytest."""
     directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
     directory.chmod(0o755)
     yield directory
@@ -52,7 +55,7 @@ def passable():
 
 @pytest.fixture(scope="module")
 def user(passable):
-    """A user of this machine, for this module only."""
+    """A temporary system user for this module."""
     home = passable / "home"
     subprocess.run(
         ["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER],
@@ -63,16 +66,16 @@ def user(passable):
 
 
 class LimitingKeeper(PassableKeeper):
-    """One that leaves no control group behind."""
+    """A keeper that must leave no control groups behind."""
 
     def close(self):
         super().close()
-        assert not groups(self)
+        assert not control_groups(self)
 
 
 @pytest.fixture(scope="module")
 def shared(passable):
-    """A keeper that is not harmed by any test."""
+    """A keeper that all tests of this module share, and none may harm."""
     keeper = LimitingKeeper(passable / "keeper", runtime_dir=passable / "run", launch_by="fork")
     keeper.base.chmod(0o755)
     keeper.notebook_dir.chmod(0o777)
@@ -81,15 +84,19 @@ def shared(passable):
     keeper.close()
 
 
-def groups(keeper, name="*"):
-    """The control groups of a keeper's server, or of all."""
+def control_groups(keeper, name="*"):
+    """Return the control groups of one of a keeper's servers, or of all."""
     prefix = limits.ControlGroups(keeper.server_dirs.resolve())._prefix
     return sorted(
-        {path for hierarchy in FOUND.values() for path in hierarchy.base.glob(f"{prefix}{name}")}
+        {
+            path
+            for hierarchy in CONTROLLERS.values()
+            for path in hierarchy.base.glob(f"{prefix}{name}")
+        }
     )
 
 
-def cell(server, source):
+def run_source(server, source):
     return run_cell(server, start_kernel(server), textwrap.dedent(source)).strip()
 
 
@@ -97,11 +104,11 @@ def cell(server, source):
 
 
 @needs_groups
-def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shared):
+def test_limits_are_enforced_by_control_groups_that_go_with_the_server(shared):
     asked = {"memory_limit": 2**30, "cpu_limit": 0.2, "process_limit": 200}
     server = forked(shared, "limited", **asked)
     by = {
-        name: str(FOUND[controller].version)
+        name: str(CONTROLLERS[controller].version)
         for name, controller in (("memory", "memory"), ("cpus", "cpu"), ("processes", "pids"))
     }
     assert {what: limit | {"used": None} for what, limit in server["limits"].items()} == {
@@ -109,51 +116,56 @@ def test_a_server_says_what_limits_it_and_by_what_and_its_groups_go_with_it(shar
         "cpus": {"limit": 0.2, "used": None, "limited_by": by["cpus"]},
         "processes": {"limit": 200, "used": None, "limited_by": by["processes"]},
     }
-    kernel = int(cell(server, "import os; os.getpid()"))
-    for group in groups(shared, "limited"):
+    kernel = int(run_source(server, "import os; os.getpid()"))
+    for group in control_groups(shared, "limited"):
         members = (group / "cgroup.procs").read_text().split()
         assert {str(server["pid"]), str(kernel)} <= set(members)
         assert str(parent_of(server)) not in members
         assert str(shared.process.pid) not in members
-    # The limit holds for all processes of the server together. It is low enough to be reached on a busy machine, too.
+    # The CPU limit covers all processes of the server together,
+    # and is low enough to be reached even on a busy machine.
     loops = "[subprocess.Popen([sys.executable, '-c', 'while True: pass']).pid for _ in range(3)]"
-    cell(server, f"import subprocess, sys; {loops}")
+    run_source(server, f"import subprocess, sys; {loops}")
 
-    def times_held_back():
+    def throttled_periods():
         (counts,) = {
             path.read_text()
-            for group in groups(shared, "limited")
+            for group in control_groups(shared, "limited")
             for path in group.glob("cpu.stat")
         }
         return int(dict(line.split() for line in counts.splitlines())["nr_throttled"])
 
-    until(times_held_back, what="they are held back")
+    until(throttled_periods, what="they are held back")
     assert shared.delete("limited").status_code == 200
-    assert not groups(shared, "limited")
+    assert not control_groups(shared, "limited")
 
 
 @needs_groups
-def test_a_kernel_that_takes_too_much_memory_dies_and_nothing_else_does(shared):
+def test_kernel_over_the_memory_limit_is_oom_killed_and_its_server_survives(shared):
     server = forked(shared, "greedy", memory_limit=400 * 2**20)
     kernel = start_kernel(server)
-    victim = int(run_cell(server, kernel, "import os; os.getpid()"))
-    source = "import threading; threading.Thread(target=lambda: [bytearray(b'x') * 2**20 for _ in range(2000)]).start()"
+    kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
+    source = (
+        "import threading; threading.Thread("
+        "target=lambda: [bytearray(b'x') * 2**20 for _ in range(2000)]).start()"
+    )
     run_cell(
         server,
         kernel,
-        f"keep = []; import threading\n{source.replace('[byte', 'keep.extend(byte').replace('2000)]', '2000))')}",
+        "keep = []; import threading\n"
+        f"{source.replace('[byte', 'keep.extend(byte').replace('2000)]', '2000))')}",
     )
-    until(lambda: not alive(victim), what="the kernel is killed")
+    until(lambda: not alive(kernel_pid), what="the kernel is killed")
     now = shared.get("greedy")
     assert (now["state"], now["pid"]) == ("running", server["pid"])
     assert shared.delete("greedy").status_code == 200
-    assert not groups(shared, "greedy")
+    assert not control_groups(shared, "greedy")
 
 
 @needs_groups
-def test_a_kernel_that_starts_too_many_processes_is_refused_more(shared):
+def test_process_limit_makes_fork_fail_with_eagain(shared):
     server = forked(shared, "fertile", process_limit=60)
-    said = cell(
+    said = run_source(
         server,
         """
         import subprocess
@@ -173,11 +185,11 @@ def test_a_kernel_that_starts_too_many_processes_is_refused_more(shared):
     assert 10 < count < 60
     assert shared.get("fertile")["state"] == "running"
     assert shared.delete("fertile").status_code == 200
-    assert not groups(shared, "fertile")
+    assert not control_groups(shared, "fertile")
 
 
 @needs_groups
-def test_the_groups_of_a_killed_server_are_removed_and_those_of_its_next_launch_hold(shared):
+def test_relaunched_server_gets_new_control_groups(shared):
     server = forked(shared, "killed", process_limit=100)
     psutil.Process(server["pid"]).kill()
     again = until(
@@ -187,34 +199,37 @@ def test_the_groups_of_a_killed_server_are_removed_and_those_of_its_next_launch_
             and s
         )
     )
-    (group,) = groups(shared, "killed")
+    (group,) = control_groups(shared, "killed")
     assert str(again["pid"]) in (group / "cgroup.procs").read_text().split()
     assert shared.delete("killed", force="true").status_code == 200
-    assert not groups(shared, "killed")
+    assert not control_groups(shared, "killed")
 
 
 @needs_groups
-def test_the_groups_of_a_server_that_the_next_keeper_stops_are_removed(make_keeper):
+def test_control_groups_of_an_adopted_server_are_removed_when_it_stops(make_keeper):
     keeper = make_keeper(launch_by="fork").start()
     keeper.post(process_limit=100).raise_for_status()
-    assert len(groups(keeper)) == 1
+    assert len(control_groups(keeper)) == 1
     keeper.kill()
     keeper.start()
     keeper.wait_for("running")
     try:
         assert keeper.delete().status_code == 200
-        assert not groups(keeper)
+        assert not control_groups(keeper)
     finally:
-        for group in groups(keeper):
+        for group in control_groups(keeper):
             group.rmdir()
 
 
-GRAB = "import threading; threading.Thread(target=lambda: [bytearray(b'x') * 2**20 for _ in range(4000)], daemon=True).start()"
-"""Takes 4 GiB, one MiB at a time."""
+EXHAUST_MEMORY = (
+    "import threading; threading.Thread("
+    "target=lambda: [bytearray(b'x') * 2**20 for _ in range(4000)], daemon=True).start()"
+)
+"""Allocates 4 GiB, one MiB at a time."""
 
 
-def ends_of(keeper, name="default"):
-    """What the keeper's log says of each crash of a server: its class and its cause."""
+def logged_crashes(keeper, name="default"):
+    """Return the failure class and the cause of each logged crash of a server."""
     entries = [
         json.loads(line) for line in keeper.log.read_text().splitlines() if '"CRASHED"' in line
     ]
@@ -225,7 +240,7 @@ def ends_of(keeper, name="default"):
     ]
 
 
-def launched_again(keeper, server):
+def wait_for_relaunch(keeper, server):
     return until(
         lambda: (
             (s := keeper.get(server["name"]))["generation"] > server["generation"]
@@ -237,7 +252,7 @@ def launched_again(keeper, server):
 
 
 @needs_groups
-def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_somebody_kills_is_not(
+def test_oom_kill_of_a_server_is_distinguished_from_other_kills(
     make_keeper,
 ):
     keeper = make_keeper(launch_by="fork")
@@ -245,46 +260,47 @@ def test_a_server_that_is_killed_for_want_of_memory_is_said_to_be_and_one_that_s
     keeper.start()
     server = forked(keeper, memory_limit=400 * 2**20)
     kernel = start_kernel(server)
-    victim = int(run_cell(server, kernel, "import os; os.getpid()"))
-    run_cell(server, kernel, GRAB)
-    until(lambda: not alive(victim), what="the kernel is killed")
-    # That its kernel was killed so says nothing of an end later on: nothing shows when the keeper has looked twice, but time.
+    kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
+    run_cell(server, kernel, EXHAUST_MEMORY)
+    until(lambda: not alive(kernel_pid), what="the kernel is killed")
+    # The OOM kill of its kernel must not be taken for the cause of a later exit of the server.
+    # Nothing shows that the keeper has checked the counters twice, except that time has passed.
     time.sleep(8)
     assert keeper.get()["pid"] == server["pid"]
     psutil.Process(server["pid"]).kill()
-    server = launched_again(keeper, server)
-    run_in_server(server, GRAB)
-    launched_again(keeper, server)
-    (killed, _), (out_of_memory, cause) = ends_of(keeper)[-2:]
+    server = wait_for_relaunch(keeper, server)
+    run_in_server(server, EXHAUST_MEMORY)
+    wait_for_relaunch(keeper, server)
+    (killed, _), (out_of_memory, cause) = logged_crashes(keeper)[-2:]
     assert (killed, out_of_memory) == ("killed", "out-of-memory")
     assert "ask for a higher memory_limit" in cause
 
 
 @needs_groups
-def test_a_server_killed_while_a_neighbour_runs_out_of_memory_is_not_taken_for_out_of_memory(
+def test_oom_kill_in_another_server_is_not_attributed_to_a_killed_server(
     make_keeper,
 ):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
     neighbour = forked(keeper, "neighbour", memory_limit=400 * 2**20)
     kernel = start_kernel(neighbour)
-    victim = int(run_cell(neighbour, kernel, "import os; os.getpid()"))
-    run_cell(neighbour, kernel, GRAB)
-    until(lambda: not alive(victim), what="the neighbour's kernel is killed")
+    kernel_pid = int(run_cell(neighbour, kernel, "import os; os.getpid()"))
+    run_cell(neighbour, kernel, EXHAUST_MEMORY)
+    until(lambda: not alive(kernel_pid), what="the neighbour's kernel is killed")
     psutil.Process(server["pid"]).kill()
-    launched_again(keeper, server)
-    assert [kind for kind, _ in ends_of(keeper)] == ["killed"]
+    wait_for_relaunch(keeper, server)
+    assert [kind for kind, _ in logged_crashes(keeper)] == ["killed"]
 
 
 @pytest.mark.skipif(
-    "memory" not in FOUND or FOUND["memory"].version is not limits.LimitedBy.CGROUP1,
+    "memory" not in CONTROLLERS or CONTROLLERS["memory"].version is not limits.LimitedBy.CGROUP1,
     reason="needs control groups of version 1 that can be written",
 )
-def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_left_most_likely_was(
+def test_kill_of_an_unlimited_server_is_attributed_to_an_oom_of_the_machine(
     make_keeper,
 ):
-    """What the machine is here is a group around the keeper."""
-    machine = FOUND["memory"].base / f"test-{os.getpid()}"
+    """A control group around the keeper plays the machine."""
+    machine = CONTROLLERS["memory"].base / f"test-{os.getpid()}"
     machine.mkdir()
     (machine / "memory.limit_in_bytes").write_text(str(700 * 2**20))
     keeper = make_keeper(launch_by="exec")
@@ -295,9 +311,9 @@ def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_
     keeper.start()
     try:
         server = keeper.post().json()
-        run_in_server(server, GRAB)
-        launched_again(keeper, server)
-        ((kind, cause),) = ends_of(keeper)
+        run_in_server(server, EXHAUST_MEMORY)
+        wait_for_relaunch(keeper, server)
+        ((kind, cause),) = logged_crashes(keeper)
         assert kind == "out-of-memory"
         assert "most likely" in cause
         assert keeper.process.poll() is None
@@ -307,14 +323,15 @@ def test_a_server_without_a_limit_that_is_killed_when_the_machine_has_no_memory_
         machine.rmdir()
 
 
-def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said_to_be(
-    make_keeper, tmp_path
-):
-    """Where the keeper sees none, in a mount namespace of its own."""
+def test_without_control_groups_limits_fall_back_to_rlimits_or_nothing(make_keeper, tmp_path):
+    """The keeper finds none, in its own mount namespace."""
     keeper = make_keeper(launch_by="fork")
     command = keeper.command
-    # A shell that waits would be in the way of signals.
-    hidden = 'while umount -l /sys/fs/cgroup 2>/dev/null; do :; done; grep -q cgroup /proc/self/mounts && exit 9; exec "$@"'
+    # exec, because a shell that waits would not pass signals on.
+    hidden = (
+        "while umount -l /sys/fs/cgroup 2>/dev/null; do :; done;"
+        ' grep -q cgroup /proc/self/mounts && exit 9; exec "$@"'
+    )
     keeper.command = lambda *arguments: [
         "unshare",
         "-m",
@@ -337,14 +354,14 @@ def test_without_control_groups_a_limit_is_that_of_each_process_or_none_and_said
         try: bytearray(2**30)
         except MemoryError: print("no")
         """
-    assert cell(server, source).split() == [str(600 * 2**20), "no"]
-    assert not groups(keeper)
+    assert run_source(server, source).split() == [str(600 * 2**20), "no"]
+    assert not control_groups(keeper)
 
 
 # Users
 
 
-def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
+def test_server_runs_as_the_requested_user(shared, user, passable):
     server = forked(shared, "theirs", user=USER)
     assert server["user"] == USER
     process = psutil.Process(server["pid"])
@@ -356,9 +373,10 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     assert sorted(map(int, status["Groups"].split())) == sorted(os.getgrouplist(USER, user.pw_gid))
     assert int(status["CapEff"], 16) == 0
 
-    said = cell(
+    said = run_source(
         server,
-        "import os, pathlib; pathlib.Path('mine').touch(); print(os.getuid(), os.environ['HOME'], os.environ['USER'])",
+        "import os, pathlib; pathlib.Path('mine').touch();"
+        " print(os.getuid(), os.environ['HOME'], os.environ['USER'])",
     )
     assert said.split() == [str(user.pw_uid), user.pw_dir, USER]
     assert (shared.notebook_dir / "mine").stat().st_uid == user.pw_uid
@@ -372,18 +390,19 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     assert parts[server_dir][0] == 0
     assert parts[server_dir][1] & 0o022 == 0
     assert parts[server_dir / "launch.json"] == (0, 0o600)
-    assert cell(
+    assert run_source(
         server,
-        f"import os; print(os.access({str(server_dir / 'generation.json')!r}, os.W_OK), os.access({str(server_dir)!r}, os.W_OK))",
+        f"import os; print(os.access({str(server_dir / 'generation.json')!r}, os.W_OK),"
+        f" os.access({str(server_dir)!r}, os.W_OK))",
     ) == ("False False")
-    # Neither its own log nor what others have is open to it.
+    # It can read neither its own log nor files of the keeper and other servers.
     closed = [
         server_dir.parent / ".forkservers",
         shared.state_dir / "logs" / "theirs.log",
         shared.state_dir / "token",
     ]
     assert (
-        cell(
+        run_source(
             server,
             f"import os; print([os.access(path, os.R_OK) for path in {list(map(str, closed))}])",
         )
@@ -394,7 +413,7 @@ def test_a_server_runs_as_the_user_that_was_asked_for(shared, user, passable):
     (shared.notebook_dir / "mine").unlink()
 
 
-def test_settings_of_a_user_are_kept_in_its_own_home(shared, user):
+def test_lab_settings_are_stored_in_the_users_home(shared, user):
     server = forked(shared, "settled", user=USER)
     log = shared.http.get("/api/servers/settled/logs", params={"tail": 1000}).text
     assert "Permission denied" not in log
@@ -410,11 +429,11 @@ def test_settings_of_a_user_are_kept_in_its_own_home(shared, user):
     assert shared.delete("settled").status_code == 200
 
 
-def test_what_root_has_in_its_environment_is_not_given_to_a_user(shared, user):
-    """As a password for the keeper's proxy, or directories that only root can use."""
+def test_environment_of_root_is_not_passed_to_servers_of_other_users(shared, user):
+    """Such as a password of the keeper's proxy, or directories that only root can use."""
     server = forked(shared, "poor", user=USER)
     assert (
-        cell(
+        run_source(
             server,
             "import os; print(os.environ.get('SECRET_OF_ROOT'), os.environ.get('XDG_RUNTIME_DIR'))",
         )
@@ -423,33 +442,33 @@ def test_what_root_has_in_its_environment_is_not_given_to_a_user(shared, user):
     assert shared.delete("poor").status_code == 200
 
 
-def test_an_executed_server_runs_as_its_user_too(shared, user):
+def test_executed_server_runs_as_the_requested_user(shared, user):
     server = shared.post(name="slow", user=USER, env={"LC_LABKEEPER": "1"}).json()
     assert (server["state"], server["launched_by"]) == ("running", "exec")
-    assert cell(server, "import os; print(os.getuid(), os.getgroups() != [])").split()[0] == str(
-        user.pw_uid
-    )
+    assert run_source(server, "import os; print(os.getuid(), os.getgroups() != [])").split()[
+        0
+    ] == str(user.pw_uid)
     assert shared.delete("slow").status_code == 200
 
 
 @needs_groups
-def test_a_server_of_a_user_is_limited_as_any_other(shared, user):
+def test_limits_apply_to_servers_of_other_users(shared, user):
     server = forked(shared, "both", user=USER, process_limit=100, memory_limit=2**30)
     assert all(
         str(server["pid"]) in (group / "cgroup.procs").read_text().split()
-        for group in groups(shared, "both")
+        for group in control_groups(shared, "both")
     )
-    assert len(groups(shared, "both")) == 2
-    made = list(map(str, groups(shared, "both")))
+    assert len(control_groups(shared, "both")) == 2
+    made = list(map(str, control_groups(shared, "both")))
     assert (
-        cell(server, f"import os; print([os.access(path, os.W_OK) for path in {made}])")
+        run_source(server, f"import os; print([os.access(path, os.W_OK) for path in {made}])")
         == "[False, False]"
     )
     assert shared.delete("both").status_code == 200
-    assert not groups(shared, "both")
+    assert not control_groups(shared, "both")
 
 
-def test_a_user_s_servers_are_in_its_own_directory_and_in_no_other(user, passable):
+def test_servers_are_confined_to_their_users_own_directory(user, passable):
     homes = passable / "homes"
     keeper = PassableKeeper(
         passable / "own",
@@ -477,7 +496,7 @@ def test_a_user_s_servers_are_in_its_own_directory_and_in_no_other(user, passabl
         keeper.close()
 
 
-def test_a_user_that_does_not_exist_fails_the_start(shared):
+def test_unknown_user_fails_the_start(shared):
     answer = shared.post(name="nobody", user="no-such-user")
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
     assert "no such user" in answer.json()["detail"]
@@ -485,9 +504,7 @@ def test_a_user_that_does_not_exist_fails_the_start(shared):
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o711])
-def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_named(
-    shared, user, mode
-):
+def test_root_dir_that_the_user_cannot_access_fails_the_start(shared, user, mode):
     (shared.notebook_dir / "closed").mkdir(exist_ok=True)
     (shared.notebook_dir / "closed").chmod(mode)
     answer = shared.post(name="shut-out", user=USER, root_dir="closed")
@@ -496,16 +513,14 @@ def test_a_directory_that_a_user_cannot_enter_or_read_fails_the_start_and_is_nam
     assert shared.delete("shut-out").status_code == 200
 
 
-def test_a_runtime_directory_that_a_user_cannot_reach_fails_the_start_with_what_to_do(
-    make_keeper, user
-):
+def test_runtime_directory_that_the_user_cannot_reach_fails_the_start(make_keeper, user):
     keeper = make_keeper(launch_by="exec").start()
     answer = keeper.post(user=USER)
     assert (answer.status_code, answer.json()["failure_class"]) == (502, "config-error")
     assert "LABKEEPER_RUNTIME_DIR" in answer.json()["detail"]
 
 
-def test_a_keeper_that_is_not_root_says_that_it_cannot(passable, user):
+def test_unprivileged_keeper_refuses_to_run_servers_as_other_users(passable, user):
     keeper = KeeperProcess(passable / "unprivileged", launch_by="exec")
     keeper.environment  # noqa: B018 - makes its interpreter, as root
     subprocess.run(["chown", "-R", USER, keeper.base], check=True)
@@ -529,8 +544,8 @@ def test_a_keeper_that_is_not_root_says_that_it_cannot(passable, user):
 
 
 @pytest.mark.skipif(not low_ports_take_a_right(), reason="needs ports that take a right")
-def test_a_user_is_told_that_a_low_port_takes_a_right(shared, user):
-    """Though the keeper itself has it."""
+def test_privileged_port_for_an_unprivileged_user_fails_the_start(shared, user):
+    """Even though the keeper itself could listen there."""
     refused = shared.post(name="low", port=81, user=user.pw_name)
     assert (refused.status_code, refused.json().get("failure_class")) == (502, "config-error"), (
         refused.text

@@ -1,4 +1,4 @@
-"""What `make run` does: a keeper and a first Lab, a link that opens it, and nothing left after Ctrl-C."""
+"""`make run` starts a keeper and a first Lab, shows its link, and cleans up after Ctrl-C."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ LINK = re.compile(r"http://\S+[?&]token=\w+")
 
 
 class Run:
-    """`scripts/run`, leading a session of its own as in a terminal's window, and all that it has said."""
+    """`scripts/run` as a session leader, as in a terminal window, with its output so far."""
 
     def __init__(self, base, *, at_terminal):
         self.temporary = base / "tmp"
@@ -48,9 +48,9 @@ class Run:
             "LABKEEPER_LAB_PORT": str(free_port()),
             "LABKEEPER_JUPYTER_PYTHON": str(plain_python(base / "bin")),
         }
-        self.said = ""
+        self.output = ""
         self.reading, writing = os.openpty() if at_terminal else os.pipe()
-        # The first terminal that the leader of a session opens is the one whose Ctrl-C reaches it.
+        # The first terminal that a session leader opens becomes its controlling terminal.
         command = (
             ["sh", "-c", 'exec <"$0" >"$0" 2>&1 "$@"', os.ttyname(writing)] if at_terminal else []
         )
@@ -68,36 +68,36 @@ class Run:
         self._reader.start()
 
     def _read(self):
-        with contextlib.suppress(OSError):  # EIO: nobody holds the terminal's other end any more
+        with contextlib.suppress(OSError):  # EIO: the other end of the terminal is closed
             while piece := os.read(self.reading, 65536):
-                self.said += piece.decode(errors="replace")
+                self.output += piece.decode(errors="replace")
 
-    def hears(self, text):
-        """Wait until it has said something."""
+    def wait_for_output(self, text):
+        """Wait until the output contains a text."""
         until(
-            lambda: text in self.said or self.process.poll() is not None, what=f"{text!r} is said"
+            lambda: text in self.output or self.process.poll() is not None, what=f"{text!r} is said"
         )
-        assert text in self.said, self.said
+        assert text in self.output, self.output
 
-    def ends(self):
-        """Wait for its end; give its exit code."""
+    def wait_for_exit(self):
+        """Wait for the exit, and return the exit code."""
         code = self.process.wait(PATIENCE)
         self._reader.join(PATIENCE)
         return code
 
-    def left(self):
-        """Give what is left of it: processes, and what it made in the temporary directory."""
+    def leftovers(self):
+        """Return what is left: processes, and files in the temporary directory."""
         with contextlib.suppress(FileNotFoundError):
             return [*self.members(), *processes_marked(self.temporary), *self.temporary.iterdir()]
         return []
 
     def members(self):
-        """Every live process of its session: the script and the keeper."""
+        """Return every live process of the session: the script and the keeper."""
         return processes_where(lambda process: os.getsid(process.pid) == self.process.pid)
 
     def close(self):
         kill_all([*self.members(), *processes_marked(self.temporary)])
-        self.ends()
+        self.wait_for_exit()
         os.close(self.reading)
 
 
@@ -113,12 +113,12 @@ def make_run(tmp_path):
         yield make
 
 
-def test_at_a_terminal_the_link_opens_the_lab_and_ctrl_c_leaves_nothing(make_run):
+def test_link_shown_at_a_terminal_opens_the_lab_and_ctrl_c_cleans_up(make_run):
     running = make_run(at_terminal=True)
-    running.hears("Ctrl-C stops everything.")
+    running.wait_for_output("Ctrl-C stops everything.")
     assert running.notebooks.is_dir()
-    link = LINK.search(running.said)
-    assert link, running.said
+    link = LINK.search(running.output)
+    assert link, running.output
     page = httpx.get(link[0], follow_redirects=True, trust_env=False)
     assert page.status_code == 200
     assert "JupyterLab" in page.text
@@ -127,25 +127,25 @@ def test_at_a_terminal_the_link_opens_the_lab_and_ctrl_c_leaves_nothing(make_run
     ).url.path.endswith("/login")
 
     os.write(running.reading, CTRL_C)
-    assert running.ends() == 0, running.said
-    assert running.left() == []
-    assert "Traceback" not in running.said
+    assert running.wait_for_exit() == 0, running.output
+    assert running.leftovers() == []
+    assert "Traceback" not in running.output
 
 
-def test_ctrl_c_during_the_start_leaves_nothing_either(make_run):
+def test_ctrl_c_during_startup_cleans_up(make_run):
     running = make_run(at_terminal=True)
-    running.hears("starting JupyterLab ...")
+    running.wait_for_output("starting JupyterLab ...")
     os.write(running.reading, CTRL_C)
-    assert running.ends() == 0, running.said
-    assert running.left() == []
+    assert running.wait_for_exit() == 0, running.output
+    assert running.leftovers() == []
 
 
-def test_without_a_terminal_no_secret_is_said_but_how_to_get_the_link(make_run):
+def test_output_without_a_terminal_has_no_secrets_but_explains_the_link(make_run):
     running = make_run(at_terminal=False)
-    running.hears("Ctrl-C stops everything.")
-    export = re.search(r"In another terminal: (export .*)", running.said)[1]
-    assert "labkeeper open --print" in running.said
-    # Pasted into another terminal, where nothing else tells of the keeper.
+    running.wait_for_output("Ctrl-C stops everything.")
+    export = re.search(r"In another terminal: (export .*)", running.output)[1]
+    assert "labkeeper open --print" in running.output
+    # Paste the command into another terminal, with no other way to find the keeper.
     script = f'{export}\necho "$LABKEEPER_STATE_DIR"; labkeeper token; labkeeper open --print\n'
     elsewhere = {"PATH": "/usr/bin:/bin", "HOME": os.environ["HOME"]}
     pasted = subprocess.run(
@@ -161,10 +161,10 @@ def test_without_a_terminal_no_secret_is_said_but_how_to_get_the_link(make_run):
     assert Path(state).parent == running.temporary
     assert (Path(state) / "token").read_text().strip() == owners
     assert LINK.fullmatch(link)
-    assert link.partition("token=")[2] not in running.said
-    assert owners not in running.said
-    assert "token=" not in running.said
+    assert link.partition("token=")[2] not in running.output
+    assert owners not in running.output
+    assert "token=" not in running.output
 
     running.process.send_signal(signal.SIGTERM)
-    assert running.ends() == 0, running.said
-    assert running.left() == []
+    assert running.wait_for_exit() == 0, running.output
+    assert running.leftovers() == []

@@ -1,4 +1,4 @@
-"""Many servers at once, on a real keeper that forks: they queue, they all come up, and they all go."""
+"""Many servers at once, with a keeper that forks: starts are queued, and all succeed."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ import pytest
 from harness import PATIENCE, KeeperProcess, until
 
 COUNT = 30
-PLACES = 4
+MAX_STARTS = 4
 
 
 @pytest.fixture
 def keeper(tmp_path):
-    running = KeeperProcess(tmp_path, max_starts=PLACES).start_to_fork()
+    running = KeeperProcess(tmp_path, max_starts=MAX_STARTS).start_to_fork()
     yield running
     running.close()
 
 
-class Onlooker:
-    """Looks at the list again and again, and remembers how many were starting and which places were told."""
+class ListPoller:
+    """Poll the list of servers, and record how many were starting, and the queue positions seen."""
 
     def __init__(self, keeper):
         self.most_starting = 0
-        self.places = set()
+        self.queue_positions = set()
         self._keeper = keeper
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._poll)
 
     def __enter__(self):
         self._thread.start()
@@ -39,7 +39,7 @@ class Onlooker:
         self._over.set()
         self._thread.join()
 
-    def _look(self):
+    def _poll(self):
         headers = dict(self._keeper.http.headers)
         with httpx.Client(
             base_url=self._keeper.url, headers=headers, timeout=PATIENCE, trust_env=False
@@ -49,22 +49,22 @@ class Onlooker:
                 self.most_starting = max(
                     self.most_starting, sum(server["state"] == "starting" for server in servers)
                 )
-                self.places |= {server["queue_position"] for server in servers} - {None}
+                self.queue_positions |= {server["queue_position"] for server in servers} - {None}
 
 
 @pytest.mark.promise
-def test_thirty_at_once_queue_come_up_and_go(keeper):
-    """By one request, by thirty, and by the command line: never more than there are places, and nobody is left behind."""
+def test_thirty_concurrent_starts_are_queued_and_succeed(keeper):
+    """By one bulk request, by thirty requests, and by the CLI: never more starts than allowed."""
     names = [f"s{number}" for number in range(COUNT)]
-    with Onlooker(keeper) as seen:
+    with ListPoller(keeper) as seen:
         answer = keeper.http.post("/api/bulk/start", json={"names": names})
     assert answer.status_code == 200, answer.text
     results = answer.json()["results"]
     assert [
         (result["name"], result["status"], result["server"]["state"]) for result in results
     ] == [(name, 201, "running") for name in names]
-    assert 1 <= seen.most_starting <= PLACES
-    assert 1 in seen.places
+    assert 1 <= seen.most_starting <= MAX_STARTS
+    assert 1 in seen.queue_positions
 
     stopped = keeper.cli("stop", "--all", "--delete")
     assert stopped.returncode == 0, stopped.stderr
@@ -84,8 +84,7 @@ def test_thirty_at_once_queue_come_up_and_go(keeper):
     assert keeper.get("another")["state"] == "running"
 
 
-def test_who_queues_keeps_the_place_over_a_restart_of_the_keeper(tmp_path):
-    """A keeper that is killed leaves a queue behind; the next one goes on with it, in its order."""
+def test_start_queue_survives_a_killed_keeper_in_order(tmp_path):
     keeper = KeeperProcess(tmp_path, launch_by="exec", max_starts=1).start()
     try:
         for name in ("b", "a", "c"):
@@ -107,7 +106,7 @@ def test_who_queues_keeps_the_place_over_a_restart_of_the_keeper(tmp_path):
         keeper.close()
 
 
-def test_where_memory_is_to_stay_free_nothing_starts(tmp_path):
+def test_start_is_refused_if_too_little_memory_is_free(tmp_path):
     keeper = KeeperProcess(tmp_path, launch_by="exec", min_free_memory="100%").start()
     try:
         refused = keeper.post(name="one")

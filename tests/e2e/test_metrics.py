@@ -1,4 +1,4 @@
-"""What a Prometheus reads of a keeper whose servers start, crash and end."""
+"""Prometheus metrics of a keeper whose servers start, crash and stop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from harness import until
 
 
-def scraped(keeper):
+def scrape(keeper):
     answer = keeper.http.get("/metrics")
     assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"].startswith("text/plain")
@@ -22,20 +22,20 @@ def scraped(keeper):
     }
 
 
-def test_a_start_a_crash_and_a_stop_are_counted(make_keeper):
+def test_starts_crashes_and_stops_are_counted(make_keeper):
     keeper = make_keeper().start()
-    before = scraped(keeper)
+    before = scrape(keeper)
     assert before["starts_total", "exec", "none", "ready"] == 0
     assert keeper.post().status_code == 201
     first = keeper.wait_for("running")
     os.kill(first["pid"], signal.SIGKILL)
     until(lambda: keeper.get()["restarts"] == 1, what="the restart")
     keeper.wait_for("running")
-    up = scraped(keeper)
+    up = scrape(keeper)
     assert (up["servers", "running"], up["servers", "stopped"]) == (1, 0)
     assert keeper.http.post("/api/servers/default/stop").status_code == 200
 
-    after = scraped(keeper)
+    after = scrape(keeper)
     assert after["starts_total", "exec", "none", "ready"] == 2
     assert after["start_duration_seconds_count", "exec"] == 2
     assert 0.05 < after["start_duration_seconds_sum", "exec"] < 120
@@ -47,7 +47,7 @@ def test_a_start_a_crash_and_a_stop_are_counted(make_keeper):
     assert after["process_resident_memory_bytes",] > 0
     assert not any("default" in labels for _, *labels in after)
 
-    stranger = keeper.http.get("/metrics", headers={"Authorization": "Bearer wrong"})
-    assert stranger.status_code == 401
-    assert "labkeeper_" not in stranger.text
-    assert scraped(keeper)["http_requests_total", "/metrics", "401", "GET"] == 1
+    unauthenticated = keeper.http.get("/metrics", headers={"Authorization": "Bearer wrong"})
+    assert unauthenticated.status_code == 401
+    assert "labkeeper_" not in unauthenticated.text
+    assert scrape(keeper)["http_requests_total", "/metrics", "401", "GET"] == 1

@@ -1,4 +1,4 @@
-"""Nothing outlives its server, however it hides; and nothing that a keeper left outlives the store that knew of it."""
+"""No process outlives its server, however it hides, and no server outlives its record."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ needs_groups = pytest.mark.skipif(
     reason="needs control groups that can be written",
 )
 
-HIDE = """
+START_HIDDEN = """
 import os, sys
 if os.fork() == 0:
     os.setsid()
@@ -47,16 +47,16 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
-"""Clears its environment, and leaves both its session and its parents."""
-PLAIN = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)"
+"""Starts a process with an empty environment that leaves its session and its parents."""
+SLEEPING = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(300)"
 STOPPED = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); os.kill(os.getpid(), 19)"
-POLITE = (
+EXITS_ON_SIGTERM = (
     "import os, signal, sys, time\n"
     "signal.signal(15, lambda *_: (open(sys.argv[1], 'w').write('asked'), os._exit(0)))\n"
     "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
     "time.sleep(300)"
 )
-CHAIN = (
+FORKING_CHAIN = (
     "import os, sys, time\n"
     "for generation in range(6000):\n"
     "    open(sys.argv[1], 'w').write(str(generation + 1))\n"
@@ -64,18 +64,21 @@ CHAIN = (
     "    if os.fork():\n"
     "        os._exit(0)"
 )
-"""Each of its processes starts the next one, and ends."""
+"""Each process starts the next one, and exits."""
 
 
 @pytest.fixture
-def hide(tmp_path):
-    """Give code that starts a process which hides, and the file where that says who it is; none outlives the test."""
+def hidden_process(tmp_path):
+    """Return code that starts a hidden process, and the file that it writes its pid to.
+
+    The processes are killed after the test.
+    """
     notes = []
 
     def make(code):
         note = tmp_path / f"note{len(notes)}"
         notes.append(note)
-        return HIDE.format(python=sys.executable, code=code, note=str(note)), note
+        return START_HIDDEN.format(python=sys.executable, code=code, note=str(note)), note
 
     yield make
     for note in notes:
@@ -93,12 +96,12 @@ def in_child_of_server(server, source):
     run_in_server(server, RUN.format(source))
 
 
-def noted(note):
+def wait_for_note(note):
     return until(lambda: note.exists() and note.read_text(), what="a hidden process runs")
 
 
-def goes_on(note):
-    """Whether a chain of processes still grows; each of them has the note among its arguments."""
+def chain_is_alive(note):
+    """Return whether the chain still grows. The note is among the arguments of each process."""
     before = note.read_text()
     seen = any(processes_where(lambda process: str(note) in process.cmdline()) for _ in range(5))
     return seen or note.read_text() != before
@@ -112,8 +115,11 @@ def start(keeper, launch_by):
     return server
 
 
-def groups_of(keeper):
-    """The control groups of a keeper's servers; a fork server that loads has one of its own, whose name goes on with a dot."""
+def control_groups(keeper):
+    """Return the control groups of a keeper's servers.
+
+    A loading fork server has one of its own, with a dot after the prefix.
+    """
     groups = ControlGroups(keeper.server_dirs.resolve())
     return sorted(
         group.name for base in groups._bases for group in base.glob(f"{groups._prefix}[!.]*")
@@ -122,39 +128,39 @@ def groups_of(keeper):
 
 @needs_groups
 @pytest.mark.parametrize(
-    ("launch_by", "place"),
+    ("launch_by", "run"),
     [("fork", in_cell), ("exec", in_child_of_server)],
     ids=["forked, in a cell", "executed, in a child"],
 )
-def test_what_hides_ends_with_its_server(make_keeper, hide, launch_by, place):
+def test_hidden_processes_are_killed_with_their_server(make_keeper, hidden_process, launch_by, run):
     keeper = make_keeper(launch_by="fork")
     give_hands(keeper)
     keeper.start()
     server = start(keeper, launch_by)
     assert server["limits"] == {}
     notes = {}
-    for code in (PLAIN, STOPPED, CHAIN):
-        source, notes[code] = hide(code)
-        place(server, source)
-    plain, stopped = int(noted(notes[PLAIN])), int(noted(notes[STOPPED]))
+    for code in (SLEEPING, STOPPED, FORKING_CHAIN):
+        source, notes[code] = hidden_process(code)
+        run(server, source)
+    plain, stopped = int(wait_for_note(notes[SLEEPING])), int(wait_for_note(notes[STOPPED]))
     until(lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED)
-    noted(notes[CHAIN])
-    assert goes_on(notes[CHAIN])
+    wait_for_note(notes[FORKING_CHAIN])
+    assert chain_is_alive(notes[FORKING_CHAIN])
     assert not {plain, stopped} & {process.pid for process in processes_marked(keeper.server_dirs)}
-    assert keeper.delete(force="true" if place is in_cell else "false").status_code == 200
+    assert keeper.delete(force="true" if run is in_cell else "false").status_code == 200
     assert not alive(plain)
     assert not alive(stopped)
-    assert not goes_on(notes[CHAIN])
-    assert groups_of(keeper) == []
+    assert not chain_is_alive(notes[FORKING_CHAIN])
+    assert control_groups(keeper) == []
 
 
 @needs_groups
-def test_what_hides_ends_with_a_server_that_is_killed(make_keeper, hide):
+def test_hidden_processes_of_a_killed_server_are_killed(make_keeper, hidden_process):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
-    source, note = hide(PLAIN)
+    source, note = hidden_process(SLEEPING)
     in_cell(server, source)
-    pid = int(noted(note))
+    pid = int(wait_for_note(note))
     os.kill(server["pid"], signal.SIGKILL)
     again = until(
         lambda: (
@@ -164,46 +170,48 @@ def test_what_hides_ends_with_a_server_that_is_killed(make_keeper, hide):
         )
     )
     assert not alive(pid)
-    assert len(groups_of(keeper)) == 1
+    assert len(control_groups(keeper)) == 1
     assert alive(again["pid"])
 
 
 @needs_groups
-def test_what_hides_is_asked_to_end_before_it_is_ended(make_keeper, hide):
+def test_hidden_processes_get_sigterm_first(make_keeper, hidden_process):
     keeper = make_keeper().start()
     server = keeper.post().json()
-    source, note = hide(POLITE)
+    source, note = hidden_process(EXITS_ON_SIGTERM)
     in_cell(server, source)
-    pid = int(noted(note))
+    pid = int(wait_for_note(note))
     assert keeper.delete().json()["stop_report"]["method"] == "shutdown"
     assert not alive(pid)
     assert note.read_text() == "asked"
 
 
 @needs_groups
-def test_what_hides_ends_with_a_server_that_the_next_keeper_took_over(make_keeper, hide):
+def test_hidden_processes_of_an_adopted_server_are_killed(make_keeper, hidden_process):
     keeper = make_keeper(launch_by="exec").start()
     server = keeper.post().json()
-    source, note = hide(PLAIN)
+    source, note = hidden_process(SLEEPING)
     in_cell(server, source)
-    pid = int(noted(note))
+    pid = int(wait_for_note(note))
     keeper.kill()
     keeper.start()
     assert keeper.wait_for("running")["pid"] == server["pid"]
     assert keeper.delete().status_code == 200
     assert not alive(pid)
-    assert groups_of(keeper) == []
+    assert control_groups(keeper) == []
 
 
 READ_ONLY = """
-for place in $(awk '$0 ~ / - cgroup2? / {print $5}' /proc/self/mountinfo); do mount -o remount,bind,ro $place || exit 9; done
+for place in $(awk '$0 ~ / - cgroup2? / {print $5}' /proc/self/mountinfo); do
+    mount -o remount,bind,ro $place || exit 9
+done
 exec "$@"
 """
 
 
 @pytest.mark.root
-def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_keeper):
-    """As in most containers."""
+def test_read_only_control_groups_cause_no_warning(make_keeper):
+    """Most containers have read-only control groups."""
     keeper = make_keeper(launch_by="exec")
     command = keeper.command
     keeper.command = lambda *arguments: [
@@ -218,7 +226,7 @@ def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_
     server = keeper.start().post().json()
     assert (server["state"], server["limits"]) == ("running", {})
     kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
-    assert groups_of(keeper) == []
+    assert control_groups(keeper) == []
     assert keeper.delete().status_code == 200
     assert not alive(kernel)
     warnings = [
@@ -227,17 +235,17 @@ def test_where_groups_are_read_only_nothing_changes_and_no_start_complains(make_
     assert [line for line in warnings if "names no user runs as root" not in line] == []
 
 
-FORGED = "while :; do LABKEEPER_SERVER={} sleep 1000; done"
-"""Carries no mark itself, and starts one after the other that does."""
+FORGE_MARK = "while :; do LABKEEPER_SERVER={} sleep 1000; done"
+"""Has no mark itself, but starts processes that do, one after the other."""
 
 
 @pytest.mark.root
-def test_no_other_user_holds_a_server_by_its_mark(keeper):
+def test_processes_of_other_users_with_a_forged_mark_are_ignored(keeper):
     server = keeper.post().json()
     nobody = {"user": 65534, "group": 65534, "extra_groups": []}
     server_dir = keeper.server_dirs.resolve() / "default"
     with subprocess.Popen(
-        ["sh", "-c", FORGED.format(server_dir)], **nobody, start_new_session=True
+        ["sh", "-c", FORGE_MARK.format(server_dir)], **nobody, start_new_session=True
     ) as forger:
         try:
             until(
@@ -256,16 +264,19 @@ def test_no_other_user_holds_a_server_by_its_mark(keeper):
             kill_all(processes_marked(server_dir))
 
 
-# The sweep
+# Cleanup at startup
 
 
-def forget_everything(keeper):
+def delete_store(keeper):
     for path in keeper.state_dir.glob("labkeeper.sqlite*"):
         path.unlink()
 
 
-def make_strangers(server_dirs, elsewhere):
-    """Make what no keeper made: a file, a link, directories of which one could be a room by its name; the inner ones first."""
+def create_foreign_files(server_dirs, elsewhere):
+    """Create files that no keeper made, and return them, inner ones first.
+
+    One of the directories could be a server directory by its name.
+    """
     made = [
         elsewhere / "jupyter",
         elsewhere,
@@ -287,37 +298,35 @@ def make_strangers(server_dirs, elsewhere):
     ]
 
 
-def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(
-    make_keeper, tmp_path, hide
-):
+def test_servers_missing_from_the_store_are_ended_at_startup(make_keeper, tmp_path, hidden_process):
     keeper = make_keeper(launch_by="fork").start()
     one, other = forked(keeper, "one"), keeper.post(name="other", env={"LC_LABKEEPER": "1"}).json()
     assert (one["state"], other["state"]) == ("running", "running")
     kernel = int(run_cell(one, start_kernel(one), "import os; os.getpid()"))
-    source, note = hide(PLAIN)
+    source, note = hidden_process(SLEEPING)
     in_cell(other, source)
-    hidden = int(noted(note))
-    grouped = len(groups_of(keeper))
+    hidden = int(wait_for_note(note))
+    grouped = len(control_groups(keeper))
     keeper.kill()
-    forget_everything(keeper)
+    delete_store(keeper)
     half_made = keeper.server_dirs / "half-made"
     (half_made / "jupyter").mkdir(parents=True)
     (half_made / "launch.json.new").write_text("{")
-    strangers = make_strangers(keeper.server_dirs, tmp_path / "elsewhere")
+    foreign_files = create_foreign_files(keeper.server_dirs, tmp_path / "elsewhere")
     with subprocess.Popen(
         ["sleep", "300"], env={"LABKEEPER_SERVER": f"{keeper.server_dirs}-of-another/one"}
-    ) as stranger:
+    ) as unrelated:
         try:
             keeper.start()
             assert keeper.http.get("/api/servers").json()["servers"] == []
-            # What is asked for under such a name comes up, and is not taken for what was left.
+            # A new server of such a name starts, and is not mistaken for the old one.
             again = keeper.post(name="other").json()
             assert (again["state"], again["generation"]) == ("running", 1)
             until(lambda: not alive(one["pid"]), what="the forked one is ended")
             assert not any(alive(pid) for pid in (other["pid"], kernel))
             if grouped:
                 assert not alive(hidden)
-                assert len(groups_of(keeper)) == 1
+                assert len(control_groups(keeper)) == 1
             until(
                 lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(),
                 what="the rooms are removed",
@@ -331,11 +340,11 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(
                 processes_where(lambda p: p in marked and p.environ()["LABKEEPER_SERVER"] != here)
                 == []
             )
-            assert stranger.poll() is None
+            assert unrelated.poll() is None
             assert alive(again["pid"])
         finally:
-            stranger.kill()
-    assert all(os.path.lexists(path) for path in strangers)
+            unrelated.kill()
+    assert all(os.path.lexists(path) for path in foreign_files)
     assert (keeper.state_dir / "logs" / "one.log").stat().st_size > 0
     said = keeper.log.read_text()
     assert said.count("ended processes of an earlier keeper") == 2
@@ -350,12 +359,12 @@ def test_a_new_keeper_ends_what_its_store_does_not_know_and_nothing_else(
     count = sum(event["details"]["pids"] for event in told)
     assert count >= 3
     assert f"labkeeper_orphan_processes_total {count}.0\n" in keeper.http.get("/metrics").text
-    # For the end of the test, which wants an empty place.
-    for path in strangers:
+    # The fixture wants an empty runtime directory at the end.
+    for path in foreign_files:
         path.unlink() if path.is_symlink() or path.is_file() else path.rmdir()
 
 
-def test_servers_that_the_store_knows_are_not_swept(make_keeper):
+def test_servers_in_the_store_are_adopted_at_startup(make_keeper):
     keeper = make_keeper(launch_by="exec").start()
     server = keeper.post().json()
     keeper.kill()
@@ -365,7 +374,7 @@ def test_servers_that_the_store_knows_are_not_swept(make_keeper):
 
 
 @pytest.mark.parametrize("lost", ["its room", "the runtime directory"])
-def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(make_keeper, lost):
+def test_server_with_a_lost_directory_is_ended_before_its_relaunch(make_keeper, lost):
     keeper = make_keeper().start()
     server = keeper.post().json()
     kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
@@ -386,8 +395,8 @@ def test_a_server_whose_directory_was_lost_is_ended_before_it_is_launched_again(
     assert "ended processes of an earlier keeper" in keeper.log.read_text()
 
 
-def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp_path):
-    """Known to the store or not; and the directory is nobody's then."""
+def test_servers_left_in_a_former_runtime_directory_are_ended(make_keeper, tmp_path):
+    """Whether in the store or not; afterwards another keeper can use the directory."""
     earlier = tmp_path / "earlier"
     keeper = make_keeper(runtime_dir=earlier, on_exit="leave").start()
     server, unknown = keeper.post().json(), keeper.post(name="unknown").json()
@@ -417,12 +426,12 @@ def test_what_was_left_in_an_earlier_runtime_directory_is_ended(make_keeper, tmp
     assert keeper.stop() == 0
     assert keeper.start().stop() == 0
     other = make_keeper(runtime_dir=earlier).start()
-    # Nothing of ours is there any more.
+    # Nothing of the first keeper is left there.
     keeper.start()
     assert other.http.get("/readyz").status_code == 200
 
 
-def test_an_earlier_runtime_directory_that_cannot_be_locked_is_looked_into(tmp_path):
+def test_former_runtime_directories_locked_by_another_keeper_are_skipped(tmp_path):
     own, free, held, gone = (tmp_path / name for name in ("own", "free", "held", "gone"))
     for directory in (own, free, held):
         directory.mkdir()
@@ -435,9 +444,7 @@ def test_an_earlier_runtime_directory_that_cannot_be_locked_is_looked_into(tmp_p
             pass
 
 
-def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alone(
-    make_keeper, tmp_path
-):
+def test_former_runtime_directory_now_used_by_another_keeper_is_left_alone(make_keeper, tmp_path):
     earlier = tmp_path / "earlier"
     keeper = make_keeper(runtime_dir=earlier).start()
     assert keeper.stop() == 0
@@ -450,21 +457,21 @@ def test_an_earlier_runtime_directory_that_another_keeper_has_by_now_is_left_alo
     assert alive(server["pid"])
 
 
-def test_a_directory_that_is_no_room_is_in_the_way_and_stays(keeper):
-    place = keeper.server_dirs / "default"
-    place.mkdir()
+def test_foreign_directory_in_place_of_a_server_directory_is_not_removed(keeper):
+    directory = keeper.server_dirs / "default"
+    directory.mkdir()
     try:
-        (place / "draft").write_text("mine")
+        (directory / "draft").write_text("mine")
         answer = keeper.post()
         assert answer.status_code == 502, answer.text
-        assert str(place) in answer.json()["detail"]
-        assert (place / "draft").read_text() == "mine"
+        assert str(directory) in answer.json()["detail"]
+        assert (directory / "draft").read_text() == "mine"
     finally:
-        shutil.rmtree(place)
+        shutil.rmtree(directory)
     assert keeper.post("/default/start").json()["state"] == "running"
 
 
-def test_a_keeper_that_executes_removes_what_dead_fork_servers_left(make_keeper):
+def test_directories_of_dead_fork_servers_are_removed(make_keeper):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
     keeper.kill()
@@ -482,7 +489,10 @@ PROGRAMS = """
 import os, shutil, subprocess, time
 
 def start():
-    programs = [subprocess.Popen([shutil.which("sleep"), "300"], env=env, start_new_session=True).pid for env in (None, {{}})]
+    programs = [
+        subprocess.Popen([shutil.which("sleep"), "300"], env=env, start_new_session=True).pid
+        for env in (None, {{}})
+    ]
     if (fork := os.fork()) == 0:
         time.sleep(300)
         os._exit(0)
@@ -499,17 +509,17 @@ def _load_jupyter_server_extension(app):
 """
 
 
-class Programs:
-    """An extension of a keeper's servers that starts programs when it is imported, and when it is loaded; some of them hide."""
+class ProgramStarter:
+    """An extension that starts programs, some of them hidden, on import and when it is loaded."""
 
     def __init__(self, keeper):
-        place = keeper.base / "extensions"
-        place.mkdir()
+        directory = keeper.base / "extensions"
+        directory.mkdir()
         self.notes, self.hold = keeper.base / "notes", keeper.base / "hold"
-        (place / "programs.py").write_text(
+        (directory / "programs.py").write_text(
             PROGRAMS.format(notes=str(self.notes), hold=str(self.hold))
         )
-        keeper.variables["PYTHONPATH"] = place
+        keeper.variables["PYTHONPATH"] = directory
         enabled = keeper.config_dir / "jupyter_server_config.d" / "programs.json"
         enabled.parent.mkdir()
         enabled.write_text('{"ServerApp": {"jpserver_extensions": {"programs": true}}}')
@@ -518,55 +528,59 @@ class Programs:
     def started(self):
         return [int(pid) for pid in self.notes.read_text().split()] if self.notes.exists() else []
 
-    def left(self):
+    def still_alive(self):
         return [pid for pid in self.started if alive(pid)]
 
     def hold_rehearsal(self, keeper):
-        """Start a keeper whose fork server goes on with its first rehearsal until it is ended."""
+        """Start a keeper whose fork server hangs in its first rehearsal."""
         self.hold.touch()
         keeper.start()
         until(self.hold.read_text, what="a rehearsal goes on")
-        assert len(self.left()) == 6
+        assert len(self.still_alive()) == 6
 
 
 @pytest.fixture
 def programs(make_keeper):
     keeper = make_keeper(launch_by="fork")
-    found = Programs(keeper)
+    found = ProgramStarter(keeper)
     yield keeper, found
     kill_all(processes_where(lambda process: process.pid in found.started))
 
 
-def test_what_extensions_start_does_not_outlive_the_rehearsals_of_a_fork_server(programs):
+def test_programs_started_during_a_rehearsal_are_ended(programs):
     keeper, started = programs
     keeper.start_to_fork()
-    assert (len(started.started) > 6, started.left()) == (True, [])
+    assert (len(started.started) > 6, started.still_alive()) == (True, [])
     before = len(started.started)
-    # Changed on disk: another fork server loads.
+    # The change makes another fork server load.
     (keeper.config_dir / "jupyter_server_config.json").write_text("{}")
     until(
         lambda: keeper.log.read_text().count("the fork server is ready") > 1,
         what="another fork server",
     )
-    assert (len(started.started) > before, started.left()) == (True, [])
+    assert (len(started.started) > before, started.still_alive()) == (True, [])
     assert keeper.stop() == 0
-    assert started.left() == []
+    assert started.still_alive() == []
 
 
-def test_a_keeper_that_ends_while_its_fork_server_rehearses_leaves_nothing_behind(programs):
+def test_keeper_stopped_during_a_rehearsal_leaves_nothing_behind(programs):
     keeper, started = programs
     started.hold_rehearsal(keeper)
     assert len(working_in(keeper.server_dirs)) >= 2
     assert keeper.stop() == 0
-    assert (started.left(), working_in(keeper.server_dirs), keeper.in_server_dirs()) == ([], [], [])
+    assert (started.still_alive(), working_in(keeper.server_dirs), keeper.in_server_dirs()) == (
+        [],
+        [],
+        [],
+    )
 
 
 @needs_groups
-def test_what_a_fork_server_leaves_that_dies_at_its_rehearsal_is_ended(programs):
+def test_programs_of_a_fork_server_killed_during_a_rehearsal_are_ended(programs):
     keeper, started = programs
     started.hold_rehearsal(keeper)
     started.hold.unlink()
-    of_the_first = started.left()
+    of_the_first = started.still_alive()
     (loading,) = fork_servers_of(keeper)
     loading.kill()
     until(lambda: not [pid for pid in of_the_first if alive(pid)], what="its programs are ended")

@@ -1,4 +1,4 @@
-"""A site that has classes of its own for what we derive from keeps them: they do their work, and kernels are recorded."""
+"""Custom Jupyter classes of a site keep working, and their kernels are recorded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from gateway_servers import KernelGateway
 from harness import PATIENCE, forked, run_cell
 
-OWN = """
+SITE_CLASSES = """
 from jupyter_server.auth.identity import PasswordIdentityProvider, User
 from jupyter_server.services.kernels.kernelmanager import AsyncMappingKernelManager
 from jupyter_server.services.sessions.sessionmanager import SessionManager
@@ -22,7 +22,8 @@ class OwnKernels(AsyncMappingKernelManager):
     greeting = Unicode("none", config=True)
 
     async def start_kernel(self, **given):
-        kernel_id = await super().start_kernel(**{**given, "env": {**given["env"], "GREETING": self.greeting}})
+        env = {**given["env"], "GREETING": self.greeting}
+        kernel_id = await super().start_kernel(**{**given, "env": env})
         self.log.warning("own kernels: started %s", kernel_id)
         return kernel_id
 
@@ -46,7 +47,7 @@ c.OwnKernels.greeting = "hello"
 """
 
 
-def ask(server, method, path, **given):
+def jupyter_request(server, method, path, **given):
     known = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
         method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
@@ -56,40 +57,44 @@ def ask(server, method, path, **given):
 
 
 def open_notebook(server, path="own.ipynb"):
-    """Open a notebook; give the id of its kernel."""
+    """Open a notebook, and return the id of its kernel."""
     body = {"path": path, "name": path, "type": "notebook", "kernel": {"name": "python3"}}
-    return ask(server, "POST", "api/sessions", json=body).json()["kernel"]["id"]
+    return jupyter_request(server, "POST", "api/sessions", json=body).json()["kernel"]["id"]
 
 
-def recorded(keeper):
+def kernel_record(keeper):
     return json.loads((keeper.server_dirs / "default" / "jupyter" / "kernels.json").read_text())
 
 
 @pytest.mark.parametrize("launch_by", ["fork", "exec"])
-def test_a_sites_own_managers_and_users_are_used(make_keeper, launch_by):
+def test_custom_manager_and_identity_classes_of_a_site_are_used(make_keeper, launch_by):
     keeper = make_keeper(launch_by=launch_by)
-    keeper.configure_jupyter(OWN)
+    keeper.configure_jupyter(SITE_CLASSES)
     keeper.start()
     server = forked(keeper) if launch_by == "fork" else keeper.post().json()
-    assert ask(server, "GET", "api/me").json()["identity"]["username"] == "somebody"
+    assert jupyter_request(server, "GET", "api/me").json()["identity"]["username"] == "somebody"
     kernel = open_notebook(server)
     assert run_cell(server, kernel, "import os; print(os.environ['GREETING'])") == "hello\n"
     log = keeper.http.get("/api/servers/default/logs").text
     assert f"own kernels: started {kernel}" in log
     assert "own sessions: saved own.ipynb" in log
-    (session,) = recorded(keeper)["sessions"]
-    assert (recorded(keeper)["kernels"], session["path"], session["kernel_id"]) == (
+    (session,) = kernel_record(keeper)["sessions"]
+    assert (kernel_record(keeper)["kernels"], session["path"], session["kernel_id"]) == (
         [kernel],
         "own.ipynb",
         kernel,
     )
-    assert server["token"] not in ask(server, "GET", "lab").text
-    ask(server, "DELETE", f"api/kernels/{kernel}")
-    assert recorded(keeper)["kernels"] == []
+    assert server["token"] not in jupyter_request(server, "GET", "lab").text
+    jupyter_request(server, "DELETE", f"api/kernels/{kernel}")
+    assert kernel_record(keeper)["kernels"] == []
 
 
-OWN_GATEWAY = """
-from jupyter_server.gateway.managers import GatewayKernelManager, GatewayMappingKernelManager, GatewaySessionManager
+SITE_GATEWAY_CLASSES = """
+from jupyter_server.gateway.managers import (
+    GatewayKernelManager,
+    GatewayMappingKernelManager,
+    GatewaySessionManager,
+)
 
 class OwnKernel(GatewayKernelManager):
     async def refresh_model(self, model=None):
@@ -104,7 +109,7 @@ class OwnKernels(GatewayMappingKernelManager):
 class OwnSessions(GatewaySessionManager):
     pass
 """
-CHOICE = """
+SITE_GATEWAY_CONFIG = """
 c.ServerApp.kernel_manager_class = "own_gateway.OwnKernels"
 c.ServerApp.session_manager_class = "own_gateway.OwnSessions"
 c.GatewayMappingKernelManager.kernel_manager_class = "own_gateway.OwnKernel"
@@ -119,20 +124,22 @@ def gateway(tmp_path):
 
 
 @pytest.mark.gateways
-def test_a_sites_own_managers_of_kernels_on_a_gateway_are_used(make_keeper, gateway):
+def test_custom_gateway_manager_classes_of_a_site_are_used(make_keeper, gateway):
     keeper = make_keeper(launch_by="exec")
-    place = keeper.base / "own"
-    place.mkdir()
-    (place / "own_gateway.py").write_text(OWN_GATEWAY)
+    package = keeper.base / "own"
+    package.mkdir()
+    (package / "own_gateway.py").write_text(SITE_GATEWAY_CLASSES)
     keeper.variables["PYTHONPATH"] = os.pathsep.join(
-        [str(place), *filter(None, [os.environ.get("PYTHONPATH")])]
+        [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     )
-    keeper.configure_jupyter(CHOICE)
+    keeper.configure_jupyter(SITE_GATEWAY_CONFIG)
     keeper.start()
     server = keeper.post(**gateway.options).json()
     kernel = open_notebook(server)
-    assert [found["id"] for found in ask(server, "GET", "api/kernels").json()] == [kernel]
-    assert (recorded(keeper)["kernels"], gateway.kernels()) == ([kernel], {kernel})
+    assert [found["id"] for found in jupyter_request(server, "GET", "api/kernels").json()] == [
+        kernel
+    ]
+    assert (kernel_record(keeper)["kernels"], gateway.kernels()) == ([kernel], {kernel})
     log = keeper.http.get("/api/servers/default/logs").text
     assert "own kernel: refreshed" in log
     assert ", args: " not in log
@@ -141,8 +148,8 @@ def test_a_sites_own_managers_of_kernels_on_a_gateway_are_used(make_keeper, gate
     assert f"own kernels: ends {kernel}" in keeper.http.get("/api/servers/default/logs").text
 
 
-def test_a_server_whose_pages_cannot_be_protected_is_none(make_keeper):
-    """Of other extensions one that fails is only logged."""
+def test_error_while_setting_up_page_protection_fails_the_start(make_keeper):
+    """A failure of any other extension is only logged."""
     keeper = make_keeper(launch_by="exec")
     keeper.configure_jupyter("c.ServerApp.tornado_settings = {'headers': 5}")
     problem = keeper.start().post().json()

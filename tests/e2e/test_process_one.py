@@ -1,4 +1,4 @@
-"""As process 1 a keeper has an init of its own: orphans are waited for, signals arrive, its end is that of the container."""
+"""As process 1, a keeper has an init that reaps orphans, forwards signals and exits with it."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ pytestmark = pytest.mark.root
 
 
 class ContainedKeeper(KeeperProcess):
-    """A keeper that is process 1 of a namespace of processes."""
+    """A keeper that is process 1 of a pid namespace."""
 
     def command(self, *arguments):
         return ["unshare", "--pid", "--fork", "--mount-proc", *super().command(*arguments)]
 
     @property
     def init(self):
-        """Process 1, as it is known outside."""
+        """Process 1, as seen from outside of the namespace."""
         return psutil.Process(self.process.pid).children()[0]
 
     @property
-    def inside(self):
-        """The keeper's own process."""
+    def keeper_process(self):
+        """The process of the keeper itself."""
         init = self.init.pid
         (keeper,) = processes_where(
             lambda process: process.ppid() == init and "labkeeper" in process.cmdline()
         )
         return keeper
 
-    def contained(self):
-        """All live processes of the namespace."""
+    def namespace_processes(self):
+        """Return all live processes of the namespace."""
         space = Path(f"/proc/{self.init.pid}/ns/pid").readlink()
         return processes_where(
             lambda process: Path(f"/proc/{process.pid}/ns/pid").readlink() == space
@@ -48,9 +48,9 @@ class ContainedKeeper(KeeperProcess):
             if not alive(child.pid) and child.is_running()
         ]
 
-    def ended(self, number, who):
-        """Send a signal; wait for the end of all, and give its exit code."""
-        everything = self.contained()
+    def exit_code_after(self, number, who):
+        """Send a signal, wait until every process has exited, and return the exit code."""
+        everything = self.namespace_processes()
         who.send_signal(number)
         code = self.process.wait(30)
         until(
@@ -64,12 +64,12 @@ class ContainedKeeper(KeeperProcess):
             self.process.wait()
         if self.http is not None:
             self.http.close()
-        # A real container's groups go with it; those of a keeper that was killed are the next one's to remove.
+        # A container's control groups go with it; here, those of a killed keeper are left over.
         self.sweep()
 
 
 @pytest.fixture
-def contained(tmp_path):
+def namespace_processes(tmp_path):
     keeper = ContainedKeeper(tmp_path / "keeper", launch_by="exec")
     yield keeper
     keeper.close()
@@ -82,45 +82,58 @@ for _ in range(20):
 """
 
 
-def test_orphans_of_a_server_are_waited_for_and_a_stop_ends_all(contained):
-    server = contained.start().post().json()
+def test_init_reaps_orphans_and_a_stop_ends_everything(namespace_processes):
+    server = namespace_processes.start().post().json()
     assert server["state"] == "running", server
-    assert contained.inside.pid != contained.init.pid
-    # What ends without a parent comes to process 1.
+    assert namespace_processes.keeper_process.pid != namespace_processes.init.pid
+    # Orphaned processes are reparented to process 1.
     run_cell(server, start_kernel(server), ORPHANS)
-    orphans = [process for process in contained.contained() if process.name() == "sleep"]
+    orphans = [
+        process
+        for process in namespace_processes.namespace_processes()
+        if process.name() == "sleep"
+    ]
     assert len(orphans) == 20
-    assert {process.ppid() for process in orphans} == {contained.init.pid}
+    assert {process.ppid() for process in orphans} == {namespace_processes.init.pid}
     kill_all(orphans)
     until(
         lambda: not any(process.is_running() for process in orphans),
         what="the orphans are waited for",
     )
-    until(lambda: not contained.zombies(), what="no zombie is left")
-    # It holds little, and above all nothing that the keeper loads.
-    assert contained.init.memory_info().rss < contained.inside.memory_info().rss / 2
-    assert contained.init.num_threads() == 1
-    assert contained.ended(signal.SIGTERM, contained.init) == 0
-    assert "keeper ends; no server is left" in contained.log.read_text()
+    until(lambda: not namespace_processes.zombies(), what="no zombie is left")
+    # The init is small, and has loaded none of the keeper's modules.
+    assert (
+        namespace_processes.init.memory_info().rss
+        < namespace_processes.keeper_process.memory_info().rss / 2
+    )
+    assert namespace_processes.init.num_threads() == 1
+    assert namespace_processes.exit_code_after(signal.SIGTERM, namespace_processes.init) == 0
+    assert "keeper ends; no server is left" in namespace_processes.log.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_other_signals_arrive_too(contained, number):
-    contained.start()
-    assert contained.ended(number, contained.init) == 0
+def test_init_forwards_other_signals(namespace_processes, number):
+    namespace_processes.start()
+    assert namespace_processes.exit_code_after(number, namespace_processes.init) == 0
 
 
-def test_a_keeper_that_is_killed_ends_its_container(contained):
-    server = contained.start().post().json()
+def test_container_exits_if_the_keeper_is_killed(namespace_processes):
+    server = namespace_processes.start().post().json()
     assert server["state"] == "running", server
-    assert contained.ended(signal.SIGKILL, contained.inside) == 128 + signal.SIGKILL
+    assert (
+        namespace_processes.exit_code_after(signal.SIGKILL, namespace_processes.keeper_process)
+        == 128 + signal.SIGKILL
+    )
 
 
-def test_the_exit_code_is_the_keepers(contained):
-    contained.settings["log_level"] = "no-such-level"
+def test_exit_code_is_that_of_the_keeper(namespace_processes):
+    namespace_processes.settings["log_level"] = "no-such-level"
     assert (
         subprocess.run(
-            contained.command("serve"), env=contained.environment, capture_output=True, check=False
+            namespace_processes.command("serve"),
+            env=namespace_processes.environment,
+            capture_output=True,
+            check=False,
         ).returncode
         == 2
     )

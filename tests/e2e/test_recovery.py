@@ -1,4 +1,4 @@
-"""What a machine may do to a keeper, and how it comes back: disks that are full or read-only, damaged files, clocks that jump."""
+"""Recovery from full and read-only disks, damaged stores, and clocks that jump."""
 
 from __future__ import annotations
 
@@ -37,11 +37,12 @@ DAY = 24 * 3600
 
 
 @needs_linux
-def test_an_end_that_nobody_asked_about_keeps_no_fork_server_after_its_keeper(make_keeper):
+def test_unreported_server_exit_does_not_keep_the_fork_server_alive(make_keeper):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
     keeper.kill()
-    # As if it had been killed before it could note down who its server is: the next keeper ends that one, and asks no more.
+    # As if the keeper had been killed before it recorded the server's process:
+    # the next keeper ends that process, and never asks for its exit status.
     (keeper.server_dirs / "default" / "launch.json").unlink()
     keeper.start()
     again = until(lambda: (s := keeper.wait_for("running"))["pid"] != server["pid"] and s)
@@ -51,8 +52,8 @@ def test_an_end_that_nobody_asked_about_keeps_no_fork_server_after_its_keeper(ma
     assert not keeper.in_server_dirs()
 
 
-def as_before_generations(keeper):
-    """Write what a keeper that has ended left as the one of version 6 of the store's schema wrote it."""
+def downgrade_to_schema_6(keeper):
+    """Rewrite the files of a stopped keeper to those of one with schema 6 of the store."""
     with contextlib.closing(sqlite3.connect(keeper.state_dir / "labkeeper.sqlite")) as db, db:
         for table, column, now, then in (
             ("servers", "snapshot", "generation", "launch"),
@@ -81,12 +82,12 @@ def as_before_generations(keeper):
         path.write_text(json.dumps(record))
 
 
-def test_servers_of_the_version_before_are_taken_over(make_keeper):
+def test_servers_of_the_previous_store_schema_are_adopted(make_keeper):
     keeper = make_keeper().start()
     lives = keeper.post(name="lives", env={"A": "b"}).json()
     keeper.http.post("/api/tokens", json={"name": "ci", "scope": "read", "servers": ["l*"]})
     keeper.kill()
-    as_before_generations(keeper)
+    downgrade_to_schema_6(keeper)
     keeper.start()
     now = keeper.wait_for("running", "lives")
     assert (now["pid"], now["token"], now["generation"]) == (
@@ -107,7 +108,7 @@ def test_servers_of_the_version_before_are_taken_over(make_keeper):
     assert keeper.stop() == 0
 
 
-# A disk that is full
+# Full disks
 
 
 @pytest.fixture
@@ -118,8 +119,8 @@ def disk(tmp_path):
 
 
 @pytest.fixture
-def keeper_on(make_keeper, request):
-    """Make keepers whose state directory is on a disk; they are gone before it is."""
+def make_keeper_on(make_keeper, request):
+    """Return a factory of keepers with their state directory on a disk, closed before it goes."""
     made = []
 
     def make(disk, **settings):
@@ -140,18 +141,19 @@ def states(keeper):
     }
 
 
-def stored(keeper):
+def stored_states(keeper):
     with contextlib.closing(
         sqlite3.connect(f"file:{keeper.state_dir / 'labkeeper.sqlite'}?mode=ro", uri=True)
     ) as store:
         rows = store.execute(
-            "SELECT name, json_extract(snapshot, '$.state'), json_extract(snapshot, '$.goal') FROM servers"
+            "SELECT name, json_extract(snapshot, '$.state'), json_extract(snapshot, '$.goal')"
+            " FROM servers"
         )
         return {name: (state, goal) for name, state, goal in rows}
 
 
-def refused(answer, keeper):
-    """Whether a start was refused with the disk as its cause, by its place."""
+def is_refused_for_lack_of_space(answer, keeper):
+    """Assert that a start was refused because of the disk, and that the error names its path."""
     detail = answer.json()["detail"]
     assert answer.status_code in {502, 503}, answer.text
     assert "full" in detail or "No space left" in detail, detail
@@ -160,11 +162,9 @@ def refused(answer, keeper):
 
 
 @pytest.mark.root
-def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_there_is_room(
-    disk, keeper_on
-):
-    keeper = keeper_on(disk)
-    # Its own log and what it says are on the full disk, too.
+def test_full_disk_refuses_starts_but_servers_keep_running_and_can_be_stopped(disk, make_keeper_on):
+    keeper = make_keeper_on(disk)
+    # The keeper's own log is on the full disk, too.
     keeper.log = disk.path / "keeper.log"
     keeper.start()
     servers = {
@@ -173,15 +173,15 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
     assert keeper.post("/rests/stop").status_code == 200
 
     disk.fill()
-    assert refused(keeper.post(name="new"), keeper)
+    assert is_refused_for_lack_of_space(keeper.post(name="new"), keeper)
     disk.fill()
-    assert refused(keeper.post("/rests/start"), keeper)
+    assert is_refused_for_lack_of_space(keeper.post("/rests/start"), keeper)
     stopped = keeper.post("/stops/stop")
     assert (stopped.status_code, stopped.json()["state"]) == (200, "stopped"), stopped.text
     assert stopped.json()["stop_report"]["method"] == "shutdown"
     assert not alive(servers["stops"]["pid"])
     os.kill(servers["crashes"]["pid"], signal.SIGKILL)
-    # Each end leaves some room.
+    # Each exit frees some space.
     crashed = until(
         lambda: disk.fill() or ((s := keeper.get("crashes"))["state"] == "failed" and s),
         what="it is given up",
@@ -196,8 +196,8 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
 
     disk.free()
     now = states(keeper)
-    # What could not be stored is stored a few seconds later, without being asked for.
-    until(lambda: stored(keeper) == now, what="the store says what is so")
+    # What could not be stored is stored within seconds, without another request.
+    until(lambda: stored_states(keeper) == now, what="the store says what is so")
     assert now["stops"] == ("stopped", "down")
     keeper.kill()
     keeper.start()
@@ -211,11 +211,9 @@ def test_with_a_full_disk_servers_run_and_stop_and_starts_are_refused_until_ther
 
 
 @pytest.mark.root
-def test_a_server_that_became_ready_on_a_full_disk_is_noted_as_such_when_there_is_room(
-    disk, keeper_on
-):
-    """Else the next keeper would take it for one that has never been ready."""
-    keeper = keeper_on(disk)
+def test_readiness_on_a_full_disk_is_recorded_once_there_is_space(disk, make_keeper_on):
+    """Otherwise the next keeper would assume that the server was never ready."""
+    keeper = make_keeper_on(disk)
     go = keeper.base / "go"
     keeper.configure_jupyter(
         f"import pathlib, time\nwhile not pathlib.Path('{go}').exists():\n    time.sleep(0.02)"
@@ -232,9 +230,9 @@ def test_a_server_that_became_ready_on_a_full_disk_is_noted_as_such_when_there_i
 
 
 @pytest.mark.root
-def test_a_keeper_ends_in_good_order_on_a_full_disk(disk, keeper_on):
-    """It says so on a disk that takes no word of it."""
-    keeper = keeper_on(disk)
+def test_keeper_shuts_down_gracefully_on_a_full_disk(disk, make_keeper_on):
+    """Even though it cannot write to its log."""
+    keeper = make_keeper_on(disk)
     keeper.log = disk.path / "keeper.log"
     keeper.start()
     server = keeper.post().json()
@@ -246,8 +244,8 @@ def test_a_keeper_ends_in_good_order_on_a_full_disk(disk, keeper_on):
 
 @pytest.mark.root
 @pytest.mark.parametrize("before", ["never used", "ended"])
-def test_a_keeper_that_cannot_start_on_a_full_disk_says_so_in_one_line(disk, keeper_on, before):
-    keeper = keeper_on(disk)
+def test_keeper_reports_a_full_disk_at_startup_in_one_line(disk, make_keeper_on, before):
+    keeper = make_keeper_on(disk)
     if before != "never used":
         keeper.start()
         keeper.post("?wait=0", name="known")
@@ -266,27 +264,27 @@ def test_a_keeper_that_cannot_start_on_a_full_disk_says_so_in_one_line(disk, kee
 
 
 @pytest.mark.root
-def test_a_keeper_that_was_killed_comes_back_to_its_servers_also_on_a_full_disk(disk, keeper_on):
-    """All that it needs is there already."""
-    keeper = keeper_on(disk).start()
+def test_servers_of_a_killed_keeper_are_adopted_on_a_full_disk(disk, make_keeper_on):
+    """Everything that it needs exists already."""
+    keeper = make_keeper_on(disk).start()
     server = keeper.post(name="lives").json()
     disk.fill()
     keeper.kill()
     keeper.start()
     assert keeper.wait_for("running", "lives")["pid"] == server["pid"]
-    assert refused(keeper.post(name="new"), keeper)
+    assert is_refused_for_lack_of_space(keeper.post(name="new"), keeper)
     assert keeper.delete("lives").status_code == 200
     assert not alive(server["pid"])
     disk.free()
     assert keeper.stop() == 0
 
 
-# A disk that is read-only
+# Read-only disks
 
 
 @pytest.mark.root
-def test_a_keeper_on_a_read_only_disk_says_so_in_one_line(disk, keeper_on):
-    keeper = keeper_on(disk)
+def test_keeper_reports_a_read_only_disk_at_startup_in_one_line(disk, make_keeper_on):
+    keeper = make_keeper_on(disk)
     keeper.start()
     assert keeper.stop() == 0
     disk.make_read_only()
@@ -297,7 +295,7 @@ def test_a_keeper_on_a_read_only_disk_says_so_in_one_line(disk, keeper_on):
 
 
 class FailingDisk(Disk):
-    """A disk with ext4, which the kernel makes read-only when it finds an error: also under those who write to it."""
+    """An ext4 disk that the kernel remounts read-only on an error, even while it is written to."""
 
     def __init__(self, path):
         self.path = path
@@ -312,7 +310,7 @@ class FailingDisk(Disk):
         subprocess.run(["mount", "-o", "loop,errors=remount-ro", self.image, self.path], check=True)
 
     def make_read_only(self):
-        # What is not on the disk by now will never be, as with a machine that crashes; that is not what is looked at here.
+        # As in a crash, unsynced data would be lost, but that is not the subject here.
         subprocess.run(["sync", "-f", self.path], check=True)
         found = subprocess.run(
             ["findmnt", "-no", "SOURCE", self.path], check=True, capture_output=True, text=True
@@ -326,7 +324,7 @@ class FailingDisk(Disk):
 
     def remove(self):
         super().remove()
-        # The kernel lets go of the device with the last one who has something open there.
+        # The kernel releases the device once nothing on it is open any more.
         until(
             lambda: (
                 str(self.image)
@@ -347,10 +345,10 @@ def failing_disk(tmp_path):
 @pytest.mark.root
 @pytest.mark.programs("mkfs.ext4")
 @pytest.mark.skipif(not Path("/dev/loop-control").exists(), reason="needs loop devices")
-def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until_it_is_repaired(
-    failing_disk, keeper_on
+def test_disk_turned_read_only_refuses_starts_but_servers_can_be_stopped(
+    failing_disk, make_keeper_on
 ):
-    keeper = keeper_on(failing_disk).start()
+    keeper = make_keeper_on(failing_disk).start()
     servers = {name: keeper.post(name=name).json() for name in ("stays", "stops", "rests")}
     assert keeper.post("/rests/stop").status_code == 200
     failing_disk.make_read_only()
@@ -373,7 +371,8 @@ def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until
     assert keeper.stop() == 0
     assert not processes_marked(keeper.server_dirs)
     failing_disk.repair()
-    # The next one finds what was stored last; that a server has ended could not be stored, and one that was up comes back.
+    # The next keeper finds the last stored state. Stops after that could not be stored,
+    # so a server that was up by then is started again.
     keeper.start()
     assert set(states(keeper)) == set(servers)
     assert states(keeper)["rests"] == ("stopped", "down")
@@ -381,7 +380,7 @@ def test_when_the_disk_becomes_read_only_stops_work_and_starts_are_refused_until
     assert keeper.post("/rests/start").status_code == 201
 
 
-# A damaged store
+# Damaged stores
 
 
 def damage_header(store):
@@ -401,7 +400,7 @@ def flip_a_page(store):
         file.write(bytes(byte ^ 0xFF for byte in page))
 
 
-def empty_it_beside_a_log(store):
+def truncate_to_zero_beside_a_wal(store):
     os.truncate(store, 0)
     store.with_name(f"{store.name}-wal").write_bytes(os.urandom(8192))
 
@@ -415,16 +414,16 @@ DAMAGES = {
     damage_header: "damaged",
     truncate: "damaged",
     flip_a_page: "damaged",
-    empty_it_beside_a_log: "damaged",
+    truncate_to_zero_beside_a_wal: "damaged",
     make_newer: "newer labkeeper",
 }
 
 
-MANY = {f"s{number}" for number in range(20)}
+FAILED_SERVERS = {f"s{number}" for number in range(20)}
 
 
-def order(keeper, names=MANY):
-    """Order servers that fail, so that none has to run; their store is as long as any."""
+def create_failing_servers(keeper, names=FAILED_SERVERS):
+    """Create servers that fail without a process, to fill the store."""
     for name in names:
         assert (
             keeper.post(name=name, env={"FILLER": "x" * 2000}, port=keeper.port).json()[
@@ -436,16 +435,16 @@ def order(keeper, names=MANY):
 
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
-    """State directories that keepers have left behind: one in good order, one when it was killed."""
+    """State directories that keepers left behind: one after a clean shutdown, one after a kill."""
     base = tmp_path_factory.mktemp("stores")
     keeper = KeeperProcess(base / "keeper", launch_by="exec").start()
     try:
-        order(keeper)
+        create_failing_servers(keeper)
         assert keeper.stop() == 0
         shutil.copytree(keeper.state_dir, base / "in good order")
-        # Its last writes are only in the log beside the file.
+        # The last writes are only in the write-ahead log.
         keeper.start()
-        order(keeper, ["last"])
+        create_failing_servers(keeper, ["last"])
         keeper.kill()
         shutil.copytree(keeper.state_dir, base / "killed", ignore=shutil.ignore_patterns("*.sock"))
     finally:
@@ -454,19 +453,19 @@ def stores(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("damage", "ended"),
+    ("damage", "shutdown"),
     [
         *((damage, "in good order") for damage in DAMAGES),
-        # What stands in the log beside the file, such as the header, is no loss.
+        # The write-ahead log has the header, so damaging it in the file loses nothing.
         *((damage, "killed") for damage in DAMAGES if damage is not damage_header),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(
-    make_keeper, stores, damage, ended
+def test_damaged_store_is_refused_and_left_byte_for_byte_unchanged(
+    make_keeper, stores, damage, shutdown
 ):
     keeper = make_keeper()
-    shutil.copytree(stores / ended, keeper.state_dir)
+    shutil.copytree(stores / shutdown, keeper.state_dir)
     store = keeper.state_dir / "labkeeper.sqlite"
     damage(store)
     before = {path.name: path.read_bytes() for path in keeper.state_dir.glob(f"{store.name}*")}
@@ -476,7 +475,7 @@ def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(
     assert str(store) in said.stderr
     assert "Traceback" not in said.stderr
     after = {path.name: path.read_bytes() for path in keeper.state_dir.glob(f"{store.name}*")}
-    # What SQLite keeps in shared memory holds nothing of ours.
+    # SQLite's shared memory file contains none of our data.
     for parts in (before, after):
         parts.pop(f"{store.name}-shm", None)
     assert {name for name, content in after.items() if content} == {
@@ -485,16 +484,16 @@ def test_a_damaged_store_is_refused_in_one_line_and_kept_byte_for_byte(
     assert all(content == before[name] for name, content in after.items() if content)
 
 
-def test_a_damaged_store_is_no_loss_while_all_of_it_stands_in_its_log(make_keeper):
+def test_damaged_store_is_recovered_from_a_complete_write_ahead_log(make_keeper):
     keeper = make_keeper().start()
-    order(keeper)
+    create_failing_servers(keeper)
     keeper.kill()
     damage_header(keeper.state_dir / "labkeeper.sqlite")
     keeper.start()
-    assert set(states(keeper)) == MANY
+    assert set(states(keeper)) == FAILED_SERVERS
 
 
-def test_a_keeper_that_was_killed_while_it_made_its_store_makes_it_anew(make_keeper):
+def test_store_left_incomplete_by_a_killed_keeper_is_created_again(make_keeper):
     keeper = make_keeper()
     keeper.state_dir.mkdir()
     with contextlib.closing(sqlite3.connect(keeper.state_dir / "labkeeper.sqlite")) as db:
@@ -507,23 +506,27 @@ def test_a_keeper_that_was_killed_while_it_made_its_store_makes_it_anew(make_kee
 # Clocks that jump
 
 
-SLEEP = """
+PATCHED_SLEEP = """
 import select, time
-# That of libfaketime refuses a sleep until a moment of a clock that it leaves alone, which is how Python sleeps.
+# libfaketime breaks clock_nanosleep() with an absolute time, which is how Python sleeps,
+# for a clock that it does not fake.
 time.sleep = lambda seconds: select.select([], [], [], seconds) and None
 """
 
 
 class FakedClock:
-    """The wall clock of a keeper and of all that it starts; the monotonic one is left as it is, as by a real jump."""
+    """The wall clock of a keeper and of all that it starts.
+
+    As in a real jump, the monotonic clock is unaffected.
+    """
 
     def __init__(self, path, keeper):
         self._path = path / "clock"
         self._keeper = keeper
         site = path / "site"
         site.mkdir(parents=True)
-        (site / "sitecustomize.py").write_text(SLEEP)
-        self._be(0)
+        (site / "sitecustomize.py").write_text(PATCHED_SLEEP)
+        self._set_offset(0)
         self.variables = {
             "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")])),
             "LD_PRELOAD": FAKETIME,
@@ -531,47 +534,49 @@ class FakedClock:
             "FAKETIME_NO_CACHE": 1,
             "FAKETIME_DONT_FAKE_MONOTONIC": 1,
             "FAKETIME_DISABLE_SHM": 1,
-            # Files keep their times when a clock jumps.
+            # File times do not change when a clock jumps.
             "NO_FAKE_STAT": 1,
         }
 
     def jump(self, seconds):
-        """Let it be so many seconds from the real time."""
-        self._be(seconds)
-        # A connection that rests counts as abandoned by then: it is closed as it is used, and the client makes another one.
+        """Set the offset from the real time."""
+        self._set_offset(seconds)
+        # An idle connection counts as expired after the jump: the keeper closes it,
+        # and the client opens another one.
         with contextlib.suppress(httpx.TransportError):
             self._keeper.http.get("/healthz")
 
-    def _be(self, seconds):
+    def _set_offset(self, seconds):
         new = self._path.with_suffix(".new")
         new.write_text(f"{seconds:+d}\n")
         new.replace(self._path)
 
 
-def shown(format_time):
-    """How many seconds from now a time of the API is."""
+def seconds_from_now(format_time):
+    """Return how many seconds from now a time of the API is."""
     return datetime.fromisoformat(format_time).timestamp() - time.time()
 
 
 @pytest.mark.programs("faketime")
 @pytest.mark.parametrize("jumps", [(DAY, -DAY), (-DAY, DAY)], ids=["forward", "back"])
-def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_path, jumps):
+def test_clock_jump_stops_no_server_and_affects_no_timer(make_keeper, tmp_path, jumps):
     keeper = make_keeper(
         launch_by="fork", probe_period=0.3, hung_after=30, start_timeout=50, stop_grace=6
     )
     clock = FakedClock(tmp_path / "faked", keeper)
     keeper.variables.update(clock.variables)
     keeper.start()
-    # A kernel waits for its threads by calls in which libfaketime hangs now and then; no time of its is looked at.
+    # Waiting for its threads, a kernel hangs now and then with libfaketime.
+    # The test looks at none of the kernels' times, so they run without it.
     servers = {
         name: forked(keeper, name, kernel_env={"LD_PRELOAD": ""})
         for name in ("lives", "crashes", "stops")
     }
     kernel = start_kernel(servers["lives"])
     run_cell(servers["lives"], kernel, "x = 42")
-    assert abs(shown(keeper.get("lives")["since"])) < 60
+    assert abs(seconds_from_now(keeper.get("lives")["since"])) < 60
 
-    # In the middle of a start, of a wait after a crash, and of a stop. The third wait after a crash is long: 8 s.
+    # Jump in the middle of a start, a backoff and a stop. The third backoff is long: 8 s.
     keeper.post("?wait=0", name="starts")
     for _ in range(3):
         pid = keeper.wait_for("running", "crashes")["pid"]
@@ -583,19 +588,19 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
     again = keeper.wait_for("running", "crashes")
     assert keeper.wait_for("stopped", "stops")["stop_report"]["method"] == "shutdown"
     assert (again["restarts"], started["restarts"]) == (3, 0)
-    assert shown(again["since"]) == pytest.approx(jumps[0], abs=60)
-    # A restart that is asked for gives it all its restarts after crashes back.
+    assert seconds_from_now(again["since"]) == pytest.approx(jumps[0], abs=60)
+    # A requested restart resets the restart budget.
     assert keeper.post("/crashes/restart").status_code in {200, 201}
     again = keeper.wait_for("running", "crashes")
 
-    # A keeper that comes after the jump knows everybody again.
+    # A keeper started after the jump adopts all servers.
     keeper.kill()
     keeper.start()
     for known in (servers["lives"], started, again):
         after = keeper.wait_for("running", known["name"])
         assert (after["pid"], after["generation"]) == (known["pid"], known["generation"])
     clock.jump(jumps[1])
-    # There is a wait after a crash, and each server is looked at several times meanwhile.
+    # The backoff takes a while, during which each server is probed several times.
     os.kill(again["pid"], signal.SIGKILL)
     thrice = until(
         lambda: (s := keeper.wait_for("running", "crashes"))["pid"] != again["pid"] and s
@@ -611,9 +616,7 @@ def test_when_the_clock_jumps_nobody_is_ended_and_timers_hold(make_keeper, tmp_p
 
 @pytest.mark.programs("faketime")
 @pytest.mark.parametrize("jump", [DAY, -DAY], ids=["forward", "back"])
-def test_a_start_that_is_late_is_ended_at_its_timeout_whatever_the_clock_does(
-    make_keeper, tmp_path, jump
-):
+def test_start_timeout_is_unaffected_by_a_clock_jump(make_keeper, tmp_path, jump):
     keeper = make_keeper(start_timeout=6, stop_grace=1, kill_wait=1)
     clock = FakedClock(tmp_path / "faked", keeper)
     keeper.variables.update(clock.variables)

@@ -1,4 +1,4 @@
-"""The main job on real JupyterLab: a server by POST, kernels here or on a gateway, and nothing left after DELETE."""
+"""Start and stop real servers, with kernels here or on a gateway, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def assert_gone(keeper, server):
 
 
 @pytest.mark.promise
-def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(keeper, gateway):
+def test_kernels_run_on_the_gateway_and_end_with_their_server(keeper, gateway):
     answer = keeper.http.post(
         "/api/servers",
         json={
@@ -81,10 +81,8 @@ def test_kernels_of_a_server_with_a_gateway_run_there_and_end_with_the_server(ke
     assert keeper.http.get("/api/servers/default").status_code == 404
 
 
-def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and_not_without(
-    keeper, tmp_path
-):
-    """Also without a client certificate, where Jupyter's own option would be without effect; the websocket too."""
+def test_gateway_with_a_private_ca_is_trusted_only_with_gateway_ca_certs(keeper, tmp_path):
+    """Without a client certificate, too, where Jupyter ignores its own option; and by websocket."""
     gateway = KernelGateway(tmp_path / "gateway", authority=trustme.CA()).start()
     try:
         options = {"gateway_url": gateway.url, "gateway_auth_token": gateway.token}
@@ -102,7 +100,7 @@ def test_a_gateway_with_a_certificate_of_its_own_is_trusted_by_its_authority_and
         gateway.stop()
 
 
-def test_certificates_that_cannot_be_read_fail_the_start_at_once(keeper, tmp_path):
+def test_unreadable_gateway_ca_certs_fail_the_start(keeper, tmp_path):
     (tmp_path / "ca.der").write_bytes(b"\x30\x82\xff\xfe")
     answer = keeper.post(
         gateway_url="https://127.0.0.1:1", gateway_ca_certs=str(tmp_path / "ca.der")
@@ -111,7 +109,7 @@ def test_certificates_that_cannot_be_read_fail_the_start_at_once(keeper, tmp_pat
 
 
 @pytest.mark.promise
-def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(keeper):
+def test_local_kernels_and_their_children_end_with_their_server(keeper):
     answer = keeper.post()
     assert answer.status_code == 201, answer.text
     assert answer.headers["Location"] == "/api/servers/default"
@@ -122,16 +120,17 @@ def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(kee
     assert run_cell(server, kernel, "1+1") == "2"
     kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
     assert psutil.Process(kernel_pid).ppid() == server["pid"]
-    # A child that leaves the kernel's session and outlives it is found all the same.
+    # A child that leaves the kernel's session and outlives the kernel is still found.
     stray = int(
         run_cell(
             server,
             kernel,
-            "import subprocess; print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)",
+            "import subprocess;"
+            " print(subprocess.Popen(['sleep', '1000'], start_new_session=True).pid)",
         )
     )
 
-    # So is one that hides its environment, as long as it has not left the tree.
+    # So is one without its environment, as long as it has not left the process tree.
     hidden = int(
         run_cell(
             server,
@@ -150,7 +149,7 @@ def test_kernels_of_a_server_without_a_gateway_run_beside_it_and_end_with_it(kee
 
 
 @pytest.mark.promise
-def test_the_link_opens_the_lab_without_a_login(keeper):
+def test_lab_url_opens_the_lab_without_a_login(keeper):
     server = keeper.post().json()
     with httpx.Client(trust_env=False) as browser:
         page = browser.get(server["lab_url"], follow_redirects=True)
@@ -159,7 +158,7 @@ def test_the_link_opens_the_lab_without_a_login(keeper):
 
 
 @pytest.mark.promise
-def test_a_server_is_what_its_request_asked_for(keeper):
+def test_server_has_the_requested_settings(keeper):
     (keeper.notebook_dir / "class").mkdir()
     answer = keeper.post(
         name="alice",
@@ -176,7 +175,7 @@ def test_a_server_is_what_its_request_asked_for(keeper):
     assert server["port"] != keeper.lab_port
     assert server["lab_url"].startswith(f"http://127.0.0.1:{server['port']}/hub/alice/tree?token=")
     kernel = start_kernel(server)
-    # Nothing of the keeper's own settings, its token least of all, reaches a kernel.
+    # None of the keeper's settings reach a kernel, least of all its token.
     assert (
         run_cell(server, kernel, "import os; print(os.environ['COLOUR'], os.getcwd())").strip()
         == f"blue {server['notebook_dir']}"
@@ -189,7 +188,7 @@ def test_a_server_is_what_its_request_asked_for(keeper):
 
 
 @pytest.mark.promise
-def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper):
+def test_repeated_request_is_idempotent_and_a_different_spec_is_refused(keeper):
     first = keeper.post()
     second = keeper.post()
     assert (first.status_code, second.status_code) == (201, 200)
@@ -204,7 +203,7 @@ def test_the_same_request_twice_is_one_server_and_another_spec_is_refused(keeper
 
 
 @pytest.mark.promise
-def test_64_identical_requests_at_once_are_one_server(keeper):
+def test_64_identical_concurrent_requests_start_one_server(keeper):
     with concurrent.futures.ThreadPoolExecutor(64) as pool:
         answers = list(pool.map(lambda _: keeper.post(), range(64)))
     assert sorted(answer.status_code for answer in answers) == [200] * 63 + [201]
@@ -213,8 +212,8 @@ def test_64_identical_requests_at_once_are_one_server(keeper):
     assert len(servers_in(keeper.server_dirs)) == 1
 
 
-class _Stranger(http.server.BaseHTTPRequestHandler):
-    """Answers yes to everything, as a Jupyter server without a token would."""
+class _FakeJupyter(http.server.BaseHTTPRequestHandler):
+    """Answers every request with 200, as a Jupyter server without a token would."""
 
     def do_GET(self):
         self.send_response(200)
@@ -227,8 +226,8 @@ class _Stranger(http.server.BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def stranger():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), _Stranger)
+def occupied_port():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", free_port()), _FakeJupyter)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server.server_port
@@ -238,19 +237,19 @@ def stranger():
 
 
 @pytest.mark.promise
-def test_a_port_that_a_stranger_holds_is_never_ours(keeper, stranger):
-    answer = keeper.post(port=stranger)
+def test_port_in_use_by_another_process_fails_the_start(keeper, occupied_port):
+    answer = keeper.post(port=occupied_port)
     assert answer.status_code == 502
     problem = answer.json()
     assert (problem["code"], problem["failure_class"]) == ("start_failed", "port-in-use")
-    assert str(stranger) in problem["detail"]
+    assert str(occupied_port) in problem["detail"]
     server = keeper.get()
     assert (server["state"], server["port"], server["url"]) == ("failed", None, None)
     assert not processes_marked(keeper.server_dirs, rehearsals=False)
 
 
 @pytest.mark.promise
-def test_stop_keeps_the_spec_and_start_brings_it_back(keeper):
+def test_stopped_server_keeps_its_spec_and_can_be_started_again(keeper):
     first = keeper.post(labels={"kept": "yes"}).json()
     stopped = keeper.post("/default/stop")
     assert stopped.status_code == 200
@@ -271,7 +270,7 @@ def test_stop_keeps_the_spec_and_start_brings_it_back(keeper):
 
 
 @pytest.mark.promise
-def test_wait_0_answers_at_once_and_the_state_can_be_waited_for(keeper):
+def test_wait_0_returns_at_once_and_the_state_can_be_awaited_later(keeper):
     answer = keeper.http.post("/api/servers?wait=0", json={})
     assert answer.status_code == 202
     assert answer.json()["state"] == "starting"
@@ -281,7 +280,7 @@ def test_wait_0_answers_at_once_and_the_state_can_be_waited_for(keeper):
 
 
 @pytest.mark.promise
-def test_force_kills_at_once(keeper):
+def test_force_kills_the_server(keeper):
     server = keeper.post().json()
     answer = keeper.delete(force="true")
     assert answer.status_code == 200
@@ -290,7 +289,7 @@ def test_force_kills_at_once(keeper):
 
 
 @pytest.mark.promise
-def test_secrets_stand_in_no_argument_list_and_in_no_file_that_others_can_read(keeper, gateway):
+def test_secrets_are_in_no_argument_list_and_no_readable_file(keeper, gateway):
     answer = keeper.post(gateway_url=gateway.url, gateway_auth_token=gateway.token)
     assert answer.status_code == 201, answer.text
     secrets = [answer.json()["token"].encode(), gateway.token.encode(), keeper.token.encode()]

@@ -1,4 +1,4 @@
-"""What other people's test suites say of a forked server, they say of a plain `jupyter lab`, too."""
+"""Third-party test suites have the same results on a forked server as on a plain `jupyter lab`."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labk
 
 @dataclass(frozen=True)
 class Suite:
-    """Tests of others: where they are in a source distribution, and how many of them at least speak to a server of ours."""
+    """Tests in a source distribution, and how many of them must at least pass."""
 
     lock: Path
-    """Hashed requirements that pin it."""
+    """Hashed requirements with the pinned version."""
     files: tuple[str, ...]
-    least: int
+    min_passed: int
     options: tuple[str, ...] = ()
 
 
 SUITES = {
-    # The HTTP API of the core that every Jupyter server has, in the version that is installed. Left out are files whose tests all
-    # configure, patch or inspect a server in their own process (auth, base, extension, gateway), and those that need pandoc.
+    # The HTTP API that every Jupyter server has, in the installed version. This leaves out files
+    # that need pandoc, and files whose tests all configure, patch or inspect a server in their
+    # own process (auth, base, extension, gateway).
     "jupyter-server": Suite(
         ROOT / "requirements" / "dev.lock",
         (
@@ -51,31 +52,32 @@ SUITES = {
             "tests/services/kernels/test_restart_error.py",
             *("tests/test_files.py", "tests/test_terminal.py", "tests/test_view.py"),
         ),
-        least=190,
+        min_passed=190,
     ),
-    # Kernels by websocket, as a program uses them. Its tests wait most of the time, for a client that is slow to close.
+    # Kernels over websockets, as programs use them.
+    # Its tests mostly wait for a client that is slow to close.
     "jupyter-kernel-client": Suite(
         ROOT / "requirements" / "suites.lock",
         ("jupyter_kernel_client/tests/test_client.py",),
-        least=10,
+        min_passed=10,
         options=("-n", "4"),
     ),
 }
 
 
-# Fetched once, and pinned by the locks
+# Sources, downloaded once and pinned by the lock files
 
 
 def pinned(name):
-    """Return a requirement as its lock has it, with the hashes."""
+    """Return a requirement with its hashes, as in the lock file."""
     found = re.search(
         rf"^{name}==(?:[^\n]*\\\n)+[^\n]*", SUITES[name].lock.read_text(), re.MULTILINE
     )
     return found[0]
 
 
-def source_of(name):
-    """Return the source distribution of a suite; skip the test where it cannot be downloaded."""
+def source_archive(name):
+    """Return the source distribution of a suite, or skip the test if it cannot be downloaded."""
     requirement = pinned(name)
     hashes = set(re.findall(r"sha256:([0-9a-f]{64})", requirement))
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -95,7 +97,7 @@ def source_of(name):
             "--retries",
             "1",
         ]
-        # Its metadata are read by the build backend that is installed; else an environment would be made for that.
+        # Without isolation, pip reads the metadata with the installed build backend.
         which = [
             "--no-deps",
             "--no-binary",
@@ -119,25 +121,25 @@ def source_of(name):
 
 @pytest.fixture
 def source(name, tmp_path):
-    """A suite, unpacked for this run."""
-    archive = source_of(name)
+    """A suite, unpacked for one test."""
+    archive = source_archive(name)
     with tarfile.open(archive) as packed:
         packed.extractall(tmp_path, filter="data")
     return tmp_path / archive.name.removesuffix(".tar.gz")
 
 
-# Servers to ask
+# Servers under test
 
 
 def directories(base):
-    """Make what a server is to have for itself, and return the variables that say so."""
+    """Create a server's own directories, and return the variables that point to them."""
     for place in ("root", "data", "config"):
         (base / place).mkdir(parents=True)
     return {"JUPYTER_DATA_DIR": str(base / "data"), "JUPYTER_CONFIG_DIR": str(base / "config")}
 
 
-def asked(base, url, token):
-    """Return what the plugin has to know of a server."""
+def server_facts(base, url, token):
+    """Return what the pytest plugin needs to know about a server."""
     return {
         "url": url,
         "token": token,
@@ -148,7 +150,7 @@ def asked(base, url, token):
 
 @contextlib.contextmanager
 def plain_lab(base):
-    """Run `jupyter lab` as a user does, on the interpreter that the keeper's servers have."""
+    """Run `jupyter lab` as a user does, on the interpreter of the keeper's servers."""
     port, token = free_port(), uuid.uuid4().hex
     variables = directories(base)
     (base / "config" / "jupyter_server_config.py").write_text(HOLD_PORTS)
@@ -184,7 +186,7 @@ def plain_lab(base):
 
     try:
         until(answers, what="jupyter lab")
-        yield asked(base, url, token)
+        yield server_facts(base, url, token)
     finally:
         process.terminate()
         process.wait(PATIENCE)
@@ -192,19 +194,19 @@ def plain_lab(base):
 
 @pytest.fixture
 def servers(keeper, tmp_path):
-    """A plain server, and a forked one of ours."""
+    """A plain server, and a forked server of the keeper."""
     plain, ours = tmp_path / "plain", keeper.notebook_dir / "suite"
     plain.mkdir()
     with plain_lab(plain) as beside:
         server = forked(keeper, env=directories(ours), root_dir=str(ours / "root"))
-        yield {"forked": asked(ours, server["url"], server["token"]), "plain": beside}
+        yield {"forked": server_facts(ours, server["url"], server["token"]), "plain": beside}
 
 
-# Run, and compared
+# Runs and their comparison
 
 
 def run(suite, source, servers, tests, reports):
-    """Run tests of a suite against each of the servers at once; return what became of each test there, and what pytest said."""
+    """Run tests of a suite against all servers at once; return their outcomes and the output."""
     plugins = ["-p", "outside", "-p", "no:randomly", "-p", "no:cacheprovider"]
     options = ["-c", os.devnull, "--rootdir", ".", "--noconftest", *suite.options]
     clean = {
@@ -214,7 +216,8 @@ def run(suite, source, servers, tests, reports):
     }
     ours = {"PYTHONPATH": f"{ROOT / 'tests'}{os.pathsep}{source}"}
     running = {}
-    # Their temporary files are removed with this directory. Its path is short because they create Unix sockets in it.
+    # Temporary files are removed with this directory.
+    # Its path is short, because the tests create Unix sockets in it.
     with tempfile.TemporaryDirectory() as scratch:
         for side, server in servers.items():
             command = [
@@ -240,7 +243,7 @@ def run(suite, source, servers, tests, reports):
 
 
 def outcomes(report):
-    """Return what became of each test: passed, failure, error or skipped."""
+    """Return the outcome of each test: passed, failure, error or skipped."""
     kinds = ("failure", "error", "skipped")
     return {
         f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": next(
@@ -253,12 +256,13 @@ def outcomes(report):
 @pytest.mark.suites
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("name", SUITES)
-def test_suites_of_others_find_a_forked_server_as_they_find_a_plain_one(
+def test_third_party_suites_have_equal_results_on_forked_and_plain_servers(
     name, source, servers, tmp_path
 ):
     suite = SUITES[name]
     tests, first = suite.files, None
-    # Some of these tests have a limit of time that a busy machine does not keep: a difference counts when it is there again.
+    # Some tests have a timeout that a busy machine does not meet:
+    # only a difference that occurs three times counts.
     for attempt in range(3):
         reports = tmp_path / str(attempt)
         reports.mkdir()
@@ -269,10 +273,11 @@ def test_suites_of_others_find_a_forked_server_as_they_find_a_plain_one(
             break
         tests = different
     assert not different, (
-        f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n{said}"
+        f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n"
+        f"{said}"
     )
     passed = [test for test, outcome in first.items() if outcome == "passed"]
-    assert len(passed) >= suite.least, said
+    assert len(passed) >= suite.min_passed, said
     failed = [test for test, outcome in first.items() if outcome in {"failure", "error"}]
     logging.getLogger(__name__).info(
         "%s: %d pass, and these fail on both: %s", name, len(passed), failed

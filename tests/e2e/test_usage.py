@@ -1,4 +1,4 @@
-"""What a real server with a real kernel uses, as callers see it."""
+"""Resource usage of a real server with a real kernel."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def keeper(tmp_path):
     running.close()
 
 
-def test_what_a_kernel_takes_is_seen_beside_the_limits(keeper):
-    """Memory, processors, processes and kernels grow with what a kernel does; nothing is told of a server that does not run."""
+def test_usage_of_a_kernel_is_reported_with_the_limits(keeper):
+    """All figures grow with the kernel's work; a stopped server has none."""
     server = keeper.post(memory_limit=2048 * MIB, process_limit=500, cpu_limit=2.0).json()
     assert server["usage"] is None
     before = until(lambda: keeper.get()["usage"], what="a sample")
@@ -26,7 +26,8 @@ def test_what_a_kernel_takes_is_seen_beside_the_limits(keeper):
     run_cell(
         server,
         kernel,
-        "data = bytearray(300 << 20); import time; end = time.time() + 1\nwhile time.time() < end: pass",
+        "data = bytearray(300 << 20); import time; end = time.time() + 1\n"
+        "while time.time() < end: pass",
     )
 
     def grown():

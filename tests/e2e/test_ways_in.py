@@ -1,4 +1,4 @@
-"""How a keeper is reached: by its port, with TLS or without, and by its Unix socket. Real keepers, real servers."""
+"""Ways to reach a keeper: its port, with and without TLS, and its Unix socket."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def ca_file(authority, tmp_path):
 
 @pytest.fixture
 def issue(authority, tmp_path):
-    """Write a new certificate and its key, over the ones before."""
+    """Return a function that writes a new certificate and key, replacing earlier ones."""
 
     def write(which="", name="127.0.0.1"):
         leaf = authority.issue_cert(name)
@@ -47,7 +47,7 @@ def issue(authority, tmp_path):
     return write
 
 
-def serial(address, authority):
+def certificate_serial(address, authority):
     context = ssl.create_default_context()
     authority.configure_trust(context)
     with (
@@ -57,35 +57,33 @@ def serial(address, authority):
         return connection.getpeercert()["serialNumber"]
 
 
-def local(keeper):
+def unix_socket_client(keeper):
     path = discovery.read_socket(keeper.state_dir)
     return httpx.Client(
         transport=httpx.HTTPTransport(uds=str(path)), base_url="http://keeper", timeout=PATIENCE
     )
 
 
-def test_the_unix_socket_is_its_users_only_outlives_a_crash_by_nothing_and_goes_with_the_keeper(
+def test_unix_socket_is_private_replaced_after_a_crash_and_removed_on_exit(
     make_keeper,
 ):
     keeper = make_keeper().start()
     path = discovery.read_socket(keeper.state_dir)
     assert path == keeper.state_dir / "keeper.sock"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    with local(keeper) as client:
+    with unix_socket_client(keeper) as client:
         assert client.get("/readyz").status_code == 200
     keeper.kill()
     assert path.exists()
     keeper.start()
-    with local(keeper) as client:
+    with unix_socket_client(keeper) as client:
         assert client.get("/readyz").status_code == 200
     assert keeper.stop() == 0
     assert not path.exists()
     assert discovery.read_socket(keeper.state_dir) is None
 
 
-def test_where_no_unix_socket_can_be_made_the_keeper_says_so_once_and_goes_on(
-    make_keeper, tmp_path
-):
+def test_keeper_runs_without_a_unix_socket_if_its_path_is_too_long(make_keeper, tmp_path):
     keeper = make_keeper()
     keeper.state_dir = tmp_path / ("long" * 30)
     keeper.start()
@@ -96,21 +94,19 @@ def test_where_no_unix_socket_can_be_made_the_keeper_says_so_once_and_goes_on(
     assert [entry["level"] for entry in said] == ["warning"]
 
 
-def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(
-    make_keeper, authority, ca_file, issue
-):
+def test_keeper_serves_tls_and_reloads_its_certificate(make_keeper, authority, ca_file, issue):
     keeper = make_keeper(**issue())
     keeper.verify = ssl.create_default_context(cafile=ca_file)
     keeper.start()
     assert discovery.read_address(keeper.state_dir) == keeper.url
     assert keeper.url.startswith("https:")
-    # The command line finds it, and trusts whom it is told to.
+    # The CLI finds the keeper, and trusts only the authority it is given.
     keeper.variables["LABKEEPER_CA_FILE"] = ca_file
     listed = keeper.cli("ls", "--url", keeper.url)
     assert listed.returncode == 0, listed.stderr
     del keeper.variables["LABKEEPER_CA_FILE"]
     assert keeper.cli("ls", "--url", keeper.url).returncode == 3
-    # What has happened is told as it happens.
+    # Events are streamed as they happen.
     with keeper.http.stream(
         "GET", "/api/events", headers={"Accept": "text/event-stream"}
     ) as stream:
@@ -119,16 +115,16 @@ def test_a_keeper_speaks_tls_and_takes_a_new_certificate_without_a_restart(
         assert keeper.http.post("/api/servers", params={"wait": 0}, json={}).status_code == 202
         assert any('"server":"default"' in line.replace(" ", "") for line in lines)
     address = ("127.0.0.1", keeper.port)
-    before = serial(address, authority)
+    before = certificate_serial(address, authority)
     issue()
-    until(lambda: serial(address, authority) != before, what="the new certificate")
+    until(lambda: certificate_serial(address, authority) != before, what="the new certificate")
 
 
 HEALTHCHECK = Path(__file__).parents[2] / "docker" / "healthcheck"
 
 
-def health(keeper):
-    """Look as the engine of a container does; give the exit code, and what was said."""
+def run_healthcheck(keeper):
+    """Run the healthcheck as a container engine does; return its exit code and output."""
     command = [sys.executable, HEALTHCHECK]
     done = subprocess.run(
         command,
@@ -141,35 +137,35 @@ def health(keeper):
     return done.returncode, done.stdout
 
 
-def test_a_container_is_healthy_whatever_name_its_certificate_is_for(make_keeper, ca_file, issue):
-    """Its check asks over the Unix socket; and when the keeper has ended it says so."""
+def test_healthcheck_passes_whatever_the_name_in_the_certificate(make_keeper, ca_file, issue):
+    """The healthcheck uses the Unix socket; once the keeper has stopped, it fails."""
     keeper = make_keeper(**issue(name="labs.example.org"))
     keeper.verify = ssl.create_default_context(cafile=ca_file)
     keeper.verify.check_hostname = False
     keeper.start()
-    assert health(keeper) == (0, '{"status":"ok"}\n')
+    assert run_healthcheck(keeper) == (0, '{"status":"ok"}\n')
     keeper.stop()
-    assert health(keeper) == (1, "")
+    assert run_healthcheck(keeper) == (1, "")
 
 
-def test_a_container_without_a_unix_socket_is_asked_by_its_port(make_keeper, tmp_path):
+def test_healthcheck_falls_back_to_the_port_without_a_unix_socket(make_keeper, tmp_path):
     keeper = make_keeper()
     keeper.state_dir = tmp_path / ("long" * 30)
     keeper.start()
-    assert health(keeper) == (0, '{"status":"ok"}\n')
+    assert run_healthcheck(keeper) == (0, '{"status":"ok"}\n')
     keeper.kill()
-    code, said = health(keeper)
+    code, said = run_healthcheck(keeper)
     assert (code, said) == (1, "")
 
 
-def test_a_certificate_that_cannot_be_used_ends_the_start_in_one_line(make_keeper, issue, tmp_path):
+def test_unusable_certificate_is_reported_in_one_line(make_keeper, issue, tmp_path):
     keeper = make_keeper(**issue() | {"key_file": tmp_path / "absent.pem"})
     ended = keeper.cli("serve")
     assert (ended.returncode, ended.stderr.count("\n")) == (2, 1), ended.stderr
     assert "absent.pem (LABKEEPER_KEY_FILE)" in ended.stderr
 
 
-def test_servers_speak_tls_and_take_a_new_certificate_without_a_restart(
+def test_servers_serve_tls_and_reload_their_certificate(
     make_keeper, authority, ca_file, issue, monkeypatch
 ):
     keeper = make_keeper(**issue("lab_"), launch_by="fork").start()
@@ -187,18 +183,18 @@ def test_servers_speak_tls_and_take_a_new_certificate_without_a_restart(
         kernel = lab.post("api/kernels", json={"name": "python3"}).json()["id"]
     monkeypatch.setenv("WEBSOCKET_CLIENT_CA_BUNDLE", str(ca_file))
     assert run_cell(server, kernel, "6 * 7") == "42"
-    # What the keeper asks it passes, too.
+    # The keeper passes on what it requests from the server, too.
     assert [
         one["id"] for one in keeper.http.get("/api/servers/default/kernels").json()["kernels"]
     ] == [kernel]
     address = ("127.0.0.1", server["port"])
-    before = serial(address, authority)
+    before = certificate_serial(address, authority)
     issue("lab_")
-    assert serial(address, authority) != before
+    assert certificate_serial(address, authority) != before
     assert keeper.delete().json()["stop_report"]["method"] == "shutdown"
 
 
-def test_a_crowd_that_only_connects_keeps_nobody_out(make_keeper):
+def test_idle_connections_do_not_deny_service(make_keeper):
     keeper = make_keeper().start()
     known = {"Authorization": f"Bearer {keeper.token}"}
     with contextlib.ExitStack() as crowd:
@@ -212,13 +208,11 @@ def test_a_crowd_that_only_connects_keeps_nobody_out(make_keeper):
             ).status_code
             == 200
         )
-        with local(keeper) as client:
+        with unix_socket_client(keeper) as client:
             assert client.get("/readyz").status_code == 200
 
 
-def test_the_first_server_starts_also_where_the_certificate_is_for_another_name(
-    make_keeper, authority, tmp_path
-):
+def test_serve_start_works_with_a_certificate_for_another_name(make_keeper, authority, tmp_path):
     leaf = authority.issue_cert("notebooks.example.org")
     leaf.private_key_pem.write_to_path(str(tmp_path / "key.pem"))
     leaf.cert_chain_pems[0].write_to_path(str(tmp_path / "cert.pem"))
