@@ -1,8 +1,9 @@
-"""Whatever is killed or runs out under load: what the keeper says afterwards is so, and nothing is lost, doubled or left.
+"""Kill processes and exhaust resources under load, then check that the API matches reality.
 
-A round is some load, some kills in its middle, and a comparison of the world with the API when all is at rest; or it has no room
-for processes and threads, for descriptors or on the disk for a while. All chances are drawn from a seed. What they meet depends
-on the machine, so the same seed tells the same plan, not always the same story.
+Nothing may be lost, duplicated or left behind. Each round puts the keeper under load and kills
+processes meanwhile, or makes processes, descriptors or disk space scarce for a while. Once
+everything is at rest, it compares the API with the actual processes and files. A seed determines
+the plan. The effects depend on the machine, so a seed does not always reproduce a failure.
 
     SEED=7 CHAOS_ROUNDS=1000 pytest tests/chaos/test_chaos.py
 """
@@ -33,8 +34,8 @@ from shortages import Disk, Group, GroupedKeeper, needs_group
 
 SEED = os.environ["SEED"]
 ROUNDS = int(os.environ.get("CHAOS_ROUNDS", "10"))
-"""Of each kind."""
-MIXES = {
+"""Number of rounds of each kind."""
+KILL_MIXES = {
     "everything": {
         "keeper": 0.35,
         "forkserver": 0.06,
@@ -53,29 +54,35 @@ MIXES = {
         "server": 0.3,
     },
 }
-"""How likely a round has kills of each kind. In `servers` the keeper lives on, so that what it gathers is seen."""
+"""Probability that a round kills processes of each kind.
+
+In `servers` the keeper is never killed, so that its leaks show.
+"""
 SHORTAGE = {"shortage": 1.0, "server": 0.4, "kernel": 0.2}
-"""Where something runs out in every round. The keeper is not killed: what it could not store would be lost with it."""
+"""Every round has a shortage. The keeper is not killed: unsaved changes would be lost with it."""
 LOAD_SECONDS = (0.2, 0.6)
-SPELL_SECONDS = (0.3, 1.5)
-"""How long something is short."""
-AGREES_WITHIN = 30.0
-"""Seconds in which a world at rest comes to agree with the API; logs of deleted servers and zombies go a moment later."""
-OWNED = (("one", "two"), ("three", "four"), ("five", "fixed"))
-"""Names by the caller who alone gives orders about them, and so knows what must be."""
-SHARED = "shared"
-"""The name that everybody else fights for."""
-REST = {"running", "stopped", "failed"}
-GOOD = {200, 201, 202}
-REFUSED = {502, 503}
-"""How an order is answered for which there is no room: it could not be carried out, or not even be noted down."""
-STILL = "still"
-"""The name that nobody kills, and gives no orders about: what runs under it goes on whatever runs out."""
-KILLED = {"killed", "other"}
-"""The classes of failure that a kill may lead to; nobody may have seen how a server ended, and then it is `other`."""
-MOST_RESTARTS = 3
-"""After so many launches that nobody asked for, a server that was ready once is given up."""
-OF_STATE = {
+SHORTAGE_SECONDS = (0.3, 1.5)
+"""Duration of a shortage."""
+CONVERGES_WITHIN = 30.0
+"""Seconds until processes and files must match the API once it is at rest.
+
+Zombies and the logs of deleted servers disappear with a delay.
+"""
+EXCLUSIVE_NAMES = (("one", "two"), ("three", "four"), ("five", "fixed"))
+"""Names by caller: each caller has exclusive use of its names, and knows their expected state."""
+SHARED_NAME = "shared"
+"""The name that all other callers compete for."""
+RESTING_STATES = {"running", "stopped", "failed"}
+SUCCESS = {200, 201, 202}
+OUT_OF_SPACE = {502, 503}
+"""Status codes of requests that fail for lack of resources, before or after they were recorded."""
+UNDISTURBED = "still"
+"""The name that is neither killed nor requested, and must keep running through any shortage."""
+KILL_CLASSES = {"killed", "other"}
+"""Failure classes that a kill may lead to; it is `other` if the exit status is unknown."""
+MAX_RESTARTS = 3
+"""Restarts after which a server that was ready once has failed."""
+STATE_FILES = {
     "keeper.lock",
     "keeper.json",
     "keeper.sock",
@@ -95,31 +102,32 @@ pytestmark = [
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A process of this world, as the kernel shows it."""
+class ProcessInfo:
+    """A process that belongs to the keeper's runtime directory, as /proc shows it."""
 
     pid: int
     parent: int
     kind: str
-    """server, kernel (or whatever else a server started), forkserver, spare, rehearsal."""
+    """server, kernel (or any other child of a server), forkserver, spare or rehearsal."""
     name: str
-    """Of its server, or of the directory of its fork server."""
+    """Name of its server, or of the directory of its fork server."""
     zombie: bool
 
 
 @dataclass
-class Belief:
-    """What the only one who gives orders about a name knows of it; None is not knowing."""
+class Expectation:
+    """What the exclusive caller of a name knows about it; None means unknown."""
 
     exists: bool | None = False
     up: bool | None = None
 
 
 class World:
-    """A keeper, all that belongs to it, and what callers were told."""
+    """A keeper, all of its processes and files, and what its callers expect of it."""
 
     def __init__(self, base, seed, mix):
-        # On a full disk a refusal takes no time, so that all callers together ask more often than one token may by default.
+        # On a full disk requests are refused at once, so all callers together would exceed
+        # the default rate limit of a token.
         self.keeper = self.keeper_in(
             base,
             launch_by="fork",
@@ -132,25 +140,25 @@ class World:
         )
         self.seed = seed
         self.mix = mix
-        self.beliefs = {name: Belief() for names in OWNED for name in names}
-        self.ports = {"fixed": _quiet_port()}
-        self.keeper.port = _quiet_port()
-        self.story = collections.deque(maxlen=400)
-        self.lies = []
+        self.expectations = {name: Expectation() for names in EXCLUSIVE_NAMES for name in names}
+        self.ports = {"fixed": _port_outside_ephemeral_range()}
+        self.keeper.port = _port_outside_ephemeral_range()
+        self.traces = collections.deque(maxlen=400)
+        self.violations = []
         self.sizes = []
         self.begun = time.monotonic()
 
     def keeper_in(self, base, **settings):
         return KeeperProcess(base, **settings)
 
-    def tell(self, text):
-        self.story.append(f"{time.monotonic() - self.begun:8.3f} {text}")
+    def trace(self, text):
+        self.traces.append(f"{time.monotonic() - self.begun:8.3f} {text}")
 
-    def lie(self, text):
-        self.tell(f"A LIE: {text}")
-        self.lies.append(text)
+    def record_violation(self, text):
+        self.trace(f"A LIE: {text}")
+        self.violations.append(text)
 
-    # What there is
+    # Actual state
 
     def processes(self):
         server_dirs = os.fsencode(self.keeper.server_dirs.resolve())
@@ -159,7 +167,7 @@ class World:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 with contextlib.suppress(OSError, IndexError):
-                    seen = _seen(int(entry.name), server_dirs, place)
+                    seen = _process_info(int(entry.name), server_dirs, place)
                     if seen is not None:
                         found.append(seen)
         return found
@@ -178,30 +186,34 @@ class World:
             for server in self.keeper.http.get("/api/servers").raise_for_status().json()["servers"]
         }
 
-    # What is done to it
+    # Disturbances
 
     def disturb(self, kind, rng):
         self.kill(kind, rng)
 
     def kill(self, kind, rng):
-        """Kill some of a kind; what there is of it now."""
+        """Kill some of the existing processes of a kind."""
         if kind == "keeper":
             self.kill_keeper(rng)
             return
         there = sorted(
-            {seen.pid for seen in self.processes() if seen.kind == kind and seen.name != STILL}
+            {
+                seen.pid
+                for seen in self.processes()
+                if seen.kind == kind and seen.name != UNDISTURBED
+            }
         )
         chosen = rng.sample(there, rng.randint(1, len(there))) if there else []
         for pid in chosen:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.tell(f"kill -9 {kind} {chosen or '(there is none)'}")
+        self.trace(f"kill -9 {kind} {chosen or '(there is none)'}")
 
     def kill_keeper(self, rng):
-        self.tell(f"kill -9 keeper {self.keeper.process.pid}")
+        self.trace(f"kill -9 keeper {self.keeper.process.pid}")
         self.keeper.kill()
         while rng.random() < 0.25:
-            # Also while it boots.
+            # Kill it during startup, too.
             with self.keeper.log.open("ab") as log:
                 keeper = subprocess.Popen(
                     self.keeper.command("serve"),
@@ -213,19 +225,19 @@ class World:
             assert keeper.poll() is None, "the keeper would not start"
             keeper.kill()
             keeper.wait()
-            self.tell(f"kill -9 keeper {keeper.pid}, which had begun a moment ago")
+            self.trace(f"kill -9 keeper {keeper.pid}, which had begun a moment ago")
         time.sleep(rng.uniform(0.0, 0.1))
         self.keeper.start()
-        self.tell(f"keeper {self.keeper.process.pid} is ready")
+        self.trace(f"keeper {self.keeper.process.pid} is ready")
 
-    def begin(self):
-        """What is there before the first round."""
+    def prepare(self):
+        """Create what has to exist before the first round."""
 
-    # A round
+    # Rounds
 
     def round(self, number):
         rng = random.Random(f"{self.seed}/{number}")
-        self.tell(f"round {number}")
+        self.trace(f"round {number}")
         load = rng.uniform(*LOAD_SECONDS)
         plan = [
             (rng.uniform(0.0, load), kind)
@@ -233,9 +245,9 @@ class World:
             if rng.random() < chance
         ]
         over = threading.Event()
-        names = [*OWNED, (SHARED,), (SHARED,)]
+        names = [*EXCLUSIVE_NAMES, (SHARED_NAME,), (SHARED_NAME,)]
         if not any(seen.kind == "spare" for seen in self.processes()):
-            # Without a fork server each start takes a processor for more than a second: fewer orders say as much.
+            # Without a fork server each start takes over a second of CPU time: send fewer requests.
             names = rng.sample(names, 2)
         callers = [
             Caller(self, each, random.Random(f"{self.seed}/{number}/{at}"), over)
@@ -257,36 +269,36 @@ class World:
         self.settle()
 
     def watch(self, over):
-        """Look all the time whether two processes are the server of one name."""
+        """Check continuously that no name has two server processes."""
         before = set()
         while not over.wait(0.1):
             by_name = collections.defaultdict(set)
             seen = [each for each in self.processes() if each.kind == "server" and not each.zombie]
             parents = {each.pid: each.parent for each in seen}
             for each in seen:
-                # What a server is about to start as a kernel looks as it does for a moment.
+                # A child of a server looks like a server until it executes the kernel.
                 if each.parent not in parents:
                     by_name[each.name].add(each.pid)
             doubles = {(name, *sorted(pids)) for name, pids in by_name.items() if len(pids) > 1}
             for name, *pids in doubles & before:
-                self.lie(f"'{name}' has two processes: {pids}")
+                self.record_violation(f"'{name}' has two processes: {pids}")
             before = doubles
 
     def settle(self, *, wholly=False):
-        """Wait until all is at rest, and compare."""
+        """Wait until everything is at rest, then compare."""
 
         def at_rest():
             servers = self.servers().values()
-            return not [s for s in servers if not _rests(s, wholly)]
+            return not [s for s in servers if not _is_at_rest(s, wholly)]
 
         until(at_rest, what="all servers at rest")
-        end = time.monotonic() + AGREES_WITHIN
+        end = time.monotonic() + CONVERGES_WITHIN
         while differences := [*self.differences()]:
             assert time.monotonic() < end, "\n".join(differences)
             time.sleep(0.05)
-        assert not self.lies, self.lies
+        assert not self.violations, self.violations
 
-    # What must be so
+    # Comparison
 
     def differences(self):
         servers = self.servers()
@@ -294,24 +306,24 @@ class World:
         keeper = self.keeper.process.pid
         forkservers = {seen.pid: seen for seen in processes if seen.kind == "forkserver"}
         for name, server in servers.items():
-            yield from self.untrue(server, [seen for seen in processes if seen.name == name])
+            yield from self.false_states(server, [seen for seen in processes if seen.name == name])
         running = {name for name, server in servers.items() if server["state"] == "running"}
         for seen in processes:
             if seen.kind in {"server", "kernel"} and seen.name not in running:
                 yield f"nobody's process: {seen}"
-        yield from self.disbelieved(servers)
+        yield from self.unmet_expectations(servers)
         yield from self.unknown_files(servers, forkservers.values())
         yield from (f"a zombie: {pid}" for pid in self.zombies({keeper, *forkservers}))
-        yield from self.unwanted_forkservers(processes)
-        yield from self.grown(keeper, len(running), forkservers)
+        yield from self.stray_forkservers(processes)
+        yield from self.leaks(keeper, len(running), forkservers)
 
-    def untrue(self, server, processes):
+    def false_states(self, server, processes):
         name, state, pid = server["name"], server["state"], server["pid"]
         if state == "failed":
             kind, end = server["failure"]["failure_class"], server["failure"]["exit"] or {}
             if not self.may_fail(kind, end):
                 yield f"'{name}' failed for a reason that is no kill: {server['failure']}"
-            if server["started_at"] is not None and server["restarts"] < MOST_RESTARTS:
+            if server["started_at"] is not None and server["restarts"] < MAX_RESTARTS:
                 yield f"'{name}' has run, and was given up after {server['restarts']} restarts"
         if state != "running":
             if pid is not None or server["port"] is not None:
@@ -319,16 +331,16 @@ class World:
             if processes:
                 yield f"'{name}' is {state} and has processes: {processes}"
         else:
-            yield from self.not_as_told(server, processes)
+            yield from self.running_mismatches(server, processes)
 
     def may_fail(self, kind, end):
-        return kind in KILLED and not (kind == "other" and end.get("code") is not None)
+        return kind in KILL_CLASSES and not (kind == "other" and end.get("code") is not None)
 
     def may_refuse(self):
-        """Whether orders can be answered that there is no room for them."""
+        """Return whether requests may be refused for lack of resources."""
         return False
 
-    def not_as_told(self, server, processes):
+    def running_mismatches(self, server, processes):
         name, pid = server["name"], server["pid"]
         own = [seen.pid for seen in processes if seen.kind == "server"]
         if own != [pid]:
@@ -353,9 +365,9 @@ class World:
                 yield f"'{name}' answers {answer.status_code}"
         except httpx.HTTPError as error:
             yield f"'{name}' does not answer: {error!r}"
-        yield from self.unrecorded(server)
+        yield from self.record_mismatches(server)
 
-    def unrecorded(self, server):
+    def record_mismatches(self, server):
         server_dir = self.keeper.server_dirs / server["name"]
         try:
             record = json.loads((server_dir / "launch.json").read_text())
@@ -371,7 +383,10 @@ class World:
         if facts != told:
             yield f"recorded is {facts}, told is {told}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
-            yield f"'{server['name']}' was launched by {server['launched_by']}, and its fork server is {record['forkserver']}"
+            yield (
+                f"'{server['name']}' was launched by {server['launched_by']},"
+                f" and its fork server is {record['forkserver']}"
+            )
         allowed = re.compile(
             rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?"
         )
@@ -385,18 +400,21 @@ class World:
         if left:
             yield f"in the room of '{server['name']}' is {left}"
 
-    def disbelieved(self, servers):
-        """What does not fit what callers were told."""
-        for name, belief in self.beliefs.items():
+    def unmet_expectations(self, servers):
+        """Yield what differs from the callers' expectations."""
+        for name, expectation in self.expectations.items():
             server = servers.get(name)
-            if belief.exists is not None and belief.exists != (server is not None):
-                yield f"'{name}' {'is lost' if belief.exists else 'was deleted, and is there'}"
+            if expectation.exists is not None and expectation.exists != (server is not None):
+                yield f"'{name}' {'is lost' if expectation.exists else 'was deleted, and is there'}"
             elif (
                 server is not None
-                and belief.up is not None
-                and (server["goal"] == "up") != belief.up
+                and expectation.up is not None
+                and (server["goal"] == "up") != expectation.up
             ):
-                yield f"'{name}' should be {'up' if belief.up else 'down'}, and its goal is {server['goal']}"
+                yield (
+                    f"'{name}' should be {'up' if expectation.up else 'down'},"
+                    f" and its goal is {server['goal']}"
+                )
         for name, server in servers.items():
             up = server["state"] in {"running", "backoff", "failed"}
             if (server["goal"] == "up") != up:
@@ -415,17 +433,17 @@ class World:
         logs = {f"{name}.log" for name in (*servers, "_forkserver")}
         running = {name for name, server in servers.items() if server["state"] == "running"}
         places = {seen.name for seen in forkservers}
-        yield from _left(state, OF_STATE)
-        yield from _left(state / "logs", logs | {f"{log}.1" for log in logs})
-        yield from _left(server_dirs, running | {".forkservers", "keeper.lock"})
-        yield from _left(server_dirs / ".forkservers", places)
-        yield from _left(self.keeper.notebook_dir, set())
+        yield from _unknown_files_in(state, STATE_FILES)
+        yield from _unknown_files_in(state / "logs", logs | {f"{log}.1" for log in logs})
+        yield from _unknown_files_in(server_dirs, running | {".forkservers", "keeper.lock"})
+        yield from _unknown_files_in(server_dirs / ".forkservers", places)
+        yield from _unknown_files_in(self.keeper.notebook_dir, set())
         for place in places:
-            yield from _left(
+            yield from _unknown_files_in(
                 server_dirs / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"}
             )
 
-    def unwanted_forkservers(self, processes):
+    def stray_forkservers(self, processes):
         forkservers = [seen for seen in processes if seen.kind == "forkserver"]
         parents = {seen.parent for seen in processes if seen.kind == "server"}
         idle = [seen for seen in forkservers if seen.pid not in parents]
@@ -436,17 +454,22 @@ class World:
             if seen.kind in {"spare", "rehearsal"} and seen.parent not in serving:
                 yield f"its fork server is gone: {seen}"
 
-    def grown(self, keeper, running, forkservers):
-        """What has grown beyond all that can be in use: it would grow for ever."""
-        files, threads = _size(keeper)
-        self.sizes.append((running, files, threads, *(_size(pid)[0] for pid in forkservers)))
+    def leaks(self, keeper, running, forkservers):
+        """Yield resource counts that are too high for the number of servers, and so show a leak."""
+        files, threads = _resource_counts(keeper)
+        self.sizes.append(
+            (running, files, threads, *(_resource_counts(pid)[0] for pid in forkservers))
+        )
         if files > 60 + 6 * running or threads > 60 + 3 * running:
             yield f"the keeper has {files} files and {threads} threads for {running} servers"
         for pid in forkservers:
-            if _size(pid)[0] > 30 + 2 * running:
-                yield f"fork server {pid} has {_size(pid)[0]} files for {running} servers at most"
+            if _resource_counts(pid)[0] > 30 + 2 * running:
+                yield (
+                    f"fork server {pid} has {_resource_counts(pid)[0]} files"
+                    f" for {running} servers at most"
+                )
 
-    # When it fails
+    # Report of a failure
 
     def describe(self):
         keeper = self.keeper
@@ -464,9 +487,12 @@ class World:
         return "\n".join(
             [
                 f"seed {self.seed}",
-                f"servers, files and threads of the keeper, files of fork servers: {self.sizes[-1:]}",
+                (
+                    "servers, files and threads of the keeper, files of fork servers:"
+                    f" {self.sizes[-1:]}"
+                ),
                 "--- what happened",
-                *self.story,
+                *self.traces,
                 "--- the API",
                 listed,
                 "--- processes",
@@ -479,31 +505,31 @@ class World:
         )
 
 
-class PoorWorld(World):
-    """One in which something runs out, in every round."""
+class ShortageWorld(World):
+    """A world with a shortage in every round."""
 
     def __init__(self, base, seed, mix):
         super().__init__(base, seed, mix)
-        self.still = None
-        """The server that goes on, as it was told when it began."""
+        self.undisturbed = None
+        """The server that keeps running, as it was after its start."""
 
-    def begin(self):
-        self.still = self.keeper.post(name=STILL).json()
-        start_kernel(self.still)
+    def prepare(self):
+        self.undisturbed = self.keeper.post(name=UNDISTURBED).json()
+        start_kernel(self.undisturbed)
 
     def disturb(self, kind, rng):
         if kind != "shortage":
             super().disturb(kind, rng)
             return
-        spare, seconds = rng.randint(0, 4), rng.uniform(*SPELL_SECONDS)
-        self.tell(f"{seconds:.1f} s of shortage, but for {spare}")
+        spare, seconds = rng.randint(0, 4), rng.uniform(*SHORTAGE_SECONDS)
+        self.trace(f"{seconds:.1f} s of shortage, but for {spare}")
         self.take(spare)
         time.sleep(seconds)
         self.give_back()
-        self.tell("no shortage any more")
+        self.trace("no shortage any more")
 
     def take(self, spare):
-        """Let something run out, but for so much of it."""
+        """Use up a resource, except for `spare` units."""
         raise NotImplementedError
 
     def give_back(self):
@@ -516,21 +542,24 @@ class PoorWorld(World):
             lambda: self.keeper.http.get("/readyz").status_code == 200,
             what="the keeper is ready again",
         )
-        # Whatever failed for want of room starts now that there is some.
+        # Servers that failed for lack of resources can be started again.
         for name, server in self.servers().items():
             if server["state"] == "failed":
                 answer = self.keeper.post(f"/{name}/start")
-                assert answer.status_code in GOOD, (
+                assert answer.status_code in SUCCESS, (
                     f"start {name}: {answer.status_code} {answer.text}"
                 )
-                if name in self.beliefs:
-                    self.beliefs[name].up = True
+                if name in self.expectations:
+                    self.expectations[name].up = True
 
     def differences(self):
         yield from super().differences()
-        still = self.servers()[STILL]
-        if (still["pid"], still["generation"]) != (self.still["pid"], self.still["generation"]):
-            yield f"'{STILL}' answered all the time, and was ended: {still}"
+        undisturbed = self.servers()[UNDISTURBED]
+        if (undisturbed["pid"], undisturbed["generation"]) != (
+            self.undisturbed["pid"],
+            self.undisturbed["generation"],
+        ):
+            yield f"'{UNDISTURBED}' answered all the time, and was ended: {undisturbed}"
 
     def may_fail(self, kind, end):
         return True
@@ -539,11 +568,11 @@ class PoorWorld(World):
         return True
 
     def close(self):
-        """Remove what it was made with."""
+        """Release the resources of this world."""
 
 
-class FewPids(PoorWorld):
-    """There is no room for processes and threads, of the keeper and all its servers together."""
+class FewPids(ShortageWorld):
+    """A shortage of processes and threads, for the keeper and its servers together."""
 
     def keeper_in(self, base, **settings):
         self.group = Group()
@@ -559,8 +588,8 @@ class FewPids(PoorWorld):
         self.group.remove()
 
 
-class FewDescriptors(PoorWorld):
-    """The keeper can open no more files and connections."""
+class FewDescriptors(ShortageWorld):
+    """A shortage of descriptors in the keeper."""
 
     def take(self, spare):
         pid = self.keeper.process.pid
@@ -572,8 +601,8 @@ class FewDescriptors(PoorWorld):
         resource.prlimit(self.keeper.process.pid, resource.RLIMIT_NOFILE, self.before)
 
 
-class FullDisk(PoorWorld):
-    """There is no room where the keeper, its servers and their logs write."""
+class FullDisk(ShortageWorld):
+    """No space on the disk of the keeper, its servers and their logs."""
 
     def __init__(self, base, seed, mix):
         super().__init__(base, seed, mix)
@@ -591,7 +620,7 @@ class FullDisk(PoorWorld):
 
 
 class Caller(threading.Thread):
-    """Gives orders about some names, and notes what it was told."""
+    """Send requests about some names, and record what to expect of them."""
 
     def __init__(self, world, names, rng, over):
         super().__init__()
@@ -599,7 +628,7 @@ class Caller(threading.Thread):
         self.names = names
         self.rng = rng
         self.over = over
-        self.beliefs = world.beliefs if names[0] in world.beliefs else None
+        self.expectations = world.expectations if names[0] in world.expectations else None
 
     def run(self):
         token = self.world.keeper.token
@@ -612,14 +641,14 @@ class Caller(threading.Thread):
             while not self.over.is_set():
                 try:
                     self.step()
-                except Exception as error:  # noqa: BLE001 - it has to be told in the test's own thread
-                    self.world.lie(f"a caller fell over {error!r}")
+                except Exception as error:  # noqa: BLE001 - reported by the test's own thread
+                    self.world.record_violation(f"a caller fell over {error!r}")
                 time.sleep(self.rng.uniform(0.0, 0.05))
 
     def step(self):
         name = self.rng.choice(self.names)
-        belief = self.beliefs[name] if self.beliefs else Belief(exists=None)
-        if belief.exists is False:
+        expectation = self.expectations[name] if self.expectations else Expectation(exists=None)
+        if expectation.exists is False:
             order = "create"
         else:
             order = self.rng.choice(["create", "start", "restart", "stop", "delete", "kernel"])
@@ -628,22 +657,22 @@ class Caller(threading.Thread):
             return
         answer = self.send(order, name)
         if answer is None:
-            # It may have been heard all the same.
-            if belief.exists is not True or order == "delete":
-                belief.exists = None
-            belief.up = None
+            # The keeper may have received the request.
+            if expectation.exists is not True or order == "delete":
+                expectation.exists = None
+            expectation.up = None
         elif answer is not False:
-            self.take_in(order, name, belief, answer)
+            self.update_expectation(order, name, expectation, answer)
 
     def send(self, order, name):
-        """Give an order; None where nobody knows what came of it, False where nobody heard it."""
+        """Send a request; return None if its outcome is unknown, False if it was not received."""
         body = {"name": name} | (
             {"port": self.world.ports[name]} if name in self.world.ports else {}
         )
         query = {"wait": 0} if self.rng.random() < 0.3 else {}
         if order in {"stop", "delete"} and self.rng.random() < 0.2:
             query["force"] = "true"
-        self.world.tell(f"{order} {name} {query or ''}")
+        self.world.trace(f"{order} {name} {query or ''}")
         try:
             if order == "delete":
                 answer = self.http.delete(f"/api/servers/{name}", params=query)
@@ -656,69 +685,76 @@ class Caller(threading.Thread):
             time.sleep(0.1)
             return False
         except httpx.TransportError as error:
-            self.world.tell(f"{order} {name}: {error!r}")
+            self.world.trace(f"{order} {name}: {error!r}")
             return None
-        self.world.tell(
-            f"{order} {name}: {answer.status_code} {answer.text[:300] if answer.status_code >= 400 else ''}"
+        self.world.trace(
+            f"{order} {name}: {answer.status_code}"
+            f" {answer.text[:300] if answer.status_code >= 400 else ''}"
         )
         return answer
 
-    def take_in(self, order, name, belief, answer):
+    def update_expectation(self, order, name, expectation, answer):
         status = answer.status_code
         ended = status == 200 and order in {"stop", "delete"}
-        if ended and self.beliefs:
+        if ended and self.expectations:
             self.must_be_gone(order, name)
-        if status in GOOD:
-            # What is being deleted can be stopped, too: that says nothing of whether it stays.
-            belief.exists = {"delete": False, "stop": belief.exists}.get(order, True)
-            belief.up = order not in {"stop", "delete"}
+        if status in SUCCESS:
+            # A server can be stopped while it is being deleted: a stop does not prove existence.
+            expectation.exists = {"delete": False, "stop": expectation.exists}.get(order, True)
+            expectation.up = order not in {"stop", "delete"}
             state = answer.json()["state"]
-            wanted = {"stopped"} if ended else {"running"} if status != 202 and belief.up else None
+            wanted = (
+                {"stopped"} if ended else {"running"} if status != 202 and expectation.up else None
+            )
             if wanted and state not in wanted:
-                self.world.lie(f"{order} {name} was answered {status}, and it is {state}")
+                self.world.record_violation(
+                    f"{order} {name} was answered {status}, and it is {state}"
+                )
         elif status == 404:
-            if belief.exists and self.beliefs:
-                self.world.lie(f"{order} {name}: it is lost")
-            belief.exists = False
+            if expectation.exists and self.expectations:
+                self.world.record_violation(f"{order} {name}: it is lost")
+            expectation.exists = False
         elif status == 502 and order not in {"stop", "delete"}:
-            # It was killed while it started, which `untrue` looks at.
-            belief.exists, belief.up = True, True
-        elif status in REFUSED and self.world.may_refuse():
-            belief.exists = belief.up = None
+            # The server was killed during its start; `false_states` checks its failure.
+            expectation.exists, expectation.up = True, True
+        elif status in OUT_OF_SPACE and self.world.may_refuse():
+            expectation.exists = expectation.up = None
         elif status == 409:
-            # Being deleted, or somebody else's order was the last.
-            if self.beliefs and belief.exists is True:
-                self.world.lie(f"{order} {name}: {answer.text}")
+            # The server is being deleted, or a later request of another caller overrode this one.
+            if self.expectations and expectation.exists is True:
+                self.world.record_violation(f"{order} {name}: {answer.text}")
         else:
-            self.world.lie(f"{order} {name} was answered {status}: {answer.text}")
+            self.world.record_violation(f"{order} {name} was answered {status}: {answer.text}")
 
     def must_be_gone(self, order, name):
         left = [seen for seen in self.world.processes() if seen.name == name and not seen.zombie]
         if left or (self.world.keeper.server_dirs / name).exists():
-            self.world.lie(f"{order} {name} was answered, and there is {left or 'its server_dir'}")
+            self.world.record_violation(
+                f"{order} {name} was answered, and there is {left or 'its server_dir'}"
+            )
 
     def start_kernel(self, name):
         with contextlib.suppress(httpx.HTTPError, AssertionError, KeyError):
             server = self.http.get(f"/api/servers/{name}").json()
             if server["state"] == "running":
-                self.world.tell(f"a kernel in {name}")
+                self.world.trace(f"a kernel in {name}")
                 start_kernel(server)
 
 
-def _seen(pid, server_dirs, place):
-    """Say who a process is, if it belongs to the runtime directory `server_dirs`."""
+def _process_info(pid, server_dirs, place):
+    """Return information about a process that belongs to the runtime directory `server_dirs`."""
     root = Path(f"/proc/{pid}")
     state, parent = (root / "stat").read_text(errors="replace").rpartition(")")[2].split()[:2]
     command = (root / "cmdline").read_bytes().replace(b"\0", b" ")
     mark = re.search(rb"(?:^|\0)LABKEEPER_SERVER=([^\0]*)", (root / "environ").read_bytes())
     server_dir = mark[1] if mark else b""
     if server_dir.startswith(server_dirs + b"/.forkservers/"):
-        return Seen(
+        return ProcessInfo(
             pid, int(parent), "rehearsal", server_dir.split(b"/")[-2].decode(), state == "Z"
         )
     if server_dir.startswith(server_dirs + b"/"):
         server = command.startswith(b"jupyter-lab") or b" exec " in command
-        return Seen(
+        return ProcessInfo(
             pid,
             int(parent),
             "server" if server else "kernel",
@@ -729,7 +765,7 @@ def _seen(pid, server_dirs, place):
     if server_dir.strip() or not here.startswith(place):
         return None
     spare = command.startswith(b"jupyter-lab")
-    return Seen(
+    return ProcessInfo(
         pid,
         int(parent),
         "spare" if spare else "forkserver",
@@ -738,8 +774,8 @@ def _seen(pid, server_dirs, place):
     )
 
 
-def _quiet_port():
-    """Find a free port that no connection of anybody is given by chance, so that it is free again when its owner is killed."""
+def _port_outside_ephemeral_range():
+    """Return a free port that is not assigned to connections, and so stays free after a kill."""
     return next(
         port
         for port in random.Random(os.getpid() + time.time_ns()).sample(range(15000, 32000), 1000)
@@ -753,29 +789,29 @@ def _is_zombie(process):
     return False
 
 
-def _rests(server, wholly):
-    # The second wait after a crash is longer than a round: that is at rest, too, until the end.
-    return server["state"] in REST or (
+def _is_at_rest(server, wholly):
+    # The second backoff is longer than a round, so it counts as rest, except at the end.
+    return server["state"] in RESTING_STATES or (
         server["state"] == "backoff" and server["restarts"] >= 1 and not wholly
     )
 
 
-def _left(directory, known):
+def _unknown_files_in(directory, known):
     if directory.is_dir():
         for path in directory.iterdir():
             if path.name not in known:
                 yield f"nobody's file: {path}"
 
 
-def _size(pid):
+def _resource_counts(pid):
     try:
         return tuple(len(list(Path(f"/proc/{pid}/{what}").iterdir())) for what in ("fd", "task"))
     except OSError:
         return 0, 0
 
 
-def survive(world):
-    """Go through the rounds, and tell the whole story when something is not as it must be."""
+def run_rounds(world):
+    """Run all rounds; on a failure, report everything that happened."""
     number = 0
     try:
         world.keeper.start()
@@ -783,7 +819,7 @@ def survive(world):
             lambda: any(seen.kind == "spare" for seen in world.processes()),
             what="a fork server is ready",
         )
-        world.begin()
+        world.prepare()
         for number in range(ROUNDS):
             world.round(number)
         world.settle(wholly=True)
@@ -802,19 +838,19 @@ def survive(world):
 
 
 @pytest.mark.timeout(max(600, ROUNDS * 60))
-@pytest.mark.parametrize("kills", MIXES, ids=lambda kills: f"{kills}, seed {SEED}")
-def test_whatever_is_killed_under_load_the_api_tells_what_is_so(tmp_path, kills):
-    survive(World(tmp_path / "keeper", f"{SEED}/{kills}", MIXES[kills]))
+@pytest.mark.parametrize("kills", KILL_MIXES, ids=lambda kills: f"{kills}, seed {SEED}")
+def test_api_matches_reality_after_kills_under_load(tmp_path, kills):
+    run_rounds(World(tmp_path / "keeper", f"{SEED}/{kills}", KILL_MIXES[kills]))
 
 
 @pytest.mark.root
 @pytest.mark.timeout(max(600, ROUNDS * 60))
 @pytest.mark.parametrize(
-    "poor", [pytest.param(FewPids, marks=needs_group), FewDescriptors, FullDisk]
+    "shortage_world", [pytest.param(FewPids, marks=needs_group), FewDescriptors, FullDisk]
 )
-def test_whatever_runs_out_under_load_the_api_tells_what_is_so(tmp_path, poor):
-    world = poor(tmp_path / "keeper", f"{SEED}/{poor.__name__}", SHORTAGE)
+def test_api_matches_reality_after_shortages_under_load(tmp_path, shortage_world):
+    world = shortage_world(tmp_path / "keeper", f"{SEED}/{shortage_world.__name__}", SHORTAGE)
     try:
-        survive(world)
+        run_rounds(world)
     finally:
         world.close()
