@@ -7,6 +7,7 @@ from fuzzing import Speaker
 
 @pytest.fixture(scope="module")
 def speaker():
-    """Before the check for threads that are left, since it is of a whole module."""
+    """A server that sends scripted responses, for a whole module."""
+    # Being module-scoped, it starts before the per-test check for leaked threads.
     with Speaker() as speaker:
         yield speaker

@@ -1,4 +1,4 @@
-"""Frames between keeper, fork server and servers, the record of a room, and what a server writes down: read from anything."""
+"""Fuzz frames between keeper, fork server and servers, launch records and files of servers."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ KERNELS = fields_of(
     sessions=st.lists(SESSIONS, max_size=3),
 )
 INFOS = fields_of(
-    base_url=st.text(), hostname=st.text(), password=st.booleans(), pid=st.just(7), port=st.integers(), root_dir=st.text(),
-    secure=st.booleans(), token=st.text(), url=st.text(), version=st.text(),
+    base_url=st.text(), hostname=st.text(), password=st.booleans(), pid=st.just(7),
+    port=st.integers(), root_dir=st.text(), secure=st.booleans(), token=st.text(), url=st.text(),
+    version=st.text(),
 )  # fmt: skip
 RECORDS = fields_of(
-    generation=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(), gateway=st.booleans(),
-    launched_by=st.sampled_from(["fork", "exec"]), limited_by=TEXTS,
+    generation=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(),
+    gateway=st.booleans(), launched_by=st.sampled_from(["fork", "exec"]), limited_by=TEXTS,
 )  # fmt: skip
 
 
-def files_of(about):
-    """The bytes of a file that should hold such JSON."""
+def file_contents(about):
+    """Return file contents: such JSON, arbitrary bytes, or deeply nested JSON."""
     return (
         about.map(lambda value: json.dumps(value).encode())
         | st.binary(max_size=200)
@@ -63,12 +64,12 @@ def files_of(about):
     )
 
 
-def descriptors():
+def count_descriptors():
     return len([*Path("/proc/self/fd").iterdir()])
 
 
-def through(data, files=0):
-    """What `receive` makes of bytes that come with so many open files before the other end closes."""
+def receive(data, files=0):
+    """Send bytes and open files, close the connection, and return what `receive` makes of them."""
     ours, theirs = socket.socketpair()
     with ours, theirs, contextlib.ExitStack() as opened:
         handles = [opened.enter_context(NOTHING.open()).fileno() for _ in range(files)]
@@ -93,25 +94,31 @@ def through(data, files=0):
 
 @FUZZ
 @given(st.binary(max_size=200), st.integers(0, 8))
-def test_noise_is_no_frame_and_leaves_no_file_open(data, files):
-    before = descriptors()
+def test_noise_is_rejected_and_received_descriptors_are_closed(data, files):
+    before = count_descriptors()
     with contextlib.suppress(WireError, EOFError):
-        assert isinstance(through(data, files), dict)
-    assert descriptors() == before
+        assert isinstance(receive(data, files), dict)
+    assert count_descriptors() == before
 
 
 @FUZZ
-@given(files_of(JSON), st.integers(-3, 3) | st.integers(0, 2**32 - 1))
+@given(file_contents(JSON), st.integers(-3, 3) | st.integers(0, 2**32 - 1))
 @example(nested(100_000), 0)
-def test_a_frame_of_any_body_and_any_length_is_an_object_or_refused(body, off):
+def test_frame_with_any_body_and_length_yields_an_object_or_an_error(body, off):
     length = len(body) + off if -len(body) <= off <= 3 else off
     with contextlib.suppress(WireError):
-        assert isinstance(through(struct.pack("!I", length % 2**32) + body), dict)
+        assert isinstance(receive(struct.pack("!I", length % 2**32) + body), dict)
 
 
 @FUZZ
-@given(st.dictionaries(st.text(), JSON.filter(lambda value: value == value), max_size=3))  # noqa: PLR0124 - no NaN
-def test_what_is_sent_is_what_is_received(message):
+@given(
+    st.dictionaries(
+        st.text(),
+        JSON.filter(lambda value: value == value),  # noqa: PLR0124 - no NaN
+        max_size=3,
+    )
+)
+def test_message_survives_a_round_trip(message):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         wire.send(theirs, message)
@@ -119,9 +126,9 @@ def test_what_is_sent_is_what_is_received(message):
 
 
 @FUZZ
-@given(files_of(LAUNCHES))
+@given(file_contents(LAUNCHES))
 @example(nested(100_000))
-def test_a_launch_is_read_whole_or_refused(content):
+def test_launch_is_read_completely_or_rejected(content):
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as stream:
         sender = threading.Thread(
@@ -140,35 +147,37 @@ def test_a_launch_is_read_whole_or_refused(content):
 
 
 @FUZZ
-@given(content=files_of(KERNELS))
+@given(content=file_contents(KERNELS))
 @example(content=nested(100_000))
-def test_what_a_server_writes_of_its_kernels_is_taken_in_or_left(tmp_path, content):
+def test_kernel_record_with_any_content_yields_valid_ids_only(tmp_path, content):
     path = tmp_path / "kernels.json"
     path.write_bytes(content)
-    assert all(set(kernel.id) <= set("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
-               for kernel in records.read_kernels(path))  # fmt: skip
+    assert all(
+        set(kernel.id) <= set("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_-")
+        for kernel in records.read_kernels(path)
+    )
 
 
 @FUZZ
-@given(content=files_of(INFOS))
+@given(content=file_contents(INFOS))
 @example(content=nested(100_000))
-def test_what_a_server_writes_of_itself_is_taken_in_or_left(tmp_path, content):
+def test_server_info_file_with_any_content_is_read_or_ignored(tmp_path, content):
     records.info_path(tmp_path, 7).write_bytes(content)
     found = records.read_info(tmp_path, 7)
     assert found is None or found.pid == 7
 
 
 @FUZZ
-@given(content=files_of(RECORDS))
+@given(content=file_contents(RECORDS))
 @example(content=nested(100_000))
-def test_the_record_of_a_process_is_trusted_whole_or_not_at_all(tmp_path, content):
+def test_launch_record_with_any_content_is_read_or_ignored(tmp_path, content):
     (tmp_path / "launch.json").write_bytes(content)
     assert isinstance(ServerDir(tmp_path).read_record(), Record | None)
 
 
 @FUZZ
-@given(content=files_of(fields_of(url=st.text())))
+@given(content=file_contents(fields_of(url=st.text())))
 @example(content=nested(100_000))
-def test_an_address_is_a_text_or_none(tmp_path, content):
+def test_keeper_address_file_with_any_content_is_read_or_ignored(tmp_path, content):
     (tmp_path / "keeper.json").write_bytes(content)
     assert isinstance(discovery.read_address(tmp_path), str | None)

@@ -1,4 +1,4 @@
-"""What gateways, JupyterLab servers and keepers answer: anything, over a real connection, as slowly as they like."""
+"""Fuzz the responses of gateways, JupyterLab servers and keepers, over a real connection."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from labkeeper.gateways.client import GatewayClient
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.testing.fakes import FakeClock
 
-SLOWLY = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000
-"""The beginning of an answer that goes on for longer than a test may take, a byte at a time."""
+SLOW_RESPONSE = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000
+"""Start of a response that, sent a byte at a time, takes longer than a test may."""
 TIMES = (
     st.sampled_from(
         [
@@ -43,10 +43,11 @@ KERNELS = st.lists(
 )
 STATUS = fields_of(last_activity=TIMES, kernels=st.integers(), connections=st.integers())
 EVENTS = fields_of(
-    id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), generation=st.integers(), message=st.text(),
-    actor=st.text(), reason=st.text(), request_id=st.text(), details=st.dictionaries(st.text(), JSON, max_size=2),
+    id=st.integers(), at=st.text(), kind=st.text(), server=st.text(), generation=st.integers(),
+    message=st.text(), actor=st.text(), reason=st.text(), request_id=st.text(),
+    details=st.dictionaries(st.text(), JSON, max_size=2),
 )  # fmt: skip
-TEXT_IN = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
+RESPONSE_HEAD = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: "
 PROBLEMS = fields_of(
     code=st.sampled_from(["server_not_found", "start_failed", "unreachable", "nonsense"]),
     detail=st.text(),
@@ -54,7 +55,7 @@ PROBLEMS = fields_of(
 )
 
 
-def said(about):
+def responses_with(about):
     return answers(about.map(lambda value: json.dumps(value).encode()) | st.binary(max_size=100))
 
 
@@ -77,38 +78,41 @@ def endpoint(port):
 
 
 @FUZZ
-@given(answer=answers() | said(fields_of(kernelspecs=st.dictionaries(st.text(), JSON, max_size=3))))
-def test_a_gateway_may_answer_anything(speaker, answer):
+@given(
+    answer=answers()
+    | responses_with(fields_of(kernelspecs=st.dictionaries(st.text(), JSON, max_size=3)))
+)
+def test_gateway_client_handles_any_response(speaker, answer):
     speaker.answer = answer
-    client, asked = GatewayClient(FakeClock(), timeout=2), gateway(speaker.port)
-    health = client.check(asked)
+    client, target = GatewayClient(FakeClock(), timeout=2), gateway(speaker.port)
+    health = client.check(target)
     assert isinstance(health, GatewayHealth)
     assert health.error is None or health.error.message
-    for question in (client.has_kernel, client.end_kernel):
+    for operation in (client.has_kernel, client.end_kernel):
         with contextlib.suppress(BackendUnavailable):
-            assert isinstance(question(asked, "1"), bool)
+            assert isinstance(operation(target, "1"), bool)
 
 
 @FUZZ
-@given(answer=said(KERNELS) | said(STATUS) | answers())
-def test_a_server_may_answer_anything(speaker, answer):
+@given(answer=responses_with(KERNELS) | responses_with(STATUS) | answers())
+def test_jupyter_client_handles_any_response(speaker, answer):
     speaker.answer = answer
-    client, asked = JupyterClient(timeout=2), endpoint(speaker.port)
-    assert isinstance(client.answers(asked), bool)
-    assert isinstance(client.proves(asked), bool)
-    assert isinstance(client.shutdown(asked, timeout=2), bool)
-    for question in (
+    client, target = JupyterClient(timeout=2), endpoint(speaker.port)
+    assert isinstance(client.answers(target), bool)
+    assert isinstance(client.proves(target), bool)
+    assert isinstance(client.shutdown(target, timeout=2), bool)
+    for operation in (
         client.kernels,
         client.load,
         client.activity,
         lambda to: client.end_kernel(to, "1"),
     ):
         with contextlib.suppress(BackendError):
-            question(asked)
+            operation(target)
 
 
 @pytest.mark.parametrize(
-    "question",
+    "operation",
     [
         JupyterClient.answers,
         JupyterClient.proves,
@@ -116,26 +120,30 @@ def test_a_server_may_answer_anything(speaker, answer):
         lambda client, to: client.shutdown(to, timeout=1),
     ],
 )
-def test_a_server_that_answers_a_byte_at_a_time_holds_nobody_up(question):
+def test_jupyter_client_times_out_on_a_byte_by_byte_response(operation):
     with Speaker() as slow:
-        slow.answer, slow.pause = SLOWLY, 0.05
+        slow.answer, slow.pause = SLOW_RESPONSE, 0.05
         with contextlib.suppress(BackendError):
-            assert question(JupyterClient(timeout=1), endpoint(slow.port)) is False
+            assert operation(JupyterClient(timeout=1), endpoint(slow.port)) is False
 
 
 @FUZZ
-@given(answer=said(PROBLEMS) | said(fields_of(events=st.lists(EVENTS, max_size=2))) | answers())
-@example(answer=TEXT_IN + b"text/plain; charset=hex\r\n\r\nab")
-@example(answer=TEXT_IN + b"text/plain; charset=rot13\r\n\r\nab")
-@example(answer=TEXT_IN + b"text/plain\r\nContent-Encoding: gzip\r\n\r\nab")
+@given(
+    answer=responses_with(PROBLEMS)
+    | responses_with(fields_of(events=st.lists(EVENTS, max_size=2)))
+    | answers()
+)
+@example(answer=RESPONSE_HEAD + b"text/plain; charset=hex\r\n\r\nab")
+@example(answer=RESPONSE_HEAD + b"text/plain; charset=rot13\r\n\r\nab")
+@example(answer=RESPONSE_HEAD + b"text/plain\r\nContent-Encoding: gzip\r\n\r\nab")
 @example(
-    answer=TEXT_IN
+    answer=RESPONSE_HEAD
     + b'application/json\r\n\r\n{"results": [{"name": "a", "status": 502, "problem": {"code": 1}}]}'
 )
-def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
+def test_keeper_client_handles_any_response(speaker, answer):
     speaker.answer = answer
     with Client(f"http://127.0.0.1:{speaker.port}", token="t" * 16) as client:
-        for question in (
+        for operation in (
             client.version,
             lambda: [*client.list()],
             client.events,
@@ -146,7 +154,7 @@ def test_what_claims_to_be_a_keeper_may_answer_anything(speaker, answer):
             lambda: [result.error for result in client.start_many(["a"])],
         ):
             with contextlib.suppress(LabkeeperError):
-                question()
+                operation()
 
 
 LINES = st.one_of(
@@ -160,7 +168,7 @@ LINES = st.one_of(
 
 @FUZZ
 @given(lines=st.lists(LINES, max_size=5))
-def test_events_come_as_events_or_as_an_error_whatever_the_lines(speaker, lines):
+def test_event_stream_with_any_lines_yields_events_or_an_error(speaker, lines):
     body = "\n".join(lines).encode(errors="replace")
     speaker.answer = (
         b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nConnection: close\r\n\r\n" + body

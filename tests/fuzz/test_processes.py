@@ -1,4 +1,4 @@
-"""What /proc tells of processes is read right, however they call themselves."""
+"""Fuzz process names, which /proc shows unescaped."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ NAMES = st.binary(min_size=1, max_size=15).filter(lambda name: b"\0" not in name
 
 
 @pytest.fixture
-def own_name():
-    """The name of this process, which a test may change."""
+def restore_own_name():
+    """Restore the name of this process after a test."""
     name = COMM.read_bytes().rstrip(b"\n")
     yield
     COMM.write_bytes(name)
@@ -33,7 +33,7 @@ def own_name():
 @FUZZ
 @given(name=NAMES)
 @example(name=b") Z 1 1 1 (\n")
-def test_no_name_of_a_process_makes_it_another(own_name, name):
+def test_proc_files_are_parsed_whatever_the_process_name(restore_own_name, name):
     COMM.write_bytes(name[:15])
     assert int(marks.stat(ME)[1]) == os.getppid()
     assert Process.find(ME).alive()

@@ -1,4 +1,4 @@
-"""What callers send: a real keeper answers anything with what its document says, and goes on answering."""
+"""Fuzz requests: a real keeper answers all of them as documented, and keeps running."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from labkeeper.api.handlers.servers import _decode_cursor, _encode_cursor
 from labkeeper.core.errors import InvalidSpec
 from labkeeper.schema.servers import RestartRequest
 
-REFUSED = range(400, 500)
-IN_A_HEADER = st.text(
+CLIENT_ERRORS = range(400, 500)
+HEADER_VALUES = st.text(
     st.characters(min_codepoint=32, max_codepoint=255, blacklist_characters="\x7f"), max_size=100
 ).map(str.strip)
-"""What a client can send as the value of a header; the server below gets the rest, too."""
+"""Header values that a client can send. The raw requests below also have others."""
 METHODS = st.sampled_from([b"GET", b"POST", b"TRACE", b"OPTIONS", b"GE T", b""])
 TARGETS = st.sampled_from(
     [
@@ -38,10 +38,11 @@ TARGETS = st.sampled_from(
 )
 LINES = st.lists(
     st.sampled_from(
-        [b"Host: ", b"Host: a\r\nHost: b", b"Content-Length: -1", b"Content-Length: 1e3", b"Content-Length: 5",
-         b"Expect: 100-continue",
-         b"Transfer-Encoding: chunked", b"Transfer-Encoding: x", b"Content-Type: application/json; charset=hex", b" folded", b":",
-         b"Authorization: Bearer \xff", b"Authorization: Bearer", b"X-Request-Id: \x00", b"Connection: upgrade", b"<long>"]
+        [b"Host: ", b"Host: a\r\nHost: b", b"Content-Length: -1", b"Content-Length: 1e3",
+         b"Content-Length: 5", b"Expect: 100-continue", b"Transfer-Encoding: chunked",
+         b"Transfer-Encoding: x", b"Content-Type: application/json; charset=hex", b" folded", b":",
+         b"Authorization: Bearer \xff", b"Authorization: Bearer", b"X-Request-Id: \x00",
+         b"Connection: upgrade", b"<long>"]
     ),
     max_size=4,
 )  # fmt: skip
@@ -49,7 +50,7 @@ LINES = st.lists(
 
 @pytest.fixture(scope="module")
 def keeper(tmp_path_factory):
-    """Nothing below starts a server."""
+    """A keeper without servers: no test of this module starts one."""
     keeper = KeeperProcess(tmp_path_factory.mktemp("keeper"), launch_by="exec")
     yield keeper.start()
     text = keeper.log.read_text()
@@ -70,20 +71,22 @@ def keeper(tmp_path_factory):
         st.binary(max_size=20),
     )
 )
-def test_noise_instead_of_a_request_is_refused(keeper, data):
-    """Nobody without a token gets more than a refusal, whatever they send; nor does a keeper fall silent."""
+def test_noise_instead_of_a_request_is_rejected(keeper, data):
+    """Without a token, every complete request is refused, and the keeper keeps responding."""
     with (
         socket.create_connection(("127.0.0.1", keeper.port), timeout=10) as caller,
         contextlib.suppress(ConnectionError),
     ):
         caller.sendall(data.replace(b"<long>", b"a" * 70_000))
-        with contextlib.suppress(OSError):  # The keeper may have had enough, and closed it already.
+        with contextlib.suppress(OSError):  # The keeper may already have closed the connection.
             caller.shutdown(socket.SHUT_WR)
         answer = b""
         while piece := caller.recv(65536):
             answer += piece
         statuses = [int(status) for status in re.findall(rb"^HTTP/1\.[01] (\d{3})", answer)]
-        assert all(status in REFUSED or status in {100, 501, 505} for status in statuses), answer
+        assert all(status in CLIENT_ERRORS or status in {100, 501, 505} for status in statuses), (
+            answer
+        )
     assert keeper.http.get("/readyz").status_code == 200
 
 
@@ -95,7 +98,7 @@ def test_noise_instead_of_a_request_is_refused(keeper, data):
         max_size=3,
     )
 )
-def test_a_list_may_be_asked_for_in_any_way(keeper, query):
+def test_server_list_handles_any_query(keeper, query):
     assert keeper.http.get("/api/servers", params=query).status_code in {200, 422}
 
 
@@ -103,17 +106,17 @@ def test_a_list_may_be_asked_for_in_any_way(keeper, query):
 @given(text=st.text() | st.binary().map(lambda data: base64.urlsafe_b64encode(data).decode()))
 @example(text="=")
 @example(text="YQ")
-def test_a_cursor_is_one_of_ours_or_refused(text):
+def test_cursor_is_valid_or_rejected(text):
     with contextlib.suppress(InvalidSpec):
         name = _decode_cursor(text)
         assert _decode_cursor(_encode_cursor(name)) == name
 
 
 @FUZZ
-@given(last=IN_A_HEADER | st.integers().map(str))
+@given(last=HEADER_VALUES | st.integers().map(str))
 @example(last="²")
 @example(last="9" * 18)
-def test_a_last_event_id_is_a_number_or_refused(keeper, last):
+def test_last_event_id_is_a_number_or_rejected(keeper, last):
     answer = keeper.http.get("/api/events", headers={"Last-Event-ID": last.encode("latin-1")})
     assert answer.status_code == (200 if re.fullmatch("[0-9]{0,18}", last) else 422)
 
@@ -122,13 +125,15 @@ def test_a_last_event_id_is_a_number_or_refused(keeper, last):
 @given(
     headers=st.fixed_dictionaries(
         {},
-        optional=dict.fromkeys(("X-Request-Id", "Host", "Accept", "Origin", "Cookie"), IN_A_HEADER),
+        optional=dict.fromkeys(
+            ("X-Request-Id", "Host", "Accept", "Origin", "Cookie"), HEADER_VALUES
+        ),
     )
 )
-def test_headers_may_hold_anything(keeper, headers):
+def test_header_values_may_be_anything(keeper, headers):
     sent = {name: value.encode("latin-1") for name, value in headers.items()}
     answer = keeper.http.get("/api/version", headers=sent)
-    assert answer.status_code == 200 or answer.status_code in REFUSED
+    assert answer.status_code == 200 or answer.status_code in CLIENT_ERRORS
     assert re.fullmatch(r"[A-Za-z0-9._-]{1,64}", answer.headers["X-Request-Id"])
 
 
@@ -152,8 +157,8 @@ BODIES = (
 )
 @example(body=b'{"env": {"A": "\\ud800"}}')
 @example(body=b'{"idle_timeout": ' + b"9" * 5000 + b"}")
-def test_a_body_may_be_anything(keeper, body):
-    """Of a server that there is none of, so that what is right asks for nothing."""
+def test_body_may_be_anything(keeper, body):
+    """For a server that does not exist, so that a valid body has no effect."""
     answer = keeper.http.post(
         "/api/servers/nobody/restart", content=body, headers={"Content-Type": "application/json"}
     )

@@ -1,4 +1,4 @@
-"""Settings come out, or one line says what is wrong with them: of any environment, any file, any secret."""
+"""Fuzz settings: they are loaded, or rejected with a one-line error."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ TOML = st.recursive(
 )
 
 
-def read(environment):
-    """Load with this environment and no other; give the settings, or what is wrong with them."""
+def load_from(environment):
+    """Load settings from this environment only; return the settings, and an error or ''."""
     with patch.dict(os.environ, environment, clear=True):
         try:
             return load(), ""
@@ -36,8 +36,8 @@ def read(environment):
             return None, str(error)
 
 
-def settled(environment):
-    settings, why = read(environment)
+def assert_loaded_or_rejected(environment):
+    settings, why = load_from(environment)
     assert (settings is None) == bool(why)
     assert "\n" not in why
     assert settings is None or "\0" not in f"{settings.state_dir}{settings.token_file}"
@@ -47,8 +47,8 @@ def settled(environment):
 @given(given_=st.dictionaries(NAMES.map(lambda name: PREFIX + name.upper()), VALUES, max_size=3))
 @example(given_={"LABKEEPER_STATE_DIR": "~nobody-of-this-name/x"})
 @example(given_={"LABKEEPER_WEBHOOK_SECRET_FILE": "\n"})
-def test_the_environment_may_hold_anything(tmp_path, given_):
-    settled(
+def test_variables_may_have_any_value(tmp_path, given_):
+    assert_loaded_or_rejected(
         {"HOME": str(tmp_path)}
         | {
             name: os.fsencode(value).decode(errors="surrogateescape")
@@ -64,44 +64,44 @@ def test_the_environment_may_hold_anything(tmp_path, given_):
 @example(content={"state_dir": "\0"})
 @example(content={"token_file": "\0"})
 @example(content={"\n": True})
-def test_a_file_may_set_anything_to_anything(tmp_path, content):
+def test_file_may_set_anything_to_anything(tmp_path, content):
     path = tmp_path / "labkeeper.toml"
-    # What TOML writes as JSON does, apart from objects, which come as tables within.
-    lines = [f"{json.dumps(name)} = {as_toml(value)}" for name, value in content.items()]
+    # JSON is valid TOML except for objects, which become inline tables.
+    lines = [f"{json.dumps(name)} = {to_toml(value)}" for name, value in content.items()]
     path.write_text("\n".join(lines), encoding="utf-8", errors="replace")
-    settled({"LABKEEPER_CONFIG": str(path), "HOME": str(tmp_path)})
+    assert_loaded_or_rejected({"LABKEEPER_CONFIG": str(path), "HOME": str(tmp_path)})
 
 
-def as_toml(value):
+def to_toml(value):
     if isinstance(value, dict):
         return (
             "{"
-            + ", ".join(f"{json.dumps(name)} = {as_toml(inner)}" for name, inner in value.items())
+            + ", ".join(f"{json.dumps(name)} = {to_toml(inner)}" for name, inner in value.items())
             + "}"
         )
     if isinstance(value, list):
-        return "[" + ", ".join(map(as_toml, value)) + "]"
+        return "[" + ", ".join(map(to_toml, value)) + "]"
     return json.dumps(value) if isinstance(value, str | bool) else repr(value)
 
 
 @FUZZ
 @given(content=st.binary(max_size=100) | DEPTHS.map(lambda depth: b"port = " + b"[" * depth))
 @example(content=b"port = " + b"[" * 100_000)
-def test_a_file_may_be_none(tmp_path, content):
+def test_file_may_have_any_content(tmp_path, content):
     path = tmp_path / "labkeeper.toml"
     path.write_bytes(content)
-    settled({"LABKEEPER_CONFIG": str(path), "HOME": str(tmp_path)})
+    assert_loaded_or_rejected({"LABKEEPER_CONFIG": str(path), "HOME": str(tmp_path)})
 
 
 @pytest.mark.parametrize("path", ["~nobody-of-this-name/x", "/proc/self/mem", "/", "\udcff"])
-def test_a_file_may_be_anywhere(tmp_path, path):
-    settled({"LABKEEPER_CONFIG": path, "HOME": str(tmp_path)})
+def test_file_may_have_any_path(tmp_path, path):
+    assert_loaded_or_rejected({"LABKEEPER_CONFIG": path, "HOME": str(tmp_path)})
 
 
 @FUZZ
 @given(content=st.binary(max_size=100))
-def test_a_file_of_a_secret_may_hold_anything(tmp_path, content):
+def test_secret_file_may_have_any_content(tmp_path, content):
     path = tmp_path / "secret"
     path.write_bytes(content)
     for name in ("TOKEN", "WEBHOOK_SECRET"):
-        settled({f"LABKEEPER_{name}_FILE": str(path), "HOME": str(tmp_path)})
+        assert_loaded_or_rejected({f"LABKEEPER_{name}_FILE": str(path), "HOME": str(tmp_path)})

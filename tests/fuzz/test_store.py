@@ -1,4 +1,4 @@
-"""A store that somebody has written into gives what it holds, or says that it is damaged; it never falls over it."""
+"""Fuzz the store: a modified file is loaded, or reported as damaged, without a crash."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def path(tmp_path):
 
 
 @contextlib.contextmanager
-def written_into(path):
+def emptied_tables(path):
     with contextlib.closing(sqlite3.connect(path)) as db, db:
         for table in (*TABLES, "webhooks"):
             db.execute(f"DELETE FROM {table}")
@@ -59,10 +59,10 @@ def written_into(path):
 
 @FUZZ
 @given(table=st.sampled_from(sorted(TABLES)), cell=CELLS, as_bytes=st.booleans())
-def test_a_row_may_hold_any_text(path, table, cell, as_bytes):
+def test_row_may_contain_any_text(path, table, cell, as_bytes):
     key, column = TABLES[table]
-    value = "CAST(? AS TEXT)"  # Of bytes it makes a text that is none.
-    with written_into(path) as db:
+    value = "CAST(? AS TEXT)"  # Applied to bytes, this stores invalid text.
+    with emptied_tables(path) as db:
         given_ = (
             cell.encode(errors="surrogatepass") + b"\xff"
             if as_bytes
@@ -75,24 +75,24 @@ def test_a_row_may_hold_any_text(path, table, cell, as_bytes):
 @FUZZ
 @given(numbers=st.tuples(*[st.none() | st.integers(-(2**63), 2**63 - 1)] * 3))
 @example(numbers=(None, None, None))
-def test_numbers_may_be_missing(path, numbers):
-    with written_into(path) as db:
+def test_numbers_may_be_anything_or_missing(path, numbers):
+    with emptied_tables(path) as db:
         db.execute("INSERT INTO webhooks VALUES ('https://hook', ?, ?, ?)", numbers)
     read_all(path)
 
 
 @FUZZ
-@given(layout=st.integers(-(2**31), 2**31 - 1))
-@example(layout=-1)
-def test_the_number_of_the_layout_may_be_any(path, layout):
+@given(schema_version=st.integers(-(2**31), 2**31 - 1))
+@example(schema_version=-1)
+def test_schema_version_may_be_any_number(path, schema_version):
     with contextlib.closing(sqlite3.connect(path)) as db:
-        db.execute(f"PRAGMA user_version = {layout}")
+        db.execute(f"PRAGMA user_version = {schema_version}")
     read_all(path)
 
 
 @FUZZ
 @given(data=st.data())
-def test_any_byte_of_the_file_may_be_another(path, data):
+def test_any_bytes_of_the_file_may_change(path, data):
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
@@ -101,8 +101,8 @@ def test_any_byte_of_the_file_may_be_another(path, data):
     read_all(other)
 
 
-def test_what_sqlite_says_of_damage_may_be_no_text(path):
-    """It quotes the file."""
+def test_sqlite_error_that_is_not_valid_text_is_reported(path):
+    """SQLite's message quotes the damaged file."""
     other = path.with_name("other.sqlite")
     other.write_bytes(
         path.read_bytes().replace(b"(url TEXT PRIMARY KEY", b"(url TEXT PRIMARY \x80EY")
@@ -126,7 +126,7 @@ SNAPSHOTS = st.builds(
 
 @FUZZ
 @given(snapshot=SNAPSHOTS)
-def test_what_is_saved_is_what_is_loaded(path, snapshot):
+def test_snapshot_survives_a_round_trip(path, snapshot):
     with contextlib.closing(SqliteStore(path)) as store:
         store.save(snapshot)
         assert store.load() == [snapshot]

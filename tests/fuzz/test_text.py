@@ -1,4 +1,7 @@
-"""Texts that people, callers and servers write: durations, secrets in logs, causes of an end, keys. Each takes a bounded time."""
+"""Fuzz texts from people, callers and servers: durations, logs, exit causes and keys.
+
+Each is processed in bounded time.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,7 @@ LONG = 200_000
 @example("9" * 100_000)
 @example("1d" * 100_000)
 @example(10**5000)
-def test_a_duration_is_within_its_bounds_or_refused(text):
+def test_duration_is_within_bounds_or_rejected(text):
     with contextlib.suppress(ValueError):
         seconds = duration(text)
         assert 0 <= seconds <= LONGEST
@@ -62,7 +65,7 @@ def test_a_duration_is_within_its_bounds_or_refused(text):
 
 @FUZZ
 @given(st.integers(0, 366), st.integers(0, 23), st.integers(0, 59), st.integers(0, 59))
-def test_a_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
+def test_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
     total = days * 86400 + hours * 3600 + minutes * 60 + seconds
     with contextlib.suppress(ValueError):
         assert duration(f"{days}d{hours}h{minutes}m{seconds}s") == total <= LONGEST
@@ -70,7 +73,7 @@ def test_a_duration_is_the_sum_of_its_parts(days, hours, minutes, seconds):
 
 @FUZZ
 @given(st.floats(0, 253402300799))
-def test_every_moment_can_be_written(at):
+def test_any_time_can_be_formatted(at):
     assert format_time(at).endswith("Z")
 
 
@@ -78,14 +81,14 @@ def test_every_moment_can_be_written(at):
 @given(st.text())
 @example("a" * 64)
 @example("a\n")
-def test_a_name_is_a_host_name_or_none(text):
+def test_server_name_is_a_valid_host_name_or_rejected(text):
     with contextlib.suppress(ValueError):
         assert server_name(text).encode("idna")
 
 
 @FUZZ
 @given(HOSTILE.map(lambda text: text[:LONG]))
-def test_no_line_takes_long_to_scrub(text):
+def test_scrubbing_takes_bounded_time(text):
     scrub(text)
 
 
@@ -101,8 +104,8 @@ COLOUR = re.compile(r"\x1b\[[0-9;:]*m")
 )
 @example("\x1b[" * 50_000)
 @example("\x1b[1m" * 50_000 + "\r")
-def test_no_text_gives_a_terminal_orders(text):
-    """But for colours, and those end with their line; what has no control characters stays as it is."""
+def test_control_sequences_do_not_reach_the_terminal(text):
+    """Except for colours, which are reset in the same line; other text is unchanged."""
     shown = visible(text)
     plain = COLOUR.sub("", shown).replace("\r\n", "\n")
     assert [
@@ -124,7 +127,7 @@ SECRETS = st.sampled_from(
 
 @FUZZ
 @given(st.lists(PIECES | SECRETS | st.text()).map("".join))
-def test_to_pass_by_what_has_no_secret_changes_nothing(text):
+def test_scrub_shortcut_gives_the_same_result_as_the_full_search(text):
     known = Secrets("kE7f-abcd", "variable")
     assert scrub(text, known) == _LOOKS.sub(_hide, re.sub("(?:kE7f-abcd|variable)+", HIDDEN, text))
 
@@ -135,7 +138,7 @@ def test_to_pass_by_what_has_no_secret_changes_nothing(text):
     st.text(st.characters(codec="utf-8", blacklist_categories=["Cc"]), min_size=8, max_size=40),
     st.text(),
 )
-def test_what_is_known_as_a_secret_is_in_no_line(before, secret, after):
+def test_known_secret_is_always_redacted(before, secret, after):
     assert secret in HIDDEN or secret not in scrub(
         f"{before}{secret}{after}", Secrets(secret)
     ).replace(HIDDEN, "\0")
@@ -146,7 +149,7 @@ def test_what_is_known_as_a_secret_is_in_no_line(before, secret, after):
     st.builds(Exit, code=st.none() | st.integers(), signal=st.none() | st.text()),
     st.lists(st.text() | HOSTILE, max_size=3),
 )
-def test_every_end_has_a_cause(end, tail):
+def test_every_exit_has_a_failure_class(end, tail):
     kind, line = cause_of(end, tail)
     assert isinstance(kind, FailureClass)
     assert "\n" in "".join(tail) or "\n" not in line
@@ -154,6 +157,6 @@ def test_every_end_has_a_cause(end, tail):
 
 @FUZZ
 @given(st.text() | st.binary(max_size=80).map(lambda data: "whsec_" + data.decode("latin-1")))
-def test_a_key_is_long_enough_or_refused(text):
+def test_webhook_key_has_an_allowed_length_or_is_rejected(text):
     with contextlib.suppress(ValueError):
         assert 24 <= len(key_of(text)) <= 64
