@@ -1,4 +1,4 @@
-"""What a person sees, in a real browser: a Lab opened by a link, the page of the API, and what pages of other sites get."""
+"""A real browser opens a Lab by its link and the API docs, and attacks from another site."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from playwright import sync_api
 from harness import PATIENCE, until
 
 REBOUND = "rebound.example.org"
-"""A name that leads to this machine, in the browser only."""
+"""A host name that resolves to this machine, in the browser only."""
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -25,7 +25,7 @@ FLAGS = [
     "--disable-sync",
     f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
 ]
-"""Root needs the first one; the others keep the browser from asking for what is its own."""
+"""Root needs the first; the others stop the browser's own network requests."""
 
 pytestmark = pytest.mark.browser
 
@@ -41,8 +41,8 @@ def page():
 
 
 @contextlib.contextmanager
-def another_site():
-    """Serve an empty page on a port of its own, which makes it another site."""
+def serve_another_site():
+    """Serve an empty page on its own port, which makes it another site."""
 
     class Empty(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -74,10 +74,11 @@ def notebook(code):
     return json.dumps({"nbformat": 4, "nbformat_minor": 5, "metadata": spec, "cells": [cell]})
 
 
-def runs_the_cell(page, output):
-    """Ask for a cell to be run, and say whether that is its output; the Lab forgets what is asked before it is connected.
+def run_cell_in_page(page, output):
+    """Run the first cell, and return whether it shows that output.
 
-    On a busy machine it may ask something first, such as which kernel is meant; a person would agree.
+    The Lab ignores the request until it is connected. On a busy machine it may open a dialog
+    first, such as for the choice of a kernel, which is accepted.
     """
     question = page.locator(".jp-Dialog .jp-mod-accept")
     with contextlib.suppress(sync_api.TimeoutError):
@@ -90,8 +91,8 @@ def runs_the_cell(page, output):
     return False
 
 
-def test_a_link_leads_to_a_cell_that_runs_and_no_page_learns_the_token(keeper, page):
-    """From the POST to the first cell; the token is in one request, and in nothing that the page has or the browser keeps."""
+def test_link_leads_to_a_running_cell_without_exposing_the_token(keeper, page):
+    """The token is in one request only: not in the page, its history, or the browser's storage."""
     (keeper.notebook_dir / "sum.ipynb").write_text(notebook("print(6 * 7)"))
     token = keeper.post().json()["token"]
     link = keeper.post("/default/link", page="/lab/tree/sum.ipynb?reset").json()["url"]
@@ -100,19 +101,21 @@ def test_a_link_leads_to_a_cell_that_runs_and_no_page_learns_the_token(keeper, p
     page.on("request", lambda request: asked.append(request.url))
     page.on("request", lambda request: referred.append(request.headers.get("referer", "")))
     page.goto(link)
-    until(lambda: runs_the_cell(page, "42"), what="the output of the cell")
+    until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
     assert [url for url in asked if token in url] == [url for url in asked if "/login?" in url]
     assert sum(token in url for url in asked) == 1
     assert not [url for url in (*shown, *referred) if token in url or link in url]
-    kept = "JSON.stringify([document.cookie, {...localStorage}, {...sessionStorage}, performance.getEntries(), location.href])"
+    kept = (
+        "JSON.stringify([document.cookie, {...localStorage}, {...sessionStorage},"
+        " performance.getEntries(), location.href])"
+    )
     for told in (page.content(), page.evaluate(kept)):
         assert token not in told
     assert page.goto(link).status == 410
     assert page.get_by_role("heading").inner_text() == "This link opens nothing any more"
 
 
-def test_the_page_of_the_api_is_drawn_by_what_it_may_load(keeper, page):
-    """Its Content-Security-Policy forbids nothing that it needs."""
+def test_api_docs_page_renders_under_its_content_security_policy(keeper, page):
     said = []
     page.on(
         "console", lambda message: said.append(message.text) if message.type == "error" else None
@@ -125,11 +128,11 @@ def test_the_page_of_the_api_is_drawn_by_what_it_may_load(keeper, page):
 FETCH = "url => fetch(url, {method: 'POST'}).then(answer => answer.status, error => error.name)"
 
 
-def test_pages_of_other_sites_get_nothing_even_without_access_control(make_keeper, page):
-    """Neither by asking across sites, nor by a name of theirs that leads to the keeper; its own page can."""
+def test_pages_of_other_sites_are_refused_even_without_access_control(make_keeper, page):
+    """Cross-site requests and DNS rebinding fail; requests of the keeper's own page succeed."""
     keeper = make_keeper(auth="none").start()
     servers = f"{keeper.url}/api/servers?wait=0"
-    with another_site() as elsewhere:
+    with serve_another_site() as elsewhere:
         page.goto(elsewhere)
         assert page.evaluate(FETCH, servers) == "TypeError"
     assert page.goto(f"http://{REBOUND}:{keeper.port}/api/servers").status == 421
