@@ -11,7 +11,7 @@ from engine import Container
 
 @pytest.fixture
 def make_container():
-    """Make containers; whatever is left of them is removed."""
+    """Return a factory of containers that are removed after the test."""
     made = []
 
     def make(*options, **more):
@@ -25,7 +25,7 @@ def make_container():
 
 @pytest.fixture(scope="module")
 def container():
-    """One container for all tests of a file that leave it as they found it."""
+    """A container that the tests of a module share, and must leave unchanged."""
     shared = Container().start()
     yield shared
     shared.close()
@@ -33,7 +33,7 @@ def container():
 
 @pytest.fixture
 def notebooks(tmp_path):
-    """A directory of somebody whom the image does not know; of ourselves where we cannot give it away."""
+    """A directory that belongs to a user unknown to the image, if root runs the tests."""
     directory = tmp_path / "notebooks"
     directory.mkdir()
     if os.getuid() == 0:

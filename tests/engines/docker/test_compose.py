@@ -1,4 +1,4 @@
-"""One command up, and a notebook runs behind a gateway: `compose.yaml` as it stands."""
+"""`compose.yaml` as it is: a notebook runs with its kernel in a gateway."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from engine import ROOT, TAG
 from harness import PATIENCE, free_port, run_cell, start_kernel, until
 
 
-class Composition:
-    """`docker compose` on compose.yaml, under a project name of its own."""
+class ComposeProject:
+    """`docker compose` with compose.yaml, under its own project name."""
 
     def __init__(self, name):
         self.port, self.lab_port = free_port(), free_port()
@@ -60,22 +60,25 @@ class Composition:
         assert answer.status_code == 201, (answer.text, self("logs"))
         return answer.json() | {"url": f"http://127.0.0.1:{self.lab_port}/"}
 
-    def kernels_of_the_gateway(self):
-        code = "import urllib.request as r; print(r.urlopen('http://gateway:8888/api/kernels').read().decode())"
+    def gateway_kernels(self):
+        code = (
+            "import urllib.request as r;"
+            " print(r.urlopen('http://gateway:8888/api/kernels').read().decode())"
+        )
         return self("exec", "-T", "jupyter-server", "python", "-c", code).strip()
 
 
 @pytest.fixture
-def composition():
-    made = Composition(f"labkeeper-test-{os.getpid()}")
+def compose():
+    made = ComposeProject(f"labkeeper-test-{os.getpid()}")
     yield made
     made.http.close()
     made("down", "-v", "-t", "1", check=False)
 
 
-def test_kernels_run_in_the_gateway_with_their_environment_and_the_notebooks(composition):
-    composition.up()
-    server = composition.server(kernel_env={"KERNEL_TEAM": "blue"})
+def test_kernels_run_in_the_gateway_with_their_environment_and_notebooks(compose):
+    compose.up()
+    server = compose.server(kernel_env={"KERNEL_TEAM": "blue"})
     channel = {"Authorization": f"token {server['token']}"}
     made = httpx.put(
         f"{server['url']}api/contents/team",
@@ -85,31 +88,34 @@ def test_kernels_run_in_the_gateway_with_their_environment_and_the_notebooks(com
     )
     assert made.status_code == 201
     kernel = start_kernel(server, path="team/notebook.ipynb")
-    code = "import os, socket; open('made', 'w').close(); print(socket.gethostname(), os.getcwd(), os.environ['KERNEL_TEAM'])"
+    code = (
+        "import os, socket; open('made', 'w').close();"
+        " print(socket.gethostname(), os.getcwd(), os.environ['KERNEL_TEAM'])"
+    )
     host, directory, team = run_cell(server, kernel, code).split()
-    assert host == composition("exec", "-T", "gateway", "hostname").strip()
-    assert host != composition("exec", "-T", "jupyter-server", "hostname").strip()
+    assert host == compose("exec", "-T", "gateway", "hostname").strip()
+    assert host != compose("exec", "-T", "jupyter-server", "hostname").strip()
     assert (directory, team) == ("/notebooks/team", "blue")
-    # What a kernel writes, the Lab shows.
+    # Files that the kernel writes are visible in the Lab.
     listed = httpx.get(
         f"{server['url']}api/contents/team", headers=channel, trust_env=False
     ).json()["content"]
     assert [entry["name"] for entry in listed] == ["made"]
-    assert kernel in composition.kernels_of_the_gateway()
+    assert kernel in compose.gateway_kernels()
 
-    report = composition.http.delete("/api/servers/default").json()["stop_report"]
+    report = compose.http.delete("/api/servers/default").json()["stop_report"]
     assert (report["method"], report["kernels_stopped"], report["kernels_left"]) == (
         "shutdown",
         [kernel],
         [],
     )
-    assert composition.kernels_of_the_gateway() == "[]"
+    assert compose.gateway_kernels() == "[]"
 
 
-def test_a_stop_of_all_ends_the_kernels_in_the_gateway_too(composition):
-    composition.up()
-    start_kernel(composition.server())
-    composition("stop", "jupyter-server")
-    assert "no server is left" in composition("logs", "jupyter-server")
-    ended = composition("logs", "gateway")
+def test_stopping_the_service_ends_its_kernels_in_the_gateway(compose):
+    compose.up()
+    start_kernel(compose.server())
+    compose("stop", "jupyter-server")
+    assert "no server is left" in compose("logs", "jupyter-server")
+    ended = compose("logs", "gateway")
     assert "Kernel shutdown" in ended or "DELETE /api/kernels" in ended, ended

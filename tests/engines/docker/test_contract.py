@@ -1,4 +1,4 @@
-"""What whoever builds on the container relies on: ports, paths, answers, and an end in good order."""
+"""What users of the container rely on: ports, paths, responses and graceful shutdown."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ SERVER_INFO = (
     "url",
 )
 GRACE = 10
-"""Seconds that `docker stop` gives by itself."""
+"""Default timeout of `docker stop` in seconds."""
 
 
-def test_a_lab_starts_on_request_runs_a_cell_and_ends(make_container, notebooks):
+def test_lab_starts_on_request_runs_a_cell_and_stops(make_container, notebooks):
     owner = notebooks.stat().st_uid
     container = make_container(
         "--user", f"{owner}:{owner}", notebooks=notebooks, environment=FORK
     ).start()
-    nobody = httpx.get(f"http://127.0.0.1:{container.port}/api/servers", trust_env=False)
-    assert nobody.status_code == 401
+    unauthenticated = httpx.get(f"http://127.0.0.1:{container.port}/api/servers", trust_env=False)
+    assert unauthenticated.status_code == 401
     assert not reachable(container.lab_port)
 
     server = container.server()
@@ -61,9 +61,7 @@ def test_a_lab_starts_on_request_runs_a_cell_and_ends(make_container, notebooks)
     assert container.stop() == 0
 
 
-def test_a_stop_of_the_container_ends_every_server_and_kernel_in_good_order(
-    make_container, notebooks
-):
+def test_docker_stop_shuts_every_server_and_kernel_down_gracefully(make_container, notebooks):
     owner = notebooks.stat().st_uid
     container = make_container("--user", f"{owner}:{owner}", notebooks=notebooks).start()
     idle, busy = container.server(), container.server(name="busy", port=9999)
@@ -88,7 +86,7 @@ def test_a_stop_of_the_container_ends_every_server_and_kernel_in_good_order(
     assert list(notebooks.iterdir()) == []
 
 
-def test_a_container_that_was_killed_tells_the_truth_when_it_starts_again(make_container):
+def test_killed_container_recovers_its_servers_when_it_starts_again(make_container):
     container = make_container().start()
     container.server(name="was-running")
     container.http.post("/api/servers/was-running/stop")
@@ -101,18 +99,18 @@ def test_a_container_that_was_killed_tells_the_truth_when_it_starts_again(make_c
     server = container.http.get(
         "/api/servers/default", params={"wait_for": "running", "wait": 60}
     ).json()
-    # It was to be up, and its process is gone: it was started again, and is the one that it says to be.
+    # It was meant to be up, but its process was gone, so it was restarted.
     assert server["state"] == "running"
     assert server["restarts"] == 1
     assert httpx.get(server["lab_url"], trust_env=False, follow_redirects=True).status_code == 200
     assert container.stop() == 0
 
 
-def test_nothing_is_left_undead(make_container):
+def test_zombies_are_reaped(make_container):
     container = make_container(environment=FORK).start()
     server = container.forked()
     kernel = start_kernel(server)
-    # A grandchild whose parent has ended comes to the init of the container.
+    # An orphaned process is reparented to the init of the container.
     run_cell(
         server, kernel, "import subprocess; subprocess.run(['sh', '-c', 'setsid sleep 0.3 &'])"
     )
@@ -127,7 +125,7 @@ def test_nothing_is_left_undead(make_container):
 
 
 @pytest.mark.parametrize("signal", ["TERM", "INT", "HUP"])
-def test_every_polite_signal_ends_it_in_good_order(make_container, signal):
+def test_each_termination_signal_shuts_down_gracefully(make_container, signal):
     container = make_container().start()
     container.server()
     docker("kill", "--signal", signal, container.name)

@@ -1,4 +1,4 @@
-"""The image itself: what is in it, what is not, and how it is made one's own."""
+"""The image: its contents, its metadata, and images derived from it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from engine import FORK, IMAGE, ROOT, docker
 from harness import run_cell, start_kernel, until
 from labkeeper.settings import PREFIX, Settings
 
-SLOW = 2.0
-"""Seconds that the import of an extension takes that is preloaded."""
-LARGEST = 500
-"""Megabytes that the image may have, base included; the documentation says what it has."""
+IMPORT_SECONDS = 2.0
+"""Time that importing the test extension takes."""
+MAX_IMAGE_MEGABYTES = 500
+"""Maximum size of the image including its base; the documentation states the size."""
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,16 @@ def config():
     return json.loads(docker("inspect", IMAGE).stdout)[0]
 
 
-def test_it_says_what_it_is(config):
+def test_image_metadata(config):
     labels = config["Config"]["Labels"]
     assert labels["org.opencontainers.image.title"] == "jupyter-server"
     assert labels["org.opencontainers.image.licenses"] == "BSD-3-Clause"
     assert set(config["Config"]["ExposedPorts"]) == {"80/tcp", "8888/tcp"}
     assert config["Config"]["User"] == "labkeeper"
-    assert config["Size"] < LARGEST * 10**6
+    assert config["Size"] < MAX_IMAGE_MEGABYTES * 10**6
 
 
-def test_every_setting_of_the_image_is_one(config):
+def test_environment_of_the_image_has_valid_settings_only(config):
     variables = dict(entry.split("=", 1) for entry in config["Config"]["Env"])
     ours = {name: value for name, value in variables.items() if name.startswith(PREFIX)}
     assert {name.removeprefix(PREFIX).lower() for name in ours} <= set(Settings.model_fields)
@@ -45,7 +45,7 @@ def test_every_setting_of_the_image_is_one(config):
     assert "LABKEEPER_TOKEN" not in ours
 
 
-def test_nothing_of_the_build_is_in_it(container):
+def test_image_contains_no_build_files_or_certificates(container):
     left = container.exec(
         "sh",
         "-c",
@@ -60,23 +60,24 @@ def test_nothing_of_the_build_is_in_it(container):
         )
 
 
-def test_every_module_that_a_server_loads_is_compiled(container):
+def test_modules_that_servers_load_are_compiled(container):
     missing = container.python(
         "import importlib.util, pathlib, sys\n"
         "import jupyterlab.labapp, jupyter_server.serverapp, ipykernel.kernelapp\n"
-        "files = [m.__spec__ for m in list(sys.modules.values()) if getattr(m, '__spec__', None) and m.__spec__.origin]\n"
+        "files = [m.__spec__ for m in list(sys.modules.values())"
+        " if getattr(m, '__spec__', None) and m.__spec__.origin]\n"
         "print([s.origin for s in files if s.origin.endswith('.py') and s.name != '__main__'"
         " and not pathlib.Path(importlib.util.cache_from_source(s.origin)).exists()])"
     )
     assert missing.strip() == "[]"
 
 
-def test_docker_sees_that_it_is_well_and_that_it_is_not(make_container):
+def test_healthcheck_reports_healthy_and_unhealthy(make_container):
     container = make_container(
         "--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "2"
     ).start()
     until(lambda: container.state()["Health"]["Status"] == "healthy", what="healthy")
-    # A keeper that does not answer, with a process that lives.
+    # The process of the keeper lives, but does not respond.
     keeper = next(
         pid
         for pid, (_, command) in container.processes().items()
@@ -86,8 +87,8 @@ def test_docker_sees_that_it_is_well_and_that_it_is_not(make_container):
     until(lambda: container.state()["Health"]["Status"] == "unhealthy", what="unhealthy")
 
 
-def test_our_configuration_is_in_force(make_container, notebooks):
-    """Without it, what is deleted in the Lab stays as a hidden directory beside the notebooks."""
+def test_jupyter_configuration_of_the_image_is_used(make_container, notebooks):
+    """Without it, files deleted in the Lab stay in a hidden directory beside the notebooks."""
     owner = notebooks.stat().st_uid
     container = make_container("--user", f"{owner}:{owner}", notebooks=notebooks).start()
     server = container.server()
@@ -99,13 +100,13 @@ def test_our_configuration_is_in_force(make_container, notebooks):
         trust_env=False,
     )
     assert gone.status_code == 204, gone.text
-    # Jupyter's own checkpoints stay beside their notebooks.
+    # Jupyter's own checkpoints remain beside the notebooks.
     assert [file.name for file in notebooks.iterdir() if file.name != ".ipynb_checkpoints"] == []
     paths = json.loads(container.exec("jupyter", "--paths", "--json").stdout)["config"]
     assert "/opt/jupyter/etc/jupyter" in paths
 
 
-def test_packages_and_extensions_of_ones_own_get_in_and_are_preloaded(make_container, tmp_path):
+def test_extensions_in_a_derived_image_are_preloaded(make_container, tmp_path):
     page = (ROOT / "docs/how-to/run-in-a-container.md").read_text()
     base, install = re.search(r"^```dockerfile\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)[
         1
@@ -123,26 +124,26 @@ def test_packages_and_extensions_of_ones_own_get_in_and_are_preloaded(make_conta
         container = make_container(image=image, environment=FORK).start()
         container.forked()
         assert "the slow extension is there" in container.http.get("/api/servers/default/logs").text
-        # The first one may have waited for the fork server.
+        # The first server may have waited for the fork server.
         container.delete()
         server = container.server()
         assert server["launched_by"] == "fork"
         begun, ready = (
             datetime.fromisoformat(server[name]) for name in ("created_at", "started_at")
         )
-        # Loading it takes longer than the whole start: it was there already.
-        assert (ready - begun).total_seconds() < SLOW
+        # Importing the extension takes longer than the whole start, so it was preloaded.
+        assert (ready - begun).total_seconds() < IMPORT_SECONDS
     finally:
         docker("rmi", "-f", image)
 
 
 def slow_extension(directory):
-    """Make a wheel of a server extension whose import takes long."""
+    """Build a wheel with a server extension that is slow to import."""
     package = directory / "package"
     (package / "slow_extension").mkdir(parents=True)
     (package / "slow_extension/__init__.py").write_text(
         "import time\n"
-        f"time.sleep({SLOW})\n"
+        f"time.sleep({IMPORT_SECONDS})\n"
         "def _jupyter_server_extension_points(): return [{'module': 'slow_extension'}]\n"
         "def _load_jupyter_server_extension(app): app.log.info('the slow extension is there')\n"
     )

@@ -1,4 +1,4 @@
-"""What the page on containers says, word for word."""
+"""The page about containers matches the image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAGE = ROOT / "docs/how-to/run-in-a-container.md"
     reason="needs an engine of its own: names and ports are fixed",
 )
 @pytest.mark.timeout(300)
-def test_the_tour_of_the_container(tmp_path):
+def test_container_tour_works_as_documented(tmp_path):
     script = re.search(r"<!-- tour: docker -->\n\n```sh\n(.*?)```", PAGE.read_text(), re.DOTALL)[1]
     try:
         done = subprocess.run(
@@ -46,8 +46,7 @@ def test_the_tour_of_the_container(tmp_path):
         docker("rm", "-f", "-v", "mytest", check=False)
 
 
-def test_the_page_tells_the_settings_of_the_image():
-    """The table is the Dockerfile's."""
+def test_documented_settings_match_the_dockerfile():
     recipe = dict(
         re.findall(r"^ +(LABKEEPER_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     )

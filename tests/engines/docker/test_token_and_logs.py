@@ -1,4 +1,4 @@
-"""How the caller gets the token, what stands in the log, and what never does."""
+"""How callers get the token, and what the container logs."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from harness import run_cell, start_kernel, until
 
-GIVEN = "a-token-that-was-given"
+CONFIGURED_TOKEN = "a-token-that-was-given"
 
 
-def test_the_token_is_told_to_whoever_may_run_commands_in_the_container_and_is_in_no_log(
+def test_token_is_available_by_docker_exec_and_not_in_the_logs(
     make_container,
 ):
     container = make_container().start()
@@ -30,11 +30,11 @@ def test_the_token_is_told_to_whoever_may_run_commands_in_the_container_and_is_i
 
 
 @pytest.mark.parametrize("way", ["environment", "file"])
-def test_the_token_may_be_given(make_container, tmp_path, way):
+def test_token_can_be_set(make_container, tmp_path, way):
     if way == "environment":
-        container = make_container(environment={"LABKEEPER_TOKEN": GIVEN})
+        container = make_container(environment={"LABKEEPER_TOKEN": CONFIGURED_TOKEN})
     else:
-        (tmp_path / "secret").write_text(GIVEN + "\n")
+        (tmp_path / "secret").write_text(CONFIGURED_TOKEN + "\n")
         (tmp_path / "secret").chmod(0o644)
         for parent in (tmp_path, tmp_path.parent, tmp_path.parent.parent):
             parent.chmod(0o755)
@@ -43,40 +43,39 @@ def test_the_token_may_be_given(make_container, tmp_path, way):
             *mount, environment={"LABKEEPER_TOKEN_FILE": "/run/secrets/labkeeper"}
         )
     container.start()
-    assert container.token == GIVEN
+    assert container.token == CONFIGURED_TOKEN
     answer = httpx.get(
         f"{container.http.base_url}/api/servers",
-        headers={"Authorization": f"Bearer {GIVEN}"},
+        headers={"Authorization": f"Bearer {CONFIGURED_TOKEN}"},
         trust_env=False,
     )
     assert answer.json() == {"servers": [], "next": None}
-    # It is nothing that a notebook inherits.
+    # Notebooks do not inherit it.
     kernel = start_kernel(server := container.server())
     assert (
         run_cell(
             server,
             kernel,
-            f"import os; [n for n, v in os.environ.items() if {GIVEN!r} in v or 'LABKEEPER_T' in n]",
+            f"import os; [n for n, v in os.environ.items() if {CONFIGURED_TOKEN!r} in v"
+            " or 'LABKEEPER_T' in n]",
         )
         == "[]"
     )
-    assert GIVEN not in container.logs()
+    assert CONFIGURED_TOKEN not in container.logs()
 
 
 @pytest.mark.parametrize("form", ["console", "json"])
-def test_lines_of_a_server_are_told_apart_from_the_keepers_and_its_traces_are_whole(
-    make_container, form
-):
+def test_server_log_lines_are_labelled_and_tracebacks_are_complete(make_container, form):
     container = make_container(environment={"LABKEEPER_LOG_FORMAT": form}).start()
     server = container.server()
-    # What a handler of Jupyter's own cannot take: its trace has many lines.
-    asked = httpx.put(
+    # Jupyter's handler fails on this body, with a traceback of many lines.
+    failed_request = httpx.put(
         f"{server['url']}api/contents/x",
         headers={"Authorization": f"token {server['token']}"},
         json={"type": "notebook", "content": "no notebook"},
         trust_env=False,
     )
-    assert asked.status_code == 500
+    assert failed_request.status_code == 500
     until(lambda: "Traceback" in container.logs(), what="the trace")
     lines = container.logs().splitlines()
     if form == "json":

@@ -1,4 +1,4 @@
-"""A second engine whose containers live in a user namespace: root in there is nobody out here."""
+"""A second Docker Engine with user namespace remapping."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def docker():
-    """The command line of Docker on such an engine, which has the image under test and no network."""
+    """Docker's CLI for such an engine, which has the image under test but no network."""
     place = Path(tempfile.mkdtemp(prefix="labkeeper-docker-", dir="/var/tmp"))
-    # The users of its containers have to pass through.
+    # The remapped users have to traverse the directory.
     place.chmod(0o711)
     socket = f"unix://{place}/docker.sock"
-    # Docker makes the user `dockremap`, with user ids of its own, when there is none. In a network namespace of its own, since an
-    # engine takes away the bridge of another one.
+    # Docker creates the user `dockremap`, with its own user ids, if it does not exist.
+    # The engine runs in its own network namespace, since it would remove the bridge of another one.
     options = ["--userns-remap=default", "--bridge=none", "--iptables=false", "-H", socket]
     places = ["--data-root", f"{place}/data", "--exec-root", f"{place}/exec", "-p", f"{place}/pid"]
     with (place / "log").open("wb") as log:
@@ -66,7 +66,7 @@ def docker():
 
 
 @pytest.mark.timeout(300)
-def test_the_container_works_and_its_root_is_nobody_outside(docker, tmp_path):
+def test_container_works_with_user_namespace_remapping(docker, tmp_path):
     first = int(
         next(
             line

@@ -1,4 +1,4 @@
-"""Whoever the container runs as, and whatever is kept from it: it works, or says what it needs."""
+"""The container as other users, and with restrictions: it works, or reports what it needs."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 from engine import FORK, docker
 from harness import run_cell, start_kernel, until
 
-STRICT = (
+HARDENING = (
     *("--read-only", "--tmpfs", "/tmp", "--tmpfs", "/var/lib/labkeeper"),
     *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
 )
 
 
-def test_nothing_runs_as_root_unless_told_to(make_container):
+def test_container_does_not_run_as_root_by_default(make_container):
     container = make_container().start()
     assert container.exec("id", "-u").stdout.strip() == "1000"
     kernel = start_kernel(server := container.server())
@@ -26,7 +26,7 @@ def test_nothing_runs_as_root_unless_told_to(make_container):
     )
 
 
-def test_as_root_it_becomes_the_owner_of_the_notebooks(make_container, notebooks):
+def test_root_container_switches_to_the_owner_of_the_notebooks(make_container, notebooks):
     owner = notebooks.stat().st_uid
     container = make_container("--user", "root", notebooks=notebooks).start()
     server = container.server()
@@ -41,24 +41,24 @@ def test_as_root_it_becomes_the_owner_of_the_notebooks(make_container, notebooks
     assert container.stop() == 0
 
 
-def test_notebooks_of_somebody_else_are_warned_of_with_the_way_out(make_container, notebooks):
+def test_notebooks_of_another_user_cause_a_warning_with_advice(make_container, notebooks):
     uid, gid = notebooks.stat().st_uid, notebooks.stat().st_gid
     container = make_container("--user", "5555:5555", notebooks=notebooks).start()
     assert "WARNING: /notebooks belongs to user" in container.logs()
     assert f"docker run --user {uid}:{gid}" in container.logs()
 
 
-def test_notebooks_that_are_not_there_are_named(make_container):
+def test_missing_notebook_directory_is_reported(make_container):
     container = make_container(environment={"LABKEEPER_NOTEBOOK_DIR": "/nowhere"}).run()
     assert container.ended() == 2
     assert "cannot find /nowhere" in container.logs()
 
 
-def test_everything_at_once_that_hardens_a_container(make_container, notebooks):
+def test_container_works_with_all_hardening_options(make_container, notebooks):
     owner = notebooks.stat().st_uid
     limits = ("--memory", "1g", "--cpus", "1.5", "--pids-limit", "300")
     container = make_container(
-        "--user", f"{owner}:{owner}", *STRICT, *limits, notebooks=notebooks, environment=FORK
+        "--user", f"{owner}:{owner}", *HARDENING, *limits, notebooks=notebooks, environment=FORK
     ).start()
     server = container.forked()
     kernel = start_kernel(server)
@@ -68,13 +68,13 @@ def test_everything_at_once_that_hardens_a_container(make_container, notebooks):
     assert [file.name for file in notebooks.iterdir()] == ["mine"]
 
 
-def test_a_read_only_image_says_what_it_needs(make_container):
+def test_read_only_container_reports_the_tmpfs_mounts_it_needs(make_container):
     container = make_container("--read-only").run()
     assert container.ended() == 2
     assert "--tmpfs /tmp --tmpfs /var/lib/labkeeper" in container.logs()
 
 
-def test_a_root_without_capabilities_says_what_it_needs(make_container, notebooks):
+def test_root_without_capabilities_reports_the_user_option_it_needs(make_container, notebooks):
     if os.getuid() != 0:
         pytest.skip("needs root on the host, to give the notebooks to somebody else")
     container = make_container("--user", "root", "--cap-drop", "ALL", notebooks=notebooks).run()
@@ -82,15 +82,15 @@ def test_a_root_without_capabilities_says_what_it_needs(make_container, notebook
     assert "--user 4321:4321" in container.logs()
 
 
-def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_container):
+def test_oom_kill_in_the_container_affects_only_the_kernel(make_container):
     container = make_container(
         "--memory", "600m", "--memory-swap", "600m", environment=FORK
     ).start()
     server = container.forked()
     other = container.server(name="other", port=9999)
     kernel = start_kernel(server)
-    victim = int(run_cell(server, kernel, "import os, threading; x = 1; os.getpid()"))
-    # After the answer, so that nobody waits for one that never comes.
+    kernel_pid = int(run_cell(server, kernel, "import os, threading; x = 1; os.getpid()"))
+    # After the response, so that nothing waits for one that never comes.
     run_cell(server, kernel, "threading.Timer(0.5, lambda: b'x' * 2**31).start()")
 
     def kernels():
@@ -100,9 +100,10 @@ def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_containe
             if "ipykernel_launcher" in command
         ]
 
-    # Jupyter restarts it, and no other process is affected. The kernel's state does not show that: until a client connects,
-    # JupyterLab may report the dead kernel as idle and the new one as starting.
-    until(lambda: kernels() not in ([], [victim]), what="a new kernel")
+    # Jupyter restarts the kernel, and no other process is affected. The kernel's state does not
+    # show that: until a client connects, JupyterLab may report the dead kernel as idle and the
+    # new one as starting.
+    until(lambda: kernels() not in ([], [kernel_pid]), what="a new kernel")
     assert run_cell(server, kernel, "'x' in globals()") == "False"
     assert container.state()["Running"]
     assert [
@@ -115,13 +116,13 @@ def test_a_kernel_that_takes_all_memory_takes_nothing_else_with_it(make_containe
     assert container.stop() == 0
 
 
-def test_too_few_processes_are_named(make_container):
+def test_too_low_pids_limit_is_reported(make_container):
     container = make_container("--pids-limit", "5").run()
     assert container.ended() == 2
     assert "--pids-limit" in container.logs()
 
 
-def test_processors_are_what_the_container_was_given(make_container):
+def test_server_starts_with_a_cpu_limit(make_container):
     container = make_container("--cpus", "0.5").start()
     assert (
         docker("inspect", "-f", "{{.HostConfig.NanoCpus}}", container.name).stdout.strip()

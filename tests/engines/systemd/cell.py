@@ -1,6 +1,7 @@
-"""Run code in the one kernel of a server, which is started if there is none, and print what it prints.
+"""Run code in the one kernel of a server, which is started if there is none, and print its output.
 
-Usage: cell.py LINK RUNTIME_DIR CODE. Runs inside the machine under test, by the interpreter that has JupyterLab.
+Usage: cell.py LINK RUNTIME_DIR CODE.
+Runs inside the machine under test, with the interpreter that has JupyterLab.
 """
 
 import json
@@ -24,7 +25,7 @@ def ask(body=None):
 kernel = (ask() or [ask(b"{}")])[0]["id"]
 client = BlockingKernelClient(connection_file=f"{runtime_dir}/kernel-{kernel}.json")
 client.load_connection_file()
-# Without the heartbeat: a kernel that is slow to come up would count as dead.
+# Without the heartbeat, since a kernel that is slow to start would count as dead.
 client.start_channels(hb=False)
 client.wait_for_ready(timeout=60)
 reply = client.execute_interactive(code, timeout=60)

@@ -1,4 +1,4 @@
-"""Machines with systemd: containers in which it is the first process, and labkeeper is installed as the documentation says."""
+"""Containers that run systemd, with labkeeper installed as documented."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ SOURCE = ("LICENSE", "README.md", "deploy", "pyproject.toml", "src")
 PATIENCE = 120
 
 
-def instructions(name):
-    """The commands that a part of the page gives."""
+def documented_commands(name):
+    """Return the commands of a part of the page."""
     found = re.search(
         rf"<!-- service: {name} -->\n+```sh\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE
     )
@@ -30,14 +30,15 @@ def instructions(name):
 
 
 class Machine:
-    """A container with systemd as its first process, and as root may what root may on a machine, as far as we need it."""
+    """A container with systemd as process 1, and the capabilities of root that this needs."""
 
     def __init__(self, image):
         self.name = f"labkeeper-test-{uuid.uuid4().hex[:8]}"
         self.image = image
 
     def start_up(self):
-        # SYS_ADMIN: systemd mounts its control groups. SYS_PTRACE: a keeper that is root looks at processes of others.
+        # SYS_ADMIN: systemd mounts its control groups.
+        # SYS_PTRACE: a root keeper inspects processes of other users.
         rights = (
             "--cgroupns=private",
             "--cap-add=SYS_ADMIN",
@@ -58,8 +59,11 @@ class Machine:
         return self.run("systemctl is-system-running", check=False) in {"running", "degraded"}
 
     def report(self):
-        """What there is to say of a boot that goes wrong."""
-        asked = "systemctl is-system-running; systemctl list-jobs; systemctl --failed; journalctl --no-pager -n 100"
+        """Return diagnostics of a failed boot."""
+        asked = (
+            "systemctl is-system-running; systemctl list-jobs; systemctl --failed;"
+            " journalctl --no-pager -n 100"
+        )
         return [
             (done.stdout, done.stderr)
             for done in (
@@ -69,7 +73,7 @@ class Machine:
         ]
 
     def reboot(self):
-        """Let systemd end everything, and begin anew with an empty /run."""
+        """Restart systemd with an empty /run."""
         docker("restart", "-t", PATIENCE, self.name, timeout=2 * PATIENCE)
         self.boot()
 
@@ -77,7 +81,7 @@ class Machine:
         docker("rm", "-f", "-v", self.name, check=False)
 
     def run(self, commands, *, check=True, timeout=PATIENCE):
-        """Run commands as root; give what they print."""
+        """Run commands as root, and return their output."""
         environment = "export LABKEEPER_STATE_DIR=/var/lib/labkeeper\n"
         done = docker(
             "exec", self.name, "bash", "-euc", environment + commands, check=False, timeout=timeout
@@ -91,8 +95,8 @@ class Machine:
         return done.stdout.strip()
 
     def follow(self, name, **options):
-        """Do what a part of the page says."""
-        return self.run(instructions(name), **options)
+        """Run the commands of a part of the page."""
+        return self.run(documented_commands(name), **options)
 
     def journal(self):
         return docker(
@@ -110,9 +114,11 @@ class Machine:
     # The service
 
     def service(self, *properties):
-        """Give properties of the unit."""
-        said = self.run("systemctl show labkeeper" + "".join(f" -p {name}" for name in properties))
-        found = dict(line.split("=", 1) for line in said.splitlines())
+        """Return properties of the unit."""
+        output = self.run(
+            "systemctl show labkeeper" + "".join(f" -p {name}" for name in properties)
+        )
+        found = dict(line.split("=", 1) for line in output.splitlines())
         return [found[name] for name in properties]
 
     @property
@@ -121,7 +127,7 @@ class Machine:
         return int(self.service("MainPID")[0])
 
     def wait(self, *, after=0):
-        """Wait until a keeper answers; another one than `after`."""
+        """Wait until a keeper is ready whose pid is not `after`."""
 
         def ready():
             pid = self.keeper
@@ -132,7 +138,7 @@ class Machine:
         until(ready, what="the keeper")
 
     def left(self):
-        """Give the command lines of all processes of the service's user."""
+        """Return the command lines of all processes of the service's user."""
         return self.run("ps -u labkeeper -o args=", check=False).splitlines()
 
     # Its servers
@@ -155,7 +161,7 @@ class Machine:
         return until(running, what=f"server '{name}'")
 
     def cell(self, code, name="demo"):
-        """Run code in the server's kernel; give what it prints."""
+        """Run code in the server's kernel, and return its output."""
         runtime_dir = f"/run/labkeeper/{name}/jupyter"
         link = self.server(name)["lab_url"]
         return self.run(
@@ -164,8 +170,8 @@ class Machine:
 
 
 @pytest.fixture(scope="session")
-def bare(tmp_path_factory):
-    """An image with systemd and the source, where nothing is installed yet."""
+def bare_image(tmp_path_factory):
+    """An image with systemd and the source, but nothing installed."""
     context = tmp_path_factory.mktemp("context")
     for name in ("Dockerfile", "init", "cell.py"):
         shutil.copy2(HERE / name, context)
@@ -179,7 +185,7 @@ def bare(tmp_path_factory):
             shutil.copy2(path, target)
     certificates = context / "certificates"
     certificates.mkdir()
-    # Whatever this machine trusts is trusted in there, too: the way to PyPI may lead through a proxy.
+    # The image trusts the authorities of this machine, since a proxy may be on the way to PyPI.
     trusted = Path("/etc/ssl/certs/ca-certificates.crt")
     if trusted.exists():
         shutil.copy2(trusted, certificates / "test.crt")
@@ -192,10 +198,10 @@ def bare(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def installed(bare):
-    """An image in which labkeeper is installed as the page says; its service is stopped."""
-    machine = Machine(bare)
-    tag = bare + "-installed"
+def installed_image(bare_image):
+    """An image with labkeeper installed as documented, and its service stopped."""
+    machine = Machine(bare_image)
+    tag = bare_image + "-installed"
     try:
         machine.start_up()
         machine.follow("install", timeout=600)
@@ -209,14 +215,14 @@ def installed(bare):
 
 
 @pytest.fixture
-def machine(installed):
-    """A machine of its own for each test, on which the service runs."""
-    machine = Machine(installed)
+def machine(installed_image):
+    """A new machine for each test, with the service running."""
+    machine = Machine(installed_image)
     try:
         machine.start_up()
         machine.wait()
         yield machine
     finally:
-        # Shown when the test fails.
+        # pytest shows this if the test fails.
         print(machine.journal())  # noqa: T201
         machine.close()

@@ -1,4 +1,4 @@
-"""deploy/labkeeper.service on a real systemd, by the instructions in docs/how-to/run-as-a-service.md, word for word."""
+"""deploy/labkeeper.service on a real systemd, exactly as in docs/how-to/run-as-a-service.md."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from harness import until
 
 pytestmark = pytest.mark.timeout(900)
 
-WAYS = {
+REPLACEMENTS = {
     "restart": "systemctl restart labkeeper",
     "upgrade": "upgrade",
     "stop and start": "systemctl stop labkeeper; systemctl start labkeeper",
     "crash": "systemctl kill --kill-whom=main --signal=KILL labkeeper",
 }
-"""How a keeper comes after another."""
+"""Ways in which one keeper replaces another."""
 
 
-def test_systemd_understands_the_unit(machine):
+def test_unit_file_is_valid(machine):
     said = machine.run("systemd-analyze verify /etc/systemd/system/labkeeper.service 2>&1")
     assert said == ""
 
 
-def test_the_service_is_as_the_page_says(machine):
+def test_service_works_as_documented(machine):
     assert machine.service("ActiveState", "UnitFileState") == ["active", "enabled"]
     assert machine.run(
         "stat -c '%U %a' /var/lib/labkeeper /run/labkeeper /srv/notebooks"
@@ -45,14 +45,14 @@ def test_the_service_is_as_the_page_says(machine):
     assert machine.run("stat -c %U /srv/notebooks/made") == "labkeeper"
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_next_keeper_has_the_same_servers(machine, way):
+@pytest.mark.parametrize("replacement", REPLACEMENTS)
+def test_next_keeper_adopts_the_servers(machine, replacement):
     before, keeper = machine.start(), machine.keeper
     machine.cell('x = 41; open("/tmp/seen", "w").write("by all")')
-    if way == "upgrade":
+    if replacement == "upgrade":
         machine.follow("upgrade", timeout=600)
     else:
-        machine.run(WAYS[way])
+        machine.run(REPLACEMENTS[replacement])
     machine.wait(after=keeper)
     after = machine.running()
     assert machine.cell("print(x + 1)") == "42"
@@ -60,24 +60,24 @@ def test_the_next_keeper_has_the_same_servers(machine, way):
         name: before[name] for name in ("pid", "token", "port", "lab_url")
     }
     assert machine.run("cat /tmp/seen") == "by all"
-    # The next one launches, and ends what an earlier one launched.
+    # The next keeper launches servers, and stops those that an earlier one launched.
     machine.start("another")
     assert machine.cell('print(open("/tmp/seen").read())', "another") == "by all"
     machine.follow("stop everything")
     until(lambda: machine.left() == [], what="the end of all processes")
 
 
-def test_a_stop_is_for_the_keeper_only(machine):
+def test_systemctl_stop_ends_only_the_keeper(machine):
     server = machine.start()
     machine.run("systemctl stop labkeeper")
     assert machine.service("ActiveState", "Result") == ["inactive", "success"]
     assert machine.run(f"curl -sf '{server['url']}api/status?token={server['token']}'")
-    # What the page gives for when no keeper comes up any more.
+    # The documented command for when no keeper starts any more.
     machine.run("systemctl kill --kill-whom=all --signal=TERM labkeeper")
     until(lambda: machine.left() == [], what="the end of all processes")
 
 
-def test_stopping_everything_leaves_nothing(machine):
+def test_stopping_everything_as_documented_leaves_nothing_behind(machine):
     machine.start()
     machine.cell("x = 1")
     machine.start("another")
@@ -94,7 +94,7 @@ def test_stopping_everything_leaves_nothing(machine):
     }
 
 
-def test_after_the_machine_was_down_servers_that_ran_are_started_again(machine):
+def test_running_servers_are_started_again_after_a_reboot(machine):
     before = machine.start()
     machine.start("another")
     machine.run("labkeeper stop another")
@@ -106,7 +106,7 @@ def test_after_the_machine_was_down_servers_that_ran_are_started_again(machine):
     assert machine.server("another")["state"] == "stopped"
 
 
-def test_settings_are_read_and_wrong_ones_are_not_tried_again(machine):
+def test_settings_file_is_used_and_an_invalid_one_causes_no_restart_loop(machine):
     machine.follow("settings")
     machine.wait()
     assert (
@@ -116,16 +116,17 @@ def test_settings_are_read_and_wrong_ones_are_not_tried_again(machine):
     machine.run(
         "echo LABKEEPER_PORT=wrong >> /etc/labkeeper/labkeeper.env; ! systemctl restart labkeeper"
     )
-    # `failed`, and not `activating`, as it would be before another try.
+    # `failed`, and not `activating`, as it would be before another restart.
     until(lambda: machine.service("ActiveState") == ["failed"], what="the end of the keeper")
     assert machine.service("Result", "ExecMainStatus", "NRestarts") == ["exit-code", "2", "0"]
     assert "bad setting LABKEEPER_PORT" in machine.journal()
 
 
-def test_a_keeper_that_keeps_failing_is_given_up(machine):
+def test_systemd_gives_up_on_a_keeper_that_keeps_failing(machine):
     machine.run("systemctl stop labkeeper; mkdir -p /etc/systemd/system/labkeeper.service.d")
     machine.run(
-        "printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n' > /etc/systemd/system/labkeeper.service.d/fails.conf"
+        "printf '[Service]\\nExecStart=\\nExecStart=/bin/false\\n'"
+        " > /etc/systemd/system/labkeeper.service.d/fails.conf"
     )
     machine.run(
         "systemctl daemon-reload; systemctl reset-failed labkeeper; ! systemctl start labkeeper"
@@ -134,7 +135,7 @@ def test_a_keeper_that_keeps_failing_is_given_up(machine):
     assert machine.service("NRestarts") == ["5"]
 
 
-def test_a_token_can_be_a_credential(machine):
+def test_token_can_be_a_systemd_credential(machine):
     keeper = machine.keeper
     machine.follow("token")
     machine.wait(after=keeper)
@@ -144,7 +145,7 @@ def test_a_token_can_be_a_credential(machine):
         f"curl -sf -H 'Authorization: Bearer {token}' http://127.0.0.1:8000/api/servers"
     )
     assert machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper ls")
-    # It is there for the next keeper, too.
+    # The credential is there for the next keeper, too.
     machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper start demo")
     keeper = machine.keeper
     machine.run("systemctl restart labkeeper")
@@ -155,7 +156,7 @@ def test_a_token_can_be_a_credential(machine):
     )
 
 
-def test_limits_hold_for_the_next_keeper_too(machine):
+def test_limits_survive_a_restart_of_the_service(machine):
     if int(machine.run("systemctl --version").split()[1]) < 254:
         pytest.skip("needs control groups that systemd hands over in parts: version 254")
     machine.follow("stop everything")
@@ -175,7 +176,7 @@ def test_limits_hold_for_the_next_keeper_too(machine):
     ) == str(2**30)
 
 
-def test_servers_can_run_as_users(machine):
+def test_servers_can_run_as_other_users(machine):
     machine.run("useradd -m alice")
     machine.follow("stop everything")
     machine.follow("users")
@@ -189,14 +190,15 @@ def test_servers_can_run_as_users(machine):
     assert machine.cell("import getpass; print(getpass.getuser(), x + 1)", "a") == "alice 42"
 
 
-def test_uninstalled_nothing_is_left(machine):
+def test_uninstalling_as_documented_leaves_nothing_behind(machine):
     machine.start()
     machine.follow("stop everything")
     machine.follow("uninstall")
     assert machine.run("getent passwd labkeeper", check=False) == ""
     assert (
         machine.run(
-            "find / -xdev -iname '*labkeeper*' -not -path '/root/*' -not -path '/usr/local/libexec/*'"
+            "find / -xdev -iname '*labkeeper*' -not -path '/root/*'"
+            " -not -path '/usr/local/libexec/*'"
         )
         == ""
     )
