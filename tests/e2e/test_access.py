@@ -58,7 +58,7 @@ def test_rotated_token_is_refused_and_the_new_one_is_accepted(keeper):
     after = answer.json()
     assert (after["generation"], after["port"]) == (before["generation"] + 1, before["port"])
     assert len(bytes.fromhex(after["token"])) == 24
-    told = [
+    statuses = [
         httpx.get(
             f"{after['url']}api/kernels",
             headers={"Authorization": f"token {token}"},
@@ -66,7 +66,7 @@ def test_rotated_token_is_refused_and_the_new_one_is_accepted(keeper):
         ).status_code
         for token in (before["token"], after["token"])
     ]
-    assert told == [403, 200]
+    assert statuses == [403, 200]
 
 
 @pytest.mark.promise

@@ -34,11 +34,11 @@ def wait_for_next_poll(keeper, name):
 
 
 def jupyter_request(server, method, path, **body):
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
         method,
         server["url"] + path,
-        headers=known,
+        headers=headers,
         json=body or None,
         timeout=PATIENCE,
         trust_env=False,
@@ -48,7 +48,7 @@ def jupyter_request(server, method, path, **body):
 
 
 def open_terminal(server, *commands):
-    """Open a open_terminal, type commands, and return its websocket."""
+    """Open a terminal, type commands, and return its websocket."""
     name = jupyter_request(server, "POST", "api/terminals")["name"]
     url = f"{server['url']}terminals/websocket/{name}".replace("http", "ws", 1)
     socket = websocket.create_connection(
@@ -148,8 +148,8 @@ def test_idle_servers_are_stopped_after_a_warning_and_busy_ones_are_kept(
         assert idle(keeper, "shell")["state"] == "not-running"
     finally:
         os.kill(deaf["pid"], signal.SIGCONT)
-    told = keeper.cli("idle")
-    assert "runs sleep" in told.stdout, (told.stdout, told.stderr)
+    result = keeper.cli("idle")
+    assert "runs sleep" in result.stdout, (result.stdout, result.stderr)
     assert "in-use" in keeper.cli("idle", "busy").stdout
     # The spec is unchanged: a start brings the server back.
     assert keeper.http.post("/api/servers/silent/start").json()["idle_timeout"] == 6
@@ -194,8 +194,8 @@ def test_snooze_and_max_age_survive_a_restart_of_the_keeper(make_keeper):
     before = idle(keeper, "aged")["stops_at"]
     refused = keeper.http.post("/api/servers/snoozed/snooze", json={"for": "2h"})
     assert (refused.status_code, "LABKEEPER_MAX_SNOOZE" in refused.json()["detail"]) == (422, True)
-    told = keeper.cli("snooze", "snoozed", "--for", "30m", "--json")
-    until_ = json.loads(told.stdout)["snoozed_until"]
+    result = keeper.cli("snooze", "snoozed", "--for", "30m", "--json")
+    until_ = json.loads(result.stdout)["snoozed_until"]
     assert keeper.get("snoozed")["snoozed_until"] == until_
     keeper.kill()
     keeper.start()

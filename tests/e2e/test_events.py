@@ -24,10 +24,10 @@ def events(keeper, path="/api/events", **query):
     return keeper.http.get(path, params=query).raise_for_status().json()["events"]
 
 
-def state_changes(told):
+def state_changes(entries):
     return [
         (event["server"], event["details"].get("to"), event["actor"])
-        for event in told
+        for event in entries
         if event["kind"] == "state"
     ]
 
@@ -93,8 +93,8 @@ def test_event_log_records_each_state_change_with_its_actor_and_cause(make_keepe
     deleted = keeper.delete("lab")
     keeper.post(name="bad", root_dir="/nowhere")
 
-    told = events(keeper, "/api/servers/lab/events")
-    assert state_changes(told) == [
+    entries = events(keeper, "/api/servers/lab/events")
+    assert state_changes(entries) == [
         ("lab", "starting", "token:owner"),
         ("lab", "running", "token:owner"),
         ("lab", "backoff", "keeper"),
@@ -103,17 +103,19 @@ def test_event_log_records_each_state_change_with_its_actor_and_cause(make_keepe
         ("lab", "stopping", "token:owner"),
         ("lab", "stopped", "token:owner"),
     ]
-    assert told[0]["request_id"] == created.headers["X-Request-Id"]
-    assert told[-1]["request_id"] == deleted.headers["X-Request-Id"]
-    assert told[2]["details"]["failure"]["failure_class"] == "killed"
-    assert told[2]["details"]["exit"] == {"code": None, "signal": "SIGKILL"}
-    assert told[-1]["details"]["stop_report"]["method"] == "shutdown"
-    assert "is deleted" in told[-1]["message"]
-    assert [event["generation"] for event in told] == [1, 1, 1, 2, 2, 2, 2]
-    moments = [datetime.fromisoformat(event["at"]) for event in told]
+    assert entries[0]["request_id"] == created.headers["X-Request-Id"]
+    assert entries[-1]["request_id"] == deleted.headers["X-Request-Id"]
+    assert entries[2]["details"]["failure"]["failure_class"] == "killed"
+    assert entries[2]["details"]["exit"] == {"code": None, "signal": "SIGKILL"}
+    assert entries[-1]["details"]["stop_report"]["method"] == "shutdown"
+    assert "is deleted" in entries[-1]["message"]
+    assert [event["generation"] for event in entries] == [1, 1, 1, 2, 2, 2, 2]
+    moments = [datetime.fromisoformat(event["at"]) for event in entries]
     assert moments == sorted(moments)
     assert not [
-        secret for secret in (created.json()["token"], keeper.token) if secret in json.dumps(told)
+        secret
+        for secret in (created.json()["token"], keeper.token)
+        if secret in json.dumps(entries)
     ]
 
     everything = events(keeper)
@@ -134,10 +136,10 @@ def test_event_log_records_each_state_change_with_its_actor_and_cause(make_keepe
     )
     assert (wrong.status_code, "Last-Event-ID" in wrong.text) == (422, True)
 
-    said = keeper.cli("events", "lab", "-n", "2")
-    assert (said.returncode, len(said.stdout.splitlines())) == (0, 2)
-    assert "has ended by shutdown" in said.stdout
-    assert "[token:owner]" in said.stdout
+    result = keeper.cli("events", "lab", "-n", "2")
+    assert (result.returncode, len(result.stdout.splitlines())) == (0, 2)
+    assert "has ended by shutdown" in result.stdout
+    assert "[token:owner]" in result.stdout
     lines = keeper.cli("events", "--json").stdout.splitlines()
     assert [json.loads(line) for line in lines] == everything
 
@@ -216,12 +218,12 @@ def test_limited_token_cannot_evict_the_events_of_others(make_keeper):
         ada.post("/api/servers", json={"name": "its-one", "port": keeper.port})
         for _ in range(300):
             assert ada.post("/api/servers/its-one/snooze", json={"for": "1h"}).status_code == 200
-    told = events(keeper, after=0, limit=500)
-    assert told[: len(before)] == before
-    assert len(told) <= 200
+    entries = events(keeper, after=0, limit=500)
+    assert entries[: len(before)] == before
+    assert len(entries) <= 200
     stream = Stream(keeper, **{"Last-Event-ID": str(before[-1]["id"])})
     until(lambda: stream.events)
-    assert stream.events[0] == {"missed": told[-1]["id"] - len(told)}
+    assert stream.events[0] == {"missed": entries[-1]["id"] - len(entries)}
     stream.close()
 
 
@@ -295,7 +297,7 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
 )
 def test_invalid_webhook_settings_are_rejected_at_startup(make_keeper, settings, why):
     keeper = make_keeper(**settings)
-    said = keeper.cli("serve", "--port", str(free_port()))
-    assert said.returncode == 2
-    assert why in said.stderr
-    assert "short" not in said.stderr
+    result = keeper.cli("serve", "--port", str(free_port()))
+    assert result.returncode == 2
+    assert why in result.stderr
+    assert "short" not in result.stderr

@@ -235,7 +235,7 @@ def test_servers_left_running_at_shutdown_are_adopted_by_the_next_keeper(make_ke
     server = forked(keeper) if launch_by == "fork" else keeper.post().json()
     kernel = start_kernel(server)
     run_cell(server, kernel, "x = 42")
-    begun = keeper.http.post("/api/servers?wait=0", json={"name": "begun"}).json()
+    starting = keeper.http.post("/api/servers?wait=0", json={"name": "begun"}).json()
 
     assert keeper.stop() == 0
     assert run_cell(server, kernel, "x") == "42"
@@ -249,7 +249,7 @@ def test_servers_left_running_at_shutdown_are_adopted_by_the_next_keeper(make_ke
         server["generation"],
     )
     assert run_cell(after, kernel, "x") == "42"
-    assert keeper.wait_for("running", "begun")["generation"] == begun["generation"]
+    assert keeper.wait_for("running", "begun")["generation"] == starting["generation"]
     assert keeper.stop() == 0
     assert not alive(server["pid"])
 
@@ -276,22 +276,22 @@ def test_reused_pid_is_not_mistaken_for_the_server(make_keeper):
     keeper.kill()
     os.kill(server["pid"], signal.SIGKILL)
     until(lambda: not alive(server["pid"]))
-    stranger = subprocess.Popen(["sleep", "1000"])
+    unrelated = subprocess.Popen(["sleep", "1000"])
     try:
         record = keeper.server_dirs / "default" / "launch.json"
         jupyter = record.parent / "jupyter"
         (jupyter / f"jpserver-{server['pid']}.json").rename(
-            jupyter / f"jpserver-{stranger.pid}.json"
+            jupyter / f"jpserver-{unrelated.pid}.json"
         )
-        record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": stranger.pid}))
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"pid": unrelated.pid}))
         keeper.start()
         again = keeper.wait_for("running")
-        assert again["pid"] not in {stranger.pid, server["pid"]}
+        assert again["pid"] not in {unrelated.pid, server["pid"]}
         assert keeper.delete().status_code == 200
-        assert stranger.poll() is None
+        assert unrelated.poll() is None
     finally:
-        stranger.kill()
-        stranger.wait()
+        unrelated.kill()
+        unrelated.wait()
 
 
 def test_start_timeout_ends_a_hanging_lab_without_blocking_other_requests(make_keeper):

@@ -51,9 +51,9 @@ def test_startup_with_too_few_threads_fails_with_one_line_and_exit_code_2(
         check=False,
     )
     assert ended.returncode == 2, ended.stderr
-    said = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
-    assert len(said) == 1, ended.stderr
-    assert "--pids-limit" in said[0]
+    messages = [line for line in ended.stderr.splitlines() if not line.startswith("{")]
+    assert len(messages) == 1, ended.stderr
+    assert "--pids-limit" in messages[0]
 
 
 def test_keeper_runs_with_a_limit_of_100_processes(tmp_path, group):
@@ -96,9 +96,9 @@ def test_short_requests_succeed_while_waiting_callers_use_up_all_threads(tmp_pat
     assert code == 0
     # On a busy machine, a caller whose request arrives late finds the server already deleted.
     assert {answer.status_code for answer in answers} <= {200, 404}
-    said = [line for line in keeper.log.read_text().splitlines() if "no more threads" in line]
-    assert len(said) == 1
-    assert "LABKEEPER_THREADS" in said[0]
+    messages = [line for line in keeper.log.read_text().splitlines() if "no more threads" in line]
+    assert len(messages) == 1
+    assert "LABKEEPER_THREADS" in messages[0]
 
 
 SHORTAGE_SECONDS = 2.0
@@ -156,12 +156,12 @@ def test_keeper_short_of_resources_does_not_restart_a_healthy_server(jupyter_kee
 def test_readyz_reports_checks_that_cannot_run_for_lack_of_threads(jupyter_keeper):
     jupyter_keeper.post().raise_for_status()
     with without_threads(jupyter_keeper):
-        told = until(
-            lambda: "culler: " in (said := jupyter_keeper.http.get("/readyz").text) and said,
+        report = until(
+            lambda: "culler: " in (text := jupyter_keeper.http.get("/readyz").text) and text,
             what="a culler that cannot look",
         )
         assert jupyter_keeper.http.get("/healthz").status_code == 200
-    assert "no more processes are allowed" in told
+    assert "no more processes are allowed" in report
     until(
         lambda: jupyter_keeper.http.get("/readyz").status_code == 200,
         what="a keeper that watches everything",

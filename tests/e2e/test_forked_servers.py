@@ -262,8 +262,8 @@ def test_login_cookie_is_not_accepted_by_a_sibling(servers):
             cookie.name.replace(str(names["one"]), str(names["two"])): cookie.value
             for cookie in browser.cookies.jar
         }
-    asked = httpx.get(f"{servers['two']['url']}api/status", cookies=stolen, trust_env=False)
-    assert asked.status_code == 403
+    response = httpx.get(f"{servers['two']['url']}api/status", cookies=stolen, trust_env=False)
+    assert response.status_code == 403
 
 
 def test_each_server_has_its_own_environment(shared, servers, reports):
@@ -405,7 +405,7 @@ def test_console_can_attach_to_a_kernel(shared, servers, name, command):
     # and wait for it forever.
     assert run_cell(servers[name], kernel, "1 + 1") == "2"
     connection = str(shared.server_dirs / name / "jupyter" / f"kernel-{kernel}.json")
-    arguments, read_if_present = ATTACHED[command]
+    arguments, stdin = ATTACHED[command]
     answer = subprocess.run(
         [
             sys.executable,
@@ -414,7 +414,7 @@ def test_console_can_attach_to_a_kernel(shared, servers, name, command):
             *(piece.replace("@connection@", connection) for piece in arguments),
         ],
         env=shared.environment,
-        input=read_if_present,
+        input=stdin,
         capture_output=True,
         text=True,
         timeout=PATIENCE,

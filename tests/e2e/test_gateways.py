@@ -85,9 +85,14 @@ def own_keeper(make_keeper):
 
 def jupyter_request(server, method, path, **given):
     """Send a request to a JupyterLab as its own pages do."""
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
-        method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
+        method,
+        f"{server['url']}{path}",
+        headers=headers,
+        timeout=PATIENCE,
+        trust_env=False,
+        **given,
     )
     answer.raise_for_status()
     return answer.json()
@@ -225,19 +230,19 @@ def test_gateway_health_is_reported_while_a_server_runs(own_keeper):
         assert (healthy["reachable"], healthy["kernelspecs"]) == (True, 1)
 
         gateway.mode = "500"
-        ill = until(
+        unhealthy = until(
             lambda: (g := own_keeper.get()["gateway"])["reachable"] is False and g,
             what="it is told to be ill",
         )
-        assert ill["since"] > healthy["since"]
-        assert "500" in ill["error"]["message"]
+        assert unhealthy["since"] > healthy["since"]
+        assert "500" in unhealthy["error"]["message"]
         gateway.mode = "well"
-        well = until(
+        recovered = until(
             lambda: (g := own_keeper.get()["gateway"])["reachable"] and g,
             what="it is told to be well",
         )
-        assert well["since"] > ill["since"]
-        assert (well["error"], well["kernelspecs"]) == (None, 1)
+        assert recovered["since"] > unhealthy["since"]
+        assert (recovered["error"], recovered["kernelspecs"]) == (None, 1)
 
         assert own_keeper.get()["state"] == "running"
         assert logged_events(own_keeper, {"gateway cannot be used", "gateway answers"}) == [
@@ -325,7 +330,7 @@ def test_next_keeper_ends_orphaned_kernels_once_a_hung_gateway_responds(own_keep
     server = own_keeper.post(**own_gateway.options).json()
     kernels = {start_kernel(server), start_kernel(server)}
     pids = {int(run_cell(server, kernel, "import os; os.getpid()")) for kernel in kernels}
-    stranger = own_gateway.start_kernel()
+    foreign_kernel = own_gateway.start_kernel()
     with own_gateway.suspended():
         report = own_keeper.delete().json()["stop_report"]
         assert set(report["kernels_left"]) == kernels
@@ -339,7 +344,7 @@ def test_next_keeper_ends_orphaned_kernels_once_a_hung_gateway_responds(own_keep
         }
         assert all(alive(pid) for pid in pids)
     until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
-    assert own_gateway.kernels() == {stranger}
+    assert own_gateway.kernels() == {foreign_kernel}
     assert not any(alive(pid) for pid in pids)
 
 
@@ -430,9 +435,9 @@ def test_cli_restart_can_keep_kernels(shared_keeper, real_gateway):
     server = shared_keeper.post(**real_gateway.options).json()
     kernel = start_kernel(server)
     run_cell(server, kernel, "x = 42")
-    said = shared_keeper.cli("restart", "default", "--keep-kernels", "--json")
-    assert said.returncode == 0, said.stderr
-    after = json.loads(said.stdout)
+    result = shared_keeper.cli("restart", "default", "--keep-kernels", "--json")
+    assert result.returncode == 0, result.stderr
+    after = json.loads(result.stdout)
     assert run_cell(after, kernel, "x") == "42"
 
 
@@ -537,14 +542,14 @@ def test_gateway_secrets_are_in_no_response_and_no_log(own_keeper, real_gateway)
     start_kernel(server)
     with real_gateway.suspended():
         own_keeper.delete()
-        said = [
+        texts = [
             own_keeper.http.get(path).text
             for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")
         ]
     until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
-    said += [
+    texts += [
         own_keeper.log.read_text(),
         *(path.read_text() for path in (own_keeper.state_dir / "logs").iterdir()),
     ]
     for secret in (real_gateway.token, *headers.values(), "swordfish-of-kernels"):
-        assert not [text for text in said if secret in text]
+        assert not [text for text in texts if secret in text]

@@ -15,9 +15,9 @@ from harness import PATIENCE, forked, free_port, give_hands, run_in_server, unti
 
 def request_status(server, path):
     """Return the status code of a response of a server."""
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     return httpx.get(
-        f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False
+        f"{server['url']}{path}", headers=headers, timeout=PATIENCE, trust_env=False
     ).status_code
 
 
@@ -176,7 +176,7 @@ class RecordingHandler(http.server.BaseHTTPRequestHandler):
     """Answer every request with 200, and record it."""
 
     def do_GET(self):
-        self.server.told.append(f"{self.path} {self.headers}")
+        self.server.received.append(f"{self.path} {self.headers}")
         self.send_response(200)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -201,7 +201,7 @@ def test_no_token_is_sent_to_another_process_on_the_servers_port(make_keeper):
     with http.server.HTTPServer(
         ("127.0.0.1", free_port()), RecordingHandler, bind_and_activate=False
     ) as spy:
-        spy.told = []
+        spy.received = []
         spy.server_bind()
         assert (
             keeper.http.post(
@@ -217,4 +217,4 @@ def test_no_token_is_sent_to_another_process_on_the_servers_port(make_keeper):
         finally:
             spy.shutdown()
     assert "it listens, says it" in log.read_text()
-    assert spy.told == []
+    assert spy.received == []

@@ -355,8 +355,8 @@ def output_is_readable_by_another_user(server, kernel):
         assert listener.stdout.readline() == "there\n"
         for _ in range(5):
             assert run_cell(server, kernel, "print('whispered')") == "whispered\n"
-        said, _ = listener.communicate(timeout=PATIENCE)
-    return said.strip() == "True"
+        output, _ = listener.communicate(timeout=PATIENCE)
+    return output.strip() == "True"
 
 
 def connection_file(server, kernel):
@@ -370,9 +370,9 @@ def connection_file(server, kernel):
 
 
 def post_to_server(server, path):
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     answer = httpx.post(
-        f"{server['url']}api/{path}", headers=known, trust_env=False, timeout=PATIENCE
+        f"{server['url']}api/{path}", headers=headers, trust_env=False, timeout=PATIENCE
     )
     assert answer.is_success, answer.text
 
@@ -383,12 +383,12 @@ def test_kernel_output_is_not_readable_by_other_users(root_keeper, launch_by):
     server = launch(root_keeper, "private", launch_by, user=USER)
     kernels = [start_kernel(server) for _ in range(2)]
     post_to_server(server, f"kernels/{kernels[0]}/restart")
-    begun = root_keeper.notebook_dir / f"begun-{launch_by}"
+    running = root_keeper.notebook_dir / f"begun-{launch_by}"
     with ThreadPoolExecutor() as beside:
         endless = beside.submit(
-            run_cell, server, kernels[0], f"open({str(begun)!r}, 'w').close()\nwhile True: pass"
+            run_cell, server, kernels[0], f"open({str(running)!r}, 'w').close()\nwhile True: pass"
         )
-        until(begun.exists, what="the cell runs")
+        until(running.exists, what="the cell runs")
         post_to_server(server, f"kernels/{kernels[0]}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
     assert [output_is_readable_by_another_user(server, kernel) for kernel in kernels] == [
@@ -424,10 +424,10 @@ def launch(keeper, name, launch_by, **body):
 
 
 def process_status(server):
-    said = run_cell(server, start_kernel(server), "print(open('/proc/self/status').read())")
+    status = run_cell(server, start_kernel(server), "print(open('/proc/self/status').read())")
     return {
         name: value.split()
-        for name, _, value in (line.partition(":") for line in said.splitlines())
+        for name, _, value in (line.partition(":") for line in status.splitlines())
     }
 
 
@@ -457,11 +457,11 @@ def test_server_of_another_user_cannot_regain_root(root_keeper, user, passable, 
 def test_root_keeper_warns_about_servers_without_a_user(root_keeper, user_keeper):
     warning = "set LABKEEPER_USER to run it as another user"
     # The API responds before everything is logged.
-    said = [
+    logs = [
         until(lambda keeper=keeper: "keeper is ready" in (log := keeper.log.read_text()) and log)
         for keeper in (root_keeper, user_keeper)
     ]
-    assert [log.count(warning) for log in said] == [1, 0]
+    assert [log.count(warning) for log in logs] == [1, 0]
 
 
 @both_launch_methods

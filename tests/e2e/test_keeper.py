@@ -212,11 +212,11 @@ def exchange(keeper, text):
 def test_expect_100_continue_with_a_large_body_returns_413(shared_keeper):
     """Curl sends this for bodies over a megabyte; answered with "100 Continue" it would hang."""
     head = b"POST /api/servers HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    said = exchange(
+    response = exchange(
         shared_keeper, head + b"Content-Length: 3000000\r\nExpect: 100-continue\r\n\r\n"
     )
-    assert b"100 Continue" not in said
-    assert b"413 Request Entity Too Large" in said
+    assert b"100 Continue" not in response
+    assert b"413 Request Entity Too Large" in response
 
 
 @pytest.mark.parametrize(
@@ -231,9 +231,9 @@ def test_malformed_request_returns_400(shared_keeper, line):
 
 
 def test_invalid_content_length_returns_a_problem_document(shared_keeper):
-    said = exchange(shared_keeper, b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
-    assert b"400 Bad Request" in said
-    assert b"application/problem+json" in said
+    response = exchange(shared_keeper, b"GET / HTTP/1.1\r\nContent-Length: minus one\r\n\r\n")
+    assert b"400 Bad Request" in response
+    assert b"application/problem+json" in response
 
 
 def test_server_list_is_paginated(keeper_with_server):
@@ -310,13 +310,13 @@ def test_second_keeper_on_the_same_runtime_directory_is_refused(make_keeper, tmp
         link,
         f"{keeper.server_dirs}/../{keeper.server_dirs.name}",
     ):
-        said = make_keeper(runtime_dir=spelling).cli("serve")
-        assert said.returncode == 2
+        result = make_keeper(runtime_dir=spelling).cli("serve")
+        assert result.returncode == 2
         assert (
             f"another keeper (pid {keeper.process.pid}) runs on the runtime directory"
-            in said.stderr
+            in result.stderr
         )
-        assert len(said.stderr.strip().splitlines()) == 1
+        assert len(result.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.root
@@ -326,11 +326,13 @@ def test_second_keeper_on_a_bind_mount_of_the_runtime_directory_is_refused(make_
     mount.mkdir()
     subprocess.run(["mount", "--bind", keeper.server_dirs, mount], check=True)
     try:
-        said = make_keeper(runtime_dir=mount).cli("serve")
+        result = make_keeper(runtime_dir=mount).cli("serve")
     finally:
         subprocess.run(["umount", mount], check=True)
-    assert said.returncode == 2
-    assert f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in said.stderr
+    assert result.returncode == 2
+    assert (
+        f"another keeper (pid {keeper.process.pid}) runs on the runtime directory" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -346,20 +348,20 @@ def test_second_keeper_on_a_bind_mount_of_the_runtime_directory_is_refused(make_
 )
 def test_invalid_setting_is_reported_in_one_line_with_exit_code_2(make_keeper, settings, word):
     keeper = make_keeper(**settings)
-    said = keeper.cli("serve")
-    assert said.returncode == 2
-    assert word in said.stderr
-    assert len(said.stderr.strip().splitlines()) == 1
+    result = keeper.cli("serve")
+    assert result.returncode == 2
+    assert word in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_api_port_in_use_is_reported_in_one_line(make_keeper):
     keeper = make_keeper().start()
     other = make_keeper()
     other.port = keeper.port
-    said = other.cli("serve")
-    assert said.returncode == 2
-    assert str(keeper.port) in said.stderr
-    assert len(said.stderr.strip().splitlines()) == 1
+    result = other.cli("serve")
+    assert result.returncode == 2
+    assert str(keeper.port) in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
 
 
 def test_disabled_access_control_is_logged(make_keeper):
@@ -379,9 +381,9 @@ def test_damaged_store_is_refused_and_left_unchanged(make_keeper):
     for part in keeper.state_dir.glob("labkeeper.sqlite-*"):
         part.unlink()
     store.write_bytes(b"no database at all" * 100)
-    said = keeper.cli("serve")
-    assert said.returncode == 2
-    assert "damaged" in said.stderr
+    result = keeper.cli("serve")
+    assert result.returncode == 2
+    assert "damaged" in result.stderr
     assert store.read_bytes().startswith(b"no database at all")
 
 
@@ -397,13 +399,13 @@ def test_start_beyond_max_servers_returns_429_with_retry_after(make_keeper):
 def test_server_that_became_ready_while_the_keeper_was_suspended_is_kept(make_keeper):
     start_timeout = 4
     keeper = make_keeper(start_timeout=start_timeout).start()
-    begun = time.monotonic()
+    started_at = time.monotonic()
     assert keeper.post("?wait=0").status_code == 202
     until((keeper.server_dirs / "default" / "launch.json").exists, what="its process")
     keeper.process.send_signal(signal.SIGSTOP)
     try:
         until(lambda: responds(keeper.lab_port), what="it answers")
-        until(lambda: time.monotonic() > begun + start_timeout, what="its start is late")
+        until(lambda: time.monotonic() > started_at + start_timeout, what="its start is late")
     finally:
         keeper.process.send_signal(signal.SIGCONT)
     server = keeper.wait_for("running")

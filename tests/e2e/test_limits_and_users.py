@@ -105,8 +105,8 @@ def run_source(server, source):
 
 @needs_groups
 def test_limits_are_enforced_by_control_groups_that_go_with_the_server(shared):
-    asked = {"memory_limit": 2**30, "cpu_limit": 0.2, "process_limit": 200}
-    server = forked(shared, "limited", **asked)
+    requested = {"memory_limit": 2**30, "cpu_limit": 0.2, "process_limit": 200}
+    server = forked(shared, "limited", **requested)
     by = {
         name: str(CONTROLLERS[controller].version)
         for name, controller in (("memory", "memory"), ("cpus", "cpu"), ("processes", "pids"))
@@ -165,7 +165,7 @@ def test_kernel_over_the_memory_limit_is_oom_killed_and_its_server_survives(shar
 @needs_groups
 def test_process_limit_makes_fork_fail_with_eagain(shared):
     server = forked(shared, "fertile", process_limit=60)
-    said = run_source(
+    output = run_source(
         server,
         """
         import subprocess
@@ -180,7 +180,7 @@ def test_process_limit_makes_fork_fail_with_eagain(shared):
             child.wait()
         """,
     )
-    number, count = map(int, said.split())
+    number, count = map(int, output.split())
     assert number == 11
     assert 10 < count < 60
     assert shared.get("fertile")["state"] == "running"
@@ -373,12 +373,12 @@ def test_server_runs_as_the_requested_user(shared, user, passable):
     assert sorted(map(int, status["Groups"].split())) == sorted(os.getgrouplist(USER, user.pw_gid))
     assert int(status["CapEff"], 16) == 0
 
-    said = run_source(
+    output = run_source(
         server,
         "import os, pathlib; pathlib.Path('mine').touch();"
         " print(os.getuid(), os.environ['HOME'], os.environ['USER'])",
     )
-    assert said.split() == [str(user.pw_uid), user.pw_dir, USER]
+    assert output.split() == [str(user.pw_uid), user.pw_dir, USER]
     assert (shared.notebook_dir / "mine").stat().st_uid == user.pw_uid
 
     server_dir = passable / "run" / "theirs"

@@ -75,9 +75,9 @@ def test_thirty_concurrent_starts_are_queued_and_succeed(keeper):
     assert statuses == [201] * COUNT
     assert keeper.cli("stop", "--all").returncode == 0
 
-    begun = keeper.cli("start", *names[:5], "new")
-    assert begun.returncode == 0, begun.stderr
-    assert len(begun.stdout.split()) == 6
+    started = keeper.cli("start", *names[:5], "new")
+    assert started.returncode == 0, started.stderr
+    assert len(started.stdout.split()) == 6
     taken = keeper.cli("start", names[0], "another", "--label", "of=another")
     assert taken.returncode == 1
     assert "differs in labels" in taken.stderr

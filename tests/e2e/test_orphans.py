@@ -242,10 +242,10 @@ FORGE_MARK = "while :; do LABKEEPER_SERVER={} sleep 1000; done"
 @pytest.mark.root
 def test_processes_of_other_users_with_a_forged_mark_are_ignored(keeper):
     server = keeper.post().json()
-    nobody = {"user": 65534, "group": 65534, "extra_groups": []}
+    other_user = {"user": 65534, "group": 65534, "extra_groups": []}
     server_dir = keeper.server_dirs.resolve() / "default"
     with subprocess.Popen(
-        ["sh", "-c", FORGE_MARK.format(server_dir)], **nobody, start_new_session=True
+        ["sh", "-c", FORGE_MARK.format(server_dir)], **other_user, start_new_session=True
     ) as forger:
         try:
             until(
@@ -346,17 +346,17 @@ def test_servers_missing_from_the_store_are_ended_at_startup(make_keeper, tmp_pa
             unrelated.kill()
     assert all(os.path.lexists(path) for path in foreign_files)
     assert (keeper.state_dir / "logs" / "one.log").stat().st_size > 0
-    said = keeper.log.read_text()
-    assert said.count("ended processes of an earlier keeper") == 2
-    assert said.count("removed the directory of a server of an earlier keeper") == 1
-    assert str(one["pid"]) in said
-    told = [
+    log = keeper.log.read_text()
+    assert log.count("ended processes of an earlier keeper") == 2
+    assert log.count("removed the directory of a server of an earlier keeper") == 1
+    assert str(one["pid"]) in log
+    orphan_events = [
         event
         for event in keeper.http.get("/api/events").json()["events"]
         if event["kind"] == "orphans"
     ]
-    assert {event["server"] for event in told} == {"one", "other"}
-    count = sum(event["details"]["pids"] for event in told)
+    assert {event["server"] for event in orphan_events} == {"one", "other"}
+    count = sum(event["details"]["pids"] for event in orphan_events)
     assert count >= 3
     assert f"labkeeper_orphan_processes_total {count}.0\n" in keeper.http.get("/metrics").text
     # The fixture wants an empty runtime directory at the end.
@@ -406,8 +406,8 @@ def test_servers_left_in_a_former_runtime_directory_are_ended(make_keeper, tmp_p
         store.execute("DELETE FROM servers WHERE name = 'unknown'")
     keeper.settings |= {"runtime_dir": tmp_path / "later", "on_exit": "stop"}
     keeper.start()
-    said = make_keeper(runtime_dir=earlier).cli("serve")
-    assert (said.returncode, "runs on the runtime directory" in said.stderr) == (2, True)
+    result = make_keeper(runtime_dir=earlier).cli("serve")
+    assert (result.returncode, "runs on the runtime directory" in result.stderr) == (2, True)
     again = until(
         lambda: (
             (s := keeper.get())["generation"] > server["generation"]

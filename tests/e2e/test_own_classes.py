@@ -48,9 +48,14 @@ c.OwnKernels.greeting = "hello"
 
 
 def jupyter_request(server, method, path, **given):
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     answer = httpx.request(
-        method, f"{server['url']}{path}", headers=known, timeout=PATIENCE, trust_env=False, **given
+        method,
+        f"{server['url']}{path}",
+        headers=headers,
+        timeout=PATIENCE,
+        trust_env=False,
+        **given,
     )
     answer.raise_for_status()
     return answer

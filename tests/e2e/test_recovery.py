@@ -37,7 +37,7 @@ DAY = 24 * 3600
 
 
 @needs_linux
-def test_unreported_server_exit_does_not_keep_the_fork_server_alive(make_keeper):
+def test_uncollected_exit_status_does_not_keep_the_fork_server_alive(make_keeper):
     keeper = make_keeper(launch_by="fork").start()
     server = forked(keeper)
     keeper.kill()
@@ -253,11 +253,11 @@ def test_keeper_reports_a_full_disk_at_startup_in_one_line(disk, make_keeper_on,
         keeper.post("/known/stop")
         keeper.stop()
     disk.fill()
-    said = keeper.cli("serve")
-    assert (said.returncode, said.stdout) == (2, "")
-    assert len(said.stderr.strip().splitlines()) == 1, said.stderr
-    assert str(disk.path) in said.stderr
-    assert "full" in said.stderr or "No space left" in said.stderr
+    result = keeper.cli("serve")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert str(disk.path) in result.stderr
+    assert "full" in result.stderr or "No space left" in result.stderr
     disk.free()
     keeper.start()
     assert states(keeper) == ({} if before == "never used" else {"known": ("stopped", "down")})
@@ -288,10 +288,10 @@ def test_keeper_reports_a_read_only_disk_at_startup_in_one_line(disk, make_keepe
     keeper.start()
     assert keeper.stop() == 0
     disk.make_read_only()
-    said = keeper.cli("serve")
-    assert (said.returncode, said.stdout) == (2, "")
-    assert len(said.stderr.strip().splitlines()) == 1, said.stderr
-    assert str(keeper.state_dir) in said.stderr
+    result = keeper.cli("serve")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert str(keeper.state_dir) in result.stderr
 
 
 class FailingDisk(Disk):
@@ -469,11 +469,11 @@ def test_damaged_store_is_refused_and_left_byte_for_byte_unchanged(
     store = keeper.state_dir / "labkeeper.sqlite"
     damage(store)
     before = {path.name: path.read_bytes() for path in keeper.state_dir.glob(f"{store.name}*")}
-    said = keeper.cli("serve")
-    assert (said.returncode, said.stdout) == (2, ""), said
-    assert DAMAGES[damage] in said.stderr.splitlines()[-1]
-    assert str(store) in said.stderr
-    assert "Traceback" not in said.stderr
+    result = keeper.cli("serve")
+    assert (result.returncode, result.stdout) == (2, ""), result
+    assert DAMAGES[damage] in result.stderr.splitlines()[-1]
+    assert str(store) in result.stderr
+    assert "Traceback" not in result.stderr
     after = {path.name: path.read_bytes() for path in keeper.state_dir.glob(f"{store.name}*")}
     # SQLite's shared memory file contains none of our data.
     for parts in (before, after):
@@ -596,18 +596,18 @@ def test_clock_jump_stops_no_server_and_affects_no_timer(make_keeper, tmp_path, 
     # A keeper started after the jump adopts all servers.
     keeper.kill()
     keeper.start()
-    for known in (servers["lives"], started, again):
-        after = keeper.wait_for("running", known["name"])
-        assert (after["pid"], after["generation"]) == (known["pid"], known["generation"])
+    for expected in (servers["lives"], started, again):
+        after = keeper.wait_for("running", expected["name"])
+        assert (after["pid"], after["generation"]) == (expected["pid"], expected["generation"])
     clock.jump(jumps[1])
     # The backoff takes a while, during which each server is probed several times.
     os.kill(again["pid"], signal.SIGKILL)
-    thrice = until(
+    relaunched = until(
         lambda: (s := keeper.wait_for("running", "crashes"))["pid"] != again["pid"] and s
     )
-    assert thrice["generation"] == again["generation"] + 1
-    for known in (servers["lives"], started):
-        assert keeper.get(known["name"])["pid"] == known["pid"]
+    assert relaunched["generation"] == again["generation"] + 1
+    for expected in (servers["lives"], started):
+        assert keeper.get(expected["name"])["pid"] == expected["pid"]
     assert run_cell(servers["lives"], kernel, "x") == "42"
     for name in ("lives", "starts", "crashes", "stops"):
         assert keeper.delete(name).status_code == 200

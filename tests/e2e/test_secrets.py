@@ -150,11 +150,11 @@ def exercise_api(keeper, gateway, known_secrets):
     assert differing.status_code == 409
 
     # A server's own output, a crash, and a restart.
-    said = (
+    source = (
         f"import sys; print('Authorization: token {gateway.token}', 'password={env_secret}',"
         " file=sys.stderr, flush=True)"
     )
-    run_in_server(server, said)
+    run_in_server(server, source)
     assert "password=[secret]" in until(
         lambda: logged_password_line(request), what="the server's words in its log"
     )
@@ -367,9 +367,9 @@ def test_each_log_redacts_only_the_secrets_of_its_own_server(
     assert owners not in keeper_log
     lines = [json.loads(line) for line in keeper_log.splitlines() if line.startswith("{")]
     assert not [line for line in lines if line.get("server") == "other" and others in line["event"]]
-    begun = [line for line in lines if line["event"] == "starting -> running"]
+    started = [line for line in lines if line["event"] == "starting -> running"]
     assert sorted(
-        (line["server"], line["actor"], line["request_id"], line["logger"]) for line in begun
+        (line["server"], line["actor"], line["request_id"], line["logger"]) for line in started
     ) == [
         (name, "token:owner", "a-request-id", "labkeeper.servers") for name in ("other", "prober-1")
     ]
@@ -378,8 +378,8 @@ def test_each_log_redacts_only_the_secrets_of_its_own_server(
 def test_secrets_of_a_deleted_server_are_removed_from_the_disk(keeper, known_secrets):
     """Those of an earlier spec, too, and while the keeper is still running."""
     secret, kernels = known_secrets.make("env"), known_secrets.make("kernel env")
-    asked = {"name": "forgotten", "env": {"KEY": secret}, "kernel_env": {"KERNEL_KEY": kernels}}
-    assert keeper.post(**asked).status_code == 201
+    spec = {"name": "forgotten", "env": {"KEY": secret}, "kernel_env": {"KERNEL_KEY": kernels}}
+    assert keeper.post(**spec).status_code == 201
     assert keeper.post("/forgotten/restart", idle_timeout="1h").status_code in {200, 201}
     assert any(
         found.path.name.startswith("labkeeper.sqlite")

@@ -93,9 +93,9 @@ def test_gateway_with_a_private_ca_is_trusted_only_with_gateway_ca_certs(keeper,
         assert run_cell(trusting, kernel, "1+1") == "2"
         assert keeper.delete().json()["stop_report"]["kernels_stopped"] == [kernel]
         assert gateway.kernels() == set()
-        wary = keeper.post(name="wary", **options)
-        assert (wary.status_code, wary.json()["failure_class"]) == (502, "gateway-tls")
-        assert "gateway_ca_certs" in wary.json()["detail"]
+        refused = keeper.post(name="wary", **options)
+        assert (refused.status_code, refused.json()["failure_class"]) == (502, "gateway-tls")
+        assert "gateway_ca_certs" in refused.json()["detail"]
     finally:
         gateway.stop()
 

@@ -237,9 +237,9 @@ def run(suite, source, servers, tests, reports):
                 )
         for child in running.values():
             child.wait()
-    said = "\n".join((reports / f"{side}.log").read_text() for side in servers)
-    assert all((reports / f"{side}.xml").exists() for side in servers), said
-    return [outcomes(reports / f"{side}.xml") for side in servers], said
+    output = "\n".join((reports / f"{side}.log").read_text() for side in servers)
+    assert all((reports / f"{side}.xml").exists() for side in servers), output
+    return [outcomes(reports / f"{side}.xml") for side in servers], output
 
 
 def outcomes(report):
@@ -266,7 +266,7 @@ def test_third_party_suites_have_equal_results_on_forked_and_plain_servers(
     for attempt in range(3):
         reports = tmp_path / str(attempt)
         reports.mkdir()
-        (ours, theirs), said = run(suite, source, servers, tests, reports)
+        (ours, theirs), output = run(suite, source, servers, tests, reports)
         first = first or ours
         different = [test for test in ours | theirs if ours.get(test) != theirs.get(test)]
         if not different:
@@ -274,10 +274,10 @@ def test_third_party_suites_have_equal_results_on_forked_and_plain_servers(
         tests = different
     assert not different, (
         f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n"
-        f"{said}"
+        f"{output}"
     )
     passed = [test for test, outcome in first.items() if outcome == "passed"]
-    assert len(passed) >= suite.min_passed, said
+    assert len(passed) >= suite.min_passed, output
     failed = [test for test, outcome in first.items() if outcome in {"failure", "error"}]
     logging.getLogger(__name__).info(
         "%s: %d pass, and these fail on both: %s", name, len(passed), failed

@@ -88,10 +88,10 @@ def test_keeper_runs_without_a_unix_socket_if_its_path_is_too_long(make_keeper, 
     keeper.state_dir = tmp_path / ("long" * 30)
     keeper.start()
     assert discovery.read_socket(keeper.state_dir) is None
-    said = [
+    entries = [
         json.loads(line) for line in keeper.log.read_text().splitlines() if "Unix socket" in line
     ]
-    assert [entry["level"] for entry in said] == ["warning"]
+    assert [entry["level"] for entry in entries] == ["warning"]
 
 
 def test_keeper_serves_tls_and_reloads_its_certificate(make_keeper, authority, ca_file, issue):
@@ -154,8 +154,8 @@ def test_healthcheck_falls_back_to_the_port_without_a_unix_socket(make_keeper, t
     keeper.start()
     assert run_healthcheck(keeper) == (0, '{"status":"ok"}\n')
     keeper.kill()
-    code, said = run_healthcheck(keeper)
-    assert (code, said) == (1, "")
+    code, output = run_healthcheck(keeper)
+    assert (code, output) == (1, "")
 
 
 def test_unusable_certificate_is_reported_in_one_line(make_keeper, issue, tmp_path):
@@ -175,10 +175,10 @@ def test_servers_serve_tls_and_reload_their_certificate(
     assert server["url"].startswith("https:")
     assert server["lab_url"].startswith("https:")
     assert server["secure"] is True
-    known = {"Authorization": f"token {server['token']}"}
+    headers = {"Authorization": f"token {server['token']}"}
     trusting = ssl.create_default_context(cafile=ca_file)
     with httpx.Client(
-        base_url=server["url"], headers=known, verify=trusting, trust_env=False, timeout=PATIENCE
+        base_url=server["url"], headers=headers, verify=trusting, trust_env=False, timeout=PATIENCE
     ) as lab:
         kernel = lab.post("api/kernels", json={"name": "python3"}).json()["id"]
     monkeypatch.setenv("WEBSOCKET_CLIENT_CA_BUNDLE", str(ca_file))
@@ -196,7 +196,7 @@ def test_servers_serve_tls_and_reload_their_certificate(
 
 def test_idle_connections_do_not_deny_service(make_keeper):
     keeper = make_keeper().start()
-    known = {"Authorization": f"Bearer {keeper.token}"}
+    headers = {"Authorization": f"Bearer {keeper.token}"}
     with contextlib.ExitStack() as crowd:
         for _ in range(2500):
             crowd.enter_context(
@@ -204,7 +204,7 @@ def test_idle_connections_do_not_deny_service(make_keeper):
             )
         assert (
             httpx.get(
-                f"{keeper.url}/api/servers", headers=known, timeout=PATIENCE, trust_env=False
+                f"{keeper.url}/api/servers", headers=headers, timeout=PATIENCE, trust_env=False
             ).status_code
             == 200
         )
