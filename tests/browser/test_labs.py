@@ -96,33 +96,35 @@ def test_link_leads_to_a_running_cell_without_exposing_the_token(keeper, page):
     (keeper.notebook_dir / "sum.ipynb").write_text(notebook("print(6 * 7)"))
     token = keeper.post().json()["token"]
     link = keeper.post("/default/link", page="/lab/tree/sum.ipynb?reset").json()["url"]
-    shown, asked, referred = [], [], []
+    shown, requested, referred = [], [], []
     page.on("framenavigated", lambda frame: shown.append(frame.url))
-    page.on("request", lambda request: asked.append(request.url))
+    page.on("request", lambda request: requested.append(request.url))
     page.on("request", lambda request: referred.append(request.headers.get("referer", "")))
     page.goto(link)
     until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
-    assert [url for url in asked if token in url] == [url for url in asked if "/login?" in url]
-    assert sum(token in url for url in asked) == 1
+    assert [url for url in requested if token in url] == [
+        url for url in requested if "/login?" in url
+    ]
+    assert sum(token in url for url in requested) == 1
     assert not [url for url in (*shown, *referred) if token in url or link in url]
     kept = (
         "JSON.stringify([document.cookie, {...localStorage}, {...sessionStorage},"
         " performance.getEntries(), location.href])"
     )
-    for told in (page.content(), page.evaluate(kept)):
-        assert token not in told
+    for content in (page.content(), page.evaluate(kept)):
+        assert token not in content
     assert page.goto(link).status == 410
     assert page.get_by_role("heading").inner_text() == "This link opens nothing any more"
 
 
 def test_api_docs_page_renders_under_its_content_security_policy(keeper, page):
-    said = []
+    errors = []
     page.on(
-        "console", lambda message: said.append(message.text) if message.type == "error" else None
+        "console", lambda message: errors.append(message.text) if message.type == "error" else None
     )
     page.goto(f"{keeper.url}/api/docs")
     page.locator(".opblock-summary-path").get_by_text("/api/servers/{name}/link").wait_for()
-    assert said == []
+    assert errors == []
 
 
 FETCH = "url => fetch(url, {method: 'POST'}).then(answer => answer.status, error => error.name)"

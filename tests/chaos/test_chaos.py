@@ -146,13 +146,13 @@ class World:
         self.traces = collections.deque(maxlen=400)
         self.violations = []
         self.sizes = []
-        self.begun = time.monotonic()
+        self.started_at = time.monotonic()
 
     def keeper_in(self, base, **settings):
         return KeeperProcess(base, **settings)
 
     def trace(self, text):
-        self.traces.append(f"{time.monotonic() - self.begun:8.3f} {text}")
+        self.traces.append(f"{time.monotonic() - self.started_at:8.3f} {text}")
 
     def record_violation(self, text):
         self.trace(f"A LIE: {text}")
@@ -254,14 +254,14 @@ class World:
             for at, each in enumerate(names)
         ]
         watcher = threading.Thread(target=self.watch, args=(over,))
-        begun = time.monotonic()
+        started_at = time.monotonic()
         for thread in (*callers, watcher):
             thread.start()
         try:
             for moment, kind in sorted(plan):
-                time.sleep(max(0.0, begun + moment - time.monotonic()))
+                time.sleep(max(0.0, started_at + moment - time.monotonic()))
                 self.disturb(kind, rng)
-            time.sleep(max(0.0, begun + load - time.monotonic()))
+            time.sleep(max(0.0, started_at + load - time.monotonic()))
         finally:
             over.set()
             for thread in (*callers, watcher):
@@ -377,11 +377,11 @@ class World:
         facts = {
             key: record[key] for key in ("pid", "generation", "launched_by", "exec_reason", "ready")
         }
-        told = {key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")} | {
-            "ready": True
-        }
-        if facts != told:
-            yield f"recorded is {facts}, told is {told}"
+        reported = {
+            key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")
+        } | {"ready": True}
+        if facts != reported:
+            yield f"recorded is {facts}, told is {reported}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
             yield (
                 f"'{server['name']}' was launched by {server['launched_by']},"

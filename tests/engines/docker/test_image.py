@@ -128,11 +128,11 @@ def test_extensions_in_a_derived_image_are_preloaded(make_container, tmp_path):
         container.delete()
         server = container.server()
         assert server["launched_by"] == "fork"
-        begun, ready = (
+        created, ready = (
             datetime.fromisoformat(server[name]) for name in ("created_at", "started_at")
         )
         # Importing the extension takes longer than the whole start, so it was preloaded.
-        assert (ready - begun).total_seconds() < IMPORT_SECONDS
+        assert (ready - created).total_seconds() < IMPORT_SECONDS
     finally:
         docker("rmi", "-f", image)
 

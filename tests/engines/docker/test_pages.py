@@ -51,8 +51,10 @@ def test_documented_settings_match_the_dockerfile():
         re.findall(r"^ +(LABKEEPER_\w+)=(\S+)", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     )
     rows = re.findall(r"^\| (`LABKEEPER_.*?) \| (.*?) \|$", PAGE.read_text(), re.MULTILINE)
-    told = {}
+    documented = {}
     for row in rows:
         names, values = (re.findall(r"`(.*?)`", cell) for cell in row)
-        told |= dict(zip(names, values * len(names) if len(values) == 1 else values, strict=True))
-    assert told == recipe
+        documented |= dict(
+            zip(names, values * len(names) if len(values) == 1 else values, strict=True)
+        )
+    assert documented == recipe

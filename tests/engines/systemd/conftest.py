@@ -60,7 +60,7 @@ class Machine:
 
     def report(self):
         """Return diagnostics of a failed boot."""
-        asked = (
+        diagnostics = (
             "systemctl is-system-running; systemctl list-jobs; systemctl --failed;"
             " journalctl --no-pager -n 100"
         )
@@ -68,7 +68,7 @@ class Machine:
             (done.stdout, done.stderr)
             for done in (
                 docker("logs", self.name, check=False),
-                docker("exec", self.name, "sh", "-c", asked, check=False),
+                docker("exec", self.name, "sh", "-c", diagnostics, check=False),
             )
         ]
 

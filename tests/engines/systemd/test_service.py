@@ -20,8 +20,8 @@ REPLACEMENTS = {
 
 
 def test_unit_file_is_valid(machine):
-    said = machine.run("systemd-analyze verify /etc/systemd/system/labkeeper.service 2>&1")
-    assert said == ""
+    output = machine.run("systemd-analyze verify /etc/systemd/system/labkeeper.service 2>&1")
+    assert output == ""
 
 
 def test_service_works_as_documented(machine):
@@ -33,10 +33,10 @@ def test_service_works_as_documented(machine):
         "labkeeper 700",
         "labkeeper 750",
     ]
-    said = machine.follow("use").splitlines()
-    assert len(said[0]) >= 16
-    assert "/lab?token=" in said[1]
-    assert said[3].split()[:2] == ["demo", "running"]
+    output = machine.follow("use").splitlines()
+    assert len(output[0]) >= 16
+    assert "/lab?token=" in output[1]
+    assert output[3].split()[:2] == ["demo", "running"]
     environment = machine.run(
         f"tr '\\0' '\\n' < /proc/{machine.server()['pid']}/environ"
     ).splitlines()
