@@ -398,7 +398,7 @@ class World:
             if not allowed.fullmatch(path.name)
         ]
         if left:
-            yield f"in the room of '{server['name']}' is {left}"
+            yield f"in the server directory of '{server['name']}' is {left}"
 
     def unmet_expectations(self, servers):
         """Yield what differs from the callers' expectations."""

@@ -298,7 +298,7 @@ def test_second_keeper_on_the_same_state_directory_is_refused(make_keeper):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"runtime_dir": "rooms"}], ids=["the default one", "one that was set"]
+    "settings", [{}, {"runtime_dir": "servers"}], ids=["default", "configured"]
 )
 def test_second_keeper_on_the_same_runtime_directory_is_refused(make_keeper, tmp_path, settings):
     """However the directory is spelled: each keeper would end the other's servers."""

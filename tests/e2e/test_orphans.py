@@ -329,7 +329,7 @@ def test_servers_missing_from_the_store_are_ended_at_startup(make_keeper, tmp_pa
                 assert len(control_groups(keeper)) == 1
             until(
                 lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(),
-                what="the rooms are removed",
+                what="the server directories are removed",
             )
             here, marked = (
                 str(keeper.server_dirs / "other"),
@@ -373,13 +373,15 @@ def test_servers_in_the_store_are_adopted_at_startup(make_keeper):
     assert "of an earlier keeper" not in keeper.log.read_text()
 
 
-@pytest.mark.parametrize("lost", ["its room", "the runtime directory"])
+@pytest.mark.parametrize("lost", ["its server directory", "the runtime directory"])
 def test_server_with_a_lost_directory_is_ended_before_its_relaunch(make_keeper, lost):
     keeper = make_keeper().start()
     server = keeper.post().json()
     kernel = int(run_cell(server, start_kernel(server), "import os; os.getpid()"))
     keeper.kill()
-    shutil.rmtree(keeper.server_dirs / "default" if lost == "its room" else keeper.server_dirs)
+    shutil.rmtree(
+        keeper.server_dirs / "default" if lost == "its server directory" else keeper.server_dirs
+    )
     keeper.start()
     again = until(
         lambda: (
@@ -420,7 +422,7 @@ def test_servers_left_in_a_former_runtime_directory_are_ended(make_keeper, tmp_p
     assert alive(again["pid"])
     until(
         lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"],
-        what="the rooms are removed",
+        what="the server directories are removed",
     )
     assert keeper.log.read_text().count("ended processes of an earlier keeper") == 2
     assert keeper.stop() == 0
