@@ -69,7 +69,7 @@ class ContainedKeeper(KeeperProcess):
 
 
 @pytest.fixture
-def namespace_processes(tmp_path):
+def contained_keeper(tmp_path):
     keeper = ContainedKeeper(tmp_path / "keeper", launch_by="exec")
     yield keeper
     keeper.close()
@@ -82,56 +82,54 @@ for _ in range(20):
 """
 
 
-def test_init_reaps_orphans_and_a_stop_ends_everything(namespace_processes):
-    server = namespace_processes.start().post().json()
+def test_init_reaps_orphans_and_a_stop_ends_everything(contained_keeper):
+    server = contained_keeper.start().post().json()
     assert server["state"] == "running", server
-    assert namespace_processes.keeper_process.pid != namespace_processes.init.pid
+    assert contained_keeper.keeper_process.pid != contained_keeper.init.pid
     # Orphaned processes are reparented to process 1.
     run_cell(server, start_kernel(server), ORPHANS)
     orphans = [
-        process
-        for process in namespace_processes.namespace_processes()
-        if process.name() == "sleep"
+        process for process in contained_keeper.namespace_processes() if process.name() == "sleep"
     ]
     assert len(orphans) == 20
-    assert {process.ppid() for process in orphans} == {namespace_processes.init.pid}
+    assert {process.ppid() for process in orphans} == {contained_keeper.init.pid}
     kill_all(orphans)
     until(
         lambda: not any(process.is_running() for process in orphans),
         what="the orphans are waited for",
     )
-    until(lambda: not namespace_processes.zombies(), what="no zombie is left")
+    until(lambda: not contained_keeper.zombies(), what="no zombie is left")
     # The init is small, and has loaded none of the keeper's modules.
     assert (
-        namespace_processes.init.memory_info().rss
-        < namespace_processes.keeper_process.memory_info().rss / 2
+        contained_keeper.init.memory_info().rss
+        < contained_keeper.keeper_process.memory_info().rss / 2
     )
-    assert namespace_processes.init.num_threads() == 1
-    assert namespace_processes.exit_code_after(signal.SIGTERM, namespace_processes.init) == 0
-    assert "keeper ends; no server is left" in namespace_processes.log.read_text()
+    assert contained_keeper.init.num_threads() == 1
+    assert contained_keeper.exit_code_after(signal.SIGTERM, contained_keeper.init) == 0
+    assert "keeper ends; no server is left" in contained_keeper.log.read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_init_forwards_other_signals(namespace_processes, number):
-    namespace_processes.start()
-    assert namespace_processes.exit_code_after(number, namespace_processes.init) == 0
+def test_init_forwards_other_signals(contained_keeper, number):
+    contained_keeper.start()
+    assert contained_keeper.exit_code_after(number, contained_keeper.init) == 0
 
 
-def test_container_exits_if_the_keeper_is_killed(namespace_processes):
-    server = namespace_processes.start().post().json()
+def test_container_exits_if_the_keeper_is_killed(contained_keeper):
+    server = contained_keeper.start().post().json()
     assert server["state"] == "running", server
     assert (
-        namespace_processes.exit_code_after(signal.SIGKILL, namespace_processes.keeper_process)
+        contained_keeper.exit_code_after(signal.SIGKILL, contained_keeper.keeper_process)
         == 128 + signal.SIGKILL
     )
 
 
-def test_exit_code_is_that_of_the_keeper(namespace_processes):
-    namespace_processes.settings["log_level"] = "no-such-level"
+def test_exit_code_is_that_of_the_keeper(contained_keeper):
+    contained_keeper.settings["log_level"] = "no-such-level"
     assert (
         subprocess.run(
-            namespace_processes.command("serve"),
-            env=namespace_processes.environment,
+            contained_keeper.command("serve"),
+            env=contained_keeper.environment,
             capture_output=True,
             check=False,
         ).returncode
