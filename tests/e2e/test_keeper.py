@@ -236,7 +236,7 @@ def test_invalid_content_length_returns_a_problem_document(shared_keeper):
     assert b"application/problem+json" in response
 
 
-def test_server_list_is_paginated(keeper_with_server):
+def test_server_list_accepts_a_limit_and_rejects_an_invalid_cursor(keeper_with_server):
     first = keeper_with_server.http.get("/api/servers", params={"limit": 1}).json()
     assert [server["name"] for server in first["servers"]] == ["settled"]
     assert first["next"] is None

@@ -136,12 +136,12 @@ def test_launch_is_read_completely_or_rejected(content):
         )
         sender.start()
         try:
-            generation = Launch.read(reading)
+            launch = Launch.read(reading)
         except WireError:
             pass
         else:
-            assert Launch.parse(generation.message()) == generation
-            assert generation.user is None or isinstance(generation.user, User)
+            assert Launch.parse(launch.message()) == launch
+            assert launch.user is None or isinstance(launch.user, User)
         finally:
             sender.join()
 
