@@ -23,11 +23,11 @@ import structlog
 from pydantic import TypeAdapter, ValidationError
 
 from labkeeper import shortage
-from labkeeper.core.access import EVERYTHING, Token, TokenLimits
+from labkeeper.core.access import WHOLE, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot
-from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerName
+from labkeeper.core.spec import LOCAL, QualifiedName
 
 _log = structlog.get_logger("labkeeper.store")
 
@@ -226,48 +226,25 @@ class SqliteStore:
         oldest = f"SELECT id FROM history WHERE {_ACTOR} IS ? ORDER BY id LIMIT ?"  # noqa: S608 - ours
         self._db.executemany(f"DELETE FROM history WHERE id IN ({oldest})", excess)  # noqa: S608 - ours
 
-    def remembered(
-        self,
-        *,
-        after: int,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def remembered(self, view: View = WHOLE, *, after: int, limit: int) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id."""
-        return self._select("id", after, limit, server=server, owner=owner, within=within)
+        return self._select("id", view, after, limit)
 
-    def latest(
-        self,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
-        return self._select("id DESC", 0, limit, server=server, owner=owner, within=within)[::-1]
+        return self._select("id DESC", view, 0, limit)[::-1]
 
-    def _select(
-        self,
-        order: str,
-        after: int,
-        limit: int,
-        *,
-        server: ServerName | None,
-        owner: Owner | None,
-        within: TokenLimits,
-    ) -> list[HistoryEntry]:
+    def _select(self, order: str, view: View, after: int, limit: int) -> list[HistoryEntry]:
         where = ["id > ?"]
         given: list[object] = [after]
-        if server is not None:
+        within = view.limits
+        if view.server is not None:
             where.append("server = ?")
-            given.append(server)
-        if owner is not None:
+            given.append(view.server)
+        if view.owner is not None:
             # An entry from before there were owners has none.
             where.append("coalesce(json_extract(entry, '$.owner'), ?) = ?")
-            given.extend((LOCAL, owner))
+            given.extend((LOCAL, view.owner))
         if not within.unlimited:
             where.append("server IS NOT NULL")
         if within.servers:

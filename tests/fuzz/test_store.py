@@ -31,8 +31,8 @@ def read_all(path):
         for ask, kind in (
             (store.load, Snapshot),
             (store.orphans, OrphanedKernel),
-            (lambda: store.latest(server=None, limit=10), HistoryEntry),
-            (lambda: store.remembered(after=0, server=None, limit=10), HistoryEntry),
+            (lambda: store.latest(limit=10), HistoryEntry),
+            (lambda: store.remembered(after=0, limit=10), HistoryEntry),
         ):
             with contextlib.suppress(StoreError):
                 assert all(isinstance(one, kind) for one in ask())

@@ -8,7 +8,7 @@ import pytest
 
 from fake_keeper import TOKEN, fake_keeper
 from labkeeper.api.app import create_app
-from labkeeper.core.access import Caller, Scope, TokenLimits
+from labkeeper.core.access import Caller, Scope, View
 from labkeeper.core.errors import Conflict, ServerNotFound, TokenNotFound
 from labkeeper.core.messages import Create, HistoryEntry, HistoryKind
 from labkeeper.core.spec import (
@@ -177,7 +177,7 @@ def test_stored_events_without_an_owner_are_local(tmp_path):
     store.remember(entries, keep=10)
     store._db.execute("UPDATE history SET entry = json_remove(entry, '$.owner') WHERE id = 1")
     for owner, ids in ((None, [1, 2]), (LOCAL, [1]), (ADA, [2])):
-        found = store.remembered(after=0, server=None, owner=owner, limit=9, within=TokenLimits())
+        found = store.remembered(View(owner=owner), after=0, limit=9)
         assert [entry.id for entry in found] == ids
         assert [entry.owner for entry in found] == [LOCAL if id_ == 1 else ADA for id_ in ids]
     store.close()

@@ -287,7 +287,7 @@ def everything(store):
     return (
         store.load(),
         store.orphans(),
-        store.latest(server=None, limit=10),
+        store.latest(limit=10),
         store.tokens(),
         store.webhook("https://hook"),
         store.runtime_dirs(),

@@ -74,18 +74,27 @@ class TokenLimits:
 EVERYTHING: Final = TokenLimits()
 
 
-def concerns(
-    entry: HistoryEntry, server: ServerName | None, owner: Owner | None, within: TokenLimits
-) -> bool:
-    """Whether an entry matches the filters for server and owner, and the limits.
+@dataclass(frozen=True, slots=True)
+class View:
+    """The entries of the history that a reader asks for, and may see."""
 
-    Entries without a server require unlimited access.
-    """
-    if server not in {None, entry.server} or owner not in {None, entry.owner}:
-        return False
-    return within.unlimited or (
-        entry.server is not None and within.holds(entry.server, entry.labels, entry.user)
-    )
+    server: ServerName | None = None
+    """Only those about this server."""
+    owner: Owner | None = None
+    """Only those of this owner."""
+    limits: TokenLimits = EVERYTHING
+    """Only those about servers within these; entries without a server if there are none."""
+
+    def shows(self, entry: HistoryEntry) -> bool:
+        """Whether an entry is among them."""
+        if self.server not in {None, entry.server} or self.owner not in {None, entry.owner}:
+            return False
+        return self.limits.unlimited or (
+            entry.server is not None and self.limits.holds(entry.server, entry.labels, entry.user)
+        )
+
+
+WHOLE: Final = View()
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkeeper.core.access import EVERYTHING, Caller, Token, TokenLimits
+from labkeeper.core.access import WHOLE, Caller, Token, View
 from labkeeper.core.culling import Explanation
 from labkeeper.core.messages import (
     KEEPER,
@@ -34,7 +34,7 @@ from labkeeper.core.server import (
     Snapshot,
     Usage,
 )
-from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerName, ServerSpec
+from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerSpec
 
 
 class Clock(Protocol):
@@ -262,28 +262,10 @@ class HistoryStore(Protocol):
         The oldest entries of the actor with the most are dropped first, but never the newest entry.
         """
 
-    def remembered(
-        self,
-        *,
-        after: int,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
-        """Return the oldest entries newer than an id, of one server or all, one owner or all.
+    def remembered(self, view: View = WHOLE, *, after: int, limit: int) -> list[HistoryEntry]:
+        """Return the oldest entries newer than an id. Raises StoreError."""
 
-        Raises StoreError.
-        """
-
-    def latest(
-        self,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
 
 
@@ -324,7 +306,7 @@ class EventLog(Protocol):
 
 
 class History(Protocol):
-    """The history, for readers; `within` hides entries outside the reader's limits."""
+    """The history, for readers."""
 
     @property
     def last_id(self) -> int:
@@ -333,35 +315,18 @@ class History(Protocol):
     def forgotten(self, after: int) -> int:
         """Return the number of dropped entries newer than an id. Raises StoreError."""
 
-    def latest(
-        self,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries of one server or all, oldest first. Raises StoreError."""
 
-    def after(
-        self,
-        after: int,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def after(self, after: int, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
 
     def follow(
         self,
         after: int,
+        view: View = WHOLE,
         *,
-        server: ServerName | None,
-        owner: Owner | None = None,
         look: float,
-        within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
         """Yield entries newer than an id as they arrive; None after `look` seconds without one.
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.access import EVERYTHING, TokenLimits, concerns
+from labkeeper.core.access import WHOLE, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.ports import Clock, HistoryStore
@@ -20,7 +20,6 @@ from labkeeper.core.spec import (
     LOCAL,
     Owner,
     QualifiedName,
-    ServerName,
     ServerSpec,
     parse_qualified_name,
     qualified_name,
@@ -121,55 +120,30 @@ class EventLog:
         message = f"{many} of server '{server}' were left by an earlier keeper, and were ended"
         self.record(HistoryKind.ORPHANS, server, message, details={"pids": len(pids)})
 
-    def latest(
-        self,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first. Raises StoreError."""
         with self._news:
-            unsaved = [
-                e
-                for e in self._recent
-                if e.id > self._stored and concerns(e, server, owner, within)
-            ]
+            unsaved = [e for e in self._recent if e.id > self._stored and view.shows(e)]
         return [
-            *self._store.latest(server=server, owner=owner, limit=limit, within=within),
+            *self._store.latest(view, limit=limit),
             *unsaved,
         ][-limit:]
 
-    def after(
-        self,
-        after: int,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def after(self, after: int, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id. Raises StoreError."""
         with self._news:
             recent = list(self._recent)
         # Ids have no gaps: if the next one is in memory, so are all later ones.
         if after >= self._last or (recent and recent[0].id <= after + 1):
-            return [e for e in recent if e.id > after and concerns(e, server, owner, within)][
-                :limit
-            ]
-        return self._store.remembered(
-            after=after, server=server, owner=owner, limit=limit, within=within
-        )
+            return [e for e in recent if e.id > after and view.shows(e)][:limit]
+        return self._store.remembered(view, after=after, limit=limit)
 
     def follow(
         self,
         after: int,
+        view: View = WHOLE,
         *,
-        server: ServerName | None,
-        owner: Owner | None = None,
         look: float,
-        within: TokenLimits = EVERYTHING,
     ) -> Iterator[HistoryEntry | None]:
         """Yield entries newer than an id as they arrive; None after `look` seconds without one.
 
@@ -177,7 +151,7 @@ class EventLog:
         """
         while True:
             newest = self._last
-            page = self.after(after, server=server, owner=owner, limit=_PAGE, within=within)
+            page = self.after(after, view, limit=_PAGE)
             yield from page
             # Entries up to `newest` that are not in the page do not concern this caller.
             after = (

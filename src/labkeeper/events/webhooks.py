@@ -124,7 +124,7 @@ class Webhook:
     def _due(self) -> list[HistoryEntry]:
         """Return the next entries to post."""
         try:
-            return self.event_log.after(self._told, server=None, limit=_PAGE)
+            return self.event_log.after(self._told, limit=_PAGE)
         except StoreError:
             return []  # The store has logged it; the next round retries.
 

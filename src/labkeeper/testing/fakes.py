@@ -20,13 +20,13 @@ import math
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping, Sequence
 
-from labkeeper.core.access import EVERYTHING, Token, TokenLimits, concerns
+from labkeeper.core.access import WHOLE, Token, View
 from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin, Report
 from labkeeper.core.server import OrphanedKernel, OwnKernel, Snapshot
-from labkeeper.core.spec import Owner, QualifiedName, ServerName, ServerSpec
+from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
 
 
 def a_spec(
@@ -124,35 +124,14 @@ class MemoryStore:
                 next(entry for entry in self.history if entry.origin.actor == actor)
             )
 
-    def remembered(
-        self,
-        *,
-        after: int,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def remembered(self, view: View = WHOLE, *, after: int, limit: int) -> list[HistoryEntry]:
         """Return the oldest entries newer than an id."""
         self._check("read")
-        return [
-            entry
-            for entry in self.history
-            if entry.id > after and concerns(entry, server, owner, within)
-        ][:limit]
+        return [entry for entry in self.history if entry.id > after and view.shows(entry)][:limit]
 
-    def latest(
-        self,
-        *,
-        server: ServerName | None,
-        owner: Owner | None = None,
-        limit: int,
-        within: TokenLimits = EVERYTHING,
-    ) -> list[HistoryEntry]:
+    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
         """Return the newest entries, oldest first."""
-        return self.remembered(
-            after=0, server=server, owner=owner, limit=len(self.history), within=within
-        )[-limit:]
+        return self.remembered(view, after=0, limit=len(self.history))[-limit:]
 
     def tokens(self) -> list[Token]:
         """Return all tokens."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from harness import until
-from labkeeper.core.access import EVERYTHING, TokenLimits
+from labkeeper.core.access import EVERYTHING, TokenLimits, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin
@@ -56,9 +56,9 @@ def test_entries_that_a_full_disk_refuses_are_published_and_stored_later(event_l
     record_many(event_log, 1)
     store.failing = True
     record_many(event_log, 3)
-    assert ids(event_log.after(1, server=None, limit=10)) == [2, 3, 4]
+    assert ids(event_log.after(1, limit=10)) == [2, 3, 4]
     store.failing = False
-    assert ids(event_log.latest(server=None, limit=10)) == [1, 2, 3, 4]
+    assert ids(event_log.latest(limit=10)) == [1, 2, 3, 4]
     record_many(event_log, 1)
     assert ids(store.history) == [1, 2, 3, 4, 5]
 
@@ -67,12 +67,12 @@ def test_pages_from_memory_and_from_the_store_are_the_same(store, clock):
     record_many(EventLog(store, clock, size=10_000), 700, "old")
     event_log = EventLog(store, clock, size=10_000)
     record_many(event_log, 5, "new")
-    assert ids(event_log.after(0, server=None, limit=1000)) == [*range(1, 706)]
-    assert ids(event_log.after(698, server=None, limit=3)) == [699, 700, 701]
-    assert ids(event_log.after(702, server=None, limit=2)) == [703, 704]
-    assert ids(event_log.after(0, server="new", limit=2)) == [701, 702]
-    assert ids(event_log.latest(server="old", limit=2)) == [699, 700]
-    assert event_log.after(705, server=None, limit=2) == []
+    assert ids(event_log.after(0, limit=1000)) == [*range(1, 706)]
+    assert ids(event_log.after(698, limit=3)) == [699, 700, 701]
+    assert ids(event_log.after(702, limit=2)) == [703, 704]
+    assert ids(event_log.after(0, View(server="new"), limit=2)) == [701, 702]
+    assert ids(event_log.latest(View(server="old"), limit=2)) == [699, 700]
+    assert event_log.after(705, limit=2) == []
     assert event_log.forgotten(0) == 0
 
 
@@ -82,7 +82,7 @@ def test_a_slow_follower_receives_each_entry_once_and_in_order(store, clock):
     seen, quiet, begun = [], [], threading.Event()
 
     def follow():
-        for entry in event_log.follow(2, server=None, look=0.05):
+        for entry in event_log.follow(2, look=0.05):
             begun.set()
             (quiet if entry is None else seen).append(entry)
 
@@ -103,7 +103,9 @@ def test_a_follower_of_one_server_misses_nothing_among_other_entries(event_log):
 
     def follow():
         seen.extend(
-            entry for entry in event_log.follow(0, server="lab", look=0.05) if entry is not None
+            entry
+            for entry in event_log.follow(0, View(server="lab"), look=0.05)
+            if entry is not None
         )
 
     follower = threading.Thread(target=follow)
@@ -134,8 +136,8 @@ def test_the_history_is_bounded_and_survives_the_keeper(tmp_path, clock):
     gone = event_log.forgotten(0)
     assert 150 <= 1000 - gone <= 250
     assert event_log.last_id == 1000
-    assert ids(event_log.after(0, server="lab", limit=2)) == [gone + 1, gone + 2]
-    assert event_log.latest(server="other", limit=5) == []
+    assert ids(event_log.after(0, View(server="lab"), limit=2)) == [gone + 1, gone + 2]
+    assert event_log.latest(View(server="other"), limit=5) == []
     store.close()
 
 
@@ -149,7 +151,7 @@ def any_store(request, tmp_path):
 
 
 def by(event_log):
-    return Counter(entry.origin.actor for entry in event_log.latest(server=None, limit=10_000))
+    return Counter(entry.origin.actor for entry in event_log.latest(limit=10_000))
 
 
 def test_an_actor_with_many_entries_does_not_displace_others(any_store, clock):
@@ -170,7 +172,7 @@ def test_an_actor_with_many_entries_does_not_displace_others(any_store, clock):
         actor: 370 <= count <= 484 for actor, count in kept.items() if actor in {"bob", "cy"}
     } == {"bob": True, "cy": True}
     assert sum(kept.values()) <= 1100
-    newest = event_log.latest(server=None, limit=199)
+    newest = event_log.latest(limit=199)
     assert [entry.message for entry in newest] == [str(number) for number in range(199)]
 
 
@@ -178,7 +180,7 @@ def test_with_more_actors_than_entries_the_newest_entry_stays(any_store, clock):
     event_log = EventLog(any_store, clock, size=100)
     for number in range(1000):
         event_log.record(KIND, "lab", str(number), origin=Origin(f"actor {number % 150}"))
-    assert event_log.latest(server=None, limit=1)[0].message == "999"
+    assert event_log.latest(limit=1)[0].message == "999"
 
 
 def test_dropped_entries_are_counted(any_store, clock):
@@ -186,7 +188,7 @@ def test_dropped_entries_are_counted(any_store, clock):
     assert event_log.forgotten(0) == 0
     for number in range(1000):
         event_log.record(KIND, "lab", "", origin=Origin("ada" if number % 50 == 0 else "bob"))
-    kept = ids(event_log.latest(server=None, limit=1000))
+    kept = ids(event_log.latest(limit=1000))
     assert kept[0] == 1
     for after in (0, 1, 2, 500, kept[-2], 1000, 2000):
         assert event_log.forgotten(after) == len(set(range(after + 1, 1001)) - set(kept)), after
@@ -197,7 +199,7 @@ def test_an_unreadable_row_is_reported_as_damage(tmp_path, broken):
     store = SqliteStore(tmp_path / "store.sqlite")
     store._db.execute("INSERT INTO history VALUES (1, NULL, ?)", (broken,))
     with pytest.raises(StoreError, match="damaged"):
-        store.latest(server=None, limit=1)
+        store.latest(limit=1)
     store.close()
 
 
@@ -238,14 +240,14 @@ def test_token_limits_restrict_the_entries_that_are_returned(
     ]
     store.remember(known, keep=100)
     event_log = EventLog(store, clock, size=100)
-    assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
-    assert ids(event_log.latest(server=None, limit=2, within=limits)) == expected[-2:]
-    assert ids(event_log.latest(server="a-1", limit=9, within=limits)) == [
+    assert ids(event_log.after(0, View(limits=limits), limit=10)) == expected
+    assert ids(event_log.latest(View(limits=limits), limit=2)) == expected[-2:]
+    assert ids(event_log.latest(View(server="a-1", limits=limits), limit=9)) == [
         number for number in expected if number == 2
     ]
     event_log._recent.extend(known)
-    assert ids(event_log.after(0, server=None, limit=10, within=limits)) == expected
-    assert ids(event_log.after(0, server="b", limit=10, within=limits)) == [
+    assert ids(event_log.after(0, View(limits=limits), limit=10)) == expected
+    assert ids(event_log.after(0, View(server="b", limits=limits), limit=10)) == [
         number for number in expected if number == 5
     ]
     if kind == "sqlite":

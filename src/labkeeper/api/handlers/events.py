@@ -22,10 +22,11 @@ from labkeeper.api.views import (
     event_model,
     webhook_model,
 )
+from labkeeper.core.access import View
 from labkeeper.core.errors import (
     InvalidSpec,
 )
-from labkeeper.core.spec import Owner, ServerName
+from labkeeper.core.spec import ServerName
 from labkeeper.schema.answers import (
     EventList,
     WebhookList,
@@ -50,9 +51,7 @@ def list_server_events(
     """List or follow the events of one server. They are kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
-    if not services.history.latest(
-        server=name, owner=caller().owner, limit=1, within=caller().limits
-    ):
+    if not services.history.latest(View(name, caller().owner, caller().limits), limit=1):
         find_server(services, path)
     return _events(services, name, query)
 
@@ -70,38 +69,25 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
     # Otherwise the id is from another history: ours is new, or an older copy. Then send all of it.
     is_ours = after is None or after <= history.last_id
     after = after if is_ours else 0
-    owner, within = visible_owner(query.owner), caller().limits
+    view = View(server, visible_owner(query.owner), caller().limits)
     if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
-        return _follow_events(services, server, owner, after, is_ours=is_ours)
+        return _follow_events(services, view, after, is_ours=is_ours)
     if after is None:
-        page = history.latest(server=server, owner=owner, limit=query.limit, within=within)
+        page = history.latest(view, limit=query.limit)
     else:
-        page = history.after(after, server=server, owner=owner, limit=query.limit, within=within)
+        page = history.after(after, view, limit=query.limit)
     more = bool(page) and page[-1].id < history.last_id
     return json_answer(
         EventList(events=[event_model(entry) for entry in page], next=page[-1].id if more else None)
     )
 
 
-def _follow_events(
-    services: Services,
-    server: ServerName | None,
-    owner: Owner,
-    after: int | None,
-    *,
-    is_ours: bool,
-) -> Response:
+def _follow_events(services: Services, view: View, after: int | None, *, is_ours: bool) -> Response:
     acquire_stream(services, "follow events", "read them without follow")
     history = services.history
     # A caller that starts from the first event has missed none.
     missed = (history.forgotten(after) if after else 0) if is_ours else None
-    entries = history.follow(
-        history.last_id if after is None else after,
-        server=server,
-        owner=owner,
-        look=LOOK_EVERY,
-        within=caller().limits,
-    )
+    entries = history.follow(history.last_id if after is None else after, view, look=LOOK_EVERY)
     return live_answer(services, server_sent(entries, missed, gone()), EVENT_STREAM)
 
 
