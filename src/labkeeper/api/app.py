@@ -30,8 +30,8 @@ from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
 from labkeeper.core.errors import CapacityReached, InvalidSpec
-from labkeeper.core.ports import Meter
 from labkeeper.identity.peers import UNREAD
+from labkeeper.metrics import Metrics
 from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -62,7 +62,7 @@ def create_app(services: Services) -> Flask:
     app.before_request(functools.partial(_enter, authorizer))
     app.before_request(_check_body)
     app.after_request(guard.finish)
-    app.after_request(functools.partial(_finish, services.meter))
+    app.after_request(functools.partial(_finish, services.metrics))
     install(app, services)
     app.register_blueprint(_pages(services.version))
     return app
@@ -128,9 +128,9 @@ def _check_body() -> None:
         ) from None
 
 
-def _finish(meter: Meter, answer: Response) -> Response:
+def _finish(metrics: Metrics, answer: Response) -> Response:
     seconds = time.monotonic() - g.began
-    meter.answered(
+    metrics.answered(
         request.url_rule.rule if request.url_rule else None,
         request.method,
         answer.status_code,

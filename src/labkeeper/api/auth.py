@@ -15,10 +15,10 @@ from flask import g, request
 from labkeeper.api.rates import Rates
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound
-from labkeeper.core.ports import Keeper
 from labkeeper.core.server import Snapshot
 from labkeeper.identity.authenticators import Authenticator, Credentials, authenticate
 from labkeeper.identity.peers import PEER
+from labkeeper.runtime import Keeper
 
 _TELL_EVERY: Final = 60.0
 """Interval in seconds between log lines about rejected requests; each has their number."""

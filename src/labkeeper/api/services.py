@@ -9,11 +9,14 @@ from dataclasses import dataclass, field
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
-from labkeeper.core.ports import Backend, CullStatus, History, Keeper, Meter, Probe
+from labkeeper.core.ports import Backend, CullStatus, Probe
 from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
+from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import Authenticator, Credentials
 from labkeeper.identity.peers import Peer
 from labkeeper.identity.tokens import Tokens
+from labkeeper.metrics import Metrics
+from labkeeper.runtime import Keeper
 from labkeeper.schema.servers import Defaults
 
 
@@ -26,8 +29,8 @@ class Services:
     probe: Probe
     orphans: Callable[[], Sequence[OrphanedKernel]]
     """Returns the kernels that gateways still have to end."""
-    history: History
-    meter: Meter
+    event_log: EventLog
+    metrics: Metrics
     culler: CullStatus
     defaults: Defaults
     version: str

@@ -7,7 +7,6 @@ passes it.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,9 +18,7 @@ from labkeeper.core.messages import (
     Fact,
     HistoryEntry,
     HistoryKind,
-    Message,
     Origin,
-    Reply,
     Report,
 )
 from labkeeper.core.server import (
@@ -305,45 +302,6 @@ class EventLog(Protocol):
         """
 
 
-class History(Protocol):
-    """The history, for readers."""
-
-    @property
-    def last_id(self) -> int:
-        """The id of the newest entry; 0 if there is none."""
-
-    def forgotten(self, after: int) -> int:
-        """Return the number of dropped entries newer than an id. Raises StoreError."""
-
-    def latest(self, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
-        """Return the newest entries of one server or all, oldest first. Raises StoreError."""
-
-    def after(self, after: int, view: View = WHOLE, *, limit: int) -> list[HistoryEntry]:
-        """Return the oldest entries newer than an id. Raises StoreError."""
-
-    def follow(
-        self,
-        after: int,
-        view: View = WHOLE,
-        *,
-        look: float,
-    ) -> Iterator[HistoryEntry | None]:
-        """Yield entries newer than an id as they arrive; None after `look` seconds without one.
-
-        Raises StoreError.
-        """
-
-
-class Meter(Protocol):
-    """Metrics for the monitoring of many keepers. Any thread may call it."""
-
-    def answered(self, route: str | None, method: str, status: int, seconds: float) -> None:
-        """Count an answered request; `route` is its path pattern, None if it matches none."""
-
-    def exposition(self, accept: str) -> tuple[bytes, str]:
-        """Return all metrics in the best format for an `Accept` header, and its media type."""
-
-
 class CullStatus(Protocol):
     """Reports whether servers would be culled, why, and when. Changes nothing."""
 
@@ -352,35 +310,3 @@ class CullStatus(Protocol):
 
     def cached(self, snapshot: Snapshot) -> Explanation:
         """Return the explanation from the last poll."""
-
-
-class Watch(Protocol):
-    """The snapshots of one server since the watch began."""
-
-    def until(
-        self, holds: Callable[[Snapshot], bool], *, first: Snapshot, timeout: float
-    ) -> tuple[Snapshot, bool]:
-        """Wait up to `timeout` seconds for a snapshot, from `first` on, for which `holds` is true.
-
-        Returns the last snapshot and whether the condition was met.
-        """
-
-
-class Keeper(Protocol):
-    """The interface for API code: commands go in, snapshots come out. Any thread may call it."""
-
-    @property
-    def alive(self) -> bool:
-        """Whether commands are accepted."""
-
-    def ask(self, message: Message) -> Reply | None:
-        """Send a command; wait for the reply, not for the outcome. Raises LabkeeperError."""
-
-    def all(self) -> list[Snapshot]:
-        """Return all servers, by name."""
-
-    def get(self, name: QualifiedName) -> Snapshot | None:
-        """Return one server."""
-
-    def watch(self, name: QualifiedName) -> AbstractContextManager[Watch]:
-        """Watch one server; begin before the command whose outcome is awaited, to miss nothing."""

@@ -408,7 +408,7 @@ def test_an_event_id_from_the_future_returns_all_events_after_a_gap(running, cli
         else f"/api/events?follow=true&after={newest + 1}"
     )
     with client.get(asked, headers=shown, buffered=False) as stream:
-        running.services.history.close()
+        running.services.event_log.close()
         pieces = stream.text.split("\n\n")
     assert pieces[1] == 'event: gap\ndata: {"missed": null}'
     assert [json.loads(piece.partition("data: ")[2]) for piece in pieces[2:-1]] == events

@@ -27,9 +27,9 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Origin
-from labkeeper.core.ports import Watch
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import Owner
+from labkeeper.runtime import Watch
 from labkeeper.schema.answers import Server
 from labkeeper.schema.queries import ServerPath
 

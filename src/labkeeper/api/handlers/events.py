@@ -51,7 +51,7 @@ def list_server_events(
     """List or follow the events of one server. They are kept when it is deleted."""
     name = ServerName(path.name)
     caller().needs_name(name)
-    if not services.history.latest(View(name, caller().owner, caller().limits), limit=1):
+    if not services.event_log.latest(View(name, caller().owner, caller().limits), limit=1):
         find_server(services, path)
     return _events(services, name, query)
 
@@ -64,7 +64,7 @@ def list_webhooks(services: Services) -> Answer:
 
 
 def _events(services: Services, server: ServerName | None, query: EventQuery) -> Answer | Response:
-    history = services.history
+    history = services.event_log
     after = _last_event_id(query)
     # Otherwise the id is from another history: ours is new, or an older copy. Then send all of it.
     is_ours = after is None or after <= history.last_id
@@ -84,7 +84,7 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
 
 def _follow_events(services: Services, view: View, after: int | None, *, is_ours: bool) -> Response:
     acquire_stream(services, "follow events", "read them without follow")
-    history = services.history
+    history = services.event_log
     # A caller that starts from the first event has missed none.
     missed = (history.forgotten(after) if after else 0) if is_ours else None
     entries = history.follow(history.last_id if after is None else after, view, look=LOOK_EVERY)

@@ -52,7 +52,7 @@ def ready(services: Services) -> Answer:
 
 def metrics(services: Services) -> Response:
     """Return the metrics in the format of Prometheus, or of OpenMetrics if requested."""
-    text, media_type = services.meter.exposition(request.headers.get("Accept", ""))
+    text, media_type = services.metrics.exposition(request.headers.get("Accept", ""))
     return Response(text, content_type=media_type)
 
 

@@ -36,9 +36,9 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.lifecycle import AT_REST, RETURNS, Event, State
 from labkeeper.core.messages import Create, Order, Reply
-from labkeeper.core.ports import Watch
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
+from labkeeper.runtime import Watch
 from labkeeper.schema.answers import (
     BulkResult,
     BulkResults,
