@@ -1,7 +1,7 @@
 """Prometheus metrics: events are counted as they happen; states are read at each scrape.
 
-Plain numbers, since prometheus_client is too slow to import at boot; it is loaded at the first
-scrape. Label values come from closed lists, never from callers: no server names, no paths.
+We count in plain numbers, and prometheus_client writes them. Label values come from closed lists,
+never from callers: no server names, no paths.
 """
 
 from __future__ import annotations
@@ -12,9 +12,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Final
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    Metric,
+    PlatformCollector,
+    ProcessCollector,
+    core,
+)
+from prometheus_client.exposition import choose_encoder
 
 from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
@@ -22,9 +31,6 @@ from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, W
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot, StopMethod
 from labkeeper.core.spec import QualifiedName
-
-if TYPE_CHECKING:
-    from prometheus_client import CollectorRegistry, Metric
 
 Labels = tuple[str, ...]
 
@@ -256,6 +262,10 @@ class Metrics:
         """The beginning of each start whose outcome is open."""
         self._up: set[QualifiedName] = set()
         """Servers that have been ready and whose end was not seen yet."""
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=self._registry)
 
     # Events
 
@@ -336,8 +346,6 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the best format for an `Accept` header, and its media type."""
-        from prometheus_client.exposition import choose_encoder  # noqa: PLC0415 - late: see above
-
         try:
             encode, media_type = choose_encoder(accept)
         except (TypeError, ValueError):  # The requested version is not a number.
@@ -346,8 +354,6 @@ class Metrics:
 
     def collect(self) -> Iterator[Metric]:
         """Yield all our metrics for prometheus_client."""
-        from prometheus_client import core  # noqa: PLC0415 - late: see above
-
         values = self._looked_at()
         written: dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]] = {}
         with self._lock:
@@ -377,21 +383,6 @@ class Metrics:
                     for labels, value in values[family].items():
                         simple.add_metric(labels, value)
                     yield simple
-
-    @cached_property
-    def _registry(self) -> CollectorRegistry:
-        from prometheus_client import (  # noqa: PLC0415
-            CollectorRegistry,
-            GCCollector,
-            PlatformCollector,
-            ProcessCollector,
-        )
-
-        registry = CollectorRegistry()
-        registry.register(self)
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
-        return registry
 
     def _looked_at(self) -> dict[Family, Mapping[Labels, float]]:
         """Return the values read at each scrape."""

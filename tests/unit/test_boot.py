@@ -12,11 +12,9 @@ from harness import free_port
 
 LATE = {
     "anyio",
-    "flask_openapi3_swagger",  # the API's page
     "httpcore",
     "httpx",
     "jupyter_server",
-    "labkeeper.api.openapi",
     "labkeeper.client",  # for --start
     "labkeeper.testing",
     "rich.progress",

@@ -17,6 +17,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
+import flask_openapi3_swagger
 import structlog
 from flask import Blueprint, Flask, Response, g, request
 from flask.json.provider import DefaultJSONProvider
@@ -26,6 +27,7 @@ from werkzeug.wsgi import wrap_file
 from labkeeper.api import problems
 from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
+from labkeeper.api.openapi import document
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
@@ -185,14 +187,10 @@ def _pages(version: str) -> Blueprint:
 
     @functools.cache
     def written() -> dict[str, Any]:
-        from labkeeper.api.openapi import document  # noqa: PLC0415 - late: few ask for it, and it takes long to import
-
         return document(version)
 
     @functools.cache
     def assets() -> dict[str, bytes]:
-        import flask_openapi3_swagger  # noqa: PLC0415 - late, as above
-
         root = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
         return {
             str(path.relative_to(root)): path.read_bytes()

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+import webbrowser
+from typing import Final
 
 import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
-from labkeeper.cli.output import (
-    print_json,
-    put,
-    say,
-    waiting,
-)
+from labkeeper.cli.output import print_json, put, say, waiting
 from labkeeper.core.errors import Conflict
 from labkeeper.core.lifecycle import State
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command(
@@ -86,8 +79,6 @@ _CLOSED: Final = {
 
 
 def _browse(link: str) -> bool:
-    import webbrowser  # noqa: PLC0415 - late
-
     if webbrowser.open(link):
         return True
     say("cannot find a browser here; open this link:")
