@@ -1,6 +1,7 @@
 """One HTTP request and its answer, with limits of time and size that the other side cannot exceed.
 
-Not with httpx, which takes five times as long per request and would have to be loaded at startup.
+The timeouts of httpx, urllib3 and requests hold for each read, not for the whole answer: see
+docs/explanation/decisions/measured.md.
 """
 
 from __future__ import annotations
