@@ -21,6 +21,7 @@ from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.paths import Paths
 from labkeeper.backends.local.processes import Process
 from labkeeper.core.messages import Ready
+from labkeeper.core.server import Progress
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver.marks import MARK
 from labkeeper.jupyter.client import JupyterClient
@@ -82,6 +83,8 @@ class Keeper:
         if launch_by == "fork":
             until(lambda: self.backend._forkserver._current, what="a fork server")
         self.backend.launch(ServerSpec(ServerName("lab"), str(self.base)), 1)
+        if launch_by == "exec":
+            assert isinstance(self.facts.get(timeout=60).fact, Progress)
         ready = self.facts.get(timeout=60).fact
         assert isinstance(ready, Ready), ready
         assert ready.instance.launched_by == launch_by

@@ -25,7 +25,7 @@ from labkeeper.backends.local.forkserver import ForkServers, connect
 from labkeeper.backends.local.launching import ReportPipe
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.paths import Paths
-from labkeeper.core.server import Exit
+from labkeeper.core.server import Exit, Progress
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.marks import MARK
@@ -529,6 +529,7 @@ def test_an_abandoned_child_leaves_no_files_for_the_executed_server(local, tmp_p
     monkeypatch.setattr(backend._forkserver._processes, "ask", lose_the_answer)
     backend.launch(ServerSpec(name, str(tmp_path)), 1)
     try:
+        assert isinstance(facts.get(timeout=60).fact, Progress)
         ready = facts.get(timeout=60).fact
         assert (ready.instance.launched_by, ready.instance.pid not in forked) == ("exec", True)
         assert not any(alive(pid) for pid in forked)
