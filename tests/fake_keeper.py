@@ -9,8 +9,8 @@ from typing import get_args
 
 from labkeeper.api.services import Services
 from labkeeper.backends.local.paths import Paths
-from labkeeper.core.controller import Policy
 from labkeeper.core.fleet import Fleet
+from labkeeper.core.policy import Policy
 from labkeeper.core.server import Kernel
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthenticator

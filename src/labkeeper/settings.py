@@ -24,10 +24,10 @@ from pydantic import (
     ValidationError,
 )
 
-from labkeeper.core.controller import Policy
 from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.durations import duration
 from labkeeper.core.errors import SettingsError
+from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
 from labkeeper.terminal import visible_line

@@ -10,11 +10,11 @@ import pytest
 import structlog
 
 from harness import until
-from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendUnavailable, ServerNotFound
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, Create, Order, Ready, Report, Tick, Unreachable
+from labkeeper.core.policy import Policy
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerName
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock

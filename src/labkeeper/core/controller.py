@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from labkeeper.core.budget import Budget
 from labkeeper.core.lifecycle import (
     ENDINGS,
     KEEPS_KERNELS,
@@ -19,6 +20,7 @@ from labkeeper.core.lifecycle import (
     Step,
     advance,
 )
+from labkeeper.core.merging import merge
 from labkeeper.core.messages import (
     KEEPER,
     Ended,
@@ -34,8 +36,10 @@ from labkeeper.core.messages import (
     Unreachable,
     Vetoed,
 )
-from labkeeper.core.ports import Clock, Reserve
+from labkeeper.core.policy import TIMERS, Policy
+from labkeeper.core.ports import Clock
 from labkeeper.core.server import (
+    KNOWN_CAUSES,
     Exit,
     Failure,
     FailureClass,
@@ -44,72 +48,9 @@ from labkeeper.core.server import (
     Progress,
     Snapshot,
     StopMethod,
-    StopReport,
 )
 from labkeeper.core.spec import ServerSpec
 
-
-@dataclass(frozen=True, slots=True)
-class Policy:
-    """The numbers that apply to every server. Times in seconds."""
-
-    start_timeout: float = 60.0
-    stop_grace: float = 8.0
-    kill_wait: float = 2.0
-    look_again: float = 2.0
-    """Interval between observations of a lost server."""
-    probe_period: float = 15.0
-    """Interval between probes of a running server."""
-    hung_after: float = 120.0
-    """A running server that has not answered for this long is ended and relaunched; 0: never."""
-    restart_delays: tuple[float, ...] = (0.5, 2.0, 8.0)
-    """The delay before each relaunch after a crash; their number is the number of attempts."""
-    restart_window: float = 600.0
-    """Older crashes no longer count."""
-    max_servers: int = 200
-    """Maximum number of servers that are neither stopped nor failed."""
-    max_starts: int = 200
-    """Maximum number of concurrent starts; further ones queue."""
-    min_free: Reserve = Reserve()  # noqa: RUF009 - frozen
-    """Memory to keep free; with less, no server is started."""
-
-
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """Restarts after a crash. A server seen to end before its first answer fails at once."""
-
-    earned: bool = False
-    """Whether it has answered since its start command."""
-    spent: tuple[float, ...] = ()
-    """The times of its restarts, by the monotonic clock."""
-
-    def left(self, policy: Policy, now: float, *, blameless: bool = False) -> bool:
-        """Whether one more launch is allowed; `blameless`: the end was not the server's fault."""
-        return (self.earned or blameless) and len(self._recent(policy, now)) < len(
-            policy.restart_delays
-        )
-
-    def spend(self, policy: Policy, now: float) -> tuple[Budget, float]:
-        """Return the budget after one more launch, and the delay before it in seconds."""
-        recent = self._recent(policy, now)
-        return replace(self, spent=(*recent, now)), policy.restart_delays[len(recent)]
-
-    def _recent(self, policy: Policy, now: float) -> tuple[float, ...]:
-        return tuple(at for at in self.spent if now - at < policy.restart_window)
-
-
-_KNOWN_CAUSES: Final = frozenset(
-    {
-        FailureClass.START_TIMEOUT,
-        FailureClass.HUNG,
-        FailureClass.GATEWAY_UNREACHABLE,
-        FailureClass.GATEWAY_TIMEOUT,
-        FailureClass.GATEWAY_REFUSED,
-        FailureClass.GATEWAY_TLS,
-        FailureClass.NOT_A_GATEWAY,
-    }
-)
-"""Failures for which the keeper ends a server, so that they are known before its end."""
 _EVENTS: Final[dict[type[Fact], Event]] = {
     Ready: Event.READY,
     Refused: Event.REFUSED,
@@ -122,14 +63,6 @@ _EVENTS: Final[dict[type[Fact], Event]] = {
 """Events of facts that do not depend on the state; `Controller.plan_report` maps the others."""
 _UNKNOWN: Final[dict[str, Any]] = dict.fromkeys(("endpoint", "instance", "progress", "gateway"))
 """What is known in one state only, as it is on entering another."""
-TIMERS: Final = {
-    State.STARTING: "start_timeout",
-    State.RUNNING: "probe_period",
-    State.STOPPING: "stop_grace",
-    State.KILLING: "kill_wait",
-    State.LOST: "look_again",
-}
-"""The timer of each state, as a field of `Policy`; that of BACKOFF comes from the budget."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +98,7 @@ class Controller:
     """When the timer of its state expires."""
     save_due: float | None = None
     """When to retry saving its snapshot; None if the store has it."""
-    budget: Budget = Budget()
+    budget: Budget = Budget()  # noqa: RUF009 - frozen
     origin: Origin = KEEPER
     """The origin of the command in progress."""
     observing: bool = False
@@ -269,7 +202,7 @@ class Controller:
                 blameless = snap.spec.port is None
             case Gone():
                 # How it ended is unknown.
-                blameless = snap.failure is None or snap.failure.kind not in _KNOWN_CAUSES
+                blameless = snap.failure is None or snap.failure.kind not in KNOWN_CAUSES
         return self.budget.left(self.policy, self.clock.monotonic(), blameless=blameless)
 
     def _in_order(self, end: Ended) -> bool:
@@ -296,7 +229,8 @@ class Controller:
         snap = replace(before, state=step.state, goal=step.goal)
         if step.state is not before.state:
             snap = replace(snap, since=now, **_UNKNOWN)
-        snap = self._reported(snap, fact)
+        stopping_for = 0.0 if self.stop_began is None else self.clock.monotonic() - self.stop_began
+        snap = merge(snap, fact, now=now, stopping_for=stopping_for)
         if event is Event.HUNG:
             silent = f"server '{snap.name}' had not answered for {self.policy.hung_after:g} s"
             snap = replace(snap, failure=Failure(FailureClass.HUNG, silent))
@@ -331,61 +265,6 @@ class Controller:
                 self, snapshot=snap, budget=replace(self.budget, earned=True), silent_since=None
             )
         return replace(self, snapshot=snap)
-
-    def _reported(self, snap: Snapshot, fact: Fact | None) -> Snapshot:
-        """Merge a fact into the snapshot of the step that it led to."""
-        match fact:
-            case Ready(endpoint=endpoint, instance=instance, gateway=gateway) if (
-                snap.state is State.RUNNING
-            ):
-                now = self.clock.time()
-                up_since = now if snap.up_since is None else snap.up_since
-                snap = replace(
-                    snap,
-                    endpoint=endpoint,
-                    instance=instance,
-                    gateway=gateway,
-                    started_at=now,
-                    up_since=up_since,
-                )
-                snap = replace(snap, failure=None)
-            case Ended():
-                snap = self._ended(snap, fact)
-            case Refused(failure=failure) | Vetoed(failure=failure):
-                snap = replace(snap, failure=failure)
-            case Progress() if snap.state is State.STARTING:
-                snap = replace(snap, progress=fact)
-            case GatewaySeen(health=health):
-                snap = replace(snap, gateway=health)
-            case Unreachable(reason=reason):
-                snap = replace(snap, failure=snap.failure or Failure(FailureClass.OTHER, reason))
-            case Gone():
-                vanished = Failure(
-                    FailureClass.KILLED, f"server '{snap.name}' is gone; how it ended is unknown"
-                )
-                # The reason for losing or ending it explains more than its absence does.
-                snap = replace(
-                    snap, exit=Exit(), failure=replace(snap.failure or vanished, exit=Exit())
-                )
-        return snap
-
-    def _ended(self, snap: Snapshot, end: Ended) -> Snapshot:
-        failure = end.failure
-        if snap.failure is not None and snap.failure.kind in _KNOWN_CAUSES:
-            # Our reason for ending it is the cause; the end adds its exit and last log lines.
-            failure = replace(
-                snap.failure, exit=end.exit, log_tail=failure.log_tail if failure else ()
-            )
-        report = None
-        if end.method is not StopMethod.NONE:
-            seconds = 0.0 if self.stop_began is None else self.clock.monotonic() - self.stop_began
-            left = (
-                ()
-                if snap.goal in KEEPS_KERNELS
-                else tuple(kernel.id for kernel in end.kernels_left)
-            )
-            report = StopReport(end.method, round(seconds, 3), end.kernels_stopped, left)
-        return replace(snap, exit=end.exit, failure=failure, stop_report=report)
 
     def _sort_kernels(
         self, before: Snapshot, event: Event, fact: Fact | None

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.controller import Controller, Decision, Policy
+from labkeeper.core.controller import Controller, Decision
 from labkeeper.core.errors import (
     BackendError,
     BackendRefused,
@@ -49,6 +49,7 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
+from labkeeper.core.policy import Policy
 from labkeeper.core.ports import (
     Backend,
     Clock,

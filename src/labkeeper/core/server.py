@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
 
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.spec import Gateway, QualifiedName, ServerName, ServerSpec
@@ -83,6 +84,20 @@ class FailureClass(StrEnum):
     START_TIMEOUT = "start-timeout"
     HUNG = "hung"
     OTHER = "other"
+
+
+KNOWN_CAUSES: Final = frozenset(
+    {
+        FailureClass.START_TIMEOUT,
+        FailureClass.HUNG,
+        FailureClass.GATEWAY_UNREACHABLE,
+        FailureClass.GATEWAY_TIMEOUT,
+        FailureClass.GATEWAY_REFUSED,
+        FailureClass.GATEWAY_TLS,
+        FailureClass.NOT_A_GATEWAY,
+    }
+)
+"""Failures for which the keeper ends a server, so that they are known before its end."""
 
 
 @dataclass(frozen=True, slots=True)

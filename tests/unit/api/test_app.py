@@ -29,9 +29,9 @@ from labkeeper.api.views import server_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY
-from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.policy import Policy
 from labkeeper.core.server import (
     Failure,
     FailureClass,

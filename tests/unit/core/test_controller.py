@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from labkeeper.core.controller import Budget, Controller, Policy
+from labkeeper.core.budget import Budget
+from labkeeper.core.controller import Controller
 from labkeeper.core.lifecycle import Action, Event, Goal, State
 from labkeeper.core.messages import (
     Ended,
@@ -19,6 +20,7 @@ from labkeeper.core.messages import (
     Unreachable,
     Vetoed,
 )
+from labkeeper.core.policy import Policy
 from labkeeper.core.server import (
     Exit,
     Failure,

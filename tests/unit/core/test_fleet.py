@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from labkeeper.core.controller import Policy
 from labkeeper.core.errors import (
     BackendRefused,
     BackendTimeout,
@@ -33,6 +32,7 @@ from labkeeper.core.messages import (
     Tick,
     Unreachable,
 )
+from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Capacity, Reserve
 from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
 from labkeeper.core.spec import Gateway

@@ -13,11 +13,11 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from labkeeper.core.controller import Policy
 from labkeeper.core.errors import BackendRefused, RequestError, StoreError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.lifecycle import COMMANDS, MAY_EXIST, Goal, State
 from labkeeper.core.messages import Create, Order, Tick
+from labkeeper.core.policy import Policy
 from labkeeper.core.server import Exit, OwnKernel
 from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
