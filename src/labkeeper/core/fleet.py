@@ -11,17 +11,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.controller import Controller, Decision
-from labkeeper.core.errors import (
-    BackendError,
-    BackendRefused,
-    BackendUnavailable,
-    CapacityReached,
-    Conflict,
-    LabkeeperError,
-    ServerNotFound,
-    StoreError,
+from labkeeper.core.admission import (
+    check_active,
+    check_equal,
+    check_kernels_can_be_kept,
+    check_known,
+    check_may_start,
+    check_memory,
 )
+from labkeeper.core.controller import Controller, Decision
+from labkeeper.core.errors import ServerNotFound, StoreError
+from labkeeper.core.jobs import perform, refusal
 from labkeeper.core.lifecycle import (
     AT_REST,
     COMES_BACK,
@@ -29,19 +29,16 @@ from labkeeper.core.lifecycle import (
     MAY_EXIST,
     Action,
     Event,
-    Goal,
     State,
 )
 from labkeeper.core.messages import (
     Change,
     Create,
-    Fact,
     Gone,
     Job,
     Message,
     Order,
     Origin,
-    Refused,
     Reply,
     Report,
     Snooze,
@@ -59,13 +56,9 @@ from labkeeper.core.ports import (
     Store,
     Subscriber,
 )
-from labkeeper.core.server import Failure, FailureClass, Snapshot, queue_of
-from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
+from labkeeper.core.server import Snapshot, queue_of
+from labkeeper.core.spec import QualifiedName
 
-RETRY_AFTER: Final = 5
-"""`Retry-After` in seconds if the maximum of servers is reached."""
-KNOWN_FOR_EACH: Final = 10
-"""Maximum number of known servers, at rest or not, for each that may be active."""
 SAVE_AGAIN: Final = 5.0
 """Seconds between retries of a failed save."""
 
@@ -162,25 +155,16 @@ class Fleet:
         return min([*due, *self._deleted.values()], default=None)
 
     def _create(self, command: Create) -> Reply:
-        spec, start = (
-            command.spec,
-            Order(command.spec.qualified_name, Event.START, origin=command.origin),
-        )
+        spec = command.spec
+        start = Order(spec.qualified_name, Event.START, origin=command.origin)
         known = self._servers.get(spec.qualified_name)
         if known is None:
-            self._check_known(spec.name)
+            check_known(spec.name, len(self._servers), self._policy)
             # A late fact of a deleted server must not be mistaken for its successor's.
             return self._command(
                 Controller.new(spec, self._policy, self._clock, self._last_generation), start
             )
-        differs = (known.snapshot.revised or known.snapshot.spec).differs(spec)
-        if differs:
-            raise Conflict(
-                f"cannot start server '{spec.name}': "
-                f"the name is taken by a server that differs in {', '.join(differs)}; "
-                "DELETE that one first, or choose another name",
-                differs=list(differs),
-            )
+        check_equal(known.snapshot, spec)
         return self._command(known, start)
 
     def _order(self, order: Order) -> Reply:
@@ -191,14 +175,9 @@ class Fleet:
         if order.seen is not None and order.seen != snapshot:
             return Reply(snapshot)
         if event in {Event.START, Event.RESTART, Event.RESTART_KEEPING_KERNELS}:
-            if snapshot.goal is Goal.ABSENT:
-                raise Conflict(
-                    f"cannot start server '{snapshot.name}': it is being deleted; "
-                    "retry when it is gone"
-                )
             self._admit(snapshot)
         if event is Event.RESTART_KEEPING_KERNELS:
-            _check_kernels_can_be_kept(snapshot, order.revised)
+            check_kernels_can_be_kept(snapshot, order.revised)
         if order.force:
             controller = self._carry_out(
                 controller.plan(Event.KILL, origin=order.origin, may_start=self._may_start())
@@ -226,48 +205,12 @@ class Fleet:
         return controller
 
     def _admit(self, snapshot: Snapshot) -> None:
-        """Reject a start during shutdown, and one that exceeds the capacity."""
-        if self._closing:
-            raise BackendUnavailable(
-                f"cannot start server '{snapshot.name}': the keeper is shutting down"
-            )
-        if snapshot.state not in AT_REST:
-            return
-        active = sum(c.snapshot.state not in AT_REST for c in self._servers.values())
-        if active >= self._policy.max_servers:
-            raise CapacityReached(
-                f"cannot start server '{snapshot.name}': "
-                f"{active} of at most {self._policy.max_servers} are active; "
-                "stop one, or try later",
-                retry_after=RETRY_AFTER,
-            )
-        self._check_memory(snapshot.name)
-
-    def _check_known(self, name: ServerName) -> None:
-        """Reject a new name if too many are known: failed servers take memory, too."""
-        most = KNOWN_FOR_EACH * self._policy.max_servers
-        if len(self._servers) >= most:
-            raise CapacityReached(
-                f"cannot start server '{name}': {most} servers are known, running or not "
-                f"({KNOWN_FOR_EACH} for each of LABKEEPER_MAX_SERVERS); DELETE some",
-                retry_after=RETRY_AFTER,
-            )
-
-    def _check_memory(self, name: ServerName) -> None:
-        memory = self._backend.capacity()
-        if memory is None:
-            return
-        reserve = self._policy.min_free.of(memory.total)
-        if memory.available < reserve:
-            raise CapacityReached(
-                f"cannot start server '{name}': "
-                f"{memory.available >> 20} MiB of memory are available, "
-                f"and {reserve >> 20} MiB must stay free (LABKEEPER_MIN_FREE_MEMORY); "
-                "stop a server, or try later",
-                retry_after=RETRY_AFTER,
-                available=memory.available,
-                reserve=reserve,
-            )
+        """Raise LabkeeperError if a server must not be started now."""
+        check_may_start(snapshot, closing=self._closing)
+        if snapshot.state in AT_REST:
+            active = sum(c.snapshot.state not in AT_REST for c in self._servers.values())
+            check_active(snapshot.name, active, self._policy)
+            check_memory(snapshot.name, self._backend.capacity(), self._policy)
 
     def _give_turns(self) -> None:
         """Launch the first servers of the queue up to the concurrency limit.
@@ -328,7 +271,7 @@ class Fleet:
         if decision.launches:
             # The next keeper would not know the server: do not launch it either.
             refused = decision.after.plan(
-                Event.REFUSED, _refused(error, f"cannot start server '{name}': {error.message}")
+                Event.REFUSED, refusal(error, f"cannot start server '{name}': {error.message}")
             )
             decision = replace(
                 decision,
@@ -404,49 +347,3 @@ class Fleet:
             self._deleted.pop(name, None)
         except StoreError:
             self._deleted[name] = self._clock.monotonic() + SAVE_AGAIN
-
-
-def _check_kernels_can_be_kept(snapshot: Snapshot, revised: ServerSpec | None) -> None:
-    """Raise Conflict if no kernel can outlive its server."""
-    gateway = snapshot.spec.gateway
-    if gateway is None:
-        raise Conflict(
-            f"cannot keep the kernels of server '{snapshot.name}': they run beside it, "
-            "not on a gateway, and end with it; restart without keep_kernels"
-        )
-    if revised is not None and (revised.gateway is None or revised.gateway.url != gateway.url):
-        raise Conflict(
-            f"cannot keep the kernels of server '{snapshot.name}': "
-            f"they cannot move from {gateway.url} to another gateway; restart without keep_kernels"
-        )
-
-
-def perform(
-    backend: Backend, preflight: GatewayPreflight, job: Job, *, grace: float
-) -> Fact | None:
-    """Run one job on a backend; return its result or error as a fact."""
-    name = job.spec.qualified_name
-    try:
-        match job.action:
-            case Action.LAUNCH:
-                preflight.begin(job.spec, job.generation, job.kernels)
-                backend.launch(job.spec, job.generation)
-            case Action.TERMINATE:
-                backend.terminate(name, job.generation, grace, keep_kernels=job.keep_kernels)
-            case Action.KILL:
-                backend.kill(name, job.generation)
-            case Action.OBSERVE:
-                return backend.observe(name, job.generation)
-    except BackendRefused as error:
-        if job.action is not Action.LAUNCH:
-            return Unreachable(error.message)
-        return _refused(error, error.message)
-    except BackendError as error:
-        return Unreachable(error.message)
-    return None
-
-
-def _refused(error: LabkeeperError, why: str) -> Refused:
-    """Return the fact for an error that prevented a launch."""
-    kind = FailureClass(error.details.get("failure_class", FailureClass.OTHER))
-    return Refused(Failure(kind, why, log_tail=tuple(error.details.get("log_tail", ()))))

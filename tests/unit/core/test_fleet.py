@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from labkeeper.core.admission import KNOWN_FOR_EACH, RETRY_AFTER
 from labkeeper.core.errors import (
     BackendRefused,
     BackendTimeout,
@@ -15,7 +16,8 @@ from labkeeper.core.errors import (
     ServerNotFound,
     StoreError,
 )
-from labkeeper.core.fleet import KNOWN_FOR_EACH, RETRY_AFTER, SAVE_AGAIN, Fleet, perform
+from labkeeper.core.fleet import SAVE_AGAIN, Fleet
+from labkeeper.core.jobs import perform
 from labkeeper.core.lifecycle import Action, Event, Goal, State
 from labkeeper.core.messages import (
     KEEPER,
