@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
 import queue
 import signal
 import socket
@@ -21,32 +19,20 @@ from structlog.contextvars import bound_contextvars
 from labkeeper import shortage
 from labkeeper.backends.local.cleanup import end_leftovers
 from labkeeper.backends.local.echo import Echo
-from labkeeper.backends.local.launching import Launched, ReportPipe, exit_of
-from labkeeper.backends.local.limits import ControlGroups, MemoryKills
+from labkeeper.backends.local.launching import Launched, ReportPipe
+from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
+from labkeeper.backends.local.postmortem import MemoryWatch, failure_of, seen_exit
 from labkeeper.backends.local.processes import Process, wait_until_ended
 from labkeeper.backends.local.server_dir import Record, ServerDir
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
-from labkeeper.core.server import (
-    Endpoint,
-    Exit,
-    Failure,
-    FailureClass,
-    Instance,
-    OwnKernel,
-    StopMethod,
-)
+from labkeeper.core.server import Endpoint, Instance, OwnKernel, StopMethod
 from labkeeper.core.spec import QualifiedName
 from labkeeper.jupyter.client import JupyterClient
-from labkeeper.jupyter.failures import cause_of
 from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_kernels, with_url
 from labkeeper.threads import ThreadGroup
 
-_TAIL_LINES: Final = 30
-"""Number of log lines in a failure."""
-_LONGEST_LINE: Final = 2000
-"""Maximum characters of each line: they are stored with the server and shown in its history."""
 _PROOF_PAUSES: Final = (0.005, 0.1)
 """Seconds between probes of a server that reports readiness but does not answer: first, maximum."""
 _FOUND_PAUSES: Final = (0.02, 0.1)
@@ -59,17 +45,6 @@ _FOR_KERNELS: Final = 0.75
 """Share of a server's grace period that its kernels on a gateway get."""
 _TRIED_AGAIN: Final = 0.2
 """Seconds before a step is retried that failed for lack of resources, such as descriptors."""
-_OUT_OF_MEMORY: Final = (
-    (
-        "Linux killed it, because the memory that it may have had run out; "
-        "ask for a higher memory_limit, or give the machine more"
-    ),
-    (
-        "most likely Linux killed it, because the machine's memory had run out; "
-        "give it more, or limit what each server takes"
-    ),
-)
-"""Messages about a server that was OOM killed: certainly, and most likely."""
 _LOOK_LIMIT: Final = 1.5
 """Maximum seconds of a probe of a running server; its next job waits meanwhile."""
 
@@ -114,12 +89,12 @@ class ProcessSupervisor:
     """Its kernels when it was asked to end."""
     _looker: threading.Thread | None = None
     """Runs the latest probe; while it hangs, no other is started."""
-    _memory_kills: MemoryKills | None = None
-    """Counter of its OOM kills."""
-    _killed: tuple[int, ...] = ()
-    """Counts of the last two checks: one between a kill and the end must not hide the kill."""
     _known: set[Process] = field(default_factory=set)
     """Descendants seen before its end, including those that hide their environment."""
+    _memory: MemoryWatch = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._memory = MemoryWatch(self.site.groups, self.name, self.process.pid)
 
     @classmethod
     def launched(
@@ -261,8 +236,9 @@ class ProcessSupervisor:
 
         Raises BackendUnavailable if a process survives.
         """
-        end = self._exit()
-        out_of_memory = self._out_of_memory(end)
+        info = info_path(self.site.server_dir.jupyter, self.process.pid)
+        end = seen_exit(self._child, self._pipe, info, ready=self.record.ready)
+        out_of_memory = self._memory.explain(end, self._method)
         self._tend_log()
         # After a clean exit its leftovers may end cleanly too.
         grace = _LEFTOVER_GRACE if end.clean else 0.0
@@ -275,16 +251,9 @@ class ProcessSupervisor:
             groups=self.site.groups,
         )
         self._when_possible(end_rest)
-        failure = None
-        if not (end.clean and self.record.ready):
-            tail = self._tail_of_launch()
-            kind, line = cause_of(end, tail)
-            if out_of_memory:
-                kind, line = FailureClass.OUT_OF_MEMORY, out_of_memory
-            what = f"cannot start server '{self.name}': JupyterLab ended before it was ready"
-            if self.record.ready:
-                what = f"server '{self.name}' ended"
-            failure = Failure(kind, f"{what} ({end})" + (f": {line}" if line else ""), end, tail)
+        failure = failure_of(
+            self.name, end, self.site.log, ready=self.record.ready, out_of_memory=out_of_memory
+        )
         had = self._recorded()
         left = had if self.record.gateway else ()
         stopped = {kernel.id for kernel in (*self._kernels, *had)} - {kernel.id for kernel in left}
@@ -308,13 +277,13 @@ class ProcessSupervisor:
                 return None
             written = written or self._write_record()
             self._tend_log()
-            self._count_memory_kills()
+            self._memory.count()
         return self._bury()
 
     def _until_ready(self) -> Endpoint | None:
         """Wait until it answers as itself; None if it ends first or the keeper closes."""
         pause, slowest = _PROOF_PAUSES if self._token is not None else _FOUND_PAUSES
-        self._count_memory_kills()
+        self._memory.count()
         while True:
             endpoint = self._announced()
             if endpoint is not None and self.site.client.proves(endpoint):
@@ -368,36 +337,6 @@ class ProcessSupervisor:
             self.process, or_readable=[self.site.threads.wake, *said], timeout=seconds
         )
 
-    def _exit(self) -> Exit:
-        """Return how the process ended, as its parent saw it.
-
-        Without that, its info file shows whether it ended in good order.
-        """
-        if self._child is not None:
-            return exit_of(self._child.wait())
-        seen = self._pipe.exit() if self._pipe else None
-        if seen is not None:
-            return seen
-        left_it = os.path.lexists(info_path(self.site.server_dir.jupyter, self.process.pid))
-        return Exit(code=0) if self.record.ready and not left_it else Exit()
-
-    def _count_memory_kills(self) -> None:
-        self._memory_kills = self._memory_kills or self.site.groups.memory_kills(
-            self.name, self.process.pid
-        )
-        self._killed = (*self._killed[-1:], self._memory_kills.count())
-
-    def _out_of_memory(self, end: Exit) -> str:
-        """Return a sentence if it was OOM killed, "" otherwise."""
-        if (
-            end.signal != signal.SIGKILL.name
-            or self._method is StopMethod.SIGKILL
-            or self._memory_kills is None
-        ):
-            return ""
-        grown = self._memory_kills.count() > self._killed[0]
-        return _OUT_OF_MEMORY[0 if self._memory_kills.certain else 1] if grown else ""
-
     def _when_possible(self, step: Callable[[], object]) -> None:
         """Run a step, retrying while resources are lacking: a reported end leaves nothing behind.
 
@@ -445,12 +384,3 @@ class ProcessSupervisor:
         if self.site.echo is not None:
             self.site.echo.repeat()
         self.site.log.rotate()
-
-    def _tail_of_launch(self) -> tuple[str, ...]:
-        lines: list[str] = []
-        with contextlib.suppress(OSError):  # A report does not fail because its log cannot be read.
-            lines = list(self.site.log.tail(_TAIL_LINES))
-        starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
-        return tuple(
-            line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines)
-        )
