@@ -11,6 +11,7 @@ import pytest
 
 from harness import alive, children, free_port, no_descriptors, plain_python, until
 from labkeeper.backends.local.backend import LocalBackend
+from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import ServerName, ServerSpec
@@ -29,12 +30,14 @@ class LocalRig:
     def backend(self, report):
         return LocalBackend(
             report,
-            python=plain_python(self._base / "bin"),
-            runtime_dir=self._base / "run",
-            log_dir=self._base / "logs",
+            LocalOptions(
+                python=plain_python(self._base / "bin"),
+                runtime_dir=self._base / "run",
+                log_dir=self._base / "logs",
+                launch_by=self._launch_by,
+            ),
             paths=Paths(self._base / "notebooks"),
             client=JupyterClient(),
-            launch_by=self._launch_by,
         )
 
     def abandon(self, backend):

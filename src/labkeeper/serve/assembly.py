@@ -19,6 +19,7 @@ from labkeeper.api.views import event_model
 from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
+from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
@@ -239,18 +240,21 @@ def _backend(
     preflight: GatewayPreflight,
     earlier: Sequence[EarlierDir],
 ) -> Backend:
-    return LocalBackend(
-        preflight.receive,
+    options = LocalOptions(
         python=chosen.jupyter_python,
         runtime_dir=chosen.server_dirs,
         log_dir=chosen.state_dir / "logs",
-        paths=Paths(chosen.notebook_dir, chosen.allowed_roots or ()),
-        client=base.jupyter,
         launch_by=chosen.launch_by,
         umask=chosen.umask_of_servers,
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         certificate=chosen.lab_certificate,
+    )
+    return LocalBackend(
+        preflight.receive,
+        options,
+        paths=Paths(chosen.notebook_dir, chosen.allowed_roots or ()),
+        client=base.jupyter,
         earlier=earlier,
         found_orphans=history.event_log.orphans,
     )

@@ -8,58 +8,48 @@ from __future__ import annotations
 
 import functools
 import os
-import secrets
 import socket
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from labkeeper import shortage
 from labkeeper.backends.local.accounts import (
-    Account,
-    check_passage,
     common_environment,
-    find_user,
-    own_environment,
 )
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.cleanup import LIMIT, EarlierDir, clear, strays
-from labkeeper.backends.local.echo import Echo
 from labkeeper.backends.local.forking import ForkServer
 from labkeeper.backends.local.forkserver import remove_dead
-from labkeeper.backends.local.launching import Launched, Launcher, ReportPipe
-from labkeeper.backends.local.limits import ControlGroups, Enforced
-from labkeeper.backends.local.logs import LogFile
+from labkeeper.backends.local.launching import Launcher, ReportPipe
+from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.memory import free_memory
+from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.backends.local.ports import hold_port
 from labkeeper.backends.local.processes import boot_id
-from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
-from labkeeper.backends.local.supervisor import ProcessSupervisor, Site
+from labkeeper.backends.local.server_dir import Record
+from labkeeper.backends.local.sites import Sites
+from labkeeper.backends.local.starting import Starter, start_error
+from labkeeper.backends.local.supervisor import ProcessSupervisor
 from labkeeper.backends.local.terminals import foregrounds
 from labkeeper.backends.local.usage import Meter
 from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
 from labkeeper.core.ports import Capacity
-from labkeeper.core.server import Exit, FailureClass, Progress, Stage, StopMethod, Usage
+from labkeeper.core.server import Exit, StopMethod, Usage
 from labkeeper.core.spec import QualifiedName, ServerSpec
-from labkeeper.forkserver.marks import MARK
-from labkeeper.forkserver.wire import Launch, WireError
+from labkeeper.forkserver.wire import WireError
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import (
     base_config,
     base_environment,
-    launch_config,
-    launch_environment,
 )
-from labkeeper.scrub import TOKEN_BYTES, of_server
+from labkeeper.scrub import of_server
 from labkeeper.threads import ThreadGroup
 
 _log = structlog.get_logger("labkeeper.backends.local.backend")
@@ -74,41 +64,27 @@ class LocalBackend:
     def __init__(
         self,
         report: Callable[[Report], None],
+        options: LocalOptions,
         *,
-        python: Path,
-        runtime_dir: Path,
-        log_dir: Path,
         paths: Paths,
         client: JupyterClient,
-        launch_by: Literal["fork", "exec"] = "fork",
-        umask: int = 0o077,
-        log_max_bytes: int = 10 * 1024 * 1024,
-        echo_logs: bool = False,
-        certificate: tuple[Path, Path] | None = None,
         earlier: Sequence[EarlierDir] = (),
         found_orphans: Callable[[QualifiedName, Collection[int]], None] = lambda _name, _pids: None,
     ) -> None:
         """`found_orphans` is called with processes of an earlier keeper that were ended.
 
-        With a certificate and key, servers use TLS. Servers in `earlier` directories are ended, not
-        adopted.
+        Servers in `earlier` directories are ended, not adopted.
         """
-        self._report = report
-        self._python = python
-        self._paths = paths
         # Resolved, so that a server's mark is the same for keepers that come by another link.
-        self._runtime_dir = runtime_dir.resolve()
-        self._log_dir = log_dir
-        self._client = client
-        self._umask = umask
-        self._log_max_bytes = log_max_bytes
-        self._echo_logs = echo_logs
-        self._certificate = certificate
+        runtime_dir = options.runtime_dir.resolve()
+        self._options = options = replace(options, runtime_dir=runtime_dir)
+        self._report = report
+        self._paths = paths
         self._found_orphans = found_orphans
         self._supervisors: dict[QualifiedName, ProcessSupervisor] = {}
-        self._groups = ControlGroups(self._runtime_dir)
+        self._groups = ControlGroups(runtime_dir)
         self._ancestry = Ancestry(
-            {self._runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier}
+            {runtime_dir: self._groups} | {left.runtime_dir: left.groups for left in earlier}
         )
         self._earlier = {
             name: [left for left in earlier if name in left.names]
@@ -116,27 +92,30 @@ class LocalBackend:
             for name in found.names
         }
         """Servers still to be ended in earlier runtime directories, by name."""
-        self._meter = Meter(self._groups, self._runtime_dir) if sys.platform == "linux" else None
+        self._meter = Meter(self._groups, runtime_dir) if sys.platform == "linux" else None
         self._threads = ThreadGroup()
-        self._forkserver: ForkServer | None = None
-        why_not = "" if launch_by == "fork" else "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
-        if sys.platform != "linux":
-            why_not = f"forking needs Linux, and this is {sys.platform}"
-        if not why_not:
-            self._forkserver = ForkServer(
-                self._threads,
-                python=python,
-                runtime_dir=self._runtime_dir,
-                log_dir=log_dir,
-                groups=self._groups,
-                environment=base_environment(common_environment()),
-                config=base_config(),
-            )
-            self._forkserver.start()
-        else:
+        self._sites = Sites(options, self._groups, self._threads, client, report)
+        why_not = _why_not_forked(options)
+        self._forkserver = None if why_not else self._start_forkserver()
+        if self._forkserver is None:
             # Otherwise the fork server does this.
-            self._threads.start("dead-forkservers", remove_dead, self._runtime_dir, self._groups)
-        self._launcher = Launcher(python, self._forkserver, why_not)
+            self._threads.start("dead-forkservers", remove_dead, runtime_dir, self._groups)
+        self._starter = Starter(
+            options, self._sites, Launcher(options.python, self._forkserver, why_not)
+        )
+
+    def _start_forkserver(self) -> ForkServer:
+        forkserver = ForkServer(
+            self._threads,
+            python=self._options.python,
+            runtime_dir=self._options.runtime_dir,
+            log_dir=self._options.log_dir,
+            groups=self._groups,
+            environment=base_environment(common_environment()),
+            config=base_config(),
+        )
+        forkserver.start()
+        return forkserver
 
     # The calls of the port
 
@@ -163,7 +142,7 @@ class LocalBackend:
             self._clear(spec.qualified_name)
             hold = hold_port(spec)
             try:
-                self._supervise(self._launch(spec, generation, hold), given)
+                self._supervise(self._start(spec, generation, hold), given)
             except BaseException:
                 hold.close()
                 raise
@@ -195,7 +174,7 @@ class LocalBackend:
         """Return the server's state, from its supervisor or an earlier keeper's record."""
         supervisor = self._supervisors.get(name)
         if supervisor is None:
-            record = self._server_dir(name).read_record()
+            record = self._sites.server_dir(name).read_record()
             if (
                 name in self._earlier
                 or record is None
@@ -211,7 +190,7 @@ class LocalBackend:
                 self._threads.standing_by(f"supervise-{name}") as given,
             ):
                 supervisor = ProcessSupervisor.adopted(
-                    self._site(name), record, self._attach(record)
+                    self._sites.site(name), record, self._attach(record)
                 )
                 if not supervisor.process.alive():
                     return supervisor.finish()
@@ -221,7 +200,7 @@ class LocalBackend:
     def forget(self, name: QualifiedName) -> None:
         """Remove the server's directory and log."""
         self._clear(name)
-        self._logfile(name).remove()
+        self._sites.log(name).remove()
 
     def usage(self, names: Collection[QualifiedName]) -> Mapping[QualifiedName, Usage]:
         """Return the usage of the servers that have a supervisor."""
@@ -238,13 +217,13 @@ class LocalBackend:
 
     def strays(self, known: Collection[QualifiedName]) -> Collection[QualifiedName]:
         """Return unknown servers with a directory, a marked process or a control group."""
-        return (strays(self._runtime_dir, self._groups) | self._earlier.keys()) - set(known)
+        return (strays(self._options.runtime_dir, self._groups) | self._earlier.keys()) - set(known)
 
     def sweep(self, name: QualifiedName) -> None:
         """End all processes under the name; remove its control groups, and its directory if any."""
         report = None
         try:
-            record = self._server_dir(name).read_record()
+            record = self._sites.server_dir(name).read_record()
             report = self._attach(record) if record is not None else None
             if not self._end_orphans(name):
                 _log.info("removed the directory of a server of an earlier keeper", server=name)
@@ -261,7 +240,7 @@ class LocalBackend:
     def log(self, name: QualifiedName, tail: int | None) -> Sequence[str]:
         """Return the last `tail` lines of the log, or all for None. Raises BackendUnavailable."""
         try:
-            return self._logfile(name).tail(tail)
+            return self._sites.log(name).tail(tail)
         except OSError as error:
             raise BackendUnavailable(
                 f"cannot read the log of server '{name}': {error.strerror}"
@@ -286,7 +265,7 @@ class LocalBackend:
         self, name: QualifiedName, tail: int | None, live: Callable[[], bool]
     ) -> Iterator[str]:
         """Yield lines of the log file as it grows."""
-        return self._logfile(name).follow(tail, live)
+        return self._sites.log(name).follow(tail, live)
 
     def close(self) -> None:
         """End all threads.
@@ -295,134 +274,18 @@ class LocalBackend:
         """
         self._threads.close()
 
-    # A launch
+    # Processes and their supervisors
 
-    def _launch(self, spec: ServerSpec, generation: int, hold: socket.socket) -> ProcessSupervisor:
-        name = spec.qualified_name
-        server_dir, logfile = self._server_dir(name), self._logfile(name)
-        headline = (
-            f"[labkeeper] launch {generation} of server '{spec.name}', "
-            f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        )
+    def _start(self, spec: ServerSpec, generation: int, hold: socket.socket) -> ProcessSupervisor:
+        """Start a server's process; remove what is left of it if that fails."""
         try:
-            Path(spec.root_dir).stat()
-            user = find_user(spec)
-            if user is not None:
-                check_passage(spec, self._runtime_dir)
-            bundle = server_dir.prepare(spec, user.ids if user else None)
-            limited = self._groups.limit(
-                spec.qualified_name, spec.limits, own_user=user is not None
-            )
-            port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
-            request = self._request(
-                spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited
-            )
-            if sys.platform != "linux":
-                hold.close()
-            with logfile.open(headline) as log:
-                site = self._site(spec.qualified_name)
-                launched = self._launcher.launch(
-                    request, log.fileno(), functools.partial(self._groups.hold, spec.qualified_name)
-                )
-            record = self._record(spec, generation, launched, limited, port)
-            supervisor = ProcessSupervisor.launched(site, record, launched, token=token, hold=hold)
-            try:
-                server_dir.write_record(record)
-            except OSError:
-                # It may not have its mark yet.
-                supervisor.abort()
-                raise
-            if launched.reason is not None:
-                message = f"JupyterLab is loaded by a new process: {launched.reason}"
-                progress = Progress(Stage.STARTING, message)
-                self._report(Report(spec.qualified_name, generation, progress))
+            return self._starter.start(spec, generation, hold)
         except BackendRefused:
             self._clear(spec.qualified_name)
             raise
         except (OSError, ValueError, WireError) as error:
             self._clear(spec.qualified_name)
-            if shortage.is_ours(error):
-                # Not the server's fault, and temporary.
-                raise BackendUnavailable(
-                    f"cannot start server '{spec.name}' now: {error}"
-                ) from error
-            kind = FailureClass.DISK_FULL if shortage.is_full(error) else FailureClass.CONFIG_ERROR
-            raise BackendRefused(
-                f"cannot start server '{spec.name}': {error}", failure_class=kind
-            ) from error
-        return supervisor
-
-    def _request(
-        self,
-        spec: ServerSpec,
-        server_dir: ServerDir,
-        *,
-        port: int,
-        token: str,
-        bundle: Path | None,
-        user: Account | None,
-        limited: Enforced,
-    ) -> Launch:
-        env = launch_environment(
-            spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
-        )
-        config = launch_config(
-            spec, token=token, port=port, ca_bundle=bundle, certificate=self._certificate
-        )
-        return Launch(
-            server_dir=str(server_dir.path),
-            title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
-            cwd=spec.root_dir,
-            # The mark comes last: readers of /proc that stop at an empty entry have read the rest.
-            env={**env, MARK: str(server_dir.path)},
-            kernel_env=dict(spec.kernel_env),
-            umask=self._umask,
-            config=config,
-            user=user.ids if user else None,
-            cgroups=list(limited.members),
-            rlimits=dict(limited.rlimits),
-            # Clients that attach to a kernel by its connection file do not know these keys, so only
-            # kernels of other users get them.
-            encrypt_kernels=user is not None,
-        )
-
-    def _record(
-        self, spec: ServerSpec, generation: int, launched: Launched, limited: Enforced, port: int
-    ) -> Record:
-        return Record(
-            generation=generation,
-            pid=launched.process.pid,
-            started=launched.process.started,
-            boot=boot_id(),
-            gateway=spec.gateway is not None,
-            launched_by=launched.by,
-            exec_reason=launched.reason,
-            forkserver=launched.forkserver,
-            limited_by=dict(limited.by),
-            asked=Asked(
-                hostname=spec.ip,
-                port=port,
-                base_url=spec.base_url,
-                secure=self._certificate is not None,
-            ),
-        )
-
-    # Supervisors
-
-    def _site(self, name: QualifiedName) -> Site:
-        """Return the parts of a supervisor; the echo begins at the log's present end."""
-        logfile = self._logfile(name)
-        echo = Echo(name, logfile, logfile.size) if self._echo_logs else None
-        return Site(
-            name,
-            self._server_dir(name),
-            logfile,
-            echo,
-            self._groups,
-            self._threads,
-            self._client,
-            self._report,
-        )
+            raise start_error(spec, error) from error
 
     def _attach(self, record: Record) -> ReportPipe | None:
         """Have a server's fork server report its end; None if it has no fork server, or a dead one.
@@ -475,7 +338,7 @@ class LocalBackend:
         if (
             name in self._supervisors
             or name in self._earlier
-            or os.path.lexists(self._server_dir(name).path)
+            or os.path.lexists(self._sites.server_dir(name).path)
         ):
             self._end_all(name)
 
@@ -500,19 +363,11 @@ class LocalBackend:
             supervisor.kill()
             supervisor.wait(LIMIT)
         with _unavailable(f"end all of server '{name}'"):
-            found = clear(self._server_dir(name), self._groups)
+            found = clear(self._sites.server_dir(name), self._groups)
             for earlier in self._earlier.get(name, ()):
                 found |= earlier.clear(name)
         self._earlier.pop(name, None)
         return found
-
-    def _server_dir(self, name: QualifiedName) -> ServerDir:
-        return ServerDir(self._runtime_dir / name)
-
-    def _logfile(self, name: QualifiedName) -> LogFile:
-        return LogFile(
-            self._log_dir / f"{name}.log", max_bytes=self._log_max_bytes, secrets=of_server(name)
-        )
 
 
 @contextmanager
@@ -522,3 +377,12 @@ def _unavailable(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise BackendUnavailable(f"cannot {what} now: {error}") from error
+
+
+def _why_not_forked(options: LocalOptions) -> str:
+    """Return why no server is forked, or ""."""
+    if sys.platform != "linux":
+        return f"forking needs Linux, and this is {sys.platform}"
+    if options.launch_by == "exec":
+        return "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
+    return ""

@@ -18,20 +18,16 @@ from structlog.contextvars import bound_contextvars
 
 from labkeeper import shortage
 from labkeeper.backends.local.cleanup import end_leftovers
-from labkeeper.backends.local.echo import Echo
 from labkeeper.backends.local.launching import Launched, ReportPipe
-from labkeeper.backends.local.limits import ControlGroups
-from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.postmortem import MemoryWatch, failure_of, seen_exit
 from labkeeper.backends.local.processes import Process, wait_until_ended
-from labkeeper.backends.local.server_dir import Record, ServerDir
+from labkeeper.backends.local.server_dir import Record
+from labkeeper.backends.local.sites import Site
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
 from labkeeper.core.server import Endpoint, Instance, OwnKernel, StopMethod
 from labkeeper.core.spec import QualifiedName
-from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_kernels, with_url
-from labkeeper.threads import ThreadGroup
 
 _PROOF_PAUSES: Final = (0.005, 0.1)
 """Seconds between probes of a server that reports readiness but does not answer: first, maximum."""
@@ -49,21 +45,6 @@ _LOOK_LIMIT: Final = 1.5
 """Maximum seconds of a probe of a running server; its next job waits meanwhile."""
 
 _log = structlog.get_logger("labkeeper.backends.local.supervisor")
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """The collaborators of a supervisor."""
-
-    name: QualifiedName
-    server_dir: ServerDir
-    log: LogFile
-    echo: Echo | None
-    """Repeats the server's log in the keeper's own."""
-    groups: ControlGroups
-    threads: ThreadGroup
-    client: JupyterClient
-    report: Callable[[Report], None]
 
 
 @dataclass(slots=True, eq=False)

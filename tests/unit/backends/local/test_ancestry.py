@@ -18,6 +18,7 @@ from labkeeper.backends.local import ancestry
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.backends.local.processes import Process
 from labkeeper.core.messages import Ready
@@ -60,12 +61,14 @@ class Keeper:
         self.facts = queue.SimpleQueue()
         self.backend = LocalBackend(
             self.facts.put,
-            python=plain_python(base / "bin"),
-            runtime_dir=base / "run",
-            log_dir=base / "logs",
+            LocalOptions(
+                python=plain_python(base / "bin"),
+                runtime_dir=base / "run",
+                log_dir=base / "logs",
+                launch_by=launch_by,
+            ),
             paths=Paths(base),
             client=JupyterClient(),
-            launch_by=launch_by,
         )
         self.door = base / "door"
         listener = socket.socket(socket.AF_UNIX)

@@ -24,6 +24,7 @@ from labkeeper.backends.local.forking import CannotFork, ForkServer
 from labkeeper.backends.local.forkserver import ForkServers, connect
 from labkeeper.backends.local.launching import ReportPipe
 from labkeeper.backends.local.limits import ControlGroups
+from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.server import Exit, Progress
 from labkeeper.core.spec import ServerName, ServerSpec
@@ -501,9 +502,11 @@ def local(tmp_path):
     (tmp_path / "logs").mkdir()
     backend = LocalBackend(
         facts.put,
-        python=Path(sys.executable),
-        runtime_dir=tmp_path / "run",
-        log_dir=tmp_path / "logs",
+        LocalOptions(
+            python=Path(sys.executable),
+            runtime_dir=tmp_path / "run",
+            log_dir=tmp_path / "logs",
+        ),
         paths=Paths(tmp_path),
         client=JupyterClient(),
     )

@@ -1,0 +1,28 @@
+"""How this machine runs servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalOptions:
+    """What all servers of a local backend have in common."""
+
+    python: Path
+    """The interpreter that has JupyterLab."""
+    runtime_dir: Path
+    """Holds the directory of each server."""
+    log_dir: Path
+    """Holds the log of each server."""
+    launch_by: Literal["fork", "exec"] = "fork"
+    umask: int = 0o077
+    """The umask of files that servers create."""
+    log_max_bytes: int = 10 * 1024 * 1024
+    """Size at which a server's log is rotated."""
+    echo_logs: bool = False
+    """Whether the logs of servers are repeated in the keeper's own."""
+    certificate: tuple[Path, Path] | None = None
+    """Certificate and key with which servers use TLS."""
