@@ -7,34 +7,23 @@ import functools
 import gc
 import os
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from importlib.metadata import version
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import structlog
 
 from labkeeper import discovery, logs, scrub, settings, shortage
 from labkeeper.api import tls
 from labkeeper.api.tls import Certificate
-from labkeeper.core.errors import BackendUnavailable, LabkeeperError, SettingsError, StoreError
+from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import assemble
+from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
-from labkeeper.serve.process import (
-    Ended,
-    allow_descriptors,
-    is_usable,
-    make_private,
-    only_keeper,
-    tell_systemd,
-)
+from labkeeper.serve.process import Ended, allow_descriptors, own_directories, tell_systemd
 from labkeeper.settings import Settings
-
-if TYPE_CHECKING:
-    from labkeeper.client import Client
 
 _log = structlog.get_logger("labkeeper.serve")
 
@@ -58,35 +47,20 @@ def run(
     announce = _unheard_is_no_harm(announce)
     with ExitStack() as stack:
         ended = stack.enter_context(closing(Ended()))
-        make_private(chosen.state_dir)
-        stack.enter_context(only_keeper(chosen.state_dir, "state directory", "LABKEEPER_STATE_DIR"))
-        if is_usable(chosen.server_dirs):
-            # Also the default one: another keeper that uses it would end these servers, unknown to
-            # its store.
-            stack.enter_context(
-                only_keeper(chosen.server_dirs, "runtime directory", "LABKEEPER_RUNTIME_DIR")
-            )
+        stack.enter_context(own_directories(chosen.state_dir, chosen.server_dirs))
         allow_descriptors()
         token = _token(chosen)
         own = _own_secrets(chosen, token)
         scrub.KEEPER.learn(lambda: own)
-        certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
-        if chosen.lab_certificate is not None:
-            # A mistake is reported now, and not by each server that cannot start.
-            tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
+        certificate = _certificate(chosen)
         listener = stack.enter_context(listen(chosen.host, chosen.port))
         url = url_of(listener, "http" if certificate is None else "https")
         unix_socket = stack.enter_context(local_socket(discovery.socket_path(chosen.state_dir)))
         sockets = [listener] if unix_socket is None else [listener, unix_socket]
-        try:
+        with _start_errors():
             keeper = assemble(
                 chosen, token, stack, sockets=sockets, certificate=certificate, url=url
             )
-        except StoreError as error:
-            # At startup the keeper's administrator has to act, as for every other setting.
-            raise SettingsError(error.message) from error
-        except BackendUnavailable as error:
-            raise SettingsError(f"cannot start a keeper: {error.message}") from error
         path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
         announce(
@@ -94,10 +68,10 @@ def run(
         )
         _warn(chosen, announce)
         if first:
-            connect = functools.partial(_own_client, url, path, token)
+            connect = functools.partial(own_client, url, path, token)
             shortage.start(
                 threading.Thread(
-                    target=_start_first, args=(connect, announce, ended, at_terminal), daemon=True
+                    target=start_first, args=(connect, announce, ended, at_terminal), daemon=True
                 )
             )
         # Present objects stay: exclude them from later garbage collections.
@@ -107,6 +81,26 @@ def run(
         ended.wait()
         tell_systemd("STOPPING=1")
         return _stop(keeper, chosen, announce)
+
+
+def _certificate(chosen: Settings) -> Certificate | None:
+    """Return the keeper's certificate, and check that of the servers. Raises SettingsError."""
+    certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
+    if chosen.lab_certificate is not None:
+        # A mistake is reported now, and not by each server that cannot start.
+        tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
+    return certificate
+
+
+@contextmanager
+def _start_errors() -> Iterator[None]:
+    """Raise SettingsError instead of errors on which the keeper's administrator has to act."""
+    try:
+        yield
+    except StoreError as error:
+        raise SettingsError(error.message) from error
+    except BackendUnavailable as error:
+        raise SettingsError(f"cannot start a keeper: {error.message}") from error
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:
@@ -176,34 +170,3 @@ def _own_secrets(chosen: Settings, token: str | None) -> list[str]:
         if secret is not None
     )
     return [*set_, *([] if token is None else [token])]
-
-
-def _own_client(url: str, path: Path | None, token: str | None) -> Client:
-    """Return a client of this keeper, over the Unix socket if there is one.
-
-    The keeper's certificate may be for another name.
-    """
-    from labkeeper.client import Client  # noqa: PLC0415 - late: 30 ms, and few keepers start one
-
-    return Client(url, token=token) if path is None else Client(url, socket=str(path))
-
-
-def _start_first(
-    connect: Callable[[], Client], announce: Callable[[str], None], ended: Ended, at_terminal: bool
-) -> None:
-    """Start the default server through the keeper's own API, as any client would."""
-    announce("starting JupyterLab ...")
-    try:
-        with connect() as client:
-            link = client.create().lab_url
-            announce(
-                "JupyterLab is ready: "
-                f"{link if at_terminal else '`labkeeper open --print` gives its link'}"
-            )
-    except LabkeeperError as error:
-        if ended.is_set():
-            return
-        announce(f"no first server: {error.message}")
-        for line in error.details.get("log_tail", ()):
-            announce(f"  {line}")
-    announce("Ctrl-C stops everything.")

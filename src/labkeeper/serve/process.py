@@ -50,7 +50,7 @@ class Ended:
         self._writer.close()
 
 
-def make_private(directory: Path) -> None:
+def _make_private(directory: Path) -> None:
     """Create the state directory; a non-empty one keeps its mode: its secrets are private files."""
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -64,11 +64,26 @@ def make_private(directory: Path) -> None:
         raise SettingsError(f"cannot use the state directory {directory}: it is not writable")
 
 
-def is_usable(directory: Path) -> bool:
+def _is_usable(directory: Path) -> bool:
     """Whether a directory, created if missing, is usable."""
     with contextlib.suppress(OSError):
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     return os.access(directory, os.W_OK | os.X_OK)
+
+
+@contextmanager
+def own_directories(state_dir: Path, runtime_dir: Path) -> Iterator[None]:
+    """Hold the locks of the keeper's directories, created if missing. Raises SettingsError."""
+    _make_private(state_dir)
+    with ExitStack() as stack:
+        stack.enter_context(only_keeper(state_dir, "state directory", "LABKEEPER_STATE_DIR"))
+        if _is_usable(runtime_dir):
+            # Also the default one: another keeper that uses it would end these servers, unknown to
+            # its store.
+            stack.enter_context(
+                only_keeper(runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR")
+            )
+        yield
 
 
 @contextmanager
