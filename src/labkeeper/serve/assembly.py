@@ -24,7 +24,7 @@ from labkeeper.backends.local.paths import Paths
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
-from labkeeper.core.ports import Backend
+from labkeeper.core.ports import Backend, Subscriber
 from labkeeper.culler import Culler
 from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of
@@ -67,44 +67,23 @@ def assemble(
     """
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
-    gateways = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
-    preflight = GatewayPreflight(
-        base.mailbox.receive, threads=base.threads, client=gateways, probe=base.jupyter
-    )
-    watch = GatewayWatch(
-        base.mailbox.receive,
-        threads=base.threads,
-        client=gateways,
-        orphans=base.orphans,
-        clock=base.clock,
-        period=chosen.gateway_period,
-    )
+    preflight, watch = _gateways(chosen, base)
     backend = _backend(chosen, base, history, preflight, _earlier(chosen, base.store, stack))
     # Closed after the keeper, so that launches in progress finish first. The next keeper detects
     # what is no longer reported.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
-    executor = KeyedExecutor(base.mailbox.receive)
-    fleet = Fleet(
-        backend=backend,
-        preflight=preflight,
-        orphans=base.orphans,
-        store=base.store,
-        executor=executor,
-        clock=base.clock,
-        policy=chosen.policy,
-        subscribers=(
-            scrub.SecretsOfServers(),
-            # Before the board, which wakes waiting callers: the next scrape counts their answers.
-            history.metrics,
-            base.board,
-            logs.ChangeLog(),
-            watch,
-            history.event_log,
-            culler,
-        ),
+    subscribers = (
+        scrub.SecretsOfServers(),
+        # Before the board, which wakes waiting callers: the next scrape counts their answers.
+        history.metrics,
+        base.board,
+        logs.ChangeLog(),
+        watch,
+        history.event_log,
+        culler,
     )
-    keeper = Keeper(fleet, base.mailbox, executor, base.board, base.clock)
+    keeper = _keeper(chosen, base, backend, preflight, subscribers)
     stack.callback(keeper.close)
     keeper.start()
     watch.start()
@@ -222,6 +201,22 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
     )
 
 
+def _gateways(chosen: Settings, base: _Base) -> tuple[GatewayPreflight, GatewayWatch]:
+    client = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
+    preflight = GatewayPreflight(
+        base.mailbox.receive, threads=base.threads, client=client, probe=base.jupyter
+    )
+    watch = GatewayWatch(
+        base.mailbox.receive,
+        threads=base.threads,
+        client=client,
+        orphans=base.orphans,
+        clock=base.clock,
+        period=chosen.gateway_period,
+    )
+    return preflight, watch
+
+
 def _earlier(chosen: Settings, store: SqliteStore, stack: ExitStack) -> list[EarlierDir]:
     """Return earlier runtime directories that hold servers; record these and the keeper's own."""
     own = chosen.server_dirs.resolve()
@@ -271,6 +266,27 @@ def _culler(chosen: Settings, base: _Base, history: _History, backend: Backend) 
         policy=chosen.cull_policy,
         period=chosen.cull_period,
     )
+
+
+def _keeper(
+    chosen: Settings,
+    base: _Base,
+    backend: Backend,
+    preflight: GatewayPreflight,
+    subscribers: Sequence[Subscriber],
+) -> Keeper:
+    executor = KeyedExecutor(base.mailbox.receive)
+    fleet = Fleet(
+        backend=backend,
+        preflight=preflight,
+        orphans=base.orphans,
+        store=base.store,
+        executor=executor,
+        clock=base.clock,
+        policy=chosen.policy,
+        subscribers=subscribers,
+    )
+    return Keeper(fleet, base.mailbox, executor, base.board, base.clock)
 
 
 def _services(
