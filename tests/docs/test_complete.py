@@ -15,7 +15,8 @@ from labkeeper.client import Client
 from labkeeper.core import errors
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.server import FailureClass
-from labkeeper.schema import answers, queries, servers
+from labkeeper.schema import answers, queries
+from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,7 @@ def test_every_route_with_its_parameters_is_documented():
         queries.LogQuery,
     )
     models = (
-        servers.ServerRequest,
+        ServerRequest,
         answers.Server,
         answers.Failure,
         answers.StopReport,

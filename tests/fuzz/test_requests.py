@@ -16,7 +16,7 @@ from fuzzing import DEPTHS, FUZZ, JSON, fields_of, nested
 from harness import KeeperProcess
 from labkeeper.api.handlers.servers import _decode_cursor, _encode_cursor
 from labkeeper.core.errors import InvalidSpec
-from labkeeper.schema.servers import RestartRequest
+from labkeeper.schema.requests.servers import RestartRequest
 
 CLIENT_ERRORS = range(400, 500)
 HEADER_VALUES = st.text(

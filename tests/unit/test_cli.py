@@ -30,7 +30,8 @@ from labkeeper.cli import cli, output, servers, start
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.server import OwnKernel
-from labkeeper.schema.servers import ServerRequest, flat_fields
+from labkeeper.schema.requests.flat import flat_fields
+from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.settings import Settings
 from labkeeper.testing.world import World
 

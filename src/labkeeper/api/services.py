@@ -17,7 +17,7 @@ from labkeeper.identity.peers import Peer
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper
-from labkeeper.schema.servers import Defaults
+from labkeeper.schema.requests.servers import Defaults
 
 
 @dataclass(frozen=True, slots=True)

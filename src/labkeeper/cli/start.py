@@ -75,7 +75,9 @@ _SPECIAL: Final[dict[str, dict[str, Any]]] = {
 
 @functools.cache
 def _request_options() -> tuple[click.Option, ...]:
-    from labkeeper.schema.servers import ServerRequest, flat_fields, is_secret  # noqa: PLC0415 - late
+    from labkeeper.schema.requests.base import is_secret  # noqa: PLC0415 - late
+    from labkeeper.schema.requests.flat import flat_fields  # noqa: PLC0415 - late
+    from labkeeper.schema.requests.servers import ServerRequest  # noqa: PLC0415 - late
 
     return tuple(
         _request_option(name, field)
@@ -307,7 +309,7 @@ def _fields(options: dict[str, Any]) -> dict[str, Any]:
 def _merged(spec: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
     if not spec:
         return fields
-    from labkeeper.schema.servers import merged  # noqa: PLC0415 - late
+    from labkeeper.schema.requests.flat import merged  # noqa: PLC0415 - late
 
     try:
         return merged(spec, fields)

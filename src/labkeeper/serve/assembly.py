@@ -43,7 +43,7 @@ from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
-from labkeeper.schema.servers import Defaults
+from labkeeper.schema.requests.servers import Defaults
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings import Settings
 from labkeeper.store import SqliteStore

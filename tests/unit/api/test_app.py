@@ -42,7 +42,8 @@ from labkeeper.core.server import (
     Snapshot,
 )
 from labkeeper.core.spec import Gateway, ServerName
-from labkeeper.schema.servers import Defaults, RestartRequest, ServerRequest, ws_url_of
+from labkeeper.schema.requests.gateway import ws_url_of
+from labkeeper.schema.requests.servers import Defaults, RestartRequest, ServerRequest
 
 
 @pytest.fixture

@@ -39,7 +39,8 @@ from labkeeper.core.messages import HistoryKind
 from labkeeper.core.server import FailureClass, Kernel, StopMethod
 from labkeeper.runtime import Keeper
 from labkeeper.schema import answers
-from labkeeper.schema.servers import GatewayFields, ServerRequest
+from labkeeper.schema.requests.gateway import GatewayFields
+from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.testing.world import World
 
 URL = "http://keeper"

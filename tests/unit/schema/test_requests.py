@@ -21,14 +21,15 @@ from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY, Caller, Scope, TokenLimits
 from labkeeper.core.errors import InvalidSpec, NotAllowed
 from labkeeper.core.spec import ServerName, ServerSpec
-from labkeeper.schema import options, queries, requests
+from labkeeper.schema import options, queries
 from labkeeper.schema.options import JupyterOptions
-from labkeeper.schema.servers import (
-    FLAT,
+from labkeeper.schema.requests import access, culling, gateway, limits, servers
+from labkeeper.schema.requests.flat import FLAT
+from labkeeper.schema.requests.gateway import GatewayFields
+from labkeeper.schema.requests.limits import LimitFields
+from labkeeper.schema.requests.servers import (
     BulkRequest,
     Defaults,
-    GatewayFields,
-    LimitFields,
     RestartRequest,
     ServerRequest,
 )
@@ -354,7 +355,7 @@ def test_a_restart_cannot_move_a_server_out_of_the_tokens_limits(paths):
 
 MODELS = [
     model
-    for module in (requests, queries, options)
+    for module in (access, culling, gateway, limits, servers, queries, options)
     for _, model in inspect.getmembers(module, inspect.isclass)
     if issubclass(model, BaseModel) and model.__module__ == module.__name__ and model.model_fields
 ]

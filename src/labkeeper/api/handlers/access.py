@@ -18,7 +18,7 @@ from labkeeper.schema.answers import (
 from labkeeper.schema.queries import (
     TokenPath,
 )
-from labkeeper.schema.requests import TokenRequest
+from labkeeper.schema.requests.access import TokenRequest
 
 
 def create_token(services: Services, body: TokenRequest) -> Answer:

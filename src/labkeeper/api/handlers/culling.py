@@ -28,7 +28,7 @@ from labkeeper.schema.answers import (
 from labkeeper.schema.queries import (
     ServerPath,
 )
-from labkeeper.schema.requests import SnoozeRequest
+from labkeeper.schema.requests.culling import SnoozeRequest
 
 
 def get_idle(services: Services, path: ServerPath) -> Answer:

@@ -23,7 +23,7 @@ from labkeeper.schema.queries import (
     ServerPath,
     TicketPath,
 )
-from labkeeper.schema.requests import LinkRequest
+from labkeeper.schema.requests.access import LinkRequest
 
 _SPENT_LINK: Final = """<!doctype html>
 <html lang="en">

@@ -53,7 +53,7 @@ from labkeeper.schema.queries import (
     StartQuery,
     StopQuery,
 )
-from labkeeper.schema.servers import BulkRequest, RestartRequest, ServerRequest
+from labkeeper.schema.requests.servers import BulkRequest, RestartRequest, ServerRequest
 
 _SETTLED: Final = AT_REST | {State.RUNNING}
 

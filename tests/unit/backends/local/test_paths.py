@@ -10,7 +10,7 @@ import pytest
 from labkeeper.backends.local.paths import Paths, resolved
 from labkeeper.core.access import ANYBODY, Caller, Scope, TokenLimits
 from labkeeper.core.errors import InvalidSpec, NotAllowed
-from labkeeper.schema.servers import Defaults, ServerRequest
+from labkeeper.schema.requests.servers import Defaults, ServerRequest
 
 MANAGER = Caller("token:m", Scope.MANAGE)
 OURSELVES = pwd.getpwuid(os.geteuid()).pw_name

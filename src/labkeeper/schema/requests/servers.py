@@ -1,19 +1,13 @@
-"""Request bodies about servers. Checks that depend on where servers run are the backend's.
-
-Gateway fields and limits are nested. Their original flat names (`gateway_url`, `memory_limit`,
-...) are accepted as well; errors name a field as it was sent.
-"""
+"""Requests about servers. Checks that depend on where servers run are the backend's."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Final, Self, cast
-from urllib.parse import urlsplit, urlunsplit
+from typing import Annotated, Any, Final, Self
 
 from pydantic import (
     AliasChoices,
-    BaseModel,
     ConfigDict,
     Field,
     ModelWrapValidatorHandler,
@@ -21,8 +15,6 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
-from pydantic.fields import FieldInfo
-from pydantic_core import InitErrorDetails
 
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import InvalidSpec, NotAllowed
@@ -37,23 +29,21 @@ from labkeeper.core.spec import (
     server_name,
 )
 from labkeeper.schema.options import JupyterOptions
-from labkeeper.schema.requests import ABSENT, Request, such_as
+from labkeeper.schema.requests.base import ABSENT, Request, such_as
+from labkeeper.schema.requests.flat import FLAT_NAMES, as_sent, nested
+from labkeeper.schema.requests.gateway import GatewayFields
+from labkeeper.schema.requests.limits import LimitFields
 from labkeeper.schema.types import (
     ONE_LINE,
     BaseUrl,
     Duration,
     Environment,
-    Headers,
-    HttpUrl,
     KernelEnvironment,
     Labels,
     LandingPage,
-    Line,
     Name,
     PathText,
-    Seconds,
     User,
-    WebsocketUrl,
 )
 from labkeeper.schema.variables import check_sizes, loading
 
@@ -73,102 +63,6 @@ class Defaults:
     max_age: float | None = None
     user: str | None = None
     """The user of the machine that servers run as; None for the keeper's own."""
-
-
-SECRET: Final[dict[str, Any]] = {"writeOnly": True}
-"""Marks a field that is not a command-line option, since other users could read it there; the
-keyword is JSON Schema's."""
-
-
-class GatewayFields(Request):
-    """A Jupyter kernel gateway and its options."""
-
-    url: HttpUrl = Field(ABSENT, description="Jupyter kernel gateway that runs the kernels.")
-    ws_url: WebsocketUrl = Field(
-        ABSENT, description="The gateway's websocket URL; made from its URL when not given."
-    )
-    auth_token: Line = Field(
-        ABSENT, description="Token that the gateway asks for.", json_schema_extra=SECRET
-    )
-    auth_scheme: Line = Field(
-        ABSENT, description="Authentication scheme of the gateway's token; `token` when not given."
-    )
-    headers: Headers = Field(
-        {}, description="HTTP headers of each request to the gateway.", json_schema_extra=SECRET
-    )
-    ca_certs: PathText = Field(
-        ABSENT, description="File with certificates to trust beside the system's."
-    )
-    client_cert: PathText = Field(
-        ABSENT, description="File with the certificate to show to the gateway."
-    )
-    client_key: PathText = Field(
-        ABSENT, description="File with the key of the certificate that is shown to the gateway."
-    )
-    validate_cert: bool = Field(True, description="Whether the gateway's certificate is checked.")
-    connect_timeout: Seconds = Field(ABSENT, description="Seconds to connect to the gateway.")
-    request_timeout: Seconds = Field(ABSENT, description="Seconds for a request to the gateway.")
-    required: bool = Field(
-        True,
-        description=(
-            "Whether the start fails when the gateway cannot be used; "
-            "if not, `gateway` of the answer says so."
-        ),
-    )
-
-    def at(self, url: str) -> Gateway:
-        """Return the gateway at a URL, with these options."""
-        headers, scheme, token = dict(self.headers), self.auth_scheme, self.auth_token
-        given = next((header for header in headers if header.lower() == "authorization"), None)
-        if given is not None and token is None:
-            # Jupyter overwrites a given Authorization header; pass its value as scheme and token.
-            scheme, _, token = headers.pop(given).partition(" ")
-        own = {"url", "ws_url", "headers", "auth_scheme", "auth_token"}
-        rest = {name: getattr(self, name) for name in type(self).model_fields.keys() - own}
-        return Gateway(
-            url,
-            self.ws_url or ws_url_of(url),
-            headers=headers,
-            auth_scheme=scheme,
-            auth_token=token,
-            **rest,
-        )
-
-
-class LimitFields(Request):
-    """Resource limits of a server with its kernels and terminals."""
-
-    memory: Annotated[int, Field(ge=2**26, le=2**50)] = Field(
-        ABSENT,
-        description=(
-            "Bytes of memory for the server with all its kernels and terminals; at least 64 MiB."
-        ),
-    )
-    cpus: Annotated[float, Field(ge=0.01, le=10_000, allow_inf_nan=False)] = Field(
-        ABSENT,
-        description=(
-            "Processors for the server with all its kernels and terminals; 1.5 is one and a half."
-        ),
-    )
-    processes: Annotated[int, Field(ge=16, le=2**22)] = Field(
-        ABSENT,
-        description="Processes and threads of the server with all its kernels and terminals.",
-    )
-
-
-FLAT: Final = {
-    f"gateway_{name}": ("gateway", name)
-    for name in GatewayFields.model_fields
-    if name != "required"
-} | {
-    "require_gateway": ("gateway", "required"),
-    "memory_limit": ("limits", "memory"),
-    "cpu_limit": ("limits", "cpus"),
-    "process_limit": ("limits", "processes"),
-}
-"""The nested field of each flat name."""
-_FLAT_NAMES: Final = {place: flat for flat, place in FLAT.items()}
-_GROUPS: Final = frozenset(group for group, _ in FLAT.values())
 
 
 class _Wanted(Request):
@@ -250,7 +144,7 @@ class _Wanted(Request):
         try:
             made = handler(body)
         except ValidationError as error:
-            raise _as_sent(error, sent_as) from None
+            raise as_sent(error, sent_as) from None
         made._sent_as = sent_as
         made._check()
         return made
@@ -262,7 +156,7 @@ class _Wanted(Request):
     def _name(self, group: str, field: str) -> str:
         """Return a nested field's name for errors: flat if a field of its group was sent flat."""
         siblings_are_flat = any(place[0] == group for place in self._sent_as)
-        return _FLAT_NAMES[group, field] if siblings_are_flat else f"{group}.{field}"
+        return FLAT_NAMES[group, field] if siblings_are_flat else f"{group}.{field}"
 
     def _names(self, group: str, names: Iterable[str]) -> str:
         return ", ".join(sorted(self._name(group, name) for name in names))
@@ -281,7 +175,7 @@ class _Wanted(Request):
         try:
             return validate(spec, caller)
         except (InvalidSpec, NotAllowed) as error:
-            names = {f"{group}.{name}": self._name(group, name) for group, name in _FLAT_NAMES}
+            names = {f"{group}.{name}": self._name(group, name) for group, name in FLAT_NAMES}
             raise error.renamed(names) from None
 
     def _whole(
@@ -338,81 +232,6 @@ _DERIVED: Final = frozenset(
 )
 _PLAIN: Final = ({one.name for one in fields(ServerSpec)} & _Wanted.model_fields.keys()) - _DERIVED
 """Request fields that a spec copies unchanged."""
-
-
-def is_secret(field: FieldInfo) -> bool:
-    """Whether a field must not be given on a command line."""
-    return (
-        isinstance(field.json_schema_extra, dict)
-        and SECRET.items() <= field.json_schema_extra.items()
-    )
-
-
-def flat_fields(model: type[BaseModel]) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield the fields of a model, nested ones by their flat names."""
-    for name, field in model.model_fields.items():
-        if name in _GROUPS:
-            yield from (
-                (_FLAT_NAMES[name, inner], one)
-                for inner, one in cast("Any", field.annotation).model_fields.items()
-            )
-        else:
-            yield name, field
-
-
-def merged(*bodies: Mapping[str, Any]) -> dict[str, Any]:
-    """Return one body merged from several, also within nested fields; later ones win.
-
-    Raises ValueError.
-    """
-    whole: dict[str, Any] = {}
-    for body in bodies:
-        grouped, _ = nested({key.replace("-", "_"): value for key, value in body.items()})
-        for key, value in grouped.items():
-            old = whole.get(key)
-            is_group = key in _GROUPS and isinstance(value, Mapping)
-            new = (
-                {name.replace("-", "_"): one for name, one in value.items()} if is_group else value
-            )
-            whole[key] = {**old, **new} if is_group and isinstance(old, Mapping) else new
-    return whole
-
-
-def nested(sent: Any) -> tuple[Any, dict[tuple[str, str], str]]:
-    """Return a body with flat fields nested, and their flat names. Raises ValueError."""
-    if not isinstance(sent, dict):
-        return sent, {}
-    body, sent_as = dict(sent), dict[tuple[str, str], str]()
-    for key in sent:
-        flat = key.replace("-", "_") if isinstance(key, str) else ""
-        if flat not in FLAT:
-            continue
-        group, field = place = FLAT[flat]
-        inside = body.get(group, {})
-        if (
-            place in sent_as
-            or not isinstance(inside, Mapping)
-            or {field, field.replace("_", "-")} & inside.keys()
-        ):
-            raise ValueError(f"{flat}: is {group}.{field} by another name; give it once")
-        body[group] = {**inside, field: body.pop(key)}
-        sent_as[place] = flat
-    return body, sent_as
-
-
-def _as_sent(error: ValidationError, sent_as: Mapping[tuple[str, str], str]) -> ValidationError:
-    """Return the error of a nested body with field names as sent."""
-    found: list[InitErrorDetails] = []
-    for one in error.errors(include_url=False):
-        place, rest = one["loc"][:2], one["loc"][2:]
-        flat = None
-        if len(place) > 1:
-            flat = sent_as.get((str(place[0]), str(place[1]).replace("-", "_")))
-        loc = one["loc"] if flat is None else (flat, *rest)
-        found.append(
-            InitErrorDetails(type=one["type"], loc=loc, input=one["input"], ctx=one.get("ctx", {}))
-        )
-    return ValidationError.from_exception_data(error.title, found)
 
 
 class _New(_Wanted):
@@ -548,9 +367,3 @@ class RestartRequest(_Wanted):
             name, other = self._name("gateway", "client_key"), self._name("gateway", "client_cert")
             raise InvalidSpec.of(name, f"only together with {other}")
         return merged
-
-
-def ws_url_of(url: str) -> str:
-    """Return a gateway's websocket URL: only the scheme differs (Jupyter replaces every "http")."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(scheme={"http": "ws", "https": "wss"}[parts.scheme]))

@@ -1,36 +1,14 @@
-"""Request bodies: the one place where input is validated. Those about servers are in `servers`."""
+"""Requests for access: tokens, and links that open a Lab."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, AliasGenerator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from labkeeper.core.access import Scope, TokenLimits
+from labkeeper.schema.requests.base import ABSENT, Request
 from labkeeper.schema.types import Duration, Labels, LandingPage, Name, Pattern, User
-
-# A missing field has its default; a `null` field breaks its type's rule. So these types are not
-# optional although the default is None (pydantic does not check defaults), and
-# `"gateway-url": null` differs from a missing field.
-ABSENT: Final[Any] = None
-
-
-def such_as(*bodies: Any) -> dict[str, Any]:
-    """Return examples for the JSON schema."""
-    return {"examples": list(bodies)}
-
-
-class Request(BaseModel):
-    """Accepts each field in snake_case and in kebab-case; rejects unknown ones."""
-
-    model_config = ConfigDict(
-        defer_build=True,
-        extra="forbid",
-        strict=True,
-        alias_generator=AliasGenerator(
-            validation_alias=lambda name: AliasChoices(name, name.replace("_", "-")),
-        ),
-    )
 
 
 class TokenRequest(Request):
@@ -94,14 +72,3 @@ class LinkRequest(Request):
     @classmethod
     def _no_body_is_empty(cls, value: Any) -> Any:
         return {} if value is None else value
-
-
-class SnoozeRequest(Request):
-    """How long to postpone culling."""
-
-    model_config = ConfigDict(json_schema_extra=such_as({"for": "2h"}, {"for": 0}))
-
-    time: Duration = Field(
-        validation_alias="for",
-        description="Time from now, as `2h`; 0 ends it. At most what the keeper allows.",
-    )

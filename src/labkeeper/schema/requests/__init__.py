@@ -1,0 +1,1 @@
+"""Request bodies: the one place where input is validated."""
