@@ -17,7 +17,7 @@ from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthentica
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
-from labkeeper.schema.answers import Server
+from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.requests.servers import Defaults
 from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, NoCulling, PassingPreflight
 from labkeeper.testing.world import FakeBackend, World

@@ -15,7 +15,8 @@ from labkeeper.client import Client
 from labkeeper.core import errors
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.server import FailureClass
-from labkeeper.schema import answers, queries
+from labkeeper.schema import queries
+from labkeeper.schema.answers.servers import Failure, Server, StopReport
 from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.settings import Settings
 
@@ -77,9 +78,9 @@ def test_every_route_with_its_parameters_is_documented():
     )
     models = (
         ServerRequest,
-        answers.Server,
-        answers.Failure,
-        answers.StopReport,
+        Server,
+        Failure,
+        StopReport,
         *of_queries,
     )
     assert not missing([name for model in models for name in model.model_fields], text)

@@ -17,7 +17,8 @@ from pydantic_core import core_schema
 from labkeeper.api import problems
 from labkeeper.api.routes import ROUTES, Route
 from labkeeper.api.streaming import EVENT_STREAM
-from labkeeper.schema.answers import Problem, Server
+from labkeeper.schema.answers.problems import Problem
+from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.queries import BODILESS, EventQuery
 
 _Object = dict[str, Any]

@@ -25,24 +25,11 @@ from labkeeper.api.auth import (
 from labkeeper.api.handlers import access, culling, events, keeper, links, logs, servers
 from labkeeper.api.handlers.common import Answer
 from labkeeper.api.services import Services
-from labkeeper.schema.answers import (
-    BulkResults,
-    Caller,
-    EventList,
-    Health,
-    Idle,
-    IdleList,
-    KernelList,
-    Link,
-    NewToken,
-    OrphanedKernelList,
-    Server,
-    ServerList,
-    Token,
-    TokenList,
-    Version,
-    WebhookList,
-)
+from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
+from labkeeper.schema.answers.culling import Idle, IdleList
+from labkeeper.schema.answers.events import EventList, WebhookList
+from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Version
+from labkeeper.schema.answers.servers import BulkResults, KernelList, Server, ServerList
 from labkeeper.schema.queries import of_query
 
 

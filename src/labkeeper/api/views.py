@@ -21,7 +21,7 @@ from labkeeper.core.server import (
     StopReport,
 )
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
-from labkeeper.schema import answers
+from labkeeper.schema.answers import access, culling, events, keeper, servers
 
 _OF_ENDPOINT: Final = (
     "base_url",
@@ -39,7 +39,7 @@ server_info."""
 
 
 _OF_SPEC: Final = frozenset(
-    {one.name for one in fields(ServerSpec)} & answers.Server.model_fields.keys()
+    {one.name for one in fields(ServerSpec)} & servers.Server.model_fields.keys()
 ) - {
     *_OF_ENDPOINT,
     "name",
@@ -54,14 +54,14 @@ def server_model(
     lab_url: str | None,
     queue_position: int | None = None,
     sample: Sample | None = None,
-) -> answers.Server:
+) -> servers.Server:
     """Return the answer for a snapshot; without `lab_url`, it omits the Lab's token as well."""
     endpoint, instance, spec = snapshot.endpoint, snapshot.instance, snapshot.spec
     info: dict[str, Any] = {name: getattr(endpoint, name, None) for name in _OF_ENDPOINT}
     info |= {name: getattr(instance, name, None) for name in _OF_INSTANCE}
     if lab_url is None:
         info["token"] = None
-    return answers.Server(
+    return servers.Server(
         **info,
         notebook_dir=endpoint.root_dir if endpoint else None,
         lab_url=lab_url,
@@ -91,7 +91,7 @@ def server_model(
 
 def _limit_models(
     limits: Limits, limited_by: Mapping[str, str], sample: Sample | None
-) -> dict[str, answers.Limit]:
+) -> dict[str, servers.Limit]:
     given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
     used: dict[str, float | None] = {}
     if sample is not None:
@@ -101,16 +101,16 @@ def _limit_models(
             "processes": sample.usage.threads,
         }
     return {
-        name: answers.Limit(limit=limit, limited_by=limited_by.get(name), used=used.get(name))
+        name: servers.Limit(limit=limit, limited_by=limited_by.get(name), used=used.get(name))
         for name, limit in given.items()
     }
 
 
-def _usage_model(sample: Sample | None) -> answers.Usage | None:
+def _usage_model(sample: Sample | None) -> servers.Usage | None:
     if sample is None:
         return None
     usage, load = sample.usage, sample.load
-    return answers.Usage(
+    return servers.Usage(
         at=format_time(sample.at),
         memory=usage.memory,
         memory_proportional=usage.proportional,
@@ -123,12 +123,12 @@ def _usage_model(sample: Sample | None) -> answers.Usage | None:
     )
 
 
-def _gateway_model(snapshot: Snapshot) -> answers.Gateway | None:
+def _gateway_model(snapshot: Snapshot) -> servers.Gateway | None:
     spec, health = snapshot.spec, snapshot.gateway
     if spec.gateway is None:
         return None
     passed = [name for name in spec.kernel_env if name.startswith(KERNEL_PREFIX)]
-    return answers.Gateway(
+    return servers.Gateway(
         url=spec.gateway.url,
         required=spec.gateway.required,
         reachable=health.reachable if health else None,
@@ -140,9 +140,9 @@ def _gateway_model(snapshot: Snapshot) -> answers.Gateway | None:
     )
 
 
-def token_model(token: Token, now: float) -> answers.Token:
+def token_model(token: Token, now: float) -> access.Token:
     """Return the answer for a token."""
-    return answers.Token(
+    return access.Token(
         name=token.name,
         owner=token.owner,
         scope=token.scope,
@@ -157,15 +157,15 @@ def token_model(token: Token, now: float) -> answers.Token:
     )
 
 
-def new_token_model(token: Token, text: str) -> answers.NewToken:
+def new_token_model(token: Token, text: str) -> access.NewToken:
     """Return the answer for a new token, including its text."""
-    return answers.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
+    return access.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
 
 
-def me_model(caller: Caller) -> answers.Caller:
+def me_model(caller: Caller) -> access.Caller:
     """Return the answer for the caller."""
     limits = caller.limits
-    return answers.Caller(
+    return access.Caller(
         actor=caller.actor,
         owner=caller.owner,
         scope=caller.scope,
@@ -175,9 +175,9 @@ def me_model(caller: Caller) -> answers.Caller:
     )
 
 
-def orphaned_kernel_model(orphan: OrphanedKernel) -> answers.OrphanedKernel:
+def orphaned_kernel_model(orphan: OrphanedKernel) -> keeper.OrphanedKernel:
     """Return the answer for an orphaned kernel."""
-    return answers.OrphanedKernel(
+    return keeper.OrphanedKernel(
         kernel_id=orphan.kernel_id,
         gateway_url=orphan.gateway.url,
         server=orphan.server,
@@ -185,9 +185,9 @@ def orphaned_kernel_model(orphan: OrphanedKernel) -> answers.OrphanedKernel:
     )
 
 
-def event_model(entry: HistoryEntry) -> answers.Event:
+def event_model(entry: HistoryEntry) -> events.Event:
     """Return the answer for a history entry."""
-    return answers.Event(
+    return events.Event(
         id=entry.id,
         at=format_time(entry.at),
         kind=entry.kind,
@@ -202,12 +202,12 @@ def event_model(entry: HistoryEntry) -> answers.Event:
     )
 
 
-def webhook_model(status: WebhookStatus) -> answers.Webhook:
+def webhook_model(status: WebhookStatus) -> events.Webhook:
     """Return the answer for a webhook's state."""
-    return answers.Webhook(**asdict(status))
+    return events.Webhook(**asdict(status))
 
 
-def idle_model(told: Explanation) -> answers.Idle:
+def idle_model(told: Explanation) -> culling.Idle:
     """Return the answer for an explanation of culling."""
     verdict, first = told.verdict, told.verdict.next
 
@@ -215,7 +215,7 @@ def idle_model(told: Explanation) -> answers.Idle:
         return None if moment is None else format_time(moment + told.offset)
 
     until = told.snapshot.snoozed_until
-    return answers.Idle(
+    return culling.Idle(
         name=told.snapshot.name,
         state=verdict.state,
         reason=verdict.reason,
@@ -223,7 +223,7 @@ def idle_model(told: Explanation) -> answers.Idle:
         warns_at=at(first.warns_at if first else None),
         stops_at=at(first.stops_at if first else None),
         rules=[
-            answers.IdleRule(
+            culling.IdleRule(
                 rule=o.rule,
                 limit=o.limit,
                 since=at(o.since),
@@ -233,7 +233,7 @@ def idle_model(told: Explanation) -> answers.Idle:
             for o in verdict.outlooks
         ],
         held_by=[
-            answers.Holder(kind=holder.kind, id=holder.id, reason=holder.reason)
+            culling.Holder(kind=holder.kind, id=holder.id, reason=holder.reason)
             for holder in verdict.holders
         ],
         last_used_at=at(verdict.last_used_at),
@@ -243,14 +243,14 @@ def idle_model(told: Explanation) -> answers.Idle:
     )
 
 
-def exit_model(end: Exit | None) -> answers.Exit | None:
+def exit_model(end: Exit | None) -> servers.Exit | None:
     """Return the answer for an exit."""
-    return None if end is None else answers.Exit(code=end.code, signal=end.signal)
+    return None if end is None else servers.Exit(code=end.code, signal=end.signal)
 
 
-def kernel_model(kernel: Kernel) -> answers.Kernel:
+def kernel_model(kernel: Kernel) -> servers.Kernel:
     """Return the answer for a kernel."""
-    return answers.Kernel(
+    return servers.Kernel(
         id=kernel.id,
         name=kernel.name,
         execution_state=kernel.execution_state,
@@ -258,14 +258,14 @@ def kernel_model(kernel: Kernel) -> answers.Kernel:
     )
 
 
-def _progress_model(progress: Progress) -> answers.Progress:
-    return answers.Progress(stage=progress.stage, message=progress.message)
+def _progress_model(progress: Progress) -> servers.Progress:
+    return servers.Progress(stage=progress.stage, message=progress.message)
 
 
-def _failure_model(failure: Failure | None) -> answers.Failure | None:
+def _failure_model(failure: Failure | None) -> servers.Failure | None:
     if failure is None:
         return None
-    return answers.Failure(
+    return servers.Failure(
         failure_class=failure.kind,
         message=failure.message,
         exit=exit_model(failure.exit),
@@ -273,10 +273,10 @@ def _failure_model(failure: Failure | None) -> answers.Failure | None:
     )
 
 
-def _stop_report_model(report: StopReport | None) -> answers.StopReport | None:
+def _stop_report_model(report: StopReport | None) -> servers.StopReport | None:
     if report is None:
         return None
-    return answers.StopReport(
+    return servers.StopReport(
         method=report.method,
         seconds=report.seconds,
         kernels_stopped=list(report.kernels_stopped),

@@ -10,26 +10,20 @@ No exception of httpx or pydantic leaves this package. They are translated in tw
 
 from labkeeper.client.calls import LONGEST_WAIT
 from labkeeper.client.clients import TIMEOUT, AsyncClient, Client
-from labkeeper.schema.answers import (
+from labkeeper.schema.answers.access import Caller, Link, NewToken, Token
+from labkeeper.schema.answers.culling import Holder, Idle, IdleRule
+from labkeeper.schema.answers.events import Event, Webhook
+from labkeeper.schema.answers.keeper import OrphanedKernel
+from labkeeper.schema.answers.servers import (
     BulkResult,
-    Caller,
-    Event,
     Exit,
     Failure,
     Gateway,
-    Holder,
-    Idle,
-    IdleRule,
     Kernel,
     Limit,
-    Link,
-    NewToken,
-    OrphanedKernel,
     Server,
     StopReport,
-    Token,
     Usage,
-    Webhook,
 )
 
 __all__ = [

@@ -19,27 +19,17 @@ from labkeeper.core.access import Scope
 from labkeeper.core.errors import InvalidSpec, ServerNotFound, TokenNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import NAME_RULE, server_name
-from labkeeper.schema.answers import (
+from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
+from labkeeper.schema.answers.culling import Idle, IdleList
+from labkeeper.schema.answers.events import Event, EventList, Webhook, WebhookList
+from labkeeper.schema.answers.keeper import OrphanedKernel, OrphanedKernelList, Version
+from labkeeper.schema.answers.servers import (
     BulkResult,
     BulkResults,
-    Caller,
-    Event,
-    EventList,
-    Idle,
-    IdleList,
     Kernel,
     KernelList,
-    Link,
-    NewToken,
-    OrphanedKernel,
-    OrphanedKernelList,
     Server,
     ServerList,
-    Token,
-    TokenList,
-    Version,
-    Webhook,
-    WebhookList,
 )
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from labkeeper.client.connection import (
 from labkeeper.client.reading import Lines, checked
 from labkeeper.core.errors import InvalidSpec, SettingsError
 from labkeeper.core.lifecycle import State
-from labkeeper.schema.answers import Server
+from labkeeper.schema.answers.servers import Server
 
 TIMEOUT: Final = 35.0
 """Seconds for an answer that does not wait for a server; the keeper takes at most 30."""

@@ -10,7 +10,10 @@ import httpx
 from pydantic import ValidationError
 
 from labkeeper.core.errors import BackendUnavailable, BadAnswer
-from labkeeper.schema.answers import Answer, Event, Health, Problem
+from labkeeper.schema.answers.base import Answer
+from labkeeper.schema.answers.events import Event
+from labkeeper.schema.answers.keeper import Health
+from labkeeper.schema.answers.problems import Problem
 
 _A = TypeVar("_A", bound=Answer)
 _EVENT: Final = 'data: {"id":'

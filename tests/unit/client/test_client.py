@@ -38,7 +38,7 @@ from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryKind
 from labkeeper.core.server import FailureClass, Kernel, StopMethod
 from labkeeper.runtime import Keeper
-from labkeeper.schema import answers
+from labkeeper.schema.answers.base import TOLERANT, Answer
 from labkeeper.schema.requests.gateway import GatewayFields
 from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.testing.world import World
@@ -610,7 +610,7 @@ def test_a_dumped_server_equals_the_response_of_the_api(running, client):
 
 ENUMERATIONS = [
     (model, name, field.annotation)
-    for model in answers.Answer.__subclasses__()
+    for model in Answer.__subclasses__()
     for name, field in model.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, StrEnum)
 ]
@@ -624,7 +624,7 @@ def test_an_unknown_enumeration_value_of_a_newer_keeper_is_kept(model, name, kin
     adapter = TypeAdapter(Annotated[kind, *model.model_fields[name].metadata])
     with pytest.raises(ValidationError):
         adapter.validate_python("newer")
-    newer = adapter.validate_python("newer", context=answers._TOLERANT)
+    newer = adapter.validate_python("newer", context=TOLERANT)
     assert (newer, str(newer), newer in list(kind)) == ("newer", "newer", False)
     assert adapter.dump_json(newer) == b'"newer"'
 

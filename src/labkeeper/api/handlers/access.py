@@ -12,9 +12,7 @@ from labkeeper.api.views import (
     new_token_model,
     token_model,
 )
-from labkeeper.schema.answers import (
-    TokenList,
-)
+from labkeeper.schema.answers.access import TokenList
 from labkeeper.schema.queries import (
     TokenPath,
 )

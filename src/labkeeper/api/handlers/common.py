@@ -30,7 +30,7 @@ from labkeeper.core.messages import Origin
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import Owner
 from labkeeper.runtime import Watch
-from labkeeper.schema.answers import Server
+from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.queries import ServerPath
 
 Answer = tuple[dict[str, Any], int, dict[str, str]]

@@ -22,9 +22,7 @@ from labkeeper.core.errors import (
     InvalidSpec,
 )
 from labkeeper.core.messages import Snooze
-from labkeeper.schema.answers import (
-    IdleList,
-)
+from labkeeper.schema.answers.culling import IdleList
 from labkeeper.schema.queries import (
     ServerPath,
 )

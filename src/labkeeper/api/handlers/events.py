@@ -27,10 +27,7 @@ from labkeeper.core.errors import (
     InvalidSpec,
 )
 from labkeeper.core.spec import ServerName
-from labkeeper.schema.answers import (
-    EventList,
-    WebhookList,
-)
+from labkeeper.schema.answers.events import EventList, WebhookList
 from labkeeper.schema.queries import (
     EventQuery,
     ServerPath,

@@ -12,11 +12,7 @@ from labkeeper.api.views import (
 from labkeeper.core.errors import (
     BackendUnavailable,
 )
-from labkeeper.schema.answers import (
-    Health,
-    OrphanedKernelList,
-    Version,
-)
+from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Version
 
 
 def list_orphaned_kernels(services: Services) -> Answer:

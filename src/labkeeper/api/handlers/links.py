@@ -16,9 +16,7 @@ from labkeeper.core.errors import (
     Conflict,
 )
 from labkeeper.identity.peers import PEER
-from labkeeper.schema.answers import (
-    Link,
-)
+from labkeeper.schema.answers.access import Link
 from labkeeper.schema.queries import (
     ServerPath,
     TicketPath,

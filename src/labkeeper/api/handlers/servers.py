@@ -39,13 +39,7 @@ from labkeeper.core.messages import Create, Order, Reply
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
 from labkeeper.runtime import Watch
-from labkeeper.schema.answers import (
-    BulkResult,
-    BulkResults,
-    KernelList,
-    Server,
-    ServerList,
-)
+from labkeeper.schema.answers.servers import BulkResult, BulkResults, KernelList, Server, ServerList
 from labkeeper.schema.queries import (
     GetQuery,
     ListQuery,

@@ -1,0 +1,1 @@
+"""Response bodies: the API writes them, the client reads them."""

@@ -1,0 +1,66 @@
+"""Tokens, the caller, and links that open a Lab."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from labkeeper.core.access import Scope
+from labkeeper.schema.answers.base import Answer, known
+
+
+class Token(Answer):
+    """A token, without its secret."""
+
+    name: str
+    owner: str = Field(description="Owner of the servers that it is for.")
+    scope: Annotated[Scope, known(Scope)]
+    servers: list[str] = Field(
+        description="Name patterns, one of which must match. Empty: all servers."
+    )
+    labels: dict[str, str] = Field(description="Labels that a server must have.")
+    users: list[str] = Field(
+        description="Users that its servers may run as. Empty: the keeper's default."
+    )
+    created_at: str
+    created_by: str
+    expires_at: str | None = Field(description="Null: never.")
+    expired: bool
+    last_used_at: str | None = Field(description="Accurate to a minute; null: never.")
+
+
+class NewToken(Token):
+    """A new token, with its secret."""
+
+    token: str = Field(
+        repr=False, description="Sent as `Authorization: Bearer`. Shown only in this answer."
+    )
+
+
+class TokenList(Answer):
+    """All tokens except the owner's, by name."""
+
+    tokens: list[Token]
+
+
+class Caller(Answer):
+    """The caller and their permissions."""
+
+    actor: str = Field(description="Their name in events.")
+    owner: str = Field(description="Owner of the servers that they manage.")
+    scope: Annotated[Scope, known(Scope)]
+    servers: list[str] = Field(description="Name patterns. Empty: all servers.")
+    labels: dict[str, str] = Field(description="Labels that a server must have.")
+    users: list[str] = Field(
+        description="Users that their servers may run as. Empty: the keeper's default."
+    )
+
+
+class Link(Answer):
+    """A link that opens a Lab once."""
+
+    url: str = Field(
+        repr=False, description="To be opened in a browser, once. Grants access to the Lab."
+    )
+    expires_at: str
