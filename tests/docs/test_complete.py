@@ -18,7 +18,7 @@ from labkeeper.core.server import FailureClass
 from labkeeper.schema import queries
 from labkeeper.schema.answers.servers import Failure, Server, StopReport
 from labkeeper.schema.requests.servers import ServerRequest
-from labkeeper.settings import Settings
+from labkeeper.settings.model import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

@@ -18,7 +18,7 @@ import pytest
 from harness import PATIENCE, KeeperProcess, alive
 from labkeeper.cli import cli
 from labkeeper.client import Client
-from labkeeper.settings import Settings
+from labkeeper.settings.model import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [

@@ -23,7 +23,7 @@ LATE = {
 BOOT = """
     import os, signal, sys
     from labkeeper.cli import keeper
-    from labkeeper.settings import load
+    from labkeeper.settings.sources import load
 
     def ready(said):
         if " answers on " in said:

@@ -32,7 +32,7 @@ from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.server import OwnKernel
 from labkeeper.schema.requests.flat import flat_fields
 from labkeeper.schema.requests.servers import ServerRequest
-from labkeeper.settings import Settings
+from labkeeper.settings.model import Settings
 from labkeeper.testing.world import World
 
 COMMANDS = sorted(cli.commands)

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
-from labkeeper import settings
 from labkeeper.core.errors import SettingsError
+from labkeeper.serve.policies import cull_policy
+from labkeeper.settings.model import Settings
+from labkeeper.settings.sources import PREFIX, ca_file, load, unknown_variables
 
 
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch, tmp_path):
-    for name in list(settings.os.environ):
-        if name.startswith(settings.PREFIX):
+    for name in list(os.environ):
+        if name.startswith(PREFIX):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("XDG_STATE_HOME", raising=False)
 
 
 def test_by_default_nothing_is_reachable_from_other_machines(tmp_path):
-    chosen = settings.load()
+    chosen = load()
     assert (chosen.host, chosen.port, chosen.lab_ip, chosen.lab_port) == (
         "127.0.0.1",
         8000,
@@ -39,43 +42,43 @@ def test_flags_override_the_environment_which_overrides_the_file(tmp_path, monke
     monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
     monkeypatch.setenv("LABKEEPER_PORT", "2001")
     monkeypatch.setenv("LABKEEPER_LAB_PORT", "2002")
-    chosen = settings.load(port=3001)
+    chosen = load(port=3001)
     assert (chosen.port, chosen.lab_port, chosen.max_servers) == (3001, 2002, 3)
 
 
 def test_an_empty_variable_counts_as_unset(monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "")
-    assert settings.load().token is None
+    assert load().token is None
 
 
 def test_paths_are_made_absolute_and_tildes_expanded(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LABKEEPER_STATE_DIR", "here")
     monkeypatch.setenv("LABKEEPER_RUNTIME_DIR", "~/there")
-    chosen = settings.load()
+    chosen = load()
     assert (chosen.state_dir, chosen.server_dirs) == (tmp_path / "here", tmp_path / "there")
     assert chosen.notebook_dir == tmp_path
 
 
 def test_lists_of_directories_are_colon_separated_or_toml_arrays(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_ALLOWED_ROOTS", "/srv:~/there::/home/%u")
-    assert settings.load().allowed_roots == (Path("/srv"), tmp_path / "there", Path("/home/%u"))
+    assert load().allowed_roots == (Path("/srv"), tmp_path / "there", Path("/home/%u"))
     monkeypatch.delenv("LABKEEPER_ALLOWED_ROOTS")
-    assert settings.load().allowed_roots is None
+    assert load().allowed_roots is None
     file = tmp_path / "labkeeper.toml"
     file.write_text('allowed_roots = ["/srv", "/home/%u"]')
     monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
-    assert settings.load().allowed_roots == (Path("/srv"), Path("/home/%u"))
+    assert load().allowed_roots == (Path("/srv"), Path("/home/%u"))
 
 
 @pytest.mark.parametrize("variable", ["LABKEEPER_NOTEBOOK_DIR", "LABKEEPER_ALLOWED_ROOTS"])
 def test_a_root_ends_with_the_part_that_contains_the_user_name(monkeypatch, variable):
     """Below it, that user could create a symbolic link to a directory of another user."""
     monkeypatch.setenv(variable, "/home/of-%u")
-    settings.load()
+    load()
     monkeypatch.setenv(variable, "/home/%u/notebooks")
     with pytest.raises(SettingsError, match=f"{variable}: .*must end with the part that has '%u'"):
-        settings.load()
+        load()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +98,7 @@ def test_a_root_ends_with_the_part_that_contains_the_user_name(monkeypatch, vari
 def test_a_wrong_value_names_its_variable_and_never_shows_a_token(monkeypatch, variable, value):
     monkeypatch.setenv(variable, value)
     with pytest.raises(SettingsError) as caught:
-        settings.load()
+        load()
     assert variable in caught.value.message
     assert "\n" not in caught.value.message
     assert variable != "LABKEEPER_TOKEN" or value not in caught.value.message
@@ -110,28 +113,28 @@ def test_an_error_in_the_file_names_its_cause(tmp_path, monkeypatch, text, word)
     file.write_text(text)
     monkeypatch.setenv("LABKEEPER_CONFIG", str(file))
     with pytest.raises(SettingsError, match=word):
-        settings.load()
+        load()
 
 
 def test_a_missing_file_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_CONFIG", str(tmp_path / "none.toml"))
     with pytest.raises(SettingsError, match=r"none\.toml"):
-        settings.load()
+        load()
 
 
 def test_a_misspelled_variable_is_reported(monkeypatch):
     monkeypatch.setenv("LABKEEPER_PROT", "1")
     monkeypatch.setenv("LABKEEPER_PORT", "1")
-    assert settings.unknown_variables() == ["LABKEEPER_PROT"]
+    assert unknown_variables() == ["LABKEEPER_PROT"]
 
 
 def test_the_token_is_not_in_the_repr(monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
-    assert "a-long-enough-token" not in repr(settings.load())
+    assert "a-long-enough-token" not in repr(load())
 
 
 def test_every_setting_has_a_description():
-    for name, field in settings.Settings.model_fields.items():
+    for name, field in Settings.model_fields.items():
         assert field.description, name
         assert field.description.endswith("."), name
 
@@ -141,7 +144,7 @@ def test_the_token_may_come_from_a_file(tmp_path, monkeypatch, end):
     file = tmp_path / "token"
     file.write_text("a-long-enough-token" + end, newline="")
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(file))
-    assert settings.load().token.get_secret_value() == "a-long-enough-token"
+    assert load().token.get_secret_value() == "a-long-enough-token"
 
 
 @pytest.mark.parametrize(
@@ -154,7 +157,7 @@ def test_a_file_without_a_valid_token_is_named_and_not_shown(tmp_path, monkeypat
     with pytest.raises(
         SettingsError, match=r"LABKEEPER_TOKEN_FILE.*the-file.*16 visible"
     ) as caught:
-        settings.load()
+        load()
     assert "two lines" not in caught.value.message
     assert "x y" not in caught.value.message
 
@@ -163,29 +166,29 @@ def test_a_file_without_a_valid_token_is_named_and_not_shown(tmp_path, monkeypat
 def test_an_unreadable_token_file_is_named(tmp_path, monkeypatch, name):
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / name))
     with pytest.raises(SettingsError, match="cannot read the file"):
-        settings.load()
+        load()
 
 
 def test_token_and_token_file_are_mutually_exclusive(tmp_path, monkeypatch):
     monkeypatch.setenv("LABKEEPER_TOKEN", "a-long-enough-token")
     monkeypatch.setenv("LABKEEPER_TOKEN_FILE", str(tmp_path / "token"))
     with pytest.raises(SettingsError, match="both set"):
-        settings.load()
+        load()
 
 
 def test_durations_are_numbers_or_texts_and_zero_disables_a_rule(monkeypatch):
     monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "2h")
     monkeypatch.setenv("LABKEEPER_CULL_GRACE", "90")
     monkeypatch.setenv("LABKEEPER_KERNEL_IDLE_TIMEOUT", "0")
-    chosen = settings.load(max_age="1d12h", cull_terminals="open")
+    chosen = load(max_age="1d12h", cull_terminals="open")
     assert (chosen.idle_timeout, chosen.max_age) == (7200, 129600)
-    policy = chosen.cull_policy
+    policy = cull_policy(chosen)
     assert (policy.grace, policy.kernel_idle_timeout, policy.terminals) == (90, None, "open")
     monkeypatch.setenv("LABKEEPER_IDLE_TIMEOUT", "soon")
     with pytest.raises(
         SettingsError, match=r"LABKEEPER_IDLE_TIMEOUT: .*must be seconds as a number"
     ):
-        settings.load()
+        load()
 
 
 @pytest.mark.parametrize("which", ["", "LAB_"])
@@ -196,16 +199,16 @@ def test_certificate_and_key_must_be_set_together(monkeypatch, which, one, other
         SettingsError,
         match=rf"^LABKEEPER_{which}{one}_FILE is set, but LABKEEPER_{which}{other}_FILE is not",
     ):
-        settings.load()
+        load()
     monkeypatch.setenv(f"LABKEEPER_{which}{other}_FILE", "/else/where.pem")
-    chosen = settings.load()
+    chosen = load()
     pair = chosen.lab_certificate if which else chosen.certificate
     assert sorted(map(str, pair)) == ["/else/where.pem", "/some/where.pem"]
     assert (chosen.certificate if which else chosen.lab_certificate) is None
 
 
 def test_the_ca_file_of_the_command_line_is_not_a_setting(monkeypatch, tmp_path):
-    assert settings.ca_file() is None
+    assert ca_file() is None
     monkeypatch.setenv("LABKEEPER_CA_FILE", "~/ca.pem")
-    assert settings.ca_file() == tmp_path / "ca.pem"
-    assert settings.unknown_variables() == []
+    assert ca_file() == tmp_path / "ca.pem"
+    assert unknown_variables() == []

@@ -15,7 +15,7 @@ from labkeeper.core.errors import Unreachable
 
 if TYPE_CHECKING:
     from labkeeper.client import Client
-    from labkeeper.settings import Settings
+    from labkeeper.settings.model import Settings
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 
@@ -24,7 +24,7 @@ _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 def connected(where: Where) -> Iterator[tuple[Client, bool]]:
     """Connect to the keeper; also yield whether it is on this machine. Raises Unreachable."""
     from labkeeper.client import Client  # noqa: PLC0415 - late
-    from labkeeper.settings import ca_file, keeper_url  # noqa: PLC0415 - late
+    from labkeeper.settings.sources import ca_file, keeper_url  # noqa: PLC0415 - late
 
     settings = read_settings(where)
     named = where.url or keeper_url()
@@ -43,7 +43,7 @@ def connected(where: Where) -> Iterator[tuple[Client, bool]]:
 
 def read_settings(where: Where, **flags: Any) -> Settings:
     """Load the settings; the command line takes precedence."""
-    from labkeeper.settings import load  # noqa: PLC0415 - late
+    from labkeeper.settings.sources import load  # noqa: PLC0415 - late
 
     if where.state_dir is not None:
         flags.setdefault("state_dir", where.state_dir)

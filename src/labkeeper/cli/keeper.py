@@ -53,7 +53,8 @@ def _loading() -> Iterator[None]:
 @functools.cache
 def _settings_flags() -> tuple[click.Option, ...]:
     with _loading():
-        from labkeeper.settings import PREFIX, SECRETS, Settings  # noqa: PLC0415 - late
+        from labkeeper.settings.model import SECRETS, Settings  # noqa: PLC0415 - late
+        from labkeeper.settings.sources import PREFIX  # noqa: PLC0415 - late
 
     return tuple(
         _settings_flag(name, field, PREFIX + name.upper())

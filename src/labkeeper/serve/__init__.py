@@ -13,7 +13,7 @@ from importlib.metadata import version
 
 import structlog
 
-from labkeeper import discovery, logs, scrub, settings, shortage
+from labkeeper import discovery, logs, scrub, shortage
 from labkeeper.api import tls
 from labkeeper.api.tls import Certificate
 from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
@@ -22,8 +22,10 @@ from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import assemble
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
+from labkeeper.serve.policies import longest_stop
 from labkeeper.serve.process import Ended, allow_descriptors, own_directories, tell_systemd
-from labkeeper.settings import Settings
+from labkeeper.settings.model import Settings
+from labkeeper.settings.sources import unknown_variables
 
 _log = structlog.get_logger("labkeeper.serve")
 
@@ -111,7 +113,7 @@ def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> 
         return 0
     if count:
         announce(f"stopping {count} server{'s' if count > 1 else ''} ...")
-    if keeper.stop_all(within=chosen.longest_stop):
+    if keeper.stop_all(within=longest_stop(chosen)):
         _log.info("keeper ends; no server is left")
         return 0
     left = sorted(s.name for s in keeper.all() if s.state in MAY_EXIST)
@@ -134,7 +136,7 @@ def _warn(chosen: Settings, announce: Callable[[str], None]) -> None:
             "a server whose request names no user runs as root; "
             "set LABKEEPER_USER to run it as another user"
         )
-    for name in settings.unknown_variables():
+    for name in unknown_variables():
         _log.warning("unknown setting in the environment; it has no effect", variable=name)
 
 

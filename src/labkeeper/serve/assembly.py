@@ -44,8 +44,9 @@ from labkeeper.metrics import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests.servers import Defaults
+from labkeeper.serve.policies import cull_policy, limits, longest_stop, policy
 from labkeeper.serve.process import earlier_dirs
-from labkeeper.settings import Settings
+from labkeeper.settings.model import Settings
 from labkeeper.store import SqliteStore
 from labkeeper.threads import ThreadGroup
 
@@ -240,7 +241,7 @@ def _backend(
         runtime_dir=chosen.server_dirs,
         log_dir=chosen.state_dir / "logs",
         launch_by=chosen.launch_by,
-        umask=chosen.umask_of_servers,
+        umask=int(chosen.umask, 8),
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         certificate=chosen.lab_certificate,
@@ -263,7 +264,7 @@ def _culler(chosen: Settings, base: _Base, history: _History, backend: Backend) 
         event_log=history.event_log,
         threads=base.threads,
         clock=base.clock,
-        policy=chosen.cull_policy,
+        policy=cull_policy(chosen),
         period=chosen.cull_period,
     )
 
@@ -283,7 +284,7 @@ def _keeper(
         store=base.store,
         executor=executor,
         clock=base.clock,
-        policy=chosen.policy,
+        policy=policy(chosen),
         subscribers=subscribers,
     )
     return Keeper(fleet, base.mailbox, executor, base.board, base.clock)
@@ -323,8 +324,8 @@ def _services(
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,
-        start_wait=chosen.start_timeout + chosen.longest_stop,
-        stop_wait=chosen.longest_stop,
+        start_wait=chosen.start_timeout + longest_stop(chosen),
+        stop_wait=longest_stop(chosen),
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
     )
@@ -340,7 +341,7 @@ def _defaults(chosen: Settings) -> Defaults:
     return Defaults(
         chosen.lab_ip,
         chosen.lab_port,
-        chosen.limits,
+        limits(chosen),
         chosen.idle_timeout,
         chosen.max_age,
         chosen.user,

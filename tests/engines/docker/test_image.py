@@ -13,7 +13,8 @@ import pytest
 
 from engine import FORK, IMAGE, ROOT, docker
 from harness import run_cell, start_kernel, until
-from labkeeper.settings import PREFIX, Settings
+from labkeeper.settings.model import Settings
+from labkeeper.settings.sources import PREFIX
 
 IMPORT_SECONDS = 2.0
 """Time that importing the test extension takes."""

@@ -1,107 +1,32 @@
-"""Every setting, defined once, and the only reader of our environment variables.
+"""Every setting, defined once.
 
-Sources, in order of precedence: the command line, the environment (`LABKEEPER_` and the name in
-capitals), the TOML file named by `LABKEEPER_CONFIG`, the default. The flags of `labkeeper serve`,
-the table in the documentation and the checks are derived from here.
+The flags of `labkeeper serve`, the table in the documentation and the checks are derived from here.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import sys
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, get_args
+from typing import Annotated, Final, Literal, get_args
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    SecretStr,
-    ValidationError,
+from pydantic import BaseModel, ConfigDict, Field, SecretStr
+
+from labkeeper.settings.types import (
+    BytesOrShare,
+    Directories,
+    Directory,
+    Duration,
+    Names,
+    Port,
+    Root,
+    Seconds,
+    Umask,
 )
-
-from labkeeper.core.culling import CullPolicy, Terminals
-from labkeeper.core.durations import duration
-from labkeeper.core.errors import SettingsError
-from labkeeper.core.policy import Policy
-from labkeeper.core.ports import Reserve
-from labkeeper.core.spec import Limits
-from labkeeper.terminal import visible_line
-
-PREFIX: Final = "LABKEEPER_"
-CONFIG_VARIABLE: Final = PREFIX + "CONFIG"
-URL_VARIABLE: Final = PREFIX + "URL"
-"""The keeper's URL for the command line, instead of the one in its state directory."""
-CA_VARIABLE: Final = PREFIX + "CA_FILE"
-"""Certificate authorities that the command line trusts besides the system's."""
-_OUTSIDE: Final = frozenset({CONFIG_VARIABLE, URL_VARIABLE, CA_VARIABLE, PREFIX + "SERVER"})
-"""Our variables that are not settings."""
-_MARGIN: Final = 5.0
-"""Seconds."""
-
-
-def _absolute(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError("must not contain NUL")
-    try:
-        return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100 - links are kept as the user wrote them
-    except RuntimeError:
-        raise ValueError(
-            "must not begin with the '~' of a user who has no home directory"
-        ) from None
-
-
-def _split(given: object) -> object:
-    return tuple(filter(None, given.split(os.pathsep))) if isinstance(given, str) else given
 
 
 def _default_state_dir() -> Path:
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "labkeeper"
-
-
-def _check_reserve(text: str) -> str:
-    if re.fullmatch(r"\d{1,18}|(\d{1,2}(\.\d+)?|100)%", text) is None:
-        raise ValueError("must be bytes, such as 1073741824, or a percentage, such as 5%")
-    return text
-
-
-def _names(given: Any) -> Any:
-    if not isinstance(given, str):
-        return given
-    return tuple(filter(None, (name.strip() for name in given.split(","))))
-
-
-def _check_umask(text: str) -> str:
-    # The owner keeps all rights: a server that cannot read its own files does not start.
-    if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
-        raise ValueError("must be octal and leave the owner's own rights, such as 077, 027 or 022")
-    return text
-
-
-def _check_user_last(root: Path) -> Path:
-    # Otherwise root would follow a link that the user controls.
-    if any("%u" in part for part in root.parts[:-1]):
-        raise ValueError(
-            "must end with the part that has '%u': that user owns what is below, "
-            "and could replace it with a link"
-        )
-    return root
-
-
-Directory = Annotated[Path, AfterValidator(_absolute)]
-Root = Annotated[Directory, AfterValidator(_check_user_last)]
-Directories = Annotated[tuple[Root, ...], BeforeValidator(_split)]
-"""Separated as in PATH, in the environment and on the command line."""
-Port = Annotated[int, Field(ge=1, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86400)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
-"""A list of texts, or one text separated by commas."""
-Duration = Annotated[float, BeforeValidator(duration)]
-"""Seconds, or text such as `90m`, `2h`, `1d12h`."""
 
 
 class Settings(BaseModel):
@@ -179,7 +104,7 @@ class Settings(BaseModel):
             "Default: the keeper's own."
         ),
     )
-    umask: Annotated[str, AfterValidator(_check_umask)] = Field(
+    umask: Umask = Field(
         "077",
         description=(
             "Umask, in octal, of files that servers create, notebooks included: "
@@ -363,7 +288,7 @@ class Settings(BaseModel):
             "Maximum number of servers that start at once. Others are queued, first in, first out."
         ),
     )
-    min_free_memory: Annotated[str, AfterValidator(_check_reserve)] = Field(
+    min_free_memory: BytesOrShare = Field(
         "5%",
         description=(
             "Memory to keep free, in bytes or as a percentage. "
@@ -433,61 +358,13 @@ class Settings(BaseModel):
     )
 
     @property
-    def min_free(self) -> Reserve:
-        """The memory to keep free."""
-        if self.min_free_memory.endswith("%"):
-            return Reserve(share=float(self.min_free_memory[:-1]) / 100)
-        return Reserve(amount=int(self.min_free_memory))
-
-    @property
-    def umask_of_servers(self) -> int:
-        """The umask as a number."""
-        return int(self.umask, 8)
-
-    @property
-    def cull_policy(self) -> CullPolicy:
-        """The culling policy for all servers."""
-        return CullPolicy(
-            grace=self.cull_grace,
-            warning=self.cull_warning,
-            cull_busy=self.cull_busy,
-            cull_connected=self.cull_connected,
-            terminals=Terminals(self.cull_terminals),
-            kernel_idle_timeout=self.kernel_idle_timeout or None,
-        )
-
-    @property
-    def policy(self) -> Policy:
-        """The numbers that apply to every server."""
-        return Policy(
-            start_timeout=self.start_timeout,
-            stop_grace=self.stop_grace,
-            kill_wait=self.kill_wait,
-            probe_period=self.probe_period,
-            hung_after=self.hung_after,
-            max_servers=self.max_servers,
-            max_starts=self.max_starts,
-            min_free=self.min_free,
-        )
-
-    @property
-    def longest_stop(self) -> float:
-        """Seconds to wait for the end of a server: more than the sum of all timers."""
-        return self.stop_grace + self.kill_wait + _MARGIN
-
-    @property
-    def limits(self) -> Limits:
-        """The default limits of servers."""
-        return Limits(memory=self.memory_limit, cpus=self.cpu_limit, processes=self.process_limit)
-
-    @property
     def certificate(self) -> tuple[Path, Path] | None:
         """The files of the API's certificate and key."""
         return (self.cert_file, self.key_file) if self.cert_file and self.key_file else None
 
     @property
     def lab_certificate(self) -> tuple[Path, Path] | None:
-        """The same for servers."""
+        """The files of the servers' certificate and key."""
         cert, key = self.lab_cert_file, self.lab_key_file
         return (cert, key) if cert and key else None
 
@@ -497,129 +374,9 @@ class Settings(BaseModel):
         return self.runtime_dir or self.state_dir / "run"
 
 
-def load(**flags: Any) -> Settings:
-    """Return the settings; `flags` are the command line's. Raises SettingsError, in one line."""
-    try:
-        return _load(flags)
-    except SettingsError as error:
-        # Names and paths may contain control characters.
-        raise SettingsError(visible_line(error.message)) from error
-
-
-def _load(flags: dict[str, Any]) -> Settings:
-    try:
-        settings = Settings(**(_from_file() | _from_environment() | flags))
-    except ValidationError as error:
-        raise SettingsError(
-            "; ".join(_sentence(dict(mistake)) for mistake in error.errors())
-        ) from error
-    for which in ("", "lab_"):
-        _check_pair(settings, f"{which}cert_file", f"{which}key_file")
-    for name in ("token", "webhook_secret"):
-        settings = _with_secret(settings, name)
-    secret = settings.token.get_secret_value() if settings.token is not None else None
-    if secret is not None and (
-        len(secret) < _SHORTEST_TOKEN
-        or not secret.isascii()
-        or not secret.isprintable()
-        or " " in secret
-    ):
-        source = (
-            f"TOKEN_FILE: what {settings.token_file} holds" if settings.token_file else "TOKEN:"
-        )
-        raise SettingsError(
-            f"bad setting LABKEEPER_{source} "
-            f"must be at least {_SHORTEST_TOKEN} visible ASCII characters"
-        )
-    return settings
-
-
-def _check_pair(settings: Settings, *names: str) -> None:
-    for one, other in (names, reversed(names)):
-        if getattr(settings, one) is not None and getattr(settings, other) is None:
-            raise SettingsError(
-                f"{PREFIX}{one.upper()} is set, but {PREFIX}{other.upper()} is not; "
-                "set both or neither"
-            )
-
-
-def _with_secret(settings: Settings, name: str) -> Settings:
-    """Return the settings with a secret read from its file, if one is named."""
-    path, variable = getattr(settings, f"{name}_file"), PREFIX + name.upper()
-    if path is None:
-        return settings
-    if getattr(settings, name) is not None:
-        raise SettingsError(f"{variable} and {variable}_FILE are both set; unset one of them")
-    return settings.model_copy(update={name: SecretStr(_secret_in(path, f"{variable}_FILE"))})
-
-
-def keeper_url() -> str | None:
-    """Return the keeper URL for the command line from the environment."""
-    return os.environ.get(URL_VARIABLE) or None
-
-
-def ca_file() -> Path | None:
-    """Return the certificate authorities' file for the command line from the environment."""
-    named = os.environ.get(CA_VARIABLE)
-    return Path(named).expanduser() if named else None
-
-
-def unknown_variables() -> list[str]:
-    """Return environment variables that look like settings but are none: likely misspelled."""
-    known = {PREFIX + name.upper() for name in Settings.model_fields} | _OUTSIDE
-    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
-
-
 SECRETS: Final = frozenset(
     name
     for name, field in Settings.model_fields.items()
     if SecretStr in {field.annotation, *get_args(field.annotation)}
 )
 """Settings excluded from the command line, which others can read, and from messages."""
-_SHORTEST_TOKEN: Final = 16
-_LONGEST_TOKEN: Final = 4096
-
-
-def _secret_in(path: Path, variable: str) -> str:
-    """Read a secret from a file, without the newline that most editors add."""
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_LONGEST_TOKEN).decode("utf-8", errors="replace").strip("\r\n")
-    except OSError as error:
-        raise SettingsError(
-            f"cannot read the file {path} ({variable}): {error.strerror}"
-        ) from error
-
-
-def _from_environment() -> dict[str, Any]:
-    """Return the settings in the environment; an empty one counts as unset."""
-    found = {name: os.environ.get(PREFIX + name.upper()) for name in Settings.model_fields}
-    return {name: value for name, value in found.items() if value}
-
-
-def _from_file() -> dict[str, Any]:
-    path = os.environ.get(CONFIG_VARIABLE)
-    if not path:
-        return {}
-    try:
-        with Path(path).expanduser().open("rb") as stream:
-            return tomllib.load(stream)
-    except (
-        OSError,
-        UnicodeDecodeError,
-        tomllib.TOMLDecodeError,
-        RecursionError,
-        RuntimeError,
-    ) as error:
-        # RuntimeError: a '~' without a home directory; RecursionError: deep nesting in tomllib.
-        raise SettingsError(
-            f"cannot read the settings file {path} (named by {CONFIG_VARIABLE}): {error}"
-        ) from error
-
-
-def _sentence(mistake: dict[str, Any]) -> str:
-    name = str(mistake["loc"][0]) if mistake["loc"] else "?"
-    if mistake["type"] == "extra_forbidden":
-        return f"unknown setting '{name}'"
-    given = "" if name in SECRETS else f" (given: {mistake['input']!r})"
-    return f"bad setting {PREFIX}{name.upper()}: {mistake['msg']}{given}"

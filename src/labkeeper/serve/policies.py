@@ -1,0 +1,56 @@
+"""Policies, limits and waiting times for the core, as the settings have them."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from labkeeper.core.culling import CullPolicy, Terminals
+from labkeeper.core.policy import Policy
+from labkeeper.core.ports import Reserve
+from labkeeper.core.spec import Limits
+from labkeeper.settings.model import Settings
+
+_MARGIN: Final = 5.0
+"""Seconds."""
+
+
+def policy(chosen: Settings) -> Policy:
+    """Return the numbers that apply to every server."""
+    return Policy(
+        start_timeout=chosen.start_timeout,
+        stop_grace=chosen.stop_grace,
+        kill_wait=chosen.kill_wait,
+        probe_period=chosen.probe_period,
+        hung_after=chosen.hung_after,
+        max_servers=chosen.max_servers,
+        max_starts=chosen.max_starts,
+        min_free=_min_free(chosen),
+    )
+
+
+def cull_policy(chosen: Settings) -> CullPolicy:
+    """Return the culling policy for all servers."""
+    return CullPolicy(
+        grace=chosen.cull_grace,
+        warning=chosen.cull_warning,
+        cull_busy=chosen.cull_busy,
+        cull_connected=chosen.cull_connected,
+        terminals=Terminals(chosen.cull_terminals),
+        kernel_idle_timeout=chosen.kernel_idle_timeout or None,
+    )
+
+
+def limits(chosen: Settings) -> Limits:
+    """Return the default limits of servers."""
+    return Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit)
+
+
+def longest_stop(chosen: Settings) -> float:
+    """Return the seconds to wait for the end of a server: more than the sum of all timers."""
+    return chosen.stop_grace + chosen.kill_wait + _MARGIN
+
+
+def _min_free(chosen: Settings) -> Reserve:
+    if chosen.min_free_memory.endswith("%"):
+        return Reserve(share=float(chosen.min_free_memory[:-1]) / 100)
+    return Reserve(amount=int(chosen.min_free_memory))
