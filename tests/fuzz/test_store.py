@@ -15,7 +15,7 @@ from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import OrphanedKernel, Snapshot
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
 TABLES = {

@@ -20,7 +20,7 @@ from labkeeper.core.spec import (
     qualified_name,
 )
 from labkeeper.identity.authenticators import Identity
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 from labkeeper.testing.fakes import a_spec
 
 ADA = Owner("ada")

@@ -33,7 +33,7 @@ from labkeeper.core.server import (
     StopReport,
 )
 from labkeeper.core.spec import Gateway, ServerName, ServerSpec
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 
 FULL = Snapshot(
     spec=ServerSpec(
@@ -355,7 +355,7 @@ def test_a_store_is_copied_before_it_is_migrated(path, version):
 KILLED = """
 import os, signal, sqlite3, sys
 from pathlib import Path
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 
 left = int(sys.argv[2])
 

@@ -47,7 +47,7 @@ from labkeeper.schema.requests.servers import Defaults
 from labkeeper.serve.policies import cull_policy, limits, longest_stop, policy
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 from labkeeper.threads import ThreadGroup
 
 _OURS: Final = version("labkeeper")

@@ -17,7 +17,7 @@ from labkeeper.core.messages import Change, HistoryEntry, HistoryKind, Origin
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import ServerSpec
 from labkeeper.events.log import EventLog
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 from labkeeper.testing.fakes import MemoryStore
 
 KIND = HistoryKind.SNOOZED

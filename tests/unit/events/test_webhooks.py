@@ -19,7 +19,7 @@ from labkeeper.events import webhooks
 from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of, place_of, signed
 from labkeeper.runtime import SystemClock
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 
 SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
 

@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from labkeeper.core.server import OrphanedKernel
 from labkeeper.core.spec import Gateway, ServerName
 from labkeeper.gateways.orphans import OrphanedKernels
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 
 ONE, OTHER = Gateway("http://one", "ws://one"), Gateway("http://other", "ws://other")
 

@@ -18,7 +18,7 @@ from labkeeper.core.messages import Origin
 from labkeeper.events.log import EventLog
 from labkeeper.identity import tokens as module
 from labkeeper.identity.tokens import OWNER, Tokens
-from labkeeper.store import SqliteStore
+from labkeeper.store.queries import SqliteStore
 from labkeeper.testing.fakes import FakeClock, MemoryStore
 
 OWNERS = "the-owners-token"
