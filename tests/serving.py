@@ -11,7 +11,7 @@ import threading
 import time
 
 from harness import PATIENCE, until
-from labkeeper.api import wsgi
+from labkeeper.api.wsgi.channel import Channel
 from labkeeper.identity.peers import UNREAD
 
 
@@ -51,7 +51,7 @@ class Served:
     @property
     def inside(self):
         """How many connections the server has."""
-        return sum(isinstance(one, wsgi._Channel) for one in list(self.server._map.values()))
+        return sum(isinstance(one, Channel) for one in list(self.server._map.values()))
 
     def settle(self, count):
         until(lambda: self.inside == count, what=f"{count} connections inside")

@@ -16,7 +16,7 @@ from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.services import Services
 from labkeeper.api.tls import Certificate
 from labkeeper.api.views import event_model
-from labkeeper.api.wsgi import WsgiServer
+from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
 from labkeeper.backends.local.options import LocalOptions

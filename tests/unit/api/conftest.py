@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from labkeeper.api import wsgi
-from labkeeper.api.wsgi import WsgiServer
+from labkeeper.api.wsgi import channel, server
+from labkeeper.api.wsgi.server import WsgiServer
 from serving import HOLD, Served, StandingClock, application
 
 
@@ -15,7 +15,8 @@ from serving import HOLD, Served, StandingClock, application
 def clock(monkeypatch):
     """The clock of servers created after it."""
     made = StandingClock()
-    monkeypatch.setattr(wsgi, "time", made)
+    for module in (channel, server):
+        monkeypatch.setattr(module, "time", made)
     return made
 
 

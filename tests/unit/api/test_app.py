@@ -26,7 +26,7 @@ from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
 from labkeeper.api.views import server_model
-from labkeeper.api.wsgi import WsgiServer
+from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec

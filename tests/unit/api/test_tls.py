@@ -15,8 +15,9 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 
 from harness import PATIENCE, until
-from labkeeper.api import tls, wsgi
+from labkeeper.api import tls
 from labkeeper.api.tls import Certificate
+from labkeeper.api.wsgi.channel import _HEAD_WITHIN
 from labkeeper.core.errors import SettingsError
 from serving import ask, ask_json, is_closed
 
@@ -119,7 +120,7 @@ def test_stalled_handshakes_block_no_one_and_time_out(clock, serve, issue, greet
         # The header of a record that never arrives.
         connection.sendall(b"\x16\x03\x01\x02\x00\x01")
     assert ask_json(greet(served.connect()))["size"] == 0
-    clock.jump(wsgi._HEAD_WITHIN + 1)
+    clock.jump(_HEAD_WITHIN + 1)
     for connection in stalled:
         assert is_closed(connection)
 

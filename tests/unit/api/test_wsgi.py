@@ -16,10 +16,12 @@ import pytest
 import structlog
 
 from harness import PATIENCE, until
-from labkeeper.api import wsgi
 from labkeeper.api.browser import HEADERS
 from labkeeper.api.concurrency import ConcurrencyLimit, reserve
-from labkeeper.api.wsgi import _FIRST_THREADS, _Threads
+from labkeeper.api.wsgi import server
+from labkeeper.api.wsgi.channel import _BODY_WITHIN, _HEAD_WITHIN, _IDLE_TIMEOUT, AHEAD, Channel
+from labkeeper.api.wsgi.parser import IN_MEMORY
+from labkeeper.api.wsgi.threads import _FIRST_THREADS, Threads
 from labkeeper.identity.peers import identify
 from serving import FILE, HOLD, ask, ask_json, is_closed
 
@@ -45,7 +47,7 @@ def capacities():
 
 @pytest.fixture
 def threads(capacities):
-    made = _Threads(20, capacities.append)
+    made = Threads(20, capacities.append)
     yield made
     made.shutdown()
 
@@ -82,7 +84,7 @@ def test_threads_are_started_with_the_load_up_to_the_limit(threads, work):
 
 
 def test_a_limit_below_the_initial_number_is_respected(capacities):
-    few = _Threads(2, capacities.append)
+    few = Threads(2, capacities.append)
     few.begin()
     assert len(few.threads) == 2
     assert few.shutdown()
@@ -161,7 +163,7 @@ def test_shrinking_the_limit_does_not_affect_current_holders():
 
 @pytest.fixture
 def few_connections(monkeypatch):
-    monkeypatch.setattr(wsgi, "_connection_limit", lambda: 6)
+    monkeypatch.setattr(server, "_connection_limit", lambda: 6)
     return 6
 
 
@@ -247,7 +249,7 @@ def test_a_connection_with_a_request_in_progress_is_not_closed_for_a_new_one(
 def test_thousands_of_idle_connections_do_not_block_requests(serve):
     """As many as the limit allows, and more all the time."""
     served = serve()
-    connection_limit = wsgi._connection_limit()
+    connection_limit = server._connection_limit()
     crowd = [served.connect() for _ in range(min(connection_limit, 1500))]
     ended = threading.Event()
 
@@ -272,11 +274,11 @@ def test_thousands_of_idle_connections_do_not_block_requests(serve):
 @pytest.mark.parametrize(
     ("first", "next_", "limit"),
     [
-        (b"G", b"G", wsgi._HEAD_WITHIN),
-        (b"\r\n\r\n\r", b"\r\n\r\n\r", wsgi._HEAD_WITHIN),
-        (b"GET / HTTP/1.1\r\n", b"X: y\r\n", wsgi._HEAD_WITHIN),
-        (b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n", b"x", wsgi._BODY_WITHIN),
-        (b"", b"", wsgi._IDLE_TIMEOUT),
+        (b"G", b"G", _HEAD_WITHIN),
+        (b"\r\n\r\n\r", b"\r\n\r\n\r", _HEAD_WITHIN),
+        (b"GET / HTTP/1.1\r\n", b"X: y\r\n", _HEAD_WITHIN),
+        (b"POST / HTTP/1.1\r\nContent-Length: 5000\r\n\r\n", b"x", _BODY_WITHIN),
+        (b"", b"", _IDLE_TIMEOUT),
     ],
     ids=["line", "nothing", "head", "body", "silent"],
 )
@@ -304,7 +306,7 @@ def test_a_connection_in_use_is_not_cut_off(clock, serve):
     slow.sendall(b"GET /hold HTTP/1.1\r\nHost: x\r\n\r\nGET / HTTP/1.1\r\n")
     for _ in range(20):
         ask_json(used)
-        clock.jump(wsgi._HEAD_WITHIN * 0.6)
+        clock.jump(_HEAD_WITHIN * 0.6)
     HOLD.set()
     answer = http.client.HTTPResponse(slow)
     answer.begin()
@@ -318,10 +320,10 @@ def test_a_client_that_reads_each_response_never_counts_as_slow(clock, serve, mo
     connection = served.connect()
     ask_json(connection)
     (channel,) = channels(served)
-    monkeypatch.setattr(wsgi, "_LOOK_EVERY", 1e9)
-    clock.jump(wsgi._IDLE_TIMEOUT / 2)
+    monkeypatch.setattr(server, "_LOOK_EVERY", 1e9)
+    clock.jump(_IDLE_TIMEOUT / 2)
     ask_json(connection)  # The loop has checked for the last time.
-    clock.jump(2 * wsgi._IDLE_TIMEOUT)
+    clock.jump(2 * _IDLE_TIMEOUT)
     ask_json(connection)
     assert channel._keeping_up[0] == clock.monotonic()
 
@@ -371,10 +373,8 @@ def test_a_late_reader_receives_all_pipelined_responses(serve):
     (connection,) = ask_much(serve(), 1, "/file")
     with connection.makefile("rb") as stream:
         _, *answers = stream.read().split(b"HTTP/1.1 200 OK\r\n")
-    assert [len(answer.partition(b"\r\n\r\n")[2]) for answer in answers] == [FILE] * wsgi._AHEAD
-    assert [b"Connection: close" in answer for answer in answers] == [False] * (wsgi._AHEAD - 1) + [
-        True
-    ]
+    assert [len(answer.partition(b"\r\n\r\n")[2]) for answer in answers] == [FILE] * AHEAD
+    assert [b"Connection: close" in answer for answer in answers] == [False] * (AHEAD - 1) + [True]
 
 
 def test_thousands_of_pipelined_requests_are_not_kept(serve):
@@ -392,7 +392,7 @@ def test_thousands_of_pipelined_requests_are_not_kept(serve):
             == ["close"]
         )
     )
-    assert len(channels(served)[0].requests) == wsgi._AHEAD
+    assert len(channels(served)[0].requests) == AHEAD
 
 
 def test_slow_readers_are_closed_at_the_connection_limit(serve, few_connections):
@@ -411,7 +411,7 @@ def test_a_client_that_never_reads_is_disconnected(clock, serve):
     (channel,) = channels(served)
     until(lambda: channel._held, what="no thread works on it")
     # Bytes in the sockets' buffers count as read at the first check; after that, nothing is read.
-    until(lambda: clock.jump(wsgi._IDLE_TIMEOUT + 1) or not served.inside, what="it is cut off")
+    until(lambda: clock.jump(_IDLE_TIMEOUT + 1) or not served.inside, what="it is cut off")
 
 
 def test_slow_readers_are_disconnected_if_too_much_output_is_unread_in_total(
@@ -420,18 +420,18 @@ def test_slow_readers_are_disconnected_if_too_much_output_is_unread_in_total(
     """Those idle for longest first. Unread output takes memory and descriptors."""
     served = serve()
     ask_much(served, 1, "/file")
-    clock.jump(wsgi._LOOK_EVERY + 1)
+    clock.jump(server._LOOK_EVERY + 1)
     for count in (2, 3, 4):
         served.connect().sendall(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
         served.settle(count)
     first, *others = channels(served)
     until(lambda: all(channel._held for channel in (first, *others)), what="all are answered")
-    clock.jump(wsgi._LOOK_EVERY + 1)
+    clock.jump(server._LOOK_EVERY + 1)
     assert ask_json(served.connect())["size"] == 0  # The server has checked since.
     assert not any(channel.will_close for channel in (first, *others))
     most = sum(channel.total_outbufs_len for channel in others) + first.total_outbufs_len // 2
-    monkeypatch.setattr(wsgi, "_UNTAKEN_OF_ALL", most)
-    clock.jump(wsgi._LOOK_EVERY + 1)
+    monkeypatch.setattr(server, "_UNTAKEN_OF_ALL", most)
+    clock.jump(server._LOOK_EVERY + 1)
     until(lambda: not first.connected, what="the first is cut off")
     assert ask_json(served.connect())["size"] == 0
     assert all(channel.connected for channel in others)
@@ -445,7 +445,7 @@ def test_slow_readers_release_their_threads_in_time(clock, serve, taken):
     newcomer = served.connect()
     newcomer.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
     while not select.select([newcomer], [], [], 0.1)[0]:
-        clock.jump(wsgi._IDLE_TIMEOUT * 0.3)
+        clock.jump(_IDLE_TIMEOUT * 0.3)
         for connection in crowd if taken else ():
             with contextlib.suppress(ConnectionResetError):
                 connection.recv(taken)
@@ -462,7 +462,7 @@ def test_a_reader_that_keeps_up_is_not_cut_off(clock, serve):
     answer.begin()
     while piece := answer.read(2**20):
         size += len(piece)
-        clock.jump(len(piece) * 2 * wsgi._IDLE_TIMEOUT / (40 * 2**20))
+        clock.jump(len(piece) * 2 * _IDLE_TIMEOUT / (40 * 2**20))
     assert size == 40 * 2**20
 
 
@@ -482,9 +482,9 @@ def test_the_loop_ignores_a_connection_while_a_thread_writes_to_it(serve, monkey
         rounds.append(channel)
         plain_write(channel)
 
-    asked, plain_send, plain_write = [], wsgi._Channel.send, wsgi._Channel.handle_write
-    monkeypatch.setattr(wsgi._Channel, "send", send)
-    monkeypatch.setattr(wsgi._Channel, "handle_write", handle_write)
+    asked, plain_send, plain_write = [], Channel.send, Channel.handle_write
+    monkeypatch.setattr(Channel, "send", send)
+    monkeypatch.setattr(Channel, "handle_write", handle_write)
     served = serve()
     connection = served.connect()
     connection.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -588,7 +588,7 @@ def test_a_connection_is_closed_on_request(serve, value, version):
 # Bodies
 
 
-BODY = 3 * wsgi._IN_MEMORY
+BODY = 3 * IN_MEMORY
 """Bytes."""
 
 
@@ -677,7 +677,7 @@ def test_expect_100_continue_without_authentication_is_answered_at_once(serve):
 @pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunks"])
 def test_the_number_of_concurrent_large_bodies_is_limited(serve, monkeypatch, chunked):
     """Small ones, and those in memory, are not affected."""
-    monkeypatch.setattr(wsgi, "_LARGE_BODIES", 2)
+    monkeypatch.setattr(server, "_LARGE_BODIES", 2)
     served = serve()
     first, second, third = (start_body(served, chunked=chunked) for _ in range(3))
     assert ask_json(served.connect(), method="POST", body=b"x" * 1000)["size"] == 1000
@@ -703,7 +703,7 @@ def test_a_connection_that_is_gone_before_it_is_accepted_is_ignored(serve, monke
     served = serve()
     refused = OSError("gone")
     with monkeypatch.context() as broken:
-        broken.setattr(wsgi._Channel, "__init__", lambda *_, **__: raise_(refused))
+        broken.setattr(Channel, "__init__", lambda *_, **__: raise_(refused))
         assert is_closed(served.connect())
     assert ask_json(served.connect())["size"] == 0
 

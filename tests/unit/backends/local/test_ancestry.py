@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import plain_python, run_cell, start_kernel, until
-from labkeeper.api.wsgi import WsgiServer
+from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.backends.local import ancestry
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.backend import LocalBackend
