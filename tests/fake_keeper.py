@@ -15,7 +15,7 @@ from labkeeper.core.server import Kernel
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthenticator
 from labkeeper.identity.tokens import Tokens
-from labkeeper.metrics import Metrics
+from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.requests.servers import Defaults

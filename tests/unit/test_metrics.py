@@ -23,7 +23,8 @@ from labkeeper.core.server import (
     StopReport,
 )
 from labkeeper.core.spec import Gateway, ServerName
-from labkeeper.metrics import FAMILIES, Kind, Metrics, World
+from labkeeper.metrics.collector import Metrics, World
+from labkeeper.metrics.families import FAMILIES, Kind
 from labkeeper.testing.fakes import FakeClock, a_spec
 
 LAB = Snapshot(a_spec("lab"), State.STOPPED, Goal.DOWN, since=0.0, created_at=0.0)

@@ -33,7 +33,7 @@ from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
 from labkeeper.core.errors import CapacityReached, InvalidSpec
 from labkeeper.identity.peers import UNREAD
-from labkeeper.metrics import Metrics
+from labkeeper.metrics.collector import Metrics
 from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")

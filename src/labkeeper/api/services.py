@@ -15,7 +15,7 @@ from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import Authenticator, Credentials
 from labkeeper.identity.peers import Peer
 from labkeeper.identity.tokens import Tokens
-from labkeeper.metrics import Metrics
+from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper
 from labkeeper.schema.requests.servers import Defaults
 

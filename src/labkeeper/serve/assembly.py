@@ -40,7 +40,7 @@ from labkeeper.identity.authenticators import (
 )
 from labkeeper.identity.tokens import Tokens
 from labkeeper.jupyter.client import JupyterClient
-from labkeeper.metrics import Metrics, World
+from labkeeper.metrics.collector import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests.servers import Defaults

@@ -1,7 +1,6 @@
 """Prometheus metrics: events are counted as they happen; states are read at each scrape.
 
-We count in plain numbers, and prometheus_client writes them. Label values come from closed lists,
-never from callers: no server names, no paths.
+We count in plain numbers, and prometheus_client writes them.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from itertools import accumulate
 from typing import Final
 
@@ -29,187 +27,36 @@ from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, WebhookStatus
 from labkeeper.core.ports import Clock
-from labkeeper.core.server import FailureClass, OrphanedKernel, Snapshot, StopMethod
+from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.core.spec import QualifiedName
+from labkeeper.metrics.families import (
+    CULLS,
+    ENDS,
+    FAMILIES,
+    GATEWAYS,
+    HTTP_DURATION,
+    HTTP_REQUESTS,
+    KERNEL_CULLS,
+    NONE,
+    ORPHANED_KERNELS,
+    ORPHANS,
+    RESTARTS,
+    SERVERS,
+    START_DURATION,
+    STARTS,
+    STOP_DURATION,
+    UNKNOWN_WAY,
+    WEBHOOK_EVENTS,
+    WEBHOOK_PENDING,
+    Family,
+    Kind,
+    Labels,
+)
 
-Labels = tuple[str, ...]
-
-NONE: Final = "none"
-"""The label value without a failure class or rule."""
-_WAYS: Final = ("fork", "exec")
-_UNKNOWN_WAY: Final = "unknown"
-"""For failed starts: only a server that is ready reports how it was launched."""
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _NOT_BEGUN: Final = AT_REST | {State.BACKOFF}
 _DECIDED: Final = _NOT_BEGUN | {State.RUNNING, State.STOPPING, State.KILLING}
 """States that end a start, successful or not; a lost server may still become ready."""
-
-
-class Kind(StrEnum):
-    """The types of metric families, in Prometheus' terms."""
-
-    COUNTER = "counter"
-    GAUGE = "gauge"
-    HISTOGRAM = "histogram"
-    INFO = "info"
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One family of metrics."""
-
-    name: str
-    kind: Kind
-    about: str
-    labels: Labels = ()
-    known: tuple[Labels, ...] = ((),)
-    """Labels present from the beginning: an alert only sees an increase if it saw 0 before."""
-    buckets: tuple[float, ...] = ()
-
-
-_START_BUCKETS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
-_STOP_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 60.0)
-_HTTP_BUCKETS: Final = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-)
-_CLASSES: Final = tuple(str(kind) for kind in FailureClass)
-
-INFO: Final = Family("labkeeper_info", Kind.INFO, "The keeper's version.", ("version",))
-SERVERS: Final = Family(
-    "labkeeper_servers",
-    Kind.GAUGE,
-    "Servers by state.",
-    ("state",),
-    known=tuple((str(state),) for state in State),
-)
-STARTS: Final = Family(
-    "labkeeper_starts_total",
-    Kind.COUNTER,
-    "Starts that were decided: ready, failed (by class), or stopped before either; "
-    "by the way of launching where it is known.",
-    ("outcome", "failure_class", "way"),
-    known=(
-        *(("ready", NONE, way) for way in _WAYS),
-        *(("failed", kind, _UNKNOWN_WAY) for kind in _CLASSES),
-        ("stopped", NONE, _UNKNOWN_WAY),
-    ),
-)
-START_DURATION: Final = Family(
-    "labkeeper_start_duration_seconds",
-    Kind.HISTOGRAM,
-    "From the command to the server's being ready, by the way of launching; "
-    "of a restart, from the end of the launch before.",
-    ("way",),
-    known=tuple((way,) for way in _WAYS),
-    buckets=_START_BUCKETS,
-)
-STOP_DURATION: Final = Family(
-    "labkeeper_stop_duration_seconds",
-    Kind.HISTOGRAM,
-    "From the request to end a server to the proof that nothing is left, "
-    "by the hardest method used; stops within a restart are not counted.",
-    ("method",),
-    known=tuple((str(method),) for method in StopMethod if method is not StopMethod.NONE),
-    buckets=_STOP_BUCKETS,
-)
-ENDS: Final = Family(
-    "labkeeper_unrequested_ends_total",
-    Kind.COUNTER,
-    "Ends of servers that had been ready and were not asked to end, by class of the cause; "
-    "none: shut down from inside.",
-    ("failure_class",),
-    known=tuple((kind,) for kind in (*_CLASSES, NONE)),
-)
-RESTARTS: Final = Family("labkeeper_restarts_total", Kind.COUNTER, "Launches after a crash.")
-CULLS: Final = Family(
-    "labkeeper_culls_total",
-    Kind.COUNTER,
-    "Servers that were stopped because they were not used, by rule.",
-    ("rule",),
-    known=tuple((str(rule),) for rule in Rule),
-)
-KERNEL_CULLS: Final = Family(
-    "labkeeper_kernel_culls_total",
-    Kind.COUNTER,
-    "Kernels that were ended because they were not used.",
-)
-ORPHANS: Final = Family(
-    "labkeeper_orphan_processes_total",
-    Kind.COUNTER,
-    "Processes that an earlier keeper had left, found and ended.",
-)
-ORPHANED_KERNELS: Final = Family(
-    "labkeeper_orphaned_kernels", Kind.GAUGE, "Kernels that gateways still have to end."
-)
-GATEWAYS: Final = Family(
-    "labkeeper_gateways",
-    Kind.GAUGE,
-    "Gateways of running servers, by whether they could be used when last looked at.",
-    ("health",),
-    known=(("reachable",), ("unreachable",)),
-)
-WEBHOOK_EVENTS: Final = Family(
-    "labkeeper_webhook_events_total",
-    Kind.COUNTER,
-    "Events that the webhook took, and that were given up, by outcome; "
-    "over all keepers of one state directory.",
-    ("outcome",),
-    known=(),
-)
-WEBHOOK_PENDING: Final = Family(
-    "labkeeper_webhook_pending_events",
-    Kind.GAUGE,
-    "Events that the webhook is still to be told.",
-    known=(),
-)
-HTTP_REQUESTS: Final = Family(
-    "labkeeper_http_requests_total",
-    Kind.COUNTER,
-    "Answered requests, by the pattern of their path.",
-    ("route", "method", "status"),
-    known=(),
-)
-HTTP_DURATION: Final = Family(
-    "labkeeper_http_request_duration_seconds",
-    Kind.HISTOGRAM,
-    "From a request to its answer, or the first of it where it is a stream; "
-    "what waits for a server is in it.",
-    ("route", "method"),
-    known=(),
-    buckets=_HTTP_BUCKETS,
-)
-FAMILIES: Final = (
-    INFO,
-    SERVERS,
-    STARTS,
-    START_DURATION,
-    STOP_DURATION,
-    ENDS,
-    RESTARTS,
-    CULLS,
-    KERNEL_CULLS,
-    ORPHANS,
-    ORPHANED_KERNELS,
-    GATEWAYS,
-    WEBHOOK_EVENTS,
-    WEBHOOK_PENDING,
-    HTTP_REQUESTS,
-    HTTP_DURATION,
-)
-"""Our families, in output order; prometheus_client adds those of Python and the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,9 +168,9 @@ class Metrics:
                 START_DURATION, self._clock.monotonic() - begun, after.instance.launched_by
             )
         elif after.goal is Goal.UP:
-            self._count(STARTS, "failed", _class_of(after), _UNKNOWN_WAY)
+            self._count(STARTS, "failed", _class_of(after), UNKNOWN_WAY)
         else:
-            self._count(STARTS, "stopped", NONE, _UNKNOWN_WAY)
+            self._count(STARTS, "stopped", NONE, UNKNOWN_WAY)
 
     def _take_end(self, change: Change, before: Snapshot) -> None:
         after, report = change.after, change.after.stop_report

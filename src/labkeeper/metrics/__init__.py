@@ -1,0 +1,1 @@
+"""Prometheus metrics: the list of families, and the collector that fills them."""
