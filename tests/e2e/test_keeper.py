@@ -236,11 +236,20 @@ def test_invalid_content_length_returns_a_problem_document(shared_keeper):
     assert b"application/problem+json" in response
 
 
-def test_server_list_accepts_a_limit_and_rejects_an_invalid_cursor(keeper_with_server):
-    first = keeper_with_server.http.get("/api/servers", params={"limit": 1}).json()
-    assert [server["name"] for server in first["servers"]] == ["settled"]
-    assert first["next"] is None
-    assert keeper_with_server.http.get("/api/servers", params={"cursor": "!!"}).status_code == 422
+def test_server_list_comes_in_pages_and_rejects_an_invalid_cursor(shared_keeper):
+    created = shared_keeper.http.post("/api/servers?wait=0", json={"name": "another"})
+    assert created.status_code == 202
+    try:
+        pages, cursor = [], {}
+        while cursor is not None:
+            page = shared_keeper.http.get("/api/servers", params={"limit": 1} | cursor).json()
+            pages.append([server["name"] for server in page["servers"]])
+            cursor = page["next"] and {"cursor": page["next"]}
+        assert pages == [["another"], ["settled"]]
+        answer = shared_keeper.http.get("/api/servers", params={"cursor": "!!"})
+        assert answer.status_code == 422
+    finally:
+        shared_keeper.delete("another", force="true")
 
 
 @pytest.mark.promise

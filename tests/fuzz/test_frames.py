@@ -130,20 +130,22 @@ def test_message_survives_a_round_trip(message):
 @example(nested(100_000))
 def test_launch_is_read_completely_or_rejected(content):
     reading, writing = os.pipe()
-    with os.fdopen(writing, "wb") as stream:
-        sender = threading.Thread(
-            target=lambda: (contextlib.suppress(OSError), stream.write(content), stream.close())
-        )
-        sender.start()
-        try:
-            launch = Launch.read(reading)
-        except WireError:
-            pass
-        else:
-            assert Launch.parse(launch.message()) == launch
-            assert launch.user is None or isinstance(launch.user, User)
-        finally:
-            sender.join()
+
+    def send():
+        with os.fdopen(writing, "wb") as stream:
+            stream.write(content)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        launch = Launch.read(reading)
+    except WireError:
+        pass
+    else:
+        assert Launch.parse(launch.message()) == launch
+        assert launch.user is None or isinstance(launch.user, User)
+    finally:
+        sender.join()
 
 
 @FUZZ

