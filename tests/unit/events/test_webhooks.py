@@ -300,9 +300,7 @@ def test_an_unreachable_receiver_does_not_block_the_keeper(world, tmp_path, trou
         port = silent.getsockname()[1]
         if trouble == "nobody listens":
             silent.close()
-        url = "http://[::1" if "URL" in trouble else f"http://127.0.0.1:{port}/"
-        if "URL" in trouble:
-            url = "http://host\x7f.invalid/"
+        url = "http://host\x7f.invalid/" if "URL" in trouble else f"http://127.0.0.1:{port}/"
         webhook = world.begin(url)
         world.record(200)
         if trouble != "it hangs":

@@ -19,9 +19,6 @@ from labkeeper.gateways.client import GatewayClient
 from labkeeper.testing.fakes import FakeClock
 
 TIMEOUT = 1.0
-LATEST = 4 * TIMEOUT + 2.0
-"""Seconds after which no check may be running: its timeout, the diagnosis, and a slow machine."""
-
 CHECKS = {
     "401": ("gateway-refused", "a caller without a token (401); check gateway_auth_token"),
     "403": ("gateway-refused", "(403)"),
@@ -293,11 +290,6 @@ def test_an_invalid_ca_file_is_diagnosed(client, secure, tmp_path):
         "gateway-tls",
         "gateway_ca_certs",
     )
-
-
-def test_a_400_from_a_plain_port_means_not_a_gateway(client, hostile):
-    hostile.mode = "400"
-    assert_fails(client, at(hostile.url), "not-a-gateway", "(400)")
 
 
 def test_a_tls_port_that_responds_to_plain_http_with_400_is_diagnosed(client, authority):
