@@ -675,6 +675,28 @@ def test_servers_are_executed_with_a_reason_if_there_is_no_fork_server(make_keep
     assert not (off.server_dirs / ".forkservers").exists()
 
 
+def test_progress_of_a_start_says_why_the_server_is_executed(make_keeper, tmp_path):
+    hangs = tmp_path / "hangs"
+    hangs.touch()
+    keeper = make_keeper(launch_by="exec").start()
+    keeper.configure_jupyter(
+        f"import os, time\nwhile os.path.exists({str(hangs)!r}): time.sleep(0.05)"
+    )
+    assert keeper.post("?wait=0").status_code == 202
+    progress = until(
+        lambda: (server := keeper.get())["state"] == "starting" and server["progress"],
+        what="the start has come so far",
+    )
+    reason = "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
+    assert progress == {
+        "stage": "starting",
+        "message": f"JupyterLab is loaded by a new process: {reason}",
+    }
+    hangs.unlink()
+    server = keeper.wait_for("running")
+    assert (server["progress"], server["exec_reason"]) == (None, reason)
+
+
 # End of the keeper
 
 
