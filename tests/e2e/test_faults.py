@@ -332,7 +332,6 @@ def test_lab_that_ignores_sigterm_is_killed_after_the_grace_period(make_keeper):
     answer = keeper.delete()
     assert answer.status_code == 200
     assert answer.json()["stop_report"]["method"] == "sigkill"
-    assert answer.json()["stop_report"]["seconds"] >= 2
     assert not processes_marked(keeper.server_dirs)
 
 

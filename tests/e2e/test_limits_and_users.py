@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import time
+import uuid
 from pathlib import Path
 
 import httpx
@@ -226,6 +226,8 @@ EXHAUST_MEMORY = (
     "target=lambda: [bytearray(b'x') * 2**20 for _ in range(4000)], daemon=True).start()"
 )
 """Allocates 4 GiB, one MiB at a time."""
+LOG_SIZE = 100_000
+"""Bytes at which a server's log is rotated."""
 
 
 def logged_crashes(keeper, name="default"):
@@ -251,11 +253,22 @@ def wait_for_relaunch(keeper, server):
     )
 
 
+def wait_for_log_rotation(keeper, server):
+    """Wait until a server's log has been rotated, after which its OOM kills are counted."""
+    line = f"line {uuid.uuid4()}"
+    run_in_server(
+        server,
+        f"import sys; print('x' * {LOG_SIZE}, {line!r}, sep='\\n', file=sys.stderr, flush=True)",
+    )
+    older = keeper.state_dir / "logs" / f"{server['name']}.log.1"
+    until(lambda: older.exists() and line in older.read_text(), what="the log is rotated")
+
+
 @needs_groups
 def test_oom_kill_of_a_server_is_distinguished_from_other_kills(
     make_keeper,
 ):
-    keeper = make_keeper(launch_by="fork")
+    keeper = make_keeper(launch_by="fork", log_max_bytes=LOG_SIZE)
     give_hands(keeper)
     keeper.start()
     server = forked(keeper, memory_limit=400 * 2**20)
@@ -264,8 +277,8 @@ def test_oom_kill_of_a_server_is_distinguished_from_other_kills(
     run_cell(server, kernel, EXHAUST_MEMORY)
     until(lambda: not alive(kernel_pid), what="the kernel is killed")
     # The OOM kill of its kernel must not be taken for the cause of a later exit of the server.
-    # Nothing shows that the keeper has checked the counters twice, except that time has passed.
-    time.sleep(8)
+    for _ in range(3):
+        wait_for_log_rotation(keeper, server)
     assert keeper.get()["pid"] == server["pid"]
     psutil.Process(server["pid"]).kill()
     server = wait_for_relaunch(keeper, server)

@@ -38,7 +38,7 @@ def test_starts_crashes_and_stops_are_counted(make_keeper):
     after = scrape(keeper)
     assert after["starts_total", "exec", "none", "ready"] == 2
     assert after["start_duration_seconds_count", "exec"] == 2
-    assert 0.05 < after["start_duration_seconds_sum", "exec"] < 120
+    assert after["start_duration_seconds_sum", "exec"] > 0
     assert after["unrequested_ends_total", "killed"] == 1
     assert (after["restarts_total",], after["servers", "stopped"]) == (1, 1)
     assert sum(v for (name, *_), v in after.items() if name == "stop_duration_seconds_count") == 1

@@ -26,11 +26,22 @@ class Probe:
         return Load(2, 1)
 
 
+class CountingClock(SystemClock):
+    """A clock that can be moved forward, and that counts how often it was read."""
+
+    ahead = 0.0
+    readings = 0
+
+    def monotonic(self):
+        self.readings += 1
+        return super().monotonic() + self.ahead
+
+
 class Site:
     """A running server in a fake world, and a sampler of it."""
 
     def __init__(self, period=0.02):
-        self.world, self.probe = World(), Probe()
+        self.world, self.probe, self.clock = World(), Probe(), CountingClock()
         process = self.world.begin(a_spec("lab"), 1)
         self.snapshot = Snapshot(
             process.spec, State.RUNNING, Goal.UP, 0.0, 0.0, generation=1, endpoint=process.endpoint
@@ -41,7 +52,7 @@ class Site:
             self.probe,
             lambda: [self.snapshot],
             threads=self.threads,
-            clock=SystemClock(),
+            clock=self.clock,
             period=period,
         )
         self.sampler.start()
@@ -74,13 +85,14 @@ def test_a_server_that_does_not_respond_is_measured_without_its_load(site):
     assert until(lambda: site.sampler.of(site.snapshot), what="a sample").load is None
 
 
-def test_nothing_is_measured_without_demand(site, monkeypatch):
+def test_nothing_is_measured_without_demand(site):
     site.sampler.of(site.snapshot)
     until(lambda: site.sampler._samples, what="a sample")
-    monkeypatch.setattr(sampler, "_WANTED_FOR", -1.0)
+    site.clock.ahead = sampler._WANTED_FOR
     until(lambda: not site.sampler._samples, what="old samples are dropped")
-    before = site.backend._measured
-    assert not site.threads.sleep(0.5)
+    before, readings = site.backend._measured, site.clock.readings
+    # Each round reads the clock, to learn whether samples are in demand.
+    until(lambda: site.clock.readings >= readings + 3, what="three more rounds")
     assert site.backend._measured == before
 
 
