@@ -23,6 +23,9 @@ collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["engines"]
 
 KINDS = {"browser": "e2e", "chaos": "e2e", "e2e": "e2e", "fuzz": "fuzz"}
 """The kind of every test below a directory."""
+SETUP_TIMEOUT = 900
+"""Seconds for a test that may have to set up the Enterprise Gateway's environment, or waits while
+another worker does: without `scripts/test`, the first one that needs it downloads its packages."""
 EXPECTED_SKIPS = ("needs control groups", "needs ports that take a right")
 """Skips that depend on the machine's kernel, which no test and no CI script can change."""
 
@@ -64,6 +67,8 @@ def pytest_collection_modifyitems(items):
         kind = KINDS.get(item.path.relative_to(Path(__file__).parent).parts[0])
         if kind is not None:
             item.add_marker(kind)
+        if hasattr(item, "callspec") and "enterprise-gateway" in item.callspec.params.values():
+            item.add_marker(pytest.mark.timeout(SETUP_TIMEOUT))
 
 
 def pytest_runtest_setup(item):

@@ -506,6 +506,14 @@ ANSWERS = {
 }
 
 
+def stopped_or_left(report):
+    """Return the kernels that a stop was responsible for.
+
+    Those that a slow gateway did not end within the grace period become orphaned kernels.
+    """
+    return {*report["kernels_stopped"], *report["kernels_left"]}
+
+
 def a_gateway(host="one", **options):
     """Return a gateway of the spec; it need not exist."""
     return Gateway(f"http://{host}", f"ws://{host}", **options)

@@ -15,7 +15,16 @@ import psutil
 import pytest
 
 from gateway_servers import KernelGateway
-from harness import alive, forked, processes_marked, run_cell, servers_in, start_kernel, until
+from harness import (
+    PATIENCE,
+    alive,
+    forked,
+    processes_marked,
+    run_cell,
+    servers_in,
+    start_kernel,
+    until,
+)
 
 BROKEN = {
     "config-error": "raise RuntimeError('my own mistake')",
@@ -294,10 +303,8 @@ def test_reused_pid_is_not_mistaken_for_the_server(make_keeper):
         unrelated.wait()
 
 
-def test_start_timeout_ends_a_hanging_lab_without_blocking_other_requests(make_keeper):
-    keeper = make_keeper(
-        launch_by="fork", start_timeout=6, stop_grace=2, kill_wait=1, max_request_rate=0
-    )
+def start_to_hang(keeper):
+    """Start a keeper whose forked servers hang before they are ready."""
     hangs = keeper.base / "hangs"
     keeper.configure_jupyter(
         f"import os, time\nif os.path.exists({str(hangs)!r}):\n"
@@ -305,20 +312,36 @@ def test_start_timeout_ends_a_hanging_lab_without_blocking_other_requests(make_k
     )
     keeper.start_to_fork()
     hangs.touch()
-    with ThreadPoolExecutor(1) as other:
-        waiting = other.submit(keeper.post)
-        answered = 0
-        while not waiting.done():
-            keeper.http.get("/api/servers").raise_for_status()
-            answered += 1
-        answer = waiting.result()
-    # None of these requests waited for the start.
-    assert answered > 10
+
+
+def test_start_timeout_ends_a_hanging_lab(make_keeper):
+    keeper = make_keeper(launch_by="fork", start_timeout=6, stop_grace=2, kill_wait=1)
+    start_to_hang(keeper)
+    answer = keeper.post()
     assert answer.status_code == 504, answer.text
     assert answer.json()["code"] == "start_timeout"
-    assert "I wait" in answer.json()["log_tail"]
+    assert answer.json()["log_tail"]
     assert keeper.get()["failure"]["failure_class"] == "start-timeout"
     assert not processes_marked(keeper.server_dirs / "default")
+
+
+def test_hanging_lab_blocks_no_other_requests(make_keeper):
+    keeper = make_keeper(launch_by="fork", start_timeout=600)
+    start_to_hang(keeper)
+    with ThreadPoolExecutor(1) as other:
+        waiting = other.submit(keeper.post)
+        try:
+            until(
+                lambda: "I wait" in keeper.http.get("/api/servers/default/logs").text,
+                what="it hangs",
+            )
+            for _ in range(20):
+                (server,) = keeper.http.get("/api/servers").raise_for_status().json()["servers"]
+                assert server["state"] == "starting"
+            assert not waiting.done()
+        finally:
+            keeper.delete(force="true")
+        assert waiting.result().is_error
 
 
 def test_lab_that_ignores_sigterm_is_killed_after_the_grace_period(make_keeper):
@@ -386,17 +409,22 @@ def test_suspended_server_is_killed_on_stop(make_keeper):
 
 
 def test_hung_server_is_restarted(make_keeper):
-    keeper = make_keeper(hung_after=0.5, probe_period=0.5, stop_grace=2).start()
+    keeper = make_keeper(hung_after=3, probe_period=0.5, stop_grace=2).start()
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGSTOP)
-    until(lambda: keeper.get()["generation"] == 2, what="a second launch")
-    again = keeper.wait_for("running")
-    assert again["restarts"] == 1
+    until(lambda: keeper.get()["generation"] > 1, what="a second launch")
+    # On a busy machine that one may not answer for as long.
+    assert keeper.wait_for("running")["restarts"] >= 1
     assert not alive(server["pid"])
 
 
+FOLLOWERS = 20
+ENOUGH_THREADS = 32
+"""Threads with which so many callers can follow, but not twice as many."""
+
+
 def test_log_followers_get_every_line_and_release_their_threads(make_keeper):
-    keeper = make_keeper().start()
+    keeper = make_keeper(threads=ENOUGH_THREADS).start()
     server = keeper.post().json()
     # Jupyter logs some lines late after its start: follow only once they have been written.
     until(lambda: "Skipped non-installed" in keeper.http.get("/api/servers/default/logs").text)
@@ -419,23 +447,29 @@ def test_log_followers_get_every_line_and_release_their_threads(make_keeper):
         lines.extend(reader)
     assert any("Shutting down" in line for line in lines)
     keeper.http.post("/api/servers?wait=0", json={"name": "other"})
-    process = psutil.Process(keeper.process.pid)
 
-    def threads_added_by_20_followers():
-        before = process.num_threads()
+    def followers(count):
+        """Return the statuses that so many followers get at the same time."""
         with contextlib.ExitStack() as stack:
-            for _ in range(20):
+            answers = []
+            for _ in range(count):
                 client = stack.enter_context(
-                    httpx.Client(base_url=keeper.url, headers=keeper.http.headers, trust_env=False)
+                    httpx.Client(
+                        base_url=keeper.url,
+                        headers=keeper.http.headers,
+                        trust_env=False,
+                        timeout=PATIENCE,
+                    )
                 )
-                stack.enter_context(
-                    client.stream("GET", "/api/servers/other/logs", params={"follow": "true"})
+                answers.append(
+                    stack.enter_context(
+                        client.stream("GET", "/api/servers/other/logs", params={"follow": "true"})
+                    )
                 )
             assert keeper.http.get("/healthz").status_code == 200
-            return process.num_threads() - before
+            return [answer.status_code for answer in answers]
 
-    assert threads_added_by_20_followers() > 0
-    # Threads are kept: those of disconnected followers are reused.
-    until(lambda: threads_added_by_20_followers() == 0, what="followers' threads are free")
-    assert process.num_threads() < 100
+    assert set(followers(2 * FOLLOWERS)) == {200, 429}
+    # The keeper notices that they have disconnected.
+    until(lambda: followers(FOLLOWERS) == [200] * FOLLOWERS, what="followers' threads are free")
     keeper.delete("other")

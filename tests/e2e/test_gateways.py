@@ -12,7 +12,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from gateway_servers import REAL, EnterpriseGateway, HostileGateway, KernelGateway
+from gateway_servers import (
+    REAL,
+    EnterpriseGateway,
+    HostileGateway,
+    KernelGateway,
+    stopped_or_left,
+)
 from harness import (
     PATIENCE,
     KeeperProcess,
@@ -109,14 +115,6 @@ def sessions(server):
         (session["path"], session["kernel"]["id"])
         for session in jupyter_request(server, "GET", "api/sessions")
     }
-
-
-def stopped_or_left(report):
-    """Return the kernels that a stop was responsible for.
-
-    Those that a slow gateway did not end within the grace period become orphaned kernels.
-    """
-    return {*report["kernels_stopped"], *report["kernels_left"]}
 
 
 def orphans(keeper):

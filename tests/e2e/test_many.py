@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 
-from harness import PATIENCE, KeeperProcess, until
+from harness import KeeperProcess, until
 
 COUNT = 30
 MAX_STARTS = 4
@@ -21,50 +19,41 @@ def keeper(tmp_path):
     running.close()
 
 
-class ListPoller:
-    """Poll the list of servers, and record how many were starting, and the queue positions seen."""
+def state_changes(keeper):
+    """Yield the server and the new state of every change of a state, from the history."""
+    after = 0
+    while after is not None:
+        page = keeper.http.get("/api/events", params={"after": after}).raise_for_status().json()
+        yield from (
+            (event["server"], event["details"]["to"])
+            for event in page["events"]
+            if "to" in event["details"]
+        )
+        after = page["next"]
 
-    def __init__(self, keeper):
-        self.most_starting = 0
-        self.queue_positions = set()
-        self._keeper = keeper
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll)
 
-    def __enter__(self):
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._over.set()
-        self._thread.join()
-
-    def _poll(self):
-        headers = dict(self._keeper.http.headers)
-        with httpx.Client(
-            base_url=self._keeper.url, headers=headers, timeout=PATIENCE, trust_env=False
-        ) as http:
-            while not self._over.is_set():
-                servers = http.get("/api/servers").json()["servers"]
-                self.most_starting = max(
-                    self.most_starting, sum(server["state"] == "starting" for server in servers)
-                )
-                self.queue_positions |= {server["queue_position"] for server in servers} - {None}
+def most_in_state(state, changes):
+    """Return how many servers were in a state at the same time, at most."""
+    inside, most = set(), 0
+    for server, new in changes:
+        (inside.add if new == state else inside.discard)(server)
+        most = max(most, len(inside))
+    return most
 
 
 @pytest.mark.promise
 def test_thirty_concurrent_starts_are_queued_and_succeed(keeper):
     """By one bulk request, by thirty requests, and by the CLI: never more starts than allowed."""
     names = [f"s{number}" for number in range(COUNT)]
-    with ListPoller(keeper) as seen:
-        answer = keeper.http.post("/api/bulk/start", json={"names": names})
+    answer = keeper.http.post("/api/bulk/start", json={"names": names})
     assert answer.status_code == 200, answer.text
     results = answer.json()["results"]
     assert [
         (result["name"], result["status"], result["server"]["state"]) for result in results
     ] == [(name, 201, "running") for name in names]
-    assert 1 <= seen.most_starting <= MAX_STARTS
-    assert 1 in seen.queue_positions
+    changes = list(state_changes(keeper))
+    assert most_in_state("starting", changes) == MAX_STARTS
+    assert most_in_state("queued", changes) > 1
 
     stopped = keeper.cli("stop", "--all", "--delete")
     assert stopped.returncode == 0, stopped.stderr
@@ -73,6 +62,7 @@ def test_thirty_concurrent_starts_are_queued_and_succeed(keeper):
     with ThreadPoolExecutor(COUNT) as callers:
         statuses = list(callers.map(lambda name: keeper.post(name=name).status_code, names))
     assert statuses == [201] * COUNT
+    assert most_in_state("starting", state_changes(keeper)) == MAX_STARTS
     assert keeper.cli("stop", "--all").returncode == 0
 
     started = keeper.cli("start", *names[:5], "new")

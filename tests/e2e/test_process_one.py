@@ -9,7 +9,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from harness import KeeperProcess, alive, kill_all, processes_where, run_cell, start_kernel, until
+from harness import (
+    PATIENCE,
+    KeeperProcess,
+    alive,
+    kill_all,
+    processes_where,
+    run_cell,
+    start_kernel,
+    until,
+)
 
 pytestmark = pytest.mark.root
 
@@ -52,7 +61,7 @@ class ContainedKeeper(KeeperProcess):
         """Send a signal, wait until every process has exited, and return the exit code."""
         everything = self.namespace_processes()
         who.send_signal(number)
-        code = self.process.wait(30)
+        code = self.process.wait(PATIENCE)
         until(
             lambda: not any(process.is_running() for process in everything), what="nothing is left"
         )
