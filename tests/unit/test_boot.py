@@ -17,6 +17,7 @@ LATE = {
     "jupyter_server",
     "labkeeper.client",  # for --start
     "labkeeper.testing",
+    "prometheus_client",  # for the first scrape
     "rich.progress",
 }
 

@@ -1,6 +1,6 @@
 """Prometheus metrics: events are counted as they happen; states are read at each scrape.
 
-We count in plain numbers, and prometheus_client writes them.
+We count in plain numbers, and prometheus_client writes them (`exposition`).
 """
 
 from __future__ import annotations
@@ -8,20 +8,11 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
-from typing import Final
-
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    Metric,
-    PlatformCollector,
-    ProcessCollector,
-    core,
-)
-from prometheus_client.exposition import choose_encoder
+from typing import TYPE_CHECKING, Final
 
 from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
@@ -48,10 +39,15 @@ from labkeeper.metrics.families import (
     UNKNOWN_WAY,
     WEBHOOK_EVENTS,
     WEBHOOK_PENDING,
+    Distribution,
     Family,
     Kind,
     Labels,
+    Value,
 )
+
+if TYPE_CHECKING:
+    from labkeeper.metrics.exposition import Exposition
 
 _METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _NOT_BEGUN: Final = AT_REST | {State.BACKOFF}
@@ -81,14 +77,14 @@ class _Histogram:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
-    def written(self) -> tuple[list[tuple[str, float]], float]:
+    def written(self) -> Distribution:
         """Return Prometheus' cumulative buckets, and the sum."""
         bounds = [*map(str, self._bounds), "+Inf"]
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
 
 class Metrics:
-    """A subscriber of fleet and history, and a collector of prometheus_client. Thread-safe."""
+    """A subscriber of fleet and history. Thread-safe."""
 
     def __init__(self, clock: Clock, world: World | None = None, *, version: str = "") -> None:
         self._clock = clock
@@ -109,10 +105,6 @@ class Metrics:
         """The beginning of each start whose outcome is open."""
         self._up: set[QualifiedName] = set()
         """Servers that have been ready and whose end was not seen yet."""
-        self._registry = CollectorRegistry()
-        self._registry.register(self)
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=self._registry)
 
     # Events
 
@@ -193,43 +185,25 @@ class Metrics:
 
     def exposition(self, accept: str) -> tuple[bytes, str]:
         """Return all metrics in the best format for an `Accept` header, and its media type."""
-        try:
-            encode, media_type = choose_encoder(accept)
-        except (TypeError, ValueError):  # The requested version is not a number.
-            encode, media_type = choose_encoder("")
-        return encode(self._registry), media_type
+        return self._exposition.text(accept)
 
-    def collect(self) -> Iterator[Metric]:
-        """Yield all our metrics for prometheus_client."""
-        values = self._looked_at()
-        written: dict[Family, dict[Labels, tuple[list[tuple[str, float]], float]]] = {}
+    @cached_property
+    def _exposition(self) -> Exposition:
+        from labkeeper.metrics.exposition import Exposition  # noqa: PLC0415 - 10 ms of a start
+
+        return Exposition(self.values, self._version)
+
+    def values(self) -> dict[Family, Mapping[Labels, Value]]:
+        """Return the present values of all families but that of the version."""
+        looked_at = self._looked_at()
         with self._lock:
             # Nothing else is done under the lock, for which the fleet waits.
-            values = {family: dict(counted) for family, counted in self._counts.items()} | values
-            for family, histograms in self._histograms.items():
-                written[family] = {
-                    labels: histogram.written() for labels, histogram in histograms.items()
-                }
-        for family in FAMILIES:
-            match family.kind:
-                case Kind.INFO:
-                    yield core.InfoMetricFamily(
-                        family.name.removesuffix("_info"), family.about, {"version": self._version}
-                    )
-                case Kind.HISTOGRAM:
-                    histogram = core.HistogramMetricFamily(
-                        family.name, family.about, labels=family.labels
-                    )
-                    for labels, (buckets, sum_) in written[family].items():
-                        histogram.add_metric(labels, buckets, sum_)
-                    yield histogram
-                case Kind.COUNTER | Kind.GAUGE:  # pragma: no branch - the last kinds
-                    counts = family.kind is Kind.COUNTER
-                    cls = core.CounterMetricFamily if counts else core.GaugeMetricFamily
-                    simple = cls(family.name, family.about, labels=family.labels)
-                    for labels, value in values[family].items():
-                        simple.add_metric(labels, value)
-                    yield simple
+            counts = {family: dict(counted) for family, counted in self._counts.items()}
+            histograms = {
+                family: {labels: one.written() for labels, one in of_family.items()}
+                for family, of_family in self._histograms.items()
+            }
+        return {**counts, **histograms, **looked_at}
 
     def _looked_at(self) -> dict[Family, Mapping[Labels, float]]:
         """Return the values read at each scrape."""

@@ -11,6 +11,9 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.server import FailureClass, StopMethod
 
 Labels = tuple[str, ...]
+Distribution = tuple[list[tuple[str, float]], float]
+"""A histogram: the cumulative count up to each bound, and the sum of the values."""
+Value = float | Distribution
 
 NONE: Final = "none"
 """The label value without a failure class or rule."""
