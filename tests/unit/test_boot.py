@@ -12,9 +12,11 @@ from harness import free_port
 
 LATE = {
     "anyio",
+    "flask_openapi3_swagger",  # the page of the API
     "httpcore",
     "httpx",
     "jupyter_server",
+    "labkeeper.api.openapi",
     "labkeeper.client",  # for --start
     "labkeeper.testing",
     "prometheus_client",  # for the first scrape

@@ -17,7 +17,6 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
 
-import flask_openapi3_swagger
 import structlog
 from flask import Blueprint, Flask, Response, g, request
 from flask.json.provider import DefaultJSONProvider
@@ -27,7 +26,6 @@ from werkzeug.wsgi import wrap_file
 from labkeeper.api import problems
 from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
-from labkeeper.api.openapi import document
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
@@ -187,10 +185,14 @@ def _pages(version: str) -> Blueprint:
 
     @functools.cache
     def written() -> dict[str, Any]:
+        from labkeeper.api.openapi import document  # noqa: PLC0415 - 2 ms of a keeper's start
+
         return document(version)
 
     @functools.cache
     def assets() -> dict[str, bytes]:
+        import flask_openapi3_swagger  # noqa: PLC0415 - only its page needs it
+
         root = Path(flask_openapi3_swagger.__file__).parent / "templates" / "swagger"
         return {
             str(path.relative_to(root)): path.read_bytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import webbrowser
 from typing import Final
 
 import click
@@ -79,6 +78,8 @@ _CLOSED: Final = {
 
 
 def _browse(link: str) -> bool:
+    import webbrowser  # noqa: PLC0415 - 2 ms of every command
+
     if webbrowser.open(link):
         return True
     say("cannot find a browser here; open this link:")

@@ -40,7 +40,7 @@ _END_KERNEL_TIMEOUT: Final = 10.0
 
 
 class _KernelModel(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", defer_build=True)
 
     id: str
     name: str
@@ -50,14 +50,14 @@ class _KernelModel(BaseModel):
 
 
 class _TerminalModel(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", defer_build=True)
 
     name: str
     last_activity: str = ""
 
 
 class _StatusModel(BaseModel):
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", defer_build=True)
 
     last_activity: str
     kernels: int
