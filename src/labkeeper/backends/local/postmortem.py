@@ -27,8 +27,8 @@ _OUT_OF_MEMORY: Final = (
         "ask for a higher memory_limit, or give the machine more"
     ),
     (
-        "most likely Linux killed it, because the machine's memory had run out; "
-        "give it more, or limit what each server takes"
+        "most likely Linux killed it, because the memory of the machine or the keeper's container "
+        "had run out; give it more, or limit what each server takes"
     ),
 )
 """Messages about a server that was OOM killed: certainly, and most likely."""
