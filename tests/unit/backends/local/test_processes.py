@@ -134,8 +134,14 @@ signal.pause()
     sys.platform != "linux", reason="only Linux is asked for environments in this way"
 )
 def test_a_process_that_hides_its_environment_does_not_slow_down_the_search(spawn):
+    # The argument fills the page below its environment, which would else be part of its stack.
     hidden = spawn(
-        sys.executable, "-c", HIDES, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE
+        sys.executable,
+        "-c",
+        HIDES,
+        2 * 4096 * "x",
+        env={**os.environ, "A_MARK": "x"},
+        stdout=subprocess.PIPE,
     )
     assert hidden.stdout.readline() == b"hidden\n"
     without = spawn("sleep", "1000", env={})
