@@ -251,8 +251,8 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
         keeper = make_keeper(webhook_url=receiver.url, webhook_secret=SECRET).start()
         server = keeper.post(name="lab").json()
         start_kernel(server)
-        until(lambda: receiver.taken == [1, 2], what="the start was told")
-        bodies = [json.loads(body) for _, _, body in receiver.came]
+        until(lambda: receiver.accepted == [1, 2], what="the start was told")
+        bodies = [json.loads(body) for _, body in receiver.received]
         assert bodies == events(keeper)
         (webhook,) = keeper.http.get("/api/webhooks").json()["webhooks"]
         assert webhook == {
@@ -274,12 +274,14 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
         keeper.start()
         keeper.wait_for("running", "lab")
         until(
-            lambda: len(receiver.taken) > 6 and receiver.taken[-1] == events(keeper)[-1]["id"],
+            lambda: (
+                len(receiver.accepted) > 6 and receiver.accepted[-1] == events(keeper)[-1]["id"]
+            ),
             what="all were told",
         )
-        assert receiver.taken == [*range(1, len(receiver.taken) + 1)]
+        assert receiver.accepted == [*range(1, len(receiver.accepted) + 1)]
         assert keeper.stop() == 0
-        assert "keeper ends" in json.loads(receiver.came[-1][2])["reason"]
+        assert "keeper ends" in json.loads(receiver.received[-1][1])["reason"]
         logged = keeper.log.read_text()
         assert "hidden" not in logged
         assert SECRET not in logged
