@@ -197,7 +197,7 @@ def test_full_disk_refuses_starts_but_servers_keep_running_and_can_be_stopped(di
     disk.free()
     now = states(keeper)
     # What could not be stored is stored within seconds, without another request.
-    until(lambda: stored_states(keeper) == now, what="the store says what is so")
+    until(lambda: stored_states(keeper) == now, what="the store has the states of the API")
     assert now["stops"] == ("stopped", "down")
     keeper.kill()
     keeper.start()

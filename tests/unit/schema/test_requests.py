@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import json
 import os
-import pwd
 from dataclasses import replace
 
 import pytest
@@ -35,29 +34,13 @@ from labkeeper.schema.requests.servers import (
 )
 
 MANAGER = Caller("token:m", Scope.MANAGE)
-OURSELVES = pwd.getpwuid(os.geteuid()).pw_name
 GATEWAY = "http://g:1"
-
-
 DEFAULTS = Defaults("127.0.0.1", 8888)
 
 
 @pytest.fixture
-def notebooks(tmp_path):
-    """A notebook directory with a directory, a file, and two links."""
-    root = tmp_path / "notebooks"
-    (root / "inner").mkdir(parents=True)
-    (root / "ca.pem").touch()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "key.pem").touch()
-    (root / "out").symlink_to(tmp_path / "other")
-    (root / "about").symlink_to(root / "inner")
-    return root
-
-
-@pytest.fixture
-def paths(notebooks):
-    return Paths(notebooks)
+def paths(tmp_path):
+    return Paths(tmp_path)
 
 
 def made(paths, caller=ANYBODY, **fields):
