@@ -20,13 +20,13 @@ LATE = {
     "labkeeper.client",  # for --start
     "labkeeper.testing",
     "prometheus_client",  # for the first scrape
-    "rich.progress",
+    "rich",
 }
 
 BOOT = """
     import os, signal, sys
+    from labkeeper import cli
     from labkeeper.cli import keeper
-    from labkeeper.settings.sources import load
 
     def ready(said):
         if " answers on " in said:
@@ -34,17 +34,16 @@ BOOT = """
             print(*sorted(set({late!r}) & set(sys.modules)), "|", len(threads))
             os.kill(os.getpid(), signal.SIGTERM)
 
-    keeper._settings_flags()
-    from labkeeper import serve
-    settings = load(port={port}, state_dir={state_dir!r}, launch_by="exec")
-    sys.exit(serve.run(settings, announce=ready))
+    keeper.put = ready
+    sys.argv[1:] = "serve --launch-by=exec --port={port} --state-dir={state_dir}".split()
+    cli.main()
 """
 
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
     code = textwrap.dedent(BOOT).format(
-        late=sorted(LATE), port=free_port(), state_dir=str(tmp_path_factory.mktemp("state"))
+        late=sorted(LATE), port=free_port(), state_dir=tmp_path_factory.mktemp("state")
     )
     ended = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
