@@ -18,7 +18,6 @@ from typing import ClassVar, Final
 import psutil
 
 from environments import Environments
-from guard import started_by_us
 from processes import end, spawn, tail
 from progress import BenchError
 from web import CREATED, OK, free_port, lines, request, request_json, wait_until_ready
@@ -102,6 +101,11 @@ class Labkeeper(Contender):
 
     def open(self) -> None:
         """Start a keeper; if it should fork, wait until it does."""
+        self.boot()
+        self._check_launch_method()
+
+    def boot(self) -> None:
+        """Start a keeper, and wait until its API answers."""
         self._port, self._token = free_port(), secrets.token_hex(16)
         self._authorization = f"Bearer {self._token}"
         self.state = self.home / "state"
@@ -121,7 +125,6 @@ class Labkeeper(Contender):
             command, self.environment(self.environments.lab) | settings, self.home, self.log
         )
         wait_until_up(f"{self.url}/readyz", self._keeper, self.log)
-        self._check_launch_method()
 
     def close(self) -> None:
         """Stop the keeper, which stops its servers first."""
@@ -171,7 +174,8 @@ class Labkeeper(Contender):
 
         Forked servers have the same command line, but only its parent does not.
         """
-        named = {each.pid: each for each in started_by_us() if _mentions(each, "forkserver")}
+        below = psutil.Process(self._keeper.pid).children(recursive=True)
+        named = {each.pid: each for each in below if _mentions(each, "forkserver")}
         tops = [pid for pid, process in named.items() if process.ppid() not in named]
         if len(tops) != 1:
             raise BenchError(f"cannot tell which process is the fork server: found {len(tops)}")
@@ -382,7 +386,7 @@ def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None
             pass
         if process.poll() is not None or time.monotonic() > until:
             raise BenchError(f"cannot start {Path(str(process.args[0])).name}:\n{tail(log)}")  # type: ignore[index]
-        time.sleep(0.05)
+        time.sleep(POLL)
 
 
 def _mentions(process: psutil.Process, word: str) -> bool:

@@ -67,8 +67,11 @@ class Environments:
         return os.pathsep.join([*ours, os.environ.get("PATH", os.defpath)])
 
 
-def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
-    """Create missing environments, which needs the network, and install labkeeper from `source`."""
+def prepare(source: Path, server_dir: Path, *, with_hub: bool, kind: str = "lab") -> Environments:
+    """Create missing environments, which needs the network, and install labkeeper from `source`.
+
+    Checkouts that are compared with each other need environments of different kinds.
+    """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "labkeeper-bench"
     if _in_checkout(cache):
         raise BenchError(
@@ -78,7 +81,7 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
     constraints = server_dir / "constraints.txt"
     constraints.write_text(pins)
     wheel = _wheel(source, server_dir)
-    lab = _lab(cache, pins, constraints, wheel, _dependencies(source))
+    lab = _lab(_directory(cache, kind, pins, _dependencies(source)), constraints, wheel)
     if not with_hub:
         return Environments(lab, None, None)
     hub = _hub(cache, pins, constraints)
@@ -87,8 +90,7 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool) -> Environments:
     return environments
 
 
-def _lab(cache: Path, pins: str, constraints: Path, wheel: Path, dependencies: str) -> Path:
-    lab = _directory(cache, "lab", pins, dependencies)
+def _lab(lab: Path, constraints: Path, wheel: Path) -> Path:
     if not _is_complete(lab):
         _create(lab, "labkeeper and JupyterLab", constraints, f"labkeeper[lab] @ {wheel.as_uri()}")
     say("installing labkeeper from the checkout")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from contenders import Contender, Server
 from processes import process_tree_of
@@ -17,15 +17,14 @@ from progress import BenchError, say
 from web import run_cell, start_kernel
 
 NAMES: Final = ("start", "stop", "first_cell", "stop_kernels")
+T = TypeVar("T")
 Samples = dict[str, dict[str, list[float]]]
 """Seconds, by measurement and contender."""
 _PAUSE: Final = 0.5
 """Seconds after a stop for a contender to clean up before the next one's turn."""
 
 
-def rounds(
-    contenders: Sequence[Contender], repeats: int, warmups: int
-) -> Iterator[tuple[int, Contender]]:
+def rounds(contenders: Sequence[T], repeats: int, warmups: int) -> Iterator[tuple[int, T]]:
     """Yield the number of the round and the next contender; rounds below 0 are warm-ups."""
     for number in range(-warmups, repeats):
         order = list(contenders)
@@ -44,11 +43,7 @@ def measure(
     for contender in contenders:
         contender.prepare(["plain", "busy"])
     for number, contender in rounds(contenders, repeats, warmups):
-        seen: dict[str, float] = {}
-        if {"start", "stop"} & samples.keys():
-            seen |= _without_kernels(contender)
-        if {"first_cell", "stop_kernels"} & samples.keys():
-            seen |= _with_kernels(contender)
+        seen = once(contender, wanted)
         if number >= 0:
             for name in samples:
                 samples[name][contender.key].append(seen[name])
@@ -56,6 +51,16 @@ def measure(
         times = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in seen.items())
         say(f"{turn}: {contender.label}: {times}")
     return samples
+
+
+def once(contender: Contender, wanted: Sequence[str] = NAMES) -> dict[str, float]:
+    """Start and stop one server, or two, for the wanted measurements; return seconds by name."""
+    seen: dict[str, float] = {}
+    if {"start", "stop"} & set(wanted):
+        seen |= _without_kernels(contender)
+    if {"first_cell", "stop_kernels"} & set(wanted):
+        seen |= _with_kernels(contender)
+    return seen
 
 
 def _without_kernels(contender: Contender) -> dict[str, float]:

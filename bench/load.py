@@ -30,7 +30,7 @@ FOLLOWERS: Final = 100
 RATE: Final = 100.0
 """Requests per second for measurements of latency."""
 _SECONDS: Final = 10.0
-_AT_A_TIME: Final = 10
+AT_A_TIME: Final = 10
 """Servers to start at the same time; this does not measure a burst."""
 _MAX_CALLER_SHARE: Final = 0.8
 """Share of a core above which the caller limits its own rate."""
@@ -38,7 +38,7 @@ _MAX_CALLER_SHARE: Final = 0.8
 
 def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
     """Measure requests for one server, and for the list of all."""
-    with crowd(keeper, SERVERS, _AT_A_TIME) as servers, _followers(keeper, servers) as followers:
+    with crowd(keeper, SERVERS, AT_A_TIME) as servers, followers(keeper, servers) as streams:
         found = {
             "one": _measure(keeper, f"/api/servers/{servers[0].name}", seconds),
             "list": _measure(keeper, "/api/servers", seconds),
@@ -47,8 +47,8 @@ def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
         listed = request_json("GET", url, keeper.authorization, good=(OK,))["servers"]
         if len(listed) != SERVERS:
             raise BenchError("the list has not all servers")
-        if followers.lost:
-            raise BenchError(f"{followers.lost} of {FOLLOWERS} followers were cut off")
+        if streams.lost:
+            raise BenchError(f"{streams.lost} of {FOLLOWERS} followers were cut off")
     return {"servers": SERVERS, "followers": FOLLOWERS, "rate": RATE} | found
 
 
@@ -134,10 +134,11 @@ class _Followers:
 
 
 @contextlib.contextmanager
-def _followers(keeper: Labkeeper, servers: Sequence[Server]) -> Iterator[_Followers]:
-    followers = _Followers(keeper, servers)
+def followers(keeper: Labkeeper, servers: Sequence[Server]) -> Iterator[_Followers]:
+    """Follow the logs of servers; yields the streams, which count those that were cut off."""
+    streams = _Followers(keeper, servers)
     time.sleep(1)  # The streams first send the existing lines.
     try:
-        yield followers
+        yield streams
     finally:
-        followers.close()
+        streams.close()
