@@ -68,7 +68,7 @@ def fake_keeper(
         executor=executor,
         clock=clock,
         policy=policy or Policy(),
-        subscribers=(board, event_log),
+        subscribers=(board.changed, event_log.changed, board.wake),
     )
     keeper = Keeper(fleet, mailbox, executor, board, clock)
     keeper.start()

@@ -51,7 +51,11 @@ class SystemClock:
 
 
 class SnapshotBoard:
-    """Snapshots of all servers, updated as a subscriber of the fleet."""
+    """Snapshots of all servers, and those who wait for a change of one.
+
+    Subscribes to the fleet twice: first to store a change, and after all other subscribers to wake
+    those who wait. So what they ask next, such as for events, includes that change.
+    """
 
     def __init__(self) -> None:
         self._snapshots: dict[QualifiedName, Snapshot] = {}
@@ -59,16 +63,19 @@ class SnapshotBoard:
         self._watches: set[Watch] = set()
 
     def changed(self, change: Change) -> None:
-        """Store one change."""
+        """Store one change. Called by one thread only."""
         after = change.after
+        # Readers may hold the old mapping for any time: it is replaced, never altered.
+        others = {
+            name: snap for name, snap in self._snapshots.items() if name != after.qualified_name
+        }
+        self._snapshots = others if after.forgotten else {**others, after.qualified_name: after}
+
+    def wake(self, change: Change) -> None:
+        """Wake those who wait for a change."""
         with self._changed:
-            # Readers may hold the old mapping for any time: it is replaced, never altered.
-            others = {
-                name: snap for name, snap in self._snapshots.items() if name != after.qualified_name
-            }
-            self._snapshots = others if after.forgotten else {**others, after.qualified_name: after}
             for watch in self._watches:
-                watch.take(after)
+                watch.take(change.after)
             self._changed.notify_all()
 
     def all(self) -> list[Snapshot]:

@@ -56,26 +56,36 @@ class TestSnapshotBoard:
         with board.watch(ONE) as watch:
             first = snapshot(state=State.STOPPING)
             for after in (first, snapshot(TWO), snapshot(state=State.STOPPED, goal=Goal.ABSENT)):
-                board.changed(change(after))
+                board.wake(change(after))
             last, held = watch.until(lambda s: s.state is State.STOPPED, first=first, timeout=0)
         assert held
         assert last.forgotten
 
     def test_a_watch_skips_changes_from_before_the_reply(self, board):
         with board.watch(ONE) as watch:
-            board.changed(change(snapshot(state=State.RUNNING)))
+            board.wake(change(snapshot(state=State.RUNNING)))
             first = snapshot(state=State.STOPPING)
-            board.changed(change(first))
+            board.wake(change(first))
             last, held = watch.until(lambda s: s.state is State.RUNNING, first=first, timeout=0.01)
         assert (last, held) == (first, False)
 
     def test_a_watch_wakes_up_at_a_change(self, board):
         with board.watch(ONE) as watch:
-            timer = threading.Timer(0.05, board.changed, [change(snapshot(state=State.RUNNING))])
+            timer = threading.Timer(0.05, board.wake, [change(snapshot(state=State.RUNNING))])
             timer.start()
             _, held = watch.until(lambda s: s.state is State.RUNNING, first=snapshot(), timeout=10)
             timer.join()
         assert held
+
+    def test_a_change_can_be_read_before_those_who_wait_for_it_are_woken(self, board):
+        running = snapshot(state=State.RUNNING)
+        with board.watch(ONE) as watch:
+            board.changed(change(running))
+            assert board.get(ONE) == running
+            _, held = watch.until(lambda s: s == running, first=snapshot(), timeout=0.01)
+            assert not held
+            board.wake(change(running))
+            assert watch.until(lambda s: s == running, first=snapshot(), timeout=0)[1]
 
     def test_it_can_wait_for_all_servers(self, board):
         assert board.until(lambda all_: not all_, timeout=0)
@@ -132,7 +142,7 @@ class Rig:
             executor=executor,
             clock=clock,
             policy=Policy(**policy),
-            subscribers=(self.board,),
+            subscribers=(self.board.changed, self.board.wake),
         )
         self.keeper = Keeper(self.fleet, mailbox, executor, self.board, clock)
 

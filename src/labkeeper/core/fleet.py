@@ -295,7 +295,7 @@ class Fleet:
                 decision.event, decision.before, snapshot, self._clock.time(), decision.origin
             )
             for subscriber in self._subscribers:
-                subscriber.changed(change)
+                subscriber(change)
         for job in decision.jobs:
             self._submit(job)
         if snapshot.forgotten:

@@ -275,11 +275,8 @@ class Executor(Protocol):
         """Queue a job. Its report goes to the fleet's mailbox, or `failed` if it raises."""
 
 
-class Subscriber(Protocol):
-    """Receives every change after it was stored. Must be quick and must not raise."""
-
-    def changed(self, change: Change) -> None:
-        """Receive one change."""
+Subscriber = Callable[[Change], None]
+"""Receives every change after it was stored. Must be quick and must not raise."""
 
 
 class EventLog(Protocol):

@@ -75,14 +75,14 @@ def assemble(
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
     subscribers = (
-        scrub.SecretsOfServers(),
-        # Before the board, which wakes waiting callers: the next scrape counts their answers.
-        history.metrics,
-        base.board,
-        logs.ChangeLog(),
-        watch,
-        history.event_log,
-        culler,
+        scrub.SecretsOfServers().changed,
+        base.board.changed,
+        history.metrics.changed,
+        logs.ChangeLog().changed,
+        watch.changed,
+        history.event_log.changed,
+        culler.changed,
+        base.board.wake,
     )
     keeper = _keeper(chosen, base, backend, preflight, subscribers)
     stack.callback(keeper.close)

@@ -71,7 +71,7 @@ class Bench:
             executor=self.executor,
             clock=self.clock,
             policy=self.policy,
-            subscribers=[self.recorder],
+            subscribers=[self.recorder.changed],
         )
         self.fleet.recover()
 

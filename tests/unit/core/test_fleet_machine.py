@@ -95,7 +95,7 @@ class FleetMachine(RuleBasedStateMachine):
             executor=self.executor,
             clock=self.clock,
             policy=POLICY,
-            subscribers=[self.recorder],
+            subscribers=[self.recorder.changed],
         )
         self.fleet.recover()
 
