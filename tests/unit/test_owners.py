@@ -118,9 +118,10 @@ def test_events_are_those_of_the_callers_owner(clients):
 def test_the_filter_for_another_owner_finds_nothing(clients):
     """Even with servers and events of that owner: it does not tell whether there are any."""
     clients.ada.post("/api/servers", json={"name": "lab"})
-    for path, listed in (("servers", "servers"), ("events", "events")):
+    clients.ada.post("/api/tokens", json={"name": "ci", "scope": "read"})
+    for listed in ("servers", "events", "tokens"):
         for owner in ("ada", "eve"):
-            answer = clients.local.get(f"/api/{path}", query_string={"owner": owner, "limit": 5})
+            answer = clients.local.get(f"/api/{listed}", query_string={"owner": owner})
             assert (answer.status_code, answer.json[listed]) == (200, [])
 
 
@@ -131,6 +132,8 @@ def test_token_names_are_unique_for_each_owner(clients):
         assert (made.status_code, made.json["owner"]) == (201, owner)
         texts[owner] = made.json["token"]
         assert client.post("/api/tokens", json={"name": "ci", "scope": "read"}).status_code == 409
+        (listed,) = client.get("/api/tokens", query_string={"owner": owner}).json["tokens"]
+        assert (listed["name"], listed["owner"]) == ("ci", owner)
     tokens = clients.running.services.tokens
     assert tokens.caller(texts["ada"])[0].owner == ADA
     assert tokens.caller(texts["local"])[0].owner == LOCAL

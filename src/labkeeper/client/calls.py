@@ -199,23 +199,31 @@ class Calls:
         )
 
     def events(
-        self, name: str | None = None, *, after: int | None = None, limit: int = 100
+        self,
+        name: str | None = None,
+        *,
+        after: int | None = None,
+        owner: str | None = None,
+        limit: int = 100,
     ) -> Call[Sequence[Event]]:
         """Return events of one server or all, oldest first: those after an event, or the newest.
 
         Raises ServerNotFound if the name is unknown.
         """
-        query = {"limit": limit, **_given(after=after)}
+        query = {"limit": limit, **_given(after=after, owner=owner)}
         return Call(
             "GET", _events_path(name), lambda answer: parse(EventList, answer).events, query=query
         )
 
-    def follow_events(self, name: str | None = None, *, after: int | None = None) -> Stream[Event]:
+    def follow_events(
+        self, name: str | None = None, *, after: int | None = None, owner: str | None = None
+    ) -> Stream[Event]:
         """Yield events as they happen, first those after a given one. Ends when the keeper does.
 
         The request is sent when the first event is requested. Raises ServerNotFound.
         """
-        return Stream(_events_path(name), event_of, query={"follow": "true", **_given(after=after)})
+        query = {"follow": "true", **_given(after=after, owner=owner)}
+        return Stream(_events_path(name), event_of, query=query)
 
     def webhooks(self) -> Call[Sequence[Webhook]]:
         """List the webhooks that events are posted to, and their state."""
@@ -248,9 +256,14 @@ class Calls:
             "POST", "/api/tokens", reading(NewToken), body=body | _given(expires_in=expires_in)
         )
 
-    def tokens(self) -> Call[Sequence[Token]]:
+    def tokens(self, *, owner: str | None = None) -> Call[Sequence[Token]]:
         """List all tokens except the owner's, by name."""
-        return Call("GET", "/api/tokens", lambda answer: parse(TokenList, answer).tokens)
+        return Call(
+            "GET",
+            "/api/tokens",
+            lambda answer: parse(TokenList, answer).tokens,
+            query=_given(owner=owner),
+        )
 
     def revoke_token(self, name: str) -> Call[Token]:
         """Revoke a token immediately. Raises TokenNotFound."""
@@ -297,10 +310,19 @@ class Calls:
         return Call("GET", "/readyz", is_ok)
 
     def page(
-        self, *, state: Iterable[State | str], label: Iterable[str], cursor: str | None
+        self,
+        *,
+        state: Iterable[State | str],
+        label: Iterable[str],
+        owner: str | None,
+        cursor: str | None,
     ) -> Call[ServerList]:
         """List one page of servers."""
-        query = {"state": [str(one) for one in state], "label": [*label], **_given(cursor=cursor)}
+        query = {
+            "state": [str(one) for one in state],
+            "label": [*label],
+            **_given(owner=owner, cursor=cursor),
+        }
         return Call("GET", "/api/servers", reading(ServerList), query=query)
 
 

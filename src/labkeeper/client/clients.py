@@ -176,15 +176,19 @@ class Client(_Connection):
         self._http.close()
 
     def list(
-        self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()
+        self,
+        *,
+        state: Iterable[State | str] = (),
+        label: Iterable[str] = (),
+        owner: str | None = None,
     ) -> Iterator[Server]:
-        """Yield the servers by name: those in one of the states with all of the labels.
+        """Yield the servers by name: those of the owner, in one of the states, with all labels.
 
         A label is `key=value`, or `key` alone. Pages are requested one by one.
         """
         states, labels, cursor = [*state], [*label], None
         while True:
-            page = self._do(_CALLS.page(state=states, label=labels, cursor=cursor))
+            page = self._do(_CALLS.page(state=states, label=labels, owner=owner, cursor=cursor))
             yield from page.servers
             if (cursor := page.next) is None:
                 return
@@ -279,12 +283,18 @@ class AsyncClient(_Connection):
         await self._http.aclose()
 
     async def list(
-        self, *, state: Iterable[State | str] = (), label: Iterable[str] = ()
+        self,
+        *,
+        state: Iterable[State | str] = (),
+        label: Iterable[str] = (),
+        owner: str | None = None,
     ) -> AsyncIterator[Server]:
         """Yield the servers by name, as `Client.list` does."""
         states, labels, cursor = [*state], [*label], None
         while True:
-            page = await self._do(_CALLS.page(state=states, label=labels, cursor=cursor))
+            page = await self._do(
+                _CALLS.page(state=states, label=labels, owner=owner, cursor=cursor)
+            )
             for server in page.servers:
                 yield server
             if (cursor := page.next) is None:

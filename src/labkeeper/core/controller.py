@@ -288,7 +288,8 @@ class Controller:
             return after, ()
         now, gateway = self.clock.time(), before.spec.gateway
         return after, tuple(
-            OrphanedKernel(k.id, gateway, before.name, now, k.starting) for k in there.values()
+            OrphanedKernel(k.id, gateway, before.qualified_name, now, k.starting)
+            for k in there.values()
         )
 
     def _timeout(self) -> Failure:

@@ -238,7 +238,7 @@ class OrphanedKernel:
 
     kernel_id: str
     gateway: Gateway
-    server: ServerName
+    server: QualifiedName
     since: float
     starting: bool = False
     """As in `OwnKernel`."""

@@ -141,6 +141,14 @@ class EventQuery(_Query):
     )
 
 
+class TokenQuery(_Query):
+    """Which tokens to list."""
+
+    owner: OwnerName = Field(
+        _ABSENT, description="Only tokens of this owner, among those that the caller may see."
+    )
+
+
 class LogQuery(_Query):
     """Which part of a log."""
 

@@ -53,6 +53,7 @@ def test_methods_cover_the_life_of_a_server(url):
             await client.create(name="b")
             assert [server.name async for server in client.list()] == ["a", "b"]
             assert [server.name async for server in client.list(state=["stopped"])] == []
+            assert [server.name async for server in client.list(owner="ada")] == []
             follower = client.follow("a")
             first = await anext(follower)
             assert (await client.stop("a")).state is State.STOPPED

@@ -190,6 +190,17 @@ def test_lists_cover_all_pages(running, client, tmp_path):
     assert [server.name for server in client.list(state=["stopped", State.FAILED])] == ["a"]
 
 
+def test_lists_can_be_filtered_by_owner(client):
+    client.create()
+    client.create_token("ci", "read")
+    for owner, names in (("local", ["default"]), ("ada", [])):
+        assert [server.name for server in client.list(owner=owner)] == names
+        assert {event.owner for event in client.events(owner=owner)} == (
+            {owner} if names else set()
+        )
+        assert [token.name for token in client.tokens(owner=owner)] == (["ci"] if names else [])
+
+
 def test_logs_are_text_and_can_be_followed_to_the_end(running, client):
     """`follow` yields lines without line feeds, and splits at line feeds alone."""
     client.create()

@@ -34,7 +34,7 @@ from labkeeper.core.server import (
     StopMethod,
     StopReport,
 )
-from labkeeper.core.spec import Gateway, ServerName
+from labkeeper.core.spec import LOCAL, Gateway, Owner, ServerName
 from labkeeper.testing.fakes import FakeClock, a_spec
 from labkeeper.testing.world import FakeProcess
 
@@ -616,7 +616,7 @@ class GatewayBench(Bench):
     """A bench whose server has a gateway; it collects orphaned kernels."""
 
     def __init__(self, **values):
-        spec = replace(a_spec("lab"), gateway=GATEWAY)
+        spec = replace(a_spec("lab"), gateway=GATEWAY, owner=values.pop("owner", LOCAL))
         state, goal = values.pop("state", State.STOPPED), values.pop("goal", Goal.DOWN)
         super().__init__(
             snapshot=Snapshot(spec, state, goal, since=1.0, created_at=1.0, generation=3, **values)
@@ -719,6 +719,15 @@ def test_a_restart_that_does_not_keep_kernels_orphans_those_left():
     assert not job.keep_kernels
     (job,) = bench.receive(Ended(Exit(code=0), StopMethod.SHUTDOWN, ("k1",), kernels_left=(K2,)))
     assert (job.kernels, bench.kept, bench.orphans) == ((), (), ["k2"])
+
+
+@pytest.mark.parametrize(("owner", "name"), [(LOCAL, "lab"), (Owner("ada"), "lab.ada")])
+def test_an_orphaned_kernel_names_its_server_and_owner(owner, name):
+    bench = GatewayBench(owner=owner).run()
+    bench.order(Event.RESTART)
+    left = Ended(Exit(code=0), StopMethod.SHUTDOWN, kernels_left=(K2,))
+    decision = bench.controller.plan_report(report(bench.controller, left))
+    assert [orphan.server for orphan in decision.orphans] == [name]
 
 
 def test_kernels_of_a_crashed_server_are_kept_during_backoff_and_after_failure():

@@ -5,17 +5,11 @@ from __future__ import annotations
 import time
 from http import HTTPStatus
 
-from labkeeper.api.handlers.common import Answer, caller, json_answer, origin
+from labkeeper.api.handlers.common import Answer, caller, json_answer, origin, visible_owner
 from labkeeper.api.services import Services
-from labkeeper.api.views import (
-    me_model,
-    new_token_model,
-    token_model,
-)
+from labkeeper.api.views import me_model, new_token_model, token_model
 from labkeeper.schema.answers.access import TokenList
-from labkeeper.schema.queries import (
-    TokenPath,
-)
+from labkeeper.schema.queries import TokenPath, TokenQuery
 from labkeeper.schema.requests.access import TokenRequest
 
 
@@ -33,12 +27,10 @@ def create_token(services: Services, body: TokenRequest) -> Answer:
     return json_answer(new_token_model(token, text), HTTPStatus.CREATED)
 
 
-def list_tokens(services: Services) -> Answer:
+def list_tokens(services: Services, query: TokenQuery) -> Answer:
     """List all tokens except the owner's, with what they allow."""
-    now = time.time()
-    return json_answer(
-        TokenList(tokens=[token_model(token, now) for token in services.tokens.all(caller().owner)])
-    )
+    now, tokens = time.time(), services.tokens.all(visible_owner(query.owner))
+    return json_answer(TokenList(tokens=[token_model(token, now) for token in tokens]))
 
 
 def revoke_token(services: Services, path: TokenPath) -> Answer:

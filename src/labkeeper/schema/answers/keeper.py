@@ -14,7 +14,12 @@ class OrphanedKernel(Answer):
 
     kernel_id: str
     gateway_url: str
-    server: str = Field(description="Server that started it; may have been deleted.")
+    server: str = Field(
+        description=(
+            "Server that started it; may have been deleted. "
+            "`NAME.OWNER`, unless its owner is `local`."
+        )
+    )
     since: str
 
 
