@@ -15,18 +15,18 @@ from statistics import median
 from labkeeper.backends.local import usage
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.processes import Process
-from labkeeper.core.spec import ServerName
+from labkeeper.core.spec import QualifiedName
 from labkeeper.forkserver.marks import MARK
 
 SERVERS, ROUNDS = 200, 20
 
 
 class _NoGroups(ControlGroups):
-    def _of(self, name: ServerName) -> list[Path]:  # noqa: ARG002
+    def _of(self, name: QualifiedName) -> list[Path]:  # noqa: ARG002
         return []
 
 
-def cost(meter: usage.Meter, processes: dict[ServerName, Process]) -> list[float]:
+def cost(meter: usage.Meter, processes: dict[QualifiedName, Process]) -> list[float]:
     """Return the processor time of each measurement, in milliseconds."""
     spent = []
     for _ in range(ROUNDS):
@@ -41,7 +41,7 @@ def main() -> None:
     """Measure with control groups and without, and the most expensive part by itself."""
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
-        names = [ServerName(f"s{number}") for number in range(SERVERS)]
+        names = [QualifiedName(f"s{number}") for number in range(SERVERS)]
         children = {
             name: subprocess.Popen(
                 ["/bin/sh", "-c", "sleep 600 & sleep 600 & sleep 600 & wait"],

@@ -36,9 +36,14 @@ def idle(keeper, name):
 
 
 def wait_for_next_poll(keeper, name):
-    """Wait until the activity of a server has been polled again."""
-    before = idle(keeper, name)["looked_at"]
-    until(lambda: idle(keeper, name)["looked_at"] != before, what="it is looked at again")
+    """Wait until the culler has polled a server again; `idle` would poll it itself."""
+
+    def last_poll():
+        servers = keeper.http.get("/api/idle").json()["servers"]
+        return next(server["looked_at"] for server in servers if server["name"] == name)
+
+    before = last_poll()
+    until(lambda: last_poll() != before, what="the culler has polled it again")
 
 
 def jupyter_request(server, method, path, **body):
