@@ -2,11 +2,11 @@
 #   docker build -t jupyter-server .
 #   docker run --name mytest -p 8888:8888 -p 80:80 -v "$PWD/notebooks:/notebooks" jupyter-server
 
-# Any image of Debian's family that has python3 (3.11 or later) with venv.
+# Any Debian-based image with python3 (3.11 or later) and venv.
 ARG BASE=python:3.11-slim-bookworm
 
 FROM ${BASE} AS build
-# A mirror, where PyPI itself is out of reach: --build-arg PIP_INDEX_URL=...
+# If PyPI cannot be reached, name a mirror: --build-arg PIP_INDEX_URL=...
 ARG PIP_INDEX_URL
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_CERT=/build/trusted.crt
 WORKDIR /build
@@ -17,7 +17,7 @@ RUN apt-get update -qq \
  && python3 -m venv tools \
  && python3 -m venv --without-pip /opt/labkeeper \
  && python3 -m venv /opt/jupyter
-# Two environments: whatever is added to JupyterLab's, the keeper's stays as it was tested, and kernels do not see it.
+# Two environments: packages added to JupyterLab's do not change the keeper's, and kernels do not see the keeper's.
 COPY requirements requirements
 RUN tools/bin/pip install -q --no-deps --require-hashes -r requirements/build.lock \
  && tools/bin/pip --python /opt/labkeeper install -q --no-deps --require-hashes -r requirements/keeper.lock
@@ -33,12 +33,12 @@ FROM ${BASE}
 LABEL org.opencontainers.image.title="jupyter-server" \
       org.opencontainers.image.description="JupyterLab servers on demand, by HTTP API" \
       org.opencontainers.image.licenses="BSD-3-Clause"
-# The state directory is made in /var/lib/labkeeper by whoever the container runs as: everybody may write there, as in /tmp.
+# The container's user, whoever that is, creates the state directory in /var/lib/labkeeper: everyone may write there, as in /tmp.
 RUN useradd --uid 1000 --user-group --no-log-init --home-dir /var/lib/labkeeper/home --shell /bin/bash labkeeper \
  && install -d -m 1777 -o labkeeper -g labkeeper /notebooks /var/lib/labkeeper \
  && ln -s /opt/labkeeper/bin/labkeeper /usr/local/bin/labkeeper \
  && python3 -m compileall -q "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
-# Its user may add packages: in an image of one's own, or by %pip in a notebook, for as long as the container lives.
+# Its user may add packages: in a derived image, or with %pip in a notebook, until the container is removed.
 COPY --from=build --chown=labkeeper:labkeeper /opt/jupyter /opt/jupyter
 COPY --from=build /opt/labkeeper /opt/labkeeper
 COPY docker/entrypoint docker/healthcheck /usr/local/libexec/labkeeper/
@@ -57,6 +57,6 @@ EXPOSE 80 8888
 WORKDIR /notebooks
 USER labkeeper
 HEALTHCHECK --interval=10s --timeout=5s --start-period=10s CMD ["/usr/local/libexec/labkeeper/healthcheck"]
-# The keeper brings its own init, which closes its environment to servers: that of any other would show them LABKEEPER_TOKEN.
+# The keeper has its own init, whose environment servers cannot read: in that of another init they would find LABKEEPER_TOKEN.
 ENTRYPOINT ["/usr/local/libexec/labkeeper/entrypoint"]
 CMD ["labkeeper", "serve"]

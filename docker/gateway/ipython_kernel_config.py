@@ -1,7 +1,7 @@
-"""Kernels begin where their notebook is, which has the same path here as where JupyterLab runs."""
+"""Start kernels in the directory of their notebook; its path is the same in both containers."""
 
 import os
 
 directory = os.environ.get("KERNEL_WORKING_DIR", "")
-if os.path.isdir(directory):  # noqa: PTH112 - loaded at the start of each kernel: nothing more is imported
+if os.path.isdir(directory):  # noqa: PTH112 - loaded at the start of each kernel: no further import
     os.chdir(directory)
