@@ -56,7 +56,7 @@ def pytest_configure(config):
 
 
 def pytest_report_header():
-    return f"seed: {SEED} (SEED={SEED} runs the same again)"
+    return f"seed: {SEED} (SEED={SEED} repeats this run)"
 
 
 # Kinds
@@ -73,7 +73,7 @@ def pytest_collection_modifyitems(items):
 
 def pytest_runtest_setup(item):
     if item.get_closest_marker("root") and (sys.platform != "linux" or os.geteuid() != 0):
-        pytest.skip("needs Linux, and root")
+        pytest.skip("needs Linux and root")
     needed = [name for marker in item.iter_markers("programs") for name in marker.args]
     if item.get_closest_marker("browser"):
         needed.append("chromium")
@@ -132,5 +132,5 @@ def _nothing_left_behind():
         if not threads and not processes:
             return
         if time.monotonic() > end:
-            pytest.fail(f"left behind: threads {threads}, processes {processes}")
+            pytest.fail(f"the test left behind threads {threads} and processes {processes}")
         time.sleep(0.02)

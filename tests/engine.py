@@ -78,7 +78,7 @@ class Container:
         return self
 
     def wait(self):
-        until(self._ready, what="the API")
+        until(self._ready, what="the API to respond")
 
     def _ready(self):
         assert self.state()["Running"], self.logs()
@@ -164,7 +164,7 @@ class Container:
 
     def ended(self):
         """Wait until it has exited by itself, and return the exit code."""
-        until(lambda: not self.state()["Running"], what="the end of the container")
+        until(lambda: not self.state()["Running"], what="the container to exit")
         return self.state()["ExitCode"]
 
     def close(self):

@@ -59,10 +59,10 @@ class RealGateway:
         return f"{'https' if self.authority else 'http'}://127.0.0.1:{self.port}"
 
     def command(self):
-        raise AssertionError(f"{type(self).__name__} does not say")
+        raise AssertionError(f"{type(self).__name__} must override this")
 
     def variables(self):
-        raise AssertionError(f"{type(self).__name__} does not say")
+        raise AssertionError(f"{type(self).__name__} must override this")
 
     def start(self):
         base = self.base
@@ -79,7 +79,10 @@ class RealGateway:
                 self.process = subprocess.Popen(
                     self.command(), env=env, cwd=base, stdout=stream, stderr=stream
                 )
-            until(lambda: self.process.poll() is not None or self._answers(), what="gateway ready")
+            until(
+                lambda: self.process.poll() is not None or self._answers(),
+                what="the gateway to respond or exit",
+            )
             # Another process may have taken a port that was free a moment ago.
             if self.process.poll() is None or "already in use" not in log.read_text():
                 break

@@ -29,7 +29,7 @@ PATIENCE = 60.0
 """Seconds until a condition counts as never met; generous, for slow machines."""
 
 
-def until(condition, *, what="condition"):
+def until(condition, *, what="a condition"):
     """Wait until `condition()` is true, and return its value.
 
     Tests set no limit of their own: bench/ measures durations.
@@ -41,7 +41,7 @@ def until(condition, *, what="condition"):
             return value
         waited = time.monotonic() - begun
         assert waited < PATIENCE, (
-            f"{what() if callable(what) else what}: not met within {PATIENCE} s"
+            f"timed out after {PATIENCE:g} s waiting for {what() if callable(what) else what}"
         )
         # Polling costs time as well, so it slows down the longer the condition has not been met.
         time.sleep(min(max(0.02, waited / 20), 0.2))
@@ -110,7 +110,7 @@ def kill_all(processes):
     for process in killed:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
-    until(lambda: not any(alive(process.pid) for process in killed), what="the killed end")
+    until(lambda: not any(alive(process.pid) for process in killed), what="killed processes to end")
 
 
 def processes_marked(prefix, *, rehearsals=True):
@@ -319,7 +319,7 @@ class KeeperProcess:
         self.http = httpx.Client(
             base_url=self.url, timeout=PATIENCE, trust_env=False, verify=self.verify
         )
-        until(self._ready, what="keeper ready")
+        until(self._ready, what="the keeper to be ready")
         if self.settings.get("auth") != "none":
             self.http.headers["Authorization"] = f"Bearer {self.token}"
         return self
@@ -327,7 +327,10 @@ class KeeperProcess:
     def start_to_fork(self):
         """Start it, and wait for its fork server, so that no server is executed for lack of one."""
         self.start()
-        until(lambda: "the fork server is ready" in self.log.read_text(), what="a fork server")
+        until(
+            lambda: "the fork server is ready" in self.log.read_text(),
+            what="the fork server to be ready",
+        )
         return self
 
     def _ready(self):
@@ -524,7 +527,7 @@ def forked(keeper, name="default", **body):
         """Return how many times a fork server has become ready."""
         return keeper.log.read_text().count("the fork server is ready")
 
-    until(ready, what="a fork server")
+    until(ready, what="a fork server to be ready")
     while True:
         before = ready()
         answer = keeper.post(name=name, **body)

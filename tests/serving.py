@@ -54,7 +54,7 @@ class Served:
         return sum(isinstance(one, Channel) for one in list(self.server._map.values()))
 
     def settle(self, count):
-        until(lambda: self.inside == count, what=f"{count} connections inside")
+        until(lambda: self.inside == count, what=f"the server to have {count} connections")
 
     def close(self):
         for connection in self.opened:

@@ -38,7 +38,7 @@ class Group:
         return int((self.path / "pids.current").read_text())
 
     def remove(self):
-        until(lambda: self.count == 0, what="nothing left in the group")
+        until(lambda: self.count == 0, what="all processes in the control group to end")
         self.path.rmdir()
 
 
@@ -85,5 +85,5 @@ class Disk:
                 subprocess.run(["umount", self.path], check=False, capture_output=True).returncode
                 == 0
             ),
-            what="umount",
+            what="the disk to be unmounted",
         )

@@ -97,7 +97,7 @@ STATE_FILES = {
 pytestmark = [
     pytest.mark.chaos,
     pytest.mark.soak,
-    pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc"),
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
 
@@ -155,7 +155,7 @@ class World:
         self.traces.append(f"{time.monotonic() - self.started_at:8.3f} {text}")
 
     def record_violation(self, text):
-        self.trace(f"A LIE: {text}")
+        self.trace(f"VIOLATION: {text}")
         self.violations.append(text)
 
     # Actual state
@@ -207,7 +207,7 @@ class World:
         for pid in chosen:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        self.trace(f"kill -9 {kind} {chosen or '(there is none)'}")
+        self.trace(f"kill -9 {kind} {chosen or '(none found)'}")
 
     def kill_keeper(self, rng):
         self.trace(f"kill -9 keeper {self.keeper.process.pid}")
@@ -222,10 +222,10 @@ class World:
                     stderr=log,
                 )
             time.sleep(rng.uniform(0.0, 0.8))
-            assert keeper.poll() is None, "the keeper would not start"
+            assert keeper.poll() is None, "the keeper exited during startup"
             keeper.kill()
             keeper.wait()
-            self.trace(f"kill -9 keeper {keeper.pid}, which had begun a moment ago")
+            self.trace(f"kill -9 keeper {keeper.pid} during startup")
         time.sleep(rng.uniform(0.0, 0.1))
         self.keeper.start()
         self.trace(f"keeper {self.keeper.process.pid} is ready")
@@ -281,7 +281,7 @@ class World:
                     by_name[each.name].add(each.pid)
             doubles = {(name, *sorted(pids)) for name, pids in by_name.items() if len(pids) > 1}
             for name, *pids in doubles & before:
-                self.record_violation(f"'{name}' has two processes: {pids}")
+                self.record_violation(f"'{name}' has more than one server process: {pids}")
             before = doubles
 
     def settle(self, *, wholly=False):
@@ -291,7 +291,7 @@ class World:
             servers = self.servers().values()
             return not [s for s in servers if not _is_at_rest(s, wholly)]
 
-        until(at_rest, what="all servers at rest")
+        until(at_rest, what="all servers to be at rest")
         end = time.monotonic() + CONVERGES_WITHIN
         while differences := [*self.differences()]:
             assert time.monotonic() < end, "\n".join(differences)
@@ -310,10 +310,10 @@ class World:
         running = {name for name, server in servers.items() if server["state"] == "running"}
         for seen in processes:
             if seen.kind in {"server", "kernel"} and seen.name not in running:
-                yield f"nobody's process: {seen}"
+                yield f"stray process: {seen}"
         yield from self.unmet_expectations(servers)
         yield from self.unknown_files(servers, forkservers.values())
-        yield from (f"a zombie: {pid}" for pid in self.zombies({keeper, *forkservers}))
+        yield from (f"zombie process: {pid}" for pid in self.zombies({keeper, *forkservers}))
         yield from self.stray_forkservers(processes)
         yield from self.leaks(keeper, len(running), forkservers)
 
@@ -322,14 +322,14 @@ class World:
         if state == "failed":
             kind, end = server["failure"]["failure_class"], server["failure"]["exit"] or {}
             if not self.may_fail(kind, end):
-                yield f"'{name}' failed for a reason that is no kill: {server['failure']}"
+                yield f"'{name}' failed for a reason other than a kill: {server['failure']}"
             if server["started_at"] is not None and server["restarts"] < MAX_RESTARTS:
-                yield f"'{name}' has run, and was given up after {server['restarts']} restarts"
+                yield f"'{name}' was ready once, but failed after {server['restarts']} restarts"
         if state != "running":
             if pid is not None or server["port"] is not None:
-                yield f"'{name}' is {state} and has an endpoint"
+                yield f"'{name}' is {state} but has an endpoint"
             if processes:
-                yield f"'{name}' is {state} and has processes: {processes}"
+                yield f"'{name}' is {state} but has processes: {processes}"
         else:
             yield from self.running_mismatches(server, processes)
 
@@ -344,10 +344,10 @@ class World:
         name, pid = server["name"], server["pid"]
         own = [seen.pid for seen in processes if seen.kind == "server"]
         if own != [pid]:
-            yield f"'{name}' is pid {pid}, and these are there: {processes}"
+            yield f"'{name}' is reported with pid {pid}, but has processes: {processes}"
             return
         if name in self.ports and server["port"] != self.ports[name]:
-            yield f"'{name}' has port {server['port']}, and asked for {self.ports[name]}"
+            yield f"'{name}' has port {server['port']}, but {self.ports[name]} was requested"
         with contextlib.suppress(psutil.Error):
             sockets = psutil.Process(pid).net_connections("tcp")
             if server["port"] not in {
@@ -362,9 +362,9 @@ class World:
                 timeout=PATIENCE,
             )
             if answer.status_code != 200:
-                yield f"'{name}' answers {answer.status_code}"
+                yield f"'{name}' returns {answer.status_code}"
         except httpx.HTTPError as error:
-            yield f"'{name}' does not answer: {error!r}"
+            yield f"'{name}' does not respond: {error!r}"
         yield from self.record_mismatches(server)
 
     def record_mismatches(self, server):
@@ -372,7 +372,7 @@ class World:
         try:
             record = json.loads((server_dir / "launch.json").read_text())
         except OSError as error:
-            yield f"no record: {error}"
+            yield f"no launch record: {error}"
             return
         facts = {
             key: record[key] for key in ("pid", "generation", "launched_by", "exec_reason", "ready")
@@ -381,11 +381,11 @@ class World:
             key: server[key] for key in ("pid", "generation", "launched_by", "exec_reason")
         } | {"ready": True}
         if facts != reported:
-            yield f"recorded is {facts}, told is {reported}"
+            yield f"the launch record has {facts}, the API reports {reported}"
         if (record["forkserver"] is None) != (server["launched_by"] == "exec"):
             yield (
                 f"'{server['name']}' was launched by {server['launched_by']},"
-                f" and its fork server is {record['forkserver']}"
+                f" but its recorded fork server is {record['forkserver']}"
             )
         allowed = re.compile(
             rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?"
@@ -398,14 +398,14 @@ class World:
             if not allowed.fullmatch(path.name)
         ]
         if left:
-            yield f"in the server directory of '{server['name']}' is {left}"
+            yield f"unexpected files in the server directory of '{server['name']}': {left}"
 
     def unmet_expectations(self, servers):
         """Yield what differs from the callers' expectations."""
         for name, expectation in self.expectations.items():
             server = servers.get(name)
             if expectation.exists is not None and expectation.exists != (server is not None):
-                yield f"'{name}' {'is lost' if expectation.exists else 'was deleted, and is there'}"
+                yield f"'{name}' {'is lost' if expectation.exists else 'exists after its deletion'}"
             elif (
                 server is not None
                 and expectation.up is not None
@@ -413,12 +413,12 @@ class World:
             ):
                 yield (
                     f"'{name}' should be {'up' if expectation.up else 'down'},"
-                    f" and its goal is {server['goal']}"
+                    f" but its goal is {server['goal']}"
                 )
         for name, server in servers.items():
             up = server["state"] in {"running", "backoff", "failed"}
             if (server["goal"] == "up") != up:
-                yield f"'{name}' is {server['state']}, and its goal is {server['goal']}"
+                yield f"'{name}' is {server['state']}, but its goal is {server['goal']}"
             log = self.keeper.state_dir / "logs" / f"{name}.log"
             launches = re.findall(
                 r"^\[labkeeper\] launch (\d+) of",
@@ -426,7 +426,7 @@ class World:
                 re.MULTILINE,
             )
             if len(launches) != len(set(launches)):
-                yield f"'{name}' was launched twice under one number: {launches}"
+                yield f"'{name}' has two launches with the same number: {launches}"
 
     def unknown_files(self, servers, forkservers):
         state, server_dirs = self.keeper.state_dir, self.keeper.server_dirs
@@ -452,7 +452,7 @@ class World:
         serving = {seen.pid for seen in forkservers}
         for seen in processes:
             if seen.kind in {"spare", "rehearsal"} and seen.parent not in serving:
-                yield f"its fork server is gone: {seen}"
+                yield f"process without its fork server: {seen}"
 
     def leaks(self, keeper, running, forkservers):
         """Yield resource counts that are too high for the number of servers, and so show a leak."""
@@ -461,12 +461,12 @@ class World:
             (running, files, threads, *(_resource_counts(pid)[0] for pid in forkservers))
         )
         if files > 60 + 6 * running or threads > 60 + 3 * running:
-            yield f"the keeper has {files} files and {threads} threads for {running} servers"
+            yield f"the keeper has {files} open files and {threads} threads for {running} servers"
         for pid in forkservers:
             if _resource_counts(pid)[0] > 30 + 2 * running:
                 yield (
-                    f"fork server {pid} has {_resource_counts(pid)[0]} files"
-                    f" for {running} servers at most"
+                    f"fork server {pid} has {_resource_counts(pid)[0]} open files"
+                    f" for at most {running} servers"
                 )
 
     # Report of a failure
@@ -487,11 +487,8 @@ class World:
         return "\n".join(
             [
                 f"seed {self.seed}",
-                (
-                    "servers, files and threads of the keeper, files of fork servers:"
-                    f" {self.sizes[-1:]}"
-                ),
-                "--- what happened",
+                f"servers, keeper's files and threads, fork servers' files: {self.sizes[-1:]}",
+                "--- trace",
                 *self.traces,
                 "--- the API",
                 listed,
@@ -511,7 +508,7 @@ class ShortageWorld(World):
     def __init__(self, base, seed, mix):
         super().__init__(base, seed, mix)
         self.undisturbed = None
-        """The server that keeps running, as it was after its start."""
+        """The server that must keep running, as it was after its start."""
 
     def prepare(self):
         self.undisturbed = self.keeper.post(name=UNDISTURBED).json()
@@ -522,11 +519,11 @@ class ShortageWorld(World):
             super().disturb(kind, rng)
             return
         spare, seconds = rng.randint(0, 4), rng.uniform(*SHORTAGE_SECONDS)
-        self.trace(f"{seconds:.1f} s of shortage, but for {spare}")
+        self.trace(f"shortage for {seconds:.1f} s, with {spare} units to spare")
         self.take(spare)
         time.sleep(seconds)
         self.give_back()
-        self.trace("no shortage any more")
+        self.trace("shortage over")
 
     def take(self, spare):
         """Use up a resource, except for `spare` units."""
@@ -536,11 +533,11 @@ class ShortageWorld(World):
         raise NotImplementedError
 
     def settle(self, *, wholly=False):
-        assert self.keeper.process.poll() is None, "the keeper has ended"
+        assert self.keeper.process.poll() is None, "the keeper has exited"
         super().settle(wholly=wholly)
         until(
             lambda: self.keeper.http.get("/readyz").status_code == 200,
-            what="the keeper is ready again",
+            what="the keeper to be ready again",
         )
         # Servers that failed for lack of resources can be started again.
         for name, server in self.servers().items():
@@ -559,7 +556,7 @@ class ShortageWorld(World):
             self.undisturbed["pid"],
             self.undisturbed["generation"],
         ):
-            yield f"'{UNDISTURBED}' answered all the time, and was ended: {undisturbed}"
+            yield f"'{UNDISTURBED}' was undisturbed, but did not survive: {undisturbed}"
 
     def may_fail(self, kind, end):
         return True
@@ -642,7 +639,7 @@ class Caller(threading.Thread):
                 try:
                     self.step()
                 except Exception as error:  # noqa: BLE001 - reported by the test's own thread
-                    self.world.record_violation(f"a caller fell over {error!r}")
+                    self.world.record_violation(f"a caller failed: {error!r}")
                 time.sleep(self.rng.uniform(0.0, 0.05))
 
     def step(self):
@@ -708,11 +705,11 @@ class Caller(threading.Thread):
             )
             if wanted and state not in wanted:
                 self.world.record_violation(
-                    f"{order} {name} was answered {status}, and it is {state}"
+                    f"{order} {name} returned {status}, but its state is {state}"
                 )
         elif status == 404:
             if expectation.exists and self.expectations:
-                self.world.record_violation(f"{order} {name}: it is lost")
+                self.world.record_violation(f"{order} {name}: the server is lost")
             expectation.exists = False
         elif status == 502 and order not in {"stop", "delete"}:
             # The server was killed during its start; `false_states` checks its failure.
@@ -724,20 +721,20 @@ class Caller(threading.Thread):
             if self.expectations and expectation.exists is True:
                 self.world.record_violation(f"{order} {name}: {answer.text}")
         else:
-            self.world.record_violation(f"{order} {name} was answered {status}: {answer.text}")
+            self.world.record_violation(f"{order} {name} returned {status}: {answer.text}")
 
     def must_be_gone(self, order, name):
         left = [seen for seen in self.world.processes() if seen.name == name and not seen.zombie]
         if left or (self.world.keeper.server_dirs / name).exists():
             self.world.record_violation(
-                f"{order} {name} was answered, and there is {left or 'its server_dir'}"
+                f"{order} {name} succeeded, but left {left or 'its server directory'}"
             )
 
     def start_kernel(self, name):
         with contextlib.suppress(httpx.HTTPError, AssertionError, KeyError):
             server = self.http.get(f"/api/servers/{name}").json()
             if server["state"] == "running":
-                self.world.trace(f"a kernel in {name}")
+                self.world.trace(f"start a kernel in {name}")
                 start_kernel(server)
 
 
@@ -800,7 +797,7 @@ def _unknown_files_in(directory, known):
     if directory.is_dir():
         for path in directory.iterdir():
             if path.name not in known:
-                yield f"nobody's file: {path}"
+                yield f"unexpected file: {path}"
 
 
 def _resource_counts(pid):
@@ -811,13 +808,13 @@ def _resource_counts(pid):
 
 
 def run_rounds(world):
-    """Run all rounds; on a failure, report everything that happened."""
+    """Run all rounds; if one fails, report the trace, the API, processes, files and the log."""
     number = 0
     try:
         world.keeper.start()
         until(
             lambda: any(seen.kind == "spare" for seen in world.processes()),
-            what="a fork server is ready",
+            what="a fork server to be ready",
         )
         world.prepare()
         for number in range(ROUNDS):

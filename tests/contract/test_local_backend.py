@@ -67,7 +67,7 @@ def _reaped():
     """This process reaps a test's servers, which init would do for a keeper that crashed."""
     before = children()
     yield
-    until(lambda: not any(_lives(pid) for pid in children() - before), what="every child is reaped")
+    until(lambda: not any(_lives(pid) for pid in children() - before), what="children to be reaped")
 
 
 def _lives(pid):

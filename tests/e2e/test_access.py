@@ -115,7 +115,7 @@ def test_large_bodies_without_a_valid_token_use_no_extra_descriptors(make_keeper
         # The keeper has read the first half of every body once its socket buffers are empty.
         until(
             lambda: not any(has_unread_bytes(keeper, one) for one in crowd),
-            what="all halves are read",
+            what="the keeper to read the first half of every body",
         )
         assert process.num_fds() - before <= len(crowd)
         for one in crowd:
@@ -172,7 +172,7 @@ def test_flood_of_wrong_tokens_does_not_deny_service_or_fill_disk_or_memory(make
                 came = b""
                 while came.count(b"HTTP/1.1 401") < PIPELINED or not came.endswith(b"}"):
                     piece = stranger.recv(2**16)
-                    assert piece, f"closed after {refused[which]} answers"
+                    assert piece, f"connection closed after {refused[which]} responses"
                     came += piece
                 refused[which] += came.count(b"HTTP/1.1 401")
 

@@ -43,7 +43,7 @@ def wait_for_next_poll(keeper, name):
         return next(server["looked_at"] for server in servers if server["name"] == name)
 
     before = last_poll()
-    until(lambda: last_poll() != before, what="the culler has polled it again")
+    until(lambda: last_poll() != before, what="the culler to poll the server again")
 
 
 def jupyter_request(server, method, path, **body):
@@ -109,7 +109,7 @@ def make_busy(server, kernel, code):
         lambda: (
             jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy"
         ),
-        what="the kernel is busy",
+        what="the kernel to be busy",
     )
     socket.close()
 
@@ -130,9 +130,7 @@ def test_idle_servers_are_stopped_after_a_warning_and_busy_ones_are_kept(
     open_terminal(start("program"), "sleep 600").close()
     open_terminal(start("shell")).close()
     start_kernel(start("silent"))
-    until(
-        lambda: idle(keeper, "program")["held_by"], what="the program in the terminal has started"
-    )
+    until(lambda: idle(keeper, "program")["held_by"], what="the program in the terminal to start")
     begin_culling(keeper)
     for name in ("busy", "program", "deaf"):
         keeper.wait_for("running", name)
@@ -205,7 +203,7 @@ def test_open_connection_is_activity_if_cull_connected_is_off(make_keeper):
     socket = open_channels(server, start_kernel(server))
     begin_culling(keeper)
     keeper.wait_for("running", "lab")
-    until(lambda: idle(keeper, "lab")["held_by"], what="it is held")
+    until(lambda: idle(keeper, "lab")["held_by"], what="the API to report what keeps it in use")
     assert idle(keeper, "lab")["held_by"][0]["kind"] == "connection"
     socket.close()
     keeper.wait_for("stopped", "lab")
@@ -263,7 +261,7 @@ def test_idle_kernels_are_culled_both_locally_and_on_a_gateway(make_keeper, gate
         lambda: (
             {line["kernel"] for line in log_entries(keeper, "a kernel is culled")} == set(kernels)
         ),
-        what="both were culled",
+        what="both kernels to be culled",
     )
     assert jupyter_request(beside, "GET", "api/kernels") == []
     assert of_remote not in gateway.kernels()

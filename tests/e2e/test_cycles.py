@@ -55,7 +55,7 @@ def test_starting_and_deleting_many_servers_leaks_no_resources(make_keeper):
     forkserver = parent_of(forked(keeper))
     assert keeper.delete().status_code == 200
     run_cycles(keeper, WARM_UP)
-    until(psutil.Process(forkserver).children, what="the fork that waits for the next server")
+    until(psutil.Process(forkserver).children, what="the fork server to prepare the next child")
     before, size = count_resources(keeper, forkserver), memory(keeper.process.pid, forkserver)
     run_cycles(keeper, CYCLES)
     assert alive(forkserver)
@@ -67,7 +67,7 @@ def test_starting_and_deleting_many_servers_leaks_no_resources(make_keeper):
             if count > before[name]
         }
 
-    until(lambda: not grown(), what=lambda: f"no more than {before}, but {grown()}")
+    until(lambda: not grown(), what=lambda: f"no more than {before}; found {grown()}")
     assert (
         memory(keeper.process.pid, forkserver) - size < ALLOWED_GROWTH + GROWTH_PER_CYCLE * CYCLES
     )

@@ -43,7 +43,7 @@ class Stream:
         self._answer = None
         self._thread = threading.Thread(target=self._read)
         self._thread.start()
-        until(lambda: self.lines, what="the stream has begun")
+        until(lambda: self.lines, what="the stream to begin")
 
     def _read(self):
         headers = {
@@ -88,7 +88,7 @@ def test_event_log_records_each_state_change_with_its_actor_and_cause(make_keepe
     os.kill(pid, signal.SIGKILL)
     until(
         lambda: (now := keeper.get("lab"))["state"] == "running" and now["pid"] != pid,
-        what="it runs again",
+        what="the server to run again",
     )
     deleted = keeper.delete("lab")
     keeper.post(name="bad", root_dir="/nowhere")
@@ -151,10 +151,10 @@ def test_event_stream_resumes_after_the_keeper_was_killed(make_keeper):
     first = Stream(keeper)
     assert first.ids == []
     keeper.post(name="two")
-    until(lambda: len(first.ids) == 2, what="the new ones came")
+    until(lambda: len(first.ids) == 2, what="the events of server 'two'")
     seen = first.ids[-1]
     only_one = Stream(keeper, "/api/servers/one/events?after=0")
-    until(lambda: len(only_one.ids) == 2, what="the old ones came")
+    until(lambda: len(only_one.ids) == 2, what="the earlier events of server 'one'")
 
     keeper.kill()
     assert first.ended.wait(PATIENCE)
@@ -162,7 +162,7 @@ def test_event_stream_resumes_after_the_keeper_was_killed(make_keeper):
     again = Stream(keeper, **{"Last-Event-ID": str(seen)})
     until(
         lambda: sum(event["details"].get("adopted", False) for event in again.events) == 2,
-        what="both are taken over",
+        what="both servers to be adopted",
     )
     assert again.ids == [*range(seen + 1, seen + 1 + len(again.ids))]
     assert again.events[0]["message"].endswith("is looked for by a new keeper")
@@ -173,7 +173,7 @@ def test_event_stream_resumes_after_the_keeper_was_killed(make_keeper):
     keeper.http.post("/api/servers/one/stop?wait=0", json={})
     until(
         lambda: again.events[-1]["details"].get("to") in {"stopping", "stopped"},
-        what="the stop is told",
+        what="the event about the stop",
     )
     keeper.stop()
     assert again.ended.wait(PATIENCE)
@@ -198,8 +198,8 @@ def test_idle_stream_gets_keepalives_and_a_slow_reader_blocks_no_other(make_keep
         keeper.post(name="lab")
         for _ in range(3):
             assert keeper.http.post("/api/servers/lab/restart", json={}).status_code == 201
-        until(lambda: len(quiet.ids) == 2 + 3 * 3, what="the other one has them all")
-    until(lambda: ": keep-alive" in quiet.lines, what="a comment came")
+        until(lambda: len(quiet.ids) == 2 + 3 * 3, what="the other reader to receive all events")
+    until(lambda: ": keep-alive" in quiet.lines, what="a keep-alive comment")
     quiet.close()
 
 
@@ -251,7 +251,7 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
         keeper = make_keeper(webhook_url=receiver.url, webhook_secret=SECRET).start()
         server = keeper.post(name="lab").json()
         start_kernel(server)
-        until(lambda: receiver.accepted == [1, 2], what="the start was told")
+        until(lambda: receiver.accepted == [1, 2], what="the receiver to get events 1 and 2")
         bodies = [json.loads(body) for _, body in receiver.received]
         assert bodies == events(keeper)
         (webhook,) = keeper.http.get("/api/webhooks").json()["webhooks"]
@@ -267,7 +267,7 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
         keeper.http.post("/api/servers/lab/restart", json={})
         until(
             lambda: keeper.http.get("/api/webhooks").json()["webhooks"][0]["error"],
-            what="it is said",
+            what="the API to report the webhook's error",
         )
         keeper.kill()
         receiver.status = 200
@@ -277,7 +277,7 @@ def test_webhook_receives_all_events_including_those_of_the_shutdown(make_keeper
             lambda: (
                 len(receiver.accepted) > 6 and receiver.accepted[-1] == events(keeper)[-1]["id"]
             ),
-            what="all were told",
+            what="the receiver to get all events",
         )
         assert receiver.accepted == [*range(1, len(receiver.accepted) + 1)]
         assert keeper.stop() == 0

@@ -109,7 +109,7 @@ def test_killed_server_is_restarted_until_its_restart_budget_is_used_up(
     kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
     os.kill(server["pid"], signal.SIGKILL)
     after = until(
-        lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="no longer called running"
+        lambda: (s := keeper.get())["pid"] != server["pid"] and s, what="the crash to be noticed"
     )
     # It may already be running again.
     assert after["state"] in {"backoff", "starting"} or after["generation"] > server["generation"]
@@ -122,13 +122,13 @@ def test_killed_server_is_restarted_until_its_restart_budget_is_used_up(
     for _ in range(3):
         pid = keeper.wait_for("running")["pid"]
         os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid: keeper.get()["pid"] != pid, what="no longer called running")
+        until(lambda pid=pid: keeper.get()["pid"] != pid, what="the crash to be noticed")
         # The third backoff takes 8 s. A start request resets the budget,
         # so the last crash is the fourth.
         if (
             until(
                 lambda: (s := keeper.get()["state"]) in {"running", "failed"} and s,
-                what="it is up, or given up",
+                what="the server to run again or to fail",
             )
             == "failed"
         ):
@@ -144,7 +144,7 @@ def test_killed_server_is_restarted_until_its_restart_budget_is_used_up(
 def test_server_killed_by_an_unnamed_signal_is_restarted(keeper):
     server = keeper.post().json()
     os.kill(server["pid"], signal.SIGRTMIN + 6)
-    until(lambda: keeper.get()["generation"] > server["generation"], what="it is launched again")
+    until(lambda: keeper.get()["generation"] > server["generation"], what="the server's relaunch")
     assert keeper.wait_for("running")["generation"] == server["generation"] + 1
 
 
@@ -175,7 +175,7 @@ def test_server_whose_response_never_ends_can_be_stopped(make_keeper, tmp_path, 
     flag.touch()
     before = looks.stat().st_size
     memory = psutil.Process(keeper.process.pid).memory_info().rss
-    until(lambda: looks.stat().st_size > before + 1, what="two looks at the server")
+    until(lambda: looks.stat().st_size > before + 1, what="two more probes of the server")
     answer = keeper.delete(force="true")
     assert (answer.status_code, answer.json()["state"]) == (200, "stopped"), answer.text
     assert psutil.Process(keeper.process.pid).memory_info().rss - memory < 100_000_000
@@ -234,7 +234,7 @@ def test_servers_survive_a_killed_keeper_and_are_adopted_by_the_next(make_keeper
     assert again["restarts"] == 1
     # An adopted server's exit is noticed as fast as that of a launched one, and it can be stopped.
     os.kill(after["pid"], signal.SIGKILL)
-    until(lambda: keeper.get("lives")["pid"] != after["pid"], what="no longer called running")
+    until(lambda: keeper.get("lives")["pid"] != after["pid"], what="the crash to be noticed")
     assert keeper.delete("lives").status_code == 200
 
 
@@ -269,10 +269,10 @@ def test_keeper_killed_during_a_start_neither_loses_nor_duplicates_the_server(ma
     assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
     record = keeper.server_dirs / "default" / "launch.json"
     come = record.exists if "record" in moment else lambda: processes_marked(keeper.server_dirs)
-    until(come, what=moment)
+    until(come, what=f"the moment when {moment}")
     keeper.kill()
     keeper.start()
-    until(lambda: keeper.get()["state"] == "running", what="it runs")
+    until(lambda: keeper.get()["state"] == "running", what="the server to run")
     server = keeper.get()
     # A start that was not recorded yet is begun again.
     assert server["generation"] == 1 + server["restarts"] <= (1 if "record" in moment else 2)
@@ -333,7 +333,7 @@ def test_hanging_lab_blocks_no_other_requests(make_keeper):
         try:
             until(
                 lambda: "I wait" in keeper.http.get("/api/servers/default/logs").text,
-                what="it hangs",
+                what="JupyterLab to hang during its start",
             )
             for _ in range(20):
                 (server,) = keeper.http.get("/api/servers").raise_for_status().json()["servers"]
@@ -387,16 +387,14 @@ def test_endless_log_output_is_rotated(make_keeper):
     )
     assert keeper.post().status_code == 201
     log = keeper.state_dir / "logs" / "default.log"
-    until(lambda: log.with_name("default.log.1").exists(), what="a rotation")
+    until(lambda: log.with_name("default.log.1").exists(), what="the log to be rotated")
     tail = keeper.http.get("/api/servers/default/logs", params={"tail": 10}).text
     assert len(tail.splitlines()) == 10
     # At most 10 MB/s, checked every 2 s, plus one rotated file.
     assert sum(path.stat().st_size for path in log.parent.iterdir()) < 60_000_000
     assert log.with_name("default.log.1").stat().st_mode & 0o077 == 0
     assert keeper.delete(force="true").status_code == 200
-    until(
-        lambda: not list(log.parent.glob("default*")), what="the log is forgotten with its server"
-    )
+    until(lambda: not list(log.parent.glob("default*")), what="the removal of the server's log")
 
 
 def test_suspended_server_is_killed_on_stop(make_keeper):
@@ -471,5 +469,8 @@ def test_log_followers_get_every_line_and_release_their_threads(make_keeper):
 
     assert set(followers(2 * FOLLOWERS)) == {200, 429}
     # The keeper notices that they have disconnected.
-    until(lambda: followers(FOLLOWERS) == [200] * FOLLOWERS, what="followers' threads are free")
+    until(
+        lambda: followers(FOLLOWERS) == [200] * FOLLOWERS,
+        what="the threads of disconnected followers to be free",
+    )
     keeper.delete("other")

@@ -68,7 +68,7 @@ def test_short_requests_succeed_while_waiting_callers_use_up_all_threads(tmp_pat
     callers, answers = [], []
     try:
         assert keeper.http.post("/api/servers?wait=0", json={}).status_code == 202
-        until(lambda: keeper.get()["state"] == "starting", what="a server that starts")
+        until(lambda: keeper.get()["state"] == "starting", what="the server to be starting")
         group.allow(group.count + 4)
 
         def wait():
@@ -82,7 +82,7 @@ def test_short_requests_succeed_while_waiting_callers_use_up_all_threads(tmp_pat
         for caller in callers:
             caller.start()
         # Callers who cannot get a thread are answered at once.
-        until(lambda: len(answers) > 15, what="answers to those who have no place")
+        until(lambda: len(answers) > 15, what="answers to callers who get no thread")
         for _ in range(20):
             assert keeper.http.get("/healthz").status_code == 200
         assert any(caller.is_alive() for caller in callers)
@@ -147,7 +147,7 @@ def test_keeper_short_of_resources_does_not_restart_a_healthy_server(jupyter_kee
         time.sleep(SHORTAGE_SECONDS)
     until(
         lambda: jupyter_keeper.http.get("/readyz").status_code == 200,
-        what="a keeper that watches everything",
+        what="the keeper to be ready again",
     )
     after = jupyter_keeper.get()
     assert (after["state"], after["pid"], after["restarts"]) == ("running", server["pid"], 0)
@@ -158,13 +158,13 @@ def test_readyz_reports_checks_that_cannot_run_for_lack_of_threads(jupyter_keepe
     with without_threads(jupyter_keeper):
         report = until(
             lambda: "culler: " in (text := jupyter_keeper.http.get("/readyz").text) and text,
-            what="a culler that cannot look",
+            what="/readyz to report the culler's failure",
         )
         assert jupyter_keeper.http.get("/healthz").status_code == 200
     assert "no more processes are allowed" in report
     until(
         lambda: jupyter_keeper.http.get("/readyz").status_code == 200,
-        what="a keeper that watches everything",
+        what="the keeper to be ready again",
     )
 
 
@@ -177,7 +177,7 @@ def test_start_without_a_free_thread_is_retried_and_can_be_deleted(jupyter_keepe
             )
         until(
             lambda: jupyter_keeper.get("deleted")["state"] != "starting",
-            what="the start has failed once",
+            what="the start to fail once",
         )
         assert jupyter_keeper.delete("deleted").status_code == 200
     jupyter_keeper.wait_for("running", name="kept")

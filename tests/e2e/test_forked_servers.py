@@ -292,7 +292,7 @@ def test_forked_server_is_in_the_same_control_groups_as_an_executed_one(servers)
         return Path(f"/proc/{servers[name]['pid']}/cgroup").read_text().replace(name, "NAME")
 
     # A server is moved to its group while it starts.
-    until(lambda: groups("one") == groups("executed"), what="they have the same groups")
+    until(lambda: groups("one") == groups("executed"), what="both to have the same control groups")
 
 
 def test_servers_and_kernels_are_oom_killed_before_keeper_and_fork_server(shared, servers):
@@ -581,7 +581,8 @@ def test_failed_rehearsal_ends_at_once(make_keeper):
     )
     keeper.start()
     until(
-        lambda: "the rehearsal of a server failed" in keeper.log.read_text(), what="it has failed"
+        lambda: "the rehearsal of a server failed" in keeper.log.read_text(),
+        what="the log line about the failed rehearsal",
     )
     server = keeper.post().json()
     assert (server["state"], server["launched_by"]) == ("running", "exec")
@@ -632,7 +633,7 @@ def exit_cause(keeper, server):
         ]
         return causes and causes[0]
 
-    return re.search(r"\((.*?)\)", until(cause, what="its end is known"))[1]
+    return re.search(r"\((.*?)\)", until(cause, what="the server's exit status in the log"))[1]
 
 
 def test_suspended_fork_server_is_replaced_and_the_server_executed(make_keeper):
@@ -685,7 +686,7 @@ def test_progress_of_a_start_says_why_the_server_is_executed(make_keeper, tmp_pa
     assert keeper.post("?wait=0").status_code == 202
     progress = until(
         lambda: (server := keeper.get())["state"] == "starting" and server["progress"],
-        what="the start has come so far",
+        what="the progress of the start",
     )
     reason = "forking is turned off (LABKEEPER_LAUNCH_BY=exec)"
     assert progress == {
@@ -725,10 +726,10 @@ def test_next_keeper_adopts_a_current_fork_server_and_retires_a_stale_one(make_k
     assert alive(parent)
     for name in ("lives", "dies", "gone", "new"):
         assert keeper.delete(name).status_code == 200
-    until(lambda: not alive(parent), what="it ends with its last server")
+    until(lambda: not alive(parent), what="the stale fork server to exit after its last server")
     until(
         lambda: len(list((keeper.server_dirs / ".forkservers").iterdir())) == 1,
-        what="its directory is removed",
+        what="the stale fork server's directory to be removed",
     )
 
 
@@ -766,7 +767,7 @@ def _start_abandoned_early(abandoned):
 
 def test_fork_server_without_keeper_or_servers_exits(abandoned):
     idle, pid, *_ = abandoned
-    until(lambda: not alive(pid), what="it ends")
+    until(lambda: not alive(pid), what="the fork server to exit")
     assert not list((idle.server_dirs / ".forkservers").iterdir())
 
 
@@ -774,9 +775,7 @@ def test_exit_cause_of_a_server_is_known_long_after_the_keeper_was_killed(abando
     """It is kept by the fork server, which lives on at least as long as its last server."""
     _, pid, busy, servers = abandoned
     ended = [servers[name] for name in ("first", "second")]
-    until(
-        lambda: not alive(pid), what="as much time has passed as a fork server waits for a keeper"
-    )
+    until(lambda: not alive(pid), what="the idle fork server to give up on its keeper")
     for server, number in zip(ended, (signal.SIGSEGV, signal.SIGABRT), strict=True):
         os.kill(server["pid"], number)
         until(lambda server=server: not alive(server["pid"]))

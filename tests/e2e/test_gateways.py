@@ -46,7 +46,7 @@ def _shared_real(request, tmp_path_factory):
 def real_gateway(_shared_real):
     """Each of the real gateways, without kernels; shared by the tests of this module."""
     # Kernels of servers that the previous test force-deleted end a moment later.
-    until(lambda: not _shared_real.kernels(), what="a gateway without kernels")
+    until(lambda: not _shared_real.kernels(), what="the gateway to have no kernels")
     return _shared_real
 
 
@@ -210,7 +210,7 @@ def test_server_starts_without_a_gateway_that_is_not_required(shared_keeper, own
     assert answer.status_code == 201, answer.text
     gateway = until(
         lambda: (g := shared_keeper.get()["gateway"])["reachable"] is False and g,
-        what="it was tried",
+        what="the API to report the gateway as unreachable",
     )
     assert (gateway["required"], gateway["error"]["failure_class"]) == (
         False,
@@ -230,14 +230,14 @@ def test_gateway_health_is_reported_while_a_server_runs(own_keeper):
         gateway.mode = "500"
         unhealthy = until(
             lambda: (g := own_keeper.get()["gateway"])["reachable"] is False and g,
-            what="it is told to be ill",
+            what="the API to report the gateway as unreachable",
         )
         assert unhealthy["since"] > healthy["since"]
         assert "500" in unhealthy["error"]["message"]
         gateway.mode = "well"
         recovered = until(
             lambda: (g := own_keeper.get()["gateway"])["reachable"] and g,
-            what="it is told to be well",
+            what="the API to report the gateway as reachable",
         )
         assert recovered["since"] > unhealthy["since"]
         assert (recovered["error"], recovered["kernelspecs"]) == (None, 1)
@@ -258,7 +258,7 @@ def test_gateway_is_probed_once_for_all_of_its_servers(shared_keeper):
         def pass_time(seconds):
             """Wait until the other gateway has been probed that often, once a second."""
             end = looks(other) + seconds
-            until(lambda: looks(other) >= end, what="looks at the other gateway")
+            until(lambda: looks(other) >= end, what="probes of the other gateway")
 
         assert shared_keeper.post(name="other", **other.options).status_code == 201
         for name in ("one", "two", "three"):
@@ -302,7 +302,7 @@ def test_stop_with_an_unusable_gateway_reports_and_later_ends_orphaned_kernels(
         gateway.mode = "well"
         if trouble == "gone":
             gateway.start()
-        until(lambda: not orphans(shared_keeper), what="the orphaned kernels are ended")
+        until(lambda: not orphans(shared_keeper), what="the orphaned kernels to be ended")
         assert set(gateway.kernels) == {"stranger"}
 
 
@@ -319,7 +319,7 @@ def test_kernel_missing_from_a_gateways_list_is_not_forgotten(shared_keeper):
         assert shared_keeper.delete().json()["stop_report"]["kernels_left"] == [kernel]
         gateway.mode = "well"
         gateway.start()
-        until(lambda: not orphans(shared_keeper), what="the orphaned kernel is ended")
+        until(lambda: not orphans(shared_keeper), what="the orphaned kernel to be ended")
         assert gateway.kernels == {}
 
 
@@ -341,7 +341,7 @@ def test_next_keeper_ends_orphaned_kernels_once_a_hung_gateway_responds(own_keep
             "default"
         }
         assert all(alive(pid) for pid in pids)
-    until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
+    until(lambda: not orphans(own_keeper), what="the orphaned kernels to be ended")
     assert own_gateway.kernels() == {foreign_kernel}
     assert not any(alive(pid) for pid in pids)
 
@@ -359,12 +359,12 @@ def test_stop_and_kill_end_only_the_servers_own_kernels_on_a_shared_gateway(
         assert stopped_or_left(report) == {of_one}
         until(
             lambda: real_gateway.kernels() == {of_two, of_nobody},
-            what="the kernel of one was ended",
+            what="the kernel of 'one' to be ended",
         )
         assert run_cell(two, of_two, "x") == "42"
         # A forced delete does not end the kernels of others, either.
         shared_keeper.delete("two", force="true")
-        until(lambda: real_gateway.kernels() == {of_nobody}, what="the kernel of two was ended")
+        until(lambda: real_gateway.kernels() == {of_nobody}, what="the kernel of 'two' to be ended")
     finally:
         real_gateway.end_kernel(of_nobody)
 
@@ -381,12 +381,12 @@ def test_kernel_requested_just_before_its_server_was_killed_is_ended(shared_keep
     asking = threading.Thread(target=begin)
     with own_gateway.suspended():
         asking.start()
-        until(lambda: unread_bytes(own_gateway.port), what="the gateway was asked")
+        until(lambda: unread_bytes(own_gateway.port), what="a request to reach the gateway")
         (starting,) = json.loads(record.read_text())["starting"]
         shared_keeper.delete(force="true")
         asking.join()
         assert orphans(shared_keeper) == [starting]
-    until(lambda: not orphans(shared_keeper), what="the orphaned kernel is ended")
+    until(lambda: not orphans(shared_keeper), what="the orphaned kernel to be ended")
     assert own_gateway.kernels() == set()
 
 
@@ -417,7 +417,7 @@ def test_restart_can_keep_kernels_with_their_variables_and_sessions(shared_keepe
 
     # A server owns the kernels that it kept as much as those that it starts.
     assert stopped_or_left(shared_keeper.delete().json()["stop_report"]) == {kernel, other}
-    until(lambda: not real_gateway.kernels(), what="they are ended")
+    until(lambda: not real_gateway.kernels(), what="both kernels to be ended")
 
 
 def test_restart_ends_kernels_by_default(shared_keeper, real_gateway):
@@ -425,8 +425,11 @@ def test_restart_ends_kernels_by_default(shared_keeper, real_gateway):
     kernel = start_kernel(server)
     after = shared_keeper.post("/default/restart").json()
     assert (after["state"], jupyter_request(after, "GET", "api/kernels")) == ("running", [])
-    until(lambda: not real_gateway.kernels(), what="the kernel is ended")
-    until(lambda: kernel not in orphans(shared_keeper), what="nothing is owed")
+    until(lambda: not real_gateway.kernels(), what="the kernel to be ended")
+    until(
+        lambda: kernel not in orphans(shared_keeper),
+        what="the kernel to leave the list of orphaned kernels",
+    )
 
 
 def test_cli_restart_can_keep_kernels(shared_keeper, real_gateway):
@@ -454,13 +457,13 @@ def test_server_restarted_after_a_failure_keeps_its_kernels(own_keeper, real_gat
         server = own_keeper.get()
         return server["state"] == "running" and server["pid"] != before["pid"] and server
 
-    after = until(again, what="it is launched again")
+    after = until(again, what="the server to be relaunched")
     assert after["restarts"] == 1
     assert sessions(after) == {("work.ipynb", kernel)}
     assert run_cell(after, kernel, "x") == "42"
     assert orphans(own_keeper) == []
     assert stopped_or_left(own_keeper.delete().json()["stop_report"]) == {kernel}
-    until(lambda: not real_gateway.kernels(), what="it is ended")
+    until(lambda: not real_gateway.kernels(), what="the kernel to be ended")
 
 
 def test_kept_kernels_survive_a_restart_refused_by_the_gateway(own_keeper, own_gateway):
@@ -544,7 +547,7 @@ def test_gateway_secrets_are_in_no_response_and_no_log(own_keeper, real_gateway)
             own_keeper.http.get(path).text
             for path in ("/api/servers", "/api/orphaned-kernels", "/healthz")
         ]
-    until(lambda: not orphans(own_keeper), what="the orphaned kernels are ended")
+    until(lambda: not orphans(own_keeper), what="the orphaned kernels to be ended")
     texts += [
         own_keeper.log.read_text(),
         *(path.read_text() for path in (own_keeper.state_dir / "logs").iterdir()),

@@ -209,7 +209,7 @@ def test_no_token_is_sent_to_another_process_on_the_servers_port(make_keeper):
             ).status_code
             == 202
         )
-        until(log.exists, what="the port was checked")
+        until(log.exists, what="the server's log to be created")
         spy.server_activate()
         threading.Thread(target=spy.serve_forever).start()
         try:

@@ -388,7 +388,7 @@ def test_kernel_output_is_not_readable_by_other_users(root_keeper, launch_by):
         endless = beside.submit(
             run_cell, server, kernels[0], f"open({str(running)!r}, 'w').close()\nwhile True: pass"
         )
-        until(running.exists, what="the cell runs")
+        until(running.exists, what="the cell to start")
         post_to_server(server, f"kernels/{kernels[0]}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception(PATIENCE))
     assert [output_is_readable_by_another_user(server, kernel) for kernel in kernels] == [
@@ -509,7 +509,7 @@ def test_files_of_keeper_and_servers_are_private_to_their_owner(make_keeper, lau
     server = start_server(keeper, launch_by)
     kernel = start_kernel(server)
     run_cell(server, kernel, "open('made', 'w').close()")
-    until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log is rotated")
+    until((keeper.state_dir / "logs" / "default.log.1").exists, what="the log to be rotated")
     assert accessible_by_others(keeper.base, but=others) == []
     assert accessible_by_others(keeper.notebook_dir) == []
     kinds = {

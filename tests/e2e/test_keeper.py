@@ -380,7 +380,10 @@ def test_disabled_access_control_is_logged(make_keeper):
     keeper.start()
     with httpx.Client(base_url=keeper.url, trust_env=False) as unauthenticated_client:
         assert unauthenticated_client.get("/api/servers").status_code == 200
-    until(lambda: "access control is OFF" in keeper.log.read_text(), what="it says so")
+    until(
+        lambda: "access control is OFF" in keeper.log.read_text(),
+        what="the log line about disabled access control",
+    )
 
 
 def test_damaged_store_is_refused_and_left_unchanged(make_keeper):
@@ -410,11 +413,11 @@ def test_server_that_became_ready_while_the_keeper_was_suspended_is_kept(make_ke
     keeper = make_keeper(start_timeout=start_timeout).start()
     assert keeper.post("?wait=0").status_code == 202
     started_at = time.monotonic()
-    until((keeper.server_dirs / "default" / "launch.json").exists, what="its process")
+    until((keeper.server_dirs / "default" / "launch.json").exists, what="the launch record")
     keeper.process.send_signal(signal.SIGSTOP)
     try:
-        until(lambda: responds(keeper.lab_port), what="it answers")
-        until(lambda: time.monotonic() > started_at + start_timeout, what="its start is late")
+        until(lambda: responds(keeper.lab_port), what="the server to respond")
+        until(lambda: time.monotonic() > started_at + start_timeout, what="the start to be overdue")
     finally:
         keeper.process.send_signal(signal.SIGCONT)
     server = keeper.wait_for("running")
@@ -437,7 +440,8 @@ def test_second_signal_does_not_interrupt_a_graceful_shutdown(make_keeper):
     server = keeper.post().json()
     keeper.process.send_signal(signal.SIGINT)
     until(
-        lambda: "running -> stopping" in keeper.log.read_text(), what="it has heard the first one"
+        lambda: "running -> stopping" in keeper.log.read_text(),
+        what="the keeper to handle the first SIGINT",
     )
     keeper.process.send_signal(signal.SIGTERM)
     assert keeper.process.wait(PATIENCE) == 0

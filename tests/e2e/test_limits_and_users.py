@@ -135,7 +135,7 @@ def test_limits_are_enforced_by_control_groups_that_go_with_the_server(shared):
         }
         return int(dict(line.split() for line in counts.splitlines())["nr_throttled"])
 
-    until(throttled_periods, what="they are held back")
+    until(throttled_periods, what="the server to be throttled")
     assert shared.delete("limited").status_code == 200
     assert not control_groups(shared, "limited")
 
@@ -155,7 +155,7 @@ def test_kernel_over_the_memory_limit_is_oom_killed_and_its_server_survives(shar
         "keep = []; import threading\n"
         f"{source.replace('[byte', 'keep.extend(byte').replace('2000)]', '2000))')}",
     )
-    until(lambda: not alive(kernel_pid), what="the kernel is killed")
+    until(lambda: not alive(kernel_pid), what="the kernel to be killed")
     now = shared.get("greedy")
     assert (now["state"], now["pid"]) == ("running", server["pid"])
     assert shared.delete("greedy").status_code == 200
@@ -249,7 +249,7 @@ def wait_for_relaunch(keeper, server):
             and s["state"] == "running"
             and s
         ),
-        what="it was launched again",
+        what="the server to be relaunched",
     )
 
 
@@ -261,7 +261,7 @@ def wait_for_log_rotation(keeper, server):
         f"import sys; print('x' * {LOG_SIZE}, {line!r}, sep='\\n', file=sys.stderr, flush=True)",
     )
     older = keeper.state_dir / "logs" / f"{server['name']}.log.1"
-    until(lambda: older.exists() and line in older.read_text(), what="the log is rotated")
+    until(lambda: older.exists() and line in older.read_text(), what="the log to be rotated")
 
 
 @needs_groups
@@ -275,7 +275,7 @@ def test_oom_kill_of_a_server_is_distinguished_from_other_kills(
     kernel = start_kernel(server)
     kernel_pid = int(run_cell(server, kernel, "import os; os.getpid()"))
     run_cell(server, kernel, EXHAUST_MEMORY)
-    until(lambda: not alive(kernel_pid), what="the kernel is killed")
+    until(lambda: not alive(kernel_pid), what="the kernel to be killed")
     # The OOM kill of its kernel must not be taken for the cause of a later exit of the server.
     for _ in range(3):
         wait_for_log_rotation(keeper, server)
@@ -299,7 +299,7 @@ def test_oom_kill_in_another_server_is_not_attributed_to_a_killed_server(
     kernel = start_kernel(neighbour)
     kernel_pid = int(run_cell(neighbour, kernel, "import os; os.getpid()"))
     run_cell(neighbour, kernel, EXHAUST_MEMORY)
-    until(lambda: not alive(kernel_pid), what="the neighbour's kernel is killed")
+    until(lambda: not alive(kernel_pid), what="the neighbour's kernel to be killed")
     psutil.Process(server["pid"]).kill()
     wait_for_relaunch(keeper, server)
     assert [kind for kind, _ in logged_crashes(keeper)] == ["killed"]

@@ -75,7 +75,8 @@ class Run:
     def wait_for_output(self, text):
         """Wait until the output contains a text."""
         until(
-            lambda: text in self.output or self.process.poll() is not None, what=f"{text!r} is said"
+            lambda: text in self.output or self.process.poll() is not None,
+            what=f"{text!r} in the output",
         )
         assert text in self.output, self.output
 

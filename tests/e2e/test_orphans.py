@@ -97,7 +97,7 @@ def in_child_of_server(server, source):
 
 
 def wait_for_note(note):
-    return until(lambda: note.exists() and note.read_text(), what="a hidden process runs")
+    return until(lambda: note.exists() and note.read_text(), what="the hidden process to start")
 
 
 def chain_is_alive(note):
@@ -250,7 +250,7 @@ def test_processes_of_other_users_with_a_forged_mark_are_ignored(keeper):
         try:
             until(
                 lambda: [p for p in processes_marked(server_dir) if p.uids().real == 65534],
-                what="a forged mark",
+                what="a process with a forged mark",
             )
             answer = keeper.post("/default/restart")
             assert answer.status_code == 201, answer.text
@@ -322,14 +322,14 @@ def test_servers_missing_from_the_store_are_ended_at_startup(make_keeper, tmp_pa
             # A new server of such a name starts, and is not mistaken for the old one.
             again = keeper.post(name="other").json()
             assert (again["state"], again["generation"]) == ("running", 1)
-            until(lambda: not alive(one["pid"]), what="the forked one is ended")
+            until(lambda: not alive(one["pid"]), what="the forked server to be ended")
             assert not any(alive(pid) for pid in (other["pid"], kernel))
             if grouped:
                 assert not alive(hidden)
                 assert len(control_groups(keeper)) == 1
             until(
                 lambda: not (keeper.server_dirs / "one").exists() and not half_made.exists(),
-                what="the server directories are removed",
+                what="the server directories to be removed",
             )
             here, marked = (
                 str(keeper.server_dirs / "other"),
@@ -389,7 +389,7 @@ def test_server_with_a_lost_directory_is_ended_before_its_relaunch(make_keeper, 
             and s["state"] == "running"
             and s
         ),
-        what=keeper.get,
+        what=lambda: f"the server to be relaunched: {keeper.get()}",
     )
     assert not alive(server["pid"])
     assert not alive(kernel)
@@ -416,13 +416,16 @@ def test_servers_left_in_a_former_runtime_directory_are_ended(make_keeper, tmp_p
             and s["state"] == "running"
             and s
         ),
-        what=keeper.get,
+        what=lambda: f"the server to be relaunched: {keeper.get()}",
     )
-    until(lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])), what="their end")
+    until(
+        lambda: not any(alive(pid) for pid in (server["pid"], unknown["pid"])),
+        what="both old servers to be ended",
+    )
     assert alive(again["pid"])
     until(
         lambda: not [path.name for path in earlier.iterdir() if path.name != "keeper.lock"],
-        what="the server directories are removed",
+        what="the server directories to be removed",
     )
     assert keeper.log.read_text().count("ended processes of an earlier keeper") == 2
     assert keeper.stop() == 0
@@ -484,7 +487,10 @@ def test_directories_of_dead_fork_servers_are_removed(make_keeper):
     assert list((keeper.server_dirs / ".forkservers").iterdir())
     keeper.settings["launch_by"] = "exec"
     keeper.start()
-    until(lambda: not (keeper.server_dirs / ".forkservers").exists(), what="it is removed")
+    until(
+        lambda: not (keeper.server_dirs / ".forkservers").exists(),
+        what="the fork servers' directory to be removed",
+    )
 
 
 PROGRAMS = """
@@ -537,7 +543,7 @@ class ProgramStarter:
         """Start a keeper whose fork server hangs in its first rehearsal."""
         self.hold.touch()
         keeper.start()
-        until(self.hold.read_text, what="a rehearsal goes on")
+        until(self.hold.read_text, what="a rehearsal to begin")
         assert len(self.still_alive()) == 6
 
 
@@ -585,4 +591,7 @@ def test_programs_of_a_fork_server_killed_during_a_rehearsal_are_ended(programs)
     of_the_first = started.still_alive()
     (loading,) = fork_servers_of(keeper)
     loading.kill()
-    until(lambda: not [pid for pid in of_the_first if alive(pid)], what="its programs are ended")
+    until(
+        lambda: not [pid for pid in of_the_first if alive(pid)],
+        what="the first fork server's programs to be ended",
+    )

@@ -150,7 +150,7 @@ def test_custom_gateway_manager_classes_of_a_site_are_used(make_keeper, gateway)
     assert ", args: " not in log
     report = keeper.post("/default/stop").json()["stop_report"]
     assert stopped_or_left(report) == {kernel}
-    until(lambda: gateway.kernels() == set(), what="the kernel is ended")
+    until(lambda: gateway.kernels() == set(), what="the kernel to be ended")
     assert f"own kernels: ends {kernel}" in keeper.http.get("/api/servers/default/logs").text
 
 

@@ -63,7 +63,8 @@ class ContainedKeeper(KeeperProcess):
         who.send_signal(number)
         code = self.process.wait(PATIENCE)
         until(
-            lambda: not any(process.is_running() for process in everything), what="nothing is left"
+            lambda: not any(process.is_running() for process in everything),
+            what="all processes to end",
         )
         return code
 
@@ -105,9 +106,9 @@ def test_init_reaps_orphans_and_a_stop_ends_everything(contained_keeper):
     kill_all(orphans)
     until(
         lambda: not any(process.is_running() for process in orphans),
-        what="the orphans are waited for",
+        what="the orphans to be reaped",
     )
-    until(lambda: not contained_keeper.zombies(), what="no zombie is left")
+    until(lambda: not contained_keeper.zombies(), what="all zombies to be reaped")
     # The init is small, and has loaded none of the keeper's modules.
     assert (
         contained_keeper.init.memory_info().rss

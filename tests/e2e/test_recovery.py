@@ -184,7 +184,7 @@ def test_full_disk_refuses_starts_but_servers_keep_running_and_can_be_stopped(di
     # Each exit frees some space.
     crashed = until(
         lambda: disk.fill() or ((s := keeper.get("crashes"))["state"] == "failed" and s),
-        what="it is given up",
+        what="the keeper to give up the server",
     )
     assert (
         "full" in crashed["failure"]["message"] or "No space left" in crashed["failure"]["message"]
@@ -197,7 +197,7 @@ def test_full_disk_refuses_starts_but_servers_keep_running_and_can_be_stopped(di
     disk.free()
     now = states(keeper)
     # What could not be stored is stored within seconds, without another request.
-    until(lambda: stored_states(keeper) == now, what="the store has the states of the API")
+    until(lambda: stored_states(keeper) == now, what="the store to match the API")
     assert now["stops"] == ("stopped", "down")
     keeper.kill()
     keeper.start()
@@ -221,12 +221,15 @@ def test_readiness_on_a_full_disk_is_recorded_once_there_is_space(disk, make_kee
     keeper.start()
     assert keeper.post("?wait=0").status_code == 202
     record = keeper.server_dirs / "default" / "launch.json"
-    until(record.exists, what="the launch is noted")
+    until(record.exists, what="the launch record")
     disk.fill()
     go.touch()
     keeper.wait_for("running")
     disk.free()
-    until(lambda: json.loads(record.read_text())["ready"], what="it is noted as ready")
+    until(
+        lambda: json.loads(record.read_text())["ready"],
+        what="the launch record to say that the server is ready",
+    )
 
 
 @pytest.mark.root
@@ -581,7 +584,7 @@ def test_clock_jump_stops_no_server_and_affects_no_timer(make_keeper, tmp_path, 
     for _ in range(3):
         pid = keeper.wait_for("running", "crashes")["pid"]
         os.kill(pid, signal.SIGKILL)
-        until(lambda pid=pid: keeper.get("crashes")["pid"] != pid, what="it has crashed")
+        until(lambda pid=pid: keeper.get("crashes")["pid"] != pid, what="the crash to be noticed")
     keeper.http.post("/api/servers/stops/stop?wait=0", json={})
     clock.jump(jumps[0])
     started = keeper.wait_for("running", "starts")

@@ -156,7 +156,7 @@ def exercise_api(keeper, gateway, known_secrets):
     )
     run_in_server(server, source)
     assert "password=[secret]" in until(
-        lambda: logged_password_line(request), what="the server's words in its log"
+        lambda: logged_password_line(request), what="the password line in the server's log"
     )
     # Wrong tokens in a URL and in a header, sent to the server and to the keeper.
     wrong = known_secrets.make("wrong")
@@ -169,7 +169,7 @@ def exercise_api(keeper, gateway, known_secrets):
     ):
         assert request("GET", "/api/servers", **where).status_code == 401
     os.kill(server["pid"], signal.SIGKILL)
-    until(lambda: keeper.get("behind")["restarts"] == 1, what="the restart after a crash")
+    until(lambda: keeper.get("behind")["restarts"] == 1, what="the restart after the crash")
     request("GET", "/api/servers/behind", params={"wait_for": "running", "wait": PATIENCE})
     assert request(
         "POST", "/api/servers/behind/restart", json={"keep_kernels": True}
@@ -303,7 +303,7 @@ def test_secrets_are_not_exposed_in_responses_logs_processes_or_files(
         for line in about
         if (line["logger"], line["server"]) == ("jupyter", "behind")
     }
-    assert len(echoed) >= 3, "the first launch, the one after the crash, the restart"
+    assert len(echoed) >= 3, "expected the launch, the relaunch and the restart"
     ids = {answer.headers["X-Request-Id"] for _, _, answer in answers}
     assert {line["request_id"] for line in about if "request_id" in line} <= ids
     assert any(line.get("actor") == "token:owner" and line.get("request_id") for line in about)
@@ -351,7 +351,7 @@ def test_each_log_redacts_only_the_secrets_of_its_own_server(
             lambda url=f"/api/servers/{server['name']}/logs": if_last_seen(
                 keeper.http.get(url).text
             ),
-            what="the last words",
+            what="the last request in the server's log",
         )
         for server in servers
     )
@@ -362,7 +362,7 @@ def test_each_log_redacts_only_the_secrets_of_its_own_server(
     assert all(f"/{word}" in in_prober for word in (others, owners))
 
     keeper_log = until(
-        lambda: if_last_seen(keeper.log.read_text(), times=2), what="both in the keeper's log"
+        lambda: if_last_seen(keeper.log.read_text(), times=2), what="both last requests in the log"
     )
     assert owners not in keeper_log
     lines = [json.loads(line) for line in keeper_log.splitlines() if line.startswith("{")]
@@ -388,7 +388,7 @@ def test_secrets_of_a_deleted_server_are_removed_from_the_disk(keeper, known_sec
     assert keeper.delete("forgotten").status_code == 200
     until(
         lambda: not files_containing(keeper.state_dir, known_secrets),
-        what=lambda: str(paths_of(files_containing(keeper.state_dir, known_secrets))),
+        what=lambda: f"no secrets in {paths_of(files_containing(keeper.state_dir, known_secrets))}",
     )
 
 

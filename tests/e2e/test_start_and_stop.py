@@ -72,8 +72,8 @@ def test_kernels_run_on_the_gateway_and_end_with_their_server(keeper, gateway):
     assert answer.status_code == 200, answer.text
     report = answer.json()["stop_report"]
     assert (report["method"], stopped_or_left(report)) == ("shutdown", {kernel})
-    until(lambda: kernel not in gateway.kernels(), what="the kernel is ended")
-    until(lambda: not alive(kernel_pid), what="its process ends")
+    until(lambda: kernel not in gateway.kernels(), what="the kernel to be ended")
+    until(lambda: not alive(kernel_pid), what="the kernel's process to end")
     assert_gone(keeper, server)
     assert keeper.http.get("/api/servers/default").status_code == 404
 
@@ -89,7 +89,7 @@ def test_gateway_with_a_private_ca_is_trusted_only_with_gateway_ca_certs(keeper,
         kernel = start_kernel(trusting)
         assert run_cell(trusting, kernel, "1+1") == "2"
         assert stopped_or_left(keeper.delete().json()["stop_report"]) == {kernel}
-        until(lambda: gateway.kernels() == set(), what="the kernel is ended")
+        until(lambda: gateway.kernels() == set(), what="the kernel to be ended")
         refused = keeper.post(name="wary", **options)
         assert (refused.status_code, refused.json()["failure_class"]) == (502, "gateway-tls")
         assert "gateway_ca_certs" in refused.json()["detail"]

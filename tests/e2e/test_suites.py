@@ -185,7 +185,7 @@ def plain_lab(base):
         return False
 
     try:
-        until(answers, what="jupyter lab")
+        until(answers, what="jupyter lab to respond")
         yield server_facts(base, url, token)
     finally:
         process.terminate()
@@ -273,7 +273,8 @@ def test_third_party_suites_have_equal_results_on_forked_and_plain_servers(
             break
         tests = different
     assert not different, (
-        f"forked and plain: { {test: (ours.get(test), theirs.get(test)) for test in different} }\n"
+        "outcomes differ, as (forked, plain):"
+        f" { {test: (ours.get(test), theirs.get(test)) for test in different} }\n"
         f"{output}"
     )
     passed = [test for test, outcome in first.items() if outcome == "passed"]

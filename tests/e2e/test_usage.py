@@ -20,7 +20,7 @@ def test_usage_of_a_kernel_is_reported_with_the_limits(keeper):
     """All figures grow with the kernel's work; a stopped server has none."""
     server = keeper.post(memory_limit=2048 * MIB, process_limit=500, cpu_limit=2.0).json()
     assert server["usage"] is None
-    before = until(lambda: keeper.get()["usage"], what="a sample")
+    before = until(lambda: keeper.get()["usage"], what="a usage sample")
     assert before["memory"] > 30 * MIB
     kernel = start_kernel(server)
     run_cell(
@@ -38,7 +38,7 @@ def test_usage_of_a_kernel_is_reported_with_the_limits(keeper):
             else None
         )
 
-    after = until(grown, what="the kernel is seen")
+    after = until(grown, what="a usage sample with the kernel")
     assert after["processes"] >= 2
     assert after["cpu_seconds"] > before["cpu_seconds"] + 0.5
     assert after["at"] > before["at"]

@@ -221,7 +221,7 @@ def test_serve_start_works_with_a_certificate_for_another_name(make_keeper, auth
         keeper.process = subprocess.Popen(
             keeper.command("serve", "--start"), env=keeper.environment, stdout=log, stderr=log
         )
-    until(lambda: "JupyterLab is ready" in keeper.log.read_text(), what="a first server")
+    until(lambda: "JupyterLab is ready" in keeper.log.read_text(), what="the server to be ready")
     assert keeper.process.poll() is None
     keeper.process.terminate()
     assert keeper.process.wait(PATIENCE) == 0

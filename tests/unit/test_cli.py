@@ -758,7 +758,7 @@ def test_open_opens_a_one_time_link(served, monkeypatch):
 def test_open_waits_for_a_server_that_is_starting(served):
     served.world.temper("default").boots = False
     run("start", "--wait", "0")
-    until(lambda: served.world.living("default"), what="its process")
+    until(lambda: served.world.living("default"), what="the server's process to be launched")
     get_server = served.app.view_functions["get_server"]
 
     def get_then_answer(**given):

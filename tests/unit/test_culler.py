@@ -296,9 +296,9 @@ def test_a_server_that_hangs_does_not_delay_others(threads, monkeypatch):
     culled.run("other", port=2, idle_timeout=600.0)
     culled.clock.advance(PERIOD)
     culled.culler.start()
-    until(lambda: culled.probe.asked == [2], what="the other one is asked")
+    until(lambda: culled.probe.asked == [2], what="the other server to be polled")
     free.set()
-    until(lambda: sorted(culled.probe.asked) == [1, 2], what="both were")
+    until(lambda: sorted(culled.probe.asked) == [1, 2], what="both servers to be polled")
 
 
 def test_a_kernel_opened_during_the_last_check_is_not_culled(threads):

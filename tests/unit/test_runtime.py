@@ -294,6 +294,6 @@ class TestKeeper:
 def test_the_system_clock_advances():
     clock = SystemClock()
     monotonic, wall = clock.monotonic(), clock.time()
-    until(lambda: clock.monotonic() > monotonic, what="the monotonic clock has advanced")
-    until(lambda: clock.time() > wall, what="the wall clock has advanced")
+    until(lambda: clock.monotonic() > monotonic, what="the monotonic clock to advance")
+    until(lambda: clock.time() > wall, what="the wall clock to advance")
     assert wall > 1_700_000_000

@@ -22,7 +22,7 @@ class Probe:
 
     def load(self, endpoint):
         if self.silent:
-            raise BackendUnavailable("cannot ask: told not to answer")
+            raise BackendUnavailable("cannot ask the server: this probe is silent")
         return Load(2, 1)
 
 
@@ -70,7 +70,7 @@ def test_the_last_sample_of_the_current_generation_is_returned(site):
     assert site.sampler.of(site.snapshot) is None
     sample = until(
         lambda: (s := site.sampler.of(site.snapshot)) and s.load and s.cpus is not None and s,
-        what="a whole sample",
+        what="a complete sample",
     )
     assert sample.usage.memory == 2**27
     assert sample.load == Load(2, 1)
@@ -89,7 +89,7 @@ def test_nothing_is_measured_without_demand(site):
     site.sampler.of(site.snapshot)
     until(lambda: site.sampler._samples, what="a sample")
     site.clock.ahead = sampler._WANTED_FOR
-    until(lambda: not site.sampler._samples, what="old samples are dropped")
+    until(lambda: not site.sampler._samples, what="old samples to be dropped")
     before, readings = site.backend._measured, site.clock.readings
     # Each round reads the clock, to learn whether samples are in demand.
     until(lambda: site.clock.readings >= readings + 3, what="three more rounds")

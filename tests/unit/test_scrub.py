@@ -196,7 +196,7 @@ class Untouchable(dict):
     """Variables that must not be read."""
 
     def items(self):
-        raise AssertionError("they were looked at")
+        raise AssertionError("the variables were read")
 
     values = items
 

@@ -257,7 +257,7 @@ def test_of_concurrent_wipes_only_one_waits_for_a_long_read(store, files_with):
         for thread in threads:
             thread.start()
         until(
-            lambda: sum(thread.is_alive() for thread in threads) == 1, what="all but one are done"
+            lambda: sum(thread.is_alive() for thread in threads) == 1, what="one thread to be left"
         )
         store.forget(ServerName("bare"))
     for thread in threads:

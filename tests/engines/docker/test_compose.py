@@ -45,7 +45,7 @@ class ComposeProject:
 
     def up(self):
         self("up", "-d", "--no-build")
-        until(self._ready, what="the API")
+        until(self._ready, what="the API to respond")
         token = self("exec", "-T", "jupyter-server", "labkeeper", "token").strip()
         self.http.headers["Authorization"] = f"Bearer {token}"
 

@@ -116,7 +116,8 @@ def test_zombies_are_reaped(make_container):
     )
     container.delete()
     until(
-        lambda: all(state != "Z" for state, _ in container.processes().values()), what="no zombie"
+        lambda: all(state != "Z" for state, _ in container.processes().values()),
+        what="all zombies to be reaped",
     )
     commands = [command for _, command in container.processes().values()]
     assert not [command for command in commands if "sleep" in command or "ipykernel" in command], (

@@ -74,7 +74,10 @@ def test_healthcheck_reports_healthy_and_unhealthy(make_container):
     container = make_container(
         "--health-interval", "1s", "--health-start-period", "0s", "--health-retries", "2"
     ).start()
-    until(lambda: container.state()["Health"]["Status"] == "healthy", what="healthy")
+    until(
+        lambda: container.state()["Health"]["Status"] == "healthy",
+        what="the container to be healthy",
+    )
     # The process of the keeper lives, but does not respond.
     keeper = next(
         pid
@@ -82,7 +85,10 @@ def test_healthcheck_reports_healthy_and_unhealthy(make_container):
         if command.endswith("labkeeper serve") and pid != 1
     )
     container.python(f"import os, signal; os.kill({keeper}, signal.SIGSTOP)")
-    until(lambda: container.state()["Health"]["Status"] == "unhealthy", what="unhealthy")
+    until(
+        lambda: container.state()["Health"]["Status"] == "unhealthy",
+        what="the container to be unhealthy",
+    )
 
 
 def test_jupyter_configuration_of_the_image_is_used(make_container, notebooks):

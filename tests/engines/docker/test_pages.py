@@ -17,7 +17,7 @@ PAGE = ROOT / "docs/how-to/run-in-a-container.md"
 
 @pytest.mark.skipif(
     os.environ["TEST_DOCKER"] != "own",
-    reason="needs an engine of its own: names and ports are fixed",
+    reason="needs its own Docker Engine, because names and ports are fixed",
 )
 @pytest.mark.timeout(300)
 def test_container_tour_works_as_documented(tmp_path):

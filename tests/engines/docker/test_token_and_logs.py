@@ -76,7 +76,7 @@ def test_server_log_lines_are_labelled_and_tracebacks_are_complete(make_containe
         trust_env=False,
     )
     assert failed_request.status_code == 500
-    until(lambda: "Traceback" in container.logs(), what="the trace")
+    until(lambda: "Traceback" in container.logs(), what="the traceback in the container's log")
     lines = container.logs().splitlines()
     if form == "json":
         entries = [json.loads(line) for line in lines if line.startswith("{")]

@@ -15,7 +15,7 @@ from engine import IMAGE
 from harness import PATIENCE, until
 
 pytestmark = pytest.mark.skipif(
-    os.environ["TEST_DOCKER"] != "own", reason="needs to start an engine of its own, as root"
+    os.environ["TEST_DOCKER"] != "own", reason="needs root to start its own Docker Engine"
 )
 
 
@@ -50,7 +50,7 @@ def docker():
         return done.stdout + done.stderr
 
     try:
-        until(lambda: docker("ps", "-q", check=False) == "", what="the engine")
+        until(lambda: docker("ps", "-q", check=False) == "", what="the Docker Engine to respond")
         with subprocess.Popen(["docker", "save", IMAGE], stdout=subprocess.PIPE) as saved:
             subprocess.run(
                 ["docker", "-H", socket, "load", "-q"],
@@ -82,7 +82,7 @@ def test_container_works_with_user_namespace_remapping(docker, tmp_path):
     docker("run", "-d", "--name", "mapped", "-v", f"{notebooks}:/notebooks", IMAGE)
     until(
         lambda: "/lab?token=" in docker("exec", "mapped", "labkeeper", "start", check=False),
-        what="a server",
+        what="a server to start",
     )
     docker("exec", "mapped", "touch", "/notebooks/made")
     assert (notebooks / "made").stat().st_uid == first + 1000

@@ -76,7 +76,7 @@ def test_read_only_container_reports_the_tmpfs_mounts_it_needs(make_container):
 
 def test_root_without_capabilities_reports_the_user_option_it_needs(make_container, notebooks):
     if os.getuid() != 0:
-        pytest.skip("needs root on the host, to give the notebooks to somebody else")
+        pytest.skip("needs root on the host, to change the owner of the notebooks")
     container = make_container("--user", "root", "--cap-drop", "ALL", notebooks=notebooks).run()
     assert container.ended() == 2
     assert "--user 4321:4321" in container.logs()

@@ -51,11 +51,11 @@ class Machine:
         self.boot()
 
     def boot(self):
-        until(self.booted, what=lambda: f"systemd ({self.report()})")
+        until(self.booted, what=lambda: f"systemd to boot ({self.report()})")
 
     def booted(self):
         if docker("inspect", "-f", "{{.State.Running}}", self.name).stdout.strip() != "true":
-            raise AssertionError(f"systemd has ended ({self.report()})")
+            raise AssertionError(f"systemd has exited ({self.report()})")
         return self.run("systemctl is-system-running", check=False) in {"running", "degraded"}
 
     def report(self):
@@ -135,7 +135,7 @@ class Machine:
                 "curl -sf http://127.0.0.1:8000/readyz", check=False
             )
 
-        until(ready, what="the keeper")
+        until(ready, what="the keeper to be ready")
 
     def left(self):
         """Return the command lines of all processes of the service's user."""
@@ -158,7 +158,7 @@ class Machine:
                 server = self.server(name)
                 return server if server["state"] == "running" else None
 
-        return until(running, what=f"server '{name}'")
+        return until(running, what=f"server '{name}' to run")
 
     def cell(self, code, name="demo"):
         """Run code in the server's kernel, and return its output."""

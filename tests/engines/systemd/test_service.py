@@ -64,7 +64,7 @@ def test_next_keeper_adopts_the_servers(machine, replacement):
     machine.start("another")
     assert machine.cell('print(open("/tmp/seen").read())', "another") == "by all"
     machine.follow("stop everything")
-    until(lambda: machine.left() == [], what="the end of all processes")
+    until(lambda: machine.left() == [], what="all processes to end")
 
 
 def test_systemctl_stop_ends_only_the_keeper(machine):
@@ -74,7 +74,7 @@ def test_systemctl_stop_ends_only_the_keeper(machine):
     assert machine.run(f"curl -sf '{server['url']}api/status?token={server['token']}'")
     # The documented command for when no keeper starts any more.
     machine.run("systemctl kill --kill-whom=all --signal=TERM labkeeper")
-    until(lambda: machine.left() == [], what="the end of all processes")
+    until(lambda: machine.left() == [], what="all processes to end")
 
 
 def test_stopping_everything_as_documented_leaves_nothing_behind(machine):
@@ -82,7 +82,7 @@ def test_stopping_everything_as_documented_leaves_nothing_behind(machine):
     machine.cell("x = 1")
     machine.start("another")
     machine.follow("stop everything")
-    until(lambda: machine.left() == [], what="the end of all processes")
+    until(lambda: machine.left() == [], what="all processes to end")
     assert machine.run("ls -A /run/labkeeper") == "keeper.lock"
     assert machine.run("find /sys/fs/cgroup/system.slice -name '*labkeeper*'") == ""
     machine.run("systemctl start labkeeper")
@@ -117,7 +117,7 @@ def test_settings_file_is_used_and_an_invalid_one_causes_no_restart_loop(machine
         "echo LABKEEPER_PORT=wrong >> /etc/labkeeper/labkeeper.env; ! systemctl restart labkeeper"
     )
     # `failed`, and not `activating`, as it would be before another restart.
-    until(lambda: machine.service("ActiveState") == ["failed"], what="the end of the keeper")
+    until(lambda: machine.service("ActiveState") == ["failed"], what="the keeper's unit to fail")
     assert machine.service("Result", "ExecMainStatus", "NRestarts") == ["exit-code", "2", "0"]
     assert "bad setting LABKEEPER_PORT" in machine.journal()
 
@@ -152,13 +152,13 @@ def test_token_can_be_a_systemd_credential(machine):
     machine.wait(after=keeper)
     until(
         lambda: "running" in machine.run("LABKEEPER_TOKEN_FILE=/etc/labkeeper/token labkeeper ls"),
-        what="the server",
+        what="the server to run",
     )
 
 
 def test_limits_survive_a_restart_of_the_service(machine):
     if int(machine.run("systemctl --version").split()[1]) < 254:
-        pytest.skip("needs control groups that systemd hands over in parts: version 254")
+        pytest.skip("needs control groups delegated below a subgroup: systemd 254 or later")
     machine.follow("stop everything")
     machine.follow("limits")
     machine.wait()

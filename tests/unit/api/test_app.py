@@ -323,9 +323,9 @@ def test_clients_that_do_not_read_static_files_occupy_no_threads_and_descriptors
             lambda: (
                 sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12
             ),
-            what="all answered",
+            what="all responses to be buffered",
         )
-        until(lambda: server._threads.active_count == 0, what="no thread waits for them")
+        until(lambda: server._threads.active_count == 0, what="all threads to be idle")
         assert not [path for path in opened_files() if "swagger" in path]
         asking = http.client.HTTPConnection(*listener.getsockname(), timeout=PATIENCE)
         opened.callback(asking.close)
@@ -426,7 +426,7 @@ def test_at_the_concurrency_limit_callers_are_answered_without_waiting(services,
         assert (refused.status_code, refused.headers["Retry-After"]) == (429, "10")
         assert client.post("/api/servers", json={}).status_code == 202
         assert client.get("/api/servers/default?wait_for=running").json["state"] == "starting"
-    until(lambda: world.living("default"), what="its process")
+    until(lambda: world.living("default"), what="the server's process to be launched")
     world.answer("default")
     assert client.post("/api/servers", json={}).status_code == 200
 
@@ -466,8 +466,8 @@ def test_large_reads_of_logs_are_limited_to_two_at_a_time(services, monkeypatch,
             pool.submit(client.get, f"/api/servers/default/logs?{query}", headers=headers)
             for _ in range(4)
         ]
-        until(lambda: limit._held == 4, what="all are counted")
-        until(lambda: len(reading) >= 2, what="two read")
+        until(lambda: limit._held == 4, what="all requests to count towards the limit")
+        until(lambda: len(reading) >= 2, what="two requests to read the log")
         at_a_time = len(reading)
         go_on.set()
         assert at_a_time == 2
@@ -807,7 +807,7 @@ def test_a_queued_server_has_its_position_and_starts_in_turn(services, world):
     assert (answer.status_code, answer.json["queue_position"]) == (202, 1)
     assert client.post("/api/servers/b/stop").json["state"] == "stopped"
     assert client.get("/api/servers/c").json["queue_position"] == 1
-    until(lambda: world.living("a"), what="the first is launched")
+    until(lambda: world.living("a"), what="server 'a' to be launched")
     world.answer("a")
     assert client.get("/api/servers/c?wait_for=running&wait=5").json["state"] == "running"
 

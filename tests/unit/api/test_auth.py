@@ -132,7 +132,7 @@ def with_peers(services, is_server):
 
 
 def forbidden(*_):
-    raise AssertionError("that takes time")
+    raise AssertionError("an expensive check was made")
 
 
 # The table
@@ -266,7 +266,7 @@ def test_a_wait_ends_without_a_response_if_permission_is_lost_meanwhile(callers)
     ):
         with ThreadPoolExecutor(1) as pool:
             waiting = pool.submit(blue.get, waits)
-            until(lambda: callers.running.services.concurrency._held, what="the wait")
+            until(lambda: callers.running.services.concurrency._held, what="the request to wait")
             assert end().status_code < 300
             answer = waiting.result()
         assert answer.status_code == status

@@ -251,7 +251,7 @@ def test_a_handshake_larger_than_the_buffers_continues_when_the_client_reads(
             lambda: any(
                 one._tls.wants_write for one in served.server._doors[0].active_channels.values()
             ),
-            what="full",
+            what="the handshake to fill the send buffer",
         )
         greeted = False
         while not greeted:
@@ -263,7 +263,7 @@ def test_a_handshake_larger_than_the_buffers_continues_when_the_client_reads(
                 pass
         caller.write(b"GET / HTTP/1.0\r\n\r\n")
         plain.sendall(outgoing.read())
-        until(lambda: answered(caller, incoming, plain), what="an answer")
+        until(lambda: answered(caller, incoming, plain), what="a response")
 
 
 def answered(caller, incoming, plain):

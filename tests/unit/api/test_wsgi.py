@@ -93,13 +93,13 @@ def test_a_limit_below_the_initial_number_is_respected(capacities):
 def test_idle_threads_are_reused(threads):
     threads.begin()
     # A new thread counts as active until it has looked for a task.
-    until(lambda: threads.active_count == 0, what="the first threads wait for work")
+    until(lambda: threads.active_count == 0, what="the first threads to be idle")
     for _ in range(50):
         task = Task()
         task.end.set()
         threads.add_task(task)
         assert task.begun.wait(60)
-        until(lambda: threads.active_count == 0, what="the thread is back")
+        until(lambda: threads.active_count == 0, what="the thread to be idle again")
     assert len(threads.threads) == _FIRST_THREADS
 
 
@@ -275,7 +275,7 @@ def test_thousands_of_idle_connections_do_not_block_requests(serve):
     pressing = threading.Thread(target=press)
     pressing.start()
     try:
-        until(lambda: served.inside >= connection_limit - 50, what="the limit is reached")
+        until(lambda: served.inside >= connection_limit - 50, what="connections up to the limit")
         for _ in range(20):
             with socket.create_connection(served.address, timeout=PATIENCE) as connection:
                 assert ask_json(connection)["size"] == 0
@@ -302,7 +302,7 @@ def test_a_slow_request_is_cut_off(clock, serve, first, next_, limit):
     served.settle(1)
     (channel,) = channels(served)
     connection.sendall(first)
-    until(lambda: not first or channel._begun is not None, what="its first byte is seen")
+    until(lambda: not first or channel._begun is not None, what="the server to read the first byte")
     for _ in range(3):
         clock.jump(limit * 0.3)
         connection.sendall(next_)
@@ -359,7 +359,7 @@ def ask_much(served, count, path, *, by=""):
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode() * 40)
     until(
         lambda: sum(bool(channel.total_outbufs_len) for channel in channels(served)) == count,
-        what="all are answered",
+        what="all responses to be buffered",
     )
     return crowd
 
@@ -375,7 +375,7 @@ def test_slow_readers_occupy_no_thread(serve, by):
     """More of them than threads request files and read nothing; other requests are answered."""
     served = serve()
     ask_much(served, 3 * THREADS, "/file", by=by)
-    until(lambda: served.server._threads.active_count == 0, what="no thread waits for them")
+    until(lambda: served.server._threads.active_count == 0, what="all threads to be idle")
     assert ask_json(served.connect())["size"] == 0
     # Further responses are not produced before the first is read.
     assert all(channel.total_outbufs_len <= FILE + 1024 for channel in channels(served))
@@ -413,7 +413,7 @@ def test_slow_readers_are_closed_at_the_connection_limit(serve, few_connections)
     served = serve()
     crowd = ask_much(served, few_connections, "/file")
     assert ask_json(served.connect())["size"] == 0
-    until(lambda: served.inside <= few_connections, what="one had to go")
+    until(lambda: served.inside <= few_connections, what="one connection to be closed")
     assert len(crowd) == few_connections
 
 
@@ -422,9 +422,12 @@ def test_a_client_that_never_reads_is_disconnected(clock, serve):
     served = serve()
     ask_much(served, 1, "/file")
     (channel,) = channels(served)
-    until(lambda: channel._held, what="no thread works on it")
+    until(lambda: channel._held, what="the thread to leave the rest to the loop")
     # Bytes in the sockets' buffers count as read at the first check; after that, nothing is read.
-    until(lambda: clock.jump(_IDLE_TIMEOUT + 1) or not served.inside, what="it is cut off")
+    until(
+        lambda: clock.jump(_IDLE_TIMEOUT + 1) or not served.inside,
+        what="the client to be disconnected",
+    )
 
 
 def test_slow_readers_are_disconnected_if_too_much_output_is_unread_in_total(
@@ -438,14 +441,17 @@ def test_slow_readers_are_disconnected_if_too_much_output_is_unread_in_total(
         served.connect().sendall(b"GET /file HTTP/1.1\r\nHost: x\r\n\r\n" * 40)
         served.settle(count)
     first, *others = channels(served)
-    until(lambda: all(channel._held for channel in (first, *others)), what="all are answered")
+    until(
+        lambda: all(channel._held for channel in (first, *others)),
+        what="all threads to leave the rest to the loop",
+    )
     clock.jump(server._LOOK_EVERY + 1)
     assert ask_json(served.connect())["size"] == 0  # The server has checked since.
     assert not any(channel.will_close for channel in (first, *others))
     most = sum(channel.total_outbufs_len for channel in others) + first.total_outbufs_len // 2
     monkeypatch.setattr(server, "_UNTAKEN_OF_ALL", most)
     clock.jump(server._LOOK_EVERY + 1)
-    until(lambda: not first.connected, what="the first is cut off")
+    until(lambda: not first.connected, what="the first client to be disconnected")
     assert ask_json(served.connect())["size"] == 0
     assert all(channel.connected for channel in others)
 
@@ -487,7 +493,7 @@ def test_the_loop_ignores_a_connection_while_a_thread_writes_to_it(serve, monkey
         rounds.clear()
         writes.set()
         # Other connections keep the loop awake.
-        until(lambda: served.inside == 3, what="others are inside")
+        until(lambda: served.inside == 3, what="the other connections to be accepted")
         asked.append(len(rounds))
         return plain_send(channel, data, do_close)
 
@@ -696,7 +702,7 @@ def test_the_number_of_concurrent_large_bodies_is_limited(serve, monkeypatch, ch
     assert ask_json(served.connect(), method="POST", body=b"x" * 1000)["size"] == 1000
     assert finish_body(third, chunked=chunked)["unread"]
     assert finish_body(first, chunked=chunked)["size"] == BODY
-    until(lambda: not channels(served)[0].requests, what="the first is answered")
+    until(lambda: not channels(served)[0].requests, what="the first request to be finished")
     assert finish_body(start_body(served, chunked=chunked), chunked=chunked)["size"] == BODY
     second.close()
     served.settle(4)

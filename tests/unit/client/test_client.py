@@ -163,7 +163,7 @@ def test_without_waiting_the_server_is_still_starting(running):
     running.world.temper("default").boots = False
     assert running.client.create(wait=0).state is State.STARTING
     assert running.client.get("default", wait_for=State.RUNNING, wait=0).state is State.STARTING
-    until(lambda: running.world.living("default"), what="its process")
+    until(lambda: running.world.living("default"), what="the server's process to be launched")
     running.world.answer("default")
     assert running.client.get("default", wait_for="running").state is State.RUNNING
 

@@ -322,7 +322,7 @@ def explore(model):
             if after.state in PROVEN_GONE and after.process.shape not in DEAD:
                 raise LawError(f"reported as gone, but exists: {config} -> {after}")
             if after.state in WANTED and after.goal is not Goal.UP:
-                raise LawError(f"kept though unwanted: {config} -> {after}")
+                raise LawError(f"state requires the goal up: {config} -> {after}")
             seen.add(after)
             waiting.append(after)
     return seen

@@ -91,7 +91,7 @@ def test_a_slow_follower_receives_each_entry_once_and_in_order(store, clock):
     begun.wait()
     # More than is kept in memory.
     record_many(event_log, 3000)
-    until(lambda: quiet, what="nothing is new")
+    until(lambda: quiet, what="the follower to catch up")
     event_log.close()
     follower.join(5)
     assert not follower.is_alive()

@@ -135,7 +135,7 @@ def test_events_are_posted_in_order_with_a_signature(world, receiver):
     webhook = world.begin(receiver.url)
     # A new webhook does not receive earlier events.
     world.record(50)
-    until(lambda: len(receiver.accepted) == 50, what="all were taken")
+    until(lambda: len(receiver.accepted) == 50, what="the receiver to accept all events")
     assert receiver.accepted == [*range(4, 54)]
     for headers, body in receiver.received:
         given = {name.lower(): value for name, value in headers.items()}
@@ -160,13 +160,13 @@ def test_failed_deliveries_are_retried_with_growing_delays(world, receiver, stat
     )
     receiver.status = status
     world.record(2)
-    until(lambda: len(receiver.received) >= 4, what="it was tried again")
+    until(lambda: len(receiver.received) >= 4, what="a retry")
     assert [pause for pause in pauses if pause != webhooks._LOOK_EVERY][:3] == [0.05, 0.1, 0.2]
     assert {json.loads(body)["id"] for _, body in receiver.received} == {1}
     assert str(status) in webhook.status().error
     assert webhook.status().pending == 2
     receiver.status = 204
-    until(lambda: receiver.accepted == [1, 2], what="they were taken")
+    until(lambda: receiver.accepted == [1, 2], what="the receiver to accept both events")
     assert (webhook.status().dead, webhook.status().error) == (0, None)
 
 
@@ -174,7 +174,7 @@ def test_rejected_events_are_dropped_and_counted(world, receiver):
     webhook = world.begin(receiver.url)
     receiver.status = 410
     world.record(2)
-    until(lambda: webhook.status().dead == 2, what="both are dead")
+    until(lambda: webhook.status().dead == 2, what="both events to be dead")
     receiver.status = 200
     world.record(1)
     until(lambda: webhook.status().delivered == 1)
@@ -202,7 +202,7 @@ def test_expired_events_are_dropped(world, receiver, monkeypatch):
     receiver.status = 500
     webhook = world.begin(receiver.url)
     world.record(1)
-    until(lambda: webhook.status().dead == 1, what="it is dead")
+    until(lambda: webhook.status().dead == 1, what="the event to be dead")
     assert len(receiver.received) > 1
 
 
@@ -220,7 +220,7 @@ def test_a_later_keeper_continues_with_the_next_event(world, receiver, tmp_path)
     later = World(tmp_path / "store.sqlite")
     later.record(1)
     webhook = later.begin(receiver.url)
-    until(lambda: receiver.accepted == [1, 2, 3, 4, 5, 6], what="all were taken")
+    until(lambda: receiver.accepted == [1, 2, 3, 4, 5, 6], what="the receiver to accept all events")
     until(lambda: webhook.status().delivered == 6)
     webhook.close()
     later.store.close()
@@ -255,7 +255,7 @@ def test_delivery_continues_if_the_end_of_the_history_was_lost(world, receiver):
     webhook = world.begin(receiver.url)
     assert webhook.status().pending == 0
     world.record(3)
-    until(lambda: receiver.accepted == [4, 5, 6], what="all new ones were taken")
+    until(lambda: receiver.accepted == [4, 5, 6], what="the receiver to accept all new events")
 
 
 def test_events_dropped_in_the_middle_of_the_history_count_as_dead(tmp_path, receiver, monkeypatch):
@@ -312,7 +312,7 @@ def test_an_unreachable_receiver_does_not_block_the_keeper(world, tmp_path, trou
         webhook = world.begin(url)
         world.record(200)
         if trouble != "it hangs":
-            until(lambda: webhook.status().error is not None, what="it is said")
+            until(lambda: webhook.status().error is not None, what="the webhook to report an error")
             webhook.close()
         assert webhook.status().pending == 200
 
@@ -386,7 +386,7 @@ def test_the_body_of_a_response_is_neither_awaited_nor_kept(world, monkeypatch, 
     try:
         webhook = world.begin(liar.url)
         world.record(3)
-        until(lambda: webhook.status().delivered == 3, what="all is told")
+        until(lambda: webhook.status().delivered == 3, what="all events to be delivered")
         webhook.close()
         assert liar.accepted == 3
     finally:

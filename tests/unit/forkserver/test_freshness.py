@@ -128,4 +128,4 @@ def test_a_check_reads_no_file_and_looks_at_each_place_once(fresh, monkeypatch):
 
 
 def refuse(path, *_, **__):
-    raise AssertionError(f"{path} is read")
+    raise AssertionError(f"{path} was opened or listed")

@@ -92,7 +92,7 @@ def test_a_check_that_timed_out_leaves_no_thread(client, hostile, mode):
     client.check(at(hostile.url))
     until(
         lambda: not [t for t in threading.enumerate() if t.name == "ask-gateway"],
-        what="its thread has ended",
+        what="the thread that asks the gateway to end",
     )
 
 

@@ -179,7 +179,7 @@ def test_checks_of_a_gateway_do_not_overlap(watched):
     answers = threading.Event()
     watched.client.before_check = answers.wait
     watched.watch._look()
-    until(lambda: watched.client.checked, what="it is asked")
+    until(lambda: watched.client.checked, what="the gateway to be checked")
     watched.watch._look()
     answers.set()
     assert watched.client.checked == ["http://one"]
@@ -261,7 +261,7 @@ def test_kernels_that_cannot_be_ended_are_retried_with_backoff_and_delay_no_othe
     watched.clock.advance(PERIOD)
     until(
         lambda: watched.pauses(1) and len(watched.client.ended) == 20,
-        what="all others have been ended",
+        what="all other orphaned kernels to be ended",
     )
     assert {orphan.kernel_id for orphan in watched.orphans.all()} == watched.client.stubborn
     assert watched.pauses(8)[-1] == PERIOD * 4
@@ -297,11 +297,11 @@ def test_the_thread_checks_gateways_and_saves_and_expires_orphaned_kernels(
     store.failing = True
     watched.orphan("k1")
     watched.watch.start()
-    until(lambda: watched.client.ended == ["k1"], what="the orphaned kernel is ended")
+    until(lambda: watched.client.ended == ["k1"], what="the orphaned kernel to be ended")
     watched.client.down.add("http://one")
     watched.orphan("k2")
     store.failing = False
-    until(lambda: set(store.kernels) == {"k2"}, what="the store has what is so")
+    until(lambda: set(store.kernels) == {"k2"}, what="the store to hold only the new kernel")
     watched.clock.advance(31 * 86400)
-    until(lambda: not watched.orphans.all(), what="an old orphaned kernel is given up")
+    until(lambda: not watched.orphans.all(), what="the old orphaned kernel to be given up")
     assert any(thread.name == "gateways" for thread in threading.enumerate())

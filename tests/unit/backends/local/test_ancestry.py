@@ -110,13 +110,13 @@ class Keeper:
         ], out
 
     def answer_in(self, out):
-        until(out.exists, what="an answer")
+        until(out.exists, what="the answer in the file")
         return json.loads(out.read_text())
 
     def close(self):
         self.server.close()
         self.backend.kill(ServerName("lab"), 1)
-        until(lambda: not self.backend._supervisors, what="its end")
+        until(lambda: not self.backend._supervisors, what="the server's supervisor to finish")
         self.backend.close()
 
 
@@ -238,7 +238,7 @@ def terminal():
         ["sh", "-c", line], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as shell:
         inside, outside = (int(shell.stdout.readline()) for _ in range(2))
-        until(lambda: os.getsid(outside) == outside, what="a session of its own")
+        until(lambda: os.getsid(outside) == outside, what="the second child to get its own session")
         yield shell.pid, inside, outside
         for pid in (inside, outside, shell.pid):
             os.kill(pid, 9)

@@ -56,7 +56,7 @@ def _nothing_left_behind():
     yield
     until(
         lambda: set(threading.enumerate()) <= threads and children() <= processes,
-        what="all is gone",
+        what="all threads and child processes to end",
     )
 
 
@@ -174,7 +174,7 @@ def open_files(pid):
 
 
 def wait_for_gate(request):
-    return until((Path(request.server_dir) / "here").exists, what="it reads its configuration")
+    return until((Path(request.server_dir) / "here").exists, what="the server to load its config")
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +183,8 @@ def rig(tmp_path_factory):
     yield made
     made.close()
     until(
-        lambda: not (made.base / "run" / ".forkservers").exists(), what="its directory is removed"
+        lambda: not (made.base / "run" / ".forkservers").exists(),
+        what="the fork servers' directory to be removed",
     )
 
 
@@ -276,21 +277,21 @@ def test_an_invalid_request_gets_an_error_and_leaves_no_descriptor(
 ):
     with attachment.open() as file:
         assert answer in rig.ask(message, [file.fileno()] * files)["error"]
-    until(lambda: not rig.holds(attachment), what="it is closed again")
+    until(lambda: not rig.holds(attachment), what="the fork server to close the attached file")
 
 
 @pytest.mark.parametrize("pid", [1, -1, 2**40, "1", None, True, 1.5])
 def test_it_reports_exits_of_its_own_children_only(rig, attachment, pid):
     with attachment.open() as file:
         assert rig.ask({"do": "attach", "pid": pid}, [file.fileno()]) == {"known": False}
-    until(lambda: not rig.holds(attachment), what="it is closed again")
+    until(lambda: not rig.holds(attachment), what="the fork server to close the attached file")
 
 
 def test_unexpected_descriptors_from_a_keeper_are_closed(rig, attachment):
     with connect(rig.directory) as connection, attachment.open() as file:
         wire.send(connection, {"do": "keep"}, [file.fileno()])
         assert wire.receive(connection)[0]["pid"] == rig.process.pid
-    until(lambda: not rig.holds(attachment), what="it is closed again")
+    until(lambda: not rig.holds(attachment), what="the fork server to close the attached file")
 
 
 def test_a_forked_server_inherits_no_descriptors_or_blocked_signals(rig):
@@ -321,7 +322,7 @@ def test_an_exit_that_no_keeper_received_is_reported_to_the_next_one(rig):
     with rig.launched(rig.lasting()) as (process, parent, report):
         report.close()
         process.send(signal.SIGTERM)
-        until(lambda: not Path(f"/proc/{process.pid}").exists(), what="it was reaped")
+        until(lambda: not Path(f"/proc/{process.pid}").exists(), what="the process to be reaped")
         later = ReportPipe()
         assert rig.forkserver.attach(parent, process.pid, later.writer)
         later.close_writer()
@@ -416,7 +417,7 @@ def test_a_killed_fork_server_is_replaced_and_its_children_live_on(rig):
         until(lambda: not old.alive())
         until(
             lambda: rig.forkserver._current is not None and rig.process != old,
-            what="another one",
+            what="another fork server",
         )
         assert process.alive()
         process.send(signal.SIGKILL)
@@ -454,9 +455,9 @@ def test_no_server_is_forked_after_a_change_of_configuration(rig):
         change.write_text("{}")
         with rig.launched(rig.lasting()) as (process, _, _):
             assert psutil.Process(process.pid).ppid() != old.pid
-    until(lambda: rig.process != old, what="another one")
-    until(lambda: not alive(old.pid), what="it ends when it has no child left")
-    until(lambda: not old_directories(rig), what="its directory is removed")
+    until(lambda: rig.process != old, what="another fork server")
+    until(lambda: not alive(old.pid), what="the old fork server to exit after its last child")
+    until(lambda: not old_directories(rig), what="the old fork server's directory to be removed")
 
 
 @pytest.mark.programs("strace")  # delays a system call of the fork server
@@ -481,7 +482,7 @@ def test_a_launch_that_was_not_confirmed_in_time_leaves_no_forked_server(
     try:
         until(
             lambda: "TracerPid:\t0" not in Path(f"/proc/{old.pid}/status").read_text(),
-            what="it is traced",
+            what="strace to attach to the fork server",
         )
         request = rig.lasting()
         # The first launch may use a child that was forked in advance; the second has to fork.
@@ -526,7 +527,10 @@ def test_an_abandoned_child_leaves_no_files_for_the_executed_server(local, tmp_p
 
     def lose_the_answer(parent, request, files):
         forked.append(ask(parent, request, files)["pid"])
-        until((server_dir / "jupyter" / f"jpserver-{forked[0]}.json").exists, what="its file")
+        until(
+            (server_dir / "jupyter" / f"jpserver-{forked[0]}.json").exists,
+            what="the forked server's info file",
+        )
         raise EOFError
 
     monkeypatch.setattr(backend._forkserver._processes, "ask", lose_the_answer)
@@ -634,7 +638,7 @@ def test_a_fork_server_of_a_newer_version_is_not_taken_over(other_program, make_
     assert [line["reason"] for line in log] == [
         "cannot understand the fork server: a frame has version 2, not 1"
     ]
-    until(lambda: not earlier.process.alive(), what="it has ended")
+    until(lambda: not earlier.process.alive(), what="the earlier fork server to end")
     assert not earlier.directory.exists()
 
 
@@ -645,5 +649,5 @@ def test_where_fork_servers_are_of_a_newer_version_servers_are_executed_with_the
     other_program.write_text('{"version": 2}')
     forkserver = make_fork_servers(ForkServer)
     forkserver.start()
-    reason = until(lambda: forkserver._why_not, what="it has no fork server")
+    reason = until(lambda: forkserver._why_not, what="the reason why there is no fork server")
     assert reason.startswith("cannot understand the fork server: a frame has version 2, not 1")

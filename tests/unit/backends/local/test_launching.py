@@ -78,7 +78,7 @@ def test_an_endless_line_is_not_kept_in_memory(report):
     thread.start()
     until(
         lambda: report.said("ready") is None and not report.readable,
-        what="it is listened to no longer",
+        what="the report pipe to be closed",
     )
     thread.join()
     assert report.exit() is None

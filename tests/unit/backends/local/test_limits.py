@@ -191,7 +191,7 @@ def test_a_chain_of_forks_is_ended_by_every_available_means(monkeypatch, spawn, 
     first = spawn(sys.executable, "-c", CHAIN, env={}, stdin=PIPE)
     groups.hold(NAME, first.pid)
     first.stdin.close()
-    until(lambda: first.poll() is not None, what="the chain is under way")
+    until(lambda: first.poll() is not None, what="the chain of forks to begin")
     end(groups, tmp_path)
     (group,) = groups._of(NAME)
     assert group.is_relative_to(groups._base)
@@ -412,7 +412,7 @@ def test_a_process_can_join_a_group_that_belongs_to_no_server(groups, spawn):
     (procs_file,) = groups.door(name)
     try:
         inside = spawn("sh", "-c", f"echo $$ > {procs_file}; exec sleep 1000")
-        until(lambda: groups.members(name) == {inside.pid}, what="it is in there")
+        until(lambda: groups.members(name) == {inside.pid}, what="the process to enter the group")
         assert groups.names() == set()
         groups.kill(name)
         inside.kill()

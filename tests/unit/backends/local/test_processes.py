@@ -107,7 +107,7 @@ def test_a_mark_is_found_in_processes_that_inherited_it(spawn):
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux shows a program without its environment"
+    sys.platform != "linux", reason="only on Linux can an environment be missing during an exec"
 )
 def test_a_mark_is_found_during_an_exec(spawn, tmp_path):
     """A server may be ended while it executes another program."""
@@ -130,9 +130,7 @@ signal.pause()
 """
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux is asked for environments in this way"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="reads environments as on Linux")
 def test_a_process_that_hides_its_environment_does_not_slow_down_the_search(spawn):
     # The argument fills the page below its environment, which would else be part of its stack.
     hidden = spawn(

@@ -51,14 +51,14 @@ def ours():
 def test_each_terminal_has_its_foreground_program_oldest_first(shells):
     before = ours()
     first, second = shells(), shells()
-    until(lambda: ours() == [*before, "", ""], what="both shells wait")
+    until(lambda: ours() == [*before, "", ""], what="both shells to be idle")
     os.write(second, b"sleep 60\n")
-    until(lambda: ours() == [*before, "", "sleep"], what="one runs a program")
+    until(lambda: ours() == [*before, "", "sleep"], what="one shell to run a program")
     os.write(first, b"sleep 60 &\n")
     os.write(second, b"\x03")
     until(
         lambda: ours() == [*before, "", ""],
-        what="it was ended; what is in the background does not count",
+        what="the foreground program to end; the one in the background does not count",
     )
 
 

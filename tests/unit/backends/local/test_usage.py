@@ -71,7 +71,7 @@ def settled_as(meter, process, count):
         found = meter.measure({NAME: process}).get(NAME)
         return found if found is not None and found.processes == count else None
 
-    return until(measured, what=f"{count} processes are found")
+    return until(measured, what=f"a measurement of {count} processes")
 
 
 def test_without_groups_processes_are_found_by_parent_and_by_mark(server, tmp_path):
@@ -114,7 +114,7 @@ def test_with_a_group_its_members_are_measured(server, tmp_path):
     groups = ControlGroups(tmp_path)
     groups.hold(NAME, server.pid)
     if server.pid not in groups.counted(NAME).members:
-        pytest.skip("this machine lets us make no control group")
+        pytest.skip("cannot create control groups on this machine")
     try:
         measured = settled(usage.Meter(groups, tmp_path), server, 2)
         assert measured.memory > 64 * MIB
@@ -122,7 +122,7 @@ def test_with_a_group_its_members_are_measured(server, tmp_path):
         assert measured.cpu_seconds >= 0
     finally:
         groups.kill(NAME)
-        until(lambda: not groups.counted(NAME).members, what="all have ended")
+        until(lambda: not groups.counted(NAME).members, what="all processes in the group to end")
         groups.remove(NAME)
 
 
