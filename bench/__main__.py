@@ -32,19 +32,19 @@ from guard import guarded
 from progress import BenchError, say, warn
 
 MEASUREMENTS: Final = {
-    "start": "request to ready: it answers, and takes its token",
-    "first_cell": "request to the result of 1+1",
-    "stop": "request to gone, without a kernel",
+    "start": "from the request until the server responds and accepts its token",
+    "first_cell": "from the request to the result of 1+1",
+    "stop": "from the request until the server is gone, without kernels",
     "stop_kernels": "the same with two kernels",
-    "burst": f"{crowd.CROWD} servers at once until all are ready",
-    "memory": f"USS and PSS of idle servers, with 1 and with {crowd.CROWD}",
-    "idle": f"processor and memory of what runs beside {crowd.CROWD} idle servers",
+    "burst": f"{crowd.CROWD} servers requested at once, until all are ready",
+    "memory": f"USS and PSS of an idle server, with 1 and with {crowd.CROWD} running",
+    "idle": f"CPU and memory of the services beside {crowd.CROWD} idle servers",
     "api": (
-        f"requests to a keeper with {load.SERVERS} servers "
-        f"and {load.FOLLOWERS} callers that follow logs"
+        f"requests to a keeper with {load.SERVERS} servers, "
+        f"while {load.FOLLOWERS} clients follow logs"
     ),
-    "strangers": "requests to a keeper while others knock with wrong tokens",
-    "scrub": "processor that taking secrets out of lines of a log costs",
+    "strangers": "requests to a keeper while other clients send wrong tokens",
+    "scrub": "CPU time for removing secrets from log lines",
 }
 _HERE: Final = Path(__file__).resolve().parent
 _QUICK: Final = 3
@@ -58,9 +58,7 @@ def main() -> int:
         _report(results.load(chosen.show), chosen.show.with_suffix(".svg"))
         return 0
     if sys.platform != "linux":
-        parser.error(
-            "the bench runs on Linux only: it reads /proc and waits on descriptors of processes"
-        )
+        parser.error("the bench runs on Linux only, because it needs /proc and pidfds")
     if chosen.quick:
         chosen.repeats, chosen.burst_repeats, chosen.warmups = _QUICK, 1, 1
     if not chosen.only:
@@ -163,10 +161,10 @@ class Bench:
 
     @contextmanager
     def _running(self, classes: Sequence[type[Contender]]) -> Iterator[list[Contender]]:
-        """Run contenders. After an error they are left to the guard, which kills them faster."""
+        """Run contenders. After an error, the guard ends them, which is faster."""
         opened = []
         for each in classes:
-            say(f"opening {each.label}")
+            say(f"starting {each.label}")
             contender = each(self._environments, self._server_dir)
             contender.open()
             opened.append(contender)
@@ -198,49 +196,52 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"measurements:\n{names}\n\ncontenders:\n{keys}",
     )
     parser.add_argument(
-        "--repeats", type=_positive, default=15, help="rounds that count (default: %(default)s)"
+        "--repeats", type=_positive, default=15, help="measured rounds (default: %(default)s)"
     )
     parser.add_argument(
         "--burst-repeats",
         type=_positive,
         default=3,
-        help="the same for bursts (default: %(default)s)",
+        help="measured rounds of bursts (default: %(default)s)",
     )
     parser.add_argument(
         "--warmups",
         type=int,
         default=2,
-        help="rounds that are thrown away (default: %(default)s; bursts: 1)",
+        help="rounds to discard first (default: %(default)s; bursts: at most 1)",
     )
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{_QUICK} repeats, 1 burst, 1 warm-up: a look, no result",
+        help=f"{_QUICK} repeats, 1 burst, 1 warm-up: for a quick look, not for results",
     )
     parser.add_argument(
-        "--only", type=_subset_of(MEASUREMENTS), metavar="NAME,...", help="only these measurements"
+        "--only",
+        type=_subset_of(MEASUREMENTS),
+        metavar="NAME,...",
+        help="run only these measurements",
     )
     parser.add_argument(
         "--contenders",
         type=_subset_of({each.key for each in contenders.ALL}),
         default=[each.key for each in contenders.ALL],
         metavar="NAME,...",
-        help="only these contenders",
+        help="measure only these contenders",
     )
     parser.add_argument(
         "--cycles",
         type=_positive,
         default=0,
         metavar="N",
-        help="start and stop N servers, and look for leaks",
+        help="start and stop N servers, and check for leaks",
     )
-    parser.add_argument("--strict", action="store_true", help="exit with 1 when a bar is missed")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument(
         "--output",
         type=Path,
         default=_HERE / "results",
         metavar="DIR",
-        help="where results go (bench/results)",
+        help="directory for results (default: bench/results)",
     )
     parser.add_argument(
         "--source",
@@ -253,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
         "--show",
         type=Path,
         metavar="FILE",
-        help="tell of an earlier run from its JSON, and draw it anew",
+        help="print the results of an earlier run from its JSON file, and redraw the chart",
     )
     return parser
 
@@ -271,7 +272,7 @@ def _subset_of(names: Any) -> Callable[[str], list[str]]:
         unknown = [name for name in given if name not in names]
         if unknown:
             raise argparse.ArgumentTypeError(
-                f"unknown: {', '.join(unknown)}; choose among {', '.join(sorted(names))}"
+                f"unknown: {', '.join(unknown)}; choose from {', '.join(sorted(names))}"
             )
         return given
 

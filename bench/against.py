@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Compare this checkout with a commit before it: is labkeeper slower or larger now?
+"""Compare this checkout with an earlier commit: is labkeeper slower or larger now?
 
     .venv/bin/python bench/against.py COMMIT [--repeats 31] [--only start,memory]
 
-Both sides take turns in one run. For each figure it prints both medians, their ratio, and the 95 %
-interval of the ratio, from resampled rounds. Less is better for all of them. A figure is SLOWER
-if the whole interval lies above 1.05; with --strict the exit code is then 1. Linux only.
+Both versions take turns in one run. Each figure is printed with both medians, their ratio, and the
+95 % confidence interval of the ratio, from resampled rounds. Lower is better for all figures. A
+figure is marked SLOWER if the whole interval lies above 1.05; with --strict, the exit code is then
+1. Linux only.
 """
 
 from __future__ import annotations
@@ -38,18 +39,18 @@ _WARM_UPS: Final = 1
 _TOLERANCE: Final = 1.05
 _RESAMPLES: Final = 5000
 _IDLE: Final = 15.0
-"""Seconds of idling in a round: the keeper's probe period, so that each server is probed once."""
+"""Seconds of idling per round: the keeper's probe period, so that each server is probed once."""
 _LOAD: Final = 1.0
-"""Seconds of requests in a round, for each path, at a fixed rate and without limit."""
+"""Seconds of requests per round and path, first at a fixed rate, then as fast as possible."""
 
 Side = TypeVar("Side", LabkeeperFork, type[LabkeeperFork])
 Figures = dict[str, float]
 Samples = dict[str, dict[str, list[float]]]
-"""Values by figure and side, one for each round."""
+"""Values by figure and side, one per round."""
 
 
 class Before(LabkeeperFork):
-    """The commit that is compared with."""
+    """The commit to compare with."""
 
     key = "before"
     label = "before"
@@ -86,7 +87,7 @@ class Comparison:
         return self._take_turns(list(self._installed), one)
 
     def servers(self) -> Samples:
-        """Time starts, first cells and stops, and the processor time that they take."""
+        """Measure starts, first cells and stops, and the CPU time that they use."""
         with self._running() as sides:
             return self._take_turns(sides, _lifecycle)
 
@@ -97,13 +98,13 @@ class Comparison:
             begun = _processor_seconds(side)
             (seconds,) = crowd.burst([side], 1, 0)[side.key]
             spent = _processor_seconds(side) - begun
-            return {"burst, s": seconds, "burst with its stops, processor s": spent}
+            return {"burst, s": seconds, "burst and its stops, CPU s": spent}
 
         with self._running() as sides:
             return self._take_turns(sides, one)
 
     def memory(self) -> Samples:
-        """Read the memory of servers and services, with 1 and with 20 servers."""
+        """Measure the memory of servers and services, with 1 and with 20 servers."""
 
         def one(kind: type[LabkeeperFork]) -> Figures:
             side = self._new(kind)
@@ -123,7 +124,7 @@ class Comparison:
         return self._take_turns(list(self._installed), one)
 
     def idle(self) -> Samples:
-        """Read what 20 idle servers cost; both sides idle at the same time."""
+        """Measure what 20 idle servers cost; both sides idle at the same time."""
         samples: Samples = {}
         with self._running() as sides, ExitStack() as stack:
             for side in sides:
@@ -141,7 +142,7 @@ class Comparison:
         return samples
 
     def api(self) -> Samples:
-        """Time requests to keepers with 50 servers and 100 callers that follow logs."""
+        """Time requests to keepers with 50 servers and 100 clients that follow logs."""
         with self._running() as sides, ExitStack() as stack:
             for side in sides:
                 servers = stack.enter_context(crowd.crowd(side, load.SERVERS, load.AT_A_TIME))
@@ -153,7 +154,7 @@ class Comparison:
 
     @contextmanager
     def _running(self) -> Iterator[list[LabkeeperFork]]:
-        """Run both sides. After an error they are left to the guard."""
+        """Run both sides. After an error, the guard ends them."""
         sides = [self._new(kind) for kind in self._installed]
         for side in sides:
             side.open()
@@ -190,13 +191,13 @@ def main() -> int:
     )
     parser.add_argument("commit", metavar="COMMIT", help="commit, tag or branch to compare with")
     parser.add_argument(
-        "--repeats", type=int, default=31, help="rounds that count (default: %(default)s)"
+        "--repeats", type=int, default=31, help="measured rounds (default: %(default)s)"
     )
     parser.add_argument(
         "--only",
         metavar="NAME,...",
         default=",".join(_MEASUREMENTS),
-        help="some of %(default)s (default: all, in about an hour)",
+        help="some of %(default)s (default: all, which takes about an hour)",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a figure is SLOWER")
     chosen = parser.parse_args()
@@ -252,7 +253,7 @@ def _lifecycle(side: LabkeeperFork) -> Figures:
     seconds = lifecycle.once(side)
     spent = _processor_seconds(side) - begun
     return {f"{name}, s": value for name, value in seconds.items()} | {
-        "all of these, processor s": spent
+        "all of the above, CPU s": spent
     }
 
 
@@ -263,14 +264,14 @@ def _requests(side: LabkeeperFork) -> Figures:
         flooded = load.run_caller(side, path, _LOAD, None)
         found[f"GET {name}, median, ms"] = 1000 * median(paced)
         found[f"GET {name}, 95th percentile, ms"] = 1000 * percentile(paced, 95)
-        found[f"GET {name}, flooded, ms a request"] = (
+        found[f"GET {name}, flooded, ms per request"] = (
             1000 * flooded["seconds"] / len(flooded["seen"])
         )
     return found
 
 
 def _processor_seconds(side: LabkeeperFork) -> float:
-    """Return the processor time of the services and of their children that have ended."""
+    """Return the CPU time of the services and of their ended children."""
     every = [psutil.Process(pid).cpu_times() for pid in side.service_pids().values()]
     return sum(
         each.user + each.system + each.children_user + each.children_system for each in every

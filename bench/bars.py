@@ -119,19 +119,19 @@ BARS: Final = (
     ),
     Bar("start: 95th percentile at most twice the median", _spread, 2, "times"),
     Bar(
-        "20 at once at least 15 times faster than JupyterHub",
+        "20 starts at once at least 15 times faster than JupyterHub",
         _speedup("burst", HUB),
         15,
         "times",
         more_is_better=True,
     ),
-    Bar("memory of its own at most 1/3 of jupyter lab's", _memory_share(LAB), 1 / 3, "of it"),
-    Bar("memory of its own at most 1/4 of JupyterHub's server", _memory_share(HUB), 1 / 4, "of it"),
-    Bar("stop in at most half the time of jupyter lab", _stop_share, 1 / 2, "of it"),
+    Bar("private memory at most 1/3 of jupyter lab's", _memory_share(LAB), 1 / 3, "(ratio)"),
+    Bar("private memory at most 1/4 of JupyterHub's", _memory_share(HUB), 1 / 4, "(ratio)"),
+    Bar("stop in at most half the time of jupyter lab", _stop_share, 1 / 2, "(ratio)"),
     Bar("GET one server: 99th percentile at most 20 ms", _api_latency("one"), 20, "ms"),
     Bar("GET all servers: 99th percentile at most 20 ms", _api_latency("list"), 20, "ms"),
     Bar(
-        "GET all servers among wrong tokens: 99th percentile at most 50 ms",
+        "GET all servers amid wrong tokens: 99th percentile at most 50 ms",
         _latency_with_strangers,
         50,
         "ms",
@@ -139,13 +139,13 @@ BARS: Final = (
     Bar("keeper with 20 idle servers at most 1 % of a core", _keeper_idle, 1, "%"),
     Bar("keeper with 20 idle servers at most 80 MiB", _keeper_rss, 80, "MiB"),
     Bar(
-        "a log line without secrets costs at most half of what the rule itself does",
+        "log line without secrets: at most half the cost of the pattern itself",
         _scrub_share,
         1 / 2,
-        "of it",
+        "(ratio)",
     ),
-    Bar("a hostile line of 64 KiB is read in at most 1 s", _hostile_line, 1, "s"),
-    Bar("start and stop cycles leak nothing", _leaks, 0, "leaks"),
+    Bar("hostile log line of 64 KiB: at most 1 s", _hostile_line, 1, "s"),
+    Bar("no leaks in start and stop cycles", _leaks, 0, "leaks"),
 )
 
 

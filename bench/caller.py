@@ -3,7 +3,7 @@
 This is a program of its own, so that nothing else holds its interpreter lock. It reads a job from
 stdin and writes its results to stdout, both as JSON. To cost little, it has four threads, each with
 a persistent raw socket and a prepared request, and parses only the status and length of a response.
-It reports the share of a core that it used: if that is far below 1, it did not limit the rate.
+It reports the share of a core that it used: far below 1, the caller was not the bottleneck.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ _FOOT: Final = 52
 _TIMED: Final = {
     "start": "Start one server",
     "burst": f"Start {CROWD} servers at once",
-    "first_cell": "Start, and see the first result of a cell",
+    "first_cell": "Start a server and run a first cell",
     "stop": "Stop one server",
 }
 
@@ -64,7 +64,7 @@ class _Panel:
 
 
 def can_draw(results: Results) -> bool:
-    """Return whether the results have anything that the chart shows."""
+    """Return whether the results have anything to show in the chart."""
     return not results["measurements"].keys().isdisjoint((*_TIMED, "memory"))
 
 
@@ -102,7 +102,7 @@ def _panels(results: Results) -> Iterator[_Panel]:
             key: [server["uss"] / _MIB for server in seen[str(CROWD)]["servers"]]
             for key, seen in measured["memory"].items()
         }
-        yield _panel(results, f"Memory of its own, each of {CROWD} idle servers", "MiB", sizes)
+        yield _panel(results, f"Private memory of each of {CROWD} idle servers", "MiB", sizes)
 
 
 def _panel(results: Results, title: str, unit: str, samples: dict[str, list[float]]) -> _Panel:
@@ -146,7 +146,7 @@ def _notes(results: Results) -> tuple[str, str]:
     cores, kernel = f"{machine['cores']} cores", machine["kernel"].split("-")[0]
     legend = (
         f"Bars: medians ({repeats} repeats, in turns). "
-        "Thin lines: to the 95th percentile; of fewer than 10, to the slowest."
+        "Thin lines: up to the 95th percentile, or the slowest of fewer than 10."
     )
     return legend, ", ".join([cores, kernel, f"Python {machine['python']}", *versions])
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Compare the Docker image with a keeper of this checkout that runs outside of it.
+"""Compare the Docker image with a keeper of this checkout that runs on the host.
 
-It uses the Docker Engine that `docker` reaches; the two take turns. Usage:
+It uses the Docker Engine that `docker` connects to; the two take turns. Usage:
 
     .venv/bin/python bench/container.py [--image jupyter-server] [--repeats 15]
 """
@@ -37,14 +37,14 @@ def main() -> int:
         "--image", default="jupyter-server", help="image to measure (default: %(default)s)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=15, help="rounds that count (default: %(default)s)"
+        "--repeats", type=int, default=15, help="measured rounds (default: %(default)s)"
     )
     chosen = parser.parse_args()
     image = json.loads(_docker("inspect", chosen.image))[0]
     size, base = image["Size"] / 1e6, _base_size(chosen.image) / 1e6
-    print(f"size of the image: {size:.0f} MB, of which its base {base:.0f} MB")
+    print(f"image size: {size:.0f} MB, including {base:.0f} MB for its base image")
 
-    say("from docker run to the API, and to a POST that is served by a fork")
+    say("docker run: until the API responds, and until a POST is served by a fork")
     answering, served = [], []
     for number in range(chosen.repeats // 3 + _WARM_UPS):
         with container(chosen.image) as (api, key, begun):
@@ -54,15 +54,15 @@ def main() -> int:
             if number < _WARM_UPS:
                 answering.clear()
                 served.clear()
-    _print("docker run to the API answering", answering)
-    _print("docker run to a POST served by a fork", served)
+    _print("docker run until the API responds", answering)
+    _print("docker run until a POST is served by a fork", served)
 
-    say("from a POST to a server that is ready, inside and outside")
+    say("POST until the server is ready, in the container and on the host")
     with container(chosen.image) as (api, key, _), keeper() as (other, other_key):
         for where in ((api, key), (other, other_key)):
             _wait_for_fork(*where)
         memory = _memory(api.rpartition(":")[2])
-        print(f"memory of the container at rest: {memory:.0f} MiB (keeper and fork server)")
+        print(f"memory of the idle container: {memory:.0f} MiB (keeper and fork server)")
         inside, outside = [], []
         for number in range(chosen.repeats + _WARM_UPS):
             inside.append(_start(api, key))
@@ -71,8 +71,8 @@ def main() -> int:
                 inside.clear()
                 outside.clear()
     _print("POST to ready, in the container", inside)
-    _print("POST to ready, outside", outside)
-    print(f"inside / outside: {median(inside) / median(outside):.2f}")
+    _print("POST to ready, on the host", outside)
+    print(f"container / host: {median(inside) / median(outside):.2f}")
     return 0
 
 
@@ -127,7 +127,7 @@ def _until_answering(api: str) -> None:
                 return
         except OSError:
             time.sleep(0.005)
-    raise BenchError(f"{api} does not answer")
+    raise BenchError(f"{api} does not respond")
 
 
 def _wait_for_fork(api: str, key: str) -> None:

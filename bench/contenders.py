@@ -86,7 +86,7 @@ class Contender:
         """Set `server.pid`, if `launch` did not."""
 
     def stop(self, server: Server) -> None:
-        """Stop a server; return once the contender reports that it ended, if it does."""
+        """Stop a server; return when the contender reports that it ended, if it does."""
         raise NotImplementedError
 
     def service_pids(self) -> dict[str, int]:
@@ -100,12 +100,12 @@ class Labkeeper(Contender):
     launch_by: ClassVar[str]
 
     def open(self) -> None:
-        """Start a keeper; if it should fork, wait until it does."""
+        """Start a keeper; in fork mode, wait until it forks servers."""
         self.boot()
         self._check_launch_method()
 
     def boot(self) -> None:
-        """Start a keeper, and wait until its API answers."""
+        """Start a keeper, and wait until its API responds."""
         self._port, self._token = free_port(), secrets.token_hex(16)
         self._authorization = f"Bearer {self._token}"
         self.state = self.home / "state"
@@ -116,7 +116,7 @@ class Labkeeper(Contender):
             "LABKEEPER_STATE_DIR": str(self.state),
             "LABKEEPER_NOTEBOOK_DIR": str(self.notebooks),
             "LABKEEPER_START_TIMEOUT": str(_LONG_TIMEOUT),
-            # Measure what the keeper can do, not what it allows one caller.
+            # Measure what the keeper can do, not its limit for one client.
             "LABKEEPER_MAX_REQUEST_RATE": "0",
             "LABKEEPER_LAUNCH_BY": self.launch_by,
         }
@@ -187,7 +187,7 @@ class Labkeeper(Contender):
         if self.launch_by == "exec":
             return
         if not knows:
-            raise Skipped("this labkeeper does not know LABKEEPER_LAUNCH_BY: it cannot fork")
+            raise Skipped("this labkeeper cannot fork: it has no LABKEEPER_LAUNCH_BY")
         until = time.monotonic() + _STARTUP_TIMEOUT
         while True:
             answer = request_json(
@@ -213,7 +213,7 @@ class LabkeeperFork(Labkeeper):
 
 
 class LabkeeperExec(Labkeeper):
-    """Servers that each load JupyterLab."""
+    """Servers that each load JupyterLab themselves."""
 
     key = "labkeeper_exec"
     label = "labkeeper, exec"
@@ -326,7 +326,7 @@ class JupyterHub(Contender):
         for name in names:
             status, _ = request("POST", self._user(name), self._authorization)
             if status not in {CREATED, 409}:
-                raise BenchError(f"cannot make a user of the hub: {status}")
+                raise BenchError(f"cannot create a user in the hub: it returned {status}")
             (self.notebooks / name).mkdir(exist_ok=True)
 
     def launch(self, name: str, poll: float = POLL) -> Server:
@@ -339,7 +339,7 @@ class JupyterHub(Contender):
                 if b'"failed": true' in line:
                     raise BenchError(f"the hub did not start a server:\n{tail(self.log)}")
         elif status != CREATED:
-            raise BenchError(f"the hub answered {status}: {body!r}\n{tail(self.log)}")
+            raise BenchError(f"the hub returned {status}: {body!r}\n{tail(self.log)}")
         server = Server(name, f"{self.url}/user/{name}/", self._authorization)
         wait_until_ready(server.url, server.authorization, poll=poll)
         return server
@@ -353,7 +353,7 @@ class JupyterHub(Contender):
         """Delete the server; poll the hub if that takes longer than its `slow_stop_timeout`."""
         status, body = request("DELETE", f"{self._user(server.name)}/server", self._authorization)
         if status not in {_ACCEPTED, _NO_CONTENT}:
-            raise BenchError(f"the hub answered {status}: {body!r}")
+            raise BenchError(f"the hub returned {status}: {body!r}")
         while (
             status == _ACCEPTED
             and request_json("GET", self._user(server.name), self._authorization)["servers"]

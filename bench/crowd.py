@@ -49,7 +49,7 @@ def in_parallel(tasks: Sequence[Callable[[], T]]) -> list[T]:
         thread.join()
     if errors:
         first = errors[0]
-        raise BenchError(f"{len(errors)} of {len(tasks)} failed; the first: {first}") from first
+        raise BenchError(f"{len(errors)} of {len(tasks)} tasks failed; first: {first}") from first
     return [results[number] for number in range(len(tasks))]
 
 
@@ -80,7 +80,7 @@ def burst(contenders: Sequence[Contender], repeats: int, warmups: int) -> dict[s
         if number >= 0:
             samples[contender.key].append(seconds)
         turn = "warm-up" if number < 0 else f"{number + 1} of {repeats}"
-        say(f"{turn}: {contender.label}: {CROWD} at once {seconds:.2f} s")
+        say(f"{turn}: {contender.label}: {CROWD} servers at once: {seconds:.2f} s")
         stop_all(contender, servers)
     return samples
 
@@ -117,11 +117,11 @@ def idle(contender: Contender) -> dict[str, Any]:
 def crowd(contender: Contender, count: int, at_a_time: int = CROWD) -> Iterator[list[Server]]:
     """Run `count` idle servers.
 
-    After an error they are left to the guard, which kills them faster.
+    After an error, the guard ends them, which is faster.
     """
     names = [f"crowd{number}" for number in range(count)]
     contender.prepare(names)
-    say(f"{contender.label}: starting {count}")
+    say(f"{contender.label}: starting {count} servers")
     servers: list[Server] = []
     for first in range(0, count, at_a_time):
         servers += launch_all(contender, names[first : first + at_a_time])

@@ -17,7 +17,7 @@ from processes import memory_of
 from progress import say
 
 _WARMUP: Final = 20
-"""Cycles before the first count, to fill pools and to import what is imported late."""
+"""Cycles before the first count, to fill pools and complete late imports."""
 _SETTLE: Final = 3.0
 _REPORT_EVERY: Final = 50
 _MIB: Final = 1024 * 1024

@@ -75,7 +75,7 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool, kind: str = "lab"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "labkeeper-bench"
     if _in_checkout(cache):
         raise BenchError(
-            f"cannot measure in {cache}: it lies in a git checkout, which would slow Jupyter down"
+            f"cannot measure in {cache}: it is inside a git checkout, which would slow Jupyter down"
         )
     pins = _pins(source)
     constraints = server_dir / "constraints.txt"

@@ -95,7 +95,7 @@ def _kill_rest() -> bool:
     descendants = psutil.Process().children(recursive=True)
     left = [_name(each) for each in descendants if each.status() != psutil.STATUS_ZOMBIE]
     if left:
-        print(f"ending what is left: {', '.join(left)}", file=sys.stderr)
+        print(f"killing leftover processes: {', '.join(left)}", file=sys.stderr)
     until = time.monotonic() + _TIMEOUT
     while time.monotonic() < until:
         children = psutil.Process().children(recursive=True)
@@ -106,10 +106,10 @@ def _kill_rest() -> bool:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         if not children:
-            print("no process of the bench is left", file=sys.stderr)
+            print("all processes of the bench have ended", file=sys.stderr)
             return True
         time.sleep(0.02)
-    print(f"PROCESSES ARE LEFT: {psutil.Process().children(recursive=True)}", file=sys.stderr)
+    print(f"PROCESSES HAVE NOT ENDED: {psutil.Process().children(recursive=True)}", file=sys.stderr)
     return False
 
 

@@ -76,7 +76,7 @@ def _with_kernels(contender: Contender) -> dict[str, float]:
     result = _first_cell(server)
     seen = time.perf_counter()
     if result != "2":
-        raise BenchError(f"a cell gave {result}, not 2")
+        raise BenchError(f"a cell returned {result}, not 2")
     # A cell in the second kernel too, so that both have fully started when they are stopped.
     _first_cell(server)
     return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}

@@ -1,4 +1,4 @@
-"""Measure the keeper's API under load: 50 servers, 100 callers that follow a log, and requests.
+"""Measure the keeper's API under load: 50 servers, 100 clients that follow logs, and requests.
 
 Throughput is measured with callers that send as fast as they can. Latency is measured at a rate far
 below that: at full load it would only restate the throughput.
@@ -46,9 +46,9 @@ def api(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
         url = f"{keeper.url}/api/servers"
         listed = request_json("GET", url, keeper.authorization, good=(OK,))["servers"]
         if len(listed) != SERVERS:
-            raise BenchError("the list has not all servers")
+            raise BenchError(f"the list has {len(listed)} servers, not {SERVERS}")
         if streams.lost:
-            raise BenchError(f"{streams.lost} of {FOLLOWERS} followers were cut off")
+            raise BenchError(f"{streams.lost} of {FOLLOWERS} followers were disconnected")
     return {"servers": SERVERS, "followers": FOLLOWERS, "rate": RATE} | found
 
 
@@ -78,18 +78,18 @@ def run_caller(keeper: Labkeeper, path: str, seconds: float, rate: float | None)
         command, input=json.dumps(job), capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise BenchError(f"the caller broke: {done.stderr}")
+        raise BenchError(f"caller.py failed: {done.stderr}")
     answer: dict[str, Any] = json.loads(done.stdout)
     if answer["failed"]:
         raise BenchError(f"a request failed: {answer['failed'][0]}")
     if answer["own_share"] > _MAX_CALLER_SHARE:
         share = f"{answer['own_share']:.0%}"
-        warn(f"the caller used {share} of a core: the figures for {path} are in part its own")
+        warn(f"the caller used {share} of a core: it may have limited the results for {path}")
     return answer
 
 
 class _Followers:
-    """Callers that each follow the log of a server."""
+    """Clients that each follow the log of a server."""
 
     def __init__(self, keeper: Labkeeper, servers: Sequence[Server]) -> None:
         self.lost = 0
@@ -135,7 +135,7 @@ class _Followers:
 
 @contextlib.contextmanager
 def followers(keeper: Labkeeper, servers: Sequence[Server]) -> Iterator[_Followers]:
-    """Follow the logs of servers; yields the streams, which count those that were cut off."""
+    """Follow the logs of servers; yield the streams, which count the disconnected ones."""
     streams = _Followers(keeper, servers)
     time.sleep(1)  # The streams first send the existing lines.
     try:

@@ -39,7 +39,7 @@ def end(process: subprocess.Popen[bytes], log: Path, patience: float = 60.0) -> 
     try:
         process.wait(patience)
     except subprocess.TimeoutExpired:
-        raise BenchError(f"a program did not end within {patience:.0f} s:\n{tail(log)}") from None
+        raise BenchError(f"a program did not exit within {patience:.0f} s:\n{tail(log)}") from None
 
 
 def tail(log: Path, count: int = 30) -> str:
@@ -64,7 +64,7 @@ class ProcessTree:
             poll = select.poll()
             poll.register(pidfd, select.POLLIN)
             if not poll.poll(max(0.0, until - time.monotonic()) * 1000):
-                raise BenchError("a server, or a kernel of it, did not end")
+                raise BenchError("a server or one of its kernels did not end")
 
     def close(self) -> None:
         """Close the pidfds."""
@@ -104,6 +104,6 @@ def memory_of(pid: int) -> Memory:
 
 
 def processor_seconds(pid: int) -> float:
-    """Return the processor time of a process, without its children."""
+    """Return the CPU time of a process, in seconds, without its children."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)

@@ -16,8 +16,8 @@ _CELL: Final = 17
 _VERDICT: Final = max(len(bar.text) for bar in BARS) + 2
 TITLES: Final = {
     "start": "start: request to ready",
-    "first_cell": "request to the first result of a cell",
-    "burst": f"{CROWD} servers at once: all ready",
+    "first_cell": "first cell: request to result",
+    "burst": f"{CROWD} servers at once, until all are ready",
     "stop": "stop: request to gone",
     "stop_kernels": "stop with two kernels",
 }
@@ -61,7 +61,7 @@ def _timings(results: Results) -> Iterator[str]:
         yield _row(f"  {slow_end_name(some)}", slow)
         if first in contenders:
             ratios = [f"{middle[key] / middle[first]:.1f}" for key in contenders]
-            yield _row(f"  times {contenders[first]}'s", ratios)
+            yield _row(f"  as a multiple of {contenders[first]}'s", ratios)
     yield ""
 
 
@@ -72,7 +72,7 @@ def _memory(results: Results) -> Iterator[str]:
     contenders = {key: label for key, label in results["contenders"].items() if key in found}
     yield _row("memory of an idle server", list(contenders.values()))
     for count in (1, CROWD):
-        for kind, title in (("uss", "its own (USS)"), ("pss", "with its share (PSS)")):
+        for kind, title in (("uss", "private (USS)"), ("pss", "proportional (PSS)")):
             values = [median_memory(results, key, count, kind) for key in contenders]
             yield _row(f"  {title}, {count} running", [_mib(value) for value in values])
     totals = [_total_pss(found[key][str(CROWD)]) / CROWD for key in contenders]
@@ -88,7 +88,7 @@ def _idle(results: Results) -> Iterator[str]:
     found = results["measurements"].get("idle")
     if not found:
         return
-    yield _row(f"beside {CROWD} idle servers", ["of a core", "RSS", "USS", "PSS"])
+    yield _row(f"services beside {CROWD} idle servers", ["of a core", "RSS", "USS", "PSS"])
     for key, processes in found.items():
         for name, seen in processes.items():
             sizes = [_mib(seen[kind]) for kind in ("rss", "uss", "pss")]
@@ -100,7 +100,7 @@ def _idle(results: Results) -> Iterator[str]:
 def _api(results: Results) -> Iterator[str]:
     for key, found in results["measurements"].get("api", {}).items():
         what = f"{found['servers']} servers, {found['followers']} followers"
-        rate = f"latency at {found['rate']:.0f} requests a second"
+        rate = f"latency at {found['rate']:.0f} requests per second"
         yield f"API of {results['contenders'][key]} with {what}; {rate}"
         yield _row("", ["p50", "p95", "p99", "requests/s", "caller's core"])
         for name, title in (("one", "GET one server"), ("list", "GET all servers")):
@@ -113,15 +113,15 @@ def _api(results: Results) -> Iterator[str]:
 
 def _strangers(results: Results) -> Iterator[str]:
     for key, found in results["measurements"].get("strangers", {}).items():
-        label, rate = results["contenders"][key], f"{found['rate']:.0f} requests a second"
-        yield f"GET all servers of {label}, none there, at {rate}"
+        label, rate = results["contenders"][key], f"{found['rate']:.0f} requests per second"
+        yield f"GET all servers of {label}, when it has none, at {rate}"
         yield _row("", ["p50", "p95", "p99"])
-        yield _row("  quiet", _latency(found["quiet"]["latency"]))
+        yield _row("  without other clients", _latency(found["quiet"]["latency"]))
         among = _latency(found["knocked"]["latency"])
-        yield _row(f"  among {found['strangers']} with wrong tokens", among)
-        refused = f"{found['refused_per_second']:.0f} wrong tokens a second were refused"
+        yield _row(f"  with {found['strangers']} sending wrong tokens", among)
+        refused = f"{found['refused_per_second']:.0f} wrong tokens per second were refused"
         share = f"{found['strangers_share_of_a_core']:.0%} of a core"
-        yield f"  {refused}; those who showed them used {share}"
+        yield f"  {refused}; the clients that sent them used {share}"
         yield ""
 
 
@@ -135,10 +135,10 @@ def _scrub(results: Results) -> Iterator[str]:
         return
     hostile = found["hostile_milliseconds"]
     worst = max(hostile, key=hostile.__getitem__)
-    yield _row("taking secrets out of a log", ["processor"])
+    yield _row("removing secrets from a log", ["CPU time"])
     yield _row("  a line without secrets", [f"{found['line_microseconds']:.1f} µs"])
-    yield _row("  the rule alone, on the same line", [f"{found['rule_microseconds']:.1f} µs"])
-    row = _row("  the worst hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"])
+    yield _row("  the pattern alone, on the same line", [f"{found['rule_microseconds']:.1f} µs"])
+    row = _row("  the slowest hostile line of 64 KiB", [f"{hostile[worst]:.1f} ms"])
     yield f"{row}   ({worst!r}, repeated)"
     yield ""
 

@@ -1,4 +1,4 @@
-"""The results of one run, as plain data for JSON, without names or paths of the machine."""
+"""The results of one run, as plain data for JSON, without the machine's name and paths."""
 
 from __future__ import annotations
 

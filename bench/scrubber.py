@@ -1,8 +1,8 @@
 """Time the removal of secrets from lines of a log.
 
-This is a program of its own, for the interpreter that has the measured labkeeper. It writes its
-results as JSON to stdout. It takes the thread's processor time in the fastest of several rounds,
-because other load on the machine only adds to that.
+This is a program of its own, for the interpreter of the measured labkeeper. It writes its
+results as JSON to stdout. It measures the thread's CPU time in the fastest of several rounds,
+because other load on the machine can only add to it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Send requests with wrong tokens to an API, as fast as it refuses them.
 
 Like `caller.py`, this is a program of its own. It reads its target as one line of JSON from stdin,
-prints "ready" once every connection was refused, and continues until stdin ends. Then it writes its
-results as JSON. No token is sent twice.
+prints "ready" once each connection has been refused, and continues until stdin ends. Then it writes
+its results as JSON. No token is sent twice.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Stranger:
         for _ in numbers:
             status = self._read()
             if not status.startswith(b"HTTP/1.1 401"):
-                answer = status.decode(errors="replace").strip() or "by hanging up"
-                raise RuntimeError(f"a wrong token was answered {answer}")
+                answer = status.decode(errors="replace").strip() or "a closed connection"
+                raise RuntimeError(f"a wrong token was answered with {answer}")
             self.refused += 1
 
     def _read(self) -> bytes:

@@ -1,6 +1,6 @@
-"""Measure the latency of a caller while others send wrong tokens.
+"""Measure the latency of a client while others send wrong tokens.
 
-The caller sends at a fixed rate, as in `load.py`; the others as fast as they are refused. The
+The client sends at a fixed rate, as in `load.py`; the others send as fast as they are refused. The
 keeper has no servers, so its own work is small, and the others cause most of the latency.
 """
 
@@ -28,9 +28,9 @@ _SECONDS: Final = 20.0
 
 def strangers(keeper: Labkeeper, seconds: float = _SECONDS) -> dict[str, Any]:
     """Measure requests for the list of servers, without and with wrong tokens."""
-    say(f"{keeper.label}: GET {_PATH} while it is quiet")
+    say(f"{keeper.label}: GET {_PATH} without other clients")
     quiet = _latency(keeper, seconds)
-    say(f"{keeper.label}: GET {_PATH} while {STRANGERS} strangers knock")
+    say(f"{keeper.label}: GET {_PATH} while {STRANGERS} clients send wrong tokens")
     with _strangers_running(keeper) as found:
         knocked = _latency(keeper, seconds)
     return {
@@ -60,12 +60,12 @@ def _strangers_running(keeper: Labkeeper) -> Iterator[dict[str, Any]]:
     process.stdin.write(json.dumps({"port": urlsplit(keeper.url).port, "path": _PATH}) + "\n")
     process.stdin.flush()
     if process.stdout.readline() != "ready\n":
-        raise BenchError(f"the strangers broke: {process.communicate()[1]}")
+        raise BenchError(f"stranger.py failed: {process.communicate()[1]}")
     found: dict[str, Any] = {}
     yield found
     answer, complaint = process.communicate()
     if process.returncode:
-        raise BenchError(f"the strangers broke: {complaint}")
+        raise BenchError(f"stranger.py failed: {complaint}")
     found |= json.loads(answer)
     if found["failed"]:
-        raise BenchError(f"a stranger was not refused as it should be: {found['failed'][0]}")
+        raise BenchError(f"a wrong token was not refused as expected: {found['failed'][0]}")

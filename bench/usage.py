@@ -1,4 +1,4 @@
-"""Measure the cost of measuring 200 servers: `.venv/bin/python bench/usage.py`.
+"""Time the usage measurements of 200 servers: `.venv/bin/python bench/usage.py`.
 
 Each "server" is a shell with three children that sleep.
 """
@@ -27,7 +27,7 @@ class _NoGroups(ControlGroups):
 
 
 def cost(meter: usage.Meter, processes: dict[QualifiedName, Process]) -> list[float]:
-    """Return the processor time of each measurement, in milliseconds."""
+    """Return the CPU time of each measurement, in milliseconds."""
     spent = []
     for _ in range(ROUNDS):
         before = time.process_time()
@@ -38,7 +38,7 @@ def cost(meter: usage.Meter, processes: dict[QualifiedName, Process]) -> list[fl
 
 
 def main() -> None:
-    """Measure with control groups and without, and the most expensive part by itself."""
+    """Measure with and without control groups, then the most expensive part alone."""
     with tempfile.TemporaryDirectory() as place:
         base = Path(place)
         names = [QualifiedName(f"s{number}") for number in range(SERVERS)]

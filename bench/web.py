@@ -1,6 +1,6 @@
 """A small HTTP and websocket client, the same for every contender.
 
-Each request opens a connection with the standard library, which costs all of them about 0.2 ms.
+Each request opens a connection with the standard library, which costs each about 0.2 ms.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import websocket
 from progress import BenchError
 
 TIMEOUT: Final = 600.0
-"""Seconds for any single step; after that the bench fails."""
+"""Seconds for any single step before the bench fails."""
 OK: Final = 200
 CREATED: Final = 201
 _PORTS: Final = itertools.cycle(range(20000, 30000))
@@ -72,7 +72,7 @@ def request_json(
     status, data = request(method, url, authorization, body)
     if status not in good:
         answer = data[:2000].decode(errors="replace")
-        raise BenchError(f"{method} {urlsplit(url).path} answered {status}: {answer}")
+        raise BenchError(f"{method} {urlsplit(url).path} returned {status}: {answer}")
     return json.loads(data) if data else None
 
 
@@ -96,9 +96,9 @@ def wait_until_ready(
     for path, key in (("api", ""), ("api/me", authorization)):
         while not _answers(url + path, key):
             if not alive():
-                raise BenchError("a server ended before it answered")
+                raise BenchError("a server exited before it responded")
             if time.monotonic() > until:
-                raise BenchError(f"a server did not answer within {TIMEOUT:.0f} s")
+                raise BenchError(f"a server did not respond within {TIMEOUT:.0f} s")
             time.sleep(poll)
 
 
@@ -115,7 +115,7 @@ def start_kernel(url: str, authorization: str) -> str:
 
 
 def run_cell(url: str, authorization: str, kernel: str, code: str) -> str:
-    """Run code in a kernel over the websocket, as the Lab does; return its result."""
+    """Run code in a kernel over the websocket, as JupyterLab does; return its result."""
     channel = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
     stream = websocket.create_connection(
         channel, header=[f"Authorization: {authorization}"], timeout=TIMEOUT
