@@ -1001,7 +1001,7 @@ def test_a_refusal_of_the_keeper_exits_with_1(served, monkeypatch):
     """The message is the keeper's own."""
     assert "base_url" in run("start", "--base-url", "nope", code=1).stderr
     monkeypatch.setenv("LABKEEPER_TOKEN", "another-token-of-the-tests")
-    assert "the token is not known" in run("ls", code=1).stderr
+    assert "the token is unknown" in run("ls", code=1).stderr
 
 
 def test_a_bug_in_the_keeper_is_reported_with_its_request_id(served):

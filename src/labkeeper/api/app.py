@@ -105,7 +105,7 @@ def _check_body() -> None:
         return
     if UNREAD in request.environ:
         raise CapacityReached(
-            "cannot take the request: too many large bodies are being received; "
+            "cannot accept the request: too many large bodies are being received; "
             "send it again later",
             retry_after=_SEND_AGAIN,
         )
@@ -116,7 +116,7 @@ def _check_body() -> None:
     except RecursionError:
         body = None
     except BadRequest:
-        raise BadRequest("cannot take the request: the body is not JSON") from None
+        raise BadRequest("cannot accept the request: the body is not JSON") from None
     if not isinstance(body, dict):
         raise InvalidSpec.of("body", "must be a JSON object")
     try:

@@ -99,7 +99,7 @@ def invalid_request(error: ValidationError) -> InvalidSpec:
         for mistake in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     sentences = "; ".join(f"{mistake['field']}: {mistake['rule']}" for mistake in mistakes[:10])
-    return InvalidSpec(f"cannot take the request: {sentences}", errors=mistakes)
+    return InvalidSpec(f"cannot accept the request: {sentences}", errors=mistakes)
 
 
 def _snake(part: int | str) -> str:
@@ -114,7 +114,7 @@ _LONGEST_FIELD: Final = 100
 
 def _rule(kind: str, message: str) -> str:
     if kind == "extra_forbidden":
-        return "is not known here"
+        return "is not a known field"
     return message.removeprefix("Value error, ").replace("Input should be", "must be")
 
 
@@ -144,10 +144,10 @@ def _known(error: LabkeeperError) -> Response:
 
 
 _WORDS: Final = {
-    404: "cannot find {1}; /api/docs lists what there is",
-    405: "cannot {0} {1}; the Allow header has the methods that it takes",
+    404: "cannot find {1}; /api/docs lists all routes",
+    405: "cannot {0} {1}; the Allow header lists the methods that it accepts",
     415: (
-        "cannot take the request: send its body as JSON, "
+        "cannot accept the request: send its body as JSON, "
         "with the header 'Content-Type: application/json'"
     ),
 }

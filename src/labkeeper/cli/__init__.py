@@ -40,10 +40,10 @@ from labkeeper.cli.options import Where, examples, where_options
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(
         "labkeeper serve --start          run a keeper here, with one JupyterLab",
-        "labkeeper start demo             one more JupyterLab; prints its link",
-        "labkeeper ls                     what there is",
-        "labkeeper logs demo -f           what it says",
-        "labkeeper stop demo --delete     end it and forget it",
+        "labkeeper start demo             start one more, and print its link",
+        "labkeeper ls                     list the servers",
+        "labkeeper logs demo -f           follow the log of one",
+        "labkeeper stop demo --delete     stop it and delete it",
     ),
 )
 @click.version_option(package_name="labkeeper", message="%(package)s %(version)s")
@@ -52,8 +52,8 @@ from labkeeper.cli.options import Where, examples, where_options
 def cli(context: click.Context, /) -> None:
     """JupyterLab servers on demand.
 
-    A keeper starts, watches and stops them; these commands speak to the keeper of this machine,
-    or to the one at --url.
+    A keeper starts, watches and stops them. These commands use the keeper of this machine, or
+    the one at --url.
     """
     context.ensure_object(Where)
 

@@ -36,7 +36,7 @@ def check_equal(known: Snapshot, spec: ServerSpec) -> None:
         raise Conflict(
             f"cannot start server '{spec.name}': "
             f"the name is taken by a server that differs in {', '.join(differs)}; "
-            "DELETE that one first, or choose another name",
+            "delete that one first, or choose another name",
             differs=list(differs),
         )
 

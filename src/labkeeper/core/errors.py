@@ -73,13 +73,13 @@ class InvalidSpec(RequestError):
     def of(cls, field: str, rule: str) -> Self:
         """Return the error for one field that breaks one rule."""
         return cls(
-            f"cannot take the request: {field} {rule}", errors=[{"field": field, "rule": rule}]
+            f"cannot accept the request: {field} {rule}", errors=[{"field": field, "rule": rule}]
         )
 
     @classmethod
     def twice(cls, field: str) -> Self:
         """Return the error for a duplicate field."""
-        return cls.of(field[:100], "must not stand there twice")
+        return cls.of(field[:100], "must not be given twice")
 
 
 class ServerNotFound(RequestError):
@@ -90,7 +90,7 @@ class ServerNotFound(RequestError):
     @classmethod
     def called(cls, name: str) -> Self:
         """Return the error for a name, worded alike whether or not such a server exists."""
-        return cls(f"cannot find server '{name[:63]}'; the list of servers has the names there are")
+        return cls(f"cannot find server '{name[:63]}'; see the list of servers")
 
 
 class TokenNotFound(RequestError):

@@ -81,11 +81,11 @@ class Tokens:
         token = self._known.get(found[1]) if found else None
         if not hmac.compare_digest(digest, token.digest if token else _NO_TOKEN) or token is None:
             raise NotAuthenticated(
-                "cannot answer: the token is not known here, or was revoked; "
+                "cannot authenticate: the token is unknown, or was revoked; "
                 "`labkeeper token` shows the owner's on the keeper's machine"
             )
         if token.expired(self._clock.time()):
-            raise NotAuthenticated("cannot answer: the token has expired")
+            raise NotAuthenticated("cannot authenticate: the token has expired")
         return token
 
     def all(self, owner: Owner = LOCAL) -> list[Token]:

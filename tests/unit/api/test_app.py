@@ -181,7 +181,7 @@ def test_duplicate_names_in_a_body_are_refused(client, body, field):
     answer = client.post("/api/servers", data=body, content_type="application/json")
     assert (answer.status_code, answer.json["errors"]) == (
         422,
-        [{"field": field, "rule": "must not stand there twice"}],
+        [{"field": field, "rule": "must not be given twice"}],
     )
     assert client.get("/api/servers").json["servers"] == []
 
@@ -190,7 +190,7 @@ def test_a_duplicate_query_parameter_is_refused_unless_it_is_a_list(client):
     answer = client.post("/api/servers?wait=0&wait=5", json={})
     assert (answer.status_code, answer.json["errors"]) == (
         422,
-        [{"field": "wait", "rule": "must not stand there twice"}],
+        [{"field": "wait", "rule": "must not be given twice"}],
     )
     assert client.get("/api/servers?label=a&label=b&state=failed&state=running").status_code == 200
 
@@ -728,7 +728,7 @@ def test_a_restart_accepts_changes_over_the_api(client, tmp_path):
 @pytest.mark.parametrize(
     ("body", "status", "word"),
     [
-        ({"name": "y"}, 422, "name: is not known here"),
+        ({"name": "y"}, 422, "name: is not a known field"),
         ({"keep_kernels": "yes"}, 422, "keep_kernels"),
         ({"colour": "red"}, 422, "colour"),
         ({"root_dir": "/no/such/directory"}, 422, "root_dir"),

@@ -338,7 +338,7 @@ def test_a_failed_start_has_its_failure_class_and_log_tail(running):
 def test_unknown_fields_are_named(client):
     with pytest.raises(InvalidSpec) as caught:
         client.create({"colour": "blue"})
-    assert caught.value.details["errors"] == [{"field": "colour", "rule": "is not known here"}]
+    assert caught.value.details["errors"] == [{"field": "colour", "rule": "is not a known field"}]
 
 
 def test_a_wrong_token_raises_not_authenticated(running):

@@ -482,4 +482,4 @@ def test_errors_name_fields_as_they_were_sent(fields, mistakes):
 def test_contradictory_fields_are_named_as_they_were_sent(fields, message):
     with pytest.raises(ValidationError) as caught:
         ServerRequest.model_validate(fields)
-    assert invalid_request(caught.value).message == f"cannot take the request: body: {message}"
+    assert invalid_request(caught.value).message == f"cannot accept the request: body: {message}"

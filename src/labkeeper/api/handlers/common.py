@@ -79,7 +79,9 @@ def _still_theirs(snapshot: Snapshot) -> Snapshot:
     Raises NotAuthenticated, ServerNotFound.
     """
     if not g.still_valid():
-        raise NotAuthenticated("cannot answer: the token was revoked, or has expired, meanwhile")
+        raise NotAuthenticated(
+            "cannot authenticate: the token was revoked or has expired meanwhile"
+        )
     if not caller().sees(snapshot):
         raise ServerNotFound.called(snapshot.name)
     return snapshot

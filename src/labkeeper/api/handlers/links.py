@@ -41,7 +41,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     snapshot = find_server(services, path)
     if snapshot.endpoint is None:
         raise Conflict(
-            f"cannot make a link to server '{snapshot.name}': it is {snapshot.state}, not running"
+            f"cannot create a link to server '{snapshot.name}': it is {snapshot.state}, not running"
         )
     page = snapshot.spec.default_url if body.page is None else body.page
     ticket = services.links.make(

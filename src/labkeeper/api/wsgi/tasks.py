@@ -26,7 +26,7 @@ class ProblemTask(ErrorTask):
             why = error.body.removeprefix("exceeds ")
         else:
             why = error.reason
-        body = problems.unread(error.code, error.reason, f"cannot take the request: {why}")
+        body = problems.unread(error.code, error.reason, f"cannot accept the request: {why}")
         self.status = f"{error.code} {error.reason}"
         self.response_headers += [("Content-Type", problems.MEDIA_TYPE), *HEADERS.items()]
         self.set_close_on_finish()

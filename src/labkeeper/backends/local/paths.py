@@ -51,10 +51,10 @@ def resolved(directory: Path, user: str | None) -> str:
 def _check_root_dir(root_dir: str, roots: Sequence[str]) -> None:
     if not _holds(roots, root_dir):
         allowed = " or ".join(roots)
-        rule = f"must be within {allowed} (LABKEEPER_ALLOWED_ROOTS), links resolved"
+        rule = f"must be within {allowed} (LABKEEPER_ALLOWED_ROOTS), after links are resolved"
         raise InvalidSpec.of("root_dir", rule)
     if re.fullmatch(ONE_LINE.pattern, root_dir) is None:
-        raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, links resolved")
+        raise InvalidSpec.of("root_dir", f"{ONE_LINE.rule}, after links are resolved")
     if not os.path.isdir(root_dir) or not os.access(root_dir, os.R_OK | os.X_OK):  # noqa: PTH112
         rule = f"must be a directory that the keeper can read; {root_dir} is not"
         raise InvalidSpec.of("root_dir", rule)

@@ -60,14 +60,14 @@ def test_a_root_outside_is_refused_whether_or_not_it_exists(notebooks, paths, ro
     with pytest.raises(InvalidSpec) as caught:
         made(paths, caller, root_dir=root)
     (mistake,) = caught.value.details["errors"]
-    rule = f"must be within {notebooks} (LABKEEPER_ALLOWED_ROOTS), links resolved"
+    rule = f"must be within {notebooks} (LABKEEPER_ALLOWED_ROOTS), after links are resolved"
     assert mistake == {"field": "root_dir", "rule": rule}
 
 
 def test_the_target_of_a_linked_root_cannot_contain_control_characters(notebooks, paths):
     (notebooks / "a\x1b]0;b").mkdir()
     (notebooks / "plain").symlink_to(notebooks / "a\x1b]0;b")
-    with pytest.raises(InvalidSpec, match="without control characters, links resolved"):
+    with pytest.raises(InvalidSpec, match="without control characters, after links are resolved"):
         made(paths, root_dir="plain")
 
 
