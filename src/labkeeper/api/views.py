@@ -47,6 +47,7 @@ _OF_SPEC: Final = frozenset(
     "gateway",
 }
 """The fields of an answer copied unchanged from the spec."""
+_LIMITS: Final = tuple(one.name for one in fields(Limits))
 
 
 def server_model(
@@ -92,7 +93,7 @@ def server_model(
 def _limit_models(
     limits: Limits, limited_by: Mapping[str, str], sample: Sample | None
 ) -> dict[str, servers.Limit]:
-    given = {name: limit for name, limit in asdict(limits).items() if limit is not None}
+    given = {name: limit for name in _LIMITS if (limit := getattr(limits, name)) is not None}
     used: dict[str, float | None] = {}
     if sample is not None:
         used = {
