@@ -42,6 +42,8 @@ _IDLE: Final = 15.0
 """Seconds of idling per round: the keeper's probe period, so that each server is probed once."""
 _LOAD: Final = 1.0
 """Seconds of requests per round and path, first at a fixed rate, then as fast as possible."""
+_PAIRS: Final = 5
+"""Pairs of keepers that take turns in `api`: one process can be 10 % faster than the next."""
 
 Side = TypeVar("Side", LabkeeperFork, type[LabkeeperFork])
 Figures = dict[str, float]
@@ -143,11 +145,17 @@ class Comparison:
 
     def api(self) -> Samples:
         """Time requests to keepers with 50 servers and 100 clients that follow logs."""
-        with self._running() as sides, ExitStack() as stack:
-            for side in sides:
-                servers = stack.enter_context(crowd.crowd(side, load.SERVERS, load.AT_A_TIME))
-                stack.enter_context(load.followers(side, servers))
-            return self._take_turns(sides, _requests)
+        samples: Samples = {}
+        for number in range(_PAIRS):
+            repeats = len(range(number, self._repeats, _PAIRS))
+            with self._running() as sides, ExitStack() as stack:
+                for side in sides:
+                    servers = stack.enter_context(crowd.crowd(side, load.SERVERS, load.AT_A_TIME))
+                    stack.enter_context(load.followers(side, servers))
+                for name, found in self._take_turns(sides, _requests, repeats).items():
+                    for key, values in found.items():
+                        samples.setdefault(name, {}).setdefault(key, []).extend(values)
+        return samples
 
     def _new(self, kind: type[LabkeeperFork]) -> LabkeeperFork:
         return kind(self._installed[kind], self._place)
@@ -162,15 +170,18 @@ class Comparison:
         for side in sides:
             side.close()
 
-    def _take_turns(self, sides: Sequence[Side], one: Callable[[Side], Figures]) -> Samples:
+    def _take_turns(
+        self, sides: Sequence[Side], one: Callable[[Side], Figures], repeats: int | None = None
+    ) -> Samples:
         samples: Samples = {}
-        for number, side in lifecycle.rounds(sides, self._repeats, _WARM_UPS):
+        repeats = self._repeats if repeats is None else repeats
+        for number, side in lifecycle.rounds(sides, repeats, _WARM_UPS):
             figures = one(side)
             if number >= 0:
                 for name, value in figures.items():
                     _add(samples, name, side, value)
             shown = ", ".join(f"{name} {value:.3g}" for name, value in figures.items())
-            say(f"{number + 1} of {self._repeats}: {side.key}: {shown}")
+            say(f"{number + 1} of {repeats}: {side.key}: {shown}")
         return samples
 
 
