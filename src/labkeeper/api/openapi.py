@@ -6,7 +6,7 @@ Schemas are pydantic's own. Their generation is slow to import, so this module i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -42,6 +42,12 @@ _HEADERS: Final = {
 _SCHEME: Final = (
     "`labkeeper token` on the keeper's machine prints the owner's; `POST /api/tokens` makes others."
 )
+_LINKS: Final[_Object] = {
+    name: {"operationId": name, "parameters": {"name": "$response.body#/name"}}
+    for name in (route.handler.__name__ for route in ROUTES if "<name>" in route.path)
+}
+"""The operations on a server, as links from an answer about it."""
+_TEXT: Final[_Object] = {"schema": {"type": "string"}}
 _LAST_EVENT_ID: Final = {
     "name": "Last-Event-ID",
     "in": "header",
@@ -59,7 +65,8 @@ def document(version: str) -> _Object:
     schemas = _Schemas(ROUTES)
     paths: dict[str, _Object] = {}
     for route in ROUTES:
-        paths.setdefault(_path(route), {})[route.method.lower()] = _operation(route, schemas)
+        path = route.path.replace("<", "{").replace(">", "}")
+        paths.setdefault(path, {})[route.method.lower()] = _operation(route, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -72,7 +79,7 @@ def document(version: str) -> _Object:
         "components": {
             "schemas": schemas.components,
             "headers": {name: _header(name) for name in _HEADERS},
-            "links": dict(_links_by_name()),
+            "links": _LINKS,
             "securitySchemes": {
                 "token": {"type": "http", "scheme": "bearer", "description": _SCHEME}
             },
@@ -160,22 +167,20 @@ def _operation(route: Route, schemas: _Schemas) -> _Object:
     }
     if "body" in asked:
         written["requestBody"] = {
-            "content": {
-                "application/json": {"schema": _reference("schemas", asked["body"].__name__)}
-            },
+            "content": _content("application/json", asked["body"]),
             "required": any(field.is_required() for field in asked["body"].model_fields.values()),
         }
     return written
 
 
 def _good(route: Route, status: int, what: type[BaseModel] | str) -> _Object:
-    content: _Object = {what: _TEXT} if isinstance(what, str) else _json_of(what)
+    content = {what: _TEXT} if isinstance(what, str) else _content("application/json", what)
     headers = ["X-Request-Id"]
     if route.models.get("query") is EventQuery:
         content[EVENT_STREAM] = _TEXT
-    written: _Object = {"description": _words(status), "content": content}
+    written: _Object = {"description": HTTPStatus(status).phrase, "content": content}
     if what is Server:
-        written["links"] = {name: _reference("links", name) for name, _ in _links_by_name()}
+        written["links"] = {name: _reference("links", name) for name in _LINKS}
         headers += ["Location"] if HTTPStatus.CREATED in route.answers else []
         headers += ["Retry-After"] if status == HTTPStatus.ACCEPTED else []
     return written | {"headers": {name: _reference("headers", name) for name in headers}}
@@ -204,25 +209,14 @@ def _refusal(status: int) -> _Object:
     headers += ["WWW-Authenticate"] if status == HTTPStatus.UNAUTHORIZED else []
     headers += ["Retry-After"] if status == HTTPStatus.TOO_MANY_REQUESTS else []
     return {
-        "description": _words(status),
-        "content": {problems.MEDIA_TYPE: {"schema": _reference("schemas", Problem.__name__)}},
+        "description": HTTPStatus(status).phrase,
+        "content": _content(problems.MEDIA_TYPE, Problem),
         "headers": {name: _reference("headers", name) for name in headers},
     }
 
 
-def _links_by_name() -> Iterator[tuple[str, _Object]]:
-    """Yield the operations on a server, as links from an answer about it."""
-    for route in ROUTES:
-        if "<name>" in route.path:
-            name = route.handler.__name__
-            yield name, {"operationId": name, "parameters": {"name": "$response.body#/name"}}
-
-
-_TEXT: Final = {"schema": {"type": "string"}}
-
-
-def _json_of(model: type[BaseModel]) -> _Object:
-    return {"application/json": {"schema": _reference("schemas", model.__name__)}}
+def _content(media_type: str, model: type[BaseModel]) -> _Object:
+    return {media_type: {"schema": _reference("schemas", model.__name__)}}
 
 
 def _header(name: str) -> Mapping[str, Any]:
@@ -234,11 +228,3 @@ def _header(name: str) -> Mapping[str, Any]:
 
 def _reference(kind: str, name: str) -> _Object:
     return {"$ref": f"#/components/{kind}/{name}"}
-
-
-def _words(status: int) -> str:
-    return HTTPStatus(status).phrase
-
-
-def _path(route: Route) -> str:
-    return route.path.replace("<", "{").replace(">", "}")
