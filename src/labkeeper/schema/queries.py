@@ -16,10 +16,14 @@ _ABSENT: Final[Any] = None
 """See `requests`."""
 
 
-class ServerPath(BaseModel):
-    """The server in a path."""
+class _Parameters(BaseModel):
+    """Parameters of a path or a query; unknown names are rejected."""
 
     model_config = ConfigDict(extra="forbid", defer_build=True)
+
+
+class ServerPath(_Parameters):
+    """The server in a path."""
 
     # A longer name is not rejected; it just matches no server. The request line bounds it.
     name: str = Field(
@@ -28,10 +32,8 @@ class ServerPath(BaseModel):
     )
 
 
-class TokenPath(BaseModel):
+class TokenPath(_Parameters):
     """The token in a path."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     name: str = Field(
         description="Name of the token.",
@@ -39,10 +41,8 @@ class TokenPath(BaseModel):
     )
 
 
-class TicketPath(BaseModel):
+class TicketPath(_Parameters):
     """The ticket in a link."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
 
     ticket: str = Field(description="What stands in the link.", json_schema_extra={"maxLength": 64})
 
@@ -50,12 +50,6 @@ class TicketPath(BaseModel):
 BODILESS: Final = frozenset({"GET", "HEAD", "OPTIONS"})
 """Request methods whose body is not read."""
 Wait = Annotated[float, Field(ge=0, le=3600, allow_inf_nan=False)]
-
-
-class _Query(BaseModel):
-    """Query parameters; unknown names are rejected."""
-
-    model_config = ConfigDict(extra="forbid", defer_build=True)
 
 
 def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any]:
@@ -69,7 +63,7 @@ def of_query(model: type[BaseModel], args: MultiDict[str, str]) -> dict[str, Any
     return {name: args.getlist(name) if name in lists else args[name] for name in args}
 
 
-class StartQuery(_Query):
+class StartQuery(_Parameters):
     """How long to wait for a server to be ready."""
 
     wait: Wait = Field(
@@ -80,7 +74,7 @@ class StartQuery(_Query):
     )
 
 
-class StopQuery(_Query):
+class StopQuery(_Parameters):
     """How to stop, and how long to wait for the end."""
 
     wait: Wait = Field(
@@ -90,7 +84,7 @@ class StopQuery(_Query):
     force: bool = Field(default=False, description="Kill at once instead of asking.")
 
 
-class GetQuery(_Query):
+class GetQuery(_Parameters):
     """What to wait for before answering."""
 
     wait_for: State = Field(
@@ -99,7 +93,7 @@ class GetQuery(_Query):
     wait: Wait = Field(30.0, description="Seconds to wait for it at most.")
 
 
-class ListQuery(_Query):
+class ListQuery(_Parameters):
     """Which servers to list."""
 
     state: list[State] = Field(
@@ -119,7 +113,7 @@ class ListQuery(_Query):
     )
 
 
-class EventQuery(_Query):
+class EventQuery(_Parameters):
     """Which events to return."""
 
     after: Annotated[int, Field(ge=0, le=2**62)] = Field(
@@ -141,7 +135,7 @@ class EventQuery(_Query):
     )
 
 
-class TokenQuery(_Query):
+class TokenQuery(_Parameters):
     """Which tokens to list."""
 
     owner: OwnerName = Field(
@@ -149,7 +143,7 @@ class TokenQuery(_Query):
     )
 
 
-class LogQuery(_Query):
+class LogQuery(_Parameters):
     """Which part of a log."""
 
     tail: Annotated[int, Field(ge=0, le=100_000)] = Field(200, description="Lines from the end.")
