@@ -9,17 +9,8 @@ from typing import Any, Final
 from labkeeper.core.access import Caller, Token
 from labkeeper.core.culling import Explanation
 from labkeeper.core.durations import format_time
-from labkeeper.core.messages import HistoryEntry, WebhookStatus
-from labkeeper.core.server import (
-    Exit,
-    Failure,
-    Kernel,
-    OrphanedKernel,
-    Progress,
-    Sample,
-    Snapshot,
-    StopReport,
-)
+from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.server import Failure, OrphanedKernel, Sample, Snapshot
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
 from labkeeper.schema.answers import access, culling, events, keeper, servers
 
@@ -71,23 +62,25 @@ def server_model(
         goal=snapshot.goal,
         since=format_time(snapshot.since),
         created_at=format_time(snapshot.created_at),
-        started_at=format_time(snapshot.started_at) if snapshot.started_at is not None else None,
+        started_at=_time_or_none(snapshot.started_at),
         generation=snapshot.generation,
         restarts=snapshot.restarts,
         **{field: getattr(spec, field) for field in _OF_SPEC},
         limits=_limit_models(spec.limits, instance.limited_by if instance else {}, sample),
         usage=_usage_model(sample),
-        snoozed_until=None
-        if snapshot.snoozed_until is None
-        else format_time(snapshot.snoozed_until),
+        snoozed_until=_time_or_none(snapshot.snoozed_until),
         gateway=_gateway_model(snapshot),
         kernels_kept=[kernel.id for kernel in snapshot.kernels_kept],
         queue_position=queue_position,
-        progress=None if snapshot.progress is None else _progress_model(snapshot.progress),
-        exit=exit_model(snapshot.exit),
+        progress=snapshot.progress,
+        exit=snapshot.exit,
         failure=_failure_model(snapshot.failure),
-        stop_report=_stop_report_model(snapshot.stop_report),
+        stop_report=snapshot.stop_report,
     )
+
+
+def _time_or_none(at: float | None) -> str | None:
+    return None if at is None else format_time(at)
 
 
 def _limit_models(
@@ -147,14 +140,14 @@ def token_model(token: Token, now: float) -> access.Token:
         name=token.name,
         owner=token.owner,
         scope=token.scope,
-        servers=list(token.limits.servers),
-        labels=dict(token.limits.labels),
-        users=list(token.limits.users),
+        servers=token.limits.servers,
+        labels=token.limits.labels,
+        users=token.limits.users,
         created_at=format_time(token.created_at),
         created_by=token.created_by,
-        expires_at=None if token.expires_at is None else format_time(token.expires_at),
+        expires_at=_time_or_none(token.expires_at),
         expired=token.expired(now),
-        last_used_at=None if token.last_used_at is None else format_time(token.last_used_at),
+        last_used_at=_time_or_none(token.last_used_at),
     )
 
 
@@ -170,9 +163,9 @@ def me_model(caller: Caller) -> access.Caller:
         actor=caller.actor,
         owner=caller.owner,
         scope=caller.scope,
-        servers=list(limits.servers),
-        labels=dict(limits.labels),
-        users=list(limits.users),
+        servers=limits.servers,
+        labels=limits.labels,
+        users=limits.users,
     )
 
 
@@ -199,13 +192,8 @@ def event_model(entry: HistoryEntry) -> events.Event:
         actor=entry.origin.actor,
         reason=entry.origin.reason,
         request_id=entry.origin.request_id,
-        details=dict(entry.details),
+        details=entry.details,
     )
-
-
-def webhook_model(status: WebhookStatus) -> events.Webhook:
-    """Return the answer for a webhook's state."""
-    return events.Webhook(**asdict(status))
 
 
 def idle_model(told: Explanation) -> culling.Idle:
@@ -215,7 +203,6 @@ def idle_model(told: Explanation) -> culling.Idle:
     def at(moment: float | None) -> str | None:
         return None if moment is None else format_time(moment + told.offset)
 
-    until = told.snapshot.snoozed_until
     return culling.Idle(
         name=told.snapshot.name,
         state=verdict.state,
@@ -233,34 +220,12 @@ def idle_model(told: Explanation) -> culling.Idle:
             )
             for o in verdict.outlooks
         ],
-        held_by=[
-            culling.Holder(kind=holder.kind, id=holder.id, reason=holder.reason)
-            for holder in verdict.holders
-        ],
+        held_by=verdict.holders,
         last_used_at=at(verdict.last_used_at),
         last_used=verdict.last_used,
-        snoozed_until=None if until is None else format_time(until),
+        snoozed_until=_time_or_none(told.snapshot.snoozed_until),
         looked_at=at(told.looked_at),
     )
-
-
-def exit_model(end: Exit | None) -> servers.Exit | None:
-    """Return the answer for an exit."""
-    return None if end is None else servers.Exit(code=end.code, signal=end.signal)
-
-
-def kernel_model(kernel: Kernel) -> servers.Kernel:
-    """Return the answer for a kernel."""
-    return servers.Kernel(
-        id=kernel.id,
-        name=kernel.name,
-        execution_state=kernel.execution_state,
-        last_activity=kernel.last_activity,
-    )
-
-
-def _progress_model(progress: Progress) -> servers.Progress:
-    return servers.Progress(stage=progress.stage, message=progress.message)
 
 
 def _failure_model(failure: Failure | None) -> servers.Failure | None:
@@ -269,17 +234,6 @@ def _failure_model(failure: Failure | None) -> servers.Failure | None:
     return servers.Failure(
         failure_class=failure.kind,
         message=failure.message,
-        exit=exit_model(failure.exit),
-        log_tail=list(failure.log_tail),
-    )
-
-
-def _stop_report_model(report: StopReport | None) -> servers.StopReport | None:
-    if report is None:
-        return None
-    return servers.StopReport(
-        method=report.method,
-        seconds=report.seconds,
-        kernels_stopped=list(report.kernels_stopped),
-        kernels_left=list(report.kernels_left),
+        exit=failure.exit,
+        log_tail=failure.log_tail,
     )

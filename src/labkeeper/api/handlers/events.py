@@ -18,10 +18,7 @@ from labkeeper.api.handlers.common import (
 )
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent
-from labkeeper.api.views import (
-    event_model,
-    webhook_model,
-)
+from labkeeper.api.views import event_model
 from labkeeper.core.access import View
 from labkeeper.core.errors import (
     InvalidSpec,
@@ -55,9 +52,7 @@ def list_server_events(
 
 def list_webhooks(services: Services) -> Answer:
     """List the webhooks that events are posted to, and their state."""
-    return json_answer(
-        WebhookList(webhooks=[webhook_model(status) for status in services.webhooks()])
-    )
+    return json_answer(WebhookList(webhooks=services.webhooks()))
 
 
 def _events(services: Services, server: ServerName | None, query: EventQuery) -> Answer | Response:

@@ -25,9 +25,6 @@ from labkeeper.api.handlers.common import (
     wait_until,
 )
 from labkeeper.api.services import Services
-from labkeeper.api.views import (
-    kernel_model,
-)
 from labkeeper.core.errors import (
     Conflict,
     InvalidSpec,
@@ -178,8 +175,7 @@ def list_kernels(services: Services, path: ServerPath) -> Answer:
             f"cannot list the kernels of server '{snapshot.name}': "
             f"it is {snapshot.state}, not running"
         )
-    kernels = services.probe.kernels(snapshot.endpoint)
-    return json_answer(KernelList(kernels=[kernel_model(kernel) for kernel in kernels]))
+    return json_answer(KernelList(kernels=services.probe.kernels(snapshot.endpoint)))
 
 
 def _start(

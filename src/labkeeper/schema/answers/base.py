@@ -39,8 +39,9 @@ def known(kind: type[StrEnum]) -> WrapValidator:
 class Answer(BaseModel):
     """A response body."""
 
-    # Deferred to keep boot fast. A newer keeper may answer with more fields.
-    model_config = ConfigDict(defer_build=True, frozen=True, extra="allow")
+    # Deferred to keep boot fast. A newer keeper may answer with more fields. A nested answer can be
+    # an object of the core whose attributes are its fields.
+    model_config = ConfigDict(defer_build=True, frozen=True, extra="allow", from_attributes=True)
 
     @classmethod
     def tolerant(cls, content: str | bytes) -> Self:
