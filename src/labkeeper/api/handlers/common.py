@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from flask import Response, g, request
 from pydantic import BaseModel
@@ -16,9 +16,7 @@ from labkeeper.api.auth import find
 from labkeeper.api.browser import host_of
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import LiveResponse, gone
-from labkeeper.api.views import (
-    server_model,
-)
+from labkeeper.api.views import server_model
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import (
     CapacityReached,
@@ -26,7 +24,7 @@ from labkeeper.core.errors import (
     ServerNotFound,
 )
 from labkeeper.core.lifecycle import State
-from labkeeper.core.messages import Origin
+from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import Owner
 from labkeeper.runtime import Watch
@@ -156,11 +154,9 @@ def lab_root(services: Services, endpoint: Endpoint) -> str:
     return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, path)
 
 
-_T = TypeVar("_T")
-
-
-def answered(reply: _T | None) -> _T:
-    """Return the reply to a command; every command has one."""
+def ask(services: Services, command: Create | Order | Snooze) -> Reply:
+    """Return the fleet's reply to a command; every command has one. Raises LabkeeperError."""
+    reply = services.keeper.ask(command)
     if reply is None:
         raise TypeError("a command was not answered")
     return reply

@@ -6,7 +6,7 @@ import time
 
 from labkeeper.api.handlers.common import (
     Answer,
-    answered,
+    ask,
     caller,
     find_server,
     json_answer,
@@ -14,9 +14,7 @@ from labkeeper.api.handlers.common import (
     visible_servers,
 )
 from labkeeper.api.services import Services
-from labkeeper.api.views import (
-    idle_model,
-)
+from labkeeper.api.views import idle_model
 from labkeeper.core.durations import format_duration
 from labkeeper.core.errors import (
     InvalidSpec,
@@ -54,5 +52,5 @@ def snooze_server(services: Services, path: ServerPath, body: SnoozeRequest) -> 
             "for", f"must be at most {format_duration(longest)} (LABKEEPER_MAX_SNOOZE)"
         )
     until = time.time() + body.time if body.time else None
-    reply = answered(services.keeper.ask(Snooze(caller().qualified(path.name), until, origin())))
+    reply = ask(services, Snooze(caller().qualified(path.name), until, origin()))
     return json_answer(idle_model(services.culler.cached(reply.snapshot)))

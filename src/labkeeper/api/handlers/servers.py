@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -14,7 +13,7 @@ from typing import Final
 from labkeeper.api import problems
 from labkeeper.api.handlers.common import (
     Answer,
-    answered,
+    ask,
     caller,
     find_server,
     json_answer,
@@ -58,7 +57,7 @@ def create_server(services: Services, body: ServerRequest, query: StartQuery) ->
     ready.
     """
     spec = body.spec(services.defaults, caller(), services.backend.validate)
-    return _start(services, spec.qualified_name, lambda: _create(services, spec), query)
+    return _start(services, spec.qualified_name, _creation(services, spec), query)
 
 
 def list_servers(services: Services, query: ListQuery) -> Answer:
@@ -101,12 +100,7 @@ def stop_server(services: Services, path: ServerPath, query: StopQuery) -> Answe
 def start_server(services: Services, path: ServerPath, query: StartQuery) -> Answer:
     """Start a server that was stopped or has failed."""
     name = caller().qualified(path.name)
-    return _start(
-        services,
-        name,
-        lambda: services.keeper.ask(Order(name, Event.START, origin=origin())),
-        query,
-    )
+    return _start(services, name, Order(name, Event.START, origin=origin()), query)
 
 
 def start_many(services: Services, body: BulkRequest, query: StartQuery) -> Answer:
@@ -146,7 +140,7 @@ def restart_server(
         revised=revised,
         origin=origin(),
     )
-    return _start(services, snapshot.qualified_name, lambda: services.keeper.ask(order), query)
+    return _start(services, snapshot.qualified_name, order, query)
 
 
 def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Answer:
@@ -164,7 +158,7 @@ def rotate_token(services: Services, path: ServerPath, query: StartQuery) -> Ans
     order = Order(
         snapshot.qualified_name, event, origin=replace(origin(), reason="its token is rotated")
     )
-    return _start(services, snapshot.qualified_name, lambda: services.keeper.ask(order), query)
+    return _start(services, snapshot.qualified_name, order, query)
 
 
 def list_kernels(services: Services, path: ServerPath) -> Answer:
@@ -179,35 +173,34 @@ def list_kernels(services: Services, path: ServerPath) -> Answer:
 
 
 def _start(
-    services: Services, name: QualifiedName, command: Callable[[], Reply | None], query: StartQuery
+    services: Services, name: QualifiedName, command: Create | Order, query: StartQuery
 ) -> Answer:
     seconds = services.start_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
-        begun = _Begun(watch, answered(command()))
-        server, status = _outcome(
-            services,
-            begun,
-            *wait_until(watch, _is_settled, first=begun.reply.snapshot, timeout=wait),
-        )
+        begun = _Begun(watch, ask(services, command))
+        server, status = _outcome(services, begun, wait)
     location = {"Location": f"/api/servers/{server.name}"}
     return json_answer(
         server, status, location | _RETRY_AFTER if status == HTTPStatus.ACCEPTED else location
     )
 
 
-def _create(services: Services, spec: ServerSpec) -> Reply | None:
-    """Create a server. Of a server hidden from the caller, only reveal that its name is taken."""
+def _creation(services: Services, spec: ServerSpec) -> Create:
+    """Return the command that creates a server.
+
+    Raises Conflict for one hidden from the caller; reveals only that its name is taken.
+    """
     known = services.keeper.get(spec.qualified_name)
     if known is not None and not caller().sees(known):
         raise Conflict(f"cannot start server '{spec.name}': the name is taken; choose another one")
-    return services.keeper.ask(Create(spec, origin()))
+    return Create(spec, origin())
 
 
 def _begun(services: Services, spec: ServerSpec, watching: ExitStack) -> _Begun | LabkeeperError:
     """Create one of many servers, waiting only for the fleet's reply."""
     watch = watching.enter_context(services.keeper.watch(spec.qualified_name))
     try:
-        return _Begun(watch, answered(_create(services, spec)))
+        return _Begun(watch, ask(services, _creation(services, spec)))
     except LabkeeperError as error:
         return error
 
@@ -218,22 +211,21 @@ def _result(
     """Wait until `end` for one of many; an error is returned, so that it delays no other."""
     if isinstance(begun, LabkeeperError):
         return _refused(name, begun)
-    left = max(0.0, end - time.monotonic())
     try:
-        server, status = _outcome(
-            services,
-            begun,
-            *wait_until(begun.watch, _is_settled, first=begun.reply.snapshot, timeout=left),
-        )
+        server, status = _outcome(services, begun, max(0.0, end - time.monotonic()))
     except LabkeeperError as error:
         return _refused(name, error)
     return BulkResult(name=name, status=status, server=server, problem=None)
 
 
-def _outcome(
-    services: Services, begun: _Begun, snapshot: Snapshot, settled: bool
-) -> tuple[Server, HTTPStatus]:
-    """Return the outcome of a start. Raises ServerFailed, Conflict."""
+def _outcome(services: Services, begun: _Begun, wait: float) -> tuple[Server, HTTPStatus]:
+    """Return the outcome of a start after `wait` seconds at most. Raises ServerFailed, Conflict."""
+    snapshot, settled = wait_until(
+        begun.watch,
+        lambda s: s.state in _SETTLED,
+        first=begun.reply.snapshot,
+        timeout=wait,
+    )
     if snapshot.state is State.FAILED:
         raise problems.start_failed(snapshot)
     if settled and snapshot.state is State.STOPPED:
@@ -246,9 +238,8 @@ def _stop(services: Services, path: ServerPath, query: StopQuery, event: Event) 
     name = caller().qualified(path.name)
     seconds = services.stop_wait if query.wait is None else query.wait
     with services.keeper.watch(name) as watch, patience(services, seconds) as wait:
-        first = answered(
-            services.keeper.ask(Order(name, event, force=query.force, origin=origin()))
-        ).snapshot
+        order = Order(name, event, force=query.force, origin=origin())
+        first = ask(services, order).snapshot
         snapshot, ended = wait_until(
             watch,
             lambda s: s.state is State.STOPPED or s.goal in RETURNS,
@@ -284,10 +275,6 @@ def _overall(statuses: Collection[int]) -> HTTPStatus:
     return HTTPStatus.ACCEPTED if HTTPStatus.ACCEPTED in statuses else HTTPStatus.OK
 
 
-def _is_settled(snapshot: Snapshot) -> bool:
-    return snapshot.state in _SETTLED
-
-
 def _matches(snapshot: Snapshot, query: ListQuery) -> bool:
     if query.owner not in {None, snapshot.spec.owner}:
         return False
@@ -306,9 +293,7 @@ def _encode_cursor(name: ServerName) -> str:
 
 def _decode_cursor(cursor: str) -> str:
     try:
-        name = base64.b64decode(
-            cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True
-        ).decode("ascii")
-    except (binascii.Error, UnicodeError, ValueError):
+        padded = cursor + "=" * (-len(cursor) % 4)
+        return base64.b64decode(padded, altchars=b"-_", validate=True).decode("ascii")
+    except ValueError:
         raise InvalidSpec.of("cursor", "must be the `next` of an earlier page") from None
-    return name
