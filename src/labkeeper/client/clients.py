@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
-from typing import Any, Concatenate, Final, ParamSpec, Self, TypeVar
+from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar
 
 import httpx
 
@@ -17,8 +17,7 @@ from labkeeper.client.connection import (
     Translated,
     checked_token,
     checked_url,
-    make_async_transport,
-    make_transport,
+    transport_options,
 )
 from labkeeper.client.reading import Lines, checked
 from labkeeper.core.errors import InvalidSpec, SettingsError
@@ -79,19 +78,47 @@ def _async_stream(
 _CALLS: Final = Calls()
 
 
-class _Connection:
+_Http = TypeVar("_Http")
+_Transport = TypeVar("_Transport")
+
+
+class _Connection(Generic[_Http, _Transport]):
     """What both clients have in common."""
 
-    def __init__(self, base_url: str, *, token: str | None, timeout: float) -> None:
+    _http_type: Callable[..., _Http]
+    _transport_type: Callable[..., _Transport]
+
+    def __init__(
+        self,
+        base_url: str,
+        *,
+        token: str | None = None,
+        token_if_asked: str | None = None,
+        socket: str | None = None,
+        timeout: float = TIMEOUT,
+        ca_file: PathText | None = None,
+        transport: _Transport | None = None,
+    ) -> None:
         self.base_url = checked_url(base_url)
         self._timeout = timeout
-        self._headers = {"Accept": "application/json"}
+        headers = {"Accept": "application/json"}
         if token is not None:
-            self._headers["Authorization"] = f"Bearer {checked_token(token)}"
-
-    def _url(self, socket: str | None) -> str:
+            headers["Authorization"] = f"Bearer {checked_token(token)}"
         # A Unix socket cannot be eavesdropped on: it has no TLS.
-        return self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
+        url = self.base_url if socket is None else self.base_url.replace("https:", "http:", 1)
+        try:
+            transport = transport or self._transport_type(
+                **transport_options(url, ca_file=ca_file, socket_path=socket)
+            )
+            self._http = self._http_type(
+                base_url=url,
+                headers=headers,
+                auth=None if token_if_asked is None else IfAsked(token_if_asked),
+                transport=transport,
+                trust_env=False,
+            )
+        except (httpx.InvalidURL, OSError, ValueError) as error:
+            raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
 
     def _request(
         self, call: Call[Any] | Stream[Any], build: Callable[..., httpx.Request]
@@ -119,7 +146,7 @@ class _Connection:
             raise InvalidSpec(f"cannot send the request: {error}") from error
 
 
-class Client(_Connection):
+class Client(_Connection[httpx.Client, httpx.BaseTransport]):
     """A client of one keeper; close it, or use it as a context manager. Threads may share it.
 
     `timeout`, in seconds, applies to connecting and to answers; the keeper's wait for a server is
@@ -138,27 +165,8 @@ class Client(_Connection):
     an unreadable `ca_file`.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        token: str | None = None,
-        token_if_asked: str | None = None,
-        socket: str | None = None,
-        timeout: float = TIMEOUT,
-        ca_file: PathText | None = None,
-        transport: httpx.BaseTransport | None = None,
-    ) -> None:
-        super().__init__(base_url, token=token, timeout=timeout)
-        try:
-            url = self._url(socket)
-            transport = transport or make_transport(url, ca_file=ca_file, socket_path=socket)
-            auth = None if token_if_asked is None else IfAsked(token_if_asked)
-            self._http = httpx.Client(
-                base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False
-            )
-        except (httpx.InvalidURL, OSError, ValueError) as error:
-            raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
+    _http_type = httpx.Client
+    _transport_type = httpx.HTTPTransport
 
     def __enter__(self) -> Self:
         return self
@@ -242,30 +250,11 @@ class Client(_Connection):
                 answer.close()
 
 
-class AsyncClient(_Connection):
+class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
     """As `Client`, for asyncio: methods are coroutines, and iterators are asynchronous."""
 
-    def __init__(
-        self,
-        base_url: str,
-        *,
-        token: str | None = None,
-        token_if_asked: str | None = None,
-        socket: str | None = None,
-        timeout: float = TIMEOUT,
-        ca_file: PathText | None = None,
-        transport: httpx.AsyncBaseTransport | None = None,
-    ) -> None:
-        super().__init__(base_url, token=token, timeout=timeout)
-        try:
-            url = self._url(socket)
-            transport = transport or make_async_transport(url, ca_file=ca_file, socket_path=socket)
-            auth = None if token_if_asked is None else IfAsked(token_if_asked)
-            self._http = httpx.AsyncClient(
-                base_url=url, headers=self._headers, auth=auth, transport=transport, trust_env=False
-            )
-        except (httpx.InvalidURL, OSError, ValueError) as error:
-            raise SettingsError(f"cannot use the keeper URL {base_url}: {error}") from error
+    _http_type = httpx.AsyncClient
+    _transport_type = httpx.AsyncHTTPTransport
 
     async def __aenter__(self) -> Self:
         return self

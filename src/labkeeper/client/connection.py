@@ -8,7 +8,7 @@ import ssl
 from collections.abc import Generator
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 import httpx
@@ -82,27 +82,19 @@ class IfAsked(httpx.Auth):
             yield request
 
 
-def make_transport(
+def transport_options(
     url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None
-) -> httpx.HTTPTransport:
-    """Return the transport over TCP or the keeper's Unix socket.
+) -> dict[str, Any]:
+    """Return the options of a transport over TCP or the keeper's Unix socket.
 
     Raises SettingsError if `ca_file` cannot be read.
     """
-    options = _KEEPALIVE if socket_path is None else None
-    return httpx.HTTPTransport(
-        verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options
-    )
-
-
-def make_async_transport(
-    url: str, *, ca_file: str | os.PathLike[str] | None, socket_path: str | None
-) -> httpx.AsyncHTTPTransport:
-    """Return the same for asyncio."""
-    options = _KEEPALIVE if socket_path is None else None
-    return httpx.AsyncHTTPTransport(
-        verify=_context(url, ca_file), trust_env=False, uds=socket_path, socket_options=options
-    )
+    return {
+        "verify": _context(url, ca_file),
+        "trust_env": False,
+        "uds": socket_path,
+        "socket_options": _KEEPALIVE if socket_path is None else None,
+    }
 
 
 def _context(url: str, ca_file: str | os.PathLike[str] | None) -> ssl.SSLContext:
