@@ -103,14 +103,14 @@ class Calls:
 
     def delete(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
         """Stop and delete a server; return its last state. Raises ServerNotFound, Conflict."""
-        return _server("DELETE", _path(name), wait, query=_force(force))
+        return _server("DELETE", _path(name), wait, query={"force": force})
 
     def stop(self, name: str, *, force: bool = False, wait: float | None = None) -> Call[Server]:
         """Stop a server and keep its spec; `force` kills it immediately.
 
         Raises ServerNotFound, Conflict.
         """
-        return _server("POST", _path(name, "/stop"), wait, query=_force(force))
+        return _server("POST", _path(name, "/stop"), wait, query={"force": force})
 
     def start(self, name: str, *, wait: float | None = None) -> Call[Server]:
         """Start a server that was stopped or has failed.
@@ -179,7 +179,7 @@ class Calls:
 
         The request is sent when the first line is requested. Raises ServerNotFound.
         """
-        return Stream(_path(name, "/logs"), str, query={"follow": "true", **_given(tail=tail)})
+        return Stream(_path(name, "/logs"), str, query={"follow": True, **_given(tail=tail)})
 
     def kernels(self, name: str) -> Call[Sequence[Kernel]]:
         """List the kernels of a running server.
@@ -222,7 +222,7 @@ class Calls:
 
         The request is sent when the first event is requested. Raises ServerNotFound.
         """
-        query = {"follow": "true", **_given(after=after, owner=owner)}
+        query = {"follow": True, **_given(after=after, owner=owner)}
         return Stream(_events_path(name), event_of, query=query)
 
     def webhooks(self) -> Call[Sequence[Webhook]]:
@@ -378,7 +378,3 @@ def _path(name: str, below: str = "") -> str:
 def _given(**fields: Any) -> dict[str, Any]:
     """Return the arguments that are not None."""
     return {name: value for name, value in fields.items() if value is not None}
-
-
-def _force(force: bool) -> dict[str, str]:
-    return {"force": "true"} if force else {}
