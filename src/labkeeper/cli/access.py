@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from labkeeper.cli.connect import connected, read_settings, token_of
 from labkeeper.cli.options import Where, as_json_option, examples, pairs_of, where_options
-from labkeeper.cli.output import ago, is_terminal, print_json, print_table, put, say, waiting
+from labkeeper.cli.output import ago, hint, print_json, print_table, put, waiting
 from labkeeper.core.access import Scope
 from labkeeper.core.errors import SettingsError
 
@@ -112,8 +111,7 @@ def create(
         print_json(made)
         return
     put(made.token)
-    if is_terminal(sys.stderr):
-        say("keep it now: it is not shown again")
+    hint("keep it now: it is not shown again")
 
 
 @token.command(
@@ -127,7 +125,7 @@ def ls(where: Where, /, *, as_json: bool) -> None:
     with connected(where) as (client, _), waiting("asking"):
         found = client.tokens()
     if as_json:
-        print_json({"tokens": [one.model_dump(mode="json") for one in found]})
+        print_json({"tokens": found})
         return
     rows = [
         (
@@ -140,8 +138,8 @@ def ls(where: Where, /, *, as_json: bool) -> None:
         for one in found
     ]
     print_table(("NAME", "SCOPE", "FOR", "EXPIRES", "LAST USED"), rows)
-    if not found and is_terminal(sys.stderr):
-        say("no tokens but the owner's; `labkeeper token create` makes one")
+    if not found:
+        hint("no tokens but the owner's; `labkeeper token create` makes one")
 
 
 @token.command(epilog=examples("labkeeper token revoke ci"))
@@ -152,8 +150,7 @@ def revoke(where: Where, /, name: str) -> None:
     """Revoke a token immediately."""
     with connected(where) as (client, _), waiting("asking"):
         client.revoke_token(name)
-    if is_terminal(sys.stderr):
-        say(f"token '{name}' is revoked")
+    hint(f"token '{name}' is revoked")
 
 
 @click.command(

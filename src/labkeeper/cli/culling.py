@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING
 
 import click
 
 from labkeeper.cli.connect import connected
 from labkeeper.cli.options import Where, as_json_option, examples, name_argument, where_options
-from labkeeper.cli.output import (
-    is_terminal,
-    print_facts,
-    print_json,
-    print_table,
-    put,
-    say,
-    waiting,
-)
+from labkeeper.cli.output import hint, print_facts, print_json, print_table, put, waiting
 
 if TYPE_CHECKING:
     from labkeeper.client import Idle
@@ -40,8 +31,7 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
     with connected(where) as (client, _), waiting("asking"):
         found = [client.idle(name)] if name else list(client.idle_all())
     if as_json:
-        listed = [one.model_dump(mode="json") for one in found]
-        print_json(listed[0] if name else {"servers": listed})
+        print_json(found[0] if name else {"servers": found})
     elif name:
         _explain(found[0])
     else:
@@ -49,8 +39,8 @@ def idle(where: Where, /, name: str | None, as_json: bool) -> None:
             (one.name, one.state, one.stops_at or "-", one.rule or "-", one.reason) for one in found
         ]
         print_table(("NAME", "STATE", "STOPS AT", "RULE", "WHY"), rows)
-        if not found and is_terminal(sys.stderr):
-            say("no servers; `labkeeper start` starts one")
+        if not found:
+            hint("no servers; `labkeeper start` starts one")
 
 
 @click.command(epilog=examples("labkeeper snooze demo --for 2h", "labkeeper snooze demo --for 0"))
@@ -90,4 +80,4 @@ def _explain(told: Idle) -> None:
         "snoozed until": told.snoozed_until,
         "looked at": told.looked_at,
     }
-    print_facts({key: value for key, value in facts.items() if value})
+    print_facts(facts)

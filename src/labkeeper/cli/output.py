@@ -34,6 +34,12 @@ def say(text: str) -> None:
     click.echo(_shown(text, sys.stderr), err=True, color=True)
 
 
+def hint(text: str) -> None:
+    """Print a message for the user if stderr is a terminal."""
+    if is_terminal(sys.stderr):
+        say(text)
+
+
 def put(text: str, *, nl: bool = True) -> None:
     """Print data: unchanged unless to a terminal, which would obey control codes of servers."""
     # Our colours are already conditional: click must not strip anything.
@@ -63,16 +69,16 @@ def show_log_tail(lines: Sequence[str]) -> None:
 
 
 def print_json(data: Any) -> None:
-    """Print an answer of the API, or data made from one."""
-    plain = data.model_dump(mode="json") if hasattr(data, "model_dump") else data
-    put(json.dumps(plain, indent=2))
+    """Print an answer of the API, or data that contains some."""
+    put(json.dumps(data, indent=2, default=lambda answer: answer.model_dump(mode="json")))
 
 
-def print_facts(facts: Mapping[str, str]) -> None:
-    """Print the facts about one thing, one per line."""
-    width = max(map(len, facts))
+def print_facts(facts: Mapping[str, object]) -> None:
+    """Print the facts about one thing, one per line, omitting those that do not apply."""
+    shown = {key: str(value) for key, value in facts.items() if value}
+    width = max(map(len, shown))
     show = visible_line if is_terminal(sys.stdout) else str
-    for key, value in facts.items():
+    for key, value in shown.items():
         put(f"{key:{width}}  {show(value)}")
 
 

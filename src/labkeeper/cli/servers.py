@@ -24,6 +24,7 @@ from labkeeper.cli.options import (
 from labkeeper.cli.output import (
     ago,
     coloured,
+    hint,
     is_terminal,
     print_facts,
     print_json,
@@ -71,9 +72,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
             lambda: list(client.list(state=state, label=label))
         )
     if as_json:
-        print_json(
-            {"servers": [server.model_dump(mode="json") for server in servers], "next": None}
-        )
+        print_json({"servers": servers, "next": None})
         return
     head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
     rows: list[tuple[str, ...]] = [
@@ -94,10 +93,8 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
             for row, server in zip(rows, servers, strict=True)
         ]
     print_table(head, rows)
-    if not servers and is_terminal(sys.stderr):
-        say(
-            "no servers; `labkeeper start` starts one" if not (state or label) else "no servers fit"
-        )
+    if not servers:
+        hint("no servers fit" if state or label else "no servers; `labkeeper start` starts one")
 
 
 _WIDE: Final = 120
@@ -132,8 +129,7 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     if as_json:
         print_json(server)
         return
-    facts = _facts(server)
-    print_facts(facts)
+    print_facts(_facts(server))
     if server.failure is not None:
         show_log_tail(server.failure.log_tail)
 
@@ -186,9 +182,9 @@ def _gateway(gateway: Gateway) -> str:
     return f"{gateway.url} (answers, {gateway.kernelspecs} kernelspec{plural})"
 
 
-def _facts(server: Server) -> dict[str, str]:
-    """Return the facts about a server, omitting those that do not apply."""
-    facts = {
+def _facts(server: Server) -> dict[str, object]:
+    """Return the facts about a server; those that do not apply are empty."""
+    return {
         "name": server.name,
         "state": coloured(server.state, sys.stdout),
         "goal": server.goal,
@@ -216,11 +212,10 @@ def _facts(server: Server) -> dict[str, str]:
         "labels": ", ".join(f"{key}={value}" for key, value in sorted(server.labels.items())),
         "created": server.created_at,
         "ready": server.started_at,
-        "restarts": server.restarts or None,
+        "restarts": server.restarts,
         "failure": server.failure and f"{server.failure.message} ({server.failure.failure_class})",
         "stopped": server.stop_report and _stopped(server),
     }
-    return {key: str(value) for key, value in facts.items() if value}
 
 
 @click.command(
