@@ -67,32 +67,30 @@ if TYPE_CHECKING:
 @click.pass_obj
 def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json: bool) -> None:
     """List servers."""
+    is_wide = is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE
     with connected(where) as (client, _), waiting("asking"):
-        servers = (_measured if as_json or _is_wide() else _as_it_is)(
-            lambda: list(client.list(state=state, label=label))
-        )
+
+        def ask() -> list[Server]:
+            return list(client.list(state=state, label=label))
+
+        servers = _measured(ask) if as_json or is_wide else ask()
     if as_json:
         print_json({"servers": servers, "next": None})
         return
-    head: tuple[str, ...] = ("NAME", "STATE", "SINCE", "ADDRESS", "ROOT", "GATEWAY")
-    rows: list[tuple[str, ...]] = [
+    measures = ("MEMORY", "CPUS") if is_wide else ()
+    rows = [
         (
             s.name,
             str(s.state),
             ago(s.since),
+            *(_measures(s) if is_wide else ()),
             _address(s),
             s.root_dir,
             s.gateway.url if s.gateway else "-",
         )
         for s in servers
     ]
-    if _is_wide():
-        head = (*head[:3], "MEMORY", "CPUS", *head[3:])
-        rows = [
-            (*row[:3], *_columns(server), *row[3:])
-            for row, server in zip(rows, servers, strict=True)
-        ]
-    print_table(head, rows)
+    print_table(("NAME", "STATE", "SINCE", *measures, "ADDRESS", "ROOT", "GATEWAY"), rows)
     if not servers:
         hint("no servers fit" if state or label else "no servers; `labkeeper start` starts one")
 
@@ -101,11 +99,7 @@ _WIDE: Final = 120
 """Minimum columns of a terminal for a list to include memory and processors."""
 
 
-def _is_wide() -> bool:
-    return is_terminal(sys.stdout) and shutil.get_terminal_size().columns >= _WIDE
-
-
-def _columns(server: Server) -> tuple[str, str]:
+def _measures(server: Server) -> tuple[str, str]:
     usage = server.usage
     if usage is None:
         return "-", "-"
@@ -163,10 +157,6 @@ def _measured(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
         time.sleep(_MEASURED_WITHIN)
         servers = ask()
     return servers
-
-
-def _as_it_is(ask: Callable[[], Sequence[Server]]) -> Sequence[Server]:
-    return ask()
 
 
 _MEASURED_WITHIN: Final = 0.5
