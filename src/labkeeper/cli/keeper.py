@@ -87,14 +87,10 @@ def _settings_flag(name: str, field: Any, variable: str) -> click.Option:
         return click.Option([flag, name], type=click.Choice(get_args(kind)), help=about)
     if "duration" in f"{kind}{field.metadata}":
         return click.Option([flag, name], metavar="TIME", help=about)
-    simple = {int: click.INT, float: click.FLOAT}.get(kind, click.STRING)
-    return click.Option([flag, name], type=simple, metavar=_metavar(kind), help=about)
-
-
-def _metavar(kind: Any) -> str:
     if kind in {int, float}:
-        return "NUMBER"
-    return "PATH" if "Path" in repr(kind) else "TEXT"
+        return click.Option([flag, name], type=kind, metavar="NUMBER", help=about)
+    metavar = "PATH" if "Path" in repr(kind) else "TEXT"
+    return click.Option([flag, name], metavar=metavar, help=about)
 
 
 @click.command(
