@@ -185,14 +185,9 @@ class _Wanted(Request):
 
         Gateway options without a URL are for the `old` gateway, if there is one.
         """
-        limits = self.limits or LimitFields()
-        asked = {one.name: getattr(limits, one.name) for one in fields(Limits)}
+        limits = self.limits.model_dump(exclude_unset=True) if self.limits else {}
         is_default = (name, caller.owner) == (DEFAULT_NAME, LOCAL)
         default_port = defaults.lab_port if is_default else None
-        limited = {
-            one: getattr(defaults.limits, one) if value is None else value
-            for one, value in asked.items()
-        }
         gateway = None
         if self.gateway is not None:
             url = self.gateway.url or (old.url if old is not None else None)
@@ -204,7 +199,7 @@ class _Wanted(Request):
             user=caller.user(self.user, defaults.user),
             ip=defaults.lab_ip,
             port=self.port if self.port is not None else default_port,
-            limits=Limits(**limited),
+            limits=replace(defaults.limits, **limits),
             gateway=gateway,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
