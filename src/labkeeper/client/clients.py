@@ -6,6 +6,7 @@ import functools
 import json
 import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Any, Concatenate, Final, Generic, ParamSpec, Self, TypeVar
 
@@ -237,17 +238,13 @@ class Client(_Connection[httpx.Client, httpx.BaseTransport]):
 
     def _follow(self, stream: Stream[_T]) -> Iterator[_T]:
         request, lines = self._request(stream, self._http.build_request), Lines()
-        with Translated(self.base_url):
-            answer = self._http.send(request, stream=True)
-            try:
-                if not answer.is_success:
-                    answer.read()
-                checked(answer)
-                for piece in answer.iter_text():
-                    yield from stream.items(lines.feed(piece))
-                yield from stream.items(lines.end())
-            finally:
-                answer.close()
+        with Translated(self.base_url), closing(self._http.send(request, stream=True)) as answer:
+            if not answer.is_success:
+                answer.read()
+            checked(answer)
+            for piece in answer.iter_text():
+                yield from stream.items(lines.feed(piece))
+            yield from stream.items(lines.end())
 
 
 class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
@@ -326,8 +323,7 @@ class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
     async def _follow(self, stream: Stream[_T]) -> AsyncIterator[_T]:
         request, lines = self._request(stream, self._http.build_request), Lines()
         with Translated(self.base_url):
-            answer = await self._http.send(request, stream=True)
-            try:
+            async with aclosing(await self._http.send(request, stream=True)) as answer:
                 if not answer.is_success:
                     await answer.aread()
                 checked(answer)
@@ -336,5 +332,3 @@ class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
                         yield item
                 for item in stream.items(lines.end()):
                     yield item
-            finally:
-                await answer.aclose()
