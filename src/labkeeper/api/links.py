@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import secrets
 import threading
 import time
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from labkeeper.core.spec import QualifiedName
+from labkeeper.identity.tokens import digest_of
 
 _MOST: Final = 10_000
 
@@ -50,15 +50,11 @@ class Links:
             }
             if len(self._good) >= _MOST:
                 del self._good[next(iter(self._good))]
-            self._good[_hash(ticket)] = Link(server, generation, page, now + lifetime)
+            self._good[digest_of(ticket)] = Link(server, generation, page, now + lifetime)
         return ticket
 
     def use(self, ticket: str) -> Link | None:
         """Return the link of a ticket, once; None if it is unknown, used or expired."""
         with self._lock:
-            link = self._good.pop(_hash(ticket), None)
+            link = self._good.pop(digest_of(ticket), None)
         return link if link is not None and link.expires_at > self._clock() else None
-
-
-def _hash(ticket: str) -> str:
-    return hashlib.sha256(ticket.encode(errors="replace")).hexdigest()

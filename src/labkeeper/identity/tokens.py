@@ -49,7 +49,7 @@ class Tokens:
         self._store = store
         self._clock = clock
         self._event_log = event_log
-        self._owner = _NO_TOKEN if owner is None else _digest(owner)
+        self._owner = _NO_TOKEN if owner is None else digest_of(owner)
         self._changing = threading.Lock()
         self._known = {token.id: token for token in store.tokens()}
         """By id. Replaced, never modified: it is read without the lock."""
@@ -74,7 +74,7 @@ class Tokens:
 
     def _recognise(self, shown: str) -> Token | None:
         """Return the matching token; None for the owner's. Raises NotAuthenticated."""
-        digest = _digest(shown)
+        digest = digest_of(shown)
         if hmac.compare_digest(digest, self._owner):
             return None
         found = _FORM.fullmatch(shown)
@@ -124,7 +124,7 @@ class Tokens:
             token = Token(
                 id_,
                 name,
-                _digest(text),
+                digest_of(text),
                 scope,
                 limits,
                 now,
@@ -186,5 +186,6 @@ class Tokens:
         )
 
 
-def _digest(token: str) -> str:
+def digest_of(token: str) -> str:
+    """Return the hash by which a token is recognised."""
     return hashlib.sha256(token.encode(errors="replace")).hexdigest()
