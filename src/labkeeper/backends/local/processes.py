@@ -109,34 +109,27 @@ class Process:
         If its descriptors cannot be read, whether its user holds one.
         """
         if sys.platform == "linux":
-            return any(self._holds(socket) for socket in _listening(port))
+            return self._holds_any(_listening(port))
         try:
             sockets = psutil.Process(self.pid).net_connections(kind="tcp")
         except psutil.Error:
             return False
         return any(s.status == psutil.CONN_LISTEN and s.laddr.port == port for s in sockets)
 
-    def _holds(self, socket: _Listening) -> bool:
+    def _holds_any(self, listening: Iterable[tuple[str, int]]) -> bool:
         try:
-            return socket.name in _held(self.pid)
+            held = set(_held(self.pid))
         except PermissionError:
             # For example root in a container without the capability to trace other processes.
-            return socket.uid == _uid(self.pid)
+            user = _uid(self.pid)
+            return any(owner == user for _, owner in listening)
         except OSError:
             return False
+        return any(name in held for name, _ in listening)
 
 
-@dataclass(frozen=True, slots=True)
-class _Listening:
-    """A listening socket."""
-
-    name: str
-    """The target of its links in /proc."""
-    uid: int
-
-
-def _listening(port: int) -> Iterator[_Listening]:
-    """Yield the sockets that listen on a TCP port.
+def _listening(port: int) -> Iterator[tuple[str, int]]:
+    """Yield the sockets that listen on a TCP port: the target of their links in /proc, and user.
 
     Read line by line, because Linux lists listening sockets first.
     """
@@ -146,7 +139,7 @@ def _listening(port: int) -> Iterator[_Listening]:
             for line in lines:
                 _, local, _, state, _, _, _, uid, _, inode, *_ = line.split()
                 if state == _LISTENS and local.endswith(where):
-                    yield _Listening(f"socket:[{inode}]", int(uid))
+                    yield f"socket:[{inode}]", int(uid)
 
 
 def _held(pid: int) -> Iterator[str]:
