@@ -346,8 +346,9 @@ def end_all(processes: Iterable[Process], *, grace: float, within: float) -> lis
             continue
         for process in left:
             process.send(number)
-        pause = 0.002
-        while (left := [p for p in left if p.alive()]) and time.monotonic() < until:
-            time.sleep(pause)
-            pause = min(pause * 2, 0.05)
+        left = [
+            process
+            for process in left
+            if not wait_until_ended(process, timeout=until - time.monotonic())
+        ]
     return left
