@@ -74,11 +74,7 @@ class Launch:
     def read(cls, file: int) -> Launch:
         """Read it from an open file, which is closed. Raises WireError, OSError."""
         with os.fdopen(file, "rb") as stream:
-            try:
-                message = json.load(stream)
-            except (ValueError, RecursionError) as error:
-                raise WireError(f"bad launch: {error}") from error
-        return cls.parse(message if isinstance(message, dict) else {})
+            return cls.parse(_read(stream.read(), "a launch"))
 
     @classmethod
     def parse(cls, message: Mapping[str, Any]) -> Launch:
@@ -132,8 +128,7 @@ def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[
     body = _written(message)
     if len(body) > LARGEST:
         raise WireError(f"a frame of {len(body)} bytes is too large (at most {LARGEST})")
-    ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))] if files else []
-    connection.sendmsg([_LENGTH.pack(len(body))], ancillary)
+    socket.send_fds(connection, [_LENGTH.pack(len(body))], files)
     connection.sendall(body)
 
 
