@@ -238,11 +238,7 @@ def _only_for_the_child(launch: wire.Launch) -> Iterator[int]:
 
     Raises OSError.
     """
-    file = os.memfd_create("launch")
-    try:
-        with os.fdopen(os.dup(file), "w") as stream:
-            json.dump(launch.message(), stream)
-        os.lseek(file, 0, os.SEEK_SET)
-        yield file
-    finally:
-        os.close(file)
+    with os.fdopen(os.memfd_create("launch"), "w") as stream:
+        json.dump(launch.message(), stream)
+        stream.seek(0)
+        yield stream.fileno()
