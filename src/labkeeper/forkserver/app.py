@@ -28,12 +28,9 @@ class ServerApp(serverapp.ServerApp):
     )
     kernels = traitlets.Instance(Kernels, allow_none=True)
 
-    def parse_command_line(self, argv: list[str] | None = None) -> None:
-        """Parse the command line, if there is one."""
-        if argv:
-            super().parse_command_line(argv)
-        else:
-            self.argv, self.extra_args, self.cli_config = [], [], Config()
+    def parse_command_line(self, argv: list[str] | None = None) -> None:  # noqa: ARG002 - Jupyter's
+        """Skip the command line, which is empty: Jupyter would build a parser of all its traits."""
+        self.argv, self.extra_args, self.cli_config = [], [], Config()
 
     def init_configurables(self) -> None:
         """Create managers with kernel records, of the classes that the site or Jupyter chose."""
