@@ -17,14 +17,12 @@ from dataclasses import replace
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from labkeeper.backends.local.accounts import (
-    common_environment,
-)
+from labkeeper.backends.local.accounts import common_environment
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.cleanup import LIMIT, EarlierDir, clear, strays
 from labkeeper.backends.local.forking import ForkServer
 from labkeeper.backends.local.forkserver import remove_dead
-from labkeeper.backends.local.launching import Launcher, ReportPipe
+from labkeeper.backends.local.launching import Launcher, ReportPipe, report_pipe
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.memory import free_memory
 from labkeeper.backends.local.options import LocalOptions
@@ -45,10 +43,7 @@ from labkeeper.core.server import Exit, StopMethod, Usage
 from labkeeper.core.spec import QualifiedName, ServerSpec
 from labkeeper.forkserver.wire import WireError
 from labkeeper.jupyter.client import JupyterClient
-from labkeeper.jupyter.config import (
-    base_config,
-    base_environment,
-)
+from labkeeper.jupyter.config import base_config, base_environment
 from labkeeper.scrub import of_server
 from labkeeper.threads import ThreadGroup
 
@@ -206,13 +201,12 @@ class LocalBackend:
         """Return the usage of the servers that have a supervisor."""
         if self._meter is None:
             return {}
-        supervised = {
-            name: supervisor
-            for name in names
-            if (supervisor := self._supervisors.get(name)) is not None
-        }
         return self._meter.measure(
-            {name: supervisor.process for name, supervisor in supervised.items()}
+            {
+                name: supervisor.process
+                for name in names
+                if (supervisor := self._supervisors.get(name)) is not None
+            }
         )
 
     def strays(self, known: Collection[QualifiedName]) -> Collection[QualifiedName]:
@@ -294,15 +288,11 @@ class LocalBackend:
         """
         if self._forkserver is None or record.forkserver is None:
             return None
-        with _unavailable("ask a fork server about its child"):
-            report, known = ReportPipe(), False
-            try:
-                known = self._forkserver.attach(record.forkserver, record.pid, report.writer)
-            finally:
-                report.close_writer()
-                if not known:
-                    report.close()
-        return report if known else None
+        with _unavailable("ask a fork server about its child"), report_pipe() as report:
+            if self._forkserver.attach(record.forkserver, record.pid, report.writer):
+                return report
+        report.close()
+        return None
 
     def _supervise(
         self, supervisor: ProcessSupervisor, given: Callable[[Callable[[], None]], None]

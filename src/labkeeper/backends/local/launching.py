@@ -116,7 +116,7 @@ class Launched:
 
 
 @contextlib.contextmanager
-def _report() -> Iterator[ReportPipe]:
+def report_pipe() -> Iterator[ReportPipe]:
     """Yield a pipe whose writing end is handed over in the block; an exception closes the pipe."""
     report = ReportPipe()
     try:
@@ -146,7 +146,7 @@ class Launcher:
         start anything.
         """
         try:
-            with _report() as report:
+            with report_pipe() as report:
                 if self._forkserver is None:
                     raise CannotFork(self._why_not)
                 process, parent = self._forkserver.launch(launch, log, report.writer)
@@ -154,7 +154,7 @@ class Launcher:
         except CannotFork as because:
             # A pipe of its own: a child that was forked without the keeper's knowledge sees that
             # the first pipe has no reader, and ends.
-            with _report() as report:
+            with report_pipe() as report:
                 return self._execute(launch, log, report, str(because), hold)
 
     def _execute(
