@@ -247,19 +247,16 @@ class ForkServers:
         if not ended:
             self._retire(instance, all_heard=True)
             ended = wait_until_ended(instance.process, timeout=_END_WITHIN)
-        self._part_with(instance, ended=ended)
-
-    def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:
-        with contextlib.suppress(OSError, EOFError, wire.WireError):
-            self.ask(instance.name, {"do": "retire", "all_heard": all_heard})
-
-    def _part_with(self, instance: Instance, *, ended: bool) -> None:
         instance.connection.close()
         if instance.child is not None:
             # A live one is left to the next keeper, without the warning that its handle would emit.
             instance.child.returncode = instance.child.wait() if ended else 0
         if ended:
             self._remove(instance.directory)
+
+    def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:
+        with contextlib.suppress(OSError, EOFError, wire.WireError):
+            self.ask(instance.name, {"do": "retire", "all_heard": all_heard})
 
     def _remove(self, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
