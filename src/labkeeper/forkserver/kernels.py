@@ -105,14 +105,9 @@ class Kernels:
         }
         await _wait(ends.values(), within / 2)
         for kernel_id, ended in ends.items():
-            if not ended.done():
-                self._app.log.warning(
-                    "Kernel %s may be left on the gateway: it did not answer in time", kernel_id
-                )
-            elif ended.exception() is not None:
-                self._app.log.warning(
-                    "Kernel %s may be left on the gateway: %s", kernel_id, ended.exception()
-                )
+            why = ended.exception() if ended.done() else "it did not answer in time"
+            if why is not None:
+                self._app.log.warning("Kernel %s may be left on the gateway: %s", kernel_id, why)
         self.record()
 
     async def _start(self, start: Callable[..., Any], given: dict[str, Any]) -> Any:

@@ -149,10 +149,8 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
     try:
         return dict(json.loads(report))
     except ValueError:
-        if os.WIFSIGNALED(status):
-            end = f"signal {os.WTERMSIG(status)}"
-        else:
-            end = f"exit code {os.WEXITSTATUS(status)}"
+        code = os.waitstatus_to_exitcode(status)
+        end = f"signal {-code}" if code < 0 else f"exit code {code}"
         raise PreloadError(
             f"the rehearsal of a server failed ({end}); see the fork server's log"
         ) from None
