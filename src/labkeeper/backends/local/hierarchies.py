@@ -154,14 +154,14 @@ def _memberships(pid: int | Literal["self"] = "self") -> list[tuple[list[str], s
 
 
 def all_mounts() -> list[tuple[Path, str, str]]:
-    """Return the mounts: mount point, file system type, superblock options. See proc(5)."""
-    mounts = []
+    """Return the mounts: mount point, file system type, options. See proc(5) and fstab(5)."""
     with contextlib.suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-            before, _, after = line.partition(" - ")
-            kind, _, options = after.split(" ", 2)
-            mounts.append((Path(before.split(" ")[4]), kind, options))
-    return mounts
+        lines = Path("/proc/self/mounts").read_text(encoding="utf-8").splitlines()
+        return [
+            (Path(mount), kind, options)
+            for _, mount, kind, options, *_ in (line.split(" ") for line in lines)
+        ]
+    return []
 
 
 def _own(mount: Path, path: str, *ours: str) -> Path:
