@@ -49,9 +49,11 @@ INFOS = fields_of(
     port=st.integers(), root_dir=st.text(), secure=st.booleans(), token=st.text(), url=st.text(),
     version=st.text(),
 )  # fmt: skip
+ASKED = fields_of(hostname=st.text(), port=st.integers(), base_url=st.text(), secure=st.booleans())
 RECORDS = fields_of(
     generation=st.integers(), pid=st.integers(), started=st.text(), boot=st.text(),
     gateway=st.booleans(), launched_by=st.sampled_from(["fork", "exec"]), limited_by=TEXTS,
+    asked=ASKED,
 )  # fmt: skip
 
 

@@ -61,8 +61,7 @@ class Record(BaseModel):
     """The fork server that is its parent."""
     limited_by: dict[str, LimitedBy] = {}
     ready: bool = False
-    asked: Asked | None = None
-    """None in a record of an earlier release."""
+    asked: Asked
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -305,12 +305,15 @@ class ProcessSupervisor:
 
     def _as_asked(self, said: Endpoint) -> Endpoint:
         """Return the endpoint; the launch's values override those that the user can influence."""
-        record = self.record
-        told: dict[str, Any] = {}
-        if (asked := record.asked) is not None:
-            told = {"hostname": asked.hostname, "port": asked.port, "base_url": asked.base_url}
-            told["secure"] = asked.secure or said.secure
-        return with_url(said, **told, token=self._token or said.token)
+        asked = self.record.asked
+        return with_url(
+            said,
+            hostname=asked.hostname,
+            port=asked.port,
+            base_url=asked.base_url,
+            secure=asked.secure or said.secure,
+            token=self._token or said.token,
+        )
 
     def _ended_within(self, seconds: float, *, or_says: bool = False) -> bool:
         said = self._pipe.readable if or_says and self._pipe else []

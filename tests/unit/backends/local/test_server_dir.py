@@ -9,7 +9,7 @@ import stat
 import pytest
 
 from labkeeper.backends.local import server_dir as module
-from labkeeper.backends.local.server_dir import Record, ServerDir
+from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
 from labkeeper.core.spec import Gateway, ServerName, ServerSpec
 from labkeeper.files import remove_tree
 from labkeeper.forkserver.wire import User
@@ -140,7 +140,10 @@ def test_a_removal_interrupted_by_a_crash_leaves_no_record_and_is_completed_late
     tmp_path, monkeypatch, at
 ):
     """A remaining stop request would make a killed server look as if it had shut down by itself."""
-    record = Record(generation=1, pid=1, started="1", boot="b", gateway=False, ready=True)
+    asked = Asked(hostname="127.0.0.1", port=1, base_url="/", secure=False)
+    record = Record(
+        generation=1, pid=1, started="1", boot="b", gateway=False, ready=True, asked=asked
+    )
     server_dir = ServerDir(tmp_path / "run" / "a")
     server_dir.prepare(SPEC, None)
     server_dir.write_record(record)
