@@ -213,17 +213,9 @@ def _proportional(pids: Iterable[int]) -> int | None:
     total = 0
     for pid in pids:
         try:
-            lines = _read(f"/proc/{pid}/smaps_rollup").splitlines()
-        except (FileNotFoundError, ProcessLookupError):
+            total += psutil.Process(pid).memory_full_info().pss
+        except psutil.NoSuchProcess:
             continue
-        except OSError:
+        except (psutil.Error, OSError):
             return None
-        total += next(
-            (int(line.split()[1]) * 1024 for line in lines if line.startswith(b"Pss:")), 0
-        )
     return total
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - thousands of times in a measurement
-        return file.read()
