@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import secrets
-import select
 import shutil
 import signal
 import socket
@@ -28,7 +27,11 @@ import structlog
 from labkeeper.backends.local.cleanup import end_all_below, end_leftovers
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
-from labkeeper.backends.local.processes import Process, wait_until_ended
+from labkeeper.backends.local.processes import (
+    Process,
+    wait_until_ended,
+    wait_until_readable,
+)
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.spec import QualifiedName
 from labkeeper.files import write_private
@@ -223,10 +226,7 @@ class ForkServers:
 
         Raises NoForkServerError if the fork server ends, the time is up, or the keeper closes.
         """
-        poll = select.poll()
-        poll.register(connection, select.POLLIN)
-        poll.register(self._threads.wake, select.POLLIN)
-        ready = poll.poll(None if within is None else within * 1000)
+        ready = wait_until_readable([connection.fileno(), self._threads.wake], timeout=within)
         if not ready or self._threads.closed:
             raise NoForkServerError("the fork server takes too long")
         try:

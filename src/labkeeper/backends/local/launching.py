@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -17,7 +16,7 @@ from typing import Any, Final, Literal
 from labkeeper import shortage
 from labkeeper.backends.local.forking import CannotFork, ForkServer
 from labkeeper.backends.local.forkserver import PROGRAM
-from labkeeper.backends.local.processes import Process
+from labkeeper.backends.local.processes import Process, wait_until_readable
 from labkeeper.core.errors import BackendUnavailable
 from labkeeper.core.server import Exit
 from labkeeper.forkserver import wire
@@ -53,11 +52,8 @@ class ReportPipe:
 
     def exit(self, *, within: float = _STATUS_WITHIN) -> Exit | None:
         """Wait for the exit status; return None if it is not reported in time."""
-        poll = select.poll()
-        for reader in self.readable:
-            poll.register(reader, select.POLLIN)
         while (status := self.said("status")) is None and self.readable:
-            if not poll.poll(within * 1000):
+            if not wait_until_readable(self.readable, timeout=within):
                 break
         return exit_of(os.waitstatus_to_exitcode(status)) if isinstance(status, int) else None
 

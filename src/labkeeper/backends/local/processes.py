@@ -311,26 +311,27 @@ def wait_until_ended(
         # The descriptor refers to the pid's present holder. It becomes readable for a zombie.
         if not process.is_current():
             return True
-        poll = select.poll()
-        poll.register(handle, select.POLLIN)
-        for descriptor in or_readable:
-            poll.register(descriptor, select.POLLIN)
-        ready = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
-        return any(descriptor == handle for descriptor, _ in ready)
+        return handle in wait_until_readable([handle, *or_readable], timeout=timeout)
     finally:
         os.close(handle)
 
 
 def _look_until_ended(process: Process, or_readable: Sequence[int], timeout: float | None) -> bool:
     until = None if timeout is None else time.monotonic() + timeout
-    poll = select.poll()
-    for descriptor in or_readable:
-        poll.register(descriptor, select.POLLIN)
     while process.alive():
         left = _LOOK_EVERY if until is None else min(_LOOK_EVERY, until - time.monotonic())
-        if left <= 0 or poll.poll(left * 1000):
+        if left <= 0 or wait_until_readable(or_readable, timeout=left):
             return not process.alive()
     return True
+
+
+def wait_until_readable(descriptors: Iterable[int], *, timeout: float | None) -> list[int]:
+    """Wait until descriptors are readable; return these, or none after `timeout` seconds."""
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    ready = poll.poll(None if timeout is None else max(0.0, timeout) * 1000)
+    return [descriptor for descriptor, _ in ready]
 
 
 def end_all(processes: Iterable[Process], *, grace: float, within: float) -> list[Process]:
