@@ -15,11 +15,11 @@ _LARGEST = 8 * 1024 * 1024
 """Maximum bytes of an environment; with the usual stack limit, Linux allows fewer."""
 
 
-def peer(connection: socket.socket) -> tuple[int, int]:
-    """Return the pid and user of the process that connected, or that listens."""
-    credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-    pid, uid, _ = _CREDENTIALS.unpack(credentials)
-    return pid, uid
+def credentials(connection: socket.socket) -> tuple[int, int, int]:
+    """Return the pid, user and group of the process that connected, or that listens."""
+    found = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+    pid, uid, gid = _CREDENTIALS.unpack(found)
+    return pid, uid, gid
 
 
 def check(connection: socket.socket) -> None:
@@ -27,7 +27,7 @@ def check(connection: socket.socket) -> None:
 
     A keeper runs as the same user and does not descend from a server. May raise other OSErrors.
     """
-    pid, uid = peer(connection)
+    pid, uid, _ = credentials(connection)
     if uid != os.geteuid():
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # Descendants of a forked server stay below this process, their subreaper; those of an executed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import struct
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,12 @@ from typing import Final
 
 import psutil
 
+from labkeeper.forkserver.peers import credentials
+
 PEER: Final = "labkeeper.peer"
 """The key in the WSGI environment. Request headers have `HTTP_...` keys, so none can forge it."""
 UNREAD: Final = "labkeeper.unread"
 """Another key: the request had a body, which was discarded."""
-_CREDENTIALS: Final = struct.Struct("3i")
-"""pid, uid, gid: `struct ucred` of unix(7)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +35,7 @@ def identify(connection: socket.socket) -> Callable[[], Peer | None]:
     """
     if sys.platform != "linux":
         return _nobody
-    peer = Peer(
-        *_CREDENTIALS.unpack(
-            connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        )
-    )
+    peer = Peer(*credentials(connection))
     try:
         # It records the start time of the process.
         process = psutil.Process(peer.pid)

@@ -37,7 +37,7 @@ from labkeeper.core.spec import QualifiedName
 from labkeeper.files import write_private
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.marks import MARK
-from labkeeper.forkserver.peers import peer
+from labkeeper.forkserver.peers import credentials
 from labkeeper.forkserver.preload import REHEARSAL
 from labkeeper.threads import ThreadGroup
 
@@ -190,7 +190,7 @@ class ForkServers:
             connection = connect(directory)
         except OSError:
             return None
-        pid, _ = peer(connection)
+        pid, *_ = credentials(connection)
         process = Process.find(pid)
         try:
             wire.send(connection, {"do": "keep"})
