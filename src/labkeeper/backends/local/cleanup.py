@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import time
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -129,13 +130,18 @@ def _recorded_processes(server_dir: ServerDir) -> set[Process]:
     return {process, *process.descendants()}
 
 
-def end_all_below(parent: Process) -> None:
-    """End all descendants of a suspended process that inherits the orphans among them."""
+def end_with_all_below(parent: Process) -> None:
+    """End a process that inherits the orphans among its descendants, and all of these.
+
+    While it lives none can hide. Suspended, it cannot start more.
+    """
+    parent.send(signal.SIGSTOP)
     until, empty = time.monotonic() + LIMIT, 0
     while empty < _EMPTY_LOOKS and time.monotonic() < until:
         below = [process for process in parent.descendants() if process.alive()]
         empty = 0 if below else empty + 1
         end_all(below, grace=0.0, within=LIMIT)
+    parent.send(signal.SIGKILL)
 
 
 def strays(runtime_dir: Path, groups: ControlGroups) -> set[QualifiedName]:

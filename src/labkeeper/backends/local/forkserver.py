@@ -24,7 +24,7 @@ from typing import Any, Final
 
 import structlog
 
-from labkeeper.backends.local.cleanup import end_all_below, end_leftovers
+from labkeeper.backends.local.cleanup import end_leftovers, end_with_all_below
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import (
@@ -120,14 +120,15 @@ class ForkServers:
                 given(functools.partial(self._until_gone, instance))
         except (OSError, BackendUnavailable) as error:
             _sweep_rehearsal(directory, self._groups)
-            self._remove(directory)
+            _remove(directory)
             raise NoForkServerError(f"cannot start a fork server: {error}") from error
         try:
             answer = self.receive(instance.connection, within=_LOAD_LIMIT)
             if "pid" not in answer:
                 raise NoForkServerError(f"{answer.get('failed')} (log: {self._log.path})")
         except NoForkServerError:
-            _end_with_all_below(instance.process)
+            # It has no servers yet, only a rehearsal.
+            end_with_all_below(instance.process)
             raise
         finally:
             _sweep_rehearsal(directory, self._groups)
@@ -139,11 +140,11 @@ class ForkServers:
         Raises BackendUnavailable if there is no thread to wait for their ends.
         """
         chosen, key = None, self._key()
-        for directory in sorted(self._place.glob("*")) if self._place.is_dir() else ():
+        for directory in sorted(self._place.glob("*")):
             instance = self._revisit(directory)
             if instance is None:
                 _sweep_rehearsal(directory, self._groups)
-                self._remove(directory)
+                _remove(directory)
                 continue
             self._threads.start(f"forkserver-{instance.name}", self._until_gone, instance)
             if chosen is None and instance.name.startswith(key):
@@ -252,16 +253,11 @@ class ForkServers:
             # A live one is left to the next keeper, without the warning that its handle would emit.
             instance.child.returncode = instance.child.wait() if ended else 0
         if ended:
-            self._remove(instance.directory)
+            _remove(instance.directory)
 
     def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:
         with contextlib.suppress(OSError, EOFError, wire.WireError):
             self.ask(instance.name, {"do": "retire", "all_heard": all_heard})
-
-    def _remove(self, directory: Path) -> None:
-        shutil.rmtree(directory, ignore_errors=True)
-        with contextlib.suppress(OSError):  # It holds other fork servers.
-            self._place.rmdir()
 
     # Inputs
 
@@ -303,11 +299,16 @@ def remove_dead(runtime_dir: Path, groups: ControlGroups) -> None:
             connect(directory).close()
         except (ConnectionRefusedError, FileNotFoundError):
             _sweep_rehearsal(directory, groups)
-            shutil.rmtree(directory, ignore_errors=True)
+            _remove(directory)
         except OSError:
             continue
+
+
+def _remove(directory: Path) -> None:
+    """Remove a dead fork server's directory, and that of all fork servers with the last one."""
+    shutil.rmtree(directory, ignore_errors=True)
     with contextlib.suppress(OSError):  # It holds other fork servers.
-        (runtime_dir / PLACE).rmdir()
+        directory.parent.rmdir()
 
 
 def _rehearsal_name(directory: Path) -> QualifiedName:
@@ -322,17 +323,6 @@ def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
         end_leftovers(name, directory / _REHEARSAL_DIR, set(), grace=0.0, groups=groups)
     groups.remove(name)
     shutil.rmtree(directory / _REHEARSAL_DIR, ignore_errors=True)
-
-
-def _end_with_all_below(loading: Process) -> None:
-    """End a fork server that has no servers yet, with its rehearsal and all their descendants.
-
-    While it lives it inherits the orphans among its descendants, so none can hide. Suspended, it
-    cannot start more.
-    """
-    loading.send(signal.SIGSTOP)
-    end_all_below(loading)
-    loading.send(signal.SIGKILL)
 
 
 @contextlib.contextmanager
