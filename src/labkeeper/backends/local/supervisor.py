@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import queue
 import signal
 import socket
 import subprocess
@@ -175,19 +174,18 @@ class ProcessSupervisor:
 
         Takes limited time however slow the answer: a command to end the server is queued behind it.
         """
-        if self._endpoint is None or (self._looker is not None and self._looker.is_alive()):
+        endpoint = self._endpoint
+        if endpoint is None or (self._looker is not None and self._looker.is_alive()):
             return False
-        answers: queue.SimpleQueue[bool | None] = queue.SimpleQueue()
+        answers: list[bool | None] = []
         try:
             self._looker = self.site.threads.start(
-                f"look-{self.name}", self._look, self._endpoint, answers
+                f"look-{self.name}", lambda: answers.append(self.site.client.answers(endpoint))
             )
         except BackendUnavailable:
             return None
-        try:
-            return answers.get(timeout=_LOOK_LIMIT)
-        except queue.Empty:
-            return False
+        self._looker.join(_LOOK_LIMIT)
+        return answers[0] if answers else False
 
     def ask_to_end(self, patience: float, *, keep_kernels: bool) -> None:
         """Request shutdown through Jupyter's API for `patience` seconds, then send SIGTERM."""
@@ -343,9 +341,6 @@ class ProcessSupervisor:
         except OSError:
             return False
         return True
-
-    def _look(self, endpoint: Endpoint, answers: queue.SimpleQueue[bool | None]) -> None:
-        answers.put(self.site.client.answers(endpoint))
 
     def _recorded(self) -> tuple[OwnKernel, ...]:
         return read_kernels(self.site.server_dir.kernels)
