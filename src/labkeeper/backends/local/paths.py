@@ -61,9 +61,10 @@ def _check_root_dir(root_dir: str, roots: Sequence[str]) -> None:
 
 
 def _with_files(gateway: Gateway, roots: Sequence[str], caller: Caller) -> Gateway:
-    given = {field: path for field in _FILES if (path := getattr(gateway, field)) is not None}
     files: dict[str, Any] = {
-        field: _file(f"gateway.{field}", path, roots, caller) for field, path in given.items()
+        field: _file(f"gateway.{field}", path, roots, caller)
+        for field in _FILES
+        if (path := getattr(gateway, field)) is not None
     }
     return replace(gateway, **files)
 
