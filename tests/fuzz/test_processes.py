@@ -35,7 +35,7 @@ def restore_own_name():
 @example(name=b") Z 1 1 1 (\n")
 def test_proc_files_are_parsed_whatever_the_process_name(restore_own_name, name):
     COMM.write_bytes(name[:15])
-    assert int(marks.stat(ME)[1]) == os.getppid()
+    assert marks.stat(ME).parent == os.getppid()
     assert Process.find(ME).alive()
     found = usage._stats([ME])[ME]
     assert (found.parent, found.started) == (os.getppid(), marks.started(ME))

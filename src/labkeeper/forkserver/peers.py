@@ -39,7 +39,7 @@ def check(connection: socket.socket) -> None:
             raise PermissionError(f"process {pid} has cleared its environment")
         if pid == os.getpid() or marked:
             raise PermissionError("a server must not ask for others")
-        pid = int(stat(pid)[1])
+        pid = stat(pid).parent
 
 
 def _environment(pid: int) -> tuple[int | None, bool]:

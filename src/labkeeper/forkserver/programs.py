@@ -19,8 +19,8 @@ def living() -> list[int]:
     found = []
     for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
         with contextlib.suppress(OSError):  # It has ended meanwhile.
-            state, parent, *_ = stat(pid)
-            if int(parent) == os.getpid() and state != "Z":
+            child = stat(pid)
+            if child.parent == os.getpid() and child.state != "Z":
                 found.append(pid)
     return found
 

@@ -85,10 +85,10 @@ class Ancestry:
         """Whether this process may be an orphan of a server that its parent inherited."""
         if self._first_loose is None:
             return False
-        if stat(pid)[3] == stat(parent)[3]:
+        if stat(pid).session == stat(parent).session:
             # Servers start sessions of their own.
             return False
-        return int(stat(pid)[19]) >= self._first_loose
+        return int(stat(pid).started) >= self._first_loose
 
 
 def _line(pid: int) -> Iterator[int]:
@@ -97,5 +97,5 @@ def _line(pid: int) -> Iterator[int]:
         if pid <= 0:
             return
         yield pid
-        pid = int(stat(pid)[1])
+        pid = stat(pid).parent
     raise ValueError("no end")

@@ -273,22 +273,21 @@ def _environment(pid: int) -> bytes:
         place = _place_of_environment(pid)
         # Do not wait for a process that cleared its environment: users could start any number of
         # these.
-        if place is None or (place == before and place[1] != "0"):
+        if place is None or (place == before and place[1] != 0):
             break
         before = place
         time.sleep(_BETWEEN_READS)
     return environment
 
 
-def _place_of_environment(pid: int) -> tuple[str, str] | None:
+def _place_of_environment(pid: int) -> tuple[int, int] | None:
     """Return the addresses of its start and end: zeros while a program is being executed.
 
     None for a kernel thread.
     """
     with shortage.suppress_others(OSError):
         Path(f"/proc/{pid}/exe").readlink()
-        fields = marks.stat(pid)
-        return fields[47], fields[48]
+        return marks.stat(pid).environment
     return None
 
 

@@ -9,24 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
 from labkeeper.backends.local.processes import Process
 from labkeeper.forkserver import marks
-
-
-@dataclass(frozen=True, slots=True)
-class _Stat:
-    """The fields of `/proc/PID/stat` that concern terminals (proc(5))."""
-
-    group: int
-    session: int
-    terminal: int
-    foreground: int
-    started: int
 
 
 def foregrounds(server: Process) -> list[str] | None:
@@ -36,16 +24,18 @@ def foregrounds(server: Process) -> list[str] | None:
     """
     if sys.platform != "linux":
         return None
+    stats = {}
     try:
-        children = psutil.Process(server.pid).children()
-        stats = {child.pid: stat for child in children if (stat := _stat(child.pid)) is not None}
-    except (psutil.Error, OSError, ValueError):
+        for child in psutil.Process(server.pid).children():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # It has ended.
+                stats[child.pid] = marks.stat(child.pid)
+    except (psutil.Error, OSError):
         return None
     shells = [stat for pid, stat in stats.items() if stat.terminal and stat.session == pid]
-    return [_program(shell) for shell in sorted(shells, key=lambda shell: shell.started)]
+    return [_program(shell) for shell in sorted(shells, key=lambda shell: int(shell.started))]
 
 
-def _program(shell: _Stat) -> str:
+def _program(shell: marks.Stat) -> str:
     if shell.foreground <= 0 or shell.foreground == shell.group:
         return ""
     # The first process of a pipeline may have ended before the others.
@@ -56,11 +46,3 @@ def _program(shell: _Stat) -> str:
             .rstrip("\n")
         )
     return "a program"
-
-
-def _stat(pid: int) -> _Stat | None:
-    """Return a process's fields, or None if it has ended. Raises OSError, ValueError."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        _state, _parent, group, session, terminal, foreground, *rest = marks.stat(pid)
-        return _Stat(int(group), int(session), int(terminal), int(foreground), int(rest[13]))
-    return None

@@ -29,18 +29,6 @@ _PROPORTIONAL_WITHIN: Final = 0.05
 """Seconds that these readings may take in one measurement; the rest wait for the next."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Stat:
-    """The measured fields of `/proc/PID/stat` (proc(5))."""
-
-    parent: int
-    ticks: int
-    """Its own, and those of the children that it has reaped."""
-    threads: int
-    started: str
-    pages: int
-
-
 @dataclass(slots=True)
 class _Known:
     """State of one launch between two measurements."""
@@ -99,7 +87,9 @@ class Meter:
             for name, found in alive.items()
         }
 
-    def _usage(self, name: QualifiedName, stats: Mapping[int, _Stat], counted: Counted) -> Usage:
+    def _usage(
+        self, name: QualifiedName, stats: Mapping[int, marks.Stat], counted: Counted
+    ) -> Usage:
         resident = sum(stat.pages for stat in stats.values()) * self._page
         summed = self._summed(name, sum(stat.ticks for stat in stats.values()) / self._tick)
         threads = sum(stat.threads for stat in stats.values())
@@ -118,7 +108,7 @@ class Meter:
         return ticks + known.lost
 
     def _found(
-        self, servers: Mapping[QualifiedName, Process], stats: Mapping[int, _Stat]
+        self, servers: Mapping[QualifiedName, Process], stats: Mapping[int, marks.Stat]
     ) -> dict[QualifiedName, frozenset[int]]:
         """Return all processes that descend from servers or carry their mark."""
         owners = {process.pid: name for name, process in servers.items() if _is(process, stats)}
@@ -138,7 +128,7 @@ class Meter:
         }
         return {name: frozenset(pids) for name, pids in found.items()}
 
-    def _mark(self, pid: int, stat: _Stat) -> bytes:
+    def _mark(self, pid: int, stat: marks.Stat) -> bytes:
         """Return a process's mark, or b"" for none. Read twice: it may be missing at first."""
         key = (pid, stat.started)
         if key not in self._marks or not self._marks[key]:
@@ -149,7 +139,7 @@ class Meter:
             self._marks[key] = mark or (_NONE if again else b"")
         return self._marks[key]
 
-    def _look_at_shared(self, alive: Mapping[QualifiedName, Mapping[int, _Stat]]) -> None:
+    def _look_at_shared(self, alive: Mapping[QualifiedName, Mapping[int, marks.Stat]]) -> None:
         """Update shared memory, oldest reading first, until the time is used up."""
         begun = time.monotonic()
         for name in sorted(alive, key=lambda name: self._known[name].looked):
@@ -181,11 +171,11 @@ def _may_carry(pid: int, mark: bytes) -> bool:
     return False
 
 
-def _is(process: Process, stats: Mapping[int, _Stat]) -> bool:
+def _is(process: Process, stats: Mapping[int, marks.Stat]) -> bool:
     return process.pid in stats and stats[process.pid].started == process.started
 
 
-def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
+def _line(pid: int, stats: Mapping[int, marks.Stat]) -> Iterator[int]:
     """Yield a process, its parent, and so on."""
     for _ in range(_LONGEST_LINE):
         if pid not in stats:
@@ -194,17 +184,14 @@ def _line(pid: int, stats: Mapping[int, _Stat]) -> Iterator[int]:
         pid = stats[pid].parent
 
 
-def _stats(pids: Iterable[int]) -> dict[int, _Stat]:
-    """Return the fields of processes, except of ended ones and zombies."""
+def _stats(pids: Iterable[int]) -> dict[int, marks.Stat]:
+    """Return what Linux shows of processes, except of ended ones and zombies."""
     found = {}
     for pid in pids:
         with contextlib.suppress(OSError):
-            fields = marks.stat(pid)
-            if fields[0] != "Z":
-                ticks = sum(map(int, fields[11:15]))
-                found[pid] = _Stat(
-                    int(fields[1]), ticks, int(fields[17]), fields[19], int(fields[21])
-                )
+            stat = marks.stat(pid)
+            if stat.state != "Z":
+                found[pid] = stat
     return found
 
 

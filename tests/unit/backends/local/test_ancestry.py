@@ -24,7 +24,7 @@ from labkeeper.backends.local.processes import Process
 from labkeeper.core.messages import Ready
 from labkeeper.core.server import Progress
 from labkeeper.core.spec import ServerName, ServerSpec
-from labkeeper.forkserver.marks import MARK
+from labkeeper.forkserver.marks import MARK, stat
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.records import url_of
 
@@ -305,7 +305,8 @@ def test_a_process_that_entered_our_pid_namespace_is_not_of_a_server(tmp_path):
 
 
 def test_an_endless_chain_of_parents_is_not_trusted(ancestry_, monkeypatch):
-    monkeypatch.setattr(ancestry, "stat", lambda _: ["S", "7", "1", "1"])
+    its_own_parent = stat(os.getpid())._replace(parent=7)
+    monkeypatch.setattr(ancestry, "stat", lambda _: its_own_parent)
     monkeypatch.setattr(ancestry, "spared", set)
     monkeypatch.setattr(Ancestry, "_is_known", lambda *_: False)
     assert ancestry_.is_of_server(7, set())

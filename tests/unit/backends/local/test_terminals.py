@@ -14,6 +14,7 @@ from harness import until
 from labkeeper.backends.local import terminals
 from labkeeper.backends.local.processes import Process
 from labkeeper.backends.local.terminals import foregrounds
+from labkeeper.forkserver import marks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 
@@ -69,5 +70,7 @@ def test_the_programs_of_an_ended_process_or_on_another_system_are_unknown(monke
 
 
 def test_a_program_whose_first_process_has_ended_still_counts():
-    gone = terminals._Stat(group=1, session=1, terminal=5, foreground=2**22 + 1, started=0)
+    gone = marks.stat(os.getpid())._replace(
+        group=1, session=1, terminal=5, foreground=2**22 + 1, started="0"
+    )
     assert terminals._program(gone) == "a program"
