@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import psutil
 
@@ -94,10 +94,10 @@ class Meter:
         summed = self._summed(name, sum(stat.ticks for stat in stats.values()) / self._tick)
         threads = sum(stat.threads for stat in stats.values())
         return Usage(
-            memory=_or(counted.memory, resident),
-            cpu_seconds=_or(counted.cpu_seconds, summed),
+            memory=resident if counted.memory is None else counted.memory,
+            cpu_seconds=summed if counted.cpu_seconds is None else counted.cpu_seconds,
             processes=len(stats),
-            threads=_or(counted.tasks, threads),
+            threads=threads if counted.tasks is None else counted.tasks,
             proportional=self._known[name].proportional,
         )
 
@@ -155,13 +155,6 @@ _LONGEST_LINE: Final = 100
 """Maximum number of ancestors followed; separate reads could even form a ring."""
 _NONE: Final = b"-"
 """Stands for the mark of a process that has none and is not read again."""
-
-
-_Number = TypeVar("_Number", int, float)
-
-
-def _or(counted: _Number | None, summed: _Number) -> _Number:
-    return summed if counted is None else counted
 
 
 def _may_carry(pid: int, mark: bytes) -> bool:
