@@ -54,7 +54,7 @@ def _encrypt_kernels(app: Any) -> None:
         setattr(manager, option, "auto")
 
 
-def report_ready(app: Any, report: int, server_dir: str) -> None:
+def report_ready(app: Any, report: int) -> None:
     """Report on the launch's pipe that the server listens, and where."""
     try:
         os.write(report, wire.line({"ready": app.server_info()}))
@@ -62,7 +62,7 @@ def report_ready(app: Any, report: int, server_dir: str) -> None:
         # The pipe has no reader. If a keeper has died, the next one finds this server by its
         # record. Without a record, the launch was abandoned before the keeper knew of this process,
         # and may have been repeated in another way.
-        if not _is_recorded(server_dir):
+        if not _is_recorded(app.launch.server_dir):
             app.stop()
     os.close(report)
 

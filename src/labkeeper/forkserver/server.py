@@ -64,7 +64,7 @@ def become_server(launch: Launch, log: int, report: int) -> None:
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch, lambda app: report_ready(app, report, launch.server_dir))
+        run_jupyter(launch, lambda app: report_ready(app, report))
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
