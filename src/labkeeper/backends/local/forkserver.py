@@ -29,6 +29,7 @@ from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import (
     Process,
+    new_child,
     wait_until_ended,
     wait_until_readable,
 )
@@ -174,16 +175,9 @@ class ForkServers:
                 start_new_session=True,
                 pass_fds=[listener.fileno()],
             )
-            try:
-                process = Process.find(child.pid)
-                if process is None:  # Possible only if it was reaped, which only the keeper does.
-                    raise OSError("its process vanished")
+            with new_child(child) as process:
                 connection = connect(directory)
                 wire.send(connection, {"do": "keep"})
-            except OSError:
-                child.kill()
-                child.wait()
-                raise
         return Instance(directory, process, connection, child)
 
     def _revisit(self, directory: Path) -> Instance | None:

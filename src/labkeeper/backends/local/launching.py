@@ -16,8 +16,7 @@ from typing import Any, Final, Literal
 from labkeeper import shortage
 from labkeeper.backends.local.forking import CannotFork, ForkServer
 from labkeeper.backends.local.forkserver import PROGRAM
-from labkeeper.backends.local.processes import Process, wait_until_readable
-from labkeeper.core.errors import BackendUnavailable
+from labkeeper.backends.local.processes import Process, new_child, wait_until_readable
 from labkeeper.core.server import Exit
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.privileges import drop_bounding_set
@@ -166,22 +165,17 @@ class Launcher:
             ours.settimeout(_TAKEN_WITHIN)
             child = self._start(launch, log, its.fileno())
             its.close()
-            try:
+            with (
+                new_child(child) as process,
                 # If it has died already, its log and its exit code say why.
-                with contextlib.suppress(ProcessLookupError, ConnectionError):
-                    for members in launch.cgroups:
-                        Path(members).write_text(str(child.pid))
-                    hold(child.pid)
-                    wire.send(
-                        ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer]
-                    )
-                process = Process.find(child.pid)
-                if process is None:  # Possible only if it was reaped, which only the keeper does.
-                    raise BackendUnavailable("cannot start a server: its process vanished")
-            except BaseException:
-                child.kill()
-                child.wait()
-                raise
+                contextlib.suppress(ProcessLookupError, ConnectionError),
+            ):
+                for members in launch.cgroups:
+                    Path(members).write_text(str(child.pid))
+                hold(child.pid)
+                wire.send(
+                    ours, replace(launch, user=None, cgroups=[]).message(), [log, report.writer]
+                )
         return Launched(process, report, "exec", reason, child=child)
 
     def _start(self, launch: wire.Launch, log: int, passed: int) -> subprocess.Popen[bytes]:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from typing import Final
 import psutil
 
 from labkeeper import shortage
+from labkeeper.core.errors import BackendUnavailable
 from labkeeper.forkserver import marks
 
 _LOOK_EVERY: Final = 0.1
@@ -163,6 +165,20 @@ def _started(pid: int) -> str:
         # The form in which fork servers report their children.
         return marks.started(pid)
     return repr(psutil.Process(pid).create_time())
+
+
+@contextlib.contextmanager
+def new_child(child: subprocess.Popen[bytes]) -> Iterator[Process]:
+    """Yield the process of a child of the keeper; if the block raises, end the child."""
+    try:
+        process = Process.find(child.pid)
+        if process is None:  # Possible only if it was reaped, which only the keeper does.
+            raise BackendUnavailable(f"cannot find the new process {child.pid}")
+        yield process
+    except BaseException:
+        child.kill()
+        child.wait()
+        raise
 
 
 def boot_id() -> str:
