@@ -320,39 +320,37 @@ def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
 
 
 @contextlib.contextmanager
-def _socket_path(directory: Path) -> Iterator[str]:
-    """Yield a path to the socket within the limit of Unix socket addresses, 107 bytes."""
-    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+def _new_socket(directory: Path) -> Iterator[tuple[socket.socket, str]]:
+    """Yield a socket, and a fork server's address for it; if the block raises, close the socket.
+
+    The address is a path within the limit of Unix socket addresses, 107 bytes.
+    """
+    created = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        yield f"/proc/self/fd/{descriptor}/socket"
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+        try:
+            yield created, f"/proc/self/fd/{descriptor}/socket"
+        finally:
+            os.close(descriptor)
+    except OSError:
+        created.close()
+        raise
 
 
 def _listener(directory: Path) -> socket.socket:
     """Return a listening socket for a fork server, accessible to its user only. Raises OSError."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _socket_path(directory) as path:
-            listener.bind(path)
-            Path(path).chmod(0o600)
+    with _new_socket(directory) as (listener, path):
+        listener.bind(path)
+        Path(path).chmod(0o600)
         # The fork server listens again. Until then its keeper can already connect, and waits for an
         # answer.
         listener.listen()
-    except OSError:
-        listener.close()
-        raise
-    return listener
+        return listener
 
 
 def connect(directory: Path) -> socket.socket:
     """Connect to a fork server. Raises OSError."""
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
+    with _new_socket(directory) as (connection, path):
         connection.settimeout(_ANSWER_WITHIN)
-        with _socket_path(directory) as path:
-            connection.connect(path)
-    except OSError:
-        connection.close()
-        raise
-    return connection
+        connection.connect(path)
+        return connection
