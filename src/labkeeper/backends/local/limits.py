@@ -203,10 +203,8 @@ class ControlGroups:
 
     def hold_any(self, pid: int) -> bool:
         """Whether a process is in or below any server's group. Raises OSError if it has ended."""
-        lines = (
-            Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace").splitlines()
-        )
-        return any(part.startswith(self._prefix) for line in lines for part in line.split("/"))
+        groups = Path(f"/proc/{pid}/cgroup").read_text(encoding="utf-8", errors="replace")
+        return f"/{self._prefix}" in groups
 
     def kill(self, name: QualifiedName) -> None:
         """Kill all processes in a server's groups at once, including those that are just starting.

@@ -96,6 +96,6 @@ def failure_of(
 def _tail_of_launch(log: LogFile) -> tuple[str, ...]:
     lines: list[str] = []
     with contextlib.suppress(OSError):  # A report does not fail because its log cannot be read.
-        lines = list(log.tail(_TAIL_LINES))
+        lines = log.tail(_TAIL_LINES)
     starts = [at for at, line in enumerate(lines) if line.startswith("[labkeeper] launch ")]
     return tuple(line[:_LONGEST_LINE] for line in (lines[starts[-1] + 1 :] if starts else lines))
