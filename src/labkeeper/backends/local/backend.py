@@ -95,9 +95,7 @@ class LocalBackend:
         if self._forkserver is None:
             # Otherwise the fork server does this.
             self._threads.start("dead-forkservers", remove_dead, runtime_dir, self._groups)
-        self._starter = Starter(
-            options, self._sites, Launcher(options.python, self._forkserver, why_not)
-        )
+        self._starter = Starter(self._sites, Launcher(options.python, self._forkserver, why_not))
 
     def _start_forkserver(self) -> ForkServer:
         forkserver = ForkServer(

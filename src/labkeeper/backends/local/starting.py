@@ -14,7 +14,6 @@ from labkeeper import shortage
 from labkeeper.backends.local.accounts import Account, check_passage, find_user, own_environment
 from labkeeper.backends.local.launching import Launched, Launcher
 from labkeeper.backends.local.limits import Enforced
-from labkeeper.backends.local.options import LocalOptions
 from labkeeper.backends.local.processes import boot_id
 from labkeeper.backends.local.server_dir import Asked, Record, ServerDir
 from labkeeper.backends.local.sites import Sites
@@ -33,7 +32,6 @@ from labkeeper.scrub import TOKEN_BYTES
 class Starter:
     """Starts the processes of servers."""
 
-    options: LocalOptions
     sites: Sites
     launcher: Launcher
 
@@ -52,7 +50,7 @@ class Starter:
         Path(spec.root_dir).stat()
         user = find_user(spec)
         if user is not None:
-            check_passage(spec, self.options.runtime_dir)
+            check_passage(spec, self.sites.options.runtime_dir)
         bundle = server_dir.prepare(spec, user.ids if user else None)
         limited = groups.limit(name, spec.limits, own_user=user is not None)
         port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
@@ -95,7 +93,11 @@ class Starter:
             spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
         )
         config = launch_config(
-            spec, token=token, port=port, ca_bundle=bundle, certificate=self.options.certificate
+            spec,
+            token=token,
+            port=port,
+            ca_bundle=bundle,
+            certificate=self.sites.options.certificate,
         )
         return Launch(
             server_dir=str(server_dir.path),
@@ -104,7 +106,7 @@ class Starter:
             # The mark comes last: readers of /proc that stop at an empty entry have read the rest.
             env={**env, MARK: str(server_dir.path)},
             kernel_env=dict(spec.kernel_env),
-            umask=self.options.umask,
+            umask=self.sites.options.umask,
             config=config,
             user=user.ids if user else None,
             cgroups=list(limited.members),
@@ -131,7 +133,7 @@ class Starter:
                 hostname=spec.ip,
                 port=port,
                 base_url=spec.base_url,
-                secure=self.options.certificate is not None,
+                secure=self.sites.options.certificate is not None,
             ),
         )
 
