@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import resource
@@ -119,29 +120,32 @@ def test_a_log_that_cannot_be_written_raises(log):
 MIB = 1024 * 1024
 
 
-@pytest.fixture
-def within_limits():
-    """Limit the size of this process's files from a call on."""
+@contextlib.contextmanager
+def file_size_limit(most):
+    """Limit the size of files that this process writes; pytest's own output may be one of them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_of_a_sparse_log_of_a_terabyte_only_the_end_is_read_and_kept(log, within_limits):
+def test_of_a_sparse_log_of_a_terabyte_only_the_end_is_read_and_kept(log):
     """A server has its log open, so it can extend it without using disk space."""
     with log.open("[labkeeper] launch") as stream:
         lines = log.follow(1, lambda: True)
         assert next(lines) == "[labkeeper] launch\n"
         os.ftruncate(stream.fileno(), 1 << 40)
         stream.write(b"\nlast\n")
-        within_limits(64 * MIB)
         followed = list(iter(lines.__next__, ""))
         assert followed[-1] == "last\n"
         assert len("".join(followed)) <= MIB
         assert log.tail(1) == ["last"]
         assert len("".join(log.tail(None))) <= MIB
         assert log.news(0, 100)[0] == ["last"]
-        log.rotate()
+        with file_size_limit(64 * MIB):
+            log.rotate()
     older = log.path.parent / "x.log.1"
     assert older.stat().st_size <= MIB
     assert older.read_bytes().endswith(b"\nlast\n")
@@ -149,11 +153,11 @@ def test_of_a_sparse_log_of_a_terabyte_only_the_end_is_read_and_kept(log, within
     lines.close()
 
 
-def test_a_rotation_that_fails_halfway_leaves_no_copy(log, within_limits):
+def test_a_rotation_that_fails_halfway_leaves_no_copy(log):
     """As on a full disk."""
     write(log, "x" * 50 + "\n" + "y" * 70 + "\n")
-    within_limits(60)
-    log.rotate()
+    with file_size_limit(60):
+        log.rotate()
     assert [path.name for path in log.path.parent.iterdir()] == ["x.log"]
     assert log.size == 0
 
