@@ -112,10 +112,18 @@ def _snake(part: int | str) -> str:
 _LONGEST_FIELD: Final = 100
 
 
+_RULES: Final = {
+    "dict_type": "must be a JSON object",
+    "extra_forbidden": "is not a known field",
+    "missing": "is required",
+    "model_type": "must be a JSON object",
+}
+"""Rules in words of ours instead of pydantic's, which are about Python."""
+
+
 def _rule(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "is not a known field"
-    return message.removeprefix("Value error, ").replace("Input should be", "must be")
+    plain = message.removeprefix("Value error, ").replace("Input should be", "must be")
+    return _RULES.get(kind, plain)
 
 
 def start_failed(snapshot: Snapshot) -> LabkeeperError:

@@ -906,7 +906,9 @@ def test_cull_rules_are_returned_in_seconds_and_null_disables_the_default(
         ("", {"name": "y", "idle_timeout": "soon"}, "idle_timeout: must be seconds as a number"),
         ("", {"name": "y", "max_age": True}, "max_age: must be seconds as a number"),
         ("/x/snooze", {"for": "25h"}, "for must be at most 1 d (LABKEEPER_MAX_SNOOZE)"),
-        ("/x/snooze", {}, "for: Field required"),
+        ("/x/snooze", {}, "for: is required"),
+        ("/x/snooze", [], "body must be a JSON object"),
+        ("/x/snooze", None, "body: must be a JSON object"),
         ("/x/snooze", {"for": None}, "for: must be seconds"),
     ],
 )
