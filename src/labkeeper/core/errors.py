@@ -40,6 +40,10 @@ class LabkeeperError(Exception):
 
     code: ClassVar[str] = "labkeeper_error"
 
+    def __init_subclass__(cls) -> None:
+        """Derive the code of a class from its name, in snake case."""
+        cls.code = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
     def __init__(self, message: str, **details: Any) -> None:
         super().__init__(message)
         self.message = message
@@ -48,8 +52,6 @@ class LabkeeperError(Exception):
 
 class RequestError(LabkeeperError):
     """The request cannot be fulfilled."""
-
-    code = "request_error"
 
     def renamed(self, fields: Mapping[str, str]) -> Self:
         """Return the error with other names for the fields that it is about."""
@@ -67,8 +69,6 @@ class RequestError(LabkeeperError):
 class InvalidSpec(RequestError):
     """The request breaks a rule; `details["errors"]` is a list of {"field", "rule"}."""
 
-    code = "invalid_spec"
-
     @classmethod
     def of(cls, field: str, rule: str) -> Self:
         """Return the error for one field that breaks one rule."""
@@ -85,8 +85,6 @@ class InvalidSpec(RequestError):
 class ServerNotFound(RequestError):
     """No server has this name, or the caller's token excludes it."""
 
-    code = "server_not_found"
-
     @classmethod
     def called(cls, name: str) -> Self:
         """Return the error for a name, worded alike whether or not such a server exists."""
@@ -96,115 +94,77 @@ class ServerNotFound(RequestError):
 class TokenNotFound(RequestError):
     """No token has this name."""
 
-    code = "token_not_found"
-
 
 class Conflict(RequestError):
     """The name is taken; `details["differs"]` lists the fields in which the specs differ."""
-
-    code = "conflict"
 
 
 class CapacityReached(RequestError):
     """Too many servers are active, or memory is low; `details["retry_after"]` is in seconds."""
 
-    code = "capacity_reached"
-
 
 class NotAuthenticated(RequestError):
     """The token is missing or wrong."""
-
-    code = "not_authenticated"
 
 
 class NotAllowed(RequestError):
     """The token is valid but does not permit this; `details["scope"]` is the one needed, if any."""
 
-    code = "not_allowed"
-
 
 class TooManyRequests(RequestError):
     """The caller exceeds its request rate; `details["retry_after"]` is in seconds."""
-
-    code = "too_many_requests"
 
 
 class HostNotKnown(RequestError):
     """The Host header is not one of the keeper's: another site's page may have sent the request."""
 
-    code = "host_not_known"
-
 
 class ServerFailed(LabkeeperError):
     """A server ended or never came up; `details` hold `failure_class`, `exit` and `log_tail`."""
-
-    code = "server_failed"
 
 
 class StartFailed(ServerFailed):
     """The server ended before it was ready, or could not be launched."""
 
-    code = "start_failed"
-
 
 class StartTimeout(ServerFailed):
     """The server was not ready within its start timeout and was ended."""
-
-    code = "start_timeout"
 
 
 class BackendError(LabkeeperError):
     """The backend could not carry out a call."""
 
-    code = "backend_error"
-
 
 class BackendRefused(BackendError):
     """Permanent: nothing was started, and a retry would not help."""
-
-    code = "backend_refused"
 
 
 class BackendUnavailable(BackendError):
     """Temporary: the backend cannot determine the outcome; retry."""
 
-    code = "backend_unavailable"
-
 
 class BackendTimeout(BackendError):
     """The backend, or the server behind it, did not answer in time."""
-
-    code = "backend_timeout"
 
 
 class StoreError(LabkeeperError):
     """The store cannot be read or written."""
 
-    code = "store_error"
-
 
 class SettingsError(LabkeeperError):
     """A setting is wrong; raised at boot only."""
-
-    code = "settings_error"
 
 
 class ClientError(LabkeeperError):
     """Raised by the client only; never part of a response."""
 
-    code = "client_error"
-
 
 class Unreachable(ClientError):
     """No keeper answered."""
 
-    code = "unreachable"
-
 
 class BadAnswer(ClientError):
     """The answer does not come from a keeper."""
-
-    code = "bad_answer"
 
 
 def tree() -> dict[str, type[LabkeeperError]]:
