@@ -35,6 +35,8 @@ _OWN: Final = frozenset(
 )
 """The keeper's own fields of an entry, which no server's variable of equal value may blank."""
 
+_log = structlog.get_logger("labkeeper.servers")
+
 
 def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bool) -> None:
     """Send all logs of this process, including libraries', to stderr in one format."""
@@ -126,54 +128,50 @@ def _scrubbed(key: Any, value: Any, known: Sequence[Secrets]) -> Any:
     return scrub(repr(value), *known)
 
 
-class ChangeLog:
-    """Subscriber that logs each change of a server's state and of its gateway's availability."""
+def log_change(change: Change) -> None:
+    """Log a change of a server's state or of its gateway's availability; a subscriber."""
+    before, after = change.before, change.after
+    if change.event is Event.GATEWAY and after.gateway is not None:
+        _log_gateway(change, after.gateway)
+    if change.event is Event.PROGRESS and after.progress is not None:
+        _log.info("a start takes longer", **_about(change), **asdict(after.progress))
+    if before is not None and before.state is after.state:
+        return
+    facts: dict[str, Any] = {
+        **_about(change),
+        # "event" is structlog's own key for the message.
+        "on": str(change.event),
+    }
+    if after.failure is not None:
+        facts["failure_class"], facts["cause"] = str(after.failure.kind), after.failure.message
+    if after.stop_report is not None:
+        facts["method"] = str(after.stop_report.method)
+        facts["seconds"] = after.stop_report.seconds
+    _level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
 
-    def __init__(self) -> None:
-        self._log = structlog.get_logger("labkeeper.servers")
 
-    def changed(self, change: Change) -> None:
-        """Log one change."""
-        before, after = change.before, change.after
-        if change.event is Event.GATEWAY and after.gateway is not None:
-            self._tell_of(change, after.gateway)
-        if change.event is Event.PROGRESS and after.progress is not None:
-            self._log.info("a start takes longer", **_about(change), **asdict(after.progress))
-        if before is not None and before.state is after.state:
-            return
-        facts: dict[str, Any] = {
+def _log_gateway(change: Change, gateway: GatewayHealth) -> None:
+    if gateway.error is None:
+        _log.info("gateway answers", **_about(change), kernelspecs=gateway.kernelspecs)
+    else:
+        error = gateway.error
+        _log.warning(
+            "gateway cannot be used",
             **_about(change),
-            # "event" is structlog's own key for the message.
-            "on": str(change.event),
-        }
-        if after.failure is not None:
-            facts["failure_class"], facts["cause"] = str(after.failure.kind), after.failure.message
-        if after.stop_report is not None:
-            facts["method"] = str(after.stop_report.method)
-            facts["seconds"] = after.stop_report.seconds
-        self._level(change)(f"{before.state if before else 'recovered'} -> {after.state}", **facts)
+            failure_class=str(error.kind),
+            cause=error.message,
+        )
 
-    def _tell_of(self, change: Change, gateway: GatewayHealth) -> None:
-        if gateway.error is None:
-            self._log.info("gateway answers", **_about(change), kernelspecs=gateway.kernelspecs)
-        else:
-            error = gateway.error
-            self._log.warning(
-                "gateway cannot be used",
-                **_about(change),
-                failure_class=str(error.kind),
-                cause=error.message,
-            )
 
-    def _level(self, change: Change) -> Any:
-        state = change.after.state
-        if change.before is None:  # Not an event: a keeper has started.
-            return self._log.info
-        if state is State.LOST and change.event is Event.DEADLINE:
-            return self._log.error
-        if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING}:
-            return self._log.warning
-        return self._log.info
+def _level(change: Change) -> Any:
+    state = change.after.state
+    if change.before is None:  # Not an event: a keeper has started.
+        return _log.info
+    if state is State.LOST and change.event is Event.DEADLINE:
+        return _log.error
+    if state in {State.FAILED, State.BACKOFF, State.LOST, State.KILLING}:
+        return _log.warning
+    return _log.info
 
 
 def _about(change: Change) -> dict[str, Any]:

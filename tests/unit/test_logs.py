@@ -99,7 +99,7 @@ def test_a_traceback_shows_no_values(capsys, form):
 )
 def test_each_change_of_state_is_one_entry(before, after, event, level):
     with structlog.testing.capture_logs() as log:
-        logs.ChangeLog().changed(Change(event, before and snapshot(before), after, 0.0))
+        logs.log_change(Change(event, before and snapshot(before), after, 0.0))
     (entry,) = log
     assert (entry["log_level"], entry["server"], entry["generation"]) == (level, "lab", 3)
     assert entry["event"] == f"{before or 'recovered'} -> {after.state}"
@@ -109,9 +109,7 @@ def test_each_change_of_state_is_one_entry(before, after, event, level):
 
 def test_a_change_that_keeps_the_state_is_not_logged():
     with structlog.testing.capture_logs() as log:
-        logs.ChangeLog().changed(
-            Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0)
-        )
+        logs.log_change(Change(Event.STOP, snapshot(State.STOPPING), snapshot(State.STOPPING), 0.0))
     assert log == []
 
 
@@ -119,7 +117,7 @@ def test_the_progress_of_a_start_is_logged():
     before = snapshot(State.STARTING)
     after = replace(before, progress=Progress(Stage.PULLING, "pulling the image"))
     with structlog.testing.capture_logs() as log:
-        logs.ChangeLog().changed(Change(Event.PROGRESS, before, after, 0.0))
+        logs.log_change(Change(Event.PROGRESS, before, after, 0.0))
     (entry,) = log
     assert (entry["log_level"], entry["server"], entry["stage"], entry["message"]) == (
         "info",
@@ -140,7 +138,7 @@ def test_changes_of_a_gateways_health_are_logged(error, level, cause):
     running = snapshot(State.RUNNING)
     seen = replace(running, gateway=GatewayHealth(1.0, error))
     with structlog.testing.capture_logs() as log:
-        logs.ChangeLog().changed(Change(Event.GATEWAY, running, seen, 0.0))
+        logs.log_change(Change(Event.GATEWAY, running, seen, 0.0))
     (entry,) = log
     assert (entry["log_level"], entry["server"], entry.get("cause")) == (level, "lab", cause)
 
@@ -148,10 +146,8 @@ def test_changes_of_a_gateways_health_are_logged(error, level, cause):
 def test_an_entry_names_the_actor_request_and_reason(capsys):
     logs.configure(level="info", form="json", debug=False)
     before, after = snapshot(State.RUNNING), snapshot(State.STOPPING)
-    logs.ChangeLog().changed(
-        Change(Event.STOP, before, after, 0.0, Origin("culler", "r-1", "idle for 1 h"))
-    )
-    logs.ChangeLog().changed(Change(Event.CRASHED, after, snapshot(State.STOPPED), 0.0))
+    logs.log_change(Change(Event.STOP, before, after, 0.0, Origin("culler", "r-1", "idle for 1 h")))
+    logs.log_change(Change(Event.CRASHED, after, snapshot(State.STOPPED), 0.0))
     ordered, followed = (json.loads(line) for line in capsys.readouterr().err.splitlines())
     assert (ordered["actor"], ordered["request_id"], ordered["reason"]) == (
         "culler",
@@ -230,9 +226,7 @@ def test_a_servers_secrets_are_hidden_in_entries_about_it_and_nowhere_else(capsy
         state=State.FAILED,
         failure=Failure(FailureClass.IMPORT_ERROR, "no its-own-secret for token:ada"),
     )
-    logs.ChangeLog().changed(
-        Change(Event.CRASHED, before, failed, 0.0, Origin("token:ada", "a-request"))
-    )
+    logs.log_change(Change(Event.CRASHED, before, failed, 0.0, Origin("token:ada", "a-request")))
     with structlog.contextvars.bound_contextvars(server="lab-1"):
         logging.getLogger("somebody").warning("its-own-secret")
     for about in ({"server": "lab-2"}, {}):

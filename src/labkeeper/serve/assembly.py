@@ -78,7 +78,7 @@ def assemble(
         scrub.SecretsOfServers().changed,
         base.board.changed,
         history.metrics.changed,
-        logs.ChangeLog().changed,
+        logs.log_change,
         watch.changed,
         history.event_log.changed,
         culler.changed,
