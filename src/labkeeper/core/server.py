@@ -139,8 +139,10 @@ class Kernel:
 
     id: str
     name: str
-    execution_state: str
-    last_activity: str
+    execution_state: str = "unknown"
+    last_activity: str = ""
+    connections: int = 0
+    """Number of open websockets."""
 
 
 @dataclass(frozen=True, slots=True)

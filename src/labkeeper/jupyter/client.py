@@ -39,16 +39,6 @@ _END_KERNEL_TIMEOUT: Final = 10.0
 """Seconds for a kernel to end; Jupyter gives an unresponsive one five."""
 
 
-class _KernelModel(BaseModel):
-    model_config = ConfigDict(extra="ignore", defer_build=True)
-
-    id: str
-    name: str
-    execution_state: str = "unknown"
-    last_activity: str = ""
-    connections: int = 0
-
-
 class _TerminalModel(BaseModel):
     model_config = ConfigDict(extra="ignore", defer_build=True)
 
@@ -67,7 +57,7 @@ class _StatusModel(BaseModel):
 _LAZY: Final = ConfigDict(defer_build=True)
 
 
-_KERNELS: Final = TypeAdapter(list[_KernelModel], config=_LAZY)
+_KERNELS: Final = TypeAdapter(list[Kernel], config=_LAZY)
 
 
 _TERMINALS: Final = TypeAdapter(list[_TerminalModel], config=_LAZY)
@@ -111,8 +101,7 @@ class JupyterClient:
         Raises BackendUnavailable, BackendTimeout.
         """
         with _failing(f"cannot list the kernels of the server on port {endpoint.port}"):
-            found = _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
-        return [Kernel(k.id, k.name, k.execution_state, k.last_activity) for k in found]
+            return _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
 
     def load(self, endpoint: Endpoint) -> Load:
         """Return the number of kernels and connections, without counting as activity.
