@@ -40,14 +40,14 @@ _END_KERNEL_TIMEOUT: Final = 10.0
 
 
 class _TerminalModel(BaseModel):
-    model_config = ConfigDict(extra="ignore", defer_build=True)
+    model_config = ConfigDict(defer_build=True)
 
     name: str
     last_activity: str = ""
 
 
 class _StatusModel(BaseModel):
-    model_config = ConfigDict(extra="ignore", defer_build=True)
+    model_config = ConfigDict(defer_build=True)
 
     last_activity: str
     kernels: int
@@ -61,9 +61,6 @@ _KERNELS: Final = TypeAdapter(list[Kernel], config=_LAZY)
 
 
 _TERMINALS: Final = TypeAdapter(list[_TerminalModel], config=_LAZY)
-
-
-_STATUS: Final = TypeAdapter(_StatusModel)
 
 
 _UNTRACKED: Final = "?no_track_activity=1"
@@ -111,7 +108,7 @@ class JupyterClient:
         with _failing(
             f"cannot ask the server on port {endpoint.port} for its kernels and connections"
         ):
-            status = _STATUS.validate_json(self._told(endpoint, "api/status"))
+            status = _StatusModel.model_validate_json(self._told(endpoint, "api/status"))
         return Load(status.kernels, status.connections)
 
     def activity(self, endpoint: Endpoint) -> Activity:
@@ -120,7 +117,7 @@ class JupyterClient:
         Raises BackendUnavailable, BackendTimeout.
         """
         with _failing(f"cannot ask the server on port {endpoint.port} how it is used"):
-            status = _STATUS.validate_json(self._told(endpoint, "api/status"))
+            status = _StatusModel.model_validate_json(self._told(endpoint, "api/status"))
             kernels = (
                 _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
                 if status.kernels
@@ -165,16 +162,11 @@ class JupyterClient:
             ("api/sessions", {**asdict(session), "kernel": {"id": kernel.id}})
             for session in kernel.sessions
         ]
-        what = f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"
-        for path, body in asked:
-            try:
+        with _failing(f"the server on port {endpoint.port} cannot take over kernel {kernel.id}"):
+            for path, body in asked:
                 answer = self._ask("POST", endpoint, path, body=body)
-            except TimeoutError as error:
-                raise BackendTimeout(f"{what}: it did not answer in time") from error
-            except (OSError, http.client.HTTPException) as error:
-                raise BackendUnavailable(f"{what}: {type(error).__name__}") from error
-            if answer.status != http.client.CREATED:
-                raise BackendUnavailable(f"{what}: it answered {answer.status}")
+                if answer.status != http.client.CREATED:
+                    raise BackendUnavailable(f"it answered {answer.status}")
 
     def _told(self, endpoint: Endpoint, path: str, *, absent: bytes | None = None) -> bytes:
         """Return the body of an answer, or `absent` for status 404.
