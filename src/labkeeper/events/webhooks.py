@@ -8,7 +8,6 @@ delivered twice, then with the same id.
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 import hashlib
 import hmac
@@ -17,7 +16,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from urllib.parse import urlsplit
@@ -215,13 +213,10 @@ class _Refused:
 
 
 def _refusal(answer: httpx.Response) -> _Refused:
-    status = answer.status_code
-    lasting = (
-        HTTPStatus.BAD_REQUEST <= status < HTTPStatus.INTERNAL_SERVER_ERROR and status not in _LATER
-    )
+    lasting = answer.is_client_error and answer.status_code not in _LATER
     wait = answer.headers.get("Retry-After", "")
     return _Refused(
-        f"it answered {status}",
+        f"it answered {answer.status_code}",
         lasting,
         min(float(wait), _LONGEST_PAUSE) if wait.isdecimal() else 0.0,
     )
@@ -244,7 +239,7 @@ def key_of(secret: str) -> bytes:
     """Parse a secret. Raises ValueError with the rule."""
     try:
         key = base64.b64decode(secret.removeprefix(_KEY_PREFIX), validate=True)
-    except (binascii.Error, ValueError):
+    except ValueError:
         key = b""
     if len(key) not in _KEY_BYTES:
         size = f"{_KEY_BYTES.start} to {_KEY_BYTES.stop - 1}"
