@@ -16,7 +16,7 @@ from contextlib import ExitStack, closing, suppress
 from typing import Final
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from labkeeper import shortage
 from labkeeper.bounded_http import Answer, exchange
@@ -30,7 +30,6 @@ from labkeeper.scrub import Secrets, of_gateway, scrub
 _KERNEL_PATH: Final = "/api/kernels/"
 _DELETE_WITHIN: Final = 20.0
 """Seconds in which a gateway must end a kernel, which may be a container in a cluster."""
-_SERVER_ERRORS: Final = 500
 _NO_TLS: Final = "does not speak TLS; use http:// in gateway_url"
 _AT_ONCE: Final = 1.0
 """Timeout in seconds of probes for the wrong protocol."""
@@ -41,7 +40,7 @@ _MARGIN: Final = 0.5
 class _Specs(BaseModel):
     """`GET /api/kernelspecs`, as far as it distinguishes a gateway from other servers."""
 
-    model_config = ConfigDict(extra="ignore", defer_build=True)
+    model_config = ConfigDict(defer_build=True)
 
     kernelspecs: dict[str, object]
 
@@ -131,7 +130,7 @@ class GatewayClient:
                 f"refuses {given} ({answer.status}); "
                 "check gateway_auth_token, gateway_auth_scheme and gateway_headers",
             )
-        if answer.status >= _SERVER_ERRORS:
+        if answer.status >= http.client.INTERNAL_SERVER_ERROR:
             raise _UnfitError(
                 FailureClass.GATEWAY_UNREACHABLE,
                 f"answers {answer.status}: it is out of order; check it, or try later",
@@ -147,7 +146,7 @@ class GatewayClient:
             if answer.status != http.client.OK:
                 raise ValueError(f"status {answer.status}")
             return len(_Specs.model_validate_json(answer.body).kernelspecs)
-        except (ValueError, ValidationError) as error:
+        except ValueError as error:  # Such as pydantic's ValidationError.
             status = f" ({answer.status})" if answer.status != http.client.OK else ""
             raise _UnfitError(
                 FailureClass.NOT_A_GATEWAY,
