@@ -44,24 +44,6 @@ class Family:
     buckets: tuple[float, ...] = ()
 
 
-_START_BUCKETS: Final = (0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0)
-_STOP_BUCKETS: Final = (0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 60.0)
-_HTTP_BUCKETS: Final = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    60.0,
-)
 _CLASSES: Final = tuple(str(kind) for kind in FailureClass)
 
 INFO: Final = Family("labkeeper_info", Kind.INFO, "The keeper's version.", ("version",))
@@ -91,7 +73,7 @@ START_DURATION: Final = Family(
     "of a restart, from the end of the launch before.",
     ("way",),
     known=tuple((way,) for way in WAYS),
-    buckets=_START_BUCKETS,
+    buckets=(0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 3.0, 5.0, 10.0, 20.0, 60.0),
 )
 STOP_DURATION: Final = Family(
     "labkeeper_stop_duration_seconds",
@@ -100,7 +82,7 @@ STOP_DURATION: Final = Family(
     "by the hardest method used; stops within a restart are not counted.",
     ("method",),
     known=tuple((str(method),) for method in StopMethod if method is not StopMethod.NONE),
-    buckets=_STOP_BUCKETS,
+    buckets=(0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 6.0, 8.0, 10.0, 20.0, 60.0),
 )
 ENDS: Final = Family(
     "labkeeper_unrequested_ends_total",
@@ -166,7 +148,7 @@ HTTP_DURATION: Final = Family(
     "what waits for a server is in it.",
     ("route", "method"),
     known=(),
-    buckets=_HTTP_BUCKETS,
+    buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
 )
 FAMILIES: Final = (
     INFO,
