@@ -9,7 +9,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from importlib.metadata import version
 
 import structlog
 
@@ -19,7 +18,7 @@ from labkeeper.api.tls import Certificate
 from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
-from labkeeper.serve.assembly import assemble
+from labkeeper.serve.assembly import VERSION, assemble
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
 from labkeeper.serve.policies import longest_stop
@@ -65,9 +64,7 @@ def run(
             )
         path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
-        announce(
-            f"labkeeper {version('labkeeper')} answers on {url} (documentation: {url}/api/docs)"
-        )
+        announce(f"labkeeper {VERSION} answers on {url} (documentation: {url}/api/docs)")
         _warn(chosen, announce)
         if first:
             connect = functools.partial(own_client, url, path, token)

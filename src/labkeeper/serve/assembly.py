@@ -50,7 +50,7 @@ from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
 from labkeeper.threads import ThreadGroup
 
-_OURS: Final = version("labkeeper")
+VERSION: Final = version("labkeeper")
 
 
 def assemble(
@@ -162,7 +162,9 @@ def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
     def statuses() -> list[WebhookStatus]:
         return [webhook.status() for webhook in webhooks]
 
-    metrics = Metrics(base.clock, World(base.board.all, base.orphans.all, statuses), version=_OURS)
+    metrics = Metrics(
+        base.clock, World(base.board.all, base.orphans.all, statuses), version=VERSION
+    )
     event_log = EventLog(
         base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard]
     )
@@ -316,7 +318,7 @@ def _services(
         culler=culler,
         max_snooze=chosen.max_snooze,
         defaults=_defaults(chosen),
-        version=_OURS,
+        version=VERSION,
         tokens=tokens,
         authenticators=_authenticators(chosen, tokens, backend),
         url=url,
