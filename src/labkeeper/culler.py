@@ -9,7 +9,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import structlog
@@ -55,8 +55,8 @@ class _Watched:
     seen: Activity | None = None
     """The server's last answer, unconverted; None if it did not answer."""
     looked_at: float | None = None
-    asker: threading.Thread | None = None
-    """The thread of the current or last poll."""
+    asker: threading.Thread = field(default_factory=threading.Thread)
+    """The thread of the current or last poll; before the first, one that is not started."""
 
 
 class Culler:
@@ -181,12 +181,7 @@ class Culler:
     def _due(self) -> list[_Watched]:
         now = self._clock.monotonic()
         with self._lock:
-            watched = self._watched.values()
-            return [
-                w
-                for w in watched
-                if w.due <= now and not (w.asker is not None and w.asker.is_alive())
-            ]
+            return [w for w in self._watched.values() if w.due <= now and not w.asker.is_alive()]
 
     def _look(self, watched: _Watched) -> None:
         """Poll one server and act on the verdict."""

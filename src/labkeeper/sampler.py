@@ -53,7 +53,8 @@ class Sampler:
         self._asked = float("-inf")
         self._samples: dict[QualifiedName, Sample] = {}
         self._loads: dict[QualifiedName, tuple[int, Load]] = {}
-        self._asking: threading.Thread | None = None
+        self._asking = threading.Thread()
+        """The thread that asks servers or last did; before the first, one that is not started."""
         self._rounds = 0
         """Number of measurements since the first request."""
 
@@ -84,9 +85,7 @@ class Sampler:
             self._samples, self._rounds = {}, 0
             return
         self._sample()
-        if self._rounds % _LOADS_EVERY == 0 and (
-            self._asking is None or not self._asking.is_alive()
-        ):
+        if self._rounds % _LOADS_EVERY == 0 and not self._asking.is_alive():
             self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
 

@@ -50,13 +50,8 @@ class _Watched:
     """Number of consecutive failures."""
     asked: float = 0.0
     """When it was last asked; seconds since the epoch."""
-    asker: threading.Thread | None = None
-    """The thread that asks it or last did."""
-
-    @property
-    def asking(self) -> bool:
-        """Whether it is being asked."""
-        return self.asker is not None and self.asker.is_alive()
+    asker: threading.Thread = field(default_factory=threading.Thread)
+    """The thread that asks it or last did; before the first, one that is not started."""
 
 
 class GatewayWatch:
@@ -126,9 +121,9 @@ class GatewayWatch:
                 if orphan.since > watched.asked:
                     watched.due = min(watched.due, now)
             self._watched = [
-                w for w in self._watched if w.servers or w.asking or w.gateway in owing
+                w for w in self._watched if w.servers or w.asker.is_alive() or w.gateway in owing
             ]
-            return [w for w in self._watched if w.due <= now and not w.asking]
+            return [w for w in self._watched if w.due <= now and not w.asker.is_alive()]
 
     def _ask(self, watched: _Watched) -> None:
         watched.asked = self._clock.time()
