@@ -104,7 +104,9 @@ class Culler:
             elif known is None or known.snapshot.generation != after.generation:
                 self._watched[after.qualified_name] = self._watch(after, after.endpoint)
             else:
-                self._renew(known, after)
+                known.snapshot = after
+                if change.event is Event.SNOOZE:
+                    self._snooze(known)
 
     def refresh(self, snapshot: Snapshot) -> Explanation:
         """Poll a server and return its explanation."""
@@ -150,11 +152,6 @@ class Culler:
         )
         self._snooze(watched)
         return watched
-
-    def _renew(self, watched: _Watched, after: Snapshot) -> None:
-        before, watched.snapshot = watched.snapshot, after
-        if after.snoozed_until != before.snoozed_until:
-            self._snooze(watched)
 
     def _snooze(self, watched: _Watched) -> None:
         """Convert the end of its snooze to our clock once, so that clock jumps do not matter."""
