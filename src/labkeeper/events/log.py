@@ -74,16 +74,19 @@ class EventLog:
         kind, after = messages.kind_of(change), change.after
         self._specs[after.qualified_name] = after.spec
         if kind is not None:
-            told = HistoryEntry(
-                0,
-                change.at,
-                kind,
-                after.name,
-                messages.sentence(change),
-                change.origin,
-                after.generation,
+            self._add(
+                HistoryEntry(
+                    0,
+                    change.at,
+                    kind,
+                    after.name,
+                    messages.sentence(change),
+                    change.origin,
+                    after.generation,
+                    messages.facts(change),
+                    owner=after.spec.owner,
+                )
             )
-            self._add(replace(told, details=messages.facts(change), owner=after.spec.owner))
         if after.forgotten:
             del self._specs[after.qualified_name]
 
