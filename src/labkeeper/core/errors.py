@@ -167,12 +167,9 @@ class BadAnswer(ClientError):
     """The answer does not come from a keeper."""
 
 
-def tree() -> dict[str, type[LabkeeperError]]:
-    """Return every class of the tree by its code."""
-    found: dict[str, type[LabkeeperError]] = {}
-    waiting: list[type[LabkeeperError]] = [LabkeeperError]
-    while waiting:
-        cls = waiting.pop()
-        found[cls.code] = cls
-        waiting.extend(cls.__subclasses__())
+def tree(root: type[LabkeeperError] = LabkeeperError) -> dict[str, type[LabkeeperError]]:
+    """Return a class and all those below it, by code."""
+    found = {root.code: root}
+    for cls in root.__subclasses__():
+        found |= tree(cls)
     return found
