@@ -157,15 +157,14 @@ class Fleet:
     def _create(self, command: Create) -> Reply:
         spec = command.spec
         start = Order(spec.qualified_name, Event.START, origin=command.origin)
-        known = self._servers.get(spec.qualified_name)
-        if known is None:
+        controller = self._servers.get(spec.qualified_name)
+        if controller is None:
             check_known(spec.name, len(self._servers), self._policy)
             # A late fact of a deleted server must not be mistaken for its successor's.
-            return self._command(
-                Controller.new(spec, self._policy, self._clock, self._last_generation), start
-            )
-        check_equal(known.snapshot, spec)
-        return self._command(known, start)
+            controller = Controller.new(spec, self._policy, self._clock, self._last_generation)
+        else:
+            check_equal(controller.snapshot, spec)
+        return self._command(controller, start)
 
     def _order(self, order: Order) -> Reply:
         return self._command(self._find(order.name), order)
