@@ -95,6 +95,11 @@ class Stage:
         self.backend.launch(self.spec, generation)
         return self.wait(Ready, generation)
 
+    def kill(self, generation: int = 1) -> Ended:
+        """Kill the server, and wait for its end."""
+        self.backend.kill(self.name, generation)
+        return self.wait(Ended, generation)
+
     def wait(self, kind: type[_F], generation: int) -> _F:
         """Wait for the next report but progress; it must be of this kind and generation."""
         report = None
@@ -113,8 +118,7 @@ class Stage:
 
     def quiet(self) -> None:
         """Prove that no report was pending: the one caused here arrives first."""
-        self.backend.kill(self.name, _FENCE)
-        self.wait(Ended, _FENCE)
+        self.kill(_FENCE)
 
     def clear(self) -> None:
         """Clean up."""
@@ -168,8 +172,7 @@ class BackendContract:
         ready = stage.launch()
         stage.backend.launch(stage.spec, 1)
         assert stage.rig.exists(ready.instance)
-        stage.backend.kill(stage.name, 1)
-        stage.wait(Ended, 1)
+        stage.kill()
         assert not stage.rig.exists(ready.instance)
         stage.quiet()
 
@@ -197,8 +200,7 @@ class BackendContract:
     def test_kill_ends_it_at_once(self, stage: Stage) -> None:
         """After kill exactly one Ended follows, and nothing is left."""
         ready = stage.launch()
-        stage.backend.kill(stage.name, 1)
-        ended = stage.wait(Ended, 1)
+        ended = stage.kill()
         assert ended.method is StopMethod.SIGKILL
         assert not ended.exit.clean
         assert not stage.rig.exists(ready.instance)
@@ -208,8 +210,7 @@ class BackendContract:
         """After terminate or kill an Ended follows even if nothing existed."""
         stage.backend.terminate(stage.name, 3, 1.0)
         assert stage.wait(Ended, 3).method is StopMethod.NONE
-        stage.backend.kill(stage.name, 4)
-        assert stage.wait(Ended, 4).method is StopMethod.NONE
+        assert stage.kill(4).method is StopMethod.NONE
 
     def test_nothing_is_observed_as_gone(self, stage: Stage) -> None:
         """An observation of an unknown server returns Gone and causes no report."""
@@ -255,8 +256,7 @@ class BackendContract:
     def test_the_log_outlives_the_server(self, stage: Stage) -> None:
         """The log remains after the end, to read and follow; forgetting it is idempotent."""
         ready = stage.launch()
-        stage.backend.kill(stage.name, 1)
-        stage.wait(Ended, 1)
+        stage.kill()
         lines = list(stage.backend.log(stage.name, None))
         assert lines
         assert not any(line.endswith("\n") for line in lines)
@@ -274,8 +274,7 @@ class BackendContract:
         lives = True
         lines = stage.backend.follow(stage.name, 1, lambda: lives)
         assert any(line == "" for line in lines)
-        stage.backend.kill(stage.name, 1)
-        stage.wait(Ended, 1)
+        stage.kill()
         lives = False
         assert not any(line == "" for line in list(lines)[1:])
 
@@ -284,8 +283,7 @@ class BackendContract:
         stage.launch()
         lines = stage.backend.follow(stage.name, 1, lambda: True)
         assert any(line == "" for line in lines)
-        stage.backend.kill(stage.name, 1)
-        stage.wait(Ended, 1)
+        stage.kill()
         stage.backend.forget(stage.name)
         stage.launch(2)
         assert len(list(itertools.islice(lines, _FEW))) < _FEW
@@ -302,8 +300,7 @@ class BackendContract:
             <= first[stage.name].cpu_seconds
             <= stage.backend.usage([stage.name])[stage.name].cpu_seconds
         )
-        stage.backend.kill(stage.name, 1)
-        stage.wait(Ended, 1)
+        stage.kill()
         assert not stage.backend.usage([stage.name])
 
     def test_what_nobody_knows_is_named_and_swept_but_its_log(self, stage: Stage) -> None:
@@ -328,8 +325,7 @@ class BackendContract:
         other = stage.launch(2)
         assert stage.rig.exists(ready.instance)
         assert other.instance != ready.instance
-        stage.backend.kill(stage.name, 2)
-        stage.wait(Ended, 2)
+        stage.kill(2)
         assert not stage.rig.exists(other.instance)
         stage.backend.forget(stage.name)
         stage.spec = mine
