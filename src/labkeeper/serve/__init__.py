@@ -48,7 +48,7 @@ def run(
     announce = _unheard_is_no_harm(announce)
     with ExitStack() as stack:
         ended = stack.enter_context(closing(Ended()))
-        stack.enter_context(own_directories(chosen.state_dir, chosen.server_dirs))
+        own_directories(chosen.state_dir, chosen.server_dirs, stack)
         allow_descriptors()
         token = _token(chosen)
         own = _own_secrets(chosen, token)

@@ -71,19 +71,14 @@ def _is_usable(directory: Path) -> bool:
     return os.access(directory, os.W_OK | os.X_OK)
 
 
-@contextmanager
-def own_directories(state_dir: Path, runtime_dir: Path) -> Iterator[None]:
-    """Hold the locks of the keeper's directories, created if missing. Raises SettingsError."""
+def own_directories(state_dir: Path, runtime_dir: Path, stack: ExitStack) -> None:
+    """Lock the keeper's directories, created if missing. Raises SettingsError."""
     _make_private(state_dir)
-    with ExitStack() as stack:
-        stack.enter_context(only_keeper(state_dir, "state directory", "LABKEEPER_STATE_DIR"))
-        if _is_usable(runtime_dir):
-            # Also the default one: another keeper that uses it would end these servers, unknown to
-            # its store.
-            stack.enter_context(
-                only_keeper(runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR")
-            )
-        yield
+    stack.enter_context(only_keeper(state_dir, "state directory", "LABKEEPER_STATE_DIR"))
+    if _is_usable(runtime_dir):
+        # Also the default one: another keeper that uses it would end these servers, unknown to its
+        # store.
+        stack.enter_context(only_keeper(runtime_dir, "runtime directory", "LABKEEPER_RUNTIME_DIR"))
 
 
 @contextmanager
