@@ -249,15 +249,13 @@ class Culler:
             rule=str(outlook.rule),
             stops_at=moment,
         )
-        details = {"rule": str(outlook.rule), "stops_at": moment}
-        origin = Origin(CULLER, reason=str(outlook.rule))
         self._event_log.record(
             HistoryKind.CULL_WARNING,
             snapshot.qualified_name,
             message,
-            origin=origin,
+            origin=Origin(CULLER, reason=str(outlook.rule)),
             generation=snapshot.generation,
-            details=details,
+            details={"rule": str(outlook.rule), "stops_at": moment},
         )
 
     def _stop(self, watched: _Watched, rule: Rule) -> None:
@@ -307,7 +305,7 @@ class Culler:
         return idle_kernels(watched.facts, self._policy, self._clock.monotonic())
 
     def _end_kernel(self, watched: _Watched, kernel_id: str, reason: str) -> None:
-        name, generation = watched.snapshot.qualified_name, watched.snapshot.generation
+        name = watched.snapshot.qualified_name
         try:
             self._probe.end_kernel(watched.endpoint, kernel_id)
         except BackendError as error:
@@ -316,13 +314,11 @@ class Culler:
             )
             return
         _log.info("a kernel is culled", server=name, kernel=kernel_id, reason=reason)
-        message = f"kernel {kernel_id} of server '{name}' was ended because it was not used"
-        origin = Origin(CULLER, reason=reason)
         self._event_log.record(
             HistoryKind.KERNEL_CULLED,
             name,
-            message,
-            origin=origin,
-            generation=generation,
+            f"kernel {kernel_id} of server '{name}' was ended because it was not used",
+            origin=Origin(CULLER, reason=reason),
+            generation=watched.snapshot.generation,
             details={"kernel": kernel_id},
         )

@@ -80,7 +80,7 @@ class Sampler:
         return self._period if self._rounds > 1 else _LOOK_EVERY
 
     def _round(self) -> None:
-        if not self._wanted:
+        if self._clock.monotonic() - self._asked >= _WANTED_FOR:
             # An outdated sample could be mistaken for a new one.
             self._samples, self._rounds = {}, 0
             return
@@ -88,10 +88,6 @@ class Sampler:
         if self._rounds % _LOADS_EVERY == 0 and not self._asking.is_alive():
             self._asking = self._threads.start("ask-usage", self._ask)
         self._rounds += 1
-
-    @property
-    def _wanted(self) -> bool:
-        return self._clock.monotonic() - self._asked < _WANTED_FOR
 
     def _sample(self) -> None:
         running = {s.qualified_name: s for s in self._servers() if s.state is State.RUNNING}

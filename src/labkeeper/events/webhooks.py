@@ -142,11 +142,10 @@ class Webhook:
         while (refused := self._post(entry)) is not None:
             late = self.clock.time() - entry.at > _GIVEN_UP_AFTER
             if refused.for_good or late:
-                place = place_of(self.url)
                 _log.error(
                     "a webhook did not accept an event; it is dropped",
                     id=entry.id,
-                    place=place,
+                    place=place_of(self.url),
                     error=refused.why,
                 )
                 self._over(entry, taken=False)

@@ -84,11 +84,10 @@ def run(
 
 def _certificate(chosen: Settings) -> Certificate | None:
     """Return the keeper's certificate, and check that of the servers. Raises SettingsError."""
-    certificate = None if chosen.certificate is None else Certificate(*chosen.certificate)
     if chosen.lab_certificate is not None:
         # A mistake is reported now, and not by each server that cannot start.
         tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
-    return certificate
+    return None if chosen.certificate is None else Certificate(*chosen.certificate)
 
 
 @contextmanager
