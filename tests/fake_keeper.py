@@ -57,8 +57,8 @@ def fake_keeper(
     """Run one; `services` replace the defaults of its API."""
     world, store, probe, clock = World(), MemoryStore(), FixedProbe(), SystemClock()
     mailbox, board = Mailbox(), SnapshotBoard()
-    executor = KeyedExecutor(mailbox.receive)
-    backend = FakeBackend(mailbox.receive, world, validate=Paths(notebook_dir).validate)
+    executor = KeyedExecutor(mailbox.post)
+    backend = FakeBackend(mailbox.post, world, validate=Paths(notebook_dir).validate)
     event_log = EventLog(store, clock, size=1000)
     fleet = Fleet(
         backend=backend,

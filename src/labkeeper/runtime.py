@@ -143,7 +143,7 @@ class KeyedExecutor:
     """Runs jobs on a few threads: jobs of one server in order, of different servers in parallel."""
 
     def __init__(
-        self, mailbox: Callable[[Report], None], *, threads: int = EXECUTOR_THREADS
+        self, mailbox: Callable[[Report], object], *, threads: int = EXECUTOR_THREADS
     ) -> None:
         """Start all threads at once, so that no job waits for one that cannot be started.
 
@@ -215,12 +215,8 @@ class Mailbox:
             queue.SimpleQueue()
         )
 
-    def receive(self, report: Report) -> None:
-        """Queue a fact."""
-        self._items.put((report, Future()))
-
     def post(self, message: Message) -> Future[Reply | None]:
-        """Queue a command; the future receives the fleet's answer."""
+        """Queue a message; the future receives the fleet's answer."""
         answer: Future[Reply | None] = Future()
         self._items.put((message, answer))
         return answer

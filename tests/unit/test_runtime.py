@@ -133,9 +133,9 @@ class Rig:
         )
         mailbox = Mailbox()
         self.mailbox = mailbox
-        executor = KeyedExecutor(mailbox.receive, threads=2)
+        executor = KeyedExecutor(mailbox.post, threads=2)
         self.fleet = Fleet(
-            backend=FakeBackend(mailbox.receive, self.world),
+            backend=FakeBackend(mailbox.post, self.world),
             preflight=PassingPreflight(),
             orphans=MemoryOrphans(),
             store=self.store,
@@ -172,7 +172,7 @@ def held_up(rig, monkeypatch):
     held, looks = threading.Event(), threading.Event()
     monkeypatch.setattr(rig.fleet, "step", lambda message: held.wait(60) and step(message))
     monkeypatch.setattr(rig.fleet, "next_deadline", lambda: looks.set() or next_deadline())
-    rig.mailbox.receive(OF_NOBODY)
+    rig.mailbox.post(OF_NOBODY)
     yield looks
     looks.clear()
     held.set()
@@ -230,7 +230,7 @@ class TestKeeper:
         until(looks.is_set)
         rig.clock.advance(60)
         # A report about an unknown server wakes the fleet.
-        rig.mailbox.receive(OF_NOBODY)
+        rig.mailbox.post(OF_NOBODY)
         until(lambda: rig.keeper.get(ONE).state is State.FAILED)
 
     def test_stop_all_waits_for_the_last_server(self, make_rig):

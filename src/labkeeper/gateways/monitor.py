@@ -59,7 +59,7 @@ class GatewayWatch:
 
     def __init__(
         self,
-        tell: Callable[[Report], None],
+        tell: Callable[[Report], object],
         *,
         threads: ThreadGroup,
         client: GatewayClient,

@@ -41,7 +41,7 @@ class GatewayPreflight:
 
     def __init__(
         self,
-        tell: Callable[[Report], None],
+        tell: Callable[[Report], object],
         *,
         threads: ThreadGroup,
         client: GatewayClient,

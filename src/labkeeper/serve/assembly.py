@@ -207,10 +207,10 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
 def _gateways(chosen: Settings, base: _Base) -> tuple[GatewayPreflight, GatewayWatch]:
     client = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
     preflight = GatewayPreflight(
-        base.mailbox.receive, threads=base.threads, client=client, probe=base.jupyter
+        base.mailbox.post, threads=base.threads, client=client, probe=base.jupyter
     )
     watch = GatewayWatch(
-        base.mailbox.receive,
+        base.mailbox.post,
         threads=base.threads,
         client=client,
         orphans=base.orphans,
@@ -278,7 +278,7 @@ def _keeper(
     preflight: GatewayPreflight,
     subscribers: Sequence[Subscriber],
 ) -> Keeper:
-    executor = KeyedExecutor(base.mailbox.receive)
+    executor = KeyedExecutor(base.mailbox.post)
     fleet = Fleet(
         backend=backend,
         preflight=preflight,
