@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import get_args
 
 from labkeeper.api.services import Services
 from labkeeper.backends.local.paths import Paths
+from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.fleet import Fleet
 from labkeeper.core.policy import Policy
 from labkeeper.core.server import Kernel
@@ -19,7 +21,7 @@ from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.requests.servers import Defaults
-from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, NoCulling, PassingPreflight
+from labkeeper.testing.fakes import MemoryOrphans, MemoryStore, PassingPreflight
 from labkeeper.testing.world import FakeBackend, World
 
 TOKEN = "a-token-of-the-tests"
@@ -37,6 +39,18 @@ class FixedProbe:
         if self.error:
             raise self.error
         return list(self.kernels_there)
+
+
+class NoCulling:
+    """A `CullStatus` that polls no server, by a clock that stands still."""
+
+    def refresh(self, snapshot):
+        facts = Facts(
+            limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf
+        )
+        return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
+
+    cached = refresh
 
 
 @dataclass

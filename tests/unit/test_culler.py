@@ -13,10 +13,10 @@ from labkeeper import culler as module
 from labkeeper.core.culling import CullPolicy, CullState
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
-from labkeeper.core.messages import Change, HistoryKind, Origin
+from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
 from labkeeper.culler import Culler
-from labkeeper.testing.fakes import FakeClock, Notes, a_spec
+from labkeeper.testing.fakes import FakeClock, a_spec
 from labkeeper.testing.world import FakeBackend
 from labkeeper.threads import ThreadGroup
 
@@ -29,6 +29,16 @@ class JumpingClock(FakeClock):
 
     def jump(self, seconds):
         self._time += seconds
+
+
+class Notes:
+    """An event log in memory."""
+
+    def __init__(self):
+        self.taken = []
+
+    def record(self, kind, server, message, *, origin=KEEPER, generation=None, details=None):
+        self.taken.append((kind, server, message, origin, details or {}))
 
 
 class StubProbe:

@@ -16,15 +16,13 @@ A test controls the *world*: `World` is the machine, `FakeBackend` a keeper's ac
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from labkeeper.core.access import WHOLE, Token, View
-from labkeeper.core.culling import CullPolicy, Explanation, Facts, decide, limits_of
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
-from labkeeper.core.messages import KEEPER, Change, HistoryEntry, HistoryKind, Origin, Report
+from labkeeper.core.messages import Change, HistoryEntry, Report
 from labkeeper.core.server import OrphanedKernel, OwnKernel, Snapshot
 from labkeeper.core.spec import QualifiedName, ServerName, ServerSpec
 
@@ -177,41 +175,6 @@ class MemoryOrphans:
     def all(self) -> list[OrphanedKernel]:
         """Return all kernels."""
         return list(self.orphans)
-
-
-class NoCulling:
-    """A `CullStatus` that polls no server, by a clock that stands still."""
-
-    def refresh(self, snapshot: Snapshot) -> Explanation:
-        """Return the explanation for a server."""
-        facts = Facts(
-            limits_of(snapshot.spec), 0.0, 0.0, snoozed_until=snapshot.snoozed_until or -math.inf
-        )
-        return Explanation(snapshot, decide(facts, CullPolicy(), 0.0), snapshot.since, None)
-
-    cached = refresh
-
-
-class Notes:
-    """An event log in memory."""
-
-    def __init__(self) -> None:
-        self.taken: list[
-            tuple[HistoryKind, QualifiedName | None, str, Origin, Mapping[str, object]]
-        ] = []
-
-    def record(
-        self,
-        kind: HistoryKind,
-        server: QualifiedName | None,
-        message: str,
-        *,
-        origin: Origin = KEEPER,
-        generation: int | None = None,  # noqa: ARG002 - not needed here
-        details: Mapping[str, object] | None = None,
-    ) -> None:
-        """Record one event."""
-        self.taken.append((kind, server, message, origin, details or {}))
 
 
 class InlineExecutor:
