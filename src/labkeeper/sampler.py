@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Final
 
 import structlog
@@ -16,7 +15,7 @@ import structlog
 from labkeeper.core.errors import BackendError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.ports import Backend, Clock, Probe
-from labkeeper.core.server import Load, Sample, Snapshot
+from labkeeper.core.server import Load, Sample, Snapshot, Usage
 from labkeeper.core.spec import QualifiedName
 from labkeeper.threads import ThreadGroup
 
@@ -97,23 +96,19 @@ class Sampler:
             _log.warning("cannot measure what servers use", error=error.message)
             return
         now = self._clock.time()
-        fresh = {
-            name: Sample(running[name].generation, now, usage) for name, usage in usages.items()
+        self._samples = {
+            name: self._sample_of(name, running[name].generation, now, usage)
+            for name, usage in usages.items()
         }
-        self._samples = {name: self._completed(name, sample) for name, sample in fresh.items()}
 
-    def _completed(self, name: QualifiedName, sample: Sample) -> Sample:
-        """Add the values that depend on earlier data."""
+    def _sample_of(self, name: QualifiedName, generation: int, now: float, usage: Usage) -> Sample:
         before = self._samples.get(name)
-        generation, load = self._loads.get(name, (None, None))
         cpus = None
-        if before is not None and before.generation == sample.generation and sample.at > before.at:
-            cpus = round(
-                max(0.0, sample.usage.cpu_seconds - before.usage.cpu_seconds)
-                / (sample.at - before.at),
-                3,
-            )
-        return replace(sample, cpus=cpus, load=load if generation == sample.generation else None)
+        if before is not None and before.generation == generation and now > before.at:
+            spent = max(0.0, usage.cpu_seconds - before.usage.cpu_seconds)
+            cpus = round(spent / (now - before.at), 3)
+        asked, load = self._loads.get(name, (None, None))
+        return Sample(generation, now, usage, cpus, load if asked == generation else None)
 
     def _ask(self) -> None:
         loads: dict[QualifiedName, tuple[int, Load]] = {}
