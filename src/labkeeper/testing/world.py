@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final
 
 from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
@@ -23,11 +22,6 @@ from labkeeper.core.server import (
     Usage,
 )
 from labkeeper.core.spec import QualifiedName, ServerSpec
-
-_FIRST_PID: Final = 1000
-
-
-_FIRST_PORT: Final = 49152
 
 
 @dataclass(slots=True)
@@ -112,8 +106,8 @@ class World:
     """The memory capacity; None if unknown."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
-    _pids: Iterator[int] = field(default_factory=lambda: count(_FIRST_PID))
-    _ports: Iterator[int] = field(default_factory=lambda: count(_FIRST_PORT))
+    _pids: Iterator[int] = field(default_factory=lambda: count(1000))
+    _ports: Iterator[int] = field(default_factory=lambda: count(49152))
 
     def temper(self, name: QualifiedName | str) -> Temper:
         """Return the temper of a name, to be modified in place."""
