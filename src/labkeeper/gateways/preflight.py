@@ -78,8 +78,6 @@ class GatewayPreflight:
                 del self._starts[report.name]
             elif isinstance(report.fact, Ready):
                 start.ready = report.fact
-                if start.health is None:
-                    return
         if start is not None and isinstance(report.fact, Ready):
             self._admit(report.name, start)
         else:
@@ -103,12 +101,10 @@ class GatewayPreflight:
             return
         with self._lock:
             start.health = health
-            waited = start.ready is not None
-        if waited:
-            self._admit(name, start)
+        self._admit(name, start)
 
     def _admit(self, name: QualifiedName, start: _Start) -> None:
-        """Report a ready server, after handing over the kernels of its earlier launch."""
+        """Report a ready server whose gateway was checked, after handing over its old kernels."""
         with self._lock:
             ready, health = start.ready, start.health
             if ready is None or health is None or self._starts.get(name) is not start:
