@@ -135,9 +135,9 @@ class GatewayWatch:
                 "a gateway cannot be reached", gateway=watched.gateway.url, error=error.message
             )
             return
-        settled = self._collect(watched.gateway) if health.reachable else False
+        settled = health.reachable and self._collect(watched.gateway)
         with self._lock:
-            watched.misses = 0 if health.reachable and settled else watched.misses + 1
+            watched.misses = 0 if settled else watched.misses + 1
             pause = min(_FIRST_PAUSE * 2 ** min(watched.misses, 20), self._period * _LONGEST_PAUSES)
             watched.due = self._clock.monotonic() + (pause if watched.misses else self._period)
             news = [
