@@ -193,9 +193,7 @@ class Fleet:
     def _snooze(self, command: Snooze) -> Reply:
         """Snooze culling, saved before the reply, so that the next keeper honours it."""
         decision = self._find(command.name).snoozed(command.until, command.origin)
-        self._store.save(decision.after.snapshot)
-        self._commit(decision)
-        return Reply(decision.after.snapshot)
+        return Reply(self._carry_out(decision).snapshot)
 
     def _find(self, name: QualifiedName) -> Controller:
         controller = self._servers.get(name)
@@ -251,7 +249,7 @@ class Fleet:
             self._drop(name)
 
     def _carry_out(self, decision: Decision) -> Controller:
-        """Save a decision, then commit it. Raises StoreError if a command would have launched."""
+        """Save a decision, then commit it. Raises StoreError if it must not go unsaved."""
         if decision.after.snapshot != decision.before:
             try:
                 self._store.save(decision.after.snapshot)
@@ -263,9 +261,8 @@ class Fleet:
     def _unsaved(self, decision: Decision, error: StoreError) -> Decision:
         """Decide how to proceed if a decision cannot be saved. Raises StoreError."""
         name = decision.after.snapshot.name
-        if decision.event in COMMANDS and (
-            decision.launches or decision.after.snapshot.state is State.QUEUED
-        ):
+        starts = decision.launches or decision.after.snapshot.state is State.QUEUED
+        if decision.event is Event.SNOOZE or (decision.event in COMMANDS and starts):
             raise error
         if decision.launches:
             # The next keeper would not know the server: do not launch it either.
