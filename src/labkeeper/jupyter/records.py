@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import structlog
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from labkeeper import addresses
 from labkeeper.core.server import Endpoint, OwnKernel, Session
@@ -20,21 +20,10 @@ from labkeeper.forkserver.kernels import RECORD_VERSION
 
 _log = structlog.get_logger("labkeeper.jupyter.records")
 
-
-class _Info(BaseModel):
-    """`jpserver-PID.json` (jupyter_server's `server_info`)."""
-
-    model_config = ConfigDict(extra="ignore")
-
-    base_url: str
-    hostname: str
-    password: bool
-    pid: int
-    port: int
-    root_dir: str
-    secure: bool
-    token: str
-    version: str = Field("", max_length=64)
+_ENDPOINT: Final = TypeAdapter(Endpoint)
+"""Reads an endpoint out of Jupyter's `server_info`, which has all its fields."""
+_LONGEST_VERSION: Final = 64
+"""Maximum characters of a version: the server's user can make it up."""
 
 
 def info_path(runtime_dir: Path, pid: int) -> Path:
@@ -53,24 +42,12 @@ def read_info(runtime_dir: Path, pid: int) -> Endpoint | None:
 def endpoint_of(server_info: Any, pid: int) -> Endpoint | None:
     """Return the endpoint in a server_info that a process reports; None if it is not its own."""
     try:
-        info = _Info.model_validate(server_info)
+        endpoint = _ENDPOINT.validate_python(server_info)
     except ValidationError:
         return None
-    if info.pid != pid:
+    if server_info.get("pid") != pid:
         return None
-    return with_url(
-        Endpoint(
-            base_url=info.base_url,
-            hostname=info.hostname,
-            root_dir=info.root_dir,
-            password=info.password,
-            port=info.port,
-            secure=info.secure,
-            token=info.token,
-            url="",
-            version=info.version,
-        )
-    )
+    return with_url(endpoint, version=endpoint.version[:_LONGEST_VERSION])
 
 
 def with_url(endpoint: Endpoint, **told: Any) -> Endpoint:
