@@ -52,9 +52,8 @@ class _Watched:
     facts: Facts
     memory: ActivityHistory
     due: float
-    seen: Activity | None = None
-    """The server's last answer, unconverted; None if it did not answer."""
     looked_at: float | None = None
+    """When the server last answered."""
     asker: threading.Thread = field(default_factory=threading.Thread)
     """The thread of the current or last poll; before the first, one that is not started."""
 
@@ -200,12 +199,11 @@ class Culler:
             seen = self._with_programs(watched.snapshot.qualified_name, found)
         except BackendError as error:
             with self._lock:
-                watched.seen = None
                 watched.facts = replace(watched.facts, activity=None, unknown=error.message)
             return
         with self._lock:
             now, wall = self._clock.monotonic(), self._clock.time()
-            watched.seen, watched.looked_at = seen, now
+            watched.looked_at = now
             activity = watched.memory.take(seen, now=now, wall=wall)
             watched.facts = replace(watched.facts, activity=activity)
 
@@ -260,13 +258,13 @@ class Culler:
 
     def _stop(self, watched: _Watched, rule: Rule) -> None:
         """Stop it, unless a final check finds a change."""
-        snapshot, before = watched.snapshot, watched.seen
+        snapshot, before = watched.snapshot, watched.facts.activity
         self._ask(watched)
         again = self._judge(watched)
         still_due = (
             again.state is CullState.DUE and again.next is not None and again.next.rule is rule
         )
-        if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.seen != before):
+        if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.facts.activity != before):
             _log.info(
                 "a server is not culled: it has changed at the last moment",
                 server=snapshot.qualified_name,
@@ -285,16 +283,12 @@ class Culler:
 
     def _end_kernels(self, watched: _Watched) -> None:
         """End idle kernels, unless a final check finds them changed."""
-        if not self._idle_kernels(watched):
+        before = {kernel for kernel, _ in self._idle_kernels(watched)}
+        if not before:
             return
-        before = set(watched.seen.kernels) if watched.seen is not None else set()
         self._ask(watched)
-        unchanged = {
-            kernel.id
-            for kernel in before & set(watched.seen.kernels if watched.seen is not None else ())
-        }
         for kernel, seconds in self._idle_kernels(watched):
-            if kernel.id in unchanged and not self._threads.closed:
+            if kernel in before and not self._threads.closed:
                 self._end_kernel(
                     watched,
                     kernel.id,
