@@ -16,8 +16,12 @@ from labkeeper.core.server import GatewayHealth
 from labkeeper.scrub import HIDDEN, KEEPER, Secrets, is_secret, of_server, scrub
 from labkeeper.terminal import visible
 
-_QUIET: Final = ("httpx", "httpcore", "waitress.queue")
-"""Libraries that log each request, or each time that all threads are busy."""
+_QUIET: Final = {
+    "httpx": logging.WARNING,
+    "httpcore": logging.WARNING,
+    "waitress.queue": logging.ERROR,
+}
+"""The levels of libraries that log each request, or each time that all threads are busy."""
 _OWN: Final = frozenset(
     {
         "timestamp",
@@ -71,10 +75,8 @@ def configure(*, level: str, form: Literal["auto", "console", "json"], debug: bo
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else level.upper())
-    for name in _QUIET:
-        logging.getLogger(name).setLevel(
-            logging.WARNING if name != "waitress.queue" else logging.ERROR
-        )
+    for name, least in _QUIET.items():
+        logging.getLogger(name).setLevel(least)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
