@@ -58,18 +58,16 @@ class OrphanedKernels:
         with self._lock:
             if not self._unsaved:
                 return
+            gone = [id_ for id_ in self._unsaved if id_ not in self._kernels]
             try:
                 self._store.add_orphans(
                     [self._kernels[id_] for id_ in self._unsaved if id_ in self._kernels]
                 )
-                self._store.discard_orphans(
-                    [id_ for id_ in self._unsaved if id_ not in self._kernels]
-                )
+                self._store.discard_orphans(gone)
             except StoreError:
                 return
-            settled = any(id_ not in self._kernels for id_ in self._unsaved)
             self._unsaved.clear()
-        if settled:
+        if gone:
             self._store.wipe()
 
     def expire(self) -> None:
