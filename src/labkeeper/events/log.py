@@ -22,7 +22,6 @@ from labkeeper.core.spec import (
     QualifiedName,
     ServerSpec,
     parse_qualified_name,
-    qualified_name,
 )
 from labkeeper.events import messages
 
@@ -83,7 +82,9 @@ class EventLog:
                     messages.sentence(change),
                     change.origin,
                     after.generation,
-                    messages.facts(change),
+                    details=messages.facts(change),
+                    labels=after.spec.labels,
+                    user=after.spec.user,
                     owner=after.spec.owner,
                 )
             )
@@ -103,6 +104,7 @@ class EventLog:
     ) -> None:
         """Record another event."""
         name, owner = (None, owner) if server is None else parse_qualified_name(server)
+        spec = None if server is None else self._specs.get(server)
         self._add(
             HistoryEntry(
                 0,
@@ -112,7 +114,9 @@ class EventLog:
                 message,
                 origin,
                 generation,
-                dict(details or {}),
+                details=dict(details or {}),
+                labels={} if spec is None else spec.labels,
+                user=None if spec is None else spec.user,
                 owner=owner,
             )
         )
@@ -180,10 +184,6 @@ class EventLog:
     def _add(self, entry: HistoryEntry) -> None:
         with self._news:
             entry = replace(entry, id=self._last + 1)
-            if entry.server is not None:
-                spec = self._specs.get(qualified_name(entry.server, entry.owner))
-                if spec is not None:
-                    entry = replace(entry, labels=spec.labels, user=spec.user)
             self._last = entry.id
             self._recent.append(entry)
             self._save()
