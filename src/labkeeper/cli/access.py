@@ -111,7 +111,7 @@ def create(
         print_json(made)
         return
     put(made.token)
-    hint("keep it now: it is not shown again")
+    hint("save it now: it is not shown again")
 
 
 @token.command(

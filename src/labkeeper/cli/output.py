@@ -116,12 +116,12 @@ def coloured(state: str, stream: IO[str] | None) -> str:
     return styled(str(state), stream, fg=_colour(state) or None)
 
 
-def ago(format_time: str) -> str:
+def ago(moment: str) -> str:
     """Return the age of a time in one unit."""
     try:
-        seconds = (datetime.now(UTC) - datetime.fromisoformat(format_time)).total_seconds()
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
     except (TypeError, ValueError):
-        return format_time
+        return moment
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
             return f"{int(seconds // size)} {unit} ago"
