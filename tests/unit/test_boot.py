@@ -65,3 +65,26 @@ def test_request_threads_are_not_started_before_requests_arrive(loaded):
 def test_what_is_late_is_there(name):
     """A renamed module would make the first test pass for the wrong reason."""
     __import__(name)
+
+
+COMMAND = """
+    import atexit, sys
+    from labkeeper import cli
+
+    loaded = lambda: print(*sorted({{"httpx", "pygments", "rich"}} & set(sys.modules)))
+    atexit.register(loaded)
+    sys.argv[1:] = "ls --state-dir={state_dir}".split()
+    cli.main()
+"""
+
+
+def test_a_command_in_a_pipe_does_not_load_what_draws_on_terminals(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(COMMAND).format(state_dir=tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    # It has loaded everything, to find out that no keeper runs.
+    assert (ended.returncode, ended.stdout.split()) == (3, ["httpx"]), ended.stderr

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from labkeeper.cli.connect import connected, read_settings
+from labkeeper.cli.connect import connected, loading, read_settings
 from labkeeper.cli.init import stay_behind
 from labkeeper.cli.options import Where, as_json_option, examples, where_options
 from labkeeper.cli.output import is_terminal, print_json, put, waiting
@@ -40,28 +37,9 @@ class _Serve(click.Command):
         return [*_settings_flags(), *super().get_params(ctx)]
 
 
-@contextmanager
-def _loading() -> Iterator[None]:
-    """Load faster: without garbage collection, for no garbage; and without rich.
-
-    structlog imports rich if it can, for traces that the keeper does not print. Each of the two
-    costs a tenth of the time.
-    """
-    gc.disable()
-    # None means that it cannot be imported.
-    unused: dict[str, Any] = {} if "rich" in sys.modules else {"rich": None}
-    sys.modules.update(unused)
-    try:
-        yield
-    finally:
-        for name in unused:
-            del sys.modules[name]
-        gc.enable()
-
-
 @functools.cache
 def _settings_flags() -> tuple[click.Option, ...]:
-    with _loading():
+    with loading():
         from labkeeper.settings.model import SECRETS, Settings  # noqa: PLC0415 - late
         from labkeeper.settings.sources import PREFIX  # noqa: PLC0415 - late
 
@@ -115,7 +93,7 @@ def serve(where: Where, /, *, first: bool, **flags: Any) -> int:
     Each flag is a setting; flags win over the environment, and that over the file that
     LABKEEPER_CONFIG names.
     """
-    with _loading():
+    with loading():
         from labkeeper import serve as keeper  # noqa: PLC0415 - late: it imports everything
 
     given = {name: value for name, value in flags.items() if value is not None}
