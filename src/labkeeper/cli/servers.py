@@ -136,14 +136,12 @@ def _limit(name: str, limit: Limit) -> str:
 
 def _usage(usage: Usage) -> str:
     shared = (
-        f" ({_mib(usage.memory_proportional)} with shared pages divided)"
-        if usage.memory_proportional is not None
-        else ""
+        f" (PSS {_mib(usage.memory_proportional)})" if usage.memory_proportional is not None else ""
     )
-    busy = f", {usage.cpus:.2f} now" if usage.cpus is not None else ""
+    busy = f" ({usage.cpus:.2f} CPUs now)" if usage.cpus is not None else ""
     processes = f"{usage.processes} process{'' if usage.processes == 1 else 'es'}"
-    processors = f"{usage.cpu_seconds:.1f} s of processors{busy}"
-    return f"memory {_mib(usage.memory)}{shared}, {processors}, {processes}"
+    cpu_time = f"CPU time {usage.cpu_seconds:.1f} s{busy}"
+    return f"memory {_mib(usage.memory)}{shared}, {cpu_time}, {processes}"
 
 
 def _mib(size: int) -> str:
