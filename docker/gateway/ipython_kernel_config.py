@@ -3,5 +3,5 @@
 import os
 
 directory = os.environ.get("KERNEL_WORKING_DIR", "")
-if os.path.isdir(directory):  # noqa: PTH112 - loaded at the start of each kernel: no further import
+if os.path.isdir(directory):  # noqa: PTH112 - pathlib would slow down each kernel
     os.chdir(directory)

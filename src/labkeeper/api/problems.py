@@ -118,7 +118,7 @@ _RULES: Final = {
     "missing": "is required",
     "model_type": "must be a JSON object",
 }
-"""Rules in words of ours instead of pydantic's, which are about Python."""
+"""Our wording of rules that pydantic words in terms of Python."""
 
 
 def _rule(kind: str, message: str) -> str:

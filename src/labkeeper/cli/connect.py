@@ -20,21 +20,21 @@ if TYPE_CHECKING:
     from labkeeper.settings.model import Settings
 
 _LOOPBACK: Final = frozenset({"localhost", "127.0.0.1", "::1"})
-_IN_VAIN: Final = ("pygments", "rich")
-"""What structlog and httpx import if they can, for output that we do not use."""
+_UNUSED: Final = ("pygments", "rich")
+"""Modules that structlog and httpx import if installed, for output that we do not use."""
 
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Import faster: without garbage collection, for no garbage; and without modules in vain."""
+    """Import faster: without garbage collection, and without optional modules that go unused."""
     gc.disable()
     # None means that it cannot be imported.
-    unused: dict[str, Any] = {name: None for name in _IN_VAIN if name not in sys.modules}
-    sys.modules.update(unused)
+    hidden: dict[str, Any] = {name: None for name in _UNUSED if name not in sys.modules}
+    sys.modules.update(hidden)
     try:
         yield
     finally:
-        for name in unused:
+        for name in hidden:
             del sys.modules[name]
         gc.enable()
 
