@@ -208,7 +208,7 @@ def main() -> int:
         "--only",
         metavar="NAME,...",
         default=",".join(_MEASUREMENTS),
-        help="some of %(default)s (default: all, which takes about an hour)",
+        help="some of %(default)s (default: all, which takes about 40 minutes)",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a figure is SLOWER")
     chosen = parser.parse_args()

@@ -175,8 +175,8 @@ def test_remove_tree_removes_directories_without_permissions(tmp_path):
 
 
 def test_remove_tree_fails_without_free_descriptors(tmp_path):
-    (tmp_path / "room" / "inner").mkdir(parents=True)
+    (tmp_path / "tree" / "inner").mkdir(parents=True)
     with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
-        remove_tree(tmp_path / "room")
-    remove_tree(tmp_path / "room")
-    assert not (tmp_path / "room").exists()
+        remove_tree(tmp_path / "tree")
+    remove_tree(tmp_path / "tree")
+    assert not (tmp_path / "tree").exists()

@@ -69,7 +69,7 @@ def report(fact, generation=1):
 
 
 def wait_until_idle(threads):
-    until(lambda: not threads._running(), what="all threads of the gate to end")
+    until(lambda: not threads._running(), what="all threads of the preflight to end")
 
 
 def test_a_server_without_a_gateway_passes_immediately(preflight, reports, client):

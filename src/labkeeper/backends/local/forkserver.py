@@ -167,7 +167,7 @@ class ForkServers:
                 [self._python, PROGRAM, "fork", str(listener.fileno())],
                 cwd=directory,
                 # Only reserves the space of the mark: each child overwrites it with its own.
-                env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_room()},
+                env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_mark()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -261,7 +261,8 @@ class ForkServers:
         settings = json.dumps([str(self._python), self._environment, self._config], sort_keys=True)
         return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
 
-    def _longest_room(self) -> int:
+    def _longest_mark(self) -> int:
+        """Return the bytes of the longest path of a server's directory."""
         return len(os.fsencode(self._place.parent)) + 1 + _LONGEST_NAME
 
     def _rehearsal(self, server_dir: Path) -> wire.Launch:
@@ -280,7 +281,7 @@ class ForkServers:
             umask=0o077,
             config=config,
             user=None,
-            cgroups=self._groups.door(_rehearsal_name(server_dir.parent)),
+            cgroups=self._groups.create(_rehearsal_name(server_dir.parent)),
             rlimits={},
             encrypt_kernels=False,
         )

@@ -177,7 +177,7 @@ class ControlGroups:
                 "a server has no control group", server=name, group=str(group), error=str(error)
             )
 
-    def door(self, name: QualifiedName) -> list[str]:
+    def create(self, name: QualifiedName) -> list[str]:
         """Create the group of a process that enters it by itself.
 
         Return the file for its pid, or an empty list if no group can be created.

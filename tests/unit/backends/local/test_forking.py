@@ -40,10 +40,10 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs L
 
 CONFIG = """
 import os
-room = os.environ["JUPYTER_RUNTIME_DIR"]
-if os.path.exists(room + "/gate"):
-    open(room + "/here", "w").close()
-    open(room + "/gate").read()
+place = os.environ["JUPYTER_RUNTIME_DIR"]
+if os.path.exists(place + "/gate"):
+    open(place + "/here", "w").close()
+    open(place + "/gate").read()
 """
 """A configuration of Jupyter that blocks a new server for as long as its test wants."""
 

@@ -1,7 +1,7 @@
 """Fork servers whose program has another version of the protocol.
 
-They are no tests in `test_forking`, whose own fork server may be replaced at any moment, and would
-be replaced by the program of these.
+Not in `test_forking`: the fork server that its tests share may be replaced at any moment, and the
+new one would run the program that these tests put in place.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs L
 
 
 OTHER_PROGRAM = """
-import array, json, os, pathlib, socket, struct, sys
+import json, os, pathlib, socket, struct, sys
 
 listener = socket.socket(fileno=int(sys.argv[2]))
 listener.listen()

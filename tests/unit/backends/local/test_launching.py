@@ -113,7 +113,7 @@ def test_an_exit_code_is_interpreted_as_by_subprocess(code, end):
 def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_path, interpreter):
     """Its launch is invalid on purpose, so that it ends at once."""
     python = sys.executable if interpreter == "its own" else "/usr/bin/python3"
-    server_dir = tmp_path / "room"
+    server_dir = tmp_path / "server"
     launch = Launch(
         server_dir=str(server_dir),
         title="jupyter-lab",

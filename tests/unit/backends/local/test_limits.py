@@ -409,7 +409,7 @@ def test_a_group_that_cannot_be_read_does_not_count_as_empty(groups, spawn):
 
 def test_a_process_can_join_a_group_that_belongs_to_no_server(groups, spawn):
     name = ServerName(".rehearsal")
-    (procs_file,) = groups.door(name)
+    (procs_file,) = groups.create(name)
     try:
         inside = spawn("sh", "-c", f"echo $$ > {procs_file}; exec sleep 1000")
         until(lambda: groups.members(name) == {inside.pid}, what="the process to enter the group")
@@ -423,4 +423,4 @@ def test_a_process_can_join_a_group_that_belongs_to_no_server(groups, spawn):
 
 
 def test_without_control_groups_there_is_none_to_join(nothing_mounted, tmp_path):
-    assert ControlGroups(tmp_path).door(NAME) == []
+    assert ControlGroups(tmp_path).create(NAME) == []

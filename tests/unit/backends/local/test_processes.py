@@ -201,7 +201,7 @@ def test_server_directories_are_found_by_marks_of_processes(spawn, tmp_path):
 @pytest.mark.root
 def test_a_process_that_sees_another_directory_at_the_path_has_a_different_mark(spawn, tmp_path):
     """As in a container, whose keeper uses the same path."""
-    server_dirs = tmp_path / "rooms"
+    server_dirs = tmp_path / "run"
     server_dirs.mkdir()
 
     def behind(place):
