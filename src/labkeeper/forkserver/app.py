@@ -1,4 +1,4 @@
-"""JupyterLab's server application with labkeeper's additions: kernel records and the extension.
+"""JupyterLab's server application with labkeeper's additions.
 
 All of it uses Jupyter's public seams: `ExtensionApp.serverapp_class`, the traits that name manager
 classes, and the extension manager. It imports Jupyter, so a process imports it once its log is
@@ -16,6 +16,7 @@ from traitlets.config import Config
 
 from . import extension
 from .kernels import Kernels
+from .websockets import prompt
 from .wire import Launch
 
 
@@ -39,6 +40,7 @@ class ServerApp(serverapp.ServerApp):
         self.kernels = Kernels(self, self.launch.server_dir, self.launch.kernel_env)
         self.kernel_manager_class = self.kernels.recording_manager(self.kernel_manager_class)
         self.session_manager_class = self.kernels.recording_sessions(self.session_manager_class)
+        self.kernel_websocket_connection_class = prompt(self.kernel_websocket_connection_class)
         super().init_configurables()
         self.kernels.attend()
 

@@ -151,10 +151,10 @@ class Kernels:
 
         # A site's class may define its methods differently, and then keeps them.
         methods = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
-        return _derived(kind, {name: recording(do) for name, do in {**methods, **ours}.items()})
+        return derived(kind, {name: recording(do) for name, do in {**methods, **ours}.items()})
 
 
-def _derived(kind: Any, body: dict[str, Any]) -> Any:
+def derived(kind: Any, body: dict[str, Any]) -> Any:
     """Derive a class with the same name, by which configuration finds both."""
     return type(kind)(
         kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body}
@@ -182,7 +182,7 @@ def _lasting(name: str) -> str:
 
     # Jupyter takes a name and imports it.
     ours = f"_lasting_{kind.__name__}"
-    globals()[ours] = _derived(kind, {"refresh_model": refresh_model})
+    globals()[ours] = derived(kind, {"refresh_model": refresh_model})
     return f"{__name__}.{ours}"
 
 
