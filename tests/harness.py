@@ -224,7 +224,7 @@ def plain_python(directory: Path):
 def quiet_node(directory: Path):
     """Make a `node` that does nothing.
 
-    At each start JupyterLab runs one to query a registry that no test needs.
+    When JupyterLab is imported it runs one to read Yarn's configuration, which no test needs.
     """
     directory.mkdir(parents=True, exist_ok=True)
     node = directory / "node"
@@ -245,10 +245,6 @@ class KeeperProcess:
         self.log = base / "keeper.log"
         for directory in (self.notebook_dir, self.config_dir):
             directory.mkdir(parents=True, exist_ok=True)
-        # Otherwise JupyterLab runs npm at each start, to find language servers.
-        (self.config_dir / "jupyter_server_config.json").write_text(
-            '{"LanguageServerManager": {"node_roots": []}}'
-        )
         self.port = free_port()
         self.lab_port = free_port()
         self.settings = settings
@@ -563,43 +559,45 @@ def start_kernel(server, name="python3", path=""):
     return answer.json()["id"]
 
 
-def run_cell(server, kernel_id, code):
-    """Run code over the server's websocket, as the Lab does, and return its result and output."""
+@contextlib.contextmanager
+def kernel_websocket(server, kernel_id):
+    """Open the server's websocket of a kernel, as the Lab does."""
     channel = f"{server['url']}api/kernels/{kernel_id}/channels".replace("http", "ws", 1)
     socket_ = websocket.create_connection(
         channel, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
     )
     try:
-        message_id = uuid.uuid4().hex
-        header = {
-            "msg_id": message_id,
-            "msg_type": "execute_request",
-            "username": "",
-            "session": uuid.uuid4().hex,
-            "version": "5.3",
-        }
-        content = {
-            "code": code,
-            "silent": False,
-            "store_history": False,
-            "user_expressions": {},
-            "allow_stdin": False,
-        }
-        socket_.send(
-            json.dumps(
-                {
-                    "header": header,
-                    "parent_header": {},
-                    "metadata": {},
-                    "content": content,
-                    "channel": "shell",
-                    "buffers": [],
-                }
-            )
-        )
-        return _collect(socket_, message_id)
+        yield socket_
     finally:
         socket_.close()
+
+
+def run_cell(server, kernel_id, code):
+    """Run code over a websocket of its own, and return its result and output."""
+    with kernel_websocket(server, kernel_id) as socket_:
+        return execute(socket_, code)
+
+
+def execute(socket_, code):
+    """Run code over a websocket, and return its result and output."""
+    message_id = uuid.uuid4().hex
+    header = {
+        "msg_id": message_id,
+        "msg_type": "execute_request",
+        "username": "",
+        "session": uuid.uuid4().hex,
+        "version": "5.3",
+    }
+    content = {
+        "code": code,
+        "silent": False,
+        "store_history": False,
+        "user_expressions": {},
+        "allow_stdin": False,
+    }
+    message = {"parent_header": {}, "metadata": {}, "channel": "shell", "buffers": []}
+    socket_.send(json.dumps({"header": header, "content": content, **message}))
+    return _collect(socket_, message_id)
 
 
 def _collect(socket_, message_id):

@@ -376,7 +376,7 @@ since = {id(found) for found in gc.get_objects()}
 ours = {name: module for name, module in sys.modules.items()
         if name.startswith("labkeeper_forkserver.")}
 expected = {f"labkeeper_forkserver.{name}" for name in
-            ("app", "extension", "kernels", "patches", "websockets")}
+            ("app", "extension", "kernels", "npm", "patches", "websockets")}
 assert expected <= ours.keys(), list(ours)
 late = [name for name, module in ours.items() if id(vars(module)) in since]
 assert (late != []) is @late@, late

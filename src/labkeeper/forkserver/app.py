@@ -14,7 +14,7 @@ from jupyter_server import serverapp
 from jupyter_server.gateway.gateway_client import GatewayClient
 from traitlets.config import Config
 
-from . import extension
+from . import extension, patches
 from .kernels import Kernels
 from .websockets import prompt
 from .wire import Launch
@@ -49,6 +49,9 @@ class ServerApp(serverapp.ServerApp):
 
         Its page settings thus take effect, and no extension runs the loop after it.
         """
+        # Only now it is known whether there is jupyter_lsp.
+        patches.search_language_servers_when_asked()
+        patches.ask_npm_once()
         super().load_server_extensions()
         manager: Any = self.extension_manager
         ours = extension.__name__

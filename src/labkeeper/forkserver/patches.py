@@ -5,11 +5,28 @@ For each, `tests/unit/forkserver/test_patches.py` has a test that fails once it 
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import functools
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
+from . import npm
+
 _READING = {"GET", "HEAD", "OPTIONS"}
+
+
+def _saves_time(patch: Callable[[], None]) -> Callable[[], None]:
+    """Do without a patch where Jupyter no longer has what it changes; only time is lost."""
+
+    @functools.wraps(patch)
+    def apply() -> None:
+        with contextlib.suppress(ImportError, AttributeError):
+            patch()
+
+    return apply
 
 
 def count_no_reading() -> None:
@@ -89,3 +106,87 @@ def hold_ports() -> None:
 
     LocalPortCache.clear_instance()
     HeldPorts.instance()
+
+
+@_saves_time
+def describe_the_system_once() -> None:
+    """Keep Jupyter's description of the system, for which each start executes `uname` and `git`.
+
+    It describes the installation (version, commit, platform), so it is the same in all servers. The
+    commit is that of any repository around it, such as a clone with the virtual environment inside.
+    Jupyter keeps it for pages, but not for its settings.
+    """
+    from jupyter_server import serverapp
+    from jupyter_server.base import handlers
+
+    application: Any = serverapp
+    pages: Any = handlers
+    pages.json_sys_info()
+    application.get_sys_info = functools.partial(dict, application.get_sys_info())
+
+
+@_saves_time
+def parse_no_command_lines() -> None:
+    """Spare extensions the parser of an empty command line: it would have all their options.
+
+    An extension application has no other method that reads its command line.
+    """
+    from jupyter_server.extension.application import ExtensionApp
+    from traitlets.config import Config
+
+    def parse(app: Any, _: Any = None) -> None:
+        app.argv, app.extra_args, app.cli_config = [], [], Config()
+
+    application: Any = ExtensionApp
+    application.parse_command_line = parse
+
+
+@_saves_time
+def search_language_servers_when_asked() -> None:
+    """Let jupyter_lsp look for language servers when a browser first asks, not at each start.
+
+    It executes npm, and R and Julia if there are any, and reads the metadata of all installed
+    packages five times: more work than all else in a start. Its extension has no option for when
+    it looks. It uses what it finds only in answers that first wait for `ready`.
+    """
+    if "jupyter_lsp" not in sys.modules:
+        return
+    from jupyter_lsp import serverextension
+    from jupyter_lsp.manager import LanguageServerManager
+
+    search, searched = serverextension.initialize, LanguageServerManager.ready
+    arguments: list[Any] = []
+
+    def defer(*given: Any) -> None:
+        arguments.extend(given)
+
+    @functools.cache
+    def begin() -> Any:
+        return asyncio.ensure_future(search(*arguments))
+
+    async def ready(manager: Any) -> Any:
+        if arguments:
+            await begin()
+        return await searched(manager)
+
+    serverextension.initialize = defer
+    LanguageServerManager.ready = ready
+
+
+@_saves_time
+def ask_npm_once() -> None:
+    """Let jupyter_lsp ask npm for its global directory only if no rehearsal has (see `npm`).
+
+    The directories that it searches are a trait (`node_roots`), but one of them is the server's
+    own, and the rules for the others are jupyter_lsp's.
+    """
+    if "jupyter_lsp" not in sys.modules:
+        return
+    from jupyter_lsp.types import LanguageServerManagerAPI
+
+    ask = LanguageServerManagerAPI._npm_prefix  # noqa: SLF001 - there is no public name
+
+    def prefix(*given: Any) -> str | None:
+        return npm.global_prefix(functools.partial(ask, *given))
+
+    LanguageServerManagerAPI._npm_prefix = prefix  # noqa: SLF001

@@ -22,7 +22,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from . import pages
+from . import npm, pages, patches
 from .freshness import Freshness
 from .programs import end_programs, living
 from .server import enter, join, run_jupyter
@@ -34,7 +34,7 @@ _REHEARSAL_SECONDS = 60
 """Seconds after which a rehearsal is abandoned."""
 _PROOF_PATHS = ("api", "api/me")
 """Requests by which a keeper verifies that a server runs."""
-_FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents")
+_FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents", "lsp/status")
 """A browser's first requests; answering them loads more modules."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
@@ -109,6 +109,8 @@ def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
             return {name}
     for pattern in told["patterns"][:_MOST_PATTERNS]:
         re.compile(*pattern)
+    npm.prefixes.update(told["npm_prefixes"])
+    patches.describe_the_system_once()
     return set()
 
 
@@ -200,6 +202,7 @@ async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], wr
             for key in getattr(re, "_cache", ())
             if isinstance(key, tuple) and key[:1] == (str,)
         ]
+        told["npm_prefixes"] = npm.prefixes
         with os.fdopen(writer, "w") as report:
             report.write(json.dumps(told) + "\n")
     finally:

@@ -148,6 +148,7 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
 
     patches.count_no_reading()
     patches.tell_no_page_the_token()
+    patches.parse_no_command_lines()
     chosen = Config({section: dict(values) for section, values in launch.config.items()})
     chosen.ServerApp.cookie_secret = secrets.token_bytes(_COOKIE_SECRET_BYTES)
     LabApp.serverapp_class = ServerApp

@@ -15,9 +15,12 @@ import pytest
 from labkeeper.forkserver import patches
 
 LOOK = """
-import json, socket, sys
+import argparse, json, socket, sys
+import jupyter_lsp
+from jupyter_server import _sysinfo
 from jupyter_client.connect import LocalPortCache
 from jupyter_server.serverapp import ServerApp
+from jupyterlab_server import LabServerApp
 from labkeeper.forkserver import patches
 from tornado.httpclient import AsyncHTTPClient
 from traitlets.config import Config
@@ -28,8 +31,23 @@ config.ServerApp.update({"allow_root": True, "open_browser": False, "no_browser_
 config.ServerApp.update({"ip": "127.0.0.1", "port": 0})
 for patch in sys.argv[1:]:
     getattr(patches, patch)()
+
+def counting(function):
+    def counted(*given, **named):
+        calls.append(function)
+        return function(*given, **named)
+    calls = []
+    return counted, calls
+
+_sysinfo.pkg_info, descriptions = counting(_sysinfo.pkg_info)
 app = ServerApp.instance(config=config)
 app.initialize(argv=[], find_extensions=False)
+app.io_loop.run_in_executor, searches = counting(app.io_loop.run_in_executor)
+argparse.ArgumentParser.parse_known_args, parsers = counting(
+    argparse.ArgumentParser.parse_known_args)
+LabServerApp()._link_jupyter_server_extension(app)
+jupyter_lsp.load_jupyter_server_extension(app)
+language_servers = app.language_server_manager
 
 async def ask(path, **how):
     (listener,) = app.http_server._sockets.values()
@@ -51,6 +69,13 @@ def is_free(port):
             return False
     return True
 
+async def search_language_servers():
+    # The loop has answered requests meanwhile, so a search of the start has begun before.
+    at_start = len(searches)
+    await language_servers.ready()
+    await language_servers.ready()
+    return at_start, len(searches)
+
 async def look():
     page = await ask("nowhere")
     assert (page.code, "<html" in page.body.decode()) == (404, True), page.body
@@ -60,6 +85,10 @@ async def look():
         "changes count": await counts("api/contents", method="POST", body="{}"),
         "a page has the token": TOKEN in page.body.decode(),
         "a kernel's port is free": is_free(port),
+        "descriptions of the system": len(descriptions),
+        "a command line is parsed": bool(parsers),
+        "searches for language servers": await search_language_servers(),
+        "a second server searches": list(map(str, type(language_servers)().node_roots)),
     }
     print(json.dumps(seen), flush=True)
     app.stop()
@@ -69,14 +98,35 @@ app.start()
 """
 
 
+NPM_PREFIX = "/opt/of-npm"
+NPM = f"""#!/bin/sh
+echo asked >> "$HOME/npm.log"
+echo {NPM_PREFIX}
+"""
+
+
+def install_npm(directory):
+    directory.mkdir()
+    for name, source in (("npm-cli.js", NPM), ("node", "#!/bin/sh\n")):
+        (directory / name).write_text(source)
+        (directory / name).chmod(0o755)
+    (directory / "npm").symlink_to("npm-cli.js")
+
+
 @pytest.fixture(scope="module")
 def see(tmp_path_factory):
     """Run the installed Jupyter server with some patches, and return what was observed."""
 
     def see(*chosen):
         place = tmp_path_factory.mktemp("jupyter")
-        env = {name: value for name, value in os.environ.items() if not name.startswith("JUPYTER")}
+        install_npm(place / "bin")
+        env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.lower().startswith(("jupyter", "npm_config_"))
+        }
         env |= {
+            "PATH": f"{place / 'bin'}:{env['PATH']}",
             "HOME": str(place),
             "JUPYTER_CONFIG_DIR": str(place),
             "JUPYTER_RUNTIME_DIR": str(place),
@@ -86,7 +136,8 @@ def see(tmp_path_factory):
             command, capture_output=True, text=True, check=False, env=env, cwd=place
         )
         assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+        asked = (place / "npm.log").read_text().splitlines()
+        return {**json.loads(done.stdout), "npm was asked": len(asked)}
 
     return see
 
@@ -111,3 +162,29 @@ def test_without_its_patch_a_page_contains_the_token(see, plain):
 def test_without_its_patch_a_kernels_port_can_be_taken_by_another_program(see, plain):
     patched = see(patches.hold_ports)
     assert (plain["a kernel's port is free"], patched["a kernel's port is free"]) == (True, False)
+
+
+def test_without_its_patch_each_start_describes_the_system(see, plain):
+    what = "descriptions of the system"
+    patched = see(patches.describe_the_system_once)
+    # For the settings and for the page; with the patch, both before the start.
+    assert (plain[what], patched[what]) == (2, 0)
+
+
+def test_without_its_patch_each_extension_parses_a_command_line(see, plain):
+    what = "a command line is parsed"
+    patched = see(patches.parse_no_command_lines)
+    assert (plain[what], patched[what]) == (True, False)
+
+
+def test_without_its_patch_each_start_searches_for_language_servers(see, plain):
+    what = "searches for language servers"
+    patched = see(patches.search_language_servers_when_asked)
+    assert (plain[what], patched[what]) == ([1, 1], [0, 1])
+
+
+def test_without_its_patch_each_server_asks_npm(see, plain):
+    patched = see(patches.ask_npm_once)
+    assert (plain["npm was asked"], patched["npm was asked"]) == (2, 1)
+    for seen in (plain, patched):
+        assert NPM_PREFIX in seen["a second server searches"]
