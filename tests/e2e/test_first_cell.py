@@ -137,6 +137,17 @@ def test_forked_and_executed_servers_find_the_same_language_servers(keeper):
     assert found[0] == found[1]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
+def test_search_for_language_servers_that_hangs_does_not_hold_up_the_fork_server(make_keeper):
+    keeper = make_keeper(launch_by="fork")
+    julia = keeper.base / "bin" / "julia"
+    julia.parent.mkdir()
+    julia.write_text("#!/bin/sh\nexec sleep 1000\n")
+    julia.chmod(0o755)
+    keeper.variables["PATH"] = f"{julia.parent}:{keeper.environment['PATH']}"
+    assert forked(keeper.start())["state"] == "running"
+
+
 OPEN_WEBSOCKETS_HAVE_NO_DELAY = """
 import gc, socket
 from jupyter_server.services.kernels.websocket import KernelWebsocketHandler

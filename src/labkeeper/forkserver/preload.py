@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from typing import Any, NoReturn
 
@@ -36,6 +36,8 @@ _PROOF_PATHS = ("api", "api/me")
 """Requests by which a keeper verifies that a server runs."""
 _FIRST_PATHS = ("lab", "api/kernelspecs", "api/contents", "lsp/status")
 """A browser's first requests; answering them loads more modules."""
+_ANSWER_SECONDS = 5.0
+"""Seconds to wait for each answer; what it would have loaded is then loaded by each server."""
 _PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
 _MOST_PATTERNS = 400
@@ -83,7 +85,7 @@ def written_pages(listener: socket.socket) -> list[tuple[int, int]]:
 
     Raises PreloadError.
     """
-    return [(address, size) for address, size in _rehearse(listener)["pages"]]
+    return [(address, size) for address, size in _rehearse(listener, ())["pages"]]
 
 
 def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
@@ -94,7 +96,7 @@ def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
     """
     importlib.import_module("jupyterlab.labapp")
     ours = _shared_things()
-    told = _rehearse(listener)
+    told = _rehearse(listener, _FIRST_PATHS)
     # Packages before their modules: importing a module imports its package, so a spoiler is found
     # by its own name.
     for name in sorted(told["modules"], key=lambda name: name.count(".")):
@@ -128,10 +130,10 @@ def _shared_things() -> set[str]:
     return things
 
 
-def _rehearse(listener: socket.socket) -> dict[str, Any]:
+def _rehearse(listener: socket.socket, paths: Iterable[str]) -> dict[str, Any]:
     """Run a server in a child, in its own directory; return its modules, patterns and pages.
 
-    Raises PreloadError.
+    It answers requests for `paths` first. Raises PreloadError.
     """
     launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
     reader, writer = os.pipe()
@@ -141,7 +143,7 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
         os.close(reader)
         # By its end a keeper detects that of the fork server, so no program may hold it.
         listener.close()
-        _perform(launch, writer, parent)
+        _perform(launch, paths, writer, parent)
     os.close(writer)
     with os.fdopen(reader, "rb") as stream:
         # Not to its end: forks of the rehearsal may hold the other end open.
@@ -158,7 +160,7 @@ def _rehearse(listener: socket.socket) -> dict[str, Any]:
         ) from None
 
 
-def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
+def _perform(launch: Launch, paths: Iterable[str], writer: int, parent: int) -> NoReturn:
     code = 1
     try:
         # It ends with its parent, which may have ended already, and after a time limit.
@@ -175,7 +177,7 @@ def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
         launch = replace(launch, config={**launch.config, "IdentityProvider": {"token": token}})
 
         def ready(app: Any) -> None:
-            app.io_loop.add_callback(_warm_and_tell, app, token, shared, writer)
+            app.io_loop.add_callback(_warm_and_tell, app, token, paths, shared, writer)
 
         run_jupyter(launch, ready)
         code = 0
@@ -187,14 +189,18 @@ def _perform(launch: Launch, writer: int, parent: int) -> NoReturn:
         os._exit(code)
 
 
-async def _warm_and_tell(app: Any, token: str, shared: list[tuple[int, int]], writer: int) -> None:
+async def _warm_and_tell(
+    app: Any, token: str, paths: Iterable[str], shared: list[tuple[int, int]], writer: int
+) -> None:
     try:
         info = app.server_info()
         for path in _PROOF_PATHS:
             await _get(info, path, token)
         told: dict[str, Any] = {"pages": pages.copied(shared)}
-        for path in _FIRST_PATHS:
-            await _get(info, path, token)
+        for path in paths:
+            # An extension may wait for a program that hangs.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_get(info, path, token), _ANSWER_SECONDS)
         told["modules"] = [name for name in list(sys.modules) if not name.startswith("__m")]
         # Python does not specify its cache of patterns: without it there are none.
         told["patterns"] = [

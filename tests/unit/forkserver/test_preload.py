@@ -86,5 +86,5 @@ def test_a_rehearsal_ends_with_its_fork_server(monkeypatch, parent, code):
     expected = parent()
     pid = os.fork()
     if pid == 0:
-        preload._perform(NO_LAUNCH, -1, expected)
+        preload._perform(NO_LAUNCH, (), -1, expected)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code
