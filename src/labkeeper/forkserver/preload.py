@@ -131,9 +131,10 @@ def _shared_things() -> set[str]:
 
 
 def _rehearse(listener: socket.socket, paths: Iterable[str]) -> dict[str, Any]:
-    """Run a server in a child, in its own directory; return its modules, patterns and pages.
+    """Run a server in a child, in its own directory; return what it reports.
 
-    It answers requests for `paths` first. Raises PreloadError.
+    That is its modules, patterns and pages, and npm's answers. It answers requests for `paths`
+    first. Raises PreloadError.
     """
     launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
     reader, writer = os.pipe()

@@ -23,7 +23,9 @@ def prompt(kind: Any) -> Any:
     """Derive a websocket connection class without these delays, from the site's or Jupyter's."""
 
     def connect(connection: Any) -> Any:
-        connection.websocket_handler.set_nodelay(True)
+        # None if the browser has left meanwhile: a lost connection to a gateway is made again.
+        if connection.websocket_handler.ws_connection is not None:
+            connection.websocket_handler.set_nodelay(True)
         return kind.connect(connection)
 
     async def prepare(connection: Any) -> None:

@@ -81,6 +81,24 @@ def test_a_kernel_that_never_tells_its_state_is_left_to_jupyter(monkeypatch):
     assert [channel.open for channel in kernel.channels] == [False]
 
 
+class Handler:
+    def __init__(self, ws_connection):
+        self.ws_connection = ws_connection
+        self.without_delay = False
+
+    def set_nodelay(self, value):
+        assert self.ws_connection is not None
+        self.without_delay = value
+
+
+@pytest.mark.parametrize("ws_connection", [object(), None], ids=["is open", "has closed"])
+def test_it_connects_also_if_the_browser_has_left(ws_connection):
+    connection = Connection(Kernel())
+    connection.websocket_handler = Handler(ws_connection)
+    assert websockets.prompt(Connection).connect(connection) == "connected"
+    assert connection.websocket_handler.without_delay == (ws_connection is not None)
+
+
 def test_connections_without_a_method_to_prepare_get_none():
     class Plain:
         def connect(self):
