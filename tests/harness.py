@@ -580,6 +580,11 @@ def run_cell(server, kernel_id, code):
 
 def execute(socket_, code):
     """Run code over a websocket, and return its result and output."""
+    return _collect(socket_, send_cell(socket_, code))
+
+
+def send_cell(socket_, code):
+    """Request that code is run, without waiting for it; return the id of the message."""
     message_id = uuid.uuid4().hex
     header = {
         "msg_id": message_id,
@@ -597,7 +602,7 @@ def execute(socket_, code):
     }
     message = {"parent_header": {}, "metadata": {}, "channel": "shell", "buffers": []}
     socket_.send(json.dumps({"header": header, "content": content, **message}))
-    return _collect(socket_, message_id)
+    return message_id
 
 
 def _collect(socket_, message_id):

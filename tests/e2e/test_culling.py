@@ -9,7 +9,7 @@ import signal
 import httpx
 import websocket
 
-from harness import PATIENCE, forked, run_cell, start_kernel, until
+from harness import PATIENCE, forked, kernel_websocket, run_cell, send_cell, start_kernel, until
 
 QUICK = {"cull_period": 0.5, "cull_grace": 0, "cull_warning": 1}
 LATER = QUICK | {"cull_period": "366d"}
@@ -72,46 +72,16 @@ def open_terminal(server, *commands):
     return socket
 
 
-def open_channels(server, kernel):
-    url = f"{server['url']}api/kernels/{kernel}/channels".replace("http", "ws", 1)
-    return websocket.create_connection(
-        url, header=[f"Authorization: token {server['token']}"], timeout=PATIENCE
-    )
-
-
 def make_busy(server, kernel, code):
     """Run code in a kernel without waiting for the result."""
-    socket = open_channels(server, kernel)
-    header = {
-        "msg_id": "m",
-        "msg_type": "execute_request",
-        "username": "",
-        "session": "s",
-        "version": "5.3",
-    }
-    content = {
-        "code": code,
-        "silent": False,
-        "store_history": False,
-        "user_expressions": {},
-        "allow_stdin": False,
-    }
-    message = {
-        "header": header,
-        "parent_header": {},
-        "metadata": {},
-        "content": content,
-        "channel": "shell",
-        "buffers": [],
-    }
-    socket.send(json.dumps(message))
-    until(
-        lambda: (
-            jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy"
-        ),
-        what="the kernel to be busy",
-    )
-    socket.close()
+    with kernel_websocket(server, kernel) as socket:
+        send_cell(socket, code)
+        until(
+            lambda: (
+                jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "busy"
+            ),
+            what="the kernel to be busy",
+        )
 
 
 def test_idle_servers_are_stopped_after_a_warning_and_busy_ones_are_kept(
@@ -183,16 +153,15 @@ def test_polls_by_the_keeper_and_by_open_tabs_are_not_activity(make_keeper):
     until(
         lambda: jupyter_request(server, "GET", f"api/kernels/{kernel}")["execution_state"] == "idle"
     )
-    socket = open_channels(server, kernel)
-    first = jupyter_request(server, "GET", "api/status")["last_activity"]
-    for _ in range(3):
-        assert idle(keeper, "lab")["last_used"] == f"kernel {kernel}"
-        assert keeper.http.get("/api/servers/lab/kernels").status_code == 200
-        for path in ("kernels", "sessions", "terminals", "contents", "kernelspecs"):
-            jupyter_request(server, "GET", f"api/{path}")
-        wait_for_next_poll(keeper, "lab")
-    assert jupyter_request(server, "GET", "api/status")["last_activity"] == first
-    socket.close()
+    with kernel_websocket(server, kernel):
+        first = jupyter_request(server, "GET", "api/status")["last_activity"]
+        for _ in range(3):
+            assert idle(keeper, "lab")["last_used"] == f"kernel {kernel}"
+            assert keeper.http.get("/api/servers/lab/kernels").status_code == 200
+            for path in ("kernels", "sessions", "terminals", "contents", "kernelspecs"):
+                jupyter_request(server, "GET", f"api/{path}")
+            wait_for_next_poll(keeper, "lab")
+        assert jupyter_request(server, "GET", "api/status")["last_activity"] == first
     jupyter_request(server, "PUT", "api/contents/a.txt", type="file", format="text", content="x")
     assert jupyter_request(server, "GET", "api/status")["last_activity"] > first
 
@@ -200,12 +169,11 @@ def test_polls_by_the_keeper_and_by_open_tabs_are_not_activity(make_keeper):
 def test_open_connection_is_activity_if_cull_connected_is_off(make_keeper):
     keeper = make_keeper(**LATER, cull_connected="false").start()
     server = keeper.post(name="lab", idle_timeout="2s").json()
-    socket = open_channels(server, start_kernel(server))
-    begin_culling(keeper)
-    keeper.wait_for("running", "lab")
-    until(lambda: idle(keeper, "lab")["held_by"], what="the API to report what keeps it in use")
-    assert idle(keeper, "lab")["held_by"][0]["kind"] == "connection"
-    socket.close()
+    with kernel_websocket(server, start_kernel(server)):
+        begin_culling(keeper)
+        keeper.wait_for("running", "lab")
+        until(lambda: idle(keeper, "lab")["held_by"], what="the API to report what keeps it in use")
+        assert idle(keeper, "lab")["held_by"][0]["kind"] == "connection"
     keeper.wait_for("stopped", "lab")
 
 
