@@ -25,6 +25,7 @@ from harness import (
     give_hands,
     low_ports_take_a_right,
     parent_of,
+    plain_python,
     run_cell,
     run_in_server,
     start_kernel,
@@ -312,15 +313,19 @@ def test_oom_kill_in_another_server_is_not_attributed_to_a_killed_server(
 def test_kill_of_an_unlimited_server_is_attributed_to_an_oom_of_the_machine(
     make_keeper,
 ):
-    """A control group around the keeper plays the machine."""
+    """A control group around its servers plays the machine.
+
+    The keeper is in another one: for milliseconds after a server was killed its memory may still
+    count, and a keeper that needs memory just then is killed, too.
+    """
     machine = CONTROLLERS["memory"].base / f"test-{os.getpid()}"
     machine.mkdir()
     (machine / "memory.limit_in_bytes").write_text(str(700 * 2**20))
     keeper = make_keeper(launch_by="exec")
     give_hands(keeper)
-    command = keeper.command
-    enter = f'echo $$ > {machine}/cgroup.procs; exec "$@"'
-    keeper.command = lambda *arguments: ["sh", "-c", enter, "sh", *command(*arguments)]
+    python = plain_python(keeper.base / "bin")
+    shebang, program = python.read_text().split("\n", 1)
+    python.write_text(f"{shebang}\necho $$ > {machine}/cgroup.procs\n{program}")
     keeper.start()
     try:
         server = keeper.post().json()
@@ -329,7 +334,6 @@ def test_kill_of_an_unlimited_server_is_attributed_to_an_oom_of_the_machine(
         ((kind, cause),) = logged_crashes(keeper)
         assert kind == "out-of-memory"
         assert "most likely" in cause
-        assert keeper.process.poll() is None
     finally:
         keeper.close()
         until(lambda: not (machine / "cgroup.procs").read_text())
