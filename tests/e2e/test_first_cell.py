@@ -189,7 +189,7 @@ asyncio.slept, asyncio.sleep = [], sleep
 def test_first_websocket_of_a_kernel_does_not_poll_for_its_state(keeper):
     server = start(keeper, "exec")
     run_in_server(server, RECORD_SLEEP)
-    # Without the patch, about every second kernel's state is not known in time.
+    # Jupyter alone polls for the state of about every second kernel.
     for _ in range(4):
         with kernel_websocket(server, start_kernel(server)) as socket_:
             assert execute(socket_, "6 * 7") == "42"

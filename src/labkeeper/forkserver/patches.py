@@ -175,7 +175,7 @@ def search_language_servers_when_asked() -> None:
 
 @_saves_time
 def ask_npm_once() -> None:
-    """Let jupyter_lsp ask npm for its global directory only if no rehearsal has (see `npm`).
+    """Let jupyter_lsp ask npm for its global directory unless a rehearsal has asked it (see `npm`).
 
     The directories that it searches are a trait (`node_roots`), but one of them is the server's
     own, and the rules for the others are jupyter_lsp's.
