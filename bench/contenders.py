@@ -170,16 +170,12 @@ class Labkeeper(Contender):
         return found
 
     def _fork_server(self) -> int:
-        """Return the fork server's PID.
-
-        Forked servers have the same command line, but only its parent does not.
-        """
-        below = psutil.Process(self._keeper.pid).children(recursive=True)
-        named = {each.pid: each for each in below if _mentions(each, "forkserver")}
-        tops = [pid for pid, process in named.items() if process.ppid() not in named]
-        if len(tops) != 1:
-            raise BenchError(f"cannot tell which process is the fork server: found {len(tops)}")
-        return tops[0]
+        """Return the fork server's PID: this keeper has started it, and nothing else forks."""
+        children = psutil.Process(self._keeper.pid).children()
+        found = [child.pid for child in children if _mentions(child, "forkserver")]
+        if len(found) != 1:
+            raise BenchError(f"cannot tell which process is the fork server: found {len(found)}")
+        return found[0]
 
     def _check_launch_method(self) -> None:
         """Check that this keeper launches as configured; raise Skipped if it cannot fork."""

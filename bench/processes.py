@@ -47,12 +47,17 @@ def tail(log: Path, count: int = 30) -> str:
     return "\n".join(log.read_text(errors="replace").splitlines()[-count:])
 
 
+_MARK = "LABKEEPER_SERVER"
+"""The variable that marks all processes of a server of labkeeper."""
+
+
 class ProcessTree:
-    """A server and its descendants, held by pidfds, which report their end without polling."""
+    """A server and its kernels, held by pidfds, which report their end without polling."""
 
     def __init__(self, pid: int) -> None:
         children = psutil.Process(pid).children(recursive=True)
-        self._pidfds = [os.pidfd_open(each) for each in (pid, *(child.pid for child in children))]
+        pids = {pid, *(child.pid for child in children), *_marked_like(pid)}
+        self._pidfds = [os.pidfd_open(each) for each in pids]
 
     def __len__(self) -> int:
         return len(self._pidfds)
@@ -72,9 +77,21 @@ class ProcessTree:
             os.close(pidfd)
 
 
+def _marked_like(pid: int) -> list[int]:
+    """Return the processes with the same mark of labkeeper: forked kernels are no descendants."""
+    mark = _mark(psutil.Process(pid))
+    return [each.pid for each in psutil.process_iter() if mark and _mark(each) == mark]
+
+
+def _mark(process: psutil.Process) -> str:
+    with contextlib.suppress(psutil.Error, OSError):
+        return process.environ().get(_MARK, "").strip()
+    return ""
+
+
 @contextlib.contextmanager
 def process_tree_of(pid: int) -> Iterator[ProcessTree]:
-    """Hold a server and its descendants, as of now."""
+    """Hold a server and its kernels, as of now."""
     tree = ProcessTree(pid)
     try:
         yield tree
