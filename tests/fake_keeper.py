@@ -125,6 +125,7 @@ def a_server(**changed) -> Server:
         "created_at": "",
         "generation": 1,
         "restarts": 0,
+        "kernels_by": "fork",
     }
     collections = {
         "labels": {},

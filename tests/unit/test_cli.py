@@ -21,7 +21,7 @@ import pytest
 import structlog
 from click.testing import CliRunner
 
-from fake_keeper import TOKEN, a_server, fake_keeper
+from fake_keeper import TOKEN, FixedProbe, a_server, fake_keeper
 from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
@@ -29,7 +29,7 @@ from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.cli import cli, output, servers, start
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
-from labkeeper.core.server import OwnKernel
+from labkeeper.core.server import Kernel, OwnKernel
 from labkeeper.schema.requests.flat import flat_fields
 from labkeeper.schema.requests.servers import ServerRequest
 from labkeeper.settings.model import Settings
@@ -47,6 +47,7 @@ class Served:
     """A keeper over a world that the test controls, with its application and URL."""
 
     world: World
+    probe: FixedProbe
     app: object
     url: str
 
@@ -58,7 +59,7 @@ def serving(notebook_dir):
         app = create_app(made.services)
         server = WsgiServer(app, [listener], threads=4, max_body=2**20)
         server.start()
-        yield Served(made.world, app, url)
+        yield Served(made.world, made.probe, app, url)
         server.close()
 
 
@@ -265,7 +266,7 @@ def test_options_of_start_are_fields_of_the_request(served, tmp_path):
         "--default-url",
         "/lab/tree/x",
     ]
-    options += ["--description", "for the course", "--json"]
+    options += ["--description", "for the course", "--kernels-by", "exec", "--json"]
     options += [
         "--env",
         "A=1=2",
@@ -289,7 +290,7 @@ def test_options_of_start_are_fields_of_the_request(served, tmp_path):
         {"team": "blue", "empty": ""},
     )
     assert server["jupyter_options"] == {"ServerApp.quit_button": False}
-    assert server["description"] == "for the course"
+    assert (server["description"], server["kernels_by"]) == ("for the course", "exec")
     assert re.search("description +for the course", run("show", "demo").stdout)
     assert "options ServerApp.quit_button=false" in re.sub(" +", " ", run("show", "demo").stdout)
     assert dict(served.world.processes[0].spec.env) == {"A": "1=2"}
@@ -362,6 +363,7 @@ def test_start_has_an_option_for_each_field_of_a_request_except_secrets():
         ("--cpu-limit", "0"),
         ("--process-limit", "1"),
         ("--gateway-connect-timeout", "0"),
+        ("--kernels-by", "spawn"),
         ("--memory-limit", "x"),
     ],
 )
@@ -466,6 +468,7 @@ def test_show_prints_a_server_without_secrets(served):
     text = run("show").stdout
     assert re.search(r"^state +running$", text, re.MULTILINE)
     assert re.search(r"^labels +team=blue$", text, re.MULTILINE)
+    assert re.search(r"^kernels by +fork$", text, re.MULTILINE)
     assert "failure" not in text
     assert "token" not in text
     assert json.loads(run("show", "--json").stdout)["token"].startswith("token-of-")
@@ -595,11 +598,55 @@ def test_show_prints_the_gateway_and_kept_kernels(served):
     )
     gateway = json.loads(made.stdout)["gateway"]
     assert (gateway["required"], gateway["kernel_env_passed"]) == (False, ["KERNEL_A"])
-    assert re.search(r"^gateway +http://g:1$", run("show", "x").stdout, re.MULTILINE)
+    shown = run("show", "x").stdout
+    assert re.search(r"^gateway +http://g:1$", shown, re.MULTILINE)
+    assert "kernels by" not in shown
     served.world.living("x")[0].kernels = (OwnKernel("k1"),)
     served.world.temper("x").boots = False
     served.world.crash("x")
     until(lambda: re.search(r"^kernels kept +k1$", run("show", "x").stdout, re.MULTILINE))
+
+
+def test_show_lists_the_kernels_of_a_running_server(served):
+    """One line each; how a kernel on a gateway was launched is unknown."""
+    run("start", "x")
+    assert not re.search("^kernels  ", run("show", "x").stdout, re.MULTILINE)
+    served.probe.kernels_there = [
+        Kernel("k-1", "python3", "idle", launched_by="fork"),
+        Kernel("k-2", "ir", "busy", launched_by="exec", exec_reason="it is no IPython kernel"),
+        Kernel("k-3", "spark", "starting"),
+    ]
+    lines = run("show", "x").stdout.splitlines()
+    first = next(at for at, line in enumerate(lines) if re.match("kernels  ", line))
+    indent = lines[first].index("k-1")
+    assert [(line[:indent].strip(), line[indent:]) for line in lines[first : first + 4]] == [
+        ("kernels", "k-1: python3, idle, fork"),
+        ("", "k-2: ir, busy, exec (it is no IPython kernel)"),
+        ("", "k-3: spark, starting"),
+        ("jupyter server", lines[first + 3][indent:]),
+    ]
+    assert "k-1" not in run("show", "x", "--json").stdout
+    run("stop", "x")
+    assert "k-1" not in run("show", "x").stdout
+
+
+def test_show_prints_the_rest_if_the_kernels_cannot_be_listed(served):
+    run("start", "x")
+    served.probe.error = BackendUnavailable("cannot list the kernels: it answered 503")
+    shown = run("show", "x").stdout
+    because = r"cannot be listed: cannot list the kernels: it answered 503"
+    assert re.search(rf"^kernels +{because}$", shown, re.MULTILINE)
+    assert re.search(r"^state +running$", shown, re.MULTILINE)
+    assert re.search(r"^created +\S+Z$", shown, re.MULTILINE)
+
+
+def test_kernels_cannot_control_the_terminal_or_add_lines(served):
+    """The server's user determines what it reports of them."""
+    run("start", "x")
+    served.probe.kernels_there = [Kernel("k", "python3", "idle\x1b[2J\nstate  failed")]
+    shown = at_terminal("show", "x")
+    assert "\x1b[2J" not in shown
+    assert "k: python3, idle\\x1b[2J\\x0astate  failed" in shown
 
 
 HEALTH = {

@@ -44,6 +44,7 @@ FULL = Snapshot(
         env={"A": "1"},
         labels={"team": "ä"},
         jupyter_options={"A.switch": False, "A.count": 1, "A.rate": 1.5},
+        kernels_by="exec",
         gateway=Gateway(
             "http://g", "ws://g", auth_token="secret", headers={"X": "y"}, request_timeout=2.5
         ),
@@ -96,6 +97,13 @@ def test_saved_snapshots_are_loaded_unchanged_by_the_next_keeper(store, path):
     other = SqliteStore(path)
     assert other.load() == [replace(BARE, state=State.RUNNING), FULL]
     other.close()
+
+
+def test_a_spec_of_an_earlier_version_has_the_defaults_of_later_fields(store):
+    store.save(BARE)
+    store._db.execute("UPDATE servers SET snapshot = json_remove(snapshot, '$.spec.kernels_by')")
+    assert "kernels_by" not in str(store._rows("SELECT snapshot FROM servers"))
+    assert store.load() == [BARE]
 
 
 def test_a_forgotten_server_is_gone(store):

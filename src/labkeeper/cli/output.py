@@ -74,12 +74,17 @@ def print_json(data: Any) -> None:
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
-    """Print the facts about one thing, one per line, omitting those that do not apply."""
-    shown = {key: str(value) for key, value in facts.items() if value}
+    """Print the facts about one thing, one per line, omitting those that do not apply.
+
+    A list takes a line for each of its items.
+    """
+    shown = {key: value for key, value in facts.items() if value}
     width = max(map(len, shown))
     show = visible_line if is_terminal(sys.stdout) else str
     for key, value in shown.items():
-        put(f"{key:{width}}  {show(value)}")
+        lines = value if isinstance(value, list) else [value]
+        for name, line in zip(itertools.chain([key], itertools.repeat("")), lines, strict=False):
+            put(f"{name:{width}}  {show(str(line))}")
 
 
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

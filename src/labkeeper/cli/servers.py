@@ -41,7 +41,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Gateway, Limit, Server, Usage
+    from labkeeper.client import Client, Gateway, Kernel, Limit, Server, Usage
 
 
 @click.command(
@@ -120,10 +120,11 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     """
     with connected(where) as (client, _), waiting("asking"):
         (server,) = _measured(lambda: [client.get(name)])
+        kernels = [] if as_json else _kernels(client, server)
     if as_json:
         print_json(server)
         return
-    print_facts(_facts(server))
+    print_facts(_facts(server, kernels))
     if server.failure is not None:
         show_log_tail(server.failure.log_tail)
 
@@ -170,7 +171,27 @@ def _gateway(gateway: Gateway) -> str:
     return f"{gateway.url} (answers, {gateway.kernelspecs} kernelspec{plural})"
 
 
-def _facts(server: Server) -> dict[str, object]:
+def _kernels(client: Client, server: Server) -> list[str]:
+    """Return a line for each kernel of a running server, or why they cannot be listed."""
+    if server.state != State.RUNNING:
+        return []
+    try:
+        return [_kernel(kernel) for kernel in client.kernels(server.name)]
+    except LabkeeperError as error:
+        return [f"cannot be listed: {error.message}"]
+
+
+def _kernel(kernel: Kernel) -> str:
+    how = _launched(kernel)
+    return f"{kernel.id}: {kernel.name}, {kernel.execution_state}" + (f", {how}" if how else "")
+
+
+def _launched(one: Server | Kernel) -> str:
+    reason = f" ({one.exec_reason})" if one.exec_reason else ""
+    return one.launched_by + reason if one.launched_by else ""
+
+
+def _facts(server: Server, kernels: list[str]) -> dict[str, object]:
     """Return the facts about a server; those that do not apply are empty."""
     return {
         "name": server.name,
@@ -190,8 +211,9 @@ def _facts(server: Server) -> dict[str, object]:
         "max age": server.max_age and format_duration(server.max_age),
         "snoozed until": server.snoozed_until,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
-        "launched by": server.launched_by
-        and server.launched_by + (f" ({server.exec_reason})" if server.exec_reason else ""),
+        "launched by": _launched(server),
+        "kernels by": server.gateway is None and server.kernels_by,
+        "kernels": kernels,
         "jupyter server": server.version,
         "options": ", ".join(
             f"{name}={json.dumps(value)}" for name, value in sorted(server.jupyter_options.items())

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import UnionType
-from typing import IO, TYPE_CHECKING, Any, Final, Union, get_origin
+from typing import IO, TYPE_CHECKING, Any, Final, Literal, Union, get_args, get_origin
 
 import click
 
@@ -100,7 +100,9 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
             "help": f"{str(field.description).rstrip('.')}; repeatable.",
         }
         return click.Option([*flags, name], **about)
-    if kind in {int, float}:
+    if choices := _choices(kind):
+        about |= {"type": click.Choice(choices), "metavar": "|".join(choices)}
+    elif kind in {int, float}:
         bounds = {
             edge: getattr(one, edge)
             for one in field.metadata
@@ -122,6 +124,13 @@ def _request_option(name: str, field: FieldInfo) -> click.Option:
     else:
         about |= {"metavar": "TEXT"}
     return click.Option([*flags, name], **(about | special))
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """Return the values of a literal type, or of one that is optional; empty for other types."""
+    if get_origin(kind) in {Union, UnionType}:
+        kind = get_args(kind)[0]
+    return get_args(kind) if get_origin(kind) is Literal else ()
 
 
 @click.command(

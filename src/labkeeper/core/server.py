@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, Literal
 
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.spec import Gateway, QualifiedName, ServerName, ServerSpec
@@ -143,6 +143,10 @@ class Kernel:
     last_activity: str = ""
     connections: int = 0
     """Number of open websockets."""
+    launched_by: Literal["fork", "exec"] | None = None
+    """None if not reported, as for kernels on a gateway."""
+    exec_reason: str | None = None
+    """Why it was executed."""
 
 
 @dataclass(frozen=True, slots=True)

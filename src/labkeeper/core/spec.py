@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Final, NewType
+from typing import Final, Literal, NewType
 
 ServerName = NewType("ServerName", str)
 """A DNS label (RFC 1123), so that it can name a host, container or pod on every backend."""
@@ -37,6 +37,11 @@ another. It can name a directory, control group, container or pod."""
 
 KERNEL_PREFIX: Final = "KERNEL_"
 """Prefix of the variables that every gateway passes to its kernels; others need configuration."""
+
+
+KernelsBy = Literal["fork", "exec"]
+"""How IPython kernels beside the server are launched: forked from a process that has loaded
+ipykernel, where possible, or executed."""
 
 
 def server_name(text: str) -> ServerName:
@@ -119,6 +124,7 @@ class ServerSpec:
     description: str = ""
     """A line about the server, for people."""
     gateway: Gateway | None = None
+    kernels_by: KernelsBy = "fork"
     limits: Limits = UNLIMITED
     user: str | None = None
     """The user of the machine that it runs as; None for the keeper's own."""

@@ -39,6 +39,37 @@ _END_KERNEL_TIMEOUT: Final = 10.0
 """Seconds for a kernel to end; Jupyter gives an unresponsive one five."""
 
 
+_LONGEST_REASON: Final = 300
+"""Characters of an `exec_reason`, which the server's user can write."""
+
+
+class _KernelModel(BaseModel):
+    model_config = ConfigDict(defer_build=True)
+
+    id: str
+    name: str
+    execution_state: str = "unknown"
+    last_activity: str = ""
+    connections: int = 0
+    # Labkeeper's own additions to Jupyter's model. Whatever they are, the kernel is listed.
+    launched_by: Any = None
+    exec_reason: Any = None
+
+    @property
+    def kernel(self) -> Kernel:
+        """The kernel, without additions that have an unknown value."""
+        has_reason = self.launched_by == "exec" and isinstance(self.exec_reason, str)
+        return Kernel(
+            self.id,
+            self.name,
+            self.execution_state,
+            self.last_activity,
+            self.connections,
+            launched_by=self.launched_by if self.launched_by in ("fork", "exec") else None,
+            exec_reason=self.exec_reason[:_LONGEST_REASON] if has_reason else None,
+        )
+
+
 class _TerminalModel(BaseModel):
     model_config = ConfigDict(defer_build=True)
 
@@ -57,7 +88,7 @@ class _StatusModel(BaseModel):
 _LAZY: Final = ConfigDict(defer_build=True)
 
 
-_KERNELS: Final = TypeAdapter(list[Kernel], config=_LAZY)
+_KERNELS: Final = TypeAdapter(list[_KernelModel], config=_LAZY)
 
 
 _TERMINALS: Final = TypeAdapter(list[_TerminalModel], config=_LAZY)
@@ -98,7 +129,8 @@ class JupyterClient:
         Raises BackendUnavailable, BackendTimeout.
         """
         with _failing(f"cannot list the kernels of the server on port {endpoint.port}"):
-            return _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
+            found = _KERNELS.validate_json(self._told(endpoint, "api/kernels"))
+        return [model.kernel for model in found]
 
     def load(self, endpoint: Endpoint) -> Load:
         """Return the number of kernels and connections, without counting as activity.

@@ -243,6 +243,7 @@ def _backend(
         runtime_dir=chosen.server_dirs,
         log_dir=chosen.state_dir / "logs",
         launch_by=chosen.launch_by,
+        kernels_by=chosen.kernels_by,
         umask=int(chosen.umask, 8),
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
@@ -347,6 +348,7 @@ def _defaults(chosen: Settings) -> Defaults:
         chosen.idle_timeout,
         chosen.max_age,
         chosen.user,
+        chosen.kernels_by,
     )
 
 

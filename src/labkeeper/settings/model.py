@@ -12,6 +12,7 @@ from typing import Annotated, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr
 
+from labkeeper.core.spec import KernelsBy
 from labkeeper.settings.types import (
     BytesOrShare,
     Directories,
@@ -95,6 +96,14 @@ class Settings(BaseModel):
         description=(
             "`fork`: fork servers from a process that has loaded JupyterLab, where possible; "
             "`exec`: load JupyterLab in each."
+        ),
+    )
+    kernels_by: KernelsBy = Field(
+        "fork",
+        description=(
+            "`fork`: fork IPython kernels from a process that has loaded ipykernel, where "
+            "possible, unless a request chooses `exec`; `exec`: load ipykernel in each. "
+            "Requests for `fork` are then refused."
         ),
     )
     user: str | None = Field(

@@ -544,6 +544,25 @@ def test_kernels_are_listed_for_running_servers_only(client, services):
     assert client.get("/api/servers/default/kernels").status_code == 409
 
 
+def test_kernels_are_listed_with_how_they_were_launched(client, running):
+    launched = [("fork", None), ("exec", "it is no IPython kernel"), (None, None)]
+    running.probe.kernels_there = [
+        Kernel(f"k-{count}", "python3", launched_by=launched_by, exec_reason=reason)
+        for count, (launched_by, reason) in enumerate(launched)
+    ]
+    client.post("/api/servers", json={})
+    listed = client.get("/api/servers/default/kernels").json["kernels"]
+    assert [(one["launched_by"], one["exec_reason"]) for one in listed] == launched
+    assert listed[1] == {
+        "id": "k-1",
+        "name": "python3",
+        "execution_state": "unknown",
+        "last_activity": "",
+        "launched_by": "exec",
+        "exec_reason": "it is no IPython kernel",
+    }
+
+
 def test_a_keeper_that_has_stopped_is_neither_healthy_nor_ready(services):
     client = create_app(services).test_client()
     assert {client.get(path).status_code for path in ("/healthz", "/readyz")} == {200}
@@ -873,6 +892,30 @@ def test_an_invalid_bulk_start_starts_no_server(client, body):
     answer = client.post("/api/bulk/start", json=body)
     assert answer.status_code == 422
     assert client.get("/api/servers").json["servers"] == []
+
+
+# How kernels are launched
+
+
+def test_how_kernels_are_launched_is_part_of_the_server(client):
+    made = client.post("/api/servers", json={"name": "x", "kernels_by": "exec"})
+    assert (made.status_code, made.json["kernels_by"]) == (201, "exec")
+    assert client.post("/api/servers", json={"name": "x", "kernels-by": "exec"}).status_code == 200
+    other = client.post("/api/servers", json={"name": "x"})
+    assert (other.status_code, other.json["differs"]) == (409, ["kernels_by"])
+    assert client.post("/api/servers/x/restart").json["kernels_by"] == "exec"
+    again = client.post("/api/servers/x/restart", json={"kernels_by": "fork"})
+    assert again.json["kernels_by"] == "fork"
+
+
+def test_a_keeper_that_executes_kernels_names_the_setting(services):
+    defaults = replace(services.defaults, kernels_by="exec")
+    client = create_app(replace(services, defaults=defaults)).test_client()
+    client.environ_base["HTTP_AUTHORIZATION"] = f"Bearer {TOKEN}"
+    answer = client.post("/api/servers", json={"name": "x", "kernels_by": "fork"})
+    assert (answer.status_code, answer.json["code"]) == (422, "invalid_spec")
+    assert "LABKEEPER_KERNELS_BY=exec" in answer.json["detail"]
+    assert client.post("/api/servers", json={"name": "x"}).json["kernels_by"] == "exec"
 
 
 # Culling

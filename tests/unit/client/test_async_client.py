@@ -16,11 +16,13 @@ from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.client import AsyncClient, Client
 from labkeeper.core.errors import ServerNotFound, SettingsError, Unreachable
 from labkeeper.core.lifecycle import State
+from labkeeper.core.server import Kernel
 
 
 @pytest.fixture
 def url(tmp_path):
     with fake_keeper(tmp_path) as made, socket.create_server(("127.0.0.1", 0)) as listener:
+        made.probe.kernels_there = [Kernel("k", "python3", launched_by="fork")]
         server = WsgiServer(create_app(made.services), [listener], threads=8, max_body=2**20)
         server.start()
         with closing(server):
@@ -54,6 +56,7 @@ def test_methods_cover_the_life_of_a_server(url):
             assert [server.name async for server in client.list()] == ["a", "b"]
             assert [server.name async for server in client.list(state=["stopped"])] == []
             assert [server.name async for server in client.list(owner="ada")] == []
+            assert [kernel.launched_by for kernel in await client.kernels("a")] == ["fork"]
             follower = client.follow("a")
             first = await anext(follower)
             assert (await client.stop("a")).state is State.STOPPED

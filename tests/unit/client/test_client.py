@@ -231,11 +231,22 @@ def test_closing_a_follower_closes_the_response(client):
 
 
 def test_kernels_are_models(running, client):
-    running.probe.kernels_there = (Kernel("1", "python3", "idle", "2026-01-01T00:00:00Z"),)
-    client.create()
-    assert [(kernel.id, kernel.execution_state) for kernel in client.kernels("default")] == [
-        ("1", "idle")
+    executed = {"launched_by": "exec", "exec_reason": "why"}
+    running.probe.kernels_there = (
+        Kernel("1", "python3", "idle", "2026-01-01T00:00:00Z"),
+        Kernel("2", "python3", "busy", **executed),
+    )
+    client.create(kernels_by="exec")
+    kernels = client.kernels("default")
+    assert [(kernel.id, kernel.execution_state) for kernel in kernels] == [
+        ("1", "idle"),
+        ("2", "busy"),
     ]
+    assert [(kernel.launched_by, kernel.exec_reason) for kernel in kernels] == [
+        (None, None),
+        ("exec", "why"),
+    ]
+    assert client.get("default").kernels_by == "exec"
     client.stop("default")
     with pytest.raises(Conflict):
         client.kernels("default")

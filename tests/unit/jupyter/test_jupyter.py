@@ -354,6 +354,32 @@ def test_kernels_are_read(answering):
     assert [(k.id, k.execution_state) for k in client.kernels(where)] == [("k", "busy")]
 
 
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [
+        ({"launched_by": "fork", "exec_reason": None}, ("fork", None)),
+        ({"launched_by": "exec", "exec_reason": "why"}, ("exec", "why")),
+        ({"launched_by": "exec"}, ("exec", None)),
+        ({}, (None, None)),
+        ({"launched_by": None, "exec_reason": None}, (None, None)),
+        ({"launched_by": "spawn", "exec_reason": "why"}, (None, None)),
+        ({"launched_by": "fork", "exec_reason": "why"}, ("fork", None)),
+        ({"launched_by": ["fork"], "exec_reason": {}}, (None, None)),
+        ({"launched_by": "exec", "exec_reason": 7}, ("exec", None)),
+        ({"launched_by": "exec", "exec_reason": "x" * 10_000}, ("exec", "x" * 300)),
+    ],
+    ids=str,
+)
+def test_how_a_kernel_was_launched_is_read_whatever_the_server_reports(
+    answering, reported, expected
+):
+    """The server's user can write anything; kernels on a gateway have no such fields."""
+    client, where, answers = answering
+    answers["/api/kernels"] = (200, json.dumps([{"id": "k", "name": "python3", **reported}]))
+    (kernel,) = client.kernels(where)
+    assert (kernel.launched_by, kernel.exec_reason) == expected
+
+
 def test_without_free_descriptors_it_is_unknown_whether_a_server_responds():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))

@@ -43,8 +43,8 @@ def paths(tmp_path):
     return Paths(tmp_path)
 
 
-def made(paths, caller=ANYBODY, **fields):
-    return ServerRequest.model_validate(fields).spec(DEFAULTS, caller, paths.validate)
+def made(paths, caller=ANYBODY, *, defaults=DEFAULTS, **fields):
+    return ServerRequest.model_validate(fields).spec(defaults, caller, paths.validate)
 
 
 # Text
@@ -281,12 +281,58 @@ def test_every_option_is_a_trait_of_jupyter_with_the_same_type():
         assert type(found).__name__ == kinds[field["type"]], name
 
 
+# How kernels are launched
+
+EXECUTING = replace(DEFAULTS, kernels_by="exec")
+"""The defaults of a keeper that forks no kernels."""
+
+
+@pytest.mark.parametrize("missing", [{}, {"kernels_by": None}], ids=["absent", "null"])
+def test_kernels_are_launched_as_the_keeper_is_set_unless_requested(paths, missing):
+    assert made(paths, **missing).kernels_by == "fork"
+    assert made(paths, **missing, defaults=EXECUTING).kernels_by == "exec"
+    executed = made(paths, MANAGER, **{"kernels-by": "exec"})
+    assert executed.kernels_by == "exec"
+    assert executed.differs(made(paths)) == ("kernels_by",)
+    assert executed == made(paths, defaults=EXECUTING)
+
+
+@pytest.mark.parametrize("method", ["spawn", "", "FORK", True, ["fork"]])
+def test_kernels_are_forked_or_executed(method):
+    with pytest.raises(ValidationError, match="kernels_by"):
+        ServerRequest.model_validate({"kernels_by": method})
+
+
+def test_a_keeper_that_executes_kernels_refuses_to_fork_them(paths):
+    """Even for an admin; a server that was to fork them can still be restarted."""
+    because = r"kernels_by must be exec: .*\(LABKEEPER_KERNELS_BY=exec\)"
+    with pytest.raises(InvalidSpec, match=because) as caught:
+        made(paths, kernels_by="fork", defaults=EXECUTING)
+    assert [one["field"] for one in caught.value.details["errors"]] == ["kernels_by"]
+    bulk = BulkRequest.model_validate({"names": ["a", "b"], "kernels_by": "fork"})
+    with pytest.raises(InvalidSpec, match=because):
+        bulk.specs(EXECUTING, ANYBODY, paths.validate)
+    old = made(paths)
+    with pytest.raises(InvalidSpec, match=because):
+        revised(paths, old, kernels_by="fork", defaults=EXECUTING)
+    assert revised(paths, old, labels={"a": "b"}, defaults=EXECUTING) == replace(
+        old, labels={"a": "b"}
+    )
+
+
+def test_a_restart_keeps_how_kernels_are_launched_unless_it_names_it(paths):
+    old = made(paths, kernels_by="exec")
+    assert revised(paths, old, labels={"a": "b"}).kernels_by == "exec"
+    assert revised(paths, old, kernels_by="fork") == replace(old, kernels_by="fork")
+    assert revised(paths, old, kernels_by=None) == replace(old, kernels_by="fork")
+
+
 # Restarts
 
 
-def revised(paths, old, caller=ANYBODY, **fields):
+def revised(paths, old, caller=ANYBODY, *, defaults=DEFAULTS, **fields):
     request = RestartRequest.model_validate(fields)
-    return request.revise(old, DEFAULTS, caller, paths.validate)
+    return request.revise(old, defaults, caller, paths.validate)
 
 
 def test_a_restart_is_validated_like_a_start(paths):

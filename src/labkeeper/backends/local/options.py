@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from labkeeper.core.spec import KernelsBy
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalOptions:
@@ -18,6 +20,8 @@ class LocalOptions:
     log_dir: Path
     """Holds the log of each server."""
     launch_by: Literal["fork", "exec"] = "fork"
+    kernels_by: KernelsBy = "fork"
+    """With `exec`, no kernel is forked, even if a spec that is older than the option allows it."""
     umask: int = 0o077
     """The umask of files that servers create."""
     log_max_bytes: int = 10 * 1024 * 1024

@@ -114,6 +114,8 @@ class Starter:
             # Clients that attach to a kernel by its connection file do not know these keys, so only
             # kernels of other users get them.
             encrypt_kernels=user is not None,
+            zygote_cgroups=self.sites.groups.create_beside(spec.qualified_name, limited.members),
+            kernels_by="exec" if self.sites.options.kernels_by == "exec" else spec.kernels_by,
         )
 
     def _record(

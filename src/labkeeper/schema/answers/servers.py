@@ -178,6 +178,12 @@ class Server(Answer):
     max_age: float | None = Field(
         description="Age, in seconds, at which it is stopped; null: never."
     )
+    kernels_by: str = Field(
+        description=(
+            "How local IPython kernels are launched: `fork` (where possible, from a process that "
+            "has loaded ipykernel) or `exec`."
+        )
+    )
     jupyter_options: dict[str, bool | int | float] = Field(description="Jupyter options.")
     snoozed_until: str | None = Field(
         description="Until when culling is postponed; null if it is not."
@@ -253,6 +259,15 @@ class Kernel(Answer):
     name: str
     execution_state: str
     last_activity: str
+    launched_by: str | None = Field(
+        description=(
+            "`fork` (from a process that had loaded ipykernel) or `exec`; null if it is unknown, "
+            "as for kernels on a gateway."
+        )
+    )
+    exec_reason: str | None = Field(
+        description="Why it was not forked; null if it was, or if that is unknown."
+    )
 
 
 class KernelList(Answer):

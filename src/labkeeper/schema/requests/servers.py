@@ -23,6 +23,7 @@ from labkeeper.core.spec import (
     LOCAL,
     UNLIMITED,
     Gateway,
+    KernelsBy,
     Limits,
     ServerName,
     ServerSpec,
@@ -63,6 +64,8 @@ class Defaults:
     max_age: float | None = None
     user: str | None = None
     """The user of the machine that servers run as; None for the keeper's own."""
+    kernels_by: KernelsBy = "fork"
+    """With `exec`, requests cannot choose `fork`."""
 
 
 class _Wanted(Request):
@@ -126,6 +129,14 @@ class _Wanted(Request):
             "and others only if its own configuration allows them."
         ),
     )
+    kernels_by: KernelsBy | None = Field(
+        ABSENT,
+        description=(
+            "`fork`: fork local IPython kernels from a process that has loaded ipykernel, where "
+            "possible; `exec`: load ipykernel in each. Default, also for null: "
+            "`LABKEEPER_KERNELS_BY`; if that is `exec`, `fork` is refused."
+        ),
+    )
     jupyter_options: JupyterOptions = Field(
         default_factory=JupyterOptions,
         description=(
@@ -181,7 +192,7 @@ class _Wanted(Request):
     def _whole(
         self, name: ServerName, defaults: Defaults, caller: Caller, old: Gateway | None = None
     ) -> ServerSpec:
-        """Return the spec of a server of this name. Raises NotAllowed.
+        """Return the spec of a server of this name. Raises InvalidSpec, NotAllowed.
 
         Gateway options without a URL are for the `old` gateway, if there is one.
         """
@@ -203,6 +214,7 @@ class _Wanted(Request):
             gateway=gateway,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
+            kernels_by=self._kernels_by(defaults),
             jupyter_options=self.jupyter_options.chosen(),
             **{field: getattr(self, field) for field in _PLAIN},
         )
@@ -211,6 +223,13 @@ class _Wanted(Request):
         """Return a rule's limit; null, unlike a missing field, turns the rule off."""
         chosen: float | None = getattr(self if field in self.model_fields_set else defaults, field)
         return chosen or None
+
+    def _kernels_by(self, defaults: Defaults) -> KernelsBy:
+        """Return how its kernels are launched. Raises InvalidSpec if the keeper forks none."""
+        if self.kernels_by == "fork" and defaults.kernels_by == "exec":
+            rule = "must be exec: this keeper forks no kernels (LABKEEPER_KERNELS_BY=exec)"
+            raise InvalidSpec.of("kernels_by", rule)
+        return self.kernels_by or defaults.kernels_by
 
 
 _DERIVED: Final = frozenset(
@@ -222,6 +241,7 @@ _DERIVED: Final = frozenset(
         "gateway",
         "idle_timeout",
         "max_age",
+        "kernels_by",
         "jupyter_options",
     }
 )
