@@ -36,6 +36,9 @@ LAUNCHES = fields_of(
     ),
     cgroups=st.lists(st.text(), max_size=2),
     rlimits=st.dictionaries(st.text(max_size=5), st.integers(0), max_size=2),
+    encrypt_kernels=st.booleans(),
+    zygote_cgroups=st.lists(st.text(), max_size=2),
+    kernels_by=st.sampled_from(["fork", "exec"]),
 )
 IDS = st.from_regex(r"[A-Za-z0-9_-]{1,64}", fullmatch=True)
 SESSIONS = fields_of(path=st.text(), name=st.text(), type=st.text(), kernel_id=IDS)

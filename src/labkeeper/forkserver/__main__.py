@@ -1,6 +1,7 @@
-"""Run as `python .../forkserver fork FD` or `python .../forkserver exec FD`; FD is a Unix socket.
+"""Run as `python .../forkserver MODE FD`; FD is a Unix socket.
 
-`fork` listens on the socket; `exec` reads its launch from it.
+`fork` listens on the socket; `exec` reads its launch from it; `kernels` forks zygotes for it, and
+`zygote` is one.
 """
 
 import sys
@@ -15,12 +16,20 @@ if not __package__:
     _module.__path__ = [sys.path.pop(0)]
     sys.modules[__package__] = _module
 
-from . import main, server
-
 if __name__ == "__main__":
-    server.end_fast()
-    _descriptor = int(sys.argv[2])
-    # The fork server returns only in its children; each becomes a server with a clean stack.
-    server.become_server(
-        *(main.serve(_descriptor) if sys.argv[1] == "fork" else server.receive(_descriptor))
-    )
+    _mode, _descriptor = sys.argv[1], int(sys.argv[2])
+    # Each of them returns only in its children, so that they begin with a clean stack. Kernels must
+    # not have the modules of servers.
+    if _mode in {"kernels", "zygote"}:
+        from . import forked_kernel, kernel_loader, zygote
+
+        _serve = kernel_loader.serve if _mode == "kernels" else kernel_loader.load_for
+        _connection, _loaded = _serve(_descriptor)
+        forked_kernel.become_kernel(zygote.run(_connection, _loaded), _loaded)
+    else:
+        from . import main, server
+
+        server.end_fast()
+        server.become_server(
+            main.serve(_descriptor) if _mode == "fork" else server.receive(_descriptor)
+        )

@@ -16,8 +16,11 @@ from traitlets.config import Config
 
 from . import extension, patches
 from .kernels import Kernels
+from .provisioner import provide
 from .websockets import prompt
 from .wire import Launch
+from .zygote_client import FirstZygote, Zygote
+from .zygote_pool import ZygotePool
 
 
 class ServerApp(serverapp.ServerApp):
@@ -27,6 +30,8 @@ class ServerApp(serverapp.ServerApp):
     ready = traitlets.Any(
         help="Called with this application when its socket listens and its loop runs."
     )
+    zygote = traitlets.Instance(FirstZygote)
+    zygotes: Any = traitlets.Instance(ZygotePool, allow_none=True)
     kernels = traitlets.Instance(Kernels, allow_none=True)
 
     def parse_command_line(self, argv: list[str] | None = None) -> None:  # noqa: ARG002 - Jupyter's
@@ -37,6 +42,12 @@ class ServerApp(serverapp.ServerApp):
         """Create managers with kernel records, of the classes that the site or Jupyter chose."""
         # Jupyter's own choice depends on this object, which is created only once.
         self.gateway_config = GatewayClient.instance(parent=self)
+        off = "kernels run on the gateway" if self.gateway_config.gateway_enabled else ""
+        if self.launch.kernels_by == "exec":
+            off = "forking kernels is turned off (kernels_by=exec)"
+        first = Zygote(self.zygote.connection, self.launch, self.zygote.why_not)
+        self.zygotes = ZygotePool(first, self.launch, off)
+        provide(self, self.zygotes)
         self.kernels = Kernels(self, self.launch.server_dir, self.launch.kernel_env)
         self.kernel_manager_class = self.kernels.recording_manager(self.kernel_manager_class)
         self.session_manager_class = self.kernels.recording_sessions(self.session_manager_class)
@@ -59,9 +70,11 @@ class ServerApp(serverapp.ServerApp):
         # The manager's own method would log errors, and keep a server running without protection or
         # records.
         manager.extensions[ours].load_all_points(self)
+        self.io_loop.call_later(self.zygote.after, self.zygotes.prepare)
 
     async def cleanup_kernels(self) -> None:
         """End the kernels as the keeper requested, after extensions, which may still use them."""
         # None if it ends before it is initialised.
         if self.kernels is not None:
             await self.kernels.end(super().cleanup_kernels)
+            await self.zygotes.end()

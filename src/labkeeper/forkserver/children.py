@@ -1,12 +1,53 @@
-"""The forked servers as their parent sees them: live children, and where to report their exit."""
+"""Forked children as their parent sees them: live ones, and where to report their exits."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import socket
 from typing import Any
 
 from . import wire
+
+
+def fork() -> int:
+    """Fork; in the child, reset this process's signal handling. Raises OSError."""
+    # Until then, a child must not handle a signal as if it were this process.
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        pid = os.fork()
+        if pid == 0:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        return pid
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+class Wakeup:
+    """A socket that can be read when a child may have ended."""
+
+    def __init__(self) -> None:
+        self._reader, self._writer = socket.socketpair()
+        self._reader.setblocking(False)
+        self._writer.setblocking(False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+
+    def fileno(self) -> int:
+        """Return the descriptor to wait on."""
+        return self._reader.fileno()
+
+    def clear(self) -> None:
+        """Wait for the next one."""
+        with contextlib.suppress(BlockingIOError):
+            self._reader.recv(4096)
+
+    def close(self) -> None:
+        """Close both ends; for a child, which `fork` has given the usual signal handling."""
+        self._reader.close()
+        self._writer.close()
 
 
 class Children:

@@ -19,6 +19,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from .classes import derived
+
 RECORD = "kernels.json"
 """File with the list of kernels, in Jupyter's runtime directory."""
 RECORD_VERSION = 1
@@ -50,7 +52,19 @@ class Kernels:
         async def start_kernel(manager: Any, **given: Any) -> Any:
             return await self._start(functools.partial(kind.start_kernel, manager), given)
 
-        return self._recording(kind, ("start_kernel", "shutdown_kernel"), start_kernel=start_kernel)
+        def kernel_model(manager: Any, kernel_id: str) -> Any:
+            kernel = manager.get_kernel(kernel_id)
+            if kernel.has_trait("last_activity") and not kernel.trait_has_value("last_activity"):
+                # It starts at this moment; Jupyter's list would fail altogether.
+                raise KeyError(kernel_id)
+            model = kind.kernel_model(manager, kernel_id)
+            provisioner: Any = getattr(kernel, "provisioner", None)
+            if (launched_by := getattr(provisioner, "launched_by", None)) is not None:
+                model.update(launched_by=launched_by, exec_reason=provisioner.exec_reason)
+            return model
+
+        base = derived(kind, {"kernel_model": kernel_model})
+        return self._recording(base, ("start_kernel", "shutdown_kernel"), start_kernel=start_kernel)
 
     def recording_sessions(self, kind: Any) -> Any:
         """Return a session manager class."""
@@ -152,13 +166,6 @@ class Kernels:
         # A site's class may define its methods differently, and then keeps them.
         methods = {name: getattr(kind, name) for name in names if hasattr(kind, name)}
         return derived(kind, {name: recording(do) for name, do in {**methods, **ours}.items()})
-
-
-def derived(kind: Any, body: dict[str, Any]) -> Any:
-    """Derive a class with the same name, by which configuration finds both."""
-    return type(kind)(
-        kind.__name__, (kind,), {"__module__": __name__, "__doc__": kind.__doc__, **body}
-    )
 
 
 def _lasting(name: str) -> str:

@@ -1,8 +1,7 @@
 """The fork server: a process that loads Jupyter once, and forks a server at each keeper request.
 
-It holds no secrets and runs one thread, without an event loop or a server of its own. As the parent
-of its servers it sees their exits; as a subreaper it inherits their orphans. It outlives a keeper
-that crashes, and serves the next one.
+It holds no secrets and runs one thread, without an event loop or a server of its own. As a parent
+it sees the exits of its servers; as a subreaper it inherits their orphans. It outlives its keeper.
 
 A keeper connects to a Unix socket and sends one request per connection (see `wire`):
 
@@ -36,17 +35,23 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from . import pages, peers, wire
-from .children import Children
+from .children import Children, Wakeup, fork
 from .freshness import Freshness
 from .marks import show, started
-from .preload import PreloadError, load, written_pages
+from .preload import PreloadError, load, rehearsed_launch, written_pages
 from .programs import end_programs
+from .server import Given
 from .wire import Launch, WireError
+from .zygote_client import FirstZygote
+from .zygotes import Zygotes
 
 _FRESH_EVERY = 5.0
 """Seconds between checks for changes on disk while no server is requested."""
 _QUIET = 0.25
 """Seconds between a fork and forking the next child ahead: a starting server has CPU priority."""
+_ZYGOTE_AFTER = {True: 0.01, False: 1.0}
+"""Seconds until a server that was forked ahead, or was not, has its zygote prepared: entering a
+control group holds up the threads of others, and beside the latter more servers are starting."""
 _KEEPERLESS = 10.0
 """Seconds without keeper and servers before it ends; until then exits can be asked for."""
 _REQUEST_SECONDS = 1.0
@@ -55,12 +60,10 @@ _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 
 
-def serve(descriptor: int) -> tuple[Launch, int, int]:
-    """Load, then serve on a bound Unix socket.
-
-    Returns in children only: a child's launch, its log, and its report pipe.
-    """
+def serve(descriptor: int) -> Given:
+    """Load, then serve on a bound Unix socket; returns in children only."""
     listener = socket.socket(fileno=descriptor)
+    listener.set_inheritable(False)
     # The keeper listens on it already. From here on SO_PEERCRED gives clients this process's pid.
     listener.listen(128)
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -143,16 +146,15 @@ class _ForkServer:
         """When the machine is likely to be idle again."""
         self._retired = ""
         """Why it forks no more."""
-        self._wakeup, self._wakeup_writer = socket.socketpair()
-        self._wakeup.setblocking(False)
-        self._wakeup_writer.setblocking(False)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.set_wakeup_fd(self._wakeup_writer.fileno(), warn_on_full_buffer=False)
+        self._zygotes = Zygotes(rehearsed_launch())
+        self._zygote: socket.socket | None = None
+        """A child's connection to its zygote; in this process only while it forks."""
+        self._wakeup = Wakeup()
         self._selector = selectors.DefaultSelector()
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
 
-    def run(self) -> tuple[Launch, int, int]:
+    def run(self) -> Given:
         """Serve until no longer needed, then exit; returns in children only."""
         # The rehearsal's orphans may have ended before SIGCHLD was handled.
         self._reap()
@@ -166,10 +168,10 @@ class _ForkServer:
                 if (
                     self._answer(request)
                     and not self._give_to_spare(request)
-                    and self._fork(request) == 0
+                    and self._fork_for(request) == 0
                 ):
                     self._close(request.connection)
-                    return _take(request.files)
+                    return self._take(request.files, ahead=False)
             elif self._wants_spare() and (connection := self._fork_spare()) is not None:
                 return self._wait_for_launch(connection)
             if time.monotonic() - self._looked_at > _FRESH_EVERY:
@@ -245,10 +247,10 @@ class _ForkServer:
 
     # Children
 
-    def _fork(self, request: _Request) -> int:
+    def _fork_for(self, request: _Request) -> int:
         """Fork for a request and confirm it; return the child's pid, or 0 in the child."""
         try:
-            pid = _fork()
+            pid = self._fork()
         except OSError as error:
             request.answer({"error": f"cannot fork: {error.strerror}"})
             request.close()
@@ -293,7 +295,7 @@ class _ForkServer:
         """Fork a child ahead; return, in the child only, the connection for its launch."""
         ours, its = socket.socketpair()
         try:
-            pid = _fork()
+            pid = self._fork()
         except OSError as error:
             print(f"[labkeeper] cannot fork ahead: {error}", file=sys.stderr, flush=True)
             self._busy_until = time.monotonic() + _FRESH_EVERY
@@ -315,7 +317,7 @@ class _ForkServer:
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(spare.pid, 0)
 
-    def _wait_for_launch(self, connection: socket.socket) -> tuple[Launch, int, int]:
+    def _wait_for_launch(self, connection: socket.socket) -> Given:
         """In a child: prepare, then wait for the launch; exit if the connection closes."""
         self._close()
         show("jupyter-lab (waits for its launch)")
@@ -325,14 +327,31 @@ class _ForkServer:
                 _, files = wire.receive(connection)
         except (OSError, EOFError, WireError):
             os._exit(0)
-        return _take(files)
+        return self._take(files, ahead=True)
+
+    def _fork(self) -> int:
+        """Fork a child that has a zygote, if there is a loader. Raises OSError."""
+        self._zygote = self._zygotes.new()
+        pid = -1
+        try:
+            pid = fork()
+        finally:
+            if pid != 0 and self._zygote is not None:
+                self._zygote.close()
+        return pid
+
+    def _take(self, files: list[int], *, ahead: bool) -> Given:
+        """In a child: read the launch from a request's files. Raises WireError."""
+        launch, log, report = files
+        zygote = FirstZygote(self._zygote, "no kernel loader runs", _ZYGOTE_AFTER[ahead])
+        return Given(Launch.read(launch), log, report, zygote)
 
     def _close(self, *more: socket.socket) -> None:
         """In a child: close all files of the fork server."""
         self._selector.close()
-        own = (self._listener, self._wakeup, self._wakeup_writer)
-        for connection in (*own, *self._keepers, *more):
-            connection.close()
+        own: tuple[Any, ...] = (self._listener, self._wakeup, self._zygotes)
+        for one in (*own, *self._keepers, *more):
+            one.close()
         if self._spare is not None:
             self._spare.connection.close()
         self._children.forget()
@@ -350,6 +369,7 @@ class _ForkServer:
     def _retire(self, reason: str) -> None:
         self._retired = reason
         self._dismiss_spare()
+        self._zygotes.end()
         print(
             f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True
         )
@@ -358,35 +378,15 @@ class _ForkServer:
                 wire.send(keeper, {"retired": reason})
 
     def _reap(self) -> None:
-        with contextlib.suppress(BlockingIOError):
-            self._wakeup.recv(4096)
+        self._wakeup.clear()
         ended = self._children.reap()
+        self._zygotes.reaped(ended)
         self._last_needed = time.monotonic()
         if self._spare is not None and self._spare.pid in ended:
             self._spare.connection.close()
             self._spare = None
             # It should have lived. Do not let the cause end one child after another.
             self._busy_until = time.monotonic() + _FRESH_EVERY
-
-
-def _take(files: list[int]) -> tuple[Launch, int, int]:
-    """In a child: read the launch from a request's files. Raises WireError."""
-    launch, log, report = files
-    return Launch.read(launch), log, report
-
-
-def _fork() -> int:
-    """Fork; in the child, reset this process's signal handling. Raises OSError."""
-    # Until then, a child must not handle a signal as if it were this process.
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    try:
-        pid = os.fork()
-        if pid == 0:
-            signal.set_wakeup_fd(-1)
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        return pid
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def _end() -> NoReturn:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 MARK = "LABKEEPER_SERVER"
 """The variable that marks all that a server starts; its value is the server's directory."""
-_NAME = b"jupyter-lab"
 _PR_SET_NAME = 15
 """From linux/prctl.h."""
 
@@ -66,16 +65,20 @@ def started(pid: int) -> str:
     return stat(pid).started
 
 
-def show(title: str) -> None:
-    """Set the title in process lists, as if this process had been executed, where possible.
+def show(*arguments: str) -> None:
+    """Set arguments and name in process lists, as if this process had been executed with them.
+
+    A title such as `jupyter-lab (server 'a')` is a single argument.
 
     Linux shows the memory of a program's arguments; a fork keeps its parent's. It is overwritten in
-    place, as `setproctitle` does.
+    place, as `setproctitle` does, as far as there is space.
     """
     if sys.platform.startswith("linux"):
-        ctypes.CDLL(None).prctl(_PR_SET_NAME, _NAME, 0, 0, 0)
+        name = os.fsencode(os.path.basename(arguments[0].partition(" (")[0]))
+        ctypes.CDLL(None).prctl(_PR_SET_NAME, name, 0, 0, 0)
         first, end = stat(os.getpid()).arguments
-        _overwrite(first, end - first, os.fsencode(title)[: max(0, end - first - 1)])
+        text = os.fsencode("\0".join(arguments))
+        _overwrite(first, end - first, text[: max(0, end - first - 1)])
 
 
 def mark(server_dir: str) -> None:

@@ -69,7 +69,7 @@ def hold_ports() -> None:
     A kernel listens about a second after they were chosen. If another program has received one
     meanwhile, the kernel ends; jupyter_client (8.10) restarts it with the same ports until it gives
     up: https://github.com/jupyter/jupyter_client/issues/276. A kernel provisioner could choose
-    other ports, but is found by an entry point only, and each kernelspec may name its own.
+    other ports, but each kernelspec may name its own.
 
     On Linux a bound socket that does not listen allows programs with SO_REUSEADDR, such as ZeroMQ,
     to bind and listen; elsewhere it would be in the way.

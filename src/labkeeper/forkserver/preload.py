@@ -23,9 +23,10 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from . import npm, pages, patches
+from .confinement import join
 from .freshness import Freshness
 from .programs import end_programs, living
-from .server import enter, join, run_jupyter
+from .server import enter, run_jupyter
 from .wire import Launch
 
 REHEARSAL = "rehearsal.json"
@@ -88,6 +89,11 @@ def written_pages(listener: socket.socket) -> list[tuple[int, int]]:
     return [(address, size) for address, size in _rehearse(listener, ())["pages"]]
 
 
+def rehearsed_launch() -> Launch:
+    """Return the launch that is rehearsed. Raises WireError, OSError."""
+    return Launch.read(os.open(REHEARSAL, os.O_RDONLY))
+
+
 def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
     """Import the modules of a server except those to `avoid`; return another to be avoided, if any.
 
@@ -136,7 +142,7 @@ def _rehearse(listener: socket.socket, paths: Iterable[str]) -> dict[str, Any]:
     That is its modules, patterns and pages, and npm's answers. It answers requests for `paths`
     first. Raises PreloadError.
     """
-    launch = Launch.read(os.open(REHEARSAL, os.O_RDONLY))
+    launch = rehearsed_launch()
     reader, writer = os.pipe()
     parent = os.getpid()
     pid = os.fork()

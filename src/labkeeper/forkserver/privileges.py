@@ -25,6 +25,11 @@ def hide() -> None:
     _prctl(_PR_SET_DUMPABLE, 0)
 
 
+def be_inspectable() -> None:
+    """Let the same user inspect this process, as if it had been executed after a change of user."""
+    _prctl(_PR_SET_DUMPABLE, 1)
+
+
 def gain_nothing() -> None:
     """Keep executed programs, also of children, from gaining rights by setuid or capabilities."""
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)

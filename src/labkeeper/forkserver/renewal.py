@@ -45,6 +45,11 @@ def _renew_processes(process: Any) -> None:
     process.current_process().authkey = secrets.token_bytes()
 
 
+def _renew_threads(threading: Any) -> None:
+    # Python before 3.13 keeps the number that it had in the parent.
+    threading.main_thread()._set_native_id()  # noqa: SLF001 - as `threading` does itself
+
+
 def _renew_random(random: Any) -> None:
     random.seed()
 
@@ -88,6 +93,7 @@ def _set_defaults(kind: Any, **defaults: Any) -> None:
 _RENEWED: dict[str, Callable[[ModuleType], Any]] = {
     "site": _renew_site,
     "multiprocessing.process": _renew_processes,
+    "threading": _renew_threads,
     "numpy.random": _renew_random,
     # Its users hold its function, which reads the module's new values.
     "send2trash.plat_other": importlib.reload,

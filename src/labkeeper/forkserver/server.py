@@ -8,7 +8,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import resource
 import secrets
 import socket
 import sys
@@ -16,20 +15,18 @@ import time
 import traceback
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from . import patches
+from .confinement import confine, open_streams
 from .extension import report_ready
-from .marks import mark, show
-from .privileges import drop_bounding_set
 from .renewal import renew
 from .wire import Launch
 from .wire import receive as receive_frame
+from .zygote_client import FirstZygote
 
 _COOKIE_SECRET_BYTES = 32
-_OOM_SCORE = 300
-"""Added to the process's OOM badness, on a scale where 1000 is all memory."""
-_exit_code = 0
+_exit_code = 1
 
 
 def end_fast() -> None:
@@ -47,24 +44,33 @@ def end_fast() -> None:
     atexit.register(leave)
 
 
-def receive(descriptor: int) -> tuple[Launch, int, int]:
-    """Return the launch, log and report pipe from a socket. Raises WireError, EOFError, OSError."""
+class Given(NamedTuple):
+    """What a process is given to become a server."""
+
+    launch: Launch
+    log: int
+    report: int
+    zygote: FirstZygote = FirstZygote()
+
+
+def receive(descriptor: int) -> Given:
+    """Receive it from a socket. Raises WireError, EOFError, OSError."""
     with socket.socket(fileno=descriptor) as connection:
         message, (log, report) = receive_frame(connection)
-    return Launch.parse(message), log, report
+    return Given(Launch.parse(message), log, report)
 
 
-def become_server(launch: Launch, log: int, report: int) -> None:
+def become_server(given: Given) -> None:
     """Apply a launch to this process and run JupyterLab; the process exits with its exit code."""
     global _exit_code  # noqa: PLW0603 - the only state that the exit hook reads
-    _exit_code = 1
-    _open_streams(log)
+    launch = given.launch
+    open_streams(given.log)
     try:
         enter(launch)
     except Exception as error:
         sys.exit(f"[labkeeper] cannot start the server: {error}")
     try:
-        run_jupyter(launch, lambda app: report_ready(app, report))
+        run_jupyter(launch, lambda app: report_ready(app, given.report), given.zygote)
         _exit_code = 0
     except SystemExit as end:
         _exit_code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -85,29 +91,13 @@ def become_server(launch: Launch, log: int, report: int) -> None:
 
 def enter(launch: Launch) -> None:
     """Apply a launch to this process; steps that need the keeper's rights come first."""
-    if os.getsid(0) != os.getpid():
-        os.setsid()
-    join(launch.cgroups)
-    for name, limit in launch.rlimits.items():
-        number = getattr(resource, name)
-        _, hard = resource.getrlimit(number)
-        most = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
-        resource.setrlimit(number, (most, most))
-    _go_first_without_memory()
-    show(launch.title)
-    mark(launch.server_dir)
-    os.umask(launch.umask)
+    confine(launch)
     os.environ.clear()
     os.environ.update(launch.env)
     time.tzset()
     sys.argv[:] = ["jupyter-lab"]
     # Not this program's: `multiprocessing` reruns the main module in each process that it spawns.
     sys.modules["__main__"] = types.ModuleType("__main__")
-    if launch.user is not None:
-        drop_bounding_set()
-        os.setgroups(launch.user.groups)
-        os.setresgid(launch.user.gid, launch.user.gid, launch.user.gid)
-        os.setresuid(launch.user.uid, launch.user.uid, launch.user.uid)
     _go_to(launch.cwd)
     runtime_dir = launch.env["JUPYTER_RUNTIME_DIR"]
     if not os.access(runtime_dir, os.R_OK | os.W_OK | os.X_OK):
@@ -116,13 +106,6 @@ def enter(launch: Launch) -> None:
             "set LABKEEPER_RUNTIME_DIR to one that it can use"
         )
     renew()
-
-
-def join(cgroups: list[str]) -> None:
-    """Move this process into control groups, given by their member files. Raises OSError."""
-    for path in cgroups:
-        with open(path, "w") as members:
-            members.write(str(os.getpid()))
 
 
 def _go_to(directory: str) -> None:
@@ -138,7 +121,9 @@ def _go_to(directory: str) -> None:
         )
 
 
-def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
+def run_jupyter(
+    launch: Launch, ready: Callable[[Any], None], zygote: FirstZygote | None = None
+) -> None:
     """Run JupyterLab until it ends; call `ready` with its ServerApp once it listens."""
     # Imported late: the fork server has them, and an executed process needs its log open first.
     from jupyterlab.labapp import LabApp
@@ -161,28 +146,10 @@ def run_jupyter(launch: Launch, ready: Callable[[Any], None]) -> None:
         raise_config_file_errors=True,
         launch=launch,
         ready=ready,
+        zygote=zygote or FirstZygote(),
     )
     patches.hold_ports()
     app.start()
-
-
-def _open_streams(log: int) -> None:
-    """Make the log standard output and error, and standard input empty."""
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    for descriptor in {nothing, log} - {0, 1, 2}:
-        os.close(descriptor)
-
-
-def _go_first_without_memory() -> None:
-    """Make the OOM killer prefer this process and its children to the keeper and fork servers."""
-    # /proc may be missing or read-only.
-    with contextlib.suppress(OSError, ValueError), open("/proc/self/oom_score_adj", "r+") as score:
-        ours = int(score.read())
-        score.seek(0)
-        score.write(str(max(ours, _OOM_SCORE)))
 
 
 def _broken_configuration(error: BaseException) -> str | None:

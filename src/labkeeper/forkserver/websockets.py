@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from .kernels import derived
+from .classes import derived
 
 _FIRST_STATUS_SECONDS = 5.0
 """Seconds to wait here for a new kernel's first status; then Jupyter waits in its own way."""

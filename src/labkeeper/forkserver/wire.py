@@ -65,6 +65,10 @@ class Launch:
     """Limits by their name in `resource`, such as RLIMIT_DATA."""
     encrypt_kernels: bool
     """Whether kernels that can encrypt their traffic do so, unless configured otherwise."""
+    zygote_cgroups: list[str]
+    """Such files for its zygote alone, in order to be counted; the keeper moves the server."""
+    kernels_by: str
+    """`fork` IPython kernels where possible, or `exec` each."""
 
     def message(self) -> dict[str, Any]:
         """Return it as a frame's object."""
@@ -88,8 +92,34 @@ class Launch:
         return cls(**given)
 
 
+@dataclass(frozen=True)
+class KernelLaunch:
+    """All that a process needs to become one kernel; written by its server."""
+
+    argv: list[str]
+    """The command line that would execute it."""
+    env: dict[str, str]
+    cwd: str
+    again: bool
+    """Whether it replaces an earlier kernel on the same ports."""
+
+    def message(self) -> dict[str, Any]:
+        """Return it as a frame's object."""
+        return asdict(self)
+
+    @classmethod
+    def read(cls, file: int) -> KernelLaunch:
+        """Read it from an open file, which is closed. Raises WireError, OSError."""
+        with os.fdopen(file, "rb") as stream:
+            return cls(**_read(stream.read(), "the launch of a kernel"))
+
+
 def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
+
+
+def _paths(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(path, str) for path in value)
 
 
 def _numbers(value: Any) -> bool:
@@ -115,11 +145,11 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
             and _numbers([value["uid"], value["gid"], *value["groups"]])
         )
     ),
-    "cgroups": lambda value: (
-        isinstance(value, list) and all(isinstance(path, str) for path in value)
-    ),
+    "cgroups": _paths,
+    "zygote_cgroups": _paths,
     "rlimits": lambda value: isinstance(value, dict) and _numbers(value.values()),
     "encrypt_kernels": lambda value: isinstance(value, bool),
+    "kernels_by": lambda value: isinstance(value, str) and value in {"fork", "exec"},
 }
 
 
@@ -128,8 +158,10 @@ def send(connection: socket.socket, message: Mapping[str, Any], files: Sequence[
     body = _written(message)
     if len(body) > LARGEST:
         raise WireError(f"a frame of {len(body)} bytes is too large (at most {LARGEST})")
-    socket.send_fds(connection, [_LENGTH.pack(len(body))], files)
-    connection.sendall(body)
+    frame = _LENGTH.pack(len(body)) + body
+    # The other end may have read all of it, and have closed.
+    if rest := frame[socket.send_fds(connection, [frame], files) :]:
+        connection.sendall(rest)
 
 
 def receive(

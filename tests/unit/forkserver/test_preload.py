@@ -28,6 +28,8 @@ NO_LAUNCH = Launch(
     cgroups=[],
     rlimits={},
     encrypt_kernels=False,
+    zygote_cgroups=[],
+    kernels_by="exec",
 )
 
 

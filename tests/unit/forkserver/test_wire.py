@@ -31,8 +31,10 @@ LAUNCH = {
     "config": {"ServerApp": {"port": 1}},
     "user": {"uid": 1, "gid": 2, "groups": [2, 3]},
     "cgroups": ["/sys/fs/cgroup/x/cgroup.procs"],
+    "zygote_cgroups": [],
     "rlimits": {"RLIMIT_DATA": 1},
     "encrypt_kernels": True,
+    "kernels_by": "fork",
 }
 WRONG = {
     "server_dir": [None, 1, ["/run/a"]],
@@ -52,8 +54,10 @@ WRONG = {
         {"uid": 1, "gid": 1, "groups": [], "more": 1},
     ],
     "cgroups": [None, "/sys", [1]],
+    "zygote_cgroups": [None, "/sys", [1]],
     "rlimits": [None, [], {"RLIMIT_DATA": -1}, {"RLIMIT_DATA": "1"}, {"RLIMIT_DATA": True}],
     "encrypt_kernels": [None, 1, "yes"],
+    "kernels_by": [None, True, "spawn", ["fork"]],
 }
 
 

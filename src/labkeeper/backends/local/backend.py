@@ -106,6 +106,7 @@ class LocalBackend:
             groups=self._groups,
             environment=base_environment(common_environment()),
             config=base_config(),
+            kernels_by=self._options.kernels_by,
         )
         forkserver.start()
         return forkserver

@@ -58,6 +58,7 @@ class ForkServer:
         groups: ControlGroups,
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
+        kernels_by: str,
     ) -> None:
         """`environment` and `config` (Jupyter's) are those of a server without special requests."""
         self._threads = threads
@@ -70,6 +71,7 @@ class ForkServer:
             groups=groups,
             environment=self._environment,
             config=config,
+            kernels_by=kernels_by,
         )
         self._changed = threading.Condition()
         self._current: Instance | None = None

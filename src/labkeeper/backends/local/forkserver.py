@@ -101,6 +101,7 @@ class ForkServers:
         groups: ControlGroups,
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
+        kernels_by: str,
     ) -> None:
         self._threads = threads
         self._python = python
@@ -109,6 +110,7 @@ class ForkServers:
         self._groups = groups
         self._environment = environment
         self._config = config
+        self._kernels_by = kernels_by
 
     # Start and adoption
 
@@ -258,7 +260,9 @@ class ForkServers:
     def _key(self) -> str:
         """Return a hash of a fork server's inputs; one with the same key can be adopted."""
         sources = [path.read_bytes() for path in sorted(PROGRAM.glob("*.py"))]
-        settings = json.dumps([str(self._python), self._environment, self._config], sort_keys=True)
+        settings = json.dumps(
+            [str(self._python), self._environment, self._config, self._kernels_by], sort_keys=True
+        )
         return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
 
     def _longest_mark(self) -> int:
@@ -284,6 +288,8 @@ class ForkServers:
             cgroups=self._groups.create(_rehearsal_name(server_dir.parent)),
             rlimits={},
             encrypt_kernels=False,
+            zygote_cgroups=[],
+            kernels_by=self._kernels_by,
         )
 
 

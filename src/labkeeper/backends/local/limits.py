@@ -16,7 +16,7 @@ import hashlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -191,6 +191,16 @@ class ControlGroups:
             _log.debug("a process has no control group", group=str(group), error=str(error))
             return []
         return [str(group / "cgroup.procs")]
+
+    def create_beside(self, name: QualifiedName, members: Sequence[str]) -> list[str]:
+        """Create a server's group unless it is in one already, by these files of its limits.
+
+        Return the file for the pid of a process that enters it by itself, or an empty list.
+        """
+        base = self._base
+        if base is None or any(Path(file).stat().st_dev == base.stat().st_dev for file in members):
+            return []
+        return self.create(name)
 
     def members(self, name: QualifiedName) -> set[int]:
         """Return the pids in a server's groups and their subgroups.

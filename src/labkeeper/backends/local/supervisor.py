@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import socket
@@ -19,13 +20,14 @@ from labkeeper import shortage
 from labkeeper.backends.local.cleanup import end_leftovers
 from labkeeper.backends.local.launching import Launched, ReportPipe
 from labkeeper.backends.local.postmortem import MemoryWatch, failure_of, seen_exit
-from labkeeper.backends.local.processes import Process, wait_until_ended
+from labkeeper.backends.local.processes import Process, marked, wait_until_ended
 from labkeeper.backends.local.server_dir import Record
 from labkeeper.backends.local.sites import Site
 from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Ready, Report, Unreachable
 from labkeeper.core.server import Endpoint, Instance, OwnKernel, StopMethod
 from labkeeper.core.spec import QualifiedName
+from labkeeper.forkserver.marks import MARK
 from labkeeper.jupyter.records import endpoint_of, info_path, read_info, read_kernels, with_url
 
 _PROOF_PAUSES: Final = (0.005, 0.1)
@@ -190,7 +192,7 @@ class ProcessSupervisor:
     def ask_to_end(self, patience: float, *, keep_kernels: bool) -> None:
         """Request shutdown through Jupyter's API for `patience` seconds, then send SIGTERM."""
         until = time.monotonic() + patience
-        self._known.update(self.process.descendants())
+        self._note_processes()
         self._kernels = self._recorded()
         if self.record.gateway and not self._says_how(keep_kernels, patience):
             # It would end kernels that have to survive. Killed, it cannot.
@@ -206,9 +208,20 @@ class ProcessSupervisor:
 
     def kill(self) -> None:
         """Send SIGKILL; the supervisor's thread ends the rest."""
-        self._known.update(self.process.descendants())
+        self._note_processes()
         self._escalate(StopMethod.SIGKILL)
         self.process.send(signal.SIGKILL)
+
+    def _note_processes(self) -> None:
+        """Remember all below the server and its forked kernels, which are not below it."""
+        self._known.update(self.process.descendants())
+        if self.site.groups.members(self.name):
+            # Its control group has them all.
+            return
+        server_dir = self.site.server_dir
+        with contextlib.suppress(OSError):
+            for process in marked(MARK, str(server_dir.path), users=server_dir.users):
+                self._known.update({process, *process.descendants()})
 
     def _bury(self) -> Ended:
         """End its leftovers, remove its directory, and return how it ended.

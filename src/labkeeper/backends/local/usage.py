@@ -134,6 +134,9 @@ class Meter:
         if key not in self._marks or not self._marks[key]:
             again = key in self._marks
             mark = carries(pid, marks.MARK)
+            if mark.isspace():
+                # Space reserved by a process that was forked ahead, until it has its server.
+                return b""
             if mark.startswith(self._server_dirs) and not _may_carry(pid, mark):
                 mark = _NONE
             self._marks[key] = mark or (_NONE if again else b"")

@@ -79,6 +79,7 @@ class Rig:
             groups=ControlGroups(base / "run"),
             environment=self.environment,
             config=base_config(),
+            kernels_by="exec",
         )
         (base / "logs").mkdir()
         self.forkserver.start()
@@ -113,6 +114,8 @@ class Rig:
             cgroups=[],
             rlimits={},
             encrypt_kernels=False,
+            zygote_cgroups=[],
+            kernels_by="exec",
         )
 
     def lasting(self):

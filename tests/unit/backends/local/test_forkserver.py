@@ -71,6 +71,7 @@ def make_fork_servers(tmp_path):
                 groups=ControlGroups(tmp_path / "run"),
                 environment=base_environment(os.environ),
                 config=base_config(),
+                kernels_by="exec",
             )
 
         yield make

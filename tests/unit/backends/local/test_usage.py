@@ -92,6 +92,39 @@ def test_without_groups_processes_are_found_by_parent_and_by_mark(server, tmp_pa
     assert settled_as(meter, Process(server.pid, "0"), 1).memory < MIB * 20
 
 
+FORKED_AHEAD = """
+import sys
+from labkeeper.forkserver.marks import mark
+print("there", flush=True)
+mark(sys.stdin.readline().strip())
+print("marked", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux shows another mark later")
+def test_process_that_gets_its_mark_late_is_counted_from_then_on(server, tmp_path):
+    server_dir = str(tmp_path / NAME)
+    ahead = subprocess.Popen(
+        [sys.executable, "-c", FORKED_AHEAD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, MARK: " " * len(server_dir)},
+    )
+    try:
+        assert ahead.stdout.readline() == "there\n"
+        meter = usage.Meter(NoGroups(tmp_path), tmp_path)
+        for _ in range(3):
+            settled(meter, server, 3)
+        print(server_dir, file=ahead.stdin, flush=True)
+        assert ahead.stdout.readline() == "marked\n"
+        assert settled(meter, server, 4)
+    finally:
+        ahead.kill()
+        ahead.communicate()
+
+
 @pytest.mark.root
 def test_a_process_of_another_user_with_the_servers_mark_is_not_counted(server, tmp_path):
     (tmp_path / NAME / "jupyter").mkdir(parents=True)
