@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["engines"]
 """Tests that need a Docker Engine and images; `make test-docker` sets the variable."""
 
-KINDS = {"browser": "e2e", "chaos": "e2e", "e2e": "e2e", "fuzz": "fuzz"}
+KINDS = {"browser": "e2e", "chaos": "e2e", "e2e": "e2e", "fuzz": "fuzz", "kernels": "e2e"}
 """The kind of every test below a directory."""
 SETUP_TIMEOUT = 900
 """Seconds for a test that may have to set up the Enterprise Gateway's environment, or waits while
