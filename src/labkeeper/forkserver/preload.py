@@ -25,8 +25,9 @@ from typing import Any, NoReturn
 from . import npm, pages, patches
 from .confinement import join
 from .freshness import Freshness
-from .programs import end_programs, living
+from .programs import end_programs
 from .server import enter, run_jupyter
+from .spoilers import spoilers
 from .wire import Launch
 
 REHEARSAL = "rehearsal.json"
@@ -62,16 +63,16 @@ def load(listener: socket.socket) -> Freshness:
     avoid = set(filter(None, os.environ.pop(_AVOID, "").split(",")))
     try:
         freshness = Freshness()
-        spoilers = _import_all(listener, avoid)
+        spoiling = _import_all(listener, avoid)
     except Exception as error:
         raise PreloadError(f"loading JupyterLab failed: {error}") from error
-    if len(avoid | spoilers) > _MOST_SPOILERS:
+    if len(avoid | spoiling) > _MOST_SPOILERS:
         raise PreloadError(
-            f"importing {', '.join(sorted(avoid | spoilers))} "
+            f"importing {', '.join(sorted(avoid | spoiling))} "
             "starts threads or programs, or opens sockets"
         )
-    if spoilers or freshness.settle() is not None:
-        os.environ[_AVOID] = ",".join(avoid | spoilers)
+    if spoiling or freshness.settle() is not None:
+        os.environ[_AVOID] = ",".join(avoid | spoiling)
         listener.set_inheritable(True)
         end_programs()
         os.execv(  # noqa: S606 - the interpreter that runs already
@@ -97,11 +98,10 @@ def rehearsed_launch() -> Launch:
 def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
     """Import the modules of a server except those to `avoid`; return another to be avoided, if any.
 
-    That one has spoiled this process, by a thread, a program, or an open poll, socket or pipe that
-    children would share.
+    That one has spoiled this process (see `spoilers`).
     """
     importlib.import_module("jupyterlab.labapp")
-    ours = _shared_things()
+    ours = spoilers()
     told = _rehearse(listener, _FIRST_PATHS)
     # Packages before their modules: importing a module imports its package, so a spoiler is found
     # by its own name.
@@ -113,27 +113,13 @@ def _import_all(listener: socket.socket, avoid: Collection[str]) -> set[str]:
         except BaseException as error:
             # Servers import it themselves, as one did in the rehearsal.
             print(f"[labkeeper] cannot preload {name}: {error!r}", file=sys.stderr, flush=True)
-        if _shared_things() - ours:
+        if spoilers() - ours:
             return {name}
     for pattern in told["patterns"][:_MOST_PATTERNS]:
         re.compile(*pattern)
     npm.prefixes.update(told["npm_prefixes"])
     patches.describe_the_system_once()
     return set()
-
-
-def _shared_things() -> set[str]:
-    """Return what children must not share: threads, programs, open sockets, pipes and the like."""
-    things = {f"thread {thread}" for thread in os.listdir("/proc/self/task")}
-    things.update(f"program {pid}" for pid in living())
-    for descriptor in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{descriptor}")
-        except OSError:
-            continue
-        if not target.startswith("/"):
-            things.add(target)
-    return things
 
 
 def _rehearse(listener: socket.socket, paths: Iterable[str]) -> dict[str, Any]:
