@@ -29,6 +29,7 @@ from labkeeper.api.wsgi.server import WsgiServer
 from labkeeper.cli import cli, output, servers, start
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
+from labkeeper.core.ports import Library
 from labkeeper.core.server import Kernel, OwnKernel
 from labkeeper.schema.requests.flat import flat_fields
 from labkeeper.schema.requests.servers import ServerRequest
@@ -628,6 +629,30 @@ def test_show_lists_the_kernels_of_a_running_server(served):
     assert "k-1" not in run("show", "x", "--json").stdout
     run("stop", "x")
     assert "k-1" not in run("show", "x").stdout
+
+
+def test_show_names_the_libraries_that_forked_kernels_share(served):
+    """One line each; a server whose kernels are executed or on a gateway has none."""
+    run("start", "x")
+    assert "preloaded" not in run("show", "x").stdout
+    served.world.libraries = (
+        Library("numpy", loaded=True),
+        Library("polars", loaded=False, reason="importing it starts a thread"),
+        Library("pandas", loaded=None, reason="it is being loaded"),
+    )
+    shown = run("show", "x").stdout
+    assert re.search(
+        r"^preloaded +numpy\n +polars: not loaded \(importing it starts a thread\)\n"
+        r" +pandas: not loaded \(it is being loaded\)\n",
+        shown,
+        re.MULTILINE,
+    )
+    run("start", "y", "--kernels-by", "exec")
+    assert "preloaded" not in run("show", "y").stdout
+    run("start", "z", "--gateway-url", "http://g:1")
+    assert "preloaded" not in run("show", "z").stdout
+    run("stop", "x")
+    assert "preloaded" not in run("show", "x").stdout
 
 
 def test_show_prints_the_rest_if_the_kernels_cannot_be_listed(served):

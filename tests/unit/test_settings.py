@@ -212,3 +212,23 @@ def test_the_ca_file_of_the_command_line_is_not_a_setting(monkeypatch, tmp_path)
     monkeypatch.setenv("LABKEEPER_CA_FILE", "~/ca.pem")
     assert ca_file() == tmp_path / "ca.pem"
     assert unknown_variables() == []
+
+
+def test_libraries_are_names_of_modules_without_duplicates(monkeypatch):
+    assert load().preload == ()
+    monkeypatch.setenv("LABKEEPER_PRELOAD", "numpy, matplotlib.pyplot,,numpy")
+    assert load().preload == ("numpy", "matplotlib.pyplot")
+
+
+@pytest.mark.parametrize("given", ["a b", "a/b", ".a", "a.", "../evil", "1a", "a;b"])
+def test_a_library_that_is_no_module_is_refused(monkeypatch, given):
+    monkeypatch.setenv("LABKEEPER_PRELOAD", f"numpy,{given}")
+    with pytest.raises(SettingsError, match=r"LABKEEPER_PRELOAD: .*names of Python modules"):
+        load()
+
+
+def test_libraries_without_forked_kernels_are_refused(monkeypatch):
+    monkeypatch.setenv("LABKEEPER_PRELOAD", "numpy")
+    monkeypatch.setenv("LABKEEPER_KERNELS_BY", "exec")
+    with pytest.raises(SettingsError, match=r"LABKEEPER_KERNELS_BY=exec.*unset one of them"):
+        load()

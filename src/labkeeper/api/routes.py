@@ -28,7 +28,7 @@ from labkeeper.api.services import Services
 from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
 from labkeeper.schema.answers.culling import Idle, IdleList
 from labkeeper.schema.answers.events import EventList, WebhookList
-from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Version
+from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Readiness, Version
 from labkeeper.schema.answers.servers import BulkResults, KernelList, Server, ServerList
 from labkeeper.schema.queries import of_query
 
@@ -100,7 +100,7 @@ ROUTES: Final = (
           {200: Token}, (404, 503)),
     Route("GET", "/api/me", SEE_CALLER, access.get_me, "access", {200: Caller}),
     Route("GET", "/healthz", PUBLIC, keeper.health, "keeper", {200: Health}, (503,)),
-    Route("GET", "/readyz", PUBLIC, keeper.ready, "keeper", {200: Health}, (503,)),
+    Route("GET", "/readyz", PUBLIC, keeper.ready, "keeper", {200: Readiness}, (503,)),
     Route("GET", "/metrics", SEE_KEEPER, keeper.metrics, "keeper", {200: "text/plain"}),
     Route("GET", "/api/version", PUBLIC, keeper.version, "keeper", {200: Version}),
 )  # fmt: skip

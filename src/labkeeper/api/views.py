@@ -10,6 +10,7 @@ from labkeeper.core.access import Caller, Token
 from labkeeper.core.culling import Explanation
 from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry
+from labkeeper.core.ports import Library
 from labkeeper.core.server import Failure, OrphanedKernel, Sample, Snapshot
 from labkeeper.core.spec import KERNEL_PREFIX, Limits, ServerSpec
 from labkeeper.schema.answers import access, culling, events, keeper, servers
@@ -177,6 +178,11 @@ def orphaned_kernel_model(orphan: OrphanedKernel) -> keeper.OrphanedKernel:
         server=orphan.server,
         since=format_time(orphan.since),
     )
+
+
+def library_model(library: Library) -> keeper.Library:
+    """Return the answer for a library to preload."""
+    return keeper.Library(name=library.name, loaded=library.loaded, reason=library.reason)
 
 
 def event_model(entry: HistoryEntry) -> events.Event:

@@ -41,7 +41,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Gateway, Kernel, Limit, Server, Usage
+    from labkeeper.client import Client, Gateway, Kernel, Library, Limit, Server, Usage
 
 
 @click.command(
@@ -121,10 +121,11 @@ def show(where: Where, /, name: str, as_json: bool) -> None:
     with connected(where) as (client, _), waiting("asking"):
         (server,) = _measured(lambda: [client.get(name)])
         kernels = [] if as_json else _kernels(client, server)
+        libraries = [] if as_json else _libraries(client, server)
     if as_json:
         print_json(server)
         return
-    print_facts(_facts(server, kernels))
+    print_facts(_facts(server, kernels, libraries))
     if server.failure is not None:
         show_log_tail(server.failure.log_tail)
 
@@ -181,6 +182,20 @@ def _kernels(client: Client, server: Server) -> list[str]:
         return [f"cannot be listed: {error.message}"]
 
 
+def _libraries(client: Client, server: Server) -> list[str]:
+    """Return a line for each library that kernels of a running server are to share."""
+    if server.state != State.RUNNING or server.gateway is not None or server.kernels_by == "exec":
+        return []
+    try:
+        return [_library(library) for library in client.libraries()]
+    except LabkeeperError as error:
+        return [f"cannot be listed: {error.message}"]
+
+
+def _library(library: Library) -> str:
+    return library.name if library.loaded else f"{library.name}: not loaded ({library.reason})"
+
+
 def _kernel(kernel: Kernel) -> str:
     how = _launched(kernel)
     return f"{kernel.id}: {kernel.name}, {kernel.execution_state}" + (f", {how}" if how else "")
@@ -191,7 +206,7 @@ def _launched(one: Server | Kernel) -> str:
     return one.launched_by + reason if one.launched_by else ""
 
 
-def _facts(server: Server, kernels: list[str]) -> dict[str, object]:
+def _facts(server: Server, kernels: list[str], libraries: list[str]) -> dict[str, object]:
     """Return the facts about a server; those that do not apply are empty."""
     return {
         "name": server.name,
@@ -213,6 +228,7 @@ def _facts(server: Server, kernels: list[str]) -> dict[str, object]:
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": _launched(server),
         "kernels by": server.gateway is None and server.kernels_by,
+        "preloaded": libraries,
         "kernels": kernels,
         "jupyter server": server.version,
         "options": ", ".join(

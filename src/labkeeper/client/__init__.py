@@ -13,7 +13,7 @@ from labkeeper.client.clients import TIMEOUT, AsyncClient, Client
 from labkeeper.schema.answers.access import Caller, Link, NewToken, Token
 from labkeeper.schema.answers.culling import Holder, Idle, IdleRule
 from labkeeper.schema.answers.events import Event, Webhook
-from labkeeper.schema.answers.keeper import OrphanedKernel
+from labkeeper.schema.answers.keeper import Library, OrphanedKernel
 from labkeeper.schema.answers.servers import (
     BulkResult,
     Exit,
@@ -41,6 +41,7 @@ __all__ = [
     "Idle",
     "IdleRule",
     "Kernel",
+    "Library",
     "Limit",
     "Link",
     "NewToken",

@@ -22,7 +22,13 @@ from labkeeper.core.spec import NAME_RULE, server_name
 from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
 from labkeeper.schema.answers.culling import Idle, IdleList
 from labkeeper.schema.answers.events import Event, EventList, Webhook, WebhookList
-from labkeeper.schema.answers.keeper import OrphanedKernel, OrphanedKernelList, Version
+from labkeeper.schema.answers.keeper import (
+    Library,
+    OrphanedKernel,
+    OrphanedKernelList,
+    Readiness,
+    Version,
+)
 from labkeeper.schema.answers.servers import (
     BulkResult,
     BulkResults,
@@ -308,6 +314,10 @@ class Calls:
     def ready(self) -> Call[bool]:
         """Whether the keeper accepts commands, and all its watchers work."""
         return Call("GET", "/readyz", is_ok)
+
+    def libraries(self) -> Call[Sequence[Library]]:
+        """List the libraries that the keeper is to preload for kernels."""
+        return Call("GET", "/readyz", lambda answer: parse(Readiness, answer).preload)
 
     def page(
         self,

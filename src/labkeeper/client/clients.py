@@ -229,6 +229,7 @@ class Client(_Connection[httpx.Client, httpx.BaseTransport]):
     metrics = _method(Calls.metrics)
     healthy = _method(Calls.healthy)
     ready = _method(Calls.ready)
+    libraries = _method(Calls.libraries)
 
     def _do(self, call: Call[_T]) -> _T:
         request = self._request(call, self._http.build_request)
@@ -313,6 +314,7 @@ class AsyncClient(_Connection[httpx.AsyncClient, httpx.AsyncBaseTransport]):
     metrics = _async_method(Calls.metrics)
     healthy = _async_method(Calls.healthy)
     ready = _async_method(Calls.ready)
+    libraries = _async_method(Calls.libraries)
 
     async def _do(self, call: Call[_T]) -> _T:
         request = self._request(call, self._http.build_request)

@@ -68,6 +68,17 @@ class Reserve:
         return max(self.amount, int(total * self.share))
 
 
+@dataclass(frozen=True, slots=True)
+class Library:
+    """A library that the site wants loaded for kernels before they start."""
+
+    name: str
+    loaded: bool | None
+    """None while that is not known yet."""
+    reason: str | None = None
+    """Why it is not loaded."""
+
+
 class Backend(Protocol):
     """One way to run servers.
 
@@ -153,6 +164,9 @@ class Backend(Protocol):
 
         Ends once `live` returns false or the log is removed.
         """
+
+    def libraries(self) -> Sequence[Library]:
+        """Return the libraries that kernels are to share, without blocking. Does not raise."""
 
     def capacity(self) -> Capacity | None:
         """Return the memory capacity without blocking; None if unknown. Does not raise."""

@@ -1,7 +1,7 @@
 """Run as `python .../forkserver MODE FD`; FD is a Unix socket.
 
 `fork` listens on the socket; `exec` reads its launch from it; `kernels` forks zygotes for it, and
-`zygote` is one.
+`zygote` is one. For these two, the names of libraries to load follow, separated by commas.
 """
 
 import sys
@@ -24,7 +24,8 @@ if __name__ == "__main__":
         from . import forked_kernel, kernel_loader, zygote
 
         _serve = kernel_loader.serve if _mode == "kernels" else kernel_loader.load_for
-        _connection, _loaded = _serve(_descriptor)
+        _names = [name for name in sys.argv[3].split(",") if name]
+        _connection, _loaded = _serve(_descriptor, _names)
         forked_kernel.become_kernel(zygote.run(_connection, _loaded), _loaded)
     else:
         from . import main, server

@@ -13,12 +13,14 @@ _TITLE_SPACE = " " * 400
 """An argument that reserves space: a kernel shows its own command line there."""
 
 
-def loading(python: str, options: Sequence[str], mode: str, descriptor: int) -> list[str]:
-    """Return the command line of a program that loads ipykernel and serves a socket.
+def loading(
+    python: str, options: Sequence[str], mode: str, descriptor: int, libraries: Sequence[str]
+) -> list[str]:
+    """Return the command line of a program that loads ipykernel and libraries, and serves a socket.
 
     `mode` is that of `__main__`.
     """
-    program = [os.path.dirname(__file__), mode, str(descriptor), _TITLE_SPACE]
+    program = [os.path.dirname(__file__), mode, str(descriptor), ",".join(libraries), _TITLE_SPACE]
     return [python, *options, FROZEN_MODULES_OFF, *program]
 
 

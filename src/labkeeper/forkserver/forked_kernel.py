@@ -10,7 +10,7 @@ import time
 import types
 from typing import Any
 
-from . import wire
+from . import patches, wire
 from .classes import derived
 from .kernel_loader import Loaded
 from .marks import show
@@ -46,7 +46,7 @@ def become_kernel(files: Files, loaded: Loaded) -> None:
     renew()
     for name in loaded.foreign:
         sys.modules.pop(name, None)
-    _app_class(launch, files).launch_instance()
+    _app_class(launch, files, loaded).launch_instance()
 
 
 def _empty_input() -> None:
@@ -76,7 +76,7 @@ def xoptions(options: list[str]) -> dict[str, Any]:
     return {name: value if equals else True for name, equals, value in pairs}
 
 
-def _app_class(launch: KernelLaunch, files: Files) -> Any:
+def _app_class(launch: KernelLaunch, files: Files, loaded: Loaded) -> Any:
     """Derive IPython's kernel application: it reports its ports, and ends with the server."""
     from ipykernel import kernelapp, parentpoller
     from traitlets.config import Config
@@ -91,6 +91,10 @@ def _app_class(launch: KernelLaunch, files: Files) -> Any:
         kind.write_connection_file(app, **given)
         os.write(files.report, wire.line({"bound": True}))
         bound.append(time.monotonic())
+
+    def init_kernel(app: Any) -> None:
+        kind.init_kernel(app)
+        patches.debug_libraries(app.kernel, loaded.libraries.files)
 
     def init_poller(app: Any) -> None:
         app.parent_handle = int(launch.env.get("JPY_PARENT_PID") or 0)
@@ -119,5 +123,5 @@ def _app_class(launch: KernelLaunch, files: Files) -> Any:
         poll.poll()
         os._exit(1)
 
-    ours = (parse_command_line, init_poller, write_connection_file, start)
+    ours = (parse_command_line, init_kernel, init_poller, write_connection_file, start)
     return derived(kind, {method.__name__: method for method in ours})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Iterable
 
 _CONFIG_FILES = tuple(
     f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json")
@@ -14,10 +15,10 @@ _CONFIG_FILES = tuple(
 class Freshness:
     """Whether this process has loaded what a new process would load."""
 
-    def __init__(self) -> None:
-        """Record the present state of the disk; call `settle` when all is loaded."""
+    def __init__(self, files: Iterable[str] = ()) -> None:
+        """Record the present state of the disk, and of more files; `settle` when all is loaded."""
         self._since = time.time_ns()
-        self._known = {path: _stamp(path) for path in self._places()}
+        self._known = {path: _stamp(path) for path in (*self._places(), *files)}
 
     def settle(self) -> str | None:
         """Record the files of all modules; return one that changed during loading, or None."""

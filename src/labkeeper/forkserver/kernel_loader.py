@@ -7,6 +7,7 @@ cell: it executes one to find out.
 
 It serves the fork server, over an inherited socket, with frames (see `wire`):
 
+    <- {"preloaded": [...], "left_out": {...}}  once, when it has loaded
     {}  with a socket: fork a zygote that serves this socket (see `zygote`), as soon as the server
         at its other end introduces itself there
 
@@ -31,15 +32,18 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 from . import wire
 from .children import fork
 from .commands import LAUNCHER, executing
 from .freshness import Freshness
+from .libraries import Libraries, personal_files
+from .libraries import load as load_libraries
 from .marks import show
+from .readings import recorded, that_matter
 
 _REHEARSAL_SECONDS = 60
 """Seconds after which the rehearsal of a kernel is abandoned."""
@@ -48,7 +52,10 @@ _FRESH_EVERY = 5.0
 _FIRST = ("ipykernel.kernelapp", "ipykernel.debugger")
 """Imported first: they know where the debugger's own modules are."""
 _TITLE = "kernel-loader (of labkeeper)"
-_REPORT = "import json, os, sys; os.write({}, json.dumps(list(sys.modules)).encode()); os._exit(0)"
+_REPORT = (
+    "import json, os, sys; "
+    "os.write({}, json.dumps([list(sys.modules), dict(os.environ)]).encode()); os._exit(0)"
+)
 """The rehearsal's first cell."""
 
 
@@ -66,14 +73,23 @@ class Loaded:
     given: dict[str, str]
     """The environment that it was loaded in."""
     read: frozenset[str]
-    """Names of the variables that modules read while they were loaded."""
+    """Names of the variables that modules read while they were loaded, if that matters."""
     set: dict[str, str]
     """Variables that modules set while they were loaded."""
     foreign: frozenset[str]
     """Modules that an executed kernel does not have: those of this program."""
+    libraries: Libraries
+
+    def told(self) -> dict[str, Any]:
+        """Return what a server must know to tell whether a kernel can be forked."""
+        return {
+            "read": sorted(self.read),
+            "given": self.given,
+            "libraries": asdict(self.libraries.footprint),
+        }
 
 
-def serve(descriptor: int) -> tuple[socket.socket, Loaded]:
+def serve(descriptor: int, libraries: Sequence[str]) -> tuple[socket.socket, Loaded]:
     """Load, then fork zygotes for a connected socket; returns in zygotes only: its connection."""
     fork_server = socket.socket(fileno=descriptor)
     fork_server.set_inheritable(False)
@@ -81,15 +97,23 @@ def serve(descriptor: int) -> tuple[socket.socket, Loaded]:
     begun = time.monotonic()
     loaded, failed = None, ""
     try:
-        loaded = load()
+        loaded = load(libraries)
     except LoadError as error:
         traceback.print_exc()
         failed = str(error)
+    _tell(fork_server, _told(loaded, libraries))
     told = failed or f"ready after {time.monotonic() - begun:.1f} s"
     print(f"[labkeeper] kernel loader {os.getpid()}: {told}", file=sys.stderr, flush=True)
     # Zygotes are reaped by Linux.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     return _fork_zygotes(fork_server, loaded, failed)
+
+
+def _told(loaded: Loaded | None, libraries: Sequence[str]) -> dict[str, Any]:
+    """Return what the fork server is told of libraries."""
+    if loaded is None:
+        return {"preloaded": [], "left_out": dict.fromkeys(libraries, "ipykernel cannot be loaded")}
+    return {"preloaded": loaded.libraries.names, "left_out": loaded.libraries.left_out}
 
 
 def _fork_zygotes(
@@ -108,7 +132,7 @@ def _fork_zygotes(
         for number in waiting.keys() & ready:
             connection = waiting.pop(number)
             if loaded is None:
-                _refuse(connection, failed)
+                _tell(connection, {"failed": failed})
             elif _fork(connection):
                 for other in (fork_server, *waiting.values()):
                     other.close()
@@ -116,17 +140,16 @@ def _fork_zygotes(
             connection.close()
 
 
-def load_for(descriptor: int) -> tuple[socket.socket, Loaded]:
+def load_for(descriptor: int, libraries: Sequence[str]) -> tuple[socket.socket, Loaded]:
     """Load, in order to become the zygote that serves a connected socket; exits if that fails."""
     connection = socket.socket(fileno=descriptor)
     connection.set_inheritable(False)
     show(_TITLE)
     try:
-        return connection, load()
+        return connection, load(libraries)
     except LoadError as error:
         traceback.print_exc()
-        with contextlib.suppress(OSError):
-            wire.send(connection, {"failed": str(error)})
+        _tell(connection, {"failed": str(error)})
         os._exit(1)
 
 
@@ -146,13 +169,14 @@ def _fork(connection: socket.socket) -> bool:
         # A spare may have ended instead.
         return bool(connection.recv(1, socket.MSG_PEEK)) and fork() == 0
     except OSError as error:
-        _refuse(connection, f"cannot fork: {error.strerror}")
+        _tell(connection, {"failed": f"cannot fork: {error.strerror}"})
         return False
 
 
-def _refuse(connection: socket.socket, reason: str) -> None:
+def _tell(connection: socket.socket, message: dict[str, Any]) -> None:
+    # The other end may have gone.
     with contextlib.suppress(OSError):
-        wire.send(connection, {"failed": reason})
+        wire.send(connection, message)
 
 
 def _end_if_stale(loaded: Loaded | None) -> None:
@@ -166,18 +190,18 @@ def _end_if_stale(loaded: Loaded | None) -> None:
         os._exit(0)
 
 
-def load() -> Loaded:
-    """Import what kernels need. Raises LoadError.
+def load(libraries: Sequence[str] = ()) -> Loaded:
+    """Import what kernels need, and the libraries that the site has named. Raises LoadError.
 
     The garbage collector ignores present objects from here on, so that their pages stay shared.
     """
-    given, ours, read = dict(os.environ), set(sys.modules), set[str]()
+    given, ours = dict(os.environ), set(sys.modules)
     gc.disable()
     try:
-        freshness = Freshness()
-        modules = _rehearse()
-        with _recorded(read):
-            for name in (*_FIRST, *modules):
+        freshness = Freshness(personal_files() if libraries else ())
+        plain = _rehearse()
+        with recorded() as readings:
+            for name in (*_FIRST, *plain.modules):
                 if name not in sys.modules:
                     # A few exist only for an executed kernel; each kernel imports them itself.
                     with contextlib.suppress(ImportError):
@@ -185,6 +209,8 @@ def load() -> Loaded:
         launcher = importlib.util.find_spec(LAUNCHER)
         if launcher is None or launcher.origin is None:
             raise LoadError(f"there is no {LAUNCHER}")
+        present = {name: value for name, value in os.environ.items() if given.get(name) != value}
+        added = load_libraries(libraries, plain.set, [launcher.origin, "-f", "kernel.json"])
         changed = freshness.settle()
     except subprocess.SubprocessError as error:
         print(getattr(error, "output", ""), file=sys.stderr, flush=True)
@@ -196,64 +222,53 @@ def load() -> Loaded:
     gc.collect()
     gc.freeze()
     gc.enable()
-    present = {name: value for name, value in os.environ.items() if given.get(name) != value}
     return Loaded(
         freshness,
         launcher.origin,
         given,
-        frozenset(read),
-        present,
-        frozenset(ours.difference(modules, ["__main__"])),
+        frozenset(that_matter(readings) | added.read),
+        {**present, **added.variables},
+        frozenset(ours.difference(plain.modules, ["__main__"])),
+        added,
     )
 
 
-def _rehearse() -> list[str]:
-    """Execute a kernel; return its modules after its first cell, in order of their import.
+class _Plain(NamedTuple):
+    """What an executed kernel has after its first cell."""
 
-    Raises OSError, ValueError, subprocess.SubprocessError.
-    """
-    reader, writer = os.pipe()
+    modules: list[str]
+    """In order of their import."""
+    set: dict[str, str]
+    """Variables that it sets for itself."""
+
+
+def _rehearse() -> _Plain:
+    """Execute a kernel, and let it report. Raises OSError, ValueError, SubprocessError."""
+    report = os.memfd_create("rehearsal")
     directory = tempfile.mkdtemp(dir=os.getcwd())
+    own = {**os.environ, "IPYTHONDIR": directory}
     command = [*executing(sys.executable), "-f", os.path.join(directory, "kernel.json")]
-    command += [f"--IPKernelApp.exec_lines={_REPORT.format(writer)}"]
+    command += [f"--IPKernelApp.exec_lines={_REPORT.format(report)}"]
     try:
         subprocess.run(  # noqa: S603 - the interpreter that runs already
             command,
-            env={**os.environ, "IPYTHONDIR": directory},
+            env=own,
             cwd=directory,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            pass_fds=[writer],
+            pass_fds=[report],
             timeout=_REHEARSAL_SECONDS,
             check=True,
         )
-        os.set_blocking(reader, False)
-        with open(reader, "rb", closefd=False) as stream:
-            return [name for name in json.loads(stream.read() or b"[]") if name != "__main__"]
+        os.lseek(report, 0, os.SEEK_SET)
+        with open(report, "rb", closefd=False) as stream:
+            modules, variables = json.loads(stream.read() or b"[[], {}]")
     finally:
-        os.close(reader)
-        os.close(writer)
+        os.close(report)
         shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _recorded(names: set[str]) -> Iterator[None]:
-    """Record the names of environment variables that are read in the block."""
-    environment: Any = os.environ
-    kind = type(environment)
-
-    def reading(method: Any) -> Any:
-        def read(variables: Any, name: Any) -> Any:
-            names.add(os.fsdecode(name))
-            return method(variables, name)
-
-        return read
-
-    methods = {name: reading(getattr(kind, name)) for name in ("__getitem__", "__contains__")}
-    environment.__class__ = type(kind.__name__, (kind,), methods)
-    try:
-        yield
-    finally:
-        environment.__class__ = kind
+    return _Plain(
+        [name for name in modules if name != "__main__"],
+        {name: value for name, value in variables.items() if own.get(name) != value},
+    )

@@ -6,8 +6,9 @@ it sees the exits of its servers; as a subreaper it inherits their orphans. It o
 A keeper connects to a Unix socket and sends one request per connection (see `wire`):
 
     {"do": "keep"}              answered when forking is possible or has failed; the connection
-                                then shows that the keeper lives, and carries {"retired": why}
-                                when this process forks no more
+                                then shows that the keeper lives, and carries what the kernel
+                                loader tells of libraries (see `kernel_loader`), and
+                                {"retired": why} when this process forks no more
     {"do": "launch"}            with a file that holds the launch, a log, and a report pipe:
                                 answered with the pid, or with {"retired": why}; only the child
                                 reads the file, so that this process never holds a secret
@@ -34,12 +35,13 @@ import traceback
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from . import pages, peers, wire
+from . import pages, wire
 from .children import Children, Wakeup, fork
 from .freshness import Freshness
 from .marks import show, started
 from .preload import PreloadError, load, rehearsed_launch, written_pages
 from .programs import end_programs
+from .requests import REQUEST_SECONDS, Request, accept
 from .server import Given
 from .wire import Launch, WireError
 from .zygote_client import FirstZygote
@@ -54,8 +56,6 @@ _ZYGOTE_AFTER = {True: 0.01, False: 1.0}
 control group holds up the threads of others, and beside the latter more servers are starting."""
 _KEEPERLESS = 10.0
 """Seconds without keeper and servers before it ends; until then exits can be asked for."""
-_REQUEST_SECONDS = 1.0
-"""Seconds in which a keeper must complete a request."""
 _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
 
@@ -94,7 +94,7 @@ def _refuse(listener: socket.socket, reason: str) -> NoReturn:
     listener.settimeout(_KEEPERLESS)
     with contextlib.suppress(OSError, WireError, EOFError):
         connection, _ = listener.accept()
-        connection.settimeout(_REQUEST_SECONDS)
+        connection.settimeout(REQUEST_SECONDS)
         wire.receive(connection)
         wire.send(connection, {"failed": reason})
     os._exit(1)
@@ -106,22 +106,6 @@ class _Spare:
 
     pid: int
     connection: socket.socket
-
-
-@dataclass
-class _Request:
-    connection: socket.socket
-    message: dict[str, Any]
-    files: list[int]
-
-    def answer(self, message: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError, WireError):
-            wire.send(self.connection, message)
-
-    def close(self) -> None:
-        self.connection.close()
-        for file in self.files:
-            os.close(file)
 
 
 class _ForkServer:
@@ -146,11 +130,11 @@ class _ForkServer:
         """When the machine is likely to be idle again."""
         self._retired = ""
         """Why it forks no more."""
-        self._zygotes = Zygotes(rehearsed_launch())
-        self._zygote: socket.socket | None = None
-        """A child's connection to its zygote; in this process only while it forks."""
         self._wakeup = Wakeup()
         self._selector = selectors.DefaultSelector()
+        self._zygotes = Zygotes(rehearsed_launch(), self._selector)
+        self._zygote: socket.socket | None = None
+        """A child's connection to its zygote; in this process only while it forks."""
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(self._wakeup, selectors.EVENT_READ)
 
@@ -164,7 +148,9 @@ class _ForkServer:
                 self._reap()
             for keeper in self._keepers & ready:
                 self._part_from(keeper)
-            if self._listener in ready and (request := self._accept()) is not None:
+            if self._zygotes.heard(ready):
+                self._tell(self._zygotes.libraries)
+            if self._listener in ready and (request := accept(self._listener)) is not None:
                 if (
                     self._answer(request)
                     and not self._give_to_spare(request)
@@ -194,21 +180,7 @@ class _ForkServer:
 
     # Requests
 
-    def _accept(self) -> _Request | None:
-        try:
-            connection, _ = self._listener.accept()
-        except OSError as error:
-            print(f"[labkeeper] cannot accept: {error}", file=sys.stderr, flush=True)
-            return None
-        try:
-            peers.check(connection)
-            return _Request(connection, *wire.receive(connection, within=_REQUEST_SECONDS))
-        except (OSError, WireError, EOFError) as error:
-            print(f"[labkeeper] refused a request: {error!r}", file=sys.stderr, flush=True)
-            connection.close()
-            return None
-
-    def _answer(self, request: _Request) -> bool:
+    def _answer(self, request: Request) -> bool:
         """Answer a request, except a launch to be forked; return whether it is one."""
         what, count = request.message.get("do"), len(request.files)
         answer: dict[str, Any] = {"error": f"bad request {what!r} with {count} files"}
@@ -230,12 +202,14 @@ class _ForkServer:
         request.close()
         return False
 
-    def _keep(self, request: _Request) -> None:
+    def _keep(self, request: Request) -> None:
         for file in request.files:
             os.close(file)
         self._keepers.add(request.connection)
         self._selector.register(request.connection, selectors.EVENT_READ)
         request.answer({"pid": os.getpid()})
+        if self._zygotes.libraries:
+            request.answer(self._zygotes.libraries)
         if self._retired:
             request.answer({"retired": self._retired})
 
@@ -247,7 +221,7 @@ class _ForkServer:
 
     # Children
 
-    def _fork_for(self, request: _Request) -> int:
+    def _fork_for(self, request: Request) -> int:
         """Fork for a request and confirm it; return the child's pid, or 0 in the child."""
         try:
             pid = self._fork()
@@ -259,7 +233,7 @@ class _ForkServer:
             self._confirm(request, pid)
         return pid
 
-    def _give_to_spare(self, request: _Request) -> bool:
+    def _give_to_spare(self, request: Request) -> bool:
         """Pass a request to the child that was forked ahead; return whether it was accepted."""
         spare, self._spare = self._spare, None
         if spare is None:
@@ -274,7 +248,7 @@ class _ForkServer:
         self._confirm(request, spare.pid)
         return True
 
-    def _confirm(self, request: _Request, pid: int) -> None:
+    def _confirm(self, request: Request, pid: int) -> None:
         """Report the server's pid to the keeper, unless it was forked from outdated files."""
         self._busy_until = time.monotonic() + _QUIET
         # Checked while the child starts on another core, instead of before.
@@ -306,7 +280,7 @@ class _ForkServer:
             ours.close()
             return its
         its.close()
-        ours.settimeout(_REQUEST_SECONDS)
+        ours.settimeout(REQUEST_SECONDS)
         self._spare = _Spare(pid, ours)
         return None
 
@@ -373,9 +347,12 @@ class _ForkServer:
         print(
             f"[labkeeper] fork server {os.getpid()} retires: {reason}", file=sys.stderr, flush=True
         )
+        self._tell({"retired": reason})
+
+    def _tell(self, message: dict[str, Any]) -> None:
         for keeper in self._keepers:
             with contextlib.suppress(OSError, WireError):
-                wire.send(keeper, {"retired": reason})
+                wire.send(keeper, message)
 
     def _reap(self) -> None:
         self._wakeup.clear()

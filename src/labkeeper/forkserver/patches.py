@@ -10,7 +10,7 @@ import contextlib
 import functools
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from . import npm
@@ -190,3 +190,13 @@ def ask_npm_once() -> None:
         return npm.global_prefix(functools.partial(ask, *given))
 
     LanguageServerManagerAPI._npm_prefix = prefix  # noqa: SLF001
+
+
+def debug_libraries(kernel: Any, files: Collection[str]) -> None:
+    """Let the debugger show code of libraries that were loaded before their kernel.
+
+    ipykernel hides the code of all modules that it finds loaded, since without them they are its
+    own; it passes their files to the debugger, in a list that both hold.
+    """
+    hidden: list[str] = getattr(kernel, "_kernel_modules", [])
+    hidden[:] = [file for file in hidden if file not in files]

@@ -6,6 +6,7 @@ A test scans all modules of a forked server for remaining state of the fork serv
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import secrets
@@ -54,6 +55,10 @@ def _renew_random(random: Any) -> None:
     random.seed()
 
 
+def _renew_torch(random: Any) -> None:
+    random.default_generator.seed()
+
+
 def _renew_trust(netutil: Any) -> None:
     context = getattr(netutil, "_client_ssl_defaults", None)
     if isinstance(context, ssl.SSLContext):  # tornado before 6.6.
@@ -77,6 +82,39 @@ def _renew_lab(labapp: Any) -> None:
     _set_defaults(labapp.LabApp, user_settings_dir=settings, workspaces_dir=workspaces)
 
 
+def _renew_plots(matplotlib: Any) -> None:
+    """Use the kernel user's directories; they are made when they are asked for.
+
+    Settings and fonts of users need no renewal: with any, a kernel is executed (see `libraries`).
+    """
+    for name in ("get_configdir", "get_cachedir"):
+        find = getattr(matplotlib, name).__wrapped__
+        setattr(matplotlib, name, functools.wraps(find)(functools.cache(find)))
+    fonts: Any = sys.modules.get("matplotlib.font_manager")
+    if fonts is None:
+        return
+    earlier, home = f"{fonts._HOME}/", os.path.expanduser("~/")  # noqa: SLF001 - not told elsewhere
+
+    def moved(path: str) -> str:
+        return home + path[len(earlier) :] if path.startswith(earlier) else path
+
+    fonts._HOME = type(fonts._HOME)(home)  # noqa: SLF001
+    for module, name in _PLACES:
+        for places in filter(None, [getattr(sys.modules.get(module), name, None)]):
+            places[:] = map(moved, places)
+    tex: Any = getattr(sys.modules.get("matplotlib.texmanager"), "TexManager", None)
+    if tex is not None:
+        tex._cache_dir = type(tex._cache_dir)(moved(str(tex._cache_dir)))  # noqa: SLF001
+
+
+_PLACES = (
+    ("matplotlib.font_manager", "X11FontDirectories"),
+    ("matplotlib.style", "USER_LIBRARY_PATHS"),
+    ("matplotlib.style.core", "USER_LIBRARY_PATHS"),
+)
+"""Lists of directories of matplotlib; its versions have styles in one module or the other."""
+
+
 def _set_defaults(kind: Any, **defaults: Any) -> None:
     """Set defaults of traits, including the copies in their class."""
     changed = {
@@ -95,6 +133,8 @@ _RENEWED: dict[str, Callable[[ModuleType], Any]] = {
     "multiprocessing.process": _renew_processes,
     "threading": _renew_threads,
     "numpy.random": _renew_random,
+    "torch.random": _renew_torch,
+    "matplotlib": _renew_plots,
     # Its users hold its function, which reads the module's new values.
     "send2trash.plat_other": importlib.reload,
     "tornado.netutil": _renew_trust,

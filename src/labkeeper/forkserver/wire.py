@@ -69,6 +69,8 @@ class Launch:
     """Such files for its zygote alone, in order to be counted; the keeper moves the server."""
     kernels_by: str
     """`fork` IPython kernels where possible, or `exec` each."""
+    preload: list[str]
+    """Libraries that are loaded for forked kernels beside ipykernel."""
 
     def message(self) -> dict[str, Any]:
         """Return it as a frame's object."""
@@ -118,8 +120,8 @@ def _texts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(text, str) for text in value.values())
 
 
-def _paths(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(path, str) for path in value)
+def _list_of_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def _numbers(value: Any) -> bool:
@@ -145,11 +147,12 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
             and _numbers([value["uid"], value["gid"], *value["groups"]])
         )
     ),
-    "cgroups": _paths,
-    "zygote_cgroups": _paths,
+    "cgroups": _list_of_texts,
+    "zygote_cgroups": _list_of_texts,
     "rlimits": lambda value: isinstance(value, dict) and _numbers(value.values()),
     "encrypt_kernels": lambda value: isinstance(value, bool),
     "kernels_by": lambda value: isinstance(value, str) and value in {"fork", "exec"},
+    "preload": _list_of_texts,
 }
 
 

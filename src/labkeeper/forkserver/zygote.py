@@ -6,7 +6,7 @@ the same user, control groups and limits. It serves one socket, the server's, wi
 `wire`):
 
     {...}             first: a launch without its environment and configuration, with the log
-    <- {"pid": n, "read": [...], "given": {...}}
+    <- {"pid": n, ...}  with what it has loaded (see `kernel_loader`)
     {"do": "kernel"}  with a file that holds the launch of a kernel, a report pipe, and a handle
                       (pidfd) of the server; only the child reads the file
     <- {"pid": n}     with a handle of the kernel
@@ -56,10 +56,7 @@ def run(connection: socket.socket, loaded: Loaded) -> Files:
         with contextlib.suppress(OSError):
             join(launch.zygote_cgroups)
         confine(launch)
-        wire.send(
-            connection,
-            {"pid": os.getpid(), "read": sorted(loaded.read), "given": loaded.given},
-        )
+        wire.send(connection, {"pid": os.getpid(), **loaded.told()})
     except EOFError:
         # It is a spare server's, and is not needed.
         os._exit(0)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
 from . import wire
+from .footprint import Footprint
 from .kernel_handle import KernelHandle, until_readable
 from .wire import KernelLaunch, Launch, WireError
 
@@ -30,8 +31,6 @@ _AT_START = re.compile(
     r"^(PYTHON|LD_|LC_|LANG|MALLOC_|GLIBC_|OMP_|KMP_|GOMP_|OPENBLAS_|GOTO_|MKL_|BLIS_|NUMEXPR_)"
 )
 """Variables that libraries read in other ways than by `os.environ`."""
-_RENEWED = {"HOME", "JPY_PARENT_PID", "PATH", "USER"}
-"""Variables that modules read while they are loaded, and whose use `renewal` or a kernel renews."""
 
 
 class FirstZygote(NamedTuple):
@@ -70,8 +69,11 @@ class Zygote:
         self._launch = replace(launch, title=title, env={}, kernel_env={}, config={})
         self._introduced = False
         self._pid: int | None = None
-        self._read: frozenset[str] = frozenset()
         self._given: dict[str, str] = {}
+        """The environment that it has loaded all in."""
+        self._read: frozenset[str] = frozenset()
+        """Variables that must not differ from it."""
+        self._libraries = Footprint()
         self._turn = asyncio.Lock()
         """Held by the one that asks; it is answered in between."""
         self._kernels: weakref.WeakSet[KernelHandle] = weakref.WeakSet()
@@ -128,10 +130,10 @@ class Zygote:
         self.introduce()
         async with self._turn:
             await self._meet()
-            if (name := self._unfit(launch.env)) is not None:
-                raise NoZygoteError(
-                    f"the environment variable {name} takes effect only when a program starts"
-                )
+            if (reason := self._unfit(launch.env)) is not None:
+                raise NoZygoteError(reason)
+            if (file := self._libraries.met_in(launch.cwd)) is not None:
+                raise CannotFork(f"{file} takes effect only when libraries are loaded")
             kernel = await self._ask(launch)
         self._kernels.add(kernel)
         await kernel.bound()
@@ -157,15 +159,20 @@ class Zygote:
         self._pid = message["pid"]
         self._read = frozenset(message["read"])
         self._given = message["given"]
+        self._libraries = Footprint(**message["libraries"])
 
     def _unfit(self, env: Mapping[str, str]) -> str | None:
-        """Return a variable that it was loaded with another value of, if that matters."""
-        matters = self._read - _RENEWED
+        """Return why kernels with this environment cannot be forked, or None."""
         for name in sorted(self._read | env.keys() | self._given.keys()):
             if env.get(name) != self._given.get(name) and (
-                name in matters or _AT_START.match(name)
+                name in self._read or _AT_START.match(name)
             ):
-                return name
+                return f"the environment variable {name} takes effect only when a program starts"
+        home = env.get("HOME")
+        if home is not None and home != self._given.get("HOME"):
+            file = self._libraries.met_at_home(home)
+            if file is not None:
+                return f"{file} takes effect only when libraries are loaded"
         return None
 
     async def _ask(self, launch: KernelLaunch) -> KernelHandle:

@@ -27,7 +27,8 @@ from .zygote_client import CannotFork, NoZygoteError, StillLoadingError, Zygote
 _PAUSE = 2.0
 """Seconds between an executed kernel and loading a zygote: the first cell has CPU priority."""
 _MOST = 2
-"""Maximum number of zygotes that a server loads itself; each takes some 40 MiB."""
+"""Maximum number of zygotes that a server loads itself; each takes some 40 MiB, and what libraries
+take."""
 _IDLE_SECONDS = 600.0
 """Seconds after which a zygote without kernels ends, and after which a failed one is retried."""
 _LOOK_EVERY = 60.0
@@ -146,7 +147,13 @@ class ZygotePool:
         with its:
             try:
                 process = subprocess.Popen(  # noqa: S603 - a kernelspec's interpreter, as Jupyter does
-                    loading(interpreter.path, interpreter.options, "zygote", its.fileno()),
+                    loading(
+                        interpreter.path,
+                        interpreter.options,
+                        "zygote",
+                        its.fileno(),
+                        self._launch.preload,
+                    ),
                     env={name: value for name, value in env.items() if name != "JPY_PARENT_PID"},
                     # It writes into its working directory, which must not be a user's.
                     cwd=os.environ["JUPYTER_RUNTIME_DIR"],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import selectors
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Container
 from typing import Any
 
 from . import wire
@@ -21,13 +23,19 @@ _PAUSE = 5.0
 class Zygotes:
     """The source of zygotes. Not available while its loader is pausing."""
 
-    def __init__(self, rehearsed: Launch) -> None:
-        """Take the launch of a server without special requests, as it was rehearsed."""
+    def __init__(self, rehearsed: Launch, selector: selectors.BaseSelector) -> None:
+        """Take the launch of a server without special requests, as it was rehearsed.
+
+        The selector waits for messages of the loader, which `heard` takes in.
+        """
         self._rehearsed = rehearsed
+        self._selector = selector
         self._child: subprocess.Popen[bytes] | None = None
         self._loader: socket.socket | None = None
         self._next = 0.0
         """When a loader may be started again."""
+        self.libraries: dict[str, Any] = {}
+        """What the last loader told of libraries; empty until then."""
 
     def new(self) -> socket.socket | None:
         """Ask for a zygote; return a server's connection to it, or None if there will be none."""
@@ -49,23 +57,40 @@ class Zygotes:
                 return None
         return ours
 
+    def heard(self, ready: Container[Any]) -> bool:
+        """Take in a message of the loader, if one is ready; return whether it was of libraries."""
+        if self._loader is None or self._loader not in ready:
+            return False
+        try:
+            self.libraries, _ = wire.receive(self._loader)
+        except (EOFError, OSError, WireError):
+            # It ends.
+            self._part()
+            return False
+        return True
+
     def reaped(self, pids: list[int]) -> None:
         """Note that these children have ended."""
         if self._child is not None and self._child.pid in pids:
             # The fork server has reaped it.
             self._child.returncode = 0
             self._child = None
-            self.close()
+            self._part()
 
     def end(self) -> None:
         """End the loader; its zygotes stay."""
         if self._child is not None:
             self._child.kill()
-        self.close()
+        self._part()
 
     def close(self) -> None:
-        """Close the connection; in a child, only that."""
+        """In a child: close the connection."""
         if self._loader is not None:
+            self._loader.close()
+
+    def _part(self) -> None:
+        if self._loader is not None:
+            self._selector.unregister(self._loader)
             self._loader.close()
             self._loader = None
 
@@ -75,7 +100,7 @@ class Zygotes:
         with its:
             try:
                 self._child = subprocess.Popen(  # noqa: S603 - the interpreter that runs already
-                    loading(sys.executable, (), "kernels", its.fileno()),
+                    loading(sys.executable, (), "kernels", its.fileno(), self._rehearsed.preload),
                     env=self._environment(),
                     stdin=subprocess.DEVNULL,
                     pass_fds=[its.fileno()],
@@ -87,6 +112,7 @@ class Zygotes:
                 return
         ours.setblocking(False)
         self._loader = ours
+        self._selector.register(ours, selectors.EVENT_READ)
 
     def _environment(self) -> dict[str, Any]:
         # It reserves the space of the mark, like the fork server.

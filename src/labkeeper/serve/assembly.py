@@ -244,6 +244,7 @@ def _backend(
         log_dir=chosen.state_dir / "logs",
         launch_by=chosen.launch_by,
         kernels_by=chosen.kernels_by,
+        preload=chosen.preload,
         umask=int(chosen.umask, 8),
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,

@@ -18,6 +18,7 @@ from labkeeper.settings.types import (
     Directories,
     Directory,
     Duration,
+    Modules,
     Names,
     Port,
     Root,
@@ -104,6 +105,14 @@ class Settings(BaseModel):
             "`fork`: fork IPython kernels from a process that has loaded ipykernel, where "
             "possible, unless a request chooses `exec`; `exec`: load ipykernel in each. "
             "Requests for `fork` are then refused."
+        ),
+    )
+    preload: Modules = Field(
+        (),
+        description=(
+            "Libraries to load once for all forked kernels, separated by commas, such as "
+            "`numpy,pandas,matplotlib.pyplot`. One that cannot be shared by kernels is left out; "
+            "`labkeeper show` and `/readyz` say why."
         ),
     )
     user: str | None = Field(

@@ -47,6 +47,11 @@ def _load(flags: dict[str, Any]) -> Settings:
         ) from error
     for which in ("", "lab_"):
         _check_pair(settings, f"{which}cert_file", f"{which}key_file")
+    if settings.preload and settings.kernels_by == "exec":
+        raise SettingsError(
+            f"{PREFIX}PRELOAD is set, but no kernel is forked ({PREFIX}KERNELS_BY=exec); "
+            "unset one of them"
+        )
     for name in ("token", "webhook_secret"):
         settings = _with_secret(settings, name)
     secret = settings.token.get_secret_value() if settings.token is not None else None

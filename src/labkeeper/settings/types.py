@@ -39,6 +39,15 @@ def _names(given: Any) -> Any:
     return tuple(filter(None, (name.strip() for name in given.split(","))))
 
 
+def _check_modules(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise ValueError(
+                f"must be names of Python modules, such as numpy or matplotlib.pyplot, not {name!r}"
+            )
+    return tuple(dict.fromkeys(names))
+
+
 def _check_umask(text: str) -> str:
     # The owner keeps all rights: a server that cannot read its own files does not start.
     if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
@@ -64,6 +73,8 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 """A list of texts, or one text separated by commas."""
+Modules = Annotated[Names, AfterValidator(_check_modules)]
+"""Names of Python modules, without duplicates."""
 Duration = Annotated[float, BeforeValidator(duration)]
 """Seconds, or text such as `90m`, `2h`, `1d12h`."""
 BytesOrShare = Annotated[str, AfterValidator(_check_reserve)]

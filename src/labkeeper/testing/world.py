@@ -10,7 +10,7 @@ from itertools import count
 from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Ready, Report, Seen
-from labkeeper.core.ports import Capacity
+from labkeeper.core.ports import Capacity, Library
 from labkeeper.core.server import (
     Endpoint,
     Exit,
@@ -104,6 +104,8 @@ class World:
     """The programs in the terminals of each server; unknown for a missing one."""
     capacity: Capacity | None = None
     """The memory capacity; None if unknown."""
+    libraries: tuple[Library, ...] = ()
+    """The libraries that kernels are to share."""
     lock: threading.RLock = field(default_factory=threading.RLock)
     _tempers: dict[str, Temper] = field(default_factory=dict)
     _pids: Iterator[int] = field(default_factory=lambda: count(1000))
@@ -266,6 +268,10 @@ class FakeBackend:
         with self.world.lock:
             self.world.logs.pop(name, None)
             self.world.ends.pop(name, None)
+
+    def libraries(self) -> Sequence[Library]:
+        """Return those of the world."""
+        return self.world.libraries
 
     def usage(self, names: Collection[QualifiedName]) -> Mapping[QualifiedName, Usage]:
         """Return equal usage for all living servers, with increasing CPU time."""

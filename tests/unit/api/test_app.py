@@ -31,6 +31,7 @@ from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.policy import Policy
+from labkeeper.core.ports import Library
 from labkeeper.core.server import (
     Failure,
     FailureClass,
@@ -561,6 +562,16 @@ def test_kernels_are_listed_with_how_they_were_launched(client, running):
         "launched_by": "exec",
         "exec_reason": "it is no IPython kernel",
     }
+
+
+def test_readiness_names_the_libraries_to_preload(services, world):
+    client = create_app(services).test_client()
+    assert client.get("/readyz").json == {"status": "ok", "preload": []}
+    world.libraries = (Library("numpy", loaded=True), Library("x", loaded=False, reason="why"))
+    assert client.get("/readyz").json["preload"] == [
+        {"name": "numpy", "loaded": True, "reason": None},
+        {"name": "x", "loaded": False, "reason": "why"},
+    ]
 
 
 def test_a_keeper_that_has_stopped_is_neither_healthy_nor_ready(services):

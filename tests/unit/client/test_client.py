@@ -36,6 +36,7 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryKind
+from labkeeper.core.ports import Library
 from labkeeper.core.server import FailureClass, Kernel, StopMethod
 from labkeeper.runtime import Keeper
 from labkeeper.schema.answers.base import TOLERANT, Answer
@@ -250,6 +251,13 @@ def test_kernels_are_models(running, client):
     client.stop("default")
     with pytest.raises(Conflict):
         client.kernels("default")
+
+
+def test_libraries_are_models(running, client):
+    assert client.libraries() == []
+    running.world.libraries = (Library("polars", loaded=False, reason="why"),)
+    (library,) = client.libraries()
+    assert (library.name, library.loaded, library.reason) == ("polars", False, "why")
 
 
 def test_version_health_and_readiness(running, client):

@@ -35,6 +35,7 @@ LAUNCH = {
     "rlimits": {"RLIMIT_DATA": 1},
     "encrypt_kernels": True,
     "kernels_by": "fork",
+    "preload": ["numpy"],
 }
 WRONG = {
     "server_dir": [None, 1, ["/run/a"]],
@@ -58,6 +59,7 @@ WRONG = {
     "rlimits": [None, [], {"RLIMIT_DATA": -1}, {"RLIMIT_DATA": "1"}, {"RLIMIT_DATA": True}],
     "encrypt_kernels": [None, 1, "yes"],
     "kernels_by": [None, True, "spawn", ["fork"]],
+    "preload": [None, "numpy", [1]],
 }
 
 

@@ -43,6 +43,7 @@ class Server:
             encrypt_kernels=False,
             zygote_cgroups=[],
             kernels_by="fork",
+            preload=[],
         )
         self.pool = ZygotePool(Zygote(None, launch, NO_FIRST), launch)
         self.kernels = []

@@ -6,13 +6,11 @@ from flask import Response, request
 
 from labkeeper.api.handlers.common import Answer, json_answer
 from labkeeper.api.services import Services
-from labkeeper.api.views import (
-    orphaned_kernel_model,
-)
+from labkeeper.api.views import library_model, orphaned_kernel_model
 from labkeeper.core.errors import (
     BackendUnavailable,
 )
-from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Version
+from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Readiness, Version
 
 
 def list_orphaned_kernels(services: Services) -> Answer:
@@ -35,7 +33,10 @@ def health(services: Services) -> Answer:
 
 
 def ready(services: Services) -> Answer:
-    """Check that the keeper accepts commands, and that all its watchers work."""
+    """Check that the keeper accepts commands, and that all its watchers work.
+
+    Libraries that cannot be preloaded are named; without them it is ready all the same.
+    """
     health(services)
     if failing := services.failing():
         what = "; ".join(f"{watcher}: {why}" for watcher, why in sorted(failing.items()))
@@ -43,7 +44,12 @@ def ready(services: Services) -> Answer:
             f"commands are accepted, but not everything is watched: {what}",
             watchers=sorted(failing),
         )
-    return json_answer(Health(status="ok"))
+    return json_answer(
+        Readiness(
+            status="ok",
+            preload=[library_model(library) for library in services.backend.libraries()],
+        )
+    )
 
 
 def metrics(services: Services) -> Response:

@@ -38,7 +38,7 @@ from labkeeper.backends.local.usage import Meter
 from labkeeper.core.access import Caller
 from labkeeper.core.errors import BackendRefused, BackendUnavailable
 from labkeeper.core.messages import Ended, Fact, Gone, Report, Seen
-from labkeeper.core.ports import Capacity
+from labkeeper.core.ports import Capacity, Library
 from labkeeper.core.server import Exit, StopMethod, Usage
 from labkeeper.core.spec import QualifiedName, ServerSpec
 from labkeeper.forkserver.wire import WireError
@@ -107,6 +107,7 @@ class LocalBackend:
             environment=base_environment(common_environment()),
             config=base_config(),
             kernels_by=self._options.kernels_by,
+            preload=self._options.preload,
         )
         forkserver.start()
         return forkserver
@@ -243,6 +244,19 @@ class LocalBackend:
         """Return the foreground programs of the server's terminals, read from the process table."""
         supervisor = self._supervisors.get(name)
         return None if supervisor is None else foregrounds(supervisor.process)
+
+    def libraries(self) -> list[Library]:
+        """Return them as the fork server has told, or why it cannot."""
+        if self._forkserver is None:
+            why_not = "servers are executed, and each loads it for itself after its first kernel"
+            return [Library(name, loaded=False, reason=why_not) for name in self._options.preload]
+        known = self._forkserver.libraries
+        return [
+            Library(name, loaded=known[name] is None, reason=known[name])
+            if name in known
+            else Library(name, loaded=None, reason="it is being loaded")
+            for name in self._options.preload
+        ]
 
     def capacity(self) -> Capacity | None:
         """Return the memory of the machine or the keeper's container; reads a few short files."""

@@ -10,7 +10,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -59,6 +59,7 @@ class ForkServer:
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
         kernels_by: str,
+        preload: Sequence[str],
     ) -> None:
         """`environment` and `config` (Jupyter's) are those of a server without special requests."""
         self._threads = threads
@@ -72,17 +73,26 @@ class ForkServer:
             environment=self._environment,
             config=config,
             kernels_by=kernels_by,
+            preload=preload,
         )
         self._changed = threading.Condition()
         self._current: Instance | None = None
         self._why_not = ""
         """Why there is none and none is loading."""
+        self._libraries: Mapping[str, str | None] = {}
+        """Why libraries are left out, None for loaded ones; empty until it is known."""
         self._begun = time.monotonic()
         self._warm_up = _WARM_UP
 
     def start(self) -> None:
         """Adopt an earlier keeper's fork server, or load a new one."""
         self._threads.start("forkserver", self._supervise)
+
+    @property
+    def libraries(self) -> Mapping[str, str | None]:
+        """Why libraries are left out, None for loaded ones; empty until it is known."""
+        with self._changed:
+            return self._libraries
 
     # Requests for servers
 
@@ -197,8 +207,9 @@ class ForkServer:
         self._set(instance, "")
         begun = time.monotonic()
         try:
-            message = self._processes.receive(instance.connection)
-            _log.info("the fork server is replaced", reason=message.get("retired"))
+            while "retired" not in (message := self._processes.receive(instance.connection)):
+                self._hear(message)
+            _log.info("the fork server is replaced", reason=message["retired"])
         except NoForkServerError:
             if self._threads.closed:
                 return
@@ -208,6 +219,23 @@ class ForkServer:
         finally:
             if not self._threads.closed:
                 self._give_up(instance)
+
+    def _hear(self, message: Mapping[str, Any]) -> None:
+        """Take in what the fork server tells of libraries."""
+        loaded, left_out = message.get("preloaded"), message.get("left_out")
+        if not (
+            isinstance(loaded, list)
+            and isinstance(left_out, dict)
+            and all(isinstance(text, str) for text in (*loaded, *left_out.values()))
+        ):
+            _log.warning("cannot understand the fork server", keys=sorted(message))
+            return
+        for name, reason in left_out.items():
+            _log.warning("a library is not preloaded", library=name, reason=reason)
+        if loaded:
+            _log.info("libraries are preloaded", libraries=loaded)
+        with self._changed:
+            self._libraries = {**dict.fromkeys(loaded), **left_out}
 
     def _spawn(self) -> Instance:
         instance = self._processes.spawn()
@@ -222,7 +250,7 @@ class ForkServer:
         with self._changed:
             if instance is None:
                 self._begun = time.monotonic()
-            self._current, self._why_not = instance, why_not
+            self._current, self._why_not, self._libraries = instance, why_not, {}
             self._changed.notify_all()
 
     def _give_up(self, instance: Instance) -> None:

@@ -59,10 +59,6 @@ _END_WITHIN: Final = 1.0
 _LONGEST_NAME: Final = 63
 """Maximum length of a server's name (RFC 1123)."""
 _REHEARSAL_DIR: Final = "rehearsal"
-_ONE_THREAD: Final = dict.fromkeys(
-    ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1"
-)
-"""Keeps libraries from starting threads at import; in the fork server only."""
 
 _log = structlog.get_logger("labkeeper.backends.local.forkserver")
 
@@ -102,6 +98,7 @@ class ForkServers:
         environment: Mapping[str, str],
         config: Mapping[str, Mapping[str, Any]],
         kernels_by: str,
+        preload: Sequence[str],
     ) -> None:
         self._threads = threads
         self._python = python
@@ -111,6 +108,7 @@ class ForkServers:
         self._environment = environment
         self._config = config
         self._kernels_by = kernels_by
+        self._preload = list(preload)
 
     # Start and adoption
 
@@ -169,7 +167,7 @@ class ForkServers:
                 [self._python, PROGRAM, "fork", str(listener.fileno())],
                 cwd=directory,
                 # Only reserves the space of the mark: each child overwrites it with its own.
-                env={**_ONE_THREAD, **self._environment, MARK: " " * self._longest_mark()},
+                env={**self._environment, MARK: " " * self._longest_mark()},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -261,7 +259,14 @@ class ForkServers:
         """Return a hash of a fork server's inputs; one with the same key can be adopted."""
         sources = [path.read_bytes() for path in sorted(PROGRAM.glob("*.py"))]
         settings = json.dumps(
-            [str(self._python), self._environment, self._config, self._kernels_by], sort_keys=True
+            [
+                str(self._python),
+                self._environment,
+                self._config,
+                self._kernels_by,
+                self._preload,
+            ],
+            sort_keys=True,
         )
         return hashlib.sha256(b"\0".join([*sources, settings.encode()])).hexdigest()[:12]
 
@@ -290,6 +295,7 @@ class ForkServers:
             encrypt_kernels=False,
             zygote_cgroups=[],
             kernels_by=self._kernels_by,
+            preload=self._preload,
         )
 
 

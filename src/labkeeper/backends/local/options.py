@@ -22,6 +22,8 @@ class LocalOptions:
     launch_by: Literal["fork", "exec"] = "fork"
     kernels_by: KernelsBy = "fork"
     """With `exec`, no kernel is forked, even if a spec that is older than the option allows it."""
+    preload: tuple[str, ...] = ()
+    """Libraries that are loaded for forked kernels."""
     umask: int = 0o077
     """The umask of files that servers create."""
     log_max_bytes: int = 10 * 1024 * 1024

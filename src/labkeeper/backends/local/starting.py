@@ -116,6 +116,7 @@ class Starter:
             encrypt_kernels=user is not None,
             zygote_cgroups=self.sites.groups.create_beside(spec.qualified_name, limited.members),
             kernels_by="exec" if self.sites.options.kernels_by == "exec" else spec.kernels_by,
+            preload=list(self.sites.options.preload),
         )
 
     def _record(

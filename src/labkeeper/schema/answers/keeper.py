@@ -40,3 +40,19 @@ class Health(Answer):
     """The health of the keeper."""
 
     status: Literal["ok"]
+
+
+class Library(Answer):
+    """A library that LABKEEPER_PRELOAD names."""
+
+    name: str
+    loaded: bool | None = Field(
+        description="Whether kernels are forked with it; null while that is not known yet."
+    )
+    reason: str | None = Field(description="Why it is not loaded; null if it is.")
+
+
+class Readiness(Health):
+    """The health of the keeper with its watchers, and what it preloads."""
+
+    preload: list[Library]

@@ -80,6 +80,7 @@ class Rig:
             environment=self.environment,
             config=base_config(),
             kernels_by="exec",
+            preload=[],
         )
         (base / "logs").mkdir()
         self.forkserver.start()
@@ -116,6 +117,7 @@ class Rig:
             encrypt_kernels=False,
             zygote_cgroups=[],
             kernels_by="exec",
+            preload=[],
         )
 
     def lasting(self):

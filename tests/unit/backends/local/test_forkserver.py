@@ -72,6 +72,7 @@ def make_fork_servers(tmp_path):
                 environment=base_environment(os.environ),
                 config=base_config(),
                 kernels_by="exec",
+                preload=[],
             )
 
         yield make

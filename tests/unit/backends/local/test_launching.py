@@ -128,6 +128,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_
         encrypt_kernels=False,
         zygote_cgroups=[],
         kernels_by="exec",
+        preload=[],
     )
     with (tmp_path / "log").open("wb") as log:
         launched = Launcher(python, None, "forking is turned off here").launch(launch, log.fileno())
@@ -146,7 +147,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_
     launched.report.close()
 
 
-ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {}, False, [], "exec")
+ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {}, False, [], "exec", [])
 FAILURES = {
     "an interpreter that does not exist": ("/no-python", ANY, FileNotFoundError),
     "a control group that does not exist": (
