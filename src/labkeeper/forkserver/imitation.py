@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import gc
 import os
 import sys
 import types
@@ -16,7 +17,7 @@ from typing import Any
 
 
 class Imitation:
-    """What stands for the kernel, its shell and its application's configuration."""
+    """What stands for the kernel, its shell, its application's configuration, and `__main__`."""
 
     def __init__(self, shell_class: type) -> None:
         """Take the class that the shell seems to be of."""
@@ -25,14 +26,23 @@ class Imitation:
         self._kernel = _Thing("kernel", self.used)
         self._config = {"IPKernelApp": {"connection_file": "kernel.json"}}
         self.shell = _Shell(self._kernel, self._config, shell_class, self.used)
+        self.main = types.ModuleType("__main__")
+        self._references: list[int] = []
+
+    def watch(self) -> None:
+        """Count references from now on; it is in its place."""
         self._references = self._counted()
 
     def unfit(self) -> bool:
         """Return whether any was used, or is referred to by now."""
+        if self._counted() != self._references:
+            # Perhaps by garbage.
+            gc.collect()
         return bool(self.used) or self._counted() != self._references
 
     def _counted(self) -> list[int]:
-        return [sys.getrefcount(each) for each in (self.shell, self._kernel, self._config)]
+        things = (self.shell, self._kernel, self._config, self.main, vars(self.main))
+        return [sys.getrefcount(each) for each in things]
 
 
 class _Thing:
@@ -65,9 +75,10 @@ def imitated_kernel(kernel_env: Mapping[str, str], argv: Sequence[str]) -> Itera
     environment, arguments, main = dict(os.environ), list(sys.argv), sys.modules["__main__"]
     with _singletons(imitation), _names(imitation):
         try:
-            sys.modules["__main__"] = types.ModuleType("__main__")
+            sys.modules["__main__"] = imitation.main
             sys.argv[:] = argv
             os.environ.update(kernel_env)
+            imitation.watch()
             yield imitation
         finally:
             os.environ.clear()
