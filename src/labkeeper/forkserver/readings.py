@@ -28,22 +28,19 @@ _RENEWED_BY = {"matplotlib": {"HOME"}}
 def recorded() -> Iterator[Readings]:
     """Record the variables that are read in the block."""
     readings: Readings = {}
-    environment: Any = os.environ
-    kind = type(environment)
+    # Its class is changed, not replaced: IPython keeps `type(os.environ)`, to show it well.
+    kind: Any = type(os.environ)
+    usual = kind.__getitem__
 
-    def reading(method: Any) -> Any:
-        def read(variables: Any, name: Any) -> Any:
-            readings.setdefault(os.fsdecode(name), set()).add(_reader())
-            return method(variables, name)
+    def read(variables: Any, name: Any) -> Any:
+        readings.setdefault(os.fsdecode(name), set()).add(_reader())
+        return usual(variables, name)
 
-        return read
-
-    methods = {name: reading(getattr(kind, name)) for name in ("__getitem__", "__contains__")}
-    environment.__class__ = type(kind.__name__, (kind,), methods)
+    kind.__getitem__ = read
     try:
         yield readings
     finally:
-        environment.__class__ = kind
+        kind.__getitem__ = usual
 
 
 def that_matter(readings: Readings) -> set[str]:
