@@ -73,7 +73,7 @@ def imitated_kernel(kernel_env: Mapping[str, str], argv: Sequence[str]) -> Itera
 
     imitation = Imitation(ZMQInteractiveShell)
     environment, arguments, main = dict(os.environ), list(sys.argv), sys.modules["__main__"]
-    with _singletons(imitation), _names(imitation):
+    with _singletons(imitation), _names(imitation), _encoding():
         try:
             sys.modules["__main__"] = imitation.main
             sys.argv[:] = argv
@@ -109,6 +109,18 @@ def _singletons(imitation: Imitation) -> Iterator[None]:
     finally:
         kinds.initialized = usual
         del shells.instance
+
+
+@contextlib.contextmanager
+def _encoding() -> Iterator[None]:
+    """Let standard output have the encoding of a kernel's, which pandas makes an option."""
+    stream: Any = sys.stdout
+    usual = {"encoding": stream.encoding, "errors": stream.errors}
+    stream.reconfigure(encoding="UTF-8", errors=stream.errors)
+    try:
+        yield
+    finally:
+        stream.reconfigure(**usual)
 
 
 @contextlib.contextmanager
