@@ -210,6 +210,11 @@ def load(libraries: Sequence[str] = ()) -> Loaded:
         if launcher is None or launcher.origin is None:
             raise LoadError(f"there is no {LAUNCHER}")
         present = {name: value for name, value in os.environ.items() if given.get(name) != value}
+        foreign = ours.difference(plain.modules, ["__main__"])
+        for name in foreign:
+            # Libraries import them for themselves, and keep them.
+            if not _is_ours(name):
+                sys.modules.pop(name)
         added = load_libraries(libraries, plain.set, [launcher.origin, "-f", "kernel.json"])
         changed = freshness.settle()
     except subprocess.SubprocessError as error:
@@ -228,9 +233,13 @@ def load(libraries: Sequence[str] = ()) -> Loaded:
         given,
         frozenset(that_matter(readings) | added.read),
         {**present, **added.variables},
-        frozenset(ours.difference(plain.modules, ["__main__"])),
+        frozenset(filter(_is_ours, foreign)),
         added,
     )
+
+
+def _is_ours(module: str) -> bool:
+    return module.partition(".")[0] == __package__.partition(".")[0]
 
 
 class _Plain(NamedTuple):
