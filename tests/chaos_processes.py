@@ -17,7 +17,7 @@ class ProcessInfo:
     pid: int
     parent: int
     kind: str
-    """server, kernel (or any other child of a server), forkserver, spare or rehearsal."""
+    """forkserver, loader, spare, rehearsal; or of a server: server, zygote, kernel or any other."""
     name: str
     """Name of its server, or of the directory of its fork server."""
     zombie: bool
@@ -31,29 +31,32 @@ def process_info(pid, server_dirs, place):
     mark = re.search(rb"(?:^|\0)LABKEEPER_SERVER=([^\0]*)", (root / "environ").read_bytes())
     server_dir = mark[1] if mark else b""
     if server_dir.startswith(server_dirs + b"/.forkservers/"):
-        return ProcessInfo(
-            pid, int(parent), "rehearsal", server_dir.split(b"/")[-2].decode(), state == "Z"
-        )
-    if server_dir.startswith(server_dirs + b"/"):
-        server = command.startswith(b"jupyter-lab") or b" exec " in command
-        return ProcessInfo(
-            pid,
-            int(parent),
-            "server" if server else "kernel",
-            server_dir.split(b"/")[-1].decode(),
-            state == "Z",
-        )
-    here = str((root / "cwd").readlink()).removesuffix(" (deleted)")
-    if server_dir.strip() or not here.startswith(place):
-        return None
-    spare = command.startswith(b"jupyter-lab")
-    return ProcessInfo(
-        pid,
-        int(parent),
-        "spare" if spare else "forkserver",
-        here.removeprefix(place).split("/")[0],
-        state == "Z",
-    )
+        kind, name = "rehearsal", server_dir.split(b"/")[-2].decode()
+    elif server_dir.startswith(server_dirs + b"/"):
+        kind, name = _kind_of_marked(command), server_dir.split(b"/")[-1].decode()
+    else:
+        here = str((root / "cwd").readlink()).removesuffix(" (deleted)")
+        if server_dir.strip() or not here.startswith(place):
+            return None
+        kind, name = _kind_of_unmarked(command), here.removeprefix(place).split("/")[0]
+    return ProcessInfo(pid, int(parent), kind, name, state == "Z")
+
+
+def _kind_of_marked(command):
+    if command.startswith(b"jupyter-lab") or b" exec " in command:
+        return "server"
+    # One that a server loads itself is shown as a loader until it is loaded.
+    zygote = command.startswith((b"kernel-zygote", b"kernel-loader")) or b" zygote " in command
+    return "zygote" if zygote else "kernel"
+
+
+def _kind_of_unmarked(command):
+    if command.startswith(b"jupyter-lab"):
+        return "spare"
+    # A zygote is shown as its loader until its server has introduced itself.
+    if command.startswith(b"kernel-loader") or b" kernels " in command:
+        return "loader"
+    return "rehearsal" if b"ipykernel_launcher" in command else "forkserver"
 
 
 def is_zombie(process):

@@ -12,6 +12,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -70,6 +71,8 @@ class World:
         self.ports = {}
         """Ports that were requested, by name."""
         self.keeper.port = port_outside_ephemeral_range()
+        self.killed = collections.Counter()
+        """How many processes of each kind were killed."""
         self.traces = collections.deque(maxlen=400)
         self.violations = []
         self.sizes = []
@@ -114,6 +117,11 @@ class World:
         }
 
     # Disturbances
+
+    def kill_process(self, kind, pid):
+        self.killed[kind] += 1
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
     def kill_keeper(self, rng):
         self.trace(f"kill -9 keeper {self.keeper.process.pid}")
@@ -170,7 +178,7 @@ class World:
             yield from self.false_states(server, [seen for seen in processes if seen.name == name])
         running = {name for name, server in servers.items() if server["state"] == "running"}
         for seen in processes:
-            if seen.kind in {"server", "kernel"} and seen.name not in running:
+            if seen.kind in {"server", "zygote", "kernel"} and seen.name not in running:
                 yield f"stray process: {seen}"
         yield from self.goal_mismatches(servers)
         yield from self.unknown_files(servers, forkservers.values())
@@ -245,7 +253,7 @@ class World:
                 f" but its recorded fork server is {record['forkserver']}"
             )
         allowed = re.compile(
-            rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?"
+            rf"jpserver-{server['pid']}\.json|kernel-[0-9a-f-]+\.json|kernels\.json(\.\d+)?|tmp\w{{8}}"
         )
         known = {"launch.json", "jupyter"}
         left = [path.name for path in server_dir.iterdir() if path.name not in known]
@@ -281,10 +289,15 @@ class World:
         yield from _unknown_files_in(server_dirs, running | {".forkservers", "keeper.lock"})
         yield from _unknown_files_in(server_dirs / ".forkservers", places)
         yield from _unknown_files_in(self.keeper.notebook_dir, set())
+        rehearsed = set(server_dirs.glob(".forkservers/*/tmp*"))
         for place in places:
-            yield from _unknown_files_in(
-                server_dirs / ".forkservers" / place, {"socket", "rehearsal.json", "rehearsal"}
-            )
+            known = {"socket", "rehearsal.json", "rehearsal", *(path.name for path in rehearsed)}
+            yield from _unknown_files_in(server_dirs / ".forkservers" / place, known)
+        rehearsed.update(server_dirs.glob("*/jupyter/tmp*"))
+        # Who is killed while it rehearses a kernel leaves the kernel's directory in its own one,
+        # which is removed later.
+        if len(rehearsed) > self.killed["loader"] + self.killed["zygote"]:
+            yield f"directories of rehearsed kernels: {rehearsed}"
 
     def stray_forkservers(self, processes):
         forkservers = [seen for seen in processes if seen.kind == "forkserver"]
@@ -292,9 +305,9 @@ class World:
         idle = [seen for seen in forkservers if seen.pid not in parents]
         if len(idle) > 1:
             yield f"more than one fork server without servers: {idle}"
-        serving = {seen.pid for seen in forkservers}
+        serving = {seen.pid for seen in processes if seen.kind in {"forkserver", "loader"}}
         for seen in processes:
-            if seen.kind in {"spare", "rehearsal"} and seen.parent not in serving:
+            if seen.kind in {"spare", "loader", "rehearsal"} and seen.parent not in serving:
                 yield f"process without its fork server: {seen}"
 
     def leaks(self, keeper, running, forkservers):

@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import os
 import random
 import resource
-import signal
 import sys
 import threading
 import time
@@ -36,6 +34,8 @@ KILL_MIXES = {
         "spare": 0.2,
         "server": 0.6,
         "kernel": 0.3,
+        "zygote": 0.3,
+        "loader": 0.1,
         "rehearsal": 0.1,
     },
     "keepers": {"keeper": 1.0, "server": 0.3, "kernel": 0.1},
@@ -43,6 +43,7 @@ KILL_MIXES = {
     "forkservers": {
         "forkserver": 0.16,
         "spare": 0.5,
+        "loader": 0.3,
         "rehearsal": 0.3,
         "keeper": 0.4,
         "server": 0.3,
@@ -110,8 +111,7 @@ class CalledWorld(World):
         )
         chosen = rng.sample(there, rng.randint(1, len(there))) if there else []
         for pid in chosen:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            self.kill_process(kind, pid)
         self.trace(f"kill -9 {kind} {chosen or '(none found)'}")
 
     # Rounds
