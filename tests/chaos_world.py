@@ -381,8 +381,8 @@ def _unknown_files_in(directory, known):
                 yield f"unexpected file: {path}"
 
 
-def run_rounds(world):
-    """Run all rounds; if one fails, report the trace, the API, processes, files and the log."""
+def run_rounds(world, rounds=ROUNDS):
+    """Run rounds; if one fails, report the trace, the API, processes, files and the log."""
     number = 0
     try:
         world.keeper.start()
@@ -391,7 +391,7 @@ def run_rounds(world):
             what="a fork server to be ready",
         )
         world.prepare()
-        for number in range(ROUNDS):
+        for number in range(rounds):
             world.round(number)
         world.settle(wholly=True)
     except BaseException as error:

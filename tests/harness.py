@@ -401,13 +401,17 @@ class KeeperProcess:
             self.http.close()
         self.sweep()
 
-    def sweep(self):
-        kill_all(processes_marked(self.server_dirs))
+    def control_groups(self):
+        """Return the names of the control groups of its servers."""
         groups = ControlGroups(self.server_dirs.resolve())
         # Names of rehearsals, which are not servers, begin with a dot.
         found = (group.name for base in groups._bases for group in base.glob(f"{groups._prefix}.*"))
-        rehearsals = {name.removeprefix(groups._prefix) for name in found}
-        for name in groups.names() | rehearsals:
+        return groups.names() | {name.removeprefix(groups._prefix) for name in found}
+
+    def sweep(self):
+        kill_all(processes_marked(self.server_dirs))
+        groups = ControlGroups(self.server_dirs.resolve())
+        for name in self.control_groups():
             groups.kill(name)
             groups.remove(name)
 
