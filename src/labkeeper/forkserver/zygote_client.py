@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -64,6 +64,8 @@ class Zygote:
         Of the launch it is told user, groups, limits and directory, but no environment and token.
         """
         self.why_not = why_not
+        self.lost = connection is None
+        """Whether it forks no more."""
         self._connection = connection
         title = launch.title.replace("jupyter-lab", "kernel-zygote", 1)
         self._launch = replace(launch, title=title, env={}, kernel_env={}, config={})
@@ -79,11 +81,6 @@ class Zygote:
         self._kernels: weakref.WeakSet[KernelHandle] = weakref.WeakSet()
 
     @property
-    def lost(self) -> bool:
-        """Whether it forks no more."""
-        return self._connection is None
-
-    @property
     def loaded(self) -> bool:
         """Whether it has ever been ready."""
         return self._pid is not None
@@ -95,10 +92,13 @@ class Zygote:
 
     def give_up(self, reason: str) -> None:
         """Let the zygote end; its kernels stay."""
-        if self._connection is not None:
-            self.why_not = reason
-            self._connection.close()
-            self._connection = None
+        if self._connection is not None and not self.lost:
+            self.lost, self.why_not = True, reason
+            # Whoever waits for an answer hears that there will be none, and closes.
+            with contextlib.suppress(OSError):
+                self._connection.shutdown(socket.SHUT_RDWR)
+            if not self._turn.locked():
+                self._close()
 
     async def end(self) -> None:
         """Let the zygote end, and wait for that; after the last kernel has ended."""
@@ -128,7 +128,7 @@ class Zygote:
     async def fork(self, launch: KernelLaunch) -> KernelHandle:
         """Fork a kernel; returns when its ports are open. Raises CannotFork."""
         self.introduce()
-        async with self._turn:
+        async with self._taking_turn():
             await self._meet()
             if (reason := self._unfit(launch.env)) is not None:
                 raise NoZygoteError(reason)
@@ -139,9 +139,23 @@ class Zygote:
         await kernel.bound()
         return kernel
 
+    @contextlib.asynccontextmanager
+    async def _taking_turn(self) -> AsyncIterator[None]:
+        async with self._turn:
+            try:
+                yield
+            finally:
+                if self.lost:
+                    self._close()
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
     async def _meet(self) -> None:
         """Wait for the zygote's first message. Raises NoZygoteError."""
-        if self._connection is None:
+        if self._connection is None or self.lost:
             raise NoZygoteError(self.why_not)
         if self._pid is not None:
             return
@@ -151,7 +165,7 @@ class Zygote:
 
     def hear(self) -> None:
         """Take in the first message, which is there already. Raises NoZygoteError."""
-        if self._connection is None:
+        if self._connection is None or self.lost:
             raise NoZygoteError(self.why_not)
         message, _ = self._receive(self._connection)
         if "failed" in message:
@@ -176,7 +190,7 @@ class Zygote:
         return None
 
     async def _ask(self, launch: KernelLaunch) -> KernelHandle:
-        if self._connection is None:
+        if self._connection is None or self.lost:
             raise NoZygoteError(self.why_not)
         reader, writer = os.pipe()
         kernel = None
