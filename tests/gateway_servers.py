@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import http.client
 import itertools
 import json
@@ -12,7 +11,6 @@ import signal
 import socket
 import ssl
 import subprocess
-import sys
 import threading
 import uuid
 from dataclasses import dataclass, field
@@ -21,12 +19,10 @@ from pathlib import Path
 import httpx
 import psutil
 
+from environments import GATEWAY, create
 from harness import HOLD_PORTS, PATIENCE, free_port, kill_all, plain_python, until
 from labkeeper.core.spec import Gateway
 
-ROOT = Path(__file__).parents[1]
-VENV = ROOT / ".venv-gateway"
-"""The Enterprise Gateway's environment: it needs an older jupyter_server than JupyterLab."""
 PORTS_IN_TURN = """
 from itertools import cycle
 from enterprise_gateway.services.processproxies.processproxy import BaseProcessProxyABC
@@ -191,16 +187,7 @@ class EnterpriseGateway(RealGateway):
     """A Jupyter Enterprise Gateway with local kernels; it lets servers choose the variable FOO."""
 
     def command(self):
-        # `scripts/test` has created it already; a test that runs alone creates it now, under a lock
-        # because of other workers.
-        with VENV.with_name(f"{VENV.name}.lock").open("w") as making:
-            fcntl.flock(making, fcntl.LOCK_EX)
-            subprocess.run(
-                [ROOT / "scripts" / "setup-gateway", VENV],
-                cwd=ROOT,
-                env=os.environ | {"PYTHON": sys.executable},
-                check=True,
-            )
+        venv = create(GATEWAY)
         # Ports for its kernels that are not used otherwise: `free_port` begins at 12000, and Linux
         # at 32768.
         worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
@@ -209,7 +196,7 @@ class EnterpriseGateway(RealGateway):
         configuration.parent.mkdir(exist_ok=True)
         configuration.write_text(PORTS_IN_TURN.format(first=first))
         return [
-            VENV / "bin" / "jupyter",
+            venv / "bin" / "jupyter",
             "enterprisegateway",
             "--ip=127.0.0.1",
             f"--port={self.port}",
