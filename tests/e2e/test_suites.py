@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
-import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from xml.etree import ElementTree as ET
 
 import httpx
 import pytest
 
 from harness import HOLD_PORTS, PATIENCE, forked, free_port, until
+from suites import NAMED_FILES, outcomes, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "labkeeper" / "suites"
 
 
 @dataclass(frozen=True)
@@ -65,67 +61,10 @@ SUITES = {
 }
 
 
-# Sources, downloaded once and pinned by the lock files
-
-
-def pinned(name):
-    """Return a requirement with its hashes, as in the lock file."""
-    found = re.search(
-        rf"^{name}==(?:[^\n]*\\\n)+[^\n]*", SUITES[name].lock.read_text(), re.MULTILINE
-    )
-    return found[0]
-
-
-def source_archive(name):
-    """Return the source distribution of a suite, or skip the test if it cannot be downloaded."""
-    requirement = pinned(name)
-    hashes = set(re.findall(r"sha256:([0-9a-f]{64})", requirement))
-    CACHE.mkdir(parents=True, exist_ok=True)
-    for path in CACHE.glob("*.tar.gz"):
-        if hashlib.sha256(path.read_bytes()).hexdigest() in hashes:
-            return path
-    with tempfile.TemporaryDirectory(dir=CACHE) as place:
-        wanted = Path(place) / "requirements.txt"
-        wanted.write_text(requirement)
-        pip = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--disable-pip-version-check",
-            "--retries",
-            "1",
-        ]
-        # Without isolation, pip reads the metadata with the installed build backend.
-        which = [
-            "--no-deps",
-            "--no-binary",
-            ":all:",
-            "--no-build-isolation",
-            "--require-hashes",
-            "-r",
-            wanted,
-            "-d",
-            place,
-        ]
-        done = subprocess.run(
-            [*pip, *which], capture_output=True, text=True, timeout=4 * PATIENCE, check=False
-        )
-        assert "DO NOT MATCH" not in done.stderr, done.stderr
-        if done.returncode:
-            pytest.skip(f"needs {name} from PyPI: {done.stderr.strip()[-300:]}")
-        (path,) = Path(place).glob("*.tar.gz")
-        return path.rename(CACHE / path.name)
-
-
 @pytest.fixture
 def source(name, tmp_path):
     """A suite, unpacked for one test."""
-    archive = source_archive(name)
-    with tarfile.open(archive) as packed:
-        packed.extractall(tmp_path, filter="data")
-    return tmp_path / archive.name.removesuffix(".tar.gz")
+    return unpack(name, SUITES[name].lock, tmp_path)
 
 
 # Servers under test
@@ -208,7 +147,7 @@ def servers(keeper, tmp_path):
 def run(suite, source, servers, tests, reports):
     """Run tests of a suite against all servers at once; return their outcomes and the output."""
     plugins = ["-p", "outside", "-p", "no:randomly", "-p", "no:cacheprovider"]
-    options = ["-c", os.devnull, "--rootdir", ".", "--noconftest", *suite.options]
+    options = ["-c", os.devnull, "--rootdir", ".", "--noconftest", *NAMED_FILES, *suite.options]
     clean = {
         name: value
         for name, value in os.environ.items()
@@ -240,17 +179,6 @@ def run(suite, source, servers, tests, reports):
     output = "\n".join((reports / f"{side}.log").read_text() for side in servers)
     assert all((reports / f"{side}.xml").exists() for side in servers), output
     return [outcomes(reports / f"{side}.xml") for side in servers], output
-
-
-def outcomes(report):
-    """Return the outcome of each test: passed, failure, error or skipped."""
-    kinds = ("failure", "error", "skipped")
-    return {
-        f"{case.get('classname').replace('.', '/')}.py::{case.get('name')}": next(
-            (kind for kind in kinds if case.find(kind) is not None), "passed"
-        )
-        for case in ET.parse(report).iter("testcase")
-    }
 
 
 @pytest.mark.suites
