@@ -11,6 +11,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 GATEWAY = ROOT / ".venv-gateway", ROOT / "docker" / "gateway" / "requirements.lock"
 """An Enterprise Gateway."""
+IPYKERNEL_TESTS = ROOT / ".venv-ipykernel-tests", ROOT / "requirements" / "ipykernel-tests.lock"
+"""What ipykernel's own tests need."""
 
 
 def create(environment):
