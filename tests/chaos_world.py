@@ -22,7 +22,7 @@ import httpx
 import psutil
 import pytest
 
-from chaos_processes import is_zombie, process_info, resource_counts
+from chaos_facts import is_zombie, process_info, resource_counts, unknown_files_in
 from harness import PATIENCE, KeeperProcess, everything_below, port_is_free, until
 
 SEED = os.environ["SEED"]
@@ -284,15 +284,15 @@ class World:
         logs = {f"{name}.log" for name in (*servers, "_forkserver")}
         running = {name for name, server in servers.items() if server["state"] == "running"}
         places = {seen.name for seen in forkservers}
-        yield from _unknown_files_in(state, STATE_FILES)
-        yield from _unknown_files_in(state / "logs", logs | {f"{log}.1" for log in logs})
-        yield from _unknown_files_in(server_dirs, running | {".forkservers", "keeper.lock"})
-        yield from _unknown_files_in(server_dirs / ".forkservers", places)
-        yield from _unknown_files_in(self.keeper.notebook_dir, set())
+        yield from unknown_files_in(state, STATE_FILES)
+        yield from unknown_files_in(state / "logs", logs | {f"{log}.1" for log in logs})
+        yield from unknown_files_in(server_dirs, running | {".forkservers", "keeper.lock"})
+        yield from unknown_files_in(server_dirs / ".forkservers", places)
+        yield from unknown_files_in(self.keeper.notebook_dir, set())
         rehearsed = set(server_dirs.glob(".forkservers/*/tmp*"))
         for place in places:
             known = {"socket", "rehearsal.json", "rehearsal", *(path.name for path in rehearsed)}
-            yield from _unknown_files_in(server_dirs / ".forkservers" / place, known)
+            yield from unknown_files_in(server_dirs / ".forkservers" / place, known)
         rehearsed.update(server_dirs.glob("*/jupyter/tmp*"))
         # Who is killed while it rehearses a kernel leaves the kernel's directory in its own one,
         # which is removed later.
@@ -372,13 +372,6 @@ def _is_at_rest(server, wholly):
     return server["state"] in RESTING_STATES or (
         server["state"] == "backoff" and server["restarts"] >= 1 and not wholly
     )
-
-
-def _unknown_files_in(directory, known):
-    if directory.is_dir():
-        for path in directory.iterdir():
-            if path.name not in known:
-                yield f"unexpected file: {path}"
 
 
 def run_rounds(world, rounds=ROUNDS):

@@ -1,4 +1,4 @@
-"""The processes of a keeper as /proc shows them."""
+"""The processes and files of a keeper, as the machine shows them."""
 
 from __future__ import annotations
 
@@ -70,3 +70,10 @@ def resource_counts(pid):
         return tuple(len(list(Path(f"/proc/{pid}/{what}").iterdir())) for what in ("fd", "task"))
     except OSError:
         return 0, 0
+
+
+def unknown_files_in(directory, known):
+    if directory.is_dir():
+        for path in directory.iterdir():
+            if path.name not in known:
+                yield f"unexpected file: {path}"
