@@ -36,11 +36,11 @@ ended = threading.Event()
 thread = threading.Thread(target=ended.wait, daemon=True)
 thread.start()
 """,
-        "importing it starts a thread",
+        r"importing it starts a thread \(.*\)",
     ),
     "odd_program": (
         "import subprocess\nprogram = subprocess.Popen(['sleep', '1000'])",
-        "importing it starts a program",
+        r"importing it starts a program \(\d+\)",
     ),
     "odd_socket": (
         "import socket\nkept = socket.socket()",
@@ -49,7 +49,7 @@ thread.start()
     "odd_pipe": ("import os\nends = os.pipe()", r"importing it keeps something open \(pipe:.*\)"),
     "odd_memory": (
         "import mmap\nmemory = mmap.mmap(-1, 4096)",
-        "importing it shares memory with other processes",
+        r"importing it shares memory with other processes \(.*\)",
     ),
     "odd_mapped": (
         """
@@ -58,7 +58,7 @@ with tempfile.TemporaryFile() as file:
     file.truncate(4096)
     memory = mmap.mmap(file.fileno(), 4096)
 """,
-        "importing it shares memory with other processes",
+        r"importing it shares memory with other processes \(.*\)",
     ),
     "odd_temporary": (
         "import tempfile\ndirectory = tempfile.mkdtemp()",

@@ -241,4 +241,4 @@ def _perform(
 def _check(shared: set[str]) -> None:
     """Find what a fork must not share. Raises _Unfit."""
     if new := sorted(spoilers() - shared):
-        raise _Unfit(f"importing it leaves what forks must not share: {', '.join(new)}")
+        raise _Unfit(f"importing it {new[0]}")

@@ -22,26 +22,27 @@ _GONE_SECONDS = 0.2
 
 
 def spoilers() -> set[str]:
-    """Return the threads, programs, devices, shared memory, open sockets, pipes and the like.
+    """Return what this process has of them, in words that tell what a module did.
 
+    They are threads, programs, devices, shared memory, open sockets, pipes and the like.
     Threads that end at a fork are ended, like those of OpenBLAS: it starts them again when they are
     needed, and one started without them would have one thread for good.
     """
     threads = _threads()
     if threads:
         threads = _threads_after_a_fork()
-    found = {f"thread {name} ({number})" for number, name in threads.items()}
-    found.update(f"program {pid}" for pid in living())
-    found.update(f"memory shared with others, {path}" for path in _shared_memory())
+    found = {f"starts a thread ({name}, {number})" for number, name in threads.items()}
+    found.update(f"starts a program ({pid})" for pid in living())
+    found.update(f"shares memory with other processes ({path})" for path in _shared_memory())
     for descriptor in os.listdir("/proc/self/fd"):
         try:
             target = os.readlink(f"/proc/self/fd/{descriptor}")
         except OSError:
             continue
         if target.startswith("/dev/") and target not in _HARMLESS:
-            found.add(f"device {target}")
+            found.add(f"holds a device ({target})")
         elif not target.startswith("/"):
-            found.add(f"open {target}")
+            found.add(f"keeps something open ({target})")
     return found
 
 

@@ -129,10 +129,9 @@ def test_library_that_imports_an_unfit_one_is_unfit_as_well(load, tmp_path):
     (place / "odd_importer.py").write_text("import odd_thread")
     assert compileall.compile_dir(place, quiet=1)
     told = load("odd_importer", "odd_plain").told
-    assert told == {
-        "preloaded": ["odd_plain"],
-        "left_out": {"odd_importer": "importing it starts a thread"},
-    }
+    assert told["preloaded"] == ["odd_plain"]
+    assert told["left_out"].keys() == {"odd_importer"}
+    assert told["left_out"]["odd_importer"].startswith("importing it starts a thread (")
 
 
 # Files that others can write

@@ -30,6 +30,7 @@ LAUNCH = Launch(
     encrypt_kernels=False,
     zygote_cgroups=[],
     kernels_by="fork",
+    preload=[],
 )
 
 
@@ -52,7 +53,7 @@ def test_kernel_is_not_forked_by_a_zygote_that_is_given_up_meanwhile(moment):
             zygote.introduce()
             receive(its)
             if moment == "while it is asked":
-                wire.send(its, {"pid": os.getpid(), "read": [], "given": {}})
+                wire.send(its, {"pid": os.getpid(), "read": [], "given": {}, "libraries": {}})
             asking = asyncio.ensure_future(zygote.fork(KernelLaunch([], {}, "/", again=False)))
             await asyncio.sleep(0)
             if moment == "while it is asked":
