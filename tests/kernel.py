@@ -15,7 +15,12 @@ import websocket
 
 from harness import PATIENCE, kernel_websocket, until
 
-NOT_YET = ("is still being loaded", "is not loaded yet", "has changed on disk since")
+NOT_YET = (
+    "is still being loaded",
+    "is not loaded yet",
+    "has changed on disk since",
+    "the server itself was executed",
+)
 """Parts of the reasons for which a kernel is executed until a zygote has been loaded."""
 RETRY_AFTER = 0.5
 """Seconds until a request to a kernel that starts is repeated."""
@@ -60,10 +65,12 @@ def assert_launched_by(model, kernels_by, reason=None):
 
 
 def start_kernel_by(server, launched_by, reason=None, **options):
-    """Start a kernel, which must be launched in this way."""
-    if launched_by == "fork":
-        return until(lambda: _start_forked(server, options), what="a zygote")
-    return _checked(Kernel(server, **options), launched_by, reason)
+    """Start a kernel, which must be launched in this way, and for this reason if one is given."""
+    if launched_by == "fork" or reason is not None:
+        return until(
+            lambda: _start_when_loaded(server, launched_by, reason, options), what="zygote"
+        )
+    return _checked(Kernel(server, **options), launched_by)
 
 
 def _checked(kernel, launched_by, reason=None):
@@ -75,11 +82,12 @@ def _checked(kernel, launched_by, reason=None):
     return kernel
 
 
-def _start_forked(server, options):
+def _start_when_loaded(server, launched_by, reason, options):
     """Start a kernel; return None if it was executed since its zygote is not loaded yet."""
     kernel = Kernel(server, **options)
-    if not any(part in (kernel.model["exec_reason"] or "") for part in NOT_YET):
-        return _checked(kernel, "fork")
+    found = kernel.model["exec_reason"] or ""
+    if reason in NOT_YET or not any(part in found for part in NOT_YET):
+        return _checked(kernel, launched_by, reason)
     kernel.close()
     call_server(server, "DELETE", f"kernels/{kernel.id}")
     return None
@@ -208,6 +216,15 @@ class Kernel:
             results[0] if results else None,
             errors[0] if errors else None,
         )
+
+    def show(self, code):
+        """Run a cell that must succeed, and return the data that it displays, by MIME type."""
+        message_id = self.begin(code)
+        reply = self.finish(message_id)
+        assert reply.status == "ok", reply
+        return [
+            content["data"] for kind, content in self.answers(message_id) if kind == "display_data"
+        ]
 
     def execute(self, code, answers=()):
         """Run a cell, and answer its questions for input in turn."""

@@ -90,6 +90,14 @@ with contextlib.suppress(AttributeError):
 }
 """Sources of libraries that they cannot share, and patterns of the reasons, by name."""
 
+PRELOADED = [
+    # First, so that the other ones are not imported again to find the next unfit one.
+    *("odd_thread", "odd_magic", "odd_memory"),
+    *("odd_reader", "odd_setter", "odd_looker"),
+    *("numpy", "pandas", "matplotlib.pyplot"),
+]
+"""Libraries to load for kernels; the first ones are unfit."""
+
 
 def write_odd_libraries(directory):
     """Write the modules, compiled: that a loader compiles them would count as a change on disk."""

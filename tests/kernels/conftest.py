@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import uuid
@@ -16,6 +17,7 @@ from ipykernel.kernelspec import get_kernel_dict
 
 from harness import KeeperProcess, forked
 from kernel import call_server, start_kernel_by
+from odd_libraries import PRELOADED, write_odd_libraries
 
 
 class KernelServers:
@@ -45,22 +47,41 @@ class KernelServers:
         assert self.keeper.delete(server["name"], force="true").status_code in {200, 404}
 
 
-@pytest.fixture(scope="session")
-def kernel_servers(tmp_path_factory):
-    base = tmp_path_factory.mktemp("kernels") / "keeper"
+@contextlib.contextmanager
+def serving(base, **variables):
+    """Start a keeper with these variables, which its servers inherit."""
     # Paths of the sockets of ipc kernels would be too long below pytest's directories.
     runtime_dir = Path(tempfile.mkdtemp(prefix="kernels-"))
     keeper = KeeperProcess(base, launch_by="fork", runtime_dir=runtime_dir)
-    keeper.variables["JUPYTER_DATA_DIR"] = base / "data"
-    servers = KernelServers(keeper)
+    keeper.variables |= {"JUPYTER_DATA_DIR": base / "data"} | variables
     try:
         keeper.start_to_fork()
-        yield servers
+        yield KernelServers(keeper)
     finally:
         for server in keeper.http.get("/api/servers").json()["servers"]:
             keeper.delete(server["name"], force="true")
         keeper.close()
         shutil.rmtree(runtime_dir)
+
+
+@pytest.fixture(scope="session")
+def kernel_servers(tmp_path_factory):
+    with serving(tmp_path_factory.mktemp("kernels") / "keeper") as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def library_servers(tmp_path_factory):
+    """Servers whose kernels are forked with libraries; a module can have them as its own."""
+    place = tmp_path_factory.mktemp("libraries")
+    write_odd_libraries(place)
+    path = os.pathsep.join([str(place), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with serving(
+        tmp_path_factory.mktemp("preloading") / "keeper",
+        LABKEEPER_PRELOAD=",".join(PRELOADED),
+        PYTHONPATH=path,
+    ) as servers:
+        yield servers
 
 
 @pytest.fixture(params=["fork", "exec"])
@@ -112,6 +133,12 @@ def end(kernel):
 @pytest.fixture
 def kernel(server, start):
     return start(server)
+
+
+@pytest.fixture
+def executed(kernel_servers, kernels_by, start):
+    """An executed kernel to compare with, of another server if the tested one is forked."""
+    return start(kernel_servers.lasting("exec"), launched_by="exec")
 
 
 @pytest.fixture

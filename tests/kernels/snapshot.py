@@ -277,4 +277,8 @@ def ipython():
         "log level": app.log_level,
         "log handlers": [name(handler) for handler in app.log.handlers],
         "display": sorted(map(str, shell.display_formatter.active_types)),
+        "printers": {
+            kind: sorted(map(str, [*formatter.type_printers, *formatter.deferred_printers]))
+            for kind, formatter in shell.display_formatter.formatters.items()
+        },
     }
