@@ -42,6 +42,22 @@ thread.start()
         "import subprocess\nprogram = subprocess.Popen(['sleep', '1000'])",
         r"importing it starts a program \(\d+\)",
     ),
+    "odd_orphan": (
+        "import os\nos.system('setsid sleep 1000 > /dev/null 2>&1 &')",
+        r"importing it starts a program \(\d+\)",
+    ),
+    "odd_place": (
+        "import os\nos.chdir('/')",
+        "importing it changes the working directory, the umask or signal handlers",
+    ),
+    "odd_handler": (
+        "import signal\nsignal.signal(signal.SIGUSR1, print)",
+        "importing it changes the working directory, the umask or signal handlers",
+    ),
+    "odd_umask": (
+        "import os\nos.umask(0o027)",
+        "importing it changes the working directory, the umask or signal handlers",
+    ),
     "odd_socket": (
         "import socket\nkept = socket.socket()",
         r"importing it keeps something open \(socket:\[\d+\]\)",

@@ -20,11 +20,12 @@ import time
 import traceback
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .children import fork
 from .footprint import Footprint
 from .imitation import Imitation, imitated_kernel
+from .programs import adopt_orphans, end_programs
 from .readings import recorded, that_matter_to_libraries
 from .spoilers import spoilers
 from .writers import Guard
@@ -90,12 +91,12 @@ def load(names: Sequence[str], kernel_env: Mapping[str, str], argv: Sequence[str
         print(f"[labkeeper] {name} is not preloaded: {reason}", file=sys.stderr, flush=True)
     before, variables = set(sys.modules), {**os.environ, **kernel_env}
     chosen = tuple(name for name in names if name not in left_out)
-    inherited = spoilers()
+    earlier = _State.now()
     with _scene(kernel_env, argv) as scene:
         with recorded() as readings:
             for name in chosen:
                 _import(name, scene)
-                _check(inherited)
+                earlier.compare()
         given = {key: value for key, value in os.environ.items() if variables.get(key) != value}
     if not chosen:
         return Libraries(left_out=left_out)
@@ -154,6 +155,31 @@ def _import(name: str, scene: _Scene) -> None:
     if scene.imitation.unfit():
         print(f"[labkeeper] it uses {scene.imitation.used}", file=sys.stderr, flush=True)
         raise _Unfit("it uses the kernel that imports it")
+
+
+class _State(NamedTuple):
+    """What an import must leave as it is: a kernel would share it, or would not have it."""
+
+    spoilers: set[str]
+    directory: str
+    umask: int
+    handlers: list[Any]
+    """Of signals."""
+
+    @classmethod
+    def now(cls) -> _State:
+        umask = os.umask(0o077)
+        os.umask(umask)
+        handlers = [signal.getsignal(number) for number in sorted(signal.valid_signals())]
+        return cls(spoilers(), os.getcwd(), umask, handlers)
+
+    def compare(self) -> None:
+        """Compare it with the present one. Raises _Unfit."""
+        now = self.now()
+        if new := sorted(now.spoilers - self.spoilers):
+            raise _Unfit(f"importing it {new[0]}")
+        if now[1:] != self[1:]:
+            raise _Unfit("importing it changes the working directory, the umask or signal handlers")
 
 
 # Rehearsal
@@ -223,22 +249,18 @@ def _perform(
     names: Sequence[str], kernel_env: Mapping[str, str], argv: Sequence[str], writer: int
 ) -> None:
     """Import libraries; write the name of each before it is imported, and a reason to the last."""
-    shared = spoilers()
+    adopt_orphans()
+    before = _State.now()
     with _scene(kernel_env, argv) as scene:
         for name in names:
             os.write(writer, f"{json.dumps([name])}\n".encode())
             try:
                 _import(name, scene)
-                _check(shared)
+                before.compare()
                 if os.listdir(tempfile.gettempdir()):
                     raise _Unfit("importing it leaves temporary files")
             except _Unfit as because:
                 os.write(writer, f"{json.dumps([name, str(because)])}\n".encode())
                 break
+    end_programs()
     os.write(writer, f"{_DONE}\n".encode())
-
-
-def _check(shared: set[str]) -> None:
-    """Find what a fork must not share. Raises _Unfit."""
-    if new := sorted(spoilers() - shared):
-        raise _Unfit(f"importing it {new[0]}")

@@ -23,7 +23,6 @@ this process. Requests, answers and lines also have a `version`, which `wire` ad
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import os
 import selectors
@@ -40,7 +39,7 @@ from .children import Children, Wakeup, fork
 from .freshness import Freshness
 from .marks import show, started
 from .preload import PreloadError, load, rehearsed_launch, written_pages
-from .programs import end_programs
+from .programs import adopt_orphans, end_programs
 from .requests import REQUEST_SECONDS, Request, accept
 from .server import Given
 from .wire import Launch, WireError
@@ -56,8 +55,6 @@ _ZYGOTE_AFTER = {True: 0.01, False: 1.0}
 control group holds up the threads of others, and beside the latter more servers are starting."""
 _KEEPERLESS = 10.0
 """Seconds without keeper and servers before it ends; until then exits can be asked for."""
-_PR_SET_CHILD_SUBREAPER = 36
-"""From linux/prctl.h."""
 
 
 def serve(descriptor: int) -> Given:
@@ -66,7 +63,7 @@ def serve(descriptor: int) -> Given:
     listener.set_inheritable(False)
     # The keeper listens on it already. From here on SO_PEERCRED gives clients this process's pid.
     listener.listen(128)
-    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    adopt_orphans()
     gc.disable()
     begun = time.monotonic()
     try:

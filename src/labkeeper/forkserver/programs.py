@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 
 from .marks import stat
+
+_PR_SET_CHILD_SUBREAPER = 36
+"""From linux/prctl.h."""
+
+
+def adopt_orphans() -> None:
+    """Become the parent of processes below this one whose parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def living() -> list[int]:

@@ -112,7 +112,7 @@ def test_fit_libraries_are_loaded_and_each_other_one_is_left_out_for_its_reason(
 
 
 def test_program_that_a_library_starts_is_ended_and_its_temporary_files_are_removed(load, tmp_path):
-    loader = load("odd_program", "odd_temporary")
+    loader = load("odd_program", "odd_orphan", "odd_temporary")
     assert not loader.told["preloaded"]
     (only,) = processes_where(lambda process: process.cwd().startswith(str(tmp_path)))
     assert only.pid == loader.pid
