@@ -188,3 +188,32 @@ def test_without_its_patch_each_server_asks_npm(see, plain):
     assert (plain["npm was asked"], patched["npm was asked"]) == (2, 1)
     for seen in (plain, patched):
         assert NPM_PREFIX in seen["a second server searches"]
+
+
+HIDDEN = """
+import json, os, sys
+import colorsys  # stands for a preloaded library
+from ipykernel.kernelapp import IPKernelApp
+from labkeeper.forkserver import patches
+
+app = IPKernelApp.instance()
+app.initialize(["-f", sys.argv[1]])
+hidden = app.kernel.debugger.kernel_modules
+before = colorsys.__file__ in hidden
+patches.debug_libraries(app.kernel, {colorsys.__file__})
+os.write(1, json.dumps([before, colorsys.__file__ in hidden]).encode())
+os._exit(0)
+"""
+
+
+def test_without_its_patch_the_debugger_hides_libraries_that_were_loaded_before_the_kernel(
+    tmp_path,
+):
+    told = subprocess.run(
+        [sys.executable, "-c", HIDDEN, tmp_path / "kernel.json"],
+        env={**os.environ, "IPYTHONDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(told.stdout) == [True, False]
