@@ -19,7 +19,8 @@ def normal(text, kernel):
         (str(server["pid"]), "PID"),
         (str(server["port"]), "PORT"),
     ):
-        text = text.replace(given, name)
+        # Not within longer numbers: a pid of three digits stands in many.
+        text = re.sub(rf"(?<![\d.]){re.escape(given)}(?!\d)", name, text)
     # The mark in the environment is filled with spaces.
     return re.sub(rf"\b{server['name']}\b *", "SERVER", text)
 

@@ -191,7 +191,7 @@ def test_without_its_patch_each_server_asks_npm(see, plain):
 
 
 HIDDEN = """
-import json, os, sys
+import json, os, pathlib, sys
 import colorsys  # stands for a preloaded library
 from ipykernel.kernelapp import IPKernelApp
 from labkeeper.forkserver import patches
@@ -201,7 +201,8 @@ app.initialize(["-f", sys.argv[1]])
 hidden = app.kernel.debugger.kernel_modules
 before = colorsys.__file__ in hidden
 patches.debug_libraries(app.kernel, {colorsys.__file__})
-os.write(1, json.dumps([before, colorsys.__file__ in hidden]).encode())
+told = json.dumps([before, colorsys.__file__ in hidden])
+pathlib.Path(sys.argv[2]).write_text(told)
 os._exit(0)
 """
 
@@ -209,11 +210,11 @@ os._exit(0)
 def test_without_its_patch_the_debugger_hides_libraries_that_were_loaded_before_the_kernel(
     tmp_path,
 ):
-    told = subprocess.run(
-        [sys.executable, "-c", HIDDEN, tmp_path / "kernel.json"],
+    told = tmp_path / "told"
+    subprocess.run(
+        [sys.executable, "-c", HIDDEN, tmp_path / "kernel.json", told],
         env={**os.environ, "IPYTHONDIR": str(tmp_path)},
         capture_output=True,
-        text=True,
         check=True,
     )
-    assert json.loads(told.stdout) == [True, False]
+    assert json.loads(told.read_text()) == [True, False]
