@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -11,10 +12,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 
 from environments import IPYKERNEL_TESTS, create
-from harness import processes_marked, until
+from harness import kill_all, processes_marked, until
 from suites import NAMED_FILES, outcomes, unpack
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -86,11 +88,21 @@ class Run:
         """Wait for the end, also of all that it has started; return the outcomes."""
         self.process.wait()
         assert self.report.exists(), self.log.read_text()
-        until(
-            lambda: not processes_marked(self.place),
-            what=lambda: f"kernels and zygotes to end: {processes_marked(self.place)}",
-        )
+        until(lambda: not self.left(), what=lambda: f"kernels and zygotes to end: {self.left()}")
+        kill_all(processes_marked(self.place))
         return outcomes(self.report)
+
+    def left(self):
+        """Return what has not ended.
+
+        An adapter of debugpy waits forever for a kernel that ends before it has connected, however
+        it was launched. The debugger's tests end kernels at once.
+        """
+        return [
+            process
+            for process in processes_marked(self.place)
+            if not any(part.endswith("/debugpy/adapter") for part in _command(process))
+        ]
 
     @property
     def launches(self):
@@ -99,6 +111,12 @@ class Run:
         return collections.Counter(
             (each["launched_by"], each["exec_reason"]) for each in map(json.loads, launches)
         )
+
+
+def _command(process):
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
 
 
 def run_both(python, source, scratch, tests):
