@@ -143,8 +143,9 @@ class ForkServers:
         chosen, key = None, self._key()
         for directory in sorted(self._place.glob("*")):
             instance = self._revisit(directory)
+            # It may have become ready after the end of the keeper that waited for it.
+            _sweep_rehearsal(directory, self._groups)
             if instance is None:
-                _sweep_rehearsal(directory, self._groups)
                 _remove(directory)
                 continue
             self._threads.start(f"forkserver-{instance.name}", self._until_gone, instance)
@@ -247,6 +248,8 @@ class ForkServers:
             # A live one is left to the next keeper, without the warning that its handle would emit.
             instance.child.returncode = instance.child.wait() if ended else 0
         if ended:
+            # Whoever waits for it to load does this, too, but may be killed before.
+            _sweep_rehearsal(instance.directory, self._groups)
             _remove(instance.directory)
 
     def _retire(self, instance: Instance, *, all_heard: bool = False) -> None:

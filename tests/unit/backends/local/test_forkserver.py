@@ -91,6 +91,21 @@ def test_a_fork_server_that_sends_no_version_is_taken_over_as_one_of_the_first(
     assert later.ask(found.name, {"do": "attach", "pid": 1}) == {"known": True}
 
 
+def test_what_is_left_of_a_rehearsal_is_removed_when_its_fork_server_is_taken_over(
+    other_program, make_fork_servers
+):
+    """A keeper may be killed while a fork server rehearses, which then becomes ready."""
+    other_program.write_text("{}")
+    earlier = make_fork_servers().spawn()
+    left = earlier.directory / "rehearsal"
+    left.mkdir()
+    later = make_fork_servers()
+    members = later._groups.create(f".{earlier.name}")
+    assert later.take_over().process == earlier.process
+    assert not left.exists()
+    assert not [path for path in members if Path(path).exists()]
+
+
 def test_a_fork_server_of_a_newer_version_is_not_taken_over(other_program, make_fork_servers):
     other_program.write_text("{}")
     earlier = make_fork_servers().spawn()
