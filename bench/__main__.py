@@ -17,7 +17,6 @@ from typing import Any, Final
 
 import bars
 import chart
-import contenders
 import crowd
 import cycles
 import environments
@@ -27,8 +26,10 @@ import logs
 import report
 import results
 import strangers
-from contenders import Contender, JupyterHub, Labkeeper, LabkeeperExec, LabkeeperFork
+from contenders import Contender, Skipped
 from guard import guarded
+from keepers import Labkeeper, LabkeeperExec, LabkeeperFork
+from peers import JupyterHub, JupyterLab
 from progress import BenchError, say, warn
 
 MEASUREMENTS: Final = {
@@ -46,6 +47,12 @@ MEASUREMENTS: Final = {
     "strangers": "requests to a keeper while other clients send wrong tokens",
     "scrub": "CPU time for removing secrets from log lines",
 }
+CONTENDERS: Final[tuple[type[Contender], ...]] = (
+    LabkeeperFork,
+    LabkeeperExec,
+    JupyterLab,
+    JupyterHub,
+)
 _HERE: Final = Path(__file__).resolve().parent
 _QUICK: Final = 3
 
@@ -82,7 +89,7 @@ class Bench:
     def __init__(self, chosen: argparse.Namespace, server_dir: Path) -> None:
         self._chosen = chosen
         self._server_dir = server_dir
-        self._classes = [each for each in contenders.ALL if each.key in chosen.contenders]
+        self._classes = [each for each in CONTENDERS if each.key in chosen.contenders]
         self._environments = environments.prepare(
             chosen.source, server_dir, with_hub=JupyterHub in self._classes
         )
@@ -93,7 +100,7 @@ class Bench:
         full = (
             not chosen.quick
             and set(chosen.only) == set(MEASUREMENTS)
-            and len(self._classes) == len(contenders.ALL)
+            and len(self._classes) == len(CONTENDERS)
         )
         self._path = chosen.output / ("bench.json" if full else "trial.json")
 
@@ -113,7 +120,7 @@ class Bench:
         if "memory" in only:
             self._record({"memory": self._measure_each(crowd.memory, self._classes)})
         if "idle" in only:
-            with_services = [each for each in self._classes if each is not contenders.JupyterLab]
+            with_services = [each for each in self._classes if each is not JupyterLab]
             self._record({"idle": self._measure_each(crowd.idle, with_services)})
         if "api" in only:
             self._record({"api": self._measure_each(load.api, self._keepers())})
@@ -137,7 +144,7 @@ class Bench:
             contender = each(self._environments, self._server_dir)
             try:
                 contender.open()
-            except contenders.Skipped as why:
+            except Skipped as why:
                 warn(f"{each.label} IS NOT MEASURED: {why}")
                 self._results["skipped"][each.key] = str(why)
                 self._classes.remove(each)
@@ -187,7 +194,7 @@ def _report(found: results.Results, picture: Path) -> None:
 def _parser() -> argparse.ArgumentParser:
     names = "\n".join(f"  {name:<14}{text}" for name, text in MEASUREMENTS.items())
     keys = "\n".join(
-        f"  {each.key:<16}{(each.__doc__ or '').splitlines()[0]}" for each in contenders.ALL
+        f"  {each.key:<16}{(each.__doc__ or '').splitlines()[0]}" for each in CONTENDERS
     )
     parser = argparse.ArgumentParser(
         prog="bench",
@@ -223,8 +230,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--contenders",
-        type=_subset_of({each.key for each in contenders.ALL}),
-        default=[each.key for each in contenders.ALL],
+        type=_subset_of({each.key for each in CONTENDERS}),
+        default=[each.key for each in CONTENDERS],
         metavar="NAME,...",
         help="measure only these contenders",
     )

@@ -28,9 +28,10 @@ import crowd
 import environments
 import lifecycle
 import load
-from contenders import Contender, LabkeeperFork
+from contenders import Contender
 from figures import median, percentile
 from guard import guarded
+from keepers import LabkeeperFork
 from processes import memory_of
 from progress import BenchError, say
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import psutil
 
-from contenders import Labkeeper
 from guard import started_by_us
+from keepers import Labkeeper
 from processes import memory_of
 from progress import say
 

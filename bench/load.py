@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from contenders import Labkeeper, Server
+from contenders import Server
 from crowd import crowd
 from figures import percentiles
+from keepers import Labkeeper
 from progress import BenchError, say, warn
 from web import OK, request_json
 

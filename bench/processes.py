@@ -124,3 +124,11 @@ def processor_seconds(pid: int) -> float:
     """Return the CPU time of a process, in seconds, without its children."""
     times = psutil.Process(pid).cpu_times()
     return float(times.user + times.system)
+
+
+def mentions(process: psutil.Process, word: str) -> bool:
+    """Return whether the command line of a process contains a word."""
+    try:
+        return any(word in piece for piece in process.cmdline())
+    except psutil.Error:
+        return False

@@ -16,8 +16,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 import load
-from contenders import Labkeeper
 from figures import percentiles
+from keepers import Labkeeper
 from progress import BenchError, say
 from stranger import STRANGERS
 

@@ -1,0 +1,144 @@
+"""labkeeper as a contender, forking and executing."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import ClassVar
+
+import psutil
+
+from contenders import (
+    LONG_TIMEOUT,
+    POLL,
+    STARTUP_TIMEOUT,
+    Contender,
+    Server,
+    Skipped,
+    wait_until_up,
+)
+from processes import end, mentions, spawn, tail
+from progress import BenchError
+from web import OK, free_port, request_json, wait_until_ready
+
+
+class Labkeeper(Contender):
+    """A keeper; `launch_by` is its setting LABKEEPER_LAUNCH_BY."""
+
+    launch_by: ClassVar[str]
+
+    def open(self) -> None:
+        """Start a keeper; in fork mode, wait until it forks servers."""
+        self.boot()
+        self._check_launch_method()
+
+    def boot(self) -> None:
+        """Start a keeper, and wait until its API responds."""
+        self._port, self._token = free_port(), secrets.token_hex(16)
+        self._authorization = f"Bearer {self._token}"
+        self.state = self.home / "state"
+        settings = {
+            "LABKEEPER_PORT": str(self._port),
+            "LABKEEPER_LAB_PORT": str(free_port()),
+            "LABKEEPER_TOKEN": self._token,
+            "LABKEEPER_STATE_DIR": str(self.state),
+            "LABKEEPER_NOTEBOOK_DIR": str(self.notebooks),
+            "LABKEEPER_START_TIMEOUT": str(LONG_TIMEOUT),
+            # Measure what the keeper can do, not its limit for one client.
+            "LABKEEPER_MAX_REQUEST_RATE": "0",
+            "LABKEEPER_LAUNCH_BY": self.launch_by,
+        }
+        command = [str(self.environments.lab / "bin/labkeeper"), "serve", "--log-format", "json"]
+        self._keeper = spawn(
+            command, self.environment(self.environments.lab) | settings, self.home, self.log
+        )
+        wait_until_up(f"{self.url}/readyz", self._keeper, self.log)
+
+    def close(self) -> None:
+        """Stop the keeper, which stops its servers first."""
+        end(self._keeper, self.log)
+
+    @property
+    def url(self) -> str:
+        """Return the base URL of the keeper."""
+        return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def authorization(self) -> str:
+        """Return the Authorization header of the keeper's owner."""
+        return self._authorization
+
+    def launch(self, name: str, poll: float = POLL) -> Server:
+        """Create a server. The response implies that it is ready; we still poll it, as for all."""
+        answer = request_json(
+            "POST", f"{self.url}/api/servers", self._authorization, {"name": name}
+        )
+        if answer["state"] != "running":
+            raise BenchError(f"a server is {answer['state']}, not running")
+        if answer["launched_by"] != self.launch_by:
+            raise BenchError(
+                f"a server was launched by {answer['launched_by']}, not by {self.launch_by}:\n"
+                f"{tail(self.log)}"
+            )
+        server = Server(name, answer["url"], f"token {answer['token']}", answer["pid"])
+        wait_until_ready(server.url, server.authorization, poll=poll)
+        return server
+
+    def stop(self, server: Server) -> None:
+        """Delete the server; the response proves that it is gone."""
+        request_json(
+            "DELETE", f"{self.url}/api/servers/{server.name}", self._authorization, good=(OK,)
+        )
+
+    def service_pids(self) -> dict[str, int]:
+        """Return the PIDs of the keeper and, if there is one, the fork server."""
+        found = {"keeper": self._keeper.pid}
+        if self.launch_by == "fork":
+            found["fork server"] = self._fork_server()
+        return found
+
+    def _fork_server(self) -> int:
+        """Return the fork server's PID: this keeper has started it, and nothing else forks."""
+        children = psutil.Process(self._keeper.pid).children()
+        found = [child.pid for child in children if mentions(child, "forkserver")]
+        if len(found) != 1:
+            raise BenchError(f"cannot tell which process is the fork server: found {len(found)}")
+        return found[0]
+
+    def _check_launch_method(self) -> None:
+        """Check that this keeper launches as configured; raise Skipped if it cannot fork."""
+        knows = "LABKEEPER_LAUNCH_BY" not in self.log.read_text(errors="replace")
+        if self.launch_by == "exec":
+            return
+        if not knows:
+            raise Skipped("this labkeeper cannot fork: it has no LABKEEPER_LAUNCH_BY")
+        until = time.monotonic() + STARTUP_TIMEOUT
+        while True:
+            answer = request_json(
+                "POST", f"{self.url}/api/servers", self._authorization, {"name": "trial"}
+            )
+            request_json("DELETE", f"{self.url}/api/servers/trial", self._authorization, good=(OK,))
+            if answer["launched_by"] == self.launch_by:
+                return
+            if time.monotonic() > until:
+                raise BenchError(
+                    f"the keeper has not forked a server within {STARTUP_TIMEOUT:.0f} s:\n"
+                    f"{tail(self.log)}"
+                )
+            time.sleep(0.2)
+
+
+class LabkeeperFork(Labkeeper):
+    """Servers forked from a process that has already imported Jupyter."""
+
+    key = "labkeeper_fork"
+    label = "labkeeper"
+    launch_by = "fork"
+
+
+class LabkeeperExec(Labkeeper):
+    """Servers that each load JupyterLab themselves."""
+
+    key = "labkeeper_exec"
+    label = "labkeeper, exec"
+    launch_by = "exec"
