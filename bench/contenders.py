@@ -13,12 +13,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from environments import Environments
 from processes import tail
 from progress import BenchError
-from web import OK, request
+from web import NO_CONTENT, OK, request, request_json
 
 POLL: Final = 0.005
 """Seconds between two polls of a server that is not ready."""
@@ -49,8 +49,13 @@ class Contender:
     key: ClassVar[str]
     label: ClassVar[str]
 
-    def __init__(self, environments: Environments, server_dir: Path) -> None:
+    def __init__(self, environments: Environments, server_dir: Path, preload: str = "") -> None:
+        """Take modules that kernels are going to import, for contenders that can load them ahead.
+
+        `preload` separates them by commas.
+        """
         self.environments = environments
+        self.preload = preload
         self.home = server_dir / f"{self.key}-{secrets.token_hex(4)}"
         self.notebooks = self.home / "notebooks"
         self.log = self.home / "log"
@@ -88,6 +93,26 @@ class Contender:
     def service_pids(self) -> dict[str, int]:
         """Return the PIDs of the services that run beside the servers, by name."""
         return {}
+
+    def start_kernel(self, server: Server) -> str:
+        """Start a kernel; return its id."""
+        kernel = request_json(
+            "POST", f"{server.url}api/kernels", server.authorization, {"name": "python3"}
+        )
+        self.check_kernel(kernel)
+        return str(kernel["id"])
+
+    def stop_kernel(self, server: Server, kernel: str) -> None:
+        """Stop a kernel; raise BenchError if it was not launched as this contender does."""
+        url = f"{server.url}api/kernels/{kernel}"
+        self.check_kernel(request_json("GET", url, server.authorization))
+        request_json("DELETE", url, server.authorization, good=(NO_CONTENT,))
+
+    def check_kernel(self, kernel: dict[str, Any]) -> None:
+        """Raise BenchError if a kernel was not launched as this contender does.
+
+        `kernel` is the server's description of it.
+        """
 
 
 def wait_until_up(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

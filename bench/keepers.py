@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
@@ -18,17 +18,17 @@ from contenders import (
     wait_until_up,
 )
 from processes import end, mentions, spawn, tail
-from progress import BenchError
+from progress import BenchError, warn
 from web import OK, free_port, request_json, wait_until_ready
 
 
 class Labkeeper(Contender):
-    """A keeper; `launch_by` is its setting LABKEEPER_LAUNCH_BY."""
+    """A keeper; `launch_by` is how it launches servers and kernels, "fork" or "exec"."""
 
     launch_by: ClassVar[str]
 
     def open(self) -> None:
-        """Start a keeper; in fork mode, wait until it forks servers."""
+        """Start a keeper; in fork mode, wait until it forks servers and their kernels."""
         self.boot()
         self._check_launch_method()
 
@@ -47,12 +47,17 @@ class Labkeeper(Contender):
             # Measure what the keeper can do, not its limit for one client.
             "LABKEEPER_MAX_REQUEST_RATE": "0",
             "LABKEEPER_LAUNCH_BY": self.launch_by,
+            "LABKEEPER_KERNELS_BY": self.launch_by,
         }
+        if self.preload and self.launch_by == "fork":
+            settings["LABKEEPER_PRELOAD"] = self.preload
         command = [str(self.environments.lab / "bin/labkeeper"), "serve", "--log-format", "json"]
         self._keeper = spawn(
             command, self.environment(self.environments.lab) | settings, self.home, self.log
         )
         wait_until_up(f"{self.url}/readyz", self._keeper, self.log)
+        # One that ignores this setting executes all kernels, and does not report it.
+        self._reports_kernels = self._knows("LABKEEPER_KERNELS_BY")
 
     def close(self) -> None:
         """Stop the keeper, which stops its servers first."""
@@ -105,31 +110,50 @@ class Labkeeper(Contender):
             raise BenchError(f"cannot tell which process is the fork server: found {len(found)}")
         return found[0]
 
+    def check_kernel(self, kernel: dict[str, Any]) -> None:
+        """Raise BenchError if a kernel was forked in exec mode, or executed in fork mode."""
+        if self._reports_kernels and kernel["launched_by"] != self.launch_by:
+            raise BenchError(
+                f"a kernel was launched by {kernel['launched_by']}, not by {self.launch_by}: "
+                f"{kernel['exec_reason']}\n{tail(self.log)}"
+            )
+
     def _check_launch_method(self) -> None:
         """Check that this keeper launches as configured; raise Skipped if it cannot fork."""
-        knows = "LABKEEPER_LAUNCH_BY" not in self.log.read_text(errors="replace")
         if self.launch_by == "exec":
             return
-        if not knows:
+        if not self._knows("LABKEEPER_LAUNCH_BY"):
             raise Skipped("this labkeeper cannot fork: it has no LABKEEPER_LAUNCH_BY")
+        if self.preload and not self._knows("LABKEEPER_PRELOAD"):
+            warn(f"{self.label} cannot preload {self.preload}: it has no LABKEEPER_PRELOAD")
         until = time.monotonic() + STARTUP_TIMEOUT
-        while True:
-            answer = request_json(
-                "POST", f"{self.url}/api/servers", self._authorization, {"name": "trial"}
-            )
-            request_json("DELETE", f"{self.url}/api/servers/trial", self._authorization, good=(OK,))
-            if answer["launched_by"] == self.launch_by:
-                return
+        while not self._trial():
             if time.monotonic() > until:
                 raise BenchError(
-                    f"the keeper has not forked a server within {STARTUP_TIMEOUT:.0f} s:\n"
-                    f"{tail(self.log)}"
+                    f"the keeper has not forked a server and a kernel within "
+                    f"{STARTUP_TIMEOUT:.0f} s:\n{tail(self.log)}"
                 )
             time.sleep(0.2)
 
+    def _trial(self) -> bool:
+        """Run a server with a kernel; return whether both were forked."""
+        servers = f"{self.url}/api/servers"
+        server = request_json("POST", servers, self._authorization, {"name": "trial"})
+        launches = [server["launched_by"]]
+        if self._reports_kernels:
+            authorization = f"token {server['token']}"
+            kernel = request_json("POST", f"{server['url']}api/kernels", authorization, {})
+            launches.append(kernel["launched_by"])
+        request_json("DELETE", f"{servers}/trial", self._authorization, good=(OK,))
+        return set(launches) == {"fork"}
+
+    def _knows(self, setting: str) -> bool:
+        """Return whether the keeper has a setting; it logs those that it does not know."""
+        return f'"{setting}"' not in self.log.read_text(errors="replace")
+
 
 class LabkeeperFork(Labkeeper):
-    """Servers forked from a process that has already imported Jupyter."""
+    """Servers and kernels forked from processes that have already imported Jupyter."""
 
     key = "labkeeper_fork"
     label = "labkeeper"
@@ -137,7 +161,7 @@ class LabkeeperFork(Labkeeper):
 
 
 class LabkeeperExec(Labkeeper):
-    """Servers that each load JupyterLab themselves."""
+    """Servers and kernels that each load Jupyter themselves."""
 
     key = "labkeeper_exec"
     label = "labkeeper, exec"

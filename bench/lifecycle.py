@@ -14,7 +14,7 @@ from typing import Final, TypeVar
 from contenders import Contender, Server
 from processes import process_tree_of
 from progress import BenchError, say
-from web import run_cell, start_kernel
+from web import run_cell
 
 NAMES: Final = ("start", "stop", "first_cell", "stop_kernels")
 T = TypeVar("T")
@@ -73,17 +73,17 @@ def _without_kernels(contender: Contender) -> dict[str, float]:
 def _with_kernels(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("busy")
-    result = _first_cell(server)
+    result = _first_cell(contender, server)
     seen = time.perf_counter()
     if result != "2":
         raise BenchError(f"a cell returned {result}, not 2")
     # A cell in the second kernel too, so that both have fully started when they are stopped.
-    _first_cell(server)
+    _first_cell(contender, server)
     return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}
 
 
-def _first_cell(server: Server) -> str:
-    kernel = start_kernel(server.url, server.authorization)
+def _first_cell(contender: Contender, server: Server) -> str:
+    kernel = contender.start_kernel(server)
     return run_cell(server.url, server.authorization, kernel, "1+1")
 
 

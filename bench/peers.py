@@ -13,10 +13,9 @@ import psutil
 from contenders import LONG_TIMEOUT, POLL, Contender, Server, wait_until_up
 from processes import end, mentions, spawn, tail
 from progress import BenchError
-from web import CREATED, free_port, lines, request, request_json, wait_until_ready
+from web import CREATED, NO_CONTENT, free_port, lines, request, request_json, wait_until_ready
 
 _ACCEPTED: Final = 202
-_NO_CONTENT: Final = 204
 
 
 class JupyterLab(Contender):
@@ -151,7 +150,7 @@ class JupyterHub(Contender):
     def stop(self, server: Server) -> None:
         """Delete the server; poll the hub if that takes longer than its `slow_stop_timeout`."""
         status, body = request("DELETE", f"{self._user(server.name)}/server", self._authorization)
-        if status not in {_ACCEPTED, _NO_CONTENT}:
+        if status not in {_ACCEPTED, NO_CONTENT}:
             raise BenchError(f"the hub returned {status}: {body!r}")
         while (
             status == _ACCEPTED

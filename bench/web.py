@@ -23,6 +23,7 @@ TIMEOUT: Final = 600.0
 """Seconds for any single step before the bench fails."""
 OK: Final = 200
 CREATED: Final = 201
+NO_CONTENT: Final = 204
 _PORTS: Final = itertools.cycle(range(20000, 30000))
 """Below Linux's ephemeral ports, so that no outgoing connection takes a port before its use."""
 
@@ -107,11 +108,6 @@ def _answers(url: str, authorization: str) -> bool:
         return request("GET", url, authorization, timeout=5)[0] == OK
     except (OSError, http.client.HTTPException):
         return False
-
-
-def start_kernel(url: str, authorization: str) -> str:
-    """Start a kernel; return its id."""
-    return str(request_json("POST", f"{url}api/kernels", authorization, {"name": "python3"})["id"])
 
 
 def run_cell(url: str, authorization: str, kernel: str, code: str) -> str:
