@@ -107,7 +107,10 @@ class Comparison:
             return self._take_turns(sides, one)
 
     def memory(self) -> Samples:
-        """Measure the memory of servers and services, with 1 and with 20 servers."""
+        """Measure the memory of servers and services, with 1 and with 20 servers.
+
+        `server alone` is the server without its zygote, which forks its kernels.
+        """
 
         def one(kind: type[LabkeeperFork]) -> Figures:
             side = self._new(kind)
@@ -120,6 +123,7 @@ class Comparison:
                 for size in ("uss", "pss")
                 for what, value in (
                     ("server", median([server[size] for server in each["servers"]])),
+                    ("server alone", median([server[size] for server in each["alone"]])),
                     *((name, beside[size]) for name, beside in each["beside"].items()),
                 )
             }
@@ -223,7 +227,7 @@ def _run(chosen: argparse.Namespace, place: Path) -> int:
     try:
         comparison = Comparison(chosen.commit, place, chosen.repeats)
         slower = [
-            _report(name, sides[Before.key], sides[Now.key])
+            _report(name, sides.get(Before.key, ()), sides.get(Now.key, ()))
             for measure in chosen.only.split(",")
             for name, sides in _MEASUREMENTS[measure](comparison).items()
         ]
@@ -234,7 +238,10 @@ def _run(chosen: argparse.Namespace, place: Path) -> int:
 
 
 def _report(name: str, before: Sequence[float], now: Sequence[float]) -> bool:
-    """Print a figure; return whether it is slower now."""
+    """Print a figure; return whether it is slower now. One side may lack it."""
+    if not (before and now):
+        print(f"{name:<44}{_median(before):>9}{_median(now):>9}", flush=True)
+        return False
     ratio, low, high = _ratio(before, now)
     verdict = "SLOWER" if low > _TOLERANCE else ""
     print(
@@ -243,6 +250,10 @@ def _report(name: str, before: Sequence[float], now: Sequence[float]) -> bool:
         flush=True,
     )
     return bool(verdict)
+
+
+def _median(values: Sequence[float]) -> str:
+    return f"{median(values):.4g}" if values else "-"
 
 
 def _ratio(before: Sequence[float], now: Sequence[float]) -> tuple[float, float, float]:

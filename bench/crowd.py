@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 
 from contenders import POLL, Contender, Server
 from lifecycle import rounds
-from processes import memory_of, processor_seconds
+from processes import below, memory_of, memory_of_all, processor_seconds
 from progress import BenchError, say
 
 CROWD: Final = 20
@@ -86,13 +86,20 @@ def burst(contenders: Sequence[Contender], repeats: int, warmups: int) -> dict[s
 
 
 def memory(contender: Contender) -> dict[str, Any]:
-    """Return the memory of servers and services, in bytes, with 1 and with 20 servers running."""
+    """Return the memory of servers and services, in bytes, with 1 and with 20 servers running.
+
+    A server's is that of all its processes, which include the zygote that forks its kernels;
+    `alone` has that of its main process only.
+    """
     found: dict[str, Any] = {}
     for count in (1, CROWD):
         with crowd(contender, count) as servers:
             services = contender.service_pids()
             found[str(count)] = {
-                "servers": [asdict(memory_of(server.pid)) for server in servers],
+                "servers": [
+                    asdict(memory_of_all([server.pid, *below(server.pid)])) for server in servers
+                ],
+                "alone": [asdict(memory_of(server.pid)) for server in servers],
                 "beside": {name: asdict(memory_of(pid)) for name, pid in services.items()},
             }
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import psutil
 
@@ -21,6 +21,9 @@ from processes import end, mentions, spawn, tail
 from progress import BenchError, warn
 from web import OK, free_port, request_json, wait_until_ready
 
+_READY: Final = '"keeper is ready"'
+"""In the log of a keeper, after the settings that it does not know."""
+
 
 class Labkeeper(Contender):
     """A keeper; `launch_by` is how it launches servers and kernels, "fork" or "exec"."""
@@ -30,6 +33,8 @@ class Labkeeper(Contender):
     def open(self) -> None:
         """Start a keeper; in fork mode, wait until it forks servers and their kernels."""
         self.boot()
+        # One that does not know this setting executes all kernels, and does not report it.
+        self._reports_kernels = self._knows("LABKEEPER_KERNELS_BY")
         self._check_launch_method()
 
     def boot(self) -> None:
@@ -56,8 +61,6 @@ class Labkeeper(Contender):
             command, self.environment(self.environments.lab) | settings, self.home, self.log
         )
         wait_until_up(f"{self.url}/readyz", self._keeper, self.log)
-        # One that ignores this setting executes all kernels, and does not report it.
-        self._reports_kernels = self._knows("LABKEEPER_KERNELS_BY")
 
     def close(self) -> None:
         """Stop the keeper, which stops its servers first."""
@@ -96,26 +99,20 @@ class Labkeeper(Contender):
         )
 
     def service_pids(self) -> dict[str, int]:
-        """Return the PIDs of the keeper and, if there is one, the fork server."""
+        """Return the PIDs of the keeper, of the fork server and of the kernel loader."""
         found = {"keeper": self._keeper.pid}
         if self.launch_by == "fork":
-            found["fork server"] = self._fork_server()
+            found["fork server"] = _child(self._keeper.pid, "forkserver")
+            if self._reports_kernels:
+                found["kernel loader"] = _child(found["fork server"], "kernel-loader")
         return found
-
-    def _fork_server(self) -> int:
-        """Return the fork server's PID: this keeper has started it, and nothing else forks."""
-        children = psutil.Process(self._keeper.pid).children()
-        found = [child.pid for child in children if mentions(child, "forkserver")]
-        if len(found) != 1:
-            raise BenchError(f"cannot tell which process is the fork server: found {len(found)}")
-        return found[0]
 
     def check_kernel(self, kernel: dict[str, Any]) -> None:
         """Raise BenchError if a kernel was forked in exec mode, or executed in fork mode."""
-        if self._reports_kernels and kernel["launched_by"] != self.launch_by:
+        if self._reports_kernels and kernel.get("launched_by") != self.launch_by:
             raise BenchError(
-                f"a kernel was launched by {kernel['launched_by']}, not by {self.launch_by}: "
-                f"{kernel['exec_reason']}\n{tail(self.log)}"
+                f"a kernel was launched by {kernel.get('launched_by')}, not by {self.launch_by}: "
+                f"{kernel.get('exec_reason')}\n{tail(self.log)}"
             )
 
     def _check_launch_method(self) -> None:
@@ -149,7 +146,12 @@ class Labkeeper(Contender):
 
     def _knows(self, setting: str) -> bool:
         """Return whether the keeper has a setting; it logs those that it does not know."""
-        return f'"{setting}"' not in self.log.read_text(errors="replace")
+        until = time.monotonic() + STARTUP_TIMEOUT
+        while _READY not in (log := self.log.read_text(errors="replace")):
+            if time.monotonic() > until:
+                raise BenchError(f"the keeper has not logged that it is ready:\n{log}")
+            time.sleep(POLL)
+        return f'"{setting}"' not in log
 
 
 class LabkeeperFork(Labkeeper):
@@ -166,3 +168,12 @@ class LabkeeperExec(Labkeeper):
     key = "labkeeper_exec"
     label = "labkeeper, exec"
     launch_by = "exec"
+
+
+def _child(pid: int, word: str) -> int:
+    """Return the PID of the only child of a process whose command line contains a word."""
+    children = psutil.Process(pid).children()
+    found = [child.pid for child in children if mentions(child, word)]
+    if len(found) != 1:
+        raise BenchError(f"cannot tell which process is the {word}: found {len(found)}")
+    return found[0]

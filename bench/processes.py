@@ -7,7 +7,7 @@ import os
 import select
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,9 +55,7 @@ class ProcessTree:
     """A server and its kernels, held by pidfds, which report their end without polling."""
 
     def __init__(self, pid: int) -> None:
-        children = psutil.Process(pid).children(recursive=True)
-        pids = {pid, *(child.pid for child in children), *_marked_like(pid)}
-        self._pidfds = [os.pidfd_open(each) for each in pids]
+        self._pidfds = [os.pidfd_open(each) for each in {pid, *below(pid)}]
 
     def __len__(self) -> int:
         return len(self._pidfds)
@@ -77,10 +75,16 @@ class ProcessTree:
             os.close(pidfd)
 
 
-def _marked_like(pid: int) -> list[int]:
-    """Return the processes with the same mark of labkeeper: forked kernels are no descendants."""
-    mark = _mark(psutil.Process(pid))
-    return [each.pid for each in psutil.process_iter() if mark and _mark(each) == mark]
+def below(pid: int) -> set[int]:
+    """Return the other processes of a server: its descendants, and those with its mark.
+
+    Forked kernels, and the zygote that forks them, are no descendants.
+    """
+    server = psutil.Process(pid)
+    found = {child.pid for child in server.children(recursive=True)}
+    if mark := _mark(server):
+        found |= {each.pid for each in psutil.process_iter() if _mark(each) == mark}
+    return found - {pid}
 
 
 def _mark(process: psutil.Process) -> str:
@@ -118,6 +122,15 @@ def memory_of(pid: int) -> Memory:
         name, _, rest = line.partition(":")
         found[name] = int(rest.split()[0]) * 1024
     return Memory(found["Rss"], found["Pss"], found["Private_Clean"] + found["Private_Dirty"])
+
+
+def memory_of_all(pids: Iterable[int]) -> Memory:
+    """Return the memory of several processes, without those that have ended meanwhile."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            found.append(memory_of(pid))
+    return Memory(*(sum(getattr(each, kind) for each in found) for kind in ("rss", "pss", "uss")))
 
 
 def processor_seconds(pid: int) -> float:
