@@ -20,6 +20,7 @@ import chart
 import crowd
 import cycles
 import environments
+import kernels
 import lifecycle
 import load
 import logs
@@ -29,15 +30,25 @@ import strangers
 from contenders import Contender, Skipped
 from guard import guarded
 from keepers import Labkeeper, LabkeeperExec, LabkeeperFork
+from lifecycle import TRIVIAL
 from peers import JupyterHub, JupyterLab
 from progress import BenchError, say, warn
 
 MEASUREMENTS: Final = {
     "start": "from the request until the server responds and accepts its token",
     "first_cell": "from the request to the result of 1+1",
+    "kernel": "from the request for a kernel of a running server to the result of 1+1",
+    "libraries": f"the same, with the cell `{kernels.IMPORT}`",
+    "cell": f"1+1 in a running kernel, from the request to its end ({kernels.CELLS} cells)",
+    "death": "from SIGKILL of a kernel until its client is told",
+    "autorestart": "from the same SIGKILL to the result of 1+1 in the restarted kernel",
+    "kernel_memory": (
+        f"USS and PSS of {crowd.CROWD} idle kernels, after 1+1 and with the libraries"
+    ),
     "stop": "from the request until the server is gone, without kernels",
     "stop_kernels": "the same with two kernels",
-    "burst": f"{crowd.CROWD} servers requested at once, until all are ready",
+    "burst": f"{crowd.CROWD} servers requested at once, until all are ready, and their CPU time",
+    "burst_100": f"the same with {crowd.LARGE_CROWD} servers, once",
     "memory": f"USS and PSS of an idle server, with 1 and with {crowd.CROWD} running",
     "idle": f"CPU and memory of the services beside {crowd.CROWD} idle servers",
     "api": (
@@ -55,6 +66,8 @@ CONTENDERS: Final[tuple[type[Contender], ...]] = (
 )
 _HERE: Final = Path(__file__).resolve().parent
 _QUICK: Final = 3
+_Measure = Callable[[Any], dict[str, Any]]
+"""Measures a contender that runs alone."""
 
 
 def main() -> int:
@@ -113,19 +126,9 @@ class Bench:
                 self._record(
                     lifecycle.measure(running, chosen.only, chosen.repeats, chosen.warmups)
                 )
-        if "burst" in only:
-            with self._running(self._classes) as running:
-                times = crowd.burst(running, chosen.burst_repeats, min(1, chosen.warmups))
-            self._record({"burst": times})
-        if "memory" in only:
-            self._record({"memory": self._measure_each(crowd.memory, self._classes)})
-        if "idle" in only:
-            with_services = [each for each in self._classes if each is not JupyterLab]
-            self._record({"idle": self._measure_each(crowd.idle, with_services)})
-        if "api" in only:
-            self._record({"api": self._measure_each(load.api, self._keepers())})
-        if "strangers" in only:
-            self._record({"strangers": self._measure_each(strangers.strangers, self._keepers())})
+        self._measure_kernels(only)
+        self._measure_bursts(only)
+        self._measure_alone(only)
         if "scrub" in only:
             self._record({"scrub": logs.scrub(self._environments)})
         if chosen.cycles:
@@ -137,6 +140,55 @@ class Bench:
         _report(self._results, self._path.with_suffix(".svg"))
         say(f"raw results: {self._path.name}")
         return self._results
+
+    def _measure_kernels(self, only: set[str]) -> None:
+        chosen = self._chosen
+        rounds = chosen.repeats, chosen.warmups
+        if only & {"kernel", "cell", "death", "autorestart"}:
+            with self._running(self._classes) as running:
+                if "kernel" in only:
+                    self._record({"kernel": kernels.first_cells(running, TRIVIAL, *rounds)})
+                if "cell" in only:
+                    self._record({"cell": kernels.cells(running)})
+                if only & {"death", "autorestart"}:
+                    deaths = kernels.deaths(running, *rounds)
+                    self._record({name: deaths[name] for name in deaths if name in only})
+        if "libraries" in only:
+            with self._running(self._classes, kernels.LIBRARIES) as running:
+                self._record({"libraries": kernels.first_cells(running, kernels.IMPORT, *rounds)})
+        if "kernel_memory" in only:
+            bare = self._measure_each(
+                lambda contender: kernels.memory(contender, TRIVIAL), self._classes
+            )
+            loaded = self._measure_each(
+                lambda contender: kernels.memory(contender, kernels.IMPORT),
+                self._classes,
+                kernels.LIBRARIES,
+            )
+            self._record({"kernel_memory": {"bare": bare, "libraries": loaded}})
+
+    def _measure_bursts(self, only: set[str]) -> None:
+        chosen = self._chosen
+        for name, count, repeats, warmups in (
+            ("burst", crowd.CROWD, chosen.burst_repeats, min(1, chosen.warmups)),
+            ("burst_100", crowd.LARGE_CROWD, 1, 0),
+        ):
+            if name in only:
+                with self._running(self._classes) as running:
+                    seconds, processor = crowd.burst(running, count, repeats, warmups)
+                self._record({name: seconds, f"{name}_cpu": processor})
+
+    def _measure_alone(self, only: set[str]) -> None:
+        with_services = [each for each in self._classes if each is not JupyterLab]
+        measures: tuple[tuple[str, _Measure, Sequence[type[Contender]]], ...] = (
+            ("memory", crowd.memory, self._classes),
+            ("idle", crowd.idle, with_services),
+            ("api", load.api, self._keepers()),
+            ("strangers", strangers.strangers, self._keepers()),
+        )
+        for name, measure, classes in measures:
+            if name in only:
+                self._record({name: self._measure_each(measure, classes)})
 
     def _skip_unavailable(self) -> None:
         """Start each contender once; record and drop those that cannot take part."""
@@ -157,22 +209,27 @@ class Bench:
         return [each for each in (LabkeeperFork, LabkeeperExec) if each in self._classes][:1]
 
     def _measure_each(
-        self, measure: Callable[[Any], dict[str, Any]], classes: Sequence[type[Contender]]
+        self,
+        measure: _Measure,
+        classes: Sequence[type[Contender]],
+        preload: str = "",
     ) -> dict[str, Any]:
         """Measure contenders one at a time, because running together they would share memory."""
         found = {}
         for each in classes:
-            with self._running([each]) as (contender,):
+            with self._running([each], preload) as (contender,):
                 found[each.key] = measure(contender)
         return found
 
     @contextmanager
-    def _running(self, classes: Sequence[type[Contender]]) -> Iterator[list[Contender]]:
+    def _running(
+        self, classes: Sequence[type[Contender]], preload: str = ""
+    ) -> Iterator[list[Contender]]:
         """Run contenders. After an error, the guard ends them, which is faster."""
         opened = []
         for each in classes:
             say(f"starting {each.label}")
-            contender = each(self._environments, self._server_dir)
+            contender = each(self._environments, self._server_dir, preload)
             contender.open()
             opened.append(contender)
         yield opened

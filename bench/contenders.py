@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Final
 from environments import Environments
 from processes import tail
 from progress import BenchError
-from web import NO_CONTENT, OK, request, request_json
+from web import NO_CONTENT, OK, KernelSocket, request, request_json
 
 POLL: Final = 0.005
 """Seconds between two polls of a server that is not ready."""
@@ -37,6 +37,10 @@ class Server:
     authorization: str
     pid: int = 0
     process: subprocess.Popen[bytes] | None = None
+
+    def connect(self, kernel: str) -> KernelSocket:
+        """Open a websocket of a kernel."""
+        return KernelSocket(self.url, self.authorization, kernel)
 
 
 class Skipped(Exception):  # noqa: N818 - the bench goes on without the contender

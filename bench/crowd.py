@@ -1,4 +1,4 @@
-"""Twenty servers: the time to start them all, their memory, and the cost of keeping them idle."""
+"""Many servers: the time to start them at once, their memory, and the cost of idle ones."""
 
 from __future__ import annotations
 
@@ -13,11 +13,17 @@ from typing import Any, Final, TypeVar
 from contenders import POLL, Contender, Server
 from lifecycle import rounds
 from processes import below, memory_of, memory_of_all, processor_seconds
+from processor import ProcessorTime
 from progress import BenchError, say
 
 CROWD: Final = 20
-_SETTLE: Final = 5.0
+LARGE_CROWD: Final = 100
+SETTLE: Final = 5.0
 """Seconds for a ready server to finish its startup work."""
+_BACKGROUND: Final = 5.0
+"""Seconds before a burst in which the CPU time of idle contenders is measured."""
+_AFTERWARDS: Final = 3.0
+"""Seconds for servers that are ready to finish what they do in the background, for CPU time."""
 _IDLE: Final = 30.0
 """Seconds of idling: two of the keeper's probe periods, so that each server is probed twice."""
 
@@ -67,22 +73,38 @@ def stop_all(contender: Contender, servers: Sequence[Server]) -> None:
     in_parallel([partial(contender.stop, server) for server in servers])
 
 
-def burst(contenders: Sequence[Contender], repeats: int, warmups: int) -> dict[str, list[float]]:
-    """Return the seconds from the requests until the last server is ready, by contender."""
-    samples: dict[str, list[float]] = {contender.key: [] for contender in contenders}
-    names = [f"crowd{number}" for number in range(CROWD)]
+def start_at_once(contender: Contender, count: int) -> tuple[float, list[Server]]:
+    """Start servers; return the seconds from the requests until the last is ready, and them."""
+    names = [f"crowd{number}" for number in range(count)]
+    begin = time.perf_counter()
+    servers = launch_all(contender, names)
+    return time.perf_counter() - begin, servers
+
+
+def burst(
+    contenders: Sequence[Contender], count: int, repeats: int, warmups: int
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Start servers at once; return the seconds until all are ready, and the CPU time used.
+
+    The CPU time includes what servers do just after they are ready; see `ProcessorTime`.
+    """
+    seconds: dict[str, list[float]] = {contender.key: [] for contender in contenders}
+    processor: dict[str, list[float]] = {contender.key: [] for contender in contenders}
     for contender in contenders:
-        contender.prepare(names)
+        contender.prepare([f"crowd{number}" for number in range(count)])
     for number, contender in rounds(contenders, repeats, warmups):
-        begin = time.perf_counter()
-        servers = launch_all(contender, names)
-        seconds = time.perf_counter() - begin
+        meter = ProcessorTime(_BACKGROUND)
+        lasted, servers = start_at_once(contender, count)
+        time.sleep(_AFTERWARDS)
+        used = meter.seconds()
         if number >= 0:
-            samples[contender.key].append(seconds)
+            seconds[contender.key].append(lasted)
+            processor[contender.key].append(used)
         turn = "warm-up" if number < 0 else f"{number + 1} of {repeats}"
-        say(f"{turn}: {contender.label}: {CROWD} servers at once: {seconds:.2f} s")
+        times = f"{lasted:.2f} s, {used:.2f} s of CPU time"
+        say(f"{turn}: {contender.label}: {count} servers at once: {times}")
         stop_all(contender, servers)
-    return samples
+    return seconds, processor
 
 
 def memory(contender: Contender) -> dict[str, Any]:
@@ -134,6 +156,6 @@ def crowd(contender: Contender, count: int, at_a_time: int = CROWD) -> Iterator[
         servers += launch_all(contender, names[first : first + at_a_time])
     for server in servers:
         contender.identify(server)
-    time.sleep(_SETTLE)
+    time.sleep(SETTLE)
     yield servers
     stop_all(contender, servers)

@@ -14,9 +14,9 @@ from typing import Final, TypeVar
 from contenders import Contender, Server
 from processes import process_tree_of
 from progress import BenchError, say
-from web import run_cell
 
 NAMES: Final = ("start", "stop", "first_cell", "stop_kernels")
+TRIVIAL: Final = "1+1"
 T = TypeVar("T")
 Samples = dict[str, dict[str, list[float]]]
 """Seconds, by measurement and contender."""
@@ -73,18 +73,21 @@ def _without_kernels(contender: Contender) -> dict[str, float]:
 def _with_kernels(contender: Contender) -> dict[str, float]:
     begin = time.perf_counter()
     server = contender.launch("busy")
-    result = _first_cell(contender, server)
-    seen = time.perf_counter()
-    if result != "2":
-        raise BenchError(f"a cell returned {result}, not 2")
+    _, seen = first_cell(contender, server)
     # A cell in the second kernel too, so that both have fully started when they are stopped.
-    _first_cell(contender, server)
+    first_cell(contender, server)
     return {"first_cell": seen - begin, "stop_kernels": _stop(contender, server, kernels=2)}
 
 
-def _first_cell(contender: Contender, server: Server) -> str:
+def first_cell(contender: Contender, server: Server, code: str = TRIVIAL) -> tuple[str, float]:
+    """Run a cell in a new kernel; return the kernel's id, and the time of the result."""
     kernel = contender.start_kernel(server)
-    return run_cell(server.url, server.authorization, kernel, "1+1")
+    with server.connect(kernel) as socket:
+        result = socket.run(code)
+        seen = time.perf_counter()
+    if code == TRIVIAL and result != "2":
+        raise BenchError(f"a cell returned {result}, not 2")
+    return kernel, seen
 
 
 def _stop(contender: Contender, server: Server, *, kernels: int = 0) -> float:

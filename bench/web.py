@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from typing import Any, Final
+from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
 import websocket
@@ -110,44 +110,88 @@ def _answers(url: str, authorization: str) -> bool:
         return False
 
 
-def run_cell(url: str, authorization: str, kernel: str, code: str) -> str:
-    """Run code in a kernel over the websocket, as JupyterLab does; return its result."""
-    channel = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
-    stream = websocket.create_connection(
-        channel, header=[f"Authorization: {authorization}"], timeout=TIMEOUT
-    )
-    try:
-        message = uuid.uuid4().hex
-        header = {
-            "msg_id": message,
-            "msg_type": "execute_request",
-            "username": "",
-            "session": uuid.uuid4().hex,
-            "version": "5.3",
-        }
-        content = {
-            "code": code,
-            "silent": False,
-            "store_history": False,
-            "user_expressions": {},
-            "allow_stdin": False,
-        }
-        request = {
-            "header": header,
-            "parent_header": {},
-            "metadata": {},
-            "content": content,
-            "channel": "shell",
-            "buffers": [],
-        }
-        stream.send(json.dumps(request))
+class KernelSocket:
+    """An open websocket of a kernel, over which cells run as in JupyterLab."""
+
+    def __init__(self, url: str, authorization: str, kernel: str) -> None:
+        channels = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
+        self._stream = websocket.create_connection(
+            channels, header=[f"Authorization: {authorization}"], timeout=TIMEOUT
+        )
+        self._session = uuid.uuid4().hex
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+
+    def run(self, code: str) -> str:
+        """Run a cell; return its result as soon as it arrives, or "" if it ends without one."""
+        for kind, content in self._answers(code):
+            if kind == "execute_result":
+                return str(content["data"]["text/plain"])
+            # It follows any result; the reply takes another channel, and may overtake one.
+            if content.get("execution_state") == "idle":
+                break
+        return ""
+
+    def run_to_end(self, code: str) -> None:
+        """Run a cell until the kernel is idle again and has replied: its end in JupyterLab."""
+        waiting = {"execute_reply", "idle"}
+        for kind, content in self._answers(code):
+            waiting -= {kind, content.get("execution_state")}
+            if not waiting:
+                return
+
+    def wait_for_status(self, *wanted: str) -> str:
+        """Return the first status (`execution_state`) that is one of these."""
         while True:
-            answer = json.loads(stream.recv())
-            if answer["parent_header"].get("msg_id") != message:
+            message = self._receive()
+            state = str(message["content"].get("execution_state"))
+            if message["header"]["msg_type"] == "status" and state in wanted:
+                return state
+
+    def _receive(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self._stream.recv()))
+        except websocket.WebSocketException as error:
+            raise BenchError(f"a kernel is lost: {error}") from error
+
+    def _answers(self, code: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Send a cell; yield type and content of the messages that answer it."""
+        number = uuid.uuid4().hex
+        self._stream.send(json.dumps(_cell(number, self._session, code)))
+        while True:
+            message = self._receive()
+            if message["parent_header"].get("msg_id") != number:
                 continue
-            if answer["header"]["msg_type"] == "error":
-                raise BenchError(f"a cell failed: {answer['content']}")
-            if answer["header"]["msg_type"] == "execute_result":
-                return str(answer["content"]["data"]["text/plain"])
-    finally:
-        stream.close()
+            kind, content = message["header"]["msg_type"], message["content"]
+            if kind == "error":
+                raise BenchError(f"a cell failed: {content}")
+            yield kind, content
+
+
+def _cell(number: str, session: str, code: str) -> dict[str, Any]:
+    header = {
+        "msg_id": number,
+        "msg_type": "execute_request",
+        "username": "",
+        "session": session,
+        "version": "5.3",
+    }
+    content = {
+        "code": code,
+        "silent": False,
+        "store_history": False,
+        "user_expressions": {},
+        "allow_stdin": False,
+    }
+    return {
+        "header": header,
+        "parent_header": {},
+        "metadata": {},
+        "content": content,
+        "channel": "shell",
+        "buffers": [],
+    }
