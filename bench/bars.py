@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from crowd import CROWD
 from figures import median, percentile
-from results import HUB, LAB, Results, ours
+from results import EXEC, FORK, HUB, LAB, Results, ours
 
 _MIB: Final = 1024 * 1024
 Figure = Callable[[Results], float]
@@ -34,12 +34,27 @@ class Verdict:
     met: bool | None
 
 
-def _speedup(name: str, other: str) -> Figure:
+def _speedup(name: str, other: str, own: str = "") -> Figure:
     def ratio(results: Results) -> float:
-        own = median(_samples(results, name, ours(results)))
-        return median(_samples(results, name, other)) / own
+        mine = median(_samples(results, name, own or ours(results)))
+        return median(_samples(results, name, other)) / mine
 
     return ratio
+
+
+def _milliseconds(name: str) -> Figure:
+    return lambda results: 1000 * median(_samples(results, name, ours(results)))
+
+
+def _seconds(name: str) -> Figure:
+    return lambda results: median(_samples(results, name, ours(results)))
+
+
+def _kernel_memory_share(results: Results) -> float:
+    """Return labkeeper's share of the PSS that an executed kernel has, with the libraries."""
+    found = results["measurements"]["kernel_memory"]["libraries"]
+    own, other = (median([each["pss"] for each in found[key]["kernels"]]) for key in (FORK, EXEC))
+    return own / other
 
 
 def _spread(results: Results) -> float:
@@ -60,14 +75,14 @@ def _stop_share(results: Results) -> float:
 
 
 def _api_latency(what: str) -> Figure:
-    return lambda results: _milliseconds(results["measurements"]["api"][ours(results)][what])
+    return lambda results: _p99(results["measurements"]["api"][ours(results)][what])
 
 
 def _latency_with_strangers(results: Results) -> float:
-    return _milliseconds(results["measurements"]["strangers"][ours(results)]["knocked"])
+    return _p99(results["measurements"]["strangers"][ours(results)]["knocked"])
 
 
-def _milliseconds(found: dict[str, Any]) -> float:
+def _p99(found: dict[str, Any]) -> float:
     return 1000 * float(found["latency"]["p99"])
 
 
@@ -119,6 +134,36 @@ BARS: Final = (
     ),
     Bar("start: 95th percentile at most twice the median", _spread, 2, "times"),
     Bar(
+        "request of a server to its first result at most 200 ms",
+        _milliseconds("first_cell"),
+        200,
+        "ms",
+    ),
+    Bar(
+        "request of a server to its first result at least 10 times faster than jupyter lab",
+        _speedup("first_cell", LAB),
+        10,
+        "times",
+        more_is_better=True,
+    ),
+    Bar("kernel to its first result at most 120 ms", _milliseconds("kernel"), 120, "ms"),
+    Bar(
+        "kernel with the libraries at least 8 times faster than executed",
+        _speedup("libraries", EXEC, FORK),
+        8,
+        "times",
+        more_is_better=True,
+    ),
+    Bar("1+1 in a running kernel at most 6 ms", _milliseconds("cell"), 6, "ms"),
+    Bar("20 starts at once in at most 1 s", _seconds("burst"), 1, "s"),
+    Bar(
+        "20 starts at once at least 18 times faster than jupyter lab",
+        _speedup("burst", LAB),
+        18,
+        "times",
+        more_is_better=True,
+    ),
+    Bar(
         "20 starts at once at least 15 times faster than JupyterHub",
         _speedup("burst", HUB),
         15,
@@ -127,6 +172,12 @@ BARS: Final = (
     ),
     Bar("private memory at most 1/3 of jupyter lab's", _memory_share(LAB), 1 / 3, "(ratio)"),
     Bar("private memory at most 1/4 of JupyterHub's", _memory_share(HUB), 1 / 4, "(ratio)"),
+    Bar(
+        "memory (PSS) of a kernel with the libraries at most 40 % of an executed one's",
+        _kernel_memory_share,
+        0.4,
+        "(ratio)",
+    ),
     Bar("stop in at most half the time of jupyter lab", _stop_share, 1 / 2, "(ratio)"),
     Bar("GET one server: 99th percentile at most 20 ms", _api_latency("one"), 20, "ms"),
     Bar("GET all servers: 99th percentile at most 20 ms", _api_latency("list"), 20, "ms"),

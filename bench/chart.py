@@ -12,6 +12,7 @@ from typing import Final
 
 from crowd import CROWD
 from figures import median, slow_end
+from kernels import LIBRARIES
 from results import Results, ours
 
 _MIB: Final = 1024 * 1024
@@ -25,11 +26,13 @@ _BAR: Final = 16
 _STEP: Final = 25
 _TITLE: Final = 30
 _TOP: Final = 62
-_FOOT: Final = 52
+_FOOT: Final = 18
+_LINE: Final = 17
 _TIMED: Final = {
     "start": "Start one server",
     "burst": f"Start {CROWD} servers at once",
     "first_cell": "Start a server and run a first cell",
+    "libraries": "Import numpy, pandas, matplotlib in a new kernel",
     "stop": "Stop one server",
 }
 
@@ -73,7 +76,8 @@ def svg(results: Results) -> str:
     panels = list(_panels(results))
     rows = (len(panels) + 1) // 2
     height_of_row = _TITLE + _STEP * len(results["contenders"]) + 16
-    height = _TOP + rows * height_of_row + _FOOT
+    notes = _notes(results)
+    height = _TOP + rows * height_of_row + _FOOT + _LINE * len(notes)
     size = f'width="{_WIDTH}" height="{height}" role="img"'
     title = "labkeeper, jupyter lab and JupyterHub on one machine"
     parts = [
@@ -87,8 +91,8 @@ def svg(results: Results) -> str:
     for number, panel in enumerate(panels):
         x, y = _MARGIN + (number % 2) * (_PANEL + _GAP), _TOP + (number // 2) * height_of_row
         parts += _draw(panel, x, y)
-    for number, line in enumerate(_notes(results)):
-        parts.append(_text(_MARGIN, height - 30 + 17 * number, line, "note"))
+    for number, line in enumerate(notes):
+        parts.append(_text(_MARGIN, height + 4 - _LINE * (len(notes) - number), line, "note"))
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -135,7 +139,7 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text x="{x:g}" y="{y:g}" class="{kind}">{escape(text)}</text>'
 
 
-def _notes(results: Results) -> tuple[str, str]:
+def _notes(results: Results) -> list[str]:
     machine, packages = results["machine"], results["packages"]
     repeats = len(next(iter(results["measurements"].get("start", {"": [0]}).values())))
     lab, hub = packages["lab"], packages.get("hub", {})
@@ -148,7 +152,9 @@ def _notes(results: Results) -> tuple[str, str]:
         f"Bars: medians ({repeats} repeats, in turns). "
         "Thin lines: up to the 95th percentile, or the slowest of fewer than 10."
     )
-    return legend, ", ".join([cores, kernel, f"Python {machine['python']}", *versions])
+    environment = ", ".join([cores, kernel, f"Python {machine['python']}", *versions])
+    preload = f"Import: labkeeper has LABKEEPER_PRELOAD={LIBRARIES}, and its defaults elsewhere."
+    return [legend, *([preload] if "libraries" in results["measurements"] else []), environment]
 
 
 def _in_words(panels: Sequence[_Panel]) -> str:

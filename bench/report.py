@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final
+from typing import Final
 
 from bars import BARS, median_memory, verdicts
-from crowd import CROWD
+from crowd import CROWD, LARGE_CROWD
 from figures import median, slow_end, slow_end_name
 from results import Results, ours
 
 _MIB: Final = 1024 * 1024
-_LABEL: Final = 38
+_SHORT: Final = 0.1
+"""Seconds below which milliseconds are shown."""
+_LABEL: Final = 40
 _CELL: Final = 17
 _VERDICT: Final = max(len(bar.text) for bar in BARS) + 2
 TITLES: Final = {
     "start": "start: request to ready",
-    "first_cell": "first cell: request to result",
-    "burst": f"{CROWD} servers at once, until all are ready",
+    "first_cell": "server: request to its first result",
+    "kernel": "kernel: request to its first result",
+    "libraries": "kernel: request to libraries imported",
+    "cell": "1+1 in a running kernel",
+    "death": "killed kernel: until it is noticed",
+    "autorestart": "killed kernel: until the next result",
+    "burst": f"{CROWD} servers at once: all ready",
+    "burst_cpu": f"{CROWD} servers at once: CPU time",
+    "burst_100": f"{LARGE_CROWD} servers at once: all ready",
+    "burst_100_cpu": f"{LARGE_CROWD} servers at once: CPU time",
     "stop": "stop: request to gone",
     "stop_kernels": "stop with two kernels",
 }
@@ -25,7 +35,18 @@ TITLES: Final = {
 
 def text(results: Results) -> str:
     """Return the whole report."""
-    parts = (_machine, _timings, _memory, _idle, _api, _strangers, _scrub, _cycles, _verdicts)
+    parts = (
+        _machine,
+        _timings,
+        _memory,
+        _kernel_memory,
+        _idle,
+        _api,
+        _strangers,
+        _scrub,
+        _cycles,
+        _verdicts,
+    )
     return "\n".join(line for part in parts for line in part(results))
 
 
@@ -56,8 +77,8 @@ def _timings(results: Results) -> Iterator[str]:
         some = next(iter(samples.values()))
         middle = {key: median(samples[key]) for key in contenders}
         yield _row(f"{TITLES[name]} ({len(some)})", [])
-        yield _row("  median", [f"{middle[key]:.3f} s" for key in contenders])
-        slow = [f"{slow_end(samples[key]):.3f} s" for key in contenders]
+        yield _row("  median", [_seconds(middle[key]) for key in contenders])
+        slow = [_seconds(slow_end(samples[key])) for key in contenders]
         yield _row(f"  {slow_end_name(some)}", slow)
         if first in contenders:
             ratios = [f"{middle[key] / middle[first]:.1f}" for key in contenders]
@@ -75,13 +96,30 @@ def _memory(results: Results) -> Iterator[str]:
         for kind, title in (("uss", "private (USS)"), ("pss", "proportional (PSS)")):
             values = [median_memory(results, key, count, kind) for key in contenders]
             yield _row(f"  {title}, {count} running", [_mib(value) for value in values])
-    totals = [_total_pss(found[key][str(CROWD)]) / CROWD for key in contenders]
+    crowds = [found[key][str(CROWD)] for key in contenders]
+    totals = [_total_pss(each["servers"], each["beside"]) / CROWD for each in crowds]
     yield _row(f"  all processes / {CROWD} (PSS)", [_mib(value) for value in totals])
     yield ""
 
 
-def _total_pss(seen: dict[str, Any]) -> float:
-    return float(sum(each["pss"] for each in (*seen["servers"], *seen["beside"].values())))
+def _kernel_memory(results: Results) -> Iterator[str]:
+    found = results["measurements"].get("kernel_memory")
+    if not found:
+        return
+    contenders = results["contenders"]
+    for cells, title in (("bare", "after 1+1"), ("libraries", "with libraries")):
+        seen = [found[cells][key] for key in contenders]
+        yield _row(f"memory of a kernel, {title}", list(contenders.values()))
+        for kind, name in (("uss", "private (USS)"), ("pss", "proportional (PSS)")):
+            values = [median([kernel[kind] for kernel in each["kernels"]]) for each in seen]
+            yield _row(f"  {name}", [_mib(value) for value in values])
+        totals = [_total_pss(each["kernels"], each["beside"]) / CROWD for each in seen]
+        yield _row(f"  all processes / {CROWD} (PSS)", [_mib(value) for value in totals])
+    yield ""
+
+
+def _total_pss(processes: Sequence[dict[str, int]], beside: dict[str, dict[str, int]]) -> int:
+    return sum(each["pss"] for each in (*processes, *beside.values()))
 
 
 def _idle(results: Results) -> Iterator[str]:
@@ -166,6 +204,10 @@ def _verdicts(results: Results) -> Iterator[str]:
 
 def _row(label: str, cells: Sequence[str]) -> str:
     return f"{label:<{_LABEL}}" + "".join(f"{cell:>{_CELL}}" for cell in cells)
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.3f} s" if value >= _SHORT else f"{1000 * value:.1f} ms"
 
 
 def _mib(size: float) -> str:
