@@ -294,8 +294,7 @@ class World:
             known = {"socket", "rehearsal.json", "rehearsal", *(path.name for path in rehearsed)}
             yield from unknown_files_in(server_dirs / ".forkservers" / place, known)
         rehearsed.update(server_dirs.glob("*/jupyter/tmp*"))
-        # Who is killed while it rehearses a kernel leaves the kernel's directory in its own one,
-        # which is removed later.
+        # What is killed while it rehearses a kernel leaves a directory, which is removed later.
         if len(rehearsed) > self.killed["loader"] + self.killed["zygote"]:
             yield f"directories of rehearsed kernels: {rehearsed}"
 
