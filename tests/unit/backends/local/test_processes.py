@@ -182,12 +182,14 @@ def test_marks_of_other_users_name_no_server_directories(spawn, tmp_path):
 
 def test_the_search_excludes_the_searching_process_and_its_parents(spawn):
     """A keeper started in a server's terminal inherits the mark, and must not end itself."""
+    # The whole machine is searched, and other tests run beside this one.
+    mine = f"x{os.getpid()}"
     code = (
         "from labkeeper.backends.local.processes import marked;"
-        " print([p.pid for p in marked('A_MARK', 'x')])"
+        f" print([p.pid for p in marked('A_MARK', '{mine}')])"
     )
     command = f'{sys.executable} -c "{code}"; true'
-    shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": "x"}, stdout=subprocess.PIPE)
+    shell = spawn("sh", "-c", command, env={**os.environ, "A_MARK": mine}, stdout=subprocess.PIPE)
     assert shell.stdout.read() == b"[]\n"
 
 
