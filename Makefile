@@ -28,7 +28,7 @@ soak: setup ## Run the soak tests for long: CHAOS_ROUNDS, WRONG_TOKENS, CYCLES, 
 test-docker: setup ## Build the images, and test them on a Docker Engine (ENGINE=own: start one, as root on Debian)
 	@scripts/test-docker $(BIN)
 
-bench: setup ## Compare with jupyter lab and JupyterHub, in about half an hour (BENCH=--quick: a quick look)
+bench: setup ## Compare with jupyter lab and JupyterHub, in about an hour (BENCH=--quick: a quick look)
 	$(BIN)/python bench $(BENCH)
 
 lint: setup ## Check style, types, import contracts and spelling

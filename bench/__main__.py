@@ -3,7 +3,7 @@
 Contenders take turns, and warm-up rounds are discarded. Medians, 95th percentiles and ratios go to
 stdout, raw results and a chart to files. The first run installs the contenders into a cache
 ($XDG_CACHE_HOME/labkeeper-bench, which may be deleted at any time); later runs need no network.
-Linux only. A full run takes about half an hour.
+Linux only. A full run takes about an hour.
 """
 
 from __future__ import annotations
@@ -34,10 +34,12 @@ from lifecycle import TRIVIAL
 from peers import JupyterHub, JupyterLab
 from progress import BenchError, say, warn
 
+_LONGEST: Final = "burst_100"
+"""Takes minutes for each contender that executes servers; a quick run leaves it out."""
 MEASUREMENTS: Final = {
     "start": "from the request until the server responds and accepts its token",
-    "first_cell": "from the request to the result of 1+1",
-    "kernel": "from the request for a kernel of a running server to the result of 1+1",
+    "first_cell": "from the request of a server to the result of 1+1",
+    "kernel": "from the request for a kernel, of an idle server, to the result of 1+1",
     "libraries": f"the same, with the cell `{kernels.IMPORT}`",
     "cell": f"1+1 in a running kernel, from the request to its end ({kernels.CELLS} cells)",
     "death": "from SIGKILL of a kernel until its client is told",
@@ -48,7 +50,7 @@ MEASUREMENTS: Final = {
     "stop": "from the request until the server is gone, without kernels",
     "stop_kernels": "the same with two kernels",
     "burst": f"{crowd.CROWD} servers requested at once, until all are ready, and their CPU time",
-    "burst_100": f"the same with {crowd.LARGE_CROWD} servers, once",
+    _LONGEST: f"the same with {crowd.LARGE_CROWD} servers, once",
     "memory": f"USS and PSS of an idle server, with 1 and with {crowd.CROWD} running",
     "idle": f"CPU and memory of the services beside {crowd.CROWD} idle servers",
     "api": (
@@ -82,7 +84,10 @@ def main() -> int:
     if chosen.quick:
         chosen.repeats, chosen.burst_repeats, chosen.warmups = _QUICK, 1, 1
     if not chosen.only:
-        chosen.only = [] if chosen.cycles else list(MEASUREMENTS)
+        left_out = {_LONGEST} if chosen.quick else set()
+        chosen.only = (
+            [] if chosen.cycles else [each for each in MEASUREMENTS if each not in left_out]
+        )
     return guarded(lambda server_dir: _run(chosen, server_dir))
 
 
@@ -171,7 +176,7 @@ class Bench:
         chosen = self._chosen
         for name, count, repeats, warmups in (
             ("burst", crowd.CROWD, chosen.burst_repeats, min(1, chosen.warmups)),
-            ("burst_100", crowd.LARGE_CROWD, 1, 0),
+            (_LONGEST, crowd.LARGE_CROWD, 1, 0),
         ):
             if name in only:
                 with self._running(self._classes) as running:
@@ -277,7 +282,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help=f"{_QUICK} repeats, 1 burst, 1 warm-up: for a quick look, not for results",
+        help=f"{_QUICK} repeats, 1 burst of {crowd.CROWD}, 1 warm-up: a quick look, not results",
     )
     parser.add_argument(
         "--only",
