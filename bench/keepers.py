@@ -31,7 +31,7 @@ class Labkeeper(Contender):
     launch_by: ClassVar[str]
 
     def open(self) -> None:
-        """Start a keeper; in fork mode, wait until it forks servers and their kernels."""
+        """Start a keeper; in fork mode, wait until it forks servers and kernels, with `preload`."""
         self.boot()
         # One that does not know this setting executes all kernels, and does not report it.
         self._reports_kernels = self._knows("LABKEEPER_KERNELS_BY")
@@ -124,13 +124,21 @@ class Labkeeper(Contender):
         if self.preload and not self._knows("LABKEEPER_PRELOAD"):
             warn(f"{self.label} cannot preload {self.preload}: it has no LABKEEPER_PRELOAD")
         until = time.monotonic() + STARTUP_TIMEOUT
-        while not self._trial():
+        while not (self._has_preloaded() and self._trial()):
             if time.monotonic() > until:
                 raise BenchError(
                     f"the keeper has not forked a server and a kernel within "
                     f"{STARTUP_TIMEOUT:.0f} s:\n{tail(self.log)}"
                 )
             time.sleep(0.2)
+
+    def _has_preloaded(self) -> bool:
+        """Return whether all libraries are loaded; raise BenchError if one is refused."""
+        libraries = request_json("GET", f"{self.url}/readyz").get("preload", [])
+        for library in libraries:
+            if library["loaded"] is False:
+                raise BenchError(f"{library['name']} is not preloaded: {library['reason']}")
+        return all(library["loaded"] for library in libraries)
 
     def _trial(self) -> bool:
         """Run a server with a kernel; return whether both were forked."""

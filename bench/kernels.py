@@ -58,12 +58,11 @@ def first_cells(
     return samples
 
 
-def cells(contenders: Sequence[Contender]) -> dict[str, list[float]]:
-    """Return the seconds from the request for a trivial cell to its end, in a running kernel.
-
-    At its end the kernel is idle again and has replied: JupyterLab then shows its number.
-    """
-    samples: dict[str, list[float]] = {contender.key: [] for contender in contenders}
+def cells(contenders: Sequence[Contender]) -> Samples:
+    """Run trivial cells in a running kernel; return the seconds until the result, and the end."""
+    samples: Samples = {
+        name: {contender.key: [] for contender in contenders} for name in ("cell_result", "cell")
+    }
     with _servers(contenders) as servers, ExitStack() as stack:
         sockets = {}
         for contender in contenders:
@@ -72,10 +71,10 @@ def cells(contenders: Sequence[Contender]) -> dict[str, list[float]]:
             sockets[contender.key] = stack.enter_context(server.connect(kernel))
         say(f"{CELLS} cells in a running kernel of each")
         for number, contender in rounds(contenders, CELLS, _WARM_CELLS):
-            begin = time.perf_counter()
-            sockets[contender.key].run_to_end(TRIVIAL)
+            result, end = sockets[contender.key].time(TRIVIAL)
             if number >= 0:
-                samples[contender.key].append(time.perf_counter() - begin)
+                samples["cell_result"][contender.key].append(result)
+                samples["cell"][contender.key].append(end)
     return samples
 
 

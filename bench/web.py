@@ -136,13 +136,20 @@ class KernelSocket:
                 break
         return ""
 
-    def run_to_end(self, code: str) -> None:
-        """Run a cell until the kernel is idle again and has replied: its end in JupyterLab."""
-        waiting = {"execute_reply", "idle"}
+    def time(self, code: str) -> tuple[float, float]:
+        """Run a cell; return the seconds until its result, and until its end.
+
+        In JupyterLab a cell ends when the kernel is idle again and has replied.
+        """
+        begin = time.perf_counter()
+        waiting, result = {"execute_reply", "idle"}, 0.0
         for kind, content in self._answers(code):
             waiting -= {kind, content.get("execution_state")}
+            if kind == "execute_result":
+                result = time.perf_counter() - begin
             if not waiting:
-                return
+                break
+        return result, time.perf_counter() - begin
 
     def wait_for_status(self, *wanted: str) -> str:
         """Return the first status (`execution_state`) that is one of these."""
