@@ -82,6 +82,8 @@ def interrupt(keeper, server, kernel):
         ask(server, "POST", f"kernels/{kernel}/interrupt")
         assert "KeyboardInterrupt" in str(endless.exception())
     running.unlink()
+    # After an error a kernel aborts what was sent meanwhile, without a result.
+    until(lambda: run_cell(server, kernel, "1 + 1") == "2", what="the kernel to run cells again")
 
 
 # Zygotes
