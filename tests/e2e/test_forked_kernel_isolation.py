@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import pwd
 import secrets
 import shutil
 import subprocess
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -28,10 +26,9 @@ from kernel_processes import (
     zygote_of,
 )
 from memory import OWN_MEMORY
+from users import USER
 
 pytestmark = pytest.mark.root
-
-USER = f"labkeeper-k{os.getpid()}"
 
 
 # Secrets
@@ -156,27 +153,6 @@ def test_processes_that_fork_kernels_have_no_secrets(servers, wanted):
 
 
 # Users
-
-
-@pytest.fixture(scope="module")
-def passable():
-    """A directory that all users can traverse, unlike those of pytest."""
-    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def user(passable):
-    """A temporary system user for this module."""
-    home = passable / "home"
-    subprocess.run(
-        ["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER],
-        check=True,
-    )
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", "--force", USER], check=True)
 
 
 @pytest.fixture(scope="module")

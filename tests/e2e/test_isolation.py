@@ -5,13 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
-import pwd
 import secrets
 import shutil
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -30,40 +28,11 @@ from harness import (
     until,
 )
 from memory import OWN_MEMORY, hidden
+from users import USER
 
-USER = f"labkeeper-s{os.getpid()}"
 both_launch_methods = pytest.mark.parametrize("launch_by", ["fork", "exec"])
 
 pytestmark = pytest.mark.root
-
-
-@pytest.fixture(scope="module")
-def passable():
-    """A directory that all users can traverse, unlike those of pytest."""
-    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def user(passable):
-    """A temporary system user for this module."""
-    subprocess.run(
-        [
-            "useradd",
-            "--create-home",
-            "--home-dir",
-            passable / "home",
-            "--user-group",
-            "--groups",
-            "users",
-            USER,
-        ],
-        check=True,
-    )
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", "--force", USER], check=True)
 
 
 KEEPER_SECRETS = {

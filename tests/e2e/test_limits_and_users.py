@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pwd
-import shutil
 import subprocess
 import sys
-import tempfile
 import textwrap
 import uuid
 from pathlib import Path
@@ -32,8 +30,8 @@ from harness import (
     until,
 )
 from labkeeper.backends.local import hierarchies, limits
+from users import USER
 
-USER = f"labkeeper-{os.getpid()}"
 CONTROLLERS = (
     {**hierarchies.version_1(), **hierarchies.version_2()} if sys.platform == "linux" else {}
 )
@@ -43,27 +41,6 @@ needs_groups = pytest.mark.skipif(
     not {"memory", "cpu", "pids"} <= CONTROLLERS.keys(),
     reason="needs control groups that can be written",
 )
-
-
-@pytest.fixture(scope="module")
-def passable():
-    """A directory that all users can traverse, unlike those of pytest."""
-    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def user(passable):
-    """A temporary system user for this module."""
-    home = passable / "home"
-    subprocess.run(
-        ["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER],
-        check=True,
-    )
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", "--force", USER], check=True)
 
 
 class LimitingKeeper(PassableKeeper):

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import psutil
@@ -15,8 +11,8 @@ import pytest
 
 from harness import PassableKeeper, forked, until
 from labkeeper.backends.local import hierarchies
+from users import USER
 
-USER = f"labkeeper-k{os.getpid()}"
 CONTROLLERS = (
     {**hierarchies.version_1(), **hierarchies.version_2()} if sys.platform == "linux" else {}
 )
@@ -31,27 +27,6 @@ needs_groups = pytest.mark.skipif(
     not {"memory", "cpu", "pids"} <= CONTROLLERS.keys(),
     reason="needs control groups that can be written",
 )
-
-
-@pytest.fixture(scope="module")
-def passable():
-    """A directory that all users can traverse, unlike those of pytest."""
-    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def user(passable):
-    """A temporary system user, who is in a further group."""
-    home = passable / "home"
-    subprocess.run(
-        ["useradd", "--create-home", "--home-dir", home, "--user-group", "--groups", "users", USER],
-        check=True,
-    )
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", "--force", USER], check=True)
 
 
 class Groupless(PassableKeeper):

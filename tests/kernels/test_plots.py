@@ -5,19 +5,14 @@ from __future__ import annotations
 import base64
 import contextlib
 import json
-import os
-import pwd
-import shutil
-import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
 from harness import PassableKeeper, forked, until
+from users import USER
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2], [3, 5])\nplt.title('Größe $x^2$')\n"
-USER = f"labkeeper-p{os.getpid()}"
 
 
 @pytest.fixture(scope="session")
@@ -150,26 +145,6 @@ def test_directories_of_a_user_are_below_their_home(start_server, start, tmp_pat
     assert str(kernel_servers.keeper.base) not in text
     # It made the cache, not only its name.
     assert (tmp_path / ".cache" / "matplotlib").is_dir()
-
-
-@pytest.fixture(scope="module")
-def passable():
-    """A directory that all users can traverse, unlike those of pytest."""
-    directory = Path(tempfile.mkdtemp(prefix="labkeeper-test-"))
-    directory.chmod(0o755)
-    yield directory
-    shutil.rmtree(directory)
-
-
-@pytest.fixture(scope="module")
-def user(passable):
-    """A temporary system user."""
-    home = passable / "home"
-    subprocess.run(
-        ["useradd", "--create-home", "--home-dir", home, "--user-group", USER], check=True
-    )
-    yield pwd.getpwnam(USER)
-    subprocess.run(["userdel", "--force", USER], check=True)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ import pytest
 from harness import PATIENCE, processes_where
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.commands import loading
-from labkeeper.forkserver.wire import Launch
+from launches import launch_in
 from odd_libraries import FIT, UNFIT, write_odd_libraries
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
@@ -65,25 +65,6 @@ class Loader:
                 wire.send(ours, launch.message(), [log.fileno()])
             ours.settimeout(PATIENCE)
             return wire.receive(ours)[0]
-
-
-def launch_in(directory):
-    return Launch(
-        server_dir=str(directory),
-        title="jupyter-lab (a test)",
-        cwd=str(directory),
-        env={},
-        kernel_env={},
-        umask=0o077,
-        config={},
-        user=None,
-        cgroups=[],
-        rlimits={},
-        encrypt_kernels=False,
-        zygote_cgroups=[],
-        kernels_by="fork",
-        preload=[],
-    )
 
 
 @pytest.fixture

@@ -7,24 +7,7 @@ import os
 import pytest
 
 from labkeeper.forkserver import preload
-from labkeeper.forkserver.wire import Launch
-
-NO_LAUNCH = Launch(
-    server_dir="",
-    title="",
-    cwd="",
-    env={},
-    kernel_env={},
-    umask=0o077,
-    config={},
-    user=None,
-    cgroups=[],
-    rlimits={},
-    encrypt_kernels=False,
-    zygote_cgroups=[],
-    kernels_by="exec",
-    preload=[],
-)
+from launches import launch_in
 
 
 @pytest.mark.parametrize(
@@ -36,5 +19,5 @@ def test_a_rehearsal_ends_with_its_fork_server(monkeypatch, parent, code):
     expected = parent()
     pid = os.fork()
     if pid == 0:
-        preload._perform(NO_LAUNCH, (), -1, expected)
+        preload._perform(launch_in("/"), (), -1, expected)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == code

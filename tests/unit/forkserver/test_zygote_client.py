@@ -11,27 +11,13 @@ from contextlib import closing
 import pytest
 
 from labkeeper.forkserver import wire
-from labkeeper.forkserver.wire import KernelLaunch, Launch
+from labkeeper.forkserver.wire import KernelLaunch
 from labkeeper.forkserver.zygote_client import NoZygoteError, Zygote
+from launches import launch_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
-LAUNCH = Launch(
-    server_dir="/nowhere",
-    title="jupyter-lab (a test)",
-    cwd="/",
-    env={},
-    kernel_env={},
-    umask=0o077,
-    config={},
-    user=None,
-    cgroups=[],
-    rlimits={},
-    encrypt_kernels=False,
-    zygote_cgroups=[],
-    kernels_by="fork",
-    preload=[],
-)
+LAUNCH = launch_in("/nowhere")
 
 
 def receive(connection):

@@ -14,9 +14,9 @@ from jupyter_client.connect import write_connection_file
 
 from harness import alive
 from labkeeper.forkserver import zygote_client, zygote_pool
-from labkeeper.forkserver.wire import Launch
 from labkeeper.forkserver.zygote_client import CannotFork, Zygote
 from labkeeper.forkserver.zygote_pool import Interpreter, ZygotePool, interpreter_of
+from launches import launch_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
@@ -29,22 +29,7 @@ class Server:
 
     def __init__(self, directory):
         self.directory = directory
-        launch = Launch(
-            server_dir=str(directory),
-            title="jupyter-lab (a test)",
-            cwd=str(directory),
-            env={},
-            kernel_env={},
-            umask=0o077,
-            config={},
-            user=None,
-            cgroups=[],
-            rlimits={},
-            encrypt_kernels=False,
-            zygote_cgroups=[],
-            kernels_by="fork",
-            preload=[],
-        )
+        launch = launch_in(directory)
         self.pool = ZygotePool(Zygote(None, launch, NO_FIRST), launch)
         self.kernels = []
 
