@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Optional
 
 _CONFIG_FILES = tuple(
     f"jupyter_{what}config.{kind}" for what in ("", "server_", "lab_") for kind in ("py", "json")
 )
+
+_Stamp = Optional[tuple[int, int, int]]
+"""Time of the last change in nanoseconds, size in bytes, and number of a file, if there is one."""
 
 
 class Freshness:
@@ -18,14 +22,20 @@ class Freshness:
     def __init__(self, files: Iterable[str] = ()) -> None:
         """Record the present state of the disk, and of more files; `settle` when all is loaded."""
         self._since = time.time_ns()
-        self._known = {path: _stamp(path) for path in (*self._places(), *files)}
+        self._known = ""
+        """Each path, and the stamp that it had, with a null character after each.
+
+        A check reads all of them, which for objects of their own means to write to their counts of
+        references. They lie among those of all modules, in memory that is shared with forks.
+        """
+        self._record({path: _stamp(path) for path in (*self._places(), *files)})
 
     def settle(self) -> str | None:
         """Record the files of all modules; return one that changed during loading, or None."""
         changed = self.changed()
         files = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
         stamps = {path: _stamp(path) for path in files if path}
-        self._known = {**stamps, **self._known}
+        self._record(stamps)
         # It may have been written before or after it was loaded. A time in the future proves
         # nothing.
         young = (
@@ -37,7 +47,18 @@ class Freshness:
 
     def changed(self) -> str | None:
         """Return a path that has changed since, or None. Takes about 4 ms."""
-        return next((path for path, stamp in self._known.items() if _stamp(path) != stamp), None)
+        return next((path for path, stamp in self._pairs() if str(_stamp(path)) != stamp), None)
+
+    def _record(self, stamps: Mapping[str, _Stamp]) -> None:
+        self._known += "".join(f"{path}\0{stamp}\0" for path, stamp in stamps.items())
+
+    def _pairs(self) -> Iterator[tuple[str, str]]:
+        begin = 0
+        while begin < len(self._known):
+            middle = self._known.index("\0", begin)
+            end = self._known.index("\0", middle + 1)
+            yield self._known[begin:middle], self._known[middle + 1 : end]
+            begin = end + 1
 
     @staticmethod
     def _places() -> list[str]:
@@ -63,7 +84,7 @@ def _files_in(directory: str) -> list[str]:
         return [directory]
 
 
-def _stamp(path: str) -> tuple[int, int, int] | None:
+def _stamp(path: str) -> _Stamp:
     try:
         found = os.stat(path)
     except OSError:
