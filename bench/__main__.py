@@ -121,21 +121,27 @@ class Bench:
             and len(self._classes) == len(CONTENDERS)
         )
         self._path = chosen.output / ("bench.json" if full else "trial.json")
+        if chosen.resume:
+            self._results = results.resume(self._path, self._results)
+        self._missing = set(chosen.only).difference(self._results["measurements"])
 
     def run(self) -> results.Results:
         """Run the chosen measurements, and save each result as soon as it is known."""
         self._skip_unavailable()
-        chosen, only = self._chosen, set(self._chosen.only)
+        chosen, only = self._chosen, self._missing
         if only & set(lifecycle.NAMES):
             with self._running(self._classes) as running:
-                self._record(
-                    lifecycle.measure(running, chosen.only, chosen.repeats, chosen.warmups)
-                )
+                self._record(lifecycle.measure(running, [*only], chosen.repeats, chosen.warmups))
         self._measure_kernels(only)
-        self._measure_bursts(only)
+        if "burst" in only:
+            repeats = chosen.burst_repeats, min(1, chosen.warmups)
+            self._measure_burst("burst", crowd.CROWD, *repeats)
         self._measure_alone(only)
         if "scrub" in only:
             self._record({"scrub": logs.scrub(self._environments)})
+        if _LONGEST in only:
+            # Last: not everyone can do it each time.
+            self._measure_burst(_LONGEST, crowd.LARGE_CROWD, 1, 0)
         if chosen.cycles:
             leaks = self._measure_each(
                 lambda keeper: cycles.cycles(keeper, chosen.cycles), self._keepers()
@@ -172,16 +178,10 @@ class Bench:
             )
             self._record({"kernel_memory": {"bare": bare, "libraries": loaded}})
 
-    def _measure_bursts(self, only: set[str]) -> None:
-        chosen = self._chosen
-        for name, count, repeats, warmups in (
-            ("burst", crowd.CROWD, chosen.burst_repeats, min(1, chosen.warmups)),
-            (_LONGEST, crowd.LARGE_CROWD, 1, 0),
-        ):
-            if name in only:
-                with self._running(self._classes) as running:
-                    seconds, processor = crowd.burst(running, count, repeats, warmups)
-                self._record({name: seconds, f"{name}_cpu": processor})
+    def _measure_burst(self, name: str, count: int, repeats: int, warmups: int) -> None:
+        with self._running(self._classes) as running:
+            seconds, processor = crowd.burst(running, count, repeats, warmups)
+        self._record({name: seconds, f"{name}_cpu": processor})
 
     def _measure_alone(self, only: set[str]) -> None:
         with_services = [each for each in self._classes if each is not JupyterLab]
@@ -303,6 +303,11 @@ def _parser() -> argparse.ArgumentParser:
         default=0,
         metavar="N",
         help="start and stop N servers, and check for leaks",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="continue a run that failed: keep its results, and measure what it has not",
     )
     parser.add_argument("--strict", action="store_true", help="exit with 1 if a bar is missed")
     parser.add_argument(

@@ -63,6 +63,8 @@ def _machine(results: Results) -> Iterator[str]:
     busy = machine["busy_percent_before"]
     if busy > 10:  # noqa: PLR2004
         yield f"THE MACHINE WAS BUSY before the run ({busy} %): the figures are noisy"
+    for when in results.get("resumed", []):
+        yield f"begun at {results['when']}, resumed at {when}"
     yield ""
 
 

@@ -12,6 +12,8 @@ from typing import Any, Final
 
 import psutil
 
+from progress import BenchError
+
 Results = dict[str, Any]
 FORK: Final = "labkeeper_fork"
 EXEC: Final = "labkeeper_exec"
@@ -38,6 +40,20 @@ def begin(versions: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
         "skipped": {},
         "measurements": {},
     }
+
+
+def resume(path: Path, begun: Results) -> Results:
+    """Return the results of an earlier run, to be continued by the one that has just begun.
+
+    Raises BenchError if there is none, or if the two could not be compared.
+    """
+    if not path.exists():
+        raise BenchError(f"there is no run to resume: {path.name} does not exist")
+    earlier = load(path)
+    for what in ("schema", "packages", "options"):
+        if earlier[what] != begun[what]:
+            raise BenchError(f"cannot resume {path.name}: it has other {what}: {earlier[what]}")
+    return earlier | {"resumed": [*earlier.get("resumed", []), begun["when"]]}
 
 
 def ours(results: Results) -> str:
