@@ -9,6 +9,7 @@ import http.client
 import itertools
 import json
 import socket
+import struct
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,6 +25,8 @@ TIMEOUT: Final = 600.0
 OK: Final = 200
 CREATED: Final = 201
 NO_CONTENT: Final = 204
+_PROTOCOL: Final = "v1.kernel.websocket.jupyter.org"
+"""The subprotocol that JupyterLab asks for: a table of offsets, and the parts of a message."""
 _PORTS: Final = itertools.cycle(range(20000, 30000))
 """Below Linux's ephemeral ports, so that no outgoing connection takes a port before its use."""
 
@@ -116,7 +119,10 @@ class KernelSocket:
     def __init__(self, url: str, authorization: str, kernel: str) -> None:
         channels = f"{url}api/kernels/{kernel}/channels".replace("http", "ws", 1)
         self._stream = websocket.create_connection(
-            channels, header=[f"Authorization: {authorization}"], timeout=TIMEOUT
+            channels,
+            header=[f"Authorization: {authorization}"],
+            subprotocols=[_PROTOCOL],
+            timeout=TIMEOUT,
         )
         self._session = uuid.uuid4().hex
 
@@ -161,14 +167,14 @@ class KernelSocket:
 
     def _receive(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._stream.recv()))
+            return _unframed(self._stream.recv_data()[1])
         except websocket.WebSocketException as error:
             raise BenchError(f"a kernel is lost: {error}") from error
 
     def _answers(self, code: str) -> Iterator[tuple[str, dict[str, Any]]]:
         """Send a cell; yield type and content of the messages that answer it."""
         number = uuid.uuid4().hex
-        self._stream.send(json.dumps(_cell(number, self._session, code)))
+        self._stream.send_binary(_cell(number, self._session, code))
         while True:
             message = self._receive()
             if message["parent_header"].get("msg_id") != number:
@@ -179,7 +185,8 @@ class KernelSocket:
             yield kind, content
 
 
-def _cell(number: str, session: str, code: str) -> dict[str, Any]:
+def _cell(number: str, session: str, code: str) -> bytes:
+    """Return the frame that requests a cell."""
     header = {
         "msg_id": number,
         "msg_type": "execute_request",
@@ -194,11 +201,23 @@ def _cell(number: str, session: str, code: str) -> dict[str, Any]:
         "user_expressions": {},
         "allow_stdin": False,
     }
+    parent_header: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}
+    parts = [
+        b"shell",
+        *(json.dumps(part).encode() for part in (header, parent_header, metadata, content)),
+    ]
+    # The numbers of 8 bytes are their count, the offset of each part, and that of the end.
+    offsets = itertools.accumulate(map(len, parts), initial=8 * (len(parts) + 2))
+    return struct.pack(f"<{len(parts) + 2}Q", len(parts) + 1, *offsets) + b"".join(parts)
+
+
+def _unframed(frame: bytes) -> dict[str, Any]:
+    """Return header, parent header and content of a message."""
+    (count,) = struct.unpack_from("<Q", frame)
+    offsets = struct.unpack_from(f"<{count}Q", frame, 8)
+    places = {"header": 1, "parent_header": 2, "content": 4}
     return {
-        "header": header,
-        "parent_header": {},
-        "metadata": {},
-        "content": content,
-        "channel": "shell",
-        "buffers": [],
+        name: json.loads(frame[offsets[place] : offsets[place + 1]])
+        for name, place in places.items()
     }
