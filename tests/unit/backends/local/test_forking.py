@@ -29,11 +29,11 @@ from labkeeper.core.server import Exit, Progress
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver import wire
 from labkeeper.forkserver.marks import MARK
-from labkeeper.forkserver.wire import Launch
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.config import base_config, base_environment
 from labkeeper.jupyter.records import read_info
 from labkeeper.threads import ThreadGroup
+from launches import launch_in
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forking needs Linux")
 
@@ -103,21 +103,14 @@ class Rig:
         self.count += 1
         server_dir = self.base / "run" / (name or f"server{self.count}")
         (server_dir / "jupyter").mkdir(parents=True)
-        return Launch(
-            server_dir=str(server_dir),
+        return replace(
+            launch_in(server_dir),
             title=f"jupyter-lab (server '{server_dir.name}')",
             cwd=str(self.base / "nowhere"),
             env={**self.environment, MARK: str(server_dir)},
-            kernel_env={},
             umask=0o022,
             config=base_config(),
-            user=None,
-            cgroups=[],
-            rlimits={},
-            encrypt_kernels=False,
-            zygote_cgroups=[],
             kernels_by="exec",
-            preload=[],
         )
 
     def lasting(self):

@@ -17,7 +17,8 @@ from harness import until
 from labkeeper.backends.local.launching import Launcher, ReportPipe, exit_of
 from labkeeper.core.server import Exit
 from labkeeper.forkserver.marks import MARK
-from labkeeper.forkserver.wire import LARGEST, Launch, WireError
+from labkeeper.forkserver.wire import LARGEST, WireError
+from launches import launch_in
 
 
 @pytest.fixture
@@ -114,21 +115,11 @@ def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_
     """Its launch is invalid on purpose, so that it ends at once."""
     python = sys.executable if interpreter == "its own" else "/usr/bin/python3"
     server_dir = tmp_path / "server"
-    launch = Launch(
-        server_dir=str(server_dir),
-        title="jupyter-lab",
+    launch = replace(
+        launch_in(server_dir),
         cwd=str(tmp_path / "nowhere"),
         env={MARK: str(server_dir), "PATH": os.environ["PATH"]},
-        kernel_env={},
-        umask=0o022,
-        config={},
-        user=None,
-        cgroups=[],
-        rlimits={},
-        encrypt_kernels=False,
-        zygote_cgroups=[],
         kernels_by="exec",
-        preload=[],
     )
     with (tmp_path / "log").open("wb") as log:
         launched = Launcher(python, None, "forking is turned off here").launch(launch, log.fileno())
@@ -147,7 +138,7 @@ def test_a_server_that_cannot_be_forked_is_executed_and_the_reason_reported(tmp_
     launched.report.close()
 
 
-ANY = Launch("", "", "/", {}, {}, 0o022, {}, None, [], {}, False, [], "exec", [])
+ANY = launch_in("/")
 FAILURES = {
     "an interpreter that does not exist": ("/no-python", ANY, FileNotFoundError),
     "a control group that does not exist": (
