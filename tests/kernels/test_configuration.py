@@ -171,10 +171,10 @@ while answer is None:
         time.sleep(0.05)
 answer
 """
-"""Ask as soon as somebody hears it.
+"""Ask once the server can hear the question.
 
-The server's sockets to a kernel that did not listen yet connect one after the other, some 0.1 s
-apart. Without the option, ZeroMQ drops a question that comes before the one for questions.
+The sockets of a server whose kernel did not listen at first connect at different times, tenths of a
+second apart. Without the option, ZeroMQ drops a question if the socket for it is not connected yet.
 """
 
 
