@@ -140,7 +140,7 @@ class Bench:
         if "scrub" in only:
             self._record({"scrub": logs.scrub(self._environments)})
         if _LONGEST in only:
-            # Last: not everyone can do it each time.
+            # Last, because a contender may fail in it, as JupyterHub has.
             self._measure_burst(_LONGEST, crowd.LARGE_CROWD, 1, 0)
         if chosen.cycles:
             leaks = self._measure_each(

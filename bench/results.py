@@ -45,13 +45,16 @@ def begin(versions: Mapping[str, Any], options: Mapping[str, Any]) -> Results:
 def resume(path: Path, begun: Results) -> Results:
     """Return the results of an earlier run, to be continued by the one that has just begun.
 
-    Raises BenchError if there is none, or if the two could not be compared.
+    Raises BenchError if there is none, or if machine, packages or options differ.
     """
     if not path.exists():
         raise BenchError(f"there is no run to resume: {path.name} does not exist")
     earlier = load(path)
-    for what in ("schema", "packages", "options"):
-        if earlier[what] != begun[what]:
+    busy = "busy_percent_before"
+    same_machine = begun["machine"] | {busy: earlier["machine"][busy]}
+    expected = begun | {"machine": same_machine}
+    for what in ("schema", "machine", "packages", "options"):
+        if earlier[what] != expected[what]:
             raise BenchError(f"cannot resume {path.name}: it has other {what}: {earlier[what]}")
     return earlier | {"resumed": [*earlier.get("resumed", []), begun["when"]]}
 
