@@ -25,8 +25,8 @@ class Freshness:
         self._known = ""
         """Each path, and the stamp that it had, with a null character after each.
 
-        A check reads all of them, which for objects of their own means to write to their counts of
-        references. They lie among those of all modules, in memory that is shared with forks.
+        One string, because a check of many objects writes to the reference count of each, and these
+        lie among the objects of all modules, in memory pages that forks share.
         """
         self._record({path: _stamp(path) for path in (*self._places(), *files)})
 

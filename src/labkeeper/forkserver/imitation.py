@@ -65,7 +65,7 @@ class _Shell(_Thing):
 
 @contextlib.contextmanager
 def imitated_kernel(kernel_env: Mapping[str, str], argv: Sequence[str]) -> Iterator[Imitation]:
-    """Give modules that are imported in the block what they would find in a kernel.
+    """Show modules that are imported in the block what they would find in a kernel.
 
     `kernel_env` are the variables that a kernel sets for itself, `argv` is its command line.
     """
@@ -113,7 +113,7 @@ def _singletons(imitation: Imitation) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _encoding() -> Iterator[None]:
-    """Give standard output its encoding in a kernel, of which pandas makes an option."""
+    """Give standard output the encoding that it has in a kernel: pandas copies it to an option."""
     stream: Any = sys.stdout
     usual = {"encoding": stream.encoding, "errors": stream.errors}
     stream.reconfigure(encoding="UTF-8", errors=stream.errors)
