@@ -54,6 +54,8 @@ class Services:
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
     """Returns a server's last usage sample without blocking."""
     advertised_host: str | None = None
+    base_path: str = ""
+    """Path below which the edge serves each Lab by its name; none: there is no edge."""
     start_wait: float = 65.0
     """Default wait for a start."""
     stop_wait: float = 15.0

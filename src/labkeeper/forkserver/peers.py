@@ -22,19 +22,20 @@ def credentials(connection: socket.socket) -> tuple[int, int, int]:
     return pid, uid, gid
 
 
-def check(connection: socket.socket) -> None:
+def check(connection: socket.socket, keeper: int, server_dirs: str) -> None:
     """Raise PermissionError unless the peer is a keeper.
 
-    A keeper runs as the same user and does not descend from a server. May raise other OSErrors.
+    A keeper runs as the user `keeper` and does not descend from one of its servers, whose private
+    directories are below `server_dirs`. May raise other OSErrors.
     """
     pid, uid, _ = credentials(connection)
-    if uid != os.geteuid():
+    if uid != keeper:
         raise PermissionError(f"process {pid} belongs to user {uid}")
     # Descendants of a forked server stay below this process, their subreaper; those of an executed
     # one carry the mark, or their parents do. An ended process is refused too.
     asks = pid
     while pid > 1:
-        size, marked = _environment(pid)
+        size, marked = _environment(pid, server_dirs)
         if pid == asks and size == 0:
             raise PermissionError(f"process {pid} has cleared its environment")
         if pid == os.getpid() or marked:
@@ -42,8 +43,8 @@ def check(connection: socket.socket) -> None:
         pid = stat(pid).parent
 
 
-def _environment(pid: int) -> tuple[int | None, bool]:
-    """Return an environment's size in bytes and whether it has the mark; None, False if hidden.
+def _environment(pid: int, server_dirs: str) -> tuple[int | None, bool]:
+    """Return an environment's size in bytes and whether it has a mark; None, False if hidden.
 
     A keeper hides its own from all but root (`privileges.hide`), and its parent may be another
     user's. The bytes read do not stay: freed memory would be inherited by children, and they hold
@@ -62,11 +63,6 @@ def _environment(pid: int) -> tuple[int | None, bool]:
                 end += count
             if end == _LARGEST:
                 raise OSError(f"process {pid} has too large an environment")
-            return end - 1, memory.find(os.fsencode(f"\0{MARK}={_server_dirs()}/"), 0, end) >= 0
+            return end - 1, memory.find(os.fsencode(f"\0{MARK}={server_dirs}/"), 0, end) >= 0
     except PermissionError:
         return None, False
-
-
-def _server_dirs() -> str:
-    """Return the keeper's runtime directory; a keeper may itself run in another keeper's server."""
-    return os.path.dirname(os.path.dirname(os.getcwd()))

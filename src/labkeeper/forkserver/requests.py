@@ -44,9 +44,14 @@ def accept(listener: socket.socket) -> Request | None:
         print(f"[labkeeper] cannot accept: {error}", file=sys.stderr, flush=True)
         return None
     try:
-        peers.check(connection)
+        peers.check(connection, os.geteuid(), _server_dirs())
         return Request(connection, *wire.receive(connection, within=REQUEST_SECONDS))
     except (OSError, WireError, EOFError) as error:
         print(f"[labkeeper] refused a request: {error!r}", file=sys.stderr, flush=True)
         connection.close()
         return None
+
+
+def _server_dirs() -> str:
+    """Return the keeper's runtime directory; a keeper may itself run in another keeper's server."""
+    return os.path.dirname(os.path.dirname(os.getcwd()))

@@ -48,13 +48,15 @@ def launch_config(
     token: str,
     port: int,
     ca_bundle: Path | None,
+    base_path: str = "",
     certificate: tuple[Path, Path] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the configuration of one launch, by section. It holds secrets.
 
     It takes precedence over all configuration files, and the keeper's own values over the requested
-    options. With a certificate and key the server uses TLS; Tornado reads the files at each
-    connection, so renewed ones take effect at once.
+    options. With a `base_path`, such as `/servers/`, the server is behind a proxy that serves it
+    below that path and its name, by any host name. With a certificate and key the server uses TLS;
+    Tornado reads the files at each connection, so renewed ones take effect at once.
     """
     sections = _sections(spec.jupyter_options)
     for section, values in base_config().items():
@@ -65,14 +67,24 @@ def launch_config(
         ip=spec.ip,
         port=port,
         root_dir=spec.root_dir,
-        base_url=spec.base_url,
+        base_url=base_url(spec, base_path),
         default_url=spec.default_url,
     )
+    if base_path:
+        # The proxy passes on the host name that its client used, and has checked it.
+        sections["ServerApp"]["allow_remote_access"] = True
     if certificate is not None:
         sections["ServerApp"].update(certfile=str(certificate[0]), keyfile=str(certificate[1]))
     if spec.gateway is not None:
         sections["GatewayClient"] = _gateway_settings(spec.gateway, spec.kernel_env, ca_bundle)
     return dict(sections)
+
+
+def base_url(spec: ServerSpec, base_path: str) -> str:
+    """Return the base_url of a server behind a proxy that serves it below `base_path`."""
+    if not base_path:
+        return spec.base_url
+    return f"{base_path}{spec.qualified_name}/{spec.base_url.lstrip('/')}"
 
 
 def _sections(options: Mapping[str, Any]) -> defaultdict[str, dict[str, Any]]:

@@ -6,9 +6,10 @@ import contextlib
 import functools
 import gc
 import os
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 
 import structlog
 
@@ -19,6 +20,8 @@ from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import VERSION, assemble
+from labkeeper.serve.edge.instances import Instances
+from labkeeper.serve.edge.supervisor import Edge, running
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
 from labkeeper.serve.policies import longest_stop
@@ -53,13 +56,21 @@ def run(
         token = _token(chosen)
         scrub.KEEPER.learn(lambda: _own_secrets(chosen, token))
         certificate = _certificate(chosen)
-        listener = stack.enter_context(listen(chosen.host, chosen.port))
+        edge = stack.enter_context(_edge(chosen))
+        listener = listen(chosen.host, chosen.port) if edge is None else edge.public
+        stack.enter_context(listener)
         url = url_of(listener, "http" if certificate is None else "https")
         unix_socket = stack.enter_context(local_socket(discovery.socket_path(chosen.state_dir)))
-        sockets = [listener] if unix_socket is None else [listener, unix_socket]
+        own = [listener] if edge is None else []
         with _start_errors():
             keeper = assemble(
-                chosen, token, stack, sockets=sockets, certificate=certificate, url=url
+                chosen,
+                token,
+                stack,
+                sockets=[*own, *([] if unix_socket is None else [unix_socket])],
+                edge=edge,
+                certificate=certificate,
+                url=url,
             )
         path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
         stack.enter_context(address(chosen.state_dir, url, path))
@@ -79,6 +90,21 @@ def run(
         ended.wait()
         tell_systemd("STOPPING=1")
         return _stop(keeper, chosen, announce)
+
+
+def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
+    """Return the edge, as a context in which it runs; None if it is off. Raises SettingsError."""
+    if chosen.edge == "off":
+        return contextlib.nullcontext()
+    if sys.platform != "linux":
+        raise SettingsError("LABKEEPER_EDGE=on requires Linux")
+    if chosen.certificate is not None:
+        raise SettingsError(
+            "the edge cannot use TLS yet: set LABKEEPER_EDGE=off, "
+            "or unset LABKEEPER_CERT_FILE and LABKEEPER_KEY_FILE"
+        )
+    instances = Instances(chosen.state_dir, chosen.server_dirs, (chosen.host, chosen.port))
+    return running(instances, listen, ends=lambda: chosen.on_exit == "stop")
 
 
 def _certificate(chosen: Settings) -> Certificate | None:

@@ -26,6 +26,7 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Subscriber
 from labkeeper.culler import Culler
+from labkeeper.edge.routes import LABS
 from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of
 from labkeeper.gateways.client import GatewayClient
@@ -44,6 +45,7 @@ from labkeeper.metrics.collector import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests.servers import Defaults
+from labkeeper.serve.edge.supervisor import Edge
 from labkeeper.serve.policies import cull_policy, limits, longest_stop, policy
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
@@ -59,6 +61,7 @@ def assemble(
     stack: ExitStack,
     *,
     sockets: Sequence[socket.socket],
+    edge: Edge | None,
     certificate: Certificate | None,
     url: str,
 ) -> Keeper:
@@ -82,11 +85,15 @@ def assemble(
         watch.changed,
         history.event_log.changed,
         culler.changed,
+        # Before those who wait for a server: they may use its route at once.
+        *([] if edge is None else [edge.changed]),
         base.board.wake,
     )
     keeper = _keeper(chosen, base, backend, preflight, subscribers)
     stack.callback(keeper.close)
     keeper.start()
+    if edge is not None:
+        edge.supervise(base.threads)
     watch.start()
     sampler = Sampler(
         backend,
@@ -109,7 +116,7 @@ def assemble(
         token=token,
         url=url,
     )
-    _serve(chosen, services, stack, sockets, certificate)
+    _serve(chosen, services, stack, sockets=sockets, edge=edge, certificate=certificate)
     # Before the server, whose closing waits for streamed answers.
     stack.callback(history.event_log.close)
     return keeper
@@ -248,6 +255,7 @@ def _backend(
         umask=int(chosen.umask, 8),
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
+        base_path=_base_path(chosen),
         certificate=chosen.lab_certificate,
     )
     return LocalBackend(
@@ -328,11 +336,16 @@ def _services(
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,
+        base_path=_base_path(chosen),
         start_wait=chosen.start_timeout + longest_stop(chosen),
         stop_wait=longest_stop(chosen),
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
     )
+
+
+def _base_path(chosen: Settings) -> str:
+    return LABS if chosen.edge == "on" else ""
 
 
 def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Sequence[Authenticator]:
@@ -357,7 +370,9 @@ def _serve(
     chosen: Settings,
     services: Services,
     stack: ExitStack,
+    *,
     sockets: Sequence[socket.socket],
+    edge: Edge | None,
     certificate: Certificate | None,
 ) -> None:
     server = WsgiServer(
@@ -365,6 +380,7 @@ def _serve(
         sockets,
         threads=chosen.threads,
         max_body=chosen.max_body,
+        behind_proxy=None if edge is None else stack.enter_context(edge.upstream()),
         certificate=certificate,
         knows=services.may_know,
         fit=services.concurrency.resize,

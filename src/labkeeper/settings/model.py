@@ -44,6 +44,14 @@ class Settings(BaseModel):
         ),
     )
     port: Port = Field(8000, description="Port of the API.")
+    edge: Literal["on", "off"] = Field(
+        "off",
+        description=(
+            "`on`: a process of its own, the edge, listens on that address, also while the keeper "
+            "restarts, and Labs are below it, at `/servers/NAME/`. `off`: the keeper listens "
+            "itself, and each Lab on its own port only. Requires Linux."
+        ),
+    )
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
         description=(

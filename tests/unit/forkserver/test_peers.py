@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LISTEN = (
     OWN_MEMORY
     + """
-import socket, sys
+import os, socket, sys
 from labkeeper.forkserver import peers
 
 listener = socket.socket(socket.AF_UNIX)
@@ -25,7 +25,7 @@ listener.bind(sys.argv[1])
 listener.listen()
 print("listening", flush=True)
 connection, _ = listener.accept()
-peers.check(connection)
+peers.check(connection, os.geteuid(), os.getcwd())
 wanted = [re.compile(pattern.encode()) for pattern in sys.argv[2:]]
 print([any(pattern.search(content) for _, content in own_memory()) for pattern in wanted])
 """

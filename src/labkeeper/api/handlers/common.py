@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any, Final
+from urllib.parse import urlsplit
 
 from flask import Response, g, request
 from pydantic import BaseModel
@@ -27,6 +28,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import Owner
+from labkeeper.identity.peers import PEER
 from labkeeper.runtime import Watch
 from labkeeper.schema.answers.servers import Server
 from labkeeper.schema.queries import ServerPath
@@ -143,9 +145,20 @@ def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
     return f"{lab_root(services, endpoint)}{page}{query}{mark}{fragment}"
 
 
+def public_url(services: Services) -> str:
+    """Return the URL, without a path, by which the caller reached the keeper, or could reach it."""
+    return services.url if PEER in request.environ else request.host_url.rstrip("/")
+
+
 def lab_root(services: Services, endpoint: Endpoint) -> str:
-    """Return the Lab's URL, with the host name of the request if the Lab listens there too."""
+    """Return the Lab's URL: below the keeper's, or the Lab's own.
+
+    The latter has the host name of the request if the Lab listens there too.
+    """
     host = services.advertised_host
+    if services.base_path and endpoint.base_url.startswith(services.base_path):
+        url = urlsplit(public_url(services))
+        return addresses.url(url.scheme, host or url.hostname or "", url.port, endpoint.base_url)
     if host is None:
         bound = endpoint.hostname
         # Over the Unix socket the request may have no host name.

@@ -9,13 +9,18 @@ from urllib.parse import quote
 
 from flask import Response, request
 
-from labkeeper.api.handlers.common import Answer, find_server, json_answer, lab_root
+from labkeeper.api.handlers.common import (
+    Answer,
+    find_server,
+    json_answer,
+    lab_root,
+    public_url,
+)
 from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
 from labkeeper.core.errors import (
     Conflict,
 )
-from labkeeper.identity.peers import PEER
 from labkeeper.schema.answers.access import Link
 from labkeeper.schema.queries import (
     ServerPath,
@@ -47,9 +52,9 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
     ticket = services.links.make(
         snapshot.qualified_name, snapshot.generation, page, lifetime=body.expires_in
     )
-    base = services.url if PEER in request.environ else request.host_url.rstrip("/")
+    url = f"{public_url(services)}/open/{ticket}"
     expires_at = format_time(time.time() + body.expires_in)
-    return json_answer(Link(url=f"{base}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
+    return json_answer(Link(url=url, expires_at=expires_at), HTTPStatus.CREATED)
 
 
 def open_link(services: Services, path: TicketPath) -> Response:

@@ -44,6 +44,12 @@ _HIGH_WATER: Final = 2 * 1024 * 1024
 _UNSENT: Final = 128 * 1024
 """Bytes that the kernel buffers beyond what it can send. With more, slow readers would not show."""
 
+_PROXIED: Final[dict[str, Any]] = {
+    "trusted_proxy": "localhost",  # waitress' name for the peer of a Unix socket
+    "trusted_proxy_count": 1,
+    "trusted_proxy_headers": {"x-forwarded-for", "x-forwarded-proto"},
+}
+
 Knows = Callable[[str | None, Peer | None], bool]
 
 _log = structlog.get_logger("labkeeper.api")
@@ -59,11 +65,15 @@ class WsgiServer:
         *,
         threads: int,
         max_body: int,
+        behind_proxy: socket.socket | None = None,
         certificate: Certificate | None = None,
         knows: Knows = lambda _authorization, _peer: True,
         fit: Callable[[int], None] = lambda _: None,
     ) -> None:
         """With a certificate it speaks TLS, except on Unix sockets.
+
+        `behind_proxy` is a further Unix socket, for our own proxy: its peer is not identified, and
+        its headers about the client are trusted.
 
         `knows` decides without blocking, from the Authorization header and the peer, whether to
         keep a body; the application is called in any case. `fit` is called with the possible number
@@ -80,8 +90,9 @@ class WsgiServer:
                 certificate=certificate,
                 knows=knows,
                 max_body=max_body,
+                is_proxied=listener is behind_proxy,
             )
-            for listener in sockets
+            for listener in (*sockets, *([] if behind_proxy is None else [behind_proxy]))
         ]
         self._thread = threading.Thread(target=self._doors[0].run, name="wsgi", daemon=True)
 
@@ -134,8 +145,10 @@ class _Door(BaseWSGIServer):
         certificate: Certificate | None,
         knows: Knows,
         max_body: int,
+        is_proxied: bool,
     ) -> None:
         self.knows = knows
+        self._is_proxied = is_proxied
         self._is_unix = listener.family == socket.AF_UNIX
         self._certificate = None if self._is_unix else certificate
         self._places = _connection_limit()
@@ -153,6 +166,7 @@ class _Door(BaseWSGIServer):
             asyncore_use_poll=True,
             clear_untrusted_proxy_headers=True,
             ident=None,
+            **(_PROXIED if is_proxied else {}),
         )
         known = (listener.family, listener.type, listener.proto, listener.getsockname())
         super().__init__(
@@ -243,7 +257,7 @@ class _Door(BaseWSGIServer):
         except OSError:
             connection.close()
             raise
-        if self._is_unix:
+        if self._is_unix and not self._is_proxied:
             channel.peer = identify(connection)
 
     def _to_give(self) -> int:

@@ -16,7 +16,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any, Final
 
 import structlog
 
+from labkeeper import unix_sockets
 from labkeeper.backends.local.cleanup import end_leftovers, end_with_all_below
 from labkeeper.backends.local.limits import ControlGroups
 from labkeeper.backends.local.logs import LogFile
@@ -59,6 +60,7 @@ _END_WITHIN: Final = 1.0
 _LONGEST_NAME: Final = 63
 """Maximum length of a server's name (RFC 1123)."""
 _REHEARSAL_DIR: Final = "rehearsal"
+_SOCKET: Final = "socket"
 
 _log = structlog.get_logger("labkeeper.backends.local.forkserver")
 
@@ -163,7 +165,7 @@ class ForkServers:
         write_private(directory / REHEARSAL, json.dumps(self._rehearsal(server_dir).message()))
         self._log.rotate()
         headline = f"[labkeeper] a fork server loads, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-        with _listener(directory) as listener, self._log.open(headline) as log:
+        with unix_sockets.listen(directory, _SOCKET) as listener, self._log.open(headline) as log:
             child = subprocess.Popen(  # noqa: S603 - the interpreter is a setting; no piece comes from a shell
                 [self._python, PROGRAM, "fork", str(listener.fileno())],
                 cwd=directory,
@@ -335,38 +337,6 @@ def _sweep_rehearsal(directory: Path, groups: ControlGroups) -> None:
     shutil.rmtree(directory / _REHEARSAL_DIR, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _new_socket(directory: Path) -> Iterator[tuple[socket.socket, str]]:
-    """Yield a socket, and a fork server's address for it; if the block raises, close the socket.
-
-    The address is a path within the limit of Unix socket addresses, 107 bytes.
-    """
-    created = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
-        try:
-            yield created, f"/proc/self/fd/{descriptor}/socket"
-        finally:
-            os.close(descriptor)
-    except OSError:
-        created.close()
-        raise
-
-
-def _listener(directory: Path) -> socket.socket:
-    """Return a listening socket for a fork server, accessible to its user only. Raises OSError."""
-    with _new_socket(directory) as (listener, path):
-        listener.bind(path)
-        Path(path).chmod(0o600)
-        # The fork server listens again. Until then its keeper can already connect, and waits for an
-        # answer.
-        listener.listen()
-        return listener
-
-
 def connect(directory: Path) -> socket.socket:
     """Connect to a fork server. Raises OSError."""
-    with _new_socket(directory) as (connection, path):
-        connection.settimeout(_ANSWER_WITHIN)
-        connection.connect(path)
-        return connection
+    return unix_sockets.connect(directory, _SOCKET, timeout=_ANSWER_WITHIN)

@@ -30,5 +30,7 @@ class LocalOptions:
     """Size at which a server's log is rotated."""
     echo_logs: bool = False
     """Whether the logs of servers are repeated in the keeper's own."""
+    base_path: str = ""
+    """Path below which a proxy of ours serves each server by its name, such as `/servers/`."""
     certificate: tuple[Path, Path] | None = None
     """Certificate and key with which servers use TLS."""

@@ -24,7 +24,7 @@ from labkeeper.core.server import FailureClass, Progress, Stage
 from labkeeper.core.spec import ServerSpec
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.wire import Launch
-from labkeeper.jupyter.config import launch_config, launch_environment
+from labkeeper.jupyter.config import base_url, launch_config, launch_environment
 from labkeeper.scrub import TOKEN_BYTES
 
 
@@ -97,6 +97,7 @@ class Starter:
             token=token,
             port=port,
             ca_bundle=bundle,
+            base_path=self.sites.options.base_path,
             certificate=self.sites.options.certificate,
         )
         return Launch(
@@ -135,7 +136,7 @@ class Starter:
             asked=Asked(
                 hostname=spec.ip,
                 port=port,
-                base_url=spec.base_url,
+                base_url=base_url(spec, self.sites.options.base_path),
                 secure=self.sites.options.certificate is not None,
             ),
         )

@@ -1,0 +1,290 @@
+"""One connection of a client: reads its requests one after the other, and limits its time."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+import uuid
+from http import HTTPStatus
+from typing import Final
+
+from labkeeper.edge import answers
+from labkeeper.edge.exchange import Exchange
+from labkeeper.edge.heads import (
+    END,
+    REQUEST_LIMIT,
+    BadHead,
+    Request,
+    check_start,
+    header,
+    read_request,
+)
+from labkeeper.edge.proxy import Proxy
+from labkeeper.edge.routes import server_of
+from labkeeper.edge.upstream import Target, Upstream
+
+PROBE: Final = b"/edge/healthz"
+"""The path of the edge's own probe; it says nothing about the keeper."""
+_REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+"""As the keeper accepts it."""
+
+
+class Client(asyncio.Protocol):
+    """A client's connection."""
+
+    def __init__(self, proxy: Proxy) -> None:
+        self.deadline = math.inf
+        self._proxy = proxy
+        self._transport: asyncio.Transport
+        self._input = b""
+        """What has arrived and was not read yet."""
+        self._scanned = 0
+        """How much of it was searched for the end of a head."""
+        self._exchange: Exchange | None = None
+        self._upstream: Upstream | None = None
+        """Kept for the next request."""
+        self._blocked = False
+        """Whether its peer does not read the answer fast enough."""
+        self._lingers = False
+        """Whether it only waits until its peer has read the last answer."""
+
+    # Called by asyncio
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See asyncio."""
+        self._transport = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
+        self._transport.set_write_buffer_limits(high=self._proxy.limits.untaken)
+        if not self._proxy.enter(self):
+            self._transport.abort()
+            return
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """See asyncio."""
+        if self._lingers:
+            return
+        self._input = self._input + data if self._input else data
+        self.go_on()
+
+    def connection_lost(self, _error: Exception | None) -> None:
+        """See asyncio."""
+        self._proxy.leave(self)
+        exchange, self._exchange = self._exchange, None
+        if exchange is not None:
+            exchange.abort()
+        self._drop_upstream()
+
+    def pause_writing(self) -> None:
+        """See asyncio."""
+        self._blocked = True
+        self._set_deadline()
+        if self._exchange is not None:
+            self._exchange.pause_answer()
+
+    def resume_writing(self) -> None:
+        """See asyncio."""
+        self._blocked = False
+        self._set_deadline()
+        if self._exchange is not None:
+            self._exchange.resume_answer()
+        self.go_on()
+
+    # Requests
+
+    def go_on(self) -> None:
+        """Read as much of the input as possible."""
+        while self._input and not self._lingers:
+            if self._exchange is None:
+                if self._blocked or not self._read_head():
+                    break
+            elif self._exchange.wants_body:
+                self._input = self._exchange.receive_body(self._input)
+                self._set_deadline()
+            else:
+                break
+        self.pace()
+
+    def pace(self) -> None:
+        """Stop reading the connection while its input cannot be passed on."""
+        if self._transport.is_closing():
+            return
+        if self._exchange is not None and len(self._input) > self._proxy.limits.ahead:
+            self._transport.pause_reading()
+        else:
+            self._transport.resume_reading()
+
+    def _read_head(self) -> bool:
+        """Begin the next request; return whether its head was complete."""
+        since = self._scanned
+        end = self._input.find(END, max(0, since - len(END))) + len(END)
+        try:
+            if end < len(END):
+                check_start(self._input, REQUEST_LIMIT, since)
+                if since == 0:
+                    self._set_deadline()
+                self._scanned = len(self._input)
+                return False
+            head, self._input, self._scanned = self._input[:end], self._input[end:], 0
+            check_start(head, REQUEST_LIMIT)
+            request = read_request(head)
+        except BadHead as error:
+            self.refuse(answers.problem(error.status, f"cannot accept the request: {error.reason}"))
+            return False
+        self._begin(request)
+        return True
+
+    def _begin(self, request: Request) -> None:
+        """Answer a request of our own, or begin an exchange."""
+        self._proxy.waiting.pop(self, None)
+        path = request.path
+        close = (
+            not request.keep_alive
+            or self._proxy.draining
+            or request.length != 0
+            or request.method == b"HEAD"
+        )
+        if path == PROBE:
+            self._answer(answers.healthy(close=close), close=close)
+            return
+        found = server_of(path)
+        if found is not None and found[1]:
+            query = request.target[len(path) :]
+            self._answer(answers.redirect(path + b"/" + query, close=close), close=close)
+            return
+        sent = header(request.headers, b"x-request-id") or b""
+        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
+        server = None if found is None else found[0]
+        self._exchange = Exchange(self, self._proxy, request, server, id_)
+        self._set_deadline()
+        self._exchange.begin()
+
+    def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers that tell the other side about this client."""
+        peer = self._transport.get_extra_info("peername")
+        address = peer[0] if isinstance(peer, tuple) else "localhost"
+        return [
+            (b"x-forwarded-for", address.encode()),
+            (b"x-forwarded-proto", b"http"),
+            (b"x-request-id", id_.encode()),
+        ]
+
+    # Connections to the other side
+
+    def kept_upstream(self, target: Target) -> Upstream | None:
+        """Return the kept connection if it leads to a target, and close it if it does not."""
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None and (upstream.target != target or not upstream.idle):
+            upstream.abort()
+            return None
+        return upstream
+
+    def rest(self, since: float) -> None:
+        """Close the kept connection if it was not used since."""
+        if self._upstream is not None and self._upstream.idle_since < since:
+            self._drop_upstream()
+
+    def _drop_upstream(self) -> None:
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+
+    # Answers
+
+    def write(self, data: bytes) -> None:
+        """Send a part of an answer."""
+        self._transport.write(data)
+
+    def _answer(self, answer: bytes, *, close: bool) -> None:
+        self._transport.write(answer)
+        if close:
+            self._linger()
+        else:
+            self._wait()
+
+    def refuse(self, answer: bytes) -> None:
+        """Send an answer after which the connection is closed."""
+        self._exchange = None
+        self._answer(answer, close=True)
+
+    def end_exchange(self, upstream: Upstream | None, *, close: bool) -> None:
+        """Go on after an answer; keep the connection that it came over."""
+        self._exchange = None
+        self._drop_upstream()
+        if close:
+            if upstream is not None:
+                upstream.abort()
+            self._linger()
+            return
+        if upstream is not None and upstream.idle:
+            self._upstream = upstream
+        self._wait()
+        if self._input:
+            # Not at once: a long row of pipelined requests must not recurse.
+            self._proxy.loop.call_soon(self.go_on)
+        else:
+            self.pace()
+
+    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
+        """Give the connection away; return it with the input that was not read."""
+        self._proxy.leave(self)
+        self._exchange = None
+        self._drop_upstream()
+        self._transport.set_write_buffer_limits()
+        return self._transport, self._input
+
+    # The end
+
+    def _wait(self) -> None:
+        """Wait for the next request."""
+        self._proxy.waiting[self] = None
+        self._set_deadline()
+        if self._proxy.draining:
+            self.drain()
+
+    def _linger(self) -> None:
+        """Close it once its peer has read the last answer: input would reset the connection."""
+        self._lingers, self._input = True, b""
+        self._proxy.waiting.pop(self, None)
+        self._set_deadline()
+        if not self._transport.is_closing():
+            if self._transport.can_write_eof():
+                self._transport.write_eof()
+            self._transport.resume_reading()
+
+    def _set_deadline(self) -> None:
+        """Set the deadline that its state implies; that of a head is not extended by its bytes."""
+        limits = self._proxy.limits
+        if self._lingers:
+            seconds = limits.linger
+        elif self._blocked:
+            seconds = limits.stalled
+        elif self._exchange is None:
+            seconds = limits.head_within if self._input else limits.idle
+        else:
+            seconds = math.inf if self._exchange.has_body else limits.stalled
+        self.deadline = self._proxy.loop.time() + seconds
+
+    def cut_off(self) -> None:
+        """Close it at once, so that what was sent cannot be mistaken for a whole answer."""
+        self._transport.abort()
+
+    def drain(self) -> None:
+        """Close it, or have it closed after the current answer."""
+        if self._exchange is None and not self._input:
+            self._transport.close()
+
+    def time_out(self, now: float) -> None:
+        """Act on the deadline."""
+        self.deadline = now + self._proxy.limits.linger
+        if self._lingers or self._transport.get_write_buffer_size():
+            self.cut_off()
+        elif self._exchange is None and not self._input:
+            self._transport.close()
+        elif self._exchange is None:
+            self.refuse(
+                answers.problem(HTTPStatus.REQUEST_TIMEOUT, "cannot accept the request: too slow")
+            )
+        else:
+            self.cut_off()

@@ -1,0 +1,177 @@
+"""The edge's side of the control protocol: keepers connect, prove themselves, and command.
+
+`wire` describes the protocol.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from labkeeper.edge import wire
+from labkeeper.edge.routes import Route, RouteError, RouteTable
+from labkeeper.forkserver import peers
+
+_PROVE_WITHIN: Final = 5.0
+"""Seconds in which a connection has to prove that it is a keeper's."""
+_PIECE: Final = 256 * 1024
+
+_log = logging.getLogger("labkeeper.edge")
+
+
+class Commands(Protocol):
+    """What keepers can command."""
+
+    @property
+    def routes(self) -> RouteTable:
+        """The routes, which keepers change."""
+
+    def describe(self) -> tuple[Mapping[str, Any], list[int]]:
+        """Return what the edge is, and the descriptor of its listening socket if it has one."""
+
+    def drain(self) -> None:
+        """Finish what is in progress, and end."""
+
+    def stop(self) -> None:
+        """End at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """Who may command."""
+
+    key: str
+    uid: int
+    """The keeper's user."""
+    server_dirs: str
+    """The directory of the servers' own: what they start is refused, whatever it knows."""
+
+
+class Control:
+    """The control socket."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        access: Access,
+        commands: Commands,
+        *,
+        loop: asyncio.AbstractEventLoop,
+    ) -> None:
+        """Begin to listen."""
+        self._listener = listener
+        self._access = access
+        self._commands = commands
+        self.loop = loop
+        self.keepers: set[_Connection] = set()
+        """Connections that have proved to be a keeper's."""
+        # From now on, whoever connects sees this process as the one that listens.
+        listener.listen()
+        listener.setblocking(False)
+        loop.add_reader(listener, self._accept)
+
+    def close(self) -> None:
+        """Stop listening, and close every connection."""
+        self.loop.remove_reader(self._listener)
+        self._listener.close()
+        for connection in list(self.keepers):
+            connection.close()
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:
+            return
+        try:
+            peers.check(connection, self._access.uid, self._access.server_dirs)
+        except OSError as error:
+            _log.warning("refused a control connection: %s", error)
+            connection.close()
+            return
+        _Connection(connection, self)
+
+    def prove(self, frame: Mapping[str, Any], nonce: str) -> tuple[bytes, list[int]]:
+        """Check a keeper's proof; return ours, and what goes with it. Raises WireError."""
+        key, theirs = self._access.key, wire.nonce_of(frame)
+        wire.check_proof(frame, key, "keeper", nonce, theirs)
+        description, files = self._commands.describe()
+        own = {"proof": wire.proof(key, "edge", nonce, theirs), **description}
+        return wire.encode(own), files
+
+    def obey(self, frame: Mapping[str, Any]) -> None:
+        """Execute a command. Raises WireError, RouteError."""
+        routes = self._commands.routes
+        match frame:
+            case {"do": "routes", "routes": list(found)}:
+                routes.replace([Route.parse(route) for route in found])
+            case {"do": "route", "route": route}:
+                routes.set(Route.parse(route))
+            case {"do": "unroute", "server": str(server)}:
+                routes.remove(server)
+            case {"do": "drain"}:
+                self._commands.drain()
+            case {"do": "stop"}:
+                self._commands.stop()
+            case _:
+                raise wire.WireError("the command is unknown")
+
+
+class _Connection:
+    """One control connection. Its messages are small: sending them does not block in practice."""
+
+    def __init__(self, connection: socket.socket, control: Control) -> None:
+        self._socket = connection
+        self._control = control
+        self._frames = wire.Frames()
+        self._nonce: str | None = wire.nonce()
+        """None once the keeper has proved itself."""
+        connection.setblocking(False)
+        control.loop.add_reader(connection, self._guarded(self._read))
+        self._timer = control.loop.call_later(_PROVE_WITHIN, self.close)
+        self._guarded(self._greet)()
+
+    def _greet(self) -> None:
+        self._socket.sendall(wire.encode({"version": wire.VERSION, "nonce": self._nonce}))
+
+    def _guarded(self, act: Callable[[], None]) -> Callable[[], None]:
+        """Return `act` so that an error in it closes the connection."""
+
+        def guarded() -> None:
+            try:
+                act()
+            except (OSError, EOFError):
+                self.close()
+            except (wire.WireError, RouteError) as error:
+                _log.warning("closed a control connection: %s", error)
+                self.close()
+
+        return guarded
+
+    def _read(self) -> None:
+        data = self._socket.recv(_PIECE)
+        if not data:
+            raise EOFError
+        for frame in self._frames.feed(data):
+            if self._nonce is None:
+                self._control.obey(frame)
+            else:
+                socket.send_fds(self._socket, *self._prove(frame, self._nonce))
+                self._nonce = None
+                self._timer.cancel()
+                self._control.keepers.add(self)
+
+    def _prove(self, frame: Mapping[str, Any], nonce: str) -> tuple[list[bytes], list[int]]:
+        own, files = self._control.prove(frame, nonce)
+        return [own], files
+
+    def close(self) -> None:
+        """Close it. Idempotent."""
+        self._timer.cancel()
+        self._control.keepers.discard(self)
+        if self._socket.fileno() >= 0:
+            self._control.loop.remove_reader(self._socket)
+            self._socket.close()

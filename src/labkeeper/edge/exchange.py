@@ -1,0 +1,239 @@
+"""One request, from its head to the end of its answer."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from typing import Final, Protocol
+
+from labkeeper.edge import answers, tunnel
+from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
+from labkeeper.edge.heads import Answer, Request, answer_head, request_head
+from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
+from labkeeper.edge.upstream import Target, Upstream
+
+_RETRY_AFTER: Final = 2
+"""Seconds."""
+
+
+class Client(Protocol):
+    """The client's connection, as an exchange uses it."""
+
+    def kept_upstream(self, target: Target) -> Upstream | None:
+        """Return the connection to a target that an earlier request has left, or None."""
+
+    def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
+        """Return the headers that describe the client."""
+
+    def go_on(self) -> None:
+        """Read on: more of the request's body can be passed on."""
+
+    def pace(self) -> None:
+        """Stop or go on reading, as the state of the exchange demands."""
+
+    def write(self, data: bytes) -> None:
+        """Send a part of the answer."""
+
+    def end_exchange(self, upstream: Upstream | None, *, close: bool) -> None:
+        """End the exchange after a whole answer."""
+
+    def refuse(self, answer: bytes) -> None:
+        """End the exchange with another answer, and close the connection."""
+
+    def cut_off(self) -> None:
+        """Close the connection at once: the answer is not whole."""
+
+    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
+        """Give the connection away, with the input that was not read."""
+
+
+class Exchange:
+    """Passes a request on, and its answer back. It reads an answer: see `AnswerReader`."""
+
+    def __init__(
+        self, client: Client, proxy: Proxy, request: Request, server: str | None, id_: str
+    ) -> None:
+        """`server` is the Lab's; None: the request goes to the keeper."""
+        self._client = client
+        self._proxy = proxy
+        self._request = request
+        self._server = server
+        self._id = id_
+        self._body: Body = Chunked() if request.length is None else Sized(request.length)
+        self._upstream: Upstream | None = None
+        self._connecting: asyncio.Task[None] | None = None
+        self._full = False
+        """Whether the upstream takes no more of the body at the moment."""
+        self._repeated = False
+        self._answered = False
+        """Whether the head of the answer was sent."""
+        self._in_chunks = False
+        """Whether the answer is sent in chunks."""
+
+    @property
+    def wants_body(self) -> bool:
+        """Whether more of the request's body can be passed on now."""
+        return self._upstream is not None and not self._full and not self._body.ended
+
+    @property
+    def has_body(self) -> bool:
+        """Whether the body of the request has arrived as a whole."""
+        return self._body.ended
+
+    def begin(self) -> None:
+        """Send the request, over the connection that the client has already, or a new one."""
+        kept = self._client.kept_upstream(self._proxy.target(self._server))
+        if kept is not None and self._request.repeatable:
+            self._send(kept)
+        else:
+            self._connect()
+
+    def abort(self) -> None:
+        """End it without an answer: the client is gone."""
+        if self._connecting is not None:
+            self._connecting.cancel()
+        if self._upstream is not None:
+            self._upstream.abort()
+
+    def receive_body(self, data: bytes) -> bytes:
+        """Pass on the body in a piece of the client's input; return what follows it."""
+        upstream = self._upstream
+        if upstream is None:
+            return data
+        try:
+            content, rest = self._body.feed(data)
+        except BadBody as error:
+            self._refuse(HTTPStatus.BAD_REQUEST, f"cannot accept the request: {error}")
+            return b""
+        if self._request.length is not None:
+            upstream.transport.write(content)
+        else:
+            pieces = [chunk(content)] if content else []
+            if self._body.ended:
+                pieces.append(LAST_CHUNK)
+            upstream.transport.writelines(pieces)
+        return rest
+
+    def pause_answer(self) -> None:
+        """Stop reading the answer: the client takes no more at the moment."""
+        if self._upstream is not None and not self._upstream.transport.is_closing():
+            self._upstream.transport.pause_reading()
+
+    def resume_answer(self) -> None:
+        """Read the answer again."""
+        if self._upstream is not None and not self._upstream.transport.is_closing():
+            self._upstream.transport.resume_reading()
+
+    # The connection
+
+    def _connect(self) -> None:
+        self._connecting = self._proxy.loop.create_task(self._reach())
+
+    async def _reach(self) -> None:
+        try:
+            upstream = await self._proxy.connect(self._server)
+        except NoRoute as error:
+            self._refuse(HTTPStatus.NOT_FOUND, str(error))
+        except Unreachable as error:
+            self._refuse(error.status, str(error))
+        else:
+            self._connecting = None
+            self._send(upstream)
+            self._client.go_on()
+
+    def _send(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+        head = request_head(self._request, self._client.forwarded(self._id))
+        upstream.send(self._request, head, self)
+
+    def pause_request(self) -> None:
+        """See `AnswerReader`."""
+        self._full = True
+        self._client.pace()
+
+    def resume_request(self) -> None:
+        """See `AnswerReader`."""
+        self._full = False
+        self._client.go_on()
+
+    # The answer
+
+    def answer_continue(self) -> None:
+        """See `AnswerReader`."""
+        if self._request.expects and not self._answered:
+            self._client.write(answers.CONTINUE)
+
+    def answer_begun(self, answer: Answer, rest: bytes) -> None:
+        """See `AnswerReader`."""
+        self._answered = True
+        if answer.websocket:
+            self._tunnel(answer, rest)
+            return
+        framing: list[tuple[bytes, bytes]] = []
+        empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
+        if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
+            framing.append((b"content-length", b"%d" % answer.length))
+        elif self._request.method != b"HEAD" and answer.status not in empty:
+            self._in_chunks = not self._request.is_old
+            if self._in_chunks:
+                framing.append((b"transfer-encoding", b"chunked"))
+        self._client.write(answer_head(answer, framing, close=not self._goes_on))
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether another request may follow."""
+        return self._request.keep_alive and self._body.ended and not self._proxy.draining
+
+    def answer_continued(self, content: bytes) -> None:
+        """See `AnswerReader`."""
+        self._client.write(chunk(content) if self._in_chunks else content)
+
+    def answer_ended(self) -> None:
+        """See `AnswerReader`."""
+        if self._in_chunks:
+            self._client.write(LAST_CHUNK)
+        upstream, self._upstream = self._upstream, None
+        if upstream is not None and not self._body.ended:
+            upstream.abort()
+        self._client.end_exchange(upstream, close=not self._goes_on)
+
+    def answer_failed(self, reason: str) -> None:
+        """See `AnswerReader`."""
+        upstream, self._upstream = self._upstream, None
+        if self._answered:
+            # A part must not be mistaken for the whole.
+            self._client.cut_off()
+        elif (
+            self._request.repeatable
+            and not self._repeated
+            and (self._server is None or (upstream is not None and upstream.idle_since > 0))
+        ):
+            # The keeper was restarted, or an idle connection was closed as we sent.
+            self._repeated = True
+            self._connect()
+        else:
+            self._refuse(HTTPStatus.BAD_GATEWAY, f"cannot answer: {self._who} failed: {reason}")
+
+    @property
+    def _who(self) -> str:
+        return "the keeper" if self._server is None else f"server '{self._server}'"
+
+    def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        if self._upstream is not None:
+            self._upstream.abort()
+            self._upstream = None
+        if self._answered:
+            self._client.cut_off()
+            return
+        later = _RETRY_AFTER if status == HTTPStatus.SERVICE_UNAVAILABLE else None
+        self._client.refuse(answers.problem(status, detail, request_id=self._id, retry_after=later))
+
+    def _tunnel(self, answer: Answer, rest: bytes) -> None:
+        upstream, self._upstream = self._upstream, None
+        if upstream is None:
+            return
+        client, early = self._client.leave_to_tunnel()
+        client.write(answer_head(answer, (), close=False) + rest)
+        if early:
+            upstream.transport.write(early)
+        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client))

@@ -1,0 +1,170 @@
+"""The process of the edge: what it is started with, its loop, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Final
+
+from labkeeper.edge.client import Client
+from labkeeper.edge.control import Access, Control
+from labkeeper.edge.limits import Limits, allow_descriptors
+from labkeeper.edge.proxy import Proxy
+from labkeeper.edge.routes import RouteTable
+
+_BACKLOG: Final = 1024
+_SWEEP_EVERY: Final = 1.0
+"""Seconds between two looks at the connections' deadlines."""
+_LONELY: Final = 600.0
+"""Seconds after which an edge ends that has neither a keeper nor a connection."""
+
+_log = logging.getLogger("labkeeper.edge")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a keeper gives to a new edge, by its standard input: others can read arguments."""
+
+    public: int
+    """Descriptor of the listening socket at the public address."""
+    control: int
+    """Descriptor of the control socket."""
+    directory: int
+    """Descriptor of the directory of the keeper's socket, which another user could not reach."""
+    keeper: str
+    """The name of that socket."""
+    address: tuple[str, int]
+    """The public address as the keeper's settings have it."""
+    build: str
+    """Identifies what the edge was made from."""
+    key: str = field(repr=False)
+    server_dirs: str
+    user: tuple[int, int] | None
+    """The user and group that it becomes; None: it remains the keeper's."""
+
+    def encode(self) -> bytes:
+        """Return it as bytes."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def decode(cls, text: bytes) -> Start:
+        """Read it from bytes, which are a keeper's own."""
+        given: Mapping[str, object] = json.loads(text)
+        return cls(**given)  # type: ignore[arg-type]  # the sender is `encode`
+
+
+def main() -> None:
+    """Run an edge until it is told to end."""
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr
+    )
+    start = Start.decode(sys.stdin.buffer.read())
+    keeper_uid = os.geteuid()
+    most = allow_descriptors(Limits())
+    if start.user is not None:
+        uid, gid = start.user
+        os.setgroups([])
+        os.setgid(gid)
+        os.setuid(uid)
+    asyncio.run(_Edge(start, keeper_uid, most).run())
+
+
+class _Edge:
+    """A running edge, and what keepers can command it."""
+
+    def __init__(self, start: Start, keeper_uid: int, most: int) -> None:
+        self._start = start
+        self._keeper_uid = keeper_uid
+        self._most = most
+        self._ended: asyncio.Event
+        self._proxy: Proxy
+        self._server: asyncio.Server
+        self._public: socket.socket | None = socket.socket(fileno=start.public)
+        """The listening socket; None once it serves no more."""
+
+    @property
+    def routes(self) -> RouteTable:
+        """See `Commands`."""
+        return self._proxy.routes
+
+    async def run(self) -> None:
+        """Serve until the end."""
+        loop = asyncio.get_running_loop()
+        start = self._start
+        self._ended = asyncio.Event()
+        directory = f"/proc/self/fd/{start.directory}"
+        self._proxy = Proxy(
+            os.path.join(directory, start.keeper),  # noqa: PTH118 - a Path would not keep the link
+            limits=Limits(),
+            most=self._most,
+            loop=loop,
+        )
+        access = Access(start.key, self._keeper_uid, start.server_dirs)
+        control = Control(socket.socket(fileno=start.control), access, self, loop=loop)
+        self._server = await self._serve()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop)
+        _log.info("the edge serves on %s port %s", *start.address)
+        await self._until_ended(control)
+        control.close()
+        self._close_public()
+        self._proxy.close()
+        # Closed connections end in the next rounds of the loop.
+        await asyncio.sleep(0)
+        _log.info("the edge ends")
+
+    async def _serve(self) -> asyncio.Server:
+        if self._public is None:
+            raise RuntimeError("the address was given away")
+        return await self._proxy.loop.create_server(
+            functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
+        )
+
+    def _close_public(self) -> None:
+        """Stop listening, also with our own descriptor: its queue would fill unseen."""
+        self._server.close()
+        public, self._public = self._public, None
+        if public is not None:
+            public.close()
+
+    async def _until_ended(self, control: Control) -> None:
+        """Look after the connections until a command, or loneliness, ends the edge."""
+        while not self._ended.is_set():
+            try:
+                async with asyncio.timeout(_SWEEP_EVERY):
+                    await self._ended.wait()
+            except TimeoutError:
+                self._proxy.sweep()
+            if self._proxy.draining and not self._proxy.open:
+                return
+            lonely = not control.keepers and not self._proxy.open
+            if lonely and self._proxy.loop.time() - self._proxy.last_used > _LONELY:
+                return
+
+    # Commands
+
+    def describe(self) -> tuple[Mapping[str, object], list[int]]:
+        """See `Commands`."""
+        told = {
+            "pid": os.getpid(),
+            "build": self._start.build,
+            "address": list(self._start.address),
+        }
+        return told, [] if self._public is None else [self._public.fileno()]
+
+    def drain(self) -> None:
+        """See `Commands`."""
+        self._close_public()
+        self._proxy.drain()
+
+    def stop(self) -> None:
+        """See `Commands`."""
+        self._ended.set()

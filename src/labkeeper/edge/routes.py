@@ -1,0 +1,76 @@
+"""Routes: where a request goes, by the beginning of its path."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Final
+
+LABS: Final = "/servers/"
+"""The path below which Labs are."""
+_NAME: Final = r"[a-z0-9](?:[a-z0-9.-]{0,126}[a-z0-9])?"
+_PATH: Final = re.compile(rb"/servers/(" + _NAME.encode() + rb")(/.*)?", re.DOTALL)
+
+
+class RouteError(ValueError):
+    """A message is not a route."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One running server."""
+
+    server: str
+    """Its qualified name, which is the segment of the path after `/servers/`."""
+    generation: int
+    host: str
+    """The address that it listens on, as this machine reaches it."""
+    port: int
+
+    @classmethod
+    def parse(cls, message: object) -> Route:
+        """Read a route from a message's object. Raises RouteError."""
+        match message:
+            case {
+                "server": str(server),
+                "generation": int(generation),
+                "host": str(host),
+                "port": int(port),
+            } if re.fullmatch(_NAME, server) and 0 < port < 2**16:
+                return cls(server, generation, host, port)
+        raise RouteError("a route does not fit")
+
+
+class RouteTable:
+    """The routes to all running servers."""
+
+    def __init__(self) -> None:
+        self._routes: dict[str, Route] = {}
+
+    def replace(self, routes: list[Route]) -> None:
+        """Replace all routes."""
+        self._routes = {route.server: route for route in routes}
+
+    def set(self, route: Route) -> None:
+        """Add a route, or replace that of an earlier launch."""
+        self._routes[route.server] = route
+
+    def remove(self, server: str) -> None:
+        """Remove the route to a server, if there is one."""
+        self._routes.pop(server, None)
+
+    def find(self, server: str) -> Route | None:
+        """Return the route to a server, or None."""
+        return self._routes.get(server)
+
+    def __len__(self) -> int:
+        return len(self._routes)
+
+
+def server_of(path: bytes) -> tuple[str, bool] | None:
+    """Return the server that a path is below, and whether the path is only its name.
+
+    None if the path is not below `/servers/NAME`: then it is the keeper's.
+    """
+    found = _PATH.fullmatch(path)
+    return None if found is None else (found[1].decode(), found[2] is None)

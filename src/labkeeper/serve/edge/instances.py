@@ -1,0 +1,245 @@
+"""Edges as processes: start, find again, clean up.
+
+Each has a directory, `<state_dir>/edge/<build>-<n>/`, with its control socket; the build identifies
+all that it was made from. The process itself is `labkeeper.edge`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import pwd
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+import psutil
+import structlog
+
+from labkeeper import unix_sockets
+from labkeeper.backends.local.logs import LogFile
+from labkeeper.backends.local.processes import wait_until_ended
+from labkeeper.edge import wire
+from labkeeper.edge.main import Start
+from labkeeper.files import write_private
+from labkeeper.forkserver import marks, peers
+from labkeeper.jupyter.config import base_environment
+from labkeeper.serve.edge.link import CONTROL, Link
+
+UPSTREAM: Final = "upstream.sock"
+"""The keeper's socket for requests that come through the edge."""
+_LOG_NAME: Final = "_edge.log"
+"""Log file of all edges in the log directory; no server can have this name."""
+_LOG_BYTES: Final = 1024 * 1024
+_START_WITHIN: Final = 30.0
+"""Seconds in which a new edge must answer, even on a busy machine."""
+_ANSWER_WITHIN: Final = 5.0
+"""Seconds in which a running edge must answer."""
+_END_WITHIN: Final = 2.0
+"""Seconds in which an edge must end when told to."""
+_MODULE: Final = "labkeeper.edge"
+_USER: Final = "labkeeper-edge"
+"""The user that the edge of a root keeper becomes, if the machine has it; else `nobody`."""
+
+_log = structlog.get_logger("labkeeper.serve.edge")
+
+
+class EdgeError(Exception):
+    """An edge cannot be started; the message is the reason."""
+
+
+class Instances:
+    """The edges of one state directory. Not thread-safe."""
+
+    def __init__(self, state_dir: Path, server_dirs: Path, address: tuple[str, int]) -> None:
+        """`address` is the public one.
+
+        `server_dirs` holds the directories of servers, whose processes cannot command the edge.
+        """
+        self.address = address
+        self.user = _edge_user()
+        self.build = _build()
+        self._place = state_dir / "edge"
+        self._key_file = state_dir / "edge.key"
+        self._log = LogFile(state_dir / "logs" / _LOG_NAME, max_bytes=_LOG_BYTES)
+        self._server_dirs = server_dirs
+        self._children: dict[int, subprocess.Popen[bytes]] = {}
+        """Those that this keeper has started, by pid."""
+
+    @contextlib.contextmanager
+    def upstream(self) -> Iterator[socket.socket]:
+        """Yield the keeper's listening socket for requests that come through the edge.
+
+        Raises OSError.
+        """
+        listener = unix_sockets.listen(self._place, UPSTREAM, user=self.user)
+        try:
+            yield listener
+        finally:
+            listener.close()
+            with contextlib.suppress(OSError):
+                (self._place / UPSTREAM).unlink()
+
+    def find(self) -> list[Link]:
+        """Return the edges that earlier keepers left, without those that fail. Raises OSError."""
+        self._place.mkdir(mode=0o700, exist_ok=True)
+        # Another user's edge only passes through it, to the keeper's socket.
+        self._place.chmod(0o700 if self.user is None else 0o711)
+        found = []
+        for directory in sorted(path for path in self._place.iterdir() if path.is_dir()):
+            try:
+                found.append(Link.open(directory, self._key(), within=_ANSWER_WITHIN))
+            except (ConnectionRefusedError, FileNotFoundError):
+                _remove(directory)
+            except (OSError, EOFError, wire.WireError) as error:
+                _log.warning("ended an edge that does not answer", reason=str(error))
+                _kill(directory)
+        return found
+
+    def start(self, public: socket.socket) -> Link:
+        """Start an edge that serves on a listening socket, and wait until it answers.
+
+        Raises EdgeError.
+        """
+        directory = self._place / f"{self.build}-{secrets.token_hex(4)}"
+        child = None
+        try:
+            directory.mkdir(mode=0o700)
+            child = self._execute(directory, public)
+            link = Link.open(directory, self._key(), within=_START_WITHIN)
+        except (OSError, EOFError, wire.WireError) as error:
+            if child is not None:
+                child.kill()
+                child.wait()
+            _remove(directory)
+            raise EdgeError(f"cannot start an edge: {error} (log: {self._log.path})") from error
+        self._children[child.pid] = child
+        return link
+
+    def _execute(self, directory: Path, public: socket.socket) -> subprocess.Popen[bytes]:
+        self._log.rotate()
+        with (
+            unix_sockets.listen(directory, CONTROL) as control,
+            _opened(self._place) as place,
+            self._log.open(
+                f"[labkeeper] an edge starts, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
+            ) as log,
+        ):
+            files = (public.fileno(), control.fileno(), place)
+            child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+                [sys.executable, "-P", "-m", _MODULE],
+                cwd="/",
+                env=base_environment(os.environ),
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+                umask=0o077,
+                start_new_session=True,
+                pass_fds=files,
+            )
+        if child.stdin is not None:
+            with contextlib.suppress(BrokenPipeError), child.stdin as stdin:
+                stdin.write(self._start_message(*files).encode())
+        return child
+
+    def _start_message(self, public: int, control: int, place: int) -> Start:
+        return Start(
+            public=public,
+            control=control,
+            directory=place,
+            keeper=UPSTREAM,
+            address=self.address,
+            build=self.build,
+            key=self._key(),
+            server_dirs=os.path.realpath(self._server_dirs),
+            user=self.user,
+        )
+
+    def _key(self) -> str:
+        """Return the key that keepers and edges share, created if missing. Raises OSError."""
+        with contextlib.suppress(FileNotFoundError):
+            if key := self._key_file.read_text(encoding="ascii").strip():
+                return key
+        key = secrets.token_hex(32)
+        write_private(self._key_file, key + "\n")
+        return key
+
+    def bury(self, link: Link, *, kill: bool = False) -> None:
+        """Close the link to an edge that ends, and remove what it leaves.
+
+        One that still runs is killed if `kill` says so, or if it does not end in time.
+        """
+        if kill or not wait_until_ended(link.process, timeout=_END_WITHIN):
+            link.process.send(signal.SIGKILL)
+            wait_until_ended(link.process, timeout=_END_WITHIN)
+        link.close()
+        child = self._children.pop(link.process.pid, None)
+        if child is not None:
+            child.wait()
+        _remove(link.directory)
+
+    def leave(self, links: Sequence[Link]) -> None:
+        """Leave edges to the next keeper."""
+        for link in links:
+            link.close()
+            child = self._children.pop(link.process.pid, None)
+            if child is not None:
+                # It is not to be waited for, and its handle would warn of that.
+                child.returncode = 0
+
+
+@contextlib.contextmanager
+def _opened(directory: Path) -> Iterator[int]:
+    """Yield a descriptor by which another user can pass through a directory. Raises OSError."""
+    descriptor = os.open(directory, os.O_PATH | os.O_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _kill(directory: Path) -> None:
+    """Kill an edge that does not answer, such as a suspended one, and remove what it leaves."""
+    with (
+        contextlib.suppress(OSError, psutil.Error),
+        unix_sockets.connect(directory, CONTROL, timeout=_ANSWER_WITHIN) as connection,
+    ):
+        # The process that listens; before the edge did, it was a keeper, which has ended.
+        process = psutil.Process(peers.credentials(connection)[0])
+        if _MODULE in process.cmdline():
+            process.kill()
+            process.wait(_END_WITHIN)
+    _remove(directory)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _edge_user() -> tuple[int, int] | None:
+    """Return the user and group of a root keeper's edge; None: any other keeper's own."""
+    if os.geteuid() != 0:
+        return None
+    for name in (_USER, "nobody"):
+        with contextlib.suppress(KeyError):
+            entry = pwd.getpwnam(name)
+            return entry.pw_uid, entry.pw_gid
+    return None
+
+
+def _build() -> str:
+    """Return a hash of what an edge is made from; an edge with the same one is not replaced."""
+    program = Path(wire.__file__).parent
+    sources = [*sorted(program.glob("*.py")), Path(peers.__file__), Path(marks.__file__)]
+    made_from = [path.read_bytes() for path in sources]
+    made_from += [sys.executable.encode(), sys.version.encode(), version("httptools").encode()]
+    return hashlib.sha256(b"\0".join(made_from)).hexdigest()[:12]

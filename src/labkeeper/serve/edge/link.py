@@ -1,0 +1,101 @@
+"""The connection by which a keeper commands one edge (see `labkeeper.edge.wire`)."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from labkeeper import unix_sockets
+from labkeeper.backends.local.processes import Process
+from labkeeper.edge import wire
+
+CONTROL: Final = "control.sock"
+"""An edge's control socket in its directory."""
+_TAKE_WITHIN: Final = 0.2
+"""Seconds in which an edge must take a command; its socket holds a thousand."""
+_PIECE: Final = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One running edge."""
+
+    directory: Path
+    process: Process
+    build: str
+    """Identifies what it was made from."""
+    address: tuple[str, int]
+    """The public address as the settings had it."""
+    public: socket.socket | None
+    """Its listening socket; None if it only finishes what it has begun."""
+    connection: socket.socket
+
+    @classmethod
+    def open(cls, directory: Path, key: str, *, within: float) -> Link:
+        """Connect to the edge of a directory; each side proves that it knows the key.
+
+        Raises OSError, EOFError, WireError.
+        """
+        connection = unix_sockets.connect(directory, CONTROL, timeout=within)
+        received = _Received(connection)
+        try:
+            theirs, own = wire.nonce_of(received.next()), wire.nonce()
+            proof = wire.proof(key, "keeper", theirs, own)
+            connection.sendall(wire.encode({"nonce": own, "proof": proof}))
+            told = received.next()
+            wire.check_proof(told, key, "edge", theirs, own)
+            match told:
+                case {"pid": int(pid), "build": str(build), "address": [str(host), int(port)]}:
+                    process = Process.find(pid)
+                case _:
+                    raise wire.WireError("it does not describe itself")
+            if process is None:
+                raise EOFError("it has ended")
+        except BaseException:
+            received.close()
+            connection.close()
+            raise
+        connection.settimeout(_TAKE_WITHIN)
+        return cls(directory, process, build, (host, port), received.socket, connection)
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a command. Raises OSError: nothing is known of the edge then."""
+        self.connection.sendall(wire.encode(message))
+
+    def close(self) -> None:
+        """Close the connection. The edge serves on."""
+        self.connection.close()
+        if self.public is not None:
+            self.public.close()
+
+
+class _Received:
+    """The frames that an edge has sent, and the socket that came with one."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.socket: socket.socket | None = None
+        self._connection = connection
+        self._decoder = wire.Frames()
+        self._frames: deque[dict[str, Any]] = deque()
+
+    def next(self) -> dict[str, Any]:
+        """Return the next frame. Raises OSError, EOFError, WireError."""
+        while not self._frames:
+            data, files, _, _ = socket.recv_fds(self._connection, _PIECE, 1)
+            for file in files:
+                self.close()
+                self.socket = socket.socket(fileno=file)
+            if not data:
+                raise EOFError("it closed the connection")
+            self._frames.extend(self._decoder.feed(data))
+        return self._frames.popleft()
+
+    def close(self) -> None:
+        """Close the socket that came, if any."""
+        if self.socket is not None:
+            self.socket.close()
+            self.socket = None

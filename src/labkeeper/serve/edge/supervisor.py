@@ -1,0 +1,192 @@
+"""Supervises the edge: chooses or starts it, restarts it if it dies, pushes its routes, ends it.
+
+Keeper and edge both hold the listening socket of the public address. Whichever survives hands it
+on, so the address is never given up in between, and connections wait in its queue.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict
+
+import structlog
+
+from labkeeper import addresses
+from labkeeper.backends.local.processes import wait_until_readable
+from labkeeper.core.errors import SettingsError
+from labkeeper.core.messages import Change
+from labkeeper.core.server import Snapshot
+from labkeeper.core.spec import QualifiedName
+from labkeeper.edge.routes import LABS, Route
+from labkeeper.serve.edge.instances import EdgeError, Instances
+from labkeeper.serve.edge.link import Link
+from labkeeper.threads import ThreadGroup
+
+_TRY_AGAIN = 1.0
+"""Seconds between two attempts to start an edge."""
+
+_log = structlog.get_logger("labkeeper.serve.edge")
+
+
+class Edge:
+    """The edge of a keeper; routes can be set from any thread."""
+
+    def __init__(
+        self, instances: Instances, public: socket.socket, link: Link, ending: list[Link]
+    ) -> None:
+        """`ending` are edges that finish what they have begun. Use `running` instead."""
+        self.public = public
+        """The listening socket of the public address."""
+        self._instances = instances
+        self._link = link
+        self._ending = ending
+        self._routes: dict[QualifiedName, Route] = {}
+        self._lock = threading.Lock()
+        """Guards the link and the routes: together they are what the edge was told."""
+
+    def changed(self, change: Change) -> None:
+        """Push what a change of a server means for its route; a subscriber of the fleet."""
+        name, route = change.after.qualified_name, route_of(change.after)
+        with self._lock:
+            if route == self._routes.get(name):
+                return
+            if route is None:
+                del self._routes[name]
+                self._tell({"do": "unroute", "server": name})
+            else:
+                self._routes[name] = route
+                self._tell({"do": "route", "route": asdict(route)})
+
+    def _tell(self, message: dict[str, object]) -> None:
+        """Send a command, or have the edge replaced: it takes none, so it is suspended or dead."""
+        try:
+            self._link.send(message)
+        except OSError:
+            with contextlib.suppress(OSError):
+                # This wakes the thread that supervises it.
+                self._link.connection.shutdown(socket.SHUT_RDWR)
+
+    def upstream(self) -> AbstractContextManager[socket.socket]:
+        """Return the keeper's listening socket for requests that come through the edge."""
+        return self._instances.upstream()
+
+    def supervise(self, threads: ThreadGroup) -> None:
+        """Push all routes, and replace the edge whenever it dies, until the threads end.
+
+        Raises BackendUnavailable if no thread can be started.
+        """
+        with self._lock:
+            self._push_all()
+        threads.start("edge", self._watch, threads)
+
+    def _push_all(self) -> None:
+        self._tell({"do": "routes", "routes": [asdict(route) for route in self._routes.values()]})
+
+    def _watch(self, threads: ThreadGroup) -> None:
+        while True:
+            links = [self._link, *self._ending]
+            descriptors = {link.connection.fileno(): link for link in links}
+            ready = wait_until_readable([*descriptors, threads.wake], timeout=None)
+            if threads.closed:
+                return
+            # An edge sends nothing: these have closed their connections.
+            for link in (descriptors[found] for found in ready if found in descriptors):
+                if link is self._link:
+                    _log.warning("the edge has died, and is started again", pid=link.process.pid)
+                    self._replace(threads)
+                    self._instances.bury(link, kill=True)
+                else:
+                    self._ending.remove(link)
+                    self._instances.bury(link)
+
+    def _replace(self, threads: ThreadGroup) -> None:
+        """Start another edge at the same address; try until it succeeds or the threads end."""
+        while not threads.closed:
+            try:
+                link = self._instances.start(self.public)
+            except EdgeError as error:
+                _log.error("the public address is not served", error=str(error))
+                threads.sleep(_TRY_AGAIN)
+                continue
+            with self._lock:
+                self._link = link
+                self._push_all()
+            return
+
+    def end(self) -> None:
+        """End the edge and those before it."""
+        links = [self._link, *self._ending]
+        for link in links:
+            with contextlib.suppress(OSError):
+                link.send({"do": "stop"})
+        for link in links:
+            self._instances.bury(link)
+
+    def leave(self) -> None:
+        """Leave them to the next keeper."""
+        self._instances.leave([self._link, *self._ending])
+
+
+@contextmanager
+def running(
+    instances: Instances,
+    listen: Callable[[str, int], socket.socket],
+    *,
+    ends: Callable[[], bool],
+) -> Iterator[Edge]:
+    """Find or start the edge, and yield it; afterwards end it if `ends()`, or else leave it.
+
+    `listen` creates the listening socket of the public address if no edge has it. If the block
+    raises, an edge that was found is left. Raises SettingsError.
+    """
+    try:
+        found = instances.find()
+        edge = _choose(instances, found, listen)
+    except (OSError, EdgeError) as error:
+        raise SettingsError(f"cannot start the edge: {error}") from error
+    keep = bool(found)
+    try:
+        yield edge
+        keep = not ends()
+    finally:
+        edge.leave() if keep else edge.end()
+        edge.public.close()
+
+
+def _choose(
+    instances: Instances, found: list[Link], listen: Callable[[str, int], socket.socket]
+) -> Edge:
+    """Keep an edge that equals a new one; else start one, at its address if that is the same.
+
+    All others finish what they have begun. Raises OSError, EdgeError, SettingsError.
+    """
+    at_address = [link for link in found if link.public and link.address == instances.address]
+    equal = next((link for link in at_address if link.build == instances.build), None)
+    old = equal or next(iter(at_address), None)
+    public = old.public.dup() if old and old.public else listen(*instances.address)
+    try:
+        link = equal or instances.start(public)
+    except EdgeError:
+        public.close()
+        raise
+    others = [other for other in found if other is not link]
+    for other in others:
+        with contextlib.suppress(OSError):
+            other.send({"do": "drain"})
+    return Edge(instances, public, link, others)
+
+
+def route_of(snapshot: Snapshot) -> Route | None:
+    """Return the route to a server; None if it does not run, or not below the public address.
+
+    One that was launched without the edge, or that speaks TLS, keeps its own address.
+    """
+    endpoint, name = snapshot.endpoint, snapshot.qualified_name
+    if endpoint is None or endpoint.secure or not endpoint.base_url.startswith(f"{LABS}{name}/"):
+        return None
+    host = addresses.from_here(endpoint.hostname)
+    return Route(name, snapshot.generation, host, endpoint.port)
