@@ -140,6 +140,11 @@ def fork_servers_of(keeper):
     )
 
 
+def edges_of(keeper):
+    """Return the edges of a keeper's state directory, each in a directory of its own."""
+    return working_in(keeper.state_dir / "edge")
+
+
 def servers_in(prefix):
     """Return the pids of JupyterLab servers, without kernels and programs of extensions."""
     found = []
@@ -392,7 +397,7 @@ class KeeperProcess:
         """Stop it if it runs, and check that nothing is left."""
         if self.process is not None and self.process.poll() is None:
             assert self.stop() == 0, self.log.read_text()
-            left = processes_marked(self.server_dirs)
+            left = processes_marked(self.server_dirs) + edges_of(self)
             server_dirs = self.in_server_dirs()
             self.sweep()
             assert not left, left
@@ -409,7 +414,7 @@ class KeeperProcess:
         return groups.names() | {name.removeprefix(groups._prefix) for name in found}
 
     def sweep(self):
-        kill_all(processes_marked(self.server_dirs))
+        kill_all(processes_marked(self.server_dirs) + edges_of(self))
         groups = ControlGroups(self.server_dirs.resolve())
         for name in self.control_groups():
             groups.kill(name)
@@ -476,7 +481,7 @@ class PassableKeeper(KeeperProcess):
 
     def close(self):
         code = self.stop()
-        left = processes_marked(self.server_dirs)
+        left = processes_marked(self.server_dirs) + edges_of(self)
         self.sweep()
         assert (code, left) == (0, []), self.log.read_text()
         assert not self.in_server_dirs()

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from labkeeper.edge import wire
@@ -19,6 +21,8 @@ from labkeeper.forkserver import peers
 _PROVE_WITHIN: Final = 5.0
 """Seconds in which a connection has to prove that it is a keeper's."""
 _PIECE: Final = 256 * 1024
+_LOCK: Final = re.compile(rb"^\d+: FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) 0 EOF$", re.MULTILINE)
+"""A line of /proc/locks."""
 
 _log = logging.getLogger("labkeeper.edge")
 
@@ -49,6 +53,8 @@ class Access:
     """The keeper's user."""
     server_dirs: str
     """The directory of the servers' own: what they start is refused, whatever it knows."""
+    lock: int
+    """The inode of the file that a keeper has locked as long as it runs."""
 
 
 class Control:
@@ -87,12 +93,23 @@ class Control:
         except OSError:
             return
         try:
-            peers.check(connection, self._access.uid, self._access.server_dirs)
+            self._check(connection)
         except OSError as error:
             _log.warning("refused a control connection: %s", error)
             connection.close()
             return
         _Connection(connection, self)
+
+    def _check(self, connection: socket.socket) -> None:
+        """Raise OSError unless the peer is a keeper's process.
+
+        An edge with a user of its own cannot see whether a process has the mark of a server. The
+        lock has one holder, which everyone can see.
+        """
+        peers.check(connection, self._access.uid, self._access.server_dirs)
+        pid, *_ = peers.credentials(connection)
+        if not _holds(pid, self._access.lock):
+            raise PermissionError(f"process {pid} is not the keeper")
 
     def prove(self, frame: Mapping[str, Any], nonce: str) -> tuple[bytes, list[int]]:
         """Check a keeper's proof; return ours, and what goes with it. Raises WireError."""
@@ -118,6 +135,12 @@ class Control:
                 self._commands.stop()
             case _:
                 raise wire.WireError("the command is unknown")
+
+
+def _holds(pid: int, inode: int) -> bool:
+    """Whether a process has locked a file, by flock(2) (proc_locks(5)). Raises OSError."""
+    locks = _LOCK.findall(Path("/proc/locks").read_bytes())
+    return (b"%d" % pid, b"%d" % inode) in locks
 
 
 class _Connection:

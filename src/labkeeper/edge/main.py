@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures.thread  # noqa: F401 - see `main`
+import encodings.idna  # noqa: F401 - likewise
 import functools
 import json
 import logging
@@ -47,6 +49,8 @@ class Start:
     """Identifies what the edge was made from."""
     key: str = field(repr=False)
     server_dirs: str
+    lock: int
+    """The inode of the file that a running keeper has locked."""
     user: tuple[int, int] | None
     """The user and group that it becomes; None: it remains the keeper's."""
 
@@ -70,6 +74,7 @@ def main() -> None:
     keeper_uid = os.geteuid()
     most = allow_descriptors(Limits())
     if start.user is not None:
+        # Its user may be unable to read our files: what names of hosts need is imported already.
         uid, gid = start.user
         os.setgroups([])
         os.setgid(gid)
@@ -107,7 +112,7 @@ class _Edge:
             most=self._most,
             loop=loop,
         )
-        access = Access(start.key, self._keeper_uid, start.server_dirs)
+        access = Access(start.key, self._keeper_uid, start.server_dirs, start.lock)
         control = Control(socket.socket(fileno=start.control), access, self, loop=loop)
         self._server = await self._serve()
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -16,6 +16,8 @@ from typing import Final
 
 from labkeeper.core.errors import SettingsError
 
+LOCK: Final = "keeper.lock"
+"""File in a keeper's directories that it has locked as long as it runs."""
 _DESCRIPTORS: Final = 16384
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -103,7 +105,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
     Raises OSError; if another keeper holds it, BlockingIOError with that keeper's pid.
     """
-    descriptor = os.open(directory / "keeper.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -34,6 +34,7 @@ from labkeeper.files import write_private
 from labkeeper.forkserver import marks, peers
 from labkeeper.jupyter.config import base_environment
 from labkeeper.serve.edge.link import CONTROL, Link
+from labkeeper.serve.process import LOCK
 
 UPSTREAM: Final = "upstream.sock"
 """The keeper's socket for requests that come through the edge."""
@@ -69,6 +70,7 @@ class Instances:
         self.user = _edge_user()
         self.build = _build()
         self._place = state_dir / "edge"
+        self._lock_file = state_dir / LOCK
         self._key_file = state_dir / "edge.key"
         self._log = LogFile(state_dir / "logs" / _LOG_NAME, max_bytes=_LOG_BYTES)
         self._server_dirs = server_dirs
@@ -137,7 +139,7 @@ class Instances:
             files = (public.fileno(), control.fileno(), place)
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", "-m", _MODULE],
-                cwd="/",
+                cwd=directory,
                 env=base_environment(os.environ),
                 stdin=subprocess.PIPE,
                 stdout=log,
@@ -161,6 +163,7 @@ class Instances:
             build=self.build,
             key=self._key(),
             server_dirs=os.path.realpath(self._server_dirs),
+            lock=self._lock_file.stat().st_ino,
             user=self.user,
         )
 

@@ -66,11 +66,15 @@ class Link:
         """Send a command. Raises OSError: nothing is known of the edge then."""
         self.connection.sendall(wire.encode(message))
 
-    def close(self) -> None:
-        """Close the connection. The edge serves on."""
-        self.connection.close()
+    def close_public(self) -> None:
+        """Close our descriptor of its listening socket; else an address would not be given up."""
         if self.public is not None:
             self.public.close()
+
+    def close(self) -> None:
+        """Close the connection. The edge serves on."""
+        self.close_public()
+        self.connection.close()
 
 
 class _Received:

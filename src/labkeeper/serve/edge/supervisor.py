@@ -177,6 +177,8 @@ def _choose(
     for other in others:
         with contextlib.suppress(OSError):
             other.send({"do": "drain"})
+    for left in found:
+        left.close_public()
     return Edge(instances, public, link, others)
 
 
