@@ -154,14 +154,16 @@ class Visit(asyncio.Protocol):
         self.requests.append(raw)
         if not self.server.early:
             said = self.server.answer(raw)
-            if isinstance(said, bytes) and said.startswith(b"HTTP/1.1 101"):
-                self._reader, self.tunnelled = None, rest
-                rest = b""
             self.say(said)
+        if self._reader is None:
+            self.tunnelled, rest = rest, b""
         return rest
 
     def say(self, said):
         """Answer with bytes, a `Cut` or a `Flood`; with None, not yet."""
+        start = getattr(said, "head", said)
+        if isinstance(start, bytes) and start.startswith(b"HTTP/1.1 101"):
+            self._reader = None
         if isinstance(said, bytes):
             self.transport.write(said)
         elif isinstance(said, Cut):
@@ -229,7 +231,7 @@ class Scripted:
 class Edge:
     """The edge, in the loop of a thread. Its clock can be advanced; nothing sweeps but `sweep`."""
 
-    def __init__(self, directory, most=1000, **limits):
+    def __init__(self, directory, most=1000, buffers=None, **limits):
         self.errors = []
         self.keeper = Scripted(self.errors)
         self.labs = {}
@@ -243,12 +245,15 @@ class Edge:
         self.proxy = Proxy(str(self.socket), limits=self.limits, most=most, loop=self.loop)
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
+        self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
+        if buffers is not None:
+            self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
         self.server = self.wait(self._serve())
         self.address = self.server.sockets[0].getsockname()
 
     async def _serve(self):
         return await self.loop.create_server(
-            functools.partial(Client, self.proxy), "127.0.0.1", 0, backlog=1024
+            functools.partial(Client, self.proxy), sock=self._listener, backlog=1024
         )
 
     def wait(self, coroutine):

@@ -82,11 +82,16 @@ class Exchange:
 
     def begin(self) -> None:
         """Send the request, over the connection that the client has already, or a new one."""
-        kept = self._client.kept_upstream(self._proxy.target(self._server))
-        if kept is not None and self._request.repeatable:
+        target = self._proxy.target(self._server)
+        kept = self._client.kept_upstream(target)
+        # Without a route there is no target, which must not be taken for the keeper.
+        routed = self._server is None or target is not None
+        if kept is not None and routed and self._request.repeatable:
             self._send(kept)
-        else:
-            self._connect()
+            return
+        if kept is not None:
+            kept.abort()
+        self._connect()
 
     def abort(self) -> None:
         """End it without an answer: the client is gone."""

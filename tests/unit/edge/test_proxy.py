@@ -36,6 +36,13 @@ def test_request_to_a_server_without_a_route_is_answered_with_404(edge):
     assert (reply.status, edge.requests) == (404, [])
 
 
+def test_request_without_a_route_never_uses_the_kept_connection_to_the_keeper(edge):
+    client = edge.connect()
+    assert client.ask(get(b"/api")).status == 200
+    assert client.ask(get(b"/servers/ghost/")).status == 404
+    assert [head.target for head in edge.keeper.heads] == [b"/api"]
+
+
 @pytest.mark.parametrize(
     ("target", "location"),
     [(b"/servers/lab", b"/servers/lab/"), (b"/servers/lab?a=b?c", b"/servers/lab/?a=b?c")],
@@ -111,6 +118,16 @@ def test_request_in_progress_ends_with_its_client(edge):
     until(lambda: edge.requests)
     client.close()
     until(lambda: edge.keeper.visits[0].closed)
+
+
+def test_post_does_not_use_the_kept_connection_which_is_closed(edge):
+    client = edge.connect()
+    client.ask(get())
+    edge.keeper.answers(None)
+    client.send(post())
+    until(lambda: edge.keeper.visits[0].closed)
+    until(lambda: len(edge.requests) == 2)
+    assert [len(visit.requests) for visit in edge.keeper.visits] == [1, 1]
 
 
 def test_kept_connection_to_an_earlier_launch_is_not_used(edge):
