@@ -67,6 +67,8 @@ class Exchange:
         self._repeated = False
         self._answered = False
         """Whether the head of the answer was sent."""
+        self._closes = False
+        """Whether it said that the connection will be closed."""
         self._in_chunks = False
         """Whether the answer is sent in chunks."""
 
@@ -182,7 +184,8 @@ class Exchange:
             self._in_chunks = not self._request.is_old
             if self._in_chunks:
                 framing.append((b"transfer-encoding", b"chunked"))
-        self._client.write(answer_head(answer, framing, close=not self._goes_on))
+        self._closes = not self._goes_on
+        self._client.write(answer_head(answer, framing, close=self._closes))
 
     @property
     def _goes_on(self) -> bool:
@@ -200,7 +203,7 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if upstream is not None and not self._body.ended:
             upstream.abort()
-        self._client.end_exchange(upstream, close=not self._goes_on)
+        self._client.end_exchange(upstream, close=self._closes or not self._goes_on)
 
     def answer_failed(self, reason: str) -> None:
         """See `AnswerReader`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import h11
 import pytest
 
@@ -246,6 +248,18 @@ def test_answer_before_the_end_of_the_body_closes_both_connections(edge):
     assert (reply.status, reply.headers[b"connection"]) == (413, b"close")
     assert client.drain() == (b"", False)
     until(lambda: edge.keeper.visits[0].closed)
+
+
+def test_connection_is_closed_if_the_answer_has_said_so_though_the_body_ends_in_time(edge):
+    edge.keeper.early = True
+    edge.keeper.answers(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nha")
+    client = edge.send(get(b"/", b"Content-Length: 4", method=b"POST"))
+    assert b"connection: close" in client.socket.recv(4096, socket.MSG_PEEK)
+    client.send(b"body")
+    until(lambda: edge.requests)
+    edge.call(edge.keeper.visits[0].say, b"lf")
+    assert client.receive(b"POST").body == b"half"
+    assert client.drain() == (b"", False)
 
 
 def test_malformed_chunk_is_refused_and_what_follows_it_is_dropped(edge):
