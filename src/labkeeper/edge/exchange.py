@@ -168,6 +168,7 @@ class Exchange:
     def answer_continue(self) -> None:
         """See `AnswerReader`."""
         if self._request.expects and not self._answered:
+            self._request.expects = False  # Once is enough.
             self._client.write(answers.CONTINUE)
 
     def answer_begun(self, answer: Answer, rest: bytes) -> None:

@@ -235,6 +235,18 @@ def test_chunks_are_relayed_both_ways(edge, lab, size):
     assert client.ask(get()).status == 200
 
 
+def test_client_that_waits_for_100_continue_gets_it_once(edge):
+    edge.keeper.early = True
+    edge.keeper.answers(b"HTTP/1.1 100 Continue\r\n\r\n" * 3)
+    client = edge.send(get(b"/", b"Content-Length: 4", b"Expect: 100-continue", method=b"POST"))
+    assert client.read(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
+    client.send(b"body")
+    until(lambda: edge.requests)
+    edge.call(edge.keeper.visits[0].say, answer(b"done"))
+    reply = client.receive(b"POST")
+    assert (reply.before, reply.body) == ([], b"done")
+
+
 def test_client_that_does_not_wait_gets_no_100_continue(edge):
     edge.keeper.answers(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + answer())
     assert edge.connect().ask(post(), b"POST").before == []
