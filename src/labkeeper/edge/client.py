@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import socket
+import struct
 import uuid
 from http import HTTPStatus
 from typing import Final
@@ -28,6 +30,9 @@ PROBE: Final = b"/edge/healthz"
 """The path of the edge's own probe; it says nothing about the keeper."""
 _REQUEST_ID: Final = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 """As the keeper accepts it."""
+_RESET: Final = struct.pack("ii", 1, 0)
+"""Has a socket send a reset when it is closed; else the end of an answer without a length, and of
+one that is cut, would look the same."""
 
 
 class Client(asyncio.Protocol):
@@ -267,7 +272,10 @@ class Client(asyncio.Protocol):
         self.deadline = self._proxy.loop.time() + seconds
 
     def cut_off(self) -> None:
-        """Close it at once, so that what was sent cannot be mistaken for a whole answer."""
+        """Reset it, so that what was sent cannot be mistaken for a whole answer."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is not None and not self._transport.is_closing():
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
         self._transport.abort()
 
     def drain(self) -> None:

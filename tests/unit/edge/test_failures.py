@@ -1,0 +1,125 @@
+"""Keepers that restart, Labs that fail, and connections that are cut: what the client is told."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from edges import Cut, answer, edge_in, get, post
+from harness import until
+
+
+def test_request_waits_for_a_keeper_that_comes_up_late(make_edge):
+    edge = make_edge()
+    clients = [edge.send(get()), edge.send(post())]
+    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    edge.start_keeper()
+    assert [client.receive().status for client in clients] == [200, 200]
+
+
+def test_request_is_refused_with_503_if_no_keeper_comes(make_edge):
+    edge = make_edge()
+    client = edge.send(get())
+    until(lambda: edge.call(lambda: edge.proxy._held))
+    edge.jump(edge.limits.hold)
+    reply = client.receive()
+    assert (reply.status, reply.headers[b"retry-after"]) == (503, b"2")
+    assert client.drain() == (b"", False)
+
+
+def test_only_some_requests_wait_for_a_keeper(make_edge):
+    edge = make_edge(most_held=2)
+    held = [edge.send(get()) for _ in range(2)]
+    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    assert edge.send(get()).receive().status == 503
+    held[0].close()
+    until(lambda: edge.call(lambda: edge.proxy._held) == 1)
+    held.append(edge.send(get()))
+    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    edge.start_keeper()
+    assert [client.receive().status for client in held[1:]] == [200, 200]
+
+
+@pytest.mark.parametrize("said", [Cut(), Cut(reset=True), Cut(b"HTTP/1.1 200 OK\r\nConte")])
+@pytest.mark.parametrize("target", [b"/", b"/servers/lab/"])
+def test_post_is_never_sent_again(edge, lab, target, said):
+    for server in (edge.keeper, lab):
+        server.answers(said)
+    assert edge.connect().ask(post(target)).status == 502
+    assert len(edge.requests) == 1
+
+
+def test_get_is_repeated_once_if_the_keeper_is_lost(edge):
+    edge.keeper.answers(Cut(), answer(b"second"))
+    assert edge.connect().ask(get()).body == b"second"
+    edge.keeper.answers(Cut())
+    assert edge.connect().ask(get()).status == 502
+    assert len(edge.requests) == 4
+
+
+def test_get_over_a_kept_connection_to_a_lab_is_repeated_once(edge, lab):
+    lab.answers(answer(), Cut(), answer(b"again"))
+    client = edge.connect()
+    client.ask(get(b"/servers/lab/"))
+    assert client.ask(get(b"/servers/lab/")).body == b"again"
+    assert [len(visit.requests) for visit in lab.visits] == [2, 1]
+
+
+def test_get_over_a_new_connection_to_a_lab_is_not_repeated(edge, lab):
+    lab.answers(Cut())
+    assert edge.connect().ask(get(b"/servers/lab/")).status == 502
+    assert len(lab.requests) == 1
+
+
+def test_get_with_a_body_is_not_repeated(edge):
+    edge.keeper.answers(Cut())
+    assert edge.connect().ask(get(b"/", b"Content-Length: 1", body=b"x")).status == 502
+    assert len(edge.requests) == 1
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\npart",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\nnonsense\r\n",
+    ],
+)
+def test_answer_that_is_cut_ends_with_a_reset(edge, lab, said, version, reset):
+    lab.answers(Cut(said, reset=reset))
+    client = edge.send(b"GET /servers/lab/ HTTP/%b\r\nHost: x\r\n\r\n" % version)
+    data, was_reset = client.drain()
+    assert was_reset
+    assert not data.endswith(b"0\r\n\r\n")
+    assert len(lab.requests) == 1
+
+
+def _upstream_sockets(edge):
+    """Return the edge's connections to Labs."""
+    ports = {lab.listener.sockets[0].getsockname()[1] for lab in edge.labs.values()}
+    found = []
+    for key in edge.loop._selector.get_map().values():
+        one = socket.socket(fileno=key.fd)
+        try:
+            if one.family == socket.AF_INET and one.getpeername()[1] in ports:
+                found.append(key.fd)
+        except OSError:
+            pass
+        finally:
+            one.detach()
+    return found
+
+
+def test_edge_that_closes_ends_everything(tmp_path):
+    with edge_in(tmp_path) as edge:
+        edge.start_keeper().answers(None)
+        clients = [edge.connect(), edge.send(get()), edge.send(b"GET /")]
+        until(lambda: edge.requests)
+        edge.settle(3)
+        edge.call(edge.proxy.close)
+        for client in clients:
+            assert client.drain()[0] == b""
+        edge.settle(0)
