@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from http import HTTPStatus
-from typing import Protocol
+from typing import Final, Protocol
 
 from labkeeper.edge.bodies import BadBody, Body, Chunked, Sized, UntilClosed
 from labkeeper.edge.heads import (
@@ -24,6 +24,7 @@ from labkeeper.edge.routes import Route
 
 Target = Route | None
 """Where a request goes: to a Lab, or to the keeper (None)."""
+_TOO_SHORT: Final = "it closed the connection before the end of its answer"
 
 
 class AnswerReader(Protocol):
@@ -103,10 +104,13 @@ class Upstream(asyncio.Protocol):
         """The connection's end may be that of a body."""
         if isinstance(self._body, UntilClosed):
             self._end()
+        else:
+            # At once: the transport would first wait until the request is taken.
+            self._fail(_TOO_SHORT)
 
     def connection_lost(self, _error: Exception | None) -> None:
         """Tell the reader, if an answer is missing."""
-        self._fail("it closed the connection before the end of its answer")
+        self._fail(_TOO_SHORT)
 
     def pause_writing(self) -> None:
         """See asyncio."""
@@ -180,7 +184,8 @@ class Upstream(asyncio.Protocol):
         reader, self._reader, self._body = self._reader, None, None
         self.idle_since = asyncio.get_running_loop().time()
         if not self._reusable:
-            self.transport.close()
+            # Its answer is whole; it may never take what is left of the request.
+            self.transport.abort()
         if reader is not None:
             reader.answer_ended()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 
 import pytest
@@ -95,6 +96,36 @@ def test_answer_that_is_cut_ends_with_a_reset(edge, lab, said, version, reset):
     assert was_reset
     assert not data.endswith(b"0\r\n\r\n")
     assert len(lab.requests) == 1
+
+
+def test_lab_that_ends_its_half_and_reads_nothing_is_answered_with_502(edge):
+    """What it has not taken of the request must not delay the answer."""
+    lab = edge.add_lab(buffers=4096)
+    lab.mute, lab.reads = True, False
+    size = 3 * 2**20
+    client = edge.connect()
+    client.send(get(b"/servers/lab/", b"Content-Length: %d" % size, method=b"POST"))
+    until(lambda: lab.visits)
+    edge.call(lab.visits[0].transport.write_eof)
+    assert client.receive(b"POST").status == 502
+
+
+@pytest.mark.parametrize("close", [b"Connection: close", b"X: y"])
+def test_lab_that_answers_without_reading_the_body_keeps_no_connection(edge, close):
+    lab = edge.add_lab(buffers=4096)
+    lab.mute, lab.reads = True, False
+    client = edge.connect()
+    client.socket.settimeout(None)
+    body = bytes(100_000)
+    client.send(post(b"/servers/lab/", body))
+    until(lambda: edge.call(lambda: [c for c in edge.proxy._clients if c._exchange.has_body]))
+    edge.call(lab.visits[0].say, answer(b"ok", close))
+    assert client.receive(b"POST").status == 200
+    client.close()
+    edge.settle(0)
+    with contextlib.suppress(OSError):
+        # The kernel buffers of an unread connection do not tell; the edge's own table does.
+        until(lambda: len(edge.call(lambda: _upstream_sockets(edge))) == 0)
 
 
 def _upstream_sockets(edge):
