@@ -163,7 +163,7 @@ class Proxy:
             return await self._try_keeper()
         except OSError:
             if self._held >= self.limits.most_held:
-                raise _NO_KEEPER from None
+                raise _no_keeper() from None
         self._held += 1
         try:
             until = self.loop.time() + self.limits.hold
@@ -175,7 +175,7 @@ class Proxy:
                     continue
         finally:
             self._held -= 1
-        raise _NO_KEEPER
+        raise _no_keeper()
 
     async def _try_keeper(self) -> Upstream:
         _, upstream = await self.loop.create_unix_connection(
@@ -184,7 +184,9 @@ class Proxy:
         return upstream
 
 
-_NO_KEEPER: Final = Unreachable(
-    "cannot reach the keeper: it is restarting or has ended; try again later",
-    HTTPStatus.SERVICE_UNAVAILABLE,
-)
+def _no_keeper() -> Unreachable:
+    """Return a new error: each time that one is raised, it keeps more of what it passes through."""
+    return Unreachable(
+        "cannot reach the keeper: it is restarting or has ended; try again later",
+        HTTPStatus.SERVICE_UNAVAILABLE,
+    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 
 import pytest
 
 from edges import Cut, answer, edge_in, get, post
 from harness import until
+from labkeeper.edge.exchange import Exchange
 
 
 def test_request_waits_for_a_keeper_that_comes_up_late(make_edge):
@@ -40,6 +42,24 @@ def test_only_some_requests_wait_for_a_keeper(make_edge):
     until(lambda: edge.call(lambda: edge.proxy._held) == 2)
     edge.start_keeper()
     assert [client.receive().status for client in held[1:]] == [200, 200]
+
+
+def test_nothing_remains_of_refused_requests(make_edge):
+    """An error that is raised again and again would keep everything that it has passed through."""
+    edge = make_edge(most_held=0)
+    for _ in range(3):
+        assert edge.send(get()).receive().status == 503
+    for client in edge.clients:
+        client.close()
+    edge.settle(0)
+
+    def left():
+        gc.collect()
+        return [
+            one for one in gc.get_objects() if type(one) is Exchange and one._proxy is edge.proxy
+        ]
+
+    until(lambda: not edge.call(left))
 
 
 @pytest.mark.parametrize("said", [Cut(), Cut(reset=True), Cut(b"HTTP/1.1 200 OK\r\nConte")])
