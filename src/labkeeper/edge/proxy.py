@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import socket
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final, Protocol
@@ -178,9 +179,17 @@ class Proxy:
         raise _no_keeper()
 
     async def _try_keeper(self) -> Upstream:
-        _, upstream = await self.loop.create_unix_connection(
-            functools.partial(Upstream, None), self._keeper
-        )
+        connection = socket.socket(socket.AF_UNIX)
+        try:
+            connection.setblocking(False)
+            # At once or not at all; asyncio would take a full backlog for a connection.
+            connection.connect(self._keeper)
+            _, upstream = await self.loop.create_unix_connection(
+                functools.partial(Upstream, None), sock=connection
+            )
+        except BaseException:
+            connection.close()
+            raise
         return upstream
 
 

@@ -44,6 +44,22 @@ def test_only_some_requests_wait_for_a_keeper(make_edge):
     assert [client.receive().status for client in held[1:]] == [200, 200]
 
 
+def test_keeper_whose_backlog_is_full_is_waited_for(make_edge):
+    """A Unix socket refuses such connections at once; they must not count as made."""
+    edge = make_edge()
+    with socket.socket(socket.AF_UNIX) as listener, contextlib.ExitStack() as stack:
+        listener.bind(str(edge.socket))
+        listener.listen(0)
+        waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
+        waiting.connect(str(edge.socket))
+        client = edge.send(post())
+        until(lambda: edge.call(lambda: edge.proxy._held))
+        edge.socket.unlink()
+        edge.start_keeper()
+        assert client.receive().status == 200
+    assert len(edge.requests) == 1
+
+
 def test_nothing_remains_of_refused_requests(make_edge):
     """An error that is raised again and again would keep everything that it has passed through."""
     edge = make_edge(most_held=0)
