@@ -114,7 +114,8 @@ class Client(asyncio.Protocol):
         """Stop reading the connection while its input cannot be passed on."""
         if self._transport.is_closing():
             return
-        if self._exchange is not None and len(self._input) > self._proxy.limits.ahead:
+        waits = self._exchange is not None or self._blocked
+        if waits and len(self._input) > self._proxy.limits.ahead:
             self._transport.pause_reading()
         else:
             self._transport.resume_reading()
