@@ -99,7 +99,7 @@ class Client(asyncio.Protocol):
 
     def go_on(self) -> None:
         """Read as much of the input as possible."""
-        while self._input and not self._lingers:
+        while self._input and not self._lingers and not self._transport.is_closing():
             if self._exchange is None:
                 if self._blocked or not self._read_head():
                     break

@@ -81,7 +81,10 @@ class Proxy:
         if self.open >= self._most:
             if not self.waiting:
                 return False
-            next(iter(self.waiting)).cut_off()
+            idle = next(iter(self.waiting))
+            # At once: further connections may be made before its end is reported.
+            self.leave(idle)
+            idle.cut_off()
         self._clients.add(client)
         return True
 

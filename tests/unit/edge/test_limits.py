@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import SMALL, Flood, answer, get, post
+from edges import PROBE, SMALL, Flood, answer, get, post
 from harness import until
 
 ENDLESS = 2**40
@@ -203,6 +203,20 @@ def test_longest_idle_connection_makes_room(make_edge):
     assert busy.receive().body == b"whole"
 
 
+def test_many_connections_at_once_do_not_exceed_the_limit(make_edge):
+    edge = make_edge(most=3)
+
+    def crowd():
+        """Connect within one round of the loop, so that all are accepted in the next one."""
+        return [edge.connect() for _ in range(20)]
+
+    clients = edge.call(crowd)
+    until(lambda: edge.call(lambda: edge.proxy.open) == 3)
+    clients.append(edge.connect())
+    assert clients[-1].ask(PROBE).status == 200
+    assert edge.call(lambda: edge.proxy.open) <= 3
+
+
 def test_connection_is_closed_if_all_others_are_busy(make_edge):
     edge = make_edge(most=1)
     edge.start_keeper().answers(None)
@@ -211,6 +225,21 @@ def test_connection_is_closed_if_all_others_are_busy(make_edge):
     assert edge.connect().drain()[0] == b""
     edge.call(edge.keeper.visits[0].say, answer(b"whole"))
     assert busy.receive().body == b"whole"
+
+
+def test_closed_connection_reads_no_more_requests(edge):
+    """Pipelined requests are read later, when their connection may have ended."""
+    edge.send(get()).receive()
+    (inside,) = edge.inside
+    edge.clients[0].close()
+    edge.settle(0)
+
+    def read_late():
+        inside._input = get()
+        inside.go_on()
+        return inside._exchange, list(edge.proxy.waiting)
+
+    assert edge.call(read_late) == (None, [])
 
 
 # Drain
