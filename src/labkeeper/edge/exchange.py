@@ -242,7 +242,8 @@ class Exchange:
         if upstream is None:
             return
         client, early = self._client.leave_to_tunnel()
+        # Joined first: each end has to hear that the other one takes no more.
+        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client))
         client.write(answer_head(answer, (), close=False) + rest)
         if early:
             upstream.transport.write(early)
-        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client))
