@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Final
+
+_TAKEN_WITHIN: Final = 60.0
+"""Seconds in which one end has to take what is on its way after the other one has ended."""
 
 
 class TunnelEnd(asyncio.Protocol):
@@ -32,6 +36,8 @@ class TunnelEnd(asyncio.Protocol):
         """Close the other end, once it has taken what is on its way: no half of it is of use."""
         if error is None:
             self._other.close()
+            if self._other.get_write_buffer_size():
+                asyncio.get_running_loop().call_later(_TAKEN_WITHIN, self._other.abort)
         else:
             self._other.abort()
         if self._closed is not None:

@@ -144,3 +144,23 @@ def test_lab_that_does_not_read_stops_its_client(edge, early):
     until(stuck)
     assert sent < 2**28
     assert _ends(edge) < 2**20
+
+
+def test_end_of_a_tunnel_that_takes_nothing_is_cut_after_a_time(edge):
+    lab = edge.add_lab(buffers=4096)
+    lab.answers(SWITCH)
+    client = edge.connect()
+    assert client.ask(OPEN).status == 101
+    until(lambda: edge.call(lambda: edge.proxy._tunnels))
+    end = edge.call(lambda: next(iter(edge.proxy._tunnels)).get_protocol()._other)
+    edge.call(lab.visits[0].transport.pause_reading)
+
+    def pending():
+        client.send(bytes(PIECE))
+        return edge.call(end.get_write_buffer_size)
+
+    until(pending)
+    client.close()
+    edge.settle(0)
+    edge.jump(1000)
+    until(lambda: edge.call(lambda: end._sock is None), what="the Lab's end to be closed")
