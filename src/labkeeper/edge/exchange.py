@@ -115,10 +115,9 @@ class Exchange:
         if self._request.length is not None:
             upstream.transport.write(content)
         else:
-            pieces = [chunk(content)] if content else []
-            if self._body.ended:
-                pieces.append(LAST_CHUNK)
-            upstream.transport.writelines(pieces)
+            framed = chunk(content) if content else b""
+            # Not `writelines`: in some versions of Python it never says that too much is written.
+            upstream.transport.write(framed + LAST_CHUNK if self._body.ended else framed)
         return rest
 
     def pause_answer(self) -> None:
