@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Final, Protocol
 
-from labkeeper.edge.heads import TRAILERS
+from labkeeper.edge.heads import END, TRAILERS
 
 _SIZE: Final = re.compile(rb"([0-9A-Fa-f]{1,15})(?:;[^\x00-\x08\x0a-\x1f\x7f]*+)?\r\n")
 _LONGEST_LINE: Final = 1024
@@ -76,55 +76,59 @@ class Chunked:
 
     def feed(self, data: bytes) -> tuple[bytes, bytes]:
         """See `Body`."""
-        rest, pieces = self._line + data, []
+        # An offset advances: to cut off each of many small chunks would copy the rest each time.
+        data, at, pieces = self._line + data if self._line else data, 0, []
         self._line = b""
-        while rest and not self.ended:
+        while at < len(data) and not self.ended:
             if self._trailers:
-                rest = self._end(rest)
+                at = self._end(data, at)
             elif self._left is None:
-                rest = self._begin_chunk(rest)
+                at = self._begin_chunk(data, at)
             else:
-                piece, rest = self._within_chunk(rest, self._left)
+                piece, at = self._within_chunk(data, at, self._left)
                 pieces.append(piece)
-            if self._line:
-                break
-        return b"".join(pieces), rest if self.ended else b""
+        return b"".join(pieces), data[at:] if self.ended else b""
 
-    def _begin_chunk(self, rest: bytes) -> bytes:
-        end = rest.find(b"\n") + 1
+    def _begin_chunk(self, data: bytes, at: int) -> int:
+        end = data.find(b"\n", at) + 1
         if not end:
-            self._keep(rest, _LONGEST_LINE)
-            return b""
-        found = _SIZE.fullmatch(rest, 0, end)
-        if found is None or end > _LONGEST_LINE:
+            return self._keep(data, at, _LONGEST_LINE)
+        found = _SIZE.fullmatch(data, at, end)
+        if found is None or end - at > _LONGEST_LINE:
             raise BadBody("the size of a chunk is malformed")
         size = int(found[1], 16)
         self._left, self._trailers = (None, True) if size == 0 else (size + 2, False)
-        return rest[end:]
+        return end
 
-    def _within_chunk(self, rest: bytes, left: int) -> tuple[bytes, bytes]:
-        """Return content, and what follows; the last two bytes of a chunk are its line end."""
-        content = rest[: max(0, left - 2)]
-        closing = rest[len(content) : left]
+    def _within_chunk(self, data: bytes, at: int, left: int) -> tuple[bytes, int]:
+        """Return content, and where it ends; the last two bytes of a chunk are its line end."""
+        content = data[at : at + max(0, left - 2)]
+        closing = data[at + len(content) : at + left]
         if not b"\r\n"[-min(left, 2) :].startswith(closing):
             raise BadBody("a chunk is longer than its size")
-        self._left = (left - len(content) - len(closing)) or None
-        return content, rest[len(content) + len(closing) :]
+        taken = len(content) + len(closing)
+        self._left = (left - taken) or None
+        return content, at + taken
 
-    def _end(self, rest: bytes) -> bytes:
-        end = 2 if rest.startswith(b"\r\n") else rest.find(b"\r\n\r\n") + 4
-        if end == 3:  # noqa: PLR2004 - none was found
-            self._keep(rest, _LONGEST_TRAILERS)
-            return b""
-        if not TRAILERS.fullmatch(rest, 0, end) or end > _LONGEST_TRAILERS:
+    def _end(self, data: bytes, at: int) -> int:
+        found = data.find(END, at)
+        if data.startswith(b"\r\n", at):
+            end = at + 2
+        elif found >= 0:
+            end = found + len(END)
+        else:
+            return self._keep(data, at, _LONGEST_TRAILERS)
+        if not TRAILERS.fullmatch(data, at, end) or end - at > _LONGEST_TRAILERS:
             raise BadBody("the headers after the last chunk are malformed")
         self.ended = True
-        return rest[end:]
+        return end
 
-    def _keep(self, part: bytes, limit: int) -> None:
-        if len(part) > limit:
+    def _keep(self, data: bytes, at: int, limit: int) -> int:
+        """Keep the part of a line that has arrived."""
+        if len(data) - at > limit:
             raise BadBody("a line between chunks is too long")
-        self._line = part
+        self._line = data[at:]
+        return len(data)
 
 
 def chunk(content: bytes) -> bytes:
