@@ -15,7 +15,7 @@ import pytest
 
 from harness import PATIENCE, children
 
-pytest_plugins = ["keepers", "users"]
+pytest_plugins = ["keepers", "pages", "users"]
 
 ROOT = Path(__file__).resolve().parents[1]
 collect_ignore = [] if os.environ.get("TEST_DOCKER") else ["engines"]

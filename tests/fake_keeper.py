@@ -16,6 +16,7 @@ from labkeeper.core.policy import Policy
 from labkeeper.core.server import Kernel
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import PeerAuthenticator, TokenAuthenticator
+from labkeeper.identity.sessions import Sessions
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
@@ -98,6 +99,7 @@ def fake_keeper(
         "defaults": Defaults("127.0.0.1", 8888),
         "version": "1.2.3",
         "tokens": tokens,
+        "sessions": Sessions(store, clock, event_log, lambda _begun, _ended: None),
         "authenticators": [TokenAuthenticator(tokens), PeerAuthenticator(is_server)],
         "start_wait": 5.0,
         "stop_wait": 5.0,

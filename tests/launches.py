@@ -22,4 +22,5 @@ def launch_in(directory):
         zygote_cgroups=[],
         kernels_by="fork",
         preload=[],
+        identity_key="",
     )

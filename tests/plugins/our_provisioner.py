@@ -113,4 +113,5 @@ def _launch():
         zygote_cgroups=[],
         kernels_by="fork",
         preload=[],
+        identity_key="",
     )

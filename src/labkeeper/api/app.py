@@ -23,7 +23,7 @@ from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import BadRequest, NotFound, PreconditionFailed
 from werkzeug.wsgi import wrap_file
 
-from labkeeper.api import problems
+from labkeeper.api import labs, problems
 from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
 from labkeeper.api.rates import Rates
@@ -65,6 +65,7 @@ def create_app(services: Services) -> Flask:
     app.after_request(functools.partial(_finish, services.metrics))
     install(app, services)
     app.register_blueprint(_pages(services.version))
+    app.register_blueprint(labs.pages(services))
     return app
 
 
@@ -173,8 +174,8 @@ _DOCS_POLICY: Final = (
     "img-src 'self' data:; connect-src 'self'; frame-ancestors 'none'"
 )
 """What the page may load: its own assets and its inline script."""
-_RULES: Final[dict[str, Rule]] = RULES | dict.fromkeys(
-    ("pages.openapi", "pages.docs", "pages.static"), PUBLIC
+_RULES: Final[dict[str, Rule]] = (
+    RULES | labs.RULES | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
 )
 """The rule of each endpoint; one without a rule is not served."""
 

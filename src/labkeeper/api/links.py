@@ -26,6 +26,12 @@ class Link:
     """Below the server's base_url."""
     expires_at: float
     """By the monotonic clock."""
+    confirm: bool
+    """Whether it first shows a page with a button."""
+    actor: str
+    """Who made it."""
+    until: float | None
+    """When the maker's credentials expire, in seconds since the epoch; None: never."""
 
 
 class Links:
@@ -37,7 +43,17 @@ class Links:
         self._good: dict[str, Link] = {}
         """Oldest first."""
 
-    def make(self, server: QualifiedName, generation: int, page: str, *, lifetime: float) -> str:
+    def make(
+        self,
+        server: QualifiedName,
+        generation: int,
+        page: str,
+        *,
+        lifetime: float,
+        confirm: bool,
+        actor: str,
+        until: float | None,
+    ) -> str:
         """Return the ticket of a new link, valid for `lifetime` seconds.
 
         If there are too many links, the oldest one is dropped.
@@ -46,12 +62,19 @@ class Links:
         now = self._clock()
         with self._lock:
             self._good = {
-                known: link for known, link in self._good.items() if link.expires_at > now
+                known: other for known, other in self._good.items() if other.expires_at > now
             }
             if len(self._good) >= _MOST:
                 del self._good[next(iter(self._good))]
-            self._good[digest_of(ticket)] = Link(server, generation, page, now + lifetime)
+            self._good[digest_of(ticket)] = Link(
+                server, generation, page, now + lifetime, confirm, actor, until
+            )
         return ticket
+
+    def look(self, ticket: str) -> Link | None:
+        """Return the link of a ticket without using it; None if it is unknown, used or expired."""
+        link = self._good.get(digest_of(ticket))
+        return link if link is not None and link.expires_at > self._clock() else None
 
     def use(self, ticket: str) -> Link | None:
         """Return the link of a ticket, once; None if it is unknown, used or expired."""

@@ -19,6 +19,7 @@ STATUS: Final[dict[type[LabkeeperError], int]] = {
     errors.InvalidSpec: 422,
     errors.ServerNotFound: 404,
     errors.TokenNotFound: 404,
+    errors.SessionNotFound: 404,
     errors.Conflict: 409,
     errors.CapacityReached: 429,
     errors.NotAuthenticated: 401,

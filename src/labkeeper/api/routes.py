@@ -25,7 +25,15 @@ from labkeeper.api.auth import (
 from labkeeper.api.handlers import access, culling, events, keeper, links, logs, servers
 from labkeeper.api.handlers.common import Answer
 from labkeeper.api.services import Services
-from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
+from labkeeper.schema.answers.access import (
+    Caller,
+    Link,
+    NewToken,
+    Session,
+    SessionList,
+    Token,
+    TokenList,
+)
 from labkeeper.schema.answers.culling import Idle, IdleList
 from labkeeper.schema.answers.events import EventList, WebhookList
 from labkeeper.schema.answers.keeper import Health, OrphanedKernelList, Readiness, Version
@@ -74,6 +82,8 @@ ROUTES: Final = (
     Route("POST", "/api/servers/<name>/link", MANAGE_SERVER, links.make_link, "servers",
           {201: Link}, (404, 409)),
     Route("GET", "/open/<ticket>", PUBLIC, links.open_link, "servers",
+          {200: "text/html", 303: "text/html", 410: "text/html"}),
+    Route("POST", "/open/<ticket>", PUBLIC, links.follow_link, "servers",
           {303: "text/html", 410: "text/html"}),
     Route("POST", "/api/bulk/start", MANAGE_SERVERS, servers.start_many, "servers",
           {200: BulkResults, 202: BulkResults, 207: BulkResults}),
@@ -98,6 +108,9 @@ ROUTES: Final = (
     Route("GET", "/api/tokens", ADMINISTER, access.list_tokens, "access", {200: TokenList}),
     Route("DELETE", "/api/tokens/<name>", ADMINISTER, access.revoke_token, "access",
           {200: Token}, (404, 503)),
+    Route("GET", "/api/sessions", ADMINISTER, access.list_sessions, "access", {200: SessionList}),
+    Route("DELETE", "/api/sessions/<id>", ADMINISTER, access.revoke_session, "access",
+          {200: Session}, (404, 503)),
     Route("GET", "/api/me", SEE_CALLER, access.get_me, "access", {200: Caller}),
     Route("GET", "/healthz", PUBLIC, keeper.health, "keeper", {200: Health}, (503,)),
     Route("GET", "/readyz", PUBLIC, keeper.ready, "keeper", {200: Readiness}, (503,)),

@@ -14,6 +14,7 @@ from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import Authenticator, Credentials
 from labkeeper.identity.peers import Peer
+from labkeeper.identity.sessions import Sessions
 from labkeeper.identity.tokens import Tokens
 from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper
@@ -35,6 +36,7 @@ class Services:
     defaults: Defaults
     version: str
     tokens: Tokens
+    sessions: Sessions
     authenticators: Sequence[Authenticator]
     """Tried in this order."""
     url: str = "http://127.0.0.1:8000"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
 
-from labkeeper.core.access import Caller, Token
+from labkeeper.core.access import Caller, Session, Token
 from labkeeper.core.culling import Explanation
 from labkeeper.core.durations import format_time
 from labkeeper.core.messages import HistoryEntry
@@ -155,6 +155,18 @@ def token_model(token: Token, now: float) -> access.Token:
 def new_token_model(token: Token, text: str) -> access.NewToken:
     """Return the answer for a new token, including its text."""
     return access.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
+
+
+def session_model(session: Session) -> access.Session:
+    """Return the answer for a browser session."""
+    return access.Session(
+        id=session.id,
+        server=session.server,
+        owner=session.owner,
+        actor=session.actor,
+        created_at=format_time(session.created_at),
+        expires_at=format_time(session.expires_at),
+    )
 
 
 def me_model(caller: Caller) -> access.Caller:

@@ -23,6 +23,7 @@ from labkeeper.cli.options import Where, examples, where_options
         keeper.serve,
         keeper.version,
         access.token,
+        access.session,
         access.whoami,
         start.start,
         servers.ls,

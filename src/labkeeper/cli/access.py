@@ -1,4 +1,4 @@
-"""Access commands: `token` with `create`, `ls` and `revoke`; `whoami`."""
+"""Access commands: `token` with `create`, `ls` and `revoke`; `session`, likewise; `whoami`."""
 
 from __future__ import annotations
 
@@ -151,6 +151,42 @@ def revoke(where: Where, /, name: str) -> None:
     with connected(where) as (client, _), waiting("asking"):
         client.revoke_token(name)
     hint(f"token '{name}' is revoked")
+
+
+@click.group(epilog=examples("labkeeper session ls", "labkeeper session revoke 3f9a0c21d4e7"))
+def session() -> None:
+    """List and revoke the sessions of browsers in Labs.
+
+    Only the edge asks browsers for one (LABKEEPER_EDGE=on).
+    """
+
+
+@session.command("ls", epilog=examples("labkeeper session ls --json | jq -r '.sessions[].id'"))
+@as_json_option
+@where_options
+@click.pass_obj
+def list_sessions(where: Where, /, *, as_json: bool) -> None:
+    """List sessions: which Lab, who made the link, and until when."""
+    with connected(where) as (client, _), waiting("asking"):
+        found = client.sessions()
+    if as_json:
+        print_json({"sessions": found})
+        return
+    rows = [(one.id, one.server, one.actor, ago(one.created_at), one.expires_at) for one in found]
+    print_table(("ID", "SERVER", "LINK BY", "SINCE", "EXPIRES"), rows)
+    if not found:
+        hint("no sessions; `labkeeper open` begins one")
+
+
+@session.command("revoke", epilog=examples("labkeeper session revoke 3f9a0c21d4e7"))
+@click.argument("id_", metavar="ID")
+@where_options
+@click.pass_obj
+def revoke_session(where: Where, /, id_: str) -> None:
+    """Revoke a session, and close its connections to the Lab."""
+    with connected(where) as (client, _), waiting("asking"):
+        client.revoke_session(id_)
+    hint(f"session '{id_}' is revoked")
 
 
 @click.command(

@@ -34,10 +34,12 @@ def link(
 ) -> None:
     """Print a one-time link to a running Lab.
 
-    It does not contain the Lab's token, and is worthless once it was used or has expired.
+    It shows a button that opens the Lab, so that programs that follow links do not use it up. It
+    does not contain the Lab's token, and is worthless once it was used or has expired.
     """
     with connected(where) as (client, _), waiting("asking"):
-        made = client.link(name, expires_in=expires_in, page=page)
+        # It may be for others: mail scanners follow links.
+        made = client.link(name, expires_in=expires_in, page=page, confirm=True)
     if as_json:
         print_json(made)
     else:
@@ -50,7 +52,7 @@ def link(
     "--print",
     "print_only",
     is_flag=True,
-    help="Print the link, with the token, and do not open it.",
+    help="Print a link that opens it, and do not open it.",
 )
 @where_options
 @click.pass_obj
@@ -64,8 +66,10 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
             raise Conflict(_CLOSED[server.state == State.RUNNING].format(server))
         # A browser gets its URL as an argument, which all users can read: no token there.
         once = None if print_only else client.link(name).url
-    if once is None or not _browse(once):
-        put(server.lab_url)
+        if once is None or not _browse(once):
+            from labkeeper.client.opening import opening_url  # noqa: PLC0415 - late
+
+            put(opening_url(client, server))
 
 
 _CLOSED: Final = {

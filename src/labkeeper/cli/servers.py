@@ -353,9 +353,10 @@ def restart(
 
     A server that is not running is started.
     """
-    with connected(where) as (client, _), waiting(f"restarting '{name}'"):
-        server = client.restart(name, keep_kernels=keep_kernels, wait=wait)
-    show_started(server, as_json)
+    with connected(where) as (client, _):
+        with waiting(f"restarting '{name}'"):
+            server = client.restart(name, keep_kernels=keep_kernels, wait=wait)
+        show_started(client, server, as_json)
 
 
 @click.command(
@@ -372,9 +373,10 @@ def rotate_token(where: Where, /, name: str, wait: float | None, *, as_json: boo
 
     Kernels on a gateway keep running, local kernels end. Open browsers must sign in again.
     """
-    with connected(where) as (client, _), waiting(f"launching '{name}' again"):
-        server = client.rotate_token(name, wait=wait)
-    show_started(server, as_json)
+    with connected(where) as (client, _):
+        with waiting(f"launching '{name}' again"):
+            server = client.rotate_token(name, wait=wait)
+        show_started(client, server, as_json)
 
 
 def _address(server: Server) -> str:

@@ -196,7 +196,7 @@ def start(
         name = fields.get("name", DEFAULT_NAME)
         with waiting(lambda: _progress(client, [name])):
             server = _start(client, fields, wait, as_it_was=as_it_was)
-    show_started(server, as_json)
+        show_started(client, server, as_json)
     return 0
 
 
@@ -250,7 +250,7 @@ def _start_many(
             case LabkeeperError() as error:
                 codes.append(complain_of(error))
             case server:
-                show_started(server, as_json)
+                show_started(client, server, as_json)
                 codes.append(0 if server.state == State.RUNNING else 1)
     return next(filter(None, codes), 0)
 
@@ -345,11 +345,13 @@ def _start(
     return client.create(fields, wait=wait)
 
 
-def show_started(server: Server, as_json: bool) -> None:
+def show_started(client: Client, server: Server, as_json: bool) -> None:
     """Print a started server: its link, or that it is still starting."""
     if as_json:
         print_json(server)
     elif server.lab_url is not None:
-        put(server.lab_url)
+        from labkeeper.client.opening import opening_url  # noqa: PLC0415 - late
+
+        put(opening_url(client, server))
     else:
         say(f"server '{server.name}' is {server.state}; `labkeeper show {server.name}` tells more")

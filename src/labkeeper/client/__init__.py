@@ -10,7 +10,7 @@ No exception of httpx or pydantic leaves this package. They are translated in tw
 
 from labkeeper.client.calls import LONGEST_WAIT
 from labkeeper.client.clients import TIMEOUT, AsyncClient, Client
-from labkeeper.schema.answers.access import Caller, Link, NewToken, Token
+from labkeeper.schema.answers.access import Caller, Link, NewToken, Session, Token
 from labkeeper.schema.answers.culling import Holder, Idle, IdleRule
 from labkeeper.schema.answers.events import Event, Webhook
 from labkeeper.schema.answers.keeper import Library, OrphanedKernel
@@ -47,6 +47,7 @@ __all__ = [
     "NewToken",
     "OrphanedKernel",
     "Server",
+    "Session",
     "StopReport",
     "Token",
     "Usage",

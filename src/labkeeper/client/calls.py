@@ -7,6 +7,7 @@ returns the parsed answer.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, TypeVar
@@ -16,10 +17,18 @@ from pydantic import BaseModel
 
 from labkeeper.client.reading import event_of, is_ok, parse, reading, text
 from labkeeper.core.access import Scope
-from labkeeper.core.errors import InvalidSpec, ServerNotFound, TokenNotFound
+from labkeeper.core.errors import InvalidSpec, ServerNotFound, SessionNotFound, TokenNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import NAME_RULE, server_name
-from labkeeper.schema.answers.access import Caller, Link, NewToken, Token, TokenList
+from labkeeper.schema.answers.access import (
+    Caller,
+    Link,
+    NewToken,
+    Session,
+    SessionList,
+    Token,
+    TokenList,
+)
 from labkeeper.schema.answers.culling import Idle, IdleList
 from labkeeper.schema.answers.events import Event, EventList, Webhook, WebhookList
 from labkeeper.schema.answers.keeper import (
@@ -42,6 +51,7 @@ if TYPE_CHECKING:
     from labkeeper.schema.requests.servers import ServerRequest
 
 _T = TypeVar("_T")
+_SESSION_ID: Final = re.compile(r"[0-9a-f]{1,63}")
 LONGEST_WAIT: Final = 3600.0
 """Seconds; the API rejects a longer wait."""
 PathText = str | os.PathLike[str]
@@ -162,18 +172,24 @@ class Calls:
         return _server("POST", _path(name, "/rotate-token"), wait)
 
     def link(
-        self, name: str, *, expires_in: float | str | None = None, page: str | None = None
+        self,
+        name: str,
+        *,
+        expires_in: float | str | None = None,
+        page: str | None = None,
+        confirm: bool | None = None,
     ) -> Call[Link]:
         """Create a one-time link to a running server's Lab.
 
-        `expires_in`, by default a minute, is in seconds, or text such as `10m`.
+        `expires_in`, by default a minute, is in seconds, or text such as `10m`. With `confirm` it
+        first shows a page with a button, so that programs that follow links do not use it up.
         Raises ServerNotFound, Conflict (not running), InvalidSpec.
         """
         return Call(
             "POST",
             _path(name, "/link"),
             reading(Link),
-            body=_given(expires_in=expires_in, page=page),
+            body=_given(expires_in=expires_in, page=page, confirm=confirm),
         )
 
     def logs(self, name: str, *, tail: int | None = None) -> Call[str]:
@@ -278,6 +294,21 @@ class Calls:
         except ValueError:
             raise TokenNotFound(f"cannot find token {name!r}: a name {NAME_RULE}") from None
         return Call("DELETE", path, reading(Token))
+
+    def sessions(self, *, owner: str | None = None) -> Call[Sequence[Session]]:
+        """List the browsers that links have let into Labs at the public address."""
+        return Call(
+            "GET",
+            "/api/sessions",
+            lambda answer: parse(SessionList, answer).sessions,
+            query=_given(owner=owner),
+        )
+
+    def revoke_session(self, id_: str) -> Call[Session]:
+        """Revoke a browser's session immediately. Raises SessionNotFound."""
+        if not _SESSION_ID.fullmatch(id_):
+            raise SessionNotFound(f"cannot find session {id_!r}; the list of sessions has all ids")
+        return Call("DELETE", f"/api/sessions/{id_}", reading(Session))
 
     def me(self) -> Call[Caller]:
         """Return this client's identity and permissions."""

@@ -108,6 +108,8 @@ class Caller:
     limits: TokenLimits = EVERYTHING
     owner: Owner = LOCAL
     """The owner whose servers they manage."""
+    until: float | None = None
+    """When their credentials expire, in seconds since the epoch; None: never."""
 
     def qualified(self, name: str) -> QualifiedName:
         """Return the qualified name of a server of theirs. Raises ServerNotFound.
@@ -201,8 +203,33 @@ class Token:
     @property
     def caller(self) -> Caller:
         """The caller that presents this token."""
-        return Caller(f"token:{self.name}", self.scope, self.limits, self.owner)
+        return Caller(
+            f"token:{self.name}", self.scope, self.limits, self.owner, until=self.expires_at
+        )
 
     def expired(self, now: float) -> bool:
         """Whether the token has expired."""
         return self.expires_at is not None and self.expires_at <= now
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """A browser that may use one server's Lab, without its cookie.
+
+    Times in seconds since the epoch.
+    """
+
+    id: str
+    digest: str = field(repr=False)
+    """SHA-256 of the cookie in hexadecimal."""
+    server: QualifiedName
+    actor: str
+    """Who made the link by which the browser was let in, as in events."""
+    created_at: float
+    expires_at: float
+    owner: Owner = LOCAL
+    """The owner of the server."""
+
+    def expired(self, now: float) -> bool:
+        """Whether the session has expired."""
+        return self.expires_at <= now

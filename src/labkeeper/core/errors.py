@@ -5,6 +5,7 @@
         InvalidSpec          the request breaks a rule; `errors` lists each field
         ServerNotFound
         TokenNotFound
+        SessionNotFound
         Conflict             the name is taken, or the server is being deleted
         CapacityReached      the maximum of servers is reached, or memory is low; retry later
         NotAuthenticated     the token is missing or wrong
@@ -93,6 +94,10 @@ class ServerNotFound(RequestError):
 
 class TokenNotFound(RequestError):
     """No token has this name."""
+
+
+class SessionNotFound(RequestError):
+    """No browser session has this id."""
 
 
 class Conflict(RequestError):

@@ -222,6 +222,8 @@ class HistoryKind(StrEnum):
     """Leftovers of an earlier keeper were found and ended."""
     TOKEN = "token"  # noqa: S105 - a kind
     """An API token was created or revoked."""
+    SESSION = "session"
+    """A browser was let into a Lab, or is not let in any more."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkeeper.core.access import WHOLE, Caller, Token, View
+from labkeeper.core.access import WHOLE, Caller, Session, Token, View
 from labkeeper.core.culling import Explanation
 from labkeeper.core.messages import (
     KEEPER,
@@ -256,6 +256,19 @@ class TokenStore(Protocol):
 
     def forget_token(self, id: str) -> None:  # noqa: A002 - as the field is called
         """Remove a token. Raises StoreError."""
+
+
+class SessionStore(Protocol):
+    """Storage for browser sessions that outlives the keeper."""
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions, the oldest first. Raises StoreError."""
+
+    def save_session(self, session: Session) -> None:
+        """Save a session, durably before returning. Raises StoreError."""
+
+    def forget_sessions(self, ids: Collection[str]) -> None:
+        """Remove sessions. Raises StoreError."""
 
 
 class HistoryStore(Protocol):

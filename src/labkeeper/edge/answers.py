@@ -51,9 +51,9 @@ def healthy(*, close: bool) -> bytes:
 
 
 def redirect(target: bytes, *, close: bool) -> bytes:
-    """Return a permanent redirect that keeps the method."""
+    """Return a redirect that keeps the method."""
     return _answer(
-        HTTPStatus.PERMANENT_REDIRECT,
+        HTTPStatus.TEMPORARY_REDIRECT,
         b"",
         b"text/plain",
         [b"location: " + target, *([b"connection: close"] if close else [])],

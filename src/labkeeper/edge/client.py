@@ -12,6 +12,7 @@ from http import HTTPStatus
 from typing import Final
 
 from labkeeper.edge import answers
+from labkeeper.edge.admission import Admission, Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.exchange import Exchange
 from labkeeper.edge.heads import (
     END,
@@ -24,6 +25,7 @@ from labkeeper.edge.heads import (
 )
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import server_of
+from labkeeper.edge.sessions import Session
 from labkeeper.edge.upstream import Target, Upstream
 
 PROBE: Final = b"/edge/healthz"
@@ -143,28 +145,53 @@ class Client(asyncio.Protocol):
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
         self._proxy.waiting.pop(self, None)
+        sent = header(request.headers, b"x-request-id") or b""
+        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
+        match self._admit(request):
+            case ToLab() as lab:
+                self._exchange = Exchange(self, self._proxy, request, lab, id_)
+            case ToKeeper():
+                self._exchange = Exchange(self, self._proxy, request, None, id_)
+            case Refused(status, detail):
+                self.refuse(answers.problem(status, detail, request_id=id_))
+                return
+            case answer:
+                self._answer_here(request, answer)
+                return
+        self._set_deadline()
+        self._exchange.begin()
+
+    def _admit(self, request: Request) -> Admission | None:
+        """Decide where a request goes; None: it is the probe of the edge."""
         path = request.path
+        if path == PROBE:
+            return None
+        found = server_of(path)
+        if found is None:
+            return ToKeeper()
+        server, is_bare = found
+        if is_bare:
+            return Elsewhere(path + b"/" + request.target[len(path) :])
+        return admit(request, server, self._proxy.routes, self._proxy.sessions)
+
+    def _answer_here(self, request: Request, where: Elsewhere | None) -> None:
+        """Answer a request that goes nowhere."""
         close = (
             not request.keep_alive
             or self._proxy.draining
             or request.length != 0
             or request.method == b"HEAD"
         )
-        if path == PROBE:
+        if where is None:
             self._answer(answers.healthy(close=close), close=close)
-            return
-        found = server_of(path)
-        if found is not None and found[1]:
-            query = request.target[len(path) :]
-            self._answer(answers.redirect(path + b"/" + query, close=close), close=close)
-            return
-        sent = header(request.headers, b"x-request-id") or b""
-        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
-        request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
-        server = None if found is None else found[0]
-        self._exchange = Exchange(self, self._proxy, request, server, id_)
-        self._set_deadline()
-        self._exchange.begin()
+        else:
+            self._answer(answers.redirect(where.location, close=close), close=close)
+
+    @property
+    def session(self) -> Session | None:
+        """The session of the request in progress, if it has one."""
+        return None if self._exchange is None else self._exchange.session
 
     def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
         """Return the headers that tell the other side about this client."""

@@ -9,13 +9,14 @@ import asyncio
 import logging
 import re
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from labkeeper.edge import wire
 from labkeeper.edge.routes import Route, RouteError, RouteTable
+from labkeeper.edge.sessions import Session, SessionError, SessionTable
 from labkeeper.forkserver import peers
 
 _PROVE_WITHIN: Final = 5.0
@@ -33,6 +34,16 @@ class Commands(Protocol):
     @property
     def routes(self) -> RouteTable:
         """The routes, which keepers change."""
+
+    @property
+    def sessions(self) -> SessionTable:
+        """The browser sessions, likewise."""
+
+    def serve(self) -> None:
+        """Begin to serve, if it has not begun: all routes and sessions are known."""
+
+    def shut_out(self, sessions: Collection[Session]) -> None:
+        """Close what sessions that have ended have opened."""
 
     def describe(self) -> tuple[Mapping[str, Any], list[int]]:
         """Return what the edge is, and the descriptor of its listening socket if it has one."""
@@ -120,11 +131,17 @@ class Control:
         return wire.encode(own), files
 
     def obey(self, frame: Mapping[str, Any]) -> None:
-        """Execute a command. Raises WireError, RouteError."""
-        routes = self._commands.routes
+        """Execute a command. Raises WireError, RouteError, SessionError."""
+        routes, sessions = self._commands.routes, self._commands.sessions
         match frame:
-            case {"do": "routes", "routes": list(found)}:
+            case {"do": "all", "routes": list(found), "sessions": list(known)}:
+                ended = sessions.replace([Session.parse(session) for session in known])
+                self._commands.shut_out(ended)
                 routes.replace([Route.parse(route) for route in found])
+                self._commands.serve()
+            case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
+                sessions.add([Session.parse(session) for session in begun])
+                self._commands.shut_out(sessions.end(map(str, digests)))
             case {"do": "route", "route": route}:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
@@ -168,7 +185,7 @@ class _Connection:
                 act()
             except (OSError, EOFError):
                 self.close()
-            except (wire.WireError, RouteError) as error:
+            except (wire.WireError, RouteError, SessionError) as error:
                 _log.warning("closed a control connection: %s", error)
                 self.close()
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from http import HTTPStatus
 from typing import Final, Protocol
 
 from labkeeper.edge import answers, tunnel
+from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
 from labkeeper.edge.heads import Answer, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
+from labkeeper.forkserver import identity
 
 _RETRY_AFTER: Final = 2
 """Seconds."""
@@ -51,13 +54,15 @@ class Exchange:
     """Passes a request on, and its answer back. It reads an answer: see `AnswerReader`."""
 
     def __init__(
-        self, client: Client, proxy: Proxy, request: Request, server: str | None, id_: str
+        self, client: Client, proxy: Proxy, request: Request, lab: ToLab | None, id_: str
     ) -> None:
-        """`server` is the Lab's; None: the request goes to the keeper."""
+        """Without a `lab`, the request goes to the keeper."""
         self._client = client
         self._proxy = proxy
         self._request = request
-        self._server = server
+        self._server = None if lab is None else lab.server
+        self.session = None if lab is None else lab.session
+        """The session of the client, if it was let in by one."""
         self._id = id_
         self._body: Body = Chunked() if request.length is None else Sized(request.length)
         self._upstream: Upstream | None = None
@@ -149,7 +154,11 @@ class Exchange:
 
     def _send(self, upstream: Upstream) -> None:
         self._upstream = upstream
-        head = request_head(self._request, self._client.forwarded(self._id))
+        added = self._client.forwarded(self._id)
+        if self.session is not None and upstream.target is not None:
+            signed = identity.sign(upstream.target.key, self.session.user, time.time())
+            added.append((identity.HEADER.lower().encode(), signed.encode()))
+        head = request_head(self._request, added)
         upstream.send(self._request, head, self)
 
     def pause_request(self) -> None:
@@ -242,7 +251,7 @@ class Exchange:
             return
         client, early = self._client.leave_to_tunnel()
         # Joined first: each end has to hear that the other one takes no more.
-        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client))
+        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client, self.session))
         client.write(answer_head(answer, (), close=False) + rest)
         if early:
             upstream.transport.write(early)

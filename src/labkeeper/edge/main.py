@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -21,6 +21,7 @@ from labkeeper.edge.control import Access, Control
 from labkeeper.edge.limits import Limits, allow_descriptors
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import RouteTable
+from labkeeper.edge.sessions import Session, SessionTable
 
 _BACKLOG: Final = 1024
 _SWEEP_EVERY: Final = 1.0
@@ -89,9 +90,10 @@ class _Edge:
         self._start = start
         self._keeper_uid = keeper_uid
         self._most = most
+        self._informed: asyncio.Event
         self._ended: asyncio.Event
         self._proxy: Proxy
-        self._server: asyncio.Server
+        self._server: asyncio.Server | None = None
         self._public: socket.socket | None = socket.socket(fileno=start.public)
         """The listening socket; None once it serves no more."""
 
@@ -100,11 +102,20 @@ class _Edge:
         """See `Commands`."""
         return self._proxy.routes
 
+    @property
+    def sessions(self) -> SessionTable:
+        """See `Commands`."""
+        return self._proxy.sessions
+
+    def shut_out(self, sessions: Collection[Session]) -> None:
+        """See `Commands`."""
+        self._proxy.shut_out(sessions)
+
     async def run(self) -> None:
         """Serve until the end."""
         loop = asyncio.get_running_loop()
         start = self._start
-        self._ended = asyncio.Event()
+        self._informed, self._ended = asyncio.Event(), asyncio.Event()
         directory = f"/proc/self/fd/{start.directory}"
         self._proxy = Proxy(
             os.path.join(directory, start.keeper),  # noqa: PTH118 - a Path would not keep the link
@@ -114,11 +125,12 @@ class _Edge:
         )
         access = Access(start.key, self._keeper_uid, start.server_dirs, start.lock)
         control = Control(socket.socket(fileno=start.control), access, self, loop=loop)
-        self._server = await self._serve()
+        serving = loop.create_task(self._serve())
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.stop)
-        _log.info("the edge serves on %s port %s", *start.address)
+        _log.info("the edge has started")
         await self._until_ended(control)
+        serving.cancel()
         control.close()
         self._close_public()
         self._proxy.close()
@@ -126,16 +138,19 @@ class _Edge:
         await asyncio.sleep(0)
         _log.info("the edge ends")
 
-    async def _serve(self) -> asyncio.Server:
-        if self._public is None:
-            raise RuntimeError("the address was given away")
-        return await self._proxy.loop.create_server(
-            functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
-        )
+    async def _serve(self) -> None:
+        """Serve once a keeper has told all routes and sessions; until then, clients wait."""
+        await self._informed.wait()
+        if self._public is not None:
+            self._server = await self._proxy.loop.create_server(
+                functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
+            )
+            _log.info("the edge serves on %s port %s", *self._start.address)
 
     def _close_public(self) -> None:
         """Stop listening, also with our own descriptor: its queue would fill unseen."""
-        self._server.close()
+        if self._server is not None:
+            self._server.close()
         public, self._public = self._public, None
         if public is not None:
             public.close()
@@ -164,6 +179,10 @@ class _Edge:
             "address": list(self._start.address),
         }
         return told, [] if self._public is None else [self._public.fileno()]
+
+    def serve(self) -> None:
+        """See `Commands`."""
+        self._informed.set()
 
     def drain(self) -> None:
         """See `Commands`."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Final, Protocol
 
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.routes import Route, RouteTable
+from labkeeper.edge.sessions import Session, SessionTable
 from labkeeper.edge.upstream import Target, Upstream
 
 _TRY_EVERY: Final = 0.02
@@ -37,6 +39,10 @@ class Connection(Protocol):
     deadline: float
     """By the loop's clock."""
 
+    @property
+    def session(self) -> Session | None:
+        """The session of its request in progress."""
+
     def time_out(self, now: float) -> None:
         """Act on the deadline."""
 
@@ -60,13 +66,15 @@ class Proxy:
         self.loop = loop
         self.limits = limits
         self.routes = RouteTable()
+        self.sessions = SessionTable()
         self.draining = False
         self.waiting: dict[Connection, None] = {}
         """Clients without a request, the longest waiting one first."""
         self._keeper = keeper
         self._most = most
         self._clients: set[Connection] = set()
-        self._tunnels: set[asyncio.Transport] = set()
+        self._tunnels: dict[asyncio.Transport, Session | None] = {}
+        """By the client's connection, with the session that opened each."""
         self._held = 0
         self.last_used = loop.time()
         """When a connection was last open, by the loop's clock."""
@@ -94,13 +102,15 @@ class Proxy:
         self.waiting.pop(client, None)
         self.last_used = self.loop.time()
 
-    def tunnel_opened(self, client: asyncio.Transport) -> Callable[[], None]:
+    def tunnel_opened(
+        self, client: asyncio.Transport, session: Session | None
+    ) -> Callable[[], None]:
         """Register a tunnel; return what is to be called at its end."""
-        self._tunnels.add(client)
+        self._tunnels[client] = session
         return functools.partial(self._tunnel_closed, client)
 
     def _tunnel_closed(self, client: asyncio.Transport) -> None:
-        self._tunnels.discard(client)
+        self._tunnels.pop(client, None)
         self.last_used = self.loop.time()
 
     @property
@@ -108,8 +118,18 @@ class Proxy:
         """The number of clients' connections."""
         return len(self._clients) + len(self._tunnels)
 
+    def shut_out(self, sessions: Collection[Session]) -> None:
+        """Close what sessions that have ended have opened."""
+        if not sessions:
+            return
+        for client in [client for client in self._clients if client.session in sessions]:
+            client.cut_off()
+        for transport in [t for t, session in self._tunnels.items() if session in sessions]:
+            transport.abort()
+
     def sweep(self) -> None:
         """Close the connections whose time is up."""
+        self.shut_out(self.sessions.expire(time.time()))
         now = self.loop.time()
         for client in [client for client in self._clients if client.deadline <= now]:
             client.time_out(now)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 LABS: Final = "/servers/"
@@ -26,6 +26,9 @@ class Route:
     host: str
     """The address that it listens on, as this machine reaches it."""
     port: int
+    base_url: str
+    key: str = field(repr=False)
+    """The key that signs who uses it."""
 
     @classmethod
     def parse(cls, message: object) -> Route:
@@ -36,8 +39,10 @@ class Route:
                 "generation": int(generation),
                 "host": str(host),
                 "port": int(port),
+                "base_url": str(base_url),
+                "key": str(key),
             } if re.fullmatch(_NAME, server) and 0 < port < 2**16:
-                return cls(server, generation, host, port)
+                return cls(server, generation, host, port, base_url, key)
         raise RouteError("a route does not fit")
 
 

@@ -15,6 +15,7 @@ from jupyter_server.gateway.gateway_client import GatewayClient
 from traitlets.config import Config
 
 from . import extension, patches
+from .identity import recognize
 from .kernels import Kernels
 from .provisioner import provide
 from .websockets import prompt
@@ -53,6 +54,8 @@ class ServerApp(serverapp.ServerApp):
         self.session_manager_class = self.kernels.recording_sessions(self.session_manager_class)
         self.kernel_websocket_connection_class = prompt(self.kernel_websocket_connection_class)
         super().init_configurables()
+        if self.launch.identity_key:
+            recognize(self.identity_provider, self.launch.identity_key)
         self.kernels.attend()
 
     def load_server_extensions(self) -> None:

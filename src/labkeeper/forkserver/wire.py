@@ -71,6 +71,8 @@ class Launch:
     """`fork` IPython kernels where possible, or `exec` each."""
     preload: list[str]
     """Libraries that are loaded for forked kernels beside ipykernel."""
+    identity_key: str
+    """Key of the header by which the edge tells who its client is; empty without an edge."""
 
     def message(self) -> dict[str, Any]:
         """Return it as a frame's object."""
@@ -153,6 +155,7 @@ _CHECKS: dict[str, Callable[[Any], bool]] = {
     "encrypt_kernels": lambda value: isinstance(value, bool),
     "kernels_by": lambda value: isinstance(value, str) and value in {"fork", "exec"},
     "preload": _list_of_texts,
+    "identity_key": lambda value: isinstance(value, str),
 }
 
 

@@ -41,6 +41,12 @@ class TokenPath(_Parameters):
     )
 
 
+class SessionPath(_Parameters):
+    """The browser session in a path."""
+
+    id: str = Field(description="Id of the session.", json_schema_extra={"maxLength": 63})
+
+
 class TicketPath(_Parameters):
     """The ticket in a link."""
 
@@ -140,6 +146,15 @@ class TokenQuery(_Parameters):
 
     owner: OwnerName = Field(
         _ABSENT, description="Only tokens of this owner, among those that the caller may see."
+    )
+
+
+class SessionQuery(_Parameters):
+    """Which browser sessions to list."""
+
+    owner: OwnerName = Field(
+        _ABSENT,
+        description="Only those for servers of this owner, among those that the caller may see.",
     )
 
 

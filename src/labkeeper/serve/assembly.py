@@ -39,6 +39,7 @@ from labkeeper.identity.authenticators import (
     PeerAuthenticator,
     TokenAuthenticator,
 )
+from labkeeper.identity.sessions import Sessions
 from labkeeper.identity.tokens import Tokens
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics.collector import Metrics, World
@@ -72,11 +73,24 @@ def assemble(
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
     preflight, watch = _gateways(chosen, base)
-    backend = _backend(chosen, base, history, preflight, _earlier(chosen, base.store, stack))
+    backend = _backend(
+        chosen,
+        base,
+        history,
+        preflight,
+        earlier=_earlier(chosen, base.store, stack),
+        identity_secret="" if edge is None else edge.secret,
+    )
     # Closed after the keeper, so that launches in progress finish first. The next keeper detects
     # what is no longer reported.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend)
+    sessions = Sessions(
+        base.store,
+        base.clock,
+        history.event_log,
+        (lambda _begun, _ended: None) if edge is None else edge.set_sessions,
+    )
     subscribers = (
         scrub.SecretsOfServers().changed,
         base.board.changed,
@@ -85,6 +99,7 @@ def assemble(
         watch.changed,
         history.event_log.changed,
         culler.changed,
+        sessions.changed,
         # Before those who wait for a server: they may use its route at once.
         *([] if edge is None else [edge.changed]),
         base.board.wake,
@@ -113,6 +128,7 @@ def assemble(
         keeper=keeper,
         culler=culler,
         sampler=sampler,
+        sessions=sessions,
         token=token,
         url=url,
     )
@@ -243,7 +259,9 @@ def _backend(
     base: _Base,
     history: _History,
     preflight: GatewayPreflight,
+    *,
     earlier: Sequence[EarlierDir],
+    identity_secret: str,
 ) -> Backend:
     options = LocalOptions(
         python=chosen.jupyter_python,
@@ -256,6 +274,7 @@ def _backend(
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
         base_path=_base_path(chosen),
+        identity_secret=identity_secret,
         certificate=chosen.lab_certificate,
     )
     return LocalBackend(
@@ -311,6 +330,7 @@ def _services(
     keeper: Keeper,
     culler: Culler,
     sampler: Sampler,
+    sessions: Sessions,
     token: str | None,
     url: str,
 ) -> Services:
@@ -330,6 +350,7 @@ def _services(
         defaults=_defaults(chosen),
         version=VERSION,
         tokens=tokens,
+        sessions=sessions,
         authenticators=_authenticators(chosen, tokens, backend),
         url=url,
         hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],

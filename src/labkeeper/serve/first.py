@@ -30,11 +30,13 @@ def start_first(
     announce("starting JupyterLab ...")
     try:
         with connect() as client:
-            link = client.create().lab_url
-            announce(
-                "JupyterLab is ready: "
-                f"{link if at_terminal else '`labkeeper open --print` gives its link'}"
-            )
+            server = client.create()
+            if at_terminal:
+                from labkeeper.client.opening import opening_url  # noqa: PLC0415 - late, as above
+
+                announce(f"JupyterLab is ready: {opening_url(client, server)}")
+            else:
+                announce("JupyterLab is ready: `labkeeper open --print` gives its link")
     except LabkeeperError as error:
         if ended.is_set():
             return

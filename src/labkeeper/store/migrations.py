@@ -1,8 +1,8 @@
 """The schema, as the migration from each version to the next.
 
 One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event;
-per webhook, with its last delivered event; per token, only as a hash; per runtime directory in
-which servers may run.
+per webhook, with its last delivered event; per token, and per browser session, only as a hash; per
+runtime directory in which servers may run.
 
 `PRAGMA user_version` is the schema version.
 """
@@ -61,6 +61,7 @@ MIGRATIONS: Final = (
             _replaced("history", "entry", "details.goal", "renew", "again-keeping-kernels"),
         )
     ),
+    "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT",
 )
 """The migration from each version to the next. The first table may exist without a version, after a
 kill in between."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from labkeeper.core.access import WHOLE, Token, View
+from labkeeper.core.access import WHOLE, Session, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import OrphanedKernel, Snapshot
@@ -26,7 +26,7 @@ _T = TypeVar("_T")
 
 
 class SqliteStore(Database):
-    """The stores of `core.ports` (`Store`, `HistoryStore`, `TokenStore`), and `WebhookStore`."""
+    """The stores of `core.ports` (all that end with `Store`), and `WebhookStore`."""
 
     def load(self) -> list[Snapshot]:
         """Return all servers, by name."""
@@ -162,6 +162,24 @@ class SqliteStore(Database):
         """Remove a token."""
         with self._doing("write"):
             self._db.execute("DELETE FROM tokens WHERE id = ?", (id,))
+
+    # Sessions
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions, the oldest first."""
+        return self._read(Session, "SELECT session FROM sessions ORDER BY rowid")
+
+    def save_session(self, session: Session) -> None:
+        """Save a session, durably before returning."""
+        with self._doing("write"):
+            self._db.execute(
+                "INSERT INTO sessions (id, session) VALUES (?, ?)", (session.id, _text(session))
+            )
+
+    def forget_sessions(self, ids: Collection[str]) -> None:
+        """Remove sessions."""
+        with self._doing("write"):
+            self._db.executemany("DELETE FROM sessions WHERE id = ?", [(id_,) for id_ in ids])
 
     # Webhooks
 

@@ -17,9 +17,9 @@ A test controls the *world*: `World` is the machine, `FakeBackend` a keeper's ac
 from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from labkeeper.core.access import WHOLE, Token, View
+from labkeeper.core.access import WHOLE, Session, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change, HistoryEntry, Report
@@ -64,6 +64,8 @@ class MemoryStore:
         """By kernel id."""
         self.history: list[HistoryEntry] = []
         self.kept_tokens: dict[str, Token] = {}
+        """By id."""
+        self.kept_sessions: dict[str, Session] = {}
         """By id."""
         self.failing = False
         """While true, every call raises StoreError."""
@@ -145,6 +147,22 @@ class MemoryStore:
         """Remove a token."""
         self._check("write")
         self.kept_tokens.pop(id, None)
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions, the oldest first."""
+        self._check("read")
+        return list(self.kept_sessions.values())
+
+    def save_session(self, session: Session) -> None:
+        """Save a session."""
+        self._check("write")
+        self.kept_sessions[session.id] = session
+
+    def forget_sessions(self, ids: Collection[str]) -> None:
+        """Remove sessions."""
+        self._check("write")
+        for id_ in ids:
+            self.kept_sessions.pop(id_, None)
 
     def _check(self, what: str) -> None:
         if self.failing:

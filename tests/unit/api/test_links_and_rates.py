@@ -20,16 +20,18 @@ class ManualClock:
 def test_a_ticket_can_be_used_once_and_expires(monkeypatch):
     clock = ManualClock()
     known = links.Links(clock=clock)
+    others = {"confirm": False, "actor": "token:ada", "until": None}
     first, second, third = (
-        known.make("lab", 3, "/lab", lifetime=seconds) for seconds in (10.0, 10.0, 20.0)
+        known.make("lab", 3, "/lab", lifetime=seconds, **others) for seconds in (10.0, 10.0, 20.0)
     )
+    assert known.look(first) == known.look(first) is not None
     assert (known.use(first).server, known.use(first)) == ("lab", None)
     clock.now += 10.0
-    assert known.use(second) is None
+    assert (known.look(second), known.use(second)) == (None, None)
     assert known.use(third).generation == 3
     assert known.use("no ticket") is None
     monkeypatch.setattr(links, "_MOST", 2)
-    tickets = [known.make("lab", 1, "/lab", lifetime=10.0) for _ in range(3)]
+    tickets = [known.make("lab", 1, "/lab", lifetime=10.0, **others) for _ in range(3)]
     assert [known.use(ticket) is not None for ticket in tickets] == [False, True, True]
 
 

@@ -36,6 +36,7 @@ LAUNCH = {
     "encrypt_kernels": True,
     "kernels_by": "fork",
     "preload": ["numpy"],
+    "identity_key": "secret",
 }
 WRONG = {
     "server_dir": [None, 1, ["/run/a"]],

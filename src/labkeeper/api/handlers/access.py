@@ -7,9 +7,9 @@ from http import HTTPStatus
 
 from labkeeper.api.handlers.common import Answer, caller, json_answer, origin, visible_owner
 from labkeeper.api.services import Services
-from labkeeper.api.views import me_model, new_token_model, token_model
-from labkeeper.schema.answers.access import TokenList
-from labkeeper.schema.queries import TokenPath, TokenQuery
+from labkeeper.api.views import me_model, new_token_model, session_model, token_model
+from labkeeper.schema.answers.access import SessionList, TokenList
+from labkeeper.schema.queries import SessionPath, SessionQuery, TokenPath, TokenQuery
 from labkeeper.schema.requests.access import TokenRequest
 
 
@@ -34,9 +34,22 @@ def list_tokens(services: Services, query: TokenQuery) -> Answer:
 
 
 def revoke_token(services: Services, path: TokenPath) -> Answer:
-    """Revoke a token immediately; its streams end."""
+    """Revoke a token immediately; its streams end, and the sessions that it has opened."""
     token = services.tokens.revoke(path.name, owner=caller().owner, origin=origin())
+    services.sessions.revoke_made_by(token.caller.actor, token.owner)
     return json_answer(token_model(token, time.time()))
+
+
+def list_sessions(services: Services, query: SessionQuery) -> Answer:
+    """List the browsers that links have let into Labs at the public address."""
+    sessions = services.sessions.all(visible_owner(query.owner))
+    return json_answer(SessionList(sessions=[session_model(session) for session in sessions]))
+
+
+def revoke_session(services: Services, path: SessionPath) -> Answer:
+    """Revoke a browser's session immediately; its connections to the Lab are closed."""
+    session = services.sessions.revoke(path.id, owner=caller().owner, origin=origin())
+    return json_answer(session_model(session))
 
 
 def get_me(_: Services) -> Answer:

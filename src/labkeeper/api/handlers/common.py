@@ -141,6 +141,9 @@ def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
 
 def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
     page, mark, fragment = snapshot.spec.default_url.lstrip("/").partition("#")
+    if is_below(services, endpoint):
+        # The edge asks for a session, and no browser for the token.
+        return f"{lab_root(services, endpoint)}{page}{mark}{fragment}"
     query = f"{'&' if '?' in page else '?'}token={endpoint.token}"
     return f"{lab_root(services, endpoint)}{page}{query}{mark}{fragment}"
 
@@ -150,15 +153,29 @@ def public_url(services: Services) -> str:
     return services.url if PEER in request.environ else request.host_url.rstrip("/")
 
 
+def labs_url(services: Services) -> str:
+    """Return the URL, without a path, at which the edge serves Labs.
+
+    On this machine, Labs and keeper have two names, and thus two sites for browsers.
+    """
+    url = urlsplit(public_url(services))
+    host = services.advertised_host or url.hostname or ""
+    return addresses.url(url.scheme, "127.0.0.1" if host == "localhost" else host, url.port)
+
+
+def is_below(services: Services, endpoint: Endpoint) -> bool:
+    """Whether the edge serves a Lab, below the public address."""
+    return bool(services.base_path) and endpoint.base_url.startswith(services.base_path)
+
+
 def lab_root(services: Services, endpoint: Endpoint) -> str:
     """Return the Lab's URL: below the keeper's, or the Lab's own.
 
     The latter has the host name of the request if the Lab listens there too.
     """
+    if is_below(services, endpoint):
+        return f"{labs_url(services)}{endpoint.base_url.rstrip('/')}/"
     host = services.advertised_host
-    if services.base_path and endpoint.base_url.startswith(services.base_path):
-        url = urlsplit(public_url(services))
-        return addresses.url(url.scheme, host or url.hostname or "", url.port, endpoint.base_url)
     if host is None:
         bound = endpoint.hostname
         # Over the Unix socket the request may have no host name.

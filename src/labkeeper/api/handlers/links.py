@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import time
 from http import HTTPStatus
-from typing import Final
 from urllib.parse import quote
 
-from flask import Response, request
+from flask import Response, g
 
 from labkeeper.api.handlers.common import (
     Answer,
+    caller,
     find_server,
+    is_below,
     json_answer,
     lab_root,
+    labs_url,
     public_url,
 )
+from labkeeper.api.links import Link as KnownLink
+from labkeeper.api.pages import button, page
 from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
 from labkeeper.core.errors import (
     Conflict,
 )
+from labkeeper.core.messages import Origin
+from labkeeper.core.server import Endpoint
+from labkeeper.identity.sessions import COOKIE
 from labkeeper.schema.answers.access import Link
 from labkeeper.schema.queries import (
     ServerPath,
     TicketPath,
 )
 from labkeeper.schema.requests.access import LinkRequest
-
-_SPENT_LINK: Final = """<!doctype html>
-<html lang="en">
-<title>This link opens nothing any more</title>
-<h1>This link opens nothing any more</h1>
-<p>It was used, or it is too old, or its server was launched again.
-Go back to where it came from, and ask for another.</p>
-</html>
-"""
 
 
 def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer:
@@ -48,29 +46,83 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
         raise Conflict(
             f"cannot create a link to server '{snapshot.name}': it is {snapshot.state}, not running"
         )
-    page = snapshot.spec.default_url if body.page is None else body.page
     ticket = services.links.make(
-        snapshot.qualified_name, snapshot.generation, page, lifetime=body.expires_in
+        snapshot.qualified_name,
+        snapshot.generation,
+        snapshot.spec.default_url if body.page is None else body.page,
+        lifetime=body.expires_in,
+        confirm=body.confirm,
+        actor=caller().actor,
+        until=caller().until,
     )
-    url = f"{public_url(services)}/open/{ticket}"
+    # Browsers keep the cookie of a session for the host that sets it.
+    host = labs_url(services) if is_below(services, snapshot.endpoint) else public_url(services)
     expires_at = format_time(time.time() + body.expires_in)
-    return json_answer(Link(url=url, expires_at=expires_at), HTTPStatus.CREATED)
+    return json_answer(Link(url=f"{host}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
 
 
 def open_link(services: Services, path: TicketPath) -> Response:
-    """Open a Lab by a one-time link: redirect the browser to the Lab, which sets its cookie."""
-    link = services.links.use(path.ticket) if request.method == "GET" else None
-    snapshot = None if link is None else services.keeper.get(link.server)
-    if (
-        link is None
-        or snapshot is None
-        or snapshot.endpoint is None
-        or snapshot.generation != link.generation
-    ):
-        return Response(_SPENT_LINK, HTTPStatus.GONE, content_type="text/html; charset=utf-8")
+    """Open a Lab by a one-time link, or show a button that does, as the link's maker chose.
+
+    Programs that follow links, such as mail scanners, do not press buttons.
+    """
+    link = services.links.look(path.ticket)
+    endpoint = _endpoint(services, link)
+    if link is None or endpoint is None or not link.confirm:
+        return follow_link(services, path)
+    return button(
+        "Open JupyterLab",
+        f"This link opens the server '{link.server}' once, in this browser.",
+        "Open",
+        leads_to=lab_root(services, endpoint),
+    )
+
+
+def follow_link(services: Services, path: TicketPath) -> Response:
+    """Use a one-time link: redirect the browser to the Lab, and let it in."""
+    link = services.links.use(path.ticket)
+    endpoint = _endpoint(services, link)
+    if link is None or endpoint is None:
+        return page(
+            HTTPStatus.GONE,
+            "This link opens nothing any more",
+            "It was used, or it is too old, or its server was launched again. "
+            "Go back to where it came from, and ask for another.",
+        )
+    if is_below(services, endpoint):
+        return _with_session(services, link, endpoint)
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
-    root = lab_root(services, snapshot.endpoint)
+    root = lab_root(services, endpoint)
     # Jupyter would parse anything before a colon as a scheme.
-    next_page = (snapshot.endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
-    target = f"{root}login?token={snapshot.endpoint.token}&next={quote(next_page, safe='')}"
+    next_page = (endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
+    target = f"{root}login?token={endpoint.token}&next={quote(next_page, safe='')}"
     return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})
+
+
+def _endpoint(services: Services, link: KnownLink | None) -> Endpoint | None:
+    """Return the endpoint of a link's server; None unless the launch is the one that it opens."""
+    snapshot = None if link is None else services.keeper.get(link.server)
+    if link is None or snapshot is None or snapshot.generation != link.generation:
+        return None
+    return snapshot.endpoint
+
+
+def _with_session(services: Services, link: KnownLink, endpoint: Endpoint) -> Response:
+    """Return a redirect to the Lab, with a cookie that the edge accepts."""
+    session, cookie = services.sessions.make(
+        link.server, link.actor, until=link.until, origin=Origin(link.actor, g.request_id)
+    )
+    opened = Response(
+        status=HTTPStatus.SEE_OTHER,
+        headers={"Location": endpoint.base_url.rstrip("/") + link.page},
+    )
+    opened.set_cookie(
+        COOKIE,
+        cookie,
+        max_age=int(session.expires_at - session.created_at),
+        path=f"{services.base_path}{link.server}/",
+        secure=services.url.startswith("https:"),
+        httponly=True,
+        samesite="Lax",
+    )
+    return opened

@@ -301,6 +301,7 @@ class ForkServers:
             zygote_cgroups=[],
             kernels_by=self._kernels_by,
             preload=self._preload,
+            identity_key="",
         )
 
 

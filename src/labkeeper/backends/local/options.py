@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,8 @@ class LocalOptions:
     echo_logs: bool = False
     """Whether the logs of servers are repeated in the keeper's own."""
     base_path: str = ""
-    """Path below which a proxy of ours serves each server by its name, such as `/servers/`."""
+    """Path below which the edge serves each server by its name, such as `/servers/`."""
+    identity_secret: str = field(default="", repr=False)
+    """Secret that the edge has, too: of it the key of each launch's identity header is made."""
     certificate: tuple[Path, Path] | None = None
     """Certificate and key with which servers use TLS."""

@@ -22,6 +22,7 @@ from labkeeper.core.errors import BackendError, BackendRefused, BackendUnavailab
 from labkeeper.core.messages import Report
 from labkeeper.core.server import FailureClass, Progress, Stage
 from labkeeper.core.spec import ServerSpec
+from labkeeper.forkserver.identity import key_of
 from labkeeper.forkserver.marks import MARK
 from labkeeper.forkserver.wire import Launch
 from labkeeper.jupyter.config import base_url, launch_config, launch_environment
@@ -55,7 +56,14 @@ class Starter:
         limited = groups.limit(name, spec.limits, own_user=user is not None)
         port, token = hold.getsockname()[1], secrets.token_hex(TOKEN_BYTES)
         request = self._request(
-            spec, server_dir, port=port, token=token, bundle=bundle, user=user, limited=limited
+            spec,
+            server_dir,
+            generation=generation,
+            port=port,
+            token=token,
+            bundle=bundle,
+            user=user,
+            limited=limited,
         )
         if sys.platform != "linux":
             hold.close()
@@ -83,6 +91,7 @@ class Starter:
         spec: ServerSpec,
         server_dir: ServerDir,
         *,
+        generation: int,
         port: int,
         token: str,
         bundle: Path | None,
@@ -100,6 +109,7 @@ class Starter:
             base_path=self.sites.options.base_path,
             certificate=self.sites.options.certificate,
         )
+        secret = self.sites.options.identity_secret
         return Launch(
             server_dir=str(server_dir.path),
             title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
@@ -118,6 +128,7 @@ class Starter:
             zygote_cgroups=self.sites.groups.create_beside(spec.qualified_name, limited.members),
             kernels_by="exec" if self.sites.options.kernels_by == "exec" else spec.kernels_by,
             preload=list(self.sites.options.preload),
+            identity_key=key_of(secret, spec.qualified_name, generation) if secret else "",
         )
 
     def _record(

@@ -44,6 +44,23 @@ class TokenList(Answer):
     tokens: list[Token]
 
 
+class Session(Answer):
+    """A browser that may use one server's Lab."""
+
+    id: str
+    server: str
+    owner: str = Field(description="Owner of the server.")
+    actor: str = Field(description="Who made the link that the browser opened, as in events.")
+    created_at: str
+    expires_at: str
+
+
+class SessionList(Answer):
+    """All browser sessions, the oldest first."""
+
+    sessions: list[Session]
+
+
 class Caller(Answer):
     """The caller and their permissions."""
 

@@ -68,6 +68,14 @@ class LinkRequest(Request):
         ),
     )
 
+    confirm: bool = Field(
+        default=False,
+        description=(
+            "Whether the link first shows a page with a button, "
+            "so that programs that follow links, such as mail scanners, do not use it up."
+        ),
+    )
+
     @model_validator(mode="before")
     @classmethod
     def _no_body_is_empty(cls, value: Any) -> Any:

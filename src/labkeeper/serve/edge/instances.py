@@ -31,7 +31,7 @@ from labkeeper.backends.local.processes import wait_until_ended
 from labkeeper.edge import wire
 from labkeeper.edge.main import Start
 from labkeeper.files import write_private
-from labkeeper.forkserver import marks, peers
+from labkeeper.forkserver import identity, marks, peers
 from labkeeper.jupyter.config import base_environment
 from labkeeper.serve.edge.link import CONTROL, Link
 from labkeeper.serve.process import LOCK
@@ -99,7 +99,7 @@ class Instances:
         found = []
         for directory in sorted(path for path in self._place.iterdir() if path.is_dir()):
             try:
-                found.append(Link.open(directory, self._key(), within=_ANSWER_WITHIN))
+                found.append(Link.open(directory, self.key(), within=_ANSWER_WITHIN))
             except (ConnectionRefusedError, FileNotFoundError):
                 _remove(directory)
             except (OSError, EOFError, wire.WireError) as error:
@@ -117,7 +117,7 @@ class Instances:
         try:
             directory.mkdir(mode=0o700)
             child = self._execute(directory, public)
-            link = Link.open(directory, self._key(), within=_START_WITHIN)
+            link = Link.open(directory, self.key(), within=_START_WITHIN)
         except (OSError, EOFError, wire.WireError) as error:
             if child is not None:
                 child.kill()
@@ -161,13 +161,13 @@ class Instances:
             keeper=UPSTREAM,
             address=self.address,
             build=self.build,
-            key=self._key(),
+            key=self.key(),
             server_dirs=os.path.realpath(self._server_dirs),
             lock=self._lock_file.stat().st_ino,
             user=self.user,
         )
 
-    def _key(self) -> str:
+    def key(self) -> str:
         """Return the key that keepers and edges share, created if missing. Raises OSError."""
         with contextlib.suppress(FileNotFoundError):
             if key := self._key_file.read_text(encoding="ascii").strip():
@@ -242,7 +242,8 @@ def _edge_user() -> tuple[int, int] | None:
 def _build() -> str:
     """Return a hash of what an edge is made from; an edge with the same one is not replaced."""
     program = Path(wire.__file__).parent
-    sources = [*sorted(program.glob("*.py")), Path(peers.__file__), Path(marks.__file__)]
+    sources = [*sorted(program.glob("*.py"))]
+    sources += [Path(str(module.__file__)) for module in (identity, marks, peers)]
     made_from = [path.read_bytes() for path in sources]
     made_from += [sys.executable.encode(), sys.version.encode(), version("httptools").encode()]
     return hashlib.sha256(b"\0".join(made_from)).hexdigest()[:12]

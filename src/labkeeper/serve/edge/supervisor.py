@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 
@@ -17,11 +17,13 @@ import structlog
 
 from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
+from labkeeper.core.access import Session
 from labkeeper.core.errors import SettingsError
 from labkeeper.core.messages import Change
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.routes import LABS, Route
+from labkeeper.forkserver.identity import key_of
 from labkeeper.serve.edge.instances import EdgeError, Instances
 from labkeeper.serve.edge.link import Link
 from labkeeper.threads import ThreadGroup
@@ -41,16 +43,19 @@ class Edge:
         """`ending` are edges that finish what they have begun. Use `running` instead."""
         self.public = public
         """The listening socket of the public address."""
+        self.secret = instances.key()
+        """The secret that keepers share with their edges."""
         self._instances = instances
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
+        self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
-        """Guards the link and the routes: together they are what the edge was told."""
+        """Guards the link, the routes and the sessions: together they are what the edge knows."""
 
     def changed(self, change: Change) -> None:
         """Push what a change of a server means for its route; a subscriber of the fleet."""
-        name, route = change.after.qualified_name, route_of(change.after)
+        name, route = change.after.qualified_name, route_of(change.after, self.secret)
         with self._lock:
             if route == self._routes.get(name):
                 return
@@ -60,6 +65,22 @@ class Edge:
             else:
                 self._routes[name] = route
                 self._tell({"do": "route", "route": asdict(route)})
+
+    def set_sessions(self, begun: Collection[Session], ended: Collection[Session]) -> None:
+        """Push browser sessions that begin and that end."""
+        with self._lock:
+            self._sessions |= {session.digest: session for session in begun}
+            for session in ended:
+                self._sessions.pop(session.digest, None)
+            news = {
+                "begun": [_message(session) for session in begun],
+                "ended": [session.digest for session in ended],
+            }
+            # An edge that finishes what it has begun has to shut out browsers, too.
+            self._tell({"do": "sessions", **news})
+            for link in self._ending:
+                with contextlib.suppress(OSError):
+                    link.send({"do": "sessions", **news})
 
     def _tell(self, message: dict[str, object]) -> None:
         """Send a command, or have the edge replaced: it takes none, so it is suspended or dead."""
@@ -84,7 +105,9 @@ class Edge:
         threads.start("edge", self._watch, threads)
 
     def _push_all(self) -> None:
-        self._tell({"do": "routes", "routes": [asdict(route) for route in self._routes.values()]})
+        routes = [asdict(route) for route in self._routes.values()]
+        sessions = [_message(session) for session in self._sessions.values()]
+        self._tell({"do": "all", "routes": routes, "sessions": sessions})
 
     def _watch(self, threads: ThreadGroup) -> None:
         while True:
@@ -182,7 +205,17 @@ def _choose(
     return Edge(instances, public, link, others)
 
 
-def route_of(snapshot: Snapshot) -> Route | None:
+def _message(session: Session) -> dict[str, object]:
+    """Return a session as the edge reads it."""
+    return {
+        "digest": session.digest,
+        "server": session.server,
+        "user": session.actor.partition(":")[2] or session.actor,
+        "expires_at": session.expires_at,
+    }
+
+
+def route_of(snapshot: Snapshot, secret: str) -> Route | None:
     """Return the route to a server; None if it does not run, or not below the public address.
 
     One that was launched without the edge, or that speaks TLS, keeps its own address.
@@ -191,4 +224,5 @@ def route_of(snapshot: Snapshot) -> Route | None:
     if endpoint is None or endpoint.secure or not endpoint.base_url.startswith(f"{LABS}{name}/"):
         return None
     host = addresses.from_here(endpoint.hostname)
-    return Route(name, snapshot.generation, host, endpoint.port)
+    key = key_of(secret, name, snapshot.generation)
+    return Route(name, snapshot.generation, host, endpoint.port, endpoint.base_url, key)

@@ -81,6 +81,7 @@ class Rig:
             config=base_config(),
             kernels_by="exec",
             preload=[],
+            identity_key="",
         )
         (base / "logs").mkdir()
         self.forkserver.start()

@@ -1,0 +1,101 @@
+"""Who may go where: a request for a Lab goes there, or to the keeper's page, or is refused.
+
+* A browser with a session for the Lab is let in, as the session's user. Its own credentials for
+  Jupyter, if it sends any, are taken away.
+* A program that sends a Jupyter token is let in, without cookies; Jupyter checks the token.
+* For all others, the keeper has a page.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Final
+
+from labkeeper.edge.heads import Request, header
+from labkeeper.edge.routes import RouteTable
+from labkeeper.edge.sessions import Session, SessionTable, without_cookie
+
+_TOKEN: Final = re.compile(rb"[?&]token=")
+_LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class ToLab:
+    """The request goes to a Lab."""
+
+    server: str
+    session: Session | None
+    """None: Jupyter checks who it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToKeeper:
+    """The request goes to the keeper."""
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """The browser is sent to another address."""
+
+    location: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The request is refused."""
+
+    status: HTTPStatus
+    detail: str
+
+
+Admission = ToLab | ToKeeper | Elsewhere | Refused
+
+
+def admit(request: Request, server: str, routes: RouteTable, sessions: SessionTable) -> Admission:
+    """Decide on a request for a path below a server's name; may remove some of its headers."""
+    session = sessions.find(request.headers, server, time.time())
+    if session is None and _LOCALHOST.fullmatch(request.host) and _is_navigation(request):
+        # For browsers, Labs are another site than the keeper.
+        port = request.host.partition(b":")[2]
+        return Elsewhere(b"http://127.0.0.1%b%b" % (b":" + port if port else b"", request.target))
+    if session is not None:
+        route = routes.find(server)
+        if route is not None and request.path != route.base_url.encode() + b"logout":
+            _take_away(request, b"authorization")
+            request.headers = without_cookie(request.headers)
+            return ToLab(server, session)
+    elif _has_token(request) and not _is_navigation(request):
+        _take_away(request, b"cookie")
+        return ToLab(server, None)
+    if _is_navigation(request):
+        return ToKeeper()
+    if session is not None:
+        return Refused(HTTPStatus.NOT_FOUND, f"cannot find a running server '{server}' here")
+    return Refused(
+        HTTPStatus.UNAUTHORIZED,
+        f"cannot let you in to server '{server}': open it with `labkeeper open`, or with a link, "
+        "or send its token",
+    )
+
+
+def _take_away(request: Request, name: bytes) -> None:
+    request.headers = [pair for pair in request.headers if pair[0] != name]
+
+
+def _has_token(request: Request) -> bool:
+    return header(request.headers, b"authorization") is not None or bool(
+        _TOKEN.search(request.target)
+    )
+
+
+def _is_navigation(request: Request) -> bool:
+    """Whether a person goes to a page (Fetch Metadata); old browsers only accept HTML."""
+    if request.method not in {b"GET", b"HEAD"} or request.websocket:
+        return False
+    mode = header(request.headers, b"sec-fetch-mode")
+    if mode is not None:
+        return mode == b"navigate"
+    return b"text/html" in (header(request.headers, b"accept") or b"")

@@ -1,0 +1,314 @@
+"""Browser sessions at the edge: who is let into a Lab, as whom, and until when."""
+
+from __future__ import annotations
+
+import sys
+
+import httpx
+import pytest
+import websocket
+
+from harness import PATIENCE, edges_of, execute, kernel_websocket, start_kernel, until
+
+pytestmark = [
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux"),
+]
+PAGE = {"Accept": "text/html,*/*", "Sec-Fetch-Mode": "navigate"}
+"""What browsers send when a person goes to a page."""
+
+
+@pytest.fixture
+def keeper(make_keeper):
+    return make_keeper(edge="on").start()
+
+
+@pytest.fixture
+def browse(keeper):
+    """Make browsers, as far as cookies go."""
+    made = []
+
+    def make():
+        browser = httpx.Client(
+            base_url=keeper.url, trust_env=False, timeout=PATIENCE, follow_redirects=True
+        )
+        made.append(browser)
+        return browser
+
+    yield make
+    for browser in made:
+        browser.close()
+
+
+def link_to(keeper, name, **body):
+    answer = keeper.http.post(f"/api/servers/{name}/link", json=body)
+    assert answer.status_code == 201, answer.text
+    return answer.json()["url"]
+
+
+def signed_in(keeper, browse, name, **body):
+    """Return a browser that has opened a link to a Lab."""
+    browser = browse()
+    page = browser.get(link_to(keeper, name, **body), headers=PAGE)
+    assert page.status_code == 200, page.text
+    assert page.url.path == f"/servers/{name}/lab"
+    return browser
+
+
+def xsrf_of(browser):
+    """Return the header by which JupyterLab proves that a request is its own."""
+    return {"X-XSRFToken": browser.cookies["_xsrf"]}
+
+
+def open_kernel(keeper, browser, name):
+    """Open a websocket to a new kernel, as the page of a Lab does."""
+    answer = browser.post(
+        f"/servers/{name}/api/kernels", json={"name": "python3"}, headers=xsrf_of(browser)
+    )
+    assert answer.status_code == 201, answer.text
+    cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in browser.cookies.jar)
+    return websocket.create_connection(
+        f"{keeper.url}/servers/{name}/api/kernels/{answer.json()['id']}/channels".replace(
+            "http", "ws"
+        ),
+        cookie=cookies,
+        origin=keeper.url,
+        timeout=PATIENCE,
+    )
+
+
+def is_closed(opened):
+    """Receive a message, or return whether the connection was closed."""
+    try:
+        opened.recv()
+    except (websocket.WebSocketConnectionClosedException, ConnectionError):
+        return True
+    return False
+
+
+def test_link_lets_a_browser_in_without_any_token(keeper, browse):
+    server = keeper.post(name="lab").json()
+    browser = browse()
+    page = browser.get(link_to(keeper, "lab"), headers=PAGE)
+    assert page.url == f"{keeper.url}/servers/lab/lab"
+    assert server["token"] not in page.text
+    seen = [(answer.request.url, answer.headers) for answer in (*page.history, page)]
+    assert server["token"] not in str(seen)
+    (cookie,) = [c for c in browser.cookies.jar if c.name == "labkeeper-session"]
+    assert cookie.path == "/servers/lab/"
+    assert cookie.has_nonstandard_attr("HttpOnly")
+    assert cookie.get_nonstandard_attr("SameSite") == "Lax"
+    opened = open_kernel(keeper, browser, "lab")
+    assert execute(opened, "6 * 7") == "42"
+    opened.close()
+
+
+def test_the_lab_knows_who_uses_it(keeper, browse):
+    """By the token that the link was made with; the owner's token has no other name."""
+    keeper.post(name="lab")
+    made = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage"}).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    link = httpx.post(
+        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
+    ).json()["url"]
+    browser = browse()
+    browser.get(link, headers=PAGE)
+    identity = browser.get("/servers/lab/api/me").json()["identity"]
+    assert (identity["username"], identity["initials"]) == ("ada", "AD")
+    assert identity["color"].startswith("var(--jp-collaborator-color")
+    owner = signed_in(keeper, browse, "lab").get("/servers/lab/api/me").json()["identity"]
+    assert owner["username"] == "owner"
+
+
+def test_a_forged_identity_is_removed(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    forged = {"X-Labkeeper-Identity": "e30.abc", "x-labkeeper-identity": "e30.def"}
+    identity = browser.get("/servers/lab/api/me", headers=forged).json()["identity"]
+    assert identity["username"] == "owner"
+    server = keeper.get("lab")
+    # Nor does the server itself believe it, at its own port.
+    direct = httpx.get(f"{server['url']}api/me", headers=forged, trust_env=False)
+    assert direct.status_code == 403
+
+
+def test_jupyters_checks_of_forged_requests_stay_on(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    path = "/servers/lab/api/kernels"
+    assert browser.post(path, json={"name": "python3"}).status_code == 403
+    other_site = xsrf_of(browser) | {"Origin": "http://evil.example"}
+    # Jupyter's answer to a request of another site.
+    assert browser.post(path, json={"name": "python3"}, headers=other_site).status_code == 404
+    assert browser.get(path).json() == []
+
+
+def test_without_a_session_a_page_says_so_and_nothing_else(keeper, browse):
+    """The page is the same whether or not there is such a server."""
+    keeper.post(name="lab")
+    there = browse().get("/servers/lab/lab/tree", headers=PAGE)
+    missing = browse().get("/servers/none/lab/tree", headers=PAGE)
+    assert (there.status_code, missing.status_code) == (401, 401)
+    assert there.text.replace("open lab`", "open none`") == missing.text
+    assert "You are not signed in" in there.text
+    for path in ("api", "api/kernels", "lab/api/settings", "static/lab/x.js"):
+        refused = browse().get(f"/servers/lab/{path}")
+        assert (refused.status_code, refused.json()["code"]) == (401, "unauthorized"), path
+
+
+def test_a_session_is_for_one_lab(keeper, browse):
+    keeper.post(name="lab")
+    keeper.post(name="other")
+    browser = signed_in(keeper, browse, "lab")
+    cookie = browser.cookies["labkeeper-session"]
+    headers = {"Cookie": f"labkeeper-session={cookie}"}
+    assert browse().get("/servers/lab/api/me", headers=headers).status_code == 200
+    assert browse().get("/servers/other/api/me", headers=headers).status_code == 401
+    assert browse().get("/api/servers", headers=headers).status_code == 401
+
+
+def test_two_session_cookies_are_none(keeper, browse):
+    """A page of the same host could set another one, to make a browser use its own session."""
+    keeper.post(name="lab")
+    cookie = signed_in(keeper, browse, "lab").cookies["labkeeper-session"]
+    headers = {"Cookie": f"labkeeper-session=x; labkeeper-session={cookie}"}
+    assert browse().get("/servers/lab/api/me", headers=headers).status_code == 401
+
+
+def test_programs_use_the_servers_token(keeper):
+    server = keeper.post(name="lab").json()
+    lab = server | {"url": f"{keeper.url}/servers/lab/"}
+    with kernel_websocket(lab, start_kernel(lab)) as opened:
+        assert execute(opened, "1 + 1") == "2"
+    wrong = httpx.get(
+        f"{lab['url']}api/kernels", headers={"Authorization": "token x"}, trust_env=False
+    )
+    assert wrong.status_code == 403
+
+
+def test_a_link_for_others_is_not_used_up_by_who_only_follows_it(keeper, browse):
+    keeper.post(name="lab")
+    link = keeper.cli("link", "lab").stdout.strip()
+    for _ in range(3):
+        shown = browse().get(link, headers=PAGE)
+        assert shown.status_code == 200
+        assert "<button" in shown.text
+    browser = browse()
+    opened = browser.post(link, headers=PAGE | {"Origin": keeper.url})
+    assert opened.url.path == "/servers/lab/lab"
+    assert browse().post(link, headers=PAGE).status_code == 410
+
+
+def test_a_revoked_session_is_shut_out_at_once(keeper, browse):
+    keeper.post(name="lab")
+    browser, other = (signed_in(keeper, browse, "lab") for _ in range(2))
+    opened, stays = (open_kernel(keeper, one, "lab") for one in (browser, other))
+    listed = keeper.http.get("/api/sessions").json()["sessions"]
+    assert [(s["server"], s["actor"]) for s in listed] == [("lab", "token:owner")] * 2
+    assert keeper.cli("session", "revoke", listed[0]["id"]).returncode == 0
+    until(lambda: is_closed(opened), what="the websocket to be closed")
+    assert browser.get("/servers/lab/api/me").status_code == 401
+    assert execute(stays, "1 + 1") == "2"
+    assert other.get("/servers/lab/api/me").status_code == 200
+    stays.close()
+    again = keeper.http.delete(f"/api/sessions/{listed[0]['id']}")
+    assert (again.status_code, again.json()["code"]) == (404, "session_not_found")
+
+
+def test_revoking_a_token_ends_the_sessions_of_its_links(keeper, browse):
+    keeper.post(name="lab")
+    made = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage"}).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    link = httpx.post(
+        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
+    ).json()["url"]
+    browser = browse()
+    browser.get(link, headers=PAGE)
+    other = signed_in(keeper, browse, "lab")
+    assert keeper.http.delete("/api/tokens/ada").status_code == 200
+    assert browser.get("/servers/lab/api/me").status_code == 401
+    assert other.get("/servers/lab/api/me").status_code == 200
+
+
+def test_a_session_expires_with_the_token_that_made_its_link(keeper, browse):
+    keeper.post(name="lab")
+    body = {"name": "ada", "scope": "manage", "expires_in": "1h"}
+    made = keeper.http.post("/api/tokens", json=body).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    link = httpx.post(
+        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
+    ).json()["url"]
+    browse().get(link, headers=PAGE)
+    (session,) = keeper.http.get("/api/sessions").json()["sessions"]
+    assert session["expires_at"] == made["expires_at"]
+
+
+def test_logging_out_in_the_lab_ends_the_session(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    page = browser.get("/servers/lab/logout", headers=PAGE)
+    assert "You are signed out" in page.text
+    assert keeper.http.get("/api/sessions").json()["sessions"] == []
+    assert browser.get("/servers/lab/lab", headers=PAGE).status_code == 401
+
+
+def test_sessions_outlive_keepers_edges_and_launches(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    keeper.kill()
+    keeper.start()
+    assert browser.get("/servers/lab/api/me").status_code == 200
+    (edge,) = edges_of(keeper)
+    edge.kill()
+    until(lambda: edges_of(keeper) not in ([], [edge]), what="another edge")
+    assert browser.get("/servers/lab/api/me").status_code == 200
+    assert keeper.http.post("/api/servers/lab/restart").status_code in {200, 201}
+    assert browser.get("/servers/lab/api/me").status_code == 200
+
+
+def test_a_revoked_session_stays_so_whatever_is_killed(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    (session,) = keeper.http.get("/api/sessions").json()["sessions"]
+    assert keeper.http.delete(f"/api/sessions/{session['id']}").status_code == 200
+    keeper.kill()
+    (edge,) = edges_of(keeper)
+    edge.kill()
+    keeper.start()
+    assert browser.get("/servers/lab/api/me").status_code == 401
+
+
+def test_a_stopped_lab_has_a_page_and_its_sessions_wait_for_it(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    keeper.http.post("/api/servers/lab/stop")
+    page = browser.get("/servers/lab/lab", headers=PAGE)
+    assert (page.status_code, "This Lab does not run" in page.text) == (404, True)
+    assert browser.get("/servers/lab/api/me").status_code == 404
+    keeper.http.post("/api/servers/lab/start")
+    assert browser.get("/servers/lab/api/me").status_code == 200
+    assert keeper.delete("lab").status_code == 200
+    # Another server of this name is not theirs.
+    keeper.post(name="lab")
+    assert browser.get("/servers/lab/api/me").status_code == 401
+
+
+def test_labs_have_another_host_name_than_the_keeper_on_this_machine(keeper, browse):
+    keeper.post(name="lab")
+    at_localhost = {"Host": f"localhost:{keeper.port}"}
+    sent = browse().get("/servers/lab/lab?a=b", headers=PAGE | at_localhost, follow_redirects=False)
+    assert sent.status_code == 307
+    assert sent.headers["location"] == f"{keeper.url}/servers/lab/lab?a=b"
+    headers = {"Authorization": f"Bearer {keeper.token}"} | at_localhost
+    link = browse().post("/api/servers/lab/link", headers=headers, json={}).json()["url"]
+    assert link.startswith(f"http://127.0.0.1:{keeper.port}/open/")
+
+
+def test_open_prints_a_link_that_opens_the_lab(keeper, browse):
+    server = keeper.post(name="lab").json()
+    assert server["lab_url"] == f"{keeper.url}/servers/lab/lab"
+    for command in (("open", "lab", "--print"), ("start", "lab")):
+        printed = keeper.cli(*command)
+        assert printed.returncode == 0, printed.stderr
+        page = browse().get(printed.stdout.strip(), headers=PAGE)
+        assert page.url == server["lab_url"], command
