@@ -27,6 +27,8 @@ from labkeeper.edge.routes import Route
 
 PIECE = 64 * 1024
 """Bytes that a `Flood` writes at once."""
+MUCH = 2**28
+"""Bytes; more of a `Flood` are not written, as nothing seems to stop it."""
 SMALL = 16 * 1024
 """Bytes of a socket's buffers, where a test needs them to be small."""
 PROBE = b"GET /edge/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -181,6 +183,9 @@ class Visit(asyncio.Protocol):
 
     def _pour(self):
         while self._flood is not None and not self.blocked and not self.transport.is_closing():
+            if self.server.poured > MUCH:
+                self.server.errors.append("nothing stops the flood")
+                self.transport.abort()
             self.server.poured += len(self._flood)
             self.transport.write(self._flood)
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import socket
+import termios
 
 import pytest
 
-from edges import Cut, answer, edge_in, get, post
+from edges import SMALL, Cut, answer, edge_in, get, post
 from harness import until
+from labkeeper.edge.bodies import LAST_CHUNK, chunk
 from labkeeper.edge.exchange import Exchange
 
 
@@ -134,34 +137,49 @@ def test_answer_that_is_cut_ends_with_a_reset(edge, lab, said, version, reset):
     assert len(lab.requests) == 1
 
 
+def send_more_than_is_taken(edge, client):
+    """Send a whole request of which the edge keeps a part, as the Lab does not read it."""
+    client.send(get(b"/servers/lab/", b"Transfer-Encoding: chunked", method=b"POST"))
+    (inside,) = until(lambda: edge.inside)
+
+    def taken():
+        """Whether the edge has read all that was sent."""
+        connection = inside._transport.get_extra_info("socket")
+        outside = fcntl.ioctl(client.socket, termios.TIOCOUTQ, bytes(4))
+        return outside == edge.call(fcntl.ioctl, connection, termios.FIONREAD, bytes(4)) == bytes(4)
+
+    def kept():
+        upstream = inside._exchange._upstream
+        return upstream is not None and upstream.transport.get_write_buffer_size()
+
+    while not edge.call(kept):
+        client.send(chunk(bytes(SMALL)))
+        until(taken)
+    client.send(LAST_CHUNK)
+    until(lambda: inside._exchange.has_body)
+
+
 def test_lab_that_ends_its_half_and_reads_nothing_is_answered_with_502(edge):
     """What it has not taken of the request must not delay the answer."""
-    lab = edge.add_lab(buffers=4096)
+    lab = edge.add_lab(buffers=SMALL)
     lab.mute, lab.reads = True, False
-    size = 3 * 2**20
     client = edge.connect()
-    client.send(get(b"/servers/lab/", b"Content-Length: %d" % size, method=b"POST"))
-    until(lambda: lab.visits)
+    send_more_than_is_taken(edge, client)
     edge.call(lab.visits[0].transport.write_eof)
     assert client.receive(b"POST").status == 502
 
 
 @pytest.mark.parametrize("close", [b"Connection: close", b"X: y"])
 def test_lab_that_answers_without_reading_the_body_keeps_no_connection(edge, close):
-    lab = edge.add_lab(buffers=4096)
+    lab = edge.add_lab(buffers=SMALL)
     lab.mute, lab.reads = True, False
     client = edge.connect()
-    client.socket.settimeout(None)
-    body = bytes(100_000)
-    client.send(post(b"/servers/lab/", body))
-    until(lambda: edge.call(lambda: [c for c in edge.proxy._clients if c._exchange.has_body]))
+    send_more_than_is_taken(edge, client)
     edge.call(lab.visits[0].say, answer(b"ok", close))
     assert client.receive(b"POST").status == 200
     client.close()
     edge.settle(0)
-    with contextlib.suppress(OSError):
-        # The kernel buffers of an unread connection do not tell; the edge's own table does.
-        until(lambda: len(edge.call(lambda: _upstream_sockets(edge))) == 0)
+    until(lambda: edge.call(_upstream_sockets, edge) == [])
 
 
 def _upstream_sockets(edge):

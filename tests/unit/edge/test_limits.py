@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import PROBE, SMALL, Flood, answer, get, post
+from edges import MUCH, PROBE, SMALL, Flood, answer, get, post
 from harness import until
 
 ENDLESS = 2**40
@@ -38,14 +38,14 @@ def fill(client, row=b"\0"):
         nonlocal sent
         before = sent
         try:
-            while sent < 2**28:
+            while sent < MUCH:
                 sent += client.socket.send(row[sent % len(row) :])
         except BlockingIOError:
             pass
         return sent == before
 
     until(stuck)
-    assert sent < 2**28
+    assert sent < MUCH
 
 
 # Memory
@@ -71,7 +71,7 @@ def test_answer_to_a_client_that_does_not_read_stops(edge, lab):
     client.send(get(b"/servers/lab/"))
     until(lambda: lab.visits and lab.visits[0].blocked and edge.inside[0]._blocked)
     assert own(edge) < SLACK
-    assert lab.poured < 2**28
+    assert lab.poured < MUCH
 
 
 def test_answer_goes_on_when_the_client_reads_again(edge, lab):
