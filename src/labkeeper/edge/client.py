@@ -55,6 +55,8 @@ class Client(asyncio.Protocol):
         """Whether its peer does not read the answer fast enough."""
         self._lingers = False
         """Whether it only waits until its peer has read the last answer."""
+        self._wants_head = False
+        """Whether the current request is HEAD, to which no answer has a body."""
 
     # Called by asyncio
 
@@ -145,6 +147,7 @@ class Client(asyncio.Protocol):
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
         self._proxy.waiting.pop(self, None)
+        self._wants_head = request.method == b"HEAD"
         sent = header(request.headers, b"x-request-id") or b""
         id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
         request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
@@ -177,12 +180,7 @@ class Client(asyncio.Protocol):
 
     def _answer_here(self, request: Request, where: Elsewhere | None) -> None:
         """Answer a request that goes nowhere."""
-        close = (
-            not request.keep_alive
-            or self._proxy.draining
-            or request.length != 0
-            or request.method == b"HEAD"
-        )
+        close = not request.keep_alive or self._proxy.draining or request.length != 0
         if where is None:
             self._answer(answers.healthy(close=close), close=close)
         else:
@@ -230,6 +228,8 @@ class Client(asyncio.Protocol):
         self._transport.write(data)
 
     def _answer(self, answer: bytes, *, close: bool) -> None:
+        if self._wants_head:
+            answer = answer[: answer.index(END) + len(END)]
         self._transport.write(answer)
         if close:
             self._linger()
@@ -271,6 +271,7 @@ class Client(asyncio.Protocol):
 
     def _wait(self) -> None:
         """Wait for the next request."""
+        self._wants_head = False
         self._proxy.waiting[self] = None
         self._set_deadline()
         if self._proxy.draining:

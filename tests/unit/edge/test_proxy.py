@@ -280,3 +280,11 @@ def test_malformed_chunk_is_refused_and_what_follows_it_is_dropped(edge):
     assert client.receive(b"POST").status == 400
     assert client.drain() == (b"", False)
     assert edge.requests == []
+
+
+@pytest.mark.parametrize("target", [b"/edge/healthz", b"/servers/lab", b"/servers/ghost/", b"/"])
+def test_own_answer_to_head_has_no_body(make_edge, target):
+    edge = make_edge(most_held=0)
+    client = edge.send(get(target, b"Connection: close", method=b"HEAD"))
+    data, reset = client.drain()
+    assert (data.count(b"\r\n\r\n"), data[-4:], reset) == (1, b"\r\n\r\n", False)
