@@ -309,7 +309,7 @@ class Client(asyncio.Protocol):
 
     def drain(self) -> None:
         """Close it, or have it closed after the current answer."""
-        if self._exchange is None and not self._input:
+        if self._exchange is None and not self._input and not self._lingers:
             self._transport.close()
 
     def time_out(self, now: float) -> None:

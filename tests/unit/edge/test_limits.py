@@ -285,3 +285,15 @@ def test_head_that_has_begun_is_answered_before_the_end(edge):
 def test_new_connection_is_closed_while_draining(edge):
     edge.call(edge.proxy.drain)
     assert edge.connect().drain() == (b"", False)
+
+
+def test_refused_client_can_still_read_its_answer_while_the_edge_drains(edge):
+    """A connection that is closed with unread input is reset, and its last answer may be lost."""
+    client = edge.send(b"nonsense\r\n\r\n")
+    until(lambda: edge.inside and edge.inside[0]._lingers)
+    edge.call(edge.proxy.drain)
+    edge.settle(1)
+    client.send(bytes(100))
+    assert client.receive().status == 400
+    client.close()
+    edge.settle(0)
