@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edges import SWITCH, WEBSOCKET, Cut, answer, edge_in, get
+from edge_peers import SWITCH, WEBSOCKET, Cut, answer, get
+from edges import edge_in
 from fuzzing import FUZZ
 from labkeeper.edge.bodies import BadBody, Chunked
 from labkeeper.edge.heads import (

@@ -10,7 +10,8 @@ import termios
 
 import pytest
 
-from edges import SMALL, Cut, answer, edge_in, get, post
+from edge_peers import SMALL, Cut, answer, get, post
+from edges import edge_in
 from harness import until
 from labkeeper.edge.bodies import LAST_CHUNK, chunk
 from labkeeper.edge.exchange import Exchange

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import SWITCH, WEBSOCKET, get
+from edge_peers import SWITCH, WEBSOCKET, get
 from labkeeper.edge.heads import (
     ANSWER_LIMIT,
     REQUEST_LIMIT,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import PROBE, WEBSOCKET, get
+from edge_peers import PROBE, WEBSOCKET, get
 
 EVIL = b"GET /evil HTTP/1.1\r\nHost: x\r\n\r\n"
 """A request that is smuggled: it never may reach anyone."""

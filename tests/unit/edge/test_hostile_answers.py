@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import SWITCH, WEBSOCKET, Cut, Flood, answer, get
+from edge_peers import SWITCH, WEBSOCKET, Cut, Flood, answer, get
 from harness import until
 
 LAB = get(b"/servers/lab/")

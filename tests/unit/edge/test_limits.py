@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import MUCH, PROBE, SMALL, Flood, answer, get, post
+from edge_peers import MUCH, PROBE, SMALL, Flood, answer, get, post
 from harness import until
 
 ENDLESS = 2**40

@@ -7,7 +7,7 @@ import socket
 import h11
 import pytest
 
-from edges import PROBE, Cut, answer, get, post
+from edge_peers import PROBE, Cut, answer, get, post
 from harness import until
 
 

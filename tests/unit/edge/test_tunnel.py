@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edges import MUCH, PIECE, SMALL, SWITCH, WEBSOCKET, Cut, Flood, answer, get
+from edge_peers import MUCH, PIECE, SMALL, SWITCH, WEBSOCKET, Cut, Flood, answer, get
 from harness import until
 
 OPEN = get(b"/servers/lab/ws", *WEBSOCKET)
