@@ -244,7 +244,6 @@ class Visitor:
         self.socket.settimeout(PATIENCE)
         if buffers is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffers)
         self.socket.connect(address)
         self.rest = b""
 

@@ -77,7 +77,7 @@ def test_answer_to_a_client_that_does_not_read_stops(edge, lab):
 def test_answer_goes_on_when_the_client_reads_again(edge, lab):
     body = bytes(range(256)) * 2**16
     lab.answers(answer(body))
-    client = edge.connect(SMALL)
+    client = edge.connect(2**18)
     client.send(get(b"/servers/lab/"))
     until(lambda: edge.inside and edge.inside[0]._blocked)
     assert client.receive().body == body
