@@ -26,9 +26,15 @@ SMALL = 16 * 1024
 PROBE = b"GET /edge/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
+TOKEN = b"Authorization: token x"
+"""A program's token for a Lab, which the edge passes on."""
+
+
 def get(target=b"/", *headers, method=b"GET", body=b""):
-    """Return a request as bytes."""
-    return b"\r\n".join([method + b" " + target + b" HTTP/1.1", b"Host: x", *headers, b"", body])
+    """Return a request as bytes, with a token if it is for a Lab."""
+    known = [TOKEN] if target.startswith(b"/servers/") else []
+    head = [method + b" " + target + b" HTTP/1.1", b"Host: x", *known, *headers]
+    return b"\r\n".join([*head, b"", body])
 
 
 def post(target=b"/", body=b"content", *headers):

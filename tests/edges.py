@@ -82,7 +82,8 @@ class Edge:
 
         lab.listener = self.wait(listen())
         port = listener.getsockname()[1]
-        self.call(self.proxy.routes.set, Route(name, generation, "127.0.0.1", port))
+        route = Route(name, generation, "127.0.0.1", port, f"/servers/{name}/", "key")
+        self.call(self.proxy.routes.set, route)
         self.labs[name, generation] = lab
         return lab
 

@@ -31,7 +31,7 @@ METHODS = st.sampled_from(
     [b"GET", b"POST", b"HEAD", b"OPTIONS", b"PUT", b"CONNECT", b"PRI", b"get"]
 )
 TARGETS = st.sampled_from(
-    [b"/", b"/", b"/servers/lab/", b"/servers/lab/", b"/servers/lab", b"/servers/ghost/x",
+    [b"/", b"/", b"/servers/lab/?token=x", b"/servers/lab/", b"/servers/lab", b"/servers/ghost/x",
      b"/edge/healthz", b"*", b"//x", b"http://x/", b"x:1",
      b"/servers/lab/../x", b"/a?b=/../", b"/%2e%2e/"]
 ) | st.text("a/.%2eE;?&=|{}[]^'~!$()*+,:@_-#\\\"<>\x00\x7f\xe4", max_size=8).map(

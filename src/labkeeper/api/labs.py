@@ -10,6 +10,7 @@ from http import HTTPStatus
 from typing import Final
 
 from flask import Blueprint, Response, g, request
+from werkzeug.exceptions import NotFound
 
 from labkeeper.api.auth import PUBLIC, Rule
 from labkeeper.api.pages import page
@@ -19,6 +20,7 @@ from labkeeper.core.errors import SessionNotFound
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Origin
 from labkeeper.core.spec import QualifiedName
+from labkeeper.edge.routes import LABS
 from labkeeper.identity.sessions import COOKIE
 
 RULES: Final[dict[str, Rule]] = dict.fromkeys(("labs.show", "labs.sign_out"), PUBLIC)
@@ -66,18 +68,19 @@ def pages(services: Services) -> Blueprint:
         shown = page(
             HTTPStatus.OK, "You are signed out", "To use this Lab again, open it with a new link."
         )
-        shown.delete_cookie(COOKIE, path=f"{services.base_path}{name}/")
+        shown.delete_cookie(COOKIE, path=f"{LABS}{name}/")
         return shown
 
-    if services.base_path:
-        below = f"{services.base_path}<name>"
-        made.add_url_rule(f"{below}/", "show", show)
-        made.add_url_rule(f"{below}/<path:rest>", "show", show)
-        made.add_url_rule(f"{below}/logout", "sign_out", sign_out)
+    below = f"{LABS}<name>"
+    made.add_url_rule(f"{below}/", "show", show)
+    made.add_url_rule(f"{below}/<path:rest>", "show", show)
+    made.add_url_rule(f"{below}/logout", "sign_out", sign_out)
     return made
 
 
 def _session(services: Services, name: str) -> Session | None:
-    """Return the browser's session for a server, or None."""
+    """Return the browser's session for a server, or None. Raises NotFound if there is no edge."""
+    if not services.base_path:
+        raise NotFound
     session = services.sessions.find(request.cookies.get(COOKIE, ""))
     return session if session is not None and session.server == QualifiedName(name) else None

@@ -17,9 +17,10 @@ from labkeeper.core.errors import SessionNotFound, StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, SessionStore
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, parse_qualified_name
+from labkeeper.edge import sessions as edge
 from labkeeper.identity.tokens import digest_of
 
-COOKIE: Final = "labkeeper-session"
+COOKIE: Final = edge.COOKIE.decode()
 LIFETIME: Final = 7 * 86400.0
 """Seconds after which a browser must be let in again."""
 _MOST: Final = 10_000
@@ -68,10 +69,10 @@ class Sessions:
             self._store.save_session(session)
             self._known = {**self._known, session.digest: session}
             self._publish([session], ())
-            surplus = list(self._known.values())[:-_MOST]
-            expired = [other for other in self._known.values() if other.expired(now)]
+            valid = [digest for digest, s in self._known.items() if not s.expired(now)]
+            stay = set(valid[-_MOST:])
             with suppress(StoreError):  # Logged by the store; they are tried again.
-                self._end([*surplus, *expired])
+                self._end([s for digest, s in self._known.items() if digest not in stay])
         self._tell("a browser was let in", session, origin)
         return session, text
 
@@ -119,8 +120,9 @@ class Sessions:
         if not ended and not self._to_forget:
             return
         digests = {session.digest for session in ended}
-        self._known = {d: session for d, session in self._known.items() if d not in digests}
-        self._publish((), ended)
+        known = self._known
+        self._known = {d: session for d, session in known.items() if d not in digests}
+        self._publish((), [known[digest] for digest in digests & known.keys()])
         self._to_forget |= {session.id: session for session in ended}
         self._store.forget_sessions(self._to_forget.keys())
         self._to_forget = {}

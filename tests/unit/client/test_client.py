@@ -38,6 +38,7 @@ from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.messages import HistoryKind
 from labkeeper.core.ports import Library
 from labkeeper.core.server import FailureClass, Kernel, StopMethod
+from labkeeper.identity.sessions import Sessions
 from labkeeper.runtime import Keeper
 from labkeeper.schema.answers.base import TOLERANT, Answer
 from labkeeper.schema.requests.gateway import GatewayFields
@@ -56,6 +57,7 @@ class Running:
     keeper: Keeper
     app: object
     client: Client
+    sessions: Sessions
 
 
 @contextmanager
@@ -63,7 +65,8 @@ def running_keeper(notebook_dir: Path):
     with fake_keeper(notebook_dir) as made:
         app = create_app(made.services)
         with Client(URL, token=TOKEN, transport=httpx.WSGITransport(app=app)) as client:
-            yield Running(made.world, made.probe, made.keeper, app, client)
+            sessions = made.services.sessions
+            yield Running(made.world, made.probe, made.keeper, app, client, sessions)
 
 
 @pytest.fixture
@@ -287,6 +290,9 @@ def test_every_route_has_a_method(running):
             use("default")
         client.create_token("ci", "read")
         client.tokens()
+        client.sessions()
+        session, _ = running.sessions.make("default", "token:ci")
+        client.revoke_session(session.id)
         client.me()
         client.revoke_token("ci")
         client.start_many(["default"])
@@ -306,7 +312,7 @@ def test_every_route_has_a_method(running):
     urls = running.app.url_map.bind("keeper")
     reached = {urls.match(request.url.path, request.method)[0] for request in recorder.requests}
     # A one-time link is opened by browsers.
-    assert reached == {route.handler.__name__ for route in ROUTES} - {"open_link"}
+    assert reached == {route.handler.__name__ for route in ROUTES} - {"follow_link", "open_link"}
 
 
 # Errors

@@ -131,7 +131,7 @@ def test_get_with_a_body_is_not_repeated(edge):
 )
 def test_answer_that_is_cut_ends_with_a_reset(edge, lab, said, version, reset):
     lab.answers(Cut(said, reset=reset))
-    client = edge.send(b"GET /servers/lab/ HTTP/%b\r\nHost: x\r\n\r\n" % version)
+    client = edge.send(b"GET /servers/lab/?token=x HTTP/%b\r\nHost: x\r\n\r\n" % version)
     data, was_reset = client.drain()
     assert was_reset
     assert not data.endswith(b"0\r\n\r\n")

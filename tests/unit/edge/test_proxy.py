@@ -52,7 +52,7 @@ def test_request_without_a_route_never_uses_the_kept_connection_to_the_keeper(ed
 def test_name_of_a_server_alone_is_redirected_with_its_query(edge, lab, target, location):
     client = edge.connect()
     reply = client.ask(get(target))
-    assert (reply.status, reply.headers[b"location"]) == (308, location)
+    assert (reply.status, reply.headers[b"location"]) == (307, location)
     assert client.ask(get()).status == 200
     assert lab.requests == []
 

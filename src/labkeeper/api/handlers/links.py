@@ -6,7 +6,7 @@ import time
 from http import HTTPStatus
 from urllib.parse import quote
 
-from flask import Response, g
+from flask import Response, g, request
 
 from labkeeper.api.handlers.common import (
     Answer,
@@ -68,7 +68,9 @@ def open_link(services: Services, path: TicketPath) -> Response:
     """
     link = services.links.look(path.ticket)
     endpoint = _endpoint(services, link)
-    if link is None or endpoint is None or not link.confirm:
+    if link is None or endpoint is None or request.method == "HEAD":
+        return _spent()
+    if not link.confirm:
         return follow_link(services, path)
     return button(
         "Open JupyterLab",
@@ -83,12 +85,7 @@ def follow_link(services: Services, path: TicketPath) -> Response:
     link = services.links.use(path.ticket)
     endpoint = _endpoint(services, link)
     if link is None or endpoint is None:
-        return page(
-            HTTPStatus.GONE,
-            "This link opens nothing any more",
-            "It was used, or it is too old, or its server was launched again. "
-            "Go back to where it came from, and ask for another.",
-        )
+        return _spent()
     if is_below(services, endpoint):
         return _with_session(services, link, endpoint)
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
@@ -97,6 +94,15 @@ def follow_link(services: Services, path: TicketPath) -> Response:
     next_page = (endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
     target = f"{root}login?token={endpoint.token}&next={quote(next_page, safe='')}"
     return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})
+
+
+def _spent() -> Response:
+    return page(
+        HTTPStatus.GONE,
+        "This link opens nothing any more",
+        "It was used, or it is too old, or its server was launched again. "
+        "Go back to where it came from, and ask for another.",
+    )
 
 
 def _endpoint(services: Services, link: KnownLink | None) -> Endpoint | None:

@@ -1,0 +1,162 @@
+"""Who may go where, by cookies, tokens, and what the request is for."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+
+import pytest
+
+from edge_peers import WEBSOCKET
+from labkeeper.edge.admission import Elsewhere, Refused, ToKeeper, ToLab, admit
+from labkeeper.edge.heads import read_request
+from labkeeper.edge.routes import Route, RouteTable
+from labkeeper.edge.sessions import Session, SessionTable
+
+COOKIE = b"Cookie: labkeeper-session=secret"
+HTML = b"Accept: text/html"
+NAVIGATION = b"Sec-Fetch-Mode: navigate"
+
+
+def session_for(server="lab", cookie=b"secret", lasts=60.0):
+    return Session(hashlib.sha256(cookie).hexdigest(), server, "ada", time.time() + lasts)
+
+
+@pytest.fixture
+def sessions():
+    table = SessionTable()
+    table.add([session_for()])
+    return table
+
+
+@pytest.fixture
+def routes():
+    table = RouteTable()
+    table.set(Route("lab", 1, "127.0.0.1", 1, "/servers/lab/", "key"))
+    return table
+
+
+def request(*headers, target=b"/servers/lab/x", method=b"GET", host=b"x"):
+    head = [b"%b %b HTTP/1.1" % (method, target), b"Host: " + host, *headers, b"", b""]
+    return read_request(b"\r\n".join(head))
+
+
+@pytest.mark.parametrize("more", [[], [NAVIGATION], [HTML], list(WEBSOCKET)])
+def test_a_browser_with_a_session_is_let_in_as_its_user(sessions, routes, more):
+    admitted = admit(request(COOKIE, *more), "lab", routes, sessions)
+    assert admitted == ToLab("lab", session_for(lasts=0) and admitted.session)
+    assert (admitted.session.server, admitted.session.user) == ("lab", "ada")
+
+
+def test_the_lab_gets_the_other_cookies_and_no_credentials(sessions, routes):
+    asked = request(
+        b"Cookie: _xsrf=a; labkeeper-session=secret; b=c=d;e",
+        b"Authorization: token forged",
+        b"Accept: x",
+    )
+    admit(asked, "lab", routes, sessions)
+    assert asked.headers == [(b"host", b"x"), (b"accept", b"x"), (b"cookie", b"_xsrf=a; b=c=d")]
+
+
+@pytest.mark.parametrize(
+    "cookie",
+    [
+        b"Cookie: labkeeper-session=other",
+        b"Cookie: labkeeper-session=",
+        b"Cookie: labkeeper-session",
+        b"Cookie: Labkeeper-Session=secret",
+        b"Cookie: labkeeper-session=secret; labkeeper-session=secret",
+        b"Cookie: labkeeper-session=secret; labkeeper-session=",
+        b"Cookie: labkeeper-session=secretx",
+        b"Accept: x",
+    ],
+)
+def test_without_one_valid_cookie_nobody_is_let_in(sessions, routes, cookie):
+    assert admit(request(cookie), "lab", routes, sessions).status == 401
+    assert admit(request(cookie, NAVIGATION), "lab", routes, sessions) == ToKeeper()
+
+
+def test_cookies_in_two_headers_count_together(sessions, routes):
+    assert admit(request(COOKIE, COOKIE), "lab", routes, sessions).status == 401
+    asked = request(b"Cookie: a=b", COOKIE, b"Cookie: c=d")
+    assert isinstance(admit(asked, "lab", routes, sessions), ToLab)
+    assert asked.headers == [(b"host", b"x"), (b"cookie", b"a=b; c=d")]
+
+
+def test_a_session_is_for_one_server_and_for_its_time(routes):
+    table = SessionTable()
+    table.add([session_for("other"), session_for(cookie=b"late", lasts=-1.0)])
+    assert admit(request(COOKIE), "lab", routes, table).status == 401
+    late = request(b"Cookie: labkeeper-session=late")
+    assert admit(late, "lab", routes, table).status == 401
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"headers": [b"Authorization: token x"]},
+        {"headers": [b"Authorization: Bearer x"], "method": b"POST"},
+        {"target": b"/servers/lab/api?token=x"},
+        {"target": b"/servers/lab/api?a=b&token=x", "headers": list(WEBSOCKET)},
+    ],
+)
+def test_a_program_with_a_token_is_let_in_without_cookies(sessions, routes, asked):
+    headers = [b"Cookie: username-x=y", *asked.pop("headers", ())]
+    program = request(*headers, **asked)
+    assert admit(program, "lab", routes, sessions) == ToLab("lab", None)
+    assert b"cookie" not in dict(program.headers)
+
+
+def test_a_token_in_the_address_of_a_page_lets_no_browser_in(sessions, routes):
+    """It would be in its history, and without cookies the page would not work."""
+    asked = request(NAVIGATION, target=b"/servers/lab/lab?token=x")
+    assert admit(asked, "lab", routes, sessions) == ToKeeper()
+
+
+@pytest.mark.parametrize(
+    ("headers", "method", "navigates"),
+    [
+        ([NAVIGATION], b"GET", True),
+        ([HTML], b"GET", True),
+        ([HTML], b"HEAD", True),
+        ([b"Accept: application/xhtml+xml,text/html;q=0.9"], b"GET", True),
+        ([HTML, b"Sec-Fetch-Mode: cors"], b"GET", False),
+        ([HTML, b"Sec-Fetch-Mode: no-cors"], b"GET", False),
+        ([NAVIGATION], b"POST", False),
+        ([HTML, *WEBSOCKET], b"GET", False),
+        ([b"Accept: */*"], b"GET", False),
+        ([], b"GET", False),
+    ],
+)
+def test_people_get_a_page_and_programs_an_error(sessions, routes, headers, method, navigates):
+    admitted = admit(request(*headers, method=method), "lab", routes, sessions)
+    assert isinstance(admitted, ToKeeper if navigates else Refused)
+
+
+def test_a_server_that_does_not_run_is_told_only_to_who_has_a_session(sessions):
+    none = RouteTable()
+    assert admit(request(COOKIE), "lab", none, sessions).status == 404
+    assert admit(request(), "lab", none, sessions).status == 401
+    assert admit(request(COOKIE, NAVIGATION), "lab", none, sessions) == ToKeeper()
+
+
+def test_logging_out_is_the_keepers(sessions, routes):
+    leaves = request(COOKIE, NAVIGATION, target=b"/servers/lab/logout")
+    assert admit(leaves, "lab", routes, sessions) == ToKeeper()
+    # Else it would lose the cookie by which it knows the session.
+    assert (b"cookie", b"labkeeper-session=secret") in leaves.headers
+
+
+@pytest.mark.parametrize(
+    ("host", "location"),
+    [
+        (b"localhost:8000", b"http://127.0.0.1:8000/servers/lab/x"),
+        (b"LocalHost", b"http://127.0.0.1/servers/lab/x"),
+        (b"localhost.example.org", None),
+        (b"a.localhost", None),
+        (b"127.0.0.1:8000", None),
+    ],
+)
+def test_a_page_of_a_lab_is_at_another_host_than_the_keeper(sessions, routes, host, location):
+    admitted = admit(request(HTML, host=host), "lab", routes, sessions)
+    assert admitted == (ToKeeper() if location is None else Elsewhere(location))

@@ -1,0 +1,226 @@
+"""The control socket of a real edge: who may command it, and what commands do."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import socket
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import PATIENCE, alive, until
+from labkeeper import unix_sockets
+from labkeeper.edge import wire
+from labkeeper.serve.edge.instances import Instances
+from labkeeper.serve.edge.link import CONTROL, Link
+from labkeeper.serve.process import LOCK
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux")
+ROUTE = {
+    "server": "lab",
+    "generation": 1,
+    "host": "127.0.0.1",
+    "port": 1,
+    "base_url": "/servers/lab/",
+    "key": "key",
+}
+"""Nothing listens there, so requests that are routed get 502."""
+SESSION = {
+    "digest": hashlib.sha256(b"secret").hexdigest(),
+    "server": "lab",
+    "user": "ada",
+    "expires_at": time.time() + 3600,
+}
+COOKIE = {"Cookie": "labkeeper-session=secret"}
+TOKEN = {"Authorization": "token x"}
+
+
+class Started:
+    """An edge, and the link of the keeper that this process is for it."""
+
+    def __init__(self, state_dir, lock):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        self.state_dir = state_dir
+        self.public = socket.create_server(("127.0.0.1", 0))
+        self.instances = Instances(state_dir, state_dir / "run", self.public.getsockname())
+        assert self.instances.find() == []
+        self.link = self.instances.start(self.public)
+
+    def get(self, headers, server="lab"):
+        """Return the status of a request for a server."""
+        host, port = self.public.getsockname()
+        url = f"http://{host}:{port}/servers/{server}/api"
+        return httpx.get(url, headers=headers, trust_env=False, timeout=PATIENCE).status_code
+
+    def open(self, key=None):
+        return Link.open(self.link.directory, key or self.instances.key(), within=PATIENCE)
+
+
+@pytest.fixture
+def lock(tmp_path):
+    descriptor = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def edge(tmp_path, lock):
+    started = Started(tmp_path, lock)
+    yield started
+    with contextlib.suppress(OSError):
+        started.link.send({"do": "stop"})
+    started.instances.bury(started.link)
+    started.public.close()
+    assert not list((tmp_path / "edge").iterdir())
+
+
+def test_each_side_proves_that_it_knows_the_key(edge):
+    assert edge.link.address == edge.public.getsockname()
+    assert edge.link.public.getsockname() == edge.public.getsockname()
+    assert edge.link.build == edge.instances.build
+    with contextlib.closing(edge.open()) as again:
+        assert again.process == edge.link.process
+
+
+def test_who_does_not_hold_the_keepers_lock_is_refused(edge, lock):
+    fcntl.flock(lock, fcntl.LOCK_UN)
+    with pytest.raises((EOFError, ConnectionError)):
+        edge.open()
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    edge.open().close()
+
+
+def test_a_keeper_with_another_key_is_refused(edge):
+    with pytest.raises((EOFError, ConnectionError)):
+        edge.open("1" * 64)
+
+
+def test_an_edge_with_another_key_is_refused(tmp_path):
+    """Its proof cannot be a repetition of the keeper's, which is for another role."""
+    listener = unix_sockets.listen(tmp_path, CONTROL)
+
+    def pretend():
+        connection, _ = listener.accept()
+        with connection:
+            connection.sendall(wire.encode({"version": 1, "nonce": wire.nonce()}))
+            (told,) = wire.Frames().feed(connection.recv(65536))
+            claims = {"pid": 1, "build": "b", "address": ["x", 1]}
+            connection.sendall(wire.encode({"proof": told["proof"]} | claims))
+
+    thread = threading.Thread(target=pretend)
+    thread.start()
+    with pytest.raises(wire.WireError, match="does not know the key"):
+        Link.open(tmp_path, "0" * 64, within=PATIENCE)
+    thread.join()
+    listener.close()
+
+
+def test_clients_wait_until_routes_and_sessions_are_known(edge):
+    """So after the end of an edge, the next one does not refuse what the last one served."""
+    got = []
+    thread = threading.Thread(target=lambda: got.append(edge.get(TOKEN)))
+    thread.start()
+    # The edge has handled the connection, as far as it ever will before it serves.
+    edge.open().close()
+    assert got == []
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    thread.join(PATIENCE)
+    assert got == [502]
+
+
+def test_routes_are_replaced_changed_and_removed(edge):
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    assert (edge.get(TOKEN), edge.get(TOKEN, "other")) == (502, 404)
+    edge.link.send({"do": "route", "route": ROUTE | {"server": "other"}})
+    edge.link.send({"do": "unroute", "server": "lab"})
+    edge.link.send({"do": "unroute", "server": "lab"})
+    until(lambda: (edge.get(TOKEN), edge.get(TOKEN, "other")) == (404, 502), what="changed routes")
+    edge.link.send({"do": "all", "routes": [], "sessions": []})
+    until(lambda: edge.get(TOKEN, "other") == 404, what="the end of all routes")
+
+
+def test_sessions_are_replaced_added_and_ended(edge):
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    assert edge.get(COOKIE) == 401
+    edge.link.send({"do": "sessions", "begun": [SESSION], "ended": []})
+    until(lambda: edge.get(COOKIE) == 502, what="the session")
+    edge.link.send({"do": "sessions", "begun": [], "ended": [SESSION["digest"], "none"]})
+    until(lambda: edge.get(COOKIE) == 401, what="the end of the session")
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": [SESSION]})
+    until(lambda: edge.get(COOKIE) == 502, what="the session again")
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    until(lambda: edge.get(COOKIE) == 401, what="no sessions")
+
+
+@pytest.mark.parametrize("command", ["stop", "drain"])
+def test_it_ends_when_told_to(edge, command):
+    edge.link.send({"do": "all", "routes": [], "sessions": []})
+    assert edge.get(TOKEN) == 404
+    edge.link.send({"do": command})
+    until(lambda: not alive(edge.link.process.pid), what="the edge to end")
+    # Drained or not, it has given up the address; this process still has it.
+    assert edge.link.connection.recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {},
+        {"do": "dance"},
+        {"do": "all", "routes": [ROUTE]},
+        {"do": "route", "route": ROUTE | {"port": 0}},
+        {"do": "route", "route": ROUTE | {"server": "../x"}},
+        {"do": "route", "route": ROUTE | {"host": 1}},
+        {"do": "route", "route": [ROUTE]},
+        {"do": "sessions", "begun": [SESSION | {"digest": "x"}], "ended": []},
+        {"do": "sessions", "begun": [SESSION | {"user": ""}], "ended": []},
+        {"do": "unroute", "server": 1},
+    ],
+)
+def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
+    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": [SESSION]})
+    with contextlib.closing(edge.open()) as other:
+        other.send(bad)
+        other.connection.settimeout(PATIENCE)
+        assert other.connection.recv(1) == b""
+    assert (edge.get(COOKIE), edge.get(TOKEN, "other")) == (502, 404)
+
+
+def test_a_command_before_the_proof_is_none(edge):
+    with unix_sockets.connect(edge.link.directory, CONTROL, timeout=PATIENCE) as connection:
+        connection.sendall(wire.encode({"do": "stop"}))
+        with contextlib.suppress(ConnectionError):
+            while connection.recv(65536):
+                pass
+    edge.open().close()
+
+
+@given(
+    st.lists(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=3)),
+    st.lists(st.integers(1, 9), min_size=1),
+)
+@settings(deadline=None)
+def test_frames_arrive_whole_however_they_are_split(messages, sizes):
+    data = b"".join(map(wire.encode, messages))
+    frames, received, at, turn = wire.Frames(), [], 0, 0
+    while at < len(data):
+        size = sizes[turn % len(sizes)]
+        received += frames.feed(data[at : at + size])
+        at, turn = at + size, turn + 1
+    assert received == messages
+
+
+@pytest.mark.parametrize(
+    "data", [b"\xff\xff\xff\xff", b"\0\0\0\2[]", b"\0\0\0\1{", b"\0\0\0\2\xff\xff"]
+)
+def test_what_is_no_frame_is_refused(data):
+    with pytest.raises(wire.WireError):
+        wire.Frames().feed(data)

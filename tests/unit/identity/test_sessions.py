@@ -1,0 +1,142 @@
+"""Browser sessions over a store: begin, find, expire, revoke, and what the edge hears of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from labkeeper.core.errors import SessionNotFound, StoreError
+from labkeeper.core.messages import Origin
+from labkeeper.events.log import EventLog
+from labkeeper.identity import sessions as module
+from labkeeper.identity.sessions import LIFETIME, Sessions
+from labkeeper.store.queries import SqliteStore
+from labkeeper.testing.fakes import FakeClock, MemoryStore
+
+
+class Edge:
+    """What an edge knows after all that it was told."""
+
+    def __init__(self):
+        self.known = {}
+
+    def hear(self, begun, ended):
+        self.known |= {session.digest: session for session in begun}
+        for session in ended:
+            del self.known[session.digest]
+
+
+@pytest.fixture
+def clock():
+    return FakeClock()
+
+
+@pytest.fixture
+def store():
+    return MemoryStore()
+
+
+@pytest.fixture
+def edge():
+    return Edge()
+
+
+def over(store, clock, edge):
+    return Sessions(store, clock, EventLog(store, clock, size=100), edge.hear)
+
+
+@pytest.fixture
+def sessions(store, clock, edge):
+    return over(store, clock, edge)
+
+
+def test_a_session_is_found_by_its_cookie_until_it_expires(sessions, clock, edge):
+    session, cookie = sessions.make("lab", "token:ada")
+    assert sessions.find(cookie) == session == edge.known[session.digest]
+    assert (session.server, session.actor) == ("lab", "token:ada")
+    for wrong in ("", "x", cookie + "x", cookie[:-1], "\ud800"):
+        assert sessions.find(wrong) is None
+    clock.advance(LIFETIME - 1)
+    assert sessions.find(cookie) == session
+    clock.advance(1)
+    assert sessions.find(cookie) is None
+    assert sessions.all() == []
+
+
+def test_a_session_ends_with_the_credentials_of_who_made_the_link(sessions, clock):
+    session, _ = sessions.make("lab", "token:ada", until=clock.time() + 10)
+    assert session.expires_at == clock.time() + 10
+    session, _ = sessions.make("lab", "token:ada", until=clock.time() + 10 * LIFETIME)
+    assert session.expires_at == clock.time() + LIFETIME
+
+
+def test_sessions_are_stored_across_keepers_as_hashes(tmp_path, clock, edge):
+    path = tmp_path / "labkeeper.sqlite"
+    store = SqliteStore(path)
+    session, cookie = over(store, clock, edge).make("lab.ada", "token:ada")
+    other, _ = over(store, clock, edge).make("lab", "user:bob")
+    store.close()
+    assert cookie.encode() not in path.read_bytes()
+    store, later = SqliteStore(path), Edge()
+    sessions = over(store, clock, later)
+    assert list(later.known.values()) == [session, other]
+    assert sessions.find(cookie) == session
+    sessions.revoke(session.id, owner="ada")
+    assert over(store, clock, Edge()).find(cookie) is None
+    store.close()
+
+
+def test_a_revoked_session_is_ended_at_the_edge_too(sessions, store, edge):
+    session, cookie = sessions.make("lab", "token:ada")
+    other, stays = sessions.make("lab", "token:ada")
+    assert sessions.revoke(session.id, origin=Origin("token:owner")) == session
+    assert (sessions.find(cookie), sessions.find(stays)) == (None, other)
+    assert list(edge.known.values()) == sessions.all() == [other]
+    with pytest.raises(SessionNotFound, match="cannot find session"):
+        sessions.revoke(session.id)
+    told = [(entry.kind, entry.server, entry.origin.actor) for entry in store.history]
+    assert told.count(("session", "lab", "token:owner")) <= 1
+
+
+def test_only_an_owners_own_sessions_are_listed_and_revoked(sessions):
+    session, _ = sessions.make("lab.ada", "token:x")
+    assert (sessions.all("ada"), sessions.all()) == ([session], [])
+    with pytest.raises(SessionNotFound):
+        sessions.revoke(session.id)
+    assert sessions.revoke(session.id, owner="ada") == session
+
+
+def test_on_a_full_disk_a_revoked_session_is_refused_at_once(sessions, store, clock, edge):
+    session, cookie = sessions.make("lab", "token:ada")
+    store.failing = True
+    with pytest.raises(StoreError):
+        sessions.revoke(session.id)
+    assert (sessions.find(cookie), edge.known) == (None, {})
+    store.failing = False
+    # The next keeper would accept it, so it can be revoked again.
+    assert over(store, clock, Edge()).find(cookie) is not None
+    assert sessions.revoke(session.id) == session
+    assert over(store, clock, Edge()).find(cookie) is None
+
+
+def test_a_session_that_cannot_be_stored_does_not_begin(sessions, store, edge):
+    store.failing = True
+    with pytest.raises(StoreError):
+        sessions.make("lab", "token:ada")
+    assert (sessions.all(), edge.known) == ([], {})
+
+
+def test_the_sessions_of_a_revoked_token_end(sessions, edge):
+    sessions.make("lab", "token:ada")
+    bob, _ = sessions.make("lab", "token:bob")
+    other, _ = sessions.make("lab.ada", "token:ada")
+    sessions.revoke_made_by("token:ada", "local")
+    assert list(edge.known.values()) == [bob, other]
+
+
+def test_there_are_not_more_sessions_than_a_limit(sessions, edge, store, clock, monkeypatch):
+    monkeypatch.setattr(module, "_MOST", 2)
+    made = [sessions.make("lab", "token:ada") for _ in range(3)]
+    assert sessions.all() == list(edge.known.values()) == [session for session, _ in made[1:]]
+    clock.advance(LIFETIME)
+    last, _ = sessions.make("lab", "token:ada")
+    assert list(edge.known.values()) == list(store.kept_sessions.values()) == [last]
