@@ -81,7 +81,6 @@ class Rig:
             config=base_config(),
             kernels_by="exec",
             preload=[],
-            identity_key="",
         )
         (base / "logs").mkdir()
         self.forkserver.start()
