@@ -37,6 +37,7 @@ LAUNCHES = fields_of(
     cgroups=st.lists(st.text(), max_size=2),
     rlimits=st.dictionaries(st.text(max_size=5), st.integers(0), max_size=2),
     encrypt_kernels=st.booleans(),
+    identity_key=st.text(max_size=9),
     zygote_cgroups=st.lists(st.text(), max_size=2),
     kernels_by=st.sampled_from(["fork", "exec"]),
 )
