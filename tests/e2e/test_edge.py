@@ -260,10 +260,14 @@ def test_it_does_not_take_a_port_that_another_program_has(make_edge_keeper):
 
 
 def test_it_has_no_secrets_of_its_keeper(make_edge_keeper):
-    keeper = make_edge_keeper(token="a-token-that-is-a-secret").start()
+    keeper = make_edge_keeper(token="a-token-that-is-a-secret")
+    keeper.variables["CLOUD_PASSWORD"] = "another-secret"
+    keeper.start()
     keeper.post(name="lab")
     edge = edge_of(keeper)
-    assert "a-token-that-is-a-secret" not in str(edge.environ()) + str(edge.cmdline())
+    seen = str(edge.environ()) + str(edge.cmdline())
+    assert "a-token-that-is-a-secret" not in seen
+    assert "another-secret" not in seen
     key = (keeper.state_dir / "edge.key").read_text().strip()
     assert len(key) == 64
     assert key not in str(edge.environ()) + str(edge.cmdline())
@@ -352,3 +356,21 @@ def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):
     keeper.process.send_signal(signal.SIGINT)
     assert keeper.process.wait(PATIENCE) == 0
     assert not alive(edge.pid)
+
+
+def test_labs_can_stay_at_their_own_ports(make_edge_keeper):
+    keeper = make_edge_keeper(lab_address="port").start()
+    server = keeper.post(name="lab").json()
+    assert server["base_url"] == "/"
+    assert server["lab_url"] == f"{server['url']}lab?token={server['token']}"
+    assert run_cell(server, start_kernel(server), "1 + 1") == "2"
+    headers = {"Authorization": f"token {server['token']}"}
+    refused = httpx.get(f"{keeper.url}/servers/lab/api", headers=headers, trust_env=False)
+    assert refused.status_code == 404
+    # A Lab keeps its address until it is launched again.
+    keeper.kill()
+    keeper.settings["lab_address"] = "path"
+    keeper.start()
+    assert keeper.get("lab")["lab_url"] == server["lab_url"]
+    assert keeper.http.post("/api/servers/lab/restart").status_code in {200, 201}
+    assert keeper.get("lab")["lab_url"] == f"{keeper.url}/servers/lab/lab"

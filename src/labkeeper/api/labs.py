@@ -16,7 +16,7 @@ from labkeeper.api.auth import PUBLIC, Rule
 from labkeeper.api.pages import page
 from labkeeper.api.services import Services
 from labkeeper.core.access import Session
-from labkeeper.core.errors import SessionNotFound
+from labkeeper.core.errors import SessionNotFound, StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Origin
 from labkeeper.core.spec import QualifiedName
@@ -60,8 +60,8 @@ def pages(services: Services) -> Blueprint:
     def sign_out(name: str) -> Response:
         session = _session(services, name)
         if session is not None:
-            # If the disk is full, it has ended nevertheless, until the next keeper starts.
-            with suppress(SessionNotFound):
+            # If the disk is full, the session has ended nevertheless, and the cookie is deleted.
+            with suppress(SessionNotFound, StoreError):
                 services.sessions.revoke(
                     session.id, owner=session.owner, origin=Origin(session.actor, g.request_id)
                 )

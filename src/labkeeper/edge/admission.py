@@ -15,7 +15,7 @@ from http import HTTPStatus
 from typing import Final
 
 from labkeeper.edge.heads import Request, header
-from labkeeper.edge.routes import RouteTable
+from labkeeper.edge.routes import LABS, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable, without_cookie
 
 _TOKEN: Final = re.compile(rb"[?&]token=")
@@ -63,7 +63,11 @@ def admit(request: Request, server: str, routes: RouteTable, sessions: SessionTa
         return Elsewhere(b"http://127.0.0.1%b%b" % (b":" + port if port else b"", request.target))
     if session is not None:
         route = routes.find(server)
-        if route is not None and request.path != route.base_url.encode() + b"logout":
+        if route is not None and request.path == route.base_url.encode() + b"logout":
+            # Jupyter's own knows nothing of the session; the keeper's has one address.
+            request.target = b"%b%b/logout" % (LABS.encode(), server.encode())
+            return ToKeeper()
+        if route is not None:
             _take_away(request, b"authorization")
             request.headers = without_cookie(request.headers)
             return ToLab(server, session)

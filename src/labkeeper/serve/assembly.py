@@ -79,7 +79,7 @@ def assemble(
         history,
         preflight,
         earlier=_earlier(chosen, base.store, stack),
-        identity_secret="" if edge is None else edge.secret,
+        identity_secret=edge.secret if edge is not None and _base_path(chosen) else "",
     )
     # Closed after the keeper, so that launches in progress finish first. The next keeper detects
     # what is no longer reported.
@@ -366,7 +366,8 @@ def _services(
 
 
 def _base_path(chosen: Settings) -> str:
-    return LABS if chosen.edge == "on" else ""
+    """Return the path below which the edge serves Labs; none: each has an address of its own."""
+    return LABS if chosen.edge == "on" and chosen.lab_address == "path" else ""
 
 
 def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Sequence[Authenticator]:

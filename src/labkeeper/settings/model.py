@@ -48,8 +48,14 @@ class Settings(BaseModel):
         "off",
         description=(
             "`on`: a process of its own, the edge, listens on that address, also while the keeper "
-            "restarts, and Labs are below it, at `/servers/NAME/`. `off`: the keeper listens "
-            "itself, and each Lab on its own port only. Requires Linux."
+            "restarts. `off`: the keeper listens itself. Requires Linux."
+        ),
+    )
+    lab_address: Literal["path", "port"] = Field(
+        "path",
+        description=(
+            "Address of Labs if there is an edge: `path`: below its address, at `/servers/NAME/`; "
+            "`port`: each on its own port, as without an edge. Takes effect at a Lab's next launch."
         ),
     )
     state_dir: Directory = Field(

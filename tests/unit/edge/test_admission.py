@@ -141,8 +141,10 @@ def test_a_server_that_does_not_run_is_told_only_to_who_has_a_session(sessions):
 
 
 def test_logging_out_is_the_keepers(sessions, routes):
-    leaves = request(COOKIE, NAVIGATION, target=b"/servers/lab/logout")
+    routes.set(Route("lab", 2, "127.0.0.1", 1, "/servers/lab/deep/er/", "key"))
+    leaves = request(COOKIE, NAVIGATION, target=b"/servers/lab/deep/er/logout")
     assert admit(leaves, "lab", routes, sessions) == ToKeeper()
+    assert leaves.target == b"/servers/lab/logout"
     # Else it would lose the cookie by which it knows the session.
     assert (b"cookie", b"labkeeper-session=secret") in leaves.headers
 

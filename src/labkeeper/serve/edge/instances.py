@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import os
 import pwd
+import re
 import secrets
 import shutil
 import signal
@@ -32,7 +33,6 @@ from labkeeper.edge import wire
 from labkeeper.edge.main import Start
 from labkeeper.files import write_private
 from labkeeper.forkserver import identity, marks, peers
-from labkeeper.jupyter.config import base_environment
 from labkeeper.serve.edge.link import CONTROL, Link
 from labkeeper.serve.process import LOCK
 
@@ -47,6 +47,8 @@ _ANSWER_WITHIN: Final = 5.0
 """Seconds in which a running edge must answer."""
 _END_WITHIN: Final = 2.0
 """Seconds in which an edge must end when told to."""
+_INHERITED: Final = re.compile(r"PATH|LANG|LC_\w+|TZ|PYTHON\w+|COVERAGE_\w+")
+"""Variables that an edge gets of the keeper's: whoever gains control of it must find no secrets."""
 _MODULE: Final = "labkeeper.edge"
 _USER: Final = "labkeeper-edge"
 """The user that the edge of a root keeper becomes, if the machine has it; else `nobody`."""
@@ -140,7 +142,7 @@ class Instances:
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", "-m", _MODULE],
                 cwd=directory,
-                env=base_environment(os.environ),
+                env={name: os.environ[name] for name in os.environ if _INHERITED.fullmatch(name)},
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
