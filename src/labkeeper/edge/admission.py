@@ -57,32 +57,39 @@ Admission = ToLab | ToKeeper | Elsewhere | Refused
 def admit(request: Request, server: str, routes: RouteTable, sessions: SessionTable) -> Admission:
     """Decide on a request for a path below a server's name; may remove some of its headers."""
     session = sessions.find(request.headers, server, time.time())
-    if session is None and _LOCALHOST.fullmatch(request.host) and _is_navigation(request):
+    if session is not None:
+        return _admit_user(request, session, routes)
+    if not _is_navigation(request):
+        if _has_token(request):
+            _take_away(request, b"cookie")
+            return ToLab(server, None)
+        return Refused(
+            HTTPStatus.UNAUTHORIZED,
+            f"cannot let you in to server '{server}': open it with `labkeeper open`, "
+            "or with a link, or send its token",
+        )
+    if _LOCALHOST.fullmatch(request.host):
         # For browsers, Labs are another site than the keeper.
         port = request.host.partition(b":")[2]
         return Elsewhere(b"http://127.0.0.1%b%b" % (b":" + port if port else b"", request.target))
-    if session is not None:
-        route = routes.find(server)
-        if route is not None and request.path == route.base_url.encode() + b"logout":
-            # Jupyter's own knows nothing of the session; the keeper's has one address.
-            request.target = b"%b%b/logout" % (LABS.encode(), server.encode())
-            return ToKeeper()
-        if route is not None:
-            _take_away(request, b"authorization")
-            request.headers = without_cookie(request.headers)
-            return ToLab(server, session)
-    elif _has_token(request) and not _is_navigation(request):
-        _take_away(request, b"cookie")
-        return ToLab(server, None)
-    if _is_navigation(request):
+    return ToKeeper()
+
+
+def _admit_user(request: Request, session: Session, routes: RouteTable) -> Admission:
+    """Decide on a request of a browser with a session for the Lab."""
+    server = session.server
+    route = routes.find(server)
+    if route is None and _is_navigation(request):
         return ToKeeper()
-    if session is not None:
+    if route is None:
         return Refused(HTTPStatus.NOT_FOUND, f"cannot find a running server '{server}' here")
-    return Refused(
-        HTTPStatus.UNAUTHORIZED,
-        f"cannot let you in to server '{server}': open it with `labkeeper open`, or with a link, "
-        "or send its token",
-    )
+    if request.path == route.base_url.encode() + b"logout":
+        # Jupyter's own knows nothing of the session; the keeper's has one address.
+        request.target = b"%b%b/logout" % (LABS.encode(), server.encode())
+        return ToKeeper()
+    _take_away(request, b"authorization")
+    request.headers = without_cookie(request.headers)
+    return ToLab(server, session)
 
 
 def _take_away(request: Request, name: bytes) -> None:
