@@ -150,7 +150,7 @@ def _start_edge(stack: ExitStack, place: Path, backend: int) -> Contender:
     stack.callback(instances.bury, link)
     route = Route("lab", 1, "127.0.0.1", backend, _BELOW, "key")
     fields = {name: getattr(route, name) for name in route.__slots__}
-    link.send({"do": "all", "routes": [fields], "sessions": []})
+    link.send({"do": "all", "domain": "", "routes": [fields], "sessions": []})
     stack.callback(link.send, {"do": "stop"})
     return Contender("edge", port, (link.process.pid,))
 

@@ -13,6 +13,8 @@ from harness import PATIENCE
 
 REBOUND = "rebound.example.org"
 """A host name that resolves to this machine, in the browser only."""
+DOMAIN = "labs.test"
+"""A domain whose host names do, likewise."""
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -21,7 +23,7 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1",
+    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1, MAP *.{DOMAIN} 127.0.0.1",
 ]
 """Root needs the first; the others stop the browser's own network requests."""
 

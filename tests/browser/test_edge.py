@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from harness import alive, edges_of, until
-from pages import notebook, run_cell_in_page
+from pages import DOMAIN, notebook, run_cell_in_page
 
 pytestmark = [
     pytest.mark.browser,
@@ -37,7 +37,7 @@ WAITS = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprin
 def test_a_person_sees_no_token_and_can_sign_out(keeper, page):
     token = keeper.post(name="lab").json()["token"]
     requested = []
-    page.on("request", requested.append)
+    page.on("request", lambda request: requested.append(request))  # noqa: PLW0108 - it cannot take a method
     open_notebook(keeper, page, "print(6 * 7)")
     until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
     sent = str([(request.url, request.headers) for request in requested])
@@ -105,3 +105,41 @@ def test_a_link_for_others_shows_a_button_that_opens_the_lab(keeper, page):
     page.get_by_role("button", name="Open").click()
     page.locator("#jp-main-dock-panel").wait_for()
     assert page.url == f"{keeper.url}/servers/lab/lab"
+
+
+FRAME = """
+url => new Promise(resolve => {
+    const frame = document.createElement('iframe');
+    frame.onload = () => {
+        try { resolve(frame.contentDocument === null ? 'hidden' : frame.contentDocument.title); }
+        catch (error) { resolve(error.name); }
+    };
+    frame.src = url;
+    document.body.append(frame);
+})
+"""
+
+
+TOSS = "domain => { document.cookie = `labkeeper-session=x; domain=${domain}; path=/` }"
+
+
+def test_two_labs_in_one_browser_cannot_reach_each_other_or_the_keeper(make_keeper, page):
+    """What notebook JavaScript tries: requests, frames, storage, cookies of its own for others."""
+    keeper = make_keeper(edge="on", lab_domain=DOMAIN).start()
+    sites = {name: f"http://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
+    for name, site in sites.items():
+        keeper.post(name=name)
+        open_notebook(keeper, page, "1", name)
+        page.locator(".jp-Notebook").wait_for()
+        assert page.url.startswith(site)
+        assert page.evaluate(FETCH, "/api/contents") == 200
+        page.evaluate("name => localStorage.setItem('secret', name)", name)
+    # The page is Bob's now, and the browser has a session for Ada's Lab, too.
+    for other in (f"{sites['ada']}/api/contents", f"{keeper.url}/api/servers"):
+        assert page.evaluate(FETCH, other) == "TypeError"
+    assert page.evaluate(FRAME, f"{sites['ada']}/lab") == "hidden"
+    assert page.evaluate("localStorage.getItem('secret')") == "bob"
+    assert "session" not in page.evaluate("document.cookie")
+    page.evaluate(TOSS, DOMAIN)
+    # Ada's Lab accepts neither of two cookies, rather than one that Bob has chosen.
+    assert page.goto(f"{sites['ada']}/lab/tree").status == 401

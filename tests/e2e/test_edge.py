@@ -68,6 +68,7 @@ def send_in_background(keeper, path):
     return thread, got
 
 
+@pytest.mark.promise
 def test_api_and_labs_are_at_one_address(make_edge_keeper):
     keeper = make_edge_keeper().start()
     server = keeper.post(name="lab").json()
@@ -96,6 +97,7 @@ def test_a_requested_base_url_is_below_the_servers_path(make_edge_keeper):
     assert (again.status_code, again.json()["generation"]) == (200, 1)
 
 
+@pytest.mark.promise
 def test_no_route_answers_without_a_token(make_edge_keeper):
     """The edge has the keeper's user, so a check of the peer would let everyone in."""
     keeper = make_edge_keeper().start()
@@ -111,6 +113,7 @@ def test_no_route_answers_without_a_token(make_edge_keeper):
         assert client.get("/api/servers").status_code == 200
 
 
+@pytest.mark.promise
 def test_a_notebook_does_not_notice_the_end_of_the_keeper(make_edge_keeper):
     keeper = make_edge_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
@@ -140,6 +143,7 @@ def text_of(opened, message_id):
             return found["content"]["text"]
 
 
+@pytest.mark.promise
 def test_a_killed_edge_comes_back_and_no_connection_is_refused(make_edge_keeper):
     keeper = make_edge_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
@@ -215,6 +219,7 @@ def test_a_changed_port_is_taken_and_the_old_one_given_up(make_edge_keeper):
     assert run_cell(at_edge(keeper, lab), kernel, "1 + 1") == "2"
 
 
+@pytest.mark.promise
 def test_it_is_left_with_the_servers_and_found_again(make_edge_keeper):
     keeper = make_edge_keeper(on_exit="leave").start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
@@ -358,6 +363,7 @@ def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):
     assert not alive(edge.pid)
 
 
+@pytest.mark.promise
 def test_labs_can_stay_at_their_own_ports(make_edge_keeper):
     keeper = make_edge_keeper(lab_address="port").start()
     server = keeper.post(name="lab").json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import httpx
@@ -86,6 +87,7 @@ def is_closed(opened):
     return False
 
 
+@pytest.mark.promise
 def test_link_lets_a_browser_in_without_any_token(keeper, browse):
     server = keeper.post(name="lab").json()
     browser = browse()
@@ -143,6 +145,7 @@ def test_jupyters_checks_of_forged_requests_stay_on(keeper, browse):
     assert browser.get(path).json() == []
 
 
+@pytest.mark.promise
 def test_without_a_session_a_page_says_so_and_nothing_else(keeper, browse):
     """The page is the same whether or not there is such a server."""
     keeper.post(name="lab")
@@ -173,6 +176,7 @@ def test_two_session_cookies_are_none(keeper, browse):
     cookie = signed_in(keeper, browse, "lab").cookies["labkeeper-session"]
     headers = {"Cookie": f"labkeeper-session=x; labkeeper-session={cookie}"}
     assert browse().get("/servers/lab/api/me", headers=headers).status_code == 401
+    assert browse().get("/servers/lab/lab", headers=headers | PAGE).status_code == 401
 
 
 def test_programs_use_the_servers_token(keeper):
@@ -186,6 +190,7 @@ def test_programs_use_the_servers_token(keeper):
     assert wrong.status_code == 403
 
 
+@pytest.mark.promise
 def test_a_link_for_others_is_not_used_up_by_who_only_follows_it(keeper, browse):
     keeper.post(name="lab")
     link = keeper.cli("link", "lab").stdout.strip()
@@ -199,6 +204,7 @@ def test_a_link_for_others_is_not_used_up_by_who_only_follows_it(keeper, browse)
     assert browse().post(link, headers=PAGE).status_code == 410
 
 
+@pytest.mark.promise
 def test_a_revoked_session_is_shut_out_at_once(keeper, browse):
     keeper.post(name="lab")
     browser, other = (signed_in(keeper, browse, "lab") for _ in range(2))
@@ -243,6 +249,7 @@ def test_a_session_expires_with_the_token_that_made_its_link(keeper, browse):
     assert session["expires_at"] == made["expires_at"]
 
 
+@pytest.mark.promise
 def test_logging_out_in_the_lab_ends_the_session(keeper, browse):
     keeper.post(name="lab")
     browser = signed_in(keeper, browse, "lab")
@@ -278,6 +285,7 @@ def test_a_revoked_session_stays_so_whatever_is_killed(keeper, browse):
     assert browser.get("/servers/lab/api/me").status_code == 401
 
 
+@pytest.mark.promise
 def test_a_stopped_lab_has_a_page_and_its_sessions_wait_for_it(keeper, browse):
     keeper.post(name="lab")
     browser = signed_in(keeper, browse, "lab")
@@ -312,3 +320,88 @@ def test_open_prints_a_link_that_opens_the_lab(keeper, browse):
         assert printed.returncode == 0, printed.stderr
         page = browse().get(printed.stdout.strip(), headers=PAGE)
         assert page.url == server["lab_url"], command
+
+
+class Resolved(httpx.HTTPTransport):
+    """Reaches every host name at this machine."""
+
+    def handle_request(self, request):
+        return super().handle_request(
+            httpx.Request(
+                request.method,
+                request.url.copy_with(host="127.0.0.1"),
+                headers=request.headers,
+                stream=request.stream,
+                extensions=request.extensions,
+            )
+        )
+
+
+@pytest.fixture
+def by_host(make_keeper):
+    """A keeper whose Labs have host names of their own."""
+    return make_keeper(edge="on", lab_domain="labs.example.org").start()
+
+
+@pytest.fixture
+def resolving():
+    with httpx.Client(transport=Resolved(), follow_redirects=True, timeout=PATIENCE) as browser:
+        yield browser
+
+
+@pytest.mark.promise
+def test_with_a_domain_each_lab_is_a_site_of_its_own(by_host, resolving):
+    server = by_host.post(name="lab").json()
+    site = f"http://lab.labs.example.org:{by_host.port}"
+    assert (server["base_url"], server["lab_url"]) == ("/", f"{site}/lab")
+    link = link_to(by_host, "lab")
+    assert link.startswith(f"{site}/open/")
+    assert resolving.get(f"{site}/lab", headers=PAGE).status_code == 401
+    page = resolving.get(link, headers=PAGE)
+    assert (page.status_code, str(page.url)) == (200, f"{site}/lab")
+    (cookie,) = [c for c in resolving.cookies.jar if c.name == "labkeeper-session"]
+    # Host-only: no domain was set.
+    assert (cookie.path, cookie.domain_specified) == ("/", False)
+    assert resolving.get(f"{site}/api/me").json()["identity"]["username"] == "owner"
+    # The API is not there, and Labs are not at the API's host name.
+    assert resolving.get(f"{site}/api/servers").status_code == 404
+    headers = {"Authorization": f"token {server['token']}"}
+    bare = resolving.get(f"{by_host.url}/servers/lab/api/status", headers=headers)
+    assert bare.status_code == 401
+    assert "You are not signed in" in bare.text
+    assert "You are signed out" in resolving.get(f"{site}/logout", headers=PAGE).text
+    assert resolving.get(f"{site}/lab", headers=PAGE).status_code == 401
+
+
+def test_websockets_work_at_a_labs_own_host(by_host, resolving):
+    by_host.post(name="lab")
+    site = f"http://lab.labs.example.org:{by_host.port}"
+    resolving.get(link_to(by_host, "lab"), headers=PAGE)
+    kernel = resolving.post(
+        f"{site}/api/kernels", json={"name": "python3"}, headers=xsrf_of(resolving)
+    ).json()["id"]
+    cookies = "; ".join(f"{cookie.name}={cookie.value}" for cookie in resolving.cookies.jar)
+    for origin, status in ((site, None), ("http://evil.example", 403)):
+        connect = functools.partial(
+            websocket.create_connection,
+            f"ws://127.0.0.1:{by_host.port}/api/kernels/{kernel}/channels",
+            host=f"lab.labs.example.org:{by_host.port}",
+            cookie=cookies,
+            origin=origin,
+            timeout=PATIENCE,
+        )
+        if status is None:
+            opened = connect()
+            assert execute(opened, "6 * 7") == "42"
+            opened.close()
+        else:
+            with pytest.raises(websocket.WebSocketBadStatusException) as refused:
+                connect()
+            assert refused.value.status_code == status
+
+
+def test_host_names_need_a_domain(make_keeper):
+    keeper = make_keeper(edge="on", lab_address="host")
+    failed = keeper.cli("serve")
+    assert failed.returncode == 2
+    assert "set LABKEEPER_LAB_DOMAIN" in failed.stderr

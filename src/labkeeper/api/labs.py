@@ -68,7 +68,7 @@ def pages(services: Services) -> Blueprint:
         shown = page(
             HTTPStatus.OK, "You are signed out", "To use this Lab again, open it with a new link."
         )
-        shown.delete_cookie(COOKIE, path=f"{LABS}{name}/")
+        shown.delete_cookie(COOKIE, path=services.labs.cookie_path(QualifiedName(name)))
         return shown
 
     below = f"{LABS}<name>"
@@ -79,8 +79,10 @@ def pages(services: Services) -> Blueprint:
 
 
 def _session(services: Services, name: str) -> Session | None:
-    """Return the browser's session for a server, or None. Raises NotFound if there is no edge."""
-    if not services.base_path:
+    """Return the browser's session for a server, or None. Raises NotFound without an edge."""
+    if services.labs.mode == "port":
         raise NotFound
-    session = services.sessions.find(request.cookies.get(COOKIE, ""))
+    cookies = request.cookies.getlist(COOKIE)
+    # With several, the edge accepts none (`labkeeper.edge.sessions`).
+    session = services.sessions.find(cookies[0]) if len(cookies) == 1 else None
     return session if session is not None and session.server == QualifiedName(name) else None

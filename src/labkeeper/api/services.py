@@ -16,6 +16,7 @@ from labkeeper.identity.authenticators import Authenticator, Credentials
 from labkeeper.identity.peers import Peer
 from labkeeper.identity.sessions import Sessions
 from labkeeper.identity.tokens import Tokens
+from labkeeper.lab_addresses import LabAddresses
 from labkeeper.metrics.collector import Metrics
 from labkeeper.runtime import Keeper
 from labkeeper.schema.requests.servers import Defaults
@@ -56,8 +57,8 @@ class Services:
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
     """Returns a server's last usage sample without blocking."""
     advertised_host: str | None = None
-    base_path: str = ""
-    """Path below which the edge serves each Lab by its name; none: there is no edge."""
+    labs: LabAddresses = LabAddresses()  # noqa: RUF009 - frozen
+    """Where the edge serves Labs."""
     start_wait: float = 65.0
     """Default wait for a start."""
     stop_wait: float = 15.0

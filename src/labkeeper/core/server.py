@@ -29,6 +29,9 @@ class Endpoint:
     """Its root directory."""
     version: str = ""
     """The version of jupyter_server."""
+    behind_edge: bool = False
+    """Whether it was launched to be reached through the edge: by any host name, and by the users
+    that the edge signs."""
 
 
 @dataclass(frozen=True, slots=True)

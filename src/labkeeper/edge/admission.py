@@ -15,10 +15,12 @@ from http import HTTPStatus
 from typing import Final
 
 from labkeeper.edge.heads import Request, header
-from labkeeper.edge.routes import LABS, RouteTable
+from labkeeper.edge.routes import LABS, Place, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable, without_cookie
 
 _TOKEN: Final = re.compile(rb"[?&]token=")
+_LINKS: Final = b"/open/"
+"""Where the keeper's links are, also at the host names of Labs: they set cookies for these."""
 _LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
 
 
@@ -54,11 +56,14 @@ class Refused:
 Admission = ToLab | ToKeeper | Elsewhere | Refused
 
 
-def admit(request: Request, server: str, routes: RouteTable, sessions: SessionTable) -> Admission:
-    """Decide on a request for a path below a server's name; may remove some of its headers."""
+def admit(request: Request, place: Place, routes: RouteTable, sessions: SessionTable) -> Admission:
+    """Decide on a request for a Lab's address; may change its target and remove some headers."""
+    server = place.server
+    if place.is_host and request.path.startswith(_LINKS):
+        return ToKeeper()
     session = sessions.find(request.headers, server, time.time())
     if session is not None:
-        return _admit_user(request, session, routes)
+        return _admit_user(request, place, session, routes)
     if not _is_navigation(request):
         if _has_token(request):
             _take_away(request, b"cookie")
@@ -68,19 +73,19 @@ def admit(request: Request, server: str, routes: RouteTable, sessions: SessionTa
             f"cannot let you in to server '{server}': open it with `labkeeper open`, "
             "or with a link, or send its token",
         )
-    if _LOCALHOST.fullmatch(request.host):
+    if not place.is_host and _LOCALHOST.fullmatch(request.host):
         # For browsers, Labs are another site than the keeper.
         port = request.host.partition(b":")[2]
         return Elsewhere(b"http://127.0.0.1%b%b" % (b":" + port if port else b"", request.target))
-    return ToKeeper()
+    return _to_page(request, place)
 
 
-def _admit_user(request: Request, session: Session, routes: RouteTable) -> Admission:
+def _admit_user(request: Request, place: Place, session: Session, routes: RouteTable) -> Admission:
     """Decide on a request of a browser with a session for the Lab."""
     server = session.server
     route = routes.find(server)
     if route is None and _is_navigation(request):
-        return ToKeeper()
+        return _to_page(request, place)
     if route is None:
         return Refused(HTTPStatus.NOT_FOUND, f"cannot find a running server '{server}' here")
     if request.path == route.base_url.encode() + b"logout":
@@ -90,6 +95,13 @@ def _admit_user(request: Request, session: Session, routes: RouteTable) -> Admis
     _take_away(request, b"authorization")
     request.headers = without_cookie(request.headers)
     return ToLab(server, session)
+
+
+def _to_page(request: Request, place: Place) -> ToKeeper:
+    """Send a person to the keeper's page about a Lab, which has one address."""
+    if place.is_host:
+        request.target = b"%b%b%b" % (LABS.encode(), place.server.encode(), request.target)
+    return ToKeeper()
 
 
 def _take_away(request: Request, name: bytes) -> None:

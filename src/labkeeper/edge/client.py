@@ -24,7 +24,7 @@ from labkeeper.edge.heads import (
     read_request,
 )
 from labkeeper.edge.proxy import Proxy
-from labkeeper.edge.routes import server_of
+from labkeeper.edge.routes import place_of
 from labkeeper.edge.sessions import Session
 from labkeeper.edge.upstream import Target, Upstream
 
@@ -170,13 +170,13 @@ class Client(asyncio.Protocol):
         path = request.path
         if path == PROBE:
             return None
-        found = server_of(path)
-        if found is None:
+        routes = self._proxy.routes
+        place = place_of(request.host, path, routes.domain)
+        if place is None:
             return ToKeeper()
-        server, is_bare = found
-        if is_bare:
+        if place.is_bare:
             return Elsewhere(path + b"/" + request.target[len(path) :])
-        return admit(request, server, self._proxy.routes, self._proxy.sessions)
+        return admit(request, place, routes, self._proxy.sessions)
 
     def _answer_here(self, request: Request, where: Elsewhere | None) -> None:
         """Answer a request that goes nowhere."""

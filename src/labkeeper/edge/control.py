@@ -134,10 +134,16 @@ class Control:
         """Execute a command. Raises WireError, RouteError, SessionError."""
         routes, sessions = self._commands.routes, self._commands.sessions
         match frame:
-            case {"do": "all", "routes": list(found), "sessions": list(known)}:
+            case {
+                "do": "all",
+                "domain": str(domain),
+                "routes": list(found),
+                "sessions": list(known),
+            }:
                 ended = sessions.replace([Session.parse(session) for session in known])
                 self._commands.shut_out(ended)
                 routes.replace([Route.parse(route) for route in found])
+                routes.domain = domain
                 self._commands.serve()
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
                 sessions.add([Session.parse(session) for session in begun])

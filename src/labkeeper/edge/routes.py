@@ -51,6 +51,8 @@ class RouteTable:
 
     def __init__(self) -> None:
         self._routes: dict[str, Route] = {}
+        self.domain = ""
+        """The domain of the Labs' host names; empty: they are below a path."""
 
     def replace(self, routes: list[Route]) -> None:
         """Replace all routes."""
@@ -72,10 +74,28 @@ class RouteTable:
         return len(self._routes)
 
 
-def server_of(path: bytes) -> tuple[str, bool] | None:
-    """Return the server that a path is below, and whether the path is only its name.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A Lab's address, as found in a request."""
 
-    None if the path is not below `/servers/NAME`: then it is the keeper's.
+    server: str
+    is_host: bool
+    """Whether the Lab has the whole host; else it has a path of it."""
+    is_bare: bool = False
+    """Whether the path is only the server's name, without a slash after it."""
+
+
+def place_of(host: bytes, path: bytes, domain: str) -> Place | None:
+    """Return the Lab's address that a request is for; None: it is the keeper's.
+
+    With a domain, Labs have host names; else they are below `/servers/NAME/`.
     """
-    found = _PATH.fullmatch(path)
-    return None if found is None else (found[1].decode(), found[2] is None)
+    if not domain:
+        found = _PATH.fullmatch(path)
+        return None if found is None else Place(found[1].decode(), False, found[2] is None)
+    name, dot, rest = host.decode().lower().partition(":")[0].rstrip(".").partition(".")
+    # The name of another owner's server has a dot.
+    while dot and rest != domain:
+        label, dot, rest = rest.partition(".")
+        name = f"{name}.{label}"
+    return Place(name, True) if dot and re.fullmatch(_NAME, name) else None

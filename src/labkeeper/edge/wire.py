@@ -7,10 +7,12 @@ The edge, which listens, begins:
 2. keeper: `{"nonce": K, "proof": HMAC(key, "keeper" E K)}`
 3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port]}`
 
-Then only the keeper sends: `{"do": "all", "routes": […], "sessions": […]}` replaces all routes and
-sessions, `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one,
-`{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions. `drain` lets the edge
-finish what it does and end; `stop` ends it at once.
+Then only the keeper sends:
+
+* `{"do": "all", "domain": …, "routes": […], "sessions": […]}` replaces all that the edge knows
+* `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
+* `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
+* `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 
 Nothing depends on the connection being a Unix socket, except that the edge then also sends its
 listening socket with the third frame: so an address passes from one edge to the next without a gap.

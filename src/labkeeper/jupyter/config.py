@@ -49,13 +49,14 @@ def launch_config(
     port: int,
     ca_bundle: Path | None,
     base_path: str = "",
+    behind_edge: bool = False,
     certificate: tuple[Path, Path] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return the configuration of one launch, by section. It holds secrets.
 
     It takes precedence over all configuration files, and the keeper's own values over the requested
-    options. With a `base_path`, such as `/servers/`, the server is behind a proxy that serves it
-    below that path and its name, by any host name. With a certificate and key the server uses TLS;
+    options. With a `base_path`, such as `/servers/`, the server is below that path and its name.
+    Behind the edge it answers to any host name. With a certificate and key the server uses TLS;
     Tornado reads the files at each connection, so renewed ones take effect at once.
     """
     sections = _sections(spec.jupyter_options)
@@ -70,8 +71,8 @@ def launch_config(
         base_url=base_url(spec, base_path),
         default_url=spec.default_url,
     )
-    if base_path:
-        # The proxy passes on the host name that its client used, and has checked it.
+    if behind_edge:
+        # The edge passes on the host name that its client used.
         sections["ServerApp"]["allow_remote_access"] = True
     if certificate is not None:
         sections["ServerApp"].update(certfile=str(certificate[0]), keyfile=str(certificate[1]))
@@ -81,7 +82,7 @@ def launch_config(
 
 
 def base_url(spec: ServerSpec, base_path: str) -> str:
-    """Return the base_url of a server behind a proxy that serves it below `base_path`."""
+    """Return the base_url of a server that is below `base_path` and its name, if there is one."""
     if not base_path:
         return spec.base_url
     return f"{base_path}{spec.qualified_name}/{spec.base_url.lstrip('/')}"

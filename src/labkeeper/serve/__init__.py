@@ -24,7 +24,7 @@ from labkeeper.serve.edge.instances import Instances
 from labkeeper.serve.edge.supervisor import Edge, running
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
-from labkeeper.serve.policies import longest_stop
+from labkeeper.serve.policies import lab_addresses, longest_stop
 from labkeeper.serve.process import Ended, allow_descriptors, own_directories, tell_systemd
 from labkeeper.settings.model import Settings
 from labkeeper.settings.sources import unknown_variables
@@ -103,8 +103,14 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
             "the edge cannot use TLS yet: set LABKEEPER_EDGE=off, "
             "or unset LABKEEPER_CERT_FILE and LABKEEPER_KEY_FILE"
         )
+    labs = lab_addresses(chosen)
+    if chosen.lab_address == "host" and chosen.lab_domain is None:
+        raise SettingsError(
+            "LABKEEPER_LAB_ADDRESS=host needs a domain: set LABKEEPER_LAB_DOMAIN, "
+            "such as labs.example.org"
+        )
     instances = Instances(chosen.state_dir, chosen.server_dirs, (chosen.host, chosen.port))
-    return running(instances, listen, ends=lambda: chosen.on_exit == "stop")
+    return running(instances, labs, listen, ends=lambda: chosen.on_exit == "stop")
 
 
 def _certificate(chosen: Settings) -> Certificate | None:

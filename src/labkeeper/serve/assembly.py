@@ -26,7 +26,6 @@ from labkeeper.core.fleet import Fleet
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, Subscriber
 from labkeeper.culler import Culler
-from labkeeper.edge.routes import LABS
 from labkeeper.events.log import EventLog
 from labkeeper.events.webhooks import Webhook, key_of
 from labkeeper.gateways.client import GatewayClient
@@ -47,7 +46,7 @@ from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, Sys
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests.servers import Defaults
 from labkeeper.serve.edge.supervisor import Edge
-from labkeeper.serve.policies import cull_policy, limits, longest_stop, policy
+from labkeeper.serve.policies import cull_policy, lab_addresses, limits, longest_stop, policy
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
@@ -73,13 +72,14 @@ def assemble(
     base = _base(chosen, stack)
     history = _history(chosen, base, stack)
     preflight, watch = _gateways(chosen, base)
+    labs = lab_addresses(chosen)
     backend = _backend(
         chosen,
         base,
         history,
         preflight,
         earlier=_earlier(chosen, base.store, stack),
-        identity_secret=edge.secret if edge is not None and _base_path(chosen) else "",
+        identity_secret="" if edge is None or labs.mode == "port" else edge.secret,
     )
     # Closed after the keeper, so that launches in progress finish first. The next keeper detects
     # what is no longer reported.
@@ -273,7 +273,7 @@ def _backend(
         umask=int(chosen.umask, 8),
         log_max_bytes=chosen.log_max_bytes,
         echo_logs=chosen.echo_logs,
-        base_path=_base_path(chosen),
+        base_path=lab_addresses(chosen).base_path,
         identity_secret=identity_secret,
         certificate=chosen.lab_certificate,
     )
@@ -335,6 +335,7 @@ def _services(
     url: str,
 ) -> Services:
     tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
+    domain = chosen.lab_domain and f"*.{chosen.lab_domain}"
     return Services(
         keeper=keeper,
         backend=backend,
@@ -353,21 +354,16 @@ def _services(
         sessions=sessions,
         authenticators=_authenticators(chosen, tokens, backend),
         url=url,
-        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host])],
+        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host, domain])],
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,
-        base_path=_base_path(chosen),
+        labs=lab_addresses(chosen),
         start_wait=chosen.start_timeout + longest_stop(chosen),
         stop_wait=longest_stop(chosen),
         concurrency=ConcurrencyLimit(chosen.threads),
         max_body=chosen.max_body,
     )
-
-
-def _base_path(chosen: Settings) -> str:
-    """Return the path below which the edge serves Labs; none: each has an address of its own."""
-    return LABS if chosen.edge == "on" and chosen.lab_address == "path" else ""
 
 
 def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Sequence[Authenticator]:

@@ -8,6 +8,7 @@ from labkeeper.core.culling import CullPolicy, Terminals
 from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
+from labkeeper.lab_addresses import LabAddresses
 from labkeeper.settings.model import Settings
 
 _MARGIN: Final = 5.0
@@ -38,6 +39,14 @@ def cull_policy(chosen: Settings) -> CullPolicy:
         terminals=Terminals(chosen.cull_terminals),
         kernel_idle_timeout=chosen.kernel_idle_timeout or None,
     )
+
+
+def lab_addresses(chosen: Settings) -> LabAddresses:
+    """Return where the edge serves Labs."""
+    if chosen.edge == "off":
+        return LabAddresses()
+    domain = chosen.lab_domain or ""
+    return LabAddresses(chosen.lab_address or ("host" if domain else "path"), domain)
 
 
 def limits(chosen: Settings) -> Limits:

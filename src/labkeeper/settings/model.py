@@ -18,6 +18,7 @@ from labkeeper.settings.types import (
     Directories,
     Directory,
     Duration,
+    HostName,
     Modules,
     Names,
     Port,
@@ -51,11 +52,19 @@ class Settings(BaseModel):
             "restarts. `off`: the keeper listens itself. Requires Linux."
         ),
     )
-    lab_address: Literal["path", "port"] = Field(
-        "path",
+    lab_address: Literal["path", "host", "port"] | None = Field(
+        None,
         description=(
             "Address of Labs if there is an edge: `path`: below its address, at `/servers/NAME/`; "
-            "`port`: each on its own port, as without an edge. Takes effect at a Lab's next launch."
+            "`host`: at `NAME.DOMAIN`; `port`: each on its own port, as without an edge. Takes "
+            "effect at a Lab's next launch. Default: `host` if there is a domain, else `path`."
+        ),
+    )
+    lab_domain: HostName | None = Field(
+        None,
+        description=(
+            "Domain of Labs: with `labs.example.org` the Lab `demo` is at `demo.labs.example.org`. "
+            "All names below it must lead to this machine (wildcard DNS)."
         ),
     )
     state_dir: Directory = Field(

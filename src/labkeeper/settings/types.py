@@ -65,6 +65,17 @@ def _check_user_last(root: Path) -> Path:
     return root
 
 
+def _check_host_name(text: str) -> str:
+    label = r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?"
+    # With the name of a server before it, a host name has at most 253 characters (RFC 1035).
+    if re.fullmatch(rf"{label}(\.{label})*", text.lower()) is None or len(text) > _LONGEST_DOMAIN:
+        raise ValueError("must be a host name, such as labs.example.org")
+    return text.lower()
+
+
+_LONGEST_DOMAIN = 125
+
+
 Directory = Annotated[Path, AfterValidator(_absolute)]
 Root = Annotated[Directory, AfterValidator(_check_user_last)]
 Directories = Annotated[tuple[Root, ...], BeforeValidator(_split)]
@@ -78,4 +89,5 @@ Modules = Annotated[Names, AfterValidator(_check_modules)]
 Duration = Annotated[float, BeforeValidator(duration)]
 """Seconds, or text such as `90m`, `2h`, `1d12h`."""
 BytesOrShare = Annotated[str, AfterValidator(_check_reserve)]
+HostName = Annotated[str, AfterValidator(_check_host_name)]
 Umask = Annotated[str, AfterValidator(_check_umask)]

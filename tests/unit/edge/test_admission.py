@@ -10,12 +10,13 @@ import pytest
 from edge_peers import WEBSOCKET
 from labkeeper.edge.admission import Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.heads import read_request
-from labkeeper.edge.routes import Route, RouteTable
+from labkeeper.edge.routes import Place, Route, RouteTable, place_of
 from labkeeper.edge.sessions import Session, SessionTable
 
 COOKIE = b"Cookie: labkeeper-session=secret"
 HTML = b"Accept: text/html"
 NAVIGATION = b"Sec-Fetch-Mode: navigate"
+BELOW, HOST = Place("lab", is_host=False), Place("lab", is_host=True)
 
 
 def session_for(server="lab", cookie=b"secret", lasts=60.0):
@@ -43,7 +44,7 @@ def request(*headers, target=b"/servers/lab/x", method=b"GET", host=b"x"):
 
 @pytest.mark.parametrize("more", [[], [NAVIGATION], [HTML], list(WEBSOCKET)])
 def test_a_browser_with_a_session_is_let_in_as_its_user(sessions, routes, more):
-    admitted = admit(request(COOKIE, *more), "lab", routes, sessions)
+    admitted = admit(request(COOKIE, *more), BELOW, routes, sessions)
     assert admitted == ToLab("lab", session_for(lasts=0) and admitted.session)
     assert (admitted.session.server, admitted.session.user) == ("lab", "ada")
 
@@ -54,7 +55,7 @@ def test_the_lab_gets_the_other_cookies_and_no_credentials(sessions, routes):
         b"Authorization: token forged",
         b"Accept: x",
     )
-    admit(asked, "lab", routes, sessions)
+    admit(asked, BELOW, routes, sessions)
     assert asked.headers == [(b"host", b"x"), (b"accept", b"x"), (b"cookie", b"_xsrf=a; b=c=d")]
 
 
@@ -72,23 +73,23 @@ def test_the_lab_gets_the_other_cookies_and_no_credentials(sessions, routes):
     ],
 )
 def test_without_one_valid_cookie_nobody_is_let_in(sessions, routes, cookie):
-    assert admit(request(cookie), "lab", routes, sessions).status == 401
-    assert admit(request(cookie, NAVIGATION), "lab", routes, sessions) == ToKeeper()
+    assert admit(request(cookie), BELOW, routes, sessions).status == 401
+    assert admit(request(cookie, NAVIGATION), BELOW, routes, sessions) == ToKeeper()
 
 
 def test_cookies_in_two_headers_count_together(sessions, routes):
-    assert admit(request(COOKIE, COOKIE), "lab", routes, sessions).status == 401
+    assert admit(request(COOKIE, COOKIE), BELOW, routes, sessions).status == 401
     asked = request(b"Cookie: a=b", COOKIE, b"Cookie: c=d")
-    assert isinstance(admit(asked, "lab", routes, sessions), ToLab)
+    assert isinstance(admit(asked, BELOW, routes, sessions), ToLab)
     assert asked.headers == [(b"host", b"x"), (b"cookie", b"a=b; c=d")]
 
 
 def test_a_session_is_for_one_server_and_for_its_time(routes):
     table = SessionTable()
     table.add([session_for("other"), session_for(cookie=b"late", lasts=-1.0)])
-    assert admit(request(COOKIE), "lab", routes, table).status == 401
+    assert admit(request(COOKIE), BELOW, routes, table).status == 401
     late = request(b"Cookie: labkeeper-session=late")
-    assert admit(late, "lab", routes, table).status == 401
+    assert admit(late, BELOW, routes, table).status == 401
 
 
 @pytest.mark.parametrize(
@@ -103,14 +104,14 @@ def test_a_session_is_for_one_server_and_for_its_time(routes):
 def test_a_program_with_a_token_is_let_in_without_cookies(sessions, routes, asked):
     headers = [b"Cookie: username-x=y", *asked.pop("headers", ())]
     program = request(*headers, **asked)
-    assert admit(program, "lab", routes, sessions) == ToLab("lab", None)
+    assert admit(program, BELOW, routes, sessions) == ToLab("lab", None)
     assert b"cookie" not in dict(program.headers)
 
 
 def test_a_token_in_the_address_of_a_page_lets_no_browser_in(sessions, routes):
     """It would be in its history, and without cookies the page would not work."""
     asked = request(NAVIGATION, target=b"/servers/lab/lab?token=x")
-    assert admit(asked, "lab", routes, sessions) == ToKeeper()
+    assert admit(asked, BELOW, routes, sessions) == ToKeeper()
 
 
 @pytest.mark.parametrize(
@@ -129,21 +130,21 @@ def test_a_token_in_the_address_of_a_page_lets_no_browser_in(sessions, routes):
     ],
 )
 def test_people_get_a_page_and_programs_an_error(sessions, routes, headers, method, navigates):
-    admitted = admit(request(*headers, method=method), "lab", routes, sessions)
+    admitted = admit(request(*headers, method=method), BELOW, routes, sessions)
     assert isinstance(admitted, ToKeeper if navigates else Refused)
 
 
 def test_a_server_that_does_not_run_is_told_only_to_who_has_a_session(sessions):
     none = RouteTable()
-    assert admit(request(COOKIE), "lab", none, sessions).status == 404
-    assert admit(request(), "lab", none, sessions).status == 401
-    assert admit(request(COOKIE, NAVIGATION), "lab", none, sessions) == ToKeeper()
+    assert admit(request(COOKIE), BELOW, none, sessions).status == 404
+    assert admit(request(), BELOW, none, sessions).status == 401
+    assert admit(request(COOKIE, NAVIGATION), BELOW, none, sessions) == ToKeeper()
 
 
 def test_logging_out_is_the_keepers(sessions, routes):
     routes.set(Route("lab", 2, "127.0.0.1", 1, "/servers/lab/deep/er/", "key"))
     leaves = request(COOKIE, NAVIGATION, target=b"/servers/lab/deep/er/logout")
-    assert admit(leaves, "lab", routes, sessions) == ToKeeper()
+    assert admit(leaves, BELOW, routes, sessions) == ToKeeper()
     assert leaves.target == b"/servers/lab/logout"
     # Else it would lose the cookie by which it knows the session.
     assert (b"cookie", b"labkeeper-session=secret") in leaves.headers
@@ -160,5 +161,62 @@ def test_logging_out_is_the_keepers(sessions, routes):
     ],
 )
 def test_a_page_of_a_lab_is_at_another_host_than_the_keeper(sessions, routes, host, location):
-    admitted = admit(request(HTML, host=host), "lab", routes, sessions)
+    admitted = admit(request(HTML, host=host), BELOW, routes, sessions)
     assert admitted == (ToKeeper() if location is None else Elsewhere(location))
+
+
+def test_with_a_domain_each_lab_has_a_host(sessions, routes):
+    routes.set(Route("lab", 2, "127.0.0.1", 1, "/", "key"))
+    assert isinstance(admit(request(COOKIE, target=b"/lab"), HOST, routes, sessions), ToLab)
+    page = request(NAVIGATION, target=b"/lab/tree?a=b", host=b"localhost")
+    assert admit(page, HOST, routes, sessions) == ToKeeper()
+    # The keeper has one address for its pages about Labs.
+    assert page.target == b"/servers/lab/lab/tree?a=b"
+    leaves = request(COOKIE, NAVIGATION, target=b"/logout")
+    assert admit(leaves, HOST, routes, sessions) == ToKeeper()
+    assert leaves.target == b"/servers/lab/logout"
+    # Links set the cookie for the host that they are at.
+    link = request(target=b"/open/ticket")
+    assert admit(link, HOST, routes, sessions) == ToKeeper()
+    assert link.target == b"/open/ticket"
+
+
+DOMAIN = "labs.example.org"
+
+
+@pytest.mark.parametrize(
+    ("host", "server"),
+    [
+        (b"lab.labs.example.org", "lab"),
+        (b"LAB.labs.Example.org:8000", "lab"),
+        (b"lab.labs.example.org.", "lab"),
+        (b"lab.ada.labs.example.org", "lab.ada"),
+        (b"labs.example.org", None),
+        (b"example.org", None),
+        (b"lab.example.org", None),
+        (b"lab.labs.example.org.evil.example", None),
+        (b"lablabs.example.org", None),
+        (b"-.labs.example.org", None),
+        (b"127.0.0.1:8000", None),
+        (b"[::1]:8000", None),
+        (b"localhost", None),
+    ],
+)
+def test_a_host_name_below_the_domain_is_that_of_a_server(host, server):
+    expected = None if server is None else Place(server, is_host=True)
+    assert place_of(host, b"/servers/other/lab", DOMAIN) == expected
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        (b"/servers/lab/", Place("lab", is_host=False)),
+        (b"/servers/lab.ada/x", Place("lab.ada", is_host=False)),
+        (b"/servers/lab", Place("lab", is_host=False, is_bare=True)),
+        (b"/servers/", None),
+        (b"/servers/-/", None),
+        (b"/api/servers/lab/", None),
+    ],
+)
+def test_without_a_domain_a_path_is_that_of_a_server(path, expected):
+    assert place_of(b"lab.labs.example.org", path, "") == expected

@@ -131,38 +131,38 @@ def test_clients_wait_until_routes_and_sessions_are_known(edge):
     # The edge has handled the connection, as far as it ever will before it serves.
     edge.open().close()
     assert got == []
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     thread.join(PATIENCE)
     assert got == [502]
 
 
 def test_routes_are_replaced_changed_and_removed(edge):
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     assert (edge.get(TOKEN), edge.get(TOKEN, "other")) == (502, 404)
     edge.link.send({"do": "route", "route": ROUTE | {"server": "other"}})
     edge.link.send({"do": "unroute", "server": "lab"})
     edge.link.send({"do": "unroute", "server": "lab"})
     until(lambda: (edge.get(TOKEN), edge.get(TOKEN, "other")) == (404, 502), what="changed routes")
-    edge.link.send({"do": "all", "routes": [], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
     until(lambda: edge.get(TOKEN, "other") == 404, what="the end of all routes")
 
 
 def test_sessions_are_replaced_added_and_ended(edge):
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     assert edge.get(COOKIE) == 401
     edge.link.send({"do": "sessions", "begun": [SESSION], "ended": []})
     until(lambda: edge.get(COOKIE) == 502, what="the session")
     edge.link.send({"do": "sessions", "begun": [], "ended": [SESSION["digest"], "none"]})
     until(lambda: edge.get(COOKIE) == 401, what="the end of the session")
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": [SESSION]})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": [SESSION]})
     until(lambda: edge.get(COOKIE) == 502, what="the session again")
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     until(lambda: edge.get(COOKIE) == 401, what="no sessions")
 
 
 @pytest.mark.parametrize("command", ["stop", "drain"])
 def test_it_ends_when_told_to(edge, command):
-    edge.link.send({"do": "all", "routes": [], "sessions": []})
+    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
     assert edge.get(TOKEN) == 404
     edge.link.send({"do": command})
     until(lambda: not alive(edge.link.process.pid), what="the edge to end")
@@ -175,7 +175,7 @@ def test_it_ends_when_told_to(edge, command):
     [
         {},
         {"do": "dance"},
-        {"do": "all", "routes": [ROUTE]},
+        {"do": "all", "domain": "", "routes": [ROUTE]},
         {"do": "route", "route": ROUTE | {"port": 0}},
         {"do": "route", "route": ROUTE | {"server": "../x"}},
         {"do": "route", "route": ROUTE | {"host": 1}},
@@ -186,7 +186,7 @@ def test_it_ends_when_told_to(edge, command):
     ],
 )
 def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
-    edge.link.send({"do": "all", "routes": [ROUTE], "sessions": [SESSION]})
+    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": [SESSION]})
     with contextlib.closing(edge.open()) as other:
         other.send(bad)
         other.connection.settimeout(PATIENCE)

@@ -27,7 +27,7 @@ from labkeeper.core.errors import (
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
-from labkeeper.core.spec import Owner
+from labkeeper.core.spec import Owner, QualifiedName
 from labkeeper.identity.peers import PEER
 from labkeeper.runtime import Watch
 from labkeeper.schema.answers.servers import Server
@@ -141,11 +141,12 @@ def _queue_position(services: Services, snapshot: Snapshot) -> int | None:
 
 def _lab_url(services: Services, snapshot: Snapshot, endpoint: Endpoint) -> str:
     page, mark, fragment = snapshot.spec.default_url.lstrip("/").partition("#")
-    if is_below(services, endpoint):
+    root = lab_root(services, snapshot.qualified_name, endpoint)
+    if services.labs.serves(snapshot.qualified_name, endpoint):
         # The edge asks for a session, and no browser for the token.
-        return f"{lab_root(services, endpoint)}{page}{mark}{fragment}"
+        return f"{root}{page}{mark}{fragment}"
     query = f"{'&' if '?' in page else '?'}token={endpoint.token}"
-    return f"{lab_root(services, endpoint)}{page}{query}{mark}{fragment}"
+    return f"{root}{page}{query}{mark}{fragment}"
 
 
 def public_url(services: Services) -> str:
@@ -153,28 +154,13 @@ def public_url(services: Services) -> str:
     return services.url if PEER in request.environ else request.host_url.rstrip("/")
 
 
-def labs_url(services: Services) -> str:
-    """Return the URL, without a path, at which the edge serves Labs.
-
-    On this machine, Labs and keeper have two names, and thus two sites for browsers.
-    """
-    url = urlsplit(public_url(services))
-    host = services.advertised_host or url.hostname or ""
-    return addresses.url(url.scheme, "127.0.0.1" if host == "localhost" else host, url.port)
-
-
-def is_below(services: Services, endpoint: Endpoint) -> bool:
-    """Whether the edge serves a Lab, below the public address."""
-    return bool(services.base_path) and endpoint.base_url.startswith(services.base_path)
-
-
-def lab_root(services: Services, endpoint: Endpoint) -> str:
-    """Return the Lab's URL: below the keeper's, or the Lab's own.
+def lab_root(services: Services, server: QualifiedName, endpoint: Endpoint) -> str:
+    """Return the Lab's URL: at the edge, or the Lab's own.
 
     The latter has the host name of the request if the Lab listens there too.
     """
-    if is_below(services, endpoint):
-        return f"{labs_url(services)}{endpoint.base_url.rstrip('/')}/"
+    if services.labs.serves(server, endpoint):
+        return f"{lab_origin(services, server)}{endpoint.base_url.rstrip('/')}/"
     host = services.advertised_host
     if host is None:
         bound = endpoint.hostname
@@ -182,6 +168,15 @@ def lab_root(services: Services, endpoint: Endpoint) -> str:
         host = host_of(request.host) or "127.0.0.1" if addresses.is_wildcard(bound) else bound
     path = f"{endpoint.base_url.rstrip('/')}/"
     return addresses.url("https" if endpoint.secure else "http", host, endpoint.port, path)
+
+
+def lab_origin(services: Services, server: QualifiedName) -> str:
+    """Return the URL, without a path, at which the edge serves a Lab."""
+    url = public_url(services)
+    if services.advertised_host is not None:
+        parts = urlsplit(url)
+        url = addresses.url(parts.scheme, services.advertised_host, parts.port)
+    return services.labs.origin(server, url)
 
 
 def ask(services: Services, command: Create | Order | Snooze) -> Reply:

@@ -12,10 +12,9 @@ from labkeeper.api.handlers.common import (
     Answer,
     caller,
     find_server,
-    is_below,
     json_answer,
+    lab_origin,
     lab_root,
-    labs_url,
     public_url,
 )
 from labkeeper.api.links import Link as KnownLink
@@ -56,7 +55,9 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
         until=caller().until,
     )
     # Browsers keep the cookie of a session for the host that sets it.
-    host = labs_url(services) if is_below(services, snapshot.endpoint) else public_url(services)
+    name = snapshot.qualified_name
+    served = services.labs.serves(name, snapshot.endpoint)
+    host = lab_origin(services, name) if served else public_url(services)
     expires_at = format_time(time.time() + body.expires_in)
     return json_answer(Link(url=f"{host}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
 
@@ -76,7 +77,7 @@ def open_link(services: Services, path: TicketPath) -> Response:
         "Open JupyterLab",
         f"This link opens the server '{link.server}' once, in this browser.",
         "Open",
-        leads_to=lab_root(services, endpoint),
+        leads_to=lab_root(services, link.server, endpoint),
     )
 
 
@@ -86,10 +87,10 @@ def follow_link(services: Services, path: TicketPath) -> Response:
     endpoint = _endpoint(services, link)
     if link is None or endpoint is None:
         return _spent()
-    if is_below(services, endpoint):
+    if services.labs.serves(link.server, endpoint):
         return _with_session(services, link, endpoint)
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
-    root = lab_root(services, endpoint)
+    root = lab_root(services, link.server, endpoint)
     # Jupyter would parse anything before a colon as a scheme.
     next_page = (endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
     target = f"{root}login?token={endpoint.token}&next={quote(next_page, safe='')}"
@@ -126,7 +127,7 @@ def _with_session(services: Services, link: KnownLink, endpoint: Endpoint) -> Re
         COOKIE,
         cookie,
         max_age=int(session.expires_at - session.created_at),
-        path=f"{services.base_path}{link.server}/",
+        path=services.labs.cookie_path(link.server),
         secure=services.url.startswith("https:"),
         httponly=True,
         samesite="Lax",

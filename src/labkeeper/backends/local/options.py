@@ -31,8 +31,11 @@ class LocalOptions:
     echo_logs: bool = False
     """Whether the logs of servers are repeated in the keeper's own."""
     base_path: str = ""
-    """Path below which the edge serves each server by its name, such as `/servers/`."""
+    """Path below which each server is launched, with its name, such as `/servers/`."""
     identity_secret: str = field(default="", repr=False)
-    """Secret that the edge has, too: of it the key of each launch's identity header is made."""
+    """Secret that the edge has, too: of it the key of each launch's identity header is made.
+
+    Empty if the edge serves no Labs.
+    """
     certificate: tuple[Path, Path] | None = None
     """Certificate and key with which servers use TLS."""

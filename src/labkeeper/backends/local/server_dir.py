@@ -43,6 +43,8 @@ class Asked(BaseModel):
     base_url: str
     secure: bool
     """Whether it must use TLS; its own configuration may enable TLS anyway."""
+    behind_edge: bool = False
+    """Whether it was launched to be reached through the edge."""
 
 
 class Record(BaseModel):

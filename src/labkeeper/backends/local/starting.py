@@ -98,6 +98,7 @@ class Starter:
         user: Account | None,
         limited: Enforced,
     ) -> Launch:
+        secret = self.sites.options.identity_secret
         env = launch_environment(
             spec, own_environment(user), runtime_dir=server_dir.jupyter, ca_bundle=bundle
         )
@@ -107,9 +108,9 @@ class Starter:
             port=port,
             ca_bundle=bundle,
             base_path=self.sites.options.base_path,
+            behind_edge=bool(secret),
             certificate=self.sites.options.certificate,
         )
-        secret = self.sites.options.identity_secret
         return Launch(
             server_dir=str(server_dir.path),
             title=f"jupyter-lab (server '{spec.name}' of labkeeper)",
@@ -149,6 +150,7 @@ class Starter:
                 port=port,
                 base_url=base_url(spec, self.sites.options.base_path),
                 secure=self.sites.options.certificate is not None,
+                behind_edge=bool(self.sites.options.identity_secret),
             ),
         )
 

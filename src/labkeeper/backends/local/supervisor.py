@@ -323,6 +323,7 @@ class ProcessSupervisor:
             port=asked.port,
             base_url=asked.base_url,
             secure=asked.secure or said.secure,
+            behind_edge=asked.behind_edge,
             token=self._token or said.token,
         )
 

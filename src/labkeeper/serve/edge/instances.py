@@ -47,7 +47,7 @@ _ANSWER_WITHIN: Final = 5.0
 """Seconds in which a running edge must answer."""
 _END_WITHIN: Final = 2.0
 """Seconds in which an edge must end when told to."""
-_INHERITED: Final = re.compile(r"PATH|LANG|LC_\w+|TZ|PYTHON\w+|COVERAGE_\w+")
+_INHERITED: Final = re.compile(r"PATH|LANG|LC_\w+|TZ|PYTHON\w+")
 """Variables that an edge gets of the keeper's: whoever gains control of it must find no secrets."""
 _MODULE: Final = "labkeeper.edge"
 _USER: Final = "labkeeper-edge"

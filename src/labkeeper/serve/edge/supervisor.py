@@ -22,8 +22,9 @@ from labkeeper.core.errors import SettingsError
 from labkeeper.core.messages import Change
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName
-from labkeeper.edge.routes import LABS, Route
+from labkeeper.edge.routes import Route
 from labkeeper.forkserver.identity import key_of
+from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge.instances import EdgeError, Instances
 from labkeeper.serve.edge.link import Link
 from labkeeper.threads import ThreadGroup
@@ -38,7 +39,13 @@ class Edge:
     """The edge of a keeper; routes can be set from any thread."""
 
     def __init__(
-        self, instances: Instances, public: socket.socket, link: Link, ending: list[Link]
+        self,
+        instances: Instances,
+        labs: LabAddresses,
+        *,
+        public: socket.socket,
+        link: Link,
+        ending: list[Link],
     ) -> None:
         """`ending` are edges that finish what they have begun. Use `running` instead."""
         self.public = public
@@ -46,6 +53,7 @@ class Edge:
         self.secret = instances.key()
         """The secret that keepers share with their edges."""
         self._instances = instances
+        self._labs = labs
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
@@ -55,7 +63,7 @@ class Edge:
 
     def changed(self, change: Change) -> None:
         """Push what a change of a server means for its route; a subscriber of the fleet."""
-        name, route = change.after.qualified_name, route_of(change.after, self.secret)
+        name, route = change.after.qualified_name, route_of(change.after, self._labs, self.secret)
         with self._lock:
             if route == self._routes.get(name):
                 return
@@ -107,7 +115,8 @@ class Edge:
     def _push_all(self) -> None:
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
-        self._tell({"do": "all", "routes": routes, "sessions": sessions})
+        domain = self._labs.domain if self._labs.mode == "host" else ""
+        self._tell({"do": "all", "domain": domain, "routes": routes, "sessions": sessions})
 
     def _watch(self, threads: ThreadGroup) -> None:
         while True:
@@ -157,6 +166,7 @@ class Edge:
 @contextmanager
 def running(
     instances: Instances,
+    labs: LabAddresses,
     listen: Callable[[str, int], socket.socket],
     *,
     ends: Callable[[], bool],
@@ -168,7 +178,7 @@ def running(
     """
     try:
         found = instances.find()
-        edge = _choose(instances, found, listen)
+        edge = _choose(instances, labs, found, listen)
     except (OSError, EdgeError) as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
     keep = bool(found)
@@ -181,7 +191,10 @@ def running(
 
 
 def _choose(
-    instances: Instances, found: list[Link], listen: Callable[[str, int], socket.socket]
+    instances: Instances,
+    labs: LabAddresses,
+    found: list[Link],
+    listen: Callable[[str, int], socket.socket],
 ) -> Edge:
     """Keep an edge that equals a new one; else start one, at its address if that is the same.
 
@@ -202,7 +215,7 @@ def _choose(
             other.send({"do": "drain"})
     for left in found:
         left.close_public()
-    return Edge(instances, public, link, others)
+    return Edge(instances, labs, public=public, link=link, ending=others)
 
 
 def _message(session: Session) -> dict[str, object]:
@@ -215,13 +228,10 @@ def _message(session: Session) -> dict[str, object]:
     }
 
 
-def route_of(snapshot: Snapshot, secret: str) -> Route | None:
-    """Return the route to a server; None if it does not run, or not below the public address.
-
-    One that was launched without the edge, or that speaks TLS, keeps its own address.
-    """
+def route_of(snapshot: Snapshot, labs: LabAddresses, secret: str) -> Route | None:
+    """Return the route to a server; None if it does not run, or has an address of its own."""
     endpoint, name = snapshot.endpoint, snapshot.qualified_name
-    if endpoint is None or endpoint.secure or not endpoint.base_url.startswith(f"{LABS}{name}/"):
+    if endpoint is None or not labs.serves(name, endpoint):
         return None
     host = addresses.from_here(endpoint.hostname)
     key = key_of(secret, name, snapshot.generation)

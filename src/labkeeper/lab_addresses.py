@@ -1,0 +1,52 @@
+"""Where the edge serves Labs: below a path of its address, each at a host name, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+from urllib.parse import urlsplit
+
+from labkeeper import addresses
+from labkeeper.core.server import Endpoint
+from labkeeper.core.spec import QualifiedName
+from labkeeper.edge.routes import LABS
+
+Mode = Literal["path", "host", "port"]
+
+
+@dataclass(frozen=True, slots=True)
+class LabAddresses:
+    """The addresses of Labs, as the settings have them."""
+
+    mode: Mode = "port"
+    """`port`: the edge serves none, or there is none."""
+    domain: str = ""
+    """The domain of the host names, with `host`: `lab` is at `lab.labs.example.org`."""
+
+    @property
+    def base_path(self) -> str:
+        """The path below which a Lab is launched, with its name; none: at the root."""
+        return LABS if self.mode == "path" else ""
+
+    def serves(self, name: QualifiedName, endpoint: Endpoint) -> bool:
+        """Whether the edge serves a server, which depends on how it was launched."""
+        if not endpoint.behind_edge or endpoint.secure or self.mode == "port":
+            return False
+        return self.mode == "host" or endpoint.base_url.startswith(f"{LABS}{name}/")
+
+    def origin(self, name: QualifiedName, public: str) -> str:
+        """Return the URL, without a path, of a Lab; `public` is the one of the edge, likewise.
+
+        On this machine, Labs and keeper have two host names, and thus are two sites for browsers.
+        """
+        url = urlsplit(public)
+        host = url.hostname or ""
+        if self.mode == "host":
+            host = f"{name}.{self.domain}"
+        elif host == "localhost":
+            host = "127.0.0.1"
+        return addresses.url(url.scheme, host, url.port)
+
+    def cookie_path(self, name: QualifiedName) -> str:
+        """Return the path for which a browser's session is."""
+        return "/" if self.mode == "host" else f"{LABS}{name}/"
