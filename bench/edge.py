@@ -170,7 +170,7 @@ http {{
   scgi_temp_path {place};
   keepalive_requests 1000000;
   upstream lab {{ server 127.0.0.1:{backend}; keepalive 64; keepalive_requests 1000000; }}
-  map $http_upgrade $connection {{ default upgrade; '' ''; }}
+  map $http_upgrade $lab_connection {{ default upgrade; '' ''; }}
   server {{
     listen 127.0.0.1:{port};
     location / {{
@@ -179,7 +179,7 @@ http {{
       proxy_max_temp_file_size 0;
       proxy_set_header Host $host;
       proxy_set_header Upgrade $http_upgrade;
-      proxy_set_header Connection $connection;
+      proxy_set_header Connection $lab_connection;
       proxy_set_header X-Forwarded-For $remote_addr;
     }}
   }}
