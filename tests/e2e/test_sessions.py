@@ -1,4 +1,4 @@
-"""Browser sessions at the edge: who is let into a Lab, as whom, and until when."""
+"""Browser sessions at the edge: who may use a Lab, as whom, and until when."""
 
 from __future__ import annotations
 

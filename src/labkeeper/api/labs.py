@@ -1,4 +1,4 @@
-"""Pages at the addresses of Labs, for browsers that the edge does not let in: `/servers/NAME/...`.
+"""Pages at the addresses of Labs, `/servers/NAME/...`, for browsers without a session or a Lab.
 
 Without a session, a page does not tell whether there is such a server.
 """

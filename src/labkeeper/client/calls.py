@@ -296,7 +296,7 @@ class Calls:
         return Call("DELETE", path, reading(Token))
 
     def sessions(self, *, owner: str | None = None) -> Call[Sequence[Session]]:
-        """List the browsers that links have let into Labs at the public address."""
+        """List the browser sessions in Labs at the public address, the oldest first."""
         return Call(
             "GET",
             "/api/sessions",

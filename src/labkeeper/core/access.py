@@ -224,7 +224,7 @@ class Session:
     """SHA-256 of the cookie in hexadecimal."""
     server: QualifiedName
     actor: str
-    """Who made the link by which the browser was let in, as in events."""
+    """Who made the link that the browser opened, as in events."""
     created_at: float
     expires_at: float
     owner: Owner = LOCAL

@@ -223,7 +223,7 @@ class HistoryKind(StrEnum):
     TOKEN = "token"  # noqa: S105 - a kind
     """An API token was created or revoked."""
     SESSION = "session"
-    """A browser was let into a Lab, or is not let in any more."""
+    """A browser session began or was revoked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """Who may go where: a request for a Lab goes there, or to the keeper's page, or is refused.
 
-* A browser with a session for the Lab is let in, as the session's user. Its own credentials for
+* A browser with a session for the Lab is admitted as the session's user. Its own credentials for
   Jupyter, if it sends any, are taken away.
-* A program that sends a Jupyter token is let in, without cookies; Jupyter checks the token.
+* A program that sends a Jupyter token is admitted without cookies; Jupyter checks the token.
 * For all others, the keeper has a page.
 """
 
@@ -70,8 +70,8 @@ def admit(request: Request, place: Place, routes: RouteTable, sessions: SessionT
             return ToLab(server, None)
         return Refused(
             HTTPStatus.UNAUTHORIZED,
-            f"cannot let you in to server '{server}': open it with `labkeeper open`, "
-            "or with a link, or send its token",
+            f"cannot open server '{server}': you are not signed in; use `labkeeper open`, a link, "
+            "or send the server's token",
         )
     if not place.is_host and _LOCALHOST.fullmatch(request.host):
         # For browsers, Labs are another site than the keeper.

@@ -62,7 +62,7 @@ class Exchange:
         self._request = request
         self._server = None if lab is None else lab.server
         self.session = None if lab is None else lab.session
-        """The session of the client, if it was let in by one."""
+        """The session of the client, if it has one."""
         self._id = id_
         self._body: Body = Chunked() if request.length is None else Sized(request.length)
         self._upstream: Upstream | None = None

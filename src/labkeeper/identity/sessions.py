@@ -1,7 +1,7 @@
 """Browser sessions: whoever opened a link may use its Lab, until the session ends.
 
 The browser keeps a cookie that reads `lk_ID_SECRET`, as tokens do; only its hash is stored. The
-edge, which lets browsers in, hears of every change before the call returns that made it.
+edge, which checks cookies, is notified of every change before the call that made it returns.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from labkeeper.identity.tokens import digest_of
 
 COOKIE: Final = edge.COOKIE.decode()
 LIFETIME: Final = 7 * 86400.0
-"""Seconds after which a browser must be let in again."""
+"""Seconds after which a session expires."""
 _MOST: Final = 10_000
 
 Publish = Callable[[Collection[Session], Collection[Session]], None]
@@ -55,7 +55,7 @@ class Sessions:
         until: float | None = None,
         origin: Origin = KEEPER,
     ) -> tuple[Session, str]:
-        """Let a browser into a Lab, at most until `until`; return the session and its cookie.
+        """Begin a session for a Lab, at most until `until`; return it and its cookie.
 
         If there are too many sessions, the oldest one ends. Raises StoreError.
         """
@@ -73,7 +73,7 @@ class Sessions:
             stay = set(valid[-_MOST:])
             with suppress(StoreError):  # Logged by the store; they are tried again.
                 self._end([s for digest, s in self._known.items() if digest not in stay])
-        self._tell("a browser was let in", session, origin)
+        self._tell("a browser session began", session, origin)
         return session, text
 
     def find(self, text: str) -> Session | None:
@@ -99,7 +99,7 @@ class Sessions:
                     f"cannot find session '{id_[:63]}'; the list of sessions has all ids"
                 )
             self._end([session])
-        self._tell("a browser's session was revoked", session, origin)
+        self._tell("a browser session was revoked", session, origin)
         return session
 
     def revoke_made_by(self, actor: str, owner: Owner) -> None:

@@ -41,7 +41,7 @@ def revoke_token(services: Services, path: TokenPath) -> Answer:
 
 
 def list_sessions(services: Services, query: SessionQuery) -> Answer:
-    """List the browsers that links have let into Labs at the public address."""
+    """List the browser sessions in Labs at the public address, the oldest first."""
     sessions = services.sessions.all(visible_owner(query.owner))
     return json_answer(SessionList(sessions=[session_model(session) for session in sessions]))
 
