@@ -119,12 +119,10 @@ class Edge:
         self._tell({"do": "all", "domain": domain, "routes": routes, "sessions": sessions})
 
     def _watch(self, threads: ThreadGroup) -> None:
-        while True:
+        while not threads.closed:
             links = [self._link, *self._ending]
             descriptors = {link.connection.fileno(): link for link in links}
             ready = wait_until_readable([*descriptors, threads.wake], timeout=None)
-            if threads.closed:
-                return
             # An edge sends nothing: these have closed their connections.
             for link in (descriptors[found] for found in ready if found in descriptors):
                 if link is self._link:
