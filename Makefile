@@ -16,7 +16,7 @@ setup: ## Create the environment in .venv
 run: setup ## Start a keeper and a first server, and print its link; Ctrl-C stops all
 	@scripts/run $(BIN)
 
-test: setup ## Run the tests of the main promises, in about two minutes
+test: setup ## Run the tests of the main promises, in about three minutes
 	@scripts/test $(BIN) quick
 
 test-all: setup ## Run every test except those of containers, with coverage (best as root, on Debian)

@@ -169,7 +169,7 @@ def test_the_next_keeper_starts_the_edge_if_both_have_died(make_edge_keeper):
     until(lambda: not alive(edge.pid), what="the edge to end")
     keeper.start()
     assert run_cell(lab, start_kernel(lab), "1 + 1") == "2"
-    # What the dead one had is removed.
+    # The directory of the dead edge was removed.
     assert len([path for path in (keeper.state_dir / "edge").iterdir() if path.is_dir()]) == 1
 
 
@@ -300,7 +300,7 @@ try:
 except (OSError, EOFError, wire.WireError) as error:
     print("refused")
 else:
-    print("let in")
+    print("accepted")
 """
 
 

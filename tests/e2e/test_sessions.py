@@ -47,6 +47,16 @@ def link_to(keeper, name, **body):
     return answer.json()["url"]
 
 
+def link_by_ada(keeper, **token):
+    """Return a link to the Lab that was made with a token named `ada`, and the token."""
+    body = {"name": "ada", "scope": "manage"} | token
+    made = keeper.http.post("/api/tokens", json=body).json()
+    headers = {"Authorization": f"Bearer {made['token']}"}
+    url = f"{keeper.url}/api/servers/lab/link"
+    link = httpx.post(url, headers=headers, json={}, trust_env=False).json()["url"]
+    return link, made
+
+
 def signed_in(keeper, browse, name, **body):
     """Return a browser that has opened a link to a Lab."""
     browser = browse()
@@ -108,11 +118,7 @@ def test_link_lets_a_browser_in_without_any_token(keeper, browse):
 def test_the_lab_knows_who_uses_it(keeper, browse):
     """By the token that the link was made with; the owner's token has no other name."""
     keeper.post(name="lab")
-    made = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage"}).json()
-    headers = {"Authorization": f"Bearer {made['token']}"}
-    link = httpx.post(
-        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
-    ).json()["url"]
+    link, _ = link_by_ada(keeper)
     browser = browse()
     browser.get(link, headers=PAGE)
     identity = browser.get("/servers/lab/api/me").json()["identity"]
@@ -223,11 +229,7 @@ def test_a_revoked_session_is_shut_out_at_once(keeper, browse):
 
 def test_revoking_a_token_ends_the_sessions_of_its_links(keeper, browse):
     keeper.post(name="lab")
-    made = keeper.http.post("/api/tokens", json={"name": "ada", "scope": "manage"}).json()
-    headers = {"Authorization": f"Bearer {made['token']}"}
-    link = httpx.post(
-        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
-    ).json()["url"]
+    link, _ = link_by_ada(keeper)
     browser = browse()
     browser.get(link, headers=PAGE)
     other = signed_in(keeper, browse, "lab")
@@ -238,12 +240,7 @@ def test_revoking_a_token_ends_the_sessions_of_its_links(keeper, browse):
 
 def test_a_session_expires_with_the_token_that_made_its_link(keeper, browse):
     keeper.post(name="lab")
-    body = {"name": "ada", "scope": "manage", "expires_in": "1h"}
-    made = keeper.http.post("/api/tokens", json=body).json()
-    headers = {"Authorization": f"Bearer {made['token']}"}
-    link = httpx.post(
-        f"{keeper.url}/api/servers/lab/link", headers=headers, json={}, trust_env=False
-    ).json()["url"]
+    link, made = link_by_ada(keeper, expires_in="1h")
     browse().get(link, headers=PAGE)
     (session,) = keeper.http.get("/api/sessions").json()["sessions"]
     assert session["expires_at"] == made["expires_at"]

@@ -260,7 +260,7 @@ class Client(asyncio.Protocol):
             self.pace()
 
     def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
-        """Give the connection away; return it with the input that was not read."""
+        """Hand the connection over to a tunnel; return it with the unread input."""
         self._proxy.leave(self)
         self._exchange = None
         self._drop_upstream()

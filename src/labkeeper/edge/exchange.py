@@ -47,7 +47,7 @@ class Client(Protocol):
         """Close the connection at once: the answer is not whole."""
 
     def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
-        """Give the connection away, with the input that was not read."""
+        """Hand the connection over to a tunnel, with the unread input."""
 
 
 class Exchange:

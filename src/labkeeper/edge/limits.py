@@ -20,7 +20,8 @@ class Limits:
     idle: float = 75.0
     """Between two requests."""
     stalled: float = 60.0
-    """Without any progress of a body that is expected, or of an answer that is not read."""
+    """Without progress of a body, or until a client that does not keep up with an answer has read
+    enough of it: about 3 KB a second."""
     linger: float = 5.0
     """For which the rest of a refused body is read, so that its sender reads the answer."""
     upstream_idle: float = 5.0

@@ -137,7 +137,7 @@ class Proxy:
             client.rest(now - self.limits.upstream_idle)
 
     def drain(self) -> None:
-        """Let no connection begin another request; tunnels stay."""
+        """Close each connection after its current answer; tunnels stay open."""
         self.draining = True
         for client in list(self._clients):
             client.drain()

@@ -1,4 +1,4 @@
-"""Routes: where a request goes, by the beginning of its path."""
+"""Routes: where a request goes, by its host name or the beginning of its path."""
 
 from __future__ import annotations
 

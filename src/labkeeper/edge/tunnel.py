@@ -23,7 +23,7 @@ class TunnelEnd(asyncio.Protocol):
         self._other.write(data)
 
     def pause_writing(self) -> None:
-        """Stop to read the other end: this one takes no more at the moment."""
+        """Stop reading the other end: this one takes no more at the moment."""
         if not self._other.is_closing():
             self._other.pause_reading()
 

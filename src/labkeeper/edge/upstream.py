@@ -109,7 +109,7 @@ class Upstream(asyncio.Protocol):
             self._fail(_TOO_SHORT)
 
     def connection_lost(self, _error: Exception | None) -> None:
-        """Tell the reader, if an answer is missing."""
+        """Report a missing answer to the reader."""
         self._fail(_TOO_SHORT)
 
     def pause_writing(self) -> None:

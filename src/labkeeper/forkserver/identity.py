@@ -48,7 +48,7 @@ def _mac(key: str, text: str) -> str:
 
 
 def recognize(provider: Any, key: str) -> None:
-    """Let an identity provider, the site's or Jupyter's, know the users that the edge signs.
+    """Make an identity provider, the site's or Jupyter's, accept the users that the edge signs.
 
     Its class stays as it is: Jupyter treats some classes in their own way.
     """

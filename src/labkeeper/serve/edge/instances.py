@@ -51,7 +51,7 @@ _INHERITED: Final = re.compile(r"PATH|LANG|LC_\w+|TZ|PYTHON\w+")
 """Variables that an edge gets of the keeper's: whoever gains control of it must find no secrets."""
 _MODULE: Final = "labkeeper.edge"
 _USER: Final = "labkeeper-edge"
-"""The user that the edge of a root keeper becomes, if the machine has it; else `nobody`."""
+"""The user that a root keeper's edge becomes, if it exists; otherwise `nobody`."""
 
 _log = structlog.get_logger("labkeeper.serve.edge")
 
