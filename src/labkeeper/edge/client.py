@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+import secrets
 import socket
 import struct
-import uuid
 from http import HTTPStatus
 from typing import Final
 
@@ -19,10 +19,12 @@ from labkeeper.edge.heads import (
     REQUEST_LIMIT,
     BadHead,
     Request,
+    check_length,
     check_start,
     header,
     read_request,
 )
+from labkeeper.edge.pieces import PieceProtocol
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import place_of
 from labkeeper.edge.sessions import Session
@@ -37,7 +39,7 @@ _RESET: Final = struct.pack("ii", 1, 0)
 one that is cut, would look the same."""
 
 
-class Client(asyncio.Protocol):
+class Client(PieceProtocol):
     """A client's connection."""
 
     def __init__(self, proxy: Proxy) -> None:
@@ -136,7 +138,7 @@ class Client(asyncio.Protocol):
                 self._scanned = len(self._input)
                 return False
             head, self._input, self._scanned = self._input[:end], self._input[end:], 0
-            check_start(head, REQUEST_LIMIT)
+            check_length(head, REQUEST_LIMIT)
             request = read_request(head)
         except BadHead as error:
             self.refuse(answers.problem(error.status, f"cannot accept the request: {error.reason}"))
@@ -149,7 +151,7 @@ class Client(asyncio.Protocol):
         self._proxy.waiting.pop(self, None)
         self._wants_head = request.method == b"HEAD"
         sent = header(request.headers, b"x-request-id") or b""
-        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else uuid.uuid4().hex
+        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
         request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
         match self._admit(request):
             case ToLab() as lab:

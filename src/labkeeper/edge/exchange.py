@@ -76,6 +76,8 @@ class Exchange:
         """Whether it said that the connection will be closed."""
         self._in_chunks = False
         """Whether the answer is sent in chunks."""
+        self._unsent = b""
+        """What is sent with what follows: each call of send(2) takes longer than all else."""
 
     @property
     def wants_body(self) -> bool:
@@ -194,7 +196,7 @@ class Exchange:
             if self._in_chunks:
                 framing.append((b"transfer-encoding", b"chunked"))
         self._closes = not self._goes_on
-        self._client.write(answer_head(answer, framing, close=self._closes))
+        self._unsent = answer_head(answer, framing, close=self._closes)
 
     @property
     def _goes_on(self) -> bool:
@@ -203,12 +205,20 @@ class Exchange:
 
     def answer_continued(self, content: bytes) -> None:
         """See `AnswerReader`."""
-        self._client.write(chunk(content) if self._in_chunks else content)
+        framed = chunk(content) if self._in_chunks else content
+        self._unsent = self._unsent + framed if self._unsent else framed
+
+    def piece_read(self) -> None:
+        """See `AnswerReader`."""
+        unsent, self._unsent = self._unsent, b""
+        if unsent:
+            self._client.write(unsent)
 
     def answer_ended(self) -> None:
         """See `AnswerReader`."""
         if self._in_chunks:
-            self._client.write(LAST_CHUNK)
+            self._unsent += LAST_CHUNK
+        self.piece_read()
         upstream, self._upstream = self._upstream, None
         if upstream is not None and not self._body.ended:
             upstream.abort()

@@ -157,7 +157,12 @@ def check_start(start: bytes | bytearray, limit: int, since: int = 0) -> None:
     """Check the start of a head that is incomplete, from offset `since` on. Raises BadHead."""
     if _BARE_LINE_END.search(start, max(0, since - 1)):
         raise BadHead("a line ends without a carriage return")
-    if len(start) > limit:
+    check_length(start, limit)
+
+
+def check_length(head: bytes | bytearray, limit: int) -> None:
+    """Check the length of a head, or of its start. Raises BadHead."""
+    if len(head) > limit:
         raise BadHead(
             f"the head is longer than {limit} bytes", HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE
         )
@@ -170,12 +175,9 @@ def read_request(head: bytes) -> Request:
     reader = _Reader()
     parser = httptools.HttpRequestParser(reader)
     _read(parser, reader, head)
-    headers = reader.headers
-    counts = Counter(name for name, _ in headers)
-    values = dict(headers)
-    for name in _ONCE:
-        if counts[name] > 1:
-            raise BadHead(f"there is more than one {name.decode()} header")
+    headers, values = reader.headers, dict(reader.headers)
+    if len(values) < len(headers):
+        _check_once(headers)
     method, version = parser.get_method(), parser.get_http_version()
     if method in {b"CONNECT", b"TRACE"}:
         raise BadHead(f"{method.decode()} is not supported", HTTPStatus.METHOD_NOT_ALLOWED)
@@ -293,6 +295,13 @@ def _read(
         raise BadHead(f"the head cannot be read: {error}") from error
     if not reader.complete:
         raise BadHead("the head cannot be read")
+
+
+def _check_once(headers: Headers) -> None:
+    counts = Counter(name for name, _ in headers)
+    for name in _ONCE:
+        if counts[name] > 1:
+            raise BadHead(f"there is more than one {name.decode()} header")
 
 
 def _options(headers: Headers) -> set[bytes]:

@@ -142,6 +142,8 @@ class _Edge:
         """Serve once a keeper has told all routes and sessions; until then, clients wait."""
         await self._informed.wait()
         if self._public is not None:
+            # Connections inherit it: a small answer must not wait for the next one.
+            self._public.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._server = await self._proxy.loop.create_server(
                 functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
             )

@@ -6,11 +6,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
+from labkeeper.edge.pieces import PieceProtocol
+
 _TAKEN_WITHIN: Final = 60.0
 """Seconds in which one end has to take what is on its way after the other one has ended."""
 
 
-class TunnelEnd(asyncio.Protocol):
+class TunnelEnd(PieceProtocol):
     """One of the two connections of a tunnel."""
 
     def __init__(self, other: asyncio.Transport, closed: Callable[[], None] | None = None) -> None:

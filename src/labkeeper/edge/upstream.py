@@ -17,9 +17,11 @@ from labkeeper.edge.heads import (
     Answer,
     BadHead,
     Request,
+    check_length,
     check_start,
     read_answer,
 )
+from labkeeper.edge.pieces import PieceProtocol
 from labkeeper.edge.routes import Route
 
 Target = Route | None
@@ -35,6 +37,9 @@ class AnswerReader(Protocol):
 
     def answer_continued(self, content: bytes) -> None:
         """Receive a part of the body."""
+
+    def piece_read(self) -> None:
+        """Send what was received: what follows has not arrived."""
 
     def answer_ended(self) -> None:
         """Receive the end."""
@@ -52,7 +57,7 @@ class AnswerReader(Protocol):
         """Receive `100 Continue`."""
 
 
-class Upstream(asyncio.Protocol):
+class Upstream(PieceProtocol):
     """A connection to one target, for one request at a time."""
 
     def __init__(self, target: Target) -> None:
@@ -96,6 +101,8 @@ class Upstream(asyncio.Protocol):
                 data = self._read_head(data) if self._body is None else self._read_body(data)
         except (BadHead, BadBody) as error:
             self._fail(f"its answer is not HTTP: {error}")
+        if self._reader is not None:
+            self._reader.piece_read()
         if data:
             # Nothing was asked for: this connection cannot be trusted with another request.
             self.transport.abort()
@@ -132,7 +139,7 @@ class Upstream(asyncio.Protocol):
             check_start(self._head, ANSWER_LIMIT, since)
             return b""
         head, rest = self._head[:end], self._head[end:]
-        check_start(head, ANSWER_LIMIT)
+        check_length(head, ANSWER_LIMIT)
         self._head = b""
         answer = read_answer(head, self._request)
         if answer.websocket:
