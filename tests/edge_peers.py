@@ -245,11 +245,13 @@ class Reply:
 class Visitor:
     """A client of the edge: a socket, and what was received and not read."""
 
-    def __init__(self, address, buffers=None):
+    def __init__(self, address, buffers=None, source=""):
         self.socket = socket.socket()
         self.socket.settimeout(PATIENCE)
         if buffers is not None:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
+        if source:
+            self.socket.bind((source, 0))
         self.socket.connect(address)
         self.rest = b""
 

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import json
 import socket
 import threading
 import time
@@ -36,7 +37,15 @@ class Edge:
         self.loop.time = lambda: time.monotonic() + self._ahead
         self.loop.set_exception_handler(lambda _loop, context: self.errors.append(context))
         self.limits = dataclasses.replace(Limits(), **limits)
-        self.proxy = Proxy(str(self.socket), limits=self.limits, most=most, loop=self.loop)
+        self._log = (directory / "access.log").open("ab+", buffering=0)
+        self.proxy = Proxy(
+            str(self.socket),
+            limits=self.limits,
+            most=most,
+            loop=self.loop,
+            log_file=self._log.fileno(),
+        )
+        self.proxy.access_log.on = True
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -96,9 +105,9 @@ class Edge:
 
         self.call(advance)
 
-    def connect(self, buffers=None):
-        """Return a new client."""
-        client = Visitor(self.address, buffers)
+    def connect(self, buffers=None, source=""):
+        """Return a new client; `source` is its address."""
+        client = Visitor(self.address, buffers, source)
         self.clients.append(client)
         return client
 
@@ -125,6 +134,13 @@ class Edge:
     def inside(self):
         """The edge's clients."""
         return self.call(lambda: list(self.proxy._clients))
+
+    @property
+    def log(self):
+        """The entries of the access log."""
+        self.call(self.proxy.access_log.write)
+        self._log.seek(0)
+        return [json.loads(line) for line in self._log]
 
     def settle(self, count):
         """Wait until this many clients are connected."""
@@ -159,6 +175,7 @@ class Edge:
                 self.call(visit.transport.abort)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
+            self._log.close()
             self.loop.close()
         assert self.errors == []
 

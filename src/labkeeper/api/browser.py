@@ -7,9 +7,6 @@ rebinding.
 
 from __future__ import annotations
 
-import ipaddress
-import re
-import socket
 from collections.abc import Collection, Iterable
 from typing import Final
 from urllib.parse import urlsplit
@@ -17,6 +14,7 @@ from urllib.parse import urlsplit
 from flask import Response, request
 
 from labkeeper.core.errors import HostNotKnown, NotAllowed
+from labkeeper.edge.hosts import Hosts
 from labkeeper.identity.peers import PEER
 
 HEADERS: Final = {
@@ -42,7 +40,7 @@ class Guard:
 
     def __init__(self, *, hosts: Iterable[str] = (), origins: Collection[str] = ()) -> None:
         """`hosts`: our names beyond those always safe; `origins`: sites with CORS access."""
-        self._hosts = frozenset(host.lower() for host in (*hosts, socket.gethostname()))
+        self._hosts = Hosts(hosts)
         self._origins = frozenset(origins)
 
     def check(self) -> Response | None:
@@ -50,8 +48,7 @@ class Guard:
         if PEER in request.environ:
             # Browsers cannot use a Unix socket.
             return None
-        host = host_of(request.host)
-        if host is None or not self._is_ours(host.strip("[]").rstrip(".").lower()):
+        if not self._hosts.know(request.host):
             raise HostNotKnown(
                 f"cannot answer to the host name '{request.host[:255]}'; "
                 "if it is the keeper's, add it to LABKEEPER_ALLOWED_HOSTS"
@@ -80,30 +77,9 @@ class Guard:
                 answer.headers.update(_CORS)
         return answer
 
-    def _is_ours(self, host: str) -> bool:
-        """Whether a host name is ours. An attacker's has a dot in it and is no address."""
-        if not {".", ":"} & set(host) or host.endswith(".localhost") or _is_address(host):
-            return True
-        parents = {f"*{host[at:]}" for at in range(len(host)) if host[at] == "."}
-        return not self._hosts.isdisjoint({host, "*", *parents})
-
-
-def host_of(header: str) -> str | None:
-    """Return the name or address in a Host header, without the port; None if invalid."""
-    found = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?", header)
-    return found[1] if found else None
-
 
 def _netloc(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc or None
     except ValueError:
         return None
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True

@@ -251,6 +251,23 @@ class HistoryEntry:
 
 
 @dataclass(frozen=True, slots=True)
+class EdgeUse:
+    """How the edge is used; counts are since the keeper's start, or that of an edge it found."""
+
+    connections: int
+    """Open connections of clients, without websockets."""
+    websockets: int
+    held: int
+    """Requests that wait for a keeper."""
+    refused: int
+    """Connections for which there was no room."""
+    restarts: int
+    """Edges that were started in place of one that had died."""
+    answers: Mapping[tuple[str, str], int]
+    """By who made them (`edge`, `keeper`, `lab`), and by the class of their status (`2xx`, ...)."""
+
+
+@dataclass(frozen=True, slots=True)
 class WebhookStatus:
     """The state of a webhook."""
 

@@ -15,12 +15,12 @@ _HEADERS: Final = (
     b"x-content-type-options: nosniff",
     b"referrer-policy: no-referrer",
 )
+_RETRY_AFTER: Final = 2
+"""Seconds."""
 CONTINUE: Final = b"HTTP/1.1 100 Continue" + END
 
 
-def problem(
-    status: HTTPStatus, detail: str, *, request_id: str = "", retry_after: int | None = None
-) -> bytes:
+def problem(status: HTTPStatus, detail: str, *, request_id: str) -> bytes:
     """Return an error after which the connection is closed."""
     code = status.phrase.lower().replace(" ", "_")
     body = {
@@ -31,7 +31,8 @@ def problem(
         "code": code,
         "request_id": request_id,
     }
-    more = [] if retry_after is None else [b"retry-after: %d" % retry_after]
+    later = status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
+    more = [b"retry-after: %d" % _RETRY_AFTER] if later else []
     return _answer(
         status,
         json.dumps(body).encode(),

@@ -8,10 +8,12 @@ import re
 import secrets
 import socket
 import struct
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Final
 
 from labkeeper.edge import answers
+from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import Admission, Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.exchange import Exchange
 from labkeeper.edge.heads import (
@@ -43,6 +45,7 @@ class Client(PieceProtocol):
     """A client's connection."""
 
     def __init__(self, proxy: Proxy) -> None:
+        self.address = ""
         self.deadline = math.inf
         self._proxy = proxy
         self._transport: asyncio.Transport
@@ -51,14 +54,14 @@ class Client(PieceProtocol):
         self._scanned = 0
         """How much of it was searched for the end of a head."""
         self._exchange: Exchange | None = None
+        self._record: Record | None = None
+        """The request in progress, for the access log."""
         self._upstream: Upstream | None = None
         """Kept for the next request."""
         self._blocked = False
         """Whether its peer does not read the answer fast enough."""
         self._lingers = False
         """Whether it only waits until its peer has read the last answer."""
-        self._wants_head = False
-        """Whether the current request is HEAD, to which no answer has a body."""
 
     # Called by asyncio
 
@@ -66,6 +69,8 @@ class Client(PieceProtocol):
         """See asyncio."""
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
         self._transport.set_write_buffer_limits(high=self._proxy.limits.untaken)
+        peer = transport.get_extra_info("peername")
+        self.address = peer[0] if isinstance(peer, tuple) else "localhost"
         if not self._proxy.enter(self):
             self._transport.abort()
             return
@@ -81,9 +86,11 @@ class Client(PieceProtocol):
     def connection_lost(self, _error: Exception | None) -> None:
         """See asyncio."""
         self._proxy.leave(self)
-        exchange, self._exchange = self._exchange, None
-        if exchange is not None:
-            exchange.abort()
+        if self._exchange is not None:
+            self._exchange.abort()
+        if self._record is not None:
+            self._record.cut = True
+        self._end_request()
         self._drop_upstream()
 
     def pause_writing(self) -> None:
@@ -141,7 +148,7 @@ class Client(PieceProtocol):
             check_length(head, REQUEST_LIMIT)
             request = read_request(head)
         except BadHead as error:
-            self.refuse(answers.problem(error.status, f"cannot accept the request: {error.reason}"))
+            self.refuse(error.status, f"cannot accept the request: {error.reason}")
             return False
         self._begin(request)
         return True
@@ -149,17 +156,20 @@ class Client(PieceProtocol):
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
         self._proxy.waiting.pop(self, None)
-        self._wants_head = request.method == b"HEAD"
-        sent = header(request.headers, b"x-request-id") or b""
-        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
+        record = self._record = self._new_record(request)
         request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
         match self._admit(request):
-            case ToLab() as lab:
-                self._exchange = Exchange(self, self._proxy, request, lab, id_)
+            case ToLab(server, session) as lab:
+                record.to, record.server = "lab", server
+                if session is not None:
+                    record.session = session
+                    self._proxy.use(session)
+                self._exchange = Exchange(self, self._proxy, request, lab, record)
             case ToKeeper():
-                self._exchange = Exchange(self, self._proxy, request, None, id_)
+                record.to = "keeper"
+                self._exchange = Exchange(self, self._proxy, request, None, record)
             case Refused(status, detail):
-                self.refuse(answers.problem(status, detail, request_id=id_))
+                self.refuse(status, detail)
                 return
             case answer:
                 self._answer_here(request, answer)
@@ -172,36 +182,65 @@ class Client(PieceProtocol):
         path = request.path
         if path == PROBE:
             return None
+        if not self._proxy.hosts.know(request.host.decode()):
+            return Refused(
+                HTTPStatus.MISDIRECTED_REQUEST,
+                f"cannot answer to the host name '{request.host.decode()}'; "
+                "if it is the keeper's, add it to LABKEEPER_ALLOWED_HOSTS",
+            )
         routes = self._proxy.routes
         place = place_of(request.host, path, routes.domain)
         if place is None:
             return ToKeeper()
         if place.is_bare:
             return Elsewhere(path + b"/" + request.target[len(path) :])
-        return admit(request, place, routes, self._proxy.sessions)
+        admission = admit(request, place, routes, self._proxy.sessions)
+        if isinstance(admission, ToLab) and not self._proxy.has_room(admission.session):
+            return Refused(
+                HTTPStatus.TOO_MANY_REQUESTS,
+                f"cannot open server '{admission.server}' once more: this browser has too many "
+                "requests and websockets open",
+            )
+        return admission
 
     def _answer_here(self, request: Request, where: Elsewhere | None) -> None:
         """Answer a request that goes nowhere."""
         close = not request.keep_alive or self._proxy.draining or request.length != 0
         if where is None:
-            self._answer(answers.healthy(close=close), close=close)
+            self._answer(HTTPStatus.OK, answers.healthy(close=close), close=close)
         else:
-            self._answer(answers.redirect(where.location, close=close), close=close)
+            answer = answers.redirect(where.location, close=close)
+            self._answer(HTTPStatus.TEMPORARY_REDIRECT, answer, close=close)
 
     @property
     def session(self) -> Session | None:
         """The session of the request in progress, if it has one."""
         return None if self._exchange is None else self._exchange.session
 
-    def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
-        """Return the headers that tell the other side about this client."""
-        peer = self._transport.get_extra_info("peername")
-        address = peer[0] if isinstance(peer, tuple) else "localhost"
+    def forwarded(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that tell the other side about this client and its request."""
+        id_ = "" if self._record is None else self._record.id
         return [
-            (b"x-forwarded-for", address.encode()),
+            (b"x-forwarded-for", self.address.encode()),
             (b"x-forwarded-proto", b"http"),
             (b"x-request-id", id_.encode()),
         ]
+
+    def _new_record(self, request: Request | None = None) -> Record:
+        """Return a new record, of what could not be read as a request if there is none."""
+        now = self._proxy.loop.time()
+        if request is None:
+            return Record(self.address, secrets.token_hex(16), now)
+        sent = header(request.headers, b"x-request-id") or b""
+        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
+        return Record(self.address, id_, now, request.method, request.host, request.target)
+
+    def _end_request(self) -> None:
+        """End the request in progress, if there is one."""
+        self._exchange = None
+        record, self._record = self._record, None
+        if record is not None:
+            self._proxy.ended(record)
 
     # Connections to the other side
 
@@ -227,25 +266,31 @@ class Client(PieceProtocol):
 
     def write(self, data: bytes) -> None:
         """Send a part of an answer."""
+        if self._record is not None:
+            self._record.sent += len(data)
         self._transport.write(data)
 
-    def _answer(self, answer: bytes, *, close: bool) -> None:
-        if self._wants_head:
+    def _answer(self, status: HTTPStatus, answer: bytes, *, close: bool) -> None:
+        record = self._record = self._record or self._new_record()
+        record.status = status
+        if record.method == b"HEAD":
             answer = answer[: answer.index(END) + len(END)]
-        self._transport.write(answer)
+        self.write(answer)
+        self._end_request()
         if close:
             self._linger()
         else:
             self._wait()
 
-    def refuse(self, answer: bytes) -> None:
-        """Send an answer after which the connection is closed."""
-        self._exchange = None
-        self._answer(answer, close=True)
+    def refuse(self, status: HTTPStatus, detail: str) -> None:
+        """Send an error after which the connection is closed."""
+        record = self._record = self._record or self._new_record()
+        answer = answers.problem(status, detail, request_id=record.id)
+        self._answer(status, answer, close=True)
 
     def end_exchange(self, upstream: Upstream | None, *, close: bool) -> None:
         """Go on after an answer; keep the connection that it came over."""
-        self._exchange = None
+        self._end_request()
         self._drop_upstream()
         if close:
             if upstream is not None:
@@ -261,19 +306,22 @@ class Client(PieceProtocol):
         else:
             self.pace()
 
-    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
-        """Hand the connection over to a tunnel; return it with the unread input."""
+    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes, Callable[[], None]]:
+        """Hand the connection over to a tunnel, which calls the last result at its end.
+
+        Returns it with the unread input.
+        """
+        closed = self._proxy.tunnel_opened(self._transport, self.address, self.session)
         self._proxy.leave(self)
-        self._exchange = None
+        self._end_request()
         self._drop_upstream()
         self._transport.set_write_buffer_limits()
-        return self._transport, self._input
+        return self._transport, self._input, closed
 
     # The end
 
     def _wait(self) -> None:
         """Wait for the next request."""
-        self._wants_head = False
         self._proxy.waiting[self] = None
         self._set_deadline()
         if self._proxy.draining:
@@ -322,8 +370,6 @@ class Client(PieceProtocol):
         elif self._exchange is None and not self._input:
             self._transport.close()
         elif self._exchange is None:
-            self.refuse(
-                answers.problem(HTTPStatus.REQUEST_TIMEOUT, "cannot accept the request: too slow")
-            )
+            self.refuse(HTTPStatus.REQUEST_TIMEOUT, "cannot accept the request: too slow")
         else:
             self.cut_off()

@@ -9,14 +9,16 @@ import asyncio
 import logging
 import re
 import socket
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from labkeeper.edge import wire
-from labkeeper.edge.routes import Route, RouteError, RouteTable
-from labkeeper.edge.sessions import Session, SessionError, SessionTable
+from labkeeper.edge.hosts import Hosts
+from labkeeper.edge.proxy import Proxy
+from labkeeper.edge.routes import Route, RouteError
+from labkeeper.edge.sessions import Session, SessionError
 from labkeeper.forkserver import peers
 
 _PROVE_WITHIN: Final = 5.0
@@ -32,18 +34,11 @@ class Commands(Protocol):
     """What keepers can command."""
 
     @property
-    def routes(self) -> RouteTable:
-        """The routes, which keepers change."""
-
-    @property
-    def sessions(self) -> SessionTable:
-        """The browser sessions, likewise."""
+    def proxy(self) -> Proxy:
+        """The state of the edge, which keepers change."""
 
     def serve(self) -> None:
         """Begin to serve, if it has not begun: all routes and sessions are known."""
-
-    def shut_out(self, sessions: Collection[Session]) -> None:
-        """Close what sessions that have ended have opened."""
 
     def describe(self) -> tuple[Mapping[str, Any], list[int]]:
         """Return what the edge is, and the descriptor of its listening socket if it has one."""
@@ -130,24 +125,33 @@ class Control:
         own = {"proof": wire.proof(key, "edge", nonce, theirs), **description}
         return wire.encode(own), files
 
+    def tell(self, message: Mapping[str, Any]) -> None:
+        """Send a message to all keepers."""
+        for connection in list(self.keepers):
+            connection.send(message)
+
     def obey(self, frame: Mapping[str, Any]) -> None:
         """Execute a command. Raises WireError, RouteError, SessionError."""
-        routes, sessions = self._commands.routes, self._commands.sessions
+        proxy = self._commands.proxy
+        routes, sessions = proxy.routes, proxy.sessions
         match frame:
             case {
                 "do": "all",
                 "domain": str(domain),
+                "hosts": list(hosts),
+                "access_log": bool(log),
                 "routes": list(found),
                 "sessions": list(known),
             }:
-                ended = sessions.replace([Session.parse(session) for session in known])
-                self._commands.shut_out(ended)
+                proxy.access_log.on = log
+                proxy.hosts = Hosts(map(str, hosts))
+                proxy.shut_out(sessions.replace([Session.parse(session) for session in known]))
                 routes.replace([Route.parse(route) for route in found])
                 routes.domain = domain
                 self._commands.serve()
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
                 sessions.add([Session.parse(session) for session in begun])
-                self._commands.shut_out(sessions.end(map(str, digests)))
+                proxy.shut_out(sessions.end(map(str, digests)))
             case {"do": "route", "route": route}:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
@@ -189,6 +193,8 @@ class _Connection:
         def guarded() -> None:
             try:
                 act()
+            except BlockingIOError:
+                pass
             except (OSError, EOFError):
                 self.close()
             except (wire.WireError, RouteError, SessionError) as error:
@@ -213,6 +219,10 @@ class _Connection:
     def _prove(self, frame: Mapping[str, Any], nonce: str) -> tuple[list[bytes], list[int]]:
         own, files = self._control.prove(frame, nonce)
         return [own], files
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message, which a keeper that reads nothing at the moment does without."""
+        self._guarded(lambda: self._socket.sendall(wire.encode(message)))()
 
     def close(self) -> None:
         """Close it. Idempotent."""

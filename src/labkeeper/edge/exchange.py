@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import Protocol
 
 from labkeeper.edge import answers, tunnel
+from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
 from labkeeper.edge.heads import Answer, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
 from labkeeper.forkserver import identity
-
-_RETRY_AFTER: Final = 2
-"""Seconds."""
 
 
 class Client(Protocol):
@@ -25,8 +24,8 @@ class Client(Protocol):
     def kept_upstream(self, target: Target) -> Upstream | None:
         """Return the connection to a target that an earlier request has left, or None."""
 
-    def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
-        """Return the headers that describe the client."""
+    def forwarded(self) -> list[tuple[bytes, bytes]]:
+        """Return the headers that describe the client and its request."""
 
     def go_on(self) -> None:
         """Read on: more of the request's body can be passed on."""
@@ -40,21 +39,21 @@ class Client(Protocol):
     def end_exchange(self, upstream: Upstream | None, *, close: bool) -> None:
         """End the exchange after a whole answer."""
 
-    def refuse(self, answer: bytes) -> None:
-        """End the exchange with another answer, and close the connection."""
+    def refuse(self, status: HTTPStatus, detail: str) -> None:
+        """End the exchange with an error, and close the connection."""
 
     def cut_off(self) -> None:
         """Close the connection at once: the answer is not whole."""
 
-    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes]:
-        """Hand the connection over to a tunnel, with the unread input."""
+    def leave_to_tunnel(self) -> tuple[asyncio.Transport, bytes, Callable[[], None]]:
+        """Hand the connection over to a tunnel, with the unread input; see `Proxy`."""
 
 
 class Exchange:
     """Passes a request on, and its answer back. It reads an answer: see `AnswerReader`."""
 
     def __init__(
-        self, client: Client, proxy: Proxy, request: Request, lab: ToLab | None, id_: str
+        self, client: Client, proxy: Proxy, request: Request, lab: ToLab | None, record: Record
     ) -> None:
         """Without a `lab`, the request goes to the keeper."""
         self._client = client
@@ -63,7 +62,7 @@ class Exchange:
         self._server = None if lab is None else lab.server
         self.session = None if lab is None else lab.session
         """The session of the client, if it has one."""
-        self._id = id_
+        self._record = record
         self._body: Body = Chunked() if request.length is None else Sized(request.length)
         self._upstream: Upstream | None = None
         self._connecting: asyncio.Task[None] | None = None
@@ -156,7 +155,7 @@ class Exchange:
 
     def _send(self, upstream: Upstream) -> None:
         self._upstream = upstream
-        added = self._client.forwarded(self._id)
+        added = self._client.forwarded()
         if self.session is not None and upstream.target is not None:
             signed = identity.sign(upstream.target.key, self.session.user, time.time())
             added.append((identity.HEADER.lower().encode(), signed.encode()))
@@ -184,19 +183,20 @@ class Exchange:
     def answer_begun(self, answer: Answer, rest: bytes) -> None:
         """See `AnswerReader`."""
         self._answered = True
+        self._record.status = answer.status
         if answer.websocket:
             self._tunnel(answer, rest)
             return
-        framing: list[tuple[bytes, bytes]] = []
+        added = [(b"x-request-id", self._record.id.encode())]
         empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
         if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
-            framing.append((b"content-length", b"%d" % answer.length))
+            added.append((b"content-length", b"%d" % answer.length))
         elif self._request.method != b"HEAD" and answer.status not in empty:
             self._in_chunks = not self._request.is_old
             if self._in_chunks:
-                framing.append((b"transfer-encoding", b"chunked"))
+                added.append((b"transfer-encoding", b"chunked"))
         self._closes = not self._goes_on
-        self._unsent = answer_head(answer, framing, close=self._closes)
+        self._unsent = answer_head(answer, added, close=self._closes)
 
     @property
     def _goes_on(self) -> bool:
@@ -252,16 +252,15 @@ class Exchange:
         if self._answered:
             self._client.cut_off()
             return
-        later = _RETRY_AFTER if status == HTTPStatus.SERVICE_UNAVAILABLE else None
-        self._client.refuse(answers.problem(status, detail, request_id=self._id, retry_after=later))
+        self._client.refuse(status, detail)
 
     def _tunnel(self, answer: Answer, rest: bytes) -> None:
         upstream, self._upstream = self._upstream, None
         if upstream is None:
             return
-        client, early = self._client.leave_to_tunnel()
+        client, early, closed = self._client.leave_to_tunnel()
         # Joined first: each end has to hear that the other one takes no more.
-        tunnel.join(client, upstream.transport, self._proxy.tunnel_opened(client, self.session))
+        tunnel.join(client, upstream.transport, closed)
         client.write(answer_head(answer, (), close=False) + rest)
         if early:
             upstream.transport.write(early)

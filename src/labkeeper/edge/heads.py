@@ -57,6 +57,8 @@ _HOP_BY_HOP: Final = frozenset(
     }
 )
 """Fields about one connection (RFC 9110, 7.6.1)."""
+_ABOUT_ANSWER: Final = frozenset({b"content-length", b"x-request-id"})
+"""Fields of an answer that are written anew."""
 _OURS: Final = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|x-scheme|x-labkeeper-.*|.*_.*")
 """Fields that only a proxy sets, and those whose `_` would be a `-` for WSGI."""
 _ONCE: Final = (
@@ -256,15 +258,15 @@ def request_head(request: Request, added: Iterable[tuple[bytes, bytes]]) -> byte
     return b"\r\n".join(lines) + END
 
 
-def answer_head(answer: Answer, framing: Sequence[tuple[bytes, bytes]], *, close: bool) -> bytes:
-    """Return the head that is sent to the client; `framing` are the headers about its body."""
+def answer_head(answer: Answer, added: Sequence[tuple[bytes, bytes]], *, close: bool) -> bytes:
+    """Return the head that is sent to the client; `added` has its request id and its length."""
     lines = [b"HTTP/1.1 %d %b" % (answer.status, answer.reason)]
     lines += [
         b"%b: %b" % (name, value)
         for name, value in answer.headers
-        if name not in _HOP_BY_HOP and name != b"content-length"
+        if name not in _HOP_BY_HOP and name not in _ABOUT_ANSWER
     ]
-    lines += [b"%b: %b" % header for header in framing]
+    lines += [b"%b: %b" % header for header in added]
     if answer.websocket:
         lines += [b"connection: upgrade", b"upgrade: websocket"]
     elif close:

@@ -15,6 +15,11 @@ class Limits:
     """What clients may take. Times in seconds, sizes in bytes."""
 
     connections: int = 16_000
+    connections_of_address: int = 2_000
+    """Of one client's address."""
+    requests_of_session: int = 512
+    """Requests in progress and websockets of one browser session; a browser opens up to 255
+    websockets."""
     head_within: float = 15.0
     """From the first byte of a head to its last."""
     idle: float = 75.0

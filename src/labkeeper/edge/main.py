@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
@@ -20,8 +20,7 @@ from labkeeper.edge.client import Client
 from labkeeper.edge.control import Access, Control
 from labkeeper.edge.limits import Limits, allow_descriptors
 from labkeeper.edge.proxy import Proxy
-from labkeeper.edge.routes import RouteTable
-from labkeeper.edge.sessions import Session, SessionTable
+from labkeeper.edge.wire import REPORT_EVERY
 
 _BACKLOG: Final = 1024
 _SWEEP_EVERY: Final = 1.0
@@ -52,6 +51,8 @@ class Start:
     server_dirs: str
     lock: int
     """The inode of the file that a running keeper has locked."""
+    access_log: int
+    """Descriptor of the access log."""
     user: tuple[int, int] | None
     """The user and group that it becomes; None: it remains the keeper's."""
 
@@ -93,23 +94,16 @@ class _Edge:
         self._informed: asyncio.Event
         self._ended: asyncio.Event
         self._proxy: Proxy
+        self._report_at = 0.0
+        """When keepers are next sent a report, by the loop's clock."""
         self._server: asyncio.Server | None = None
         self._public: socket.socket | None = socket.socket(fileno=start.public)
         """The listening socket; None once it serves no more."""
 
     @property
-    def routes(self) -> RouteTable:
+    def proxy(self) -> Proxy:
         """See `Commands`."""
-        return self._proxy.routes
-
-    @property
-    def sessions(self) -> SessionTable:
-        """See `Commands`."""
-        return self._proxy.sessions
-
-    def shut_out(self, sessions: Collection[Session]) -> None:
-        """See `Commands`."""
-        self._proxy.shut_out(sessions)
+        return self._proxy
 
     async def run(self) -> None:
         """Serve until the end."""
@@ -122,6 +116,7 @@ class _Edge:
             limits=Limits(),
             most=self._most,
             loop=loop,
+            log_file=start.access_log,
         )
         access = Access(start.key, self._keeper_uid, start.server_dirs, start.lock)
         control = Control(socket.socket(fileno=start.control), access, self, loop=loop)
@@ -134,6 +129,7 @@ class _Edge:
         control.close()
         self._close_public()
         self._proxy.close()
+        self._proxy.access_log.write()
         # Closed connections end in the next rounds of the loop.
         await asyncio.sleep(0)
         _log.info("the edge ends")
@@ -145,7 +141,9 @@ class _Edge:
             # Connections inherit it: a small answer must not wait for the next one.
             self._public.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._server = await self._proxy.loop.create_server(
-                functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
+                functools.partial(Client, self._proxy),
+                sock=self._public.dup(),
+                backlog=_BACKLOG,
             )
             _log.info("the edge serves on %s port %s", *self._start.address)
 
@@ -165,6 +163,9 @@ class _Edge:
                     await self._ended.wait()
             except TimeoutError:
                 self._proxy.sweep()
+            if self._proxy.loop.time() >= self._report_at:
+                self._report_at = self._proxy.loop.time() + REPORT_EVERY
+                control.tell({"report": self._proxy.report()})
             if self._proxy.draining and not self._proxy.open:
                 return
             lonely = not control.keepers and not self._proxy.open

@@ -6,11 +6,16 @@ import asyncio
 import functools
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
+from labkeeper.edge.access_log import AccessLog, Record
+from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
+from labkeeper.edge.report import Report
 from labkeeper.edge.routes import Route, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable
 from labkeeper.edge.upstream import Target, Upstream
@@ -19,6 +24,7 @@ _TRY_EVERY: Final = 0.02
 """Interval in seconds between attempts to reach a keeper that restarts."""
 _CONNECT_WITHIN: Final = 5.0
 """Seconds."""
+_Counted = TypeVar("_Counted", str, Session)
 
 
 class NoRoute(Exception):  # noqa: N818 - named like the answer that it becomes
@@ -36,6 +42,8 @@ class Unreachable(Exception):  # noqa: N818 - as NoRoute
 class Connection(Protocol):
     """A client's connection, as seen from here."""
 
+    address: str
+    """The client's."""
     deadline: float
     """By the loop's clock."""
 
@@ -56,15 +64,35 @@ class Connection(Protocol):
         """Close it after the current answer."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Tunnel:
+    """A client's connection that has become a tunnel."""
+
+    address: str
+    session: Session | None
+    """The session that has opened it."""
+
+
 class Proxy:
     """The state of the edge. It belongs to the thread of its loop."""
 
     def __init__(
-        self, keeper: str, *, limits: Limits, most: int, loop: asyncio.AbstractEventLoop
+        self,
+        keeper: str,
+        *,
+        limits: Limits,
+        most: int,
+        loop: asyncio.AbstractEventLoop,
+        log_file: int | None = None,
     ) -> None:
-        """`keeper` is the path of the keeper's socket; `most` limits the connections."""
+        """`keeper` is the path of the keeper's socket; `most` limits the connections.
+
+        `log_file` is the descriptor of the access log.
+        """
         self.loop = loop
         self.limits = limits
+        self.access_log = AccessLog(log_file, loop)
+        self.hosts = Hosts()
         self.routes = RouteTable()
         self.sessions = SessionTable()
         self.draining = False
@@ -73,9 +101,13 @@ class Proxy:
         self._keeper = keeper
         self._most = most
         self._clients: set[Connection] = set()
-        self._tunnels: dict[asyncio.Transport, Session | None] = {}
-        """By the client's connection, with the session that opened each."""
-        self._held = 0
+        self._tunnels: dict[asyncio.Transport, _Tunnel] = {}
+        """By the client's connection."""
+        self._addresses: Counter[str] = Counter()
+        """Connections by the address of the client."""
+        self._in_use: Counter[Session] = Counter()
+        """Requests in progress and tunnels of each session."""
+        self._report = Report()
         self.last_used = loop.time()
         """When a connection was last open, by the loop's clock."""
 
@@ -86,31 +118,59 @@ class Proxy:
 
         If there is none, the client that has been without a request for longest has to go.
         """
+        if self._addresses[client.address] >= self.limits.connections_of_address:
+            self._report.refused += 1
+            return False
         if self.open >= self._most:
             if not self.waiting:
+                self._report.refused += 1
                 return False
             idle = next(iter(self.waiting))
             # At once: further connections may be made before its end is reported.
             self.leave(idle)
             idle.cut_off()
         self._clients.add(client)
+        self._addresses[client.address] += 1
         return True
 
     def leave(self, client: Connection) -> None:
         """Forget a connection."""
-        self._clients.discard(client)
+        if client in self._clients:
+            self._clients.remove(client)
+            _decrease(self._addresses, client.address)
         self.waiting.pop(client, None)
         self.last_used = self.loop.time()
 
+    def has_room(self, session: Session | None) -> bool:
+        """Whether a session may have another request in progress."""
+        return session is None or self._in_use[session] < self.limits.requests_of_session
+
+    def use(self, session: Session) -> None:
+        """Count a request of a session, which has begun."""
+        self._in_use[session] += 1
+
+    def ended(self, record: Record) -> None:
+        """Count and log a request that has ended."""
+        if record.session is not None:
+            _decrease(self._in_use, record.session)
+        self._report.answered(record)
+        self.access_log.add(record)
+
     def tunnel_opened(
-        self, client: asyncio.Transport, session: Session | None
+        self, client: asyncio.Transport, address: str, session: Session | None
     ) -> Callable[[], None]:
         """Register a tunnel; return what is to be called at its end."""
-        self._tunnels[client] = session
-        return functools.partial(self._tunnel_closed, client)
+        tunnel = self._tunnels[client] = _Tunnel(address, session)
+        self._addresses[address] += 1
+        if session is not None:
+            self._in_use[session] += 1
+        return functools.partial(self._tunnel_closed, client, tunnel)
 
-    def _tunnel_closed(self, client: asyncio.Transport) -> None:
-        self._tunnels.pop(client, None)
+    def _tunnel_closed(self, client: asyncio.Transport, tunnel: _Tunnel) -> None:
+        del self._tunnels[client]
+        _decrease(self._addresses, tunnel.address)
+        if tunnel.session is not None:
+            _decrease(self._in_use, tunnel.session)
         self.last_used = self.loop.time()
 
     @property
@@ -124,7 +184,7 @@ class Proxy:
             return
         for client in [client for client in self._clients if client.session in sessions]:
             client.cut_off()
-        for transport in [t for t, session in self._tunnels.items() if session in sessions]:
+        for transport in [t for t, known in self._tunnels.items() if known.session in sessions]:
             transport.abort()
 
     def sweep(self) -> None:
@@ -148,6 +208,11 @@ class Proxy:
             client.cut_off()
         for transport in list(self._tunnels):
             transport.abort()
+
+    def report(self) -> dict[str, Any]:
+        """Return what keepers publish as metrics."""
+        self._report.connections, self._report.websockets = len(self._clients), len(self._tunnels)
+        return self._report.message()
 
     # Keeper and Labs
 
@@ -186,9 +251,9 @@ class Proxy:
         try:
             return await self._try_keeper()
         except OSError:
-            if self._held >= self.limits.most_held:
+            if self._report.held >= self.limits.most_held:
                 raise _no_keeper() from None
-        self._held += 1
+        self._report.held += 1
         try:
             until = self.loop.time() + self.limits.hold
             while self.loop.time() < until:
@@ -198,7 +263,7 @@ class Proxy:
                 except OSError:
                     continue
         finally:
-            self._held -= 1
+            self._report.held -= 1
         raise _no_keeper()
 
     async def _try_keeper(self) -> Upstream:
@@ -214,6 +279,13 @@ class Proxy:
             connection.close()
             raise
         return upstream
+
+
+def _decrease(counts: Counter[_Counted], what: _Counted) -> None:
+    """Decrease a count, and forget it at 0."""
+    counts[what] -= 1
+    if not counts[what]:
+        del counts[what]
 
 
 def _no_keeper() -> Unreachable:

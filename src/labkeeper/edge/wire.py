@@ -7,12 +7,15 @@ The edge, which listens, begins:
 2. keeper: `{"nonce": K, "proof": HMAC(key, "keeper" E K)}`
 3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port]}`
 
-Then only the keeper sends:
+Then the keeper sends:
 
-* `{"do": "all", "domain": …, "routes": […], "sessions": […]}` replaces all that the edge knows
+* `{"do": "all", "domain": …, "hosts": […], "access_log": …, "routes": […], "sessions": […]}`
+  replaces all that the edge knows
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
 * `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
+
+The edge sends `{"report": …}` every few seconds: counts for metrics, and a sign of life.
 
 Nothing depends on the connection being a Unix socket, except that the edge then also sends its
 listening socket with the third frame: so an address passes from one edge to the next without a gap.
@@ -31,6 +34,8 @@ from typing import Any, Final
 VERSION: Final = 1
 LARGEST: Final = 16 * 1024 * 1024
 """Maximum bytes of a frame."""
+REPORT_EVERY: Final = 5.0
+"""Seconds between two reports of an edge."""
 _LENGTH: Final = struct.Struct("!I")
 _NONCE_BYTES: Final = 32
 

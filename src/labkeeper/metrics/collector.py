@@ -16,12 +16,24 @@ from typing import TYPE_CHECKING, Final
 
 from labkeeper.core.culling import Rule
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
-from labkeeper.core.messages import CULLER, Change, HistoryEntry, HistoryKind, WebhookStatus
+from labkeeper.core.messages import (
+    CULLER,
+    Change,
+    EdgeUse,
+    HistoryEntry,
+    HistoryKind,
+    WebhookStatus,
+)
 from labkeeper.core.ports import Clock
 from labkeeper.core.server import OrphanedKernel, Snapshot
 from labkeeper.core.spec import QualifiedName
 from labkeeper.metrics.families import (
     CULLS,
+    EDGE_ANSWERS,
+    EDGE_CONNECTIONS,
+    EDGE_HELD,
+    EDGE_REFUSED,
+    EDGE_RESTARTS,
     ENDS,
     FAMILIES,
     GATEWAYS,
@@ -62,6 +74,7 @@ class World:
     servers: Callable[[], Sequence[Snapshot]] = tuple
     orphans: Callable[[], Sequence[OrphanedKernel]] = tuple
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
+    edge: Callable[[], EdgeUse | None] = lambda: None
 
 
 class _Histogram:
@@ -223,7 +236,20 @@ class Metrics:
                 for labels, count in ((("delivered",), hook.delivered), (("dead",), hook.dead))
             },
             WEBHOOK_PENDING: {(): sum(hook.pending for hook in webhooks)} if webhooks else {},
+            **_of_edge(self._world.edge()),
         }
+
+
+def _of_edge(use: EdgeUse | None) -> dict[Family, Mapping[Labels, float]]:
+    if use is None:
+        return {EDGE_CONNECTIONS: {}, EDGE_HELD: {}}
+    return {
+        EDGE_CONNECTIONS: {("http",): use.connections, ("websocket",): use.websockets},
+        EDGE_HELD: {(): use.held},
+        EDGE_REFUSED: {(): use.refused},
+        EDGE_RESTARTS: {(): use.restarts},
+        EDGE_ANSWERS: dict(use.answers.items()),
+    }
 
 
 def _healths(servers: Sequence[Snapshot]) -> dict[str, bool]:

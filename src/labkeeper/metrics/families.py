@@ -150,6 +150,39 @@ HTTP_DURATION: Final = Family(
     known=(),
     buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0),
 )
+EDGE_CONNECTIONS: Final = Family(
+    "labkeeper_edge_connections",
+    Kind.GAUGE,
+    "Open connections of clients to the edge.",
+    ("kind",),
+    known=(),
+)
+EDGE_HELD: Final = Family(
+    "labkeeper_edge_held_requests",
+    Kind.GAUGE,
+    "Requests at the edge that wait for a keeper.",
+    known=(),
+)
+EDGE_REFUSED: Final = Family(
+    "labkeeper_edge_refused_connections_total",
+    Kind.COUNTER,
+    "Connections that the edge has closed at once, because there were too many.",
+    known=(),
+)
+EDGE_RESTARTS: Final = Family(
+    "labkeeper_edge_restarts_total",
+    Kind.COUNTER,
+    "Edges that were started in place of one that had died.",
+    known=(),
+)
+EDGE_ANSWERS: Final = Family(
+    "labkeeper_edge_answers_total",
+    Kind.COUNTER,
+    "Requests that the edge has answered, by who made the answer (edge, keeper or lab), "
+    "and by the class of its status.",
+    ("to", "status"),
+    known=(),
+)
 FAMILIES: Final = (
     INFO,
     SERVERS,
@@ -167,5 +200,10 @@ FAMILIES: Final = (
     WEBHOOK_PENDING,
     HTTP_REQUESTS,
     HTTP_DURATION,
+    EDGE_CONNECTIONS,
+    EDGE_HELD,
+    EDGE_REFUSED,
+    EDGE_RESTARTS,
+    EDGE_ANSWERS,
 )
 """Our families, in output order; prometheus_client adds those of Python and the process."""

@@ -21,10 +21,10 @@ from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import VERSION, assemble
 from labkeeper.serve.edge.instances import Instances
-from labkeeper.serve.edge.supervisor import Edge, running
+from labkeeper.serve.edge.supervisor import Answering, Edge, running
 from labkeeper.serve.first import own_client, start_first
 from labkeeper.serve.listening import address, listen, local_socket, url_of
-from labkeeper.serve.policies import lab_addresses, longest_stop
+from labkeeper.serve.policies import hosts, lab_addresses, longest_stop
 from labkeeper.serve.process import Ended, allow_descriptors, own_directories, tell_systemd
 from labkeeper.settings.model import Settings
 from labkeeper.settings.sources import unknown_variables
@@ -109,8 +109,14 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
             "LABKEEPER_LAB_ADDRESS=host needs a domain: set LABKEEPER_LAB_DOMAIN, "
             "such as labs.example.org"
         )
-    instances = Instances(chosen.state_dir, chosen.server_dirs, (chosen.host, chosen.port))
-    return running(instances, labs, listen, ends=lambda: chosen.on_exit == "stop")
+    instances = Instances(
+        chosen.state_dir,
+        chosen.server_dirs,
+        (chosen.host, chosen.port),
+        log_max_bytes=chosen.log_max_bytes,
+    )
+    answering = Answering(labs, hosts(chosen), access_log=chosen.access_log)
+    return running(instances, answering, listen, ends=lambda: chosen.on_exit == "stop")
 
 
 def _certificate(chosen: Settings) -> Certificate | None:

@@ -46,7 +46,7 @@ from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, Sys
 from labkeeper.sampler import Sampler
 from labkeeper.schema.requests.servers import Defaults
 from labkeeper.serve.edge.supervisor import Edge
-from labkeeper.serve.policies import cull_policy, lab_addresses, limits, longest_stop, policy
+from labkeeper.serve.policies import cull_policy, hosts, lab_addresses, limits, longest_stop, policy
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
@@ -70,7 +70,7 @@ def assemble(
     Raises SettingsError, StoreError, and BackendUnavailable if threads cannot be started.
     """
     base = _base(chosen, stack)
-    history = _history(chosen, base, stack)
+    history = _history(chosen, base, edge, stack)
     preflight, watch = _gateways(chosen, base)
     labs = lab_addresses(chosen)
     backend = _backend(
@@ -179,14 +179,15 @@ class _History:
     """Returns the error of a webhook's last round."""
 
 
-def _history(chosen: Settings, base: _Base, stack: ExitStack) -> _History:
+def _history(chosen: Settings, base: _Base, edge: Edge | None, stack: ExitStack) -> _History:
     webhooks: list[Webhook] = []
 
     def statuses() -> list[WebhookStatus]:
         return [webhook.status() for webhook in webhooks]
 
+    use = (lambda: None) if edge is None else edge.use
     metrics = Metrics(
-        base.clock, World(base.board.all, base.orphans.all, statuses), version=VERSION
+        base.clock, World(base.board.all, base.orphans.all, statuses, use), version=VERSION
     )
     event_log = EventLog(
         base.store, base.clock, size=chosen.history_size, subscribers=[metrics.heard]
@@ -335,7 +336,6 @@ def _services(
     url: str,
 ) -> Services:
     tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
-    domain = chosen.lab_domain and f"*.{chosen.lab_domain}"
     return Services(
         keeper=keeper,
         backend=backend,
@@ -354,7 +354,7 @@ def _services(
         sessions=sessions,
         authenticators=_authenticators(chosen, tokens, backend),
         url=url,
-        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host, domain])],
+        hosts=hosts(chosen),
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,

@@ -49,6 +49,12 @@ def lab_addresses(chosen: Settings) -> LabAddresses:
     return LabAddresses(chosen.lab_address or ("host" if domain else "path"), domain)
 
 
+def hosts(chosen: Settings) -> list[str]:
+    """Return the host names at which keeper and edge answer, beyond those always safe."""
+    domain = chosen.lab_domain and f"*.{chosen.lab_domain}"
+    return [*chosen.allowed_hosts, *filter(None, [chosen.advertised_host, domain])]
+
+
 def limits(chosen: Settings) -> Limits:
     """Return the default limits of servers."""
     return Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit)

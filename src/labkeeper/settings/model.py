@@ -382,6 +382,13 @@ class Settings(BaseModel):
         10 * 1024 * 1024,
         description="Size, in bytes, at which a server's log is rotated; one older file is kept.",
     )
+    access_log: bool = Field(
+        True,
+        description=(
+            "If there is an edge: log each request and its answer as a line of JSON, in "
+            "`logs/_access.log` in the state directory, rotated as the logs of servers are."
+        ),
+    )
     echo_logs: bool = Field(
         False, description="Copy the logs of servers to the keeper's own log, for containers."
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import json
 import os
 import socket
 import sys
@@ -39,6 +40,20 @@ SESSION = {
     "user": "ada",
     "expires_at": time.time() + 3600,
 }
+
+
+def everything(routes, sessions, *, hosts=(), access_log=False):
+    """Return the command that replaces all that the edge knows."""
+    return {
+        "do": "all",
+        "domain": "",
+        "hosts": list(hosts),
+        "access_log": access_log,
+        "routes": routes,
+        "sessions": sessions,
+    }
+
+
 COOKIE = {"Cookie": "labkeeper-session=secret"}
 TOKEN = {"Authorization": "token x"}
 
@@ -62,6 +77,14 @@ class Started:
 
     def open(self, key=None):
         return Link.open(self.link.directory, key or self.instances.key(), within=PATIENCE)
+
+
+def closed(link):
+    """Wait until an edge closes a connection; it may report before."""
+    link.connection.settimeout(PATIENCE)
+    while link.connection.recv(65536):
+        pass
+    return True
 
 
 @pytest.fixture
@@ -131,43 +154,82 @@ def test_clients_wait_until_routes_and_sessions_are_known(edge):
     # The edge has handled the connection, as far as it ever will before it serves.
     edge.open().close()
     assert got == []
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
+    edge.link.send(everything([ROUTE], []))
     thread.join(PATIENCE)
     assert got == [502]
 
 
 def test_routes_are_replaced_changed_and_removed(edge):
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
+    edge.link.send(everything([ROUTE], []))
     assert (edge.get(TOKEN), edge.get(TOKEN, "other")) == (502, 404)
     edge.link.send({"do": "route", "route": ROUTE | {"server": "other"}})
     edge.link.send({"do": "unroute", "server": "lab"})
     edge.link.send({"do": "unroute", "server": "lab"})
     until(lambda: (edge.get(TOKEN), edge.get(TOKEN, "other")) == (404, 502), what="changed routes")
-    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+    edge.link.send(everything([], []))
     until(lambda: edge.get(TOKEN, "other") == 404, what="the end of all routes")
 
 
 def test_sessions_are_replaced_added_and_ended(edge):
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
+    edge.link.send(everything([ROUTE], []))
     assert edge.get(COOKIE) == 401
     edge.link.send({"do": "sessions", "begun": [SESSION], "ended": []})
     until(lambda: edge.get(COOKIE) == 502, what="the session")
     edge.link.send({"do": "sessions", "begun": [], "ended": [SESSION["digest"], "none"]})
     until(lambda: edge.get(COOKIE) == 401, what="the end of the session")
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": [SESSION]})
+    edge.link.send(everything([ROUTE], [SESSION]))
     until(lambda: edge.get(COOKIE) == 502, what="the session again")
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
+    edge.link.send(everything([ROUTE], []))
     until(lambda: edge.get(COOKIE) == 401, what="no sessions")
+
+
+def reported(edge):
+    """Return the last report of an edge."""
+    with contextlib.suppress(TimeoutError):
+        edge.link.receive()
+    return edge.link.heard.report
+
+
+def test_it_reports_what_it_does(edge):
+    edge.link.send(everything([ROUTE], []))
+    assert (edge.get(TOKEN), edge.get({}), edge.get(TOKEN)) == (502, 401, 502)
+    counted = {("lab", "5xx"): 2, ("edge", "4xx"): 1}
+    until(lambda: reported(edge).answers == counted, what="the report of three answers")
+
+
+def test_it_answers_at_known_host_names_only(edge):
+    edge.link.send(everything([ROUTE], [], hosts=["*.example.org"]))
+    known = [edge.get(TOKEN | {"Host": host}) for host in ("x", "a.example.org:1", "[::1]:80")]
+    others = [edge.get(TOKEN | {"Host": host}) for host in ("example.org", "a.example.com")]
+    assert (known, others) == ([502] * 3, [421] * 2)
+
+
+def test_it_logs_answers_if_the_keeper_wants_it(edge):
+    log = edge.instances.access_log
+    edge.link.send(everything([ROUTE], [], access_log=True))
+    edge.get(TOKEN | {"X-Request-Id": "first"})
+    until(lambda: log.size, what="the access log")
+    (line,) = log.tail(None)
+    entry = json.loads(line)
+    assert (entry["request_id"], entry["server"], entry["status"]) == ("first", "lab", 502)
+    edge.link.send(everything([], []))
+    unlogged = TOKEN | {"X-Request-Id": "unlogged"}
+    until(lambda: edge.get(TOKEN) == 404, what="the next command")
+    assert edge.get(unlogged) == 404
+    edge.link.send({"do": "stop"})
+    until(lambda: not alive(edge.link.process.pid), what="the edge to end")
+    assert "unlogged" not in "".join(log.tail(None))
+    assert (log.path.stat().st_mode & 0o777) == 0o600
 
 
 @pytest.mark.parametrize("command", ["stop", "drain"])
 def test_it_ends_when_told_to(edge, command):
-    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+    edge.link.send(everything([], []))
     assert edge.get(TOKEN) == 404
     edge.link.send({"do": command})
     until(lambda: not alive(edge.link.process.pid), what="the edge to end")
     # Drained or not, it has given up the address; this process still has it.
-    assert edge.link.connection.recv(1) == b""
+    assert closed(edge.link)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +238,7 @@ def test_it_ends_when_told_to(edge, command):
         {},
         {"do": "dance"},
         {"do": "all", "domain": "", "routes": [ROUTE]},
+        everything([ROUTE], [SESSION | {"expires_at": "never"}]),
         {"do": "route", "route": ROUTE | {"port": 0}},
         {"do": "route", "route": ROUTE | {"server": "../x"}},
         {"do": "route", "route": ROUTE | {"host": 1}},
@@ -186,11 +249,10 @@ def test_it_ends_when_told_to(edge, command):
     ],
 )
 def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
-    edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": [SESSION]})
+    edge.link.send(everything([ROUTE], [SESSION]))
     with contextlib.closing(edge.open()) as other:
         other.send(bad)
-        other.connection.settimeout(PATIENCE)
-        assert other.connection.recv(1) == b""
+        assert closed(other)
     assert (edge.get(COOKIE), edge.get(TOKEN, "other")) == (502, 404)
 
 

@@ -20,7 +20,7 @@ from labkeeper.edge.exchange import Exchange
 def test_request_waits_for_a_keeper_that_comes_up_late(make_edge):
     edge = make_edge()
     clients = [edge.send(get()), edge.send(post())]
-    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    until(lambda: edge.call(lambda: edge.proxy._report.held) == 2)
     edge.start_keeper()
     assert [client.receive().status for client in clients] == [200, 200]
 
@@ -28,7 +28,7 @@ def test_request_waits_for_a_keeper_that_comes_up_late(make_edge):
 def test_request_is_refused_with_503_if_no_keeper_comes(make_edge):
     edge = make_edge()
     client = edge.send(get())
-    until(lambda: edge.call(lambda: edge.proxy._held))
+    until(lambda: edge.call(lambda: edge.proxy._report.held))
     edge.jump(edge.limits.hold)
     reply = client.receive()
     assert (reply.status, reply.headers[b"retry-after"]) == (503, b"2")
@@ -38,12 +38,12 @@ def test_request_is_refused_with_503_if_no_keeper_comes(make_edge):
 def test_only_some_requests_wait_for_a_keeper(make_edge):
     edge = make_edge(most_held=2)
     held = [edge.send(get()) for _ in range(2)]
-    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    until(lambda: edge.call(lambda: edge.proxy._report.held) == 2)
     assert edge.send(get()).receive().status == 503
     held[0].close()
-    until(lambda: edge.call(lambda: edge.proxy._held) == 1)
+    until(lambda: edge.call(lambda: edge.proxy._report.held) == 1)
     held.append(edge.send(get()))
-    until(lambda: edge.call(lambda: edge.proxy._held) == 2)
+    until(lambda: edge.call(lambda: edge.proxy._report.held) == 2)
     edge.start_keeper()
     assert [client.receive().status for client in held[1:]] == [200, 200]
 
@@ -57,7 +57,7 @@ def test_keeper_whose_backlog_is_full_is_waited_for(make_edge):
         waiting = stack.enter_context(socket.socket(socket.AF_UNIX))
         waiting.connect(str(edge.socket))
         client = edge.send(post())
-        until(lambda: edge.call(lambda: edge.proxy._held))
+        until(lambda: edge.call(lambda: edge.proxy._report.held))
         edge.socket.unlink()
         edge.start_keeper()
         assert client.receive().status == 200

@@ -14,7 +14,6 @@ from pydantic import BaseModel
 
 from labkeeper import addresses
 from labkeeper.api.auth import find
-from labkeeper.api.browser import host_of
 from labkeeper.api.services import Services
 from labkeeper.api.streaming import LiveResponse, gone
 from labkeeper.api.views import server_model
@@ -28,6 +27,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Create, Order, Origin, Reply, Snooze
 from labkeeper.core.server import Endpoint, Snapshot, queue_of
 from labkeeper.core.spec import Owner, QualifiedName
+from labkeeper.edge.hosts import host_of
 from labkeeper.identity.peers import PEER
 from labkeeper.runtime import Watch
 from labkeeper.schema.answers.servers import Server

@@ -46,13 +46,18 @@ class LogFile:
         except OSError:
             return 0
 
-    def open(self, headline: str) -> IO[bytes]:
-        """Open the log for a launch, write a headline, and return the stream. Raises OSError."""
+    def open(self, headline: str = "") -> IO[bytes]:
+        """Open the log, write a headline such as that of a launch, and return the stream.
+
+        Raises OSError.
+        """
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(
             self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
         )
         stream = os.fdopen(descriptor, "ab", buffering=0)
+        if not headline:
+            return stream
         try:
             stream.write(f"{headline}\n".encode())
         except OSError:

@@ -40,6 +40,7 @@ UPSTREAM: Final = "upstream.sock"
 """The keeper's socket for requests that come through the edge."""
 _LOG_NAME: Final = "_edge.log"
 """Log file of all edges in the log directory; no server can have this name."""
+_ACCESS_LOG: Final = "_access.log"
 _LOG_BYTES: Final = 1024 * 1024
 _START_WITHIN: Final = 30.0
 """Seconds in which a new edge must answer, even on a busy machine."""
@@ -63,8 +64,15 @@ class EdgeError(Exception):
 class Instances:
     """The edges of one state directory. Not thread-safe."""
 
-    def __init__(self, state_dir: Path, server_dirs: Path, address: tuple[str, int]) -> None:
-        """`address` is the public one.
+    def __init__(
+        self,
+        state_dir: Path,
+        server_dirs: Path,
+        address: tuple[str, int],
+        *,
+        log_max_bytes: int = 10 * 1024 * 1024,
+    ) -> None:
+        """`address` is the public one, `log_max_bytes` the size at which the access log is rotated.
 
         `server_dirs` holds the directories of servers, whose processes cannot command the edge.
         """
@@ -75,6 +83,7 @@ class Instances:
         self._lock_file = state_dir / LOCK
         self._key_file = state_dir / "edge.key"
         self._log = LogFile(state_dir / "logs" / _LOG_NAME, max_bytes=_LOG_BYTES)
+        self.access_log = LogFile(state_dir / "logs" / _ACCESS_LOG, max_bytes=log_max_bytes)
         self._server_dirs = server_dirs
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         """Those that this keeper has started, by pid."""
@@ -137,8 +146,9 @@ class Instances:
             self._log.open(
                 f"[labkeeper] an edge starts, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
             ) as log,
+            self.access_log.open() as access_log,
         ):
-            files = (public.fileno(), control.fileno(), place)
+            files = (public.fileno(), control.fileno(), place, access_log.fileno())
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", "-m", _MODULE],
                 cwd=directory,
@@ -155,7 +165,7 @@ class Instances:
                 stdin.write(self._start_message(*files).encode())
         return child
 
-    def _start_message(self, public: int, control: int, place: int) -> Start:
+    def _start_message(self, public: int, control: int, place: int, access_log: int) -> Start:
         return Start(
             public=public,
             control=control,
@@ -166,6 +176,7 @@ class Instances:
             key=self.key(),
             server_dirs=os.path.realpath(self._server_dirs),
             lock=self._lock_file.stat().st_ino,
+            access_log=access_log,
             user=self.user,
         )
 

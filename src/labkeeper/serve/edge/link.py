@@ -3,21 +3,34 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 from labkeeper import unix_sockets
 from labkeeper.backends.local.processes import Process
 from labkeeper.edge import wire
+from labkeeper.edge.report import Report
 
 CONTROL: Final = "control.sock"
 """An edge's control socket in its directory."""
 _TAKE_WITHIN: Final = 0.2
 """Seconds in which an edge must take a command; its socket holds a thousand."""
 _PIECE: Final = 64 * 1024
+
+
+@dataclass(slots=True)
+class Heard:
+    """What an edge has reported."""
+
+    at: float = field(default_factory=time.monotonic)
+    """When it was last heard, by the monotonic clock."""
+    report: Report = field(default_factory=Report)
+    """Its last report."""
+    frames: wire.Frames = field(default_factory=wire.Frames)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +46,7 @@ class Link:
     public: socket.socket | None
     """Its listening socket; None if it only finishes what it has begun."""
     connection: socket.socket
+    heard: Heard
 
     @classmethod
     def open(cls, directory: Path, key: str, *, within: float) -> Link:
@@ -60,11 +74,25 @@ class Link:
             connection.close()
             raise
         connection.settimeout(_TAKE_WITHIN)
-        return cls(directory, process, build, (host, port), received.socket, connection)
+        heard = Heard(frames=received.decoder)
+        return cls(directory, process, build, (host, port), received.socket, connection, heard)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a command. Raises OSError: nothing is known of the edge then."""
         self.connection.sendall(wire.encode(message))
+
+    def receive(self) -> None:
+        """Receive what has arrived. Raises OSError, EOFError, WireError, ReportError."""
+        data = self.connection.recv(_PIECE)
+        if not data:
+            raise EOFError("it closed the connection")
+        self.heard.at = time.monotonic()
+        for frame in self.heard.frames.feed(data):
+            match frame:
+                case {"report": report}:
+                    self.heard.report = Report.parse(report)
+                case _:
+                    raise wire.WireError("it does not report")
 
     def close_public(self) -> None:
         """Close our descriptor of its listening socket; else an address would not be given up."""
@@ -83,7 +111,8 @@ class _Received:
     def __init__(self, connection: socket.socket) -> None:
         self.socket: socket.socket | None = None
         self._connection = connection
-        self._decoder = wire.Frames()
+        self.decoder = wire.Frames()
+        """Has the beginning of a frame that has not arrived as a whole."""
         self._frames: deque[dict[str, Any]] = deque()
 
     def next(self) -> dict[str, Any]:
@@ -95,7 +124,7 @@ class _Received:
                 self.socket = socket.socket(fileno=file)
             if not data:
                 raise EOFError("it closed the connection")
-            self._frames.extend(self._decoder.feed(data))
+            self._frames.extend(self.decoder.feed(data))
         return self._frames.popleft()
 
     def close(self) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import structlog
 
@@ -19,10 +20,12 @@ from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
 from labkeeper.core.access import Session
 from labkeeper.core.errors import SettingsError
-from labkeeper.core.messages import Change
+from labkeeper.core.messages import Change, EdgeUse
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName
+from labkeeper.edge.report import Answers, ReportError
 from labkeeper.edge.routes import Route
+from labkeeper.edge.wire import REPORT_EVERY, WireError
 from labkeeper.forkserver.identity import key_of
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge.instances import EdgeError, Instances
@@ -31,8 +34,21 @@ from labkeeper.threads import ThreadGroup
 
 _TRY_AGAIN = 1.0
 """Seconds between two attempts to start an edge."""
+_SILENT_FOR = 4 * REPORT_EVERY
+"""Seconds without a report after which an edge is replaced: it must be suspended, or stuck."""
 
 _log = structlog.get_logger("labkeeper.serve.edge")
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """How an edge answers, as the settings have it."""
+
+    labs: LabAddresses
+    hosts: Sequence[str]
+    """Our host names beyond those always safe."""
+    access_log: bool
+    """Whether it logs each answer."""
 
 
 class Edge:
@@ -41,7 +57,7 @@ class Edge:
     def __init__(
         self,
         instances: Instances,
-        labs: LabAddresses,
+        answering: Answering,
         *,
         public: socket.socket,
         link: Link,
@@ -53,7 +69,10 @@ class Edge:
         self.secret = instances.key()
         """The secret that keepers share with their edges."""
         self._instances = instances
-        self._labs = labs
+        self._answering = answering
+        self._restarts = 0
+        self._refused = 0
+        self._answers = Answers()
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
@@ -63,7 +82,8 @@ class Edge:
 
     def changed(self, change: Change) -> None:
         """Push what a change of a server means for its route; a subscriber of the fleet."""
-        name, route = change.after.qualified_name, route_of(change.after, self._labs, self.secret)
+        name = change.after.qualified_name
+        route = route_of(change.after, self._answering.labs, self.secret)
         with self._lock:
             if route == self._routes.get(name):
                 return
@@ -115,23 +135,69 @@ class Edge:
     def _push_all(self) -> None:
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
-        domain = self._labs.domain if self._labs.mode == "host" else ""
-        self._tell({"do": "all", "domain": domain, "routes": routes, "sessions": sessions})
+        answering = self._answering
+        self._tell(
+            {
+                "do": "all",
+                "domain": answering.labs.domain if answering.labs.mode == "host" else "",
+                "hosts": list(answering.hosts),
+                "access_log": answering.access_log,
+                "routes": routes,
+                "sessions": sessions,
+            }
+        )
 
     def _watch(self, threads: ThreadGroup) -> None:
         while not threads.closed:
             links = [self._link, *self._ending]
             descriptors = {link.connection.fileno(): link for link in links}
-            ready = wait_until_readable([*descriptors, threads.wake], timeout=None)
-            # An edge sends nothing: these have closed their connections.
-            for link in (descriptors[found] for found in ready if found in descriptors):
-                if link is self._link:
-                    _log.warning("the edge has died, and is started again", pid=link.process.pid)
-                    self._replace(threads)
-                    self._instances.bury(link, kill=True)
-                else:
-                    self._ending.remove(link)
-                    self._instances.bury(link)
+            ready = wait_until_readable([*descriptors, threads.wake], timeout=REPORT_EVERY)
+            if threads.closed:
+                return
+            for descriptor, link in descriptors.items():
+                try:
+                    if descriptor in ready:
+                        self._receive(link)
+                    elif time.monotonic() - link.heard.at > _SILENT_FOR:
+                        raise TimeoutError("it does not report")
+                except (OSError, EOFError, WireError, ReportError) as error:
+                    self._lose(link, str(error), threads)
+
+    def _receive(self, link: Link) -> None:
+        """Receive what an edge reports. Raises OSError, EOFError, WireError, ReportError."""
+        before = link.heard.report
+        link.receive()
+        now = link.heard.report
+        with self._lock:
+            # Each edge counts from 0, and so would what is published when one is replaced.
+            self._answers += now.answers - before.answers
+            self._refused += now.refused - before.refused
+        self._instances.access_log.rotate()
+
+    def _lose(self, link: Link, reason: str, threads: ThreadGroup) -> None:
+        """Replace an edge that has died, or see one off that has finished."""
+        if link is self._link:
+            _log.warning(
+                "the edge has died, and is started again", pid=link.process.pid, reason=reason
+            )
+            self._replace(threads)
+            self._instances.bury(link, kill=True)
+        else:
+            self._ending.remove(link)
+            self._instances.bury(link)
+
+    def use(self) -> EdgeUse:
+        """Return what edges have reported; for metrics."""
+        with self._lock:
+            reports = [link.heard.report for link in (self._link, *self._ending)]
+            return EdgeUse(
+                connections=sum(report.connections for report in reports),
+                websockets=sum(report.websockets for report in reports),
+                held=sum(report.held for report in reports),
+                refused=self._refused,
+                restarts=self._restarts,
+                answers=dict(self._answers),
+            )
 
     def _replace(self, threads: ThreadGroup) -> None:
         """Start another edge at the same address; try until it succeeds or the threads end."""
@@ -144,6 +210,7 @@ class Edge:
                 continue
             with self._lock:
                 self._link = link
+                self._restarts += 1
                 self._push_all()
             return
 
@@ -164,7 +231,7 @@ class Edge:
 @contextmanager
 def running(
     instances: Instances,
-    labs: LabAddresses,
+    answering: Answering,
     listen: Callable[[str, int], socket.socket],
     *,
     ends: Callable[[], bool],
@@ -176,7 +243,7 @@ def running(
     """
     try:
         found = instances.find()
-        edge = _choose(instances, labs, found, listen)
+        edge = _choose(instances, answering, found, listen)
     except (OSError, EdgeError) as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
     keep = bool(found)
@@ -190,7 +257,7 @@ def running(
 
 def _choose(
     instances: Instances,
-    labs: LabAddresses,
+    answering: Answering,
     found: list[Link],
     listen: Callable[[str, int], socket.socket],
 ) -> Edge:
@@ -213,7 +280,7 @@ def _choose(
             other.send({"do": "drain"})
     for left in found:
         left.close_public()
-    return Edge(instances, labs, public=public, link=link, ending=others)
+    return Edge(instances, answering, public=public, link=link, ending=others)
 
 
 def _message(session: Session) -> dict[str, object]:

@@ -1,0 +1,69 @@
+"""What an edge reports to keepers, which publish it as metrics."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from labkeeper.edge.access_log import Record
+
+Answers = Counter[tuple[str, str]]
+"""Numbers of answers: by who made them, `edge`, `keeper` or `lab`, and by the class of the status,
+such as `2xx`; `none` if the client was gone before."""
+
+
+class ReportError(ValueError):
+    """A message is not a report."""
+
+
+@dataclass(slots=True)
+class Report:
+    """Present numbers, and counts since the start of an edge."""
+
+    connections: int = 0
+    """Of clients, without websockets."""
+    websockets: int = 0
+    held: int = 0
+    """Requests that wait for a keeper."""
+    refused: int = 0
+    """Connections for which there was no room, so far."""
+    answers: Answers = field(default_factory=Answers)
+    """So far."""
+
+    def answered(self, record: Record) -> None:
+        """Count a request that has ended."""
+        kind = "none" if record.status is None else f"{record.status // 100}xx"
+        self.answers[record.to, kind] += 1
+
+    def message(self) -> dict[str, Any]:
+        """Return it for the control protocol."""
+        return {
+            "connections": self.connections,
+            "websockets": self.websockets,
+            "held": self.held,
+            "refused": self.refused,
+            "answers": [[to, kind, count] for (to, kind), count in self.answers.items()],
+        }
+
+    @classmethod
+    def parse(cls, message: object) -> Report:
+        """Read a report from a message's object. Raises ReportError."""
+        match message:
+            case {
+                "connections": int(connections),
+                "websockets": int(websockets),
+                "held": int(held),
+                "refused": int(refused),
+                "answers": list(answers),
+            }:
+                counts = Answers(dict(map(_answer, answers)))
+                return cls(connections, websockets, held, refused, counts)
+        raise ReportError("a report does not fit")
+
+
+def _answer(message: object) -> tuple[tuple[str, str], int]:
+    match message:
+        case [str(to), str(kind), int(count)]:
+            return (to, kind), count
+    raise ReportError("a report does not fit")

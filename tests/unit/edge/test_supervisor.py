@@ -1,0 +1,90 @@
+"""The keeper's side of a real edge: it is replaced when it dies or falls silent, and counted."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+
+import httpx
+import pytest
+
+from harness import PATIENCE, alive, until
+from labkeeper.lab_addresses import LabAddresses
+from labkeeper.serve.edge import supervisor
+from labkeeper.serve.edge.instances import Instances
+from labkeeper.serve.edge.supervisor import Answering, running
+from labkeeper.serve.listening import listen
+from labkeeper.serve.process import LOCK
+from labkeeper.threads import ThreadGroup
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux")
+ANSWERING = Answering(LabAddresses("path"), ["ours.example"], access_log=True)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run the edge of a keeper that this process is for it, in a context."""
+    lock = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+
+    @contextlib.contextmanager
+    def run(answering=ANSWERING, *, ends=True, **options):
+        instances = Instances(tmp_path, tmp_path / "run", ("127.0.0.1", 0), **options)
+        threads = ThreadGroup()
+        with running(instances, answering, listen, ends=lambda: ends) as edge:
+            edge.supervise(threads)
+            yield edge
+            threads.close()
+
+    yield run
+    os.close(lock)
+
+
+def ask(edge, host="x"):
+    """Return the status of a probe of the edge."""
+    port = edge.public.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/servers/ghost/api"
+    return httpx.get(url, headers={"Host": host}, trust_env=False, timeout=PATIENCE).status_code
+
+
+def pid_of(edge):
+    return edge._link.process.pid
+
+
+def test_an_edge_that_is_suspended_is_replaced(run, monkeypatch):
+    monkeypatch.setattr(supervisor, "REPORT_EVERY", 0.05)
+    with run() as edge:
+        assert ask(edge) == 401
+        before = pid_of(edge)
+        os.kill(before, signal.SIGSTOP)
+        # As if it had been silent for long.
+        edge._link.heard.at -= 1000
+        until(lambda: pid_of(edge) != before, what="another edge")
+        until(lambda: not alive(before), what="the end of the suspended one")
+        assert ask(edge) == 401
+        assert edge.use().restarts == 1
+
+
+def test_what_edges_have_done_is_counted_beyond_their_ends(run):
+    with run() as edge:
+        assert [ask(edge), ask(edge, "ours.example"), ask(edge, "other.example")] == [401, 401, 421]
+        until(lambda: edge.use().answers == {("edge", "4xx"): 3}, what="a report")
+        before = pid_of(edge)
+        os.kill(before, signal.SIGKILL)
+        until(lambda: pid_of(edge) != before, what="another edge")
+        assert ask(edge) == 401
+        until(lambda: edge.use().answers == {("edge", "4xx"): 4}, what="another report")
+        assert (edge.use().held, edge.use().refused, edge.use().restarts) == (0, 0, 1)
+
+
+def test_the_access_log_is_rotated(run, tmp_path):
+    log = tmp_path / "logs" / "_access.log"
+    with run(log_max_bytes=1024) as edge:
+        while not log.exists() or log.stat().st_size <= 1024:
+            ask(edge)
+        until((tmp_path / "logs" / "_access.log.1").exists, what="a rotation")
+        assert (ask(edge), ask(edge)) == (401, 401)
+        until(lambda: b'"status": 401' in log.read_bytes(), what="lines after it")
