@@ -67,6 +67,15 @@ class Start:
         return cls(**given)  # type: ignore[arg-type]  # the sender is `encode`
 
 
+def duplicate(listener: socket.socket) -> socket.socket:
+    """Return a second descriptor of a listening socket.
+
+    `socket.dup` would have it block meanwhile, for all processes that share it: an edge that
+    accepts a connection just then would wait for another one, and do nothing else.
+    """
+    return socket.socket(fileno=os.dup(listener.fileno()))
+
+
 def main() -> None:
     """Run an edge until it is told to end."""
     logging.basicConfig(
@@ -142,7 +151,7 @@ class _Edge:
             self._public.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._server = await self._proxy.loop.create_server(
                 functools.partial(Client, self._proxy),
-                sock=self._public.dup(),
+                sock=duplicate(self._public),
                 backlog=_BACKLOG,
             )
             _log.info("the edge serves on %s port %s", *self._start.address)

@@ -80,6 +80,24 @@ def test_what_edges_have_done_is_counted_beyond_their_ends(run):
         assert (edge.use().held, edge.use().refused, edge.use().restarts) == (0, 0, 1)
 
 
+def test_the_next_keeper_goes_on_counting_and_logging(run, tmp_path):
+    log = tmp_path / "logs" / "_access.log"
+    with run(ends=False) as edge:
+        assert ask(edge) == 401
+        until(lambda: edge.use().answers, what="a report")
+        pid = pid_of(edge)
+    quiet = Answering(LabAddresses("path"), [], access_log=False)
+    with run(quiet) as edge:
+        assert not os.get_blocking(edge.public.fileno())
+        until(lambda: edge.use().answers == {("edge", "4xx"): 1}, what="a report")
+        until(lambda: ask(edge, "ours.example") == 421, what="the new names")
+        lines = log.read_text().count("\n")
+        assert ask(edge) == 401
+    assert lines == log.read_text().count("\n")
+    # It was this process, in its first role, that started it.
+    os.waitpid(pid, 0)
+
+
 def test_the_access_log_is_rotated(run, tmp_path):
     log = tmp_path / "logs" / "_access.log"
     with run(log_max_bytes=1024) as edge:

@@ -23,6 +23,7 @@ from labkeeper.core.errors import SettingsError
 from labkeeper.core.messages import Change, EdgeUse
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName
+from labkeeper.edge.main import duplicate
 from labkeeper.edge.report import Answers, ReportError
 from labkeeper.edge.routes import Route
 from labkeeper.edge.wire import REPORT_EVERY, WireError
@@ -268,7 +269,7 @@ def _choose(
     at_address = [link for link in found if link.public and link.address == instances.address]
     equal = next((link for link in at_address if link.build == instances.build), None)
     old = equal or next(iter(at_address), None)
-    public = old.public.dup() if old and old.public else listen(*instances.address)
+    public = duplicate(old.public) if old and old.public else listen(*instances.address)
     try:
         link = equal or instances.start(public)
     except EdgeError:
