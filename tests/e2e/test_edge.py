@@ -377,6 +377,6 @@ def test_labs_can_stay_at_their_own_ports(make_edge_keeper):
     keeper.kill()
     keeper.settings["lab_address"] = "path"
     keeper.start()
-    assert keeper.get("lab")["lab_url"] == server["lab_url"]
+    assert keeper.wait_for("running", "lab")["lab_url"] == server["lab_url"]
     assert keeper.http.post("/api/servers/lab/restart").status_code in {200, 201}
     assert keeper.get("lab")["lab_url"] == f"{keeper.url}/servers/lab/lab"
