@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -14,33 +12,9 @@ import pytest
 from harness import PATIENCE, alive, until
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge import supervisor
-from labkeeper.serve.edge.instances import Instances
-from labkeeper.serve.edge.supervisor import Answering, running
-from labkeeper.serve.listening import listen
-from labkeeper.serve.process import LOCK
-from labkeeper.threads import ThreadGroup
+from labkeeper.serve.edge.supervisor import Answering
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux")
-ANSWERING = Answering(LabAddresses("path"), ["ours.example"], access_log=True)
-
-
-@pytest.fixture
-def run(tmp_path):
-    """Run the edge of a keeper that this process is for it, in a context."""
-    lock = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(lock, fcntl.LOCK_EX)
-
-    @contextlib.contextmanager
-    def run(answering=ANSWERING, *, ends=True, **options):
-        instances = Instances(tmp_path, tmp_path / "run", ("127.0.0.1", 0), **options)
-        threads = ThreadGroup()
-        with running(instances, answering, listen, ends=lambda: ends) as edge:
-            edge.supervise(threads)
-            yield edge
-            threads.close()
-
-    yield run
-    os.close(lock)
 
 
 def ask(edge, host="x"):
