@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import sys
 
 import pytest
@@ -15,13 +16,18 @@ pytestmark = [
 ]
 
 
+LARGE = 200
+"""Size of a large file in MiB."""
+
+
 @pytest.fixture
 def keeper(make_keeper):
     return make_keeper(edge="on").start()
 
 
-def link_to(keeper, name, page):
-    body = {"page": f"/lab/tree/{page}?reset"}
+def link_to(keeper, name, page=""):
+    """Return a link to a file in a Lab, or to its launcher."""
+    body = {"page": f"/lab/tree/{page}?reset" if page else "/lab?reset"}
     return keeper.http.post(f"/api/servers/{name}/link", json=body).json()["url"]
 
 
@@ -82,6 +88,34 @@ def test_a_notebook_reconnects_by_itself_when_the_edge_is_killed(keeper, page):
     page.keyboard.press("Control+A")
     page.keyboard.type("print(6 * 8)")
     until(lambda: run_cell_in_page(page, "48"), what="the output of the cell")
+
+
+def test_large_files_are_uploaded_and_downloaded(keeper, page, tmp_path):
+    keeper.post(name="lab")
+    page.goto(link_to(keeper, "lab"))
+    content = random.Random(0).randbytes(2**20) * LARGE
+    (tmp_path / "large.bin").write_bytes(content)
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload Files").click()
+    chooser.value.set_files(tmp_path / "large.bin")
+    arrived = keeper.notebook_dir / "large.bin"
+    page.get_by_role("button", name="Upload", exact=True).click()
+    until(lambda: arrived.exists() and arrived.stat().st_size == len(content), what="the upload")
+    assert arrived.read_bytes() == content
+    page.locator(".jp-DirListing-item", has_text="large.bin").click(button="right")
+    with page.expect_download() as download:
+        page.get_by_role("menuitem", name="Download", exact=True).click()
+    assert download.value.path().read_bytes() == content
+
+
+def test_a_terminal_runs_what_is_typed(keeper, page):
+    keeper.post(name="lab")
+    page.goto(link_to(keeper, "lab"))
+    page.locator(".jp-LauncherCard[title='Start a new terminal session']").click()
+    page.locator(".jp-Terminal .xterm-screen").click()
+    typed = keeper.notebook_dir / "typed"
+    page.keyboard.type("echo $((6 * 7)) > typed\n")
+    until(lambda: typed.exists() and typed.read_text() == "42\n", what="what the terminal writes")
 
 
 FETCH = """
