@@ -29,6 +29,8 @@ class Labkeeper(Contender):
     """A keeper; `launch_by` is how it launches servers and kernels, "fork" or "exec"."""
 
     launch_by: ClassVar[str]
+    settings: ClassVar[dict[str, str]] = {}
+    """Further ones of the keeper."""
 
     def open(self) -> None:
         """Start a keeper; in fork mode, wait until it forks servers and kernels, with `preload`."""
@@ -53,6 +55,7 @@ class Labkeeper(Contender):
             "LABKEEPER_MAX_REQUEST_RATE": "0",
             "LABKEEPER_LAUNCH_BY": self.launch_by,
             "LABKEEPER_KERNELS_BY": self.launch_by,
+            **self.settings,
         }
         if self.preload and self.launch_by == "fork":
             settings["LABKEEPER_PRELOAD"] = self.preload
