@@ -222,6 +222,9 @@ class Exchange:
         upstream, self._upstream = self._upstream, None
         if upstream is not None and not self._body.ended:
             upstream.abort()
+        elif upstream is not None and not upstream.transport.is_closing():
+            # It was paused if the client has not read all of this answer; the next one is another.
+            upstream.transport.resume_reading()
         self._client.end_exchange(upstream, close=self._closes or not self._goes_on)
 
     def answer_failed(self, reason: str) -> None:

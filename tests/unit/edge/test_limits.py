@@ -91,6 +91,18 @@ def test_answer_goes_on_when_the_client_reads_again(edge, lab):
     assert client.ask(get()).status == 200
 
 
+def test_connection_of_an_answer_that_was_read_slowly_serves_the_next_one(make_edge):
+    edge = make_edge(buffers=SMALL, untaken=SMALL)
+    lab = edge.add_lab()
+    lab.answers(answer(b"x" * 400_000), answer(b"ok"))
+    client = edge.connect(buffers=SMALL)
+    client.send(get(b"/servers/lab/"))
+    until(lambda: [inside for inside in edge.inside if inside._blocked])
+    assert len(client.receive().body) == 400_000
+    assert client.ask(get(b"/servers/lab/")).body == b"ok"
+    assert len(lab.visits) == 1
+
+
 def test_pipelined_input_stops_while_a_request_is_answered(edge):
     edge.keeper.answers(None)
     client = edge.connect(SMALL)
