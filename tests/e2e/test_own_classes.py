@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import sys
+from pathlib import Path
 
 import httpx
 import pytest
@@ -152,6 +155,30 @@ def test_custom_gateway_manager_classes_of_a_site_are_used(make_keeper, gateway)
     assert stopped_or_left(report) == {kernel}
     until(lambda: gateway.kernels() == set(), what="the kernel to be ended")
     assert f"own kernels: ends {kernel}" in keeper.http.get("/api/servers/default/logs").text
+
+
+def test_page_asks_about_a_build_only_if_one_may_be_needed(make_keeper, tmp_path):
+    keeper = make_keeper().start()
+    for name in ("static", "schemas", "themes"):
+        (tmp_path / name).symlink_to(Path(sys.prefix) / "share/jupyter/lab" / name)
+    asks = []
+    for env in ({}, {"JUPYTERLAB_DIR": str(tmp_path)}):
+        server = keeper.post(name=f"lab{len(env)}", env=env).json()
+        asks.append('"buildCheck": true' in jupyter_request(server, "GET", "lab").text)
+    assert asks == [False, True]
+
+
+@pytest.mark.parametrize("base_url", ["/", "/deep/er/"])
+def test_browsers_keep_bundles_of_extensions(keeper, base_url):
+    server = keeper.post(name="bundles", base_url=base_url).json()
+    page = jupyter_request(server, "GET", "lab").text
+    config = json.loads(
+        re.search(r'id="jupyter-config-data"[^>]*>(.*?)</script>', page, re.DOTALL)[1]
+    )
+    (first, *_) = config["federated_extensions"]
+    answer = jupyter_request(server, "GET", f"lab/extensions/{first['name']}/{first['load']}")
+    assert answer.status_code == 200
+    assert "immutable" in answer.headers["cache-control"]
 
 
 def test_error_while_setting_up_page_protection_fails_the_start(make_keeper):

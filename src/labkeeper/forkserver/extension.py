@@ -23,6 +23,8 @@ def _jupyter_server_extension_points() -> list[dict[str, Any]]:
 
 def _load_jupyter_server_extension(app: Any) -> None:
     _protect_pages(app.web_app.settings)
+    _keep_bundles(app.web_app.settings)
+    _spare_build_check(app)
     if app.launch.encrypt_kernels:
         _encrypt_kernels(app)
     app.kernels.record()
@@ -37,6 +39,44 @@ def _protect_pages(settings: dict[str, Any]) -> None:
     settings.setdefault("page_config_data", {})["token"] = ""
     # A site's choice stays. Jupyter checks the referrer for its own files, so there must be one.
     settings.setdefault("headers", {}).setdefault("Referrer-Policy", "same-origin")
+
+
+def _keep_bundles(settings: dict[str, Any]) -> None:
+    """Let browsers keep the bundles of extensions also if the server has a base_url.
+
+    jupyterlab_server (2.28, `app.py`) leaves it out of their addresses, so that browsers would ask
+    for each of them again at each load.
+    """
+    base, known = settings["base_url"], settings.get("static_immutable_cache", [])
+    left_out = [base + url.lstrip("/") for url in known if not url.startswith(base)]
+    settings["static_immutable_cache"] = [*known, *left_out]
+
+
+def _spare_build_check(app: Any) -> None:
+    """Keep JupyterLab's page from asking whether JupyterLab must be built, if it cannot be so.
+
+    The answer takes a second at each load of the page, and executes Node. Only extensions that were
+    installed from source need a build.
+    """
+    for lab in app.extension_manager.extension_apps.get("jupyterlab", ()):
+        if not may_need_build(lab.app_dir):
+            app.web_app.settings["page_config_data"]["buildCheck"] = False
+
+
+def may_need_build(app_dir: str) -> bool:
+    """Whether JupyterLab was ever built there, or has extensions that are not (`commands.py`).
+
+    In another directory than that of its package, it was.
+    """
+    from jupyterlab.commands import get_app_dir
+
+    if os.environ.get("JUPYTERLAB_DIR") or os.path.realpath(app_dir) != os.path.realpath(
+        get_app_dir()
+    ):
+        return True
+    left = [os.path.join(app_dir, name) for name in ("extensions", "staging")]
+    config = os.path.join(app_dir, "settings", "build_config.json")
+    return os.path.exists(config) or any(os.path.isdir(path) and os.listdir(path) for path in left)
 
 
 def _encrypt_kernels(app: Any) -> None:
