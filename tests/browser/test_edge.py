@@ -37,6 +37,32 @@ def open_notebook(keeper, page, code, name="lab"):
     page.goto(link_to(keeper, name, f"{name}.ipynb"))
 
 
+SIZES = """
+() => performance.getEntriesByType('resource')
+    .filter(entry => new URL(entry.name).pathname.includes('/static/lab/'))
+    .map(entry => [entry.transferSize, entry.encodedBodySize, entry.decodedBodySize])
+"""
+
+
+def test_bundles_are_loaded_compressed_and_only_once(keeper, page):
+    keeper.post(name="lab")
+
+    def load(url):
+        """Return what the page's bundles took of the network, packed and unpacked."""
+        page.goto(url)
+        page.locator(".jp-LauncherCard").first.wait_for()
+        sizes = page.evaluate(SIZES)
+        assert len(sizes) > 20
+        return map(sum, zip(*sizes, strict=True))
+
+    body = {"page": "/lab?reset"}
+    link = keeper.http.post("/api/servers/lab/link", json=body).json()["url"]
+    took, packed, unpacked = load(link)
+    assert packed <= took < unpacked / 3
+    took, _, again = load(f"{keeper.url}/servers/lab/lab?reset")
+    assert (took, again) == (0, unpacked)
+
+
 WAITS = "import os, time\nwhile not os.path.exists('go'): time.sleep(0.01)\nprint('gone on')"
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -11,6 +13,7 @@ import sys
 import threading
 from pathlib import Path
 
+import brotli
 import httpx
 import pytest
 import trustme
@@ -95,6 +98,37 @@ def test_a_requested_base_url_is_below_the_servers_path(make_edge_keeper):
     assert httpx.get(url, headers=headers, trust_env=False).status_code == 200
     again = keeper.post(name="lab", base_url="/deep/er")
     assert (again.status_code, again.json()["generation"]) == (200, 1)
+
+
+def test_settings_and_bundles_of_a_lab_arrive_compressed(make_edge_keeper):
+    """And are the same as those that the Lab sends directly."""
+    keeper = make_edge_keeper().start()
+    server = keeper.post(name="lab").json()
+    token = {"Authorization": f"token {server['token']}"}
+    page = httpx.get(f"{server['url']}lab", headers=token, trust_env=False).text
+    bundle = re.search(r"static/lab/main\.[0-9a-f]+\.js\?v=[0-9a-f]+", page)[0]
+    for path in ("lab/api/settings", bundle):
+        direct = httpx.get(f"{server['url']}{path}", headers=token, trust_env=False)
+        assert "content-encoding" not in direct.headers
+        for coding in ("br", "gzip"):
+            headers = token | {"Accept-Encoding": coding}
+            url = f"{at_edge(keeper, server)['url']}{path}"
+            with httpx.stream("GET", url, headers=headers, trust_env=False) as answer:
+                packed = b"".join(answer.iter_raw())
+            assert answer.headers["content-encoding"] == coding
+            assert len(packed) == int(answer.headers["content-length"])
+            assert len(packed) < len(direct.content) / 3
+            unpack = {"br": brotli.decompress, "gzip": gzip.decompress}[coding]
+            assert unpack(packed) == direct.content
+    assert "immutable" in answer.headers["cache-control"]
+    # Jupyter knows its own ETag again.
+    known = f"{at_edge(keeper, server)['url']}lsp/status"
+    found = httpx.get(known, headers=token, trust_env=False)
+    assert found.headers["content-encoding"] == "br"
+    assert found.headers["etag"].startswith('W/"')
+    again = token | {"If-None-Match": found.headers["etag"]}
+    answer = httpx.get(known, headers=again, trust_env=False)
+    assert (answer.status_code, answer.headers["etag"]) == (304, found.headers["etag"])
 
 
 @pytest.mark.promise

@@ -12,6 +12,7 @@ from labkeeper.edge import answers, tunnel
 from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
+from labkeeper.edge.compression import Parcel
 from labkeeper.edge.heads import Answer, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
@@ -77,6 +78,8 @@ class Exchange:
         """Whether the answer is sent in chunks."""
         self._unsent = b""
         """What is sent with what follows: each call of send(2) takes longer than all else."""
+        self._parcel: Parcel | None = None
+        """The answer, while it is collected to be compressed, or sent so."""
 
     @property
     def wants_body(self) -> bool:
@@ -107,6 +110,7 @@ class Exchange:
             self._connecting.cancel()
         if self._upstream is not None:
             self._upstream.abort()
+        self._drop_parcel()
 
     def receive_body(self, data: bytes) -> bytes:
         """Pass on the body in a piece of the client's input; return what follows it."""
@@ -128,12 +132,21 @@ class Exchange:
 
     def pause_answer(self) -> None:
         """Stop reading the answer: the client takes no more at the moment."""
+        if self._parcel is not None:
+            self._parcel.is_held = True
+        else:
+            self._pause_upstream()
+
+    def _pause_upstream(self) -> None:
         if self._upstream is not None and not self._upstream.transport.is_closing():
             self._upstream.transport.pause_reading()
 
     def resume_answer(self) -> None:
         """Read the answer again."""
-        if self._upstream is not None and not self._upstream.transport.is_closing():
+        if self._parcel is not None:
+            self._parcel.is_held = False
+            self._send_parcel(self._parcel)
+        elif self._upstream is not None and not self._upstream.transport.is_closing():
             self._upstream.transport.resume_reading()
 
     # The connection
@@ -182,11 +195,24 @@ class Exchange:
 
     def answer_begun(self, answer: Answer, rest: bytes) -> None:
         """See `AnswerReader`."""
-        self._answered = True
-        self._record.status = answer.status
         if answer.websocket:
+            self._answered = True
+            self._record.status = answer.status
             self._tunnel(answer, rest)
             return
+        if self._server is not None:
+            compressor = self._proxy.compressor
+            answer, self._parcel = compressor.begin(self._request, answer, self._leave_parcel)
+        if self._parcel is None:
+            self._begin(answer)
+        else:
+            # The Lab has answered; if the rest does not come, it is not asked again.
+            self._repeated = True
+
+    def _begin(self, answer: Answer) -> None:
+        """Send the head of the answer."""
+        self._answered = True
+        self._record.status = answer.status
         added = [(b"x-request-id", self._record.id.encode())]
         empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
         if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
@@ -205,8 +231,13 @@ class Exchange:
 
     def answer_continued(self, content: bytes) -> None:
         """See `AnswerReader`."""
-        framed = chunk(content) if self._in_chunks else content
-        self._unsent = self._unsent + framed if self._unsent else framed
+        if self._parcel is not None:
+            self._parcel.add(content)
+        else:
+            self._put(chunk(content) if self._in_chunks else content)
+
+    def _put(self, data: bytes) -> None:
+        self._unsent = self._unsent + data if self._unsent else data
 
     def piece_read(self) -> None:
         """See `AnswerReader`."""
@@ -216,8 +247,48 @@ class Exchange:
 
     def answer_ended(self) -> None:
         """See `AnswerReader`."""
+        if self._parcel is None:
+            self._end()
+            return
+        parcel = self._parcel
+
+        def send(answer: Answer) -> None:
+            self._begin(answer)
+            self._send_parcel(parcel)
+
+        parcel.compress(send)
+
+    def _leave_parcel(self) -> None:
+        """Pass the answer on as it comes: the Lab takes too long."""
+        parcel = self._parcel
+        if parcel is not None:
+            self._pause_upstream()
+            self._begin(parcel.leave())
+            self._send_parcel(parcel)
+
+    def _send_parcel(self, parcel: Parcel) -> None:
+        """Send as much of what was collected as the client takes."""
+        while not parcel.is_held:
+            piece = parcel.take()
+            if not piece:
+                self._drop_parcel()
+                if parcel.is_whole:
+                    self._end()
+                else:
+                    self.resume_answer()
+                return
+            self._put(piece)
+            self.piece_read()
+
+    def _drop_parcel(self) -> None:
+        parcel, self._parcel = self._parcel, None
+        if parcel is not None:
+            parcel.close()
+
+    def _end(self) -> None:
+        """End after the whole answer was sent."""
         if self._in_chunks:
-            self._unsent += LAST_CHUNK
+            self._put(LAST_CHUNK)
         self.piece_read()
         upstream, self._upstream = self._upstream, None
         if upstream is not None and not self._body.ended:
@@ -230,6 +301,7 @@ class Exchange:
     def answer_failed(self, reason: str) -> None:
         """See `AnswerReader`."""
         upstream, self._upstream = self._upstream, None
+        self._drop_parcel()
         if self._answered:
             # A part must not be mistaken for the whole.
             self._client.cut_off()

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final, Protocol, TypeVar
 
 from labkeeper.edge.access_log import AccessLog, Record
+from labkeeper.edge.compression import Compressor
 from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.report import Report
@@ -95,6 +96,7 @@ class Proxy:
         self.hosts = Hosts()
         self.routes = RouteTable()
         self.sessions = SessionTable()
+        self.compressor = Compressor(loop)
         self.draining = False
         self.waiting: dict[Connection, None] = {}
         """Clients without a request, the longest waiting one first."""
@@ -208,6 +210,7 @@ class Proxy:
             client.cut_off()
         for transport in list(self._tunnels):
             transport.abort()
+        self.compressor.close()
 
     def report(self) -> dict[str, Any]:
         """Return what keepers publish as metrics."""

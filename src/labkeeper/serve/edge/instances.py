@@ -258,5 +258,6 @@ def _build() -> str:
     sources = [*sorted(program.glob("*.py"))]
     sources += [Path(str(module.__file__)) for module in (identity, marks, peers)]
     made_from = [path.read_bytes() for path in sources]
-    made_from += [sys.executable.encode(), sys.version.encode(), version("httptools").encode()]
+    made_from += [sys.executable.encode(), sys.version.encode()]
+    made_from += [version(library).encode() for library in ("brotli", "httptools")]
     return hashlib.sha256(b"\0".join(made_from)).hexdigest()[:12]
