@@ -50,6 +50,12 @@ _END_WITHIN: Final = 2.0
 """Seconds in which an edge must end when told to."""
 _INHERITED: Final = re.compile(r"PATH|LANG|LC_\w+|TZ|PYTHON\w+")
 """Variables that an edge gets of the keeper's: whoever gains control of it must find no secrets."""
+_ALLOCATOR: Final = {
+    "MALLOC_MMAP_THRESHOLD_": str(1024 * 1024),
+    "MALLOC_TRIM_THRESHOLD_": str(4 * 1024 * 1024),
+}
+"""Has glibc return pieces of memory over 1 MiB at once: after compressing, it would keep 15 MiB.
+With the first one alone it would return those of each read as well, and get them anew."""
 _MODULE: Final = "labkeeper.edge"
 _USER: Final = "labkeeper-edge"
 """The user that a root keeper's edge becomes, if it exists; otherwise `nobody`."""
@@ -152,7 +158,7 @@ class Instances:
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
                 [sys.executable, "-P", "-m", _MODULE],
                 cwd=directory,
-                env={name: os.environ[name] for name in os.environ if _INHERITED.fullmatch(name)},
+                env=_environment(),
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -250,6 +256,11 @@ def _edge_user() -> tuple[int, int] | None:
             entry = pwd.getpwnam(name)
             return entry.pw_uid, entry.pw_gid
     return None
+
+
+def _environment() -> dict[str, str]:
+    inherited = {name: os.environ[name] for name in os.environ if _INHERITED.fullmatch(name)}
+    return inherited | _ALLOCATOR
 
 
 def _build() -> str:
