@@ -77,6 +77,7 @@ def server_model(
         exit=snapshot.exit,
         failure=_failure_model(snapshot.failure),
         stop_report=snapshot.stop_report,
+        stopped_by=snapshot.stopped_by,
     )
 
 

@@ -41,7 +41,7 @@ from labkeeper.core.lifecycle import State
 from labkeeper.core.spec import DEFAULT_NAME
 
 if TYPE_CHECKING:
-    from labkeeper.client import Client, Gateway, Kernel, Library, Limit, Server, Usage
+    from labkeeper.client import Client, Gateway, Kernel, Library, Limit, Server, StopOrder, Usage
 
 
 @click.command(
@@ -241,7 +241,12 @@ def _facts(server: Server, kernels: list[str], libraries: list[str]) -> dict[str
         "restarts": server.restarts,
         "failure": server.failure and f"{server.failure.message} ({server.failure.failure_class})",
         "stopped": server.stop_report and _stopped(server),
+        "stopped by": server.stopped_by and _stopped_by(server.stopped_by),
     }
+
+
+def _stopped_by(order: StopOrder) -> str:
+    return f"{order.actor} ({order.reason})" if order.reason else order.actor
 
 
 @click.command(

@@ -22,6 +22,7 @@ from labkeeper.schema.answers.servers import (
     Kernel,
     Limit,
     Server,
+    StopOrder,
     StopReport,
     Usage,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "OrphanedKernel",
     "Server",
     "Session",
+    "StopOrder",
     "StopReport",
     "Token",
     "Usage",

@@ -48,6 +48,7 @@ from labkeeper.core.server import (
     Progress,
     Snapshot,
     StopMethod,
+    StopOrder,
 )
 from labkeeper.core.spec import ServerSpec
 
@@ -146,7 +147,7 @@ class Controller:
         if revised is not None:
             after = after._with(revised=None if revised == before.spec else revised)
         if origin is not None:
-            after = replace(after, origin=origin)
+            after = replace(after, origin=origin)._stopped_by(event, origin)
         following = after.origin
         jobs: tuple[Job, ...] = ()
         orphans: tuple[OrphanedKernel, ...] = ()
@@ -190,6 +191,11 @@ class Controller:
 
     def _with(self, **changes: Any) -> Controller:
         return replace(self, snapshot=replace(self.snapshot, **changes))
+
+    def _stopped_by(self, event: Event, origin: Origin) -> Controller:
+        """Note who stops it, so that the next keeper knows it, too."""
+        stops = event in {Event.STOP, Event.KILL}
+        return self._with(stopped_by=StopOrder(origin.actor, origin.reason) if stops else None)
 
     def _may_retry(self, fact: Fact | None) -> bool:
         snap, blameless = self.snapshot, False

@@ -27,6 +27,7 @@ from labkeeper.core.lifecycle import (
     COMES_BACK,
     COMMANDS,
     MAY_EXIST,
+    RETURNS,
     Action,
     Event,
     State,
@@ -138,8 +139,10 @@ class Fleet:
         """Stop every server; raise the errors at the end."""
         wrong: list[Exception] = []
         for name, controller in list(self._servers.items()):
-            # A failed server has nothing to stop, and its cause must stay readable.
-            if controller.snapshot.state is not State.FAILED:
+            # A failed server has nothing to stop, and its cause must stay readable. One that is
+            # stopped, or about to be, stays as it is: it may sleep.
+            snapshot = controller.snapshot
+            if snapshot.state is not State.FAILED and snapshot.goal in RETURNS:
                 try:
                     self._order(Order(name, Event.STOP, origin=origin))
                 except Exception as error:  # noqa: BLE001 - any error: the next server must be stopped, too

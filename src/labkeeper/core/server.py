@@ -137,6 +137,16 @@ class StopReport:
 
 
 @dataclass(frozen=True, slots=True)
+class StopOrder:
+    """The command that stopped a server, or is about to."""
+
+    actor: str
+    """Who gave it, as in events."""
+    reason: str = ""
+    """Why; that of the culler begins with the rule."""
+
+
+@dataclass(frozen=True, slots=True)
 class Kernel:
     """A kernel of a server, as reported by Jupyter; `last_activity` is RFC 3339."""
 
@@ -317,6 +327,8 @@ class Snapshot:
     """How it last ended."""
     failure: Failure | None = None
     stop_report: StopReport | None = None
+    stopped_by: StopOrder | None = None
+    """The last stop command, until the next start; None if it ended in another way."""
     restarts: int = 0
     """Launches after a crash since the last start command."""
     revised: ServerSpec | None = None

@@ -36,7 +36,7 @@ from labkeeper.core.messages import (
 )
 from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Capacity, Reserve
-from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod
+from labkeeper.core.server import Exit, FailureClass, OwnKernel, StopMethod, StopOrder
 from labkeeper.core.spec import Gateway
 from labkeeper.testing.fakes import (
     FakeClock,
@@ -334,6 +334,60 @@ def test_stop_all_keeps_the_failure_of_a_failed_server(bench):
     assert bench.fleet.step(StopAll()) is None
     bench.wait()
     assert bench.last("one") == before
+
+
+def slept(bench):
+    """Have the culler stop a server."""
+    bench.fleet.step(Order("lab", Event.STOP, origin=CULLED))
+    bench.executor.run_all()
+    assert bench.state() is State.STOPPED
+
+
+CULLED = Origin("culler", reason="sleep_after: without kernels")
+
+
+def test_who_stopped_a_server_is_known_to_the_next_keeper_until_it_is_started(bench):
+    bench.run()
+    slept(bench)
+    bench.crash()
+    assert bench.last().stopped_by == StopOrder("culler", CULLED.reason)
+    bench.fleet.step(Order("lab", Event.START, origin=Origin("token:ada")))
+    assert bench.last().stopped_by is None
+    bench.executor.run_all()
+    bench.world.crash("lab", Exit(code=0))
+    bench.executor.run_all()
+    assert (bench.state(), bench.last().stopped_by) == (State.STOPPED, None)
+
+
+def test_a_later_stop_command_replaces_the_cullers_and_the_end_of_the_keeper_does_not(bench):
+    """The end of a keeper stops nothing that is stopped: what sleeps, sleeps on."""
+    bench.run()
+    slept(bench)
+    bench.fleet.step(StopAll())
+    assert bench.last().stopped_by.actor == "culler"
+    bench.crash()
+    bench.fleet.step(Order("lab", Event.STOP, origin=Origin("token:ada", "1")))
+    assert bench.last().stopped_by == StopOrder("token:ada")
+    bench.crash()
+    assert bench.last().stopped_by == StopOrder("token:ada")
+
+
+def test_a_server_about_to_sleep_still_does_when_the_keeper_ends(bench):
+    bench.run().world.temper("lab").obeys = False
+    bench.fleet.step(Order("lab", Event.STOP, origin=CULLED))
+    assert bench.state() is State.STOPPING
+    bench.fleet.step(StopAll())
+    assert bench.last().stopped_by.actor == "culler"
+    bench.executor.run_all()
+    bench.wait()
+    assert (bench.state(), bench.last().stopped_by.actor) == (State.STOPPED, "culler")
+
+
+def test_a_server_stopped_by_the_end_of_its_keeper_says_so(bench):
+    bench.run()
+    bench.fleet.step(StopAll())
+    bench.executor.run_all()
+    assert bench.last().stopped_by == StopOrder("keeper", "the keeper ends")
 
 
 # The store

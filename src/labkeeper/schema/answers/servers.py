@@ -53,6 +53,13 @@ class StopReport(Answer):
     )
 
 
+class StopOrder(Answer):
+    """Who stopped a server, and why."""
+
+    actor: str
+    reason: str = Field(description="That of the culler begins with the rule; may be empty.")
+
+
 class Limit(Answer):
     """A resource limit of a server with its kernels and terminals."""
 
@@ -208,6 +215,12 @@ class Server(Answer):
     )
     stop_report: StopReport | None = Field(
         description="How it was ended: `method`, `seconds`, `kernels_stopped`, `kernels_left`."
+    )
+    stopped_by: StopOrder | None = Field(
+        description=(
+            "Who stopped it: `actor` and `reason`, as in events; "
+            "null if it runs, or ended in another way."
+        )
     )
 
 
