@@ -30,6 +30,7 @@ from labkeeper.core.server import (
     OwnKernel,
     Snapshot,
     Usage,
+    Visits,
 )
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, ServerSpec
 
@@ -201,6 +202,13 @@ class Probe(Protocol):
 
         Raises BackendUnavailable, BackendTimeout.
         """
+
+
+class Visitors(Protocol):
+    """Who has Labs open in browsers."""
+
+    def visits(self, snapshot: Snapshot) -> Visits:
+        """Return the visits to a running server's Lab. Raises BackendUnavailable if unknown."""
 
 
 class GatewayPreflight(Protocol):

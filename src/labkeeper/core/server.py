@@ -196,6 +196,16 @@ class Activity:
 
 
 @dataclass(frozen=True, slots=True)
+class Visits:
+    """Who has a Lab open in a browser, as the edge sees it."""
+
+    open: int
+    """Open websockets, and requests in progress."""
+    ago: float | None
+    """Seconds since a browser last used the Lab; None: none has since the edge was started."""
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """A notebook or console that has a kernel open, in Jupyter's terms."""
 

@@ -130,8 +130,11 @@ class Control:
         for connection in list(self.keepers):
             connection.send(message)
 
-    def obey(self, frame: Mapping[str, Any]) -> None:
-        """Execute a command. Raises WireError, RouteError, SessionError."""
+    def obey(self, frame: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """Execute a command; return the answer if it is a question.
+
+        Raises WireError, RouteError, SessionError.
+        """
         proxy = self._commands.proxy
         routes, sessions = proxy.routes, proxy.sessions
         match frame:
@@ -156,12 +159,15 @@ class Control:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
                 routes.remove(server)
+            case {"do": "visits", "server": str(server)}:
+                return {"visits": {"open": proxy.visitors(server), "ago": proxy.visits.ago(server)}}
             case {"do": "drain"}:
                 self._commands.drain()
             case {"do": "stop"}:
                 self._commands.stop()
             case _:
                 raise wire.WireError("the command is unknown")
+        return None
 
 
 def _holds(pid: int, inode: int) -> bool:
@@ -209,7 +215,8 @@ class _Connection:
             raise EOFError
         for frame in self._frames.feed(data):
             if self._nonce is None:
-                self._control.obey(frame)
+                if (answer := self._control.obey(frame)) is not None:
+                    self.send(answer)
             else:
                 socket.send_fds(self._socket, *self._prove(frame, self._nonce))
                 self._nonce = None

@@ -20,6 +20,7 @@ from labkeeper.edge.report import Report
 from labkeeper.edge.routes import Route, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable
 from labkeeper.edge.upstream import Target, Upstream
+from labkeeper.edge.visits import VisitTable
 
 _TRY_EVERY: Final = 0.02
 """Interval in seconds between attempts to reach a keeper that restarts."""
@@ -97,6 +98,7 @@ class Proxy:
         self.routes = RouteTable()
         self.sessions = SessionTable()
         self.compressor = Compressor(loop)
+        self.visits = VisitTable(loop.time)
         self.draining = False
         self.waiting: dict[Connection, None] = {}
         """Clients without a request, the longest waiting one first."""
@@ -148,13 +150,19 @@ class Proxy:
         return session is None or self._in_use[session] < self.limits.requests_of_session
 
     def use(self, session: Session) -> None:
-        """Count a request of a session, which has begun."""
+        """Count a request or a tunnel of a session, which has begun."""
         self._in_use[session] += 1
+        self.visits.note(session.server)
+
+    def _release(self, session: Session) -> None:
+        """Count a request or a tunnel of a session as ended."""
+        _decrease(self._in_use, session)
+        self.visits.note(session.server)
 
     def ended(self, record: Record) -> None:
         """Count and log a request that has ended."""
         if record.session is not None:
-            _decrease(self._in_use, record.session)
+            self._release(record.session)
         self._report.answered(record)
         self.access_log.add(record)
 
@@ -165,20 +173,24 @@ class Proxy:
         tunnel = self._tunnels[client] = _Tunnel(address, session)
         self._addresses[address] += 1
         if session is not None:
-            self._in_use[session] += 1
+            self.use(session)
         return functools.partial(self._tunnel_closed, client, tunnel)
 
     def _tunnel_closed(self, client: asyncio.Transport, tunnel: _Tunnel) -> None:
         del self._tunnels[client]
         _decrease(self._addresses, tunnel.address)
         if tunnel.session is not None:
-            _decrease(self._in_use, tunnel.session)
+            self._release(tunnel.session)
         self.last_used = self.loop.time()
 
     @property
     def open(self) -> int:
         """The number of clients' connections."""
         return len(self._clients) + len(self._tunnels)
+
+    def visitors(self, server: str) -> int:
+        """Return how many requests and tunnels of browsers with a session a Lab has now."""
+        return sum(count for used, count in self._in_use.items() if used.server == server)
 
     def shut_out(self, sessions: Collection[Session]) -> None:
         """Close what sessions that have ended have opened."""
@@ -192,6 +204,7 @@ class Proxy:
     def sweep(self) -> None:
         """Close the connections whose time is up."""
         self.shut_out(self.sessions.expire(time.time()))
+        self.visits.keep(self.routes)
         now = self.loop.time()
         for client in [client for client in self._clients if client.deadline <= now]:
             client.time_out(now)

@@ -70,6 +70,9 @@ class RouteTable:
         """Return the route to a server, or None."""
         return self._routes.get(server)
 
+    def __contains__(self, server: object) -> bool:
+        return server in self._routes
+
     def __len__(self) -> int:
         return len(self._routes)
 

@@ -15,6 +15,9 @@ Then the keeper sends:
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
 * `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 
+* `{"do": "visits", "server": …}` asks who has a Lab open in a browser. This is the only one with an
+  answer, `{"visits": {"open": …, "ago": …}}`; keepers ask it over a connection of its own.
+
 The edge sends `{"report": …}` every few seconds: counts for metrics, and a sign of life.
 
 Nothing depends on the connection being a Unix socket, except that the edge then also sends its

@@ -222,6 +222,18 @@ def test_it_logs_answers_if_the_keeper_wants_it(edge):
     assert (log.path.stat().st_mode & 0o777) == 0o600
 
 
+def test_visits_of_browsers_with_a_session_are_told(edge):
+    def visits(server="lab"):
+        return edge.link.ask(edge.instances.key(), "visits", server, within=PATIENCE)
+
+    edge.link.send(everything([ROUTE], [SESSION]))
+    assert (edge.get(TOKEN), visits()) == (502, {"open": 0, "ago": None})
+    assert edge.get(COOKIE) == 502
+    found = visits()
+    assert (found["open"], 0 <= found["ago"] <= PATIENCE) == (0, True)
+    assert visits("other") == {"open": 0, "ago": None}
+
+
 @pytest.mark.parametrize("command", ["stop", "drain"])
 def test_it_ends_when_told_to(edge, command):
     edge.link.send(everything([], []))

@@ -6,6 +6,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -93,6 +94,19 @@ class Link:
                     self.heard.report = Report.parse(report)
                 case _:
                     raise wire.WireError("it does not report")
+
+    def ask(self, key: str, question: str, server: str, *, within: float) -> Any:
+        """Return the answer to a question about a server. It is asked over a connection of its own.
+
+        Raises OSError, EOFError, WireError.
+        """
+        with closing(Link.open(self.directory, key, within=within)) as other:
+            other.connection.settimeout(within)
+            other.send({"do": question, "server": server})
+            received = _Received(other.connection)
+            while question not in (frame := received.next()):
+                continue  # A frame that all keepers get.
+            return frame[question]
 
     def close_public(self) -> None:
         """Close our descriptor of its listening socket; else an address would not be given up."""

@@ -19,10 +19,11 @@ import structlog
 from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
 from labkeeper.core.access import Session
-from labkeeper.core.errors import SettingsError
+from labkeeper.core.errors import BackendUnavailable, SettingsError
 from labkeeper.core.messages import Change, EdgeUse
-from labkeeper.core.server import Snapshot
+from labkeeper.core.server import Snapshot, Visits
 from labkeeper.core.spec import QualifiedName
+from labkeeper.edge import wire
 from labkeeper.edge.main import duplicate
 from labkeeper.edge.report import Answers, ReportError
 from labkeeper.edge.routes import Route
@@ -37,6 +38,8 @@ _TRY_AGAIN = 1.0
 """Seconds between two attempts to start an edge."""
 _SILENT_FOR = 4 * REPORT_EVERY
 """Seconds without a report after which an edge is replaced: it must be suspended, or stuck."""
+_ANSWER_WITHIN = 2.0
+"""Seconds in which an edge must answer a question."""
 
 _log = structlog.get_logger("labkeeper.serve.edge")
 
@@ -110,6 +113,28 @@ class Edge:
             for link in self._ending:
                 with contextlib.suppress(OSError):
                     link.send({"do": "sessions", **news})
+
+    def visits(self, snapshot: Snapshot) -> Visits:
+        """Return the visits to a running server's Lab. Raises BackendUnavailable if unknown."""
+        name = snapshot.qualified_name
+        with self._lock:
+            links, routed = [self._link, *self._ending], name in self._routes
+        if not routed:
+            raise BackendUnavailable(
+                f"cannot know who visits server '{snapshot.name}': the edge does not serve it"
+            )
+        try:
+            # An edge that finishes what it has begun may still have open websockets.
+            found = [
+                _visits(link.ask(self.secret, "visits", name, within=_ANSWER_WITHIN))
+                for link in links
+            ]
+        except (OSError, EOFError, wire.WireError) as error:
+            raise BackendUnavailable(
+                f"cannot know who visits server '{snapshot.name}': the edge does not say"
+            ) from error
+        ago = min((one.ago for one in found if one.ago is not None), default=None)
+        return Visits(sum(one.open for one in found), ago)
 
     def _tell(self, message: dict[str, object]) -> None:
         """Send a command, or have the edge replaced: it takes none, so it is suspended or dead."""
@@ -292,6 +317,14 @@ def _message(session: Session) -> dict[str, object]:
         "user": session.actor.partition(":")[2] or session.actor,
         "expires_at": session.expires_at,
     }
+
+
+def _visits(answer: object) -> Visits:
+    """Read an edge's answer. Raises WireError."""
+    match answer:
+        case {"open": int(open_), "ago": int() | float() | None as ago}:
+            return Visits(open_, ago)
+    raise wire.WireError("the answer is not about visits")
 
 
 def route_of(snapshot: Snapshot, labs: LabAddresses, secret: str) -> Route | None:
