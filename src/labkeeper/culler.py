@@ -6,6 +6,7 @@ hung one delays no other. A server without rules is never polled.
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -26,14 +27,15 @@ from labkeeper.core.culling import (
     decide,
     idle_kernels,
     limits_of,
+    rule_of_stop,
     warned_at,
 )
 from labkeeper.core.durations import format_duration, format_time
-from labkeeper.core.errors import BackendError
+from labkeeper.core.errors import BackendError, BackendUnavailable
 from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.messages import CULLER, Change, HistoryKind, Message, Order, Origin
-from labkeeper.core.ports import Backend, Clock, EventLog, Probe
-from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot
+from labkeeper.core.ports import Backend, Clock, EventLog, Probe, Visitors
+from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, Visits
 from labkeeper.core.spec import QualifiedName
 from labkeeper.threads import ThreadGroup
 
@@ -67,16 +69,21 @@ class Culler:
         *,
         backend: Backend,
         probe: Probe,
+        visitors: Visitors | None,
         event_log: EventLog,
         threads: ThreadGroup,
         clock: Clock,
         policy: CullPolicy,
         period: float,
     ) -> None:
-        """`give` passes a command to the fleet without waiting. `period` is in seconds."""
+        """`give` passes a command to the fleet without waiting. `period` is in seconds.
+
+        Without `visitors`, whether a server has any is unknown, which counts as use.
+        """
         self._give = give
         self._backend = backend
         self._probe = probe
+        self._visitors = visitors
         self._event_log = event_log
         self._threads = threads
         self._clock = clock
@@ -119,7 +126,9 @@ class Culler:
         now = self._clock.monotonic()
         watched = self._watched.get(snapshot.qualified_name)
         if snapshot.state is not State.RUNNING:
-            verdict = Verdict(CullState.NOT_RUNNING, f"it is {snapshot.state}")
+            sleeps = rule_of_stop(snapshot) is Rule.SLEEP_AFTER
+            reason = "it sleeps until its Lab is visited" if sleeps else f"it is {snapshot.state}"
+            verdict = Verdict(CullState.NOT_RUNNING, reason)
         elif watched is None:
             verdict = decide(Facts(limits_of(snapshot.spec), now, now), self._policy, now)
         else:
@@ -194,6 +203,7 @@ class Culler:
 
     def _ask(self, watched: _Watched) -> None:
         """Update the facts about a server; without an answer, its activity is unknown."""
+        visits, why = self._visits(watched)
         try:
             found = self._probe.activity(watched.endpoint)
             seen = self._with_programs(watched.snapshot.qualified_name, found)
@@ -205,7 +215,20 @@ class Culler:
             now, wall = self._clock.monotonic(), self._clock.time()
             watched.looked_at = now
             activity = watched.memory.take(seen, now=now, wall=wall)
-            watched.facts = replace(watched.facts, activity=activity)
+            facts = replace(watched.facts, activity=activity, visits=visits, visits_unknown=why)
+            occupied_at = max(facts.occupied_at, _occupied_at(facts, now))
+            watched.facts = replace(facts, occupied_at=occupied_at)
+
+    def _visits(self, watched: _Watched) -> tuple[Visits | None, str]:
+        """Return the visits to a server's Lab, or None and why they are not known."""
+        if Rule.SLEEP_AFTER not in watched.facts.limits:
+            return None, ""
+        if self._visitors is None:
+            return None, "only the edge sees visitors, and it is off"
+        try:
+            return self._visitors.visits(watched.snapshot), ""
+        except BackendUnavailable as error:
+            return None, error.message
 
     def _with_programs(self, name: QualifiedName, seen: Activity) -> Activity:
         """Add the programs in the terminals, which Jupyter lists in order of creation."""
@@ -240,7 +263,7 @@ class Culler:
             f"server '{snapshot.name}' will be stopped in {format_duration(ahead)}, "
             f"by {outlook.rule}, unless it is snoozed"
         )
-        message += " or used" if outlook.rule is Rule.IDLE_TIMEOUT else ""
+        message += "" if outlook.rule is Rule.MAX_AGE else " or used"
         _log.info(
             "a server is about to be culled",
             server=snapshot.qualified_name,
@@ -264,7 +287,7 @@ class Culler:
         still_due = (
             again.state is CullState.DUE and again.next is not None and again.next.rule is rule
         )
-        if not still_due or (rule is Rule.IDLE_TIMEOUT and watched.facts.activity != before):
+        if not still_due or (rule is not Rule.MAX_AGE and watched.facts.activity != before):
             _log.info(
                 "a server is not culled: it has changed at the last moment",
                 server=snapshot.qualified_name,
@@ -316,3 +339,16 @@ class Culler:
             generation=watched.snapshot.generation,
             details={"kernel": kernel_id},
         )
+
+
+def _occupied_at(facts: Facts, now: float) -> float:
+    """Return when a server last had a kernel, a terminal or a visitor, by one look at it."""
+    activity, visits = facts.activity, facts.visits
+    if activity is not None and (activity.kernels or activity.terminals):
+        return now
+    if visits is None:
+        return -math.inf
+    if visits.open:
+        # A websocket may be open for hours after the last request.
+        return now
+    return -math.inf if visits.ago is None else now - visits.ago

@@ -14,7 +14,15 @@ from labkeeper.core.culling import CullPolicy, CullState
 from labkeeper.core.errors import BackendTimeout, BackendUnavailable
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
-from labkeeper.core.server import Activity, Endpoint, KernelUse, Snapshot, TerminalUse
+from labkeeper.core.server import (
+    Activity,
+    Endpoint,
+    KernelUse,
+    Snapshot,
+    StopOrder,
+    TerminalUse,
+    Visits,
+)
 from labkeeper.culler import Culler
 from labkeeper.testing.fakes import FakeClock, a_spec
 from labkeeper.testing.world import FakeBackend
@@ -64,17 +72,28 @@ class StubProbe:
         self.ended.append(kernel_id)
 
 
+class StubVisitors:
+    def __init__(self):
+        self.answer = Visits(0, None)
+
+    def visits(self, snapshot):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
 class Culled:
     """A culler without its thread, whose loop the test runs, and the orders it gives."""
 
     def __init__(self, threads, **policy):
         self.clock, self.probe, self.notes, self.given = JumpingClock(), StubProbe(), Notes(), []
-        self.backend = FakeBackend(lambda report: None)
+        self.backend, self.visitors = FakeBackend(lambda report: None), StubVisitors()
         rules = CullPolicy(**({"grace": 0.0, "warning": 300.0} | policy))
         self.culler = Culler(
             self.given.append,
             backend=self.backend,
             probe=self.probe,
+            visitors=self.visitors,
             event_log=self.notes,
             threads=threads,
             clock=self.clock,
@@ -175,6 +194,77 @@ def test_a_change_or_a_failure_during_the_last_check_postpones_the_stop(culled):
     culled.after(PERIOD)
     assert culled.given == []
     assert culled.state() is CullState.UNKNOWN
+
+
+def test_a_server_that_nobody_visits_sleeps_after_a_warning(culled):
+    snapshot = culled.run(sleep_after=3600.0)
+    culled.visitors.answer = Visits(1, 0.0)
+    culled.after(3600)
+    # The page is open, but sends nothing; then its edge is replaced by another one.
+    culled.visitors.answer = Visits(1, 3600.0)
+    culled.after(3600)
+    assert (culled.state(), culled.kinds()) == (CullState.IN_USE, [])
+    culled.visitors.answer = Visits(0, None)
+    culled.after(3600 - 300 - PERIOD)
+    assert (culled.state(), culled.kinds()) == (CullState.COUNTING, [])
+    culled.after(PERIOD)
+    ((kind, _, message, origin, _),) = culled.notes.taken
+    assert (kind, origin.reason) == (HistoryKind.CULL_WARNING, "sleep_after")
+    assert "by sleep_after, unless it is snoozed or used" in message
+    assert culled.given == []
+    culled.after(300)
+    (order,) = culled.given
+    assert (order.event, order.seen) == (Event.STOP, snapshot)
+    assert order.origin == Origin(
+        "culler", reason="sleep_after: without kernels, terminals and visitors for 1 h"
+    )
+    stopped_by = StopOrder(order.origin.actor, order.origin.reason)
+    stopped = replace(snapshot, state=State.STOPPED, endpoint=None, stopped_by=stopped_by)
+    assert culled.culler.cached(stopped).verdict.reason == "it sleeps until its Lab is visited"
+
+
+def test_a_kernel_that_has_ended_since_is_remembered(culled):
+    """Jupyter does not tell when; the last time that it was seen counts."""
+    culled.run(sleep_after=3600.0, answer=Activity(0.0, (KernelUse("k", "idle", 0.0),)))
+    culled.after(7200)
+    assert culled.state() is CullState.IN_USE
+    culled.probe.answers[1] = Activity(0.0)
+    culled.after(3500)
+    assert culled.given == []
+    culled.after(100 + PERIOD)
+    assert culled.given
+
+
+def test_a_visit_seen_by_the_last_check_prevents_the_sleep(culled):
+    culled.run(sleep_after=600.0)
+    culled.after(599)
+    asked = []
+
+    def visits(snapshot):
+        asked.append(snapshot)
+        return Visits(0, None if len(asked) == 1 else 0.1)
+
+    culled.visitors.visits = visits
+    culled.after(1)
+    assert (culled.given, culled.state()) == ([], CullState.COUNTING)
+
+
+def test_unknown_visitors_keep_a_server_awake(culled):
+    culled.run(sleep_after=600.0)
+    culled.visitors.answer = BackendUnavailable("the edge is gone")
+    culled.after(7200)
+    assert (culled.given, culled.state()) == ([], CullState.UNKNOWN)
+    explained = culled.culler.cached(culled.servers["lab"])
+    assert explained.verdict.reason.endswith("which counts as use: the edge is gone")
+    culled.culler._visitors = None
+    assert "it is off" in culled.culler.refresh(culled.servers["lab"]).verdict.reason
+
+
+def test_visitors_are_not_asked_for_without_need(culled):
+    culled.visitors.answer = AssertionError("asked")
+    culled.run(idle_timeout=600.0)
+    culled.after(1000)
+    assert len(culled.given) > 0
 
 
 def test_a_jump_of_the_wall_clock_stops_no_server(culled):

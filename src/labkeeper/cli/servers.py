@@ -35,6 +35,7 @@ from labkeeper.cli.output import (
     waiting,
 )
 from labkeeper.cli.start import show_started
+from labkeeper.core.culling import Rule, culled_by
 from labkeeper.core.durations import format_duration
 from labkeeper.core.errors import ClientError, LabkeeperError
 from labkeeper.core.lifecycle import State
@@ -84,7 +85,7 @@ def ls(where: Where, /, state: tuple[str, ...], label: tuple[str, ...], as_json:
             str(s.state),
             ago(s.since),
             *(_measures(s) if is_wide else ()),
-            _address(s),
+            "(slept)" if _slept(s) else _address(s),
             s.root_dir,
             s.gateway.url if s.gateway else "-",
         )
@@ -224,6 +225,7 @@ def _facts(server: Server, kernels: list[str], libraries: list[str]) -> dict[str
         "usage": server.usage and _usage(server.usage),
         "idle timeout": server.idle_timeout and format_duration(server.idle_timeout),
         "max age": server.max_age and format_duration(server.max_age),
+        "sleep after": server.sleep_after and format_duration(server.sleep_after),
         "snoozed until": server.snoozed_until,
         "limits": ", ".join(_limit(name, limit) for name, limit in server.limits.items()),
         "launched by": _launched(server),
@@ -247,6 +249,11 @@ def _facts(server: Server, kernels: list[str], libraries: list[str]) -> dict[str
 
 def _stopped_by(order: StopOrder) -> str:
     return f"{order.actor} ({order.reason})" if order.reason else order.actor
+
+
+def _slept(server: Server) -> bool:
+    order = server.stopped_by
+    return order is not None and culled_by(order.actor, order.reason) is Rule.SLEEP_AFTER
 
 
 @click.command(

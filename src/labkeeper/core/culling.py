@@ -5,7 +5,8 @@ All times are seconds by the keeper's monotonic clock. Jupyter uses the wall clo
 
 Laws, checked by the tests:
 
-1. A server that is in use, or whose use is unknown, has no time at which `idle_timeout` stops it.
+1. A server that is in use, or whose use is unknown, has no time at which `idle_timeout` or
+   `sleep_after` stops it. For the latter, idle kernels, any terminals, and visitors are use, too.
 2. No server is stopped before it has been warned for as long as the policy requires.
 3. More use, a longer grace or a longer snooze never bring the stop forward.
 """
@@ -13,13 +14,15 @@ Laws, checked by the tests:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
 from labkeeper.core.durations import format_duration
-from labkeeper.core.server import Activity, KernelUse, Snapshot
+from labkeeper.core.lifecycle import Goal
+from labkeeper.core.messages import CULLER
+from labkeeper.core.server import Activity, KernelUse, Snapshot, Visits
 from labkeeper.core.spec import ServerSpec
 
 
@@ -30,6 +33,8 @@ class Rule(StrEnum):
     """It has been unused for this long."""
     MAX_AGE = "max_age"
     """It has run for this long, used or not."""
+    SLEEP_AFTER = "sleep_after"
+    """It has been without kernels, terminals and visitors for this long."""
 
 
 class Terminals(StrEnum):
@@ -95,6 +100,12 @@ class Facts:
     """None if unknown."""
     unknown: str = "it has not been asked yet"
     """Why the activity is unknown."""
+    visits: Visits | None = None
+    """None if unknown."""
+    visits_unknown: str = ""
+    """Why the visits are unknown."""
+    occupied_at: float = -math.inf
+    """When it last had a kernel, a terminal or a visitor, as far as is known."""
     snoozed_until: float = -math.inf
     warned: Mapping[Rule, float] = field(default_factory=dict)
     """When each rule issued its warning."""
@@ -105,7 +116,7 @@ class Holder:
     """Something that keeps a server from being idle."""
 
     kind: str
-    """`kernel`, `connection` or `terminal`."""
+    """`kernel`, `connection`, `terminal` or `visitor`."""
     id: str
     reason: str
 
@@ -204,21 +215,47 @@ def limits_of(spec: ServerSpec) -> dict[Rule, float]:
     return {rule: limit for rule, limit in given.items() if limit}
 
 
+def culled_by(actor: str, reason: str) -> Rule | None:
+    """Return the rule behind a stop, by its actor and reason; None if it was not the culler's."""
+    if actor != CULLER:
+        return None
+    return next((rule for rule in Rule if rule == reason.partition(":")[0]), None)
+
+
+def rule_of_stop(snapshot: Snapshot) -> Rule | None:
+    """Return the rule by which a server was stopped, or is about to be; None if it was not."""
+    order = snapshot.stopped_by
+    return None if order is None else culled_by(order.actor, order.reason)
+
+
+def wakes(snapshot: Snapshot) -> bool:
+    """Whether a visit to its Lab starts a server that is stopped, or about to be.
+
+    It does if the server was stopped because it was not used, which a visitor changes. `max_age`
+    limits how long a server runs; a visit would lift that limit.
+    """
+    by_rule = rule_of_stop(snapshot) in {Rule.IDLE_TIMEOUT, Rule.SLEEP_AFTER}
+    return by_rule and snapshot.goal is Goal.DOWN
+
+
 def decide(facts: Facts, policy: CullPolicy, now: float) -> Verdict:
     """Return the verdict on a server at this time."""
-    holders = tuple(_holders(facts.activity, policy)) if facts.activity else ()
+    busy = tuple(_holders(facts.activity, policy)) if facts.activity else ()
+    kept = (*busy, *_occupants(facts, {(holder.kind, holder.id) for holder in busy}))
     used_at, used = max(_uses(facts, policy), key=lambda use: use[0])
     since = {
-        Rule.IDLE_TIMEOUT: None if holders or facts.activity is None else used_at,
+        Rule.IDLE_TIMEOUT: None if busy or facts.activity is None else used_at,
         Rule.MAX_AGE: facts.up_since,
+        Rule.SLEEP_AFTER: None if kept else _empty_since(facts, used_at),
     }
+    holders = kept if Rule.SLEEP_AFTER in facts.limits else busy
     outlooks = tuple(_outlook(rule, since[rule], facts, policy, now) for rule in facts.limits)
     first = min(
         (o for o in outlooks if o.stops_at is not None),
         key=lambda o: o.stops_at or 0.0,
         default=None,
     )
-    state = _state_of(facts, outlooks, first, now)
+    state = _state_of(facts, outlooks, holders, first, now)
     reason = _reason(state, facts, holders, first, now)
     return Verdict(state, reason, first, outlooks, holders, used_at, used)
 
@@ -266,6 +303,26 @@ def _holders(activity: Activity, policy: CullPolicy) -> Iterator[Holder]:
             yield Holder("terminal", terminal.name, f"runs {terminal.program}")
 
 
+def _occupants(facts: Facts, known: Collection[tuple[str, str]]) -> Iterator[Holder]:
+    """Yield what keeps a server awake, even if idle, except what is known."""
+    activity = facts.activity or Activity(None)
+    for kernel in activity.kernels:
+        if ("kernel", kernel.id) not in known:
+            yield Holder("kernel", kernel.id, "exists")
+    for terminal in activity.terminals:
+        if ("terminal", terminal.name) not in known:
+            yield Holder("terminal", terminal.name, "is open")
+    if facts.visits is not None and facts.visits.open:
+        yield Holder("visitor", "browser", "has the Lab open")
+
+
+def _empty_since(facts: Facts, used_at: float) -> float | None:
+    """Return since when a server has had nothing that keeps it awake; None if that is unknown."""
+    if facts.activity is None or facts.visits is None:
+        return None
+    return max(facts.ready_at, facts.occupied_at, used_at)
+
+
 def _uses(facts: Facts, policy: CullPolicy) -> Iterator[tuple[float, str]]:
     """Yield the times of last use; if the server reports none, becoming ready counts."""
     activity = facts.activity or Activity(None)
@@ -288,19 +345,23 @@ def _outlook(
     limit = facts.limits[rule]
     if since is None:
         return Outlook(rule, limit, None, None, None)
-    grace = facts.ready_at + policy.grace if rule is Rule.IDLE_TIMEOUT else -math.inf
+    grace = -math.inf if rule is Rule.MAX_AGE else facts.ready_at + policy.grace
     ahead = min(policy.warning, limit / 2)
     stops_at = max(since + limit, grace, facts.snoozed_until, facts.warned.get(rule, now) + ahead)
     return Outlook(rule, limit, since, stops_at, stops_at - ahead if ahead else None)
 
 
 def _state_of(
-    facts: Facts, outlooks: tuple[Outlook, ...], first: Outlook | None, now: float
+    facts: Facts,
+    outlooks: tuple[Outlook, ...],
+    holders: tuple[Holder, ...],
+    first: Outlook | None,
+    now: float,
 ) -> CullState:
     if not outlooks:
         return CullState.OFF
     if first is None or first.stops_at is None:
-        return CullState.UNKNOWN if facts.activity is None else CullState.IN_USE
+        return CullState.IN_USE if holders else CullState.UNKNOWN
     if first.stops_at <= now:
         return CullState.DUE
     if first.warns_at is not None and first.warns_at <= now:
@@ -313,9 +374,10 @@ def _reason(
 ) -> str:
     match state:
         case CullState.OFF:
-            return "it has neither idle_timeout nor max_age"
+            return "it has neither idle_timeout nor max_age nor sleep_after"
         case CullState.UNKNOWN:
-            return f"whether it is used cannot be known, which counts as use: {facts.unknown}"
+            why = facts.unknown if facts.activity is None else facts.visits_unknown
+            return f"whether it is used cannot be known, which counts as use: {why}"
         case CullState.IN_USE:
             return "it is in use: " + ", ".join(
                 f"{holder.kind} {holder.id} {holder.reason}" for holder in holders
@@ -329,5 +391,9 @@ def _reason(
     )
 
 
-_SO_FAR: Final = {Rule.IDLE_TIMEOUT: "unused for", Rule.MAX_AGE: "it has run for"}
+_SO_FAR: Final = {
+    Rule.IDLE_TIMEOUT: "unused for",
+    Rule.MAX_AGE: "it has run for",
+    Rule.SLEEP_AFTER: "without kernels, terminals and visitors for",
+}
 """What each rule counts."""

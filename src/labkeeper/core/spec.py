@@ -132,6 +132,9 @@ class ServerSpec:
     """Seconds without use after which it is stopped; None: never."""
     max_age: float | None = None
     """Seconds after which it is stopped in any case; None: never."""
+    sleep_after: float | None = None
+    """Seconds without kernels, terminals and visitors after which it is stopped until the next
+    visit; None: never."""
     jupyter_options: Mapping[str, bool | int | float] = field(default_factory=dict)
     """Jupyter's own options, by their configuration names: `ServerApp.terminals_enabled`."""
 

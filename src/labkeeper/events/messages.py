@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Final
 
+from labkeeper.core.culling import Rule, rule_of_stop
 from labkeeper.core.durations import format_time
 from labkeeper.core.lifecycle import Event, Goal, State
 from labkeeper.core.messages import Change, HistoryKind
@@ -155,17 +156,22 @@ def _killing(change: Change) -> str:
 def _stopped(change: Change) -> str:
     after = change.after
     report = after.stop_report
-    deleted = ", and is deleted" if after.goal is Goal.ABSENT else ""
+    then = ", and is deleted" if after.goal is Goal.ABSENT else _sleeps(after)
     if change.before is not None and change.before.state is State.RUNNING:
-        return f"was shut down from inside{deleted}"
+        return f"was shut down from inside{then}"
     if report is None or report.method is StopMethod.NONE:
-        return f"has stopped{deleted}"
+        return f"has stopped{then}"
     left = (
         f"; kernels that may be left: {', '.join(report.kernels_left)}"
         if report.kernels_left
         else ""
     )
-    return f"has ended by {report.method} in {report.seconds:g} s{left}{deleted}"
+    return f"has ended by {report.method} in {report.seconds:g} s{left}{then}"
+
+
+def _sleeps(after: Snapshot) -> str:
+    sleeps = rule_of_stop(after) is Rule.SLEEP_AFTER
+    return ", and sleeps until its Lab is visited" if sleeps else ""
 
 
 def _failed(change: Change) -> str:

@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Final
 
-from labkeeper.core.culling import Rule
+from labkeeper.core.culling import culled_by
 from labkeeper.core.lifecycle import AT_REST, ENDINGS, Event, Goal, State
 from labkeeper.core.messages import (
     CULLER,
@@ -135,10 +135,7 @@ class Metrics:
             if change.after.restarts > change.before.restarts:
                 self._count(RESTARTS)
             if change.event is Event.STOP and change.origin.actor == CULLER:
-                self._count(
-                    CULLS,
-                    next((rule for rule in Rule if change.origin.reason.startswith(rule)), NONE),
-                )
+                self._count(CULLS, culled_by(CULLER, change.origin.reason) or NONE)
 
     def heard(self, entry: HistoryEntry) -> None:
         """Count a history entry."""

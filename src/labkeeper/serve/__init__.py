@@ -49,6 +49,7 @@ def run(
     os.umask(0o077)
     logs.configure(level=chosen.log_level, form=chosen.log_format, debug=chosen.debug)
     announce = _unheard_is_no_harm(announce)
+    _check_sleep(chosen)
     with ExitStack() as stack:
         ended = stack.enter_context(closing(Ended()))
         own_directories(chosen.state_dir, chosen.server_dirs, stack)
@@ -117,6 +118,15 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
     )
     answering = Answering(labs, hosts(chosen), access_log=chosen.access_log)
     return running(instances, answering, listen, ends=lambda: chosen.on_exit == "stop")
+
+
+def _check_sleep(chosen: Settings) -> None:
+    """Raise SettingsError if servers are to sleep, but could not be woken."""
+    if chosen.sleep_after and lab_addresses(chosen).mode == "port":
+        raise SettingsError(
+            "LABKEEPER_SLEEP_AFTER needs Labs behind the edge, which sees their visitors and wakes "
+            "them: set LABKEEPER_EDGE=on, and not LABKEEPER_LAB_ADDRESS=port"
+        )
 
 
 def _certificate(chosen: Settings) -> Certificate | None:

@@ -84,7 +84,7 @@ def assemble(
     # Closed after the keeper, so that launches in progress finish first. The next keeper detects
     # what is no longer reported.
     stack.callback(backend.close)
-    culler = _culler(chosen, base, history, backend)
+    culler = _culler(chosen, base, history, backend, edge)
     sessions = Sessions(
         base.store,
         base.clock,
@@ -288,11 +288,14 @@ def _backend(
     )
 
 
-def _culler(chosen: Settings, base: _Base, history: _History, backend: Backend) -> Culler:
+def _culler(
+    chosen: Settings, base: _Base, history: _History, backend: Backend, edge: Edge | None
+) -> Culler:
     return Culler(
         base.mailbox.post,
         backend=backend,
         probe=base.jupyter,
+        visitors=edge,
         event_log=history.event_log,
         threads=base.threads,
         clock=base.clock,
@@ -379,6 +382,8 @@ def _defaults(chosen: Settings) -> Defaults:
         limits(chosen),
         chosen.idle_timeout,
         chosen.max_age,
+        chosen.sleep_after,
+        lab_addresses(chosen).mode != "port",
         chosen.user,
         chosen.kernels_by,
     )

@@ -267,6 +267,13 @@ class Settings(BaseModel):
             "Age at which a server is stopped, used or not, if its request sets none. 0: never."
         ),
     )
+    sleep_after: Duration | None = Field(
+        None,
+        description=(
+            "Time without kernels, terminals and visitors after which a server is stopped until "
+            "the next visit to its Lab, if its request sets none. 0: never. Needs the edge."
+        ),
+    )
     kernel_idle_timeout: Duration | None = Field(
         None,
         description=(

@@ -19,12 +19,14 @@ from labkeeper.core.culling import (
     decide,
     idle_kernels,
     limits_of,
+    wakes,
     warned_at,
 )
-from labkeeper.core.server import Activity, KernelUse, TerminalUse
+from labkeeper.core.lifecycle import Goal, State
+from labkeeper.core.server import Activity, KernelUse, Snapshot, StopOrder, TerminalUse, Visits
 from labkeeper.testing.fakes import a_spec
 
-IDLE, AGE = Rule.IDLE_TIMEOUT, Rule.MAX_AGE
+IDLE, AGE, SLEEP = Rule.IDLE_TIMEOUT, Rule.MAX_AGE, Rule.SLEEP_AFTER
 POLICY = CullPolicy(grace=0.0, warning=300.0)
 QUIET = Activity(0.0)
 
@@ -251,6 +253,92 @@ def test_activity_from_before_the_launch_is_ignored():
     )
 
 
+def sleeper(activity=QUIET, **more):
+    return facts(activity, **({"limits": {SLEEP: 3600.0}, "visits": Visits(0, None)} | more))
+
+
+@pytest.mark.parametrize(
+    ("activity", "open_", "held"),
+    [
+        (QUIET, 0, ""),
+        (QUIET, 2, "visitor browser has the Lab open"),
+        (Activity(0.0, (kernel(),)), 0, "kernel k exists"),
+        (Activity(0.0, (kernel("busy"),)), 0, "kernel k is busy"),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, ""),)), 0, "terminal 1 is open"),
+        (Activity(0.0, terminals=(TerminalUse("1", 0.0, "vi"),)), 0, "terminal 1 runs vi"),
+    ],
+)
+def test_a_server_sleeps_only_without_kernels_terminals_and_visitors(activity, open_, held):
+    verdict = decide(sleeper(activity, visits=Visits(open_, None)), POLICY, 10.0)
+    found = ", ".join(f"{holder.kind} {holder.id} {holder.reason}" for holder in verdict.holders)
+    assert found == held
+    assert verdict.state is (CullState.IN_USE if held else CullState.COUNTING)
+    # Whatever counts as use for other rules: sleep ends no kernels and no terminals.
+    ignores = replace(POLICY, terminals=Terminals.IGNORE, cull_busy=True)
+    assert decide(sleeper(activity, visits=Visits(open_, None)), ignores, 10.0).state is (
+        verdict.state
+    )
+
+
+@pytest.mark.parametrize(
+    ("more", "stops_at"),
+    [
+        ({}, 3600.0),
+        ({"ready_at": 50.0}, 3650.0),
+        ({"occupied_at": 100.0}, 3700.0),
+        ({"activity": Activity(200.0)}, 3800.0),
+        ({"snoozed_until": 9000.0}, 9000.0),
+    ],
+)
+def test_sleep_counts_from_the_last_use_or_visit(more, stops_at):
+    verdict = decide(sleeper(**more), POLICY, 300.0)
+    assert verdict.next.stops_at == stops_at
+    assert decide(sleeper(**more), replace(POLICY, grace=9100.0), 300.0).next.stops_at >= 9100.0
+
+
+def test_the_reason_of_sleep_is_what_was_missing():
+    known = sleeper(occupied_at=100.0, warned={SLEEP: 3000.0})
+    verdict = decide(known, POLICY, 3700.0)
+    assert (verdict.state, verdict.reason) == (
+        CullState.DUE,
+        "sleep_after: without kernels, terminals and visitors for 1 h",
+    )
+
+
+def test_unknown_visitors_count_as_use_for_sleep_only():
+    known = sleeper(visits=None, visits_unknown="the edge is off")
+    verdict = decide(known, POLICY, 10.0)
+    assert (verdict.state, verdict.next) == (CullState.UNKNOWN, None)
+    assert verdict.reason.endswith("cannot be known, which counts as use: the edge is off")
+    both = replace(known, limits={SLEEP: 3600.0, IDLE: 7200.0})
+    assert decide(both, POLICY, 10.0).next.rule is IDLE
+
+
+def test_an_idle_kernel_that_keeps_a_server_awake_does_not_keep_it_from_being_idle():
+    both = {"limits": {SLEEP: 3600.0, IDLE: 7200.0}}
+    verdict = decide(sleeper(Activity(0.0, (kernel(),)), **both), POLICY, 10.0)
+    assert (verdict.state, verdict.next.rule) == (CullState.COUNTING, IDLE)
+    assert [holder.reason for holder in verdict.holders] == ["exists"]
+
+
+@pytest.mark.parametrize(
+    ("order", "goal", "expected"),
+    [
+        (StopOrder("culler", "sleep_after: without kernels"), Goal.DOWN, True),
+        (StopOrder("culler", "idle_timeout: unused for 2 h"), Goal.DOWN, True),
+        (StopOrder("culler", "max_age: it has run for 2 h"), Goal.DOWN, False),
+        (StopOrder("token:culler", "sleep_after: without kernels"), Goal.DOWN, False),
+        (StopOrder("keeper"), Goal.DOWN, False),
+        (StopOrder("culler", "sleep_after: without kernels"), Goal.AGAIN, False),
+        (StopOrder("culler", "sleep_after: without kernels"), Goal.ABSENT, False),
+        (None, Goal.DOWN, False),
+    ],
+)
+def test_a_visit_wakes_what_was_stopped_as_unused(order, goal, expected):
+    snapshot = Snapshot(a_spec("lab"), State.STOPPED, goal, 0.0, 0.0, stopped_by=order)
+    assert wakes(snapshot) is expected
+
+
 # Properties
 
 times = st.floats(0, 1e5)
@@ -285,6 +373,8 @@ many_facts = st.builds(
     up_since=times,
     ready_at=times,
     activity=activities,
+    visits=st.none() | st.builds(Visits, st.integers(0, 2), st.none() | times),
+    occupied_at=st.just(-math.inf) | times,
     snoozed_until=st.just(-math.inf) | times,
     warned=st.dictionaries(st.sampled_from(list(Rule)), times),
 )
@@ -292,10 +382,21 @@ many_facts = st.builds(
 
 @given(many_facts, policies, st.floats(0, 2e5))
 def test_a_server_in_use_or_with_unknown_activity_is_never_culled_as_idle(known, policy, now):
-    verdict = decide(known, policy, now)
-    if verdict.holders or known.activity is None:
-        assert all(o.stops_at is None for o in verdict.outlooks if o.rule is IDLE)
-    assert verdict.reason
+    for rule in (IDLE, SLEEP):
+        verdict = decide(replace(known, limits={rule: 60.0}), policy, now)
+        if verdict.holders or known.activity is None:
+            assert verdict.next is None
+        assert verdict.reason
+
+
+@given(many_facts, policies, st.floats(0, 2e5))
+def test_sleep_never_ends_a_kernel_a_terminal_or_a_visit(known, policy, now):
+    verdict = decide(replace(known, limits={SLEEP: 60.0}), policy, now)
+    there, visits = known.activity, known.visits
+    if there is None or there.kernels or there.terminals or visits is None or visits.open:
+        assert verdict.next is None
+    else:
+        assert verdict.next.stops_at >= known.occupied_at + 60.0
 
 
 @given(many_facts, policies, st.floats(0, 2e5))
@@ -322,6 +423,7 @@ def test_more_activity_grace_or_snooze_never_brings_the_stop_forward(known, poli
         used = replace(used, last_activity=used.last_activity + more)
     for later in (
         ends(replace(known, activity=used), policy),
+        ends(replace(known, occupied_at=max(0.0, known.occupied_at) + more), policy),
         ends(known, replace(policy, grace=policy.grace + more)),
         ends(replace(known, snoozed_until=max(0.0, known.snoozed_until) + more), policy),
     ):

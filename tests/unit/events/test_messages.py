@@ -15,6 +15,7 @@ from labkeeper.core.server import (
     GatewayHealth,
     Snapshot,
     StopMethod,
+    StopOrder,
     StopReport,
 )
 from labkeeper.events import messages
@@ -78,6 +79,26 @@ LEFT = StopReport(StopMethod.SIGKILL, 8.0, (), ("k1", "k2"))
         ),
         (
             change(Event.EXITED, State.STOPPING, State.STOPPED, stop_report=STOPPED),
+            "has ended by shutdown in 0.34 s",
+        ),
+        (
+            change(
+                Event.EXITED,
+                State.STOPPING,
+                State.STOPPED,
+                stop_report=STOPPED,
+                stopped_by=StopOrder("culler", "sleep_after: without kernels"),
+            ),
+            "has ended by shutdown in 0.34 s, and sleeps until its Lab is visited",
+        ),
+        (
+            change(
+                Event.EXITED,
+                State.STOPPING,
+                State.STOPPED,
+                stop_report=STOPPED,
+                stopped_by=StopOrder("culler", "max_age: it has run for 1 h"),
+            ),
             "has ended by shutdown in 0.34 s",
         ),
         (

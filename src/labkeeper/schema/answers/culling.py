@@ -13,7 +13,7 @@ from labkeeper.schema.answers.base import Answer, known
 class Holder(Answer):
     """Something that currently keeps a server from being idle."""
 
-    kind: str = Field(description="`kernel`, `connection` or `terminal`.")
+    kind: str = Field(description="`kernel`, `connection`, `terminal` or `visitor`.")
     id: str
     reason: str
 

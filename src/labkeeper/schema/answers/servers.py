@@ -185,6 +185,12 @@ class Server(Answer):
     max_age: float | None = Field(
         description="Age, in seconds, at which it is stopped; null: never."
     )
+    sleep_after: float | None = Field(
+        description=(
+            "Time without kernels, terminals and visitors, in seconds, after which it is stopped "
+            "until the next visit; null: never."
+        )
+    )
     kernels_by: str = Field(
         description=(
             "How local IPython kernels are launched: `fork` (where possible, from a process that "

@@ -62,6 +62,9 @@ class Defaults:
     limits: Limits = UNLIMITED
     idle_timeout: float | None = None
     max_age: float | None = None
+    sleep_after: float | None = None
+    sleeps: bool = False
+    """Whether servers can sleep: only the edge sees visitors, and wakes a Lab for them."""
     user: str | None = None
     """The user of the machine that servers run as; None for the keeper's own."""
     kernels_by: KernelsBy = "fork"
@@ -114,6 +117,13 @@ class _Wanted(Request):
     )
     max_age: Duration | None = Field(
         ABSENT, description="Time after which it is stopped, used or not; 0 or null: never."
+    )
+    sleep_after: Duration | None = Field(
+        ABSENT,
+        description=(
+            "Time without kernels, terminals and visitors after which it is stopped, until "
+            "a browser visits its Lab; 0 or null: never. Needs the edge. Default: the keeper's."
+        ),
     )
     gateway: GatewayFields = Field(
         ABSENT,
@@ -214,6 +224,7 @@ class _Wanted(Request):
             gateway=gateway,
             idle_timeout=self._rule("idle_timeout", defaults),
             max_age=self._rule("max_age", defaults),
+            sleep_after=self._sleep_after(defaults),
             kernels_by=self._kernels_by(defaults),
             jupyter_options=self.jupyter_options.chosen(),
             **{field: getattr(self, field) for field in _PLAIN},
@@ -223,6 +234,14 @@ class _Wanted(Request):
         """Return a rule's limit; null, unlike a missing field, turns the rule off."""
         chosen: float | None = getattr(self if field in self.model_fields_set else defaults, field)
         return chosen or None
+
+    def _sleep_after(self, defaults: Defaults) -> float | None:
+        """Return when it sleeps. Raises InvalidSpec if the keeper could not wake it."""
+        chosen = self._rule("sleep_after", defaults)
+        if chosen and not defaults.sleeps:
+            rule = "needs Labs behind the edge, which sees their visitors (LABKEEPER_EDGE=on)"
+            raise InvalidSpec.of("sleep_after", rule)
+        return chosen
 
     def _kernels_by(self, defaults: Defaults) -> KernelsBy:
         """Return how its kernels are launched. Raises InvalidSpec if the keeper forks none."""
@@ -241,6 +260,7 @@ _DERIVED: Final = frozenset(
         "gateway",
         "idle_timeout",
         "max_age",
+        "sleep_after",
         "kernels_by",
         "jupyter_options",
     }
