@@ -203,3 +203,43 @@ def test_two_labs_in_one_browser_cannot_reach_each_other_or_the_keeper(make_keep
     page.evaluate(TOSS, DOMAIN)
     # Ada's Lab accepts neither of two cookies, rather than one that Bob has chosen.
     assert page.goto(f"{sites['ada']}/lab/tree").status == 401
+
+
+def test_a_visit_wakes_a_lab_that_sleeps(make_keeper, page):
+    """At the same address, with the same session; and nothing sleeps while the page is open."""
+    quick = {"sleep_after": "1s", "cull_period": 0.2, "cull_grace": 0, "cull_warning": 0.2}
+    keeper = make_keeper(edge="on", **quick | {"cull_period": "366d"}).start()
+    keeper.post(name="lab")
+    (keeper.notebook_dir / "notes.txt").write_text("remember the milk")
+    page.goto(link_to(keeper, "lab", "notes.txt"))
+    page.get_by_text("remember the milk").wait_for()
+    held = keeper.http.get("/api/servers/lab/idle").json()["held_by"]
+    assert [holder["kind"] for holder in held] == ["visitor"]
+    (session,) = page.context.cookies([f"{keeper.url}/servers/lab/"])[:1]
+    address = page.url
+    page.goto("about:blank")
+    keeper.kill()
+    keeper.settings |= quick
+    keeper.start()
+    assert keeper.wait_for("stopped", "lab")["stopped_by"]["actor"] == "culler"
+    keeper.kill()
+    keeper.settings["cull_period"] = "366d"
+    keeper.start()
+    page.goto(address)
+    page.get_by_text("remember the milk").wait_for()
+    assert page.url.partition("?")[0] == address.partition("?")[0]
+    assert session in page.context.cookies([f"{keeper.url}/servers/lab/"])
+    assert keeper.get("lab")["generation"] == 2
+
+
+def test_a_stopped_lab_has_a_button_that_starts_it(keeper, page):
+    keeper.post(name="lab")
+    (keeper.notebook_dir / "notes.txt").write_text("remember the milk")
+    page.goto(link_to(keeper, "lab", "notes.txt"))
+    page.get_by_text("remember the milk").wait_for()
+    keeper.http.post("/api/servers/lab/stop")
+    page.goto(f"{keeper.url}/servers/lab/lab/tree/notes.txt?reset")
+    page.get_by_text("It was stopped by token:owner.").wait_for()
+    page.get_by_role("button", name="Start").click()
+    page.get_by_text("remember the milk").wait_for()
+    assert page.url.startswith(f"{keeper.url}/servers/lab/lab/tree/notes.txt")

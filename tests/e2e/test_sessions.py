@@ -288,7 +288,7 @@ def test_a_stopped_lab_has_a_page_and_its_sessions_wait_for_it(keeper, browse):
     browser = signed_in(keeper, browse, "lab")
     keeper.http.post("/api/servers/lab/stop")
     page = browser.get("/servers/lab/lab", headers=PAGE)
-    assert (page.status_code, "This Lab does not run" in page.text) == (404, True)
+    assert (page.status_code, "This Lab does not run" in page.text) == (503, True)
     assert browser.get("/servers/lab/api/me").status_code == 404
     keeper.http.post("/api/servers/lab/start")
     assert browser.get("/servers/lab/api/me").status_code == 200

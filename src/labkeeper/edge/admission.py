@@ -21,6 +21,8 @@ from labkeeper.edge.sessions import Session, SessionTable, without_cookie
 _TOKEN: Final = re.compile(rb"[?&]token=")
 _LINKS: Final = b"/open/"
 """Where the keeper's links are, also at the host names of Labs: they set cookies for these."""
+_START: Final = b"start"
+"""Where the button of the keeper's page about a stopped Lab posts to, below the Lab's address."""
 _LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
 
 
@@ -83,6 +85,9 @@ def admit(request: Request, place: Place, routes: RouteTable, sessions: SessionT
 def _admit_user(request: Request, place: Place, session: Session, routes: RouteTable) -> Admission:
     """Decide on a request of a browser with a session for the Lab."""
     server = session.server
+    if request.method == b"POST" and request.path == _base(place) + _START:
+        # Another tab may have started the Lab meanwhile.
+        return _to_page(request, place)
     route = routes.find(server)
     if route is None and _is_navigation(request):
         return _to_page(request, place)
@@ -102,6 +107,11 @@ def _to_page(request: Request, place: Place) -> ToKeeper:
     if place.is_host:
         request.target = b"%b%b%b" % (LABS.encode(), place.server.encode(), request.target)
     return ToKeeper()
+
+
+def _base(place: Place) -> bytes:
+    """Return the path of a Lab's address."""
+    return b"/" if place.is_host else b"%b%b/" % (LABS.encode(), place.server.encode())
 
 
 def _take_away(request: Request, name: bytes) -> None:

@@ -141,6 +141,28 @@ def test_a_server_that_does_not_run_is_told_only_to_who_has_a_session(sessions):
     assert admit(request(COOKIE, NAVIGATION), BELOW, none, sessions) == ToKeeper()
 
 
+@pytest.mark.parametrize("place", [BELOW, HOST])
+def test_the_button_that_starts_a_lab_is_the_keepers(sessions, routes, place):
+    """Also if the Lab runs by now, or is at a deeper path: the button has one address."""
+    base = b"/" if place.is_host else b"/servers/lab/"
+    deep = RouteTable()
+    deep.set(Route("lab", 2, "127.0.0.1", 1, "/servers/lab/deep/er/", "key"))
+    for table in (RouteTable(), routes, deep):
+        pressed = request(COOKIE, NAVIGATION, target=base + b"start?next=x", method=b"POST")
+        assert admit(pressed, place, table, sessions) == ToKeeper()
+        assert pressed.target == b"/servers/lab/start?next=x"
+    for other in (base + b"start/x", base + b"x/start", base + b"started"):
+        asked = request(COOKIE, target=other, method=b"POST")
+        assert isinstance(admit(asked, place, routes, sessions), ToLab)
+        asked = request(COOKIE, target=other, method=b"POST")
+        assert admit(asked, place, RouteTable(), sessions).status == 404
+    # It is nothing for programs, nor for people without a session.
+    program = request(b"Authorization: token x", target=base + b"start", method=b"POST")
+    assert admit(program, place, routes, sessions) == ToLab("lab", None)
+    stranger = request(NAVIGATION, target=base + b"start", method=b"POST")
+    assert admit(stranger, place, routes, sessions).status == 401
+
+
 def test_logging_out_is_the_keepers(sessions, routes):
     routes.set(Route("lab", 2, "127.0.0.1", 1, "/servers/lab/deep/er/", "key"))
     leaves = request(COOKIE, NAVIGATION, target=b"/servers/lab/deep/er/logout")

@@ -36,6 +36,8 @@ def test_a_request_is_a_visit_while_it_lasts_and_remembered_afterwards(edge, lab
     edge.jump(100.0)
     edge.call(lab.visits[0].say, answer())
     assert client.receive().status == 200
+    until(lambda: visits(edge)[0] == 0)
+    edge.jump(100.0)
     count, ago = visits(edge)
     assert count == 0
     assert 100.0 <= ago < 200.0

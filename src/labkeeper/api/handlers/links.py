@@ -76,7 +76,7 @@ def open_link(services: Services, path: TicketPath) -> Response:
     return button(
         "Open JupyterLab",
         f"This link opens the server '{link.server}' once, in this browser.",
-        "Open",
+        label="Open",
         leads_to=lab_root(services, link.server, endpoint),
     )
 
