@@ -13,10 +13,9 @@ Then the keeper sends:
   replaces all that the edge knows
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
-* `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
-
 * `{"do": "visits", "server": …}` asks who has a Lab open in a browser. This is the only one with an
   answer, `{"visits": {"open": …, "ago": …}}`; keepers ask it over a connection of its own.
+* `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 
 The edge sends `{"report": …}` every few seconds: counts for metrics, and a sign of life.
 
