@@ -96,6 +96,8 @@ class _Edge:
         self._server: asyncio.Server | None = None
         self._public: socket.socket | None = socket.socket(fileno=start.public)
         """The listening socket; None once it serves no more."""
+        # Also for all others that share it: duplicates of it must not make it wait.
+        self._public.setblocking(False)
 
     @property
     def routes(self) -> RouteTable:

@@ -136,6 +136,14 @@ def test_clients_wait_until_routes_and_sessions_are_known(edge):
     assert got == [502]
 
 
+def test_keeper_that_shares_the_listening_socket_does_not_have_the_edge_wait(edge):
+    """A duplicate of the socket that waits would have it wait for a connection, in its loop."""
+    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+    assert edge.get(TOKEN) == 404
+    with contextlib.closing(edge.open()) as link, link.public.dup():
+        assert [edge.get(TOKEN) for _ in range(3)] == [404] * 3
+
+
 def test_routes_are_replaced_changed_and_removed(edge):
     edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     assert (edge.get(TOKEN), edge.get(TOKEN, "other")) == (502, 404)

@@ -93,6 +93,8 @@ class _Received:
             for file in files:
                 self.close()
                 self.socket = socket.socket(fileno=file)
+                # Whether it waits holds for the edge, too; a duplicate would have the edge wait.
+                self.socket.setblocking(False)
             if not data:
                 raise EOFError("it closed the connection")
             self._frames.extend(self._decoder.feed(data))
