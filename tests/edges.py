@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import socket
+import ssl
 import threading
 import time
 
@@ -20,12 +21,15 @@ from labkeeper.edge.client import Client
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import Route
+from labkeeper.edge.tls import TlsConnection
 
 
 class Edge:
     """The edge, in the loop of a thread. Its clock can be advanced; nothing sweeps but `sweep`."""
 
-    def __init__(self, directory, most=1000, buffers=None, **limits):
+    def __init__(self, directory, most=1000, buffers=None, context=None, **limits):
+        """With a `context` it speaks TLS."""
+        self.context = context
         self.errors = []
         self.keeper = Scripted(self.errors)
         self.labs = {}
@@ -46,9 +50,11 @@ class Edge:
         self.address = self.server.sockets[0].getsockname()
 
     async def _serve(self):
-        return await self.loop.create_server(
-            functools.partial(Client, self.proxy), sock=self._listener, backlog=1024
-        )
+        return await self.loop.create_server(self._connection, sock=self._listener, backlog=1024)
+
+    def _connection(self):
+        client = functools.partial(Client, self.proxy)
+        return client() if self.context is None else TlsConnection(self.proxy, self.context, client)
 
     def wait(self, coroutine):
         """Run a coroutine in the loop."""
@@ -96,9 +102,15 @@ class Edge:
 
         self.call(advance)
 
-    def connect(self, buffers=None):
-        """Return a new client."""
+    def connect(self, buffers=None, name="x", plain=False):
+        """Return a new client, which uses TLS if the edge does, and checks the edge's name."""
         client = Visitor(self.address, buffers)
+        if self.context is not None and not plain:
+            context = ssl.create_default_context()
+            self.authority.configure_trust(context)
+            client.socket = context.wrap_socket(
+                client.socket, server_hostname=name, suppress_ragged_eofs=False
+            )
         self.clients.append(client)
         return client
 
@@ -123,8 +135,8 @@ class Edge:
 
     @property
     def inside(self):
-        """The edge's clients."""
-        return self.call(lambda: list(self.proxy._clients))
+        """The edge's clients, without those that have not finished their handshake."""
+        return self.call(lambda: [one for one in self.proxy._clients if isinstance(one, Client)])
 
     def settle(self, count):
         """Wait until this many clients are connected."""

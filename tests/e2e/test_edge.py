@@ -13,7 +13,6 @@ from pathlib import Path
 
 import httpx
 import pytest
-import trustme
 
 import labkeeper
 from harness import (
@@ -337,22 +336,6 @@ def test_large_files_pass_in_constant_memory(make_edge_keeper):
             received += len(data)
     assert received == size
     assert edge.memory_info().rss - before < 20 * 2**20
-
-
-def test_the_edge_needs_no_tls_of_its_own_yet(make_edge_keeper, tmp_path):
-    """It says so, instead of serving without."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    for name, blob in (
-        ("cert", certificate.cert_chain_pems[0]),
-        ("key", certificate.private_key_pem),
-    ):
-        blob.write_to_path(tmp_path / name)
-    keeper = make_edge_keeper(cert_file=tmp_path / "cert", key_file=tmp_path / "key")
-    failed = keeper.cli("serve")
-    assert failed.returncode == 2
-    assert "LABKEEPER_EDGE=off" in failed.stderr
-    assert not edges_of(keeper)
 
 
 def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):

@@ -14,10 +14,12 @@ from typing import Final
 from labkeeper.edge import answers
 from labkeeper.edge.admission import Admission, Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.exchange import Exchange
+from labkeeper.edge.forwarded import Sender, sender_of
 from labkeeper.edge.heads import (
     END,
     REQUEST_LIMIT,
     BadHead,
+    Headers,
     Request,
     check_start,
     header,
@@ -57,6 +59,12 @@ class Client(asyncio.Protocol):
         """Whether it only waits until its peer has read the last answer."""
         self._wants_head = False
         """Whether the current request is HEAD, to which no answer has a body."""
+        self._peer: Sender
+        """Who is at the other end of the connection."""
+        self.sender: Sender
+        """Who sends the current request, which the peer may have passed on."""
+        self.policies: Headers = []
+        """The headers of every answer."""
 
     # Called by asyncio
 
@@ -64,6 +72,11 @@ class Client(asyncio.Protocol):
         """See asyncio."""
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
         self._transport.set_write_buffer_limits(high=self._proxy.limits.untaken)
+        address = transport.get_extra_info("peername")
+        self._peer = self.sender = Sender(
+            address[0] if isinstance(address, tuple) else "localhost",
+            secure=transport.get_extra_info("ssl_object") is not None,
+        )
         if not self._proxy.enter(self):
             self._transport.abort()
             return
@@ -138,11 +151,22 @@ class Client(asyncio.Protocol):
             head, self._input, self._scanned = self._input[:end], self._input[end:], 0
             check_start(head, REQUEST_LIMIT)
             request = read_request(head)
+            self._identify(request)
         except BadHead as error:
             self.refuse(answers.problem(error.status, f"cannot accept the request: {error.reason}"))
             return False
         self._begin(request)
         return True
+
+    def _identify(self, request: Request) -> None:
+        """Find out who sends a request. Raises BadHead."""
+        before = self.sender
+        self.sender = sender_of(self._peer, request.headers, self._proxy.trusted)
+        if self.sender != before:
+            # Clients share no connection, not even those behind one proxy.
+            self._drop_upstream()
+        if self._peer.secure and self._proxy.hsts:
+            self.policies = answers.transport_security(request.host)
 
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
@@ -176,7 +200,7 @@ class Client(asyncio.Protocol):
             return ToKeeper()
         if place.is_bare:
             return Elsewhere(path + b"/" + request.target[len(path) :])
-        return admit(request, place, routes, self._proxy.sessions)
+        return admit(request, place, routes, self._proxy.sessions, secure=self.sender.secure)
 
     def _answer_here(self, request: Request, where: Elsewhere | None) -> None:
         """Answer a request that goes nowhere."""
@@ -193,11 +217,9 @@ class Client(asyncio.Protocol):
 
     def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
         """Return the headers that tell the other side about this client."""
-        peer = self._transport.get_extra_info("peername")
-        address = peer[0] if isinstance(peer, tuple) else "localhost"
         return [
-            (b"x-forwarded-for", address.encode()),
-            (b"x-forwarded-proto", b"http"),
+            (b"x-forwarded-for", self.sender.address.encode()),
+            (b"x-forwarded-proto", b"https" if self.sender.secure else b"http"),
             (b"x-request-id", id_.encode()),
         ]
 
@@ -230,7 +252,7 @@ class Client(asyncio.Protocol):
     def _answer(self, answer: bytes, *, close: bool) -> None:
         if self._wants_head:
             answer = answer[: answer.index(END) + len(END)]
-        self._transport.write(answer)
+        self._transport.write(answers.with_headers(answer, self.policies))
         if close:
             self._linger()
         else:

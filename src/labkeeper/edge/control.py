@@ -28,6 +28,10 @@ _LOCK: Final = re.compile(rb"^\d+: FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) 0 EOF$
 _log = logging.getLogger("labkeeper.edge")
 
 
+class CertificateError(ValueError):
+    """A certificate does not fit, or is missing."""
+
+
 class Commands(Protocol):
     """What keepers can command."""
 
@@ -39,8 +43,17 @@ class Commands(Protocol):
     def sessions(self) -> SessionTable:
         """The browser sessions, likewise."""
 
+    def use_certificate(self, chain: bytes, key: bytes, *, hsts: bool) -> None:
+        """Use a certificate, with its chain and its key, for new connections.
+
+        With `hsts`, browsers are told to use nothing but TLS. Raises CertificateError.
+        """
+
     def serve(self) -> None:
-        """Begin to serve, if it has not begun: all routes and sessions are known."""
+        """Begin to serve, if it has not begun: all routes and sessions are known.
+
+        Raises CertificateError: one is needed, and missing.
+        """
 
     def shut_out(self, sessions: Collection[Session]) -> None:
         """Close what sessions that have ended have opened."""
@@ -131,7 +144,7 @@ class Control:
         return wire.encode(own), files
 
     def obey(self, frame: Mapping[str, Any]) -> None:
-        """Execute a command. Raises WireError, RouteError, SessionError."""
+        """Execute a command. Raises WireError, RouteError, SessionError, CertificateError."""
         routes, sessions = self._commands.routes, self._commands.sessions
         match frame:
             case {
@@ -148,6 +161,8 @@ class Control:
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
                 sessions.add([Session.parse(session) for session in begun])
                 self._commands.shut_out(sessions.end(map(str, digests)))
+            case {"do": "certificate", "chain": str(chain), "key": str(key), "hsts": bool(hsts)}:
+                self._commands.use_certificate(chain.encode(), key.encode(), hsts=hsts)
             case {"do": "route", "route": route}:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
@@ -191,7 +206,7 @@ class _Connection:
                 act()
             except (OSError, EOFError):
                 self.close()
-            except (wire.WireError, RouteError, SessionError) as error:
+            except (wire.WireError, RouteError, SessionError, CertificateError) as error:
                 _log.warning("closed a control connection: %s", error)
                 self.close()
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 from labkeeper.edge import answers, tunnel
 from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
-from labkeeper.edge.heads import Answer, Request, answer_head, request_head
+from labkeeper.edge.heads import Answer, Headers, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
 from labkeeper.forkserver import identity
@@ -27,6 +27,10 @@ class Client(Protocol):
 
     def forwarded(self, id_: str) -> list[tuple[bytes, bytes]]:
         """Return the headers that describe the client."""
+
+    @property
+    def policies(self) -> Headers:
+        """The headers of every answer to the client."""
 
     def go_on(self) -> None:
         """Read on: more of the request's body can be passed on."""
@@ -185,7 +189,7 @@ class Exchange:
         if answer.websocket:
             self._tunnel(answer, rest)
             return
-        framing: list[tuple[bytes, bytes]] = []
+        framing = list(self._client.policies)
         empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
         if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
             framing.append((b"content-length", b"%d" % answer.length))

@@ -57,6 +57,8 @@ _HOP_BY_HOP: Final = frozenset(
     }
 )
 """Fields about one connection (RFC 9110, 7.6.1)."""
+_OF_THE_EDGE: Final = frozenset({b"content-length", b"strict-transport-security"})
+"""Fields of an answer that are written anew: the latter would hold for all of a host."""
 _OURS: Final = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|x-scheme|x-labkeeper-.*|.*_.*")
 """Fields that only a proxy sets, and those whose `_` would be a `-` for WSGI."""
 _ONCE: Final = (
@@ -260,7 +262,7 @@ def answer_head(answer: Answer, framing: Sequence[tuple[bytes, bytes]], *, close
     lines += [
         b"%b: %b" % (name, value)
         for name, value in answer.headers
-        if name not in _HOP_BY_HOP and name != b"content-length"
+        if name not in _HOP_BY_HOP and name not in _OF_THE_EDGE
     ]
     lines += [b"%b: %b" % header for header in framing]
     if answer.websocket:

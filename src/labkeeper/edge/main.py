@@ -11,17 +11,19 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from labkeeper.edge.client import Client
-from labkeeper.edge.control import Access, Control
+from labkeeper.edge.control import Access, CertificateError, Control
 from labkeeper.edge.limits import Limits, allow_descriptors
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import RouteTable
 from labkeeper.edge.sessions import Session, SessionTable
+from labkeeper.edge.tls import EncryptedKeyError, TlsConnection, context_of
 
 _BACKLOG: Final = 1024
 _SWEEP_EVERY: Final = 1.0
@@ -46,6 +48,8 @@ class Start:
     """The name of that socket."""
     address: tuple[str, int]
     """The public address as the keeper's settings have it."""
+    secure: bool
+    """Whether it speaks TLS at that address, and never anything else."""
     build: str
     """Identifies what the edge was made from."""
     key: str = field(repr=False)
@@ -94,6 +98,8 @@ class _Edge:
         self._ended: asyncio.Event
         self._proxy: Proxy
         self._server: asyncio.Server | None = None
+        self._context: ssl.SSLContext | None = None
+        """With the certificate for new connections; None without TLS."""
         self._public: socket.socket | None = socket.socket(fileno=start.public)
         """The listening socket; None once it serves no more."""
         # Also for all others that share it: duplicates of it must not make it wait.
@@ -145,9 +151,16 @@ class _Edge:
         await self._informed.wait()
         if self._public is not None:
             self._server = await self._proxy.loop.create_server(
-                functools.partial(Client, self._proxy), sock=self._public.dup(), backlog=_BACKLOG
+                self._connection, sock=self._public.dup(), backlog=_BACKLOG
             )
             _log.info("the edge serves on %s port %s", *self._start.address)
+
+    def _connection(self) -> asyncio.Protocol:
+        """Return the protocol of a new connection."""
+        client = functools.partial(Client, self._proxy)
+        if self._context is None:
+            return client()
+        return TlsConnection(self._proxy, self._context, client)
 
     def _close_public(self) -> None:
         """Stop listening, also with our own descriptor: its queue would fill unseen."""
@@ -179,11 +192,24 @@ class _Edge:
             "pid": os.getpid(),
             "build": self._start.build,
             "address": list(self._start.address),
+            "secure": self._start.secure,
         }
         return told, [] if self._public is None else [self._public.fileno()]
 
+    def use_certificate(self, chain: bytes, key: bytes, *, hsts: bool) -> None:
+        """See `Commands`."""
+        if not self._start.secure:
+            raise CertificateError("this edge speaks no TLS")
+        try:
+            self._context = context_of(chain, key)
+        except (EncryptedKeyError, ssl.SSLError) as error:
+            raise CertificateError("the certificate cannot be used") from error
+        self._proxy.hsts = hsts
+
     def serve(self) -> None:
         """See `Commands`."""
+        if self._start.secure and self._context is None:
+            raise CertificateError("there is no certificate")
         self._informed.set()
 
     def drain(self) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Final, Protocol
 
+from labkeeper.edge.forwarded import Network
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.routes import Route, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable
@@ -67,6 +68,10 @@ class Proxy:
         self.limits = limits
         self.routes = RouteTable()
         self.sessions = SessionTable()
+        self.trusted: tuple[Network, ...] = ()
+        """The proxies in front, whose headers about clients are believed."""
+        self.hsts = False
+        """Whether browsers that use TLS are told to use nothing else."""
         self.draining = False
         self.waiting: dict[Connection, None] = {}
         """Clients without a request, the longest waiting one first."""

@@ -5,12 +5,15 @@ The edge, which listens, begins:
 
 1. edge: `{"version": 1, "nonce": E}`
 2. keeper: `{"nonce": K, "proof": HMAC(key, "keeper" E K)}`
-3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port]}`
+3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port],
+   "secure": …}`
 
 Then only the keeper sends:
 
 * `{"do": "all", "domain": …, "routes": […], "sessions": […]}` replaces all that the edge knows
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
+* `{"do": "certificate", "chain": …, "key": …, "hsts": …}`, both PEM, is what TLS begins with from
+  now on; an edge that speaks TLS needs one before `all`
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
 * `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 

@@ -335,7 +335,9 @@ def _services(
     url: str,
 ) -> Services:
     tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
-    domain = chosen.lab_domain and f"*.{chosen.lab_domain}"
+    # The bare name has the API.
+    domain = chosen.lab_domain
+    labs = [] if domain is None else [domain, f"*.{domain}"]
     return Services(
         keeper=keeper,
         backend=backend,
@@ -354,7 +356,7 @@ def _services(
         sessions=sessions,
         authenticators=_authenticators(chosen, tokens, backend),
         url=url,
-        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host, domain])],
+        hosts=[*chosen.allowed_hosts, *filter(None, [chosen.advertised_host]), *labs],
         origins=chosen.allowed_origins,
         max_request_rate=chosen.max_request_rate,
         advertised_host=chosen.advertised_host,

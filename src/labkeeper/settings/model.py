@@ -171,7 +171,10 @@ class Settings(BaseModel):
     )
     cert_file: Directory | None = Field(
         None,
-        description="TLS certificate of the API, with its chain, as PEM. Reloaded when it changes.",
+        description=(
+            "TLS certificate of the API, with its chain, as PEM. With an edge it serves Labs, too. "
+            "Reloaded when it changes."
+        ),
     )
     key_file: Directory | None = Field(
         None, description="Private key of that certificate, unencrypted."

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from edge_peers import MUCH, PROBE, SMALL, Flood, answer, get, post
+from edge_peers import BOTH, FULL, MUCH, PROBE, SMALL, Flood, answer, get, post
 from harness import until
 
+pytestmark = BOTH
 ENDLESS = 2**40
 """Bytes; nobody sends them all."""
 SLACK = 2**20
@@ -40,7 +41,7 @@ def fill(client, row=b"\0"):
         try:
             while sent < MUCH:
                 sent += client.socket.send(row[sent % len(row) :])
-        except BlockingIOError:
+        except FULL:
             pass
         return sent == before
 
@@ -208,7 +209,7 @@ def test_many_connections_at_once_do_not_exceed_the_limit(make_edge):
 
     def crowd():
         """Connect within one round of the loop, so that all are accepted in the next one."""
-        return [edge.connect() for _ in range(20)]
+        return [edge.connect(plain=True) for _ in range(20)]
 
     clients = edge.call(crowd)
     until(lambda: edge.call(lambda: edge.proxy.open) == 3)
@@ -222,7 +223,7 @@ def test_connection_is_closed_if_all_others_are_busy(make_edge):
     edge.start_keeper().answers(None)
     busy = edge.send(get())
     until(lambda: edge.requests)
-    assert edge.connect().drain()[0] == b""
+    assert edge.connect(plain=True).drain()[0] == b""
     edge.call(edge.keeper.visits[0].say, answer(b"whole"))
     assert busy.receive().body == b"whole"
 

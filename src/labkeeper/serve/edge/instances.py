@@ -63,12 +63,20 @@ class EdgeError(Exception):
 class Instances:
     """The edges of one state directory. Not thread-safe."""
 
-    def __init__(self, state_dir: Path, server_dirs: Path, address: tuple[str, int]) -> None:
-        """`address` is the public one.
+    def __init__(
+        self,
+        state_dir: Path,
+        server_dirs: Path,
+        address: tuple[str, int],
+        *,
+        secure: bool = False,
+    ) -> None:
+        """`address` is the public one; `secure` says whether to speak TLS there.
 
         `server_dirs` holds the directories of servers, whose processes cannot command the edge.
         """
         self.address = address
+        self.secure = secure
         self.user = _edge_user()
         self.build = _build()
         self._place = state_dir / "edge"
@@ -162,6 +170,7 @@ class Instances:
             directory=place,
             keeper=UPSTREAM,
             address=self.address,
+            secure=self.secure,
             build=self.build,
             key=self.key(),
             server_dirs=os.path.realpath(self._server_dirs),

@@ -30,6 +30,8 @@ class Link:
     """Identifies what it was made from."""
     address: tuple[str, int]
     """The public address as the settings had it."""
+    secure: bool
+    """Whether it speaks TLS there."""
     public: socket.socket | None
     """Its listening socket; None if it only finishes what it has begun."""
     connection: socket.socket
@@ -49,7 +51,12 @@ class Link:
             told = received.next()
             wire.check_proof(told, key, "edge", theirs, own)
             match told:
-                case {"pid": int(pid), "build": str(build), "address": [str(host), int(port)]}:
+                case {
+                    "pid": int(pid),
+                    "build": str(build),
+                    "address": [str(host), int(port)],
+                    "secure": bool(secure),
+                }:
                     process = Process.find(pid)
                 case _:
                     raise wire.WireError("it does not describe itself")
@@ -60,7 +67,7 @@ class Link:
             connection.close()
             raise
         connection.settimeout(_TAKE_WITHIN)
-        return cls(directory, process, build, (host, port), received.socket, connection)
+        return cls(directory, process, build, (host, port), secure, received.socket, connection)
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a command. Raises OSError: nothing is known of the edge then."""

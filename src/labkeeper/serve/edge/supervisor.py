@@ -25,10 +25,13 @@ from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.routes import Route
 from labkeeper.forkserver.identity import key_of
 from labkeeper.lab_addresses import LabAddresses
+from labkeeper.serve.edge.certificate import Certificate
 from labkeeper.serve.edge.instances import EdgeError, Instances
 from labkeeper.serve.edge.link import Link
 from labkeeper.threads import ThreadGroup
 
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at the files of the certificate."""
 _TRY_AGAIN = 1.0
 """Seconds between two attempts to start an edge."""
 
@@ -43,6 +46,7 @@ class Edge:
         instances: Instances,
         labs: LabAddresses,
         *,
+        certificate: Certificate | None,
         public: socket.socket,
         link: Link,
         ending: list[Link],
@@ -54,6 +58,7 @@ class Edge:
         """The secret that keepers share with their edges."""
         self._instances = instances
         self._labs = labs
+        self._certificate = certificate
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
@@ -113,6 +118,8 @@ class Edge:
         threads.start("edge", self._watch, threads)
 
     def _push_all(self) -> None:
+        if self._certificate is not None:
+            self._tell(self._certificate.message())
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
         domain = self._labs.domain if self._labs.mode == "host" else ""
@@ -122,7 +129,9 @@ class Edge:
         while not threads.closed:
             links = [self._link, *self._ending]
             descriptors = {link.connection.fileno(): link for link in links}
-            ready = wait_until_readable([*descriptors, threads.wake], timeout=None)
+            timeout = None if self._certificate is None else _LOOK_EVERY
+            ready = wait_until_readable([*descriptors, threads.wake], timeout=timeout)
+            self._renew_certificate()
             # An edge sends nothing: these have closed their connections.
             for link in (descriptors[found] for found in ready if found in descriptors):
                 if link is self._link:
@@ -132,6 +141,11 @@ class Edge:
                 else:
                     self._ending.remove(link)
                     self._instances.bury(link)
+
+    def _renew_certificate(self) -> None:
+        if self._certificate is not None and self._certificate.renew():
+            with self._lock:
+                self._tell(self._certificate.message())
 
     def _replace(self, threads: ThreadGroup) -> None:
         """Start another edge at the same address; try until it succeeds or the threads end."""
@@ -167,16 +181,18 @@ def running(
     labs: LabAddresses,
     listen: Callable[[str, int], socket.socket],
     *,
+    certificate: Certificate | None,
     ends: Callable[[], bool],
 ) -> Iterator[Edge]:
     """Find or start the edge, and yield it; afterwards end it if `ends()`, or else leave it.
 
-    `listen` creates the listening socket of the public address if no edge has it. If the block
-    raises, an edge that was found is left. Raises SettingsError.
+    `listen` creates the listening socket of the public address if no edge has it. With a
+    certificate the edge speaks TLS. If the block raises, an edge that was found is left. Raises
+    SettingsError.
     """
     try:
         found = instances.find()
-        edge = _choose(instances, labs, found, listen)
+        edge = _choose(instances, labs, found, listen, certificate)
     except (OSError, EdgeError) as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
     keep = bool(found)
@@ -193,13 +209,15 @@ def _choose(
     labs: LabAddresses,
     found: list[Link],
     listen: Callable[[str, int], socket.socket],
+    certificate: Certificate | None,
 ) -> Edge:
     """Keep an edge that equals a new one; else start one, at its address if that is the same.
 
     All others finish what they have begun. Raises OSError, EdgeError, SettingsError.
     """
     at_address = [link for link in found if link.public and link.address == instances.address]
-    equal = next((link for link in at_address if link.build == instances.build), None)
+    same = (instances.build, instances.secure)
+    equal = next((link for link in at_address if (link.build, link.secure) == same), None)
     old = equal or next(iter(at_address), None)
     public = old.public.dup() if old and old.public else listen(*instances.address)
     try:
@@ -213,7 +231,7 @@ def _choose(
             other.send({"do": "drain"})
     for left in found:
         left.close_public()
-    return Edge(instances, labs, public=public, link=link, ending=others)
+    return Edge(instances, labs, certificate=certificate, public=public, link=link, ending=others)
 
 
 def _message(session: Session) -> dict[str, object]:
