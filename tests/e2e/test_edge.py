@@ -122,7 +122,9 @@ def test_a_notebook_does_not_notice_the_end_of_the_keeper(make_edge_keeper):
         message = send_cell(opened, code)
         edge = edge_of(keeper)
         keeper.kill()
-        waiting, got = send_in_background(keeper, "/api/servers/lab")
+        # At first, the next keeper only knows that there is a process.
+        path = "/api/servers/lab?wait_for=running&wait=60"
+        waiting, got = send_in_background(keeper, path)
         keeper.start()
         waiting.join()
         assert got[0].json()["state"] == "running"
