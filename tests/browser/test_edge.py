@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from certificates import Authority
 from harness import alive, edges_of, until
 from pages import DOMAIN, notebook, run_cell_in_page
 
@@ -18,6 +19,11 @@ pytestmark = [
 @pytest.fixture
 def keeper(make_keeper):
     return make_keeper(edge="on").start()
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path)
 
 
 def link_to(keeper, name, page):
@@ -143,3 +149,22 @@ def test_two_labs_in_one_browser_cannot_reach_each_other_or_the_keeper(make_keep
     page.evaluate(TOSS, DOMAIN)
     # Ada's Lab accepts neither of two cookies, rather than one that Bob has chosen.
     assert page.goto(f"{sites['ada']}/lab/tree").status == 401
+
+
+def test_over_tls_no_other_lab_can_sign_a_browser_out(make_keeper, authority, page):
+    """Without TLS, a second cookie is enough for that. A browser refuses one with this prefix."""
+    files = authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1")
+    keeper = make_keeper(edge="on", lab_domain=DOMAIN, **files)
+    keeper.verify = authority.context()
+    keeper.start()
+    context = page.context.browser.new_context(ignore_https_errors=True)
+    page = context.new_page()
+    sites = {name: f"https://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
+    for name, site in sites.items():
+        keeper.post(name=name)
+        open_notebook(keeper, page, "print(6 * 7)", name)
+        until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
+        assert page.url.startswith(site)
+    for name in ("labkeeper-session", "__Host-labkeeper-session", "__Secure-labkeeper-session"):
+        page.evaluate(TOSS.replace("labkeeper-session", name), f"{DOMAIN}; secure")
+    assert page.goto(f"{sites['ada']}/lab/tree").status == 200

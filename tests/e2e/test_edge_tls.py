@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import ssl
 import subprocess
 import sys
 
 import httpx
 import pytest
-import trustme
 import websocket
 
+from certificates import DOMAIN, Authority, Resolved
 from harness import (
     PATIENCE,
     alive,
@@ -28,38 +27,7 @@ pytestmark = [
     pytest.mark.timeout(300),
     pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux"),
 ]
-DOMAIN = "labs.example.org"
-NAMES = (DOMAIN, f"*.{DOMAIN}", "localhost", "127.0.0.1")
 PAGE = {"Accept": "text/html,*/*", "Sec-Fetch-Mode": "navigate"}
-
-
-class Authority:
-    """An authority, and the files of a certificate that it has issued."""
-
-    def __init__(self, directory):
-        self._ca = trustme.CA()
-        self._directory = directory
-        self.file = directory / "ca.pem"
-        self._ca.cert_pem.write_to_path(self.file)
-        self.cert_file, self.key_file = directory / "cert.pem", directory / "key.pem"
-        self.issue()
-
-    def issue(self, *names):
-        """Write a certificate and its key, as certbot does; return its settings."""
-        leaf = self._ca.issue_cert(*(names or NAMES))
-        for path, pem in (
-            (self.key_file, leaf.private_key_pem),
-            (self.cert_file, leaf.cert_chain_pems[0]),
-        ):
-            fresh = path.with_suffix(".new")
-            fresh.write_bytes(b"")
-            fresh.chmod(0o600)
-            pem.write_to_path(fresh)
-            fresh.replace(path)
-        return {"cert_file": self.cert_file, "key_file": self.key_file}
-
-    def context(self):
-        return ssl.create_default_context(cafile=self.file)
 
 
 @pytest.fixture
@@ -80,21 +48,6 @@ def make_tls_keeper(make_keeper, authority):
         return keeper
 
     return make
-
-
-class Resolved(httpx.HTTPTransport):
-    """Reaches every host name at this machine, and checks it against the certificate."""
-
-    def handle_request(self, request):
-        return super().handle_request(
-            httpx.Request(
-                request.method,
-                request.url.copy_with(host="127.0.0.1"),
-                headers=request.headers,
-                stream=request.stream,
-                extensions=request.extensions | {"sni_hostname": request.url.host},
-            )
-        )
 
 
 @pytest.fixture

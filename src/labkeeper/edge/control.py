@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from labkeeper.edge import wire
+from labkeeper.edge.forwarded import Network, NetworkError, networks
 from labkeeper.edge.routes import Route, RouteError, RouteTable
 from labkeeper.edge.sessions import Session, SessionError, SessionTable
 from labkeeper.forkserver import peers
@@ -30,6 +31,10 @@ _log = logging.getLogger("labkeeper.edge")
 
 class CertificateError(ValueError):
     """A certificate does not fit, or is missing."""
+
+
+_MISFITS: Final = (CertificateError, NetworkError, RouteError, SessionError)
+"""A command has something that does not fit."""
 
 
 class Commands(Protocol):
@@ -48,6 +53,9 @@ class Commands(Protocol):
 
         With `hsts`, browsers are told to use nothing but TLS. Raises CertificateError.
         """
+
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """Believe what these proxies say about clients, and no others."""
 
     def serve(self) -> None:
         """Begin to serve, if it has not begun: all routes and sessions are known.
@@ -144,7 +152,7 @@ class Control:
         return wire.encode(own), files
 
     def obey(self, frame: Mapping[str, Any]) -> None:
-        """Execute a command. Raises WireError, RouteError, SessionError, CertificateError."""
+        """Execute a command. Raises WireError, and those below."""
         routes, sessions = self._commands.routes, self._commands.sessions
         match frame:
             case {
@@ -163,6 +171,8 @@ class Control:
                 self._commands.shut_out(sessions.end(map(str, digests)))
             case {"do": "certificate", "chain": str(chain), "key": str(key), "hsts": bool(hsts)}:
                 self._commands.use_certificate(chain.encode(), key.encode(), hsts=hsts)
+            case {"do": "trust", "proxies": list(proxies)}:
+                self._commands.trust(networks(map(str, proxies)))
             case {"do": "route", "route": route}:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
@@ -206,7 +216,7 @@ class _Connection:
                 act()
             except (OSError, EOFError):
                 self.close()
-            except (wire.WireError, RouteError, SessionError, CertificateError) as error:
+            except (wire.WireError, *_MISFITS) as error:
                 _log.warning("closed a control connection: %s", error)
                 self.close()
 

@@ -25,10 +25,14 @@ _ENTRY: Final = re.compile(
 """An address; some proxies add a port."""
 _SECURE: Final = {b"https": True, b"wss": True, b"http": False, b"ws": False}
 """Traefik names websockets by schemes of their own."""
-_PAIR: Final = re.compile(rb'([A-Za-z]+)=(?:"([^"\\]*)"|([^";,\s]+))')
-_ELEMENT: Final = re.compile(rb"[ \t]*(?:%b[ \t]*;?[ \t]*)*" % _PAIR.pattern)
+_PAIR: Final = re.compile(rb'([A-Za-z]++)=(?:"([^"\\]*+)"|([^";,=\s]++))')
+_ELEMENT: Final = re.compile(rb"[ \t]*+(?:%b[ \t]*+(?:;[ \t]*+|$))*+" % _PAIR.pattern)
 _UNKNOWN: Final = re.compile(rb"unknown|_[A-Za-z0-9._-]+")
 """What stands for an address that a proxy does not tell (RFC 7239, 6)."""
+
+
+class NetworkError(ValueError):
+    """A text is not an address or a network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +45,11 @@ class Sender:
 
 
 def networks(texts: Iterable[str]) -> tuple[Network, ...]:
-    """Return addresses and networks, such as `10.0.0.0/8`. Raises ValueError."""
-    return tuple(ipaddress.ip_network(text) for text in texts)
+    """Return addresses and networks, such as `10.0.0.0/8`. Raises NetworkError."""
+    try:
+        return tuple(map(ipaddress.ip_network, texts))
+    except ValueError as error:
+        raise NetworkError("an address of a proxy does not fit") from error
 
 
 def sender_of(peer: Sender, headers: Headers, trusted: tuple[Network, ...]) -> Sender:

@@ -19,6 +19,7 @@ from typing import Final
 
 from labkeeper.edge.client import Client
 from labkeeper.edge.control import Access, CertificateError, Control
+from labkeeper.edge.forwarded import Network
 from labkeeper.edge.limits import Limits, allow_descriptors
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import RouteTable
@@ -205,6 +206,10 @@ class _Edge:
         except (EncryptedKeyError, ssl.SSLError) as error:
             raise CertificateError("the certificate cannot be used") from error
         self._proxy.hsts = hsts
+
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """See `Commands`."""
+        self._proxy.trusted = proxies
 
     def serve(self) -> None:
         """See `Commands`."""

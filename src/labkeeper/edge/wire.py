@@ -14,6 +14,7 @@ Then only the keeper sends:
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
 * `{"do": "certificate", "chain": …, "key": …, "hsts": …}`, both PEM, is what TLS begins with from
   now on; an edge that speaks TLS needs one before `all`
+* `{"do": "trust", "proxies": [NETWORK, …]}` replaces the proxies that are believed about clients
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
 * `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 

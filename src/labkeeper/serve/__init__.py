@@ -96,6 +96,8 @@ def run(
 def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
     """Return the edge, as a context in which it runs; None if it is off. Raises SettingsError."""
     if chosen.edge == "off":
+        if chosen.trusted_proxies:
+            raise SettingsError("LABKEEPER_TRUSTED_PROXIES needs LABKEEPER_EDGE=on")
         return contextlib.nullcontext()
     if sys.platform != "linux":
         raise SettingsError("LABKEEPER_EDGE=on requires Linux")
@@ -118,6 +120,7 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
         labs,
         listen,
         certificate=certificate,
+        trusted=chosen.trusted_proxies,
         ends=lambda: chosen.on_exit == "stop",
     )
 

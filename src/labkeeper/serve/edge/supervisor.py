@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 
@@ -47,6 +47,7 @@ class Edge:
         labs: LabAddresses,
         *,
         certificate: Certificate | None,
+        trusted: Sequence[str],
         public: socket.socket,
         link: Link,
         ending: list[Link],
@@ -59,6 +60,7 @@ class Edge:
         self._instances = instances
         self._labs = labs
         self._certificate = certificate
+        self._trusted = trusted
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
@@ -120,6 +122,7 @@ class Edge:
     def _push_all(self) -> None:
         if self._certificate is not None:
             self._tell(self._certificate.message())
+        self._tell({"do": "trust", "proxies": list(self._trusted)})
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
         domain = self._labs.domain if self._labs.mode == "host" else ""
@@ -182,19 +185,29 @@ def running(
     listen: Callable[[str, int], socket.socket],
     *,
     certificate: Certificate | None,
+    trusted: Sequence[str],
     ends: Callable[[], bool],
 ) -> Iterator[Edge]:
     """Find or start the edge, and yield it; afterwards end it if `ends()`, or else leave it.
 
     `listen` creates the listening socket of the public address if no edge has it. With a
-    certificate the edge speaks TLS. If the block raises, an edge that was found is left. Raises
-    SettingsError.
+    certificate the edge speaks TLS. What `trusted` proxies say about clients is believed. If the
+    block raises, an edge that was found is left. Raises SettingsError.
     """
     try:
         found = instances.find()
-        edge = _choose(instances, labs, found, listen, certificate)
+        public, link, ending = _choose(instances, found, listen)
     except (OSError, EdgeError) as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
+    edge = Edge(
+        instances,
+        labs,
+        certificate=certificate,
+        trusted=trusted,
+        public=public,
+        link=link,
+        ending=ending,
+    )
     keep = bool(found)
     try:
         yield edge
@@ -205,15 +218,12 @@ def running(
 
 
 def _choose(
-    instances: Instances,
-    labs: LabAddresses,
-    found: list[Link],
-    listen: Callable[[str, int], socket.socket],
-    certificate: Certificate | None,
-) -> Edge:
+    instances: Instances, found: list[Link], listen: Callable[[str, int], socket.socket]
+) -> tuple[socket.socket, Link, list[Link]]:
     """Keep an edge that equals a new one; else start one, at its address if that is the same.
 
-    All others finish what they have begun. Raises OSError, EdgeError, SettingsError.
+    Return the listening socket, the edge, and all others: they finish what they have begun. Raises
+    OSError, EdgeError, SettingsError.
     """
     at_address = [link for link in found if link.public and link.address == instances.address]
     same = (instances.build, instances.secure)
@@ -231,7 +241,7 @@ def _choose(
             other.send({"do": "drain"})
     for left in found:
         left.close_public()
-    return Edge(instances, labs, certificate=certificate, public=public, link=link, ending=others)
+    return public, link, others
 
 
 def _message(session: Session) -> dict[str, object]:
