@@ -172,7 +172,7 @@ class Edge:
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join()
             self.loop.close()
-        assert self.errors == []
+        assert self.errors == [], self.errors
 
 
 @contextlib.contextmanager

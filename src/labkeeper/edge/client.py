@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import socket
@@ -305,7 +306,8 @@ class Client(asyncio.Protocol):
         self._proxy.waiting.pop(self, None)
         self._set_deadline()
         if not self._transport.is_closing():
-            if self._transport.can_write_eof():
+            # Its peer may have read the answer and be gone.
+            with contextlib.suppress(OSError):
                 self._transport.write_eof()
             self._transport.resume_reading()
 

@@ -208,10 +208,6 @@ class TlsConnection(asyncio.Transport, asyncio.Protocol):
             rest = rest[self._tls.write(rest) :]
         self._flush()
 
-    def can_write_eof(self) -> bool:
-        """See asyncio."""
-        return True
-
     def write_eof(self) -> None:
         """End what is sent; what still arrives is dropped."""
         self._end()
@@ -248,10 +244,6 @@ class TlsConnection(asyncio.Transport, asyncio.Protocol):
         """See asyncio."""
         self._socket.resume_reading()
 
-    def is_reading(self) -> bool:
-        """See asyncio."""
-        return self._socket.is_reading()
-
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """See asyncio."""
         self._socket.set_write_buffer_limits(high, low)
@@ -259,10 +251,6 @@ class TlsConnection(asyncio.Transport, asyncio.Protocol):
     def get_write_buffer_size(self) -> int:
         """See asyncio."""
         return self._socket.get_write_buffer_size()
-
-    def get_write_buffer_limits(self) -> tuple[int, int]:
-        """See asyncio."""
-        return self._socket.get_write_buffer_limits()
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         """See asyncio."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import socket
@@ -199,6 +200,20 @@ def _upstream_sockets(edge):
         finally:
             one.detach()
     return found
+
+
+def test_client_that_is_gone_before_the_end_of_its_answer_is_no_error(edge):
+    """It reads the last answer, and resets the connection before the edge has ended its half."""
+
+    def gone():
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    client = edge.connect()
+    assert client.ask(get()).status == 200
+    edge.call(setattr, edge.inside[0]._transport, "write_eof", gone)
+    assert client.ask(get(b"/..")).status == 400
+    client.close()
+    edge.settle(0)
 
 
 def test_edge_that_closes_ends_everything(tmp_path, context, authority):
