@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -46,11 +47,13 @@ TOKEN = {"Authorization": "token x"}
 class Started:
     """An edge, and the link of the keeper that this process is for it."""
 
-    def __init__(self, state_dir, lock):
+    def __init__(self, state_dir, lock, *, secure=False):
         fcntl.flock(lock, fcntl.LOCK_EX)
         self.state_dir = state_dir
         self.public = socket.create_server(("127.0.0.1", 0))
-        self.instances = Instances(state_dir, state_dir / "run", self.public.getsockname())
+        self.instances = Instances(
+            state_dir, state_dir / "run", self.public.getsockname(), secure=secure
+        )
         assert self.instances.find() == []
         self.link = self.instances.start(self.public)
 
@@ -72,8 +75,8 @@ def lock(tmp_path):
 
 
 @pytest.fixture
-def edge(tmp_path, lock):
-    started = Started(tmp_path, lock)
+def edge(request, tmp_path, lock):
+    started = Started(tmp_path, lock, secure=getattr(request, "param", "plain") == "TLS")
     yield started
     with contextlib.suppress(OSError):
         started.link.send({"do": "stop"})
@@ -191,6 +194,9 @@ def test_it_ends_when_told_to(edge, command):
         {"do": "sessions", "begun": [SESSION | {"digest": "x"}], "ended": []},
         {"do": "sessions", "begun": [SESSION | {"user": ""}], "ended": []},
         {"do": "unroute", "server": 1},
+        {"do": "certificate", "chain": "", "key": "", "hsts": True},
+        {"do": "trust", "proxies": ["10.0.0.1/8"]},
+        {"do": "trust", "proxies": "10.0.0.1"},
     ],
 )
 def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
@@ -200,6 +206,51 @@ def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
         other.connection.settimeout(PATIENCE)
         assert other.connection.recv(1) == b""
     assert (edge.get(COOKIE), edge.get(TOKEN, "other")) == (502, 404)
+
+
+WITH_TLS = pytest.mark.parametrize("edge", ["TLS"], indirect=True)
+
+
+@pytest.fixture
+def certificate(authority):
+    leaf = authority.issue_cert("127.0.0.1")
+    chain, key = leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes()
+    return {"do": "certificate", "chain": chain.decode(), "key": key.decode(), "hsts": True}
+
+
+@pytest.fixture
+def healthz(edge, authority):
+    """Return a function that probes the edge with TLS."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    host, port = edge.public.getsockname()
+    url = f"https://{host}:{port}/edge/healthz"
+    return lambda: httpx.get(url, verify=context, trust_env=False, timeout=PATIENCE).status_code
+
+
+@WITH_TLS
+def test_edge_with_tls_serves_nothing_before_it_has_a_certificate(edge, certificate, healthz):
+    with contextlib.closing(edge.open()) as other:
+        assert other.secure
+        other.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+        other.connection.settimeout(PATIENCE)
+        assert other.connection.recv(1) == b""
+    edge.link.send(certificate)
+    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+    assert healthz() == 200
+
+
+@WITH_TLS
+def test_unusable_certificate_is_refused_and_the_one_before_stays(edge, certificate, healthz):
+    edge.link.send(certificate)
+    edge.link.send({"do": "all", "domain": "", "routes": [], "sessions": []})
+    assert healthz() == 200
+    for bad in ({"key": ""}, {"chain": "nonsense"}):
+        with contextlib.closing(edge.open()) as other:
+            other.send(certificate | bad)
+            other.connection.settimeout(PATIENCE)
+            assert other.connection.recv(1) == b""
+    assert healthz() == 200
 
 
 def test_a_command_before_the_proof_is_none(edge):
