@@ -174,6 +174,45 @@ def test_the_next_keeper_starts_the_edge_if_both_have_died(make_edge_keeper):
     assert len([path for path in (keeper.state_dir / "edge").iterdir() if path.is_dir()]) == 1
 
 
+@pytest.mark.promise
+def test_labs_are_reachable_while_the_next_keeper_looks_for_them(make_edge_keeper):
+    keeper = make_edge_keeper().start()
+    lab = at_edge(keeper, keeper.post(name="lab").json())
+    headers = {"Authorization": f"token {lab['token']}"}
+    keeper.kill()
+    statuses = set()
+    ended = threading.Event()
+
+    def poll():
+        with httpx.Client(headers=headers, trust_env=False, timeout=PATIENCE) as client:
+            while not ended.is_set():
+                statuses.add(client.get(f"{lab['url']}api/status").status_code)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    keeper.start()
+    keeper.wait_for("running", "lab")
+    ended.set()
+    thread.join()
+    assert statuses == {200}
+
+
+def test_lab_that_ended_without_a_keeper_has_no_route(make_edge_keeper):
+    keeper = make_edge_keeper().start()
+    lab = at_edge(keeper, keeper.post(name="lab").json())
+    keeper.kill()
+    os.kill(lab["pid"], signal.SIGKILL)
+    keeper.start()
+    # It is launched again, with another token.
+    again = at_edge(keeper, keeper.wait_for("running", "lab"))
+    assert again["generation"] == 2
+    assert run_cell(again, start_kernel(again), "1 + 1") == "2"
+    assert keeper.http.post("/api/servers/lab/stop").status_code == 200
+    headers = {"Authorization": f"token {again['token']}"}
+    gone = httpx.get(f"{again['url']}api", headers=headers, trust_env=False)
+    assert gone.status_code == 404
+
+
 def test_a_suspended_edge_is_replaced_by_the_next_keeper(make_edge_keeper):
     keeper = make_edge_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())

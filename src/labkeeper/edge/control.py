@@ -163,7 +163,10 @@ class Control:
             }:
                 ended = sessions.replace([Session.parse(session) for session in known])
                 self._commands.shut_out(ended)
-                routes.replace([Route.parse(route) for route in found])
+                kept = frame.get("kept")
+                routes.replace(
+                    [Route.parse(route) for route in found], kept if isinstance(kept, dict) else {}
+                )
                 routes.domain = domain
                 self._commands.serve()
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:

@@ -10,7 +10,8 @@ The edge, which listens, begins:
 
 Then only the keeper sends:
 
-* `{"do": "all", "domain": …, "routes": […], "sessions": […]}` replaces all that the edge knows
+* `{"do": "all", "domain": …, "routes": […], "kept": {SERVER: GENERATION, …}, "sessions": […]}`
+  replaces all that the edge knows, except routes to servers in `kept`, which may be absent
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
 * `{"do": "certificate", "chain": …, "key": …, "hsts": …}`, both PEM, is what TLS begins with from
   now on; an edge that speaks TLS needs one before `all`

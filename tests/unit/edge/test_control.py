@@ -158,6 +158,17 @@ def test_routes_are_replaced_changed_and_removed(edge):
     until(lambda: edge.get(TOKEN, "other") == 404, what="the end of all routes")
 
 
+def test_routes_to_servers_that_may_run_stay_if_the_generation_is_the_same(edge):
+    """As after a restart of the keeper, until it has found them."""
+    others = [ROUTE | {"server": name, "generation": 2} for name in ("older", "gone")]
+    told = {"do": "all", "domain": "", "routes": [ROUTE, *others], "sessions": []}
+    edge.link.send(told)
+    assert [edge.get(TOKEN, name) for name in ("lab", "older", "gone")] == [502] * 3
+    edge.link.send(told | {"routes": [], "kept": {"lab": 1, "older": 3, "never": 1}})
+    until(lambda: edge.get(TOKEN, "gone") == 404, what="other routes")
+    assert [edge.get(TOKEN, name) for name in ("lab", "older", "never")] == [502, 404, 404]
+
+
 def test_sessions_are_replaced_added_and_ended(edge):
     edge.link.send({"do": "all", "domain": "", "routes": [ROUTE], "sessions": []})
     assert edge.get(COOKIE) == 401

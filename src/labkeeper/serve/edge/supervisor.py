@@ -19,6 +19,7 @@ from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
 from labkeeper.core.access import Session
 from labkeeper.core.errors import SettingsError
+from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change
 from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import QualifiedName
@@ -64,6 +65,9 @@ class Edge:
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
+        self._uncertain: dict[QualifiedName, int] = {}
+        """Servers of earlier keepers that have not been found yet, with their generations: an edge
+        that was left with them keeps their routes."""
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         """Guards the link, the routes and the sessions: together they are what the edge knows."""
@@ -72,14 +76,26 @@ class Edge:
         """Push what a change of a server means for its route; a subscriber of the fleet."""
         name, route = change.after.qualified_name, route_of(change.after, self._labs, self.secret)
         with self._lock:
-            if route == self._routes.get(name):
+            if self._is_uncertain(change):
+                self._uncertain[name] = change.after.generation
+                return
+            left = self._uncertain.pop(name, None) is not None
+            if route == self._routes.get(name) and not left:
                 return
             if route is None:
-                del self._routes[name]
+                self._routes.pop(name, None)
                 self._tell({"do": "unroute", "server": name})
             else:
                 self._routes[name] = route
                 self._tell({"do": "route", "route": asdict(route)})
+
+    def _is_uncertain(self, change: Change) -> bool:
+        """Whether a server is one of `_uncertain`, also after a change."""
+        name, after = change.after.qualified_name, change.after
+        if change.before is None:
+            return after.state is State.LOST
+        is_same = self._uncertain.get(name) == after.generation
+        return is_same and after.state in {State.LOST, State.STARTING}
 
     def set_sessions(self, begun: Collection[Session], ended: Collection[Session]) -> None:
         """Push browser sessions that begin and that end."""
@@ -126,7 +142,8 @@ class Edge:
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
         domain = self._labs.domain if self._labs.mode == "host" else ""
-        self._tell({"do": "all", "domain": domain, "routes": routes, "sessions": sessions})
+        told = {"domain": domain, "routes": routes, "kept": self._uncertain, "sessions": sessions}
+        self._tell({"do": "all", **told})
 
     def _watch(self, threads: ThreadGroup) -> None:
         while not threads.closed:
