@@ -11,9 +11,11 @@ import collections
 import dataclasses
 import functools
 import socket
+import ssl
 import struct
 
 import h11
+import pytest
 
 from harness import PATIENCE
 
@@ -23,6 +25,10 @@ MUCH = 2**28
 """Bytes; more of a `Flood` are not written, as nothing seems to stop it."""
 SMALL = 16 * 1024
 """Bytes of a socket's buffers, where a test needs them to be small."""
+BOTH = pytest.mark.parametrize("context", ["plain", "TLS"], indirect=True)
+"""Runs a test of an edge with plain HTTP, and with TLS."""
+FULL = (BlockingIOError, ssl.SSLWantWriteError)
+"""What a socket raises that does not wait and takes nothing more."""
 PROBE = b"GET /edge/healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
@@ -305,7 +311,7 @@ class Visitor:
         try:
             while piece := self.socket.recv(PIECE):
                 data += piece
-        except ConnectionResetError:
+        except (ConnectionResetError, ssl.SSLEOFError):
             return data, True
         return data, False
 

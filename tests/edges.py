@@ -12,21 +12,26 @@ import dataclasses
 import functools
 import json
 import socket
+import ssl
 import threading
 import time
 
 from edge_peers import Scripted, Visitor
 from harness import PATIENCE, until
 from labkeeper.edge.client import Client
+from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import Route
+from labkeeper.edge.tls import TlsConnection
 
 
 class Edge:
     """The edge, in the loop of a thread. Its clock can be advanced; nothing sweeps but `sweep`."""
 
-    def __init__(self, directory, most=1000, buffers=None, **limits):
+    def __init__(self, directory, most=1000, buffers=None, context=None, **limits):
+        """With a `context` it speaks TLS."""
+        self.context = context
         self.errors = []
         self.keeper = Scripted(self.errors)
         self.labs = {}
@@ -46,6 +51,7 @@ class Edge:
             log_file=self._log.fileno(),
         )
         self.proxy.access_log.on = True
+        self.proxy.hosts = Hosts(["labs.example.org", "*.labs.example.org"])
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=1024)
@@ -55,9 +61,11 @@ class Edge:
         self.address = self.server.sockets[0].getsockname()
 
     async def _serve(self):
-        return await self.loop.create_server(
-            functools.partial(Client, self.proxy), sock=self._listener, backlog=1024
-        )
+        return await self.loop.create_server(self._connection, sock=self._listener, backlog=1024)
+
+    def _connection(self):
+        client = functools.partial(Client, self.proxy)
+        return client() if self.context is None else TlsConnection(self.proxy, self.context, client)
 
     def wait(self, coroutine):
         """Run a coroutine in the loop."""
@@ -105,9 +113,18 @@ class Edge:
 
         self.call(advance)
 
-    def connect(self, buffers=None, source=""):
-        """Return a new client; `source` is its address."""
+    def connect(self, buffers=None, source="", name="x", plain=False):
+        """Return a new client, whose address is `source`.
+
+        It uses TLS if the edge does, and checks the edge's name.
+        """
         client = Visitor(self.address, buffers, source)
+        if self.context is not None and not plain:
+            context = ssl.create_default_context()
+            self.authority.configure_trust(context)
+            client.socket = context.wrap_socket(
+                client.socket, server_hostname=name, suppress_ragged_eofs=False
+            )
         self.clients.append(client)
         return client
 
@@ -132,8 +149,8 @@ class Edge:
 
     @property
     def inside(self):
-        """The edge's clients."""
-        return self.call(lambda: list(self.proxy._clients))
+        """The edge's clients, without those that have not finished their handshake."""
+        return self.call(lambda: [one for one in self.proxy._clients if isinstance(one, Client)])
 
     @property
     def log(self):
@@ -177,7 +194,7 @@ class Edge:
             self._thread.join()
             self._log.close()
             self.loop.close()
-        assert self.errors == []
+        assert self.errors == [], self.errors
 
 
 @contextlib.contextmanager

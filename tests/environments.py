@@ -13,6 +13,8 @@ GATEWAY = ROOT / ".venv-gateway", ROOT / "docker" / "gateway" / "requirements.lo
 """An Enterprise Gateway."""
 IPYKERNEL_TESTS = ROOT / ".venv-ipykernel-tests", ROOT / "requirements" / "ipykernel-tests.lock"
 """What ipykernel's own tests need."""
+PROXIES = ROOT / ".venv-proxies", ROOT / "requirements" / "proxies.lock"
+"""Caddy and Traefik, which Debian has in older versions or not at all."""
 
 
 def create(environment):

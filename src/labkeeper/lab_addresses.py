@@ -10,6 +10,7 @@ from labkeeper import addresses
 from labkeeper.core.server import Endpoint
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.routes import LABS
+from labkeeper.edge.sessions import cookie_name
 
 Mode = Literal["path", "host", "port"]
 
@@ -46,6 +47,10 @@ class LabAddresses:
         elif host == "localhost":
             host = "127.0.0.1"
         return addresses.url(url.scheme, host, url.port)
+
+    def cookie(self, *, secure: bool) -> str:
+        """Return the name of the cookie of a browser's session; `secure`: it uses TLS."""
+        return cookie_name(secure=secure, is_host=self.mode == "host").decode()
 
     def cookie_path(self, name: QualifiedName) -> str:
         """Return the path for which a browser's session is."""

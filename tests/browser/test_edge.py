@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from certificates import Authority
 from harness import alive, edges_of, until
 from pages import DOMAIN, notebook, run_cell_in_page
 
@@ -23,6 +24,11 @@ LARGE = 200
 @pytest.fixture
 def keeper(make_keeper):
     return make_keeper(edge="on").start()
+
+
+@pytest.fixture
+def authority(tmp_path):
+    return Authority(tmp_path)
 
 
 def link_to(keeper, name, page=""):
@@ -243,3 +249,22 @@ def test_a_stopped_lab_has_a_button_that_starts_it(keeper, page):
     page.get_by_role("button", name="Start").click()
     page.get_by_text("remember the milk").wait_for()
     assert page.url.startswith(f"{keeper.url}/servers/lab/lab/tree/notes.txt")
+
+
+def test_over_tls_no_other_lab_can_sign_a_browser_out(make_keeper, authority, page):
+    """Without TLS, a second cookie is enough for that. A browser refuses one with this prefix."""
+    files = authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1")
+    keeper = make_keeper(edge="on", lab_domain=DOMAIN, **files)
+    keeper.verify = authority.context()
+    keeper.start()
+    context = page.context.browser.new_context(ignore_https_errors=True)
+    page = context.new_page()
+    sites = {name: f"https://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
+    for name, site in sites.items():
+        keeper.post(name=name)
+        open_notebook(keeper, page, "print(6 * 7)", name)
+        until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
+        assert page.url.startswith(site)
+    for name in ("labkeeper-session", "__Host-labkeeper-session", "__Secure-labkeeper-session"):
+        page.evaluate(TOSS.replace("labkeeper-session", name), f"{DOMAIN}; secure")
+    assert page.goto(f"{sites['ada']}/lab/tree").status == 200

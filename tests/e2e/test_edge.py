@@ -16,7 +16,6 @@ from pathlib import Path
 import brotli
 import httpx
 import pytest
-import trustme
 
 import labkeeper
 from harness import (
@@ -157,7 +156,9 @@ def test_a_notebook_does_not_notice_the_end_of_the_keeper(make_edge_keeper):
         message = send_cell(opened, code)
         edge = edge_of(keeper)
         keeper.kill()
-        waiting, got = send_in_background(keeper, "/api/servers/lab")
+        # At first, the next keeper only knows that there is a process.
+        path = "/api/servers/lab?wait_for=running&wait=60"
+        waiting, got = send_in_background(keeper, path)
         keeper.start()
         waiting.join()
         assert got[0].json()["state"] == "running"
@@ -205,6 +206,45 @@ def test_the_next_keeper_starts_the_edge_if_both_have_died(make_edge_keeper):
     assert run_cell(lab, start_kernel(lab), "1 + 1") == "2"
     # The directory of the dead edge was removed.
     assert len([path for path in (keeper.state_dir / "edge").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.promise
+def test_labs_are_reachable_while_the_next_keeper_looks_for_them(make_edge_keeper):
+    keeper = make_edge_keeper().start()
+    lab = at_edge(keeper, keeper.post(name="lab").json())
+    headers = {"Authorization": f"token {lab['token']}"}
+    keeper.kill()
+    statuses = set()
+    ended = threading.Event()
+
+    def poll():
+        with httpx.Client(headers=headers, trust_env=False, timeout=PATIENCE) as client:
+            while not ended.is_set():
+                statuses.add(client.get(f"{lab['url']}api/status").status_code)
+
+    thread = threading.Thread(target=poll)
+    thread.start()
+    keeper.start()
+    keeper.wait_for("running", "lab")
+    ended.set()
+    thread.join()
+    assert statuses == {200}
+
+
+def test_lab_that_ended_without_a_keeper_has_no_route(make_edge_keeper):
+    keeper = make_edge_keeper().start()
+    lab = at_edge(keeper, keeper.post(name="lab").json())
+    keeper.kill()
+    os.kill(lab["pid"], signal.SIGKILL)
+    keeper.start()
+    # It is launched again, with another token.
+    again = at_edge(keeper, keeper.wait_for("running", "lab"))
+    assert again["generation"] == 2
+    assert run_cell(again, start_kernel(again), "1 + 1") == "2"
+    assert keeper.http.post("/api/servers/lab/stop").status_code == 200
+    headers = {"Authorization": f"token {again['token']}"}
+    gone = httpx.get(f"{again['url']}api", headers=headers, trust_env=False)
+    assert gone.status_code == 404
 
 
 def test_a_suspended_edge_is_replaced_by_the_next_keeper(make_edge_keeper):
@@ -371,22 +411,6 @@ def test_large_files_pass_in_constant_memory(make_edge_keeper):
             received += len(data)
     assert received == size
     assert edge.memory_info().rss - before < 20 * 2**20
-
-
-def test_the_edge_needs_no_tls_of_its_own_yet(make_edge_keeper, tmp_path):
-    """It says so, instead of serving without."""
-    authority = trustme.CA()
-    certificate = authority.issue_cert("localhost")
-    for name, blob in (
-        ("cert", certificate.cert_chain_pems[0]),
-        ("key", certificate.private_key_pem),
-    ):
-        blob.write_to_path(tmp_path / name)
-    keeper = make_edge_keeper(cert_file=tmp_path / "cert", key_file=tmp_path / "key")
-    failed = keeper.cli("serve")
-    assert failed.returncode == 2
-    assert "LABKEEPER_EDGE=off" in failed.stderr
-    assert not edges_of(keeper)
 
 
 def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):

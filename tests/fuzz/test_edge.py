@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import socket
+import ssl
 
 import h11
 import pytest
+import trustme
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +24,7 @@ from labkeeper.edge.heads import (
     read_request,
     request_head,
 )
+from labkeeper.edge.tls import context_of
 
 GET = read_request(get())
 OPEN = read_request(get(b"/", *WEBSOCKET))
@@ -257,7 +260,7 @@ def talk(edge, pieces):
 
     The client does not end the connection: if nothing else does, one of the edge's limits must.
     """
-    client = edge.connect()
+    client = edge.connect(plain=True)
     client.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     data = b""
     try:
@@ -331,3 +334,42 @@ def test_any_answer_becomes_one_that_h11_accepts_or_a_reset(edge, said, websocke
         client.close()
         edge.clients.remove(client)
     check(edge)
+
+
+# TLS
+
+
+@pytest.fixture(scope="module")
+def secure_edge(tmp_path_factory):
+    """An edge that speaks TLS, before a keeper."""
+    leaf = trustme.CA().issue_cert("x")
+    context = context_of(leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes())
+    with edge_in(tmp_path_factory.mktemp("secure"), context=context) as edge:
+        edge.start_keeper()
+        yield edge
+
+
+def greeting():
+    """Return the first bytes of a handshake."""
+    sent = ssl.MemoryBIO()
+    context = ssl.create_default_context()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        context.wrap_bio(ssl.MemoryBIO(), sent, server_hostname="x").do_handshake()
+    return sent.read()
+
+
+GREETING = greeting()
+DAMAGES = st.lists(st.tuples(st.integers(0, len(GREETING) - 1), st.integers(0, 255)), max_size=4)
+
+
+@FUZZ
+@given(DAMAGES, st.binary(max_size=100), CUTS)
+def test_damaged_handshakes_end_without_an_error(secure_edge, damages, noise, cuts):
+    sent = bytearray(GREETING)
+    for at, byte in damages:
+        sent[at] = byte
+    data = talk(secure_edge, pieces_of(bytes(sent) + noise, cuts))
+    # A record of the handshake or an alert, or the answer to what is not TLS at all.
+    assert data[:1] in {b"", b"\x16", b"\x15"} or data.startswith(b"HTTP/1.1 400 ")
+    check(secure_edge)
+    assert secure_edge.requests == []

@@ -27,7 +27,6 @@ from labkeeper.core.messages import CULLER, KEEPER, Order, Origin
 from labkeeper.core.server import Snapshot, StopMethod
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.routes import LABS
-from labkeeper.identity.sessions import COOKIE
 
 RULES: Final[dict[str, Rule]] = dict.fromkeys(("labs.show", "labs.start", "labs.sign_out"), PUBLIC)
 _AT_ONCE: Final = 0.3
@@ -73,7 +72,11 @@ def pages(services: Services) -> Blueprint:
         shown = page(
             HTTPStatus.OK, "You are signed out", "To use this Lab again, open it with a new link."
         )
-        shown.delete_cookie(COOKIE, path=services.labs.cookie_path(QualifiedName(name)))
+        shown.delete_cookie(
+            services.labs.cookie(secure=request.is_secure),
+            path=services.labs.cookie_path(QualifiedName(name)),
+            secure=request.is_secure,
+        )
         return shown
 
     below = f"{LABS}<name>"
@@ -104,7 +107,7 @@ def _session(services: Services, name: str) -> Session | None:
     """Return the browser's session for a server, or None. Raises NotFound without an edge."""
     if services.labs.mode == "port":
         raise NotFound
-    cookies = request.cookies.getlist(COOKIE)
+    cookies = request.cookies.getlist(services.labs.cookie(secure=request.is_secure))
     # With several, the edge accepts none (`labkeeper.edge.sessions`).
     session = services.sessions.find(cookies[0]) if len(cookies) == 1 else None
     return session if session is not None and session.server == QualifiedName(name) else None

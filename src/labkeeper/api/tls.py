@@ -8,6 +8,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ import structlog
 
 from labkeeper.api import problems
 from labkeeper.core.errors import SettingsError
+from labkeeper.edge.tls import EncryptedKeyError
 
 _LOOK_EVERY: Final = 1.0
 """Interval in seconds between checks whether the files have changed."""
@@ -41,14 +43,10 @@ class Certificate:
     def __init__(self, cert_file: Path, key_file: Path) -> None:
         """Read both files. Raises SettingsError."""
         self._cert_file, self._key_file = cert_file, key_file
-        self._seen = self._state()
+        self._seen = state_of(cert_file, key_file)
         self._context = load(cert_file, key_file)
         self._look_at = time.monotonic() + _LOOK_EVERY
-        with contextlib.suppress(OSError):
-            if key_file.stat().st_mode & _OTHERS:
-                _log.warning(
-                    "other users can read the key; run `chmod 600` on it", file=str(key_file)
-                )
+        warn_of_readers(key_file)
 
     def wrap(self, connection: socket.socket) -> TlsSocket:
         """Return an accepted connection wrapped in TLS. Raises OSError."""
@@ -63,22 +61,35 @@ class Certificate:
         if now < self._look_at:
             return
         self._look_at = now + _LOOK_EVERY
-        state = self._state()
+        state = state_of(self._cert_file, self._key_file)
         if state == self._seen:
             return
         self._seen = state
         try:
             self._context = load(self._cert_file, self._key_file)
         except SettingsError as error:
-            _log.warning(
-                "the new certificate cannot be used; the previous one stays in use",
-                reason=error.message,
-            )
+            log_unusable(error)
         else:
             _log.info("the certificate was renewed", file=str(self._cert_file))
 
-    def _state(self) -> list[tuple[int, int, int] | None]:
-        return [_look(path) for path in (self._cert_file, self._key_file)]
+
+def state_of(*paths: Path) -> list[tuple[int, int, int] | None]:
+    """Return what differs once one of the files has changed."""
+    return [_look(path) for path in paths]
+
+
+def log_unusable(error: SettingsError) -> None:
+    """Log why changed files are not used."""
+    _log.warning(
+        "the new certificate cannot be used; the previous one stays in use", reason=error.message
+    )
+
+
+def warn_of_readers(key_file: Path) -> None:
+    """Log a warning if other users can read the key."""
+    with contextlib.suppress(OSError):
+        if key_file.stat().st_mode & _OTHERS:
+            _log.warning("other users can read the key; run `chmod 600` on it", file=str(key_file))
 
 
 def _look(path: Path) -> tuple[int, int, int] | None:
@@ -91,6 +102,19 @@ def _look(path: Path) -> tuple[int, int, int] | None:
 
 def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSLContext:
     """Return a context for the files of two settings with this prefix. Raises SettingsError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # So that a write never has to wait for a read.
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    with explained(cert_file, key_file, prefix):
+        context.load_cert_chain(cert_file, key_file, password=_no_password)
+    return context
+
+
+@contextlib.contextmanager
+def explained(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> Iterator[None]:
+    """Raise SettingsError in place of errors of a block that uses the files of two settings."""
     names = f"{prefix}CERT_FILE", f"{prefix}KEY_FILE"
     for path, variable in zip((cert_file, key_file), names, strict=True):
         try:
@@ -99,38 +123,25 @@ def load(cert_file: Path, key_file: Path, prefix: str = "LABKEEPER_") -> ssl.SSL
             raise SettingsError(
                 f"cannot read the file {path} ({variable}): {error.strerror}"
             ) from error
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # So that a write never has to wait for a read.
-    context.options |= ssl.OP_NO_RENEGOTIATION
-    context.set_alpn_protocols(["http/1.1"])
     try:
-        context.load_cert_chain(cert_file, key_file, password=_no_password)
-    except _EncryptedError as error:
+        yield
+    except EncryptedKeyError as error:
         raise SettingsError(
             f"cannot use the key {key_file} ({names[1]}): it is encrypted; "
             "`openssl pkey -in ... -out ...` writes it in the clear"
         ) from error
-    except ssl.SSLError as error:
-        why = (
-            "they do not belong together"
-            if error.reason == "KEY_VALUES_MISMATCH"
-            else "they must be PEM"
-        )
+    except (ssl.SSLError, UnicodeDecodeError) as error:
+        mismatch = getattr(error, "reason", "") == "KEY_VALUES_MISMATCH"
+        why = "they do not belong together" if mismatch else "they must be PEM"
         raise SettingsError(
             f"cannot use the certificate {cert_file} ({names[0]}) "
             f"with the key {key_file} ({names[1]}): {why}"
         ) from error
-    return context
-
-
-class _EncryptedError(Exception):
-    """A key needs a password."""
 
 
 def _no_password() -> str:
     # Otherwise OpenSSL would prompt for it on the terminal.
-    raise _EncryptedError
+    raise EncryptedKeyError
 
 
 class TlsSocket:

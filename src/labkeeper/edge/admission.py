@@ -16,7 +16,7 @@ from typing import Final
 
 from labkeeper.edge.heads import Request, header
 from labkeeper.edge.routes import LABS, Place, RouteTable
-from labkeeper.edge.sessions import Session, SessionTable, without_cookie
+from labkeeper.edge.sessions import Session, SessionTable, cookie_name, without_cookie
 
 _TOKEN: Final = re.compile(rb"[?&]token=")
 _LINKS: Final = b"/open/"
@@ -58,12 +58,23 @@ class Refused:
 Admission = ToLab | ToKeeper | Elsewhere | Refused
 
 
-def admit(request: Request, place: Place, routes: RouteTable, sessions: SessionTable) -> Admission:
-    """Decide on a request for a Lab's address; may change its target and remove some headers."""
+def admit(
+    request: Request,
+    place: Place,
+    routes: RouteTable,
+    sessions: SessionTable,
+    *,
+    secure: bool = False,
+) -> Admission:
+    """Decide on a request for a Lab's address; may change its target and remove some headers.
+
+    `secure` says whether the client uses TLS.
+    """
     server = place.server
     if place.is_host and request.path.startswith(_LINKS):
         return ToKeeper()
-    session = sessions.find(request.headers, server, time.time())
+    cookie = cookie_name(secure=secure, is_host=place.is_host)
+    session = sessions.find(request.headers, cookie, server, time.time())
     if session is not None:
         return _admit_user(request, place, session, routes)
     if not _is_navigation(request):
@@ -77,8 +88,9 @@ def admit(request: Request, place: Place, routes: RouteTable, sessions: SessionT
         )
     if not place.is_host and _LOCALHOST.fullmatch(request.host):
         # For browsers, Labs are another site than the keeper.
-        port = request.host.partition(b":")[2]
-        return Elsewhere(b"http://127.0.0.1%b%b" % (b":" + port if port else b"", request.target))
+        _, colon, port = request.host.partition(b":")
+        scheme = b"https" if secure else b"http"
+        return Elsewhere(b"%b://127.0.0.1%b%b%b" % (scheme, colon, port, request.target))
     return _to_page(request, place)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from http import HTTPStatus
 from typing import Final
 
-from labkeeper.edge.heads import END
+from labkeeper.edge.heads import END, Headers
 
 _HEADERS: Final = (
     b"cache-control: no-store",
@@ -17,6 +18,9 @@ _HEADERS: Final = (
 )
 _RETRY_AFTER: Final = 2
 """Seconds."""
+_TRANSPORT_SECURITY: Final = (b"strict-transport-security", b"max-age=15552000")
+"""Half a year, and for this host name alone."""
+_LOCALHOST: Final = re.compile(rb"(?:.*\.)?localhost\.?(?::[0-9]+)?", re.IGNORECASE)
 CONTINUE: Final = b"HTTP/1.1 100 Continue" + END
 
 
@@ -59,6 +63,20 @@ def redirect(target: bytes, *, close: bool) -> bytes:
         b"text/plain",
         [b"location: " + target, *([b"connection: close"] if close else [])],
     )
+
+
+def transport_security(host: bytes) -> Headers:
+    """Return the headers that tell a browser to use nothing but TLS for a host (RFC 6797).
+
+    At `localhost` that would hold for all programs of the browser's own machine.
+    """
+    return [] if _LOCALHOST.fullmatch(host) else [_TRANSPORT_SECURITY]
+
+
+def with_headers(answer: bytes, headers: Headers) -> bytes:
+    """Return an answer with further headers."""
+    status, _, rest = answer.partition(b"\r\n")
+    return b"\r\n".join([status, *(b"%b: %b" % header for header in headers), rest])
 
 
 def _answer(status: HTTPStatus, body: bytes, media_type: bytes, more: Iterable[bytes]) -> bytes:

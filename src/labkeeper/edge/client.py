@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 import re
 import secrets
@@ -16,10 +17,12 @@ from labkeeper.edge import answers
 from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import Admission, Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.exchange import Exchange
+from labkeeper.edge.forwarded import Sender, sender_of
 from labkeeper.edge.heads import (
     END,
     REQUEST_LIMIT,
     BadHead,
+    Headers,
     Request,
     check_length,
     check_start,
@@ -62,6 +65,12 @@ class Client(PieceProtocol):
         """Whether its peer does not read the answer fast enough."""
         self._lingers = False
         """Whether it only waits until its peer has read the last answer."""
+        self._peer: Sender
+        """Who is at the other end of the connection."""
+        self.sender: Sender
+        """Who sends the current request, which the peer may have passed on."""
+        self.policies: Headers = []
+        """The headers of every answer."""
 
     # Called by asyncio
 
@@ -70,7 +79,11 @@ class Client(PieceProtocol):
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
         self._transport.set_write_buffer_limits(high=self._proxy.limits.untaken)
         peer = transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "localhost"
+        self._peer = self.sender = Sender(
+            peer[0] if isinstance(peer, tuple) else "localhost",
+            secure=transport.get_extra_info("ssl_object") is not None,
+        )
+        self.address = self._peer.address
         if not self._proxy.enter(self):
             self._transport.abort()
             return
@@ -147,11 +160,22 @@ class Client(PieceProtocol):
             head, self._input, self._scanned = self._input[:end], self._input[end:], 0
             check_length(head, REQUEST_LIMIT)
             request = read_request(head)
+            self._identify(request)
         except BadHead as error:
             self.refuse(error.status, f"cannot accept the request: {error.reason}")
             return False
         self._begin(request)
         return True
+
+    def _identify(self, request: Request) -> None:
+        """Find out who sends a request. Raises BadHead."""
+        before = self.sender
+        self.sender = sender_of(self._peer, request.headers, self._proxy.trusted)
+        if self.sender != before:
+            # Clients share no connection, not even those behind one proxy.
+            self._drop_upstream()
+        if self._peer.secure and self._proxy.hsts:
+            self.policies = answers.transport_security(request.host)
 
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
@@ -194,7 +218,7 @@ class Client(PieceProtocol):
             return ToKeeper()
         if place.is_bare:
             return Elsewhere(path + b"/" + request.target[len(path) :])
-        admission = admit(request, place, routes, self._proxy.sessions)
+        admission = admit(request, place, routes, self._proxy.sessions, secure=self.sender.secure)
         if isinstance(admission, ToLab) and not self._proxy.has_room(admission.session):
             return Refused(
                 HTTPStatus.TOO_MANY_REQUESTS,
@@ -221,8 +245,8 @@ class Client(PieceProtocol):
         """Return the headers that tell the other side about this client and its request."""
         id_ = "" if self._record is None else self._record.id
         return [
-            (b"x-forwarded-for", self.address.encode()),
-            (b"x-forwarded-proto", b"http"),
+            (b"x-forwarded-for", self.sender.address.encode()),
+            (b"x-forwarded-proto", b"https" if self.sender.secure else b"http"),
             (b"x-request-id", id_.encode()),
         ]
 
@@ -230,10 +254,10 @@ class Client(PieceProtocol):
         """Return a new record, of what could not be read as a request if there is none."""
         now = self._proxy.loop.time()
         if request is None:
-            return Record(self.address, secrets.token_hex(16), now)
+            return Record(self.sender.address, secrets.token_hex(16), now)
         sent = header(request.headers, b"x-request-id") or b""
         id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
-        return Record(self.address, id_, now, request.method, request.host, request.target)
+        return Record(self.sender.address, id_, now, request.method, request.host, request.target)
 
     def _end_request(self) -> None:
         """End the request in progress, if there is one."""
@@ -275,7 +299,7 @@ class Client(PieceProtocol):
         record.status = status
         if record.method == b"HEAD":
             answer = answer[: answer.index(END) + len(END)]
-        self.write(answer)
+        self.write(answers.with_headers(answer, self.policies))
         self._end_request()
         if close:
             self._linger()
@@ -333,7 +357,8 @@ class Client(PieceProtocol):
         self._proxy.waiting.pop(self, None)
         self._set_deadline()
         if not self._transport.is_closing():
-            if self._transport.can_write_eof():
+            # Its peer may have read the answer and be gone.
+            with contextlib.suppress(OSError):
                 self._transport.write_eof()
             self._transport.resume_reading()
 

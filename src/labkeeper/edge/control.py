@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from labkeeper.edge import wire
+from labkeeper.edge.forwarded import Network, NetworkError, networks
 from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import Route, RouteError
@@ -30,6 +31,14 @@ _LOCK: Final = re.compile(rb"^\d+: FLOCK +ADVISORY +WRITE (\d+) \S+:(\d+) 0 EOF$
 _log = logging.getLogger("labkeeper.edge")
 
 
+class CertificateError(ValueError):
+    """A certificate does not fit, or is missing."""
+
+
+_MISFITS: Final = (CertificateError, NetworkError, RouteError, SessionError)
+"""A command has something that does not fit."""
+
+
 class Commands(Protocol):
     """What keepers can command."""
 
@@ -37,8 +46,20 @@ class Commands(Protocol):
     def proxy(self) -> Proxy:
         """The state of the edge, which keepers change."""
 
+    def use_certificate(self, chain: bytes, key: bytes, *, hsts: bool) -> None:
+        """Use a certificate, with its chain and its key, for new connections.
+
+        With `hsts`, browsers are told to use nothing but TLS. Raises CertificateError.
+        """
+
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """Believe what these proxies say about clients, and no others."""
+
     def serve(self) -> None:
-        """Begin to serve, if it has not begun: all routes and sessions are known."""
+        """Begin to serve, if it has not begun: all routes and sessions are known.
+
+        Raises CertificateError: one is needed, and missing.
+        """
 
     def describe(self) -> tuple[Mapping[str, Any], list[int]]:
         """Return what the edge is, and the descriptor of its listening socket if it has one."""
@@ -133,7 +154,7 @@ class Control:
     def obey(self, frame: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Execute a command; return the answer if it is a question.
 
-        Raises WireError, RouteError, SessionError.
+        Raises WireError, and those of `_MISFITS`.
         """
         proxy = self._commands.proxy
         routes, sessions = proxy.routes, proxy.sessions
@@ -149,12 +170,19 @@ class Control:
                 proxy.access_log.on = log
                 proxy.hosts = Hosts(map(str, hosts))
                 proxy.shut_out(sessions.replace([Session.parse(session) for session in known]))
-                routes.replace([Route.parse(route) for route in found])
+                kept = frame.get("kept")
+                routes.replace(
+                    [Route.parse(route) for route in found], kept if isinstance(kept, dict) else {}
+                )
                 routes.domain = domain
                 self._commands.serve()
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
                 sessions.add([Session.parse(session) for session in begun])
                 proxy.shut_out(sessions.end(map(str, digests)))
+            case {"do": "certificate", "chain": str(chain), "key": str(key), "hsts": bool(hsts)}:
+                self._commands.use_certificate(chain.encode(), key.encode(), hsts=hsts)
+            case {"do": "trust", "proxies": list(proxies)}:
+                self._commands.trust(networks(map(str, proxies)))
             case {"do": "route", "route": route}:
                 routes.set(Route.parse(route))
             case {"do": "unroute", "server": str(server)}:
@@ -203,7 +231,7 @@ class _Connection:
                 pass
             except (OSError, EOFError):
                 self.close()
-            except (wire.WireError, RouteError, SessionError) as error:
+            except (wire.WireError, *_MISFITS) as error:
                 _log.warning("closed a control connection: %s", error)
                 self.close()
 

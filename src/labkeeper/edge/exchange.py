@@ -13,7 +13,7 @@ from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
 from labkeeper.edge.compression import Parcel
-from labkeeper.edge.heads import Answer, Request, answer_head, request_head
+from labkeeper.edge.heads import Answer, Headers, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
 from labkeeper.forkserver import identity
@@ -27,6 +27,10 @@ class Client(Protocol):
 
     def forwarded(self) -> list[tuple[bytes, bytes]]:
         """Return the headers that describe the client and its request."""
+
+    @property
+    def policies(self) -> Headers:
+        """The headers of every answer to the client."""
 
     def go_on(self) -> None:
         """Read on: more of the request's body can be passed on."""
@@ -213,7 +217,7 @@ class Exchange:
         """Send the head of the answer."""
         self._answered = True
         self._record.status = answer.status
-        added = [(b"x-request-id", self._record.id.encode())]
+        added = [*self._client.policies, (b"x-request-id", self._record.id.encode())]
         empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
         if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
             added.append((b"content-length", b"%d" % answer.length))

@@ -57,8 +57,8 @@ _HOP_BY_HOP: Final = frozenset(
     }
 )
 """Fields about one connection (RFC 9110, 7.6.1)."""
-_ABOUT_ANSWER: Final = frozenset({b"content-length", b"x-request-id"})
-"""Fields of an answer that are written anew."""
+_OF_THE_EDGE: Final = frozenset({b"content-length", b"strict-transport-security", b"x-request-id"})
+"""Fields of an answer that are written anew: the second one would hold for all of a host."""
 _OURS: Final = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|x-scheme|x-labkeeper-.*|.*_.*")
 """Fields that only a proxy sets, and those whose `_` would be a `-` for WSGI."""
 _ONCE: Final = (
@@ -264,7 +264,7 @@ def answer_head(answer: Answer, added: Sequence[tuple[bytes, bytes]], *, close: 
     lines += [
         b"%b: %b" % (name, value)
         for name, value in answer.headers
-        if name not in _HOP_BY_HOP and name not in _ABOUT_ANSWER
+        if name not in _HOP_BY_HOP and name not in _OF_THE_EDGE
     ]
     lines += [b"%b: %b" % header for header in added]
     if answer.websocket:

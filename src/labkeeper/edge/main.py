@@ -11,15 +11,19 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Final
 
 from labkeeper.edge.client import Client
-from labkeeper.edge.control import Access, Control
+from labkeeper.edge.control import Access, CertificateError, Control
+from labkeeper.edge.forwarded import Network
 from labkeeper.edge.limits import Limits, allow_descriptors
+from labkeeper.edge.pieces import PieceProtocol
 from labkeeper.edge.proxy import Proxy
+from labkeeper.edge.tls import EncryptedKeyError, TlsConnection, context_of
 from labkeeper.edge.wire import REPORT_EVERY
 
 _BACKLOG: Final = 1024
@@ -45,6 +49,8 @@ class Start:
     """The name of that socket."""
     address: tuple[str, int]
     """The public address as the keeper's settings have it."""
+    secure: bool
+    """Whether it speaks TLS at that address, and never anything else."""
     build: str
     """Identifies what the edge was made from."""
     key: str = field(repr=False)
@@ -65,15 +71,6 @@ class Start:
         """Read it from bytes, which are a keeper's own."""
         given: Mapping[str, object] = json.loads(text)
         return cls(**given)  # type: ignore[arg-type]  # the sender is `encode`
-
-
-def duplicate(listener: socket.socket) -> socket.socket:
-    """Return a second descriptor of a listening socket.
-
-    `socket.dup` would have it block meanwhile, for all processes that share it: an edge that
-    accepts a connection just then would wait for another one, and do nothing else.
-    """
-    return socket.socket(fileno=os.dup(listener.fileno()))
 
 
 def main() -> None:
@@ -106,8 +103,12 @@ class _Edge:
         self._report_at = 0.0
         """When keepers are next sent a report, by the loop's clock."""
         self._server: asyncio.Server | None = None
+        self._context: ssl.SSLContext | None = None
+        """With the certificate for new connections; None without TLS."""
         self._public: socket.socket | None = socket.socket(fileno=start.public)
         """The listening socket; None once it serves no more."""
+        # It must not wait for a connection, and so must none that shares it: `dup` keeps the mode.
+        self._public.setblocking(False)
 
     @property
     def proxy(self) -> Proxy:
@@ -150,11 +151,18 @@ class _Edge:
             # Connections inherit it: a small answer must not wait for the next one.
             self._public.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._server = await self._proxy.loop.create_server(
-                functools.partial(Client, self._proxy),
-                sock=duplicate(self._public),
+                self._connection,
+                sock=self._public.dup(),
                 backlog=_BACKLOG,
             )
             _log.info("the edge serves on %s port %s", *self._start.address)
+
+    def _connection(self) -> PieceProtocol:
+        """Return the protocol of a new connection."""
+        client = functools.partial(Client, self._proxy)
+        if self._context is None:
+            return client()
+        return TlsConnection(self._proxy, self._context, client)
 
     def _close_public(self) -> None:
         """Stop listening, also with our own descriptor: its queue would fill unseen."""
@@ -189,11 +197,28 @@ class _Edge:
             "pid": os.getpid(),
             "build": self._start.build,
             "address": list(self._start.address),
+            "secure": self._start.secure,
         }
         return told, [] if self._public is None else [self._public.fileno()]
 
+    def use_certificate(self, chain: bytes, key: bytes, *, hsts: bool) -> None:
+        """See `Commands`."""
+        if not self._start.secure:
+            raise CertificateError("this edge speaks no TLS")
+        try:
+            self._context = context_of(chain, key)
+        except (EncryptedKeyError, ssl.SSLError) as error:
+            raise CertificateError("the certificate cannot be used") from error
+        self._proxy.hsts = hsts
+
+    def trust(self, proxies: tuple[Network, ...]) -> None:
+        """See `Commands`."""
+        self._proxy.trusted = proxies
+
     def serve(self) -> None:
         """See `Commands`."""
+        if self._start.secure and self._context is None:
+            raise CertificateError("there is no certificate")
         self._informed.set()
 
     def drain(self) -> None:

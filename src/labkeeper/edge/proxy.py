@@ -14,6 +14,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from labkeeper.edge.access_log import AccessLog, Record
 from labkeeper.edge.compression import Compressor
+from labkeeper.edge.forwarded import Network, is_trusted
 from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.report import Report
@@ -99,6 +100,10 @@ class Proxy:
         self.sessions = SessionTable()
         self.compressor = Compressor(loop)
         self.visits = VisitTable(loop.time)
+        self.trusted: tuple[Network, ...] = ()
+        """The proxies in front, whose headers about clients are believed."""
+        self.hsts = False
+        """Whether browsers that use TLS are told to use nothing else."""
         self.draining = False
         self.waiting: dict[Connection, None] = {}
         """Clients without a request, the longest waiting one first."""
@@ -122,7 +127,7 @@ class Proxy:
 
         If there is none, the client that has been without a request for longest has to go.
         """
-        if self._addresses[client.address] >= self.limits.connections_of_address:
+        if self._is_greedy(client.address):
             self._report.refused += 1
             return False
         if self.open >= self._most:
@@ -136,6 +141,11 @@ class Proxy:
         self._clients.add(client)
         self._addresses[client.address] += 1
         return True
+
+    def _is_greedy(self, address: str) -> bool:
+        """Whether an address has all connections that it may have; a proxy may have them all."""
+        has_all = self._addresses[address] >= self.limits.connections_of_address
+        return has_all and not is_trusted(address, self.trusted)
 
     def leave(self, client: Connection) -> None:
         """Forget a connection."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -54,9 +55,11 @@ class RouteTable:
         self.domain = ""
         """The domain of the Labs' host names; empty: they are below a path."""
 
-    def replace(self, routes: list[Route]) -> None:
-        """Replace all routes."""
-        self._routes = {route.server: route for route in routes}
+    def replace(self, routes: list[Route], kept: Mapping[str, object]) -> None:
+        """Replace all routes, except those to servers in `kept` with the generations there."""
+        before = self._routes.items()
+        stay = {name: route for name, route in before if kept.get(name) == route.generation}
+        self._routes = stay | {route.server: route for route in routes}
 
     def set(self, route: Route) -> None:
         """Add a route, or replace that of an earlier launch."""

@@ -10,9 +10,20 @@ from typing import Final
 
 from labkeeper.edge.heads import Headers
 
-COOKIE: Final = b"labkeeper-session"
+_COOKIE: Final = b"labkeeper-session"
+_HOST: Final = b"__Host-" + _COOKIE
+"""No page of another host name can set it (RFC 6265bis, 4.1.3.2)."""
+_SECURE: Final = b"__Secure-" + _COOKIE
+"""Nobody can set it without TLS. A path is only possible with this prefix."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LONGEST_USER: Final = 128
+
+
+def cookie_name(*, secure: bool, is_host: bool) -> bytes:
+    """Return the name of the cookie of a session for a Lab, which may have the whole host."""
+    if not secure:
+        return _COOKIE
+    return _HOST if is_host else _SECURE
 
 
 class SessionError(ValueError):
@@ -71,13 +82,15 @@ class SessionTable:
         """Remove those that have expired at a time in seconds since the epoch; return them."""
         return self.end([s.digest for s in self._sessions.values() if s.expires_at <= now])
 
-    def find(self, headers: Headers, server: str, now: float) -> Session | None:
+    def find(self, headers: Headers, cookie: bytes, server: str, now: float) -> Session | None:
         """Return the session for a server whose cookie is in a request's headers, or None.
+
+        `cookie` is the name of the only cookie that is accepted.
 
         If there are several cookies, at most one was set by the keeper, so none is accepted: other
         pages of the host could choose which session a browser uses.
         """
-        cookies = [value for name, value in _pairs(headers) if name == COOKIE]
+        cookies = [value for name, value in _pairs(headers) if name == cookie]
         if len(cookies) != 1:
             return None
         session = self._sessions.get(hashlib.sha256(cookies[0]).hexdigest())
@@ -86,8 +99,9 @@ class SessionTable:
 
 
 def without_cookie(headers: Headers) -> Headers:
-    """Return a request's headers without the cookie of a session."""
-    others = [b"%b=%b" % pair for pair in _pairs(headers) if pair[0] != COOKIE]
+    """Return a request's headers without cookies of sessions, whether accepted or not."""
+    ours = {_COOKIE, _HOST, _SECURE}
+    others = [b"%b=%b" % pair for pair in _pairs(headers) if pair[0] not in ours]
     rest = [(name, value) for name, value in headers if name != b"cookie"]
     return [*rest, (b"cookie", b"; ".join(others))] if others else rest
 

@@ -5,13 +5,18 @@ The edge, which listens, begins:
 
 1. edge: `{"version": 1, "nonce": E}`
 2. keeper: `{"nonce": K, "proof": HMAC(key, "keeper" E K)}`
-3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port]}`
+3. edge: `{"proof": HMAC(key, "edge" E K), "pid": …, "build": …, "address": [host, port],
+   "secure": …}`
 
 Then the keeper sends:
 
-* `{"do": "all", "domain": …, "hosts": […], "access_log": …, "routes": […], "sessions": […]}`
-  replaces all that the edge knows
+* `{"do": "all", "domain": …, "hosts": […], "access_log": …, "routes": […],
+  "kept": {SERVER: GENERATION, …}, "sessions": […]}` replaces all that the edge knows, except routes
+  to servers in `kept`, which may be absent
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
+* `{"do": "certificate", "chain": …, "key": …, "hsts": …}`, both PEM, is what TLS begins with from
+  now on; an edge that speaks TLS needs one before `all`
+* `{"do": "trust", "proxies": [NETWORK, …]}` replaces the proxies that are believed about clients
 * `{"do": "sessions", "begun": […], "ended": […]}` adds and removes sessions
 * `{"do": "visits", "server": …}` asks who has a Lab open in a browser. This is the only one with an
   answer, `{"visits": {"open": …, "ago": …}}`; keepers ask it over a connection of its own.

@@ -17,10 +17,8 @@ from labkeeper.core.errors import SessionNotFound, StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, SessionStore
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, parse_qualified_name
-from labkeeper.edge import sessions as edge
 from labkeeper.identity.tokens import digest_of
 
-COOKIE: Final = edge.COOKIE.decode()
 LIFETIME: Final = 7 * 86400.0
 """Seconds after which a session expires."""
 _MOST: Final = 10_000

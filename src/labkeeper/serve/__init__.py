@@ -20,6 +20,7 @@ from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import VERSION, assemble
+from labkeeper.serve.edge.certificate import Certificate as EdgeCertificate
 from labkeeper.serve.edge.instances import Instances
 from labkeeper.serve.edge.supervisor import Answering, Edge, running
 from labkeeper.serve.first import own_client, start_first
@@ -60,7 +61,7 @@ def run(
         edge = stack.enter_context(_edge(chosen))
         listener = listen(chosen.host, chosen.port) if edge is None else edge.public
         stack.enter_context(listener)
-        url = url_of(listener, "http" if certificate is None else "https")
+        url = url_of(listener, "http" if chosen.certificate is None else "https")
         unix_socket = stack.enter_context(local_socket(discovery.socket_path(chosen.state_dir)))
         own = [listener] if edge is None else []
         with _start_errors():
@@ -96,28 +97,36 @@ def run(
 def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
     """Return the edge, as a context in which it runs; None if it is off. Raises SettingsError."""
     if chosen.edge == "off":
+        if chosen.trusted_proxies:
+            raise SettingsError("LABKEEPER_TRUSTED_PROXIES needs LABKEEPER_EDGE=on")
         return contextlib.nullcontext()
     if sys.platform != "linux":
         raise SettingsError("LABKEEPER_EDGE=on requires Linux")
-    if chosen.certificate is not None:
-        raise SettingsError(
-            "the edge cannot use TLS yet: set LABKEEPER_EDGE=off, "
-            "or unset LABKEEPER_CERT_FILE and LABKEEPER_KEY_FILE"
-        )
     labs = lab_addresses(chosen)
     if chosen.lab_address == "host" and chosen.lab_domain is None:
         raise SettingsError(
             "LABKEEPER_LAB_ADDRESS=host needs a domain: set LABKEEPER_LAB_DOMAIN, "
             "such as labs.example.org"
         )
+    # At other ports, Labs speak plain HTTP, which browsers would refuse for the whole host.
+    certificate = chosen.certificate and EdgeCertificate(
+        *chosen.certificate, hsts=labs.mode != "port"
+    )
     instances = Instances(
         chosen.state_dir,
         chosen.server_dirs,
         (chosen.host, chosen.port),
+        secure=certificate is not None,
         log_max_bytes=chosen.log_max_bytes,
     )
-    answering = Answering(labs, hosts(chosen), access_log=chosen.access_log)
-    return running(instances, answering, listen, ends=lambda: chosen.on_exit == "stop")
+    answering = Answering(labs, hosts(chosen), chosen.trusted_proxies, access_log=chosen.access_log)
+    return running(
+        instances,
+        answering,
+        listen,
+        certificate=certificate,
+        ends=lambda: chosen.on_exit == "stop",
+    )
 
 
 def _check_sleep(chosen: Settings) -> None:
@@ -130,11 +139,16 @@ def _check_sleep(chosen: Settings) -> None:
 
 
 def _certificate(chosen: Settings) -> Certificate | None:
-    """Return the keeper's certificate, and check that of the servers. Raises SettingsError."""
+    """Return the certificate that the keeper itself uses: behind an edge it needs none.
+
+    Checks that of the servers, too. Raises SettingsError.
+    """
     if chosen.lab_certificate is not None:
         # A mistake is reported now, and not by each server that cannot start.
         tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
-    return None if chosen.certificate is None else Certificate(*chosen.certificate)
+    if chosen.certificate is None or chosen.edge == "on":
+        return None
+    return Certificate(*chosen.certificate)
 
 
 @contextmanager

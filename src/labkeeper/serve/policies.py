@@ -51,8 +51,10 @@ def lab_addresses(chosen: Settings) -> LabAddresses:
 
 def hosts(chosen: Settings) -> list[str]:
     """Return the host names at which keeper and edge answer, beyond those always safe."""
-    domain = chosen.lab_domain and f"*.{chosen.lab_domain}"
-    return [*chosen.allowed_hosts, *filter(None, [chosen.advertised_host, domain])]
+    domain = chosen.lab_domain
+    # The bare name has the API.
+    labs = [] if domain is None else [domain, f"*.{domain}"]
+    return [*chosen.allowed_hosts, *filter(None, [chosen.advertised_host]), *labs]
 
 
 def limits(chosen: Settings) -> Limits:

@@ -21,6 +21,7 @@ from labkeeper.settings.types import (
     HostName,
     Modules,
     Names,
+    Networks,
     Port,
     Root,
     Seconds,
@@ -65,6 +66,14 @@ class Settings(BaseModel):
         description=(
             "Domain of Labs: with `labs.example.org` the Lab `demo` is at `demo.labs.example.org`. "
             "All names below it must lead to this machine (wildcard DNS)."
+        ),
+    )
+    trusted_proxies: Networks = Field(
+        (),
+        description=(
+            "Addresses or networks, separated by commas, of proxies in front of the edge: what "
+            "they say about clients in `X-Forwarded-For` and `X-Forwarded-Proto`, or else in "
+            "`Forwarded`, is believed. What others say there is ignored."
         ),
     )
     state_dir: Directory = Field(
@@ -171,7 +180,10 @@ class Settings(BaseModel):
     )
     cert_file: Directory | None = Field(
         None,
-        description="TLS certificate of the API, with its chain, as PEM. Reloaded when it changes.",
+        description=(
+            "TLS certificate of the API, with its chain, as PEM. With an edge it serves Labs, too. "
+            "Reloaded when it changes."
+        ),
     )
     key_file: Directory | None = Field(
         None, description="Private key of that certificate, unencrypted."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -48,6 +49,17 @@ def _check_modules(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def _check_networks(texts: tuple[str, ...]) -> tuple[str, ...]:
+    for text in texts:
+        try:
+            ipaddress.ip_network(text)
+        except ValueError:
+            raise ValueError(
+                f"must be addresses or networks, such as 10.0.0.5 or 10.0.0.0/24, not {text!r}"
+            ) from None
+    return texts
+
+
 def _check_umask(text: str) -> str:
     # The owner keeps all rights: a server that cannot read its own files does not start.
     if re.fullmatch(r"0{0,2}[0-7]{2}", text) is None:
@@ -84,6 +96,8 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_names)]
 """A list of texts, or one text separated by commas."""
+Networks = Annotated[Names, AfterValidator(_check_networks)]
+"""Addresses and networks, as text."""
 Modules = Annotated[Names, AfterValidator(_check_modules)]
 """Names of Python modules, without duplicates."""
 Duration = Annotated[float, BeforeValidator(duration)]

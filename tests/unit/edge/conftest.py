@@ -5,8 +5,10 @@ import fcntl
 import os
 
 import pytest
+import trustme
 
 from edges import edge_in
+from labkeeper.edge.tls import context_of
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge.instances import Instances
 from labkeeper.serve.edge.supervisor import Answering, running
@@ -14,14 +16,43 @@ from labkeeper.serve.listening import listen
 from labkeeper.serve.process import LOCK
 from labkeeper.threads import ThreadGroup
 
-ANSWERING = Answering(LabAddresses("path"), ["ours.example"], access_log=True)
+ANSWERING = Answering(LabAddresses("path"), ["ours.example"], [], access_log=True)
+
+
+@pytest.fixture(scope="session")
+def authority():
+    return trustme.CA()
+
+
+@pytest.fixture(scope="session")
+def issue(authority):
+    """Return a function that makes a context for host names."""
+
+    def make(*names):
+        leaf = authority.issue_cert(*names)
+        chain = b"".join(pem.bytes() for pem in leaf.cert_chain_pems)
+        return context_of(chain, leaf.private_key_pem.bytes())
+
+    return make
 
 
 @pytest.fixture
-def make_edge(tmp_path):
+def context(request, issue):
+    """What an edge speaks TLS with; None: plain HTTP. See `BOTH` in `edge_peers`."""
+    return issue("x") if getattr(request, "param", "plain") == "TLS" else None
+
+
+@pytest.fixture
+def make_edge(tmp_path, context, authority):
     """Start an edge, without a keeper or Labs, with the given limits."""
     with contextlib.ExitStack() as stack:
-        yield lambda **options: stack.enter_context(edge_in(tmp_path, **options))
+
+        def make(**options):
+            made = stack.enter_context(edge_in(tmp_path, **{"context": context} | options))
+            made.authority = authority
+            return made
+
+        yield make
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import socket
+import ssl
 import sys
 import threading
 import time
@@ -61,11 +62,13 @@ TOKEN = {"Authorization": "token x"}
 class Started:
     """An edge, and the link of the keeper that this process is for it."""
 
-    def __init__(self, state_dir, lock):
+    def __init__(self, state_dir, lock, *, secure=False):
         fcntl.flock(lock, fcntl.LOCK_EX)
         self.state_dir = state_dir
         self.public = socket.create_server(("127.0.0.1", 0))
-        self.instances = Instances(state_dir, state_dir / "run", self.public.getsockname())
+        self.instances = Instances(
+            state_dir, state_dir / "run", self.public.getsockname(), secure=secure
+        )
         assert self.instances.find() == []
         self.link = self.instances.start(self.public)
 
@@ -95,8 +98,8 @@ def lock(tmp_path):
 
 
 @pytest.fixture
-def edge(tmp_path, lock):
-    started = Started(tmp_path, lock)
+def edge(request, tmp_path, lock):
+    started = Started(tmp_path, lock, secure=getattr(request, "param", "plain") == "TLS")
     yield started
     with contextlib.suppress(OSError):
         started.link.send({"do": "stop"})
@@ -159,6 +162,14 @@ def test_clients_wait_until_routes_and_sessions_are_known(edge):
     assert got == [502]
 
 
+def test_keeper_that_shares_the_listening_socket_does_not_have_the_edge_wait(edge):
+    """A duplicate of the socket that waits would have it wait for a connection, in its loop."""
+    edge.link.send(everything([], []))
+    assert edge.get(TOKEN) == 404
+    with contextlib.closing(edge.open()) as link, link.public.dup():
+        assert [edge.get(TOKEN) for _ in range(3)] == [404] * 3
+
+
 def test_routes_are_replaced_changed_and_removed(edge):
     edge.link.send(everything([ROUTE], []))
     assert (edge.get(TOKEN), edge.get(TOKEN, "other")) == (502, 404)
@@ -168,6 +179,17 @@ def test_routes_are_replaced_changed_and_removed(edge):
     until(lambda: (edge.get(TOKEN), edge.get(TOKEN, "other")) == (404, 502), what="changed routes")
     edge.link.send(everything([], []))
     until(lambda: edge.get(TOKEN, "other") == 404, what="the end of all routes")
+
+
+def test_routes_to_servers_that_may_run_stay_if_the_generation_is_the_same(edge):
+    """As after a restart of the keeper, until it has found them."""
+    others = [ROUTE | {"server": name, "generation": 2} for name in ("older", "gone")]
+    told = everything([ROUTE, *others], [])
+    edge.link.send(told)
+    assert [edge.get(TOKEN, name) for name in ("lab", "older", "gone")] == [502] * 3
+    edge.link.send(told | {"routes": [], "kept": {"lab": 1, "older": 3, "never": 1}})
+    until(lambda: edge.get(TOKEN, "gone") == 404, what="other routes")
+    assert [edge.get(TOKEN, name) for name in ("lab", "older", "never")] == [502, 404, 404]
 
 
 def test_sessions_are_replaced_added_and_ended(edge):
@@ -258,6 +280,9 @@ def test_it_ends_when_told_to(edge, command):
         {"do": "sessions", "begun": [SESSION | {"digest": "x"}], "ended": []},
         {"do": "sessions", "begun": [SESSION | {"user": ""}], "ended": []},
         {"do": "unroute", "server": 1},
+        {"do": "certificate", "chain": "", "key": "", "hsts": True},
+        {"do": "trust", "proxies": ["10.0.0.1/8"]},
+        {"do": "trust", "proxies": "10.0.0.1"},
     ],
 )
 def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
@@ -266,6 +291,49 @@ def test_a_bad_command_ends_the_connection_and_changes_nothing(edge, bad):
         other.send(bad)
         assert closed(other)
     assert (edge.get(COOKIE), edge.get(TOKEN, "other")) == (502, 404)
+
+
+WITH_TLS = pytest.mark.parametrize("edge", ["TLS"], indirect=True)
+
+
+@pytest.fixture
+def certificate(authority):
+    leaf = authority.issue_cert("127.0.0.1")
+    chain, key = leaf.cert_chain_pems[0].bytes(), leaf.private_key_pem.bytes()
+    return {"do": "certificate", "chain": chain.decode(), "key": key.decode(), "hsts": True}
+
+
+@pytest.fixture
+def healthz(edge, authority):
+    """Return a function that probes the edge with TLS."""
+    context = ssl.create_default_context()
+    authority.configure_trust(context)
+    host, port = edge.public.getsockname()
+    url = f"https://{host}:{port}/edge/healthz"
+    return lambda: httpx.get(url, verify=context, trust_env=False, timeout=PATIENCE).status_code
+
+
+@WITH_TLS
+def test_edge_with_tls_serves_nothing_before_it_has_a_certificate(edge, certificate, healthz):
+    with contextlib.closing(edge.open()) as other:
+        assert other.secure
+        other.send(everything([], []))
+        assert closed(other)
+    edge.link.send(certificate)
+    edge.link.send(everything([], []))
+    assert healthz() == 200
+
+
+@WITH_TLS
+def test_unusable_certificate_is_refused_and_the_one_before_stays(edge, certificate, healthz):
+    edge.link.send(certificate)
+    edge.link.send(everything([], []))
+    assert healthz() == 200
+    for bad in ({"key": ""}, {"chain": "nonsense"}):
+        with contextlib.closing(edge.open()) as other:
+            other.send(certificate | bad)
+            assert closed(other)
+    assert healthz() == 200
 
 
 def test_a_command_before_the_proof_is_none(edge):

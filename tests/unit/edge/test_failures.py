@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import socket
@@ -10,11 +11,13 @@ import termios
 
 import pytest
 
-from edge_peers import SMALL, Cut, answer, get, post
+from edge_peers import BOTH, SMALL, Cut, answer, get, post
 from edges import edge_in
 from harness import until
 from labkeeper.edge.bodies import LAST_CHUNK, chunk
 from labkeeper.edge.exchange import Exchange
+
+pytestmark = BOTH
 
 
 def test_request_waits_for_a_keeper_that_comes_up_late(make_edge):
@@ -124,7 +127,7 @@ def test_get_with_a_body_is_not_repeated(edge):
 @pytest.mark.parametrize(
     "said",
     [
-        b"HTTP/1.1 200 OK\r\nContent-Length: 50\r\n\r\npart",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 51\r\n\r\npart",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\n",
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n4\r\npart\r\nnonsense\r\n",
     ],
@@ -150,7 +153,7 @@ def send_more_than_is_taken(edge, client):
         return outside == edge.call(fcntl.ioctl, connection, termios.FIONREAD, bytes(4)) == bytes(4)
 
     def kept():
-        upstream = inside._exchange._upstream
+        upstream = inside._exchange and inside._exchange._upstream
         return upstream is not None and upstream.transport.get_write_buffer_size()
 
     while not edge.call(kept):
@@ -199,8 +202,23 @@ def _upstream_sockets(edge):
     return found
 
 
-def test_edge_that_closes_ends_everything(tmp_path):
-    with edge_in(tmp_path) as edge:
+def test_client_that_is_gone_before_the_end_of_its_answer_is_no_error(edge):
+    """It reads the last answer, and resets the connection before the edge has ended its half."""
+
+    def gone():
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    client = edge.connect()
+    assert client.ask(get()).status == 200
+    edge.call(setattr, edge.inside[0]._transport, "write_eof", gone)
+    assert client.ask(get(b"/..")).status == 400
+    client.close()
+    edge.settle(0)
+
+
+def test_edge_that_closes_ends_everything(tmp_path, context, authority):
+    with edge_in(tmp_path, context=context) as edge:
+        edge.authority = authority
         edge.start_keeper().answers(None)
         clients = [edge.connect(), edge.send(get()), edge.send(b"GET /")]
         until(lambda: edge.requests)

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from hashlib import sha256
-
 import pytest
 
-from edge_peers import MUCH, PROBE, SMALL, SWITCH, WEBSOCKET, Flood, answer, get, post
+from edge_peers import BOTH, FULL, MUCH, PROBE, SMALL, Flood, answer, get, post
 from harness import until
-from labkeeper.edge.sessions import Session
 
-WORDS = b"first", b"second"
-"""The cookies of two sessions."""
-
+pytestmark = BOTH
 ENDLESS = 2**40
 """Bytes; nobody sends them all."""
 SLACK = 2**20
@@ -47,7 +41,7 @@ def fill(client, row=b"\0"):
         try:
             while sent < MUCH:
                 sent += client.socket.send(row[sent % len(row) :])
-        except BlockingIOError:
+        except FULL:
             pass
         return sent == before
 
@@ -227,7 +221,7 @@ def test_many_connections_at_once_do_not_exceed_the_limit(make_edge):
 
     def crowd():
         """Connect within one round of the loop, so that all are accepted in the next one."""
-        return [edge.connect() for _ in range(20)]
+        return [edge.connect(plain=True) for _ in range(20)]
 
     clients = edge.call(crowd)
     until(lambda: edge.call(lambda: edge.proxy.open) == 3)
@@ -241,48 +235,9 @@ def test_connection_is_closed_if_all_others_are_busy(make_edge):
     edge.start_keeper().answers(None)
     busy = edge.send(get())
     until(lambda: edge.requests)
-    assert edge.connect().drain()[0] == b""
+    assert edge.connect(plain=True).drain()[0] == b""
     edge.call(edge.keeper.visits[0].say, answer(b"whole"))
     assert busy.receive().body == b"whole"
-
-
-def test_an_address_has_a_share_of_the_connections(make_edge):
-    edge = make_edge(connections_of_address=2)
-    edge.start_keeper()
-    lab = edge.add_lab()
-    lab.answers(SWITCH)
-    websocket, other = edge.connect(), edge.connect()
-    assert websocket.ask(get(b"/servers/lab/ws", *WEBSOCKET)).status == 101
-    edge.settle(2)
-    assert edge.connect().drain()[0] == b""
-    assert other.ask(get()).status == 200
-    assert edge.connect(source="127.0.0.2").ask(get()).status == 200
-    websocket.close()
-    until(lambda: edge.call(lambda: not edge.proxy._tunnels))
-    assert edge.connect().ask(get()).status == 200
-    assert edge.call(edge.proxy.report)["refused"] == 1
-
-
-def test_a_session_has_a_limit_of_requests_and_websockets(make_edge):
-    edge = make_edge(requests_of_session=2)
-    lab = edge.add_lab()
-    known = [Session(sha256(word).hexdigest(), "lab", "ada", time.time() + 60) for word in WORDS]
-    edge.call(edge.proxy.sessions.add, known)
-    first, second = (b"Cookie: labkeeper-session=" + word for word in WORDS)
-    lab.answers(SWITCH, None, None)
-    websocket = edge.connect()
-    assert websocket.ask(get(b"/servers/lab/ws", first, *WEBSOCKET)).status == 101
-    asking = edge.send(get(b"/servers/lab/a", first))
-    until(lambda: len(lab.requests) == 2)
-    refused = edge.connect().ask(get(b"/servers/lab/b", first))
-    assert (refused.status, refused.headers[b"retry-after"]) == (429, b"2")
-    edge.send(get(b"/servers/lab/c", second))
-    until(lambda: len(lab.requests) == 3)
-    asking.close()
-    websocket.close()
-    until(lambda: edge.call(lambda: len(edge.proxy._in_use)) == 1)
-    lab.answers(answer(b"again"))
-    assert edge.connect().ask(get(b"/servers/lab/d", first)).body == b"again"
 
 
 def test_closed_connection_reads_no_more_requests(edge):

@@ -26,7 +26,6 @@ from labkeeper.core.errors import (
 )
 from labkeeper.core.messages import Origin
 from labkeeper.core.server import Endpoint
-from labkeeper.identity.sessions import COOKIE
 from labkeeper.schema.answers.access import Link
 from labkeeper.schema.queries import (
     ServerPath,
@@ -124,11 +123,11 @@ def _with_session(services: Services, link: KnownLink, endpoint: Endpoint) -> Re
         headers={"Location": endpoint.base_url.rstrip("/") + link.page},
     )
     opened.set_cookie(
-        COOKIE,
+        services.labs.cookie(secure=request.is_secure),
         cookie,
         max_age=int(session.expires_at - session.created_at),
         path=services.labs.cookie_path(link.server),
-        secure=services.url.startswith("https:"),
+        secure=request.is_secure,
         httponly=True,
         samesite="Lax",
     )

@@ -76,13 +76,17 @@ class Instances:
         server_dirs: Path,
         address: tuple[str, int],
         *,
+        secure: bool = False,
         log_max_bytes: int = 10 * 1024 * 1024,
     ) -> None:
-        """`address` is the public one, `log_max_bytes` the size at which the access log is rotated.
+        """`address` is the public one; `secure` says whether to speak TLS there.
+
+        `log_max_bytes` is the size at which the access log is rotated.
 
         `server_dirs` holds the directories of servers, whose processes cannot command the edge.
         """
         self.address = address
+        self.secure = secure
         self.user = _edge_user()
         self.build = _build()
         self._place = state_dir / "edge"
@@ -178,6 +182,7 @@ class Instances:
             directory=place,
             keeper=UPSTREAM,
             address=self.address,
+            secure=self.secure,
             build=self.build,
             key=self.key(),
             server_dirs=os.path.realpath(self._server_dirs),

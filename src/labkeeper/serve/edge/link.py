@@ -44,6 +44,8 @@ class Link:
     """Identifies what it was made from."""
     address: tuple[str, int]
     """The public address as the settings had it."""
+    secure: bool
+    """Whether it speaks TLS there."""
     public: socket.socket | None
     """Its listening socket; None if it only finishes what it has begun."""
     connection: socket.socket
@@ -64,7 +66,12 @@ class Link:
             told = received.next()
             wire.check_proof(told, key, "edge", theirs, own)
             match told:
-                case {"pid": int(pid), "build": str(build), "address": [str(host), int(port)]}:
+                case {
+                    "pid": int(pid),
+                    "build": str(build),
+                    "address": [str(host), int(port)],
+                    "secure": bool(secure),
+                }:
                     process = Process.find(pid)
                 case _:
                     raise wire.WireError("it does not describe itself")
@@ -76,7 +83,9 @@ class Link:
             raise
         connection.settimeout(_TAKE_WITHIN)
         heard = Heard(frames=received.decoder)
-        return cls(directory, process, build, (host, port), received.socket, connection, heard)
+        return cls(
+            directory, process, build, (host, port), secure, received.socket, connection, heard
+        )
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a command. Raises OSError: nothing is known of the edge then."""
@@ -136,6 +145,8 @@ class _Received:
             for file in files:
                 self.close()
                 self.socket = socket.socket(fileno=file)
+                # The edge, which shares it, must not wait for a connection: `dup` keeps the mode.
+                self.socket.setblocking(False)
             if not data:
                 raise EOFError("it closed the connection")
             self._frames.extend(self.decoder.feed(data))

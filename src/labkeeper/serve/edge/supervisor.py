@@ -20,20 +20,23 @@ from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
 from labkeeper.core.access import Session
 from labkeeper.core.errors import BackendUnavailable, SettingsError
+from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change, EdgeUse
 from labkeeper.core.server import Snapshot, Visits
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge import wire
-from labkeeper.edge.main import duplicate
 from labkeeper.edge.report import Answers, ReportError
 from labkeeper.edge.routes import Route
 from labkeeper.edge.wire import REPORT_EVERY, WireError
 from labkeeper.forkserver.identity import key_of
 from labkeeper.lab_addresses import LabAddresses
+from labkeeper.serve.edge.certificate import Certificate
 from labkeeper.serve.edge.instances import EdgeError, Instances
 from labkeeper.serve.edge.link import Link
 from labkeeper.threads import ThreadGroup
 
+_LOOK_EVERY = 1.0
+"""Seconds between two looks at the files of the certificate."""
 _TRY_AGAIN = 1.0
 """Seconds between two attempts to start an edge."""
 _SILENT_FOR = 4 * REPORT_EVERY
@@ -51,6 +54,8 @@ class Answering:
     labs: LabAddresses
     hosts: Sequence[str]
     """Our host names beyond those always safe."""
+    trusted: Sequence[str]
+    """The proxies in front that are believed about clients."""
     access_log: bool
     """Whether it logs each answer."""
 
@@ -63,6 +68,7 @@ class Edge:
         instances: Instances,
         answering: Answering,
         *,
+        certificate: Certificate | None,
         public: socket.socket,
         link: Link,
         ending: list[Link],
@@ -77,9 +83,13 @@ class Edge:
         self._restarts = 0
         self._refused = 0
         self._answers = Answers()
+        self._certificate = certificate
         self._link = link
         self._ending = ending
         self._routes: dict[QualifiedName, Route] = {}
+        self._uncertain: dict[QualifiedName, int] = {}
+        """Servers of earlier keepers that have not been found yet, with their generations: an edge
+        that was left with them keeps their routes."""
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         """Guards the link, the routes and the sessions: together they are what the edge knows."""
@@ -89,14 +99,26 @@ class Edge:
         name = change.after.qualified_name
         route = route_of(change.after, self._answering.labs, self.secret)
         with self._lock:
-            if route == self._routes.get(name):
+            if self._is_uncertain(change):
+                self._uncertain[name] = change.after.generation
+                return
+            left = self._uncertain.pop(name, None) is not None
+            if route == self._routes.get(name) and not left:
                 return
             if route is None:
-                del self._routes[name]
+                self._routes.pop(name, None)
                 self._tell({"do": "unroute", "server": name})
             else:
                 self._routes[name] = route
                 self._tell({"do": "route", "route": asdict(route)})
+
+    def _is_uncertain(self, change: Change) -> bool:
+        """Whether a server is one of `_uncertain`, also after a change."""
+        name, after = change.after.qualified_name, change.after
+        if change.before is None:
+            return after.state is State.LOST
+        is_same = self._uncertain.get(name) == after.generation
+        return is_same and after.state in {State.LOST, State.STARTING}
 
     def set_sessions(self, begun: Collection[Session], ended: Collection[Session]) -> None:
         """Push browser sessions that begin and that end."""
@@ -159,6 +181,9 @@ class Edge:
         threads.start("edge", self._watch, threads)
 
     def _push_all(self) -> None:
+        if self._certificate is not None:
+            self._tell(self._certificate.message())
+        self._tell({"do": "trust", "proxies": list(self._answering.trusted)})
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [_message(session) for session in self._sessions.values()]
         answering = self._answering
@@ -169,6 +194,7 @@ class Edge:
                 "hosts": list(answering.hosts),
                 "access_log": answering.access_log,
                 "routes": routes,
+                "kept": self._uncertain,
                 "sessions": sessions,
             }
         )
@@ -177,9 +203,11 @@ class Edge:
         while not threads.closed:
             links = [self._link, *self._ending]
             descriptors = {link.connection.fileno(): link for link in links}
-            ready = wait_until_readable([*descriptors, threads.wake], timeout=REPORT_EVERY)
+            timeout = REPORT_EVERY if self._certificate is None else _LOOK_EVERY
+            ready = wait_until_readable([*descriptors, threads.wake], timeout=timeout)
             if threads.closed:
                 return
+            self._renew_certificate()
             for descriptor, link in descriptors.items():
                 try:
                     if descriptor in ready:
@@ -225,6 +253,11 @@ class Edge:
                 answers=dict(self._answers),
             )
 
+    def _renew_certificate(self) -> None:
+        if self._certificate is not None and self._certificate.renew():
+            with self._lock:
+                self._tell(self._certificate.message())
+
     def _replace(self, threads: ThreadGroup) -> None:
         """Start another edge at the same address; try until it succeeds or the threads end."""
         while not threads.closed:
@@ -260,18 +293,28 @@ def running(
     answering: Answering,
     listen: Callable[[str, int], socket.socket],
     *,
+    certificate: Certificate | None = None,
     ends: Callable[[], bool],
 ) -> Iterator[Edge]:
     """Find or start the edge, and yield it; afterwards end it if `ends()`, or else leave it.
 
-    `listen` creates the listening socket of the public address if no edge has it. If the block
-    raises, an edge that was found is left. Raises SettingsError.
+    `listen` creates the listening socket of the public address if no edge has it. With a
+    certificate the edge speaks TLS. What `trusted` proxies say about clients is believed. If the
+    block raises, an edge that was found is left. Raises SettingsError.
     """
     try:
         found = instances.find()
-        edge = _choose(instances, answering, found, listen)
+        public, link, ending = _choose(instances, found, listen)
     except (OSError, EdgeError) as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
+    edge = Edge(
+        instances,
+        answering,
+        certificate=certificate,
+        public=public,
+        link=link,
+        ending=ending,
+    )
     keep = bool(found)
     try:
         yield edge
@@ -282,19 +325,18 @@ def running(
 
 
 def _choose(
-    instances: Instances,
-    answering: Answering,
-    found: list[Link],
-    listen: Callable[[str, int], socket.socket],
-) -> Edge:
+    instances: Instances, found: list[Link], listen: Callable[[str, int], socket.socket]
+) -> tuple[socket.socket, Link, list[Link]]:
     """Keep an edge that equals a new one; else start one, at its address if that is the same.
 
-    All others finish what they have begun. Raises OSError, EdgeError, SettingsError.
+    Return the listening socket, the edge, and all others: they finish what they have begun. Raises
+    OSError, EdgeError, SettingsError.
     """
     at_address = [link for link in found if link.public and link.address == instances.address]
-    equal = next((link for link in at_address if link.build == instances.build), None)
+    same = (instances.build, instances.secure)
+    equal = next((link for link in at_address if (link.build, link.secure) == same), None)
     old = equal or next(iter(at_address), None)
-    public = duplicate(old.public) if old and old.public else listen(*instances.address)
+    public = old.public.dup() if old and old.public else listen(*instances.address)
     try:
         link = equal or instances.start(public)
     except EdgeError:
@@ -306,7 +348,7 @@ def _choose(
             other.send({"do": "drain"})
     for left in found:
         left.close_public()
-    return Edge(instances, answering, public=public, link=link, ending=others)
+    return public, link, others
 
 
 def _message(session: Session) -> dict[str, object]:
