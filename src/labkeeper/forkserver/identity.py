@@ -55,7 +55,13 @@ def recognize(provider: Any, key: str) -> None:
     others = provider.get_user
 
     async def get_user(handler: Any) -> Any:
-        user = read(key, handler.request.headers.get(HEADER, ""), time.time())
+        headers = handler.request.headers
+        signed = headers.get(HEADER)
+        if signed is not None:
+            # An app behind jupyter-server-proxy, which gets the others, must not.
+            del headers[HEADER]
+            handler.user_at_edge = read(key, signed, time.time())
+        user = getattr(handler, "user_at_edge", None)
         if user is not None:
             return _jupyter_user(user)
         found = others(handler)

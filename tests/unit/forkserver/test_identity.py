@@ -67,3 +67,13 @@ def test_a_provider_knows_the_edges_users_beside_its_own(monkeypatch):
         assert user.color.startswith("var(--jp-collaborator-color")
         for value in (None, "", "forged.x"):
             assert asyncio.run(provider.get_user(handler(value, monkeypatch))) == "its own"
+
+
+def test_the_header_is_not_left_to_handlers_that_forward_their_request(monkeypatch):
+    """As those of jupyter-server-proxy do; whoever asks again still learns the user."""
+    provider = IdentityProvider(token="x")
+    identity.recognize(provider, KEY)
+    known = handler(identity.sign(KEY, "ada", NOW), monkeypatch)
+    for _ in range(2):
+        assert asyncio.run(provider.get_user(known)).username == "ada"
+        assert known.request.headers == {}
