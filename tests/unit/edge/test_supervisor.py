@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 import httpx
 import pytest
@@ -30,6 +31,7 @@ def pid_of(edge):
 
 def test_an_edge_that_is_suspended_is_replaced(run, monkeypatch):
     monkeypatch.setattr(supervisor, "REPORT_EVERY", 0.05)
+    monkeypatch.setattr(supervisor, "_LAST_CHANCE", 0.05)
     with run() as edge:
         assert ask(edge) == 401
         before = pid_of(edge)
@@ -40,6 +42,15 @@ def test_an_edge_that_is_suspended_is_replaced(run, monkeypatch):
         until(lambda: not alive(before), what="the end of the suspended one")
         assert ask(edge) == 401
         assert edge.use().restarts == 1
+
+
+def test_an_edge_that_was_suspended_with_its_keeper_is_kept(run, monkeypatch):
+    monkeypatch.setattr(supervisor, "REPORT_EVERY", 0.05)
+    with run() as edge:
+        before = pid_of(edge)
+        edge._link.heard.at -= 1000
+        until(lambda: edge._link.heard.at > time.monotonic() - 1000, what="its next report")
+        assert (pid_of(edge), edge.use().restarts) == (before, 0)
 
 
 def test_what_edges_have_done_is_counted_beyond_their_ends(run):

@@ -39,8 +39,10 @@ _LOOK_EVERY = 1.0
 """Seconds between two looks at the files of the certificate."""
 _TRY_AGAIN = 1.0
 """Seconds between two attempts to start an edge."""
-_SILENT_FOR = 4 * REPORT_EVERY
-"""Seconds without a report after which an edge is replaced: it must be suspended, or stuck."""
+_SILENT_FOR = 3 * REPORT_EVERY
+"""Seconds without a report after which an edge has a last chance: it may be suspended, or stuck."""
+_LAST_CHANCE = REPORT_EVERY + 1.0
+"""Seconds in which it must report then, or it is replaced."""
 _ANSWER_WITHIN = 2.0
 """Seconds in which an edge must answer a question."""
 
@@ -213,9 +215,18 @@ class Edge:
                     if descriptor in ready:
                         self._receive(link)
                     elif time.monotonic() - link.heard.at > _SILENT_FOR:
-                        raise TimeoutError("it does not report")
+                        self._wait_for(link, threads)
                 except (OSError, EOFError, WireError, ReportError) as error:
                     self._lose(link, str(error), threads)
+
+    def _wait_for(self, link: Link, threads: ThreadGroup) -> None:
+        """Raise TimeoutError unless a silent edge reports now: we may have been suspended with it.
+
+        As on a virtual machine that was paused.
+        """
+        descriptors = [link.connection.fileno(), threads.wake]
+        if not wait_until_readable(descriptors, timeout=_LAST_CHANCE):
+            raise TimeoutError("it does not report")
 
     def _receive(self, link: Link) -> None:
         """Receive what an edge reports. Raises OSError, EOFError, WireError, ReportError."""
