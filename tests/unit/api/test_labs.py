@@ -15,7 +15,6 @@ from labkeeper.core.lifecycle import Event, State
 from labkeeper.core.messages import Create, Order, Origin
 from labkeeper.core.policy import Policy
 from labkeeper.core.server import Exit
-from labkeeper.identity.sessions import COOKIE
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.testing.fakes import a_spec
 
@@ -23,6 +22,8 @@ PAGE = "/servers/lab/lab/tree/x?y=1"
 ADA = "token:ada"
 SLEEP = Origin("culler", reason="sleep_after: without kernels, terminals and visitors for 1 h")
 OWN = {"Origin": "http://localhost"}
+
+COOKIE = "labkeeper-session"
 
 
 class Visited:
