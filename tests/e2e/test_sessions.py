@@ -9,6 +9,7 @@ import httpx
 import pytest
 import websocket
 
+from certificates import Resolved
 from harness import PATIENCE, edges_of, execute, kernel_websocket, start_kernel, until
 
 pytestmark = [
@@ -317,21 +318,6 @@ def test_open_prints_a_link_that_opens_the_lab(keeper, browse):
         assert printed.returncode == 0, printed.stderr
         page = browse().get(printed.stdout.strip(), headers=PAGE)
         assert page.url == server["lab_url"], command
-
-
-class Resolved(httpx.HTTPTransport):
-    """Reaches every host name at this machine."""
-
-    def handle_request(self, request):
-        return super().handle_request(
-            httpx.Request(
-                request.method,
-                request.url.copy_with(host="127.0.0.1"),
-                headers=request.headers,
-                stream=request.stream,
-                extensions=request.extensions,
-            )
-        )
 
 
 @pytest.fixture

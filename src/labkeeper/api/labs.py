@@ -48,7 +48,7 @@ def pages(services: Services) -> Blueprint:
         if snapshot is None:
             return page(HTTPStatus.NOT_FOUND, "This Lab does not exist any more")
         if wakes(snapshot) and _is_visit():
-            # Not if it has changed meanwhile: somebody may have given a stop command.
+            # Not if it has changed meanwhile: a stop command may have arrived.
             order = _start_order(session, "its Lab is visited", seen=snapshot)
             return _started(services, order, address)
         return _state(snapshot, address)

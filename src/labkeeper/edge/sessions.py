@@ -14,7 +14,7 @@ _COOKIE: Final = b"labkeeper-session"
 _HOST: Final = b"__Host-" + _COOKIE
 """No page of another host name can set it (RFC 6265bis, 4.1.3.2)."""
 _SECURE: Final = b"__Secure-" + _COOKIE
-"""Nobody can set it without TLS. A path is only possible with this prefix."""
+"""It cannot be set without TLS. Unlike the other one, it may have a path."""
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LONGEST_USER: Final = 128
 
