@@ -190,7 +190,7 @@ class Visit:
 
 
 def _pass_documents(route: sync_api.Route) -> None:
-    """Let pages through, but nothing that would fill the cache."""
+    """Load pages alone, without what would fill the cache."""
     if route.request.resource_type == "document":
         route.continue_()
     else:

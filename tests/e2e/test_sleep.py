@@ -1,4 +1,4 @@
-"""Sleep: a Lab that nobody uses is stopped, and the next visit to its page starts it again."""
+"""Sleep: an unused Lab is stopped, and the next visit to its page starts it again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def start_again(keeper, settings):
 
 @pytest.fixture
 def sign_in(request):
-    """Let a browser, as far as cookies go, into a Lab."""
+    """Return clients that have a session for a Lab, as browsers have."""
     made = []
 
     def make(keeper, name="lab"):
@@ -88,7 +88,7 @@ def test_a_visit_wakes_a_lab_that_sleeps_at_the_same_address_with_the_same_sessi
     """Also if another keeper has been started meanwhile; what is no visit does not wake it."""
     browser = asleep(keeper, sign_in)
     cookie = browser.cookies["labkeeper-session"]
-    # What an open page polls, what programs ask, and what browsers load ahead of time.
+    # Polls of an open page, requests of programs, and pages that are loaded ahead of time.
     assert browser.get("/servers/lab/api/kernels").status_code == 404
     assert browser.post("/servers/lab/api/kernels").status_code == 404
     assert browser.head(TARGET, headers=PAGE).status_code == 503
@@ -120,7 +120,7 @@ def test_tabs_that_wake_a_lab_at_once_launch_it_once(keeper, sign_in):
 def test_a_lab_does_not_sleep_while_a_browser_has_it_open(keeper, sign_in):
     keeper.post(name="lab", sleep_after="1h")
     browser = sign_in(keeper)
-    # Who has looked at it, and left, does not keep it awake.
+    # A visitor who has left does not keep it awake.
     assert (idle(keeper)["rule"], idle(keeper)["held_by"]) == ("sleep_after", [])
     events = open_events(keeper, browser)
     told = idle(keeper)

@@ -42,10 +42,10 @@ def _protect_pages(settings: dict[str, Any]) -> None:
 
 
 def _keep_bundles(settings: dict[str, Any]) -> None:
-    """Let browsers keep the bundles of extensions also if the server has a base_url.
+    """Make browsers cache the bundles of extensions also if the server has a base_url.
 
-    jupyterlab_server (2.28, `app.py`) leaves it out of their addresses, so that browsers would ask
-    for each of them again at each load.
+    jupyterlab_server (2.28, `app.py`) leaves it out of their addresses, so browsers would request
+    each of them again at each load.
     """
     base, known = settings["base_url"], settings.get("static_immutable_cache", [])
     left_out = [base + url.lstrip("/") for url in known if not url.startswith(base)]
