@@ -64,7 +64,7 @@ def admit(
     routes: RouteTable,
     sessions: SessionTable,
     *,
-    secure: bool = False,
+    secure: bool,
 ) -> Admission:
     """Decide on a request for a Lab's address; may change its target and remove some headers.
 

@@ -29,7 +29,7 @@ from labkeeper.edge.heads import (
     header,
     read_request,
 )
-from labkeeper.edge.pieces import PieceProtocol
+from labkeeper.edge.pieces import PieceProtocol, address_of
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.routes import place_of
 from labkeeper.edge.sessions import Session
@@ -78,11 +78,8 @@ class Client(PieceProtocol):
         """See asyncio."""
         self._transport = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
         self._transport.set_write_buffer_limits(high=self._proxy.limits.untaken)
-        peer = transport.get_extra_info("peername")
-        self._peer = self.sender = Sender(
-            peer[0] if isinstance(peer, tuple) else "localhost",
-            secure=transport.get_extra_info("ssl_object") is not None,
-        )
+        secure = transport.get_extra_info("ssl_object") is not None
+        self._peer = self.sender = Sender(address_of(transport), secure)
         self.address = self._peer.address
         if not self._proxy.enter(self):
             self._transport.abort()

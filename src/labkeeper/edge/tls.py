@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from labkeeper.edge import answers
 from labkeeper.edge.access_log import Record
-from labkeeper.edge.pieces import PieceProtocol
+from labkeeper.edge.pieces import PieceProtocol, address_of
 from labkeeper.edge.proxy import Proxy
 
 _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
@@ -117,8 +117,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
         self._socket = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
-        peer = transport.get_extra_info("peername")
-        self.address = peer[0] if isinstance(peer, tuple) else "localhost"
+        self.address = address_of(transport)
         if self._proxy.enter(self):
             self._proxy.waiting[self] = None
         else:
@@ -229,7 +228,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
         self._socket.close()
 
     def _end(self) -> None:
-        """Tell the client that nothing more follows."""
+        """Announce to the client that nothing more follows (close_notify)."""
         if self._tls is None or self._ended:
             return
         self._ended = True

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import time
 
 import pytest
 
 from edge_peers import WEBSOCKET
-from labkeeper.edge.admission import Elsewhere, Refused, ToKeeper, ToLab, admit
+from labkeeper.edge import admission
+from labkeeper.edge.admission import Elsewhere, Refused, ToKeeper, ToLab
 from labkeeper.edge.heads import read_request
 from labkeeper.edge.routes import Place, Route, RouteTable, place_of
 from labkeeper.edge.sessions import Session, SessionTable
+
+admit = functools.partial(admission.admit, secure=False)
 
 COOKIE = b"Cookie: labkeeper-session=secret"
 HTML = b"Accept: text/html"

@@ -310,8 +310,8 @@ def running(
     """Find or start the edge, and yield it; afterwards end it if `ends()`, or else leave it.
 
     `listen` creates the listening socket of the public address if no edge has it. With a
-    certificate the edge speaks TLS. What `trusted` proxies say about clients is believed. If the
-    block raises, an edge that was found is left. Raises SettingsError.
+    certificate the edge speaks TLS. If the block raises, an edge that was found is left. Raises
+    SettingsError.
     """
     try:
         found = instances.find()
