@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import socket
@@ -86,6 +87,8 @@ def descriptors():
 @pytest.fixture(autouse=True)
 def _no_descriptor_leaks(pair):
     """Fail a test that leaks descriptors."""
+    # What earlier tests have left to the garbage collector must not vanish during this one.
+    gc.collect()
     before = descriptors()
     yield
     assert descriptors() == before
