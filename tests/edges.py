@@ -51,6 +51,7 @@ class Edge:
             log_file=self._log.fileno(),
         )
         self.proxy.access_log.on = True
+        self.proxy.large_bodies.longest = 2**20
         self.proxy.hosts = Hosts(["labs.example.org", "*.labs.example.org"])
         self._thread = threading.Thread(target=self.loop.run_forever)
         self._thread.start()

@@ -26,10 +26,11 @@ CONTINUE: Final = b"HTTP/1.1 100 Continue" + END
 
 def problem(status: HTTPStatus, detail: str, *, request_id: str) -> bytes:
     """Return an error after which the connection is closed."""
-    code = status.phrase.lower().replace(" ", "_")
+    title = _title(status)
+    code = title.lower().replace(" ", "_")
     body = {
         "type": f"urn:labkeeper:problem:{code}",
-        "title": status.phrase,
+        "title": title,
         "status": int(status),
         "detail": detail,
         "code": code,
@@ -79,9 +80,15 @@ def with_headers(answer: bytes, headers: Headers) -> bytes:
     return b"\r\n".join([status, *(b"%b: %b" % header for header in headers), rest])
 
 
+def _title(status: HTTPStatus) -> str:
+    # Its phrase depends on the version of Python; the keeper has werkzeug's.
+    is_too_large = status is HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    return "Request Entity Too Large" if is_too_large else status.phrase
+
+
 def _answer(status: HTTPStatus, body: bytes, media_type: bytes, more: Iterable[bytes]) -> bytes:
     lines = [
-        b"HTTP/1.1 %d %b" % (status, status.phrase.encode()),
+        b"HTTP/1.1 %d %b" % (status, _title(status).encode()),
         b"content-type: " + media_type,
         b"content-length: %d" % len(body),
         *_HEADERS,

@@ -7,6 +7,7 @@ chunks are decoded here; the form is narrower than the grammar: no space around 
 from __future__ import annotations
 
 import re
+from http import HTTPStatus
 from typing import Final, Protocol
 
 from labkeeper.edge.heads import END, TRAILERS
@@ -22,6 +23,8 @@ LAST_CHUNK: Final = b"0\r\n\r\n"
 
 class BadBody(Exception):  # noqa: N818 - as BadHead
     """A body is not framed as it must be; the message is the reason."""
+
+    status = HTTPStatus.BAD_REQUEST
 
 
 class Body(Protocol):

@@ -128,7 +128,8 @@ class Client(PieceProtocol):
                     break
             elif self._exchange.wants_body:
                 self._input = self._exchange.receive_body(self._input)
-                self._set_deadline()
+                if self._exchange is None or not self._exchange.is_collecting:
+                    self._set_deadline()
             else:
                 break
         self.pace()
@@ -360,7 +361,7 @@ class Client(PieceProtocol):
             self._transport.resume_reading()
 
     def _set_deadline(self) -> None:
-        """Set the deadline that its state implies; that of a head is not extended by its bytes."""
+        """Set the deadline that its state implies; a head's is not extended by its bytes."""
         limits = self._proxy.limits
         if self._lingers:
             seconds = limits.linger
@@ -368,6 +369,8 @@ class Client(PieceProtocol):
             seconds = limits.stalled
         elif self._exchange is None:
             seconds = limits.head_within if self._input else limits.idle
+        elif self._exchange.is_collecting:
+            seconds = limits.body_within
         else:
             seconds = math.inf if self._exchange.has_body else limits.stalled
         self.deadline = self._proxy.loop.time() + seconds

@@ -164,10 +164,12 @@ class Control:
                 "domain": str(domain),
                 "hosts": list(hosts),
                 "access_log": bool(log),
+                "longest_body": int(longest_body),
                 "routes": list(found),
                 "sessions": list(known),
             }:
                 proxy.access_log.on = log
+                proxy.large_bodies.longest = longest_body
                 proxy.hosts = Hosts(map(str, hosts))
                 proxy.shut_out(sessions.replace([Session.parse(session) for session in known]))
                 kept = frame.get("kept")

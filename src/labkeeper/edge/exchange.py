@@ -12,6 +12,7 @@ from labkeeper.edge import answers, tunnel
 from labkeeper.edge.access_log import Record
 from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
+from labkeeper.edge.collected import CollectedBody
 from labkeeper.edge.compression import Parcel
 from labkeeper.edge.heads import Answer, Headers, Request, answer_head, request_head
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
@@ -69,6 +70,8 @@ class Exchange:
         """The session of the client, if it has one."""
         self._record = record
         self._body: Body = Chunked() if request.length is None else Sized(request.length)
+        self._collected: CollectedBody | None = None
+        """The body, while it is collected for the keeper, or until it is sent."""
         self._upstream: Upstream | None = None
         self._connecting: asyncio.Task[None] | None = None
         self._full = False
@@ -87,8 +90,14 @@ class Exchange:
 
     @property
     def wants_body(self) -> bool:
-        """Whether more of the request's body can be passed on now."""
-        return self._upstream is not None and not self._full and not self._body.ended
+        """Whether more of the request's body can be taken now."""
+        can_pass_on = self._upstream is not None and not self._full
+        return (self.is_collecting or can_pass_on) and not self._body.ended
+
+    @property
+    def is_collecting(self) -> bool:
+        """Whether the request's body is collected before anything is passed on."""
+        return self._collected is not None and not self._body.ended
 
     @property
     def has_body(self) -> bool:
@@ -96,6 +105,22 @@ class Exchange:
         return self._body.ended
 
     def begin(self) -> None:
+        """Send the request, or begin to collect its body for the keeper."""
+        if self._server is None and not self._body.ended:
+            self._begin_to_collect()
+        else:
+            self._pass_on()
+
+    def _begin_to_collect(self) -> None:
+        bodies = self._proxy.large_bodies
+        try:
+            self._collected = bodies.begin(self._record.client, self._request.length)
+        except BadBody as error:
+            self._refuse_body(error)
+        else:
+            self.answer_continue()
+
+    def _pass_on(self) -> None:
         """Send the request, over the connection that the client has already, or a new one."""
         target = self._proxy.target(self._server)
         kept = self._client.kept_upstream(target)
@@ -115,24 +140,35 @@ class Exchange:
         if self._upstream is not None:
             self._upstream.abort()
         self._drop_parcel()
+        self._drop_collected()
 
     def receive_body(self, data: bytes) -> bytes:
-        """Pass on the body in a piece of the client's input; return what follows it."""
-        upstream = self._upstream
-        if upstream is None:
-            return data
+        """Take the body in a piece of the client's input; return what follows it."""
         try:
             content, rest = self._body.feed(data)
+            if self._collected is not None:
+                self._collect(self._collected, content)
+            elif self._upstream is not None:
+                self._pass_on_body(self._upstream, content)
         except BadBody as error:
-            self._refuse(HTTPStatus.BAD_REQUEST, f"cannot accept the request: {error}")
+            self._refuse_body(error)
             return b""
+        return rest
+
+    def _collect(self, collected: CollectedBody, content: bytes) -> None:
+        """Collect a part of the body, and send the request with the last one."""
+        collected.add(content)
+        if self._body.ended:
+            self._request.has_length(len(collected.content))
+            self._pass_on()
+
+    def _pass_on_body(self, upstream: Upstream, content: bytes) -> None:
         if self._request.length is not None:
             upstream.transport.write(content)
         else:
             framed = chunk(content) if content else b""
             # Not `writelines`: in some versions of Python it never says that too much is written.
             upstream.transport.write(framed + LAST_CHUNK if self._body.ended else framed)
-        return rest
 
     def pause_answer(self) -> None:
         """Stop reading the answer: the client takes no more at the moment."""
@@ -177,7 +213,9 @@ class Exchange:
             signed = identity.sign(upstream.target.key, self.session.user, time.time())
             added.append((identity.HEADER.lower().encode(), signed.encode()))
         head = request_head(self._request, added)
-        upstream.send(self._request, head, self)
+        collected = self._collected
+        upstream.send(self._request, head if collected is None else head + collected.content, self)
+        self._drop_collected()
 
     def pause_request(self) -> None:
         """See `AnswerReader`."""
@@ -284,6 +322,11 @@ class Exchange:
             self._put(piece)
             self.piece_read()
 
+    def _drop_collected(self) -> None:
+        collected, self._collected = self._collected, None
+        if collected is not None:
+            collected.close()
+
     def _drop_parcel(self) -> None:
         parcel, self._parcel = self._parcel, None
         if parcel is not None:
@@ -324,7 +367,11 @@ class Exchange:
     def _who(self) -> str:
         return "the keeper" if self._server is None else f"server '{self._server}'"
 
+    def _refuse_body(self, error: BadBody) -> None:
+        self._refuse(error.status, f"cannot accept the request: {error}")
+
     def _refuse(self, status: HTTPStatus, detail: str) -> None:
+        self._drop_collected()
         if self._upstream is not None:
             self._upstream.abort()
             self._upstream = None

@@ -116,6 +116,13 @@ class Request:
         """Whether it may be sent again if its connection fails (RFC 9110, 9.2.2)."""
         return self.method in {b"GET", b"HEAD", b"OPTIONS"} and self.length == 0
 
+    def has_length(self, length: int) -> None:
+        """Set the length of its body, which has arrived: nothing is in chunks or expected then."""
+        self.length = length
+        outdated = {b"content-length", b"expect"}
+        self.headers = [pair for pair in self.headers if pair[0] not in outdated]
+        self.headers.append((b"content-length", b"%d" % length))
+
 
 @dataclass(slots=True)
 class Answer:

@@ -27,6 +27,11 @@ class Limits:
     stalled: float = 60.0
     """Without progress of a body, or until a client that does not keep up with an answer has read
     enough of it: about 3 KB a second."""
+    body_within: float = 60.0
+    """From the head of a request to the keeper to the last byte of its body."""
+    large_bodies: int = 64
+    """Bodies of over 4 KiB that arrive for the keeper at once; each is kept in memory."""
+    large_bodies_of_address: int = 16
     linger: float = 5.0
     """For which the rest of a refused body is read, so that its sender reads the answer."""
     upstream_idle: float = 5.0

@@ -13,6 +13,7 @@ from http import HTTPStatus
 from typing import Any, Final, Protocol, TypeVar
 
 from labkeeper.edge.access_log import AccessLog, Record
+from labkeeper.edge.collected import LargeBodies
 from labkeeper.edge.compression import Compressor
 from labkeeper.edge.forwarded import Network, is_trusted
 from labkeeper.edge.hosts import Hosts
@@ -99,6 +100,7 @@ class Proxy:
         self.routes = RouteTable()
         self.sessions = SessionTable()
         self.compressor = Compressor(loop)
+        self.large_bodies = LargeBodies(limits.large_bodies, limits.large_bodies_of_address)
         self.visits = VisitTable(loop.time)
         self.trusted: tuple[Network, ...] = ()
         """The proxies in front, whose headers about clients are believed."""

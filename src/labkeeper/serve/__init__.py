@@ -119,7 +119,13 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
         secure=certificate is not None,
         log_max_bytes=chosen.log_max_bytes,
     )
-    answering = Answering(labs, hosts(chosen), chosen.trusted_proxies, access_log=chosen.access_log)
+    answering = Answering(
+        labs,
+        hosts(chosen),
+        chosen.trusted_proxies,
+        access_log=chosen.access_log,
+        longest_body=chosen.max_body,
+    )
     return running(
         instances,
         answering,

@@ -16,7 +16,9 @@ from labkeeper.serve.listening import listen
 from labkeeper.serve.process import LOCK
 from labkeeper.threads import ThreadGroup
 
-ANSWERING = Answering(LabAddresses("path"), ["ours.example"], [], access_log=True)
+ANSWERING = Answering(
+    LabAddresses("path"), ["ours.example"], [], access_log=True, longest_body=2**20
+)
 
 
 @pytest.fixture(scope="session")

@@ -50,6 +50,7 @@ def everything(routes, sessions, *, hosts=(), access_log=False):
         "domain": "",
         "hosts": list(hosts),
         "access_log": access_log,
+        "longest_body": 2**20,
         "routes": routes,
         "sessions": sessions,
     }

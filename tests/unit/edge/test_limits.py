@@ -159,16 +159,27 @@ def test_idle_connection_is_closed(edge, used):
     assert client.drain() == (b"", False)
 
 
-def test_stalled_body_cuts_the_connection(edge):
-    client = edge.send(get(b"/", b"Content-Length: 9", method=b"POST"))
-    until(lambda: edge.keeper.heads)
+def test_stalled_body_cuts_the_connection(edge, lab):
+    client = edge.send(get(b"/servers/lab/", b"Content-Length: 9", method=b"POST"))
+    until(lambda: lab.heads)
     for byte in (b"a", b"b"):
         edge.jump(edge.limits.stalled - 1)
         client.send(byte)
         until(lambda byte=byte: edge.received.endswith(byte))
     edge.jump(edge.limits.stalled + 1)
     assert client.drain()[0] == b""
-    until(lambda: edge.keeper.visits[0].closed)
+    until(lambda: lab.visits[0].closed)
+
+
+def test_bytes_do_not_extend_the_time_of_a_body_for_the_keeper(edge):
+    client = edge.send(get(b"/", b"Content-Length: 9", method=b"POST"))
+    until(lambda: edge.inside and edge.inside[0]._exchange)
+    edge.jump(edge.limits.body_within / 2)
+    client.send(b"a")
+    until(lambda: edge.inside[0]._exchange._collected.content)
+    edge.jump(edge.limits.body_within / 2 + 1)
+    assert client.drain()[0] == b""
+    assert edge.keeper.visits == []
 
 
 def test_client_that_does_not_read_is_cut(edge, lab):

@@ -235,42 +235,44 @@ def test_chunks_are_relayed_both_ways(edge, lab, size):
     assert client.ask(get()).status == 200
 
 
-def test_client_that_waits_for_100_continue_gets_it_once(edge):
-    edge.keeper.early = True
-    edge.keeper.answers(b"HTTP/1.1 100 Continue\r\n\r\n" * 3)
-    client = edge.send(get(b"/", b"Content-Length: 4", b"Expect: 100-continue", method=b"POST"))
+def test_client_that_waits_for_100_continue_gets_it_once(edge, lab):
+    lab.early = True
+    lab.answers(b"HTTP/1.1 100 Continue\r\n\r\n" * 3)
+    client = edge.send(
+        get(b"/servers/lab/", b"Content-Length: 4", b"Expect: 100-continue", method=b"POST")
+    )
     assert client.read(25) == b"HTTP/1.1 100 Continue\r\n\r\n"
     client.send(b"body")
     until(lambda: edge.requests)
-    edge.call(edge.keeper.visits[0].say, answer(b"done"))
+    edge.call(lab.visits[0].say, answer(b"done"))
     reply = client.receive(b"POST")
     assert (reply.before, reply.body) == ([], b"done")
 
 
-def test_client_that_does_not_wait_gets_no_100_continue(edge):
-    edge.keeper.answers(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + answer())
-    assert edge.connect().ask(post(), b"POST").before == []
+def test_client_that_does_not_wait_gets_no_100_continue(edge, lab):
+    lab.answers(b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\n\r\n" + answer())
+    assert edge.connect().ask(post(b"/servers/lab/"), b"POST").before == []
 
 
-def test_answer_before_the_end_of_the_body_closes_both_connections(edge):
-    edge.keeper.early = True
-    edge.keeper.answers(answer(b"no", status=b"413 Content Too Large"))
-    client = edge.send(get(b"/", b"Content-Length: 9", method=b"POST"))
+def test_answer_before_the_end_of_the_body_closes_both_connections(edge, lab):
+    lab.early = True
+    lab.answers(answer(b"no", status=b"413 Content Too Large"))
+    client = edge.send(get(b"/servers/lab/", b"Content-Length: 9", method=b"POST"))
     reply = client.receive(b"POST")
     assert (reply.status, reply.headers[b"connection"]) == (413, b"close")
     assert client.drain() == (b"", False)
-    until(lambda: edge.keeper.visits[0].closed)
+    until(lambda: lab.visits[0].closed)
 
 
-def test_connection_is_closed_if_the_answer_has_said_so_though_the_body_ends_in_time(edge):
-    edge.keeper.early = True
-    edge.keeper.answers(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nha")
-    client = edge.send(get(b"/", b"Content-Length: 4", method=b"POST"))
+def test_connection_is_closed_if_the_answer_has_said_so_though_the_body_ends_in_time(edge, lab):
+    lab.early = True
+    lab.answers(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nha")
+    client = edge.send(get(b"/servers/lab/", b"Content-Length: 4", method=b"POST"))
     client.rest = client.socket.recv(4096)
     assert b"connection: close" in client.rest
     client.send(b"body")
     until(lambda: edge.requests)
-    edge.call(edge.keeper.visits[0].say, b"lf")
+    edge.call(lab.visits[0].say, b"lf")
     assert client.receive(b"POST").body == b"half"
     assert client.drain() == (b"", False)
 

@@ -71,7 +71,7 @@ def test_the_next_keeper_goes_on_counting_and_logging(run, tmp_path):
         assert ask(edge) == 401
         until(lambda: edge.use().answers, what="a report")
         pid = pid_of(edge)
-    quiet = Answering(LabAddresses("path"), [], [], access_log=False)
+    quiet = Answering(LabAddresses("path"), [], [], access_log=False, longest_body=1)
     with run(quiet) as edge:
         assert not os.get_blocking(edge.public.fileno())
         until(lambda: edge.use().answers == {("edge", "4xx"): 1}, what="a report")

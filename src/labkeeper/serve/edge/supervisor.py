@@ -60,6 +60,8 @@ class Answering:
     """The proxies in front that are believed about clients."""
     access_log: bool
     """Whether it logs each answer."""
+    longest_body: int
+    """Bytes of a body that the keeper accepts."""
 
 
 class Edge:
@@ -195,6 +197,7 @@ class Edge:
                 "domain": answering.labs.domain if answering.labs.mode == "host" else "",
                 "hosts": list(answering.hosts),
                 "access_log": answering.access_log,
+                "longest_body": answering.longest_body,
                 "routes": routes,
                 "kept": self._uncertain,
                 "sessions": sessions,
