@@ -18,6 +18,18 @@ _NO_THREAD: Final = "can't start new thread"
 """Python's message if a thread cannot be started; the error has no type of its own."""
 
 
+_NO_PROCESSES: Final = (
+    "no more processes are allowed; "
+    "end some, or raise the limit (ulimit -u, or the container's --pids-limit)"
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """Return why a process could not be started."""
+    no_more = isinstance(error, OSError) and error.errno == errno.EAGAIN
+    return _NO_PROCESSES if no_more else str(error)
+
+
 def is_ours(error: BaseException) -> bool:
     """Whether an error means a shortage of the keeper's own, not a fault of the other side."""
     return isinstance(error, OSError) and error.errno in _OURS
@@ -49,10 +61,7 @@ def told_of_threads() -> Iterator[None]:
     except RuntimeError as error:
         if str(error) != _NO_THREAD:
             raise
-        raise BackendUnavailable(
-            "the keeper cannot start a thread, as no more processes are allowed; "
-            "end some, or raise the limit (ulimit -u, or the container's --pids-limit)"
-        ) from error
+        raise BackendUnavailable(f"the keeper cannot start a thread, as {_NO_PROCESSES}") from error
 
 
 def start(thread: threading.Thread) -> None:

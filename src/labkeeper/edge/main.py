@@ -25,6 +25,7 @@ from labkeeper.edge.pieces import PieceProtocol
 from labkeeper.edge.proxy import Proxy
 from labkeeper.edge.tls import EncryptedKeyError, TlsConnection, context_of
 from labkeeper.edge.wire import REPORT_EVERY
+from labkeeper.forkserver import privileges
 
 _BACKLOG: Final = 1024
 _SWEEP_EVERY: Final = 1.0
@@ -87,6 +88,8 @@ def main() -> None:
         os.setgroups([])
         os.setgid(gid)
         os.setuid(uid)
+    # What passes through are secrets: a server may have the same user.
+    privileges.hide()
     asyncio.run(_Edge(start, keeper_uid, most).run())
 
 

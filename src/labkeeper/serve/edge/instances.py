@@ -26,13 +26,13 @@ from typing import Final
 import psutil
 import structlog
 
-from labkeeper import unix_sockets
+from labkeeper import shortage, unix_sockets
 from labkeeper.backends.local.logs import LogFile
 from labkeeper.backends.local.processes import wait_until_ended
 from labkeeper.edge import wire
 from labkeeper.edge.main import Start
 from labkeeper.files import write_private
-from labkeeper.forkserver import identity, marks, peers
+from labkeeper.forkserver import identity, marks, peers, privileges
 from labkeeper.serve.edge.link import CONTROL, Link
 from labkeeper.serve.process import LOCK
 
@@ -115,8 +115,10 @@ class Instances:
     def find(self) -> list[Link]:
         """Return the edges that earlier keepers left, without those that fail. Raises OSError."""
         self._place.mkdir(mode=0o700, exist_ok=True)
-        # Another user's edge only passes through it, to the keeper's socket.
-        self._place.chmod(0o700 if self.user is None else 0o711)
+        if self.user is not None:
+            # That user only passes through it, to the keeper's socket.
+            os.chown(self._place, -1, self.user[1])
+        self._place.chmod(0o700 if self.user is None else 0o710)
         found = []
         for directory in sorted(path for path in self._place.iterdir() if path.is_dir()):
             try:
@@ -144,7 +146,8 @@ class Instances:
                 child.kill()
                 child.wait()
             _remove(directory)
-            raise EdgeError(f"cannot start an edge: {error} (log: {self._log.path})") from error
+            why = shortage.reason_of(error)
+            raise EdgeError(f"cannot start an edge: {why} (log: {self._log.path})") from error
         self._children[child.pid] = child
         return link
 
@@ -272,7 +275,7 @@ def _build() -> str:
     """Return a hash of what an edge is made from; an edge with the same one is not replaced."""
     program = Path(wire.__file__).parent
     sources = [*sorted(program.glob("*.py"))]
-    sources += [Path(str(module.__file__)) for module in (identity, marks, peers)]
+    sources += [Path(str(module.__file__)) for module in (identity, marks, peers, privileges)]
     made_from = [path.read_bytes() for path in sources]
     made_from += [sys.executable.encode(), sys.version.encode()]
     made_from += [version(library).encode() for library in ("brotli", "httptools")]

@@ -319,7 +319,9 @@ def running(
     try:
         found = instances.find()
         public, link, ending = _choose(instances, found, listen)
-    except (OSError, EdgeError) as error:
+    except EdgeError as error:
+        raise SettingsError(str(error)) from error
+    except OSError as error:
         raise SettingsError(f"cannot start the edge: {error}") from error
     edge = Edge(
         instances,
