@@ -35,6 +35,7 @@ LABEL org.opencontainers.image.title="jupyter-server" \
       org.opencontainers.image.licenses="BSD-3-Clause"
 # The container's user, whoever that is, creates the state directory in /var/lib/labkeeper: everyone may write there, as in /tmp.
 RUN useradd --uid 1000 --user-group --no-log-init --home-dir /var/lib/labkeeper/home --shell /bin/bash labkeeper \
+ && useradd --system --no-create-home --shell /usr/sbin/nologin labkeeper-edge \
  && install -d -m 1777 -o labkeeper -g labkeeper /notebooks /var/lib/labkeeper \
  && ln -s /opt/labkeeper/bin/labkeeper /usr/local/bin/labkeeper \
  && python3 -m compileall -q "$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')"
@@ -48,6 +49,7 @@ ENV PATH=/opt/jupyter/bin:$PATH \
     LABKEEPER_PORT=80 \
     LABKEEPER_LAB_IP=0.0.0.0 \
     LABKEEPER_LAB_PORT=8888 \
+    LABKEEPER_LAB_ADDRESS=port \
     LABKEEPER_NOTEBOOK_DIR=/notebooks \
     LABKEEPER_STATE_DIR=/var/lib/labkeeper/state \
     LABKEEPER_JUPYTER_PYTHON=/opt/jupyter/bin/python3 \

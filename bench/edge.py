@@ -150,8 +150,8 @@ def _start_edge(stack: ExitStack, place: Path, backend: int) -> Contender:
     stack.callback(instances.bury, link)
     route = Route("lab", 1, "127.0.0.1", backend, _BELOW, "key")
     fields = {name: getattr(route, name) for name in route.__slots__}
-    told = {"domain": "", "hosts": [], "access_log": False, "routes": [fields], "sessions": []}
-    link.send({"do": "all", **told})
+    told = {"domain": "", "hosts": [], "access_log": False, "longest_body": 0}
+    link.send({"do": "all", **told, "routes": [fields], "sessions": []})
     stack.callback(link.send, {"do": "stop"})
     return Contender("edge", port, (link.process.pid,))
 

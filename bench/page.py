@@ -82,12 +82,6 @@ class Load:
     requests: int
 
 
-class _EdgeKeeper(LabkeeperFork):
-    """A keeper with an edge."""
-
-    settings = {"LABKEEPER_EDGE": "on"}  # noqa: RUF012 - as its base has it
-
-
 # Ways to a Lab
 
 
@@ -103,7 +97,7 @@ def _direct(found: Environments, place: Path) -> Iterator[Way]:
 
 @contextmanager
 def _edge(found: Environments, place: Path) -> Iterator[Way]:
-    keeper = _EdgeKeeper(found, place)
+    keeper = LabkeeperFork(found, place)
     with _running(keeper):
 
         def sign_in(page: sync_api.Page) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Final
 
 _LOOPBACKS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", "::": "::1"}  # noqa: S104 - compared, not bound
@@ -11,6 +12,14 @@ _LOOPBACKS: Final = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "*": "127.0.0.1", 
 def is_wildcard(address: str) -> bool:
     """Whether an address is a wildcard."""
     return address in _LOOPBACKS
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address, or the name `localhost`, is reached from this machine only."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def from_here(address: str) -> str:

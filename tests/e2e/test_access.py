@@ -28,8 +28,9 @@ def client_with_token(keeper, **fields):
 
 
 @pytest.mark.promise
-def test_link_opens_the_lab_without_exposing_its_token(keeper):
+def test_link_opens_a_lab_at_a_port_without_exposing_its_token(make_keeper):
     """Only one redirect contains the token, not the final page or its URL."""
+    keeper = make_keeper(lab_address="port").start()
     server = keeper.post(default_url="/lab/tree/notes.txt").json()
     link = keeper.http.post("/api/servers/default/link", json={}).json()["url"]
     with httpx.Client(timeout=PATIENCE, trust_env=False) as browser:
@@ -102,22 +103,20 @@ def test_cli_creates_lists_and_revokes_tokens(keeper):
     assert (again.returncode, "cannot find token 'ci'" in again.stderr) == (1, True)
 
 
-def test_large_bodies_without_a_valid_token_use_no_extra_descriptors(make_keeper):
-    """A buffered body would take a file, and so another descriptor."""
+def test_large_bodies_do_not_reach_the_keeper_before_they_are_complete(make_keeper):
+    """There, a body would take a file, and so another descriptor."""
     keeper = make_keeper().start()
     process = psutil.Process(keeper.process.pid)
     assert keeper.http.get("/api/me").status_code == 200
     before = process.num_fds()
-    crowd = [
-        send_half(keeper, shown) for shown in ("", "wrong", "lk_0123456789ab_" + 43 * "x") * 10
-    ]
+    crowd = [send_half(keeper, shown) for shown in ("", "wrong", "lk_0123456789ab_" + 43 * "x") * 5]
     try:
-        # The keeper has read the first half of every body once its socket buffers are empty.
+        # The edge has read the first half of every body once its socket buffers are empty.
         until(
             lambda: not any(has_unread_bytes(keeper, one) for one in crowd),
-            what="the keeper to read the first half of every body",
+            what="the edge to read the first half of every body",
         )
-        assert process.num_fds() - before <= len(crowd)
+        assert process.num_fds() <= before
         for one in crowd:
             one.sendall(b" " * (LARGE // 2))
             assert one.recv(2**16).startswith(b"HTTP/1.1 401")
@@ -140,7 +139,7 @@ def send_half(keeper, shown):
 
 
 def has_unread_bytes(keeper, connection):
-    """Return whether the keeper has not yet read everything that was sent on a connection."""
+    """Return whether the edge has not yet read everything that was sent on a connection."""
     ours = connection.getsockname()[1]
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     (queues,) = [

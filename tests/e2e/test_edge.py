@@ -310,6 +310,7 @@ def test_it_is_left_with_the_servers_and_found_again(make_edge_keeper):
 
 def test_without_a_keeper_requests_get_a_clear_answer(make_edge_keeper):
     keeper = make_edge_keeper(on_exit="leave").start()
+    keeper.post()
     assert keeper.stop() == 0
     answer = httpx.get(f"{keeper.url}/api/servers", timeout=PATIENCE, trust_env=False)
     assert answer.status_code == 503
@@ -317,6 +318,14 @@ def test_without_a_keeper_requests_get_a_clear_answer(make_edge_keeper):
     assert answer.json()["detail"].startswith("cannot reach the keeper")
     keeper.settings["on_exit"] = "stop"
     keeper.start()
+
+
+def test_it_ends_with_a_keeper_that_leaves_no_server(make_edge_keeper):
+    keeper = make_edge_keeper(on_exit="leave").start()
+    keeper.post()
+    keeper.http.post("/api/servers/default/stop").raise_for_status()
+    assert keeper.stop() == 0
+    assert not edges_of(keeper)
 
 
 def test_a_failed_start_leaves_no_edge(make_edge_keeper):
@@ -438,3 +447,32 @@ def test_labs_can_stay_at_their_own_ports(make_edge_keeper):
     assert keeper.wait_for("running", "lab")["lab_url"] == server["lab_url"]
     assert keeper.http.post("/api/servers/lab/restart").status_code in {200, 201}
     assert keeper.get("lab")["lab_url"] == f"{keeper.url}/servers/lab/lab"
+
+
+# Without it
+
+
+def test_without_the_edge_the_keeper_listens_itself(make_keeper):
+    keeper = make_keeper(edge="off").start()
+    server = keeper.post().json()
+    assert server["lab_url"] == f"{server['url']}lab?token={server['token']}"
+    assert keeper.http.post("/api/servers", content=b"x" * 2**21).status_code == 413
+    assert httpx.get(f"{keeper.url}/api/servers", trust_env=False).status_code == 401
+    assert edges_of(keeper) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"host": "0.0.0.0"}, "LABKEEPER_HOST"),
+        ({"host": "::"}, "LABKEEPER_HOST"),
+        ({"lab_domain": "labs.example.org"}, "LABKEEPER_LAB_DOMAIN"),
+        ({"trusted_proxies": "127.0.0.1"}, "LABKEEPER_TRUSTED_PROXIES"),
+        ({"cert_file": "cert.pem", "key_file": "key.pem"}, "LABKEEPER_CERT_FILE"),
+    ],
+)
+def test_what_needs_the_edge_is_refused_without_it(make_keeper, settings, name):
+    refused = make_keeper(edge="off", **settings).cli("serve")
+    assert refused.returncode == 2
+    assert name in refused.stderr
+    assert "LABKEEPER_EDGE=off" in refused.stderr

@@ -236,6 +236,11 @@ def test_forked_siblings_share_no_random_numbers_or_secrets(servers, reports):
     }
 
 
+def with_token(server):
+    """Return the address of a Lab's page at its own port."""
+    return f"{server['url']}lab?token={server['token']}"
+
+
 def test_siblings_have_their_own_kernel_keys_and_xsrf_cookies(servers):
     kernels = {name: start_kernel(server) for name, server in servers.items()}
     assert len(set(kernels.values())) == 3
@@ -249,14 +254,14 @@ def test_siblings_have_their_own_kernel_keys_and_xsrf_cookies(servers):
     cookies = set()
     for server in servers.values():
         with httpx.Client(trust_env=False) as browser:
-            browser.get(server["lab_url"], follow_redirects=True).raise_for_status()
+            browser.get(with_token(server), follow_redirects=True).raise_for_status()
             cookies.add(browser.cookies["_xsrf"])
     assert len(cookies) == 3
 
 
 def test_login_cookie_is_not_accepted_by_a_sibling(servers):
     with httpx.Client(trust_env=False) as browser:
-        browser.get(servers["one"]["lab_url"], follow_redirects=True).raise_for_status()
+        browser.get(with_token(servers["one"]), follow_redirects=True).raise_for_status()
         names = {"one": servers["one"]["port"], "two": servers["two"]["port"]}
         stolen = {
             cookie.name.replace(str(names["one"]), str(names["two"])): cookie.value

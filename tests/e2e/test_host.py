@@ -155,11 +155,9 @@ def test_server_cannot_change_the_address_it_is_reached_at(make_keeper):
     keeper.configure_jupyter(FALSE_SERVER_INFO)
     keeper.start()
     server = keeper.post(base_url="/base/").json()
-    assert (
-        server["lab_url"] == f"http://127.0.0.1:{keeper.lab_port}/base/lab?token={server['token']}"
-    )
+    assert server["lab_url"] == f"{keeper.url}/servers/default/base/lab"
     place = {
-        "url": f"http://127.0.0.1:{keeper.lab_port}/base/",
+        "url": f"http://127.0.0.1:{keeper.lab_port}/servers/default/base/",
         "hostname": "127.0.0.1",
         "port": keeper.lab_port,
     }

@@ -416,7 +416,8 @@ def test_server_that_became_ready_while_the_keeper_was_suspended_is_kept(make_ke
     until((keeper.server_dirs / "default" / "launch.json").exists, what="the launch record")
     keeper.process.send_signal(signal.SIGSTOP)
     try:
-        until(lambda: responds(keeper.lab_port), what="the server to respond")
+        url = f"http://127.0.0.1:{keeper.lab_port}/servers/default/api"
+        until(lambda: responds(url), what="the server to respond")
         until(lambda: time.monotonic() > started_at + start_timeout, what="the start to be overdue")
     finally:
         keeper.process.send_signal(signal.SIGCONT)
@@ -424,13 +425,10 @@ def test_server_that_became_ready_while_the_keeper_was_suspended_is_kept(make_ke
     assert (server["generation"], server["restarts"]) == (1, 0)
 
 
-def responds(port):
-    """Return whether a server responds at a port."""
+def responds(url):
+    """Return whether a server responds at an address."""
     try:
-        return (
-            httpx.get(f"http://127.0.0.1:{port}/api", timeout=PATIENCE, trust_env=False).status_code
-            == 200
-        )
+        return httpx.get(url, timeout=PATIENCE, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
 

@@ -224,7 +224,7 @@ def test_the_page_leads_to_the_lab_only(make_keeper, sign_in, target):
 
 def test_sleep_needs_the_edge(make_keeper):
     failed = make_keeper(sleep_after="1h", edge="off").cli("serve")
-    assert (failed.returncode, "LABKEEPER_EDGE=on" in failed.stderr) == (2, True)
+    assert (failed.returncode, "LABKEEPER_EDGE=off" in failed.stderr) == (2, True)
     keeper = make_keeper(edge="off").start()
     refused = keeper.post(name="lab", sleep_after="1h")
     assert (refused.status_code, "needs Labs behind the edge" in refused.text) == (422, True)

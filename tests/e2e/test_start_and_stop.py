@@ -145,8 +145,8 @@ def test_local_kernels_and_their_children_end_with_their_server(keeper):
 
 
 @pytest.mark.promise
-def test_lab_url_opens_the_lab_without_a_login(keeper):
-    server = keeper.post().json()
+def test_lab_url_at_a_port_opens_the_lab_without_a_login(make_keeper):
+    server = make_keeper(lab_address="port").start().post().json()
     with httpx.Client(trust_env=False) as browser:
         page = browser.get(server["lab_url"], follow_redirects=True)
     assert page.status_code == 200
@@ -166,10 +166,11 @@ def test_server_has_the_requested_settings(keeper):
     )
     assert answer.status_code == 201, answer.text
     server = answer.json()
-    assert server["base_url"] == "/hub/alice/"
+    assert server["base_url"] == "/servers/alice/hub/alice/"
     assert server["notebook_dir"] == str(keeper.notebook_dir / "class")
     assert server["port"] != keeper.lab_port
-    assert server["lab_url"].startswith(f"http://127.0.0.1:{server['port']}/hub/alice/tree?token=")
+    assert server["url"] == f"http://127.0.0.1:{server['port']}/servers/alice/hub/alice/"
+    assert server["lab_url"] == f"{keeper.url}/servers/alice/hub/alice/tree"
     kernel = start_kernel(server)
     # None of the keeper's settings reach a kernel, least of all its token.
     assert (

@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from harness import HOLD_PORTS, PATIENCE, forked, free_port, until
+from harness import HOLD_PORTS, PATIENCE, KeeperProcess, forked, free_port, until
 from suites import NAMED_FILES, outcomes, unpack
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -129,6 +129,20 @@ def plain_lab(base):
     finally:
         process.terminate()
         process.wait(PATIENCE)
+
+
+@pytest.fixture(scope="module")
+def _with_ports(tmp_path_factory):
+    running = KeeperProcess(tmp_path_factory.mktemp("suites") / "keeper", lab_address="port")
+    yield running.start_to_fork()
+    running.close()
+
+
+@pytest.fixture
+def keeper(_with_ports):
+    """A keeper whose servers have no path, as plain ones."""
+    yield _with_ports
+    _with_ports.clear()
 
 
 @pytest.fixture

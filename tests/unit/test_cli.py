@@ -25,7 +25,7 @@ from fake_keeper import TOKEN, FixedProbe, a_server, fake_keeper
 from harness import until
 from labkeeper import serve
 from labkeeper.api.app import create_app
-from labkeeper.api.wsgi.server import WsgiServer
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.cli import cli, output, servers, start
 from labkeeper.client import Gateway, Server
 from labkeeper.core.errors import BackendRefused, BackendUnavailable

@@ -47,9 +47,6 @@ class Ada:
     def authenticate(self, _):
         return Identity(Caller("user:ada", Scope.ADMIN, owner=ADA))
 
-    def may_accept(self, _):
-        return True
-
 
 class Clients:
     """The API of one keeper, as two owners see it."""

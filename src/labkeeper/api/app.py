@@ -29,16 +29,12 @@ from labkeeper.api.browser import Guard
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
-from labkeeper.core.errors import CapacityReached, InvalidSpec
-from labkeeper.identity.peers import UNREAD
+from labkeeper.core.errors import InvalidSpec
 from labkeeper.metrics.collector import Metrics
 from labkeeper.schema.queries import BODILESS
 
 _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 """Pattern of a request id that the caller or a proxy may supply."""
-
-_SEND_AGAIN: Final = 10
-"""`Retry-After` in seconds if there is no room for a large body."""
 
 _log = structlog.get_logger("labkeeper.api")
 
@@ -104,12 +100,6 @@ def _check_body() -> None:
     """Accept a body only as a JSON object; a missing body counts as an empty one."""
     if request.method in BODILESS:
         return
-    if UNREAD in request.environ:
-        raise CapacityReached(
-            "cannot accept the request: too many large bodies are being received; "
-            "send it again later",
-            retry_after=_SEND_AGAIN,
-        )
     if not request.get_data(cache=True):
         return
     try:

@@ -16,7 +16,7 @@ class ConcurrencyLimit:
     def __init__(self, threads: int) -> None:
         self._lock = threading.Lock()
         self._held = 0
-        self.resize(threads)
+        self._limit = threads - reserve(threads)
 
     def acquire(self) -> bool:
         """Take a slot unless the limit is reached. Never blocks."""
@@ -29,8 +29,3 @@ class ConcurrencyLimit:
         """Free a slot."""
         with self._lock:
             self._held -= 1
-
-    def resize(self, threads: int) -> None:
-        """Adapt the limit to a number of threads; callers that hold a slot keep it."""
-        with self._lock:
-            self._limit = threads - reserve(threads)

@@ -62,18 +62,6 @@ def body_of(error: LabkeeperError) -> dict[str, Any]:
     return _body(_status_of(error), error.code, error.message, error.details)
 
 
-def unread(status: int, title: str, detail: str) -> bytes:
-    """Return a problem body for an unreadable request, which therefore has no id."""
-    code = title.lower().replace(" ", "_")
-    members = {
-        "type": f"urn:labkeeper:problem:{code}",
-        "title": title,
-        "status": status,
-        "detail": detail,
-    }
-    return json.dumps({**members, "code": code, "request_id": ""}).encode()
-
-
 def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "type": f"urn:labkeeper:problem:{code}",

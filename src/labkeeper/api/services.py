@@ -12,8 +12,7 @@ from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, CullStatus, Probe
 from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
 from labkeeper.events.log import EventLog
-from labkeeper.identity.authenticators import Authenticator, Credentials
-from labkeeper.identity.peers import Peer
+from labkeeper.identity.authenticators import Authenticator
 from labkeeper.identity.sessions import Sessions
 from labkeeper.identity.tokens import Tokens
 from labkeeper.lab_addresses import LabAddresses
@@ -62,7 +61,7 @@ class Services:
     start_wait: float = 65.0
     """Default wait for a start."""
     stop_wait: float = 15.0
-    concurrency: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(256))
+    concurrency: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(128))
     """Limit of callers that wait or stream; the WSGI server has more threads for others."""
     log_readers: threading.BoundedSemaphore = field(
         default_factory=lambda: threading.BoundedSemaphore(2)
@@ -72,8 +71,3 @@ class Services:
     """Longest postponement of culling by one call."""
     max_body: int = 1024 * 1024
     """Bytes of the largest request body."""
-
-    def may_know(self, authorization: str | None, peer: Peer | None) -> bool:
-        """Whether the caller may be known, judged without blocking; if not, the body is dropped."""
-        shown = Credentials(authorization, peer)
-        return any(authenticator.may_accept(shown) for authenticator in self.authenticators)

@@ -42,6 +42,11 @@ class LiveResponse(Response):
         return super().__call__(environ, start)
 
 
+def wants_stream(*, asked: bool) -> bool:
+    """Whether to stream the answer: to HEAD, waitress would send the end of a body in chunks."""
+    return asked and request.method != "HEAD"
+
+
 def gone() -> Callable[[], bool]:
     """Return a check whether the caller has disconnected, if known, or lost its access."""
     disconnected: Callable[[], bool] = request.environ.get(

@@ -157,7 +157,7 @@ def revoke(where: Where, /, name: str) -> None:
 def session() -> None:
     """List and revoke the sessions of browsers in Labs.
 
-    Only the edge asks browsers for one (LABKEEPER_EDGE=on).
+    A Lab at a port of its own asks for none.
     """
 
 

@@ -16,6 +16,8 @@ _HEADERS: Final = (
     b"x-content-type-options: nosniff",
     b"referrer-policy: no-referrer",
 )
+_ALLOW: Final = b"allow: DELETE, GET, HEAD, OPTIONS, PATCH, POST, PUT"
+"""Which of them a path has is for the keeper and Labs to say."""
 _RETRY_AFTER: Final = 2
 """Seconds."""
 _TRANSPORT_SECURITY: Final = (b"strict-transport-security", b"max-age=15552000")
@@ -38,11 +40,13 @@ def problem(status: HTTPStatus, detail: str, *, request_id: str) -> bytes:
     }
     later = status in {HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE}
     more = [b"retry-after: %d" % _RETRY_AFTER] if later else []
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        more.append(_ALLOW)
     return _answer(
         status,
         json.dumps(body).encode(),
         b"application/problem+json",
-        [*more, b"connection: close"],
+        [*more, b"x-request-id: " + request_id.encode(), b"connection: close"],
     )
 
 

@@ -40,9 +40,6 @@ class Authenticator(Protocol):
     def authenticate(self, shown: Credentials) -> Identity | None:
         """Return the caller, or None for other kinds of credentials. Raises NotAuthenticated."""
 
-    def may_accept(self, shown: Credentials) -> bool:
-        """Whether it may accept the credentials, judged without blocking."""
-
 
 class OpenAuthenticator:
     """Accepts every request: access control is off."""
@@ -50,10 +47,6 @@ class OpenAuthenticator:
     def authenticate(self, _: Credentials) -> Identity:
         """See `Authenticator`."""
         return Identity(ANYBODY)
-
-    def may_accept(self, _: Credentials) -> bool:
-        """See `Authenticator`."""
-        return True
 
 
 class TokenAuthenticator:
@@ -67,11 +60,6 @@ class TokenAuthenticator:
         token = _bearer(shown)
         return None if token is None else Identity(*self._tokens.caller(token))
 
-    def may_accept(self, shown: Credentials) -> bool:
-        """See `Authenticator`."""
-        token = _bearer(shown)
-        return token is not None and self._tokens.knows(token)
-
 
 class PeerAuthenticator:
     """Accepts the keeper's own user and root over the Unix socket, except processes of servers."""
@@ -83,20 +71,14 @@ class PeerAuthenticator:
     def authenticate(self, shown: Credentials) -> Identity | None:
         """See `Authenticator`."""
         peer = shown.peer
-        if peer is None or not self.may_accept(shown) or self._is_server(peer.pid):
+        if peer is None or shown.authorization is not None:
+            return None
+        if peer.uid not in {0, os.geteuid()} or self._is_server(peer.pid):
             return None
         name = str(peer.uid)
         with suppress(KeyError):
             name = pwd.getpwuid(peer.uid).pw_name
         return Identity(Caller(f"user:{name}", Scope.ADMIN))
-
-    def may_accept(self, shown: Credentials) -> bool:
-        """See `Authenticator`. Not checked for servers: a process can block reads of its /proc."""
-        return (
-            shown.authorization is None
-            and shown.peer is not None
-            and shown.peer.uid in {0, os.geteuid()}
-        )
 
 
 def authenticate(authenticators: Iterable[Authenticator], shown: Credentials) -> Identity:

@@ -6,7 +6,7 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import psutil
 
@@ -14,8 +14,6 @@ from labkeeper.forkserver.peers import credentials
 
 PEER: Final = "labkeeper.peer"
 """The key in the WSGI environment. Request headers have `HTTP_...` keys, so none can forge it."""
-UNREAD: Final = "labkeeper.unread"
-"""Another key: the request had a body, which was discarded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +23,28 @@ class Peer:
     pid: int
     uid: int
     gid: int
+
+
+class Listener(socket.socket):
+    """A listening Unix socket that identifies its peers as soon as it accepts them."""
+
+    def accept(self) -> tuple[Connection, Any]:
+        """See `socket.socket`. Raises OSError."""
+        accepted, address = super().accept()
+        return Connection(fileno=accepted.detach()), address
+
+
+class Connection(socket.socket):
+    """A connection of a Unix socket with a known peer."""
+
+    def __init__(self, fileno: int) -> None:
+        """Take over an accepted connection. Raises OSError."""
+        super().__init__(fileno=fileno)
+        try:
+            self.peer = identify(self)
+        except OSError:
+            self.close()
+            raise
 
 
 def identify(connection: socket.socket) -> Callable[[], Peer | None]:

@@ -13,14 +13,13 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 
 import structlog
 
-from labkeeper import discovery, logs, scrub, shortage
-from labkeeper.api import tls
-from labkeeper.api.tls import Certificate
+from labkeeper import addresses, discovery, logs, scrub, shortage
 from labkeeper.core.errors import BackendUnavailable, SettingsError, StoreError
 from labkeeper.core.lifecycle import MAY_EXIST
 from labkeeper.runtime import Keeper
 from labkeeper.serve.assembly import VERSION, assemble
-from labkeeper.serve.edge.certificate import Certificate as EdgeCertificate
+from labkeeper.serve.edge import certificate
+from labkeeper.serve.edge.certificate import Certificate
 from labkeeper.serve.edge.instances import Instances
 from labkeeper.serve.edge.supervisor import Answering, Edge, running
 from labkeeper.serve.first import own_client, start_first
@@ -57,8 +56,10 @@ def run(
         allow_descriptors()
         token = _token(chosen)
         scrub.KEEPER.learn(lambda: _own_secrets(chosen, token))
-        certificate = _certificate(chosen)
-        edge = stack.enter_context(_edge(chosen))
+        if chosen.lab_certificate is not None:
+            # A mistake is reported now, and not by each server that cannot start.
+            certificate.check(*chosen.lab_certificate, "LABKEEPER_LAB_")
+        edge = stack.enter_context(_edge(chosen, ends=lambda: not _leaves(keeper, chosen)))
         listener = listen(chosen.host, chosen.port) if edge is None else edge.public
         stack.enter_context(listener)
         url = url_of(listener, "http" if chosen.certificate is None else "https")
@@ -71,7 +72,6 @@ def run(
                 stack,
                 sockets=[*own, *([] if unix_socket is None else [unix_socket])],
                 edge=edge,
-                certificate=certificate,
                 url=url,
             )
         path = None if unix_socket is None else discovery.socket_path(chosen.state_dir)
@@ -94,11 +94,13 @@ def run(
         return _stop(keeper, chosen, announce)
 
 
-def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
-    """Return the edge, as a context in which it runs; None if it is off. Raises SettingsError."""
+def _edge(chosen: Settings, ends: Callable[[], bool]) -> AbstractContextManager[Edge | None]:
+    """Return the edge, as a context in which it runs; None if it is off. Raises SettingsError.
+
+    `ends` is called after the keeper's end: whether the edge ends with it.
+    """
     if chosen.edge == "off":
-        if chosen.trusted_proxies:
-            raise SettingsError("LABKEEPER_TRUSTED_PROXIES needs LABKEEPER_EDGE=on")
+        _check_without_edge(chosen)
         return contextlib.nullcontext()
     if sys.platform != "linux":
         raise SettingsError("LABKEEPER_EDGE=on requires Linux")
@@ -109,14 +111,12 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
             "such as labs.example.org"
         )
     # At other ports, Labs speak plain HTTP, which browsers would refuse for the whole host.
-    certificate = chosen.certificate and EdgeCertificate(
-        *chosen.certificate, hsts=labs.mode != "port"
-    )
+    pair = chosen.certificate and Certificate(*chosen.certificate, hsts=labs.mode != "port")
     instances = Instances(
         chosen.state_dir,
         chosen.server_dirs,
         (chosen.host, chosen.port),
-        secure=certificate is not None,
+        secure=pair is not None,
         log_max_bytes=chosen.log_max_bytes,
     )
     answering = Answering(
@@ -130,8 +130,8 @@ def _edge(chosen: Settings) -> AbstractContextManager[Edge | None]:
         instances,
         answering,
         listen,
-        certificate=certificate,
-        ends=lambda: chosen.on_exit == "stop",
+        certificate=pair,
+        ends=ends,
     )
 
 
@@ -140,21 +140,25 @@ def _check_sleep(chosen: Settings) -> None:
     if chosen.sleep_after and lab_addresses(chosen).mode == "port":
         raise SettingsError(
             "LABKEEPER_SLEEP_AFTER needs Labs behind the edge, which sees their visitors and wakes "
-            "them: set LABKEEPER_EDGE=on, and not LABKEEPER_LAB_ADDRESS=port"
+            "them: set neither LABKEEPER_LAB_ADDRESS=port nor LABKEEPER_EDGE=off"
         )
 
 
-def _certificate(chosen: Settings) -> Certificate | None:
-    """Return the certificate that the keeper itself uses: behind an edge it needs none.
-
-    Checks that of the servers, too. Raises SettingsError.
-    """
-    if chosen.lab_certificate is not None:
-        # A mistake is reported now, and not by each server that cannot start.
-        tls.load(*chosen.lab_certificate, prefix="LABKEEPER_LAB_")
-    if chosen.certificate is None or chosen.edge == "on":
-        return None
-    return Certificate(*chosen.certificate)
+def _check_without_edge(chosen: Settings) -> None:
+    """Raise SettingsError if settings need the edge: the keeper's own server is for development."""
+    needing = {
+        "LABKEEPER_CERT_FILE": chosen.certificate,
+        "LABKEEPER_LAB_DOMAIN": chosen.lab_domain,
+        "LABKEEPER_TRUSTED_PROXIES": chosen.trusted_proxies,
+    }
+    for name, value in needing.items():
+        if value:
+            raise SettingsError(f"{name} needs the edge, which LABKEEPER_EDGE=off turns off")
+    if not addresses.is_loopback(chosen.host):
+        raise SettingsError(
+            f"cannot listen on {chosen.host} with LABKEEPER_EDGE=off, which is for development on "
+            "this machine; turn the edge on, or choose LABKEEPER_HOST=127.0.0.1"
+        )
 
 
 @contextmanager
@@ -166,6 +170,11 @@ def _start_errors() -> Iterator[None]:
         raise SettingsError(error.message) from error
     except BackendUnavailable as error:
         raise SettingsError(f"cannot start a keeper: {error.message}") from error
+
+
+def _leaves(keeper: Keeper, chosen: Settings) -> bool:
+    """Whether the keeper leaves servers to the next one."""
+    return chosen.on_exit == "leave" and any(s.state in MAY_EXIST for s in keeper.all())
 
 
 def _stop(keeper: Keeper, chosen: Settings, announce: Callable[[str], None]) -> int:

@@ -14,9 +14,8 @@ from labkeeper import logs, scrub
 from labkeeper.api.app import create_app
 from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.services import Services
-from labkeeper.api.tls import Certificate
 from labkeeper.api.views import event_model
-from labkeeper.api.wsgi.server import WsgiServer
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.backend import LocalBackend
 from labkeeper.backends.local.cleanup import EarlierDir
 from labkeeper.backends.local.options import LocalOptions
@@ -44,9 +43,15 @@ from labkeeper.jupyter.client import JupyterClient
 from labkeeper.metrics.collector import Metrics, World
 from labkeeper.runtime import Keeper, KeyedExecutor, Mailbox, SnapshotBoard, SystemClock
 from labkeeper.sampler import Sampler
-from labkeeper.schema.requests.servers import Defaults
 from labkeeper.serve.edge.supervisor import Edge
-from labkeeper.serve.policies import cull_policy, hosts, lab_addresses, limits, longest_stop, policy
+from labkeeper.serve.policies import (
+    cull_policy,
+    defaults,
+    hosts,
+    lab_addresses,
+    longest_stop,
+    policy,
+)
 from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
@@ -62,7 +67,6 @@ def assemble(
     *,
     sockets: Sequence[socket.socket],
     edge: Edge | None,
-    certificate: Certificate | None,
     url: str,
 ) -> Keeper:
     """Build all parts, in the reverse order of closing; on return the keeper serves.
@@ -132,7 +136,7 @@ def assemble(
         token=token,
         url=url,
     )
-    _serve(chosen, services, stack, sockets=sockets, edge=edge, certificate=certificate)
+    _serve(chosen, services, stack, sockets=sockets, edge=edge)
     # Before the server, whose closing waits for streamed answers.
     stack.callback(history.event_log.close)
     return keeper
@@ -351,7 +355,7 @@ def _services(
         usage=sampler.of,
         culler=culler,
         max_snooze=chosen.max_snooze,
-        defaults=_defaults(chosen),
+        defaults=defaults(chosen),
         version=VERSION,
         tokens=tokens,
         sessions=sessions,
@@ -375,20 +379,6 @@ def _authenticators(chosen: Settings, tokens: Tokens, backend: Backend) -> Seque
     return [TokenAuthenticator(tokens), PeerAuthenticator(backend.is_server)]
 
 
-def _defaults(chosen: Settings) -> Defaults:
-    return Defaults(
-        chosen.lab_ip,
-        chosen.lab_port,
-        limits(chosen),
-        chosen.idle_timeout,
-        chosen.max_age,
-        chosen.sleep_after,
-        lab_addresses(chosen).mode != "port",
-        chosen.user,
-        chosen.kernels_by,
-    )
-
-
 def _serve(
     chosen: Settings,
     services: Services,
@@ -396,17 +386,13 @@ def _serve(
     *,
     sockets: Sequence[socket.socket],
     edge: Edge | None,
-    certificate: Certificate | None,
 ) -> None:
     server = WsgiServer(
         create_app(services),
         sockets,
         threads=chosen.threads,
         max_body=chosen.max_body,
-        behind_proxy=None if edge is None else stack.enter_context(edge.upstream()),
-        certificate=certificate,
-        knows=services.may_know,
-        fit=services.concurrency.resize,
+        behind_edge=None if edge is None else stack.enter_context(edge.upstream()),
     )
     server.start()
     stack.callback(server.close)

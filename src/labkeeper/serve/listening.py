@@ -13,6 +13,7 @@ import structlog
 
 from labkeeper import addresses, discovery
 from labkeeper.core.errors import SettingsError
+from labkeeper.identity import peers
 
 _log = structlog.get_logger("labkeeper.serve")
 
@@ -38,7 +39,7 @@ def url_of(listener: socket.socket, scheme: str) -> str:
 @contextmanager
 def local_socket(path: Path) -> Iterator[socket.socket | None]:
     """Yield the Unix socket for the keeper's user, or None: its path may be too long."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as unix_socket:
+    with peers.Listener(socket.AF_UNIX, socket.SOCK_STREAM) as unix_socket:
         try:
             path.unlink(missing_ok=True)  # Left by a killed keeper.
             _bind_private(unix_socket, path)

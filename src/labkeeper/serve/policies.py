@@ -9,6 +9,7 @@ from labkeeper.core.policy import Policy
 from labkeeper.core.ports import Reserve
 from labkeeper.core.spec import Limits
 from labkeeper.lab_addresses import LabAddresses
+from labkeeper.schema.requests.servers import Defaults
 from labkeeper.settings.model import Settings
 
 _MARGIN: Final = 5.0
@@ -60,6 +61,21 @@ def hosts(chosen: Settings) -> list[str]:
 def limits(chosen: Settings) -> Limits:
     """Return the default limits of servers."""
     return Limits(memory=chosen.memory_limit, cpus=chosen.cpu_limit, processes=chosen.process_limit)
+
+
+def defaults(chosen: Settings) -> Defaults:
+    """Return what holds for servers whose requests do not say otherwise."""
+    return Defaults(
+        chosen.lab_ip,
+        chosen.lab_port,
+        limits(chosen),
+        chosen.idle_timeout,
+        chosen.max_age,
+        chosen.sleep_after,
+        lab_addresses(chosen).mode != "port",
+        chosen.user,
+        chosen.kernels_by,
+    )
 
 
 def longest_stop(chosen: Settings) -> float:

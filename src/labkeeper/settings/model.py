@@ -47,10 +47,11 @@ class Settings(BaseModel):
     )
     port: Port = Field(8000, description="Port of the API.")
     edge: Literal["on", "off"] = Field(
-        "off",
+        "on" if sys.platform == "linux" else "off",
         description=(
             "`on`: a process of its own, the edge, listens on that address, also while the keeper "
-            "restarts. `off`: the keeper listens itself. Requires Linux."
+            "restarts, and Labs are behind it. `off`: the keeper listens itself, on loopback "
+            "addresses only, for development. Other systems than Linux have no edge."
         ),
     )
     lab_address: Literal["path", "host", "port"] | None = Field(
@@ -388,9 +389,9 @@ class Settings(BaseModel):
         None, description="File that contains the webhook secret."
     )
     threads: Annotated[int, Field(ge=4, le=2000)] = Field(
-        256,
+        128,
         description=(
-            "Maximum number of threads that answer requests. "
+            "Number of threads that answer requests. "
             "A caller that waits or streams holds one; an eighth is kept free."
         ),
     )

@@ -25,7 +25,7 @@ from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.routes import ROUTES
 from labkeeper.api.services import Services
 from labkeeper.api.views import server_model
-from labkeeper.api.wsgi.server import WsgiServer
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local.paths import Paths
 from labkeeper.core.access import ANYBODY
 from labkeeper.core.errors import BackendRefused, BackendUnavailable, InvalidSpec
@@ -316,10 +316,13 @@ def test_clients_that_do_not_read_static_files_occupy_no_threads_and_descriptors
         server = WsgiServer(create_app(services), [listener], threads=4, max_body=2**20)
         server.start()
         opened.callback(server.close)
-        for _ in range(12):
-            reader = opened.enter_context(socket.create_connection(listener.getsockname()))
-            reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode() * 40)
-        channels = server._doors[0].active_channels
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        readers = [opened.enter_context(socket.socket()) for _ in range(12)]
+        for reader in readers:
+            reader.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            reader.connect(listener.getsockname())
+            reader.sendall(f"GET {BUNDLE} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        channels = server._servers[0].active_channels
         until(
             lambda: (
                 sum(bool(channel.total_outbufs_len) for channel in list(channels.values())) == 12
@@ -332,6 +335,10 @@ def test_clients_that_do_not_read_static_files_occupy_no_threads_and_descriptors
         opened.callback(asking.close)
         asking.request("GET", "/healthz")
         assert asking.getresponse().status == 200
+        for reader in readers:
+            reader.close()
+        # Waitress closes its copies of what was not read only with their connections.
+        until(lambda: len(channels) == 1, what="the readers to leave")
 
 
 def opened_files():

@@ -24,7 +24,7 @@ from labkeeper.identity.authenticators import (
     PeerAuthenticator,
     TokenAuthenticator,
 )
-from labkeeper.identity.peers import PEER, UNREAD, Peer
+from labkeeper.identity.peers import PEER, Peer
 
 
 def parametrized(routes):
@@ -84,45 +84,6 @@ def callers(running):
 def call(client, route, name="x"):
     path = re.sub(r"<\w+>", name, route.path)
     return client.open(path, method=route.method, json=None if route.method == "GET" else {})
-
-
-def test_a_request_whose_body_was_not_kept_must_be_repeated(callers):
-    """Even if its token was created while the body arrived; it must not count as an empty body."""
-    unread = {"environ_overrides": {UNREAD: True}}
-    answer = callers.owner.post("/api/servers", json={"name": "x"}, **unread)
-    assert (answer.status_code, answer.json["code"], answer.headers["Retry-After"]) == (
-        429,
-        "capacity_reached",
-        "10",
-    )
-    assert callers.owner.get("/api/servers", **unread).json["servers"] == []
-    assert callers.anonymous.post("/api/servers", json={"name": "x"}, **unread).status_code == 401
-
-
-def test_whether_to_keep_a_body_is_decided_from_memory(callers, monkeypatch):
-    """No token use is recorded, and no process inspected."""
-    services = callers.running.services
-    for name in ("save_token", "tokens"):
-        monkeypatch.setattr(type(callers.running.services.tokens._store), name, forbidden)
-    token = "Bearer " + TOKEN
-    strangers = [
-        (None, None),
-        ("Bearer wrong", None),
-        (TOKEN, None),
-        (None, Peer(77, os.geteuid() + 1, 0)),
-    ]
-    known = [
-        (token, None),
-        (token, Peer(77, os.geteuid() + 1, 0)),
-        (None, Peer(77, os.geteuid(), 0)),
-        (None, Peer(77, 0, 0)),
-    ]
-    closed = with_peers(services, forbidden)
-    assert [closed.may_know(*shown) for shown in strangers + known] == [False] * 4 + [True] * 4
-    assert all(
-        replace(services, authenticators=[OpenAuthenticator()]).may_know(*shown)
-        for shown in strangers
-    )
 
 
 def with_peers(services, is_server):

@@ -12,7 +12,7 @@ import pytest
 
 from fake_keeper import TOKEN, fake_keeper
 from labkeeper.api.app import create_app
-from labkeeper.api.wsgi.server import WsgiServer
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.client import AsyncClient, Client
 from labkeeper.core.errors import ServerNotFound, SettingsError, Unreachable
 from labkeeper.core.lifecycle import State

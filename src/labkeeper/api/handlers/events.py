@@ -17,7 +17,7 @@ from labkeeper.api.handlers.common import (
     visible_owner,
 )
 from labkeeper.api.services import Services
-from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent
+from labkeeper.api.streaming import EVENT_STREAM, gone, server_sent, wants_stream
 from labkeeper.api.views import event_model
 from labkeeper.core.access import View
 from labkeeper.core.errors import (
@@ -62,7 +62,7 @@ def _events(services: Services, server: ServerName | None, query: EventQuery) ->
     is_ours = after is None or after <= history.last_id
     after = after if is_ours else 0
     view = View(server, visible_owner(query.owner), caller().limits)
-    if query.follow or request.accept_mimetypes.best == EVENT_STREAM:
+    if wants_stream(asked=query.follow or request.accept_mimetypes.best == EVENT_STREAM):
         return _follow_events(services, view, after, is_ours=is_ours)
     if after is None:
         page = history.latest(view, limit=query.limit)

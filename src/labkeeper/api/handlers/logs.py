@@ -11,7 +11,7 @@ from flask import Response
 
 from labkeeper.api.handlers.common import acquire_stream, caller, find_server, live_answer
 from labkeeper.api.services import Services
-from labkeeper.api.streaming import end_of, gone, lines_in_pieces
+from labkeeper.api.streaming import end_of, gone, lines_in_pieces, wants_stream
 from labkeeper.core.access import Caller
 from labkeeper.core.lifecycle import AT_REST
 from labkeeper.core.spec import QualifiedName
@@ -30,7 +30,7 @@ def get_logs(services: Services, path: ServerPath, query: LogQuery) -> Response:
     At most the last 2 MiB; if more was requested, the first line says how much was left out.
     """
     name = find_server(services, path).qualified_name
-    if query.follow:
+    if wants_stream(asked=query.follow):
         return _follow(services, name, query.tail)
     with _turn_to_read(services, name, query.tail):
         lines = services.backend.log(name, query.tail)

@@ -151,7 +151,8 @@ class Server(Answer):
     lab_url: str | None = Field(
         repr=False,
         description=(
-            "Link to the Lab that works for the caller; null for callers who may not open it."
+            "Address of the Lab for browsers, as the caller reaches it; with its token if it has a "
+            "port of its own. Null for callers who may not open it."
         ),
     )
     version: str | None = Field(description="Version of jupyter_server.")

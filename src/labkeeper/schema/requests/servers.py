@@ -239,7 +239,7 @@ class _Wanted(Request):
         """Return when it sleeps. Raises InvalidSpec if the keeper could not wake it."""
         chosen = self._rule("sleep_after", defaults)
         if chosen and not defaults.sleeps:
-            rule = "needs Labs behind the edge, which sees their visitors (LABKEEPER_EDGE=on)"
+            rule = "needs Labs behind the edge, which sees visitors (see LABKEEPER_LAB_ADDRESS)"
             raise InvalidSpec.of("sleep_after", rule)
         return chosen
 

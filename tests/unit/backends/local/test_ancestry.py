@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from harness import plain_python, run_cell, start_kernel, until
-from labkeeper.api.wsgi.server import WsgiServer
+from labkeeper.api.wsgi import WsgiServer
 from labkeeper.backends.local import ancestry
 from labkeeper.backends.local.ancestry import Ancestry
 from labkeeper.backends.local.backend import LocalBackend
@@ -25,6 +25,7 @@ from labkeeper.core.messages import Ready
 from labkeeper.core.server import Progress
 from labkeeper.core.spec import ServerName, ServerSpec
 from labkeeper.forkserver.marks import MARK, stat
+from labkeeper.identity.peers import Listener
 from labkeeper.jupyter.client import JupyterClient
 from labkeeper.jupyter.records import url_of
 
@@ -71,7 +72,7 @@ class Keeper:
             client=JupyterClient(),
         )
         self.door = base / "door"
-        listener = socket.socket(socket.AF_UNIX)
+        listener = Listener(socket.AF_UNIX)
         listener.bind(os.path.relpath(self.door))
         self.server = WsgiServer(self.answer, [listener], threads=4, max_body=1024)
         self.server.start()
