@@ -14,7 +14,7 @@ from harness import PATIENCE
 REBOUND = "rebound.example.org"
 """A host name that resolves to this machine, in the browser only."""
 DOMAIN = "labs.test"
-"""A domain whose host names do, likewise."""
+"""A domain that does, likewise, with all names below it."""
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -23,7 +23,8 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    f"--host-resolver-rules=MAP {REBOUND} 127.0.0.1, MAP *.{DOMAIN} 127.0.0.1",
+    "--host-resolver-rules="
+    + ", ".join(f"MAP {name} 127.0.0.1" for name in (REBOUND, DOMAIN, f"*.{DOMAIN}")),
 ]
 """Root needs the first; the others stop the browser's own network requests."""
 

@@ -10,7 +10,7 @@ from labkeeper import addresses
 from labkeeper.core.server import Endpoint
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.routes import LABS
-from labkeeper.edge.sessions import cookie_name
+from labkeeper.edge.sessions import SESSION, cookie_name
 
 Mode = Literal["path", "host", "port"]
 
@@ -43,14 +43,23 @@ class LabAddresses:
         url = urlsplit(public)
         host = url.hostname or ""
         if self.mode == "host":
-            host = f"{name}.{self.domain}"
+            host = self.host(name)
         elif host == "localhost":
             host = "127.0.0.1"
         return addresses.url(url.scheme, host, url.port)
 
-    def cookie(self, *, secure: bool) -> str:
-        """Return the name of the cookie of a browser's session; `secure`: it uses TLS."""
-        return cookie_name(secure=secure, is_host=self.mode == "host").decode()
+    def host(self, name: QualifiedName | None) -> str:
+        """Return the host name of a Lab, or the bare one (None). Only with `host`."""
+        return self.domain if name is None else f"{name}.{self.domain}"
+
+    def home(self, public: str) -> str:
+        """Return the URL, without a path, of the bare host. Only with `host`; see `origin`."""
+        url = urlsplit(public)
+        return addresses.url(url.scheme, self.domain, url.port)
+
+    def cookie(self, name: bytes = SESSION, *, secure: bool) -> str:
+        """Return the name of a cookie as browsers get it; `secure`: they use TLS."""
+        return cookie_name(name, secure=secure, is_host=self.mode == "host").decode()
 
     def cookie_path(self, name: QualifiedName) -> str:
         """Return the path for which a browser's session is."""

@@ -268,3 +268,67 @@ def test_over_tls_no_other_lab_can_sign_a_browser_out(make_keeper, authority, pa
     for name in ("labkeeper-session", "__Host-labkeeper-session", "__Secure-labkeeper-session"):
         page.evaluate(TOSS.replace("labkeeper-session", name), f"{DOMAIN}; secure")
     assert page.goto(f"{sites['ada']}/lab/tree").status == 200
+
+
+def sign_in(keeper, page):
+    """Sign the browser in at the bare host by a link."""
+    page.goto(keeper.cli("session", "link").stdout.strip())
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("heading", name="You are signed in").wait_for()
+
+
+def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_keeper, page):
+    keeper = make_keeper(edge="on", lab_domain=DOMAIN).start()
+    home = f"http://{DOMAIN}:{keeper.port}"
+    sites = {name: f"http://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
+    sign_in(keeper, page)
+    assert page.url == f"{home}/session"
+    for name, site in sites.items():
+        keeper.post(name=name)
+        (keeper.notebook_dir / f"{name}.ipynb").write_text(notebook("print(6 * 7)"))
+        page.goto(f"{site}/lab/tree/{name}.ipynb?reset")
+        until(lambda: run_cell_in_page(page, "42"), what="the output of the cell")
+        assert page.url.startswith(f"{site}/lab/tree/{name}.ipynb")
+    # A notebook's page gets nothing of what the browser may do at the bare host.
+    asked = f"{home}/session/lab?lab=ada&page=lab&nonce={'0' * 64}"
+    for other in (f"{home}/session", asked, f"{home}/api/servers", f"{sites['ada']}/lab"):
+        assert page.evaluate(FETCH, other) == "TypeError"
+    assert page.evaluate(FRAME, f"{home}/session") == "hidden"
+    assert "labkeeper" not in page.evaluate("document.cookie")
+    assert len(keeper.http.get("/api/sessions").json()["sessions"]) == 3
+    page.goto(f"{sites['bob']}/logout")
+    assert page.get_by_role("heading").inner_text() == "You are signed out"
+    for site in sites.values():
+        assert page.goto(f"{site}/lab").status == 401
+        assert page.url.startswith(f"{home}/session/lab?")
+
+
+def test_over_tls_no_lab_can_sign_a_browser_in_or_out(make_keeper, authority, page):
+    keeper = make_keeper(
+        edge="on", lab_domain=DOMAIN, **authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1")
+    )
+    keeper.verify = authority.context()
+    keeper.start()
+    page = page.context.browser.new_context(ignore_https_errors=True).new_page()
+    home = f"https://{DOMAIN}:{keeper.port}"
+    sites = {name: f"https://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
+    for name in sites:
+        keeper.post(name=name)
+    sign_in(keeper, page)
+    for site in sites.values():
+        page.goto(f"{site}/lab?reset")
+        page.locator(".jp-LauncherCard").first.wait_for()
+    # The page is Bob's now.
+    for name in ("labkeeper-sign-in", "labkeeper-nonce", "labkeeper-session"):
+        for prefix in ("", "__Host-", "__Secure-"):
+            page.evaluate(TOSS.replace("labkeeper-session", prefix + name), f"{DOMAIN}; secure")
+    # Nor by the address that signs out, which another site's page can load.
+    page.evaluate(
+        "url => new Promise(done => { const image = new Image();"
+        " image.onload = image.onerror = () => done(); image.src = url; })",
+        f"{sites['ada']}/logout",
+    )
+    assert page.goto(f"{home}/session").status == 200
+    for site in sites.values():
+        assert page.goto(f"{site}/lab/tree").status == 200
+        assert page.url == f"{site}/lab/tree"

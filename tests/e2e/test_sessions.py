@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import pwd
 import sys
 
 import httpx
@@ -67,9 +69,10 @@ def signed_in(keeper, browse, name, **body):
     return browser
 
 
-def xsrf_of(browser):
+def xsrf_of(browser, site=None):
     """Return the header by which JupyterLab proves that a request is its own."""
-    return {"X-XSRFToken": browser.cookies["_xsrf"]}
+    domain = None if site is None else httpx.URL(site).host
+    return {"X-XSRFToken": browser.cookies.get("_xsrf", domain=domain)}
 
 
 def open_kernel(keeper, browser, name):
@@ -381,6 +384,127 @@ def test_websockets_work_at_a_labs_own_host(by_host, resolving):
             with pytest.raises(websocket.WebSocketBadStatusException) as refused:
                 connect()
             assert refused.value.status_code == status
+
+
+def home_of(keeper):
+    return f"http://labs.example.org:{keeper.port}"
+
+
+def sign_in(keeper, browser):
+    """Sign a browser in at the bare host, as a person does by a link."""
+    printed = keeper.cli("session", "link")
+    assert printed.returncode == 0, printed.stderr
+    link, home = printed.stdout.strip(), home_of(keeper)
+    assert link.startswith(f"{home}/open/")
+    assert "<button" in browser.get(link, headers=PAGE).text
+    page = browser.post(link, headers=PAGE | {"Origin": home})
+    assert (page.status_code, str(page.url)) == (200, f"{home}/session"), page.text
+
+
+@pytest.mark.promise
+def test_a_browser_that_is_signed_in_at_the_bare_host_opens_each_lab(by_host, resolving):
+    sites = [f"http://{name}.labs.example.org:{by_host.port}" for name in ("lab", "lab-2")]
+    for name in ("lab", "lab-2"):
+        by_host.post(name=name)
+    sign_in(by_host, resolving)
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    for site in sites:
+        page = resolving.get(f"{site}/lab/tree?reset", headers=PAGE)
+        assert (page.status_code, str(page.url)) == (200, f"{site}/lab/tree?reset")
+        assert resolving.get(f"{site}/api/me").json()["identity"]["username"] == user
+    # The API has nothing to do with it, and a Lab never gets that cookie.
+    assert resolving.get(f"{home_of(by_host)}/api/servers").status_code == 401
+    (cookie,) = [c for c in resolving.cookies.jar if c.name == "labkeeper-sign-in"]
+    assert (cookie.domain, cookie.domain_specified) == ("labs.example.org", False)
+    listed = by_host.http.get("/api/sessions").json()["sessions"]
+    parent = listed[0]["id"]
+    assert [(s["server"], s["parent"]) for s in listed] == [
+        (None, None),
+        ("lab", parent),
+        ("lab-2", parent),
+    ]
+    assert "all Labs" in by_host.cli("session", "ls").stdout
+
+
+def test_whatever_follows_from_a_session_at_the_bare_host_ends_with_it(by_host, resolving):
+    by_host.post(name="lab")
+    site = f"http://lab.labs.example.org:{by_host.port}"
+    sign_in(by_host, resolving)
+    resolving.get(f"{site}/lab", headers=PAGE)
+    kernel = resolving.post(
+        f"{site}/api/kernels", json={"name": "python3"}, headers=xsrf_of(resolving, site)
+    ).json()["id"]
+    at_lab = [c for c in resolving.cookies.jar if c.domain == "lab.labs.example.org"]
+    opened = websocket.create_connection(
+        f"ws://127.0.0.1:{by_host.port}/api/kernels/{kernel}/channels",
+        host=f"lab.labs.example.org:{by_host.port}",
+        cookie="; ".join(f"{cookie.name}={cookie.value}" for cookie in at_lab),
+        origin=site,
+        timeout=PATIENCE,
+    )
+    assert execute(opened, "6 * 7") == "42"
+    parent = by_host.http.get("/api/sessions").json()["sessions"][0]
+    assert by_host.cli("session", "revoke", parent["id"]).returncode == 0
+    until(lambda: is_closed(opened), what="the websocket to be closed")
+    assert by_host.http.get("/api/sessions").json()["sessions"] == []
+    page = resolving.get(f"{site}/lab", headers=PAGE)
+    assert (page.status_code, page.url.host) == (401, "labs.example.org")
+    assert "You are not signed in to this Lab" in page.text
+
+
+def test_a_session_at_the_bare_host_outlives_keepers_and_edges(by_host, resolving):
+    by_host.post(name="lab")
+    sign_in(by_host, resolving)
+    (edge,) = edges_of(by_host)
+    by_host.kill()
+    edge.kill()
+    by_host.start()
+    site = f"http://lab.labs.example.org:{by_host.port}"
+    page = resolving.get(f"{site}/lab", headers=PAGE)
+    assert (page.status_code, str(page.url)) == (200, f"{site}/lab")
+
+
+def test_a_start_button_that_is_pressed_without_a_session_has_a_page(keeper, browse):
+    keeper.post(name="lab")
+    browser = signed_in(keeper, browse, "lab")
+    keeper.http.post("/api/servers/lab/stop")
+    assert "<button" in browser.get("/servers/lab/lab", headers=PAGE).text
+    (session,) = keeper.http.get("/api/sessions").json()["sessions"]
+    assert keeper.http.delete(f"/api/sessions/{session['id']}").status_code == 200
+    pressed = browser.post("/servers/lab/start", headers=PAGE | {"Origin": keeper.url})
+    assert (pressed.status_code, "You are not signed in" in pressed.text) == (401, True)
+    assert pressed.headers["content-type"].startswith("text/html")
+    assert keeper.get("lab")["state"] == "stopped"
+
+
+def sessions_of(keeper):
+    """Return the ids of all sessions, the oldest first."""
+    return [session["id"] for session in keeper.http.get("/api/sessions").json()["sessions"]]
+
+
+def test_a_session_ends_once_it_was_not_used_for_long_but_not_with_an_open_lab(keeper, browse):
+    """Whoever was killed meanwhile."""
+    keeper.post(name="lab")
+    busy, idle = (signed_in(keeper, browse, "lab") for _ in range(2))
+    opened = open_kernel(keeper, busy, "lab")
+    used, unused = sessions_of(keeper)
+    keeper.kill()
+    # The edge stays, so the websocket does; all others have been idle for longer than this.
+    keeper.settings["session_idle"] = "1s"
+    keeper.start()
+    until(lambda: sessions_of(keeper) == [used], what="the end of the idle session")
+    assert idle.get("/servers/lab/api/me").status_code == 401
+    assert execute(opened, "6 * 7") == "42"
+    events = keeper.http.get("/api/events").json()["events"]
+    ended = [event for event in events if "was not used for 1 s" in event["message"]]
+    assert [event["details"]["id"] for event in ended] == [unused]
+    # With the edge, the websocket ends, too; so the session does, whoever is killed.
+    (edge,) = edges_of(keeper)
+    keeper.kill()
+    edge.kill()
+    until(lambda: is_closed(opened), what="the websocket to be closed")
+    keeper.start()
+    until(lambda: sessions_of(keeper) == [], what="the end of the other session")
 
 
 def test_host_names_need_a_domain(make_keeper):

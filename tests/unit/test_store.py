@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from harness import until
-from labkeeper.core.access import TokenLimits
+from labkeeper.core.access import SessionUse, TokenLimits
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import Goal, State
 from labkeeper.core.server import (
@@ -281,7 +281,7 @@ def test_the_next_keeper_wipes_what_a_killed_one_had_dropped(store, path, files_
         assert not files_with("a-secret")
 
 
-of_each_older_version = pytest.mark.parametrize("version", [6, 7])
+of_each_older_version = pytest.mark.parametrize("version", [6, 7, 9])
 
 
 def older_file(path, version):
@@ -299,7 +299,15 @@ def everything(store):
         store.tokens(),
         store.webhook("https://hook"),
         store.runtime_dirs(),
+        store.sessions(),
     )
+
+
+def test_the_last_use_of_sessions_is_replaced_as_a_whole(store):
+    assert store.session_use() is None
+    for use in (SessionUse(1.5, 2.5, {"a": 1.0, "b": 0.5}), SessionUse(3.0, 4.0, {})):
+        store.save_session_use(use)
+        assert store.session_use() == use
 
 
 @of_each_older_version
@@ -336,7 +344,10 @@ def test_an_older_store_is_migrated(path, version):
             "again-keeping-kernels",
         ]
         assert token.limits == TokenLimits(("team-*",), {"team": "physics"}, ("ada",))
-        assert before[4:] == ((2, 1, 0), [Path("/run/labkeeper")])
+        sessions = [(s.id, s.server, s.scope, s.parent) for s in store.sessions()]
+        assert sessions == ([] if version < 9 else [("3f9a0c21d4e7", "running", "manage", None)])
+        assert store.session_use() is None
+        assert before[4:6] == ((2, 1, 0), [Path("/run/labkeeper")])
         for snapshot in before[0]:
             store.save(snapshot)
         assert everything(store) == before

@@ -23,7 +23,7 @@ from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import BadRequest, NotFound, PreconditionFailed
 from werkzeug.wsgi import wrap_file
 
-from labkeeper.api import labs, problems
+from labkeeper.api import home, labs, problems
 from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
 from labkeeper.api.rates import Rates
@@ -62,6 +62,7 @@ def create_app(services: Services) -> Flask:
     install(app, services)
     app.register_blueprint(_pages(services.version))
     app.register_blueprint(labs.pages(services))
+    app.register_blueprint(home.pages(services))
     return app
 
 
@@ -165,7 +166,10 @@ _DOCS_POLICY: Final = (
 )
 """What the page may load: its own assets and its inline script."""
 _RULES: Final[dict[str, Rule]] = (
-    RULES | labs.RULES | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
+    RULES
+    | labs.RULES
+    | home.RULES
+    | dict.fromkeys(("pages.openapi", "pages.docs", "pages.static"), PUBLIC)
 )
 """The rule of each endpoint; one without a rule is not served."""
 

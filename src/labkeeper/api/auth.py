@@ -55,6 +55,7 @@ SEE_KEEPER: Final = Rule(Scope.READ, Extent.KEEPER)
 SEE_CALLER: Final = Rule(Scope.READ, Extent.CALLER)
 MANAGE_SERVER: Final = Rule(Scope.MANAGE, Extent.SERVER)
 MANAGE_SERVERS: Final = Rule(Scope.MANAGE, Extent.SERVERS)
+MANAGE_CALLER: Final = Rule(Scope.MANAGE, Extent.CALLER)
 ADMINISTER: Final = Rule(Scope.ADMIN, Extent.KEEPER)
 
 

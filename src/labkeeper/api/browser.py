@@ -78,6 +78,17 @@ class Guard:
         return answer
 
 
+def needs_own_page(what: str) -> None:
+    """Raise NotAllowed unless the request comes from a page of its own origin.
+
+    `what` completes "cannot ...".
+    """
+    origin = request.headers.get("Origin", "")
+    site = request.headers.get("Sec-Fetch-Site", "same-origin")
+    if _netloc(origin) != request.host or site != "same-origin":
+        raise NotAllowed(f"cannot {what} from a page of another site")
+
+
 def _netloc(origin: str) -> str | None:
     try:
         return urlsplit(origin).netloc or None

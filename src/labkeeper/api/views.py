@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, Final
@@ -158,14 +159,17 @@ def new_token_model(token: Token, text: str) -> access.NewToken:
     return access.NewToken(**token_model(token, token.created_at).model_dump(), token=text)
 
 
-def session_model(session: Session) -> access.Session:
-    """Return the answer for a browser session."""
+def session_model(session: Session, unused_for: float) -> access.Session:
+    """Return the answer for a browser session that was last used so many seconds ago."""
     return access.Session(
         id=session.id,
         server=session.server,
         owner=session.owner,
         actor=session.actor,
+        scope=session.scope,
+        parent=session.parent,
         created_at=format_time(session.created_at),
+        last_used_at=format_time(time.time() - unused_for),
         expires_at=format_time(session.expires_at),
     )
 

@@ -1,4 +1,4 @@
-"""Access commands: `token` with `create`, `ls` and `revoke`; `session`, likewise; `whoami`."""
+"""Access commands: `token` with `create`, `ls` and `revoke`; `session` with `link`; `whoami`."""
 
 from __future__ import annotations
 
@@ -153,12 +153,40 @@ def revoke(where: Where, /, name: str) -> None:
     hint(f"token '{name}' is revoked")
 
 
-@click.group(epilog=examples("labkeeper session ls", "labkeeper session revoke 3f9a0c21d4e7"))
+@click.group(
+    epilog=examples(
+        "labkeeper session link", "labkeeper session ls", "labkeeper session revoke 3f9a0c21d4e7"
+    )
+)
 def session() -> None:
-    """List and revoke the sessions of browsers in Labs.
+    """Sign a browser in; list and revoke the sessions of browsers.
 
     A Lab at a port of its own asks for none.
     """
+
+
+@session.command("link", epilog=examples("labkeeper session link --expires 10m"))
+@click.option(
+    "--expires",
+    "expires_in",
+    metavar="TIME",
+    help="Lifetime of the link, at most 1h.  [default: 60s]",
+)
+@as_json_option
+@where_options
+@click.pass_obj
+def session_link(where: Where, /, *, expires_in: str | None, as_json: bool) -> None:
+    """Print a one-time link that signs a browser in to all Labs.
+
+    It shows a button. The browser then has your token's permissions: the address of each Lab that
+    you may manage opens in it. Labs need host names of their own (LABKEEPER_LAB_DOMAIN).
+    """
+    with connected(where) as (client, _), waiting("asking"):
+        made = client.session_link(expires_in=expires_in)
+    if as_json:
+        print_json(made)
+    else:
+        put(made.url)
 
 
 @session.command("ls", epilog=examples("labkeeper session ls --json | jq -r '.sessions[].id'"))
@@ -166,14 +194,27 @@ def session() -> None:
 @where_options
 @click.pass_obj
 def list_sessions(where: Where, /, *, as_json: bool) -> None:
-    """List sessions: which Lab, who made the link, and until when."""
+    """List sessions: which Lab, who made the link, last use, and until when.
+
+    One for all Labs began with `labkeeper session link`.
+    """
     with connected(where) as (client, _), waiting("asking"):
         found = client.sessions()
     if as_json:
         print_json({"sessions": found})
         return
-    rows = [(one.id, one.server, one.actor, ago(one.created_at), one.expires_at) for one in found]
-    print_table(("ID", "SERVER", "LINK BY", "SINCE", "EXPIRES"), rows)
+    rows = [
+        (
+            one.id,
+            one.server or "all Labs",
+            one.actor,
+            ago(one.created_at),
+            ago(one.last_used_at),
+            one.expires_at,
+        )
+        for one in found
+    ]
+    print_table(("ID", "SERVER", "LINK BY", "SINCE", "LAST USED", "EXPIRES"), rows)
     if not found:
         hint("no sessions; `labkeeper open` begins one")
 
@@ -183,7 +224,7 @@ def list_sessions(where: Where, /, *, as_json: bool) -> None:
 @where_options
 @click.pass_obj
 def revoke_session(where: Where, /, id_: str) -> None:
-    """Revoke a session, and close its connections to the Lab."""
+    """Revoke a session and those that follow from it; close their connections to Labs."""
     with connected(where) as (client, _), waiting("asking"):
         client.revoke_session(id_)
     hint(f"session '{id_}' is revoked")

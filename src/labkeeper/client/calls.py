@@ -296,7 +296,7 @@ class Calls:
         return Call("DELETE", path, reading(Token))
 
     def sessions(self, *, owner: str | None = None) -> Call[Sequence[Session]]:
-        """List the browser sessions in Labs at the public address, the oldest first."""
+        """List the browser sessions at the public address, the oldest first."""
         return Call(
             "GET",
             "/api/sessions",
@@ -305,10 +305,21 @@ class Calls:
         )
 
     def revoke_session(self, id_: str) -> Call[Session]:
-        """Revoke a browser's session immediately. Raises SessionNotFound."""
+        """Revoke a browser's session immediately, with those that follow from it.
+
+        Raises SessionNotFound.
+        """
         if not _SESSION_ID.fullmatch(id_):
             raise SessionNotFound(f"cannot find session {id_!r}; the list of sessions has all ids")
         return Call("DELETE", f"/api/sessions/{id_}", reading(Session))
+
+    def session_link(self, *, expires_in: float | str | None = None) -> Call[Link]:
+        """Create a one-time link that signs a browser in, with this client's permissions.
+
+        `expires_in`, by default a minute, is in seconds, or text such as `10m`. Raises Conflict
+        (Labs have no host names of their own), InvalidSpec.
+        """
+        return Call("POST", "/api/me/link", reading(Link), body=_given(expires_in=expires_in))
 
     def me(self) -> Call[Caller]:
         """Return this client's identity and permissions."""

@@ -181,6 +181,18 @@ ANYBODY: Final = Caller("anybody", Scope.ADMIN)
 
 
 @dataclass(frozen=True, slots=True)
+class SessionUse:
+    """When sessions were last used, by a clock that only runs while uses can be seen."""
+
+    seconds: float
+    """What this clock showed."""
+    at: float
+    """When it did, in seconds since the epoch."""
+    used: Mapping[str, float]
+    """When each session was last used, by its id."""
+
+
+@dataclass(frozen=True, slots=True)
 class Token:
     """A stored token: its permissions and its digest. Times are seconds since the epoch."""
 
@@ -214,7 +226,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """A browser that may use one server's Lab, without its cookie.
+    """A browser that may use one server's Lab, or sign in to Labs, without its cookie.
 
     Times in seconds since the epoch.
     """
@@ -222,13 +234,24 @@ class Session:
     id: str
     digest: str = field(repr=False)
     """SHA-256 of the cookie in hexadecimal."""
-    server: QualifiedName
+    server: QualifiedName | None
+    """None: the browser is signed in at the bare host, and so at all Labs that it may manage."""
     actor: str
     """Who made the link that the browser opened, as in events."""
     created_at: float
     expires_at: float
     owner: Owner = LOCAL
-    """The owner of the server."""
+    """The owner of the server, or servers."""
+    scope: Scope = Scope.MANAGE
+    limits: TokenLimits = EVERYTHING
+    """Those of whoever made the link; a session for one Lab has no use for them."""
+    parent: str | None = None
+    """The id of the session at the bare host that this one follows from, and ends with."""
+
+    @property
+    def caller(self) -> Caller:
+        """The caller whose permissions a session at the bare host has."""
+        return Caller(self.actor, self.scope, self.limits, self.owner, until=self.expires_at)
 
     def expired(self, now: float) -> bool:
         """Whether the session has expired."""

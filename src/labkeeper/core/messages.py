@@ -223,7 +223,7 @@ class HistoryKind(StrEnum):
     TOKEN = "token"  # noqa: S105 - a kind
     """An API token was created or revoked."""
     SESSION = "session"
-    """A browser session began or was revoked."""
+    """A browser session began, was revoked, or ended unused."""
 
 
 @dataclass(frozen=True, slots=True)

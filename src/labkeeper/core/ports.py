@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from labkeeper.core.access import WHOLE, Caller, Session, Token, View
+from labkeeper.core.access import WHOLE, Caller, Session, SessionUse, Token, View
 from labkeeper.core.culling import Explanation
 from labkeeper.core.messages import (
     KEEPER,
@@ -277,6 +277,12 @@ class SessionStore(Protocol):
 
     def forget_sessions(self, ids: Collection[str]) -> None:
         """Remove sessions. Raises StoreError."""
+
+    def session_use(self) -> SessionUse | None:
+        """Return when sessions were last used; None if never saved. Raises StoreError."""
+
+    def save_session_use(self, use: SessionUse) -> None:
+        """Save when sessions were last used, durably before returning. Raises StoreError."""
 
 
 class HistoryStore(Protocol):

@@ -21,8 +21,8 @@ from labkeeper.edge.sessions import Session, SessionTable, cookie_name, without_
 _TOKEN: Final = re.compile(rb"[?&]token=")
 _LINKS: Final = b"/open/"
 """Where the keeper's links are, also at the host names of Labs: they set cookies for these."""
-_START: Final = b"start"
-"""Where the button of the keeper's page about a stopped Lab posts to, below the Lab's address."""
+_BUTTONS: Final = frozenset({b"start", b"logout"})
+"""Where the buttons of the keeper's pages about a Lab post to, below its address."""
 _LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
 
 
@@ -77,7 +77,8 @@ def admit(
     session = sessions.find(request.headers, cookie, server, time.time())
     if session is not None:
         return _admit_user(request, place, session, routes)
-    if not _is_navigation(request):
+    pressed = _is_button(request, place) and _is_for_a_page(request)
+    if not _is_navigation(request) and not pressed:
         if _has_token(request):
             _take_away(request, b"cookie")
             return ToLab(server, None)
@@ -97,7 +98,7 @@ def admit(
 def _admit_user(request: Request, place: Place, session: Session, routes: RouteTable) -> Admission:
     """Decide on a request of a browser with a session for the Lab."""
     server = session.server
-    if request.method == b"POST" and request.path == _base(place) + _START:
+    if _is_button(request, place):
         # Another tab may have started the Lab meanwhile.
         return _to_page(request, place)
     route = routes.find(server)
@@ -137,8 +138,20 @@ def _has_token(request: Request) -> bool:
 
 
 def _is_navigation(request: Request) -> bool:
-    """Whether a person goes to a page (Fetch Metadata); old browsers only accept HTML."""
-    if request.method not in {b"GET", b"HEAD"} or request.websocket:
+    """Whether a person goes to a page."""
+    return request.method in {b"GET", b"HEAD"} and _is_for_a_page(request)
+
+
+def _is_button(request: Request, place: Place) -> bool:
+    """Whether it is what a button of the keeper's pages sends."""
+    base = _base(place)
+    below = request.path.removeprefix(base) if request.path.startswith(base) else b""
+    return request.method == b"POST" and below in _BUTTONS
+
+
+def _is_for_a_page(request: Request) -> bool:
+    """Whether a page is to be shown (Fetch Metadata); old browsers only accept HTML."""
+    if request.websocket:
         return False
     mode = header(request.headers, b"sec-fetch-mode")
     if mode is not None:

@@ -146,10 +146,10 @@ class Control:
         own = {"proof": wire.proof(key, "edge", nonce, theirs), **description}
         return wire.encode(own), files
 
-    def tell(self, message: Mapping[str, Any]) -> None:
-        """Send a message to all keepers."""
-        for connection in list(self.keepers):
-            connection.send(message)
+    def tell(self, message: Mapping[str, Any]) -> bool:
+        """Send a message to all keepers; return whether there is one, and each took it."""
+        took = [connection.send(message) for connection in list(self.keepers)]
+        return bool(took) and all(took)
 
     def obey(self, frame: Mapping[str, Any]) -> Mapping[str, Any] | None:
         """Execute a command; return the answer if it is a question.
@@ -177,6 +177,7 @@ class Control:
                     [Route.parse(route) for route in found], kept if isinstance(kept, dict) else {}
                 )
                 routes.domain = domain
+                proxy.uses.tell_all(str(frame.get("keeper", "")))
                 self._commands.serve()
             case {"do": "sessions", "begun": list(begun), "ended": list(digests)}:
                 sessions.add([Session.parse(session) for session in begun])
@@ -223,10 +224,10 @@ class _Connection:
     def _greet(self) -> None:
         self._socket.sendall(wire.encode({"version": wire.VERSION, "nonce": self._nonce}))
 
-    def _guarded(self, act: Callable[[], None]) -> Callable[[], None]:
-        """Return `act` so that an error in it closes the connection."""
+    def _guarded(self, act: Callable[[], None]) -> Callable[[], bool]:
+        """Return `act` so that an error in it closes the connection, and whether it succeeds."""
 
-        def guarded() -> None:
+        def guarded() -> bool:
             try:
                 act()
             except BlockingIOError:
@@ -236,6 +237,9 @@ class _Connection:
             except (wire.WireError, *_MISFITS) as error:
                 _log.warning("closed a control connection: %s", error)
                 self.close()
+            else:
+                return True
+            return False
 
         return guarded
 
@@ -257,9 +261,9 @@ class _Connection:
         own, files = self._control.prove(frame, nonce)
         return [own], files
 
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message, which a keeper that reads nothing at the moment does without."""
-        self._guarded(lambda: self._socket.sendall(wire.encode(message)))()
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """Send a message; return whether the keeper took it: it may read nothing at the moment."""
+        return self._guarded(lambda: self._socket.sendall(wire.encode(message)))()
 
     def close(self) -> None:
         """Close it. Idempotent."""

@@ -185,7 +185,7 @@ class _Edge:
                 self._proxy.sweep()
             if self._proxy.loop.time() >= self._report_at:
                 self._report_at = self._proxy.loop.time() + REPORT_EVERY
-                control.tell({"report": self._proxy.report()})
+                self._proxy.report(control.tell)
             if self._proxy.draining and not self._proxy.open:
                 return
             lonely = not control.keepers and not self._proxy.open

@@ -22,6 +22,7 @@ from labkeeper.edge.report import Report
 from labkeeper.edge.routes import Route, RouteTable
 from labkeeper.edge.sessions import Session, SessionTable
 from labkeeper.edge.upstream import Target, Upstream
+from labkeeper.edge.uses import UseTable
 from labkeeper.edge.visits import VisitTable
 
 _TRY_EVERY: Final = 0.02
@@ -102,6 +103,7 @@ class Proxy:
         self.compressor = Compressor(loop)
         self.large_bodies = LargeBodies(limits.large_bodies, limits.large_bodies_of_address)
         self.visits = VisitTable(loop.time)
+        self.uses = UseTable(loop.time)
         self.trusted: tuple[Network, ...] = ()
         """The proxies in front, whose headers about clients are believed."""
         self.hsts = False
@@ -164,12 +166,16 @@ class Proxy:
     def use(self, session: Session) -> None:
         """Count a request or a tunnel of a session, which has begun."""
         self._in_use[session] += 1
-        self.visits.note(session.server)
+        self._note_use(session)
 
     def _release(self, session: Session) -> None:
         """Count a request or a tunnel of a session as ended."""
         _decrease(self._in_use, session)
+        self._note_use(session)
+
+    def _note_use(self, session: Session) -> None:
         self.visits.note(session.server)
+        self.uses.note(session.digest)
 
     def ended(self, record: Record) -> None:
         """Count and log a request that has ended."""
@@ -217,6 +223,7 @@ class Proxy:
         """Close the connections whose time is up."""
         self.shut_out(self.sessions.expire(time.time()))
         self.visits.keep(self.routes)
+        self.uses.keep(self.sessions.digests)
         now = self.loop.time()
         for client in [client for client in self._clients if client.deadline <= now]:
             client.time_out(now)
@@ -237,10 +244,14 @@ class Proxy:
             transport.abort()
         self.compressor.close()
 
-    def report(self) -> dict[str, Any]:
-        """Return what keepers publish as metrics."""
-        self._report.connections, self._report.websockets = len(self._clients), len(self._tunnels)
-        return self._report.message()
+    def report(self, tell: Callable[[dict[str, Any]], bool]) -> None:
+        """Report to keepers; `tell` returns whether it has sent a message to all of them."""
+        report = self._report
+        report.connections, report.websockets = len(self._clients), len(self._tunnels)
+        report.uses = self.uses.news({session.digest for session in self._in_use})
+        report.untold, report.keeper = self.uses.untold - len(report.uses), self.uses.keeper
+        if tell({"report": report.message()}):
+            self.uses.told(report.uses)
 
     # Keeper and Labs
 

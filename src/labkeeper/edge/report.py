@@ -1,12 +1,14 @@
-"""What an edge reports to keepers, which publish it as metrics."""
+"""What an edge reports to keepers: numbers, which they publish as metrics, and uses of sessions."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from labkeeper.edge.access_log import Record
+from labkeeper.edge.uses import Use
 
 Answers = Counter[tuple[str, str]]
 """Numbers of answers: by who made them, `edge`, `keeper` or `lab`, and by the class of the status,
@@ -30,11 +32,21 @@ class Report:
     """Connections for which there was no room, so far."""
     answers: Answers = field(default_factory=Answers)
     """So far."""
+    uses: list[Use] = field(default_factory=list)
+    """Of sessions, since the last report."""
+    untold: int | None = None
+    """How many uses did not fit in; None: not known."""
+    keeper: str = ""
+    """The id of the keeper that was told of all other uses."""
 
     def answered(self, record: Record) -> None:
         """Count a request that has ended."""
         kind = "none" if record.status is None else f"{record.status // 100}xx"
         self.answers[record.to, kind] += 1
+
+    def tells_all(self, keeper: str) -> bool:
+        """Whether a keeper has now been told of all uses."""
+        return (self.keeper, self.untold) == (keeper, 0)
 
     def message(self) -> dict[str, Any]:
         """Return it for the control protocol."""
@@ -44,6 +56,9 @@ class Report:
             "held": self.held,
             "refused": self.refused,
             "answers": [[to, kind, count] for (to, kind), count in self.answers.items()],
+            "uses": [list(use) for use in self.uses],
+            "untold": self.untold,
+            "keeper": self.keeper,
         }
 
     @classmethod
@@ -56,9 +71,10 @@ class Report:
                 "held": int(held),
                 "refused": int(refused),
                 "answers": list(answers),
+                **more,
             }:
                 counts = Answers(dict(map(_answer, answers)))
-                return cls(connections, websockets, held, refused, counts)
+                return cls(connections, websockets, held, refused, counts, *_uses(more))
         raise ReportError("a report does not fit")
 
 
@@ -66,4 +82,21 @@ def _answer(message: object) -> tuple[tuple[str, str], int]:
     match message:
         case [str(to), str(kind), int(count)]:
             return (to, kind), count
+    raise ReportError("a report does not fit")
+
+
+def _uses(message: Mapping[object, object]) -> tuple[list[Use], int | None, str]:
+    """Read what a report says of sessions. That of an edge of an earlier version says nothing."""
+    match message:
+        case {"uses": list(uses), "untold": int(untold), "keeper": str(keeper)}:
+            return list(map(_use, uses)), untold, keeper
+        case {"uses": _}:
+            raise ReportError("a report does not fit")
+    return [], None, ""
+
+
+def _use(message: object) -> Use:
+    match message:
+        case [str(digest), int() | float() | None as ago]:
+            return digest, ago
     raise ReportError("a report does not fit")

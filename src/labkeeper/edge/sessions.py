@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, KeysView
 from dataclasses import dataclass
 from typing import Final
 
 from labkeeper.edge.heads import Headers
 
-_COOKIE: Final = b"labkeeper-session"
-_HOST: Final = b"__Host-" + _COOKIE
-"""No page of another host name can set it (RFC 6265bis, 4.1.3.2)."""
-_SECURE: Final = b"__Secure-" + _COOKIE
+SESSION: Final = b"labkeeper-session"
+"""The cookie of a session for a Lab."""
+SIGN_IN: Final = b"labkeeper-sign-in"
+"""That of a session at the bare host."""
+NONCE: Final = b"labkeeper-nonce"
+"""That by which a Lab's host knows the browser that it has sent to the bare host."""
+_HOST: Final = b"__Host-"
+"""No page of another host name can set such a cookie (RFC 6265bis, 4.1.3.2)."""
+_SECURE: Final = b"__Secure-"
 """It cannot be set without TLS. Unlike the other one, it may have a path."""
+_OURS: Final = frozenset(
+    prefix + name for prefix in (b"", _HOST, _SECURE) for name in (SESSION, SIGN_IN, NONCE)
+)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _LONGEST_USER: Final = 128
 
 
-def cookie_name(*, secure: bool, is_host: bool) -> bytes:
-    """Return the name of the cookie of a session for a Lab, which may have the whole host."""
+def cookie_name(name: bytes = SESSION, *, secure: bool, is_host: bool) -> bytes:
+    """Return the name of a cookie as browsers get it; `is_host`: it is for the whole host."""
     if not secure:
-        return _COOKIE
-    return _HOST if is_host else _SECURE
+        return name
+    return (_HOST if is_host else _SECURE) + name
 
 
 class SessionError(ValueError):
@@ -63,6 +71,11 @@ class SessionTable:
     def __init__(self) -> None:
         self._sessions: dict[str, Session] = {}
 
+    @property
+    def digests(self) -> KeysView[str]:
+        """The digests of all sessions."""
+        return self._sessions.keys()
+
     def replace(self, sessions: Iterable[Session]) -> set[Session]:
         """Replace all sessions; return those that have ended thereby."""
         before = set(self._sessions.values())
@@ -99,9 +112,8 @@ class SessionTable:
 
 
 def without_cookie(headers: Headers) -> Headers:
-    """Return a request's headers without cookies of sessions, whether accepted or not."""
-    ours = {_COOKIE, _HOST, _SECURE}
-    others = [b"%b=%b" % pair for pair in _pairs(headers) if pair[0] not in ours]
+    """Return a request's headers without our cookies, whether accepted or not."""
+    others = [b"%b=%b" % pair for pair in _pairs(headers) if pair[0] not in _OURS]
     rest = [(name, value) for name, value in headers if name != b"cookie"]
     return [*rest, (b"cookie", b"; ".join(others))] if others else rest
 

@@ -11,8 +11,8 @@ The edge, which listens, begins:
 Then the keeper sends:
 
 * `{"do": "all", "domain": …, "hosts": […], "access_log": …, "routes": […],
-  "kept": {SERVER: GENERATION, …}, "sessions": […]}` replaces all that the edge knows, except routes
-  to servers in `kept`, which may be absent
+  "kept": {SERVER: GENERATION, …}, "keeper": ID, "sessions": […]}` replaces all that the edge knows,
+  except routes to servers in `kept`; this and `keeper` may be absent
 * `{"do": "route", "route": …}` sets a route, `{"do": "unroute", "server": …}` removes one
 * `{"do": "certificate", "chain": …, "key": …, "hsts": …}`, both PEM, is what TLS begins with from
   now on; an edge that speaks TLS needs one before `all`
@@ -22,7 +22,8 @@ Then the keeper sends:
   answer, `{"visits": {"open": …, "ago": …}}`; keepers ask it over a connection of its own.
 * `{"do": "drain"}` lets the edge finish what it does and end, `{"do": "stop"}` ends it at once
 
-The edge sends `{"report": …}` every few seconds: counts for metrics, and a sign of life.
+The edge sends `{"report": …}` every few seconds: counts for metrics, which sessions were used, and
+a sign of life. After `all`, it reports the uses of all sessions again, with the ID of the keeper.
 
 Nothing depends on the connection being a Unix socket, except that the edge then also sends its
 listening socket with the third frame: so an address passes from one edge to the next without a gap.

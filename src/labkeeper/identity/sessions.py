@@ -1,22 +1,29 @@
 """Browser sessions: whoever opened a link may use its Lab, until the session ends.
 
 The browser keeps a cookie that reads `lk_ID_SECRET`, as tokens do; only its hash is stored. The
-edge, which checks cookies, is notified of every change before the call that made it returns.
+edge, which checks cookies of Labs, is notified of every change before the call that made it
+returns.
+
+A session at the bare host is for the keeper's own pages there. Those for Labs that follow from it
+end with it, and their use counts as its use.
 """
 
 from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.access import Session
-from labkeeper.core.errors import SessionNotFound, StoreError
+from labkeeper.core.access import Caller, Session
+from labkeeper.core.durations import format_duration
+from labkeeper.core.errors import NotAuthenticated, SessionNotFound, StoreError
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, SessionStore
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, parse_qualified_name
+from labkeeper.identity.idleness import Idleness
 from labkeeper.identity.tokens import digest_of
 
 LIFETIME: Final = 7 * 86400.0
@@ -24,26 +31,39 @@ LIFETIME: Final = 7 * 86400.0
 _MOST: Final = 10_000
 
 Publish = Callable[[Collection[Session], Collection[Session]], None]
-"""Receives sessions that begin, and sessions that end."""
+"""Receives sessions of Labs that begin, and those that end."""
 
 
 class Sessions:
     """All browser sessions. Thread-safe."""
 
     def __init__(
-        self, store: SessionStore, clock: Clock, event_log: EventLog, publish: Publish
+        self,
+        store: SessionStore,
+        clock: Clock,
+        event_log: EventLog,
+        publish: Publish,
+        *,
+        idle_limit: float = 0.0,
+        seen: bool = False,
     ) -> None:
-        """Publish the sessions that earlier keepers have left. Raises StoreError."""
+        """Publish the sessions that earlier keepers have left. Raises StoreError.
+
+        A session ends if it was not used for `idle_limit` seconds; 0: never. `seen`: an edge has
+        seen how they were used since the last keeper.
+        """
         self._store = store
         self._clock = clock
         self._event_log = event_log
         self._publish = publish
+        self._idle_limit = idle_limit
+        self._idleness = Idleness(store, clock, seen=seen)
         self._changing = threading.Lock()
         self._known = {session.digest: session for session in store.sessions()}
         """By digest, the oldest first. Replaced, never modified: it is read without the lock."""
         self._to_forget: dict[str, Session] = {}
         """Ended sessions that are still in the store, by id."""
-        publish(self._known.values(), ())
+        publish(_of_labs(self._known.values()), ())
 
     def make(
         self,
@@ -51,28 +71,110 @@ class Sessions:
         actor: str,
         *,
         until: float | None = None,
+        still_valid: Callable[[], bool] = lambda: True,
         origin: Origin = KEEPER,
     ) -> tuple[Session, str]:
         """Begin a session for a Lab, at most until `until`; return it and its cookie.
 
-        If there are too many sessions, the oldest one ends. Raises StoreError.
+        If there are too many sessions, the oldest one ends. `still_valid` says whether the actor's
+        credentials are; if not, raises NotAuthenticated. Raises StoreError.
         """
+        session, text = self._new(server, actor, until)
+        with self._changing:
+            self._begin(session, still_valid)
+        self._tell("a browser session began", session, origin)
+        return session, text
+
+    def sign_in(
+        self,
+        caller: Caller,
+        *,
+        still_valid: Callable[[], bool] = lambda: True,
+        origin: Origin = KEEPER,
+    ) -> tuple[Session, str]:
+        """Begin a session at the bare host, with a caller's permissions; return it and its cookie.
+
+        See `make`. Raises NotAuthenticated, StoreError.
+        """
+        session, text = self._new(None, caller.actor, caller.until)
+        session = replace(session, owner=caller.owner, scope=caller.scope, limits=caller.limits)
+        with self._changing:
+            self._begin(session, still_valid)
+        self._tell("a browser signed in", session, origin)
+        return session, text
+
+    def follow(
+        self, parent: Session, server: QualifiedName, *, origin: Origin = KEEPER
+    ) -> tuple[Session, str]:
+        """Begin a session for a Lab that ends with one at the bare host. See `make`.
+
+        Raises NotAuthenticated if that has ended, and StoreError.
+        """
+        session, text = self._new(server, parent.actor, parent.expires_at)
+        session = replace(session, parent=parent.id)
+        with self._changing:
+            self._begin(session, lambda: parent.digest in self._known)
+        self._tell("a browser session began", session, origin)
+        return session, text
+
+    def _new(
+        self, server: QualifiedName | None, actor: str, until: float | None
+    ) -> tuple[Session, str]:
+        """Return a session that has not begun, and its cookie."""
         id_ = secrets.token_hex(6)
         text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
         now = self._clock.time()
         expires_at = now + LIFETIME if until is None else min(until, now + LIFETIME)
-        _, owner = parse_qualified_name(server)
-        session = Session(id_, digest_of(text), server, actor, now, expires_at, owner)
+        owner = LOCAL if server is None else parse_qualified_name(server)[1]
+        return Session(id_, digest_of(text), server, actor, now, expires_at, owner), text
+
+    def _begin(self, session: Session, still_valid: Callable[[], bool]) -> None:
+        # With the lock: whatever is revoked from now on ends this session, too.
+        if not still_valid():
+            raise NotAuthenticated("cannot begin a session: it was revoked meanwhile")
+        self._store.save_session(session)
+        self._known = {**self._known, session.digest: session}
+        self._idleness.use([session.id], 0.0)
+        self._publish(_of_labs([session]), ())
+        now = session.created_at
+        valid = [digest for digest, s in self._known.items() if not s.expired(now)]
+        stay = set(valid[-_MOST:])
+        with suppress(StoreError):  # Logged by the store; they are tried again.
+            self._end([s for digest, s in self._known.items() if digest not in stay])
+
+    def use(self, session: Session) -> None:
+        """Note that a session is used now."""
         with self._changing:
-            self._store.save_session(session)
-            self._known = {**self._known, session.digest: session}
-            self._publish([session], ())
-            valid = [digest for digest, s in self._known.items() if not s.expired(now)]
-            stay = set(valid[-_MOST:])
-            with suppress(StoreError):  # Logged by the store; they are tried again.
-                self._end([s for digest, s in self._known.items() if digest not in stay])
-        self._tell("a browser session began", session, origin)
-        return session, text
+            self._note({session.digest: 0.0})
+
+    def unused_for(self, session: Session) -> float:
+        """Return the seconds since a session was last used."""
+        with self._changing:
+            return self._idleness.age(session.id)
+
+    def observe(self, used: Mapping[str, float], *, complete: bool) -> None:
+        """Note the last uses of some sessions, by digest, in seconds before now.
+
+        If all uses so far are known, end the sessions that were not used for too long.
+        """
+        over: list[Session] = []
+        with self._changing, suppress(StoreError):  # Logged by the store.
+            self._note(used)
+            if complete and self._idle_limit:
+                sessions = self._known.values()
+                over = [s for s in sessions if self._idleness.age(s.id) >= self._idle_limit]
+                self._end(over)
+            self._idleness.keep({session.id for session in self._known.values()})
+            self._idleness.store()
+        for session in over:
+            unused = format_duration(self._idle_limit)
+            self._tell(f"a browser session ended: it was not used for {unused}", session, KEEPER)
+
+    def _note(self, used: Mapping[str, float]) -> None:
+        for digest, ago in used.items():
+            if (session := self._known.get(digest)) is not None:
+                ids = [session.id] if session.parent is None else [session.id, session.parent]
+                self._idleness.use(ids, ago)
 
     def find(self, text: str) -> Session | None:
         """Return the session of a cookie; None if it is unknown or has ended."""
@@ -114,13 +216,18 @@ class Sessions:
             self._end([s for s in self._known.values() if s.server == name])
 
     def _end(self, ended: Collection[Session]) -> None:
-        """End sessions in memory first, and at the edge: the disk may be full."""
+        """End sessions, and those that follow from them.
+
+        In memory first, and at the edge: the disk may be full.
+        """
         if not ended and not self._to_forget:
             return
+        ids, known = {session.id for session in ended}, self._known
+        # First, so that a keeper killed in between leaves none whose parent is gone.
+        ended = [*(session for session in known.values() if session.parent in ids), *ended]
         digests = {session.digest for session in ended}
-        known = self._known
         self._known = {d: session for d, session in known.items() if d not in digests}
-        self._publish((), [known[digest] for digest in digests & known.keys()])
+        self._publish((), _of_labs(known[digest] for digest in digests & known.keys()))
         self._to_forget |= {session.id: session for session in ended}
         self._store.forget_sessions(self._to_forget.keys())
         self._to_forget = {}
@@ -134,3 +241,8 @@ class Sessions:
             details={"id": session.id, "actor": session.actor},
             owner=session.owner,
         )
+
+
+def _of_labs(sessions: Iterable[Session]) -> list[Session]:
+    """Return the sessions that the edge checks."""
+    return [session for session in sessions if session.server is not None]

@@ -94,6 +94,8 @@ def assemble(
         base.clock,
         history.event_log,
         (lambda _begun, _ended: None) if edge is None else edge.set_sessions,
+        idle_limit=chosen.session_idle,
+        seen=edge is not None and edge.was_found,
     )
     subscribers = (
         scrub.SecretsOfServers().changed,
@@ -112,7 +114,7 @@ def assemble(
     stack.callback(keeper.close)
     keeper.start()
     if edge is not None:
-        edge.supervise(base.threads)
+        edge.supervise(base.threads, sessions.observe)
     watch.start()
     sampler = Sampler(
         backend,

@@ -77,6 +77,13 @@ class Settings(BaseModel):
             "`Forwarded`, is believed. What others say there is ignored."
         ),
     )
+    session_idle: Duration = Field(
+        3 * 86400.0,
+        description=(
+            "Time after which a browser's session ends if it was not used: no request, and no open "
+            "Lab. Sessions last a week at most. 0: no such limit."
+        ),
+    )
     state_dir: Directory = Field(
         default_factory=_default_state_dir,
         description=(

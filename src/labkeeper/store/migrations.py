@@ -2,7 +2,7 @@
 
 One row per server, by qualified name, with its snapshot as JSON; per orphaned kernel; per event;
 per webhook, with its last delivered event; per token, and per browser session, only as a hash; per
-runtime directory in which servers may run.
+runtime directory in which servers may run. One row has the last use of all sessions.
 
 `PRAGMA user_version` is the schema version.
 """
@@ -62,6 +62,7 @@ MIGRATIONS: Final = (
         )
     ),
     "CREATE TABLE IF NOT EXISTS sessions (id TEXT PRIMARY KEY, session TEXT NOT NULL) STRICT",
+    "CREATE TABLE IF NOT EXISTS session_use (id INTEGER PRIMARY KEY, use TEXT NOT NULL) STRICT",
 )
 """The migration from each version to the next. The first table may exist without a version, after a
 kill in between."""

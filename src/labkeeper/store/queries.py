@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
-from labkeeper.core.access import WHOLE, Session, Token, View
+from labkeeper.core.access import WHOLE, Session, SessionUse, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.messages import HistoryEntry
 from labkeeper.core.server import OrphanedKernel, Snapshot
@@ -180,6 +180,17 @@ class SqliteStore(Database):
         """Remove sessions."""
         with self._doing("write"):
             self._db.executemany("DELETE FROM sessions WHERE id = ?", [(id_,) for id_ in ids])
+
+    def session_use(self) -> SessionUse | None:
+        """Return when sessions were last used; None if never saved."""
+        return next(iter(self._read(SessionUse, "SELECT use FROM session_use")), None)
+
+    def save_session_use(self, use: SessionUse) -> None:
+        """Save when sessions were last used, durably before returning."""
+        with self._doing("write"):
+            self._db.execute(
+                "INSERT OR REPLACE INTO session_use (id, use) VALUES (1, ?)", (_text(use),)
+            )
 
     # Webhooks
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Collection, Sequence
 
-from labkeeper.core.access import WHOLE, Session, Token, View
+from labkeeper.core.access import WHOLE, Session, SessionUse, Token, View
 from labkeeper.core.errors import StoreError
 from labkeeper.core.lifecycle import State
 from labkeeper.core.messages import Change, HistoryEntry, Report
@@ -67,6 +67,7 @@ class MemoryStore:
         """By id."""
         self.kept_sessions: dict[str, Session] = {}
         """By id."""
+        self.kept_session_use: SessionUse | None = None
         self.failing = False
         """While true, every call raises StoreError."""
 
@@ -163,6 +164,16 @@ class MemoryStore:
         self._check("write")
         for id_ in ids:
             self.kept_sessions.pop(id_, None)
+
+    def session_use(self) -> SessionUse | None:
+        """Return when sessions were last used."""
+        self._check("read")
+        return self.kept_session_use
+
+    def save_session_use(self, use: SessionUse) -> None:
+        """Save when sessions were last used."""
+        self._check("write")
+        self.kept_session_use = use
 
     def _check(self, what: str) -> None:
         if self.failing:

@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 
 from labkeeper.api import links, rates
+from labkeeper.api.links import LabLink, Maker, SignInLink
+from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import TooManyRequests
+
+ADA = Caller("token:ada", Scope.MANAGE)
 
 
 class ManualClock:
@@ -20,10 +24,8 @@ class ManualClock:
 def test_a_ticket_can_be_used_once_and_expires(monkeypatch):
     clock = ManualClock()
     known = links.Links(clock=clock)
-    others = {"confirm": False, "actor": "token:ada", "until": None}
-    first, second, third = (
-        known.make("lab", 3, "/lab", lifetime=seconds, **others) for seconds in (10.0, 10.0, 20.0)
-    )
+    link = LabLink(Maker(ADA), "lab", 3, "/lab", confirm=False)
+    first, second, third = (known.make(link, lifetime=seconds) for seconds in (10.0, 10.0, 20.0))
     assert known.look(first) == known.look(first) is not None
     assert (known.use(first).server, known.use(first)) == ("lab", None)
     clock.now += 10.0
@@ -31,8 +33,19 @@ def test_a_ticket_can_be_used_once_and_expires(monkeypatch):
     assert known.use(third).generation == 3
     assert known.use("no ticket") is None
     monkeypatch.setattr(links, "_MOST", 2)
-    tickets = [known.make("lab", 1, "/lab", lifetime=10.0, **others) for _ in range(3)]
+    tickets = [known.make(link, lifetime=10.0) for _ in range(3)]
     assert [known.use(ticket) is not None for ticket in tickets] == [False, True, True]
+
+
+def test_a_link_opens_nothing_once_its_makers_token_is_revoked():
+    known, valid = links.Links(), True
+    maker = Maker(ADA, lambda: valid)
+    made = [LabLink(maker, "lab", 3, "/lab", confirm=False), SignInLink(maker)]
+    tickets = [known.make(link, lifetime=10.0) for link in made]
+    assert [known.look(ticket) for ticket in tickets] == made
+    valid = False
+    assert [known.look(ticket) for ticket in tickets] == [None, None]
+    assert [known.use(ticket) for ticket in tickets] == [None, None]
 
 
 def test_a_caller_may_send_a_burst_and_then_a_limited_rate():

@@ -293,6 +293,8 @@ def test_every_route_has_a_method(running):
         client.sessions()
         session, _ = running.sessions.make("default", "token:ci")
         client.revoke_session(session.id)
+        with pytest.raises(Conflict, match="Labs have no host names"):
+            client.session_link()
         client.me()
         client.revoke_token("ci")
         client.start_many(["default"])

@@ -71,6 +71,10 @@ def lab(edge):
     return edge.add_lab()
 
 
+def ignore(_used, *, complete):
+    """Observe no uses of sessions."""
+
+
 @pytest.fixture
 def run(tmp_path):
     """Run an edge as a process, in a context; for it, this process is the keeper."""
@@ -78,11 +82,11 @@ def run(tmp_path):
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
-    def run(answering=ANSWERING, *, ends=True, **options):
+    def run(answering=ANSWERING, *, ends=True, observe=ignore, **options):
         instances = Instances(tmp_path, tmp_path / "run", ("127.0.0.1", 0), **options)
         threads = ThreadGroup()
         with running(instances, answering, listen, ends=lambda: ends) as edge:
-            edge.supervise(threads)
+            edge.supervise(threads, observe)
             yield edge
             threads.close()
 

@@ -56,6 +56,7 @@ def test_a_browser_with_a_session_is_let_in_as_its_user(sessions, routes, more):
 def test_the_lab_gets_the_other_cookies_and_no_credentials(sessions, routes):
     asked = request(
         b"Cookie: _xsrf=a; labkeeper-session=secret; b=c=d;e",
+        b"Cookie: labkeeper-sign-in=x; __Host-labkeeper-sign-in=x; __Secure-labkeeper-nonce=x",
         b"Authorization: token forged",
         b"Accept: x",
     )
@@ -160,11 +161,24 @@ def test_the_button_that_starts_a_lab_is_the_keepers(sessions, routes, place):
         assert isinstance(admit(asked, place, routes, sessions), ToLab)
         asked = request(COOKIE, target=other, method=b"POST")
         assert admit(asked, place, RouteTable(), sessions).status == 404
-    # It is nothing for programs, nor for people without a session.
+    # It is nothing for programs.
     program = request(b"Authorization: token x", target=base + b"start", method=b"POST")
     assert admit(program, place, routes, sessions) == ToLab("lab", None)
-    stranger = request(NAVIGATION, target=base + b"start", method=b"POST")
-    assert admit(stranger, place, routes, sessions).status == 401
+
+
+@pytest.mark.parametrize("place", [BELOW, HOST])
+@pytest.mark.parametrize("name", [b"start", b"logout"])
+@pytest.mark.parametrize("person", [NAVIGATION, HTML])
+def test_a_button_that_is_pressed_after_the_session_has_ended_has_a_page(
+    sessions, routes, place, name, person
+):
+    base = b"/" if place.is_host else b"/servers/lab/"
+    pressed = request(person, target=base + name + b"?next=x", method=b"POST")
+    assert admit(pressed, place, routes, sessions) == ToKeeper()
+    assert pressed.target == b"/servers/lab/" + name + b"?next=x"
+    for script in ([HTML, b"Sec-Fetch-Mode: cors"], [], [b"Accept: */*"]):
+        asked = request(*script, target=base + name, method=b"POST")
+        assert admit(asked, place, routes, sessions).status == 401
 
 
 def test_logging_out_is_the_keepers(sessions, routes):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
 import sys
@@ -11,6 +12,8 @@ import httpx
 import pytest
 
 from harness import PATIENCE, alive, until
+from labkeeper.core.access import Session
+from labkeeper.edge.routes import Route
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge import supervisor
 from labkeeper.serve.edge.supervisor import Answering
@@ -91,3 +94,68 @@ def test_the_access_log_is_rotated(run, tmp_path):
         until((tmp_path / "logs" / "_access.log.1").exists, what="a rotation")
         assert (ask(edge), ask(edge)) == (401, 401)
         until(lambda: b'"status": 401' in log.read_bytes(), what="lines after it")
+
+
+ADA = Session(
+    "a1", hashlib.sha256(b"ada").hexdigest(), "lab", "token:ada", time.time(), time.time() + 3600
+)
+ROUTE = {"host": "127.0.0.1", "port": 1, "base_url": "/servers/lab/", "key": "key"}
+"""Nothing listens there."""
+
+
+class Observed:
+    """What was observed of the uses of sessions."""
+
+    def __init__(self):
+        self.used = {}
+        self.complete = []
+
+    def __call__(self, used, *, complete):
+        self.used |= used
+        self.complete.append(complete)
+
+    @property
+    def is_complete(self):
+        return bool(self.complete) and self.complete[-1]
+
+
+def use(edge):
+    """Send a request of a browser with a session."""
+    with edge._lock:
+        edge._routes["lab"] = Route("lab", 1, **ROUTE)
+        edge._tell({"do": "route", "route": {"server": "lab", "generation": 1, **ROUTE}})
+    port = edge.public.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/servers/lab/api"
+    cookie = {"Cookie": "labkeeper-session=ada"}
+    assert httpx.get(url, headers=cookie, trust_env=False, timeout=PATIENCE).status_code == 502
+
+
+def test_uses_of_sessions_are_observed_until_all_are_known(run):
+    observed = Observed()
+    with run(observe=observed) as edge:
+        edge.set_sessions([ADA], [])
+        until(lambda: observed.is_complete, what="a report")
+        assert (observed.used, edge.was_found) == ({}, False)
+        use(edge)
+        until(lambda: observed.used, what="a report of it")
+        assert observed.used.keys() == {ADA.digest}
+        assert 0.0 <= observed.used[ADA.digest] <= PATIENCE
+        # Another edge knows nothing of what the one before has seen.
+        os.kill(pid_of(edge), signal.SIGKILL)
+        until(lambda: edge.use().restarts, what="another edge")
+        observed.complete.clear()
+        until(lambda: observed.is_complete, what="its report")
+
+
+def test_the_next_keeper_hears_of_all_uses_before_it_judges(run):
+    with run(observe=Observed(), ends=False) as edge:
+        edge.set_sessions([ADA], [])
+        use(edge)
+        pid = pid_of(edge)
+    observed = Observed()
+    with run(observe=observed) as edge:
+        edge.set_sessions([ADA], [])
+        until(lambda: observed.is_complete, what="a report")
+        assert edge.was_found
+        assert observed.used.keys() == {ADA.digest}
+    os.waitpid(pid, 0)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from labkeeper.core.errors import SessionNotFound, StoreError
+from labkeeper.core.access import Caller, Scope, TokenLimits
+from labkeeper.core.errors import NotAuthenticated, SessionNotFound, StoreError
 from labkeeper.core.messages import Origin
+from labkeeper.core.spec import Owner
 from labkeeper.events.log import EventLog
 from labkeeper.identity import sessions as module
 from labkeeper.identity.sessions import LIFETIME, Sessions
@@ -140,3 +144,149 @@ def test_there_are_not_more_sessions_than_a_limit(sessions, edge, store, clock, 
     clock.advance(LIFETIME)
     last, _ = sessions.make("lab", "token:ada")
     assert list(edge.known.values()) == list(store.kept_sessions.values()) == [last]
+
+
+ADA = Caller("token:ada", Scope.MANAGE, TokenLimits(("lab-*",)), Owner("ada"), until=2_000_000.0)
+
+
+def test_a_session_at_the_bare_host_has_the_permissions_of_who_made_its_link(
+    sessions, store, clock, edge
+):
+    session, cookie = sessions.sign_in(ADA)
+    assert sessions.find(cookie) == session
+    assert (session.server, session.actor, session.owner) == (None, "token:ada", "ada")
+    assert session.caller == replace(ADA, until=session.expires_at)
+    assert session.expires_at == clock.time() + LIFETIME
+    # The edge has nothing to check at the bare host.
+    assert edge.known == {}
+    later = over(store, clock, edge)
+    assert (later.find(cookie), later.all("ada"), edge.known) == (session, [session], {})
+
+
+def test_sessions_that_follow_from_one_end_with_it(sessions, clock, edge):
+    parent, text = sessions.sign_in(replace(ADA, until=clock.time() + 10))
+    child, cookie = sessions.follow(parent, "lab-1.ada")
+    other, _ = sessions.make("lab-1.ada", "token:bob")
+    assert (child.parent, child.server, child.actor) == (parent.id, "lab-1.ada", "token:ada")
+    assert (child.expires_at, child.owner) == (clock.time() + 10, "ada")
+    assert set(edge.known) == {child.digest, other.digest}
+    assert sessions.revoke(parent.id, owner="ada") == parent
+    assert [sessions.find(one) for one in (text, cookie)] == [None, None]
+    assert sessions.all("ada") == list(edge.known.values()) == [other]
+    with pytest.raises(NotAuthenticated):
+        sessions.follow(parent, "lab-1.ada")
+
+
+def test_a_session_is_forgotten_after_those_that_follow_from_it(sessions, store, monkeypatch):
+    """A keeper that is killed in between must not leave one that outlives what it follows from."""
+    parent, _ = sessions.sign_in(ADA)
+    children = [sessions.follow(parent, f"lab-{number}.ada")[0] for number in (1, 2)]
+    forgotten = []
+    monkeypatch.setattr(store, "forget_sessions", forgotten.extend)
+    sessions.revoke(parent.id, owner="ada")
+    assert forgotten == [*(child.id for child in children), parent.id]
+
+
+def test_no_session_begins_once_its_makers_token_is_revoked(sessions, store):
+    revoked = {"still_valid": lambda: False}
+    with pytest.raises(NotAuthenticated):
+        sessions.make("lab", "token:ada", **revoked)
+    with pytest.raises(NotAuthenticated):
+        sessions.sign_in(ADA, **revoked)
+    assert (sessions.all(), store.kept_sessions) == ([], {})
+
+
+LIMIT = 3600.0
+
+
+@pytest.fixture
+def limited(store, clock, edge):
+    """Sessions that end when they were not used for an hour."""
+    event_log = EventLog(store, clock, size=100)
+    return Sessions(store, clock, event_log, edge.hear, idle_limit=LIMIT)
+
+
+def test_a_session_that_is_not_used_for_too_long_ends(limited, store, clock, edge):
+    session, cookie = limited.make("lab", "token:ada")
+    used, stays = limited.make("lab", "token:ada")
+    clock.advance(LIMIT - 1)
+    limited.observe({used.digest: 10.0, "unknown": 0.0}, complete=True)
+    assert limited.all() == [session, used]
+    assert (limited.unused_for(session), limited.unused_for(used)) == (LIMIT - 1, 10.0)
+    clock.advance(1)
+    limited.observe({}, complete=True)
+    assert (limited.find(cookie), limited.find(stays)) == (None, used)
+    assert list(edge.known.values()) == list(store.kept_sessions.values()) == [used]
+    limited.use(used)
+    clock.advance(LIMIT - 1)
+    limited.observe({}, complete=True)
+    assert limited.all() == [used]
+
+
+def test_no_session_ends_unless_all_uses_are_known(limited, clock):
+    session, _ = limited.make("lab", "token:ada")
+    clock.advance(10 * LIMIT)
+    limited.observe({}, complete=False)
+    assert limited.all() == [session]
+    limited.observe({session.digest: 0.0}, complete=True)
+    assert limited.all() == [session]
+
+
+def test_a_session_at_the_bare_host_is_used_as_long_as_one_that_follows(limited, clock):
+    parent, _ = limited.sign_in(replace(ADA, owner="local"))
+    child, _ = limited.follow(parent, "lab-1")
+    idle, _ = limited.follow(parent, "lab-2")
+    clock.advance(LIMIT)
+    limited.observe({child.digest: 0.0}, complete=True)
+    assert limited.all() == [parent, child]
+    clock.advance(LIMIT)
+    limited.use(parent)
+    limited.observe({}, complete=True)
+    assert limited.all() == [parent]
+    clock.advance(LIMIT)
+    limited.observe({}, complete=True)
+    assert limited.all() == []
+    assert idle.parent == parent.id
+
+
+def test_without_a_limit_no_session_ends(sessions, clock):
+    session, _ = sessions.make("lab", "token:ada")
+    clock.advance(LIFETIME - 1)
+    sessions.observe({}, complete=True)
+    assert sessions.all() == [session]
+
+
+def test_the_last_use_is_known_to_the_next_keeper(tmp_path, clock, edge):
+    store = SqliteStore(tmp_path / "labkeeper.sqlite")
+
+    def keeper(*, seen):
+        log = EventLog(store, clock, size=100)
+        return Sessions(store, clock, log, edge.hear, idle_limit=LIMIT, seen=seen)
+
+    edge.known = {}
+    sessions = keeper(seen=False)
+    idle, used = (sessions.make("lab", "token:ada")[0] for _ in range(2))
+    sessions.observe({}, complete=True)
+    clock.advance(LIMIT / 2)
+    sessions.observe({used.digest: 0.0}, complete=True)
+    clock.advance(LIMIT / 2)
+    # The edge has ended, too: nobody could use a session meanwhile.
+    blind = keeper(seen=False)
+    assert [blind.unused_for(one) for one in (idle, used)] == [LIMIT / 2, 0.0]
+    later = keeper(seen=True)
+    assert [later.unused_for(one) for one in (idle, used)] == [LIMIT, LIMIT / 2]
+    later.observe({}, complete=True)
+    assert later.all() == [used]
+    assert [session.id for session in store.sessions()] == [used.id]
+    store.close()
+
+
+def test_on_a_full_disk_an_idle_session_ends_all_the_same(limited, store, clock, edge):
+    _, cookie = limited.make("lab", "token:ada")
+    clock.advance(LIMIT)
+    store.failing = True
+    limited.observe({}, complete=True)
+    assert (limited.find(cookie), edge.known) == (None, {})
+    store.failing = False
+    limited.observe({}, complete=True)
+    assert store.kept_sessions == {}

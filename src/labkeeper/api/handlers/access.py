@@ -41,15 +41,22 @@ def revoke_token(services: Services, path: TokenPath) -> Answer:
 
 
 def list_sessions(services: Services, query: SessionQuery) -> Answer:
-    """List the browser sessions in Labs at the public address, the oldest first."""
-    sessions = services.sessions.all(visible_owner(query.owner))
-    return json_answer(SessionList(sessions=[session_model(session) for session in sessions]))
+    """List the browser sessions at the public address, the oldest first."""
+    found, unused_for = (
+        services.sessions.all(visible_owner(query.owner)),
+        services.sessions.unused_for,
+    )
+    sessions = [session_model(session, unused_for(session)) for session in found]
+    return json_answer(SessionList(sessions=sessions))
 
 
 def revoke_session(services: Services, path: SessionPath) -> Answer:
-    """Revoke a browser's session immediately; its connections to the Lab are closed."""
+    """Revoke a browser's session immediately, with those that follow from it.
+
+    Its connections to Labs are closed.
+    """
     session = services.sessions.revoke(path.id, owner=caller().owner, origin=origin())
-    return json_answer(session_model(session))
+    return json_answer(session_model(session, services.sessions.unused_for(session)))
 
 
 def get_me(_: Services) -> Answer:

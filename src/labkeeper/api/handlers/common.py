@@ -179,6 +179,11 @@ def lab_origin(services: Services, server: QualifiedName) -> str:
     return services.labs.origin(server, url)
 
 
+def home_url(services: Services) -> str:
+    """Return the URL, without a path, of the bare host."""
+    return services.labs.home(public_url(services))
+
+
 def ask(services: Services, command: Create | Order | Snooze) -> Reply:
     """Return the fleet's reply to a command; every command has one. Raises LabkeeperError."""
     reply = services.keeper.ask(command)

@@ -1,4 +1,4 @@
-"""One-time links that open a Lab."""
+"""One-time links that open a Lab, or sign a browser in."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ from urllib.parse import quote
 
 from flask import Response, g, request
 
+from labkeeper.api.browser import needs_own_page
+from labkeeper.api.handlers import sign_in
 from labkeeper.api.handlers.common import (
     Answer,
     caller,
     find_server,
+    home_url,
     json_answer,
     lab_origin,
     lab_root,
     public_url,
 )
-from labkeeper.api.links import Link as KnownLink
+from labkeeper.api.links import LabLink, LabTicket, Maker, SignInLink
 from labkeeper.api.pages import button, page
 from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
-from labkeeper.core.errors import (
-    Conflict,
-)
+from labkeeper.core.errors import Conflict
 from labkeeper.core.messages import Origin
 from labkeeper.core.server import Endpoint
 from labkeeper.schema.answers.access import Link
-from labkeeper.schema.queries import (
-    ServerPath,
-    TicketPath,
-)
-from labkeeper.schema.requests.access import LinkRequest
+from labkeeper.schema.queries import ServerPath, TicketPath
+from labkeeper.schema.requests.access import LinkRequest, SessionLinkRequest
 
 
 def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer:
@@ -44,56 +42,99 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
         raise Conflict(
             f"cannot create a link to server '{snapshot.name}': it is {snapshot.state}, not running"
         )
-    ticket = services.links.make(
+    link = LabLink(
+        _maker(),
         snapshot.qualified_name,
         snapshot.generation,
         snapshot.spec.default_url if body.page is None else body.page,
-        lifetime=body.expires_in,
-        confirm=body.confirm,
-        actor=caller().actor,
-        until=caller().until,
+        body.confirm,
     )
+    ticket = services.links.make(link, lifetime=body.expires_in)
     # Browsers keep the cookie of a session for the host that sets it.
     name = snapshot.qualified_name
     served = services.labs.serves(name, snapshot.endpoint)
     host = lab_origin(services, name) if served else public_url(services)
-    expires_at = format_time(time.time() + body.expires_in)
-    return json_answer(Link(url=f"{host}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED)
+    return _made(host, ticket, body)
 
 
-def open_link(services: Services, path: TicketPath) -> Response:
-    """Open a Lab by a one-time link, or show a button that does, as the link's maker chose.
+def make_session_link(services: Services, body: SessionLinkRequest) -> Answer:
+    """Create a link that signs a browser in, once, with the permissions of its maker.
 
-    Programs that follow links, such as mail scanners, do not press buttons.
+    It then opens the addresses of all Labs that these may manage. Labs need host names of their
+    own.
     """
-    link = services.links.look(path.ticket)
-    endpoint = _endpoint(services, link)
-    if link is None or endpoint is None or request.method == "HEAD":
-        return _spent()
-    if not link.confirm:
-        return follow_link(services, path)
-    return button(
-        "Open JupyterLab",
-        f"This link opens the server '{link.server}' once, in this browser.",
-        label="Open",
-        leads_to=lab_root(services, link.server, endpoint),
+    if services.labs.mode != "host":
+        raise Conflict(
+            "cannot create a link that signs a browser in: Labs have no host names of their own "
+            "here; LABKEEPER_LAB_DOMAIN gives them some"
+        )
+    ticket = services.links.make(SignInLink(_maker()), lifetime=body.expires_in)
+    return _made(home_url(services), ticket, body)
+
+
+def _maker() -> Maker:
+    return Maker(caller(), g.still_valid)
+
+
+def _made(origin: str, ticket: str, body: SessionLinkRequest) -> Answer:
+    expires_at = format_time(time.time() + body.expires_in)
+    return json_answer(
+        Link(url=f"{origin}/open/{ticket}", expires_at=expires_at), HTTPStatus.CREATED
     )
 
 
-def follow_link(services: Services, path: TicketPath) -> Response:
-    """Use a one-time link: redirect the browser to the Lab, and let it in."""
-    link = services.links.use(path.ticket)
-    endpoint = _endpoint(services, link)
-    if link is None or endpoint is None:
+def open_link(services: Services, path: TicketPath) -> Response:
+    """Use a one-time link, or show a button that does, as the link's maker chose.
+
+    Programs that follow links, such as mail scanners, do not press buttons.
+    """
+    target = services.links.look(path.ticket)
+    if request.method == "HEAD":
         return _spent()
-    if services.labs.serves(link.server, endpoint):
-        return _with_session(services, link, endpoint)
+    match target:
+        case LabTicket() if sign_in.is_at(services, target.server):
+            used = services.links.use(path.ticket)
+            return sign_in.redeem(services, used) if isinstance(used, LabTicket) else _spent()
+        case SignInLink() if sign_in.is_at(services, None):
+            return button(
+                "Sign in",
+                f"This link signs this browser in, once, with the permissions of "
+                f"{target.maker.caller.actor}. Use it only if you have asked for it.",
+                label="Sign in",
+            )
+        case LabLink() if (endpoint := _endpoint(services, target)) is not None:
+            if not target.confirm:
+                return follow_link(services, path)
+            return button(
+                "Open JupyterLab",
+                f"This link opens the server '{target.server}' once, in this browser.",
+                label="Open",
+                leads_to=lab_root(services, target.server, endpoint),
+            )
+    return _spent()
+
+
+def follow_link(services: Services, path: TicketPath) -> Response:
+    """Use a one-time link: redirect the browser to where it leads, and let it in."""
+    target = services.links.look(path.ticket)
+    if isinstance(target, SignInLink):
+        # Else another site's page could sign a browser in as someone else.
+        needs_own_page("sign in")
+        used = services.links.use(path.ticket) if sign_in.is_at(services, None) else None
+        return sign_in.begin(services, target.maker) if used is target else _spent()
+    if not isinstance(target, LabLink) or services.links.use(path.ticket) is not target:
+        return _spent()
+    endpoint = _endpoint(services, target)
+    if endpoint is None:
+        return _spent()
+    if services.labs.serves(target.server, endpoint):
+        return _with_session(services, target, endpoint)
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
-    root = lab_root(services, link.server, endpoint)
+    root = lab_root(services, target.server, endpoint)
     # Jupyter would parse anything before a colon as a scheme.
-    next_page = (endpoint.base_url.rstrip("/") + link.page).replace(":", "%3A")
-    target = f"{root}login?token={endpoint.token}&next={quote(next_page, safe='')}"
-    return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": target})
+    next_page = (endpoint.base_url.rstrip("/") + target.page).replace(":", "%3A")
+    url = f"{root}login?token={endpoint.token}&next={quote(next_page, safe='')}"
+    return Response(status=HTTPStatus.SEE_OTHER, headers={"Location": url})
 
 
 def _spent() -> Response:
@@ -105,30 +146,25 @@ def _spent() -> Response:
     )
 
 
-def _endpoint(services: Services, link: KnownLink | None) -> Endpoint | None:
+def _endpoint(services: Services, link: LabLink) -> Endpoint | None:
     """Return the endpoint of a link's server; None unless the launch is the one that it opens."""
-    snapshot = None if link is None else services.keeper.get(link.server)
-    if link is None or snapshot is None or snapshot.generation != link.generation:
+    snapshot = services.keeper.get(link.server)
+    if snapshot is None or snapshot.generation != link.generation:
         return None
     return snapshot.endpoint
 
 
-def _with_session(services: Services, link: KnownLink, endpoint: Endpoint) -> Response:
+def _with_session(services: Services, link: LabLink, endpoint: Endpoint) -> Response:
     """Return a redirect to the Lab, with a cookie that the edge accepts."""
-    session, cookie = services.sessions.make(
-        link.server, link.actor, until=link.until, origin=Origin(link.actor, g.request_id)
+    maker = link.maker
+    session, text = services.sessions.make(
+        link.server,
+        maker.caller.actor,
+        until=maker.caller.until,
+        still_valid=maker.still_valid,
+        origin=Origin(maker.caller.actor, g.request_id),
     )
-    opened = Response(
-        status=HTTPStatus.SEE_OTHER,
-        headers={"Location": endpoint.base_url.rstrip("/") + link.page},
-    )
-    opened.set_cookie(
-        services.labs.cookie(secure=request.is_secure),
-        cookie,
-        max_age=int(session.expires_at - session.created_at),
-        path=services.labs.cookie_path(link.server),
-        secure=request.is_secure,
-        httponly=True,
-        samesite="Lax",
-    )
+    url = endpoint.base_url.rstrip("/") + link.page
+    opened = Response(status=HTTPStatus.SEE_OTHER, headers={"Location": url})
+    sign_in.set_session(services, opened, session, text)
     return opened

@@ -45,14 +45,23 @@ class TokenList(Answer):
 
 
 class Session(Answer):
-    """A browser that may use one server's Lab."""
+    """A browser that may use one server's Lab, or is signed in at the bare host."""
 
     id: str
-    server: str
-    owner: str = Field(description="Owner of the server.")
+    server: str | None = Field(
+        description="Null: it is signed in at the bare host, and so at all Labs of its permissions."
+    )
+    owner: str = Field(description="Owner of the servers.")
     actor: str = Field(description="Who made the link that the browser opened, as in events.")
+    scope: Annotated[Scope, known(Scope)] = Field(
+        description="What it may do: `manage` for one Lab, or that of whoever made the link."
+    )
+    parent: str | None = Field(
+        description="Id of the session at the bare host that it follows from, and ends with."
+    )
     created_at: str
-    expires_at: str
+    last_used_at: str = Field(description="Accurate to some seconds.")
+    expires_at: str = Field(description="When it ends, if used until then.")
 
 
 class SessionList(Answer):
@@ -75,9 +84,9 @@ class Caller(Answer):
 
 
 class Link(Answer):
-    """A link that opens a Lab once."""
+    """A link that opens a Lab, or signs a browser in, once."""
 
     url: str = Field(
-        repr=False, description="To be opened in a browser, once. Grants access to the Lab."
+        repr=False, description="To be opened in a browser, once. Grants access to whoever has it."
     )
     expires_at: str

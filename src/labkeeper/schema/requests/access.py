@@ -54,12 +54,22 @@ class TokenRequest(Request):
         return TokenLimits(tuple(self.servers), self.labels, tuple(self.users))
 
 
-class LinkRequest(Request):
-    """A link that opens a Lab."""
+class SessionLinkRequest(Request):
+    """A link that signs a browser in."""
 
     expires_in: Annotated[Duration, Field(gt=0, le=3600)] = Field(
         60.0, description="Time until it expires, used or not; at most `1h`."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_body_is_empty(cls, value: Any) -> Any:
+        return {} if value is None else value
+
+
+class LinkRequest(SessionLinkRequest):
+    """A link that opens a Lab."""
+
     page: LandingPage = Field(
         ABSENT,
         description=(
@@ -75,8 +85,3 @@ class LinkRequest(Request):
             "so that programs that follow links, such as mail scanners, do not use it up."
         ),
     )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_body_is_empty(cls, value: Any) -> Any:
-        return {} if value is None else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,28 @@ class Heard:
     """When it was last heard, by the monotonic clock."""
     report: Report = field(default_factory=Report)
     """Its last report."""
+    used: dict[str, float] = field(default_factory=dict)
+    """When sessions were last used, by digest and the monotonic clock, until taken."""
+    in_use: set[str] = field(default_factory=set)
+    """The digests of the sessions that are in use."""
     frames: wire.Frames = field(default_factory=wire.Frames)
+
+    def hear(self, report: Report) -> None:
+        """Note what a report says."""
+        self.report = report
+        for digest, ago in report.uses:
+            if ago is None:
+                self.in_use.add(digest)
+            else:
+                self.in_use.discard(digest)
+                self.used[digest] = self.at - ago
+
+    def take_uses(self, known: Collection[str]) -> dict[str, float]:
+        """Return how many seconds ago known sessions were last used, as far as not returned yet."""
+        now = time.monotonic()
+        self.in_use.intersection_update(known)
+        used, self.used = self.used, {}
+        return {digest: now - at for digest, at in used.items()} | dict.fromkeys(self.in_use, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +121,7 @@ class Link:
         for frame in self.heard.frames.feed(data):
             match frame:
                 case {"report": report}:
-                    self.heard.report = Report.parse(report)
+                    self.heard.hear(Report.parse(report))
                 case _:
                     raise wire.WireError("it does not report")
 

@@ -7,16 +7,17 @@ on, so the address is never given up in between, and connections wait in its que
 from __future__ import annotations
 
 import contextlib
+import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
+from typing import Protocol
 
 import structlog
 
-from labkeeper import addresses
 from labkeeper.backends.local.processes import wait_until_readable
 from labkeeper.core.access import Session
 from labkeeper.core.errors import BackendUnavailable, SettingsError
@@ -28,11 +29,11 @@ from labkeeper.edge import wire
 from labkeeper.edge.report import Answers, ReportError
 from labkeeper.edge.routes import Route
 from labkeeper.edge.wire import REPORT_EVERY, WireError
-from labkeeper.forkserver.identity import key_of
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.serve.edge.certificate import Certificate
 from labkeeper.serve.edge.instances import EdgeError, Instances
 from labkeeper.serve.edge.link import Link
+from labkeeper.serve.edge.messages import route_of, session_message, visits_of
 from labkeeper.threads import ThreadGroup
 
 _LOOK_EVERY = 1.0
@@ -47,6 +48,13 @@ _ANSWER_WITHIN = 2.0
 """Seconds in which an edge must answer a question."""
 
 _log = structlog.get_logger("labkeeper.serve.edge")
+
+
+class Observe(Protocol):
+    """Receives how browser sessions were used."""
+
+    def __call__(self, used: Mapping[str, float], *, complete: bool) -> None:
+        """See `labkeeper.identity.sessions.Sessions.observe`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +84,11 @@ class Edge:
         public: socket.socket,
         link: Link,
         ending: list[Link],
+        was_found: bool,
     ) -> None:
         """`ending` are edges that finish what they have begun. Use `running` instead."""
+        self.was_found = was_found
+        """Whether an edge has served, and seen how sessions were used, since the last keeper."""
         self.public = public
         """The listening socket of the public address."""
         self.secret = instances.key()
@@ -94,6 +105,8 @@ class Edge:
         self._uncertain: dict[QualifiedName, int] = {}
         """Servers of earlier keepers that have not been found yet, with their generations: an edge
         that was left with them keeps their routes."""
+        self._id = secrets.token_hex(8)
+        """By which an edge says that it has told this keeper of all uses."""
         self._sessions: dict[str, Session] = {}
         self._lock = threading.Lock()
         """Guards the link, the routes and the sessions: together they are what the edge knows."""
@@ -131,7 +144,7 @@ class Edge:
             for session in ended:
                 self._sessions.pop(session.digest, None)
             news = {
-                "begun": [_message(session) for session in begun],
+                "begun": [session_message(session) for session in begun],
                 "ended": [session.digest for session in ended],
             }
             # An edge that finishes what it has begun has to shut out browsers, too.
@@ -152,7 +165,7 @@ class Edge:
         try:
             # An edge that finishes what it has begun may still have open websockets.
             found = [
-                _visits(link.ask(self.secret, "visits", name, within=_ANSWER_WITHIN))
+                visits_of(link.ask(self.secret, "visits", name, within=_ANSWER_WITHIN))
                 for link in links
             ]
         except (OSError, EOFError, wire.WireError) as error:
@@ -175,21 +188,21 @@ class Edge:
         """Return the keeper's listening socket for requests that come through the edge."""
         return self._instances.upstream()
 
-    def supervise(self, threads: ThreadGroup) -> None:
+    def supervise(self, threads: ThreadGroup, observe: Observe) -> None:
         """Push all routes, and replace the edge whenever it dies, until the threads end.
 
-        Raises BackendUnavailable if no thread can be started.
+        `observe` is called with each report. Raises BackendUnavailable if no thread can be started.
         """
         with self._lock:
             self._push_all()
-        threads.start("edge", self._watch, threads)
+        threads.start("edge", self._watch, threads, observe)
 
     def _push_all(self) -> None:
         if self._certificate is not None:
             self._tell(self._certificate.message())
         self._tell({"do": "trust", "proxies": list(self._answering.trusted)})
         routes = [asdict(route) for route in self._routes.values()]
-        sessions = [_message(session) for session in self._sessions.values()]
+        sessions = [session_message(session) for session in self._sessions.values()]
         answering = self._answering
         self._tell(
             {
@@ -200,11 +213,12 @@ class Edge:
                 "longest_body": answering.longest_body,
                 "routes": routes,
                 "kept": self._uncertain,
+                "keeper": self._id,
                 "sessions": sessions,
             }
         )
 
-    def _watch(self, threads: ThreadGroup) -> None:
+    def _watch(self, threads: ThreadGroup, observe: Observe) -> None:
         while not threads.closed:
             links = [self._link, *self._ending]
             descriptors = {link.connection.fileno(): link for link in links}
@@ -216,7 +230,7 @@ class Edge:
             for descriptor, link in descriptors.items():
                 try:
                     if descriptor in ready:
-                        self._receive(link)
+                        self._receive(link, observe)
                     elif time.monotonic() - link.heard.at > _SILENT_FOR:
                         self._wait_for(link, threads)
                 except (OSError, EOFError, WireError, ReportError) as error:
@@ -231,7 +245,7 @@ class Edge:
         if not wait_until_readable(descriptors, timeout=_LAST_CHANCE):
             raise TimeoutError("it does not report")
 
-    def _receive(self, link: Link) -> None:
+    def _receive(self, link: Link, observe: Observe) -> None:
         """Receive what an edge reports. Raises OSError, EOFError, WireError, ReportError."""
         before = link.heard.report
         link.receive()
@@ -240,6 +254,11 @@ class Edge:
             # Each edge counts from 0, and so would what is published when one is replaced.
             self._answers += now.answers - before.answers
             self._refused += now.refused - before.refused
+            links, known = [self._link, *self._ending], self._sessions.keys()
+            used: dict[str, float] = {}
+            for digest, ago in (use for one in links for use in one.heard.take_uses(known).items()):
+                used[digest] = min(ago, used.get(digest, ago))
+        observe(used, complete=all(one.heard.report.tells_all(self._id) for one in links))
         self._instances.access_log.rotate()
 
     def _lose(self, link: Link, reason: str, threads: ThreadGroup) -> None:
@@ -330,6 +349,7 @@ def running(
         public=public,
         link=link,
         ending=ending,
+        was_found=any(one.public is not None for one in found),
     )
     keep = bool(found)
     try:
@@ -365,31 +385,3 @@ def _choose(
     for left in found:
         left.close_public()
     return public, link, others
-
-
-def _message(session: Session) -> dict[str, object]:
-    """Return a session as the edge reads it."""
-    return {
-        "digest": session.digest,
-        "server": session.server,
-        "user": session.actor.partition(":")[2] or session.actor,
-        "expires_at": session.expires_at,
-    }
-
-
-def _visits(answer: object) -> Visits:
-    """Read an edge's answer. Raises WireError."""
-    match answer:
-        case {"open": int(open_), "ago": int() | float() | None as ago}:
-            return Visits(open_, ago)
-    raise wire.WireError("the answer is not about visits")
-
-
-def route_of(snapshot: Snapshot, labs: LabAddresses, secret: str) -> Route | None:
-    """Return the route to a server; None if it does not run, or has an address of its own."""
-    endpoint, name = snapshot.endpoint, snapshot.qualified_name
-    if endpoint is None or not labs.serves(name, endpoint):
-        return None
-    host = addresses.from_here(endpoint.hostname)
-    key = key_of(secret, name, snapshot.generation)
-    return Route(name, snapshot.generation, host, endpoint.port, endpoint.base_url, key)
