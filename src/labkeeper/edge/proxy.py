@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol, TypeVar
 from labkeeper.edge.access_log import AccessLog, Record
 from labkeeper.edge.compression import Compressor
 from labkeeper.edge.forwarded import Network, is_trusted
+from labkeeper.edge.handshakes import Handshakes
 from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.report import Report
@@ -99,6 +100,7 @@ class Proxy:
         self.routes = RouteTable()
         self.sessions = SessionTable()
         self.compressor = Compressor(loop)
+        self.handshakes = Handshakes(loop)
         self.visits = VisitTable(loop.time)
         self.trusted: tuple[Network, ...] = ()
         """The proxies in front, whose headers about clients are believed."""
@@ -238,6 +240,7 @@ class Proxy:
     def report(self) -> dict[str, Any]:
         """Return what keepers publish as metrics."""
         self._report.connections, self._report.websockets = len(self._clients), len(self._tunnels)
+        self._report.handshakes = len(self.handshakes)
         return self._report.message()
 
     # Keeper and Labs

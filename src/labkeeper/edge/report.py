@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from labkeeper.edge.access_log import Record
 
 Answers = Counter[tuple[str, str]]
 """Numbers of answers: by who made them, `edge`, `keeper` or `lab`, and by the class of the status,
 such as `2xx`; `none` if the client was gone before."""
+
+_NUMBERS: Final = ("connections", "websockets", "held", "handshakes", "refused")
 
 
 class ReportError(ValueError):
@@ -26,6 +28,8 @@ class Report:
     websockets: int = 0
     held: int = 0
     """Requests that wait for a keeper."""
+    handshakes: int = 0
+    """TLS handshakes that wait for their turn."""
     refused: int = 0
     """Connections for which there was no room, so far."""
     answers: Answers = field(default_factory=Answers)
@@ -39,27 +43,27 @@ class Report:
     def message(self) -> dict[str, Any]:
         """Return it for the control protocol."""
         return {
-            "connections": self.connections,
-            "websockets": self.websockets,
-            "held": self.held,
-            "refused": self.refused,
+            **{name: getattr(self, name) for name in _NUMBERS},
             "answers": [[to, kind, count] for (to, kind), count in self.answers.items()],
         }
 
     @classmethod
     def parse(cls, message: object) -> Report:
-        """Read a report from a message's object. Raises ReportError."""
+        """Read a report from a message's object; what it does not say is 0. Raises ReportError.
+
+        An edge of another version, which finishes what it has begun, may report less, or more.
+        """
         match message:
-            case {
-                "connections": int(connections),
-                "websockets": int(websockets),
-                "held": int(held),
-                "refused": int(refused),
-                "answers": list(answers),
-            }:
-                counts = Answers(dict(map(_answer, answers)))
-                return cls(connections, websockets, held, refused, counts)
+            case {"answers": list(answers), **rest}:
+                numbers = {name: _number(rest.get(name, 0)) for name in _NUMBERS}
+                return cls(**numbers, answers=Answers(dict(map(_answer, answers))))
         raise ReportError("a report does not fit")
+
+
+def _number(message: object) -> int:
+    if not isinstance(message, int):
+        raise ReportError("a report does not fit")
+    return message
 
 
 def _answer(message: object) -> tuple[tuple[str, str], int]:
