@@ -13,6 +13,8 @@ GATEWAY = ROOT / ".venv-gateway", ROOT / "docker" / "gateway" / "requirements.lo
 """An Enterprise Gateway."""
 IPYKERNEL_TESTS = ROOT / ".venv-ipykernel-tests", ROOT / "requirements" / "ipykernel-tests.lock"
 """What ipykernel's own tests need."""
+LAB_APPS = ROOT / ".venv-lab-apps", ROOT / "requirements" / "lab-apps.lock"
+"""A JupyterLab with extensions that ours must not have, and a language server."""
 PROXIES = ROOT / ".venv-proxies", ROOT / "requirements" / "proxies.lock"
 """Caddy and Traefik, which Debian has in older versions or not at all."""
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from certificates import Authority
-from harness import alive, edges_of, until
+from harness import alive, edges_of, until, upgrade
 from pages import DOMAIN, notebook, run_cell_in_page
 
 pytestmark = [
@@ -106,6 +106,53 @@ def test_a_notebook_notices_nothing_when_the_keeper_is_killed(keeper, page):
     output.wait_for()
     # No websocket was opened anew.
     assert closed == []
+
+
+TWICE = """
+import os, time
+for go in ('first', 'second'):
+    while not os.path.exists(go): time.sleep(0.01)
+    print(go, 'time')
+"""
+
+
+def open_at(edge, keeper):
+    """Return how many clients have a connection to an edge."""
+    found = edge.net_connections()
+    return sum(c.laddr.port == keeper.port and c.status == "ESTABLISHED" for c in found)
+
+
+def test_a_notebook_notices_nothing_when_the_edge_is_upgraded(keeper, page, tmp_path):
+    """The older edge keeps its websockets; all else goes to the newer one."""
+    keeper.post(name="lab")
+    open_notebook(keeper, page, TWICE)
+    (keeper.notebook_dir / "first").touch()
+    until(lambda: run_cell_in_page(page, "first time"), what="the output before the upgrade")
+    noticed = []
+    page.on("websocket", lambda opened: noticed.append(opened.url))
+    page.on("console", lambda said: said.type == "error" and noticed.append(said.text))
+    page.on("requestfailed", lambda request: noticed.append((request.url, request.failure)))
+    (old,) = edges_of(keeper)
+    upgrade(keeper, tmp_path / "newer")
+    (new,) = set(edges_of(keeper)) - {old}
+    # The older one has closed the connections that it could be saved with.
+    with page.expect_response(lambda answer: answer.request.method == "PUT") as saved:
+        page.keyboard.press("Control+S")
+    assert saved.value.status == 200
+    (keeper.notebook_dir / "second").touch()
+    page.locator(".jp-OutputArea-output").get_by_text("second time").wait_for()
+    assert page.locator(".jp-Dialog").count() == 0
+    assert noticed == []
+    # New pages go to the newer one.
+    kept, other = open_at(old, keeper), page.context.new_page()
+    (keeper.notebook_dir / "other.ipynb").write_text(notebook("print(6 * 7)"))
+    other.goto(f"{keeper.url}/servers/lab/lab/tree/other.ipynb")
+    until(lambda: run_cell_in_page(other, "42"), what="the output at the newer edge")
+    assert open_at(old, keeper) == kept > 0
+    page.close()
+    until(lambda: not alive(old.pid), what="the older edge to end")
+    assert alive(new.pid)
+    assert other.evaluate(FETCH, "/servers/lab/api/status") == 200
 
 
 def test_a_notebook_reconnects_by_itself_when_the_edge_is_killed(keeper, page):

@@ -6,7 +6,6 @@ import gzip
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import sys
@@ -17,7 +16,6 @@ import brotli
 import httpx
 import pytest
 
-import labkeeper
 from harness import (
     PATIENCE,
     alive,
@@ -29,6 +27,7 @@ from harness import (
     send_cell,
     start_kernel,
     until,
+    upgrade,
 )
 from labkeeper.api.routes import ROUTES
 from labkeeper.core.access import Scope
@@ -264,13 +263,7 @@ def test_another_build_takes_over_without_cutting_a_connection(make_edge_keeper,
     lab = at_edge(keeper, keeper.post(name="lab").json())
     old = edge_of(keeper)
     with kernel_websocket(lab, start_kernel(lab)) as opened:
-        keeper.kill()
-        newer = tmp_path / "newer"
-        shutil.copytree(Path(labkeeper.__file__).parent, newer / "labkeeper")
-        with (newer / "labkeeper" / "edge" / "limits.py").open("a") as source:
-            source.write("# another build\n")
-        keeper.variables["PYTHONPATH"] = newer
-        keeper.start()
+        upgrade(keeper, tmp_path / "newer")
         assert set(edges_of(keeper)) > {old}
         assert execute(opened, "1 + 1") == "2"
         assert run_cell(lab, start_kernel(lab), "1 + 1") == "2"

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from edge_peers import SWITCH, WEBSOCKET, Cut, answer, get
 from edges import edge_in
 from fuzzing import FUZZ
+from harness import until
 from labkeeper.edge.bodies import BadBody, Chunked
 from labkeeper.edge.heads import (
     BadHead,
@@ -330,6 +331,38 @@ def test_any_answer_becomes_one_that_h11_accepts_or_a_reset(edge, said, websocke
         with contextlib.suppress(ConnectionResetError):
             reply = client.receive(method)
             assert reply.status == 502 or b"%d" % reply.status in said
+    finally:
+        client.close()
+        edge.clients.remove(client)
+    check(edge)
+
+
+LAST = b"the last bytes"
+PIECES = st.lists(st.binary(min_size=1, max_size=300), max_size=5)
+
+
+@FUZZ
+@given(st.binary(max_size=300), st.binary(max_size=300), st.tuples(PIECES, PIECES), CUTS)
+def test_tunnel_relays_all_bytes_however_they_are_split(edge, early, first, later, cuts):
+    """Also those that arrive together with the head, or before the Lab has answered."""
+    sent, said = ([*pieces, LAST] for pieces in later)
+    lab = edge.labs["lab", 1]
+    lab.answers(SWITCH + first)
+    client = edge.connect()
+    try:
+        for piece in pieces_of(get(b"/servers/lab/", *WEBSOCKET) + early, cuts):
+            client.send(piece)
+        assert client.receive().status == 101
+        visit = lab.visits[-1]
+        for piece in sent:
+            client.send(piece)
+        for piece in said:
+            edge.call(visit.say, piece)
+        while not client.rest.endswith(LAST):
+            client.rest += client.socket.recv(65536)
+        assert client.rest == first + b"".join(said)
+        until(lambda: edge.call(lambda: visit.tunnelled).endswith(LAST), what="the last bytes")
+        assert visit.tunnelled == early + b"".join(sent)
     finally:
         client.close()
         edge.clients.remove(client)

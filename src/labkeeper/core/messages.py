@@ -259,6 +259,8 @@ class EdgeUse:
     websockets: int
     held: int
     """Requests that wait for a keeper."""
+    handshakes: int
+    """TLS handshakes that wait for their turn."""
     refused: int
     """Connections for which there was no room."""
     restarts: int

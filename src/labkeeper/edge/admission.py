@@ -23,6 +23,8 @@ _LINKS: Final = b"/open/"
 """Where the keeper's links are, also at the host names of Labs: they set cookies for these."""
 _BUTTONS: Final = frozenset({b"start", b"logout"})
 """Where the buttons of the keeper's pages about a Lab post to, below its address."""
+_SAFE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS"})
+"""Methods that change nothing (RFC 9110, 9.2.1)."""
 _LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
 
 
@@ -110,6 +112,10 @@ def _admit_user(request: Request, place: Place, session: Session, routes: RouteT
         # Jupyter's own knows nothing of the session; the keeper's has one address.
         request.target = b"%b%b/logout" % (LABS.encode(), server.encode())
         return ToKeeper()
+    if _is_foreign(request):
+        return Refused(
+            HTTPStatus.FORBIDDEN, f"cannot open server '{server}' for a page of another site"
+        )
     _take_away(request, b"authorization")
     request.headers = without_cookie(request.headers)
     return ToLab(server, session)
@@ -135,6 +141,22 @@ def _has_token(request: Request) -> bool:
     return header(request.headers, b"authorization") is not None or bool(
         _TOKEN.search(request.target)
     )
+
+
+def _is_foreign(request: Request) -> bool:
+    """Whether a page of another site would change something, or open a websocket.
+
+    Jupyter checks that, but not all extensions do, nor does every app below a Lab. Browsers send
+    cookies that are `SameSite=Lax` from one Lab to another one if they share a domain.
+    """
+    if request.method in _SAFE and not request.websocket:
+        return False
+    site = header(request.headers, b"sec-fetch-site")
+    if site is not None:
+        return site not in {b"same-origin", b"none"}
+    # Some browsers, and all without TLS, do not say it.
+    origin = header(request.headers, b"origin")
+    return origin is not None and origin.partition(b"://")[2].lower() != request.host.lower()
 
 
 def _is_navigation(request: Request) -> bool:

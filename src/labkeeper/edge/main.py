@@ -28,6 +28,8 @@ from labkeeper.edge.wire import REPORT_EVERY
 from labkeeper.forkserver import privileges
 
 _BACKLOG: Final = 1024
+_AT_ONCE: Final = 16
+"""Connections that are accepted before everything else has its turn."""
 _SWEEP_EVERY: Final = 1.0
 """Seconds between two looks at the connections' deadlines."""
 _LONELY: Final = 600.0
@@ -156,8 +158,10 @@ class _Edge:
             self._server = await self._proxy.loop.create_server(
                 self._connection,
                 sock=self._public.dup(),
-                backlog=_BACKLOG,
+                backlog=_AT_ONCE,
             )
+            # For asyncio, that number is also the length of the queue.
+            self._public.listen(_BACKLOG)
             _log.info("the edge serves on %s port %s", *self._start.address)
 
     def _connection(self) -> PieceProtocol:

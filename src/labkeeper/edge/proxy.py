@@ -16,6 +16,7 @@ from labkeeper.edge.access_log import AccessLog, Record
 from labkeeper.edge.collected import LargeBodies
 from labkeeper.edge.compression import Compressor
 from labkeeper.edge.forwarded import Network, is_trusted
+from labkeeper.edge.handshakes import Handshakes
 from labkeeper.edge.hosts import Hosts
 from labkeeper.edge.limits import Limits
 from labkeeper.edge.report import Report
@@ -102,6 +103,7 @@ class Proxy:
         self.sessions = SessionTable()
         self.compressor = Compressor(loop)
         self.large_bodies = LargeBodies(limits.large_bodies, limits.large_bodies_of_address)
+        self.handshakes = Handshakes(loop)
         self.visits = VisitTable(loop.time)
         self.uses = UseTable(loop.time)
         self.trusted: tuple[Network, ...] = ()
@@ -248,6 +250,7 @@ class Proxy:
         """Report to keepers; `tell` returns whether it has sent a message to all of them."""
         report = self._report
         report.connections, report.websockets = len(self._clients), len(self._tunnels)
+        report.handshakes = len(self.handshakes)
         report.uses = self.uses.news({session.digest for session in self._in_use})
         report.untold, report.keeper = self.uses.untold - len(report.uses), self.uses.keeper
         if tell({"report": report.message()}):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from labkeeper.edge.access_log import Record
 from labkeeper.edge.uses import Use
@@ -13,6 +13,8 @@ from labkeeper.edge.uses import Use
 Answers = Counter[tuple[str, str]]
 """Numbers of answers: by who made them, `edge`, `keeper` or `lab`, and by the class of the status,
 such as `2xx`; `none` if the client was gone before."""
+
+_NUMBERS: Final = ("connections", "websockets", "held", "handshakes", "refused")
 
 
 class ReportError(ValueError):
@@ -28,6 +30,8 @@ class Report:
     websockets: int = 0
     held: int = 0
     """Requests that wait for a keeper."""
+    handshakes: int = 0
+    """TLS handshakes that wait for their turn."""
     refused: int = 0
     """Connections for which there was no room, so far."""
     answers: Answers = field(default_factory=Answers)
@@ -51,10 +55,7 @@ class Report:
     def message(self) -> dict[str, Any]:
         """Return it for the control protocol."""
         return {
-            "connections": self.connections,
-            "websockets": self.websockets,
-            "held": self.held,
-            "refused": self.refused,
+            **{name: getattr(self, name) for name in _NUMBERS},
             "answers": [[to, kind, count] for (to, kind), count in self.answers.items()],
             "uses": [list(use) for use in self.uses],
             "untold": self.untold,
@@ -63,19 +64,28 @@ class Report:
 
     @classmethod
     def parse(cls, message: object) -> Report:
-        """Read a report from a message's object. Raises ReportError."""
+        """Read a report from a message's object; what it does not say is 0. Raises ReportError.
+
+        An edge of another version, which finishes what it has begun, may report less, or more.
+        """
         match message:
-            case {
-                "connections": int(connections),
-                "websockets": int(websockets),
-                "held": int(held),
-                "refused": int(refused),
-                "answers": list(answers),
-                **more,
-            }:
-                counts = Answers(dict(map(_answer, answers)))
-                return cls(connections, websockets, held, refused, counts, *_uses(more))
+            case {"answers": list(answers), **more}:
+                numbers = {name: _number(more.get(name, 0)) for name in _NUMBERS}
+                uses, untold, keeper = _uses(more)
+                return cls(
+                    **numbers,
+                    answers=Answers(dict(map(_answer, answers))),
+                    uses=uses,
+                    untold=untold,
+                    keeper=keeper,
+                )
         raise ReportError("a report does not fit")
+
+
+def _number(message: object) -> int:
+    if not isinstance(message, int):
+        raise ReportError("a report does not fit")
+    return message
 
 
 def _answer(message: object) -> tuple[tuple[str, str], int]:

@@ -27,6 +27,8 @@ _CIPHERS: Final = "ECDHE+AESGCM:ECDHE+CHACHA20"
 _HANDSHAKE: Final = b"\x16"
 """The first byte that a client sends (RFC 8446, 5.1)."""
 _PIECE: Final = 256 * 1024
+_HELLO: Final = 16 * 1024
+"""Bytes that are received at once of a client that waits for its turn; a handshake needs less."""
 
 
 class EncryptedKeyError(Exception):
@@ -91,7 +93,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
         self._received, self._to_send = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._context = context
         self._tls: ssl.SSLObject | None = None
-        """None before the first byte: a client that sends nothing costs little."""
+        """None before its first turn: a client that sends nothing costs little."""
         self._ended = False
         """Whether the client was told that nothing more follows."""
 
@@ -123,6 +125,11 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
         else:
             self._socket.abort()
 
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """See asyncio."""
+        buffer = super().get_buffer(sizehint)
+        return buffer[:_HELLO] if self._protocol is None else buffer
+
     def data_received(self, data: bytes) -> None:
         """See asyncio."""
         if self._ended:
@@ -130,10 +137,23 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
         if self._tls is None and not data.startswith(_HANDSHAKE):
             self._refuse_plain()
             return
+        self._received.write(data)
+        if self._protocol is None:
+            self._socket.pause_reading()
+            self._proxy.handshakes.add(self)
+        else:
+            self._go_on()
+
+    def shake_hands(self) -> None:
+        """See `handshakes.Shaking`."""
+        self._socket.resume_reading()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Go on with the handshake, and read what follows it."""
         tls = self._tls = self._tls or self._context.wrap_bio(
             self._received, self._to_send, server_side=True
         )
-        self._received.write(data)
         try:
             if self._protocol is None:
                 self._shake_hands(tls)
@@ -158,6 +178,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
     def connection_lost(self, error: Exception | None) -> None:
         """See asyncio."""
         if self._protocol is None:
+            self._proxy.handshakes.discard(self)
             self._proxy.leave(self)
         else:
             self._protocol.connection_lost(error)

@@ -31,6 +31,7 @@ from labkeeper.metrics.families import (
     CULLS,
     EDGE_ANSWERS,
     EDGE_CONNECTIONS,
+    EDGE_HANDSHAKES,
     EDGE_HELD,
     EDGE_REFUSED,
     EDGE_RESTARTS,
@@ -239,10 +240,11 @@ class Metrics:
 
 def _of_edge(use: EdgeUse | None) -> dict[Family, Mapping[Labels, float]]:
     if use is None:
-        return {EDGE_CONNECTIONS: {}, EDGE_HELD: {}}
+        return {EDGE_CONNECTIONS: {}, EDGE_HELD: {}, EDGE_HANDSHAKES: {}}
     return {
         EDGE_CONNECTIONS: {("http",): use.connections, ("websocket",): use.websockets},
         EDGE_HELD: {(): use.held},
+        EDGE_HANDSHAKES: {(): use.handshakes},
         EDGE_REFUSED: {(): use.refused},
         EDGE_RESTARTS: {(): use.restarts},
         EDGE_ANSWERS: dict(use.answers.items()),

@@ -163,6 +163,12 @@ EDGE_HELD: Final = Family(
     "Requests at the edge that wait for a keeper.",
     known=(),
 )
+EDGE_HANDSHAKES: Final = Family(
+    "labkeeper_edge_waiting_handshakes",
+    Kind.GAUGE,
+    "TLS handshakes at the edge that wait for their turn.",
+    known=(),
+)
 EDGE_REFUSED: Final = Family(
     "labkeeper_edge_refused_connections_total",
     Kind.COUNTER,
@@ -202,6 +208,7 @@ FAMILIES: Final = (
     HTTP_DURATION,
     EDGE_CONNECTIONS,
     EDGE_HELD,
+    EDGE_HANDSHAKES,
     EDGE_REFUSED,
     EDGE_RESTARTS,
     EDGE_ANSWERS,

@@ -139,6 +139,38 @@ def test_people_get_a_page_and_programs_an_error(sessions, routes, headers, meth
     assert isinstance(admitted, ToKeeper if navigates else Refused)
 
 
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ([], False),
+        ([b"Origin: http://x"], False),
+        ([b"Origin: https://X"], False),
+        ([b"Origin: http://x:8000"], True),
+        ([b"Origin: http://other.x"], True),
+        ([b"Origin: http://evil.example/x"], True),
+        ([b"Origin: x"], True),
+        ([b"Origin: null"], True),
+        ([b"Sec-Fetch-Site: same-origin", b"Origin: null"], False),
+        ([b"Sec-Fetch-Site: none"], False),
+        ([b"Sec-Fetch-Site: same-site"], True),
+        ([b"Sec-Fetch-Site: cross-site", b"Origin: http://x"], True),
+    ],
+)
+def test_pages_of_other_sites_only_read(sessions, routes, headers, foreign):
+    for method in (b"POST", b"PUT", b"PATCH", b"DELETE"):
+        asked = request(COOKIE, *headers, method=method)
+        admitted = admit(asked, BELOW, routes, sessions)
+        assert getattr(admitted, "status", None) == (403 if foreign else None)
+        # A program's token is not sent by a browser on its own.
+        asked = request(b"Authorization: token x", *headers, method=method)
+        assert admit(asked, BELOW, routes, sessions) == ToLab("lab", None)
+    opened = admit(request(COOKIE, *headers, *WEBSOCKET), BELOW, routes, sessions)
+    assert getattr(opened, "status", None) == (403 if foreign else None)
+    for method in (b"GET", b"HEAD", b"OPTIONS"):
+        read = admit(request(COOKIE, *headers, method=method), BELOW, routes, sessions)
+        assert isinstance(read, ToLab)
+
+
 def test_a_server_that_does_not_run_is_told_only_to_who_has_a_session(sessions):
     none = RouteTable()
     assert admit(request(COOKIE), BELOW, none, sessions).status == 404

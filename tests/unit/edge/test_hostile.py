@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_peers import PROBE, WEBSOCKET, get
+from edge_peers import PROBE, TOKEN, WEBSOCKET, get
 
 EVIL = b"GET /evil HTTP/1.1\r\nHost: x\r\n\r\n"
 """A request that is smuggled: it never may reach anyone."""
@@ -211,6 +211,7 @@ CLEANED = {
             b"Forwarded", b"X-Forwarded-For", b"X-Forwarded-Host", b"X-Forwarded-Proto",
             b"X-Forwarded-Port", b"X-Forwarded-Prefix", b"X-Real-IP", b"X-Scheme",
             b"X-Labkeeper-User", b"X-Labkeeper-Peer", b"X_Forwarded_For", b"X-Forwarded_For",
+            b"X-Labkeeper-Identity", b"X_LABKEEPER_IDENTITY", b"X-Labkeeper_Identity",
             b"X_Labkeeper_User", b"Transfer_Encoding", b"Content_Length", b"Host_", b"Te",
             b"Proxy-Authorization", b"Proxy-Connection", b"Keep-Alive", b"Trailer",
         )
@@ -256,6 +257,20 @@ def test_odd_target_arrives_as_it_is(edge, lab, base, target):
     (head,) = (lab if base else edge.keeper).heads
     assert head.target == base + target
     assert len(edge.requests) == 1
+
+
+@pytest.mark.parametrize(
+    "target",
+    [b"/servers%2flab/", b"/servers/lab%2f", b"/servers/lab%2f..%2fother/", b"/%73ervers/lab/",
+     b"/servers/l%61b/", b"/servers%5clab/", b"/SERVERS/lab/", b"/servers/LAB/", b"/servers;/lab/",
+     b"/servers/lab;/", b"/servers//lab/", b"/servers/lab%00/", b"/servers/lab%20/"],
+)  # fmt: skip
+def test_what_only_resembles_a_labs_path_is_the_keepers(edge, lab, target):
+    """It decodes nothing: what it checked is what the other side gets."""
+    client = edge.send(get(target, TOKEN) if target[:9] != b"/servers/" else get(target))
+    assert client.receive().status == 200
+    assert [head.target for head in edge.keeper.heads] == [target]
+    assert lab.requests == []
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import socket
+import struct
 import sys
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -30,6 +33,17 @@ def ask(edge, host="x"):
 
 def pid_of(edge):
     return edge._link.process.pid
+
+
+def test_many_connections_can_wait_for_the_edge(run):
+    """Those that it accepts at once are few."""
+    with run() as edge:
+        assert ask(edge) == 401
+        told = edge.public.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 32)
+        # The length of a listening socket's queue is where others have a count (tcp(7)).
+        (length,) = struct.unpack_from("I", told, 28)
+        most = int(Path("/proc/sys/net/core/somaxconn").read_text())
+        assert length == min(1024, most)
 
 
 def test_an_edge_that_is_suspended_is_replaced(run, monkeypatch):

@@ -281,6 +281,7 @@ class Edge:
                 connections=sum(report.connections for report in reports),
                 websockets=sum(report.websockets for report in reports),
                 held=sum(report.held for report in reports),
+                handshakes=sum(report.handshakes for report in reports),
                 refused=self._refused,
                 restarts=self._restarts,
                 answers=dict(self._answers),
