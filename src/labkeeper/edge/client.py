@@ -177,7 +177,7 @@ class Client(PieceProtocol):
 
     def _begin(self, request: Request) -> None:
         """Answer a request of our own, or begin an exchange."""
-        self._proxy.waiting.pop(self, None)
+        self._proxy.waiting.remove(self)
         record = self._record = self._new_record(request)
         request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
         match self._admit(request):
@@ -344,7 +344,7 @@ class Client(PieceProtocol):
 
     def _wait(self) -> None:
         """Wait for the next request."""
-        self._proxy.waiting[self] = None
+        self._proxy.waiting.add(self)
         self._set_deadline()
         if self._proxy.draining:
             self.drain()
@@ -352,7 +352,7 @@ class Client(PieceProtocol):
     def _linger(self) -> None:
         """Close it once its peer has read the last answer: input would reset the connection."""
         self._lingers, self._input = True, b""
-        self._proxy.waiting.pop(self, None)
+        self._proxy.waiting.remove(self)
         self._set_deadline()
         if not self._transport.is_closing():
             # Its peer may have read the answer and be gone.

@@ -25,6 +25,7 @@ from labkeeper.edge.sessions import Session, SessionTable
 from labkeeper.edge.upstream import Target, Upstream
 from labkeeper.edge.uses import UseTable
 from labkeeper.edge.visits import VisitTable
+from labkeeper.edge.waiting import Waiting
 
 _TRY_EVERY: Final = 0.02
 """Interval in seconds between attempts to reach a keeper that restarts."""
@@ -111,8 +112,8 @@ class Proxy:
         self.hsts = False
         """Whether browsers that use TLS are told to use nothing else."""
         self.draining = False
-        self.waiting: dict[Connection, None] = {}
-        """Clients without a request, the longest waiting one first."""
+        self.waiting: Waiting[Connection] = Waiting()
+        """Clients without a request."""
         self._keeper = keeper
         self._most = most
         self._clients: set[Connection] = set()
@@ -131,16 +132,15 @@ class Proxy:
     def enter(self, client: Connection) -> bool:
         """Register a connection; return whether there is room for it.
 
-        If there is none, the client that has been without a request for longest has to go.
+        If there is none, the client that has been without a request for longest has to go: one of
+        the same address, if that has its share.
         """
-        if self._is_greedy(client.address):
-            self._report.refused += 1
-            return False
-        if self.open >= self._most:
-            if not self.waiting:
+        is_greedy = self._is_greedy(client.address)
+        if is_greedy or self.open >= self._most:
+            idle = self.waiting.longest(client.address if is_greedy else None)
+            if idle is None:
                 self._report.refused += 1
                 return False
-            idle = next(iter(self.waiting))
             # At once: further connections may be made before its end is reported.
             self.leave(idle)
             idle.cut_off()
@@ -158,7 +158,7 @@ class Proxy:
         if client in self._clients:
             self._clients.remove(client)
             _decrease(self._addresses, client.address)
-        self.waiting.pop(client, None)
+        self.waiting.remove(client)
         self.last_used = self.loop.time()
 
     def has_room(self, session: Session | None) -> bool:

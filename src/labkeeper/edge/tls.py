@@ -121,7 +121,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
         self._socket = transport  # type: ignore[assignment]  # a stream's transport is asyncio.Transport
         self.address = address_of(transport)
         if self._proxy.enter(self):
-            self._proxy.waiting[self] = None
+            self._proxy.waiting.add(self)
         else:
             self._socket.abort()
 

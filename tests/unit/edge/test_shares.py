@@ -14,23 +14,36 @@ WORDS = b"first", b"second"
 """The cookies of two sessions."""
 
 
+PROBE = get(b"/edge/healthz")
+
+
 def test_an_address_has_a_share_of_the_connections(make_edge):
     edge = make_edge(connections_of_address=2)
-    edge.start_keeper()
+    edge.start_keeper().answers(None)
     lab = edge.add_lab()
     lab.answers(SWITCH)
-    websocket, other = edge.connect(), edge.connect()
+    websocket, busy = edge.connect(), edge.connect()
     assert websocket.ask(get(b"/servers/lab/ws", *WEBSOCKET)).status == 101
-    edge.settle(2)
+    busy.send(get())
+    until(lambda: edge.keeper.requests)
     assert edge.connect().drain()[0] == b""
-    assert other.ask(get()).status == 200
-    assert edge.connect(source="127.0.0.2").ask(get()).status == 200
+    assert edge.connect(source="127.0.0.2").ask(PROBE).status == 200
     websocket.close()
     until(lambda: edge.call(lambda: not edge.proxy._tunnels))
-    assert edge.connect().ask(get()).status == 200
+    assert edge.connect().ask(PROBE).status == 200
     told = []
     edge.call(edge.proxy.report, told.append)
     assert told[0]["report"]["refused"] == 1
+
+
+def test_an_address_that_has_its_share_loses_the_longest_idle_connection_of_its_own(make_edge):
+    edge = make_edge(connections_of_address=2)
+    others = edge.connect(source="127.0.0.2")
+    first, second = edge.connect(), edge.connect()
+    assert [one.ask(PROBE).status for one in (others, first, second, first)] == [200] * 4
+    third = edge.connect()
+    assert second.drain()[0] == b""
+    assert [one.ask(PROBE).status for one in (others, first, third)] == [200] * 3
 
 
 def test_a_session_has_a_limit_of_requests_and_websockets(make_edge):
@@ -62,4 +75,4 @@ def test_a_trusted_proxy_may_have_all_connections(make_edge):
     clients = [edge.connect(source="127.0.0.2") for _ in range(3)]
     assert [client.ask(get()).status for client in clients] == [200] * 3
     first, second = edge.connect(), edge.connect()
-    assert (first.ask(get()).status, second.drain()[0]) == (200, b"")
+    assert (second.ask(get()).status, first.drain()[0]) == (200, b"")
