@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
@@ -256,8 +257,12 @@ class _Connection:
         return [own], files
 
     def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message, which a keeper that reads nothing at the moment does without."""
-        self._guarded(lambda: self._socket.sendall(wire.encode(message)))()
+        """Send a message, which a keeper that reads nothing at the moment does without.
+
+        One that has ended may have left commands, which are still to be read.
+        """
+        with contextlib.suppress(OSError):
+            self._socket.sendall(wire.encode(message))
 
     def close(self) -> None:
         """Close it. Idempotent."""
