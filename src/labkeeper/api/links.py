@@ -32,6 +32,8 @@ class Link:
     """Who made it."""
     until: float | None
     """When the maker's credentials expire, in seconds since the epoch; None: never."""
+    valid: Callable[[], bool]
+    """Whether they are still valid."""
 
 
 class Links:
@@ -53,6 +55,7 @@ class Links:
         confirm: bool,
         actor: str,
         until: float | None,
+        valid: Callable[[], bool],
     ) -> str:
         """Return the ticket of a new link, valid for `lifetime` seconds.
 
@@ -67,17 +70,21 @@ class Links:
             if len(self._good) >= _MOST:
                 del self._good[next(iter(self._good))]
             self._good[digest_of(ticket)] = Link(
-                server, generation, page, now + lifetime, confirm, actor, until
+                server, generation, page, now + lifetime, confirm, actor, until, valid
             )
         return ticket
 
     def look(self, ticket: str) -> Link | None:
-        """Return the link of a ticket without using it; None if it is unknown, used or expired."""
-        link = self._good.get(digest_of(ticket))
-        return link if link is not None and link.expires_at > self._clock() else None
+        """Return the link of a ticket without using it; None if it opens nothing any more."""
+        return self._if_good(self._good.get(digest_of(ticket)))
 
     def use(self, ticket: str) -> Link | None:
-        """Return the link of a ticket, once; None if it is unknown, used or expired."""
+        """Return the link of a ticket, once; None if it opens nothing any more."""
         with self._lock:
             link = self._good.pop(digest_of(ticket), None)
-        return link if link is not None and link.expires_at > self._clock() else None
+        return self._if_good(link)
+
+    def _if_good(self, link: Link | None) -> Link | None:
+        """Return a link unless it has expired, or its maker's credentials are invalid."""
+        good = link is not None and link.expires_at > self._clock() and link.valid()
+        return link if good else None

@@ -6,6 +6,7 @@ edge, which checks cookies, is notified of every change before the call that mad
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Callable, Collection
@@ -13,7 +14,8 @@ from contextlib import suppress
 from typing import Final
 
 from labkeeper.core.access import Session
-from labkeeper.core.errors import SessionNotFound, StoreError
+from labkeeper.core.errors import NotAuthenticated, SessionNotFound, StoreError
+from labkeeper.core.lifecycle import Event
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, SessionStore
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, parse_qualified_name
@@ -31,19 +33,34 @@ class Sessions:
     """All browser sessions. Thread-safe."""
 
     def __init__(
-        self, store: SessionStore, clock: Clock, event_log: EventLog, publish: Publish
+        self,
+        store: SessionStore,
+        clock: Clock,
+        event_log: EventLog,
+        publish: Publish,
+        *,
+        stands: Callable[[Session], bool] = lambda _session: True,
     ) -> None:
-        """Publish the sessions that earlier keepers have left. Raises StoreError."""
+        """Publish the sessions that earlier keepers have left, and end those that do not stand.
+
+        `stands` returns whether who made the link could still make it: a keeper may have ended
+        after it had revoked a token, and before it ended the sessions. Raises StoreError.
+        """
         self._store = store
         self._clock = clock
         self._event_log = event_log
         self._publish = publish
         self._changing = threading.Lock()
-        self._known = {session.digest: session for session in store.sessions()}
+        stored = store.sessions()
+        self._known = {session.digest: session for session in stored if stands(session)}
         """By digest, the oldest first. Replaced, never modified: it is read without the lock."""
         self._to_forget: dict[str, Session] = {}
         """Ended sessions that are still in the store, by id."""
-        publish(self._known.values(), ())
+        fallen = [session for session in stored if session.digest not in self._known]
+        # An edge that an earlier keeper has left may know them.
+        publish(self._known.values(), fallen)
+        with suppress(StoreError):  # Logged by the store; they are tried again.
+            self._end(fallen)
 
     def make(
         self,
@@ -51,11 +68,14 @@ class Sessions:
         actor: str,
         *,
         until: float | None = None,
+        valid: Callable[[], bool] = lambda: True,
         origin: Origin = KEEPER,
     ) -> tuple[Session, str]:
         """Begin a session for a Lab, at most until `until`; return it and its cookie.
 
-        If there are too many sessions, the oldest one ends. Raises StoreError.
+        If there are too many sessions, the oldest one ends. Raises StoreError, and
+        NotAuthenticated unless `valid()`: what ends the sessions of a token or a server, which is
+        invalid before, ends this one, too.
         """
         id_ = secrets.token_hex(6)
         text = f"lk_{id_}_{secrets.token_urlsafe(32)}"
@@ -64,11 +84,13 @@ class Sessions:
         _, owner = parse_qualified_name(server)
         session = Session(id_, digest_of(text), server, actor, now, expires_at, owner)
         with self._changing:
+            if not valid():
+                raise NotAuthenticated("cannot begin a session: the link is valid no longer")
             self._store.save_session(session)
             self._known = {**self._known, session.digest: session}
             self._publish([session], ())
-            valid = [digest for digest, s in self._known.items() if not s.expired(now)]
-            stay = set(valid[-_MOST:])
+            current = [digest for digest, s in self._known.items() if not s.expired(now)]
+            stay = set(current[-_MOST:])
             with suppress(StoreError):  # Logged by the store; they are tried again.
                 self._end([s for digest, s in self._known.items() if digest not in stay])
         self._tell("a browser session began", session, origin)
@@ -106,12 +128,22 @@ class Sessions:
             self._end([s for s in self._known.values() if (s.actor, s.owner) == (actor, owner)])
 
     def changed(self, change: Change) -> None:
-        """End the sessions of a deleted server; a subscriber of the fleet."""
-        if not change.after.forgotten:
+        """End the sessions of a deleted server; a subscriber of the fleet.
+
+        Those that the store has kept nevertheless are not for the next server of the name.
+        """
+        after = change.after
+        if not after.forgotten and change.event is not Event.START:
             return
-        name = change.after.qualified_name
+        until = math.inf if after.forgotten else after.created_at
         with self._changing, suppress(StoreError):  # Logged by the store.
-            self._end([s for s in self._known.values() if s.server == name])
+            self._end(
+                [
+                    s
+                    for s in self._known.values()
+                    if s.server == after.qualified_name and s.created_at < until
+                ]
+            )
 
     def _end(self, ended: Collection[Session]) -> None:
         """End sessions in memory first, and at the edge: the disk may be full."""

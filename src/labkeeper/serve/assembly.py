@@ -85,11 +85,13 @@ def assemble(
     # what is no longer reported.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend, edge)
+    tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
     sessions = Sessions(
         base.store,
         base.clock,
         history.event_log,
         (lambda _begun, _ended: None) if edge is None else edge.set_sessions,
+        stands=tokens.stands,
     )
     subscribers = (
         scrub.SecretsOfServers().changed,
@@ -128,8 +130,8 @@ def assemble(
         keeper=keeper,
         culler=culler,
         sampler=sampler,
+        tokens=tokens,
         sessions=sessions,
-        token=token,
         url=url,
     )
     _serve(chosen, services, stack, sockets=sockets, edge=edge, certificate=certificate)
@@ -334,11 +336,10 @@ def _services(
     keeper: Keeper,
     culler: Culler,
     sampler: Sampler,
+    tokens: Tokens,
     sessions: Sessions,
-    token: str | None,
     url: str,
 ) -> Services:
-    tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
     return Services(
         keeper=keeper,
         backend=backend,

@@ -20,7 +20,7 @@ class ManualClock:
 def test_a_ticket_can_be_used_once_and_expires(monkeypatch):
     clock = ManualClock()
     known = links.Links(clock=clock)
-    others = {"confirm": False, "actor": "token:ada", "until": None}
+    others = {"confirm": False, "actor": "token:ada", "until": None, "valid": lambda: True}
     first, second, third = (
         known.make("lab", 3, "/lab", lifetime=seconds, **others) for seconds in (10.0, 10.0, 20.0)
     )

@@ -23,6 +23,7 @@ from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
 from labkeeper.core.errors import (
     Conflict,
+    NotAuthenticated,
 )
 from labkeeper.core.messages import Origin
 from labkeeper.core.server import Endpoint
@@ -52,6 +53,7 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
         confirm=body.confirm,
         actor=caller().actor,
         until=caller().until,
+        valid=g.still_valid,
     )
     # Browsers keep the cookie of a session for the host that sets it.
     name = snapshot.qualified_name
@@ -87,7 +89,10 @@ def follow_link(services: Services, path: TicketPath) -> Response:
     if link is None or endpoint is None:
         return _spent()
     if services.labs.serves(link.server, endpoint):
-        return _with_session(services, link, endpoint)
+        try:
+            return _with_session(services, link, endpoint)
+        except NotAuthenticated:
+            return _spent()
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
     root = lab_root(services, link.server, endpoint)
     # Jupyter would parse anything before a colon as a scheme.
@@ -100,7 +105,8 @@ def _spent() -> Response:
     return page(
         HTTPStatus.GONE,
         "This link opens nothing any more",
-        "It was used, or it is too old, or its server was launched again. "
+        "It was used, or it is too old, or its server was launched again, or the token that it "
+        "was made with was revoked. "
         "Go back to where it came from, and ask for another.",
     )
 
@@ -114,9 +120,16 @@ def _endpoint(services: Services, link: KnownLink | None) -> Endpoint | None:
 
 
 def _with_session(services: Services, link: KnownLink, endpoint: Endpoint) -> Response:
-    """Return a redirect to the Lab, with a cookie that the edge accepts."""
+    """Return a redirect to the Lab, with a cookie that the edge accepts.
+
+    Raises NotAuthenticated if the link has become invalid.
+    """
     session, cookie = services.sessions.make(
-        link.server, link.actor, until=link.until, origin=Origin(link.actor, g.request_id)
+        link.server,
+        link.actor,
+        until=link.until,
+        valid=lambda: link.valid() and _endpoint(services, link) is not None,
+        origin=Origin(link.actor, g.request_id),
     )
     opened = Response(
         status=HTTPStatus.SEE_OTHER,
