@@ -72,6 +72,15 @@ class Disk:
                     while True:
                         file.write(b"x" * size)
 
+    def exhaust_inodes(self):
+        """Leave room for no further file or directory, however small."""
+        count = os.statvfs(self.path).f_files - os.statvfs(self.path).f_ffree
+        subprocess.run(
+            ["mount", "-o", f"remount,nr_inodes={count}", "tmpfs", self.path], check=True
+        )
+        with pytest.raises(OSError, match="No space left"):
+            (self.path / "one-more").touch()
+
     def free(self):
         (self.path / "filler").unlink()
 

@@ -385,7 +385,7 @@ def test_what_a_server_starts_cannot_command_the_edge(make_edge_keeper):
     keeper = make_edge_keeper().start()
     server = keeper.post(name="lab").json()
     code = COMMAND.format(
-        pattern=f"{keeper.state_dir}/edge/*-*", key=str(keeper.state_dir / "edge.key")
+        pattern=f"{keeper.state_dir}/edge/*/", key=str(keeper.state_dir / "edge.key")
     )
     kernel = start_kernel(server)
     assert run_cell(server, kernel, code) == "refused\n"

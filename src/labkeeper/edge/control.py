@@ -262,8 +262,15 @@ class _Connection:
         return [own], files
 
     def send(self, message: Mapping[str, Any]) -> bool:
-        """Send a message; return whether the keeper took it: it may read nothing at the moment."""
-        return self._guarded(lambda: self._socket.sendall(wire.encode(message)))()
+        """Send a message; return whether the keeper took it: it may read nothing at the moment.
+
+        One that has ended may have left commands, which are still to be read.
+        """
+        try:
+            self._socket.sendall(wire.encode(message))
+        except OSError:
+            return False
+        return True
 
     def close(self) -> None:
         """Close it. Idempotent."""

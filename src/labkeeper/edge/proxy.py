@@ -271,9 +271,14 @@ class Proxy:
             # The keeper may have sent it in the same instant.
             await asyncio.sleep(0)
             route = self.routes.find(server)
-        if route is None:
-            raise NoRoute(f"cannot find a running server '{server}' here")
-        return await self._connect_lab(route)
+        while route is not None:
+            upstream = await self._connect_lab(route)
+            if (now := self.routes.find(server)) == route:
+                return upstream
+            # Launched again meanwhile: who listens there now may be another server.
+            upstream.abort()
+            route = now
+        raise NoRoute(f"cannot find a running server '{server}' here")
 
     async def _connect_lab(self, route: Route) -> Upstream:
         try:

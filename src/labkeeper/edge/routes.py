@@ -31,6 +31,11 @@ class Route:
     key: str = field(repr=False)
     """The key that signs who uses it."""
 
+    @property
+    def address(self) -> tuple[str, int]:
+        """Where it listens."""
+        return self.host, self.port
+
     @classmethod
     def parse(cls, message: object) -> Route:
         """Read a route from a message's object. Raises RouteError."""
@@ -58,11 +63,22 @@ class RouteTable:
     def replace(self, routes: list[Route], kept: Mapping[str, object]) -> None:
         """Replace all routes, except those to servers in `kept` with the generations there."""
         before = self._routes.items()
-        stay = {name: route for name, route in before if kept.get(name) == route.generation}
+        taken = {route.address for route in routes}
+        stay = {
+            name: route
+            for name, route in before
+            if kept.get(name) == route.generation and route.address not in taken
+        }
         self._routes = stay | {route.server: route for route in routes}
 
     def set(self, route: Route) -> None:
-        """Add a route, or replace that of an earlier launch."""
+        """Add a route, or replace that of an earlier launch.
+
+        One server listens at an address: another one that had it has ended, though the keeper has
+        not noticed yet.
+        """
+        others = self._routes.items()
+        self._routes = {name: other for name, other in others if other.address != route.address}
         self._routes[route.server] = route
 
     def remove(self, server: str) -> None:

@@ -10,6 +10,7 @@ end with it, and their use counts as its use.
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -20,6 +21,7 @@ from typing import Final
 from labkeeper.core.access import Caller, Session
 from labkeeper.core.durations import format_duration
 from labkeeper.core.errors import NotAuthenticated, SessionNotFound, StoreError
+from labkeeper.core.lifecycle import Event
 from labkeeper.core.messages import KEEPER, Change, HistoryKind, Origin
 from labkeeper.core.ports import Clock, EventLog, SessionStore
 from labkeeper.core.spec import LOCAL, Owner, QualifiedName, parse_qualified_name
@@ -44,13 +46,16 @@ class Sessions:
         event_log: EventLog,
         publish: Publish,
         *,
+        stands: Callable[[Session], bool] = lambda _session: True,
         idle_limit: float = 0.0,
         seen: bool = False,
     ) -> None:
-        """Publish the sessions that earlier keepers have left. Raises StoreError.
+        """Publish the sessions that earlier keepers have left, and end those that do not stand.
 
-        A session ends if it was not used for `idle_limit` seconds; 0: never. `seen`: an edge has
-        seen how they were used since the last keeper.
+        `stands` returns whether who made the link could still make it: a keeper may have ended
+        after it had revoked a token, and before it ended the sessions. A session also ends if it
+        was not used for `idle_limit` seconds; 0: never. `seen`: an edge has seen how they were used
+        since the last keeper. Raises StoreError.
         """
         self._store = store
         self._clock = clock
@@ -59,11 +64,16 @@ class Sessions:
         self._idle_limit = idle_limit
         self._idleness = Idleness(store, clock, seen=seen)
         self._changing = threading.Lock()
-        self._known = {session.digest: session for session in store.sessions()}
+        stored = store.sessions()
+        self._known = {session.digest: session for session in stored if stands(session)}
         """By digest, the oldest first. Replaced, never modified: it is read without the lock."""
         self._to_forget: dict[str, Session] = {}
         """Ended sessions that are still in the store, by id."""
-        publish(_of_labs(self._known.values()), ())
+        fallen = [session for session in stored if session.digest not in self._known]
+        # An edge that an earlier keeper has left may know them.
+        publish(_of_labs(self._known.values()), _of_labs(fallen))
+        with suppress(StoreError):  # Logged by the store; they are tried again.
+            self._end(fallen)
 
     def make(
         self,
@@ -76,8 +86,9 @@ class Sessions:
     ) -> tuple[Session, str]:
         """Begin a session for a Lab, at most until `until`; return it and its cookie.
 
-        If there are too many sessions, the oldest one ends. `still_valid` says whether the actor's
-        credentials are; if not, raises NotAuthenticated. Raises StoreError.
+        If there are too many sessions, the oldest one ends. `still_valid` says whether the link is:
+        what ends the sessions of a token or a server, which is invalid before, ends this one, too.
+        Raises NotAuthenticated if it is not, and StoreError.
         """
         session, text = self._new(server, actor, until)
         with self._changing:
@@ -208,12 +219,22 @@ class Sessions:
             self._end([s for s in self._known.values() if (s.actor, s.owner) == (actor, owner)])
 
     def changed(self, change: Change) -> None:
-        """End the sessions of a deleted server; a subscriber of the fleet."""
-        if not change.after.forgotten:
+        """End the sessions of a deleted server; a subscriber of the fleet.
+
+        Those that the store has kept nevertheless are not for the next server of the name.
+        """
+        after = change.after
+        if not after.forgotten and change.event is not Event.START:
             return
-        name = change.after.qualified_name
+        until = math.inf if after.forgotten else after.created_at
         with self._changing, suppress(StoreError):  # Logged by the store.
-            self._end([s for s in self._known.values() if s.server == name])
+            self._end(
+                [
+                    s
+                    for s in self._known.values()
+                    if s.server == after.qualified_name and s.created_at < until
+                ]
+            )
 
     def _end(self, ended: Collection[Session]) -> None:
         """End sessions, and those that follow from them.

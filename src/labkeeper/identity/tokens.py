@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
-from labkeeper.core.access import Caller, Scope, Token, TokenLimits
+from labkeeper.core.access import Caller, Scope, Session, Token, TokenLimits
 from labkeeper.core.errors import (
     CapacityReached,
     Conflict,
@@ -87,6 +87,17 @@ class Tokens:
         if token.expired(self._clock.time()):
             raise NotAuthenticated("cannot authenticate: the token has expired")
         return token
+
+    def stands(self, session: Session) -> bool:
+        """Whether the token that has made a session was not revoked; True if it is no token's."""
+        if not session.actor.startswith("token:") or session.actor == OWNER.actor:
+            return True
+        # A later token of the same name is another one.
+        return any(
+            (token.caller.actor, token.owner) == (session.actor, session.owner)
+            and token.created_at <= session.created_at
+            for token in self._known.values()
+        )
 
     def all(self, owner: Owner = LOCAL) -> list[Token]:
         """Return all tokens of an owner of servers, by name; the keeper's owner's is not listed."""

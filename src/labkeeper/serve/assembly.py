@@ -89,6 +89,7 @@ def assemble(
     # what is no longer reported.
     stack.callback(backend.close)
     culler = _culler(chosen, base, history, backend, edge)
+    tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
     sessions = Sessions(
         base.store,
         base.clock,
@@ -96,6 +97,7 @@ def assemble(
         (lambda _begun, _ended: None) if edge is None else edge.set_sessions,
         idle_limit=chosen.session_idle,
         seen=edge is not None and edge.was_found,
+        stands=tokens.stands,
     )
     subscribers = (
         scrub.SecretsOfServers().changed,
@@ -134,8 +136,8 @@ def assemble(
         keeper=keeper,
         culler=culler,
         sampler=sampler,
+        tokens=tokens,
         sessions=sessions,
-        token=token,
         url=url,
     )
     _serve(chosen, services, stack, sockets=sockets, edge=edge)
@@ -340,11 +342,10 @@ def _services(
     keeper: Keeper,
     culler: Culler,
     sampler: Sampler,
+    tokens: Tokens,
     sessions: Sessions,
-    token: str | None,
     url: str,
 ) -> Services:
-    tokens = Tokens(base.store, base.clock, history.event_log, owner=token)
     return Services(
         keeper=keeper,
         backend=backend,

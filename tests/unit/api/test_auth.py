@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import structlog
 
-from fake_keeper import TOKEN, fake_keeper
+from fake_keeper import TOKEN, FakeKeeper, fake_keeper
 from harness import until
 from labkeeper.api.app import _RULES, create_app
 from labkeeper.api.auth import Extent
@@ -25,6 +25,7 @@ from labkeeper.identity.authenticators import (
     TokenAuthenticator,
 )
 from labkeeper.identity.peers import PEER, Peer
+from labkeeper.lab_addresses import LabAddresses
 
 
 def parametrized(routes):
@@ -414,6 +415,55 @@ def test_a_one_time_link_opens_a_lab_once(callers):
     spent = callers.anonymous.get(path)
     assert spent.status_code == 410
     assert "ask for another" in spent.text
+
+
+@pytest.mark.parametrize("labs", [LabAddresses("port"), LabAddresses("path")])
+def test_a_one_time_link_is_valid_as_long_as_the_token_that_made_it(running, labs):
+    """Else it would begin a session after the token's were ended."""
+    callers = Callers(FakeKeeper(running.keeper, replace(running.services, labs=labs)))
+    callers.owner.post("/api/servers", json={})
+    ada = callers.with_scope("manage")
+    paths = [
+        ada.post("/api/servers/default/link", json={"confirm": confirm})
+        .json["url"]
+        .partition("/open/")[2]
+        for confirm in (False, True)
+    ]
+    (token,) = callers.tokens.all()
+    assert callers.owner.delete(f"/api/tokens/{token.name}").status_code == 200
+    for path in paths:
+        assert callers.anonymous.get(f"/open/{path}").status_code == 410
+        assert callers.anonymous.post(f"/open/{path}").status_code == 410
+    assert running.services.sessions.all() == []
+
+
+def test_a_token_that_is_revoked_as_its_link_is_opened_begins_no_session(running, monkeypatch):
+    services = replace(running.services, labs=LabAddresses("path"))
+    callers = Callers(FakeKeeper(running.keeper, services))
+    callers.owner.post("/api/servers", json={})
+    # As the backend has launched it for another mode.
+    snapshot = running.keeper.get("default")
+    endpoint = replace(
+        snapshot.endpoint, base_url="/servers/default/", secure=False, behind_edge=True
+    )
+    monkeypatch.setattr(running.keeper, "get", lambda _: replace(snapshot, endpoint=endpoint))
+    ada = callers.with_scope("manage")
+    opened, path, late = (
+        ada.post("/api/servers/default/link", json={}).json["url"].partition("/open/")[2]
+        for _ in range(3)
+    )
+    assert callers.anonymous.get(f"/open/{opened}").status_code == 303
+    use, (token,) = services.links.use, callers.tokens.all()
+
+    def use_and_revoke(ticket):
+        link = use(ticket)
+        assert callers.owner.delete(f"/api/tokens/{token.name}").status_code == 200
+        return link
+
+    monkeypatch.setattr(services.links, "use", use_and_revoke)
+    assert callers.anonymous.get(f"/open/{path}").status_code == 410
+    assert services.sessions.all() == []
+    assert callers.anonymous.get(f"/open/{late}").status_code == 410
 
 
 def test_a_one_time_link_is_valid_for_one_generation(callers):

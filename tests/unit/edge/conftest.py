@@ -76,19 +76,27 @@ def ignore(_used, *, complete):
 
 
 @pytest.fixture
-def run(tmp_path):
+def state_dir(tmp_path):
+    """The state directory of the keeper that `run` runs."""
+    return tmp_path
+
+
+@pytest.fixture
+def run(state_dir):
     """Run an edge as a process, in a context; for it, this process is the keeper."""
-    lock = os.open(tmp_path / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    lock = os.open(state_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX)
 
     @contextlib.contextmanager
     def run(answering=ANSWERING, *, ends=True, observe=ignore, **options):
-        instances = Instances(tmp_path, tmp_path / "run", ("127.0.0.1", 0), **options)
+        instances = Instances(state_dir, state_dir / "run", ("127.0.0.1", 0), **options)
         threads = ThreadGroup()
         with running(instances, answering, listen, ends=lambda: ends) as edge:
             edge.supervise(threads, observe)
-            yield edge
-            threads.close()
+            try:
+                yield edge
+            finally:
+                threads.close()
 
     yield run
     os.close(lock)

@@ -105,6 +105,7 @@ def edge(request, tmp_path, lock):
     with contextlib.suppress(OSError):
         started.link.send({"do": "stop"})
     started.instances.bury(started.link)
+    started.instances.tidy()
     started.public.close()
     assert not list((tmp_path / "edge").iterdir())
 

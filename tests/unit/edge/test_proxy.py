@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import h11
 import pytest
 
@@ -148,6 +150,46 @@ def test_kept_connection_is_not_used_after_its_route_is_removed(edge, lab):
     edge.call(edge.proxy.routes.remove, "lab")
     assert client.ask(get(b"/servers/lab/")).status == 404
     assert len(lab.requests) == 1
+
+
+def test_connection_to_an_earlier_launch_that_was_being_opened_is_not_used(edge):
+    """Whatever listens there by now."""
+    old = edge.add_lab(generation=1)
+    new_port = edge.add_lab(generation=2).listener.sockets[0].getsockname()[1]
+    route = dataclasses.replace(edge.proxy.routes.find("lab"), generation=3, port=new_port)
+    first = old.listener.sockets[0].getsockname()[1]
+    edge.call(edge.proxy.routes.set, dataclasses.replace(route, generation=1, port=first))
+    connect, begun = edge.loop.create_connection, []
+
+    async def slowly(*arguments):
+        begun.append(arguments)
+        if len(begun) == 1:
+            edge.proxy.routes.set(route)
+        return await connect(*arguments)
+
+    edge.loop.create_connection = slowly
+    assert edge.connect().ask(get(b"/servers/lab/")).status == 200
+    assert (len(old.requests), len(edge.labs["lab", 2].requests)) == (0, 1)
+    until(lambda: old.visits[0].closed)
+
+
+def test_a_server_at_the_address_of_another_one_has_replaced_it(edge, lab):
+    """The keeper may not have noticed the other one's end."""
+
+    def statuses():
+        return [
+            edge.connect().ask(get(b"/servers/%b/" % name)).status for name in (b"lab", b"other")
+        ]
+
+    assert statuses() == [200, 404]
+    route = edge.proxy.routes.find("lab")
+    other = dataclasses.replace(route, server="other")
+    edge.call(edge.proxy.routes.set, other)
+    assert statuses() == [404, 200]
+    edge.call(edge.proxy.routes.set, route)
+    assert statuses() == [200, 404]
+    edge.call(edge.proxy.routes.replace, [other], {"lab": route.generation})
+    assert statuses() == [404, 200]
 
 
 def test_unused_connection_to_the_other_side_is_closed_after_a_time(edge):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import hashlib
 import os
 import signal
@@ -14,11 +16,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from edge_peers import Visitor
 from harness import PATIENCE, alive, until
 from labkeeper.core.access import Session
 from labkeeper.edge.routes import Route
 from labkeeper.lab_addresses import LabAddresses
-from labkeeper.serve.edge import supervisor
+from labkeeper.serve.edge import instances, supervisor
 from labkeeper.serve.edge.supervisor import Answering
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the edge needs Linux")
@@ -59,6 +62,65 @@ def test_an_edge_that_is_suspended_is_replaced(run, monkeypatch):
         until(lambda: not alive(before), what="the end of the suspended one")
         assert ask(edge) == 401
         assert edge.use().restarts == 1
+
+
+def test_an_edge_has_ended_before_another_one_is_started(run, monkeypatch):
+    """A suspended one would go on with the sessions that it knew, at the same address."""
+    monkeypatch.setattr(supervisor, "REPORT_EVERY", 0.05)
+    monkeypatch.setattr(supervisor, "_LAST_CHANCE", 0.05)
+    with run() as edge:
+        before, start, ran = pid_of(edge), edge._instances.start, []
+
+        def start_another(public):
+            ran.append(alive(before))
+            return start(public)
+
+        monkeypatch.setattr(edge._instances, "start", start_another)
+        os.kill(before, signal.SIGSTOP)
+        edge._link.heard.at -= 1000
+        until(lambda: pid_of(edge) != before, what="another edge")
+        assert ran == [False]
+
+
+def begun_request(edge, cookie):
+    """Return a client that has sent the beginning of a request with a session's cookie."""
+    client = Visitor(edge.public.getsockname())
+    client.send(b"GET /servers/lab/ HTTP/1.1\r\nHost: x\r\n")
+    client.send(b"Cookie: labkeeper-session=%b\r\n" % cookie)
+    return client
+
+
+@pytest.mark.parametrize("drains", [False, True])
+def test_an_edge_that_takes_no_command_serves_nobody_any_more(run, monkeypatch, drains):
+    """It may have missed that a session has ended."""
+    digest = hashlib.sha256(b"secret").hexdigest()
+    session = Session("id", digest, "lab", "token:ada", 0.0, time.time() + 3600)
+    many = [
+        dataclasses.replace(session, digest=hashlib.sha256(b"%d" % number).hexdigest())
+        for number in range(5000)
+    ]
+    with contextlib.ExitStack() as stack:
+        first = contextlib.ExitStack()
+        edge = first.enter_context(run(ends=not drains))
+        edge.set_sessions([session], [])
+        before = pid_of(edge)
+        client = stack.enter_context(contextlib.closing(begun_request(edge, b"secret")))
+        if drains:
+            first.close()
+            monkeypatch.setattr(instances, "_build", lambda: "another")
+            edge = stack.enter_context(run())
+            assert [link.process.pid for link in edge._ending] == [before]
+        stack.enter_context(first)
+        os.kill(before, signal.SIGSTOP)
+        edge.set_sessions(many, [session])
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(before, signal.SIGCONT)
+        client.send(b"\r\n")
+        # Nothing, or the answer of the next edge if it had not been accepted.
+        assert client.drain()[0].partition(b"\r\n")[0] in {b"", b"HTTP/1.1 401 Unauthorized"}
+        until(lambda: not alive(before), what="its end")
+    if drains:
+        os.waitpid(before, 0)
 
 
 def test_an_edge_that_was_suspended_with_its_keeper_is_kept(run, monkeypatch):

@@ -134,7 +134,7 @@ def test_the_largest_report_is_sent_as_a_whole_or_not_at_all():
     """Else a keeper that reads nothing for a while could not read what follows."""
     uses = [("f" * 64, 1234567.8)] * MOST
     answers = {(to, f"{kind}xx"): 10**9 for to in ("edge", "keeper", "lab") for kind in range(1, 6)}
-    report = Report(10**5, 10**5, 512, 10**9, answers, uses, 10**4, "f" * 16)
+    report = Report(10**5, 10**5, 512, 10**5, 10**9, answers, uses, 10**4, "f" * 16)
     frame = wire.encode({"report": report.message()})
     assert 16 * 1024 < len(frame) < 32 * 1024
     edge, keeper = socket.socketpair()
@@ -157,7 +157,7 @@ def test_the_largest_report_is_sent_as_a_whole_or_not_at_all():
 
 
 def test_the_report_of_an_earlier_version_says_nothing_of_uses():
-    message = Report(1, 2, 3, 4, {}, [("f" * 64, None)], 0, "k").message()
+    message = Report(1, 2, 3, 4, 5, {}, [("f" * 64, None)], 0, "k").message()
     assert Report.parse(message).uses == [("f" * 64, None)]
     older = {name: message[name] for name in message.keys() - {"uses", "untold", "keeper"}}
     assert (Report.parse(older).uses, Report.parse(older).untold) == ([], None)

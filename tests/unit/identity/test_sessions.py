@@ -6,27 +6,31 @@ from dataclasses import replace
 
 import pytest
 
-from labkeeper.core.access import Caller, Scope, TokenLimits
+from labkeeper.core.access import EVERYTHING, Caller, Scope, TokenLimits
 from labkeeper.core.errors import NotAuthenticated, SessionNotFound, StoreError
-from labkeeper.core.messages import Origin
+from labkeeper.core.lifecycle import Event, Goal, State
+from labkeeper.core.messages import Change, Origin
+from labkeeper.core.server import Snapshot
 from labkeeper.core.spec import Owner
 from labkeeper.events.log import EventLog
 from labkeeper.identity import sessions as module
 from labkeeper.identity.sessions import LIFETIME, Sessions
+from labkeeper.identity.tokens import Tokens
 from labkeeper.store.queries import SqliteStore
-from labkeeper.testing.fakes import FakeClock, MemoryStore
+from labkeeper.testing.fakes import FakeClock, MemoryStore, a_spec
 
 
 class Edge:
     """What an edge knows after all that it was told."""
 
     def __init__(self):
-        self.known = {}
+        self.known, self.heard_of = {}, []
 
     def hear(self, begun, ended):
         self.known |= {session.digest: session for session in begun}
+        self.heard_of += [*begun, *ended]
         for session in ended:
-            del self.known[session.digest]
+            self.known.pop(session.digest, None)
 
 
 @pytest.fixture
@@ -135,6 +139,57 @@ def test_the_sessions_of_a_revoked_token_end(sessions, edge):
     other, _ = sessions.make("lab.ada", "token:ada")
     sessions.revoke_made_by("token:ada", "local")
     assert list(edge.known.values()) == [bob, other]
+
+
+def test_sessions_whose_makers_are_no_more_end_with_the_next_keeper(store, clock, edge):
+    """Their keeper may have died after it had revoked the token, and before it ended them."""
+    sessions, tokens = (
+        over(store, clock, edge),
+        Tokens(store, clock, EventLog(store, clock, size=9), owner=None),
+    )
+    for name in ("ada", "bob"):
+        tokens.make(name, Scope.MANAGE, EVERYTHING, lifetime=None)
+    made = {
+        actor: sessions.make("lab", actor)
+        for actor in ("token:ada", "token:bob", "user:x", "token:owner")
+    }
+    # A token of another owner has made this one.
+    _, elsewhere = sessions.make("lab.bob", "token:bob")
+    clock.advance(1)
+    for name in ("ada", "bob"):
+        tokens.revoke(name)
+    # Another token of the same name.
+    tokens.make("bob", Scope.MANAGE, EVERYTHING, lifetime=None)
+    later = Edge()
+    again = Sessions(store, clock, EventLog(store, clock, size=9), later.hear, stands=tokens.stands)
+    stay = [made["user:x"][0], made["token:owner"][0]]
+    assert list(later.known.values()) == again.all() == stay
+    assert list(store.kept_sessions.values()) == stay
+    assert [again.find(cookie) for _, cookie in made.values()] == [None, None, *stay]
+    assert again.find(elsewhere) is None
+    # An edge may know them still.
+    assert len(later.heard_of) == 5
+
+
+def test_a_session_does_not_begin_with_a_link_that_is_valid_no_longer(sessions, edge, store):
+    with pytest.raises(NotAuthenticated, match="cannot begin a session"):
+        sessions.make("lab", "token:ada", still_valid=lambda: False)
+    assert (sessions.all(), edge.known, store.kept_sessions) == ([], {}, {})
+
+
+def test_a_session_is_not_for_the_next_server_of_the_name(sessions, clock, store, edge):
+    """The store may have kept it: the disk was full."""
+    before, cookie = sessions.make("lab", "token:ada")
+    other, _ = sessions.make("other", "token:ada")
+    clock.advance(1)
+    lab = Snapshot(a_spec("lab"), State.STOPPED, Goal.UP, 0.0, 0.0)
+    sessions.changed(Change(Event.START, lab, lab, clock.time()))
+    assert sessions.find(cookie) == before
+    new = replace(lab, created_at=clock.time())
+    sessions.changed(Change(Event.READY, new, new, clock.time()))
+    assert sessions.find(cookie) == before
+    sessions.changed(Change(Event.START, new, new, clock.time()))
+    assert list(edge.known.values()) == list(store.kept_sessions.values()) == [other]
 
 
 def test_there_are_not_more_sessions_than_a_limit(sessions, edge, store, clock, monkeypatch):

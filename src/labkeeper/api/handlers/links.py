@@ -24,7 +24,7 @@ from labkeeper.api.links import LabLink, LabTicket, Maker, SignInLink
 from labkeeper.api.pages import button, page
 from labkeeper.api.services import Services
 from labkeeper.core.durations import format_time
-from labkeeper.core.errors import Conflict
+from labkeeper.core.errors import Conflict, NotAuthenticated
 from labkeeper.core.messages import Origin
 from labkeeper.core.server import Endpoint
 from labkeeper.schema.answers.access import Link
@@ -128,7 +128,10 @@ def follow_link(services: Services, path: TicketPath) -> Response:
     if endpoint is None:
         return _spent()
     if services.labs.serves(target.server, endpoint):
-        return _with_session(services, target, endpoint)
+        try:
+            return _with_session(services, target, endpoint)
+        except NotAuthenticated:
+            return _spent()
     # Jupyter accepts the token, sets its cookie, and redirects to a page without the token.
     root = lab_root(services, target.server, endpoint)
     # Jupyter would parse anything before a colon as a scheme.
@@ -141,7 +144,8 @@ def _spent() -> Response:
     return page(
         HTTPStatus.GONE,
         "This link opens nothing any more",
-        "It was used, or it is too old, or its server was launched again. "
+        "It was used, or it is too old, or its server was launched again, or the token that it "
+        "was made with was revoked. "
         "Go back to where it came from, and ask for another.",
     )
 
@@ -155,13 +159,16 @@ def _endpoint(services: Services, link: LabLink) -> Endpoint | None:
 
 
 def _with_session(services: Services, link: LabLink, endpoint: Endpoint) -> Response:
-    """Return a redirect to the Lab, with a cookie that the edge accepts."""
+    """Return a redirect to the Lab, with a cookie that the edge accepts.
+
+    Raises NotAuthenticated if the link has become invalid.
+    """
     maker = link.maker
     session, text = services.sessions.make(
         link.server,
         maker.caller.actor,
         until=maker.caller.until,
-        still_valid=maker.still_valid,
+        still_valid=lambda: maker.still_valid() and _endpoint(services, link) is not None,
         origin=Origin(maker.caller.actor, g.request_id),
     )
     url = endpoint.base_url.rstrip("/") + link.page

@@ -1,7 +1,10 @@
 """Edges as processes: start, find again, clean up.
 
-Each has a directory, `<state_dir>/edge/<build>-<n>/`, with its control socket; the build identifies
-all that it was made from. The process itself is `labkeeper.edge`.
+Each has a directory, `<state_dir>/edge/<n>/`, with its control socket. The process itself is
+`labkeeper.edge`.
+
+On a full disk an edge can be started in the place of another one: it gets the directory of one that
+has ended, in which the new socket replaces the old one.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import psutil
 import structlog
@@ -97,6 +100,8 @@ class Instances:
         self._server_dirs = server_dirs
         self._children: dict[int, subprocess.Popen[bytes]] = {}
         """Those that this keeper has started, by pid."""
+        self._unused: list[Path] = []
+        """Directories of edges that have ended: without space, no other could be created."""
 
     @contextlib.contextmanager
     def upstream(self) -> Iterator[socket.socket]:
@@ -105,12 +110,9 @@ class Instances:
         Raises OSError.
         """
         listener = unix_sockets.listen(self._place, UPSTREAM, user=self.user)
-        try:
+        # The file stays: the next keeper's replaces it, even without space for another one.
+        with listener:
             yield listener
-        finally:
-            listener.close()
-            with contextlib.suppress(OSError):
-                (self._place / UPSTREAM).unlink()
 
     def find(self) -> list[Link]:
         """Return the edges that earlier keepers left, without those that fail. Raises OSError."""
@@ -124,10 +126,11 @@ class Instances:
             try:
                 found.append(Link.open(directory, self.key(), within=_ANSWER_WITHIN))
             except (ConnectionRefusedError, FileNotFoundError):
-                _remove(directory)
+                self._unused.append(directory)
             except (OSError, EOFError, wire.WireError) as error:
                 _log.warning("ended an edge that does not answer", reason=str(error))
                 _kill(directory)
+                self._unused.append(directory)
         return found
 
     def start(self, public: socket.socket) -> Link:
@@ -135,31 +138,44 @@ class Instances:
 
         Raises EdgeError.
         """
-        directory = self._place / f"{self.build}-{secrets.token_hex(4)}"
         child = None
         try:
-            directory.mkdir(mode=0o700)
+            directory = self._directory()
             child = self._execute(directory, public)
             link = Link.open(directory, self.key(), within=_START_WITHIN)
         except (OSError, EOFError, wire.WireError) as error:
             if child is not None:
                 child.kill()
                 child.wait()
-            _remove(directory)
             why = shortage.reason_of(error)
             raise EdgeError(f"cannot start an edge: {why} (log: {self._log.path})") from error
+        self._unused.remove(directory)
         self._children[child.pid] = child
         return link
 
+    def _directory(self) -> Path:
+        """Return an unused directory, created if there is none. Raises OSError."""
+        self._unused = [directory for directory in self._unused if directory.is_dir()]
+        if not self._unused:
+            directory = self._place / secrets.token_hex(4)
+            directory.mkdir(mode=0o700)
+            self._unused.append(directory)
+        return self._unused[0]
+
+    def tidy(self) -> None:
+        """Remove the directories that are not used."""
+        for directory in self._unused:
+            shutil.rmtree(directory, ignore_errors=True)
+        self._unused = []
+
     def _execute(self, directory: Path, public: socket.socket) -> subprocess.Popen[bytes]:
         self._log.rotate()
+        headline = f"[labkeeper] an edge starts, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
         with (
             unix_sockets.listen(directory, CONTROL) as control,
             _opened(self._place) as place,
-            self._log.open(
-                f"[labkeeper] an edge starts, {datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-            ) as log,
-            self.access_log.open() as access_log,
+            _opened_log(self._log, headline) as log,
+            _opened_log(self.access_log) as access_log,
         ):
             files = (public.fileno(), control.fileno(), place, access_log.fileno())
             child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
@@ -204,7 +220,7 @@ class Instances:
         return key
 
     def bury(self, link: Link, *, kill: bool = False) -> None:
-        """Close the link to an edge that ends, and remove what it leaves.
+        """Close the link to an edge that ends; the next one can have its directory.
 
         One that still runs is killed if `kill` says so, or if it does not end in time.
         """
@@ -215,7 +231,7 @@ class Instances:
         child = self._children.pop(link.process.pid, None)
         if child is not None:
             child.wait()
-        _remove(link.directory)
+        self._unused.append(link.directory)
 
     def leave(self, links: Sequence[Link]) -> None:
         """Leave edges to the next keeper."""
@@ -237,8 +253,30 @@ def _opened(directory: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+@contextlib.contextmanager
+def _opened_log(log: LogFile, headline: str = "") -> Iterator[IO[bytes]]:
+    """Yield a log for an edge to write to. On a full disk its lines are lost, until there is space.
+
+    Without space for the file itself, all that this edge writes is lost.
+    """
+    try:
+        stream = log.open(headline)
+    except OSError as error:
+        _log.warning("an edge cannot write its log", file=str(log.path), error=error.strerror)
+        stream = _open_if_there_is_one(log)
+    with stream:
+        yield stream
+
+
+def _open_if_there_is_one(log: LogFile) -> IO[bytes]:
+    """Open a log that may have no space, or else what loses all lines. Raises OSError."""
+    with contextlib.suppress(OSError):
+        return log.open()
+    return Path(os.devnull).open("ab", buffering=0)
+
+
 def _kill(directory: Path) -> None:
-    """Kill an edge that does not answer, such as a suspended one, and remove what it leaves."""
+    """Kill an edge that does not answer, such as a suspended one."""
     with (
         contextlib.suppress(OSError, psutil.Error),
         unix_sockets.connect(directory, CONTROL, timeout=_ANSWER_WITHIN) as connection,
@@ -248,11 +286,6 @@ def _kill(directory: Path) -> None:
         if _MODULE in process.cmdline():
             process.kill()
             process.wait(_END_WITHIN)
-    _remove(directory)
-
-
-def _remove(directory: Path) -> None:
-    shutil.rmtree(directory, ignore_errors=True)
 
 
 def _edge_user() -> tuple[int, int] | None:

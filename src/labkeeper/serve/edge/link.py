@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
 import time
 from collections import deque
 from collections.abc import Collection, Mapping
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +21,8 @@ CONTROL: Final = "control.sock"
 """An edge's control socket in its directory."""
 _TAKE_WITHIN: Final = 0.2
 """Seconds in which an edge must take a command; its socket holds a thousand."""
+_TAKE_LARGE_WITHIN: Final = 5.0
+"""Seconds in which it must take one that its socket may not hold: all routes and sessions."""
 _PIECE: Final = 64 * 1024
 
 
@@ -102,7 +105,6 @@ class Link:
             received.close()
             connection.close()
             raise
-        connection.settimeout(_TAKE_WITHIN)
         heard = Heard(frames=received.decoder)
         return cls(
             directory, process, build, (host, port), secure, received.socket, connection, heard
@@ -110,7 +112,22 @@ class Link:
 
     def send(self, message: Mapping[str, Any]) -> None:
         """Send a command. Raises OSError: nothing is known of the edge then."""
-        self.connection.sendall(wire.encode(message))
+        frame = wire.encode(message)
+        self.connection.settimeout(_TAKE_WITHIN if len(frame) < _PIECE else _TAKE_LARGE_WITHIN)
+        self.connection.sendall(frame)
+
+    def command(self, message: Mapping[str, Any]) -> None:
+        """Send a command, or kill the edge: it must not serve without having received it.
+
+        It takes none if it is suspended, or stuck, or has ended.
+        """
+        try:
+            self.send(message)
+        except OSError:
+            self.process.send(signal.SIGKILL)
+            with contextlib.suppress(OSError):
+                # This wakes the thread that supervises it.
+                self.connection.shutdown(socket.SHUT_RDWR)
 
     def receive(self) -> None:
         """Receive what has arrived. Raises OSError, EOFError, WireError, ReportError."""
@@ -130,9 +147,9 @@ class Link:
 
         Raises OSError, EOFError, WireError.
         """
-        with closing(Link.open(self.directory, key, within=within)) as other:
-            other.connection.settimeout(within)
+        with contextlib.closing(Link.open(self.directory, key, within=within)) as other:
             other.send({"do": question, "server": server})
+            other.connection.settimeout(within)
             received = _Received(other.connection)
             while question not in (frame := received.next()):
                 continue  # A frame that all keepers get.

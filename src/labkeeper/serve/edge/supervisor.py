@@ -126,6 +126,9 @@ class Edge:
                 self._routes.pop(name, None)
                 self._tell({"do": "unroute", "server": name})
             else:
+                # As the edge does: another server that had the address has ended.
+                others = self._routes.items()
+                self._routes = {n: other for n, other in others if other.address != route.address}
                 self._routes[name] = route
                 self._tell({"do": "route", "route": asdict(route)})
 
@@ -147,11 +150,7 @@ class Edge:
                 "begun": [session_message(session) for session in begun],
                 "ended": [session.digest for session in ended],
             }
-            # An edge that finishes what it has begun has to shut out browsers, too.
             self._tell({"do": "sessions", **news})
-            for link in self._ending:
-                with contextlib.suppress(OSError):
-                    link.send({"do": "sessions", **news})
 
     def visits(self, snapshot: Snapshot) -> Visits:
         """Return the visits to a running server's Lab. Raises BackendUnavailable if unknown."""
@@ -176,13 +175,12 @@ class Edge:
         return Visits(sum(one.open for one in found), ago)
 
     def _tell(self, message: dict[str, object]) -> None:
-        """Send a command, or have the edge replaced: it takes none, so it is suspended or dead."""
-        try:
-            self._link.send(message)
-        except OSError:
-            with contextlib.suppress(OSError):
-                # This wakes the thread that supervises it.
-                self._link.connection.shutdown(socket.SHUT_RDWR)
+        """Send a command to the edge, and to those that finish what they have begun.
+
+        These have open connections, too, and may have received the beginning of a request.
+        """
+        for link in (self._link, *self._ending):
+            link.command(message)
 
     def upstream(self) -> AbstractContextManager[socket.socket]:
         """Return the keeper's listening socket for requests that come through the edge."""
@@ -198,13 +196,14 @@ class Edge:
         threads.start("edge", self._watch, threads, observe)
 
     def _push_all(self) -> None:
+        link = self._link
         if self._certificate is not None:
-            self._tell(self._certificate.message())
-        self._tell({"do": "trust", "proxies": list(self._answering.trusted)})
+            link.command(self._certificate.message())
+        link.command({"do": "trust", "proxies": list(self._answering.trusted)})
         routes = [asdict(route) for route in self._routes.values()]
         sessions = [session_message(session) for session in self._sessions.values()]
         answering = self._answering
-        self._tell(
+        link.command(
             {
                 "do": "all",
                 "domain": answering.labs.domain if answering.labs.mode == "host" else "",
@@ -267,11 +266,14 @@ class Edge:
             _log.warning(
                 "the edge has died, and is started again", pid=link.process.pid, reason=reason
             )
-            self._replace(threads)
+            # It may be suspended, and would serve with what it knew if it went on.
             self._instances.bury(link, kill=True)
+            self._replace(threads)
         else:
-            self._ending.remove(link)
+            with self._lock:
+                self._ending.remove(link)
             self._instances.bury(link)
+            self._instances.tidy()
 
     def use(self) -> EdgeUse:
         """Return what edges have reported; for metrics."""
@@ -290,7 +292,7 @@ class Edge:
     def _renew_certificate(self) -> None:
         if self._certificate is not None and self._certificate.renew():
             with self._lock:
-                self._tell(self._certificate.message())
+                self._link.command(self._certificate.message())
 
     def _replace(self, threads: ThreadGroup) -> None:
         """Start another edge at the same address; try until it succeeds or the threads end."""
@@ -315,6 +317,7 @@ class Edge:
                 link.send({"do": "stop"})
         for link in links:
             self._instances.bury(link)
+        self._instances.tidy()
 
     def leave(self) -> None:
         """Leave them to the next keeper."""
@@ -379,6 +382,7 @@ def _choose(
     except EdgeError:
         public.close()
         raise
+    instances.tidy()
     others = [other for other in found if other is not link]
     for other in others:
         with contextlib.suppress(OSError):
