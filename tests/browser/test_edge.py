@@ -122,10 +122,17 @@ def open_at(edge, keeper):
     return sum(c.laddr.port == keeper.port and c.status == "ESTABLISHED" for c in found)
 
 
+def saves(answer):
+    """Whether it is the answer to a request that saves a notebook."""
+    return answer.request.method == "PUT" and "/api/contents/lab.ipynb" in answer.url
+
+
 def test_a_notebook_notices_nothing_when_the_edge_is_upgraded(keeper, page, tmp_path):
     """The older edge keeps its websockets; all else goes to the newer one."""
     keeper.post(name="lab")
     open_notebook(keeper, page, TWICE)
+    # A cell that is run earlier asks for a kernel, and the notebook gets another one.
+    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").wait_for()
     (keeper.notebook_dir / "first").touch()
     until(lambda: run_cell_in_page(page, "first time"), what="the output before the upgrade")
     noticed = []
@@ -136,7 +143,7 @@ def test_a_notebook_notices_nothing_when_the_edge_is_upgraded(keeper, page, tmp_
     upgrade(keeper, tmp_path / "newer")
     (new,) = set(edges_of(keeper)) - {old}
     # The older one has closed the connections that it could be saved with.
-    with page.expect_response(lambda answer: answer.request.method == "PUT") as saved:
+    with page.expect_response(saves) as saved:
         page.keyboard.press("Control+S")
     assert saved.value.status == 200
     (keeper.notebook_dir / "second").touch()
