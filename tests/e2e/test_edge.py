@@ -269,7 +269,8 @@ def test_another_build_takes_over_without_cutting_a_connection(make_edge_keeper,
         assert run_cell(lab, start_kernel(lab), "1 + 1") == "2"
     # The last connection of the old one is closed.
     until(lambda: not alive(old.pid), what="the old edge to end")
-    until(lambda: len(list((keeper.state_dir / "edge").glob("*-*"))) == 1, what="its directory")
+    left = (keeper.state_dir / "edge").iterdir
+    until(lambda: sum(path.is_dir() for path in left()) == 1, what="its directory to be removed")
 
 
 def test_a_changed_port_is_taken_and_the_old_one_given_up(make_edge_keeper):
