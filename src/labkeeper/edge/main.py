@@ -90,7 +90,7 @@ def main() -> None:
         os.setgroups([])
         os.setgid(gid)
         os.setuid(uid)
-    # What passes through are secrets: a server may have the same user.
+    # Secrets pass through its memory, and a server may have the same user.
     privileges.hide()
     asyncio.run(_Edge(start, keeper_uid, most).run())
 

@@ -1,23 +1,21 @@
 """Run code in the one kernel of a server, which is started if there is none, and print its output.
 
-Usage: cell.py LINK RUNTIME_DIR CODE.
+Usage: cell.py URL TOKEN RUNTIME_DIR CODE.
 Runs inside the machine under test, with the interpreter that has JupyterLab.
 """
 
 import json
 import sys
 import urllib.request
-from urllib.parse import parse_qs, urlsplit
 
 from jupyter_client import BlockingKernelClient
 
-link, runtime_dir, code = sys.argv[1:]
-url = urlsplit(link)
-headers = {"Authorization": f"token {parse_qs(url.query)['token'][0]}"}
+url, token, runtime_dir, code = sys.argv[1:]
+headers = {"Authorization": f"token {token}"}
 
 
 def ask(body=None):
-    request = urllib.request.Request(f"http://{url.netloc}/api/kernels", data=body, headers=headers)
+    request = urllib.request.Request(f"{url}api/kernels", data=body, headers=headers)
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 

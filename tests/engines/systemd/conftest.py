@@ -163,10 +163,11 @@ class Machine:
     def cell(self, code, name="demo"):
         """Run code in the server's kernel, and return its output."""
         runtime_dir = f"/run/labkeeper/{name}/jupyter"
-        link = self.server(name)["lab_url"]
-        return self.run(
-            f"/opt/labkeeper/bin/python /usr/local/libexec/cell.py '{link}' {runtime_dir} '{code}'"
-        )
+        server = self.server(name)
+        program = "/opt/labkeeper/bin/python /usr/local/libexec/cell.py"
+        # Through the edge, which outlives keepers, too.
+        url = f"http://127.0.0.1:8000{server['base_url']}"
+        return self.run(f"{program} {url} {server['token']} {runtime_dir} '{code}'")
 
 
 @pytest.fixture(scope="session")

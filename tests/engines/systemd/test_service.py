@@ -35,7 +35,7 @@ def test_service_works_as_documented(machine):
     ]
     output = machine.follow("use").splitlines()
     assert len(output[0]) >= 16
-    assert "/lab?token=" in output[1]
+    assert "/open/" in output[1]
     assert output[3].split()[:2] == ["demo", "running"]
     environment = machine.run(
         f"tr '\\0' '\\n' < /proc/{machine.server()['pid']}/environ"
