@@ -58,6 +58,12 @@ class ServerApp(serverapp.ServerApp):
             recognize(self.identity_provider, self.launch.identity_key)
         self.kernels.attend()
 
+    def init_webapp(self) -> None:
+        """Create the application with its routes."""
+        if self.base_url != "/":
+            patches.compile_routes_without(self.base_url)
+        super().init_webapp()
+
     def load_server_extensions(self) -> None:
         """Load all extensions, labkeeper's last.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import re
 import socket
 import sys
 from collections.abc import Callable, Collection
@@ -190,6 +191,48 @@ def ask_npm_once() -> None:
         return npm.global_prefix(functools.partial(ask, *given))
 
     LanguageServerManagerAPI._npm_prefix = prefix  # noqa: SLF001
+
+
+def compile_routes_without(base_url: str) -> None:
+    """Compile the patterns of routes without a base_url, as a rehearsal has: `re` knows them then.
+
+    With one, a server would compile the pattern of each of its routes. Tornado compiles what it is
+    given, and Jupyter joins base_url and route in several places.
+    """
+    from tornado.routing import PathMatches
+
+    begin = PathMatches.__init__
+
+    def init(self: Any, pattern: Any) -> None:
+        if isinstance(pattern, str) and _is_below(pattern, base_url):
+            rest = pattern[len(base_url) - 1 :]
+            pattern = _Below(base_url, re.compile(rest if rest.endswith("$") else f"{rest}$"))
+        begin(self, pattern)
+
+    PathMatches.__init__ = init  # type: ignore[method-assign, assignment]
+
+
+def _is_below(pattern: str, base_url: str) -> bool:
+    """Whether a pattern matches paths below a base_url only."""
+    outside_groups = pattern.partition("(")[0] + pattern.rpartition(")")[2]
+    return pattern.startswith(base_url) and "|" not in outside_groups
+
+
+class _Below:
+    """A pattern for paths below a prefix, as far as tornado needs it to be one."""
+
+    def __init__(self, prefix: str, rest: re.Pattern[str]) -> None:
+        """Prefix and rest share a slash."""
+        self._prefix = prefix
+        self._rest = rest
+        self.pattern = prefix + rest.pattern[1:]
+        self.groups, self.groupindex = rest.groups, rest.groupindex
+
+    def match(self, path: str) -> re.Match[str] | None:
+        """Match a path from its begin on."""
+        if not path.startswith(self._prefix):
+            return None
+        return self._rest.match(path[len(self._prefix) - 1 :])
 
 
 def debug_libraries(kernel: Any, files: Collection[str]) -> None:

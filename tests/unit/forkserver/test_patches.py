@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
+from tornado.httputil import HTTPServerRequest, RequestStartLine
+from tornado.routing import PathMatches
 
 from labkeeper.forkserver import patches
 
@@ -218,3 +221,50 @@ def test_without_its_patch_the_debugger_hides_libraries_that_were_loaded_before_
         check=True,
     )
     assert json.loads(told.read_text()) == [True, False]
+
+
+BASE = "/servers/lab/"
+ROUTES = [
+    BASE + "lab",
+    BASE + r"api/contents(/.*|/?)",
+    BASE + r"api/kernels/(?P<kernel_id>\w+-\w+)/channels$",
+    BASE + "(a|b)/c?",
+    # These are not below it, or not only.
+    BASE + "x|/y",
+    BASE + "(x)|/y",
+    "/y|" + BASE + "x",
+    "/servers/labour",
+    ".*",
+]
+PATHS = [
+    *(BASE + path for path in ("", "lab", "lab/", "x", "a/", "b/c", "a/cc", "y", "api/contents")),
+    *(BASE + path for path in ("api/contents/x/y", "api/kernels/1-2/channels", "servers/lab/lab")),
+    *("/", "/x", "/y", "/lab", "/servers/lab", "/servers/labour", "/servers/other/lab"),
+]
+
+
+def compiled(monkeypatch):
+    """Return the routes, and the patterns that were compiled for them."""
+    given, compile_ = [], re.compile
+    with monkeypatch.context() as counting:
+        counting.setattr(
+            re, "compile", lambda *pattern: (given.append(pattern), compile_(*pattern))[1]
+        )
+        return [PathMatches(route) for route in ROUTES], [pattern for pattern, *_ in given]
+
+
+def test_without_its_patch_each_route_below_a_base_url_is_compiled(monkeypatch):
+    monkeypatch.setattr(PathMatches, "__init__", PathMatches.__init__)
+    plain, patterns = compiled(monkeypatch)
+    assert sum(pattern.startswith(BASE) for pattern in patterns) == 6
+    patches.compile_routes_without(BASE)
+    patched, patterns = compiled(monkeypatch)
+    # Only those that cannot be without it.
+    assert sum(pattern.startswith(BASE) for pattern in patterns) == 2
+    requests = [
+        HTTPServerRequest(start_line=RequestStartLine("GET", path, "HTTP/1.0")) for path in PATHS
+    ]
+    for before, after in zip(plain, patched, strict=True):
+        found = [before.match(request) for request in requests]
+        assert [after.match(request) for request in requests] == found != [None] * len(PATHS)
+        assert (before._path, before._group_count) == (after._path, after._group_count)
