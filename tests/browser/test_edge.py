@@ -23,7 +23,7 @@ LARGE = 200
 
 @pytest.fixture
 def keeper(make_keeper):
-    return make_keeper(edge="on").start()
+    return make_keeper().start()
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ TOSS = "domain => { document.cookie = `labkeeper-session=x; domain=${domain}; pa
 
 def test_two_labs_in_one_browser_cannot_reach_each_other_or_the_keeper(make_keeper, page):
     """What notebook JavaScript tries: requests, frames, storage, cookies of its own for others."""
-    keeper = make_keeper(edge="on", lab_domain=DOMAIN).start()
+    keeper = make_keeper(lab_domain=DOMAIN).start()
     sites = {name: f"http://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
     for name, site in sites.items():
         keeper.post(name=name)
@@ -268,7 +268,7 @@ def test_two_labs_in_one_browser_cannot_reach_each_other_or_the_keeper(make_keep
 def test_a_visit_wakes_a_lab_that_sleeps(make_keeper, page):
     """At the same address, with the same session; and nothing sleeps while the page is open."""
     quick = {"sleep_after": "1s", "cull_period": 0.2, "cull_grace": 0, "cull_warning": 0.2}
-    keeper = make_keeper(edge="on", **quick | {"cull_period": "366d"}).start()
+    keeper = make_keeper(**quick | {"cull_period": "366d"}).start()
     keeper.post(name="lab")
     (keeper.notebook_dir / "notes.txt").write_text("remember the milk")
     page.goto(link_to(keeper, "lab", "notes.txt"))
@@ -308,7 +308,7 @@ def test_a_stopped_lab_has_a_button_that_starts_it(keeper, page):
 def test_over_tls_no_other_lab_can_sign_a_browser_out(make_keeper, authority, page):
     """Without TLS, a second cookie is enough for that. A browser refuses one with this prefix."""
     files = authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1")
-    keeper = make_keeper(edge="on", lab_domain=DOMAIN, **files)
+    keeper = make_keeper(lab_domain=DOMAIN, **files)
     keeper.verify = authority.context()
     keeper.start()
     context = page.context.browser.new_context(ignore_https_errors=True)
@@ -332,7 +332,7 @@ def sign_in(keeper, page):
 
 
 def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_keeper, page):
-    keeper = make_keeper(edge="on", lab_domain=DOMAIN).start()
+    keeper = make_keeper(lab_domain=DOMAIN).start()
     home = f"http://{DOMAIN}:{keeper.port}"
     sites = {name: f"http://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
     sign_in(keeper, page)
@@ -358,9 +358,7 @@ def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_kee
 
 
 def test_over_tls_no_lab_can_sign_a_browser_in_or_out(make_keeper, authority, page):
-    keeper = make_keeper(
-        edge="on", lab_domain=DOMAIN, **authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1")
-    )
+    keeper = make_keeper(lab_domain=DOMAIN, **authority.issue(f"*.{DOMAIN}", DOMAIN, "127.0.0.1"))
     keeper.verify = authority.context()
     keeper.start()
     page = page.context.browser.new_context(ignore_https_errors=True).new_page()

@@ -38,12 +38,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture
-def make_edge_keeper(make_keeper):
-    """Create keepers with an edge, each at its own address."""
-    return lambda **settings: make_keeper(edge="on", **settings)
-
-
 def at_edge(keeper, server):
     """Return a server as its clients reach it at the public address."""
     return server | {"url": f"{keeper.url}/servers/{server['name']}/"}
@@ -70,8 +64,8 @@ def send_in_background(keeper, path):
 
 
 @pytest.mark.promise
-def test_api_and_labs_are_at_one_address(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_api_and_labs_are_at_one_address(make_keeper):
+    keeper = make_keeper().start()
     server = keeper.post(name="lab").json()
     assert server["base_url"] == "/servers/lab/"
     assert server["lab_url"] == f"{keeper.url}/servers/lab/lab"
@@ -87,8 +81,8 @@ def test_api_and_labs_are_at_one_address(make_edge_keeper):
     assert (gone.status_code, gone.json()["code"]) == (404, "not_found")
 
 
-def test_a_requested_base_url_is_below_the_servers_path(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_requested_base_url_is_below_the_servers_path(make_keeper):
+    keeper = make_keeper().start()
     server = keeper.post(name="lab", base_url="/deep/er").json()
     assert server["base_url"] == "/servers/lab/deep/er/"
     headers = {"Authorization": f"token {server['token']}"}
@@ -98,9 +92,9 @@ def test_a_requested_base_url_is_below_the_servers_path(make_edge_keeper):
     assert (again.status_code, again.json()["generation"]) == (200, 1)
 
 
-def test_settings_and_bundles_of_a_lab_arrive_compressed(make_edge_keeper):
+def test_settings_and_bundles_of_a_lab_arrive_compressed(make_keeper):
     """And are the same as those that the Lab sends directly."""
-    keeper = make_edge_keeper().start()
+    keeper = make_keeper().start()
     server = keeper.post(name="lab").json()
     token = {"Authorization": f"token {server['token']}"}
     page = httpx.get(f"{server['url']}lab", headers=token, trust_env=False).text
@@ -130,9 +124,9 @@ def test_settings_and_bundles_of_a_lab_arrive_compressed(make_edge_keeper):
 
 
 @pytest.mark.promise
-def test_no_route_answers_without_a_token(make_edge_keeper):
+def test_no_route_answers_without_a_token(make_keeper):
     """The edge has the keeper's user, so a check of the peer would let everyone in."""
-    keeper = make_edge_keeper().start()
+    keeper = make_keeper().start()
     closed = [route for route in ROUTES if route.rule.scope is not None]
     assert {route.rule.scope for route in closed} == set(Scope)
     for route in closed:
@@ -146,8 +140,8 @@ def test_no_route_answers_without_a_token(make_edge_keeper):
 
 
 @pytest.mark.promise
-def test_a_notebook_does_not_notice_the_end_of_the_keeper(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_notebook_does_not_notice_the_end_of_the_keeper(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     (keeper.notebook_dir / "go").touch()
     with kernel_websocket(lab, start_kernel(lab)) as opened:
@@ -178,8 +172,8 @@ def text_of(opened, message_id):
 
 
 @pytest.mark.promise
-def test_a_killed_edge_comes_back_and_no_connection_is_refused(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_killed_edge_comes_back_and_no_connection_is_refused(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     kernel = start_kernel(lab)
     edge = edge_of(keeper)
@@ -194,8 +188,8 @@ def test_a_killed_edge_comes_back_and_no_connection_is_refused(make_edge_keeper)
     assert "the edge has died" in keeper.log.read_text()
 
 
-def test_the_next_keeper_starts_the_edge_if_both_have_died(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_the_next_keeper_starts_the_edge_if_both_have_died(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     keeper.kill()
     edge = edge_of(keeper)
@@ -208,8 +202,8 @@ def test_the_next_keeper_starts_the_edge_if_both_have_died(make_edge_keeper):
 
 
 @pytest.mark.promise
-def test_labs_are_reachable_while_the_next_keeper_looks_for_them(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_labs_are_reachable_while_the_next_keeper_looks_for_them(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     headers = {"Authorization": f"token {lab['token']}"}
     keeper.kill()
@@ -230,8 +224,8 @@ def test_labs_are_reachable_while_the_next_keeper_looks_for_them(make_edge_keepe
     assert statuses == {200}
 
 
-def test_lab_that_ended_without_a_keeper_has_no_route(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_lab_that_ended_without_a_keeper_has_no_route(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     keeper.kill()
     os.kill(lab["pid"], signal.SIGKILL)
@@ -246,8 +240,8 @@ def test_lab_that_ended_without_a_keeper_has_no_route(make_edge_keeper):
     assert gone.status_code == 404
 
 
-def test_a_suspended_edge_is_replaced_by_the_next_keeper(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_suspended_edge_is_replaced_by_the_next_keeper(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     keeper.kill()
     edge = edge_of(keeper)
@@ -257,9 +251,9 @@ def test_a_suspended_edge_is_replaced_by_the_next_keeper(make_edge_keeper):
     assert run_cell(lab, start_kernel(lab), "1 + 1") == "2"
 
 
-def test_another_build_takes_over_without_cutting_a_connection(make_edge_keeper, tmp_path):
+def test_another_build_takes_over_without_cutting_a_connection(make_keeper, tmp_path):
     """As after an upgrade of labkeeper: the new keeper brings another edge."""
-    keeper = make_edge_keeper().start()
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     old = edge_of(keeper)
     with kernel_websocket(lab, start_kernel(lab)) as opened:
@@ -273,8 +267,8 @@ def test_another_build_takes_over_without_cutting_a_connection(make_edge_keeper,
     until(lambda: sum(path.is_dir() for path in left()) == 1, what="its directory to be removed")
 
 
-def test_a_changed_port_is_taken_and_the_old_one_given_up(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_changed_port_is_taken_and_the_old_one_given_up(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     kernel, old = start_kernel(lab), keeper.port
     with kernel_websocket(lab, kernel) as opened:
@@ -288,8 +282,8 @@ def test_a_changed_port_is_taken_and_the_old_one_given_up(make_edge_keeper):
 
 
 @pytest.mark.promise
-def test_it_is_left_with_the_servers_and_found_again(make_edge_keeper):
-    keeper = make_edge_keeper(on_exit="leave").start()
+def test_it_is_left_with_the_servers_and_found_again(make_keeper):
+    keeper = make_keeper(on_exit="leave").start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     kernel, edge = start_kernel(lab), edge_of(keeper)
     assert keeper.stop() == 0
@@ -302,8 +296,8 @@ def test_it_is_left_with_the_servers_and_found_again(make_edge_keeper):
     assert not edges_of(keeper)
 
 
-def test_without_a_keeper_requests_get_a_clear_answer(make_edge_keeper):
-    keeper = make_edge_keeper(on_exit="leave").start()
+def test_without_a_keeper_requests_get_a_clear_answer(make_keeper):
+    keeper = make_keeper(on_exit="leave").start()
     keeper.post()
     assert keeper.stop() == 0
     answer = httpx.get(f"{keeper.url}/api/servers", timeout=PATIENCE, trust_env=False)
@@ -314,16 +308,16 @@ def test_without_a_keeper_requests_get_a_clear_answer(make_edge_keeper):
     keeper.start()
 
 
-def test_it_ends_with_a_keeper_that_leaves_no_server(make_edge_keeper):
-    keeper = make_edge_keeper(on_exit="leave").start()
+def test_it_ends_with_a_keeper_that_leaves_no_server(make_keeper):
+    keeper = make_keeper(on_exit="leave").start()
     keeper.post()
     keeper.http.post("/api/servers/default/stop").raise_for_status()
     assert keeper.stop() == 0
     assert not edges_of(keeper)
 
 
-def test_a_failed_start_leaves_no_edge(make_edge_keeper):
-    keeper = make_edge_keeper()
+def test_a_failed_start_leaves_no_edge(make_keeper):
+    keeper = make_keeper()
     keeper.state_dir.mkdir()
     (keeper.state_dir / "labkeeper.sqlite").write_text("This is no database." * 100)
     failed = keeper.cli("serve")
@@ -332,8 +326,8 @@ def test_a_failed_start_leaves_no_edge(make_edge_keeper):
     assert not edges_of(keeper)
 
 
-def test_it_does_not_take_a_port_that_another_program_has(make_edge_keeper):
-    keeper = make_edge_keeper()
+def test_it_does_not_take_a_port_that_another_program_has(make_keeper):
+    keeper = make_keeper()
     with socket.create_server(("127.0.0.1", keeper.port)):
         failed = keeper.cli("serve")
     assert failed.returncode == 2
@@ -341,8 +335,8 @@ def test_it_does_not_take_a_port_that_another_program_has(make_edge_keeper):
     assert not edges_of(keeper)
 
 
-def test_it_has_no_secrets_of_its_keeper(make_edge_keeper):
-    keeper = make_edge_keeper(token="a-token-that-is-a-secret")
+def test_it_has_no_secrets_of_its_keeper(make_keeper):
+    keeper = make_keeper(token="a-token-that-is-a-secret")
     keeper.variables["CLOUD_PASSWORD"] = "another-secret"
     keeper.start()
     keeper.post(name="lab")
@@ -357,8 +351,8 @@ def test_it_has_no_secrets_of_its_keeper(make_edge_keeper):
 
 
 @pytest.mark.root
-def test_a_root_keepers_edge_has_no_rights(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_a_root_keepers_edge_has_no_rights(make_keeper):
+    keeper = make_keeper().start()
     edge = edge_of(keeper)
     assert 0 not in {*edge.uids(), *edge.gids()}
     capabilities = Path(f"/proc/{edge.pid}/status").read_text()
@@ -381,9 +375,9 @@ else:
 """
 
 
-def test_what_a_server_starts_cannot_command_the_edge(make_edge_keeper):
+def test_what_a_server_starts_cannot_command_the_edge(make_keeper):
     """Even with the key, which a server of the keeper's own user can read."""
-    keeper = make_edge_keeper().start()
+    keeper = make_keeper().start()
     server = keeper.post(name="lab").json()
     code = COMMAND.format(
         pattern=f"{keeper.state_dir}/edge/*/", key=str(keeper.state_dir / "edge.key")
@@ -398,8 +392,8 @@ def test_what_a_server_starts_cannot_command_the_edge(make_edge_keeper):
     assert run_cell(server, kernel, hidden) == "refused\n"
 
 
-def test_large_files_pass_in_constant_memory(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_large_files_pass_in_constant_memory(make_keeper):
+    keeper = make_keeper().start()
     lab = at_edge(keeper, keeper.post(name="lab").json())
     size, piece = 200 * 2**20, os.urandom(2**20)
     (keeper.notebook_dir / "large").write_bytes(piece * (size // len(piece)))
@@ -416,8 +410,8 @@ def test_large_files_pass_in_constant_memory(make_edge_keeper):
     assert edge.memory_info().rss - before < 20 * 2**20
 
 
-def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):
-    keeper = make_edge_keeper().start()
+def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_keeper):
+    keeper = make_keeper().start()
     edge = edge_of(keeper)
     keeper.process.send_signal(signal.SIGINT)
     assert keeper.process.wait(PATIENCE) == 0
@@ -425,8 +419,8 @@ def test_an_interrupt_at_the_terminal_ends_keeper_and_edge(make_edge_keeper):
 
 
 @pytest.mark.promise
-def test_labs_can_stay_at_their_own_ports(make_edge_keeper):
-    keeper = make_edge_keeper(lab_address="port").start()
+def test_labs_can_stay_at_their_own_ports(make_keeper):
+    keeper = make_keeper(lab_address="port").start()
     server = keeper.post(name="lab").json()
     assert server["base_url"] == "/"
     assert server["lab_url"] == f"{server['url']}lab?token={server['token']}"

@@ -42,7 +42,7 @@ def make_tls_keeper(make_keeper, authority):
     """Create keepers whose edge speaks TLS."""
 
     def make(**settings):
-        keeper = make_keeper(edge="on", **authority.issue() | settings)
+        keeper = make_keeper(**authority.issue() | settings)
         keeper.verify = authority.context()
         keeper.variables["LABKEEPER_CA_FILE"] = authority.file
         return keeper

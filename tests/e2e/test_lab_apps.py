@@ -78,7 +78,6 @@ def site(request, tmp_path_factory):
     settings = {"lab_domain": DOMAIN} if request.param == "host" else {}
     keeper = KeeperProcess(
         tmp_path_factory.mktemp(request.param) / "keeper",
-        edge="on",
         jupyter_python=python,
         **settings,
     )

@@ -75,7 +75,7 @@ def test_edge_learns_the_clients_address_and_scheme(proxy, tmp_path, authority, 
 
 def test_lab_works_through_a_proxy(proxy, make_keeper, authority, client):
     """A link, the session's cookie, pages, kernels, and a large upload and download."""
-    keeper = make_keeper(edge="on", lab_domain=DOMAIN, trusted_proxies="127.0.0.1").start()
+    keeper = make_keeper(lab_domain=DOMAIN, trusted_proxies="127.0.0.1").start()
     keeper.post(name="lab")
     with running(proxy, authority, keeper.port) as port:
         site = f"https://lab.{DOMAIN}:{port}"
@@ -115,7 +115,7 @@ def test_lab_works_through_a_proxy(proxy, make_keeper, authority, client):
 
 
 def test_trusted_proxies_change_with_the_keeper(make_keeper):
-    keeper = make_keeper(edge="on").start()
+    keeper = make_keeper().start()
     said = {"X-Forwarded-Proto": "https"}
     keeper.post(name="lab")
 
@@ -129,5 +129,5 @@ def test_trusted_proxies_change_with_the_keeper(make_keeper):
     keeper.settings["trusted_proxies"] = "10.0.0.0/8, 127.0.0.1"
     keeper.start()
     assert scheme() == "https"
-    bad = make_keeper(edge="on", trusted_proxies="127.0.0.1/8").cli("serve")
+    bad = make_keeper(trusted_proxies="127.0.0.1/8").cli("serve")
     assert (bad.returncode, "LABKEEPER_TRUSTED_PROXIES" in bad.stderr) == (2, True)

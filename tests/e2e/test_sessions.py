@@ -24,7 +24,7 @@ PAGE = {"Accept": "text/html,*/*", "Sec-Fetch-Mode": "navigate"}
 
 @pytest.fixture
 def keeper(make_keeper):
-    return make_keeper(edge="on").start()
+    return make_keeper().start()
 
 
 @pytest.fixture
@@ -327,7 +327,7 @@ def test_open_prints_a_link_that_opens_the_lab(keeper, browse):
 @pytest.fixture
 def by_host(make_keeper):
     """A keeper whose Labs have host names of their own."""
-    return make_keeper(edge="on", lab_domain="labs.example.org").start()
+    return make_keeper(lab_domain="labs.example.org").start()
 
 
 @pytest.fixture
@@ -509,7 +509,7 @@ def test_a_session_ends_once_it_was_not_used_for_long_but_not_with_an_open_lab(k
 
 
 def test_host_names_need_a_domain(make_keeper):
-    keeper = make_keeper(edge="on", lab_address="host")
+    keeper = make_keeper(lab_address="host")
     failed = keeper.cli("serve")
     assert failed.returncode == 2
     assert "set LABKEEPER_LAB_DOMAIN" in failed.stderr

@@ -26,7 +26,7 @@ TARGET = "/servers/lab/lab/tree/a%20b%2Fc.ipynb?x=1&y=%26"
 
 @pytest.fixture
 def keeper(make_keeper):
-    return make_keeper(edge="on", launch_by="fork", sleep_after="1s", **LATER).start_to_fork()
+    return make_keeper(launch_by="fork", sleep_after="1s", **LATER).start_to_fork()
 
 
 def start_again(keeper, settings):
@@ -164,7 +164,7 @@ def test_idle_kernels_keep_a_lab_awake(keeper):
 
 @pytest.mark.promise
 def test_a_lab_stopped_by_a_command_has_a_page_that_starts_it(make_keeper, sign_in):
-    keeper = make_keeper(edge="on", launch_by="fork").start_to_fork()
+    keeper = make_keeper(launch_by="fork").start_to_fork()
     keeper.post(name="lab")
     browser = sign_in(keeper)
     keeper.http.post("/api/servers/lab/stop")
@@ -192,7 +192,7 @@ def test_a_lab_stopped_by_a_command_has_a_page_that_starts_it(make_keeper, sign_
 
 
 def test_with_a_domain_the_page_is_at_the_labs_own_host(make_keeper):
-    keeper = make_keeper(edge="on", lab_domain="labs.example.org").start()
+    keeper = make_keeper(lab_domain="labs.example.org").start()
     keeper.post(name="lab")
     link = keeper.http.post("/api/servers/lab/link", json={}).json()["url"]
     site = f"lab.labs.example.org:{keeper.port}"
@@ -213,7 +213,7 @@ def test_with_a_domain_the_page_is_at_the_labs_own_host(make_keeper):
 
 @pytest.mark.parametrize("target", ["//evil.example/x", "/\\evil.example/x", "http:x"])
 def test_the_page_leads_to_the_lab_only(make_keeper, sign_in, target):
-    keeper = make_keeper(edge="on").start()
+    keeper = make_keeper().start()
     keeper.post(name="lab")
     browser = sign_in(keeper)
     answer = browser.post(
