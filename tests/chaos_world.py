@@ -60,6 +60,8 @@ class World:
         self.keeper = self.keeper_in(
             base,
             launch_by="fork",
+            # It would hold and repeat requests, and hide what the keeper answers.
+            edge="off",
             stop_grace=2,
             kill_wait=1,
             probe_period=0.5,

@@ -497,20 +497,22 @@ class EdgeMachine(RuleBasedStateMachine):
         if not self._serves or not sessions or open_ >= MOST:
             return
         session = sessions[which % len(sessions)]
-        with contextlib.suppress(*CUT):
+        with contextlib.suppress(*CUT), contextlib.ExitStack() as unless_kept:
             visitor = Visitor(("127.0.0.1", self._port))
-            server = self._servers[session.server]
+            unless_kept.callback(visitor.close)
+            opened = Opened(visitor, session, self._edge, self._servers[session.server])
             if not as_websocket:
                 visitor.send(session.head()[:-2])
-                self._halves.append(Opened(visitor, session, self._edge, server))
+                self._halves.append(opened)
+                unless_kept.pop_all()
                 return
             begun = time.time()
             reply = visitor.ask(session.head(*WEBSOCKET))
             if reply.status == 101:
-                self._websockets.append(Opened(visitor, session, self._edge, server))
+                self._websockets.append(opened)
+                unless_kept.pop_all()
             else:
                 self._check(session, reply.status, "", begun)
-                visitor.close()
 
     @rule()
     def send_the_other_half(self):

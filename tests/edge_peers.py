@@ -258,7 +258,11 @@ class Visitor:
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffers)
         if source:
             self.socket.bind((source, 0))
-        self.socket.connect(address)
+        try:
+            self.socket.connect(address)
+        except BaseException:
+            self.socket.close()
+            raise
         self.rest = b""
 
     def send(self, data):

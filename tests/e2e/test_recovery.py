@@ -444,12 +444,13 @@ def stores(tmp_path_factory):
     try:
         create_failing_servers(keeper)
         assert keeper.stop() == 0
-        shutil.copytree(keeper.state_dir, base / "in good order")
+        no_sockets = shutil.ignore_patterns("*.sock")
+        shutil.copytree(keeper.state_dir, base / "in good order", ignore=no_sockets)
         # The last writes are only in the write-ahead log.
         keeper.start()
         create_failing_servers(keeper, ["last"])
         keeper.kill()
-        shutil.copytree(keeper.state_dir, base / "killed", ignore=shutil.ignore_patterns("*.sock"))
+        shutil.copytree(keeper.state_dir, base / "killed", ignore=no_sockets)
     finally:
         keeper.close()
     return base
