@@ -317,7 +317,7 @@ class World:
         self.sizes.append(
             (running, files, threads, *(resource_counts(pid)[0] for pid in forkservers))
         )
-        if files > 60 + 6 * running or threads > 60 + 3 * running:
+        if files > 60 + 6 * running or threads > 180 + 3 * running:
             yield f"the keeper has {files} open files and {threads} threads for {running} servers"
         for pid in forkservers:
             if resource_counts(pid)[0] > 30 + 2 * running:
