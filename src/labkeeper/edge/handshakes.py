@@ -12,7 +12,7 @@ import asyncio
 from typing import Final, Protocol
 
 _TURN: Final = 0.001
-"""Seconds after which no further step is begun in a turn."""
+"""Seconds after which a turn begins no further step."""
 
 
 class Shaking(Protocol):
