@@ -64,14 +64,6 @@ class Tokens:
         self._note_use(token, self._clock.time())
         return token.caller, lambda: self._is_good(token.id)
 
-    def knows(self, shown: str) -> bool:
-        """Whether a token is valid. Unlike `caller`, records no use and never waits for a disk."""
-        try:
-            self._recognise(shown)
-        except NotAuthenticated:
-            return False
-        return True
-
     def _recognise(self, shown: str) -> Token | None:
         """Return the matching token; None for the owner's. Raises NotAuthenticated."""
         digest = digest_of(shown)
