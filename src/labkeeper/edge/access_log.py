@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import random
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
@@ -17,6 +18,11 @@ _WRITE_EVERY: Final = 0.2
 """Seconds for which lines are collected."""
 _LINKS: Final = b"/open/"
 """What follows in a path is a secret."""
+
+
+def new_id() -> str:
+    """Return a request id, which has to be unique, not secret."""
+    return f"{random.getrandbits(128):032x}"
 
 
 @dataclass(slots=True)

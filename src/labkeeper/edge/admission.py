@@ -12,7 +12,7 @@ import re
 import time
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Final
+from typing import Final, NamedTuple
 
 from labkeeper.edge.heads import Request, header
 from labkeeper.edge.routes import LABS, Place, RouteTable
@@ -28,8 +28,7 @@ _SAFE: Final = frozenset({b"GET", b"HEAD", b"OPTIONS"})
 _LOCALHOST: Final = re.compile(rb"localhost(:[0-9]+)?", re.IGNORECASE)
 
 
-@dataclass(frozen=True, slots=True)
-class ToLab:
+class ToLab(NamedTuple):
     """The request goes to a Lab."""
 
     server: str
@@ -166,9 +165,10 @@ def _is_navigation(request: Request) -> bool:
 
 def _is_button(request: Request, place: Place) -> bool:
     """Whether it is what a button of the keeper's pages sends."""
-    base = _base(place)
-    below = request.path.removeprefix(base) if request.path.startswith(base) else b""
-    return request.method == b"POST" and below in _BUTTONS
+    if request.method != b"POST":
+        return False
+    base, path = _base(place), request.path
+    return path.startswith(base) and path.removeprefix(base) in _BUTTONS
 
 
 def _is_for_a_page(request: Request) -> bool:

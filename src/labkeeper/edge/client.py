@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import math
 import re
-import secrets
 import socket
 import struct
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from http import HTTPStatus
 from typing import Final
 
 from labkeeper.edge import answers
-from labkeeper.edge.access_log import Record
+from labkeeper.edge.access_log import Record, new_id
 from labkeeper.edge.admission import Admission, Elsewhere, Refused, ToKeeper, ToLab, admit
 from labkeeper.edge.exchange import Exchange
 from labkeeper.edge.forwarded import Sender, sender_of
@@ -169,7 +168,7 @@ class Client(PieceProtocol):
         """Find out who sends a request. Raises BadHead."""
         before = self.sender
         self.sender = sender_of(self._peer, request.headers, self._proxy.trusted)
-        if self.sender != before:
+        if self.sender is not before and self.sender != before:
             # Clients share no connection, not even those behind one proxy.
             self._drop_upstream()
         if self._peer.secure and self._proxy.hsts:
@@ -179,7 +178,6 @@ class Client(PieceProtocol):
         """Answer a request of our own, or begin an exchange."""
         self._proxy.waiting.remove(self)
         record = self._record = self._new_record(request)
-        request.headers = [pair for pair in request.headers if pair[0] != b"x-request-id"]
         match self._admit(request):
             case ToLab(server, session) as lab:
                 record.to, record.server = "lab", server
@@ -252,9 +250,9 @@ class Client(PieceProtocol):
         """Return a new record, of what could not be read as a request if there is none."""
         now = self._proxy.loop.time()
         if request is None:
-            return Record(self.sender.address, secrets.token_hex(16), now)
+            return Record(self.sender.address, new_id(), now)
         sent = header(request.headers, b"x-request-id") or b""
-        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else secrets.token_hex(16)
+        id_ = sent.decode() if _REQUEST_ID.fullmatch(sent) else new_id()
         return Record(self.sender.address, id_, now, request.method, request.host, request.target)
 
     def _end_request(self) -> None:
@@ -267,9 +265,9 @@ class Client(PieceProtocol):
     # Connections to the other side
 
     def kept_upstream(self, target: Target) -> Upstream | None:
-        """Return the kept connection if it leads to a target, and close it if it does not."""
+        """Return the kept connection if it leads to this very target, and close it if not."""
         upstream, self._upstream = self._upstream, None
-        if upstream is not None and (upstream.target != target or not upstream.idle):
+        if upstream is not None and (upstream.target is not target or not upstream.idle):
             upstream.abort()
             return None
         return upstream

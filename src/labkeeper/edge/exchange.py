@@ -14,7 +14,15 @@ from labkeeper.edge.admission import ToLab
 from labkeeper.edge.bodies import LAST_CHUNK, BadBody, Body, Chunked, Sized, chunk
 from labkeeper.edge.collected import CollectedBody
 from labkeeper.edge.compression import Parcel
-from labkeeper.edge.heads import Answer, Headers, Request, answer_head, request_head
+from labkeeper.edge.heads import (
+    NO_CONTENT,
+    WITHOUT_BODY,
+    Answer,
+    Headers,
+    Request,
+    answer_head,
+    request_head,
+)
 from labkeeper.edge.proxy import NoRoute, Proxy, Unreachable
 from labkeeper.edge.upstream import Target, Upstream
 from labkeeper.forkserver import identity
@@ -256,10 +264,9 @@ class Exchange:
         self._answered = True
         self._record.status = answer.status
         added = [*self._client.policies, (b"x-request-id", self._record.id.encode())]
-        empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
-        if answer.length is not None and answer.status != HTTPStatus.NO_CONTENT:
+        if answer.length is not None and answer.status != NO_CONTENT:
             added.append((b"content-length", b"%d" % answer.length))
-        elif self._request.method != b"HEAD" and answer.status not in empty:
+        elif self._request.method != b"HEAD" and answer.status not in WITHOUT_BODY:
             self._in_chunks = not self._request.is_old
             if self._in_chunks:
                 added.append((b"transfer-encoding", b"chunked"))

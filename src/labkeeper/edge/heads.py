@@ -8,6 +8,7 @@ is read (RFC 9112, 2.2, 3.2, 5 and 6). Heads are never passed on as they came: `
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,6 +26,14 @@ REQUEST_LIMIT: Final = 32 * 1024
 """Maximum bytes of a request's head."""
 ANSWER_LIMIT: Final = 64 * 1024
 """Maximum bytes of an answer's head."""
+# Numbers, not members of HTTPStatus: Python 3.11 takes longer to look one up than to compare it.
+CONTINUE: Final = 100
+SWITCHING_PROTOCOLS: Final = 101
+FINAL: Final = 200
+"""The least status of an answer after which no other one follows."""
+NO_CONTENT: Final = 204
+WITHOUT_BODY: Final = frozenset({NO_CONTENT, 304})
+"""Statuses of answers that have no body, whatever their heads say (RFC 9112, 6.3)."""
 _MOST_HEADERS: Final = 128
 
 _FIELDS: Final = rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[^\x00-\x08\x0a-\x1f\x7f]*+\r\n)*+\r\n"
@@ -40,7 +49,7 @@ TRAILERS: Final = re.compile(_FIELDS)
 _BARE_LINE_END: Final = re.compile(rb"(?<!\r)\n")
 _HOST: Final = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,255})(?::[0-9]{1,5})?")
 _LENGTH: Final = re.compile(rb"[0-9]{1,15}")
-_DOT_SEGMENT: Final = re.compile(rb"/(?:\.|%2[eE]){1,2}(?:[/?;]|$)|\\")
+_DOT_SEGMENT: Final = re.compile(rb"/(?:\.|%2[eE]){1,2}(?:[/?;]|$)")
 
 _HOP_BY_HOP: Final = frozenset(
     {
@@ -59,7 +68,9 @@ _HOP_BY_HOP: Final = frozenset(
 """Fields about one connection (RFC 9110, 7.6.1)."""
 _OF_THE_EDGE: Final = frozenset({b"content-length", b"strict-transport-security", b"x-request-id"})
 """Fields of an answer that are written anew: the second one would hold for all of a host."""
-_OURS: Final = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip|x-scheme|x-labkeeper-.*|.*_.*")
+_OURS: Final = re.compile(
+    rb"forwarded|x-forwarded-.*|x-labkeeper-.*|x-real-ip|x-request-id|x-scheme|.*_.*"
+)
 """Fields that only a proxy sets, and those whose `_` would be a `-` for WSGI."""
 _ONCE: Final = (
     b"authorization",
@@ -73,8 +84,10 @@ _ONCE: Final = (
     b"upgrade",
 )
 """Fields of which a program may read another one than we do if there are two."""
-_NAMED_BY_CONNECTION: Final = frozenset({b"keep-alive", b"te", b"trailer", b"upgrade"})
-"""Fields that Connection may name; others would be dropped at the sender's wish."""
+_CONNECTION_OPTIONS: Final = frozenset(
+    {b"close", b"http2-settings", b"keep-alive", b"te", b"trailer", b"upgrade"}
+)
+"""What Connection may name; other fields would be dropped at the sender's wish."""
 
 
 class BadHead(Exception):  # noqa: N818 - named like the answer that it becomes
@@ -191,13 +204,13 @@ def read_request(head: bytes) -> Request:
     if method in {b"CONNECT", b"TRACE"}:
         raise BadHead(f"{method.decode()} is not supported", HTTPStatus.METHOD_NOT_ALLOWED)
     path = reader.target.partition(b"?")[0]
-    if path.startswith(b"//") or _DOT_SEGMENT.search(path):
+    if path.startswith(b"//") or b"\\" in path or _DOT_SEGMENT.search(path):
         raise BadHead("the path has an empty first segment, '.', '..' or a backslash")
     host = values.get(b"host", b"")
     if not _HOST.fullmatch(host):
         raise BadHead("there is no valid Host header")
-    options = _options(headers)
-    if not options <= _NAMED_BY_CONNECTION | {b"close", b"http2-settings"}:
+    options = _options(headers) if b"connection" in values else set()
+    if not options <= _CONNECTION_OPTIONS:
         raise BadHead("the Connection header names other headers")
     expects = _expectation(values)
     length = _length(values, is_old=version == "1.0")
@@ -221,30 +234,29 @@ def read_answer(head: bytes, request: Request) -> Answer:
     reader = _Reader()
     parser = httptools.HttpResponseParser(reader)
     _read(parser, reader, head)
-    headers = reader.headers
-    lengths = {value for name, value in headers if name == b"content-length"}
-    codings = [value.lower() for name, value in headers if name == b"transfer-encoding"]
+    headers, values = reader.headers, dict(reader.headers)
     old = parser.get_http_version() == "1.0"
-    if codings and (codings != [b"chunked"] or lengths or old):
+    coding, length = values.get(b"transfer-encoding"), values.get(b"content-length")
+    if coding is not None and (coding.lower() != b"chunked" or length is not None or old):
         raise BadHead("the framing of the body is ambiguous")
-    if len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):
+    if length is not None and not _LENGTH.fullmatch(length):
         raise BadHead("Content-Length is not a number")
-    options, values = _options(headers), dict(headers)
-    status = parser.get_status_code()
-    websocket = (
-        status == HTTPStatus.SWITCHING_PROTOCOLS
-        and b"upgrade" in options
-        and values.get(b"upgrade", b"").lower() == b"websocket"
-    )
-    if status == HTTPStatus.SWITCHING_PROTOCOLS and not (websocket and request.websocket):
-        raise BadHead("it switches to a protocol that was not requested")
+    if len(values) < len(headers):
+        _check_framing(headers)
+    options = _options(headers) if b"connection" in values else set()
+    status, websocket = parser.get_status_code(), False
+    if status == SWITCHING_PROTOCOLS:
+        upgrades = b"upgrade" in options and values.get(b"upgrade", b"").lower() == b"websocket"
+        if not (upgrades and request.websocket):
+            raise BadHead("it switches to a protocol that was not requested")
+        websocket = True
     return Answer(
         status=status,
         reason=reader.reason,
         headers=headers,
         keep_alive=b"close" not in options and (not old or b"keep-alive" in options),
-        length=int(lengths.pop()) if lengths else None,
-        chunked=bool(codings),
+        length=None if length is None else int(length),
+        chunked=coding is not None,
         websocket=websocket,
     )
 
@@ -252,17 +264,19 @@ def read_answer(head: bytes, request: Request) -> Answer:
 def request_head(request: Request, added: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return the head that is sent to the keeper or to a Lab."""
     lines = [b"%b %b HTTP/1.1" % (request.method, request.target)]
-    lines += [
-        b"%b: %b" % (name, value)
-        for name, value in request.headers
-        if name not in _HOP_BY_HOP and not _OURS.fullmatch(name)
-    ]
+    lines += [b"%b: %b" % (name, value) for name, value in request.headers if _is_passed_on(name)]
     lines += [b"%b: %b" % header for header in added]
     if request.length is None:
         lines.append(b"transfer-encoding: chunked")
     if request.websocket:
         lines += [b"connection: upgrade", b"upgrade: websocket"]
     return b"\r\n".join(lines) + END
+
+
+@functools.lru_cache(maxsize=128)
+def _is_passed_on(name: bytes) -> bool:
+    """Whether a field of a request is passed on as it is."""
+    return name not in _HOP_BY_HOP and not _OURS.fullmatch(name)
 
 
 def answer_head(answer: Answer, added: Sequence[tuple[bytes, bytes]], *, close: bool) -> bytes:
@@ -283,7 +297,10 @@ def answer_head(answer: Answer, added: Sequence[tuple[bytes, bytes]], *, close: 
 
 def header(headers: Headers, name: bytes) -> bytes | None:
     """Return the value of the first header with a name, or None."""
-    return next((value for known, value in headers if known == name), None)
+    for known, value in headers:
+        if known == name:
+            return value
+    return None
 
 
 def _read(
@@ -311,6 +328,14 @@ def _check_once(headers: Headers) -> None:
     for name in _ONCE:
         if counts[name] > 1:
             raise BadHead(f"there is more than one {name.decode()} header")
+
+
+def _check_framing(headers: Headers) -> None:
+    """Check that an answer whose headers have names in common is framed in one way only."""
+    if sum(name == b"transfer-encoding" for name, _ in headers) > 1:
+        raise BadHead("the framing of the body is ambiguous")
+    if len({value for name, value in headers if name == b"content-length"}) > 1:
+        raise BadHead("Content-Length is not a number")
 
 
 def _options(headers: Headers) -> set[bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 LABS: Final = "/servers/"
 """The path below which Labs are."""
@@ -96,8 +96,7 @@ class RouteTable:
         return len(self._routes)
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
+class Place(NamedTuple):
     """A Lab's address, as found in a request."""
 
     server: str

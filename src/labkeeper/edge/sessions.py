@@ -8,7 +8,7 @@ from collections.abc import Iterable, KeysView
 from dataclasses import dataclass
 from typing import Final
 
-from labkeeper.edge.heads import Headers
+from labkeeper.edge.heads import Headers, header
 
 SESSION: Final = b"labkeeper-session"
 """The cookie of a session for a Lab."""
@@ -103,6 +103,8 @@ class SessionTable:
         If there are several cookies, at most one was set by the keeper, so none is accepted: other
         pages of the host could choose which session a browser uses.
         """
+        if header(headers, b"cookie") is None:
+            return None
         cookies = [value for name, value in _pairs(headers) if name == cookie]
         if len(cookies) != 1:
             return None

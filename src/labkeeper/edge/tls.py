@@ -11,14 +11,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import secrets
 import ssl
 from collections.abc import Callable, Iterator
 from http import HTTPStatus
 from typing import Any, Final
 
 from labkeeper.edge import answers
-from labkeeper.edge.access_log import Record
+from labkeeper.edge.access_log import Record, new_id
 from labkeeper.edge.pieces import PieceProtocol, address_of
 from labkeeper.edge.proxy import Proxy
 
@@ -186,7 +185,7 @@ class TlsConnection(asyncio.Transport, PieceProtocol):
     def _refuse_plain(self) -> None:
         self._ended = True
         detail = "cannot answer plain HTTP: this port speaks HTTPS; use https://"
-        status, id_ = HTTPStatus.BAD_REQUEST, secrets.token_hex(16)
+        status, id_ = HTTPStatus.BAD_REQUEST, new_id()
         answer = answers.problem(status, detail, request_id=id_)
         now = self._proxy.loop.time()
         self._proxy.ended(Record(self.address, id_, now, status=status, sent=len(answer)))

@@ -7,13 +7,15 @@ confuse a client with itself.
 from __future__ import annotations
 
 import asyncio
-from http import HTTPStatus
 from typing import Final, Protocol
 
 from labkeeper.edge.bodies import BadBody, Body, Chunked, Sized, UntilClosed
 from labkeeper.edge.heads import (
     ANSWER_LIMIT,
+    CONTINUE,
     END,
+    FINAL,
+    WITHOUT_BODY,
     Answer,
     BadHead,
     Request,
@@ -144,8 +146,8 @@ class Upstream(PieceProtocol):
         answer = read_answer(head, self._request)
         if answer.websocket:
             return self._switch(answer, rest)
-        if answer.status < HTTPStatus.OK:
-            if answer.status == HTTPStatus.CONTINUE:
+        if answer.status < FINAL:
+            if answer.status == CONTINUE:
                 self._there.answer_continue()
             return rest
         self._body = self._body_of(answer)
@@ -163,8 +165,7 @@ class Upstream(PieceProtocol):
 
     def _body_of(self, answer: Answer) -> Body:
         """Return the body of an answer (RFC 9112, 6.3)."""
-        empty = {HTTPStatus.NO_CONTENT, HTTPStatus.NOT_MODIFIED}
-        if self._request.method == b"HEAD" or answer.status in empty:
+        if self._request.method == b"HEAD" or answer.status in WITHOUT_BODY:
             return Sized(0)
         if answer.chunked:
             return Chunked()
@@ -175,8 +176,8 @@ class Upstream(PieceProtocol):
         if body is None:
             return data
         content, rest = body.feed(data)
-        if content:
-            self._there.answer_continued(content)
+        if content and self._reader is not None:
+            self._reader.answer_continued(content)
         if body.ended and self._reader is not None:
             self._end()
         return rest
