@@ -115,7 +115,9 @@ def test_an_edge_that_takes_no_command_serves_nobody_any_more(run, monkeypatch, 
         edge.set_sessions(many, [session])
         with contextlib.suppress(ProcessLookupError):
             os.kill(before, signal.SIGCONT)
-        client.send(b"\r\n")
+        # It is reset if the edge had not read all of it when it was killed.
+        with contextlib.suppress(ConnectionError):
+            client.send(b"\r\n")
         # Nothing, or the answer of the next edge if it had not been accepted.
         assert client.drain()[0].partition(b"\r\n")[0] in {b"", b"HTTP/1.1 401 Unauthorized"}
         until(lambda: not alive(before), what="its end")
