@@ -12,7 +12,7 @@ import asyncio
 from typing import Final, Protocol
 
 _TURN: Final = 0.001
-"""Seconds after which a turn begins no further step."""
+"""Seconds after which a turn starts no new step."""
 
 
 class Shaking(Protocol):

@@ -83,7 +83,9 @@ _ONCE: Final = (
     b"transfer-encoding",
     b"upgrade",
 )
-"""Fields of which a program may read another one than we do if there are two."""
+"""Fields of a request of which a program may read another one than we do if there are two."""
+_FRAMING: Final = (b"content-length", b"transfer-encoding")
+"""Fields that say where the body of an answer ends."""
 _CONNECTION_OPTIONS: Final = frozenset(
     {b"close", b"http2-settings", b"keep-alive", b"te", b"trailer", b"upgrade"}
 )
@@ -199,7 +201,7 @@ def read_request(head: bytes) -> Request:
     _read(parser, reader, head)
     headers, values = reader.headers, dict(reader.headers)
     if len(values) < len(headers):
-        _check_once(headers)
+        _check_once(headers, _ONCE)
     method, version = parser.get_method(), parser.get_http_version()
     if method in {b"CONNECT", b"TRACE"}:
         raise BadHead(f"{method.decode()} is not supported", HTTPStatus.METHOD_NOT_ALLOWED)
@@ -242,7 +244,7 @@ def read_answer(head: bytes, request: Request) -> Answer:
     if length is not None and not _LENGTH.fullmatch(length):
         raise BadHead("Content-Length is not a number")
     if len(values) < len(headers):
-        _check_framing(headers)
+        _check_once(headers, _FRAMING)
     options = _options(headers) if b"connection" in values else set()
     status, websocket = parser.get_status_code(), False
     if status == SWITCHING_PROTOCOLS:
@@ -323,19 +325,11 @@ def _read(
         raise BadHead("the head cannot be read")
 
 
-def _check_once(headers: Headers) -> None:
+def _check_once(headers: Headers, names: Iterable[bytes]) -> None:
     counts = Counter(name for name, _ in headers)
-    for name in _ONCE:
+    for name in names:
         if counts[name] > 1:
             raise BadHead(f"there is more than one {name.decode()} header")
-
-
-def _check_framing(headers: Headers) -> None:
-    """Check that an answer whose headers have names in common is framed in one way only."""
-    if sum(name == b"transfer-encoding" for name, _ in headers) > 1:
-        raise BadHead("the framing of the body is ambiguous")
-    if len({value for name, value in headers if name == b"content-length"}) > 1:
-        raise BadHead("Content-Length is not a number")
 
 
 def _options(headers: Headers) -> set[bytes]:

@@ -176,8 +176,8 @@ class Upstream(PieceProtocol):
         if body is None:
             return data
         content, rest = body.feed(data)
-        if content and self._reader is not None:
-            self._reader.answer_continued(content)
+        if content:
+            self._there.answer_continued(content)
         if body.ended and self._reader is not None:
             self._end()
         return rest
