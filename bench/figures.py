@@ -34,3 +34,11 @@ def percentile(values: Sequence[float], share: int) -> float:
     if len(values) == 1:
         return values[0]
     return statistics.quantiles(values, n=100, method="inclusive")[share - 1]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % confidence interval of the median, by its ranks (normal approximation)."""
+    ordered = sorted(values)
+    count = len(ordered)
+    reach = 1.96 * count**0.5 / 2
+    return ordered[max(0, int(count / 2 - reach))], ordered[min(count - 1, int(count / 2 + reach))]

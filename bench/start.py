@@ -15,13 +15,12 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Final
 
 import environments
-from figures import median, percentile
+from figures import interval, median, percentile
 from guard import guarded
 from keepers import LabkeeperFork
 from progress import BenchError, say
@@ -57,14 +56,6 @@ class WithPaths(LabkeeperFork):
     label = "edge, Labs below a path"
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the 95 % confidence interval of the median, by its ranks (normal approximation)."""
-    ordered = sorted(values)
-    count = len(ordered)
-    reach = 1.96 * count**0.5 / 2
-    return ordered[max(0, int(count / 2 - reach))], ordered[min(count - 1, int(count / 2 + reach))]
-
-
 def _start(keeper: LabkeeperFork) -> float:
     """Start a server and delete it; return the milliseconds until it was ready."""
     url = f"{keeper.url}/api/servers"
@@ -85,7 +76,7 @@ def _show(found: dict[str, list[float]]) -> None:
         cells = f"{median(values):9.1f}{percentile(values, 95):9.1f}"
         if values is not base:
             longer = [one - other for one, other in zip(values, base, strict=True)]
-            low, high = _interval(longer)
+            low, high = interval(longer)
             cells += f"{median(longer):+12.2f}{f'{low:+.2f} to {high:+.2f}':>20}"
         print(f"{label:26}{cells}")
 
