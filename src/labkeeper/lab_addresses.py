@@ -48,14 +48,32 @@ class LabAddresses:
             host = "127.0.0.1"
         return addresses.url(url.scheme, host, url.port)
 
-    def host(self, name: QualifiedName | None) -> str:
-        """Return the host name of a Lab, or the bare one (None). Only with `host`."""
-        return self.domain if name is None else f"{name}.{self.domain}"
+    def host(self, name: QualifiedName) -> str:
+        """Return the host name of a Lab. Only with `host`."""
+        return f"{name}.{self.domain}"
 
-    def home(self, public: str) -> str:
-        """Return the URL, without a path, of the bare host. Only with `host`; see `origin`."""
+    def home(self, public: str) -> str | None:
+        """Return the URL, without a path, of the bare host; `public` as for `origin`.
+
+        None if there is none: a browser's session at a host that also has Labs could be used by
+        every page of a Lab. That is so beyond this machine unless Labs have host names.
+        """
         url = urlsplit(public)
-        return addresses.url(url.scheme, self.domain, url.port)
+        if self.mode == "host":
+            return addresses.url(url.scheme, self.domain, url.port)
+        if self.mode == "path" and addresses.is_loopback(url.hostname or ""):
+            return addresses.url(url.scheme, "localhost", url.port)
+        return None
+
+    def is_home(self, host: str) -> bool:
+        """Whether a host name is that of the bare host."""
+        return host == {"host": self.domain, "path": "localhost", "port": None}[self.mode]
+
+    def is_of(self, name: QualifiedName, host: str) -> bool:
+        """Whether a host name is the one at which the edge serves a Lab."""
+        if self.mode == "host":
+            return host == self.host(name)
+        return self.mode == "path" and addresses.is_loopback(host) and not self.is_home(host)
 
     def cookie(self, name: bytes = SESSION, *, secure: bool) -> str:
         """Return the name of a cookie as browsers get it; `secure`: they use TLS."""

@@ -61,6 +61,8 @@ class SnapshotBoard:
         self._snapshots: dict[QualifiedName, Snapshot] = {}
         self._changed = threading.Condition()
         self._watches: set[Watch] = set()
+        self.changes = 0
+        """The number of changes so far."""
 
     def changed(self, change: Change) -> None:
         """Store one change. Called by one thread only."""
@@ -76,6 +78,7 @@ class SnapshotBoard:
         with self._changed:
             for watch in self._watches:
                 watch.take(change.after)
+            self.changes += 1
             self._changed.notify_all()
 
     def all(self) -> list[Snapshot]:
@@ -90,6 +93,11 @@ class SnapshotBoard:
         """Wait until `holds` is true of all servers; return whether it became so."""
         with self._changed:
             return self._changed.wait_for(lambda: holds(self.all()), timeout)
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Wait until there are more changes than `seen`, for `timeout` seconds at most."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.changes != seen, timeout)
 
     @contextmanager
     def watch(self, name: QualifiedName) -> Iterator[Watch]:
@@ -282,6 +290,15 @@ class Keeper:
     def get(self, name: QualifiedName) -> Snapshot | None:
         """Return one server, or None."""
         return self._board.get(name)
+
+    @property
+    def changes(self) -> int:
+        """The number of changes of servers so far."""
+        return self._board.changes
+
+    def wait(self, seen: int, timeout: float) -> None:
+        """Wait until there are more changes than `seen`, for `timeout` seconds at most."""
+        self._board.wait(seen, timeout)
 
     def watch(self, name: QualifiedName) -> AbstractContextManager[Watch]:
         """Watch one server."""

@@ -13,6 +13,8 @@ import time
 import uuid
 import zlib
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +28,7 @@ from werkzeug.wsgi import wrap_file
 from labkeeper.api import home, labs, problems
 from labkeeper.api.auth import PUBLIC, Authorizer, Rule
 from labkeeper.api.browser import Guard
+from labkeeper.api.handlers import sign_in
 from labkeeper.api.rates import Rates
 from labkeeper.api.routes import RULES, install
 from labkeeper.api.services import Services
@@ -39,7 +42,7 @@ _REQUEST_ID: Final = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _log = structlog.get_logger("labkeeper.api")
 
 
-def create_app(services: Services) -> Flask:
+def create_app(services: Services, dashboard: Pages | None = None) -> Flask:
     """Return the application; its only state is in `services`."""
     app = Flask("labkeeper", static_folder=None)
     app.config["MAX_CONTENT_LENGTH"] = services.max_body
@@ -51,11 +54,15 @@ def create_app(services: Services) -> Flask:
     problems.register(app)
     guard = Guard(hosts=services.hosts, origins=services.origins)
     authorizer = Authorizer(
-        services.authenticators, services.keeper, Rates(services.max_request_rate)
+        services.authenticators,
+        services.keeper,
+        Rates(services.max_request_rate),
+        functools.partial(sign_in.identity, services),
     )
+    rules = _RULES if dashboard is None else {**_RULES, **dashboard.rules}
     app.before_request(_begin)
     app.before_request(guard.check)
-    app.before_request(functools.partial(_enter, authorizer))
+    app.before_request(functools.partial(_enter, authorizer, rules))
     app.before_request(_check_body)
     app.after_request(guard.finish)
     app.after_request(functools.partial(_finish, services.metrics))
@@ -63,7 +70,18 @@ def create_app(services: Services) -> Flask:
     app.register_blueprint(_pages(services.version))
     app.register_blueprint(labs.pages(services))
     app.register_blueprint(home.pages(services))
+    if dashboard is not None:
+        app.register_blueprint(dashboard.blueprint)
     return app
+
+
+@dataclass(frozen=True, slots=True)
+class Pages:
+    """Pages from outside of the API."""
+
+    blueprint: Blueprint
+    rules: Mapping[str, Rule]
+    """The rule of each of their endpoints."""
 
 
 class _Json(DefaultJSONProvider):
@@ -84,10 +102,11 @@ def _once_each(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-def _enter(authorizer: Authorizer) -> None:
+def _enter(authorizer: Authorizer, rules: Mapping[str, Rule]) -> None:
     """Authorize a request by its route's rule; without a route, everyone gets the error."""
     if request.endpoint is not None:
-        authorizer.authorize(_RULES[request.endpoint])
+        g.rule = rules[request.endpoint]
+        authorizer.authorize(g.rule)
 
 
 def _begin() -> None:
@@ -98,8 +117,11 @@ def _begin() -> None:
 
 
 def _check_body() -> None:
-    """Accept a body only as a JSON object; a missing body counts as an empty one."""
-    if request.method in BODILESS:
+    """Accept a body only as a JSON object; a missing body counts as an empty one.
+
+    Pages of the dashboard post forms.
+    """
+    if request.method in BODILESS or (request.endpoint is not None and g.rule.of_page):
         return
     if not request.get_data(cache=True):
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -16,7 +16,12 @@ from labkeeper.api.rates import Rates
 from labkeeper.core.access import Caller, Scope
 from labkeeper.core.errors import NotAuthenticated, ServerNotFound
 from labkeeper.core.server import Snapshot
-from labkeeper.identity.authenticators import Authenticator, Credentials, authenticate
+from labkeeper.identity.authenticators import (
+    Authenticator,
+    Credentials,
+    Identity,
+    authenticate,
+)
 from labkeeper.identity.peers import PEER
 from labkeeper.runtime import Keeper
 
@@ -46,6 +51,9 @@ class Rule:
     scope: Scope | None
     """The required scope; None: public, even without a token."""
     extent: Extent
+    of_page: bool = False
+    """Whether it is for a page of the dashboard, which accepts the session of a browser at the bare
+    host, and nothing else; the API does not accept it."""
 
 
 PUBLIC: Final = Rule(None, Extent.KEEPER)
@@ -55,7 +63,6 @@ SEE_KEEPER: Final = Rule(Scope.READ, Extent.KEEPER)
 SEE_CALLER: Final = Rule(Scope.READ, Extent.CALLER)
 MANAGE_SERVER: Final = Rule(Scope.MANAGE, Extent.SERVER)
 MANAGE_SERVERS: Final = Rule(Scope.MANAGE, Extent.SERVERS)
-MANAGE_CALLER: Final = Rule(Scope.MANAGE, Extent.CALLER)
 ADMINISTER: Final = Rule(Scope.ADMIN, Extent.KEEPER)
 
 
@@ -63,9 +70,15 @@ class Authorizer:
     """Authenticates requests and applies the rules of their routes. Thread-safe."""
 
     def __init__(
-        self, authenticators: Sequence[Authenticator], keeper: Keeper, rates: Rates
+        self,
+        authenticators: Sequence[Authenticator],
+        keeper: Keeper,
+        rates: Rates,
+        session: Callable[[], Identity | None] = lambda: None,
     ) -> None:
+        """`session` returns whose session the browser of the current request has."""
         self._authenticators = authenticators
+        self._session = session
         self._keeper = keeper
         self._rates = rates
         self._refused = _Refused()
@@ -78,16 +91,21 @@ class Authorizer:
         if rule.scope is None:
             return
         try:
-            identity = authenticate(
-                self._authenticators,
-                Credentials(request.headers.get("Authorization"), request.environ.get(PEER)),
-            )
+            identity = self._identity(rule)
         except NotAuthenticated:
             self._refused.count()
             raise
         g.caller, g.still_valid = identity.caller, identity.still_valid
         self._rates.take(g.caller.actor)
         self._check(g.caller, rule, rule.scope)
+
+    def _identity(self, rule: Rule) -> Identity:
+        """Return whose request it is. Raises NotAuthenticated."""
+        if not rule.of_page:
+            shown = Credentials(request.headers.get("Authorization"), request.environ.get(PEER))
+            return authenticate(self._authenticators, shown)
+        # Without a session, only a keeper without access control knows the caller.
+        return self._session() or authenticate(self._authenticators, Credentials(None, None))
 
     def _check(self, caller: Caller, rule: Rule, scope: Scope) -> None:
         what = f"{request.method} {request.url_rule}"

@@ -1,7 +1,7 @@
-"""Pages at the bare host, for browsers that are signed in there, or are to be.
+"""Signing in to Labs from a session at the bare host, and signing out of all of them.
 
-These are the only ones that accept the cookie of that session: the API does not, so no other site's
-page can use it.
+Only these pages and the dashboard accept the cookie of that session: the API does not, so no other
+site's page can use it.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from werkzeug.exceptions import NotFound
 from labkeeper.api.auth import PUBLIC, Rule
 from labkeeper.api.browser import needs_own_page
 from labkeeper.api.handlers import sign_in
-from labkeeper.api.pages import button, page
+from labkeeper.api.pages import page
 from labkeeper.api.services import Services
-from labkeeper.core.durations import format_time
 from labkeeper.core.spec import QualifiedName, parse_qualified_name
 
-RULES: Final[dict[str, Rule]] = dict.fromkeys(("home.show", "home.issue", "home.sign_out"), PUBLIC)
+SIGN_OUT: Final = "/session/end"
+RULES: Final[dict[str, Rule]] = dict.fromkeys(("home.issue", "home.sign_out"), PUBLIC)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -33,22 +33,6 @@ def pages(services: Services) -> Blueprint:
     def check_host() -> None:
         if not sign_in.is_at(services, None):
             raise NotFound
-
-    def show() -> Response:
-        session = sign_in.session_of(services, None)
-        if session is None:
-            return page(
-                HTTPStatus.UNAUTHORIZED,
-                "You are not signed in",
-                "Where the keeper runs, `labkeeper session link` prints a link that signs you in.",
-            )
-        return button(
-            "You are signed in",
-            f"This browser has the permissions of {session.actor} until "
-            f"{format_time(session.expires_at)}: the addresses of their Labs open in it.",
-            label="Sign out",
-            posts_to=f"{sign_in.HOME}/end",
-        )
 
     def issue() -> Response:
         name, below, nonce = (request.args.get(part, "") for part in ("lab", "page", "nonce"))
@@ -67,7 +51,6 @@ def pages(services: Services) -> Blueprint:
         sign_in.delete_session(services, shown, None)
         return shown
 
-    made.add_url_rule(sign_in.HOME, "show", show)
     made.add_url_rule(sign_in.ISSUE, "issue", issue)
-    made.add_url_rule(f"{sign_in.HOME}/end", "sign_out", sign_out, methods=["POST"])
+    made.add_url_rule(SIGN_OUT, "sign_out", sign_out, methods=["POST"])
     return made

@@ -59,7 +59,7 @@ def problem(status: int, code: str, detail: str, **members: Any) -> Response:
 
 def body_of(error: LabkeeperError) -> dict[str, Any]:
     """Return the body of an error's problem, to embed in another answer."""
-    return _body(_status_of(error), error.code, error.message, error.details)
+    return _body(status_of(error), error.code, error.message, error.details)
 
 
 def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +74,8 @@ def _body(status: int, code: str, detail: str, members: Mapping[str, Any]) -> di
     }
 
 
-def _status_of(error: LabkeeperError) -> int:
+def status_of(error: LabkeeperError) -> int:
+    """Return the status of an error."""
     return next((STATUS[cls] for cls in type(error).__mro__ if cls in STATUS), 500)
 
 
@@ -132,7 +133,7 @@ def start_failed(snapshot: Snapshot) -> LabkeeperError:
 
 
 def _known(error: LabkeeperError) -> Response:
-    answer = problem(_status_of(error), error.code, error.message, **error.details)
+    answer = problem(status_of(error), error.code, error.message, **error.details)
     if "retry_after" in error.details:
         answer.headers["Retry-After"] = str(error.details["retry_after"])
     if isinstance(error, errors.NotAuthenticated):

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from labkeeper.api import problems
 from labkeeper.api.auth import (
     ADMINISTER,
-    MANAGE_CALLER,
     MANAGE_SERVER,
     MANAGE_SERVERS,
     PUBLIC,
@@ -112,7 +111,7 @@ ROUTES: Final = (
     Route("GET", "/api/sessions", ADMINISTER, access.list_sessions, "access", {200: SessionList}),
     Route("DELETE", "/api/sessions/<id>", ADMINISTER, access.revoke_session, "access",
           {200: Session}, (404, 503)),
-    Route("POST", "/api/me/link", MANAGE_CALLER, links.make_session_link, "access",
+    Route("POST", "/api/me/link", SEE_CALLER, links.make_session_link, "access",
           {201: Link}, (409,)),
     Route("GET", "/api/me", SEE_CALLER, access.get_me, "access", {200: Caller}),
     Route("GET", "/healthz", PUBLIC, keeper.health, "keeper", {200: Health}, (503,)),

@@ -74,9 +74,11 @@ def admit(
     server = place.server
     if place.is_host and request.path.startswith(_LINKS):
         return ToKeeper()
+    # At `localhost` is the dashboard, so no page of a Lab may be there.
+    at_home = not place.is_host and _LOCALHOST.fullmatch(request.host)
     cookie = cookie_name(secure=secure, is_host=place.is_host)
     session = sessions.find(request.headers, cookie, server, time.time())
-    if session is not None:
+    if session is not None and not at_home:
         return _admit_user(request, place, session, routes)
     pressed = _is_button(request, place) and _is_for_a_page(request)
     if not _is_navigation(request) and not pressed:
@@ -88,8 +90,7 @@ def admit(
             f"cannot open server '{server}': you are not signed in; use `labkeeper open`, a link, "
             "or send the server's token",
         )
-    if not place.is_host and _LOCALHOST.fullmatch(request.host):
-        # For browsers, Labs are another site than the keeper.
+    if at_home:
         _, colon, port = request.host.partition(b":")
         scheme = b"https" if secure else b"http"
         return Elsewhere(b"%b://127.0.0.1%b%b%b" % (scheme, colon, port, request.target))

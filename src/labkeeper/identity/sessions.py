@@ -31,6 +31,8 @@ from labkeeper.identity.tokens import digest_of
 LIFETIME: Final = 7 * 86400.0
 """Seconds after which a session expires."""
 _MOST: Final = 10_000
+_MOST_SIGN_INS: Final = 100
+"""Sessions of one actor at the bare host."""
 
 Publish = Callable[[Collection[Session], Collection[Session]], None]
 """Receives sessions of Labs that begin, and those that end."""
@@ -148,8 +150,10 @@ class Sessions:
         self._idleness.use([session.id], 0.0)
         self._publish(_of_labs([session]), ())
         now = session.created_at
-        valid = [digest for digest, s in self._known.items() if not s.expired(now)]
-        stay = set(valid[-_MOST:])
+        valid = [s for s in self._known.values() if not s.expired(now)]
+        own = [s for s in valid if s.server is None and s.actor == session.actor]
+        # Nobody ends the sessions of others by signing in too often.
+        stay = {s.digest for s in valid[-_MOST:]} - {s.digest for s in own[:-_MOST_SIGN_INS]}
         with suppress(StoreError):  # Logged by the store; they are tried again.
             self._end([s for digest, s in self._known.items() if digest not in stay])
 
@@ -191,6 +195,10 @@ class Sessions:
         """Return the session of a cookie; None if it is unknown or has ended."""
         session = self._known.get(digest_of(text))
         return None if session is None or session.expired(self._clock.time()) else session
+
+    def stands(self, session: Session) -> bool:
+        """Whether a session has not ended."""
+        return session.digest in self._known and not session.expired(self._clock.time())
 
     def all(self, owner: Owner = LOCAL) -> list[Session]:
         """Return the sessions for an owner's servers, the oldest first."""

@@ -56,6 +56,7 @@ from labkeeper.serve.process import earlier_dirs
 from labkeeper.settings.model import Settings
 from labkeeper.store.queries import SqliteStore
 from labkeeper.threads import ThreadGroup
+from labkeeper.web.dashboard import dashboard
 
 VERSION: Final = version("labkeeper")
 
@@ -391,7 +392,7 @@ def _serve(
     edge: Edge | None,
 ) -> None:
     server = WsgiServer(
-        create_app(services),
+        create_app(services, dashboard(services)),
         sockets,
         threads=chosen.threads,
         max_body=chosen.max_body,

@@ -179,8 +179,8 @@ def lab_origin(services: Services, server: QualifiedName) -> str:
     return services.labs.origin(server, url)
 
 
-def home_url(services: Services) -> str:
-    """Return the URL, without a path, of the bare host."""
+def home_url(services: Services) -> str | None:
+    """Return the URL, without a path, of the bare host; None if there is none."""
     return services.labs.home(public_url(services))
 
 

@@ -60,16 +60,17 @@ def make_link(services: Services, path: ServerPath, body: LinkRequest) -> Answer
 def make_session_link(services: Services, body: SessionLinkRequest) -> Answer:
     """Create a link that signs a browser in, once, with the permissions of its maker.
 
-    It then opens the addresses of all Labs that these may manage. Labs need host names of their
-    own.
+    It opens the dashboard, and then the addresses of all Labs that these may manage. The dashboard
+    needs another host name than the Labs.
     """
-    if services.labs.mode != "host":
+    home = home_url(services)
+    if home is None:
         raise Conflict(
-            "cannot create a link that signs a browser in: Labs have no host names of their own "
-            "here; LABKEEPER_LAB_DOMAIN gives them some"
+            "cannot create a link that signs a browser in: Labs have the keeper's own host name "
+            "here; LABKEEPER_LAB_DOMAIN gives them others"
         )
     ticket = services.links.make(SignInLink(_maker()), lifetime=body.expires_in)
-    return _made(home_url(services), ticket, body)
+    return _made(home, ticket, body)
 
 
 def _maker() -> Maker:
@@ -102,6 +103,12 @@ def open_link(services: Services, path: TicketPath) -> Response:
                 f"{target.maker.caller.actor}. Use it only if you have asked for it.",
                 label="Sign in",
             )
+        case LabLink() if sign_in.is_at(services, None):
+            # The cookie would be for the host of the dashboard, where no page of a Lab may be.
+            return Response(
+                status=HTTPStatus.SEE_OTHER,
+                headers={"Location": f"{lab_origin(services, target.server)}{request.path}"},
+            )
         case LabLink() if (endpoint := _endpoint(services, target)) is not None:
             if not target.confirm:
                 return follow_link(services, path)
@@ -122,7 +129,8 @@ def follow_link(services: Services, path: TicketPath) -> Response:
         needs_own_page("sign in")
         used = services.links.use(path.ticket) if sign_in.is_at(services, None) else None
         return sign_in.begin(services, target.maker) if used is target else _spent()
-    if not isinstance(target, LabLink) or services.links.use(path.ticket) is not target:
+    at_home = sign_in.is_at(services, None)
+    if at_home or not isinstance(target, LabLink) or services.links.use(path.ticket) is not target:
         return _spent()
     endpoint = _endpoint(services, target)
     if endpoint is None:

@@ -1,4 +1,4 @@
-"""How browsers sign in to Labs at host names of their own, from a session at the bare host.
+"""How browsers sign in to Labs at other host names, from a session at the bare host.
 
 1. A Lab's host sets a random cookie, the nonce, and redirects to the bare host with its hash.
 2. The bare host issues a ticket if the browser has a session there that may manage this Lab.
@@ -29,11 +29,12 @@ from labkeeper.core.messages import Origin
 from labkeeper.core.spec import QualifiedName
 from labkeeper.edge.hosts import host_of
 from labkeeper.edge.sessions import NONCE, SESSION, SIGN_IN
+from labkeeper.identity.authenticators import Identity
 from labkeeper.identity.tokens import digest_of
 
-HOME: Final = "/session"
-"""The page at the bare host about the browser's session."""
-ISSUE: Final = f"{HOME}/lab"
+HOME: Final = "/dashboard/"
+"""The page at the bare host to which a sign-in leads."""
+ISSUE: Final = "/session/lab"
 """Where the bare host issues tickets."""
 _LASTS: Final = 30.0
 """Seconds for which a ticket is valid."""
@@ -63,8 +64,8 @@ def is_person() -> bool:
 def is_at(services: Services, server: QualifiedName | None) -> bool:
     """Whether the request is for a Lab's own host, or for the bare host (None)."""
     labs = services.labs
-    host = (host_of(request.host) or "").lower().rstrip(".")
-    return labs.mode == "host" and host == labs.host(server)
+    host = (host_of(request.host) or "").lower().rstrip(".").strip("[]")
+    return labs.is_home(host) if server is None else labs.is_of(server, host)
 
 
 def session_of(services: Services, server: QualifiedName | None) -> Session | None:
@@ -75,6 +76,15 @@ def session_of(services: Services, server: QualifiedName | None) -> Session | No
         return None
     services.sessions.use(session)
     return session
+
+
+def identity(services: Services) -> Identity | None:
+    """Return whose session the browser has at the bare host; None if it has none there."""
+    session = session_of(services, None) if is_at(services, None) else None
+    if session is None:
+        return None
+    g.session = session
+    return Identity(session.caller, lambda: services.sessions.stands(session))
 
 
 def not_signed_in(name: str) -> Response:
@@ -89,7 +99,8 @@ def not_signed_in(name: str) -> Response:
 
 def ask_home(services: Services, name: str, below: str) -> Response:
     """Send a person without a session for a Lab to the bare host, or return the page for them."""
-    at_once = is_at(services, QualifiedName(name)) and is_person()
+    home = home_url(services)
+    at_once = home is not None and is_at(services, QualifiedName(name)) and is_person()
     # With a second cookie, which only another page can have set, no session would be accepted.
     if not at_once or len(_cookies(services, SESSION)) > 1 or len(_cookies(services, NONCE)) > 1:
         return not_signed_in(name)
@@ -97,7 +108,7 @@ def ask_home(services: Services, name: str, below: str) -> Response:
     if not _NONCE.fullmatch(nonce):
         nonce = secrets.token_urlsafe(32)
     query = urlencode({"lab": name, "page": below, "nonce": digest_of(nonce)})
-    answer = _to(f"{home_url(services)}{ISSUE}?{query}")
+    answer = _to(f"{home}{ISSUE}?{query}")
     # One that is there is kept: other tabs may be signing in with it.
     _set_cookie(services, answer, NONCE, nonce, lasts=_NONCE_LASTS)
     return answer
@@ -121,7 +132,7 @@ def issue(services: Services, name: QualifiedName, below: str, nonce: str) -> Re
 
 def redeem(services: Services, ticket: LabTicket) -> Response:
     """Begin a session for a Lab with a ticket that is used up now; lead to the page asked for."""
-    there = _to(path_below("/", ticket.page))
+    there = _to(path_below(services.labs.cookie_path(ticket.server), ticket.page))
     if session_of(services, ticket.server) is not None:
         return there
     nonce = _only_cookie(services, NONCE)

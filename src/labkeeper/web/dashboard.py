@@ -1,0 +1,113 @@
+"""The dashboard as one table: method, path, access rule, view."""
+
+from __future__ import annotations
+
+import functools
+import hmac
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from typing import Final
+
+from flask import Blueprint, Response, request
+from werkzeug.exceptions import HTTPException
+
+from labkeeper.api import problems
+from labkeeper.api.app import Pages
+from labkeeper.api.auth import (
+    MANAGE_SERVER,
+    MANAGE_SERVERS,
+    PUBLIC,
+    SEE_SERVERS,
+    Rule,
+)
+from labkeeper.api.browser import needs_own_page
+from labkeeper.api.handlers import sign_in
+from labkeeper.api.handlers.common import home_url
+from labkeeper.api.services import Services
+from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
+from labkeeper.schema.queries import BODILESS
+from labkeeper.web import assets, commands, opening, servers
+from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
+from labkeeper.web.rendering import render
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One row of the table."""
+
+    method: str
+    path: str
+    rule: Rule
+    view: Callable[..., Response]
+
+
+_NAMED: Final = "/dashboard/servers/<name>"
+ROUTES: Final = (
+    Route("GET", "/dashboard/", SEE_SERVERS, servers.list_servers),
+    Route("GET", f"{_NAMED}/open", MANAGE_SERVER, opening.open_lab),
+    Route("GET", f"{_NAMED}/<command>", MANAGE_SERVER, commands.confirm),
+    Route("POST", f"{_NAMED}/<command>", MANAGE_SERVER, commands.give),
+    Route("POST", "/dashboard/many/<command>", MANAGE_SERVERS, commands.give_many),
+)
+
+
+def dashboard(services: Services) -> Pages:
+    """Return the pages with their rules."""
+    made = Blueprint("dashboard", "labkeeper.web")
+    rules: dict[str, Rule] = {}
+
+    def add(method: str, path: str, rule: Rule, view: Callable[..., Response]) -> None:
+        endpoint = f"{method} {path}"
+        made.add_url_rule(path, endpoint, view, methods=[method])
+        rules[f"{made.name}.{endpoint}"] = rule
+
+    for route in ROUTES:
+        view = functools.partial(route.view, services)
+        add(route.method, route.path, replace(route.rule, of_page=True), view)
+    add("GET", "/", PUBLIC, _front)
+    add("GET", "/dashboard", PUBLIC, _front)
+    add("GET", "/dashboard/static/<tag>/<path:name>", PUBLIC, assets.serve)
+    made.before_request(_check_form)
+    made.register_error_handler(LabkeeperError, lambda error: _failed(services, error))
+    made.register_error_handler(HTTPException, lambda error: _missing(services, error))
+    return Pages(made, rules)
+
+
+def _front() -> Response:
+    return redirect(sign_in.HOME)
+
+
+def _check_form() -> None:
+    """Raise NotAllowed unless a form was sent from a page of this session (OWASP on CSRF)."""
+    if request.method in BODILESS:
+        return
+    needs_own_page("do that")
+    if not hmac.compare_digest(csrf_token(), request.form.get("csrf", "")):
+        raise NotAllowed("cannot do that: the page is from an earlier session; load it again")
+
+
+def _failed(services: Services, error: LabkeeperError) -> Response:
+    """Return the page, or piece, about an error."""
+    if isinstance(error, NotAuthenticated):
+        return _signed_out(services)
+    answer = notices(services, "", [error.message])
+    # Scripts show pieces of successful answers only.
+    answer.status_code = HTTPStatus.OK if wants_piece() else problems.status_of(error)
+    return answer
+
+
+def _missing(services: Services, error: HTTPException) -> Response:
+    answer = notices(services, "", [f"cannot find {request.path[:200]}"])
+    answer.status_code = error.code or HTTPStatus.INTERNAL_SERVER_ERROR
+    return answer
+
+
+def _signed_out(services: Services) -> Response:
+    """Return the page for a browser without a session, or send it to where it may have one."""
+    home = home_url(services)
+    if home is not None and not sign_in.is_at(services, None):
+        return redirect(f"{home}{request.full_path.rstrip('?')}")
+    shown = html(render("signed-out.html", {"possible": home is not None}))
+    shown.status_code = HTTPStatus.UNAUTHORIZED
+    return shown

@@ -1,0 +1,47 @@
+"""The list of servers."""
+
+from __future__ import annotations
+
+from flask import Response, request
+
+from labkeeper.api.handlers.common import caller, visible_servers
+from labkeeper.api.services import Services
+from labkeeper.core.access import Scope
+from labkeeper.core.lifecycle import State
+from labkeeper.core.server import Snapshot
+from labkeeper.web import listing
+from labkeeper.web.live import page
+from labkeeper.web.pages import Content
+from labkeeper.web.rendering import render
+from labkeeper.web.rows import rendered, row_of
+
+
+def list_servers(services: Services) -> Response:
+    """Show the servers that the caller may see."""
+    query = listing.Query.of(request.args)
+    return page(services, lambda: _content(services, query))
+
+
+def _memories(services: Services, snapshot: Snapshot) -> tuple[float | None, ...]:
+    return ()
+
+
+def _content(services: Services, query: listing.Query) -> Content:
+    servers = visible_servers(services)
+    found = listing.find(services, servers, query)
+    may_manage = caller().scope.covers(Scope.MANAGE)
+    rows = {
+        f"server-{snapshot.name}": rendered(
+            row_of(services, snapshot, _memories(services, snapshot)), may_manage=may_manage
+        )
+        for snapshot in found.page
+    }
+    counts = render(
+        "counts.html",
+        {"states": found.states, "count": len(servers), "order": list(State), "query": query},
+    )
+    pages = -(-found.count // listing.PAGE)
+    given = {"query": query, "count": found.count, "pages": pages, "any": bool(servers)}
+    return Content(
+        "Servers", "servers.html", {"counts": counts, **rows}, given, top="servers-top.html"
+    )
