@@ -312,9 +312,9 @@ def test_over_tls_no_other_lab_can_sign_a_browser_out(make_keeper, authority, pa
 
 def sign_in(keeper, page):
     """Sign the browser in at the bare host by a link."""
-    page.goto(keeper.cli("session", "link").stdout.strip())
+    page.goto(keeper.cli("dashboard", "--print").stdout.strip())
     page.get_by_role("button", name="Sign in").click()
-    page.get_by_role("heading", name="You are signed in").wait_for()
+    page.get_by_role("heading", name="Servers", exact=True).wait_for()
 
 
 def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_keeper, page):
@@ -322,7 +322,7 @@ def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_kee
     home = f"http://{DOMAIN}:{keeper.port}"
     sites = {name: f"http://{name}.{DOMAIN}:{keeper.port}" for name in ("ada", "bob")}
     sign_in(keeper, page)
-    assert page.url == f"{home}/session"
+    assert page.url == f"{home}/dashboard/"
     for name, site in sites.items():
         keeper.post(name=name)
         (keeper.notebook_dir / f"{name}.ipynb").write_text(notebook("print(6 * 7)"))

@@ -393,13 +393,13 @@ def home_of(keeper):
 
 def sign_in(keeper, browser):
     """Sign a browser in at the bare host, as a person does by a link."""
-    printed = keeper.cli("session", "link")
+    printed = keeper.cli("dashboard", "--print")
     assert printed.returncode == 0, printed.stderr
     link, home = printed.stdout.strip(), home_of(keeper)
     assert link.startswith(f"{home}/open/")
     assert "<button" in browser.get(link, headers=PAGE).text
     page = browser.post(link, headers=PAGE | {"Origin": home})
-    assert (page.status_code, str(page.url)) == (200, f"{home}/session"), page.text
+    assert (page.status_code, str(page.url)) == (200, f"{home}/dashboard/"), page.text
 
 
 @pytest.mark.promise

@@ -10,7 +10,8 @@ from labkeeper.api.concurrency import ConcurrencyLimit
 from labkeeper.api.links import Links
 from labkeeper.core.messages import WebhookStatus
 from labkeeper.core.ports import Backend, CullStatus, Probe
-from labkeeper.core.server import OrphanedKernel, Sample, Snapshot
+from labkeeper.core.server import GatewayHealth, OrphanedKernel, Sample, Snapshot
+from labkeeper.core.spec import Gateway
 from labkeeper.events.log import EventLog
 from labkeeper.identity.authenticators import Authenticator
 from labkeeper.identity.sessions import Sessions
@@ -53,6 +54,8 @@ class Services:
     """Returns why the last round of each failing watcher failed, by name."""
     webhooks: Callable[[], Sequence[WebhookStatus]] = tuple
     """Returns the state of the webhooks."""
+    check_gateway: Callable[[Gateway], GatewayHealth] = lambda _: GatewayHealth(0.0)
+    """Returns whether a gateway can be used; takes as long as that needs."""
     usage: Callable[[Snapshot], Sample | None] = lambda _: None
     """Returns a server's last usage sample without blocking."""
     advertised_host: str | None = None

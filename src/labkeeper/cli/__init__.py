@@ -37,6 +37,7 @@ from labkeeper.cli.options import Where, examples, where_options
         culling.snooze,
         links.link,
         links.open_,
+        links.dashboard,
     ),
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=examples(

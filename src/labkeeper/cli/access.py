@@ -1,4 +1,4 @@
-"""Access commands: `token` with `create`, `ls` and `revoke`; `session` with `link`; `whoami`."""
+"""Access commands: `token` with `create`, `ls` and `revoke`; `session` with `ls` and `revoke`; `whoami`."""
 
 from __future__ import annotations
 
@@ -153,40 +153,12 @@ def revoke(where: Where, /, name: str) -> None:
     hint(f"token '{name}' is revoked")
 
 
-@click.group(
-    epilog=examples(
-        "labkeeper session link", "labkeeper session ls", "labkeeper session revoke 3f9a0c21d4e7"
-    )
-)
+@click.group(epilog=examples("labkeeper session ls", "labkeeper session revoke 3f9a0c21d4e7"))
 def session() -> None:
-    """Sign a browser in; list and revoke the sessions of browsers.
+    """List and revoke the sessions of browsers.
 
     A Lab at a port of its own asks for none.
     """
-
-
-@session.command("link", epilog=examples("labkeeper session link --expires 10m"))
-@click.option(
-    "--expires",
-    "expires_in",
-    metavar="TIME",
-    help="Lifetime of the link, at most 1h.  [default: 60s]",
-)
-@as_json_option
-@where_options
-@click.pass_obj
-def session_link(where: Where, /, *, expires_in: str | None, as_json: bool) -> None:
-    """Print a one-time link that signs a browser in to all Labs.
-
-    It shows a button. The browser then has your token's permissions: the address of each Lab that
-    you may manage opens in it. Labs need host names of their own (LABKEEPER_LAB_DOMAIN).
-    """
-    with connected(where) as (client, _), waiting("asking"):
-        made = client.session_link(expires_in=expires_in)
-    if as_json:
-        print_json(made)
-    else:
-        put(made.url)
 
 
 @session.command("ls", epilog=examples("labkeeper session ls --json | jq -r '.sessions[].id'"))
@@ -196,7 +168,7 @@ def session_link(where: Where, /, *, expires_in: str | None, as_json: bool) -> N
 def list_sessions(where: Where, /, *, as_json: bool) -> None:
     """List sessions: which Lab, who made the link, last use, and until when.
 
-    One for all Labs began with `labkeeper session link`.
+    One for all Labs began with `labkeeper dashboard`.
     """
     with connected(where) as (client, _), waiting("asking"):
         found = client.sessions()

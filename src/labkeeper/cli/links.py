@@ -1,4 +1,4 @@
-"""Commands that open a Lab: `link`, `open`."""
+"""Commands that open a Lab or the dashboard: `link`, `open`, `dashboard`."""
 
 from __future__ import annotations
 
@@ -70,6 +70,38 @@ def open_(where: Where, /, name: str, print_only: bool) -> None:
             from labkeeper.client.opening import opening_url  # noqa: PLC0415 - late
 
             put(opening_url(client, server))
+
+
+@click.command(
+    "dashboard", epilog=examples("labkeeper dashboard", "labkeeper dashboard --print --expires 10m")
+)
+@click.option(
+    "--print",
+    "print_only",
+    is_flag=True,
+    help="Print a link that opens it, and do not open it.",
+)
+@click.option(
+    "--expires",
+    "expires_in",
+    metavar="TIME",
+    help="Lifetime of the link, at most 1h.  [default: 60s]",
+)
+@as_json_option
+@where_options
+@click.pass_obj
+def dashboard(where: Where, /, *, print_only: bool, expires_in: str | None, as_json: bool) -> None:
+    """Open the dashboard in the browser, signed in.
+
+    The link works once and shows a button. The browser then has your token's permissions: it also
+    opens the address of each Lab that you may manage. It does not contain your token.
+    """
+    with connected(where) as (client, _), waiting("asking"):
+        made = client.session_link(expires_in=expires_in)
+    if as_json:
+        print_json(made)
+    elif print_only or not _browse(made.url):
+        put(made.url)
 
 
 _CLOSED: Final = {

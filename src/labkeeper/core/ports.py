@@ -197,6 +197,12 @@ class Probe(Protocol):
     def end_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
         """End a kernel if it exists. Raises BackendUnavailable, BackendTimeout."""
 
+    def interrupt_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """Interrupt a kernel if it exists. Raises BackendUnavailable, BackendTimeout."""
+
+    def restart_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """Restart a kernel if it exists. Raises BackendUnavailable, BackendTimeout."""
+
     def take_over(self, endpoint: Endpoint, kernel: OwnKernel) -> None:
         """Hand over a kernel that already runs on its gateway, with its sessions.
 

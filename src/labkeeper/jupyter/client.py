@@ -170,10 +170,25 @@ class JupyterClient:
 
     def end_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
         """End a kernel, without counting as activity. Raises BackendUnavailable, BackendTimeout."""
-        with _failing(f"cannot end kernel {kernel_id} of the server on port {endpoint.port}"):
-            path = f"api/kernels/{kernel_id}{_UNTRACKED}"
-            answer = self._ask("DELETE", endpoint, path, timeout=_END_KERNEL_TIMEOUT)
-            if answer.status not in {http.client.NO_CONTENT, http.client.NOT_FOUND}:
+        self._command(endpoint, kernel_id, "end", "DELETE", _UNTRACKED)
+
+    def interrupt_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """Interrupt what a kernel executes. Raises BackendUnavailable, BackendTimeout."""
+        self._command(endpoint, kernel_id, "interrupt", "POST", "/interrupt")
+
+    def restart_kernel(self, endpoint: Endpoint, kernel_id: str) -> None:
+        """End a kernel and begin it again. Raises BackendUnavailable, BackendTimeout."""
+        self._command(endpoint, kernel_id, "restart", "POST", "/restart")
+
+    def _command(
+        self, endpoint: Endpoint, kernel_id: str, what: str, method: str, suffix: str
+    ) -> None:
+        """Command a kernel if it exists. Raises BackendUnavailable, BackendTimeout."""
+        with _failing(f"cannot {what} kernel {kernel_id} of the server on port {endpoint.port}"):
+            path = f"api/kernels/{kernel_id}{suffix}"
+            answer = self._ask(method, endpoint, path, timeout=_END_KERNEL_TIMEOUT)
+            done = {http.client.OK, http.client.NO_CONTENT, http.client.NOT_FOUND}
+            if answer.status not in done:
                 raise BackendUnavailable(f"it answered {answer.status}")
 
     def shutdown(self, endpoint: Endpoint, *, timeout: float) -> bool:

@@ -76,7 +76,8 @@ def assemble(
     """
     base = _base(chosen, stack)
     history = _history(chosen, base, edge, stack)
-    preflight, watch = _gateways(chosen, base)
+    gateways = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
+    preflight, watch = _gateways(chosen, base, gateways)
     labs = lab_addresses(chosen)
     backend = _backend(
         chosen,
@@ -137,6 +138,7 @@ def assemble(
         keeper=keeper,
         culler=culler,
         sampler=sampler,
+        gateways=gateways,
         tokens=tokens,
         sessions=sessions,
         url=url,
@@ -237,8 +239,9 @@ def _webhook(chosen: Settings, event_log: EventLog, base: _Base) -> Webhook | No
     )
 
 
-def _gateways(chosen: Settings, base: _Base) -> tuple[GatewayPreflight, GatewayWatch]:
-    client = GatewayClient(base.clock, timeout=chosen.gateway_timeout)
+def _gateways(
+    chosen: Settings, base: _Base, client: GatewayClient
+) -> tuple[GatewayPreflight, GatewayWatch]:
     preflight = GatewayPreflight(
         base.mailbox.post, threads=base.threads, client=client, probe=base.jupyter
     )
@@ -343,6 +346,7 @@ def _services(
     keeper: Keeper,
     culler: Culler,
     sampler: Sampler,
+    gateways: GatewayClient,
     tokens: Tokens,
     sessions: Sessions,
     url: str,
@@ -357,6 +361,7 @@ def _services(
         webhooks=history.webhooks,
         failing=lambda: {**base.threads.failing, **history.failing()},
         usage=sampler.of,
+        check_gateway=gateways.check,
         culler=culler,
         max_snooze=chosen.max_snooze,
         defaults=defaults(chosen),

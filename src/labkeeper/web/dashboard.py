@@ -18,6 +18,7 @@ from labkeeper.api.auth import (
     MANAGE_SERVER,
     MANAGE_SERVERS,
     PUBLIC,
+    SEE_SERVER,
     SEE_SERVERS,
     Rule,
 )
@@ -27,7 +28,7 @@ from labkeeper.api.handlers.common import home_url
 from labkeeper.api.services import Services
 from labkeeper.core.errors import LabkeeperError, NotAllowed, NotAuthenticated
 from labkeeper.schema.queries import BODILESS
-from labkeeper.web import assets, commands, opening, servers
+from labkeeper.web import assets, commands, opening, server, servers, start
 from labkeeper.web.pages import csrf_token, html, notices, redirect, wants_piece
 from labkeeper.web.rendering import render
 
@@ -45,7 +46,14 @@ class Route:
 _NAMED: Final = "/dashboard/servers/<name>"
 ROUTES: Final = (
     Route("GET", "/dashboard/", SEE_SERVERS, servers.list_servers),
+    Route("GET", "/dashboard/start", MANAGE_SERVERS, start.show_form),
+    Route("POST", "/dashboard/start", MANAGE_SERVERS, start.start_server),
+    Route("POST", "/dashboard/start/gateway", MANAGE_SERVERS, start.check_gateway),
+    Route("GET", _NAMED, SEE_SERVER, server.show_server),
     Route("GET", f"{_NAMED}/open", MANAGE_SERVER, opening.open_lab),
+    Route("POST", f"{_NAMED}/snooze", MANAGE_SERVER, server.snooze),
+    Route("POST", f"{_NAMED}/link", MANAGE_SERVER, server.make_link),
+    Route("POST", f"{_NAMED}/kernels/<kernel>/<command>", MANAGE_SERVER, server.command_kernel),
     Route("GET", f"{_NAMED}/<command>", MANAGE_SERVER, commands.confirm),
     Route("POST", f"{_NAMED}/<command>", MANAGE_SERVER, commands.give),
     Route("POST", "/dashboard/many/<command>", MANAGE_SERVERS, commands.give_many),

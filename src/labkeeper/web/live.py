@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ _TOGETHER: Final = 0.2
 _EVERY: Final = 2.0
 """Seconds after which it looks for what is no change of a server, such as usage."""
 _SHARE: Final = 0.02
-"""The largest part of the time that one stream may spend on looking."""
+"""The largest part of a processor that one stream may use."""
 _PARTIAL: Final = Markup('<hx-partial hx-target="#{}" hx-swap="{}">{}</hx-partial>')
 
 _LINE_END: Final = re.compile(r"\r\n|\r|\n")
@@ -34,59 +35,84 @@ Following = Callable[[], Content]
 """Returns what a page shows now. Raises LabkeeperError."""
 
 
-def page(services: Services, following: Following) -> Response:
-    """Return a page that follows its changes, or the stream of these. Raises CapacityReached."""
+def page(
+    services: Services, following: Following, looks: Callable[[], Iterator[str]] | None = None
+) -> Response:
+    """Return a page that follows its changes, or the stream of these. Raises CapacityReached.
+
+    `looks` waits before each look, and yields events of its own that it has waited for, or "".
+    """
     if _FOLLOW in request.args:
-        return _stream(services, following)
+        return _stream(services, following, looks or functools.partial(_looks, services))
     sent = request.query_string.decode("ascii", "replace")
     follow = f"{request.path}?{sent}&{_FOLLOW}" if sent else f"{request.path}?{_FOLLOW}"
     return html(whole(services, following(), follow))
 
 
-def _stream(services: Services, following: Following) -> Response:
+def _stream(
+    services: Services, following: Following, looks: Callable[[], Iterator[str]]
+) -> Response:
     acquire_stream(services, "follow this page", "load it again when you want to see more")
-    pieces = stream_with_context(_changes(services, following, gone()))
+    pieces = stream_with_context(_changes(services, following, looks(), gone()))
     return live_answer(services, pieces, EVENT_STREAM)
 
 
+def _looks(services: Services) -> Iterator[str]:
+    while True:
+        seen = services.keeper.changes
+        yield ""
+        # Changes that come together are sent together.
+        time.sleep(_TOGETHER)
+        services.keeper.wait(seen, _EVERY)
+
+
 def _changes(
-    services: Services, following: Following, is_gone: Callable[[], bool]
+    services: Services,
+    following: Following,
+    looks: Iterator[str],
+    is_gone: Callable[[], bool],
 ) -> Iterator[str]:
     shown: Content | None = None
+    seen, due = -1, 0.0
     # A page of another version would have other elements, and other scripts.
-    yield _message(services.version, "version")
-    while not is_gone():
-        changes = services.keeper.changes
-        began = time.monotonic()
+    yield event(services.version, "version")
+    for came in looks:
+        if is_gone():
+            return
+        if came:
+            yield came
+        began, worked = time.monotonic(), time.thread_time()
+        if services.keeper.changes == seen and began < due:
+            continue
+        seen = services.keeper.changes
         try:
             now = following()
         except LabkeeperError as error:
             # As when the server is deleted. The page keeps what it shows.
-            yield _message(error.message, "ended")
+            yield event(error.message, "ended")
             return
         yield _difference(shown, now)
         shown = now
-        spent = time.monotonic() - began
-        time.sleep(max(_TOGETHER, spent / _SHARE))
-        services.keeper.wait(changes, _EVERY)
+        time.sleep((time.thread_time() - worked) / _SHARE)
+        due = began + _EVERY
 
 
 def _difference(before: Content | None, now: Content) -> str:
     """Return what turns a page into another: the changed elements, or all if others exist."""
     if before is None or list(before.parts) != list(now.parts) or before.given != now.given:
-        return _message(_PARTIAL.format("live", "innerMorph", now.text))
+        return event(_PARTIAL.format("live", "innerMorph", now.text))
     changed = (
         _PARTIAL.format(name, "outerMorph", part)
         for name, part in now.parts.items()
         if part != before.parts[name]
     )
     # Without one, a comment: it shows that the stream works.
-    return _message("".join(changed)) or ": nothing\n\n"
+    return event("".join(changed)) or ": nothing\n\n"
 
 
-def _message(text: str, event: str = "") -> str:
+def event(text: str, name: str = "") -> str:
     """Return one event of a stream (html.spec.whatwg.org, "Server-sent events")."""
     if not text:
         return ""
     lines = "".join(f"data: {line}\n" for line in _LINE_END.split(text))
-    return f"event: {event}\n{lines}\n" if event else f"{lines}\n"
+    return f"event: {name}\n{lines}\n" if name else f"{lines}\n"

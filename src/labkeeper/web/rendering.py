@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from labkeeper.core.durations import format_duration, format_time
 from labkeeper.web.assets import address_of
+from labkeeper.web.plain import plain
 from labkeeper.web.sparklines import sparkline
 
 _UNITS: Final = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -32,7 +33,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters |= {"amount": amount, "duration": format_duration, "moment": moment}
+    made.filters |= {
+        "amount": amount,
+        "duration": format_duration,
+        "moment": moment,
+        "plain": plain,
+    }
     made.globals |= {"asset": address_of, "sparkline": sparkline}
     return made
 

@@ -140,3 +140,30 @@ addEventListener('keydown', (event) => {
     KEYS[event.key]()
   }
 })
+
+// The log of a server: its newest lines, which can be paused and searched.
+
+const MOST = 5000
+let lines = []
+
+function showLog() {
+  const log = $('log')
+  if (!log || $('log-pause').querySelector('input').checked) return
+  const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40
+  const wanted = $('log-search').value.toLowerCase()
+  const shown = wanted ? lines.filter((line) => line.toLowerCase().includes(wanted)) : lines
+  log.textContent = shown.join('\n')
+  if (atEnd) log.scrollTop = log.scrollHeight
+}
+
+addEventListener('log', (event) => {
+  const came = JSON.parse(event.detail.data)
+  lines = (came.again ? came.lines : lines.concat(came.lines)).slice(-MOST)
+  showLog()
+})
+if ($('log')) {
+  for (const id of ['log-search', 'log-pause']) {
+    $(id).hidden = false
+    $(id).addEventListener('input', showLog)
+  }
+}
