@@ -331,9 +331,9 @@ def test_a_browser_that_is_signed_in_lands_in_each_lab_and_can_sign_out(make_kee
         assert page.url.startswith(f"{site}/lab/tree/{name}.ipynb")
     # A notebook's page gets nothing of what the browser may do at the bare host.
     asked = f"{home}/session/lab?lab=ada&page=lab&nonce={'0' * 64}"
-    for other in (f"{home}/session", asked, f"{home}/api/servers", f"{sites['ada']}/lab"):
+    for other in (f"{home}/dashboard/", asked, f"{home}/api/servers", f"{sites['ada']}/lab"):
         assert page.evaluate(FETCH, other) == "TypeError"
-    assert page.evaluate(FRAME, f"{home}/session") == "hidden"
+    assert page.evaluate(FRAME, f"{home}/dashboard/") == "hidden"
     assert "labkeeper" not in page.evaluate("document.cookie")
     assert len(keeper.http.get("/api/sessions").json()["sessions"]) == 3
     page.goto(f"{sites['bob']}/logout")
@@ -366,7 +366,7 @@ def test_over_tls_no_lab_can_sign_a_browser_in_or_out(make_keeper, authority, pa
         " image.onload = image.onerror = () => done(); image.src = url; })",
         f"{sites['ada']}/logout",
     )
-    assert page.goto(f"{home}/session").status == 200
+    assert page.goto(f"{home}/dashboard/").status == 200
     for site in sites.values():
         assert page.goto(f"{site}/lab/tree").status == 200
         assert page.url == f"{site}/lab/tree"

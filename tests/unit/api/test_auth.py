@@ -452,7 +452,12 @@ def test_a_token_that_is_revoked_as_its_link_is_opened_begins_no_session(running
         ada.post("/api/servers/default/link", json={}).json["url"].partition("/open/")[2]
         for _ in range(3)
     )
-    assert callers.anonymous.get(f"/open/{opened}").status_code == 303
+    at_home = callers.anonymous.get(f"/open/{opened}", base_url="http://localhost:8000")
+    assert at_home.headers["Location"] == f"http://127.0.0.1:8000/open/{opened}"
+    assert callers.anonymous.post(f"/open/{opened}", base_url="http://localhost").status_code == 410
+    assert services.sessions.all() == []
+    lab = {"base_url": "http://127.0.0.1:8000"}
+    assert callers.anonymous.get(f"/open/{opened}", **lab).status_code == 303
     use, (token,) = services.links.use, callers.tokens.all()
 
     def use_and_revoke(ticket):
@@ -461,9 +466,9 @@ def test_a_token_that_is_revoked_as_its_link_is_opened_begins_no_session(running
         return link
 
     monkeypatch.setattr(services.links, "use", use_and_revoke)
-    assert callers.anonymous.get(f"/open/{path}").status_code == 410
+    assert callers.anonymous.get(f"/open/{path}", **lab).status_code == 410
     assert services.sessions.all() == []
-    assert callers.anonymous.get(f"/open/{late}").status_code == 410
+    assert callers.anonymous.get(f"/open/{late}", **lab).status_code == 410
 
 
 def test_a_one_time_link_is_valid_for_one_generation(callers):

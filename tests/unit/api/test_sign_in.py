@@ -17,6 +17,7 @@ from labkeeper.core.messages import Create
 from labkeeper.identity.tokens import digest_of
 from labkeeper.lab_addresses import LabAddresses
 from labkeeper.testing.fakes import a_spec
+from labkeeper.web.dashboard import dashboard
 
 DOMAIN = "labs.example.org"
 HOME = f"http://{DOMAIN}:8000"
@@ -77,7 +78,7 @@ def running(tmp_path):
 
 @pytest.fixture
 def app(running):
-    return create_app(running.services)
+    return create_app(running.services, dashboard(running.services))
 
 
 @pytest.fixture
@@ -223,8 +224,9 @@ def test_with_a_second_cookie_there_is_a_page_and_no_endless_redirect(browser, s
 def test_of_two_sign_in_cookies_none_is_accepted(browser, sessions):
     """Another Lab's page may have set one for the whole domain, where that is possible."""
     sign_in(browser, sessions)
-    browser.set_cookie("labkeeper-sign-in", "x", DOMAIN, path="/session")
-    assert browser.visit(f"{HOME}/session").status_code == 401
+    for path in ("/dashboard", "/session"):
+        browser.set_cookie("labkeeper-sign-in", "x", DOMAIN, path=path)
+    assert browser.visit(f"{HOME}/dashboard/").status_code == 401
     assert browser.follow(f"{LAB}/lab")[1].status_code == 401
 
 
@@ -299,14 +301,14 @@ def test_a_link_signs_a_browser_in_and_out_again(app, browser, sessions):
         shown = browser.visit(url)
         assert "permissions of token:owner" in shown.text
         assert "<button" in shown.text
-    assert browser.visit(url, method="POST", Origin=HOME).headers["Location"] == "/session"
+    assert browser.visit(url, method="POST", Origin=HOME).headers["Location"] == "/dashboard/"
     (cookie,) = browser._client._cookies.values()
     assert (cookie.key, cookie.path, cookie.http_only) == ("labkeeper-sign-in", "/", True)
     assert (cookie.same_site, cookie.domain, cookie.origin_only) == ("Lax", DOMAIN, True)
     (session,) = sessions.all()
     assert (session.scope, session.server) == (Scope.ADMIN, None)
-    page = browser.visit(f"{HOME}/session")
-    assert (page.status_code, "permissions of token:owner" in page.text) == (200, True)
+    page = browser.visit(f"{HOME}/dashboard/")
+    assert (page.status_code, "token:owner" in page.text) == (200, True)
     assert '<form method="post" action="/session/end">' in page.text
     assert browser.visit(url, method="POST", Origin=HOME).status_code == 410
     browser.follow(f"{LAB}/lab")
@@ -314,7 +316,7 @@ def test_a_link_signs_a_browser_in_and_out_again(app, browser, sessions):
     assert "You are signed out" in browser.visit(f"{HOME}/session/end", "POST", Origin=HOME).text
     assert sessions.all() == []
     assert browser.cookies(DOMAIN) == {}
-    assert browser.visit(f"{HOME}/session").status_code == 401
+    assert browser.visit(f"{HOME}/dashboard/").status_code == 401
 
 
 def test_signing_out_in_a_lab_signs_out_at_the_bare_host_too(browser, sessions):
@@ -364,7 +366,7 @@ def test_a_link_that_signs_in_works_at_the_bare_host_only(app, browser, sessions
 
 
 def test_the_pages_of_the_bare_host_are_nowhere_else(app, running):
-    for path in ("/session", "/session/lab", "/session/end"):
+    for path in ("/session/lab", "/session/end"):
         for host in ("127.0.0.1:8000", "localhost:8000", f"lab.{DOMAIN}:8000"):
             assert app.test_client().get(path, base_url=f"http://{host}").status_code in {404, 405}
     for labs in (LabAddresses("path"), LabAddresses("port", DOMAIN)):
@@ -377,18 +379,27 @@ def test_the_pages_of_the_bare_host_are_nowhere_else(app, running):
 
 def test_the_api_accepts_no_session(app, browser, sessions):
     sign_in(browser, sessions, Caller("token:owner", Scope.ADMIN))
-    assert browser.visit(f"{HOME}/session").status_code == 200
+    assert browser.visit(f"{HOME}/dashboard/").status_code == 200
     for path in ("/api/servers", "/api/me", "/api/sessions", "/metrics"):
         assert browser.visit(f"{HOME}{path}").status_code == 401
     for path in ("/api/tokens", "/api/servers", "/api/me/link"):
         assert browser.visit(f"{HOME}{path}", method="POST", Origin=HOME).status_code == 401
 
 
-def test_the_tokens_of_readers_sign_nobody_in(app, running):
+def test_a_reader_may_sign_in_but_opens_no_lab(app, browser, running):
     _, token = running.services.tokens.make("r", Scope.READ, TokenLimits(), lifetime=None)
-    headers = {"Authorization": f"Bearer {token}"}
-    refused = app.test_client().post("/api/me/link", headers=headers, base_url=HOME)
-    assert refused.status_code == 403
+    assert browser.visit(link(app, token), method="POST", Origin=HOME).status_code == 303
+    assert browser.visit(f"{HOME}/dashboard/").status_code == 200
+    _, answer = browser.follow(f"{LAB}/lab")
+    assert (answer.status_code, "not signed in to this Lab" in answer.text) == (401, True)
+
+
+def test_nobody_ends_the_sessions_of_others_by_signing_in(sessions):
+    sessions.sign_in(Caller("token:other", Scope.READ))
+    began = [sessions.sign_in(ADA)[0].id for _ in range(110)]
+    left = sessions.all()
+    assert [session.actor for session in left[:1]] == ["token:other"]
+    assert [session.id for session in left[1:]] == began[10:]
 
 
 def test_links_and_sessions_end_with_the_token_that_made_them(app, browser, running, sessions):
@@ -429,7 +440,7 @@ def test_over_tls_no_other_host_can_set_the_cookies(app, sessions):
     browser = Browser(app, "https")
     session, text = sessions.sign_in(ADA)
     browser.set_cookie("labkeeper-sign-in", text, DOMAIN)
-    assert browser.visit(HOME + "/session").status_code == 401
+    assert browser.visit(HOME + "/dashboard/").status_code == 401
     browser.set_cookie("__Host-labkeeper-sign-in", text, DOMAIN, secure=True)
     sent = browser.visit(f"{LAB}/lab").headers["Location"]
     assert sent.startswith(f"https://{DOMAIN}:8000/session/lab?")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import time
+from http import HTTPStatus
 
 import pytest
 
@@ -235,6 +236,14 @@ def test_logging_out_is_the_keepers(sessions, routes):
 def test_a_page_of_a_lab_is_at_another_host_than_the_keeper(sessions, routes, host, location):
     admitted = admit(request(HTML, host=host), BELOW, routes, sessions)
     assert admitted == (ToKeeper() if location is None else Elsewhere(location))
+
+
+def test_no_page_of_a_lab_is_where_the_dashboard_is(sessions, routes):
+    """Not even with a session, whose cookie the browser may have for that host as well."""
+    sent = request(COOKIE, NAVIGATION, host=b"localhost:8000")
+    assert admit(sent, BELOW, routes, sessions) == Elsewhere(b"http://127.0.0.1:8000/servers/lab/x")
+    loaded = request(COOKIE, host=b"localhost:8000")
+    assert admit(loaded, BELOW, routes, sessions).status == HTTPStatus.UNAUTHORIZED
 
 
 def test_with_a_domain_each_lab_has_a_host(sessions, routes):
